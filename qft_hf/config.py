@@ -1,0 +1,49 @@
+"""How weights are stored. Plain values: no tensors, no torch, no transformers."""
+
+from dataclasses import dataclass
+
+MATMULS = ("dequantize",)
+
+
+@dataclass(kw_only=True)
+class QuantizationSpec:
+    """The storage format of quantized weights and the arithmetic of their products.
+
+    Args:
+        group_size: Consecutive inputs (columns) of one output row that share an FP32 scale. None
+            gives one scale per row. The last group of a row may be short.
+        outlier_fraction: Share of each row kept in FP32 beside the INT8 codes, largest magnitudes
+            first: `ceil(outlier_fraction * columns)` values a row, 0 for none.
+        modules_to_not_convert: Names of modules that stay float, with everything below them; each
+            is a full module name or one component of it (`"lm_head"`, `"classifier"`).
+        matmul: How products with the weight are computed. `"dequantize"` expands one tile of
+            the weight at a time to the activation's dtype.
+        seed: Key of the counter-based random numbers that round updates.
+
+    Raises:
+        ValueError: A value is out of its range; the text names the range.
+    """
+
+    group_size: int | None = None
+    outlier_fraction: float = 0.01
+    modules_to_not_convert: list[str] | None = None
+    matmul: str = "dequantize"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(
+                f"group_size must be a positive number of columns or None for one scale per row, "
+                f"got {self.group_size}."
+            )
+        if not 0.0 <= self.outlier_fraction < 1.0:
+            raise ValueError(
+                f"outlier_fraction is the share of a row kept in float and must be in [0, 1), "
+                f"got {self.outlier_fraction}. The usual value is 0.01; 0 turns outliers off."
+            )
+        if self.matmul not in MATMULS:
+            raise ValueError(
+                f"matmul must be one of {', '.join(map(repr, MATMULS))}, got {self.matmul!r}."
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}.")

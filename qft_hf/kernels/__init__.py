@@ -1,0 +1,19 @@
+"""Operators on raw tensors: codes and scales in, codes and scales out. No classes, no modules.
+
+An operator is a declaration with checks (`kernels/<name>.py`) and one file per backend with the
+same name and arguments. `kernels/reference` is the specification; the others return its bits.
+"""
+
+from .gradient import accumulate_, squared_norm
+from .lion import lion_step_
+from .lion_float import lion_step_float_
+from .quantize import dequantize, quantize
+
+__all__ = [
+    "accumulate_",
+    "dequantize",
+    "lion_step_",
+    "lion_step_float_",
+    "quantize",
+    "squared_norm",
+]

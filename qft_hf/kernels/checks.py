@@ -1,0 +1,57 @@
+"""What the operators demand of their arguments, checked before anything is written."""
+
+import torch
+from torch import Tensor
+
+from ..layout import GroupLayout
+
+# Row and quad numbers are 32-bit words of the random counter and of GPU indices.
+MAX_ELEMENTS = 2**31 - 1
+
+
+def check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise unless `tensor` is a contiguous matrix of one of `dtypes` with 1 to 2**31 - 1 elements."""
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}.")
+    if tensor.ndim != 2 or tensor.numel() == 0:
+        raise ValueError(
+            f"{name} must be a non-empty [rows, columns] matrix, got shape {tuple(tensor.shape)}. "
+            "Flatten leading dimensions with .view(-1, columns) first."
+        )
+    if tensor.numel() > MAX_ELEMENTS:
+        raise ValueError(
+            f"{name} has {tensor.numel()} elements; at most {MAX_ELEMENTS} fit one call. Split the "
+            "matrix into several row blocks."
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, got strides {tensor.stride()} for shape "
+            f"{tuple(tensor.shape)}. Call .contiguous() first."
+        )
+
+
+def check_quantized(name: str, codes: Tensor, scales: Tensor, group_size: int | None) -> None:
+    """Raise unless `codes` and `scales` form a quantized matrix with groups of `group_size`."""
+    check_matrix(f"{name} codes", codes, (torch.int8,))
+    layout = GroupLayout(codes.shape[0], codes.shape[1], group_size)
+    wanted = (layout.rows, layout.n_groups)
+    if scales.dtype != torch.float32 or tuple(scales.shape) != wanted:
+        raise ValueError(
+            f"{name} scales must be float32 of shape {wanted}, one per row and group of "
+            f"{group_size or 'all'} columns, got {scales.dtype} of shape {tuple(scales.shape)}."
+        )
+    if not scales.is_contiguous() or scales.device != codes.device:
+        raise ValueError(
+            f"{name} scales must be contiguous and on {codes.device} like the codes, got strides "
+            f"{scales.stride()} on {scales.device}."
+        )
+
+
+def check_same(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Raise unless `tensor` has the shape and device of `like`."""
+    if tensor.shape != like.shape or tensor.device != like.device:
+        raise ValueError(
+            f"{name} must have shape {tuple(like.shape)} on {like.device}, got shape "
+            f"{tuple(tensor.shape)} on {tensor.device}."
+        )

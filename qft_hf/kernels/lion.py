@@ -1,0 +1,106 @@
+"""One Lion step on an INT8 weight, its INT8 momentum and its INT8 gradient."""
+
+import torch
+from torch import Tensor
+
+from .backend import backend_for
+from .checks import check_matrix, check_quantized, check_same
+
+
+def lion_step_(
+    codes: Tensor,
+    scales: Tensor,
+    outlier_values: Tensor,
+    outlier_columns: Tensor,
+    momentum_codes: Tensor,
+    momentum_scales: Tensor,
+    gradient_codes: Tensor,
+    gradient_scales: Tensor,
+    *,
+    group_size: int | None,
+    state_group_size: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    maximize: bool = False,
+    stochastic: bool = True,
+    seed: int,
+    step: int,
+    stream: int,
+) -> None:
+    """Update weight and momentum in place; Lion with decoupled weight decay.
+
+    With g, m, w the dequantized gradient, momentum and weight:
+
+        c = beta1 * m + (1 - beta1) * g
+        w <- SR(w - lr * (sign(c) + weight_decay * w))
+        m <- Q(beta2 * m + (1 - beta2) * g)
+
+    SR rounds stochastically against the stored scale: the expectation of the stored weight is the
+    exact update. Scales are sticky: one changes only when a value no longer fits its codes, or when
+    the whole group has shrunk to less than half their range; an element whose update is zero keeps
+    its code otherwise. Critical values are FP32 and updated without rounding to codes; the codes
+    under them stay 0. Q rounds to nearest with a fresh absmax scale.
+
+    Args:
+        codes: int8 `[rows, columns]`, modified.
+        scales: fp32 `[rows, n_groups]`, positive, modified.
+        outlier_values: fp32 `[rows, n_outliers]`, modified.
+        outlier_columns: int16 or int32 `[rows, n_outliers]`.
+        momentum_codes: int8 `[rows, columns]`, modified.
+        momentum_scales: fp32 `[rows, n_state_groups]`, modified.
+        gradient_codes: int8 `[rows, columns]`.
+        gradient_scales: fp32 `[rows, n_state_groups]`, finite.
+        group_size: Columns per weight scale; None: whole rows.
+        state_group_size: Columns per momentum and gradient scale.
+        lr: Step size, in units of the weight.
+        beta1: Weight of the momentum in the direction.
+        beta2: Decay of the momentum.
+        weight_decay: Decoupled decay: weights shrink by `lr * weight_decay` a step.
+        maximize: Step along the gradient, not against it.
+        stochastic: False rounds weights to nearest, for ablation: that does not train.
+        seed: Key of the random numbers, in [0, 2**63).
+        step: Number of this step; with `stream` and the element's position it counts the random
+            numbers.
+        stream: Number of this parameter.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: Shapes or devices do not fit. Nothing was written.
+
+    Source:
+        Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2
+        (arXiv:2302.06675); Zhang et al. 2023, "QFT", section 3 (arXiv:2310.07147), which rounds to
+        nearest.
+    """
+    check_quantized("weight", codes, scales, group_size)
+    check_quantized("momentum", momentum_codes, momentum_scales, state_group_size)
+    check_quantized("gradient", gradient_codes, gradient_scales, state_group_size)
+    check_same("momentum codes", momentum_codes, codes)
+    check_same("gradient codes", gradient_codes, codes)
+    check_same("outlier columns", outlier_columns, outlier_values)
+    if outlier_values.numel():
+        check_matrix("outlier values", outlier_values, (torch.float32,))
+        check_matrix("outlier columns", outlier_columns, (torch.int16, torch.int32))
+    backend_for(codes.device).lion_step_(
+        codes,
+        scales,
+        outlier_values,
+        outlier_columns,
+        momentum_codes,
+        momentum_scales,
+        gradient_codes,
+        gradient_scales,
+        group_size=group_size,
+        state_group_size=state_group_size,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        stochastic=stochastic,
+        seed=seed,
+        step=step,
+        stream=stream,
+    )

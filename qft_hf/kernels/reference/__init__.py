@@ -1,0 +1,15 @@
+"""The operators in plain PyTorch, on any device: the specification of every other backend."""
+
+from .gradient import accumulate_, squared_norm
+from .lion import lion_step_
+from .lion_float import lion_step_float_
+from .quantize import dequantize, quantize
+
+__all__ = [
+    "accumulate_",
+    "dequantize",
+    "lion_step_",
+    "lion_step_float_",
+    "quantize",
+    "squared_norm",
+]

@@ -1,0 +1,55 @@
+"""The Lion step on a float parameter with FP32 momentum, in plain PyTorch: the specification."""
+
+import torch
+from torch import Tensor
+
+from .philox import random_words
+
+
+def lion_step_float_(
+    parameter: Tensor,
+    momentum: Tensor,
+    gradient: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    maximize: bool,
+    stochastic: bool,
+    seed: int,
+    step: int,
+    stream: int,
+) -> None:
+    """See `qft_hf.kernels.lion_float.lion_step_float_`."""
+    gradient = gradient.float().neg() if maximize else gradient.float()
+    direction = (momentum * beta1).add_(gradient * (1 - beta1)).sign_()
+    momentum.mul_(beta2).add_(gradient * (1 - beta2))
+
+    value = parameter.float()
+    change = (value * (lr * weight_decay)).add_(direction * lr)
+    value = value - change
+    if parameter.dtype == torch.bfloat16 and stochastic:
+        words = random_words(
+            slice(0, 1),
+            value.numel(),
+            seed=seed,
+            step=step,
+            stream=stream,
+            device=value.device,
+        ).view(value.shape)
+        value = _round_to_bfloat16(value, words)
+        # An element that no update touched keeps its bits, whatever the random number.
+        value = torch.where(change == 0, parameter.float(), value)
+    parameter.copy_(value)
+
+
+def _round_to_bfloat16(value: Tensor, words: Tensor) -> Tensor:
+    """Round FP32 to one of its two BF16 neighbours, the nearer with the higher probability.
+
+    BF16 is FP32 without its low 16 bits: adding 16 random bits and cutting carries into the kept
+    half with exactly the probability of the part that is cut.
+    """
+    bits = value.contiguous().view(torch.int32)
+    random = (words >> 16).to(torch.int32)
+    return ((bits + random) & ~0xFFFF).view(torch.float32)

@@ -1,0 +1,73 @@
+"""Philox 4x32-10, a counter-based random number generator. This file is the specification.
+
+Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", section 4.3 and table 2.
+The same counter and key give the same four words on every device and backend, so random numbers
+need no state, no order of evaluation and no saving.
+"""
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+
+LANES = 4  # words that one counter yields
+
+
+def philox(counter: Tensor, *, seed: int, step: int, stream: int) -> Tensor:
+    """Four random 32-bit words for each counter.
+
+    Args:
+        counter: int64 `[n]`, values in [0, 2**32): word 0 of the 128-bit counter.
+        seed: The 64-bit key.
+        step: Word 1 of the counter; taken modulo 2**32.
+        stream: Word 2 of the counter, modulo 2**32; word 3 is zero.
+
+    Returns:
+        int64 `[n, 4]` with values in [0, 2**32).
+    """
+    # Words live in int64, where a product of two of them wraps modulo 2**64: exact bits. Shifts
+    # are arithmetic, so the high word is masked after the exclusive-ors that follow it.
+    even = torch.stack((counter, torch.full_like(counter, stream & MASK)))  # words 0 and 2
+    odd = torch.empty_like(even)  # words 1 and 3
+    odd[0], odd[1] = step & MASK, 0
+    multipliers = counter.new_tensor(MULTIPLIERS)[:, None]
+    keys = [seed & MASK, (seed >> 32) & MASK]
+    for _ in range(ROUNDS):
+        product = even * multipliers
+        # New word 0 mixes the high half of word 2's product, new word 2 that of word 0's.
+        even = (product >> 32).flip(0).bitwise_xor_(odd)
+        even[0].bitwise_xor_(keys[0])
+        even[1].bitwise_xor_(keys[1])
+        even.bitwise_and_(MASK)
+        odd = product.flip(0).bitwise_and_(MASK)
+        keys = [(key + more) & MASK for key, more in zip(keys, KEY_INCREMENTS, strict=True)]
+    return torch.stack((even[0], odd[0], even[1], odd[1]), dim=1)
+
+
+def random_words(
+    rows: slice, columns: int, *, seed: int, step: int, stream: int, device: torch.device
+) -> Tensor:
+    """One random 32-bit word for each element of rows `rows` of a matrix.
+
+    Four neighbouring columns share a counter, `row * ceil(columns / 4) + column // 4`, and take its
+    four words in order.
+
+    Returns:
+        int64 `[rows.stop - rows.start, columns]` with values in [0, 2**32).
+    """
+    quads = -(-columns // LANES)
+    counter = torch.arange(rows.start * quads, rows.stop * quads, device=device)
+    words = philox(counter, seed=seed, step=step, stream=stream)
+    return words.view(-1, quads * LANES)[:, :columns]
+
+
+def weight_uniform(words: Tensor) -> Tensor:
+    """FP32 uniform in [0, 1) from the high 24 bits of each word: what rounds a weight.
+
+    24 bits are what FP32 holds exactly. Sixteen would move an update of 1e-4 of a quantum, which
+    is what weight decay amounts to, by up to 7 %.
+    """
+    return (words >> 8).float().mul_(2.0**-24)

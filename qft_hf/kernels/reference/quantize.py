@@ -1,0 +1,44 @@
+"""Group-wise absmax INT8 quantization in plain PyTorch. This file is the specification.
+
+Every other backend returns these codes and scales bit for bit, so each step uses only operations
+that round the same way everywhere: max, multiplication, true division, addition.
+"""
+
+import torch
+from torch import Tensor
+
+from .groups import group_absmax, scale_groups_
+
+QMAX = 127  # symmetric: -128 is never produced, so every code can be negated
+# A smaller scale counts as zero: it could not be inverted in FP32 with margin.
+TINY = 1e-30
+# Adding and subtracting 1.5 * 2**23 rounds FP32 to the nearest integer, ties to even.
+MAGIC = 12582912.0
+
+
+def absmax_scale(absmax: Tensor) -> Tensor:
+    """The scale that maps `absmax` to code 127; 1 for a group of zeros, whose codes are all 0.
+
+    Multiplies by a constant: dividing by 127 would be a reciprocal multiplication on some devices.
+    A NaN or infinite absmax gives a NaN or infinite scale.
+    """
+    scale = absmax * (1.0 / QMAX)
+    return torch.where(scale < TINY, 1.0, scale)
+
+
+def quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """See `qft_hf.kernels.quantize.quantize`."""
+    x = x.float()
+    scales = absmax_scale(group_absmax(x, group_size))
+    # Division of a tensor by a tensor is IEEE division; a Python number on top may not be.
+    inverse = torch.ones_like(scales) / scales
+    values = scale_groups_(x.clone(), inverse, group_size)
+    values = values.add_(MAGIC).sub_(MAGIC)
+    # A group that is not finite keeps its scale, which tells, and gets codes 0.
+    codes = values.nan_to_num_(0.0).clamp_(-QMAX, QMAX).to(torch.int8)
+    return codes, scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, group_size: int | None) -> Tensor:
+    """See `qft_hf.kernels.quantize.dequantize`."""
+    return scale_groups_(codes.float(), scales, group_size)

@@ -1,0 +1,32 @@
+"""Modules with quantized weights, and the rule that says which modules get them."""
+
+from .convert import (
+    ConversionPlan,
+    conversion_plan,
+    dequantize_modules_,
+    prepare_modules_,
+    quantize_modules_,
+)
+from .functional import embedding, linear
+from .modules import (
+    STATE_NAMES,
+    QFTEmbedding,
+    QFTLinear,
+    is_quantized_module,
+    state_fields,
+)
+
+__all__ = [
+    "STATE_NAMES",
+    "ConversionPlan",
+    "QFTEmbedding",
+    "QFTLinear",
+    "conversion_plan",
+    "dequantize_modules_",
+    "embedding",
+    "is_quantized_module",
+    "linear",
+    "prepare_modules_",
+    "quantize_modules_",
+    "state_fields",
+]

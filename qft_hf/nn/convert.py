@@ -1,0 +1,183 @@
+"""The one rule of what is quantized, and the conversion of a model there and back.
+
+Loading, converting and estimating all ask `conversion_plan`, so they cannot disagree.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config import QuantizationSpec
+from ..quant import QFTWeight
+from .modules import PLAIN_CLASSES, QUANTIZED_CLASSES, is_quantized_module
+
+# Classes that hold their matrices transposed or in other forms, found in common models.
+UNSUPPORTED_CLASSES = ("Conv1D",)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A parameter that stays float, and why."""
+
+    name: str
+    parameter: nn.Parameter
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionPlan:
+    """What of a model is quantized and what is not.
+
+    Attributes:
+        modules: Modules whose `weight` is or will be a `QFTWeight`, by full name.
+        kept: Parameters that stay float, each once.
+    """
+
+    modules: dict[str, nn.Module]
+    kept: list[Kept]
+
+
+def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) -> ConversionPlan:
+    """Apply the rule: the weight of every `nn.Linear` and `nn.Embedding` that can be is quantized.
+
+    Works on float models, on models already quantized, and on the meta device; changes nothing.
+
+    Raises:
+        ValueError: The model holds matrices in a class that is not supported and not excluded, or a
+            name in `modules_to_not_convert` matches nothing.
+    """
+    excluded = modules_to_not_convert or []
+    modules = {}
+    reasons: dict[int, str] = {}
+    unsupported = []
+    for name, module in model.named_modules():
+        reason = _reason_to_keep(name, module, excluded)
+        if reason is None:
+            modules[name] = module
+        elif reason == "unsupported":
+            unsupported.append(name)
+        elif (weight := getattr(module, "weight", None)) is not None:
+            reasons[id(weight)] = reason
+    if unsupported:
+        raise ValueError(
+            f"{len(unsupported)} modules ({unsupported[0]}, ...) are of class "
+            f"{type(model.get_submodule(unsupported[0])).__name__}, which QFT does not quantize. "
+            "Use a model built from nn.Linear, or list their names in modules_to_not_convert to "
+            "train them as float."
+        )
+    _check_names(model, excluded)
+
+    quantized = {id(module.weight) for module in modules.values()}
+    kept = [
+        Kept(name, parameter, reasons.get(id(parameter)) or _reason_by_shape(parameter))
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in quantized
+    ]
+    return ConversionPlan(modules, kept)
+
+
+def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | None:
+    """Why the weight of a module stays float; None if it is quantized."""
+    if is_quantized_module(module):
+        return None
+    if _is_excluded(name, excluded):
+        return "listed in modules_to_not_convert"
+    if type(module).__name__ in UNSUPPORTED_CLASSES:
+        return "unsupported"
+    if type(module) not in QUANTIZED_CLASSES:
+        return f"parameter of {type(module).__name__}"
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return "embedding with max_norm, which rewrites its rows in forward"
+        if module.sparse or module.scale_grad_by_freq:
+            return "embedding with sparse or frequency-scaled gradients"
+    return None
+
+
+def _reason_by_shape(parameter: nn.Parameter) -> str:
+    return "vector" if parameter.ndim < 2 else "not the weight of an nn.Linear or nn.Embedding"
+
+
+def _is_excluded(name: str, excluded: list[str]) -> bool:
+    return any(re.search(rf"(^|\.){re.escape(entry)}(\.|$)", name) for entry in excluded)
+
+
+def _check_names(model: nn.Module, excluded: list[str]) -> None:
+    names = [name for name, _ in model.named_modules()]
+    unknown = [entry for entry in excluded if not any(_is_excluded(n, [entry]) for n in names)]
+    if unknown:
+        raise ValueError(
+            f"modules_to_not_convert names {unknown}, which match no module of "
+            f"{type(model).__name__}. Give full module names or single components of them, such as "
+            f"{names[-1]!r}."
+        )
+
+
+def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan:
+    """Give the modules of the plan their quantized classes; weights are not touched.
+
+    The class changes in place, so hooks, references and names of the modules stay.
+    """
+    plan = conversion_plan(model, spec.modules_to_not_convert)
+    for module in plan.modules.values():
+        module.__class__ = QUANTIZED_CLASSES.get(type(module), type(module))
+    return plan
+
+
+def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan:
+    """Quantize a model in place: classes, then weights.
+
+    Parameters keep their identity: tied weights stay tied, and an optimizer or a parameter group
+    that already holds a parameter now holds its quantized form.
+
+    Raises:
+        ValueError: A weight has NaN or infinite values (named), or the rule refuses the model. The
+            model is unchanged.
+    """
+    plan = conversion_plan(model, spec.modules_to_not_convert)
+    for name, parameter in _float_weights(plan):
+        if not parameter.is_meta and not bool(parameter.detach().isfinite().all()):
+            QFTWeight.from_float(parameter, spec, name=name)  # raises, before anything has changed
+    for name, parameter in _float_weights(plan):
+        weight = QFTWeight.from_float(parameter, spec, name=name)
+        _replace_(parameter, weight)
+    prepare_modules_(model, spec)
+    return plan
+
+
+def _float_weights(plan: ConversionPlan) -> Iterator[tuple[str, nn.Parameter]]:
+    """Weights of the plan that are not quantized yet; a tied one once."""
+    seen = set()
+    for name, module in plan.modules.items():
+        weight = module.weight
+        if not isinstance(weight, QFTWeight) and id(weight) not in seen:
+            seen.add(id(weight))
+            yield f"{name}.weight", weight
+
+
+def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
+    """Back to plain modules in place, with weights of `dtype`; float parameters are cast too.
+
+    Raises:
+        ValueError: `dtype` is not a float type.
+    """
+    if not dtype.is_floating_point:
+        raise ValueError(f"A dequantized model needs a float dtype, got {dtype}.")
+    for module in model.modules():
+        if is_quantized_module(module):
+            weight = module.weight
+            if isinstance(weight, QFTWeight):
+                _replace_(weight, weight.dequantize().to(dtype))
+            module.__class__ = PLAIN_CLASSES[type(module)]
+    model.to(dtype)
+
+
+def _replace_(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+    """Put `tensor` in the place of a parameter's value; everybody who holds it sees the new one."""
+    parameter.grad = None
+    torch.utils.swap_tensors(
+        parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+    )

@@ -1,0 +1,5 @@
+"""The quantized optimizer."""
+
+from .lion import QFTLion
+
+__all__ = ["QFTLion"]

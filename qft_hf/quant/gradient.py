@@ -1,0 +1,139 @@
+"""`Int8Gradient`: what `.grad` of a quantized weight holds between backward and step."""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..layout import STATE_GROUP_SIZE, GroupLayout
+from .tensor import Int8Tensor, aten
+
+
+class Int8Gradient(Int8Tensor):
+    """A `[rows, columns]` gradient as INT8 codes with an FP32 scale per 256 columns of a row.
+
+    Autograd, gradient accumulation and `torch.nn.utils.clip_grad_norm_` use it like a float tensor:
+    adding rounds to nearest, scaling changes scales only, and the norm is that of the stored
+    values.
+
+    Args:
+        codes: int8 `[rows, columns]`.
+        scales: fp32 `[rows, n_groups]`; a group that was NaN or infinite has such a scale.
+        dtype: The outer float dtype, that of the weight.
+    """
+
+    FIELDS = ("codes", "scales")
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Self:
+        """Make the outer tensor: shape and device of the codes, no storage."""
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+
+    def __init__(self, codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> None:
+        self.codes = codes
+        self.scales = scales
+
+    def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
+        """A gradient around other fields."""
+        return type(self)(**fields, dtype=dtype or self.dtype)
+
+    @classmethod
+    def zeros(
+        cls, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> Self:
+        """A gradient of zeros."""
+        n_groups = GroupLayout(rows, columns, STATE_GROUP_SIZE).n_groups
+        return cls(
+            torch.zeros(rows, columns, dtype=torch.int8, device=device),
+            torch.ones(rows, n_groups, dtype=torch.float32, device=device),
+            dtype=dtype,
+        )
+
+    def set_rows_(self, rows: slice | Tensor, gradient: Tensor) -> None:
+        """Quantize a float gradient `[n, columns]` into the given rows, a slice or int64 `[n]`."""
+        self.codes[rows], self.scales[rows] = kernels.quantize(
+            gradient.contiguous(), group_size=STATE_GROUP_SIZE
+        )
+
+    def dequantize(self) -> Tensor:
+        """The values as a plain `[rows, columns]` tensor of the outer dtype."""
+        return kernels.dequantize(self.codes, self.scales, group_size=STATE_GROUP_SIZE).to(
+            self.dtype
+        )
+
+    def squared_norm(self) -> Tensor:
+        """Sum of squares of all values: fp64 scalar."""
+        return kernels.squared_norm(self.codes, self.scales, group_size=STATE_GROUP_SIZE)
+
+    def is_finite(self) -> Tensor:
+        """Bool scalar: whether every value is finite. Reads the scales only."""
+        return self.scales.isfinite().all()
+
+
+@Int8Gradient.implements(aten.add_.Tensor)
+def _add_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
+    gradient, other = args
+    if not isinstance(gradient, Int8Gradient) or not isinstance(other, Int8Gradient):
+        raise NotImplementedError(
+            f"Adding {type(other).__name__} to {type(gradient).__name__} would mix INT8 and float "
+            "gradients of one weight: every use of a QFT weight must go through its QFT module."
+        )
+    if kwargs.get("alpha", 1) != 1:
+        raise NotImplementedError("INT8 gradients add with alpha=1 only; scale them first.")
+    kernels.accumulate_(
+        gradient.codes,
+        gradient.scales,
+        other.codes,
+        other.scales,
+        group_size=STATE_GROUP_SIZE,
+    )
+    return gradient
+
+
+@Int8Gradient.implements(aten.add.Tensor)
+def _add(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
+    return _add_(operator, (args[0].clone(), args[1]), kwargs)
+
+
+@Int8Gradient.implements(aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar)
+def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
+    gradient, factor = args
+    if isinstance(factor, Tensor) and factor.numel() != 1:
+        raise NotImplementedError(
+            f"An INT8 gradient can be scaled by one number, got a factor of shape "
+            f"{tuple(factor.shape)}."
+        )
+    operator(gradient.scales, factor)
+    return gradient
+
+
+@Int8Gradient.implements(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+def _scale(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
+    in_place = {
+        aten.mul.Tensor: aten.mul_.Tensor,
+        aten.mul.Scalar: aten.mul_.Scalar,
+        aten.div.Tensor: aten.div_.Tensor,
+        aten.div.Scalar: aten.div_.Scalar,
+    }[operator]
+    return _scale_(in_place, (args[0].clone(), args[1]), kwargs)
+
+
+@Int8Gradient.implements(aten.zero_.default)
+def _zero_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
+    gradient = args[0]
+    gradient.codes.zero_()
+    gradient.scales.fill_(1.0)
+    return gradient
+
+
+@Int8Gradient.implements(aten.linalg_vector_norm.default)
+def _vector_norm(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    gradient, order = args[0], args[1] if len(args) > 1 else 2
+    if order != 2 or len(args) > 2 or kwargs.get("dim") is not None:
+        raise NotImplementedError(
+            f"An INT8 gradient has the 2-norm over all its elements; order {order} with arguments "
+            f"{args[2:]} {kwargs} was asked for. Use norm_type=2."
+        )
+    norm: Tensor = gradient.squared_norm().sqrt().float()
+    return norm

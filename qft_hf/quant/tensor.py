@@ -1,0 +1,157 @@
+"""Base of the INT8 tensors: a float tensor to autograd and the Trainer, INT8 fields in memory.
+
+Idea: wrapper subclasses as in torchao's quantized training, Apache/BSD-licensed; here with a fixed
+list of operators. An operator that is not on the list raises: nothing is expanded to float behind
+the user's back.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+
+aten = torch.ops.aten
+Operator = Callable[..., Any]
+
+
+class Int8Tensor(Tensor):
+    """A matrix `[rows, columns]` of a float `dtype` whose values are stored in INT8 `FIELDS`."""
+
+    FIELDS: ClassVar[tuple[str, ...]]
+    _operators: ClassVar[dict[Any, Operator]] = {}
+
+    codes: Tensor
+    scales: Tensor
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __init_subclass__(cls) -> None:
+        """Give each subclass its own table on top of the common operators."""
+        super().__init_subclass__()
+        cls._operators = dict(cls._operators)
+
+    @classmethod
+    def implements(cls, *operators: Any) -> Callable[[Operator], Operator]:
+        """Decorator: the function runs these ATen operators, as `f(operator, args, kwargs)`."""
+
+        def register(function: Operator) -> Operator:
+            for operator in operators:
+                cls._operators[operator] = function
+            return function
+
+        return register
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        operator: Any,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operator of the list; raise for any other.
+
+        Raises:
+            NotImplementedError: The operator is not on the list.
+        """
+        function = cls._operators.get(operator)
+        if function is None:
+            raise NotImplementedError(
+                f"{operator} is not defined on {cls.__name__}, which stores INT8 codes. Only "
+                "QFTLion updates such tensors; to compute with the values, call .dequantize() and "
+                "work on that copy."
+            )
+        return function(operator, args, kwargs or {})
+
+    def fields(self) -> dict[str, Tensor]:
+        """The stored tensors by name; they share memory with this one."""
+        return {name: getattr(self, name) for name in self.FIELDS}
+
+    def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
+        """A tensor of the same kind and format around other fields."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """The values as a plain tensor of this tensor's dtype."""
+        raise NotImplementedError
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all fields."""
+        return sum(field.nbytes for field in self.fields().values())
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        """Names of the inner tensors, and what else `__tensor_unflatten__` needs."""
+        return list(self.FIELDS), self._format()
+
+    def _format(self) -> dict[str, Any]:
+        """What `__init__` takes beside the fields."""
+        return {"dtype": self.dtype}
+
+    @classmethod
+    def __tensor_unflatten__(
+        cls, fields: dict[str, Tensor], meta: dict[str, Any], outer_size: Any, outer_stride: Any
+    ) -> Self:
+        """Rebuild from `__tensor_flatten__`."""
+        return cls(**fields, **meta)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        """Shape and format, not the values: printing would have to expand them."""
+        details = ", ".join(f"{name}={value}" for name, value in self._format().items())
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, {details}, device={self.device})"
+
+
+@Int8Tensor.implements(aten.detach.default, aten.clone.default, aten.alias.default)
+def _each_field(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensor = args[0]
+    # A clone is always contiguous: asking for another memory format has no meaning for codes.
+    kwargs.pop("memory_format", None)
+    fields = {name: operator(field) for name, field in tensor.fields().items()}
+    return return_and_correct_aliasing(operator, args, kwargs, tensor.with_fields(fields))
+
+
+@Int8Tensor.implements(aten._to_copy.default)
+def _to_copy(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensor = args[0]
+    dtype = kwargs.get("dtype") or tensor.dtype
+    if not dtype.is_floating_point:
+        raise NotImplementedError(
+            f"{type(tensor).__name__} cannot become {dtype}: its dtype is the float type it stands "
+            "for. Its INT8 codes are in .codes."
+        )
+    device = kwargs.get("device") or tensor.device
+    non_blocking = kwargs.get("non_blocking", False)
+    fields = {
+        name: field.to(device, copy=True, non_blocking=non_blocking)
+        for name, field in tensor.fields().items()
+    }
+    return tensor.with_fields(fields, dtype=dtype)
+
+
+@Int8Tensor.implements(aten.copy_.default)
+def _copy_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    target, source = args[:2]
+    if type(target) is not type(source):
+        raise NotImplementedError(
+            f"Copying {type(source).__name__} into {type(target).__name__} would round or expand it "
+            "unseen. Quantize or .dequantize() first and copy like into like."
+        )
+    if target._format() | {"dtype": None} != source._format() | {"dtype": None}:
+        raise ValueError(f"Cannot copy {source!r} into {target!r}: their formats differ.")
+    for name, field in target.fields().items():
+        field.copy_(getattr(source, name))
+    return target
+
+
+@Int8Tensor.implements(aten.view.default)
+def _view(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Torch views a parameter as itself to find its autograd node; no other view exists.
+    tensor, shape = args
+    if tuple(shape) != tuple(tensor.shape):
+        raise NotImplementedError(
+            f"{type(tensor).__name__} of shape {tuple(tensor.shape)} cannot be viewed as "
+            f"{tuple(shape)}: its scales belong to rows. Call .dequantize() first."
+        )
+    return return_and_correct_aliasing(operator, args, kwargs, tensor.with_fields(tensor.fields()))

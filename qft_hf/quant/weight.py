@@ -1,0 +1,157 @@
+"""`QFTWeight`: a trainable weight stored as INT8 codes beside a few critical values in float."""
+
+from collections.abc import Iterator
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from ..config import QuantizationSpec
+from ..layout import INT16_COLUMNS, GroupLayout, outliers_per_row
+from .tensor import Int8Tensor
+
+# Elements of a weight that are expanded to float at a time: 64 MB in FP32.
+TILE_ELEMENTS = 2**24
+
+
+class QFTWeight(Int8Tensor):
+    """A `[rows, columns]` weight in the hybrid format: dense INT8 and sparse critical values.
+
+    Its dtype is the float type it stands for (that of products and of the exported model); nothing
+    of that type is stored. The value of an element is its critical value where it has one and
+    `codes * scale` elsewhere; codes under critical values are 0.
+
+    Args:
+        codes: int8 `[rows, columns]`.
+        scales: fp32 `[rows, n_groups]`, positive.
+        outlier_values: fp32 `[rows, n_outliers]`.
+        outlier_columns: int16 or int32 `[rows, n_outliers]`, ascending in each row.
+        group_size: Columns per scale; None: whole rows.
+        dtype: The outer float dtype.
+
+    Source:
+        Zhang et al. 2023, "QFT", section 3.3 (arXiv:2310.07147); dense-and-sparse split from Kim et
+        al. 2023, "SqueezeLLM", section 4.2 (arXiv:2306.07629). Theirs picks critical values per
+        tensor; here each row has the same number, so that rows stay independent.
+    """
+
+    FIELDS = ("codes", "scales", "outlier_values", "outlier_columns")
+
+    outlier_values: Tensor
+    outlier_columns: Tensor
+    group_size: int | None
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, *_: Any, dtype: torch.dtype, **__: Any) -> Self:
+        """Make the outer tensor: shape and device of the codes, no storage."""
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        outlier_values: Tensor,
+        outlier_columns: Tensor,
+        *,
+        group_size: int | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.codes = codes
+        self.scales = scales
+        self.outlier_values = outlier_values
+        self.outlier_columns = outlier_columns
+        self.group_size = group_size
+
+    def _format(self) -> dict[str, Any]:
+        return {"group_size": self.group_size, "dtype": self.dtype}
+
+    def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
+        """A weight of the same format around other fields."""
+        return type(self)(**fields, group_size=self.group_size, dtype=dtype or self.dtype)
+
+    @classmethod
+    def from_float(cls, weight: Tensor, spec: QuantizationSpec, *, name: str = "weight") -> Self:
+        """Quantize a float matrix: critical values first, the rest to nearest.
+
+        Args:
+            weight: fp32, bf16 or fp16 `[rows, columns]`; not modified. Its dtype becomes the outer
+                dtype. On the meta device only shapes are made.
+            spec: Group size and outlier fraction.
+            name: What to call the tensor in an error.
+
+        Raises:
+            ValueError: A value is NaN or infinite.
+        """
+        weight = weight.detach().contiguous()
+        if weight.is_meta:
+            return cls.empty(*weight.shape, spec, dtype=weight.dtype, device=weight.device)
+        finite = weight.isfinite()
+        if not bool(finite.all()):
+            count = weight.numel() - int(finite.sum())
+            raise ValueError(
+                f"{name} has {count} of {weight.numel()} values that are NaN or infinite and cannot "
+                "be quantized. The checkpoint is damaged or its dtype too narrow: load a good one, "
+                "or list the module in modules_to_not_convert."
+            )
+        n_outliers = outliers_per_row(weight.shape[1], spec.outlier_fraction)
+        dense = weight.float()
+        columns = dense.abs().topk(n_outliers, dim=1).indices.sort(dim=1).values
+        values = dense.gather(1, columns)
+        if n_outliers:
+            dense = dense.scatter(1, columns, 0.0)
+        codes, scales = kernels.quantize(dense, group_size=spec.group_size)
+        return cls(
+            codes,
+            scales,
+            values,
+            columns.to(_column_dtype(weight.shape[1])),
+            group_size=spec.group_size,
+            dtype=weight.dtype,
+        )
+
+    @classmethod
+    def empty(
+        cls,
+        rows: int,
+        columns: int,
+        spec: QuantizationSpec,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> Self:
+        """A weight with fields of the right shape and no defined values."""
+        layout = GroupLayout(rows, columns, spec.group_size)
+        n_outliers = outliers_per_row(columns, spec.outlier_fraction)
+        return cls(
+            torch.empty(rows, columns, dtype=torch.int8, device=device),
+            torch.empty(rows, layout.n_groups, dtype=torch.float32, device=device),
+            torch.empty(rows, n_outliers, dtype=torch.float32, device=device),
+            torch.empty(rows, n_outliers, dtype=_column_dtype(columns), device=device),
+            group_size=spec.group_size,
+            dtype=dtype,
+        )
+
+    def row_tiles(self) -> Iterator[slice]:
+        """Row ranges of at most `TILE_ELEMENTS` elements that cover the matrix in order."""
+        rows, columns = self.shape
+        step = max(1, TILE_ELEMENTS // columns)
+        for start in range(0, rows, step):
+            yield slice(start, min(start + step, rows))
+
+    def dequantize_rows(self, rows: slice | Tensor) -> Tensor:
+        """The values of some rows, a slice or an int64 index `[n]`: `[n, columns]`, outer dtype."""
+        values = kernels.dequantize(
+            self.codes[rows], self.scales[rows], group_size=self.group_size
+        )
+        if self.outlier_values.shape[1]:
+            values.scatter_(1, self.outlier_columns[rows].long(), self.outlier_values[rows])
+        return values.to(self.dtype)
+
+    def dequantize(self) -> Tensor:
+        """All values as a plain `[rows, columns]` tensor of the outer dtype."""
+        return self.dequantize_rows(slice(0, self.shape[0]))
+
+
+def _column_dtype(columns: int) -> torch.dtype:
+    return torch.int16 if columns <= INT16_COLUMNS else torch.int32
