@@ -1,4 +1,4 @@
-"""How a matrix is cut into quantization groups and what it then costs. Arithmetic only: no torch."""
+"""How a matrix is cut into quantization groups, and what that costs. Arithmetic: no torch."""
 
 from dataclasses import dataclass
 from math import ceil

@@ -10,7 +10,7 @@ MAX_ELEMENTS = 2**31 - 1
 
 
 def check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Raise unless `tensor` is a contiguous matrix of one of `dtypes` with 1 to 2**31 - 1 elements."""
+    """Raise unless `tensor` is a contiguous, non-empty matrix of one of `dtypes`."""
     if tensor.dtype not in dtypes:
         wanted = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{name} must be {wanted}, got {tensor.dtype}.")

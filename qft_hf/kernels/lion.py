@@ -79,6 +79,11 @@ def lion_step_(
     check_quantized("gradient", gradient_codes, gradient_scales, state_group_size)
     check_same("momentum codes", momentum_codes, codes)
     check_same("gradient codes", gradient_codes, codes)
+    if outlier_values.ndim != 2 or outlier_values.shape[0] != codes.shape[0]:
+        raise ValueError(
+            f"outlier values must be a matrix with one row for each of the {codes.shape[0]} rows of "
+            f"the weight, got shape {tuple(outlier_values.shape)}."
+        )
     check_same("outlier columns", outlier_columns, outlier_values)
     if outlier_values.numel():
         check_matrix("outlier values", outlier_values, (torch.float32,))

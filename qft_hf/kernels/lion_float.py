@@ -52,8 +52,8 @@ def lion_step_float_(
     """
     if parameter.dtype not in FLOATS:
         raise TypeError(
-            f"QFTLion trains float32 and bfloat16 parameters, got {parameter.dtype} for a parameter "
-            f"of shape {tuple(parameter.shape)}. Load the model with dtype=torch.bfloat16."
+            f"QFTLion trains float32 and bfloat16 parameters, got {parameter.dtype} for a "
+            f"parameter of shape {tuple(parameter.shape)}. Load the model with dtype=torch.bfloat16."
         )
     if momentum.dtype != torch.float32:
         raise TypeError(f"The momentum of a float parameter is float32, got {momentum.dtype}.")

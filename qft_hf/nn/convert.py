@@ -83,17 +83,17 @@ def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | 
     """Why the weight of a module stays float; None if it is quantized."""
     if is_quantized_module(module):
         return None
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return "embedding with max_norm, which rewrites its rows in forward"
+        if module.sparse or module.scale_grad_by_freq:
+            return "embedding with sparse or frequency-scaled gradients"
     if _is_excluded(name, excluded):
         return "listed in modules_to_not_convert"
     if type(module).__name__ in UNSUPPORTED_CLASSES:
         return "unsupported"
     if type(module) not in QUANTIZED_CLASSES:
         return f"parameter of {type(module).__name__}"
-    if isinstance(module, nn.Embedding):
-        if module.max_norm is not None:
-            return "embedding with max_norm, which rewrites its rows in forward"
-        if module.sparse or module.scale_grad_by_freq:
-            return "embedding with sparse or frequency-scaled gradients"
     return None
 
 
@@ -114,6 +114,16 @@ def _check_names(model: nn.Module, excluded: list[str]) -> None:
             f"{type(model).__name__}. Give full module names or single components of them, such as "
             f"{names[-1]!r}."
         )
+
+
+def kept_parameters(model: nn.Module) -> list[Kept]:
+    """The float parameters of a converted model: a plain module left in it was excluded."""
+    plain = [
+        name
+        for name, module in model.named_modules()
+        if type(module) in QUANTIZED_CLASSES or type(module).__name__ in UNSUPPORTED_CLASSES
+    ]
+    return conversion_plan(model, plain).kept
 
 
 def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan:
@@ -178,6 +188,4 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
 def _replace_(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
     """Put `tensor` in the place of a parameter's value; everybody who holds it sees the new one."""
     parameter.grad = None
-    torch.utils.swap_tensors(
-        parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad)
-    )
+    torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))

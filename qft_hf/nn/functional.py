@@ -42,7 +42,9 @@ class _Linear(torch.autograd.Function):
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1])
 
         # Several tiles add up in FP32: rounding each partial sum to BF16 would lose bits.
-        grad_x = torch.zeros(x_rows.shape, dtype=torch.float32, device=x.device) if needs_x else None
+        grad_x = (
+            torch.zeros(x_rows.shape, dtype=torch.float32, device=x.device) if needs_x else None
+        )
         gradient = (
             Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
             if needs_weight

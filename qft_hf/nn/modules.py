@@ -35,8 +35,30 @@ class _QuantizedWeight(nn.Module):
 
     weight: nn.Parameter
 
+    def complete_weight(self) -> QFTWeight:
+        """The weight, for computing with it.
+
+        Raises:
+            RuntimeError: It is not quantized yet, or only some of its fields were loaded.
+        """
+        weight = self.weight
+        if not isinstance(weight, QFTWeight):
+            raise RuntimeError(
+                f"The weight of {self} is not quantized. Load the model with from_pretrained, or "
+                "call quantize_model_."
+            )
+        if weight.pending:
+            raise RuntimeError(
+                f"A checkpoint was loaded without {sorted(weight.pending)}; the weight is a "
+                "mixture of two models. Load a complete checkpoint of this model and QFTConfig."
+            )
+        return weight
+
     def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+        self,
+        destination: dict[str, Any],
+        prefix: str,
+        keep_vars: bool,  # noqa: FBT001 torch calls it
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self.weight
@@ -50,7 +72,7 @@ class _QuantizedWeight(nn.Module):
         state_dict: dict[str, Any],
         prefix: str,
         local_metadata: dict[str, Any],
-        strict: bool,
+        strict: bool,  # noqa: FBT001 torch calls it so
         missing_keys: list[str],
         unexpected_keys: list[str],
         error_msgs: list[str],
@@ -58,7 +80,7 @@ class _QuantizedWeight(nn.Module):
         weight = self.weight
         if not isinstance(weight, QFTWeight):
             raise RuntimeError(
-                f"{prefix}weight is not quantized yet, so no state can be loaded into it. Load the "
+                f"{prefix}weight is not quantized, so no state can be loaded into it. Load the "
                 "model with from_pretrained, or call quantize_model_ first."
             )
         names = {prefix + name: field for name, field in state_fields(weight).items()}
@@ -68,15 +90,27 @@ class _QuantizedWeight(nn.Module):
         )
         if prefix + "weight" in missing_keys:
             missing_keys.remove(prefix + "weight")  # stored as its fields
+        foreign = {prefix + name for name in STATE_NAMES.values()} & others.keys()
+        if foreign:
+            error_msgs.append(
+                f"{sorted(foreign)} are in the checkpoint but not in this model, whose weight is "
+                f"{weight!r}: the checkpoint was written with another QFTConfig. Load the model "
+                "from that checkpoint with from_pretrained."
+            )
+        found = names.keys() & state_dict.keys()
+        if found:
+            # A shard may hold some fields of a weight and the next shard the others. Until the
+            # last one has come the weight is a mixture, and the module refuses to compute.
+            weight.pending = (weight.pending or frozenset(names)) - found
         for key, field in names.items():
             loaded = state_dict.get(key)
-            if loaded is None:  # also when a sharded checkpoint has it in another file
+            if loaded is None:
                 missing_keys.append(key)
             elif loaded.shape != field.shape or loaded.dtype != field.dtype:
                 error_msgs.append(
                     f"{key} must be {field.dtype} of shape {tuple(field.shape)}, got "
-                    f"{loaded.dtype} of shape {tuple(loaded.shape)}: the checkpoint was written for "
-                    "another model or with another QFTConfig."
+                    f"{loaded.dtype} of shape {tuple(loaded.shape)}: the checkpoint was written "
+                    "for another model or with another QFTConfig."
                 )
             else:
                 field.copy_(loaded)
@@ -87,7 +121,7 @@ class QFTLinear(_QuantizedWeight, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in_features]` to `[..., out_features]`; see `functional.linear`."""
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.complete_weight(), self.bias)
 
 
 class QFTEmbedding(_QuantizedWeight, nn.Embedding):
@@ -95,7 +129,7 @@ class QFTEmbedding(_QuantizedWeight, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integers of any shape to `[*ids.shape, embedding_dim]`; see `functional.embedding`."""
-        return embedding(ids, self.weight, self.padding_idx)
+        return embedding(ids, self.complete_weight(), self.padding_idx)
 
 
 QUANTIZED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {

@@ -1,4 +1,4 @@
-"""`QFTLion`: Lion on INT8 weights, gradients and momentum, and on the float parameters beside them."""
+"""`QFTLion`: Lion on INT8 weights, gradients and momentum, and on float parameters beside them."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
@@ -121,7 +121,7 @@ class QFTLion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient, newest gradient first, and free each gradient.
+        """Update every parameter that has a gradient, newest first, and free each gradient.
 
         Args:
             closure: Re-evaluates the model and returns the loss.
@@ -158,7 +158,9 @@ class QFTLion(Optimizer):
 
     def _gradients_are_finite(self) -> bool:
         flags = [
-            gradient.is_finite() if isinstance(gradient, Int8Gradient) else gradient.isfinite().all()
+            gradient.is_finite()
+            if isinstance(gradient, Int8Gradient)
+            else gradient.isfinite().all()
             for parameter in self._parameters()
             if (gradient := parameter.grad) is not None
         ]
@@ -233,8 +235,8 @@ class QFTLion(Optimizer):
         own = list(self._parameters())
         if len(saved) != len(own):
             raise ValueError(
-                f"The optimizer state is for {len(saved)} parameters, this optimizer has {len(own)}: "
-                "it was saved by another model. Resume with the model it belongs to."
+                f"The optimizer state is for {len(saved)} parameters, this optimizer has "
+                f"{len(own)}: it was saved by another model. Resume with the model it belongs to."
             )
         states = {}
         for key, parameter in zip(saved, own, strict=True):

@@ -135,8 +135,8 @@ def _copy_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target, source = args[:2]
     if type(target) is not type(source):
         raise NotImplementedError(
-            f"Copying {type(source).__name__} into {type(target).__name__} would round or expand it "
-            "unseen. Quantize or .dequantize() first and copy like into like."
+            f"Copying {type(source).__name__} into {type(target).__name__} would round or expand "
+            "it unseen. Quantize or .dequantize() first and copy like into like."
         )
     if target._format() | {"dtype": None} != source._format() | {"dtype": None}:
         raise ValueError(f"Cannot copy {source!r} into {target!r}: their formats differ.")

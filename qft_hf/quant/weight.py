@@ -41,6 +41,8 @@ class QFTWeight(Int8Tensor):
     outlier_values: Tensor
     outlier_columns: Tensor
     group_size: int | None
+    # State-dict keys of fields that a partly loaded checkpoint still owes this weight.
+    pending: frozenset[str] = frozenset()
 
     @staticmethod
     def __new__(cls, codes: Tensor, *_: Any, dtype: torch.dtype, **__: Any) -> Self:
@@ -90,8 +92,8 @@ class QFTWeight(Int8Tensor):
         if not bool(finite.all()):
             count = weight.numel() - int(finite.sum())
             raise ValueError(
-                f"{name} has {count} of {weight.numel()} values that are NaN or infinite and cannot "
-                "be quantized. The checkpoint is damaged or its dtype too narrow: load a good one, "
+                f"{name} has {count} of {weight.numel()} values that are NaN or infinite and "
+                "cannot be quantized. The checkpoint is damaged or its dtype too narrow: load a good one, "
                 "or list the module in modules_to_not_convert."
             )
         n_outliers = outliers_per_row(weight.shape[1], spec.outlier_fraction)
@@ -141,9 +143,7 @@ class QFTWeight(Int8Tensor):
 
     def dequantize_rows(self, rows: slice | Tensor) -> Tensor:
         """The values of some rows, a slice or an int64 index `[n]`: `[n, columns]`, outer dtype."""
-        values = kernels.dequantize(
-            self.codes[rows], self.scales[rows], group_size=self.group_size
-        )
+        values = kernels.dequantize(self.codes[rows], self.scales[rows], group_size=self.group_size)
         if self.outlier_values.shape[1]:
             values.scatter_(1, self.outlier_columns[rows].long(), self.outlier_values[rows])
         return values.to(self.dtype)

@@ -1,4 +1,4 @@
-"""Per-group maxima and products on `[rows, columns]`, where the last group of a row may be short."""
+"""Per-group maxima and products on `[rows, columns]`; the last group of a row may be short."""
 
 import torch
 from torch import Tensor

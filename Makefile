@@ -1,0 +1,48 @@
+# Run `make` to see the targets. Each creates the virtual environment .venv if it is not there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := qft_hf tests scripts
+
+# A machine without an NVIDIA GPU takes the CPU build of PyTorch.
+ifeq ($(shell command -v nvidia-smi),)
+CONSTRAINTS := -c .ci/constraints-cpu.txt
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help install format lint types test demo bench clean
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(INSTALLED): pyproject.toml .ci/constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qft_hf needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev,demo,bench]'
+	@touch $@
+
+install: $(INSTALLED)  ## Create .venv with the package, its tools and the demo's needs
+
+format: $(INSTALLED)  ## Rewrite files: formatting, import order, safe lint fixes
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+lint: $(INSTALLED)  ## Check what `make format` would change; change nothing
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(INSTALLED)  ## Check types
+	$(BIN)/mypy
+
+test: $(INSTALLED)  ## All tests that need no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+demo: $(INSTALLED)  ## Tune a real 135 M model on real dialogues in INT8, all parameters
+	$(BIN)/python scripts/demo.py
+
+bench: $(INSTALLED)  ## Time and memory of the optimizer step beside its peers
+	$(BIN)/python scripts/benchmark_step.py
+
+clean:  ## Remove the environment, fetched data and runs
+	rm -rf $(VENV) data runs

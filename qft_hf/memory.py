@@ -1,0 +1,122 @@
+"""Where the bytes of a model's training state are: measured from live tensors, row by row."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from .nn.convert import Kept, kept_parameters
+from .quant import Int8Tensor, QFTWeight
+
+FP32_ADAM_BYTES = 16  # per parameter: weight, gradient and two moments in FP32
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRow:
+    """Bytes of one kind of state in `n_tensors` stored tensors."""
+
+    state: str
+    n_tensors: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLedger:
+    """Model state by kind; `str()` draws the table.
+
+    Attributes:
+        rows: Kinds of state; every stored tensor is in exactly one.
+        n_parameters: Elements of all parameters, tied ones once.
+        n_quantized: Those of them that are stored as INT8.
+        kept: Parameters that stay float, and why.
+    """
+
+    rows: list[LedgerRow]
+    n_parameters: int
+    n_quantized: int
+    kept: list[Kept] = field(repr=False)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Total bytes for each parameter."""
+        return self.total_bytes / self.n_parameters
+
+    @property
+    def percent_of_fp32_adam(self) -> float:
+        """Total against the 16 bytes per parameter of FP32 Adam, in percent."""
+        return 100 * self.bytes_per_parameter / FP32_ADAM_BYTES
+
+    def __str__(self) -> str:
+        """The table, and what stays float by reason."""
+        lines = [f"{'model state':<22}{'MB':>10}{'bytes/param':>13}{'tensors':>9}"]
+        lines += [
+            f"{row.state:<22}{row.bytes / 1e6:>10.1f}{row.bytes / self.n_parameters:>13.3f}"
+            f"{row.n_tensors:>9}"
+            for row in self.rows
+        ]
+        n_tensors = sum(row.n_tensors for row in self.rows)
+        adam = FP32_ADAM_BYTES * self.n_parameters / 1e6
+        lines += [
+            f"{'total':<22}{self.total_bytes / 1e6:>10.1f}{self.bytes_per_parameter:>13.3f}"
+            f"{n_tensors:>9}",
+            f"{'FP32 Adam (arithmetic)':<22}{adam:>10.1f}{FP32_ADAM_BYTES:>13.3f}",
+            f"{self.percent_of_fp32_adam:.1f} % of FP32 Adam; {self.n_quantized:,} of "
+            f"{self.n_parameters:,} parameters in INT8",
+        ]
+        for reason in sorted({kept.reason for kept in self.kept}):
+            group = [kept for kept in self.kept if kept.reason == reason]
+            elements = sum(kept.parameter.numel() for kept in group)
+            lines.append(
+                f"float: {elements:,} parameters in {len(group)} tensors ({group[0].name}, ...): "
+                f"{reason}"
+            )
+        return "\n".join(lines)
+
+
+def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
+    """Measure the training state that is alive now.
+
+    Args:
+        model: Any module; its parameters, their gradients and its buffers are counted.
+        optimizer: A `torch.optim.Optimizer` (or Accelerate's wrapper) whose state is counted.
+
+    Returns:
+        The ledger. Gradients are there between backward and step, momentum after the first step.
+    """
+    parameters = list(model.parameters())
+    weights = [p for p in parameters if isinstance(p, QFTWeight)]
+    floats = [p for p in parameters if not isinstance(p, QFTWeight)]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    states = [] if optimizer is None else list(optimizer.state.values())
+    rows = [
+        _row("INT8 weights", (w.codes for w in weights)),
+        _row("weight scales", (w.scales for w in weights)),
+        _row(
+            "critical values", (t for w in weights for t in (w.outlier_values, w.outlier_columns))
+        ),
+        _row("float parameters", floats),
+        _row("gradients", gradients),
+        _row("momentum", (t for state in states for t in state.values() if isinstance(t, Tensor))),
+        _row("buffers", model.buffers()),
+    ]
+    return MemoryLedger(
+        rows=[row for row in rows if row.n_tensors],
+        n_parameters=sum(p.numel() for p in parameters),
+        n_quantized=sum(w.numel() for w in weights),
+        kept=kept_parameters(model) if weights else [],
+    )
+
+
+def _row(state: str, tensors: Iterable[Tensor]) -> LedgerRow:
+    stored = [
+        part
+        for tensor in tensors
+        for part in (tensor.fields().values() if isinstance(tensor, Int8Tensor) else (tensor,))
+    ]
+    return LedgerRow(state, len(stored), sum(part.nbytes for part in stored))
