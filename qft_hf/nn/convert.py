@@ -182,7 +182,22 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
             if isinstance(weight, QFTWeight):
                 _replace_(weight, weight.dequantize().to(dtype))
             module.__class__ = PLAIN_CLASSES[type(module)]
-    model.to(dtype)
+    for module in model.modules():
+        _cast_(module, dtype)
+
+
+def _cast_(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what a checkpoint of this module alone would hold, as loading it in `dtype` does.
+
+    Other buffers are tables that the model computes, such as rotary frequencies: a cast would cost
+    them digits that a reloaded model has.
+    """
+    for parameter in module.parameters(recurse=False):
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for name, buffer in module.named_buffers(recurse=False):
+        if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+            setattr(module, name, buffer.to(dtype))
 
 
 def _replace_(parameter: nn.Parameter, tensor: torch.Tensor) -> None:

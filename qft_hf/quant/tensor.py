@@ -138,8 +138,17 @@ def _copy_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             f"Copying {type(source).__name__} into {type(target).__name__} would round or expand "
             "it unseen. Quantize or .dequantize() first and copy like into like."
         )
-    if target._format() | {"dtype": None} != source._format() | {"dtype": None}:
-        raise ValueError(f"Cannot copy {source!r} into {target!r}: their formats differ.")
+    # Field shapes too: copying field by field would broadcast, or stop half-way.
+    shapes, source_shapes = (
+        {name: tuple(field.shape) for name, field in tensor.fields().items()}
+        for tensor in (target, source)
+    )
+    formats_differ = target._format() | {"dtype": None} != source._format() | {"dtype": None}
+    if formats_differ or shapes != source_shapes:
+        raise ValueError(
+            f"Cannot copy {source!r} with fields {source_shapes} into {target!r} with fields "
+            f"{shapes}: their formats differ. Quantize both with the same QFTConfig."
+        )
     for name, field in target.fields().items():
         field.copy_(getattr(source, name))
     return target

@@ -69,8 +69,10 @@ class QFTWeight(Int8Tensor):
         return {"group_size": self.group_size, "dtype": self.dtype}
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
-        """A weight of the same format around other fields."""
-        return type(self)(**fields, group_size=self.group_size, dtype=dtype or self.dtype)
+        """A weight of the same format around other fields; what is pending stays so."""
+        weight = type(self)(**fields, group_size=self.group_size, dtype=dtype or self.dtype)
+        weight.pending = self.pending
+        return weight
 
     @classmethod
     def from_float(cls, weight: Tensor, spec: QuantizationSpec, *, name: str = "weight") -> Self:

@@ -1,0 +1,87 @@
+"""What the model card of a QFT run says beside the Trainer's own card."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard
+
+from .support import quantization_config_of
+
+if TYPE_CHECKING:
+    from .trainer import QFTTrainer
+
+TAGS = ["qft", "int8", "full-parameter-fine-tuning", "lion"]
+MARK = "## INT8 full-parameter training"
+
+
+def write_card(trainer: "QFTTrainer", *, base_model: str | None) -> None:
+    """Add tags, base model and the sections on format, memory, loss and loading to the card.
+
+    Args:
+        trainer: After training; its output folder holds the Trainer's `README.md`, rewritten here.
+        base_model: Hub name of the model that was tuned; None: what the model says of its origin.
+    """
+    path = Path(trainer.args.output_dir) / "README.md"
+    card = ModelCard.load(path)
+    card.data.tags = sorted({*(card.data.tags or []), *TAGS})
+    origin = (
+        base_model or card.data.base_model or getattr(trainer.model.config, "_name_or_path", "")
+    )
+    if origin and not Path(origin).exists():  # a local path means nothing to a reader
+        card.data.base_model = origin
+    text, _, _ = card.text.partition(MARK)
+    card.text = f"{text.rstrip()}\n\n{_sections(trainer)}"
+    card.save(path)
+
+
+def _sections(trainer: "QFTTrainer") -> str:
+    name = Path(trainer.args.hub_model_id or trainer.args.output_dir).name
+    parts = [
+        MARK,
+        "Every parameter was trained. Weights, gradients and Lion momentum were stored as INT8 "
+        "(QFT, arXiv:2310.07147) by qft_hf.",
+        "### Weight format",
+        _format_table(trainer),
+        "### Memory of the model state",
+        f"```\n{trainer.ledger}\n```" if trainer.ledger else "Not measured: no step was taken.",
+        "### Loss",
+        _loss_table(trainer.state.log_history),
+        "### How to load it",
+        "As INT8, to go on training or to save memory:",
+        f'```python\nimport qft_hf  # registers the "qft" format\n'
+        f"from transformers import {type(trainer.model).__name__}\n\n"
+        f'model = {type(trainer.model).__name__}.from_pretrained("{name}")\n```',
+        "Without qft_hf, after one conversion to an ordinary bf16 checkpoint:",
+        f"```sh\npython scripts/export.py {name} {name}-bf16\n```",
+        f'```python\nmodel = {type(trainer.model).__name__}.from_pretrained("{name}-bf16")\n```',
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _format_table(trainer: "QFTTrainer") -> str:
+    config = quantization_config_of(trainer.model)
+    if config is None:
+        return "The model's config does not record the format."
+    rows = {
+        "codes": "INT8, symmetric, stochastic rounding of updates",
+        "scales": "FP32, "
+        + (f"per {config.group_size} inputs" if config.group_size else "per row"),
+        "critical values in FP32": f"{100 * config.outlier_fraction:g} % of each row",
+        "modules kept in float": ", ".join(config.modules_to_not_convert or []) or "none",
+    }
+    return _table(("what", "how"), rows.items())
+
+
+def _loss_table(history: list[dict[str, Any]]) -> str:
+    rows = []
+    for label, key in (("evaluation", "eval_loss"), ("training", "loss")):
+        values = [entry[key] for entry in history if key in entry]
+        if values:
+            rows.append((label, f"{values[0]:.4f}", f"{values[-1]:.4f}"))
+    return _table(("loss", "first", "last"), rows) if rows else "No loss was logged."
+
+
+def _table(head: tuple[str, ...], rows: Any) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""`QFTConfig`: the storage format as `from_pretrained` takes it and `config.json` records it."""
+
+from dataclasses import fields
+from typing import Any
+
+from transformers.quantizers import auto
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..config import QuantizationSpec
+
+QUANT_METHOD = "qft"
+
+
+@register_quantization_config(QUANT_METHOD)
+class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
+    """INT8 weights for `from_pretrained(quantization_config=...)` and `quantize_model_`.
+
+    Arguments and ranges are those of `QuantizationSpec`.
+
+    Raises:
+        TypeError: A value is of the wrong type.
+        ValueError: A value is out of its range.
+    """
+
+    quant_method: Any
+
+    def __post_init__(self) -> None:
+        """Check types before ranges: values also come from JSON, YAML and command lines."""
+        for name, types, wanted in (
+            ("group_size", (int, type(None)), "an integer or None"),
+            ("outlier_fraction", (int, float), "a number"),
+            ("modules_to_not_convert", (list, type(None)), "a list of module names or None"),
+            ("matmul", (str,), "a string"),
+            ("seed", (int,), "an integer"),
+        ):
+            value = getattr(self, name)
+            # bool is an int to Python and a slip to us.
+            if not isinstance(value, types) or isinstance(value, bool):
+                raise TypeError(f"{name} must be {wanted}, got {value!r}.")
+        if not all(isinstance(entry, str) for entry in self.modules_to_not_convert or []):
+            raise TypeError(
+                "modules_to_not_convert must be a list of module names or None, got "
+                f"{self.modules_to_not_convert!r}."
+            )
+        super().__post_init__()
+        self.quant_method = QUANT_METHOD
+
+    @classmethod
+    def from_dict(
+        cls,
+        config_dict: dict[str, Any],
+        return_unused_kwargs: bool = False,  # noqa: FBT001, FBT002 transformers' signature
+        **kwargs: Any,
+    ) -> Any:
+        """The configuration of a dictionary such as `to_dict` returns.
+
+        Args:
+            config_dict: Values by name; names left out keep their defaults.
+            return_unused_kwargs: Whether to return the ignored `kwargs` beside the configuration.
+            kwargs: Values that win over those of the dictionary; other names are ignored.
+
+        Raises:
+            ValueError: A name is unknown, or the dictionary is of another quantization method.
+        """
+        values = dict(config_dict)
+        method = values.pop("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ValueError(
+                f"QFTConfig is for quant_method={QUANT_METHOD!r}, got {method!r}. Read the "
+                "dictionary with the configuration class of that method."
+            )
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(values.keys() - names)
+        if unknown:
+            raise ValueError(
+                f"QFTConfig has no {', '.join(unknown)}; its names are {', '.join(names)}. If a "
+                "checkpoint says so, it was written by a newer qft_hf: install that version."
+            )
+        values |= {name: kwargs.pop(name) for name in names if name in kwargs}
+        config = cls(**values)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    @property
+    def storage_format(self) -> dict[str, Any]:
+        """The values that decide which tensors a checkpoint holds.
+
+        Assigning another format raises: this is how transformers hands a checkpoint's configuration
+        the one that the user passed to `from_pretrained` beside it.
+        """
+        return {
+            "group_size": self.group_size,
+            "outlier_fraction": self.outlier_fraction,
+            "modules_to_not_convert": sorted(self.modules_to_not_convert or []),
+        }
+
+    @storage_format.setter
+    def storage_format(self, wanted: dict[str, Any]) -> None:
+        own = self.storage_format
+        different = [name for name in own if own[name] != wanted[name]]
+        if different:
+            raise ValueError(
+                "The checkpoint is already quantized with "
+                f"{', '.join(f'{name}={own[name]!r}' for name in different)}, and "
+                f"{', '.join(f'{name}={wanted[name]!r}' for name in different)} was asked for. "
+                "Leave quantization_config out to read it as it is; for another format load it, "
+                "call dequantize_model_, save, and quantize the float checkpoint."
+            )
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What of a configuration passed by the user applies to an INT8 checkpoint."""
+        # The format comes first, so that nothing is taken over when it does not fit.
+        return {"storage_format": self.storage_format, "matmul": self.matmul, "seed": self.seed}
+
+
+# Only these classes are asked for loading attributes. For others transformers drops the user's
+# configuration with a warning, whatever it says.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (  # type: ignore[assignment]
+    *auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
+    QFTConfig,
+)

@@ -1,0 +1,459 @@
+"""The transformers plug-in: quantizes float checkpoints while they load, and reads INT8 ones.
+
+transformers turns what goes wrong with one tensor into a table on the screen: then it raises a text
+of its own, or fills in random values and goes on. So faults are collected while tensors come in and
+raised together, by name, when the last one has come.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from ..config import QuantizationSpec
+from ..layout import GroupLayout, outlier_bytes
+from ..nn import (
+    STATE_NAMES,
+    ConversionPlan,
+    dequantize_modules_,
+    is_quantized_module,
+    prepare_modules_,
+    quantize_modules_,
+    state_fields,
+)
+from ..quant import QFTWeight
+from .config import QUANT_METHOD, QFTConfig
+
+FAULTS_SHOWN = 10  # of an error that may concern every tensor of a model
+
+# How the loader finds a field, by its name in a checkpoint. Anchored at both ends: before 5.20
+# transformers takes a pattern for a match wherever it occurs.
+PATTERNS = {rf"\.{name}$": name for name in STATE_NAMES.values()}
+
+
+class _Operation(ConversionOps):
+    """A step of loading that reports to its quantizer."""
+
+    def __init__(self, hf_quantizer: "QFTQuantizer") -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Operation":
+        """Itself: the loader copies the operation for each weight, and there is one report."""
+        return self
+
+
+class Quantize(_Operation):
+    """Float weights of a checkpoint to `QFTWeight`, one at a time."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, list[Tensor]]:
+        """Quantize what the model holds as INT8; other tensors pass."""
+        model = kwargs["model"]
+        return {
+            name: [self.hf_quantizer.quantize(model, name, _only(tensor))]
+            for name, tensor in input_dict.items()
+        }
+
+
+class Assemble(_Operation):
+    """The fields of one weight, which may come from several files, to its `QFTWeight`."""
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        **kwargs: Any,
+    ) -> dict[str, list[Tensor]]:
+        """Check the fields and wrap them; a weight with a fault is left out."""
+        name = kwargs["full_layer_name"]
+        self.hf_quantizer.missing_names = kwargs["missing_keys"]
+        fields = {PATTERNS[pattern]: _only(tensor) for pattern, tensor in input_dict.items()}
+        weight = self.hf_quantizer.assemble(kwargs["model"], name, fields)
+        return {} if weight is None else {name: [weight]}
+
+
+@register_quantizer(QUANT_METHOD)
+class QFTQuantizer(HfQuantizer):
+    """Makes and reads models whose linear and embedding weights are `QFTWeight`.
+
+    Args:
+        quantization_config: The storage format.
+        pre_quantized: Whether the checkpoint holds INT8 fields; else float weights.
+    """
+
+    quantization_config: QFTConfig
+
+    def __init__(self, quantization_config: QFTConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.faults: dict[str, str] = {}  # by name of the tensor
+        self.missing_names: set[str] = set()  # the loader's own record, which it empties
+        self.shapes: dict[str, torch.Size] = {}
+
+    @property
+    def is_trainable(self) -> bool:
+        """Yes, with `QFTLion`."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Yes: without it the Trainer demands adapters on top of a quantized model."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """Yes: `state_dict` holds the INT8 fields."""
+        return True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse to offload: its hooks exchange float tensors by name.
+
+        Raises:
+            ValueError: The device map leaves modules on disk, or on the CPU beside a GPU.
+        """
+        device_map = kwargs.get("device_map")
+        named = isinstance(device_map, dict)  # else a word such as "auto", checked when worked out
+        places = {str(place) for place in device_map.values()} if named else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"The device map puts modules on {sorted(places)}, and INT8 weights cannot be "
+                'offloaded. Use device_map="cpu" or devices that hold the model together; a larger '
+                "max_memory if it was set too low."
+            )
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        """Whether the model holds the parameter as INT8."""
+        module, name = _module_of(model, param_name)
+        return name == "weight" and is_quantized_module(module)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Bytes per element when loaded, for automatic device maps."""
+        if not self.param_needs_quantization(model, param_name):
+            return param.element_size()
+        rows, columns = param.shape
+        config = self.quantization_config
+        stored = GroupLayout(rows, columns, config.group_size).stored_bytes
+        stored += outlier_bytes(rows, columns, config.outlier_fraction)
+        return stored / param.numel()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """What happens to a float weight."""
+        return Quantize(self)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """What happens to the fields of an INT8 checkpoint."""
+        if not self.pre_quantized:
+            return []
+        return [WeightConverter(list(PATTERNS), ".weight", [Assemble(self)])]
+
+    def quantize(self, model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
+        """The `QFTWeight` of a float weight. One with a fault is reported and passes as it is."""
+        if not self.param_needs_quantization(model, name):
+            return tensor
+        try:
+            _check_shape(name, tensor, model.get_parameter(name).shape)
+            return QFTWeight.from_float(tensor, self.quantization_config, name=name)
+        except ValueError as error:
+            self.faults[name] = str(error)
+            return tensor
+
+    def assemble(
+        self, model: PreTrainedModel, name: str, fields: dict[str, Tensor]
+    ) -> QFTWeight | None:
+        """The weight `name` of its fields by their names in the file; None if it is at fault."""
+        parameter = model.get_parameter(name)
+        try:
+            if not self.param_needs_quantization(model, name):
+                raise ValueError(
+                    f"{_listed(name, fields)} are in the checkpoint, and {name} is not quantized "
+                    "in this model. Load it with the class it was saved from, and leave "
+                    "modules_to_not_convert in its config.json as it was."
+                )
+            return weight_from_fields(
+                fields,
+                self.quantization_config,
+                name=name,
+                shape=parameter.shape,
+                dtype=parameter.dtype,
+            )
+        except ValueError as error:
+            self.faults[name] = str(error)
+            return None
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        self.faults, self.missing_names = {}, set()
+        self._check_files(kwargs.get("checkpoint_files") or [])
+        check_shared_weights(model, prepare_modules_(model, self.quantization_config))
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        return model
+
+    def _check_files(self, files: list[str]) -> None:
+        """Raise for what shows before anything is loaded: the headers of the files."""
+        names = set(_tensor_names(files))
+        fields = [name for name in names if name.rpartition(".")[2] in PATTERNS.values()]
+        if fields and not self.pre_quantized:
+            raise ValueError(
+                f"{min(fields)} and {len(fields) - 1} more tensors of {files[0]} are INT8 fields, "
+                "and config.json has no quantization_config. Restore the config.json that was "
+                "saved with them; an INT8 checkpoint is loaded without quantization_config."
+            )
+        doubled = [name for name in fields if f"{name.rpartition('.')[0]}.weight" in names]
+        if doubled:
+            raise ValueError(
+                f"{min(doubled)} is in {files[0]} beside a float weight of the same module, one of "
+                f"{len(doubled)} such fields, so the checkpoint is a mixture of two. Save the "
+                "model again into an empty folder."
+            )
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # Saving reverses the conversions of loading. Ours has no reverse and needs none, since
+        # state_dict already holds the fields.
+        model._weight_conversions = [
+            conversion
+            for conversion in getattr(model, "_weight_conversions", None) or []
+            if not any(isinstance(step, Assemble) for step in getattr(conversion, "operations", []))
+        ]
+        if self.pre_quantized:
+            self._find_missing(model)
+        self._find_bad_values(model)
+        if self.faults:
+            shown = "\n".join(f"- {fault}" for fault in list(self.faults.values())[:FAULTS_SHOWN])
+            raise ValueError(
+                f"{len(self.faults)} tensors of {model.name_or_path or 'the state dict'} cannot be "
+                f"loaded into {type(model).__name__}, the first {FAULTS_SHOWN} at most:\n{shown}"
+            )
+        if not self.pre_quantized:
+            # Weights that are not in the checkpoint, such as a new classifier, are float so far.
+            quantize_modules_(model, self.quantization_config)
+        return model
+
+    def _find_missing(self, model: PreTrainedModel) -> None:
+        """An INT8 checkpoint is complete: a weight that is not in it would be random."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        loaded = {id(p) for name, p in parameters.items() if name not in self.missing_names}
+        for name, parameter in parameters.items():
+            quantized = self.param_needs_quantization(model, name)
+            if isinstance(parameter, QFTWeight) or name in self.faults:
+                continue
+            if quantized and getattr(parameter, "_is_hf_initialized", False):
+                self.faults[name] = (
+                    f"{name} is in the checkpoint as a float tensor, and config.json says that it "
+                    "is quantized. Save the model again, or list the module in "
+                    "modules_to_not_convert of config.json to keep it float."
+                )
+            elif quantized or id(parameter) not in loaded:
+                wanted = name + "_q" if quantized else name
+                self.faults[name] = (
+                    f"{wanted} is missing from the checkpoint. Copy or save it again. To give an "
+                    "INT8 model a new head, call dequantize_model_, save, and load that float "
+                    "checkpoint with quantization_config=QFTConfig(...)."
+                )
+
+    def _find_bad_values(self, model: PreTrainedModel) -> None:
+        """Float parameters with a wrong shape, which transformers 5.17 lets pass, or with NaN."""
+        for name, parameter in model.named_parameters():
+            if name in self.faults or parameter.is_meta:
+                continue
+            try:
+                _check_shape(name, parameter, self.shapes.get(name, parameter.shape))
+                if not isinstance(parameter, QFTWeight):
+                    check_finite(name, parameter)
+            except ValueError as error:
+                self.faults[name] = str(error)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: Any = None) -> PreTrainedModel:
+        # config.dtype, the default, is a string once the model has been saved.
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dequantize_modules_(model, dtype)
+        for config in _configs(model):
+            config.dtype = dtype
+        return model
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Take off every mark of a quantized model."""
+        super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        for config in _configs(model):
+            config.__dict__.pop("_is_quantized", None)  # attention asks whether it is there
+
+
+def weight_from_fields(
+    fields: dict[str, Tensor],
+    spec: QuantizationSpec,
+    *,
+    name: str,
+    shape: torch.Size,
+    dtype: torch.dtype,
+) -> QFTWeight:
+    """A `QFTWeight` around the fields of a checkpoint, once they are known to be sound.
+
+    Args:
+        fields: Tensors by name in a state dict (`weight_q`, ...).
+        spec: The format they must have.
+        name: Full name of the weight, for errors.
+        shape: `[rows, columns]`.
+        dtype: The outer float dtype.
+
+    Raises:
+        ValueError: A field is missing, not part of the format, of another shape or dtype, or has
+            values that no quantized weight has.
+    """
+    rows, columns = shape
+    wanted = QFTWeight.empty(rows, columns, spec, dtype=dtype, device="meta")
+    expected = state_fields(wanted)
+    if missing := expected.keys() - fields.keys():
+        raise ValueError(
+            f"{_listed(name, missing)} missing from the checkpoint, which has "
+            f"{_listed(name, fields)}. A shard was lost or the file is damaged: copy or save the "
+            "checkpoint again."
+        )
+    if extra := fields.keys() - expected.keys():
+        raise ValueError(
+            f"{_listed(name, extra)} in the checkpoint, and its config.json has "
+            f"outlier_fraction={spec.outlier_fraction}, which makes no such field. Restore the "
+            "config.json that was saved with it."
+        )
+    for key, field in expected.items():
+        if fields[key].dtype != field.dtype or fields[key].shape != field.shape:
+            raise ValueError(
+                f"{_listed(name, [key])} must be {field.dtype} of shape {tuple(field.shape)}, got "
+                f"{fields[key].dtype} of shape {tuple(fields[key].shape)}. The checkpoint is of "
+                "another model or of another QFTConfig than its config.json says."
+            )
+    inner = {
+        attribute: fields[key]
+        if (key := STATE_NAMES[attribute]) in fields
+        else torch.empty(field.shape, dtype=field.dtype, device=fields[STATE_NAMES["codes"]].device)
+        for attribute, field in wanted.fields().items()
+    }
+    _check_values(name, columns, **inner)
+    return wanted.with_fields(inner)
+
+
+def _check_values(
+    name: str,
+    columns: int,
+    *,
+    codes: Tensor,
+    scales: Tensor,
+    outlier_values: Tensor,
+    outlier_columns: Tensor,
+) -> None:
+    """Raise for values that quantizing never makes; they would train on in silence."""
+    ascending = outlier_columns[:, 1:] > outlier_columns[:, :-1]
+    for field, problem, good in (
+        ("codes", "-128, which is no code", codes > -128),
+        (
+            "scales",
+            "scales that are not positive, finite numbers",
+            (scales > 0) & scales.isfinite(),
+        ),
+        ("outlier_values", "NaN or infinite values", outlier_values.isfinite()),
+        (
+            "outlier_columns",
+            f"columns outside [0, {columns})",
+            (outlier_columns >= 0) & (outlier_columns < columns),
+        ),
+        ("outlier_columns", "columns that do not ascend", ascending),
+    ):
+        if not bool(good.all()):
+            raise ValueError(
+                f"{_listed(name, [STATE_NAMES[field]])} has {problem}: {int((~good).sum())} of "
+                f"{good.numel()}. The checkpoint is damaged: copy or save it again."
+            )
+
+
+def check_shared_weights(model: nn.Module, plan: ConversionPlan) -> None:
+    """Raise unless modules that share a parameter are all quantized or all float.
+
+    Raises:
+        ValueError: A quantized weight is also the parameter of a module that is not quantized.
+    """
+    chosen = {id(module) for module in plan.modules.values()}
+    users: dict[Any, dict[str, bool]] = {}
+    # A skeleton on the meta device is not tied yet, and only says what will be.
+    sources = getattr(model, "all_tied_weights_keys", {})
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            quantized = id(module) in chosen and name.endswith(".weight")
+            source = model.get_parameter(sources[name]) if name in sources else parameter
+            users.setdefault(id(source), {})[name] = quantized
+    for names in users.values():
+        if len(set(names.values())) > 1:
+            kept = [name for name, quantized in names.items() if not quantized]
+            raise ValueError(
+                f"{', '.join(names)} are one tied weight, and {', '.join(kept)} would stay float. "
+                "List all or none of their modules in modules_to_not_convert, or untie them with "
+                "tie_word_embeddings=False."
+            )
+
+
+def check_finite(name: str, parameter: Tensor) -> None:
+    """Raise if a float parameter has values that no training can start from.
+
+    Raises:
+        ValueError: Some are NaN or infinite.
+    """
+    finite = parameter.detach().isfinite()
+    if not bool(finite.all()):
+        raise ValueError(
+            f"{name} has {int((~finite).sum())} of {finite.numel()} values that are NaN or "
+            "infinite. The checkpoint is damaged or its dtype too narrow: load a good one."
+        )
+
+
+def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} in the checkpoint, and the model needs "
+            f"{tuple(shape)}. Load it with its own config.json; to change a size, load it as float "
+            "with ignore_mismatched_sizes=True and call quantize_model_."
+        )
+
+
+def _tensor_names(files: list[str]) -> Iterable[str]:
+    """Names in the headers of safetensors files."""
+    for file in files:
+        if not file.endswith(".safetensors"):
+            continue
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                yield from tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{file} cannot be read ({error}). It is damaged, or was cut off when it was "
+                "copied or saved: copy it again, or load an earlier checkpoint."
+            ) from error
+
+
+def _listed(name: str, fields: Iterable[str]) -> str:
+    """Full names of some fields of the weight `name`."""
+    stem = name.removesuffix("weight")
+    return ", ".join(stem + field for field in sorted(fields))
+
+
+def _only(tensor: Any) -> Tensor:
+    """A tensor that the loader may have put into a list of one."""
+    found: Tensor = tensor[0] if isinstance(tensor, list) else tensor
+    return found
+
+
+def _module_of(model: nn.Module, parameter_name: str) -> tuple[nn.Module, str]:
+    prefix, _, name = parameter_name.rpartition(".")
+    return model.get_submodule(prefix), name
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Configurations of a model and of the models inside it."""
+    return [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]

@@ -1,0 +1,129 @@
+"""`QFTTrainer`: the Trainer with conversion, memory ledger, safe checkpoints and model card."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..memory import MemoryLedger, memory_ledger
+from .arguments import QFTTrainingArguments
+from .card import write_card
+from .registration import optimizer_class_and_arguments
+from .support import OPTIMIZER_NAME, ensure_quantized, refuse_unsupported
+
+
+class QFTTrainer(Trainer):
+    """Trains every parameter of a model in INT8; takes what `transformers.Trainer` takes.
+
+    A float model is quantized in place when the trainer is built. The memory ledger is printed once
+    gradients and momentum both exist, and stays in `ledger`. A checkpoint that cannot be written
+    whole is removed again, and one that was in its place is put back.
+
+    Raises:
+        ValueError: The optimizer is not `qft_lion`, or the arguments or the model cannot work with
+            INT8 weights; the text says what to do instead.
+    """
+
+    def __init__(
+        self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any
+    ) -> None:
+        if args is None:
+            args = QFTTrainingArguments(output_dir="trainer_output")
+        if args.optim != OPTIMIZER_NAME:
+            raise ValueError(
+                f"QFTTrainer trains INT8 weights with {OPTIMIZER_NAME!r}, got optim={args.optim!r}. "
+                f"Set optim={OPTIMIZER_NAME!r} or use transformers.Trainer."
+            )
+        if model is not None:
+            # Before the Trainer moves the model: the float weights never reach the device.
+            refuse_unsupported(args, model)
+            ensure_quantized(model, args)
+        self.ledger: MemoryLedger | None = None
+        super().__init__(model=model, args=args, **kwargs)
+        self.add_callback(_LedgerCallback(self))
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: TrainingArguments, model: Any = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """`QFTLion` and its arguments."""
+        return optimizer_class_and_arguments(args, model)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add figures of the INT8 run to training logs, for every reporter."""
+        if "loss" in logs and self.optimizer is not None:
+            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            logs["qft/skipped_steps"] = float(optimizer.skipped_steps)
+            if torch.cuda.is_available():
+                logs["qft/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint whole or not at all.
+
+        Raises:
+            OSError: Whatever the file system said, after the half-written folder was removed.
+        """
+        folder = Path(self._get_output_dir(trial=trial))
+        folder /= f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        earlier = folder.with_name(f"{folder.name}.earlier")
+        if folder.exists():
+            os.replace(folder, earlier)
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if earlier.exists():
+                os.replace(earlier, folder)
+            error.add_note(
+                f"The checkpoint {folder} could not be written and was removed; earlier "
+                "checkpoints are whole. Free disk space, lower save_total_limit, and resume from the last one."
+            )
+            raise
+        shutil.rmtree(earlier, ignore_errors=True)
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """Write `README.md` for the Hub: the Trainer's card, with what is particular to QFT.
+
+        Args:
+            **kwargs: Those of `Trainer.create_model_card`; `tags` are added to ours.
+        """
+        super().create_model_card(**kwargs)
+        if self.is_world_process_zero():
+            write_card(self, base_model=kwargs.get("finetuned_from"))
+
+
+class _LedgerCallback(TrainerCallback):
+    """Measures the ledger just before a step: the gradients are complete and not yet freed."""
+
+    def __init__(self, trainer: QFTTrainer) -> None:
+        self.trainer = trainer
+        self.n_seen = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start over: a second `train()` has a new optimizer."""
+        self.n_seen = 0
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure at the first two steps; momentum exists from the second on."""
+        self.n_seen += 1
+        if self.n_seen <= 2:
+            self.trainer.ledger = memory_ledger(self.trainer.model, self.trainer.optimizer)
+        if self.n_seen == 2 and state.is_world_process_zero:
+            tqdm.write(str(self.trainer.ledger))
