@@ -21,12 +21,11 @@ def write_card(trainer: "QFTTrainer", *, base_model: str | None) -> None:
         trainer: After training; its output folder holds the Trainer's `README.md`, rewritten here.
         base_model: Hub name of the model that was tuned; None: what the model says of its origin.
     """
-    path = Path(trainer.args.output_dir) / "README.md"
+    path = Path(str(trainer.args.output_dir)) / "README.md"
     card = ModelCard.load(path)
     card.data.tags = sorted({*(card.data.tags or []), *TAGS})
-    origin = (
-        base_model or card.data.base_model or getattr(trainer.model.config, "_name_or_path", "")
-    )
+    config = getattr(trainer.model, "config", None)
+    origin = base_model or card.data.base_model or getattr(config, "_name_or_path", "")
     if origin and not Path(origin).exists():  # a local path means nothing to a reader
         card.data.base_model = origin
     text, _, _ = card.text.partition(MARK)
@@ -35,7 +34,7 @@ def write_card(trainer: "QFTTrainer", *, base_model: str | None) -> None:
 
 
 def _sections(trainer: "QFTTrainer") -> str:
-    name = Path(trainer.args.hub_model_id or trainer.args.output_dir).name
+    name = Path(trainer.args.hub_model_id or str(trainer.args.output_dir)).name
     parts = [
         MARK,
         "Every parameter was trained. Weights, gradients and Lion momentum were stored as INT8 "

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from ..nn import conversion_plan, dequantize_modules_, is_quantized_module, quantize_modules_
 from .config import QUANT_METHOD, QFTConfig
-from .quantizer import QFTQuantizer, check_finite, check_shared_weights
+from .quantizer import QFTQuantizer, check_finite
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,13 +29,11 @@ def quantize_model_(model: Model, config: QFTConfig) -> Model:
         `model`.
 
     Raises:
-        ValueError: The model is quantized in another way, has NaN or infinite values (named), holds
-            matrices in a class that is not supported, or ties a weight that would be quantized to
-            one that would not. The model is unchanged.
+        ValueError: The model is quantized in another way, has NaN or infinite values (named), or
+            holds matrices in a class that is not supported. The model is unchanged.
     """
     _refuse_other_quantization(model, config)
     plan = conversion_plan(model, config.modules_to_not_convert)
-    check_shared_weights(model, plan)
     for kept in plan.kept:
         if not kept.parameter.is_meta:
             check_finite(kept.name, kept.parameter)
@@ -66,7 +64,7 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
         )
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, QFTQuantizer):
-        quantizer.dequantize(model, dtype=dtype)  # type: ignore[no-untyped-call]
+        quantizer.dequantize(model, dtype=dtype)
     else:
         dequantize_modules_(model, dtype)
     return model

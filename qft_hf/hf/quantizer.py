@@ -16,24 +16,21 @@ from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..config import QuantizationSpec
 from ..layout import GroupLayout, outlier_bytes
 from ..nn import (
-    STATE_NAMES,
-    ConversionPlan,
     dequantize_modules_,
     is_quantized_module,
     prepare_modules_,
     quantize_modules_,
-    state_fields,
 )
+from ..nn.state import STATE_NAMES, listed, weight_from_fields
 from ..quant import QFTWeight
 from .config import QUANT_METHOD, QFTConfig
 
 FAULTS_SHOWN = 10  # of an error that may concern every tensor of a model
 
-# How the loader finds a field, by its name in a checkpoint. Anchored at both ends: before 5.20
-# transformers takes a pattern for a match wherever it occurs.
+# How the loader finds a field, by its name in a checkpoint. Anchored at both ends: to transformers
+# 5.17 a pattern matches wherever it occurs.
 PATTERNS = {rf"\.{name}$": name for name in STATE_NAMES.values()}
 
 
@@ -122,8 +119,9 @@ class QFTQuantizer(HfQuantizer):
             ValueError: The device map leaves modules on disk, or on the CPU beside a GPU.
         """
         device_map = kwargs.get("device_map")
-        named = isinstance(device_map, dict)  # else a word such as "auto", checked when worked out
-        places = {str(place) for place in device_map.values()} if named else set()
+        if not isinstance(device_map, dict):
+            return  # such as "auto": comes again as a dictionary
+        places = {str(place) for place in device_map.values()}
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
                 f"The device map puts modules on {sorted(places)}, and INT8 weights cannot be "
@@ -177,7 +175,7 @@ class QFTQuantizer(HfQuantizer):
         try:
             if not self.param_needs_quantization(model, name):
                 raise ValueError(
-                    f"{_listed(name, fields)} are in the checkpoint, and {name} is not quantized "
+                    f"{listed(name, fields)} are in the checkpoint, and {name} is not quantized "
                     "in this model. Load it with the class it was saved from, and leave "
                     "modules_to_not_convert in its config.json as it was."
                 )
@@ -195,7 +193,8 @@ class QFTQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         self.faults, self.missing_names = {}, set()
         self._check_files(kwargs.get("checkpoint_files") or [])
-        check_shared_weights(model, prepare_modules_(model, self.quantization_config))
+        _tie(model)
+        prepare_modules_(model, self.quantization_config)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         return model
 
@@ -243,9 +242,10 @@ class QFTQuantizer(HfQuantizer):
         """An INT8 checkpoint is complete: a weight that is not in it would be random."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         loaded = {id(p) for name, p in parameters.items() if name not in self.missing_names}
+        known = self.faults.keys() | model.all_tied_weights_keys.keys()  # its source tells
         for name, parameter in parameters.items():
             quantized = self.param_needs_quantization(model, name)
-            if isinstance(parameter, QFTWeight) or name in self.faults:
+            if isinstance(parameter, QFTWeight) or name in known:
                 continue
             if quantized and getattr(parameter, "_is_hf_initialized", False):
                 self.faults[name] = (
@@ -283,120 +283,9 @@ class QFTQuantizer(HfQuantizer):
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """Take off every mark of a quantized model."""
-        super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        super().remove_quantization_config(model)
         for config in _configs(model):
             config.__dict__.pop("_is_quantized", None)  # attention asks whether it is there
-
-
-def weight_from_fields(
-    fields: dict[str, Tensor],
-    spec: QuantizationSpec,
-    *,
-    name: str,
-    shape: torch.Size,
-    dtype: torch.dtype,
-) -> QFTWeight:
-    """A `QFTWeight` around the fields of a checkpoint, once they are known to be sound.
-
-    Args:
-        fields: Tensors by name in a state dict (`weight_q`, ...).
-        spec: The format they must have.
-        name: Full name of the weight, for errors.
-        shape: `[rows, columns]`.
-        dtype: The outer float dtype.
-
-    Raises:
-        ValueError: A field is missing, not part of the format, of another shape or dtype, or has
-            values that no quantized weight has.
-    """
-    rows, columns = shape
-    wanted = QFTWeight.empty(rows, columns, spec, dtype=dtype, device="meta")
-    expected = state_fields(wanted)
-    if missing := expected.keys() - fields.keys():
-        raise ValueError(
-            f"{_listed(name, missing)} missing from the checkpoint, which has "
-            f"{_listed(name, fields)}. A shard was lost or the file is damaged: copy or save the "
-            "checkpoint again."
-        )
-    if extra := fields.keys() - expected.keys():
-        raise ValueError(
-            f"{_listed(name, extra)} in the checkpoint, and its config.json has "
-            f"outlier_fraction={spec.outlier_fraction}, which makes no such field. Restore the "
-            "config.json that was saved with it."
-        )
-    for key, field in expected.items():
-        if fields[key].dtype != field.dtype or fields[key].shape != field.shape:
-            raise ValueError(
-                f"{_listed(name, [key])} must be {field.dtype} of shape {tuple(field.shape)}, got "
-                f"{fields[key].dtype} of shape {tuple(fields[key].shape)}. The checkpoint is of "
-                "another model or of another QFTConfig than its config.json says."
-            )
-    inner = {
-        attribute: fields[key]
-        if (key := STATE_NAMES[attribute]) in fields
-        else torch.empty(field.shape, dtype=field.dtype, device=fields[STATE_NAMES["codes"]].device)
-        for attribute, field in wanted.fields().items()
-    }
-    _check_values(name, columns, **inner)
-    return wanted.with_fields(inner)
-
-
-def _check_values(
-    name: str,
-    columns: int,
-    *,
-    codes: Tensor,
-    scales: Tensor,
-    outlier_values: Tensor,
-    outlier_columns: Tensor,
-) -> None:
-    """Raise for values that quantizing never makes; they would train on in silence."""
-    ascending = outlier_columns[:, 1:] > outlier_columns[:, :-1]
-    for field, problem, good in (
-        ("codes", "-128, which is no code", codes > -128),
-        (
-            "scales",
-            "scales that are not positive, finite numbers",
-            (scales > 0) & scales.isfinite(),
-        ),
-        ("outlier_values", "NaN or infinite values", outlier_values.isfinite()),
-        (
-            "outlier_columns",
-            f"columns outside [0, {columns})",
-            (outlier_columns >= 0) & (outlier_columns < columns),
-        ),
-        ("outlier_columns", "columns that do not ascend", ascending),
-    ):
-        if not bool(good.all()):
-            raise ValueError(
-                f"{_listed(name, [STATE_NAMES[field]])} has {problem}: {int((~good).sum())} of "
-                f"{good.numel()}. The checkpoint is damaged: copy or save it again."
-            )
-
-
-def check_shared_weights(model: nn.Module, plan: ConversionPlan) -> None:
-    """Raise unless modules that share a parameter are all quantized or all float.
-
-    Raises:
-        ValueError: A quantized weight is also the parameter of a module that is not quantized.
-    """
-    chosen = {id(module) for module in plan.modules.values()}
-    users: dict[Any, dict[str, bool]] = {}
-    # A skeleton on the meta device is not tied yet, and only says what will be.
-    sources = getattr(model, "all_tied_weights_keys", {})
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            quantized = id(module) in chosen and name.endswith(".weight")
-            source = model.get_parameter(sources[name]) if name in sources else parameter
-            users.setdefault(id(source), {})[name] = quantized
-    for names in users.values():
-        if len(set(names.values())) > 1:
-            kept = [name for name, quantized in names.items() if not quantized]
-            raise ValueError(
-                f"{', '.join(names)} are one tied weight, and {', '.join(kept)} would stay float. "
-                "List all or none of their modules in modules_to_not_convert, or untie them with "
-                "tie_word_embeddings=False."
-            )
 
 
 def check_finite(name: str, parameter: Tensor) -> None:
@@ -437,12 +326,6 @@ def _tensor_names(files: list[str]) -> Iterable[str]:
             ) from error
 
 
-def _listed(name: str, fields: Iterable[str]) -> str:
-    """Full names of some fields of the weight `name`."""
-    stem = name.removesuffix("weight")
-    return ", ".join(stem + field for field in sorted(fields))
-
-
 def _only(tensor: Any) -> Tensor:
     """A tensor that the loader may have put into a list of one."""
     found: Tensor = tensor[0] if isinstance(tensor, list) else tensor
@@ -452,6 +335,13 @@ def _only(tensor: Any) -> Tensor:
 def _module_of(model: nn.Module, parameter_name: str) -> tuple[nn.Module, str]:
     prefix, _, name = parameter_name.rpartition(".")
     return model.get_submodule(prefix), name
+
+
+def _tie(skeleton: PreTrainedModel) -> None:
+    """Share what will be shared: the rule of conversion must see it, and loading ties last."""
+    for target, source in skeleton.all_tied_weights_keys.items():
+        module, name = _module_of(skeleton, target)
+        setattr(module, name, skeleton.get_parameter_or_buffer(source))
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -33,7 +33,7 @@ def register_optimizer() -> None:
     """Add the name, its handler and the callback that converts float models. Idempotent."""
     if OPTIMIZER_NAME in OptimizerNames._value2member_map_:
         return
-    member = str.__new__(OptimizerNames, OPTIMIZER_NAME)
+    member: Any = str.__new__(OptimizerNames, OPTIMIZER_NAME)
     member._value_ = OPTIMIZER_NAME
     member._name_ = OPTIMIZER_NAME.upper()
     # Enumeration members pickle by class and value, and a fresh process that reads
@@ -44,7 +44,8 @@ def register_optimizer() -> None:
     OptimizerNames._value2member_map_[OPTIMIZER_NAME] = member
     type.__setattr__(OptimizerNames, member._name_, member)
     trainer_optimizer._OPTIMIZER_HANDLERS[member] = _handle
-    trainer.DEFAULT_CALLBACKS.append(QFTCallback)
+    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
+    callbacks.append(QFTCallback)
 
 
 def _handle(context: Any) -> tuple[type[QFTLion], dict[str, Any]]:

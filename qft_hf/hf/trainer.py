@@ -43,8 +43,8 @@ class QFTTrainer(Trainer):
             args = QFTTrainingArguments(output_dir="trainer_output")
         if args.optim != OPTIMIZER_NAME:
             raise ValueError(
-                f"QFTTrainer trains INT8 weights with {OPTIMIZER_NAME!r}, got optim={args.optim!r}. "
-                f"Set optim={OPTIMIZER_NAME!r} or use transformers.Trainer."
+                f"QFTTrainer trains INT8 weights with {OPTIMIZER_NAME!r}, got "
+                f"optim={args.optim!r}. Set optim={OPTIMIZER_NAME!r} or use transformers.Trainer."
             )
         if model is not None:
             # Before the Trainer moves the model: the float weights never reach the device.
@@ -64,7 +64,7 @@ class QFTTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add figures of the INT8 run to training logs, for every reporter."""
         if "loss" in logs and self.optimizer is not None:
-            optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
             logs["qft/skipped_steps"] = float(optimizer.skipped_steps)
             if torch.cuda.is_available():
                 logs["qft/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
@@ -89,18 +89,20 @@ class QFTTrainer(Trainer):
                 os.replace(earlier, folder)
             error.add_note(
                 f"The checkpoint {folder} could not be written and was removed; earlier "
-                "checkpoints are whole. Free disk space, lower save_total_limit, and resume from the last one."
+                "checkpoints are whole. Free disk space or lower save_total_limit, and resume from "
+                "the last one."
             )
             raise
         shutil.rmtree(earlier, ignore_errors=True)
 
-    def create_model_card(self, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md` for the Hub: the Trainer's card, with what is particular to QFT.
 
         Args:
-            **kwargs: Those of `Trainer.create_model_card`; `tags` are added to ours.
+            *args: Those of `Trainer.create_model_card`.
+            **kwargs: Likewise; `tags` are added to ours.
         """
-        super().create_model_card(**kwargs)
+        super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             write_card(self, base_model=kwargs.get("finetuned_from"))
 
@@ -123,7 +125,7 @@ class _LedgerCallback(TrainerCallback):
     ) -> None:
         """Measure at the first two steps; momentum exists from the second on."""
         self.n_seen += 1
-        if self.n_seen <= 2:
+        if self.n_seen <= 2 and self.trainer.model is not None:
             self.trainer.ledger = memory_ledger(self.trainer.model, self.trainer.optimizer)
         if self.n_seen == 2 and state.is_world_process_zero:
             tqdm.write(str(self.trainer.ledger))

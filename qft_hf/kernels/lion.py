@@ -81,8 +81,8 @@ def lion_step_(
     check_same("gradient codes", gradient_codes, codes)
     if outlier_values.ndim != 2 or outlier_values.shape[0] != codes.shape[0]:
         raise ValueError(
-            f"outlier values must be a matrix with one row for each of the {codes.shape[0]} rows of "
-            f"the weight, got shape {tuple(outlier_values.shape)}."
+            f"outlier values must be a matrix with one row for each of the {codes.shape[0]} rows "
+            f"of the weight, got shape {tuple(outlier_values.shape)}."
         )
     check_same("outlier columns", outlier_columns, outlier_values)
     if outlier_values.numel():

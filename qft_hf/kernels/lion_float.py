@@ -53,7 +53,8 @@ def lion_step_float_(
     if parameter.dtype not in FLOATS:
         raise TypeError(
             f"QFTLion trains float32 and bfloat16 parameters, got {parameter.dtype} for a "
-            f"parameter of shape {tuple(parameter.shape)}. Load the model with dtype=torch.bfloat16."
+            f"parameter of shape {tuple(parameter.shape)}. Load the model with "
+            "dtype=torch.bfloat16."
         )
     if momentum.dtype != torch.float32:
         raise TypeError(f"The momentum of a float parameter is float32, got {momentum.dtype}.")

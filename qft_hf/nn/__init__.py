@@ -8,13 +8,8 @@ from .convert import (
     quantize_modules_,
 )
 from .functional import embedding, linear
-from .modules import (
-    STATE_NAMES,
-    QFTEmbedding,
-    QFTLinear,
-    is_quantized_module,
-    state_fields,
-)
+from .modules import QFTEmbedding, QFTLinear, is_quantized_module
+from .state import STATE_NAMES, state_fields
 
 __all__ = [
     "STATE_NAMES",

@@ -4,7 +4,7 @@ Loading, converting and estimating all ask `conversion_plan`, so they cannot dis
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,12 @@ def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) 
             "train them as float."
         )
     _check_names(model, excluded)
+    # One float user of a tied weight keeps it float: it could not compute with codes.
+    modules = {
+        name: module
+        for name, module in modules.items()
+        if is_quantized_module(module) or id(module.weight) not in reasons
+    }
 
     quantized = {id(module.weight) for module in modules.values()}
     kept = [
@@ -146,24 +152,29 @@ def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPla
     Raises:
         ValueError: A weight has NaN or infinite values (named), or the rule refuses the model. The
             model is unchanged.
+        RuntimeError: A weight is in use by a graph that is still alive. The model is unchanged.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
     for name, parameter in _float_weights(plan):
         if not parameter.is_meta and not bool(parameter.detach().isfinite().all()):
             QFTWeight.from_float(parameter, spec, name=name)  # raises, before anything has changed
+    _check_replaceable(dict(_float_weights(plan)))
     for name, parameter in _float_weights(plan):
-        weight = QFTWeight.from_float(parameter, spec, name=name)
-        _replace_(parameter, weight)
+        _replace_(parameter, QFTWeight.from_float(parameter, spec, name=name))
     prepare_modules_(model, spec)
     return plan
 
 
 def _float_weights(plan: ConversionPlan) -> Iterator[tuple[str, nn.Parameter]]:
     """Weights of the plan that are not quantized yet; a tied one once."""
-    seen = set()
+    seen: set[int] = set()
     for name, module in plan.modules.items():
         weight = module.weight
-        if not isinstance(weight, QFTWeight) and id(weight) not in seen:
+        if (
+            isinstance(weight, nn.Parameter)
+            and not isinstance(weight, QFTWeight)
+            and id(weight) not in seen
+        ):
             seen.add(id(weight))
             yield f"{name}.weight", weight
 
@@ -176,6 +187,12 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
     """
     if not dtype.is_floating_point:
         raise ValueError(f"A dequantized model needs a float dtype, got {dtype}.")
+    quantized = {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if is_quantized_module(module) and isinstance(module.weight, QFTWeight)
+    }
+    _check_replaceable(quantized)
     for module in model.modules():
         if is_quantized_module(module):
             weight = module.weight
@@ -200,7 +217,26 @@ def _cast_(module: nn.Module, dtype: torch.dtype) -> None:
             setattr(module, name, buffer.to(dtype))
 
 
-def _replace_(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
+def _check_replaceable(parameters: Mapping[str, torch.Tensor]) -> None:
+    """Raise if the value of a parameter cannot be replaced, before the first one is.
+
+    Raises:
+        RuntimeError: Something beside the model holds on to the inside of a parameter (named).
+    """
+    for name, parameter in parameters.items():
+        other = nn.Parameter(torch.empty(0, dtype=parameter.dtype))
+        try:
+            torch.utils.swap_tensors(parameter, other)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{name} cannot be converted in place while something holds on to it, such as the "
+                "graph of an earlier forward pass. Delete its outputs, or compute them under "
+                "torch.no_grad(), and convert then."
+            ) from error
+        torch.utils.swap_tensors(parameter, other)
+
+
+def _replace_(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
     """Put `tensor` in the place of a parameter's value; everybody who holds it sees the new one."""
     parameter.grad = None
     torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from ..quant import Int8Gradient, QFTWeight
 
@@ -41,10 +41,7 @@ class _Linear(torch.autograd.Function):
         x_rows = x.reshape(-1, x.shape[-1])
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1])
 
-        # Several tiles add up in FP32: rounding each partial sum to BF16 would lose bits.
-        grad_x = (
-            torch.zeros(x_rows.shape, dtype=torch.float32, device=x.device) if needs_x else None
-        )
+        grad_x = None
         gradient = (
             Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
             if needs_weight
@@ -55,11 +52,13 @@ class _Linear(torch.autograd.Function):
             grad_tile = grad_rows[:, rows]
             if needs_x:
                 product = grad_tile @ weight.dequantize_rows(rows).to(x.dtype)
-                grad_x = product if len(tiles) == 1 else grad_x.add_(product)
+                if len(tiles) > 1:  # they add up in FP32: rounding partial sums would lose bits
+                    product = product.float()
+                grad_x = product if grad_x is None else grad_x.add_(product)
             if gradient is not None:
                 gradient.set_rows_(rows, grad_tile.t() @ x_rows)
         return (
-            grad_x.to(x.dtype).view(x.shape) if needs_x else None,
+            None if grad_x is None else grad_x.to(x.dtype).view(x.shape),
             gradient,
             grad_rows.sum(dim=0) if needs_bias else None,
         )
@@ -69,11 +68,13 @@ class _Embedding(torch.autograd.Function):
     """y[..., C] = W[ids]."""
 
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, ids: Tensor, weight: QFTWeight, padding_idx: int | None
-    ) -> Tensor:
+    def forward(ctx: Any, ids: Tensor, weight: QFTWeight, padding_idx: int | None) -> Tensor:
         ctx.save_for_backward(ids, weight)
         ctx.padding_idx = padding_idx
+        if ids.numel() == 0:  # kernels refuse empty matrices
+            return torch.empty(
+                *ids.shape, weight.shape[1], dtype=weight.dtype, device=weight.device
+            )
         return weight.dequantize_rows(ids.reshape(-1)).view(*ids.shape, weight.shape[1])
 
     @staticmethod

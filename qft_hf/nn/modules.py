@@ -11,29 +11,13 @@ from torch import Tensor, nn
 
 from ..quant import QFTWeight
 from .functional import embedding, linear
-
-# Name in a state dict, by field of `QFTWeight`.
-STATE_NAMES = {
-    "codes": "weight_q",
-    "scales": "weight_scale",
-    "outlier_values": "weight_outlier_value",
-    "outlier_columns": "weight_outlier_column",
-}
-
-
-def state_fields(weight: QFTWeight) -> dict[str, Tensor]:
-    """The fields of a weight by their names in a state dict; without outliers there are two."""
-    return {
-        STATE_NAMES[name]: field.detach()
-        for name, field in weight.fields().items()
-        if field.numel() > 0
-    }
+from .state import STATE_NAMES, check_values, state_fields
 
 
 class _QuantizedWeight(nn.Module):
     """Saves and loads `weight` as its INT8 fields."""
 
-    weight: nn.Parameter
+    weight: Any  # the plain modules declare a Tensor, and it is a QFTWeight
 
     def complete_weight(self) -> QFTWeight:
         """The weight, for computing with it.
@@ -114,10 +98,15 @@ class _QuantizedWeight(nn.Module):
                 )
             else:
                 field.copy_(loaded)
+        if found and not weight.pending:
+            try:
+                check_values(prefix + "weight", weight)
+            except ValueError as error:
+                error_msgs.append(str(error))
 
 
 class QFTLinear(_QuantizedWeight, nn.Linear):
-    """`nn.Linear` whose weight is a `QFTWeight` `[out_features, in_features]`; the bias is float."""
+    """`nn.Linear` with a `QFTWeight` `[out_features, in_features]`; the bias is float."""
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in_features]` to `[..., out_features]`; see `functional.linear`."""

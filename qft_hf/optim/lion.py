@@ -99,11 +99,16 @@ class QFTLion(Optimizer):
     def train(self) -> None:
         """Have backward push finished gradients on the stack; the Trainer calls this every step.
 
-        `Module.to()` replaces the inside of a parameter and drops its hooks, so hooks are put back
-        where they are missing.
+        `Module.to()` and `quantize_model_` replace the inside of a parameter: it still lists its
+        hooks then, but autograd does not call them. Setting the list again connects them.
         """
         for parameter in self._parameters():
-            if parameter.requires_grad and not parameter._post_accumulate_grad_hooks:
+            if not parameter.requires_grad:
+                continue
+            hooks = parameter._post_accumulate_grad_hooks
+            if hooks and self._stack.push in hooks.values():
+                parameter._post_accumulate_grad_hooks = hooks
+            else:
                 parameter.register_post_accumulate_grad_hook(self._stack.push)
 
     def eval(self) -> None:
@@ -238,12 +243,17 @@ class QFTLion(Optimizer):
                 f"The optimizer state is for {len(saved)} parameters, this optimizer has "
                 f"{len(own)}: it was saved by another model. Resume with the model it belongs to."
             )
-        states = {}
+        states: dict[Tensor, Any] = {}
         for key, parameter in zip(saved, own, strict=True):
             if key in state_dict["state"]:
                 states[parameter] = _checked_state(parameter, state_dict["state"][key], key)
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(states)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles keep; `Optimizer` keeps its own three attributes only."""
+        own = ("gradient", "momentum_bits", "nonfinite", "skipped_steps")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also called by `load_state_dict`; an unpickled optimizer gets a stack of its own."""
@@ -289,10 +299,11 @@ def _checked_state(parameter: Tensor, state: dict[str, Any], key: Any) -> dict[s
         for name, value in state.items()
         if isinstance(value, Tensor) and name != "step"
     }
-    if found != wanted:
+    if found != wanted or "step" not in state:
         raise ValueError(
-            f"The state of parameter {key} must be {wanted}, got {found}: it was saved by another "
-            "model, another optimizer or another QFTConfig. Resume with the ones it belongs to."
+            f"The state of parameter {key} must be a step and {wanted}, got {list(state)} with "
+            f"{found}: it was saved by another model, another optimizer or another QFTConfig. "
+            "Resume with the ones it belongs to."
         )
     tensors = {name: state[name].to(parameter.device, copy=True) for name in wanted}
     return {"step": int(state["step"]), **tensors}

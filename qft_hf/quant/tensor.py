@@ -25,7 +25,8 @@ class Int8Tensor(Tensor):
     codes: Tensor
     scales: Tensor
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    # Functions of torch see a plain tensor; what it is shows one level down, in dispatch.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __init_subclass__(cls) -> None:
         """Give each subclass its own table on top of the common operators."""
@@ -44,7 +45,7 @@ class Int8Tensor(Tensor):
         return register
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         operator: Any,
         types: tuple[type, ...],
@@ -97,7 +98,7 @@ class Int8Tensor(Tensor):
         """Rebuild from `__tensor_flatten__`."""
         return cls(**fields, **meta)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Shape and format, not the values: printing would have to expand them."""
         details = ", ".join(f"{name}={value}" for name, value in self._format().items())
         return f"{type(self).__name__}(shape={tuple(self.shape)}, {details}, device={self.device})"
@@ -152,6 +153,16 @@ def _copy_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for name, field in target.fields().items():
         field.copy_(getattr(source, name))
     return target
+
+
+@Int8Tensor.implements(aten.equal.default)
+def _equal(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    # transformers asks it of two weights that a checkpoint should have tied.
+    tensor, other = args
+    if type(tensor) is not type(other) or tensor._format() != other._format():
+        return False
+    fields = other.fields()
+    return all(torch.equal(field, fields[name]) for name, field in tensor.fields().items())
 
 
 @Int8Tensor.implements(aten.view.default)

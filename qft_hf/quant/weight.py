@@ -89,27 +89,28 @@ class QFTWeight(Int8Tensor):
         """
         weight = weight.detach().contiguous()
         if weight.is_meta:
-            return cls.empty(*weight.shape, spec, dtype=weight.dtype, device=weight.device)
+            rows, columns = weight.shape
+            return cls.empty(rows, columns, spec, dtype=weight.dtype, device=weight.device)
         finite = weight.isfinite()
         if not bool(finite.all()):
             count = weight.numel() - int(finite.sum())
             raise ValueError(
                 f"{name} has {count} of {weight.numel()} values that are NaN or infinite and "
-                "cannot be quantized. The checkpoint is damaged or its dtype too narrow: load a good one, "
-                "or list the module in modules_to_not_convert."
+                "cannot be quantized. The checkpoint is damaged or its dtype too narrow: load a good "
+                "one, or list the module in modules_to_not_convert."
             )
         n_outliers = outliers_per_row(weight.shape[1], spec.outlier_fraction)
         dense = weight.float()
-        columns = dense.abs().topk(n_outliers, dim=1).indices.sort(dim=1).values
-        values = dense.gather(1, columns)
+        index = dense.abs().topk(n_outliers, dim=1).indices.sort(dim=1).values
+        values = dense.gather(1, index)
         if n_outliers:
-            dense = dense.scatter(1, columns, 0.0)
+            dense = dense.scatter(1, index, 0.0)
         codes, scales = kernels.quantize(dense, group_size=spec.group_size)
         return cls(
             codes,
             scales,
             values,
-            columns.to(_column_dtype(weight.shape[1])),
+            index.to(_column_dtype(weight.shape[1])),
             group_size=spec.group_size,
             dtype=weight.dtype,
         )

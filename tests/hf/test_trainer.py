@@ -118,7 +118,9 @@ def test_every_parameter_moves(tmp_path):
     trainer.train()
 
     after = model.state_dict()
-    for name in (n for n in after if n.endswith(("weight_q", "weight_outlier_value", "norm.weight"))):
+    for name in (
+        n for n in after if n.endswith(("weight_q", "weight_outlier_value", "norm.weight"))
+    ):
         assert not torch.equal(before[name], after[name]), name
 
 
@@ -134,7 +136,8 @@ def test_both_trainers_give_the_same_bits(tmp_path):
 def test_no_model_stays_float_when_it_is_made_by_model_init(tmp_path):
     trainer = Trainer(
         model_init=lambda: tiny_llama(),  # noqa: PLW0108 the Trainer counts arguments
-        args=arguments(tmp_path), train_dataset=sequences()
+        args=arguments(tmp_path),
+        train_dataset=sequences(),
     )
     trainer.train()
     assert isinstance(trainer.model.lm_head.weight, QFTWeight)

@@ -1,0 +1,65 @@
+"""Sum and norm of INT8 gradients in numba. Twin: `kernels/reference/gradient.py`."""
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .quantize import largest_magnitude, quantize_group
+from .threads import for_each_row_range
+
+_f32 = np.float32
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _accumulate_rows(codes, scales, other_codes, other_scales, start, stop, group_size):
+    columns = codes.shape[1]
+    total = np.empty(group_size, np.float32)
+    for row in range(start, stop):
+        for group in range(scales.shape[1]):
+            first = group * group_size
+            last = min(first + group_size, columns)
+            code, other = codes[row, first:last], other_codes[row, first:last]
+            scale, other_scale = scales[row, group], other_scales[row, group]
+            for j in range(last - first):
+                total[j] = _f32(code[j]) * scale + _f32(other[j]) * other_scale
+            values = total[: last - first]
+            largest = largest_magnitude(values.view(np.int32))
+            scales[row, group] = quantize_group(values, code, largest)
+
+
+@njit(nogil=True, cache=True)
+def _squared_norm_rows(codes, scales, sums, start, stop, group_size):
+    columns = codes.shape[1]
+    for row in range(start, stop):
+        for group in range(scales.shape[1]):
+            first = group * group_size
+            last = min(first + group_size, columns)
+            code = codes[row, first:last]
+            squares = np.int32(0)
+            for j in range(last - first):
+                squares += np.int32(code[j]) * np.int32(code[j])
+            sums[row, group] = squares
+
+
+def accumulate_(
+    codes: Tensor, scales: Tensor, other_codes: Tensor, other_scales: Tensor, group_size: int
+) -> None:
+    tensors = (codes, scales, other_codes, other_scales)
+    arrays = [tensor.numpy() for tensor in tensors]
+    for_each_row_range(
+        lambda start, stop: _accumulate_rows(*arrays, start, stop, group_size),
+        n_rows=codes.shape[0],
+        row_elements=codes.shape[1],
+    )
+
+
+def squared_norm(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    sums = torch.empty(scales.shape, dtype=torch.float64)
+    arrays = [tensor.numpy() for tensor in (codes, scales, sums)]
+    for_each_row_range(
+        lambda start, stop: _squared_norm_rows(*arrays, start, stop, group_size),
+        n_rows=codes.shape[0],
+        row_elements=codes.shape[1],
+    )
+    return (sums * scales.double().square()).sum()

@@ -1,0 +1,93 @@
+"""INT8 quantization in numba, group by group. Twin: `kernels/reference/quantize.py`."""
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ...layout import GroupLayout
+from ..reference.quantize import MAGIC, QMAX, TINY
+from .threads import for_each_row_range
+
+_f32 = np.float32
+_MAGIC, _QMAX, _TINY, _PER_QMAX = _f32(MAGIC), _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
+_ONE = _f32(1.0)
+_MAGNITUDE = np.int32(0x7FFFFFFF)  # FP32 without its sign: as an integer it orders magnitudes
+_INFINITY = np.int32(0x7F800000)  # and every NaN lies above this
+
+
+@njit(inline="always", error_model="numpy")
+def quantize_group(values, codes, bits_of_absmax):
+    """Write the codes of one group of FP32 `values` and return its scale."""
+    absmax = np.array([bits_of_absmax], np.int32).view(np.float32)[0]
+    scale = absmax * _PER_QMAX
+    if bits_of_absmax >= _INFINITY:
+        codes[:] = 0
+        return scale
+    if scale < _TINY:
+        scale = _ONE
+    inverse = _ONE / scale
+    for j in range(values.shape[0]):
+        value = (values[j] * inverse + _MAGIC) - _MAGIC
+        codes[j] = np.int8(min(max(value, -_QMAX), _QMAX))
+    return scale
+
+
+@njit(inline="always")
+def largest_magnitude(bits):
+    """The largest magnitude of FP32 values given by their bits, as bits; NaN wins."""
+    largest = np.int32(0)
+    for j in range(bits.shape[0]):
+        largest = max(largest, bits[j] & _MAGNITUDE)
+    return largest
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _quantize_rows(x, codes, scales, start, stop, group_size):
+    columns = x.shape[1]
+    for row in range(start, stop):
+        for group in range(scales.shape[1]):
+            first = group * group_size
+            last = min(first + group_size, columns)
+            values = x[row, first:last]
+            largest = largest_magnitude(values.view(np.int32))
+            scales[row, group] = quantize_group(values, codes[row, first:last], largest)
+
+
+@njit(nogil=True, cache=True)
+def _dequantize_rows(codes, scales, x, start, stop, group_size):
+    columns = codes.shape[1]
+    for row in range(start, stop):
+        for group in range(scales.shape[1]):
+            first = group * group_size
+            last = min(first + group_size, columns)
+            code, values, scale = codes[row, first:last], x[row, first:last], scales[row, group]
+            for j in range(last - first):
+                values[j] = _f32(code[j]) * scale
+
+
+def quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    scales = torch.empty(rows, GroupLayout(rows, columns, group_size).n_groups)
+    arrays = [tensor.numpy() for tensor in (x.float(), codes, scales)]
+    size = group_size or columns
+    for_each_row_range(
+        lambda start, stop: _quantize_rows(*arrays, start, stop, size),
+        n_rows=rows,
+        row_elements=columns,
+    )
+    return codes, scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, group_size: int | None) -> Tensor:
+    rows, columns = codes.shape
+    x = torch.empty(rows, columns)
+    arrays = [tensor.numpy() for tensor in (codes, scales, x)]
+    size = group_size or columns
+    for_each_row_range(
+        lambda start, stop: _dequantize_rows(*arrays, start, stop, size),
+        n_rows=rows,
+        row_elements=columns,
+    )
+    return x

@@ -1,0 +1,238 @@
+"""`quantize_model_` and `dequantize_model_`: what they leave behind, and what they refuse."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
+
+from qft_hf.hf.config import QFTConfig
+from qft_hf.hf.convert import dequantize_model_, quantize_model_
+from qft_hf.nn import QFTEmbedding, QFTLinear
+from qft_hf.quant import QFTWeight
+from tests.hf.checkpoints import IDS, assert_same_state
+from tests.models import tiny_bert, tiny_llama
+
+# What transformers sets on a quantized model and on its configuration.
+MODEL_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
+CONFIG_MARKS = ("quantization_config", "_is_quantized")
+
+
+def plain_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(11, 7), nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+# To INT8.
+
+
+def test_any_module_is_quantized_in_place_and_returned():
+    model = plain_model()
+    weight = model[1].weight
+
+    assert quantize_model_(model, QFTConfig()) is model
+
+    assert [type(layer) for layer in model] == [QFTEmbedding, QFTLinear, nn.LayerNorm, QFTLinear]
+    assert model[1].weight is weight  # an optimizer that holds it holds the INT8 weight now
+    assert isinstance(weight, QFTWeight)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_bert])
+def test_marks_are_those_of_a_loaded_model(build, tmp_path):
+    config = QFTConfig(group_size=16, modules_to_not_convert=["lm_head"] * (build is tiny_llama))
+    build().save_pretrained(tmp_path)
+    loaded = build().from_pretrained(tmp_path, quantization_config=config)
+
+    converted = quantize_model_(build(), config)
+
+    assert_same_state(converted, loaded)
+    assert type(converted.hf_quantizer) is type(loaded.hf_quantizer)
+    for name in MODEL_MARKS[1:]:
+        assert getattr(converted, name) == getattr(loaded, name)
+    for name in CONFIG_MARKS:
+        assert getattr(converted.config, name) == getattr(loaded.config, name)
+    assert converted.config.quantization_config == config
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_converted_model_saves_and_loads(tied, tmp_path):
+    model = quantize_model_(tiny_llama(tied=tied), QFTConfig())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert_same_state(again, model)
+    assert_same_state(copy.deepcopy(again), model)
+
+
+def test_same_configuration_again_changes_nothing_but_new_modules():
+    model = quantize_model_(tiny_bert(), QFTConfig(seed=3))
+    before = state(model)
+
+    quantize_model_(model, QFTConfig(seed=3))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    model.classifier = nn.Linear(42, 9)
+    quantize_model_(model, QFTConfig(seed=3))
+    assert isinstance(model.classifier.weight, QFTWeight)
+
+
+def test_other_configuration_is_refused():
+    model = quantize_model_(tiny_llama(), QFTConfig())
+
+    with pytest.raises(ValueError, match=r"already quantized with .*group_size=None.* asked for"):
+        quantize_model_(model, QFTConfig(group_size=32))
+
+
+def test_quantized_plain_module_is_refused():
+    model = quantize_model_(plain_model(), QFTConfig())
+
+    with pytest.raises(ValueError, match="Sequential has INT8 weights already"):
+        quantize_model_(model, QFTConfig())
+
+
+def test_model_of_another_method_is_refused():
+    class OtherQuantizer(HfQuantizer):
+        is_trainable = False
+        is_serializable = None
+
+    model = tiny_llama()
+    model.hf_quantizer = OtherQuantizer(QFTConfig())
+    model.quantization_method = "gptq"
+
+    with pytest.raises(ValueError, match=r"quantized with gptq\. QFT starts from float weights"):
+        quantize_model_(model, QFTConfig())
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+def test_bad_value_is_named_and_the_model_stays(name):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.get_parameter(name)[-1] = float("nan")
+
+    with pytest.raises(ValueError, match=rf"{name} has \d+ of \d+ values that are NaN or infinite"):
+        quantize_model_(model, QFTConfig())
+
+    assert not any(isinstance(parameter, QFTWeight) for parameter in model.parameters())
+    assert type(model.lm_head) is nn.Linear
+    assert not any(hasattr(model.config, mark) for mark in CONFIG_MARKS)
+
+
+# Back to float.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_dequantized_model_is_plain_and_equal(tied, dtype):
+    model = quantize_model_(tiny_llama(tied=tied, dtype=dtype), QFTConfig(group_size=16))
+    with torch.no_grad():
+        expected = model(IDS).logits
+    weights = {n: p.dequantize() for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
+
+    assert dequantize_model_(model, dtype) is model
+
+    for name, weight in weights.items():
+        assert torch.equal(model.get_parameter(name), weight)
+    assert {type(m) for m in model.modules()} == {type(m) for m in tiny_llama().modules()}
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert model.dtype == model.config.dtype == dtype
+    assert not model.is_quantized
+    assert not any(hasattr(model, mark) for mark in MODEL_MARKS if mark != "is_quantized")
+    assert not any(hasattr(model.config, mark) for mark in CONFIG_MARKS)
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def test_plain_module_comes_back():
+    model = quantize_model_(plain_model(), QFTConfig())
+
+    dequantize_model_(model)
+
+    assert [type(layer) for layer in model] == [type(layer) for layer in plain_model()]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_saved_tensors_are_cast_and_computed_tables_are_not():
+    """Rotary frequencies in BF16 moved the logits away from those of the reloaded export."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    table = model.model.rotary_emb.inv_freq.clone()
+    model.register_buffer("saved", torch.ones(2))
+
+    dequantize_model_(model)
+
+    assert torch.equal(model.model.rotary_emb.inv_freq, table)
+    assert model.saved.dtype == model.dtype == model.config.dtype == torch.bfloat16
+
+
+def test_method_of_the_model_works_after_saving(tmp_path):
+    """Saving turns config.dtype, the default of the method, into a string."""
+    model = quantize_model_(tiny_llama(dtype=torch.bfloat16), QFTConfig())
+    model.save_pretrained(tmp_path)
+
+    model.dequantize()
+
+    assert type(model.lm_head) is nn.Linear
+    assert model.dtype == torch.bfloat16
+
+
+def test_dequantized_model_can_be_quantized_again():
+    model = dequantize_model_(quantize_model_(tiny_llama(), QFTConfig()), torch.float32)
+
+    quantize_model_(model, QFTConfig(group_size=16))
+
+    assert model.lm_head.weight.group_size == 16
+
+
+def test_export_and_int8_in_a_process_without_qft_hf(tmp_path):
+    """The export is an ordinary checkpoint; the INT8 one must not pass for one."""
+    model = quantize_model_(tiny_llama(tied=True), QFTConfig())
+    model.save_pretrained(tmp_path / "int8")
+    dequantize_model_(model).save_pretrained(tmp_path / "export")
+    assert "quantization_config" not in json.loads((tmp_path / "export/config.json").read_text())
+    with torch.no_grad():
+        torch.save(model(IDS).logits, tmp_path / "logits.pt")
+
+    program = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+folder = sys.argv[1]
+model, info = AutoModelForCausalLM.from_pretrained(folder + "/export", output_loading_info=True)
+assert not any(info.values()), info
+with torch.no_grad():
+    logits = model(torch.arange(3, 19)[None]).logits
+assert torch.equal(logits, torch.load(folder + "/logits.pt"))
+_, info = AutoModelForCausalLM.from_pretrained(folder + "/int8", output_loading_info=True)
+assert "model.layers.1.mlp.down_proj.weight" in info["missing_keys"], info
+assert "qft_hf" not in sys.modules
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert "Unknown quantization type, got qft" in result.stderr
+
+
+def test_nothing_to_dequantize_is_an_error():
+    with pytest.raises(ValueError, match=r"Sequential has no INT8 weights.* model\.to"):
+        dequantize_model_(plain_model())
+
+
+def test_dtype_that_is_not_float_is_refused():
+    model = quantize_model_(tiny_llama(), QFTConfig())
+
+    with pytest.raises(ValueError, match=r"needs a float dtype, got torch\.int8"):
+        dequantize_model_(model, torch.int8)
+
+    assert isinstance(model.lm_head.weight, QFTWeight)
+    assert model.config.quantization_config == QFTConfig()

@@ -1,0 +1,128 @@
+"""Inputs for the operators: the state of one quantized weight, and matrices that tell faults."""
+
+from dataclasses import dataclass, fields
+from math import ceil
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qft_hf import kernels
+
+GUARD = 64  # elements before and after a tensor that no operator may write
+
+
+def random(shape: tuple[int, int], group_size: int | None) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(shape[0] * 1009 + shape[1]))
+
+
+def ramp(shape: tuple[int, int], group_size: int | None) -> Tensor:
+    """Grow all the way, so that reading past the end of a group always changes its scale."""
+    return torch.arange(1.0, torch.Size(shape).numel() + 1).view(shape)
+
+
+def ties(shape: tuple[int, int], group_size: int | None) -> Tensor:
+    """Every value half-way between two codes, so that any change of rounding shows."""
+    x = (torch.arange(torch.Size(shape).numel()) % 126 + 0.5).view(shape)
+    x[:, 1::2] *= -1
+    x[:, :: group_size or shape[1]] = 127.0  # one per group: the scale is then exactly 1
+    return x
+
+
+@dataclass
+class LionState:
+    """The tensors of `lion_step_`, in the order of its arguments."""
+
+    codes: Tensor
+    scales: Tensor
+    outlier_values: Tensor
+    outlier_columns: Tensor
+    momentum_codes: Tensor
+    momentum_scales: Tensor
+    gradient_codes: Tensor
+    gradient_scales: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def clone(self) -> "LionState":
+        return LionState(**{name: tensor.clone() for name, tensor in self.tensors().items()})
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        return tuple(self.tensors().values())
+
+    def outlier_mask(self) -> np.ndarray:
+        mask = torch.zeros(self.codes.shape, dtype=torch.bool)
+        return mask.scatter_(1, self.outlier_columns.long(), True).numpy()
+
+    def set_gradient(self, gradient: Tensor, state_group_size: int) -> None:
+        self.gradient_codes, self.gradient_scales = kernels.quantize(
+            gradient, group_size=state_group_size
+        )
+
+
+def make_state(
+    shape: tuple[int, int],
+    *,
+    group_size: int | None,
+    state_group_size: int = 256,
+    outlier_fraction: float = 0.0,
+    index_dtype: torch.dtype = torch.int16,
+    weight_scale: float = 0.02,
+    seed: int = 0,
+) -> LionState:
+    """Gaussian weight, momentum and gradient; the momentum is about as large as the gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator) * weight_scale
+    n_outliers = ceil(outlier_fraction * shape[1])
+    columns = weight.abs().topk(n_outliers, dim=1).indices.sort(dim=1).values
+    values = weight.gather(1, columns) * 3
+    codes, scales = kernels.quantize(weight.scatter(1, columns, 0.0), group_size=group_size)
+    momentum = torch.randn(shape, generator=generator) * 1e-3
+    gradient = torch.randn(shape, generator=generator) * 3e-3
+    return LionState(
+        codes,
+        scales,
+        values,
+        columns.to(index_dtype),
+        *kernels.quantize(momentum, group_size=state_group_size),
+        *kernels.quantize(gradient, group_size=state_group_size),
+    )
+
+
+def spread(scales: Tensor, columns: int, group_size: int | None) -> np.ndarray:
+    """The scale of each element, float64 `[rows, columns]`: an independent spelling in numpy."""
+    group = np.arange(columns) // (group_size or columns)
+    return scales.numpy().astype(np.float64)[:, group]
+
+
+def values64(codes: Tensor, scales: Tensor, group_size: int | None) -> np.ndarray:
+    """`codes * scale` in float64."""
+    return codes.numpy().astype(np.float64) * spread(scales, codes.shape[1], group_size)
+
+
+def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of `tensor` inside a larger buffer, and that buffer."""
+    buffer = torch.full((tensor.numel() + 2 * GUARD,), 77, dtype=tensor.dtype)
+    inner = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+    inner.copy_(tensor)
+    return inner, buffer
+
+
+def guards_are_intact(buffer: Tensor) -> bool:
+    return bool((buffer[:GUARD] == 77).all() and (buffer[-GUARD:] == 77).all())
+
+
+# Never neutral: decay, odd seed above 32 bits, a stream and a step other than 0.
+ARGUMENTS: dict[str, Any] = {
+    "lr": 3e-4,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "weight_decay": 0.1,
+    "maximize": False,
+    "stochastic": True,
+    "seed": 0x1234_5678_9ABC_DEF1,
+    "step": 7,
+    "stream": 3,
+}

@@ -1,0 +1,133 @@
+"""The random numbers are Philox 4x32-10, word for word, wherever and in whatever order they run."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from qft_hf.kernels.cpu.philox import philox as cpu_philox
+from qft_hf.kernels.reference.philox import philox, random_words, weight_uniform
+from tests.tolerances import assert_same_bits
+
+CPU = torch.device("cpu")
+
+
+def exact_philox(counter: list[int], key: list[int]) -> list[int]:
+    """Salmon et al. 2011, section 4.3, in Python integers: independent of the package."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = divmod(0xD2511F53 * c0, 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * c2, 2**32)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return [c0, c1, c2, c3]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, [0] * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_the_integer_version_gives_the_published_vectors(counter, key, words):
+    """Random123's kat_vectors; the package cannot be asked directly, its last word is always 0."""
+    assert exact_philox(counter, key) == [int(word, 16) for word in words.split()]
+
+
+def test_zero_counter_and_key_give_the_published_words():
+    words = philox(torch.zeros(1, dtype=torch.int64), seed=0, step=0, stream=0)
+
+    assert words.tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]
+
+
+@pytest.mark.parametrize(
+    ("seed", "step", "stream"),
+    [
+        (0, 1, 0),
+        (0, 0, 1),
+        (1, 0, 0),
+        (0x299F31D0A4093822, 0x85A308D3, 0x13198A2E),
+        (2**63 - 1, 2**32 - 1, 2**32 - 1),  # the largest of everything
+        (5, 2**32 + 6, 2**32 + 7),  # step and stream wrap
+    ],
+)
+def test_every_word_equals_the_integer_version(seed, step, stream):
+    counters = [0, 1, 2, 3, 1000, 2**31 - 1, 2**32 - 1]
+
+    words = philox(torch.tensor(counters), seed=seed, step=step, stream=stream)
+
+    key = [seed % 2**32, seed // 2**32]
+    expected = [exact_philox([c, step % 2**32, stream % 2**32, 0], key) for c in counters]
+    assert words.tolist() == expected
+
+
+@njit
+def _cpu_words(counters, seed, step, stream):
+    words = np.empty((len(counters), 4), np.uint64)
+    for i in range(len(counters)):
+        words[i] = cpu_philox(counters[i], seed, step, stream)
+    return words
+
+
+def test_the_cpu_twin_gives_the_same_words():
+    counters = torch.tensor([0, 1, 77, 2**31 - 1, 2**32 - 1])
+    seed, step, stream = 2**63 - 12345, 2**32 - 2, 2**32 + 9
+
+    words = _cpu_words(
+        counters.numpy().astype(np.uint64), np.uint64(seed), np.uint64(step), np.uint64(stream)
+    )
+
+    assert_same_bits(
+        torch.from_numpy(words.astype(np.int64)),
+        philox(counters, seed=seed, step=step, stream=stream),
+    )
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 7, 8, 127])
+def test_words_of_a_matrix_follow_the_element(columns):
+    """Four neighbours share a counter and take its words in order; rows start a new counter."""
+    words = random_words(slice(0, 6), columns, seed=9, step=2, stream=4, device=CPU)
+
+    quads = -(-columns // 4)
+    for row, column in [(0, 0), (1, 0), (5, columns - 1), (3, columns // 2)]:
+        expected = exact_philox([row * quads + column // 4, 2, 4, 0], [9, 0])[column % 4]
+        assert words[row, column] == expected
+
+
+@pytest.mark.parametrize("columns", [3, 6, 16])
+def test_words_do_not_depend_on_how_rows_are_cut(columns):
+    whole = random_words(slice(0, 11), columns, seed=1, step=2, stream=3, device=CPU)
+
+    for edges in ([0, 1, 11], [0, 5, 6, 11], list(range(12))):
+        parts = [
+            random_words(slice(a, b), columns, seed=1, step=2, stream=3, device=CPU)
+            for a, b in pairwise(edges)
+        ]
+        assert_same_bits(torch.cat(parts), whole)
+
+
+def test_seed_step_and_stream_each_change_nearly_every_word():
+    first = random_words(slice(0, 20), 50, seed=1, step=1, stream=1, device=CPU)
+
+    for other in ({"seed": 2}, {"seed": 1 + 2**32}, {"step": 2}, {"stream": 2}):
+        arguments = {"seed": 1, "step": 1, "stream": 1, **other}
+        words = random_words(slice(0, 20), 50, device=CPU, **arguments)
+        assert int((words == first).sum()) == 0  # 1000 words of 32 bits: a match is a 2e-7 event
+
+
+def test_uniforms_are_the_high_24_bits_and_below_one():
+    words = torch.tensor([0, 255, 256, 2**31, 2**32 - 1])
+
+    uniform = weight_uniform(words)
+
+    assert uniform.dtype == torch.float32
+    assert uniform.tolist() == [0.0, 0.0, 2.0**-24, 0.5, 1 - 2.0**-24]

@@ -1,0 +1,169 @@
+"""Group-wise INT8 quantization against numpy in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from qft_hf import kernels
+from tests.kernels.states import ramp, random, spread, ties, values64
+from tests.tolerances import FP32_EPS, assert_same_bits, rounding_bound
+
+SHAPES = [(1, 1), (1, 128), (3, 129), (7, 33), (5, 300)]  # short, exact, one over, odd, long
+GROUP_SIZES = [None, 1, 32, 100, 128, 1000]  # 100: no power of two; 1000: longer than any row
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INPUTS = [random, ramp, ties]
+
+
+def quantize64(x: np.ndarray, group_size: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The definition, group by group, in float64."""
+    rows, columns = x.shape
+    size = group_size or columns
+    codes = np.zeros(x.shape)
+    scales = np.ones((rows, -(-columns // size)))
+    for row in range(rows):
+        for group, start in enumerate(range(0, columns, size)):
+            part = x[row, start : start + size]
+            if np.abs(part).max() > 0:
+                scales[row, group] = np.abs(part).max() / 127
+                codes[row, start : start + size] = np.rint(part / scales[row, group])
+    return codes, scales
+
+
+@pytest.mark.parametrize("make_input", INPUTS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_definition_in_float64(make_input, shape, dtype, group_size):
+    x = make_input(shape, group_size).to(dtype)
+    before = x.clone()
+
+    codes, scales = kernels.quantize(x, group_size=group_size)
+
+    exact = x.double().numpy()
+    expected_codes, expected_scales = quantize64(exact, group_size)
+    assert codes.dtype == torch.int8
+    assert scales.dtype == torch.float32
+    # Two roundings: the constant 1 / 127 and the product.
+    np.testing.assert_allclose(scales.numpy(), expected_scales, rtol=2 * FP32_EPS * 1.01)
+    error = np.abs(values64(codes, scales, group_size) - exact)
+    assert (error <= rounding_bound(exact, spread(scales, shape[1], group_size))).all()
+    # Codes agree exactly wherever FP32 noise cannot decide between two of them.
+    steps = exact / spread(torch.from_numpy(expected_scales), shape[1], group_size)
+    decided = np.abs(np.abs(steps - np.floor(steps)) - 0.5) > 127 * 8 * FP32_EPS
+    assert (codes.numpy() == expected_codes)[decided].all()
+    assert codes.abs().max() <= 127
+    assert_same_bits(x, before)
+
+
+@pytest.mark.parametrize("group_size", [None, 5, 8])
+def test_ties_go_to_the_even_code(group_size):
+    """With a scale of exactly 1, in FP32 as in the definition, there is nothing to excuse."""
+    x = ties((6, 24), group_size)
+
+    codes, scales = kernels.quantize(x, group_size=group_size)
+
+    # 127 * fp32(1 / 127) rounds to 1, and so does its inverse.
+    assert (scales == 1).all()
+    np.testing.assert_array_equal(codes.numpy(), np.rint(x.numpy()))
+
+
+@pytest.mark.parametrize("group_size", [None, 3, 4])
+def test_a_group_of_zeros_has_scale_one_and_codes_zero(group_size):
+    x = torch.zeros(3, 10)
+    x[1] = 5.0  # neighbours of the zero rows must not leak into them
+
+    codes, scales = kernels.quantize(x, group_size=group_size)
+
+    assert (codes[[0, 2]] == 0).all()
+    assert (scales[[0, 2]] == 1).all()
+    assert (codes[1] == 127).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-30, 1.2e-28, 1.3e-28, 1e-20, 1e30, 3e38])
+def test_tiny_and_huge_values_give_finite_results(magnitude):
+    x = torch.tensor([[magnitude, -magnitude / 2, 0.0]])
+
+    codes, scales = kernels.quantize(x, group_size=None)
+
+    assert scales.isfinite().all()
+    assert (scales > 0).all()
+    error = np.abs(values64(codes, scales, None) - x.double().numpy())
+    assert (error <= rounding_bound(x.numpy(), scales.numpy())).all()
+    # Only what FP32 could not invert counts as zero.
+    assert bool(codes.any()) == (magnitude / 127 >= 1e-30)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("column", [0, 7, 9])  # a full group, its end, the short last group
+def test_a_group_that_is_not_finite_keeps_a_scale_that_tells(bad, column):
+    x = torch.ones(2, 10)
+    x[1, column] = bad
+
+    codes, scales = kernels.quantize(x, group_size=4)
+
+    group = column // 4
+    assert not scales[1, group].isfinite()
+    assert (codes[1, 4 * group : 4 * group + 4] == 0).all()
+    scales[1, group] = 1 / 127
+    assert scales.isfinite().all()
+    assert (codes[0] == 127).all()
+    assert not kernels.dequantize(codes, scales, group_size=4).isnan().any()
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dequantize_is_one_fp32_product(shape, group_size):
+    """Codes far apart in one row and scales that differ from group to group."""
+    codes, scales = kernels.quantize(ramp(shape, group_size), group_size=group_size)
+    before = codes.clone(), scales.clone()
+
+    values = kernels.dequantize(codes, scales, group_size=group_size)
+
+    expected = values64(codes, scales, group_size).astype(np.float32)
+    np.testing.assert_array_equal(values.numpy(), expected)
+    assert_same_bits(codes, before[0])
+    assert_same_bits(scales, before[1])
+
+
+def test_quantizing_the_quantized_changes_nothing():
+    codes, scales = kernels.quantize(random((9, 70), None), group_size=16)
+
+    again, _ = kernels.quantize(kernels.dequantize(codes, scales, group_size=16), group_size=16)
+
+    assert_same_bits(again, codes)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "match"),
+    [
+        (
+            torch.ones(2, 4, dtype=torch.int8),
+            TypeError,
+            r"x must be torch\.float32 or .*got .*int8",
+        ),
+        (torch.ones(2, 4, dtype=torch.float64), TypeError, r"got torch\.float64"),
+        (torch.ones(4), ValueError, r"got shape \(4,\)\. Flatten .*\.view\(-1, columns\)"),
+        (torch.ones(0, 4), ValueError, r"non-empty \[rows, columns\] matrix, got shape \(0, 4\)"),
+        (torch.ones(4, 2).t(), ValueError, r"got strides \(1, 2\).*Call \.contiguous\(\) first"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(x, error, match):
+    with pytest.raises(error, match=match):
+        kernels.quantize(x, group_size=None)
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "error", "match"),
+    [
+        (torch.ones(2, 4), torch.ones(2, 1), TypeError, r"x codes must be torch\.int8"),
+        (torch.ones(2, 4).char(), torch.ones(2, 2), ValueError, r"shape \(2, 1\).*of all columns"),
+        (torch.ones(2, 4).char(), torch.ones(1, 2).t(), None, ""),  # one column: contiguous
+        (torch.ones(2, 4).char(), torch.ones(2, 1, device="meta"), ValueError, "on cpu like"),
+    ],
+)
+def test_codes_and_scales_must_fit_each_other(codes, scales, error, match):
+    if error is None:
+        assert (kernels.dequantize(codes, scales, group_size=None) == 1).all()
+        return
+    with pytest.raises(error, match=match):
+        kernels.dequantize(codes, scales, group_size=None)

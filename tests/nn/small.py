@@ -1,0 +1,55 @@
+"""A small model with all that matters: odd sizes, biases, a norm, a head that may be tied."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+N_TOKENS = 37
+WIDTH = 21
+HIDDEN = 300  # more than one gradient group of 256
+
+
+class SmallModel(nn.Module):
+    """Embedding, two residual blocks, a norm and a head; logits for every position."""
+
+    def __init__(self, *, tied: bool = True, seed: int = 0, reentrant: bool | None = None) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embed = nn.Embedding(N_TOKENS, WIDTH, padding_idx=3)
+            self.blocks = nn.ModuleList(Block() for _ in range(2))
+            self.norm = nn.LayerNorm(WIDTH)
+            self.head = nn.Linear(WIDTH, N_TOKENS, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.reentrant = reentrant  # kind of activation checkpointing; None: none
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
+        return self.head(self.norm(x))
+
+    def loss(self, ids: Tensor) -> Tensor:
+        logits = self(ids[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+class Block(nn.Module):
+    """`x + down(gelu(up(x)))`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, HIDDEN)
+        self.down = nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+
+def batch(seed: int = 0, shape: tuple[int, int] = (8, 12)) -> Tensor:
+    return torch.randint(0, N_TOKENS, shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,338 @@
+"""`QFTLinear` and `QFTEmbedding` in a model: gradients, checkpointing, state dicts."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from qft_hf.config import QuantizationSpec
+from qft_hf.nn import (
+    STATE_NAMES,
+    QFTEmbedding,
+    QFTLinear,
+    dequantize_modules_,
+    is_quantized_module,
+    prepare_modules_,
+    quantize_modules_,
+    state_fields,
+)
+from qft_hf.quant import Int8Gradient
+from tests.nn.small import SmallModel, batch
+from tests.tolerances import assert_same_bits, snr_db
+
+SPEC = QuantizationSpec(group_size=40, outlier_fraction=0.02)
+NO_OUTLIERS = QuantizationSpec(outlier_fraction=0.0)
+
+
+def quantized(spec: QuantizationSpec = SPEC, **arguments) -> SmallModel:
+    model = SmallModel(**arguments)
+    quantize_modules_(model, spec)
+    return model
+
+
+def float_twin(model: SmallModel, dtype: torch.dtype = torch.float32) -> SmallModel:
+    """The same weights in plain modules."""
+    twin = copy.deepcopy(model)
+    dequantize_modules_(twin, dtype)
+    return twin
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: p.grad.dequantize() if isinstance(p.grad, Int8Gradient) else p.grad
+        for name, p in model.named_parameters()
+    }
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_loss_and_gradients_are_those_of_the_float_model(tied):
+    model = quantized(tied=tied)
+    twin = float_twin(model)
+
+    loss, twin_loss = model.loss(batch()), twin.loss(batch())
+    loss.backward()
+    twin_loss.backward()
+
+    assert_same_bits(loss.detach(), twin_loss.detach())
+    ours, theirs = gradients(model), gradients(twin)
+    assert ours.keys() == theirs.keys()
+    assert ("head.weight" in ours) != tied
+    for name, exact in theirs.items():
+        # Rounding to 1 / 254 of the largest value of a group; Gaussian values give 40 dB or more.
+        assert snr_db(exact, ours[name]) > 38, name
+
+
+@pytest.mark.parametrize(("n_batches", "rows"), [(1, 8), (2, 4), (8, 1)])
+def test_accumulation_agrees_with_the_float_gradient_to_int8_rounding(n_batches, rows):
+    """All of a batch at once or in parts: 30 dB in every tensor, the tied table included."""
+    model = quantized()
+    twin = float_twin(model)
+    twin.loss(batch()).backward()
+
+    for part in batch().split(rows):
+        (model.loss(part) / n_batches).backward()
+
+    ours = gradients(model)
+    for name, exact in gradients(twin).items():
+        assert snr_db(exact, ours[name]) >= 30, name
+
+
+def test_every_quantized_parameter_has_an_int8_gradient():
+    model = quantized()
+
+    model.loss(batch()).backward()
+
+    kinds = {name: type(p.grad).__name__ for name, p in model.named_parameters()}
+    weights = {name for name in kinds if name.endswith("weight") and name != "norm.weight"}
+    assert {name for name, kind in kinds.items() if kind == "Int8Gradient"} == weights
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients_bit_for_bit(reentrant):
+    model = quantized()
+    model.loss(batch()).backward()
+    recomputing = quantized(reentrant=reentrant)
+
+    recomputing.loss(batch()).backward()
+
+    for parameter, expected in zip(recomputing.parameters(), model.parameters(), strict=True):
+        if isinstance(expected.grad, Int8Gradient):
+            assert_same_bits(parameter.grad.codes, expected.grad.codes)
+            assert_same_bits(parameter.grad.scales, expected.grad.scales)
+        else:
+            assert_same_bits(parameter.grad, expected.grad)
+
+
+def test_a_bf16_model_computes_like_its_float_twin():
+    model = quantized().to(torch.bfloat16)
+    twin = float_twin(model, torch.bfloat16)
+
+    loss, twin_loss = model.loss(batch()), twin.loss(batch())
+    loss.backward()
+    twin_loss.backward()
+
+    assert_same_bits(loss.detach(), twin_loss.detach())
+    ours = gradients(model)
+    for name, exact in gradients(twin).items():
+        assert ours[name].dtype == torch.bfloat16
+        assert snr_db(exact, ours[name]) > 30, name
+
+
+def test_autocast_computes_like_the_float_twin():
+    model = quantized()
+    twin = float_twin(model)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, twin_loss = model.loss(batch()), twin.loss(batch())
+    loss.backward()
+    twin_loss.backward()
+
+    assert_same_bits(loss.detach(), twin_loss.detach())
+    ours = gradients(model)
+    for name, exact in gradients(twin).items():
+        assert snr_db(exact, ours[name]) > 30, name
+
+
+def test_frozen_modules_are_left_alone():
+    model = quantized()
+    model.blocks[0].requires_grad_(False)
+
+    model.loss(batch()).backward()
+
+    assert all(p.grad is None for p in model.blocks[0].parameters())
+    assert all(p.grad is not None for p in model.blocks[1].parameters())
+
+
+def test_module_to_dtype_keeps_codes_and_casts_what_is_float():
+    model = quantized()
+    codes = model.blocks[0].up.weight.codes.clone()
+
+    model.to(torch.bfloat16)
+
+    weight = model.blocks[0].up.weight
+    assert (weight.dtype, weight.scales.dtype) == (torch.bfloat16, torch.float32)
+    assert_same_bits(weight.codes, codes)
+    assert model.blocks[0].up.bias.dtype == torch.bfloat16
+    assert model.head.weight is model.embed.weight
+
+
+# --- state dict -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", [SPEC, NO_OUTLIERS], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_state_dict_restores_another_model_bit_for_bit(tied, spec):
+    model, other = quantized(spec, tied=tied, seed=1), quantized(spec, tied=tied, seed=2)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+
+    other.load_state_dict(torch.load(file, weights_only=True))
+
+    for name, parameter in model.named_parameters():
+        restored = other.get_parameter(name)
+        if hasattr(parameter, "fields"):
+            for field_name, field in parameter.fields().items():
+                assert_same_bits(getattr(restored, field_name), field)
+        else:
+            assert_same_bits(restored.detach(), parameter.detach())
+    assert_same_bits(other.loss(batch()).detach(), model.loss(batch()).detach())
+
+
+def test_a_state_dict_holds_fields_under_names_of_their_own():
+    """An int8 tensor named `weight` would be taken for weights by a program that does not know."""
+    state = quantized(tied=False).state_dict()
+
+    assert {key for key in state if key.startswith("blocks.0.up.")} == {
+        "blocks.0.up.weight_q",
+        "blocks.0.up.weight_scale",
+        "blocks.0.up.weight_outlier_value",
+        "blocks.0.up.weight_outlier_column",
+        "blocks.0.up.bias",
+    }
+    assert not any(isinstance(value, nn.Parameter) for value in state.values())
+    assert "head.weight" not in state
+    assert "norm.weight" in state
+
+
+def test_without_outliers_there_are_two_fields():
+    weight = quantized(NO_OUTLIERS).head.weight
+
+    assert set(state_fields(weight)) == {STATE_NAMES["codes"], STATE_NAMES["scales"]}
+
+
+def test_a_whole_module_can_be_saved():
+    model = quantized()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+
+    other = torch.load(file, weights_only=False)
+
+    assert other.head.weight is other.embed.weight
+    assert_same_bits(other.loss(batch()).detach(), model.loss(batch()).detach())
+
+
+def test_deepcopy_is_independent_and_keeps_ties():
+    model = quantized()
+    loss = model.loss(batch()).detach()
+
+    other = copy.deepcopy(model)
+    other.embed.weight.codes.zero_()
+
+    assert other.head.weight is other.embed.weight
+    assert_same_bits(model.loss(batch()).detach(), loss)
+
+
+@pytest.mark.parametrize("name", sorted(STATE_NAMES.values()))
+def test_a_missing_field_is_named_and_the_module_refuses_to_compute(name):
+    model = quantized(tied=False)
+    state = quantized(tied=False, seed=1).state_dict()
+    del state[f"blocks.1.down.{name}"]
+
+    with pytest.raises(RuntimeError, match=rf"Missing key.*blocks\.1\.down\.{name}"):
+        model.load_state_dict(state)
+    assert model.load_state_dict(state, strict=False).missing_keys == [f"blocks.1.down.{name}"]
+    with pytest.raises(RuntimeError, match=rf"without .*{name}.*Load a complete checkpoint"):
+        model.loss(batch())
+
+
+def test_fields_may_come_in_several_files():
+    """A sharded checkpoint may cut between the fields of one weight."""
+    model, source = quantized(tied=False), quantized(tied=False, seed=1)
+    state = source.state_dict()
+    keys = sorted(state)
+
+    model.load_state_dict({key: state[key] for key in keys[::2]}, strict=False)
+    model.load_state_dict({key: state[key] for key in keys[1::2]}, strict=False)
+
+    assert_same_bits(model.loss(batch()).detach(), source.loss(batch()).detach())
+
+
+def test_an_unknown_key_is_named():
+    model = quantized()
+
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*blocks\.0\.up\.weight_zero"):
+        model.load_state_dict(model.state_dict() | {"blocks.0.up.weight_zero": torch.zeros(1)})
+
+
+def test_critical_values_for_a_model_without_them_are_refused():
+    """Non-strict loading would drop them, and a percent of the weights, in silence."""
+    state = quantized(tied=False).state_dict()
+    model = quantized(QuantizationSpec(group_size=40, outlier_fraction=0.0), tied=False)
+
+    with pytest.raises(
+        RuntimeError, match=r"outlier_column.*but not in this model.*from_pretrained"
+    ):
+        model.load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        (
+            "weight_q",
+            lambda t: t[:-1],
+            r"must be torch\.int8 of shape \(300, 21\), got .*\(299, 21\)",
+        ),
+        ("weight_q", lambda t: t.float(), r"must be torch\.int8 .*got torch\.float32"),
+        ("weight_scale", lambda t: t.bfloat16(), r"must be torch\.float32 .*got torch\.bfloat16"),
+        ("weight_outlier_value", lambda t: t[:, :0], r"written for another model or with another"),
+        ("weight_outlier_column", lambda t: t.int(), r"must be torch\.int16 .*got torch\.int32"),
+    ],
+)
+def test_a_field_of_another_form_is_refused(name, change, match):
+    model = quantized()
+    state = model.state_dict()
+    state[f"blocks.0.up.{name}"] = change(state[f"blocks.0.up.{name}"])
+
+    with pytest.raises(RuntimeError, match=match):
+        model.load_state_dict(state)
+
+
+def test_float_weights_are_not_loaded_into_codes():
+    model = quantized(tied=False)
+    codes = model.head.weight.codes.clone()
+
+    with pytest.raises(
+        RuntimeError, match=r"Missing key.*up\.weight_q[\s\S]*Quantize or \.dequantize"
+    ):
+        model.load_state_dict(SmallModel(tied=False).state_dict())
+    assert_same_bits(model.head.weight.codes, codes)
+
+
+def test_a_skeleton_that_waits_for_its_weights_says_so():
+    model = SmallModel()
+    prepare_modules_(model, SPEC)
+
+    assert isinstance(model.head, QFTLinear)
+    assert isinstance(model.embed, QFTEmbedding)
+    with pytest.raises(
+        RuntimeError, match=r"is not quantized\. Load the model with from_pretrained"
+    ):
+        model.loss(batch())
+    with pytest.raises(
+        RuntimeError, match=r"embed\.weight is not quantized, so no state.*quantize_"
+    ):
+        model.load_state_dict(quantized().state_dict())
+
+
+def test_quantized_modules_are_told_from_plain_ones():
+    model = quantized()
+
+    assert is_quantized_module(model.head)
+    assert is_quantized_module(model.embed)
+    assert not is_quantized_module(model.norm)
+    assert not is_quantized_module(nn.Linear(2, 2))
+
+
+def test_modules_keep_their_attributes_and_show_their_class():
+    model = quantized()
+
+    assert (model.embed.padding_idx, model.embed.num_embeddings) == (3, 37)
+    assert repr(model.head).startswith("QFTLinear(in_features=21, out_features=37")

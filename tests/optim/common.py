@@ -1,0 +1,97 @@
+"""Models, steps and float64 Lion for the tests of the optimizer."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qft_hf.config import QuantizationSpec
+from qft_hf.nn import quantize_modules_
+from qft_hf.optim import QFTLion
+from qft_hf.quant import Int8Gradient, QFTWeight
+from tests.nn.small import SmallModel, batch
+from tests.tolerances import assert_same_bits
+
+SPEC = QuantizationSpec(group_size=40, outlier_fraction=0.02)
+
+
+def make_model(*, dtype: torch.dtype = torch.float32, seed: int = 0, **arguments) -> SmallModel:
+    model = SmallModel(seed=seed, **arguments).to(dtype)
+    quantize_modules_(model, SPEC)
+    return model
+
+
+def make_optimizer(model: nn.Module, **arguments: Any) -> QFTLion:
+    """Two groups, one with and one without decay; never the neutral values."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": 0.1},
+        {"params": vectors, "weight_decay": 0.0, "lr": 2e-3},
+    ]
+    return QFTLion(groups, **{"lr": 1e-3, "seed": 11, **arguments})
+
+
+def backward(model: SmallModel, step: int, n_parts: int = 1) -> Tensor:
+    """Gradients of batch number `step`, in `n_parts` micro-batches; returns the mean loss."""
+    losses = []
+    for part in batch(step).chunk(n_parts):
+        loss = model.loss(part) / n_parts
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def train(model, optimizer, steps, *, n_parts: int = 1) -> list[Tensor]:
+    losses = []
+    for step in steps:
+        losses.append(backward(model, step, n_parts))
+        optimizer.step()
+    return losses
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of everything a model stores."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, QFTWeight):
+            for field_name, field in parameter.fields().items():
+                tensors[f"{name}.{field_name}"] = field.clone()
+        else:
+            tensors[name] = parameter.detach().clone()
+    return tensors
+
+
+def state_tensors(optimizer: QFTLion) -> dict[str, Tensor]:
+    """Copies of the state of every parameter, by position and name."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        f"{index}.{name}": torch.as_tensor(value).clone()
+        for index, parameter in enumerate(parameters)
+        for name, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for tensor, wanted in zip(actual.values(), expected.values(), strict=True):
+        assert_same_bits(tensor, wanted)
+
+
+def snapshot(model: nn.Module, optimizer: QFTLion) -> dict[str, Tensor]:
+    return model_tensors(model) | state_tensors(optimizer)
+
+
+def zero_gradient(parameter: nn.Parameter) -> Int8Gradient:
+    return Int8Gradient.zeros(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
+
+
+def values64(parameter: Tensor) -> np.ndarray:
+    """The exact stored values of a parameter."""
+    if not isinstance(parameter, QFTWeight):
+        return parameter.detach().double().numpy().copy()
+    group = torch.arange(parameter.shape[1]) // (parameter.group_size or parameter.shape[1])
+    values = parameter.codes.double() * parameter.scales.double()[:, group]
+    values.scatter_(1, parameter.outlier_columns.long(), parameter.outlier_values.double())
+    return values.numpy()

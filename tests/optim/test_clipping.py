@@ -1,0 +1,188 @@
+"""Clipping by global norm: exact, on the stored gradients, and without touching a code."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from qft_hf.kernels import reference
+from qft_hf.layout import STATE_GROUP_SIZE
+from qft_hf.quant import Int8Gradient
+from tests.optim.common import (
+    assert_same_tensors,
+    backward,
+    make_model,
+    make_optimizer,
+    model_tensors,
+    snapshot,
+    state_tensors,
+    train,
+)
+from tests.tolerances import FP32_EPS, assert_same_bits
+
+
+def exact_norm(model: nn.Module) -> float:
+    """Global norm of the gradients as they are stored, in float64."""
+    total = 0.0
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if isinstance(gradient, Int8Gradient):
+            group = torch.arange(gradient.shape[1]) // STATE_GROUP_SIZE
+            values = gradient.codes.double() * gradient.scales.double()[:, group]
+        else:
+            values = gradient.double()
+        total += values.square().sum().item()
+    return math.sqrt(total)
+
+
+def gradient_tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, ...]]:
+    return {
+        name: (p.grad.codes.clone(), p.grad.scales.clone())
+        if isinstance(p.grad, Int8Gradient)
+        else (p.grad.clone(),)
+        for name, p in model.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("n_parts", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norm_is_that_of_the_stored_gradients(dtype, n_parts):
+    model = make_model(dtype=dtype)
+    backward(model, 0, n_parts)
+    exact = exact_norm(model)
+
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1e9)
+
+    # Float gradients have a norm each, rounded to their dtype; the squares are summed in FP32.
+    eps = FP32_EPS if dtype == torch.float32 else 2.0**-8
+    assert norm.item() == pytest.approx(exact, rel=16 * eps)
+    if dtype == torch.float32:
+        assert norm.item() == pytest.approx(nn.utils.get_total_norm(
+            [p.grad for p in model.parameters()]
+        ).item())  # fmt: skip
+
+
+def test_clipping_rescales_scales_and_never_codes():
+    model = make_model()
+    backward(model, 0)
+    before = gradient_tensors(model)
+    norm = exact_norm(model)
+
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm=norm / 7)
+
+    assert exact_norm(model) == pytest.approx(norm / 7, rel=1e-5)  # torch divides by norm + 1e-6
+    after = gradient_tensors(model)
+    for name, tensors in before.items():
+        if len(tensors) == 2:
+            assert_same_bits(after[name][0], tensors[0])
+        torch.testing.assert_close(after[name][-1], tensors[-1] / 7, rtol=1e-5, atol=0)
+
+
+def test_a_norm_below_the_limit_clips_nothing():
+    model = make_model()
+    backward(model, 0)
+    before = gradient_tensors(model)
+
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm=2 * exact_norm(model))
+
+    for name, tensors in gradient_tensors(model).items():
+        for tensor, expected in zip(tensors, before[name], strict=True):
+            assert_same_bits(tensor, expected)
+
+
+def test_a_clipped_step_is_the_reference_step_on_clipped_gradients():
+    """With momentum from two unclipped steps, so that the size of the gradient matters."""
+    model, expected = make_model(), make_model()
+    optimizer, other = make_optimizer(model), make_optimizer(expected)
+    train(model, optimizer, range(2))
+    train(expected, other, range(2))
+    backward(model, 2)
+    backward(expected, 2)
+    limit = exact_norm(model) / 20
+
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm=limit)
+    optimizer.step()
+
+    # The same by hand: scale every gradient by the factor, then call the specification.
+    factor = torch.tensor(limit) / (torch.tensor(exact_norm(expected)) + 1e-6)
+    streams = {id(p): i for i, p in enumerate(p for g in other.param_groups for p in g["params"])}
+    for group in other.param_groups:
+        for parameter in group["params"]:
+            state = other.state[parameter]
+            arguments = {
+                "lr": group["lr"],
+                "beta1": 0.9,
+                "beta2": 0.99,
+                "weight_decay": group["weight_decay"],
+                "maximize": False,
+                "stochastic": True,
+                "seed": 11,
+                "step": 3,
+                "stream": streams[id(parameter)],
+            }
+            if isinstance(parameter.grad, Int8Gradient):
+                reference.lion_step_(
+                    *parameter.fields().values(),
+                    state["momentum_codes"],
+                    state["momentum_scales"],
+                    parameter.grad.codes,
+                    parameter.grad.scales * factor,
+                    group_size=parameter.group_size,
+                    state_group_size=STATE_GROUP_SIZE,
+                    **arguments,
+                )
+            else:
+                reference.lion_step_float_(
+                    parameter.data, state["momentum"], parameter.grad * factor, **arguments
+                )
+
+    # The factor is known to FP32 rounding only; it moves momentum by as much, and no sign here.
+    assert_same_tensors(model_tensors(model), model_tensors(expected))
+    for name, tensor in state_tensors(optimizer).items():
+        wanted = state_tensors(other)[name]
+        if name.endswith("step"):
+            assert tensor == wanted + 1
+        else:
+            noise = 1 if tensor.dtype == torch.int8 else 1e-6 * wanted.abs().max().item()
+            torch.testing.assert_close(tensor, wanted, rtol=0, atol=noise)
+
+
+def test_clipping_changes_the_step():
+    """The control: what clipping does must be seen in the weights."""
+    results = []
+    for limit in (1e9, 1e-4):
+        model = make_model()
+        optimizer = make_optimizer(model)
+        train(model, optimizer, range(2))
+        backward(model, 2)
+        nn.utils.clip_grad_norm_(model.parameters(), max_norm=limit)
+        optimizer.step()
+        results.append(model_tensors(model)["blocks.0.up.weight.codes"])
+
+    assert (results[0] != results[1]).float().mean() > 0.05
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_seen_by_clipping_and_by_the_step(bad):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    backward(model, 0)
+    model.head.weight.grad.scales[0, 0] = bad
+    before = snapshot(model, optimizer)
+
+    with pytest.raises(RuntimeError, match="non-finite"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
+    assert not nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite()
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        optimizer.step()
+
+    assert_same_tensors(snapshot(model, optimizer), before)
+
+
+def test_another_norm_is_refused():
+    model = make_model()
+    backward(model, 0)
+
+    with pytest.raises(NotImplementedError, match="Use norm_type=2"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0, norm_type=float("inf"))

@@ -1,0 +1,444 @@
+"""`QFTLion`: what a step does with parameters, groups, gradients and the stack."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from qft_hf.nn import quantize_modules_
+from qft_hf.optim import QFTLion
+from qft_hf.quant import Int8Gradient, QFTWeight
+from tests.nn.small import SmallModel, batch
+from tests.optim.common import (
+    SPEC,
+    assert_same_tensors,
+    backward,
+    make_model,
+    make_optimizer,
+    model_tensors,
+    snapshot,
+    train,
+    values64,
+    zero_gradient,
+)
+from tests.tolerances import FP32_EPS, assert_same_bits, float_update_bound, stochastic_bound
+
+# --- one step -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_first_step_moves_every_weight_by_lr_against_its_gradient(maximize, dtype):
+    """No momentum yet: the direction is the sign of the gradient, which is known exactly."""
+    model = make_model(dtype=dtype)
+    optimizer = make_optimizer(model, maximize=maximize)
+    backward(model, 0)
+    before = {name: values64(p) for name, p in model.named_parameters()}
+    signs = {
+        name: np.sign(
+            p.grad.codes.numpy() if isinstance(p.grad, Int8Gradient) else p.grad.float().numpy()
+        )
+        for name, p in model.named_parameters()
+    }
+
+    optimizer.step()
+
+    for name, parameter in model.named_parameters():
+        lr, decay = (1e-3, 0.1) if parameter.ndim == 2 else (2e-3, 0.0)
+        sign = -signs[name] if maximize else signs[name]
+        exact = before[name] - lr * (sign + decay * before[name])
+        error = np.abs(values64(parameter) - exact)
+        noise = float_update_bound(before[name], lr, decay)
+        if isinstance(parameter, QFTWeight):
+            group = np.arange(parameter.shape[1]) // parameter.group_size
+            bound = stochastic_bound(parameter.scales.double().numpy()[:, group])
+        elif dtype == torch.bfloat16:  # to one of two neighbours: a whole unit, 2**-7 at most
+            bound = 2.0**-7 * np.abs(exact) + noise
+        else:
+            bound = noise
+        assert (error <= bound).all(), name
+
+
+def test_a_closure_is_evaluated_once_with_gradients():
+    model = make_model()
+    optimizer = make_optimizer(model)
+    losses = []
+
+    def closure():
+        losses.append(backward(model, 0))
+        return losses[-1]
+
+    assert optimizer.step(closure) is losses[0]
+    assert len(losses) == 1
+    other = make_model()
+    train(other, make_optimizer(other), [0])
+    assert_same_tensors(model_tensors(model), model_tensors(other))
+    assert optimizer.step() is None
+
+
+def test_a_scheduler_sets_the_rate_of_the_running_step():
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = QFTLion([parameter], lr=0.5)
+    scheduler = LambdaLR(optimizer, lambda step: [1.0, 0.5, 0.125, 0.0][step])
+    values = []
+
+    for _ in range(4):
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        scheduler.step() if len(values) < 3 else None
+        values.append(parameter[0].item())
+
+    assert values == [-0.5, -0.75, -0.8125, -0.8125]
+
+
+def test_the_rate_may_be_a_tensor():
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = QFTLion([parameter], lr=0.5)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+    parameter.grad = torch.ones(3)
+
+    optimizer.step()
+
+    assert (parameter == -0.25).all()
+
+
+def test_groups_decay_by_their_own_rates():
+    """Zero gradients: what moves is decay alone."""
+    model = make_model(tied=False)
+    decayed, plain = model.blocks[0].up.weight, model.blocks[1].up.weight
+    norm, bias = model.norm.weight, model.blocks[0].up.bias
+    optimizer = QFTLion(
+        [
+            {"params": [decayed, norm], "weight_decay": 0.5},
+            {"params": [plain, bias], "weight_decay": 0.0},
+        ],
+        lr=0.1,
+    )
+    before = [values64(p) for p in (decayed, norm, plain, bias)]
+    for parameter in (decayed, plain):
+        parameter.grad = zero_gradient(parameter)
+    for parameter in (norm, bias):
+        parameter.grad = torch.zeros_like(parameter)
+
+    optimizer.step()
+
+    after = [values64(p) for p in (decayed, norm, plain, bias)]
+    assert (after[2] == before[2]).all()
+    assert (after[3] == before[3]).all()
+    # 0.95 of norm weights that are all 1.
+    np.testing.assert_allclose(after[1], 0.95 * before[1], rtol=2 * FP32_EPS)
+    assert np.linalg.norm(after[0]) / np.linalg.norm(before[0]) == pytest.approx(0.95, abs=1e-3)
+
+
+def test_parameters_without_gradient_are_left_alone_and_have_no_state():
+    model = make_model()
+    model.blocks[0].requires_grad_(False)
+    optimizer = make_optimizer(model)
+    before = model_tensors(model.blocks[0])
+
+    train(model, optimizer, range(3))
+
+    assert_same_tensors(model_tensors(model.blocks[0]), before)
+    assert not any(parameter in optimizer.state for parameter in model.blocks[0].parameters())
+    assert optimizer.state[model.embed.weight]["step"] == 3
+
+
+def test_a_group_may_be_added_later():
+    model = make_model()
+    optimizer = QFTLion(model.blocks[0].parameters(), lr=1e-3)
+    backward(model, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+    optimizer.add_param_group({"params": list(model.blocks[1].parameters()), "lr": 0.01})
+    model.zero_grad()
+    before = model.blocks[1].up.weight.codes.clone()
+    train(model, optimizer, [1])
+
+    assert (model.blocks[1].up.weight.codes != before).any()
+    assert optimizer.state[model.blocks[1].up.weight]["step"] == 1
+    assert optimizer.state[model.blocks[0].up.weight]["step"] == 2
+
+
+# --- stack ----------------------------------------------------------------------------------------
+
+
+def test_the_step_frees_each_gradient_newest_first(monkeypatch):
+    model = make_model(tied=False)
+    optimizer = make_optimizer(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    pushed, updated, waiting = [], [], []
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: pushed.append(names[id(p)]))
+    update = optimizer._update
+
+    def recording(parameter, gradient, **arguments):
+        updated.append(names[id(parameter)])
+        assert parameter.grad is None
+        waiting.append(sum(p.grad is not None for p in model.parameters()))
+        update(parameter, gradient, **arguments)
+
+    monkeypatch.setattr(optimizer, "_update", recording)
+    backward(model, 0)
+
+    optimizer.step()
+
+    assert pushed[0] == "head.weight"  # backward ends at the embedding
+    assert pushed[-1] == "embed.weight"
+    assert updated == pushed[::-1]
+    assert waiting == list(range(len(names) - 1, -1, -1))
+    assert len(optimizer._stack) == 0
+
+
+def test_zero_grad_between_backward_and_step_drops_the_step():
+    model = make_model()
+    optimizer = make_optimizer(model)
+    before = model_tensors(model)
+    backward(model, 0)
+
+    model.zero_grad()
+    optimizer.step()
+
+    assert_same_tensors(model_tensors(model), before)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("change", ["to", "quantize"])
+def test_hooks_come_back_after_the_inside_of_a_parameter_was_replaced(change):
+    """Parameters still listed hooks that autograd no longer called: the stack missed them."""
+    if change == "to":
+        model = make_model()
+        optimizer = make_optimizer(model)
+        model.to(torch.bfloat16)
+    else:
+        model = SmallModel()
+        optimizer = make_optimizer(model)
+        quantize_modules_(model, SPEC)
+
+    optimizer.train()
+    optimizer.eval()
+    codes = model.embed.weight.codes.clone()
+    backward(model, 0)
+
+    assert len(optimizer._stack) == len(list(model.parameters()))
+    optimizer.step()
+    assert (model.embed.weight.codes != codes).any()
+
+
+def test_hooks_are_not_doubled():
+    model = make_model()
+    optimizer = make_optimizer(model)
+
+    for _ in range(3):
+        optimizer.train()
+
+    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in model.parameters())
+
+
+def test_a_second_optimizer_has_a_stack_of_its_own():
+    """Hooks of the first, or of the user, are not mistaken for its own."""
+    model = make_model()
+    calls = []
+    model.norm.weight.register_post_accumulate_grad_hook(calls.append)
+    first, second = make_optimizer(model), make_optimizer(model)
+
+    backward(model, 0)
+
+    n_parameters = len(list(model.parameters()))
+    assert (len(first._stack), len(second._stack), len(calls)) == (n_parameters, n_parameters, 1)
+    second.step()
+    assert len(first._stack) == 0  # its gradients are gone
+
+
+# --- gradients that are not finite ----------------------------------------------------------------
+
+
+def spoil(model, where):
+    if where == "int8":
+        model.blocks[1].up.weight.grad.scales[7, 0] = float("nan")
+    else:
+        model.norm.bias.grad[3] = float("inf")
+
+
+@pytest.mark.parametrize("where", ["int8", "float"])
+def test_raise_leaves_everything_as_it_was(where):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, range(2))
+    backward(model, 2)
+    spoil(model, where)
+    before = snapshot(model, optimizer)
+
+    with pytest.raises(
+        FloatingPointError, match=r"weights and optimizer state are unchanged.*'skip'"
+    ):
+        optimizer.step()
+
+    assert_same_tensors(snapshot(model, optimizer), before)
+    assert all(p.grad is not None for p in model.parameters())
+    # What is still there can be dropped, and training goes on.
+    optimizer.zero_grad()
+    train(model, optimizer, [3])
+    assert optimizer.state[model.embed.weight]["step"] == 3
+
+
+@pytest.mark.parametrize("where", ["int8", "float"])
+def test_skip_drops_the_gradients_counts_and_logs(where, caplog):
+    model, other = make_model(), make_model()
+    optimizer, reference = make_optimizer(model, nonfinite="skip"), make_optimizer(other)
+    train(model, optimizer, range(2))
+    before = snapshot(model, optimizer)
+    backward(model, 2)
+    spoil(model, where)
+
+    optimizer.step()
+
+    assert_same_tensors(snapshot(model, optimizer), before)
+    assert all(p.grad is None for p in model.parameters())
+    assert len(optimizer._stack) == 0
+    assert optimizer.skipped_steps == 1
+    assert "Step skipped: a gradient is not finite (1 so far)" in caplog.text
+    # A skipped step does not count: the next one is the one a run without it would take.
+    train(model, optimizer, [3])
+    train(other, reference, [0, 1, 3])
+    assert_same_tensors(snapshot(model, optimizer), snapshot(other, reference))
+
+
+# --- the same bits --------------------------------------------------------------------------------
+
+
+def test_equal_seeds_give_equal_bits_and_others_do_not():
+    results = []
+    for seed in (11, 11, 12):
+        model = make_model()
+        train(model, make_optimizer(model, seed=seed), range(3))
+        results.append(model_tensors(model))
+
+    assert_same_tensors(results[0], results[1])
+    assert (results[0]["embed.weight.codes"] != results[2]["embed.weight.codes"]).any()
+
+
+def test_the_global_random_state_is_neither_used_nor_changed():
+    model, other = make_model(), make_model()
+    torch.manual_seed(1)
+    train(model, make_optimizer(model), range(2))
+    drawn = torch.rand(1)
+    torch.manual_seed(1)
+    assert_same_bits(torch.rand(1), drawn)
+
+    train(other, make_optimizer(other), range(2))
+
+    assert_same_tensors(model_tensors(model), model_tensors(other))
+
+
+def test_equal_parameters_are_rounded_differently():
+    """The stream is the position of the parameter: equal streams would correlate the noise."""
+    weights = [
+        QFTWeight.from_float(torch.linspace(-1, 1, 900).view(9, 100), SPEC) for _ in range(2)
+    ]
+    parameters = [nn.Parameter(weight) for weight in weights]
+    optimizer = QFTLion(parameters, lr=2e-3)
+    for parameter in parameters:
+        parameter.grad = zero_gradient(parameter)
+        parameter.grad.codes.fill_(1)
+
+    optimizer.step()
+
+    assert (parameters[0].codes != parameters[1].codes).any()
+
+
+def test_nearest_rounding_is_there_for_ablation():
+    parameter = nn.Parameter(QFTWeight.from_float(torch.linspace(-1, 1, 900).view(9, 100), SPEC))
+    parameter.codes.clamp_(-120, 120)  # so that no scale has to grow
+    before = parameter.codes.clone()
+    optimizer = QFTLion([parameter], lr=1e-5, stochastic_rounding=False)
+    for _ in range(3):
+        parameter.grad = zero_gradient(parameter)
+        parameter.grad.codes.fill_(1)
+        optimizer.step()
+
+    assert_same_bits(parameter.codes, before)  # each step is far below half a quantum
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copy_it", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_like_the_original(copy_it):
+    """Model and optimizer together, so that the copy's parameters are the copied model's."""
+    model = make_model()
+    optimizer = make_optimizer(model, nonfinite="skip")
+    train(model, optimizer, range(2))
+
+    other, copied = copy_it((model, optimizer))
+
+    train(model, optimizer, [2])
+    train(other, copied, [2])
+    assert_same_tensors(snapshot(other, copied), snapshot(model, optimizer))
+    backward(other, 3)
+    spoil(other, "int8")
+    copied.step()
+    assert (copied.skipped_steps, optimizer.skipped_steps) == (1, 0)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"gradient": "heap"}, "gradient must be 'stack'.*got 'heap'"),
+        ({"momentum_bits": 3}, "momentum_bits must be 8.*got 3"),
+        ({"nonfinite": "ignore"}, "nonfinite must be 'raise' or 'skip', got 'ignore'"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
+        ({"seed": 2**63}, r"seed must be in \[0, 2\*\*63\)"),
+        ({"lr": -1e-4}, "got lr=-0.0001.*set maximize=True"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1.*set maximize=True"),
+        ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), got \(0\.9, 1\.0\).*\(0\.9, 0\.99\)"),
+        ({"betas": (-0.1, 0.9)}, r"betas must be in \[0, 1\)"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        QFTLion([nn.Parameter(torch.ones(2))], **arguments)
+
+
+def test_a_float_gradient_of_a_quantized_weight_is_refused():
+    parameter = nn.Parameter(QFTWeight.from_float(torch.randn(4, 50), SPEC))
+    optimizer = QFTLion([parameter], lr=1e-3)
+    optimizer._stack.push(parameter)
+
+    with pytest.raises(TypeError, match=r"\(4, 50\) has a gradient of type Tensor.*its QFT module"):
+        optimizer._update(parameter, torch.zeros(4, 50), group=optimizer.param_groups[0], stream=0)
+
+
+def test_fp16_parameters_are_refused():
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    parameter.grad = torch.ones(3, dtype=torch.float16)
+
+    with pytest.raises(TypeError, match=r"got torch\.float16 .*dtype=torch\.bfloat16"):
+        QFTLion([parameter]).step()
+
+
+@pytest.mark.parametrize(
+    "make_other",
+    [
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+        lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0),
+        lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
+        lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
+    ],
+)
+def test_other_optimizers_cannot_touch_quantized_weights(make_other):
+    model = make_model()
+    optimizer = make_other(model.parameters())
+    model.loss(batch()).backward()
+    before = model.embed.weight.codes.clone()
+
+    with pytest.raises(NotImplementedError, match=r"aten\..* Only QFTLion updates such tensors"):
+        optimizer.step()
+    assert_same_bits(model.embed.weight.codes, before)

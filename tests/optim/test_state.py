@@ -1,0 +1,214 @@
+"""Saving and restoring the optimizer: INT8 stays INT8, and a resumed run is the straight run."""
+
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LinearLR
+
+from qft_hf.optim import QFTLion
+from tests.optim.common import (
+    assert_same_tensors,
+    backward,
+    make_model,
+    make_optimizer,
+    snapshot,
+    state_tensors,
+    train,
+)
+from tests.tolerances import assert_same_bits
+
+
+def through_a_file(state: dict) -> dict:
+    """As the Trainer reads `optimizer.pt`: plain tensors only."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_state_is_int8_and_survives_a_file():
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, range(2))
+
+    other = make_optimizer(make_model(seed=5), lr=7.0, seed=99)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+
+    assert_same_tensors(state_tensors(other), state_tensors(optimizer))
+    dtypes = {name.split(".")[1]: t.dtype for name, t in state_tensors(other).items()}
+    assert dtypes["momentum_codes"] == torch.int8
+    assert dtypes["momentum_scales"] == dtypes["momentum"] == torch.float32
+    # Rates, decays and the seed come with it.
+    for group, saved in zip(other.param_groups, optimizer.param_groups, strict=True):
+        for name in ("lr", "betas", "weight_decay", "seed", "stochastic_rounding", "maximize"):
+            assert group[name] == saved[name]
+
+
+def test_momentum_costs_one_byte_per_parameter_and_its_scales():
+    model = make_model(tied=False)
+    optimizer = make_optimizer(model)
+    train(model, optimizer, [0])
+
+    state = optimizer.state[model.blocks[0].down.weight]  # [21, 300]: two groups of 256
+
+    assert {name: tensor.nbytes for name, tensor in state.items() if name != "step"} == {
+        "momentum_codes": 21 * 300,
+        "momentum_scales": 21 * 2 * 4,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_parts", [1, 4])
+@pytest.mark.parametrize("tied", [True, False])
+def test_resuming_equals_the_straight_run_bit_for_bit(tied, n_parts, dtype):
+    """Weights, scales, critical values, momentum and the losses, with a schedule."""
+
+    def start():
+        model = make_model(tied=tied, dtype=dtype)
+        optimizer = make_optimizer(model)
+        return model, optimizer, LinearLR(optimizer, total_iters=6, end_factor=0.1)
+
+    def run(model, optimizer, scheduler, steps):
+        losses = []
+        for step in steps:
+            losses += train(model, optimizer, [step], n_parts=n_parts)
+            scheduler.step()
+        return losses
+
+    model, optimizer, scheduler = start()
+    losses = run(model, optimizer, scheduler, range(6))
+
+    stopped = start()
+    first = run(*stopped, range(3))
+    saved = through_a_file([part.state_dict() for part in stopped])
+    resumed = start()
+    for part, state in zip(resumed, saved, strict=True):
+        part.load_state_dict(state)
+    second = run(*resumed, range(3, 6))
+
+    assert_same_bits(torch.stack(first + second), torch.stack(losses))
+    assert_same_tensors(snapshot(resumed[0], resumed[1]), snapshot(model, optimizer))
+
+
+def test_loaded_state_is_a_copy_of_what_was_loaded():
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, [0])
+    state = optimizer.state_dict()
+    other_model = make_model()
+    other = make_optimizer(other_model)
+
+    other.load_state_dict(state)
+    before = state_tensors(optimizer)
+    train(other_model, other, [1])
+
+    assert_same_tensors(state_tensors(optimizer), before)
+
+
+def test_a_parameter_that_had_no_gradient_yet_resumes_without_state():
+    model = make_model(tied=False)
+    model.head.requires_grad_(False)
+    optimizer = make_optimizer(model)
+    train(model, optimizer, [0])
+
+    other_model = make_model(tied=False)
+    other = make_optimizer(other_model)
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+
+    assert other_model.head.weight not in other.state
+    train(other_model, other, [1])
+    assert other.state[other_model.head.weight]["step"] == 1
+    assert other.state[other_model.embed.weight]["step"] == 2
+
+
+def spoiled_states():
+    """A change of a valid state dict, and what the error says."""
+
+    def set_tensor(index, name, change):
+        def apply(state):
+            state["state"][index][name] = change(state["state"][index][name])
+
+        return apply
+
+    def drop(index, name):
+        return lambda state: state["state"][index].pop(name)
+
+    def rename(state):
+        state["state"][0] = {"step": 2, "exp_avg": torch.zeros(37, 21)}
+
+    def remove_parameter(state):
+        state["param_groups"][1]["params"].pop()
+
+    another = "another model, another optimizer or another QFTConfig. Resume with the ones"
+    return [
+        (
+            set_tensor(0, "momentum_codes", lambda t: t.float()),
+            rf"parameter 0 .*float32.*{another}",
+        ),
+        (
+            set_tensor(1, "momentum_codes", lambda t: t[:-1]),
+            rf"parameter 1 .*\(299, 21\).*{another}",
+        ),
+        (
+            set_tensor(1, "momentum_scales", lambda t: t.half()),
+            rf"parameter 1 .*float16.*{another}",
+        ),
+        (set_tensor(6, "momentum", lambda t: t.bfloat16()), rf"parameter 6 .*bfloat16.*{another}"),
+        (
+            drop(0, "momentum_scales"),
+            rf"parameter 0 must be a step and .*momentum_scales.*{another}",
+        ),
+        (rename, rf"parameter 0 .*exp_avg.*{another}"),
+        (drop(2, "step"), "parameter 2 must be a step and .*Resume"),
+        (remove_parameter, "is for 10 parameters, this optimizer has 11.*Resume with the model"),
+    ]
+
+
+@pytest.mark.parametrize(("spoil", "match"), spoiled_states())
+def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(spoil, match):
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, range(2))
+    state = through_a_file(optimizer.state_dict())
+    state["param_groups"][0]["lr"] = 77.0
+    spoil(state)
+    before = snapshot(model, optimizer)
+
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(state)
+
+    assert_same_tensors(snapshot(model, optimizer), before)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    train(model, optimizer, [2])
+
+
+def test_groups_cut_differently_are_refused_and_nothing_changes():
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, [0])
+    before = snapshot(model, optimizer)
+    parameters = list(make_model().parameters())
+    other = QFTLion([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=3.0)
+
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        optimizer.load_state_dict(other.state_dict())
+
+    assert_same_tensors(snapshot(model, optimizer), before)
+
+
+def test_adamw_state_of_a_float_model_is_refused():
+    """Resume from a checkpoint of an ordinary run: as many parameters, another state."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    float_parameters = [nn.Parameter(torch.zeros(p.shape)) for p in model.parameters()]
+    adamw = torch.optim.AdamW([{"params": float_parameters[:5]}, {"params": float_parameters[5:]}])
+    for parameter in float_parameters:
+        parameter.grad = torch.ones_like(parameter)
+    adamw.step()
+
+    with pytest.raises(ValueError, match=r"exp_avg.*was saved by another model, another optimizer"):
+        optimizer.load_state_dict(adamw.state_dict())
+    backward(model, 0)
+    optimizer.step()

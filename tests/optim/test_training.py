@@ -1,0 +1,119 @@
+"""The claim itself: INT8 weights with stochastic rounding train like float, nearest does not."""
+
+import argparse
+import tarfile
+import typing
+from statistics import mean
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qft_hf.config import QuantizationSpec
+from qft_hf.nn import quantize_modules_
+from qft_hf.optim import QFTLion
+
+CONTEXT = 8
+N_STEPS = 250
+WEIGHT_DECAY = 0.1
+SEEDS = (0, 1, 2)
+
+
+class NextByte(nn.Module):
+    """A byte from the eight before it: embedding, two hidden layers, norm, head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(128, 16)
+        self.up = nn.Linear(16 * CONTEXT, 96)
+        self.mix = nn.Linear(96, 96)
+        self.norm = nn.LayerNorm(96)
+        self.head = nn.Linear(96, 128, bias=False)
+
+    def forward(self, context: Tensor) -> Tensor:
+        x = F.gelu(self.up(self.embed(context).flatten(1)))
+        return self.head(self.norm(x + F.gelu(self.mix(x))))
+
+
+class FloatLion:
+    """Chen et al. 2023, algorithm 2, on FP32 tensors: independent of the package."""
+
+    def __init__(self, parameters: typing.Iterable[nn.Parameter], lr: float) -> None:
+        self.parameters = list(parameters)
+        self.momenta = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.lr = lr
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter, momentum in zip(self.parameters, self.momenta, strict=True):
+            gradient = parameter.grad
+            direction = (0.9 * momentum + 0.1 * gradient).sign()
+            parameter -= self.lr * (direction + WEIGHT_DECAY * parameter)
+            momentum.lerp_(gradient, 0.01)
+            parameter.grad = None
+
+
+@pytest.fixture(scope="module")
+def text() -> Tensor:
+    """Source of three modules of the standard library: real text that comes with Python."""
+    source = "".join(open(module.__file__).read() for module in (argparse, tarfile, typing))
+    return torch.tensor(list(source.encode("ascii", "replace")))
+
+
+def windows(text: Tensor, generator: torch.Generator, count: int) -> tuple[Tensor, Tensor]:
+    start = torch.randint(len(text) - CONTEXT, (count, 1), generator=generator)
+    window = text[start + torch.arange(CONTEXT + 1)]
+    return window[:, :-1], window[:, -1]
+
+
+def loss_reduction(kind: str, text: Tensor, *, seed: int, lr: float) -> float:
+    """Held-out loss before training minus after; data and start depend on the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = NextByte()
+    cut = len(text) * 9 // 10
+    held_out, targets = windows(text[cut:], torch.Generator().manual_seed(99), 8192)
+
+    @torch.no_grad()
+    def evaluate() -> float:
+        return F.cross_entropy(model(held_out), targets).item()
+
+    before = evaluate()
+    if kind == "float":
+        optimizer = FloatLion(model.parameters(), lr)
+    else:
+        quantize_modules_(model, QuantizationSpec())
+        optimizer = QFTLion(
+            model.parameters(),
+            lr=lr,
+            weight_decay=WEIGHT_DECAY,
+            stochastic_rounding=kind == "qft",
+            seed=seed,
+        )
+    batches = torch.Generator().manual_seed(seed)
+    for _ in range(N_STEPS):
+        contexts, next_bytes = windows(text[:cut], batches, 128)
+        F.cross_entropy(model(contexts), next_bytes).backward()
+        optimizer.step()
+    return before - evaluate()
+
+
+# Half a quantum of these weights is 3.5e-4 and more: more than a step.
+@pytest.mark.parametrize("lr", [2e-4, 3e-4])
+def test_int8_recovers_what_float_learns_and_nearest_rounding_does_not(text, lr, record_property):
+    reductions = {
+        kind: [loss_reduction(kind, text, seed=seed, lr=lr) for seed in SEEDS]
+        for kind in ("float", "qft", "nearest")
+    }
+    learned = reductions["float"]
+    recovered = {
+        kind: mean(a / b for a, b in zip(reductions[kind], learned, strict=True))
+        for kind in ("qft", "nearest")
+    }
+    record_property("recovered", recovered)
+
+    # It learns something worth recovering: from 5 nats to about 3, and not to nothing.
+    assert all(1.5 < reduction < 3 for reduction in learned)
+    assert recovered["qft"] >= 0.995, reductions
+    assert recovered["nearest"] < 0.9, reductions

@@ -1,0 +1,358 @@
+"""`QFTWeight`: the hybrid quantizer, and what a parameter must survive."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qft_hf.config import QuantizationSpec
+from qft_hf.layout import GroupLayout, outlier_bytes
+from qft_hf.quant import Int8Gradient, Int8Tensor, QFTWeight
+from qft_hf.quant import weight as weight_module
+from tests.tolerances import BF16_EPS, assert_same_bits, rounding_bound
+
+SPECS = [
+    QuantizationSpec(group_size=None, outlier_fraction=0.0),
+    QuantizationSpec(group_size=None, outlier_fraction=0.02),
+    QuantizationSpec(group_size=17, outlier_fraction=0.05),
+    QuantizationSpec(group_size=1000, outlier_fraction=0.99),
+]
+
+
+def heavy_tailed(rows=9, columns=101, dtype=torch.float32, seed=0):
+    """Gaussian with a few values ten times larger in each row, as real weights have."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, columns, generator=generator) * 0.02
+    x[torch.rand(rows, columns, generator=generator) < 0.01] *= 10
+    return x.to(dtype)
+
+
+def spread(weight: QFTWeight) -> np.ndarray:
+    group = np.arange(weight.shape[1]) // (weight.group_size or weight.shape[1])
+    return weight.scales.numpy().astype(np.float64)[:, group]
+
+
+def assert_same_weight(actual: QFTWeight, expected: QFTWeight) -> None:
+    assert actual._format() == expected._format()
+    for name, field in expected.fields().items():
+        assert_same_bits(getattr(actual, name), field)
+
+
+# --- quantizer ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_values_are_within_half_a_scale_and_critical_ones_exact(spec, dtype):
+    x = heavy_tailed(dtype=dtype)
+    before = x.clone()
+
+    weight = QFTWeight.from_float(x, spec)
+
+    exact = x.double().numpy()
+    stored = weight.codes.numpy() * spread(weight)
+    index = weight.outlier_columns.long().numpy()
+    assert (np.take_along_axis(stored, index, axis=1) == 0).all()
+    np.put_along_axis(stored, index, weight.outlier_values.double().numpy(), axis=1)
+    assert (np.abs(stored - exact) <= rounding_bound(exact, spread(weight))).all()
+    np.testing.assert_array_equal(
+        np.take_along_axis(stored, index, axis=1), np.take_along_axis(exact, index, axis=1)
+    )
+    # dequantize gives these values, rounded once to the outer dtype.
+    assert weight.dtype == dtype
+    assert_same_bits(weight.dequantize(), torch.from_numpy(stored).float().to(dtype))
+    assert_same_bits(x, before)
+
+
+@pytest.mark.parametrize("spec", SPECS[1:], ids=str)
+def test_critical_values_are_the_largest_of_each_row(spec):
+    x = heavy_tailed()
+
+    weight = QFTWeight.from_float(x, spec)
+
+    count = weight.outlier_values.shape[1]
+    assert count == int(np.ceil(spec.outlier_fraction * 101))
+    for row in range(9):
+        largest = np.sort(np.argsort(-np.abs(x[row].numpy()), kind="stable")[:count])
+        np.testing.assert_array_equal(weight.outlier_columns[row].numpy(), largest)
+
+
+def test_relative_error_falls_with_critical_values_and_with_groups():
+    x = heavy_tailed(64, 512)
+
+    def error(**spec):
+        weight = QFTWeight.from_float(x, QuantizationSpec(**spec))
+        return ((weight.dequantize() - x).norm() / x.norm()).item()
+
+    by_fraction = [error(outlier_fraction=fraction) for fraction in (0.0, 0.005, 0.02)]
+    assert by_fraction[0] > 1.2 * by_fraction[1] > 1.2**2 * by_fraction[2]
+    assert error(outlier_fraction=0.0, group_size=64) < by_fraction[0] / 1.2
+    # Uniform noise of one quantum, from the scales themselves: within 5 % of what is measured.
+    weight = QFTWeight.from_float(x, QuantizationSpec(outlier_fraction=0.02))
+    predicted = (weight.scales.square() * (512 - 11) / 12).sum().sqrt() / x.norm()
+    assert by_fraction[2] == pytest.approx(predicted.item(), rel=0.05)
+
+
+@pytest.mark.parametrize(("columns", "dtype"), [(32768, torch.int16), (32769, torch.int32)])
+def test_column_index_type_follows_the_number_of_columns(columns, dtype):
+    """The last column is critical: as int16 it would turn negative one column later."""
+    x = torch.full((2, columns), 1e-3)
+    x[0, -1], x[1, 0] = 5.0, -6.0
+
+    weight = QFTWeight.from_float(x, QuantizationSpec(outlier_fraction=1e-5))
+
+    assert weight.outlier_columns.dtype == dtype
+    assert weight.outlier_columns.tolist() == [[columns - 1], [0]]
+    values = weight.dequantize()
+    assert (values[0, -1], values[1, 0]) == (5.0, -6.0)
+    assert weight.stored_bytes == GroupLayout(2, columns, None).stored_bytes + outlier_bytes(
+        2, columns, 1e-5
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_row_of_zeros_is_stored_exactly(spec):
+    x = heavy_tailed()
+    x[3] = 0.0
+
+    weight = QFTWeight.from_float(x, spec)
+
+    assert (weight.dequantize()[3] == 0).all()
+    assert weight.scales.isfinite().all()
+    assert (weight.scales > 0).all()
+
+
+def test_a_transposed_matrix_is_quantized_by_its_own_rows():
+    x = heavy_tailed(11, 30)
+
+    weight = QFTWeight.from_float(x.t(), SPECS[1])
+
+    assert_same_weight(weight, QFTWeight.from_float(x.t().contiguous(), SPECS[1]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_named(bad):
+    x = heavy_tailed()
+    x[2, 5] = x[8, 100] = bad
+
+    with pytest.raises(
+        ValueError, match=r"layers\.3\.weight has 2 of 909 values.*or list the module in modules_to"
+    ):
+        QFTWeight.from_float(x, SPECS[1], name="layers.3.weight")
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_on_the_meta_device_only_shapes_are_made(spec):
+    real = QFTWeight.from_float(heavy_tailed(dtype=torch.bfloat16), spec)
+
+    weight = QFTWeight.from_float(heavy_tailed(dtype=torch.bfloat16).to("meta"), spec)
+
+    assert weight.is_meta
+    assert weight._format() == real._format()
+    for name, field in real.fields().items():
+        meta = getattr(weight, name)
+        assert (meta.is_meta, meta.shape, meta.dtype) == (True, field.shape, field.dtype)
+    assert weight.stored_bytes == real.stored_bytes
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_rows_are_those_of_the_whole(spec):
+    weight = QFTWeight.from_float(heavy_tailed(), spec)
+    whole = weight.dequantize()
+
+    assert_same_bits(weight.dequantize_rows(slice(2, 5)), whole[2:5])
+    rows = torch.tensor([8, 0, 3, 3])
+    assert_same_bits(weight.dequantize_rows(rows), whole[rows])
+
+
+@pytest.mark.parametrize("tile_elements", [1, 101, 250, 909, 10**6])
+def test_tiles_cover_every_row_once(monkeypatch, tile_elements):
+    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", tile_elements)
+    weight = QFTWeight.from_float(heavy_tailed(), SPECS[1])
+
+    tiles = list(weight.row_tiles())
+
+    assert [row for tile in tiles for row in range(tile.start, tile.stop)] == list(range(9))
+    assert all(tile.stop - tile.start <= max(1, tile_elements // 101) for tile in tiles)
+
+
+# --- as a tensor ----------------------------------------------------------------------------------
+
+
+def test_it_looks_like_a_float_parameter():
+    weight = nn.Parameter(QFTWeight.from_float(heavy_tailed(dtype=torch.bfloat16), SPECS[2]))
+
+    assert isinstance(weight, QFTWeight)
+    assert isinstance(weight, nn.Parameter)
+    assert (weight.dtype, tuple(weight.shape), weight.numel()) == (torch.bfloat16, (9, 101), 909)
+    assert weight.requires_grad
+    assert weight.is_leaf
+
+
+def test_repr_tells_the_format_and_not_the_values():
+    weight = QFTWeight.from_float(heavy_tailed(), SPECS[2])
+
+    assert repr(weight) == (
+        "QFTWeight(shape=(9, 101), group_size=17, dtype=torch.float32, device=cpu)"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_to_another_dtype_keeps_the_fields(dtype):
+    weight = QFTWeight.from_float(heavy_tailed(), SPECS[2])
+
+    other = weight.to(dtype)
+
+    assert isinstance(other, QFTWeight)
+    assert other.dtype == dtype
+    for name, field in weight.fields().items():
+        assert_same_bits(getattr(other, name), field)
+        assert getattr(other, name).data_ptr() != field.data_ptr()
+    eps = BF16_EPS if dtype != torch.float64 else 0.0
+    torch.testing.assert_close(
+        other.dequantize().double(),
+        weight.dequantize().double(),
+        rtol=eps,
+        atol=0.0 if not eps else 1e-7,
+    )
+
+
+def test_an_integer_dtype_is_refused():
+    weight = QFTWeight.from_float(heavy_tailed(), SPECS[2])
+
+    with pytest.raises(
+        NotImplementedError, match=r"cannot become torch\.int32.*codes are in \.codes"
+    ):
+        weight.to(torch.int32)
+
+
+@pytest.mark.parametrize("copy_it", [copy.deepcopy, torch.clone, torch.Tensor.detach], ids=str)
+def test_copies_are_equal(copy_it):
+    weight = nn.Parameter(QFTWeight.from_float(heavy_tailed(), SPECS[2]))
+
+    other = copy_it(weight)
+
+    assert_same_weight(other, weight)
+    shared = other.codes.data_ptr() == weight.codes.data_ptr()
+    assert shared == (copy_it is torch.Tensor.detach)
+
+
+def test_deepcopy_keeps_a_parameter_a_trainable_parameter():
+    other = copy.deepcopy(nn.Parameter(QFTWeight.from_float(heavy_tailed(), SPECS[2])))
+
+    assert isinstance(other, nn.Parameter)
+    assert other.requires_grad
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_saved_parameter_comes_back_bit_for_bit(spec):
+    weight = nn.Parameter(QFTWeight.from_float(heavy_tailed(dtype=torch.bfloat16), spec))
+    file = io.BytesIO()
+    torch.save({"weight": weight}, file)
+    file.seek(0)
+
+    other = torch.load(file, weights_only=False)["weight"]
+
+    assert_same_weight(other, weight)
+
+
+def test_copy_takes_the_fields_of_an_equal_format():
+    source = QFTWeight.from_float(heavy_tailed(seed=1), SPECS[2])
+    target = QFTWeight.from_float(heavy_tailed(seed=2), SPECS[2])
+
+    target.copy_(source)
+
+    assert_same_weight(target, source)
+    assert target.codes.data_ptr() != source.codes.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "make_source",
+    [
+        lambda: heavy_tailed(),
+        lambda: Int8Gradient.zeros(9, 101, dtype=torch.float32, device="cpu"),
+    ],
+    ids=["float", "gradient"],
+)
+def test_copy_from_another_kind_is_refused(make_source):
+    target = QFTWeight.from_float(heavy_tailed(), SPECS[2])
+
+    with pytest.raises(NotImplementedError, match=r"Quantize or \.dequantize\(\) first"):
+        target.copy_(make_source())
+
+
+def test_copy_into_a_float_tensor_is_refused():
+    weight = QFTWeight.from_float(heavy_tailed(), SPECS[2])
+
+    with pytest.raises(NotImplementedError, match="Copying QFTWeight into Tensor would round"):
+        torch.zeros(9, 101).copy_(weight)
+
+
+def test_copy_between_group_sizes_is_refused():
+    target = QFTWeight.from_float(heavy_tailed(), SPECS[1])
+
+    with pytest.raises(ValueError, match=r"group_size=17.*group_size=None.*formats differ"):
+        target.copy_(QFTWeight.from_float(heavy_tailed(), SPECS[2]))
+
+
+def test_copy_between_outlier_fractions_is_refused():
+    """Group sizes agree, the numbers of critical values do not: codes were copied all the same."""
+    target = QFTWeight.from_float(heavy_tailed(seed=1), SPECS[0])
+    before = copy.deepcopy(target)
+
+    with pytest.raises(ValueError, match="formats differ"):
+        target.copy_(QFTWeight.from_float(heavy_tailed(seed=2), SPECS[1]))
+    assert_same_weight(target, before)
+
+
+def test_view_as_another_shape_is_refused():
+    weight = QFTWeight.from_float(heavy_tailed(), SPECS[2])
+
+    assert_same_weight(weight.view(9, 101), weight)
+    with pytest.raises(
+        NotImplementedError, match=r"cannot be viewed as \(909,\).*\.dequantize\(\)"
+    ):
+        weight.view(909)
+
+
+@pytest.mark.parametrize(
+    ("use", "operator"),
+    [
+        (lambda w: w + 1.0, r"aten\.add\.Tensor"),
+        (lambda w: w.mul_(2.0), r"aten\.mul_\.Tensor"),
+        (lambda w: w @ torch.ones(101, 2), r"aten\.mm\.default"),
+        (lambda w: nn.functional.linear(torch.ones(2, 101), w), r"aten\.(t|linear)\.default"),
+        (lambda w: w[0], r"aten\.select\.int"),
+        (lambda w: torch.zeros_like(w), r"aten\.zeros_like\.default"),
+        (lambda w: w.sum(), r"aten\.sum\.default"),
+        (lambda w: w.float() * w.float(), r"aten\.mul\.Tensor"),
+    ],
+)
+def test_an_unknown_operator_is_named(use, operator):
+    """Nothing is expanded to float in silence."""
+    weight = QFTWeight.from_float(heavy_tailed(), SPECS[2])
+
+    with pytest.raises(NotImplementedError, match=rf"{operator} is not defined.*\.dequantize\(\)"):
+        use(weight)
+
+
+def test_the_base_class_leaves_the_format_to_its_subclasses():
+    for unfinished in (Int8Tensor.dequantize, Int8Tensor.with_fields):
+        with pytest.raises(NotImplementedError):
+            unfinished(*[torch.zeros(1)] * (2 if unfinished is Int8Tensor.with_fields else 1))
+
+
+def test_flatten_and_unflatten_are_inverse():
+    weight = QFTWeight.from_float(heavy_tailed(), SPECS[2])
+
+    names, meta = weight.__tensor_flatten__()
+    fields = {name: getattr(weight, name) for name in names}
+    other = QFTWeight.__tensor_unflatten__(fields, meta, weight.shape, weight.stride())
+
+    assert_same_weight(other, weight)

@@ -1,0 +1,63 @@
+"""Every tolerance of the tests. A tolerance is derived here, or it is zero."""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FP32_EPS = 2.0**-24  # unit roundoff: the largest relative error of one FP32 operation
+BF16_EPS = 2.0**-8
+
+
+def rounding_bound(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Nearest rounding to `codes * scale`: half a step.
+
+    FP32 noise on top comes from the scale, its inverse and three products, each relative to the
+    value; the code of the largest value can so be up to 127 (1 + 4 eps) before it is clamped.
+    """
+    return 0.5 * scale + 8 * FP32_EPS * np.abs(x)
+
+
+def stochastic_bound(scale: np.ndarray) -> np.ndarray:
+    """Stochastic rounding moves a value by less than one stored scale.
+
+    FP32 noise on top: four operations on values of up to 128 codes.
+    """
+    return scale * (1 + 4 * 128 * FP32_EPS)
+
+
+def float_update_bound(value: np.ndarray, lr: float, weight_decay: float) -> np.ndarray:
+    """FP32 noise of `w - (w * shrink + direction * lr)`: four products and sums."""
+    return 4 * FP32_EPS * (np.abs(value) * (1 + lr * weight_decay) + lr)
+
+
+def sum_bound(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """FP32 noise of `a + b` when each term is itself a product of two rounded factors."""
+    return 4 * FP32_EPS * (np.abs(a) + np.abs(b))
+
+
+def sign_is_decided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """True where FP32 rounding of the terms cannot flip the sign of `a + b`, or make it zero."""
+    return (np.abs(a + b) > sum_bound(a, b)) | ((a == 0) & (b == 0))
+
+
+def matmul_bound(a: Tensor, b: Tensor, eps: float = FP32_EPS) -> Tensor:
+    """Elementwise error of `a @ b` accumulated in any order: `K eps (|a| @ |b|)`."""
+    return a.shape[-1] * eps * (a.double().abs() @ b.double().abs())
+
+
+def mean_error(probability: float, n_draws: int) -> float:
+    """Standard error of the mean of `n_draws` independent events of the given probability."""
+    return math.sqrt(probability * (1 - probability) / n_draws)
+
+
+def snr_db(exact: Tensor, approximate: Tensor) -> float:
+    """Signal-to-noise ratio: power of `exact` over power of the difference, in decibels."""
+    noise = (exact.double() - approximate.double()).square().sum()
+    return 10 * math.log10(float(exact.double().square().sum() / noise))
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal dtype, shape and every bit; NaN equals NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
