@@ -1,5 +1,6 @@
 """The callback that every Trainer gets; it acts only on `qft_lion` runs and INT8 weights."""
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,10 @@ from .support import (
     ensure_quantized,
     refuse_foreign_optimizer,
     refuse_unsupported,
+    unwrapped,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class QFTCallback(TrainerCallback):
@@ -53,3 +57,28 @@ class QFTCallback(TrainerCallback):
         """Refuse INT8 weights under another optimizer, and `QFTLion` without INT8 weights."""
         if model is not None:
             refuse_foreign_optimizer(model, optimizer, QFTLion)
+        inner = unwrapped(optimizer)
+        if (
+            isinstance(inner, QFTLion)
+            and inner.gradient == "release"
+            and args.gradient_accumulation_steps > 1
+        ):
+            logger.warning(
+                "gradient=release with %d micro-batches a step: their INT8 gradients are kept "
+                "until the last one, about 1 byte for each parameter, as gradient=stack does",
+                args.gradient_accumulation_steps,
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log the norm of released gradients: the Trainer finds none and would log 0."""
+        norm = getattr(unwrapped(optimizer), "released_norm", None)
+        if norm is not None and logs is not None and "grad_norm" in logs:
+            logs["grad_norm"] = state.log_history[-1]["grad_norm"] = norm.item()

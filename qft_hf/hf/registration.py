@@ -15,8 +15,10 @@ from .support import OPTIMIZER_NAME, ensure_quantized, quantization_config_of
 
 # What `optim_args="name=value,..."` may set, and how its text is read.
 OPTIM_ARGS = {
+    "accumulation": str,
     "beta1": float,
     "beta2": float,
+    "clipping": str,
     "gradient": str,
     "momentum_bits": int,
     "nonfinite": str,
@@ -71,6 +73,8 @@ def optimizer_class_and_arguments(
         if config is not None:
             arguments["seed"] = config.seed
     chosen = _parse_optim_args(args.optim_args)
+    if chosen.get("gradient") == "release" and args.max_grad_norm:
+        arguments["max_grad_norm"] = args.max_grad_norm
     beta1, beta2 = _betas(args)
     arguments["betas"] = (chosen.pop("beta1", beta1), chosen.pop("beta2", beta2))
     return QFTLion, arguments | chosen

@@ -95,13 +95,18 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
         logger.info("%s is no PreTrainedModel: its config cannot record the format", type(model))
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside Accelerate's wrapper, or itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def refuse_foreign_optimizer(model: nn.Module, optimizer: Any, optimizer_class: type) -> None:
     """Raise unless quantized weights and `QFTLion` go together.
 
     Raises:
         TypeError: QFT weights under another optimizer, or a float model under `QFTLion`.
     """
-    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
+    inner = unwrapped(optimizer)
     ours = isinstance(inner, optimizer_class)
     if has_quantized_weights(model) and not ours:
         raise TypeError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
     Trainer,
@@ -21,7 +21,7 @@ from ..memory import MemoryLedger, memory_ledger
 from .arguments import QFTTrainingArguments
 from .card import write_card
 from .registration import optimizer_class_and_arguments
-from .support import OPTIMIZER_NAME, ensure_quantized, refuse_unsupported
+from .support import OPTIMIZER_NAME, ensure_quantized, refuse_unsupported, unwrapped
 
 
 class QFTTrainer(Trainer):
@@ -61,11 +61,23 @@ class QFTTrainer(Trainer):
         """`QFTLion` and its arguments."""
         return optimizer_class_and_arguments(args, model)
 
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
+        """Forward and backward; twice where released gradients are clipped exactly.
+
+        The first pass finds the global norm and updates nothing. It starts from the same random
+        state, so that both drop the same activations.
+        """
+        optimizer = unwrapped(self.optimizer)
+        # Accumulated gradients are all alive at the end and are clipped there, in one pass.
+        if optimizer.clipping == "exact" and self.args.gradient_accumulation_steps == 1:
+            with torch.random.fork_rng(), optimizer.measure_norm():
+                super().training_step(model, inputs, *args)
+        return super().training_step(model, inputs, *args)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add figures of the INT8 run to training logs, for every reporter."""
         if "loss" in logs and self.optimizer is not None:
-            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-            logs["qft/skipped_steps"] = float(optimizer.skipped_steps)
+            logs["qft/skipped_steps"] = float(unwrapped(self.optimizer).skipped_steps)
             if torch.cuda.is_available():
                 logs["qft/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         super().log(logs, start_time)
@@ -108,7 +120,7 @@ class QFTTrainer(Trainer):
 
 
 class _LedgerCallback(TrainerCallback):
-    """Measures the ledger just before a step: the gradients are complete and not yet freed."""
+    """Measures the ledger while gradients are alive: just before a step, and between batches."""
 
     def __init__(self, trainer: QFTTrainer) -> None:
         self.trainer = trainer
@@ -125,7 +137,22 @@ class _LedgerCallback(TrainerCallback):
     ) -> None:
         """Measure at the first two steps; momentum exists from the second on."""
         self.n_seen += 1
-        if self.n_seen <= 2 and self.trainer.model is not None:
-            self.trainer.ledger = memory_ledger(self.trainer.model, self.trainer.optimizer)
+        if self.n_seen <= 2:
+            self._measure()
         if self.n_seen == 2 and state.is_world_process_zero:
             tqdm.write(str(self.trainer.ledger))
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure between micro-batches, where alone released gradients are alive."""
+        if self.n_seen < 2:
+            self._measure()
+
+    def _measure(self) -> None:
+        if self.trainer.model is None:
+            return
+        ledger = memory_ledger(self.trainer.model, self.trainer.optimizer)
+        largest = self.trainer.ledger
+        if largest is None or ledger.total_bytes >= largest.total_bytes:
+            self.trainer.ledger = ledger

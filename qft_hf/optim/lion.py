@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, overload
 
 import torch
@@ -13,12 +14,26 @@ from .. import kernels
 from ..gradients import GradientStack
 from ..layout import STATE_GROUP_SIZE, GroupLayout
 from ..quant import Int8Gradient, QFTWeight
+from .release import ACCUMULATIONS, CLIPPINGS, GradientRelease
 
 logger = logging.getLogger(__name__)
 
-GRADIENTS = ("stack",)
+GRADIENTS = ("stack", "release")
 MOMENTUM_BITS = (8,)
 NONFINITE = ("raise", "skip")
+
+RELEASED_NORM = "released_norm"  # key in a state dict
+
+# Attributes that hold an optimizer's settings beside those of its groups.
+SETTINGS = (
+    "gradient",
+    "momentum_bits",
+    "nonfinite",
+    "skipped_steps",
+    "accumulation",
+    "clipping",
+    "max_grad_norm",
+)
 
 
 class QFTLion(Optimizer):
@@ -37,13 +52,21 @@ class QFTLion(Optimizer):
         lr: Step size. Lion wants 1/3 to 1/10 of an AdamW rate.
         betas: Weight of the momentum in the direction, and decay of the momentum.
         weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
-        gradient: Where a gradient goes. `"stack"`: INT8 gradients wait for `step`.
+        gradient: Where a gradient goes. `"stack"`: INT8 gradients wait for `step`. `"release"`:
+            each is used and freed the moment backward has completed it, so that only one is alive;
+            the results are the same bits.
         momentum_bits: Bits of one momentum value of a quantized weight: 8.
         maximize: Maximize the objective.
         stochastic_rounding: False rounds weights to nearest, for ablation: that does not train.
         nonfinite: What `step` does when a gradient has a NaN or infinity: `"raise"`, or `"skip"`
             the step, drop the gradients, count in `skipped_steps` and log. Either way weights and
-            state are untouched.
+            state are untouched. Release cannot skip: it finds out when other weights are updated.
+        accumulation: With `gradient="release"`: `"keep"` the INT8 gradients of micro-batches until
+            the last one, or `"forbid"` more than one. See `accumulate`.
+        clipping: With `gradient="release"`, how `max_grad_norm` is honoured: `"exact"`,
+            `"previous"` or `"tensor"`; see `GradientRelease`. Waiting gradients are clipped as
+            usual, by `torch.nn.utils.clip_grad_norm_`.
+        max_grad_norm: With `clipping`: the norm to clip to.
         seed: Key of the random numbers, in [0, 2**63).
 
     Raises:
@@ -66,9 +89,15 @@ class QFTLion(Optimizer):
         maximize: bool = False,
         stochastic_rounding: bool = True,
         nonfinite: str = "raise",
+        accumulation: str = "keep",
+        clipping: str | None = None,
+        max_grad_norm: float | None = None,
         seed: int = 0,
     ) -> None:
         _check_choice("gradient", gradient, GRADIENTS)
+        _check_choice("accumulation", accumulation, ACCUMULATIONS)
+        _check_choice("clipping", clipping, (None, *CLIPPINGS))
+        _check_release(gradient, nonfinite, clipping, max_grad_norm)
         _check_choice("momentum_bits", momentum_bits, MOMENTUM_BITS)
         _check_choice("nonfinite", nonfinite, NONFINITE)
         if not 0 <= seed < 2**63:
@@ -84,7 +113,10 @@ class QFTLion(Optimizer):
         self.momentum_bits = momentum_bits
         self.nonfinite = nonfinite
         self.skipped_steps = 0
-        self._stack = GradientStack()
+        self.accumulation = accumulation
+        self.clipping = clipping
+        self.max_grad_norm = max_grad_norm
+        self._prepare()
         defaults = {
             "lr": lr,
             "betas": tuple(betas),
@@ -96,20 +128,45 @@ class QFTLion(Optimizer):
         super().__init__(params, defaults)
         self.train()
 
+    def _prepare(self) -> None:
+        """Make what lives beside the state: where gradients go, and where parameters stand."""
+        self._stack = GradientStack()
+        self._release = (
+            GradientRelease(
+                self._update,
+                accumulation=self.accumulation,
+                clipping=self.clipping,
+                max_grad_norm=self.max_grad_norm,
+            )
+            if self.gradient == "release"
+            else None
+        )
+        self._places: dict[int, tuple[int, int]] = {}  # number and group of each, by identity
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; they are numbered in the order in which they come."""
+        super().add_param_group(param_group)
+        self._number(len(self.param_groups) - 1)
+
+    def _number(self, group: int) -> None:
+        for parameter in self.param_groups[group]["params"]:
+            self._places[id(parameter)] = (len(self._places), group)
+
     def train(self) -> None:
-        """Have backward push finished gradients on the stack; the Trainer calls this every step.
+        """Have backward hand over finished gradients; the Trainer calls this every step.
 
         `Module.to()` and `quantize_model_` replace the inside of a parameter: it still lists its
         hooks then, but autograd does not call them. Setting the list again connects them.
         """
+        push = (self._release or self._stack).push
         for parameter in self._parameters():
             if not parameter.requires_grad:
                 continue
             hooks = parameter._post_accumulate_grad_hooks
-            if hooks and self._stack.push in hooks.values():
+            if hooks and push in hooks.values():
                 parameter._post_accumulate_grad_hooks = hooks
             else:
-                parameter.register_post_accumulate_grad_hook(self._stack.push)
+                parameter.register_post_accumulate_grad_hook(push)
 
     def eval(self) -> None:
         """Nothing to do; the counterpart of `train` for those who call both."""
@@ -127,6 +184,8 @@ class QFTLion(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, newest first, and free each gradient.
+
+        With `gradient="release"` that has happened during backward, and the step ends here.
 
         Args:
             closure: Re-evaluates the model and returns the loss.
@@ -150,16 +209,42 @@ class QFTLion(Optimizer):
             self._refuse_step()
             return loss
 
-        places = {
-            id(parameter): (stream, group)
-            for stream, (parameter, group) in enumerate(
-                (parameter, group) for group in self.param_groups for parameter in group["params"]
-            )
-        }
         for parameter, gradient in self._stack.drain():
-            stream, group = places[id(parameter)]
-            self._update(parameter, gradient, group=group, stream=stream)
+            self._update(parameter, gradient)
+        if self._release is not None:
+            self._release.finish()
         return loss
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Backward passes within keep their gradients for the one that follows; release needs it.
+
+        Under Accelerate and the Trainer this is known without it.
+        """
+        return nullcontext() if self._release is None else self._release.accumulate()
+
+    def measure_norm(self) -> AbstractContextManager[None]:
+        """A backward pass within only finds the norm that `clipping="exact"` then clips by.
+
+        Raises:
+            RuntimeError: Gradients wait for the step and can be clipped as usual.
+        """
+        if self._release is None:
+            raise RuntimeError(
+                "measure_norm() is for gradient='release'. With gradient='stack', call "
+                "torch.nn.utils.clip_grad_norm_ between backward and step."
+            )
+        return self._release.measure_norm()
+
+    @property
+    def released_norm(self) -> Tensor | None:
+        """Global norm of the gradients that the last step released, before clipping: fp32."""
+        return None if self._release is None else self._release.norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 as torch has it
+        """Drop all gradients; with release, also give up a step that failed half-way."""
+        super().zero_grad(set_to_none)
+        if self._release is not None:
+            self._release.clear()
 
     def _gradients_are_finite(self) -> bool:
         flags = [
@@ -184,10 +269,11 @@ class QFTLion(Optimizer):
         self._stack.clear()
         self.zero_grad()
 
-    def _update(
-        self, parameter: Parameter, gradient: Tensor, *, group: dict[str, Any], stream: int
-    ) -> None:
+    @torch.no_grad()
+    def _update(self, parameter: Parameter, gradient: Tensor) -> None:
         """Update one parameter and its state in place."""
+        stream, number = self._places[id(parameter)]
+        group = self.param_groups[number]
         state = self.state[parameter]
         if not state:
             state.update(_initial_state(parameter))
@@ -249,23 +335,62 @@ class QFTLion(Optimizer):
                 states[parameter] = _checked_state(parameter, state_dict["state"][key], key)
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(states)
+        if self._release is not None:
+            self._release.norm = state_dict.get(RELEASED_NORM)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers: state by parameter, groups, and the norm that clips next."""
+        state_dict = super().state_dict()
+        if self.released_norm is not None:
+            state_dict[RELEASED_NORM] = self.released_norm
+        return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles keep; `Optimizer` keeps its own three attributes only."""
-        own = ("gradient", "momentum_bits", "nonfinite", "skipped_steps")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in SETTINGS}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also called by `load_state_dict`; an unpickled optimizer gets a stack of its own."""
+        """Also called by `load_state_dict`, which keeps what lives beside the state."""
         super().__setstate__(state)
-        if "_stack" not in self.__dict__:
-            self._stack = GradientStack()
+        if "_stack" not in self.__dict__:  # unpickled or copied
+            self._prepare()
+            for group in range(len(self.param_groups)):
+                self._number(group)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         wanted = " or ".join(map(repr, choices))
         raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+
+
+def _check_release(
+    gradient: str, nonfinite: str, clipping: str | None, max_grad_norm: float | None
+) -> None:
+    """Raise for settings that cannot be honoured together."""
+    if gradient == "stack":
+        if clipping is not None or max_grad_norm is not None:
+            raise ValueError(
+                "clipping and max_grad_norm are for gradient='release'. Gradients on the stack are "
+                "clipped between backward and step: torch.nn.utils.clip_grad_norm_, or the "
+                "Trainer's max_grad_norm."
+            )
+        return
+    if nonfinite == "skip":
+        raise ValueError(
+            "nonfinite='skip' needs all gradients before the first update, which "
+            "gradient='release' does not have. Use nonfinite='raise', or gradient='stack'."
+        )
+    if max_grad_norm is not None and max_grad_norm <= 0:
+        raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
+    if (clipping is None) != (max_grad_norm is None):
+        raise ValueError(
+            "gradient='release' updates weights during backward, before the global norm is known, "
+            f"so max_grad_norm={max_grad_norm} needs a choice and clipping={clipping!r} a norm. "
+            "Set both: clipping='exact' (a second backward finds the norm), 'previous' (the norm "
+            "of the step before) or 'tensor' (each gradient by its own norm); or "
+            "max_grad_norm=None; or use gradient='stack', which clips exactly."
+        )
 
 
 def _state_format(parameter: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

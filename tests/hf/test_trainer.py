@@ -135,7 +135,7 @@ def test_both_trainers_give_the_same_bits(tmp_path):
 
 def test_no_model_stays_float_when_it_is_made_by_model_init(tmp_path):
     trainer = Trainer(
-        model_init=lambda: tiny_llama(),  # noqa: PLW0108 the Trainer counts arguments
+        model_init=lambda: tiny_llama(),
         args=arguments(tmp_path),
         train_dataset=sequences(),
     )
