@@ -1,24 +1,24 @@
 """What the model card of a QFT run says beside the Trainer's own card."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard
+from transformers import Trainer
 
+from ..memory import MemoryLedger
 from .support import quantization_config_of
-
-if TYPE_CHECKING:
-    from .trainer import QFTTrainer
 
 TAGS = ["qft", "int8", "full-parameter-fine-tuning", "lion"]
 MARK = "## INT8 full-parameter training"
 
 
-def write_card(trainer: "QFTTrainer", *, base_model: str | None) -> None:
+def write_card(trainer: Trainer, *, ledger: MemoryLedger | None, base_model: str | None) -> None:
     """Add tags, base model and the sections on format, memory, loss and loading to the card.
 
     Args:
         trainer: After training; its output folder holds the Trainer's `README.md`, rewritten here.
+        ledger: Of the training state; None if no step was taken.
         base_model: Hub name of the model that was tuned; None: what the model says of its origin.
     """
     path = Path(str(trainer.args.output_dir)) / "README.md"
@@ -29,11 +29,11 @@ def write_card(trainer: "QFTTrainer", *, base_model: str | None) -> None:
     if origin and not Path(origin).exists():  # a local path means nothing to a reader
         card.data.base_model = origin
     text, _, _ = card.text.partition(MARK)
-    card.text = f"{text.rstrip()}\n\n{_sections(trainer)}"
+    card.text = f"{text.rstrip()}\n\n{_sections(trainer, ledger)}"
     card.save(path)
 
 
-def _sections(trainer: "QFTTrainer") -> str:
+def _sections(trainer: Trainer, ledger: MemoryLedger | None) -> str:
     name = Path(trainer.args.hub_model_id or str(trainer.args.output_dir)).name
     parts = [
         MARK,
@@ -42,7 +42,7 @@ def _sections(trainer: "QFTTrainer") -> str:
         "### Weight format",
         _format_table(trainer),
         "### Memory of the model state",
-        f"```\n{trainer.ledger}\n```" if trainer.ledger else "Not measured: no step was taken.",
+        f"```\n{ledger}\n```" if ledger else "Not measured: no step was taken.",
         "### Loss",
         _loss_table(trainer.state.log_history),
         "### How to load it",
@@ -57,7 +57,7 @@ def _sections(trainer: "QFTTrainer") -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _format_table(trainer: "QFTTrainer") -> str:
+def _format_table(trainer: Trainer) -> str:
     config = quantization_config_of(trainer.model)
     if config is None:
         return "The model's config does not record the format."

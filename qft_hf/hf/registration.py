@@ -6,6 +6,7 @@ to be extended from outside; both are extended here, at import.
 
 from typing import Any
 
+from accelerate.state import GradientState
 from transformers import trainer, trainer_optimizer
 from transformers.training_args import OptimizerNames, TrainingArguments
 
@@ -50,6 +51,11 @@ def register_optimizer() -> None:
     callbacks.append(QFTCallback)
 
 
+def is_accumulating() -> bool:
+    """Whether the Trainer, or a loop with Accelerate, has more micro-batches for this step."""
+    return not GradientState().sync_gradients
+
+
 def _handle(context: Any) -> tuple[type[QFTLion], dict[str, Any]]:
     """The Trainer's way of asking for an optimizer: class and keyword arguments."""
     return optimizer_class_and_arguments(context.args, context.model)
@@ -63,7 +69,7 @@ def optimizer_class_and_arguments(
     Raises:
         ValueError: `optim_args` has an unknown name or a value that cannot be read.
     """
-    arguments: dict[str, Any] = {"lr": args.learning_rate}
+    arguments: dict[str, Any] = {"lr": args.learning_rate, "is_accumulating": is_accumulating}
     nonfinite = getattr(args, "nonfinite", None)  # a field of QFTTrainingArguments
     if nonfinite is not None:
         arguments["nonfinite"] = nonfinite

@@ -116,7 +116,7 @@ class QFTTrainer(Trainer):
         """
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            write_card(self, base_model=kwargs.get("finetuned_from"))
+            write_card(self, ledger=self.ledger, base_model=kwargs.get("finetuned_from"))
 
 
 class _LedgerCallback(TrainerCallback):

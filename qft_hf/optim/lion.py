@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from .. import kernels
 from ..gradients import GradientStack
-from ..layout import STATE_GROUP_SIZE, GroupLayout
+from ..layout import STATE_GROUP_SIZE
 from ..quant import Int8Gradient, QFTWeight
-from .release import ACCUMULATIONS, CLIPPINGS, GradientRelease
+from .release import ACCUMULATIONS, CLIPPINGS, GradientRelease, check_release
+from .state import checked_state, initial_state
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ SETTINGS = (
     "accumulation",
     "clipping",
     "max_grad_norm",
+    "is_accumulating",
 )
 
 
@@ -67,6 +69,9 @@ class QFTLion(Optimizer):
             `"previous"` or `"tensor"`; see `GradientRelease`. Waiting gradients are clipped as
             usual, by `torch.nn.utils.clip_grad_norm_`.
         max_grad_norm: With `clipping`: the norm to clip to.
+        is_accumulating: With `gradient="release"`: whether the backward pass that is running is
+            followed by another of the same step. The Trainer's optimizer asks Accelerate; in a loop
+            of your own, `accumulate` says it.
         seed: Key of the random numbers, in [0, 2**63).
 
     Raises:
@@ -92,12 +97,13 @@ class QFTLion(Optimizer):
         accumulation: str = "keep",
         clipping: str | None = None,
         max_grad_norm: float | None = None,
+        is_accumulating: Callable[[], bool] | None = None,
         seed: int = 0,
     ) -> None:
         _check_choice("gradient", gradient, GRADIENTS)
         _check_choice("accumulation", accumulation, ACCUMULATIONS)
         _check_choice("clipping", clipping, (None, *CLIPPINGS))
-        _check_release(gradient, nonfinite, clipping, max_grad_norm)
+        check_release(gradient, nonfinite, clipping, max_grad_norm)
         _check_choice("momentum_bits", momentum_bits, MOMENTUM_BITS)
         _check_choice("nonfinite", nonfinite, NONFINITE)
         if not 0 <= seed < 2**63:
@@ -116,6 +122,7 @@ class QFTLion(Optimizer):
         self.accumulation = accumulation
         self.clipping = clipping
         self.max_grad_norm = max_grad_norm
+        self.is_accumulating = is_accumulating
         self._prepare()
         defaults = {
             "lr": lr,
@@ -137,6 +144,7 @@ class QFTLion(Optimizer):
                 accumulation=self.accumulation,
                 clipping=self.clipping,
                 max_grad_norm=self.max_grad_norm,
+                is_accumulating=self.is_accumulating or (lambda: False),
             )
             if self.gradient == "release"
             else None
@@ -276,7 +284,7 @@ class QFTLion(Optimizer):
         group = self.param_groups[number]
         state = self.state[parameter]
         if not state:
-            state.update(_initial_state(parameter))
+            state.update(initial_state(parameter))
         state["step"] += 1
         beta1, beta2 = group["betas"]
         arguments = {
@@ -332,7 +340,7 @@ class QFTLion(Optimizer):
         states: dict[Tensor, Any] = {}
         for key, parameter in zip(saved, own, strict=True):
             if key in state_dict["state"]:
-                states[parameter] = _checked_state(parameter, state_dict["state"][key], key)
+                states[parameter] = checked_state(parameter, state_dict["state"][key], key)
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(states)
         if self._release is not None:
@@ -362,73 +370,3 @@ def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         wanted = " or ".join(map(repr, choices))
         raise ValueError(f"{name} must be {wanted}, got {value!r}.")
-
-
-def _check_release(
-    gradient: str, nonfinite: str, clipping: str | None, max_grad_norm: float | None
-) -> None:
-    """Raise for settings that cannot be honoured together."""
-    if gradient == "stack":
-        if clipping is not None or max_grad_norm is not None:
-            raise ValueError(
-                "clipping and max_grad_norm are for gradient='release'. Gradients on the stack are "
-                "clipped between backward and step: torch.nn.utils.clip_grad_norm_, or the "
-                "Trainer's max_grad_norm."
-            )
-        return
-    if nonfinite == "skip":
-        raise ValueError(
-            "nonfinite='skip' needs all gradients before the first update, which "
-            "gradient='release' does not have. Use nonfinite='raise', or gradient='stack'."
-        )
-    if max_grad_norm is not None and max_grad_norm <= 0:
-        raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
-    if (clipping is None) != (max_grad_norm is None):
-        raise ValueError(
-            "gradient='release' updates weights during backward, before the global norm is known, "
-            f"so max_grad_norm={max_grad_norm} needs a choice and clipping={clipping!r} a norm. "
-            "Set both: clipping='exact' (a second backward finds the norm), 'previous' (the norm "
-            "of the step before) or 'tensor' (each gradient by its own norm); or "
-            "max_grad_norm=None; or use gradient='stack', which clips exactly."
-        )
-
-
-def _state_format(parameter: Tensor) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each state tensor of a parameter."""
-    if not isinstance(parameter, QFTWeight):
-        return {"momentum": (torch.float32, tuple(parameter.shape))}
-    rows, columns = parameter.shape
-    n_groups = GroupLayout(rows, columns, STATE_GROUP_SIZE).n_groups
-    return {
-        "momentum_codes": (torch.int8, (rows, columns)),
-        "momentum_scales": (torch.float32, (rows, n_groups)),
-    }
-
-
-def _initial_state(parameter: Tensor) -> dict[str, Any]:
-    """Zero momentum; scales of zero codes are 1."""
-    tensors = {
-        name: torch.full(
-            shape, 1 if name == "momentum_scales" else 0, dtype=dtype, device=parameter.device
-        )
-        for name, (dtype, shape) in _state_format(parameter).items()
-    }
-    return {"step": 0, **tensors}
-
-
-def _checked_state(parameter: Tensor, state: dict[str, Any], key: Any) -> dict[str, Any]:
-    """Copies of the loaded state on the parameter's device, or ValueError if it does not fit."""
-    wanted = _state_format(parameter)
-    found = {
-        name: (value.dtype, tuple(value.shape))
-        for name, value in state.items()
-        if isinstance(value, Tensor) and name != "step"
-    }
-    if found != wanted or "step" not in state:
-        raise ValueError(
-            f"The state of parameter {key} must be a step and {wanted}, got {list(state)} with "
-            f"{found}: it was saved by another model, another optimizer or another QFTConfig. "
-            "Resume with the ones it belongs to."
-        )
-    tensors = {name: state[name].to(parameter.device, copy=True) for name in wanted}
-    return {"step": int(state["step"]), **tensors}

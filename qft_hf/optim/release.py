@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from accelerate.state import GradientState
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -32,6 +31,7 @@ class GradientRelease:
             pass under `measure_norm` has found. `"previous"`: by the global norm of the step before
             (the first step is not clipped). `"tensor"`: each gradient by its own norm.
         max_grad_norm: The norm that `clipping` clips to.
+        is_accumulating: Asked for each gradient: whether more micro-batches of the step follow.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class GradientRelease:
         accumulation: str,
         clipping: str | None,
         max_grad_norm: float | None,
+        is_accumulating: Callable[[], bool],
     ) -> None:
         self._update = update
         self.accumulation = accumulation
@@ -51,7 +52,8 @@ class GradientRelease:
         self._squares: list[Tensor] = []  # fp64 scalars, of this step's gradients
         self._used: set[int] = set()  # parameters updated in this step
         self._is_measuring = False
-        self._is_accumulating = False
+        self._is_accumulating = is_accumulating
+        self._is_inside_accumulate = False
         self._has_kept = False  # gradients of earlier micro-batches
 
     def push(self, parameter: Parameter) -> None:
@@ -66,7 +68,7 @@ class GradientRelease:
         if self._is_measuring:
             self._squares.append(_squared_norm(parameter))
             parameter.grad = None
-        elif self._is_accumulating or not GradientState().sync_gradients:
+        elif self._is_inside_accumulate or self._is_accumulating():
             if self.accumulation == "forbid":
                 raise ValueError(
                     "Gradient accumulation keeps an INT8 gradient of every weight between "
@@ -138,11 +140,11 @@ class GradientRelease:
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Within, gradients are kept for the backward pass that follows outside."""
-        self._is_accumulating = True
+        self._is_inside_accumulate = True
         try:
             yield
         finally:
-            self._is_accumulating = False
+            self._is_inside_accumulate = False
 
     def finish(self) -> None:
         """End the step: note its norm and be ready for the next."""
@@ -166,3 +168,36 @@ def _squared_norm(parameter: Parameter) -> Tensor:
 
 def _total_norm(squares: list[Tensor]) -> Tensor:
     return torch.stack([square.cpu() for square in squares]).sum().sqrt().float()
+
+
+def check_release(
+    gradient: str, nonfinite: str, clipping: str | None, max_grad_norm: float | None
+) -> None:
+    """Raise for settings that cannot be honoured together.
+
+    Raises:
+        ValueError: The text names the choices.
+    """
+    if gradient == "stack":
+        if clipping is not None or max_grad_norm is not None:
+            raise ValueError(
+                "clipping and max_grad_norm are for gradient='release'. Gradients on the stack are "
+                "clipped between backward and step: torch.nn.utils.clip_grad_norm_, or the "
+                "Trainer's max_grad_norm."
+            )
+        return
+    if nonfinite == "skip":
+        raise ValueError(
+            "nonfinite='skip' needs all gradients before the first update, which "
+            "gradient='release' does not have. Use nonfinite='raise', or gradient='stack'."
+        )
+    if max_grad_norm is not None and max_grad_norm <= 0:
+        raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
+    if (clipping is None) != (max_grad_norm is None):
+        raise ValueError(
+            "gradient='release' updates weights during backward, before the global norm is known, "
+            f"so max_grad_norm={max_grad_norm} needs a choice and clipping={clipping!r} a norm. "
+            "Set both: clipping='exact' (a second backward finds the norm), 'previous' (the norm "
+            "of the step before) or 'tensor' (each gradient by its own norm); or "
+            "max_grad_norm=None; or use gradient='stack', which clips exactly."
+        )

@@ -1,4 +1,4 @@
-"""The stock Trainer and QFTTrainer on tiny real models: what users do with them, and what raises."""
+"""The stock Trainer and QFTTrainer on tiny real models: what users do, and what raises."""
 
 import copy
 import logging
@@ -180,7 +180,7 @@ def test_optim_args_reach_the_optimizer(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("momentum=4", r"has 'momentum=4'; qft_lion takes beta1, beta2"),
+        ("momentum=4", r"has 'momentum=4'; qft_lion takes accumulation, beta1"),
         ("seed=x", r"has 'seed=x'; seed must be a int"),
     ],
 )
@@ -343,7 +343,7 @@ def test_resume_with_another_format_raises(tmp_path):
     trainer_on(first, tmp_path, save_strategy="steps", save_steps=3).train()
 
     second = trainer_on(tiny_llama(), tmp_path)
-    with pytest.raises(RuntimeError, match="mixture of two models. Load a complete checkpoint"):
+    with pytest.raises(RuntimeError, match=r"mixture of two models\. Load a complete checkpoint"):
         second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
