@@ -9,9 +9,11 @@ from .hf import (
     QFTTrainer,
     QFTTrainingArguments,
     dequantize_model_,
+    estimate_memory,
     quantize_model_,
+    recommend,
 )
-from .memory import MemoryLedger, memory_ledger
+from .memory import MemoryEstimate, MemoryLedger, memory_ledger
 from .nn import QFTEmbedding, QFTLinear
 from .optim import QFTLion
 from .quant import QFTWeight
@@ -19,6 +21,7 @@ from .version import __version__
 
 __all__ = [
     "GradientStack",
+    "MemoryEstimate",
     "MemoryLedger",
     "QFTConfig",
     "QFTEmbedding",
@@ -29,6 +32,8 @@ __all__ = [
     "QFTWeight",
     "__version__",
     "dequantize_model_",
+    "estimate_memory",
     "memory_ledger",
     "quantize_model_",
+    "recommend",
 ]

@@ -4,6 +4,7 @@ from . import quantizer as quantizer  # registers the quantization method
 from .arguments import QFTTrainingArguments
 from .config import QFTConfig
 from .convert import dequantize_model_, quantize_model_
+from .estimate import Recommendation, estimate_memory, recommend
 from .registration import register_optimizer
 from .trainer import QFTTrainer
 
@@ -13,7 +14,10 @@ __all__ = [
     "QFTConfig",
     "QFTTrainer",
     "QFTTrainingArguments",
+    "Recommendation",
     "dequantize_model_",
+    "estimate_memory",
     "quantize_model_",
+    "recommend",
     "register_optimizer",
 ]

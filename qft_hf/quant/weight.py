@@ -96,8 +96,8 @@ class QFTWeight(Int8Tensor):
             count = weight.numel() - int(finite.sum())
             raise ValueError(
                 f"{name} has {count} of {weight.numel()} values that are NaN or infinite and "
-                "cannot be quantized. The checkpoint is damaged or its dtype too narrow: load a good "
-                "one, or list the module in modules_to_not_convert."
+                "cannot be quantized. The checkpoint is damaged or its dtype too narrow: load a "
+                "good one, or list the module in modules_to_not_convert."
             )
         n_outliers = outliers_per_row(weight.shape[1], spec.outlier_fraction)
         dense = weight.float()

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .nn.convert import Kept, kept_parameters
-from .quant import Int8Tensor, QFTWeight
+from ..nn.convert import Kept, kept_parameters
+from ..quant import Int8Tensor, QFTWeight
 
 FP32_ADAM_BYTES = 16  # per parameter: weight, gradient and two moments in FP32
 
@@ -106,7 +106,7 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
         _row("buffers", model.buffers()),
     ]
     return MemoryLedger(
-        rows=[row for row in rows if row.n_tensors],
+        rows=[row for row in rows if row.bytes],
         n_parameters=sum(p.numel() for p in parameters),
         n_quantized=sum(w.numel() for w in weights),
         kept=kept_parameters(model) if weights else [],

@@ -1,0 +1,181 @@
+"""What a run will hold, from shapes alone: the ledger before anything is loaded.
+
+States follow the storage format exactly. Activations are those of a decoder layer as transformers
+computes it: two norms in FP32, attention that saves no score matrix, and a gated MLP.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import QuantizationSpec
+from ..layout import STATE_GROUP_SIZE, GroupLayout, outlier_bytes, outliers_per_row
+from ..nn import conversion_plan
+from ..quant.weight import TILE_ELEMENTS
+from .ledger import FP32_ADAM_BYTES, LedgerRow
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What one forward and backward pass computes; sizes are elements.
+
+    Attributes:
+        tokens: Batch size times sequence length.
+        layers: Decoder layers.
+        hidden: Width of the residual stream.
+        attention: Width of all query heads together.
+        key_value: Width of all key heads together.
+        intermediate: Width of the MLP.
+        vocabulary: Rows of the output head.
+        compute_bytes: Of one activation: 2 for BF16, 4 for FP32.
+        checkpointing: Whether a layer keeps its input only and is computed again in backward.
+    """
+
+    tokens: int
+    layers: int
+    hidden: int
+    attention: int
+    key_value: int
+    intermediate: int
+    vocabulary: int
+    compute_bytes: int
+    checkpointing: bool
+
+    @property
+    def layer_bytes(self) -> int:
+        """What one layer saves for its backward pass."""
+        norms = 2 * self.hidden * FP32_BYTES
+        others = 4 * self.hidden + 2 * self.attention + 2 * self.key_value + 4 * self.intermediate
+        return self.tokens * (norms + others * self.compute_bytes)
+
+    @property
+    def saved_bytes(self) -> int:
+        """What all layers save."""
+        if not self.checkpointing:
+            return self.layers * self.layer_bytes
+        return self.layers * self.tokens * self.hidden * self.compute_bytes
+
+    @property
+    def logits_bytes(self) -> int:
+        """Logits, their log-probabilities in FP32, and the gradient of those."""
+        return self.tokens * self.vocabulary * (self.compute_bytes + 2 * FP32_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes by kind; `str()` draws the table.
+
+    Attributes:
+        rows: States in the terms of `MemoryLedger`, at their largest: just before a step.
+        activation_rows: What forward and backward hold on top, at the same time at most.
+        n_parameters: Elements of all parameters, tied ones once.
+    """
+
+    rows: list[LedgerRow]
+    activation_rows: list[LedgerRow]
+    n_parameters: int
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states."""
+        return sum(row.bytes for row in self.rows)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of what is not state."""
+        return sum(row.bytes for row in self.activation_rows)
+
+    @property
+    def total_bytes(self) -> int:
+        """States and activations; the allocator and the libraries come on top."""
+        return self.state_bytes + self.activation_bytes
+
+    @property
+    def percent_of_fp32_adam(self) -> float:
+        """States against the 16 bytes per parameter of FP32 Adam, in percent."""
+        return 100 * self.state_bytes / (FP32_ADAM_BYTES * self.n_parameters)
+
+    def __str__(self) -> str:
+        """The table, marked as arithmetic."""
+        lines = [f"{'by arithmetic':<26}{'GB':>8}{'bytes/param':>13}"]
+        for rows, name, total in (
+            (self.rows, "states", self.state_bytes),
+            (self.activation_rows, "activations", self.activation_bytes),
+        ):
+            lines += [self._line(row.state, row.bytes) for row in rows]
+            lines.append(self._line(f"= {name}", total))
+        lines.append(self._line("total", self.total_bytes))
+        lines.append(f"states are {self.percent_of_fp32_adam:.1f} % of FP32 Adam")
+        return "\n".join(lines)
+
+    def _line(self, name: str, n_bytes: int) -> str:
+        return f"{name:<26}{n_bytes / 1e9:>8.2f}{n_bytes / self.n_parameters:>13.3f}"
+
+
+def estimate(
+    model: nn.Module, workload: Workload, spec: QuantizationSpec, *, gradient: str
+) -> MemoryEstimate:
+    """Predict the memory of training `model`.
+
+    Args:
+        model: Float or quantized, on any device; the meta device will do. Not modified.
+        workload: Of one micro-batch.
+        spec: The weight format.
+        gradient: `"stack"` or `"release"`, as `QFTLion` takes it.
+    """
+    plan = conversion_plan(model, spec.modules_to_not_convert)
+    weights: list[Any] = list({id(m.weight): m.weight for m in plan.modules.values()}.values())
+    floats = [kept.parameter for kept in plan.kept]
+    shapes = [(int(w.shape[0]), int(w.shape[1])) for w in weights]
+
+    scales = [GroupLayout(*shape, spec.group_size) for shape in shapes]
+    states = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in shapes]
+    n_outliers = [
+        rows * outliers_per_row(columns, spec.outlier_fraction) for rows, columns in shapes
+    ]
+    gradients = sum(states) + sum(p.nbytes for p in floats) if gradient == "stack" else 0
+    kinds = [
+        ("INT8 weights", len(weights), sum(rows * columns for rows, columns in shapes)),
+        (
+            "weight scales",
+            len(weights),
+            sum(layout.stored_bytes - layout.rows * layout.columns for layout in scales),
+        ),
+        (
+            "critical values",
+            2 * sum(n > 0 for n in n_outliers),
+            sum(outlier_bytes(*shape, spec.outlier_fraction) for shape in shapes),
+        ),
+        ("float parameters", len(floats), sum(p.nbytes for p in floats)),
+        ("gradients", 2 * len(weights) + len(floats), gradients),
+        (
+            "momentum",
+            2 * len(weights) + len(floats),
+            sum(states) + sum(FP32_BYTES * p.numel() for p in floats),
+        ),
+        ("buffers", *_count(model.buffers())),
+    ]
+    largest = max(states, default=0) if gradient == "release" else 0
+    tile = min(TILE_ELEMENTS, max((rows * columns for rows, columns in shapes), default=0))
+    activations = [
+        ("saved by the layers", workload.layers, workload.saved_bytes),
+        ("one layer computed again", 1, workload.layer_bytes if workload.checkpointing else 0),
+        ("logits and their gradient", 3, workload.logits_bytes),
+        ("largest gradient", 2, largest),
+        # A tile of the weight in FP32 and as it multiplies, and that of its gradient.
+        ("float tiles", 3, tile * (FP32_BYTES + 2 * workload.compute_bytes)),
+    ]
+    return MemoryEstimate(
+        rows=[LedgerRow(*kind) for kind in kinds if kind[2]],
+        activation_rows=[LedgerRow(*kind) for kind in activations if kind[2]],
+        n_parameters=sum(p.numel() for p in (*weights, *floats)),
+    )
+
+
+def _count(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    stored = list(tensors)
+    return len(stored), sum(tensor.nbytes for tensor in stored)

@@ -1,0 +1,62 @@
+"""Will it fit? The memory of full-parameter INT8 training, by arithmetic; no weight is loaded.
+
+    python scripts/estimate_memory.py configs/architectures/llama-2-7b
+    python scripts/estimate_memory.py meta-llama/Llama-2-7b-hf --sequence_length 4096 --gpu 24 48
+    python scripts/estimate_memory.py configs/architectures/* --markdown
+
+A model is a folder with a config.json or a name on the hub.
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from qft_hf import estimate_memory, recommend
+
+MODES = ("stack", "release")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", nargs="+", help="folders with a config.json, or hub names")
+    parser.add_argument("--batch_size", type=int, default=1, help="of a micro-batch (default 1)")
+    parser.add_argument("--sequence_length", type=int, default=2048, help="tokens (default 2048)")
+    parser.add_argument(
+        "--gpu", type=float, nargs="+", default=[24, 48, 80], help="cards, GB (default 24 48 80)"
+    )
+    parser.add_argument("--markdown", action="store_true", help="one table of all models")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print what each model takes in each mode, and how it fits each card."""
+    options = parse()
+    work = {"batch_size": options.batch_size, "sequence_length": options.sequence_length}
+    if options.markdown:
+        print("| model | parameters | states, stack | states, release | in all, release |")
+        print("| --- | --- | --- | --- | --- |")
+    for name in options.models:
+        config = AutoConfig.from_pretrained(name)
+        stack, release = (estimate_memory(config, gradient=mode, **work) for mode in MODES)
+        if options.markdown:
+            print(
+                f"| {Path(name).name} | {stack.n_parameters / 1e9:.2f} B "
+                f"| {stack.state_bytes / 1e9:.1f} GB | {release.state_bytes / 1e9:.1f} GB "
+                f"| {release.total_bytes / 1e9:.1f} GB |"
+            )
+            continue
+        print(f"{name}: {stack.n_parameters:,} parameters")
+        for mode, figures in zip(MODES, (stack, release), strict=True):
+            print(f"\ngradient={mode}, gradient_checkpointing=True\n{figures}")
+        print()
+        for gpu in options.gpu:
+            print(f"{gpu:g} GB card: {recommend(config, gpu, **work)}")
+        print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Estimates against what they predict: live ledgers, and the tensors that autograd saves."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
+
+from qft_hf import QFTConfig, QFTLion, QFTWeight, estimate_memory, memory_ledger, quantize_model_
+from qft_hf.hf import recommend
+from tests.models import tiny_llama
+
+FORMATS = [
+    QFTConfig(),
+    QFTConfig(group_size=11, outlier_fraction=0.0, modules_to_not_convert=["lm_head"]),
+]
+
+
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+@pytest.mark.parametrize("config", FORMATS, ids=["default", "other"])
+@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_states_equal_the_ledger_of_a_live_model(tied, dtype, config, gradient):
+    model = tiny_llama(tied=tied, dtype=dtype)
+    model.config.dtype = dtype
+    predicted = estimate_memory(model, config=config, gradient=gradient)
+    from_config = estimate_memory(model.config, config=config, gradient=gradient)
+
+    quantize_model_(model, config)
+    optimizer = QFTLion(model.parameters(), gradient=gradient)
+    ids = torch.arange(12)[None]
+    for _ in range(2):  # momentum exists from the first step, gradients before the second
+        optimizer.step()
+        model(input_ids=ids, labels=ids).loss.backward()
+    live = memory_ledger(model, optimizer)
+
+    assert predicted.rows == live.rows
+    # Without a model, rotary tables are as from_pretrained makes them: FP32 in every model.
+    assert from_config.rows[:-1] == live.rows[:-1]
+    assert predicted.n_parameters == live.n_parameters
+    assert predicted.percent_of_fp32_adam == pytest.approx(live.percent_of_fp32_adam, rel=1e-12)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_those_that_autograd_saves(dtype, checkpointing):
+    model = tiny_llama(
+        dtype=dtype, hidden_size=96, intermediate_size=160, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    quantize_model_(model, QFTConfig()).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    own = {p.data_ptr() for p in model.parameters() if not isinstance(p, QFTWeight)}
+    saved: dict[int, torch.Tensor] = {}  # by storage; keeping them keeps addresses apart
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = None if isinstance(tensor, QFTWeight) else tensor.untyped_storage().data_ptr()
+        if address is not None and address not in own:
+            saved[address] = tensor
+        return tensor
+
+    ids = torch.randint(131, (2, 64))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+    rows = {
+        row.state: row.bytes
+        for row in estimate_memory(
+            model, batch_size=2, sequence_length=64, gradient_checkpointing=checkpointing
+        ).activation_rows
+    }
+    # Of the logits, only the log-probabilities are saved; what no layer owns is the final norm.
+    predicted = rows["saved by the layers"] + 128 * 131 * 4
+    assert predicted < measured < 1.1 * predicted + 128 * 96 * (4 + 2 * dtype.itemsize)
+
+
+def test_a_large_configuration_takes_no_memory_and_has_the_known_size():
+    config = LlamaConfig(dtype="bfloat16")  # the defaults are LLaMA-7B
+    figures = estimate_memory(config)
+    assert figures.n_parameters == 6_738_415_616
+    assert figures.state_bytes / figures.n_parameters < 3.11
+    release = estimate_memory(config, gradient="release")
+    assert release.state_bytes / release.n_parameters < 2.15
+    assert "gradients" not in {row.state for row in release.rows}
+
+
+def test_the_recommendation_is_the_first_mode_that_fits():
+    config = LlamaConfig(dtype="bfloat16")
+    seen = [recommend(config, gpu) for gpu in (80, 36, 28, 24, 12)]
+    assert [(r.gradient, r.gradient_checkpointing, r.fits) for r in seen] == [
+        ("stack", False, True),
+        ("release", False, True),
+        ("stack", True, True),
+        ("release", True, True),
+        ("release", True, False),
+    ]
+    for choice in seen:
+        assert choice.fits == (choice.estimate.total_bytes <= choice.usable_bytes)
+
+
+def test_the_table_adds_up_and_says_that_it_is_arithmetic():
+    figures = estimate_memory(tiny_llama())
+    text = str(figures)
+    assert "by arithmetic" in text
+    assert figures.total_bytes == figures.state_bytes + figures.activation_bytes
+    assert sum(row.bytes for row in figures.rows) == figures.state_bytes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gradient": "both"}, "gradient must be 'stack' or 'release', got 'both'"),
+        ({"momentum_bits": 4}, "momentum_bits must be 8, got 4"),
+    ],
+)
+def test_unsupported_modes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        estimate_memory(tiny_llama(), **arguments)
+
+
+def test_a_model_without_decoder_sizes_says_what_measures_it():
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration(T5Config(d_model=12, d_kv=6, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match=r"has no intermediate_size.*memory_ledger measures any"):
+        estimate_memory(model)
