@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import kernels
 from ..gradients import GradientStack
+from ..kernels.lion_float import FLOATS
 from ..layout import STATE_GROUP_SIZE
 from ..quant import Int8Gradient, QFTWeight
 from .release import ACCUMULATIONS, CLIPPINGS, GradientRelease, check_release
@@ -152,8 +153,21 @@ class QFTLion(Optimizer):
         self._places: dict[int, tuple[int, int]] = {}  # number and group of each, by identity
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; they are numbered in the order in which they come."""
+        """Add parameters; they are numbered in the order in which they come.
+
+        Raises:
+            TypeError: A parameter is neither quantized nor fp32 or bf16.
+        """
         super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            if not isinstance(parameter, QFTWeight) and parameter.dtype not in FLOATS:
+                shape = tuple(parameter.shape)
+                del self.param_groups[-1]
+                raise TypeError(
+                    f"QFTLion trains INT8 weights, float32 and bfloat16 parameters, got "
+                    f"{parameter.dtype} for a parameter of shape {shape}. Load the model with "
+                    "dtype=torch.bfloat16."
+                )
         self._number(len(self.param_groups) - 1)
 
     def _number(self, group: int) -> None:
@@ -204,15 +218,16 @@ class QFTLion(Optimizer):
         Raises:
             FloatingPointError: A gradient is not finite and `nonfinite="raise"`. Weights, state and
                 gradients are as before.
-            TypeError: A parameter is neither quantized nor fp32 or bf16.
+            TypeError: A quantized weight has a float gradient. Nothing was updated.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for parameter in self._parameters():
-            if parameter.grad is not None:  # set by hand, or before hooks were in place
-                self._stack.push(parameter)
+            if parameter.grad is not None:
+                _check_gradient(parameter, parameter.grad)
+                self._stack.push(parameter)  # if set by hand, or before hooks were in place
         if not self._gradients_are_finite():
             self._refuse_step()
             return loss
@@ -301,12 +316,7 @@ class QFTLion(Optimizer):
         if not isinstance(parameter, QFTWeight):
             kernels.lion_step_float_(parameter, state["momentum"], gradient, **arguments)
             return
-        if not isinstance(gradient, Int8Gradient):
-            raise TypeError(
-                f"A quantized weight of shape {tuple(parameter.shape)} has a gradient of type "
-                f"{type(gradient).__name__}; only Int8Gradient is expected. Do not assign .grad by "
-                "hand, and use the weight through its QFT module."
-            )
+        gradient = cast(Int8Gradient, gradient)  # what backward makes, and `step` has checked
         kernels.lion_step_(
             parameter.codes,
             parameter.scales,
@@ -364,6 +374,16 @@ class QFTLion(Optimizer):
             self._prepare()
             for group in range(len(self.param_groups)):
                 self._number(group)
+
+
+def _check_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    """Raise for a gradient that no QFT module has made."""
+    if isinstance(parameter, QFTWeight) and not isinstance(gradient, Int8Gradient):
+        raise TypeError(
+            f"A quantized weight of shape {tuple(parameter.shape)} has a gradient of type "
+            f"{type(gradient).__name__}; only Int8Gradient is expected. Do not assign .grad by "
+            "hand, and use the weight through its QFT module."
+        )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:

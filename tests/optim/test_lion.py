@@ -411,8 +411,12 @@ def test_a_float_gradient_of_a_quantized_weight_is_refused():
     parameter = nn.Parameter(QFTWeight.from_float(torch.randn(4, 50), SPEC))
     optimizer = QFTLion([parameter], lr=1e-3)
 
+    codes = parameter.codes.clone()
+    parameter.grad = torch.ones(4, 50)
+
     with pytest.raises(TypeError, match=r"\(4, 50\) has a gradient of type Tensor.*its QFT module"):
-        optimizer._update(parameter, torch.zeros(4, 50))
+        optimizer.step()
+    assert torch.equal(parameter.codes, codes)
 
 
 def test_fp16_parameters_are_refused():
