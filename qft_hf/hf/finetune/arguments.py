@@ -1,0 +1,121 @@
+"""What a fine-tuning run is told: the model, the data, the output. Training itself is told by
+`QFTTrainingArguments`. The field names are the keys of a config file and the command's flags.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, get_args
+
+ExportDtype = Literal["float32", "float16", "bfloat16"]
+EXPORT_DTYPES: tuple[str, ...] = get_args(ExportDtype)  # also the names of the sub-folders
+
+
+@dataclass
+class ModelArguments:
+    """Which model is tuned and how it is loaded."""
+
+    _argument_group_name: ClassVar[str] = "model"
+
+    model_name_or_path: str = field(
+        metadata={"help": "Checkpoint to start from: a folder, or a model's name on the hub."}
+    )
+    model_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model on the hub."}
+    )
+    tokenizer_name_or_path: str | None = field(
+        default=None, metadata={"help": "Tokenizer, if it is not the model's own."}
+    )
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Jinja file that replaces the tokenizer's chat template."}
+    )
+    dtype: Literal["float32", "bfloat16"] = field(
+        default="float32",
+        metadata={"help": "Of what stays float (norms, biases) and of the activations."},
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel, as in `from_pretrained`."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which rows are learned, which are held out, and how a row becomes tokens."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    train_data: str = field(
+        metadata={"help": "A json, jsonl, csv or parquet file, a folder of them, or a hub name."}
+    )
+    train_split: str = field(
+        default="train", metadata={"help": "Split of train_data. A single file is all `train`."}
+    )
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Like train_data, held out: evaluated, never learned."}
+    )
+    eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
+    eval_fraction: float | None = field(
+        default=None,
+        metadata={"help": "Instead of eval_data: hold out this share of train_data by seed."},
+    )
+    max_train_rows: int | None = field(
+        default=None, metadata={"help": "Use only the first rows of the training data."}
+    )
+    max_eval_rows: int | None = field(
+        default=None, metadata={"help": "Use only the first rows of the evaluation data."}
+    )
+    task: Literal["chat", "text", "classification"] = field(
+        default="chat",
+        metadata={"help": "chat: messages; text: plain text; classification: text and label."},
+    )
+    messages_field: str = field(default="messages", metadata={"help": "chat: list of messages."})
+    text_field: str = field(
+        default="text", metadata={"help": "text, classification: the (first) text."}
+    )
+    text_pair_field: str | None = field(
+        default=None, metadata={"help": "classification: the second text, if there is one."}
+    )
+    label_field: str = field(default="label", metadata={"help": "classification: the class."})
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": "chat: learn what the assistant says and nothing else."}
+    )
+    max_length: int = field(
+        default=1024, metadata={"help": "Tokens an example is cut at, or a packed block holds."}
+    )
+    packing: bool = field(
+        default=False,
+        metadata={"help": "chat, text: fill blocks of max_length tokens instead of padding."},
+    )
+    preprocessing_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize. Default: this one."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.eval_data is not None and self.eval_fraction is not None:
+            raise ValueError(
+                f"eval_data={self.eval_data!r} and eval_fraction={self.eval_fraction} both say "
+                "what is held out. Set one of them."
+            )
+        if self.max_length < 2:
+            raise ValueError(
+                f"max_length must be at least 2, got {self.max_length}: a token is predicted from "
+                "the one before it."
+            )
+        if self.packing and self.task == "classification":
+            raise ValueError(
+                "packing=true joins examples into one sequence, which has no place for their "
+                "labels. Set packing to false for task 'classification'."
+            )
+
+
+@dataclass
+class OutputArguments:
+    """What a run writes beside what the Trainer writes."""
+
+    _argument_group_name: ClassVar[str] = "output"
+
+    overwrite_output: bool = field(
+        default=False, metadata={"help": "Replace the run that output_dir holds, if it holds one."}
+    )
+    export_dtype: ExportDtype | None = field(
+        default=None,
+        metadata={"help": "Also write an ordinary checkpoint of this dtype, in a sub-folder."},
+    )

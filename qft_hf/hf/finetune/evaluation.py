@@ -1,0 +1,81 @@
+"""How a model is scored on held-out data, with the metric modules that the package ships.
+
+Logits never leave the batch they belong to: a language model hands on one loss a token, a
+classifier one class an example. The rest of the vocabulary would be gigabytes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import EvalPrediction
+
+from ...metrics.accuracy.accuracy import Accuracy
+from ...metrics.perplexity.perplexity import Perplexity
+from .chat import IGNORED
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """The two functions that a Trainer scores with."""
+
+    preprocess_logits: Callable[
+        [Any, Tensor], Tensor
+    ]  # the Trainer's preprocess_logits_for_metrics
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+
+
+def scoring_for(task: str) -> Scoring:
+    """Return accuracy for task "classification", otherwise loss and perplexity by token."""
+    if task == "classification":
+        return Scoring(predicted_classes, accuracy_of_examples)
+    return Scoring(token_losses, perplexity_of_tokens)
+
+
+def token_losses(logits: Any, labels: Tensor) -> Tensor:
+    """Return the negative log-likelihood of each next token.
+
+    One sequence at a time, so that no second copy of the batch's logits is made.
+
+    Args:
+        logits: Float, `[batch, tokens, vocabulary]`, or a tuple that begins with it.
+        labels: int64, `[batch, tokens]`; `IGNORED` where there is no loss.
+
+    Returns:
+        fp32, `[batch, tokens - 1]`, in nats; 0 where there is no loss.
+    """
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    losses = [
+        cross_entropy(row[:-1].float(), label[1:], ignore_index=IGNORED, reduction="none")
+        for row, label in zip(logits, labels, strict=True)
+    ]
+    return torch.stack(losses)
+
+
+def perplexity_of_tokens(prediction: EvalPrediction) -> dict[str, float]:
+    """Score token losses; every learned token counts once.
+
+    The `loss` returned takes the place of the Trainer's own `eval_loss`, which is a mean of batch
+    means and so weighs a token by the batch it happens to be in.
+    """
+    losses, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+    learned = labels[:, 1:] != IGNORED
+    score = Perplexity(keep_in_memory=True).compute(predictions=losses[learned])
+    return {"loss": score["loss"], "perplexity": score["perplexity"]}
+
+
+def predicted_classes(logits: Any, labels: Tensor) -> Tensor:
+    """Return the most likely class of each example: int64, `[batch]`."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits.argmax(dim=-1)
+
+
+def accuracy_of_examples(prediction: EvalPrediction) -> dict[str, float]:
+    """Score predicted classes."""
+    return Accuracy(keep_in_memory=True).compute(
+        predictions=prediction.predictions, references=prediction.label_ids
+    )

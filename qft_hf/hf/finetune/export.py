@@ -1,0 +1,47 @@
+"""An INT8 checkpoint as an ordinary one, which programs without qft_hf can load."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+
+from ..config import QUANT_METHOD
+from ..convert import dequantize_model_
+from .atomic import written_whole
+
+
+def export_checkpoint(source: Path, target: Path, *, dtype: torch.dtype) -> None:
+    """Write the model of an INT8 checkpoint with float weights, and its tokenizer.
+
+    Args:
+        source: Folder of the INT8 checkpoint; not changed.
+        target: Folder to write: absent or empty. It appears when it is whole.
+        dtype: Of all parameters.
+
+    Raises:
+        FileExistsError: `target` holds something.
+        FileNotFoundError: `source` is not a checkpoint folder.
+        ValueError: `source` is not INT8.
+    """
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{source} is not a checkpoint: it has no config.json. Give the output folder of a run "
+            "or one of its checkpoint-<step> folders."
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} is not empty. Choose a folder that is not there yet.")
+    config = AutoConfig.from_pretrained(source)
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"{source} does not hold INT8 weights of qft_hf (quant_method is "
+            f"{quantization.get('quant_method')!r}, not {QUANT_METHOD!r}). An ordinary checkpoint "
+            "needs no export."
+        )
+    model_class = getattr(transformers, config.architectures[0])
+    model = dequantize_model_(model_class.from_pretrained(source), dtype)
+    with written_whole(target) as draft:
+        model.save_pretrained(draft)
+        if (source / "tokenizer_config.json").is_file():
+            AutoTokenizer.from_pretrained(source).save_pretrained(draft)

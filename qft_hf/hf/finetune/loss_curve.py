@@ -1,0 +1,50 @@
+"""The picture of a run: training and evaluation loss against the optimizer step."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from .atomic import written_whole
+
+TRAIN_COLOR, EVAL_COLOR = "#7f8fa6", "#c0392b"
+
+
+def loss_points(log_history: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Return the steps and the values at which `key` ("loss", "eval_loss") was logged."""
+    entries = [entry for entry in log_history if key in entry]
+    return [entry["step"] for entry in entries], [entry[key] for entry in entries]
+
+
+def draw_loss_curve(log_history: list[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Write the curve as a PNG.
+
+    Args:
+        log_history: `trainer.state.log_history`; either loss may be absent.
+        path: Of the PNG; replaced when the new one is whole.
+        title: Above the curve.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*loss_points(log_history, "loss"), color=TRAIN_COLOR, label="training")
+
+    steps, losses = loss_points(log_history, "eval_loss")
+    axes.plot(steps, losses, "o-", color=EVAL_COLOR, markersize=5, label="evaluation")
+    for step, loss in {(steps[i], losses[i]) for i in (0, -1) if steps}:
+        axes.annotate(
+            f"{loss:.3f}",
+            (step, loss),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            color=EVAL_COLOR,
+        )
+    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats)")
+    axes.margins(x=0.04, y=0.15)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    with written_whole(path) as draft:
+        figure.savefig(draft, format="png", dpi=150)

@@ -1,0 +1,124 @@
+"""Arguments of a run from a config file and flags: a config is a list of flags, and flags win."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..arguments import QFTTrainingArguments
+from .arguments import DataArguments, ModelArguments, OutputArguments
+
+GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, OutputArguments, QFTTrainingArguments)
+CONFIG_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, slots=True)
+class RunArguments:
+    """Everything that one run is told."""
+
+    model: ModelArguments
+    data: DataArguments
+    output: OutputArguments
+    training: QFTTrainingArguments
+
+    @property
+    def output_dir(self) -> Path:
+        """Where everything is written; the Trainer has filled in its default."""
+        return Path(str(self.training.output_dir))
+
+
+def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> RunArguments:
+    """Read `[CONFIG.yaml] [--flag value ...]`.
+
+    Args:
+        argv: The command line without the program. A config comes first; flags override it.
+        description: Text for `--help`.
+
+    Raises:
+        FileNotFoundError: There is no such config.
+        ValueError: A key or flag is unknown (names the nearest ones), or a value is not possible.
+        SystemExit: `--help`, or argparse refused a value; it has printed why.
+    """
+    flags = list(argv)
+    if flags and flags[0].endswith(CONFIG_SUFFIXES):
+        flags = [*flags_from_config(Path(flags[0])), *flags[1:]]
+    for flag in flags:
+        if flag.startswith("--"):
+            _require_known(flag[2:].partition("=")[0].replace("-", "_"), "flag")
+
+    parser = HfArgumentParser(
+        GROUPS,
+        usage="%(prog)s [CONFIG.yaml] [--flag value ...]",
+        description=description,
+        allow_abbrev=False,
+    )
+    *groups, rest = parser.parse_args_into_dataclasses(
+        flags, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        raise ValueError(
+            f"cannot place {' '.join(rest)!r} on the command line. Expected at most one config, "
+            "first, then flags with their values: CONFIG.yaml --flag value ..."
+        )
+    return RunArguments(*groups)
+
+
+def flags_from_config(path: Path) -> list[str]:
+    """Return a flat YAML file as flags.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not a mapping, a key is unknown, or a value is empty.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no config {path} (looked from {Path.cwd()}). Correct the path; the project's own "
+            "configs lie in its folder configs/."
+        )
+    with path.open(encoding="utf-8") as file:
+        # Every scalar stays text, and its field gives it a type: YAML itself would take `no` for
+        # false and 1e-4 for a string.
+        config = yaml.load(file, yaml.BaseLoader)
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path} must hold keys and values, one `key: value` a line, got "
+            f"{type(config).__name__}."
+        )
+    flags: list[str] = []
+    for key, value in config.items():
+        _require_known(str(key), f"key in {path}")
+        flags += _as_flags(str(key), value, path)
+    return flags
+
+
+def _as_flags(key: str, value: Any, path: Path) -> list[str]:
+    match value:
+        case "" | "null" | "~":
+            raise ValueError(
+                f"key {key!r} in {path} has no value. Give one, or leave the key out for its "
+                "default."
+            )
+        case list():
+            return [f"--{key}", *value]
+        case dict():
+            return [f"--{key}={json.dumps(value)}"]
+        case _:
+            return [f"--{key}={value}"]
+
+
+def _require_known(name: str, what: str) -> None:
+    known = [field.name for group in GROUPS for field in fields(group) if field.init]
+    # argparse knows `--help` and, for a switch that is on by default, `--no_<switch>`.
+    if name.removeprefix("no_") in known or name in (*known, "help"):
+        return
+    nearest = get_close_matches(name, known, n=3, cutoff=0.5)
+    raise ValueError(
+        f"unknown {what}: {name!r}. "
+        + (f"Did you mean {' or '.join(map(repr, nearest))}? " if nearest else "")
+        + "--help lists all names."
+    )

@@ -1,0 +1,208 @@
+"""One fine-tuning run: refuse what cannot work, load, train, score before and after, report."""
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..trainer import QFTTrainer
+from .data import TaskData, prepare_data
+from .evaluation import scoring_for
+from .export import export_checkpoint
+from .loading import load_model, load_tokenizer
+from .loss_curve import draw_loss_curve
+from .output_folder import (
+    LOSS_CURVE,
+    SUMMARY,
+    checkpoint_to_resume,
+    clear_run,
+    refuse_other_run,
+)
+from .parsing import RunArguments
+from .summary import PeakMemory, RunSummary, versions
+
+
+class StepClock(TrainerCallback):
+    """Seconds spent in training steps, and the tokens before the first of them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.tokens_before = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note where a resumed run goes on."""
+        self.tokens_before = state.num_input_tokens_seen
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start."""
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop."""
+        self.seconds += time.perf_counter() - self._began
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that is loaded and checked, and not yet trained."""
+
+    arguments: RunArguments
+    checkpoint: Path | None  # resumed from
+    data: TaskData
+    trainer: QFTTrainer
+    clock: StepClock
+    started: float  # time.monotonic()
+
+
+def finetune(arguments: RunArguments) -> RunSummary:
+    """Do a whole run: prepare it and train."""
+    return train(prepare(arguments))
+
+
+def prepare(arguments: RunArguments) -> Run:
+    """Check the output folder, then load data and model. Writes nothing.
+
+    Raises:
+        FileExistsError: The output folder already holds a run.
+        FileNotFoundError: A data file, template or checkpoint is not there.
+        ValueError: The arguments, the data and the model do not go together.
+    """
+    started = time.monotonic()
+    checkpoint = _check_output(arguments)
+    _check_evaluation(arguments)
+
+    training = arguments.training
+    set_seed(training.seed)
+    tokenizer = load_tokenizer(arguments.model)
+    with training.main_process_first(desc="reading the data"):
+        data = prepare_data(arguments.data, tokenizer, seed=training.seed)
+    model = load_model(
+        arguments.model,
+        training.quantization_config,
+        max_length=arguments.data.max_length,
+        n_tokens=len(tokenizer),
+        label_names=data.label_names,
+    )
+    if training.include_num_input_tokens_seen == "no":
+        training.include_num_input_tokens_seen = "non_padding"  # the summary reports them
+    scoring = scoring_for(arguments.data.task)
+    clock = StepClock()
+    trainer = QFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=data.train.dataset,
+        eval_dataset=None if data.evaluation is None else data.evaluation.dataset,
+        data_collator=data.collator,
+        processing_class=tokenizer,
+        compute_metrics=scoring.compute_metrics,
+        preprocess_logits_for_metrics=scoring.preprocess_logits,
+        callbacks=[clock],
+    )
+    return Run(arguments, checkpoint, data, trainer, clock, started)
+
+
+def train(run: Run) -> RunSummary:
+    """Score, train, score, and write checkpoint, loss curve and summary to the output folder.
+
+    The scores before training are those of the model that was loaded, also when resuming.
+    """
+    trainer, output = run.trainer, run.arguments.output
+    output_dir = run.arguments.output_dir
+    if output.overwrite_output and trainer.is_world_process_zero():
+        clear_run(output_dir)
+    before = _scores(run)
+    trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    after = _scores(run)
+    trainer.save_model()
+    trainer.save_state()
+
+    summary = _summarize(run, before, after)
+    if trainer.is_world_process_zero():
+        start = [] if before is None else [{"step": 0, "eval_loss": before["loss"]}]
+        draw_loss_curve(
+            start + trainer.state.log_history,
+            output_dir / LOSS_CURVE,
+            title=f"{Path(summary.model).name}: {summary.parameters / 1e6:,.1f} M parameters, INT8",
+        )
+        summary.write(output_dir / SUMMARY)
+        if output.export_dtype is not None:
+            export = output_dir / output.export_dtype
+            if export.exists():  # of this run before it was resumed
+                shutil.rmtree(export)
+            export_checkpoint(output_dir, export, dtype=getattr(torch, output.export_dtype))
+    return summary
+
+
+def _check_output(arguments: RunArguments) -> Path | None:
+    """Refuse what would destroy something; return the checkpoint to resume from."""
+    output_dir = arguments.output_dir
+    if Path(arguments.model.model_name_or_path).resolve() == output_dir.resolve():
+        raise ValueError(
+            f"output_dir is the folder of the model itself, {output_dir}. Choose another one, so "
+            "that the model you start from stays as it is."
+        )
+    checkpoint = checkpoint_to_resume(arguments.training.resume_from_checkpoint, output_dir)
+    refuse_other_run(output_dir, checkpoint=checkpoint, overwrite=arguments.output.overwrite_output)
+    return checkpoint
+
+
+def _check_evaluation(arguments: RunArguments) -> None:
+    data, training = arguments.data, arguments.training
+    has_data = data.eval_data is not None or data.eval_fraction is not None
+    if not has_data and (training.do_eval or training.eval_strategy != "no"):
+        raise ValueError(
+            f"evaluation is asked for (eval_strategy={str(training.eval_strategy)!r}), but nothing "
+            "is held out. Set eval_data or eval_fraction, or eval_strategy to 'no'."
+        )
+
+
+def _scores(run: Run) -> dict[str, float] | None:
+    """Return loss and metrics on the evaluation data, None if there is none."""
+    if run.data.evaluation is None:
+        return None
+    metrics = run.trainer.evaluate()
+    names = [name for name in ("loss", "perplexity", "accuracy") if f"eval_{name}" in metrics]
+    return {name: metrics[f"eval_{name}"] for name in names}
+
+
+def _summarize(
+    run: Run, before: dict[str, float] | None, after: dict[str, float] | None
+) -> RunSummary:
+    state, ledger = run.trainer.state, run.trainer.ledger
+    model: Any = run.trainer.model
+    trained_tokens = state.num_input_tokens_seen - run.clock.tokens_before
+    return RunSummary(
+        model=run.arguments.model.model_name_or_path,
+        task=run.arguments.data.task,
+        parameters=sum(p.numel() for p in model.parameters()),
+        steps=state.global_step,
+        before=before,
+        after=after,
+        trained_tokens=trained_tokens,
+        train_seconds=run.clock.seconds,
+        tokens_per_second=trained_tokens / run.clock.seconds if run.clock.seconds else 0.0,
+        wall_seconds=time.monotonic() - run.started,
+        peak_memory=PeakMemory.measured(),
+        state_bytes={row.state: row.bytes for row in ledger.rows} if ledger else {},
+        bytes_per_parameter=ledger.bytes_per_parameter if ledger else 0.0,
+        percent_of_fp32_adam=ledger.percent_of_fp32_adam if ledger else 0.0,
+        train_data=run.data.train.counts,
+        eval_data=run.data.evaluation.counts if run.data.evaluation else None,
+        versions=versions(),
+    )

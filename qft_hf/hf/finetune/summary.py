@@ -1,0 +1,101 @@
+"""What a run has come to, in numbers: `summary.json` and the lines printed at the end."""
+
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+import transformers
+
+from ...version import __version__
+from .atomic import written_whole
+from .data import DataCounts
+
+
+@dataclass(frozen=True, slots=True)
+class PeakMemory:
+    """The most memory a run held at one time."""
+
+    bytes: int
+    what: str  # "CUDA memory allocated" or "resident memory of the process"
+
+    @classmethod
+    def measured(cls) -> "PeakMemory":
+        """Measure since the process began."""
+        if torch.cuda.is_available():
+            return cls(torch.cuda.max_memory_allocated(), "CUDA memory allocated")
+        import resource  # Unix only, as is training on a CPU here
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if platform.system() == "Darwin" else 1024  # bytes there, KiB on Linux
+        return cls(peak * unit, "resident memory of the process")
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """The numbers of a run."""
+
+    model: str
+    task: str
+    parameters: int
+    steps: int
+    before: dict[str, float] | None  # scores on the evaluation data; None if there is none
+    after: dict[str, float] | None
+    trained_tokens: int  # padding not counted, every epoch counted; since the last resume
+    train_seconds: float  # in training steps: no loading, evaluation or saving
+    tokens_per_second: float  # of these two
+    wall_seconds: float  # whole run
+    peak_memory: PeakMemory
+    state_bytes: dict[str, int]  # by kind, measured just before an optimizer step
+    bytes_per_parameter: float
+    percent_of_fp32_adam: float
+    train_data: DataCounts
+    eval_data: DataCounts | None
+    versions: dict[str, str]
+
+    def write(self, path: Path) -> None:
+        """Write as JSON; a number that JSON does not know (inf, nan) becomes null."""
+        with written_whole(path) as draft:
+            draft.write_text(json.dumps(_finite(asdict(self)), indent=2) + "\n", encoding="utf-8")
+
+    def __str__(self) -> str:
+        """Return the scores before and after, and what the run took."""
+        lines = []
+        if self.before is not None and self.after is not None:
+            lines += [
+                f"{name + ' before -> after':<30}{self.before[name]:.4f} -> {self.after[name]:.4f}"
+                for name in self.after
+            ]
+        lines += [
+            f"{'trained':<30}{self.parameters:,} parameters, {self.steps:,} steps, "
+            f"{self.trained_tokens:,} tokens",
+            f"{'speed':<30}{self.tokens_per_second:,.0f} tokens/s in {self.train_seconds:,.0f} s "
+            f"of training; {self.wall_seconds:,.0f} s in all",
+            f"{'model state':<30}{self.bytes_per_parameter:.2f} bytes a parameter, "
+            f"{self.percent_of_fp32_adam:.1f} % of FP32 Adam",
+            f"{'training data':<30}{self.train_data}",
+            f"{'peak memory':<30}{self.peak_memory.bytes / 1e9:.2f} GB, {self.peak_memory.what}",
+        ]
+        return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    modules = {"torch": torch, "transformers": transformers, "datasets": datasets}
+    return {
+        "qft_hf": __version__,
+        "python": platform.python_version(),
+        **{name: str(module.__version__) for name, module in modules.items()},
+        "evaluate": str(evaluate.__version__),
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

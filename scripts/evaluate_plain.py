@@ -1,0 +1,42 @@
+"""Print the loss of an ordinary checkpoint, with plain transformers and nothing of qft_hf.
+
+    python scripts/evaluate_plain.py runs/demo/bfloat16 runs/demo/eval_examples.jsonl
+
+The examples hold `input_ids` and `labels` (-100: not scored), one a line. Arithmetic is FP32.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+
+def main() -> None:
+    """Print the mean loss of all scored tokens in nats."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", help="folder of an ordinary checkpoint")
+    parser.add_argument("examples", type=Path, help="jsonl file")
+    arguments = parser.parse_args()
+
+    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
+    total, n_tokens = 0.0, 0
+    for line in arguments.examples.read_text(encoding="utf-8").splitlines():
+        example = json.loads(line)
+        labels = torch.tensor(example["labels"][1:])
+        with torch.inference_mode():
+            logits = model(torch.tensor([example["input_ids"]])).logits[0, :-1]
+        total += cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        n_tokens += int((labels != -100).sum())
+    if "qft_hf" in sys.modules:
+        raise RuntimeError("qft_hf was imported, so this proves nothing about plain transformers.")
+    print(total / n_tokens)
+
+
+if __name__ == "__main__":
+    main()

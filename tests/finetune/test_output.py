@@ -1,0 +1,177 @@
+"""Nothing that a run wrote is lost unless that was asked for."""
+
+import json
+import os
+
+import pytest
+
+from qft_hf.hf.finetune.atomic import written_whole
+from qft_hf.hf.finetune.data import DataCounts
+from qft_hf.hf.finetune.loss_curve import draw_loss_curve, loss_points
+from qft_hf.hf.finetune.output_folder import checkpoint_to_resume, clear_run, refuse_other_run
+from qft_hf.hf.finetune.summary import PeakMemory, RunSummary, versions
+
+TRACES = ["summary.json", "model.safetensors", "model-00001-of-00002.safetensors", "checkpoint-7/"]
+
+
+def leave(folder, trace):
+    path = folder / trace
+    if trace.endswith("/"):
+        path.mkdir(parents=True)
+        (path / "trainer_state.json").write_text("{}")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+
+
+def contents(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("trace", TRACES)
+def test_folder_with_a_run_is_refused_and_left_alone(trace, tmp_path):
+    leave(tmp_path, trace)
+    before = contents(tmp_path)
+
+    with pytest.raises(FileExistsError, match=r"already holds a run .*overwrite_output to true"):
+        refuse_other_run(tmp_path, checkpoint=None, overwrite=False)
+
+    assert contents(tmp_path) == before
+    refuse_other_run(tmp_path, checkpoint=None, overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_absent_empty_or_unrelated_folder_is_accepted(tmp_path):
+    refuse_other_run(tmp_path / "absent", checkpoint=None, overwrite=False)
+    refuse_other_run(tmp_path, checkpoint=None, overwrite=False)
+    (tmp_path / "notes.txt").write_text("x")
+    refuse_other_run(tmp_path, checkpoint=None, overwrite=False)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_only_its_own_checkpoint_opens_a_folder(tmp_path):
+    leave(tmp_path / "one", "checkpoint-7/")
+    leave(tmp_path / "other", "checkpoint-7/")
+
+    own = tmp_path / "one" / "checkpoint-7"
+    refuse_other_run(tmp_path / "one", checkpoint=own, overwrite=False)
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        refuse_other_run(tmp_path / "other", checkpoint=own, overwrite=False)
+    with pytest.raises(ValueError, match="Set one of them"):
+        refuse_other_run(tmp_path / "one", checkpoint=own, overwrite=True)
+
+
+def test_clearing_removes_a_run_and_nothing_else(tmp_path):
+    for trace in TRACES:
+        leave(tmp_path, trace)
+    (tmp_path / "notes.txt").write_text("x")
+
+    clear_run(tmp_path)
+
+    assert contents(tmp_path) == ["notes.txt"]
+
+
+def test_which_checkpoint_is_resumed(tmp_path):
+    for step in (9, 10, 100):
+        leave(tmp_path, f"checkpoint-{step}/")
+
+    assert checkpoint_to_resume(None, tmp_path) is None
+    assert checkpoint_to_resume("False", tmp_path) is None
+    assert checkpoint_to_resume("true", tmp_path) == tmp_path / "checkpoint-100"
+    named = tmp_path / "checkpoint-9"
+    assert checkpoint_to_resume(str(named), tmp_path / "elsewhere") == named
+
+
+def test_missing_checkpoints_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint-<step> folder. Correct"):
+        checkpoint_to_resume("true", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint-<step> folder. Correct"):
+        checkpoint_to_resume("true", tmp_path / "absent")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint folder .*5 to resume from. Set"):
+        checkpoint_to_resume(str(tmp_path / "checkpoint-5"), tmp_path)
+
+
+def fail_half_way(path, write):
+    with written_whole(path) as draft:
+        write(draft)
+        raise OSError("disk full")
+
+
+def test_file_that_fails_half_way_leaves_the_old_one(tmp_path):
+    path = tmp_path / "new" / "summary.json"
+    with written_whole(path) as draft:
+        draft.write_text("old")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail_half_way(path, lambda draft: draft.write_text("half"))
+
+    assert path.read_text() == "old"
+    assert contents(tmp_path / "new") == ["summary.json"]
+
+
+def test_folder_that_fails_half_way_is_not_there(tmp_path):
+    path = tmp_path / "export"
+    with pytest.raises(OSError, match="disk full"):
+        fail_half_way(path, lambda draft: leave(draft, "half"))
+    assert contents(tmp_path) == []
+
+    with written_whole(path) as draft:
+        leave(draft, "whole")
+    assert contents(tmp_path) == ["export", "export/whole"]
+
+
+HISTORY = [
+    {"step": 0, "eval_loss": 3.5},
+    {"step": 2, "loss": 3.25, "learning_rate": 1e-4},
+    {"step": 4, "loss": 3.0},
+    {"step": 4, "eval_loss": 2.5},
+    {"step": 4, "train_loss": 3.1},
+]
+
+
+def test_loss_points_are_those_that_were_logged():
+    assert loss_points(HISTORY, "loss") == ([2, 4], [3.25, 3.0])
+    assert loss_points(HISTORY, "eval_loss") == ([0, 4], [3.5, 2.5])
+
+
+@pytest.mark.parametrize("history", [HISTORY, HISTORY[1:3], []], ids=["both", "train", "none"])
+def test_curve_is_a_png_whatever_was_logged(history, tmp_path):
+    path = tmp_path / "loss_curve.png"
+    draw_loss_curve(history, path, title="a model")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert os.listdir(tmp_path) == ["loss_curve.png"]
+
+
+def test_summary_is_valid_json_even_when_a_loss_is_not_finite(tmp_path):
+    counts = DataCounts(rows=9, examples=8, tokens=100, cut_tokens=3, dropped_examples=1)
+    summary = RunSummary(
+        model="m",
+        task="chat",
+        parameters=1_000,
+        steps=5,
+        before={"loss": 800.0, "perplexity": float("inf")},
+        after={"loss": 2.0, "perplexity": 7.389},
+        trained_tokens=500,
+        train_seconds=2.0,
+        tokens_per_second=250.0,
+        wall_seconds=3.0,
+        peak_memory=PeakMemory.measured(),
+        state_bytes={"INT8 weights": 1_000},
+        bytes_per_parameter=3.11,
+        percent_of_fp32_adam=19.4,
+        train_data=counts,
+        eval_data=None,
+        versions=versions(),
+    )
+
+    summary.write(tmp_path / "summary.json")
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    read = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
+    assert read["before"] == {"loss": 800.0, "perplexity": None}
+    assert read["train_data"]["dropped_examples"] == 1
+    assert read["peak_memory"]["bytes"] > 10_000_000  # this process, with torch
+    assert "perplexity before -> after" in str(summary)
+    assert "inf -> 7.3890" in str(summary)

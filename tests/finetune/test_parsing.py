@@ -1,0 +1,148 @@
+"""Config files and flags."""
+
+from pathlib import Path
+
+import pytest
+
+from qft_hf.hf.finetune import parse_arguments
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+REQUIRED = "model_name_or_path: model\ntrain_data: rows.jsonl\nuse_cpu: true\n"
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Write a config with the required keys and some more."""
+
+    def write(text=""):
+        path = tmp_path / "run.yaml"
+        path.write_text(f"{REQUIRED}output_dir: {tmp_path / 'run'}\n{text}")
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_of_the_project_is_valid(path):
+    # bf16 is refused where there is no GPU, unless the CPU is asked for.
+    arguments = parse_arguments([str(path), "--use_cpu", "true"])
+
+    assert arguments.training.optim == "qft_lion"
+    assert arguments.training.output_dir == f"runs/{path.stem}"
+
+
+def test_there_are_configs():
+    assert [path.stem for path in CONFIGS] == ["boolq_minilm", "demo", "llama2_7b_vicuna"]
+
+
+def test_values_get_the_type_of_their_field(config):
+    arguments = parse_arguments(
+        [
+            config(
+                "learning_rate: 1e-4\n"  # a string to YAML 1.1
+                "max_steps: 7\n"
+                "packing: true\n"
+                "assistant_only_loss: false\n"
+                "modules_to_not_convert: [lm_head, model.embed_tokens]\n"
+                "lr_scheduler_kwargs: {num_cycles: 0.5}\n"
+                "eval_fraction: 0.5\n"
+                "save_strategy: no\n"  # false to YAML 1.1
+            )
+        ]
+    )
+
+    assert arguments.training.learning_rate == 1e-4
+    assert arguments.training.max_steps == 7
+    assert arguments.training.modules_to_not_convert == ["lm_head", "model.embed_tokens"]
+    assert arguments.training.lr_scheduler_kwargs == {"num_cycles": 0.5}
+    assert arguments.training.save_strategy == "no"
+    assert arguments.data.packing is True
+    assert arguments.data.assistant_only_loss is False
+    assert arguments.data.eval_fraction == 0.5
+    assert arguments.output.overwrite_output is False
+
+
+def test_flags_override_the_config(config):
+    path = config("max_length: 64\npacking: true\nmodules_to_not_convert: [a, b]\n")
+    arguments = parse_arguments(
+        [path, "--max_length", "32", "--packing=false", "--modules-to-not-convert", "c"]
+    )
+
+    assert arguments.data.max_length == 32
+    assert arguments.data.packing is False
+    assert arguments.training.modules_to_not_convert == ["c"]
+    assert arguments.data.train_data == "rows.jsonl"
+
+
+def test_flags_alone_are_enough(tmp_path):
+    flags = ["--model_name_or_path=m", "--train_data=t.csv", "--no_assistant_only_loss"]
+    arguments = parse_arguments([*flags, f"--output_dir={tmp_path}", "--use_cpu"])
+
+    assert arguments.model.model_name_or_path == "m"
+    assert arguments.data.assistant_only_loss is False
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("learning_rat", "'learning_rate'"),
+        ("max_len", "'max_length'"),
+        ("outlier_fractions", "'outlier_fraction'"),
+    ],
+)
+def test_unknown_names_suggest_the_nearest(key, nearest, config):
+    with pytest.raises(ValueError, match=f"unknown key in .*run.yaml: '{key}'. Did .*{nearest}"):
+        parse_arguments([config(f"{key}: 1\n")])
+    with pytest.raises(ValueError, match=f"unknown flag: '{key}'. Did you mean .*{nearest}"):
+        parse_arguments([config(), f"--{key}", "1"])
+
+
+def test_unknown_name_like_no_other(config):
+    with pytest.raises(ValueError, match=r"unknown key .*'xyzzy'\. --help lists all names"):
+        parse_arguments([config("xyzzy: 1\n")])
+
+
+@pytest.mark.parametrize("nothing", ["", "null", "~"])
+def test_key_without_a_value_is_refused(nothing, config):
+    with pytest.raises(ValueError, match=r"'max_length' in .* has no value. Give one, or leave"):
+        parse_arguments([config(f"max_length: {nothing}\n")])
+
+
+def test_config_that_is_no_mapping_is_refused(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ValueError, match="one `key: value` a line, got list"):
+        parse_arguments([str(path)])
+
+
+def test_missing_config_is_named():
+    with pytest.raises(FileNotFoundError, match=r"no config nowhere\.yaml .*folder configs/"):
+        parse_arguments(["nowhere.yaml"])
+
+
+def test_second_config_is_refused(config):
+    with pytest.raises(ValueError, match=r"cannot place 'other\.yaml' .* at most one config"):
+        parse_arguments([config(), "other.yaml"])
+
+
+def test_impossible_value_names_its_flag(config, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments([config("task: poetry\n")])
+    assert "--task" in (printed := capsys.readouterr().err)
+    assert "poetry" in printed
+
+
+def test_missing_required_name(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--train_data", "rows.jsonl"])
+    assert "--model_name_or_path" in capsys.readouterr().err
+
+
+def test_help_lists_every_group(capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse_arguments(["--help"], description="What it is for.")
+
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    for part in ("What it is for.", "--train_data", "--outlier_fraction", "--export_dtype"):
+        assert part in text

@@ -1,0 +1,286 @@
+"""Whole runs of tiny models, from arguments to what lies in the output folder."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
+
+from qft_hf import QFTWeight
+from qft_hf.hf.finetune import finetune, parse_arguments, prepare, train
+from tests.finetune.chats import CHATML_MARKED, CHATS, chat, tiny_tokenizer
+from tests.models import tiny_bert, tiny_llama
+
+ROOT = Path(__file__).parents[2]
+VOCAB_SIZE = 320  # of the tiny tokenizer
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def chat_flags(tmp_path):
+    """Flags of a run of four steps on a few conversations."""
+    tiny_llama(vocab_size=VOCAB_SIZE, tied=True).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"messages": chat("how are you?", "fine, " * n)} for n in range(8)]
+    train_data = write_jsonl(tmp_path / "train.jsonl", rows)
+    eval_data = write_jsonl(tmp_path / "eval.jsonl", [{"messages": m} for m in CHATS.values()])
+    return {
+        "model_name_or_path": tmp_path / "model",
+        "train_data": train_data,
+        "eval_data": eval_data,
+        "max_length": 48,
+        "output_dir": tmp_path / "run",
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    }
+
+
+class StopAt(TrainerCallback):
+    """Ends training after some steps, as if the process had been stopped."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def as_flags(values):
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def parsed(values, **changes):
+    return parse_arguments(as_flags(values | changes))
+
+
+def contents(folder):
+    return {
+        path.relative_to(folder): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_run_leaves_checkpoint_curve_and_summary(chat_flags):
+    summary = finetune(parsed(chat_flags, export_dtype="bfloat16"))
+
+    run = Path(chat_flags["output_dir"])
+    assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    written = json.loads((run / "summary.json").read_text())
+    assert written["steps"] == 4
+    assert written["after"] == summary.after
+    assert summary.before["loss"] != summary.after["loss"]
+    assert summary.after["perplexity"] == pytest.approx(torch.tensor(summary.after["loss"]).exp())
+    tokenizer = AutoTokenizer.from_pretrained(run)
+    rows = [json.loads(line) for line in chat_flags["train_data"].read_text().splitlines()]
+    lengths = [
+        len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in rows
+    ]
+    assert len(lengths) == 4 * 2  # steps x conversations: each is seen once
+    assert summary.trained_tokens == sum(min(length, 48) for length in lengths)
+    assert summary.tokens_per_second == summary.trained_tokens / summary.train_seconds
+    assert set(summary.state_bytes) > {"INT8 weights", "gradients", "momentum"}
+    assert 0 < summary.bytes_per_parameter < 16
+
+    model = AutoModelForCausalLM.from_pretrained(run)
+    assert isinstance(model.lm_head.weight, QFTWeight)
+    assert summary.parameters == sum(p.numel() for p in model.parameters())
+    exported = AutoModelForCausalLM.from_pretrained(run / "bfloat16")
+    assert not any(isinstance(p, QFTWeight) for p in exported.parameters())
+    assert AutoTokenizer.from_pretrained(run / "bfloat16").chat_template
+
+
+def test_scores_before_training_are_those_of_the_loaded_model(chat_flags):
+    first = finetune(parsed(chat_flags))
+    again = finetune(
+        parsed(
+            chat_flags,
+            model_name_or_path=chat_flags["output_dir"],
+            output_dir=f"{chat_flags['output_dir']}-2",
+        )
+    )
+
+    # INT8 to INT8: nothing is rounded on the way.
+    assert again.before == first.after
+
+
+def test_packed_text_run_without_evaluation(chat_flags, tmp_path):
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "the quick brown fox"}] * 30)
+    values = chat_flags | {"train_data": texts, "task": "text", "packing": "true"}
+    del values["eval_data"]
+
+    summary = finetune(parsed(values))
+
+    assert summary.before is None
+    assert summary.after is None
+    assert summary.trained_tokens == 4 * 2 * 48
+    assert "->" not in str(summary)
+
+
+def test_classification_run(tmp_path):
+    tiny_bert(vocab_size=VOCAB_SIZE).base_model.save_pretrained(tmp_path / "encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "encoder")
+    rows = [
+        {"text": text, "label": label}
+        for text, label in [("the fox", "good"), ("the dog", "bad"), ("the answer", "so so")] * 4
+    ]
+    train_data = write_jsonl(tmp_path / "rows.jsonl", rows)
+
+    summary = finetune(
+        parsed(
+            {
+                "model_name_or_path": tmp_path / "encoder",
+                "train_data": train_data,
+                "eval_fraction": 0.5,
+                "task": "classification",
+                "max_length": 16,
+                "output_dir": tmp_path / "run",
+                "max_steps": 2,
+                "save_strategy": "no",
+                "use_cpu": "true",
+                "disable_tqdm": "true",
+            }
+        )
+    )
+
+    assert set(summary.after) == {"loss", "accuracy"}
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert model.config.id2label == {0: "bad", 1: "good", 2: "so so"}
+
+
+def test_resuming_ends_like_the_straight_run(chat_flags, tmp_path):
+    values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    straight = finetune(parsed(values, output_dir=tmp_path / "straight"))
+
+    first = prepare(parsed(values, output_dir=tmp_path / "stopped"))
+    first.trainer.add_callback(StopAt(2))
+    first.trainer.train()
+    resumed = finetune(
+        parsed(values, output_dir=tmp_path / "stopped", resume_from_checkpoint="true")
+    )
+
+    assert resumed.after == straight.after
+    assert resumed.before == straight.before
+    assert resumed.steps == straight.steps == 4
+    assert first.trainer.state.num_input_tokens_seen + resumed.trained_tokens == (
+        straight.trained_tokens
+    )
+
+
+def test_second_run_is_refused_before_anything_is_read(chat_flags):
+    finetune(parsed(chat_flags))
+    run = Path(chat_flags["output_dir"])
+    before = contents(run)
+
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        prepare(parsed(chat_flags, model_name_or_path="nowhere", train_data="nowhere.csv"))
+
+    assert contents(run) == before
+
+
+def test_overwriting_replaces_a_run_only_when_training_begins(chat_flags):
+    finetune(parsed(chat_flags, save_strategy="steps", save_steps=1))
+    run = Path(chat_flags["output_dir"])
+    before = contents(run)
+
+    second = prepare(parsed(chat_flags, overwrite_output="true", max_steps=2))
+    assert contents(run) == before
+
+    assert train(second).steps == 2
+    assert not list(run.glob("checkpoint-*"))
+
+
+def test_model_is_not_overwritten_by_its_own_run(chat_flags):
+    with pytest.raises(ValueError, match="output_dir is the folder of the model itself"):
+        prepare(parsed(chat_flags, output_dir=chat_flags["model_name_or_path"]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_length": 65}, "the model has 64 positions. Set max_length to 64 or less"),
+        ({"eval_strategy": "epoch"}, "nothing is held out. Set eval_data or eval_fraction, or"),
+        ({"do_eval": "true"}, "evaluation is asked for"),
+        ({"model_name_or_path": "{small}"}, "321 tokens and the model has 131 embeddings"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused(changes, message, chat_flags, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "small")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(tmp_path / "small")
+    values = {name: str(value).format(small=tmp_path / "small") for name, value in changes.items()}
+    if "eval" in str(changes):
+        del chat_flags["eval_data"]
+
+    with pytest.raises(ValueError, match=message):
+        prepare(parsed(chat_flags, **values))
+
+
+def test_tokenizer_without_padding_pads_with_the_end_of_text(chat_flags):
+    folder = Path(chat_flags["model_name_or_path"])
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    assert prepare(parsed(chat_flags)).trainer.processing_class.pad_token == tokenizer.eos_token
+
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="Set pad_token in its tokenizer_config"):
+        prepare(parsed(chat_flags))
+
+
+def test_chat_template_from_a_file(chat_flags, tmp_path):
+    template = tmp_path / "template.jinja"
+    with pytest.raises(
+        FileNotFoundError, match=r"no chat template .*template\.jinja .* Set chat_t"
+    ):
+        prepare(parsed(chat_flags, chat_template=template))
+
+    template.write_text(CHATML_MARKED)
+    run = prepare(parsed(chat_flags, chat_template=template))
+    assert run.trainer.processing_class.chat_template == CHATML_MARKED
+
+
+def test_the_script_does_a_run(chat_flags, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *as_flags(chat_flags | {"max_steps": 1})])
+
+    runpy.run_path(str(ROOT / "scripts" / "finetune.py"), run_name="__main__")
+
+    assert f"written to                    {chat_flags['output_dir']}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_script_runs_under_accelerate(chat_flags, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("".join(f"{name}: {value}\n" for name, value in chat_flags.items()))
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"]
+    finished = subprocess.run(
+        [*launch, str(ROOT / "scripts" / "finetune.py"), str(config), "--max_steps", "1"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "perplexity before -> after" in finished.stdout
