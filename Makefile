@@ -37,6 +37,7 @@ types: $(INSTALLED)  ## Check types
 
 test: $(INSTALLED)  ## All tests that need no GPU
 	@find qft_hf -name '*.nb[ci]' -delete  # compiled code does not notice changes in other files
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_triton.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
 
 demo: $(INSTALLED)  ## Tune a real 135 M model on real dialogues in INT8, all parameters

@@ -31,9 +31,19 @@ def check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> 
         )
 
 
+def check_group_size(group_size: int | None) -> None:
+    """Raise unless a group has at least one column."""
+    if group_size is not None and group_size < 1:
+        raise ValueError(
+            f"A group needs at least one column, got group_size={group_size}. None makes one group "
+            "of each row."
+        )
+
+
 def check_quantized(name: str, codes: Tensor, scales: Tensor, group_size: int | None) -> None:
     """Raise unless `codes` and `scales` form a quantized matrix with groups of `group_size`."""
     check_matrix(f"{name} codes", codes, (torch.int8,))
+    check_group_size(group_size)
     layout = GroupLayout(codes.shape[0], codes.shape[1], group_size)
     wanted = (layout.rows, layout.n_groups)
     if scales.dtype != torch.float32 or tuple(scales.shape) != wanted:
@@ -55,3 +65,20 @@ def check_same(name: str, tensor: Tensor, like: Tensor) -> None:
             f"{name} must have shape {tuple(like.shape)} on {like.device}, got shape "
             f"{tuple(tensor.shape)} on {tensor.device}."
         )
+
+
+def check_outliers(values: Tensor, columns: Tensor, codes: Tensor) -> None:
+    """Raise unless `values` and `columns` hold critical values for each row of `codes`."""
+    if values.ndim != 2 or values.shape[0] != codes.shape[0]:
+        raise ValueError(
+            f"outlier values must be a matrix with one row for each of the {codes.shape[0]} rows "
+            f"of the weight, got shape {tuple(values.shape)}."
+        )
+    check_same("outlier columns", columns, values)
+    if values.device != codes.device:
+        raise ValueError(
+            f"outlier values must be on {codes.device} like the codes, got {values.device}."
+        )
+    if values.numel():
+        check_matrix("outlier values", values, (torch.float32,))
+        check_matrix("outlier columns", columns, (torch.int16, torch.int32))

@@ -1,9 +1,22 @@
 """Sum and norm of INT8 gradients."""
 
+import torch
 from torch import Tensor
 
-from .backend import backend_for
 from .checks import check_quantized, check_same
+from .operators import declare, nothing
+
+_accumulate_ = declare(
+    "accumulate_",
+    "(Tensor(a!) codes, Tensor(b!) scales, Tensor other_codes, Tensor other_scales, "
+    "int group_size) -> ()",
+    fake=nothing,
+)
+_squared_norm = declare(
+    "squared_norm",
+    "(Tensor codes, Tensor scales, int group_size) -> Tensor",
+    fake=lambda codes, *_: codes.new_empty((), dtype=torch.float64),
+)
 
 
 def accumulate_(
@@ -30,7 +43,7 @@ def accumulate_(
     check_quantized("gradient", codes, scales, group_size)
     check_quantized("other gradient", other_codes, other_scales, group_size)
     check_same("other gradient codes", other_codes, codes)
-    backend_for(codes.device).accumulate_(codes, scales, other_codes, other_scales, group_size)
+    _accumulate_(codes, scales, other_codes, other_scales, group_size)
 
 
 def squared_norm(codes: Tensor, scales: Tensor, *, group_size: int) -> Tensor:
@@ -49,4 +62,5 @@ def squared_norm(codes: Tensor, scales: Tensor, *, group_size: int) -> Tensor:
         ValueError: Shapes do not fit.
     """
     check_quantized("gradient", codes, scales, group_size)
-    return backend_for(codes.device).squared_norm(codes, scales, group_size)
+    norm: Tensor = _squared_norm(codes, scales, group_size)
+    return norm

@@ -1,10 +1,19 @@
 """One Lion step on an INT8 weight, its INT8 momentum and its INT8 gradient."""
 
-import torch
 from torch import Tensor
 
-from .backend import backend_for
-from .checks import check_matrix, check_quantized, check_same
+from .checks import check_outliers, check_quantized, check_same
+from .operators import declare, nothing
+
+_lion_step_ = declare(
+    "lion_step_",
+    "(Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) outlier_values, Tensor outlier_columns, "
+    "Tensor(d!) momentum_codes, Tensor(e!) momentum_scales, "
+    "Tensor gradient_codes, Tensor gradient_scales, *, "
+    "int? group_size, int state_group_size, float lr, float beta1, float beta2, "
+    "float weight_decay, bool maximize, bool stochastic, int seed, int step, int stream) -> ()",
+    fake=nothing,
+)
 
 
 def lion_step_(
@@ -79,16 +88,8 @@ def lion_step_(
     check_quantized("gradient", gradient_codes, gradient_scales, state_group_size)
     check_same("momentum codes", momentum_codes, codes)
     check_same("gradient codes", gradient_codes, codes)
-    if outlier_values.ndim != 2 or outlier_values.shape[0] != codes.shape[0]:
-        raise ValueError(
-            f"outlier values must be a matrix with one row for each of the {codes.shape[0]} rows "
-            f"of the weight, got shape {tuple(outlier_values.shape)}."
-        )
-    check_same("outlier columns", outlier_columns, outlier_values)
-    if outlier_values.numel():
-        check_matrix("outlier values", outlier_values, (torch.float32,))
-        check_matrix("outlier columns", outlier_columns, (torch.int16, torch.int32))
-    backend_for(codes.device).lion_step_(
+    check_outliers(outlier_values, outlier_columns, codes)
+    _lion_step_(
         codes,
         scales,
         outlier_values,

@@ -3,10 +3,18 @@
 import torch
 from torch import Tensor
 
-from .backend import backend_for
 from .checks import check_same
+from .operators import declare, nothing
 
 FLOATS = (torch.float32, torch.bfloat16)
+
+_lion_step_float_ = declare(
+    "lion_step_float_",
+    "(Tensor(a!) parameter, Tensor(b!) momentum, Tensor gradient, *, "
+    "float lr, float beta1, float beta2, float weight_decay, "
+    "bool maximize, bool stochastic, int seed, int step, int stream) -> ()",
+    fake=nothing,
+)
 
 
 def lion_step_float_(
@@ -60,7 +68,7 @@ def lion_step_float_(
         raise TypeError(f"The momentum of a float parameter is float32, got {momentum.dtype}.")
     check_same("momentum", momentum, parameter)
     check_same("gradient", gradient, parameter)
-    backend_for(parameter.device).lion_step_float_(
+    _lion_step_float_(
         parameter,
         momentum,
         gradient,

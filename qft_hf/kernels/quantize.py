@@ -3,10 +3,30 @@
 import torch
 from torch import Tensor
 
-from .backend import backend_for
-from .checks import check_matrix, check_quantized
+from ..layout import GroupLayout
+from .checks import check_group_size, check_matrix, check_outliers, check_quantized
+from .operators import declare
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _fake_quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    layout = GroupLayout(x.shape[0], x.shape[1], group_size)
+    scales = x.new_empty((layout.rows, layout.n_groups), dtype=torch.float32)
+    return torch.empty_like(x, dtype=torch.int8), scales
+
+
+_quantize = declare(
+    "quantize",
+    "(Tensor x, int? group_size) -> (Tensor codes, Tensor scales)",
+    fake=_fake_quantize,
+)
+_dequantize = declare(
+    "dequantize",
+    "(Tensor codes, Tensor scales, int? group_size, *, Tensor? outlier_values, "
+    "Tensor? outlier_columns, ScalarType dtype) -> Tensor",
+    fake=lambda codes, *_, dtype, **__: torch.empty_like(codes, dtype=dtype),
+)
 
 
 def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
@@ -26,30 +46,57 @@ def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError: `x` is not one of the three float dtypes.
-        ValueError: `x` is not a contiguous, non-empty matrix.
+        ValueError: `x` is not a contiguous, non-empty matrix, or `group_size` is below 1.
 
     Source:
         Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.1
         (arXiv:2110.02861). Codes are linear here, dynamic there.
     """
     check_matrix("x", x, FLOATS)
-    return backend_for(x.device).quantize(x, group_size)
+    check_group_size(group_size)
+    codes, scales = _quantize(x, group_size)
+    return codes, scales
 
 
-def dequantize(codes: Tensor, scales: Tensor, *, group_size: int | None) -> Tensor:
-    """Expand INT8 codes to `codes * scale`.
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    *,
+    group_size: int | None,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Expand INT8 codes to `codes * scale`, with critical values in their places.
 
     Args:
         codes: int8 `[rows, columns]`, contiguous.
         scales: fp32 `[rows, n_groups]`.
         group_size: Columns per scale; None: whole rows.
+        outlier_values: fp32 `[rows, n_outliers]`: the values of some columns; None for none.
+        outlier_columns: int16 or int32 `[rows, n_outliers]`: which columns, each at most once.
+        dtype: A float type. The product is FP32 and is rounded to nearest once.
 
     Returns:
-        fp32 `[rows, columns]`.
+        `[rows, columns]` of `dtype`.
 
     Raises:
-        TypeError: `codes` is not int8.
+        TypeError: A dtype is wrong.
         ValueError: Shapes do not fit each other or `group_size`.
     """
     check_quantized("x", codes, scales, group_size)
-    return backend_for(codes.device).dequantize(codes, scales, group_size)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dequantize makes floats, got dtype={dtype}. The codes are INT8 already.")
+    if (outlier_values is None) != (outlier_columns is None):
+        raise ValueError("dequantize needs outlier values and outlier columns, or neither.")
+    if outlier_values is not None and outlier_columns is not None:
+        check_outliers(outlier_values, outlier_columns, codes)
+    expanded: Tensor = _dequantize(
+        codes,
+        scales,
+        group_size,
+        outlier_values=outlier_values,
+        outlier_columns=outlier_columns,
+        dtype=dtype,
+    )
+    return expanded

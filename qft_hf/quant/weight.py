@@ -146,10 +146,14 @@ class QFTWeight(Int8Tensor):
 
     def dequantize_rows(self, rows: slice | Tensor) -> Tensor:
         """The values of some rows, a slice or an int64 index `[n]`: `[n, columns]`, outer dtype."""
-        values = kernels.dequantize(self.codes[rows], self.scales[rows], group_size=self.group_size)
-        if self.outlier_values.shape[1]:
-            values.scatter_(1, self.outlier_columns[rows].long(), self.outlier_values[rows])
-        return values.to(self.dtype)
+        return kernels.dequantize(
+            self.codes[rows],
+            self.scales[rows],
+            group_size=self.group_size,
+            outlier_values=self.outlier_values[rows],
+            outlier_columns=self.outlier_columns[rows],
+            dtype=self.dtype,
+        )
 
     def dequantize(self) -> Tensor:
         """All values as a plain `[rows, columns]` tensor of the outer dtype."""

@@ -104,7 +104,7 @@ def values64(codes: Tensor, scales: Tensor, group_size: int | None) -> np.ndarra
 
 def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """A copy of `tensor` inside a larger buffer, and that buffer."""
-    buffer = torch.full((tensor.numel() + 2 * GUARD,), 77, dtype=tensor.dtype)
+    buffer = torch.full((tensor.numel() + 2 * GUARD,), 77, dtype=tensor.dtype, device=tensor.device)
     inner = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
     inner.copy_(tensor)
     return inner, buffer

@@ -125,6 +125,51 @@ def test_dequantize_is_one_fp32_product(shape, group_size):
     assert_same_bits(scales, before[1])
 
 
+@pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [None, 10, 32])
+def test_dequantize_puts_critical_values_in_their_places(group_size, dtype, index_dtype):
+    """Other columns in each row, the first and the last among them; one rounding to `dtype`."""
+    codes, scales = kernels.quantize(ramp((3, 33), group_size), group_size=group_size)
+    columns = torch.tensor([[0, 7], [8, 32], [31, 32]])
+    values = torch.tensor([[1.1, -2.2], [3e4, 1e-3], [0.0, -0.7]])
+
+    actual = kernels.dequantize(
+        codes,
+        scales,
+        group_size=group_size,
+        outlier_values=values,
+        outlier_columns=columns.to(index_dtype),
+        dtype=dtype,
+    )
+
+    expected = values64(codes, scales, group_size).astype(np.float32)
+    np.put_along_axis(expected, columns.numpy(), values.numpy(), axis=1)
+    assert_same_bits(actual, torch.from_numpy(expected).to(dtype))
+
+
+def test_dequantize_refuses_other_dtypes():
+    codes, scales = kernels.quantize(torch.ones(2, 4), group_size=None)
+
+    with pytest.raises(TypeError, match=r"makes torch.float32 or .*got dtype=torch.int32"):
+        kernels.dequantize(codes, scales, group_size=None, dtype=torch.int32)
+
+
+def test_critical_values_need_their_columns():
+    codes, scales = kernels.quantize(torch.ones(2, 4), group_size=None)
+
+    with pytest.raises(ValueError, match="outlier values and outlier columns, or neither"):
+        kernels.dequantize(codes, scales, group_size=None, outlier_values=torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("group_size", [0, -1])
+def test_a_group_without_columns_is_refused(group_size):
+    with pytest.raises(ValueError, match=rf"group_size={group_size}\. None makes one group"):
+        kernels.quantize(torch.ones(2, 4), group_size=group_size)
+    with pytest.raises(ValueError, match=rf"group_size={group_size}\. None makes one group"):
+        kernels.dequantize(torch.ones(2, 4).char(), torch.ones(2, 1), group_size=group_size)
+
+
 def test_quantizing_the_quantized_changes_nothing():
     codes, scales = kernels.quantize(random((9, 70), None), group_size=16)
 

@@ -8,6 +8,7 @@ from ..reference.lion import RANGE_LOW, RANGE_TARGET
 from ..reference.philox import LANES
 from ..reference.quantize import MAGIC, QMAX, TINY
 from .philox import philox
+from .quantize import largest_magnitude
 from .threads import for_each_row_range
 
 _f32 = np.float32
@@ -16,9 +17,22 @@ _LOW, _PER_TARGET, _PER_QMAX = _f32(RANGE_LOW), _f32(1.0 / RANGE_TARGET), _f32(1
 _ULP24 = _f32(2.0**-24)
 _ZERO, _HALF, _ONE = _f32(0.0), _f32(0.5), _f32(1.0)
 
-# Values are finite here, so maxima may be reordered and vectorized. Nothing else is relaxed: no
-# fused multiply-add and no reciprocal division, either of which would change bits.
+# Values are finite here, so a minimum need not look for NaN. Nothing else is relaxed: no fused
+# multiply-add and no reciprocal division, either of which would change bits.
 _FASTMATH = {"nnan", "ninf", "nsz"}
+
+
+@njit(inline="always")
+def absmax(values):
+    """Largest magnitude: as integers, which LLVM vectorizes five times better than as floats."""
+    bits = np.array([largest_magnitude(values.view(np.int32))], np.int32)
+    return bits.view(np.float32)[0]
+
+
+@njit(inline="always")
+def weight_uniform(word):
+    """FP32 uniform in [0, 1) from the high 24 bits of a word."""
+    return _f32(np.int32(word >> np.uint32(8))) * _ULP24
 
 
 @njit(nogil=True, fastmath=_FASTMATH, error_model="numpy", cache=True)
@@ -34,7 +48,9 @@ def _lion_rows(
     row_direction = np.empty(columns, np.float32)
     row_decrease = np.empty(columns, np.float32)
     row_momentum = np.empty(columns, np.float32)
-    row_words = np.empty(quads * LANES, np.uint32)
+    row_target = np.empty(columns, np.float32)
+    words = np.empty((LANES, quads), np.uint32)
+    words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
     row_uniform = np.full(quads * LANES, _HALF, np.float32)
     for row in range(start, stop):
         for group in range(momentum_scales.shape[1]):
@@ -46,16 +62,13 @@ def _lion_rows(
             momentum = row_momentum[first:last]
             momentum_scale = momentum_scales[row, group]
             gradient_scale = gradient_scales[row, group] * gradient_sign
-            absmax = _ZERO
             for j in range(last - first):
                 g = _f32(gradient_code[j]) * gradient_scale
                 m = _f32(momentum_code[j]) * momentum_scale
                 c = m * beta1 + g * one_minus_beta1
                 direction[j] = _f32(c > _ZERO) - _f32(c < _ZERO)
-                m = m * beta2 + g * one_minus_beta2
-                momentum[j] = m
-                absmax = max(absmax, abs(m))
-            scale = absmax * _PER_QMAX
+                momentum[j] = m * beta2 + g * one_minus_beta2
+            scale = absmax(momentum) * _PER_QMAX
             if scale < _TINY:
                 scale = _ONE
             momentum_scales[row, group] = scale
@@ -73,12 +86,12 @@ def _lion_rows(
             base = np.uint64(row) * np.uint64(quads)
             for quad in range(quads):
                 w0, w1, w2, w3 = philox(base + np.uint64(quad), seed, step, stream)
-                row_words[LANES * quad] = w0
-                row_words[LANES * quad + 1] = w1
-                row_words[LANES * quad + 2] = w2
-                row_words[LANES * quad + 3] = w3
-            for j in range(columns):
-                row_uniform[j] = _f32(np.int32(row_words[j] >> np.uint32(8))) * _ULP24
+                words0[quad], words1[quad], words2[quad], words3[quad] = w0, w1, w2, w3
+            for quad in range(quads):
+                row_uniform[LANES * quad] = weight_uniform(words0[quad])
+                row_uniform[LANES * quad + 1] = weight_uniform(words1[quad])
+                row_uniform[LANES * quad + 2] = weight_uniform(words2[quad])
+                row_uniform[LANES * quad + 3] = weight_uniform(words3[quad])
 
         for group in range(scales.shape[1]):
             first = group * group_size
@@ -87,23 +100,24 @@ def _lion_rows(
             direction = row_direction[first:last]
             decrease = row_decrease[first:last]
             uniform = row_uniform[first:last]
+            target = row_target[first:last]
             scale = scales[row, group]
             quanta = lr / scale  # lr in units of one code
-            absmax = _ZERO
             for j in range(last - first):
                 down = _f32(code[j]) * shrink + direction[j] * quanta
                 decrease[j] = down
-                absmax = max(absmax, abs(_f32(code[j]) - down))
-            if absmax <= _QMAX and (absmax >= _LOW or absmax == _ZERO):
+                target[j] = _f32(code[j]) - down
+            largest = absmax(target)
+            if largest <= _QMAX and (largest >= _LOW or largest == _ZERO):
                 for j in range(last - first):
                     value = _f32(code[j]) + np.floor(uniform[j] - decrease[j])
                     code[j] = np.int8(min(max(value, -_QMAX), _QMAX))
             else:
-                new_scale = max(scale * (absmax * _PER_TARGET), _TINY)
+                new_scale = max(scale * (largest * _PER_TARGET), _TINY)
                 ratio = scale / new_scale
                 scales[row, group] = new_scale
                 for j in range(last - first):
-                    value = np.floor((_f32(code[j]) - decrease[j]) * ratio + uniform[j])
+                    value = np.floor(target[j] * ratio + uniform[j])
                     code[j] = np.int8(min(max(value, -_QMAX), _QMAX))
         for k in range(outlier_values.shape[1]):
             codes[row, outlier_columns[row, k]] = 0

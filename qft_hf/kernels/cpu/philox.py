@@ -5,19 +5,21 @@ from numba import njit
 
 from ..reference.philox import KEY_INCREMENTS, MASK, MULTIPLIERS, ROUNDS
 
-_MASK = np.uint64(MASK)
-_SHIFT = np.uint64(32)
-_M0, _M1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
-_W0, _W1 = np.uint64(KEY_INCREMENTS[0]), np.uint64(KEY_INCREMENTS[1])
+_u32, _u64 = np.uint32, np.uint64
+_MASK, _SHIFT = _u64(MASK), _u64(32)
+_M0, _M1 = _u64(MULTIPLIERS[0]), _u64(MULTIPLIERS[1])
+_W0, _W1 = _u32(KEY_INCREMENTS[0]), _u32(KEY_INCREMENTS[1])
 
 
 @njit(inline="always")
 def philox(counter, seed, step, stream):
-    """Four 32-bit words (as uint64) for one counter; all arguments uint64."""
-    c0, c1, c2, c3 = counter & _MASK, step & _MASK, stream & _MASK, np.uint64(0)
-    k0, k1 = seed & _MASK, seed >> _SHIFT
+    """Four uint32 words for one counter; all arguments uint64."""
+    # Words are 32 bits wide and products 64: LLVM vectorizes that, and not 64-bit words.
+    c0, c1, c2, c3 = _u32(counter & _MASK), _u32(step & _MASK), _u32(stream & _MASK), _u32(0)
+    k0, k1 = _u32(seed & _MASK), _u32(seed >> _SHIFT)
     for _ in range(ROUNDS):
-        p0, p1 = _M0 * c0, _M1 * c2
-        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _MASK, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+        p0, p1 = _M0 * _u64(c0), _M1 * _u64(c2)
+        c0, c1 = _u32(p1 >> _SHIFT) ^ c1 ^ k0, _u32(p1)
+        c2, c3 = _u32(p0 >> _SHIFT) ^ c3 ^ k1, _u32(p0)
+        k0, k1 = _u32(k0 + _W0), _u32(k1 + _W1)
     return c0, c1, c2, c3

@@ -80,7 +80,15 @@ def quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def dequantize(codes: Tensor, scales: Tensor, group_size: int | None) -> Tensor:
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    group_size: int | None,
+    *,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     rows, columns = codes.shape
     x = torch.empty(rows, columns)
     arrays = [tensor.numpy() for tensor in (codes, scales, x)]
@@ -90,4 +98,6 @@ def dequantize(codes: Tensor, scales: Tensor, group_size: int | None) -> Tensor:
         n_rows=rows,
         row_elements=columns,
     )
-    return x
+    if outlier_values is not None and outlier_columns is not None:
+        x.scatter_(1, outlier_columns.long(), outlier_values)
+    return x.to(dtype)

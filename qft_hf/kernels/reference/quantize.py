@@ -39,6 +39,17 @@ def quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
     return codes, scales
 
 
-def dequantize(codes: Tensor, scales: Tensor, group_size: int | None) -> Tensor:
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    group_size: int | None,
+    *,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """See `qft_hf.kernels.quantize.dequantize`."""
-    return scale_groups_(codes.float(), scales, group_size)
+    values = scale_groups_(codes.float(), scales, group_size)
+    if outlier_values is not None and outlier_columns is not None:
+        values.scatter_(1, outlier_columns.long(), outlier_values)
+    return values.to(dtype)

@@ -1,0 +1,36 @@
+"""Declares the operators to PyTorch as `torch.ops.qft_hf.*` and sends each call to its backend."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backend import backend_for
+
+
+def declare(name: str, schema: str, *, fake: Callable[..., Any]) -> Any:
+    """Declare an operator and return it.
+
+    One kernel serves every device: it asks `backend_for`, which has chosen already, so that
+    `QFT_BACKEND` holds for all operators.
+
+    Args:
+        name: Name of the operator, and of the function in each backend.
+        schema: Arguments and results in PyTorch's schema language; what is written is marked
+            `(a!)`. The first argument is a tensor.
+        fake: Makes the results, shapes and dtypes only, for `torch.compile`.
+    """
+    full_name = f"qft_hf::{name}"
+
+    def run(first: Tensor, *arguments: Any, **options: Any) -> Any:
+        return getattr(backend_for(first.device), name)(first, *arguments, **options)
+
+    torch.library.define(full_name, schema)
+    torch.library.register_fake(full_name, fake)
+    torch.library.register_kernel(full_name, "default", run)
+    return getattr(torch.ops.qft_hf, name).default
+
+
+def nothing(*arguments: Any, **options: Any) -> None:
+    """The results of an operator that only writes into its arguments."""

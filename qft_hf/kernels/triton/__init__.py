@@ -1,0 +1,15 @@
+"""The operators on NVIDIA GPUs, in Triton. Imported only when a tensor on such a device arrives."""
+
+from .gradient import accumulate_, squared_norm
+from .lion import lion_step_
+from .lion_float import lion_step_float_
+from .quantize import dequantize, quantize
+
+__all__ = [
+    "accumulate_",
+    "dequantize",
+    "lion_step_",
+    "lion_step_float_",
+    "quantize",
+    "squared_norm",
+]

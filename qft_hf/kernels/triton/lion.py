@@ -1,0 +1,312 @@
+"""The Lion step on INT8 state in Triton, one launch per weight. Twin: `kernels/reference/lion.py`.
+
+A program owns a row, so no two programs touch the same element. Inside a program, elements are
+shared between threads in one place only, outliers: their old momentum is gathered and the codes
+under them are zeroed by other threads than those that write the tile. In each tile every load is
+before a barrier and every store after it, and the zeros follow one more barrier; that orders all
+of it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference.lion import RANGE_LOW as _RANGE_LOW
+from ..reference.lion import RANGE_TARGET as _RANGE_TARGET
+from .numerics import (
+    QMAX,
+    TINY,
+    absmax_scale,
+    inverse_scale,
+    nearest_code,
+    quantized,
+    random_words,
+    sign,
+    signed,
+    weight_uniform,
+)
+from .quantize import outlier_tile
+from .tiling import group_max, over_units, tile_columns, tiling
+
+RANGE_LOW: tl.constexpr = tl.constexpr(_RANGE_LOW)
+PER_TARGET: tl.constexpr = tl.constexpr(1.0 / _RANGE_TARGET)
+
+
+@triton.jit
+def _load_state(
+    momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
+    gradient_sign, start, exists, column, mask, STATE_GROUP: tl.constexpr,
+):  # fmt: skip
+    """Momentum and signed gradient of one tile in fp32; `start` and `exists` are of its units."""
+    index = start // STATE_GROUP
+    m_scale = tl.load(momentum_scales_ptr + index, mask=exists, other=1.0)
+    g_scale = tl.load(gradient_scales_ptr + index, mask=exists, other=1.0) * gradient_sign
+    m = tl.load(momentum_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+    g = tl.load(gradient_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+    return m * m_scale[:, None], g * g_scale[:, None]
+
+
+@triton.jit
+def _update_outliers(
+    values_ptr, columns_ptr, momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr,
+    gradient_scales_ptr, lr, shrink, beta1, one_minus_beta1, gradient_sign,
+    STATE_GROUP: tl.constexpr, N_OUTLIERS: tl.constexpr, OUTLIER_TILE: tl.constexpr,
+):  # fmt: skip
+    for tile in range((N_OUTLIERS + OUTLIER_TILE - 1) // OUTLIER_TILE):
+        k = tile * OUTLIER_TILE + tl.arange(0, OUTLIER_TILE)
+        mask = k < N_OUTLIERS
+        column = tl.load(columns_ptr + k, mask=mask, other=0).to(tl.int32)
+        index = column // STATE_GROUP
+        g = tl.load(gradient_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+        g = g * (tl.load(gradient_scales_ptr + index, mask=mask, other=1.0) * gradient_sign)
+        m = tl.load(momentum_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+        m = m * tl.load(momentum_scales_ptr + index, mask=mask, other=1.0)
+        direction = sign(m * beta1 + g * one_minus_beta1)
+        value = tl.load(values_ptr + k, mask=mask, other=0.0)
+        change = value * shrink + direction * lr
+        tl.store(values_ptr + k, value - change, mask=mask)
+
+
+@triton.jit
+def _new_momentum(
+    momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
+    beta2, one_minus_beta2, gradient_sign, first_group, first_unit,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    start, exists, column, mask = tile_columns(
+        first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+    )
+    m, g = _load_state(
+        momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
+        gradient_sign, start, exists, column, mask, GROUP,
+    )  # fmt: skip
+    return m * beta2 + g * one_minus_beta2, column, mask
+
+
+@triton.jit
+def _update_momentum(
+    momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
+    beta2, one_minus_beta2, gradient_sign,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr, UNIT: tl.constexpr,
+    UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_TILES: tl.constexpr,
+    UNIT_TILES: tl.constexpr,
+):  # fmt: skip
+    """The momentum of a row on its own, where weight and momentum groups do not share tiles."""
+    for group_tile in range(GROUP_TILES):
+        first_group = group_tile * GROUPS
+        m, column, mask = _new_momentum(
+            momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
+            beta2, one_minus_beta2, gradient_sign, first_group, 0,
+            COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+        )  # fmt: skip
+        absmax = group_max(tl.abs(m), UNITS, GROUPS)
+        for unit_tile in range(1, UNIT_TILES):
+            more, _, _ = _new_momentum(
+                momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
+                beta2, one_minus_beta2, gradient_sign, first_group, unit_tile * UNITS,
+                COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+            )  # fmt: skip
+            absmax = tl.maximum(absmax, group_max(tl.abs(more), UNITS, GROUPS))
+        scale = absmax_scale(absmax)
+        inverse = over_units(inverse_scale(scale), UNITS, GROUPS)
+        tl.debug_barrier()
+        tl.store(momentum_codes_ptr + column, quantized(m, inverse), mask=mask)
+        for unit_tile in range(1, UNIT_TILES):
+            more, column, mask = _new_momentum(
+                momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
+                beta2, one_minus_beta2, gradient_sign, first_group, unit_tile * UNITS,
+                COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+            )  # fmt: skip
+            tl.debug_barrier()
+            tl.store(momentum_codes_ptr + column, quantized(more, inverse), mask=mask)
+        group = first_group + tl.arange(0, GROUPS)
+        tl.store(momentum_scales_ptr + group, scale, mask=group < N_GROUPS)
+
+
+@triton.jit(do_not_specialize=["seed", "step", "stream"])
+def _lion_kernel(
+    codes_ptr,  # [rows, COLUMNS] int8, modified
+    scales_ptr,  # [rows, N_GROUPS] fp32, modified
+    outlier_values_ptr,  # [rows, N_OUTLIERS] fp32, modified
+    outlier_columns_ptr,  # [rows, N_OUTLIERS] int16 or int32
+    momentum_codes_ptr,  # [rows, COLUMNS] int8, modified
+    momentum_scales_ptr,  # [rows, N_STATE_GROUPS] fp32, modified
+    gradient_codes_ptr,  # [rows, COLUMNS] int8
+    gradient_scales_ptr,  # [rows, N_STATE_GROUPS] fp32
+    lr,
+    shrink,  # lr * weight_decay
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    gradient_sign,
+    seed,
+    step,
+    stream,
+    STOCHASTIC: tl.constexpr,
+    N_OUTLIERS: tl.constexpr,
+    OUTLIER_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    N_GROUPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
+    UNIT_TILES: tl.constexpr,
+    STATE_GROUP: tl.constexpr,
+    N_STATE_GROUPS: tl.constexpr,
+    STATE_GROUP_IS_UNIT: tl.constexpr,  # the momentum of a tile can be rounded with the tile
+    STATE_UNIT: tl.constexpr,  # from here on the tiling of momentum that cannot
+    STATE_UNITS: tl.constexpr,
+    STATE_GROUPS: tl.constexpr,
+    STATE_GROUP_TILES: tl.constexpr,
+    STATE_UNIT_TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    codes_ptr += row * COLUMNS
+    momentum_codes_ptr += row * COLUMNS
+    gradient_codes_ptr += row * COLUMNS
+    scales_ptr += row * N_GROUPS
+    momentum_scales_ptr += row * N_STATE_GROUPS
+    gradient_scales_ptr += row * N_STATE_GROUPS
+    outlier_values_ptr += row * N_OUTLIERS
+    outlier_columns_ptr += row * N_OUTLIERS
+    first_counter = row * ((COLUMNS + 3) // 4)  # four columns share a counter
+
+    if N_OUTLIERS > 0:
+        _update_outliers(
+            outlier_values_ptr, outlier_columns_ptr, momentum_codes_ptr, momentum_scales_ptr,
+            gradient_codes_ptr, gradient_scales_ptr, lr, shrink, beta1, one_minus_beta1,
+            gradient_sign, STATE_GROUP, N_OUTLIERS, OUTLIER_TILE,
+        )  # fmt: skip
+
+    for group_tile in range(GROUP_TILES):
+        group = group_tile * GROUPS + tl.arange(0, GROUPS)
+        scale = tl.load(scales_ptr + group, mask=group < N_GROUPS, other=1.0)
+        quanta = over_units(tl.div_rn(lr, scale), UNITS, GROUPS)  # lr in units of one code
+        absmax = tl.zeros((GROUPS,), tl.float32)
+        if UNIT_TILES > 1:
+            for unit_tile in range(UNIT_TILES):
+                start, exists, column, mask = tile_columns(
+                    group_tile * GROUPS, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+                )
+                m, g = _load_state(
+                    momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr,
+                    gradient_scales_ptr, gradient_sign, start, exists, column, mask, STATE_GROUP,
+                )  # fmt: skip
+                code = tl.load(codes_ptr + column, mask=mask, other=0).to(tl.float32)
+                direction = m * beta1 + g * one_minus_beta1
+                target = code - (code * shrink + signed(quanta, direction))
+                absmax = tl.maximum(absmax, group_max(tl.abs(target), UNITS, GROUPS))
+        for unit_tile in range(UNIT_TILES):
+            start, exists, column, mask = tile_columns(
+                group_tile * GROUPS, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+            )
+            m, g = _load_state(
+                momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
+                gradient_sign, start, exists, column, mask, STATE_GROUP,
+            )  # fmt: skip
+            code = tl.load(codes_ptr + column, mask=mask, other=0).to(tl.float32)
+            tl.debug_barrier()  # every thread has read this tile before any thread overwrites it
+            direction = m * beta1 + g * one_minus_beta1
+            if STATE_GROUP_IS_UNIT:
+                m = m * beta2 + g * one_minus_beta2
+                m_scale = absmax_scale(tl.max(tl.abs(m), axis=1))
+                m_code = quantized(m, inverse_scale(m_scale)[:, None])
+                tl.store(momentum_codes_ptr + column, m_code, mask=mask)
+                tl.store(momentum_scales_ptr + start // STATE_GROUP, m_scale, mask=exists)
+
+            decrease = code * shrink + signed(quanta, direction)
+            target = code - decrease
+            if UNIT_TILES == 1:
+                absmax = group_max(tl.abs(target), UNITS, GROUPS)
+            fits = (absmax <= QMAX) & ((absmax >= RANGE_LOW) | (absmax == 0))
+            rescaled_scale = tl.maximum(scale * (absmax * PER_TARGET), TINY)
+            new_scale = tl.where(fits, scale, rescaled_scale)
+            if STOCHASTIC:
+                words = random_words(first_counter, start, UNIT, seed, step, stream)
+                uniform = weight_uniform(words)
+            else:
+                uniform = tl.full(code.shape, 0.5, tl.float32)
+            new_code = code + tl.floor(uniform - decrease)
+            if tl.min(fits.to(tl.int32), axis=0) == 0:  # rare: most scales stay
+                ratio = over_units(tl.div_rn(scale, new_scale), UNITS, GROUPS)
+                rescaled = tl.floor(target * ratio + uniform)
+                keeps = over_units(fits.to(tl.int32), UNITS, GROUPS) != 0
+                new_code = tl.where(keeps, new_code, rescaled)
+            new_code = nearest_code(tl.minimum(tl.maximum(new_code, -QMAX), QMAX))
+            tl.store(codes_ptr + column, new_code, mask=mask)
+            if unit_tile == UNIT_TILES - 1:
+                tl.store(scales_ptr + group, new_scale, mask=group < N_GROUPS)
+
+    if not STATE_GROUP_IS_UNIT:
+        tl.debug_barrier()
+        _update_momentum(
+            momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
+            beta2, one_minus_beta2, gradient_sign,
+            COLUMNS, STATE_GROUP, N_STATE_GROUPS, STATE_UNIT, STATE_UNITS, STATE_GROUPS,
+            STATE_GROUP_TILES, STATE_UNIT_TILES,
+        )  # fmt: skip
+    if N_OUTLIERS > 0:
+        tl.debug_barrier()
+        for tile in range((N_OUTLIERS + OUTLIER_TILE - 1) // OUTLIER_TILE):
+            k = tile * OUTLIER_TILE + tl.arange(0, OUTLIER_TILE)
+            column = tl.load(outlier_columns_ptr + k, mask=k < N_OUTLIERS, other=0).to(tl.int32)
+            zero = tl.zeros((OUTLIER_TILE,), tl.int8)
+            tl.store(codes_ptr + column, zero, mask=k < N_OUTLIERS)
+
+
+def lion_constants(
+    columns: int, n_outliers: int, group_size: int | None, state_group_size: int
+) -> dict[str, int]:
+    """Constexpr arguments of the kernel but `STOCHASTIC`."""
+    tiles = tiling(columns, group_size, state_group_size)
+    state = tiling(columns, state_group_size)
+    one_state_group = state.N_GROUPS == 1 and columns <= tiles.UNIT
+    return {
+        "N_OUTLIERS": n_outliers,
+        "OUTLIER_TILE": outlier_tile(n_outliers),
+        **tiles.constants(),
+        "STATE_GROUP": state.GROUP,
+        "N_STATE_GROUPS": state.N_GROUPS,
+        "STATE_GROUP_IS_UNIT": tiles.UNIT == state_group_size or one_state_group,
+        "STATE_UNIT": state.UNIT,
+        "STATE_UNITS": state.UNITS,
+        "STATE_GROUPS": state.GROUPS,
+        "STATE_GROUP_TILES": state.GROUP_TILES,
+        "STATE_UNIT_TILES": state.UNIT_TILES,
+    }
+
+
+def lion_step_(
+    codes: Tensor,
+    scales: Tensor,
+    outlier_values: Tensor,
+    outlier_columns: Tensor,
+    *state: Tensor,
+    group_size: int | None,
+    state_group_size: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    maximize: bool,
+    stochastic: bool,
+    seed: int,
+    step: int,
+    stream: int,
+) -> None:
+    rows, columns = codes.shape
+    constants = lion_constants(columns, outlier_values.shape[1], group_size, state_group_size)
+    with torch.cuda.device_of(codes):
+        _lion_kernel[(rows,)](
+            codes, scales, outlier_values, outlier_columns, *state,
+            lr, lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
+            -1.0 if maximize else 1.0, seed, step, stream,
+            STOCHASTIC=stochastic, **constants,
+            num_warps=tiling(columns, group_size, state_group_size).n_warps,
+            enable_fp_fusion=False,
+        )  # fmt: skip

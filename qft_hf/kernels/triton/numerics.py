@@ -1,0 +1,109 @@
+"""Rounding, scales and random words inside kernels. Twins: `kernels/reference/{quantize,philox}`.
+
+Kernels must be launched with `enable_fp_fusion=False`: a fused multiply-add rounds once where the
+reference rounds twice.
+"""
+
+import triton
+import triton.language as tl
+
+from ..reference.quantize import MAGIC as _MAGIC
+from ..reference.quantize import QMAX as _QMAX
+from ..reference.quantize import TINY as _TINY
+
+MAGIC: tl.constexpr = tl.constexpr(_MAGIC)
+QMAX: tl.constexpr = tl.constexpr(float(_QMAX))
+PER_QMAX: tl.constexpr = tl.constexpr(1.0 / _QMAX)
+TINY: tl.constexpr = tl.constexpr(_TINY)
+ULP24: tl.constexpr = tl.constexpr(2.0**-24)
+MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # FP32 without its sign
+INFINITY: tl.constexpr = tl.constexpr(0x7F800000)  # and every NaN lies above this
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1, as fp32."""
+    return signed(1.0, x)
+
+
+@triton.jit
+def signed(size, x):
+    """`size * sign(x)`, without the product."""
+    return tl.where(x > 0, size, tl.where(x < 0, -size, 0.0))
+
+
+@triton.jit
+def nearest_code(values):
+    """The nearest integer, ties to even, as int8; values must round into [-127, 127].
+
+    1.5 * 2**23 plus a value is rounded to an integer, whose two's complement the low bits hold.
+    """
+    return (values + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def quantized(values, inverse):
+    """Codes of `values`; `inverse` is one over the absmax scale of their group.
+
+    The reference clamps here. With that scale no product exceeds 127 * (1 + 2**-21), which rounds
+    to 127.
+    """
+    return nearest_code(values * inverse)
+
+
+@triton.jit
+def absmax_scale(absmax):
+    """Twin: `absmax_scale` of the reference."""
+    scale = absmax * PER_QMAX
+    return tl.where(scale < TINY, 1.0, scale)
+
+
+@triton.jit
+def inverse_scale(scale):
+    """One over `scale`, correctly rounded."""
+    return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+
+
+@triton.jit
+def magnitude_bits(x):
+    """The bits of `abs(x)`: as integers they order magnitudes, and NaN is the largest."""
+    return x.to(tl.int32, bitcast=True) & MAGNITUDE
+
+
+@triton.jit
+def philox_words(counter, seed, step, stream):
+    """Four words for each counter of a block; twin: `philox` of the reference."""
+    c0 = counter.to(tl.uint32)
+    zero = c0 * 0
+    c1, c2 = zero + step.to(tl.uint32), zero + stream.to(tl.uint32)
+    return tl.philox(seed.to(tl.uint64), c0, c1, c2, zero)
+
+
+@triton.jit
+def random_words(first_counter, start, UNIT: tl.constexpr, seed, step, stream):
+    """A 32-bit word for each element of a tile: `[n_units, UNIT]`; four columns share a counter.
+
+    Args:
+        first_counter: Counter of the row's first four columns, int64.
+        start: First column of each unit, `[n_units]`; a multiple of `UNIT`.
+        UNIT: Columns of a unit.
+        seed: Key.
+        step: Word 1 of the counter.
+        stream: Word 2 of the counter.
+    """
+    if UNIT % 4 == 0:
+        # One call serves four neighbours; join puts its two sides into a new last axis.
+        quad = start[:, None] // 4 + tl.arange(0, UNIT // 4)[None, :]
+        w0, w1, w2, w3 = philox_words(first_counter + quad, seed, step, stream)
+        words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        return tl.reshape(words, (start.shape[0], UNIT))
+    column = start[:, None] + tl.arange(0, UNIT)[None, :]
+    w0, w1, w2, w3 = philox_words(first_counter + column // 4, seed, step, stream)
+    lane = column % 4
+    return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
+
+
+@triton.jit
+def weight_uniform(words):
+    """FP32 uniform in [0, 1) from the high 24 bits of each word."""
+    return (words >> 8).to(tl.float32) * ULP24

@@ -1,0 +1,170 @@
+"""INT8 quantization in Triton. Twin: `kernels/reference/quantize.py`."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...layout import GroupLayout
+from .numerics import (
+    INFINITY,
+    PER_QMAX,
+    TINY,
+    inverse_scale,
+    magnitude_bits,
+    quantized,
+)
+from .tiling import group_max, over_units, tile_columns, tiling
+
+
+@triton.jit
+def scale_of_bits(largest):
+    """Scale and inverse of groups whose largest magnitude has these bits; inverse 0 if not finite.
+
+    With an inverse of 0 and values that are set to 0, codes are 0 and the scale tells the fault.
+    """
+    scale = largest.to(tl.float32, bitcast=True) * PER_QMAX
+    scale = tl.where(scale < TINY, 1.0, scale)  # NaN is not below anything
+    return scale, tl.where(largest < INFINITY, inverse_scale(scale), 0.0)
+
+
+@triton.jit
+def _load_tile(
+    x_ptr, first_group, first_unit,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    _, _, column, mask = tile_columns(first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
+    return tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32), column, mask
+
+
+@triton.jit
+def finite_codes(x, inverse):
+    """Codes of `x`; 0 in a group whose inverse is 0, which is one that is not finite."""
+    return quantized(tl.where(inverse > 0, x, 0.0), inverse)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,  # [rows, COLUMNS] fp32, bf16 or fp16
+    codes_ptr,  # [rows, COLUMNS] int8, written
+    scales_ptr,  # [rows, N_GROUPS] fp32, written
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    N_GROUPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
+    UNIT_TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # int64: row * COLUMNS overflows int32 at 2**31
+    x_ptr += row * COLUMNS
+    codes_ptr += row * COLUMNS
+    scales_ptr += row * N_GROUPS
+    for group_tile in range(GROUP_TILES):
+        first_group = group_tile * GROUPS
+        # The first tile of a group stays in registers; a long group reads its others twice.
+        x, column, mask = _load_tile(x_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
+        largest = group_max(magnitude_bits(x), UNITS, GROUPS)
+        for unit_tile in range(1, UNIT_TILES):
+            more, _, _ = _load_tile(
+                x_ptr, first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+            )
+            largest = tl.maximum(largest, group_max(magnitude_bits(more), UNITS, GROUPS))
+        scale, inverse = scale_of_bits(largest)
+        inverse = over_units(inverse, UNITS, GROUPS)
+        tl.store(codes_ptr + column, finite_codes(x, inverse), mask=mask)
+        for unit_tile in range(1, UNIT_TILES):
+            more, column, mask = _load_tile(
+                x_ptr, first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+            )
+            tl.store(codes_ptr + column, finite_codes(more, inverse), mask=mask)
+        group = first_group + tl.arange(0, GROUPS)
+        tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes_ptr,  # [rows, COLUMNS] int8
+    scales_ptr,  # [rows, N_GROUPS] fp32
+    outlier_values_ptr,  # [rows, N_OUTLIERS] fp32
+    outlier_columns_ptr,  # [rows, N_OUTLIERS] int16 or int32
+    x_ptr,  # [rows, COLUMNS] fp32, bf16 or fp16, written
+    N_OUTLIERS: tl.constexpr,
+    OUTLIER_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    N_GROUPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
+    UNIT_TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    codes_ptr += row * COLUMNS
+    scales_ptr += row * N_GROUPS
+    x_ptr += row * COLUMNS
+    for group_tile in range(GROUP_TILES):
+        for unit_tile in range(UNIT_TILES):
+            start, exists, column, mask = tile_columns(
+                group_tile * GROUPS, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+            )
+            scale = tl.load(scales_ptr + start // GROUP, mask=exists, other=0.0)
+            code = tl.load(codes_ptr + column, mask=mask, other=0)
+            x = code.to(tl.float32) * scale[:, None]
+            tl.store(x_ptr + column, x.to(x_ptr.dtype.element_ty), mask=mask)
+    if N_OUTLIERS > 0:
+        # This program wrote every element of its row; the barrier puts all of that before what
+        # follows, whichever of its threads wrote it.
+        tl.debug_barrier()
+        for tile in range((N_OUTLIERS + OUTLIER_TILE - 1) // OUTLIER_TILE):
+            k = tile * OUTLIER_TILE + tl.arange(0, OUTLIER_TILE)
+            mask = k < N_OUTLIERS
+            column = tl.load(outlier_columns_ptr + row * N_OUTLIERS + k, mask=mask, other=0)
+            value = tl.load(outlier_values_ptr + row * N_OUTLIERS + k, mask=mask, other=0.0)
+            tl.store(x_ptr + column.to(tl.int32), value.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+def quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    tiles = tiling(columns, group_size)
+    codes = torch.empty_like(x, dtype=torch.int8)
+    scales = x.new_empty(rows, GroupLayout(rows, columns, group_size).n_groups, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        _quantize_kernel[(rows,)](
+            x, codes, scales,
+            **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return codes, scales
+
+
+def outlier_tile(n_outliers: int) -> int:
+    """Outliers that a program handles at a time."""
+    return min(256, triton.next_power_of_2(max(1, n_outliers)))
+
+
+def dequantize(
+    codes: Tensor,
+    scales: Tensor,
+    group_size: int | None,
+    *,
+    outlier_values: Tensor | None = None,
+    outlier_columns: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    rows, columns = codes.shape
+    tiles = tiling(columns, group_size)
+    x = torch.empty_like(codes, dtype=dtype)
+    n_outliers = 0 if outlier_values is None else outlier_values.shape[1]
+    with torch.cuda.device_of(codes):
+        _dequantize_kernel[(rows,)](
+            codes, scales,
+            scales if outlier_values is None else outlier_values,
+            scales if outlier_columns is None else outlier_columns,
+            x,
+            N_OUTLIERS=n_outliers, OUTLIER_TILE=outlier_tile(n_outliers),
+            **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    return x

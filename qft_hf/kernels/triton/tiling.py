@@ -1,0 +1,127 @@
+"""How one program walks over one row of a matrix. Arithmetic, and its twin inside the kernels.
+
+Every kernel gives a whole row to one program: groups lie inside rows, so programs share nothing.
+A row is cut into tiles of whole groups, or, where a group is long, into tiles of a part of it. A
+tile is `[GROUPS * UNITS, UNIT]`: a unit is a run of columns that lie in one weight group and in one
+momentum group, so a scale is loaded once for a unit and not for each element.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import cache
+from math import gcd
+
+import triton
+import triton.language as tl
+
+MAX_UNIT = 256
+MAX_TILE = 8192  # elements; more would spill registers
+TILES = (4096, 2048, 1024)
+WARP = 32
+# 16 INT8 codes make a 16-byte load, the widest there is. Units shorter than that load less and
+# need more registers for scales, so they go in small tiles on many threads.
+WIDE_UNIT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Sizes that a kernel is compiled for; the fields are its constexpr arguments.
+
+    Attributes:
+        COLUMNS: Columns of the matrix.
+        GROUP: Columns of a group, rounded up to whole units where one group is the row.
+        N_GROUPS: Groups in a row.
+        UNIT: Columns of a unit: a power of two that divides `GROUP`.
+        UNITS: Units of a group that are in one tile, a power of two; the last may be empty.
+        GROUPS: Groups in one tile, a power of two; the last may be empty.
+        GROUP_TILES: Tiles that cover all groups.
+        UNIT_TILES: Tiles that cover one group.
+    """
+
+    COLUMNS: int
+    GROUP: int
+    N_GROUPS: int
+    UNIT: int
+    UNITS: int
+    GROUPS: int
+    GROUP_TILES: int
+    UNIT_TILES: int
+
+    def constants(self) -> dict[str, int]:
+        """The constexpr arguments by name."""
+        return asdict(self)
+
+    @property
+    def n_warps(self) -> int:
+        """Warps of one program."""
+        elements = self.GROUPS * self.UNITS * self.UNIT
+        per_thread = 16 if self.UNIT >= WIDE_UNIT else 8
+        return min(16, max(1, elements // (per_thread * WARP)))
+
+
+@cache
+def tiling(columns: int, group_size: int | None, other_group_size: int = 0) -> Tiling:
+    """Cut rows of `columns` into groups of `group_size`; no unit crosses another group's edge."""
+    if group_size is None or group_size >= columns:
+        divisor = other_group_size or MAX_UNIT
+        unit = min(divisor & -divisor, MAX_UNIT, _power_of_two(columns))
+        group = triton.cdiv(columns, unit) * unit
+    else:
+        divisor = gcd(group_size, other_group_size)
+        unit = min(divisor & -divisor, MAX_UNIT)
+        group = group_size
+    n_units, n_groups = group // unit, triton.cdiv(columns, group)
+
+    tiles = TILES if unit >= WIDE_UNIT else TILES[-1:]
+    padded = _power_of_two(n_units)
+    elements = padded * unit
+    # A group that would fill little of its tile is cheaper in two passes over smaller ones.
+    if elements <= TILES[-1] or (
+        unit >= WIDE_UNIT and elements <= MAX_TILE and 4 * group >= 3 * elements
+    ):
+        groups = _least_waste(n_groups, [max(1, tile // elements) for tile in tiles])
+        return Tiling(
+            columns, group, n_groups, unit, padded, groups, triton.cdiv(n_groups, groups), 1
+        )
+    units = _least_waste(n_units, [tile // unit for tile in tiles])
+    return Tiling(columns, group, n_groups, unit, units, 1, n_groups, triton.cdiv(n_units, units))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _least_waste(n: int, sizes: list[int]) -> int:
+    """Of `sizes`, cut down to what `n` needs: the one whose multiple exceeds `n` least."""
+    sizes = [min(size, _power_of_two(n)) for size in sizes]
+    return min(sizes, key=lambda size: (triton.cdiv(n, size) * size, -size))
+
+
+@triton.jit
+def tile_columns(
+    first_group,
+    first_unit,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """First column of each unit of a tile, if it exists; each column, if that exists."""
+    unit = tl.arange(0, GROUPS * UNITS)
+    place = (first_unit + unit % UNITS) * UNIT
+    start = (first_group + unit // UNITS) * GROUP + place
+    exists = (place < GROUP) & (start < COLUMNS)
+    column = start[:, None] + tl.arange(0, UNIT)[None, :]
+    return start, exists, column, exists[:, None] & (column < COLUMNS)
+
+
+@triton.jit
+def group_max(x, UNITS: tl.constexpr, GROUPS: tl.constexpr):
+    """Maximum of each group: `[GROUPS * UNITS, UNIT]` to `[GROUPS]`."""
+    return tl.max(tl.reshape(tl.max(x, axis=1), (GROUPS, UNITS)), axis=1)
+
+
+@triton.jit
+def over_units(x, UNITS: tl.constexpr, GROUPS: tl.constexpr):
+    """One entry for each row of the tile: `[GROUPS]` to `[GROUPS * UNITS, 1]`."""
+    return tl.reshape(tl.broadcast_to(x[:, None], (GROUPS, UNITS)), (GROUPS * UNITS,))[:, None]

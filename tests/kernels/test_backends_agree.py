@@ -1,0 +1,94 @@
+"""Quantization and gradients: every backend that runs on a CPU returns the reference's bits.
+
+The Lion step has its own comparison in `test_lion.py`.
+"""
+
+import pytest
+import torch
+
+from qft_hf.kernels import cpu, reference
+from tests.kernels.states import guarded, guards_are_intact, ramp, random, ties
+from tests.tolerances import assert_same_bits
+
+BACKENDS = [cpu]
+
+SHAPES = [(1, 1), (1, 128), (3, 129), (7, 33), (5, 300), (70, 1100)]  # the last is cut by threads
+GROUP_SIZES = [None, 1, 32, 100, 256, 5000]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def extremes(shape, group_size):
+    """Every order of magnitude, both signs, zeros, whole rows of zeros, NaN and infinities."""
+    generator = torch.Generator().manual_seed(5)
+    x = 10 ** (torch.rand(shape, generator=generator) * 80 - 42)  # 0 and infinity at the ends
+    x *= torch.randint(-1, 2, shape, generator=generator)
+    x[::3] *= 1e-30
+    x[1::7] = 0.0
+    flat = x.view(-1)
+    for position, value in ((5, float("nan")), (77, float("inf")), (200, -float("inf"))):
+        flat[position : position + 1] = value
+    return x
+
+
+INPUTS = [random, ramp, ties, extremes]
+
+
+@pytest.fixture(params=[1, 3])
+def n_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make_input", INPUTS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantize_and_back(backend, make_input, shape, dtype, group_size, n_threads):
+    x = make_input(shape, group_size).to(dtype)
+    before = x.clone()
+
+    codes, scales = backend.quantize(x, group_size)
+    values = backend.dequantize(codes, scales, group_size)
+
+    # Zero tolerance: every operation of all of them is correctly rounded, and in the same order.
+    expected_codes, expected_scales = reference.quantize(x, group_size)
+    assert_same_bits(codes, expected_codes)
+    assert_same_bits(scales, expected_scales)
+    assert_same_bits(values, reference.dequantize(codes, scales, group_size))
+    assert_same_bits(x, before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make_input", INPUTS)
+@pytest.mark.parametrize("group_size", [1, 30, 256])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_accumulate(backend, make_input, shape, group_size, n_threads):
+    first = reference.quantize(random(shape, group_size), group_size)
+    other = reference.quantize(make_input(shape, group_size) * -0.7, group_size)
+    expected = tuple(tensor.clone() for tensor in first)
+    reference.accumulate_(*expected, *other, group_size)
+    kept = tuple(tensor.clone() for tensor in other)
+    pairs = [guarded(tensor) for tensor in first]
+
+    backend.accumulate_(*(inner for inner, _ in pairs), *other, group_size)
+
+    for (inner, buffer), wanted in zip(pairs, expected, strict=True):
+        assert_same_bits(inner, wanted)
+        assert guards_are_intact(buffer)
+    for tensor, wanted in zip(other, kept, strict=True):
+        assert_same_bits(tensor, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make_input", INPUTS)
+@pytest.mark.parametrize("group_size", [1, 30, 256])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_squared_norm(backend, make_input, shape, group_size, n_threads):
+    codes, scales = reference.quantize(make_input(shape, group_size), group_size)
+
+    norm = backend.squared_norm(codes, scales, group_size)
+
+    assert_same_bits(norm, reference.squared_norm(codes, scales, group_size))

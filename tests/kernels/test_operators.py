@@ -1,0 +1,61 @@
+"""The operators as PyTorch sees them: schema, fake results, functionalization, compilation."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from qft_hf import kernels
+from tests.kernels.states import ARGUMENTS, make_state, random
+from tests.tolerances import assert_same_bits
+
+
+def quantized(group_size: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    return kernels.quantize(random((5, 300), None), group_size=group_size)
+
+
+def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments of each operator."""
+    state = make_state((5, 300), group_size=32, outlier_fraction=0.02)
+    outliers = {
+        "outlier_values": state.outlier_values,
+        "outlier_columns": state.outlier_columns,
+        "dtype": torch.bfloat16,
+    }
+    parameter = torch.linspace(-1, 1, 30).bfloat16()
+    return {
+        "accumulate_": ((*quantized(), *quantized(), 256), {}),
+        "dequantize": ((state.codes, state.scales, 32), outliers),
+        "lion_step_": (state.arguments(), {"group_size": 32, "state_group_size": 256, **ARGUMENTS}),
+        "lion_step_float_": ((parameter, torch.zeros(30), torch.ones(30)), ARGUMENTS),
+        "quantize": ((random((5, 300), None), 32), {}),
+        "squared_norm": ((*quantized(), 256), {}),
+    }
+
+
+def test_every_operator_has_a_case():
+    assert set(cases()) == set(kernels.__all__)
+
+
+@pytest.mark.parametrize("name", kernels.__all__)
+def test_opcheck(name):
+    arguments, options = cases()[name]
+
+    results = torch.library.opcheck(getattr(torch.ops.qft_hf, name).default, arguments, options)
+
+    assert set(results.values()) == {"SUCCESS"}
+
+
+def test_an_operator_compiles_into_one_graph():
+    """Written tensors stay the same tensors, and what follows sees the new values."""
+    eager, compiled = (make_state((5, 300), group_size=32, outlier_fraction=0.02) for _ in range(2))
+
+    def step(*tensors: torch.Tensor) -> torch.Tensor:
+        kernels.lion_step_(*tensors, group_size=32, state_group_size=256, **ARGUMENTS)
+        return tensors[0].sum()
+
+    total = torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled.arguments())
+
+    assert_same_bits(total, step(*eager.arguments()))
+    for name, tensor in eager.tensors().items():
+        assert_same_bits(getattr(compiled, name), tensor)

@@ -1,0 +1,325 @@
+"""Triton kernels against the reference, bit for bit: on a GPU, or in Triton's interpreter on CPU.
+
+The interpreter is chosen when kernels are imported, so it takes a run of its own:
+`TRITON_INTERPRET=1 pytest tests/kernels/test_triton.py`.
+"""
+
+import importlib
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from qft_hf import kernels
+from qft_hf.kernels import reference
+from qft_hf.kernels.backend import backend_for
+from tests.kernels.states import (
+    ARGUMENTS,
+    LionState,
+    guarded,
+    guards_are_intact,
+    make_state,
+    ramp,
+    random,
+    ties,
+)
+from tests.tolerances import assert_same_bits
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+
+# In the interpreter no GPU is needed, and the mark would deselect the tests.
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+
+if not INTERPRETED and not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton")
+backend = importlib.import_module("qft_hf.kernels.triton")
+
+# One column; odd; one over a momentum group; several tiles of groups.
+SHAPES = [(1, 1), (7, 33), (2, 257), (3, 1100)]
+GROUP_SIZES = [None, 3, 32, 100, 512, 5000]
+# Rows and groups that are longer than a tile of 8192 take two passes; a long row of many groups.
+LONG = [((2, 8500), None), ((2, 8500), 5000), ((1, 8500), 100)]
+CASES = [(shape, group_size) for shape in SHAPES for group_size in GROUP_SIZES] + LONG
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+INPUTS = [random, ramp, ties]
+
+
+def on_device(state: LionState) -> LionState:
+    return LionState(**{name: tensor.to(DEVICE) for name, tensor in state.tensors().items()})
+
+
+def stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """FP32 as a kernel stores it: rounded to nearest; the interpreter cuts BF16 instead."""
+    if INTERPRETED and dtype == torch.bfloat16:
+        value = (value.contiguous().view(torch.int32) & ~0xFFFF).view(torch.float32)
+    return value.to(dtype)
+
+
+def assert_same_state(actual: LionState, expected: LionState) -> None:
+    for name, tensor in actual.tensors().items():
+        try:
+            assert_same_bits(tensor, getattr(expected, name))
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+# --- quantize -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make_input", INPUTS)
+@pytest.mark.parametrize(("shape", "group_size"), CASES, ids=str)
+def test_quantize(shape, group_size, make_input):
+    dtype = DTYPES[(shape[1] + (group_size or 0)) % 3]
+    x = make_input(shape, group_size).to(DEVICE, dtype)
+
+    codes, scales = backend.quantize(x, group_size)
+
+    expected_codes, expected_scales = reference.quantize(x, group_size)
+    assert_same_bits(codes, expected_codes)
+    assert_same_bits(scales, expected_scales)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(("columns", "group_size"), [(10, 4), (10, None), (8500, None)])
+def test_quantize_keeps_what_is_not_finite_visible(columns, group_size, bad):
+    x = torch.linspace(-1, 1, 3 * columns, device=DEVICE).view(3, columns)
+    x[1, columns - 2] = bad
+
+    codes, scales = backend.quantize(x, group_size)
+
+    expected_codes, expected_scales = reference.quantize(x, group_size)
+    assert_same_bits(codes, expected_codes)
+    assert_same_bits(scales, expected_scales)
+    assert not scales.isfinite().all()
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-30, 1.2e-28, 1.3e-28, 1e30, 3e38])
+def test_quantize_tiny_and_huge_values(magnitude):
+    x = torch.tensor([[magnitude, -magnitude / 2, 0.0], [1.0, 2.0, 3.0]], device=DEVICE)
+
+    codes, scales = backend.quantize(x, None)
+
+    expected_codes, expected_scales = reference.quantize(x, None)
+    assert_same_bits(codes, expected_codes)
+    assert_same_bits(scales, expected_scales)
+
+
+@pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
+@pytest.mark.parametrize(("shape", "group_size"), CASES, ids=str)
+def test_dequantize(shape, group_size, outlier_fraction):
+    dtype = DTYPES[(shape[1] + (group_size or 0)) % 3]
+    index_dtype = torch.int32 if shape[1] % 2 else torch.int16
+    state = make_state(
+        shape, group_size=group_size, outlier_fraction=outlier_fraction, index_dtype=index_dtype
+    )
+    state = on_device(state)
+    outliers: dict[str, Any] = {}
+    if outlier_fraction:
+        outliers = {
+            "outlier_values": state.outlier_values,
+            "outlier_columns": state.outlier_columns,
+        }
+    arguments = (state.codes, state.scales, group_size)
+
+    x = backend.dequantize(*arguments, dtype=dtype, **outliers)
+
+    assert_same_bits(x, stored(reference.dequantize(*arguments, **outliers), dtype))
+
+
+# --- gradient -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [1e-6, -0.01])
+@pytest.mark.parametrize("group_size", [256, 30, 20000])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 8500)], ids=str)
+def test_accumulate(shape, group_size, factor):
+    first = reference.quantize(random(shape, group_size).to(DEVICE), group_size)
+    second = reference.quantize((ramp(shape, group_size) * factor).to(DEVICE), group_size)
+    pairs = [guarded(tensor) for tensor in first]
+    (codes, scales), buffers = zip(*pairs, strict=True)
+
+    backend.accumulate_(codes, scales, *second, group_size)
+
+    reference.accumulate_(*first, *second, group_size)
+    assert_same_bits(codes, first[0])
+    assert_same_bits(scales, first[1])
+    assert all(guards_are_intact(buffer) for buffer in buffers)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [1, 3])
+def test_accumulate_keeps_what_is_not_finite_visible(bad, side):
+    tensors = [
+        tensor.to(DEVICE)
+        for factor in (1.0, -0.3)
+        for tensor in reference.quantize(random((3, 300), 256) * factor, 256)
+    ]
+    tensors[side][1, 1] = bad
+    expected = [tensor.clone() for tensor in tensors]
+
+    backend.accumulate_(*tensors, 256)
+
+    reference.accumulate_(*expected, 256)
+    for tensor, wanted in zip(tensors, expected, strict=True):
+        assert_same_bits(tensor, wanted)
+
+
+@pytest.mark.parametrize("group_size", [256, 30])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_squared_norm(shape, group_size):
+    codes, scales = reference.quantize(ramp(shape, group_size).to(DEVICE) * 1e-4, group_size)
+
+    norm = backend.squared_norm(codes, scales, group_size)
+
+    assert_same_bits(norm, reference.squared_norm(codes, scales, group_size))
+
+
+# --- lion -----------------------------------------------------------------------------------------
+
+
+def step_(package: Any, state: LionState, group_size: int | None, **changes: Any) -> None:
+    arguments = {"state_group_size": 256, **ARGUMENTS, **changes}
+    package.lion_step_(*state.arguments(), group_size=group_size, **arguments)
+
+
+@pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
+@pytest.mark.parametrize(("shape", "group_size"), CASES, ids=str)
+def test_lion_step(shape, group_size, outlier_fraction):
+    """Steps of 2 to 300 quanta: scales stick, grow and shrink; guards around all that is there."""
+    expected = on_device(
+        make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
+    )
+    pairs = {name: guarded(tensor) for name, tensor in expected.tensors().items()}
+    actual = LionState(**{name: inner for name, (inner, _) in pairs.items()})
+
+    for step, (lr, changes) in enumerate(
+        [(3e-4, {}), (0.05, {"maximize": True}), (3e-4, {"stochastic": False}), (0.0, {})], start=1
+    ):
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step)) * 3e-3
+        gradient[0] = 0.0  # a row whose elements only decay
+        codes, scales = reference.quantize(gradient.to(DEVICE), 256)
+        for state in (actual, expected):
+            state.gradient_codes.copy_(codes)
+            state.gradient_scales.copy_(scales)
+        step_(backend, actual, group_size, step=step, lr=lr, **changes)
+        step_(reference, expected, group_size, step=step, lr=lr, **changes)
+        assert_same_state(actual, expected)
+    for name, (_, buffer) in pairs.items():
+        assert guards_are_intact(buffer), name
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("state_group_size", [1, 7, 64, 2000])
+@pytest.mark.parametrize("group_size", [48, None])
+def test_lion_step_with_other_momentum_groups(group_size, state_group_size, index_dtype):
+    expected = on_device(
+        make_state(
+            (3, 2100),
+            group_size=group_size,
+            state_group_size=state_group_size,
+            outlier_fraction=0.01,
+            index_dtype=index_dtype,
+        )
+    )
+    actual = expected.clone()
+
+    for step in (1, 2):
+        for package, state in ((backend, actual), (reference, expected)):
+            step_(package, state, group_size, step=step, state_group_size=state_group_size)
+        assert_same_state(actual, expected)
+
+
+@pytest.mark.parametrize("counter", [{"step": 2**32 + 5}, {"stream": 2**31}, {"seed": 3}], ids=str)
+def test_lion_step_takes_any_counter(counter):
+    """Integers of 32 and of 64 bits: a launch passes them as different types."""
+    expected = on_device(make_state((3, 40), group_size=None))
+    actual = expected.clone()
+
+    step_(backend, actual, None, **counter)
+
+    step_(reference, expected, None, **counter)
+    assert_same_state(actual, expected)
+
+
+def test_lion_step_that_decays_to_nothing():
+    expected = on_device(make_state((4, 40), group_size=None))
+    expected.momentum_codes.zero_()
+    expected.gradient_codes.zero_()
+    actual = expected.clone()
+
+    for step in (1, 2):
+        for package, state in ((backend, actual), (reference, expected)):
+            step_(package, state, None, lr=1.0, weight_decay=1.0, step=step)
+    assert_same_state(actual, expected)
+
+
+def test_the_public_operators_run_these_kernels(monkeypatch):
+    monkeypatch.setenv("QFT_BACKEND", "triton")
+    backend_for.cache_clear()
+    try:
+        actual = on_device(make_state((7, 50), group_size=16, outlier_fraction=0.02))
+        expected = actual.clone()
+        step_(kernels, actual, 16)
+        assert backend_for(DEVICE) is backend
+    finally:
+        backend_for.cache_clear()
+    step_(reference, expected, 16)
+    assert_same_state(actual, expected)
+
+
+# --- float ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"maximize": True}, {"stochastic": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 401)], ids=str)
+def test_lion_step_float(shape, dtype, changes):
+    generator = torch.Generator().manual_seed(3)
+    expected = (
+        (torch.randn(shape, generator=generator) + 1).to(DEVICE, dtype),
+        (torch.randn(shape, generator=generator) * 1e-3).to(DEVICE),
+    )
+    pairs = [guarded(tensor) for tensor in expected]
+    actual, buffers = zip(*pairs, strict=True)
+
+    for step in (1, 2, 3):
+        gradient = (torch.randn(shape, generator=generator) * 3e-3).to(DEVICE, dtype)
+        gradient.view(-1)[::3] = 0.0
+        arguments = {**ARGUMENTS, "lr": 0.01, "step": step, **changes}
+        backend.lion_step_float_(*actual, gradient, **arguments)
+        parameter, momentum = expected
+        value = parameter if arguments["stochastic"] else parameter.float()
+        reference.lion_step_float_(value, momentum, gradient, **arguments)
+        parameter.copy_(stored(value.float(), dtype))
+        for tensor, wanted in zip(actual, expected, strict=True):
+            assert_same_bits(tensor, wanted)
+    assert all(guards_are_intact(buffer) for buffer in buffers)
+
+
+def test_lion_step_float_without_update_keeps_bits():
+    parameter = torch.randn(2000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    parameter = parameter.bfloat16()
+    before = parameter.clone()
+    zeros = torch.zeros(2000, device=DEVICE)
+
+    backend.lion_step_float_(parameter, zeros, zeros.clone(), **{**ARGUMENTS, "weight_decay": 0.0})
+
+    assert_same_bits(parameter, before)
+
+
+def test_lion_step_float_in_any_memory_order():
+    expected = torch.linspace(-1, 1, 35, device=DEVICE).view(5, 7).bfloat16()
+    actual = expected.t().contiguous().t()
+    gradient = torch.ones(7, 5, device=DEVICE).t()
+    momenta = torch.zeros(5, 7, device=DEVICE), torch.zeros(7, 5, device=DEVICE).t()
+    version = actual._version
+
+    backend.lion_step_float_(actual, momenta[1], gradient, **ARGUMENTS)
+
+    reference.lion_step_float_(expected, momenta[0], gradient, **ARGUMENTS)
+    assert_same_bits(actual, expected)
+    assert_same_bits(momenta[1], momenta[0])
+    assert actual._version > version

@@ -1,0 +1,163 @@
+"""The Triton kernels compile for each supported GPU, without spills; no GPU is needed.
+
+Needs a process in which Triton does not interpret: the ordinary test run.
+"""
+
+import importlib
+import os
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: Linux only")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
+
+from qft_hf.kernels.triton.tiling import tiling
+from tests.offline.compiling import Compiled, compile_kernel
+
+gradient, lion, lion_float, quantize = (
+    importlib.import_module(f"qft_hf.kernels.triton.{name}")
+    for name in ("gradient", "lion", "lion_float", "quantize")
+)
+
+CAPABILITIES = [80, 86, 89, 90]
+ELEMENTS = 16  # of one thread
+
+# Columns, group size, outliers: a row in one tile, a row in two passes, groups that are momentum
+# groups too, finer ones, and groups that no tile of momentum groups fits.
+LION = [
+    (4096, None, 41),
+    (11008, None, 111),
+    (4096, 256, 0),
+    (4096, 64, 41),
+    (4096, 100, 41),
+]
+
+
+def types_of(kernel: Any, **given: str) -> dict[str, str]:
+    """Types by the naming of arguments; constexpr ones are written in capitals."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in given:
+            types[name] = given[name]
+        elif name.endswith("codes_ptr"):
+            types[name] = "*i8"
+        elif name == "outlier_columns_ptr":
+            types[name] = "*i16"
+        elif name.endswith("_ptr"):
+            types[name] = "*fp32"
+        elif name in ("seed", "n"):
+            types[name] = "i64"
+        elif name in ("step", "stream"):
+            types[name] = "i32"
+        elif name.islower():
+            types[name] = "fp32"
+    return types
+
+
+def compile_lion(
+    capability: int, columns: int, group_size: int | None, n_outliers: int, **options: Any
+) -> Compiled:
+    return compile_kernel(
+        lion._lion_kernel,
+        types=types_of(lion._lion_kernel),
+        constants={
+            "STOCHASTIC": True,
+            **lion.lion_constants(columns, n_outliers, group_size, 256),
+        },
+        capability=capability,
+        n_warps=tiling(columns, group_size, 256).n_warps,
+        **options,
+    )
+
+
+def compile_rows(kernel: Any, capability: int, columns: int, **options: Any) -> Compiled:
+    """A kernel on rows in momentum groups; `options` are further constants and types."""
+    tiles = tiling(columns, 256)
+    return compile_kernel(
+        kernel,
+        types=types_of(kernel, **{k: v for k, v in options.items() if k.endswith("_ptr")}),
+        constants={**tiles.constants(), **{k: v for k, v in options.items() if k.isupper()}},
+        capability=capability,
+        n_warps=tiles.n_warps,
+    )
+
+
+def assert_fits_registers(compiled: Compiled) -> None:
+    assert compiled.stack_bytes == 0
+    assert compiled.local_bytes == 0
+    assert compiled.count("LDL|STL") == 0
+    assert compiled.registers <= 128
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
+def test_lion_step(columns, group_size, n_outliers, capability):
+    compiled = compile_lion(capability, columns, group_size, n_outliers)
+
+    assert_fits_registers(compiled)
+    assert compiled.count(r"FADD|FMUL") >= 10 * ELEMENTS  # the listing was understood
+    if group_size != 100:  # a multiple of four columns only
+        # Codes of weight, momentum and gradient come in 16 bytes a thread; two of them go so too.
+        assert compiled.count(r"LDG.*\.128") >= 3
+        assert compiled.count(r"STG.*\.128") == 2
+        # Else only scales, outliers and the zeros under them.
+        assert compiled.count(r"STG.*\.(U8|S8)") <= (2 if n_outliers else 0)
+    if capability == 90:
+        assert ".target sm_90" in compiled.ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_float_step(capability):
+    compiled = compile_kernel(
+        lion_float._lion_float_kernel,
+        types=types_of(lion_float._lion_float_kernel, parameter_ptr="*bf16", gradient_ptr="*bf16"),
+        constants={"STOCHASTIC": True, "BLOCK": lion_float.BLOCK},
+        capability=capability,
+        n_warps=lion_float.N_WARPS,
+    )
+
+    assert_fits_registers(compiled)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("columns", [4096, 11008])
+def test_gradient_kernels(columns, capability):
+    for compiled in (
+        compile_rows(quantize._quantize_kernel, capability, columns, x_ptr="*bf16"),
+        compile_rows(gradient._accumulate_kernel, capability, columns),
+        compile_rows(gradient._sums_of_squares_kernel, capability, columns, sums_ptr="*fp64"),
+    ):
+        assert_fits_registers(compiled)
+        assert compiled.count(r"LDG.*\.128") >= 1
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_dequantize(dtype, capability):
+    compiled = compile_rows(
+        quantize._dequantize_kernel,
+        capability,
+        4096,
+        x_ptr=f"*{dtype}",
+        N_OUTLIERS=41,
+        OUTLIER_TILE=64,
+    )
+
+    assert_fits_registers(compiled)
+    assert compiled.count(r"LDG.*\.128") >= 1
+    assert compiled.count(r"STG.*\.128") >= 1
+    if dtype == "bf16":  # to nearest, which the interpreter does not show
+        assert "cvt.rn.bf16" in compiled.ptx
+
+
+def test_multiply_and_add_are_not_fused():
+    """What is left is the division by Newton's method, as many as with nothing else to fuse."""
+    plain = compile_lion(80, 4096, None, 0)
+    fused = compile_lion(80, 4096, None, 0, enable_fp_fusion=True)
+
+    # Direction, momentum, decrease: three pairs for each element at least.
+    assert fused.count("FFMA") >= plain.count("FFMA") + 3 * ELEMENTS
+    assert plain.count("FFMA") <= 3 * ELEMENTS
+    assert "fma.rn.f32" not in plain.ptx
