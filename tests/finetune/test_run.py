@@ -123,6 +123,20 @@ def test_scores_before_training_are_those_of_the_loaded_model(chat_flags):
     assert again.before == first.after
 
 
+def test_last_scores_are_of_the_final_weights_and_not_taken_twice(chat_flags):
+    values = chat_flags | {"eval_strategy": "steps", "max_steps": 3}
+    runs = {}
+    for every in (2, 3):  # the Trainer evaluates before the last step, or after it
+        run = prepare(
+            parsed(values, eval_steps=every, output_dir=f"{chat_flags['output_dir']}-{every}")
+        )
+        runs[every] = train(run)
+        steps = [entry["step"] for entry in run.trainer.state.log_history if "eval_loss" in entry]
+        assert steps.count(3) == 1
+
+    assert runs[2].after == runs[3].after
+
+
 def test_packed_text_run_without_evaluation(chat_flags, tmp_path):
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "the quick brown fox"}] * 30)
     values = chat_flags | {"train_data": texts, "task": "text", "packing": "true"}

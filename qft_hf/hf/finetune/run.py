@@ -101,6 +101,10 @@ def prepare(arguments: RunArguments) -> Run:
     )
     if training.include_num_input_tokens_seen == "no":
         training.include_num_input_tokens_seen = "non_padding"  # the summary reports them
+    if training.device.type == "cpu":
+        training.dataloader_pin_memory = (
+            False  # it speeds up copies to a GPU, and warns without one
+        )
     scoring = scoring_for(arguments.data.task)
     clock = StepClock()
     trainer = QFTTrainer(
@@ -128,7 +132,7 @@ def train(run: Run) -> RunSummary:
         clear_run(output_dir)
     before = _scores(run)
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    after = _scores(run)
+    after = _scores_of_last_step(run) or _scores(run)
     trainer.save_model()
     trainer.save_state()
 
@@ -176,7 +180,19 @@ def _scores(run: Run) -> dict[str, float] | None:
     """Return loss and metrics on the evaluation data, None if there is none."""
     if run.data.evaluation is None:
         return None
-    metrics = run.trainer.evaluate()
+    return _named_scores(run.trainer.evaluate())
+
+
+def _scores_of_last_step(run: Run) -> dict[str, float] | None:
+    """Return the scores that the Trainer itself took of the final weights, None if it did not."""
+    state = run.trainer.state
+    logged = [entry for entry in state.log_history if "eval_loss" in entry]
+    if run.trainer.args.load_best_model_at_end or not logged:
+        return None
+    return _named_scores(logged[-1]) if logged[-1]["step"] == state.global_step else None
+
+
+def _named_scores(metrics: dict[str, Any]) -> dict[str, float]:
     names = [name for name in ("loss", "perplexity", "accuracy") if f"eval_{name}" in metrics]
     return {name: metrics[f"eval_{name}"] for name in names}
 

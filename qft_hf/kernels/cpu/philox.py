@@ -22,4 +22,4 @@ def philox(counter, seed, step, stream):
         c0, c1 = _u32(p1 >> _SHIFT) ^ c1 ^ k0, _u32(p1)
         c2, c3 = _u32(p0 >> _SHIFT) ^ c3 ^ k1, _u32(p0)
         k0, k1 = _u32(k0 + _W0), _u32(k1 + _W1)
-    return c0, c1, c2, c3
+    return _u32(c0), _u32(c1), _u32(c2), _u32(c3)
