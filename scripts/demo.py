@@ -19,7 +19,7 @@ from fetch_demo import DEMO_ASSETS, fetch
 from qft_hf.hf.finetune import Run, parse_arguments, prepare, train
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPTS = ("Hi! How are you doing today?", "Do you have any plans for the weekend?")
+PROMPTS = ("Hi! How are you doing today?", "Did you see any good movies lately?")
 BF16_STEP = 2**-8  # between neighbouring bf16 numbers, relative
 
 
