@@ -137,6 +137,12 @@ def test_message_without_its_fields_is_refused(message):
         encode_conversation([message], tiny_tokenizer(), assistant_only=True)
 
 
+@pytest.mark.parametrize("messages", ["user: hi", [["hi"]]], ids=str)
+def test_what_is_no_list_of_messages_is_refused(messages):
+    with pytest.raises(ValueError, match=r"must be a list of messages .* Is messages_field right"):
+        encode_conversation(messages, tiny_tokenizer(), assistant_only=True)
+
+
 def test_assistant_first_is_refused():
     with pytest.raises(ValueError, match=r"Drop the turn or put a user or system turn .*'hello'"):
         encode_conversation(

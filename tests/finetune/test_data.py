@@ -230,6 +230,12 @@ def test_data_of_empty_texts_is_refused(tmp_path):
         prepare_data(DataArguments(train_data=path, task="text"), tiny_tokenizer(), seed=0)
 
 
+def test_text_that_is_none_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": 1}])
+    with pytest.raises(ValueError, match=r"strings in field 'text', got 1\. Is text_field right"):
+        prepare_data(DataArguments(train_data=path, task="text"), tiny_tokenizer(), seed=0)
+
+
 def test_text_without_an_end_token_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": "a"}])
     tokenizer = tiny_tokenizer()

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 
 from qft_hf.hf.finetune.atomic import written_whole
 from qft_hf.hf.finetune.data import DataCounts
@@ -155,7 +156,7 @@ def test_summary_is_valid_json_even_when_a_loss_is_not_finite(tmp_path):
         train_seconds=2.0,
         tokens_per_second=250.0,
         wall_seconds=3.0,
-        peak_memory=PeakMemory.measured(),
+        peak_memory=PeakMemory.measured(torch.device("cpu")),
         state_bytes={"INT8 weights": 1_000},
         bytes_per_parameter=3.11,
         percent_of_fp32_adam=19.4,

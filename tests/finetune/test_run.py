@@ -85,6 +85,9 @@ def test_a_run_leaves_checkpoint_curve_and_summary(chat_flags):
 
     run = Path(chat_flags["output_dir"])
     assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    card = (run / "README.md").read_text()
+    assert "on the train.jsonl dataset" in card
+    assert f"evaluation | {summary.before['loss']:.4f} | {summary.after['loss']:.4f}" in card
     written = json.loads((run / "summary.json").read_text())
     assert written["steps"] == 4
     assert written["after"] == summary.after

@@ -36,6 +36,26 @@ def test_folder_of_files(tmp_path):
     assert load_rows(str(tmp_path), "train").to_list() == ROWS
 
 
+def test_configuration_of_a_dataset_with_several(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"name": name}) + "\n")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n"
+        "- config_name: first\n  data_files: one.jsonl\n"
+        "- config_name: second\n  data_files: two.jsonl\n---\n"
+    )
+
+    for configuration, name in (("first", "one"), ("second", "two")):
+        rows = load_rows(str(tmp_path), "train", configuration=configuration)
+        assert rows.to_list() == [{"name": name}]
+
+
+def test_damaged_file_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"cannot read .*rows\.jsonl: .*one JSON object a line"):
+        load_rows(str(tmp_path / "rows.jsonl"), "train")
+
+
 def test_missing_file_is_not_taken_for_a_hub_name(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data file .*nowhere\.jsonl .*Correct the pa"):
         load_rows(str(tmp_path / "nowhere.jsonl"), "train")

@@ -48,10 +48,16 @@ class DataArguments:
     train_split: str = field(
         default="train", metadata={"help": "Split of train_data. A single file is all `train`."}
     )
+    train_config: str | None = field(
+        default=None, metadata={"help": "Configuration of train_data, if the hub has several."}
+    )
     eval_data: str | None = field(
         default=None, metadata={"help": "Like train_data, held out: evaluated, never learned."}
     )
     eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
+    eval_config: str | None = field(
+        default=None, metadata={"help": "Configuration of eval_data, if the hub has several."}
+    )
     eval_fraction: float | None = field(
         default=None,
         metadata={"help": "Instead of eval_data: hold out this share of train_data by seed."},

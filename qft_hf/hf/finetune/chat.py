@@ -175,6 +175,11 @@ class ConversationEncoder:
 
 def _as_turn(message: Mapping[str, Any]) -> Message:
     """Return `role`, `content` and what else is set; `datasets` fills absent fields with None."""
+    if not isinstance(message, Mapping):
+        raise ValueError(
+            "a conversation must be a list of messages with `role` and `content`, got "
+            f"{type(message).__name__} in the place of a message. Is messages_field right?"
+        )
     turn = {name: value for name, value in message.items() if value is not None}
     if "from" in turn and "value" in turn:
         speaker = turn.pop("from")

@@ -91,10 +91,14 @@ def prepare_data(
 
 def _load_parts(arguments: DataArguments, seed: int) -> dict[str, Dataset]:
     """Return the rows of the training data and, if asked for, the evaluation data."""
-    rows = load_rows(arguments.train_data, arguments.train_split)
+    rows = load_rows(
+        arguments.train_data, arguments.train_split, configuration=arguments.train_config
+    )
     parts = {"training data": rows}
     if arguments.eval_data is not None:
-        parts["evaluation data"] = load_rows(arguments.eval_data, arguments.eval_split)
+        parts["evaluation data"] = load_rows(
+            arguments.eval_data, arguments.eval_split, configuration=arguments.eval_config
+        )
     elif arguments.eval_fraction is not None:
         parts["training data"], parts["evaluation data"] = split_rows(
             rows, arguments.eval_fraction, seed

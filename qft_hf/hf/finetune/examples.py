@@ -76,6 +76,11 @@ def text_examples(
         )
 
     def encode(row: Row) -> Row:
+        if not isinstance(row[text_field], str | None):
+            raise ValueError(
+                f"task 'text' needs strings in field {text_field!r}, got {row[text_field]!r}. Is "
+                "text_field right?"
+            )
         input_ids = []
         if row[text_field]:
             input_ids = list(tokenizer(row[text_field], verbose=False)["input_ids"])

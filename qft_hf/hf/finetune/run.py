@@ -38,6 +38,7 @@ class StepClock(TrainerCallback):
     def __init__(self) -> None:
         self.seconds = 0.0
         self.tokens_before = 0
+        self._began = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -102,9 +103,8 @@ def prepare(arguments: RunArguments) -> Run:
     if training.include_num_input_tokens_seen == "no":
         training.include_num_input_tokens_seen = "non_padding"  # the summary reports them
     if training.device.type == "cpu":
-        training.dataloader_pin_memory = (
-            False  # it speeds up copies to a GPU, and warns without one
-        )
+        # It speeds up copies to a GPU, and warns where there is none.
+        training.dataloader_pin_memory = False
     scoring = scoring_for(arguments.data.task)
     clock = StepClock()
     trainer = QFTTrainer(
@@ -122,7 +122,7 @@ def prepare(arguments: RunArguments) -> Run:
 
 
 def train(run: Run) -> RunSummary:
-    """Score, train, score, and write checkpoint, loss curve and summary to the output folder.
+    """Score, train, score, and write checkpoint, card, loss curve and summary.
 
     The scores before training are those of the model that was loaded, also when resuming.
     """
@@ -133,14 +133,17 @@ def train(run: Run) -> RunSummary:
     before = _scores(run)
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     after = _scores_of_last_step(run) or _scores(run)
+    if before is not None:  # train() has started the log anew
+        start = {"epoch": 0.0, "step": 0} | {f"eval_{name}": s for name, s in before.items()}
+        trainer.state.log_history.insert(0, start)
     trainer.save_model()
     trainer.save_state()
+    _write_card(run)
 
     summary = _summarize(run, before, after)
     if trainer.is_world_process_zero():
-        start = [] if before is None else [{"step": 0, "eval_loss": before["loss"]}]
         draw_loss_curve(
-            start + trainer.state.log_history,
+            trainer.state.log_history,
             output_dir / LOSS_CURVE,
             title=f"{Path(summary.model).name}: {summary.parameters / 1e6:,.1f} M parameters, INT8",
         )
@@ -197,6 +200,15 @@ def _named_scores(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: metrics[f"eval_{name}"] for name in names}
 
 
+def _write_card(run: Run) -> None:
+    """Write `README.md`; local paths mean nothing to its readers, so only their names go in."""
+    model, data = run.arguments.model.model_name_or_path, run.arguments.data.train_data
+    run.trainer.create_model_card(
+        finetuned_from=None if Path(model).exists() else model,
+        dataset=Path(data).name if Path(data).exists() else data,
+    )
+
+
 def _summarize(
     run: Run, before: dict[str, float] | None, after: dict[str, float] | None
 ) -> RunSummary:
@@ -214,7 +226,7 @@ def _summarize(
         train_seconds=run.clock.seconds,
         tokens_per_second=trained_tokens / run.clock.seconds if run.clock.seconds else 0.0,
         wall_seconds=time.monotonic() - run.started,
-        peak_memory=PeakMemory.measured(),
+        peak_memory=PeakMemory.measured(run.trainer.args.device),
         state_bytes={row.state: row.bytes for row in ledger.rows} if ledger else {},
         bytes_per_parameter=ledger.bytes_per_parameter if ledger else 0.0,
         percent_of_fp32_adam=ledger.percent_of_fp32_adam if ledger else 0.0,

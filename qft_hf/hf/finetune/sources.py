@@ -4,23 +4,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def load_rows(source: str, split: str) -> Dataset:
+def load_rows(source: str, split: str, *, configuration: str | None = None) -> Dataset:
     """Load one split of a dataset.
 
     Args:
         source: A json, jsonl, csv or parquet file, a folder of such files, or a dataset's hub name.
         split: Split, or slice of one (`train[:1000]`). The rows of a single file are `train`.
+        configuration: Which of its parts, if a dataset on the hub has several.
 
     Returns:
         The rows, at least one.
 
     Raises:
         FileNotFoundError: `source` looks like a file and is not there.
-        ValueError: There are no rows.
+        ValueError: There are no rows, or the file cannot be read.
     """
     path = Path(source)
     file_format = FILE_FORMATS.get(path.suffix)
@@ -33,13 +35,18 @@ def load_rows(source: str, split: str) -> Dataset:
             "eval_data; a dataset on the hub is given by its name, without a suffix."
         )
     else:
-        request = {"path": source}
+        request = {"path": source, "name": configuration}
     try:
         return load_dataset(**request, split=split)
     except ValueError as error:  # of the split: unknown, or it has no rows at all
         raise ValueError(
             f"cannot take split {split!r} from {source}: {error} Expected one row an example; the "
             "rows of a single file are the split 'train'."
+        ) from error
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"cannot read {source}: {error.__cause__}. Expected one row an example, all with the "
+            "same fields; jsonl has one JSON object a line."
         ) from error
 
 

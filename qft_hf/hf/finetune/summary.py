@@ -25,10 +25,10 @@ class PeakMemory:
     what: str  # "CUDA memory allocated" or "resident memory of the process"
 
     @classmethod
-    def measured(cls) -> "PeakMemory":
-        """Measure since the process began."""
-        if torch.cuda.is_available():
-            return cls(torch.cuda.max_memory_allocated(), "CUDA memory allocated")
+    def measured(cls, device: torch.device) -> "PeakMemory":
+        """Measure since the process began, where the model is."""
+        if device.type == "cuda":
+            return cls(torch.cuda.max_memory_allocated(device), "CUDA memory allocated")
         import resource  # Unix only, as is training on a CPU here
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

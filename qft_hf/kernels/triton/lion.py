@@ -231,6 +231,7 @@ def _lion_kernel(
                 uniform = weight_uniform(words)
             else:
                 uniform = tl.full(code.shape, 0.5, tl.float32)
+            # On GPUs floor takes subnormal inputs for 0; only an update below 1e-38 quanta is one.
             new_code = code + tl.floor(uniform - decrease)
             if tl.min(fits.to(tl.int32), axis=0) == 0:  # rare: most scales stay
                 ratio = over_units(tl.div_rn(scale, new_scale), UNITS, GROUPS)

@@ -1,0 +1,150 @@
+"""Speed of each operator on one device: nanoseconds per parameter, and bandwidth beside a copy.
+
+The reference runs the same operators in the same process, as the baseline. On a GPU, times are of
+CUDA events around calls that do not fit its cache; the copy is `torch.Tensor.copy_` of as many
+bytes. Whole optimizer steps beside other optimizers: `scripts/benchmark_step.py` (CPU) and
+`scripts/profile_memory.py` (GPU).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qft_hf import QFTConfig, QFTWeight, kernels
+from qft_hf.kernels import reference
+from qft_hf.kernels.backend import backend_for
+from qft_hf.layout import STATE_GROUP_SIZE
+
+LION = {
+    "lr": 1e-5,
+    "beta1": 0.9,
+    "beta2": 0.99,
+    "weight_decay": 0.1,
+    "maximize": False,
+    "stochastic": True,
+    "seed": 1,
+    "step": 1,
+    "stream": 0,
+}
+
+Operators = dict[str, tuple[float, Callable[[Any], object]]]
+
+
+def operators(rows: int, columns: int, group_size: int | None, device: torch.device) -> Operators:
+    """By name: bytes that must move for each parameter, and a call of a backend."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
+        noise = torch.randn(rows, columns, generator=generator, device=device, dtype=torch.float32)
+        return noise.mul_(scale).to(dtype)
+
+    config = QFTConfig(group_size=group_size)
+    weight = QFTWeight.from_float(normal(0.02, torch.bfloat16), config)
+    momentum = kernels.quantize(normal(1e-3), group_size=STATE_GROUP_SIZE)
+    gradient_bf16 = normal(3e-3, torch.bfloat16)
+    gradient = kernels.quantize(gradient_bf16, group_size=STATE_GROUP_SIZE)
+    total = kernels.quantize(gradient_bf16, group_size=STATE_GROUP_SIZE)
+    outliers = {
+        "outlier_values": weight.outlier_values,
+        "outlier_columns": weight.outlier_columns,
+    }
+    state = (*weight.fields().values(), *momentum, *gradient)
+    sizes = {"group_size": group_size, "state_group_size": STATE_GROUP_SIZE}
+    return {
+        "lion_step_": (5, lambda backend: backend.lion_step_(*state, **sizes, **LION)),
+        "quantize": (3, lambda backend: backend.quantize(gradient_bf16, STATE_GROUP_SIZE)),
+        "dequantize": (
+            3,
+            lambda backend: backend.dequantize(
+                weight.codes, weight.scales, group_size, dtype=torch.bfloat16, **outliers
+            ),
+        ),
+        "accumulate_": (
+            3,
+            lambda backend: backend.accumulate_(*total, *gradient, STATE_GROUP_SIZE),
+        ),
+        "squared_norm": (1, lambda backend: backend.squared_norm(*gradient, STATE_GROUP_SIZE)),
+    }
+
+
+def seconds(call: Callable[[], object], device: torch.device, n_calls: int) -> float:
+    """The fastest of `n_calls` calls, after one that compiles."""
+    call()
+    times = []
+    for _ in range(n_calls):
+        if device.type == "cuda":
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            torch.cuda.synchronize(device)
+            times.append(start.elapsed_time(stop) / 1e3)
+        else:
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def measure(
+    rows: int, columns: int, group_size: int | None, device: torch.device, n_calls: int
+) -> dict[str, Any]:
+    """Figures of every operator for one shape of weight."""
+    n = rows * columns
+    source = torch.ones(n * 5 // 2, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    copy = 2 * source.numel() / seconds(lambda: target.copy_(source), device, n_calls)
+    backend = backend_for(device)
+    figures: dict[str, Any] = {"copy_gigabytes_per_second": copy / 1e9, "operators": {}}
+    for name, (n_bytes, call) in operators(rows, columns, group_size, device).items():
+        own = seconds(lambda call=call: call(backend), device, n_calls)
+        slow = seconds(lambda call=call: call(reference), device, max(1, n_calls // 5))
+        figures["operators"][name] = {
+            "ns_per_parameter": 1e9 * own / n,
+            "gigabytes_per_second": n_bytes * n / own / 1e9,
+            "percent_of_copy": 100 * n_bytes * n / own / copy,
+            "times_faster_than_reference": slow / own,
+        }
+    return figures
+
+
+def main() -> None:
+    """Measure, print a table, write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"], metavar="RxC"
+    )
+    parser.add_argument("--group-size", type=int, help="columns per weight scale (default: a row)")
+    parser.add_argument("--calls", type=int, default=20, help="timed calls; the fastest counts")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+
+    figures = {}
+    for shape in options.shapes:
+        rows, columns = map(int, shape.split("x"))
+        figures[shape] = measure(rows, columns, options.group_size, device, options.calls)
+        copy = figures[shape]["copy_gigabytes_per_second"]
+        print(f"{shape} on {device}, copy {copy:.0f} GB/s")
+        print(f"{'operator':<16}{'ns/param':>10}{'GB/s':>8}{'% of copy':>11}{'x reference':>13}")
+        for name, row in figures[shape]["operators"].items():
+            print(
+                f"{name:<16}{row['ns_per_parameter']:>10.4f}{row['gigabytes_per_second']:>8.1f}"
+                f"{row['percent_of_copy']:>11.0f}{row['times_faster_than_reference']:>13.1f}",
+                flush=True,
+            )
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The measuring scripts run on a CPU at toy size; what they measure there means nothing."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+CPU = torch.device("cpu")
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def memory_figures():
+    script = load("profile_memory")
+    config = script.config_of("tiny", None)
+    arguments = {"device": CPU, "lengths": [16, 24], "n_steps": 2}
+    return {
+        "config": "tiny",
+        "qft": script.profile(config, quantized=True, **arguments),
+        "adamw_bf16": script.profile(config, quantized=False, **arguments),
+    }
+
+
+@pytest.fixture(scope="module")
+def kernel_figures():
+    script = load("benchmark_kernels")
+    return {"6x300": script.measure(6, 300, None, CPU, 2)}
+
+
+def test_training_steps_are_profiled(memory_figures):
+    for name in ("qft", "adamw_bf16"):
+        rows = memory_figures[name]["sequence_lengths"]
+        assert list(rows) == ["16", "24"]
+        for row in rows.values():
+            assert row["loss"] > 0
+            assert set(row["peak_bytes"]) == {"forward", "backward", "step", "all"}
+            assert row["tokens_per_second"] > 0
+    qft, adamw = (
+        memory_figures[name]["sequence_lengths"]["24"]["ledger_bytes"]
+        for name in ("qft", "adamw_bf16")
+    )
+    assert qft < adamw / 2  # 3.1 against 8 bytes per parameter, small float parts on top
+
+
+def test_random_int8_weights_have_the_usual_deviation():
+    script = load("profile_memory")
+
+    weight = script.random_weight(50, 400, script.QFTConfig(), CPU).dequantize().float()
+
+    assert weight.std().item() == pytest.approx(script.WEIGHT_STD, rel=0.1)
+
+
+def test_every_operator_is_timed_against_the_reference(kernel_figures):
+    operators = kernel_figures["6x300"]["operators"]
+
+    assert set(operators) == {"lion_step_", "quantize", "dequantize", "accumulate_", "squared_norm"}
+    assert all(value > 0 for row in operators.values() for value in row.values())
+
+
+def test_the_report_shows_failures_and_all_figures(memory_figures, kernel_figures):
+    script = load("gpu_check")
+    part = script.run("x", ["false"], limit=5, environment={"PATH": "/usr/bin:/bin"})
+    late = script.run("y", ["sleep", "5"], limit=0.1, environment={"PATH": "/usr/bin:/bin"})
+
+    text = script.markdown(
+        {
+            "machine": script.machine("cpu"),
+            "parts": {"x": part, "y": late},
+            "kernels": kernel_figures,
+            "memory": memory_figures,
+        }
+    )
+
+    assert "| x | failed (1) |" in text
+    assert "| y | failed (124) |" in text
+    assert "| lion_step_ | 6x300 |" in text
+    assert "| adamw_bf16 | 2 | 24 |" in text
