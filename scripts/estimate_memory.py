@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from qft_hf import estimate_memory, recommend
+from qft_hf.memory.ledger import FP32_ADAM_BYTES
 
 MODES = ("stack", "release")
 
@@ -37,8 +38,10 @@ def main() -> None:
     options = parse()
     work = {"batch_size": options.batch_size, "sequence_length": options.sequence_length}
     if options.markdown:
-        print("| model | parameters | states, stack | states, release | in all, release |")
-        print("| --- | --- | --- | --- | --- |")
+        print(
+            "| model | parameters | states, `stack` | states, `release` | in all, `release` "
+            "| FP32 Adam's states |\n" + "| --- " * 6 + "|"
+        )
     for name in options.models:
         config = AutoConfig.from_pretrained(name)
         stack, release = (estimate_memory(config, gradient=mode, **work) for mode in MODES)
@@ -46,7 +49,8 @@ def main() -> None:
             print(
                 f"| {Path(name).name} | {stack.n_parameters / 1e9:.2f} B "
                 f"| {stack.state_bytes / 1e9:.1f} GB | {release.state_bytes / 1e9:.1f} GB "
-                f"| {release.total_bytes / 1e9:.1f} GB |"
+                f"| {release.total_bytes / 1e9:.1f} GB "
+                f"| {FP32_ADAM_BYTES * stack.n_parameters / 1e9:.1f} GB |"
             )
             continue
         print(f"{name}: {stack.n_parameters:,} parameters")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, Trainer, TrainingArguments
 
-import qft_hf.metrics
+import qft_hf.hf.metrics
 from qft_hf.hf.finetune.chat import IGNORED
 from qft_hf.hf.finetune.evaluation import (
     accuracy_of_examples,
@@ -19,7 +19,7 @@ from qft_hf.hf.finetune.evaluation import (
 from tests.finetune.chats import tiny_tokenizer
 from tests.models import tiny_llama
 
-METRICS = Path(qft_hf.metrics.__file__).parent
+METRICS = Path(qft_hf.hf.metrics.__file__).parent
 
 
 @pytest.fixture(scope="module")

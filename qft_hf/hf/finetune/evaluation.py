@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction
 
-from ...metrics.accuracy.accuracy import Accuracy
-from ...metrics.perplexity.perplexity import Perplexity
+from ..metrics.accuracy.accuracy import Accuracy
+from ..metrics.perplexity.perplexity import Perplexity
 from .chat import IGNORED
 
 
