@@ -472,6 +472,40 @@ def test_unsupported_arguments_say_what_to_do(overrides, message, cls, tmp_path)
         cls(model=tiny_llama(), args=args)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("deepspeed", "zero.json", "Remove deepspeed"),
+        ("fsdp", "full_shard", "Train on one process"),
+    ],
+)
+def test_sharding_of_float_weights_is_refused_before_anything_happens(
+    name, value, message, tmp_path
+):
+    args = arguments(tmp_path)
+    setattr(args, name, value)
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=message):
+        QFTTrainer(model=model, args=args)
+    assert not isinstance(model.lm_head.weight, QFTWeight)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("_tp_size", 2, "Load the model without tp_plan"),
+        ("peft_config", {}, "Pass the base model"),
+    ],
+)
+def test_models_that_hold_other_things_than_plain_weights_are_refused(
+    attribute, value, message, tmp_path
+):
+    model = tiny_llama()
+    setattr(model, attribute, value)
+    with pytest.raises(ValueError, match=message):
+        QFTTrainer(model=model, args=arguments(tmp_path))
+
+
 def test_a_float16_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Load the model with dtype=torch\.bfloat16"):
         trainer_on(tiny_llama(dtype=torch.float16), tmp_path)
