@@ -232,6 +232,8 @@ class QFTLion(Optimizer):
             self._refuse_step()
             return loss
 
+        if self._release is not None:
+            self._release.clip_waiting([p for p in self._parameters() if p.grad is not None])
         for parameter, gradient in self._stack.drain():
             self._update(parameter, gradient)
         if self._release is not None:

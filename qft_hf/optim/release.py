@@ -113,13 +113,32 @@ class GradientRelease:
         parameter.grad = None
         if gradient is None:
             return
-        norm = self._norm_to_clip_by(square)
-        if norm is not None and self.max_grad_norm is not None:
-            # The formula of torch.nn.utils.clip_grad_norm_.
-            gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(gradient.device))
+        self._clip_(gradient, self._norm_to_clip_by(square))
         self._squares.append(square)
         self._used.add(id(parameter))
         self._update(parameter, gradient)
+
+    def clip_waiting(self, parameters: list[Parameter]) -> None:
+        """Clip gradients that wait for the step although they could have been used.
+
+        They do so after exact accumulation, where the Trainer has clipped them by now, and where
+        hooks were lost.
+        """
+        if self.clipping is None or self.max_grad_norm is None or not parameters:
+            return
+        squares = [_squared_norm(parameter) for parameter in parameters]
+        total = _total_norm(squares)
+        if self.clipping == "exact" and total <= self.max_grad_norm * (1 + 1e-5):
+            return  # clipped already, up to rounding
+        for parameter, square in zip(parameters, squares, strict=True):
+            if parameter.grad is not None:
+                exact = self.clipping == "exact"
+                self._clip_(parameter.grad, total if exact else self._norm_to_clip_by(square))
+
+    def _clip_(self, gradient: Tensor, norm: Tensor | None) -> None:
+        """Scale a gradient in place by the formula of torch.nn.utils.clip_grad_norm_."""
+        if norm is not None and self.max_grad_norm is not None:
+            gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(gradient.device))
 
     def _norm_to_clip_by(self, square: Tensor) -> Tensor | None:
         if self.clipping == "tensor":

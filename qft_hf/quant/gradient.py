@@ -58,8 +58,8 @@ class Int8Gradient(Int8Tensor):
 
     def dequantize(self) -> Tensor:
         """The values as a plain `[rows, columns]` tensor of the outer dtype."""
-        return kernels.dequantize(self.codes, self.scales, group_size=STATE_GROUP_SIZE).to(
-            self.dtype
+        return kernels.dequantize(
+            self.codes, self.scales, group_size=STATE_GROUP_SIZE, dtype=self.dtype
         )
 
     def squared_norm(self) -> Tensor:
