@@ -24,15 +24,9 @@ from qft_hf import QFTConfig, QFTLion, QFTWeight, memory_ledger
 from qft_hf.hf.estimate import estimate_memory
 from qft_hf.nn.convert import prepare_modules_
 
+ARCHITECTURES = Path(__file__).resolve().parent.parent / "configs" / "architectures"
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama2-7b": {
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "max_position_embeddings": 4096,
-    },
+    "llama2-7b": json.loads((ARCHITECTURES / "llama-2-7b" / "config.json").read_text()),
     "llama-1b": {
         "vocab_size": 32000,
         "hidden_size": 2048,
@@ -56,7 +50,7 @@ WEIGHT_STD = 0.02
 
 def config_of(name: str, layers: int | None) -> LlamaConfig:
     """The configuration, cut to `layers` if given."""
-    config = LlamaConfig(**CONFIGS[name], tie_word_embeddings=False, dtype=torch.bfloat16)
+    config = LlamaConfig(**CONFIGS[name] | {"tie_word_embeddings": False, "dtype": torch.bfloat16})
     if layers:
         config.num_hidden_layers = layers
     return config

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
 
 from ..quant import QFTWeight
 from .config import QFTConfig
@@ -91,8 +91,6 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             f"{half[0]} and {len(half) - 1} more parameters are float16, whose range is too narrow "
             "to train without loss scaling. Load the model with dtype=torch.bfloat16."
         )
-    if not isinstance(model, PreTrainedModel):
-        logger.info("%s is no PreTrainedModel: its config cannot record the format", type(model))
 
 
 def unwrapped(optimizer: Any) -> Any:

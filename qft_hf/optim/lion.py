@@ -47,8 +47,8 @@ class QFTLion(Optimizer):
     gradients: each `.grad` is None afterwards, freed as its parameter is updated.
 
     Random numbers depend on `seed`, the number of the step, the position of the parameter among
-    all parameters and the position of the element, on nothing else: runs repeat and resume bit for
-    bit on any device.
+    all parameters and the position of the element, on nothing else: from the same gradients a step
+    makes the same bits on any device, with any number of threads and after a restart.
 
     Args:
         params: Parameters or parameter groups, as any `torch.optim.Optimizer` takes them.

@@ -22,6 +22,9 @@ ACCUMULATIONS = ("keep", "forbid")
 class GradientRelease:
     """What backward hands finished gradients to, in the place of a `GradientStack`.
 
+    On a GPU, each gradient costs one transfer to the host: whether it is finite has to be known
+    before it is used.
+
     Args:
         update: Updates a parameter with its gradient.
         accumulation: `"keep"`: the gradients of all micro-batches but the last wait in `.grad`, in
