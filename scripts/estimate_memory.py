@@ -26,6 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("models", nargs="+", help="folders with a config.json, or hub names")
     parser.add_argument("--batch_size", type=int, default=1, help="of a micro-batch (default 1)")
     parser.add_argument("--sequence_length", type=int, default=2048, help="tokens (default 2048)")
+    parser.add_argument("--chunked_loss", action="store_true", help="logits never exist whole")
     parser.add_argument(
         "--gpu", type=float, nargs="+", default=[24, 48, 80], help="cards, GB (default 24 48 80)"
     )
@@ -36,7 +37,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Print what each model takes in each mode, and how it fits each card."""
     options = parse()
-    work = {"batch_size": options.batch_size, "sequence_length": options.sequence_length}
+    work = {
+        "batch_size": options.batch_size,
+        "sequence_length": options.sequence_length,
+        "chunked_loss": options.chunked_loss,
+    }
     if options.markdown:
         print(
             "| model | parameters | states, `stack` | states, `release` | in all, `release` "

@@ -148,9 +148,8 @@ def markdown(report: dict[str, Any]) -> str:
             "tokens/s |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
-        for name in ("qft", "adamw_bf16", "qft_same_layers"):
-            figures = report["memory"].get(name)
-            for length, row in (figures or {"sequence_lengths": {}})["sequence_lengths"].items():
+        for name, figures in report["memory"]["runs"].items():
+            for length, row in figures["sequence_lengths"].items():
                 peaks = [figures["load_peak_bytes"]]
                 peaks += [row["peak_bytes"][phase] for phase in ("forward", "backward", "step")]
                 shown = " | ".join(f"{peak / 1e9:.2f}" for peak in peaks)

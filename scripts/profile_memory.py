@@ -6,7 +6,10 @@ optimizer. The first step makes the optimizer's state and compiles, so the last 
 On a GPU the figures are `torch.cuda.max_memory_allocated`; on a CPU, where this serves as a test of
 itself at `--config tiny`, they are resident memory and say little.
 
-Logits are not chunked: they exist before the gradients do, and are smaller.
+Gradients wait for the step in one run and are released during backward in another; released ones
+are not clipped, which would take a second backward pass. The INT8 model has a chunked loss, so that
+logits do not set the peak; `--full-logits` leaves it off. The bf16 AdamW beside it is plain
+transformers.
 """
 
 import argparse
@@ -20,8 +23,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qft_hf import QFTConfig, QFTLion, QFTWeight, memory_ledger
-from qft_hf.hf.estimate import estimate_memory
+from qft_hf import QFTConfig, QFTLion, QFTWeight, chunk_loss_, estimate_memory, memory_ledger
 from qft_hf.nn.convert import prepare_modules_
 
 ARCHITECTURES = Path(__file__).resolve().parent.parent / "configs" / "architectures"
@@ -131,7 +133,8 @@ def train_steps(
         peaks["backward"] = peak_bytes(device)
         ledger = memory_ledger(model, optimizer)
         reset_peak(device)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        if any(parameter.grad is not None for parameter in model.parameters()):  # none is released
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         peaks["step"] = peak_bytes(device)
@@ -146,14 +149,29 @@ def train_steps(
 
 
 def profile(
-    config: LlamaConfig, *, quantized: bool, device: torch.device, lengths: list[int], n_steps: int
+    config: LlamaConfig,
+    gradient: str | None,
+    *,
+    device: torch.device,
+    lengths: list[int],
+    n_steps: int,
+    chunked_loss: bool,
 ) -> dict[str, Any]:
-    """Build one model and train it at each sequence length."""
+    """Build one model and train it at each sequence length.
+
+    Args:
+        config: Of the model.
+        gradient: `"stack"` or `"release"` for INT8; None for bf16 AdamW.
+        device: Where it trains.
+        lengths: Tokens of one step.
+        n_steps: Steps at each length.
+        chunked_loss: Of the INT8 model.
+    """
     gc.collect()  # an optimizer and its hooks refer to each other
     if device.type == "cuda":
         torch.cuda.empty_cache()
     reset_peak(device)
-    model = build(config, device, quantized=quantized)
+    model = build(config, device, quantized=gradient is not None)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     figures: dict[str, Any] = {
         "layers": config.num_hidden_layers,
@@ -162,16 +180,20 @@ def profile(
         "sequence_lengths": {},
     }
     parameters = list(model.parameters())
-    optimizer = (
-        QFTLion(parameters, lr=1e-5, weight_decay=0.1)
-        if quantized
-        else torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
-    )
+    optimizer: torch.optim.Optimizer
+    if gradient is None:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
+    else:
+        optimizer = QFTLion(parameters, lr=1e-5, weight_decay=0.1, gradient=gradient)
+        if chunked_loss:
+            chunk_loss_(model)
     for length in lengths:
         row = train_steps(model, optimizer, device=device, sequence_length=length, n_steps=n_steps)
         row["peak_bytes"]["all"] = max(row["peak_bytes"].values())
-        if quantized:
-            row["predicted_bytes"] = estimate_memory(config, sequence_length=length).total_bytes
+        if gradient is not None:
+            row["predicted_bytes"] = estimate_memory(
+                config, gradient=gradient, sequence_length=length, chunked_loss=chunked_loss
+            ).total_bytes
         figures["sequence_lengths"][str(length)] = row
     return figures
 
@@ -196,7 +218,7 @@ def print_rows(name: str, figures: dict[str, Any]) -> None:
         predicted = row.get("predicted_bytes")
         shown = f"{predicted / 1e9:>11.2f}" if predicted else f"{'-':>11}"
         print(
-            f"{name:<12}{figures['layers']:>7}{length:>8}{figures['load_peak_bytes'] / 1e9:>8.2f}"
+            f"{name:<14}{figures['layers']:>7}{length:>8}{figures['load_peak_bytes'] / 1e9:>8.2f}"
             f"{peaks['forward'] / 1e9:>9.2f}{peaks['backward'] / 1e9:>10.2f}"
             f"{peaks['step'] / 1e9:>7.2f}{row['ledger_bytes'] / 1e9:>8.2f}{shown}"
             f"{row['tokens_per_second']:>10.0f}",
@@ -213,28 +235,42 @@ def main() -> None:
     parser.add_argument("--sequence-lengths", type=int, nargs="+", default=[512, 2048])
     parser.add_argument("--steps", type=int, default=3, help="the last one counts (default 3)")
     parser.add_argument(
+        "--gradient", choices=("stack", "release"), nargs="+", default=["stack", "release"]
+    )
+    parser.add_argument("--full-logits", action="store_true", help="no chunked loss")
+    parser.add_argument(
         "--compare", action="store_true", help="also bf16 AdamW, both at the layers that fit it"
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     device = torch.device(options.device)
-    arguments = {"device": device, "lengths": options.sequence_lengths, "n_steps": options.steps}
+    arguments = {
+        "device": device,
+        "lengths": options.sequence_lengths,
+        "n_steps": options.steps,
+        "chunked_loss": not options.full_logits,
+    }
 
     print(
-        f"{'GB':<12}{'layers':>7}{'tokens':>8}{'load':>8}{'forward':>9}{'backward':>10}{'step':>7}"
+        f"{'GB':<14}{'layers':>7}{'tokens':>8}{'load':>8}{'forward':>9}{'backward':>10}{'step':>7}"
         f"{'ledger':>8}{'predicted':>11}{'tokens/s':>10}"
     )
     config = config_of(options.config, options.layers)
-    figures = {"config": options.config, "qft": profile(config, quantized=True, **arguments)}
-    print_rows("QFT", figures["qft"])
+    runs: dict[str, Any] = {}
+
+    def run(name: str, config: LlamaConfig, gradient: str | None) -> None:
+        runs[name] = profile(config, gradient, **arguments)
+        print_rows(name, runs[name])
+
+    for gradient in options.gradient:
+        run(f"QFT {gradient}", config, gradient)
     if options.compare:
         smaller = config_of(options.config, layers_that_fit(config, device))
-        figures["adamw_bf16"] = profile(smaller, quantized=False, **arguments)
-        print_rows("AdamW bf16", figures["adamw_bf16"])
+        run("AdamW bf16", smaller, None)
         if smaller.num_hidden_layers != config.num_hidden_layers:
-            figures["qft_same_layers"] = profile(smaller, quantized=True, **arguments)
-            print_rows("QFT", figures["qft_same_layers"])
+            run("QFT same size", smaller, "stack")
     if options.json:
+        figures = {"config": options.config, "runs": runs}
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 

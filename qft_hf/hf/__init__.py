@@ -2,6 +2,7 @@
 
 from . import quantizer as quantizer  # registers the quantization method
 from .arguments import QFTTrainingArguments
+from .chunked_loss import chunk_loss_
 from .config import QFTConfig
 from .convert import dequantize_model_, quantize_model_
 from .estimate import Recommendation, estimate_memory, recommend
@@ -15,6 +16,7 @@ __all__ = [
     "QFTTrainer",
     "QFTTrainingArguments",
     "Recommendation",
+    "chunk_loss_",
     "dequantize_model_",
     "estimate_memory",
     "quantize_model_",

@@ -45,6 +45,13 @@ class QFTTrainingArguments(TrainingArguments):
         default="raise",
         metadata={"help": "On a NaN or infinite gradient: raise, or skip the step and count it."},
     )
+    chunked_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the next-token loss run by run of the vocabulary, so that logits "
+            "never exist whole; costs one more product with the output head."
+        },
+    )
 
     @property
     def quantization_config(self) -> QFTConfig:

@@ -25,6 +25,7 @@ def estimate_memory(
     batch_size: int = 1,
     sequence_length: int = 2048,
     gradient_checkpointing: bool = True,
+    chunked_loss: bool = False,
 ) -> MemoryEstimate:
     """Predict the memory of training a decoder model; no weight is loaded.
 
@@ -37,6 +38,7 @@ def estimate_memory(
         batch_size: Sequences of one micro-batch.
         sequence_length: Tokens of one sequence.
         gradient_checkpointing: Whether layers keep their input only.
+        chunked_loss: Whether logits never exist whole; see `chunk_loss_`.
 
     Returns:
         Bytes by kind. States are exact to the byte; activations are arithmetic for a decoder
@@ -57,12 +59,15 @@ def estimate_memory(
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(model_or_config, dtype=dtype)
     workload = _workload(
-        model, tokens=batch_size * sequence_length, checkpointing=gradient_checkpointing
+        model,
+        tokens=batch_size * sequence_length,
+        checkpointing=gradient_checkpointing,
+        chunked_loss=chunked_loss,
     )
     return estimate(model, workload, config or QFTConfig(), gradient=gradient)
 
 
-def _workload(model: Any, *, tokens: int, checkpointing: bool) -> Workload:
+def _workload(model: Any, *, tokens: int, checkpointing: bool, chunked_loss: bool) -> Workload:
     config = model.config.get_text_config()
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     missing = [name for name in (*names, "vocab_size") if getattr(config, name, None) is None]
@@ -83,6 +88,7 @@ def _workload(model: Any, *, tokens: int, checkpointing: bool) -> Workload:
         vocabulary=config.vocab_size,
         compute_bytes=model.dtype.itemsize,
         checkpointing=checkpointing,
+        chunked_loss=chunked_loss,
     )
 
 
@@ -124,6 +130,7 @@ def recommend(
     batch_size: int = 1,
     *,
     config: QFTConfig | None = None,
+    chunked_loss: bool = False,
 ) -> Recommendation:
     """Choose the mode for a card: the fastest that fits, else the smallest.
 
@@ -133,6 +140,7 @@ def recommend(
         sequence_length: Tokens of one sequence.
         batch_size: Sequences of one micro-batch.
         config: The weight format; None: the default.
+        chunked_loss: As in `estimate_memory`.
     """
     usable = int(USABLE * gpu_memory * 1e9)
     # From fastest to smallest: checkpointing costs a third more work, release costs none, but
@@ -153,6 +161,7 @@ def recommend(
                 batch_size=batch_size,
                 sequence_length=sequence_length,
                 gradient_checkpointing=checkpointing,
+                chunked_loss=chunked_loss,
             ),
             usable,
         )

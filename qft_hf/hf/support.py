@@ -68,6 +68,11 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             f"{args.world_size} processes were started, and INT8 gradients are not yet summed "
             "across processes: replicas would drift apart. Start one process."
         )
+    if getattr(args, "chunked_loss", False) and args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} needs all logits, which a "
+            "chunked loss never has. Set label_smoothing_factor=0, or leave chunked_loss off."
+        )
     if args.torch_compile:
         raise ValueError("torch_compile is not supported with INT8 weights yet. Leave it off.")
     parallelism = getattr(args, "parallelism_config", None)

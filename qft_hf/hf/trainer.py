@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..memory import MemoryLedger, memory_ledger
 from .arguments import QFTTrainingArguments
 from .card import write_card
+from .chunked_loss import chunk_loss_
 from .registration import optimizer_class_and_arguments
 from .support import OPTIMIZER_NAME, ensure_quantized, refuse_unsupported, unwrapped
 
@@ -50,6 +51,8 @@ class QFTTrainer(Trainer):
             # Before the Trainer moves the model: the float weights never reach the device.
             refuse_unsupported(args, model)
             ensure_quantized(model, args)
+            if getattr(args, "chunked_loss", False):
+                chunk_loss_(model)
         self.ledger: MemoryLedger | None = None
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_LedgerCallback(self))

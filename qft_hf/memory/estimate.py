@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import QuantizationSpec
 from ..layout import STATE_GROUP_SIZE, GroupLayout, outlier_bytes, outliers_per_row
 from ..nn import conversion_plan
+from ..nn.loss import words_at_a_time
 from ..quant.weight import TILE_ELEMENTS
 from .ledger import FP32_ADAM_BYTES, LedgerRow
 
@@ -33,6 +34,7 @@ class Workload:
         vocabulary: Rows of the output head.
         compute_bytes: Of one activation: 2 for BF16, 4 for FP32.
         checkpointing: Whether a layer keeps its input only and is computed again in backward.
+        chunked_loss: Whether logits exist for one run of the vocabulary at a time.
     """
 
     tokens: int
@@ -44,6 +46,7 @@ class Workload:
     vocabulary: int
     compute_bytes: int
     checkpointing: bool
+    chunked_loss: bool = False
 
     @property
     def layer_bytes(self) -> int:
@@ -61,8 +64,16 @@ class Workload:
 
     @property
     def logits_bytes(self) -> int:
-        """Logits, their log-probabilities in FP32, and the gradient of those."""
-        return self.tokens * self.vocabulary * (self.compute_bytes + 2 * FP32_BYTES)
+        """Logits, their log-probabilities in FP32, and the gradient of those.
+
+        Of a chunked loss: one run of each (its gradient takes the place of FP32 logits and is cast
+        for the products), and the FP32 gradient of the hidden states that all runs add up in.
+        """
+        if not self.chunked_loss:
+            return self.tokens * self.vocabulary * (self.compute_bytes + 2 * FP32_BYTES)
+        words = min(self.vocabulary, words_at_a_time(self.tokens), TILE_ELEMENTS // self.hidden)
+        run = self.tokens * words * (2 * self.compute_bytes + FP32_BYTES)
+        return run + self.tokens * self.hidden * FP32_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,14 @@ from .convert import (
     quantize_modules_,
 )
 from .functional import embedding, linear
+from .loss import DeferredLogits, linear_cross_entropy
 from .modules import QFTEmbedding, QFTLinear, is_quantized_module
 from .state import STATE_NAMES, state_fields
 
 __all__ = [
     "STATE_NAMES",
     "ConversionPlan",
+    "DeferredLogits",
     "QFTEmbedding",
     "QFTLinear",
     "conversion_plan",
@@ -21,6 +23,7 @@ __all__ = [
     "embedding",
     "is_quantized_module",
     "linear",
+    "linear_cross_entropy",
     "prepare_modules_",
     "quantize_modules_",
     "state_fields",

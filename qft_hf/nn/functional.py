@@ -108,16 +108,25 @@ def linear(x: Tensor, weight: QFTWeight, bias: Tensor | None = None) -> Tensor:
     Raises:
         TypeError: The dtype of `x` is not the weight's, and autocast is off.
     """
+    output: Tensor = _Linear.apply(computed_input(x, weight), weight, bias)
+    return output
+
+
+def computed_input(x: Tensor, weight: QFTWeight) -> Tensor:
+    """`x` in the dtype of its product with `weight`.
+
+    Raises:
+        TypeError: The dtype of `x` is not the weight's, and autocast is off.
+    """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
-        x = x.to(torch.get_autocast_dtype(device_type))
-    elif x.dtype != weight.dtype:
+        return x.to(torch.get_autocast_dtype(device_type))
+    if x.dtype != weight.dtype:
         raise TypeError(
             f"linear needs an input of the weight's dtype {weight.dtype}, got {x.dtype}. Cast the "
             "input, load the model with another dtype, or run under torch.autocast."
         )
-    output: Tensor = _Linear.apply(x, weight, bias)
-    return output
+    return x
 
 
 def embedding(ids: Tensor, weight: QFTWeight, padding_idx: int | None = None) -> Tensor:

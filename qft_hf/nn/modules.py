@@ -7,10 +7,12 @@ raw codes for weights.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..quant import QFTWeight
 from .functional import embedding, linear
+from .loss import DeferredLogits
 from .state import STATE_NAMES, check_values, state_fields
 
 
@@ -106,11 +108,21 @@ class _QuantizedWeight(nn.Module):
 
 
 class QFTLinear(_QuantizedWeight, nn.Linear):
-    """`nn.Linear` with a `QFTWeight` `[out_features, in_features]`; the bias is float."""
+    """`nn.Linear` with a `QFTWeight` `[out_features, in_features]`; the bias is float.
 
-    def forward(self, x: Tensor) -> Tensor:
+    Attributes:
+        defers_logits: Whether this is the head of a model with a chunked loss: in training it
+            returns `DeferredLogits`.
+    """
+
+    defers_logits = False
+
+    def forward(self, x: Tensor) -> Any:
         """`x [..., in_features]` to `[..., out_features]`; see `functional.linear`."""
-        return linear(x, self.complete_weight(), self.bias)
+        weight = self.complete_weight()
+        if self.defers_logits and self.training and torch.is_grad_enabled():
+            return DeferredLogits(x, weight, self.bias)
+        return linear(x, weight, self.bias)
 
 
 class QFTEmbedding(_QuantizedWeight, nn.Embedding):

@@ -137,10 +137,14 @@ class QFTWeight(Int8Tensor):
             dtype=dtype,
         )
 
-    def row_tiles(self) -> Iterator[slice]:
-        """Row ranges of at most `TILE_ELEMENTS` elements that cover the matrix in order."""
+    def row_tiles(self, *, at_most: int | None = None) -> Iterator[slice]:
+        """Row ranges that cover the matrix in order.
+
+        Args:
+            at_most: Rows of one range, beside the limit of `TILE_ELEMENTS` elements.
+        """
         rows, columns = self.shape
-        step = max(1, TILE_ELEMENTS // columns)
+        step = max(1, min(TILE_ELEMENTS // columns, at_most or rows))
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
 

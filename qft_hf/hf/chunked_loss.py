@@ -1,0 +1,74 @@
+"""`chunk_loss_`: a causal language model whose training never holds all of its logits."""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ..nn import DeferredLogits, QFTLinear, linear_cross_entropy
+from ..nn.loss import IGNORED
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def chunk_loss_(model: Model) -> Model:
+    """Have `model(input_ids=..., labels=...)` compute its loss run by run of the vocabulary.
+
+    It saves the memory of the logits, `tokens * vocabulary * 10` bytes in bf16, and costs one more
+    product with the head. In training the output's `logits` then cannot be used; in evaluation and
+    generation everything is as before.
+
+    Args:
+        model: A causal language model of transformers with an INT8 head; modified.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: The model has no INT8 output head, or a loss of another kind.
+    """
+    causal: Any = model
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head else None
+    if not isinstance(head, QFTLinear):
+        raise ValueError(
+            f"A chunked loss needs an INT8 output head, got {type(head).__name__} in "
+            f"{type(model).__name__}. Take the head out of modules_to_not_convert, or leave "
+            "chunked_loss off."
+        )
+    loss = causal.loss_function
+    if loss not in (ForCausalLMLoss, _loss):
+        raise ValueError(
+            f"A chunked loss is the next-token cross-entropy, and {type(model).__name__} has "
+            f"{getattr(loss, '__name__', loss)}. Leave chunked_loss off."
+        )
+    head.defers_logits = True
+    causal.loss_function = _loss
+    return model
+
+
+def _loss(
+    logits: Any,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Any = None,
+    ignore_index: int = IGNORED,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """`ForCausalLMLoss` of transformers for logits that are deferred."""
+    if not isinstance(logits, DeferredLogits):  # evaluation
+        return ForCausalLMLoss(
+            logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
+        )
+    if kwargs.get("label_smoothing") or kwargs.get("weight") is not None:
+        raise ValueError(f"A chunked loss knows no {sorted(kwargs)}. Leave chunked_loss off.")
+    if shift_labels is None:  # each token is to predict the next, the last one nothing
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.reshape(-1).to(logits.hidden.device)
+    targets = torch.where(targets == ignore_index, IGNORED, targets)
+    losses = linear_cross_entropy(logits.hidden.flatten(0, -2), logits.weight, targets, logits.bias)
+    count = num_items_in_batch if num_items_in_batch is not None else (targets != IGNORED).sum()
+    return losses.sum() / (count.to(losses.device) if isinstance(count, Tensor) else count)

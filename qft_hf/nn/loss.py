@@ -1,0 +1,180 @@
+"""Cross-entropy of a quantized output head, without its logits.
+
+Logits of 2,048 tokens over 128,000 words take 0.5 GB in bf16, and 2 GB more in FP32 with their
+gradient: more than all activations of a checkpointed model. Here they exist for one run of words at
+a time and are computed again in backward, which costs one more product with the head.
+
+Shapes as in `functional`: N tokens, R words (rows of the head), C inputs.
+
+Idea: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", section 4
+(arXiv:2411.09009); there in one GPU kernel and for float weights.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..quant import Int8Gradient, QFTWeight
+from .functional import computed_input
+
+IGNORED = -100  # label of a token without a loss, as torch has it
+
+# Logits at a time: 64 MB in FP32.
+LOGITS_ELEMENTS = 2**24
+
+
+class DeferredLogits:
+    """What the head of a model with a chunked loss returns in training: the logits' ingredients.
+
+    Only the loss takes it. Whatever else would compute with logits raises, so that a model that
+    scales or caps them is not trained on the loss of others.
+
+    Args:
+        hidden: Float `[..., C]`, input of the head.
+        weight: `[R, C]`.
+        bias: Float `[R]` or None.
+    """
+
+    def __init__(self, hidden: Tensor, weight: QFTWeight, bias: Tensor | None) -> None:
+        self.hidden = hidden
+        self.weight = weight
+        self.bias = bias
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever a tensor has and this has not.
+
+        Raises:
+            AttributeError: Always.
+        """
+        raise AttributeError(f"{name!r}: {_refusal()}")
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Functions of torch.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(f"{getattr(function, '__name__', function)}: {_refusal()}")
+
+    def _refuse(self, other: Any) -> Any:
+        raise TypeError(_refusal())
+
+    __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __truediv__ = __getitem__ = _refuse
+
+
+def _refusal() -> str:
+    return (
+        "this model computes with its logits in training, and with a chunked loss they do not "
+        "exist. Leave chunked_loss off; outside training, call model.eval() or use torch.no_grad()."
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """loss[N] = log sum exp(z) - z[label] with z[N, R] = x[N, C] W[R, C]^T + b[R]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: QFTWeight, bias: Tensor | None, labels: Tensor
+    ) -> Tensor:
+        log_sum = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
+        of_label = torch.zeros_like(log_sum)
+        for rows, _, logits in _logits(x, weight, bias):
+            log_sum = torch.logaddexp(log_sum, logits.logsumexp(dim=1))
+            place, inside = _places(labels, rows)
+            of_label += torch.where(inside, logits.gather(1, place).squeeze(1), 0.0)
+        ctx.save_for_backward(x, weight, bias, labels, log_sum)
+        return torch.where(labels == IGNORED, 0.0, log_sum - of_label)
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_loss: Tensor
+    ) -> tuple[Tensor | None, Int8Gradient | None, Tensor | None, None]:
+        x, weight, bias, labels, log_sum = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_loss = torch.where(labels == IGNORED, 0.0, grad_loss)[:, None]
+        grad_x = torch.zeros_like(x, dtype=torch.float32) if needs_x else None
+        gradient = (
+            Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
+            if needs_weight
+            else None
+        )
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        for rows, tile, logits in _logits(x, weight, bias):
+            place, inside = _places(labels, rows)
+            grad_logits = logits.sub_(log_sum[:, None]).exp_()
+            grad_logits.scatter_add_(1, place, -inside[:, None].float())
+            grad = grad_logits.mul_(grad_loss).to(x.dtype)
+            if grad_x is not None:
+                grad_x += grad @ tile
+            if gradient is not None:
+                gradient.set_rows_(rows, grad.t() @ x)
+            if grad_bias is not None:
+                grad_bias[rows] = grad.sum(dim=0)
+        return None if grad_x is None else grad_x.to(x.dtype), gradient, grad_bias, None
+
+
+def _logits(
+    x: Tensor, weight: QFTWeight, bias: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Runs of words: their rows, their part of the weight in x's dtype, and FP32 `[N, rows]`."""
+    for rows in weight.row_tiles(at_most=words_at_a_time(len(x))):
+        tile = weight.dequantize_rows(rows).to(x.dtype)
+        part = None if bias is None else bias[rows].to(x.dtype)
+        yield rows, tile, F.linear(x, tile, part).float()
+
+
+def words_at_a_time(n_tokens: int) -> int:
+    """Words of one run of logits."""
+    return max(1, LOGITS_ELEMENTS // max(1, n_tokens))
+
+
+def _places(labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """Column of each label within `rows` `[N, 1]`, 0 where it is not there; and whether it is."""
+    inside = (labels >= rows.start) & (labels < rows.stop)
+    return torch.where(inside, labels - rows.start, 0)[:, None], inside
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: QFTWeight, labels: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy of each token for logits `x W^T + b`, which never exist whole.
+
+    Logits are computed in the dtype of `x` and go on in FP32, as the loss of transformers does it.
+    The gradient of the weight is an `Int8Gradient`.
+
+    Args:
+        x: Float `[N, C]`, of the weight's dtype; under autocast it is cast to the autocast dtype.
+        weight: `[R, C]`.
+        labels: int64 `[N]` in [0, R), or -100 for a token without a loss.
+        bias: Float `[R]` or None.
+
+    Returns:
+        fp32 `[N]`; 0 where the label is -100.
+
+    Raises:
+        TypeError: The dtype of `x` is not the weight's, and autocast is off.
+        ValueError: Shapes do not fit, or a label is out of range (found on the CPU only; on a GPU,
+            looking would make the host wait).
+    """
+    if x.ndim != 2 or labels.shape != x.shape[:1]:
+        raise ValueError(
+            f"linear_cross_entropy needs x [N, C] and labels [N], got {tuple(x.shape)} and "
+            f"{tuple(labels.shape)}. Flatten leading dimensions of both first."
+        )
+    if labels.device.type == "cpu":
+        bad = labels[(labels != IGNORED) & ((labels < 0) | (labels >= weight.shape[0]))]
+        if len(bad):
+            raise ValueError(
+                f"{len(bad)} labels are outside [0, {weight.shape[0]}), the first is "
+                f"{int(bad[0])}. Labels are token ids, or {IGNORED} for tokens without a loss."
+            )
+    loss: Tensor = _LinearCrossEntropy.apply(computed_input(x, weight), weight, bias, labels)
+    return loss
