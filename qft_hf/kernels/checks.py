@@ -58,6 +58,36 @@ def check_quantized(name: str, codes: Tensor, scales: Tensor, group_size: int | 
         )
 
 
+def check_codes(name: str, codes: Tensor) -> None:
+    """Raise unless `codes` is an int8 matrix, possibly empty, whose elements run along one side."""
+    if codes.dtype != torch.int8:
+        raise TypeError(f"{name} must be torch.int8, got {codes.dtype}. Quantize it first.")
+    if codes.ndim != 2:
+        raise ValueError(
+            f"{name} must be a matrix, got shape {tuple(codes.shape)}. Flatten leading dimensions "
+            "with .view(-1, columns) first."
+        )
+    if codes.numel() and 1 not in codes.stride():
+        raise ValueError(
+            f"{name} must be contiguous along its rows or its columns, got strides "
+            f"{codes.stride()} for shape {tuple(codes.shape)}. Call .contiguous() first."
+        )
+
+
+def check_row_scales(name: str, scales: Tensor, rows: int, device: torch.device) -> None:
+    """Raise unless `scales` holds one FP32 scale for each of `rows` rows, as `[rows, 1]`."""
+    if scales.dtype != torch.float32 or tuple(scales.shape) != (rows, 1):
+        raise ValueError(
+            f"{name} must be float32 of shape {(rows, 1)}, as quantize(..., group_size=None) "
+            f"returns scales, got {scales.dtype} of shape {tuple(scales.shape)}."
+        )
+    if not scales.is_contiguous() or scales.device != device:
+        raise ValueError(
+            f"{name} must be contiguous and on {device}, got strides {scales.stride()} on "
+            f"{scales.device}."
+        )
+
+
 def check_same(name: str, tensor: Tensor, like: Tensor) -> None:
     """Raise unless `tensor` has the shape and device of `like`."""
     if tensor.shape != like.shape or tensor.device != like.device:

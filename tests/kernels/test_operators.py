@@ -23,12 +23,21 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "dtype": torch.bfloat16,
     }
     parameter = torch.linspace(-1, 1, 30).bfloat16()
+    codes, scales = kernels.quantize(random((5, 300), None), group_size=None)
     return {
         "accumulate_": ((*quantized(), *quantized(), 256), {}),
         "dequantize": ((state.codes, state.scales, 32), outliers),
+        "int8_matmul": (
+            (codes, codes.t(), scales, scales),
+            {"bias": torch.ones(5), "dtype": torch.bfloat16},
+        ),
         "lion_step_": (state.arguments(), {"group_size": 32, "state_group_size": 256, **ARGUMENTS}),
         "lion_step_float_": ((parameter, torch.zeros(30), torch.ones(30)), ARGUMENTS),
         "quantize": ((random((5, 300), None), 32), {}),
+        "quantize_gradient": (
+            (random((300, 5), None), scales, None),
+            {"stochastic": True, "seed": 3},
+        ),
         "squared_norm": ((*quantized(), 256), {}),
     }
 

@@ -1,6 +1,6 @@
 """The operators on CPUs: compiled by numba where that pays, else the reference itself."""
 
-from ..reference import lion_step_float_
+from ..reference import int8_matmul, lion_step_float_, quantize_gradient
 from .gradient import accumulate_, squared_norm
 from .lion import lion_step_
 from .quantize import dequantize, quantize
@@ -8,8 +8,10 @@ from .quantize import dequantize, quantize
 __all__ = [
     "accumulate_",
     "dequantize",
+    "int8_matmul",
     "lion_step_",
     "lion_step_float_",
     "quantize",
+    "quantize_gradient",
     "squared_norm",
 ]

@@ -1,15 +1,19 @@
 """The operators in plain PyTorch, on any device: the specification of every other backend."""
 
 from .gradient import accumulate_, squared_norm
+from .int8_matmul import int8_matmul
 from .lion import lion_step_
 from .lion_float import lion_step_float_
 from .quantize import dequantize, quantize
+from .quantize_gradient import quantize_gradient
 
 __all__ = [
     "accumulate_",
     "dequantize",
+    "int8_matmul",
     "lion_step_",
     "lion_step_float_",
     "quantize",
+    "quantize_gradient",
     "squared_norm",
 ]

@@ -16,13 +16,13 @@ KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 LANES = 4  # words that one counter yields
 
 
-def philox(counter: Tensor, *, seed: int, step: int, stream: int) -> Tensor:
+def philox(counter: Tensor, *, seed: int, step: int | Tensor, stream: int) -> Tensor:
     """Four random 32-bit words for each counter.
 
     Args:
         counter: int64 `[n]`, values in [0, 2**32): word 0 of the 128-bit counter.
         seed: The 64-bit key.
-        step: Word 1 of the counter; taken modulo 2**32.
+        step: Word 1 of the counter, one or int64 `[n]`; taken modulo 2**32.
         stream: Word 2 of the counter, modulo 2**32; word 3 is zero.
 
     Returns:
@@ -48,18 +48,26 @@ def philox(counter: Tensor, *, seed: int, step: int, stream: int) -> Tensor:
 
 
 def random_words(
-    rows: slice, columns: int, *, seed: int, step: int, stream: int, device: torch.device
+    rows: slice,
+    columns: int,
+    *,
+    seed: int,
+    step: int | Tensor,
+    stream: int,
+    device: torch.device,
 ) -> Tensor:
     """One random 32-bit word for each element of rows `rows` of a matrix.
 
     Four neighbouring columns share a counter, `row * ceil(columns / 4) + column // 4`, and take its
-    four words in order.
+    four words in order. `step` is one number, or an int64 tensor of one for each of the rows.
 
     Returns:
         int64 `[rows.stop - rows.start, columns]` with values in [0, 2**32).
     """
     quads = -(-columns // LANES)
     counter = torch.arange(rows.start * quads, rows.stop * quads, device=device)
+    if isinstance(step, Tensor):
+        step = step.repeat_interleave(quads)
     words = philox(counter, seed=seed, step=step, stream=stream)
     return words.view(-1, quads * LANES)[:, :columns]
 

@@ -1,5 +1,6 @@
 """The operators on NVIDIA GPUs, in Triton. Imported only when a tensor on such a device arrives."""
 
+from ..reference import int8_matmul, quantize_gradient
 from .gradient import accumulate_, squared_norm
 from .lion import lion_step_
 from .lion_float import lion_step_float_
@@ -8,8 +9,10 @@ from .quantize import dequantize, quantize
 __all__ = [
     "accumulate_",
     "dequantize",
+    "int8_matmul",
     "lion_step_",
     "lion_step_float_",
     "quantize",
+    "quantize_gradient",
     "squared_norm",
 ]

@@ -1,0 +1,106 @@
+"""Product of two INT8 matrices, accumulated exactly, with their scales applied to the result."""
+
+import torch
+from torch import Tensor
+
+from .checks import check_codes, check_row_scales
+from .operators import declare
+
+# 2**17 products of two codes in [-127, 127] fit a signed 32-bit sum; a longer sum goes in parts.
+MAX_SUMMED = 2**17
+
+_int8_matmul = declare(
+    "int8_matmul",
+    "(Tensor a, Tensor b, Tensor? a_scales, Tensor? b_scales, *, Tensor? bias, ScalarType dtype) "
+    "-> Tensor",
+    fake=lambda a, b, *_, dtype, **__: a.new_empty((a.shape[0], b.shape[1]), dtype=dtype),
+)
+
+
+def int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scales: Tensor | None,
+    b_scales: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`a @ b` of INT8 codes, times one scale per row of `a` and one per column of `b`.
+
+    The sum over K is an exact integer. The rest is FP32 and in this order, so that all backends
+    return the same bits:
+
+        out = ((float(sum) * a_scales) * b_scales) + bias
+
+    where a missing factor or term is left out, and `out` is rounded to `dtype` once. A K above
+    131,072 is summed in parts of that length, each scaled so, and the parts are added in FP32 in
+    order.
+
+    With the codes of `quantize(x, group_size=None)` and `quantize_gradient` the three products of
+    a linear layer, `x` `[N, C]` and `w` `[R, C]`, are
+
+        y = int8_matmul(x_codes, w_codes.t(), x_scales, w_scales)
+        grad_x = int8_matmul(row_codes, w_codes, row_scales, None)
+        grad_w = int8_matmul(column_codes, x_codes, column_scales, None)
+
+    Integer matrix units of GPUs want both operands contiguous along K, and rows of whole 16 bytes.
+    An operand that is not is copied first: `w_codes` and `x_codes` in the last two lines. That
+    moves two bytes for each of its elements and keeps one while the product runs.
+
+    Args:
+        a: int8 `[M, K]`, codes in [-127, 127]; contiguous or transposed, or rows or columns of
+            such a matrix: one stride must be 1.
+        b: int8 `[K, N]`, likewise.
+        a_scales: fp32 `[M, 1]`, as `quantize` returns them, or None.
+        b_scales: fp32 `[N, 1]`, or None.
+        bias: Float `[N]`, or None.
+        dtype: A float type.
+
+    Returns:
+        `[M, N]` of `dtype`, contiguous. Zeros, or the bias, where K is 0.
+
+    Raises:
+        TypeError: Codes are not int8, or `dtype` is not a float type.
+        ValueError: Shapes, strides or devices do not fit.
+
+    Source:
+        Dettmers et al. 2022, "LLM.int8()", section 3.1, vector-wise quantization
+        (arXiv:2208.07339).
+    """
+    check_codes("a", a)
+    check_codes("b", b)
+    if a.shape[1] != b.shape[0] or a.device != b.device:
+        raise ValueError(
+            f"int8_matmul multiplies [M, K] by [K, N] on one device, got {tuple(a.shape)} on "
+            f"{a.device} and {tuple(b.shape)} on {b.device}. Pass .t() of a matrix stored the "
+            "other way round."
+        )
+    if not dtype.is_floating_point:
+        raise TypeError(f"int8_matmul makes floats, got dtype={dtype}.")
+    rows, summed = a.shape
+    columns = b.shape[1]
+    if a_scales is not None:
+        check_row_scales("a_scales", a_scales, rows, a.device)
+    if b_scales is not None:
+        check_row_scales("b_scales", b_scales, columns, a.device)
+    if bias is not None and (tuple(bias.shape) != (columns,) or bias.device != a.device):
+        raise ValueError(
+            f"bias must have shape {(columns,)} on {a.device}, got shape {tuple(bias.shape)} on "
+            f"{bias.device}."
+        )
+
+    out: Tensor
+    if a.numel() and b.numel() and summed <= MAX_SUMMED:
+        out = _int8_matmul(a, b, a_scales, b_scales, bias=bias, dtype=dtype)
+        return out
+    out = a.new_zeros((rows, columns), dtype=torch.float32)
+    if out.numel():
+        for start in range(0, summed, MAX_SUMMED):
+            part = slice(start, start + MAX_SUMMED)
+            out += _int8_matmul(
+                a[:, part], b[part], a_scales, b_scales, bias=None, dtype=torch.float32
+            )
+    if bias is not None:
+        out += bias
+    return out.to(dtype)
