@@ -1,8 +1,10 @@
-"""How weights are stored. Plain values: no tensors, no torch, no transformers."""
+"""How weights are stored and multiplied. Plain values: no tensors, no torch, no transformers."""
 
 from dataclasses import dataclass
 
-MATMULS = ("dequantize",)
+MATMULS = ("dequantize", "int8")
+# The three matrix products of a linear layer in one training step: y, grad_x and grad_W.
+PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 
 
 @dataclass(kw_only=True)
@@ -17,7 +19,13 @@ class QuantizationSpec:
         modules_to_not_convert: Names of modules that stay float, with everything below them; each
             is a full module name or one component of it (`"lm_head"`, `"classifier"`).
         matmul: How products with the weight are computed. `"dequantize"` expands one tile of
-            the weight at a time to the activation's dtype.
+            the weight at a time to the activation's dtype. `"int8"` quantizes activations and
+            gradients and multiplies INT8 by INT8; its critical values are whole columns, the same
+            in every row, and `group_size` must be None.
+        int8_products: With `matmul="int8"`, which products of which modules are INT8: module names
+            as in `modules_to_not_convert`, or `"*"` for all, each with a list of `"forward"`,
+            `"input_gradient"` and `"weight_gradient"`. Of several names that match a module the
+            longest decides. Not listed: all three, and none for the output head.
         seed: Key of the counter-based random numbers that round updates.
 
     Raises:
@@ -28,6 +36,7 @@ class QuantizationSpec:
     outlier_fraction: float = 0.01
     modules_to_not_convert: list[str] | None = None
     matmul: str = "dequantize"
+    int8_products: dict[str, list[str]] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -45,5 +54,17 @@ class QuantizationSpec:
             raise ValueError(
                 f"matmul must be one of {', '.join(map(repr, MATMULS))}, got {self.matmul!r}."
             )
+        if self.matmul == "int8" and self.group_size is not None:
+            raise ValueError(
+                f'matmul="int8" needs one scale per row, got group_size={self.group_size}: scales '
+                "inside a row cannot be taken out of an integer sum. Set group_size to None, or "
+                'matmul="dequantize".'
+            )
+        for name, products in (self.int8_products or {}).items():
+            if unknown := [product for product in products if product not in PRODUCTS]:
+                raise ValueError(
+                    f"int8_products has {unknown} for {name!r}; a module's products are "
+                    f"{', '.join(PRODUCTS)}, and [] leaves it out."
+                )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {self.seed}.")

@@ -1,5 +1,6 @@
 """`QFTTrainingArguments`: the Trainer's arguments with the INT8 format beside them."""
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +36,14 @@ class QFTTrainingArguments(TrainingArguments):
     )
     matmul: str = field(
         default=_DEFAULTS.matmul,
-        metadata={"help": "How products with a weight are computed: dequantize."},
+        metadata={"help": "How products with a weight are computed: dequantize, or int8."},
+    )
+    int8_products: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "With matmul int8: INT8 products by module, as in "
+            """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all, and none of the head."""
+        },
     )
     quantization_seed: int = field(
         default=_DEFAULTS.seed,
@@ -61,10 +69,19 @@ class QFTTrainingArguments(TrainingArguments):
             outlier_fraction=self.outlier_fraction,
             modules_to_not_convert=self.modules_to_not_convert,
             matmul=self.matmul,
+            int8_products=self.int8_products,  # type: ignore[arg-type]  # checked there
             seed=self.quantization_seed,
         )
 
     def __post_init__(self) -> Any:
         """Check the format at once, before a model is loaded."""
+        if isinstance(self.int8_products, str):  # of a command line or a config file
+            try:
+                self.int8_products = json.loads(self.int8_products)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"int8_products must be a JSON dictionary such as "
+                    f"""'{{"lm_head": ["forward"]}}', got {self.int8_products!r}."""
+                ) from error
         super().__post_init__()
         _ = self.quantization_config

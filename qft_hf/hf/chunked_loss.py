@@ -27,7 +27,8 @@ def chunk_loss_(model: Model) -> Model:
         `model`.
 
     Raises:
-        ValueError: The model has no INT8 output head, or a loss of another kind.
+        ValueError: The model has no INT8 output head, one with INT8 products, or a loss of another
+            kind.
     """
     causal: Any = model
     get_head = getattr(model, "get_output_embeddings", None)
@@ -37,6 +38,12 @@ def chunk_loss_(model: Model) -> Model:
             f"A chunked loss needs an INT8 output head, got {type(head).__name__} in "
             f"{type(model).__name__}. Take the head out of modules_to_not_convert, or leave "
             "chunked_loss off."
+        )
+    if head.products is not None:
+        raise ValueError(
+            f"A chunked loss multiplies with the dequantized head, and int8_products asks for its "
+            f"{head.products} in INT8. Take the head out of int8_products, or leave chunked_loss "
+            "off."
         )
     loss = causal.loss_function
     if loss not in (ForCausalLMLoss, _loss):

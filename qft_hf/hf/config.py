@@ -32,6 +32,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
             ("outlier_fraction", (int, float), "a number"),
             ("modules_to_not_convert", (list, type(None)), "a list of module names or None"),
             ("matmul", (str,), "a string"),
+            ("int8_products", (dict, type(None)), "a dictionary of module names or None"),
             ("seed", (int,), "an integer"),
         ):
             value = getattr(self, name)
@@ -43,6 +44,12 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
                 "modules_to_not_convert must be a list of module names or None, got "
                 f"{self.modules_to_not_convert!r}."
             )
+        for name, products in (self.int8_products or {}).items():
+            if not isinstance(products, list) or not all(isinstance(p, str) for p in products):
+                raise TypeError(
+                    f"int8_products must give each module a list of products, got {products!r} for "
+                    f"{name!r}."
+                )
         super().__post_init__()
         self.quant_method = QUANT_METHOD
 
@@ -110,7 +117,12 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         """What of a configuration passed by the user applies to an INT8 checkpoint."""
         # The format comes first, so that nothing is taken over when it does not fit.
-        return {"storage_format": self.storage_format, "matmul": self.matmul, "seed": self.seed}
+        return {
+            "storage_format": self.storage_format,
+            "matmul": self.matmul,
+            "int8_products": self.int8_products,
+            "seed": self.seed,
+        }
 
 
 # Only these classes are asked for loading attributes. For others transformers drops the user's

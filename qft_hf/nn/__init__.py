@@ -10,12 +10,14 @@ from .convert import (
 from .functional import embedding, linear
 from .loss import DeferredLogits, linear_cross_entropy
 from .modules import QFTEmbedding, QFTLinear, is_quantized_module
+from .products import Int8Products
 from .state import STATE_NAMES, state_fields
 
 __all__ = [
     "STATE_NAMES",
     "ConversionPlan",
     "DeferredLogits",
+    "Int8Products",
     "QFTEmbedding",
     "QFTLinear",
     "conversion_plan",

@@ -6,6 +6,7 @@ Loading, converting and estimating all ask `conversion_plan`, so they cannot dis
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,8 @@ from torch import nn
 from ..config import QuantizationSpec
 from ..quant import QFTWeight
 from .modules import PLAIN_CLASSES, QUANTIZED_CLASSES, is_quantized_module
+from .products import Int8Products, int8_products
+from .state import check_shared_columns
 
 # Classes that hold their matrices transposed or in other forms, found in common models.
 UNSUPPORTED_CLASSES = ("Conv1D",)
@@ -133,14 +136,34 @@ def kept_parameters(model: nn.Module) -> list[Kept]:
 
 
 def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan:
-    """Give the modules of the plan their quantized classes; weights are not touched.
+    """Give the modules of the plan their quantized classes and products; weights are not touched.
 
     The class changes in place, so hooks, references and names of the modules stay.
+
+    Raises:
+        ValueError: The rule refuses the model, `spec.int8_products` names no module of it, or a
+            weight was quantized for other products. The model is unchanged.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
+    choices = product_choices(model, plan, spec)
+    for name, products in choices.items():
+        weight = plan.modules[name].weight
+        if products is not None and isinstance(weight, QFTWeight):
+            check_shared_columns(f"{name}.weight", weight)
     for module in plan.modules.values():
         module.__class__ = QUANTIZED_CLASSES.get(type(module), type(module))
+    for name, products in choices.items():
+        linear: Any = plan.modules[name]
+        linear.products = products
     return plan
+
+
+def product_choices(
+    model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec
+) -> dict[str, Int8Products | None]:
+    """Which products of the linear modules of `plan` are INT8; None: none is."""
+    names = [name for name, module in plan.modules.items() if isinstance(module, nn.Linear)]
+    return int8_products(model, names, spec)
 
 
 def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan:
@@ -155,6 +178,7 @@ def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPla
         RuntimeError: A weight is in use by a graph that is still alive. The model is unchanged.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
+    product_choices(model, plan, spec)  # raises, before anything has changed
     for name, parameter in _float_weights(plan):
         if not parameter.is_meta and not bool(parameter.detach().isfinite().all()):
             QFTWeight.from_float(parameter, spec, name=name)  # raises, before anything has changed
@@ -198,6 +222,7 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
             weight = module.weight
             if isinstance(weight, QFTWeight):
                 _replace_(weight, weight.dequantize().to(dtype))
+            module.__dict__.pop("products", None)
             module.__class__ = PLAIN_CLASSES[type(module)]
     for module in model.modules():
         _cast_(module, dtype)

@@ -1,67 +1,83 @@
-"""Products with a quantized weight, and their gradients.
-
-Shapes: N tokens (all leading dimensions), R rows (outputs), C columns (inputs). The weight is
-expanded to float one row tile at a time, and each tile of its gradient is quantized as soon as it
-exists, so neither ever exists whole in float.
-"""
+"""Products with a quantized weight, and their gradients, as autograd functions."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import kernels
 from ..quant import Int8Gradient, QFTWeight
+from . import dequantized, int8
+from .products import Int8Products
+
+FLOAT_PRODUCTS = Int8Products(forward=False, input_gradient=False, weight_gradient=False)
 
 
 class _Linear(torch.autograd.Function):
-    """y[N, R] = x[N, C] W[R, C]^T + b[R]."""
+    """y[..., R] = x[..., C] W[R, C]^T + b[R], each of its three products as `products` says.
+
+    `operand` is the quantized `x` where a product needs it, and then `x` itself is not kept for the
+    weight's gradient.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        tiles = [
-            F.linear(
-                x,
-                weight.dequantize_rows(rows).to(x.dtype),
-                None if bias is None else bias[rows].to(x.dtype),
-            )
-            for rows in weight.row_tiles()
-        ]
-        return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: QFTWeight,
+        bias: Tensor | None,
+        products: Int8Products,
+        operand: int8.Operand | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.products, ctx.x_shape, ctx.x_dtype = products, x.shape, x.dtype
+        if not (products.forward and products.weight_gradient):
+            x = x.to(dtype)
+        kept: tuple[Tensor, ...] = ()
+        if ctx.needs_input_grad[1]:
+            kept = operand if operand is not None and products.weight_gradient else (x,)
+        ctx.save_for_backward(weight, *kept)
+        if operand is not None and products.forward:
+            return int8.forward(operand, x, weight, bias, dtype)
+        return dequantized.forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_output: Tensor
-    ) -> tuple[Tensor | None, Int8Gradient | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        x_rows = x.reshape(-1, x.shape[-1])
-        grad_rows = grad_output.reshape(-1, grad_output.shape[-1])
+    ) -> tuple[Tensor | None, Int8Gradient | None, Tensor | None, None, None, None]:
+        weight, *kept = ctx.saved_tensors
+        products = ctx.products
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
 
-        grad_x = None
-        gradient = (
-            Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
-            if needs_weight
-            else None
-        )
-        tiles = list(weight.row_tiles())
-        for rows in tiles:
-            grad_tile = grad_rows[:, rows]
-            if needs_x:
-                product = grad_tile @ weight.dequantize_rows(rows).to(x.dtype)
-                if len(tiles) > 1:  # they add up in FP32: rounding partial sums would lose bits
-                    product = product.float()
-                grad_x = product if grad_x is None else grad_x.add_(product)
-            if gradient is not None:
-                gradient.set_rows_(rows, grad_tile.t() @ x_rows)
-        return (
-            None if grad_x is None else grad_x.to(x.dtype).view(x.shape),
-            gradient,
-            grad_rows.sum(dim=0) if needs_bias else None,
-        )
+        rows = columns = None
+        int8_x = needs_x and products.input_gradient
+        int8_weight = needs_weight and products.weight_gradient
+        if int8_x or int8_weight:
+            rows, columns = kernels.quantize_gradient(
+                grad.contiguous(),
+                weight.scales if int8_x else None,
+                kept[1] if int8_weight else None,
+                seed=products.seed,
+            )
+        grad_x = gradient = None
+        if needs_x:
+            product = (
+                dequantized.input_gradient(grad, weight)
+                if rows is None
+                else int8.input_gradient(rows, grad, weight)
+            )
+            grad_x = product.to(ctx.x_dtype).view(ctx.x_shape)
+        if needs_weight:
+            gradient = (
+                dequantized.weight_gradient(grad, kept[0].reshape(-1, weight.shape[1]), weight)
+                if columns is None
+                else int8.weight_gradient(columns, kept[0], weight)
+            )
+        grad_bias = grad.sum(dim=0) if needs_bias else None
+        return grad_x, gradient, grad_bias, None, None, None
 
 
 class _Embedding(torch.autograd.Function):
@@ -94,39 +110,55 @@ class _Embedding(torch.autograd.Function):
         return None, gradient, None
 
 
-def linear(x: Tensor, weight: QFTWeight, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: QFTWeight,
+    bias: Tensor | None = None,
+    *,
+    products: Int8Products | None = None,
+) -> Tensor:
     """`x W^T + b` with a quantized weight; the weight's gradient is an `Int8Gradient`.
 
     Args:
-        x: Float `[..., C]`, of the weight's dtype; under autocast it is cast to the autocast dtype.
-        weight: `[R, C]`.
+        x: Float `[..., C]`, of the weight's dtype; under autocast the products are computed in the
+            autocast dtype.
+        weight: `[R, C]`; for INT8 products with one scale per row, and the same columns of critical
+            values in every row.
         bias: Float `[R]` or None.
+        products: Which products are INT8; None for none. With fewer than `int8.MIN_TOKENS` tokens
+            none is.
 
     Returns:
-        Float `[..., R]` of the dtype of `x`.
+        Float `[..., R]` of the dtype of `x`, or the autocast dtype.
 
     Raises:
         TypeError: The dtype of `x` is not the weight's, and autocast is off.
     """
-    output: Tensor = _Linear.apply(computed_input(x, weight), weight, bias)
+    dtype = product_dtype(x, weight)
+    operand = None
+    if products is None or x.numel() < int8.MIN_TOKENS * x.shape[-1]:
+        products = FLOAT_PRODUCTS
+    elif products.forward or (products.weight_gradient and torch.is_grad_enabled()):
+        operand = int8.quantized_input(x)
+    output: Tensor = _Linear.apply(x, weight, bias, products, operand, dtype)
     return output
 
 
-def computed_input(x: Tensor, weight: QFTWeight) -> Tensor:
-    """`x` in the dtype of its product with `weight`.
+def product_dtype(x: Tensor, weight: QFTWeight) -> torch.dtype:
+    """The dtype that `x` and `weight` are multiplied in: that of autocast, or their own.
 
     Raises:
         TypeError: The dtype of `x` is not the weight's, and autocast is off.
     """
     device_type = x.device.type
     if torch.is_autocast_enabled(device_type):
-        return x.to(torch.get_autocast_dtype(device_type))
+        return torch.get_autocast_dtype(device_type)
     if x.dtype != weight.dtype:
         raise TypeError(
             f"linear needs an input of the weight's dtype {weight.dtype}, got {x.dtype}. Cast the "
             "input, load the model with another dtype, or run under torch.autocast."
         )
-    return x
+    return x.dtype
 
 
 def embedding(ids: Tensor, weight: QFTWeight, padding_idx: int | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..quant import Int8Gradient, QFTWeight
-from .functional import computed_input
+from .functional import product_dtype
 
 IGNORED = -100  # label of a token without a loss, as torch has it
 
@@ -176,5 +176,6 @@ def linear_cross_entropy(
                 f"{len(bad)} labels are outside [0, {weight.shape[0]}), the first is "
                 f"{int(bad[0])}. Labels are token ids, or {IGNORED} for tokens without a loss."
             )
-    loss: Tensor = _LinearCrossEntropy.apply(computed_input(x, weight), weight, bias, labels)
+    x = x.to(product_dtype(x, weight))
+    loss: Tensor = _LinearCrossEntropy.apply(x, weight, bias, labels)
     return loss

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from ..quant import QFTWeight
 from .functional import embedding, linear
 from .loss import DeferredLogits
-from .state import STATE_NAMES, check_values, state_fields
+from .products import Int8Products
+from .state import STATE_NAMES, check_shared_columns, check_values, state_fields
 
 
 class _QuantizedWeight(nn.Module):
     """Saves and loads `weight` as its INT8 fields."""
 
     weight: Any  # the plain modules declare a Tensor, and it is a QFTWeight
+    products: Int8Products | None = None  # which are INT8; None: none is
 
     def complete_weight(self) -> QFTWeight:
         """The weight, for computing with it.
@@ -103,6 +105,8 @@ class _QuantizedWeight(nn.Module):
         if found and not weight.pending:
             try:
                 check_values(prefix + "weight", weight)
+                if self.products is not None:
+                    check_shared_columns(prefix + "weight", weight)
             except ValueError as error:
                 error_msgs.append(str(error))
 
@@ -122,7 +126,12 @@ class QFTLinear(_QuantizedWeight, nn.Linear):
         weight = self.complete_weight()
         if self.defers_logits and self.training and torch.is_grad_enabled():
             return DeferredLogits(x, weight, self.bias)
-        return linear(x, weight, self.bias)
+        return linear(x, weight, self.bias, products=self.products)
+
+    def extra_repr(self) -> str:
+        """What `nn.Linear` shows, and the INT8 products."""
+        shown = super().extra_repr()
+        return shown if self.products is None else f"{shown}, int8=({self.products})"
 
 
 class QFTEmbedding(_QuantizedWeight, nn.Embedding):

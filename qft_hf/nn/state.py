@@ -81,6 +81,8 @@ def weight_from_fields(
     }
     weight = wanted.with_fields(inner)
     check_values(name, weight)
+    if spec.matmul == "int8":
+        check_shared_columns(name, weight)
     return weight
 
 
@@ -115,6 +117,21 @@ def check_values(name: str, weight: QFTWeight) -> None:
                 f"{listed(name, [STATE_NAMES[field]])} has {problem}: {int((~good).sum())} of "
                 f"{good.numel()}. The checkpoint is damaged: copy or save it again."
             )
+
+
+def check_shared_columns(name: str, weight: QFTWeight) -> None:
+    """Raise unless the critical values of `weight` can take part in INT8 products.
+
+    Raises:
+        ValueError: They lie in other columns in each row, or scales are not those of whole rows.
+    """
+    columns = weight.outlier_columns
+    if weight.group_size is not None or not bool((columns == columns[:1]).all()):
+        raise ValueError(
+            f"{name} was quantized for matmul='dequantize': its critical values lie in other "
+            "columns in each row, or rows have several scales. Leave matmul='int8' out, or "
+            "dequantize the model, save it, and quantize it with QFTConfig(matmul='int8')."
+        )
 
 
 def listed(name: str, fields: Iterable[str]) -> str:

@@ -33,7 +33,8 @@ class QFTWeight(Int8Tensor):
     Source:
         Zhang et al. 2023, "QFT", section 3.3 (arXiv:2310.07147); dense-and-sparse split from Kim et
         al. 2023, "SqueezeLLM", section 4.2 (arXiv:2306.07629). Theirs picks critical values per
-        tensor; here each row has the same number, so that rows stay independent.
+        tensor; here each row has the same number, so that rows stay independent. With
+        `matmul="int8"` all rows have them in the same columns.
     """
 
     FIELDS = ("codes", "scales", "outlier_values", "outlier_columns")
@@ -81,7 +82,8 @@ class QFTWeight(Int8Tensor):
         Args:
             weight: fp32, bf16 or fp16 `[rows, columns]`; not modified. Its dtype becomes the outer
                 dtype. On the meta device only shapes are made.
-            spec: Group size and outlier fraction.
+            spec: Group size, outlier fraction, and whether the critical values are whole columns,
+                as INT8 products need them.
             name: What to call the tensor in an error.
 
         Raises:
@@ -99,11 +101,10 @@ class QFTWeight(Int8Tensor):
                 "cannot be quantized. The checkpoint is damaged or its dtype too narrow: load a "
                 "good one, or list the module in modules_to_not_convert."
             )
-        n_outliers = outliers_per_row(weight.shape[1], spec.outlier_fraction)
         dense = weight.float()
-        index = dense.abs().topk(n_outliers, dim=1).indices.sort(dim=1).values
+        index = _critical_columns(dense, spec)
         values = dense.gather(1, index)
-        if n_outliers:
+        if index.shape[1]:
             dense = dense.scatter(1, index, 0.0)
         codes, scales = kernels.quantize(dense, group_size=spec.group_size)
         return cls(
@@ -162,6 +163,23 @@ class QFTWeight(Int8Tensor):
     def dequantize(self) -> Tensor:
         """All values as a plain `[rows, columns]` tensor of the outer dtype."""
         return self.dequantize_rows(slice(0, self.shape[0]))
+
+
+def _critical_columns(weight: Tensor, spec: QuantizationSpec) -> Tensor:
+    """Which columns of each row stay float: int64 `[rows, n_outliers]`, ascending.
+
+    Each row's largest magnitudes; for INT8 products the same columns in every row, those with the
+    largest value relative to the norm of its row: what stands out most sets the scale of its row,
+    and a row with a large scale takes the codes of all others in its share of the input gradient.
+    """
+    rows, columns = weight.shape
+    n_outliers = outliers_per_row(columns, spec.outlier_fraction)
+    size = weight.abs()
+    if spec.matmul == "int8":
+        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+        size = size.div_(norm.clamp_min_(1e-30)).amax(dim=0, keepdim=True)  # a row may be zeros
+    index = size.topk(n_outliers, dim=1).indices.sort(dim=1).values
+    return index.expand(rows, n_outliers).contiguous()
 
 
 def _column_dtype(columns: int) -> torch.dtype:

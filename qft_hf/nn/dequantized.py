@@ -1,0 +1,46 @@
+"""The three products of a linear layer with the weight expanded to float, a row tile at a time.
+
+Shapes: N tokens (all leading dimensions), R rows (outputs), C columns (inputs). Each tile of the
+weight's gradient is quantized as soon as it exists, so neither ever exists whole in float.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..quant import Int8Gradient, QFTWeight
+
+
+def forward(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
+    """y[..., R] = x[..., C] W[R, C]^T + b[R], of the dtype of `x`."""
+    tiles = [
+        F.linear(
+            x,
+            weight.dequantize_rows(rows).to(x.dtype),
+            None if bias is None else bias[rows].to(x.dtype),
+        )
+        for rows in weight.row_tiles()
+    ]
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
+
+
+def input_gradient(grad: Tensor, weight: QFTWeight) -> Tensor:
+    """grad_x[N, C] = grad[N, R] W[R, C]; FP32 if it was added up from several tiles."""
+    total = None
+    tiles = list(weight.row_tiles())
+    for rows in tiles:
+        product = grad[:, rows] @ weight.dequantize_rows(rows).to(grad.dtype)
+        if len(tiles) > 1:  # they add up in FP32: rounding partial sums would lose bits
+            product = product.float()
+        total = product if total is None else total.add_(product)
+    if total is None:
+        raise ValueError(f"{weight!r} has no rows, and no gradient passes through it.")
+    return total
+
+
+def weight_gradient(grad: Tensor, x: Tensor, weight: QFTWeight) -> Int8Gradient:
+    """grad_W[R, C] = grad[N, R]^T x[N, C]."""
+    gradient = Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
+    for rows in weight.row_tiles():
+        gradient.set_rows_(rows, grad[:, rows].t() @ x)
+    return gradient

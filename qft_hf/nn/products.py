@@ -1,0 +1,78 @@
+"""Which of a linear layer's three products are INT8 x INT8: the choice of `matmul="int8"`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..config import PRODUCTS, QuantizationSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Products:
+    """The choice of one module; products that are not INT8 use the dequantized weight.
+
+    Attributes:
+        forward: y = x W^T.
+        input_gradient: grad_x = grad_y W.
+        weight_gradient: grad_W = grad_y^T x; the layer then keeps INT8 codes of x and not x.
+        seed: Key of the random numbers that round gradients.
+    """
+
+    forward: bool = True
+    input_gradient: bool = True
+    weight_gradient: bool = True
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """Names of the INT8 products."""
+        return ", ".join(name for name in PRODUCTS if getattr(self, name))
+
+
+def int8_products(
+    model: nn.Module, names: list[str], spec: QuantizationSpec
+) -> dict[str, Int8Products | None]:
+    """The choice of `spec` for each of the linear modules `names` of `model`; None: none is INT8.
+
+    The output head is what `model.get_output_embeddings()` returns, as transformers models define
+    it. It is left out unless it is listed: its gradient is skewed, few logits of a token have most
+    of it, and one scale a token rounds the others away.
+
+    Raises:
+        ValueError: `spec.int8_products` has a name that matches none of the modules.
+    """
+    if spec.matmul != "int8":
+        return dict.fromkeys(names)
+    head = output_head(model)
+    listed = spec.int8_products or {}
+    unknown = [entry for entry in listed if not any(_matches(name, entry) for name in names)]
+    if unknown:
+        raise ValueError(
+            f"int8_products names {unknown}, which match no quantized linear module of "
+            f"{type(model).__name__}. Give full module names, single components of them such as "
+            f"{names[-1].rpartition('.')[2]!r}, or '*'."
+        )
+    choices: dict[str, Int8Products | None] = {}
+    for name in names:
+        matching = [entry for entry in listed if _matches(name, entry)]
+        is_head = model.get_submodule(name) is head
+        products = [] if is_head else list(PRODUCTS)
+        # What holds for all modules does not say that it holds for the head.
+        if named := [entry for entry in matching if entry != "*" or not is_head]:
+            products = listed[max(named, key=len)]
+        choices[name] = (
+            Int8Products(**{product: product in products for product in PRODUCTS}, seed=spec.seed)
+            if products
+            else None
+        )
+    return choices
+
+
+def output_head(model: Any) -> nn.Module | None:
+    """The module that makes the logits of a language model, if the model says which."""
+    find = getattr(model, "get_output_embeddings", None)
+    return None if find is None else find()
+
+
+def _matches(name: str, entry: str) -> bool:
+    return entry == "*" or f".{entry}." in f".{name}."
