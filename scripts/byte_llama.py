@@ -1,0 +1,148 @@
+"""What the studies train: a small Llama on bytes, first on source code, then on prose.
+
+Both texts come with Python: modules of its standard library, and its language reference as
+`pydoc_data` holds it. A study starts from one model that knows source code and tunes copies of it
+on prose, one in each of its ways.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+MODULES = (
+    "argparse", "ast", "calendar", "configparser", "copy", "dataclasses", "datetime", "decimal",
+    "difflib", "doctest", "enum", "functools", "heapq", "inspect", "ipaddress", "mailbox",
+    "optparse", "pathlib", "pdb", "pickle", "pickletools", "platform", "random", "shutil",
+    "smtplib", "socket", "ssl", "statistics", "subprocess", "tarfile", "tempfile", "textwrap",
+    "threading", "traceback", "turtle", "typing", "uuid", "zipfile",
+)  # fmt: skip
+HELD_OUT = 0.1  # the last tenth of each text
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Of the model and of a batch. The defaults take a second for about ten steps on one core."""
+
+    hidden: int = 96
+    layers: int = 3
+    sequence: int = 64
+    batch: int = 8
+
+
+def build(size: Size, *, seed: int = 0) -> LlamaForCausalLM:
+    """An untrained model; its head is not tied to its embedding."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=256,
+                hidden_size=size.hidden,
+                intermediate_size=size.hidden * 8 // 3,
+                num_hidden_layers=size.layers,
+                num_attention_heads=size.hidden // 32,
+                num_key_value_heads=size.hidden // 32,
+                max_position_embeddings=size.sequence,
+                tie_word_embeddings=False,
+            )
+        )
+
+
+def source_code() -> Tensor:
+    """Some modules of the standard library: uint8 `[n]`."""
+    paths = [importlib.util.find_spec(name).origin for name in MODULES]
+    return _bytes("\n".join(Path(path).read_text("utf-8") for path in paths))
+
+
+def prose() -> Tensor:
+    """The language reference of Python: uint8 `[n]`."""
+    return _bytes("\n".join(topics[name] for name in sorted(topics)))
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode("ascii", "replace")), dtype=torch.uint8)
+
+
+def parts(text: Tensor) -> tuple[Tensor, Tensor]:
+    """What is learned, and what is held out."""
+    cut = int(len(text) * (1 - HELD_OUT))
+    return text[:cut], text[cut:]
+
+
+def windows(text: Tensor, size: Size, n: int, generator: torch.Generator) -> Tensor:
+    """`n` random sequences of `text`: int64 `[n, sequence]`."""
+    start = torch.randint(len(text) - size.sequence, (n, 1), generator=generator)
+    return text[start + torch.arange(size.sequence)].long()
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, text: Tensor, size: Size, *, n: int = 512) -> float:
+    """Mean loss in nats a byte on `n` sequences of the held-out part, the same at every call."""
+    ids = windows(parts(text)[1], size, n, torch.Generator().manual_seed(99))
+    model.eval()
+    losses = [model(input_ids=part, labels=part).loss * len(part) for part in ids.split(64)]
+    model.train()
+    return float(sum(losses)) / n
+
+
+def train(
+    model: LlamaForCausalLM,
+    optimizer: Optimizer,
+    text: Tensor,
+    size: Size,
+    *,
+    n_steps: int,
+    seed: int,
+    after_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> None:
+    """`n_steps` at the rate of the optimizer, falling to a tenth along a half cosine.
+
+    Args:
+        model: Modified.
+        optimizer: Of its parameters.
+        text: Its learned part gives the batches, their order is that of `seed`.
+        size: Of a batch.
+        n_steps: Batches, one a step.
+        seed: Of the data; the same for every way of training that is compared.
+        after_step: Called with the number of steps done and the loss of the last batch.
+    """
+    batches = torch.Generator().manual_seed(seed)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, n_steps, eta_min=0.1 * optimizer.param_groups[0]["lr"]
+    )
+    learned = parts(text)[0]
+    model.train()
+    for step in range(n_steps):
+        ids = windows(learned, size, size.batch, batches)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        after_step(step + 1, loss.item())
+
+
+def pretrained(size: Size, *, n_steps: int) -> LlamaForCausalLM:
+    """The model that every way of a study starts from: FP32 AdamW on source code."""
+    model = build(size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    report = counter(f"pretraining, {sum(p.numel() for p in model.parameters()):,} parameters")
+    train(model, optimizer, source_code(), size, n_steps=n_steps, seed=1234, after_step=report)
+    return model
+
+
+def counter(name: str) -> Callable[[int, float], None]:
+    """A line on the screen that counts steps."""
+
+    def report(step: int, loss: float) -> None:
+        if step % 10 == 0 and sys.stderr.isatty():
+            print(f"\r{name}: step {step}, loss {loss:.3f} ", end="", file=sys.stderr, flush=True)
+
+    return report
