@@ -58,7 +58,7 @@ class _Linear(torch.autograd.Function):
         if int8_x or int8_weight:
             rows, columns = kernels.quantize_gradient(
                 grad.contiguous(),
-                weight.scales if int8_x else None,
+                int8.used_scales(weight.codes, weight.scales) if int8_x else None,
                 kept[1] if int8_weight else None,
                 seed=products.seed,
             )

@@ -246,6 +246,25 @@ def test_backward_keeps_codes_of_the_input_and_not_the_input(products, expected)
     assert sum(t.untyped_storage().nbytes() for t in kept) == expected
 
 
+def test_tokens_and_weights_of_zeros_take_no_codes_from_the_others():
+    """Their scale is 1 by convention. It set that of the gradient, and nothing was left of it."""
+    weight, x, grad_y = make_weight(), randn(TOKENS, COLUMNS, seed=1), randn(TOKENS, ROWS)
+    x *= 1e-4  # as small against 1 as real scales are
+    x[4] = 0
+    with torch.no_grad():
+        weight.codes[6] = 0
+        weight.scales[6] = 1
+        weight.outlier_values[6] = 0
+
+    y, grad_x, gradient = run(weight, x, grad_y)
+
+    dense = weight.dequantize()
+    assert snr_db(x @ dense.t(), y) > 30
+    assert snr_db(grad_y @ dense, grad_x) > 30
+    assert snr_db(grad_y.t() @ x, gradient) > 30
+    assert_same_bits(y[4], torch.zeros(ROWS))
+
+
 def test_a_token_that_is_not_finite_shows_and_leaves_the_others_alone():
     weight, x = make_weight(), randn(TOKENS, COLUMNS, seed=1)
     clean = linear(x, weight, products=ALL).detach()
