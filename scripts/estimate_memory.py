@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from qft_hf import estimate_memory, recommend
+from qft_hf import QFTConfig, estimate_memory, recommend
 from qft_hf.memory.ledger import FP32_ADAM_BYTES
 
 MODES = ("stack", "release")
@@ -28,6 +28,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence_length", type=int, default=2048, help="tokens (default 2048)")
     parser.add_argument("--chunked_loss", action="store_true", help="logits never exist whole")
     parser.add_argument(
+        "--matmul", default="dequantize", help="dequantize, or int8, which keeps INT8 activations"
+    )
+    parser.add_argument(
         "--gpu", type=float, nargs="+", default=[24, 48, 80], help="cards, GB (default 24 48 80)"
     )
     parser.add_argument("--markdown", action="store_true", help="one table of all models")
@@ -41,6 +44,7 @@ def main() -> None:
         "batch_size": options.batch_size,
         "sequence_length": options.sequence_length,
         "chunked_loss": options.chunked_loss,
+        "config": QFTConfig(matmul=options.matmul),
     }
     if options.markdown:
         print(

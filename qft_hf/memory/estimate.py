@@ -1,19 +1,28 @@
 """What a run will hold, from shapes alone: the ledger before anything is loaded.
 
 States follow the storage format exactly. Activations are those of a decoder layer as transformers
-computes it: two norms in FP32, attention that saves no score matrix, and a gated MLP.
+computes it: two norms in FP32, attention that saves no score matrix, and a gated MLP. Its linear
+modules save their four inputs as floats or, for INT8 weight gradients, as codes.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import QuantizationSpec
-from ..layout import STATE_GROUP_SIZE, GroupLayout, outlier_bytes, outliers_per_row
-from ..nn import conversion_plan
+from ..layout import (
+    CODE_BYTES,
+    SCALE_BYTES,
+    STATE_GROUP_SIZE,
+    GroupLayout,
+    outlier_bytes,
+    outliers_per_row,
+)
+from ..nn import ConversionPlan, conversion_plan, product_choices
 from ..nn.loss import words_at_a_time
+from ..nn.products import output_head
 from ..quant.weight import TILE_ELEMENTS
 from .ledger import FP32_ADAM_BYTES, LedgerRow
 
@@ -35,6 +44,7 @@ class Workload:
         compute_bytes: Of one activation: 2 for BF16, 4 for FP32.
         checkpointing: Whether a layer keeps its input only and is computed again in backward.
         chunked_loss: Whether logits exist for one run of the vocabulary at a time.
+        int8_inputs: Whether linear modules save INT8 codes of their inputs.
     """
 
     tokens: int
@@ -47,13 +57,29 @@ class Workload:
     compute_bytes: int
     checkpointing: bool
     chunked_loss: bool = False
+    int8_inputs: bool = False
 
     @property
     def layer_bytes(self) -> int:
         """What one layer saves for its backward pass."""
         norms = 2 * self.hidden * FP32_BYTES
-        others = 4 * self.hidden + 2 * self.attention + 2 * self.key_value + 4 * self.intermediate
-        return self.tokens * (norms + others * self.compute_bytes)
+        others = 2 * self.hidden + self.attention + 2 * self.key_value + 3 * self.intermediate
+        return self.tokens * (norms + others * self.compute_bytes + self.input_bytes)
+
+    @property
+    def input_bytes(self) -> int:
+        """What linear modules save of one token: after both norms, of attention and of the MLP."""
+        inputs = (self.hidden, self.hidden, self.attention, self.intermediate)
+        if self.int8_inputs:
+            return sum(CODE_BYTES * width + SCALE_BYTES for width in inputs)
+        return self.compute_bytes * sum(inputs)
+
+    @property
+    def gradient_operand_bytes(self) -> int:
+        """The gradient of a linear module in its two INT8 forms, with its scales."""
+        widest = max(self.hidden, self.attention, self.intermediate)
+        codes = 2 * CODE_BYTES * self.tokens * widest
+        return codes + SCALE_BYTES * (self.tokens + widest) if self.int8_inputs else 0
 
     @property
     def saved_bytes(self) -> int:
@@ -139,6 +165,7 @@ def estimate(
         gradient: `"stack"` or `"release"`, as `QFTLion` takes it.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
+    workload = replace(workload, int8_inputs=_keeps_codes(model, plan, spec))
     weights: list[Any] = list({id(m.weight): m.weight for m in plan.modules.values()}.values())
     floats = [kept.parameter for kept in plan.kept]
     shapes = [(int(w.shape[0]), int(w.shape[1])) for w in weights]
@@ -177,6 +204,7 @@ def estimate(
         ("one layer computed again", 1, workload.layer_bytes if workload.checkpointing else 0),
         ("logits and their gradient", 3, workload.logits_bytes),
         ("largest gradient", 2, largest),
+        ("INT8 gradient operands", 4, workload.gradient_operand_bytes),
         # A tile of the weight in FP32 and as it multiplies, and that of its gradient.
         ("float tiles", 3, tile * (FP32_BYTES + 2 * workload.compute_bytes)),
     ]
@@ -184,6 +212,17 @@ def estimate(
         rows=[LedgerRow(*kind) for kind in kinds if kind[2]],
         activation_rows=[LedgerRow(*kind) for kind in activations if kind[2]],
         n_parameters=sum(p.numel() for p in (*weights, *floats)),
+    )
+
+
+def _keeps_codes(model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec) -> bool:
+    """Whether every linear module but the head saves codes; one that does not saves its input."""
+    choices = product_choices(model, plan, spec)
+    inner = [name for name in choices if model.get_submodule(name) is not output_head(model)]
+    return bool(inner) and all(
+        products is not None and products.weight_gradient
+        for name in inner
+        for products in (choices[name],)
     )
 
 

@@ -5,6 +5,7 @@ from .convert import (
     conversion_plan,
     dequantize_modules_,
     prepare_modules_,
+    product_choices,
     quantize_modules_,
 )
 from .functional import embedding, linear
@@ -27,6 +28,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "prepare_modules_",
+    "product_choices",
     "quantize_modules_",
     "state_fields",
 ]

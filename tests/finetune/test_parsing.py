@@ -62,6 +62,16 @@ def test_values_get_the_type_of_their_field(config):
     assert arguments.output.overwrite_output is False
 
 
+def test_int8_products_are_a_mapping_in_a_config_and_json_in_a_flag(config):
+    path = config("matmul: int8\nint8_products:\n  lm_head: [forward]\n  down_proj: []\n")
+
+    wanted = {"lm_head": ["forward"], "down_proj": []}
+    assert parse_arguments([path]).training.quantization_config.int8_products == wanted
+    changed = parse_arguments([path, '--int8_products={"*": ["forward"]}']).training
+    assert changed.quantization_config.int8_products == {"*": ["forward"]}
+    assert changed.quantization_config.matmul == "int8"
+
+
 def test_flags_override_the_config(config):
     path = config("max_length: 64\npacking: true\nmodules_to_not_convert: [a, b]\n")
     arguments = parse_arguments(

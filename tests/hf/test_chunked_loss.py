@@ -95,6 +95,16 @@ def test_a_model_that_caps_its_logits_is_refused():
         model(input_ids=ids, labels=ids)
 
 
+def test_a_head_in_int8_products_is_refused_and_one_left_out_is_not(tmp_path):
+    config = QFTConfig(matmul="int8", int8_products={"lm_head": ["forward"]})
+    with pytest.raises(ValueError, match=r"for its forward in INT8\. Take the head out of int8_pr"):
+        chunk_loss_(quantize_model_(tiny_llama(), config))
+    model = chunk_loss_(quantize_model_(tiny_llama(), QFTConfig(matmul="int8")))
+    trainer = trainer_on(model, tmp_path, Trainer)
+    trainer.train()
+    assert history(trainer, "loss")[-1] < history(trainer, "loss")[0]
+
+
 def test_models_without_such_a_loss_are_refused():
     with pytest.raises(ValueError, match="INT8 output head, got NoneType"):
         chunk_loss_(quantize_model_(tiny_bert(), QFTConfig()))

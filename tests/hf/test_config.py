@@ -16,6 +16,7 @@ CONFIGS = [
     QFTConfig(),
     QFTConfig(group_size=48, outlier_fraction=0.0),
     QFTConfig(outlier_fraction=0.5, modules_to_not_convert=["lm_head"], seed=2**63 - 1),
+    QFTConfig(matmul="int8", int8_products={"lm_head": ["forward"], "*": []}),
 ]
 
 

@@ -11,11 +11,12 @@ from tests.models import tiny_llama
 FORMATS = [
     QFTConfig(),
     QFTConfig(group_size=11, outlier_fraction=0.0, modules_to_not_convert=["lm_head"]),
+    QFTConfig(matmul="int8"),
 ]
 
 
 @pytest.mark.parametrize("gradient", ["stack", "release"])
-@pytest.mark.parametrize("config", FORMATS, ids=["default", "other"])
+@pytest.mark.parametrize("config", FORMATS, ids=["default", "other", "int8"])
 @pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_states_equal_the_ledger_of_a_live_model(tied, dtype, config, gradient):
     model = tiny_llama(tied=tied, dtype=dtype)
@@ -38,14 +39,16 @@ def test_states_equal_the_ledger_of_a_live_model(tied, dtype, config, gradient):
     assert predicted.percent_of_fp32_adam == pytest.approx(live.percent_of_fp32_adam, rel=1e-12)
 
 
+@pytest.mark.parametrize("matmul", ["dequantize", "int8"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_those_that_autograd_saves(dtype, checkpointing):
+def test_activations_are_those_that_autograd_saves(dtype, checkpointing, matmul):
     model = tiny_llama(
         dtype=dtype, hidden_size=96, intermediate_size=160, num_hidden_layers=6,
         num_attention_heads=4, num_key_value_heads=2,
     )  # fmt: skip
-    quantize_model_(model, QFTConfig()).train()
+    config = QFTConfig(matmul=matmul)
+    quantize_model_(model, config).train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     own = {p.data_ptr() for p in model.parameters() if not isinstance(p, QFTWeight)}
@@ -65,12 +68,29 @@ def test_activations_are_those_that_autograd_saves(dtype, checkpointing):
     rows = {
         row.state: row.bytes
         for row in estimate_memory(
-            model, batch_size=2, sequence_length=64, gradient_checkpointing=checkpointing
+            model, config=config, batch_size=2, sequence_length=64,
+            gradient_checkpointing=checkpointing,
         ).activation_rows
-    }
+    }  # fmt: skip
     # Of the logits, only the log-probabilities are saved; what no layer owns is the final norm.
     predicted = rows["saved by the layers"] + 128 * 131 * 4
     assert predicted < measured < 1.1 * predicted + 128 * 96 * (4 + 2 * dtype.itemsize)
+
+
+def test_int8_inputs_are_counted_where_all_modules_save_them():
+    def saved(**arguments) -> int:
+        rows = estimate_memory(
+            tiny_llama(), config=QFTConfig(**arguments), gradient_checkpointing=False
+        ).activation_rows
+        return next(row.bytes for row in rows if row.state == "saved by the layers")
+
+    floats = saved()
+    codes = saved(matmul="int8")
+    # FP32 inputs of 44, 44, 44 and 75 elements, in two layers of 2048 tokens.
+    assert floats - codes == 2 * 2048 * (3 * (44 + 44 + 44 + 75) - 4 * 4)
+    assert saved(matmul="int8", int8_products={"*": ["forward", "input_gradient"]}) == floats
+    # One module that saves its float input may share it with others: counted as if all did.
+    assert saved(matmul="int8", int8_products={"down_proj": []}) == floats
 
 
 def test_a_large_configuration_takes_no_memory_and_has_the_known_size():

@@ -126,6 +126,14 @@ def test_evaluation_and_generation(tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+def test_the_card_says_how_products_are_computed(tmp_path):
+    trainer = run(tmp_path, QFTTrainer, max_steps=1)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "3 % of each row, in the same columns" in card
+    assert "INT8 x INT8 with stochastic rounding" in card
+
+
 def test_a_second_architecture_with_biases_trains(tmp_path):
     examples = [
         {"input_ids": e["input_ids"], "labels": e["input_ids"][0] % 3} for e in sequences(48)

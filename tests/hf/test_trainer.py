@@ -447,6 +447,7 @@ def test_the_card_says_what_was_done_and_how_to_load_it(tmp_path):
         assert entry in head
     assert str(trainer.ledger) in text
     assert "1 % of each row" in text
+    assert "| products | with dequantized weights |" in text
     first, last = history(trainer, "eval_loss")
     assert f"| evaluation | {first:.4f} | {last:.4f} |" in text
     assert "import qft_hf" in text

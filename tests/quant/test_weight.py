@@ -80,6 +80,26 @@ def test_critical_values_are_the_largest_of_each_row(spec):
         np.testing.assert_array_equal(weight.outlier_columns[row].numpy(), largest)
 
 
+def test_critical_values_for_int8_products_are_whole_columns():
+    """Those that stand out most from their row, whatever the scale of the row."""
+    x = torch.randn(9, 101, generator=torch.Generator().manual_seed(0)) * 0.02
+    x[2, 40] = 0.5
+    x[5] *= 1000  # its largest values are the largest of the matrix, and ordinary in their row
+    x[7, 99] = -0.6
+    x[8] = 0  # has no scale to stand out from
+    spec = QuantizationSpec(matmul="int8", outlier_fraction=0.015)
+
+    weight = QFTWeight.from_float(x, spec)
+
+    assert weight.outlier_columns.tolist() == [[40, 99]] * 9
+    assert weight.outlier_columns.is_contiguous()
+    assert_same_bits(weight.outlier_values, x[:, [40, 99]])
+    assert (weight.codes[:, [40, 99]] == 0).all()
+    whole_rows = QFTWeight.from_float(x, QuantizationSpec(outlier_fraction=0.0))
+    for row in (2, 7):  # the others keep their codes for themselves
+        assert weight.scales[row] < whole_rows.scales[row] / 5
+
+
 def test_relative_error_falls_with_critical_values_and_with_groups():
     x = heavy_tailed(64, 512)
 
