@@ -270,6 +270,99 @@ def test_the_public_operators_run_these_kernels(monkeypatch):
     assert_same_state(actual, expected)
 
 
+# --- INT8 products --------------------------------------------------------------------------------
+
+int8_matmul = importlib.import_module("qft_hf.kernels.triton.int8_matmul")
+
+
+@pytest.fixture
+def buffers(monkeypatch):
+    """Tensors that a launcher makes with `new_empty` lie between guards; their buffers."""
+    made = []
+    new_empty = torch.Tensor.new_empty
+
+    def guarded_empty(self, *size, **options):
+        plain = new_empty(self, *size, **options)
+        if plain.numel() == 0:  # the interpreter makes those
+            return plain
+        inner, buffer = guarded(plain)
+        made.append(buffer)
+        return inner
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded_empty)
+    return made
+
+
+def int8_operand(rows: int, columns: int, form: str) -> torch.Tensor:
+    """Codes `[rows, columns]` stored in one of the ways that operands may be stored."""
+    generator = torch.Generator().manual_seed(rows * 1009 + columns)
+    x = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8).to(DEVICE)
+    if form == "transposed":
+        return x.t().contiguous().t()
+    if form == "part":
+        larger = torch.full((rows + 2, columns + 5), 127, dtype=torch.int8, device=DEVICE)
+        larger[1:-1, 3:-2] = x
+        return larger[1:-1, 3:-2]
+    return x
+
+
+# K of one and of several steps, aligned and not; one row of the result, and several tiles.
+PRODUCTS = [(1, 1, 1), (1, 288, 3), (70, 33, 7), (130, 160, 270), (33, 1040, 65)]
+FORMS = ["contiguous", "transposed", "part"]
+
+
+@pytest.mark.parametrize("b_form", FORMS)
+@pytest.mark.parametrize("a_form", FORMS)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
+def test_int8_matmul(shape, a_form, b_form, buffers):
+    m, k, n = shape
+    a, b = int8_operand(m, k, a_form), int8_operand(k, n, b_form)
+    dtype = DTYPES[(k + len(a_form + b_form)) % 3]
+    a_scales, b_scales = (
+        (torch.rand(size, 1, generator=torch.Generator().manual_seed(size)) * 0.05).to(DEVICE)
+        for size in (m, n)
+    )
+    bias = torch.linspace(-99, 99, n, device=DEVICE).bfloat16()
+    scales = (a_scales, b_scales) if a_form != "part" else (None, b_scales / 100)
+    options = {"bias": bias if a_form != b_form else None}
+
+    out = int8_matmul.int8_matmul(a, b, *scales, **options, dtype=dtype)
+
+    expected = reference.int8_matmul(a, b, *scales, **options, dtype=torch.float32)
+    assert_same_bits(out, stored(expected, dtype))
+    assert buffers
+    assert all(guards_are_intact(buffer) for buffer in buffers)
+
+
+@pytest.mark.parametrize("tile", sorted({t for ts in int8_matmul.TILES.values() for t in ts}))
+def test_int8_matmul_in_each_tile(tile, monkeypatch, buffers):
+    """Sizes that no tile divides, in rows, columns and steps; on a GPU only if the tile fits it."""
+    if not INTERPRETED and tile not in int8_matmul.TILES[torch.cuda.get_device_capability()]:
+        pytest.skip("a tile of another GPU")
+    monkeypatch.setattr(int8_matmul, "choose_tile", lambda *_: tile)
+    m, k, n = tile.rows + 3, 2 * tile.summed * tile.unrolled + 16, tile.columns + 5
+    a, b = int8_operand(m, k, "contiguous"), int8_operand(k, n, "transposed")
+
+    out = int8_matmul.int8_matmul(a, b, None, None, bias=None, dtype=torch.float32)
+
+    assert len(buffers) == 1  # operands in order are not copied
+    assert guards_are_intact(buffers[0])
+    expected = reference.int8_matmul(a, b, None, None, bias=None, dtype=torch.float32)
+    assert_same_bits(out, expected)
+
+
+def test_int8_matmul_visits_every_tile_of_the_result(monkeypatch):
+    """More rows of tiles than one group of programs takes, and not a multiple of it."""
+    tile = int8_matmul.Tile(16, 16, 32, 1, 1, 2)
+    monkeypatch.setattr(int8_matmul, "choose_tile", lambda *_: tile)
+    rows = 16 * (int8_matmul.GROUP * 2 + 3)
+    a, b = int8_operand(rows, 32, "contiguous"), int8_operand(32, 40, "contiguous")
+
+    out = int8_matmul.int8_matmul(a, b, None, None, bias=None, dtype=torch.float32)
+
+    assert_same_bits(out, reference.int8_matmul(a, b, None, None, bias=None, dtype=torch.float32))
+
+
 # --- float ----------------------------------------------------------------------------------------
 
 

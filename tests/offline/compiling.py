@@ -24,6 +24,7 @@ class Compiled:
     registers: int
     stack_bytes: int
     local_bytes: int
+    shared_bytes: int
     opcodes: list[str]
     ptx: str
 
@@ -39,6 +40,8 @@ def compile_kernel(
     constants: dict[str, Any],
     capability: int,
     n_warps: int,
+    n_stages: int = 3,
+    aligned: tuple[str, ...] = (),
     enable_fp_fusion: bool = False,
 ) -> Compiled:
     """Compile for `sm_<capability>`.
@@ -50,18 +53,26 @@ def compile_kernel(
         constants: The constexpr arguments.
         capability: 80, 86, 89 or 90.
         n_warps: Warps of one program.
+        n_stages: Steps of a loop in flight.
+        aligned: Integer arguments that are multiples of 16.
         enable_fp_fusion: Allow fused multiply-add.
     """
     names = kernel.arg_names
     assert {*types, *constants} == set(names)
-    pointers = [i for i, name in enumerate(names) if types.get(name, "").startswith("*")]
+    multiples = [
+        i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name in aligned
+    ]
     source = ASTSource(
         fn=kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+        attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
     )
-    options = {"num_warps": n_warps, "enable_fp_fusion": enable_fp_fusion}
+    options = {
+        "num_warps": n_warps,
+        "num_stages": n_stages,
+        "enable_fp_fusion": enable_fp_fusion,
+    }
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -77,6 +88,7 @@ def compile_kernel(
         registers=usage["REG"],
         stack_bytes=usage["STACK"],
         local_bytes=usage["LOCAL"],
+        shared_bytes=compiled.metadata.shared,
         opcodes=OPCODE.findall(compiled.asm["sass"]),
         ptx=compiled.asm["ptx"],
     )

@@ -16,12 +16,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from qft_hf.kernels.triton.tiling import tiling
 from tests.offline.compiling import Compiled, compile_kernel
 
-gradient, lion, lion_float, quantize = (
+gradient, int8_matmul, lion, lion_float, quantize = (
     importlib.import_module(f"qft_hf.kernels.triton.{name}")
-    for name in ("gradient", "lion", "lion_float", "quantize")
+    for name in ("gradient", "int8_matmul", "lion", "lion_float", "quantize")
 )
 
 CAPABILITIES = [80, 86, 89, 90]
+SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # of one program
 ELEMENTS = 16  # of one thread
 
 # Columns, group size, outliers: a row in one tile, a row in two passes, groups that are momentum
@@ -161,3 +162,43 @@ def test_multiply_and_add_are_not_fused():
     assert fused.count("FFMA") >= plain.count("FFMA") + 3 * ELEMENTS
     assert plain.count("FFMA") <= 3 * ELEMENTS
     assert "fma.rn.f32" not in plain.ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("i", range(3))
+def test_int8_matmul(i, capability):
+    """On integer matrix units, from whole words: no byte is loaded, stored or moved alone."""
+    tile = int8_matmul.TILES[divmod(capability, 10)][i]
+    kernel = int8_matmul._int8_matmul_kernel
+    sizes = ("M", "N", "K", "a_stride", "b_stride")
+    types = types_of(kernel, a_ptr="*i8", b_ptr="*i8", out_ptr="*bf16")
+
+    compiled = compile_kernel(
+        kernel,
+        types=types | dict.fromkeys(sizes, "i32"),
+        constants={
+            "TILE_M": tile.rows,
+            "TILE_N": tile.columns,
+            "TILE_K": tile.summed,
+            "UNROLLED": tile.unrolled,
+            "GROUP": int8_matmul.GROUP,
+        },
+        capability=capability,
+        n_warps=tile.n_warps,
+        n_stages=tile.n_stages,
+        aligned=sizes[1:],
+    )
+
+    assert compiled.stack_bytes == 0
+    assert compiled.local_bytes == 0
+    assert compiled.shared_bytes <= SHARED_BYTES[capability]
+    if capability == 90:
+        assert ".target sm_90a" in compiled.ptx
+        assert compiled.count("IGMMA") >= 4
+    else:
+        fragments = tile.rows * tile.columns * tile.summed // (16 * 8 * 32)
+        assert compiled.count(r"IMMA\.16832\.S8") == fragments * tile.unrolled // tile.n_warps
+    assert compiled.count(r"LDGSTS.*\.128") > 0
+    assert compiled.count(r"(LDG|LDS|STS)\.(U8|S8)") == 0
+    assert compiled.count("PRMT") == 0
+    assert "cvt.rn.bf16" in compiled.ptx

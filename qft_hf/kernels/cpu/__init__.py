@@ -1,7 +1,8 @@
 """The operators on CPUs: compiled by numba where that pays, else the reference itself."""
 
-from ..reference import int8_matmul, lion_step_float_, quantize_gradient
+from ..reference import lion_step_float_, quantize_gradient
 from .gradient import accumulate_, squared_norm
+from .int8_matmul import int8_matmul
 from .lion import lion_step_
 from .quantize import dequantize, quantize
 
