@@ -6,7 +6,7 @@ from .chunked_loss import chunk_loss_
 from .config import QFTConfig
 from .convert import dequantize_model_, quantize_model_
 from .estimate import Recommendation, estimate_memory, recommend
-from .registration import register_optimizer
+from .registration import is_accumulating, register_optimizer
 from .trainer import QFTTrainer
 
 register_optimizer()
@@ -19,6 +19,7 @@ __all__ = [
     "chunk_loss_",
     "dequantize_model_",
     "estimate_memory",
+    "is_accumulating",
     "quantize_model_",
     "recommend",
     "register_optimizer",

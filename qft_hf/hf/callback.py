@@ -1,6 +1,7 @@
 """The callback that every Trainer gets; it acts only on `qft_lion` runs and INT8 weights."""
 
 import logging
+import math
 from typing import Any
 
 from torch import nn
@@ -8,6 +9,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..optim import QFTLion
+from ..optim.release import ACCUMULATION_IS_FORBIDDEN
 from .support import (
     OPTIMIZER_NAME,
     ensure_quantized,
@@ -63,6 +65,8 @@ class QFTCallback(TrainerCallback):
             and inner.gradient == "release"
             and args.gradient_accumulation_steps > 1
         ):
+            if inner.accumulation == "forbid":
+                raise ValueError(ACCUMULATION_IS_FORBIDDEN)
             logger.warning(
                 "gradient=release with %d micro-batches a step: their INT8 gradients are kept "
                 "until the last one, about 1 byte for each parameter, as gradient=stack does",
@@ -78,7 +82,25 @@ class QFTCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Log the norm of released gradients: the Trainer finds none and would log 0."""
-        norm = getattr(unwrapped(optimizer), "released_norm", None)
-        if norm is not None and logs is not None and "grad_norm" in logs:
-            logs["grad_norm"] = state.log_history[-1]["grad_norm"] = norm.item()
+        """Log the true global norm: the Trainer's lacks the gradients that were released.
+
+        Reporters come after this callback, and so do all that the Trainer was built with; a
+        `Trainer.log` that reads the logs before it calls `super().log` comes before.
+        """
+        released = getattr(unwrapped(optimizer), "released_norm", None)
+        if released is not None and logs is not None and "grad_norm" in logs:
+            norm = math.hypot(logs["grad_norm"], released.item())
+            logs["grad_norm"] = state.log_history[-1]["grad_norm"] = norm
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """From now on a backward pass of the user's own updates no weight."""
+        inner = unwrapped(optimizer)
+        if isinstance(inner, QFTLion):
+            inner.eval()

@@ -72,7 +72,7 @@ class QFTTrainer(Trainer):
         """
         optimizer = unwrapped(self.optimizer)
         # Accumulated gradients are all alive at the end and are clipped there, in one pass.
-        if optimizer.clipping == "exact" and self.args.gradient_accumulation_steps == 1:
+        if optimizer.clipping == "exact" and self.current_gradient_accumulation_steps == 1:
             with torch.random.fork_rng(), optimizer.measure_norm():
                 super().training_step(model, inputs, *args)
         return super().training_step(model, inputs, *args)

@@ -15,6 +15,7 @@ from ..gradients import GradientStack
 from ..kernels.lion_float import FLOATS
 from ..layout import STATE_GROUP_SIZE
 from ..quant import Int8Gradient, QFTWeight
+from .hooks import GradientHook
 from .release import ACCUMULATIONS, CLIPPINGS, GradientRelease, check_release
 from .state import checked_state, initial_state
 
@@ -24,7 +25,7 @@ GRADIENTS = ("stack", "release")
 MOMENTUM_BITS = (8,)
 NONFINITE = ("raise", "skip")
 
-RELEASED_NORM = "released_norm"  # key in a state dict
+PREVIOUS_NORM = "previous_norm"  # key in a state dict
 
 # Attributes that hold an optimizer's settings beside those of its groups.
 SETTINGS = (
@@ -57,7 +58,7 @@ class QFTLion(Optimizer):
         weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
         gradient: Where a gradient goes. `"stack"`: INT8 gradients wait for `step`. `"release"`:
             each is used and freed the moment backward has completed it, so that only one is alive;
-            the results are the same bits.
+            the results are the same bits. Any backward pass updates weights then, until `eval`.
         momentum_bits: Bits of one momentum value of a quantized weight: 8.
         maximize: Maximize the objective.
         stochastic_rounding: False rounds weights to nearest, for ablation: that does not train.
@@ -72,7 +73,7 @@ class QFTLion(Optimizer):
         max_grad_norm: With `clipping`: the norm to clip to.
         is_accumulating: With `gradient="release"`: whether the backward pass that is running is
             followed by another of the same step. The Trainer's optimizer asks Accelerate; in a loop
-            of your own, `accumulate` says it.
+            of your own with Accelerate pass `qft_hf.hf.is_accumulating`, else use `accumulate`.
         seed: Key of the random numbers, in [0, 2**63).
 
     Raises:
@@ -138,10 +139,10 @@ class QFTLion(Optimizer):
 
     def _prepare(self) -> None:
         """Make what lives beside the state: where gradients go, and where parameters stand."""
+        self._hook = GradientHook(self._take)
         self._stack = GradientStack()
         self._release = (
             GradientRelease(
-                self._update,
                 accumulation=self.accumulation,
                 clipping=self.clipping,
                 max_grad_norm=self.max_grad_norm,
@@ -177,21 +178,23 @@ class QFTLion(Optimizer):
     def train(self) -> None:
         """Have backward hand over finished gradients; the Trainer calls this every step.
 
-        `Module.to()` and `quantize_model_` replace the inside of a parameter: it still lists its
-        hooks then, but autograd does not call them. Setting the list again connects them.
+        Another `QFTLion` that had these parameters has them no longer.
         """
-        push = (self._release or self._stack).push
         for parameter in self._parameters():
-            if not parameter.requires_grad:
-                continue
-            hooks = parameter._post_accumulate_grad_hooks
-            if hooks and push in hooks.values():
-                parameter._post_accumulate_grad_hooks = hooks
-            else:
-                parameter.register_post_accumulate_grad_hook(push)
+            if parameter.requires_grad:
+                self._hook.attach(parameter)
 
     def eval(self) -> None:
-        """Nothing to do; the counterpart of `train` for those who call both."""
+        """Leave gradients where backward puts them, until `train` or the next step."""
+        for parameter in self._parameters():
+            self._hook.detach(parameter)
+
+    def _take(self, parameter: Parameter) -> None:
+        """Receive a gradient from backward."""
+        if self._release is None:
+            self._stack.push(parameter)
+        elif (gradient := self._release.take(parameter)) is not None:
+            self._update(parameter, gradient)
 
     def _parameters(self) -> Iterator[Parameter]:
         for group in self.param_groups:
@@ -233,17 +236,16 @@ class QFTLion(Optimizer):
             return loss
 
         if self._release is not None:
-            self._release.clip_waiting([p for p in self._parameters() if p.grad is not None])
+            if self._release.finish([p for p in self._parameters() if p.grad is not None]):
+                self.train()
         for parameter, gradient in self._stack.drain():
             self._update(parameter, gradient)
-        if self._release is not None:
-            self._release.finish()
         return loss
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Backward passes within keep their gradients for the one that follows; release needs it.
 
-        Under Accelerate and the Trainer this is known without it.
+        The Trainer's optimizer knows without it; see `is_accumulating`.
         """
         return nullcontext() if self._release is None else self._release.accumulate()
 
@@ -258,12 +260,21 @@ class QFTLion(Optimizer):
                 "measure_norm() is for gradient='release'. With gradient='stack', call "
                 "torch.nn.utils.clip_grad_norm_ between backward and step."
             )
+        if any(parameter.grad is not None for parameter in self._parameters()):
+            raise RuntimeError(
+                "measure_norm() would drop the gradients that wait for the step. With "
+                "clipping='exact' they are clipped there: run the last micro-batch without it."
+            )
         return self._release.measure_norm()
 
     @property
     def released_norm(self) -> Tensor | None:
-        """Global norm of the gradients that the last step released, before clipping: fp32."""
-        return None if self._release is None else self._release.norm
+        """Global norm, before clipping, of the gradients that the last step released: fp32.
+
+        None if it released none. Gradients that waited for the step are not in it: the norm of
+        those is what `torch.nn.utils.clip_grad_norm_` returned.
+        """
+        return None if self._release is None else self._release.released_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 as torch has it
         """Drop all gradients; with release, also give up a step that failed half-way."""
@@ -283,6 +294,8 @@ class QFTLion(Optimizer):
         return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
 
     def _refuse_step(self) -> None:
+        if self._release is not None and self._release.n_used:
+            raise self._release.nonfinite_error()
         if self.nonfinite == "raise":
             raise FloatingPointError(
                 "A gradient is NaN or infinite, so the step was not taken; weights and optimizer "
@@ -356,13 +369,14 @@ class QFTLion(Optimizer):
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(states)
         if self._release is not None:
-            self._release.norm = state_dict.get(RELEASED_NORM)
+            self._release.restart(previous_norm=state_dict.get(PREVIOUS_NORM))
+        self.train()  # Accelerate loads the state after it has moved the model, which cuts hooks
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: state by parameter, groups, and the norm that clips next."""
         state_dict = super().state_dict()
-        if self.released_norm is not None:
-            state_dict[RELEASED_NORM] = self.released_norm
+        if self._release is not None and self._release.previous_norm is not None:
+            state_dict[PREVIOUS_NORM] = self._release.previous_norm
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:

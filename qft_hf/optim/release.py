@@ -7,6 +7,7 @@ Source:
     gradients that wait for the step, and what cannot be so raises.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,52 +16,63 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+logger = logging.getLogger(__name__)
+
 CLIPPINGS = ("exact", "previous", "tensor")
 ACCUMULATIONS = ("keep", "forbid")
 
+ACCUMULATION_IS_FORBIDDEN = (
+    "Gradient accumulation keeps an INT8 gradient of every weight between micro-batches, and "
+    "accumulation='forbid' was set. Set gradient_accumulation_steps=1, or accumulation='keep'."
+)
+
 
 class GradientRelease:
-    """What backward hands finished gradients to, in the place of a `GradientStack`.
+    """Decides for each finished gradient: use it now, or keep it for the step.
 
     On a GPU, each gradient costs one transfer to the host: whether it is finite has to be known
     before it is used.
 
     Args:
-        update: Updates a parameter with its gradient.
         accumulation: `"keep"`: the gradients of all micro-batches but the last wait in `.grad`, in
             INT8. `"forbid"`: a backward pass that is not the last of its step raises.
         clipping: How `max_grad_norm` is honoured although the first weight is updated before the
             last gradient exists; None: not at all. `"exact"`: by the norm that a first backward
-            pass under `measure_norm` has found. `"previous"`: by the global norm of the step before
-            (the first step is not clipped). `"tensor"`: each gradient by its own norm.
+            pass under `measure_norm` has found; accumulated gradients wait for the step and need
+            none. `"previous"`: by the global norm of the step before (the first step is not
+            clipped). `"tensor"`: each gradient by its own norm.
         max_grad_norm: The norm that `clipping` clips to.
         is_accumulating: Asked for each gradient: whether more micro-batches of the step follow.
     """
 
     def __init__(
         self,
-        update: Callable[[Parameter, Tensor], None],
         *,
         accumulation: str,
         clipping: str | None,
         max_grad_norm: float | None,
         is_accumulating: Callable[[], bool],
     ) -> None:
-        self._update = update
         self.accumulation = accumulation
         self.clipping = clipping
         self.max_grad_norm = max_grad_norm
-        self.norm: Tensor | None = None  # of the last finished step, before clipping
+        self.previous_norm: Tensor | None = None  # of all gradients of the last step
+        self.released_norm: Tensor | None = None  # of those that it released
         self._measured: Tensor | None = None  # of the step to come, by `measure_norm`
         self._squares: list[Tensor] = []  # fp64 scalars, of this step's gradients
         self._used: set[int] = set()  # parameters updated in this step
         self._is_measuring = False
         self._is_accumulating = is_accumulating
         self._is_inside_accumulate = False
-        self._has_kept = False  # gradients of earlier micro-batches
+        self._keeps = False  # whether gradients have been kept for a later micro-batch, ever
 
-    def push(self, parameter: Parameter) -> None:
-        """Take a finished gradient: keep it for the next micro-batch, measure it, or use it.
+    @property
+    def n_used(self) -> int:
+        """Parameters updated in this step."""
+        return len(self._used)
+
+    def take(self, parameter: Parameter) -> Tensor | None:
+        """Free a finished gradient and return it, clipped, to be used now; or None: it waits.
 
         Raises:
             FloatingPointError: It has a NaN or infinity.
@@ -71,65 +83,81 @@ class GradientRelease:
         if self._is_measuring:
             self._squares.append(_squared_norm(parameter))
             parameter.grad = None
-        elif self._is_inside_accumulate or self._is_accumulating():
+            return None
+        if self._is_inside_accumulate or self._is_accumulating():
             if self.accumulation == "forbid":
-                raise ValueError(
-                    "Gradient accumulation keeps an INT8 gradient of every weight between "
-                    "micro-batches, and accumulation='forbid' was set. Set "
-                    "gradient_accumulation_steps=1, or accumulation='keep'."
-                )
-            self._has_kept = True
-        elif self.clipping == "exact" and self._measured is None:
-            # All gradients are alive already, so that waiting for the step costs nothing more.
-            if not self._has_kept:
+                raise ValueError(ACCUMULATION_IS_FORBIDDEN)
+            self._keeps = True
+            return None
+        if self.clipping == "exact" and self._measured is None:
+            # A run that accumulates has room for all gradients: a last window of one micro-batch
+            # may wait for the step as the others do.
+            if not self._keeps:
                 raise RuntimeError(
                     "clipping='exact' needs the global norm before the first update. Run backward "
                     "once under optimizer.measure_norm() and once more as usual, as QFTTrainer "
                     "does, or set clipping='previous' or 'tensor'."
                 )
-        else:
-            self.use(parameter)
+            return None
+        return self._release(parameter)
 
-    def use(self, parameter: Parameter) -> None:
-        """Update a parameter with its gradient, and free the gradient.
-
-        Raises:
-            FloatingPointError: The gradient has a NaN or infinity.
-            RuntimeError: The parameter was updated in this step already.
-        """
+    def _release(self, parameter: Parameter) -> Tensor | None:
         if id(parameter) in self._used:
             raise RuntimeError(
                 "A second gradient arrived for a weight that this step has updated already, one of "
-                f"{len(self._used)}. If a backward pass failed half-way, the model is between two "
+                f"{self.n_used}. If a backward pass failed half-way, the model is between two "
                 "steps: reload a checkpoint, or call optimizer.zero_grad() to go on from here. To "
-                "accumulate, run the earlier backward passes under optimizer.accumulate()."
+                "accumulate, run the earlier backward passes under optimizer.accumulate(). If "
+                "layers share the weight under checkpointing, set use_reentrant=False."
             )
         square = _squared_norm(parameter)
         if not math.isfinite(square.item()):
-            raise FloatingPointError(
-                f"A gradient is NaN or infinite after {len(self._used)} weights were updated in "
-                "this step; the others are unchanged. Reload a checkpoint, or call "
-                "optimizer.zero_grad() to go on from here; gradient='stack' checks all gradients "
-                "before the first update."
-            )
+            raise self.nonfinite_error()
         gradient = parameter.grad
         parameter.grad = None
-        if gradient is None:
-            return
-        self._clip_(gradient, self._norm_to_clip_by(square))
-        self._squares.append(square)
-        self._used.add(id(parameter))
-        self._update(parameter, gradient)
+        if gradient is not None:
+            self._clip_(gradient, self._norm_to_clip_by(square))
+            self._squares.append(square)
+            self._used.add(id(parameter))
+        return gradient
 
-    def clip_waiting(self, parameters: list[Parameter]) -> None:
-        """Clip gradients that wait for the step although they could have been used.
+    def nonfinite_error(self) -> FloatingPointError:
+        """What to raise for a gradient with a NaN or infinity."""
+        return FloatingPointError(
+            f"A gradient is NaN or infinite after {self.n_used} weights were updated in this step; "
+            "the others are unchanged. Reload a checkpoint, or call optimizer.zero_grad() to go on "
+            "from here; gradient='stack' checks all gradients before the first update."
+        )
 
-        They do so after exact accumulation, where the Trainer has clipped them by now, and where
-        hooks were lost.
+    def finish(self, waiting: list[Parameter]) -> bool:
+        """End the step: clip the gradients that wait for it, note its norm, forget the rest.
+
+        Gradients wait after exact accumulation, where the Trainer has clipped them by now; where
+        the last micro-batch had none for a weight; and where hooks were lost.
+
+        Returns:
+            Whether hooks were lost: gradients wait and no accumulation has kept any.
         """
-        if self.clipping is None or self.max_grad_norm is None or not parameters:
+        squares = []
+        if self.clipping is not None:
+            squares = [_squared_norm(parameter) for parameter in waiting]
+            self._clip_waiting(waiting, squares)
+        self.released_norm = _total_norm(self._squares) if self._squares else None
+        if self._squares or squares:
+            self.previous_norm = _total_norm(self._squares + squares)
+        self.clear()
+        if waiting and not self._keeps:
+            logger.warning(
+                "%d gradients waited for the step although they were to be released: moving a "
+                "model with .to() cuts its hooks, which are connected again now",
+                len(waiting),
+            )
+            return True
+        return False
+
+    def _clip_waiting(self, parameters: list[Parameter], squares: list[Tensor]) -> None:
+        if self.max_grad_norm is None or not parameters:
             return
-        squares = [_squared_norm(parameter) for parameter in parameters]
         total = _total_norm(squares)
         if self.clipping == "exact" and total <= self.max_grad_norm * (1 + 1e-5):
             return  # clipped already, up to rounding
@@ -146,7 +174,7 @@ class GradientRelease:
     def _norm_to_clip_by(self, square: Tensor) -> Tensor | None:
         if self.clipping == "tensor":
             return square.sqrt().float()
-        return self._measured if self.clipping == "exact" else self.norm if self.clipping else None
+        return {"exact": self._measured, "previous": self.previous_norm}.get(self.clipping or "")
 
     @contextmanager
     def measure_norm(self) -> Iterator[None]:
@@ -168,15 +196,15 @@ class GradientRelease:
         finally:
             self._is_inside_accumulate = False
 
-    def finish(self) -> None:
-        """End the step: note its norm and be ready for the next."""
-        if self._squares:
-            self.norm = _total_norm(self._squares)
+    def restart(self, *, previous_norm: Tensor | None) -> None:
+        """Go on from a checkpoint, whatever state a failed step has left."""
         self.clear()
+        self.previous_norm = previous_norm
+        self.released_norm = None
 
     def clear(self) -> None:
         """Forget a step that was begun."""
-        self._measured, self._has_kept = None, False
+        self._measured = None
         self._squares, self._used = [], set()
 
 
@@ -221,5 +249,6 @@ def check_release(
             f"so max_grad_norm={max_grad_norm} needs a choice and clipping={clipping!r} a norm. "
             "Set both: clipping='exact' (a second backward finds the norm), 'previous' (the norm "
             "of the step before) or 'tensor' (each gradient by its own norm); or "
-            "max_grad_norm=None; or use gradient='stack', which clips exactly."
+            "max_grad_norm=0 in TrainingArguments (None in QFTLion); or use gradient='stack', "
+            "which clips exactly at no cost."
         )

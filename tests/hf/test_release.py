@@ -2,36 +2,279 @@
 
 import pytest
 import torch
-from transformers import Trainer
+from accelerate import Accelerator
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import trainer as trainer_module
 
-from qft_hf import QFTTrainer
-from tests.hf.test_trainer import assert_same_state, history, trainer_on
+from qft_hf import QFTConfig, QFTLion, QFTTrainer, quantize_model_
+from qft_hf.hf import is_accumulating
+from tests.hf.test_trainer import assert_same_state, history, sequences, trainer_on
 from tests.models import tiny_llama
 
+RELEASE = "gradient=release"
+CHECKPOINTING = {
+    "off": {},
+    "reentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "nonreentrant": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+}
 
-def run(folder, cls=Trainer, resume=None, **overrides) -> Trainer:
-    trainer = trainer_on(tiny_llama(tied=True), folder, cls, **{"max_grad_norm": 0} | overrides)
+
+def run(folder, cls=Trainer, *, resume=None, tied=True, callbacks=None, **overrides) -> Trainer:
+    model = tiny_llama(tied=tied)
+    trainer = trainer_on(model, folder, cls, callbacks, **{"max_grad_norm": 0} | overrides)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
+def assert_same_run(one: Trainer, other: Trainer) -> None:
+    """Weights, optimizer state and logs, bit for bit; norms are summed in another order."""
+    assert_same_state(one.model.state_dict(), other.model.state_dict())
+    states = [trainer.optimizer.state_dict()["state"] for trainer in (one, other)]
+    assert states[0].keys() == states[1].keys()
+    for index, state in states[0].items():
+        assert_same_state(
+            {name: torch.as_tensor(value) for name, value in state.items()},
+            {name: torch.as_tensor(value) for name, value in states[1][index].items()},
+        )
+    for key in ("loss", "learning_rate", "eval_loss"):
+        assert history(one, key) == history(other, key)
+    assert history(other, "grad_norm") == pytest.approx(history(one, "grad_norm"), rel=1e-6)
+
+
+# The rate differs at each step: released weights need the one of the step that is running.
+SCHEDULE = {"max_steps": 4, "lr_scheduler_type": "cosine", "warmup_steps": 2}
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_release_equals_stack_bit_for_bit(accumulation, tied, checkpointing, tmp_path):
+    settings = {"tied": tied, "gradient_accumulation_steps": accumulation}
+    settings |= SCHEDULE | CHECKPOINTING[checkpointing]
+    assert_same_run(run(tmp_path, **settings), run(tmp_path, **settings, optim_args=RELEASE))
+
+
+@pytest.mark.parametrize(("accumulation", "checkpointing"), [(1, "reentrant"), (2, "off")])
+def test_a_resumed_run_in_either_mode_equals_the_straight_one(
+    accumulation, checkpointing, tmp_path
+):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    settings |= {"gradient_accumulation_steps": accumulation}
+    settings |= SCHEDULE | CHECKPOINTING[checkpointing]
+    straight = run(tmp_path / "stack", **settings)
+    run(tmp_path / "release", **settings, optim_args=RELEASE)
+    for saved_by, optim_args in (("stack", RELEASE), ("release", RELEASE), ("release", None)):
+        resume = str(tmp_path / saved_by / "checkpoint-2")
+        resumed = run(tmp_path / "other", resume=resume, **settings, optim_args=optim_args)
+        assert_same_run(straight, resumed)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_both_trainers_release_evaluate_stop_early_and_load_the_best(accumulation, tmp_path):
+    runs = []
+    for cls, optim_args in ((Trainer, None), (Trainer, RELEASE), (QFTTrainer, RELEASE)):
+        trainer = run(
+            tmp_path / f"{cls.__name__}-{optim_args}", cls, optim_args=optim_args,
+            max_steps=12, learning_rate=0.05,  # too high: the loss rises
+            gradient_accumulation_steps=accumulation,
+            eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+            save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+            callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
+        )  # fmt: skip
+        losses = history(trainer, "eval_loss")
+        assert 2 < len(losses) < 12
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+        runs.append(trainer)
+    assert_same_run(runs[0], runs[1])
+    assert_same_run(runs[0], runs[2])
+
+
+def test_a_frozen_part_stays(tmp_path):
+    trainers = []
+    for optim_args in (None, RELEASE):
+        model = tiny_llama()
+        model.model.layers[0].requires_grad_(False)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer = trainer_on(model, tmp_path, max_grad_norm=0, optim_args=optim_args)
+        trainer.train()
+        for name, value in before.items():
+            if name.startswith("model.layers.0.") and "norm" in name:
+                assert torch.equal(model.state_dict()[name], value)
+        trainers.append(trainer)
+    assert_same_run(*trainers)
+
+
+def test_accumulation_is_announced(tmp_path, caplog):
+    for accumulation in (1, 2):
+        run(tmp_path, max_steps=1, gradient_accumulation_steps=accumulation, optim_args=RELEASE)
+        assert ("kept until the last one" in caplog.text) == (accumulation > 1)
+
+
+def test_forbidden_accumulation_raises_before_the_first_batch(tmp_path):
+    with pytest.raises(ValueError, match="Set gradient_accumulation_steps=1, or accumulation='k"):
+        run(
+            tmp_path, gradient_accumulation_steps=2,
+            optim_args="gradient=release,accumulation=forbid",
+        )  # fmt: skip
+    run(tmp_path, max_steps=1, optim_args="gradient=release,accumulation=forbid")
+
+
+# --- hooks ----------------------------------------------------------------------------------
+
+
+def test_two_trainers_on_one_model_do_not_meet(tmp_path):
+    """In one notebook: the first trainer is still there when the second one trains."""
+    models = [tiny_llama(), tiny_llama()]
+    kept = []
+    for model, modes in zip(models, ((None, None), (RELEASE, RELEASE)), strict=True):
+        for mode in modes:
+            trainer = trainer_on(model, tmp_path, max_grad_norm=0, optim_args=mode)
+            trainer.train()
+            kept.append(trainer)
+    assert_same_run(kept[1], kept[3])
+
+
+def test_after_training_a_backward_pass_updates_nothing(tmp_path):
+    trainer = run(tmp_path, optim_args=RELEASE)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    ids = torch.arange(6)[None]
+    trainer.model(input_ids=ids, labels=ids).loss.backward()
+    assert_same_state(before, trainer.model.state_dict())
+    assert trainer.model.lm_head.weight.grad is not None
+
+
+class Interrupted(TrainerCallback):
+    """Breaks the backward pass of one step when half of the layers are updated."""
+
+    def __init__(self, at_step: int) -> None:
+        self.at_step = at_step
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        if state.global_step == self.at_step:
+            self.at_step = -1
+            model.model.layers[0].register_forward_hook(self._break)
+
+    def _break(self, module, inputs, output) -> None:
+        output.register_hook(self._raise)
+
+    def _raise(self, gradient) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_interrupted_backward_pass_is_refused_until_a_checkpoint_is_loaded(
+    accumulation, tmp_path
+):
+    settings = {
+        "save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0,
+        "gradient_accumulation_steps": accumulation,
+    }  # fmt: skip
+    straight = run(tmp_path / "straight", **settings)
+
+    trainer = trainer_on(
+        tiny_llama(tied=True), tmp_path / "broken", callbacks=[Interrupted(at_step=3)],
+        optim_args=RELEASE, **settings,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.model.model.layers[0]._forward_hooks.clear()
+    if accumulation == 1:
+        with pytest.raises(RuntimeError, match="between two steps: reload a checkpoint"):
+            trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_run(straight, trainer)
+
+
+def test_a_loop_with_accelerate_accumulates(tmp_path):
+    states = []
+    for gradient in ("stack", "release"):
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = quantize_model_(tiny_llama(tied=True), QFTConfig()).train()
+        optimizer = QFTLion(
+            model.parameters(), lr=1e-3, gradient=gradient, is_accumulating=is_accumulating
+        )
+        model, optimizer = accelerator.prepare(model, optimizer)
+        for batch in sequences(6):
+            with accelerator.accumulate(model):
+                ids = batch["input_ids"][None]
+                accelerator.backward(model(input_ids=ids, labels=ids).loss)
+                if accelerator.sync_gradients and gradient == "release":
+                    assert all(p.grad is None for p in model.parameters())
+                optimizer.step()
+                optimizer.zero_grad()
+        states.append(model.state_dict())
+    assert_same_state(*states)
+
+
+# --- norms ----------------------------------------------------------------------------------
+
+
+class Reporter(TrainerCallback):
+    """What a reporter to TensorBoard or the like gets to see."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        self.norms += [logs["grad_norm"]] if "grad_norm" in logs else []
+
+
 @pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_release_equals_stack_and_logs_the_true_norm(accumulation, cls, tmp_path, caplog):
-    settings = {"gradient_accumulation_steps": accumulation, "gradient_checkpointing": True}
-    stack = run(tmp_path, cls, **settings)
-    release = run(tmp_path, cls, **settings, optim_args="gradient=release")
+def test_every_reporter_gets_the_true_norm(cls, tmp_path, monkeypatch):
+    expected = history(run(tmp_path), "grad_norm")
+    by_name = Reporter()
+    monkeypatch.setattr(trainer_module, "get_reporting_integration_callbacks", lambda _: [by_name])
+    at_init, added = Reporter(), Reporter()
+    trainer = trainer_on(
+        tiny_llama(tied=True), tmp_path, cls, [at_init], max_grad_norm=0, optim_args=RELEASE,
+    )  # fmt: skip
+    trainer.add_callback(added)
+    trainer.train()
+    for norms in (history(trainer, "grad_norm"), by_name.norms, at_init.norms, added.norms):
+        assert norms == pytest.approx(expected, rel=1e-6)
 
-    assert_same_state(stack.model.state_dict(), release.model.state_dict())
-    assert history(stack, "loss") == history(release, "loss")
-    assert history(release, "grad_norm") == pytest.approx(history(stack, "grad_norm"), rel=1e-6)
-    assert ("kept until the last one" in caplog.text) == (accumulation > 1)
+
+@pytest.mark.parametrize("clipping", ["exact", "previous", "tensor"])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_logged_norm_is_that_of_all_gradients_before_clipping(accumulation, clipping, tmp_path):
+    """Eight micro-batches an epoch: of three windows the last has two, and in the second case one.
+
+    A norm too large to clip: the run has to be the unclipped one, whatever the way of clipping.
+    """
+    for examples in (32, 28):
+        trainers = []
+        for optim_args in (None, f"gradient=release,clipping={clipping}"):
+            trainer = trainer_on(
+                tiny_llama(tied=True), tmp_path, QFTTrainer, max_steps=5, max_grad_norm=1e6,
+                gradient_accumulation_steps=accumulation, optim_args=optim_args,
+            )  # fmt: skip
+            trainer.train_dataset = sequences(examples)
+            trainer.train()
+            trainers.append(trainer)
+        assert_same_run(*trainers)
 
 
-def test_resume_in_the_other_mode_equals_the_straight_run(tmp_path):
-    straight = run(tmp_path, save_strategy="steps", save_steps=3)
-    resumed = run(tmp_path, resume=str(tmp_path / "checkpoint-3"), optim_args="gradient=release")
-    assert_same_state(straight.model.state_dict(), resumed.model.state_dict())
+@pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
+def test_exact_clipping_of_a_last_window_of_one_micro_batch(cls, tmp_path):
+    """Seven micro-batches in windows of three: the third window has one."""
+    trainers = []
+    for optim_args in (None, "gradient=release,clipping=exact"):
+        trainer = trainer_on(
+            tiny_llama(tied=True), tmp_path, cls, max_steps=5, max_grad_norm=0.5,
+            gradient_accumulation_steps=3, optim_args=optim_args,
+        )  # fmt: skip
+        trainer.train_dataset = sequences(28)
+        trainer.train()
+        trainers.append(trainer)
+    norms, released = (history(trainer, "grad_norm") for trainer in trainers)
+    assert min(norms) > 0.5
+    assert released == pytest.approx(norms, rel=1e-3)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -49,7 +292,7 @@ def test_the_ledger_has_no_gradients_unless_they_are_accumulated(tmp_path):
         accumulation: {
             row.state: row.bytes
             for row in run(
-                tmp_path, QFTTrainer, optim_args="gradient=release",
+                tmp_path, QFTTrainer, optim_args=RELEASE,
                 gradient_accumulation_steps=accumulation,
             ).ledger.rows
         }

@@ -1,6 +1,7 @@
 """Gradient release against gradients that wait: the same bits, less memory, or an error."""
 
 import copy
+import gc
 from contextlib import nullcontext
 
 import pytest
@@ -15,17 +16,18 @@ from qft_hf.quant import Int8Gradient
 N_WORDS = 37
 
 
-class TiedNetwork(nn.Module):
-    """Embedding, two layers with biases and a norm, and a head tied to the embedding."""
+class Network(nn.Module):
+    """Embedding, two layers with biases and a norm, and a head tied to the embedding, or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_tied: bool = True) -> None:
         super().__init__()
         self.embed = nn.Embedding(N_WORDS, 22)
         self.up = nn.Linear(22, 301)
         self.down = nn.Linear(301, 22)
         self.norm = nn.LayerNorm(22)
         self.head = nn.Linear(22, N_WORDS, bias=False)
-        self.head.weight = self.embed.weight
+        if is_tied:
+            self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor, *, reentrant: bool | None = None) -> Tensor:
         x = self.embed(ids)
@@ -39,9 +41,9 @@ class TiedNetwork(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
-def network() -> TiedNetwork:
+def network(*, is_tied: bool = True) -> Network:
     torch.manual_seed(0)
-    return quantize_model_(TiedNetwork(), QFTConfig())
+    return quantize_model_(Network(is_tied=is_tied), QFTConfig())
 
 
 def batches(n: int) -> list[Tensor]:
@@ -98,37 +100,59 @@ def test_release_equals_stack_bit_for_bit(accumulation, reentrant):
     assert_same_bits(everything(*stack), everything(*release))
 
 
-def test_no_more_than_one_gradient_is_alive():
-    model = network()
-    optimizer = make_optimizer(model, "release")
-    alive: list[int] = []
+@pytest.fixture
+def live_bytes(monkeypatch) -> list[int]:
+    """Bytes of all INT8 gradients that are alive, noted whenever one more has been made."""
+    seen: list[int] = []
+    make = Int8Gradient.__init__
 
-    def count(*_: object) -> None:
-        alive.append(sum(p.grad is not None for p in model.parameters()))
+    def watched(gradient: Int8Gradient, *arguments, **keywords) -> None:
+        make(gradient, *arguments, **keywords)
+        alive = {
+            found.codes.data_ptr(): found.codes.nbytes + found.scales.nbytes
+            for found in gc.get_objects()
+            if type(found) is Int8Gradient and hasattr(found, "codes")
+        }
+        seen.append(sum(alive.values()))
 
-    for module in (model.up, model.down, model.norm):
-        module.register_full_backward_hook(count)
-    loss_of(model, batches(1)[0]).backward()
+    monkeypatch.setattr(Int8Gradient, "__init__", watched)
+    return seen
 
-    assert len(alive) == 3
-    assert max(alive) == 0  # whatever was complete had been used
+
+def gradient_bytes(weight: Tensor) -> int:
+    return Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device="cpu").stored_bytes
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_only_one_gradient_is_alive_beside_those_of_tied_weights(is_tied, reentrant, live_bytes):
+    """A tied weight has its gradient from the head while all layers make theirs, and for the time
+    of one addition its gradient from the embedding and their sum."""
+    model = network(is_tied=is_tied)
+    weights = {id(p): p for p in model.parameters() if isinstance(p, QFTWeight)}.values()
+    sizes = [gradient_bytes(weight) for weight in weights]
+    tied = gradient_bytes(model.embed.weight) if is_tied else 0
+    allowed = max(3 * tied, tied + max(sizes))
+
+    peaks = {}
+    for gradient in ("stack", "release"):
+        optimizer = make_optimizer(model, gradient)
+        live_bytes.clear()
+        loss_of(model, batches(1)[0], reentrant=reentrant).backward()
+        peaks[gradient] = max(live_bytes)
+        optimizer.step()
+    assert peaks["release"] <= allowed < peaks["stack"]
     assert all(p.grad is None for p in model.parameters())
-    optimizer.step()
 
 
-def test_hooks_survive_to_and_a_switch_at_a_checkpoint():
-    """A run may change its mode where it resumes: the state is the same."""
+def test_a_run_may_change_its_mode_at_a_checkpoint():
     straight, optimizer = train("stack", steps=4)
 
     model, first = train("release", steps=2)
-    model.to(torch.float64).to(torch.float32)
     second = make_optimizer(model, "stack")
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     third = make_optimizer(model, "release")
     third.load_state_dict(second.state_dict())
-    for parameter in model.parameters():  # hooks of the first two would use gradients, too
-        parameter._post_accumulate_grad_hooks.clear()
-    third.train()
     for ids in batches(4)[2:]:
         loss_of(model, ids).backward()
         third.step()
@@ -230,11 +254,8 @@ def test_the_previous_norm_survives_a_checkpoint():
     settings = {"clipping": "previous", "max_grad_norm": 0.02}
     straight, optimizer = train("release", steps=4, **settings)
     model, first = train("release", steps=2, **settings)
-    state = first.state_dict()
-    for parameter in model.parameters():
-        parameter._post_accumulate_grad_hooks.clear()
     second = make_optimizer(model, "release", **settings)
-    second.load_state_dict(state)
+    second.load_state_dict(first.state_dict())
     for ids in batches(4)[2:]:
         loss_of(model, ids).backward()
         second.step()
@@ -243,9 +264,10 @@ def test_the_previous_norm_survives_a_checkpoint():
 
 def test_exact_clipping_without_a_measured_norm_says_what_to_do():
     model = network()
-    make_optimizer(model, "release", clipping="exact", max_grad_norm=1.0)
+    optimizer = make_optimizer(model, "release", clipping="exact", max_grad_norm=1.0)
     with pytest.raises(RuntimeError, match=r"under optimizer\.measure_norm\(\)"):
         loss_of(model, batches(1)[0]).backward()
+    assert not optimizer.state
 
 
 def test_accumulation_can_be_forbidden():
@@ -294,13 +316,43 @@ def test_a_backward_pass_that_fails_half_way_is_noticed_and_can_be_given_up():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_checkpoint_is_a_way_out_of_a_failed_backward_pass():
+    straight, _ = train("release", steps=2)
+    model, optimizer = train("release", steps=1)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    handle = model.up.register_forward_hook(lambda module, inputs, output: Failure()(output))
+    with pytest.raises(KeyboardInterrupt):
+        loss_of(model, batches(1)[0]).backward()
+    handle.remove()
+
+    model.load_state_dict(saved[0])
+    model.zero_grad()
+    optimizer.load_state_dict(saved[1])
+    loss_of(model, batches(2)[1]).backward()
+    optimizer.step()
+    assert_same_bits([*straight.state_dict().values()], [*model.state_dict().values()])
+
+
 def test_a_nonfinite_gradient_says_what_was_updated():
     model = network()
-    make_optimizer(model, "release")
+    optimizer = make_optimizer(model, "release")
     with torch.no_grad():
         model.up.bias.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="weights were updated in this step"):
         loss_of(model, batches(1)[0]).backward()
+    assert optimizer.state.keys().isdisjoint({model.up.weight, model.embed.weight})
+
+
+def test_a_nonfinite_gradient_that_was_kept_says_that_others_were_updated():
+    model = network()
+    optimizer = make_optimizer(model, "release")
+    with optimizer.accumulate():
+        loss_of(model, batches(1)[0]).backward()
+    model.up.weight.grad.scales[0] = float("inf")
+    model.up.requires_grad_(False)  # the last micro-batch has no gradient for it
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(FloatingPointError, match=r"after \d weights were updated"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize(
@@ -317,6 +369,69 @@ def test_a_nonfinite_gradient_says_what_was_updated():
 def test_what_release_cannot_do_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer(network(), "release", **arguments)
+
+
+def test_measuring_would_drop_gradients_that_wait():
+    model = network()
+    optimizer = make_optimizer(model, "release", clipping="exact", max_grad_norm=1.0)
+    with optimizer.accumulate():
+        loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match="run the last micro-batch without it"):
+        optimizer.measure_norm()
+
+
+def test_a_shared_layer_under_reentrant_checkpointing_says_what_to_do():
+    """Each use is a backward pass of its own there, and completes a gradient of its own."""
+    model = network()
+    x = model.embed(batches(1)[0])
+    for _ in range(2):
+        x = x + checkpoint(model._mlp, x, use_reentrant=True)
+    optimizer = make_optimizer(model, "release")
+    with pytest.raises(RuntimeError, match="set use_reentrant=False"):
+        x.sum().backward()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_a_shared_layer_is_updated_once(reentrant):
+    states = []
+    for gradient in ("stack", "release"):
+        model = network()
+        optimizer = make_optimizer(model, gradient)
+        for ids in batches(2):
+            x = model.embed(ids)
+            for _ in range(2):
+                x = x + (
+                    model._mlp(x)
+                    if reentrant is None
+                    else checkpoint(model._mlp, x, use_reentrant=reentrant)
+                )
+            model.head(x).square().mean().backward()
+            optimizer.step()
+        states.append(everything(model, optimizer))
+    assert_same_bits(*states)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_weights_that_are_frozen_or_not_used_in_some_batches(accumulation):
+    """The last micro-batch of each second step has no gradient for the layers."""
+    states = []
+    for gradient in ("stack", "release"):
+        model = network()
+        model.norm.requires_grad_(False)
+        optimizer = make_optimizer(model, gradient)
+        for number, ids in enumerate(batches(6)):
+            is_last = number % accumulation == accumulation - 1
+            with nullcontext() if is_last else optimizer.accumulate():
+                if number % (2 * accumulation) == accumulation - 1:
+                    model.head(model.embed(ids)).square().mean().backward()
+                else:
+                    loss_of(model, ids).backward()
+            if is_last:
+                optimizer.step()
+        states.append(everything(model, optimizer))
+        assert model.norm.weight not in optimizer.state
+    assert_same_bits(*states)
 
 
 def test_release_settings_are_refused_for_the_stack():
