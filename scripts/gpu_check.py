@@ -40,8 +40,11 @@ for size in (None, 100, 64):
                        stream=0, **n)
     kernels.dequantize(*w, group_size=size, outlier_values=values, outlier_columns=columns,
                        dtype=torch.bfloat16)
-p = torch.ones(1001, device="cuda", dtype=torch.bfloat16)
-kernels.lion_step_float_(p, torch.zeros(1001, device="cuda"), p.clone(), stream=0, **n)
+sizes = (1001, 7, 1024)
+p, g = ([torch.ones(s, device="cuda", dtype=torch.bfloat16) for s in sizes] for _ in range(2))
+m = [torch.zeros(s, device="cuda") for s in sizes]
+del n["step"]
+kernels.lion_step_floats_(p, m, g, steps=[1, 2, 3], streams=[0, 1, 2], **n)
 torch.cuda.synchronize()
 """
 

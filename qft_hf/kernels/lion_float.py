@@ -1,26 +1,29 @@
-"""One Lion step on a float parameter: norms, biases, whatever is not quantized."""
+"""One Lion step on float parameters: norms, biases, whatever is not quantized."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .checks import check_same
 from .operators import declare, nothing
+from .quantize import FLOATS as GRADIENT_FLOATS
 
 FLOATS = (torch.float32, torch.bfloat16)
 
-_lion_step_float_ = declare(
-    "lion_step_float_",
-    "(Tensor(a!) parameter, Tensor(b!) momentum, Tensor gradient, *, "
+_lion_step_floats_ = declare(
+    "lion_step_floats_",
+    "(Tensor(a!)[] parameters, Tensor(b!)[] momenta, Tensor[] gradients, *, "
     "float lr, float beta1, float beta2, float weight_decay, "
-    "bool maximize, bool stochastic, int seed, int step, int stream) -> ()",
+    "bool maximize, bool stochastic, int seed, int[] steps, int[] streams) -> ()",
     fake=nothing,
 )
 
 
-def lion_step_float_(
-    parameter: Tensor,
-    momentum: Tensor,
-    gradient: Tensor,
+def lion_step_floats_(
+    parameters: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor],
     *,
     lr: float,
     beta1: float,
@@ -29,18 +32,22 @@ def lion_step_float_(
     maximize: bool = False,
     stochastic: bool = True,
     seed: int,
-    step: int,
-    stream: int,
+    steps: Sequence[int],
+    streams: Sequence[int],
 ) -> None:
-    """Update a float parameter and its FP32 momentum in place; Lion with decoupled weight decay.
+    """Update float parameters and their FP32 momenta in place; Lion with decoupled weight decay.
+
+    All sequences have one entry for each parameter. On a GPU all parameters of one dtype are
+    updated by one launch: there are hundreds of them and each is tiny.
 
     A BF16 parameter is rounded stochastically: a usual step is far below half a unit of a norm
     weight near 1, and rounding to nearest would freeze it.
 
     Args:
-        parameter: fp32 or bf16 of any shape, modified.
-        momentum: fp32, same shape, modified.
-        gradient: Any float dtype, same shape, finite.
+        parameters: fp32 or bf16 of any shape, on one device, modified. None may share memory with
+            another.
+        momenta: fp32, each of the shape of its parameter, modified.
+        gradients: fp32, bf16 or fp16, each of the shape of its parameter, finite.
         lr: Step size.
         beta1: Weight of the momentum in the direction.
         beta2: Decay of the momentum.
@@ -48,16 +55,51 @@ def lion_step_float_(
         maximize: Step along the gradient, not against it.
         stochastic: False rounds BF16 to nearest, for ablation.
         seed: Key of the random numbers, in [0, 2**63).
-        step: Number of this step.
-        stream: Number of this parameter.
+        steps: Number of this step of each parameter; with the stream and the element's position it
+            counts the random numbers.
+        streams: Number of each parameter.
 
     Raises:
-        TypeError: `parameter` is neither fp32 nor bf16, or `momentum` is not fp32.
-        ValueError: Shapes or devices differ. Nothing was written.
+        TypeError: A parameter is neither fp32 nor bf16, a momentum is not fp32, or a gradient is of
+            another dtype.
+        ValueError: Shapes, devices or numbers of entries differ, or a parameter comes twice.
+            Nothing was written.
 
     Source:
         Chen et al. 2023, algorithm 2 (arXiv:2302.06675).
     """
+    lengths = [len(x) for x in (parameters, momenta, gradients, steps, streams)]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            "lion_step_floats_ needs a momentum, a gradient, a step and a stream for each "
+            f"parameter, got {lengths} parameters, momenta, gradients, steps and streams."
+        )
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
+        raise ValueError(
+            "A parameter comes twice, and one step would write it twice at the same time. Add its "
+            "gradients and pass it once."
+        )
+    for parameter, momentum, gradient in zip(parameters, momenta, gradients, strict=True):
+        _check(parameter, momentum, gradient, parameters[0].device)
+    if not parameters:
+        return
+    _lion_step_floats_(
+        list(parameters),
+        list(momenta),
+        list(gradients),
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        stochastic=stochastic,
+        seed=seed,
+        steps=list(steps),
+        streams=list(streams),
+    )
+
+
+def _check(parameter: Tensor, momentum: Tensor, gradient: Tensor, device: torch.device) -> None:
     if parameter.dtype not in FLOATS:
         raise TypeError(
             f"QFTLion trains float32 and bfloat16 parameters, got {parameter.dtype} for a "
@@ -66,19 +108,15 @@ def lion_step_float_(
         )
     if momentum.dtype != torch.float32:
         raise TypeError(f"The momentum of a float parameter is float32, got {momentum.dtype}.")
+    if gradient.dtype not in GRADIENT_FLOATS:
+        raise TypeError(
+            "The gradient of a float parameter is float32, bfloat16 or float16, got "
+            f"{gradient.dtype}. Call .float() first."
+        )
     check_same("momentum", momentum, parameter)
     check_same("gradient", gradient, parameter)
-    _lion_step_float_(
-        parameter,
-        momentum,
-        gradient,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        maximize=maximize,
-        stochastic=stochastic,
-        seed=seed,
-        step=step,
-        stream=stream,
-    )
+    if parameter.device != device:
+        raise ValueError(
+            f"The parameters of one call are on one device, got {device} and {parameter.device}. "
+            "Make one call for each device."
+        )

@@ -18,13 +18,14 @@ def declare(name: str, schema: str, *, fake: Callable[..., Any]) -> Any:
     Args:
         name: Name of the operator, and of the function in each backend.
         schema: Arguments and results in PyTorch's schema language; what is written is marked
-            `(a!)`. The first argument is a tensor.
+            `(a!)`. The first argument is a tensor, or a list of tensors on one device.
         fake: Makes the results, shapes and dtypes only, for `torch.compile`.
     """
     full_name = f"qft_hf::{name}"
 
-    def run(first: Tensor, *arguments: Any, **options: Any) -> Any:
-        return getattr(backend_for(first.device), name)(first, *arguments, **options)
+    def run(first: Tensor | list[Tensor], *arguments: Any, **options: Any) -> Any:
+        device = (first if isinstance(first, Tensor) else first[0]).device
+        return getattr(backend_for(device), name)(first, *arguments, **options)
 
     torch.library.define(full_name, schema)
     torch.library.register_fake(full_name, fake)

@@ -208,7 +208,9 @@ class QFTLion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient, newest first, and free each gradient.
+        """Update every parameter that has a gradient, and free each gradient.
+
+        INT8 weights go first, newest gradient first; float parameters follow together.
 
         With `gradient="release"` that has happened during backward, and the step ends here.
 
@@ -238,8 +240,13 @@ class QFTLion(Optimizer):
         if self._release is not None:
             if self._release.finish([p for p in self._parameters() if p.grad is not None]):
                 self.train()
+        floats = []
         for parameter, gradient in self._stack.drain():
-            self._update(parameter, gradient)
+            if isinstance(parameter, QFTWeight):
+                self._update(parameter, gradient)
+            else:  # norms and biases: tiny, so they wait for each other and go together
+                floats.append((parameter, gradient))
+        self._update_floats(floats)
         return loss
 
     def accumulate(self) -> AbstractContextManager[None]:
@@ -310,27 +317,11 @@ class QFTLion(Optimizer):
     @torch.no_grad()
     def _update(self, parameter: Parameter, gradient: Tensor) -> None:
         """Update one parameter and its state in place."""
-        stream, number = self._places[id(parameter)]
-        group = self.param_groups[number]
-        state = self.state[parameter]
-        if not state:
-            state.update(initial_state(parameter))
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        arguments = {
-            "lr": float(group["lr"]),
-            "beta1": beta1,
-            "beta2": beta2,
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-            "stochastic": group["stochastic_rounding"],
-            "seed": group["seed"],
-            "step": state["step"],
-            "stream": stream,
-        }
         if not isinstance(parameter, QFTWeight):
-            kernels.lion_step_float_(parameter, state["momentum"], gradient, **arguments)
+            self._update_floats([(parameter, gradient)])
             return
+        stream, number = self._places[id(parameter)]
+        state = self._next_state(parameter)
         gradient = cast(Int8Gradient, gradient)  # what backward makes, and `step` has checked
         kernels.lion_step_(
             parameter.codes,
@@ -343,8 +334,36 @@ class QFTLion(Optimizer):
             gradient.scales,
             group_size=parameter.group_size,
             state_group_size=STATE_GROUP_SIZE,
-            **arguments,
+            step=state["step"],
+            stream=stream,
+            **_arguments(self.param_groups[number]),
         )
+
+    @torch.no_grad()
+    def _update_floats(self, pairs: list[tuple[Parameter, Tensor]]) -> None:
+        """Update float parameters and their states in place: one call a group and device."""
+        calls: dict[tuple[int, torch.device], list[tuple[Parameter, Tensor]]] = {}
+        for parameter, gradient in pairs:
+            _, number = self._places[id(parameter)]
+            calls.setdefault((number, parameter.device), []).append((parameter, gradient))
+        for (number, _), members in calls.items():
+            states = [self._next_state(parameter) for parameter, _ in members]
+            kernels.lion_step_floats_(
+                [parameter for parameter, _ in members],
+                [state["momentum"] for state in states],
+                [gradient for _, gradient in members],
+                steps=[state["step"] for state in states],
+                streams=[self._places[id(parameter)][0] for parameter, _ in members],
+                **_arguments(self.param_groups[number]),
+            )
+
+    def _next_state(self, parameter: Parameter) -> dict[str, Any]:
+        """The state of a parameter, made if need be, with this step counted."""
+        state = self.state[parameter]
+        if not state:
+            state.update(initial_state(parameter))
+        state["step"] += 1
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; INT8 stays INT8.
@@ -390,6 +409,20 @@ class QFTLion(Optimizer):
             self._prepare()
             for group in range(len(self.param_groups)):
                 self._number(group)
+
+
+def _arguments(group: dict[str, Any]) -> dict[str, Any]:
+    """What the kernels take from a parameter group."""
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": float(group["lr"]),
+        "beta1": beta1,
+        "beta2": beta2,
+        "weight_decay": group["weight_decay"],
+        "maximize": group["maximize"],
+        "stochastic": group["stochastic_rounding"],
+        "seed": group["seed"],
+    }
 
 
 def _check_gradient(parameter: Tensor, gradient: Tensor) -> None:

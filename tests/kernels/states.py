@@ -126,3 +126,17 @@ ARGUMENTS: dict[str, Any] = {
     "step": 7,
     "stream": 3,
 }
+
+
+def float_arguments(n: int = 1, **changes: Any) -> dict[str, Any]:
+    """`ARGUMENTS` for `lion_step_floats_` on `n` parameters, each at a step and stream of its own.
+
+    The first has those of `ARGUMENTS`, so that one parameter alone is stepped as by `ARGUMENTS`.
+    """
+    arguments = {**ARGUMENTS, **changes}
+    step, stream = arguments.pop("step"), arguments.pop("stream")
+    return {
+        **arguments,
+        "steps": [step + 2 * i for i in range(n)],
+        "streams": [stream + 5 * i for i in range(n)],
+    }

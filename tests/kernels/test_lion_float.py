@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from qft_hf import kernels
-from tests.kernels.states import ARGUMENTS
+from qft_hf.kernels import reference
+from tests.kernels.states import ARGUMENTS, float_arguments, guarded, guards_are_intact
 from tests.tolerances import (
     FP32_EPS,
     assert_same_bits,
@@ -16,6 +17,11 @@ from tests.tolerances import (
 )
 
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 11)]
+
+
+def step_(parameter, momentum, gradient, **changes):
+    """One parameter on its own."""
+    kernels.lion_step_floats_([parameter], [momentum], [gradient], **float_arguments(**changes))
 
 
 def make(shape, dtype=torch.float32):
@@ -38,7 +44,7 @@ def test_fp32_equals_float64_lion(shape, changes):
         w, m, g = (t.double().numpy().copy() for t in (parameter, momentum, gradient))
         g = -g if arguments["maximize"] else g
 
-        kernels.lion_step_float_(parameter, momentum, gradient, **{**arguments, "step": step})
+        step_(parameter, momentum, gradient, **{**arguments, "step": step})
 
         old, new = arguments["beta1"] * m, (1 - arguments["beta1"]) * g
         decided = sign_is_decided(old, new)
@@ -54,9 +60,9 @@ def test_the_gradient_may_have_another_float_dtype(dtype):
     parameter, momentum, gradient = make((40,))
     gradient = gradient.to(dtype)
     expected = parameter.clone(), momentum.clone()
-    kernels.lion_step_float_(*expected, gradient.float(), **ARGUMENTS)
+    step_(*expected, gradient.float())
 
-    kernels.lion_step_float_(parameter, momentum, gradient, **ARGUMENTS)
+    step_(parameter, momentum, gradient)
 
     assert_same_bits(parameter, expected[0])
     assert_same_bits(momentum, expected[1])
@@ -72,12 +78,7 @@ def test_bf16_is_unbiased_and_moves_by_one_unit_at_most(value, weight_decay):
     parameter = start.clone()
     gradient = torch.full((n,), 1e-3)
 
-    kernels.lion_step_float_(
-        parameter,
-        torch.zeros(n),
-        gradient,
-        **{**ARGUMENTS, "lr": lr, "weight_decay": weight_decay},
-    )
+    step_(parameter, torch.zeros(n), gradient, lr=lr, weight_decay=weight_decay)
 
     before = start[0].double().item()
     exact = before - (lr + lr * weight_decay * before)
@@ -97,12 +98,7 @@ def test_bf16_to_nearest_does_not_move():
     """The control of the test above."""
     parameter = torch.ones(1000, dtype=torch.bfloat16)
 
-    kernels.lion_step_float_(
-        parameter,
-        torch.zeros(1000),
-        torch.ones(1000),
-        **{**ARGUMENTS, "lr": 1e-5, "stochastic": False},
-    )
+    step_(parameter, torch.zeros(1000), torch.ones(1000), lr=1e-5, stochastic=False)
 
     assert (parameter == 1).all()
 
@@ -111,12 +107,7 @@ def test_bf16_neighbours_round_independently():
     parameter = torch.ones(100_000, dtype=torch.bfloat16)
     lr = 2.0**-9  # half a unit below 1: a coin toss
 
-    kernels.lion_step_float_(
-        parameter,
-        torch.zeros(100_000),
-        torch.ones(100_000),
-        **{**ARGUMENTS, "lr": lr, "weight_decay": 0.0},
-    )
+    step_(parameter, torch.zeros(100_000), torch.ones(100_000), lr=lr, weight_decay=0.0)
 
     sides = (parameter < 1).double() - 0.5
     assert abs(sides.mean().item()) <= 5 * mean_error(0.5, 100_000)
@@ -131,12 +122,7 @@ def test_bf16_elements_without_update_keep_their_bits():
     gradient[::2] = 1e-3
 
     for step in range(1, 50):
-        kernels.lion_step_float_(
-            parameter,
-            torch.zeros(2000),
-            gradient,
-            **{**ARGUMENTS, "weight_decay": 0.0, "step": step},
-        )
+        step_(parameter, torch.zeros(2000), gradient, weight_decay=0.0, step=step)
 
     assert_same_bits(parameter[1::2], before[1::2])
     assert (parameter[::2] != before[::2]).any()
@@ -146,16 +132,14 @@ def test_fp16_parameters_are_refused():
     parameter = torch.ones(3, dtype=torch.float16)
 
     with pytest.raises(TypeError, match=r"got torch\.float16 .*dtype=torch\.bfloat16"):
-        kernels.lion_step_float_(parameter, torch.zeros(3), torch.zeros(3), **ARGUMENTS)
+        step_(parameter, torch.zeros(3), torch.zeros(3))
 
 
 def test_momentum_must_be_fp32():
     with pytest.raises(
         TypeError, match=r"momentum of a float parameter is float32, got .*bfloat16"
     ):
-        kernels.lion_step_float_(
-            torch.ones(3), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3), **ARGUMENTS
-        )
+        step_(torch.ones(3), torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3))
 
 
 @pytest.mark.parametrize(("name", "shapes"), [("momentum", (4, 3)), ("gradient", (3, 4))])
@@ -163,4 +147,99 @@ def test_shapes_must_agree(name, shapes):
     with pytest.raises(
         ValueError, match=rf"{name} must have shape \(3,\) on cpu, got shape \(4,\)"
     ):
-        kernels.lion_step_float_(torch.ones(3), *map(torch.zeros, shapes), **ARGUMENTS)
+        step_(torch.ones(3), *map(torch.zeros, shapes))
+
+
+# --- many at once ---------------------------------------------------------------------------------
+
+
+def many():
+    """Norms and biases of both dtypes, of every shape, an empty one and a large one among them."""
+    members = [make(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+    members += [make((0,)), make((2500,), torch.bfloat16)]
+    members += [(*make((9,))[:2], torch.linspace(-1, 1, 9, dtype=torch.bfloat16))]
+    return [list(tensors) for tensors in zip(*members, strict=True)]
+
+
+def test_many_are_stepped_as_each_alone():
+    parameters, momenta, gradients = many()
+    arguments = float_arguments(len(parameters))
+    expected = many()
+    for i, tensors in enumerate(zip(*expected, strict=True)):
+        one = {**arguments, "steps": arguments["steps"][i : i + 1]}
+        one["streams"] = arguments["streams"][i : i + 1]
+        reference.lion_step_floats_(*([tensor] for tensor in tensors), **one)
+    kept = [gradient.clone() for gradient in gradients]
+    pairs = [[guarded(tensor) for tensor in tensors] for tensors in (parameters, momenta)]
+    inside = [[inner for inner, _ in tensors] for tensors in pairs]
+
+    kernels.lion_step_floats_(*inside, gradients, **arguments)
+
+    for actual, wanted in zip([*inside, gradients], [*expected[:2], kept], strict=True):
+        for tensor, other in zip(actual, wanted, strict=True):
+            assert_same_bits(tensor, other)
+    assert all(guards_are_intact(buffer) for tensors in pairs for _, buffer in tensors)
+
+
+def test_step_and_stream_choose_the_random_numbers_of_each_parameter():
+    results = []
+    for steps, streams in [([7, 7], [3, 3]), ([7, 8], [3, 3]), ([7, 7], [3, 4])]:
+        parameters = [torch.ones(500, dtype=torch.bfloat16) for _ in range(2)]
+        momenta = [torch.zeros(500) for _ in range(2)]
+        gradients = [torch.ones(500) for _ in range(2)]
+        arguments = {**float_arguments(lr=1e-3), "steps": steps, "streams": streams}
+        kernels.lion_step_floats_(parameters, momenta, gradients, **arguments)
+        results.append(torch.equal(*parameters))
+
+    assert results == [True, False, False]
+
+
+def test_no_parameters_are_no_work():
+    kernels.lion_step_floats_([], [], [], **float_arguments(0))
+
+
+def test_each_parameter_needs_one_of_each():
+    parameters, momenta, gradients = many()
+    before = [parameter.clone() for parameter in parameters]
+
+    with pytest.raises(ValueError, match=r"for each parameter, got \[13, 13, 12, 13, 13\]"):
+        kernels.lion_step_floats_(parameters, momenta, gradients[1:], **float_arguments(13))
+    for parameter, wanted in zip(parameters, before, strict=True):
+        assert_same_bits(parameter, wanted)
+
+
+def test_a_parameter_that_comes_twice_is_refused():
+    """On a GPU both would be read before either is written."""
+    parameter, momentum, gradient = make((5,))
+
+    with pytest.raises(ValueError, match=r"comes twice.*pass it once"):
+        kernels.lion_step_floats_(
+            [parameter, parameter],
+            [momentum, momentum.clone()],
+            [gradient, gradient],
+            **float_arguments(2),
+        )
+
+
+def test_parameters_on_two_devices_are_refused():
+    members = [make((5,)), [tensor.to("meta") for tensor in make((5,))]]
+
+    with pytest.raises(ValueError, match=r"got cpu and meta\. Make one call for each device"):
+        kernels.lion_step_floats_(*zip(*members, strict=True), **float_arguments(2))
+
+
+def test_one_that_does_not_fit_stops_all_before_anything_is_written():
+    parameters, momenta, gradients = many()
+    before = [parameter.clone() for parameter in parameters]
+    momenta[-1] = momenta[-1][1:]
+
+    with pytest.raises(ValueError, match=r"momentum must have shape \(9,\)"):
+        kernels.lion_step_floats_(parameters, momenta, gradients, **float_arguments(13))
+
+    for parameter, wanted in zip(parameters, before, strict=True):
+        assert_same_bits(parameter, wanted)
+
+
+def test_a_gradient_of_another_type_is_refused():
+    with pytest.raises(TypeError, match=r"got torch\.float64\. Call \.float\(\) first"):
+        step_(torch.ones(3), torch.zeros(3), torch.zeros(3, dtype=torch.float64))

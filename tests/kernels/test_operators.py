@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qft_hf import kernels
-from tests.kernels.states import ARGUMENTS, make_state, random
+from tests.kernels.states import ARGUMENTS, float_arguments, make_state, random
 from tests.tolerances import assert_same_bits
 
 
@@ -22,8 +22,11 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "outlier_columns": state.outlier_columns,
         "dtype": torch.bfloat16,
     }
-    parameter = torch.linspace(-1, 1, 30).bfloat16()
     codes, scales = kernels.quantize(random((5, 300), None), group_size=None)
+    floats = (
+        [torch.linspace(-1, 1, n).bfloat16() for n in (30, 7)],
+        *([torch.full((n,), value) for n in (30, 7)] for value in (0.0, 1.0)),
+    )
     return {
         "accumulate_": ((*quantized(), *quantized(), 256), {}),
         "dequantize": ((state.codes, state.scales, 32), outliers),
@@ -32,7 +35,7 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
             {"bias": torch.ones(5), "dtype": torch.bfloat16},
         ),
         "lion_step_": (state.arguments(), {"group_size": 32, "state_group_size": 256, **ARGUMENTS}),
-        "lion_step_float_": ((parameter, torch.zeros(30), torch.ones(30)), ARGUMENTS),
+        "lion_step_floats_": (floats, float_arguments(2)),
         "quantize": ((random((5, 300), None), 32), {}),
         "quantize_gradient": (
             (random((300, 5), None), scales, None),

@@ -17,6 +17,7 @@ from qft_hf.kernels.backend import backend_for
 from tests.kernels.states import (
     ARGUMENTS,
     LionState,
+    float_arguments,
     guarded,
     guards_are_intact,
     make_state,
@@ -366,53 +367,84 @@ def test_int8_matmul_visits_every_tile_of_the_result(monkeypatch):
 # --- float ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"maximize": True}, {"stochastic": False}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (2, 3, 401)], ids=str)
-def test_lion_step_float(shape, dtype, changes):
+def floats(shapes: list[tuple[int, ...]]) -> tuple[list[torch.Tensor], ...]:
+    """Parameters of both dtypes, momenta and gradients; one BF16 gradient of an FP32 parameter."""
     generator = torch.Generator().manual_seed(3)
-    expected = (
-        (torch.randn(shape, generator=generator) + 1).to(DEVICE, dtype),
-        (torch.randn(shape, generator=generator) * 1e-3).to(DEVICE),
-    )
-    pairs = [guarded(tensor) for tensor in expected]
-    actual, buffers = zip(*pairs, strict=True)
+    parameters, momenta, gradients = [], [], []
+    for number, shape in enumerate(shapes):
+        dtype = torch.bfloat16 if number % 2 else torch.float32
+        parameter, momentum, gradient = (
+            torch.randn(shape, generator=generator).to(DEVICE) * size for size in (1, 1e-3, 3e-3)
+        )
+        gradient.view(-1)[::3] = 0.0
+        parameters.append((parameter + 1).to(dtype))
+        momenta.append(momentum)
+        gradients.append(gradient.to(torch.bfloat16 if number == 0 else dtype))
+    return parameters, momenta, gradients
+
+
+# A scalar, an empty one, one of exactly a block, one over, several blocks; each in both dtypes.
+FLOAT_SHAPES = [(), (), (7,), (7,), (0,), (0,), (1024,), (1024,), (5, 205), (5, 205), (2, 3, 401)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"maximize": True}, {"stochastic": False}], ids=str)
+@pytest.mark.parametrize("shapes", [[(3, 5)], FLOAT_SHAPES], ids=["one", "many"])
+def test_lion_step_floats(shapes, changes):
+    """Each has a step and a stream of its own, and its neighbours in the table are guarded."""
+    expected, momenta, gradients = floats(shapes)
+    pairs = [[guarded(tensor) for tensor in tensors] for tensors in (expected, momenta)]
+    inside = [[inner for inner, _ in tensors] for tensors in pairs]
 
     for step in (1, 2, 3):
-        gradient = (torch.randn(shape, generator=generator) * 3e-3).to(DEVICE, dtype)
-        gradient.view(-1)[::3] = 0.0
-        arguments = {**ARGUMENTS, "lr": 0.01, "step": step, **changes}
-        backend.lion_step_float_(*actual, gradient, **arguments)
-        parameter, momentum = expected
-        value = parameter if arguments["stochastic"] else parameter.float()
-        reference.lion_step_float_(value, momentum, gradient, **arguments)
-        parameter.copy_(stored(value.float(), dtype))
-        for tensor, wanted in zip(actual, expected, strict=True):
-            assert_same_bits(tensor, wanted)
-    assert all(guards_are_intact(buffer) for buffer in buffers)
+        arguments = float_arguments(len(shapes), lr=0.01, step=step, **changes)
+        backend.lion_step_floats_(*inside, gradients, **arguments)
+        values = expected if arguments["stochastic"] else [value.float() for value in expected]
+        reference.lion_step_floats_(values, momenta, gradients, **arguments)
+        for value, parameter in zip(values, expected, strict=True):
+            parameter.copy_(stored(value.float(), parameter.dtype))
+        for tensors, wanted in zip(inside, (expected, momenta), strict=True):
+            for tensor, other in zip(tensors, wanted, strict=True):
+                assert_same_bits(tensor, other)
+        gradients = [gradient.flip(0) if gradient.ndim else -gradient for gradient in gradients]
+    assert all(guards_are_intact(buffer) for tensors in pairs for _, buffer in tensors)
 
 
-def test_lion_step_float_without_update_keeps_bits():
+def test_lion_step_floats_without_update_keeps_bits():
     parameter = torch.randn(2000, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     parameter = parameter.bfloat16()
     before = parameter.clone()
-    zeros = torch.zeros(2000, device=DEVICE)
+    zeros = [[torch.zeros(2000, device=DEVICE)] for _ in range(2)]
 
-    backend.lion_step_float_(parameter, zeros, zeros.clone(), **{**ARGUMENTS, "weight_decay": 0.0})
+    backend.lion_step_floats_([parameter], *zeros, **float_arguments(weight_decay=0.0))
 
     assert_same_bits(parameter, before)
 
 
-def test_lion_step_float_in_any_memory_order():
+def test_lion_step_floats_takes_any_counter():
+    arguments = {**float_arguments(2, lr=0.01), "steps": [2**32 + 5, 1], "streams": [0, 2**31]}
+    results = []
+    for package in (backend, reference):
+        tensors = [
+            [torch.full((50,), value, device=DEVICE, dtype=dtype) for _ in range(2)]
+            for value, dtype in ((1.0, torch.bfloat16), (0.0, torch.float32), (1.0, torch.float32))
+        ]
+        package.lion_step_floats_(*tensors, **arguments)
+        results.append(tensors[0])
+
+    for actual, expected in zip(*results, strict=True):
+        assert_same_bits(actual, expected)
+
+
+def test_lion_step_floats_in_any_memory_order():
     expected = torch.linspace(-1, 1, 35, device=DEVICE).view(5, 7).bfloat16()
     actual = expected.t().contiguous().t()
     gradient = torch.ones(7, 5, device=DEVICE).t()
     momenta = torch.zeros(5, 7, device=DEVICE), torch.zeros(7, 5, device=DEVICE).t()
     version = actual._version
 
-    backend.lion_step_float_(actual, momenta[1], gradient, **ARGUMENTS)
+    backend.lion_step_floats_([actual], [momenta[1]], [gradient], **float_arguments())
 
-    reference.lion_step_float_(expected, momenta[0], gradient, **ARGUMENTS)
+    reference.lion_step_floats_([expected], [momenta[0]], [gradient], **float_arguments())
     assert_same_bits(actual, expected)
     assert_same_bits(momenta[1], momenta[0])
     assert actual._version > version

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed: Linux only")
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -110,11 +111,18 @@ def test_lion_step(columns, group_size, n_outliers, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_float_step(capability):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_float_steps(dtype, capability):
+    kernel = lion_float._lion_floats_kernel
     compiled = compile_kernel(
-        lion_float._lion_float_kernel,
-        types=types_of(lion_float._lion_float_kernel, parameter_ptr="*bf16", gradient_ptr="*bf16"),
-        constants={"STOCHASTIC": True, "BLOCK": lion_float.BLOCK},
+        kernel,
+        types=types_of(kernel, table_ptr="*i64", owners_ptr="*i64"),
+        constants={
+            "PARAMETER": lion_float.TRITON_DTYPES[dtype],
+            "GRADIENT": lion_float.TRITON_DTYPES[dtype],
+            "STOCHASTIC": dtype == torch.bfloat16,
+            "BLOCK": lion_float.BLOCK,
+        },
         capability=capability,
         n_warps=lion_float.N_WARPS,
     )

@@ -133,8 +133,14 @@ def test_a_clipped_step_is_the_reference_step_on_clipped_gradients():
                     **arguments,
                 )
             else:
-                reference.lion_step_float_(
-                    parameter.data, state["momentum"], parameter.grad * factor, **arguments
+                step, stream = arguments.pop("step"), arguments.pop("stream")
+                reference.lion_step_floats_(
+                    [parameter.data],
+                    [state["momentum"]],
+                    [parameter.grad * factor],
+                    steps=[step],
+                    streams=[stream],
+                    **arguments,
                 )
 
     # The factor is known to FP32 rounding only; it moves momentum by as much, and no sign here.

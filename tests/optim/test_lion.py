@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from qft_hf import kernels
 from qft_hf.nn import quantize_modules_
 from qft_hf.optim import QFTLion
 from qft_hf.quant import Int8Gradient, QFTWeight
@@ -176,11 +177,12 @@ def test_the_step_frees_each_gradient_newest_first(monkeypatch):
         parameter.register_post_accumulate_grad_hook(lambda p: pushed.append(names[id(p)]))
     update = optimizer._update
 
-    def recording(parameter, gradient, **arguments):
+    def recording(parameter, gradient):
         updated.append(names[id(parameter)])
         assert parameter.grad is None
-        waiting.append(sum(p.grad is not None for p in model.parameters()))
-        update(parameter, gradient, **arguments)
+        quantized = [p for p in model.parameters() if isinstance(p, QFTWeight)]
+        waiting.append(sum(p.grad is not None for p in quantized))
+        update(parameter, gradient)
 
     monkeypatch.setattr(optimizer, "_update", recording)
     backward(model, 0)
@@ -189,9 +191,30 @@ def test_the_step_frees_each_gradient_newest_first(monkeypatch):
 
     assert pushed[0] == "head.weight"  # backward ends at the embedding
     assert pushed[-1] == "embed.weight"
-    assert updated == pushed[::-1]
-    assert waiting == list(range(len(names) - 1, -1, -1))
+    weights = {names[id(p)] for p in model.parameters() if isinstance(p, QFTWeight)}
+    assert updated == [name for name in pushed[::-1] if name in weights]
+    assert waiting == list(range(len(weights) - 1, -1, -1))
     assert len(optimizer._stack) == 0
+
+
+def test_float_parameters_of_a_group_go_in_one_call(monkeypatch):
+    model = make_model(dtype=torch.bfloat16)
+    optimizer = make_optimizer(model)
+    calls = []
+    step_floats = kernels.lion_step_floats_
+
+    def recording(parameters, *tensors, **arguments):
+        calls.append((len(parameters), arguments["lr"]))
+        step_floats(parameters, *tensors, **arguments)
+
+    monkeypatch.setattr(kernels, "lion_step_floats_", recording)
+    backward(model, 0)
+
+    optimizer.step()
+
+    n_floats = sum(not isinstance(p, QFTWeight) for p in model.parameters())
+    assert n_floats > 4
+    assert calls == [(n_floats, 2e-3)]
 
 
 def test_zero_grad_between_backward_and_step_drops_the_step():

@@ -1,6 +1,6 @@
 """The operators on CPUs: compiled by numba where that pays, else the reference itself."""
 
-from ..reference import lion_step_float_, quantize_gradient
+from ..reference import lion_step_floats_, quantize_gradient
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
 from .lion import lion_step_
@@ -11,7 +11,7 @@ __all__ = [
     "dequantize",
     "int8_matmul",
     "lion_step_",
-    "lion_step_float_",
+    "lion_step_floats_",
     "quantize",
     "quantize_gradient",
     "squared_norm",

@@ -1,4 +1,6 @@
-"""The Lion step on a float parameter with FP32 momentum, in plain PyTorch: the specification."""
+"""The Lion step on float parameters with FP32 momentum, in plain PyTorch: the specification."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -6,7 +8,23 @@ from torch import Tensor
 from .philox import random_words
 
 
-def lion_step_float_(
+def lion_step_floats_(
+    parameters: list[Tensor],
+    momenta: list[Tensor],
+    gradients: list[Tensor],
+    *,
+    steps: list[int],
+    streams: list[int],
+    **arguments: Any,
+) -> None:
+    """See `qft_hf.kernels.lion_float.lion_step_floats_`. Parameters are independent."""
+    for parameter, momentum, gradient, step, stream in zip(
+        parameters, momenta, gradients, steps, streams, strict=True
+    ):
+        _lion_step_(parameter, momentum, gradient, step=step, stream=stream, **arguments)
+
+
+def _lion_step_(
     parameter: Tensor,
     momentum: Tensor,
     gradient: Tensor,
@@ -21,7 +39,6 @@ def lion_step_float_(
     step: int,
     stream: int,
 ) -> None:
-    """See `qft_hf.kernels.lion_float.lion_step_float_`."""
     gradient = gradient.float().neg() if maximize else gradient.float()
     direction = (momentum * beta1).add_(gradient * (1 - beta1)).sign_()
     momentum.mul_(beta2).add_(gradient * (1 - beta2))

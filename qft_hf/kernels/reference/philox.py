@@ -69,7 +69,7 @@ def random_words(
     if isinstance(step, Tensor):
         step = step.repeat_interleave(quads)
     words = philox(counter, seed=seed, step=step, stream=stream)
-    return words.view(-1, quads * LANES)[:, :columns]
+    return words.view(rows.stop - rows.start, quads * LANES)[:, :columns]
 
 
 def weight_uniform(words: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from ..reference import quantize_gradient
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
 from .lion import lion_step_
-from .lion_float import lion_step_float_
+from .lion_float import lion_step_floats_
 from .quantize import dequantize, quantize
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "dequantize",
     "int8_matmul",
     "lion_step_",
-    "lion_step_float_",
+    "lion_step_floats_",
     "quantize",
     "quantize_gradient",
     "squared_norm",

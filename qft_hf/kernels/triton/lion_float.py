@@ -1,4 +1,4 @@
-"""The Lion step on a float parameter in Triton. Twin: `kernels/reference/lion_float.py`."""
+"""The Lion step on float parameters in Triton. Twin: `kernels/reference/lion_float.py`."""
 
 import torch
 import triton
@@ -10,13 +10,16 @@ from .numerics import random_words, sign
 BLOCK = 1024
 N_WARPS = 4
 
+# What a row of the table holds: addresses of parameter, momentum and gradient, the number of
+# elements, step and stream, and the first of the programs that work on it.
+FIELDS: tl.constexpr = tl.constexpr(7)
 
-@triton.jit(do_not_specialize=["n", "seed", "step", "stream"])
-def _lion_float_kernel(
-    parameter_ptr,  # [n] fp32 or bf16, modified
-    momentum_ptr,  # [n] fp32, modified
-    gradient_ptr,  # [n] fp32, bf16 or fp16
-    n,
+
+@triton.jit(do_not_specialize=["seed"])
+def _lion_floats_kernel(
+    table_ptr,  # [n_tensors, FIELDS] int64; what the addresses of parameter and momentum tell is
+    # modified
+    owners_ptr,  # [n_programs] int64: the row of the table that a program works on
     lr,
     shrink,  # lr * weight_decay
     beta1,
@@ -25,12 +28,20 @@ def _lion_float_kernel(
     one_minus_beta2,
     gradient_sign,
     seed,
-    step,
-    stream,
+    PARAMETER: tl.constexpr,  # fp32 or bf16
+    GRADIENT: tl.constexpr,  # fp32, bf16 or fp16
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * BLOCK + tl.zeros((1,), tl.int64)
+    program = tl.program_id(0)
+    row = table_ptr + tl.load(owners_ptr + program) * FIELDS
+    parameter_ptr = tl.load(row).to(tl.pointer_type(PARAMETER))
+    momentum_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    gradient_ptr = tl.load(row + 2).to(tl.pointer_type(GRADIENT))
+    n = tl.load(row + 3)
+    step, stream = tl.load(row + 4), tl.load(row + 5)
+
+    start = (program - tl.load(row + 6)) * BLOCK + tl.zeros((1,), tl.int64)
     index = start[:, None] + tl.arange(0, BLOCK)[None, :]
     mask = index < n
     g = tl.load(gradient_ptr + index, mask=mask, other=0.0).to(tl.float32) * gradient_sign
@@ -49,13 +60,20 @@ def _lion_float_kernel(
         value = tl.where(change == 0, old, rounded)
 
     tl.store(momentum_ptr + index, m * beta2 + g * one_minus_beta2, mask=mask)
-    tl.store(parameter_ptr + index, value.to(parameter_ptr.dtype.element_ty), mask=mask)
+    tl.store(parameter_ptr + index, value.to(PARAMETER), mask=mask)
 
 
-def lion_step_float_(
-    parameter: Tensor,
-    momentum: Tensor,
-    gradient: Tensor,
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def lion_step_floats_(
+    parameters: list[Tensor],
+    momenta: list[Tensor],
+    gradients: list[Tensor],
     *,
     lr: float,
     beta1: float,
@@ -64,22 +82,51 @@ def lion_step_float_(
     maximize: bool,
     stochastic: bool,
     seed: int,
-    step: int,
-    stream: int,
+    steps: list[int],
+    streams: list[int],
 ) -> None:
     # The kernel sees flat memory; a parameter in another order is rare and takes a copy.
-    values, moments = parameter.contiguous(), momentum.contiguous()
-    n = parameter.numel()
-    with torch.cuda.device_of(parameter):
-        _lion_float_kernel[(triton.cdiv(n, BLOCK),)](
-            values, moments, gradient.contiguous(), n,
-            lr, lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
-            -1.0 if maximize else 1.0, seed, step, stream,
-            STOCHASTIC=stochastic and parameter.dtype == torch.bfloat16, BLOCK=BLOCK,
-            num_warps=N_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
-    for tensor, result in ((parameter, values), (momentum, moments)):
+    written = [*parameters, *momenta]
+    flat = [tensor.contiguous() for tensor in written]
+    members = zip(
+        flat[: len(parameters)],
+        flat[len(parameters) :],
+        [gradient.contiguous() for gradient in gradients],
+        steps,
+        streams,
+        strict=True,
+    )
+    launches: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor, Tensor, int, int]]]
+    launches = {}
+    for member in members:
+        launches.setdefault((member[0].dtype, member[2].dtype), []).append(member)
+    for (dtype, gradient_dtype), tensors in launches.items():
+        table, owners = _table(tensors)
+        if not len(owners):
+            continue  # nothing but empty tensors
+        with torch.cuda.device_of(table):
+            _lion_floats_kernel[(len(owners),)](
+                table, owners,
+                lr, lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
+                -1.0 if maximize else 1.0, seed,
+                PARAMETER=TRITON_DTYPES[dtype], GRADIENT=TRITON_DTYPES[gradient_dtype],
+                STOCHASTIC=stochastic and dtype == torch.bfloat16, BLOCK=BLOCK,
+                num_warps=N_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+    for tensor, result in zip(written, flat, strict=True):
         if result is not tensor:
             tensor.copy_(result)
     # Autograd must see that a value changed which an earlier forward pass may have saved.
-    torch.autograd.graph.increment_version((parameter, momentum))
+    torch.autograd.graph.increment_version(written)
+
+
+def _table(tensors: list[tuple[Tensor, Tensor, Tensor, int, int]]) -> tuple[Tensor, Tensor]:
+    """The kernel's table and owners, in one transfer to the device, which nobody waits for."""
+    numbers: list[int] = []
+    owners: list[int] = []
+    for row, (parameter, momentum, gradient, step, stream) in enumerate(tensors):
+        addresses = [tensor.data_ptr() for tensor in (parameter, momentum, gradient)]
+        numbers += [*addresses, parameter.numel(), step, stream, len(owners)]
+        owners += [row] * triton.cdiv(parameter.numel(), BLOCK)
+    buffer = torch.tensor(numbers + owners).to(tensors[0][0].device, non_blocking=True)
+    return buffer[: len(numbers)], buffer[len(numbers) :]
