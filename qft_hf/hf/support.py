@@ -28,8 +28,20 @@ def quantization_config_of(model: Any) -> QFTConfig | None:
 
 
 def ensure_quantized(model: nn.Module, args: TrainingArguments) -> None:
-    """Quantize a float model in place, with the format that `args` asks for, and log one line."""
+    """Quantize a float model in place, with the format that `args` asks for, and log one line.
+
+    Raises:
+        ValueError: The model is INT8 already, and `args` asks for INT8 products that it has not.
+    """
     if has_quantized_weights(model):
+        current = quantization_config_of(model)
+        if getattr(args, "matmul", None) == "int8" and current and current.matmul != "int8":
+            raise ValueError(
+                "matmul='int8' was asked for, and the model is INT8 already, with "
+                f"matmul={current.matmul!r}. Load it with quantization_config=QFTConfig(matmul="
+                "'int8'), which needs critical values in whole columns, or start from the float "
+                "model."
+            )
         return
     config = getattr(args, "quantization_config", None) or QFTConfig()
     quantize_model_(model, config)

@@ -23,7 +23,7 @@ PRODUCTS = ("output", "input gradient", "weight gradient")
 def passes(
     model: nn.Module, inputs: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Name, FP32 weight, input `[N, C]` and output gradient `[N, R]` of each inner linear module."""
+    """Of each inner linear module: name, FP32 weight, input `[N, C]`, output gradient `[N, R]`."""
     inner = {
         module: name
         for name, module in model.named_modules()
