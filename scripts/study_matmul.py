@@ -99,7 +99,7 @@ def tune(way: Way, start: torch.nn.Module, size: Size, options: argparse.Namespa
     return {
         "way": way.name,
         "seed": seed,
-        "loss": held_out_loss(model, text, size),
+        "loss": held_out_loss(model, text, size, n=options.held_out),
         "seconds": perf_counter() - began,
     }
 
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--pretraining-steps", type=int, default=500, help="before that")
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of Lion")
     parser.add_argument("--hidden", type=int, default=Size().hidden, help="width of the model")
+    parser.add_argument("--held-out", type=int, default=256, help="sequences that are scored")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="ways whose name has one of them")
     parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
     parser.add_argument(
@@ -151,7 +152,7 @@ def main() -> None:
     ]
 
     start = pretrained(size, n_steps=options.pretraining_steps)
-    before = held_out_loss(start, prose(), size)
+    before = held_out_loss(start, prose(), size, n=options.held_out)
     options.output.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) for name, value in vars(options).items()}
     runs: list[dict] = []
