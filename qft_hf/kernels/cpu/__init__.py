@@ -1,10 +1,11 @@
 """The operators on CPUs: compiled by numba where that pays, else the reference itself."""
 
-from ..reference import lion_step_floats_, quantize_gradient
+from ..reference import lion_step_floats_
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
 from .lion import lion_step_
 from .quantize import dequantize, quantize
+from .quantize_gradient import quantize_gradient
 
 __all__ = [
     "accumulate_",
