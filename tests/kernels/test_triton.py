@@ -364,6 +364,65 @@ def test_int8_matmul_visits_every_tile_of_the_result(monkeypatch):
     assert_same_bits(out, reference.int8_matmul(a, b, None, None, bias=None, dtype=torch.float32))
 
 
+# --- gradients for INT8 products ------------------------------------------------------------------
+
+
+def gradient_factors(rows: int) -> torch.Tensor:
+    return (torch.rand(rows, 1, generator=torch.Generator().manual_seed(rows)) + 0.1).to(DEVICE)
+
+
+# Less than a tile, exactly one, ragged; several tiles each way.
+GRADIENTS = [(1, 1), (7, 33), (64, 64), (65, 130), (200, 67)]
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("make_input", INPUTS)
+@pytest.mark.parametrize("shape", GRADIENTS, ids=str)
+def test_quantize_gradient(shape, make_input, stochastic, buffers):
+    gradient = make_input(shape, None).to(DEVICE, DTYPES[shape[1] % 3])
+    arguments = (gradient, gradient_factors(shape[1]), gradient_factors(shape[0]))
+    options = {"stochastic": stochastic, "seed": ARGUMENTS["seed"]}
+
+    results = backend.quantize_gradient(*arguments, **options)
+
+    for tensor, expected in zip(
+        results, reference.quantize_gradient(*arguments, **options), strict=True
+    ):
+        assert_same_bits(tensor, expected)
+    assert all(guards_are_intact(buffer) for buffer in buffers)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_quantize_gradient_keeps_what_is_not_finite_visible(bad):
+    gradient = random((70, 90), None).to(DEVICE)
+    gradient[65, 3], gradient[2], gradient[:, 80] = bad, 0.0, 1e-35
+    arguments = (gradient, gradient_factors(90), gradient_factors(70))
+
+    for stochastic in (True, False):
+        options = {"stochastic": stochastic, "seed": 5}
+        results = backend.quantize_gradient(*arguments, **options)
+
+        expected = reference.quantize_gradient(*arguments, **options)
+        for tensor, wanted in zip(results, expected, strict=True):
+            assert_same_bits(tensor, wanted)
+        assert not results[1].isfinite().all()
+        assert not results[3].isfinite().all()
+
+
+@pytest.mark.parametrize("form", [0, 1])
+def test_quantize_gradient_makes_one_form(form):
+    gradient = random((70, 90), None).to(DEVICE)
+    given = [gradient_factors(90), gradient_factors(70)]
+    given[1 - form] = None
+
+    results = backend.quantize_gradient(gradient, *given, stochastic=True, seed=5)
+
+    expected = reference.quantize_gradient(gradient, *given, stochastic=True, seed=5)
+    for tensor, wanted in zip(results, expected, strict=True):
+        assert_same_bits(tensor, wanted)
+    assert sum(tensor.numel() > 0 for tensor in results) == 2
+
+
 # --- float ----------------------------------------------------------------------------------------
 
 

@@ -17,9 +17,16 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from qft_hf.kernels.triton.tiling import tiling
 from tests.offline.compiling import Compiled, compile_kernel
 
-gradient, int8_matmul, lion, lion_float, quantize = (
+gradient, int8_matmul, lion, lion_float, quantize, quantize_gradient = (
     importlib.import_module(f"qft_hf.kernels.triton.{name}")
-    for name in ("gradient", "int8_matmul", "lion", "lion_float", "quantize")
+    for name in (
+        "gradient",
+        "int8_matmul",
+        "lion",
+        "lion_float",
+        "quantize",
+        "quantize_gradient",
+    )
 )
 
 CAPABILITIES = [80, 86, 89, 90]
@@ -210,3 +217,49 @@ def test_int8_matmul(i, capability):
     assert compiled.count(r"(LDG|LDS|STS)\.(U8|S8)") == 0
     assert compiled.count("PRMT") == 0
     assert "cvt.rn.bf16" in compiled.ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", ["_maxima_kernel", "_round_kernel"])
+def test_quantize_gradient(kernel, capability):
+    kernel = getattr(quantize_gradient, kernel)
+    sizes = ("N", "R")
+    types = types_of(kernel, gradient_ptr="*bf16", row_bits_ptr="*i32", column_bits_ptr="*i32")
+
+    compiled = compile_kernel(
+        kernel,
+        types=types | dict.fromkeys(sizes, "i32"),
+        constants={"TILE": quantize_gradient.TILE}
+        | ({"STOCHASTIC": True} if "STOCHASTIC" in kernel.arg_names else {}),
+        capability=capability,
+        n_warps=quantize_gradient.N_WARPS,
+        aligned=sizes,
+    )
+
+    assert_fits_registers(compiled)
+    assert compiled.count(r"LDG.*\.128") >= 2
+    if kernel is quantize_gradient._round_kernel:
+        # Codes leave in 16 bytes a thread in both orders; only scales are stored otherwise.
+        n_stores = quantize_gradient.TILE**2 // (16 * 32 * quantize_gradient.N_WARPS)
+        assert compiled.count(r"STG.*\.128") == 2 * n_stores
+        assert compiled.count("STG") == 2 * n_stores + 2
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_int8_matmul_turns_an_operand(capability):
+    """Read along one side and written along the other, both in 16 bytes a thread."""
+    sizes = ("n_columns", "n_rows", "out_columns", "column_stride")
+
+    compiled = compile_kernel(
+        int8_matmul._copy_kernel,
+        types={"x_ptr": "*i8", "out_ptr": "*i8"} | dict.fromkeys(sizes, "i32"),
+        constants={"row_stride": 1, "TILE": int8_matmul.COPY_TILE},
+        capability=capability,
+        n_warps=int8_matmul.COPY_WARPS,
+        aligned=sizes[1:],
+    )
+
+    assert_fits_registers(compiled)
+    n_words = int8_matmul.COPY_TILE**2 // (16 * 32 * int8_matmul.COPY_WARPS)
+    assert compiled.count(r"LDG.*\.128") == compiled.count("LDG") == n_words
+    assert compiled.count(r"STG.*\.128") == compiled.count("STG") == n_words

@@ -1,11 +1,11 @@
 """The operators on NVIDIA GPUs, in Triton. Imported only when a tensor on such a device arrives."""
 
-from ..reference import quantize_gradient
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
 from .lion import lion_step_
 from .lion_float import lion_step_floats_
 from .quantize import dequantize, quantize
+from .quantize_gradient import quantize_gradient
 
 __all__ = [
     "accumulate_",

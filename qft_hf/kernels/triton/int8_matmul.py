@@ -16,6 +16,7 @@ from torch import Tensor
 ALIGNED = 16  # bytes of one asynchronous copy: what rows along K must be a multiple of
 GROUP = 8  # rows of tiles that run together, so that what they read of `b` is still in the cache
 COPY_TILE = 128
+COPY_WARPS = 8
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -119,7 +120,7 @@ def _int8_matmul_kernel(
     tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_columns"])
+@triton.jit(do_not_specialize=["n_columns"])
 def _copy_kernel(
     x_ptr,  # [n_rows, n_columns] int8 with these strides
     out_ptr,  # [n_rows, out_columns] int8, written; zeros in the columns that x lacks
@@ -152,7 +153,7 @@ def along_k(x: Tensor) -> Tensor:
     grid = (triton.cdiv(rows, COPY_TILE), triton.cdiv(out.shape[1], COPY_TILE))
     _copy_kernel[grid](
         x, out, rows, summed, row_stride, column_stride, out.shape[1],
-        TILE=COPY_TILE, num_warps=4,
+        TILE=COPY_TILE, num_warps=COPY_WARPS,
     )  # fmt: skip
     return out
 
