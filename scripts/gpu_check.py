@@ -38,6 +38,10 @@ for size in (None, 100, 64):
     kernels.squared_norm(*g, group_size=256)
     kernels.lion_step_(*w, values, columns, *m, *g, group_size=size, state_group_size=256,
                        stream=0, **n)
+    ids = torch.tensor([4, 0, 4, 5, -1], device="cuda")
+    kernels.dequantize(*w, rows=ids, group_size=size, outlier_values=values,
+                       outlier_columns=columns)
+    kernels.embedding_gradient_(*g, ids, x, group_size=256)
     kernels.dequantize(*w, group_size=size, outlier_values=values, outlier_columns=columns,
                        dtype=torch.bfloat16)
 sizes = (1001, 7, 1024)

@@ -4,6 +4,7 @@ An operator is a declaration with checks (`kernels/<name>.py`) and one file per 
 same name and arguments. `kernels/reference` is the specification; the others return its bits.
 """
 
+from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
 from .lion import lion_step_
@@ -15,6 +16,7 @@ __all__ = [
     "accumulate_",
     "dequantize",
     "int8_matmul",
+    "embedding_gradient_",
     "lion_step_",
     "lion_step_floats_",
     "quantize",

@@ -97,6 +97,30 @@ def check_same(name: str, tensor: Tensor, like: Tensor) -> None:
         )
 
 
+def check_rows(rows: Tensor, codes: Tensor) -> None:
+    """Raise unless `rows` is a list of row numbers on the device of `codes`."""
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"Row numbers must be int32 or int64, got {rows.dtype}.")
+    if rows.ndim != 1 or not rows.is_contiguous() or rows.device != codes.device:
+        raise ValueError(
+            f"Row numbers must be contiguous, of shape [n], on {codes.device} like the codes, got "
+            f"shape {tuple(rows.shape)}, strides {rows.stride()} on {rows.device}."
+        )
+
+
+def check_row_values(rows: Tensor, codes: Tensor) -> None:
+    """Raise unless each of `rows` is a row of `codes`. Reads values."""
+    if rows.numel() == 0:
+        return
+    low, high = (int(value) for value in rows.aminmax())
+    if low < 0 or high >= codes.shape[0]:
+        raise IndexError(
+            f"Row numbers must be in [0, {codes.shape[0]}), got {low if low < 0 else high}. If "
+            "these are token ids, the tokenizer is not the model's, or a mask such as -100 is "
+            "among them."
+        )
+
+
 def check_outliers(values: Tensor, columns: Tensor, codes: Tensor) -> None:
     """Raise unless `values` and `columns` hold critical values for each row of `codes`."""
     if values.ndim != 2 or values.shape[0] != codes.shape[0]:

@@ -9,7 +9,13 @@ from torch import Tensor
 from .backend import backend_for
 
 
-def declare(name: str, schema: str, *, fake: Callable[..., Any]) -> Any:
+def declare(
+    name: str,
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    check_values: Callable[..., None] | None = None,
+) -> Any:
     """Declare an operator and return it.
 
     One kernel serves every device: it asks `backend_for`, which has chosen already, so that
@@ -20,11 +26,16 @@ def declare(name: str, schema: str, *, fake: Callable[..., Any]) -> Any:
         schema: Arguments and results in PyTorch's schema language; what is written is marked
             `(a!)`. The first argument is a tensor, or a list of tensors on one device.
         fake: Makes the results, shapes and dtypes only, for `torch.compile`.
+        check_values: Takes the operator's arguments and raises for values that would do harm,
+            before anything is written. Called where tensors are on the CPU: on a GPU the answer
+            would have to be waited for at each call.
     """
     full_name = f"qft_hf::{name}"
 
     def run(first: Tensor | list[Tensor], *arguments: Any, **options: Any) -> Any:
         device = (first if isinstance(first, Tensor) else first[0]).device
+        if check_values is not None and device.type == "cpu":
+            check_values(first, *arguments, **options)
         return getattr(backend_for(device), name)(first, *arguments, **options)
 
     torch.library.define(full_name, schema)

@@ -1,10 +1,19 @@
 """Group-wise absmax INT8 quantization of a matrix, and back."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..layout import GroupLayout
-from .checks import check_group_size, check_matrix, check_outliers, check_quantized
+from .checks import (
+    check_group_size,
+    check_matrix,
+    check_outliers,
+    check_quantized,
+    check_row_values,
+    check_rows,
+)
 from .operators import declare
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,6 +25,18 @@ def _fake_quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=torch.int8), scales
 
 
+def _fake_dequantize(
+    codes: Tensor, *_: Any, rows: Tensor | None, dtype: torch.dtype, **__: Any
+) -> Tensor:
+    n_rows = codes.shape[0] if rows is None else rows.shape[0]
+    return codes.new_empty((n_rows, codes.shape[1]), dtype=dtype)
+
+
+def _check_dequantize(codes: Tensor, *_: Any, rows: Tensor | None, **__: Any) -> None:
+    if rows is not None:
+        check_row_values(rows, codes)
+
+
 _quantize = declare(
     "quantize",
     "(Tensor x, int? group_size) -> (Tensor codes, Tensor scales)",
@@ -23,9 +44,10 @@ _quantize = declare(
 )
 _dequantize = declare(
     "dequantize",
-    "(Tensor codes, Tensor scales, int? group_size, *, Tensor? outlier_values, "
+    "(Tensor codes, Tensor scales, int? group_size, *, Tensor? rows, Tensor? outlier_values, "
     "Tensor? outlier_columns, ScalarType dtype) -> Tensor",
-    fake=lambda codes, *_, dtype, **__: torch.empty_like(codes, dtype=dtype),
+    fake=_fake_dequantize,
+    check_values=_check_dequantize,
 )
 
 
@@ -63,6 +85,7 @@ def dequantize(
     scales: Tensor,
     *,
     group_size: int | None,
+    rows: Tensor | None = None,
     outlier_values: Tensor | None = None,
     outlier_columns: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
@@ -73,16 +96,20 @@ def dequantize(
         codes: int8 `[rows, columns]`, contiguous.
         scales: fp32 `[rows, n_groups]`.
         group_size: Columns per scale; None: whole rows.
+        rows: int32 or int64 `[n]`: the rows to expand, in this order and as often as they come, as
+            an embedding does with its ids; None: all of them, once.
         outlier_values: fp32 `[rows, n_outliers]`: the values of some columns; None for none.
         outlier_columns: int16 or int32 `[rows, n_outliers]`: which columns, each at most once.
         dtype: A float type. The product is FP32 and is rounded to nearest once.
 
     Returns:
-        `[rows, columns]` of `dtype`.
+        `[rows, columns]`, or `[n, columns]`, of `dtype`.
 
     Raises:
         TypeError: A dtype is wrong.
         ValueError: Shapes do not fit each other or `group_size`.
+        IndexError: One of `rows` does not exist, on the CPU. On a GPU that costs no waiting and
+            reads nothing it should not: the result has NaN there, which no loss hides.
     """
     check_quantized("x", codes, scales, group_size)
     if not dtype.is_floating_point:
@@ -91,10 +118,13 @@ def dequantize(
         raise ValueError("dequantize needs outlier values and outlier columns, or neither.")
     if outlier_values is not None and outlier_columns is not None:
         check_outliers(outlier_values, outlier_columns, codes)
+    if rows is not None:
+        check_rows(rows, codes)
     expanded: Tensor = _dequantize(
         codes,
         scales,
         group_size,
+        rows=rows,
         outlier_values=outlier_values,
         outlier_columns=outlier_columns,
         dtype=dtype,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
+from ..layout import STATE_GROUP_SIZE
 from ..quant import Int8Gradient, QFTWeight
 from . import dequantized, int8
 from .products import Int8Products
@@ -87,26 +88,23 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, ids: Tensor, weight: QFTWeight, padding_idx: int | None) -> Tensor:
         ctx.save_for_backward(ids, weight)
         ctx.padding_idx = padding_idx
-        if ids.numel() == 0:  # kernels refuse empty matrices
-            return torch.empty(
-                *ids.shape, weight.shape[1], dtype=weight.dtype, device=weight.device
-            )
-        return weight.dequantize_rows(ids.reshape(-1)).view(*ids.shape, weight.shape[1])
+        rows = ids.reshape(-1).contiguous()
+        return weight.dequantize_rows(rows).view(*ids.shape, weight.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Int8Gradient, None]:
         ids, weight = ctx.saved_tensors
-        grad_rows = grad_output.reshape(-1, weight.shape[1]).float()
-        # Only rows that were looked up have a gradient: the dense table is never made.
-        used, position = ids.reshape(-1).unique(return_inverse=True)
-        sums = torch.zeros(len(used), weight.shape[1], dtype=torch.float32, device=weight.device)
-        sums.index_add_(0, position, grad_rows)
-        if ctx.padding_idx is not None:
-            sums[used == ctx.padding_idx] = 0.0
         gradient = Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
-        if len(used):
-            gradient.set_rows_(used, sums)
+        # Only rows that were looked up have a gradient: a float table is never made.
+        kernels.embedding_gradient_(
+            gradient.codes,
+            gradient.scales,
+            ids.reshape(-1).contiguous(),
+            grad_output.reshape(-1, weight.shape[1]).contiguous(),
+            group_size=STATE_GROUP_SIZE,
+            padding_idx=ctx.padding_idx,
+        )
         return None, gradient, None
 
 
@@ -165,12 +163,16 @@ def embedding(ids: Tensor, weight: QFTWeight, padding_idx: int | None = None) ->
     """Rows `ids` of a quantized table; the table's gradient is an `Int8Gradient`.
 
     Args:
-        ids: Integers of any shape, in [0, rows).
+        ids: int32 or int64 of any shape, in [0, rows).
         weight: `[rows, C]`.
         padding_idx: A row that gets no gradient, or None.
 
     Returns:
         Float `[*ids.shape, C]` of the weight's dtype.
+
+    Raises:
+        IndexError: An id is not in [0, rows), on the CPU. On a GPU, where finding out would mean to
+            wait, its values are NaN.
     """
     output: Tensor = _Embedding.apply(ids, weight, padding_idx)
     return output

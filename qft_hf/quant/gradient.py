@@ -50,8 +50,8 @@ class Int8Gradient(Int8Tensor):
             dtype=dtype,
         )
 
-    def set_rows_(self, rows: slice | Tensor, gradient: Tensor) -> None:
-        """Quantize a float gradient `[n, columns]` into the given rows, a slice or int64 `[n]`."""
+    def set_rows_(self, rows: slice, gradient: Tensor) -> None:
+        """Quantize a float gradient `[n, columns]` into `n` rows."""
         self.codes[rows], self.scales[rows] = kernels.quantize(
             gradient.contiguous(), group_size=STATE_GROUP_SIZE
         )

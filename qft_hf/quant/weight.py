@@ -150,13 +150,15 @@ class QFTWeight(Int8Tensor):
             yield slice(start, min(start + step, rows))
 
     def dequantize_rows(self, rows: slice | Tensor) -> Tensor:
-        """The values of some rows, a slice or an int64 index `[n]`: `[n, columns]`, outer dtype."""
+        """The values of some rows, a slice or numbers `[n]`: `[n, columns]`, outer dtype."""
+        part, index = (rows, None) if isinstance(rows, slice) else (slice(None), rows)
         return kernels.dequantize(
-            self.codes[rows],
-            self.scales[rows],
+            self.codes[part],
+            self.scales[part],
             group_size=self.group_size,
-            outlier_values=self.outlier_values[rows],
-            outlier_columns=self.outlier_columns[rows],
+            rows=index,
+            outlier_values=self.outlier_values[part],
+            outlier_columns=self.outlier_columns[part],
             dtype=self.dtype,
         )
 

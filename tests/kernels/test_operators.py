@@ -27,9 +27,14 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         [torch.linspace(-1, 1, n).bfloat16() for n in (30, 7)],
         *([torch.full((n,), value) for n in (30, 7)] for value in (0.0, 1.0)),
     )
+    rows = torch.tensor([4, 0, 4, 1])
     return {
         "accumulate_": ((*quantized(), *quantized(), 256), {}),
-        "dequantize": ((state.codes, state.scales, 32), outliers),
+        "dequantize": ((state.codes, state.scales, 32), {**outliers, "rows": rows}),
+        "embedding_gradient_": (
+            (*quantized(), torch.tensor([3, 0, 3]), torch.ones(3, 300)),
+            {"group_size": 256, "padding_idx": 0},
+        ),
         "int8_matmul": (
             (codes, codes.t(), scales, scales),
             {"bias": torch.ones(5), "dtype": torch.bfloat16},

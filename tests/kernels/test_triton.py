@@ -130,6 +130,88 @@ def test_dequantize(shape, group_size, outlier_fraction):
     assert_same_bits(x, stored(reference.dequantize(*arguments, **outliers), dtype))
 
 
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
+@pytest.mark.parametrize(("columns", "group_size"), [(33, None), (33, 4), (1100, 256)], ids=str)
+def test_dequantize_rows(columns, group_size, outlier_fraction, id_dtype):
+    """Rows in any order; numbers that are no rows read nothing and give NaN."""
+    state = on_device(
+        make_state((7, columns), group_size=group_size, outlier_fraction=outlier_fraction)
+    )
+    outliers = {"outlier_values": state.outlier_values, "outlier_columns": state.outlier_columns}
+    rows = torch.tensor([6, 0, -1, 3, 6, 7, 2**31 - 1], device=DEVICE, dtype=id_dtype)
+    arguments = (state.codes, state.scales, group_size)
+
+    x = backend.dequantize(*arguments, rows=rows, **outliers)
+
+    assert_same_bits(x, reference.dequantize(*arguments, rows=rows, **outliers))
+    assert len(backend.dequantize(*arguments, rows=rows[:0], **outliers)) == 0
+
+
+# --- embedding ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding_idx", [None, 4])
+@pytest.mark.parametrize("n", [1, 6, 41])
+@pytest.mark.parametrize(
+    ("columns", "group_size"),
+    [(1, 256), (33, 256), (257, 100), (1100, 256), (3000, 2999)],
+    ids=str,
+)
+def test_embedding_gradient(columns, group_size, n, padding_idx):
+    """Rows looked up once and often, ids that are no rows, long rows; guards around the table."""
+    dtype = DTYPES[(columns + n) % 3]
+    generator = torch.Generator().manual_seed(n)
+    ids = torch.randint(0, 5, (n,), generator=generator) * 2
+    if n > 4:
+        ids[2:5] = torch.tensor([-100, 9, 8])
+    ids = ids.to(DEVICE, torch.int32 if n % 2 else torch.int64)
+    sizes = torch.logspace(-2, 2, n)[:, None]
+    gradient = (torch.randn(n, columns, generator=generator) * sizes).to(DEVICE, dtype)
+    expected = [
+        tensor.to(DEVICE) for tensor in reference.quantize(random((9, columns), None), group_size)
+    ]
+    pairs = [guarded(tensor) for tensor in expected]
+    arguments = {"group_size": group_size, "padding_idx": padding_idx}
+
+    backend.embedding_gradient_(*(inner for inner, _ in pairs), ids, gradient, **arguments)
+
+    reference.embedding_gradient_(*expected, ids, gradient, **arguments)
+    for (inner, buffer), wanted in zip(pairs, expected, strict=True):
+        assert_same_bits(inner, wanted)
+        assert guards_are_intact(buffer)
+
+
+def test_embedding_gradient_stops_at_the_last_token(monkeypatch):
+    """What lies behind the sorted tokens in memory looks like one more of the last row."""
+    sort = torch.Tensor.sort
+
+    def sort_in_a_larger_buffer(tensor: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+        parts = sort(tensor, **options)
+        return [torch.cat([part, part[-1:]])[:-1] for part in parts]
+
+    monkeypatch.setattr(torch.Tensor, "sort", sort_in_a_larger_buffer)
+    for n in (1, 4, 5):
+        test_embedding_gradient(33, 256, n, None)
+
+
+def test_embedding_gradient_of_no_tokens_and_of_ones_that_are_not_finite():
+    expected = [tensor.to(DEVICE) for tensor in reference.quantize(random((9, 300), None), 256)]
+    actual = [tensor.clone() for tensor in expected]
+    ids = torch.tensor([3, 3, 5], device=DEVICE)
+    gradient = torch.ones(3, 300, device=DEVICE)
+    gradient[1, 280], gradient[2, 0] = float("nan"), float("inf")
+    arguments = {"group_size": 256, "padding_idx": None}
+
+    backend.embedding_gradient_(*actual, ids[:0], gradient[:0], **arguments)
+    assert_same_bits(actual[0], expected[0])
+
+    backend.embedding_gradient_(*actual, ids, gradient, **arguments)
+    reference.embedding_gradient_(*expected, ids, gradient, **arguments)
+    for tensor, wanted in zip(actual, expected, strict=True):
+        assert_same_bits(tensor, wanted)
+
+
 # --- gradient -------------------------------------------------------------------------------------
 
 

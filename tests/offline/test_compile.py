@@ -17,9 +17,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from qft_hf.kernels.triton.tiling import tiling
 from tests.offline.compiling import Compiled, compile_kernel
 
-gradient, int8_matmul, lion, lion_float, quantize, quantize_gradient = (
+embedding, gradient, int8_matmul, lion, lion_float, quantize, quantize_gradient = (
     importlib.import_module(f"qft_hf.kernels.triton.{name}")
     for name in (
+        "embedding",
         "gradient",
         "int8_matmul",
         "lion",
@@ -54,11 +55,13 @@ def types_of(kernel: Any, **given: str) -> dict[str, str]:
             types[name] = "*i8"
         elif name == "outlier_columns_ptr":
             types[name] = "*i16"
+        elif name in ("sorted_ptr", "order_ptr", "rows_ptr"):
+            types[name] = "*i64"
         elif name.endswith("_ptr"):
             types[name] = "*fp32"
         elif name in ("seed", "n"):
             types[name] = "i64"
-        elif name in ("step", "stream"):
+        elif name in ("step", "stream", "n_rows", "padding_idx"):
             types[name] = "i32"
         elif name.islower():
             types[name] = "fp32"
@@ -150,13 +153,26 @@ def test_gradient_kernels(columns, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("columns", [4096, 8192])
+def test_embedding_gradient(columns, capability):
+    kernel = embedding._embedding_gradient_kernel
+    compiled = compile_rows(kernel, capability, columns, gradient_ptr="*bf16")
+
+    assert_fits_registers(compiled)
+    assert compiled.count(r"LDG.*\.128") >= 4  # one for each token in flight
+    assert compiled.count(r"STG.*\.128") >= 1
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("gather", [False, True])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-def test_dequantize(dtype, capability):
+def test_dequantize(dtype, gather, capability):
     compiled = compile_rows(
         quantize._dequantize_kernel,
         capability,
         4096,
         x_ptr=f"*{dtype}",
+        GATHER=gather,
         N_OUTLIERS=41,
         OUTLIER_TILE=64,
     )

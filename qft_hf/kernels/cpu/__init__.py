@@ -1,6 +1,7 @@
 """The operators on CPUs: compiled by numba where that pays, else the reference itself."""
 
 from ..reference import lion_step_floats_
+from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
 from .lion import lion_step_
@@ -10,6 +11,7 @@ from .quantize_gradient import quantize_gradient
 __all__ = [
     "accumulate_",
     "dequantize",
+    "embedding_gradient_",
     "int8_matmul",
     "lion_step_",
     "lion_step_floats_",

@@ -55,13 +55,14 @@ def _quantize_rows(x, codes, scales, start, stop, group_size):
 
 
 @njit(nogil=True, cache=True)
-def _dequantize_rows(codes, scales, x, start, stop, group_size):
+def _dequantize_rows(codes, scales, rows, x, start, stop, group_size):
     columns = codes.shape[1]
-    for row in range(start, stop):
+    for i in range(start, stop):
+        row = rows[i]
         for group in range(scales.shape[1]):
             first = group * group_size
             last = min(first + group_size, columns)
-            code, values, scale = codes[row, first:last], x[row, first:last], scales[row, group]
+            code, values, scale = codes[row, first:last], x[i, first:last], scales[row, group]
             for j in range(last - first):
                 values[j] = _f32(code[j]) * scale
 
@@ -85,19 +86,23 @@ def dequantize(
     scales: Tensor,
     group_size: int | None,
     *,
+    rows: Tensor | None = None,
     outlier_values: Tensor | None = None,
     outlier_columns: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    rows, columns = codes.shape
-    x = torch.empty(rows, columns)
-    arrays = [tensor.numpy() for tensor in (codes, scales, x)]
+    columns = codes.shape[1]
+    index = torch.arange(codes.shape[0]) if rows is None else rows.long()
+    x = torch.empty(len(index), columns)
+    arrays = [tensor.numpy() for tensor in (codes, scales, index, x)]
     size = group_size or columns
     for_each_row_range(
         lambda start, stop: _dequantize_rows(*arrays, start, stop, size),
-        n_rows=rows,
+        n_rows=len(index),
         row_elements=columns,
     )
     if outlier_values is not None and outlier_columns is not None:
+        if rows is not None:
+            outlier_values, outlier_columns = outlier_values[index], outlier_columns[index]
         x.scatter_(1, outlier_columns.long(), outlier_values)
     return x.to(dtype)

@@ -44,12 +44,21 @@ def dequantize(
     scales: Tensor,
     group_size: int | None,
     *,
+    rows: Tensor | None = None,
     outlier_values: Tensor | None = None,
     outlier_columns: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """See `qft_hf.kernels.quantize.dequantize`."""
+    if rows is not None:
+        exists = (rows >= 0) & (rows < codes.shape[0])
+        rows = torch.where(exists, rows, 0)
+        codes, scales = codes[rows], scales[rows]
     values = scale_groups_(codes.float(), scales, group_size)
     if outlier_values is not None and outlier_columns is not None:
+        if rows is not None:
+            outlier_values, outlier_columns = outlier_values[rows], outlier_columns[rows]
         values.scatter_(1, outlier_columns.long(), outlier_values)
+    if rows is not None:
+        values.masked_fill_(~exists[:, None], float("nan"))
     return values.to(dtype)

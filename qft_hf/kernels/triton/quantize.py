@@ -84,13 +84,16 @@ def _quantize_kernel(
         tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _dequantize_kernel(
-    codes_ptr,  # [rows, COLUMNS] int8
-    scales_ptr,  # [rows, N_GROUPS] fp32
-    outlier_values_ptr,  # [rows, N_OUTLIERS] fp32
-    outlier_columns_ptr,  # [rows, N_OUTLIERS] int16 or int32
-    x_ptr,  # [rows, COLUMNS] fp32, bf16 or fp16, written
+    codes_ptr,  # [n_rows, COLUMNS] int8
+    scales_ptr,  # [n_rows, N_GROUPS] fp32
+    rows_ptr,  # [n] int32 or int64: which row each program expands, if GATHER; else its own
+    outlier_values_ptr,  # [n_rows, N_OUTLIERS] fp32
+    outlier_columns_ptr,  # [n_rows, N_OUTLIERS] int16 or int32
+    x_ptr,  # [n, COLUMNS] fp32, bf16 or fp16, written
+    n_rows,
+    GATHER: tl.constexpr,
     N_OUTLIERS: tl.constexpr,
     OUTLIER_TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -102,16 +105,24 @@ def _dequantize_kernel(
     GROUP_TILES: tl.constexpr,
     UNIT_TILES: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    row = program
+    row_exists = row >= 0
+    if GATHER:
+        row = tl.load(rows_ptr + program).to(tl.int64)
+        row_exists = (row >= 0) & (row < n_rows)
+        row = tl.where(row_exists, row, 0)
     codes_ptr += row * COLUMNS
     scales_ptr += row * N_GROUPS
-    x_ptr += row * COLUMNS
+    x_ptr += program * COLUMNS
     for group_tile in range(GROUP_TILES):
         for unit_tile in range(UNIT_TILES):
             start, exists, column, mask = tile_columns(
                 group_tile * GROUPS, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
             )
             scale = tl.load(scales_ptr + start // GROUP, mask=exists, other=0.0)
+            if GATHER:
+                scale = tl.where(row_exists, scale, float("nan"))
             code = tl.load(codes_ptr + column, mask=mask, other=0)
             x = code.to(tl.float32) * scale[:, None]
             tl.store(x_ptr + column, x.to(x_ptr.dtype.element_ty), mask=mask)
@@ -121,7 +132,7 @@ def _dequantize_kernel(
         tl.debug_barrier()
         for tile in range((N_OUTLIERS + OUTLIER_TILE - 1) // OUTLIER_TILE):
             k = tile * OUTLIER_TILE + tl.arange(0, OUTLIER_TILE)
-            mask = k < N_OUTLIERS
+            mask = k < tl.where(row_exists, N_OUTLIERS, 0)
             column = tl.load(outlier_columns_ptr + row * N_OUTLIERS + k, mask=mask, other=0)
             value = tl.load(outlier_values_ptr + row * N_OUTLIERS + k, mask=mask, other=0.0)
             tl.store(x_ptr + column.to(tl.int32), value.to(x_ptr.dtype.element_ty), mask=mask)
@@ -150,21 +161,26 @@ def dequantize(
     scales: Tensor,
     group_size: int | None,
     *,
+    rows: Tensor | None = None,
     outlier_values: Tensor | None = None,
     outlier_columns: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    rows, columns = codes.shape
+    n_rows, columns = codes.shape
     tiles = tiling(columns, group_size)
-    x = torch.empty_like(codes, dtype=dtype)
+    n = n_rows if rows is None else len(rows)
+    x = codes.new_empty(n, columns, dtype=dtype)
+    if n == 0:
+        return x
     n_outliers = 0 if outlier_values is None else outlier_values.shape[1]
     with torch.cuda.device_of(codes):
-        _dequantize_kernel[(rows,)](
+        _dequantize_kernel[(n,)](
             codes, scales,
+            scales if rows is None else rows,
             scales if outlier_values is None else outlier_values,
             scales if outlier_columns is None else outlier_columns,
-            x,
-            N_OUTLIERS=n_outliers, OUTLIER_TILE=outlier_tile(n_outliers),
+            x, n_rows,
+            GATHER=rows is not None, N_OUTLIERS=n_outliers, OUTLIER_TILE=outlier_tile(n_outliers),
             **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return x

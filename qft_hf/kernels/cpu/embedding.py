@@ -1,0 +1,47 @@
+"""The gradient of an embedding table in numba. Twin: `kernels/reference/embedding.py`."""
+
+import numpy as np
+from numba import njit
+from torch import Tensor
+
+from ..reference.embedding import tokens_by_row
+from .quantize import largest_magnitude, quantize_group
+from .threads import for_each_row_range
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _sum_rows(codes, scales, gradient, order, used, ends, start, stop, group_size):
+    columns = codes.shape[1]
+    sums = np.empty(columns, np.float32)
+    for i in range(start, stop):
+        row = used[i]
+        sums[:] = np.float32(0.0)
+        for position in range(ends[i - 1] if i else 0, ends[i]):
+            values = gradient[order[position]]
+            for j in range(columns):
+                sums[j] += values[j]
+        for group in range(scales.shape[1]):
+            first = group * group_size
+            last = min(first + group_size, columns)
+            values = sums[first:last]
+            largest = largest_magnitude(values.view(np.int32))
+            scales[row, group] = quantize_group(values, codes[row, first:last], largest)
+
+
+def embedding_gradient_(
+    codes: Tensor,
+    scales: Tensor,
+    ids: Tensor,
+    gradient: Tensor,
+    *,
+    group_size: int,
+    padding_idx: int | None,
+) -> None:
+    order, used, counts = tokens_by_row(ids.long(), codes.shape[0], padding_idx)
+    tensors = (codes, scales, gradient.float(), order, used, counts.cumsum(0))
+    arrays = [tensor.numpy() for tensor in tensors]
+    for_each_row_range(
+        lambda start, stop: _sum_rows(*arrays, start, stop, group_size),
+        n_rows=len(used),
+        row_elements=codes.shape[1],
+    )

@@ -1,0 +1,206 @@
+"""Lookup of rows and the gradient of a table, against float64 and between backends."""
+
+import numpy as np
+import pytest
+import torch
+
+from qft_hf import kernels
+from qft_hf.kernels import cpu, reference
+from tests.kernels.states import guarded, guards_are_intact, make_state, random, spread, values64
+from tests.tolerances import FP32_EPS, assert_same_bits, rounding_bound
+
+BACKENDS = [reference, cpu]
+ROWS = 23
+N_TOKENS = [1, 7, 300]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def token_ids(n, dtype=torch.int64):
+    """Some rows often, in runs and far apart; the first and last row; others never."""
+    ids = torch.randint(0, 9, (n,), generator=torch.Generator().manual_seed(n)) * 2
+    ids[n // 2 :: 3] = ROWS - 1
+    return ids.to(dtype)
+
+
+def token_gradients(n, columns, dtype=torch.float32):
+    """Of sizes that differ by row, so that the order of a sum shows in its bits."""
+    values = random((n, columns), None) * torch.logspace(-3, 3, n)[:, None]
+    return values.to(dtype)
+
+
+def table(columns, group_size):
+    """Codes and scales that are no zeros: what is not looked up must stay."""
+    return kernels.quantize(random((ROWS, columns), None), group_size=group_size)
+
+
+# --- lookup ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [None, 30])
+@pytest.mark.parametrize("n", N_TOKENS)
+def test_rows_are_those_of_the_whole(backend, n, group_size, dtype, id_dtype):
+    state = make_state((ROWS, 70), group_size=group_size, outlier_fraction=0.03)
+    outliers = {"outlier_values": state.outlier_values, "outlier_columns": state.outlier_columns}
+    ids = token_ids(n, id_dtype)
+
+    found = backend.dequantize(
+        state.codes, state.scales, group_size, rows=ids, dtype=dtype, **outliers
+    )
+
+    whole = reference.dequantize(state.codes, state.scales, group_size, dtype=dtype, **outliers)
+    assert_same_bits(found, whole[ids.long()])
+
+
+def test_no_rows_are_an_empty_result():
+    codes, scales = table(40, 16)
+
+    found = kernels.dequantize(
+        codes, scales, group_size=16, rows=torch.zeros(0, dtype=torch.int64), dtype=torch.bfloat16
+    )
+
+    assert tuple(found.shape) == (0, 40)
+    assert found.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("bad", "shown"), [(-100, "-100"), (ROWS, "23")])
+def test_an_id_that_is_no_row_says_so(bad, shown):
+    codes, scales = table(40, 16)
+    before = codes.clone()
+    ids = torch.tensor([3, bad, 5])
+
+    with pytest.raises(IndexError, match=rf"in \[0, 23\), got {shown}.*the tokenizer is not"):
+        kernels.dequantize(codes, scales, group_size=16, rows=ids)
+    with pytest.raises(IndexError, match=rf"in \[0, 23\), got {shown}.*the tokenizer is not"):
+        kernels.embedding_gradient_(codes, scales, ids, torch.ones(3, 40), group_size=16)
+    assert_same_bits(codes, before)
+
+
+def test_where_nobody_looks_an_id_that_is_no_row_gives_nan_and_no_gradient():
+    """On a GPU: no value is read by the host. The reference shows what must come out."""
+    state = make_state((ROWS, 40), group_size=16, outlier_fraction=0.1)
+    ids = torch.tensor([3, -100, ROWS, 5, 2**31])
+    outliers = {"outlier_values": state.outlier_values, "outlier_columns": state.outlier_columns}
+
+    found = reference.dequantize(state.codes, state.scales, 16, rows=ids, **outliers)
+
+    assert found.isnan().all(dim=1).tolist() == [False, True, True, False, True]
+    assert found[[0, 3]].isfinite().all()
+    codes, scales = table(40, 16)
+    expected = codes.clone(), scales.clone()
+    arguments = {"group_size": 16, "padding_idx": None}
+    reference.embedding_gradient_(codes, scales, ids, torch.ones(5, 40), **arguments)
+    reference.embedding_gradient_(*expected, torch.tensor([3, 5]), torch.ones(2, 40), **arguments)
+    assert_same_bits(codes, expected[0])
+    assert_same_bits(scales, expected[1])
+
+
+# --- gradient -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("padding_idx", [None, 4, 5])
+@pytest.mark.parametrize("group_size", [16, 256])
+@pytest.mark.parametrize("n", N_TOKENS)
+def test_each_row_is_the_sum_over_its_tokens(backend, n, group_size, padding_idx):
+    ids, gradient = token_ids(n), token_gradients(n, 300)
+    codes, scales = table(300, group_size)
+    before = codes.clone(), scales.clone()
+
+    backend.embedding_gradient_(
+        codes, scales, ids, gradient, group_size=group_size, padding_idx=padding_idx
+    )
+
+    exact, size = np.zeros((ROWS, 300)), np.zeros((ROWS, 300))
+    np.add.at(exact, ids.numpy(), gradient.double().numpy())
+    np.add.at(size, ids.numpy(), gradient.double().abs().numpy())
+    used = sorted(set(ids.tolist()) - {padding_idx})
+    error = np.abs(values64(codes, scales, group_size) - exact)
+    bound = rounding_bound(exact, spread(scales, 300, group_size)) + n * FP32_EPS * size
+    assert (error <= bound)[used].all()
+    unused = sorted(set(range(ROWS)) - set(used))
+    assert_same_bits(codes[unused], before[0][unused])
+    assert_same_bits(scales[unused], before[1][unused])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_are_in_the_order_of_the_tokens(backend):
+    """In FP32, 1e8 + 1 - 1e8 is 0 and 1e8 - 1e8 + 1 is 1: another order is another row."""
+    ids = torch.tensor([7, 2, 7, 2, 7, 2])
+    gradient = torch.tensor([[1e8], [1e8], [1.0], [-1e8], [-1e8], [1.0]])
+    codes, scales = table(1, 256)
+
+    backend.embedding_gradient_(codes, scales, ids, gradient, group_size=256, padding_idx=None)
+
+    assert codes[[7, 2], 0].tolist() == [0, 127]
+
+
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [1, 30, 256, 5000])
+@pytest.mark.parametrize(("n", "columns"), [(1, 1), (7, 33), (300, 1100)])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_cpu_equals_reference_bit_for_bit(n, columns, group_size, dtype, id_dtype, n_threads):
+    ids, gradient = token_ids(n, id_dtype), token_gradients(n, columns, dtype)
+    expected = table(columns, group_size)
+    pairs = [guarded(tensor) for tensor in expected]
+    kept = gradient.clone()
+    arguments = {"group_size": group_size, "padding_idx": 4}
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(n_threads)
+        cpu.embedding_gradient_(*(inner for inner, _ in pairs), ids, gradient, **arguments)
+    finally:
+        torch.set_num_threads(before)
+
+    reference.embedding_gradient_(*expected, ids, gradient, **arguments)
+    for (inner, buffer), wanted in zip(pairs, expected, strict=True):
+        assert_same_bits(inner, wanted)
+        assert guards_are_intact(buffer)
+    assert_same_bits(gradient, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_visible(backend, bad):
+    gradient = token_gradients(7, 300)
+    gradient[3, 280] = bad
+    ids = token_ids(7)
+    codes, scales = table(300, 256)
+
+    backend.embedding_gradient_(codes, scales, ids, gradient, group_size=256, padding_idx=None)
+
+    finite = scales.isfinite()
+    assert not finite[ids[3], 1]
+    assert int(finite.sum()) == finite.numel() - 1
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"codes": torch.zeros(4, 6)}, TypeError, r"codes must be torch\.int8"),
+        ({"scales": torch.ones(4, 2)}, ValueError, r"scales must be float32 of shape \(4, 1\)"),
+        ({"ids": torch.zeros(3)}, TypeError, r"int32 or int64, got torch\.float32"),
+        ({"ids": torch.zeros(3, 1).long()}, ValueError, r"of shape \[n\], .*got shape \(3, 1\)"),
+        ({"ids": torch.zeros(6).long()[::2]}, ValueError, r"contiguous.*strides \(2,\)"),
+        ({"gradient": torch.ones(2, 6)}, ValueError, r"shape \(3, 6\) on cpu, a row for each"),
+        ({"gradient": torch.ones(3, 6).double()}, TypeError, r"got torch\.float64"),
+        ({"gradient": torch.ones(6, 3).t()}, ValueError, r"Call \.contiguous\(\) first"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, error, match):
+    arguments = {
+        "codes": torch.zeros(4, 6, dtype=torch.int8),
+        "scales": torch.ones(4, 1),
+        "ids": torch.tensor([1, 0, 1]),
+        "gradient": torch.ones(3, 6),
+        **change,
+    }
+    before = arguments["codes"].clone()
+
+    with pytest.raises(error, match=match):
+        kernels.embedding_gradient_(**arguments, group_size=256)
+
+    assert_same_bits(arguments["codes"], before)
