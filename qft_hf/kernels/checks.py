@@ -1,5 +1,7 @@
 """What the operators demand of their arguments, checked before anything is written."""
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -105,6 +107,34 @@ def check_rows(rows: Tensor, codes: Tensor) -> None:
         raise ValueError(
             f"Row numbers must be contiguous, of shape [n], on {codes.device} like the codes, got "
             f"shape {tuple(rows.shape)}, strides {rows.stride()} on {rows.device}."
+        )
+
+
+def check_finite(name: str, tensor: Tensor, *, positive: bool = False) -> None:
+    """Raise unless every value is finite, and above zero if `positive`. Reads values."""
+    if tensor.numel() == 0:
+        return
+    low, high = (float(value) for value in tensor.aminmax())  # NaN wins
+    if isfinite(low) and isfinite(high) and (low > 0 or not positive):
+        return
+    good = tensor.isfinite() & ((tensor > 0) | (not positive))
+    raise ValueError(
+        f"{name} must be finite{' and positive' if positive else ''}, got "
+        f"{int((~good).sum())} of {tensor.numel()} that are not, the first {tensor[~good][0]}. "
+        "Nothing was written: drop this gradient, or reload the weights or the optimizer state "
+        "that it belongs to."
+    )
+
+
+def check_column_values(columns: Tensor, codes: Tensor) -> None:
+    """Raise unless each of the outlier `columns` is a column of `codes`. Reads values."""
+    if columns.numel() == 0:
+        return
+    low, high = (int(value) for value in columns.aminmax())
+    if low < 0 or high >= codes.shape[1]:
+        raise ValueError(
+            f"outlier columns must be in [0, {codes.shape[1]}), got {low if low < 0 else high}. "
+            "Nothing was written: reload the weight."
         )
 
 

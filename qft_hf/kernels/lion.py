@@ -1,9 +1,35 @@
 """One Lion step on an INT8 weight, its INT8 momentum and its INT8 gradient."""
 
+from typing import Any
+
 from torch import Tensor
 
-from .checks import check_outliers, check_quantized, check_same
+from .checks import (
+    check_column_values,
+    check_finite,
+    check_outliers,
+    check_quantized,
+    check_same,
+)
 from .operators import declare, nothing
+
+
+def _check_values(
+    codes: Tensor,
+    scales: Tensor,
+    outlier_values: Tensor,
+    outlier_columns: Tensor,
+    momentum_codes: Tensor,
+    momentum_scales: Tensor,
+    gradient_codes: Tensor,
+    gradient_scales: Tensor,
+    **_: Any,
+) -> None:
+    check_finite("weight scales", scales, positive=True)
+    check_finite("momentum scales", momentum_scales)
+    check_finite("gradient scales", gradient_scales)
+    check_column_values(outlier_columns, codes)
+
 
 _lion_step_ = declare(
     "lion_step_",
@@ -13,6 +39,7 @@ _lion_step_ = declare(
     "int? group_size, int state_group_size, float lr, float beta1, float beta2, "
     "float weight_decay, bool maximize, bool stochastic, int seed, int step, int stream) -> ()",
     fake=nothing,
+    check_values=_check_values,
 )
 
 
@@ -76,7 +103,10 @@ def lion_step_(
 
     Raises:
         TypeError: A dtype is wrong.
-        ValueError: Shapes or devices do not fit. Nothing was written.
+        ValueError: Shapes or devices do not fit. On the CPU also: a scale is not finite, a weight
+            scale is not positive, or an outlier column does not exist. On a GPU each look at values
+            would cost a transfer to the host, so there the caller has looked: the optimizer at the
+            gradients, once a step, loading at weights and momentum. Nothing was written.
 
     Source:
         Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2

@@ -1,15 +1,25 @@
 """One Lion step on float parameters: norms, biases, whatever is not quantized."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_same
+from .checks import check_finite, check_same
 from .operators import declare, nothing
 from .quantize import FLOATS as GRADIENT_FLOATS
 
 FLOATS = (torch.float32, torch.bfloat16)
+
+
+def _check_values(
+    parameters: list[Tensor], momenta: list[Tensor], gradients: list[Tensor], **_: Any
+) -> None:
+    for momentum, gradient in zip(momenta, gradients, strict=True):
+        check_finite("momentum", momentum)
+        check_finite("gradient", gradient)
+
 
 _lion_step_floats_ = declare(
     "lion_step_floats_",
@@ -17,6 +27,7 @@ _lion_step_floats_ = declare(
     "float lr, float beta1, float beta2, float weight_decay, "
     "bool maximize, bool stochastic, int seed, int[] steps, int[] streams) -> ()",
     fake=nothing,
+    check_values=_check_values,
 )
 
 
@@ -62,8 +73,9 @@ def lion_step_floats_(
     Raises:
         TypeError: A parameter is neither fp32 nor bf16, a momentum is not fp32, or a gradient is of
             another dtype.
-        ValueError: Shapes, devices or numbers of entries differ, or a parameter comes twice.
-            Nothing was written.
+        ValueError: Shapes, devices or numbers of entries differ, or a parameter comes twice. On the
+            CPU also: a gradient or momentum is not finite; on a GPU the caller has looked. Nothing
+            was written.
 
     Source:
         Chen et al. 2023, algorithm 2 (arXiv:2302.06675).

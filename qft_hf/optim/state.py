@@ -33,7 +33,11 @@ def initial_state(parameter: Tensor) -> dict[str, Any]:
 
 
 def checked_state(parameter: Tensor, state: dict[str, Any], key: Any) -> dict[str, Any]:
-    """Copies of the loaded state on the parameter's device, or ValueError if it does not fit."""
+    """Copies of the loaded state on the parameter's device.
+
+    Raises:
+        ValueError: It does not fit the parameter, or is not finite.
+    """
     wanted = state_format(parameter)
     found = {
         name: (value.dtype, tuple(value.shape))
@@ -46,5 +50,11 @@ def checked_state(parameter: Tensor, state: dict[str, Any], key: Any) -> dict[st
             f"{found}: it was saved by another model, another optimizer or another QFTConfig. "
             "Resume with the ones it belongs to."
         )
+    for name in wanted:
+        if not bool(state[name].isfinite().all()):
+            raise ValueError(
+                f"{name} of parameter {key} has NaN or infinite values: the optimizer state is "
+                "damaged. Resume from an earlier checkpoint, or without the optimizer's state."
+            )
     tensors = {name: state[name].to(parameter.device, copy=True) for name in wanted}
     return {"step": int(state["step"]), **tensors}

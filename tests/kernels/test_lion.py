@@ -338,6 +338,24 @@ def test_the_operator_runs_every_backend_by_name(backend, monkeypatch):
         ("gradient_codes", lambda t: t[:-1], ValueError, "gradient scales must be float32"),
         ("gradient_codes", lambda t: t.float(), TypeError, "gradient codes must be torch.int8"),
         (
+            "gradient_scales",
+            lambda t: t.to("meta"),
+            ValueError,
+            "gradient scales must be contiguous and on cpu like the codes, got .* on meta",
+        ),
+        (
+            "momentum_codes",
+            lambda t: t.t().contiguous().t(),
+            ValueError,
+            r"momentum codes must be contiguous.*\.contiguous\(\) first",
+        ),
+        (
+            "outlier_values",
+            lambda t: t.to("meta"),
+            ValueError,
+            "outlier columns must have shape .* on meta, got .* on cpu",
+        ),
+        (
             "outlier_values",
             lambda t: t.bfloat16(),
             TypeError,
@@ -356,6 +374,45 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(name, change, e
         run(kernels, state, 16)
 
     assert_same_state(state, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "match"),
+    [
+        ("scales", float("nan"), "weight scales must be finite and positive, got 1 of 24 .* nan"),
+        ("scales", float("inf"), "weight scales must be finite and positive, got 1 of 24 .* inf"),
+        ("scales", 0.0, "weight scales must be finite and positive, got 1 of 24 .* first 0.0"),
+        ("scales", -1e-3, "weight scales must be finite and positive, got 1 of 24 .* -0.001"),
+        ("momentum_scales", float("nan"), "momentum scales must be finite, got 1 of 6 .* nan"),
+        ("momentum_scales", -float("inf"), "momentum scales must be finite, got 1 of 6 .* -inf"),
+        ("gradient_scales", float("nan"), "gradient scales must be finite, got 1 of 6 .*reload"),
+        ("gradient_scales", float("inf"), "gradient scales must be finite, got 1 of 6 .*reload"),
+        ("outlier_columns", -1, r"outlier columns must be in \[0, 50\), got -1.*reload"),
+        ("outlier_columns", 50, r"outlier columns must be in \[0, 50\), got 50.*reload"),
+    ],
+)
+def test_values_that_would_do_harm_are_refused_before_anything_is_written(name, bad, match):
+    state = make_state((6, 50), group_size=16, outlier_fraction=0.03)
+    getattr(state, name)[4, -1] = bad
+    before = state.clone()
+
+    with pytest.raises(ValueError, match=match):
+        run(kernels, state, 16)
+
+    for field, tensor in state.tensors().items():
+        assert_same_bits(tensor, getattr(before, field))
+
+
+def test_a_gradient_may_have_scales_of_zero_or_below():
+    """Clipping to nothing and a negative factor make them."""
+    state = make_state((6, 50), group_size=16)
+    state.gradient_scales[0], state.gradient_scales[1] = 0.0, -1e-3
+    expected = state.clone()
+
+    run(kernels, state, 16)
+
+    run(reference, expected, 16)
+    assert_same_state(state, expected)
 
 
 def test_outliers_for_another_number_of_rows_are_refused():

@@ -240,6 +240,20 @@ def test_one_that_does_not_fit_stops_all_before_anything_is_written():
         assert_same_bits(parameter, wanted)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["momentum", "gradient"])
+def test_what_is_not_finite_stops_all_before_anything_is_written(name, bad):
+    parameters, momenta, gradients = many()
+    {"momentum": momenta, "gradient": gradients}[name][-2][3] = bad
+    before = [parameter.clone() for parameter in parameters]
+
+    with pytest.raises(ValueError, match=rf"{name} must be finite, got 1 of 2500 .* {bad}\."):
+        kernels.lion_step_floats_(parameters, momenta, gradients, **float_arguments(13))
+
+    for parameter, wanted in zip(parameters, before, strict=True):
+        assert_same_bits(parameter, wanted)
+
+
 def test_a_gradient_of_another_type_is_refused():
     with pytest.raises(TypeError, match=r"got torch\.float64\. Call \.float\(\) first"):
         step_(torch.ones(3), torch.zeros(3), torch.zeros(3, dtype=torch.float64))

@@ -141,6 +141,7 @@ def spoiled_states():
     def remove_parameter(state):
         state["param_groups"][1]["params"].pop()
 
+    inf = float("inf")
     another = "another model, another optimizer or another QFTConfig. Resume with the ones"
     return [
         (
@@ -161,6 +162,14 @@ def spoiled_states():
             rf"parameter 0 must be a step and .*momentum_scales.*{another}",
         ),
         (rename, rf"parameter 0 .*exp_avg.*{another}"),
+        (
+            set_tensor(1, "momentum_scales", lambda t: t.index_fill(0, torch.tensor([5]), inf)),
+            "momentum_scales of parameter 1 has NaN or infinite.*Resume from an earlier checkpoint",
+        ),
+        (
+            set_tensor(6, "momentum", lambda t: t * float("nan")),
+            "momentum of parameter 6 has NaN or infinite.*Resume from an earlier checkpoint",
+        ),
         (drop(2, "step"), "parameter 2 must be a step and .*Resume"),
         (remove_parameter, "is for 10 parameters, this optimizer has 11.*Resume with the model"),
     ]
