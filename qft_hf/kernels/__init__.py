@@ -15,8 +15,8 @@ from .quantize_gradient import quantize_gradient
 __all__ = [
     "accumulate_",
     "dequantize",
-    "int8_matmul",
     "embedding_gradient_",
+    "int8_matmul",
     "lion_step_",
     "lion_step_floats_",
     "quantize",
