@@ -3,6 +3,7 @@
     python scripts/estimate_memory.py configs/architectures/llama-2-7b
     python scripts/estimate_memory.py meta-llama/Llama-2-7b-hf --sequence_length 4096 --gpu 24 48
     python scripts/estimate_memory.py configs/architectures/* --markdown
+    python scripts/estimate_memory.py data/smollm2 --live    # load it, take a step, compare
 
 A model is a folder with a config.json or a name on the hub.
 """
@@ -10,12 +11,20 @@ A model is a folder with a config.json or a name on the hub.
 import argparse
 from pathlib import Path
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoModelForCausalLM
 
-from qft_hf import QFTConfig, estimate_memory, recommend
+from qft_hf import (
+    MemoryLedger,
+    QFTConfig,
+    QFTLion,
+    estimate_memory,
+    memory_ledger,
+    recommend,
+)
 from qft_hf.memory.ledger import FP32_ADAM_BYTES
-
-MODES = ("stack", "release")
+from qft_hf.optim.lion import GRADIENTS as MODES
+from qft_hf.optim.lion import MOMENTUM_BITS
 
 
 def parse() -> argparse.Namespace:
@@ -34,7 +43,33 @@ def parse() -> argparse.Namespace:
         "--gpu", type=float, nargs="+", default=[24, 48, 80], help="cards, GB (default 24 48 80)"
     )
     parser.add_argument("--markdown", action="store_true", help="one table of all models")
+    parser.add_argument(
+        "--live", action="store_true", help="load the models, and set measured states beside these"
+    )
     return parser.parse_args()
+
+
+def live_ledger(name: str | Path, gradient: str, momentum_bits: int) -> MemoryLedger:
+    """Load a model, and measure its states where they are largest: just before the second step."""
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=QFTConfig())
+    optimizer = QFTLion(model.parameters(), gradient=gradient, momentum_bits=momentum_bits)
+    ids = torch.arange(8)[None]
+    for _ in range(2):
+        optimizer.step()
+        model(input_ids=ids, labels=ids).loss.backward()
+    return memory_ledger(model, optimizer)
+
+
+def compare(name: str) -> None:
+    """Print estimated and measured bytes of all states in each mode."""
+    for mode in MODES:
+        for bits in MOMENTUM_BITS:
+            estimated = estimate_memory(name, gradient=mode, momentum_bits=bits).state_bytes
+            measured = live_ledger(name, mode, bits).total_bytes
+            print(
+                f"gradient={mode}, momentum_bits={bits}: states {estimated:,} bytes by arithmetic, "
+                f"{measured:,} measured, {100 * (estimated / measured - 1):+.2f} %"
+            )
 
 
 def main() -> None:
@@ -52,8 +87,7 @@ def main() -> None:
             "| FP32 Adam's states |\n" + "| --- " * 6 + "|"
         )
     for name in options.models:
-        config = AutoConfig.from_pretrained(name)
-        stack, release = (estimate_memory(config, gradient=mode, **work) for mode in MODES)
+        stack, release = (estimate_memory(name, gradient=mode, **work) for mode in MODES)
         if options.markdown:
             print(
                 f"| {Path(name).name} | {stack.n_parameters / 1e9:.2f} B "
@@ -67,8 +101,10 @@ def main() -> None:
             print(f"\ngradient={mode}, gradient_checkpointing=True\n{figures}")
         print()
         for gpu in options.gpu:
-            print(f"{gpu:g} GB card: {recommend(config, gpu, **work)}")
+            print(f"{gpu:g} GB card: {recommend(name, gpu, **work)}")
         print()
+        if options.live:
+            compare(name)
 
 
 if __name__ == "__main__":

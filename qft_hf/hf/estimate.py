@@ -1,11 +1,14 @@
 """`estimate_memory`: will it fit, before anything is loaded; and `recommend`: how it will."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..memory import MemoryEstimate, Workload, estimate
 from .config import QFTConfig
@@ -14,10 +17,14 @@ MODES = ("stack", "release")
 # Of a card's memory, what is left for the run: the driver, the libraries and fragments of the
 # allocator take the rest.
 USABLE = 0.92
+LONGEST = 2**20  # tokens of a sequence: longer ones are not looked for
+
+# A model, its configuration, or where that is: a folder with a config.json, or a name on the hub.
+ModelSource = nn.Module | PreTrainedConfig | str | Path
 
 
 def estimate_memory(
-    model_or_config: nn.Module | PreTrainedConfig,
+    model_or_config: ModelSource,
     *,
     config: QFTConfig | None = None,
     gradient: str = "stack",
@@ -30,8 +37,9 @@ def estimate_memory(
     """Predict the memory of training a decoder model; no weight is loaded.
 
     Args:
-        model_or_config: A model, on any device, or its configuration, of which a skeleton without
-            storage is made, in the dtype that the configuration names (else FP32).
+        model_or_config: A model, on any device; or its configuration, a folder with a config.json
+            or a name on the hub, of which a skeleton without storage is made, in the dtype that the
+            configuration names (else FP32).
         config: The weight format; None: the default.
         gradient: `"stack"` or `"release"`.
         momentum_bits: 8.
@@ -45,19 +53,20 @@ def estimate_memory(
         with gated MLP.
 
     Raises:
-        ValueError: `gradient` or `momentum_bits` is not supported, or the configuration lacks a
-            size of the decoder.
+        FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
+        ValueError: `gradient` or `momentum_bits` is not supported, `batch_size` or
+            `sequence_length` is below 1, or the configuration lacks a size of the decoder.
     """
     if gradient not in MODES:
         raise ValueError(f"gradient must be {' or '.join(map(repr, MODES))}, got {gradient!r}.")
     if momentum_bits != 8:
         raise ValueError(f"momentum_bits must be 8, got {momentum_bits}.")
-    if isinstance(model_or_config, nn.Module):
-        model: Any = model_or_config
-    else:
-        dtype = getattr(model_or_config, "dtype", None) or torch.float32
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(model_or_config, dtype=dtype)
+    if batch_size < 1 or sequence_length < 1:
+        raise ValueError(
+            f"batch_size and sequence_length must be 1 or more, got {batch_size} and "
+            f"{sequence_length}."
+        )
+    model = _skeleton(model_or_config)
     workload = _workload(
         model,
         tokens=batch_size * sequence_length,
@@ -65,6 +74,26 @@ def estimate_memory(
         chunked_loss=chunked_loss,
     )
     return estimate(model, workload, config or QFTConfig(), gradient=gradient)
+
+
+def _skeleton(source: ModelSource) -> Any:
+    """The model, or one without storage made from its configuration."""
+    if isinstance(source, nn.Module):
+        return source
+    if isinstance(source, str | Path):
+        folder = Path(source)
+        try:
+            if folder.is_dir() and not (folder / "config.json").is_file():
+                raise FileNotFoundError(folder / "config.json")
+            source = AutoConfig.from_pretrained(source)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"No model {str(source)!r}: neither a folder with a config.json nor a model that "
+                "the hub shows. Check the path, or log in with `hf auth login` if it is gated."
+            ) from error
+    dtype = getattr(source, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(source, dtype=dtype)
 
 
 def _workload(model: Any, *, tokens: int, checkpointing: bool, chunked_loss: bool) -> Workload:
@@ -101,30 +130,51 @@ class Recommendation:
         gradient_checkpointing: Off where the activations fit.
         estimate: Of this choice.
         usable_bytes: What the card has left for it.
+        batch_size: Sequences of one micro-batch, as asked for.
+        longest_sequence: Tokens of the longest sequences that fit with this choice and batch size;
+            0 if none does.
     """
 
     gradient: str
     gradient_checkpointing: bool
     estimate: MemoryEstimate
     usable_bytes: int
+    batch_size: int
+    longest_sequence: int
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the card lacks; 0 if the estimate fits."""
+        return max(0, self.estimate.total_bytes - self.usable_bytes)
 
     @property
     def fits(self) -> bool:
         """Whether the estimate is within the usable memory."""
-        return self.estimate.total_bytes <= self.usable_bytes
+        return not self.missing_bytes
 
     def __str__(self) -> str:
-        """One line."""
+        """One line: the choice, whether it fits, and what would."""
         total, usable = self.estimate.total_bytes / 1e9, self.usable_bytes / 1e9
-        verdict = "fits" if self.fits else "does not fit"
-        return (
+        line = (
             f"gradient={self.gradient}, gradient_checkpointing={self.gradient_checkpointing}: "
-            f"{total:.1f} GB of {usable:.1f} usable, {verdict}"
+            f"{total:.1f} GB of {usable:.1f} usable, "
+        )
+        if self.fits:
+            return f"{line}fits, with sequences of up to {self.longest_sequence:,} tokens"
+        line += f"does not fit: {self.missing_bytes / 1e9:.1f} GB are missing. "
+        if self.longest_sequence:
+            return (
+                f"{line}Sequences of up to {self.longest_sequence:,} tokens would fit, at batch "
+                f"size {self.batch_size}"
+            )
+        return (
+            f"{line}The states alone take {self.estimate.state_bytes / 1e9:.1f} GB: take a larger "
+            "card or a smaller model"
         )
 
 
 def recommend(
-    model_or_config: nn.Module | PreTrainedConfig,
+    model: ModelSource,
     gpu_memory: float,
     sequence_length: int = 2048,
     batch_size: int = 1,
@@ -135,13 +185,20 @@ def recommend(
     """Choose the mode for a card: the fastest that fits, else the smallest.
 
     Args:
-        model_or_config: As in `estimate_memory`.
+        model: As in `estimate_memory`; no weight is loaded.
         gpu_memory: Of the card, in GB of 1e9 bytes, as it is sold.
         sequence_length: Tokens of one sequence.
         batch_size: Sequences of one micro-batch.
         config: The weight format; None: the default.
         chunked_loss: As in `estimate_memory`.
+
+    Raises:
+        FileNotFoundError: As `estimate_memory`.
+        ValueError: `gpu_memory` is not positive, or as `estimate_memory`.
     """
+    if gpu_memory <= 0:
+        raise ValueError(f"gpu_memory must be positive, in GB, got {gpu_memory}.")
+    skeleton = _skeleton(model)
     usable = int(USABLE * gpu_memory * 1e9)
     # From fastest to smallest: checkpointing costs a third more work, release costs none, but
     # clipping by the exact norm then takes a second backward pass.
@@ -151,20 +208,20 @@ def recommend(
         ("stack", True),
         ("release", True),
     ):
-        choice = Recommendation(
-            gradient,
-            checkpointing,
-            estimate_memory(
-                model_or_config,
-                config=config,
-                gradient=gradient,
-                batch_size=batch_size,
-                sequence_length=sequence_length,
-                gradient_checkpointing=checkpointing,
-                chunked_loss=chunked_loss,
-            ),
-            usable,
+        of = partial(
+            estimate_memory,
+            skeleton,
+            config=config,
+            gradient=gradient,
+            batch_size=batch_size,
+            gradient_checkpointing=checkpointing,
+            chunked_loss=chunked_loss,
         )
-        if choice.fits:
+        estimate = of(sequence_length=sequence_length)
+        if estimate.total_bytes <= usable:
             break
-    return choice
+    # Memory grows with length: as many lengths fit as there are tokens in the longest.
+    longest = bisect_right(
+        range(1, LONGEST + 1), usable, key=lambda length: of(sequence_length=length).total_bytes
+    )
+    return Recommendation(gradient, checkpointing, estimate, usable, batch_size, longest)

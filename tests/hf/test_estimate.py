@@ -1,12 +1,19 @@
 """Estimates against what they predict: live ledgers, and the tensors that autograd saves."""
 
+import runpy
+from pathlib import Path
+
+import huggingface_hub
 import pytest
 import torch
 from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, estimate_memory, memory_ledger, quantize_model_
 from qft_hf.hf import recommend
+from qft_hf.optim.lion import GRADIENTS, MOMENTUM_BITS
 from tests.models import tiny_llama
+
+ROOT = Path(__file__).parents[2]
 
 FORMATS = [
     QFTConfig(),
@@ -115,6 +122,72 @@ def test_the_recommendation_is_the_first_mode_that_fits():
     ]
     for choice in seen:
         assert choice.fits == (choice.estimate.total_bytes <= choice.usable_bytes)
+        assert choice.fits == (choice.longest_sequence >= 2048)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_longest_sequence_fits_and_one_token_more_does_not(batch_size):
+    config = LlamaConfig(dtype="bfloat16")
+    nearest = recommend(config, 24, 65536, batch_size)
+    assert not nearest.fits
+    longest = nearest.longest_sequence
+    assert f"Sequences of up to {longest:,} tokens would fit, at batch size {batch_size}" in str(
+        nearest
+    )
+    assert recommend(config, 24, longest, batch_size).fits
+    longer = recommend(config, 24, longest + 1, batch_size)
+    assert 0 < longer.missing_bytes < 10e6  # what one token takes
+
+
+def test_a_card_that_is_too_small_for_the_states_says_so():
+    choice = recommend(LlamaConfig(dtype="bfloat16"), 12)
+    assert choice.longest_sequence == 0
+    assert "does not fit: 4.8 GB are missing. The states alone take 14.0 GB" in str(choice)
+
+
+def test_a_folder_is_enough_and_no_weight_is_needed(tmp_path):
+    model = tiny_llama()
+    model.config.save_pretrained(tmp_path)
+    for source in (tmp_path, str(tmp_path)):
+        assert estimate_memory(source) == estimate_memory(model.config)
+        assert recommend(source, 1) == recommend(model.config, 1)
+
+
+@pytest.mark.parametrize("source", ["no/folder/here", "nobody/nothing", "an empty folder"])
+def test_an_unknown_model_says_what_was_looked_for(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    if source == "an empty folder":
+        source = tmp_path
+    with pytest.raises(FileNotFoundError, match=r"neither a folder with a config\.json nor"):
+        recommend(source, 24)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0,), "gpu_memory must be positive, in GB, got 0"),
+        ((24, 0), "must be 1 or more, got 1 and 0"),
+        ((24, 512, -1), "must be 1 or more, got -1 and 512"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        recommend(tiny_llama(), *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum_bits", MOMENTUM_BITS)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_states_of_a_real_model_are_those_that_were_estimated(gradient, momentum_bits):
+    folder = ROOT / "data" / "smollm2"
+    if not folder.exists():
+        pytest.skip("data/smollm2 is not there: python scripts/fetch_demo.py smollm2")
+    script = runpy.run_path(str(ROOT / "scripts" / "estimate_memory.py"), run_name="script")
+
+    live = script["live_ledger"](folder, gradient, momentum_bits)
+
+    predicted = estimate_memory(folder, gradient=gradient, momentum_bits=momentum_bits)
+    assert predicted.rows == live.rows
 
 
 def test_the_table_adds_up_and_says_that_it_is_arithmetic():

@@ -260,21 +260,39 @@ def test_the_logged_norm_is_that_of_all_gradients_before_clipping(accumulation, 
         assert_same_run(*trainers)
 
 
-@pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
-def test_exact_clipping_of_a_last_window_of_one_micro_batch(cls, tmp_path):
-    """Seven micro-batches in windows of three: the third window has one."""
+@pytest.mark.parametrize(("cls", "examples"), [(Trainer, 28), (QFTTrainer, 28), (QFTTrainer, 4)])
+def test_exact_clipping_of_a_last_window_of_one_micro_batch(cls, examples, tmp_path):
+    """Seven micro-batches in windows of three: the third has one. Or one micro-batch in all."""
     trainers = []
     for optim_args in (None, "gradient=release,clipping=exact"):
         trainer = trainer_on(
             tiny_llama(tied=True), tmp_path, cls, max_steps=5, max_grad_norm=0.5,
             gradient_accumulation_steps=3, optim_args=optim_args,
         )  # fmt: skip
-        trainer.train_dataset = sequences(28)
+        trainer.train_dataset = sequences(examples)
         trainer.train()
         trainers.append(trainer)
     norms, released = (history(trainer, "grad_norm") for trainer in trainers)
     assert min(norms) > 0.5
     assert released == pytest.approx(norms, rel=1e-3)
+
+
+class Freeze(TrainerCallback):
+    """Leaves a layer without a gradient in the last micro-batch of each step."""
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs) -> None:
+        model.model.layers[1].requires_grad_(False)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        model.model.layers[1].requires_grad_(True)
+
+
+def test_gradients_that_were_kept_and_not_released_count_in_the_norm(tmp_path):
+    stack, release = (
+        run(tmp_path, optim_args=optim_args, gradient_accumulation_steps=2, callbacks=[Freeze()])
+        for optim_args in (None, RELEASE)
+    )
+    assert_same_run(stack, release)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
