@@ -2,8 +2,9 @@
 
 The reference runs the same operators in the same process, as the baseline. On a GPU, times are of
 CUDA events around calls that do not fit its cache; the copy is `torch.Tensor.copy_` of as many
-bytes. Whole optimizer steps beside other optimizers: `scripts/benchmark_step.py` (CPU) and
-`scripts/profile_memory.py` (GPU).
+bytes. Products of INT8 codes are timed beside PyTorch's: of INT8, which leaves INT32 without
+scales, of BF16 and of FP32. Whole optimizer steps beside other optimizers:
+`scripts/benchmark_step.py` (CPU) and `scripts/profile_memory.py` (GPU).
 """
 
 import argparse
@@ -34,6 +35,7 @@ LION = {
 }
 
 Operators = dict[str, tuple[float, Callable[[Any], object]]]
+Product = tuple[Tensor, Tensor, Tensor, Tensor | None]  # two operands and their scales
 
 
 def operators(rows: int, columns: int, group_size: int | None, device: torch.device) -> Operators:
@@ -54,6 +56,7 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
         "outlier_values": weight.outlier_values,
         "outlier_columns": weight.outlier_columns,
     }
+    factors = (normal(1.0)[:1].abs().view(-1, 1), normal(1.0)[:, :1].abs().contiguous())
     state = (*weight.fields().values(), *momentum, *gradient)
     sizes = {"group_size": group_size, "state_group_size": STATE_GROUP_SIZE}
     return {
@@ -70,6 +73,29 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
             lambda backend: backend.accumulate_(*total, *gradient, STATE_GROUP_SIZE),
         ),
         "squared_norm": (1, lambda backend: backend.squared_norm(*gradient, STATE_GROUP_SIZE)),
+        "quantize_gradient": (
+            6,
+            lambda backend: backend.quantize_gradient(
+                gradient_bf16, *factors, stochastic=True, seed=1
+            ),
+        ),
+    }
+
+
+def products(tokens: int, rows: int, columns: int, device: torch.device) -> dict[str, Product]:
+    """The three products of a linear layer with a `[rows, columns]` weight."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, w, g = (
+        torch.randn(size, generator=generator, device=device)
+        for size in ((tokens, columns), (rows, columns), (tokens, rows))
+    )
+    x_codes, x_scales = kernels.quantize(x, group_size=None)
+    w_codes, w_scales = kernels.quantize(w, group_size=None)
+    by_rows, by_columns = kernels.quantize_gradient(g, w_scales, x_scales, seed=1)
+    return {
+        "forward": (x_codes, w_codes.t(), x_scales, w_scales),
+        "grad_x": (by_rows[0], w_codes, by_rows[1], None),
+        "grad_w": (by_columns[0], x_codes, by_columns[1], None),
     }
 
 
@@ -114,6 +140,24 @@ def measure(
     return figures
 
 
+def measure_product(product: Product, device: torch.device, n_calls: int) -> dict[str, float]:
+    """Figures of one product; what the backend copies first counts."""
+    a, b = product[:2]
+    backend, options = backend_for(device), {"bias": None, "dtype": torch.bfloat16}
+    own = seconds(lambda: backend.int8_matmul(*product, **options), device, n_calls)
+    figures = {"tera_operations_per_second": 2 * a.numel() * b.shape[1] / own / 1e12}
+    # On a CPU without VNNI it would take minutes.
+    if device.type == "cuda" or torch.cpu._is_vnni_supported():
+        in_order = b.t().contiguous().t()  # what it is fastest with
+        vendor = seconds(lambda: torch._int_mm(a, in_order), device, n_calls)
+        figures["percent_of_int_mm"] = 100 * vendor / own
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        left, right = a.to(dtype), b.to(dtype)
+        floats = seconds(lambda left=left, right=right: left @ right, device, n_calls)
+        figures[f"times_faster_than_{name}"] = floats / own
+    return figures
+
+
 def main() -> None:
     """Measure, print a table, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -121,6 +165,7 @@ def main() -> None:
     parser.add_argument(
         "--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"], metavar="RxC"
     )
+    parser.add_argument("--tokens", type=int, default=4096, help="rows of the activations")
     parser.add_argument("--group-size", type=int, help="columns per weight scale (default: a row)")
     parser.add_argument("--calls", type=int, default=20, help="timed calls; the fastest counts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -140,6 +185,20 @@ def main() -> None:
             print(
                 f"{name:<16}{row['ns_per_parameter']:>10.4f}{row['gigabytes_per_second']:>8.1f}"
                 f"{row['percent_of_copy']:>11.0f}{row['times_faster_than_reference']:>13.1f}",
+                flush=True,
+            )
+        print(
+            f"{options.tokens:>6} tokens{'TOP/s':>13}{'% of _int_mm':>14}{'x bf16':>8}{'x fp32':>8}"
+        )
+        figures[shape]["products"] = {}
+        for name, product in products(options.tokens, rows, columns, device).items():
+            row = measure_product(product, device, options.calls)
+            figures[shape]["products"][name] = row
+            percent = row.get("percent_of_int_mm")
+            print(
+                f"{name:<13}{row['tera_operations_per_second']:>13.3f}"
+                f"{'-' if percent is None else f'{percent:.0f}':>14}"
+                f"{row['times_faster_than_bf16']:>8.2f}{row['times_faster_than_fp32']:>8.2f}",
                 flush=True,
             )
     if options.json:

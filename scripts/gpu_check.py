@@ -44,6 +44,13 @@ for size in (None, 100, 64):
     kernels.embedding_gradient_(*g, ids, x, group_size=256)
     kernels.dequantize(*w, group_size=size, outlier_values=values, outlier_columns=columns,
                        dtype=torch.bfloat16)
+for size in (5, 577):
+    w, y = kernels.quantize(x, group_size=None), torch.randn(size, 577, device="cuda")
+    a = kernels.quantize(y, group_size=None)
+    g = kernels.int8_matmul(a[0], w[0].t(), a[1], w[1], dtype=torch.float32)
+    by_rows, by_columns = kernels.quantize_gradient(g, w[1], a[1], seed=1)
+    kernels.int8_matmul(by_rows[0], w[0], by_rows[1], None, dtype=torch.bfloat16)
+    kernels.int8_matmul(by_columns[0], a[0], by_columns[1], None, dtype=torch.bfloat16)
 sizes = (1001, 7, 1024)
 p, g = ([torch.ones(s, device="cuda", dtype=torch.bfloat16) for s in sizes] for _ in range(2))
 m = [torch.zeros(s, device="cuda") for s in sizes]
@@ -146,6 +153,15 @@ def markdown(report: dict[str, Any]) -> str:
             for shape, figures in report["kernels"].items()
             for name, row in figures["operators"].items()
         ]
+        lines += ["", "| INT8 product | weight | TOP/s | % of _int_mm | x bf16 |"]
+        lines += ["|---|---|---|---|---|"]
+        lines += [
+            f"| {name} | {shape} | {row['tera_operations_per_second']:.1f} | "
+            f"{row.get('percent_of_int_mm', 0):.0f} | "
+            f"{row['times_faster_than_bf16']:.2f} |"
+            for shape, figures in report["kernels"].items()
+            for name, row in figures["products"].items()
+        ]
     if report["memory"]:
         lines += [
             "",
@@ -213,7 +229,7 @@ def main() -> None:
     else:
         parts["memory errors"] = missing("compute-sanitizer is not here")
     device = ["--device", options.device]
-    small = [] if real else ["--shapes", "64x300", "--calls", "2"]
+    small = [] if real else ["--shapes", "64x300", "--tokens", "32", "--calls", "2"]
     parts["kernel speed"] = run(
         "kernel benchmark",
         [python, "scripts/benchmark_kernels.py", *device, *small, "--json", str(kernels_json)],

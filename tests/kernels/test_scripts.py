@@ -33,7 +33,12 @@ def memory_figures():
 @pytest.fixture(scope="module")
 def kernel_figures():
     script = load("benchmark_kernels")
-    return {"6x300": script.measure(6, 300, None, CPU, 2)}
+    figures = script.measure(6, 300, None, CPU, 2)
+    figures["products"] = {
+        name: script.measure_product(product, CPU, 2)
+        for name, product in script.products(7, 6, 300, CPU).items()
+    }
+    return {"6x300": figures}
 
 
 def test_training_steps_are_profiled(memory_figures):
@@ -62,8 +67,24 @@ def test_random_int8_weights_have_the_usual_deviation():
 def test_every_operator_is_timed_against_the_reference(kernel_figures):
     operators = kernel_figures["6x300"]["operators"]
 
-    assert set(operators) == {"lion_step_", "quantize", "dequantize", "accumulate_", "squared_norm"}
+    assert set(operators) == {
+        "lion_step_",
+        "quantize",
+        "dequantize",
+        "accumulate_",
+        "squared_norm",
+        "quantize_gradient",
+    }
     assert all(value > 0 for row in operators.values() for value in row.values())
+
+
+def test_every_product_is_timed_beside_float(kernel_figures):
+    products = kernel_figures["6x300"]["products"]
+
+    assert set(products) == {"forward", "grad_x", "grad_w"}
+    for row in products.values():
+        assert all(value > 0 for value in row.values())
+        assert {"tera_operations_per_second", "times_faster_than_bf16"} < set(row)
 
 
 def test_the_report_shows_failures_and_all_figures(memory_figures, kernel_figures):
@@ -83,4 +104,5 @@ def test_the_report_shows_failures_and_all_figures(memory_figures, kernel_figure
     assert "| x | failed (1) |" in text
     assert "| y | failed (124) |" in text
     assert "| lion_step_ | 6x300 |" in text
+    assert "| grad_w | 6x300 |" in text
     assert "| AdamW | 2 | 24 |" in text
