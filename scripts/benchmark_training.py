@@ -88,6 +88,9 @@ def ways(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Way]]:
         BF16_ADAMW: lambda model: adamw(model, autocast=True),
         "QFT, dequantize": lambda model: qft(model, dtype),
         "QFT, int8": lambda model: qft(model, dtype, matmul="int8"),
+        "QFT, int8, no critical columns": lambda model: qft(
+            model, dtype, matmul="int8", outlier_fraction=0.0
+        ),
     }
     if importlib.util.find_spec("torchao"):
         made["torchao INT8 mixed precision"] = lambda model: torchao_mixed(model, dtype)

@@ -35,6 +35,7 @@ def test_training_steps_are_timed_by_phase(run, tmp_path):
     figures = json.loads(written["figures.json"])
     assert list(figures["median_seconds"]) == [
         "FP32 AdamW", "bf16 autocast AdamW", "QFT, dequantize", "QFT, int8",
+        "QFT, int8, no critical columns",
     ]  # fmt: skip
     for way in figures["median_seconds"].values():
         assert way["whole"] == pytest.approx(way["forward"] + way["backward"] + way["step"])
