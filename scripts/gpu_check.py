@@ -42,6 +42,8 @@ for size in (None, 100, 64):
     kernels.dequantize(*w, rows=ids, group_size=size, outlier_values=values,
                        outlier_columns=columns)
     kernels.embedding_gradient_(*g, ids, x, group_size=256)
+    kernels.quantize_and_lion_step_(*w, values, columns, *m, x, group_size=size,
+                                    state_group_size=256, stream=0, **n)
     kernels.dequantize(*w, group_size=size, outlier_values=values, outlier_columns=columns,
                        dtype=torch.bfloat16)
 for size in (5, 577):

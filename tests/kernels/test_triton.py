@@ -354,6 +354,72 @@ def test_the_public_operators_run_these_kernels(monkeypatch):
     assert_same_state(actual, expected)
 
 
+@pytest.mark.parametrize(
+    ("shape", "group_size"),
+    [((1, 1), None), ((7, 33), 3), ((2, 257), 100), ((3, 1100), None), ((3, 1100), 512), *LONG],
+    ids=str,
+)
+def test_quantize_and_lion_step(shape, group_size):
+    """Floats of each type; twice, so that the momentum of the first is the start of the second."""
+    dtype = DTYPES[(shape[1] + (group_size or 0)) % 3]
+    outlier_fraction = 0.0 if group_size == 512 else 0.03
+    expected = on_device(
+        make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
+    )
+    pairs = {name: guarded(tensor) for name, tensor in expected.tensors().items()}
+    actual = LionState(**{name: inner for name, (inner, _) in pairs.items()})
+
+    for step, changes in enumerate([{}, {"maximize": True, "lr": 0.05}], start=1):
+        gradient = (ramp(shape, None).flip(1) - 3.0).to(DEVICE, dtype) * 1e-3
+        gradient[0] = 0.0
+        arguments = {**ARGUMENTS, "step": step, **changes}
+        sizes = {"group_size": group_size, "state_group_size": 256}
+        norm = backend.quantize_and_lion_step_(
+            *actual.arguments()[:-2], gradient, **sizes, **arguments
+        )
+
+        expected_norm = reference.quantize_and_lion_step_(
+            *expected.arguments()[:-2], gradient, **sizes, **arguments
+        )
+        assert_same_state(actual, expected)
+        assert_same_bits(norm, expected_norm)
+    for name, (_, buffer) in pairs.items():
+        assert guards_are_intact(buffer), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("columns", "group_size", "state_group_size"),
+    [(600, None, 256), (600, 100, 64), (1100, 32, 2000)],
+)
+def test_quantize_and_lion_step_leaves_rows_that_are_not_finite(
+    columns, group_size, state_group_size, bad
+):
+    expected = on_device(
+        make_state(
+            (5, columns),
+            group_size=group_size,
+            state_group_size=state_group_size,
+            outlier_fraction=0.02,
+        )
+    )
+    actual, before = expected.clone(), expected.clone()
+    gradient = random((5, columns), None).to(DEVICE) * 1e-3
+    gradient[1, columns - 1], gradient[3, 0] = bad, -bad
+
+    sizes = {"group_size": group_size, "state_group_size": state_group_size}
+    norms = [
+        package.quantize_and_lion_step_(*state.arguments()[:-2], gradient, **sizes, **ARGUMENTS)
+        for package, state in ((backend, actual), (reference, expected))
+    ]
+
+    assert_same_state(actual, expected)
+    assert not any(norm.isfinite() for norm in norms)
+    for name, tensor in list(actual.tensors().items())[:-2]:
+        assert_same_bits(tensor[[1, 3]], getattr(before, name)[[1, 3]])
+    assert (actual.momentum_codes[[0, 2, 4]] != before.momentum_codes[[0, 2, 4]]).any()
+
+
 # --- INT8 products --------------------------------------------------------------------------------
 
 int8_matmul = importlib.import_module("qft_hf.kernels.triton.int8_matmul")

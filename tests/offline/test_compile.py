@@ -69,11 +69,17 @@ def types_of(kernel: Any, **given: str) -> dict[str, str]:
 
 
 def compile_lion(
-    capability: int, columns: int, group_size: int | None, n_outliers: int, **options: Any
+    capability: int,
+    columns: int,
+    group_size: int | None,
+    n_outliers: int,
+    *,
+    gradient: str = "*i8",
+    **options: Any,
 ) -> Compiled:
     return compile_kernel(
         lion._lion_kernel,
-        types=types_of(lion._lion_kernel),
+        types=types_of(lion._lion_kernel, gradient_codes_ptr=gradient, sums_ptr="*fp64"),
         constants={
             "STOCHASTIC": True,
             **lion.lion_constants(columns, n_outliers, group_size, 256),
@@ -118,6 +124,19 @@ def test_lion_step(columns, group_size, n_outliers, capability):
         assert compiled.count(r"STG.*\.(U8|S8)") <= (2 if n_outliers else 0)
     if capability == 90:
         assert ".target sm_90" in compiled.ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
+def test_quantize_and_lion_step(columns, group_size, n_outliers, capability):
+    gradient = "*fp32" if columns == 11008 else "*bf16"  # the wider where registers are scarcest
+    compiled = compile_lion(capability, columns, group_size, n_outliers, gradient=gradient)
+
+    assert_fits_registers(compiled)
+    if group_size != 100:
+        # Weight and momentum, and the floats twice: for their scales, and to step.
+        assert compiled.count(r"LDG.*\.128") >= 2 + 2 * (4 if gradient == "*fp32" else 2)
+        assert compiled.count(r"STG.*\.128") == 2
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

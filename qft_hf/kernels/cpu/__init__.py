@@ -6,6 +6,7 @@ from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
 from .lion import lion_step_
 from .quantize import dequantize, quantize
+from .quantize_and_lion import quantize_and_lion_step_
 from .quantize_gradient import quantize_gradient
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "lion_step_",
     "lion_step_floats_",
     "quantize",
+    "quantize_and_lion_step_",
     "quantize_gradient",
     "squared_norm",
 ]

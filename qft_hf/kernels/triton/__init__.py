@@ -3,7 +3,7 @@
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
-from .lion import lion_step_
+from .lion import lion_step_, quantize_and_lion_step_
 from .lion_float import lion_step_floats_
 from .quantize import dequantize, quantize
 from .quantize_gradient import quantize_gradient
@@ -16,6 +16,7 @@ __all__ = [
     "lion_step_",
     "lion_step_floats_",
     "quantize",
+    "quantize_and_lion_step_",
     "quantize_gradient",
     "squared_norm",
 ]

@@ -7,6 +7,8 @@ before a barrier and every store after it, and the zeros follow one more barrier
 of it.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,10 +17,13 @@ from torch import Tensor
 from ..reference.lion import RANGE_LOW as _RANGE_LOW
 from ..reference.lion import RANGE_TARGET as _RANGE_TARGET
 from .numerics import (
+    INFINITY,
     QMAX,
     TINY,
     absmax_scale,
     inverse_scale,
+    magnitude_bits,
+    nearest,
     nearest_code,
     quantized,
     random_words,
@@ -26,11 +31,20 @@ from .numerics import (
     signed,
     weight_uniform,
 )
-from .quantize import outlier_tile
+from .quantize import finite_codes, load_tile, outlier_tile, scale_of_bits
 from .tiling import group_max, over_units, tile_columns, tiling
 
 RANGE_LOW: tl.constexpr = tl.constexpr(_RANGE_LOW)
 PER_TARGET: tl.constexpr = tl.constexpr(1.0 / _RANGE_TARGET)
+
+
+@triton.jit
+def _load_gradient(gradient_codes_ptr, scale, gradient_sign, column, mask):
+    """Signed gradient in fp32: from codes, or from floats as their codes would give it."""
+    g = tl.load(gradient_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+    if gradient_codes_ptr.dtype.element_ty != tl.int8:
+        g = nearest(g * inverse_scale(scale))
+    return g * (scale * gradient_sign)
 
 
 @triton.jit
@@ -41,10 +55,10 @@ def _load_state(
     """Momentum and signed gradient of one tile in fp32; `start` and `exists` are of its units."""
     index = start // STATE_GROUP
     m_scale = tl.load(momentum_scales_ptr + index, mask=exists, other=1.0)
-    g_scale = tl.load(gradient_scales_ptr + index, mask=exists, other=1.0) * gradient_sign
+    g_scale = tl.load(gradient_scales_ptr + index, mask=exists, other=1.0)
     m = tl.load(momentum_codes_ptr + column, mask=mask, other=0).to(tl.float32)
-    g = tl.load(gradient_codes_ptr + column, mask=mask, other=0).to(tl.float32)
-    return m * m_scale[:, None], g * g_scale[:, None]
+    g = _load_gradient(gradient_codes_ptr, g_scale[:, None], gradient_sign, column, mask)
+    return m * m_scale[:, None], g
 
 
 @triton.jit
@@ -58,14 +72,58 @@ def _update_outliers(
         mask = k < N_OUTLIERS
         column = tl.load(columns_ptr + k, mask=mask, other=0).to(tl.int32)
         index = column // STATE_GROUP
-        g = tl.load(gradient_codes_ptr + column, mask=mask, other=0).to(tl.float32)
-        g = g * (tl.load(gradient_scales_ptr + index, mask=mask, other=1.0) * gradient_sign)
+        g_scale = tl.load(gradient_scales_ptr + index, mask=mask, other=1.0)
+        g = _load_gradient(gradient_codes_ptr, g_scale, gradient_sign, column, mask)
         m = tl.load(momentum_codes_ptr + column, mask=mask, other=0).to(tl.float32)
         m = m * tl.load(momentum_scales_ptr + index, mask=mask, other=1.0)
         direction = sign(m * beta1 + g * one_minus_beta1)
         value = tl.load(values_ptr + k, mask=mask, other=0.0)
         change = value * shrink + direction * lr
         tl.store(values_ptr + k, value - change, mask=mask)
+
+
+@triton.jit
+def _quantize_gradient(
+    gradient_ptr, scales_ptr, sums_ptr,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr, UNIT: tl.constexpr,
+    UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_TILES: tl.constexpr,
+    UNIT_TILES: tl.constexpr,
+):  # fmt: skip
+    """Scales of a float row, and sums of its squared codes, of which the norm is made.
+
+    Returns:
+        The bits of the row's largest magnitude.
+    """
+    largest_of_row = 0
+    for group_tile in range(GROUP_TILES):
+        first_group = group_tile * GROUPS
+        x, _, _ = load_tile(gradient_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
+        largest = group_max(magnitude_bits(x), UNITS, GROUPS)
+        for unit_tile in range(1, UNIT_TILES):
+            more, _, _ = load_tile(
+                gradient_ptr, first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+            )
+            largest = tl.maximum(largest, group_max(magnitude_bits(more), UNITS, GROUPS))
+        scale, group_inverse = scale_of_bits(largest)
+        inverse = over_units(group_inverse, UNITS, GROUPS)
+        sums = _sum_of_squares(x, inverse, UNITS, GROUPS)
+        for unit_tile in range(1, UNIT_TILES):
+            more, _, _ = load_tile(
+                gradient_ptr, first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+            )
+            sums += _sum_of_squares(more, inverse, UNITS, GROUPS)
+        group = first_group + tl.arange(0, GROUPS)
+        tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
+        tl.store(sums_ptr + group, sums.to(tl.float64), mask=group < N_GROUPS)
+        largest_of_row = tl.maximum(largest_of_row, tl.max(largest, axis=0))
+    return largest_of_row
+
+
+@triton.jit
+def _sum_of_squares(x, inverse, UNITS: tl.constexpr, GROUPS: tl.constexpr):
+    code = finite_codes(x, inverse).to(tl.int32)
+    of_units = tl.reshape(tl.sum(code * code, axis=1), (GROUPS, UNITS))
+    return tl.sum(of_units.to(tl.int64), axis=1)
 
 
 @triton.jit
@@ -133,8 +191,9 @@ def _lion_kernel(
     outlier_columns_ptr,  # [rows, N_OUTLIERS] int16 or int32
     momentum_codes_ptr,  # [rows, COLUMNS] int8, modified
     momentum_scales_ptr,  # [rows, N_STATE_GROUPS] fp32, modified
-    gradient_codes_ptr,  # [rows, COLUMNS] int8
-    gradient_scales_ptr,  # [rows, N_STATE_GROUPS] fp32
+    gradient_codes_ptr,  # [rows, COLUMNS] int8; or the gradient itself in fp32, bf16 or fp16
+    gradient_scales_ptr,  # [rows, N_STATE_GROUPS] fp32; written if the gradient is float
+    sums_ptr,  # [rows, N_STATE_GROUPS] fp64: of squared gradient codes, written if it is float
     lr,
     shrink,  # lr * weight_decay
     beta1,
@@ -175,6 +234,16 @@ def _lion_kernel(
     outlier_values_ptr += row * N_OUTLIERS
     outlier_columns_ptr += row * N_OUTLIERS
     first_counter = row * ((COLUMNS + 3) // 4)  # four columns share a counter
+
+    if gradient_codes_ptr.dtype.element_ty != tl.int8:
+        largest = _quantize_gradient(
+            gradient_codes_ptr, gradient_scales_ptr, sums_ptr + row * N_STATE_GROUPS,
+            COLUMNS, STATE_GROUP, N_STATE_GROUPS, STATE_UNIT, STATE_UNITS, STATE_GROUPS,
+            STATE_GROUP_TILES, STATE_UNIT_TILES,
+        )  # fmt: skip
+        if largest >= INFINITY:  # NaN too: this row stays as it is, and the norm tells
+            return
+        tl.debug_barrier()  # every thread reads scales that others have written
 
     if N_OUTLIERS > 0:
         _update_outliers(
@@ -282,7 +351,7 @@ def lion_constants(
     }
 
 
-def lion_step_(
+def _launch(
     codes: Tensor,
     scales: Tensor,
     outlier_values: Tensor,
@@ -299,15 +368,33 @@ def lion_step_(
     seed: int,
     step: int,
     stream: int,
+    sums: Tensor,
 ) -> None:
     rows, columns = codes.shape
     constants = lion_constants(columns, outlier_values.shape[1], group_size, state_group_size)
     with torch.cuda.device_of(codes):
         _lion_kernel[(rows,)](
-            codes, scales, outlier_values, outlier_columns, *state,
+            codes, scales, outlier_values, outlier_columns, *state, sums,
             lr, lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
             -1.0 if maximize else 1.0, seed, step, stream,
             STOCHASTIC=stochastic, **constants,
             num_warps=tiling(columns, group_size, state_group_size).n_warps,
             enable_fp_fusion=False,
         )  # fmt: skip
+
+
+def lion_step_(*tensors: Tensor, **arguments: Any) -> None:
+    _launch(*tensors, sums=tensors[-1], **arguments)  # no sums are written
+
+
+def quantize_and_lion_step_(
+    codes: Tensor, *state: Tensor, state_group_size: int, **arguments: Any
+) -> Tensor:
+    # The kernel that steps quantizes first if it is handed floats. What stays in memory of the
+    # quantized gradient is its scales, and with them the sums of which the norm is made.
+    rows, columns = codes.shape
+    shape = (rows, tiling(columns, state_group_size).N_GROUPS)
+    scales = torch.empty(shape, dtype=torch.float32, device=codes.device)
+    sums = torch.empty(shape, dtype=torch.float64, device=codes.device)
+    _launch(codes, *state, scales, state_group_size=state_group_size, sums=sums, **arguments)
+    return (sums * scales.double().square()).sum()

@@ -42,6 +42,12 @@ def nearest_code(values):
 
 
 @triton.jit
+def nearest(values):
+    """The nearest integer, ties to even, as fp32; values must be below 2**22."""
+    return (values + MAGIC) - MAGIC
+
+
+@triton.jit
 def quantized(values, inverse):
     """Codes of `values`; `inverse` is one over the absmax scale of their group.
 

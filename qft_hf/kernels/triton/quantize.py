@@ -29,7 +29,7 @@ def scale_of_bits(largest):
 
 
 @triton.jit
-def _load_tile(
+def load_tile(
     x_ptr, first_group, first_unit,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -65,10 +65,10 @@ def _quantize_kernel(
     for group_tile in range(GROUP_TILES):
         first_group = group_tile * GROUPS
         # The first tile of a group stays in registers; a long group reads its others twice.
-        x, column, mask = _load_tile(x_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
+        x, column, mask = load_tile(x_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
         largest = group_max(magnitude_bits(x), UNITS, GROUPS)
         for unit_tile in range(1, UNIT_TILES):
-            more, _, _ = _load_tile(
+            more, _, _ = load_tile(
                 x_ptr, first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
             )
             largest = tl.maximum(largest, group_max(magnitude_bits(more), UNITS, GROUPS))
@@ -76,7 +76,7 @@ def _quantize_kernel(
         inverse = over_units(inverse, UNITS, GROUPS)
         tl.store(codes_ptr + column, finite_codes(x, inverse), mask=mask)
         for unit_tile in range(1, UNIT_TILES):
-            more, column, mask = _load_tile(
+            more, column, mask = load_tile(
                 x_ptr, first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
             )
             tl.store(codes_ptr + column, finite_codes(more, inverse), mask=mask)
