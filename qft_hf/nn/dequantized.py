@@ -1,7 +1,8 @@
 """The three products of a linear layer with the weight expanded to float, a row tile at a time.
 
 Shapes: N tokens (all leading dimensions), R rows (outputs), C columns (inputs). Each tile of the
-weight's gradient is quantized as soon as it exists, so neither ever exists whole in float.
+weight's gradient is quantized as soon as it exists, so neither ever exists whole in float, but for
+weights of a single tile.
 """
 
 import torch
@@ -38,9 +39,6 @@ def input_gradient(grad: Tensor, weight: QFTWeight) -> Tensor:
     return total
 
 
-def weight_gradient(grad: Tensor, x: Tensor, weight: QFTWeight) -> Int8Gradient:
-    """grad_W[R, C] = grad[N, R]^T x[N, C]."""
-    gradient = Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
-    for rows in weight.row_tiles():
-        gradient.set_rows_(rows, grad[:, rows].t() @ x)
-    return gradient
+def weight_gradient(grad: Tensor, x: Tensor, weight: QFTWeight, *, defer: bool) -> Int8Gradient:
+    """grad_W[R, C] = grad[N, R]^T x[N, C]; `defer` as `QFTWeight.gradient` takes it."""
+    return weight.gradient(lambda rows: grad[:, rows].t() @ x, defer=defer)

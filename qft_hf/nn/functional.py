@@ -33,6 +33,7 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.products, ctx.x_shape, ctx.x_dtype = products, x.shape, x.dtype
+        ctx.takes_floats = weight.takes_floats
         if not (products.forward and products.weight_gradient):
             x = x.to(dtype)
         kept: tuple[Tensor, ...] = ()
@@ -71,12 +72,11 @@ class _Linear(torch.autograd.Function):
                 else int8.input_gradient(rows, grad, weight)
             )
             grad_x = product.to(ctx.x_dtype).view(ctx.x_shape)
-        if needs_weight:
-            gradient = (
-                dequantized.weight_gradient(grad, kept[0].reshape(-1, weight.shape[1]), weight)
-                if columns is None
-                else int8.weight_gradient(columns, kept[0], weight)
-            )
+        if needs_weight and columns is None:
+            x = kept[0].reshape(-1, weight.shape[1])
+            gradient = dequantized.weight_gradient(grad, x, weight, defer=ctx.takes_floats)
+        elif needs_weight:
+            gradient = int8.weight_gradient(columns, kept[0], weight, defer=ctx.takes_floats)
         grad_bias = grad.sum(dim=0) if needs_bias else None
         return grad_x, gradient, grad_bias, None, None, None
 

@@ -105,20 +105,21 @@ def input_gradient(rows: Operand, grad: Tensor, weight: QFTWeight) -> Tensor:
     return grad_x
 
 
-def weight_gradient(columns: Operand, codes: Tensor, weight: QFTWeight) -> Int8Gradient:
-    """grad_W[R, C] = grad[N, R]^T x[N, C], from codes of `x`.
+def weight_gradient(
+    columns: Operand, codes: Tensor, weight: QFTWeight, *, defer: bool
+) -> Int8Gradient:
+    """grad_W[R, C] = grad[N, R]^T x[N, C], from codes of `x`; `defer` as in `QFTWeight.gradient`.
 
-    `columns` is `grad`, times the scales of `x`, per output and transposed: `[R, N]`. The result is
-    made a row tile at a time and never exists whole in float.
+    `columns` is `grad`, times the scales of `x`, per output and transposed: `[R, N]`.
     """
-    gradient = Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
     column_codes, scales = columns
-    for rows in weight.row_tiles():
-        tile = kernels.int8_matmul(
+
+    def tile(rows: slice) -> Tensor:
+        return kernels.int8_matmul(
             column_codes[rows], codes, scales[rows], None, dtype=torch.float32
         )
-        gradient.set_rows_(rows, tile)
-    return gradient
+
+    return weight.gradient(tile, defer=defer)
 
 
 def critical_columns(weight: QFTWeight) -> tuple[Tensor, Tensor]:

@@ -181,6 +181,8 @@ class QFTLion(Optimizer):
         Another `QFTLion` that had these parameters has them no longer.
         """
         for parameter in self._parameters():
+            if isinstance(parameter, QFTWeight):
+                parameter.takes_floats = self._release is not None
             if parameter.requires_grad:
                 self._hook.attach(parameter)
 
@@ -188,13 +190,17 @@ class QFTLion(Optimizer):
         """Leave gradients where backward puts them, until `train` or the next step."""
         for parameter in self._parameters():
             self._hook.detach(parameter)
+            if isinstance(parameter, QFTWeight):
+                parameter.takes_floats = False
 
     def _take(self, parameter: Parameter) -> None:
         """Receive a gradient from backward."""
         if self._release is None:
             self._stack.push(parameter)
         elif (gradient := self._release.take(parameter)) is not None:
-            self._update(parameter, gradient)
+            square = self._update(parameter, gradient)
+            if square is not None:
+                self._release.note(parameter, square)
 
     def _parameters(self) -> Iterator[Parameter]:
         for group in self.param_groups:
@@ -315,29 +321,37 @@ class QFTLion(Optimizer):
         self.zero_grad()
 
     @torch.no_grad()
-    def _update(self, parameter: Parameter, gradient: Tensor) -> None:
-        """Update one parameter and its state in place."""
+    def _update(self, parameter: Parameter, gradient: Tensor) -> Tensor | None:
+        """Update one parameter and its state in place.
+
+        Returns:
+            The squared norm of a deferred gradient, which is quantized on the way; else None.
+        """
         if not isinstance(parameter, QFTWeight):
             self._update_floats([(parameter, gradient)])
-            return
+            return None
         stream, number = self._places[id(parameter)]
         state = self._next_state(parameter)
         gradient = cast(Int8Gradient, gradient)  # what backward makes, and `step` has checked
-        kernels.lion_step_(
+        tensors = (
             parameter.codes,
             parameter.scales,
             parameter.outlier_values,
             parameter.outlier_columns,
             state["momentum_codes"],
             state["momentum_scales"],
-            gradient.codes,
-            gradient.scales,
-            group_size=parameter.group_size,
-            state_group_size=STATE_GROUP_SIZE,
-            step=state["step"],
-            stream=stream,
-            **_arguments(self.param_groups[number]),
         )
+        arguments = {
+            "group_size": parameter.group_size,
+            "state_group_size": STATE_GROUP_SIZE,
+            "step": state["step"],
+            "stream": stream,
+            **_arguments(self.param_groups[number]),
+        }
+        if gradient.floats is not None:
+            return kernels.quantize_and_lion_step_(*tensors, gradient.floats, **arguments)
+        kernels.lion_step_(*tensors, gradient.codes, gradient.scales, **arguments)
+        return None
 
     @torch.no_grad()
     def _update_floats(self, pairs: list[tuple[Parameter, Tensor]]) -> None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..quant import Int8Gradient
+
 logger = logging.getLogger(__name__)
 
 CLIPPINGS = ("exact", "previous", "tensor")
@@ -74,6 +76,8 @@ class GradientRelease:
     def take(self, parameter: Parameter) -> Tensor | None:
         """Free a finished gradient and return it, clipped, to be used now; or None: it waits.
 
+        A deferred gradient that is not clipped comes back as it is: `note` has to follow its use.
+
         Raises:
             FloatingPointError: It has a NaN or infinity.
             RuntimeError: The parameter was updated in this step already, or the norm that exact
@@ -88,6 +92,7 @@ class GradientRelease:
             if self.accumulation == "forbid":
                 raise ValueError(ACCUMULATION_IS_FORBIDDEN)
             self._keeps = True
+            _quantize(parameter)
             return None
         if self.clipping == "exact" and self._measured is None:
             # A run that accumulates has room for all gradients: a last window of one micro-batch
@@ -98,6 +103,7 @@ class GradientRelease:
                     "once under optimizer.measure_norm() and once more as usual, as QFTTrainer "
                     "does, or set clipping='previous' or 'tensor'."
                 )
+            _quantize(parameter)
             return None
         return self._release(parameter)
 
@@ -110,10 +116,13 @@ class GradientRelease:
                 "accumulate, run the earlier backward passes under optimizer.accumulate(). If "
                 "layers share the weight under checkpointing, set use_reentrant=False."
             )
+        gradient = parameter.grad
+        if self.clipping is None and _is_deferred(gradient):
+            parameter.grad = None
+            return gradient
         square = _squared_norm(parameter)
         if not math.isfinite(square.item()):
             raise self.nonfinite_error()
-        gradient = parameter.grad
         parameter.grad = None
         if gradient is not None:
             self._clip_(gradient, self._norm_to_clip_by(square))
@@ -121,12 +130,25 @@ class GradientRelease:
             self._used.add(id(parameter))
         return gradient
 
-    def nonfinite_error(self) -> FloatingPointError:
-        """What to raise for a gradient with a NaN or infinity."""
+    def note(self, parameter: Parameter, square: Tensor) -> None:
+        """Count a deferred gradient that was used, by the squared norm that was found on the way.
+
+        Raises:
+            FloatingPointError: It has a NaN or infinity; rows that have none were updated.
+        """
+        square = square.sqrt().float().double().square()  # as `_squared_norm` rounds it
+        if not math.isfinite(square.item()):
+            raise self.nonfinite_error("; rows of one more whose gradient is finite were, too")
+        self._squares.append(square)
+        self._used.add(id(parameter))
+
+    def nonfinite_error(self, partly: str = "") -> FloatingPointError:
+        """What to raise for a gradient with a NaN or infinity; `partly` says what else changed."""
         return FloatingPointError(
-            f"A gradient is NaN or infinite after {self.n_used} weights were updated in this step; "
-            "the others are unchanged. Reload a checkpoint, or call optimizer.zero_grad() to go on "
-            "from here; gradient='stack' checks all gradients before the first update."
+            f"A gradient is NaN or infinite after {self.n_used} weights were updated in this step"
+            f"{partly}; the others are unchanged. Reload a checkpoint, or call "
+            "optimizer.zero_grad() to go on from here; gradient='stack' checks all gradients "
+            "before the first update."
         )
 
     def finish(self, waiting: list[Parameter]) -> bool:
@@ -214,6 +236,16 @@ def _squared_norm(parameter: Parameter) -> Tensor:
     if gradient is None:
         return torch.zeros((), dtype=torch.float64, device=parameter.device)
     return torch.linalg.vector_norm(gradient).double().square()
+
+
+def _is_deferred(gradient: Tensor | None) -> bool:
+    return isinstance(gradient, Int8Gradient) and gradient.floats is not None
+
+
+def _quantize(parameter: Parameter) -> None:
+    """See to it that a gradient which waits is INT8."""
+    if isinstance(parameter.grad, Int8Gradient):
+        parameter.grad.fields()
 
 
 def _total_norm(squares: list[Tensor]) -> Tensor:

@@ -1,13 +1,32 @@
 """`Int8Gradient`: what `.grad` of a quantized weight holds between backward and step."""
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .. import kernels
 from ..layout import STATE_GROUP_SIZE, GroupLayout
 from .tensor import Int8Tensor, aten
+
+
+class _Floats:
+    """A float gradient that is quantized when its codes are asked for, once for all who share it.
+
+    The same gradient is several Python objects on its way through autograd.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values: Tensor | None = values
+        self._quantized: tuple[Tensor, Tensor] | None = None
+
+    def quantize(self) -> tuple[Tensor, Tensor]:
+        if self._quantized is None:
+            values = cast(Tensor, self.values)
+            self._quantized = kernels.quantize(values, group_size=STATE_GROUP_SIZE)
+            self.values = None
+        return self._quantized
 
 
 class Int8Gradient(Int8Tensor):
@@ -25,6 +44,8 @@ class Int8Gradient(Int8Tensor):
 
     FIELDS = ("codes", "scales")
 
+    _floats: _Floats | None = None
+
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Self:
         """Make the outer tensor: shape and device of the codes, no storage."""
@@ -33,6 +54,33 @@ class Int8Gradient(Int8Tensor):
     def __init__(self, codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> None:
         self.codes = codes
         self.scales = scales
+
+    @classmethod
+    def deferred(cls, gradient: Tensor | _Floats, *, dtype: torch.dtype) -> Self:
+        """A gradient that is quantized when its codes or scales are first used.
+
+        For gradient release, which can quantize and use a gradient in one go; until then the float
+        gradient `[rows, columns]` is alive.
+        """
+        floats = _Floats(gradient) if isinstance(gradient, Tensor) else gradient
+        values = cast(Tensor, floats.values)
+        deferred = Tensor._make_wrapper_subclass(
+            cls, values.shape, dtype=dtype, device=values.device
+        )
+        deferred._floats = floats
+        return deferred
+
+    @property
+    def floats(self) -> Tensor | None:
+        """The float gradient, as long as it is not quantized."""
+        return None if self._floats is None else self._floats.values
+
+    def __getattr__(self, name: str) -> Any:
+        """Quantize now: reached where `codes` or `scales` do not exist yet."""
+        if name not in self.FIELDS or self._floats is None:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        self.codes, self.scales = self._floats.quantize()
+        return getattr(self, name)
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
         """A gradient around other fields."""
@@ -69,6 +117,18 @@ class Int8Gradient(Int8Tensor):
     def is_finite(self) -> Tensor:
         """Bool scalar: whether every value is finite. Reads the scales only."""
         return self.scales.isfinite().all()
+
+
+_each_field = Int8Gradient._operators[aten.detach.default]
+
+
+@Int8Gradient.implements(aten.detach.default, aten.alias.default)
+def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    gradient = args[0]
+    if gradient.floats is None:
+        return _each_field(operator, args, kwargs)
+    alias = Int8Gradient.deferred(gradient._floats, dtype=gradient.dtype)
+    return return_and_correct_aliasing(operator, args, kwargs, alias)
 
 
 @Int8Gradient.implements(aten.add_.Tensor)

@@ -1,6 +1,6 @@
 """`QFTWeight`: a trainable weight stored as INT8 codes beside a few critical values in float."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import kernels
 from ..config import QuantizationSpec
 from ..layout import INT16_COLUMNS, GroupLayout, outliers_per_row
+from .gradient import Int8Gradient
 from .tensor import Int8Tensor
 
 # Elements of a weight that are expanded to float at a time: 64 MB in FP32.
@@ -42,6 +43,8 @@ class QFTWeight(Int8Tensor):
     outlier_values: Tensor
     outlier_columns: Tensor
     group_size: int | None
+    # Whether who takes its gradients would rather have them unquantized: gradient release.
+    takes_floats: bool = False
     # State-dict keys of fields that a partly loaded checkpoint still owes this weight.
     pending: frozenset[str] = frozenset()
 
@@ -161,6 +164,24 @@ class QFTWeight(Int8Tensor):
             outlier_columns=self.outlier_columns[part],
             dtype=self.dtype,
         )
+
+    def gradient(self, tile: Callable[[slice], Tensor], *, defer: bool) -> Int8Gradient:
+        """The gradient of this weight, of which each row tile is quantized as soon as it exists.
+
+        Args:
+            tile: Makes the float gradient `[n, columns]` of a range of rows.
+            defer: Leave a gradient that is all in one tile to be quantized by who uses it.
+        """
+        tiles = list(self.row_tiles())
+        if len(tiles) == 1:  # it exists whole in float anyway
+            gradient = Int8Gradient.deferred(tile(tiles[0]), dtype=self.dtype)
+            if not defer:
+                gradient.fields()
+            return gradient
+        gradient = Int8Gradient.zeros(*self.shape, dtype=self.dtype, device=self.device)
+        for rows in tiles:
+            gradient.set_rows_(rows, tile(rows))
+        return gradient
 
     def dequantize(self) -> Tensor:
         """All values as a plain `[rows, columns]` tensor of the outer dtype."""

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qft_hf import QFTConfig, QFTLion, QFTWeight, quantize_model_
+from qft_hf import QFTConfig, QFTLion, QFTWeight, kernels, quantize_model_
 from qft_hf.nn import QFTLinear
 from qft_hf.quant import Int8Gradient
+from qft_hf.quant import weight as weight_module
 
 N_WORDS = 37
 
@@ -100,51 +101,116 @@ def test_release_equals_stack_bit_for_bit(accumulation, reentrant):
     assert_same_bits(everything(*stack), everything(*release))
 
 
+def count_calls(monkeypatch, name: str) -> list[tuple[int, ...]]:
+    """Shapes of the weights that an operator was called for."""
+    calls: list[tuple[int, ...]] = []
+    operator = getattr(kernels, name)
+
+    def counting(codes, *tensors, **arguments):
+        calls.append(tuple(codes.shape))
+        return operator(codes, *tensors, **arguments)
+
+    monkeypatch.setattr(kernels, name, counting)
+    return calls
+
+
+UP, DOWN, TABLE = (301, 22), (22, 301), (N_WORDS, 22)
+
+
+@pytest.mark.parametrize(
+    ("tile_elements", "settings", "at_once", "in_turn"),
+    [
+        (10**9, {}, [DOWN, UP], [TABLE]),  # the tied table adds two gradients, which are INT8
+        (22 * 301 - 1, {}, [], [DOWN, UP, TABLE]),  # more than a tile: quantized tile by tile
+        (10**9, {"clipping": "tensor", "max_grad_norm": 0.1}, [], [DOWN, UP, TABLE]),
+    ],
+)
+def test_gradients_of_one_tile_are_quantized_by_the_step(
+    monkeypatch, tile_elements, settings, at_once, in_turn
+):
+    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", tile_elements)
+    stepped = count_calls(monkeypatch, "quantize_and_lion_step_")
+    quantized = count_calls(monkeypatch, "lion_step_")
+
+    train("release", steps=1, **settings)
+
+    assert stepped == at_once
+    assert quantized == in_turn
+
+
+def test_gradients_that_wait_are_int8():
+    model = network()
+    optimizer = make_optimizer(model, "release")
+    with optimizer.accumulate():
+        loss_of(model, batches(1)[0]).backward()
+
+    waiting = [p.grad for p in model.parameters() if isinstance(p, QFTWeight)]
+    assert len(waiting) == 3
+    assert all(gradient.floats is None for gradient in waiting)
+
+
+def test_who_does_not_release_gets_int8():
+    """A run may change its mode: the last optimizer to start decides."""
+    model = network()
+    make_optimizer(model, "release")
+    optimizer = make_optimizer(model, "stack")
+
+    loss_of(model, batches(1)[0]).backward()
+
+    assert model.up.weight.grad.floats is None
+    assert len(optimizer._stack) == len(list(model.parameters()))
+
+
 @pytest.fixture
-def live_bytes(monkeypatch) -> list[int]:
-    """Bytes of all INT8 gradients that are alive, noted whenever one more has been made."""
+def live_elements(monkeypatch) -> list[int]:
+    """Elements of all gradients that are alive, noted whenever one more has been made."""
     gc.collect()
     # A test that failed keeps its own in a traceback.
     others = [found for found in gc.get_objects() if type(found) is Int8Gradient]
     seen: list[int] = []
-    make = Int8Gradient.__init__
+
+    def look() -> None:
+        alive: dict[int, int] = {}  # by memory: one gradient is several objects to autograd
+        for found in gc.get_objects():
+            if type(found) is Int8Gradient and not any(found is other for other in others):
+                stored = found.floats if found.floats is not None else vars(found).get("codes")
+                if stored is not None:
+                    alive[stored.data_ptr()] = stored.numel()
+        seen.append(sum(alive.values()))
+
+    make, defer = Int8Gradient.__init__, Int8Gradient.deferred
 
     def watched(gradient: Int8Gradient, *arguments, **keywords) -> None:
         make(gradient, *arguments, **keywords)
-        alive = {
-            found.codes.data_ptr(): found.codes.nbytes + found.scales.nbytes
-            for found in gc.get_objects()
-            if type(found) is Int8Gradient
-            and hasattr(found, "codes")
-            and not any(found is other for other in others)
-        }
-        seen.append(sum(alive.values()))
+        look()
+
+    def watched_deferred(*arguments, **keywords) -> Int8Gradient:
+        gradient = defer(*arguments, **keywords)
+        look()
+        return gradient
 
     monkeypatch.setattr(Int8Gradient, "__init__", watched)
+    monkeypatch.setattr(Int8Gradient, "deferred", watched_deferred)
     return seen
-
-
-def gradient_bytes(weight: Tensor) -> int:
-    return Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device="cpu").stored_bytes
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_only_one_gradient_is_alive_beside_those_of_tied_weights(is_tied, reentrant, live_bytes):
+def test_only_one_gradient_is_alive_beside_those_of_tied_weights(is_tied, reentrant, live_elements):
     """A tied weight has its gradient from the head while all layers make theirs, and for the time
     of one addition its gradient from the embedding and their sum."""
     model = network(is_tied=is_tied)
     weights = {id(p): p for p in model.parameters() if isinstance(p, QFTWeight)}.values()
-    sizes = [gradient_bytes(weight) for weight in weights]
-    tied = gradient_bytes(model.embed.weight) if is_tied else 0
+    sizes = [weight.numel() for weight in weights]
+    tied = model.embed.weight.numel() if is_tied else 0
     allowed = max(3 * tied, tied + max(sizes))
 
     peaks = {}
     for gradient in ("stack", "release"):
         optimizer = make_optimizer(model, gradient)
-        live_bytes.clear()
+        live_elements.clear()
         loss_of(model, batches(1)[0], reentrant=reentrant).backward()
-        peaks[gradient] = max(live_bytes)
+        peaks[gradient] = max(live_elements)
         optimizer.step()
     assert peaks["release"] <= allowed < peaks["stack"]
     assert all(p.grad is None for p in model.parameters())
@@ -358,6 +424,39 @@ def test_a_nonfinite_gradient_that_was_kept_says_that_others_were_updated():
     loss_of(model, batches(1)[0]).backward()
     with pytest.raises(FloatingPointError, match=r"after \d weights were updated"):
         optimizer.step()
+
+
+def test_a_gradient_that_is_finite_in_some_rows_says_that_these_were_updated():
+    model = network()
+    optimizer = make_optimizer(model, "release")
+    before = copy.deepcopy(model.state_dict())
+
+    def spoil(gradient: Tensor) -> Tensor:  # of the inner activations: one row of `up.weight`
+        gradient = gradient.clone()
+        gradient[..., 7] = float("nan")
+        return gradient
+
+    model.up.register_forward_hook(lambda module, inputs, output: Identity.apply(output, spoil))
+    with pytest.raises(FloatingPointError, match=r"rows of one more .* finite were.*Reload"):
+        loss_of(model, batches(1)[0]).backward()
+
+    assert optimizer.state[model.up.weight]["step"] == 1
+    after = model.state_dict()["up.weight_q"]
+    assert torch.equal(after[7], before["up.weight_q"][7])
+    assert not torch.equal(after[8:], before["up.weight_q"][8:])
+
+
+class Identity(torch.autograd.Function):
+    """Passes its input on and its gradient through a function."""
+
+    @staticmethod
+    def forward(ctx, x, change):
+        ctx.change = change
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.change(gradient), None
 
 
 @pytest.mark.parametrize(

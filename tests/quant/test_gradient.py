@@ -52,6 +52,50 @@ def test_rows_may_come_in_any_order_and_form(dtype):
     assert_same_bits(whole.dequantize(), (whole.codes * spread(whole).float()).to(dtype))
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda g: g.codes,
+        lambda g: g.scales,
+        lambda g: g.squared_norm(),
+        lambda g: torch.linalg.vector_norm(g),
+        lambda g: g.mul_(0.5),
+        lambda g: g.clone(),
+        lambda g: g + g.detach(),
+        lambda g: g.is_finite(),
+        lambda g: g.dequantize(),
+        lambda g: g.stored_bytes,
+        lambda g: g.zero_(),
+    ],
+)
+def test_a_deferred_gradient_is_quantized_when_it_is_used(use):
+    x = random(dtype=torch.bfloat16)
+    eager = gradient_of(x)
+    deferred = Int8Gradient.deferred(x, dtype=torch.bfloat16)
+    alias = deferred.detach()
+    assert deferred.floats is x
+    assert alias.floats is x
+    assert (deferred.shape, deferred.dtype, deferred.device) == (x.shape, x.dtype, x.device)
+
+    found, expected = use(deferred), use(eager)
+
+    assert deferred.floats is None
+    assert alias.floats is None
+    assert_same_bits(deferred.codes, eager.codes)
+    assert_same_bits(deferred.scales, eager.scales)
+    assert alias.codes is deferred.codes  # as aliases of one tensor share its memory
+    if isinstance(found, Int8Gradient):
+        assert_same_bits(found.codes, expected.codes)
+        assert_same_bits(found.scales, expected.scales)
+    else:
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+def test_a_gradient_has_no_other_attributes():
+    with pytest.raises(AttributeError, match="has no attribute 'outlier_values'"):
+        Int8Gradient.deferred(random(), dtype=torch.float32).outlier_values  # noqa: B018
+
+
 def test_add_in_place_and_out_of_place_agree():
     first, second = gradient_of(random(seed=1)), gradient_of(random(seed=2) * 5)
     kept = copy.deepcopy(first)
