@@ -72,11 +72,12 @@ class _Linear(torch.autograd.Function):
                 else int8.input_gradient(rows, grad, weight)
             )
             grad_x = product.to(ctx.x_dtype).view(ctx.x_shape)
-        if needs_weight and columns is None:
-            x = kept[0].reshape(-1, weight.shape[1])
-            gradient = dequantized.weight_gradient(grad, x, weight, defer=ctx.takes_floats)
+        defer = ctx.takes_floats
+        if columns is not None:
+            gradient = int8.weight_gradient(columns, kept[0], weight, defer=defer)
         elif needs_weight:
-            gradient = int8.weight_gradient(columns, kept[0], weight, defer=ctx.takes_floats)
+            x = kept[0].reshape(-1, weight.shape[1])
+            gradient = dequantized.weight_gradient(grad, x, weight, defer=defer)
         grad_bias = grad.sum(dim=0) if needs_bias else None
         return grad_x, gradient, grad_bias, None, None, None
 
