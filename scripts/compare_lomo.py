@@ -298,9 +298,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, help="of the model; default: all")
-    parser.add_argument("--tokens", type=int, default=48, help="of a micro-batch (default 48)")
+    parser.add_argument("--tokens", type=int, default=32, help="of a micro-batch (default 32)")
     parser.add_argument(
-        "--dtype", default="bfloat16", help="of the float weights (default bfloat16)"
+        "--dtype",
+        default="float32",
+        help="of the float weights (default float32; CPUs without bf16 units crawl in bfloat16)",
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
