@@ -1,10 +1,11 @@
-"""Speed of each operator on one device: nanoseconds per parameter, and bandwidth beside a copy.
+"""Speed of each operator on one device: nanoseconds per element, and bandwidth beside a copy.
 
-The reference runs the same operators in the same process, as the baseline. On a GPU, times are of
-CUDA events around calls that do not fit its cache; the copy is `torch.Tensor.copy_` of as many
-bytes. Products of INT8 codes are timed beside PyTorch's: of INT8, which leaves INT32 without
-scales, of BF16 and of FP32. Whole optimizer steps beside other optimizers:
-`scripts/benchmark_step.py` (CPU) and `scripts/profile_memory.py` (GPU).
+The reference runs the same operators in the same process, as the baseline; so do the steps of other
+optimizers on an FP32 weight of the same shape. On a GPU, times are of CUDA events around calls that
+do not fit its cache; the copy is `torch.Tensor.copy_` of as many bytes. Products of INT8 codes are
+timed beside PyTorch's: of INT8, which leaves INT32 without scales, of BF16 and of FP32. Whole
+optimizer steps beside other optimizers: `scripts/benchmark_step.py` (CPU) and
+`scripts/profile_memory.py` (GPU).
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import MakeOptimizer, float_peers
 from torch import Tensor
 
 from qft_hf import QFTConfig, QFTWeight, kernels
@@ -34,12 +36,16 @@ LION = {
     "stream": 0,
 }
 
-Operators = dict[str, tuple[float, Callable[[Any], object]]]
+N_TOKENS = 2048  # of an embedding
+N_FLOATS = 65  # norms of a model of 32 layers
+
+# By name: elements, bytes that must move for each, and a call of a backend.
+Operators = dict[str, tuple[int, float, Callable[[Any], object]]]
 Product = tuple[Tensor, Tensor, Tensor, Tensor | None]  # two operands and their scales
 
 
 def operators(rows: int, columns: int, group_size: int | None, device: torch.device) -> Operators:
-    """By name: bytes that must move for each parameter, and a call of a backend."""
+    """Each operator on one weight of this shape, one batch of tokens or one set of norms."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,21 +65,64 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
     factors = (normal(1.0)[:1].abs().view(-1, 1), normal(1.0)[:, :1].abs().contiguous())
     state = (*weight.fields().values(), *momentum, *gradient)
     sizes = {"group_size": group_size, "state_group_size": STATE_GROUP_SIZE}
+    ids = torch.randint(rows, (N_TOKENS,), generator=generator, device=device)
+    token_gradients = gradient_bf16[ids]
+    floats = [
+        [torch.full((columns,), value, dtype=dtype, device=device) for _ in range(N_FLOATS)]
+        for value, dtype in ((1.0, torch.bfloat16), (0.0, torch.float32), (1e-3, torch.bfloat16))
+    ]
+    counters = {"steps": [1] * N_FLOATS, "streams": list(range(N_FLOATS))}
+    common = {name: value for name, value in LION.items() if name not in ("step", "stream")}
+    n = rows * columns
     return {
-        "lion_step_": (5, lambda backend: backend.lion_step_(*state, **sizes, **LION)),
-        "quantize": (3, lambda backend: backend.quantize(gradient_bf16, STATE_GROUP_SIZE)),
+        "lion_step_": (n, 5, lambda backend: backend.lion_step_(*state, **sizes, **LION)),
+        "quantize_and_lion_step_": (
+            n,
+            6,
+            lambda backend: backend.quantize_and_lion_step_(
+                *state[:-2], gradient_bf16, **sizes, **LION
+            ),
+        ),
+        "lion_step_floats_": (
+            N_FLOATS * columns,
+            14,
+            lambda backend: backend.lion_step_floats_(*floats, **counters, **common),
+        ),
+        "dequantize rows": (
+            N_TOKENS * columns,
+            3,
+            lambda backend: backend.dequantize(
+                weight.codes,
+                weight.scales,
+                group_size,
+                rows=ids,
+                dtype=torch.bfloat16,
+                **outliers,
+            ),
+        ),
+        "embedding_gradient_": (
+            N_TOKENS * columns,
+            3,
+            lambda backend: backend.embedding_gradient_(
+                *total, ids, token_gradients, group_size=STATE_GROUP_SIZE, padding_idx=None
+            ),
+        ),
+        "quantize": (n, 3, lambda backend: backend.quantize(gradient_bf16, STATE_GROUP_SIZE)),
         "dequantize": (
+            n,
             3,
             lambda backend: backend.dequantize(
                 weight.codes, weight.scales, group_size, dtype=torch.bfloat16, **outliers
             ),
         ),
         "accumulate_": (
+            n,
             3,
             lambda backend: backend.accumulate_(*total, *gradient, STATE_GROUP_SIZE),
         ),
-        "squared_norm": (1, lambda backend: backend.squared_norm(*gradient, STATE_GROUP_SIZE)),
+        "squared_norm": (n, 1, lambda backend: backend.squared_norm(*gradient, STATE_GROUP_SIZE)),
         "quantize_gradient": (
+            n,
             6,
             lambda backend: backend.quantize_gradient(
                 gradient_bf16, *factors, stochastic=True, seed=1
@@ -118,6 +167,15 @@ def seconds(call: Callable[[], object], device: torch.device, n_calls: int) -> f
     return min(times)
 
 
+def peer_seconds(
+    make: MakeOptimizer, rows: int, columns: int, device: torch.device, n_calls: int
+) -> float:
+    """A step of another optimizer on one FP32 weight."""
+    weight = torch.nn.Parameter(torch.randn(rows, columns, device=device) * 0.02)
+    weight.grad = torch.randn(rows, columns, device=device) * 3e-3
+    return seconds(make([weight]).step, device, n_calls)
+
+
 def measure(
     rows: int, columns: int, group_size: int | None, device: torch.device, n_calls: int
 ) -> dict[str, Any]:
@@ -128,14 +186,22 @@ def measure(
     copy = 2 * source.numel() / seconds(lambda: target.copy_(source), device, n_calls)
     backend = backend_for(device)
     figures: dict[str, Any] = {"copy_gigabytes_per_second": copy / 1e9, "operators": {}}
-    for name, (n_bytes, call) in operators(rows, columns, group_size, device).items():
+    for name, (n_elements, n_bytes, call) in operators(rows, columns, group_size, device).items():
         own = seconds(lambda call=call: call(backend), device, n_calls)
         slow = seconds(lambda call=call: call(reference), device, max(1, n_calls // 5))
         figures["operators"][name] = {
-            "ns_per_parameter": 1e9 * own / n,
-            "gigabytes_per_second": n_bytes * n / own / 1e9,
-            "percent_of_copy": 100 * n_bytes * n / own / copy,
+            "ns_per_parameter": 1e9 * own / n_elements,
+            "gigabytes_per_second": n_bytes * n_elements / own / 1e9,
+            "percent_of_copy": 100 * n_bytes * n_elements / own / copy,
             "times_faster_than_reference": slow / own,
+        }
+    step = figures["operators"]["lion_step_"]["ns_per_parameter"]
+    figures["peers"] = {}
+    for name, make in float_peers().items():
+        nanoseconds = 1e9 * peer_seconds(make, rows, columns, device, n_calls) / n
+        figures["peers"][name] = {
+            "ns_per_parameter": nanoseconds,
+            "times_lion_step": nanoseconds / step,
         }
     return figures
 
@@ -180,10 +246,10 @@ def main() -> None:
         figures[shape] = measure(rows, columns, options.group_size, device, options.calls)
         copy = figures[shape]["copy_gigabytes_per_second"]
         print(f"{shape} on {device}, copy {copy:.0f} GB/s")
-        print(f"{'operator':<16}{'ns/param':>10}{'GB/s':>8}{'% of copy':>11}{'x reference':>13}")
+        print(f"{'operator':<24}{'ns/element':>11}{'GB/s':>8}{'% of copy':>11}{'x reference':>13}")
         for name, row in figures[shape]["operators"].items():
             print(
-                f"{name:<16}{row['ns_per_parameter']:>10.4f}{row['gigabytes_per_second']:>8.1f}"
+                f"{name:<24}{row['ns_per_parameter']:>11.4f}{row['gigabytes_per_second']:>8.1f}"
                 f"{row['percent_of_copy']:>11.0f}{row['times_faster_than_reference']:>13.1f}",
                 flush=True,
             )
@@ -201,6 +267,9 @@ def main() -> None:
                 f"{row['times_faster_than_bf16']:>8.2f}{row['times_faster_than_fp32']:>8.2f}",
                 flush=True,
             )
+        for name, row in figures[shape]["peers"].items():
+            ratio = f"{row['times_lion_step']:.2f} x lion_step_"
+            print(f"{name:<30}{row['ns_per_parameter']:>10.4f}  {ratio}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -6,7 +6,6 @@ asked otherwise. Times are ratios to the first row that ran: machines differ and
 
 import argparse
 import gc
-import importlib.util
 import json
 import os
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from peers import MakeOptimizer, float_peers
 from torch import nn
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -93,9 +93,7 @@ def measure_qft(backend: str, *, layers: int, n_steps: int) -> dict[str, float]:
     return measure(model, optimizer, n_steps=n_steps, before=lambda: set_gradients(model))
 
 
-def measure_peer(
-    make: Callable[[list[nn.Parameter]], Optimizer], *, layers: int, n_steps: int
-) -> dict[str, float]:
+def measure_peer(make: MakeOptimizer, *, layers: int, n_steps: int) -> dict[str, float]:
     """The step of a float optimizer on FP32 weights and gradients."""
     model = build(layers)
     optimizer = make(list(model.parameters()))
@@ -116,18 +114,9 @@ def main() -> None:
     runs: dict[str, Callable[[], dict[str, float]]] = {
         "QFTLion, cpu backend": lambda: measure_qft("cpu", **sizes),
         "QFTLion, reference backend": lambda: measure_qft("reference", **sizes),
-        "torch AdamW fused, FP32": lambda: measure_peer(
-            lambda p: torch.optim.AdamW(p, fused=True), **sizes
-        ),
     }
-    if importlib.util.find_spec("bitsandbytes"):
-        import bitsandbytes
-
-        runs["bitsandbytes Lion8bit, FP32"] = lambda: measure_peer(
-            lambda p: bitsandbytes.optim.Lion8bit(p, lr=1e-4, weight_decay=0.1), **sizes
-        )
-    else:
-        print("bitsandbytes is not installed and not measured: pip install bitsandbytes")
+    for name, make in float_peers().items():
+        runs[name] = lambda make=make: measure_peer(make, **sizes)
 
     figures = {}
     print(f"{'optimizer':<30}{'ns/param':>10}{'ratio':>8}{'extra MB':>10}")

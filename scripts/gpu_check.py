@@ -146,7 +146,7 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     lines += [f"| {n} | {p['status']} | {p['seconds']} |" for n, p in report["parts"].items()]
     if report["kernels"]:
-        lines += ["", "| kernel | weight | ns/param | GB/s | % of a copy | x reference |"]
+        lines += ["", "| kernel | weight | ns/element | GB/s | % of a copy | x reference |"]
         lines += ["|---|---|---|---|---|---|"]
         lines += [
             f"| {name} | {shape} | {row['ns_per_parameter']:.4f} | "
@@ -154,6 +154,13 @@ def markdown(report: dict[str, Any]) -> str:
             f"{row['times_faster_than_reference']:.1f} |"
             for shape, figures in report["kernels"].items()
             for name, row in figures["operators"].items()
+        ]
+        lines += ["", "| step of another optimizer | weight | ns/param | x lion_step_ |"]
+        lines += ["|---|---|---|---|"]
+        lines += [
+            f"| {name} | {shape} | {row['ns_per_parameter']:.4f} | {row['times_lion_step']:.2f} |"
+            for shape, figures in report["kernels"].items()
+            for name, row in figures["peers"].items()
         ]
         lines += ["", "| INT8 product | weight | TOP/s | % of _int_mm | x bf16 |"]
         lines += ["|---|---|---|---|---|"]

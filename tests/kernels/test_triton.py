@@ -355,25 +355,41 @@ def test_the_public_operators_run_these_kernels(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "group_size"),
-    [((1, 1), None), ((7, 33), 3), ((2, 257), 100), ((3, 1100), None), ((3, 1100), 512), *LONG],
+    ("shape", "group_size", "state_group_size"),
+    [
+        ((1, 1), None, 256),
+        ((7, 33), 3, 256),
+        ((2, 257), 100, 256),
+        ((3, 1100), None, 64),
+        ((3, 1100), 512, 256),
+        ((2, 8500), None, 256),  # the row in two passes
+        ((1, 8500), 100, 20000),  # a gradient group in two passes
+    ],
     ids=str,
 )
-def test_quantize_and_lion_step(shape, group_size):
+def test_quantize_and_lion_step(shape, group_size, state_group_size):
     """Floats of each type; twice, so that the momentum of the first is the start of the second."""
     dtype = DTYPES[(shape[1] + (group_size or 0)) % 3]
     outlier_fraction = 0.0 if group_size == 512 else 0.03
     expected = on_device(
-        make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
+        make_state(
+            shape,
+            group_size=group_size,
+            state_group_size=state_group_size,
+            outlier_fraction=outlier_fraction,
+        )
     )
     pairs = {name: guarded(tensor) for name, tensor in expected.tensors().items()}
     actual = LionState(**{name: inner for name, (inner, _) in pairs.items()})
 
     for step, changes in enumerate([{}, {"maximize": True, "lr": 0.05}], start=1):
-        gradient = (ramp(shape, None).flip(1) - 3.0).to(DEVICE, dtype) * 1e-3
-        gradient[0] = 0.0
+        if step == 1:
+            gradient = ((ramp(shape, None).flip(1) - 3.0) * 1e-3).to(DEVICE, dtype)
+            gradient[0] = 0.0
+        else:  # half-way between two codes
+            gradient = ties(shape, state_group_size).to(DEVICE, dtype)
         arguments = {**ARGUMENTS, "step": step, **changes}
-        sizes = {"group_size": group_size, "state_group_size": 256}
+        sizes = {"group_size": group_size, "state_group_size": state_group_size}
         norm = backend.quantize_and_lion_step_(
             *actual.arguments()[:-2], gradient, **sizes, **arguments
         )
@@ -390,7 +406,7 @@ def test_quantize_and_lion_step(shape, group_size):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     ("columns", "group_size", "state_group_size"),
-    [(600, None, 256), (600, 100, 64), (1100, 32, 2000)],
+    [(600, None, 256), (600, 100, 64), (1100, 32, 2000), (5000, 256, 256)],
 )
 def test_quantize_and_lion_step_leaves_rows_that_are_not_finite(
     columns, group_size, state_group_size, bad

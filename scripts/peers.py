@@ -1,0 +1,26 @@
+"""The optimizers that benchmarks compare with: the same for a kernel, a step and every script."""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+
+
+def float_peers() -> dict[str, MakeOptimizer]:
+    """By name: optimizers of FP32 weights. Those that are not installed are named and left out."""
+    peers: dict[str, MakeOptimizer] = {
+        "torch AdamW fused, FP32": lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True)
+    }
+    if importlib.util.find_spec("bitsandbytes"):
+        import bitsandbytes
+
+        peers["bitsandbytes Lion8bit, FP32"] = lambda p: bitsandbytes.optim.Lion8bit(
+            p, lr=1e-4, weight_decay=0.1
+        )
+    else:
+        print("bitsandbytes is not installed and not measured: pip install bitsandbytes")
+    return peers
