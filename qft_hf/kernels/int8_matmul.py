@@ -46,7 +46,8 @@ def int8_matmul(
 
     Integer matrix units of GPUs want both operands contiguous along K, and rows of whole 16 bytes.
     An operand that is not is copied first: `w_codes` and `x_codes` in the last two lines. That
-    moves two bytes for each of its elements and keeps one while the product runs.
+    moves two bytes for each of its elements and keeps one while the product runs. Who multiplies
+    by one matrix several times can turn it once, and pass `turned.t()`.
 
     Args:
         a: int8 `[M, K]`, codes in [-127, 127]; contiguous or transposed, or rows or columns of

@@ -81,6 +81,20 @@ def test_operands_may_be_stored_either_way(backend, a_form, b_form):
     assert_same_bits(out, torch.from_numpy(product32(a, b, scales(19), scales(21), None)))
 
 
+@pytest.mark.parametrize("b_form", [Tensor.contiguous, other_order, inside])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (17, 64, 9)], ids=str)
+def test_the_product_of_pytorch_is_exact_too(shape, b_form, monkeypatch):
+    """What the CPU backend calls where there is VNNI; here it is only slow."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    m, k, n = shape
+    a, b, bias = codes(m, k), b_form(codes(k, n)), torch.linspace(-1, 1, n)
+
+    out = cpu.int8_matmul(a, b, scales(m), scales(n), bias=bias, dtype=torch.bfloat16)
+
+    expected = torch.from_numpy(product32(a, b, scales(m), scales(n), bias))
+    assert_same_bits(out, expected.bfloat16())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_is_rounded_once(backend, dtype):

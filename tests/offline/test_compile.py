@@ -5,6 +5,7 @@ Needs a process in which Triton does not interpret: the ordinary test run.
 
 import importlib
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -278,6 +279,24 @@ def test_quantize_gradient(kernel, capability):
         n_stores = quantize_gradient.TILE**2 // (16 * 32 * quantize_gradient.N_WARPS)
         assert compiled.count(r"STG.*\.128") == 2 * n_stores
         assert compiled.count("STG") == 2 * n_stores + 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "shape", "tile"),
+    [
+        ((8, 6), (8192, 8192), int8_matmul.TILES[8, 6][0]),
+        ((8, 6), (2048, 1024), int8_matmul.TILES[8, 6][1]),  # 64 large tiles, 128 of the next
+        ((8, 6), (2048, 576), int8_matmul.TILES[8, 6][2]),
+        ((9, 0), (1, 1), int8_matmul.TILES[9, 0][2]),
+        ((12, 0), (8192, 8192), int8_matmul.OTHER_TILES[0]),  # not in the table
+    ],
+)
+def test_int8_matmul_gives_every_multiprocessor_a_tile(capability, shape, tile, monkeypatch):
+    device = SimpleNamespace(multi_processor_count=84)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+
+    assert int8_matmul.choose_tile(*shape, torch.device("cuda")) == tile
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
