@@ -1,7 +1,7 @@
 """How a matrix is cut into quantization groups, and what that costs. Arithmetic: no torch."""
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 
 CODE_BYTES = 1  # one INT8 code per element
 SCALE_BYTES = 4  # one FP32 scale per group
@@ -10,6 +10,12 @@ OUTLIER_VALUE_BYTES = 4  # critical values are FP32, so that they train like flo
 # Gradients and momentum: columns per scale. Not configurable: 256 costs 1.6 % more than the codes,
 # and finer groups changed no measured loss.
 STATE_GROUP_SIZE = 256
+
+# 4-bit momentum: columns per scale, and codes in a byte. Its few levels need finer groups.
+NIBBLE_GROUP_SIZE = 64
+NIBBLES = 2
+
+MOMENTUM_BITS = (8, 4, 0)  # of one value; 0: no momentum
 
 INT16_COLUMNS = 2**15  # columns 0 .. 32767 fit a signed 16-bit index
 
@@ -35,6 +41,22 @@ class GroupLayout:
     def stored_bytes(self) -> int:
         """Bytes at rest: codes plus scales."""
         return self.rows * (self.columns * CODE_BYTES + self.n_groups * SCALE_BYTES)
+
+
+def momentum_shapes(rows: int, columns: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes of the codes, a byte each, and of the FP32 scales of a momentum of 8 or 4 bits."""
+    if bits == 4:
+        layout = GroupLayout(rows, columns, NIBBLE_GROUP_SIZE)
+        return (rows, ceil(columns / NIBBLES)), (rows, layout.n_groups)
+    return (rows, columns), (rows, GroupLayout(rows, columns, STATE_GROUP_SIZE).n_groups)
+
+
+def momentum_bytes(rows: int, columns: int, bits: int) -> int:
+    """Bytes of the momentum of a matrix; none for 0 bits."""
+    if bits == 0:
+        return 0
+    codes, scales = momentum_shapes(rows, columns, bits)
+    return prod(codes) * CODE_BYTES + prod(scales) * SCALE_BYTES
 
 
 def outliers_per_row(columns: int, outlier_fraction: float) -> int:

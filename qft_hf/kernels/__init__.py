@@ -12,6 +12,8 @@ from .lion_float import lion_step_floats_
 from .quantize import dequantize, quantize
 from .quantize_and_lion import quantize_and_lion_step_
 from .quantize_gradient import quantize_gradient
+from .sgd import sgd_step_
+from .sgd_float import sgd_step_float_
 
 __all__ = [
     "accumulate_",
@@ -23,5 +25,7 @@ __all__ = [
     "quantize",
     "quantize_and_lion_step_",
     "quantize_gradient",
+    "sgd_step_",
+    "sgd_step_float_",
     "squared_norm",
 ]

@@ -5,7 +5,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from ..layout import GroupLayout
+from ..layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, GroupLayout, momentum_shapes
 
 # Row and quad numbers are 32-bit words of the random counter and of GPU indices.
 MAX_ELEMENTS = 2**31 - 1
@@ -88,6 +88,33 @@ def check_row_scales(name: str, scales: Tensor, rows: int, device: torch.device)
             f"{name} must be contiguous and on {device}, got strides {scales.stride()} on "
             f"{scales.device}."
         )
+
+
+def check_momentum(codes: Tensor, scales: Tensor, like: Tensor, group_size: int) -> None:
+    """Raise unless this is an 8-bit or packed 4-bit momentum of the matrix `like`."""
+    if codes.dtype != torch.uint8:
+        check_quantized("momentum", codes, scales, group_size)
+        check_same("momentum codes", codes, like)
+        return
+    if group_size % NIBBLE_GROUP_SIZE:
+        raise ValueError(
+            f"Beside a 4-bit momentum, gradient groups are multiples of its {NIBBLE_GROUP_SIZE} "
+            f"columns, got state_group_size={group_size}. The usual value is {STATE_GROUP_SIZE}."
+        )
+    rows, columns = like.shape
+    wanted = momentum_shapes(rows, columns, 4)
+    if (tuple(codes.shape), tuple(scales.shape)) != wanted or scales.dtype != torch.float32:
+        raise ValueError(
+            f"A 4-bit momentum of a {rows} x {columns} weight has uint8 codes and float32 scales "
+            f"of shapes {wanted}, got {tuple(codes.shape)} and {scales.dtype} of "
+            f"{tuple(scales.shape)}."
+        )
+    for name, tensor in (("codes", codes), ("scales", scales)):
+        if not tensor.is_contiguous() or tensor.device != like.device:
+            raise ValueError(
+                f"momentum {name} must be contiguous and on {like.device} like the weight, got "
+                f"strides {tensor.stride()} on {tensor.device}."
+            )
 
 
 def check_same(name: str, tensor: Tensor, like: Tensor) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from .checks import (
     check_column_values,
     check_finite,
+    check_momentum,
     check_outliers,
     check_quantized,
     check_same,
@@ -77,25 +78,32 @@ def lion_step_(
     exact update. Scales are sticky: one changes only when a value no longer fits its codes, or when
     the whole group has shrunk to less than half their range; an element whose update is zero keeps
     its code otherwise. Critical values are FP32 and updated without rounding to codes; the codes
-    under them stay 0. Q rounds to nearest with a fresh absmax scale.
+    under them stay 0.
+
+    Q rounds an 8-bit momentum to nearest with a fresh absmax scale. A 4-bit momentum has a fresh
+    absmax scale too, on levels that lie closer near zero, and is rounded stochastically between
+    neighbouring ones: to nearest, most steps would be lost.
 
     Args:
         codes: int8 `[rows, columns]`, modified.
         scales: fp32 `[rows, n_groups]`, positive, modified.
         outlier_values: fp32 `[rows, n_outliers]`, modified.
         outlier_columns: int16 or int32 `[rows, n_outliers]`.
-        momentum_codes: int8 `[rows, columns]`, modified.
-        momentum_scales: fp32 `[rows, n_state_groups]`, modified.
+        momentum_codes: int8 `[rows, columns]`, or 4-bit codes as uint8 `[rows, ceil(columns / 2)]`,
+            of columns 2k (low half) and 2k + 1 in byte k; modified.
+        momentum_scales: fp32 `[rows, n_state_groups]`, or of 4-bit codes one per 64 columns:
+            `[rows, ceil(columns / 64)]`; modified.
         gradient_codes: int8 `[rows, columns]`.
         gradient_scales: fp32 `[rows, n_state_groups]`, finite.
         group_size: Columns per weight scale; None: whole rows.
-        state_group_size: Columns per momentum and gradient scale.
+        state_group_size: Columns per gradient scale, and per scale of an 8-bit momentum.
         lr: Step size, in units of the weight.
         beta1: Weight of the momentum in the direction.
         beta2: Decay of the momentum.
         weight_decay: Decoupled decay: weights shrink by `lr * weight_decay` a step.
         maximize: Step along the gradient, not against it.
-        stochastic: False rounds weights to nearest, for ablation: that does not train.
+        stochastic: False rounds weights, and a 4-bit momentum, to nearest, for ablation: that
+            does not train.
         seed: Key of the random numbers, in [0, 2**63).
         step: Number of this step; with `stream` and the element's position it counts the random
             numbers.
@@ -114,9 +122,8 @@ def lion_step_(
         nearest.
     """
     check_quantized("weight", codes, scales, group_size)
-    check_quantized("momentum", momentum_codes, momentum_scales, state_group_size)
     check_quantized("gradient", gradient_codes, gradient_scales, state_group_size)
-    check_same("momentum codes", momentum_codes, codes)
+    check_momentum(momentum_codes, momentum_scales, codes, state_group_size)
     check_same("gradient codes", gradient_codes, codes)
     check_outliers(outlier_values, outlier_columns, codes)
     _lion_step_(

@@ -9,6 +9,7 @@ from .checks import (
     check_column_values,
     check_finite,
     check_matrix,
+    check_momentum,
     check_outliers,
     check_quantized,
     check_same,
@@ -75,11 +76,11 @@ def quantize_and_lion_step_(
         scales: fp32 `[rows, n_groups]`, positive, modified.
         outlier_values: fp32 `[rows, n_outliers]`, modified.
         outlier_columns: int16 or int32 `[rows, n_outliers]`.
-        momentum_codes: int8 `[rows, columns]`, modified.
-        momentum_scales: fp32 `[rows, n_state_groups]`, modified.
+        momentum_codes: As `lion_step_` takes them, of 8 or 4 bits; modified.
+        momentum_scales: Likewise, modified.
         gradient: fp32, bf16 or fp16 `[rows, columns]`, contiguous.
         group_size: As in `lion_step_`, with all that follows.
-        state_group_size: Columns per momentum scale, and per scale of the quantized gradient.
+        state_group_size: Columns per scale of the quantized gradient, and of an 8-bit momentum.
         lr: Step size.
         beta1: Weight of the momentum in the direction.
         beta2: Decay of the momentum.
@@ -98,9 +99,8 @@ def quantize_and_lion_step_(
         ValueError: What `lion_step_` refuses of weight and momentum. Nothing was written.
     """
     check_quantized("weight", codes, scales, group_size)
-    check_quantized("momentum", momentum_codes, momentum_scales, state_group_size)
+    check_momentum(momentum_codes, momentum_scales, codes, state_group_size)
     check_matrix("gradient", gradient, FLOATS)
-    check_same("momentum codes", momentum_codes, codes)
     check_same("gradient", gradient, codes)
     check_outliers(outlier_values, outlier_columns, codes)
     norm: Tensor = _quantize_and_lion_step_(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qft_hf import kernels
+from qft_hf.kernels.reference.nibbles import round_to_nibbles
 
 GUARD = 64  # elements before and after a tensor that no operator may write
 
@@ -67,6 +68,7 @@ def make_state(
     *,
     group_size: int | None,
     state_group_size: int = 256,
+    momentum_bits: int = 8,
     outlier_fraction: float = 0.0,
     index_dtype: torch.dtype = torch.int16,
     weight_scale: float = 0.02,
@@ -80,13 +82,17 @@ def make_state(
     values = weight.gather(1, columns) * 3
     codes, scales = kernels.quantize(weight.scatter(1, columns, 0.0), group_size=group_size)
     momentum = torch.randn(shape, generator=generator) * 1e-3
+    if momentum_bits == 4:
+        stored_momentum = round_to_nibbles(momentum, None)
+    else:
+        stored_momentum = kernels.quantize(momentum, group_size=state_group_size)
     gradient = torch.randn(shape, generator=generator) * 3e-3
     return LionState(
         codes,
         scales,
         values,
         columns.to(index_dtype),
-        *kernels.quantize(momentum, group_size=state_group_size),
+        *stored_momentum,
         *kernels.quantize(gradient, group_size=state_group_size),
     )
 
@@ -100,6 +106,21 @@ def spread(scales: Tensor, columns: int, group_size: int | None) -> np.ndarray:
 def values64(codes: Tensor, scales: Tensor, group_size: int | None) -> np.ndarray:
     """`codes * scale` in float64."""
     return codes.numpy().astype(np.float64) * spread(scales, codes.shape[1], group_size)
+
+
+# What a 4-bit code stands for, in the order of its four bits, written out.
+NIBBLE_UNITS = np.array([0, 4, 10, 18, 28, 40, 54, 70, 0, -70, -54, -40, -28, -18, -10, -4.0])
+
+
+def momentum64(state: LionState, state_group_size: int = 256) -> np.ndarray:
+    """The exact momentum, of 8 or 4 bits."""
+    codes, scales = state.momentum_codes, state.momentum_scales
+    if codes.dtype == torch.int8:
+        return values64(codes, scales, state_group_size)
+    packed, columns = codes.numpy(), state.codes.shape[1]
+    units = np.empty((packed.shape[0], 2 * packed.shape[1]))
+    units[:, ::2], units[:, 1::2] = NIBBLE_UNITS[packed % 16], NIBBLE_UNITS[packed // 16]
+    return units[:, :columns] * spread(scales, columns, 64)
 
 
 def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,7 +29,7 @@ from tests.tolerances import (
 )
 
 BACKENDS = [reference, cpu]
-reference_lion = importlib.import_module("qft_hf.kernels.reference.lion")
+reference_weight = importlib.import_module("qft_hf.kernels.reference.weight")
 
 SHAPES = [(1, 1), (3, 5), (7, 33), (13, 257), (40, 600), (5, 1025)]
 GROUP_SIZES = [None, 3, 32, 100, 5000]  # odd, a power of two, ragged, longer than any row
@@ -58,13 +58,21 @@ def assert_same_state(actual: LionState, expected: LionState) -> None:
 # --- backends -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("momentum_bits", [8, 4])
 @pytest.mark.parametrize("changes", [{}, {"maximize": True}, {"stochastic": False}], ids=str)
 @pytest.mark.parametrize("outlier_fraction", OUTLIER_FRACTIONS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_cpu_equals_reference_bit_for_bit(shape, group_size, outlier_fraction, changes):
+def test_cpu_equals_reference_bit_for_bit(
+    shape, group_size, outlier_fraction, changes, momentum_bits
+):
     """Five steps with steps of 2 to 300 quanta: scales stick, grow and shrink on the way."""
-    expected = make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
+    expected = make_state(
+        shape,
+        group_size=group_size,
+        outlier_fraction=outlier_fraction,
+        momentum_bits=momentum_bits,
+    )
     actual = expected.clone()
 
     for step, lr in enumerate([3e-4, 1e-3, 0.05, 3e-4, 0.0], start=1):
@@ -116,10 +124,13 @@ def test_a_designed_row_gives_the_same_bits(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("momentum_bits", [8, 4])
 @pytest.mark.parametrize("group_size", [None, 3, 32])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 33), (5, 259)], ids=str)
-def test_nothing_outside_the_tensors_is_written(backend, shape, group_size):
-    state = make_state(shape, group_size=group_size, outlier_fraction=0.03)
+def test_nothing_outside_the_tensors_is_written(backend, shape, group_size, momentum_bits):
+    state = make_state(
+        shape, group_size=group_size, outlier_fraction=0.03, momentum_bits=momentum_bits
+    )
     pairs = {name: guarded(tensor) for name, tensor in state.tensors().items()}
     inside = LionState(**{name: inner for name, (inner, _) in pairs.items()})
 
@@ -149,7 +160,7 @@ def test_result_does_not_depend_on_the_chunk_size(monkeypatch, chunk_elements):
     actual = expected.clone()
     run(reference, expected, 40, lr=2e-3)
 
-    monkeypatch.setattr(reference_lion, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(reference_weight, "CHUNK_ELEMENTS", chunk_elements)
     run(reference, actual, 40, lr=2e-3)
 
     assert_same_state(actual, expected)
@@ -377,6 +388,30 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(name, change, e
 
 
 @pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        (
+            "momentum_codes",
+            lambda t: t[:, :-1].contiguous(),
+            r"shapes \(\(6, 26\), \(6, 1\)\), got",
+        ),
+        ("momentum_scales", lambda t: t[:-1], r"got \(6, 26\) and torch.float32 of \(5, 1\)"),
+        ("momentum_scales", lambda t: t.double(), "got .* and torch.float64"),
+        ("momentum_codes", lambda t: t.t().contiguous().t(), "momentum codes must be contiguous"),
+    ],
+)
+def test_a_packed_momentum_that_does_not_fit_is_refused(name, change, match):
+    state = make_state((6, 51), group_size=16, momentum_bits=4)
+    setattr(state, name, change(getattr(state, name)))
+    before = state.clone()
+
+    with pytest.raises(ValueError, match=match):
+        run(kernels, state, 16)
+
+    assert_same_state(state, before)
+
+
+@pytest.mark.parametrize(
     ("name", "bad", "match"),
     [
         ("scales", float("nan"), "weight scales must be finite and positive, got 1 of 24 .* nan"),
@@ -413,6 +448,13 @@ def test_a_gradient_may_have_scales_of_zero_or_below():
 
     run(reference, expected, 16)
     assert_same_state(state, expected)
+
+
+def test_a_packed_momentum_needs_gradient_groups_that_hold_its_own():
+    state = make_state((6, 150), group_size=16, momentum_bits=4, state_group_size=100)
+
+    with pytest.raises(ValueError, match="multiples of its 64 columns, got state_group_size=100"):
+        run(kernels, state, 16, state_group_size=100)
 
 
 def test_outliers_for_another_number_of_rows_are_refused():

@@ -28,6 +28,9 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         *([torch.full((n,), value) for n in (30, 7)] for value in (0.0, 1.0)),
     )
     rows = torch.tensor([4, 0, 4, 1])
+    parameter = torch.linspace(-1, 1, 30).bfloat16()
+    sgd = {name: value for name, value in ARGUMENTS.items() if not name.startswith("beta")}
+    weight_and_gradient = (*state.arguments()[:4], *state.arguments()[6:])
     return {
         "accumulate_": ((*quantized(), *quantized(), 256), {}),
         "dequantize": ((state.codes, state.scales, 32), {**outliers, "rows": rows}),
@@ -50,6 +53,8 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
             (random((300, 5), None), scales, None),
             {"stochastic": True, "seed": 3},
         ),
+        "sgd_step_": (weight_and_gradient, {"group_size": 32, "state_group_size": 256, **sgd}),
+        "sgd_step_float_": ((parameter, torch.ones(30)), sgd),
         "squared_norm": ((*quantized(), 256), {}),
     }
 

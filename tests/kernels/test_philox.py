@@ -60,35 +60,41 @@ def test_zero_counter_and_key_give_the_published_words():
         (5, 2**32 + 6, 2**32 + 7),  # step and stream wrap
     ],
 )
-def test_every_word_equals_the_integer_version(seed, step, stream):
+@pytest.mark.parametrize("purpose", [0, 1])
+def test_every_word_equals_the_integer_version(seed, step, stream, purpose):
     counters = [0, 1, 2, 3, 1000, 2**31 - 1, 2**32 - 1]
 
-    words = philox(torch.tensor(counters), seed=seed, step=step, stream=stream)
+    words = philox(torch.tensor(counters), seed=seed, step=step, stream=stream, purpose=purpose)
 
     key = [seed % 2**32, seed // 2**32]
-    expected = [exact_philox([c, step % 2**32, stream % 2**32, 0], key) for c in counters]
+    expected = [exact_philox([c, step % 2**32, stream % 2**32, purpose], key) for c in counters]
     assert words.tolist() == expected
 
 
 @njit
-def _cpu_words(counters, seed, step, stream):
+def _cpu_words(counters, seed, step, stream, purpose):
     words = np.empty((len(counters), 4), np.uint64)
     for i in range(len(counters)):
-        words[i] = cpu_philox(counters[i], seed, step, stream)
+        words[i] = cpu_philox(counters[i], seed, step, stream, purpose)
     return words
 
 
-def test_the_cpu_twin_gives_the_same_words():
+@pytest.mark.parametrize("purpose", [0, 1])
+def test_the_cpu_twin_gives_the_same_words(purpose):
     counters = torch.tensor([0, 1, 77, 2**31 - 1, 2**32 - 1])
     seed, step, stream = 2**63 - 12345, 2**32 - 2, 2**32 + 9
 
     words = _cpu_words(
-        counters.numpy().astype(np.uint64), np.uint64(seed), np.uint64(step), np.uint64(stream)
+        counters.numpy().astype(np.uint64),
+        np.uint64(seed),
+        np.uint64(step),
+        np.uint64(stream),
+        np.uint64(purpose),
     )
 
     assert_same_bits(
         torch.from_numpy(words.astype(np.int64)),
-        philox(counters, seed=seed, step=step, stream=stream),
+        philox(counters, seed=seed, step=step, stream=stream, purpose=purpose),
     )
 
 

@@ -269,12 +269,18 @@ def step_(package: Any, state: LionState, group_size: int | None, **changes: Any
     package.lion_step_(*state.arguments(), group_size=group_size, **arguments)
 
 
+@pytest.mark.parametrize("momentum_bits", [8, 4])
 @pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
 @pytest.mark.parametrize(("shape", "group_size"), CASES, ids=str)
-def test_lion_step(shape, group_size, outlier_fraction):
+def test_lion_step(shape, group_size, outlier_fraction, momentum_bits):
     """Steps of 2 to 300 quanta: scales stick, grow and shrink; guards around all that is there."""
     expected = on_device(
-        make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
+        make_state(
+            shape,
+            group_size=group_size,
+            outlier_fraction=outlier_fraction,
+            momentum_bits=momentum_bits,
+        )
     )
     pairs = {name: guarded(tensor) for name, tensor in expected.tensors().items()}
     actual = LionState(**{name: inner for name, (inner, _) in pairs.items()})
@@ -290,6 +296,43 @@ def test_lion_step(shape, group_size, outlier_fraction):
             state.gradient_scales.copy_(scales)
         step_(backend, actual, group_size, step=step, lr=lr, **changes)
         step_(reference, expected, group_size, step=step, lr=lr, **changes)
+        assert_same_state(actual, expected)
+    for name, (_, buffer) in pairs.items():
+        assert guards_are_intact(buffer), name
+
+
+@pytest.mark.parametrize("columns", [1100, 193])
+def test_packed_momentum_where_tiles_are_padded(columns):
+    """Groups of three momentum groups fill tiles of four: the fourth is the next group's."""
+    expected = on_device(make_state((3, columns), group_size=192, momentum_bits=4))
+    actual = expected.clone()
+
+    for step in (1, 2):
+        for package, state in ((backend, actual), (reference, expected)):
+            step_(package, state, 192, step=step)
+        assert_same_state(actual, expected)
+
+
+@pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
+@pytest.mark.parametrize(("shape", "group_size"), CASES[::3] + LONG[:2], ids=str)
+def test_sgd_step(shape, group_size, outlier_fraction):
+    """Steps of 0.1 to 100 quanta in guard regions; the same kernel without momentum."""
+    expected = on_device(
+        make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
+    )
+    pairs = {name: guarded(tensor) for name, tensor in expected.tensors().items()}
+    actual = LionState(**{name: inner for name, (inner, _) in pairs.items()})
+    sgd = {name: value for name, value in ARGUMENTS.items() if not name.startswith("beta")}
+
+    for step, (lr, changes) in enumerate(
+        [(0.1, {}), (40.0, {"maximize": True}), (0.1, {"stochastic": False})], start=1
+    ):
+        for package, state in ((backend, actual), (reference, expected)):
+            package.sgd_step_(
+                *state.arguments()[:4], *state.arguments()[6:],
+                group_size=group_size, state_group_size=256,
+                **{**sgd, "step": step, "lr": lr, **changes},
+            )  # fmt: skip
         assert_same_state(actual, expected)
     for name, (_, buffer) in pairs.items():
         assert guards_are_intact(buffer), name
@@ -643,6 +686,39 @@ def test_lion_step_floats(shapes, changes):
                 assert_same_bits(tensor, other)
         gradients = [gradient.flip(0) if gradient.ndim else -gradient for gradient in gradients]
     assert all(guards_are_intact(buffer) for tensors in pairs for _, buffer in tensors)
+
+
+@pytest.mark.parametrize("changes", [{}, {"maximize": True}, {"stochastic": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 401)], ids=str)
+def test_sgd_step_float(shape, dtype, changes):
+    generator = torch.Generator().manual_seed(3)
+    expected = (torch.randn(shape, generator=generator) + 1).to(DEVICE, dtype)
+    actual, buffer = guarded(expected)
+    gradient = torch.randn(shape, generator=generator).to(DEVICE, dtype)
+    gradient.view(-1)[::3] = 0.0
+    sgd = {name: value for name, value in ARGUMENTS.items() if not name.startswith("beta")}
+    arguments = {**sgd, "lr": 0.01, **changes}
+
+    backend.sgd_step_float_(actual, gradient, **arguments)
+
+    value = expected if arguments["stochastic"] else expected.float()
+    reference.sgd_step_float_(value, gradient, **arguments)
+    assert_same_bits(actual, stored(value.float(), dtype))
+    assert guards_are_intact(buffer)
+
+
+def test_sgd_step_float_in_any_memory_order():
+    expected = torch.linspace(-1, 1, 35, device=DEVICE).view(5, 7).bfloat16()
+    actual = expected.t().contiguous().t()
+    sgd = {name: value for name, value in ARGUMENTS.items() if not name.startswith("beta")}
+    version = actual._version
+
+    backend.sgd_step_float_(actual, torch.ones(7, 5, device=DEVICE).t(), **sgd)
+
+    reference.sgd_step_float_(expected, torch.ones(5, 7, device=DEVICE), **sgd)
+    assert_same_bits(actual, expected)
+    assert actual._version > version
 
 
 def test_lion_step_floats_without_update_keeps_bits():

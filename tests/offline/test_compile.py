@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from qft_hf.kernels.triton.tiling import tiling
 from tests.offline.compiling import Compiled, compile_kernel
 
-embedding, gradient, int8_matmul, lion, lion_float, quantize, quantize_gradient = (
+embedding, gradient, int8_matmul, lion, lion_float, quantize, quantize_gradient, sgd_float = (
     importlib.import_module(f"qft_hf.kernels.triton.{name}")
     for name in (
         "embedding",
@@ -28,6 +28,7 @@ embedding, gradient, int8_matmul, lion, lion_float, quantize, quantize_gradient 
         "lion_float",
         "quantize",
         "quantize_gradient",
+        "sgd_float",
     )
 )
 
@@ -76,17 +77,18 @@ def compile_lion(
     n_outliers: int,
     *,
     gradient: str = "*i8",
+    momentum_bits: int = 8,
     **options: Any,
 ) -> Compiled:
+    constants, n_warps = lion.lion_constants(
+        columns, n_outliers, group_size, 256, momentum_bits=momentum_bits
+    )
     return compile_kernel(
         lion._lion_kernel,
         types=types_of(lion._lion_kernel, gradient_codes_ptr=gradient, sums_ptr="*fp64"),
-        constants={
-            "STOCHASTIC": True,
-            **lion.lion_constants(columns, n_outliers, group_size, 256),
-        },
+        constants={"STOCHASTIC": True, **constants},
         capability=capability,
-        n_warps=tiling(columns, group_size, 256).n_warps,
+        n_warps=n_warps,
         **options,
     )
 
@@ -108,6 +110,34 @@ def assert_fits_registers(compiled: Compiled) -> None:
     assert compiled.local_bytes == 0
     assert compiled.count("LDL|STL") == 0
     assert compiled.registers <= 128
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
+def test_packed_lion_step(columns, group_size, n_outliers, capability):
+    compiled = compile_lion(capability, columns, group_size, n_outliers, momentum_bits=4)
+
+    assert_fits_registers(compiled)
+    # Weights and gradients come in 16 bytes a thread, and momenta, two in a byte, in 8.
+    if group_size != 100:
+        assert compiled.count(r"LDG.*\.128") >= 2
+        assert compiled.count(r"LDG.*\.64") >= 1
+        assert compiled.count(r"STG.*\.128") == 1
+        assert compiled.count(r"STG.*\.64") == 1
+        assert compiled.count(r"STG.*\.(U8|S8)") <= (2 if n_outliers else 0)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION[:2], ids=str)
+def test_sgd_step(columns, group_size, n_outliers, capability):
+    """The kernel of Lion without momentum: nothing of it is loaded, stored or computed."""
+    compiled = compile_lion(capability, columns, group_size, n_outliers, momentum_bits=0)
+    lion_step = compile_lion(capability, columns, group_size, n_outliers)
+
+    assert_fits_registers(compiled)
+    assert compiled.count(r"STG.*\.128") == 1
+    assert compiled.count("LDG") < lion_step.count("LDG")
+    assert len(compiled.opcodes) < 0.8 * len(lion_step.opcodes)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -138,6 +168,19 @@ def test_quantize_and_lion_step(columns, group_size, n_outliers, capability):
         # Weight and momentum, and the floats twice: for their scales, and to step.
         assert compiled.count(r"LDG.*\.128") >= 2 + 2 * (4 if gradient == "*fp32" else 2)
         assert compiled.count(r"STG.*\.128") == 2
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_float_sgd_step(capability):
+    compiled = compile_kernel(
+        sgd_float._sgd_float_kernel,
+        types=types_of(sgd_float._sgd_float_kernel, parameter_ptr="*bf16", gradient_ptr="*bf16"),
+        constants={"STOCHASTIC": True, "BLOCK": sgd_float.BLOCK},
+        capability=capability,
+        n_warps=sgd_float.N_WARPS,
+    )
+
+    assert_fits_registers(compiled)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -1,6 +1,6 @@
 """The operators on CPUs: compiled by numba where that pays, else the reference itself."""
 
-from ..reference import lion_step_floats_
+from ..reference import lion_step_floats_, sgd_step_float_
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
@@ -8,6 +8,7 @@ from .lion import lion_step_
 from .quantize import dequantize, quantize
 from .quantize_and_lion import quantize_and_lion_step_
 from .quantize_gradient import quantize_gradient
+from .sgd import sgd_step_
 
 __all__ = [
     "accumulate_",
@@ -19,5 +20,7 @@ __all__ = [
     "quantize",
     "quantize_and_lion_step_",
     "quantize_gradient",
+    "sgd_step_",
+    "sgd_step_float_",
     "squared_norm",
 ]

@@ -12,10 +12,10 @@ _W0, _W1 = _u32(KEY_INCREMENTS[0]), _u32(KEY_INCREMENTS[1])
 
 
 @njit(inline="always")
-def philox(counter, seed, step, stream):
+def philox(counter, seed, step, stream, purpose):
     """Four uint32 words for one counter; all arguments uint64."""
     # Words are 32 bits wide and products 64: LLVM vectorizes that, and not 64-bit words.
-    c0, c1, c2, c3 = _u32(counter & _MASK), _u32(step & _MASK), _u32(stream & _MASK), _u32(0)
+    c0, c1, c2, c3 = _u32(counter & _MASK), _u32(step & _MASK), _u32(stream & _MASK), _u32(purpose)
     k0, k1 = _u32(seed & _MASK), _u32(seed >> _SHIFT)
     for _ in range(ROUNDS):
         p0, p1 = _M0 * _u64(c0), _M1 * _u64(c2)
@@ -23,3 +23,17 @@ def philox(counter, seed, step, stream):
         c2, c3 = _u32(p0 >> _SHIFT) ^ c3 ^ k1, _u32(p0)
         k0, k1 = _u32(k0 + _W0), _u32(k1 + _W1)
     return _u32(c0), _u32(c1), _u32(c2), _u32(c3)
+
+
+@njit(inline="always")
+def random_row(words, row, seed, step, stream, purpose):
+    """Fill uint32 `words` [LANES, quads]: column `LANES * quad + lane` of a row has `[lane, quad]`.
+
+    Lane by lane, the loop is vectorized.
+    """
+    quads = words.shape[1]
+    words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
+    base = _u64(row) * _u64(quads)
+    for quad in range(quads):
+        w0, w1, w2, w3 = philox(base + _u64(quad), seed, step, stream, purpose)
+        words0[quad], words1[quad], words2[quad], words3[quad] = w0, w1, w2, w3

@@ -1,33 +1,19 @@
-"""The Lion step on INT8 weights, momentum and gradients, in plain PyTorch: the specification.
-
-Weights are rounded stochastically (Philox) against the scale that is stored. All of the weight's
-arithmetic is in units of its code, so that an element whose update is zero keeps its code.
-"""
+"""The Lion step on INT8 weights, momentum and gradients, in plain PyTorch: the specification."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .groups import group_absmax, scale_groups_, spread_groups
-from .philox import random_words, weight_uniform
-from .quantize import QMAX, TINY, dequantize, quantize
-
-# A scale is sticky: it changes only when a value no longer fits the codes or when the whole group
-# has shrunk below RANGE_LOW, and then it is set so that the largest value gets code RANGE_TARGET,
-# well inside both limits.
-RANGE_TARGET = 120.0
-RANGE_LOW = 60.0
-
-CHUNK_ELEMENTS = 2**16  # updated at a time: temporaries stay in the cache
+from .nibbles import load_nibbles, round_to_nibbles
+from .philox import MOMENTUM, random_words
+from .quantize import dequantize, quantize
+from .weight import row_chunks, step_weight_
 
 
 def lion_step_(codes: Tensor, *state: Tensor, **arguments: Any) -> None:
     """See `qft_hf.kernels.lion.lion_step_`. Rows are independent and go in chunks."""
-    n_rows, columns = codes.shape
-    chunk = max(1, CHUNK_ELEMENTS // columns)
-    for start in range(0, n_rows, chunk):
-        rows = slice(start, min(start + chunk, n_rows))
+    for rows in row_chunks(codes):
         _lion_rows_(codes, *state, rows=rows, **arguments)
 
 
@@ -42,58 +28,38 @@ def _lion_rows_(
     gradient_scales: Tensor,
     *,
     rows: slice,
-    group_size: int | None,
     state_group_size: int,
-    lr: float,
     beta1: float,
     beta2: float,
-    weight_decay: float,
     maximize: bool,
     stochastic: bool,
     seed: int,
     step: int,
     stream: int,
+    **arguments: Any,
 ) -> None:
-    columns = codes.shape[1]
-    shrink = lr * weight_decay
-
+    counter = {"seed": seed, "step": step, "stream": stream}
+    is_packed = momentum_codes.dtype == torch.uint8
     gradient = dequantize(gradient_codes[rows], gradient_scales[rows], state_group_size)
     if maximize:
         gradient.neg_()
-    momentum = dequantize(momentum_codes[rows], momentum_scales[rows], state_group_size)
+    stored = momentum_codes[rows], momentum_scales[rows]
+    if is_packed:
+        momentum = load_nibbles(*stored, codes.shape[1])
+    else:
+        momentum = dequantize(*stored, state_group_size)
     direction = (momentum * beta1).add_(gradient * (1 - beta1)).sign_()
     momentum = momentum.mul_(beta2).add_(gradient.mul_(1 - beta2))
-    momentum_codes[rows], momentum_scales[rows] = quantize(momentum, state_group_size)
-
-    if outlier_values.shape[1]:
-        index = outlier_columns[rows].long()
-        value = outlier_values[rows]
-        change = (value * shrink).add_(direction.gather(1, index) * lr)
-        outlier_values[rows] = value.sub_(change)
-
-    scale = scales[rows]
-    quanta = torch.full_like(scale, lr) / scale  # lr in units of one code
-    code = codes[rows].float()
-    decrease = (code * shrink).add_(scale_groups_(direction, quanta, group_size))
-    target = code - decrease
-    absmax = group_absmax(target, group_size)
-    fits = (absmax <= QMAX) & ((absmax >= RANGE_LOW) | (absmax == 0))
-
-    if stochastic:
-        words = random_words(
-            rows, columns, seed=seed, step=step, stream=stream, device=codes.device
-        )
-        uniform = weight_uniform(words)
+    if is_packed:
+        words = None
+        if stochastic:
+            words = random_words(
+                rows, stored[0].shape[1], **counter, purpose=MOMENTUM, device=codes.device
+            )
+        momentum_codes[rows], momentum_scales[rows] = round_to_nibbles(momentum, words)
     else:
-        uniform = torch.full_like(code, 0.5)
-    new_code = code.add_((uniform - decrease).floor_())
-    if not bool(fits.all()):
-        new_scale = (scale * (absmax * (1.0 / RANGE_TARGET))).clamp_min_(TINY)
-        new_scale = torch.where(fits, scale, new_scale)
-        rescaled = scale_groups_(target, scale / new_scale, group_size).add_(uniform).floor_()
-        new_code = torch.where(spread_groups(fits, columns, group_size), new_code, rescaled)
-        scales[rows] = new_scale
-    new_code.clamp_(-QMAX, QMAX)
-    if outlier_values.shape[1]:
-        new_code.scatter_(1, index, 0.0)
-    codes[rows] = new_code.to(torch.int8)
+        momentum_codes[rows], momentum_scales[rows] = quantize(momentum, state_group_size)
+    step_weight_(
+        codes, scales, outlier_values, outlier_columns, direction,
+        rows=rows, stochastic=stochastic, **counter, **arguments,
+    )  # fmt: skip

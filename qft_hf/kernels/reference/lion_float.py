@@ -42,7 +42,30 @@ def _lion_step_(
     gradient = gradient.float().neg() if maximize else gradient.float()
     direction = (momentum * beta1).add_(gradient * (1 - beta1)).sign_()
     momentum.mul_(beta2).add_(gradient * (1 - beta2))
+    step_float_(
+        parameter,
+        direction,
+        lr=lr,
+        weight_decay=weight_decay,
+        stochastic=stochastic,
+        seed=seed,
+        step=step,
+        stream=stream,
+    )
 
+
+def step_float_(
+    parameter: Tensor,
+    direction: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    stochastic: bool,
+    seed: int,
+    step: int,
+    stream: int,
+) -> None:
+    """`w <- w - lr * (direction + weight_decay * w)`, rounded stochastically to BF16."""
     value = parameter.float()
     change = (value * (lr * weight_decay)).add_(direction * lr)
     value = value - change

@@ -15,15 +15,21 @@ KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
 LANES = 4  # words that one counter yields
 
+# Word 3 of the counter: what the random number rounds.
+WEIGHT, MOMENTUM = 0, 1
 
-def philox(counter: Tensor, *, seed: int, step: int | Tensor, stream: int) -> Tensor:
+
+def philox(
+    counter: Tensor, *, seed: int, step: int | Tensor, stream: int, purpose: int = WEIGHT
+) -> Tensor:
     """Four random 32-bit words for each counter.
 
     Args:
         counter: int64 `[n]`, values in [0, 2**32): word 0 of the 128-bit counter.
         seed: The 64-bit key.
         step: Word 1 of the counter, one or int64 `[n]`; taken modulo 2**32.
-        stream: Word 2 of the counter, modulo 2**32; word 3 is zero.
+        stream: Word 2 of the counter, modulo 2**32.
+        purpose: Word 3 of the counter.
 
     Returns:
         int64 `[n, 4]` with values in [0, 2**32).
@@ -32,7 +38,7 @@ def philox(counter: Tensor, *, seed: int, step: int | Tensor, stream: int) -> Te
     # are arithmetic, so the high word is masked after the exclusive-ors that follow it.
     even = torch.stack((counter, torch.full_like(counter, stream & MASK)))  # words 0 and 2
     odd = torch.empty_like(even)  # words 1 and 3
-    odd[0], odd[1] = step & MASK, 0
+    odd[0], odd[1] = step & MASK, purpose
     multipliers = counter.new_tensor(MULTIPLIERS)[:, None]
     keys = [seed & MASK, (seed >> 32) & MASK]
     for _ in range(ROUNDS):
@@ -54,6 +60,7 @@ def random_words(
     seed: int,
     step: int | Tensor,
     stream: int,
+    purpose: int = WEIGHT,
     device: torch.device,
 ) -> Tensor:
     """One random 32-bit word for each element of rows `rows` of a matrix.
@@ -68,7 +75,7 @@ def random_words(
     counter = torch.arange(rows.start * quads, rows.stop * quads, device=device)
     if isinstance(step, Tensor):
         step = step.repeat_interleave(quads)
-    words = philox(counter, seed=seed, step=step, stream=stream)
+    words = philox(counter, seed=seed, step=step, stream=stream, purpose=purpose)
     return words.view(rows.stop - rows.start, quads * LANES)[:, :columns]
 
 

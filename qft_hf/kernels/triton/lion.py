@@ -1,5 +1,7 @@
 """The Lion step on INT8 state in Triton, one launch per weight. Twin: `kernels/reference/lion.py`.
 
+The same kernel without momentum is that of SGD (`sgd.py`): it moves by the gradient, not by a sign.
+
 A program owns a row, so no two programs touch the same element. Inside a program, elements are
 shared between threads in one place only, outliers: their old momentum is gathered and the codes
 under them are zeroed by other threads than those that write the tile. In each tile every load is
@@ -14,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.lion import RANGE_LOW as _RANGE_LOW
-from ..reference.lion import RANGE_TARGET as _RANGE_TARGET
+from ...layout import NIBBLE_GROUP_SIZE
+from ..reference.weight import RANGE_LOW as _RANGE_LOW
+from ..reference.weight import RANGE_TARGET as _RANGE_TARGET
+from .nibbles import load_nibbles, nibble_scale, store_nibbles
 from .numerics import (
     INFINITY,
     QMAX,
@@ -27,7 +31,6 @@ from .numerics import (
     nearest_code,
     quantized,
     random_words,
-    sign,
     signed,
     weight_uniform,
 )
@@ -47,39 +50,109 @@ def _load_gradient(gradient_codes_ptr, scale, gradient_sign, column, mask):
     return g * (scale * gradient_sign)
 
 
+def _load_momentum(
+    momentum_codes_ptr, momentum_scales_ptr, start, exists, column, mask,
+    MOMENTUM_BITS: tl.constexpr, MOMENTUM_GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Momentum of one tile in fp32; 0 without momentum."""
+    if MOMENTUM_BITS == 0:
+        m = tl.zeros(column.shape, tl.float32)
+    else:
+        scale = tl.load(momentum_scales_ptr + start // MOMENTUM_GROUP, mask=exists, other=1.0)
+        if MOMENTUM_BITS == 4:
+            m = load_nibbles(momentum_codes_ptr, start, exists, column, mask, COLUMNS, UNIT)
+        else:
+            m = tl.load(momentum_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+        m = m * scale[:, None]
+    return m
+
+
+@triton.jit
+def _store_momentum(
+    momentum_codes_ptr, m, scale, start, exists, column, mask, row, seed, step, stream,
+    MOMENTUM_BITS: tl.constexpr, STOCHASTIC: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr,
+):  # fmt: skip
+    """Round and store a tile of momentum; `scale` is of its units, `[n_units, 1]`."""
+    inverse = inverse_scale(scale)
+    if MOMENTUM_BITS == 4:
+        store_nibbles(
+            momentum_codes_ptr, m, inverse, start, exists, row, seed, step, stream,
+            STOCHASTIC, COLUMNS, UNIT,
+        )  # fmt: skip
+    else:
+        tl.store(momentum_codes_ptr + column, quantized(m, inverse), mask=mask)
+
+
+@triton.jit
+def _momentum_scale(absmax, MOMENTUM_BITS: tl.constexpr):
+    if MOMENTUM_BITS == 4:
+        scale = nibble_scale(absmax)
+    else:
+        scale = absmax_scale(absmax)
+    return scale
+
+
 @triton.jit
 def _load_state(
     momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-    gradient_sign, start, exists, column, mask, STATE_GROUP: tl.constexpr,
+    gradient_sign, start, exists, column, mask, MOMENTUM_BITS: tl.constexpr,
+    MOMENTUM_GROUP: tl.constexpr, STATE_GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Momentum and signed gradient of one tile in fp32; `start` and `exists` are of its units."""
-    index = start // STATE_GROUP
-    m_scale = tl.load(momentum_scales_ptr + index, mask=exists, other=1.0)
-    g_scale = tl.load(gradient_scales_ptr + index, mask=exists, other=1.0)
-    m = tl.load(momentum_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+    m = _load_momentum(
+        momentum_codes_ptr, momentum_scales_ptr, start, exists, column, mask,
+        MOMENTUM_BITS, MOMENTUM_GROUP, COLUMNS, UNIT,
+    )  # fmt: skip
+    g_scale = tl.load(gradient_scales_ptr + start // STATE_GROUP, mask=exists, other=1.0)
     g = _load_gradient(gradient_codes_ptr, g_scale[:, None], gradient_sign, column, mask)
-    return m * m_scale[:, None], g
+    return m, g
+
+
+@triton.jit
+def _direction(m, g, beta1, one_minus_beta1, MOMENTUM_BITS: tl.constexpr):
+    """What a weight moves by, before its sign is taken; the gradient itself without momentum."""
+    if MOMENTUM_BITS == 0:
+        direction = g
+    else:
+        direction = m * beta1 + g * one_minus_beta1
+    return direction
+
+
+@triton.jit
+def _step_by(size, direction, MOMENTUM_BITS: tl.constexpr):
+    """`size` along the sign of the direction; without momentum, times the direction."""
+    if MOMENTUM_BITS == 0:
+        by = direction * size
+    else:
+        by = signed(size, direction)
+    return by
 
 
 @triton.jit
 def _update_outliers(
     values_ptr, columns_ptr, momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr,
     gradient_scales_ptr, lr, shrink, beta1, one_minus_beta1, gradient_sign,
-    STATE_GROUP: tl.constexpr, N_OUTLIERS: tl.constexpr, OUTLIER_TILE: tl.constexpr,
+    MOMENTUM_BITS: tl.constexpr, MOMENTUM_GROUP: tl.constexpr, STATE_GROUP: tl.constexpr,
+    COLUMNS: tl.constexpr, N_OUTLIERS: tl.constexpr, OUTLIER_TILE: tl.constexpr,
 ):  # fmt: skip
     for tile in range((N_OUTLIERS + OUTLIER_TILE - 1) // OUTLIER_TILE):
         k = tile * OUTLIER_TILE + tl.arange(0, OUTLIER_TILE)
-        mask = k < N_OUTLIERS
-        column = tl.load(columns_ptr + k, mask=mask, other=0).to(tl.int32)
-        index = column // STATE_GROUP
-        g_scale = tl.load(gradient_scales_ptr + index, mask=mask, other=1.0)
-        g = _load_gradient(gradient_codes_ptr, g_scale, gradient_sign, column, mask)
-        m = tl.load(momentum_codes_ptr + column, mask=mask, other=0).to(tl.float32)
-        m = m * tl.load(momentum_scales_ptr + index, mask=mask, other=1.0)
-        direction = sign(m * beta1 + g * one_minus_beta1)
-        value = tl.load(values_ptr + k, mask=mask, other=0.0)
-        change = value * shrink + direction * lr
-        tl.store(values_ptr + k, value - change, mask=mask)
+        exists = k < N_OUTLIERS
+        start = tl.load(columns_ptr + k, mask=exists, other=0).to(tl.int32)
+        m, g = _load_state(
+            momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
+            gradient_sign, start, exists, start[:, None], exists[:, None],
+            MOMENTUM_BITS, MOMENTUM_GROUP, STATE_GROUP, COLUMNS, 1,
+        )  # fmt: skip
+        direction = tl.reshape(
+            _direction(m, g, beta1, one_minus_beta1, MOMENTUM_BITS), (OUTLIER_TILE,)
+        )
+        value = tl.load(values_ptr + k, mask=exists, other=0.0)
+        change = value * shrink + _step_by(lr, direction, MOMENTUM_BITS)
+        tl.store(values_ptr + k, value - change, mask=exists)
 
 
 @triton.jit
@@ -130,23 +203,25 @@ def _sum_of_squares(x, inverse, UNITS: tl.constexpr, GROUPS: tl.constexpr):
 def _new_momentum(
     momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
     beta2, one_minus_beta2, gradient_sign, first_group, first_unit,
-    COLUMNS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    MOMENTUM_BITS: tl.constexpr, STATE_GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     start, exists, column, mask = tile_columns(
         first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS
     )
     m, g = _load_state(
         momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-        gradient_sign, start, exists, column, mask, GROUP,
+        gradient_sign, start, exists, column, mask,
+        MOMENTUM_BITS, GROUP, STATE_GROUP, COLUMNS, UNIT,
     )  # fmt: skip
-    return m * beta2 + g * one_minus_beta2, column, mask
+    return m * beta2 + g * one_minus_beta2, start, exists, column, mask
 
 
 @triton.jit
 def _update_momentum(
     momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-    beta2, one_minus_beta2, gradient_sign,
+    beta2, one_minus_beta2, gradient_sign, row, seed, step, stream,
+    MOMENTUM_BITS: tl.constexpr, STOCHASTIC: tl.constexpr, STATE_GROUP: tl.constexpr,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr, UNIT: tl.constexpr,
     UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_TILES: tl.constexpr,
     UNIT_TILES: tl.constexpr,
@@ -154,31 +229,37 @@ def _update_momentum(
     """The momentum of a row on its own, where weight and momentum groups do not share tiles."""
     for group_tile in range(GROUP_TILES):
         first_group = group_tile * GROUPS
-        m, column, mask = _new_momentum(
+        m, start, exists, column, mask = _new_momentum(
             momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
             beta2, one_minus_beta2, gradient_sign, first_group, 0,
-            COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+            MOMENTUM_BITS, STATE_GROUP, COLUMNS, GROUP, UNIT, UNITS, GROUPS,
         )  # fmt: skip
         absmax = group_max(tl.abs(m), UNITS, GROUPS)
         for unit_tile in range(1, UNIT_TILES):
-            more, _, _ = _new_momentum(
+            more, _, _, _, _ = _new_momentum(
                 momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
                 beta2, one_minus_beta2, gradient_sign, first_group, unit_tile * UNITS,
-                COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+                MOMENTUM_BITS, STATE_GROUP, COLUMNS, GROUP, UNIT, UNITS, GROUPS,
             )  # fmt: skip
             absmax = tl.maximum(absmax, group_max(tl.abs(more), UNITS, GROUPS))
-        scale = absmax_scale(absmax)
-        inverse = over_units(inverse_scale(scale), UNITS, GROUPS)
+        scale = _momentum_scale(absmax, MOMENTUM_BITS)
+        unit_scale = over_units(scale, UNITS, GROUPS)
         tl.debug_barrier()
-        tl.store(momentum_codes_ptr + column, quantized(m, inverse), mask=mask)
+        _store_momentum(
+            momentum_codes_ptr, m, unit_scale, start, exists, column, mask, row, seed, step,
+            stream, MOMENTUM_BITS, STOCHASTIC, COLUMNS, UNIT,
+        )  # fmt: skip
         for unit_tile in range(1, UNIT_TILES):
-            more, column, mask = _new_momentum(
+            more, start, exists, column, mask = _new_momentum(
                 momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
                 beta2, one_minus_beta2, gradient_sign, first_group, unit_tile * UNITS,
-                COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+                MOMENTUM_BITS, STATE_GROUP, COLUMNS, GROUP, UNIT, UNITS, GROUPS,
             )  # fmt: skip
             tl.debug_barrier()
-            tl.store(momentum_codes_ptr + column, quantized(more, inverse), mask=mask)
+            _store_momentum(
+                momentum_codes_ptr, more, unit_scale, start, exists, column, mask, row, seed, step,
+                stream, MOMENTUM_BITS, STOCHASTIC, COLUMNS, UNIT,
+            )  # fmt: skip
         group = first_group + tl.arange(0, GROUPS)
         tl.store(momentum_scales_ptr + group, scale, mask=group < N_GROUPS)
 
@@ -189,8 +270,8 @@ def _lion_kernel(
     scales_ptr,  # [rows, N_GROUPS] fp32, modified
     outlier_values_ptr,  # [rows, N_OUTLIERS] fp32, modified
     outlier_columns_ptr,  # [rows, N_OUTLIERS] int16 or int32
-    momentum_codes_ptr,  # [rows, COLUMNS] int8, modified
-    momentum_scales_ptr,  # [rows, N_STATE_GROUPS] fp32, modified
+    momentum_codes_ptr,  # [rows, MOMENTUM_WIDTH] int8, or uint8 of two columns each; modified
+    momentum_scales_ptr,  # [rows, N_MOMENTUM_GROUPS] fp32, modified
     gradient_codes_ptr,  # [rows, COLUMNS] int8; or the gradient itself in fp32, bf16 or fp16
     gradient_scales_ptr,  # [rows, N_STATE_GROUPS] fp32; written if the gradient is float
     sums_ptr,  # [rows, N_STATE_GROUPS] fp64: of squared gradient codes, written if it is float
@@ -217,19 +298,28 @@ def _lion_kernel(
     UNIT_TILES: tl.constexpr,
     STATE_GROUP: tl.constexpr,
     N_STATE_GROUPS: tl.constexpr,
-    STATE_GROUP_IS_UNIT: tl.constexpr,  # the momentum of a tile can be rounded with the tile
-    STATE_UNIT: tl.constexpr,  # from here on the tiling of momentum that cannot
+    STATE_UNIT: tl.constexpr,  # the tiling of a gradient that is float
     STATE_UNITS: tl.constexpr,
     STATE_GROUPS: tl.constexpr,
     STATE_GROUP_TILES: tl.constexpr,
     STATE_UNIT_TILES: tl.constexpr,
+    MOMENTUM_BITS: tl.constexpr,  # 0: SGD
+    MOMENTUM_WIDTH: tl.constexpr,  # bytes of a row
+    MOMENTUM_GROUP: tl.constexpr,
+    N_MOMENTUM_GROUPS: tl.constexpr,
+    MOMENTUM_GROUP_IS_UNIT: tl.constexpr,  # the momentum of a tile can be rounded with the tile
+    MOMENTUM_UNIT: tl.constexpr,  # from here on the tiling of momentum that cannot
+    MOMENTUM_UNITS: tl.constexpr,
+    MOMENTUM_GROUPS: tl.constexpr,
+    MOMENTUM_GROUP_TILES: tl.constexpr,
+    MOMENTUM_UNIT_TILES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     codes_ptr += row * COLUMNS
-    momentum_codes_ptr += row * COLUMNS
+    momentum_codes_ptr += row * MOMENTUM_WIDTH
     gradient_codes_ptr += row * COLUMNS
     scales_ptr += row * N_GROUPS
-    momentum_scales_ptr += row * N_STATE_GROUPS
+    momentum_scales_ptr += row * N_MOMENTUM_GROUPS
     gradient_scales_ptr += row * N_STATE_GROUPS
     outlier_values_ptr += row * N_OUTLIERS
     outlier_columns_ptr += row * N_OUTLIERS
@@ -249,7 +339,8 @@ def _lion_kernel(
         _update_outliers(
             outlier_values_ptr, outlier_columns_ptr, momentum_codes_ptr, momentum_scales_ptr,
             gradient_codes_ptr, gradient_scales_ptr, lr, shrink, beta1, one_minus_beta1,
-            gradient_sign, STATE_GROUP, N_OUTLIERS, OUTLIER_TILE,
+            gradient_sign, MOMENTUM_BITS, MOMENTUM_GROUP, STATE_GROUP, COLUMNS,
+            N_OUTLIERS, OUTLIER_TILE,
         )  # fmt: skip
 
     for group_tile in range(GROUP_TILES):
@@ -264,11 +355,12 @@ def _lion_kernel(
                 )
                 m, g = _load_state(
                     momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr,
-                    gradient_scales_ptr, gradient_sign, start, exists, column, mask, STATE_GROUP,
+                    gradient_scales_ptr, gradient_sign, start, exists, column, mask,
+                    MOMENTUM_BITS, MOMENTUM_GROUP, STATE_GROUP, COLUMNS, UNIT,
                 )  # fmt: skip
                 code = tl.load(codes_ptr + column, mask=mask, other=0).to(tl.float32)
-                direction = m * beta1 + g * one_minus_beta1
-                target = code - (code * shrink + signed(quanta, direction))
+                direction = _direction(m, g, beta1, one_minus_beta1, MOMENTUM_BITS)
+                target = code - (code * shrink + _step_by(quanta, direction, MOMENTUM_BITS))
                 absmax = tl.maximum(absmax, group_max(tl.abs(target), UNITS, GROUPS))
         for unit_tile in range(UNIT_TILES):
             start, exists, column, mask = tile_columns(
@@ -276,19 +368,22 @@ def _lion_kernel(
             )
             m, g = _load_state(
                 momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-                gradient_sign, start, exists, column, mask, STATE_GROUP,
+                gradient_sign, start, exists, column, mask,
+                MOMENTUM_BITS, MOMENTUM_GROUP, STATE_GROUP, COLUMNS, UNIT,
             )  # fmt: skip
             code = tl.load(codes_ptr + column, mask=mask, other=0).to(tl.float32)
             tl.debug_barrier()  # every thread has read this tile before any thread overwrites it
-            direction = m * beta1 + g * one_minus_beta1
-            if STATE_GROUP_IS_UNIT:
+            direction = _direction(m, g, beta1, one_minus_beta1, MOMENTUM_BITS)
+            if MOMENTUM_GROUP_IS_UNIT:
                 m = m * beta2 + g * one_minus_beta2
-                m_scale = absmax_scale(tl.max(tl.abs(m), axis=1))
-                m_code = quantized(m, inverse_scale(m_scale)[:, None])
-                tl.store(momentum_codes_ptr + column, m_code, mask=mask)
-                tl.store(momentum_scales_ptr + start // STATE_GROUP, m_scale, mask=exists)
+                m_scale = _momentum_scale(tl.max(tl.abs(m), axis=1), MOMENTUM_BITS)
+                _store_momentum(
+                    momentum_codes_ptr, m, m_scale[:, None], start, exists, column, mask, row,
+                    seed, step, stream, MOMENTUM_BITS, STOCHASTIC, COLUMNS, UNIT,
+                )  # fmt: skip
+                tl.store(momentum_scales_ptr + start // MOMENTUM_GROUP, m_scale, mask=exists)
 
-            decrease = code * shrink + signed(quanta, direction)
+            decrease = code * shrink + _step_by(quanta, direction, MOMENTUM_BITS)
             target = code - decrease
             if UNIT_TILES == 1:
                 absmax = group_max(tl.abs(target), UNITS, GROUPS)
@@ -312,13 +407,14 @@ def _lion_kernel(
             if unit_tile == UNIT_TILES - 1:
                 tl.store(scales_ptr + group, new_scale, mask=group < N_GROUPS)
 
-    if not STATE_GROUP_IS_UNIT:
+    if MOMENTUM_BITS > 0 and not MOMENTUM_GROUP_IS_UNIT:
         tl.debug_barrier()
         _update_momentum(
             momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-            beta2, one_minus_beta2, gradient_sign,
-            COLUMNS, STATE_GROUP, N_STATE_GROUPS, STATE_UNIT, STATE_UNITS, STATE_GROUPS,
-            STATE_GROUP_TILES, STATE_UNIT_TILES,
+            beta2, one_minus_beta2, gradient_sign, row, seed, step, stream,
+            MOMENTUM_BITS, STOCHASTIC, STATE_GROUP, COLUMNS, MOMENTUM_GROUP, N_MOMENTUM_GROUPS,
+            MOMENTUM_UNIT, MOMENTUM_UNITS, MOMENTUM_GROUPS, MOMENTUM_GROUP_TILES,
+            MOMENTUM_UNIT_TILES,
         )  # fmt: skip
     if N_OUTLIERS > 0:
         tl.debug_barrier()
@@ -330,33 +426,47 @@ def _lion_kernel(
 
 
 def lion_constants(
-    columns: int, n_outliers: int, group_size: int | None, state_group_size: int
-) -> dict[str, int]:
-    """Constexpr arguments of the kernel but `STOCHASTIC`."""
-    tiles = tiling(columns, group_size, state_group_size)
-    state = tiling(columns, state_group_size)
-    one_state_group = state.N_GROUPS == 1 and columns <= tiles.UNIT
-    return {
+    columns: int,
+    n_outliers: int,
+    group_size: int | None,
+    state_group_size: int,
+    momentum_bits: int = 8,
+) -> tuple[dict[str, int], int]:
+    """Constexpr arguments of the kernel but `STOCHASTIC`, and the warps of a program."""
+    momentum_group_size = NIBBLE_GROUP_SIZE if momentum_bits == 4 else state_group_size
+    tiles = tiling(columns, group_size, momentum_group_size)
+    state, momentum = tiling(columns, state_group_size), tiling(columns, momentum_group_size)
+    one_group = momentum.N_GROUPS == 1 and columns <= tiles.UNIT
+    constants = {
         "N_OUTLIERS": n_outliers,
         "OUTLIER_TILE": outlier_tile(n_outliers),
         **tiles.constants(),
         "STATE_GROUP": state.GROUP,
         "N_STATE_GROUPS": state.N_GROUPS,
-        "STATE_GROUP_IS_UNIT": tiles.UNIT == state_group_size or one_state_group,
         "STATE_UNIT": state.UNIT,
         "STATE_UNITS": state.UNITS,
         "STATE_GROUPS": state.GROUPS,
         "STATE_GROUP_TILES": state.GROUP_TILES,
         "STATE_UNIT_TILES": state.UNIT_TILES,
+        "MOMENTUM_BITS": momentum_bits,
+        "MOMENTUM_WIDTH": triton.cdiv(columns, 2) if momentum_bits == 4 else columns,
+        "MOMENTUM_GROUP": momentum.GROUP,
+        "N_MOMENTUM_GROUPS": momentum.N_GROUPS,
+        "MOMENTUM_GROUP_IS_UNIT": momentum_bits > 0
+        and (tiles.UNIT == momentum_group_size or one_group),
+        "MOMENTUM_UNIT": momentum.UNIT,
+        "MOMENTUM_UNITS": momentum.UNITS,
+        "MOMENTUM_GROUPS": momentum.GROUPS,
+        "MOMENTUM_GROUP_TILES": momentum.GROUP_TILES,
+        "MOMENTUM_UNIT_TILES": momentum.UNIT_TILES,
     }
+    return constants, tiles.n_warps
 
 
-def _launch(
+def launch(
     codes: Tensor,
-    scales: Tensor,
-    outlier_values: Tensor,
-    outlier_columns: Tensor,
-    *state: Tensor,
+    *tensors: Tensor,
+    momentum_bits: int,
     group_size: int | None,
     state_group_size: int,
     lr: float,
@@ -370,21 +480,24 @@ def _launch(
     stream: int,
     sums: Tensor,
 ) -> None:
+    """Run the kernel on its tensors, in its order."""
     rows, columns = codes.shape
-    constants = lion_constants(columns, outlier_values.shape[1], group_size, state_group_size)
+    n_outliers = tensors[1].shape[1]
+    constants, n_warps = lion_constants(
+        columns, n_outliers, group_size, state_group_size, momentum_bits
+    )
     with torch.cuda.device_of(codes):
         _lion_kernel[(rows,)](
-            codes, scales, outlier_values, outlier_columns, *state, sums,
+            codes, *tensors, sums,
             lr, lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
             -1.0 if maximize else 1.0, seed, step, stream,
-            STOCHASTIC=stochastic, **constants,
-            num_warps=tiling(columns, group_size, state_group_size).n_warps,
-            enable_fp_fusion=False,
+            STOCHASTIC=stochastic, **constants, num_warps=n_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-def lion_step_(*tensors: Tensor, **arguments: Any) -> None:
-    _launch(*tensors, sums=tensors[-1], **arguments)  # no sums are written
+def lion_step_(codes: Tensor, *state: Tensor, **arguments: Any) -> None:
+    # No sums are written; any tensor stands in their place.
+    launch(codes, *state, momentum_bits=_bits(state[3]), sums=state[-1], **arguments)
 
 
 def quantize_and_lion_step_(
@@ -396,5 +509,12 @@ def quantize_and_lion_step_(
     shape = (rows, tiling(columns, state_group_size).N_GROUPS)
     scales = torch.empty(shape, dtype=torch.float32, device=codes.device)
     sums = torch.empty(shape, dtype=torch.float64, device=codes.device)
-    _launch(codes, *state, scales, state_group_size=state_group_size, sums=sums, **arguments)
+    launch(
+        codes, *state, scales, momentum_bits=_bits(state[3]), state_group_size=state_group_size,
+        sums=sums, **arguments,
+    )  # fmt: skip
     return (sums * scales.double().square()).sum()
+
+
+def _bits(momentum_codes: Tensor) -> int:
+    return 4 if momentum_codes.dtype == torch.uint8 else 8

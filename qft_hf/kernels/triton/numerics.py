@@ -7,6 +7,7 @@ reference rounds twice.
 import triton
 import triton.language as tl
 
+from ..reference.philox import WEIGHT as _WEIGHT
 from ..reference.quantize import MAGIC as _MAGIC
 from ..reference.quantize import QMAX as _QMAX
 from ..reference.quantize import TINY as _TINY
@@ -77,16 +78,18 @@ def magnitude_bits(x):
 
 
 @triton.jit
-def philox_words(counter, seed, step, stream):
+def philox_words(counter, seed, step, stream, PURPOSE: tl.constexpr):
     """Four words for each counter of a block; twin: `philox` of the reference."""
     c0 = counter.to(tl.uint32)
     zero = c0 * 0
     c1, c2 = zero + step.to(tl.uint32), zero + stream.to(tl.uint32)
-    return tl.philox(seed.to(tl.uint64), c0, c1, c2, zero)
+    return tl.philox(seed.to(tl.uint64), c0, c1, c2, zero + PURPOSE)
 
 
 @triton.jit
-def random_words(first_counter, start, UNIT: tl.constexpr, seed, step, stream):
+def random_words(
+    first_counter, start, UNIT: tl.constexpr, seed, step, stream, PURPOSE: tl.constexpr = _WEIGHT
+):
     """A 32-bit word for each element of a tile: `[n_units, UNIT]`; four columns share a counter.
 
     Args:
@@ -96,15 +99,16 @@ def random_words(first_counter, start, UNIT: tl.constexpr, seed, step, stream):
         seed: Key.
         step: Word 1 of the counter.
         stream: Word 2 of the counter.
+        PURPOSE: Word 3.
     """
     if UNIT % 4 == 0:
         # One call serves four neighbours; join puts its two sides into a new last axis.
         quad = start[:, None] // 4 + tl.arange(0, UNIT // 4)[None, :]
-        w0, w1, w2, w3 = philox_words(first_counter + quad, seed, step, stream)
+        w0, w1, w2, w3 = philox_words(first_counter + quad, seed, step, stream, PURPOSE)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
         return tl.reshape(words, (start.shape[0], UNIT))
     column = start[:, None] + tl.arange(0, UNIT)[None, :]
-    w0, w1, w2, w3 = philox_words(first_counter + column // 4, seed, step, stream)
+    w0, w1, w2, w3 = philox_words(first_counter + column // 4, seed, step, stream, PURPOSE)
     lane = column % 4
     return tl.where(lane < 2, tl.where(lane == 0, w0, w1), tl.where(lane == 2, w2, w3))
 

@@ -13,6 +13,7 @@ from math import gcd
 import triton
 import triton.language as tl
 
+MIN_UNIT = 2  # of a whole row: 4-bit codes of two columns share a byte
 MAX_UNIT = 256
 MAX_TILE = 8192  # elements; more would spill registers
 TILES = (4096, 2048, 1024)
@@ -63,7 +64,7 @@ def tiling(columns: int, group_size: int | None, other_group_size: int = 0) -> T
     """Cut rows of `columns` into groups of `group_size`; no unit crosses another group's edge."""
     if group_size is None or group_size >= columns:
         divisor = other_group_size or MAX_UNIT
-        unit = min(divisor & -divisor, MAX_UNIT, _power_of_two(columns))
+        unit = min(divisor & -divisor, MAX_UNIT, max(MIN_UNIT, _power_of_two(columns)))
         group = triton.cdiv(columns, unit) * unit
     else:
         divisor = gcd(group_size, other_group_size)

@@ -1,0 +1,90 @@
+"""A step of one row of an INT8 weight in numba. Twin: `kernels/reference/weight.py`."""
+
+import numpy as np
+from numba import njit
+
+from ..reference.philox import LANES, WEIGHT
+from ..reference.quantize import QMAX, TINY
+from ..reference.weight import RANGE_LOW, RANGE_TARGET
+from .philox import random_row
+from .quantize import absmax
+
+_f32 = np.float32
+_QMAX, _TINY = _f32(QMAX), _f32(TINY)
+_LOW, _PER_TARGET = _f32(RANGE_LOW), _f32(1.0 / RANGE_TARGET)
+_ULP24, _ZERO, _HALF = _f32(2.0**-24), _f32(0.0), _f32(0.5)
+_WEIGHT = np.uint64(WEIGHT)
+
+# Values are finite here, so a minimum need not look for NaN. Nothing else is relaxed: no fused
+# multiply-add and no reciprocal division, either of which would change bits.
+FASTMATH = {"nnan", "ninf", "nsz"}
+
+
+@njit(inline="always")
+def weight_uniform(word):
+    """FP32 uniform in [0, 1) from the high 24 bits of a word."""
+    return _f32(np.int32(word >> np.uint32(8))) * _ULP24
+
+
+@njit(inline="always")
+def weight_buffers(columns):
+    """What `step_weight_row` works in: two fp32 rows, uniforms that round to nearest, words."""
+    quads = (columns + LANES - 1) // LANES
+    return (
+        np.empty(columns, np.float32),
+        np.empty(columns, np.float32),
+        np.full(quads * LANES, _HALF, np.float32),
+        np.empty((LANES, quads), np.uint32),
+    )
+
+
+@njit(inline="always")
+def step_weight_row(
+    row, codes, scales, outlier_values, outlier_columns, row_direction, buffers,
+    group_size, lr, shrink, stochastic, seed, step, stream,
+):  # fmt: skip
+    # Loops run from zero over slices: LLVM then sees no negative index and vectorizes them.
+    row_decrease, row_target, row_uniform, words = buffers
+    columns = codes.shape[1]
+    for k in range(outlier_values.shape[1]):
+        value = outlier_values[row, k]
+        change = value * shrink + row_direction[outlier_columns[row, k]] * lr
+        outlier_values[row, k] = value - change
+
+    if stochastic:
+        random_row(words, row, seed, step, stream, _WEIGHT)
+        words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
+        for quad in range(words.shape[1]):
+            row_uniform[LANES * quad] = weight_uniform(words0[quad])
+            row_uniform[LANES * quad + 1] = weight_uniform(words1[quad])
+            row_uniform[LANES * quad + 2] = weight_uniform(words2[quad])
+            row_uniform[LANES * quad + 3] = weight_uniform(words3[quad])
+
+    for group in range(scales.shape[1]):
+        first = group * group_size
+        last = min(first + group_size, columns)
+        code = codes[row, first:last]
+        direction = row_direction[first:last]
+        decrease = row_decrease[first:last]
+        uniform = row_uniform[first:last]
+        target = row_target[first:last]
+        scale = scales[row, group]
+        quanta = lr / scale  # lr in units of one code
+        for j in range(last - first):
+            down = _f32(code[j]) * shrink + direction[j] * quanta
+            decrease[j] = down
+            target[j] = _f32(code[j]) - down
+        largest = absmax(target)
+        if largest <= _QMAX and (largest >= _LOW or largest == _ZERO):
+            for j in range(last - first):
+                value = _f32(code[j]) + np.floor(uniform[j] - decrease[j])
+                code[j] = np.int8(min(max(value, -_QMAX), _QMAX))
+        else:
+            new_scale = max(scale * (largest * _PER_TARGET), _TINY)
+            ratio = scale / new_scale
+            scales[row, group] = new_scale
+            for j in range(last - first):
+                value = np.floor(target[j] * ratio + uniform[j])
+                code[j] = np.int8(min(max(value, -_QMAX), _QMAX))
+    for k in range(outlier_values.shape[1]):
+        codes[row, outlier_columns[row, k]] = 0

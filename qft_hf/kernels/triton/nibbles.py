@@ -1,0 +1,118 @@
+"""4-bit codes on uneven levels, two in a byte, in Triton. Twin: `kernels/reference/nibbles.py`."""
+
+import triton
+import triton.language as tl
+
+from ..reference.nibbles import NIBBLE_MAX as _NIBBLE_MAX
+from ..reference.nibbles import SLOPE as _SLOPE
+from ..reference.nibbles import TOP as _TOP
+from ..reference.philox import MOMENTUM as _MOMENTUM
+from .numerics import TINY, random_words
+
+NIBBLE_MAX: tl.constexpr = tl.constexpr(float(_NIBBLE_MAX))
+SLOPE: tl.constexpr = tl.constexpr(_SLOPE)
+HALF_SLOPE: tl.constexpr = tl.constexpr(_SLOPE / 2)
+QUARTER_SQUARE: tl.constexpr = tl.constexpr(_SLOPE**2 / 4)
+PER_TOP: tl.constexpr = tl.constexpr(1.0 / _TOP)
+MOMENTUM: tl.constexpr = tl.constexpr(_MOMENTUM)
+ULP16: tl.constexpr = tl.constexpr(2.0**-16)
+
+
+@triton.jit
+def _units(half):
+    """What a code stands for, given as its four bits."""
+    code = (half ^ 8) - 8
+    return (code * (tl.abs(code) + SLOPE)).to(tl.float32)
+
+
+@triton.jit
+def _bytes(start, exists, COLUMNS: tl.constexpr, UNIT: tl.constexpr):
+    """Place of each byte of a tile in its row, `[n_units, UNIT / 2]`, and whether it exists."""
+    # The compiler does not see that half of a unit's start is a multiple of half a unit.
+    first = tl.multiple_of(start // 2, UNIT // 2)
+    place = first[:, None] + tl.arange(0, UNIT // 2)[None, :]
+    return place, exists[:, None] & (place < (COLUMNS + 1) // 2)
+
+
+@triton.jit
+def load_nibbles(
+    packed_ptr, start, exists, column, mask, COLUMNS: tl.constexpr, UNIT: tl.constexpr
+):
+    """Units of one tile in fp32, before the scale.
+
+    Args:
+        packed_ptr: First byte of the row.
+        start: First column of each unit; even where `UNIT` is.
+        exists: Which units exist.
+        column: Each column, `[n_units, UNIT]`.
+        mask: Which of them exist.
+        COLUMNS: Columns of the row.
+        UNIT: Columns of a unit, a power of two.
+    """
+    if UNIT == 1:  # neighbours may lie in different units: each loads the byte it shares
+        byte = tl.load(packed_ptr + column // 2, mask=mask, other=0).to(tl.int32)
+        units = _units((byte >> (column % 2 * 4).to(tl.int32)) & 15)
+    else:
+        place, byte_mask = _bytes(start, exists, COLUMNS, UNIT)
+        byte = tl.load(packed_ptr + place, mask=byte_mask, other=0).to(tl.int32)
+        units = tl.reshape(tl.join(_units(byte & 15), _units(byte >> 4)), column.shape)
+    return units
+
+
+@triton.jit
+def nibble_scale(absmax):
+    """Scale of groups with these largest magnitudes."""
+    scale = absmax * PER_TOP
+    return tl.where(scale < TINY, 1.0, scale)
+
+
+@triton.jit
+def _code(value, inverse, uniform):
+    """Four bits as int32."""
+    units = tl.abs(value) * inverse
+    # This root is not correctly rounded. Where it lies on the other side of a level, `uniform`
+    # leads to the same code: it keeps further from 0 and 1 than the root errs.
+    lower = tl.floor(tl.sqrt(units + QUARTER_SQUARE) - HALF_SLOPE)
+    width = lower + lower + (1 + SLOPE)
+    up = uniform * width < units - lower * (lower + SLOPE)
+    code = tl.minimum(tl.where(up, lower + 1, lower), NIBBLE_MAX).to(tl.int32)
+    return tl.where(value < 0, -code, code) & 15
+
+
+@triton.jit
+def _uniform(half):
+    return (half.to(tl.int32).to(tl.float32) + 0.5) * ULP16
+
+
+@triton.jit
+def store_nibbles(
+    packed_ptr, values, inverse, start, exists, row, seed, step, stream,
+    STOCHASTIC: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Round a tile of fp32 `values` `[n_units, UNIT]` between neighbouring levels and store it.
+
+    Args:
+        packed_ptr: First byte of the row.
+        values: 0 in columns that do not exist.
+        inverse: One over the scale of each unit, `[n_units, 1]`.
+        start: First column of each unit.
+        exists: Which units exist.
+        row: Number of the row, int64.
+        seed: Key of the random numbers.
+        step: Word 1 of their counter.
+        stream: Word 2 of their counter.
+        STOCHASTIC: Else to the nearest level.
+        COLUMNS: Columns of the row.
+        UNIT: Columns of a unit, a power of two of at least 2.
+    """
+    even, odd = tl.split(tl.reshape(values, (values.shape[0], UNIT // 2, 2)))
+    if STOCHASTIC:
+        first_counter = row * (((COLUMNS + 1) // 2 + 3) // 4)  # four bytes share a counter
+        words = random_words(first_counter, start // 2, UNIT // 2, seed, step, stream, MOMENTUM)
+        low, high = _uniform(words & 0xFFFF), _uniform(words >> 16)
+    else:
+        low = tl.full(even.shape, 0.5, tl.float32)
+        high = low
+    byte = _code(even, inverse, low) | (_code(odd, inverse, high) << 4)
+    place, byte_mask = _bytes(start, exists, COLUMNS, UNIT)
+    tl.store(packed_ptr + place, byte.to(tl.uint8), mask=byte_mask)
