@@ -12,6 +12,13 @@ from .support import quantization_config_of
 TAGS = ["qft", "int8", "full-parameter-fine-tuning", "lion"]
 MARK = "## INT8 full-parameter training"
 
+_QFT, _LOMO = "(QFT, arXiv:2310.07147)", "(LOMO, arXiv:2306.09782)"
+_STORED = {  # by momentum_bits
+    8: f"Weights, gradients and Lion momentum were stored as INT8 {_QFT}",
+    4: f"Weights and gradients were stored as INT8, Lion momentum in 4 bits {_QFT}",
+    0: f"Weights and gradients were stored as INT8 {_QFT} and updated by SGD {_LOMO}",
+}
+
 
 def write_card(trainer: Trainer, *, ledger: MemoryLedger | None, base_model: str | None) -> None:
     """Add tags, base model and the sections on format, memory, loss and loading to the card.
@@ -33,12 +40,16 @@ def write_card(trainer: Trainer, *, ledger: MemoryLedger | None, base_model: str
     card.save(path)
 
 
+def _momentum_bits(trainer: Trainer) -> int:
+    optimizer: Any = trainer.optimizer  # Accelerate's wrapper of it, once training has begun
+    return int(getattr(getattr(optimizer, "optimizer", optimizer), "momentum_bits", 8))
+
+
 def _sections(trainer: Trainer, ledger: MemoryLedger | None) -> str:
     name = Path(trainer.args.hub_model_id or str(trainer.args.output_dir)).name
     parts = [
         MARK,
-        "Every parameter was trained. Weights, gradients and Lion momentum were stored as INT8 "
-        "(QFT, arXiv:2310.07147) by qft_hf.",
+        f"Every parameter was trained. {_STORED[_momentum_bits(trainer)]} by qft_hf.",
         "### Weight format",
         _format_table(trainer),
         "### Memory of the model state",

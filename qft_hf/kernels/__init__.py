@@ -13,7 +13,7 @@ from .quantize import dequantize, quantize
 from .quantize_and_lion import quantize_and_lion_step_
 from .quantize_gradient import quantize_gradient
 from .sgd import sgd_step_
-from .sgd_float import sgd_step_float_
+from .sgd_float import sgd_step_floats_
 
 __all__ = [
     "accumulate_",
@@ -26,6 +26,6 @@ __all__ = [
     "quantize_and_lion_step_",
     "quantize_gradient",
     "sgd_step_",
-    "sgd_step_float_",
+    "sgd_step_floats_",
     "squared_norm",
 ]

@@ -80,19 +80,16 @@ def lion_step_floats_(
     Source:
         Chen et al. 2023, algorithm 2 (arXiv:2302.06675).
     """
-    lengths = [len(x) for x in (parameters, momenta, gradients, steps, streams)]
-    if len(set(lengths)) > 1:
+    if len(momenta) != len(parameters):
         raise ValueError(
-            "lion_step_floats_ needs a momentum, a gradient, a step and a stream for each "
-            f"parameter, got {lengths} parameters, momenta, gradients, steps and streams."
+            f"A Lion step needs a momentum for each float parameter, got {len(parameters)} "
+            f"parameters and {len(momenta)} momenta."
         )
-    if len({id(parameter) for parameter in parameters}) < len(parameters):
-        raise ValueError(
-            "A parameter comes twice, and one step would write it twice at the same time. Add its "
-            "gradients and pass it once."
-        )
-    for parameter, momentum, gradient in zip(parameters, momenta, gradients, strict=True):
-        _check(parameter, momentum, gradient, parameters[0].device)
+    check_floats(parameters, gradients, steps, streams)
+    for parameter, momentum in zip(parameters, momenta, strict=True):
+        if momentum.dtype != torch.float32:
+            raise TypeError(f"The momentum of a float parameter is float32, got {momentum.dtype}.")
+        check_same("momentum", momentum, parameter)
     if not parameters:
         return
     _lion_step_floats_(
@@ -111,24 +108,44 @@ def lion_step_floats_(
     )
 
 
-def _check(parameter: Tensor, momentum: Tensor, gradient: Tensor, device: torch.device) -> None:
-    if parameter.dtype not in FLOATS:
-        raise TypeError(
-            f"QFTLion trains float32 and bfloat16 parameters, got {parameter.dtype} for a "
-            f"parameter of shape {tuple(parameter.shape)}. Load the model with "
-            "dtype=torch.bfloat16."
-        )
-    if momentum.dtype != torch.float32:
-        raise TypeError(f"The momentum of a float parameter is float32, got {momentum.dtype}.")
-    if gradient.dtype not in GRADIENT_FLOATS:
-        raise TypeError(
-            "The gradient of a float parameter is float32, bfloat16 or float16, got "
-            f"{gradient.dtype}. Call .float() first."
-        )
-    check_same("momentum", momentum, parameter)
-    check_same("gradient", gradient, parameter)
-    if parameter.device != device:
+def check_floats(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    steps: Sequence[int],
+    streams: Sequence[int],
+) -> None:
+    """Raise unless these are float parameters of one device, and a gradient, step and stream each.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: Shapes, devices or numbers of entries differ, or a parameter comes twice.
+    """
+    lengths = [len(x) for x in (parameters, gradients, steps, streams)]
+    if len(set(lengths)) > 1:
         raise ValueError(
-            f"The parameters of one call are on one device, got {device} and {parameter.device}. "
-            "Make one call for each device."
+            "A step needs a gradient, a step number and a stream for each float parameter, got "
+            f"{lengths} parameters, gradients, steps and streams."
         )
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
+        raise ValueError(
+            "A parameter comes twice, and one step would write it twice at the same time. Add its "
+            "gradients and pass it once."
+        )
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if parameter.dtype not in FLOATS:
+            raise TypeError(
+                f"QFTLion trains float32 and bfloat16 parameters, got {parameter.dtype} for a "
+                f"parameter of shape {tuple(parameter.shape)}. Load the model with "
+                "dtype=torch.bfloat16."
+            )
+        if gradient.dtype not in GRADIENT_FLOATS:
+            raise TypeError(
+                "The gradient of a float parameter is float32, bfloat16 or float16, got "
+                f"{gradient.dtype}. Call .float() first."
+            )
+        check_same("gradient", gradient, parameter)
+        if parameter.device != parameters[0].device:
+            raise ValueError(
+                "The parameters of one call are on one device, got "
+                f"{parameters[0].device} and {parameter.device}. Make one call for each device."
+            )

@@ -1,9 +1,32 @@
 """One SGD step on an INT8 weight and its INT8 gradient: LOMO's update, without state."""
 
+from typing import Any
+
 from torch import Tensor
 
-from .checks import check_outliers, check_quantized, check_same
+from .checks import (
+    check_column_values,
+    check_finite,
+    check_outliers,
+    check_quantized,
+    check_same,
+)
 from .operators import declare, nothing
+
+
+def _check_values(
+    codes: Tensor,
+    scales: Tensor,
+    outlier_values: Tensor,
+    outlier_columns: Tensor,
+    gradient_codes: Tensor,
+    gradient_scales: Tensor,
+    **_: Any,
+) -> None:
+    check_finite("weight scales", scales, positive=True)
+    check_finite("gradient scales", gradient_scales)
+    check_column_values(outlier_columns, codes)
+
 
 _sgd_step_ = declare(
     "sgd_step_",
@@ -12,6 +35,7 @@ _sgd_step_ = declare(
     "int? group_size, int state_group_size, float lr, float weight_decay, "
     "bool maximize, bool stochastic, int seed, int step, int stream) -> ()",
     fake=nothing,
+    check_values=_check_values,
 )
 
 
@@ -56,7 +80,8 @@ def sgd_step_(
 
     Raises:
         TypeError: A dtype is wrong.
-        ValueError: Shapes or devices do not fit. Nothing was written.
+        ValueError: Shapes or devices do not fit; on the CPU also what `lion_step_` refuses of
+            values. Nothing was written.
 
     Source:
         Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with Limited

@@ -1,63 +1,73 @@
-"""One SGD step on a float parameter: what is not quantized where weights have no momentum."""
+"""One SGD step on float parameters: what is not quantized where weights have no momentum."""
+
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
-from .checks import check_same
-from .lion_float import FLOATS
+from .checks import check_finite
+from .lion_float import check_floats
 from .operators import declare, nothing
 
-_sgd_step_float_ = declare(
-    "sgd_step_float_",
-    "(Tensor(a!) parameter, Tensor gradient, *, float lr, float weight_decay, "
-    "bool maximize, bool stochastic, int seed, int step, int stream) -> ()",
+
+def _check_values(parameters: list[Tensor], gradients: list[Tensor], **_: Any) -> None:
+    for gradient in gradients:
+        check_finite("gradient", gradient)
+
+
+_sgd_step_floats_ = declare(
+    "sgd_step_floats_",
+    "(Tensor(a!)[] parameters, Tensor[] gradients, *, float lr, float weight_decay, "
+    "bool maximize, bool stochastic, int seed, int[] steps, int[] streams) -> ()",
     fake=nothing,
+    check_values=_check_values,
 )
 
 
-def sgd_step_float_(
-    parameter: Tensor,
-    gradient: Tensor,
+def sgd_step_floats_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
     *,
     lr: float,
     weight_decay: float,
     maximize: bool = False,
     stochastic: bool = True,
     seed: int,
-    step: int,
-    stream: int,
+    steps: Sequence[int],
+    streams: Sequence[int],
 ) -> None:
-    """Update a float parameter in place: `w <- w - lr * (g + weight_decay * w)`.
+    """Update float parameters in place: `w <- w - lr * (g + weight_decay * w)`.
+
+    As `lion_step_floats_`: all of one dtype in one launch, BF16 rounded stochastically.
 
     Args:
-        parameter: fp32, or bf16, which is rounded stochastically; of any shape, modified.
-        gradient: Any float dtype, same shape, finite.
+        parameters: fp32 or bf16 of any shape, on one device, modified. None may share memory with
+            another.
+        gradients: fp32, bf16 or fp16, each of the shape of its parameter, finite.
         lr: Step size.
         weight_decay: Values shrink by `lr * weight_decay` a step.
         maximize: Step along the gradient, not against it.
         stochastic: False rounds BF16 to nearest, for ablation.
         seed: Key of the random numbers, in [0, 2**63).
-        step: Number of this step.
-        stream: Number of this parameter.
+        steps: Number of this step of each parameter.
+        streams: Number of each parameter.
 
     Raises:
-        TypeError: `parameter` is neither fp32 nor bf16.
-        ValueError: Shapes or devices differ. Nothing was written.
+        TypeError: A parameter is neither fp32 nor bf16, or a gradient is of another dtype.
+        ValueError: Shapes, devices or numbers of entries differ, or a parameter comes twice. On the
+            CPU also: a gradient is not finite; on a GPU the caller has looked. Nothing was written.
     """
-    if parameter.dtype not in FLOATS:
-        raise TypeError(
-            f"QFTLion trains float32 and bfloat16 parameters, got {parameter.dtype} for a "
-            f"parameter of shape {tuple(parameter.shape)}. Load the model with "
-            "dtype=torch.bfloat16."
-        )
-    check_same("gradient", gradient, parameter)
-    _sgd_step_float_(
-        parameter,
-        gradient,
+    check_floats(parameters, gradients, steps, streams)
+    if not parameters:
+        return
+    _sgd_step_floats_(
+        list(parameters),
+        list(gradients),
         lr=lr,
         weight_decay=weight_decay,
         maximize=maximize,
         stochastic=stochastic,
         seed=seed,
-        step=step,
-        stream=stream,
+        steps=list(steps),
+        streams=list(streams),
     )

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from .. import kernels
 from ..gradients import GradientStack
 from ..kernels.lion_float import FLOATS
-from ..layout import STATE_GROUP_SIZE
+from ..layout import MOMENTUM_BITS, STATE_GROUP_SIZE
 from ..quant import Int8Gradient, QFTWeight
 from .hooks import GradientHook
 from .release import ACCUMULATIONS, CLIPPINGS, GradientRelease, check_release
@@ -22,7 +22,7 @@ from .state import checked_state, initial_state
 logger = logging.getLogger(__name__)
 
 GRADIENTS = ("stack", "release")
-MOMENTUM_BITS = (8,)
+LION_BETAS = (0.9, 0.99)
 NONFINITE = ("raise", "skip")
 
 PREVIOUS_NORM = "previous_norm"  # key in a state dict
@@ -59,7 +59,11 @@ class QFTLion(Optimizer):
         gradient: Where a gradient goes. `"stack"`: INT8 gradients wait for `step`. `"release"`:
             each is used and freed the moment backward has completed it, so that only one is alive;
             the results are the same bits. Any backward pass updates weights then, until `eval`.
-        momentum_bits: Bits of one momentum value of a quantized weight: 8.
+        momentum_bits: Bits of one momentum value of a quantized weight: 8; or, experimental, 4: on
+            uneven levels in groups of 64 columns, rounded stochastically (0.56 bytes per
+            parameter); or 0: no state at all, the update is SGD's, `w - lr * (g + weight_decay *
+            w)`, as LOMO has it. SGD takes rates 10 to 1000 times Lion's, no betas, and diverges
+            unless gradients are clipped. See `scripts/study_momentum.py` for what each costs.
         maximize: Maximize the objective.
         stochastic_rounding: False rounds weights to nearest, for ablation: that does not train.
         nonfinite: What `step` does when a gradient has a NaN or infinity: `"raise"`, or `"skip"`
@@ -88,7 +92,7 @@ class QFTLion(Optimizer):
         self,
         params: Iterable[Any],
         lr: float = 1e-4,
-        betas: tuple[float, float] = (0.9, 0.99),
+        betas: tuple[float, float] = LION_BETAS,
         weight_decay: float = 0.0,
         *,
         gradient: str = "stack",
@@ -116,7 +120,12 @@ class QFTLion(Optimizer):
                 f"weight_decay={weight_decay}. To climb, set maximize=True."
             )
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must be in [0, 1), got {betas}. Lion's are (0.9, 0.99).")
+            raise ValueError(f"betas must be in [0, 1), got {betas}. Lion's are {LION_BETAS}.")
+        if momentum_bits == 0 and tuple(betas) != LION_BETAS:
+            raise ValueError(
+                f"momentum_bits=0 is SGD, which has no betas, got betas={betas}. Leave them out, "
+                "or set momentum_bits=8."
+            )
         self.gradient = gradient
         self.momentum_bits = momentum_bits
         self.nonfinite = nonfinite
@@ -182,7 +191,8 @@ class QFTLion(Optimizer):
         """
         for parameter in self._parameters():
             if isinstance(parameter, QFTWeight):
-                parameter.takes_floats = self._release is not None
+                # The SGD step has no kernel that quantizes on the way.
+                parameter.takes_floats = self._release is not None and self.momentum_bits > 0
             if parameter.requires_grad:
                 self._hook.attach(parameter)
 
@@ -333,24 +343,26 @@ class QFTLion(Optimizer):
         stream, number = self._places[id(parameter)]
         state = self._next_state(parameter)
         gradient = cast(Int8Gradient, gradient)  # what backward makes, and `step` has checked
-        tensors = (
+        weight = (
             parameter.codes,
             parameter.scales,
             parameter.outlier_values,
             parameter.outlier_columns,
-            state["momentum_codes"],
-            state["momentum_scales"],
         )
         arguments = {
             "group_size": parameter.group_size,
             "state_group_size": STATE_GROUP_SIZE,
             "step": state["step"],
             "stream": stream,
-            **_arguments(self.param_groups[number]),
+            **self._arguments(self.param_groups[number]),
         }
+        if self.momentum_bits == 0:
+            kernels.sgd_step_(*weight, gradient.codes, gradient.scales, **arguments)
+            return None
+        momentum = state["momentum_codes"], state["momentum_scales"]
         if gradient.floats is not None:
-            return kernels.quantize_and_lion_step_(*tensors, gradient.floats, **arguments)
-        kernels.lion_step_(*tensors, gradient.codes, gradient.scales, **arguments)
+            return kernels.quantize_and_lion_step_(*weight, *momentum, gradient.floats, **arguments)
+        kernels.lion_step_(*weight, *momentum, gradient.codes, gradient.scales, **arguments)
         return None
 
     @torch.no_grad()
@@ -362,22 +374,39 @@ class QFTLion(Optimizer):
             calls.setdefault((number, parameter.device), []).append((parameter, gradient))
         for (number, _), members in calls.items():
             states = [self._next_state(parameter) for parameter, _ in members]
-            kernels.lion_step_floats_(
-                [parameter for parameter, _ in members],
-                [state["momentum"] for state in states],
-                [gradient for _, gradient in members],
-                steps=[state["step"] for state in states],
-                streams=[self._places[id(parameter)][0] for parameter, _ in members],
-                **_arguments(self.param_groups[number]),
-            )
+            parameters = [parameter for parameter, _ in members]
+            gradients = [gradient for _, gradient in members]
+            arguments = {
+                "steps": [state["step"] for state in states],
+                "streams": [self._places[id(parameter)][0] for parameter in parameters],
+                **self._arguments(self.param_groups[number]),
+            }
+            if self.momentum_bits == 0:
+                kernels.sgd_step_floats_(parameters, gradients, **arguments)
+            else:
+                momenta = [state["momentum"] for state in states]
+                kernels.lion_step_floats_(parameters, momenta, gradients, **arguments)
 
     def _next_state(self, parameter: Parameter) -> dict[str, Any]:
         """The state of a parameter, made if need be, with this step counted."""
         state = self.state[parameter]
         if not state:
-            state.update(initial_state(parameter))
+            state.update(initial_state(parameter, self.momentum_bits))
         state["step"] += 1
         return state
+
+    def _arguments(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What the kernels take from a parameter group."""
+        arguments = {
+            "lr": float(group["lr"]),
+            "weight_decay": group["weight_decay"],
+            "maximize": group["maximize"],
+            "stochastic": group["stochastic_rounding"],
+            "seed": group["seed"],
+        }
+        if self.momentum_bits:
+            arguments["beta1"], arguments["beta2"] = group["betas"]
+        return arguments
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; INT8 stays INT8.
@@ -385,8 +414,9 @@ class QFTLion(Optimizer):
         `torch.optim.Optimizer` would cast every state tensor to the dtype of its parameter.
 
         Raises:
-            ValueError: The groups do not match, or a state tensor has another name, dtype or shape
-                than its parameter calls for. The optimizer is unchanged.
+            ValueError: The groups do not match, the momentum has other bits, or a state tensor has
+                another name, dtype or shape than its parameter calls for. The optimizer is
+                unchanged.
         """
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         own = list(self._parameters())
@@ -398,7 +428,9 @@ class QFTLion(Optimizer):
         states: dict[Tensor, Any] = {}
         for key, parameter in zip(saved, own, strict=True):
             if key in state_dict["state"]:
-                states[parameter] = checked_state(parameter, state_dict["state"][key], key)
+                states[parameter] = checked_state(
+                    parameter, state_dict["state"][key], key, self.momentum_bits
+                )
         super().load_state_dict({**state_dict, "state": {}})
         self.state.update(states)
         if self._release is not None:
@@ -423,20 +455,6 @@ class QFTLion(Optimizer):
             self._prepare()
             for group in range(len(self.param_groups)):
                 self._number(group)
-
-
-def _arguments(group: dict[str, Any]) -> dict[str, Any]:
-    """What the kernels take from a parameter group."""
-    beta1, beta2 = group["betas"]
-    return {
-        "lr": float(group["lr"]),
-        "beta1": beta1,
-        "beta2": beta2,
-        "weight_decay": group["weight_decay"],
-        "maximize": group["maximize"],
-        "stochastic": group["stochastic_rounding"],
-        "seed": group["seed"],
-    }
 
 
 def _check_gradient(parameter: Tensor, gradient: Tensor) -> None:

@@ -202,8 +202,10 @@ def test_each_parameter_needs_one_of_each():
     parameters, momenta, gradients = many()
     before = [parameter.clone() for parameter in parameters]
 
-    with pytest.raises(ValueError, match=r"for each parameter, got \[13, 13, 12, 13, 13\]"):
+    with pytest.raises(ValueError, match=r"for each float parameter, got \[13, 12, 13, 13\]"):
         kernels.lion_step_floats_(parameters, momenta, gradients[1:], **float_arguments(13))
+    with pytest.raises(ValueError, match="got 13 parameters and 12 momenta"):
+        kernels.lion_step_floats_(parameters, momenta[1:], gradients, **float_arguments(13))
     for parameter, wanted in zip(parameters, before, strict=True):
         assert_same_bits(parameter, wanted)
 

@@ -28,8 +28,9 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         *([torch.full((n,), value) for n in (30, 7)] for value in (0.0, 1.0)),
     )
     rows = torch.tensor([4, 0, 4, 1])
-    parameter = torch.linspace(-1, 1, 30).bfloat16()
     sgd = {name: value for name, value in ARGUMENTS.items() if not name.startswith("beta")}
+    sgd_floats = float_arguments(2)
+    del sgd_floats["beta1"], sgd_floats["beta2"]
     weight_and_gradient = (*state.arguments()[:4], *state.arguments()[6:])
     return {
         "accumulate_": ((*quantized(), *quantized(), 256), {}),
@@ -54,7 +55,7 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
             {"stochastic": True, "seed": 3},
         ),
         "sgd_step_": (weight_and_gradient, {"group_size": 32, "state_group_size": 256, **sgd}),
-        "sgd_step_float_": ((parameter, torch.ones(30)), sgd),
+        "sgd_step_floats_": ((floats[0], floats[2]), sgd_floats),
         "squared_norm": ((*quantized(), 256), {}),
     }
 

@@ -9,6 +9,7 @@ from qft_hf.kernels import cpu, reference
 from tests.kernels.states import (
     ARGUMENTS,
     LionState,
+    float_arguments,
     guarded,
     guards_are_intact,
     make_state,
@@ -112,27 +113,31 @@ def test_an_element_without_gradient_and_decay_keeps_its_code(backend):
     assert (state.codes[:, 1::2] != before.codes[:, 1::2]).any()
 
 
+def step_floats(parameter: torch.Tensor, gradient: torch.Tensor, **changes) -> None:
+    arguments = float_arguments(1, **changes)
+    del arguments["beta1"], arguments["beta2"]
+    kernels.sgd_step_floats_([parameter], [gradient], **arguments)
+
+
 def test_float_parameters_equal_float64_sgd():
     generator = torch.Generator().manual_seed(3)
     parameter = torch.randn(7, 11, generator=generator)
     gradient = torch.randn(7, 11, generator=generator).bfloat16()
     before = parameter.clone()
 
-    kernels.sgd_step_float_(parameter, gradient, **{**SGD, "lr": 0.3})
+    step_floats(parameter, gradient, lr=0.3)
 
     w, g = before.double(), gradient.double()
     error = (parameter.double() - (w - 0.3 * (g + 0.1 * w))).abs()
     assert (error <= 5 * FP32_EPS * (1.03 * w.abs() + 0.3 * g.abs())).all()
-    kernels.sgd_step_float_(parameter, gradient, **{**SGD, "lr": 0.3, "maximize": True})
+    step_floats(parameter, gradient, lr=0.3, maximize=True)
     assert ((parameter.double() - w * 0.97**2).abs() <= 0.3 * 0.03 * g.abs() + 1e-5).all()
 
 
 def test_bf16_parameters_are_rounded_without_bias():
     parameter = torch.ones(400_000, dtype=torch.bfloat16)
 
-    kernels.sgd_step_float_(
-        parameter, torch.full((400_000,), 1e-3), **{**SGD, "lr": 0.1, "weight_decay": 0.0}
-    )
+    step_floats(parameter, torch.full((400_000,), 1e-3), lr=0.1, weight_decay=0.0)
 
     assert parameter.unique().numel() == 2
     share = 1e-4 / 2**-8  # of the gap below 1
@@ -163,6 +168,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(name, change, e
 
 def test_float_refusals():
     with pytest.raises(TypeError, match=r"got torch\.float16 .*dtype=torch\.bfloat16"):
-        kernels.sgd_step_float_(torch.ones(3).half(), torch.ones(3), **SGD)
+        step_floats(torch.ones(3).half(), torch.ones(3))
     with pytest.raises(ValueError, match=r"gradient must have shape \(3,\) on cpu"):
-        kernels.sgd_step_float_(torch.ones(3), torch.ones(4), **SGD)
+        step_floats(torch.ones(3), torch.ones(4))
+    with pytest.raises(ValueError, match="gradient must be finite, got 1 of 3"):
+        step_floats(torch.ones(3), torch.tensor([1.0, float("nan"), 2.0]))

@@ -689,36 +689,20 @@ def test_lion_step_floats(shapes, changes):
 
 
 @pytest.mark.parametrize("changes", [{}, {"maximize": True}, {"stochastic": False}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(), (7,), (2, 3, 401)], ids=str)
-def test_sgd_step_float(shape, dtype, changes):
-    generator = torch.Generator().manual_seed(3)
-    expected = (torch.randn(shape, generator=generator) + 1).to(DEVICE, dtype)
-    actual, buffer = guarded(expected)
-    gradient = torch.randn(shape, generator=generator).to(DEVICE, dtype)
-    gradient.view(-1)[::3] = 0.0
-    sgd = {name: value for name, value in ARGUMENTS.items() if not name.startswith("beta")}
-    arguments = {**sgd, "lr": 0.01, **changes}
+def test_sgd_step_floats(changes):
+    """Lion's kernel without momentum."""
+    expected, _, gradients = floats(FLOAT_SHAPES)
+    pairs = [guarded(tensor) for tensor in expected]
+    arguments = float_arguments(len(expected), lr=0.01, **changes)
+    del arguments["beta1"], arguments["beta2"]
 
-    backend.sgd_step_float_(actual, gradient, **arguments)
+    backend.sgd_step_floats_([inner for inner, _ in pairs], gradients, **arguments)
 
-    value = expected if arguments["stochastic"] else expected.float()
-    reference.sgd_step_float_(value, gradient, **arguments)
-    assert_same_bits(actual, stored(value.float(), dtype))
-    assert guards_are_intact(buffer)
-
-
-def test_sgd_step_float_in_any_memory_order():
-    expected = torch.linspace(-1, 1, 35, device=DEVICE).view(5, 7).bfloat16()
-    actual = expected.t().contiguous().t()
-    sgd = {name: value for name, value in ARGUMENTS.items() if not name.startswith("beta")}
-    version = actual._version
-
-    backend.sgd_step_float_(actual, torch.ones(7, 5, device=DEVICE).t(), **sgd)
-
-    reference.sgd_step_float_(expected, torch.ones(5, 7, device=DEVICE), **sgd)
-    assert_same_bits(actual, expected)
-    assert actual._version > version
+    values = expected if arguments["stochastic"] else [value.float() for value in expected]
+    reference.sgd_step_floats_(values, gradients, **arguments)
+    for (inner, buffer), value in zip(pairs, values, strict=True):
+        assert_same_bits(inner, stored(value.float(), inner.dtype))
+        assert guards_are_intact(buffer)
 
 
 def test_lion_step_floats_without_update_keeps_bits():

@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from qft_hf.kernels.triton.tiling import tiling
 from tests.offline.compiling import Compiled, compile_kernel
 
-embedding, gradient, int8_matmul, lion, lion_float, quantize, quantize_gradient, sgd_float = (
+embedding, gradient, int8_matmul, lion, lion_float, quantize, quantize_gradient = (
     importlib.import_module(f"qft_hf.kernels.triton.{name}")
     for name in (
         "embedding",
@@ -28,7 +28,6 @@ embedding, gradient, int8_matmul, lion, lion_float, quantize, quantize_gradient,
         "lion_float",
         "quantize",
         "quantize_gradient",
-        "sgd_float",
     )
 )
 
@@ -171,21 +170,9 @@ def test_quantize_and_lion_step(columns, group_size, n_outliers, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_float_sgd_step(capability):
-    compiled = compile_kernel(
-        sgd_float._sgd_float_kernel,
-        types=types_of(sgd_float._sgd_float_kernel, parameter_ptr="*bf16", gradient_ptr="*bf16"),
-        constants={"STOCHASTIC": True, "BLOCK": sgd_float.BLOCK},
-        capability=capability,
-        n_warps=sgd_float.N_WARPS,
-    )
-
-    assert_fits_registers(compiled)
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("has_momentum", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_float_steps(dtype, capability):
+def test_float_steps(dtype, has_momentum, capability):
     kernel = lion_float._lion_floats_kernel
     compiled = compile_kernel(
         kernel,
@@ -193,6 +180,7 @@ def test_float_steps(dtype, capability):
         constants={
             "PARAMETER": lion_float.TRITON_DTYPES[dtype],
             "GRADIENT": lion_float.TRITON_DTYPES[dtype],
+            "HAS_MOMENTUM": has_momentum,
             "STOCHASTIC": dtype == torch.bfloat16,
             "BLOCK": lion_float.BLOCK,
         },

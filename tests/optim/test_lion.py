@@ -413,7 +413,11 @@ def test_a_copy_goes_on_like_the_original(copy_it):
     ("arguments", "match"),
     [
         ({"gradient": "heap"}, "gradient must be 'stack'.*got 'heap'"),
-        ({"momentum_bits": 3}, "momentum_bits must be 8.*got 3"),
+        ({"momentum_bits": 3}, "momentum_bits must be 8 or 4 or 0, got 3"),
+        (
+            {"momentum_bits": 0, "betas": (0.95, 0.99)},
+            r"SGD, which has no betas, got betas=\(0\.95, 0\.99\).*momentum_bits=8",
+        ),
         ({"nonfinite": "ignore"}, "nonfinite must be 'raise' or 'skip', got 'ignore'"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
         ({"seed": 2**63}, r"seed must be in \[0, 2\*\*63\)"),

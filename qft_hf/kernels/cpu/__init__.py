@@ -1,6 +1,6 @@
 """The operators on CPUs: compiled by numba where that pays, else the reference itself."""
 
-from ..reference import lion_step_floats_, sgd_step_float_
+from ..reference import lion_step_floats_, sgd_step_floats_
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
@@ -21,6 +21,6 @@ __all__ = [
     "quantize_and_lion_step_",
     "quantize_gradient",
     "sgd_step_",
-    "sgd_step_float_",
+    "sgd_step_floats_",
     "squared_norm",
 ]

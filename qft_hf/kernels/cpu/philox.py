@@ -8,6 +8,7 @@ from ..reference.philox import KEY_INCREMENTS, MASK, MULTIPLIERS, ROUNDS
 _u32, _u64 = np.uint32, np.uint64
 _MASK, _SHIFT = _u64(MASK), _u64(32)
 _M0, _M1 = _u64(MULTIPLIERS[0]), _u64(MULTIPLIERS[1])
+_ULP24 = np.float32(2.0**-24)
 _W0, _W1 = _u32(KEY_INCREMENTS[0]), _u32(KEY_INCREMENTS[1])
 
 
@@ -37,3 +38,9 @@ def random_row(words, row, seed, step, stream, purpose):
     for quad in range(quads):
         w0, w1, w2, w3 = philox(base + _u64(quad), seed, step, stream, purpose)
         words0[quad], words1[quad], words2[quad], words3[quad] = w0, w1, w2, w3
+
+
+@njit(inline="always")
+def weight_uniform(word):
+    """FP32 uniform in [0, 1) from the high 24 bits of a word."""
+    return np.float32(np.int32(word >> _u32(8))) * _ULP24

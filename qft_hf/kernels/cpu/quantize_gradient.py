@@ -10,11 +10,10 @@ from numba import njit
 from torch import Tensor
 
 from .. import reference
-from ..reference.philox import LANES
+from ..reference.philox import LANES, WEIGHT
 from ..reference.quantize import QMAX, TINY, absmax_scale
 from ..reference.quantize_gradient import COLUMNS, ROWS
-from .lion import weight_uniform
-from .philox import philox
+from .philox import philox, weight_uniform
 from .quantize import largest_magnitude
 from .threads import for_each_row_range
 
@@ -23,7 +22,7 @@ _QMAX, _TINY, _PER_QMAX = _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
 _ZERO, _ONE = _f32(0.0), _f32(1.0)
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # FP32 without its sign: as an integer it orders magnitudes
 _INFINITY = np.int32(0x7F800000)  # and every NaN lies above this
-_ROWS, _COLUMNS = _u64(ROWS), _u64(COLUMNS)
+_ROWS, _COLUMNS, _WEIGHT = _u64(ROWS), _u64(COLUMNS), _u64(WEIGHT)
 
 BLOCK = 64  # tokens; a multiple of LANES
 CHUNK = 256  # outputs whose transposed codes are written together: they stay in the cache
@@ -61,7 +60,7 @@ def _quantize_rows(gradient, factors, codes, scales, seed, start, stop):
         inverse = _ONE / scale
         base = _u64(token) * _u64(quads)
         for quad in range(quads):
-            w0, w1, w2, w3 = philox(base + _u64(quad), seed, _u64(bits), _ROWS)
+            w0, w1, w2, w3 = philox(base + _u64(quad), seed, _u64(bits), _ROWS, _WEIGHT)
             words0[quad], words1[quad], words2[quad], words3[quad] = w0, w1, w2, w3
         for quad in range(quads):
             flat[LANES * quad] = words0[quad]
@@ -95,7 +94,7 @@ def _column_words(words0, words1, words2, words3, bits, first, quads, quad, seed
     """Random words of four neighbouring tokens in each column from `first` on."""
     for j in range(bits.shape[0]):
         counter = _u64(first + j) * quads + quad
-        w0, w1, w2, w3 = philox(counter, seed, _u64(bits[j]), _COLUMNS)
+        w0, w1, w2, w3 = philox(counter, seed, _u64(bits[j]), _COLUMNS, _WEIGHT)
         words0[j], words1[j], words2[j], words3[j] = w0, w1, w2, w3
 
 

@@ -6,24 +6,18 @@ from numba import njit
 from ..reference.philox import LANES, WEIGHT
 from ..reference.quantize import QMAX, TINY
 from ..reference.weight import RANGE_LOW, RANGE_TARGET
-from .philox import random_row
+from .philox import random_row, weight_uniform
 from .quantize import absmax
 
 _f32 = np.float32
 _QMAX, _TINY = _f32(QMAX), _f32(TINY)
 _LOW, _PER_TARGET = _f32(RANGE_LOW), _f32(1.0 / RANGE_TARGET)
-_ULP24, _ZERO, _HALF = _f32(2.0**-24), _f32(0.0), _f32(0.5)
+_ZERO, _HALF = _f32(0.0), _f32(0.5)
 _WEIGHT = np.uint64(WEIGHT)
 
 # Values are finite here, so a minimum need not look for NaN. Nothing else is relaxed: no fused
 # multiply-add and no reciprocal division, either of which would change bits.
 FASTMATH = {"nnan", "ninf", "nsz"}
-
-
-@njit(inline="always")
-def weight_uniform(word):
-    """FP32 uniform in [0, 1) from the high 24 bits of a word."""
-    return _f32(np.int32(word >> np.uint32(8))) * _ULP24
 
 
 @njit(inline="always")

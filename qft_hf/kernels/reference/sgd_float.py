@@ -1,4 +1,4 @@
-"""The SGD step on a float parameter, in plain PyTorch: the specification."""
+"""The SGD step on float parameters, in plain PyTorch: the specification."""
 
 from typing import Any
 
@@ -7,9 +7,18 @@ from torch import Tensor
 from .lion_float import step_float_
 
 
-def sgd_step_float_(
-    parameter: Tensor, gradient: Tensor, *, maximize: bool, **arguments: Any
+def sgd_step_floats_(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    *,
+    maximize: bool,
+    steps: list[int],
+    streams: list[int],
+    **arguments: Any,
 ) -> None:
-    """See `qft_hf.kernels.sgd_float.sgd_step_float_`."""
-    gradient = gradient.float()
-    step_float_(parameter, gradient.neg() if maximize else gradient, **arguments)
+    """See `qft_hf.kernels.sgd_float.sgd_step_floats_`. Parameters are independent."""
+    for parameter, gradient, step, stream in zip(
+        parameters, gradients, steps, streams, strict=True
+    ):
+        direction = gradient.float().neg() if maximize else gradient.float()
+        step_float_(parameter, direction, step=step, stream=stream, **arguments)

@@ -8,7 +8,7 @@ from .lion_float import lion_step_floats_
 from .quantize import dequantize, quantize
 from .quantize_gradient import quantize_gradient
 from .sgd import sgd_step_
-from .sgd_float import sgd_step_float_
+from .sgd_float import sgd_step_floats_
 
 __all__ = [
     "accumulate_",
@@ -21,6 +21,6 @@ __all__ = [
     "quantize_and_lion_step_",
     "quantize_gradient",
     "sgd_step_",
-    "sgd_step_float_",
+    "sgd_step_floats_",
     "squared_norm",
 ]

@@ -1,4 +1,9 @@
-"""The Lion step on float parameters in Triton. Twin: `kernels/reference/lion_float.py`."""
+"""The Lion step on float parameters in Triton. Twin: `kernels/reference/lion_float.py`.
+
+The same kernel without momentum is that of SGD (`sgd_float.py`).
+"""
+
+from typing import Any
 
 import torch
 import triton
@@ -11,7 +16,8 @@ BLOCK = 1024
 N_WARPS = 4
 
 # What a row of the table holds: addresses of parameter, momentum and gradient, the number of
-# elements, step and stream, and the first of the programs that work on it.
+# elements, step and stream, and the first of the programs that work on it. Without momentum the
+# address of the parameter stands in its place.
 FIELDS: tl.constexpr = tl.constexpr(7)
 
 
@@ -30,6 +36,7 @@ def _lion_floats_kernel(
     seed,
     PARAMETER: tl.constexpr,  # fp32 or bf16
     GRADIENT: tl.constexpr,  # fp32, bf16 or fp16
+    HAS_MOMENTUM: tl.constexpr,  # else SGD
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -45,10 +52,13 @@ def _lion_floats_kernel(
     index = start[:, None] + tl.arange(0, BLOCK)[None, :]
     mask = index < n
     g = tl.load(gradient_ptr + index, mask=mask, other=0.0).to(tl.float32) * gradient_sign
-    m = tl.load(momentum_ptr + index, mask=mask, other=0.0)
     old = tl.load(parameter_ptr + index, mask=mask, other=0.0).to(tl.float32)
-
-    direction = sign(m * beta1 + g * one_minus_beta1)
+    if HAS_MOMENTUM:
+        m = tl.load(momentum_ptr + index, mask=mask, other=0.0)
+        direction = sign(m * beta1 + g * one_minus_beta1)
+        tl.store(momentum_ptr + index, m * beta2 + g * one_minus_beta2, mask=mask)
+    else:
+        direction = g
     change = old * shrink + direction * lr
     value = old - change
     if STOCHASTIC:
@@ -58,8 +68,6 @@ def _lion_floats_kernel(
         bits = value.to(tl.int32, bitcast=True) + (words >> 16).to(tl.int32)
         rounded = (bits & -65536).to(tl.float32, bitcast=True)
         value = tl.where(change == 0, old, rounded)
-
-    tl.store(momentum_ptr + index, m * beta2 + g * one_minus_beta2, mask=mask)
     tl.store(parameter_ptr + index, value.to(PARAMETER), mask=mask)
 
 
@@ -70,9 +78,9 @@ TRITON_DTYPES = {
 }
 
 
-def lion_step_floats_(
+def launch(
     parameters: list[Tensor],
-    momenta: list[Tensor],
+    momenta: list[Tensor] | None,
     gradients: list[Tensor],
     *,
     lr: float,
@@ -85,12 +93,13 @@ def lion_step_floats_(
     steps: list[int],
     streams: list[int],
 ) -> None:
+    """Run the kernel once for each pair of dtypes; `momenta` None: SGD."""
     # The kernel sees flat memory; a parameter in another order is rare and takes a copy.
-    written = [*parameters, *momenta]
+    written = [*parameters, *(momenta or [])]
     flat = [tensor.contiguous() for tensor in written]
     members = zip(
         flat[: len(parameters)],
-        flat[len(parameters) :],
+        flat[-len(parameters) :],
         [gradient.contiguous() for gradient in gradients],
         steps,
         streams,
@@ -110,14 +119,18 @@ def lion_step_floats_(
                 lr, lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
                 -1.0 if maximize else 1.0, seed,
                 PARAMETER=TRITON_DTYPES[dtype], GRADIENT=TRITON_DTYPES[gradient_dtype],
-                STOCHASTIC=stochastic and dtype == torch.bfloat16, BLOCK=BLOCK,
-                num_warps=N_WARPS, enable_fp_fusion=False,
+                HAS_MOMENTUM=momenta is not None, STOCHASTIC=stochastic and dtype == torch.bfloat16,
+                BLOCK=BLOCK, num_warps=N_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
     for tensor, result in zip(written, flat, strict=True):
         if result is not tensor:
             tensor.copy_(result)
     # Autograd must see that a value changed which an earlier forward pass may have saved.
     torch.autograd.graph.increment_version(written)
+
+
+def lion_step_floats_(*tensors: list[Tensor], **arguments: Any) -> None:
+    launch(*tensors, **arguments)
 
 
 def _table(tensors: list[tuple[Tensor, Tensor, Tensor, int, int]]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,209 @@
+"""Momentum of 4 bits and of none: what a step does, what is kept, and what is refused."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from qft_hf.kernels import cpu, reference
+from qft_hf.layout import STATE_GROUP_SIZE
+from qft_hf.memory import memory_ledger
+from qft_hf.optim import QFTLion
+from qft_hf.quant import Int8Gradient, QFTWeight
+from tests.optim.common import (
+    SPEC,
+    assert_same_tensors,
+    backward,
+    make_model,
+    make_optimizer,
+    model_tensors,
+    snapshot,
+    state_tensors,
+    train,
+    values64,
+    zero_gradient,
+)
+from tests.optim.test_state import through_a_file
+from tests.tolerances import assert_same_bits, float_update_bound, stochastic_bound
+
+RATES = {8: 1e-3, 4: 1e-3, 0: 0.3}
+
+
+def make(bits: int, *, model: nn.Module | None = None, **arguments):
+    model = model or make_model()
+    # Both groups have a rate of their own.
+    optimizer = make_optimizer(model, momentum_bits=bits, **arguments)
+    for group in optimizer.param_groups:
+        group["lr"] = RATES[bits]
+    return model, optimizer
+
+
+def test_4_bits_cost_half_a_byte_and_a_scale_per_64_columns():
+    model, optimizer = make(4, model=make_model(tied=False))
+    train(model, optimizer, [0])
+
+    state = optimizer.state[model.blocks[0].up.weight]  # [300, 21]: odd columns
+
+    assert state["momentum_codes"].dtype == torch.uint8
+    assert {name: tensor.nbytes for name, tensor in state.items() if name != "step"} == {
+        "momentum_codes": 300 * 11,
+        "momentum_scales": 300 * 4,
+    }
+    state = optimizer.state[model.blocks[0].down.weight]  # [21, 300]
+    assert state["momentum_scales"].shape == (21, 5)
+    assert optimizer.state[model.norm.weight]["momentum"].dtype == torch.float32
+
+
+def test_without_momentum_a_step_number_is_all_there_is():
+    model, optimizer = make(0)
+    train(model, optimizer, range(2))
+
+    assert all(state == {"step": 2} for state in optimizer.state.values())
+    assert "momentum" not in {row.state for row in memory_ledger(model, optimizer).rows}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_sgd_moves_every_weight_by_its_gradient(maximize, dtype):
+    """Matrices decay, vectors do not; against float64, within one rounding."""
+    model, optimizer = make(0, model=make_model(dtype=dtype), maximize=maximize)
+    backward(model, 0)
+    before = {name: values64(p) for name, p in model.named_parameters()}
+    gradients = {}
+    for name, p in model.named_parameters():
+        g = p.grad
+        if isinstance(g, Int8Gradient):
+            group = torch.arange(g.shape[1]) // STATE_GROUP_SIZE
+            gradients[name] = (g.codes.double() * g.scales.double()[:, group]).numpy()
+        else:
+            gradients[name] = g.double().numpy()
+
+    optimizer.step()
+
+    for name, parameter in model.named_parameters():
+        decay = 0.1 if parameter.ndim == 2 else 0.0
+        gradient = -gradients[name] if maximize else gradients[name]
+        exact = before[name] - 0.3 * (gradient + decay * before[name])
+        noise = float_update_bound(before[name], 0.3 * np.abs(gradient).max(), decay)
+        if isinstance(parameter, QFTWeight):
+            group = np.arange(parameter.shape[1]) // parameter.group_size
+            noise = noise + stochastic_bound(parameter.scales.double().numpy()[:, group])
+        elif dtype == torch.bfloat16:
+            noise = noise + 2.0**-7 * np.abs(exact)
+        assert (np.abs(values64(parameter) - exact) <= noise).all(), name
+        assert (values64(parameter) != before[name]).any(), name
+
+
+@pytest.mark.parametrize("bits", [4, 0])
+@pytest.mark.parametrize("n_parts", [1, 4])
+def test_release_equals_stack_bit_for_bit(n_parts, bits):
+    snapshots = []
+    for gradient in ("stack", "release"):
+        model, optimizer = make(bits, gradient=gradient)
+        for step in range(4):
+            if n_parts > 1:
+                with optimizer.accumulate():
+                    backward(model, step, n_parts)
+            backward(model, 100 + step)
+            optimizer.step()
+        snapshots.append(snapshot(model, optimizer))
+    assert_same_tensors(*snapshots)
+
+
+@pytest.mark.parametrize("bits", [4, 0])
+@pytest.mark.parametrize("first", ["stack", "release"])
+def test_resuming_in_the_other_mode_equals_the_straight_run(first, bits):
+    straight, optimizer = make(bits)
+    train(straight, optimizer, range(5))
+    model, stopped = make(bits, gradient=first)
+    train(model, stopped, range(2))
+    saved = through_a_file(stopped.state_dict())
+    for parameter in model.parameters():  # hooks of the first would use gradients, too
+        parameter._post_accumulate_grad_hooks.clear()
+
+    other = "release" if first == "stack" else "stack"
+    _, resumed = make(bits, model=model, gradient=other)
+    resumed.load_state_dict(saved)
+    train(model, resumed, range(2, 5))
+
+    assert_same_tensors(snapshot(model, resumed), snapshot(straight, optimizer))
+
+
+@pytest.mark.parametrize("own", [8, 4, 0])
+@pytest.mark.parametrize("saved", [8, 4, 0])
+def test_a_state_of_other_bits_is_refused_and_nothing_changes(saved, own):
+    if saved == own:
+        return
+    model, other = make(saved)
+    train(model, other, [0])
+    model, optimizer = make(own)
+    train(model, optimizer, range(2))
+    before = snapshot(model, optimizer)
+
+    with pytest.raises(
+        ValueError,
+        match=rf"saved with momentum_bits={saved}.* has momentum_bits={own}\. Go on with",
+    ):
+        optimizer.load_state_dict(through_a_file(other.state_dict()))
+
+    assert_same_tensors(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize("bits", [4, 0])
+def test_a_copy_keeps_its_bits(bits):
+    model, optimizer = make(bits)
+    train(model, optimizer, range(2))
+    other, copied = copy.deepcopy((model, optimizer))
+
+    train(model, optimizer, [2])
+    train(other, copied, [2])
+
+    assert copied.momentum_bits == bits
+    assert_same_tensors(snapshot(other, copied), snapshot(model, optimizer))
+
+
+@pytest.mark.parametrize("bits", [4, 0])
+def test_a_gradient_that_is_not_finite_changes_nothing(bits):
+    model, optimizer = make(bits)
+    train(model, optimizer, range(2))
+    backward(model, 2)
+    model.head.weight.grad.scales[0, 0] = float("nan")
+    before = snapshot(model, optimizer)
+
+    with pytest.raises(FloatingPointError, match="weights and optimizer state are unchanged"):
+        optimizer.step()
+
+    assert_same_tensors(snapshot(model, optimizer), before)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_that_never_had_a_gradient_stay(bits):
+    """Of a vocabulary, most words are in no batch: no noise of rounding may reach them."""
+    parameter = nn.Parameter(QFTWeight.from_float(torch.randn(20, 100), SPEC))
+    optimizer = QFTLion([parameter], lr=1e-2, momentum_bits=bits)
+    before = parameter.codes.clone()
+
+    for step in range(20):
+        parameter.grad = zero_gradient(parameter)
+        parameter.grad.set_rows_(
+            slice(0, 10), torch.randn(10, 100, generator=torch.Generator().manual_seed(step))
+        )
+        optimizer.step()
+
+    assert_same_bits(parameter.codes[10:], before[10:])
+    assert (parameter.codes[:10] != before[:10]).any()
+
+
+@pytest.mark.parametrize("bits", [4, 0])
+def test_the_backends_train_alike(bits, monkeypatch):
+    results = []
+    for package in (reference, cpu):
+        model, optimizer = make(bits)
+        for name in ("lion_step_", "sgd_step_"):
+            monkeypatch.setattr(cpu, name, getattr(package, name))
+        train(model, optimizer, range(3))
+        results.append(model_tensors(model) | state_tensors(optimizer))
+        monkeypatch.undo()
+    assert_same_tensors(*results)
