@@ -22,9 +22,9 @@ from qft_hf import (
     memory_ledger,
     recommend,
 )
+from qft_hf.layout import MOMENTUM_BITS
 from qft_hf.memory.ledger import FP32_ADAM_BYTES
 from qft_hf.optim.lion import GRADIENTS as MODES
-from qft_hf.optim.lion import MOMENTUM_BITS
 
 
 def parse() -> argparse.Namespace:
@@ -41,6 +41,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--gpu", type=float, nargs="+", default=[24, 48, 80], help="cards, GB (default 24 48 80)"
+    )
+    parser.add_argument(
+        "--momentum_bits",
+        type=int,
+        choices=MOMENTUM_BITS,
+        default=8,
+        help="8 (default); experimental: 4, or 0 for SGD",
     )
     parser.add_argument("--markdown", action="store_true", help="one table of all models")
     parser.add_argument(
@@ -80,6 +87,7 @@ def main() -> None:
         "sequence_length": options.sequence_length,
         "chunked_loss": options.chunked_loss,
         "config": QFTConfig(matmul=options.matmul),
+        "momentum_bits": options.momentum_bits,
     }
     if options.markdown:
         print(
@@ -98,7 +106,10 @@ def main() -> None:
             continue
         print(f"{name}: {stack.n_parameters:,} parameters")
         for mode, figures in zip(MODES, (stack, release), strict=True):
-            print(f"\ngradient={mode}, gradient_checkpointing=True\n{figures}")
+            print(
+                f"\ngradient={mode}, gradient_checkpointing=True, "
+                f"momentum_bits={options.momentum_bits}\n{figures}"
+            )
         print()
         for gpu in options.gpu:
             print(f"{gpu:g} GB card: {recommend(name, gpu, **work)}")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from ..layout import MOMENTUM_BITS
 from ..memory import MemoryEstimate, Workload, estimate
 from .config import QFTConfig
 
@@ -42,7 +43,7 @@ def estimate_memory(
             configuration names (else FP32).
         config: The weight format; None: the default.
         gradient: `"stack"` or `"release"`.
-        momentum_bits: 8.
+        momentum_bits: 8, 4 or 0, as `QFTLion` takes it.
         batch_size: Sequences of one micro-batch.
         sequence_length: Tokens of one sequence.
         gradient_checkpointing: Whether layers keep their input only.
@@ -59,8 +60,9 @@ def estimate_memory(
     """
     if gradient not in MODES:
         raise ValueError(f"gradient must be {' or '.join(map(repr, MODES))}, got {gradient!r}.")
-    if momentum_bits != 8:
-        raise ValueError(f"momentum_bits must be 8, got {momentum_bits}.")
+    if momentum_bits not in MOMENTUM_BITS:
+        wanted = " or ".join(map(str, MOMENTUM_BITS))
+        raise ValueError(f"momentum_bits must be {wanted}, got {momentum_bits}.")
     if batch_size < 1 or sequence_length < 1:
         raise ValueError(
             f"batch_size and sequence_length must be 1 or more, got {batch_size} and "
@@ -73,7 +75,9 @@ def estimate_memory(
         checkpointing=gradient_checkpointing,
         chunked_loss=chunked_loss,
     )
-    return estimate(model, workload, config or QFTConfig(), gradient=gradient)
+    return estimate(
+        model, workload, config or QFTConfig(), gradient=gradient, momentum_bits=momentum_bits
+    )
 
 
 def _skeleton(source: ModelSource) -> Any:
@@ -128,6 +132,7 @@ class Recommendation:
     Attributes:
         gradient: The mode; stack where it fits, since it clips at no cost.
         gradient_checkpointing: Off where the activations fit.
+        momentum_bits: As asked for: fewer than 8 cost quality, which nothing here decides to pay.
         estimate: Of this choice.
         usable_bytes: What the card has left for it.
         batch_size: Sequences of one micro-batch, as asked for.
@@ -137,6 +142,7 @@ class Recommendation:
 
     gradient: str
     gradient_checkpointing: bool
+    momentum_bits: int
     estimate: MemoryEstimate
     usable_bytes: int
     batch_size: int
@@ -156,7 +162,8 @@ class Recommendation:
         """One line: the choice, whether it fits, and what would."""
         total, usable = self.estimate.total_bytes / 1e9, self.usable_bytes / 1e9
         line = (
-            f"gradient={self.gradient}, gradient_checkpointing={self.gradient_checkpointing}: "
+            f"gradient={self.gradient}, gradient_checkpointing={self.gradient_checkpointing}"
+            f"{'' if self.momentum_bits == 8 else f', momentum_bits={self.momentum_bits}'}: "
             f"{total:.1f} GB of {usable:.1f} usable, "
         )
         if self.fits:
@@ -180,6 +187,7 @@ def recommend(
     batch_size: int = 1,
     *,
     config: QFTConfig | None = None,
+    momentum_bits: int = 8,
     chunked_loss: bool = False,
 ) -> Recommendation:
     """Choose the mode for a card: the fastest that fits, else the smallest.
@@ -190,6 +198,7 @@ def recommend(
         sequence_length: Tokens of one sequence.
         batch_size: Sequences of one micro-batch.
         config: The weight format; None: the default.
+        momentum_bits: 8, or 4 or 0, which are never chosen unasked: see `QFTLion`.
         chunked_loss: As in `estimate_memory`.
 
     Raises:
@@ -213,6 +222,7 @@ def recommend(
             skeleton,
             config=config,
             gradient=gradient,
+            momentum_bits=momentum_bits,
             batch_size=batch_size,
             gradient_checkpointing=checkpointing,
             chunked_loss=chunked_loss,
@@ -224,4 +234,6 @@ def recommend(
     longest = bisect_right(
         range(1, LONGEST + 1), usable, key=lambda length: of(sequence_length=length).total_bytes
     )
-    return Recommendation(gradient, checkpointing, estimate, usable, batch_size, longest)
+    return Recommendation(
+        gradient, checkpointing, momentum_bits, estimate, usable, batch_size, longest
+    )

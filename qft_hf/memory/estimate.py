@@ -17,6 +17,7 @@ from ..layout import (
     SCALE_BYTES,
     STATE_GROUP_SIZE,
     GroupLayout,
+    momentum_bytes,
     outlier_bytes,
     outliers_per_row,
 )
@@ -154,7 +155,12 @@ class MemoryEstimate:
 
 
 def estimate(
-    model: nn.Module, workload: Workload, spec: QuantizationSpec, *, gradient: str
+    model: nn.Module,
+    workload: Workload,
+    spec: QuantizationSpec,
+    *,
+    gradient: str,
+    momentum_bits: int,
 ) -> MemoryEstimate:
     """Predict the memory of training `model`.
 
@@ -163,6 +169,7 @@ def estimate(
         workload: Of one micro-batch.
         spec: The weight format.
         gradient: `"stack"` or `"release"`, as `QFTLion` takes it.
+        momentum_bits: 8, 4 or 0, as `QFTLion` takes it.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
     workload = replace(workload, int8_inputs=_keeps_codes(model, plan, spec))
@@ -171,11 +178,12 @@ def estimate(
     shapes = [(int(w.shape[0]), int(w.shape[1])) for w in weights]
 
     scales = [GroupLayout(*shape, spec.group_size) for shape in shapes]
-    states = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in shapes]
+    of_gradients = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in shapes]
     n_outliers = [
         rows * outliers_per_row(columns, spec.outlier_fraction) for rows, columns in shapes
     ]
-    gradients = sum(states) + sum(p.nbytes for p in floats) if gradient == "stack" else 0
+    gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if gradient == "stack" else 0
+    float_momentum = sum(FP32_BYTES * p.numel() for p in floats) if momentum_bits else 0
     kinds = [
         ("INT8 weights", len(weights), sum(rows * columns for rows, columns in shapes)),
         (
@@ -193,11 +201,11 @@ def estimate(
         (
             "momentum",
             2 * len(weights) + len(floats),
-            sum(states) + sum(FP32_BYTES * p.numel() for p in floats),
+            sum(momentum_bytes(*shape, momentum_bits) for shape in shapes) + float_momentum,
         ),
         ("buffers", *_count(model.buffers())),
     ]
-    largest = max(states, default=0) if gradient == "release" else 0
+    largest = max(of_gradients, default=0) if gradient == "release" else 0
     tile = min(TILE_ELEMENTS, max((rows * columns for rows, columns in shapes), default=0))
     activations = [
         ("saved by the layers", workload.layers, workload.saved_bytes),

@@ -22,17 +22,19 @@ FORMATS = [
 ]
 
 
+@pytest.mark.parametrize("momentum_bits", [8, 4, 0])
 @pytest.mark.parametrize("gradient", ["stack", "release"])
 @pytest.mark.parametrize("config", FORMATS, ids=["default", "other", "int8"])
 @pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
-def test_states_equal_the_ledger_of_a_live_model(tied, dtype, config, gradient):
+def test_states_equal_the_ledger_of_a_live_model(tied, dtype, config, gradient, momentum_bits):
     model = tiny_llama(tied=tied, dtype=dtype)
     model.config.dtype = dtype
-    predicted = estimate_memory(model, config=config, gradient=gradient)
-    from_config = estimate_memory(model.config, config=config, gradient=gradient)
+    modes = {"gradient": gradient, "momentum_bits": momentum_bits}
+    predicted = estimate_memory(model, config=config, **modes)
+    from_config = estimate_memory(model.config, config=config, **modes)
 
     quantize_model_(model, config)
-    optimizer = QFTLion(model.parameters(), gradient=gradient)
+    optimizer = QFTLion(model.parameters(), **modes)
     ids = torch.arange(12)[None]
     for _ in range(2):  # momentum exists from the first step, gradients before the second
         optimizer.step()
@@ -108,6 +110,11 @@ def test_a_large_configuration_takes_no_memory_and_has_the_known_size():
     release = estimate_memory(config, gradient="release")
     assert release.state_bytes / release.n_parameters < 2.15
     assert "gradients" not in {row.state for row in release.rows}
+    packed = estimate_memory(config, gradient="release", momentum_bits=4)
+    assert packed.state_bytes / packed.n_parameters < 1.65
+    lomo = estimate_memory(config, gradient="release", momentum_bits=0)
+    assert lomo.state_bytes / lomo.n_parameters < 1.07
+    assert {row.state for row in release.rows} - {row.state for row in lomo.rows} == {"momentum"}
 
 
 def test_the_recommendation_is_the_first_mode_that_fits():
@@ -190,6 +197,20 @@ def test_states_of_a_real_model_are_those_that_were_estimated(gradient, momentum
     assert predicted.rows == live.rows
 
 
+@pytest.mark.parametrize("momentum_bits", [4, 0])
+def test_fewer_momentum_bits_are_recommended_only_where_they_are_asked_for(momentum_bits):
+    config = LlamaConfig(dtype="bfloat16")
+    plain = recommend(config, 12)
+    asked = recommend(config, 12, momentum_bits=momentum_bits)
+
+    assert plain.momentum_bits == 8
+    assert not plain.fits
+    assert "momentum_bits" not in str(plain)
+    assert asked.momentum_bits == momentum_bits
+    assert f"momentum_bits={momentum_bits}" in str(asked)
+    assert asked.estimate.state_bytes < plain.estimate.state_bytes
+
+
 def test_the_table_adds_up_and_says_that_it_is_arithmetic():
     figures = estimate_memory(tiny_llama())
     text = str(figures)
@@ -202,7 +223,7 @@ def test_the_table_adds_up_and_says_that_it_is_arithmetic():
     ("arguments", "message"),
     [
         ({"gradient": "both"}, "gradient must be 'stack' or 'release', got 'both'"),
-        ({"momentum_bits": 4}, "momentum_bits must be 8, got 4"),
+        ({"momentum_bits": 3}, "momentum_bits must be 8 or 4 or 0, got 3"),
     ],
 )
 def test_unsupported_modes_are_refused(arguments, message):
