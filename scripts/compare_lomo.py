@@ -33,7 +33,7 @@ from transformers import (
 from transformers.utils import logging
 
 from qft_hf import QFTTrainer, memory_ledger
-from qft_hf.optim.lion import MOMENTUM_BITS
+from qft_hf.layout import MOMENTUM_BITS
 from qft_hf.quant.tensor import Int8Tensor
 
 WINDOW = 4  # micro-batches of one step

@@ -10,7 +10,8 @@ from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, estimate_memory, memory_ledger, quantize_model_
 from qft_hf.hf import recommend
-from qft_hf.optim.lion import GRADIENTS, MOMENTUM_BITS
+from qft_hf.layout import MOMENTUM_BITS
+from qft_hf.optim.lion import GRADIENTS
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).parents[2]
