@@ -1,8 +1,8 @@
 """Speed of each operator on one device: nanoseconds per element, and bandwidth beside a copy.
 
-The reference runs the same operators in the same process, as the baseline; so do the steps of other
-optimizers on an FP32 weight of the same shape. On a GPU, times are of CUDA events around calls that
-do not fit its cache; the copy is `torch.Tensor.copy_` of as many bytes. Products of INT8 codes are
+The reference runs the same operators in the same process, as the baseline, and other optimizers
+step on an FP32 weight of the same shape. On a GPU, times are of CUDA events around calls that do
+not fit its cache; the copy is `torch.Tensor.copy_` of as many bytes. Products of INT8 codes are
 timed beside PyTorch's: of INT8, which leaves INT32 without scales, of BF16 and of FP32. Whole
 optimizer steps beside other optimizers: `scripts/benchmark_step.py` (CPU) and
 `scripts/profile_memory.py` (GPU).

@@ -161,9 +161,10 @@ def many():
     return [list(tensors) for tensors in zip(*members, strict=True)]
 
 
-def test_many_are_stepped_as_each_alone():
+@pytest.mark.parametrize("changes", [{}, {"maximize": True}, {"stochastic": False}], ids=str)
+def test_many_are_stepped_as_each_alone_by_the_reference(changes):
     parameters, momenta, gradients = many()
-    arguments = float_arguments(len(parameters))
+    arguments = float_arguments(len(parameters), lr=0.01, **changes)
     expected = many()
     for i, tensors in enumerate(zip(*expected, strict=True)):
         one = {**arguments, "steps": arguments["steps"][i : i + 1]}
@@ -179,6 +180,19 @@ def test_many_are_stepped_as_each_alone():
         for tensor, other in zip(actual, wanted, strict=True):
             assert_same_bits(tensor, other)
     assert all(guards_are_intact(buffer) for tensors in pairs for _, buffer in tensors)
+
+
+def test_parameters_in_another_memory_order_are_stepped_too():
+    expected = make((5, 7), torch.bfloat16)
+    actual = [tensor.t().contiguous().t() for tensor in expected]
+    version = actual[0]._version
+
+    step_(*actual)
+
+    reference.lion_step_floats_(*([tensor] for tensor in expected), **float_arguments())
+    for tensor, wanted in zip(actual, expected, strict=True):
+        assert_same_bits(tensor, wanted)
+    assert actual[0]._version > version
 
 
 def test_step_and_stream_choose_the_random_numbers_of_each_parameter():

@@ -1,10 +1,11 @@
-"""The operators on CPUs: compiled by numba where that pays, else the reference itself."""
+"""The operators on CPUs, compiled by numba where that pays, else the reference itself."""
 
-from ..reference import lion_step_floats_, sgd_step_floats_
+from ..reference import sgd_step_floats_
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
 from .lion import lion_step_
+from .lion_float import lion_step_floats_
 from .quantize import dequantize, quantize
 from .quantize_and_lion import quantize_and_lion_step_
 from .quantize_gradient import quantize_gradient

@@ -20,8 +20,7 @@ def accumulate_(
 
 def squared_norm(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
     """See `qft_hf.kernels.gradient.squared_norm`."""
-    # A group's sum of squared codes is below 2**24 and so exact in FP32; the rest is FP64.
-    sums = torch.cat(
-        [part.float().square_().sum(dim=2) for part in group_parts(codes, group_size)], dim=1
-    )
-    return (sums.double() * scales.double().square()).sum()
+    # Sums of squared codes are integers, exact in FP64 for groups of any length.
+    parts = group_parts(codes, group_size)
+    squares = [part.float().square_().sum(dim=2, dtype=torch.float64) for part in parts]
+    return (torch.cat(squares, dim=1) * scales.double().square()).sum()
