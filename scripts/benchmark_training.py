@@ -100,25 +100,25 @@ def ways(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Way]]:
     return made
 
 
-def step(way: Way, ids: Tensor) -> dict[str, float]:
-    """Seconds of each phase of one training step."""
+def step(way: Way, ids: Tensor, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds of each phase of one training step, by `clock`."""
     device = ids.device
-    times = [_now(device)]
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock()
+
+    times = [now()]
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=way.autocast):
         loss = way.model(input_ids=ids, labels=ids).loss
-    times.append(_now(device))
+    times.append(now())
     loss.backward()
-    times.append(_now(device))
+    times.append(now())
     way.optimizer.step()
     way.optimizer.zero_grad()
-    times.append(_now(device))
+    times.append(now())
     return {phase: times[i + 1] - times[i] for i, phase in enumerate(PHASES)}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def measure(config: LlamaConfig, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -126,6 +126,7 @@ def measure(config: LlamaConfig, options: argparse.Namespace) -> dict[str, dict[
     device = torch.device(options.device)
     torch.manual_seed(0)
     ids = torch.randint(config.vocab_size, (options.batch, options.sequence), device=device)
+    clock = time.process_time if options.cpu_time else time.perf_counter
     made: dict[str, Way] = {}
     for name, make in ways(getattr(torch, options.dtype)).items():
         if options.only and not any(word in name for word in options.only):
@@ -137,7 +138,7 @@ def measure(config: LlamaConfig, options: argparse.Namespace) -> dict[str, dict[
             model.gradient_checkpointing_enable({"use_reentrant": False})
         way = make(model)
         try:
-            step(way, ids)  # makes the states, compiles
+            step(way, ids, clock)  # makes the states, compiles
         except (RuntimeError, NotImplementedError, TypeError) as error:
             print(f"{name} does not run on {device} and is not measured: {error}")
             continue
@@ -145,7 +146,7 @@ def measure(config: LlamaConfig, options: argparse.Namespace) -> dict[str, dict[
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in made}
     for number in range(options.steps):
         for name, way in made.items():
-            seconds[name].append(step(way, ids))
+            seconds[name].append(step(way, ids, clock))
         print(f"round {number + 1} of {options.steps}", flush=True)
     return {
         name: {phase: median(s[phase] for s in steps) for phase in PHASES}
@@ -215,6 +216,11 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=256, help="tokens of each (default 256)")
     parser.add_argument("--steps", type=int, default=5, help="rounds that are timed (default 5)")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU (default 1)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU seconds of one thread instead of wall time, for a CPU that others use too",
+    )
     parser.add_argument("--dtype", help="of INT8 models: float32 on a CPU, else bfloat16")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="ways whose name has one of them")
@@ -226,13 +232,16 @@ def main() -> None:
     config = LlamaConfig(**configs[options.config])
     if options.layers or device.type == "cpu":
         config.num_hidden_layers = options.layers or min(4, config.num_hidden_layers)
+    if options.cpu_time and (device.type != "cpu" or options.threads != 1):
+        parser.error("--cpu-time needs --device cpu and one thread")
     if options.batch * options.sequence < int8.MIN_TOKENS:
         parser.error(f"INT8 products need {int8.MIN_TOKENS} tokens or more in a batch")
 
     figures = measure(config, options)
     name = device_name(device)
     tokens = options.batch * options.sequence
-    title = f"{options.config}, {config.num_hidden_layers} layers, {tokens} tokens\n{name}"
+    clock = "CPU time" if options.cpu_time else "wall time"
+    title = f"{options.config}, {config.num_hidden_layers} layers, {tokens} tokens, {clock}\n{name}"
     options.output.mkdir(parents=True, exist_ok=True)
     result = {
         "device": name,
