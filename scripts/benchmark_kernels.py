@@ -22,7 +22,7 @@ from torch import Tensor
 from qft_hf import QFTConfig, QFTWeight, kernels
 from qft_hf.kernels import reference
 from qft_hf.kernels.backend import backend_for
-from qft_hf.layout import STATE_GROUP_SIZE
+from qft_hf.layout import STATE_GROUP_SIZE, momentum_shapes
 
 LION = {
     "lr": 1e-5,
@@ -73,9 +73,35 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
     ]
     counters = {"steps": [1] * N_FLOATS, "streams": list(range(N_FLOATS))}
     common = {name: value for name, value in LION.items() if name not in ("step", "stream")}
+    sgd, sgd_common = (
+        {name: value for name, value in arguments.items() if not name.startswith("beta")}
+        for arguments in (LION, common)
+    )
+    code_shape, scale_shape = momentum_shapes(rows, columns, 4)
+    packed = (
+        torch.zeros(code_shape, dtype=torch.uint8, device=device),
+        torch.ones(scale_shape, device=device),
+    )
     n = rows * columns
     return {
         "lion_step_": (n, 5, lambda backend: backend.lion_step_(*state, **sizes, **LION)),
+        "lion_step_ 4-bit": (
+            n,
+            4,
+            lambda backend: backend.lion_step_(*state[:4], *packed, *gradient, **sizes, **LION),
+        ),
+        "sgd_step_": (
+            n,
+            3,
+            lambda backend: backend.sgd_step_(*state[:4], *gradient, **sizes, **sgd),
+        ),
+        "sgd_step_floats_": (
+            N_FLOATS * columns,
+            6,
+            lambda backend: backend.sgd_step_floats_(
+                floats[0], floats[2], **counters, **sgd_common
+            ),
+        ),
         "quantize_and_lion_step_": (
             n,
             6,

@@ -47,10 +47,17 @@ for size in (None, 100, 64):
     kernels.embedding_gradient_(*g, ids, x, group_size=256)
     kernels.quantize_and_lion_step_(*w, values, columns, *m, x, group_size=size,
                                     state_group_size=256, stream=0, **n)
+    packed = (torch.zeros(5, 289, dtype=torch.uint8, device=device),
+              torch.ones(5, 10, device=device))
+    kernels.lion_step_(*w, values, columns, *packed, *g, group_size=size, state_group_size=256,
+                       stream=0, **n)
+    sgd = {name: value for name, value in n.items() if not name.startswith("beta")}
+    kernels.sgd_step_(*w, values, columns, *g, group_size=size, state_group_size=256, stream=0,
+                      **sgd)
     kernels.dequantize(*w, group_size=size, outlier_values=values, outlier_columns=columns,
                        dtype=torch.bfloat16)
 for size in (5, 577):
-    w, y = kernels.quantize(x, group_size=None), torch.randn(size, 577, device="cuda")
+    w, y = kernels.quantize(x, group_size=None), torch.randn(size, 577, device=device)
     a = kernels.quantize(y, group_size=None)
     g = kernels.int8_matmul(a[0], w[0].t(), a[1], w[1], dtype=torch.float32)
     by_rows, by_columns = kernels.quantize_gradient(g, w[1], a[1], seed=1)
@@ -59,8 +66,9 @@ for size in (5, 577):
 sizes = (1001, 7, 1024)
 p, g = ([torch.ones(s, device=device, dtype=torch.bfloat16) for s in sizes] for _ in range(2))
 m = [torch.zeros(s, device=device) for s in sizes]
-del n["step"]
+del n["step"], sgd["step"]
 kernels.lion_step_floats_(p, m, g, steps=[1, 2, 3], streams=[0, 1, 2], **n)
+kernels.sgd_step_floats_(p, g, steps=[1, 2, 3], streams=[0, 1, 2], **sgd)
 if device == "cuda":
     torch.cuda.synchronize()
 """
