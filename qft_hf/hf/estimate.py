@@ -137,7 +137,7 @@ class Recommendation:
         usable_bytes: What the card has left for it.
         batch_size: Sequences of one micro-batch, as asked for.
         longest_sequence: Tokens of the longest sequences that fit with this choice and batch size;
-            0 if none does.
+            0 if none does, and `LONGEST` also for longer ones. A model may be made for less.
     """
 
     gradient: str
@@ -166,6 +166,8 @@ class Recommendation:
             f"{'' if self.momentum_bits == 8 else f', momentum_bits={self.momentum_bits}'}: "
             f"{total:.1f} GB of {usable:.1f} usable, "
         )
+        if self.fits and self.longest_sequence == LONGEST:
+            return f"{line}fits"
         if self.fits:
             return f"{line}fits, with sequences of up to {self.longest_sequence:,} tokens"
         line += f"does not fit: {self.missing_bytes / 1e9:.1f} GB are missing. "

@@ -153,6 +153,10 @@ def test_a_card_that_is_too_small_for_the_states_says_so():
     assert "does not fit: 4.8 GB are missing. The states alone take 14.0 GB" in str(choice)
 
 
+def test_no_length_is_named_where_any_fits():
+    assert str(recommend(tiny_llama(), 1000)).endswith("GB of 920.0 usable, fits")
+
+
 def test_a_folder_is_enough_and_no_weight_is_needed(tmp_path):
     model = tiny_llama()
     model.config.save_pretrained(tmp_path)
