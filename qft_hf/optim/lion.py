@@ -62,8 +62,9 @@ class QFTLion(Optimizer):
         momentum_bits: Bits of one momentum value of a quantized weight: 8; or, experimental, 4: on
             uneven levels in groups of 64 columns, rounded stochastically (0.56 bytes per
             parameter); or 0: no state at all, the update is SGD's, `w - lr * (g + weight_decay *
-            w)`, as LOMO has it. SGD takes rates 10 to 1000 times Lion's, no betas, and diverges
-            unless gradients are clipped. See `scripts/study_momentum.py` for what each costs.
+            w)`, as LOMO has it. SGD takes rates 10 to 1000 times Lion's and no betas. Its steps are
+            as large as its gradients: clip them, or a large one ends the run.
+            `scripts/study_momentum.py` measures what each costs.
         maximize: Maximize the objective.
         stochastic_rounding: False rounds weights to nearest, for ablation: that does not train.
         nonfinite: What `step` does when a gradient has a NaN or infinity: `"raise"`, or `"skip"`

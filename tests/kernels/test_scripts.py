@@ -60,6 +60,24 @@ def test_training_steps_are_profiled(memory_figures):
     assert ledgers["stack"] < ledgers["AdamW"] / 2
 
 
+def test_the_study_of_momentum_runs_every_kind():
+    script = load("study_momentum")
+    study = script.Study(width=16, layers=1, pretrain_steps=2, steps=2)
+    rows = [{"kind": "float", "lr": 1e-3, "seed": 0, "reduction": study.float_lion(0, 1e-3)}]
+    for bits in (8, 4, 0):
+        row = {"kind": f"{bits} bits", "lr": 1e-3, "seed": 0, "reduction": study.qft(0, 1e-3, bits)}
+        rows.append(row)
+    for name in ("as shipped: slope 3, groups of 64", "to nearest", "sticky scale"):
+        reduction, error = study.simulated(0, 1e-3, script.VARIANTS[name])
+        assert 0 < error < 1
+        rows.append({"kind": name, "lr": 1e-3, "seed": 0, "reduction": reduction, "error": error})
+
+    text = script.table(rows)
+
+    assert "| float | 0.001 | 100.0 % |" in text
+    assert all(f"| {row['kind']} |" in text for row in rows)
+
+
 def test_random_int8_weights_have_the_usual_deviation():
     script = load("profile_memory")
 
