@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PARALLEL := -n auto --maxprocesses 4
 SOURCES := qft_hf tests scripts
 
 # A machine without an NVIDIA GPU takes the CPU build of PyTorch.
@@ -37,8 +38,8 @@ types: $(INSTALLED)  ## Check types
 
 test: $(INSTALLED)  ## All tests that need no GPU
 	@find qft_hf -name '*.nb[ci]' -delete  # compiled code does not notice changes in other files
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/kernels/test_triton.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m "not gpu"
 
 demo: $(INSTALLED)  ## Tune a real 135 M model on real dialogues in INT8, all parameters
 	$(BIN)/python scripts/demo.py
