@@ -255,6 +255,16 @@ class Study:
         """Loss reduction of FP32 Lion."""
         return self.run(seed, lambda model: FloatLion(model.parameters(), lr), quantize=False)[0]
 
+    def float_sgd(self, seed: int, lr: float) -> float:
+        """Loss reduction of FP32 SGD, with the clipping of the rows without momentum."""
+
+        def make(model: nn.Module) -> torch.optim.Optimizer:
+            optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
+            optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
+            return optimizer
+
+        return self.run(seed, make, quantize=False, clip=True)[0]
+
     def simulated(self, seed: int, lr: float, form: Format) -> tuple[float, float]:
         """Loss reduction and mean relative error of the momentum in the second half."""
         arguments = {"lr": lr, "weight_decay": WEIGHT_DECAY, "seed": seed}
@@ -277,7 +287,7 @@ def parse() -> argparse.Namespace:
         "--lrs", type=float, nargs="+", default=[1e-4, 3e-4], help="of Lion (default 1e-4 3e-4)"
     )
     parser.add_argument(
-        "--sgd_lrs", type=float, nargs="+", default=[0.1], help="without momentum (default 0.1)"
+        "--sgd_lrs", type=float, nargs="+", default=[3e-3], help="without momentum (default 3e-3)"
     )
     parser.add_argument("--width", type=int, default=128, help="of the model (default 128)")
     parser.add_argument("--layers", type=int, default=4, help="of the model (default 4)")
@@ -335,7 +345,8 @@ def main() -> None:
             for bits in (8, 4):
                 note(kind=f"{bits} bits", lr=lr, seed=seed, reduction=study.qft(seed, lr, bits))
         for lr in options.sgd_lrs:
-            note(kind="none (SGD)", lr=lr, seed=seed, reduction=study.qft(seed, lr, 0))
+            note(kind="float SGD", lr=lr, seed=seed, reduction=study.float_sgd(seed, lr))
+            note(kind="0 bits (SGD)", lr=lr, seed=seed, reduction=study.qft(seed, lr, 0))
     if options.variants:
         seed, lr = options.seeds[0], options.lrs[0]
         for name, form in VARIANTS.items():

@@ -64,6 +64,8 @@ def test_the_study_of_momentum_runs_every_kind():
     script = load("study_momentum")
     study = script.Study(width=16, layers=1, pretrain_steps=2, steps=2)
     rows = [{"kind": "float", "lr": 1e-3, "seed": 0, "reduction": study.float_lion(0, 1e-3)}]
+    sgd = study.float_sgd(0, 1e-3)
+    rows.append({"kind": "float SGD", "lr": 1e-3, "seed": 0, "reduction": sgd})
     for bits in (8, 4, 0):
         row = {"kind": f"{bits} bits", "lr": 1e-3, "seed": 0, "reduction": study.qft(0, 1e-3, bits)}
         rows.append(row)
