@@ -252,7 +252,11 @@ def test_an_integer_dtype_is_refused():
         weight.to(torch.int32)
 
 
-@pytest.mark.parametrize("copy_it", [copy.deepcopy, torch.clone, torch.Tensor.detach], ids=str)
+@pytest.mark.parametrize(
+    "copy_it",
+    [copy.deepcopy, torch.clone, torch.Tensor.detach],
+    ids=["deepcopy", "clone", "detach"],
+)
 def test_copies_are_equal(copy_it):
     weight = nn.Parameter(QFTWeight.from_float(heavy_tailed(), SPECS[2]))
 
