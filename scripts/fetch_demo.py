@@ -204,10 +204,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("assets", nargs="*", choices=ASSETS, metavar="asset")
+    # Not `choices`: argparse would look for the empty default, a list, among them.
+    parser.add_argument("assets", nargs="*", metavar="asset", help=", ".join(ASSETS))
     parser.add_argument("--all", action="store_true", help="fetch every asset")
     parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where they are kept")
     arguments = parser.parse_args()
+    unknown = [name for name in arguments.assets if name not in ASSETS]
+    if unknown:
+        parser.error(f"there is no asset {', '.join(unknown)}; choose from {', '.join(ASSETS)}")
     names = list(ASSETS) if arguments.all else arguments.assets or DEMO_ASSETS
     for name in names:
         fetch(name, arguments.folder)

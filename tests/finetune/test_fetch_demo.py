@@ -141,3 +141,26 @@ def test_fetched_questions_are_split_by_question():
     assert not {row["question"] for row in train} & {row["question"] for row in held_out}
     assert not {row["passage"] for row in train} & {row["passage"] for row in held_out}
     assert sum(row["label"] == "yes" for row in held_out) == 2033
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], ["smollm2", "chitchat"]),  # argparse once took the empty list for a bad choice
+        (["boolq"], ["boolq"]),
+        (["--all"], list(fetch_demo["ASSETS"])),
+    ],
+)
+def test_the_command_fetches_what_is_named_or_what_the_demo_needs(arguments, wanted, monkeypatch):
+    main, fetched = fetch_demo["main"], []
+    monkeypatch.setitem(main.__globals__, "fetch", lambda name, folder: fetched.append(name))
+    monkeypatch.setattr("sys.argv", ["fetch_demo.py", *arguments])
+    main()
+    assert fetched == wanted
+
+
+def test_the_command_lists_the_assets_there_are(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["fetch_demo.py", "smolm2"])
+    with pytest.raises(SystemExit):
+        fetch_demo["main"]()
+    assert "no asset smolm2; choose from" in capsys.readouterr().err
