@@ -50,6 +50,7 @@ def _load_gradient(gradient_codes_ptr, scale, gradient_sign, column, mask):
     return g * (scale * gradient_sign)
 
 
+@triton.jit
 def _load_momentum(
     momentum_codes_ptr, momentum_scales_ptr, start, exists, column, mask,
     MOMENTUM_BITS: tl.constexpr, MOMENTUM_GROUP: tl.constexpr,
