@@ -46,6 +46,7 @@ class Workload:
         checkpointing: Whether a layer keeps its input only and is computed again in backward.
         chunked_loss: Whether logits exist for one run of the vocabulary at a time.
         int8_inputs: Whether linear modules save INT8 codes of their inputs.
+        outlier_fraction: Share of the columns of INT8 inputs that are saved as floats.
     """
 
     tokens: int
@@ -59,6 +60,7 @@ class Workload:
     checkpointing: bool
     chunked_loss: bool = False
     int8_inputs: bool = False
+    outlier_fraction: float = 0.0
 
     @property
     def layer_bytes(self) -> int:
@@ -72,7 +74,12 @@ class Workload:
         """What linear modules save of one token: after both norms, of attention and of the MLP."""
         inputs = (self.hidden, self.hidden, self.attention, self.intermediate)
         if self.int8_inputs:
-            return sum(CODE_BYTES * width + SCALE_BYTES for width in inputs)
+            return sum(
+                CODE_BYTES * width
+                + SCALE_BYTES
+                + self.compute_bytes * outliers_per_row(width, self.outlier_fraction)
+                for width in inputs
+            )
         return self.compute_bytes * sum(inputs)
 
     @property
@@ -172,7 +179,11 @@ def estimate(
         momentum_bits: 8, 4 or 0, as `QFTLion` takes it.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
-    workload = replace(workload, int8_inputs=_keeps_codes(model, plan, spec))
+    workload = replace(
+        workload,
+        int8_inputs=_keeps_codes(model, plan, spec),
+        outlier_fraction=spec.outlier_fraction,
+    )
     weights: list[Any] = list({id(m.weight): m.weight for m in plan.modules.values()}.values())
     floats = [kept.parameter for kept in plan.kept]
     shapes = [(int(w.shape[0]), int(w.shape[1])) for w in weights]

@@ -29,14 +29,14 @@ class _Linear(torch.autograd.Function):
         weight: QFTWeight,
         bias: Tensor | None,
         products: Int8Products,
-        operand: int8.Operand | None,
+        operand: int8.Input | None,
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.products, ctx.x_shape, ctx.x_dtype = products, x.shape, x.dtype
         ctx.takes_floats = weight.takes_floats
         if not (products.forward and products.weight_gradient):
             x = x.to(dtype)
-        kept: tuple[Tensor, ...] = ()
+        kept: tuple[Tensor, ...] = ()  # x, or the fields of its operand
         if ctx.needs_input_grad[1]:
             kept = operand if operand is not None and products.weight_gradient else (x,)
         ctx.save_for_backward(weight, *kept)
@@ -75,7 +75,7 @@ class _Linear(torch.autograd.Function):
         del rows  # a quarter of an FP32 gradient
         defer = ctx.takes_floats
         if columns is not None:
-            gradient = int8.weight_gradient(columns, kept[0], weight, defer=defer)
+            gradient = int8.weight_gradient(columns, grad, int8.Input(*kept), weight, defer=defer)
         elif needs_weight:
             x = kept[0].reshape(-1, weight.shape[1])
             gradient = dequantized.weight_gradient(grad, x, weight, defer=defer)
@@ -139,7 +139,7 @@ def linear(
     if products is None or x.numel() < int8.MIN_TOKENS * x.shape[-1]:
         products = FLOAT_PRODUCTS
     elif products.forward or (products.weight_gradient and torch.is_grad_enabled()):
-        operand = int8.quantized_input(x)
+        operand = int8.quantized_input(x, n_critical=weight.outlier_values.shape[1])
     output: Tensor = _Linear.apply(x, weight, bias, products, operand, dtype)
     return output
 

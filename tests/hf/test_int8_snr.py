@@ -1,5 +1,6 @@
 """Signal-to-noise ratio of the three INT8 products inside real models, against FP32 throughout."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qft_hf import QFTConfig
+from qft_hf import QFTConfig, quantize_model_
 from qft_hf.nn import Int8Products, linear
-from qft_hf.quant import QFTWeight
+from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.models import tiny_llama
 from tests.tolerances import snr_db
 
@@ -40,9 +41,10 @@ def passes(
 
         output.register_hook(backward)
 
-    for module in inner:
-        module.register_forward_hook(forward)
+    hooks = [module.register_forward_hook(forward) for module in inner]
     model(**inputs).loss.backward()
+    for hook in hooks:
+        hook.remove()
     for name, tensors in seen.items():
         yield name, *tensors
 
@@ -70,33 +72,54 @@ def test_a_tiny_model_has_30_db_in_every_product():
     assert len(names) == 14
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    not (DATA / "smollm2").exists() or not (DATA / "chitchat").exists(),
-    reason="python scripts/fetch_demo.py smollm2 chitchat",
-)
-def test_smollm2_on_dialogues_has_20_db_in_every_product_but_few():
-    """Two outputs of 210 miss 20 dB: of values in the middle layers.
+@pytest.fixture(scope="module")
+def smollm2() -> nn.Module:
+    if not (DATA / "smollm2").exists() or not (DATA / "chitchat").exists():
+        pytest.skip("fetch it: python scripts/fetch_demo.py smollm2 chitchat")
+    return AutoModelForCausalLM.from_pretrained(DATA / "smollm2", dtype=torch.float32)
 
-    Some channels of their input are a hundred times larger than the others, and their weights
-    there small: what takes the codes is not what the output is made of.
-    """
+
+def dialogues(n: int) -> dict[str, Tensor]:
     tokenizer = AutoTokenizer.from_pretrained(DATA / "smollm2")
-    model = AutoModelForCausalLM.from_pretrained(DATA / "smollm2", dtype=torch.float32)
     with (DATA / "chitchat" / "train.jsonl").open() as file:
-        chats = [json.loads(next(file))["messages"] for _ in range(8)]
+        chats = [json.loads(next(file))["messages"] for _ in range(n)]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
     inputs = dict(
         tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=96)
     )
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    return inputs
 
-    found = {name: ratios(*tensors) for name, *tensors in passes(model, inputs)}
+
+@pytest.mark.slow
+def test_smollm2_on_dialogues_has_20_db_in_every_product_of_every_module(smollm2):
+    found = {name: ratios(*tensors) for name, *tensors in passes(smollm2, dialogues(8))}
 
     assert len(found) == 30 * 7
     for index, product in enumerate(PRODUCTS):
-        values = sorted((r[index], name) for name, r in found.items())
-        few = 2 if product == "output" else 0
-        assert all(name.endswith("v_proj") for _, name in values[:few])
-        assert values[0][0] > 18, (product, values[:5])
-        assert values[few][0] > 20, (product, values[:5])
+        lowest = sorted((values[index], name) for name, values in found.items())
+        assert lowest[0][0] > 20, (product, lowest[:5])
+
+
+@pytest.mark.slow
+def test_a_step_of_smollm2_descends_nearly_as_far_as_the_exact_one(smollm2):
+    """Noise adds up through 30 layers. What Lion makes of it: the sum of |gradient| it descends.
+
+    Without float columns for the large channels of activations the share is 90 %.
+    """
+    inputs = dialogues(4)
+
+    def gradients(model: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        return {
+            name: p.grad.dequantize() if isinstance(p.grad, Int8Gradient) else p.grad
+            for name, p in model.named_parameters()
+            if p.ndim == 2
+        }
+
+    exact = gradients(smollm2)
+    ours = gradients(quantize_model_(copy.deepcopy(smollm2), CONFIG))
+
+    descent = sum(float((ours[name].sign() * gradient).sum()) for name, gradient in exact.items())
+    assert descent > 0.97 * sum(float(gradient.abs().sum()) for gradient in exact.values())
