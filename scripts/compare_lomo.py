@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from qft_hf import QFTTrainer, memory_ledger
 from qft_hf.layout import MOMENTUM_BITS
-from qft_hf.quant.tensor import Int8Tensor
+from qft_hf.quant import Int8Gradient, Int8Tensor
 
 WINDOW = 4  # micro-batches of one step
 STEPS = 2  # of the straight run; the resumed one starts after the first
@@ -74,6 +74,8 @@ if 0 in MOMENTUM_BITS:
 
 def stored(tensor: Tensor) -> Iterable[Tensor]:
     """The plain tensors that hold a tensor's values."""
+    if isinstance(tensor, Int8Gradient) and tensor.floats is not None:
+        return (tensor.floats,)  # asking for codes would quantize it
     return tensor.fields().values() if isinstance(tensor, Int8Tensor) else (tensor,)
 
 

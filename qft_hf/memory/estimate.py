@@ -238,12 +238,9 @@ def estimate(
 def _keeps_codes(model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec) -> bool:
     """Whether every linear module but the head saves codes; one that does not saves its input."""
     choices = product_choices(model, plan, spec)
-    inner = [name for name in choices if model.get_submodule(name) is not output_head(model)]
-    return bool(inner) and all(
-        products is not None and products.weight_gradient
-        for name in inner
-        for products in (choices[name],)
-    )
+    head = output_head(model)
+    inner = [choice for name, choice in choices.items() if model.get_submodule(name) is not head]
+    return bool(inner) and all(choice is not None and choice.weight_gradient for choice in inner)
 
 
 def _count(tensors: Iterable[Tensor]) -> tuple[int, int]:
