@@ -19,6 +19,13 @@ _ZERO, _HALF, _ONE = _f32(0.0), _f32(0.5), _f32(1.0)
 _MOMENTUM = np.uint64(MOMENTUM)
 
 
+@njit(inline="always")
+def _lion(m, g, beta1, one_minus_beta1, beta2, one_minus_beta2):
+    """Direction and new momentum of one element."""
+    c = m * beta1 + g * one_minus_beta1
+    return _f32(c > _ZERO) - _f32(c < _ZERO), m * beta2 + g * one_minus_beta2
+
+
 @njit(nogil=True, fastmath=FASTMATH, error_model="numpy", cache=True)
 def _lion_rows(
     codes, scales, outlier_values, outlier_columns, momentum_codes, momentum_scales,
@@ -43,18 +50,21 @@ def _lion_rows(
             direction = row_direction[first:last]
             momentum = row_momentum[first:last]
             gradient_scale = gradient_scales[row, group] * gradient_sign
-            if not is_packed:
+            if is_packed:
+                for j in range(last - first):
+                    g = _f32(gradient_code[j]) * gradient_scale
+                    direction[j], momentum[j] = _lion(
+                        momentum[j], g, beta1, one_minus_beta1, beta2, one_minus_beta2
+                    )
+            else:
                 momentum_code = momentum_codes[row, first:last]
                 momentum_scale = momentum_scales[row, group]
                 for j in range(last - first):
-                    momentum[j] = _f32(momentum_code[j]) * momentum_scale
-            for j in range(last - first):
-                g = _f32(gradient_code[j]) * gradient_scale
-                m = momentum[j]
-                c = m * beta1 + g * one_minus_beta1
-                direction[j] = _f32(c > _ZERO) - _f32(c < _ZERO)
-                momentum[j] = m * beta2 + g * one_minus_beta2
-            if not is_packed:
+                    g = _f32(gradient_code[j]) * gradient_scale
+                    m = _f32(momentum_code[j]) * momentum_scale
+                    direction[j], momentum[j] = _lion(
+                        m, g, beta1, one_minus_beta1, beta2, one_minus_beta2
+                    )
                 scale = absmax(momentum) * _PER_QMAX
                 if scale < _TINY:
                     scale = _ONE
