@@ -100,6 +100,7 @@ def train(
     *,
     n_steps: int,
     seed: int,
+    max_grad_norm: float | None = None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """`n_steps` at the rate of the optimizer, falling to a tenth along a half cosine.
@@ -111,6 +112,7 @@ def train(
         size: Of a batch.
         n_steps: Batches, one a step.
         seed: Of the data; the same for every way of training that is compared.
+        max_grad_norm: What gradients are clipped to; None: not at all.
         after_step: Called with the number of steps done and the loss of the last batch.
     """
     batches = torch.Generator().manual_seed(seed)
@@ -123,6 +125,8 @@ def train(
         ids = windows(learned, size, size.batch, batches)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

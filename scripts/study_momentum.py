@@ -2,89 +2,33 @@
 
     python scripts/study_momentum.py --output study.json
 
-A byte-level Llama (0.9 M parameters by default) is trained on the source code of the standard
-library in FP32, then fine-tuned on the prose of Python's manual: real text, all of it there
-wherever Python is. The table shows how much of FP32 Lion's loss reduction each kind recovers.
+The byte-level Llama of `byte_llama.py` knows source code and is tuned on prose. The table shows how
+much of FP32 Lion's loss reduction each kind of momentum recovers; a seed is an order of the data.
 `--variants` adds formats of 4-bit momentum that were tried, simulated on the same INT8 weights, for
 the first seed and rate, with the error of the momentum against an exact one of the same gradients.
 """
 
 import argparse
+import copy
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data import topics
 from statistics import mean
 from typing import Any
 
 import torch
+from byte_llama import Size, counter, held_out_loss, pretrained, prose, train
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.optim import Optimizer
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, kernels, quantize_model_
 from qft_hf.layout import STATE_GROUP_SIZE
 
-CONTEXT = 64
-BATCH = 8
 WEIGHT_DECAY = 0.1
 MAX_GRAD_NORM = 1.0  # of the rows without momentum, which diverge otherwise
-CODE = "argparse ast tarfile typing inspect mailbox zipfile optparse ipaddress subprocess smtplib"
-CODE += " pickle doctest logging/__init__ threading socket shutil statistics fractions pydoc"
-
-
-def bytes_of(text: str) -> Tensor:
-    """Text as byte values."""
-    return torch.tensor(list(text.encode()))
-
-
-def texts() -> tuple[Tensor, Tensor, Tensor]:
-    """Source code to pretrain on, prose to fine-tune on, prose held out."""
-    library = Path(argparse.__file__).parent
-    code = "".join((library / f"{name}.py").read_text() for name in CODE.split())
-    prose = bytes_of("\n".join(topics.topics.values()))
-    cut = len(prose) * 9 // 10
-    return bytes_of(code), prose[:cut], prose[cut:]
-
-
-def batch(text: Tensor, generator: torch.Generator, n: int = BATCH) -> Tensor:
-    """Windows of a text at random places."""
-    start = torch.randint(len(text) - CONTEXT, (n, 1), generator=generator)
-    return text[start + torch.arange(CONTEXT)]
-
-
-def pretrain_(model: nn.Module, code: Tensor, seed: int, n_steps: int) -> None:
-    """FP32 AdamW on source code."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=n_steps)
-    generator = torch.Generator().manual_seed(1000 + seed)
-    for _ in range(n_steps):
-        ids = batch(code, generator)
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-
-
-class FloatLion:
-    """Chen et al. 2023, algorithm 2, on FP32 tensors."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, beta1: float = 0.9) -> None:
-        self.parameters = list(parameters)
-        self.momenta = [torch.zeros_like(parameter) for parameter in self.parameters]
-        self.lr = lr
-        self.beta1 = beta1
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update all parameters."""
-        for parameter, momentum in zip(self.parameters, self.momenta, strict=True):
-            gradient = parameter.grad
-            direction = (self.beta1 * momentum + (1 - self.beta1) * gradient).sign()
-            parameter -= self.lr * (direction + WEIGHT_DECAY * parameter)
-            momentum.lerp_(gradient, 0.01)
-            parameter.grad = None
+N_HELD_OUT = 256  # sequences that are scored
 
 
 @dataclass(frozen=True)
@@ -190,80 +134,61 @@ class SimulatedLion(QFTLion):
 
 
 class Study:
-    """Runs of the model; each is a loss before and after fine-tuning."""
+    """Runs from one start; each gives a loss reduction.
 
-    def __init__(self, *, width: int, layers: int, pretrain_steps: int, steps: int) -> None:
-        self.code, self.prose, held_out = texts()
-        self.held_out = batch(held_out, torch.Generator().manual_seed(99), 256)
-        self.pretrain_steps, self.steps = pretrain_steps, steps
-        self.config = LlamaConfig(
-            vocab_size=256,
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            max_position_embeddings=CONTEXT,
-        )
-        self.starts: dict[int, dict[str, Tensor]] = {}
+    Args:
+        size: Of the model and a batch.
+        pretrain_steps: On source code, once.
+        steps: On prose, in every run.
+    """
 
-    def start(self, seed: int) -> LlamaForCausalLM:
-        """The model to fine-tune; the seed decides its weights and what it was trained on."""
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(self.config)
-        if seed not in self.starts:
-            pretrain_(model, self.code, seed, self.pretrain_steps)
-            self.starts[seed] = {name: value.clone() for name, value in model.state_dict().items()}
-        model.load_state_dict(self.starts[seed])
-        return model
+    def __init__(self, size: Size, *, pretrain_steps: int, steps: int) -> None:
+        self.size, self.steps, self.prose = size, steps, prose()
+        self.model = pretrained(size, n_steps=pretrain_steps)
+        self.before = self.loss(self.model)
 
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> float:
-        """Held-out loss."""
-        return mean(float(model(input_ids=x, labels=x).loss) for x in self.held_out.split(64))
+    def loss(self, model: nn.Module) -> float:
+        """On held-out prose."""
+        return held_out_loss(model, self.prose, self.size, n=N_HELD_OUT)
 
     def run(
-        self, seed: int, make: Callable[[nn.Module], Any], *, quantize: bool, clip: bool = False
+        self,
+        seed: int,
+        make: Callable[[nn.Module], Optimizer],
+        *,
+        quantize: bool,
+        max_grad_norm: float | None = None,
     ) -> tuple[float, Any]:
-        """Fine-tune with the optimizer that `make` makes; the loss reduction and the optimizer."""
-        model = self.start(seed)
-        before = self.evaluate(model)
+        """Tune with the optimizer that `make` makes; the loss reduction and the optimizer."""
+        model = copy.deepcopy(self.model)
         if quantize:
             quantize_model_(model, QFTConfig())
         optimizer = make(model)
-        generator = torch.Generator().manual_seed(seed)
-        model.train()
-        for _ in range(self.steps):
-            ids = batch(self.prose, generator)
-            model(input_ids=ids, labels=ids).loss.backward()
-            if clip:
-                nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-            optimizer.step()
-        return before - self.evaluate(model), optimizer
+        train(
+            model, optimizer, self.prose, self.size, n_steps=self.steps, seed=seed,
+            max_grad_norm=max_grad_norm, after_step=counter(f"seed {seed}"),
+        )  # fmt: skip
+        return self.before - self.loss(model), optimizer
 
-    def qft(self, seed: int, lr: float, momentum_bits: int) -> float:
-        """Loss reduction of `QFTLion`."""
-        arguments = {"lr": lr, "weight_decay": WEIGHT_DECAY, "seed": seed}
-        reduction, _ = self.run(
+    def lion(self, seed: int, lr: float, momentum_bits: int | None) -> float:
+        """Loss reduction of `QFTLion`; None: on float weights, where it is FP32 Lion."""
+        bits = {} if momentum_bits is None else {"momentum_bits": momentum_bits}
+        arguments = {"lr": lr, "weight_decay": WEIGHT_DECAY, "seed": seed, **bits}
+        return self.run(
             seed,
-            lambda model: QFTLion(model.parameters(), momentum_bits=momentum_bits, **arguments),
-            quantize=True,
-            clip=momentum_bits == 0,
-        )
-        return reduction
-
-    def float_lion(self, seed: int, lr: float) -> float:
-        """Loss reduction of FP32 Lion."""
-        return self.run(seed, lambda model: FloatLion(model.parameters(), lr), quantize=False)[0]
+            lambda model: QFTLion(model.parameters(), **arguments),
+            quantize=momentum_bits is not None,
+            max_grad_norm=MAX_GRAD_NORM if momentum_bits == 0 else None,
+        )[0]
 
     def float_sgd(self, seed: int, lr: float) -> float:
         """Loss reduction of FP32 SGD, with the clipping of the rows without momentum."""
-
-        def make(model: nn.Module) -> torch.optim.Optimizer:
-            optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
-            optimizer.register_step_post_hook(lambda *_: optimizer.zero_grad())
-            return optimizer
-
-        return self.run(seed, make, quantize=False, clip=True)[0]
+        return self.run(
+            seed,
+            lambda model: torch.optim.SGD(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY),
+            quantize=False,
+            max_grad_norm=MAX_GRAD_NORM,
+        )[0]
 
     def simulated(self, seed: int, lr: float, form: Format) -> tuple[float, float]:
         """Loss reduction and mean relative error of the momentum in the second half."""
@@ -289,10 +214,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--sgd_lrs", type=float, nargs="+", default=[3e-3], help="without momentum (default 3e-3)"
     )
-    parser.add_argument("--width", type=int, default=128, help="of the model (default 128)")
-    parser.add_argument("--layers", type=int, default=4, help="of the model (default 4)")
-    parser.add_argument("--steps", type=int, default=300, help="of fine-tuning (default 300)")
+    parser.add_argument("--hidden", type=int, default=Size().hidden, help="width of the model")
+    parser.add_argument("--layers", type=int, default=Size().layers, help="of the model")
+    parser.add_argument("--steps", type=int, default=250, help="of tuning (default 250)")
     parser.add_argument("--pretrain_steps", type=int, default=500, help="default 500")
+    parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
     parser.add_argument("--variants", action="store_true", help="also the formats that were tried")
     parser.add_argument("--output", type=Path, help="JSON file for the figures, kept up to date")
     return parser.parse_args()
@@ -322,9 +248,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Run everything, print progress, then the table."""
     options = parse()
+    torch.set_num_threads(options.threads)
     study = Study(
-        width=options.width,
-        layers=options.layers,
+        Size(hidden=options.hidden, layers=options.layers),
         pretrain_steps=options.pretrain_steps,
         steps=options.steps,
     )
@@ -341,12 +267,12 @@ def main() -> None:
 
     for seed in options.seeds:
         for lr in options.lrs:
-            note(kind="float", lr=lr, seed=seed, reduction=study.float_lion(seed, lr))
+            note(kind="float", lr=lr, seed=seed, reduction=study.lion(seed, lr, None))
             for bits in (8, 4):
-                note(kind=f"{bits} bits", lr=lr, seed=seed, reduction=study.qft(seed, lr, bits))
+                note(kind=f"{bits} bits", lr=lr, seed=seed, reduction=study.lion(seed, lr, bits))
         for lr in options.sgd_lrs:
             note(kind="float SGD", lr=lr, seed=seed, reduction=study.float_sgd(seed, lr))
-            note(kind="0 bits (SGD)", lr=lr, seed=seed, reduction=study.qft(seed, lr, 0))
+            note(kind="0 bits (SGD)", lr=lr, seed=seed, reduction=study.lion(seed, lr, 0))
     if options.variants:
         seed, lr = options.seeds[0], options.lrs[0]
         for name, form in VARIANTS.items():

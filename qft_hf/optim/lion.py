@@ -62,10 +62,10 @@ class QFTLion(Optimizer):
         momentum_bits: Bits of one momentum value of a quantized weight: 8. Two more are
             experimental, and `scripts/study_momentum.py` measures what they cost. 4: on uneven
             levels in groups of 64 columns, rounded stochastically (0.56 bytes per parameter); a
-            small Llama learned 97 % of what it learned with FP32 momentum. 0: no state at all, the
+            small Llama learned 96 % of what it learned with FP32 momentum. 0: no state at all, the
             update is SGD's, `w - lr * (g + weight_decay * w)`, as LOMO has it; rates are 10 to 1000
             times Lion's, there are no betas, and steps are as large as gradients: clip them. It
-            learns what FP32 SGD learns, which was a tenth of what Lion did there.
+            learns what FP32 SGD learns, which was a sixth of what Lion did there.
         maximize: Maximize the objective.
         stochastic_rounding: False rounds weights to nearest, for ablation: that does not train.
         nonfinite: What `step` does when a gradient has a NaN or infinity: `"raise"`, or `"skip"`

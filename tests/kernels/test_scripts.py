@@ -62,12 +62,17 @@ def test_training_steps_are_profiled(memory_figures):
 
 def test_the_study_of_momentum_runs_every_kind():
     script = load("study_momentum")
-    study = script.Study(width=16, layers=1, pretrain_steps=2, steps=2)
-    rows = [{"kind": "float", "lr": 1e-3, "seed": 0, "reduction": study.float_lion(0, 1e-3)}]
+    study = script.Study(script.Size(hidden=32, layers=1), pretrain_steps=2, steps=2)
+    rows = [{"kind": "float", "lr": 1e-3, "seed": 0, "reduction": study.lion(0, 1e-3, None)}]
     sgd = study.float_sgd(0, 1e-3)
     rows.append({"kind": "float SGD", "lr": 1e-3, "seed": 0, "reduction": sgd})
     for bits in (8, 4, 0):
-        row = {"kind": f"{bits} bits", "lr": 1e-3, "seed": 0, "reduction": study.qft(0, 1e-3, bits)}
+        row = {
+            "kind": f"{bits} bits",
+            "lr": 1e-3,
+            "seed": 0,
+            "reduction": study.lion(0, 1e-3, bits),
+        }
         rows.append(row)
     for name in ("as shipped: slope 3, groups of 64", "to nearest", "sticky scale"):
         reduction, error = study.simulated(0, 1e-3, script.VARIANTS[name])
