@@ -74,13 +74,14 @@ if 0 in MOMENTUM_BITS:
 
 def stored(tensor: Tensor) -> Iterable[Tensor]:
     """The plain tensors that hold a tensor's values."""
-    if isinstance(tensor, Int8Gradient) and tensor.floats is not None:
-        return (tensor.floats,)  # asking for codes would quantize it
     return tensor.fields().values() if isinstance(tensor, Int8Tensor) else (tensor,)
 
 
 def n_bytes(tensor: Tensor) -> int:
-    """Bytes of those."""
+    """Bytes of those; of a gradient that is made in float tile by tile, those of a tile."""
+    if isinstance(tensor, Int8Gradient) and tensor.tiles is not None:
+        largest = max(rows.stop - rows.start for rows in tensor.tiles.rows)
+        return largest * tensor.shape[1] * tensor.dtype.itemsize
     return sum(part.nbytes for part in stored(tensor))
 
 

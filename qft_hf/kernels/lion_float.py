@@ -16,9 +16,8 @@ FLOATS = (torch.float32, torch.bfloat16)
 def _check_values(
     parameters: list[Tensor], momenta: list[Tensor], gradients: list[Tensor], **_: Any
 ) -> None:
-    for momentum, gradient in zip(momenta, gradients, strict=True):
+    for momentum in momenta:
         check_finite("momentum", momentum)
-        check_finite("gradient", gradient)
 
 
 _lion_step_floats_ = declare(
@@ -58,7 +57,8 @@ def lion_step_floats_(
         parameters: fp32 or bf16 of any shape, on one device, modified. None may share memory with
             another.
         momenta: fp32, each of the shape of its parameter, modified.
-        gradients: fp32, bf16 or fp16, each of the shape of its parameter, finite.
+        gradients: fp32, bf16 or fp16, each of the shape of its parameter. An element whose gradient
+            is NaN or infinite stays as it is.
         lr: Step size.
         beta1: Weight of the momentum in the direction.
         beta2: Decay of the momentum.
@@ -74,8 +74,8 @@ def lion_step_floats_(
         TypeError: A parameter is neither fp32 nor bf16, a momentum is not fp32, or a gradient is of
             another dtype.
         ValueError: Shapes, devices or numbers of entries differ, or a parameter comes twice. On the
-            CPU also: a gradient or momentum is not finite; on a GPU the caller has looked. Nothing
-            was written.
+            CPU also: a momentum is not finite; on a GPU the caller has looked. Nothing was
+            written.
 
     Source:
         Chen et al. 2023, algorithm 2 (arXiv:2302.06675).

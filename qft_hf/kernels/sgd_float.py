@@ -1,26 +1,17 @@
 """One SGD step on float parameters: what is not quantized where weights have no momentum."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-from .checks import check_finite
 from .lion_float import check_floats
 from .operators import declare, nothing
-
-
-def _check_values(parameters: list[Tensor], gradients: list[Tensor], **_: Any) -> None:
-    for gradient in gradients:
-        check_finite("gradient", gradient)
-
 
 _sgd_step_floats_ = declare(
     "sgd_step_floats_",
     "(Tensor(a!)[] parameters, Tensor[] gradients, *, float lr, float weight_decay, "
     "bool maximize, bool stochastic, int seed, int[] steps, int[] streams) -> ()",
     fake=nothing,
-    check_values=_check_values,
 )
 
 
@@ -43,7 +34,8 @@ def sgd_step_floats_(
     Args:
         parameters: fp32 or bf16 of any shape, on one device, modified. None may share memory with
             another.
-        gradients: fp32, bf16 or fp16, each of the shape of its parameter, finite.
+        gradients: fp32, bf16 or fp16, each of the shape of its parameter. An element whose gradient
+            is NaN or infinite stays as it is.
         lr: Step size.
         weight_decay: Values shrink by `lr * weight_decay` a step.
         maximize: Step along the gradient, not against it.
@@ -54,8 +46,8 @@ def sgd_step_floats_(
 
     Raises:
         TypeError: A parameter is neither fp32 nor bf16, or a gradient is of another dtype.
-        ValueError: Shapes, devices or numbers of entries differ, or a parameter comes twice. On the
-            CPU also: a gradient is not finite; on a GPU the caller has looked. Nothing was written.
+        ValueError: Shapes, devices or numbers of entries differ, or a parameter comes twice.
+            Nothing was written.
     """
     check_floats(parameters, gradients, steps, streams)
     if not parameters:

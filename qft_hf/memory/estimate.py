@@ -224,8 +224,7 @@ def estimate(
         ("logits and their gradient", 3, workload.logits_bytes),
         ("largest gradient", 2, largest),
         ("INT8 gradient operands", 4, workload.gradient_operand_bytes),
-        # A tile of the weight in FP32 and as it multiplies, and that of its gradient, which with
-        # release lives until it is used, in place of an INT8 one, if it is all of the gradient.
+        # A tile of the weight in FP32 and as it multiplies, and one of its gradient.
         ("float tiles", 3, tile * (FP32_BYTES + 2 * workload.compute_bytes)),
     ]
     return MemoryEstimate(

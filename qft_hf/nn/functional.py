@@ -33,7 +33,7 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.products, ctx.x_shape, ctx.x_dtype = products, x.shape, x.dtype
-        ctx.takes_floats = weight.takes_floats
+        ctx.defers_gradient = weight.defers_gradient
         if not (products.forward and products.weight_gradient):
             x = x.to(dtype)
         kept: tuple[Tensor, ...] = ()  # x, or the fields of its operand
@@ -73,7 +73,7 @@ class _Linear(torch.autograd.Function):
             )
             grad_x = product.to(ctx.x_dtype).view(ctx.x_shape)
         del rows  # a quarter of an FP32 gradient
-        defer = ctx.takes_floats
+        defer = ctx.defers_gradient
         if columns is not None:
             gradient = int8.weight_gradient(columns, grad, int8.Input(*kept), weight, defer=defer)
         elif needs_weight:
@@ -90,6 +90,9 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx: Any, ids: Tensor, weight: QFTWeight, padding_idx: int | None) -> Tensor:
         ctx.save_for_backward(ids, weight)
         ctx.padding_idx = padding_idx
+        # Tied to a head, whose gradient would wait for that of the table till the end of backward,
+        # and the gradient of the logits with it.
+        weight.defers_gradient = False
         rows = ids.reshape(-1).contiguous()
         return weight.dequantize_rows(rows).view(*ids.shape, weight.shape[1])
 

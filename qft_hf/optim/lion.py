@@ -70,7 +70,8 @@ class QFTLion(Optimizer):
         stochastic_rounding: False rounds weights to nearest, for ablation: that does not train.
         nonfinite: What `step` does when a gradient has a NaN or infinity: `"raise"`, or `"skip"`
             the step, drop the gradients, count in `skipped_steps` and log. Either way weights and
-            state are untouched. Release cannot skip: it finds out when other weights are updated.
+            state are untouched. Release cannot skip, and raises when weights are updated, at the
+            step: backward does not wait for a GPU to tell.
         accumulation: With `gradient="release"`: `"keep"` the INT8 gradients of micro-batches until
             the last one, or `"forbid"` more than one. See `accumulate`.
         clipping: With `gradient="release"`, how `max_grad_norm` is honoured: `"exact"`,
@@ -194,7 +195,7 @@ class QFTLion(Optimizer):
         for parameter in self._parameters():
             if isinstance(parameter, QFTWeight):
                 # The SGD step has no kernel that quantizes on the way.
-                parameter.takes_floats = self._release is not None and self.momentum_bits > 0
+                parameter.defers_gradient = self._release is not None and self.momentum_bits > 0
             if parameter.requires_grad:
                 self._hook.attach(parameter)
 
@@ -203,14 +204,14 @@ class QFTLion(Optimizer):
         for parameter in self._parameters():
             self._hook.detach(parameter)
             if isinstance(parameter, QFTWeight):
-                parameter.takes_floats = False
+                parameter.defers_gradient = False
 
     def _take(self, parameter: Parameter) -> None:
         """Receive a gradient from backward."""
         if self._release is None:
             self._stack.push(parameter)
-        elif (gradient := self._release.take(parameter)) is not None:
-            square = self._update(parameter, gradient)
+        elif (released := self._release.take(parameter)) is not None:
+            square = self._update(parameter, released.gradient, released.factor)
             if square is not None:
                 self._release.note(parameter, square)
 
@@ -333,11 +334,19 @@ class QFTLion(Optimizer):
         self.zero_grad()
 
     @torch.no_grad()
-    def _update(self, parameter: Parameter, gradient: Tensor) -> Tensor | None:
+    def _update(
+        self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None
+    ) -> Tensor | None:
         """Update one parameter and its state in place.
 
+        Args:
+            parameter: The parameter.
+            gradient: Its gradient.
+            factor: What a deferred gradient is multiplied by: fp32 scalar.
+
         Returns:
-            The squared norm of a deferred gradient, which is quantized on the way; else None.
+            The squared norm of a deferred gradient, which is quantized on the way, without the
+            factor: fp64 scalar. Else None.
         """
         if not isinstance(parameter, QFTWeight):
             self._update_floats([(parameter, gradient)])
@@ -362,8 +371,16 @@ class QFTLion(Optimizer):
             kernels.sgd_step_(*weight, gradient.codes, gradient.scales, **arguments)
             return None
         momentum = state["momentum_codes"], state["momentum_scales"]
-        if gradient.floats is not None:
-            return kernels.quantize_and_lion_step_(*weight, *momentum, gradient.floats, **arguments)
+        if gradient.tiles is not None:
+            arguments["factor"] = factor
+            squares = [
+                kernels.quantize_and_lion_step_(
+                    *[*(field[rows] for field in (*weight, *momentum)), tile],
+                    **{**arguments, "first_row": rows.start},
+                )
+                for rows, tile in gradient.tiles
+            ]
+            return torch.stack(squares).sum()
         kernels.lion_step_(*weight, *momentum, gradient.codes, gradient.scales, **arguments)
         return None
 

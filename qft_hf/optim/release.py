@@ -8,9 +8,9 @@ Source:
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,11 +29,25 @@ ACCUMULATION_IS_FORBIDDEN = (
 )
 
 
+class Released(NamedTuple):
+    """A gradient to be used now.
+
+    Attributes:
+        gradient: It is nowhere else.
+        factor: What it has to be multiplied by yet: fp32 scalar or None.
+    """
+
+    gradient: Tensor
+    factor: Tensor | None = None
+
+
 class GradientRelease:
     """Decides for each finished gradient: use it now, or keep it for the step.
 
-    On a GPU, each gradient costs one transfer to the host: whether it is finite has to be known
-    before it is used.
+    Kernels that take a gradient in float leave alone what is not finite, so nobody has to look
+    before they run, and a GPU need not wait for the host: `finish` looks at all norms at once. A
+    gradient that is INT8 by then costs one transfer to the host: those of embeddings, sums over
+    micro-batches, and all of them without momentum or with `clipping="tensor"`.
 
     Args:
         accumulation: `"keep"`: the gradients of all micro-batches but the last wait in `.grad`, in
@@ -73,19 +87,20 @@ class GradientRelease:
         """Parameters updated in this step."""
         return len(self._used)
 
-    def take(self, parameter: Parameter) -> Tensor | None:
-        """Free a finished gradient and return it, clipped, to be used now; or None: it waits.
+    def take(self, parameter: Parameter) -> Released | None:
+        """Free a finished gradient and return it, to be used now; or None: it waits.
 
-        A deferred gradient that is not clipped comes back as it is: `note` has to follow its use.
+        A deferred gradient comes with the factor that clips it: `note` has to follow its use.
 
         Raises:
-            FloatingPointError: It has a NaN or infinity.
+            FloatingPointError: It is INT8 and has a NaN or infinity.
             RuntimeError: The parameter was updated in this step already, or the norm that exact
                 clipping needs was not measured.
             ValueError: It belongs to an earlier micro-batch, and `accumulation` is `"forbid"`.
         """
         if self._is_measuring:
-            self._squares.append(_squared_norm(parameter))
+            if parameter.grad is not None:
+                self._squares.append(_squared_norm(parameter.grad))
             parameter.grad = None
             return None
         if self._is_inside_accumulate or self._is_accumulating():
@@ -107,7 +122,7 @@ class GradientRelease:
             return None
         return self._release(parameter)
 
-    def _release(self, parameter: Parameter) -> Tensor | None:
+    def _release(self, parameter: Parameter) -> Released | None:
         if id(parameter) in self._used:
             raise RuntimeError(
                 "A second gradient arrived for a weight that this step has updated already, one of "
@@ -117,38 +132,32 @@ class GradientRelease:
                 "layers share the weight under checkpointing, set use_reentrant=False."
             )
         gradient = parameter.grad
-        if self.clipping is None and _is_deferred(gradient):
+        if gradient is None:
+            return None
+        if _is_deferred(gradient) and self.clipping != "tensor":
             parameter.grad = None
-            return gradient
-        square = _squared_norm(parameter)
-        if not math.isfinite(square.item()):
+            return Released(gradient, self._factor(self._norm_of_all(), gradient.device))
+        square = _squared_norm(gradient)
+        knows_first = isinstance(gradient, Int8Gradient) or self.clipping == "tensor"
+        if knows_first and not bool(square.isfinite()):
             raise self.nonfinite_error()
         parameter.grad = None
-        if gradient is not None:
-            self._clip_(gradient, self._norm_to_clip_by(square))
-            self._squares.append(square)
-            self._used.add(id(parameter))
-        return gradient
+        self._clip_(gradient, square)
+        self.note(parameter, square)
+        return Released(gradient)
 
     def note(self, parameter: Parameter, square: Tensor) -> None:
-        """Count a deferred gradient that was used, by the squared norm that was found on the way.
-
-        Raises:
-            FloatingPointError: It has a NaN or infinity; rows that have none were updated.
-        """
-        square = square.sqrt().float().double().square()  # as `_squared_norm` rounds it
-        if not math.isfinite(square.item()):
-            raise self.nonfinite_error("; rows of one more whose gradient is finite were, too")
+        """Count a gradient that is used, by its squared norm: fp64 scalar."""
         self._squares.append(square)
         self._used.add(id(parameter))
 
-    def nonfinite_error(self, partly: str = "") -> FloatingPointError:
-        """What to raise for a gradient with a NaN or infinity; `partly` says what else changed."""
+    def nonfinite_error(self) -> FloatingPointError:
+        """What to raise for a gradient with a NaN or infinity."""
         return FloatingPointError(
-            f"A gradient is NaN or infinite after {self.n_used} weights were updated in this step"
-            f"{partly}; the others are unchanged. Reload a checkpoint, or call "
-            "optimizer.zero_grad() to go on from here; gradient='stack' checks all gradients "
-            "before the first update."
+            f"A gradient is NaN or infinite, and {self.n_used} weights had been handed theirs in "
+            "this step when that was known: these are updated but for rows whose gradient is not "
+            "finite, the others are unchanged. Reload a checkpoint, or call optimizer.zero_grad() "
+            "to go on from here; gradient='stack' checks all gradients before the first update."
         )
 
     def finish(self, waiting: list[Parameter]) -> bool:
@@ -159,12 +168,20 @@ class GradientRelease:
 
         Returns:
             Whether hooks were lost: gradients wait and no accumulation has kept any.
+
+        Raises:
+            FloatingPointError: A gradient that was released has a NaN or infinity. Gradients that
+                wait were not used.
         """
+        released = _total_norm(self._squares) if self._squares else None
+        if released is not None and not bool(released.isfinite()):
+            raise self.nonfinite_error()
         squares = []
         if self.clipping is not None:
-            squares = [_squared_norm(parameter) for parameter in waiting]
-            self._clip_waiting(waiting, squares)
-        self.released_norm = _total_norm(self._squares) if self._squares else None
+            gradients = [p.grad for p in waiting if p.grad is not None]
+            squares = [_squared_norm(gradient) for gradient in gradients]
+            self._clip_waiting(gradients, squares)
+        self.released_norm = released
         if self._squares or squares:
             self.previous_norm = _total_norm(self._squares + squares)
         self.clear()
@@ -177,37 +194,53 @@ class GradientRelease:
             return True
         return False
 
-    def _clip_waiting(self, parameters: list[Parameter], squares: list[Tensor]) -> None:
-        if self.max_grad_norm is None or not parameters:
+    def _clip_waiting(self, gradients: list[Tensor], squares: list[Tensor]) -> None:
+        if self.max_grad_norm is None or not gradients:
             return
         total = _total_norm(squares)
-        if self.clipping == "exact" and total <= self.max_grad_norm * (1 + 1e-5):
-            return  # clipped already, up to rounding
-        for parameter, square in zip(parameters, squares, strict=True):
-            if parameter.grad is not None:
-                exact = self.clipping == "exact"
-                self._clip_(parameter.grad, total if exact else self._norm_to_clip_by(square))
+        if self.clipping == "exact":
+            if total <= self.max_grad_norm * (1 + 1e-5):
+                return  # clipped already, up to rounding
+            self._measured = total
+        for gradient, square in zip(gradients, squares, strict=True):
+            self._clip_(gradient, square)
 
-    def _clip_(self, gradient: Tensor, norm: Tensor | None) -> None:
-        """Scale a gradient in place by the formula of torch.nn.utils.clip_grad_norm_."""
-        if norm is not None and self.max_grad_norm is not None:
-            gradient.mul_((self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(gradient.device))
+    def _clip_(self, gradient: Tensor, square: Tensor) -> None:
+        """Scale a gradient with this squared norm in place."""
+        norm = square.sqrt().float() if self.clipping == "tensor" else self._norm_of_all()
+        if (factor := self._factor(norm, gradient.device)) is not None:
+            gradient.mul_(factor)
 
-    def _norm_to_clip_by(self, square: Tensor) -> Tensor | None:
-        if self.clipping == "tensor":
-            return square.sqrt().float()
+    def _factor(self, norm: Tensor | None, device: torch.device) -> Tensor | None:
+        """What clips a gradient by this norm, by the formula of torch.nn.utils.clip_grad_norm_."""
+        if norm is None or self.max_grad_norm is None:
+            return None
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(device)
+
+    def _norm_of_all(self) -> Tensor | None:
+        """The norm that all gradients of the step are clipped by, if it is known."""
         return {"exact": self._measured, "previous": self.previous_norm}.get(self.clipping or "")
 
     @contextmanager
     def measure_norm(self) -> Iterator[None]:
-        """Within, gradients are measured and dropped; afterwards exact clipping knows the norm."""
+        """Within, gradients are measured and dropped; afterwards exact clipping knows the norm.
+
+        Raises:
+            FloatingPointError: A gradient has a NaN or infinity. Nothing was updated.
+        """
         self._is_measuring = True
         try:
             yield
-            self._measured = _total_norm(self._squares)
+            total = _total_norm(self._squares)
         finally:
             self._is_measuring = False
             self._squares = []
+        if not bool(total.isfinite()):
+            raise FloatingPointError(
+                "A gradient is NaN or infinite; nothing was updated. Lower the learning rate or "
+                "look at the batch, and run the next one."
+            )
+        self._measured = total
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -230,16 +263,15 @@ class GradientRelease:
         self._squares, self._used = [], set()
 
 
-def _squared_norm(parameter: Parameter) -> Tensor:
-    """Sum of squares of a gradient, of its norm as waiting gradients have it: fp64 scalar."""
-    gradient = parameter.grad
-    if gradient is None:
-        return torch.zeros((), dtype=torch.float64, device=parameter.device)
-    return torch.linalg.vector_norm(gradient).double().square()
+def _squared_norm(gradient: Tensor) -> Tensor:
+    """Sum of squares of a gradient: fp64 scalar."""
+    if isinstance(gradient, Int8Gradient):
+        return gradient.squared_norm()
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
 
 
-def _is_deferred(gradient: Tensor | None) -> bool:
-    return isinstance(gradient, Int8Gradient) and gradient.floats is not None
+def _is_deferred(gradient: Tensor) -> bool:
+    return isinstance(gradient, Int8Gradient) and gradient.tiles is not None
 
 
 def _quantize(parameter: Parameter) -> None:
@@ -249,7 +281,7 @@ def _quantize(parameter: Parameter) -> None:
 
 
 def _total_norm(squares: list[Tensor]) -> Tensor:
-    return torch.stack([square.cpu() for square in squares]).sum().sqrt().float()
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt().float()
 
 
 def check_release(

@@ -1,6 +1,7 @@
 """`Int8Gradient`: what `.grad` of a quantized weight holds between backward and step."""
 
-from typing import Any, Self, cast
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -11,21 +12,52 @@ from ..layout import STATE_GROUP_SIZE, GroupLayout
 from .tensor import Int8Tensor, aten
 
 
-class _Floats:
-    """A float gradient that is quantized when its codes are asked for, once for all who share it.
+class RowTiles:
+    """A float gradient that does not exist yet: made a tile of rows at a time, when it is used.
 
-    The same gradient is several Python objects on its way through autograd.
+    Args:
+        make: Makes the float gradient `[n, columns]` of a range of rows. What it refers to, inputs
+            and output gradients of a layer, is alive until then.
+        rows: Ranges of rows that cover the gradient in order.
+        shape: `(rows, columns)`.
+        device: Where `make` puts them.
     """
 
-    def __init__(self, values: Tensor) -> None:
-        self.values: Tensor | None = values
+    def __init__(
+        self,
+        make: Callable[[slice], Tensor],
+        rows: list[slice],
+        *,
+        shape: tuple[int, int],
+        device: torch.device,
+    ) -> None:
+        self.make: Callable[[slice], Tensor] | None = make
+        self.rows = rows
+        self.shape = shape
+        self.device = device
         self._quantized: tuple[Tensor, Tensor] | None = None
 
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each range of rows with its contiguous float gradient."""
+        if self.make is None:
+            raise RuntimeError("This gradient is quantized already: use its codes and scales.")
+        for rows in self.rows:
+            yield rows, self.make(rows).contiguous()
+
     def quantize(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales; made once, for the same gradient is several objects to autograd."""
         if self._quantized is None:
-            values = cast(Tensor, self.values)
-            self._quantized = kernels.quantize(values, group_size=STATE_GROUP_SIZE)
-            self.values = None
+            parts = ((rows, kernels.quantize(x, group_size=STATE_GROUP_SIZE)) for rows, x in self)
+            if len(self.rows) == 1:
+                self._quantized = next(parts)[1]
+            else:
+                n_groups = GroupLayout(*self.shape, STATE_GROUP_SIZE).n_groups
+                codes = torch.empty(self.shape, dtype=torch.int8, device=self.device)
+                scales = torch.empty(self.shape[0], n_groups, device=self.device)
+                for rows, part in parts:
+                    codes[rows], scales[rows] = part
+                self._quantized = codes, scales
+            self.make = None
         return self._quantized
 
 
@@ -44,7 +76,7 @@ class Int8Gradient(Int8Tensor):
 
     FIELDS = ("codes", "scales")
 
-    _floats: _Floats | None = None
+    _tiles: RowTiles | None = None
 
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Self:
@@ -56,30 +88,25 @@ class Int8Gradient(Int8Tensor):
         self.scales = scales
 
     @classmethod
-    def deferred(cls, gradient: Tensor | _Floats, *, dtype: torch.dtype) -> Self:
-        """A gradient that is quantized when its codes or scales are first used.
+    def deferred(cls, tiles: RowTiles, *, dtype: torch.dtype) -> Self:
+        """A gradient that is made and quantized when its codes or scales are first used.
 
-        For gradient release, which can quantize and use a gradient in one go; until then the float
-        gradient `[rows, columns]` is alive.
+        For gradient release, which makes, quantizes and uses a gradient tile by tile.
         """
-        floats = _Floats(gradient) if isinstance(gradient, Tensor) else gradient
-        values = cast(Tensor, floats.values)
-        deferred = Tensor._make_wrapper_subclass(
-            cls, values.shape, dtype=dtype, device=values.device
-        )
-        deferred._floats = floats
+        deferred = Tensor._make_wrapper_subclass(cls, tiles.shape, dtype=dtype, device=tiles.device)
+        deferred._tiles = tiles
         return deferred
 
     @property
-    def floats(self) -> Tensor | None:
+    def tiles(self) -> RowTiles | None:
         """The float gradient, as long as it is not quantized."""
-        return None if self._floats is None else self._floats.values
+        return None if self._tiles is None or self._tiles.make is None else self._tiles
 
     def __getattr__(self, name: str) -> Any:
         """Quantize now: reached where `codes` or `scales` do not exist yet."""
-        if name not in self.FIELDS or self._floats is None:
+        if name not in self.FIELDS or self._tiles is None:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        self.codes, self.scales = self._floats.quantize()
+        self.codes, self.scales = self._tiles.quantize()
         return getattr(self, name)
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
@@ -125,9 +152,9 @@ _each_field = Int8Gradient._operators[aten.detach.default]
 @Int8Gradient.implements(aten.detach.default, aten.alias.default)
 def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     gradient = args[0]
-    if gradient.floats is None:
+    if gradient.tiles is None:
         return _each_field(operator, args, kwargs)
-    alias = Int8Gradient.deferred(gradient._floats, dtype=gradient.dtype)
+    alias = Int8Gradient.deferred(gradient.tiles, dtype=gradient.dtype)
     return return_and_correct_aliasing(operator, args, kwargs, alias)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import kernels
 from ..config import QuantizationSpec
 from ..layout import INT16_COLUMNS, GroupLayout, outliers_per_row
-from .gradient import Int8Gradient
+from .gradient import Int8Gradient, RowTiles
 from .tensor import Int8Tensor
 
 # Elements of a weight that are expanded to float at a time: 64 MB in FP32.
@@ -43,8 +43,8 @@ class QFTWeight(Int8Tensor):
     outlier_values: Tensor
     outlier_columns: Tensor
     group_size: int | None
-    # Whether who takes its gradients would rather have them unquantized: gradient release.
-    takes_floats: bool = False
+    # Whether gradients may be left to be made by who takes them, which is gradient release.
+    defers_gradient: bool = False
     # State-dict keys of fields that a partly loaded checkpoint still owes this weight.
     pending: frozenset[str] = frozenset()
 
@@ -170,17 +170,14 @@ class QFTWeight(Int8Tensor):
 
         Args:
             tile: Makes the float gradient `[n, columns]` of a range of rows.
-            defer: Leave a gradient that is all in one tile to be quantized by who uses it.
+            defer: Leave all of that to who uses the gradient; what `tile` refers to lives until
+                then.
         """
-        tiles = list(self.row_tiles())
-        if len(tiles) == 1:  # it exists whole in float anyway
-            gradient = Int8Gradient.deferred(tile(tiles[0]), dtype=self.dtype)
-            if not defer:
-                gradient.fields()
-            return gradient
-        gradient = Int8Gradient.zeros(*self.shape, dtype=self.dtype, device=self.device)
-        for rows in tiles:
-            gradient.set_rows_(rows, tile(rows))
+        rows, columns = self.shape
+        tiles = RowTiles(tile, list(self.row_tiles()), shape=(rows, columns), device=self.device)
+        gradient = Int8Gradient.deferred(tiles, dtype=self.dtype)
+        if not defer:
+            gradient.fields()
         return gradient
 
     def dequantize(self) -> Tensor:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qft_hf import kernels
-from qft_hf.kernels import reference
+from qft_hf.kernels import cpu, reference
 from tests.kernels.states import ARGUMENTS, float_arguments, guarded, guards_are_intact
 from tests.tolerances import (
     FP32_EPS,
@@ -256,14 +256,33 @@ def test_one_that_does_not_fit_stops_all_before_anything_is_written():
         assert_same_bits(parameter, wanted)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", [cpu, reference])
+def test_an_element_whose_gradient_is_not_finite_stays(backend, dtype, bad):
+    expected = torch.linspace(-2, 2, 50).to(dtype), torch.linspace(-1, 1, 50)
+    actual, before = ([tensor.clone() for tensor in expected] for _ in range(2))
+    gradient = torch.linspace(-1, 1.1, 50)
+    arguments = float_arguments(lr=0.1, weight_decay=0.3)
+    backend.lion_step_floats_(*([tensor] for tensor in expected), [gradient], **arguments)
+    gradient[[3, 49]] = bad
+
+    backend.lion_step_floats_(*([tensor] for tensor in actual), [gradient], **arguments)
+
+    others = [i for i in range(50) if i not in (3, 49)]
+    for tensor, wanted, old in zip(actual, expected, before, strict=True):
+        assert_same_bits(tensor[[3, 49]], old[[3, 49]])
+        assert_same_bits(tensor[others], wanted[others])
+        assert (wanted[[3, 49]] != old[[3, 49]]).any()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["momentum", "gradient"])
-def test_what_is_not_finite_stops_all_before_anything_is_written(name, bad):
+def test_a_momentum_that_is_not_finite_stops_all_before_anything_is_written(bad):
     parameters, momenta, gradients = many()
-    {"momentum": momenta, "gradient": gradients}[name][-2][3] = bad
+    momenta[-2][3] = bad
     before = [parameter.clone() for parameter in parameters]
 
-    with pytest.raises(ValueError, match=rf"{name} must be finite, got 1 of 2500 .* {bad}\."):
+    with pytest.raises(ValueError, match=rf"momentum must be finite, got 1 of 2500 .* {bad}\."):
         kernels.lion_step_floats_(parameters, momenta, gradients, **float_arguments(13))
 
     for parameter, wanted in zip(parameters, before, strict=True):

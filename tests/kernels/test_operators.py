@@ -48,7 +48,8 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "quantize": ((random((5, 300), None), 32), {}),
         "quantize_and_lion_step_": (
             (*state.arguments()[:-2], random((5, 300), None)),
-            {"group_size": 32, "state_group_size": 256, **ARGUMENTS},
+            {"group_size": 32, "state_group_size": 256, "factor": torch.tensor(0.5), "first_row": 0}
+            | ARGUMENTS,
         ),
         "quantize_gradient": (
             (random((300, 5), None), scales, None),

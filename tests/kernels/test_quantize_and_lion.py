@@ -42,6 +42,50 @@ def test_equals_quantize_then_norm_then_step(backend, dtype, group_size):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("momentum_bits", [8, 4])
+def test_a_step_in_parts_by_rows_has_the_bits_of_the_whole(backend, momentum_bits):
+    whole = list(
+        make_state((6, 300), group_size=None, momentum_bits=momentum_bits).arguments()[:-2]
+    )
+    parts = [tensor.clone() for tensor in whole]
+    gradient = random((6, 300), None) * 1e-3
+    sizes = {"group_size": None, "state_group_size": 256}
+    norm = backend.quantize_and_lion_step_(*whole, gradient, **sizes, **ARGUMENTS)
+
+    norms = [
+        backend.quantize_and_lion_step_(
+            *[tensor[rows] for tensor in parts],
+            gradient[rows],
+            first_row=rows.start,
+            **sizes,
+            **ARGUMENTS,
+        )
+        for rows in (slice(0, 1), slice(1, 5), slice(5, 6))
+    ]
+
+    for tensor, wanted in zip(parts, whole, strict=True):
+        assert_same_bits(tensor, wanted)
+    assert abs(sum(norms) - norm) <= 1e-15 * norm  # sums of fp64 in two orders
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_factor_scales_the_quantized_gradient_and_not_its_norm(backend):
+    expected, actual = start(), start()
+    gradient = random((6, 300), None) * 1e-3
+    factor = torch.tensor(0.37)
+    sizes = {"group_size": 32, "state_group_size": 256}
+    codes, scales = reference.quantize(gradient, 256)
+    norm = reference.squared_norm(codes, scales, 256)
+    reference.lion_step_(*expected, codes, scales * factor, **sizes, **ARGUMENTS)
+
+    found = backend.quantize_and_lion_step_(*actual, gradient, factor=factor, **sizes, **ARGUMENTS)
+
+    assert_same_bits(found, norm)
+    for tensor, wanted in zip(actual, expected, strict=True):
+        assert_same_bits(tensor, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_row_that_is_not_finite_is_left_alone_and_the_norm_tells(backend, bad):
     gradient = random((6, 300), None) * 1e-3
@@ -59,6 +103,18 @@ def test_a_row_that_is_not_finite_is_left_alone_and_the_norm_tells(backend, bad)
         assert_same_bits(tensor[2], old[2])
         assert_same_bits(tensor[others], wanted[others])
     assert (actual[4][others] != before[4][others]).any()
+
+
+@pytest.mark.parametrize("factor", [torch.ones(2), torch.ones((), dtype=torch.float64)], ids=str)
+def test_a_factor_is_one_fp32_number(factor):
+    tensors = [*start(), random((6, 300), None)]
+    before = [tensor.clone() for tensor in tensors]
+    with pytest.raises(ValueError, match=r"factor must be one float32 number on cpu, got"):
+        kernels.quantize_and_lion_step_(
+            *tensors, factor=factor, group_size=32, state_group_size=256, **ARGUMENTS
+        )
+    for tensor, wanted in zip(tensors, before, strict=True):
+        assert_same_bits(tensor, wanted)
 
 
 @pytest.mark.parametrize(

@@ -171,5 +171,11 @@ def test_float_refusals():
         step_floats(torch.ones(3).half(), torch.ones(3))
     with pytest.raises(ValueError, match=r"gradient must have shape \(3,\) on cpu"):
         step_floats(torch.ones(3), torch.ones(4))
-    with pytest.raises(ValueError, match="gradient must be finite, got 1 of 3"):
-        step_floats(torch.ones(3), torch.tensor([1.0, float("nan"), 2.0]))
+
+
+def test_a_float_element_whose_gradient_is_not_finite_stays():
+    parameter = torch.ones(3)
+    step_floats(
+        parameter, torch.tensor([1.0, float("nan"), float("inf")]), lr=0.25, weight_decay=0.5
+    )
+    assert parameter.tolist() == [0.625, 1.0, 1.0]

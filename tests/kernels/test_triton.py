@@ -454,6 +454,8 @@ def test_quantize_and_lion_step(shape, group_size, state_group_size):
             gradient[0] = 0.0
         else:  # half-way between two codes
             gradient = ties(shape, state_group_size).to(DEVICE, dtype)
+            changes["factor"] = torch.tensor(0.37, device=DEVICE)
+            changes["first_row"] = 11
         arguments = {**ARGUMENTS, "step": step, **changes}
         sizes = {"group_size": group_size, "state_group_size": state_group_size}
         norm = backend.quantize_and_lion_step_(
@@ -679,6 +681,8 @@ def floats(shapes: list[tuple[int, ...]]) -> tuple[list[torch.Tensor], ...]:
             torch.randn(shape, generator=generator).to(DEVICE) * size for size in (1, 1e-3, 3e-3)
         )
         gradient.view(-1)[::3] = 0.0
+        gradient.view(-1)[5::50] = float("nan")
+        gradient.view(-1)[6::50] = -float("inf")
         parameters.append((parameter + 1).to(dtype))
         momenta.append(momentum)
         gradients.append(gradient.to(torch.bfloat16 if number == 0 else dtype))

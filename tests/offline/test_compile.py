@@ -82,6 +82,8 @@ def compile_lion(
     constants, n_warps = lion.lion_constants(
         columns, n_outliers, group_size, 256, momentum_bits=momentum_bits
     )
+    if gradient == "*i8":  # as it is launched then
+        constants["factor_ptr"] = None
     return compile_kernel(
         lion._lion_kernel,
         types=types_of(lion._lion_kernel, gradient_codes_ptr=gradient, sums_ptr="*fp64"),

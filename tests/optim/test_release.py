@@ -121,11 +121,12 @@ UP, DOWN, TABLE = (301, 22), (22, 301), (N_WORDS, 22)
     ("tile_elements", "settings", "at_once", "in_turn"),
     [
         (10**9, {}, [DOWN, UP], [TABLE]),  # the tied table adds two gradients, which are INT8
-        (22 * 301 - 1, {}, [], [DOWN, UP, TABLE]),  # more than a tile: quantized tile by tile
+        (22 * 301 - 1, {}, [(21, 301), (1, 301), (300, 22), (1, 22)], [TABLE]),  # tile by tile
+        (10**9, {"clipping": "previous", "max_grad_norm": 0.1}, [DOWN, UP], [TABLE]),
         (10**9, {"clipping": "tensor", "max_grad_norm": 0.1}, [], [DOWN, UP, TABLE]),
     ],
 )
-def test_gradients_of_one_tile_are_quantized_by_the_step(
+def test_gradients_are_quantized_by_the_step(
     monkeypatch, tile_elements, settings, at_once, in_turn
 ):
     monkeypatch.setattr(weight_module, "TILE_ELEMENTS", tile_elements)
@@ -138,6 +139,25 @@ def test_gradients_of_one_tile_are_quantized_by_the_step(
     assert quantized == in_turn
 
 
+@pytest.mark.parametrize("momentum_bits", [8, 4])
+def test_weights_of_several_tiles_get_the_bits_of_the_stack(monkeypatch, momentum_bits):
+    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", 22 * 30)
+    tiled = train("release", momentum_bits=momentum_bits)
+    stack = train("stack", momentum_bits=momentum_bits)
+    assert_same_bits(everything(*tiled), everything(*stack))
+
+
+def test_the_logits_gradient_of_a_tied_head_is_not_kept_for_the_table():
+    """Deferred, the gradient of a head would keep what it is made of until that of the table."""
+    model = network()
+    make_optimizer(model, "release")
+    logits = model(batches(1)[0])
+    assert not logits.grad_fn.defers_gradient
+    untied = network(is_tied=False)
+    make_optimizer(untied, "release")
+    assert untied(batches(1)[0]).grad_fn.defers_gradient
+
+
 def test_gradients_that_wait_are_int8():
     model = network()
     optimizer = make_optimizer(model, "release")
@@ -146,7 +166,7 @@ def test_gradients_that_wait_are_int8():
 
     waiting = [p.grad for p in model.parameters() if isinstance(p, QFTWeight)]
     assert len(waiting) == 3
-    assert all(gradient.floats is None for gradient in waiting)
+    assert all(gradient.tiles is None for gradient in waiting)
 
 
 def test_who_does_not_release_gets_int8():
@@ -157,7 +177,7 @@ def test_who_does_not_release_gets_int8():
 
     loss_of(model, batches(1)[0]).backward()
 
-    assert model.up.weight.grad.floats is None
+    assert model.up.weight.grad.tiles is None
     assert len(optimizer._stack) == len(list(model.parameters()))
 
 
@@ -173,9 +193,10 @@ def live_elements(monkeypatch) -> list[int]:
         alive: dict[int, int] = {}  # by memory: one gradient is several objects to autograd
         for found in gc.get_objects():
             if type(found) is Int8Gradient and not any(found is other for other in others):
-                stored = found.floats if found.floats is not None else vars(found).get("codes")
-                if stored is not None:
-                    alive[stored.data_ptr()] = stored.numel()
+                if found.tiles is not None:  # as large as it will be once it is made
+                    alive[id(found.tiles)] = found.numel()
+                elif (codes := vars(found).get("codes")) is not None:
+                    alive[codes.data_ptr()] = codes.numel()
         seen.append(sum(alive.values()))
 
     make, defer = Int8Gradient.__init__, Int8Gradient.deferred
@@ -298,7 +319,9 @@ def test_clipping_holds_where_hooks_were_lost(clipping):
     assert_same_bits(*states)
 
 
-def test_tensor_and_previous_clipping_follow_their_definition():
+@pytest.mark.parametrize("tile_elements", [10**9, 22 * 30])
+def test_tensor_and_previous_clipping_follow_their_definition(monkeypatch, tile_elements):
+    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", tile_elements)
     ids = batches(2)
     for clipping in ("tensor", "previous"):
         model = network()
@@ -404,14 +427,43 @@ def test_a_checkpoint_is_a_way_out_of_a_failed_backward_pass():
     assert_same_bits([*straight.state_dict().values()], [*model.state_dict().values()])
 
 
-def test_a_nonfinite_gradient_says_what_was_updated():
+@pytest.mark.parametrize("settings", [{}, {"clipping": "previous", "max_grad_norm": 1.0}], ids=str)
+def test_a_loss_that_is_not_finite_changes_nothing_and_the_step_says_so(settings):
     model = network()
-    optimizer = make_optimizer(model, "release")
-    with torch.no_grad():
-        model.up.bias.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="weights were updated in this step"):
-        loss_of(model, batches(1)[0]).backward()
-    assert optimizer.state.keys().isdisjoint({model.up.weight, model.embed.weight})
+    optimizer = make_optimizer(model, "release", **settings)
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    before = copy.deepcopy(everything(model, optimizer))
+    (loss_of(model, batches(1)[0]) * float("nan")).backward(
+        inputs=[p for p in model.parameters() if p is not model.embed.weight]  # which is INT8
+    )
+    with pytest.raises(FloatingPointError, match=r"rows whose gradient is not finite.*Reload"):
+        optimizer.step()
+    assert_same_bits(before, everything(model, optimizer))
+    optimizer.zero_grad()
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("settings", [{}, {"clipping": "tensor", "max_grad_norm": 1.0}], ids=str)
+def test_an_int8_gradient_that_is_not_finite_is_not_used(settings):
+    model = network()
+    optimizer = make_optimizer(model, "release", **settings)
+    with pytest.raises(FloatingPointError, match=r"Reload a checkpoint, or call optimizer\.zero"):
+        (loss_of(model, batches(1)[0]) * float("inf")).backward()
+    assert model.embed.weight not in optimizer.state
+
+
+def test_a_measured_norm_that_is_not_finite_is_refused_before_anything_is_updated():
+    model = network()
+    optimizer = make_optimizer(model, "release", clipping="exact", max_grad_norm=1.0)
+    with (
+        pytest.raises(FloatingPointError, match="nothing was updated"),
+        optimizer.measure_norm(),
+    ):
+        (loss_of(model, batches(1)[0]) * float("nan")).backward()
+    assert not optimizer.state
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_nonfinite_gradient_that_was_kept_says_that_others_were_updated():
@@ -422,7 +474,7 @@ def test_a_nonfinite_gradient_that_was_kept_says_that_others_were_updated():
     model.up.weight.grad.scales[0] = float("inf")
     model.up.requires_grad_(False)  # the last micro-batch has no gradient for it
     loss_of(model, batches(1)[0]).backward()
-    with pytest.raises(FloatingPointError, match=r"after \d weights were updated"):
+    with pytest.raises(FloatingPointError, match=r"and \d weights had been handed theirs"):
         optimizer.step()
 
 
@@ -437,8 +489,11 @@ def test_a_gradient_that_is_finite_in_some_rows_says_that_these_were_updated():
         return gradient
 
     model.up.register_forward_hook(lambda module, inputs, output: Identity.apply(output, spoil))
-    with pytest.raises(FloatingPointError, match=r"rows of one more .* finite were.*Reload"):
-        loss_of(model, batches(1)[0]).backward()
+    loss_of(model, batches(1)[0]).backward(
+        inputs=[p for p in model.parameters() if p is not model.embed.weight]
+    )
+    with pytest.raises(FloatingPointError, match=r"updated but for rows .* not finite.*Reload"):
+        optimizer.step()
 
     assert optimizer.state[model.up.weight]["step"] == 1
     after = model.state_dict()["up.weight_q"]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qft_hf.quant import Int8Gradient
+from qft_hf.quant.gradient import RowTiles
 from tests.tolerances import FP32_EPS, assert_same_bits, rounding_bound
 
 
@@ -52,6 +53,12 @@ def test_rows_may_come_in_any_order_and_form(dtype):
     assert_same_bits(whole.dequantize(), (whole.codes * spread(whole).float()).to(dtype))
 
 
+def row_tiles(x: torch.Tensor, n_rows: int) -> RowTiles:
+    """Tiles of `n_rows` rows of `x`, as if they were made when they are asked for."""
+    rows = [slice(i, min(i + n_rows, len(x))) for i in range(0, len(x), n_rows)]
+    return RowTiles(lambda part: x[part], rows, shape=tuple(x.shape), device=x.device)
+
+
 @pytest.mark.parametrize(
     "use",
     [
@@ -68,19 +75,23 @@ def test_rows_may_come_in_any_order_and_form(dtype):
         lambda g: g.zero_(),
     ],
 )
-def test_a_deferred_gradient_is_quantized_when_it_is_used(use):
+@pytest.mark.parametrize("n_rows", [7, 3])
+def test_a_deferred_gradient_is_made_and_quantized_when_it_is_used(use, n_rows):
     x = random(dtype=torch.bfloat16)
     eager = gradient_of(x)
-    deferred = Int8Gradient.deferred(x, dtype=torch.bfloat16)
+    tiles = row_tiles(x, n_rows)
+    deferred = Int8Gradient.deferred(tiles, dtype=torch.bfloat16)
     alias = deferred.detach()
-    assert deferred.floats is x
-    assert alias.floats is x
+    assert deferred.tiles is tiles
+    assert alias.tiles is tiles
     assert (deferred.shape, deferred.dtype, deferred.device) == (x.shape, x.dtype, x.device)
 
     found, expected = use(deferred), use(eager)
 
-    assert deferred.floats is None
-    assert alias.floats is None
+    assert deferred.tiles is None
+    assert alias.tiles is None
+    with pytest.raises(RuntimeError, match="use its codes and scales"):
+        next(iter(tiles))
     assert_same_bits(deferred.codes, eager.codes)
     assert_same_bits(deferred.scales, eager.scales)
     assert alias.codes is deferred.codes  # as aliases of one tensor share its memory
@@ -92,8 +103,9 @@ def test_a_deferred_gradient_is_quantized_when_it_is_used(use):
 
 
 def test_a_gradient_has_no_other_attributes():
+    deferred = Int8Gradient.deferred(row_tiles(random(), 7), dtype=torch.float32)
     with pytest.raises(AttributeError, match="has no attribute 'outlier_values'"):
-        Int8Gradient.deferred(random(), dtype=torch.float32).outlier_values  # noqa: B018
+        deferred.outlier_values  # noqa: B018
 
 
 def test_add_in_place_and_out_of_place_agree():

@@ -31,7 +31,7 @@ def _lion_rows(
     codes, scales, outlier_values, outlier_columns, momentum_codes, momentum_scales,
     gradient_codes, gradient_scales, start, stop, group_size, state_group_size, is_packed,
     lr, shrink, beta1, one_minus_beta1, beta2, one_minus_beta2, gradient_sign,
-    stochastic, seed, step, stream,
+    stochastic, seed, step, stream, first_row,
 ):  # fmt: skip
     columns = codes.shape[1]
     row_direction = np.empty(columns, np.float32)
@@ -75,13 +75,13 @@ def _lion_rows(
                     momentum_code[j] = np.int8(min(max(value, -_QMAX), _QMAX))
         if is_packed:
             if stochastic:
-                random_row(words, row, seed, step, stream, _MOMENTUM)
+                random_row(words, first_row + row, seed, step, stream, _MOMENTUM)
                 nibble_uniforms(words, uniforms)
             row_momentum[columns] = _ZERO
             round_to_nibbles(row_momentum, uniforms, momentum_codes[row], momentum_scales[row])
         step_weight_row(
             row, codes, scales, outlier_values, outlier_columns, row_direction, buffers,
-            group_size, lr, shrink, stochastic, seed, step, stream,
+            group_size, lr, shrink, stochastic, seed, step, stream, first_row,
         )  # fmt: skip
 
 
@@ -100,6 +100,7 @@ def lion_step_(
     seed: int,
     step: int,
     stream: int,
+    first_row: int = 0,
 ) -> None:
     arrays = [tensor.numpy() for tensor in (codes, scales, *state)]
     numbers = (
@@ -117,6 +118,7 @@ def lion_step_(
         np.uint64(seed),
         np.uint64(step),
         np.uint64(stream),
+        first_row,
     )
     for_each_row_range(
         lambda start, stop: _lion_rows(*arrays, start, stop, *numbers),

@@ -10,7 +10,7 @@ from .philox import philox
 
 _f32, _i32 = np.float32, np.int32
 _WEIGHT = np.uint64(WEIGHT)
-_ZERO = _f32(0.0)
+_ZERO, _INFINITY = _f32(0.0), _f32(np.inf)
 _HIGH_HALF = _i32(-65536)  # the half of FP32's bits that BF16 keeps
 
 
@@ -26,6 +26,8 @@ def _lion_elements(
 ):  # fmt: skip
     for i in range(values.shape[0]):
         g = gradient[i] * gradient_sign
+        if not abs(g) < _INFINITY:
+            continue
         c = momentum[i] * beta1 + g * one_minus_beta1
         direction = _f32(c > _ZERO) - _f32(c < _ZERO)
         momentum[i] = momentum[i] * beta2 + g * one_minus_beta2

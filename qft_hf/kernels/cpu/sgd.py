@@ -28,7 +28,7 @@ def _sgd_rows(
                 gradient[j] = _f32(code[j]) * scale
         step_weight_row(
             row, codes, scales, outlier_values, outlier_columns, row_gradient, buffers,
-            group_size, lr, shrink, stochastic, seed, step, stream,
+            group_size, lr, shrink, stochastic, seed, step, stream, 0,
         )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def weight_buffers(columns):
 @njit(inline="always")
 def step_weight_row(
     row, codes, scales, outlier_values, outlier_columns, row_direction, buffers,
-    group_size, lr, shrink, stochastic, seed, step, stream,
+    group_size, lr, shrink, stochastic, seed, step, stream, first_row,
 ):  # fmt: skip
     # Loops run from zero over slices: LLVM then sees no negative index and vectorizes them.
     row_decrease, row_target, row_uniform, words = buffers
@@ -46,7 +46,7 @@ def step_weight_row(
         outlier_values[row, k] = value - change
 
     if stochastic:
-        random_row(words, row, seed, step, stream, _WEIGHT)
+        random_row(words, first_row + row, seed, step, stream, _WEIGHT)
         words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
         for quad in range(words.shape[1]):
             row_uniform[LANES * quad] = weight_uniform(words0[quad])

@@ -12,7 +12,10 @@ from .weight import row_chunks, step_weight_
 
 
 def lion_step_(codes: Tensor, *state: Tensor, **arguments: Any) -> None:
-    """See `qft_hf.kernels.lion.lion_step_`. Rows are independent and go in chunks."""
+    """See `qft_hf.kernels.lion.lion_step_`. Rows are independent and go in chunks.
+
+    `first_row`, where given, is the number of the first row in the counter of random numbers.
+    """
     for rows in row_chunks(codes):
         _lion_rows_(codes, *state, rows=rows, **arguments)
 
@@ -36,9 +39,11 @@ def _lion_rows_(
     seed: int,
     step: int,
     stream: int,
+    first_row: int = 0,
     **arguments: Any,
 ) -> None:
     counter = {"seed": seed, "step": step, "stream": stream}
+    counted = slice(first_row + rows.start, first_row + rows.stop)
     is_packed = momentum_codes.dtype == torch.uint8
     gradient = dequantize(gradient_codes[rows], gradient_scales[rows], state_group_size)
     if maximize:
@@ -54,12 +59,12 @@ def _lion_rows_(
         words = None
         if stochastic:
             words = random_words(
-                rows, stored[0].shape[1], **counter, purpose=MOMENTUM, device=codes.device
+                counted, stored[0].shape[1], **counter, purpose=MOMENTUM, device=codes.device
             )
         momentum_codes[rows], momentum_scales[rows] = round_to_nibbles(momentum, words)
     else:
         momentum_codes[rows], momentum_scales[rows] = quantize(momentum, state_group_size)
     step_weight_(
         codes, scales, outlier_values, outlier_columns, direction,
-        rows=rows, stochastic=stochastic, **counter, **arguments,
+        rows=rows, counted=counted, stochastic=stochastic, **counter, **arguments,
     )  # fmt: skip

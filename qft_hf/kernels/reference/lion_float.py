@@ -41,10 +41,13 @@ def _lion_step_(
 ) -> None:
     gradient = gradient.float().neg() if maximize else gradient.float()
     direction = (momentum * beta1).add_(gradient * (1 - beta1)).sign_()
-    momentum.mul_(beta2).add_(gradient * (1 - beta2))
+    new_momentum = (momentum * beta2).add_(gradient * (1 - beta2))
+    is_finite = gradient.isfinite()
+    momentum.copy_(torch.where(is_finite, new_momentum, momentum))
     step_float_(
         parameter,
         direction,
+        is_finite,
         lr=lr,
         weight_decay=weight_decay,
         stochastic=stochastic,
@@ -57,6 +60,7 @@ def _lion_step_(
 def step_float_(
     parameter: Tensor,
     direction: Tensor,
+    is_finite: Tensor,
     *,
     lr: float,
     weight_decay: float,
@@ -65,7 +69,7 @@ def step_float_(
     step: int,
     stream: int,
 ) -> None:
-    """`w <- w - lr * (direction + weight_decay * w)`, rounded stochastically to BF16."""
+    """`w <- w - lr * (direction + weight_decay * w)` where `is_finite`, stochastically to BF16."""
     value = parameter.float()
     change = (value * (lr * weight_decay)).add_(direction * lr)
     value = value - change
@@ -81,7 +85,7 @@ def step_float_(
         value = _round_to_bfloat16(value, words)
         # An element that no update touched keeps its bits, whatever the random number.
         value = torch.where(change == 0, parameter.float(), value)
-    parameter.copy_(value)
+    parameter.copy_(torch.where(is_finite, value, parameter.float()))
 
 
 def _round_to_bfloat16(value: Tensor, words: Tensor) -> Tensor:

@@ -18,12 +18,14 @@ def composed(
     """The operator, made of three others of a backend."""
 
     def quantize_and_lion_step_(
-        *tensors: Tensor, state_group_size: int, **arguments: Any
+        *tensors: Tensor, state_group_size: int, factor: Tensor | None = None, **arguments: Any
     ) -> Tensor:
         """See `qft_hf.kernels.quantize_and_lion.quantize_and_lion_step_`."""
         *state, gradient = tensors
         codes, scales = quantize(gradient, state_group_size)
         norm = squared_norm(codes, scales, state_group_size)
+        if factor is not None:
+            scales *= factor
         finite = scales.isfinite().all(dim=1)
         kept = [] if bool(finite.all()) else [tensor[~finite] for tensor in state]
         if kept:  # rows that must stay as they are: they step with zeros and are put back

@@ -24,4 +24,6 @@ def sgd_step_(
     weight = codes, scales, outlier_values, outlier_columns
     for rows in row_chunks(codes):
         gradient = dequantize(gradient_codes[rows], gradient_scales[rows], state_group_size)
-        step_weight_(*weight, gradient.neg_() if maximize else gradient, rows=rows, **arguments)
+        step_weight_(
+            *weight, gradient.neg_() if maximize else gradient, rows=rows, counted=rows, **arguments
+        )

@@ -21,4 +21,5 @@ def sgd_step_floats_(
         parameters, gradients, steps, streams, strict=True
     ):
         direction = gradient.float().neg() if maximize else gradient.float()
-        step_float_(parameter, direction, step=step, stream=stream, **arguments)
+        is_finite = direction.isfinite()
+        step_float_(parameter, direction, is_finite, step=step, stream=stream, **arguments)

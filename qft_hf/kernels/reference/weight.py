@@ -38,6 +38,7 @@ def step_weight_(
     direction: Tensor,
     *,
     rows: slice,
+    counted: slice,
     group_size: int | None,
     lr: float,
     weight_decay: float,
@@ -46,7 +47,10 @@ def step_weight_(
     step: int,
     stream: int,
 ) -> None:
-    """`w <- SR(w - lr * (direction + weight_decay * w))` in some rows; `direction` is consumed."""
+    """`w <- SR(w - lr * (direction + weight_decay * w))` in some rows; `direction` is consumed.
+
+    `counted` are the numbers of the rows in the counter of random numbers.
+    """
     columns = codes.shape[1]
     shrink = lr * weight_decay
 
@@ -66,7 +70,7 @@ def step_weight_(
 
     if stochastic:
         words = random_words(
-            rows, columns, seed=seed, step=step, stream=stream, device=codes.device
+            counted, columns, seed=seed, step=step, stream=stream, device=codes.device
         )
         uniform = weight_uniform(words)
     else:

@@ -265,7 +265,7 @@ def _update_momentum(
         tl.store(momentum_scales_ptr + group, scale, mask=group < N_GROUPS)
 
 
-@triton.jit(do_not_specialize=["seed", "step", "stream"])
+@triton.jit(do_not_specialize=["seed", "step", "stream", "first_row"])
 def _lion_kernel(
     codes_ptr,  # [rows, COLUMNS] int8, modified
     scales_ptr,  # [rows, N_GROUPS] fp32, modified
@@ -276,6 +276,7 @@ def _lion_kernel(
     gradient_codes_ptr,  # [rows, COLUMNS] int8; or the gradient itself in fp32, bf16 or fp16
     gradient_scales_ptr,  # [rows, N_STATE_GROUPS] fp32; written if the gradient is float
     sums_ptr,  # [rows, N_STATE_GROUPS] fp64: of squared gradient codes, written if it is float
+    factor_ptr,  # one fp32, of the gradient; or None
     lr,
     shrink,  # lr * weight_decay
     beta1,
@@ -286,6 +287,7 @@ def _lion_kernel(
     seed,
     step,
     stream,
+    first_row,  # number of row 0 in the counter of random numbers
     STOCHASTIC: tl.constexpr,
     N_OUTLIERS: tl.constexpr,
     OUTLIER_TILE: tl.constexpr,
@@ -322,16 +324,20 @@ def _lion_kernel(
     scales_ptr += row * N_GROUPS
     momentum_scales_ptr += row * N_MOMENTUM_GROUPS
     gradient_scales_ptr += row * N_STATE_GROUPS
+    sums_ptr += row * N_STATE_GROUPS
     outlier_values_ptr += row * N_OUTLIERS
     outlier_columns_ptr += row * N_OUTLIERS
+    row += first_row
     first_counter = row * ((COLUMNS + 3) // 4)  # four columns share a counter
 
     if gradient_codes_ptr.dtype.element_ty != tl.int8:
         largest = _quantize_gradient(
-            gradient_codes_ptr, gradient_scales_ptr, sums_ptr + row * N_STATE_GROUPS,
+            gradient_codes_ptr, gradient_scales_ptr, sums_ptr,
             COLUMNS, STATE_GROUP, N_STATE_GROUPS, STATE_UNIT, STATE_UNITS, STATE_GROUPS,
             STATE_GROUP_TILES, STATE_UNIT_TILES,
         )  # fmt: skip
+        if factor_ptr is not None:
+            gradient_sign *= tl.load(factor_ptr)
         if largest >= INFINITY:  # NaN too: this row stays as it is, and the norm tells
             return
         tl.debug_barrier()  # every thread reads scales that others have written
@@ -479,7 +485,9 @@ def launch(
     seed: int,
     step: int,
     stream: int,
+    first_row: int = 0,
     sums: Tensor,
+    factor: Tensor | None = None,
 ) -> None:
     """Run the kernel on its tensors, in its order."""
     rows, columns = codes.shape
@@ -489,9 +497,9 @@ def launch(
     )
     with torch.cuda.device_of(codes):
         _lion_kernel[(rows,)](
-            codes, *tensors, sums,
+            codes, *tensors, sums, factor,
             lr, lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
-            -1.0 if maximize else 1.0, seed, step, stream,
+            -1.0 if maximize else 1.0, seed, step, stream, first_row,
             STOCHASTIC=stochastic, **constants, num_warps=n_warps, enable_fp_fusion=False,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .numerics import random_words, sign
+from .numerics import INFINITY, magnitude_bits, random_words, sign
 
 BLOCK = 1024
 N_WARPS = 4
@@ -52,6 +52,7 @@ def _lion_floats_kernel(
     index = start[:, None] + tl.arange(0, BLOCK)[None, :]
     mask = index < n
     g = tl.load(gradient_ptr + index, mask=mask, other=0.0).to(tl.float32) * gradient_sign
+    mask &= magnitude_bits(g) < INFINITY  # NaN is not: such elements stay
     old = tl.load(parameter_ptr + index, mask=mask, other=0.0).to(tl.float32)
     if HAS_MOMENTUM:
         m = tl.load(momentum_ptr + index, mask=mask, other=0.0)
