@@ -7,7 +7,7 @@ Every way has the same model and the same batch, and all take turns: one step of
 round, so that what else the machine does falls on all alike. Reported are forward, backward and
 optimizer step of the step of median length, and the whole against AdamW. Absolute times mean
 little on a machine that others use; the ratios hold for this device only. Writes `figures.json`,
-`table.md` and `steps.png`.
+`table.md` and, where matplotlib is installed, `steps.png`.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from statistics import median
 
 import torch
 from benchmark_step import SMOLLM2_135M
-from matplotlib.figure import Figure
 from profile_memory import CONFIGS
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -186,6 +185,8 @@ def draw(figures: dict[str, dict[str, float]], path: Path, *, title: str) -> Non
 
     Bars of more than four times the median are cut; their numbers say how long they are.
     """
+    from matplotlib.figure import Figure  # the only need for it; GPU machines may lack it
+
     figure = Figure(figsize=(8, 1.2 + 0.5 * len(figures)), layout="constrained")
     axes = figure.add_subplot()
     names = list(figures)[::-1]
@@ -267,7 +268,10 @@ def main() -> None:
     (options.output / "figures.json").write_text(json.dumps(result, indent=2) + "\n")
     text = f"{title}\n\n{table(figures)}\n"
     (options.output / "table.md").write_text(text)
-    draw(figures, options.output / "steps.png", title=title)
+    if importlib.util.find_spec("matplotlib"):
+        draw(figures, options.output / "steps.png", title=title)
+    else:
+        print("matplotlib is not installed and there is no picture: pip install matplotlib")
     print(f"\n{text}\nwritten to {options.output}")
 
 

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: bits, memory errors, kernel speed, the 7B run.
+"""Everything that needs a GPU, in one command: bits, memory errors, speed, the 7B run.
 
 Runs from a checkout with torch, triton, transformers and accelerate; pytest and compute-sanitizer
 are used where they are, and nothing is installed. Each part has its own time limit, nine minutes
@@ -203,6 +203,17 @@ def markdown(report: dict[str, Any]) -> str:
                     f"{f'{predicted / 1e9:.2f}' if predicted else ''} | "
                     f"{row['tokens_per_second']:.0f} |"
                 )
+    if report["training"]:
+        seconds = report["training"]["median_seconds"]
+        base = seconds.get("bf16 autocast AdamW")
+        lines += ["", f"A training step, {report['training']['layers']} layers; milliseconds.", ""]
+        lines += ["| way | forward | backward | step | whole | of bf16 AdamW |", "|---" * 6 + "|"]
+        for name, way in seconds.items():
+            cells = [
+                f"{1e3 * way[phase]:.0f}" for phase in ("forward", "backward", "step", "whole")
+            ]
+            cells.append(f"{way['whole'] / base['whole']:.2f}" if base else "")
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -222,7 +233,8 @@ def main() -> None:
     interpreted = {**environment, "TRITON_INTERPRET": "1"}
     stop = time.monotonic() + TOTAL_SECONDS
     kernels_json, memory_json = output / "kernels.json", output / "memory.json"
-    for path in (kernels_json, memory_json):
+    training_json = output / "training" / "figures.json"
+    for path in (kernels_json, memory_json, training_json):
         path.unlink(missing_ok=True)
 
     def left(limit: float) -> float:
@@ -234,7 +246,7 @@ def main() -> None:
         parts["bits"] = run(
             "bit equality with the reference",
             [python, "-m", "pytest", "-q", "tests/kernels/test_triton.py", *selection],
-            limit=left(200),
+            limit=left(150),
             environment=environment if real else interpreted,
         )
     else:
@@ -244,7 +256,7 @@ def main() -> None:
         parts["memory errors"] = run(
             "compute-sanitizer",
             [sanitizer, "--error-exitcode", "1", python, "-c", SANITIZED, "cuda"],
-            limit=left(90),
+            limit=left(60),
             environment=environment,
         )
     elif not real:
@@ -261,23 +273,34 @@ def main() -> None:
     parts["kernel speed"] = run(
         "kernel benchmark",
         [python, "scripts/benchmark_kernels.py", *device, *small, "--json", str(kernels_json)],
-        limit=left(100),
+        limit=left(90),
         environment=environment,
     )
     size = ["--config", "llama2-7b"] if real else ["--config", "tiny", "--sequence-lengths", "32"]
-    size.append("--compare")
+    size += ["--compare", "--matmul", "dequantize", "int8"]
     parts["memory"] = run(
-        "training steps",
+        "memory of training steps",
         [python, "scripts/profile_memory.py", *device, *size, "--json", str(memory_json)],
-        limit=left(240),
+        limit=left(200),
         environment=environment,
     )
+    size = ["--config", "llama-1b", "--batch", "2", "--sequence", "2048"]
+    if not real:
+        size = ["--config", "tiny", "--batch", "1", "--sequence", "32", "--steps", "1"]
+    parts["training speed"] = run(
+        "time of training steps beside AdamW and torchao",
+        [python, "scripts/benchmark_training.py", *device, *size, "--only", "bf16", "QFT",
+         "torchao", "--output", str(training_json.parent)],
+        limit=left(100),
+        environment=environment,
+    )  # fmt: skip
 
     report = {
         "machine": machine(options.device),
         "parts": parts,
         "kernels": read(kernels_json),
         "memory": read(memory_json),
+        "training": read(training_json),
     }
     (output / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")
     (output / "gpu_check.md").write_text(markdown(report))

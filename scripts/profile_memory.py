@@ -24,6 +24,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, chunk_loss_, estimate_memory, memory_ledger
+from qft_hf.config import MATMULS
 from qft_hf.nn.convert import prepare_modules_
 
 ARCHITECTURES = Path(__file__).resolve().parent.parent / "configs" / "architectures"
@@ -71,15 +72,14 @@ def random_weight(rows: int, columns: int, spec: QFTConfig, device: torch.device
     return weight
 
 
-def build(config: LlamaConfig, device: torch.device, *, quantized: bool) -> LlamaForCausalLM:
-    """The model on `device`, with INT8 or bf16 weights, ready to train."""
+def build(config: LlamaConfig, device: torch.device, spec: QFTConfig | None) -> LlamaForCausalLM:
+    """The model on `device`, with INT8 weights as `spec` has them, or bf16; ready to train."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    spec = QFTConfig()
-    weights = prepare_modules_(model, spec).modules if quantized else {}
-    for module in weights.values():
-        weight = random_weight(*module.weight.shape, spec, device)
-        module.weight = nn.Parameter(weight)
+    if spec is not None:
+        for module in prepare_modules_(model, spec).modules.values():
+            weight = random_weight(*module.weight.shape, spec, device)
+            module.weight = nn.Parameter(weight)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
@@ -151,6 +151,7 @@ def train_steps(
 def profile(
     config: LlamaConfig,
     gradient: str | None,
+    spec: QFTConfig | None,
     *,
     device: torch.device,
     lengths: list[int],
@@ -162,6 +163,7 @@ def profile(
     Args:
         config: Of the model.
         gradient: `"stack"` or `"release"` for INT8; None for bf16 AdamW.
+        spec: Of INT8 weights; None for bf16.
         device: Where it trains.
         lengths: Tokens of one step.
         n_steps: Steps at each length.
@@ -171,7 +173,7 @@ def profile(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     reset_peak(device)
-    model = build(config, device, quantized=gradient is not None)
+    model = build(config, device, spec)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     figures: dict[str, Any] = {
         "layers": config.num_hidden_layers,
@@ -192,7 +194,11 @@ def profile(
         row["peak_bytes"]["all"] = max(row["peak_bytes"].values())
         if gradient is not None:
             row["predicted_bytes"] = estimate_memory(
-                config, gradient=gradient, sequence_length=length, chunked_loss=chunked_loss
+                config,
+                config=spec,
+                gradient=gradient,
+                sequence_length=length,
+                chunked_loss=chunked_loss,
             ).total_bytes
         figures["sequence_lengths"][str(length)] = row
     return figures
@@ -218,7 +224,7 @@ def print_rows(name: str, figures: dict[str, Any]) -> None:
         predicted = row.get("predicted_bytes")
         shown = f"{predicted / 1e9:>11.2f}" if predicted else f"{'-':>11}"
         print(
-            f"{name:<14}{figures['layers']:>7}{length:>8}{figures['load_peak_bytes'] / 1e9:>8.2f}"
+            f"{name:<20}{figures['layers']:>7}{length:>8}{figures['load_peak_bytes'] / 1e9:>8.2f}"
             f"{peaks['forward'] / 1e9:>9.2f}{peaks['backward'] / 1e9:>10.2f}"
             f"{peaks['step'] / 1e9:>7.2f}{row['ledger_bytes'] / 1e9:>8.2f}{shown}"
             f"{row['tokens_per_second']:>10.0f}",
@@ -237,6 +243,7 @@ def main() -> None:
     parser.add_argument(
         "--gradient", choices=("stack", "release"), nargs="+", default=["stack", "release"]
     )
+    parser.add_argument("--matmul", choices=MATMULS, nargs="+", default=["dequantize"])
     parser.add_argument("--full-logits", action="store_true", help="no chunked loss")
     parser.add_argument(
         "--compare", action="store_true", help="also bf16 AdamW, both at the layers that fit it"
@@ -252,23 +259,27 @@ def main() -> None:
     }
 
     print(
-        f"{'GB':<14}{'layers':>7}{'tokens':>8}{'load':>8}{'forward':>9}{'backward':>10}{'step':>7}"
+        f"{'GB':<20}{'layers':>7}{'tokens':>8}{'load':>8}{'forward':>9}{'backward':>10}{'step':>7}"
         f"{'ledger':>8}{'predicted':>11}{'tokens/s':>10}"
     )
     config = config_of(options.config, options.layers)
     runs: dict[str, Any] = {}
 
-    def run(name: str, config: LlamaConfig, gradient: str | None) -> None:
-        runs[name] = profile(config, gradient, **arguments)
+    def run(name: str, config: LlamaConfig, gradient: str | None, matmul: str = "") -> None:
+        name += ", int8" if matmul == "int8" else ""
+        spec = QFTConfig(matmul=matmul) if matmul else None
+        runs[name] = profile(config, gradient, spec, **arguments)
         print_rows(name, runs[name])
 
-    for gradient in options.gradient:
-        run(f"QFT {gradient}", config, gradient)
+    for matmul in options.matmul:
+        for gradient in options.gradient:
+            run(f"QFT {gradient}", config, gradient, matmul)
     if options.compare:
         smaller = config_of(options.config, layers_that_fit(config, device))
         run("AdamW bf16", smaller, None)
         if smaller.num_hidden_layers != config.num_hidden_layers:
-            run("QFT same size", smaller, "stack")
+            for matmul in options.matmul:
+                run("QFT same size", smaller, "stack", matmul)
     if options.json:
         figures = {"config": options.config, "runs": runs}
         options.json.write_text(json.dumps(figures, indent=2) + "\n")

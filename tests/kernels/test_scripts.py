@@ -26,10 +26,15 @@ def load(name: str) -> ModuleType:
 def memory_figures():
     script = load("profile_memory")
     config = script.config_of("tiny", None)
-    arguments = {"device": CPU, "lengths": [16, 24], "n_steps": 2, "chunked_loss": True}
+    arguments = {"device": CPU, "lengths": [16, 40], "n_steps": 2, "chunked_loss": True}
     runs = {
-        name: script.profile(config, gradient, **arguments)
-        for name, gradient in (("stack", "stack"), ("release", "release"), ("AdamW", None))
+        name: script.profile(config, gradient, spec, **arguments)
+        for name, gradient, spec in (
+            ("stack", "stack", script.QFTConfig()),
+            ("release", "release", script.QFTConfig()),
+            ("int8", "stack", script.QFTConfig(matmul="int8")),
+            ("AdamW", None, None),
+        )
     }
     return {"config": "tiny", "runs": runs}
 
@@ -49,15 +54,16 @@ def test_training_steps_are_profiled(memory_figures):
     ledgers = {}
     for name, figures in memory_figures["runs"].items():
         rows = figures["sequence_lengths"]
-        assert list(rows) == ["16", "24"]
+        assert list(rows) == ["16", "40"]
         for row in rows.values():
             assert row["loss"] > 0
             assert set(row["peak_bytes"]) == {"forward", "backward", "step", "all"}
             assert row["tokens_per_second"] > 0
-        ledgers[name] = rows["24"]["ledger_bytes"]
+        ledgers[name] = rows["40"]["ledger_bytes"]
     # 3.1 and 2.1 against 8 bytes per parameter, small float parts on top.
     assert ledgers["release"] < 0.75 * ledgers["stack"]
     assert ledgers["stack"] < ledgers["AdamW"] / 2
+    assert ledgers["int8"] == ledgers["stack"]
 
 
 def test_the_study_of_momentum_runs_every_kind():
@@ -131,6 +137,13 @@ def test_the_report_shows_failures_and_all_figures(memory_figures, kernel_figure
             "parts": {"x": part, "y": late},
             "kernels": kernel_figures,
             "memory": memory_figures,
+            "training": {
+                "layers": 2,
+                "median_seconds": {
+                    "bf16 autocast AdamW": {"forward": 1, "backward": 2, "step": 1, "whole": 4},
+                    "QFT, int8": {"forward": 1, "backward": 1, "step": 1, "whole": 3},
+                },
+            },
         }
     )
 
@@ -138,5 +151,6 @@ def test_the_report_shows_failures_and_all_figures(memory_figures, kernel_figure
     assert "| y | failed (124) |" in text
     assert "| lion_step_ | 6x300 |" in text
     assert "| grad_w | 6x300 |" in text
-    assert "| AdamW | 2 | 24 |" in text
+    assert "| AdamW | 2 | 40 |" in text
     assert "| torch AdamW fused, FP32 | 6x300 |" in text
+    assert "| QFT, int8 | 1000 | 1000 | 1000 | 3000 | 0.75 |" in text
