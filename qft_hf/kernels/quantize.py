@@ -64,7 +64,7 @@ def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
     Returns:
         codes: int8 `[rows, columns]` in [-127, 127].
         scales: fp32 `[rows, n_groups]` in units of `x`: `x ~= codes * scale`, with error at most
-            half a scale. 1 for a group of zeros.
+            half a scale. At least 1e-30, which is that of a group of zeros.
 
     Raises:
         TypeError: `x` is not one of the three float dtypes.

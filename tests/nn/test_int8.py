@@ -263,14 +263,13 @@ def test_backward_keeps_codes_of_the_input_and_not_the_input(products, expected)
 
 
 def test_tokens_and_weights_of_zeros_take_no_codes_from_the_others():
-    """Their scale is 1 by convention. It set that of the gradient, and nothing was left of it."""
-    weight, x, grad_y = make_weight(), randn(TOKENS, COLUMNS, seed=1), randn(TOKENS, ROWS)
+    """Folded into the gradient, a scale that is large takes the codes; theirs is the least."""
+    x, grad_y = randn(TOKENS, COLUMNS, seed=1), randn(TOKENS, ROWS)
     x *= 1e-4  # as small against 1 as real scales are
     x[4] = 0
-    with torch.no_grad():
-        weight.codes[6] = 0
-        weight.scales[6] = 1
-        weight.outlier_values[6] = 0
+    values = make_weight().dequantize()
+    values[6] = 0
+    weight = nn.Parameter(QFTWeight.from_float(values, SPEC))
 
     y, grad_x, gradient = run(weight, x, grad_y)
 

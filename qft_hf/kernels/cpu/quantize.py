@@ -25,7 +25,7 @@ def quantize_group(values, codes, bits_of_absmax):
         codes[:] = 0
         return scale
     if scale < _TINY:
-        scale = _ONE
+        scale = _TINY
     inverse = _ONE / scale
     for j in range(values.shape[0]):
         value = (values[j] * inverse + _MAGIC) - _MAGIC

@@ -24,7 +24,7 @@ def scale_of_bits(largest):
     With an inverse of 0 and values that are set to 0, codes are 0 and the scale tells the fault.
     """
     scale = largest.to(tl.float32, bitcast=True) * PER_QMAX
-    scale = tl.where(scale < TINY, 1.0, scale)  # NaN is not below anything
+    scale = tl.where(scale < TINY, TINY, scale)  # NaN is not below anything
     return scale, tl.where(largest < INFINITY, inverse_scale(scale), 0.0)
 
 
