@@ -93,13 +93,12 @@ def quantized_input(x: Tensor, *, n_critical: int) -> Input:
 
 
 def _quantize(x: Tensor, n_critical: int) -> Input:
-    rows = x.detach().reshape(-1, x.shape[-1])
+    rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
     low, high = rows.aminmax(dim=0)
     columns = torch.maximum(high, -low).topk(n_critical).indices.sort().values
-    values = rows.index_select(1, columns)
-    dense = rows.index_fill(1, columns, 0.0) if n_critical else rows.contiguous()
-    codes, scales = kernels.quantize(dense, group_size=None)
-    return Input(codes, scales, columns, values)
+    is_critical = torch.zeros_like(high, dtype=torch.bool).index_fill_(0, columns, 1)
+    codes, scales = kernels.quantize(rows, group_size=None, zero_columns=is_critical)
+    return Input(codes, scales, columns, rows.index_select(1, columns))
 
 
 def forward(

@@ -90,6 +90,24 @@ def test_quantize(shape, group_size, make_input):
     assert_same_bits(scales, expected_scales)
 
 
+@pytest.mark.parametrize("make_input", INPUTS)
+@pytest.mark.parametrize(("shape", "group_size"), CASES[::2] + LONG[:2], ids=str)
+def test_quantize_with_columns_that_count_as_zero(shape, group_size, make_input):
+    """In the first tile of a row and in others; the mask lies between values that are not 0."""
+    x = make_input(shape, group_size).to(DEVICE, DTYPES[shape[1] % 3])
+    zero_columns, _ = guarded(torch.arange(shape[1], device=DEVICE) % 6 % 4 == 0)
+    x[:, zero_columns] *= 50
+    x[0, 0], x[-1, zero_columns.nonzero()[-1]] = float("nan"), float("inf")
+
+    codes, scales = backend.quantize(x, group_size, zero_columns)
+
+    expected_codes, expected_scales = reference.quantize(x, group_size, zero_columns)
+    assert_same_bits(codes, expected_codes)
+    assert_same_bits(scales, expected_scales)
+    assert scales.isfinite().all()
+    assert (codes[:, zero_columns] == 0).all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("columns", "group_size"), [(10, 4), (10, None), (8500, None)])
 def test_quantize_keeps_what_is_not_finite_visible(columns, group_size, bad):

@@ -367,6 +367,11 @@ def test_the_largest_channels_of_the_input_stay_float():
 
     assert {7, 30, 200} < set(operand.columns.tolist())
     assert_same_bits(operand.values, x[:, operand.columns])
+    others = x.index_fill(1, operand.columns, 0.0)
+    for tensor, wanted in zip(
+        operand[:2], int8.kernels.quantize(others, group_size=None), strict=True
+    ):
+        assert_same_bits(tensor, wanted)
     ordinary = torch.tensor([c for c in range(COLUMNS) if c not in (7, 30, 200)])
     dense = weight.dequantize()
     critical = x.clone()

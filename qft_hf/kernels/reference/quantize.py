@@ -27,9 +27,13 @@ def absmax_scale(absmax: Tensor) -> Tensor:
     return (absmax * (1.0 / QMAX)).clamp_min(TINY)
 
 
-def quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, group_size: int | None, zero_columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `qft_hf.kernels.quantize.quantize`."""
     x = x.float()
+    if zero_columns is not None:
+        x = x.masked_fill(zero_columns, 0.0)
     scales = absmax_scale(group_absmax(x, group_size))
     # Division of a tensor by a tensor is IEEE division; a Python number on top may not be.
     inverse = torch.ones_like(scales) / scales
