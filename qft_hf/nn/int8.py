@@ -94,7 +94,8 @@ def quantized_input(x: Tensor, *, n_critical: int) -> Input:
 
 def _quantize(x: Tensor, n_critical: int) -> Input:
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
-    low, high = rows.aminmax(dim=0)
+    # On CPUs aminmax over rows takes six times as long as both of its halves, or more.
+    low, high = (rows.amin(0), rows.amax(0)) if rows.is_cpu else rows.aminmax(dim=0)
     columns = torch.maximum(high, -low).topk(n_critical).indices.sort().values
     is_critical = torch.zeros_like(high, dtype=torch.bool).index_fill_(0, columns, 1)
     codes, scales = kernels.quantize(rows, group_size=None, zero_columns=is_critical)
