@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..layout import GroupLayout
 from .checks import (
+    check_column_mask,
     check_group_size,
     check_matrix,
     check_outliers,
@@ -19,7 +20,9 @@ from .operators import declare
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _fake_quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+def _fake_quantize(
+    x: Tensor, group_size: int | None, zero_columns: Tensor | None
+) -> tuple[Tensor, Tensor]:
     layout = GroupLayout(x.shape[0], x.shape[1], group_size)
     scales = x.new_empty((layout.rows, layout.n_groups), dtype=torch.float32)
     return torch.empty_like(x, dtype=torch.int8), scales
@@ -39,7 +42,7 @@ def _check_dequantize(codes: Tensor, *_: Any, rows: Tensor | None, **__: Any) ->
 
 _quantize = declare(
     "quantize",
-    "(Tensor x, int? group_size) -> (Tensor codes, Tensor scales)",
+    "(Tensor x, int? group_size, Tensor? zero_columns) -> (Tensor codes, Tensor scales)",
     fake=_fake_quantize,
 )
 _dequantize = declare(
@@ -51,7 +54,9 @@ _dequantize = declare(
 )
 
 
-def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, *, group_size: int | None, zero_columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize `x` to INT8 with one absmax scale per row and group of columns.
 
     Rounds to nearest, ties to even. `x` is not modified. A group with a NaN or infinity gets a
@@ -60,15 +65,18 @@ def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
     Args:
         x: `[rows, columns]`, contiguous; fp32, bf16 or fp16. Arithmetic is fp32.
         group_size: Columns per scale; the last group of a row may be short. None: whole rows.
+        zero_columns: bool `[columns]`: True where all of a column counts as 0, whatever it holds,
+            NaN too, as if it had been filled with 0 before. None: nowhere.
 
     Returns:
         codes: int8 `[rows, columns]` in [-127, 127].
         scales: fp32 `[rows, n_groups]` in units of `x`: `x ~= codes * scale`, with error at most
-            half a scale. 1 for a group of zeros.
+            half a scale. At least 1e-30, which is that of a group of zeros.
 
     Raises:
-        TypeError: `x` is not one of the three float dtypes.
-        ValueError: `x` is not a contiguous, non-empty matrix, or `group_size` is below 1.
+        TypeError: `x` is not one of the three float dtypes, or `zero_columns` is not bool.
+        ValueError: `x` is not a contiguous, non-empty matrix, `group_size` is below 1, or
+            `zero_columns` does not fit `x`.
 
     Source:
         Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.1
@@ -76,7 +84,9 @@ def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
     """
     check_matrix("x", x, FLOATS)
     check_group_size(group_size)
-    codes, scales = _quantize(x, group_size)
+    if zero_columns is not None:
+        check_column_mask("zero_columns", zero_columns, x)
+    codes, scales = _quantize(x, group_size, zero_columns)
     return codes, scales
 
 

@@ -67,7 +67,7 @@ def quantize_gradient(
     Returns:
         rows: `(codes, scales)`, int8 `[N, R]` in [-127, 127] and fp32 `[N, 1]`, or None.
         columns: `(codes, scales)`, int8 `[R, N]` and fp32 `[R, 1]`, or None.
-            A scale is the largest magnitude over 127, 1 where all is zero. Where a value is NaN or
+            A scale is the largest magnitude over 127, and at least 1e-30. Where a value is NaN or
             infinite the scale is not finite and codes are 0.
 
     Raises:

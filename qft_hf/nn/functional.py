@@ -60,7 +60,7 @@ class _Linear(torch.autograd.Function):
         if int8_x or int8_weight:
             rows, columns = kernels.quantize_gradient(
                 grad.contiguous(),
-                int8.used_scales(weight.codes, weight.scales) if int8_x else None,
+                weight.scales if int8_x else None,
                 kept[1] if int8_weight else None,
                 seed=products.seed,
             )

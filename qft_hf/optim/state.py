@@ -28,7 +28,7 @@ def state_format(
 
 
 def initial_state(parameter: Tensor, momentum_bits: int) -> dict[str, Any]:
-    """Zero momentum; scales of zero codes are 1."""
+    """Zero momentum. Beside codes of 0 any scale does; 1 is easy to read."""
     tensors = {
         name: torch.full(
             shape, 1 if name == "momentum_scales" else 0, dtype=dtype, device=parameter.device

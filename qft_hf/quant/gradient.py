@@ -117,7 +117,7 @@ class Int8Gradient(Int8Tensor):
     def zeros(
         cls, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device | str
     ) -> Self:
-        """A gradient of zeros."""
+        """A gradient of zeros. Beside codes of 0 any finite scale does."""
         n_groups = GroupLayout(rows, columns, STATE_GROUP_SIZE).n_groups
         return cls(
             torch.zeros(rows, columns, dtype=torch.int8, device=device),

@@ -63,6 +63,23 @@ def test_quantize_and_back(backend, make_input, shape, dtype, group_size, n_thre
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make_input", INPUTS)
+@pytest.mark.parametrize("group_size", [None, 32, 100])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantize_with_columns_that_count_as_zero(
+    backend, make_input, shape, group_size, n_threads
+):
+    x = make_input(shape, group_size).to(DTYPES[shape[1] % 3])
+    zero_columns = torch.arange(shape[1]) % 6 % 4 == 0
+
+    codes, scales = backend.quantize(x, group_size, zero_columns)
+
+    expected_codes, expected_scales = reference.quantize(x, group_size, zero_columns)
+    assert_same_bits(codes, expected_codes)
+    assert_same_bits(scales, expected_scales)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("make_input", INPUTS)
 @pytest.mark.parametrize("group_size", [1, 30, 256])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_accumulate(backend, make_input, shape, group_size, n_threads):

@@ -104,6 +104,25 @@ def test_cpu_equals_reference_for_other_state_groups(state_group_size, index_dty
         assert_same_state(actual, expected)
 
 
+@pytest.mark.parametrize("momentum_bits", [8, 4])
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_rows_of_zeros_give_the_same_bits(group_size, momentum_bits):
+    """A weight of zeros, which leaves the least scale, and a momentum of zeros, which gets it."""
+    expected = make_state((4, 40), group_size=group_size, momentum_bits=momentum_bits)
+    codes, scales = reference.quantize(torch.zeros(1, 40), group_size)
+    expected.codes[1], expected.scales[1] = codes[0], scales[0]
+    expected.momentum_codes[1:] = 0
+    expected.gradient_codes[2] = 0
+    actual = expected.clone()
+
+    for step in (1, 2, 3):
+        for backend, state in ((cpu, actual), (reference, expected)):
+            run(backend, state, group_size, lr=1e-5, step=step)
+        assert_same_state(actual, expected)
+    assert (actual.scales[1] > 1e-8).all()
+    assert (actual.momentum_scales[2] == np.float32(1e-30)).all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_designed_row_gives_the_same_bits(backend):
     """Ramps in codes, momentum and gradient: reading one column or group aside shows."""

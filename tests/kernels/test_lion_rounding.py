@@ -237,21 +237,30 @@ def test_groups_of_a_row_follow_their_own_range(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_row_of_zeros_starts_to_train(backend):
-    """Its scale is 1, thousands of times too coarse; the first step finds the right one."""
-    state = make_state((4, 40), group_size=None)
-    state.codes[1] = 0
-    state.scales[1] = 1.0
+@pytest.mark.parametrize("group_size", [None, 16])
+@pytest.mark.parametrize("lr", [1e-5, 1e-2])
+def test_a_row_of_zeros_starts_to_train(lr, group_size, backend):
+    """Its scale is the least there is; the first step finds the right one."""
+    state = make_state((4, 40), group_size=group_size)
+    codes, scales = backend.quantize(torch.zeros(1, 40), group_size)
+    state.codes[1], state.scales[1] = codes[0], scales[0]
     state.momentum_codes.zero_()
     state.gradient_codes.fill_(5)
+    state.gradient_codes[:, ::3] = -5
+    state.gradient_codes[:, 1] = 0
+    sizes = {"group_size": group_size, "state_group_size": 256}
+    direction = -state.gradient_codes[1].sign().double().numpy()
 
-    step_(backend, state, lr=1e-4)
+    backend.lion_step_(*state.arguments(), **sizes, **{**ARGUMENTS, "lr": lr})
 
-    np.testing.assert_allclose(values64(state.codes, state.scales, None)[1], -1e-4, rtol=1e-6)
-    for step in range(2, 6):
-        step_(backend, state, lr=1e-4, weight_decay=0.0, step=step)
     np.testing.assert_allclose(
-        values64(state.codes, state.scales, None)[1], -5e-4, rtol=1 / 60
+        values64(state.codes, state.scales, group_size)[1], lr * direction, rtol=1e-6
+    )
+    for step in range(2, 6):
+        arguments = {**ARGUMENTS, "lr": lr, "weight_decay": 0.0, "step": step}
+        backend.lion_step_(*state.arguments(), **sizes, **arguments)
+    np.testing.assert_allclose(
+        values64(state.codes, state.scales, group_size)[1], 5 * lr * direction, rtol=1 / 60
     )  # one code at most of 60 or more
 
 

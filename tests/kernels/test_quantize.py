@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from qft_hf import kernels
+from qft_hf.kernels import cpu, reference
 from tests.kernels.states import ramp, random, spread, ties, values64
 from tests.tolerances import FP32_EPS, assert_same_bits, rounding_bound
 
@@ -12,6 +13,7 @@ SHAPES = [(1, 1), (1, 128), (3, 129), (7, 33), (5, 300)]  # short, exact, one ov
 GROUP_SIZES = [None, 1, 32, 100, 128, 1000]  # 100: no power of two; 1000: longer than any row
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INPUTS = [random, ramp, ties]
+LEAST_SCALE = float(np.float32(1e-30))
 
 
 def quantize64(x: np.ndarray, group_size: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -19,7 +21,7 @@ def quantize64(x: np.ndarray, group_size: int | None) -> tuple[np.ndarray, np.nd
     rows, columns = x.shape
     size = group_size or columns
     codes = np.zeros(x.shape)
-    scales = np.ones((rows, -(-columns // size)))
+    scales = np.full((rows, -(-columns // size)), LEAST_SCALE)
     for row in range(rows):
         for group, start in enumerate(range(0, columns, size)):
             part = x[row, start : start + size]
@@ -68,14 +70,14 @@ def test_ties_go_to_the_even_code(group_size):
 
 
 @pytest.mark.parametrize("group_size", [None, 3, 4])
-def test_a_group_of_zeros_has_scale_one_and_codes_zero(group_size):
+def test_a_group_of_zeros_has_the_least_scale_and_codes_zero(group_size):
     x = torch.zeros(3, 10)
     x[1] = 5.0  # neighbours of the zero rows must not leak into them
 
     codes, scales = kernels.quantize(x, group_size=group_size)
 
     assert (codes[[0, 2]] == 0).all()
-    assert (scales[[0, 2]] == 1).all()
+    assert (scales[[0, 2]] == LEAST_SCALE).all()
     assert (codes[1] == 127).all()
 
 
@@ -89,8 +91,55 @@ def test_tiny_and_huge_values_give_finite_results(magnitude):
     assert (scales > 0).all()
     error = np.abs(values64(codes, scales, None) - x.double().numpy())
     assert (error <= rounding_bound(x.numpy(), scales.numpy())).all()
-    # Only what FP32 could not invert counts as zero.
-    assert bool(codes.any()) == (magnitude / 127 >= 1e-30)
+    assert float(scales) == pytest.approx(max(magnitude / 127, LEAST_SCALE), rel=2 * FP32_EPS)
+    assert bool(codes.any()) == (magnitude > LEAST_SCALE / 2)
+
+
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_what_some_devices_take_for_zero_counts_as_zero(backend):
+    """Subnormal values; whether a product with one is subnormal or 0 must not show in a code."""
+    x = torch.tensor([[2.0**-127, -(2.0**-149), 0.0, -(2.0**-126)]])
+
+    codes, scales = backend.quantize(x, None)
+
+    assert (codes == 0).all()
+    assert (scales == LEAST_SCALE).all()
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_count_as_zero_whatever_they_hold(dtype, group_size):
+    """First, last, a whole group; what they hold would set every scale, or spoil it."""
+    x = random((5, 10), None).to(dtype)
+    zero_columns = torch.tensor([1, 0, 0, 0, 1, 1, 1, 1, 0, 1]).bool()
+    filled = torch.where(zero_columns, 0.0, x.float())
+    x[:, 0], x[2, 4], x[3, 9] = 1000.0, float("nan"), float("-inf")
+    before = x.clone()
+
+    codes, scales = kernels.quantize(x, group_size=group_size, zero_columns=zero_columns)
+
+    for tensor, expected in zip(
+        (codes, scales), kernels.quantize(filled, group_size=group_size), strict=True
+    ):
+        assert_same_bits(tensor, expected)
+    assert (codes[:, zero_columns] == 0).all()
+    assert (codes[:, ~zero_columns] != 0).any(dim=0).all()
+    assert_same_bits(x, before)
+
+
+@pytest.mark.parametrize(
+    ("zero_columns", "error", "match"),
+    [
+        (torch.tensor([1, 3]), TypeError, r"torch\.bool, one for each column, got torch\.int64\. "),
+        (torch.ones(3).bool(), ValueError, r"of shape \(4,\), on cpu, got shape \(3,\)"),
+        (torch.ones(1, 4).bool(), ValueError, r"got shape \(1, 4\)"),
+        (torch.ones(8).bool()[::2], ValueError, r"must be contiguous.*strides \(2,\)"),
+        (torch.ones(4, device="meta").bool(), ValueError, r"on cpu, got .* on meta"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(zero_columns, error, match):
+    with pytest.raises(error, match=match):
+        kernels.quantize(torch.ones(2, 4), group_size=None, zero_columns=zero_columns)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

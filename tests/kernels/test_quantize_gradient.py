@@ -165,7 +165,43 @@ def test_zeros_stay_zero_and_do_not_touch_their_neighbours(stochastic):
 
     for (codes, scales), values in [(rows, gradient), (columns, gradient.t())]:
         assert (codes == 127 * values).all()
-        assert (scales[(values == 0).all(dim=1)] == 1).all()
+        assert (scales[(values == 0).all(dim=1)] == np.float32(1e-30)).all()
+
+
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_what_some_devices_take_for_zero_counts_as_zero(backend):
+    """Against the least scale no random number rounds a subnormal value up or down."""
+    gradient = torch.tensor([2.0**-127, -(2.0**-149), -(2.0**-126)]).repeat(3000, 1)
+    ones = torch.ones(3, 1), torch.ones(3000, 1)
+
+    results = backend.quantize_gradient(gradient, *ones, stochastic=True, seed=SEED)
+
+    for codes, scales in (results[:2], results[2:]):
+        assert (codes == 0).all()
+        assert (scales == np.float32(1e-30)).all()
+    values = torch.tensor([2.0**-126, -(2.0**-126)]) / 1e-30
+    for word in (0, 2**32 - 1):
+        assert (stochastic_codes(values, torch.full((2,), (word >> 8) / 2**24)) == 0).all()
+        assert {_stochastic_code(value, np.uint32(word)) for value in values.numpy()} == {0}
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_factors_of_zeros_take_no_codes_from_the_others(backend, stochastic):
+    """Tokens and rows of the weight that are zeros have the least scale, and are folded with it."""
+    gradient = random((30, 40), None)
+    row_factors, column_factors = factors(40) * 1e-3, factors(30) * 1e-3
+    row_factors[::7], column_factors[::5] = 1e-30, 1e-30
+    options = {"stochastic": stochastic, "seed": SEED}
+
+    results = backend.quantize_gradient(gradient, row_factors, column_factors, **options)
+
+    zeros = row_factors.clone(), column_factors.clone()
+    zeros[0][::7], zeros[1][::5] = 0.0, 0.0
+    for tensor, wanted in zip(
+        results, backend.quantize_gradient(gradient, *zeros, **options), strict=True
+    ):
+        assert_same_bits(tensor, wanted)
 
 
 @pytest.mark.parametrize("backend", [reference, cpu])

@@ -99,6 +99,22 @@ def test_the_step_is_in_proportion_to_the_gradient_and_unbiased(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_of_zeros_starts_to_train(backend):
+    """From the least scale to that of the first step, at once."""
+    state = make_state((4, 40), group_size=None)
+    codes, scales = backend.quantize(torch.zeros(1, 40), None)
+    state.codes[1], state.scales[1] = codes[0], scales[0]
+    state.gradient_codes[1] = torch.linspace(-127, 127, 40).char()
+    step = 1e-5 * values64(state.gradient_codes, state.gradient_scales, 256)[1]
+
+    run(backend, state, None, lr=1e-5)
+
+    error = np.abs(values64(state.codes, state.scales, None)[1] + step)
+    assert (error <= stochastic_bound(state.scales[1].double().numpy())).all()
+    assert state.codes[1].abs().max() == 120
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_element_without_gradient_and_decay_keeps_its_code(backend):
     state = make_state((9, 300), group_size=40, outlier_fraction=0.02)
     state.gradient_codes[:, ::2] = 0

@@ -90,6 +90,24 @@ def test_quantize(shape, group_size, make_input):
     assert_same_bits(scales, expected_scales)
 
 
+@pytest.mark.parametrize("make_input", INPUTS)
+@pytest.mark.parametrize(("shape", "group_size"), CASES[::2] + LONG[:2], ids=str)
+def test_quantize_with_columns_that_count_as_zero(shape, group_size, make_input):
+    """In the first tile of a row and in others; the mask lies between values that are not 0."""
+    x = make_input(shape, group_size).to(DEVICE, DTYPES[shape[1] % 3])
+    zero_columns, _ = guarded(torch.arange(shape[1], device=DEVICE) % 6 % 4 == 0)
+    x[:, zero_columns] *= 50
+    x[0, 0], x[-1, zero_columns.nonzero()[-1]] = float("nan"), float("inf")
+
+    codes, scales = backend.quantize(x, group_size, zero_columns)
+
+    expected_codes, expected_scales = reference.quantize(x, group_size, zero_columns)
+    assert_same_bits(codes, expected_codes)
+    assert_same_bits(scales, expected_scales)
+    assert scales.isfinite().all()
+    assert (codes[:, zero_columns] == 0).all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("columns", "group_size"), [(10, 4), (10, None), (8500, None)])
 def test_quantize_keeps_what_is_not_finite_visible(columns, group_size, bad):
@@ -394,6 +412,24 @@ def test_lion_step_takes_any_counter(counter):
     assert_same_state(actual, expected)
 
 
+@pytest.mark.parametrize("momentum_bits", [8, 4])
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_lion_step_of_a_row_of_zeros(group_size, momentum_bits):
+    """From the least scale to that of a step of 1e-5, and momentum from nothing."""
+    expected = on_device(make_state((4, 40), group_size=group_size, momentum_bits=momentum_bits))
+    codes, scales = backend.quantize(torch.zeros(1, 40, device=DEVICE), group_size)
+    expected.codes[1], expected.scales[1] = codes[0], scales[0]
+    expected.momentum_codes[1:] = 0
+    expected.gradient_codes[2] = 0
+    actual = expected.clone()
+
+    for step in (1, 2, 3):
+        for package, state in ((backend, actual), (reference, expected)):
+            step_(package, state, group_size, lr=1e-5, step=step)
+        assert_same_state(actual, expected)
+    assert (actual.scales[1] > 1e-8).all()
+
+
 def test_lion_step_that_decays_to_nothing():
     expected = on_device(make_state((4, 40), group_size=None))
     expected.momentum_codes.zero_()
@@ -640,7 +676,8 @@ def test_quantize_gradient(shape, make_input, stochastic, buffers):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_quantize_gradient_keeps_what_is_not_finite_visible(bad):
     gradient = random((70, 90), None).to(DEVICE)
-    gradient[65, 3], gradient[2], gradient[:, 80] = bad, 0.0, 1e-35
+    gradient[65, 3], gradient[2] = bad, 0.0
+    gradient[:, 80], gradient[:, 81] = 1e-35, 1e-40  # the least scale; subnormal
     arguments = (gradient, gradient_factors(90), gradient_factors(70))
 
     for stochastic in (True, False):

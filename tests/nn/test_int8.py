@@ -263,14 +263,13 @@ def test_backward_keeps_codes_of_the_input_and_not_the_input(products, expected)
 
 
 def test_tokens_and_weights_of_zeros_take_no_codes_from_the_others():
-    """Their scale is 1 by convention. It set that of the gradient, and nothing was left of it."""
-    weight, x, grad_y = make_weight(), randn(TOKENS, COLUMNS, seed=1), randn(TOKENS, ROWS)
+    """Folded into the gradient, a scale that is large takes the codes; theirs is the least."""
+    x, grad_y = randn(TOKENS, COLUMNS, seed=1), randn(TOKENS, ROWS)
     x *= 1e-4  # as small against 1 as real scales are
     x[4] = 0
-    with torch.no_grad():
-        weight.codes[6] = 0
-        weight.scales[6] = 1
-        weight.outlier_values[6] = 0
+    values = make_weight().dequantize()
+    values[6] = 0
+    weight = nn.Parameter(QFTWeight.from_float(values, SPEC))
 
     y, grad_x, gradient = run(weight, x, grad_y)
 
@@ -368,6 +367,11 @@ def test_the_largest_channels_of_the_input_stay_float():
 
     assert {7, 30, 200} < set(operand.columns.tolist())
     assert_same_bits(operand.values, x[:, operand.columns])
+    others = x.index_fill(1, operand.columns, 0.0)
+    for tensor, wanted in zip(
+        operand[:2], int8.kernels.quantize(others, group_size=None), strict=True
+    ):
+        assert_same_bits(tensor, wanted)
     ordinary = torch.tensor([c for c in range(COLUMNS) if c not in (7, 30, 200)])
     dense = weight.dequantize()
     critical = x.clone()

@@ -95,12 +95,17 @@ def compile_lion(
 
 
 def compile_rows(kernel: Any, capability: int, columns: int, **options: Any) -> Compiled:
-    """A kernel on rows in momentum groups; `options` are further constants and types."""
+    """A kernel on rows in momentum groups; `options` are further types, which are strings, and
+    constants, of which a pointer that is None is one.
+    """
     tiles = tiling(columns, 256)
+    given = {name: type for name, type in options.items() if isinstance(type, str)}
+    constants = {name: value for name, value in options.items() if name not in given}
+    types = types_of(kernel, **given)
     return compile_kernel(
         kernel,
-        types=types_of(kernel, **{k: v for k, v in options.items() if k.endswith("_ptr")}),
-        constants={**tiles.constants(), **{k: v for k, v in options.items() if k.isupper()}},
+        types={name: type for name, type in types.items() if name not in constants},
+        constants={**tiles.constants(), **constants},
         capability=capability,
         n_warps=tiles.n_warps,
     )
@@ -194,12 +199,36 @@ def test_float_steps(dtype, has_momentum, capability):
 @pytest.mark.parametrize("columns", [4096, 11008])
 def test_gradient_kernels(columns, capability):
     for compiled in (
-        compile_rows(quantize._quantize_kernel, capability, columns, x_ptr="*bf16"),
+        compile_rows(
+            quantize._quantize_kernel, capability, columns, x_ptr="*bf16", zero_columns_ptr=None
+        ),
         compile_rows(gradient._accumulate_kernel, capability, columns),
         compile_rows(gradient._sums_of_squares_kernel, capability, columns, sums_ptr="*fp64"),
     ):
         assert_fits_registers(compiled)
         assert compiled.count(r"LDG.*\.128") >= 1
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(("dtype", "columns"), [("bf16", 4096), ("fp32", 11008)])
+def test_quantize_with_columns_that_count_as_zero(dtype, columns, capability):
+    """The mask comes in 16 bytes a thread, as the values do; the longer row goes in two passes."""
+    tiles = tiling(columns, None)
+    kernel = quantize._quantize_kernel
+
+    compiled = compile_kernel(
+        kernel,
+        types=types_of(kernel, x_ptr=f"*{dtype}", zero_columns_ptr="*i1"),
+        constants=tiles.constants(),
+        capability=capability,
+        n_warps=tiles.n_warps,
+    )
+
+    assert_fits_registers(compiled)
+    loads = 1 if columns == 4096 else 3  # of a tile: the first once, all others in both passes
+    of_one = 1 + (2 if dtype == "bf16" else 4)
+    assert compiled.count(r"LDG.*\.128") == compiled.count("LDG") == loads * of_one
+    assert compiled.count(r"STG.*\.128") == compiled.count("STG") - 1  # and the scale
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

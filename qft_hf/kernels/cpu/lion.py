@@ -67,7 +67,7 @@ def _lion_rows(
                     )
                 scale = absmax(momentum) * _PER_QMAX
                 if scale < _TINY:
-                    scale = _ONE
+                    scale = _TINY
                 momentum_scales[row, group] = scale
                 inverse = _ONE / scale
                 for j in range(last - first):

@@ -55,7 +55,7 @@ def round_to_nibbles(values, uniforms, packed, scales):
         bits = packed[first:last]
         scale = absmax(value) * _PER_TOP
         if scale < _TINY:
-            scale = _ONE
+            scale = _TINY
         scales[group] = scale
         inverse = _ONE / scale
         for k in range(last - first):

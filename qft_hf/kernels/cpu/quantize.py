@@ -11,7 +11,7 @@ from .threads import for_each_row_range
 
 _f32 = np.float32
 _MAGIC, _QMAX, _TINY, _PER_QMAX = _f32(MAGIC), _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
-_ONE = _f32(1.0)
+_ZERO, _ONE = _f32(0.0), _f32(1.0)
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # FP32 without its sign: as an integer it orders magnitudes
 _INFINITY = np.int32(0x7F800000)  # and every NaN lies above this
 
@@ -25,7 +25,7 @@ def quantize_group(values, codes, bits_of_absmax):
         codes[:] = 0
         return scale
     if scale < _TINY:
-        scale = _ONE
+        scale = _TINY
     inverse = _ONE / scale
     for j in range(values.shape[0]):
         value = (values[j] * inverse + _MAGIC) - _MAGIC
@@ -50,13 +50,20 @@ def absmax(values):
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _quantize_rows(x, codes, scales, start, stop, group_size):
+def _quantize_rows(x, is_zero, codes, scales, start, stop, group_size):
     columns = x.shape[1]
+    kept = np.empty(is_zero.shape[0], np.float32)  # a row with its zeros, if there are any
     for row in range(start, stop):
+        row_values = x[row]
+        for j in range(is_zero.shape[0]):
+            value = row_values[j]
+            kept[j] = _ZERO if is_zero[j] else value
+        if is_zero.shape[0] > 0:
+            row_values = kept
         for group in range(scales.shape[1]):
             first = group * group_size
             last = min(first + group_size, columns)
-            values = x[row, first:last]
+            values = row_values[first:last]
             largest = largest_magnitude(values.view(np.int32))
             scales[row, group] = quantize_group(values, codes[row, first:last], largest)
 
@@ -74,11 +81,14 @@ def _dequantize_rows(codes, scales, rows, x, start, stop, group_size):
                 values[j] = _f32(code[j]) * scale
 
 
-def quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, group_size: int | None, zero_columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
+    is_zero = torch.empty(0, dtype=torch.bool) if zero_columns is None else zero_columns
     codes = torch.empty(rows, columns, dtype=torch.int8)
     scales = torch.empty(rows, GroupLayout(rows, columns, group_size).n_groups)
-    arrays = [tensor.numpy() for tensor in (x.float(), codes, scales)]
+    arrays = [tensor.numpy() for tensor in (x.float(), is_zero, codes, scales)]
     size = group_size or columns
     for_each_row_range(
         lambda start, stop: _quantize_rows(*arrays, start, stop, size),

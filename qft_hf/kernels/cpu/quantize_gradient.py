@@ -55,7 +55,7 @@ def _quantize_rows(gradient, factors, codes, scales, seed, start, stop):
             scales[token] = scale
             continue
         if scale < _TINY:
-            scale = _ONE
+            scale = _TINY
         scales[token] = scale
         inverse = _ONE / scale
         base = _u64(token) * _u64(quads)

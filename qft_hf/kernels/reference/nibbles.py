@@ -35,12 +35,11 @@ def round_to_nibbles(values: Tensor, words: Tensor | None) -> tuple[Tensor, Tens
 
     Returns:
         packed: uint8 `[rows, ceil(columns / 2)]`.
-        scales: fp32 `[rows, n_groups]`; the largest magnitude of a group has the largest code. 1
-            for a group of zeros.
+        scales: fp32 `[rows, n_groups]`; the largest magnitude of a group has the largest code. At
+            least `TINY`, which is that of zeros.
     """
     columns = values.shape[1]
-    scales = group_absmax(values, NIBBLE_GROUP_SIZE) * (1.0 / TOP)
-    scales = torch.where(scales < TINY, 1.0, scales)
+    scales = (group_absmax(values, NIBBLE_GROUP_SIZE) * (1.0 / TOP)).clamp_min_(TINY)
     inverse = torch.ones_like(scales) / scales
     units = scale_groups_(values.abs(), inverse, NIBBLE_GROUP_SIZE)
     # The level below, from n * (n + 3) = units. A root that is rounded across a level changes no

@@ -10,25 +10,30 @@ from torch import Tensor
 from .groups import group_absmax, scale_groups_
 
 QMAX = 127  # symmetric: -128 is never produced, so every code can be negated
-# A smaller scale counts as zero: it could not be inverted in FP32 with margin.
+# The least scale, and that of zeros: small beside every other, and with an inverse in FP32. What is
+# subnormal, and to some devices 0, gets code 0 against it on all of them, whatever the rounding:
+# 2**-126 / TINY is less than the 2**-25 that FP32 tells from a whole number.
 TINY = 1e-30
 # Adding and subtracting 1.5 * 2**23 rounds FP32 to the nearest integer, ties to even.
 MAGIC = 12582912.0
 
 
 def absmax_scale(absmax: Tensor) -> Tensor:
-    """The scale that maps `absmax` to code 127; 1 for a group of zeros, whose codes are all 0.
+    """The scale that maps `absmax` to code 127, and at least `TINY`.
 
     Multiplies by a constant: dividing by 127 would be a reciprocal multiplication on some devices.
     A NaN or infinite absmax gives a NaN or infinite scale.
     """
-    scale = absmax * (1.0 / QMAX)
-    return torch.where(scale < TINY, 1.0, scale)
+    return (absmax * (1.0 / QMAX)).clamp_min(TINY)
 
 
-def quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, group_size: int | None, zero_columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `qft_hf.kernels.quantize.quantize`."""
     x = x.float()
+    if zero_columns is not None:
+        x = x.masked_fill(zero_columns, 0.0)
     scales = absmax_scale(group_absmax(x, group_size))
     # Division of a tensor by a tensor is IEEE division; a Python number on top may not be.
     inverse = torch.ones_like(scales) / scales

@@ -63,7 +63,7 @@ def load_nibbles(
 def nibble_scale(absmax):
     """Scale of groups with these largest magnitudes."""
     scale = absmax * PER_TOP
-    return tl.where(scale < TINY, 1.0, scale)
+    return tl.where(scale < TINY, TINY, scale)
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def quantized(values, inverse):
 def absmax_scale(absmax):
     """Twin: `absmax_scale` of the reference."""
     scale = absmax * PER_QMAX
-    return tl.where(scale < TINY, 1.0, scale)
+    return tl.where(scale < TINY, TINY, scale)
 
 
 @triton.jit

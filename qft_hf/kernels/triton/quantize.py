@@ -24,7 +24,7 @@ def scale_of_bits(largest):
     With an inverse of 0 and values that are set to 0, codes are 0 and the scale tells the fault.
     """
     scale = largest.to(tl.float32, bitcast=True) * PER_QMAX
-    scale = tl.where(scale < TINY, 1.0, scale)  # NaN is not below anything
+    scale = tl.where(scale < TINY, TINY, scale)  # NaN is not below anything
     return scale, tl.where(largest < INFINITY, inverse_scale(scale), 0.0)
 
 
@@ -39,6 +39,20 @@ def load_tile(
 
 
 @triton.jit
+def _load_kept(
+    x_ptr, zero_columns_ptr, first_group, first_unit,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """A tile with 0 in the columns that count as 0."""
+    x, column, mask = load_tile(x_ptr, first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
+    if zero_columns_ptr is not None:
+        is_zero = tl.load(zero_columns_ptr + column, mask=mask, other=0)
+        x = tl.where(is_zero, 0.0, x)
+    return x, column, mask
+
+
+@triton.jit
 def finite_codes(x, inverse):
     """Codes of `x`; 0 in a group whose inverse is 0, which is one that is not finite."""
     return quantized(tl.where(inverse > 0, x, 0.0), inverse)
@@ -47,6 +61,7 @@ def finite_codes(x, inverse):
 @triton.jit
 def _quantize_kernel(
     x_ptr,  # [rows, COLUMNS] fp32, bf16 or fp16
+    zero_columns_ptr,  # [COLUMNS] bool: columns that count as 0; or None
     codes_ptr,  # [rows, COLUMNS] int8, written
     scales_ptr,  # [rows, N_GROUPS] fp32, written
     COLUMNS: tl.constexpr,
@@ -65,20 +80,24 @@ def _quantize_kernel(
     for group_tile in range(GROUP_TILES):
         first_group = group_tile * GROUPS
         # The first tile of a group stays in registers; a long group reads its others twice.
-        x, column, mask = load_tile(x_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
+        x, column, mask = _load_kept(
+            x_ptr, zero_columns_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+        )
         largest = group_max(magnitude_bits(x), UNITS, GROUPS)
         for unit_tile in range(1, UNIT_TILES):
-            more, _, _ = load_tile(
-                x_ptr, first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
-            )
+            more, _, _ = _load_kept(
+                x_ptr, zero_columns_ptr, first_group, unit_tile * UNITS,
+                COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+            )  # fmt: skip
             largest = tl.maximum(largest, group_max(magnitude_bits(more), UNITS, GROUPS))
         scale, inverse = scale_of_bits(largest)
         inverse = over_units(inverse, UNITS, GROUPS)
         tl.store(codes_ptr + column, finite_codes(x, inverse), mask=mask)
         for unit_tile in range(1, UNIT_TILES):
-            more, column, mask = load_tile(
-                x_ptr, first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
-            )
+            more, column, mask = _load_kept(
+                x_ptr, zero_columns_ptr, first_group, unit_tile * UNITS,
+                COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+            )  # fmt: skip
             tl.store(codes_ptr + column, finite_codes(more, inverse), mask=mask)
         group = first_group + tl.arange(0, GROUPS)
         tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
@@ -138,14 +157,16 @@ def _dequantize_kernel(
             tl.store(x_ptr + column.to(tl.int32), value.to(x_ptr.dtype.element_ty), mask=mask)
 
 
-def quantize(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, group_size: int | None, zero_columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
     tiles = tiling(columns, group_size)
     codes = torch.empty_like(x, dtype=torch.int8)
     scales = x.new_empty(rows, GroupLayout(rows, columns, group_size).n_groups, dtype=torch.float32)
     with torch.cuda.device_of(x):
         _quantize_kernel[(rows,)](
-            x, codes, scales,
+            x, zero_columns, codes, scales,
             **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False,
         )  # fmt: skip
     return codes, scales
