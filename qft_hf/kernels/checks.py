@@ -188,7 +188,7 @@ def check_row_values(rows: Tensor, codes: Tensor) -> None:
 
 
 def check_outliers(values: Tensor | None, columns: Tensor | None, codes: Tensor) -> None:
-    """Raise unless `values` and `columns` hold critical values for each row of `codes`, or neither."""
+    """Raise unless `values` and `columns` hold critical values for each row, or both are None."""
     if values is None and columns is None:
         return
     if values is None or columns is None:

@@ -71,10 +71,10 @@ def test_exact_sums_have_no_order(backend, shape, dtype, group_size, outlier_fra
 @pytest.mark.parametrize("group_size", [None, 3, 32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_weight_is_that_of_dequantize(backend, dtype, group_size, index_dtype):
-    """A token with a single 1 reads a column, and a bias of minus that column leaves exactly 0.
+    """A token reads a column, and a bias of minus that column leaves exactly 0.
 
     Were elements rounded with the result alone, something would be left. Most of them are below
-    FP16's normal numbers.
+    FP16's normal numbers, and the token takes them above.
     """
     product = make_product(
         1, (9, 45), group_size, dtype=dtype, outlier_fraction=0.05, index_dtype=index_dtype
@@ -82,8 +82,8 @@ def test_the_weight_is_that_of_dequantize(backend, dtype, group_size, index_dtyp
     product.scales /= 300
     weight = product.weight(reference, dtype)
 
-    for column, token in enumerate(torch.eye(45, dtype=dtype)):
-        product.x, product.bias = token[None], -weight[:, column]
+    for column, token in enumerate(1024 * torch.eye(45, dtype=dtype)):
+        product.x, product.bias = token[None], -1024 * weight[:, column]
         assert (product.run(backend) == 0).all()
     if dtype != torch.float32:
         assert (weight != product.weight(reference, torch.float32)).any()

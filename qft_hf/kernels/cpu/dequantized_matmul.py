@@ -1,4 +1,4 @@
-"""Products with an INT8 weight in numba, row by row. Twin: `kernels/reference/dequantized_matmul.py`.
+"""Products with an INT8 weight in numba. Twin: `kernels/reference/dequantized_matmul.py`.
 
 A row of the weight is expanded where it is multiplied, in registers, or, in groups, in a buffer of
 one row: loops over short groups would spend their time on adding up vectors.
