@@ -3,7 +3,9 @@
 The reference runs the same operators in the same process, as the baseline, and other optimizers
 step on an FP32 weight of the same shape. On a GPU, times are of CUDA events around calls that do
 not fit its cache; the copy is `torch.Tensor.copy_` of as many bytes. Products of INT8 codes are
-timed beside PyTorch's: of INT8, which leaves INT32 without scales, of BF16 and of FP32. Whole
+timed beside PyTorch's: of INT8, which leaves INT32 without scales, of BF16 and of FP32. Products of
+few tokens with a weight that is expanded on the way are timed beside expanding it first and beside
+a float weight; on a GPU as a graph, because such a product takes less time than its launch. Whole
 optimizer steps beside other optimizers: `scripts/benchmark_step.py` (CPU) and
 `scripts/profile_memory.py` (GPU).
 """
@@ -11,11 +13,12 @@ optimizer steps beside other optimizers: `scripts/benchmark_step.py` (CPU) and
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peers import MakeOptimizer, float_peers
 from torch import Tensor
 
@@ -38,6 +41,8 @@ LION = {
 
 N_TOKENS = 2048  # of an embedding
 N_FLOATS = 65  # norms of a model of 32 layers
+FEW_TOKENS = (1, 4, 16)
+N_WEIGHTS = {"cuda": 8, "cpu": 1}  # multiplied in turn: together they do not fit a GPU's cache
 
 # By name: elements, bytes that must move for each, and a call of a backend.
 Operators = dict[str, tuple[int, float, Callable[[Any], object]]]
@@ -139,6 +144,13 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
             3,
             lambda backend: backend.dequantize(
                 weight.codes, weight.scales, group_size, dtype=torch.bfloat16, **outliers
+            ),
+        ),
+        "dequantized_matmul": (
+            n,
+            1,
+            lambda backend: backend.dequantized_matmul(
+                gradient_bf16[:1], weight.codes, weight.scales, group_size, bias=None, **outliers
             ),
         ),
         "accumulate_": (
@@ -250,6 +262,71 @@ def measure_product(product: Product, device: torch.device, n_calls: int) -> dic
     return figures
 
 
+def seconds_of_each(
+    call: Callable[[Any], object], weights: Sequence[Any], device: torch.device, n_calls: int
+) -> float:
+    """The time of `call(weight)`, of calls with all `weights` one after the other."""
+
+    def all_calls() -> None:
+        for weight in weights:
+            call(weight)
+
+    replay: Callable[[], object] = all_calls
+    if device.type == "cuda":
+        all_calls()
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            all_calls()
+        replay = graph.replay
+    return seconds(replay, device, n_calls) / len(weights)
+
+
+def measure_few_tokens(
+    rows: int, columns: int, group_size: int | None, device: torch.device, n_calls: int
+) -> dict[str, dict[str, float]]:
+    """Figures of products of few tokens, by number and dtype of these."""
+    generator = torch.Generator(device).manual_seed(0)
+    backend, config = backend_for(device), QFTConfig(group_size=group_size)
+    figures = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        floats = [
+            torch.randn(rows, columns, generator=generator, device=device, dtype=dtype)
+            for _ in range(N_WEIGHTS[device.type])
+        ]
+        weights = [QFTWeight.from_float(weight, config) for weight in floats]
+        for n_tokens in FEW_TOKENS:
+            x = torch.randn(n_tokens, columns, generator=generator, device=device, dtype=dtype)
+
+            def multiply(weight: QFTWeight, x: Tensor = x) -> Tensor:
+                return backend.dequantized_matmul(
+                    x,
+                    weight.codes,
+                    weight.scales,
+                    group_size,
+                    outlier_values=weight.outlier_values,
+                    outlier_columns=weight.outlier_columns,
+                    bias=None,
+                )
+
+            def expand(weight: QFTWeight, x: Tensor = x) -> Tensor:
+                return F.linear(x, weight.dequantize())
+
+            def multiply_floats(weight: Tensor, x: Tensor = x) -> Tensor:
+                return F.linear(x, weight)
+
+            own = seconds_of_each(multiply, weights, device, n_calls)
+            slow = seconds_of_each(expand, weights, device, max(1, n_calls // 5))
+            plain = seconds_of_each(multiply_floats, floats, device, n_calls)
+            figures[f"{n_tokens} {str(dtype).removeprefix('torch.')}"] = {
+                "microseconds": 1e6 * own,
+                "gigabytes_of_codes_per_second": rows * columns / own / 1e9,
+                "times_faster_than_expanding": slow / own,
+                "times_faster_than_float_weight": plain / own,
+            }
+    return figures
+
+
 def main() -> None:
     """Measure, print a table, write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -291,6 +368,17 @@ def main() -> None:
                 f"{name:<13}{row['tera_operations_per_second']:>13.3f}"
                 f"{'-' if percent is None else f'{percent:.0f}':>14}"
                 f"{row['times_faster_than_bf16']:>8.2f}{row['times_faster_than_fp32']:>8.2f}",
+                flush=True,
+            )
+        few = measure_few_tokens(rows, columns, options.group_size, device, options.calls)
+        figures[shape]["few_tokens"] = few
+        print(f"{'few tokens':<13}{'us':>13}{'GB/s':>8}{'x expanding':>13}{'x float':>9}")
+        for name, row in few.items():
+            print(
+                f"{name:<13}{row['microseconds']:>13.1f}"
+                f"{row['gigabytes_of_codes_per_second']:>8.1f}"
+                f"{row['times_faster_than_expanding']:>13.2f}"
+                f"{row['times_faster_than_float_weight']:>9.2f}",
                 flush=True,
             )
         for name, row in figures[shape]["peers"].items():

@@ -56,6 +56,9 @@ for size in (None, 100, 64):
                       **sgd)
     kernels.dequantize(*w, group_size=size, outlier_values=values, outlier_columns=columns,
                        dtype=torch.bfloat16)
+    for tokens in (x[:1], x, x[:1].half(), x.half()):
+        kernels.dequantized_matmul(tokens.contiguous(), *w, group_size=size, outlier_values=values,
+                                   outlier_columns=columns, bias=x[:, 0].contiguous())
 for size in (5, 577):
     w, y = kernels.quantize(x, group_size=None), torch.randn(size, 577, device=device)
     a = kernels.quantize(y, group_size=None)
@@ -182,6 +185,16 @@ def markdown(report: dict[str, Any]) -> str:
             f"{row['times_faster_than_bf16']:.2f} |"
             for shape, figures in report["kernels"].items()
             for name, row in figures["products"].items()
+        ]
+        lines += ["", "| few tokens | weight | us | GB/s of codes | x expanding | x float weight |"]
+        lines += ["|---|---|---|---|---|---|"]
+        lines += [
+            f"| {name} | {shape} | {row['microseconds']:.1f} | "
+            f"{row['gigabytes_of_codes_per_second']:.0f} | "
+            f"{row['times_faster_than_expanding']:.2f} | "
+            f"{row['times_faster_than_float_weight']:.2f} |"
+            for shape, figures in report["kernels"].items()
+            for name, row in figures["few_tokens"].items()
         ]
     if report["memory"]:
         lines += [

@@ -8,6 +8,8 @@ from torch import Tensor
 
 FP32_EPS = 2.0**-24  # unit roundoff: the largest relative error of one FP32 operation
 BF16_EPS = 2.0**-8
+FP16_EPS = 2.0**-11
+EPS = {torch.float32: FP32_EPS, torch.bfloat16: BF16_EPS, torch.float16: FP16_EPS}
 
 
 def rounding_bound(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -45,6 +47,28 @@ def sign_is_decided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def matmul_bound(a: Tensor, b: Tensor, eps: float = FP32_EPS) -> Tensor:
     """Elementwise error of `a @ b` accumulated in any order: `K eps (|a| @ |b|)`."""
     return a.shape[-1] * eps * (a.double().abs() @ b.double().abs())
+
+
+def dequantized_matmul_bound(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, cut: bool = False
+) -> Tensor:
+    """Elementwise error of FP32 sums of `x W^T + bias`, in any order, rounded once to x's dtype.
+
+    A sum of n terms has n - 1 roundings, and one more for each product; critical values are summed
+    beside the zeros under them, so there are at most twice as many terms as columns. Rounding the
+    result: half a step of it, which below FP16's normal numbers is 2**-25, or all of it if `cut`.
+    """
+    size = x.double().abs() @ weight.double().abs().t()
+    if bias is not None:
+        size = size + bias.double().abs()
+    sums = (2 * x.shape[1] + 2) * FP32_EPS * size
+    if x.dtype == torch.float32:
+        return sums
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    rounding = EPS[x.dtype] * (exact.abs() + sums)
+    if x.dtype == torch.float16:
+        rounding = rounding + 2.0**-25
+    return sums + (2 if cut else 1) * rounding
 
 
 def mean_error(probability: float, n_draws: int) -> float:

@@ -1,9 +1,11 @@
 """Operators on raw tensors: codes and scales in, codes and scales out. No classes, no modules.
 
 An operator is a declaration with checks (`kernels/<name>.py`) and one file per backend with the
-same name and arguments. `kernels/reference` is the specification; the others return its bits.
+same name and arguments. `kernels/reference` is the specification; the others return its bits, but
+for `dequantized_matmul`, whose sums of floats have no order.
 """
 
+from .dequantized_matmul import dequantized_matmul
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
@@ -18,6 +20,7 @@ from .sgd_float import sgd_step_floats_
 __all__ = [
     "accumulate_",
     "dequantize",
+    "dequantized_matmul",
     "embedding_gradient_",
     "int8_matmul",
     "lion_step_",

@@ -1,7 +1,8 @@
 """Which implementation of the operators runs: one per device, chosen once.
 
 A backend is a package with the functions of `kernels.reference`: same names, same arguments, same
-bits. `QFT_BACKEND=reference`, `cpu` or `triton` overrides the choice.
+bits; `kernels.dequantized_matmul` says what holds for it. `QFT_BACKEND=reference`, `cpu` or
+`triton` overrides the choice.
 """
 
 import logging

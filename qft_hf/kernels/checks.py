@@ -104,6 +104,15 @@ def check_row_scales(name: str, scales: Tensor, rows: int, device: torch.device)
         )
 
 
+def check_bias(bias: Tensor | None, rows: int, device: torch.device) -> None:
+    """Raise unless there is no bias, or one value for each of `rows` outputs."""
+    if bias is not None and (tuple(bias.shape) != (rows,) or bias.device != device):
+        raise ValueError(
+            f"bias must have shape {(rows,)} on {device}, got shape {tuple(bias.shape)} on "
+            f"{bias.device}."
+        )
+
+
 def check_momentum(codes: Tensor, scales: Tensor, like: Tensor, group_size: int) -> None:
     """Raise unless this is an 8-bit or packed 4-bit momentum of the matrix `like`."""
     if codes.dtype != torch.uint8:
@@ -192,8 +201,15 @@ def check_row_values(rows: Tensor, codes: Tensor) -> None:
         )
 
 
-def check_outliers(values: Tensor, columns: Tensor, codes: Tensor) -> None:
-    """Raise unless `values` and `columns` hold critical values for each row of `codes`."""
+def check_outliers(values: Tensor | None, columns: Tensor | None, codes: Tensor) -> None:
+    """Raise unless `values` and `columns` hold critical values for each row, or both are None."""
+    if values is None and columns is None:
+        return
+    if values is None or columns is None:
+        raise ValueError(
+            "Pass outlier values and outlier columns, or neither, got only the "
+            f"{'columns' if values is None else 'values'}."
+        )
     if values.ndim != 2 or values.shape[0] != codes.shape[0]:
         raise ValueError(
             f"outlier values must be a matrix with one row for each of the {codes.shape[0]} rows "

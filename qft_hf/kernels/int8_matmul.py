@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import check_codes, check_row_scales
+from .checks import check_bias, check_codes, check_row_scales
 from .operators import declare
 
 # 2**17 products of two codes in [-127, 127] fit a signed 32-bit sum; a longer sum goes in parts.
@@ -85,11 +85,7 @@ def int8_matmul(
         check_row_scales("a_scales", a_scales, rows, a.device)
     if b_scales is not None:
         check_row_scales("b_scales", b_scales, columns, a.device)
-    if bias is not None and (tuple(bias.shape) != (columns,) or bias.device != a.device):
-        raise ValueError(
-            f"bias must have shape {(columns,)} on {a.device}, got shape {tuple(bias.shape)} on "
-            f"{bias.device}."
-        )
+    check_bias(bias, columns, a.device)
 
     out: Tensor
     if a.numel() and b.numel() and summed <= MAX_SUMMED:

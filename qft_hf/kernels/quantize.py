@@ -124,10 +124,7 @@ def dequantize(
     check_quantized("x", codes, scales, group_size)
     if not dtype.is_floating_point:
         raise TypeError(f"dequantize makes floats, got dtype={dtype}. The codes are INT8 already.")
-    if (outlier_values is None) != (outlier_columns is None):
-        raise ValueError("dequantize needs outlier values and outlier columns, or neither.")
-    if outlier_values is not None and outlier_columns is not None:
-        check_outliers(outlier_values, outlier_columns, codes)
+    check_outliers(outlier_values, outlier_columns, codes)
     if rows is not None:
         check_rows(rows, codes)
     expanded: Tensor = _dequantize(

@@ -119,6 +119,7 @@ def linear(
     bias: Tensor | None = None,
     *,
     products: Int8Products | None = None,
+    training: bool = False,
 ) -> Tensor:
     """`x W^T + b` with a quantized weight; the weight's gradient is an `Int8Gradient`.
 
@@ -130,6 +131,10 @@ def linear(
         bias: Float `[R]` or None.
         products: Which products are INT8; None for none. With fewer than `int8.MIN_TOKENS` tokens
             none is.
+        training: Whether a pass that records gradients repeats this one, as in checkpointed layers.
+            Outside training, and where no gradients are recorded, few tokens are multiplied without
+            expanding the weight (`dequantized.MAX_TOKENS`): a faster sum of the same terms, in
+            another order.
 
     Returns:
         Float `[..., R]` of the dtype of `x`, or the autocast dtype.
@@ -138,6 +143,9 @@ def linear(
         TypeError: The dtype of `x` is not the weight's, and autocast is off.
     """
     dtype = product_dtype(x, weight)
+    if not training and not torch.is_grad_enabled():
+        if 0 < x.numel() <= dequantized.MAX_TOKENS * x.shape[-1]:
+            return dequantized.forward_few(x.to(dtype), weight, bias)
     operand = None
     if products is None or x.numel() < int8.MIN_TOKENS * x.shape[-1]:
         products = FLOAT_PRODUCTS

@@ -126,7 +126,7 @@ class QFTLinear(_QuantizedWeight, nn.Linear):
         weight = self.complete_weight()
         if self.defers_logits and self.training and torch.is_grad_enabled():
             return DeferredLogits(x, weight, self.bias)
-        return linear(x, weight, self.bias, products=self.products)
+        return linear(x, weight, self.bias, products=self.products, training=self.training)
 
     def extra_repr(self) -> str:
         """What `nn.Linear` shows, and the INT8 products."""

@@ -97,6 +97,87 @@ def make_state(
     )
 
 
+@dataclass
+class Product:
+    """The arguments of `dequantized_matmul`."""
+
+    x: Tensor
+    codes: Tensor
+    scales: Tensor
+    group_size: int | None
+    outlier_values: Tensor | None
+    outlier_columns: Tensor | None
+    bias: Tensor | None
+
+    def run(self, package: Any) -> Tensor:
+        """The product by a backend."""
+        return package.dequantized_matmul(
+            self.x, self.codes, self.scales, self.group_size,
+            outlier_values=self.outlier_values, outlier_columns=self.outlier_columns,
+            bias=self.bias,
+        )  # fmt: skip
+
+    def weight(self, package: Any, dtype: torch.dtype) -> Tensor:
+        """The weight that the product is with."""
+        return package.dequantize(
+            self.codes, self.scales, self.group_size, dtype=dtype,
+            outlier_values=self.outlier_values, outlier_columns=self.outlier_columns,
+        )  # fmt: skip
+
+    def to(self, device: torch.device) -> "Product":
+        """The same on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Product(**{
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        })  # fmt: skip
+
+
+def make_product(
+    n_tokens: int,
+    shape: tuple[int, int],
+    group_size: int | None,
+    *,
+    dtype: torch.dtype,
+    outlier_fraction: float = 0.0,
+    index_dtype: torch.dtype = torch.int16,
+    exact: bool = False,
+) -> Product:
+    """Some tokens and a weight; with `exact` FP32 holds all sums, in any order, and `dtype` theirs.
+
+    With `exact`, tokens, codes and critical values are small integers and scales powers of two, and
+    each token has at most 16 elements that are not 0.
+    """
+    state = make_state(
+        shape,
+        group_size=group_size,
+        outlier_fraction=outlier_fraction,
+        index_dtype=index_dtype,
+    )
+    generator = torch.Generator().manual_seed(n_tokens)
+    rows, columns = shape
+    x = torch.randn(n_tokens, columns, generator=generator)
+    bias = torch.randn(rows, generator=generator)
+    if exact:
+        few = torch.rand(n_tokens, columns, generator=generator).argsort(dim=1) < 16
+        x = few * torch.randint(-2, 3, x.shape, generator=generator).float()
+        state.codes.div_(32, rounding_mode="trunc")  # -3 to 3
+        powers = torch.randint(-1, 1, state.scales.shape, generator=generator)
+        state.scales = 2.0**powers
+        state.outlier_values = state.outlier_values.sign() * 2.5
+        bias = torch.randint(-4, 5, (rows,), generator=generator) / 2.0
+    has_outliers = state.outlier_values.numel() > 0
+    return Product(
+        x.to(dtype),
+        state.codes,
+        state.scales,
+        group_size,
+        state.outlier_values if has_outliers else None,
+        state.outlier_columns if has_outliers else None,
+        bias,
+    )
+
+
 def spread(scales: Tensor, columns: int, group_size: int | None) -> np.ndarray:
     """The scale of each element, float64 `[rows, columns]`: an independent spelling in numpy."""
     group = np.arange(columns) // (group_size or columns)

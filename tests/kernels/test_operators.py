@@ -35,6 +35,14 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     return {
         "accumulate_": ((*quantized(), *quantized(), 256), {}),
         "dequantize": ((state.codes, state.scales, 32), {**outliers, "rows": rows}),
+        "dequantized_matmul": (
+            (random((3, 300), None).bfloat16(), state.codes, state.scales, 32),
+            {
+                "outlier_values": state.outlier_values,
+                "outlier_columns": state.outlier_columns,
+                "bias": torch.ones(5),
+            },
+        ),
         "embedding_gradient_": (
             (*quantized(), torch.tensor([3, 0, 3]), torch.ones(3, 300)),
             {"group_size": 256, "padding_idx": 0},

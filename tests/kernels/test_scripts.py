@@ -47,6 +47,7 @@ def kernel_figures():
         name: script.measure_product(product, CPU, 2)
         for name, product in script.products(7, 6, 300, CPU).items()
     }
+    figures["few_tokens"] = script.measure_few_tokens(6, 300, None, CPU, 2)
     return {"6x300": figures}
 
 
@@ -116,6 +117,15 @@ def test_every_product_is_timed_beside_float(kernel_figures):
         assert {"tera_operations_per_second", "times_faster_than_bf16"} < set(row)
 
 
+def test_few_tokens_are_timed_beside_expanding_and_beside_float(kernel_figures):
+    few = kernel_figures["6x300"]["few_tokens"]
+
+    assert set(few) == {f"{n} {dtype}" for n in (1, 4, 16) for dtype in ("bfloat16", "float32")}
+    for row in few.values():
+        assert all(value > 0 for value in row.values())
+        assert {"times_faster_than_expanding", "times_faster_than_float_weight"} < set(row)
+
+
 def test_other_optimizers_are_timed_in_the_same_run(kernel_figures):
     peers = kernel_figures["6x300"]["peers"]
 
@@ -151,6 +161,7 @@ def test_the_report_shows_failures_and_all_figures(memory_figures, kernel_figure
     assert "| y | failed (124) |" in text
     assert "| lion_step_ | 6x300 |" in text
     assert "| grad_w | 6x300 |" in text
+    assert "| 4 bfloat16 | 6x300 |" in text
     assert "| AdamW | 2 | 40 |" in text
     assert "| torch AdamW fused, FP32 | 6x300 |" in text
     assert "| QFT, int8 | 1000 | 1000 | 1000 | 3000 | 0.75 |" in text

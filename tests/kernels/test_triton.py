@@ -17,16 +17,18 @@ from qft_hf.kernels import reference
 from qft_hf.kernels.backend import backend_for
 from tests.kernels.states import (
     ARGUMENTS,
+    GUARD,
     LionState,
     float_arguments,
     guarded,
     guards_are_intact,
+    make_product,
     make_state,
     ramp,
     random,
     ties,
 )
-from tests.tolerances import assert_same_bits
+from tests.tolerances import assert_same_bits, dequantized_matmul_bound
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -171,6 +173,107 @@ def test_dequantize_rows(columns, group_size, outlier_fraction, id_dtype):
 
     assert_same_bits(x, reference.dequantize(*arguments, rows=rows, **outliers))
     assert len(backend.dequantize(*arguments, rows=rows[:0], **outliers)) == 0
+
+
+# --- products with an expanded weight -------------------------------------------------------------
+
+# Tokens alone, in one program and in several; rows in one program and several, the last not full.
+N_TOKENS = [1, 3, 18]
+PRODUCTS = [
+    ((7, 33), None, 0.0),
+    ((7, 33), 8, 0.03),
+    ((18, 257), None, 0.03),
+    ((3, 1100), 3, 0.0),
+    ((5, 1100), 100, 0.03),
+    ((2, 2300), 1150, 0.03),  # several tiles of columns and of critical values
+    ((1, 1), None, 0.0),
+]
+
+
+def product_cases() -> list[Any]:
+    """Products in every dtype; the interpreter cannot multiply BF16 as matrix units do."""
+    return [
+        pytest.param(n_tokens, *case, dtype, id=f"{n_tokens}-{case}-{dtype}")
+        for n_tokens in N_TOKENS
+        for case in PRODUCTS
+        for dtype in DTYPES
+        if n_tokens == 1 or dtype != torch.bfloat16 or not INTERPRETED
+    ]
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "shape", "group_size", "outlier_fraction", "dtype"), product_cases()
+)
+def test_dequantized_matmul(n_tokens, shape, group_size, outlier_fraction, dtype):
+    """Sums to a bound, and in every bit where their order does not matter."""
+    index_dtype = torch.int32 if shape[1] % 2 else torch.int16
+    for exact in (False, True):
+        product = make_product(
+            n_tokens, shape, group_size, dtype=dtype, outlier_fraction=outlier_fraction,
+            index_dtype=index_dtype, exact=exact,
+        ).to(DEVICE)  # fmt: skip
+        weight = stored(product.weight(reference, torch.float32), dtype)
+        bias = stored(product.bias, dtype)
+        sums = product.x.double() @ weight.double().t() + bias.double()
+
+        y = product.run(backend)
+
+        assert (y.dtype, y.shape) == (dtype, (n_tokens, shape[0]))
+        if exact:
+            assert_same_bits(y, sums.to(dtype))
+        else:
+            bound = dequantized_matmul_bound(product.x, weight, bias, cut=INTERPRETED)
+            assert ((y.double() - sums).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("n_tokens", [1, 5])
+def test_dequantized_matmul_stays_inside(n_tokens, dtype, monkeypatch):
+    """What lies around its inputs is not read, and what lies around its result not written."""
+    product = make_product(n_tokens, (7, 45), 8, dtype=dtype, outlier_fraction=0.05).to(DEVICE)
+    product.bias = None
+    expected = product.run(backend)
+    buffers = []
+    for name in ("x", "codes", "scales", "outlier_values", "outlier_columns"):
+        inner, buffer = guarded(getattr(product, name))
+        # Among columns a 0 is harmless; elsewhere a code of 127 or a NaN would be seen.
+        fill = {torch.int8: 127, torch.int16: 0}.get(buffer.dtype, float("nan"))
+        buffer[:GUARD] = buffer[-GUARD:] = fill
+        buffers.append((buffer, buffer.clone()))
+        setattr(product, name, inner)
+    result, result_buffer = guarded(torch.zeros(n_tokens, 7, dtype=dtype, device=DEVICE))
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda x, *shape, **options: (
+            result if shape == (n_tokens, 7) else new_empty(x, *shape, **options)
+        ),
+    )
+
+    y = product.run(backend)
+
+    assert y is result
+    assert_same_bits(y, expected)
+    assert guards_are_intact(result_buffer)
+    for buffer, before in buffers:
+        assert_same_bits(buffer, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_dequantized_matmul_rounds_the_weight_and_the_bias_first(dtype):
+    """A token reads a column, and a bias of minus that column leaves exactly 0."""
+    product = make_product(1, (9, 45), 8, dtype=dtype, outlier_fraction=0.05)
+    product.scales /= 300
+    weight = product.weight(reference, dtype)
+
+    for column in range(0, 45, 4):
+        product.x = torch.zeros(2, 45, dtype=dtype)
+        product.x[:, column] = 1024
+        product.bias = -1024 * weight[:, column]
+        for n_tokens in (1, 2):
+            product.x = product.x[:n_tokens] if n_tokens == 1 else product.x.repeat(2, 1)
+            assert (product.to(DEVICE).run(backend) == 0).all()
 
 
 # --- embedding ------------------------------------------------------------------------------------

@@ -7,10 +7,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from qft_hf.config import QuantizationSpec
-from qft_hf.nn import embedding, linear
+from qft_hf.nn import Int8Products, QFTLinear, dequantized, embedding, linear
 from qft_hf.quant import Int8Gradient, QFTWeight
 from qft_hf.quant import weight as weight_module
-from tests.tolerances import BF16_EPS, FP32_EPS, assert_same_bits, matmul_bound
+from tests.tolerances import (
+    BF16_EPS,
+    FP32_EPS,
+    assert_same_bits,
+    dequantized_matmul_bound,
+    matmul_bound,
+)
 
 ROWS, COLUMNS = 19, 261  # more than one gradient group, nothing divides anything
 LEADING = [(), (2,), (2, 4), (1, 3, 2)]
@@ -178,6 +184,72 @@ def test_a_gradient_that_is_not_finite_arrives_as_such():
     y.backward(torch.full_like(y, float("nan")))
 
     assert not weight.grad.is_finite()
+
+
+# --- few tokens without gradients -----------------------------------------------------------------
+
+
+@pytest.fixture
+def never_expanded(monkeypatch):
+    """No weight is expanded while this holds."""
+
+    def refuse(*_):
+        raise AssertionError("a weight was expanded")
+
+    monkeypatch.setattr(QFTWeight, "dequantize_rows", refuse)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("leading", [*LEADING, (1, dequantized.MAX_TOKENS)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_tokens_leave_the_weight_in_int8(dtype, leading, context, with_bias, spec, request):
+    weight = make_weight(spec, dtype)
+    dense = weight.dequantize()
+    bias = nn.Parameter(randn(ROWS, seed=2, dtype=dtype)) if with_bias else None
+    x = randn(*leading, COLUMNS, seed=1, dtype=dtype)
+    request.getfixturevalue("never_expanded")
+
+    with context():
+        y = linear(x, weight, bias)
+
+    assert (y.dtype, y.shape) == (dtype, (*leading, ROWS))
+    rows = x.reshape(-1, COLUMNS)
+    exact = rows.double() @ dense.double().t() + (0 if bias is None else bias.double())
+    error = (y.reshape(-1, ROWS).double() - exact).abs()
+    assert (error <= dequantized_matmul_bound(rows, dense, bias)).all()
+
+
+@pytest.mark.parametrize("products", [None, Int8Products()], ids=["float", "int8"])
+def test_models_with_int8_products_too(products, never_expanded):
+    weight = make_weight(QuantizationSpec(matmul="int8", outlier_fraction=0.02))
+
+    with torch.no_grad():
+        linear(randn(3, COLUMNS), weight, products=products)
+
+
+def test_under_autocast_few_tokens_are_of_its_dtype(never_expanded):
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        y = linear(randn(3, COLUMNS), make_weight(), randn(ROWS))
+
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tokens", [0, 1, dequantized.MAX_TOKENS + 1])
+def test_in_training_and_with_more_tokens_the_product_is_as_ever(tokens):
+    """Bits that pass through a checkpointed layer are those that its repetition finds."""
+    weight, x = make_weight(), randn(tokens, COLUMNS, seed=1)
+    layer = QFTLinear(COLUMNS, ROWS, bias=False)
+    layer.weight = weight
+    expected = F.linear(x, weight.dequantize())
+
+    assert_same_bits(linear(x, weight).detach(), expected)
+    with torch.no_grad():
+        assert_same_bits(layer.train()(x), expected)
+        assert_same_bits(linear(x, weight, training=True), expected)
+        evaluated = layer.eval()(x)
+    assert torch.equal(evaluated, expected) == (tokens != 1)
 
 
 # --- embedding ------------------------------------------------------------------------------------

@@ -18,9 +18,19 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from qft_hf.kernels.triton.tiling import tiling
 from tests.offline.compiling import Compiled, compile_kernel
 
-embedding, gradient, int8_matmul, lion, lion_float, quantize, quantize_gradient = (
+(
+    dequantized_matmul,
+    embedding,
+    gradient,
+    int8_matmul,
+    lion,
+    lion_float,
+    quantize,
+    quantize_gradient,
+) = (
     importlib.import_module(f"qft_hf.kernels.triton.{name}")
     for name in (
+        "dequantized_matmul",
         "embedding",
         "gradient",
         "int8_matmul",
@@ -261,6 +271,39 @@ def test_dequantize(dtype, gather, capability):
     assert compiled.count(r"STG.*\.128") >= 1
     if dtype == "bf16":  # to nearest, which the interpreter does not show
         assert "cvt.rn.bf16" in compiled.ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("n_tokens", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("columns", "group_size", "n_outliers"),
+    [(4096, None, 41), (11008, None, 111), (4096, 64, 41), (4096, 100, 41)],
+    ids=str,
+)
+def test_dequantized_matmul(columns, group_size, n_outliers, dtype, n_tokens, capability):
+    constants, n_warps = dequantized_matmul.sizes(n_tokens, columns, group_size, n_outliers, dtype)
+    kernel = dequantized_matmul._dequantized_matmul_kernel
+    pointer = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
+    given = dict.fromkeys(("x_ptr", "y_ptr", "bias_ptr"), pointer)
+
+    compiled = compile_kernel(
+        kernel,
+        types=types_of(kernel, **given, n_tokens="i32"),
+        constants=constants,
+        capability=capability,
+        n_warps=n_warps,
+    )
+
+    assert_fits_registers(compiled)
+    assert compiled.count(r"(LDG|LDGSTS).*\.128") >= 2  # codes and tokens
+    assert compiled.count(r"(LDS|STS)\.(U8|S8)") == 0  # codes move in words there too
+    if constants["ON_MATRIX_UNITS"]:
+        assert compiled.count("HMMA") >= constants["TILE"] // 16 * 2
+    else:
+        # Each code is turned into a float in one thread only.
+        codes = constants["ROWS"] * constants["TILE"] // (32 * n_warps)
+        assert compiled.count("I2F") <= codes
 
 
 def test_multiply_and_add_are_not_fused():

@@ -1,6 +1,7 @@
 """The operators on CPUs, compiled by numba where that pays, else the reference itself."""
 
 from ..reference import sgd_step_floats_
+from .dequantized_matmul import dequantized_matmul
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
@@ -14,6 +15,7 @@ from .sgd import sgd_step_
 __all__ = [
     "accumulate_",
     "dequantize",
+    "dequantized_matmul",
     "embedding_gradient_",
     "int8_matmul",
     "lion_step_",

@@ -1,5 +1,6 @@
 """The operators in plain PyTorch, on any device: the specification of every other backend."""
 
+from .dequantized_matmul import dequantized_matmul
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
@@ -14,6 +15,7 @@ from .sgd_float import sgd_step_floats_
 __all__ = [
     "accumulate_",
     "dequantize",
+    "dequantized_matmul",
     "embedding_gradient_",
     "int8_matmul",
     "lion_step_",

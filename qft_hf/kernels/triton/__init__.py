@@ -1,5 +1,6 @@
 """The operators on NVIDIA GPUs, in Triton. Imported only when a tensor on such a device arrives."""
 
+from .dequantized_matmul import dequantized_matmul
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
 from .int8_matmul import int8_matmul
@@ -13,6 +14,7 @@ from .sgd_float import sgd_step_floats_
 __all__ = [
     "accumulate_",
     "dequantize",
+    "dequantized_matmul",
     "embedding_gradient_",
     "int8_matmul",
     "lion_step_",
