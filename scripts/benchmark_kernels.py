@@ -42,6 +42,10 @@ LION = {
 N_TOKENS = 2048  # of an embedding
 N_FLOATS = 65  # norms of a model of 32 layers
 FEW_TOKENS = (1, 4, 16)
+SIZES = {  # shapes of weights and rows of activations
+    "cuda": (["4096x4096", "11008x4096", "4096x11008"], 4096),
+    "cpu": (["1536x576"], 512),
+}
 N_WEIGHTS = {"cuda": 8, "cpu": 1}  # multiplied in turn: together they do not fit a GPU's cache
 
 # By name: elements, bytes that must move for each, and a call of a backend.
@@ -332,9 +336,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--shapes", nargs="+", default=["4096x4096", "11008x4096", "4096x11008"], metavar="RxC"
+        "--shapes",
+        nargs="+",
+        metavar="RxC",
+        help="weights (default: of a 7B model; of 135M on CPU)",
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="rows of the activations")
+    parser.add_argument("--tokens", type=int, help="rows of activations (default 4096; 512 on CPU)")
     parser.add_argument("--group-size", type=int, help="columns per weight scale (default: a row)")
     parser.add_argument("--calls", type=int, default=20, help="timed calls; the fastest counts")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
@@ -342,6 +349,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    shapes, tokens = SIZES[device.type]
+    options.shapes, options.tokens = options.shapes or shapes, options.tokens or tokens
 
     figures = {}
     for shape in options.shapes:

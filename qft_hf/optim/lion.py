@@ -213,7 +213,7 @@ class QFTLion(Optimizer):
         elif (released := self._release.take(parameter)) is not None:
             square = self._update(parameter, released.gradient, released.factor)
             if square is not None:
-                self._release.note(parameter, square)
+                self._release.note(square)
 
     def _parameters(self) -> Iterator[Parameter]:
         for group in self.param_groups:

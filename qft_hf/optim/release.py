@@ -136,20 +136,21 @@ class GradientRelease:
             return None
         if _is_deferred(gradient) and self.clipping != "tensor":
             parameter.grad = None
+            self._used.add(id(parameter))
             return Released(gradient, self._factor(self._norm_of_all(), gradient.device))
         square = _squared_norm(gradient)
         knows_first = isinstance(gradient, Int8Gradient) or self.clipping == "tensor"
         if knows_first and not bool(square.isfinite()):
             raise self.nonfinite_error()
         parameter.grad = None
+        self._used.add(id(parameter))
         self._clip_(gradient, square)
-        self.note(parameter, square)
+        self.note(square)
         return Released(gradient)
 
-    def note(self, parameter: Parameter, square: Tensor) -> None:
-        """Count a gradient that is used, by its squared norm: fp64 scalar."""
+    def note(self, square: Tensor) -> None:
+        """Count the squared norm of a gradient that was used: fp64 scalar."""
         self._squares.append(square)
-        self._used.add(id(parameter))
 
     def nonfinite_error(self) -> FloatingPointError:
         """What to raise for a gradient with a NaN or infinity."""
