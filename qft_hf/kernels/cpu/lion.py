@@ -1,5 +1,7 @@
 """The Lion step on INT8 state in numba, row by row. Twin: `kernels/reference/lion.py`."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import njit
@@ -85,7 +87,11 @@ def _lion_rows(
         )  # fmt: skip
 
 
-def lion_step_(
+def lion_step_(codes: Tensor, *state: Tensor, **arguments: Any) -> None:
+    step_rows_(codes, *state, **arguments)
+
+
+def step_rows_(
     codes: Tensor,
     scales: Tensor,
     *state: Tensor,
@@ -102,6 +108,7 @@ def lion_step_(
     stream: int,
     first_row: int = 0,
 ) -> None:
+    """The step of rows that random numbers count from `first_row` on."""
     arrays = [tensor.numpy() for tensor in (codes, scales, *state)]
     numbers = (
         group_size or codes.shape[1],

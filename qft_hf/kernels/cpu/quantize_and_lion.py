@@ -2,7 +2,7 @@
 
 from ..reference.quantize_and_lion import composed
 from .gradient import squared_norm
-from .lion import lion_step_
+from .lion import step_rows_
 from .quantize import quantize
 
-quantize_and_lion_step_ = composed(quantize, squared_norm, lion_step_)
+quantize_and_lion_step_ = composed(quantize, squared_norm, step_rows_)
