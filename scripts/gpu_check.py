@@ -149,84 +149,99 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+# Tables of the kernel benchmark: what a row is, and its columns with their figure and digits.
+KERNEL_TABLES = {
+    "operators": (
+        "kernel",
+        {
+            "ns/element": ("ns_per_parameter", 4),
+            "GB/s": ("gigabytes_per_second", 0),
+            "% of a copy": ("percent_of_copy", 0),
+            "x reference": ("times_faster_than_reference", 1),
+        },
+    ),
+    "peers": (
+        "step of another optimizer",
+        {"ns/param": ("ns_per_parameter", 4), "x lion_step_": ("times_lion_step", 2)},
+    ),
+    "products": (
+        "INT8 product",
+        {
+            "TOP/s": ("tera_operations_per_second", 1),
+            "% of _int_mm": ("percent_of_int_mm", 0),
+            "x bf16": ("times_faster_than_bf16", 2),
+        },
+    ),
+    "few_tokens": (
+        "few tokens",
+        {
+            "us": ("microseconds", 1),
+            "GB/s of codes": ("gigabytes_of_codes_per_second", 0),
+            "x expanding": ("times_faster_than_expanding", 2),
+            "x float weight": ("times_faster_than_float_weight", 2),
+        },
+    ),
+}
+
+
+def number(value: float | None, digits: int) -> str:
+    """A cell; empty for what was not measured."""
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def gigabytes(n_bytes: int | None) -> str:
+    """A cell in units of 1e9 bytes."""
+    return number(None if n_bytes is None else n_bytes / 1e9, 2)
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, an empty one first."""
+    cells = [head, ["---"] * len(head), *rows]
+    return ["", *("| " + " | ".join(row) + " |" for row in cells)]
+
+
+def kernel_table(kernels: dict[str, Any], key: str) -> list[str]:
+    """The table `key` of the kernel benchmark, over all shapes of weights."""
+    what, columns = KERNEL_TABLES[key]
+    rows = [
+        [name, shape, *(number(row.get(figure), digits) for figure, digits in columns.values())]
+        for shape, figures in kernels.items()
+        for name, row in figures[key].items()
+    ]
+    return table([what, "weight", *columns], rows)
+
+
+def memory_table(memory: dict[str, Any]) -> list[str]:
+    """Peaks in GB by phase, and speed."""
+    phases = ("forward", "backward", "step")
+    rows = []
+    for name, figures in memory["runs"].items():
+        for length, row in figures["sequence_lengths"].items():
+            peaks = [figures["load_peak_bytes"], *(row["peak_bytes"][phase] for phase in phases)]
+            shown = [gigabytes(peak) for peak in (*peaks, row.get("predicted_bytes"))]
+            speed = number(row["tokens_per_second"], 0)
+            rows.append([name, str(figures["layers"]), length, *shown, speed])
+    head = ["training", "layers", "tokens", "load", *phases, "predicted", "tokens/s"]
+    about = f"{memory['config']}, batch 1, gradient checkpointing; gigabytes (1e9)."
+    return ["", about, *table(head, rows)]
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The tables."""
     about = report["machine"]
+    parts = [[name, p["status"], str(p["seconds"])] for name, p in report["parts"].items()]
     lines = [
         f"{about['device']}, torch {about['torch']}, triton {about['triton']}, transformers "
         f"{about['transformers']}, commit {about['commit']}.",
-        "",
-        "| check | result | seconds |",
-        "|---|---|---|",
+        *table(["check", "result", "seconds"], parts),
     ]
-    lines += [f"| {n} | {p['status']} | {p['seconds']} |" for n, p in report["parts"].items()]
     if report["kernels"]:
-        lines += ["", "| kernel | weight | ns/element | GB/s | % of a copy | x reference |"]
-        lines += ["|---|---|---|---|---|---|"]
-        lines += [
-            f"| {name} | {shape} | {row['ns_per_parameter']:.4f} | "
-            f"{row['gigabytes_per_second']:.0f} | {row['percent_of_copy']:.0f} | "
-            f"{row['times_faster_than_reference']:.1f} |"
-            for shape, figures in report["kernels"].items()
-            for name, row in figures["operators"].items()
-        ]
-        lines += ["", "| step of another optimizer | weight | ns/param | x lion_step_ |"]
-        lines += ["|---|---|---|---|"]
-        lines += [
-            f"| {name} | {shape} | {row['ns_per_parameter']:.4f} | {row['times_lion_step']:.2f} |"
-            for shape, figures in report["kernels"].items()
-            for name, row in figures["peers"].items()
-        ]
-        lines += ["", "| INT8 product | weight | TOP/s | % of _int_mm | x bf16 |"]
-        lines += ["|---|---|---|---|---|"]
-        lines += [
-            f"| {name} | {shape} | {row['tera_operations_per_second']:.1f} | "
-            f"{row.get('percent_of_int_mm', 0):.0f} | "
-            f"{row['times_faster_than_bf16']:.2f} |"
-            for shape, figures in report["kernels"].items()
-            for name, row in figures["products"].items()
-        ]
-        lines += ["", "| few tokens | weight | us | GB/s of codes | x expanding | x float weight |"]
-        lines += ["|---|---|---|---|---|---|"]
-        lines += [
-            f"| {name} | {shape} | {row['microseconds']:.1f} | "
-            f"{row['gigabytes_of_codes_per_second']:.0f} | "
-            f"{row['times_faster_than_expanding']:.2f} | "
-            f"{row['times_faster_than_float_weight']:.2f} |"
-            for shape, figures in report["kernels"].items()
-            for name, row in figures["few_tokens"].items()
-        ]
+        for key in KERNEL_TABLES:
+            lines += kernel_table(report["kernels"], key)
     if report["memory"]:
-        lines += [
-            "",
-            f"{report['memory']['config']}, batch 1, gradient checkpointing; gigabytes (1e9).",
-            "",
-            "| training | layers | tokens | load | forward | backward | step | predicted | "
-            "tokens/s |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        for name, figures in report["memory"]["runs"].items():
-            for length, row in figures["sequence_lengths"].items():
-                peaks = [figures["load_peak_bytes"]]
-                peaks += [row["peak_bytes"][phase] for phase in ("forward", "backward", "step")]
-                shown = " | ".join(f"{peak / 1e9:.2f}" for peak in peaks)
-                predicted = row.get("predicted_bytes")
-                lines.append(
-                    f"| {name} | {figures['layers']} | {length} | {shown} | "
-                    f"{f'{predicted / 1e9:.2f}' if predicted else ''} | "
-                    f"{row['tokens_per_second']:.0f} |"
-                )
+        lines += memory_table(report["memory"])
     if report["training"]:
-        seconds = report["training"]["median_seconds"]
-        base = seconds.get("bf16 autocast AdamW")
-        lines += ["", f"A training step, {report['training']['layers']} layers; milliseconds.", ""]
-        lines += ["| way | forward | backward | step | whole | of bf16 AdamW |", "|---" * 6 + "|"]
-        for name, way in seconds.items():
-            cells = [
-                f"{1e3 * way[phase]:.0f}" for phase in ("forward", "backward", "step", "whole")
-            ]
-            cells.append(f"{way['whole'] / base['whole']:.2f}" if base else "")
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines += ["", report["training"]]
     return "\n".join(lines) + "\n"
 
 
@@ -246,8 +261,8 @@ def main() -> None:
     interpreted = {**environment, "TRITON_INTERPRET": "1"}
     stop = time.monotonic() + TOTAL_SECONDS
     kernels_json, memory_json = output / "kernels.json", output / "memory.json"
-    training_json = output / "training" / "figures.json"
-    for path in (kernels_json, memory_json, training_json):
+    training = output / "training"
+    for path in (kernels_json, memory_json, training / "table.md"):
         path.unlink(missing_ok=True)
 
     def left(limit: float) -> float:
@@ -303,7 +318,7 @@ def main() -> None:
     parts["training speed"] = run(
         "time of training steps beside AdamW and torchao",
         [python, "scripts/benchmark_training.py", *device, *size, "--only", "bf16", "QFT",
-         "torchao", "--output", str(training_json.parent)],
+         "torchao", "--output", str(training)],
         limit=left(100),
         environment=environment,
     )  # fmt: skip
@@ -313,7 +328,7 @@ def main() -> None:
         "parts": parts,
         "kernels": read(kernels_json),
         "memory": read(memory_json),
-        "training": read(training_json),
+        "training": text.read_text() if (text := training / "table.md").exists() else "",
     }
     (output / "gpu_check.json").write_text(json.dumps(report, indent=2) + "\n")
     (output / "gpu_check.md").write_text(markdown(report))

@@ -139,8 +139,8 @@ class GradientRelease:
             self._used.add(id(parameter))
             return Released(gradient, self._factor(self._norm_of_all(), gradient.device))
         square = _squared_norm(gradient)
-        knows_first = isinstance(gradient, Int8Gradient) or self.clipping == "tensor"
-        if knows_first and not bool(square.isfinite()):
+        must_look = isinstance(gradient, Int8Gradient) or self.clipping == "tensor"
+        if must_look and not bool(square.isfinite()):
             raise self.nonfinite_error()
         parameter.grad = None
         self._used.add(id(parameter))

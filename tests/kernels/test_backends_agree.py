@@ -33,14 +33,6 @@ def extremes(shape, group_size):
 INPUTS = [random, ramp, ties, extremes]
 
 
-@pytest.fixture(params=[1, 3])
-def n_threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make_input", INPUTS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

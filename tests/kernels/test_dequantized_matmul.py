@@ -20,14 +20,6 @@ SHAPES = [(1, 1), (7, 33), (5, 300), (70, 1100)]
 GROUP_SIZES = [None, 3, 32, 100, 5000]
 
 
-@pytest.fixture(params=[1, 3])
-def n_threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)

@@ -24,14 +24,6 @@ def factors(rows: int) -> Tensor:
     return torch.rand(rows, 1, generator=torch.Generator().manual_seed(rows)) + 0.1
 
 
-@pytest.fixture(params=[1, 3])
-def n_threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("stochastic", [True, False])
 @pytest.mark.parametrize("make_input", [random, ties, extremes])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
