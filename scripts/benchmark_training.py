@@ -11,6 +11,7 @@ little on a machine that others use; the ratios hold for this device only. Write
 """
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import platform
@@ -207,6 +208,21 @@ def draw(figures: dict[str, dict[str, float]], path: Path, *, title: str) -> Non
     figure.savefig(path, dpi=150)
 
 
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, as PyTorch does on GPUs, and not return it.
+
+    Returned blocks are mapped again page by page, which takes up to half of a step, by chance and
+    for every way: it would hide what is compared.
+    """
+    trim_threshold, mmap_max = -1, -4  # from glibc's malloc.h
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        print("This C library has no mallopt: times include mapping memory again and again.")
+        return
+    library.mallopt(trim_threshold, 2**31 - 1)
+    library.mallopt(mmap_max, 0)
+
+
 def device_name(device: torch.device) -> str:
     """What ran, and whether it multiplies INT8 natively."""
     if device.type == "cuda":
@@ -242,6 +258,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_training"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     device = torch.device(options.device)
     options.dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     config = LlamaConfig(**configs[options.config])

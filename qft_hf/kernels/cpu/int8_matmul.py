@@ -1,16 +1,21 @@
 """INT8 products on a CPU. Twin: `kernels/reference/int8_matmul.py`."""
 
+from functools import partial
+
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from ..reference.int8_matmul import scaled
+from . import bf16
+from .threads import for_each_row_range
+
+_f32 = np.float32
 
 # A sum of 1024 products of codes stays below 2**24, where FP32 holds every integer: it is exact,
 # whatever the order and however multiply and add are fused.
 EXACT = 1024
-TILE = 1024  # rows and columns of the result at a time: its operands are expanded to 4 MB each
+TILE = 2048  # rows and columns of the result at a time: 16 MB of sums
 
 
 @njit(nogil=True, cache=True)
@@ -33,6 +38,31 @@ def exact_sums(a: Tensor, b: Tensor) -> Tensor:
     return sums.copy_(totals)
 
 
+@njit(nogil=True, cache=True)
+def _scale_row(sums, a_scale, b_scales, bias, out):
+    for j in range(sums.shape[0]):
+        value = (_f32(sums[j]) * a_scale) * b_scales[j]
+        # Adding 0 instead of nothing would lose the sign of -0.
+        out[j] = value + bias[j] if bias.shape[0] > 0 else value
+
+
+# Numba vectorizes rows of a whole array, and not those of a part: its columns could be apart.
+@njit(nogil=True, cache=True)
+def _scale_rows(sums, a_scales, b_scales, bias, out, first_column, start, stop):
+    last_column = first_column + sums.shape[1]
+    for row in range(start, stop):
+        _scale_row(sums[row], a_scales[row], b_scales, bias, out[row, first_column:last_column])
+
+
+@njit(nogil=True, cache=True)
+def _scale_rows_to_bf16(sums, a_scales, b_scales, bias, out, first_column, start, stop):
+    last_column = first_column + sums.shape[1]
+    values = np.empty(sums.shape[1], np.float32)
+    for row in range(start, stop):
+        _scale_row(sums[row], a_scales[row], b_scales, bias, values)
+        bf16.round_row(values, out[row, first_column:last_column])
+
+
 def int8_matmul(
     a: Tensor,
     b: Tensor,
@@ -42,18 +72,31 @@ def int8_matmul(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    rows, columns = a.shape[0], b.shape[1]
     # Where AVX512-VNNI lacks, PyTorch's own product is fifty times slower than one in FP32.
-    if torch.cpu._is_vnni_supported():
-        return scaled(torch._int_mm(a, b).float(), a_scales, b_scales, bias).to(dtype)
-    out = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
-    for first_row in range(0, a.shape[0], TILE):
-        rows = slice(first_row, first_row + TILE)
-        for first_column in range(0, b.shape[1], TILE):
-            columns = slice(first_column, first_column + TILE)
-            out[rows, columns] = scaled(
-                exact_sums(a[rows], b[:, columns]),
-                None if a_scales is None else a_scales[rows],
-                None if b_scales is None else b_scales[columns],
-                None if bias is None else bias[columns],
+    product = torch._int_mm if torch.cpu._is_vnni_supported() else exact_sums
+    is_bf16 = dtype == torch.bfloat16
+    out = torch.empty(rows, columns, dtype=dtype if is_bf16 else torch.float32)
+    scale, out_array = (
+        (_scale_rows_to_bf16, bf16.bits(out)) if is_bf16 else (_scale_rows, out.numpy())
+    )
+    # A factor of 1 changes nothing.
+    a_factors = (torch.ones(rows) if a_scales is None else a_scales.view(-1)).numpy()
+    b_factors = (torch.ones(columns) if b_scales is None else b_scales.view(-1)).numpy()
+    terms = (torch.empty(0) if bias is None else bias.float()).numpy()
+    for first_row in range(0, rows, TILE):
+        tile_rows = slice(first_row, first_row + TILE)
+        for first_column in range(0, columns, TILE):
+            tile_columns = slice(first_column, first_column + TILE)
+            arrays = (
+                product(a[tile_rows], b[:, tile_columns]).numpy(),
+                a_factors[tile_rows],
+                b_factors[tile_columns],
+                terms[tile_columns],
+                out_array[tile_rows],
             )
-    return out
+            n_rows, n_columns = arrays[0].shape
+            for_each_row_range(
+                partial(scale, *arrays, first_column), n_rows=n_rows, row_elements=n_columns
+            )
+    return out.to(dtype)
