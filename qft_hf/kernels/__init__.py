@@ -5,6 +5,7 @@ same name and arguments. `kernels/reference` is the specification; the others re
 for `dequantized_matmul`, whose sums of floats have no order.
 """
 
+from .column_absmax import column_absmax
 from .dequantized_matmul import dequantized_matmul
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
@@ -19,6 +20,7 @@ from .sgd_float import sgd_step_floats_
 
 __all__ = [
     "accumulate_",
+    "column_absmax",
     "dequantize",
     "dequantized_matmul",
     "embedding_gradient_",

@@ -94,10 +94,9 @@ def quantized_input(x: Tensor, *, n_critical: int) -> Input:
 
 def _quantize(x: Tensor, n_critical: int) -> Input:
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
-    # On CPUs aminmax over rows takes six times as long as both of its halves, or more.
-    low, high = (rows.amin(0), rows.amax(0)) if rows.is_cpu else rows.aminmax(dim=0)
-    columns = torch.maximum(high, -low).topk(n_critical).indices.sort().values
-    is_critical = torch.zeros_like(high, dtype=torch.bool).index_fill_(0, columns, 1)
+    maxima = kernels.column_absmax(rows)
+    columns = maxima.topk(n_critical).indices.sort().values
+    is_critical = torch.zeros_like(maxima, dtype=torch.bool).index_fill_(0, columns, 1)
     codes, scales = kernels.quantize(rows, group_size=None, zero_columns=is_critical)
     return Input(codes, scales, columns, rows.index_select(1, columns))
 
@@ -146,8 +145,8 @@ def weight_gradient(
             column_codes[rows], operand.codes, scales[rows], None, dtype=torch.float32
         )
         if len(operand.columns):  # whose codes are 0
-            exact = grad[:, rows].t() @ critical
-            product.index_copy_(1, operand.columns, exact.float())
+            exact = critical.t() @ grad[:, rows]  # half the time of the transposed product
+            product.index_copy_(1, operand.columns, exact.t().float())
         return product
 
     return weight.gradient(tile, defer=defer)

@@ -34,6 +34,7 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     weight_and_gradient = (*state.arguments()[:4], *state.arguments()[6:])
     return {
         "accumulate_": ((*quantized(), *quantized(), 256), {}),
+        "column_absmax": ((random((5, 300), None).bfloat16(),), {}),
         "dequantize": ((state.codes, state.scales, 32), {**outliers, "rows": rows}),
         "dequantized_matmul": (
             (random((3, 300), None).bfloat16(), state.codes, state.scales, 32),

@@ -1,6 +1,7 @@
 """The operators on CPUs, compiled by numba where that pays, else the reference itself."""
 
 from ..reference import sgd_step_floats_
+from .column_absmax import column_absmax
 from .dequantized_matmul import dequantized_matmul
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
@@ -14,6 +15,7 @@ from .sgd import sgd_step_
 
 __all__ = [
     "accumulate_",
+    "column_absmax",
     "dequantize",
     "dequantized_matmul",
     "embedding_gradient_",

@@ -2,13 +2,35 @@
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 from torch import Tensor
 
 
-def bits(x: Tensor) -> np.ndarray:
-    """A BF16 tensor as an int16 array of the same memory."""
-    return x.view(torch.int16).numpy()
+def float_array(x: Tensor) -> np.ndarray:
+    """FP32 as it is and BF16 as its bits, of the same memory; FP16 as an FP32 copy."""
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).numpy()
+    return x.float().numpy()
+
+
+def load_row(row, values):
+    """Write a row of a `float_array` to FP32 `values`; for use in kernels."""
+    raise NotImplementedError
+
+
+@overload(load_row, inline="always")
+def _load_row(row, values):
+    def widen(row, values):
+        bits = values.view(np.int32)
+        for j in range(row.shape[0]):
+            bits[j] = np.int32(row[j]) << 16
+
+    def copy(row, values):
+        for j in range(row.shape[0]):
+            values[j] = row[j]
+
+    return widen if row.dtype == types.int16 else copy
 
 
 @njit(nogil=True, cache=True)

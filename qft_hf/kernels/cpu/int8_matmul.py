@@ -78,7 +78,7 @@ def int8_matmul(
     is_bf16 = dtype == torch.bfloat16
     out = torch.empty(rows, columns, dtype=dtype if is_bf16 else torch.float32)
     scale, out_array = (
-        (_scale_rows_to_bf16, bf16.bits(out)) if is_bf16 else (_scale_rows, out.numpy())
+        (_scale_rows_to_bf16, bf16.float_array(out)) if is_bf16 else (_scale_rows, out.numpy())
     )
     # A factor of 1 changes nothing.
     a_factors = (torch.ones(rows) if a_scales is None else a_scales.view(-1)).numpy()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...layout import GroupLayout
 from ..reference.quantize import MAGIC, QMAX, TINY
+from .bf16 import float_array, load_row
 from .threads import for_each_row_range
 
 _f32 = np.float32
@@ -52,14 +53,11 @@ def absmax(values):
 @njit(nogil=True, error_model="numpy", cache=True)
 def _quantize_rows(x, is_zero, codes, scales, start, stop, group_size):
     columns = x.shape[1]
-    kept = np.empty(is_zero.shape[0], np.float32)  # a row with its zeros, if there are any
+    row_values = np.empty(columns, np.float32)
     for row in range(start, stop):
-        row_values = x[row]
+        load_row(x[row], row_values)
         for j in range(is_zero.shape[0]):
-            value = row_values[j]
-            kept[j] = _ZERO if is_zero[j] else value
-        if is_zero.shape[0] > 0:
-            row_values = kept
+            row_values[j] = _ZERO if is_zero[j] else row_values[j]
         for group in range(scales.shape[1]):
             first = group * group_size
             last = min(first + group_size, columns)
@@ -88,7 +86,7 @@ def quantize(
     is_zero = torch.empty(0, dtype=torch.bool) if zero_columns is None else zero_columns
     codes = torch.empty(rows, columns, dtype=torch.int8)
     scales = torch.empty(rows, GroupLayout(rows, columns, group_size).n_groups)
-    arrays = [tensor.numpy() for tensor in (x.float(), is_zero, codes, scales)]
+    arrays = [float_array(x), *(tensor.numpy() for tensor in (is_zero, codes, scales))]
     size = group_size or columns
     for_each_row_range(
         lambda start, stop: _quantize_rows(*arrays, start, stop, size),

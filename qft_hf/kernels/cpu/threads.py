@@ -8,6 +8,7 @@ import ctypes
 import warnings
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 
 import torch
 
@@ -49,14 +50,14 @@ def for_each_row_range(
         return
     edges = [n_rows * i // n_ranges for i in range(n_ranges + 1)]
     # OpenMP may give fewer threads than asked for: each takes ranges until none is left.
-    ranges = iter(list(zip(edges, edges[1:], strict=False)))
+    ranges = iter(list(pairwise(edges)))
     errors = []
 
     def work() -> None:
         try:
             for start, stop in ranges:
                 kernel(start, stop)
-        except BaseException as error:  # would be lost where C calls Python
+        except BaseException as error:  # noqa: BLE001 - lost where C calls Python, unless kept
             errors.append(error)
 
     parallel(_call, ctypes.py_object(work), n_ranges, 0)

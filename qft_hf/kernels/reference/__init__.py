@@ -1,5 +1,6 @@
 """The operators in plain PyTorch, on any device: the specification of every other backend."""
 
+from .column_absmax import column_absmax
 from .dequantized_matmul import dequantized_matmul
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
@@ -14,6 +15,7 @@ from .sgd_float import sgd_step_floats_
 
 __all__ = [
     "accumulate_",
+    "column_absmax",
     "dequantize",
     "dequantized_matmul",
     "embedding_gradient_",

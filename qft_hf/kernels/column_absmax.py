@@ -1,0 +1,32 @@
+"""Largest magnitude of each column: which channels of an input an INT8 product leaves in float."""
+
+import torch
+from torch import Tensor
+
+from .checks import check_matrix
+from .operators import declare
+from .quantize import FLOATS
+
+_column_absmax = declare(
+    "column_absmax",
+    "(Tensor x) -> Tensor",
+    fake=lambda x: x.new_empty(x.shape[1], dtype=torch.float32),
+)
+
+
+def column_absmax(x: Tensor) -> Tensor:
+    """`max_n |x[n, c]|` of each column `c`.
+
+    Args:
+        x: `[N, C]`, contiguous; fp32, bf16 or fp16.
+
+    Returns:
+        fp32 `[C]`; NaN or infinite where a value of the column is.
+
+    Raises:
+        TypeError: `x` is not one of the three float dtypes.
+        ValueError: `x` is not a contiguous, non-empty matrix.
+    """
+    check_matrix("x", x, FLOATS)
+    maxima: Tensor = _column_absmax(x)
+    return maxima
