@@ -54,28 +54,25 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = grad_output.reshape(-1, grad_output.shape[-1])
 
-        rows = columns = None
         int8_x = needs_x and products.input_gradient
-        int8_weight = needs_weight and products.weight_gradient
-        if int8_x or int8_weight:
-            rows, columns = kernels.quantize_gradient(
-                grad.contiguous(),
-                weight.scales if int8_x else None,
-                kept[1] if int8_weight else None,
-                seed=products.seed,
+        operand = int8.Input(*kept) if needs_weight and products.weight_gradient else None
+        of_x = of_weight = None
+        if int8_x or operand is not None:
+            of_x, of_weight = int8.quantized_gradient(
+                grad.contiguous(), weight, operand, for_x=int8_x, seed=products.seed
             )
         grad_x = gradient = None
         if needs_x:
             product = (
                 dequantized.input_gradient(grad, weight)
-                if rows is None
-                else int8.input_gradient(rows, grad, weight)
+                if of_x is None
+                else int8.input_gradient(of_x, weight)
             )
             grad_x = product.to(ctx.x_dtype).view(ctx.x_shape)
-        del rows  # a quarter of an FP32 gradient
+        del of_x  # a quarter of an FP32 gradient
         defer = ctx.defers_gradient
-        if columns is not None:
-            gradient = int8.weight_gradient(columns, grad, int8.Input(*kept), weight, defer=defer)
+        if of_weight is not None and operand is not None:
+            gradient = int8.weight_gradient(of_weight, operand, weight, defer=defer)
         elif needs_weight:
             x = kept[0].reshape(-1, weight.shape[1])
             gradient = dequantized.weight_gradient(grad, x, weight, defer=defer)

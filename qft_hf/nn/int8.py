@@ -23,9 +23,6 @@ from torch import Tensor
 from .. import kernels
 from ..quant import Int8Gradient, QFTWeight
 
-# Codes [rows, columns] and scales [rows, 1].
-Operand = tuple[Tensor, Tensor]
-
 
 class Input(NamedTuple):
     """An input `x[N, C]` as INT8 products take it.
@@ -41,6 +38,21 @@ class Input(NamedTuple):
     scales: Tensor
     columns: Tensor
     values: Tensor
+
+
+class Gradient(NamedTuple):
+    """An output gradient `grad[N, R]` as one of its two INT8 products takes it.
+
+    Attributes:
+        codes: int8 `[N, R]` for `grad_x`; `[R, N]` for `grad_W`.
+        scales: fp32, one per row of the codes.
+        critical: What the codes leave out, the columns of the result that are float products:
+            `[N, k]` of `grad_x`, or `[R, k]` of `grad_W`, of the dtype of `grad`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    critical: Tensor
 
 
 # With fewer tokens the weight is dequantized. Integer matrix units take 16 or 32 rows at a time,
@@ -119,35 +131,52 @@ def forward(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def input_gradient(rows: Operand, grad: Tensor, weight: QFTWeight) -> Tensor:
-    """grad_x[N, C] = grad[N, R] W[R, C]; `rows` is `grad`, times the weight's scales, per token."""
-    codes, scales = rows
-    grad_x = kernels.int8_matmul(codes, weight.codes, scales, None, dtype=grad.dtype)
-    columns, values = critical_columns(weight)
-    if len(columns):  # whose codes are 0
-        grad_x.index_copy_(1, columns, grad @ values.to(grad.dtype))
-    return grad_x
+def quantized_gradient(
+    grad: Tensor, weight: QFTWeight, operand: Input | None, *, for_x: bool, seed: int
+) -> tuple[Gradient | None, Gradient | None]:
+    """A contiguous output gradient as the two products of a backward pass take it.
+
+    All that reads the float gradient is done here, while it is in the cache.
+
+    Args:
+        grad: Float `[N, R]`.
+        weight: `[R, C]`.
+        operand: The quantized input where the weight's gradient is wanted, else None.
+        for_x: Whether the input's gradient is.
+        seed: Key of the random numbers that round.
+    """
+    rows, columns = kernels.quantize_gradient(
+        grad,
+        weight.scales if for_x else None,
+        None if operand is None else operand.scales,
+        seed=seed,
+    )
+    of_x = of_weight = None
+    if rows is not None:
+        of_x = Gradient(*rows, grad @ critical_columns(weight)[1].to(grad.dtype))
+    if columns is not None and operand is not None:
+        # Half the time of grad.t() @ values on a CPU.
+        of_weight = Gradient(*columns, (operand.values.to(grad.dtype).t() @ grad).t())
+    return of_x, of_weight
+
+
+def input_gradient(grad: Gradient, weight: QFTWeight) -> Tensor:
+    """grad_x[N, C] = grad[N, R] W[R, C]."""
+    dtype = grad.critical.dtype
+    grad_x = kernels.int8_matmul(grad.codes, weight.codes, grad.scales, None, dtype=dtype)
+    return grad_x.index_copy_(1, critical_columns(weight)[0], grad.critical)
 
 
 def weight_gradient(
-    columns: Operand, grad: Tensor, operand: Input, weight: QFTWeight, *, defer: bool
+    grad: Gradient, operand: Input, weight: QFTWeight, *, defer: bool
 ) -> Int8Gradient:
-    """grad_W[R, C] = grad[N, R]^T x[N, C]; `defer` as in `QFTWeight.gradient`.
-
-    `columns` is `grad`, times the scales of `x`, per output and transposed: `[R, N]`. `operand` is
-    the quantized `x`.
-    """
-    column_codes, scales = columns
-    critical = operand.values.to(grad.dtype)
+    """grad_W[R, C] = grad[N, R]^T x[N, C]; `defer` as in `QFTWeight.gradient`."""
 
     def tile(rows: slice) -> Tensor:
         product = kernels.int8_matmul(
-            column_codes[rows], operand.codes, scales[rows], None, dtype=torch.float32
+            grad.codes[rows], operand.codes, grad.scales[rows], None, dtype=torch.float32
         )
-        if len(operand.columns):  # whose codes are 0
-            exact = critical.t() @ grad[:, rows]  # half the time of the transposed product
-            product.index_copy_(1, operand.columns, exact.t().float())
-        return product
+        return product.index_copy_(1, operand.columns, grad.critical[rows].float())
 
     return weight.gradient(tile, defer=defer)
 

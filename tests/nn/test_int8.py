@@ -109,14 +109,15 @@ def test_gradients_are_unbiased():
     weight, x, grad_y = make_weight(SPECS[1]), randn(TOKENS, COLUMNS, seed=1), randn(TOKENS, ROWS)
     n_seeds = 400
     g = grad_y.double()
-    codes, x_scales = quantized_input(x, weight)[:2]
+    operand = quantized_input(x, weight)
+    codes, x_scales = operand[:2]
     sums = [torch.zeros(TOKENS, COLUMNS).double(), torch.zeros(ROWS, COLUMNS).double()]
 
     for seed in range(n_seeds):
-        rows, columns = int8.kernels.quantize_gradient(grad_y, weight.scales, x_scales, seed=seed)
-        sums[0] += int8.input_gradient(rows, grad_y, weight)
+        of_x, of_weight = int8.quantized_gradient(grad_y, weight, operand, for_x=True, seed=seed)
+        sums[0] += int8.input_gradient(of_x, weight)
         sums[1] += int8.kernels.int8_matmul(
-            columns[0], codes, columns[1], None, dtype=torch.float32
+            of_weight.codes, codes, of_weight.scales, None, dtype=torch.float32
         )
 
     x_used = used(x, weight)
