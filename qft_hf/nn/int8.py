@@ -117,17 +117,15 @@ def forward(
     operand: Input, x: Tensor, weight: QFTWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """y[..., R] = x[..., C] W[R, C]^T + b[R], of `dtype`; `operand` is the quantized `x`."""
-    codes, scales, x_columns, x_values = operand
-    y = kernels.int8_matmul(codes, weight.codes.t(), scales, weight.scales, bias=bias, dtype=dtype)
+    y = kernels.int8_matmul(
+        operand.codes, weight.codes.t(), operand.scales, weight.scales, bias=bias, dtype=dtype
+    )
     columns, values = critical_columns(weight)
-    if len(columns) + len(x_columns):
+    if len(columns) + len(operand.columns):
         # Critical columns of the weight times all of x, and those of x times the weight's codes.
-        critical_x = x.reshape(-1, x.shape[-1]).index_select(1, columns)
-        coded = weight.codes.index_select(1, x_columns) * weight.scales
-        y.addmm_(
-            torch.cat((critical_x, x_values), dim=1).to(dtype),
-            torch.cat((values, coded), dim=1).to(dtype).t(),
-        )
+        both = x.reshape(-1, x.shape[-1]).index_select(1, torch.cat((columns, operand.columns)))
+        coded = weight.codes.index_select(1, operand.columns) * weight.scales
+        y.addmm_(both.to(dtype), torch.cat((values, coded), dim=1).to(dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
