@@ -163,6 +163,7 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
             lambda backend: backend.accumulate_(*total, *gradient, STATE_GROUP_SIZE),
         ),
         "squared_norm": (n, 1, lambda backend: backend.squared_norm(*gradient, STATE_GROUP_SIZE)),
+        "column_absmax": (n, 2, lambda backend: backend.column_absmax(gradient_bf16)),
         "quantize_gradient": (
             n,
             6,

@@ -224,14 +224,16 @@ def keep_freed_memory() -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What ran, and whether it multiplies INT8 natively."""
+    """What ran, and whether it multiplies INT8 and BF16 natively."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
     vnni = "with" if torch.cpu._is_vnni_supported() else "without"
-    return f"{model} {vnni} AVX512-VNNI, {torch.get_num_threads()} thread(s)"
+    bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
+    threads = torch.get_num_threads()
+    return f"{model} {vnni} AVX512-VNNI and {bf16} AVX512-BF16, {threads} thread(s)"
 
 
 def main() -> None:
@@ -252,7 +254,7 @@ def main() -> None:
         action="store_true",
         help="CPU seconds of one thread instead of wall time, for a CPU that others use too",
     )
-    parser.add_argument("--dtype", help="of INT8 models: float32 on a CPU, else bfloat16")
+    parser.add_argument("--dtype", help="of INT8 models: float32 on a CPU without BF16, else bfloat16")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="ways whose name has one of them")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_training"))
@@ -260,7 +262,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     device = torch.device(options.device)
-    options.dtype = options.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    has_bf16 = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    options.dtype = options.dtype or ("bfloat16" if has_bf16 else "float32")
     config = LlamaConfig(**configs[options.config])
     if options.layers or device.type == "cpu":
         config.num_hidden_layers = options.layers or min(4, config.num_hidden_layers)

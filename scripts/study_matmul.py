@@ -23,7 +23,7 @@ from byte_llama import Size, counter, held_out_loss, pretrained, prose, train
 
 from qft_hf import QFTConfig, QFTLion, quantize_model_
 from qft_hf.kernels import quantize_gradient
-from qft_hf.nn import functional
+from qft_hf.nn import int8 as int8_nn
 
 ALL = ["forward", "input_gradient", "weight_gradient"]
 BASELINE = "FP32 Lion"
@@ -69,18 +69,18 @@ def nearest_gradients() -> Iterator[None]:
 
     class Kernels:
         def __getattr__(self, name: str) -> Callable[..., object]:
-            return getattr(functional_kernels, name)
+            return getattr(int8_kernels, name)
 
         @staticmethod
         def quantize_gradient(*arguments, **options):
             return quantize_gradient(*arguments, **options, stochastic=False)
 
-    functional_kernels = functional.kernels
-    functional.kernels = Kernels()
+    int8_kernels = int8_nn.kernels
+    int8_nn.kernels = Kernels()
     try:
         yield
     finally:
-        functional.kernels = functional_kernels
+        int8_nn.kernels = int8_kernels
 
 
 def tune(way: Way, start: torch.nn.Module, size: Size, options: argparse.Namespace, seed: int):

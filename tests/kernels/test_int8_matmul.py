@@ -81,11 +81,12 @@ def test_operands_may_be_stored_either_way(backend, a_form, b_form):
     assert_same_bits(out, torch.from_numpy(product32(a, b, scales(19), scales(21), None)))
 
 
+@pytest.mark.parametrize("has_vnni", [True, False])
 @pytest.mark.parametrize("b_form", [Tensor.contiguous, other_order, inside])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (17, 64, 9)], ids=str)
-def test_the_product_of_pytorch_is_exact_too(shape, b_form, monkeypatch):
-    """What the CPU backend calls where there is VNNI; here it is only slow."""
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (17, 64, 9), (3, 1030, 2)], ids=str)
+def test_both_products_of_a_cpu_are_exact(shape, b_form, has_vnni, monkeypatch):
+    """That of PyTorch, for VNNI and slow without it, and that of FP32 parts."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
     m, k, n = shape
     a, b, bias = codes(m, k), b_form(codes(k, n)), torch.linspace(-1, 1, n)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qft_hf.nn import functional
+from qft_hf.nn import int8
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -49,7 +49,7 @@ def test_too_few_tokens_for_int8_products_are_refused(run):
 
 
 def test_every_way_of_the_study_is_tuned(run):
-    kernels = functional.kernels
+    kernels = int8.kernels
 
     written = run(
         "study_matmul", "--seeds", "0", "--steps", "2", "--pretraining-steps", "1",
@@ -63,4 +63,4 @@ def test_every_way_of_the_study_is_tuned(run):
     assert len(set(losses.values())) == 10
     assert max(losses.values()) < figures["loss_before"]
     assert "| FP32 Lion | " in written["table.md"]
-    assert functional.kernels is kernels  # the ablation of stochastic rounding is over
+    assert int8.kernels is kernels  # the ablation of stochastic rounding is over

@@ -2,13 +2,13 @@
 
 import numpy as np
 import torch
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 from torch import Tensor
 
 
 def float_array(x: Tensor) -> np.ndarray:
-    """FP32 as it is and BF16 as its bits, of the same memory; FP16 as an FP32 copy."""
+    """FP32 as it is and BF16 as its bits, of the same memory; FP16 as an FP32 copy, to be read."""
     if x.dtype == torch.bfloat16:
         return x.view(torch.int16).numpy()
     return x.float().numpy()
@@ -33,12 +33,25 @@ def _load_row(row, values):
     return widen if row.dtype == types.int16 else copy
 
 
-@njit(nogil=True, cache=True)
-def round_row(values, out):
-    """Round FP32 `values` to the nearest BF16, ties to even; NaN stays NaN."""
-    value_bits = values.view(np.int32)
-    for j in range(out.shape[0]):
-        high, low = value_bits[j] >> 16, value_bits[j] & 0xFFFF
+def store_row(values, row):
+    """Write FP32 `values` to a row of a `float_array`, rounded to its type; for use in kernels."""
+    raise NotImplementedError
+
+
+@overload(store_row, inline="always")
+def _store_row(values, row):
+    def copy(values, row):
+        for j in range(row.shape[0]):
+            row[j] = values[j]
+
+    return _round_row if row.dtype == types.int16 else copy
+
+
+def _round_row(values, row):
+    """To the nearest BF16, ties to even; NaN stays NaN."""
+    bits = values.view(np.int32)
+    for j in range(row.shape[0]):
+        high, low = bits[j] >> 16, bits[j] & 0xFFFF
         up = low + (high & 1) > 0x8000
-        is_nan = (value_bits[j] & 0x7FFFFFFF) > 0x7F800000
-        out[j] = np.int16(high | 0x40 if is_nan else high + up)
+        is_nan = (bits[j] & 0x7FFFFFFF) > 0x7F800000
+        row[j] = np.int16(high | 0x40 if is_nan else high + up)

@@ -7,7 +7,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from . import bf16
+from .bf16 import float_array, store_row
 from .threads import for_each_row_range
 
 _f32 = np.float32
@@ -39,28 +39,21 @@ def exact_sums(a: Tensor, b: Tensor) -> Tensor:
 
 
 @njit(nogil=True, cache=True)
-def _scale_row(sums, a_scale, b_scales, bias, out):
+def _scale_row(sums, a_scale, b_scales, bias, values):
     for j in range(sums.shape[0]):
         value = (_f32(sums[j]) * a_scale) * b_scales[j]
         # Adding 0 instead of nothing would lose the sign of -0.
-        out[j] = value + bias[j] if bias.shape[0] > 0 else value
+        values[j] = value + bias[j] if bias.shape[0] > 0 else value
 
 
-# Numba vectorizes rows of a whole array, and not those of a part: its columns could be apart.
 @njit(nogil=True, cache=True)
 def _scale_rows(sums, a_scales, b_scales, bias, out, first_column, start, stop):
-    last_column = first_column + sums.shape[1]
-    for row in range(start, stop):
-        _scale_row(sums[row], a_scales[row], b_scales, bias, out[row, first_column:last_column])
-
-
-@njit(nogil=True, cache=True)
-def _scale_rows_to_bf16(sums, a_scales, b_scales, bias, out, first_column, start, stop):
     last_column = first_column + sums.shape[1]
     values = np.empty(sums.shape[1], np.float32)
     for row in range(start, stop):
         _scale_row(sums[row], a_scales[row], b_scales, bias, values)
-        bf16.round_row(values, out[row, first_column:last_column])
+        # Of whole rows, and not of a tile, numba knows that the columns are side by side.
+        store_row(values, out[row, first_column:last_column])
 
 
 def int8_matmul(
@@ -75,11 +68,9 @@ def int8_matmul(
     rows, columns = a.shape[0], b.shape[1]
     # Where AVX512-VNNI lacks, PyTorch's own product is fifty times slower than one in FP32.
     product = torch._int_mm if torch.cpu._is_vnni_supported() else exact_sums
-    is_bf16 = dtype == torch.bfloat16
-    out = torch.empty(rows, columns, dtype=dtype if is_bf16 else torch.float32)
-    scale, out_array = (
-        (_scale_rows_to_bf16, bf16.float_array(out)) if is_bf16 else (_scale_rows, out.numpy())
-    )
+    # FP16 is rounded at the end.
+    out = torch.empty(rows, columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    out_array = float_array(out)
     # A factor of 1 changes nothing.
     a_factors = (torch.ones(rows) if a_scales is None else a_scales.view(-1)).numpy()
     b_factors = (torch.ones(columns) if b_scales is None else b_scales.view(-1)).numpy()
@@ -97,6 +88,6 @@ def int8_matmul(
             )
             n_rows, n_columns = arrays[0].shape
             for_each_row_range(
-                partial(scale, *arrays, first_column), n_rows=n_rows, row_elements=n_columns
+                partial(_scale_rows, *arrays, first_column), n_rows=n_rows, row_elements=n_columns
             )
     return out.to(dtype)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...layout import GroupLayout
 from ..reference.quantize import MAGIC, QMAX, TINY
-from .bf16 import float_array, load_row
+from .bf16 import float_array, load_row, store_row
 from .threads import for_each_row_range
 
 _f32 = np.float32
@@ -67,16 +67,22 @@ def _quantize_rows(x, is_zero, codes, scales, start, stop, group_size):
 
 
 @njit(nogil=True, cache=True)
-def _dequantize_rows(codes, scales, rows, x, start, stop, group_size):
+def _dequantize_rows(
+    codes, scales, rows, outlier_values, outlier_columns, x, start, stop, group_size
+):
     columns = codes.shape[1]
+    row_values = np.empty(columns, np.float32)
     for i in range(start, stop):
         row = rows[i]
         for group in range(scales.shape[1]):
             first = group * group_size
             last = min(first + group_size, columns)
-            code, values, scale = codes[row, first:last], x[i, first:last], scales[row, group]
+            code, values, scale = codes[row, first:last], row_values[first:last], scales[row, group]
             for j in range(last - first):
                 values[j] = _f32(code[j]) * scale
+        for k in range(outlier_values.shape[1]):
+            row_values[outlier_columns[row, k]] = outlier_values[row, k]
+        store_row(row_values, x[i])
 
 
 def quantize(
@@ -106,18 +112,19 @@ def dequantize(
     outlier_columns: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    columns = codes.shape[1]
-    index = torch.arange(codes.shape[0]) if rows is None else rows.long()
-    x = torch.empty(len(index), columns)
-    arrays = [tensor.numpy() for tensor in (codes, scales, index, x)]
+    n_rows, columns = codes.shape
+    index = torch.arange(n_rows) if rows is None else rows.long()
+    if outlier_values is None or outlier_columns is None:
+        outlier_values, outlier_columns = torch.empty(n_rows, 0), torch.empty(n_rows, 0).short()
+    # FP16 is rounded at the end.
+    x_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    x = torch.empty(len(index), columns, dtype=x_dtype)
+    tensors = (codes, scales, index, outlier_values, outlier_columns)
+    arrays = [*(tensor.numpy() for tensor in tensors), float_array(x)]
     size = group_size or columns
     for_each_row_range(
         lambda start, stop: _dequantize_rows(*arrays, start, stop, size),
         n_rows=len(index),
         row_elements=columns,
     )
-    if outlier_values is not None and outlier_columns is not None:
-        if rows is not None:
-            outlier_values, outlier_columns = outlier_values[index], outlier_columns[index]
-        x.scatter_(1, outlier_columns.long(), outlier_values)
     return x.to(dtype)
