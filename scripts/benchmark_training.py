@@ -254,7 +254,9 @@ def main() -> None:
         action="store_true",
         help="CPU seconds of one thread instead of wall time, for a CPU that others use too",
     )
-    parser.add_argument("--dtype", help="of INT8 models: float32 on a CPU without BF16, else bfloat16")
+    parser.add_argument(
+        "--dtype", help="of INT8 models: float32 on a CPU without BF16, else bfloat16"
+    )
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="ways whose name has one of them")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_training"))
