@@ -20,8 +20,8 @@ _NORMAL, _SUBNORMAL, _LARGEST = _f32(2.0**-14), _f32(0.75), _f32(65504.0)
 _FP32, _BF16, _FP16 = 0, 1, 2
 KINDS = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float16: _FP16}
 
-# Of a thread: a quarter of a millisecond for one token. PyTorch's own threads are still spinning
-# from the operator before, and a layer that is split sooner takes longer.
+# Of a thread: a quarter of a millisecond for one token. One thread reads smaller layers as fast,
+# and another would have to be woken.
 MIN_ELEMENTS = 2**20
 
 # Sums may be in any order, and LLVM vectorizes them then; the value of a term is not touched.
