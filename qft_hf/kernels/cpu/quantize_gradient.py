@@ -22,7 +22,6 @@ from .threads import for_each_row_range
 _f32, _u32, _u64 = np.float32, np.uint32, np.uint64
 _QMAX, _TINY, _PER_QMAX = _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
 _ZERO, _ONE = _f32(0.0), _f32(1.0)
-_BYTE = _u32(0xFF)
 _INFINITY = np.int32(0x7F800000)  # as an integer; every NaN lies above it
 _ROWS, _COLUMNS, _WEIGHT = _u64(ROWS), _u64(COLUMNS), _u64(WEIGHT)
 
