@@ -15,10 +15,18 @@ from .. import kernels
 from ..quant import Int8Gradient, QFTWeight
 
 # At most so many tokens are multiplied without expanding the weight where no gradient is recorded:
-# matrix units pad any fewer to as many. Measured on a CPU (AVX2, one thread), 16 tokens take a
-# quarter to a ninth of the time of expanding on the layers of a 7B model; on those of a 135M model
-# a third to a half in BF16, and about the same in FP32, where at 32 tokens expanding is faster.
+# matrix units pad any fewer to as many. Measured on CPUs (one thread), 16 tokens take as long as
+# expanding in FP32, or up to a ninth of it, and fewer tokens less. Where a CPU multiplies BF16
+# natively, 4 tokens take as long as expanding, and 16 twice as long.
 MAX_TOKENS = 16
+MAX_TOKENS_BESIDE_NATIVE_BF16 = 4
+
+
+def max_tokens(dtype: torch.dtype, device: torch.device) -> int:
+    """Up to how many tokens, computed in `dtype`, `forward_few` is the faster."""
+    if dtype == torch.bfloat16 and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return MAX_TOKENS_BESIDE_NATIVE_BF16
+    return MAX_TOKENS
 
 
 def forward(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
@@ -35,7 +43,7 @@ def forward(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
 
 
 def forward_few(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
-    """`forward` of at most `MAX_TOKENS` tokens: the same terms, in another order."""
+    """`forward` of at most `max_tokens` tokens: the same terms, in another order."""
     y = kernels.dequantized_matmul(
         x.reshape(-1, x.shape[-1]).contiguous(),
         weight.codes,

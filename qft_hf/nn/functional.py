@@ -130,7 +130,7 @@ def linear(
             none is.
         training: Whether a pass that records gradients repeats this one, as in checkpointed layers.
             Outside training, and where no gradients are recorded, few tokens are multiplied without
-            expanding the weight (`dequantized.MAX_TOKENS`): a faster sum of the same terms, in
+            expanding the weight (`dequantized.max_tokens`): a faster sum of the same terms, in
             another order.
 
     Returns:
@@ -141,7 +141,7 @@ def linear(
     """
     dtype = product_dtype(x, weight)
     if not training and not torch.is_grad_enabled():
-        if 0 < x.numel() <= dequantized.MAX_TOKENS * x.shape[-1]:
+        if 0 < x.numel() <= dequantized.max_tokens(dtype, x.device) * x.shape[-1]:
             return dequantized.forward_few(x.to(dtype), weight, bias)
     operand = None
     if products is None or x.numel() < int8.MIN_TOKENS * x.shape[-1]:

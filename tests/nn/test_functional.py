@@ -197,6 +197,7 @@ def never_expanded(monkeypatch):
         raise AssertionError("a weight was expanded")
 
     monkeypatch.setattr(QFTWeight, "dequantize_rows", refuse)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -234,6 +235,26 @@ def test_under_autocast_few_tokens_are_of_its_dtype(never_expanded):
         y = linear(randn(3, COLUMNS), make_weight(), randn(ROWS))
 
     assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "native_bf16", "most"),
+    [(torch.float32, True, 16), (torch.bfloat16, False, 16), (torch.bfloat16, True, 4)],
+    ids=str,
+)
+def test_fewer_tokens_are_few_where_bf16_is_native(dtype, native_bf16, most, monkeypatch):
+    expanded: list[int] = []
+    expand = QFTWeight.dequantize_rows
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native_bf16)
+    monkeypatch.setattr(
+        QFTWeight, "dequantize_rows", lambda *args: expanded.append(tokens) or expand(*args)
+    )
+
+    with torch.no_grad():
+        for tokens in (most, most + 1):
+            linear(randn(tokens, COLUMNS, dtype=dtype), make_weight(dtype=dtype))
+
+    assert expanded == [most + 1]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, dequantized.MAX_TOKENS + 1])
