@@ -14,23 +14,20 @@ def float_array(x: Tensor) -> np.ndarray:
     return x.float().numpy()
 
 
-def load_row(row, values):
-    """Write a row of a `float_array` to FP32 `values`; for use in kernels."""
+def widen(element):
+    """The FP32 value of an element of a `float_array`; for use in kernels."""
     raise NotImplementedError
 
 
-@overload(load_row, inline="always")
-def _load_row(row, values):
-    def widen(row, values):
-        bits = values.view(np.int32)
-        for j in range(row.shape[0]):
-            bits[j] = np.int32(row[j]) << 16
+@overload(widen, inline="always")
+def _widen(element):
+    def from_bits(element):
+        return np.int32(np.int32(element) << 16).view(np.float32)
 
-    def copy(row, values):
-        for j in range(row.shape[0]):
-            values[j] = row[j]
+    def as_it_is(element):
+        return element
 
-    return widen if row.dtype == types.int16 else copy
+    return from_bits if element == types.int16 else as_it_is
 
 
 def store_row(values, row):

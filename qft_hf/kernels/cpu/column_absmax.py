@@ -5,30 +5,29 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .bf16 import float_array, load_row
+from .bf16 import float_array, widen
+from .quantize import magnitude
 from .threads import for_each_row_range
 
-_MAGNITUDE = np.int32(0x7FFFFFFF)  # FP32 without its sign: as an integer it orders magnitudes
+_ONE = np.float32(1.0)
 
 BLOCK = 64  # rows; what a thread takes, and has maxima of
 
 
+# A function of its own: within the loops over rows LLVM does not vectorize it.
+@njit(nogil=True, cache=True)
+def _enlarge(largest, row, factor):
+    for j in range(row.shape[0]):
+        largest[j] = max(largest[j], magnitude(widen(row[j]) * factor))
+
+
 @njit(nogil=True, cache=True)
 def _block_maxima(x, factors, maxima, start, stop):
-    rows, columns = x.shape
-    values = np.empty(columns, np.float32)
-    bits = values.view(np.int32)
     for block in range(start, stop):
-        largest = maxima[block]
-        largest[:] = 0
-        for row in range(block * BLOCK, min((block + 1) * BLOCK, rows)):
-            load_row(x[row], values)
-            if factors.shape[0] > 0:
-                factor = factors[row]
-                for j in range(columns):
-                    values[j] *= factor
-            for j in range(columns):
-                largest[j] = max(largest[j], bits[j] & _MAGNITUDE)
+        maxima[block] = 0
+        for row in range(block * BLOCK, min((block + 1) * BLOCK, x.shape[0])):
+            factor = factors[row] if factors.shape[0] > 0 else _ONE
+            _enlarge(maxima[block], x[row], factor)
 
 
 def scaled_column_absmax(x: Tensor, factors: Tensor) -> Tensor:

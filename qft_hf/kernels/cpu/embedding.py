@@ -24,7 +24,7 @@ def _sum_rows(codes, scales, gradient, order, used, ends, start, stop, group_siz
             first = group * group_size
             last = min(first + group_size, columns)
             values = sums[first:last]
-            largest = largest_magnitude(values.view(np.int32))
+            largest = largest_magnitude(values)
             scales[row, group] = quantize_group(values, codes[row, first:last], largest)
 
 

@@ -24,7 +24,7 @@ def _accumulate_rows(codes, scales, other_codes, other_scales, start, stop, grou
             for j in range(last - first):
                 total[j] = _f32(code[j]) * scale + _f32(other[j]) * other_scale
             values = total[: last - first]
-            largest = largest_magnitude(values.view(np.int32))
+            largest = largest_magnitude(values)
             scales[row, group] = quantize_group(values, code, largest)
 
 

@@ -13,10 +13,10 @@ from .. import reference
 from ..reference.philox import LANES, WEIGHT
 from ..reference.quantize import QMAX, TINY, absmax_scale
 from ..reference.quantize_gradient import COLUMNS, ROWS
-from .bf16 import float_array, load_row
+from .bf16 import float_array, widen
 from .column_absmax import scaled_column_absmax
-from .philox import philox, random_row, weight_uniform
-from .quantize import largest_magnitude
+from .philox import philox, weight_uniform
+from .quantize import magnitude
 from .threads import for_each_row_range
 
 _f32, _u32, _u64 = np.float32, np.uint32, np.uint64
@@ -25,7 +25,8 @@ _ZERO, _ONE = _f32(0.0), _f32(1.0)
 _INFINITY = np.int32(0x7F800000)  # as an integer; every NaN lies above it
 _ROWS, _COLUMNS, _WEIGHT = _u64(ROWS), _u64(COLUMNS), _u64(WEIGHT)
 
-BLOCK = 64  # tokens: one cache line of transposed codes; a multiple of LANES
+BLOCK = 64  # tokens: one cache line of transposed codes
+QUADS = BLOCK // LANES
 CHUNK = 256  # outputs whose transposed codes are written together: they stay in the cache
 
 
@@ -33,70 +34,65 @@ CHUNK = 256  # outputs whose transposed codes are written together: they stay in
 def _stochastic_code(value, word):
     """Round up with the probability of the fraction; twin: `stochastic_codes`."""
     whole = np.floor(value)
-    value = whole + _f32((value - whole) + weight_uniform(word) >= _ONE)
+    value = whole + _ONE if (value - whole) + weight_uniform(word) >= _ONE else whole
     return np.int8(min(max(value, -_QMAX), _QMAX))
-
-
-@njit(inline="always")
-def _stochastic_byte(value, word):
-    """The bits of a code in a uint32."""
-    return _u32(np.uint8(_stochastic_code(value, word)))
 
 
 # Functions of their own, here and below: in one body with the loops around them, or with the random
 # words, LLVM does not vectorize them as well.
 @njit(nogil=True, cache=True)
-def _round_quads(value0, value1, value2, value3, words, packed):
-    """Codes of the four values that share a counter, as the bytes of a uint32, low byte first."""
-    words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
-    for i in range(packed.shape[0]):
-        packed[i] = (
-            _stochastic_byte(value0[i], words0[i])
-            | _stochastic_byte(value1[i], words1[i]) << _u32(8)
-            | _stochastic_byte(value2[i], words2[i]) << _u32(16)
-            | _stochastic_byte(value3[i], words3[i]) << _u32(24)
-        )
+def _scale_row(row, factors, values):
+    """Write a row times its factors to `values` and return its largest magnitude, as bits."""
+    largest = np.int32(0)
+    for j in range(row.shape[0]):
+        value = widen(row[j]) * factors[j]
+        values[j] = value
+        largest = max(largest, magnitude(value))
+    return largest
+
+
+@njit(nogil=True, cache=True)
+def _row_words(words, row, seed, step):
+    """Random words of a row; `words` is padded to whole quads."""
+    quads = words.shape[0] // LANES
+    base = _u64(row) * _u64(quads)
+    for quad in range(quads):
+        w0, w1, w2, w3 = philox(base + _u64(quad), seed, step, _ROWS, _WEIGHT)
+        j = LANES * quad
+        words[j], words[j + 1], words[j + 2], words[j + 3] = w0, w1, w2, w3
+
+
+@njit(nogil=True, cache=True)
+def _round_row(values, inverse, words, codes):
+    for j in range(values.shape[0]):
+        codes[j] = _stochastic_code(values[j] * inverse, words[j])
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def _quantize_rows(gradient, factors, codes, scales, seed, start, stop):
     outputs = gradient.shape[1]
-    quads = (outputs + LANES - 1) // LANES
     values = np.empty(outputs, np.float32)
-    words = np.empty((LANES, quads), np.uint32)
-    words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
-    flat = np.empty(quads * LANES, np.uint32)
+    words = np.empty((outputs + LANES - 1) // LANES * LANES, np.uint32)
     for token in range(start, stop):
-        code = codes[token]
-        load_row(gradient[token], values)
-        for j in range(outputs):
-            values[j] *= factors[j]
-        bits = largest_magnitude(values.view(np.int32))
-        scale = np.array([bits], np.int32).view(np.float32)[0] * _PER_QMAX
+        bits = _scale_row(gradient[token], factors, values)
+        scale = np.int32(bits).view(np.float32) * _PER_QMAX
         if bits >= _INFINITY:
-            code[:] = 0
-            scales[token] = scale
-            continue
-        if scale < _TINY:
-            scale = _TINY
+            codes[token] = 0
+        else:
+            scale = max(scale, _TINY)
+            _row_words(words, token, seed, _u64(bits))
+            _round_row(values, _ONE / scale, words, codes[token])
         scales[token] = scale
-        inverse = _ONE / scale
-        random_row(words, token, seed, _u64(bits), _ROWS, _WEIGHT)
-        for quad in range(quads):
-            flat[LANES * quad] = words0[quad]
-            flat[LANES * quad + 1] = words1[quad]
-            flat[LANES * quad + 2] = words2[quad]
-            flat[LANES * quad + 3] = words3[quad]
-        for j in range(outputs):
-            code[j] = _stochastic_code(values[j] * inverse, flat[j])
 
 
-@njit(nogil=True, cache=True)
-def _scale_token(values, factor, inverses):
-    for j in range(values.shape[0]):
+@njit(nogil=True, error_model="numpy", cache=True)
+def _invert_scales(bits, inverses):
+    """One over the scales of columns whose largest magnitudes have these bits."""
+    maxima = bits.view(np.float32)
+    for j in range(bits.shape[0]):
         # An inverse of 0 marks a column that is not finite.
-        value = values[j] * factor if inverses[j] > _ZERO else _ZERO
-        values[j] = value * inverses[j]
+        inverse = _ONE / max(maxima[j] * _PER_QMAX, _TINY)
+        inverses[j] = inverse if bits[j] < _INFINITY else _ZERO
 
 
 @njit(nogil=True, cache=True)
@@ -109,32 +105,65 @@ def _column_words(words, bits, first, quads, quad, seed):
         words0[j], words1[j], words2[j], words3[j] = w0, w1, w2, w3
 
 
+@njit(inline="always")
+def _column_byte(element, factor, inverse, word):
+    """The code of an element in its column, its bits in a uint32."""
+    value = widen(element) * factor if inverse > _ZERO else _ZERO
+    return _u32(np.uint8(_stochastic_code(value * inverse, word)))
+
+
 @njit(nogil=True, cache=True)
-def _round_columns(gradient, factors, maxima, inverses, packed_codes, seed, start, stop):
+def _round_quads(row0, row1, row2, row3, factors, inverses, words, packed):
+    """Codes of four tokens in each column, as the bytes of a uint32, low byte first."""
+    words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
+    factor0, factor1, factor2, factor3 = factors
+    for j in range(row0.shape[0]):
+        inverse = inverses[j]
+        packed[j] = (
+            _column_byte(row0[j], factor0, inverse, words0[j])
+            | _column_byte(row1[j], factor1, inverse, words1[j]) << _u32(8)
+            | _column_byte(row2[j], factor2, inverse, words2[j]) << _u32(16)
+            | _column_byte(row3[j], factor3, inverse, words3[j]) << _u32(24)
+        )
+
+
+@njit(nogil=True, cache=True)
+def _transpose(packed, codes):
+    for j in range(codes.shape[0]):
+        column_codes = codes[j]
+        for quad in range(QUADS):  # a constant number: unrolled
+            column_codes[quad] = packed[quad, j]
+
+
+@njit(nogil=True, cache=True)
+def _round_columns(gradient, factors, maxima, packed_codes, seed, start, stop):
     tokens, outputs = gradient.shape
     quads = _u64((tokens + LANES - 1) // LANES)
-    values = np.zeros((LANES, CHUNK), np.float32)
+    inverses = np.empty(CHUNK, np.float32)
     words = np.empty((LANES, CHUNK), np.uint32)
-    packed = np.empty((BLOCK // LANES, CHUNK), np.uint32)
+    packed = np.empty((QUADS, CHUNK), np.uint32)
     for block in range(start, stop):
-        first_token, last_token = block * BLOCK, min((block + 1) * BLOCK, tokens)
-        first_quad = first_token // LANES
-        n_quads = (last_token - first_token + LANES - 1) // LANES
+        first_quad = block * QUADS
         for first in range(0, outputs, CHUNK):
             last = min(first + CHUNK, outputs)
-            width = last - first
-            bits, inverse = maxima[first:last], inverses[first:last]
-            for token in range(first_token, last_token, LANES):
-                for lane in range(min(LANES, last_token - token)):
-                    load_row(gradient[token + lane, first:last], values[lane, :width])
-                    _scale_token(values[lane, :width], factors[token + lane], inverse)
-                _column_words(words, bits, first, quads, _u64(token // LANES), seed)
-                codes_of_quad = packed[(token - first_token) // LANES, :width]
-                _round_quads(values[0], values[1], values[2], values[3], words, codes_of_quad)
-            for j in range(width):
-                column_codes = packed_codes[first + j]
-                for quad in range(n_quads):
-                    column_codes[first_quad + quad] = packed[quad, j]
+            bits = maxima[first:last]
+            _invert_scales(bits, inverses)
+            for quad in range(first_quad, min(first_quad + QUADS, quads)):
+                _column_words(words, bits, first, quads, _u64(quad), seed)
+                # Past the end the last token is repeated: what becomes of it is cut off.
+                t0 = LANES * quad
+                t1, t2, t3 = min(t0 + 1, tokens - 1), min(t0 + 2, tokens - 1), min(t0 + 3, tokens - 1)
+                _round_quads(
+                    gradient[t0, first:last],
+                    gradient[t1, first:last],
+                    gradient[t2, first:last],
+                    gradient[t3, first:last],
+                    (factors[t0], factors[t1], factors[t2], factors[t3]),
+                    inverses,
+                    words,
+                    packed[quad - first_quad],
+                )
+            _transpose(packed, packed_codes[first:last, first_quad : first_quad + QUADS])
 
 
 def _by_rows(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -153,18 +182,17 @@ def _by_rows(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, Tens
 def _by_columns(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     tokens, outputs = gradient.shape
     maxima = scaled_column_absmax(gradient, factors.view(-1))
-    scales = absmax_scale(maxima)
-    inverses = torch.where(maxima.isfinite(), torch.ones_like(scales) / scales, 0.0)
-    quads = torch.empty(outputs, -(-tokens // LANES), dtype=torch.uint32)
-    others = (factors.view(-1), maxima.view(torch.int32), inverses, quads)
+    n_blocks = -(-tokens // BLOCK)
+    packed_codes = torch.empty(outputs, n_blocks * QUADS, dtype=torch.uint32)
+    others = (factors.view(-1), maxima.view(torch.int32), packed_codes)
     arrays = [float_array(gradient), *(tensor.numpy() for tensor in others)]
     for_each_row_range(
         lambda start, stop: _round_columns(*arrays, _u64(seed), start, stop),
-        n_rows=-(-tokens // BLOCK),
+        n_rows=n_blocks,
         row_elements=BLOCK * outputs,
     )
-    codes = quads.view(torch.int8)[:, :tokens].contiguous()
-    return codes, scales.view(-1, 1)
+    codes = packed_codes.view(torch.int8)[:, :tokens].contiguous()
+    return codes, absmax_scale(maxima).view(-1, 1)
 
 
 def quantize_gradient(
