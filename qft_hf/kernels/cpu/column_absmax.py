@@ -16,9 +16,10 @@ BLOCK = 64  # rows; what a thread takes, and has maxima of
 
 # A function of its own: within the loops over rows LLVM does not vectorize it.
 @njit(nogil=True, cache=True)
-def _enlarge(largest, row, factor):
-    for j in range(row.shape[0]):
-        largest[j] = max(largest[j], magnitude(widen(row[j]) * factor))
+def _enlarge(maxima, block, x, row, factor):
+    largest, elements = maxima[block], x[row]
+    for j in range(x.shape[1]):
+        largest[j] = max(largest[j], magnitude(widen(elements[j]) * factor))
 
 
 @njit(nogil=True, cache=True)
@@ -27,7 +28,7 @@ def _block_maxima(x, factors, maxima, start, stop):
         maxima[block] = 0
         for row in range(block * BLOCK, min((block + 1) * BLOCK, x.shape[0])):
             factor = factors[row] if factors.shape[0] > 0 else _ONE
-            _enlarge(maxima[block], x[row], factor)
+            _enlarge(maxima, block, x, row, factor)
 
 
 def scaled_column_absmax(x: Tensor, factors: Tensor) -> Tensor:

@@ -41,8 +41,9 @@ def _stochastic_code(value, word):
 # Functions of their own, here and below: in one body with the loops around them, or with the random
 # words, LLVM does not vectorize them as well.
 @njit(nogil=True, cache=True)
-def _scale_row(row, factors, values):
+def _scale_row(gradient, token, factors, values):
     """Write a row times its factors to `values` and return its largest magnitude, as bits."""
+    row = gradient[token]
     largest = np.int32(0)
     for j in range(row.shape[0]):
         value = widen(row[j]) * factors[j]
@@ -63,9 +64,10 @@ def _row_words(words, row, seed, step):
 
 
 @njit(nogil=True, cache=True)
-def _round_row(values, inverse, words, codes):
+def _round_row(values, inverse, words, codes, token):
+    code = codes[token]
     for j in range(values.shape[0]):
-        codes[j] = _stochastic_code(values[j] * inverse, words[j])
+        code[j] = _stochastic_code(values[j] * inverse, words[j])
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -74,14 +76,14 @@ def _quantize_rows(gradient, factors, codes, scales, seed, start, stop):
     values = np.empty(outputs, np.float32)
     words = np.empty((outputs + LANES - 1) // LANES * LANES, np.uint32)
     for token in range(start, stop):
-        bits = _scale_row(gradient[token], factors, values)
+        bits = _scale_row(gradient, token, factors, values)
         scale = np.int32(bits).view(np.float32) * _PER_QMAX
         if bits >= _INFINITY:
             codes[token] = 0
         else:
             scale = max(scale, _TINY)
             _row_words(words, token, seed, _u64(bits))
-            _round_row(values, _ONE / scale, words, codes[token])
+            _round_row(values, _ONE / scale, words, codes, token)
         scales[token] = scale
 
 
@@ -97,7 +99,7 @@ def _invert_scales(bits, inverses):
 
 @njit(nogil=True, cache=True)
 def _column_words(words, bits, first, quads, quad, seed):
-    """Random words of four neighbouring tokens in each column from `first` on."""
+    """Random words of a quad of tokens in each column from `first` on."""
     words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
     for j in range(bits.shape[0]):
         counter = _u64(first + j) * quads + quad
@@ -113,13 +115,21 @@ def _column_byte(element, factor, inverse, word):
 
 
 @njit(nogil=True, cache=True)
-def _round_quads(row0, row1, row2, row3, factors, inverses, words, packed):
-    """Codes of four tokens in each column, as the bytes of a uint32, low byte first."""
+def _round_quad(gradient, factors, inverses, words, packed, quad, first, last):
+    """Codes of a quad of tokens in each column, as the bytes of a uint32, low byte first."""
+    # Past the end the last token is repeated: what becomes of it is cut off.
+    end = gradient.shape[0] - 1
+    token0 = LANES * quad
+    token1, token2, token3 = min(token0 + 1, end), min(token0 + 2, end), min(token0 + 3, end)
+    factor0, factor1 = factors[token0], factors[token1]
+    factor2, factor3 = factors[token2], factors[token3]
+    row0, row1 = gradient[token0, first:last], gradient[token1, first:last]
+    row2, row3 = gradient[token2, first:last], gradient[token3, first:last]
     words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
-    factor0, factor1, factor2, factor3 = factors
-    for j in range(row0.shape[0]):
+    packed_codes = packed[quad % QUADS]
+    for j in range(last - first):
         inverse = inverses[j]
-        packed[j] = (
+        packed_codes[j] = (
             _column_byte(row0[j], factor0, inverse, words0[j])
             | _column_byte(row1[j], factor1, inverse, words1[j]) << _u32(8)
             | _column_byte(row2[j], factor2, inverse, words2[j]) << _u32(16)
@@ -128,42 +138,28 @@ def _round_quads(row0, row1, row2, row3, factors, inverses, words, packed):
 
 
 @njit(nogil=True, cache=True)
-def _transpose(packed, codes):
-    for j in range(codes.shape[0]):
-        column_codes = codes[j]
+def _transpose(packed, packed_codes, first, last, first_quad):
+    for j in range(first, last):
         for quad in range(QUADS):  # a constant number: unrolled
-            column_codes[quad] = packed[quad, j]
+            packed_codes[j, first_quad + quad] = packed[quad, j - first]
 
 
 @njit(nogil=True, cache=True)
 def _round_columns(gradient, factors, maxima, packed_codes, seed, start, stop):
     tokens, outputs = gradient.shape
-    quads = _u64((tokens + LANES - 1) // LANES)
+    quads = (tokens + LANES - 1) // LANES
     inverses = np.empty(CHUNK, np.float32)
     words = np.empty((LANES, CHUNK), np.uint32)
     packed = np.empty((QUADS, CHUNK), np.uint32)
-    for block in range(start, stop):
-        first_quad = block * QUADS
+    for first_quad in range(start * QUADS, stop * QUADS, QUADS):
         for first in range(0, outputs, CHUNK):
             last = min(first + CHUNK, outputs)
-            bits = maxima[first:last]
-            _invert_scales(bits, inverses)
+            bits, inverse = maxima[first:last], inverses[: last - first]
+            _invert_scales(bits, inverse)
             for quad in range(first_quad, min(first_quad + QUADS, quads)):
-                _column_words(words, bits, first, quads, _u64(quad), seed)
-                # Past the end the last token is repeated: what becomes of it is cut off.
-                t0 = LANES * quad
-                t1, t2, t3 = min(t0 + 1, tokens - 1), min(t0 + 2, tokens - 1), min(t0 + 3, tokens - 1)
-                _round_quads(
-                    gradient[t0, first:last],
-                    gradient[t1, first:last],
-                    gradient[t2, first:last],
-                    gradient[t3, first:last],
-                    (factors[t0], factors[t1], factors[t2], factors[t3]),
-                    inverses,
-                    words,
-                    packed[quad - first_quad],
-                )
-            _transpose(packed, packed_codes[first:last, first_quad : first_quad + QUADS])
+                _column_words(words, bits, first, _u64(quads), _u64(quad), seed)
+                _round_quad(gradient, factors, inverse, words, packed, quad, first, last)
+            _transpose(packed, packed_codes, first, last, first_quad)
 
 
 def _by_rows(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, Tensor]:
