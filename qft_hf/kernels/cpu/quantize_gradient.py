@@ -35,11 +35,12 @@ def _stochastic_code(value, word):
     """Round up with the probability of the fraction; twin: `stochastic_codes`."""
     whole = np.floor(value)
     value = whole + _ONE if (value - whole) + weight_uniform(word) >= _ONE else whole
-    return np.int8(min(max(value, -_QMAX), _QMAX))
+    return np.int8(min(max(-_QMAX, value), _QMAX))  # in this order NaN gives a number
 
 
 # Functions of their own, here and below: in one body with the loops around them, or with the random
-# words, LLVM does not vectorize them as well.
+# words, LLVM does not vectorize them as well. They take matrices and the number of a row: a view
+# made in the loops around them counts references, as costly as tens of elements.
 @njit(nogil=True, cache=True)
 def _scale_row(gradient, token, factors, values):
     """Write a row times its factors to `values` and return its largest magnitude, as bits."""
@@ -90,10 +91,9 @@ def _quantize_rows(gradient, factors, codes, scales, seed, start, stop):
 @njit(nogil=True, error_model="numpy", cache=True)
 def _invert_scales(bits, inverses):
     """One over the scales of columns whose largest magnitudes have these bits."""
-    maxima = bits.view(np.float32)
     for j in range(bits.shape[0]):
+        inverse = _ONE / max(np.int32(bits[j]).view(np.float32) * _PER_QMAX, _TINY)
         # An inverse of 0 marks a column that is not finite.
-        inverse = _ONE / max(maxima[j] * _PER_QMAX, _TINY)
         inverses[j] = inverse if bits[j] < _INFINITY else _ZERO
 
 
@@ -110,16 +110,14 @@ def _column_words(words, bits, first, quads, quad, seed):
 @njit(inline="always")
 def _column_byte(element, factor, inverse, word):
     """The code of an element in its column, its bits in a uint32."""
-    value = widen(element) * factor if inverse > _ZERO else _ZERO
-    return _u32(np.uint8(_stochastic_code(value * inverse, word)))
+    return _u32(np.uint8(_stochastic_code(widen(element) * factor * inverse, word)))
 
 
 @njit(nogil=True, cache=True)
 def _round_quad(gradient, factors, inverses, words, packed, quad, first, last):
     """Codes of a quad of tokens in each column, as the bytes of a uint32, low byte first."""
     # Past the end the last token is repeated: what becomes of it is cut off.
-    end = gradient.shape[0] - 1
-    token0 = LANES * quad
+    end, token0 = gradient.shape[0] - 1, LANES * quad
     token1, token2, token3 = min(token0 + 1, end), min(token0 + 2, end), min(token0 + 3, end)
     factor0, factor1 = factors[token0], factors[token1]
     factor2, factor3 = factors[token2], factors[token3]
@@ -129,12 +127,15 @@ def _round_quad(gradient, factors, inverses, words, packed, quad, first, last):
     packed_codes = packed[quad % QUADS]
     for j in range(last - first):
         inverse = inverses[j]
-        packed_codes[j] = (
+        codes = (
             _column_byte(row0[j], factor0, inverse, words0[j])
             | _column_byte(row1[j], factor1, inverse, words1[j]) << _u32(8)
             | _column_byte(row2[j], factor2, inverse, words2[j]) << _u32(16)
             | _column_byte(row3[j], factor3, inverse, words3[j]) << _u32(24)
         )
+        # 0 where the column is not finite. A branch would end up around the loads, and 16 bits are
+        # loaded under a condition by AVX-512 only.
+        packed_codes[j] = codes & (_u32(0) - _u32(inverse > _ZERO))
 
 
 @njit(nogil=True, cache=True)
