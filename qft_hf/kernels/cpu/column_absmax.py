@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .bf16 import float_array, widen
 from .quantize import magnitude
-from .threads import for_each_row_range
+from .threads import for_each_row_range, n_ranges
 
 _ONE = np.float32(1.0)
 
@@ -31,16 +31,17 @@ def _block_maxima(x, factors, maxima, start, stop):
             _enlarge(maxima, block, x, row, factor)
 
 
+@njit(nogil=True, cache=True)
+def _maxima(x, factors, maxima, n_ranges):
+    for_each_row_range(_block_maxima, (x, factors, maxima), maxima.shape[0], n_ranges)
+
+
 def scaled_column_absmax(x: Tensor, factors: Tensor) -> Tensor:
     """`column_absmax` of `x` times a factor for each of its rows, or no factors."""
     n_blocks = -(-x.shape[0] // BLOCK)
     maxima = torch.empty(n_blocks, x.shape[1], dtype=torch.int32)
     arrays = (float_array(x), factors.numpy(), maxima.numpy())
-    for_each_row_range(
-        lambda start, stop: _block_maxima(*arrays, start, stop),
-        n_rows=n_blocks,
-        row_elements=BLOCK * x.shape[1],
-    )
+    _maxima(*arrays, n_ranges(n_blocks, BLOCK * x.shape[1]))
     # As integers NaN is above all others: it comes through.
     return maxima.amax(dim=0).view(torch.float32)
 

@@ -9,7 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .threads import for_each_row_range
+from .threads import for_each_row_range, n_ranges
 
 _f32 = np.float32
 _ZERO, _ONE = _f32(0.0), _f32(1.0)
@@ -79,7 +79,7 @@ def _multiply_row(values, scale, kind, x, y):
 
 @njit(nogil=True, cache=True)
 def _multiply_rows(
-    x, codes, scales, outlier_values, outlier_columns, y, start, stop, group_size, kind
+    x, codes, scales, outlier_values, outlier_columns, y, group_size, kind, start, stop
 ):
     columns, n_groups = codes.shape[1], scales.shape[1]
     values = np.empty(columns if n_groups > 1 else 0, np.float32)
@@ -101,6 +101,12 @@ def _multiply_rows(
                 y[row, n] += outlier * x[n, column]
 
 
+@njit(nogil=True, cache=True)
+def _multiply(x, codes, scales, outlier_values, outlier_columns, y, group_size, kind, n_ranges):
+    arguments = (x, codes, scales, outlier_values, outlier_columns, y, group_size, kind)
+    for_each_row_range(_multiply_rows, arguments, codes.shape[0], n_ranges)
+
+
 def dequantized_matmul(
     x: Tensor,
     codes: Tensor,
@@ -119,11 +125,6 @@ def dequantized_matmul(
         y += bias.to(x.dtype)[:, None]
     tensors = (x.float(), codes, scales, outlier_values, outlier_columns, y)
     arrays = [tensor.numpy() for tensor in tensors]
-    size, kind = group_size or columns, KINDS[x.dtype]
-    for_each_row_range(
-        lambda start, stop: _multiply_rows(*arrays, start, stop, size, kind),
-        n_rows=rows,
-        row_elements=columns,
-        min_elements=MIN_ELEMENTS,
-    )
+    ranges = n_ranges(rows, columns, min_elements=MIN_ELEMENTS)
+    _multiply(*arrays, group_size or columns, KINDS[x.dtype], ranges)
     return y.to(x.dtype).t().contiguous()

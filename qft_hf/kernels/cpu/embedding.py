@@ -6,11 +6,11 @@ from torch import Tensor
 
 from ..reference.embedding import tokens_by_row
 from .quantize import largest_magnitude, quantize_group
-from .threads import for_each_row_range
+from .threads import for_each_row_range, n_ranges
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _sum_rows(codes, scales, gradient, order, used, ends, start, stop, group_size):
+def _sum_rows(codes, scales, gradient, order, used, ends, group_size, start, stop):
     columns = codes.shape[1]
     sums = np.empty(columns, np.float32)
     for i in range(start, stop):
@@ -28,6 +28,12 @@ def _sum_rows(codes, scales, gradient, order, used, ends, start, stop, group_siz
             scales[row, group] = quantize_group(values, codes[row, first:last], largest)
 
 
+@njit(nogil=True, cache=True)
+def _sum(codes, scales, gradient, order, used, ends, group_size, n_ranges):
+    arguments = (codes, scales, gradient, order, used, ends, group_size)
+    for_each_row_range(_sum_rows, arguments, used.shape[0], n_ranges)
+
+
 def embedding_gradient_(
     codes: Tensor,
     scales: Tensor,
@@ -40,8 +46,4 @@ def embedding_gradient_(
     order, used, counts = tokens_by_row(ids.long(), codes.shape[0], padding_idx)
     tensors = (codes, scales, gradient.float(), order, used, counts.cumsum(0))
     arrays = [tensor.numpy() for tensor in tensors]
-    for_each_row_range(
-        lambda start, stop: _sum_rows(*arrays, start, stop, group_size),
-        n_rows=len(used),
-        row_elements=codes.shape[1],
-    )
+    _sum(*arrays, group_size, n_ranges(len(used), codes.shape[1]))

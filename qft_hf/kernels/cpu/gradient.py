@@ -6,13 +6,13 @@ from numba import njit
 from torch import Tensor
 
 from .quantize import largest_magnitude, quantize_group
-from .threads import for_each_row_range
+from .threads import for_each_row_range, n_ranges
 
 _f32 = np.float32
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _accumulate_rows(codes, scales, other_codes, other_scales, start, stop, group_size):
+def _accumulate_rows(codes, scales, other_codes, other_scales, group_size, start, stop):
     columns = codes.shape[1]
     total = np.empty(group_size, np.float32)
     for row in range(start, stop):
@@ -29,7 +29,13 @@ def _accumulate_rows(codes, scales, other_codes, other_scales, start, stop, grou
 
 
 @njit(nogil=True, cache=True)
-def _squared_norm_rows(codes, scales, sums, start, stop, group_size):
+def _accumulate(codes, scales, other_codes, other_scales, group_size, n_ranges):
+    arguments = (codes, scales, other_codes, other_scales, group_size)
+    for_each_row_range(_accumulate_rows, arguments, codes.shape[0], n_ranges)
+
+
+@njit(nogil=True, cache=True)
+def _squared_norm_rows(codes, scales, sums, group_size, start, stop):
     columns = codes.shape[1]
     for row in range(start, stop):
         for group in range(scales.shape[1]):
@@ -42,24 +48,22 @@ def _squared_norm_rows(codes, scales, sums, start, stop, group_size):
             sums[row, group] = squares
 
 
+@njit(nogil=True, cache=True)
+def _squared_norm(codes, scales, sums, group_size, n_ranges):
+    arguments = (codes, scales, sums, group_size)
+    for_each_row_range(_squared_norm_rows, arguments, codes.shape[0], n_ranges)
+
+
 def accumulate_(
     codes: Tensor, scales: Tensor, other_codes: Tensor, other_scales: Tensor, group_size: int
 ) -> None:
     tensors = (codes, scales, other_codes, other_scales)
     arrays = [tensor.numpy() for tensor in tensors]
-    for_each_row_range(
-        lambda start, stop: _accumulate_rows(*arrays, start, stop, group_size),
-        n_rows=codes.shape[0],
-        row_elements=codes.shape[1],
-    )
+    _accumulate(*arrays, group_size, n_ranges(*codes.shape))
 
 
 def squared_norm(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
     sums = torch.empty(scales.shape, dtype=torch.float64)
     arrays = [tensor.numpy() for tensor in (codes, scales, sums)]
-    for_each_row_range(
-        lambda start, stop: _squared_norm_rows(*arrays, start, stop, group_size),
-        n_rows=codes.shape[0],
-        row_elements=codes.shape[1],
-    )
+    _squared_norm(*arrays, group_size, n_ranges(*codes.shape))
     return (sums * scales.double().square()).sum()

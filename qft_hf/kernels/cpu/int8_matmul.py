@@ -1,14 +1,12 @@
 """INT8 products on a CPU. Twin: `kernels/reference/int8_matmul.py`."""
 
-from functools import partial
-
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
 from .bf16 import float_array, store_row
-from .threads import for_each_row_range
+from .threads import for_each_row_range, n_ranges
 
 _f32 = np.float32
 
@@ -56,6 +54,12 @@ def _scale_rows(sums, a_scales, b_scales, bias, out, first_column, start, stop):
         store_row(values, out[row, first_column:last_column])
 
 
+@njit(nogil=True, cache=True)
+def _scale(sums, a_scales, b_scales, bias, out, first_column, n_ranges):
+    arguments = (sums, a_scales, b_scales, bias, out, first_column)
+    for_each_row_range(_scale_rows, arguments, sums.shape[0], n_ranges)
+
+
 def int8_matmul(
     a: Tensor,
     b: Tensor,
@@ -86,8 +90,5 @@ def int8_matmul(
                 terms[tile_columns],
                 out_array[tile_rows],
             )
-            n_rows, n_columns = arrays[0].shape
-            for_each_row_range(
-                partial(_scale_rows, *arrays, first_column), n_rows=n_rows, row_elements=n_columns
-            )
+            _scale(*arrays, first_column, n_ranges(*arrays[0].shape))
     return out.to(dtype)

@@ -12,7 +12,7 @@ from ..reference.quantize import MAGIC, QMAX, TINY
 from .nibbles import load_nibbles, nibble_uniforms, round_to_nibbles
 from .philox import random_row
 from .quantize import absmax
-from .threads import for_each_row_range
+from .threads import for_each_row_range, n_ranges
 from .weight import FASTMATH, step_weight_row, weight_buffers
 
 _f32 = np.float32
@@ -31,9 +31,9 @@ def _lion(m, g, beta1, one_minus_beta1, beta2, one_minus_beta2):
 @njit(nogil=True, fastmath=FASTMATH, error_model="numpy", cache=True)
 def _lion_rows(
     codes, scales, outlier_values, outlier_columns, momentum_codes, momentum_scales,
-    gradient_codes, gradient_scales, start, stop, group_size, state_group_size, is_packed,
+    gradient_codes, gradient_scales, group_size, state_group_size, is_packed,
     lr, shrink, beta1, one_minus_beta1, beta2, one_minus_beta2, gradient_sign,
-    stochastic, seed, step, stream, first_row,
+    stochastic, seed, step, stream, first_row, start, stop,
 ):  # fmt: skip
     columns = codes.shape[1]
     row_direction = np.empty(columns, np.float32)
@@ -87,6 +87,11 @@ def _lion_rows(
         )  # fmt: skip
 
 
+@njit(nogil=True, cache=True)
+def _lion_step(arrays, numbers, n_ranges):
+    for_each_row_range(_lion_rows, (*arrays, *numbers), arrays[0].shape[0], n_ranges)
+
+
 def lion_step_(codes: Tensor, *state: Tensor, **arguments: Any) -> None:
     step_rows_(codes, *state, **arguments)
 
@@ -109,7 +114,7 @@ def step_rows_(
     first_row: int = 0,
 ) -> None:
     """The step of rows that random numbers count from `first_row` on."""
-    arrays = [tensor.numpy() for tensor in (codes, scales, *state)]
+    arrays = tuple(tensor.numpy() for tensor in (codes, scales, *state))
     numbers = (
         group_size or codes.shape[1],
         state_group_size,
@@ -127,8 +132,4 @@ def step_rows_(
         np.uint64(stream),
         first_row,
     )
-    for_each_row_range(
-        lambda start, stop: _lion_rows(*arrays, start, stop, *numbers),
-        n_rows=codes.shape[0],
-        row_elements=codes.shape[1],
-    )
+    _lion_step(arrays, numbers, n_ranges(*codes.shape))

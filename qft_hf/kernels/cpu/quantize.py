@@ -8,7 +8,7 @@ from torch import Tensor
 from ...layout import GroupLayout
 from ..reference.quantize import MAGIC, QMAX, TINY
 from .bf16 import float_array, store_row, widen
-from .threads import for_each_row_range
+from .threads import for_each_row_range, n_ranges
 
 _f32 = np.float32
 _MAGIC, _QMAX, _TINY, _PER_QMAX = _f32(MAGIC), _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
@@ -59,7 +59,7 @@ def absmax(values):
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _quantize_rows(x, is_zero, codes, scales, start, stop, group_size):
+def _quantize_rows(x, is_zero, codes, scales, group_size, start, stop):
     columns = x.shape[1]
     row_values = np.empty(columns, np.float32)
     row_bits = row_values.view(np.int32)
@@ -82,8 +82,14 @@ def _quantize_rows(x, is_zero, codes, scales, start, stop, group_size):
 
 
 @njit(nogil=True, cache=True)
+def _quantize(x, is_zero, codes, scales, group_size, n_ranges):
+    arguments = (x, is_zero, codes, scales, group_size)
+    for_each_row_range(_quantize_rows, arguments, x.shape[0], n_ranges)
+
+
+@njit(nogil=True, cache=True)
 def _dequantize_rows(
-    codes, scales, rows, outlier_values, outlier_columns, x, start, stop, group_size
+    codes, scales, rows, outlier_values, outlier_columns, x, group_size, start, stop
 ):
     columns = codes.shape[1]
     row_values = np.empty(columns, np.float32)
@@ -100,6 +106,12 @@ def _dequantize_rows(
         store_row(row_values, x[i])
 
 
+@njit(nogil=True, cache=True)
+def _dequantize(codes, scales, rows, outlier_values, outlier_columns, x, group_size, n_ranges):
+    arguments = (codes, scales, rows, outlier_values, outlier_columns, x, group_size)
+    for_each_row_range(_dequantize_rows, arguments, x.shape[0], n_ranges)
+
+
 def quantize(
     x: Tensor, group_size: int | None, zero_columns: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -108,12 +120,7 @@ def quantize(
     codes = torch.empty(rows, columns, dtype=torch.int8)
     scales = torch.empty(rows, GroupLayout(rows, columns, group_size).n_groups)
     arrays = [float_array(x), *(tensor.numpy() for tensor in (is_zero, codes, scales))]
-    size = group_size or columns
-    for_each_row_range(
-        lambda start, stop: _quantize_rows(*arrays, start, stop, size),
-        n_rows=rows,
-        row_elements=columns,
-    )
+    _quantize(*arrays, group_size or columns, n_ranges(rows, columns))
     return codes, scales
 
 
@@ -136,10 +143,5 @@ def dequantize(
     x = torch.empty(len(index), columns, dtype=x_dtype)
     tensors = (codes, scales, index, outlier_values, outlier_columns)
     arrays = [*(tensor.numpy() for tensor in tensors), float_array(x)]
-    size = group_size or columns
-    for_each_row_range(
-        lambda start, stop: _dequantize_rows(*arrays, start, stop, size),
-        n_rows=len(index),
-        row_elements=columns,
-    )
+    _dequantize(*arrays, group_size or columns, n_ranges(len(index), columns))
     return x.to(dtype)

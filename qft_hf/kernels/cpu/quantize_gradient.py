@@ -17,7 +17,7 @@ from .bf16 import float_array, widen
 from .column_absmax import scaled_column_absmax
 from .philox import philox, weight_uniform
 from .quantize import magnitude
-from .threads import for_each_row_range
+from .threads import for_each_row_range, n_ranges
 
 _f32, _u32, _u64 = np.float32, np.uint32, np.uint64
 _QMAX, _TINY, _PER_QMAX = _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
@@ -163,16 +163,24 @@ def _round_columns(gradient, factors, maxima, packed_codes, seed, start, stop):
             _transpose(packed, packed_codes, first, last, first_quad)
 
 
+@njit(nogil=True, cache=True)
+def _rows(gradient, factors, codes, scales, seed, n_ranges):
+    arguments = (gradient, factors, codes, scales, seed)
+    for_each_row_range(_quantize_rows, arguments, codes.shape[0], n_ranges)
+
+
+@njit(nogil=True, cache=True)
+def _columns(gradient, factors, maxima, packed_codes, seed, n_blocks, n_ranges):
+    arguments = (gradient, factors, maxima, packed_codes, seed)
+    for_each_row_range(_round_columns, arguments, n_blocks, n_ranges)
+
+
 def _by_rows(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     tokens, outputs = gradient.shape
     codes, scales = torch.empty(tokens, outputs, dtype=torch.int8), torch.empty(tokens, 1)
     others = (factors.view(-1), codes, scales.view(-1))
     arrays = [float_array(gradient), *(tensor.numpy() for tensor in others)]
-    for_each_row_range(
-        lambda start, stop: _quantize_rows(*arrays, _u64(seed), start, stop),
-        n_rows=tokens,
-        row_elements=outputs,
-    )
+    _rows(*arrays, _u64(seed), n_ranges(tokens, outputs))
     return codes, scales
 
 
@@ -183,11 +191,7 @@ def _by_columns(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, T
     packed_codes = torch.empty(outputs, n_blocks * QUADS, dtype=torch.uint32)
     others = (factors.view(-1), maxima.view(torch.int32), packed_codes)
     arrays = [float_array(gradient), *(tensor.numpy() for tensor in others)]
-    for_each_row_range(
-        lambda start, stop: _round_columns(*arrays, _u64(seed), start, stop),
-        n_rows=n_blocks,
-        row_elements=BLOCK * outputs,
-    )
+    _columns(*arrays, _u64(seed), n_blocks, n_ranges(n_blocks, BLOCK * outputs))
     codes = packed_codes.view(torch.int8)[:, :tokens].contiguous()
     return codes, absmax_scale(maxima).view(-1, 1)
 

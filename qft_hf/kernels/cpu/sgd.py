@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
-from .threads import for_each_row_range
+from .threads import for_each_row_range, n_ranges
 from .weight import FASTMATH, step_weight_row, weight_buffers
 
 _f32 = np.float32
@@ -12,8 +12,9 @@ _f32 = np.float32
 
 @njit(nogil=True, fastmath=FASTMATH, error_model="numpy", cache=True)
 def _sgd_rows(
-    codes, scales, outlier_values, outlier_columns, gradient_codes, gradient_scales, start, stop,
+    codes, scales, outlier_values, outlier_columns, gradient_codes, gradient_scales,
     group_size, state_group_size, lr, shrink, gradient_sign, stochastic, seed, step, stream,
+    start, stop,
 ):  # fmt: skip
     columns = codes.shape[1]
     row_gradient = np.empty(columns, np.float32)
@@ -32,6 +33,11 @@ def _sgd_rows(
         )  # fmt: skip
 
 
+@njit(nogil=True, cache=True)
+def _sgd(arrays, numbers, n_ranges):
+    for_each_row_range(_sgd_rows, (*arrays, *numbers), arrays[0].shape[0], n_ranges)
+
+
 def sgd_step_(
     codes: Tensor,
     *state: Tensor,
@@ -45,7 +51,7 @@ def sgd_step_(
     step: int,
     stream: int,
 ) -> None:
-    arrays = [tensor.numpy() for tensor in (codes, *state)]
+    arrays = tuple(tensor.numpy() for tensor in (codes, *state))
     numbers = (
         group_size or codes.shape[1],
         state_group_size,
@@ -57,8 +63,4 @@ def sgd_step_(
         np.uint64(step),
         np.uint64(stream),
     )
-    for_each_row_range(
-        lambda start, stop: _sgd_rows(*arrays, start, stop, *numbers),
-        n_rows=codes.shape[0],
-        row_elements=codes.shape[1],
-    )
+    _sgd(arrays, numbers, n_ranges(*codes.shape))

@@ -1,65 +1,152 @@
-"""Row ranges of one matrix on PyTorch's own OpenMP threads. The kernels release the GIL.
+"""Row ranges of one matrix on PyTorch's own OpenMP threads.
 
 Threads of another pool would share the cores with those of PyTorch, which spin for a millisecond
-after each of its operators: on two cores a second thread gained nothing.
+after each of its operators: on two cores a second thread gained nothing. And a thread that enters
+Python waits for the interpreter, longer than small kernels take. So a kernel is called from machine
+code, by a function that numba makes for each use of `for_each_row_range`.
 """
 
 import ctypes
 import warnings
-from collections.abc import Callable
-from functools import cache
-from itertools import pairwise
+from typing import Any
 
 import torch
+from llvmlite import binding, ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 MIN_ELEMENTS = 2**15  # of a range: fewer are done sooner than a thread is woken
 
-_call = ctypes.CFUNCTYPE(None, ctypes.py_object)(lambda work: work())
+_Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Parallel = ctypes.CFUNCTYPE(None, _Function, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
 
-@cache
-def _openmp_parallel() -> Callable[..., None] | None:
+@_Parallel
+def _serial(function: Any, argument: Any, n_threads: int, flags: int) -> None:
+    """What stands in for `GOMP_parallel` where there is none."""
+    function(argument)
+
+
+def _openmp_parallel() -> Any:
     """`GOMP_parallel(function, argument, n_threads, flags)` of the OpenMP that PyTorch has loaded.
 
     GNU's and LLVM's libraries both have it. It calls `function(argument)` on each of at most
     `n_threads` threads and waits for all.
     """
     try:
-        parallel: Callable[..., None] = ctypes.CDLL(torch._C.__file__).GOMP_parallel
+        return ctypes.CDLL(torch._C.__file__).GOMP_parallel
     except (OSError, AttributeError) as error:
         warnings.warn(
             "qft_hf uses one CPU thread: its kernels run on the threads of OpenMP, wanted is a "
             f"PyTorch that is linked with GNU's or LLVM's OpenMP, and this one is not ({error}).",
             stacklevel=2,
         )
-        return None
-    return parallel
+        return _serial
 
 
-def for_each_row_range(
-    kernel: Callable[[int, int], None],
-    *,
-    n_rows: int,
-    row_elements: int,
-    min_elements: int = MIN_ELEMENTS,
-) -> None:
-    """Call `kernel(start, stop)` for ranges that cover `n_rows` rows once; wait for all of them."""
-    n_ranges = min(torch.get_num_threads(), n_rows, n_rows * row_elements // min_elements)
-    if n_ranges <= 1 or (parallel := _openmp_parallel()) is None:
-        kernel(0, n_rows)
-        return
-    edges = [n_rows * i // n_ranges for i in range(n_ranges + 1)]
-    # OpenMP may give fewer threads than asked for: each takes ranges until none is left.
-    ranges = iter(list(pairwise(edges)))
-    errors = []
+_parallel = _openmp_parallel()  # kept: machine code has its address, under this name
+_SYMBOL = "qft_hf_parallel"
+binding.add_symbol(_SYMBOL, ctypes.cast(_parallel, ctypes.c_void_p).value)
 
-    def work() -> None:
-        try:
-            for start, stop in ranges:
-                kernel(start, stop)
-        except BaseException as error:  # noqa: BLE001 - lost where C calls Python, unless kept
-            errors.append(error)
+_POINTER, _COUNT = cgutils.voidptr_t, ir.IntType(32)
 
-    parallel(_call, ctypes.py_object(work), n_ranges, 0)
-    if errors:
-        raise errors[0]
+
+def n_ranges(n_rows: int, row_elements: int, *, min_elements: int = MIN_ELEMENTS) -> int:
+    """Into how many ranges to split rows of so many elements."""
+    return max(1, min(torch.get_num_threads(), n_rows, n_rows * row_elements // min_elements))
+
+
+# The fields that the threads of a call share: the arguments, the number of rows, into how many
+# ranges they are split, how many of those are taken, and whether one failed.
+_N_FIELDS = 5
+_FAILED = 4
+
+
+@intrinsic
+def _run(typing_context, kernel, arguments, n_rows, n_ranges):
+    """`for_each_row_range`, which returns whether all ranges succeeded."""
+    signature = types.boolean(kernel, arguments, types.intp, types.intp)
+    call = kernel.get_call_type(typing_context, (*arguments, types.intp, types.intp), {})
+    compiled = kernel.dispatcher.get_compile_result(call)
+
+    def generate(context, builder, signature, values):
+        word = context.get_value_type(types.intp)
+        shared_type = ir.LiteralStructType([values[1].type, word, word, word, word])
+        shared = cgutils.alloca_once(builder, shared_type)
+        for field, value in enumerate([*values[1:], word(0), word(0)]):
+            builder.store(value, cgutils.gep_inbounds(builder, shared, 0, field))
+        context.add_linking_libs([compiled.library])
+        function = _take_ranges(context, builder, shared_type, arguments, compiled.fndesc, call)
+        parallel = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [_POINTER, _POINTER, _COUNT, _COUNT]),
+            _SYMBOL,
+        )
+        pointers = [builder.bitcast(value, _POINTER) for value in (function, shared)]
+        builder.call(parallel, [*pointers, builder.trunc(values[3], _COUNT), _COUNT(0)])
+        failed = builder.load(cgutils.gep_inbounds(builder, shared, 0, _FAILED))
+        return builder.icmp_signed("==", failed, word(0))
+
+    return signature, generate
+
+
+def _take_ranges(context, caller, shared_type, kinds, kernel, call):
+    """The function that each thread runs: it takes ranges until none is left.
+
+    OpenMP may give fewer threads than there are ranges.
+    """
+    function = ir.Function(
+        caller.module, ir.FunctionType(ir.VoidType(), [_POINTER]), f"{caller.function.name}.range"
+    )
+    function.linkage = "internal"
+    entry, take, work, end = map(function.append_basic_block, ("entry", "take", "work", "end"))
+
+    builder = ir.IRBuilder(entry)
+    shared = builder.bitcast(function.args[0], shared_type.as_pointer())
+    arguments, n_rows, n_ranges, taken, failed = (
+        cgutils.gep_inbounds(builder, shared, 0, field) for field in range(_N_FIELDS)
+    )
+    n_rows, n_ranges = builder.load(n_rows), builder.load(n_ranges)
+    builder.branch(take)
+
+    builder.position_at_end(take)
+    number = builder.atomic_rmw("add", taken, n_ranges.type(1), "monotonic")
+    builder.cbranch(builder.icmp_signed("<", number, n_ranges), work, end)
+
+    builder.position_at_end(work)
+    values = cgutils.unpack_tuple(builder, builder.load(arguments))
+    borrowed = [
+        _borrowed(context, builder, kind, value) for kind, value in zip(kinds, values, strict=True)
+    ]
+    edges = [
+        builder.sdiv(builder.mul(n_rows, edge), n_ranges)
+        for edge in (number, builder.add(number, n_ranges.type(1)))
+    ]
+    status, _ = context.call_internal_no_propagate(builder, kernel, call, [*borrowed, *edges])
+    builder.atomic_rmw("or", failed, builder.zext(status.is_error, n_ranges.type), "monotonic")
+    builder.branch(take)
+
+    builder.position_at_end(end)
+    builder.ret_void()
+    return function
+
+
+def _borrowed(context, builder, kind, value):
+    """An argument without its count of references, for which threads would wait at each row."""
+    if not isinstance(kind, types.Array):
+        return value
+    array = context.make_array(kind)(context, builder, value)
+    array.meminfo = cgutils.get_null_value(array.meminfo.type)
+    array.parent = cgutils.get_null_value(array.parent.type)
+    return array._getvalue()
+
+
+@njit(nogil=True)
+def for_each_row_range(kernel, arguments, n_rows, n_ranges):
+    """Call `kernel(*arguments, start, stop)` for ranges that cover `n_rows` rows once.
+
+    For use in kernels, with another kernel. Waits for all ranges.
+    """
+    if not _run(kernel, arguments, n_rows, n_ranges):
+        raise MemoryError("A CPU kernel failed: there was no memory for its buffers.")
