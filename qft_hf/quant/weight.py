@@ -14,6 +14,9 @@ from .tensor import Int8Tensor
 
 # Elements of a weight that are expanded to float at a time: 64 MB in FP32.
 TILE_ELEMENTS = 2**24
+# Rows of a tile are a multiple of this: products of slices that begin anywhere take up to half as
+# long again.
+TILE_ROWS = 64
 
 
 class QFTWeight(Int8Tensor):
@@ -142,13 +145,17 @@ class QFTWeight(Int8Tensor):
         )
 
     def row_tiles(self, *, at_most: int | None = None) -> Iterator[slice]:
-        """Row ranges that cover the matrix in order.
+        """Row ranges of like size that cover the matrix in order.
 
         Args:
             at_most: Rows of one range, beside the limit of `TILE_ELEMENTS` elements.
         """
         rows, columns = self.shape
         step = max(1, min(TILE_ELEMENTS // columns, at_most or rows))
+        if step < rows:
+            multiple = TILE_ROWS if step >= TILE_ROWS else 1
+            n_tiles = -(-rows // (step - step % multiple))
+            step = -(-rows // (n_tiles * multiple)) * multiple
         for start in range(0, rows, step):
             yield slice(start, min(start + step, rows))
 

@@ -202,6 +202,20 @@ def test_tiles_cover_every_row_once(monkeypatch, tile_elements):
     assert all(tile.stop - tile.start <= max(1, tile_elements // 101) for tile in tiles)
 
 
+@pytest.mark.parametrize(
+    ("rows", "at_most", "wanted"),
+    [(1000, None, [512, 488]), (1000, 300, [256, 256, 256, 232]), (640, 400, [320, 320]),
+     (300, 64, [64, 64, 64, 64, 44]), (100, 63, [50, 50])],
+)  # fmt: skip
+def test_tiles_are_of_like_size_and_begin_at_multiples_of_64(monkeypatch, rows, at_most, wanted):
+    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", 4 * 600)
+    weight = QFTWeight.from_float(torch.randn(rows, 4), SPECS[0])
+
+    sizes = [tile.stop - tile.start for tile in weight.row_tiles(at_most=at_most)]
+
+    assert sizes == wanted
+
+
 # --- as a tensor ----------------------------------------------------------------------------------
 
 
