@@ -1,4 +1,4 @@
-"""Philox 4x32-10 in numba. Twin: `kernels/reference/philox.py`."""
+"""Philox 4x32-7 in numba. Twin: `kernels/reference/philox.py`."""
 
 import numpy as np
 from numba import njit

@@ -1,15 +1,17 @@
-"""Philox 4x32-10, a counter-based random number generator. This file is the specification.
+"""Philox 4x32-7, a counter-based random number generator. This file is the specification.
 
 Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", section 4.3 and table 2.
 The same counter and key give the same four words on every device and backend, so random numbers
-need no state, no order of evaluation and no saving.
+need no state, no order of evaluation and no saving. Seven rounds are the fewest that pass BigCrush;
+the usual ten add a margin, and with them random words are half of what it takes a CPU to round a
+gradient.
 """
 
 import torch
 from torch import Tensor
 
 MASK = 0xFFFFFFFF
-ROUNDS = 10
+ROUNDS = 7
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 

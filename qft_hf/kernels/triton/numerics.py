@@ -7,12 +7,14 @@ reference rounds twice.
 import triton
 import triton.language as tl
 
+from ..reference.philox import ROUNDS as _ROUNDS
 from ..reference.philox import WEIGHT as _WEIGHT
 from ..reference.quantize import MAGIC as _MAGIC
 from ..reference.quantize import QMAX as _QMAX
 from ..reference.quantize import TINY as _TINY
 
 MAGIC: tl.constexpr = tl.constexpr(_MAGIC)
+ROUNDS: tl.constexpr = tl.constexpr(_ROUNDS)
 QMAX: tl.constexpr = tl.constexpr(float(_QMAX))
 PER_QMAX: tl.constexpr = tl.constexpr(1.0 / _QMAX)
 TINY: tl.constexpr = tl.constexpr(_TINY)
@@ -83,7 +85,7 @@ def philox_words(counter, seed, step, stream, PURPOSE: tl.constexpr):
     c0 = counter.to(tl.uint32)
     zero = c0 * 0
     c1, c2 = zero + step.to(tl.uint32), zero + stream.to(tl.uint32)
-    return tl.philox(seed.to(tl.uint64), c0, c1, c2, zero + PURPOSE)
+    return tl.philox(seed.to(tl.uint64), c0, c1, c2, zero + PURPOSE, ROUNDS)
 
 
 @triton.jit

@@ -55,7 +55,7 @@ class Tiling:
     def n_warps(self) -> int:
         """Warps of one program."""
         elements = self.GROUPS * self.UNITS * self.UNIT
-        per_thread = 16 if self.UNIT >= WIDE_UNIT else 8
+        per_thread = 16 if self.UNIT >= WIDE_UNIT else min(8, self.UNIT)
         return min(16, max(1, elements // (per_thread * WARP)))
 
 
