@@ -15,6 +15,7 @@ from .lion_float import lion_step_floats_
 from .quantize import dequantize, quantize
 from .quantize_and_lion import quantize_and_lion_step_
 from .quantize_gradient import quantize_gradient
+from .requantized_matmul import requantized_matmul
 from .sgd import sgd_step_
 from .sgd_float import sgd_step_floats_
 
@@ -30,6 +31,7 @@ __all__ = [
     "quantize",
     "quantize_and_lion_step_",
     "quantize_gradient",
+    "requantized_matmul",
     "sgd_step_",
     "sgd_step_floats_",
     "squared_norm",

@@ -113,6 +113,39 @@ def check_bias(bias: Tensor | None, rows: int, device: torch.device) -> None:
         )
 
 
+def check_given_columns(
+    columns: Tensor | None, values: Tensor | None, rows: int, device: torch.device
+) -> None:
+    """Raise unless `values` holds some `columns` of a matrix with `rows` rows, or both are None."""
+    if columns is None and values is None:
+        return
+    if columns is None or values is None:
+        raise ValueError(
+            f"Pass columns and values, or neither, got only the "
+            f"{'values' if columns is None else 'columns'}."
+        )
+    if columns.dtype != torch.int64 or columns.ndim != 1 or columns.device != device:
+        raise ValueError(
+            f"columns must be int64 of shape [k] on {device}, got {columns.dtype} of shape "
+            f"{tuple(columns.shape)} on {columns.device}."
+        )
+    wanted = (rows, len(columns))
+    if tuple(values.shape) != wanted or not values.is_floating_point() or values.device != device:
+        raise ValueError(
+            f"values must be float of shape {wanted}, one column for each of columns, on {device}, "
+            f"got {values.dtype} of shape {tuple(values.shape)} on {values.device}."
+        )
+
+
+def check_in_range(name: str, numbers: Tensor, end: int) -> None:
+    """Raise unless all `numbers` are in [0, end). Reads values."""
+    if numbers.numel() == 0:
+        return
+    low, high = (int(value) for value in numbers.aminmax())
+    if low < 0 or high >= end:
+        raise IndexError(f"{name} must be in [0, {end}), got {low if low < 0 else high}.")
+
+
 def check_momentum(codes: Tensor, scales: Tensor, like: Tensor, group_size: int) -> None:
     """Raise unless this is an 8-bit or packed 4-bit momentum of the matrix `like`."""
     if codes.dtype != torch.uint8:

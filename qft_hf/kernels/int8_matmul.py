@@ -1,19 +1,34 @@
 """Product of two INT8 matrices, accumulated exactly, with their scales applied to the result."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .checks import check_bias, check_codes, check_row_scales
+from .checks import (
+    check_bias,
+    check_codes,
+    check_given_columns,
+    check_in_range,
+    check_row_scales,
+)
 from .operators import declare
 
 # 2**17 products of two codes in [-127, 127] fit a signed 32-bit sum; a longer sum goes in parts.
 MAX_SUMMED = 2**17
 
+
+def _check_values(a: Tensor, b: Tensor, *_: Any, columns: Tensor | None, **__: Any) -> None:
+    if columns is not None:
+        check_in_range("columns", columns, b.shape[1])
+
+
 _int8_matmul = declare(
     "int8_matmul",
-    "(Tensor a, Tensor b, Tensor? a_scales, Tensor? b_scales, *, Tensor? bias, ScalarType dtype) "
-    "-> Tensor",
+    "(Tensor a, Tensor b, Tensor? a_scales, Tensor? b_scales, *, Tensor? bias, Tensor? columns, "
+    "Tensor? values, ScalarType dtype) -> Tensor",
     fake=lambda a, b, *_, dtype, **__: a.new_empty((a.shape[0], b.shape[1]), dtype=dtype),
+    check_values=_check_values,
 )
 
 
@@ -24,6 +39,8 @@ def int8_matmul(
     b_scales: Tensor | None,
     *,
     bias: Tensor | None = None,
+    columns: Tensor | None = None,
+    values: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
     """`a @ b` of INT8 codes, times one scale per row of `a` and one per column of `b`.
@@ -56,6 +73,9 @@ def int8_matmul(
         a_scales: fp32 `[M, 1]`, as `quantize` returns them, or None.
         b_scales: fp32 `[N, 1]`, or None.
         bias: Float `[N]`, or None.
+        columns: int64 `[k]`, each at most once: columns of the result that are not products and
+            that `values` gives; or None.
+        values: Float `[M, k]`, what those columns hold; or None.
         dtype: A float type.
 
     Returns:
@@ -64,11 +84,53 @@ def int8_matmul(
     Raises:
         TypeError: Codes are not int8, or `dtype` is not a float type.
         ValueError: Shapes, strides or devices do not fit.
+        IndexError: One of `columns` does not exist, on the CPU.
 
     Source:
         Dettmers et al. 2022, "LLM.int8()", section 3.1, vector-wise quantization
         (arXiv:2208.07339).
     """
+    check_operands(a, b)
+    if not dtype.is_floating_point:
+        raise TypeError(f"int8_matmul makes floats, got dtype={dtype}.")
+    rows, summed = a.shape
+    n_columns = b.shape[1]
+    if a_scales is not None:
+        check_row_scales("a_scales", a_scales, rows, a.device)
+    if b_scales is not None:
+        check_row_scales("b_scales", b_scales, n_columns, a.device)
+    check_bias(bias, n_columns, a.device)
+    check_given_columns(columns, values, rows, a.device)
+
+    out: Tensor
+    if a.numel() and b.numel() and summed <= MAX_SUMMED:
+        out = _int8_matmul(
+            a, b, a_scales, b_scales, bias=bias, columns=columns, values=values, dtype=dtype
+        )
+        return out
+    out = a.new_zeros((rows, n_columns), dtype=torch.float32)
+    if out.numel():
+        for start in range(0, summed, MAX_SUMMED):
+            part = slice(start, start + MAX_SUMMED)
+            out += _int8_matmul(
+                a[:, part],
+                b[part],
+                a_scales,
+                b_scales,
+                bias=None,
+                columns=None,
+                values=None,
+                dtype=torch.float32,
+            )
+    if bias is not None:
+        out += bias
+    if columns is not None and values is not None:
+        out.index_copy_(1, columns, values.float())
+    return out.to(dtype)
+
+
+def check_operands(a: Tensor, b: Tensor) -> None:
+    """Raise unless `a` and `b` are codes that can be multiplied."""
     check_codes("a", a)
     check_codes("b", b)
     if a.shape[1] != b.shape[0] or a.device != b.device:
@@ -77,27 +139,3 @@ def int8_matmul(
             f"{a.device} and {tuple(b.shape)} on {b.device}. Pass .t() of a matrix stored the "
             "other way round."
         )
-    if not dtype.is_floating_point:
-        raise TypeError(f"int8_matmul makes floats, got dtype={dtype}.")
-    rows, summed = a.shape
-    columns = b.shape[1]
-    if a_scales is not None:
-        check_row_scales("a_scales", a_scales, rows, a.device)
-    if b_scales is not None:
-        check_row_scales("b_scales", b_scales, columns, a.device)
-    check_bias(bias, columns, a.device)
-
-    out: Tensor
-    if a.numel() and b.numel() and summed <= MAX_SUMMED:
-        out = _int8_matmul(a, b, a_scales, b_scales, bias=bias, dtype=dtype)
-        return out
-    out = a.new_zeros((rows, columns), dtype=torch.float32)
-    if out.numel():
-        for start in range(0, summed, MAX_SUMMED):
-            part = slice(start, start + MAX_SUMMED)
-            out += _int8_matmul(
-                a[:, part], b[part], a_scales, b_scales, bias=None, dtype=torch.float32
-            )
-    if bias is not None:
-        out += bias
-    return out.to(dtype)

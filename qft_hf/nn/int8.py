@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..layout import STATE_GROUP_SIZE
 from ..quant import Int8Gradient, QFTWeight
 
 
@@ -123,7 +124,8 @@ def forward(
     columns, values = critical_columns(weight)
     if len(columns) + len(operand.columns):
         # Critical columns of the weight times all of x, and those of x times the weight's codes.
-        both = x.reshape(-1, x.shape[-1]).index_select(1, torch.cat((columns, operand.columns)))
+        of_x = x.reshape(-1, x.shape[-1]).index_select(1, columns)
+        both = torch.cat((of_x, operand.values), dim=1)
         coded = weight.codes.index_select(1, operand.columns) * weight.scales
         y.addmm_(both.to(dtype), torch.cat((values, coded), dim=1).to(dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -160,9 +162,15 @@ def quantized_gradient(
 
 def input_gradient(grad: Gradient, weight: QFTWeight) -> Tensor:
     """grad_x[N, C] = grad[N, R] W[R, C]."""
-    dtype = grad.critical.dtype
-    grad_x = kernels.int8_matmul(grad.codes, weight.codes, grad.scales, None, dtype=dtype)
-    return grad_x.index_copy_(1, critical_columns(weight)[0], grad.critical)
+    return kernels.int8_matmul(
+        grad.codes,
+        weight.codes,
+        grad.scales,
+        None,
+        columns=critical_columns(weight)[0],
+        values=grad.critical,
+        dtype=grad.critical.dtype,
+    )
 
 
 def weight_gradient(
@@ -171,12 +179,27 @@ def weight_gradient(
     """grad_W[R, C] = grad[N, R]^T x[N, C]; `defer` as in `QFTWeight.gradient`."""
 
     def tile(rows: slice) -> Tensor:
-        product = kernels.int8_matmul(
-            grad.codes[rows], operand.codes, grad.scales[rows], None, dtype=torch.float32
+        return kernels.int8_matmul(
+            grad.codes[rows],
+            operand.codes,
+            grad.scales[rows],
+            None,
+            columns=operand.columns,
+            values=grad.critical[rows],
+            dtype=torch.float32,
         )
-        return product.index_copy_(1, operand.columns, grad.critical[rows].float())
 
-    return weight.gradient(tile, defer=defer)
+    def quantized_tile(rows: slice) -> tuple[Tensor, Tensor]:
+        return kernels.requantized_matmul(
+            grad.codes[rows],
+            operand.codes,
+            grad.scales[rows],
+            operand.columns,
+            grad.critical[rows],
+            group_size=STATE_GROUP_SIZE,
+        )
+
+    return weight.gradient(tile, quantized_tile, defer=defer)
 
 
 def critical_columns(weight: QFTWeight) -> tuple[Tensor, Tensor]:

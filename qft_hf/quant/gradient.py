@@ -21,6 +21,8 @@ class RowTiles:
         rows: Ranges of rows that cover the gradient in order.
         shape: `(rows, columns)`.
         device: Where `make` puts them.
+        make_quantized: Makes codes and scales of a range of rows, the bits of `kernels.quantize` of
+            `make`, where that takes no float gradient; None: by just that.
     """
 
     def __init__(
@@ -30,8 +32,10 @@ class RowTiles:
         *,
         shape: tuple[int, int],
         device: torch.device,
+        make_quantized: Callable[[slice], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.make: Callable[[slice], Tensor] | None = make
+        self.make_quantized = make_quantized
         self.rows = rows
         self.shape = shape
         self.device = device
@@ -47,7 +51,12 @@ class RowTiles:
     def quantize(self) -> tuple[Tensor, Tensor]:
         """Codes and scales; made once, for the same gradient is several objects to autograd."""
         if self._quantized is None:
-            parts = ((rows, kernels.quantize(x, group_size=STATE_GROUP_SIZE)) for rows, x in self)
+            if self.make_quantized is None:
+                parts = (
+                    (rows, kernels.quantize(x, group_size=STATE_GROUP_SIZE)) for rows, x in self
+                )
+            else:
+                parts = ((rows, self.make_quantized(rows)) for rows in self.rows)
             if len(self.rows) == 1:
                 self._quantized = next(parts)[1]
             else:
@@ -57,7 +66,7 @@ class RowTiles:
                 for rows, part in parts:
                     codes[rows], scales[rows] = part
                 self._quantized = codes, scales
-            self.make = None
+            self.make = self.make_quantized = None
         return self._quantized
 
 

@@ -172,16 +172,29 @@ class QFTWeight(Int8Tensor):
             dtype=self.dtype,
         )
 
-    def gradient(self, tile: Callable[[slice], Tensor], *, defer: bool) -> Int8Gradient:
+    def gradient(
+        self,
+        tile: Callable[[slice], Tensor],
+        quantized_tile: Callable[[slice], tuple[Tensor, Tensor]] | None = None,
+        *,
+        defer: bool,
+    ) -> Int8Gradient:
         """The gradient of this weight, of which each row tile is quantized as soon as it exists.
 
         Args:
             tile: Makes the float gradient `[n, columns]` of a range of rows.
+            quantized_tile: As `make_quantized` of `RowTiles`.
             defer: Leave all of that to who uses the gradient; what `tile` refers to lives until
                 then.
         """
         rows, columns = self.shape
-        tiles = RowTiles(tile, list(self.row_tiles()), shape=(rows, columns), device=self.device)
+        tiles = RowTiles(
+            tile,
+            list(self.row_tiles()),
+            shape=(rows, columns),
+            device=self.device,
+            make_quantized=quantized_tile,
+        )
         gradient = Int8Gradient.deferred(tiles, dtype=self.dtype)
         if not defer:
             gradient.fields()

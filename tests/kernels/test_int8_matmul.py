@@ -109,6 +109,28 @@ def test_the_result_is_rounded_once(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (9, 70, 8), (2050, 3, 2100)], ids=str)
+def test_columns_that_are_given_take_the_place_of_products(backend, shape, dtype):
+    """In any order, in every tile, of their own dtype, and nothing of a product is left."""
+    m, k, n = shape
+    a, b = codes(m, k), codes(n, k).t()
+    columns = torch.tensor([0, 2099, 2047, 2048, 100])
+    columns = columns[columns < n]
+    values = torch.randn(m, len(columns), generator=torch.Generator().manual_seed(m)).to(dtype)
+    values[m // 2, 0] = torch.nan
+    expected = torch.from_numpy(product32(a, b, scales(m), None, torch.ones(n)))
+    expected[:, columns] = values.float()
+
+    out = backend.int8_matmul(
+        a, b, scales(m), None,
+        bias=torch.ones(n), columns=columns, values=values, dtype=torch.bfloat16,
+    )  # fmt: skip
+
+    assert_same_bits(out, expected.bfloat16())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sum_fits(backend, sign):
     """Every code at the end of its range, over the longest K that one call of a backend takes."""
@@ -125,8 +147,12 @@ def test_the_largest_sum_fits(backend, sign):
 def test_a_longer_sum_is_added_in_parts():
     k = 2 * MAX_SUMMED + 100
     a, b, bias = codes(2, k), codes(3, k).t(), torch.tensor([1.0, -2.0, 3.0])
+    given = {"columns": torch.tensor([1]), "values": torch.tensor([[5.0], [7.0]])}
 
     out = kernels.int8_matmul(a, b, scales(2), scales(3), bias=bias, dtype=torch.float32)
+    partly = kernels.int8_matmul(
+        a, b, scales(2), scales(3), bias=bias, **given, dtype=torch.float32
+    )
 
     edges = [0, MAX_SUMMED, 2 * MAX_SUMMED, k]
     parts = [
@@ -134,6 +160,8 @@ def test_a_longer_sum_is_added_in_parts():
         for start, stop in pairwise(edges)
     ]
     assert_same_bits(out, torch.from_numpy((parts[0] + parts[1] + parts[2]) + bias.numpy()))
+    assert_same_bits(partly[:, [0, 2]], out[:, [0, 2]].contiguous())
+    assert partly[:, 1].tolist() == [5.0, 7.0]
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(0, 5, 3), (4, 0, 3), (4, 5, 0)])
@@ -227,6 +255,41 @@ ONES = torch.ones(2, 4, dtype=torch.int8)
             {"bias": torch.ones(4)},
             ValueError,
             r"bias must have shape \(2,\) on cpu, got shape \(4,\)",
+        ),
+        (
+            ONES,
+            ONES.t(),
+            {"columns": torch.tensor([0])},
+            ValueError,
+            "columns and values, or neither, got only the columns",
+        ),
+        (
+            ONES,
+            ONES.t(),
+            {"columns": torch.tensor([0]).short(), "values": torch.ones(2, 1)},
+            ValueError,
+            r"columns must be int64 of shape \[k\] on cpu, got torch\.int16",
+        ),
+        (
+            ONES,
+            ONES.t(),
+            {"columns": torch.tensor([0]), "values": torch.ones(1, 2)},
+            ValueError,
+            r"values must be float of shape \(2, 1\).*got torch\.float32 of shape \(1, 2\)",
+        ),
+        (
+            ONES,
+            ONES.t(),
+            {"columns": torch.tensor([0, -1]), "values": torch.ones(2, 2)},
+            IndexError,
+            r"columns must be in \[0, 2\), got -1",
+        ),
+        (
+            ONES,
+            ONES.t(),
+            {"columns": torch.tensor([2]), "values": torch.ones(2, 1)},
+            IndexError,
+            r"columns must be in \[0, 2\), got 2",
         ),
     ],
 )

@@ -50,7 +50,12 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         ),
         "int8_matmul": (
             (codes, codes.t(), scales, scales),
-            {"bias": torch.ones(5), "dtype": torch.bfloat16},
+            {
+                "bias": torch.ones(5),
+                "columns": torch.tensor([3]),
+                "values": torch.ones(5, 1),
+                "dtype": torch.bfloat16,
+            },
         ),
         "lion_step_": (state.arguments(), {"group_size": 32, "state_group_size": 256, **ARGUMENTS}),
         "lion_step_floats_": (floats, float_arguments(2)),
@@ -63,6 +68,10 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "quantize_gradient": (
             (random((300, 5), None), scales, None),
             {"stochastic": True, "seed": 3},
+        ),
+        "requantized_matmul": (
+            (codes, codes.t(), scales, torch.tensor([3]), torch.ones(5, 1)),
+            {"group_size": 2},
         ),
         "sgd_step_": (weight_and_gradient, {"group_size": 32, "state_group_size": 256, **sgd}),
         "sgd_step_floats_": ((floats[0], floats[2]), sgd_floats),

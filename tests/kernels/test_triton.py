@@ -718,6 +718,26 @@ def test_int8_matmul(shape, a_form, b_form, buffers):
 
 
 @loops
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_columns_of_a_product_that_are_given(dtype):
+    a, b = int8_operand(70, 33, "contiguous"), int8_operand(33, 300, "contiguous")
+    scales = torch.rand(70, 1, device=DEVICE)
+    columns = torch.tensor([299, 0, 7], device=DEVICE)
+    values = torch.randn(3, 70, device=DEVICE).bfloat16().t()
+
+    out = int8_matmul.int8_matmul(
+        a, b, scales, None, bias=None, columns=columns, values=values, dtype=dtype
+    )
+    requantized = backend.requantized_matmul(a, b, scales, columns, values, group_size=256)
+
+    expected = reference.int8_matmul(a, b, scales, None, dtype=torch.float32)
+    expected[:, columns] = values.float()
+    assert_same_bits(out, stored(expected, dtype))
+    for found, wanted in zip(requantized, reference.quantize(expected, 256), strict=True):
+        assert_same_bits(found, wanted)
+
+
+@loops
 @pytest.mark.parametrize("tile", sorted({t for ts in int8_matmul.TILES.values() for t in ts}))
 def test_int8_matmul_in_each_tile(tile, monkeypatch, buffers):
     """Sizes that no tile divides, in rows, columns and steps; on a GPU only if the tile fits it."""

@@ -102,6 +102,28 @@ def test_a_deferred_gradient_is_made_and_quantized_when_it_is_used(use, n_rows):
         assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
 
 
+@pytest.mark.parametrize("n_rows", [7, 3])
+def test_tiles_that_are_made_quantized_are_never_float(n_rows):
+    x = random()
+    eager = gradient_of(x)
+
+    def make(rows: slice) -> torch.Tensor:
+        raise AssertionError("no float gradient is wanted")
+
+    tiles = RowTiles(
+        make,
+        row_tiles(x, n_rows).rows,
+        shape=tuple(x.shape),
+        device=x.device,
+        make_quantized=lambda rows: (eager.codes[rows], eager.scales[rows]),
+    )
+    gradient = Int8Gradient.deferred(tiles, dtype=x.dtype)
+
+    assert_same_bits(gradient.codes, eager.codes)
+    assert_same_bits(gradient.scales, eager.scales)
+    assert tiles.make is tiles.make_quantized is None  # what they refer to is let go
+
+
 def test_a_gradient_has_no_other_attributes():
     deferred = Int8Gradient.deferred(row_tiles(random(), 7), dtype=torch.float32)
     with pytest.raises(AttributeError, match="has no attribute 'outlier_values'"):

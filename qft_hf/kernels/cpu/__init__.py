@@ -5,7 +5,7 @@ from .column_absmax import column_absmax
 from .dequantized_matmul import dequantized_matmul
 from .embedding import embedding_gradient_
 from .gradient import accumulate_, squared_norm
-from .int8_matmul import int8_matmul
+from .int8_matmul import int8_matmul, requantized_matmul
 from .lion import lion_step_
 from .lion_float import lion_step_floats_
 from .quantize import dequantize, quantize
@@ -25,6 +25,7 @@ __all__ = [
     "quantize",
     "quantize_and_lion_step_",
     "quantize_gradient",
+    "requantized_matmul",
     "sgd_step_",
     "sgd_step_floats_",
     "squared_norm",

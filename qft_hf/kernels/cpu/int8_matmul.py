@@ -1,11 +1,15 @@
 """INT8 products on a CPU. Twin: `kernels/reference/int8_matmul.py`."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from .bf16 import float_array, store_row
+from ...layout import GroupLayout
+from .bf16 import float_array, store_row, widen
+from .quantize import largest_magnitude, quantize_group
 from .threads import for_each_row_range, n_ranges
 
 _f32 = np.float32
@@ -45,19 +49,55 @@ def _scale_row(sums, a_scale, b_scales, bias, values):
 
 
 @njit(nogil=True, cache=True)
-def _scale_rows(sums, a_scales, b_scales, bias, out, first_column, start, stop):
+def _place(values, columns, given, row, first_column):
+    """Write what is given of a row to its part from `first_column` on."""
+    for k in range(columns.shape[0]):
+        j = columns[k] - first_column
+        if 0 <= j < values.shape[0]:
+            values[j] = widen(given[row, k])
+
+
+@njit(nogil=True, cache=True)
+def _scale_rows(sums, a_scales, b_scales, bias, columns, given, out, first_column, start, stop):
     last_column = first_column + sums.shape[1]
     values = np.empty(sums.shape[1], np.float32)
     for row in range(start, stop):
         _scale_row(sums[row], a_scales[row], b_scales, bias, values)
+        _place(values, columns, given, row, first_column)
         # Of whole rows, and not of a tile, numba knows that the columns are side by side.
         store_row(values, out[row, first_column:last_column])
 
 
 @njit(nogil=True, cache=True)
-def _scale(sums, a_scales, b_scales, bias, out, first_column, n_ranges):
-    arguments = (sums, a_scales, b_scales, bias, out, first_column)
+def _scale(sums, a_scales, b_scales, bias, columns, given, out, first_column, n_ranges):
+    arguments = (sums, a_scales, b_scales, bias, columns, given, out, first_column)
     for_each_row_range(_scale_rows, arguments, sums.shape[0], n_ranges)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _quantize_rows(
+    sums, a_scales, columns, given, codes, scales, first_column, group_size, start, stop
+):
+    n_columns = sums.shape[1]
+    ones, none = np.ones(n_columns, np.float32), np.empty(0, np.float32)
+    values = np.empty(n_columns, np.float32)
+    for row in range(start, stop):
+        _scale_row(sums[row], a_scales[row], ones, none, values)
+        _place(values, columns, given, row, first_column)
+        code, scale = codes[row], scales[row]
+        for first in range(0, n_columns, group_size):
+            last = min(first + group_size, n_columns)
+            group = values[first:last]
+            largest = largest_magnitude(group)
+            scale[(first_column + first) // group_size] = quantize_group(
+                group, code[first_column + first : first_column + last], largest
+            )
+
+
+@njit(nogil=True, cache=True)
+def _quantize(sums, a_scales, columns, given, codes, scales, first_column, group_size, n_ranges):
+    arguments = (sums, a_scales, columns, given, codes, scales, first_column, group_size)
+    for_each_row_range(_quantize_rows, arguments, sums.shape[0], n_ranges)
 
 
 def int8_matmul(
@@ -67,28 +107,81 @@ def int8_matmul(
     b_scales: Tensor | None,
     *,
     bias: Tensor | None,
+    columns: Tensor | None = None,
+    values: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
-    rows, columns = a.shape[0], b.shape[1]
+    rows, n_columns = a.shape[0], b.shape[1]
+    # FP16 is rounded at the end.
+    out = torch.empty(rows, n_columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    out_array = float_array(out)
+    a_factors, b_factors = _factors(a_scales, rows), _factors(b_scales, n_columns)
+    terms = (torch.empty(0) if bias is None else bias.float()).numpy()
+    numbers, given = _given(columns, values)
+    for tile_rows, tile_columns, sums in _tiles_of_sums(a, b, TILE):
+        _scale(
+            sums,
+            a_factors[tile_rows],
+            b_factors[tile_columns],
+            terms[tile_columns],
+            numbers,
+            given[tile_rows],
+            out_array[tile_rows],
+            tile_columns.start,
+            n_ranges(*sums.shape),
+        )
+    return out.to(dtype)
+
+
+def requantized_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scales: Tensor | None,
+    columns: Tensor | None,
+    values: Tensor | None,
+    *,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    rows, n_columns = a.shape[0], b.shape[1]
+    codes = torch.empty(rows, n_columns, dtype=torch.int8)
+    scales = torch.empty(rows, GroupLayout(rows, n_columns, group_size).n_groups)
+    codes_array, scales_array = codes.numpy(), scales.numpy()
+    factors = _factors(a_scales, rows)
+    numbers, given = _given(columns, values)
+    # Tiles of whole groups.
+    for tile_rows, tile_columns, sums in _tiles_of_sums(a, b, -(-TILE // group_size) * group_size):
+        _quantize(
+            sums,
+            factors[tile_rows],
+            numbers,
+            given[tile_rows],
+            codes_array[tile_rows],
+            scales_array[tile_rows],
+            tile_columns.start,
+            group_size,
+            n_ranges(*sums.shape),
+        )
+    return codes, scales
+
+
+def _tiles_of_sums(a: Tensor, b: Tensor, width: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """Rows, columns and sums of tiles of `a @ b`, `width` columns at a time."""
     # Where AVX512-VNNI lacks, PyTorch's own product is fifty times slower than one in FP32.
     product = torch._int_mm if torch.cpu._is_vnni_supported() else exact_sums
-    # FP16 is rounded at the end.
-    out = torch.empty(rows, columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
-    out_array = float_array(out)
-    # A factor of 1 changes nothing.
-    a_factors = (torch.ones(rows) if a_scales is None else a_scales.view(-1)).numpy()
-    b_factors = (torch.ones(columns) if b_scales is None else b_scales.view(-1)).numpy()
-    terms = (torch.empty(0) if bias is None else bias.float()).numpy()
-    for first_row in range(0, rows, TILE):
-        tile_rows = slice(first_row, first_row + TILE)
-        for first_column in range(0, columns, TILE):
-            tile_columns = slice(first_column, first_column + TILE)
-            arrays = (
-                product(a[tile_rows], b[:, tile_columns]).numpy(),
-                a_factors[tile_rows],
-                b_factors[tile_columns],
-                terms[tile_columns],
-                out_array[tile_rows],
-            )
-            _scale(*arrays, first_column, n_ranges(*arrays[0].shape))
-    return out.to(dtype)
+    for first_row in range(0, a.shape[0], TILE):
+        rows = slice(first_row, first_row + TILE)
+        for first_column in range(0, b.shape[1], width):
+            columns = slice(first_column, first_column + width)
+            yield rows, columns, product(a[rows], b[:, columns]).numpy()
+
+
+def _factors(scales: Tensor | None, size: int) -> np.ndarray:
+    """One for each row; a factor of 1 changes nothing."""
+    return (torch.ones(size) if scales is None else scales.view(-1)).numpy()
+
+
+def _given(columns: Tensor | None, values: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and values of the columns that are given, maybe none."""
+    if columns is None or values is None:
+        return np.empty(0, np.int64), np.empty((0, 0), np.float32)
+    return columns.numpy(), float_array(values)

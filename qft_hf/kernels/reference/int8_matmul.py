@@ -11,11 +11,16 @@ def int8_matmul(
     b_scales: Tensor | None,
     *,
     bias: Tensor | None = None,
+    columns: Tensor | None = None,
+    values: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
     """See `qft_hf.kernels.int8_matmul.int8_matmul`."""
     # Sums of products of codes are integers below 2**53: FP64 holds them exactly in any order.
-    return scaled((a.double() @ b.double()).float(), a_scales, b_scales, bias).to(dtype)
+    out = scaled((a.double() @ b.double()).float(), a_scales, b_scales, bias)
+    if columns is not None and values is not None:
+        out.index_copy_(1, columns, values.float())
+    return out.to(dtype)
 
 
 def scaled(

@@ -165,19 +165,23 @@ def int8_matmul(
     b_scales: Tensor | None,
     *,
     bias: Tensor | None,
+    columns: Tensor | None = None,
+    values: Tensor | None = None,
     dtype: torch.dtype,
 ) -> Tensor:
-    rows, columns = a.shape[0], b.shape[1]
-    tile = choose_tile(rows, columns, a.device)
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
-    out = a.new_empty(rows, columns, dtype=dtype)
+    rows, n_columns = a.shape[0], b.shape[1]
+    tile = choose_tile(rows, n_columns, a.device)
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(n_columns, tile.columns),)
+    out = a.new_empty(rows, n_columns, dtype=dtype)
     with torch.cuda.device_of(a):
         a, b = along_k(a), along_k(b.t())
         _int8_matmul_kernel[grid](
             a, b, a_scales, b_scales, bias, out,
-            rows, columns, a.shape[1], a.stride(0), b.stride(0),
+            rows, n_columns, a.shape[1], a.stride(0), b.stride(0),
             TILE_M=tile.rows, TILE_N=tile.columns, TILE_K=tile.summed, UNROLLED=tile.unrolled,
             GROUP=GROUP, num_warps=tile.n_warps, num_stages=tile.n_stages,
             enable_fp_fusion=False,
         )  # fmt: skip
+    if columns is not None and values is not None:
+        out.index_copy_(1, columns, values.to(dtype))
     return out
