@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .backend import backend_for
 
@@ -16,10 +17,11 @@ def declare(
     fake: Callable[..., Any],
     check_values: Callable[..., None] | None = None,
 ) -> Any:
-    """Declare an operator and return it.
+    """Declare an operator and return a function that calls it.
 
     One kernel serves every device: it asks `backend_for`, which has chosen already, so that
-    `QFT_BACKEND` holds for all operators.
+    `QFT_BACKEND` holds for all operators. It is called through PyTorch's dispatcher only where
+    something may listen, such as `torch.compile`: that takes as long as a small kernel does.
 
     Args:
         name: Name of the operator, and of the function in each backend.
@@ -41,7 +43,16 @@ def declare(
     torch.library.define(full_name, schema)
     torch.library.register_fake(full_name, fake)
     torch.library.register_kernel(full_name, "default", run)
-    return getattr(torch.ops.qft_hf, name).default
+    operator = getattr(torch.ops.qft_hf, name).default
+
+    def call(first: Tensor | list[Tensor], *arguments: Any, **options: Any) -> Any:
+        tensor = first if isinstance(first, Tensor) else first[0]
+        is_plain = type(tensor) is Tensor and not tensor.is_meta
+        if is_plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
+            return run(first, *arguments, **options)
+        return operator(first, *arguments, **options)
+
+    return call
 
 
 def nothing(*arguments: Any, **options: Any) -> None:

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qft_hf import kernels
 from tests.kernels.states import ARGUMENTS, float_arguments, make_state, random
@@ -105,3 +107,38 @@ def test_an_operator_compiles_into_one_graph():
     assert_same_bits(total, step(*eager.arguments()))
     for name, tensor in eager.tensors().items():
         assert_same_bits(getattr(compiled, name), tensor)
+
+
+class Listener(TorchDispatchMode):
+    """Writes down which of the package's operators are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[str] = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "qft_hf":
+            self.heard.append(operator.name())
+        return operator(*args, **(kwargs or {}))
+
+
+def test_who_listens_hears_of_operators_and_nothing_else_changes():
+    x = random((5, 300), None)
+    alone = kernels.quantize(x, group_size=32)
+
+    with Listener() as listener:
+        heard = kernels.quantize(x, group_size=32)
+
+    assert listener.heard == ["qft_hf::quantize"]
+    for one, other in zip(alone, heard, strict=True):
+        assert_same_bits(one, other)
+
+
+def test_tensors_without_values_get_shapes():
+    codes, scales = kernels.quantize(torch.empty(5, 300, device="meta"), group_size=32)
+    with FakeTensorMode():
+        fake, _ = kernels.quantize(torch.empty(5, 300), group_size=32)
+
+    assert (codes.shape, codes.dtype, scales.shape) == ((5, 300), torch.int8, (5, 10))
+    assert codes.is_meta
+    assert (fake.shape, fake.dtype) == ((5, 300), torch.int8)
