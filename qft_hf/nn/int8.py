@@ -111,7 +111,7 @@ def _quantize(x: Tensor, n_critical: int) -> Input:
     columns = maxima.topk(n_critical).indices.sort().values
     is_critical = torch.zeros_like(maxima, dtype=torch.bool).index_fill_(0, columns, 1)
     codes, scales = kernels.quantize(rows, group_size=None, zero_columns=is_critical)
-    return Input(codes, scales, columns, rows.index_select(1, columns))
+    return Input(codes, scales, columns, _columns(rows, columns))
 
 
 def forward(
@@ -124,9 +124,9 @@ def forward(
     columns, values = critical_columns(weight)
     if len(columns) + len(operand.columns):
         # Critical columns of the weight times all of x, and those of x times the weight's codes.
-        of_x = x.reshape(-1, x.shape[-1]).index_select(1, columns)
+        of_x = _columns(x.reshape(-1, x.shape[-1]), columns)
         both = torch.cat((of_x, operand.values), dim=1)
-        coded = weight.codes.index_select(1, operand.columns) * weight.scales
+        coded = _columns(weight.codes, operand.columns) * weight.scales
         y.addmm_(both.to(dtype), torch.cat((values, coded), dim=1).to(dtype).t())
     return y.view(*x.shape[:-1], weight.shape[0])
 
@@ -200,6 +200,11 @@ def weight_gradient(
         )
 
     return weight.gradient(tile, quantized_tile, defer=defer)
+
+
+def _columns(x: Tensor, columns: Tensor) -> Tensor:
+    """`x[:, columns]`, one column after the other: on a CPU in half the time."""
+    return x.t().index_select(0, columns).t()
 
 
 def critical_columns(weight: QFTWeight) -> tuple[Tensor, Tensor]:
