@@ -219,7 +219,7 @@ def keep_freed_memory() -> None:
     if not hasattr(library, "mallopt"):
         print("This C library has no mallopt: times include mapping memory again and again.")
         return
-    library.mallopt(trim_threshold, 2**31 - 1)
+    library.mallopt(trim_threshold, -1)  # never; any number would be below what large models free
     library.mallopt(mmap_max, 0)
 
 
