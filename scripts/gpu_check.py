@@ -66,8 +66,8 @@ for size in (5, 577):
     by_rows, by_columns = kernels.quantize_gradient(g, w[1], a[1], seed=1)
     kernels.int8_matmul(by_rows[0], w[0], by_rows[1], None, dtype=torch.bfloat16)
     kernels.int8_matmul(by_columns[0], a[0], by_columns[1], None, dtype=torch.bfloat16)
-    given = torch.tensor([1], device=device), y.new_ones(len(by_columns[0]), 1)
-    kernels.requantized_matmul(by_columns[0], a[0], by_columns[1], *given, group_size=256)
+    given = {"columns": torch.tensor([1], device=device), "values": y.new_ones(len(w[0]), 1)}
+    kernels.requantized_matmul(by_columns[0], a[0], by_columns[1], **given, group_size=256)
 sizes = (1001, 7, 1024)
 p, g = ([torch.ones(s, device=device, dtype=torch.bfloat16) for s in sizes] for _ in range(2))
 m = [torch.zeros(s, device=device) for s in sizes]

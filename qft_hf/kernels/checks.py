@@ -127,23 +127,34 @@ def check_given_columns(
     if columns.dtype != torch.int64 or columns.ndim != 1 or columns.device != device:
         raise ValueError(
             f"columns must be int64 of shape [k] on {device}, got {columns.dtype} of shape "
-            f"{tuple(columns.shape)} on {columns.device}."
+            f"{tuple(columns.shape)} on {columns.device}. Convert them with .to({device}).long()."
         )
     wanted = (rows, len(columns))
     if tuple(values.shape) != wanted or not values.is_floating_point() or values.device != device:
         raise ValueError(
             f"values must be float of shape {wanted}, one column for each of columns, on {device}, "
-            f"got {values.dtype} of shape {tuple(values.shape)} on {values.device}."
+            f"got {values.dtype} of shape {tuple(values.shape)} on {values.device}. Pass what "
+            "those columns hold in every row of the result."
         )
 
 
-def check_in_range(name: str, numbers: Tensor, end: int) -> None:
-    """Raise unless all `numbers` are in [0, end). Reads values."""
+def check_given_column_values(columns: Tensor | None, end: int) -> None:
+    """Raise unless each of `columns` is in [0, end). Reads values."""
+    wrong = None if columns is None else _out_of_range(columns, end)
+    if wrong is not None:
+        raise IndexError(
+            f"columns must be in [0, {end}), got {wrong}. Number the columns of the result, from 0."
+        )
+
+
+def _out_of_range(numbers: Tensor, end: int) -> int | None:
+    """One of `numbers` that is not in [0, end), if there is one."""
     if numbers.numel() == 0:
-        return
+        return None
     low, high = (int(value) for value in numbers.aminmax())
-    if low < 0 or high >= end:
-        raise IndexError(f"{name} must be in [0, {end}), got {low if low < 0 else high}.")
+    if low < 0:
+        return low
+    return high if high >= end else None
 
 
 def check_momentum(codes: Tensor, scales: Tensor, like: Tensor, group_size: int) -> None:
@@ -211,24 +222,20 @@ def check_finite(name: str, tensor: Tensor, *, positive: bool = False) -> None:
 
 def check_column_values(columns: Tensor, codes: Tensor) -> None:
     """Raise unless each of the outlier `columns` is a column of `codes`. Reads values."""
-    if columns.numel() == 0:
-        return
-    low, high = (int(value) for value in columns.aminmax())
-    if low < 0 or high >= codes.shape[1]:
+    wrong = _out_of_range(columns, codes.shape[1])
+    if wrong is not None:
         raise ValueError(
-            f"outlier columns must be in [0, {codes.shape[1]}), got {low if low < 0 else high}. "
+            f"outlier columns must be in [0, {codes.shape[1]}), got {wrong}. "
             "Nothing was written: reload the weight."
         )
 
 
 def check_row_values(rows: Tensor, codes: Tensor) -> None:
     """Raise unless each of `rows` is a row of `codes`. Reads values."""
-    if rows.numel() == 0:
-        return
-    low, high = (int(value) for value in rows.aminmax())
-    if low < 0 or high >= codes.shape[0]:
+    wrong = _out_of_range(rows, codes.shape[0])
+    if wrong is not None:
         raise IndexError(
-            f"Row numbers must be in [0, {codes.shape[0]}), got {low if low < 0 else high}. If "
+            f"Row numbers must be in [0, {codes.shape[0]}), got {wrong}. If "
             "these are token ids, the tokenizer is not the model's, or a mask such as -100 is "
             "among them."
         )

@@ -8,8 +8,8 @@ from torch import Tensor
 from .checks import (
     check_bias,
     check_codes,
+    check_given_column_values,
     check_given_columns,
-    check_in_range,
     check_row_scales,
 )
 from .operators import declare
@@ -18,9 +18,9 @@ from .operators import declare
 MAX_SUMMED = 2**17
 
 
-def _check_values(a: Tensor, b: Tensor, *_: Any, columns: Tensor | None, **__: Any) -> None:
-    if columns is not None:
-        check_in_range("columns", columns, b.shape[1])
+def check_values(a: Tensor, b: Tensor, *_: Any, columns: Tensor | None, **__: Any) -> None:
+    """Raise unless each of `columns` is a column of the result. Reads values."""
+    check_given_column_values(columns, b.shape[1])
 
 
 _int8_matmul = declare(
@@ -28,7 +28,7 @@ _int8_matmul = declare(
     "(Tensor a, Tensor b, Tensor? a_scales, Tensor? b_scales, *, Tensor? bias, Tensor? columns, "
     "Tensor? values, ScalarType dtype) -> Tensor",
     fake=lambda a, b, *_, dtype, **__: a.new_empty((a.shape[0], b.shape[1]), dtype=dtype),
-    check_values=_check_values,
+    check_values=check_values,
 )
 
 
@@ -135,7 +135,7 @@ def check_operands(a: Tensor, b: Tensor) -> None:
     check_codes("b", b)
     if a.shape[1] != b.shape[0] or a.device != b.device:
         raise ValueError(
-            f"int8_matmul multiplies [M, K] by [K, N] on one device, got {tuple(a.shape)} on "
+            f"An INT8 product multiplies [M, K] by [K, N] on one device, got {tuple(a.shape)} on "
             f"{a.device} and {tuple(b.shape)} on {b.device}. Pass .t() of a matrix stored the "
             "other way round."
         )

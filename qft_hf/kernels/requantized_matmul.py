@@ -6,31 +6,24 @@ import torch
 from torch import Tensor
 
 from ..layout import GroupLayout
-from .checks import check_given_columns, check_group_size, check_in_range, check_row_scales
-from .int8_matmul import MAX_SUMMED, check_operands, int8_matmul
+from .checks import check_given_columns, check_group_size, check_row_scales
+from .int8_matmul import MAX_SUMMED, check_operands, check_values, int8_matmul
 from .operators import declare
 from .quantize import quantize
 
 
-def _fake(a: Tensor, b: Tensor, *_: Any, group_size: int) -> tuple[Tensor, Tensor]:
+def _fake(a: Tensor, b: Tensor, *_: Any, group_size: int, **__: Any) -> tuple[Tensor, Tensor]:
     rows, columns = a.shape[0], b.shape[1]
     n_groups = GroupLayout(rows, columns, group_size).n_groups
     return a.new_empty((rows, columns)), a.new_empty((rows, n_groups), dtype=torch.float32)
 
 
-def _check_values(
-    a: Tensor, b: Tensor, a_scales: Tensor | None, columns: Tensor | None, *_: Any, **__: Any
-) -> None:
-    if columns is not None:
-        check_in_range("columns", columns, b.shape[1])
-
-
 _requantized_matmul = declare(
     "requantized_matmul",
-    "(Tensor a, Tensor b, Tensor? a_scales, Tensor? columns, Tensor? values, *, int group_size) "
+    "(Tensor a, Tensor b, Tensor? a_scales, *, Tensor? columns, Tensor? values, int group_size) "
     "-> (Tensor codes, Tensor scales)",
     fake=_fake,
-    check_values=_check_values,
+    check_values=check_values,
 )
 
 
@@ -38,9 +31,9 @@ def requantized_matmul(
     a: Tensor,
     b: Tensor,
     a_scales: Tensor | None,
+    *,
     columns: Tensor | None = None,
     values: Tensor | None = None,
-    *,
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
     """`quantize(int8_matmul(a, b, a_scales, None, ...), group_size=group_size)`: the same bits.
@@ -70,7 +63,9 @@ def requantized_matmul(
         check_row_scales("a_scales", a_scales, a.shape[0], a.device)
     check_given_columns(columns, values, a.shape[0], a.device)
     if a.numel() and b.numel() and a.shape[1] <= MAX_SUMMED:
-        codes, scales = _requantized_matmul(a, b, a_scales, columns, values, group_size=group_size)
+        codes, scales = _requantized_matmul(
+            a, b, a_scales, columns=columns, values=values, group_size=group_size
+        )
         return codes, scales
     product = int8_matmul(a, b, a_scales, None, columns=columns, values=values, dtype=torch.float32)
     return quantize(product, group_size=group_size)

@@ -194,8 +194,8 @@ def weight_gradient(
             grad.codes[rows],
             operand.codes,
             grad.scales[rows],
-            operand.columns,
-            grad.critical[rows],
+            columns=operand.columns,
+            values=grad.critical[rows],
             group_size=STATE_GROUP_SIZE,
         )
 

@@ -72,8 +72,8 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
             {"stochastic": True, "seed": 3},
         ),
         "requantized_matmul": (
-            (codes, codes.t(), scales, torch.tensor([3]), torch.ones(5, 1)),
-            {"group_size": 2},
+            (codes, codes.t(), scales),
+            {"columns": torch.tensor([3]), "values": torch.ones(5, 1), "group_size": 2},
         ),
         "sgd_step_": (weight_and_gradient, {"group_size": 32, "state_group_size": 256, **sgd}),
         "sgd_step_floats_": ((floats[0], floats[2]), sgd_floats),

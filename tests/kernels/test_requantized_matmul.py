@@ -34,7 +34,9 @@ def test_equals_product_and_quantization(backend, rows, summed, columns, group_s
     a, b = codes(rows, summed), codes(columns, summed).t()
     numbers, values = given(rows, columns, dtype)
 
-    found = backend.requantized_matmul(a, b, scales(rows), numbers, values, group_size=group_size)
+    found = backend.requantized_matmul(
+        a, b, scales(rows), columns=numbers, values=values, group_size=group_size
+    )
 
     product = reference.int8_matmul(a, b, scales(rows), None, dtype=torch.float32)
     product[:, numbers] = values.float()
@@ -48,7 +50,9 @@ def test_equals_product_and_quantization(backend, rows, summed, columns, group_s
 def test_without_scales_and_columns_and_stored_in_other_ways(backend, form):
     a, b = codes(12, 70), codes(70, 40)
 
-    found = backend.requantized_matmul(form(a), form(b), None, None, None, group_size=16)
+    found = backend.requantized_matmul(
+        form(a), form(b), None, columns=None, values=None, group_size=16
+    )
 
     product = (a.double() @ b.double()).float()
     for result, wanted in zip(found, kernels.quantize(product, group_size=16), strict=True):
@@ -63,7 +67,7 @@ def test_what_is_not_finite_spoils_its_group_only(backend, fault):
     values[2] = fault
 
     found, found_scales = backend.requantized_matmul(
-        a, b, scales(4), torch.tensor([20]), values, group_size=16
+        a, b, scales(4), columns=torch.tensor([20]), values=values, group_size=16
     )
 
     assert found_scales.isfinite().logical_not().nonzero().tolist() == [[2, 1]]

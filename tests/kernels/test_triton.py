@@ -728,7 +728,9 @@ def test_columns_of_a_product_that_are_given(dtype):
     out = int8_matmul.int8_matmul(
         a, b, scales, None, bias=None, columns=columns, values=values, dtype=dtype
     )
-    requantized = backend.requantized_matmul(a, b, scales, columns, values, group_size=256)
+    requantized = backend.requantized_matmul(
+        a, b, scales, columns=columns, values=values, group_size=256
+    )
 
     expected = reference.int8_matmul(a, b, scales, None, dtype=torch.float32)
     expected[:, columns] = values.float()

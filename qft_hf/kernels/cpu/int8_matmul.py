@@ -137,9 +137,9 @@ def requantized_matmul(
     a: Tensor,
     b: Tensor,
     a_scales: Tensor | None,
+    *,
     columns: Tensor | None,
     values: Tensor | None,
-    *,
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
     rows, n_columns = a.shape[0], b.shape[1]

@@ -149,4 +149,6 @@ def for_each_row_range(kernel, arguments, n_rows, n_ranges):
     For use in kernels, with another kernel. Waits for all ranges.
     """
     if not _run(kernel, arguments, n_rows, n_ranges):
-        raise MemoryError("A CPU kernel failed: there was no memory for its buffers.")
+        raise MemoryError(
+            "A CPU kernel had no memory for its buffers: free some, or use smaller batches."
+        )

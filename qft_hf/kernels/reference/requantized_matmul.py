@@ -18,9 +18,9 @@ def composed(
         a: Tensor,
         b: Tensor,
         a_scales: Tensor | None,
+        *,
         columns: Tensor | None,
         values: Tensor | None,
-        *,
         group_size: int,
     ) -> tuple[Tensor, Tensor]:
         """See `qft_hf.kernels.requantized_matmul.requantized_matmul`."""
