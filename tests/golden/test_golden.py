@@ -1,0 +1,73 @@
+"""Runs end in the bits that were written down when the behaviour was last changed on purpose.
+
+    python -m tests.golden.test_golden    # write the bits of this machine to hashes.json
+
+is for such a purpose only, or to add the bits of `llama` in another environment.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qft_hf.kernels import backend
+from tests.golden.runs import cases, environment
+
+FILE = Path(__file__).with_name("hashes.json")
+KNOWN = json.loads(FILE.read_text()) if FILE.exists() else {}
+CASES = dict(cases())
+# The reference takes half a second a run; these go through each of its operators.
+REFERENCE_CASES = [
+    name
+    for name in CASES
+    if name.startswith("integers") and ", tied" in name and "parts" not in name
+]
+
+
+def expected(name: str) -> str:
+    if name.startswith("integers"):
+        return KNOWN["any machine"][name]
+    if environment() not in KNOWN:
+        pytest.skip(f"the bits of float products are not known for {environment()}")
+    return KNOWN[environment()][name]
+
+
+@pytest.fixture
+def one_thread():
+    """Float products are split among threads, and so are their sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_ends_in_the_bits_that_are_known(name):
+    assert CASES[name]() == expected(name)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("name", REFERENCE_CASES)
+def test_the_reference_ends_in_the_same_bits(name, monkeypatch):
+    monkeypatch.setenv("QFT_BACKEND", "reference")
+    backend.backend_for.cache_clear()
+    try:
+        assert CASES[name]() == expected(name)
+    finally:
+        backend.backend_for.cache_clear()
+
+
+def write() -> None:
+    """Write the bits of this machine beside those of others."""
+    torch.set_num_threads(1)
+    found = {"any machine": {}, environment(): {}}
+    for name, run in CASES.items():
+        key = "any machine" if name.startswith("integers") else environment()
+        found[key][name] = run()
+    FILE.write_text(json.dumps({**KNOWN, **found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write()
