@@ -200,7 +200,7 @@ class QFTQuantizer(HfQuantizer):
 
     def _check_files(self, files: list[str]) -> None:
         """Raise for what shows before anything is loaded: the headers of the files."""
-        names = set(_tensor_names(files))
+        names = set(tensor_names(files))
         fields = [name for name in names if name.rpartition(".")[2] in PATTERNS.values()]
         if fields and not self.pre_quantized:
             raise ValueError(
@@ -311,7 +311,7 @@ def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
         )
 
 
-def _tensor_names(files: list[str]) -> Iterable[str]:
+def tensor_names(files: list[str]) -> Iterable[str]:
     """Names in the headers of safetensors files."""
     for file in files:
         if not file.endswith(".safetensors"):

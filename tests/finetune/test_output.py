@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from qft_hf.hf.finetune.atomic import written_whole
+from qft_hf.hf.drafts import written_whole
 from qft_hf.hf.finetune.data import DataCounts
 from qft_hf.hf.finetune.loss_curve import draw_loss_curve, loss_points
 from qft_hf.hf.finetune.output_folder import checkpoint_to_resume, clear_run, refuse_other_run

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..config import QUANT_METHOD
 from ..convert import dequantize_model_
-from .atomic import written_whole
+from ..drafts import written_whole
 
 
 def export_checkpoint(source: Path, target: Path, *, dtype: torch.dtype) -> None:
