@@ -102,6 +102,15 @@ def settle(folder: Path) -> None:
             os.close(lock)
 
 
+def unsettled(folder: Path) -> list[Path]:
+    """Drafts in `folder` that hold something whole, which has not come to its place yet."""
+    return [
+        draft
+        for draft in sorted(folder.glob(f"{PREFIX}*"))
+        if not draft.is_symlink() and ((draft / WHOLE).exists() or (draft / MOVING).exists())
+    ]
+
+
 def _create(folder: Path) -> tuple[Path, int]:
     """Make a draft and lock it: its path and an open file descriptor."""
     while True:
