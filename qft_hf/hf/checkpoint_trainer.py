@@ -79,15 +79,17 @@ class CheckpointTrainer(Trainer):
         elif resume_from_checkpoint:
             checkpoint = Path(resume_from_checkpoint)
             require_whole(checkpoint)
+        steps_before = -1
         if checkpoint is not None:
             resume_from_checkpoint = str(checkpoint)
+            steps_before = _steps_of(checkpoint)  # now: it may be removed as an old one
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             optimizer = unwrapped(self.optimizer)
             if isinstance(optimizer, QFTLion):
                 optimizer.eval()
-        if checkpoint is not None and output.global_step == _steps_of(checkpoint):
+        if output.global_step == steps_before:
             logger.warning(
                 "%s is at step %d of %d: the run is finished, and no step was taken. To train on, "
                 "raise max_steps or num_train_epochs",
