@@ -33,7 +33,7 @@ from tests.finetune.chats import CHATS, tiny_tokenizer
 from tests.hf.test_trainer import trainer_on
 from tests.models import tiny_llama
 
-STEPS, EVERY = 6, 2
+STEPS, EVERY = 4, 2
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink"}
 # A kill at the end of the file limit makes no core file.
@@ -224,7 +224,7 @@ def kill_runs(entry: str, work: Path, *, kills: int, seed: int) -> None:
     references: dict[int, tuple[list, int, int]] = {}
     folder, report = work / "run", work / "report.json"
     for number in range(kills):
-        setting = number // 4 % 8
+        setting = number // 3 % 8
 
         def start(setting: int = setting) -> list:
             return ENTRIES[entry](work, folder, setting, False)
@@ -237,7 +237,7 @@ def kill_runs(entry: str, work: Path, *, kills: int, seed: int) -> None:
             references[setting] = said["result"], said["counted"], largest
             shutil.rmtree(folder)
         expected, count, largest = references[setting]
-        kill = "bytes" if number % 4 == 3 else "call"
+        kill = "bytes" if number % 3 == 2 else "call"
         whole = largest if kill == "bytes" else count
         # One part of the run for each kill of the campaign, at random within it.
         n = 1 + int((number + chance.random()) / kills * whole)

@@ -10,7 +10,7 @@ import sys
 
 from tests.faults.campaign import ENTRIES
 
-KILLS = int(os.environ.get("QFT_KILLS", "4"))
+KILLS = int(os.environ.get("QFT_KILLS", "3"))
 SEED = os.environ.get("QFT_KILLS_SEED", "0")
 
 
