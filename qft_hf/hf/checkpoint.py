@@ -90,6 +90,8 @@ def require_whole(checkpoint: Path) -> None:
 
 def faults(checkpoint: Path) -> list[str]:
     """What is missing or damaged, each with the file's name; none if it is whole."""
+    if not checkpoint.is_dir():
+        return ["there is no such folder"]
     found: list[str] = []
     names, saved = {*STATE_FILES}, {}
     try:

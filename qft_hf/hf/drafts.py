@@ -25,7 +25,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 logger = logging.getLogger(__name__)
 
-PREFIX = ".qft-draft-"  # matches neither `checkpoint-*` nor what `get_last_checkpoint` looks for
+# Rotation and `get_last_checkpoint` look for `checkpoint-*`; pushes to the Hub leave out `_*`.
+PREFIX = "_qft-draft-"
 NEW, WHOLE, MOVING = "new", "whole", "moving"
 MODEL_FILES = (
     CONFIG_NAME,
@@ -163,7 +164,7 @@ def _clear_places(draft: Path) -> None:
     """Move away what cannot be replaced by one rename: folders, and the files of a model."""
     folder, names = draft.parent, set(os.listdir(draft / WHOLE))
     away = Path(tempfile.mkdtemp(prefix="earlier-", dir=draft))
-    in_place = {path.name: path for name in names if _is_folder(path := folder / name)}
+    in_place = {path.name: path for name in names if (path := folder / name).is_dir()}
     if CONFIG_NAME in names:
         in_place |= {path.name: path for pattern in MODEL_FILES for path in folder.glob(pattern)}
     for path in sorted(in_place.values(), key=lambda path: path.name != CONFIG_NAME):
@@ -174,7 +175,7 @@ def _move_in(draft: Path) -> None:
     """Rename all that the draft holds to its place; done again, it goes on."""
     folder, moving = draft.parent, draft / MOVING
     for name in sorted(os.listdir(moving), key=lambda name: name == CONFIG_NAME):
-        if _is_folder(moving / name) and os.path.lexists(folder / name):  # a link, or new since
+        if (moving / name).is_dir() and os.path.lexists(folder / name):  # a link, or new since
             os.rename(folder / name, Path(tempfile.mkdtemp(prefix="earlier-", dir=draft)) / name)
         os.replace(moving / name, folder / name)
     _sync(folder)
@@ -186,10 +187,6 @@ def _remove(draft: Path) -> None:
         shutil.rmtree(draft)
     except OSError as error:
         logger.warning("%s could not be removed and stays: %s", draft, error)
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
 
 
 def _sync_tree(folder: Path) -> None:

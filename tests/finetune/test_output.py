@@ -102,10 +102,10 @@ def test_which_checkpoint_is_resumed(tmp_path):
 
 def test_what_a_killed_run_had_written_whole_is_a_run(tmp_path):
     """It was killed before its first checkpoint came to its place, and that one counts."""
-    draft = tmp_path / ".qft-draft-abcd"
+    draft = tmp_path / "_qft-draft-abcd"
     (draft / "whole").mkdir(parents=True)
     leave_whole(draft / "whole", 2)
-    with pytest.raises(FileExistsError, match=r"already holds a run \(\.qft-draft-abcd\)"):
+    with pytest.raises(FileExistsError, match=r"already holds a run \(_qft-draft-abcd\)"):
         refuse_other_run(tmp_path, checkpoint=None, overwrite=False)
     assert checkpoint_to_resume("true", tmp_path) == tmp_path / "checkpoint-2"
 

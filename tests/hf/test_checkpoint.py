@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -59,6 +60,23 @@ def test_nothing_but_checkpoints_is_left(tmp_path):
     for checkpoint in tmp_path.iterdir():
         assert faults(checkpoint) == []
         assert set(names(checkpoint)) > {MARK, "config.json", "model.safetensors", "optimizer.pt"}
+
+
+def test_drafts_are_not_pushed(tmp_path, monkeypatch):
+    """A push runs in the background, while the next checkpoint may be written beside it."""
+    ignored = []
+
+    class Api:
+        def upload_folder(self, ignore_patterns, **kwargs):
+            ignored.append(ignore_patterns)
+
+    monkeypatch.setattr(trainer, "hf_api", Api)
+    run = make(tmp_path)
+    run.hub_model_id = "someone/model"
+    run.push_in_progress = None
+    run._push_from_checkpoint(str(tmp_path))
+    draft = [f"{PREFIX}abcd/new/checkpoint-4/model.safetensors", "config.json"]
+    assert list(filter_repo_objects(draft, ignore_patterns=ignored[0])) == ["config.json"]
 
 
 def test_training_again_into_the_same_folder_keeps_a_checkpoint(tmp_path):
@@ -435,6 +453,8 @@ def test_what_was_passed_over_is_said(runs, tmp_path, caplog):
 def test_no_whole_checkpoint_is_an_error_that_lists_them(runs, tmp_path):
     with pytest.raises(ValueError, match="No valid checkpoint found"):
         make(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="checkpoint-7 is not whole: there is no such folder"):
+        make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
 
     shutil.copytree(runs[False, True], tmp_path, dirs_exist_ok=True)
     for checkpoint in tmp_path.iterdir():
