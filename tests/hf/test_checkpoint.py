@@ -62,6 +62,11 @@ def test_nothing_but_checkpoints_is_left(tmp_path):
         assert set(names(checkpoint)) > {MARK, "config.json", "model.safetensors", "optimizer.pt"}
 
 
+def test_old_checkpoints_are_removed(tmp_path):
+    make(tmp_path, save_total_limit=2, max_steps=8).train()
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-8"]
+
+
 def test_drafts_are_not_pushed(tmp_path, monkeypatch):
     """A push runs in the background, while the next checkpoint may be written beside it."""
     ignored = []

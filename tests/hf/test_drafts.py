@@ -122,6 +122,14 @@ def test_what_a_killed_process_left_is_finished_if_it_counts(old, state, tmp_pat
     assert contents(tmp_path) == (expected if counts or old else {})
 
 
+def test_the_next_writer_settles_what_was_left(tmp_path):
+    left(tmp_path, drafts.WHOLE)
+    with written_whole(tmp_path / "x.json") as draft:
+        assert (tmp_path / "checkpoint-4").exists()
+        write(draft)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4", "x.json"]
+
+
 def test_a_draft_of_a_living_process_is_left_alone(tmp_path):
     draft = left(tmp_path, drafts.WHOLE)
     before = contents(tmp_path)
