@@ -270,6 +270,14 @@ def test_a_mark_finds_a_single_bit(name, runs, tmp_path):
     assert faults(tmp_path) == [f"{name} is not what was saved"]
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_without_a_mark_archives_tell_by_themselves(name, runs, tmp_path):
+    shutil.copytree(runs[False, False] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
+    flip(tmp_path / name)
+    assert len(faults(tmp_path)) == 1
+    assert name in faults(tmp_path)[0]
+
+
 @pytest.mark.parametrize("mark", ["", "[]", "{"])
 def test_a_mark_that_cannot_be_read_is_named(mark, runs, tmp_path):
     shutil.copytree(runs[False, True] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
@@ -312,6 +320,8 @@ def lose_index(checkpoint: Path) -> str:
 
 
 def take_from_outside(checkpoint: Path) -> str:
+    (checkpoint.parent / "x").mkdir()
+    shutil.copy(shards(checkpoint)[0], checkpoint.parent / "x" / "model.safetensors")
     edit_index(checkpoint, lambda index: index.update({min(index): "../x/model.safetensors"}))
     return "../x/model.safetensors is missing"
 
