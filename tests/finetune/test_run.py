@@ -222,12 +222,16 @@ def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
     assert AutoModelForCausalLM.from_pretrained(run / "bfloat16").dtype == torch.bfloat16
 
 
-def test_a_run_that_was_killed_before_its_report_gets_one(chat_flags):
+@pytest.mark.parametrize("earlier", [None, '{"steps": 2}', "{"])
+def test_a_run_that_was_killed_before_its_report_gets_one(earlier, chat_flags):
+    """Whatever is there was of fewer steps, or is damaged."""
     values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
     first = finetune(parsed(values))
     run = Path(chat_flags["output_dir"])
     for name in ("summary.json", "loss_curve.png", "config.json", "model.safetensors"):
         (run / name).unlink()
+    if earlier is not None:
+        (run / "summary.json").write_text(earlier)
 
     again = finetune(parsed(values, resume_from_checkpoint="true"))
 
