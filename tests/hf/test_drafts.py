@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from qft_hf.hf import drafts
 from qft_hf.hf.drafts import drafted, settle, unsettled, written_whole
@@ -98,6 +99,15 @@ def test_a_draft_is_fresh_and_nobody_elses(tmp_path, monkeypatch):
         draft.write_text("x")
 
     assert contents(victim) == {}
+
+
+def test_a_draft_is_no_checkpoint_to_the_trainer(tmp_path):
+    """Rotation counted what was set aside, and removed the checkpoint itself."""
+    with written_whole(tmp_path / "checkpoint-4") as draft:
+        write(draft)
+        assert sort_checkpoints(str(tmp_path)) == sort_checkpoints(str(tmp_path), use_mtime=True)
+        assert list(tmp_path.glob("checkpoint*")) == []
+        assert get_last_checkpoint(tmp_path) is None
 
 
 def left(folder: Path, state: str, name: str = "checkpoint-4") -> Path:
