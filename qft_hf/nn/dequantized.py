@@ -45,13 +45,7 @@ def forward(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
 def forward_few(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
     """`forward` of at most `max_tokens` tokens: the same terms, in another order."""
     y = kernels.dequantized_matmul(
-        x.reshape(-1, x.shape[-1]).contiguous(),
-        weight.codes,
-        weight.scales,
-        group_size=weight.group_size,
-        outlier_values=weight.outlier_values,
-        outlier_columns=weight.outlier_columns,
-        bias=bias,
+        x.reshape(-1, x.shape[-1]).contiguous(), weight.stored, bias=bias
     )
     return y.view(*x.shape[:-1], weight.shape[0])
 

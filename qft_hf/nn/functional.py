@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import kernels
-from ..layout import STATE_GROUP_SIZE
 from ..quant import Int8Gradient, QFTWeight
 from . import dequantized, int8
 from .products import Int8Products
@@ -100,11 +99,9 @@ class _Embedding(torch.autograd.Function):
         gradient = Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
         # Only rows that were looked up have a gradient: a float table is never made.
         kernels.embedding_gradient_(
-            gradient.codes,
-            gradient.scales,
+            gradient.stored,
             ids.reshape(-1).contiguous(),
             grad_output.reshape(-1, weight.shape[1]).contiguous(),
-            group_size=STATE_GROUP_SIZE,
             padding_idx=ctx.padding_idx,
         )
         return None, gradient, None

@@ -145,18 +145,20 @@ def quantized_gradient(
         for_x: Whether the input's gradient is.
         seed: Key of the random numbers that round.
     """
-    rows, columns = kernels.quantize_gradient(
+    row_codes, row_scales, column_codes, column_scales = kernels.quantize_gradient(
         grad,
         weight.scales if for_x else None,
         None if operand is None else operand.scales,
         seed=seed,
     )
     of_x = of_weight = None
-    if rows is not None:
-        of_x = Gradient(*rows, grad @ critical_columns(weight)[1].to(grad.dtype))
-    if columns is not None and operand is not None:
+    if for_x:
+        of_x = Gradient(row_codes, row_scales, grad @ critical_columns(weight)[1].to(grad.dtype))
+    if operand is not None:
         # Half the time of grad.t() @ values on a CPU.
-        of_weight = Gradient(*columns, (operand.values.to(grad.dtype).t() @ grad).t())
+        of_weight = Gradient(
+            column_codes, column_scales, (operand.values.to(grad.dtype).t() @ grad).t()
+        )
     return of_x, of_weight
 
 

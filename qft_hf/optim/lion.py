@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from .. import kernels
 from ..gradients import GradientStack
-from ..kernels.lion_float import FLOATS
-from ..layout import MOMENTUM_BITS, STATE_GROUP_SIZE
+from ..kernels.floats import PARAMETER_DTYPES as FLOATS
+from ..layout import MOMENTUM_BITS, NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE
 from ..quant import Int8Gradient, QFTWeight
 from .hooks import GradientHook
 from .release import ACCUMULATIONS, CLIPPINGS, GradientRelease, check_release
@@ -354,34 +354,40 @@ class QFTLion(Optimizer):
         stream, number = self._places[id(parameter)]
         state = self._next_state(parameter)
         gradient = cast(Int8Gradient, gradient)  # what backward makes, and `step` has checked
-        weight = (
-            parameter.codes,
-            parameter.scales,
-            parameter.outlier_values,
-            parameter.outlier_columns,
+        group = self.param_groups[number]
+        weight, rule = parameter.stored, self._rule(group)
+        rounding = kernels.Rounding(
+            group["seed"], state["step"], stream, stochastic=group["stochastic_rounding"]
         )
-        arguments = {
-            "group_size": parameter.group_size,
-            "state_group_size": STATE_GROUP_SIZE,
-            "step": state["step"],
-            "stream": stream,
-            **self._arguments(self.param_groups[number]),
-        }
         if self.momentum_bits == 0:
-            kernels.sgd_step_(*weight, gradient.codes, gradient.scales, **arguments)
+            direction = kernels.dequantize(kernels.Weight.dense(gradient.stored))
+            if rule.maximize:
+                direction.neg_()
+            kernels.step_weight_(
+                weight, direction, lr=rule.lr, weight_decay=rule.weight_decay, rounding=rounding
+            )
             return None
-        momentum = state["momentum_codes"], state["momentum_scales"]
+        momentum = kernels.Quantized(
+            state["momentum_codes"],
+            state["momentum_scales"],
+            NIBBLE_GROUP_SIZE if self.momentum_bits == 4 else STATE_GROUP_SIZE,
+            self.momentum_bits,
+        )
         if gradient.tiles is not None:
-            arguments["factor"] = factor
             squares = [
                 kernels.quantize_and_lion_step_(
-                    *[*(field[rows] for field in (*weight, *momentum)), tile],
-                    **{**arguments, "first_row": rows.start},
+                    weight.rows(rows),
+                    momentum.rows(rows),
+                    tile,
+                    factor=factor,
+                    group_size=STATE_GROUP_SIZE,
+                    rule=rule,
+                    rounding=rounding._replace(first_row=rows.start),
                 )
                 for rows, tile in gradient.tiles
             ]
             return torch.stack(squares).sum()
-        kernels.lion_step_(*weight, *momentum, gradient.codes, gradient.scales, **arguments)
+        kernels.lion_step_(weight, momentum, gradient.stored, rule=rule, rounding=rounding)
         return None
 
     @torch.no_grad()
@@ -395,16 +401,23 @@ class QFTLion(Optimizer):
             states = [self._next_state(parameter) for parameter, _ in members]
             parameters = [parameter for parameter, _ in members]
             gradients = [gradient for _, gradient in members]
+            group = self.param_groups[number]
+            rule = self._rule(group)
             arguments = {
                 "steps": [state["step"] for state in states],
                 "streams": [self._places[id(parameter)][0] for parameter in parameters],
-                **self._arguments(self.param_groups[number]),
+                "seed": group["seed"],
+                "stochastic": group["stochastic_rounding"],
             }
             if self.momentum_bits == 0:
-                kernels.sgd_step_floats_(parameters, gradients, **arguments)
+                if rule.maximize:
+                    gradients = [-gradient for gradient in gradients]
+                kernels.step_floats_(
+                    parameters, gradients, lr=rule.lr, weight_decay=rule.weight_decay, **arguments
+                )
             else:
                 momenta = [state["momentum"] for state in states]
-                kernels.lion_step_floats_(parameters, momenta, gradients, **arguments)
+                kernels.lion_step_floats_(parameters, momenta, gradients, rule=rule, **arguments)
 
     def _next_state(self, parameter: Parameter) -> dict[str, Any]:
         """The state of a parameter, made if need be, with this step counted."""
@@ -414,18 +427,11 @@ class QFTLion(Optimizer):
         state["step"] += 1
         return state
 
-    def _arguments(self, group: dict[str, Any]) -> dict[str, Any]:
-        """What the kernels take from a parameter group."""
-        arguments = {
-            "lr": float(group["lr"]),
-            "weight_decay": group["weight_decay"],
-            "maximize": group["maximize"],
-            "stochastic": group["stochastic_rounding"],
-            "seed": group["seed"],
-        }
-        if self.momentum_bits:
-            arguments["beta1"], arguments["beta2"] = group["betas"]
-        return arguments
+    def _rule(self, group: dict[str, Any]) -> kernels.Lion:
+        """The numbers of a parameter group."""
+        return kernels.Lion(
+            float(group["lr"]), *group["betas"], group["weight_decay"], group["maximize"]
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; INT8 stays INT8.

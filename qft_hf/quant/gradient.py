@@ -107,6 +107,11 @@ class Int8Gradient(Int8Tensor):
         return deferred
 
     @property
+    def stored(self) -> kernels.Quantized:
+        """The fields as operators take them."""
+        return kernels.Quantized(self.codes, self.scales, STATE_GROUP_SIZE)
+
+    @property
     def tiles(self) -> RowTiles | None:
         """The float gradient, as long as it is not quantized."""
         return None if self._tiles is None or self._tiles.make is None else self._tiles
@@ -142,13 +147,11 @@ class Int8Gradient(Int8Tensor):
 
     def dequantize(self) -> Tensor:
         """The values as a plain `[rows, columns]` tensor of the outer dtype."""
-        return kernels.dequantize(
-            self.codes, self.scales, group_size=STATE_GROUP_SIZE, dtype=self.dtype
-        )
+        return kernels.dequantize(kernels.Weight.dense(self.stored), dtype=self.dtype)
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of all values: fp64 scalar."""
-        return kernels.squared_norm(self.codes, self.scales, group_size=STATE_GROUP_SIZE)
+        return kernels.squared_norm(self.stored)
 
     def is_finite(self) -> Tensor:
         """Bool scalar: whether every value is finite. Reads the scales only."""
@@ -177,13 +180,7 @@ def _add_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8G
         )
     if kwargs.get("alpha", 1) != 1:
         raise NotImplementedError("INT8 gradients add with alpha=1 only; scale them first.")
-    kernels.accumulate_(
-        gradient.codes,
-        gradient.scales,
-        other.codes,
-        other.scales,
-        group_size=STATE_GROUP_SIZE,
-    )
+    kernels.accumulate_(gradient.stored, other.stored)
     return gradient
 
 

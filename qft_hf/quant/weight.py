@@ -43,9 +43,7 @@ class QFTWeight(Int8Tensor):
 
     FIELDS = ("codes", "scales", "outlier_values", "outlier_columns")
 
-    outlier_values: Tensor
-    outlier_columns: Tensor
-    group_size: int | None
+    stored: kernels.Weight  # the fields as operators take them
     # Whether gradients may be left to be made by who takes them, which is gradient release.
     defers_gradient: bool = False
     # State-dict keys of fields that a partly loaded checkpoint still owes this weight.
@@ -66,11 +64,32 @@ class QFTWeight(Int8Tensor):
         group_size: int | None,
         dtype: torch.dtype,
     ) -> None:
-        self.codes = codes
-        self.scales = scales
-        self.outlier_values = outlier_values
-        self.outlier_columns = outlier_columns
-        self.group_size = group_size
+        self.stored = kernels.Weight(codes, scales, outlier_values, outlier_columns, group_size)
+
+    @property
+    def codes(self) -> Tensor:  # type: ignore[override]
+        """int8 `[rows, columns]`."""
+        return self.stored.codes
+
+    @property
+    def scales(self) -> Tensor:  # type: ignore[override]
+        """fp32 `[rows, n_groups]`."""
+        return self.stored.scales
+
+    @property
+    def outlier_values(self) -> Tensor:
+        """fp32 `[rows, n_outliers]`."""
+        return self.stored.outlier_values
+
+    @property
+    def outlier_columns(self) -> Tensor:
+        """int16 or int32 `[rows, n_outliers]`."""
+        return self.stored.outlier_columns
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns per scale; None: whole rows."""
+        return self.stored.group_size
 
     def _format(self) -> dict[str, Any]:
         return {"group_size": self.group_size, "dtype": self.dtype}
@@ -161,16 +180,11 @@ class QFTWeight(Int8Tensor):
 
     def dequantize_rows(self, rows: slice | Tensor) -> Tensor:
         """The values of some rows, a slice or numbers `[n]`: `[n, columns]`, outer dtype."""
-        part, index = (rows, None) if isinstance(rows, slice) else (slice(None), rows)
-        return kernels.dequantize(
-            self.codes[part],
-            self.scales[part],
-            group_size=self.group_size,
-            rows=index,
-            outlier_values=self.outlier_values[part],
-            outlier_columns=self.outlier_columns[part],
-            dtype=self.dtype,
-        )
+        if isinstance(rows, Tensor):
+            return kernels.dequantize(self.stored, rows=rows, dtype=self.dtype)
+        is_whole = rows.start == 0 and rows.stop == self.codes.shape[0]
+        stored = self.stored if is_whole else self.stored.rows(rows)
+        return kernels.dequantize(stored, dtype=self.dtype)
 
     def gradient(
         self,

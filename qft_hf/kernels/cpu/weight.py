@@ -1,13 +1,17 @@
-"""A step of one row of an INT8 weight in numba. Twin: `kernels/reference/weight.py`."""
+"""A step of one row of an INT8 weight in numba. Twin: `kernels/weight.py`."""
 
 import numpy as np
 from numba import njit
+from torch import Tensor
 
-from ..reference.philox import LANES, WEIGHT
-from ..reference.quantize import QMAX, TINY
-from ..reference.weight import RANGE_LOW, RANGE_TARGET
+from .. import weight as operators
+from ..groups import QMAX, TINY
+from ..philox import LANES, WEIGHT
+from ..values import Rounding, Weight
+from ..weight import RANGE_LOW, RANGE_TARGET
 from .philox import random_row, weight_uniform
-from .quantize import absmax
+from .quantization import absmax
+from .threads import for_each_row_range, n_ranges
 
 _f32 = np.float32
 _QMAX, _TINY = _f32(QMAX), _f32(TINY)
@@ -82,3 +86,42 @@ def step_weight_row(
                 code[j] = np.int8(min(max(value, -_QMAX), _QMAX))
     for k in range(outlier_values.shape[1]):
         codes[row, outlier_columns[row, k]] = 0
+
+
+@njit(nogil=True, fastmath=FASTMATH, error_model="numpy", cache=True)
+def _step_rows(
+    codes, scales, outlier_values, outlier_columns, direction, group_size, lr, shrink, stochastic,
+    seed, step, stream, first_row, start, stop,
+):  # fmt: skip
+    buffers = weight_buffers(codes.shape[1])
+    for row in range(start, stop):
+        step_weight_row(
+            row, codes, scales, outlier_values, outlier_columns, direction[row], buffers,
+            group_size, lr, shrink, stochastic, seed, step, stream, first_row,
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _step(arrays, numbers, n_ranges):
+    for_each_row_range(_step_rows, (*arrays, *numbers), arrays[0].shape[0], n_ranges)
+
+
+def rounding_numbers(rounding: Rounding) -> tuple[bool, np.uint64, np.uint64, np.uint64, int]:
+    """What kernels take of a rounding, in their order."""
+    counter = (np.uint64(rounding.seed), np.uint64(rounding.step), np.uint64(rounding.stream))
+    return rounding.stochastic, *counter, rounding.first_row
+
+
+@operators.step_weight_.register("cpu")
+def step_weight_(
+    weight: Weight, direction: Tensor, *, lr: float, weight_decay: float, rounding: Rounding
+) -> None:
+    rows, columns = weight.codes.shape
+    numbers = (
+        weight.group_size or columns,
+        _f32(lr),
+        _f32(lr * weight_decay),
+        *rounding_numbers(rounding),
+    )
+    arrays = tuple(tensor.numpy() for tensor in (*weight.tensors, direction))
+    _step(arrays, numbers, n_ranges(rows, columns))

@@ -1,0 +1,54 @@
+"""Sum and norm of INT8 gradients."""
+
+import torch
+from torch import Tensor
+
+from .checks import check_same
+from .groups import expanded, group_parts, quantized
+from .operators import operator
+from .values import Quantized
+
+
+@operator(writes=("gradient.codes", "gradient.scales"))
+def accumulate_(gradient: Quantized, other: Quantized) -> None:
+    """Add a second INT8 gradient to a first in place: the FP32 sum, rounded to nearest.
+
+    Args:
+        gradient: `[rows, columns]`, modified.
+        other: Of the same shape and groups.
+
+    Raises:
+        ValueError: Shapes do not fit; nothing was written.
+    """
+    total = expanded(*gradient.tensors, gradient.group_size)
+    total += expanded(*other.tensors, other.group_size)
+    codes, scales = quantized(total, gradient.group_size)
+    gradient.codes.copy_(codes)
+    gradient.scales.copy_(scales)
+
+
+@accumulate_.checks
+def _(gradient: Quantized, other: Quantized) -> None:
+    check_same("other gradient codes", other.codes, gradient.codes)
+    check_same("other gradient scales", other.scales, gradient.scales)
+
+
+@operator(fake=lambda gradient: gradient.codes.new_empty((), dtype=torch.float64))
+def squared_norm(gradient: Quantized) -> Tensor:
+    """Sum of squares of the dequantized gradient, without dequantizing it.
+
+    Args:
+        gradient: `[rows, columns]`.
+
+    Returns:
+        fp64 scalar; NaN or infinite if any scale is.
+    """
+    # Sums of squared codes are integers, exact in FP64 for groups of any length.
+    parts = group_parts(gradient.codes, gradient.group_size)
+    squares = [part.float().square_().sum(dim=2, dtype=torch.float64) for part in parts]
+    return norm_of_sums(torch.cat(squares, dim=1), gradient.scales)
+
+
+def norm_of_sums(sums: Tensor, scales: Tensor) -> Tensor:
+    """The squared norm from fp64 sums of squared codes `[rows, n_groups]` and their scales."""
+    return (sums * scales.double().square()).sum()
