@@ -213,9 +213,7 @@ def _(
 
 
 @requantized_matmul.checks_values
-def _(
-    a: Tensor, b: Tensor, a_scales: Tensor | None, *, columns: Tensor | None, **_: object
-) -> None:
+def _(a: Tensor, b: Tensor, *_: Tensor | None, columns: Tensor | None, **__: object) -> None:
     check_given_column_values(columns, b.shape[1])
 
 

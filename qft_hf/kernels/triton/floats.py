@@ -1,4 +1,4 @@
-"""Steps of float parameters in Triton: of Lion, and in given directions. Twin: `kernels/floats.py`."""
+"""Steps of float parameters in Triton. Twin: `kernels/floats.py`."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -491,7 +491,7 @@ def launch(
     rule: Lion,
     rounding: Rounding,
 ) -> None:
-    """Run the kernel with a momentum of `bits`, or none, and gradients in groups of `group_size`."""
+    """Run the kernel; `bits` are those of the momentum, `group_size` is that of the gradient."""
     rows, columns = weight.codes.shape
     n_outliers = weight.outlier_values.shape[1]
     constants, n_warps = lion_constants(columns, n_outliers, weight.group_size, group_size, bits)

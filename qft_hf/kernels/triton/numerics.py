@@ -1,4 +1,4 @@
-"""Rounding, scales and random words inside kernels. Twins: `kernels/groups.py`, `kernels/philox.py`.
+"""Rounding, scales and random words in kernels. Twins: `kernels/groups.py`, `kernels/philox.py`.
 
 Kernels must be launched with `enable_fp_fusion=False`: a fused multiply-add rounds once where the
 reference rounds twice.
