@@ -196,7 +196,7 @@ def _(
             f"A Lion step needs a momentum for each float parameter, got {len(parameters)} "
             f"parameters and {len(momenta)} momenta."
         )
-    _check(parameters, gradients, **options)  # type: ignore[arg-type]  # as the operator has them
+    _check(parameters, gradients, **options)
     for parameter, momentum in zip(parameters, momenta, strict=True):
         if momentum.dtype != torch.float32:
             raise TypeError(f"The momentum of a float parameter is float32, got {momentum.dtype}.")

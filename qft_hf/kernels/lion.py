@@ -99,7 +99,8 @@ def _check_momentum(weight: Weight, momentum: Quantized, group_size: int | None)
             f"Beside a 4-bit momentum, gradient groups are multiples of its {NIBBLE_GROUP_SIZE} "
             f"columns, got {group_size}. The usual value is {STATE_GROUP_SIZE}."
         )
-    wanted, _ = momentum_shapes(*weight.codes.shape, 4)
+    rows, columns = weight.codes.shape
+    wanted, _ = momentum_shapes(rows, columns, 4)
     if codes.shape != wanted or codes.device != weight.device:
         raise ValueError(
             f"A 4-bit momentum of a {tuple(weight.codes.shape)} weight has codes of shape {wanted} "

@@ -98,7 +98,8 @@ class Weight:
         codes, values, columns = self.codes, self.outlier_values, self.outlier_columns
         check_matrix("weight codes", codes, (torch.int8,))
         check_group_size(self.group_size)
-        check_scales(self.scales, codes, GroupLayout(*codes.shape, self.group_size).n_groups)
+        rows, width = codes.shape
+        check_scales(self.scales, codes, GroupLayout(rows, width, self.group_size).n_groups)
         if (
             values.ndim != 2
             or values.shape[0] != codes.shape[0]
@@ -119,7 +120,7 @@ class Weight:
     def dense(cls, matrix: Quantized) -> "Weight":
         """A weight without outliers."""
         values = matrix.scales.new_empty(matrix.codes.shape[0], 0)
-        return cls(*matrix.tensors, values, values.short(), matrix.group_size)
+        return cls(matrix.codes, matrix.scales, values, values.short(), matrix.group_size)
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +134,8 @@ class Weight:
 
     def rows(self, rows: slice) -> "Weight":
         """Some of its rows; they share memory with it."""
-        return Weight(*(tensor[rows] for tensor in self.tensors), self.group_size)
+        codes, scales, values, columns = (tensor[rows] for tensor in self.tensors)
+        return Weight(codes, scales, values, columns, self.group_size)
 
 
 class Rounding(NamedTuple):

@@ -156,9 +156,8 @@ def quantized_gradient(
         of_x = Gradient(row_codes, row_scales, grad @ critical_columns(weight)[1].to(grad.dtype))
     if operand is not None:
         # Half the time of grad.t() @ values on a CPU.
-        of_weight = Gradient(
-            column_codes, column_scales, (operand.values.to(grad.dtype).t() @ grad).t()
-        )
+        critical = (operand.values.to(grad.dtype).t() @ grad).t()
+        of_weight = Gradient(column_codes, column_scales, critical)
     return of_x, of_weight
 
 

@@ -429,8 +429,9 @@ class QFTLion(Optimizer):
 
     def _rule(self, group: dict[str, Any]) -> kernels.Lion:
         """The numbers of a parameter group."""
+        beta1, beta2 = group["betas"]
         return kernels.Lion(
-            float(group["lr"]), *group["betas"], group["weight_decay"], group["maximize"]
+            float(group["lr"]), beta1, beta2, group["weight_decay"], group["maximize"]
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

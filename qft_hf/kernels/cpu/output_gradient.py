@@ -177,10 +177,8 @@ def _columns(gradient, factors, maxima, packed_codes, seed, n_blocks, n_ranges):
 
 def _by_rows(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     tokens, outputs = gradient.shape
-    codes, scales = (
-        torch.empty(tokens, outputs, dtype=torch.int8),
-        torch.empty(tokens, 1, dtype=torch.float32),
-    )
+    codes = torch.empty(tokens, outputs, dtype=torch.int8)
+    scales = torch.empty(tokens, 1, dtype=torch.float32)
     others = (factors.view(-1), codes, scales.view(-1))
     arrays = [float_array(gradient), *(tensor.numpy() for tensor in others)]
     _rows(*arrays, _u64(seed), n_ranges(tokens, outputs))
