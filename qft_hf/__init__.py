@@ -3,7 +3,6 @@
 Importing the package registers `optim="qft_lion"` and the quantization method `"qft"`.
 """
 
-from .gradients import GradientStack
 from .hf import (
     QFTConfig,
     QFTTrainer,
@@ -16,18 +15,19 @@ from .hf import (
 )
 from .memory import MemoryEstimate, MemoryLedger, memory_ledger
 from .nn import QFTEmbedding, QFTLinear
-from .optim import QFTLion
+from .optim import QFTSGD, QFTLion, QFTOptimizer
 from .quant import QFTWeight
 from .version import __version__
 
 __all__ = [
-    "GradientStack",
+    "QFTSGD",
     "MemoryEstimate",
     "MemoryLedger",
     "QFTConfig",
     "QFTEmbedding",
     "QFTLinear",
     "QFTLion",
+    "QFTOptimizer",
     "QFTTrainer",
     "QFTTrainingArguments",
     "QFTWeight",

@@ -1,5 +1,6 @@
 """How a matrix is cut into quantization groups, and what that costs. Arithmetic: no torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -15,7 +16,13 @@ STATE_GROUP_SIZE = 256
 NIBBLE_GROUP_SIZE = 64
 NIBBLES = 2
 
-MOMENTUM_BITS = (8, 4, 0)  # of one value; 0: no momentum
+MOMENTUM_BITS = (8, 4, 0)  # of one value; 0: none, as SGD has it
+
+# Elements of a weight that are expanded to float at a time: 64 MB in FP32.
+TILE_ELEMENTS = 2**24
+# Rows of a tile are a multiple of this: products of slices that begin anywhere take up to half as
+# long again.
+TILE_ROWS = 64
 
 INT16_COLUMNS = 2**15  # columns 0 .. 32767 fit a signed 16-bit index
 
@@ -41,6 +48,23 @@ class GroupLayout:
     def stored_bytes(self) -> int:
         """Bytes at rest: codes plus scales."""
         return self.rows * (self.columns * CODE_BYTES + self.n_groups * SCALE_BYTES)
+
+
+def row_tiles(rows: int, columns: int, *, at_most: int | None = None) -> Iterator[slice]:
+    """Row ranges of like size that cover a matrix in order.
+
+    Args:
+        rows: Of the matrix.
+        columns: Of the matrix.
+        at_most: Rows of one range, beside the limit of `TILE_ELEMENTS` elements.
+    """
+    step = max(1, min(TILE_ELEMENTS // columns, at_most or rows))
+    if step < rows:
+        multiple = TILE_ROWS if step >= TILE_ROWS else 1
+        n_tiles = -(-rows // (step - step % multiple))
+        step = -(-rows // (n_tiles * multiple)) * multiple
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def momentum_shapes(rows: int, columns: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..optim import QFTLion
-from ..optim.release import ACCUMULATION_IS_FORBIDDEN
+from ..optim.flow import ACCUMULATION_IS_FORBIDDEN
 from .support import (
     OPTIMIZER_NAME,
     ensure_quantized,

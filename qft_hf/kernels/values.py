@@ -79,8 +79,8 @@ class Weight:
         group_size: Columns per scale; None: whole rows.
 
     Attributes:
-        plans: What a backend has prepared for this weight: launches bound to its tensors. They live
-            as long as it does.
+        plans: What has been prepared for this weight and lives as long as it does, such as launches
+            that a backend has bound to its tensors.
 
     Raises:
         TypeError: A dtype is wrong.

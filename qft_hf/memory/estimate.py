@@ -16,6 +16,7 @@ from ..layout import (
     CODE_BYTES,
     SCALE_BYTES,
     STATE_GROUP_SIZE,
+    TILE_ELEMENTS,
     GroupLayout,
     momentum_bytes,
     outlier_bytes,
@@ -24,7 +25,6 @@ from ..layout import (
 from ..nn import ConversionPlan, conversion_plan, product_choices
 from ..nn.loss import words_at_a_time
 from ..nn.products import output_head
-from ..quant.weight import TILE_ELEMENTS
 from .ledger import FP32_ADAM_BYTES, LedgerRow
 
 FP32_BYTES = 4

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..layout import STATE_GROUP_SIZE
-from ..quant import Int8Gradient, QFTWeight
+from ..quant import Int8Gradient, QFTWeight, TiledGradient
 
 
 class Input(NamedTuple):
@@ -175,9 +175,9 @@ def input_gradient(grad: Gradient, weight: QFTWeight) -> Tensor:
 
 
 def weight_gradient(
-    grad: Gradient, operand: Input, weight: QFTWeight, *, defer: bool
-) -> Int8Gradient:
-    """grad_W[R, C] = grad[N, R]^T x[N, C]; `defer` as in `QFTWeight.gradient`."""
+    grad: Gradient, operand: Input, weight: QFTWeight
+) -> Int8Gradient | TiledGradient:
+    """grad_W[R, C] = grad[N, R]^T x[N, C]."""
 
     def tile(rows: slice) -> Tensor:
         return kernels.int8_matmul(
@@ -200,7 +200,7 @@ def weight_gradient(
             group_size=STATE_GROUP_SIZE,
         )
 
-    return weight.gradient(tile, quantized_tile, defer=defer)
+    return weight.gradient(tile, quantized_tile)
 
 
 def _columns(x: Tensor, columns: Tensor) -> Tensor:
@@ -210,4 +210,4 @@ def _columns(x: Tensor, columns: Tensor) -> Tensor:
 
 def critical_columns(weight: QFTWeight) -> tuple[Tensor, Tensor]:
     """Indices `[k]` int64 and FP32 values `[R, k]` of the columns that the codes leave out."""
-    return weight.outlier_columns[0].long(), weight.outlier_values
+    return weight.shared_columns, weight.outlier_values

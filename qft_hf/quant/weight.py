@@ -6,17 +6,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .. import kernels
+from .. import kernels, layout
 from ..config import QuantizationSpec
 from ..layout import INT16_COLUMNS, GroupLayout, outliers_per_row
-from .gradient import Int8Gradient, RowTiles
+from .gradient import Int8Gradient, TiledGradient
 from .tensor import Int8Tensor
-
-# Elements of a weight that are expanded to float at a time: 64 MB in FP32.
-TILE_ELEMENTS = 2**24
-# Rows of a tile are a multiple of this: products of slices that begin anywhere take up to half as
-# long again.
-TILE_ROWS = 64
 
 
 class QFTWeight(Int8Tensor):
@@ -44,8 +38,9 @@ class QFTWeight(Int8Tensor):
     FIELDS = ("codes", "scales", "outlier_values", "outlier_columns")
 
     stored: kernels.Weight  # the fields as operators take them
-    # Whether gradients may be left to be made by who takes them, which is gradient release.
-    defers_gradient: bool = False
+    # Whether an embedding looks rows of it up, and maybe a head shares it: its gradient is then
+    # added up, and the logits' gradient must not wait for that.
+    is_table: bool = False
     # State-dict keys of fields that a partly loaded checkpoint still owes this weight.
     pending: frozenset[str] = frozenset()
 
@@ -91,13 +86,18 @@ class QFTWeight(Int8Tensor):
         """Columns per scale; None: whole rows."""
         return self.stored.group_size
 
+    def fields_changed(self) -> None:
+        """Drop what was prepared for other values; to be called after copying into fields."""
+        self.stored.plans.clear()
+
     def _format(self) -> dict[str, Any]:
         return {"group_size": self.group_size, "dtype": self.dtype}
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
-        """A weight of the same format around other fields; what is pending stays so."""
+        """A weight of the same format around other fields; a table stays one, pending keys too."""
         weight = type(self)(**fields, group_size=self.group_size, dtype=dtype or self.dtype)
         weight.pending = self.pending
+        weight.is_table = self.is_table
         return weight
 
     @classmethod
@@ -164,59 +164,78 @@ class QFTWeight(Int8Tensor):
         )
 
     def row_tiles(self, *, at_most: int | None = None) -> Iterator[slice]:
-        """Row ranges of like size that cover the matrix in order.
+        """Ranges of rows that are expanded to float at a time; see `layout.row_tiles`."""
+        rows, columns = self.shape
+        return layout.row_tiles(rows, columns, at_most=at_most)
+
+    @property
+    def is_one_tile(self) -> bool:
+        """Whether `row_tiles` has one range only: all rows."""
+        return self.stored.codes.numel() <= layout.TILE_ELEMENTS
+
+    def dequantize_rows(self, rows: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The values of some rows, a slice or numbers `[n]`: `[n, columns]` of the outer dtype.
 
         Args:
-            at_most: Rows of one range, beside the limit of `TILE_ELEMENTS` elements.
+            rows: Which.
+            dtype: What the values are rounded to after that, if it is another.
         """
-        rows, columns = self.shape
-        step = max(1, min(TILE_ELEMENTS // columns, at_most or rows))
-        if step < rows:
-            multiple = TILE_ROWS if step >= TILE_ROWS else 1
-            n_tiles = -(-rows // (step - step % multiple))
-            step = -(-rows // (n_tiles * multiple)) * multiple
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
-
-    def dequantize_rows(self, rows: slice | Tensor) -> Tensor:
-        """The values of some rows, a slice or numbers `[n]`: `[n, columns]`, outer dtype."""
         if isinstance(rows, Tensor):
-            return kernels.dequantize(self.stored, rows=rows, dtype=self.dtype)
-        is_whole = rows.start == 0 and rows.stop == self.codes.shape[0]
-        stored = self.stored if is_whole else self.stored.rows(rows)
-        return kernels.dequantize(stored, dtype=self.dtype)
+            return self._expand(self.stored, rows, dtype)
+        return self._expand(self.stored.rows(rows), None, dtype)
+
+    def _expand(
+        self, stored: kernels.Weight, rows: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        if dtype is None or self.dtype == torch.float32:  # FP32 is rounded to `dtype` at once
+            return kernels.dequantize(stored, rows=rows, dtype=dtype or self.dtype)
+        return kernels.dequantize(stored, rows=rows, dtype=self.dtype).to(dtype)
+
+    @property
+    def shared_columns(self) -> Tensor:
+        """Outlier columns of a weight for INT8 products, the same in every row: int64 `[k]`."""
+        columns = self.stored.plans.get("shared columns")
+        if columns is None:
+            columns = self.stored.plans["shared columns"] = self.outlier_columns[0].long()
+        return columns
+
+    @property
+    def wants_tiles(self) -> bool:
+        """Whether whoever waits for the gradient takes it in float, a tile of rows at a time.
+
+        Who waits has put a hook on this parameter that says so by its own `wants_tiles`. A user's
+        hook sees the gradient first, and so it has to be whole.
+        """
+        hooks = self._post_accumulate_grad_hooks
+        if not hooks or self.is_table or self._backward_hooks:
+            return False
+        return any(getattr(hook, "wants_tiles", False) for hook in hooks.values())
 
     def gradient(
         self,
         tile: Callable[[slice], Tensor],
         quantized_tile: Callable[[slice], tuple[Tensor, Tensor]] | None = None,
-        *,
-        defer: bool,
-    ) -> Int8Gradient:
-        """The gradient of this weight, of which each row tile is quantized as soon as it exists.
+    ) -> Int8Gradient | TiledGradient:
+        """The gradient of this weight, quantized tile by tile, or left in tiles if that is wanted.
 
         Args:
-            tile: Makes the float gradient `[n, columns]` of a range of rows.
-            quantized_tile: As `make_quantized` of `RowTiles`.
-            defer: Leave all of that to who uses the gradient; what `tile` refers to lives until
-                then.
+            tile: As `make` of `TiledGradient`.
+            quantized_tile: As its `make_quantized`.
         """
         rows, columns = self.shape
-        tiles = RowTiles(
+        gradient = TiledGradient(
             tile,
+            quantized_tile,
             list(self.row_tiles()),
             shape=(rows, columns),
+            dtype=self.dtype,
             device=self.device,
-            make_quantized=quantized_tile,
         )
-        gradient = Int8Gradient.deferred(tiles, dtype=self.dtype)
-        if not defer:
-            gradient.fields()
-        return gradient
+        return gradient if self.wants_tiles else gradient.quantized()
 
-    def dequantize(self) -> Tensor:
-        """All values as a plain `[rows, columns]` tensor of the outer dtype."""
-        return self.dequantize_rows(slice(0, self.shape[0]))
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All values as a plain `[rows, columns]` tensor; `dtype` as in `dequantize_rows`."""
+        return self._expand(self.stored, None, dtype)
 
 
 def _critical_columns(weight: Tensor, spec: QuantizationSpec) -> Tensor:
