@@ -28,6 +28,10 @@ class Quantized:
             Codes of 4 bits have groups of 64.
         bits: Of one code: 8, or 4.
 
+    Attributes:
+        plans: What has been prepared for this matrix and lives as long as it does, such as launches
+            that a backend has bound to its tensors. Copies have none.
+
     Raises:
         TypeError: Codes have another dtype than their bits.
         ValueError: Shapes or devices do not fit.
@@ -37,6 +41,7 @@ class Quantized:
     scales: Tensor
     group_size: int | None
     bits: int = 8
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_matrix("codes", self.codes, (CODE_DTYPES[self.bits],))
@@ -62,6 +67,9 @@ class Quantized:
         """Codes and scales."""
         return self.codes, self.scales
 
+    def __reduce__(self) -> Any:
+        return Quantized, (self.codes, self.scales, self.group_size, self.bits)
+
     def rows(self, rows: slice) -> "Quantized":
         """Some of its rows; they share memory with it."""
         return Quantized(self.codes[rows], self.scales[rows], self.group_size, self.bits)
@@ -79,8 +87,7 @@ class Weight:
         group_size: Columns per scale; None: whole rows.
 
     Attributes:
-        plans: What has been prepared for this weight and lives as long as it does, such as launches
-            that a backend has bound to its tensors.
+        plans: As those of `Quantized`.
 
     Raises:
         TypeError: A dtype is wrong.
@@ -131,6 +138,9 @@ class Weight:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes, scales, outlier values and outlier columns."""
         return self.codes, self.scales, self.outlier_values, self.outlier_columns
+
+    def __reduce__(self) -> Any:
+        return Weight, (*self.tensors, self.group_size)
 
     def rows(self, rows: slice) -> "Weight":
         """Some of its rows; they share memory with it."""

@@ -119,6 +119,7 @@ class QFTOptimizer(Optimizer):
             )
         )
         self._places: dict[int, tuple[int, int]] = {}  # number and group of each, by identity
+        self._quantized: dict[int, kernels.Quantized] = {}  # state, by the identity of its codes
 
     # --- what a rule provides
 
@@ -333,6 +334,17 @@ class QFTOptimizer(Optimizer):
             state.update(initial_state(self.state_format(parameter), parameter.device))
         return state
 
+    def quantized(
+        self, state: dict[str, Tensor], name: str, group_size: int | None, bits: int = 8
+    ) -> kernels.Quantized:
+        """The state tensors `<name>_codes` and `<name>_scales` together; checked and made once."""
+        codes = state[f"{name}_codes"]
+        found = self._quantized.get(id(codes))
+        if found is None or found.codes is not codes:
+            found = kernels.Quantized(codes, state[f"{name}_scales"], group_size, bits)
+            self._quantized[id(codes)] = found
+        return found
+
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 as torch has it
         """Drop all gradients, and give up a step that failed half-way."""
         super().zero_grad(set_to_none)
@@ -406,6 +418,7 @@ class QFTOptimizer(Optimizer):
                     hint=self.state_hint(parameter, state_dict["state"][key]),
                 )
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        self._quantized.clear()
         self.state.update(states)
         if isinstance(self._flow, Release):
             self._flow.restart(previous_norm=state_dict.get(PREVIOUS_NORM))

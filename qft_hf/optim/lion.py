@@ -153,9 +153,7 @@ class QFTLion(QFTOptimizer):
 
     def _momentum(self, state: dict[str, Tensor]) -> kernels.Quantized:
         group_size = NIBBLE_GROUP_SIZE if self.momentum_bits == 4 else STATE_GROUP_SIZE
-        return kernels.Quantized(
-            state["momentum_codes"], state["momentum_scales"], group_size, self.momentum_bits
-        )
+        return self.quantized(state, "momentum", group_size, self.momentum_bits)
 
 
 def _state_format(parameter: Tensor, bits: int) -> StateFormat:

@@ -6,6 +6,7 @@ whose sums are FP32, padded to the 16 that these take; one token, and FP32, whic
 is multiplied and added up.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .. import dequantized_product as operators
 from ..values import Weight
+from .launch import Constants, Launcher
 from .tiling import WIDE_UNIT
 
 MATRIX_TOKENS = 16  # least columns of a product on matrix units
@@ -155,16 +157,27 @@ def sizes(
     return constants, n_warps
 
 
+@cache
+def _constants(*shape: Any) -> tuple[int, int, Constants]:
+    """Tokens and rows of a program, and what a launch takes; `shape` is what `sizes` takes."""
+    constants, n_warps = sizes(*shape)
+    tokens, rows = constants["TOKENS"], constants["ROWS"]
+    return tokens, rows, Constants(**constants, num_warps=n_warps, enable_fp_fusion=False)
+
+
+_launch_dequantized_matmul = Launcher(_dequantized_matmul_kernel)
+
+
 @operators.dequantized_matmul.register("triton")
 def dequantized_matmul(x: Tensor, weight: Weight, *, bias: Tensor | None) -> Tensor:
     n_tokens, columns = x.shape
     rows, n_outliers = weight.outlier_values.shape
-    constants, n_warps = sizes(n_tokens, columns, weight.group_size, n_outliers, x.dtype)
+    of_tokens, of_rows, constants = _constants(
+        n_tokens, columns, weight.group_size, n_outliers, x.dtype
+    )
     y = x.new_empty(n_tokens, rows)
-    grid = (-(-rows // constants["ROWS"]) * -(-n_tokens // constants["TOKENS"]),)
-    with torch.cuda.device_of(x):
-        _dequantized_matmul_kernel[grid](
-            x, *weight.tensors, bias, y, n_tokens, rows,
-            **constants, num_warps=n_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    grid = (-(-rows // of_rows) * -(-n_tokens // of_tokens),)
+    _launch_dequantized_matmul(
+        grid, constants, x, *weight.tensors, bias, y, n_tokens, rows
+    )  # fmt: skip
     return y

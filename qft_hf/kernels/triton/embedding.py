@@ -5,16 +5,16 @@ its token looked up, if it is the first of that row's tokens; the others end at 
 of rows has to be known by the host, which waits for nothing.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import embedding as operators
 from ..values import Quantized
+from .launch import Launcher
 from .numerics import magnitude_bits
 from .quantization import finite_codes, scale_of_bits
-from .tiling import group_max, over_units, tile_columns, tiling
+from .tiling import group_max, over_units, row_constants, tile_columns, tiling
 
 TOKENS: tl.constexpr = tl.constexpr(4)  # loaded at a time, so that one need not wait for another
 
@@ -94,6 +94,9 @@ def _embedding_gradient_kernel(
     tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
 
 
+_launch_embedding_gradient = Launcher(_embedding_gradient_kernel)
+
+
 @operators.embedding_gradient_.register("triton")
 def embedding_gradient_(
     table: Quantized, ids: Tensor, gradient: Tensor, *, padding_idx: int | None
@@ -101,11 +104,10 @@ def embedding_gradient_(
     if not len(ids):
         return
     n_rows, columns = table.codes.shape
-    tiles = tiling(columns, table.group_size)
     sorted_ids, order = ids.sort(stable=True)
-    with torch.cuda.device_of(ids):
-        _embedding_gradient_kernel[(len(ids), tiles.GROUP_TILES)](
-            *table.tensors, sorted_ids, order, gradient, len(ids), n_rows,
-            -1 if padding_idx is None else padding_idx,
-            **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    _launch_embedding_gradient(
+        (len(ids), tiling(columns, table.group_size).GROUP_TILES),
+        row_constants(columns, table.group_size),
+        *table.tensors, sorted_ids, order, gradient, len(ids), n_rows,
+        -1 if padding_idx is None else padding_idx,
+    )  # fmt: skip

@@ -1,6 +1,7 @@
 """Steps of float parameters in Triton. Twin: `kernels/floats.py`."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .. import floats as operators
 from ..values import Lion
+from .launch import Constants, Launcher
 from .numerics import INFINITY, magnitude_bits, random_words, sign
 
 BLOCK = 1024
@@ -79,6 +81,24 @@ TRITON_DTYPES = {
 }
 
 
+@cache
+def _constants(
+    dtype: torch.dtype, gradient_dtype: torch.dtype, *, has_momentum: bool, stochastic: bool
+) -> Constants:
+    return Constants(
+        PARAMETER=TRITON_DTYPES[dtype],
+        GRADIENT=TRITON_DTYPES[gradient_dtype],
+        HAS_MOMENTUM=has_momentum,
+        STOCHASTIC=stochastic and dtype == torch.bfloat16,
+        BLOCK=BLOCK,
+        num_warps=N_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+_launch_lion_floats = Launcher(_lion_floats_kernel)
+
+
 def launch(
     parameters: Sequence[Tensor],
     momenta: Sequence[Tensor] | None,
@@ -110,16 +130,15 @@ def launch(
         table, owners = _table(tensors)
         if not len(owners):
             continue  # nothing but empty tensors
-        with torch.cuda.device_of(table):
-            _lion_floats_kernel[(len(owners),)](
-                table, owners,
-                rule.lr, rule.lr * rule.weight_decay,
-                rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2,
-                -1.0 if rule.maximize else 1.0, seed,
-                PARAMETER=TRITON_DTYPES[dtype], GRADIENT=TRITON_DTYPES[gradient_dtype],
-                HAS_MOMENTUM=momenta is not None, STOCHASTIC=stochastic and dtype == torch.bfloat16,
-                BLOCK=BLOCK, num_warps=N_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
+        constants = _constants(
+            dtype, gradient_dtype, has_momentum=momenta is not None, stochastic=stochastic
+        )
+        _launch_lion_floats(
+            (len(owners),), constants, table, owners,
+            rule.lr, rule.lr * rule.weight_decay,
+            rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2,
+            -1.0 if rule.maximize else 1.0, seed,
+        )  # fmt: skip
     for tensor, result in zip(written, flat, strict=True):
         if result is not tensor:
             tensor.copy_(result)
@@ -157,6 +176,6 @@ def _table(tensors: list[tuple[Tensor, Tensor, Tensor, int, int]]) -> tuple[Tens
     for row, (parameter, momentum, gradient, step, stream) in enumerate(tensors):
         addresses = [tensor.data_ptr() for tensor in (parameter, momentum, gradient)]
         numbers += [*addresses, parameter.numel(), step, stream, len(owners)]
-        owners += [row] * triton.cdiv(parameter.numel(), BLOCK)
+        owners += [row] * -(-parameter.numel() // BLOCK)
     buffer = torch.tensor(numbers + owners).to(tensors[0][0].device, non_blocking=True)
     return buffer[: len(numbers)], buffer[len(numbers) :]

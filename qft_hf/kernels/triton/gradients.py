@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .. import gradients as operators
 from ..values import Quantized
+from .launch import Launcher
 from .numerics import magnitude_bits
 from .quantization import finite_codes, scale_of_bits
-from .tiling import group_max, over_units, tile_columns, tiling
+from .tiling import group_max, over_units, row_constants, tile_columns
 
 
 @triton.jit
@@ -109,26 +110,21 @@ def _sums_of_squares_kernel(
         tl.store(sums_ptr + group, sums.to(tl.float64), mask=group < N_GROUPS)
 
 
+_launch_accumulate = Launcher(_accumulate_kernel)
+_launch_sums_of_squares = Launcher(_sums_of_squares_kernel)
+
+
 @operators.accumulate_.register("triton")
 def accumulate_(gradient: Quantized, other: Quantized) -> None:
     rows, columns = gradient.codes.shape
-    tiles = tiling(columns, gradient.group_size)
-    with torch.cuda.device_of(gradient.codes):
-        _accumulate_kernel[(rows,)](
-            *gradient.tensors, *other.tensors,
-            **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    constants = row_constants(columns, gradient.group_size)
+    _launch_accumulate((rows,), constants, *gradient.tensors, *other.tensors)
 
 
 @operators.squared_norm.register("triton")
 def squared_norm(gradient: Quantized) -> Tensor:
     codes, scales = gradient.tensors
     rows, columns = codes.shape
-    tiles = tiling(columns, gradient.group_size)
     sums = torch.empty_like(scales, dtype=torch.float64)
-    with torch.cuda.device_of(codes):
-        _sums_of_squares_kernel[(rows,)](
-            codes, sums,
-            **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    _launch_sums_of_squares((rows,), row_constants(columns, gradient.group_size), codes, sums)
     return operators.norm_of_sums(sums, scales)

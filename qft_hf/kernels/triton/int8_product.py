@@ -7,6 +7,7 @@ costs two bytes of traffic for each of its elements.
 """
 
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -14,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import int8_product as operators
+from .launch import Constants, Launcher
 
 ALIGNED = 16  # bytes of one asynchronous copy: what rows along K must be a multiple of
 GROUP = 8  # rows of tiles that run together, so that what they read of `b` is still in the cache
@@ -144,6 +146,32 @@ def _copy_kernel(
     tl.store(out_ptr + row * out_columns + column, x, mask=exists & (column < out_columns))
 
 
+_launch_copy, _launch_int8_matmul = Launcher(_copy_kernel), Launcher(_int8_matmul_kernel)
+_COPY = Constants(TILE=COPY_TILE, num_warps=COPY_WARPS)
+
+
+@cache
+def _constants(tile: Tile) -> Constants:
+    return Constants(
+        TILE_M=tile.rows,
+        TILE_N=tile.columns,
+        TILE_K=tile.summed,
+        UNROLLED=tile.unrolled,
+        GROUP=GROUP,
+        num_warps=tile.n_warps,
+        num_stages=tile.n_stages,
+        enable_fp_fusion=False,
+    )
+
+
+@lru_cache(maxsize=1024)  # shapes; the number of tokens may differ from batch to batch
+def _tiles(rows: int, columns: int, device: torch.device) -> tuple[tuple[int], Constants]:
+    """Grid and constants of a product with a result of this shape."""
+    tile = choose_tile(rows, columns, device)
+    n_tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    return (n_tiles,), _constants(tile)
+
+
 def along_k(x: Tensor) -> Tensor:
     """`x` `[rows, K]` with rows contiguous and of whole 16 bytes, padded with zeros; or a copy."""
     rows, summed = x.shape
@@ -151,12 +179,10 @@ def along_k(x: Tensor) -> Tensor:
     misaligned = summed % ALIGNED or row_stride % ALIGNED or x.data_ptr() % ALIGNED
     if column_stride == 1 and not misaligned:
         return x
-    out = x.new_empty(rows, triton.cdiv(summed, ALIGNED) * ALIGNED)
-    grid = (triton.cdiv(rows, COPY_TILE), triton.cdiv(out.shape[1], COPY_TILE))
-    _copy_kernel[grid](
-        x, out, rows, summed, row_stride, column_stride, out.shape[1],
-        TILE=COPY_TILE, num_warps=COPY_WARPS,
-    )  # fmt: skip
+    out_columns = -(-summed // ALIGNED) * ALIGNED
+    out = x.new_empty(rows, out_columns)
+    grid = (-(-rows // COPY_TILE), -(-out_columns // COPY_TILE))
+    _launch_copy(grid, _COPY, x, out, rows, summed, row_stride, column_stride, out_columns)
     return out
 
 
@@ -177,18 +203,13 @@ def int8_matmul(
             a, b, a_scales, b_scales, bias=bias, columns=columns, values=values, dtype=dtype
         )
     rows, n_columns = a.shape[0], b.shape[1]
-    tile = choose_tile(rows, n_columns, a.device)
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(n_columns, tile.columns),)
+    grid, constants = _tiles(rows, n_columns, a.device)
     out = a.new_empty(rows, n_columns, dtype=dtype)
-    with torch.cuda.device_of(a):
-        a, b = along_k(a), along_k(b.t())
-        _int8_matmul_kernel[grid](
-            a, b, a_scales, b_scales, bias, out,
-            rows, n_columns, a.shape[1], a.stride(0), b.stride(0),
-            TILE_M=tile.rows, TILE_N=tile.columns, TILE_K=tile.summed, UNROLLED=tile.unrolled,
-            GROUP=GROUP, num_warps=tile.n_warps, num_stages=tile.n_stages,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    a, b = along_k(a), along_k(b.t())
+    _launch_int8_matmul(
+        grid, constants, a, b, a_scales, b_scales, bias, out,
+        rows, n_columns, a.shape[1], a.stride(0), b.stride(0),
+    )  # fmt: skip
     if columns is not None and values is not None:
         out.index_copy_(1, columns, values.to(dtype))
     return out

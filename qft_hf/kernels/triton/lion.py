@@ -23,6 +23,7 @@ from ..gradients import norm_of_sums
 from ..values import Lion, Quantized, Rounding, Weight
 from ..weight import RANGE_LOW as _RANGE_LOW
 from ..weight import RANGE_TARGET as _RANGE_TARGET
+from .launch import Constants, Launcher, Plan
 from .nibbles import load_nibbles, nibble_scale, store_nibbles
 from .numerics import (
     INFINITY,
@@ -479,31 +480,66 @@ def lion_constants(
     return constants, tiles.n_warps
 
 
+_launch_lion = Launcher(_lion_kernel)
+# Gradient and its scales, sums, factor, and eleven numbers: what differs from step to step.
+OPEN = (...,) * 15
+
+
 def launch(
     weight: Weight,
-    momentum: tuple[Tensor, Tensor],
+    momentum: Quantized | None,
     gradient: tuple[Tensor, Tensor],
     sums: Tensor,
     factor: Tensor | None,
     *,
-    bits: int,
     group_size: int | None,
     rule: Lion,
     rounding: Rounding,
 ) -> None:
-    """Run the kernel; `bits` are those of the momentum, `group_size` is that of the gradient."""
-    rows, columns = weight.codes.shape
-    n_outliers = weight.outlier_values.shape[1]
-    constants, n_warps = lion_constants(columns, n_outliers, weight.group_size, group_size, bits)
-    with torch.cuda.device_of(weight.codes):
-        _lion_kernel[(rows,)](
-            *weight.tensors, *momentum, *gradient, sums, factor,
-            rule.lr, rule.lr * rule.weight_decay,
-            rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2,
-            -1.0 if rule.maximize else 1.0,
-            rounding.seed, rounding.step, rounding.stream, rounding.first_row,
-            STOCHASTIC=rounding.stochastic, **constants, num_warps=n_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    """Run the kernel; `group_size` is that of the gradient."""
+    plan = _plan(weight, momentum, group_size, is_stochastic=rounding.stochastic)
+    plan(
+        *gradient, sums, factor,
+        rule.lr, rule.lr * rule.weight_decay,
+        rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2,
+        -1.0 if rule.maximize else 1.0,
+        rounding.seed, rounding.step, rounding.stream, rounding.first_row,
+    )  # fmt: skip
+
+
+def _plan(
+    weight: Weight, momentum: Quantized | None, group_size: int | None, *, is_stochastic: bool
+) -> Plan:
+    """The launch bound to weight and momentum.
+
+    It lives with the momentum, so that neither lives longer for it.
+    """
+    plans = weight.plans if momentum is None else momentum.plans
+    key = "lion", group_size, is_stochastic
+    bound, plan = plans.get(key, (None, None))
+    if plan is None or (momentum is not None and bound is not weight):
+        rows, columns = weight.codes.shape
+        constants, n_warps = lion_constants(
+            columns,
+            weight.outlier_values.shape[1],
+            weight.group_size,
+            group_size,
+            0 if momentum is None else momentum.bits,
+        )
+        # Without momentum the kernel never touches what stands in its place.
+        state = (weight.scales, weight.scales) if momentum is None else momentum.tensors
+        plan = _launch_lion.plan(
+            (rows,),
+            Constants(
+                STOCHASTIC=is_stochastic, **constants, num_warps=n_warps, enable_fp_fusion=False
+            ),
+            *weight.tensors,
+            *state,
+            *OPEN,
+        )
+        # A plan of the weight that referred to the weight would be a cycle.
+        plans[key] = None if momentum is None else weight, plan
+    return plan
 
 
 @operators.lion_step_.register("triton")
@@ -512,8 +548,8 @@ def lion_step_(
 ) -> None:
     # No sums are written; any tensor stands in their place.
     launch(
-        weight, momentum.tensors, gradient.tensors, gradient.scales, None,
-        bits=momentum.bits, group_size=gradient.group_size, rule=rule, rounding=rounding,
+        weight, momentum, gradient.tensors, gradient.scales, None,
+        group_size=gradient.group_size, rule=rule, rounding=rounding,
     )  # fmt: skip
 
 
@@ -535,7 +571,7 @@ def quantize_and_lion_step_(
     scales = torch.empty(shape, dtype=torch.float32, device=gradient.device)
     sums = torch.empty(shape, dtype=torch.float64, device=gradient.device)
     launch(
-        weight, momentum.tensors, (gradient, scales), sums, factor,
-        bits=momentum.bits, group_size=group_size, rule=rule, rounding=rounding,
+        weight, momentum, (gradient, scales), sums, factor,
+        group_size=group_size, rule=rule, rounding=rounding,
     )  # fmt: skip
     return norm_of_sums(sums, scales)

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import output_gradient as operators
 from ..output_gradient import COLUMNS as _COLUMNS
 from ..output_gradient import ROWS as _ROWS
+from .launch import Constants, Launcher
 from .numerics import QMAX, magnitude_bits, nearest_code, quantized, random_words, weight_uniform
 from .quantization import scale_of_bits
 
@@ -120,6 +121,16 @@ def _round_kernel(
             tl.store(column_scales_ptr + r, scale_of_bits(bits)[0], mask=r < R)
 
 
+_launch_maxima, _launch_round = Launcher(_maxima_kernel), Launcher(_round_kernel)
+_MAXIMA = Constants(TILE=TILE, num_warps=N_WARPS, enable_fp_fusion=False)
+_ROUND = {
+    stochastic: Constants(
+        STOCHASTIC=stochastic, TILE=TILE, num_warps=N_WARPS, enable_fp_fusion=False
+    )
+    for stochastic in (False, True)
+}
+
+
 @operators.quantize_gradient.register("triton")
 def quantize_gradient(
     gradient: Tensor,
@@ -141,13 +152,7 @@ def quantize_gradient(
         torch.zeros(size, dtype=torch.int32, device=gradient.device) for size in gradient.shape
     )
     inputs = (gradient, row_factors, column_factors, row_bits, column_bits)
-    grid = (triton.cdiv(outputs, TILE), triton.cdiv(tokens, TILE))
-    with torch.cuda.device_of(gradient):
-        _maxima_kernel[grid](
-            *inputs, tokens, outputs, TILE=TILE, num_warps=N_WARPS, enable_fp_fusion=False
-        )
-        _round_kernel[grid](
-            *inputs, *results, tokens, outputs, seed,
-            STOCHASTIC=stochastic, TILE=TILE, num_warps=N_WARPS, enable_fp_fusion=False,
-        )  # fmt: skip
+    grid = (-(-outputs // TILE), -(-tokens // TILE))
+    _launch_maxima(grid, _MAXIMA, *inputs, tokens, outputs)
+    _launch_round(grid, _ROUND[stochastic], *inputs, *results, tokens, outputs, seed)
     return row_codes, row_scales, column_codes, column_scales

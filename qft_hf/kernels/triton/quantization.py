@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...layout import GroupLayout
 from .. import quantization as operators
 from ..values import Weight
+from .launch import Launcher
 from .numerics import (
     INFINITY,
     PER_QMAX,
@@ -18,7 +18,7 @@ from .numerics import (
     magnitude_bits,
     quantized,
 )
-from .tiling import group_max, over_units, tile_columns, tiling
+from .tiling import group_max, over_units, row_constants, tile_columns, tiling
 
 
 @triton.jit
@@ -161,19 +161,19 @@ def _dequantize_kernel(
             tl.store(x_ptr + column.to(tl.int32), value.to(x_ptr.dtype.element_ty), mask=mask)
 
 
+_launch_quantize = Launcher(_quantize_kernel)
+_launch_dequantize = Launcher(_dequantize_kernel)
+
+
 @operators.quantize.register("triton")
 def quantize(
     x: Tensor, *, group_size: int | None, zero_columns: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     rows, columns = x.shape
-    tiles = tiling(columns, group_size)
     codes = torch.empty_like(x, dtype=torch.int8)
-    scales = x.new_empty(rows, GroupLayout(rows, columns, group_size).n_groups, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        _quantize_kernel[(rows,)](
-            x, zero_columns, codes, scales,
-            **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    n_groups = tiling(columns, group_size).N_GROUPS
+    scales = x.new_empty(rows, n_groups, dtype=torch.float32)
+    _launch_quantize((rows,), row_constants(columns, group_size), x, zero_columns, codes, scales)
     return codes, scales
 
 
@@ -187,17 +187,23 @@ def outlier_tile(n_outliers: int) -> int:
 def dequantize(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
     codes, scales, outlier_values, outlier_columns = weight.tensors
     n_rows, columns = codes.shape
-    n_outliers = outlier_values.shape[1]
-    tiles = tiling(columns, weight.group_size)
     n = n_rows if rows is None else len(rows)
     x = codes.new_empty(n, columns, dtype=dtype)
     if n == 0:
         return x
-    with torch.cuda.device_of(codes):
-        _dequantize_kernel[(n,)](
-            codes, scales, scales if rows is None else rows, outlier_values, outlier_columns,
-            x, n_rows,
-            GATHER=rows is not None, N_OUTLIERS=n_outliers, OUTLIER_TILE=outlier_tile(n_outliers),
-            **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    plan = weight.plans.get(dtype) if rows is None else None
+    if plan is not None:
+        plan(x)
+        return x
+    n_outliers = outlier_values.shape[1]
+    constants = row_constants(
+        columns, weight.group_size,
+        GATHER=rows is not None, N_OUTLIERS=n_outliers, OUTLIER_TILE=outlier_tile(n_outliers),
+    )  # fmt: skip
+    index = scales if rows is None else rows  # unused without rows
+    bound = (codes, scales, index, outlier_values, outlier_columns, ..., n_rows)
+    plan = _launch_dequantize.plan((n,), constants, *bound)
+    if rows is None:
+        weight.plans[dtype] = plan
+    plan(x)
     return x

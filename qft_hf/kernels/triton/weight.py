@@ -11,10 +11,9 @@ from .lion import launch
 def step_weight_(
     weight: Weight, direction: Tensor, *, lr: float, weight_decay: float, rounding: Rounding
 ) -> None:
-    # Without momentum the kernel never touches what stands in its place, or in that of sums.
-    unused = (weight.scales, weight.scales)
+    # Without momentum the kernel never touches what stands in the place of scales and sums.
     rule = Lion(lr=lr, beta1=0.0, beta2=0.0, weight_decay=weight_decay)
     launch(
-        weight, unused, (direction, weight.scales), weight.scales, None,
-        bits=0, group_size=weight.group_size, rule=rule, rounding=rounding,
+        weight, None, (direction, weight.scales), weight.scales, None,
+        group_size=weight.group_size, rule=rule, rounding=rounding,
     )  # fmt: skip
