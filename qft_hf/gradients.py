@@ -15,7 +15,7 @@ class GradientStack:
     pop take constant time.
 
     Source:
-        Zhang et al. 2023, "QFT", section 3.4 (arXiv:2310.07147).
+        Li et al. 2023, "QFT", section 3.4 (arXiv:2310.07147).
     """
 
     def __init__(self) -> None:

@@ -118,7 +118,7 @@ def lion_step_(
 
     Source:
         Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2
-        (arXiv:2302.06675); Zhang et al. 2023, "QFT", section 3 (arXiv:2310.07147), which rounds to
+        (arXiv:2302.06675); Li et al. 2023, "QFT", section 3 (arXiv:2310.07147), which rounds to
         nearest.
     """
     check_quantized("weight", codes, scales, group_size)

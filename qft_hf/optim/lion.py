@@ -60,7 +60,7 @@ class QFTLion(Optimizer):
             each is used and freed the moment backward has completed it, so that only one is alive;
             the results are the same bits. Any backward pass updates weights then, until `eval`.
         momentum_bits: Bits of one momentum value of a quantized weight: 8. Two more are
-            experimental, and `scripts/study_momentum.py` measures what they cost. 4: on uneven
+            experimental; `scripts/studies/momentum_bits.py` measures what they cost. 4: on uneven
             levels in groups of 64 columns, rounded stochastically (0.56 bytes per parameter); a
             small Llama learned 96 % of what it learned with FP32 momentum. 0: no state at all, the
             update is SGD's, `w - lr * (g + weight_decay * w)`, as LOMO has it; rates are 10 to 1000
@@ -87,8 +87,8 @@ class QFTLion(Optimizer):
         ValueError: An argument is out of its range.
 
     Source:
-        Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms" (arXiv:2302.06675); Zhang
-        et al. 2023, "QFT" (arXiv:2310.07147).
+        Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms" (arXiv:2302.06675); Li et
+        al. 2023, "QFT" (arXiv:2310.07147).
     """
 
     def __init__(
