@@ -105,7 +105,7 @@ def parts(folder: Path, *, real: bool) -> list[Part]:
     pytest = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_triton.py"]
     pytest += ["-n", "auto"] if importlib.util.find_spec("xdist") else []
     pytest += ["-m", "gpu"] if real else ["-k", "33 or floats or leaves_rows"]
-    bits = Part("bit equality with the reference", pytest, 150, interpreted)
+    bits = Part("bit equality with the reference", pytest, 150 if real else 300, interpreted)
     bits.missing = "" if importlib.util.find_spec("pytest") else "pytest is not installed"
 
     kernels = [] if real else ["--shapes", "64x300", "--tokens", "32", "--calls", "2"]

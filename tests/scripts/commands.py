@@ -1,9 +1,13 @@
 """Scripts as `python scripts/<folder>/<name>.py` finds them: beside their neighbours."""
 
 import importlib
+import runpy
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 COMMANDS = {
@@ -21,3 +25,23 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(name)
     finally:
         sys.path.remove(folder)
+
+
+@cache
+def help_of(name: str) -> str:
+    """What `--help` prints. A process of its own for each command would take seconds."""
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        patch.setenv("HF_HUB_OFFLINE", "1")  # so that it is as it was when the demo has set it
+        patch.chdir(SCRIPTS.parent)
+        patch.syspath_prepend(str(COMMANDS[name].parent))
+        patch.setattr(sys, "argv", [str(COMMANDS[name]), "--help"])
+        patch.setattr(
+            "argparse.ArgumentParser._print_message",
+            lambda self, message, file=None: lines.append(message),
+        )
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(COMMANDS[name]), run_name="__main__")
+    assert stopped.value.code == 0
+    return "".join(lines)
