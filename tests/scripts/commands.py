@@ -35,7 +35,12 @@ def help_of(name: str) -> str:
         patch.setenv("COLUMNS", "200")
         patch.setenv("HF_HUB_OFFLINE", "1")  # so that it is as it was when the demo has set it
         patch.chdir(SCRIPTS.parent)
-        patch.syspath_prepend(str(COMMANDS[name].parent))
+        # As in a process of its own: the script's folder is on the path, and its neighbours are not.
+        path = [entry for entry in sys.path if not Path(entry).is_relative_to(SCRIPTS)]
+        patch.setattr(sys, "path", [str(COMMANDS[name].parent), *path])
+        for module in [*sys.modules]:
+            if module.partition(".")[0] in ("common", "byte_llama", *COMMANDS):
+                patch.delitem(sys.modules, module)
         patch.setattr(sys, "argv", [str(COMMANDS[name]), "--help"])
         patch.setattr(
             "argparse.ArgumentParser._print_message",
