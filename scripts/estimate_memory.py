@@ -15,14 +15,7 @@ import torch
 from common.report import table
 from transformers import AutoModelForCausalLM
 
-from qft_hf import (
-    MemoryLedger,
-    QFTConfig,
-    QFTLion,
-    estimate_memory,
-    memory_ledger,
-    recommend,
-)
+from qft_hf import MemoryLedger, QFTConfig, QFTLion, estimate_memory, memory_ledger, recommend
 from qft_hf.layout import MOMENTUM_BITS
 from qft_hf.memory.ledger import FP32_ADAM_BYTES
 from qft_hf.optim.lion import GRADIENTS as MODES

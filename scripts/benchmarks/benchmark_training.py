@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
-from common import report
+from common import bars, report
 from common.command_line import chosen, command_line
 from common.shapes import model_config
 
@@ -35,7 +34,6 @@ from qft_hf import QFTConfig, QFTLion, quantize_model_
 from qft_hf.nn import int8
 
 PHASES = ("forward", "backward", "step")
-COLORS = {"forward": "#2e86ab", "backward": "#7f8fa6", "step": "#c0392b"}
 FP32_ADAMW, BF16_ADAMW = "FP32 AdamW", "bf16 autocast AdamW"
 
 
@@ -168,44 +166,16 @@ def _median_step(steps: list[dict[str, float]]) -> dict[str, float]:
 
 def table(figures: dict[str, dict[str, float]]) -> str:
     """Milliseconds and ratios."""
-    head = ["way", *(f"{phase}, ms" for phase in (*PHASES, "whole"))]
-    head += [f"of {FP32_ADAMW}", f"of {BF16_ADAMW}"]
-    rows = []
-    for name, way in figures.items():
-        cells = [f"{1e3 * way[phase]:.0f}" for phase in (*PHASES, "whole")]
-        cells += [
-            f"{way['whole'] / figures[base]['whole']:.2f}" if base in figures else ""
+    rows = {
+        name: {f"{phase}, ms": 1e3 * seconds for phase, seconds in way.items()}
+        | {
+            f"of {base}": way["whole"] / figures[base]["whole"]
             for base in (FP32_ADAMW, BF16_ADAMW)
-        ]
-        rows.append([name, *cells])
-    return report.table(head, rows)
-
-
-def draw(figures: dict[str, dict[str, float]], path: Path, *, title: str) -> None:
-    """The phases of each way as stacked bars, against the first way's whole step.
-
-    Bars of more than four times the median are cut; their numbers say how long they are.
-    """
-    from matplotlib.figure import Figure  # the only need for it; GPU machines may lack it
-
-    figure = Figure(figsize=(8, 1.2 + 0.5 * len(figures)), layout="constrained")
-    axes = figure.add_subplot()
-    names = list(figures)[::-1]
-    unit = next(iter(figures.values()))["whole"]
-    left = [0.0] * len(names)
-    for phase in PHASES:
-        widths = [figures[name][phase] / unit for name in names]
-        axes.barh(names, widths, left=left, color=COLORS[phase], label=phase, height=0.6)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    limit = min(max(left), 4 * median(left))
-    for place, end in enumerate(left):
-        at = (min(end, limit), place)
-        axes.annotate(f"{end:.2f}", at, (4, 0), textcoords="offset points", va="center")
-    axes.set(title=title, xlabel=f"time of a training step, {next(iter(figures))} = 1")
-    axes.set_xlim(0, 1.1 * limit)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=150)
+            if base in figures
+        }
+        for name, way in figures.items()
+    }
+    return report.figures_table("way", rows)
 
 
 def keep_freed_memory() -> None:
@@ -256,8 +226,11 @@ def main() -> None:
     text = f"{title}\n\n{table(figures)}"
     report.write(options, {"layers": config.num_hidden_layers, "median_seconds": figures}, text)
     if importlib.util.find_spec("matplotlib"):
+        first, whole = next((name, way["whole"]) for name, way in figures.items())
+        shares = {n: {p: way[p] / whole for p in PHASES} for n, way in figures.items()}
         title += f"\n{report.device_name(device)}"
-        draw(figures, options.output / "steps.png", title=title)
+        unit = f"time of a training step, {first} = 1"
+        bars.draw(shares, options.output / "steps.png", title=title, unit=unit)
     else:
         print("matplotlib is not installed and there is no picture: pip install matplotlib")
     report.finish(options, text)

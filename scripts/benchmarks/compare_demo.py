@@ -11,20 +11,40 @@ held-out dialogues before and after.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
 from common import report
 from common.command_line import chosen, command_line
 
-from qft_hf import QFTLion
 from qft_hf.hf.finetune import RunArguments, parse_arguments, prepare
 from qft_hf.hf.finetune.data import prepare_data
 from qft_hf.hf.finetune.loading import load_tokenizer
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al. 2023, algorithm 2 (arXiv:2302.06675), in FP32; no weight decay."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                direction = momentum.lerp(parameter.grad, 0.1).sign_()
+                parameter.sub_(direction, alpha=group["lr"])
+                momentum.lerp_(parameter.grad, 0.01)
 
 
 def float_trainer(arguments: RunArguments, *, adamw_lr: float | None) -> Trainer:
@@ -39,7 +59,7 @@ def float_trainer(arguments: RunArguments, *, adamw_lr: float | None) -> Trainer
     training.optim = "adamw_torch"
     optimizer = None
     if adamw_lr is None:
-        optimizer = QFTLion(model.parameters(), lr=training.learning_rate)  # plain on FP32 weights
+        optimizer = Lion(model.parameters(), lr=training.learning_rate)
     else:
         training.learning_rate = adamw_lr
     return Trainer(

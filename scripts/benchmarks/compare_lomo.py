@@ -37,7 +37,6 @@ from common import report
 from common.command_line import command_line
 
 from qft_hf import QFTTrainer, memory_ledger
-from qft_hf.layout import MOMENTUM_BITS
 from qft_hf.quant import Int8Gradient, Int8Tensor
 
 WINDOW = 4  # micro-batches of one step
@@ -68,11 +67,10 @@ CONTESTANTS = {
     "qft_lion, release": Contestant(
         "qft_lion", LION_RATE, "gradient=release", "clipping=exact", QFTTrainer
     ),
-}
-if 0 in MOMENTUM_BITS:
-    CONTESTANTS["qft_lion, release, no momentum"] = Contestant(
+    "qft_lion, release, no momentum": Contestant(
         "qft_lion", SGD_RATE, "gradient=release,momentum_bits=0", "clipping=exact", QFTTrainer
-    )
+    ),
+}
 
 
 def stored(tensor: Tensor) -> Iterable[Tensor]:

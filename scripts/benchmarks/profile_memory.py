@@ -187,7 +187,9 @@ def table(runs: dict[str, Any]) -> str:
         for length, row in figures["sequence_lengths"].items():
             peaks = [row["peak_bytes"][phase] for phase in PHASES]
             n_bytes = [figures["load_peak_bytes"], *peaks, row["ledger_bytes"]]
-            shown = [report.gigabytes(n) for n in (*n_bytes, row.get("predicted_bytes"))]
+            shown = [report.number(n / 1e9, 2) for n in n_bytes]
+            predicted = row.get("predicted_bytes")
+            shown.append(predicted and report.number(predicted / 1e9, 2))
             speed = report.number(row["tokens_per_second"], 0)
             rows.append([name, figures["layers"], length, *shown, speed])
     head = ["training", "layers", "tokens", "load", *PHASES, "ledger", "predicted", "tokens/s"]

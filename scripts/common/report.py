@@ -30,11 +30,6 @@ def number(value: float | None, digits: int) -> str | None:
     return None if value is None else f"{value:.{digits}f}"
 
 
-def gigabytes(n_bytes: int | None) -> str | None:
-    """A cell in units of 1e9 bytes."""
-    return None if n_bytes is None else number(n_bytes / 1e9, 2)
-
-
 def figures_table(what: str, figures: Mapping[str, Mapping[str, float]]) -> str:
     """A row for each name, with three digits of its figures; `what` heads the names."""
     keys = dict.fromkeys(key for row in figures.values() for key in row)

@@ -9,15 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
-from common.report import ROOT
+from common import bars
+from common.report import ROOT, figures_table
 from common.shapes import model_config
 
 from qft_hf import estimate_memory
 
-PARTS = {"weights": "#2e86ab", "gradients": "#7f8fa6", "optimizer states": "#c0392b"}
+PARTS = ("weights", "gradients", "momentum")
 BNB_STATE = 2 * (1 + 4 / 256)  # two moments of a byte, an FP32 scale per 256 values
 OTHERS = {
     "FP32 Adam": (4, 4, 8),
@@ -27,39 +26,16 @@ OTHERS = {
 }
 
 
-def bytes_per_parameter() -> dict[str, tuple[float, ...]]:
+def bytes_per_parameter() -> dict[str, dict[str, float]]:
     """Weights, gradients and states of each way, the largest sum first."""
-    config = model_config("llama-2-7b")
-    bars: dict[str, tuple[float, ...]] = dict(OTHERS)
+    ways = {name: dict(zip(PARTS, parts, strict=True)) for name, parts in OTHERS.items()}
     for mode in ("stack", "release"):
-        figures = estimate_memory(config, gradient=mode)
-        rows = {"weights": 0, "gradients": 0, "momentum": 0}
-        for row in figures.rows:
-            kind = next((kind for kind in rows if kind.rstrip("s") in row.state), "weights")
-            rows[kind] += row.bytes
-        bars[f"QFT, {mode}"] = tuple(n / figures.n_parameters for n in rows.values())
-    return dict(sorted(bars.items(), key=lambda bar: -sum(bar[1])))
-
-
-def draw(path: Path) -> None:
-    """The bars with their sums."""
-    bars = bytes_per_parameter()
-    names = list(bars)[::-1]
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    left = [0.0] * len(names)
-    for number, (part, color) in enumerate(PARTS.items()):
-        widths = [bars[name][number] for name in names]
-        axes.barh(names, widths, left=left, color=color, label=part, height=0.6)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    for place, end in enumerate(left):
-        axes.annotate(f"{end:.2f}", (end, place), (4, 0), textcoords="offset points", va="center")
-    for label in axes.get_yticklabels():
-        label.set_fontweight("bold" if label.get_text().startswith("QFT") else "normal")
-    axes.set(title="Training state by arithmetic: bytes per parameter, without activations")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=110)
+        figures = estimate_memory(model_config("llama-2-7b"), gradient=mode)
+        way = ways[f"QFT, {mode}"] = dict.fromkeys(PARTS, 0.0)
+        for row in figures.rows:  # scales, outliers and float parameters belong to the weights
+            part = row.state if row.state in PARTS else "weights"
+            way[part] += row.bytes / figures.n_parameters
+    return dict(sorted(ways.items(), key=lambda way: -sum(way[1].values())))
 
 
 def main() -> None:
@@ -69,9 +45,10 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the picture")
     options = parser.parse_args()
-    draw(options.output / "memory.png")
-    for name, parts in bytes_per_parameter().items():
-        print(f"{name:<28}{sum(parts):6.2f} = {' + '.join(f'{part:.3f}' for part in parts)}")
+    ways = bytes_per_parameter()
+    title = "Training state by arithmetic: bytes per parameter, without activations"
+    bars.draw(ways, options.output / "memory.png", title=title, unit="bytes", dpi=110)
+    print(figures_table("bytes per parameter", ways))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ its mean over seeds; a seed is an order of the data. Figures are written after e
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
+from unittest import mock
 
 import torch
 from byte_llama import Size, counter, held_out_loss, pretrained, prose, train
@@ -25,9 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where 
 from common import report
 from common.command_line import chosen, command_line
 
-from qft_hf import QFTConfig, QFTLion, quantize_model_
-from qft_hf.kernels import quantize_gradient
-from qft_hf.nn import int8 as int8_nn
+from qft_hf import QFTConfig, QFTLion, kernels, quantize_model_
 
 ALL = ["forward", "input_gradient", "weight_gradient"]
 BASELINE = "FP32 Lion"
@@ -67,26 +66,6 @@ WAYS = (
 )
 
 
-@contextmanager
-def nearest_gradients() -> Iterator[None]:
-    """Let gradients be rounded to nearest: an ablation."""
-
-    class Kernels:
-        def __getattr__(self, name: str) -> Callable[..., object]:
-            return getattr(int8_kernels, name)
-
-        @staticmethod
-        def quantize_gradient(*arguments, **options):
-            return quantize_gradient(*arguments, **options, stochastic=False)
-
-    int8_kernels = int8_nn.kernels
-    int8_nn.kernels = Kernels()
-    try:
-        yield
-    finally:
-        int8_nn.kernels = int8_kernels
-
-
 def tune(way: Way, start: torch.nn.Module, size: Size, options: argparse.Namespace, seed: int):
     """Tune a copy of `start` in one way; returns its figures."""
     model = copy.deepcopy(start)
@@ -94,8 +73,10 @@ def tune(way: Way, start: torch.nn.Module, size: Size, options: argparse.Namespa
         quantize_model_(model, way.config)
     optimizer = QFTLion(model.parameters(), lr=options.learning_rate, weight_decay=0.1, seed=seed)
     text = prose()
+    nearest = partial(kernels.quantize_gradient, stochastic=False)
+    rounding = mock.patch.object(kernels, "quantize_gradient", nearest)
     began = perf_counter()
-    with nearest_gradients() if way.nearest else nullcontext():
+    with rounding if way.nearest else nullcontext():
         train(
             model, optimizer, text, size,
             n_steps=options.steps, seed=seed, after_step=counter(f"{way.name}, seed {seed}"),

@@ -35,7 +35,7 @@ def help_of(name: str) -> str:
         patch.setenv("COLUMNS", "200")
         patch.setenv("HF_HUB_OFFLINE", "1")  # so that it is as it was when the demo has set it
         patch.chdir(SCRIPTS.parent)
-        # As in a process of its own: the script's folder is on the path, and its neighbours are not.
+        # As in a process of its own: of all scripts only the own folder is on the path.
         path = [entry for entry in sys.path if not Path(entry).is_relative_to(SCRIPTS)]
         patch.setattr(sys, "path", [str(COMMANDS[name].parent), *path])
         for module in [*sys.modules]:

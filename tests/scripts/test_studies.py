@@ -1,11 +1,11 @@
 """The studies run at toy size; what they measure there means nothing."""
 
-from qft_hf.nn import int8
+from qft_hf import kernels
 from tests.scripts.commands import load
 
 
 def test_every_way_of_the_study_is_tuned(run):
-    kernels = int8.kernels
+    quantize_gradient = kernels.quantize_gradient
 
     figures, text = run(
         "int8_products", "--seeds", "0", "--steps", "2", "--pretraining_steps", "1",
@@ -18,7 +18,9 @@ def test_every_way_of_the_study_is_tuned(run):
     assert len(set(losses.values())) == 10
     assert max(losses.values()) < figures["loss_before"]
     assert "| FP32 Lion | " in text
-    assert int8.kernels is kernels  # the ablation of stochastic rounding is over
+    assert (
+        kernels.quantize_gradient is quantize_gradient
+    )  # the ablation of stochastic rounding is over
 
 
 def test_the_study_of_momentum_runs_every_kind():
