@@ -60,7 +60,9 @@ Operators = dict[str, tuple[int, float, Callable[[Any], object]]]
 Product = tuple[Tensor, Tensor, Tensor, Tensor | None]  # two operands and their scales
 
 
-def operators(rows: int, columns: int, group_size: int | None, device: torch.device) -> Operators:
+def operators(
+    rows: int, columns: int, group_size: int | None, device: torch.device, n_tokens: int = N_TOKENS
+) -> Operators:
     """Each operator on one weight of this shape, one batch of tokens or one set of norms."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -81,7 +83,7 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
     factors = (normal(1.0)[:1].abs().view(-1, 1), normal(1.0)[:, :1].abs().contiguous())
     state = (*weight.fields().values(), *momentum, *gradient)
     sizes = {"group_size": group_size, "state_group_size": STATE_GROUP_SIZE}
-    ids = torch.randint(rows, (N_TOKENS,), generator=generator, device=device)
+    ids = torch.randint(rows, (n_tokens,), generator=generator, device=device)
     token_gradients = gradient_bf16[ids]
     floats = [
         [torch.full((columns,), value, dtype=dtype, device=device) for _ in range(N_FLOATS)]
@@ -131,7 +133,7 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
             lambda backend: backend.lion_step_floats_(*floats, **counters, **common),
         ),
         "dequantize rows": (
-            N_TOKENS * columns,
+            n_tokens * columns,
             3,
             lambda backend: backend.dequantize(
                 weight.codes,
@@ -143,7 +145,7 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
             ),
         ),
         "embedding_gradient_": (
-            N_TOKENS * columns,
+            n_tokens * columns,
             3,
             lambda backend: backend.embedding_gradient_(
                 *total, ids, token_gradients, group_size=STATE_GROUP_SIZE, padding_idx=None

@@ -95,8 +95,7 @@ def table(figures: dict[str, dict[str, float]]) -> str:
     rows = []
     for name, way in figures.items():
         share = None
-        if baseline:
-            reduction = baseline["before"] - baseline["after"]
+        if baseline and (reduction := baseline["before"] - baseline["after"]):
             share = f"{100 * (way['before'] - way['after']) / reduction:.1f} %"
         rows.append([name, f"{way['before']:.4f}", f"{way['after']:.4f}", share])
     head = ["way", "loss before", "loss after", "share of FP32 Lion's reduction"]

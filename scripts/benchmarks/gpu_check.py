@@ -100,7 +100,7 @@ def parts(folder: Path, *, real: bool) -> list[Part]:
         memory_errors.missing = "" if sanitizer else "compute-sanitizer is not here"
     else:
         variables = interpreted | {"QFT_BACKEND": "triton"}
-        memory_errors = Part("every kernel, interpreted", [*every_kernel, "cpu"], 90, variables)
+        memory_errors = Part("every kernel, interpreted", [*every_kernel, "cpu"], 240, variables)
 
     pytest = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_triton.py"]
     pytest += ["-n", "auto"] if importlib.util.find_spec("xdist") else []

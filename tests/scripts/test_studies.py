@@ -18,9 +18,7 @@ def test_every_way_of_the_study_is_tuned(run):
     assert len(set(losses.values())) == 10
     assert max(losses.values()) < figures["loss_before"]
     assert "| FP32 Lion | " in text
-    assert (
-        kernels.quantize_gradient is quantize_gradient
-    )  # the ablation of stochastic rounding is over
+    assert kernels.quantize_gradient is quantize_gradient  # the ablation is over
 
 
 def test_the_study_of_momentum_runs_every_kind():
