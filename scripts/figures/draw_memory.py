@@ -16,7 +16,7 @@ from common.shapes import model_config
 
 from qft_hf import estimate_memory
 
-PARTS = ("weights", "gradients", "momentum")
+PARTS = ("weights", "gradients", "optimizer state")
 BNB_STATE = 2 * (1 + 4 / 256)  # two moments of a byte, an FP32 scale per 256 values
 OTHERS = {
     "FP32 Adam": (4, 4, 8),
@@ -33,8 +33,8 @@ def bytes_per_parameter() -> dict[str, dict[str, float]]:
         figures = estimate_memory(model_config("llama-2-7b"), gradient=mode)
         way = ways[f"QFT, {mode}"] = dict.fromkeys(PARTS, 0.0)
         for row in figures.rows:  # scales, outliers and float parameters belong to the weights
-            part = row.state if row.state in PARTS else "weights"
-            way[part] += row.bytes / figures.n_parameters
+            part = {"gradients": "gradients", "momentum": "optimizer state"}.get(row.state)
+            way[part or "weights"] += row.bytes / figures.n_parameters
     return dict(sorted(ways.items(), key=lambda way: -sum(way[1].values())))
 
 
