@@ -45,7 +45,7 @@ demo: $(INSTALLED)  ## Tune a real 135 M model on real dialogues in INT8, all pa
 	$(BIN)/python scripts/demo.py
 
 bench: $(INSTALLED)  ## Time and memory of the optimizer step beside its peers
-	$(BIN)/python scripts/benchmark_step.py
+	$(BIN)/python scripts/benchmarks/benchmark_step.py
 
 clean:  ## Remove the environment, fetched data and runs
 	rm -rf $(VENV) data runs

@@ -12,16 +12,10 @@ import argparse
 from pathlib import Path
 
 import torch
+from common.report import table
 from transformers import AutoModelForCausalLM
 
-from qft_hf import (
-    MemoryLedger,
-    QFTConfig,
-    QFTLion,
-    estimate_memory,
-    memory_ledger,
-    recommend,
-)
+from qft_hf import MemoryLedger, QFTConfig, QFTLion, estimate_memory, memory_ledger, recommend
 from qft_hf.layout import MOMENTUM_BITS
 from qft_hf.memory.ledger import FP32_ADAM_BYTES
 from qft_hf.optim.lion import GRADIENTS as MODES
@@ -89,20 +83,14 @@ def main() -> None:
         "config": QFTConfig(matmul=options.matmul),
         "momentum_bits": options.momentum_bits,
     }
-    if options.markdown:
-        print(
-            "| model | parameters | states, `stack` | states, `release` | in all, `release` "
-            "| FP32 Adam's states |\n" + "| --- " * 6 + "|"
-        )
+    rows = []
     for name in options.models:
         stack, release = (estimate_memory(name, gradient=mode, **work) for mode in MODES)
         if options.markdown:
-            print(
-                f"| {Path(name).name} | {stack.n_parameters / 1e9:.2f} B "
-                f"| {stack.state_bytes / 1e9:.1f} GB | {release.state_bytes / 1e9:.1f} GB "
-                f"| {release.total_bytes / 1e9:.1f} GB "
-                f"| {FP32_ADAM_BYTES * stack.n_parameters / 1e9:.1f} GB |"
-            )
+            n_bytes = [stack.state_bytes, release.state_bytes, release.total_bytes]
+            n_bytes.append(FP32_ADAM_BYTES * stack.n_parameters)
+            size = f"{stack.n_parameters / 1e9:.2f} B"
+            rows.append([Path(name).name, size, *(f"{n / 1e9:.1f} GB" for n in n_bytes)])
             continue
         print(f"{name}: {stack.n_parameters:,} parameters")
         for mode, figures in zip(MODES, (stack, release), strict=True):
@@ -116,6 +104,9 @@ def main() -> None:
         print()
         if options.live:
             compare(name)
+    if rows:
+        head = ["model", "parameters", "states, `stack`", "states, `release`"]
+        print(table([*head, "in all, `release`", "FP32 Adam's states"], rows))
 
 
 if __name__ == "__main__":

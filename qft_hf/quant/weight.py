@@ -29,7 +29,7 @@ class QFTWeight(Int8Tensor):
         dtype: The outer float dtype.
 
     Source:
-        Zhang et al. 2023, "QFT", section 3.3 (arXiv:2310.07147); dense-and-sparse split from Kim et
+        Li et al. 2023, "QFT", section 3.3 (arXiv:2310.07147); dense-and-sparse split from Kim et
         al. 2023, "SqueezeLLM", section 4.2 (arXiv:2306.07629). Theirs picks critical values per
         tensor; here each row has the same number, so that rows stay independent. With
         `matmul="int8"` all rows have them in the same columns.

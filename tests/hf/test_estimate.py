@@ -1,6 +1,5 @@
 """Estimates against what they predict: live ledgers, and the tensors that autograd saves."""
 
-import runpy
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +12,7 @@ from qft_hf.hf import recommend
 from qft_hf.layout import MOMENTUM_BITS
 from qft_hf.optim.lion import GRADIENTS
 from tests.models import tiny_llama
+from tests.scripts.commands import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -195,9 +195,9 @@ def test_states_of_a_real_model_are_those_that_were_estimated(gradient, momentum
     folder = ROOT / "data" / "smollm2"
     if not folder.exists():
         pytest.skip("data/smollm2 is not there: python scripts/fetch_demo.py smollm2")
-    script = runpy.run_path(str(ROOT / "scripts" / "estimate_memory.py"), run_name="script")
+    script = load("estimate_memory")
 
-    live = script["live_ledger"](folder, gradient, momentum_bits)
+    live = script.live_ledger(folder, gradient, momentum_bits)
 
     predicted = estimate_memory(folder, gradient=gradient, momentum_bits=momentum_bits)
     assert predicted.rows == live.rows

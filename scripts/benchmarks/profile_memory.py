@@ -8,13 +8,12 @@ itself at `--config tiny`, they are resident memory and say little.
 
 Gradients wait for the step in one run and are released during backward in another; released ones
 are not clipped, which would take a second backward pass. The INT8 model has a chunked loss, so that
-logits do not set the peak; `--full-logits` leaves it off. The bf16 AdamW beside it is plain
+logits do not set the peak; `--full_logits` leaves it off. The bf16 AdamW beside it is plain
 transformers.
 """
 
-import argparse
 import gc
-import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,39 +22,23 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+from common import report
+from common.command_line import command_line, default_device
+from common.peak_memory import peak_bytes, reset_peak
+from common.shapes import model_config
+
 from qft_hf import QFTConfig, QFTLion, QFTWeight, chunk_loss_, estimate_memory, memory_ledger
-from qft_hf.config import MATMULS
 from qft_hf.nn.convert import prepare_modules_
 
-ARCHITECTURES = Path(__file__).resolve().parent.parent / "configs" / "architectures"
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama2-7b": json.loads((ARCHITECTURES / "llama-2-7b" / "config.json").read_text()),
-    "llama-1b": {
-        "vocab_size": 32000,
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 4096,
-    },
-    "tiny": {
-        "vocab_size": 500,
-        "hidden_size": 64,
-        "intermediate_size": 172,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 4096,
-    },
-}
+PHASES = ("forward", "backward", "step")
 WEIGHT_STD = 0.02
 
 
 def config_of(name: str, layers: int | None) -> LlamaConfig:
-    """The configuration, cut to `layers` if given."""
-    config = LlamaConfig(**CONFIGS[name] | {"tie_word_embeddings": False, "dtype": torch.bfloat16})
-    if layers:
-        config.num_hidden_layers = layers
+    """The configuration of a bf16 model whose head is its own."""
+    config = model_config(name, layers)
+    config.tie_word_embeddings, config.dtype = False, torch.bfloat16
     return config
 
 
@@ -91,26 +74,6 @@ def build(config: LlamaConfig, device: torch.device, spec: QFTConfig | None) -> 
         model.model.rotary_emb = type(rotary)(config)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start a new phase."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most that was in use since `reset_peak`."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def train_steps(
@@ -217,59 +180,52 @@ def layers_that_fit(config: LlamaConfig, device: torch.device) -> int:
     return max(1, min(config.num_hidden_layers, int(budget // layer)))
 
 
-def print_rows(name: str, figures: dict[str, Any]) -> None:
-    """One line for each sequence length."""
-    for length, row in figures["sequence_lengths"].items():
-        peaks = row["peak_bytes"]
-        predicted = row.get("predicted_bytes")
-        shown = f"{predicted / 1e9:>11.2f}" if predicted else f"{'-':>11}"
-        print(
-            f"{name:<20}{figures['layers']:>7}{length:>8}{figures['load_peak_bytes'] / 1e9:>8.2f}"
-            f"{peaks['forward'] / 1e9:>9.2f}{peaks['backward'] / 1e9:>10.2f}"
-            f"{peaks['step'] / 1e9:>7.2f}{row['ledger_bytes'] / 1e9:>8.2f}{shown}"
-            f"{row['tokens_per_second']:>10.0f}",
-            flush=True,
-        )
+def table(runs: dict[str, Any]) -> str:
+    """Peaks in GB by phase, and speed: one row for each run and sequence length."""
+    rows = []
+    for name, figures in runs.items():
+        for length, row in figures["sequence_lengths"].items():
+            peaks = [row["peak_bytes"][phase] for phase in PHASES]
+            n_bytes = [figures["load_peak_bytes"], *peaks, row["ledger_bytes"]]
+            shown = [report.number(n / 1e9, 2) for n in n_bytes]
+            predicted = row.get("predicted_bytes")
+            shown.append(predicted and report.number(predicted / 1e9, 2))
+            speed = report.number(row["tokens_per_second"], 0)
+            rows.append([name, figures["layers"], length, *shown, speed])
+    head = ["training", "layers", "tokens", "load", *PHASES, "ledger", "predicted", "tokens/s"]
+    return f"Batch 1, gradient checkpointing; GB (1e9).\n\n{report.table(head, rows)}"
 
 
 def main() -> None:
-    """Profile INT8, and bf16 AdamW if asked; print a table, write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", choices=sorted(CONFIGS), default="llama2-7b")
-    parser.add_argument("--layers", type=int, help="cut the model to this many layers")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--sequence-lengths", type=int, nargs="+", default=[512, 2048])
-    parser.add_argument("--steps", type=int, default=3, help="the last one counts (default 3)")
+    """Profile INT8, and bf16 AdamW if asked; write the report after each run."""
+    parser = command_line(
+        __doc__, device=default_device(), config="llama-2-7b", layers=None,
+        sequence_length=[512, 2048], steps=3, matmul=["dequantize"],
+    )  # fmt: skip
     parser.add_argument(
         "--gradient", choices=("stack", "release"), nargs="+", default=["stack", "release"]
     )
-    parser.add_argument("--matmul", choices=MATMULS, nargs="+", default=["dequantize"])
-    parser.add_argument("--full-logits", action="store_true", help="no chunked loss")
+    parser.add_argument("--full_logits", action="store_true", help="no chunked loss")
     parser.add_argument(
         "--compare", action="store_true", help="also bf16 AdamW, both at the layers that fit it"
     )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     device = torch.device(options.device)
     arguments = {
         "device": device,
-        "lengths": options.sequence_lengths,
+        "lengths": options.sequence_length,
         "n_steps": options.steps,
         "chunked_loss": not options.full_logits,
     }
-
-    print(
-        f"{'GB':<20}{'layers':>7}{'tokens':>8}{'load':>8}{'forward':>9}{'backward':>10}{'step':>7}"
-        f"{'ledger':>8}{'predicted':>11}{'tokens/s':>10}"
-    )
     config = config_of(options.config, options.layers)
     runs: dict[str, Any] = {}
 
     def run(name: str, config: LlamaConfig, gradient: str | None, matmul: str = "") -> None:
         name += ", int8" if matmul == "int8" else ""
+        print(f"== {name}", flush=True)
         spec = QFTConfig(matmul=matmul) if matmul else None
         runs[name] = profile(config, gradient, spec, **arguments)
-        print_rows(name, runs[name])
+        report.write(options, {"runs": runs}, table(runs))
 
     for matmul in options.matmul:
         for gradient in options.gradient:
@@ -280,9 +236,7 @@ def main() -> None:
         if smaller.num_hidden_layers != config.num_hidden_layers:
             for matmul in options.matmul:
                 run("QFT same size", smaller, "stack", matmul)
-    if options.json:
-        figures = {"config": options.config, "runs": runs}
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    report.finish(options, table(runs))
 
 
 if __name__ == "__main__":

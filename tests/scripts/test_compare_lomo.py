@@ -1,15 +1,12 @@
 """The comparison with LOMO runs at toy size, and what it says of our side holds."""
 
 import importlib.util
-import runpy
-from pathlib import Path
 
 import pytest
 
 from tests.hf.test_trainer import sequences
 from tests.models import tiny_llama
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_lomo.py"
+from tests.scripts.commands import load
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lomo_optim") is None,
@@ -18,9 +15,9 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_all_contestants_are_measured_the_same_way(tmp_path):
-    script = runpy.run_path(str(SCRIPT), run_name="script")
+    script = load("compare_lomo")
 
-    figures = script["compare"](lambda: tiny_llama(tied=True), sequences(8), tmp_path)
+    figures = script.compare(lambda: tiny_llama(tied=True), sequences(8), tmp_path)
 
     rows = figures["contestants"]
     assert {"lomo", "qft_lion, stack", "qft_lion, release"} <= set(rows)
@@ -32,5 +29,5 @@ def test_all_contestants_are_measured_the_same_way(tmp_path):
     stack, release = (rows[f"qft_lion, {mode}"] for mode in ("stack", "release"))
     assert release["peak_gradient_bytes"] < stack["peak_gradient_bytes"]
     assert release["states_bytes"] == stack["states_bytes"]
-    table = script["markdown"](figures)
+    table = script.table(figures)
     assert len({line.count("|") for line in table.splitlines()}) == 1

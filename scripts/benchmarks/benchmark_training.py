@@ -1,38 +1,39 @@
 """Time of a whole training step: FP32 and bf16 AdamW, QFT, and torchao's INT8 training beside it.
 
-    python scripts/benchmark_training.py                                  # small, on a CPU
-    python scripts/benchmark_training.py --device cuda --config llama-1b --batch 2 --sequence 2048
+    python scripts/benchmarks/benchmark_training.py               # small, on a CPU
+    python scripts/benchmarks/benchmark_training.py --device cuda --config llama-1b \\
+        --batch_size 2 --sequence_length 2048
 
 Every way has the same model and the same batch, and all take turns: one step of each, round after
 round, so that what else the machine does falls on all alike. Reported are forward, backward and
 optimizer step of the step of median length, and the whole against AdamW. Absolute times mean
-little on a machine that others use; the ratios hold for this device only. Writes `figures.json`,
-`table.md` and, where matplotlib is installed, `steps.png`.
+little on a machine that others use; the ratios hold for this device only. Where matplotlib is
+installed, the report has a picture, `steps.png`.
 """
 
 import argparse
 import ctypes
 import importlib.util
-import json
-import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 import torch
-from benchmark_step import SMOLLM2_135M
-from profile_memory import CONFIGS
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+from common import bars, report
+from common.command_line import chosen, command_line
+from common.shapes import model_config
 
 from qft_hf import QFTConfig, QFTLion, quantize_model_
 from qft_hf.nn import int8
 
 PHASES = ("forward", "backward", "step")
-COLORS = {"forward": "#2e86ab", "backward": "#7f8fa6", "step": "#c0392b"}
 FP32_ADAMW, BF16_ADAMW = "FP32 AdamW", "bf16 autocast AdamW"
 
 
@@ -130,12 +131,11 @@ def measure(config: LlamaConfig, options: argparse.Namespace) -> dict[str, dict[
     """
     device = torch.device(options.device)
     torch.manual_seed(0)
-    ids = torch.randint(config.vocab_size, (options.batch, options.sequence), device=device)
+    size = (options.batch_size, options.sequence_length)
+    ids = torch.randint(config.vocab_size, size, device=device)
     clock = time.process_time if options.cpu_time else time.perf_counter
     made: dict[str, Way] = {}
-    for name, make in ways(getattr(torch, options.dtype)).items():
-        if options.only and not any(word in name for word in options.only):
-            continue
+    for name, make in chosen(ways(getattr(torch, options.dtype)), options.only).items():
         torch.manual_seed(0)
         with device:
             model = LlamaForCausalLM(config).train()
@@ -165,47 +165,17 @@ def _median_step(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """Milliseconds and ratios as a Markdown table."""
-    lines = [
-        "| way | forward, ms | backward, ms | step, ms | whole, ms | of FP32 AdamW "
-        "| of bf16 AdamW |",
-        "|" + " --- |" * 7,
-    ]
-    for name, way in figures.items():
-        cells = [f"{1e3 * way[phase]:.0f}" for phase in (*PHASES, "whole")]
-        cells += [
-            f"{way['whole'] / figures[base]['whole']:.2f}" if base in figures else ""
+    """Milliseconds and ratios."""
+    rows = {
+        name: {f"{phase}, ms": 1e3 * seconds for phase, seconds in way.items()}
+        | {
+            f"of {base}": way["whole"] / figures[base]["whole"]
             for base in (FP32_ADAMW, BF16_ADAMW)
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def draw(figures: dict[str, dict[str, float]], path: Path, *, title: str) -> None:
-    """The phases of each way as stacked bars, against the first way's whole step.
-
-    Bars of more than four times the median are cut; their numbers say how long they are.
-    """
-    from matplotlib.figure import Figure  # the only need for it; GPU machines may lack it
-
-    figure = Figure(figsize=(8, 1.2 + 0.5 * len(figures)), layout="constrained")
-    axes = figure.add_subplot()
-    names = list(figures)[::-1]
-    unit = next(iter(figures.values()))["whole"]
-    left = [0.0] * len(names)
-    for phase in PHASES:
-        widths = [figures[name][phase] / unit for name in names]
-        axes.barh(names, widths, left=left, color=COLORS[phase], label=phase, height=0.6)
-        left = [a + b for a, b in zip(left, widths, strict=True)]
-    limit = min(max(left), 4 * median(left))
-    for place, end in enumerate(left):
-        at = (min(end, limit), place)
-        axes.annotate(f"{end:.2f}", at, (4, 0), textcoords="offset points", va="center")
-    axes.set(title=title, xlabel=f"time of a training step, {next(iter(figures))} = 1")
-    axes.set_xlim(0, 1.1 * limit)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=150)
+            if base in figures
+        }
+        for name, way in figures.items()
+    }
+    return report.figures_table("way", rows)
 
 
 def keep_freed_memory() -> None:
@@ -223,78 +193,47 @@ def keep_freed_memory() -> None:
     library.mallopt(mmap_max, 0)
 
 
-def device_name(device: torch.device) -> str:
-    """What ran, and whether it multiplies INT8 and BF16 natively."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if "model name" in line), "CPU")
-    vnni = "with" if torch.cpu._is_vnni_supported() else "without"
-    bf16 = "with" if torch.cpu._is_avx512_bf16_supported() else "without"
-    threads = torch.get_num_threads()
-    return f"{model} {vnni} AVX512-VNNI and {bf16} AVX512-BF16, {threads} thread(s)"
-
-
 def main() -> None:
-    """Measure, and write figures, table and picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    configs = {"smollm2-135m": SMOLLM2_135M | {"num_hidden_layers": 30}} | CONFIGS
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    parser.add_argument("--config", choices=configs, default="smollm2-135m")
-    parser.add_argument("--layers", type=int, help="of the model; on a CPU 4 unless given")
-    parser.add_argument("--batch", type=int, default=2, help="sequences (default 2)")
-    parser.add_argument("--sequence", type=int, default=256, help="tokens of each (default 256)")
-    parser.add_argument("--steps", type=int, default=5, help="rounds that are timed (default 5)")
-    parser.add_argument("--threads", type=int, default=1, help="on a CPU (default 1)")
+    """Measure, and write the report with a picture."""
+    parser = command_line(
+        __doc__, device="cpu", config="smollm2-135m", layers=None, batch_size=2,
+        sequence_length=256, steps=5, threads=1, only=None, dtype=None,
+    )  # fmt: skip
     parser.add_argument(
-        "--cpu-time",
+        "--cpu_time",
         action="store_true",
         help="CPU seconds of one thread instead of wall time, for a CPU that others use too",
     )
-    parser.add_argument(
-        "--dtype", help="of INT8 models: float32 on a CPU without BF16, else bfloat16"
-    )
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="ways whose name has one of them")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark_training"))
+    parser.add_argument("--gradient_checkpointing", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     device = torch.device(options.device)
     has_bf16 = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     options.dtype = options.dtype or ("bfloat16" if has_bf16 else "float32")
-    config = LlamaConfig(**configs[options.config])
-    if options.layers or device.type == "cpu":
-        config.num_hidden_layers = options.layers or min(4, config.num_hidden_layers)
+    config = model_config(options.config, options.layers)
+    if device.type == "cpu" and not options.layers:
+        config.num_hidden_layers = min(4, config.num_hidden_layers)
     if options.cpu_time and (device.type != "cpu" or options.threads != 1):
-        parser.error("--cpu-time needs --device cpu and one thread")
-    if options.batch * options.sequence < int8.MIN_TOKENS:
+        parser.error("--cpu_time needs --device cpu and one thread")
+    tokens = options.batch_size * options.sequence_length
+    if tokens < int8.MIN_TOKENS:
         parser.error(f"INT8 products need {int8.MIN_TOKENS} tokens or more in a batch")
 
     figures = measure(config, options)
-    name = device_name(device)
-    tokens = options.batch * options.sequence
     clock = "CPU time" if options.cpu_time else "wall time"
-    title = f"{options.config}, {config.num_hidden_layers} layers, {tokens} tokens, {clock}\n{name}"
-    options.output.mkdir(parents=True, exist_ok=True)
-    result = {
-        "device": name,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "settings": {key: str(value) for key, value in vars(options).items()},
-        "layers": config.num_hidden_layers,
-        "median_seconds": figures,
-    }
-    (options.output / "figures.json").write_text(json.dumps(result, indent=2) + "\n")
-    text = f"{title}\n\n{table(figures)}\n"
-    (options.output / "table.md").write_text(text)
+    title = f"{options.config}, {config.num_hidden_layers} layers, {tokens} tokens, {clock}"
+    text = f"{title}\n\n{table(figures)}"
+    report.write(options, {"layers": config.num_hidden_layers, "median_seconds": figures}, text)
     if importlib.util.find_spec("matplotlib"):
-        draw(figures, options.output / "steps.png", title=title)
+        first, whole = next((name, way["whole"]) for name, way in figures.items())
+        shares = {n: {p: way[p] / whole for p in PHASES} for n, way in figures.items()}
+        title += f"\n{report.device_name(device)}"
+        unit = f"time of a training step, {first} = 1"
+        bars.draw(shares, options.output / "steps.png", title=title, unit=unit)
     else:
         print("matplotlib is not installed and there is no picture: pip install matplotlib")
-    print(f"\n{text}\nwritten to {options.output}")
+    report.finish(options, text)
 
 
 if __name__ == "__main__":

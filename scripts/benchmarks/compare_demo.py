@@ -1,16 +1,16 @@
 """The demo's run in four ways: FP32 AdamW, FP32 Lion, and QFT with each kind of product.
 
     python scripts/fetch_demo.py smollm2 chitchat
-    python scripts/compare_demo.py                  # minutes for each way on 2 CPU cores
-    python scripts/compare_demo.py --only int8      # adds to the figures that are there
+    python scripts/benchmarks/compare_demo.py                # minutes for each on 2 CPU cores
+    python scripts/benchmarks/compare_demo.py --only int8    # adds to the figures that are there
 
 All start from the same weights and see the same dialogues in the same order (`configs/demo.yaml`).
-Lion steps at the rate of the config, AdamW at `--adamw-lr`. Writes the loss on held-out dialogues
-before and after into `figures.json` and `table.md`, after each way.
+Lion steps at the rate of the config, AdamW at `--adamw_learning_rate`. Reported is the loss on
+held-out dialogues before and after.
 """
 
-import argparse
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,11 +18,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+from common import report
+from common.command_line import chosen, command_line
+
 from qft_hf.hf.finetune import RunArguments, parse_arguments, prepare
 from qft_hf.hf.finetune.data import prepare_data
 from qft_hf.hf.finetune.loading import load_tokenizer
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Lion(torch.optim.Optimizer):
@@ -77,7 +79,7 @@ def ways(flags: list[str], adamw_lr: float) -> dict[str, Callable[[], Trainer]]:
     def arguments(*more: str) -> RunArguments:
         # Scored before and after only, and nothing is written that others would miss.
         fixed = ["--eval_strategy=no", "--save_strategy=no", "--overwrite_output"]
-        return parse_arguments(["configs/demo.yaml", *fixed, *flags, *more])
+        return parse_arguments([str(report.ROOT / "configs/demo.yaml"), *fixed, *flags, *more])
 
     return {
         "FP32 AdamW": lambda: float_trainer(arguments(), adamw_lr=adamw_lr),
@@ -88,32 +90,27 @@ def ways(flags: list[str], adamw_lr: float) -> dict[str, Callable[[], Trainer]]:
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """The figures as a Markdown table."""
+    """Losses, and the share of FP32 Lion's reduction where that was run."""
     baseline = figures.get("FP32 Lion")
-    head = "| way | loss before | loss after | share of FP32 Lion's reduction |"
-    lines = [head, "| --- " * 4 + "|"]
+    rows = []
     for name, way in figures.items():
-        share = ""
-        if baseline:
-            reduction = baseline["before"] - baseline["after"]
+        share = None
+        if baseline and (reduction := baseline["before"] - baseline["after"]):
             share = f"{100 * (way['before'] - way['after']) / reduction:.1f} %"
-        lines.append(f"| {name} | {way['before']:.4f} | {way['after']:.4f} | {share} |")
-    return "\n".join(lines)
+        rows.append([name, f"{way['before']:.4f}", f"{way['after']:.4f}", share])
+    head = ["way", "loss before", "loss after", "share of FP32 Lion's reduction"]
+    return report.table(head, rows)
 
 
 def main() -> None:
     """Do the runs that were asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line(__doc__, data=report.ROOT / "data", only=None)
+    parser.add_argument(
+        "--adamw_learning_rate", type=float, default=3e-4, help="Lion's times 3 to 10"
     )
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="ways whose name has one of them")
-    parser.add_argument("--adamw-lr", type=float, default=3e-4, help="Lion's times 3 to 10")
-    parser.add_argument("--data", type=Path, default=ROOT / "data", help="what was fetched")
-    parser.add_argument("--output", type=Path, default=Path("runs/compare_demo"))
     options, flags = parser.parse_known_args()  # the others are flags of scripts/finetune.py
-    options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "figures.json"
-    figures = json.loads(path.read_text()) if path.exists() else {}
+    figures = json.loads(path.read_text())["ways"] if path.exists() else {}
     flags = [
         f"--model_name_or_path={options.data / 'smollm2'}",
         f"--train_data={options.data / 'chitchat' / 'train.jsonl'}",
@@ -121,9 +118,7 @@ def main() -> None:
         f"--output_dir={options.output / 'trainer'}",
         *flags,
     ]
-    for name, make in ways(flags, options.adamw_lr).items():
-        if options.only and not any(word in name for word in options.only):
-            continue
+    for name, make in chosen(ways(flags, options.adamw_learning_rate), options.only).items():
         print(f"== {name}", flush=True)
         trainer = make()
         before = trainer.evaluate()["eval_loss"]
@@ -131,9 +126,8 @@ def main() -> None:
         after = trainer.evaluate()["eval_loss"]
         steps = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         figures[name] = {"before": before, "after": after, "training": steps}
-        path.write_text(json.dumps(figures, indent=2) + "\n")
-        (options.output / "table.md").write_text(table(figures) + "\n")
-    print(f"\n{table(figures)}\n\nwritten to {options.output}")
+        report.write(options, {"ways": figures}, table(figures))
+    report.finish(options, table(figures))
 
 
 if __name__ == "__main__":

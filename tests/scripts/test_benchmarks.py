@@ -1,25 +1,14 @@
 """The measuring scripts run on a CPU at toy size; what they measure there means nothing."""
 
 import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from qft_hf import kernels
+from tests.scripts.commands import load
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-sys.path.append(str(SCRIPTS))  # where `python scripts/name.py` looks for its neighbours
 CPU = torch.device("cpu")
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +25,7 @@ def memory_figures():
             ("AdamW", None, None),
         )
     }
-    return {"config": "tiny", "runs": runs}
+    return runs
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +42,7 @@ def kernel_figures():
 
 def test_training_steps_are_profiled(memory_figures):
     ledgers = {}
-    for name, figures in memory_figures["runs"].items():
+    for name, figures in memory_figures.items():
         rows = figures["sequence_lengths"]
         assert list(rows) == ["16", "40"]
         for row in rows.values():
@@ -65,31 +54,6 @@ def test_training_steps_are_profiled(memory_figures):
     assert ledgers["release"] < 0.75 * ledgers["stack"]
     assert ledgers["stack"] < ledgers["AdamW"] / 2
     assert ledgers["int8"] == ledgers["stack"]
-
-
-def test_the_study_of_momentum_runs_every_kind():
-    script = load("study_momentum")
-    study = script.Study(script.Size(hidden=32, layers=1), pretrain_steps=2, steps=2)
-    rows = [{"kind": "float", "lr": 1e-3, "seed": 0, "reduction": study.lion(0, 1e-3, None)}]
-    sgd = study.float_sgd(0, 1e-3)
-    rows.append({"kind": "float SGD", "lr": 1e-3, "seed": 0, "reduction": sgd})
-    for bits in (8, 4, 0):
-        row = {
-            "kind": f"{bits} bits",
-            "lr": 1e-3,
-            "seed": 0,
-            "reduction": study.lion(0, 1e-3, bits),
-        }
-        rows.append(row)
-    for name in ("as shipped: slope 3, groups of 64", "to nearest", "sticky scale"):
-        reduction, error = study.simulated(0, 1e-3, script.VARIANTS[name])
-        assert 0 < error < 1
-        rows.append({"kind": name, "lr": 1e-3, "seed": 0, "reduction": reduction, "error": error})
-
-    text = script.table(rows)
-
-    assert "| float | 0.001 | 100.0 % |" in text
-    assert all(f"| {row['kind']} |" in text for row in rows)
 
 
 def test_random_int8_weights_have_the_usual_deviation():
@@ -138,26 +102,85 @@ def test_other_optimizers_are_timed_in_the_same_run(kernel_figures):
     assert all(value > 0 for row in peers.values() for value in row.values())
 
 
-def test_the_report_shows_failures_and_all_figures(memory_figures, kernel_figures):
-    script = load("gpu_check")
-    part = script.run("x", ["false"], limit=5, environment={"PATH": "/usr/bin:/bin"})
-    late = script.run("y", ["sleep", "5"], limit=0.1, environment={"PATH": "/usr/bin:/bin"})
+def test_the_reports_show_all_figures(memory_figures, kernel_figures):
+    kernel_text = load("benchmark_kernels").tables(kernel_figures)
+    assert "| lion_step_ | " in kernel_text
+    assert "| grad_w | " in kernel_text
+    assert "| 4 bfloat16 | " in kernel_text
+    assert "| torch AdamW fused, FP32 | " in kernel_text
+    assert "| AdamW | 2 | 40 |" in load("profile_memory").table(memory_figures)
 
-    text = script.markdown(
-        {
-            "machine": script.machine("cpu"),
-            "parts": {"x": part, "y": late},
-            "kernels": kernel_figures,
-            "memory": memory_figures,
-            "training": "| QFT, int8 | 1000 |",
-        }
-    )
+
+def test_the_step_is_timed_beside_its_peers(run):
+    figures, text = run("benchmark_step", "--layers", "1", "--steps", "1")
+
+    assert next(iter(figures["optimizers"].values()))["ratio"] == 1
+    assert "| QFTLion, reference backend | " in text
+
+
+def test_training_steps_are_timed_by_phase(run, tmp_path):
+    figures, text = run(
+        "benchmark_training", "--config", "tiny", "--sequence_length", "20", "--steps", "1",
+        "--only", "AdamW", "QFT",
+    )  # fmt: skip
+
+    assert list(figures["median_seconds"]) == [
+        "FP32 AdamW", "bf16 autocast AdamW", "QFT, dequantize", "QFT, int8",
+        "QFT, int8, no critical columns",
+    ]  # fmt: skip
+    for way in figures["median_seconds"].values():
+        assert way["whole"] == pytest.approx(way["forward"] + way["backward"] + way["step"])
+    assert "| FP32 AdamW |" in text
+    assert (tmp_path / "out" / "steps.png").stat().st_size > 10_000
+
+
+def test_too_few_tokens_for_int8_products_are_refused(run):
+    with pytest.raises(SystemExit):
+        run(
+            "benchmark_training", "--config", "tiny", "--batch_size", "1", "--sequence_length", "31"
+        )
+
+
+def test_memory_is_profiled_from_the_command_line(run):
+    figures, text = run(
+        "profile_memory", "--device", "cpu", "--config", "tiny", "--sequence_length", "16",
+        "--steps", "1", "--gradient", "release", "--compare",
+    )  # fmt: skip
+
+    assert list(figures["runs"]) == ["QFT release", "AdamW bf16"]
+    assert "| QFT release | 2 | 16 |" in text
+
+
+def test_the_gpu_check_shows_failures_and_the_tables_of_its_parts(tmp_path):
+    script = load("gpu_check")
+    (tmp_path / "table.md").write_text("of an earlier run")
+    write = ["sh", "-c", f"echo '| QFT, int8 | 1000 |' > {tmp_path}/table.md; exit 1"]
+    parts = [
+        script.Part("x", write, 5, folder=tmp_path),
+        script.Part("y", ["sleep", "5"], 0.1),
+        script.Part("z", [], 5, missing="no tool"),
+        script.Part("nothing written", ["true"], 5, folder=tmp_path),
+    ]
+
+    text = script.markdown({part.name: part.run(10.0) for part in parts})
 
     assert "| x | failed (1) |" in text
     assert "| y | failed (124) |" in text
-    assert "| lion_step_ | 6x300 |" in text
-    assert "| grad_w | 6x300 |" in text
-    assert "| 4 bfloat16 | 6x300 |" in text
-    assert "| AdamW | 2 | 40 |" in text
-    assert "| torch AdamW fused, FP32 | 6x300 |" in text
-    assert text.endswith("\n| QFT, int8 | 1000 |\n")
+    assert "| z | not run: no tool |" in text
+    assert "## x\n\n| QFT, int8 | 1000 |\n" in text
+    assert "## nothing written" not in text
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_the_gpu_check_has_all_parts_in_files_that_exist(real, tmp_path):
+    script = load("gpu_check")
+    parts = script.parts(tmp_path, real=real)
+
+    assert len(parts) == 5
+    limits = [part.limit for part in parts if part.folder]
+    assert limits == sorted(limits)  # a GPU that goes away leaves as many parts as it can
+    assert ["-n", "auto"] == parts[1].command[parts[1].command.index("-n") :][:2]
+    for part in parts:
+        files = [word for word in part.command if word.endswith(".py")]
+        assert files
+        assert all((script.report.ROOT / file).exists() for file in files)

@@ -6,12 +6,11 @@ not fit its cache; the copy is `torch.Tensor.copy_` of as many bytes. Products o
 timed beside PyTorch's: of INT8, which leaves INT32 without scales, of BF16 and of FP32. Products of
 few tokens with a weight that is expanded on the way are timed beside expanding it first and beside
 a float weight; on a GPU as a graph, because such a product takes less time than its launch. Whole
-optimizer steps beside other optimizers: `scripts/benchmark_step.py` (CPU) and
-`scripts/profile_memory.py` (GPU).
+optimizer steps beside other optimizers: `benchmark_step.py` (CPU) and
+`profile_memory.py` (GPU).
 """
 
-import argparse
-import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +18,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peers import MakeOptimizer, float_peers
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+from common import report
+from common.command_line import command_line, default_device
+from common.peers import MakeOptimizer, float_peers
+from common.shapes import MATRICES
 
 from qft_hf import QFTConfig, QFTWeight, kernels
 from qft_hf.kernels import reference
@@ -42,18 +46,23 @@ LION = {
 N_TOKENS = 2048  # of an embedding
 N_FLOATS = 65  # norms of a model of 32 layers
 FEW_TOKENS = (1, 4, 16)
-SIZES = {  # shapes of weights and rows of activations
-    "cuda": (["4096x4096", "11008x4096", "4096x11008"], 4096),
-    "cpu": (["1536x576"], 512),
-}
 N_WEIGHTS = {"cuda": 8, "cpu": 1}  # multiplied in turn: together they do not fit a GPU's cache
+
+TABLES = {  # of the report, and what a row of each is
+    "operators": "operator",
+    "products": "INT8 product",
+    "few_tokens": "few tokens",
+    "peers": "step of another optimizer",
+}
 
 # By name: elements, bytes that must move for each, and a call of a backend.
 Operators = dict[str, tuple[int, float, Callable[[Any], object]]]
 Product = tuple[Tensor, Tensor, Tensor, Tensor | None]  # two operands and their scales
 
 
-def operators(rows: int, columns: int, group_size: int | None, device: torch.device) -> Operators:
+def operators(
+    rows: int, columns: int, group_size: int | None, device: torch.device, n_tokens: int = N_TOKENS
+) -> Operators:
     """Each operator on one weight of this shape, one batch of tokens or one set of norms."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -74,7 +83,7 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
     factors = (normal(1.0)[:1].abs().view(-1, 1), normal(1.0)[:, :1].abs().contiguous())
     state = (*weight.fields().values(), *momentum, *gradient)
     sizes = {"group_size": group_size, "state_group_size": STATE_GROUP_SIZE}
-    ids = torch.randint(rows, (N_TOKENS,), generator=generator, device=device)
+    ids = torch.randint(rows, (n_tokens,), generator=generator, device=device)
     token_gradients = gradient_bf16[ids]
     floats = [
         [torch.full((columns,), value, dtype=dtype, device=device) for _ in range(N_FLOATS)]
@@ -124,7 +133,7 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
             lambda backend: backend.lion_step_floats_(*floats, **counters, **common),
         ),
         "dequantize rows": (
-            N_TOKENS * columns,
+            n_tokens * columns,
             3,
             lambda backend: backend.dequantize(
                 weight.codes,
@@ -136,7 +145,7 @@ def operators(rows: int, columns: int, group_size: int | None, device: torch.dev
             ),
         ),
         "embedding_gradient_": (
-            N_TOKENS * columns,
+            n_tokens * columns,
             3,
             lambda backend: backend.embedding_gradient_(
                 *total, ids, token_gradients, group_size=STATE_GROUP_SIZE, padding_idx=None
@@ -332,10 +341,18 @@ def measure_few_tokens(
     return figures
 
 
+def tables(shapes: dict[str, Any]) -> str:
+    """The figures of all shapes."""
+    parts = []
+    for shape, figures in shapes.items():
+        parts.append(f"{shape}, copy {figures['copy_gigabytes_per_second']:.0f} GB/s")
+        parts += [report.figures_table(what, figures[key]) for key, what in TABLES.items()]
+    return "\n\n".join(parts)
+
+
 def main() -> None:
-    """Measure, print a table, write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    """Measure, and write the report after each shape."""
+    parser = command_line(__doc__, device=default_device(), threads=1)
     parser.add_argument(
         "--shapes",
         nargs="+",
@@ -343,59 +360,28 @@ def main() -> None:
         help="weights (default: of a 7B model; of 135M on CPU)",
     )
     parser.add_argument("--tokens", type=int, help="rows of activations (default 4096; 512 on CPU)")
-    parser.add_argument("--group-size", type=int, help="columns per weight scale (default: a row)")
+    parser.add_argument("--group_size", type=int, help="columns per weight scale (default: a row)")
     parser.add_argument("--calls", type=int, default=20, help="timed calls; the fastest counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    shapes, tokens = SIZES[device.type]
+    shapes, tokens = MATRICES[device.type]
     options.shapes, options.tokens = options.shapes or shapes, options.tokens or tokens
 
     figures = {}
     for shape in options.shapes:
+        print(f"== {shape}", flush=True)
         rows, columns = map(int, shape.split("x"))
         figures[shape] = measure(rows, columns, options.group_size, device, options.calls)
-        copy = figures[shape]["copy_gigabytes_per_second"]
-        print(f"{shape} on {device}, copy {copy:.0f} GB/s")
-        print(f"{'operator':<24}{'ns/element':>11}{'GB/s':>8}{'% of copy':>11}{'x reference':>13}")
-        for name, row in figures[shape]["operators"].items():
-            print(
-                f"{name:<24}{row['ns_per_parameter']:>11.4f}{row['gigabytes_per_second']:>8.1f}"
-                f"{row['percent_of_copy']:>11.0f}{row['times_faster_than_reference']:>13.1f}",
-                flush=True,
-            )
-        print(
-            f"{options.tokens:>6} tokens{'TOP/s':>13}{'% of _int_mm':>14}{'x bf16':>8}{'x fp32':>8}"
+        figures[shape]["products"] = {
+            name: measure_product(product, device, options.calls)
+            for name, product in products(options.tokens, rows, columns, device).items()
+        }
+        figures[shape]["few_tokens"] = measure_few_tokens(
+            rows, columns, options.group_size, device, options.calls
         )
-        figures[shape]["products"] = {}
-        for name, product in products(options.tokens, rows, columns, device).items():
-            row = measure_product(product, device, options.calls)
-            figures[shape]["products"][name] = row
-            percent = row.get("percent_of_int_mm")
-            print(
-                f"{name:<13}{row['tera_operations_per_second']:>13.3f}"
-                f"{'-' if percent is None else f'{percent:.0f}':>14}"
-                f"{row['times_faster_than_bf16']:>8.2f}{row['times_faster_than_fp32']:>8.2f}",
-                flush=True,
-            )
-        few = measure_few_tokens(rows, columns, options.group_size, device, options.calls)
-        figures[shape]["few_tokens"] = few
-        print(f"{'few tokens':<13}{'us':>13}{'GB/s':>8}{'x expanding':>13}{'x float':>9}")
-        for name, row in few.items():
-            print(
-                f"{name:<13}{row['microseconds']:>13.1f}"
-                f"{row['gigabytes_of_codes_per_second']:>8.1f}"
-                f"{row['times_faster_than_expanding']:>13.2f}"
-                f"{row['times_faster_than_float_weight']:>9.2f}",
-                flush=True,
-            )
-        for name, row in figures[shape]["peers"].items():
-            ratio = f"{row['times_lion_step']:.2f} x lion_step_"
-            print(f"{name:<30}{row['ns_per_parameter']:>10.4f}  {ratio}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+        report.write(options, {"shapes": figures}, tables(figures))
+    report.finish(options, tables(figures))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,17 @@
 """The same run by the Trainer's `optim="lomo"` and by `optim="qft_lion"`, side by side, on a CPU.
 
-    python scripts/compare_lomo.py                              # SmolLM2-135M, a few minutes
-    python scripts/compare_lomo.py --layers 4 --json lomo.json  # its first layers only: quick
+    python scripts/benchmarks/compare_lomo.py               # SmolLM2-135M, a few minutes
+    python scripts/benchmarks/compare_lomo.py --layers 4    # its first layers only: quick
 
 Every cell of the table is measured in this run, on a real model and real dialogues, which are
 fetched if they are not there. Needs the package `lomo-optim`: pip install lomo-optim
 """
 
-import argparse
 import gc
 import hashlib
 import importlib.util
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
@@ -32,13 +32,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+from common import report
+from common.command_line import command_line
+
 from qft_hf import QFTTrainer, memory_ledger
-from qft_hf.layout import MOMENTUM_BITS
 from qft_hf.quant import Int8Gradient, Int8Tensor
 
 WINDOW = 4  # micro-batches of one step
 STEPS = 2  # of the straight run; the resumed one starts after the first
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,10 @@ CONTESTANTS = {
     "qft_lion, release": Contestant(
         "qft_lion", LION_RATE, "gradient=release", "clipping=exact", QFTTrainer
     ),
-}
-if 0 in MOMENTUM_BITS:
-    CONTESTANTS["qft_lion, release, no momentum"] = Contestant(
+    "qft_lion, release, no momentum": Contestant(
         "qft_lion", SGD_RATE, "gradient=release,momentum_bits=0", "clipping=exact", QFTTrainer
-    )
+    ),
+}
 
 
 def stored(tensor: Tensor) -> Iterable[Tensor]:
@@ -232,50 +233,40 @@ def measure(contestant: Contestant, setting: Setting, norm: float) -> dict[str, 
     }
 
 
-def markdown(figures: dict[str, Any]) -> str:
+def table(figures: dict[str, Any]) -> str:
     """One column for each contestant."""
     results = figures["contestants"]
     kinds = list(dict.fromkeys(kind for row in results.values() for kind in row["states_bytes"]))
-    megabyte = "{:.1f} MB".format
 
-    def line(name: str, cell: Callable[[dict[str, Any]], Any]) -> str:
-        return f"| {name} | " + " | ".join(str(cell(row)) for row in results.values()) + " |"
+    def megabytes(n_bytes: int) -> str:
+        return f"{n_bytes / 1e6:.1f} MB"
 
-    def yes(*, value: bool) -> str:
+    def yes(value: bool) -> str:  # noqa: FBT001
         return "yes" if value else "**no**"
 
-    lines = [
-        "| | " + " | ".join(results) + " |",
-        "| --- " * (1 + len(results)) + "|",
-        *(
-            line(kind, lambda row, kind=kind: megabyte(row["states_bytes"].get(kind, 0) / 1e6))
-            for kind in kinds
+    def total(row: dict[str, Any]) -> int:
+        return sum(row["states_bytes"].values())
+
+    cells: dict[str, Callable[[dict[str, Any]], object]] = {
+        kind: lambda row, kind=kind: megabytes(row["states_bytes"].get(kind, 0)) for kind in kinds
+    }
+    norm = f"logged `grad_norm` (of the float model: {figures['true_grad_norm']:.3f})"
+    cells |= {
+        "states in all": lambda row: megabytes(total(row)),
+        "bytes per parameter": lambda row: f"{total(row) / figures['n_parameters']:.2f}",
+        "gradients alive at most, one micro-batch a step": lambda row: megabytes(
+            row["peak_gradient_bytes"]
         ),
-        line("states in all", lambda row: megabyte(sum(row["states_bytes"].values()) / 1e6)),
-        line(
-            "bytes per parameter",
-            lambda row: f"{sum(row['states_bytes'].values()) / figures['n_parameters']:.2f}",
+        f"gradients kept between {WINDOW} micro-batches": lambda row: megabytes(
+            row["kept_gradient_bytes"]
         ),
-        line(
-            "gradients alive at most, one micro-batch a step",
-            lambda row: megabyte(row["peak_gradient_bytes"] / 1e6),
-        ),
-        line(
-            f"gradients kept between {WINDOW} micro-batches",
-            lambda row: megabyte(row["kept_gradient_bytes"] / 1e6),
-        ),
-        line(f"weight updates in {WINDOW} micro-batches", lambda row: row["updates_per_window"]),
-        line(
-            "`max_grad_norm` has an effect",
-            lambda row: yes(value=row["max_grad_norm_has_an_effect"]),
-        ),
-        line(
-            f"logged `grad_norm` (of the float model: {figures['true_grad_norm']:.3f})",
-            lambda row: f"{row['logged_grad_norm']:.3f}",
-        ),
-        line("resume is bit-exact", lambda row: yes(value=row["resume_is_bit_exact"])),
-    ]
-    return "\n".join(lines)
+        f"weight updates in {WINDOW} micro-batches": lambda row: row["updates_per_window"],
+        "`max_grad_norm` has an effect": lambda row: yes(row["max_grad_norm_has_an_effect"]),
+        norm: lambda row: f"{row['logged_grad_norm']:.3f}",
+        "resume is bit-exact": lambda row: yes(row["resume_is_bit_exact"]),
+    }
+    rows = [[name, *map(cell, results.values())] for name, cell in cells.items()]
+    return report.table(["", *results], rows)
 
 
 def compare(
@@ -297,17 +288,8 @@ def compare(
 
 def main() -> None:
     """Fetch what is missing, compare, print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--layers", type=int, help="of the model; default: all")
-    parser.add_argument("--tokens", type=int, default=32, help="of a micro-batch (default 32)")
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        help="of the float weights (default float32; CPUs without bf16 units crawl in bfloat16)",
-    )
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    # CPUs without bf16 units crawl in bfloat16.
+    parser = command_line(__doc__, layers=None, sequence_length=32, dtype="float32")
     options = parser.parse_args()
     if importlib.util.find_spec("lomo_optim") is None:
         parser.error("the package lomo-optim is not installed: pip install lomo-optim")
@@ -315,13 +297,13 @@ def main() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model, dialogues = (fetch(name, ROOT / "data") for name in ("smollm2", "chitchat"))
+    model, dialogues = (fetch(name, report.ROOT / "data") for name in ("smollm2", "chitchat"))
     tokenizer = AutoTokenizer.from_pretrained(model)
     with (dialogues / "train.jsonl").open() as file:
         rows = [json.loads(next(file)) for _ in range(WINDOW * STEPS)]
     texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in rows]
     encoded = [tokenizer(text, return_tensors="pt").input_ids[0] for text in texts]
-    examples = [{"input_ids": ids[: options.tokens]} for ids in encoded]
+    examples = [{"input_ids": ids[: options.sequence_length]} for ids in encoded]
     examples = [{**example, "labels": example["input_ids"]} for example in examples]
     overrides = {} if options.layers is None else {"num_hidden_layers": options.layers}
 
@@ -331,13 +313,12 @@ def main() -> None:
             examples,
             Path(folder),
         )
-    print(
-        f"\n{figures['n_parameters'] / 1e6:.1f} M parameters, {options.dtype} where not INT8, "
-        f"lr {SGD_RATE:g} (SGD) and {LION_RATE:g} (Lion)\n"
+    text = (
+        f"{figures['n_parameters'] / 1e6:.1f} M parameters, {options.dtype} where not INT8, "
+        f"lr {SGD_RATE:g} (SGD) and {LION_RATE:g} (Lion)\n\n{table(figures)}"
     )
-    print(markdown(figures))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    report.write(options, figures, text)
+    report.finish(options, text)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What do fewer momentum bits cost? Loss of a small Llama, fine-tuned with each kind of momentum.
 
-    python scripts/study_momentum.py --output study.json
+    python scripts/studies/momentum_bits.py
 
 The byte-level Llama of `byte_llama.py` knows source code and is tuned on prose. The table shows how
 much of FP32 Lion's loss reduction each kind of momentum recovers; a seed is an order of the data.
@@ -8,9 +8,8 @@ much of FP32 Lion's loss reduction each kind of momentum recovers; a seed is an 
 the first seed and rate, with the error of the momentum against an exact one of the same gradients.
 """
 
-import argparse
 import copy
-import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,10 @@ import torch
 from byte_llama import Size, counter, held_out_loss, pretrained, prose, train
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+from common import report
+from common.command_line import command_line
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, kernels, quantize_model_
 from qft_hf.layout import STATE_GROUP_SIZE
@@ -138,13 +141,13 @@ class Study:
 
     Args:
         size: Of the model and a batch.
-        pretrain_steps: On source code, once.
+        pretraining_steps: On source code, once.
         steps: On prose, in every run.
     """
 
-    def __init__(self, size: Size, *, pretrain_steps: int, steps: int) -> None:
+    def __init__(self, size: Size, *, pretraining_steps: int, steps: int) -> None:
         self.size, self.steps, self.prose = size, steps, prose()
-        self.model = pretrained(size, n_steps=pretrain_steps)
+        self.model = pretrained(size, n_steps=pretraining_steps)
         self.before = self.loss(self.model)
 
     def loss(self, model: nn.Module) -> float:
@@ -202,83 +205,64 @@ class Study:
         return reduction, mean(errors[len(errors) // 2 :])
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default 0 1 2")
-    parser.add_argument(
-        "--lrs", type=float, nargs="+", default=[1e-4, 3e-4], help="of Lion (default 1e-4 3e-4)"
-    )
-    parser.add_argument(
-        "--sgd_lrs", type=float, nargs="+", default=[3e-3], help="without momentum (default 3e-3)"
-    )
-    parser.add_argument("--hidden", type=int, default=Size().hidden, help="width of the model")
-    parser.add_argument("--layers", type=int, default=Size().layers, help="of the model")
-    parser.add_argument("--steps", type=int, default=250, help="of tuning (default 250)")
-    parser.add_argument("--pretrain_steps", type=int, default=500, help="default 500")
-    parser.add_argument("--threads", type=int, default=1, help="threads (default 1)")
-    parser.add_argument("--variants", action="store_true", help="also the formats that were tried")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures, kept up to date")
-    return parser.parse_args()
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The figures as Markdown: one line for each kind and rate, seeds side by side."""
-    floats = {(row["lr"], row["seed"]): row["reduction"] for row in rows if row["kind"] == "float"}
+def table(runs: list[dict[str, Any]]) -> str:
+    """One line for each kind and rate, seeds side by side."""
+    floats = {(run["lr"], run["seed"]): run["reduction"] for run in runs if run["kind"] == "float"}
     best = {seed: max(floats[key] for key in floats if key[1] == seed) for _, seed in floats}
-    lines = ["| momentum | lr | recovered | by seed | relative error |", "| --- " * 5 + "|"]
-    for kind, lr in dict.fromkeys((row["kind"], row["lr"]) for row in rows):
-        group = [row for row in rows if (row["kind"], row["lr"]) == (kind, lr)]
+    rows = []
+    for kind, lr in dict.fromkeys((run["kind"], run["lr"]) for run in runs):
+        group = [run for run in runs if (run["kind"], run["lr"]) == (kind, lr)]
         shares = [
-            100 * row["reduction"] / floats.get((lr, row["seed"]), best[row["seed"]])
-            for row in group
+            100 * run["reduction"] / floats.get((lr, run["seed"]), best[run["seed"]])
+            for run in group
         ]
-        error = group[0].get("error")
-        lines.append(
-            f"| {kind} | {lr:g} | {mean(shares):.1f} % | "
-            f"{', '.join(f'{share:.1f}' for share in shares)} | "
-            f"{'' if error is None else f'{error:.2f}'} |"
-        )
-    lines.append("Rates that FP32 Lion did not run are compared with its best.")
-    return "\n".join(lines)
+        by_seed = ", ".join(f"{share:.1f}" for share in shares)
+        error = report.number(group[0].get("error"), 2)
+        rows.append([kind, f"{lr:g}", f"{mean(shares):.1f} %", by_seed, error])
+    head = ["momentum", "lr", "recovered", "by seed", "relative error"]
+    about = "Rates that FP32 Lion did not run are compared with its best."
+    return f"{report.table(head, rows)}\n\n{about}"
 
 
 def main() -> None:
-    """Run everything, print progress, then the table."""
-    options = parse()
+    """Run everything; write the report after each run."""
+    parser = command_line(
+        __doc__, seeds=[0, 1, 2], steps=250, pretraining_steps=500, learning_rate=[1e-4, 3e-4],
+        hidden=Size().hidden, layers=Size().layers, threads=1,
+    )  # fmt: skip
+    parser.add_argument(
+        "--sgd_learning_rate", type=float, nargs="+", default=[3e-3], help="without momentum"
+    )
+    parser.add_argument("--variants", action="store_true", help="also the formats that were tried")
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     study = Study(
         Size(hidden=options.hidden, layers=options.layers),
-        pretrain_steps=options.pretrain_steps,
+        pretraining_steps=options.pretraining_steps,
         steps=options.steps,
     )
-    rows: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = []
     start = time.perf_counter()
 
-    def note(**row: Any) -> None:
-        rows.append(row)
-        print(f"{time.perf_counter() - start:6.0f} s  {row}", flush=True)
-        if options.output:
-            settings = {name: str(value) for name, value in vars(options).items()}
-            text = json.dumps({"settings": settings, "rows": rows}, indent=1)
-            options.output.write_text(text)
+    def note(**run: Any) -> None:
+        runs.append(run)
+        print(f"{time.perf_counter() - start:6.0f} s  {run}", flush=True)
+        report.write(options, {"runs": runs}, table(runs))
 
     for seed in options.seeds:
-        for lr in options.lrs:
+        for lr in options.learning_rate:
             note(kind="float", lr=lr, seed=seed, reduction=study.lion(seed, lr, None))
             for bits in (8, 4):
                 note(kind=f"{bits} bits", lr=lr, seed=seed, reduction=study.lion(seed, lr, bits))
-        for lr in options.sgd_lrs:
+        for lr in options.sgd_learning_rate:
             note(kind="float SGD", lr=lr, seed=seed, reduction=study.float_sgd(seed, lr))
             note(kind="0 bits (SGD)", lr=lr, seed=seed, reduction=study.lion(seed, lr, 0))
     if options.variants:
-        seed, lr = options.seeds[0], options.lrs[0]
+        seed, lr = options.seeds[0], options.learning_rate[0]
         for name, form in VARIANTS.items():
             reduction, error = study.simulated(seed, lr, form)
             note(kind=name, lr=lr, seed=seed, reduction=reduction, error=error)
-    print(table(rows))
+    report.finish(options, table(runs))
 
 
 if __name__ == "__main__":
