@@ -43,10 +43,19 @@ def squared_norm(gradient: Quantized) -> Tensor:
     Returns:
         fp64 scalar; NaN or infinite if any scale is.
     """
-    # Sums of squared codes are integers, exact in FP64 for groups of any length.
+    return norm_of_sums(_sums_of_squares(gradient), gradient.scales)
+
+
+def row_squares(gradient: Quantized) -> Tensor:
+    """Sum of squares of each row: fp64 `[rows]`."""
+    return (_sums_of_squares(gradient) * gradient.scales.double().square()).sum(dim=1)
+
+
+def _sums_of_squares(gradient: Quantized) -> Tensor:
+    """Sums of squared codes `[rows, n_groups]`: integers, exact in fp64 for any group."""
     parts = group_parts(gradient.codes, gradient.group_size)
     squares = [part.float().square_().sum(dim=2, dtype=torch.float64) for part in parts]
-    return norm_of_sums(torch.cat(squares, dim=1), gradient.scales)
+    return torch.cat(squares, dim=1)
 
 
 def norm_of_sums(sums: Tensor, scales: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, momentum_shapes
 from .checks import FLOATS, check_finite, check_group_size, check_matrix, check_same
-from .gradients import squared_norm
+from .gradients import row_squares
 from .groups import expanded, quantized
 from .nibbles import load_nibbles, round_to_nibbles
 from .operators import operator
@@ -125,11 +125,11 @@ def _(
     check_finite("gradient scales", gradient.scales)
 
 
-def _fake_norm(weight: Weight, *_: object, **__: object) -> Tensor:
-    return weight.codes.new_empty((), dtype=torch.float64)
+def _fake_squares(weight: Weight, *_: object, **__: object) -> Tensor:
+    return weight.codes.new_empty(weight.codes.shape[0], dtype=torch.float64)
 
 
-@operator(fake=_fake_norm, writes=LION_WRITES, composed=True)
+@operator(fake=_fake_squares, writes=LION_WRITES, composed=True)
 def quantize_and_lion_step_(
     weight: Weight,
     momentum: Quantized,
@@ -140,7 +140,7 @@ def quantize_and_lion_step_(
     rule: Lion,
     rounding: Rounding,
 ) -> Tensor:
-    """`quantize` the gradient, take its `squared_norm` and step by `lion_step_`: the same bits.
+    """`quantize` the gradient, take its squared norm and step by `lion_step_`: the same bits.
 
     On a GPU that is one launch, and the codes of the gradient are never in memory. A row of the
     gradient with a NaN or infinity leaves its row of weight and momentum as it was and makes the
@@ -156,8 +156,9 @@ def quantize_and_lion_step_(
         rounding: The random numbers.
 
     Returns:
-        Sum of squares of the quantized gradient, without `factor`: fp64 scalar; NaN or infinite if
-        a row was left.
+        Sum of squares of each row of the quantized gradient, without `factor`: fp64 `[rows]`; NaN
+        or infinite where a row was left. The one result of this operator whose last bits depend on
+        the order of a sum.
 
     Raises:
         TypeError: The gradient is not one of the three float dtypes.
@@ -165,7 +166,7 @@ def quantize_and_lion_step_(
     """
     codes, scales = quantize(gradient, group_size=group_size)
     coded = Quantized(codes, scales, group_size)
-    norm: Tensor = squared_norm(coded)
+    squares = row_squares(coded)
     if factor is not None:
         scales *= factor
     finite = scales.isfinite().all(dim=1)
@@ -176,7 +177,7 @@ def quantize_and_lion_step_(
     lion_step_(weight, momentum, coded, rule=rule, rounding=rounding)
     for tensor, rows in zip(state, kept, strict=False):
         tensor[~finite] = rows
-    return norm
+    return squares
 
 
 @quantize_and_lion_step_.checks

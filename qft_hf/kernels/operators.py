@@ -22,11 +22,13 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode as is_listened_to
 
 from . import backend
 
 logger = logging.getLogger(__name__)
+
+is_compiling = torch.compiler.is_compiling
 
 PLAIN = {Tensor, torch.nn.Parameter}  # whose operators nobody listens to; FakeTensor is neither
 
@@ -106,34 +108,32 @@ class Operator:
 
     def __call__(self, first: Any, *arguments: Any, **options: Any) -> Any:
         """Check the arguments and run them where they are."""
-        tensor = _first_tensor(first)
-        if (
-            type(tensor) in PLAIN
-            and not tensor.is_meta
-            and not torch.compiler.is_compiling()
-            and not is_in_torch_dispatch_mode()
-        ):
-            return self._run(tensor.device, (first, *arguments), options)
-        self._bind_check(first, *arguments, **options)
-        return self._through_dispatcher(first, *arguments, **options)
-
-    def _bind_check(self, *arguments: Any, **options: Any) -> None:
-        if self._check is not None:
-            self._check(*arguments, **{**self._defaults, **options})
-
-    def _run(
-        self, device: torch.device, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> Any:
         if self._defaults:
             options = {**self._defaults, **options}
         if self._check is not None:
-            self._check(*arguments, **options)
+            self._check(first, *arguments, **options)
+        tensor = first if isinstance(first, Tensor) else _first_tensor(first)
+        if type(tensor) not in PLAIN or tensor.is_meta or is_compiling() or is_listened_to():
+            operation = getattr(torch.ops.qft_hf, self.name).default
+            return operation(*self.flatten(first, *arguments, **options))
+        # From here on as `_run`, without its call: small operators take as long as calls do.
+        device = tensor.device
+        if self._check_values is not None and device.type == "cpu":
+            self._check_values(first, *arguments, **options)
+        function = self._chosen.get(device) or self._choose(device)
+        return function(first, *arguments, **options)
+
+    def _run(self, *arguments: Any, **options: Any) -> Any:
+        device = _first_tensor(arguments[0]).device
         if self._check_values is not None and device.type == "cpu":
             self._check_values(*arguments, **options)
+        return self._choose(device)(*arguments, **options)
+
+    def _choose(self, device: torch.device) -> Function:
         function = self._chosen.get(device)
         if function is None:
             function = self._chosen[device] = self._implementation(device)
-        return function(*arguments, **options)
+        return function
 
     def _implementation(self, device: torch.device) -> Function:
         name = backend.backend_for(device)
@@ -165,7 +165,7 @@ class Operator:
 
         def run(*values: Any) -> Any:
             arguments, options = whole(values)
-            return self._run(_first_tensor(arguments[0]).device, arguments, options)
+            return self._run(*arguments, **options)
 
         def run_fake(*values: Any) -> Any:
             arguments, options = whole(values)
@@ -179,10 +179,6 @@ class Operator:
         """The arguments as `torch.ops.qft_hf.<name>` takes them."""
         bound = signature(self.reference).bind(*arguments, **{**self._defaults, **options})
         return [part for value in bound.arguments.values() for part in _parts(value)]
-
-    def _through_dispatcher(self, *arguments: Any, **options: Any) -> Any:
-        operation = getattr(torch.ops.qft_hf, self.name).default
-        return operation(*self.flatten(*arguments, **options))
 
 
 def operator(

@@ -68,6 +68,6 @@ def input_gradient(grad: Tensor, weight: QFTWeight) -> Tensor:
 
 def weight_gradient(grad: Tensor, x: Tensor, weight: QFTWeight) -> Int8Gradient | TiledGradient:
     """grad_W[R, C] = grad[N, R]^T x[N, C]."""
-    if weight.is_one_tile and not weight.wants_tiles:
-        return Int8Gradient.from_float(grad.t() @ x, dtype=weight.dtype)
+    if weight.is_one_tile:
+        return weight.gradient(lambda rows: grad.t() @ x)
     return weight.gradient(lambda rows: grad[:, rows].t() @ x)

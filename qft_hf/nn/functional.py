@@ -1,15 +1,28 @@
 """Products with a quantized weight, and their gradients, as autograd functions."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import function
 
 from .. import kernels
 from ..quant import Int8Gradient, QFTWeight
 from . import dequantized, int8
 from .products import Int8Products
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's decorator of the same name, whose cost is paid only where a graph is asked for."""
+    recorded = function.once_differentiable(backward)
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        return (recorded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return once
 
 
 class _Linear(torch.autograd.Function):
@@ -19,8 +32,9 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: QFTWeight, bias: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        ctx.x_dtype = x.dtype
-        x = x.to(dtype)
+        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
+        if x.dtype != dtype:
+            x = x.to(dtype)
         # The weight is no saved tensor: it is not copied, moved or offloaded with activations.
         ctx.weight = weight
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
@@ -34,8 +48,10 @@ class _Linear(torch.autograd.Function):
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_x = gradient = None
         if needs_x:
-            grad_x = dequantized.input_gradient(grad, weight).to(ctx.x_dtype)
-            grad_x = grad_x.view(*grad_output.shape[:-1], weight.shape[1])
+            grad_x = dequantized.input_gradient(grad, weight)
+            if grad_x.dtype != ctx.x_dtype:
+                grad_x = grad_x.to(ctx.x_dtype)
+            grad_x = grad_x.view(ctx.x_shape)
         if needs_weight:
             (x,) = ctx.saved_tensors
             gradient = dequantized.weight_gradient(grad, x.reshape(-1, x.shape[-1]), weight)

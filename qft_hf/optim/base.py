@@ -21,7 +21,7 @@ from .. import kernels
 from ..kernels.floats import PARAMETER_DTYPES
 from ..quant import Int8Gradient, QFTWeight, TiledGradient
 from .flow import Flow, Release, Stack, check_settings
-from .state import StateFormat, checked_state, initial_state, next_step
+from .state import StateFormat, StepCounter, checked_state, initial_state
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,9 @@ class QFTOptimizer(Optimizer):
             )
         )
         self._places: dict[int, tuple[int, int]] = {}  # number and group of each, by identity
-        self._quantized: dict[int, kernels.Quantized] = {}  # state, by the identity of its codes
+        # What is made of state tensors once, by their identity.
+        self._quantized: dict[int, kernels.Quantized] = {}
+        self._counters: dict[int, StepCounter] = {}
 
     # --- what a rule provides
 
@@ -299,14 +301,13 @@ class QFTOptimizer(Optimizer):
         group = self.param_groups[number]
         state = self._state_of(parameter)
         rounding = kernels.Rounding(
-            group["seed"], next_step(state), stream, stochastic=group["stochastic_rounding"]
+            group["seed"], self._next_step(state), stream, stochastic=group["stochastic_rounding"]
         )
         stored: kernels.Weight = parameter.stored  # type: ignore[attr-defined]  # a QFTWeight
-        with torch.no_grad():
-            if isinstance(gradient, TiledGradient):
-                return self.step_tiles(stored, gradient, state, group, rounding, factor)
-            if isinstance(gradient, Int8Gradient):
-                self.step_weight(stored, gradient.stored, state, group, rounding)
+        if isinstance(gradient, TiledGradient):
+            return self.step_tiles(stored, gradient, state, group, rounding, factor)
+        if isinstance(gradient, Int8Gradient):
+            self.step_weight(stored, gradient.stored, state, group, rounding)
         return None
 
     @torch.no_grad()
@@ -324,7 +325,7 @@ class QFTOptimizer(Optimizer):
                 gradients,
                 states,
                 self.param_groups[number],
-                [next_step(state) for state in states],
+                [self._next_step(state) for state in states],
                 [self._places[id(parameter)][0] for parameter in parameters],
             )
 
@@ -333,6 +334,13 @@ class QFTOptimizer(Optimizer):
         if not state:
             state.update(initial_state(self.state_format(parameter), parameter.device))
         return state
+
+    def _next_step(self, state: dict[str, Tensor]) -> int:
+        step = state["step"]
+        counter = self._counters.get(id(step))
+        if counter is None or counter.tensor is not step:
+            counter = self._counters[id(step)] = StepCounter(step)
+        return counter.next()
 
     def quantized(
         self, state: dict[str, Tensor], name: str, group_size: int | None, bits: int = 8
@@ -419,6 +427,7 @@ class QFTOptimizer(Optimizer):
                 )
         super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
         self._quantized.clear()
+        self._counters.clear()
         self.state.update(states)
         if isinstance(self._flow, Release):
             self._flow.restart(previous_norm=state_dict.get(PREVIOUS_NORM))

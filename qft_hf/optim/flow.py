@@ -87,7 +87,7 @@ class Flow(ABC):
 
     def __call__(self, parameter: Parameter) -> None:
         """What autograd calls: the gradient of `parameter` is complete."""
-        if self.optimizer is not None:
+        if self._optimizer() is not None:
             self.complete(parameter)
 
     @abstractmethod
@@ -318,7 +318,7 @@ class Release(Flow):
             factor = self._factor(self._norm_of_all(), gradient.device)
             self._squares.append(optimizer.update(parameter, gradient, factor))
         elif isinstance(gradient, Int8Gradient):
-            square = gradient.squared_norm()
+            square = _squared_norm(gradient)
             if not bool(square.isfinite()):
                 raise self.nonfinite_error()
             self._take(parameter)

@@ -128,7 +128,7 @@ class QFTLion(QFTOptimizer):
             )
             for rows, tile in gradient.tiles()
         ]
-        return squares[0] if is_whole else torch.stack(squares).sum()
+        return squares[0] if is_whole else torch.cat(squares)
 
     def step_floats(
         self,

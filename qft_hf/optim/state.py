@@ -21,11 +21,23 @@ def initial_state(wanted: StateFormat, device: torch.device) -> dict[str, Tensor
     return {"step": torch.zeros((), dtype=torch.int64), **tensors}
 
 
-def next_step(state: dict[str, Tensor]) -> int:
-    """Count a step and return its number."""
-    step = state["step"].numpy()  # a tenth of the time of an operator
-    step += 1
-    return int(step)
+class StepCounter:
+    """Counts the steps of one parameter in its state: the tensor `step`, int64, on the host.
+
+    Through numpy, which shares the tensor's memory: that takes a tenth of an operator's time.
+    """
+
+    __slots__ = ("_array", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._array = tensor.numpy()
+
+    def next(self) -> int:
+        """Count a step and return its number."""
+        number: int = self._array.item() + 1
+        self._array.fill(number)
+        return number
 
 
 def checked_state(

@@ -99,7 +99,7 @@ class TiledGradient(Int8Tensor):
         make_quantized: Makes codes and scales of a range of rows, the bits of `kernels.quantize` of
             `make`, where that takes no float gradient; None: by just that.
         rows: Ranges of rows that cover the gradient in order.
-        shape: `(rows, columns)`.
+        shape: `[rows, columns]`.
         dtype: The outer float dtype, that of the weight.
         device: Where `make` puts them.
     """
@@ -108,7 +108,7 @@ class TiledGradient(Int8Tensor):
 
     @staticmethod
     def __new__(
-        cls, *_: Any, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, **__: Any
+        cls, *_: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device, **__: Any
     ) -> Self:
         """Make the outer tensor, without storage."""
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
@@ -152,22 +152,23 @@ class TiledGradient(Int8Tensor):
 
 @Int8Gradient.implements(aten.detach.default, aten.alias.default)
 def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
-    # Autograd does this to every gradient that it puts into `.grad`. The fields need no detaching.
+    # Autograd does this to every gradient that it puts into `.grad`: with the checked fields as
+    # they are, which need no detaching.
     gradient = args[0]
-    return Int8Gradient(gradient.codes, gradient.scales, dtype=gradient.dtype)
+    alias = Tensor._make_wrapper_subclass(
+        Int8Gradient, gradient.shape, dtype=gradient.dtype, device=gradient.device
+    )
+    alias.stored = gradient.stored
+    return alias
 
 
 @TiledGradient.implements(aten.detach.default, aten.alias.default)
 def _alias_tiles(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TiledGradient:
     gradient = args[0]
     return TiledGradient(
-        gradient.make,
-        gradient.make_quantized,
-        gradient.rows,
-        shape=gradient.shape,
-        dtype=gradient.dtype,
-        device=gradient.device,
-    )
+        gradient.make, gradient.make_quantized, gradient.rows,
+        shape=gradient.shape, dtype=gradient.dtype, device=gradient.device,
+    )  # fmt: skip
 
 
 @TiledGradient.implements(aten.add.Tensor)

@@ -12,6 +12,8 @@ from ..layout import INT16_COLUMNS, GroupLayout, outliers_per_row
 from .gradient import Int8Gradient, TiledGradient
 from .tensor import Int8Tensor
 
+ALL_ROWS = slice(0, None)
+
 
 class QFTWeight(Int8Tensor):
     """A `[rows, columns]` weight in the hybrid format: dense INT8 and sparse critical values.
@@ -222,16 +224,22 @@ class QFTWeight(Int8Tensor):
             tile: As `make` of `TiledGradient`.
             quantized_tile: As its `make_quantized`.
         """
-        rows, columns = self.shape
+        tiles = [ALL_ROWS] if self.is_one_tile else list(self.row_tiles())
+        wants_tiles = self.wants_tiles
+        if not wants_tiles and len(tiles) == 1:
+            if quantized_tile is None:
+                return Int8Gradient.from_float(tile(ALL_ROWS), dtype=self.dtype)
+            codes, scales = quantized_tile(ALL_ROWS)
+            return Int8Gradient(codes, scales, dtype=self.dtype)
         gradient = TiledGradient(
             tile,
             quantized_tile,
-            list(self.row_tiles()),
-            shape=(rows, columns),
+            tiles,
+            shape=self.shape,
             dtype=self.dtype,
             device=self.device,
         )
-        return gradient if self.wants_tiles else gradient.quantized()
+        return gradient if wants_tiles else gradient.quantized()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """All values as a plain `[rows, columns]` tensor; `dtype` as in `dequantize_rows`."""

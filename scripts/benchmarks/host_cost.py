@@ -70,35 +70,31 @@ def redirect() -> None:
 
     All that this script knows about the inside of the package is in this function.
     """
-    from qft_hf import QFTLion, kernels
-    from qft_hf.kernels import operators
-    from qft_hf.kernels import triton as backend
-    from qft_hf.optim import release
+    from qft_hf import kernels
+    from qft_hf.kernels import backend
+    from qft_hf.kernels.triton import int8_product
+    from qft_hf.optim import flow
 
-    operators.backend_for = functools.cache(lambda device: backend)
-    # Looks at values are for CPUs only. Each operator's `run` has its own in a closure.
+    backend._check_triton = lambda device: None
+    backend.OWN = (backend.Backend("triton", "qft_hf.kernels.triton", ("cpu",), lambda device: None),)
+    backend.forget()
+    # Looks at values are for CPUs only.
     for name in kernels.__all__:
-        module = sys.modules[getattr(kernels, name).__module__]
-        for function in filter(inspect.isfunction, vars(module).values()):
-            run = inspect.getclosurevars(function).nonlocals.get("run")
-            if run is not None:
-                place = run.__code__.co_freevars.index("check_values")
-                run.__closure__[place].cell_contents = None
+        if isinstance(found := getattr(kernels, name), kernels.operators.Operator):
+            found._check_values = None
 
-    # The tiles of products depend on the device. The module is hidden behind its function.
-    int8_matmul = sys.modules["qft_hf.kernels.triton.int8_matmul"]
-    choose_tile, device = int8_matmul.choose_tile, torch.device("cuda", 0)
-    int8_matmul.choose_tile = lambda rows, columns, _: choose_tile(rows, columns, device)
+    # The tiles of products depend on the device.
+    choose_tile, device = int8_product.choose_tile, torch.device("cuda", 0)
+    int8_product.choose_tile = lambda rows, columns, _: choose_tile(rows, columns, device)
     properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
     torch.cuda.get_device_capability = lambda device: divmod(CAPABILITY, 10)
     torch.cuda.get_device_properties = lambda device: properties
 
     # Undefined gradients may be NaN, which would raise: they are looked at as ever, in vain.
-    squared_norm, total_norm = release._squared_norm, release._total_norm
-    are_finite = QFTLion._gradients_are_finite
-    release._squared_norm = lambda gradient: squared_norm(gradient).nan_to_num_(0.0, 0.0, 0.0)
-    release._total_norm = lambda squares: total_norm(squares).nan_to_num_(0.0, 0.0, 0.0)
-    QFTLion._gradients_are_finite = lambda self: are_finite(self) or True
+    squared_norm, total_norm, are_finite = flow._squared_norm, flow._total_norm, flow._are_finite
+    flow._squared_norm = lambda gradient: squared_norm(gradient).nan_to_num_(0.0, 0.0, 0.0)
+    flow._total_norm = lambda squares: total_norm(squares).nan_to_num_(0.0, 0.0, 0.0)
+    flow._are_finite = lambda parameters: are_finite(parameters) or True
 
 
 def training_step(mode: str, options: Namespace) -> Step:

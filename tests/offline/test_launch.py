@@ -367,7 +367,9 @@ def test_another_device_is_current_for_the_launch_only(gpu, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(gpu.driver, "get_current_device", lambda: current[-1])
-    monkeypatch.setattr(gpu.driver, "get_current_stream", lambda index: 100 + index)
+    # A stream that tells what was current when it was asked for, right before the launch.
+    stream_of = lambda index: 100 + 10 * current[-1] + index  # noqa: E731
+    monkeypatch.setattr(gpu.driver, "get_current_stream", stream_of)
     kernel, grid, options, arguments = dequantize_case()
     launcher, constants = Launcher(kernel), Constants(**options)
     of = {i: [OnDevice(x, i) for x in arguments[:6]] + [*arguments[6:]] for i in (0, 1)}
@@ -375,11 +377,11 @@ def test_another_device_is_current_for_the_launch_only(gpu, monkeypatch):
     functions = {0: set(), 1: set()}
     for index in (0, 1, 0, 1):
         launcher(grid, constants, *of[index])
-        assert gpu.last.stream == 100 + index
+        assert gpu.last.stream == 100 + 11 * index
         functions[index].add(gpu.last.function)
         plan, changing = plans[index]
         plan(*changing)
-        assert gpu.last.stream == 100 + index
+        assert gpu.last.stream == 100 + 11 * index
         functions[index].add(gpu.last.function)
     assert current == [0]
     assert set(entered) == {1}

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ...layout import NIBBLE_GROUP_SIZE
 from .. import lion as operators
-from ..gradients import norm_of_sums
 from ..values import Lion, Quantized, Rounding, Weight
 from ..weight import RANGE_LOW as _RANGE_LOW
 from ..weight import RANGE_TARGET as _RANGE_TARGET
@@ -166,17 +165,18 @@ def _update_outliers(
 
 @triton.jit
 def _quantize_gradient(
-    gradient_ptr, scales_ptr, sums_ptr,
+    gradient_ptr, scales_ptr, square_ptr,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr, UNIT: tl.constexpr,
     UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_TILES: tl.constexpr,
     UNIT_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Scales of a float row, and sums of its squared codes, of which the norm is made.
+    """Scales of a float row, and the sum of its squares.
 
     Returns:
         The bits of the row's largest magnitude.
     """
     largest_of_row = 0
+    square = tl.zeros((GROUPS,), tl.float64)
     for group_tile in range(GROUP_TILES):
         first_group = group_tile * GROUPS
         x, _, _ = load_tile(gradient_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
@@ -196,8 +196,11 @@ def _quantize_gradient(
             sums += _sum_of_squares(more, inverse, UNITS, GROUPS)
         group = first_group + tl.arange(0, GROUPS)
         tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
-        tl.store(sums_ptr + group, sums.to(tl.float64), mask=group < N_GROUPS)
+        wide_scale = scale.to(tl.float64)
+        exact = sums.to(tl.float64) * (wide_scale * wide_scale)
+        square += tl.where(group < N_GROUPS, exact, 0.0)
         largest_of_row = tl.maximum(largest_of_row, tl.max(largest, axis=0))
+    tl.store(square_ptr, tl.sum(square, axis=0))
     return largest_of_row
 
 
@@ -284,7 +287,7 @@ def _lion_kernel(
     gradient_codes_ptr,  # [rows, COLUMNS] int8; or the gradient itself in fp32, bf16 or fp16; or
     # the direction in fp32
     gradient_scales_ptr,  # [rows, N_STATE_GROUPS] fp32; written if the gradient is float
-    sums_ptr,  # [rows, N_STATE_GROUPS] fp64: of squared gradient codes, written if it is float
+    squares_ptr,  # [rows] fp64: of the quantized gradient, written if it is float
     factor_ptr,  # one fp32, of the gradient; or None
     lr,
     shrink,  # lr * weight_decay
@@ -333,7 +336,7 @@ def _lion_kernel(
     scales_ptr += row * N_GROUPS
     momentum_scales_ptr += row * N_MOMENTUM_GROUPS
     gradient_scales_ptr += row * N_STATE_GROUPS
-    sums_ptr += row * N_STATE_GROUPS
+    squares_ptr += row
     outlier_values_ptr += row * N_OUTLIERS
     outlier_columns_ptr += row * N_OUTLIERS
     row += first_row
@@ -341,7 +344,7 @@ def _lion_kernel(
 
     if MOMENTUM_BITS > 0 and gradient_codes_ptr.dtype.element_ty != tl.int8:
         largest = _quantize_gradient(
-            gradient_codes_ptr, gradient_scales_ptr, sums_ptr,
+            gradient_codes_ptr, gradient_scales_ptr, squares_ptr,
             COLUMNS, STATE_GROUP, N_STATE_GROUPS, STATE_UNIT, STATE_UNITS, STATE_GROUPS,
             STATE_GROUP_TILES, STATE_UNIT_TILES,
         )  # fmt: skip
@@ -481,7 +484,7 @@ def lion_constants(
 
 
 _launch_lion = Launcher(_lion_kernel)
-# Gradient and its scales, sums, factor, and eleven numbers: what differs from step to step.
+# Gradient and its scales, squares, factor, and eleven numbers: what differs from step to step.
 OPEN = (...,) * 15
 
 
@@ -489,7 +492,7 @@ def launch(
     weight: Weight,
     momentum: Quantized | None,
     gradient: tuple[Tensor, Tensor],
-    sums: Tensor,
+    squares: Tensor,
     factor: Tensor | None,
     *,
     group_size: int | None,
@@ -499,7 +502,7 @@ def launch(
     """Run the kernel; `group_size` is that of the gradient."""
     plan = _plan(weight, momentum, group_size, is_stochastic=rounding.stochastic)
     plan(
-        *gradient, sums, factor,
+        *gradient, squares, factor,
         rule.lr, rule.lr * rule.weight_decay,
         rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2,
         -1.0 if rule.maximize else 1.0,
@@ -546,7 +549,7 @@ def _plan(
 def lion_step_(
     weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
 ) -> None:
-    # No sums are written; any tensor stands in their place.
+    # No squares are written; any tensor stands in their place.
     launch(
         weight, momentum, gradient.tensors, gradient.scales, None,
         group_size=gradient.group_size, rule=rule, rounding=rounding,
@@ -565,13 +568,13 @@ def quantize_and_lion_step_(
     rounding: Rounding,
 ) -> Tensor:
     # The kernel that steps quantizes first if it is handed floats. What stays in memory of the
-    # quantized gradient is its scales, and with them the sums of which the norm is made.
+    # quantized gradient is its scales.
     rows, columns = gradient.shape
     shape = (rows, tiling(columns, group_size).N_GROUPS)
     scales = torch.empty(shape, dtype=torch.float32, device=gradient.device)
-    sums = torch.empty(shape, dtype=torch.float64, device=gradient.device)
+    squares = torch.empty(rows, dtype=torch.float64, device=gradient.device)
     launch(
-        weight, momentum, (gradient, scales), sums, factor,
+        weight, momentum, (gradient, scales), squares, factor,
         group_size=group_size, rule=rule, rounding=rounding,
     )  # fmt: skip
-    return norm_of_sums(sums, scales)
+    return squares

@@ -11,7 +11,7 @@ from .lion import launch
 def step_weight_(
     weight: Weight, direction: Tensor, *, lr: float, weight_decay: float, rounding: Rounding
 ) -> None:
-    # Without momentum the kernel never touches what stands in the place of scales and sums.
+    # Without momentum the kernel never touches what stands in the place of scales and squares.
     rule = Lion(lr=lr, beta1=0.0, beta2=0.0, weight_decay=weight_decay)
     launch(
         weight, None, (direction, weight.scales), weight.scales, None,
