@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import qft_hf
-from qft_hf.hf.registration import OPTIM_ARGS
+from qft_hf.hf.optimizers import OPTIMIZERS
 from qft_hf.layout import MOMENTUM_BITS
 from tests.hf.test_trainer import sequences
 from tests.models import tiny_llama

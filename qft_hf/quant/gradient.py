@@ -62,7 +62,9 @@ class RowTiles:
             else:
                 n_groups = GroupLayout(*self.shape, STATE_GROUP_SIZE).n_groups
                 codes = torch.empty(self.shape, dtype=torch.int8, device=self.device)
-                scales = torch.empty(self.shape[0], n_groups, device=self.device)
+                scales = torch.empty(
+                    self.shape[0], n_groups, dtype=torch.float32, device=self.device
+                )
                 for rows, part in parts:
                     codes[rows], scales[rows] = part
                 self._quantized = codes, scales
