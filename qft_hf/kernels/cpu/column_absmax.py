@@ -47,4 +47,4 @@ def scaled_column_absmax(x: Tensor, factors: Tensor) -> Tensor:
 
 
 def column_absmax(x: Tensor) -> Tensor:
-    return scaled_column_absmax(x, torch.empty(0))
+    return scaled_column_absmax(x, torch.empty(0, dtype=torch.float32))

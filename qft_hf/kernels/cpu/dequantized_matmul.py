@@ -119,8 +119,11 @@ def dequantized_matmul(
 ) -> Tensor:
     rows, columns = codes.shape
     if outlier_values is None or outlier_columns is None:
-        outlier_values, outlier_columns = torch.empty(rows, 0), torch.empty(rows, 0).short()
-    y = torch.zeros(rows, x.shape[0])
+        outlier_values, outlier_columns = (
+            torch.empty(rows, 0, dtype=torch.float32),
+            torch.empty(rows, 0).short(),
+        )
+    y = torch.zeros(rows, x.shape[0], dtype=torch.float32)
     if bias is not None:
         y += bias.to(x.dtype)[:, None]
     tensors = (x.float(), codes, scales, outlier_values, outlier_columns, y)

@@ -116,7 +116,7 @@ def int8_matmul(
     out = torch.empty(rows, n_columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
     out_array = float_array(out)
     a_factors, b_factors = _factors(a_scales, rows), _factors(b_scales, n_columns)
-    terms = (torch.empty(0) if bias is None else bias.float()).numpy()
+    terms = (torch.empty(0, dtype=torch.float32) if bias is None else bias.float()).numpy()
     numbers, given = _given(columns, values)
     for tile_rows, tile_columns, sums in _tiles_of_sums(a, b, TILE):
         _scale(
@@ -144,7 +144,9 @@ def requantized_matmul(
 ) -> tuple[Tensor, Tensor]:
     rows, n_columns = a.shape[0], b.shape[1]
     codes = torch.empty(rows, n_columns, dtype=torch.int8)
-    scales = torch.empty(rows, GroupLayout(rows, n_columns, group_size).n_groups)
+    scales = torch.empty(
+        rows, GroupLayout(rows, n_columns, group_size).n_groups, dtype=torch.float32
+    )
     codes_array, scales_array = codes.numpy(), scales.numpy()
     factors = _factors(a_scales, rows)
     numbers, given = _given(columns, values)
@@ -177,7 +179,7 @@ def _tiles_of_sums(a: Tensor, b: Tensor, width: int) -> Iterator[tuple[slice, sl
 
 def _factors(scales: Tensor | None, size: int) -> np.ndarray:
     """One for each row; a factor of 1 changes nothing."""
-    return (torch.ones(size) if scales is None else scales.view(-1)).numpy()
+    return (torch.ones(size, dtype=torch.float32) if scales is None else scales.view(-1)).numpy()
 
 
 def _given(columns: Tensor | None, values: Tensor | None) -> tuple[np.ndarray, np.ndarray]:

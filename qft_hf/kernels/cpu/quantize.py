@@ -118,7 +118,7 @@ def quantize(
     rows, columns = x.shape
     is_zero = torch.empty(0, dtype=torch.bool) if zero_columns is None else zero_columns
     codes = torch.empty(rows, columns, dtype=torch.int8)
-    scales = torch.empty(rows, GroupLayout(rows, columns, group_size).n_groups)
+    scales = torch.empty(rows, GroupLayout(rows, columns, group_size).n_groups, dtype=torch.float32)
     arrays = [float_array(x), *(tensor.numpy() for tensor in (is_zero, codes, scales))]
     _quantize(*arrays, group_size or columns, n_ranges(rows, columns))
     return codes, scales
@@ -137,7 +137,10 @@ def dequantize(
     n_rows, columns = codes.shape
     index = torch.arange(n_rows) if rows is None else rows.long()
     if outlier_values is None or outlier_columns is None:
-        outlier_values, outlier_columns = torch.empty(n_rows, 0), torch.empty(n_rows, 0).short()
+        outlier_values, outlier_columns = (
+            torch.empty(n_rows, 0, dtype=torch.float32),
+            torch.empty(n_rows, 0).short(),
+        )
     # FP16 is rounded at the end.
     x_dtype = dtype if dtype == torch.bfloat16 else torch.float32
     x = torch.empty(len(index), columns, dtype=x_dtype)

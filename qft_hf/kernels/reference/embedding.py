@@ -37,7 +37,7 @@ def embedding_gradient_(
     if not len(used):
         return
     first = counts.cumsum(0) - counts
-    sums = torch.zeros(len(used), codes.shape[1], device=codes.device)
+    sums = torch.zeros(len(used), codes.shape[1], dtype=torch.float32, device=codes.device)
     for rank in range(int(counts.max())):  # the first token of each row, then the second, ...
         has = (counts > rank).nonzero().flatten()
         sums[has] += gradient[order[first[has] + rank]].float()
