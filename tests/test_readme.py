@@ -10,7 +10,6 @@ import transformers
 
 import qft_hf
 from qft_hf.hf.optimizers import OPTIMIZERS
-from qft_hf.layout import MOMENTUM_BITS
 from tests.hf.test_trainer import sequences
 from tests.models import tiny_llama
 
@@ -48,7 +47,7 @@ def test_every_file_it_names_is_there():
 
 def test_every_optimizer_option_is_described():
     rows = README[README.index("| `optim_args` |") :]
-    options = set(OPTIM_ARGS) - ({"momentum_bits"} if len(MOMENTUM_BITS) == 1 else set())
+    options = {option for entry in OPTIMIZERS.values() for option in entry.options}
     assert [name for name in sorted(options) if f"`{name}" not in rows] == []
 
 

@@ -177,7 +177,8 @@ def _columns(gradient, factors, maxima, packed_codes, seed, n_blocks, n_ranges):
 
 def _by_rows(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     tokens, outputs = gradient.shape
-    codes, scales = torch.empty(tokens, outputs, dtype=torch.int8), torch.empty(tokens, 1)
+    codes = torch.empty(tokens, outputs, dtype=torch.int8)
+    scales = torch.empty(tokens, 1, dtype=torch.float32)
     others = (factors.view(-1), codes, scales.view(-1))
     arrays = [float_array(gradient), *(tensor.numpy() for tensor in others)]
     _rows(*arrays, _u64(seed), n_ranges(tokens, outputs))
@@ -208,7 +209,7 @@ def quantize_gradient(
         return reference.quantize_gradient(
             gradient, row_factors, column_factors, stochastic=False, seed=seed
         )
-    empty = torch.empty(0, 0, dtype=torch.int8), torch.empty(0, 1)
+    empty = torch.empty(0, 0, dtype=torch.int8), torch.empty(0, 1, dtype=torch.float32)
     rows = empty if row_factors is None else _by_rows(gradient, row_factors, seed)
     columns = empty if column_factors is None else _by_columns(gradient, column_factors, seed)
     return (*rows, *columns)
