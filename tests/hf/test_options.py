@@ -480,7 +480,7 @@ def test_a_chunked_loss_of_a_model_that_model_init_makes(tmp_path):
     ("first", "second", "message"),
     [
         ({"beta2": 0.97}, {"beta2": 0.98}, r"beta2=0\.98 was given, .* goes by 0\.97.*Give beta2="),
-        ({}, {"beta1": 0.8}, r"beta1=0\.8 was given, and the optimizer goes by 0\.9"),
+        ({}, {"beta1": 0.8}, r"beta1=0\.8 was given, and the optimizer goes by 0\.9, as"),
         ({"seed": 5}, {"seed": 6}, "quantization_seed=6 was given, and the optimizer goes by 5"),
         ({}, {"stochastic_rounding": False}, "stochastic_rounding=False .* goes by True"),
         ({}, {"weight_decay": 0.2}, r"weight_decay=0\.2 was given, .* goes by 0\.1"),
@@ -512,7 +512,11 @@ def test_groups_of_ones_own_may_have_rates_of_their_own(tmp_path):
         def create_optimizer(self, model=None):
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             groups = [
-                {"params": [p], "lr": self.args.learning_rate * 0.9**i, "weight_decay": 0.01 * i}
+                {
+                    "params": [p],
+                    "lr": self.args.learning_rate * 0.8 ** (i + 1),
+                    "weight_decay": 0.013 * i,
+                }
                 for i, p in enumerate(self.model.parameters())
             ]
             self.optimizer = cls(groups, **kwargs)
