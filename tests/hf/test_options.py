@@ -187,6 +187,7 @@ def test_bad_optim_args_are_refused_before_the_model_changes(cls, text, message,
 def test_a_field_and_optim_args_may_agree_and_not_differ(tmp_path):
     args = by_field(tmp_path, {"beta2": 0.97, "seed": 5}, optim_args="beta2=0.97,seed=5")
     assert args.quantization_config.seed == 5
+    assert by_field(tmp_path, {}, optim_args="seed=6").quantization_config.seed == 6
     with pytest.raises(ValueError, match=r"has beta2=0\.98, and beta2=0\.97 was given beside it"):
         by_field(tmp_path, {"beta2": 0.97}, optim_args="beta2=0.98")
     with pytest.raises(ValueError, match="has seed=6, and quantization_seed=5 was given beside"):
