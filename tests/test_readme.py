@@ -10,8 +10,7 @@ import transformers
 import yaml
 
 import qft_hf
-from qft_hf.hf.registration import OPTIM_ARGS
-from qft_hf.layout import MOMENTUM_BITS
+from qft_hf.hf.optimizers import OPTIMIZERS
 from tests.hf.test_trainer import sequences
 from tests.models import tiny_llama
 from tests.scripts.commands import COMMANDS, help_of
@@ -92,7 +91,7 @@ def test_the_readme_is_short_and_links_every_page():
 def test_every_optimizer_option_is_described():
     text = DOCS["modes.md"]
     rows = text[text.index("| `optim_args` |") :]
-    options = set(OPTIM_ARGS) - ({"momentum_bits"} if len(MOMENTUM_BITS) == 1 else set())
+    options = {option for entry in OPTIMIZERS.values() for option in entry.options}
     assert [name for name in sorted(options) if f"`{name}" not in rows] == []
 
 

@@ -5,6 +5,7 @@ of its own, or fills in random values and goes on. So faults are collected while
 raised together, by name, when the last one has come.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,8 @@ from ..nn import (
 from ..nn.state import STATE_NAMES, listed, weight_from_fields
 from ..quant import QFTWeight
 from .config import QUANT_METHOD, QFTConfig
+
+logger = logging.getLogger(__name__)
 
 FAULTS_SHOWN = 10  # of an error that may concern every tensor of a model
 
@@ -194,6 +197,12 @@ class QFTQuantizer(HfQuantizer):
         self.faults, self.missing_names = {}, set()
         self._check_files(kwargs.get("checkpoint_files") or [])
         _tie(model)
+        if self.pre_quantized and (absent := self.quantization_config.forget_absent(model)):
+            logger.warning(
+                "The checkpoint's quantization_config names %s, which %s does not have: ignored",
+                ", ".join(dict.fromkeys(absent)),
+                type(model).__name__,
+            )
         prepare_modules_(model, self.quantization_config)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         return model
