@@ -12,7 +12,7 @@ CONSTRAINTS := -c .ci/constraints-cpu.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test demo bench clean
+.PHONY: help install format lint types test faults demo bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: $(INSTALLED)  ## All tests that need no GPU
 	@find qft_hf -name '*.nb[ci]' -delete  # compiled code does not notice changes in other files
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m "not gpu"
+
+faults: $(INSTALLED)  ## Kill runs while they write, QFT_KILLS=200 times each, and resume them
+	OMP_NUM_THREADS=1 QFT_KILLS=$${QFT_KILLS:-200} $(BIN)/python -m pytest tests/faults
 
 demo: $(INSTALLED)  ## Tune a real 135 M model on real dialogues in INT8, all parameters
 	$(BIN)/python scripts/demo.py

@@ -24,7 +24,16 @@ def main() -> None:
     parser.add_argument("examples", type=Path, help="jsonl file")
     arguments = parser.parse_args()
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32).eval()
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        arguments.checkpoint, dtype=torch.float32, output_loading_info=True
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"{arguments.checkpoint} lacks {missing[0]} and {len(missing) - 1} more tensors, which "
+            "would be random. Give an ordinary checkpoint; INT8 weights are exported first, with "
+            "scripts/export.py."
+        )
+    model.eval()
     total, n_tokens = 0.0, 0
     for line in arguments.examples.read_text(encoding="utf-8").splitlines():
         example = json.loads(line)

@@ -2,13 +2,16 @@
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..optim.flow import ACCUMULATION_IS_FORBIDDEN
+from .checkpoint import parameters_without_state, write_mark
 from .optimizers import is_ours, named_optimizer, refuse_overruled, refuse_retries
 from .support import prepare_model_, refuse_foreign_optimizer, refuse_optimizer, unwrapped
 
@@ -19,7 +22,12 @@ class QFTCallback(TrainerCallback):
     """Converts a float model when the Trainer is built, and checks the optimizer when it trains.
 
     Converting this early means that a checkpoint to resume from finds INT8 weights to load into.
+
+    Attributes:
+        writes_in_place: Whether a checkpoint is there before it is whole; not with `QFTTrainer`.
     """
+
+    writes_in_place = True
 
     def on_init_end(
         self,
@@ -51,6 +59,12 @@ class QFTCallback(TrainerCallback):
         if not is_ours(inner):
             return
         refuse_overruled(args, inner, is_resumed=state.global_step > 0)
+        if self.writes_in_place and args.save_strategy != "no":
+            logger.warning(
+                "transformers.Trainer writes checkpoints in place: a run that is killed while it "
+                "saves leaves a broken one, and resume_from_checkpoint=True takes that. QFTTrainer "
+                "writes them whole, and resumes from the newest whole one"
+            )
         if inner.gradient != "release":
             return
         refuse_retries(args)
@@ -81,6 +95,26 @@ class QFTCallback(TrainerCallback):
         if released is not None and logs is not None and "grad_norm" in logs:
             norm = math.hypot(logs["grad_norm"], released.item())
             logs["grad_norm"] = state.log_history[-1]["grad_norm"] = norm
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Mark a checkpoint that the stock Trainer has written, so that damage shows later."""
+        inner = unwrapped(optimizer)
+        checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if (
+            self.writes_in_place
+            and is_ours(inner)
+            and model is not None
+            and checkpoint.is_dir()  # not in a search for hyperparameters
+        ):
+            write_mark(checkpoint, without_state=parameters_without_state(model, inner))
 
     def on_train_end(
         self,

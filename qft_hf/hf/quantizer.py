@@ -7,6 +7,7 @@ raised together, by name, when the last one has come.
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..layout import GroupLayout, outlier_bytes
 from ..nn import (
@@ -103,7 +105,7 @@ class QFTQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Yes, with `QFTLion`."""
+        """Yes, with the optimizers of this package."""
         return True
 
     @property
@@ -208,8 +210,15 @@ class QFTQuantizer(HfQuantizer):
         return model
 
     def _check_files(self, files: list[str]) -> None:
-        """Raise for what shows before anything is loaded: the headers of the files."""
-        names = set(_tensor_names(files))
+        """Raise for what shows before anything is loaded: names of files, and their headers."""
+        folder = Path(files[0]).parent if files else Path()
+        if self.pre_quantized and files == [str(folder / SAFE_WEIGHTS_NAME)]:
+            if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+                raise ValueError(
+                    f"{folder} has {SAFE_WEIGHTS_NAME} and {SAFE_WEIGHTS_INDEX_NAME}: two models, "
+                    "one of an earlier run. Remove the one that is not wanted."
+                )
+        names = set(tensor_names(files))
         fields = [name for name in names if name.rpartition(".")[2] in PATTERNS.values()]
         if fields and not self.pre_quantized:
             raise ValueError(
@@ -320,7 +329,7 @@ def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
         )
 
 
-def _tensor_names(files: list[str]) -> Iterable[str]:
+def tensor_names(files: list[str]) -> Iterable[str]:
     """Names in the headers of safetensors files."""
     for file in files:
         if not file.endswith(".safetensors"):

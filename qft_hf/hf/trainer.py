@@ -1,36 +1,27 @@
 """`QFTTrainer`: the Trainer with conversion, memory ledger, safe checkpoints and model card."""
 
-import os
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import (
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..memory import MemoryLedger, memory_ledger
 from .arguments import QFTTrainingArguments
 from .card import write_card
+from .checkpoint_trainer import CheckpointTrainer
 from .optimizers import named_optimizer, names, optimizer_name
 from .registration import optimizer_class_and_arguments
 from .support import prepare_model_, refuse_optimizer, unwrapped
 
 
-class QFTTrainer(Trainer):
+class QFTTrainer(CheckpointTrainer):
     """Trains every parameter of a model in INT8; takes what `transformers.Trainer` takes.
 
     A float model is quantized in place before it is moved, also one of `model_init`. The memory
-    ledger is printed once gradients and momentum both exist, and stays in `ledger`. A checkpoint
-    that cannot be written whole is removed again, and one that was in its place is put back.
+    ledger is printed once gradients and momentum both exist, and stays in `ledger`. Checkpoints and
+    saved models appear whole or not at all, and a run goes on exactly from one or is refused.
 
     Raises:
         ValueError: The optimizer is not one of ours, or the arguments or the model cannot work with
@@ -88,31 +79,6 @@ class QFTTrainer(Trainer):
             if torch.cuda.is_available():
                 logs["qft/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         super().log(logs, start_time)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint whole or not at all.
-
-        Raises:
-            OSError: Whatever the file system said, after the half-written folder was removed.
-        """
-        folder = Path(self._get_output_dir(trial=trial))
-        folder /= f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        earlier = folder.with_name(f"{folder.name}.earlier")
-        if folder.exists():
-            os.replace(folder, earlier)
-        try:
-            super()._save_checkpoint(model, trial)
-        except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            if earlier.exists():
-                os.replace(earlier, folder)
-            error.add_note(
-                f"The checkpoint {folder} could not be written and was removed; earlier "
-                "checkpoints are whole. Free disk space or lower save_total_limit, and resume from "
-                "the last one."
-            )
-            raise
-        shutil.rmtree(earlier, ignore_errors=True)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write `README.md` for the Hub: the Trainer's card, with what is particular to QFT.

@@ -1,7 +1,9 @@
 """An exported checkpoint is the INT8 model with float weights, and no trace of INT8."""
 
 import json
+import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qft_hf import QFTConfig, dequantize_model_, quantize_model_
 from qft_hf.hf.finetune import export_checkpoint
 from tests.finetune.chats import tiny_tokenizer
-from tests.hf.checkpoints import assert_same_state
+from tests.hf.checkpoints import assert_same_state, edit_config
 from tests.models import tiny_bert, tiny_llama
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "export.py"
@@ -82,11 +84,12 @@ def test_filled_target_is_refused_and_left_alone(checkpoint, tmp_path):
     assert (target / "model.safetensors").exists()
 
 
-def test_failure_leaves_no_target(checkpoint, tmp_path, monkeypatch):
-    def disk_full(*args, **kwargs):
-        raise OSError("disk full")
+def raise_disk_full(*args, **kwargs):
+    raise OSError("disk full")
 
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", disk_full)
+
+def test_failure_leaves_no_target(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", raise_disk_full)
     with pytest.raises(OSError, match="disk full"):
         export_checkpoint(checkpoint, tmp_path / "plain", dtype=torch.bfloat16)
     assert [path.name for path in tmp_path.iterdir()] == ["int8"]
@@ -99,6 +102,74 @@ def test_what_is_no_int8_checkpoint_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "float")
     with pytest.raises(ValueError, match=r"quant_method is None.* needs no export"):
         export_checkpoint(tmp_path / "float", tmp_path / "plain", dtype=torch.bfloat16)
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_when_it_is_whole(
+    checkpoint, tmp_path, monkeypatch
+):
+    target = tmp_path / "plain"
+    target.mkdir()
+    (target / "model-00001-of-00002.safetensors").write_text("old")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.PreTrainedModel.save_pretrained", raise_disk_full)
+        with pytest.raises(OSError, match="disk full"):
+            export_checkpoint(checkpoint, target, dtype=torch.bfloat16, replace=True)
+    assert [path.name for path in target.iterdir()] == ["model-00001-of-00002.safetensors"]
+
+    export_checkpoint(checkpoint, target, dtype=torch.bfloat16, replace=True)
+    assert not list(target.glob("model-*"))
+    assert AutoModelForCausalLM.from_pretrained(target).dtype == torch.bfloat16
+
+
+def test_a_left_draft_of_the_old_name_is_not_taken_over(checkpoint, tmp_path):
+    """Its files would have been in the export."""
+    left = tmp_path / f".plain.{os.getpid()}"
+    left.mkdir()
+    (left / "adapter_config.json").write_text("{}")
+    export_checkpoint(checkpoint, tmp_path / "plain", dtype=torch.bfloat16)
+    assert not (tmp_path / "plain" / "adapter_config.json").exists()
+
+
+def test_int8_weights_without_their_config_are_refused(checkpoint, tmp_path):
+    """The text said that an ordinary checkpoint needs no export."""
+    edit_config(checkpoint, lambda config: config.pop("quantization_config"))
+    with pytest.raises(ValueError, match=r"has INT8 weights, .* Restore the config\.json"):
+        export_checkpoint(checkpoint, tmp_path / "plain", dtype=torch.bfloat16)
+    assert not (tmp_path / "plain").exists()
+
+
+def test_weights_of_two_runs_are_refused(checkpoint, tmp_path):
+    """The file was taken, whatever the shards were."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="9KB")
+    for path in (tmp_path / "sharded").glob("model*"):
+        shutil.copy(path, checkpoint)
+    with pytest.raises(ValueError, match=r"two models, one of an earlier run\. Remove the one"):
+        export_checkpoint(checkpoint, tmp_path / "plain", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="two models, one of an earlier run"):
+        AutoModelForCausalLM.from_pretrained(checkpoint)
+
+
+def plain_loss(folder, tmp_path):
+    """What scripts/evaluate_plain.py says, without qft_hf."""
+    examples = tmp_path / "examples.jsonl"
+    ids = list(range(9))
+    examples.write_text(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
+    return subprocess.run(
+        [sys.executable, str(SCRIPT.with_name("evaluate_plain.py")), str(folder), str(examples)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_the_plain_evaluation_takes_exports_and_refuses_random_weights(checkpoint, tmp_path):
+    export_checkpoint(checkpoint, tmp_path / "plain", dtype=torch.float32)
+    assert float(plain_loss(tmp_path / "plain", tmp_path).stdout) > 0
+
+    edit_config(checkpoint, lambda config: config.pop("quantization_config"))
+    refused = plain_loss(checkpoint, tmp_path)
+    assert refused.stdout == ""
+    assert "more tensors, which would be random" in refused.stderr
 
 
 def test_the_script_exports(checkpoint, tmp_path, monkeypatch, capsys):

@@ -5,8 +5,9 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from qft_hf.hf.finetune.atomic import written_whole
+from qft_hf.hf.drafts import written_whole
 from qft_hf.hf.finetune.data import DataCounts
 from qft_hf.hf.finetune.loss_curve import draw_loss_curve, loss_points
 from qft_hf.hf.finetune.output_folder import checkpoint_to_resume, clear_run, refuse_other_run
@@ -72,15 +73,54 @@ def test_clearing_removes_a_run_and_nothing_else(tmp_path):
     assert contents(tmp_path) == ["notes.txt"]
 
 
+def leave_whole(folder, step):
+    """A checkpoint with all that a resume reads."""
+    checkpoint = folder / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True)
+    save_file({"weight": torch.ones(2)}, checkpoint / "model.safetensors")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, checkpoint / name)
+    (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return checkpoint
+
+
 def test_which_checkpoint_is_resumed(tmp_path):
     for step in (9, 10, 100):
-        leave(tmp_path, f"checkpoint-{step}/")
+        leave_whole(tmp_path, step)
 
     assert checkpoint_to_resume(None, tmp_path) is None
     assert checkpoint_to_resume("False", tmp_path) is None
     assert checkpoint_to_resume("true", tmp_path) == tmp_path / "checkpoint-100"
     named = tmp_path / "checkpoint-9"
     assert checkpoint_to_resume(str(named), tmp_path / "elsewhere") == named
+
+    (tmp_path / "checkpoint-100" / "optimizer.pt").unlink()
+    assert checkpoint_to_resume("true", tmp_path) == tmp_path / "checkpoint-10"
+    with pytest.raises(ValueError, match=r"checkpoint-100 is not whole: optimizer\.pt is missing"):
+        checkpoint_to_resume(str(tmp_path / "checkpoint-100"), tmp_path)
+
+
+def test_what_a_killed_run_had_written_whole_is_a_run(tmp_path):
+    """It was killed before its first checkpoint came to its place, and that one counts."""
+    draft = tmp_path / "_qft-draft-abcd"
+    (draft / "whole").mkdir(parents=True)
+    leave_whole(draft / "whole", 2)
+    with pytest.raises(FileExistsError, match=r"already holds a run \(_qft-draft-abcd\)"):
+        refuse_other_run(tmp_path, checkpoint=None, overwrite=False)
+    assert checkpoint_to_resume("true", tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_clearing_does_not_follow_links(tmp_path):
+    outside, run = tmp_path / "outside", tmp_path / "run"
+    leave(outside, "notes.txt")
+    run.mkdir()
+    (run / "checkpoint-2").symlink_to(outside)
+    (run / "summary.json").symlink_to(outside / "notes.txt")
+
+    clear_run(run)
+
+    assert contents(run) == []
+    assert contents(outside) == ["notes.txt"]
 
 
 def test_missing_checkpoints_are_refused(tmp_path):

@@ -203,6 +203,75 @@ def test_resuming_ends_like_the_straight_run(chat_flags, tmp_path):
     )
 
 
+def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
+    """It took one step more, and wrote a summary of 0 tokens over that of the run."""
+    values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    finetune(parsed(values))
+    run = Path(chat_flags["output_dir"])
+    before = contents(run)
+
+    again = finetune(parsed(values, resume_from_checkpoint="true"))
+
+    assert again.steps == 4
+    assert again.trained_tokens == 0
+    assert contents(run) == before
+    assert "holds what this finished run came to, and it stays as it is" in caplog.text
+
+    finetune(parsed(values, resume_from_checkpoint="true", export_dtype="bfloat16"))
+    assert {path: at for path, at in contents(run).items() if path.parts[0] != "bfloat16"} == before
+    assert AutoModelForCausalLM.from_pretrained(run / "bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("earlier", [None, '{"steps": 2}', "{"])
+def test_a_run_that_was_killed_before_its_report_gets_one(earlier, chat_flags):
+    """Whatever is there was of fewer steps, or is damaged."""
+    values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    first = finetune(parsed(values))
+    run = Path(chat_flags["output_dir"])
+    for name in ("summary.json", "loss_curve.png", "config.json", "model.safetensors"):
+        (run / name).unlink()
+    if earlier is not None:
+        (run / "summary.json").write_text(earlier)
+
+    again = finetune(parsed(values, resume_from_checkpoint="true"))
+
+    assert again.after == first.after
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
+    assert (run / "loss_curve.png").exists()
+    assert isinstance(AutoModelForCausalLM.from_pretrained(run).lm_head.weight, QFTWeight)
+
+
+def test_a_broken_checkpoint_is_passed_over_or_refused(chat_flags, caplog):
+    values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    straight = finetune(parsed(values))
+    run = Path(chat_flags["output_dir"])
+    (run / "checkpoint-4" / "scheduler.pt").unlink()
+
+    with pytest.raises(ValueError, match=r"checkpoint-4 is not whole: scheduler\.pt is missing"):
+        prepare(parsed(values, resume_from_checkpoint=run / "checkpoint-4"))
+    resumed = finetune(parsed(values, resume_from_checkpoint="true"))
+
+    assert resumed.after == straight.after
+    assert "checkpoint-4 is not whole and is passed over" in caplog.text
+
+
+def test_what_is_written_has_the_use_cache_of_the_base(chat_flags):
+    finetune(parsed(chat_flags, export_dtype="bfloat16", save_strategy="steps", save_steps=4))
+    run = Path(chat_flags["output_dir"])
+    for folder in (chat_flags["model_name_or_path"], run, run / "bfloat16", run / "checkpoint-4"):
+        assert json.loads((folder / "config.json").read_text())["use_cache"] is True
+
+
+def test_a_base_with_int8_weights_and_no_word_of_it_is_refused(chat_flags):
+    finetune(parsed(chat_flags))
+    base = Path(chat_flags["output_dir"])
+    config = json.loads((base / "config.json").read_text())
+    del config["quantization_config"]
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"are INT8 fields, and config\.json has no quantizat"):
+        prepare(parsed(chat_flags, model_name_or_path=base, output_dir=f"{base}-2"))
+
+
 def test_second_run_is_refused_before_anything_is_read(chat_flags):
     finetune(parsed(chat_flags))
     run = Path(chat_flags["output_dir"])

@@ -6,34 +6,40 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
+from ...nn.state import STATE_NAMES
 from ..config import QUANT_METHOD
 from ..convert import dequantize_model_
-from .atomic import written_whole
+from ..drafts import written_whole
+from ..quantizer import tensor_names
 
 
-def export_checkpoint(source: Path, target: Path, *, dtype: torch.dtype) -> None:
+def export_checkpoint(
+    source: Path, target: Path, *, dtype: torch.dtype, replace: bool = False
+) -> None:
     """Write the model of an INT8 checkpoint with float weights, and its tokenizer.
 
     Args:
         source: Folder of the INT8 checkpoint; not changed.
         target: Folder to write: absent or empty. It appears when it is whole.
         dtype: Of all parameters.
+        replace: Whether `target` may hold something, which is replaced when the new one is whole.
 
     Raises:
         FileExistsError: `target` holds something.
         FileNotFoundError: `source` is not a checkpoint folder.
-        ValueError: `source` is not INT8.
+        ValueError: `source` is not INT8, or its config.json does not say so.
     """
     if not (source / "config.json").is_file():
         raise FileNotFoundError(
             f"{source} is not a checkpoint: it has no config.json. Give the output folder of a run "
             "or one of its checkpoint-<step> folders."
         )
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not empty. Choose a folder that is not there yet.")
     config = AutoConfig.from_pretrained(source)
     quantization = getattr(config, "quantization_config", None) or {}
     if quantization.get("quant_method") != QUANT_METHOD:
+        refuse_int8_without_config(source)
         raise ValueError(
             f"{source} does not hold INT8 weights of qft_hf (quant_method is "
             f"{quantization.get('quant_method')!r}, not {QUANT_METHOD!r}). An ordinary checkpoint "
@@ -45,3 +51,21 @@ def export_checkpoint(source: Path, target: Path, *, dtype: torch.dtype) -> None
         model.save_pretrained(draft)
         if (source / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(source).save_pretrained(draft)
+
+
+def refuse_int8_without_config(folder: Path) -> None:
+    """Raise if a folder has INT8 weights that its `config.json` knows nothing of.
+
+    transformers would leave them out and go on with random ones.
+
+    Raises:
+        ValueError: So it is; the text names one of them.
+    """
+    names = tensor_names([str(path) for path in folder.glob("*.safetensors")])
+    fields = sorted(name for name in names if name.rpartition(".")[2] in STATE_NAMES.values())
+    if fields:
+        raise ValueError(
+            f"{folder} has INT8 weights, {fields[0]} and {len(fields) - 1} more tensors, and its "
+            "config.json has no quantization_config. Restore the config.json that was saved with "
+            "them."
+        )

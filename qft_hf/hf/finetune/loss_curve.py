@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .atomic import written_whole
+from ..drafts import written_whole
 
 TRAIN_COLOR, EVAL_COLOR = "#7f8fa6", "#c0392b"
 

@@ -3,8 +3,10 @@
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..checkpoint import newest_whole_checkpoint, require_whole
+from ..drafts import unsettled
 from .arguments import EXPORT_DTYPES
 
 SUMMARY = "summary.json"
@@ -26,11 +28,13 @@ def checkpoint_to_resume(resume_from_checkpoint: str | None, output_dir: Path) -
     """Return the checkpoint that a run goes on from, None for a fresh start.
 
     Args:
-        resume_from_checkpoint: A folder, "true" for the last checkpoint in `output_dir`, or None.
+        resume_from_checkpoint: A folder, "true" for the newest whole checkpoint in `output_dir`, or
+            None.
         output_dir: Of the run.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
+        ValueError: It is not whole, or none in `output_dir` is; the text names what is missing.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint.lower() == "false":
         return None
@@ -39,17 +43,18 @@ def checkpoint_to_resume(resume_from_checkpoint: str | None, output_dir: Path) -
         if not checkpoint.is_dir():
             raise FileNotFoundError(
                 f"no checkpoint folder {checkpoint} to resume from. Set resume_from_checkpoint "
-                f"to a folder {PREFIX_CHECKPOINT_DIR}-<step>, or to true for the last one in "
-                "output_dir."
+                f"to a folder {PREFIX_CHECKPOINT_DIR}-<step>, or to true for the newest whole one "
+                "in output_dir."
             )
+        require_whole(checkpoint)
         return checkpoint
-    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
-    if last is None:
+    newest = newest_whole_checkpoint(output_dir)
+    if newest is None:
         raise FileNotFoundError(
             f"resume_from_checkpoint is true, but {output_dir} holds no {PREFIX_CHECKPOINT_DIR}-"
             "<step> folder. Correct output_dir, or leave resume_from_checkpoint out to start anew."
         )
-    return Path(last)
+    return newest
 
 
 def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bool) -> None:
@@ -82,11 +87,12 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
 def clear_run(output_dir: Path) -> None:
     """Remove what a run wrote. Other files in the folder stay."""
     for trace in _traces(output_dir):
-        if trace.is_dir():
+        if trace.is_dir() and not trace.is_symlink():
             shutil.rmtree(trace)
         else:
             trace.unlink()
 
 
 def _traces(output_dir: Path) -> list[Path]:
-    return sorted(path for pattern in _TRACES for path in output_dir.glob(pattern))
+    found = sorted(path for pattern in _TRACES for path in output_dir.glob(pattern))
+    return found + unsettled(output_dir)

@@ -1,6 +1,7 @@
 """One fine-tuning run: refuse what cannot work, load, train, score before and after, report."""
 
-import shutil
+import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
+from ..drafts import written_whole
 from ..trainer import QFTTrainer
 from .data import TaskData, prepare_data
 from .evaluation import scoring_for
@@ -31,12 +34,15 @@ from .output_folder import (
 from .parsing import RunArguments
 from .summary import PeakMemory, RunSummary, versions
 
+logger = logging.getLogger(__name__)
+
 
 class StepClock(TrainerCallback):
-    """Seconds spent in training steps, and the tokens before the first of them."""
+    """Seconds spent in training steps, and the steps and tokens before the first of them."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.steps_before = 0
         self.tokens_before = 0
         self._began = 0.0
 
@@ -44,6 +50,7 @@ class StepClock(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note where a resumed run goes on."""
+        self.steps_before = state.global_step
         self.tokens_before = state.num_input_tokens_seen
 
     def on_step_begin(
@@ -78,6 +85,8 @@ def finetune(arguments: RunArguments) -> RunSummary:
 
 def prepare(arguments: RunArguments) -> Run:
     """Check the output folder, then load data and model. Writes nothing.
+
+    To resume, it first finishes or removes what a killed process has left in the folder.
 
     Raises:
         FileExistsError: The output folder already holds a run.
@@ -136,24 +145,57 @@ def train(run: Run) -> RunSummary:
     if before is not None:  # train() has started the log anew
         start = {"epoch": 0.0, "step": 0} | {f"eval_{name}": s for name, s in before.items()}
         trainer.state.log_history.insert(0, start)
-    trainer.save_model()
-    trainer.save_state()
+    if _is_reported_already(run):
+        logger.warning(
+            "%s holds what this finished run came to, and it stays as it is; no step was taken",
+            output_dir,
+        )
+        summary = _summarize(run, before, after)
+    else:
+        _write_model(run)
+        summary = _summarize(run, before, after)
+        _write_report(run, summary)
+    if output.export_dtype is not None and trainer.is_world_process_zero():
+        export_checkpoint(
+            output_dir,
+            output_dir / output.export_dtype,
+            dtype=getattr(torch, output.export_dtype),
+            replace=True,  # one of this run, before it was resumed
+        )
+    return summary
+
+
+def _is_reported_already(run: Run) -> bool:
+    """Whether no step was taken, and an earlier process has reported on the same last step."""
+    if run.trainer.state.global_step > run.clock.steps_before:
+        return False
+    try:
+        text = (run.arguments.output_dir / SUMMARY).read_text(encoding="utf-8")
+        return bool(json.loads(text)["steps"] == run.trainer.state.global_step)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _write_model(run: Run) -> None:
+    """Write checkpoint, log and card."""
+    run.trainer.save_model()
+    if run.trainer.is_world_process_zero():
+        with written_whole(run.arguments.output_dir / TRAINER_STATE_NAME) as draft:
+            run.trainer.state.save_to_json(str(draft))
     _write_card(run)
 
-    summary = _summarize(run, before, after)
-    if trainer.is_world_process_zero():
-        draw_loss_curve(
-            trainer.state.log_history,
-            output_dir / LOSS_CURVE,
-            title=f"{Path(summary.model).name}: {summary.parameters / 1e6:,.1f} M parameters, INT8",
-        )
-        summary.write(output_dir / SUMMARY)
-        if output.export_dtype is not None:
-            export = output_dir / output.export_dtype
-            if export.exists():  # of this run before it was resumed
-                shutil.rmtree(export)
-            export_checkpoint(output_dir, export, dtype=getattr(torch, output.export_dtype))
-    return summary
+
+def _write_report(run: Run, summary: RunSummary) -> None:
+    """Write loss curve and summary; the summary last, so that it tells that all is there."""
+    if not run.trainer.is_world_process_zero():
+        return
+    output_dir = run.arguments.output_dir
+    draw_loss_curve(
+        run.trainer.state.log_history,
+        output_dir / LOSS_CURVE,
+        title=f"{Path(summary.model).name}: {summary.parameters / 1e6:,.1f} M parameters, INT8",
+    )
+    summary.write(output_dir / SUMMARY)
 
 
 def _check_output(arguments: RunArguments) -> Path | None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from ...version import __version__
-from .atomic import written_whole
+from ..drafts import written_whole
 from .data import DataCounts
 
 

@@ -1,0 +1,303 @@
+"""What a checkpoint needs so that a run goes on from it exactly, and how that is checked.
+
+A checkpoint is whole if every file that a resume reads is there and can be read. One that was
+written by `QFTTrainer`, or by the stock Trainer with `qft_lion`, also has a mark: sizes and check
+sums of those files, and which parameters have no optimizer state yet. Without a mark its contents
+alone decide.
+"""
+
+import json
+import logging
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.trainer import (
+    OPTIMIZER_NAME,
+    SCALER_NAME,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from .drafts import settle, written_whole
+from .quantizer import tensor_names
+
+logger = logging.getLogger(__name__)
+
+MARK = "qft_checkpoint.json"
+RNG_STATE_NAME = "rng_state.pth"
+STATE_FILES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_STATE_NAME)
+# Any of them is a set of weights of its own.
+WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+SHOWN = 5  # names in an error that may concern every tensor of a model
+CHUNK_BYTES = 1 << 24
+
+
+def newest_whole_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint of the most steps in `folder`; logs those that are passed over.
+
+    Finishes or removes what a killed process has left there.
+
+    Returns:
+        None if there is no checkpoint at all.
+
+    Raises:
+        ValueError: None of them is whole.
+    """
+    settle(folder)
+    damaged: list[str] = []
+    for checkpoint in reversed(_checkpoints(folder)):
+        if not (found := faults(checkpoint)):
+            say = logger.warning if damaged else logger.info
+            say("Resuming from %s, the newest checkpoint that is whole", checkpoint)
+            return checkpoint
+        logger.warning("%s is not whole and is passed over: %s", checkpoint, "; ".join(found))
+        damaged.append(f"- {checkpoint.name}: {'; '.join(found)}")
+    if damaged:
+        listed = "\n".join(damaged)
+        raise ValueError(
+            f"None of the {len(damaged)} checkpoints in {folder} is whole:\n{listed}\nCopy one "
+            "again, or start anew without resume_from_checkpoint; weights that are whole can be "
+            "loaded with from_pretrained."
+        )
+    return None
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Raise unless a run can go on from this checkpoint exactly.
+
+    Raises:
+        ValueError: Something is missing or damaged (named).
+    """
+    if found := faults(checkpoint):
+        raise ValueError(
+            f"{checkpoint} is not whole: {'; '.join(found)}. Copy it again, name an earlier one, "
+            "or set resume_from_checkpoint=True for the newest whole one. To go on from its "
+            "weights alone, load them with from_pretrained and start a new run."
+        )
+
+
+def faults(checkpoint: Path) -> list[str]:
+    """What is missing or damaged, each with the file's name; none if it is whole."""
+    if not checkpoint.is_dir():
+        return ["there is no such folder"]
+    found: list[str] = []
+    names, saved = {*STATE_FILES}, {}
+    try:
+        names |= {*weight_files(checkpoint)}
+        saved = read_mark(checkpoint).get("files", {})
+    except ValueError as error:
+        found.append(str(error))
+    for name in sorted(names | saved.keys()):
+        path = checkpoint / name
+        if not path.is_file():
+            found.append(f"{name} is missing")
+        elif name not in saved:
+            found += _unreadable(path)
+        elif _digest(path) != saved[name]:
+            found.append(f"{name} is not what was saved")
+    return found
+
+
+def write_mark(checkpoint: Path, *, without_state: Iterable[str]) -> None:
+    """Note the sizes and check sums of what a resume reads; the last file of a checkpoint.
+
+    Args:
+        checkpoint: With all its files; `MARK` is added.
+        without_state: Parameters that have no optimizer state, such as those never used.
+    """
+    names = [*weight_files(checkpoint), *STATE_FILES, SCALER_NAME]
+    mark = {
+        "files": {
+            name: _digest(checkpoint / name) for name in names if (checkpoint / name).is_file()
+        },
+        "without_state": sorted(without_state),
+    }
+    with written_whole(checkpoint / MARK) as draft:
+        draft.write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
+
+
+def read_mark(checkpoint: Path) -> dict[str, Any]:
+    """What `write_mark` noted; empty if it never did.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    path = checkpoint / MARK
+    return _json(path) if path.is_file() else {}
+
+
+def weight_files(checkpoint: Path) -> list[str]:
+    """Names of the files that hold the weights, with the index of shards.
+
+    Raises:
+        ValueError: There are none, there are two sets, or the index and its shards do not agree.
+    """
+    sets = [name for name in WEIGHTS if (checkpoint / name).is_file()]
+    if len(sets) > 1:
+        raise ValueError(
+            f"{' and '.join(sets)} are two sets of weights, and only one can be of this run: "
+            "remove the other"
+        )
+    if not sets or sets[0] in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        raise ValueError(f"{SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} is missing")
+    if sets == [SAFE_WEIGHTS_NAME]:
+        return sets
+    index = _json(checkpoint / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} has no weight_map")
+    shards = sorted(set(index.values()))
+    for shard in shards:
+        if Path(shard).name != shard or not (checkpoint / shard).is_file():
+            raise ValueError(f"{shard} is missing")
+        held = set(tensor_names([str(checkpoint / shard)]))
+        if held != (listed := {name for name, file in index.items() if file == shard}):
+            raise ValueError(
+                f"{shard} holds other tensors than {SAFE_WEIGHTS_INDEX_NAME} says, such as "
+                f"{min(held ^ listed)}: it is a shard of another place or of another run"
+            )
+    return [SAFE_WEIGHTS_INDEX_NAME, *shards]
+
+
+def check_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Raise unless a checkpoint has the tensors of a model, all of them and no other.
+
+    Args:
+        model: Not changed. A tensor that is tied to another may be left out.
+        checkpoint: The folder.
+
+    Raises:
+        ValueError: Tensors are missing or foreign (named), or files are.
+    """
+    try:
+        saved = set(tensor_names([str(checkpoint / name) for name in weight_files(checkpoint)]))
+    except ValueError as error:
+        raise ValueError(f"No weights can be loaded from {checkpoint}: {error}") from error
+    state = model.state_dict()
+    loaded = {_memory(state[name]) for name in state.keys() & saved}
+    never_saved = set(getattr(model, "_keys_to_ignore_on_save", None) or [])
+    missing = [
+        name
+        for name, tensor in state.items()
+        if name not in saved and name not in never_saved and _memory(tensor) not in loaded
+    ]
+    for names, problem in (
+        (missing, "are missing from it, and would keep the values of the model as it was built"),
+        (sorted(saved - state.keys()), "are in it and not in the model"),
+    ):
+        if names:
+            raise ValueError(
+                f"{checkpoint} does not belong to this {type(model).__name__}: {_some(names)} "
+                f"{problem}. Load a complete checkpoint of this model and this QFTConfig."
+            )
+
+
+def check_momentum(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
+    """Raise if a parameter lost the optimizer state that it had when the checkpoint was written.
+
+    Args:
+        model: Whose names are told.
+        optimizer: After its state was loaded.
+        checkpoint: Where from.
+
+    Raises:
+        ValueError: Parameters would go on with fresh momentum (named).
+    """
+    known = set(read_mark(checkpoint).get("without_state", ()))
+    lost = [name for name in parameters_without_state(model, optimizer) if name not in known]
+    if lost:
+        raise ValueError(
+            f"{OPTIMIZER_NAME} of {checkpoint} has no state for {_some(lost)}, which would go on "
+            "with fresh momentum. Resume from another checkpoint, or load the weights with "
+            "from_pretrained and start a new run."
+        )
+
+
+def parameters_without_state(model: nn.Module, optimizer: Any) -> list[str]:
+    """Names of the parameters that the optimizer has never updated."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [
+        names.get(id(parameter), "a parameter outside of the model")
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if not optimizer.state.get(parameter)
+    ]
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders by number of steps, as `get_last_checkpoint` recognises them."""
+    steps = {
+        int(step): path
+        for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if (step := path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")).isdecimal()
+        and path.is_dir()
+    }
+    return [steps[step] for step in sorted(steps)]
+
+
+def _unreadable(path: Path) -> list[str]:
+    """What is wrong with the contents of a file that no mark tells of."""
+    if path.suffix == ".json":
+        try:
+            content = _json(path)
+        except ValueError as error:
+            return [str(error)]
+        if path.name == TRAINER_STATE_NAME and not isinstance(content.get("global_step"), int):
+            return [f"{path.name} has no global_step"]
+    elif path.suffix == ".safetensors":
+        try:
+            list(tensor_names([str(path)]))
+        except ValueError as error:
+            return [str(error)]
+    else:  # of torch.save: a zip archive with a check sum of each tensor
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            return [f"{path.name} cannot be read ({error})"]
+        if bad is not None:
+            return [f"{path.name} is damaged at {bad}"]
+    return []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"{path.name} cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return content
+
+
+def _digest(path: Path) -> list[int]:
+    """Size in bytes and CRC-32, which finds accidents and is read at the speed of a disk."""
+    size = checksum = 0
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            size += len(chunk)
+            checksum = zlib.crc32(chunk, checksum)
+    return [size, checksum]
+
+
+def _memory(tensor: Any) -> Any:
+    """What tied tensors have in common."""
+    if not isinstance(tensor, Tensor):
+        return id(tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.dtype
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,207 @@
+"""`CheckpointTrainer`: the Trainer with checkpoints that are whole and resumes that are exact.
+
+The Trainer writes a checkpoint file by file into its place, takes the last folder when it resumes,
+and where that lacks weights or momentum goes on with those of a fresh model.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+
+from ..optim import QFTOptimizer
+from .callback import QFTCallback
+from .checkpoint import (
+    check_momentum,
+    check_weights,
+    newest_whole_checkpoint,
+    parameters_without_state,
+    require_whole,
+    write_mark,
+)
+from .drafts import drafted, settle, written_whole
+from .support import unwrapped
+
+logger = logging.getLogger(__name__)
+
+_ABSENT: Any = object()  # of a configuration without `use_cache`
+
+
+class CheckpointTrainer(Trainer):
+    """Writes checkpoints and models whole or not at all, and resumes exactly or not at all.
+
+    What can fail without harm, pushing to the Hub and removing old checkpoints, comes after.
+    """
+
+    model: Any
+
+    def __init__(
+        self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any
+    ) -> None:
+        self._draft: Path | None = None  # of the checkpoint that is being written
+        # The Trainer switches it off for training, and it belongs to the model that is saved.
+        self._use_cache = getattr(getattr(model, "config", None), "use_cache", _ABSENT)
+        super().__init__(model=model, args=args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, QFTCallback):
+                callback.writes_in_place = False
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,  # noqa: FBT001 the Trainer's signature
+        *args: Any,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        """Train, from the start or from a checkpoint; however it ends, no hook stays behind.
+
+        Args:
+            resume_from_checkpoint: A folder, or True for the newest whole checkpoint in
+                `output_dir`; others are passed over, with a warning.
+            *args: As in `Trainer.train`.
+            **kwargs: Likewise.
+
+        Raises:
+            ValueError: The checkpoint is not whole, or not of this model; nothing was trained.
+        """
+        output_dir = Path(str(self.args.output_dir))
+        settle(output_dir)
+        checkpoint: Path | None = None
+        if resume_from_checkpoint is True:
+            checkpoint = newest_whole_checkpoint(output_dir)
+        elif resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            require_whole(checkpoint)
+        steps_before = -1
+        if checkpoint is not None:
+            resume_from_checkpoint = str(checkpoint)
+            steps_before = _steps_of(checkpoint)  # now: it may be removed as an old one
+        try:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            optimizer = unwrapped(self.optimizer)
+            if isinstance(optimizer, QFTOptimizer):
+                optimizer.eval()
+        if output.global_step == steps_before:
+            logger.warning(
+                "%s is at step %d of %d: the run is finished, and no step was taken. To train on, "
+                "raise max_steps or num_train_epochs",
+                checkpoint, output.global_step, self.state.max_steps,
+            )  # fmt: skip
+        return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Take no step beyond the last: the Trainer would train one batch before it stops."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """Load weights, all of them or none."""
+        check_weights(self.model, Path(resume_from_checkpoint))
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """Likewise."""
+        check_weights(self.model, Path(str(self.state.best_model_checkpoint)))
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """None: `check_weights` has raised for all but the names of tied weights."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load the momentum of all parameters, or raise."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            check_momentum(self.model, unwrapped(self.optimizer), Path(checkpoint))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """Where checkpoints go; while one is written, its draft."""
+        return super()._get_output_dir(trial) if self._draft is None else str(self._draft)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint whole or not at all; then push it, and remove old ones.
+
+        Raises:
+            OSError: Whatever the file system said; the checkpoint of this step is as it was.
+        """
+        run_dir = self._get_output_dir(trial=trial)
+        folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        best = self.state.best_model_checkpoint
+        with written_whole(Path(folder)) as draft:
+            self._draft = draft.parent
+            try:
+                # It has no other checkpoints beside it to remove.
+                super()._save_checkpoint(model, trial)
+                if self.state.best_model_checkpoint == str(draft):
+                    best = folder
+            finally:
+                self._draft = None
+                self.state.best_model_checkpoint = best
+            self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
+            write_mark(
+                draft, without_state=parameters_without_state(self.model, unwrapped(self.optimizer))
+            )
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(folder)
+        rotate_checkpoints(
+            output_dir=run_dir,
+            save_total_limit=self.args.save_total_limit,
+            best_model_checkpoint=self.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push what is whole, not a draft: a push that fails must not cost the checkpoint."""
+        if self._draft is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002 the Trainer's signature
+        """Write the model; a folder that held another has all of its files replaced, or none.
+
+        Args:
+            output_dir: Folder; default: that of the run.
+            _internal_call: Whether not to push.
+        """
+        if self._draft is not None:
+            super().save_model(output_dir, _internal_call=True)
+            return
+        with drafted(Path(str(output_dir or self.args.output_dir))) as draft:
+            super().save_model(str(draft), _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """Write weights, tokenizer and arguments, and `use_cache` as the model came with it."""
+        with self._original_use_cache():
+            super()._save(*args, **kwargs)
+
+    @contextmanager
+    def _original_use_cache(self) -> Iterator[None]:
+        config: Any = getattr(self.model, "config", None)
+        if config is None or self.model_init is not None:  # a model made anew is as it came
+            yield
+            return
+        in_training = getattr(config, "use_cache", _ABSENT)
+        if self._use_cache is _ABSENT:
+            vars(config).pop("use_cache", None)
+        else:
+            config.use_cache = self._use_cache
+        try:
+            yield
+        finally:
+            if in_training is not _ABSENT:
+                config.use_cache = in_training
+
+
+def _steps_of(checkpoint: Path) -> int:
+    """Optimizer steps taken when it was written."""
+    return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"])

@@ -1,0 +1,600 @@
+"""Checkpoints of QFTTrainer: whole or not there, and a resume that is exact or refused."""
+
+import functools
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainerCallback, trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from qft_hf import QFTTrainer
+from qft_hf.hf.checkpoint import MARK, faults, newest_whole_checkpoint
+from qft_hf.hf.drafts import PREFIX
+from tests.hf.test_trainer import assert_same_state, sequences, trainer_on
+from tests.models import tiny_bert, tiny_llama
+
+STEPS = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "max_grad_norm": 0}
+SHARDED = {"sharded": True}
+
+
+def make(folder: Path, cls: type = QFTTrainer, *, sharded=False, tied=True, **overrides) -> Trainer:
+    model = tiny_llama(tied=tied)
+    if sharded:
+        model.save_pretrained = functools.partial(model.save_pretrained, max_shard_size="9KB")
+    return trainer_on(model, folder, cls, **STEPS | overrides)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of finished runs, by whether their checkpoints are sharded and marked."""
+    folders = {}
+    for sharded in (False, True):
+        folder = tmp_path_factory.mktemp("run")
+        make(folder, sharded=sharded).train()
+        folders[sharded, True] = folder
+        unmarked = tmp_path_factory.mktemp("run") / "run"
+        shutil.copytree(folder, unmarked)
+        for mark in unmarked.glob(f"*/{MARK}"):
+            mark.unlink()
+        folders[sharded, False] = unmarked
+    return folders
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- written whole --------------------------------------------------------------------------
+
+
+def test_nothing_but_checkpoints_is_left(tmp_path):
+    make(tmp_path).train()
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    for checkpoint in tmp_path.iterdir():
+        assert faults(checkpoint) == []
+        assert set(names(checkpoint)) > {MARK, "config.json", "model.safetensors", "optimizer.pt"}
+
+
+def test_old_checkpoints_are_removed(tmp_path):
+    make(tmp_path, save_total_limit=2, max_steps=8).train()
+    assert names(tmp_path) == ["checkpoint-6", "checkpoint-8"]
+
+
+def test_drafts_are_not_pushed(tmp_path, monkeypatch):
+    """A push runs in the background, while the next checkpoint may be written beside it."""
+    ignored = []
+
+    class Api:
+        def upload_folder(self, ignore_patterns, **kwargs):
+            ignored.append(ignore_patterns)
+
+    monkeypatch.setattr(trainer, "hf_api", Api)
+    run = make(tmp_path)
+    run.hub_model_id = "someone/model"
+    run.push_in_progress = None
+    run._push_from_checkpoint(str(tmp_path))
+    draft = [f"{PREFIX}abcd/new/checkpoint-4/model.safetensors", "config.json"]
+    assert list(filter_repo_objects(draft, ignore_patterns=ignored[0])) == ["config.json"]
+
+
+def test_training_again_into_the_same_folder_keeps_a_checkpoint(tmp_path):
+    """The old one was set aside under a name that rotation counted: none was left."""
+    for _ in range(2):
+        make(tmp_path, save_total_limit=1, max_steps=2).train()
+        assert names(tmp_path) == ["checkpoint-2"]
+        assert faults(tmp_path / "checkpoint-2") == []
+
+
+def test_a_checkpoint_is_not_there_before_it_is_whole(tmp_path):
+    """Looked at whenever a file is saved: what get_last_checkpoint finds is whole."""
+    seen = []
+
+    class Watched(QFTTrainer):
+        def _save_optimizer_and_scheduler(self, output_dir):
+            seen.append(get_last_checkpoint(tmp_path))
+            super()._save_optimizer_and_scheduler(output_dir)
+            seen.append(get_last_checkpoint(tmp_path))
+
+    make(tmp_path, Watched).train()
+    first = str(tmp_path / "checkpoint-2")
+    assert seen == [None, None, first, first]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, MemoryError])
+@pytest.mark.parametrize("where", ["_save_optimizer_and_scheduler", "_save_rng_state", "_save"])
+def test_a_save_that_fails_leaves_what_was_there(where, error, tmp_path, monkeypatch):
+    make(tmp_path, save_total_limit=1).train()
+    before = {path: path.read_bytes() for path in (tmp_path / "checkpoint-4").iterdir()}
+
+    def fail(self, *args, **kwargs):
+        raise error("no")
+
+    monkeypatch.setattr(Trainer, where, fail)
+    again = make(tmp_path, save_total_limit=1, save_steps=4)
+    with pytest.raises(error) as caught:
+        again.train()
+
+    assert "everything there is as it was" in str(caught.value.__notes__)
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert again.state.best_model_checkpoint is None
+
+
+class Fails:
+    """Stands for a step after the new checkpoint is there."""
+
+    def __init__(self, real, folder):
+        self.real, self.folder = real, folder
+
+    def __call__(self, *args, **kwargs):
+        if (self.folder / "checkpoint-4").exists():
+            shutil.rmtree(self.folder / "checkpoint-2")
+            raise KeyboardInterrupt
+        return self.real(*args, **kwargs)
+
+
+@pytest.mark.parametrize("step", ["rotation", "push"])
+def test_what_comes_after_a_checkpoint_cannot_cost_it(step, tmp_path, monkeypatch):
+    """A Ctrl-C while old checkpoints are removed, or a push that fails, deleted the new one."""
+    run = make(tmp_path, save_total_limit=1)
+    if step == "rotation":
+        module = "qft_hf.hf.checkpoint_trainer"
+        real = trainer.rotate_checkpoints
+        monkeypatch.setattr(f"{module}.rotate_checkpoints", Fails(real, tmp_path))
+    else:
+        run.args.push_to_hub = True
+        monkeypatch.setattr(Trainer, "_push_from_checkpoint", Fails(lambda folder: None, tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+
+    assert names(tmp_path) == ["checkpoint-4"]
+    assert faults(tmp_path / "checkpoint-4") == []
+
+
+def test_a_push_gets_the_checkpoint_in_its_place(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, path: pushed.append(path))
+    run = make(tmp_path)
+    run.args.push_to_hub = True
+    run.train()
+    assert pushed == [str(tmp_path / f"checkpoint-{step}") for step in (2, 4)]
+
+
+def test_the_best_checkpoint_is_known_by_its_place(tmp_path):
+    run = make(
+        tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+        save_total_limit=1, learning_rate=0.05,  # too high: the first is the best
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    run.train()
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert losses[0] < losses[1]
+    best = str(tmp_path / "checkpoint-2")
+    assert run.state.best_model_checkpoint == best
+    assert names(tmp_path) == ["checkpoint-2"]
+    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == best
+
+
+@pytest.mark.parametrize("kind", ["foreign folder", "foreign file"])
+def test_a_checkpoint_that_is_a_link_is_replaced_and_not_followed(kind, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious.txt").write_text("precious")
+    run = tmp_path / "run"
+    run.mkdir()
+    target = outside if kind == "foreign folder" else outside / "precious.txt"
+    (run / "checkpoint-2").symlink_to(target)
+
+    make(run).train()
+
+    assert not (run / "checkpoint-2").is_symlink()
+    assert names(outside) == ["precious.txt"]
+    assert (outside / "precious.txt").read_text() == "precious"
+
+
+def test_a_saved_model_takes_the_place_of_another_with_all_its_files(tmp_path):
+    make(tmp_path, sharded=True, save_strategy="no").save_model()
+    run = make(tmp_path, save_strategy="no")
+    run.save_model()
+    assert not list(tmp_path.glob("*-of-*"))
+    assert_same_state(
+        type(run.model).from_pretrained(tmp_path).state_dict(), run.model.state_dict()
+    )
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_other(tmp_path, monkeypatch):
+    run = make(tmp_path, save_strategy="no")
+    run.save_model()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        run.save_model()
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+# --- resumed exactly ------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def as_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle of the file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+NEEDED = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+NEEDED += ["trainer_state.json"]
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("damage", [Path.unlink, truncate, empty, as_folder])
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_damaged_checkpoint_is_found_by_name(name, damage, marked, runs, tmp_path):
+    shutil.copytree(runs[False, marked], tmp_path, dirs_exist_ok=True)
+    assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    damage(tmp_path / "checkpoint-4" / name)
+
+    assert name in "; ".join(faults(tmp_path / "checkpoint-4"))
+    assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_mark_finds_a_single_bit(name, runs, tmp_path):
+    shutil.copytree(runs[False, True] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
+    flip(tmp_path / name)
+    assert faults(tmp_path) == [f"{name} is not what was saved"]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_without_a_mark_archives_tell_by_themselves(name, runs, tmp_path):
+    shutil.copytree(runs[False, False] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
+    flip(tmp_path / name)
+    assert len(faults(tmp_path)) == 1
+    assert name in faults(tmp_path)[0]
+
+
+@pytest.mark.parametrize("mark", ["", "[]", "{"])
+def test_a_mark_that_cannot_be_read_is_named(mark, runs, tmp_path):
+    shutil.copytree(runs[False, True] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
+    (tmp_path / MARK).write_text(mark)
+    assert MARK in "".join(faults(tmp_path))
+
+
+def edit_index(checkpoint: Path, change) -> None:
+    path = checkpoint / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def shards(checkpoint: Path) -> list[Path]:
+    return sorted(checkpoint.glob("model-*.safetensors"))
+
+
+def swap_shards(checkpoint: Path) -> str:
+    one, other = shards(checkpoint)[:2]
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    return one.name
+
+
+def copy_shard(checkpoint: Path) -> str:
+    shutil.copy(shards(checkpoint)[0], shards(checkpoint)[1])
+    return shards(checkpoint)[1].name
+
+
+def lose_shard(checkpoint: Path) -> str:
+    shards(checkpoint)[1].unlink()
+    return "model-00002-of-"
+
+
+def lose_index(checkpoint: Path) -> str:
+    (checkpoint / "model.safetensors.index.json").unlink()
+    return "model.safetensors or model.safetensors.index.json is missing"
+
+
+def take_from_outside(checkpoint: Path) -> str:
+    (checkpoint.parent / "x").mkdir()
+    shutil.copy(shards(checkpoint)[0], checkpoint.parent / "x" / "model.safetensors")
+    edit_index(checkpoint, lambda index: index.update({min(index): "../x/model.safetensors"}))
+    return "../x/model.safetensors is missing"
+
+
+def second_run(checkpoint: Path) -> str:
+    save_file({"a": torch.ones(1)}, checkpoint / "model.safetensors")
+    return "model.safetensors and model.safetensors.index.json are two sets of weights"
+
+
+def old_weights(checkpoint: Path) -> str:
+    torch.save({"a": torch.ones(1)}, checkpoint / "pytorch_model.bin")
+    return "model.safetensors.index.json and pytorch_model.bin are two sets of weights"
+
+
+def empty_index(checkpoint: Path) -> str:
+    (checkpoint / "model.safetensors.index.json").write_text("{}")
+    return "model.safetensors.index.json has no weight_map"
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        swap_shards, copy_shard, lose_shard, lose_index, take_from_outside, second_run,
+        old_weights, empty_index,
+    ],
+)  # fmt: skip
+def test_shards_that_do_not_belong_together_are_refused(damage, marked, runs, tmp_path):
+    shutil.copytree(runs[True, marked], tmp_path, dirs_exist_ok=True)
+    problem = damage(tmp_path / "checkpoint-4")
+
+    run = make(tmp_path)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    with pytest.raises(ValueError, match="checkpoint-4 is not whole") as caught:
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+    assert problem in str(caught.value)
+    assert_same_state(before, run.model.state_dict())
+    assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def edit_weights(checkpoint: Path, change) -> None:
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def lose_layer(tensors) -> str:
+    for name in [name for name in tensors if name.startswith("model.layers.1.")]:
+        del tensors[name]
+    return "model.layers.1."
+
+
+def lose_field(tensors) -> str:
+    del tensors["model.layers.0.mlp.up_proj.weight_scale"]
+    return "model.layers.0.mlp.up_proj.weight_scale are missing"
+
+
+def lose_norm(tensors) -> str:
+    del tensors["model.norm.weight"]
+    return "model.norm.weight are missing"
+
+
+def lose_tied(tensors) -> str:
+    for name in [name for name in tensors if "embed_tokens" in name or "lm_head" in name]:
+        del tensors[name]
+    return "embed_tokens"
+
+
+def add_bias(tensors) -> str:
+    tensors["lm_head.bias"] = torch.zeros(3)
+    return "lm_head.bias are in it and not in the model"
+
+
+@pytest.mark.parametrize("change", [lose_layer, lose_field, lose_norm, lose_tied, add_bias])
+def test_other_weights_than_the_models_are_refused_by_name(change, runs, tmp_path):
+    """The Trainer went on with the weights that the model was built with."""
+    shutil.copytree(runs[False, False], tmp_path, dirs_exist_ok=True)
+    problem = []
+    edit_weights(tmp_path / "checkpoint-2", lambda tensors: problem.append(change(tensors)))
+
+    run = make(tmp_path)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"does not belong to this Llama.* Load a complete") as e:
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+    assert problem[0] in str(e.value)
+    assert_same_state(before, run.model.state_dict())
+
+
+def test_the_best_model_is_loaded_whole_or_not_at_all(runs, tmp_path):
+    shutil.copytree(runs[False, False], tmp_path, dirs_exist_ok=True)
+    edit_weights(tmp_path / "checkpoint-2", lose_layer)
+    run = make(tmp_path)
+    run.state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"checkpoint-2 does not belong .* model\.layers\.1\."):
+        run._load_best_model()
+
+
+def test_momentum_that_is_gone_is_missed_by_name(runs, tmp_path):
+    shutil.copytree(runs[False, False], tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoint-2" / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    del state["state"][0]
+    torch.save(state, path)
+
+    run = make(tmp_path)
+    lost = next(name for name, p in run.model.named_parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match=rf"has no state for {lost}, which would go on"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def unused(model):
+    """A model with a layer that no input ever reaches."""
+    model.unused = torch.nn.Linear(4, 4)
+    return model
+
+
+@pytest.mark.parametrize("cls", [QFTTrainer, Trainer])
+def test_a_parameter_that_never_had_momentum_needs_none(cls, tmp_path):
+    """Written by either Trainer, whose marks tell; resumed exactly."""
+    straight = trainer_on(unused(tiny_llama()), tmp_path, cls, **STEPS)
+    straight.train()
+    resumed = trainer_on(unused(tiny_llama()), tmp_path, **STEPS, cls=QFTTrainer)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_state(straight.model.state_dict(), resumed.model.state_dict())
+
+
+def test_what_was_passed_over_is_said(runs, tmp_path, caplog):
+    shutil.copytree(runs[False, True], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-4" / "optimizer.pt").unlink()
+    run = make(tmp_path)
+    run.train(resume_from_checkpoint=True)
+
+    assert run.state.global_step == 4
+    assert "checkpoint-4 is not whole and is passed over: optimizer.pt is missing" in caplog.text
+    assert "checkpoint-2, the newest checkpoint that is whole" in caplog.text
+    finished = runs[False, True] / "checkpoint-4" / "model.safetensors"
+    again = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert_same_state(load_file(finished), again)
+
+
+def test_no_whole_checkpoint_is_an_error_that_lists_them(runs, tmp_path):
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="checkpoint-7 is not whole: there is no such folder"):
+        make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+
+    shutil.copytree(runs[False, True], tmp_path, dirs_exist_ok=True)
+    for checkpoint in tmp_path.iterdir():
+        (checkpoint / "scheduler.pt").unlink()
+    with pytest.raises(ValueError, match=r"None of the 2 .*\n- checkpoint-4: sch.*\n- check.*-2"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_without_optimizer_cannot_be_resumed(tmp_path):
+    make(tmp_path, save_only_model=True).train()
+    with pytest.raises(ValueError, match=r"optimizer\.pt is missing; rng_state\.pth is missing"):
+        make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_what_a_killed_process_finished_is_resumed_from(runs, tmp_path):
+    shutil.copytree(runs[False, True], tmp_path, dirs_exist_ok=True)
+    draft = tmp_path / f"{PREFIX}abcd" / "whole"
+    draft.mkdir(parents=True)
+    shutil.move(tmp_path / "checkpoint-4", draft)
+    half = tmp_path / f"{PREFIX}efgh" / "new" / "checkpoint-6"
+    half.mkdir(parents=True)
+    (half / "config.json").write_text("{}")
+
+    assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+
+
+# --- a finished run -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("examples", [32, 16, 8])  # within an epoch, at its end, after two
+@pytest.mark.parametrize("scheduler", ["linear", "constant"])
+def test_resuming_a_finished_run_takes_no_step(scheduler, examples, tmp_path, caplog):
+    """Every resume took one step beyond the last, and saved it."""
+    first = make(tmp_path, lr_scheduler_type=scheduler)
+    first.train_dataset = sequences(examples)
+    first.train()
+    for resume in (True, str(tmp_path / "checkpoint-4")):
+        caplog.clear()
+        again = make(tmp_path, lr_scheduler_type=scheduler)
+        again.train_dataset = sequences(examples)
+        output = again.train(resume_from_checkpoint=resume)
+        assert output.global_step == again.state.global_step == 4
+        assert_same_state(first.model.state_dict(), again.model.state_dict())
+        assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+        assert "is at step 4 of 4: the run is finished, and no step was taken" in caplog.text
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_steps(tmp_path, caplog):
+    make(tmp_path, lr_scheduler_type="constant").train()
+    again = make(tmp_path, max_steps=6, lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 6
+    assert "finished" not in caplog.text
+    straight = make(tmp_path / "straight", max_steps=6, lr_scheduler_type="constant")
+    straight.train()
+    assert_same_state(straight.model.state_dict(), again.model.state_dict())
+
+
+# --- the stock Trainer ----------------------------------------------------------------------
+
+
+def test_the_stock_trainer_says_once_that_it_writes_in_place(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        make(tmp_path, Trainer).train()
+    assert caplog.text.count("writes checkpoints in place") == 1
+    caplog.clear()
+    make(tmp_path / "none", Trainer, save_strategy="no").train()
+    make(tmp_path / "ours").train()
+    assert "writes checkpoints in place" not in caplog.text
+
+
+def test_the_stock_trainers_checkpoints_are_marked_too(tmp_path):
+    for _ in range(2):  # the second run overwrites those of the first, which are marked
+        make(tmp_path, Trainer).train()
+        for checkpoint in tmp_path.iterdir():
+            assert faults(checkpoint) == []
+            assert MARK in names(checkpoint)
+    flip(tmp_path / "checkpoint-4" / "optimizer.pt")
+    assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+# --- hooks and configuration ----------------------------------------------------------------
+
+
+class Breaks(TrainerCallback):
+    """Raises when a step begins."""
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("gradient", ["release", "stack"])
+def test_hooks_do_not_outlive_training_that_failed(gradient, tmp_path):
+    """A backward pass of the user's own moved the weights."""
+    run = make(tmp_path, optim_args=f"gradient={gradient}")
+    run.add_callback(Breaks())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    ids = torch.arange(6)[None]
+    run.model(input_ids=ids, labels=ids).loss.backward()
+    assert_same_state(before, run.model.state_dict())
+    assert run.model.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_saved_configurations_have_the_use_cache_of_the_model(use_cache, tmp_path):
+    model = tiny_llama()
+    model.config.use_cache = use_cache
+    run = trainer_on(model, tmp_path, QFTTrainer, **STEPS)
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    for folder in ("checkpoint-2", "saved"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["use_cache"] is use_cache
+    assert run.model.config.use_cache is False  # the Trainer's choice, for evaluation
+
+
+def test_a_model_without_use_cache_gets_none(tmp_path):
+    model = tiny_bert()
+    vars(model.config).pop("use_cache", None)
+    had = hasattr(model.config, "use_cache")
+    run = trainer_on(model, tmp_path, QFTTrainer, save_strategy="no")
+    run.save_model()
+    assert ("use_cache" in json.loads((tmp_path / "config.json").read_text())) == had

@@ -1,0 +1,257 @@
+"""A draft becomes what it should be, whole, or nothing; and nothing of it stays."""
+
+import fcntl
+import itertools
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
+
+from qft_hf.hf import drafts
+from qft_hf.hf.drafts import drafted, settle, unsettled, written_whole
+
+
+def contents(folder: Path) -> dict[str, str | None]:
+    """Text of every file under a folder, None for a folder."""
+    return {
+        str(path.relative_to(folder)): None if path.is_dir() else path.read_text()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def write(path: Path, text: str = "new") -> None:
+    """A file, or a folder with one if the name has no dot."""
+    if "." not in path.name:
+        path.mkdir(parents=True)
+        path = path / "file.txt"
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "export"])
+@pytest.mark.parametrize("before", ["nothing", "a file", "a folder", "a link", "a dead link"])
+def test_whatever_is_there_is_replaced(before, name, tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious.txt").write_text("precious")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    place = folder / name
+    if before == "a file":
+        place.write_text("old")
+    elif before == "a folder":
+        place.mkdir()
+        (place / "old.txt").write_text("old")
+    elif before != "nothing":
+        place.symlink_to(outside if before == "a link" else tmp_path / "absent")
+
+    with written_whole(place) as draft:
+        write(draft)
+
+    expected = {name: "new"} if "." in name else {name: None, f"{name}/file.txt": "new"}
+    assert contents(folder) == expected
+    assert not place.is_symlink()
+    assert contents(outside) == {"precious.txt": "precious"}
+
+
+def fail_half_way(path: Path) -> None:
+    with written_whole(path) as draft:
+        write(draft)
+        raise OSError("disk full")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "export"])
+def test_an_error_changes_nothing_and_says_so(name, tmp_path):
+    write(tmp_path / name, "old")
+    before = contents(tmp_path)
+
+    with pytest.raises(OSError, match="disk full") as caught:
+        fail_half_way(tmp_path / name)
+
+    assert contents(tmp_path) == before
+    assert "everything there is as it was. If the disk is full" in caught.value.__notes__[0]
+
+
+def test_files_have_the_permissions_that_others_have(tmp_path):
+    with written_whole(tmp_path / "new") as draft:
+        write(draft)
+    write(tmp_path / "plain")
+    for name in ("", "file.txt"):
+        modes = [(tmp_path / folder / name).stat().st_mode for folder in ("new", "plain")]
+        assert modes[0] == modes[1]
+
+
+def test_a_draft_is_fresh_and_nobody_elses(tmp_path, monkeypatch):
+    """The name was predictable, and what stood there was written to, or through."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    names = itertools.chain(["taken", "linked", "fresh"], map(str, itertools.count()))
+    (tmp_path / f"{drafts.PREFIX}taken").mkdir()
+    (tmp_path / f"{drafts.PREFIX}linked").symlink_to(victim)
+    monkeypatch.setattr("tempfile._get_candidate_names", lambda: names)
+    monkeypatch.setattr(drafts, "settle", lambda folder: None)
+
+    with written_whole(tmp_path / "x.json") as draft:
+        assert draft.parent.parent.name == f"{drafts.PREFIX}fresh"
+        assert draft.parent.parent.stat().st_mode & 0o077 == 0
+        draft.write_text("x")
+
+    assert contents(victim) == {}
+
+
+def test_a_draft_is_no_checkpoint_to_the_trainer(tmp_path):
+    """Rotation counted what was set aside, and removed the checkpoint itself."""
+    with written_whole(tmp_path / "checkpoint-4") as draft:
+        write(draft)
+        assert sort_checkpoints(str(tmp_path)) == sort_checkpoints(str(tmp_path), use_mtime=True)
+        assert list(tmp_path.glob("checkpoint*")) == []
+        assert get_last_checkpoint(tmp_path) is None
+
+
+def left(folder: Path, state: str, name: str = "checkpoint-4") -> Path:
+    """What a killed process leaves."""
+    draft = folder / f"{drafts.PREFIX}abcd"
+    write(draft / state / name)
+    return draft
+
+
+@pytest.mark.parametrize("state", [drafts.NEW, drafts.WHOLE, drafts.MOVING])
+@pytest.mark.parametrize("old", [False, True])
+def test_what_a_killed_process_left_is_finished_if_it_counts(old, state, tmp_path):
+    if old:
+        write(tmp_path / "checkpoint-4", "old")
+    left(tmp_path, state)
+    assert bool(unsettled(tmp_path)) == (state != drafts.NEW)
+
+    settle(tmp_path)
+
+    counts = state != drafts.NEW
+    expected = {"checkpoint-4": None, "checkpoint-4/file.txt": "new" if counts else "old"}
+    assert contents(tmp_path) == (expected if counts or old else {})
+
+
+def test_the_next_writer_settles_what_was_left(tmp_path):
+    left(tmp_path, drafts.WHOLE)
+    with written_whole(tmp_path / "x.json") as draft:
+        assert (tmp_path / "checkpoint-4").exists()
+        write(draft)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-4", "x.json"]
+
+
+def test_a_draft_of_a_living_process_is_left_alone(tmp_path):
+    draft = left(tmp_path, drafts.WHOLE)
+    before = contents(tmp_path)
+    descriptor = os.open(draft, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    settle(tmp_path)
+    assert contents(tmp_path) == before
+    os.close(descriptor)
+    settle(tmp_path)
+    assert "checkpoint-4/file.txt" in contents(tmp_path)
+
+
+def test_a_link_that_looks_like_a_draft_is_not_followed(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    left(elsewhere, drafts.WHOLE).rename(elsewhere / "draft")
+    before = contents(elsewhere)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / f"{drafts.PREFIX}link").symlink_to(elsewhere / "draft")
+
+    assert unsettled(run) == []
+    settle(run)
+
+    assert contents(elsewhere) == before
+    assert not (run / "checkpoint-4").exists()
+
+
+def test_a_draft_of_another_user_is_left_alone(tmp_path, monkeypatch):
+    left(tmp_path, drafts.WHOLE)
+    before = contents(tmp_path)
+    monkeypatch.setattr("os.geteuid", lambda: -1)
+    settle(tmp_path)
+    assert contents(tmp_path) == before
+
+
+MODEL = {"config.json": "old", "model.safetensors": "old", "notes.txt": "mine"}
+
+
+SHARDED = ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("files", [["config.json", "model.safetensors"], SHARDED])
+def test_a_model_replaces_all_files_of_another_and_no_others(files, tmp_path):
+    for name, text in MODEL.items():
+        (tmp_path / name).write_text(text)
+    with drafted(tmp_path) as draft:
+        for name in files:
+            (draft / name).write_text("new")
+    assert contents(tmp_path) == {"notes.txt": "mine"} | dict.fromkeys(files, "new")
+
+
+def killed_before_rename(n: int, folder: Path) -> bool:
+    """Write a model in a process that is killed before rename number n; False if it had less."""
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1] == signal.SIGKILL
+    renames = 0
+
+    def count(event, arguments):
+        nonlocal renames
+        if event == "os.rename":
+            renames += 1
+            if renames > n:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    with drafted(folder) as draft:
+        for name in SHARDED:
+            (draft / name).write_text("new")
+    os._exit(0)
+
+
+def test_no_moment_has_a_config_beside_weights_that_are_not_its_own(tmp_path):
+    """Killed before each rename: old, no config at all, or new; and the next writer ends it."""
+    for n in itertools.count():
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        for name, text in MODEL.items():
+            (folder / name).write_text(text)
+        killed = killed_before_rename(n, folder)
+        visible = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+        if "config.json" in visible:
+            weights = {text for name, text in visible.items() if "safetensors" in name}
+            assert weights == {visible["config.json"]}
+        settle(folder)
+        settled = {"notes.txt": "mine"} | dict.fromkeys(SHARDED, "new")
+        assert contents(folder) == (MODEL if n == 0 else settled)
+        if not killed:
+            break
+    assert n == 1 + 2 + 1 + 3  # commit, two old files away, the next state, three files in
+
+
+def test_files_and_folders_reach_the_disk_before_they_count(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
+    with written_whole(tmp_path / "folder") as draft:
+        write(draft / "inner")
+    names = [Path(path).name for path in synced]
+    assert names[:4] == ["file.txt", "inner", "folder", drafts.NEW]
+    assert names[-1] == tmp_path.name
+
+
+def test_a_moved_away_folder_that_cannot_be_removed_blocks_nothing(tmp_path, monkeypatch, caplog):
+    def refuse(path, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write(tmp_path / "export", "old")
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", refuse)
+        with written_whole(tmp_path / "export") as draft:
+            write(draft)
+    assert (tmp_path / "export" / "file.txt").read_text() == "new"
+    assert "could not be removed and stays" in caplog.text
+    settle(tmp_path)
+    assert os.listdir(tmp_path) == ["export"]
