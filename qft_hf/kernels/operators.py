@@ -48,8 +48,8 @@ class Operator:
     """A function on raw tensors that each backend may have an implementation of.
 
     The first argument is a tensor, a list of tensors or one of `kernels.values`; its device decides
-    which backend runs. Keyword arguments that are left out get the reference's defaults, so that
-    implementations need none.
+    which backend runs. With an empty list there is nothing to do. Keyword arguments that are left
+    out get the reference's defaults, so that implementations need none.
 
     PyTorch knows it as `torch.ops.qft_hf.<name>`, with values taken apart into their fields. It is
     called through PyTorch's dispatcher only where something may listen, such as `torch.compile`:
@@ -107,6 +107,9 @@ class Operator:
     def __call__(self, first: Any, *arguments: Any, **options: Any) -> Any:
         """Check the arguments and run them where they are."""
         tensor = _first_tensor(first)
+        if tensor is None:
+            self._bind_check(first, *arguments, **options)
+            return None
         if (
             type(tensor) in PLAIN
             and not tensor.is_meta
@@ -165,7 +168,8 @@ class Operator:
 
         def run(*values: Any) -> Any:
             arguments, options = whole(values)
-            return self._run(_first_tensor(arguments[0]).device, arguments, options)
+            tensor = _first_tensor(arguments[0])
+            return None if tensor is None else self._run(tensor.device, arguments, options)
 
         def run_fake(*values: Any) -> Any:
             arguments, options = whole(values)
@@ -199,10 +203,14 @@ def operator(
     return make
 
 
-def _first_tensor(value: Any) -> Tensor:
+def _first_tensor(value: Any) -> Tensor | None:
+    """None of an empty list: nothing to do, and no device to do it on."""
     if isinstance(value, Tensor):
         return value
-    return value[0] if isinstance(value, (list, tuple)) else value.codes
+    if isinstance(value, (list, tuple)):
+        return value[0] if value else None
+    codes: Tensor = value.codes
+    return codes
 
 
 def _is_value(kind: Any) -> bool:
