@@ -78,6 +78,11 @@ class Operator:
             for name, parameter in signature(reference).parameters.items()
             if parameter.default is not Parameter.empty
         }
+        # The fields of each argument that is a value; `torch.compile` traces what reads them.
+        self._members = {
+            name: tuple(_field_types(kind)) if _is_value(kind) else ()
+            for name, kind in get_type_hints(reference).items()
+        }
         backend.on_change(self._chosen.clear)
         self._declare(fake, writes)
 
@@ -182,7 +187,14 @@ class Operator:
     def flatten(self, *arguments: Any, **options: Any) -> list[Any]:
         """The arguments as `torch.ops.qft_hf.<name>` takes them."""
         bound = signature(self.reference).bind(*arguments, **{**self._defaults, **options})
-        return [part for value in bound.arguments.values() for part in _parts(value)]
+        flat: list[Any] = []
+        for name, value in bound.arguments.items():
+            members = self._members[name]
+            if members:
+                flat.extend([getattr(value, member) for member in members])
+            else:
+                flat.append(list(value) if isinstance(value, tuple) else value)
+        return flat
 
     def _through_dispatcher(self, *arguments: Any, **options: Any) -> Any:
         operation = getattr(torch.ops.qft_hf, self.name).default
@@ -223,13 +235,6 @@ def _field_types(kind: Any) -> dict[str, Any]:
     if is_dataclass(kind):
         return {f.name: hints[f.name] for f in fields(kind) if f.init}
     return {name: hints[name] for name in kind._fields}
-
-
-def _parts(value: Any) -> list[Any]:
-    """A value's fields in order; anything else is one part."""
-    if value is None or not _is_value(type(value)):
-        return [list(value) if isinstance(value, tuple) else value]
-    return [getattr(value, name) for name in _field_types(type(value))]
 
 
 def _made(kind: Any, parts: Any) -> Any:
