@@ -329,74 +329,110 @@ def test_a_step_in_parts_by_rows_has_the_bits_of_the_whole(backend, momentum_bit
 # --- refusals: values check themselves when they are made, see test_values.py -------------------
 
 
+ON_META = r"codes must have shape \(6, 50\) on cpu, got shape \(6, 50\) on meta"
+
+
 @pytest.mark.parametrize(
-    ("changes", "match"),
+    ("name", "shape", "changes", "match"),
     [
-        ({"momentum": make_state((6, 49), group_size=16).momentum}, "momentum codes must have"),
-        ({"momentum": make_state((5, 50), group_size=16).momentum}, "momentum codes must have"),
-        ({"gradient": make_state((6, 49), group_size=16).gradient}, "gradient codes must have"),
-        ({"gradient": make_state((5, 50), group_size=16).gradient}, "gradient codes must have"),
+        ("momentum", (6, 49), {}, "momentum codes must have"),
+        ("momentum", (5, 50), {}, "momentum codes must have"),
+        ("gradient", (6, 49), {}, "gradient codes must have"),
+        ("gradient", (5, 50), {}, "gradient codes must have"),
+        ("momentum", (6, 50), {"device": "meta"}, f"momentum {ON_META}"),
+        ("gradient", (6, 50), {"device": "meta"}, f"gradient {ON_META}"),
         (
-            {"gradient": make_state((6, 50), group_size=16).to(torch.device("meta")).gradient},
-            r"gradient codes must have shape \(6, 50\) on cpu, got shape \(6, 50\) on meta",
-        ),
-        (
-            {"momentum": make_state((6, 50), group_size=16).to(torch.device("meta")).momentum},
-            r"momentum codes must have shape \(6, 50\) on cpu, got shape \(6, 50\) on meta",
-        ),
-        (
-            {"momentum": make_state((6, 50), group_size=16, state_group_size=20).momentum},
+            "momentum",
+            (6, 50),
+            {"state_group_size": 20},
             "8-bit momentum has the groups of the gradient, got 20 columns beside 256",
         ),
         (
-            {"gradient": make_state((6, 50), group_size=16, state_group_size=None).gradient},
+            "gradient",
+            (6, 50),
+            {"state_group_size": None},
             "8-bit momentum has the groups of the gradient, got 256 columns beside None",
         ),
         (
-            {"momentum": make_state((6, 52), group_size=16, momentum_bits=4).momentum},
+            "momentum",
+            (6, 52),
+            {"momentum_bits": 4},
             r"4-bit momentum of a \(6, 50\) weight has codes of shape \(6, 25\).*got \(6, 26\)",
         ),
         (
-            {"momentum": make_state((5, 50), group_size=16, momentum_bits=4).momentum},
+            "momentum",
+            (5, 50),
+            {"momentum_bits": 4},
             r"codes of shape \(6, 25\) on cpu, got \(5, 25\) on cpu",
+        ),
+        (
+            "momentum",
+            (6, 50),
+            {"momentum_bits": 4, "device": "meta"},
+            r"codes of shape \(6, 25\) on cpu, got \(6, 25\) on meta",
         ),
     ],
 )
 @pytest.mark.parametrize("backend", [kernels, *BACKENDS])
-def test_what_does_not_fit_is_refused_before_anything_is_written(backend, changes, match):
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    backend, name, shape, changes, match
+):
     state = make_state((6, 50), group_size=16, outlier_fraction=0.03)
     before = state.clone()
+    device = torch.device(changes.get("device", "cpu"))
+    options = {option: value for option, value in changes.items() if option != "device"}
+    other = make_state(shape, group_size=16, **options).to(device)
     values = {"weight": state.weight, "momentum": state.momentum, "gradient": state.gradient}
+    values[name] = getattr(other, name)
 
     with pytest.raises(ValueError, match=match):
-        backend.lion_step_(*{**values, **changes}.values(), **arguments())
+        backend.lion_step_(*values.values(), **arguments())
 
     assert_same_state(state, before)
 
 
-HARM = [
-    (
-        "weight.scales",
-        float("nan"),
-        "weight scales must be finite and positive, got 1 of 24 .* nan",
-    ),
-    (
-        "weight.scales",
-        float("inf"),
-        "weight scales must be finite and positive, got 1 of 24 .* inf",
-    ),
-    ("weight.scales", 0.0, "weight scales must be finite and positive, got 1 of 24 .* first 0.0"),
-    ("weight.scales", -1e-3, "weight scales must be finite and positive, got 1 of 24 .* -0.001"),
-    ("momentum.scales", float("nan"), "momentum scales must be finite, got 1 of 6 .* nan"),
-    ("momentum.scales", -float("inf"), "momentum scales must be finite, got 1 of 6 .* -inf"),
-    ("gradient.scales", float("nan"), "gradient scales must be finite, got 1 of 6 .*reload"),
-    ("gradient.scales", float("inf"), "gradient scales must be finite, got 1 of 6 .*reload"),
-    ("weight.outlier_columns", -1, r"outlier columns must be in \[0, 50\), got -1.*reload"),
-    ("weight.outlier_columns", 50, r"outlier columns must be in \[0, 50\), got 50.*reload"),
-]
+@pytest.mark.parametrize("backend", [kernels, *BACKENDS])
+def test_a_gradient_of_4_bits_is_refused(backend):
+    state = make_state((6, 50), group_size=16, momentum_bits=4)
+    before = state.clone()
+
+    with pytest.raises(TypeError, match="gradient has codes of 8 bits, got 4"):
+        backend.lion_step_(state.weight, state.momentum, state.momentum, **arguments())
+
+    assert_same_state(state, before)
 
 
-@pytest.mark.parametrize(("name", "bad", "match"), HARM)
+@pytest.mark.parametrize(
+    ("name", "bad", "match"),
+    [
+        (
+            "weight.scales",
+            float("nan"),
+            "weight scales must be finite and positive, got 1 of 24 .* nan",
+        ),
+        (
+            "weight.scales",
+            float("inf"),
+            "weight scales must be finite and positive, got 1 of 24 .* inf",
+        ),
+        (
+            "weight.scales",
+            0.0,
+            "weight scales must be finite and positive, got 1 of 24 .* first 0.0",
+        ),
+        (
+            "weight.scales",
+            -1e-3,
+            "weight scales must be finite and positive, got 1 of 24 .* -0.001",
+        ),
+        ("momentum.scales", float("nan"), "momentum scales must be finite, got 1 of 6 .* nan"),
+        ("momentum.scales", -float("inf"), "momentum scales must be finite, got 1 of 6 .* -inf"),
+        ("gradient.scales", float("nan"), "gradient scales must be finite, got 1 of 6 .*reload"),
+        ("gradient.scales", float("inf"), "gradient scales must be finite, got 1 of 6 .*reload"),
+        ("weight.outlier_columns", -1, r"outlier columns must be in \[0, 50\), got -1.*reload"),
+        ("weight.outlier_columns", 50, r"outlier columns must be in \[0, 50\), got 50.*reload"),
+    ],
+)
 @pytest.mark.parametrize("backend", [kernels, *BACKENDS])
 def test_values_that_would_do_harm_are_refused_before_anything_is_written(
     backend, name, bad, match

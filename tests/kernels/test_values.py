@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from qft_hf.kernels import Quantized, Weight
-from tests.kernels.states import assert_same_state, make_state
+from tests.kernels.states import LionState, assert_same_state, make_state
 from tests.tolerances import assert_same_bits
 
-STATE = make_state((6, 50), group_size=16, outlier_fraction=0.03)
+
+def make() -> LionState:
+    return make_state((6, 50), group_size=16, outlier_fraction=0.03)
 
 
 def column_order(tensor: torch.Tensor) -> torch.Tensor:
@@ -44,23 +46,23 @@ def column_order(tensor: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_a_weight_that_does_not_fit_is_refused(name, change, error, match):
+    state, before = make(), make()
     parts: dict[str, Any] = dict(
-        zip(("codes", "scales", "outlier_values", "outlier_columns"), STATE.weight.tensors,
+        zip(("codes", "scales", "outlier_values", "outlier_columns"), state.weight.tensors,
             strict=True),
         group_size=16,
     )  # fmt: skip
-    before = STATE.clone()
     Weight(**parts)
 
     with pytest.raises(error, match=match):
         Weight(**{**parts, name: change(parts[name])})
 
-    assert_same_state(STATE, before)
+    assert_same_state(state, before)
 
 
 def test_outliers_for_another_number_of_rows_are_refused():
     """Compiled code does not check bounds: too few rows of outliers wrote beyond the tensor."""
-    codes, scales, values, columns = STATE.weight.tensors
+    codes, scales, values, columns = make().weight.tensors
 
     with pytest.raises(ValueError, match="one row for each of the 6 rows"):
         Weight(codes, scales, values[:-1], columns[:-1], 16)
