@@ -83,5 +83,8 @@ def snr_db(exact: Tensor, approximate: Tensor) -> float:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal dtype, shape and every bit; NaN equals NaN."""
+    """Equal dtype, shape and every bit, that of a zero's sign too; NaN equals NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    if actual.is_floating_point():
+        differ = (actual.signbit() != expected.signbit()) & ~actual.isnan()
+        assert not differ.any(), f"{int(differ.sum())} zeros have another sign"

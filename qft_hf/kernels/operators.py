@@ -50,8 +50,8 @@ class Operator:
     """A function on raw tensors that each backend may have an implementation of.
 
     The first argument is a tensor, a list of tensors or one of `kernels.values`; its device decides
-    which backend runs. Keyword arguments that are left out get the reference's defaults, so that
-    implementations need none.
+    which backend runs. With an empty list there is nothing to do. Keyword arguments that are left
+    out get the reference's defaults, so that implementations need none.
 
     PyTorch knows it as `torch.ops.qft_hf.<name>`, with values taken apart into their fields. It is
     called through PyTorch's dispatcher only where something may listen, such as `torch.compile`:
@@ -79,6 +79,11 @@ class Operator:
             name: parameter.default
             for name, parameter in signature(reference).parameters.items()
             if parameter.default is not Parameter.empty
+        }
+        # The fields of each argument that is a value; `torch.compile` traces what reads them.
+        self._members = {
+            name: tuple(_field_types(kind)) if _is_value(kind) else ()
+            for name, kind in get_type_hints(reference).items()
         }
         backend.on_change(self._chosen.clear)
         self._declare(fake, writes)
@@ -113,6 +118,8 @@ class Operator:
         if self._check is not None:
             self._check(first, *arguments, **options)
         tensor = first if isinstance(first, Tensor) else _first_tensor(first)
+        if tensor is None:  # a list of nothing
+            return None
         if type(tensor) not in PLAIN or tensor.is_meta or is_compiling() or is_listened_to():
             operation = getattr(torch.ops.qft_hf, self.name).default
             return operation(*self.flatten(first, *arguments, **options))
@@ -124,7 +131,10 @@ class Operator:
         return function(first, *arguments, **options)
 
     def _run(self, *arguments: Any, **options: Any) -> Any:
-        device = _first_tensor(arguments[0]).device
+        tensor = _first_tensor(arguments[0])
+        if tensor is None:
+            return None
+        device = tensor.device
         if self._check_values is not None and device.type == "cpu":
             self._check_values(*arguments, **options)
         return self._choose(device)(*arguments, **options)
@@ -178,7 +188,14 @@ class Operator:
     def flatten(self, *arguments: Any, **options: Any) -> list[Any]:
         """The arguments as `torch.ops.qft_hf.<name>` takes them."""
         bound = signature(self.reference).bind(*arguments, **{**self._defaults, **options})
-        return [part for value in bound.arguments.values() for part in _parts(value)]
+        flat: list[Any] = []
+        for name, value in bound.arguments.items():
+            members = self._members[name]
+            if members:
+                flat.extend([getattr(value, member) for member in members])
+            else:
+                flat.append(list(value) if isinstance(value, tuple) else value)
+        return flat
 
 
 def operator(
@@ -195,10 +212,14 @@ def operator(
     return make
 
 
-def _first_tensor(value: Any) -> Tensor:
+def _first_tensor(value: Any) -> Tensor | None:
+    """None of an empty list: nothing to do, and no device to do it on."""
     if isinstance(value, Tensor):
         return value
-    return value[0] if isinstance(value, (list, tuple)) else value.codes
+    if isinstance(value, (list, tuple)):
+        return value[0] if value else None
+    codes: Tensor = value.codes
+    return codes
 
 
 def _is_value(kind: Any) -> bool:
@@ -211,13 +232,6 @@ def _field_types(kind: Any) -> dict[str, Any]:
     if is_dataclass(kind):
         return {f.name: hints[f.name] for f in fields(kind) if f.init}
     return {name: hints[name] for name in kind._fields}
-
-
-def _parts(value: Any) -> list[Any]:
-    """A value's fields in order; anything else is one part."""
-    if value is None or not _is_value(type(value)):
-        return [list(value) if isinstance(value, tuple) else value]
-    return [getattr(value, name) for name in _field_types(type(value))]
 
 
 def _made(kind: Any, parts: Any) -> Any:
