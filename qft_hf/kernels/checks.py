@@ -71,6 +71,14 @@ def check_scales(scales: Tensor, codes: Tensor, n_groups: int) -> None:
         )
 
 
+def check_bits(name: str, bits: int) -> None:
+    """Raise unless the codes of a quantized matrix are of 8 bits."""
+    if bits != 8:
+        raise TypeError(
+            f"{name} has codes of 8 bits, got {bits}: only a momentum is stored in fewer."
+        )
+
+
 def check_codes(name: str, codes: Tensor) -> None:
     """Raise unless `codes` is an int8 matrix, possibly empty, whose elements run along one side."""
     if codes.dtype != torch.int8:

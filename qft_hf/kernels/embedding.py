@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_matrix, check_row_values, check_rows
+from .checks import FLOATS, check_bits, check_matrix, check_row_values, check_rows
 from .groups import quantized
 from .operators import operator
 from .values import Quantized
@@ -46,6 +46,7 @@ def embedding_gradient_(
 @embedding_gradient_.checks
 def _(table: Quantized, ids: Tensor, gradient: Tensor, *, padding_idx: int | None) -> None:
     codes = table.codes
+    check_bits("table", table.bits)
     check_rows(ids, codes)
     if gradient.dtype not in FLOATS or ids.numel():
         check_matrix("gradient", gradient, FLOATS)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import check_same
+from .checks import check_bits, check_same
 from .groups import expanded, group_parts, quantized
 from .operators import operator
 from .values import Quantized
@@ -18,7 +18,8 @@ def accumulate_(gradient: Quantized, other: Quantized) -> None:
         other: Of the same shape and groups.
 
     Raises:
-        ValueError: Shapes do not fit; nothing was written.
+        TypeError: Codes are not of 8 bits.
+        ValueError: Shapes or groups do not fit; nothing was written.
     """
     total = expanded(*gradient.tensors, gradient.group_size)
     total += expanded(*other.tensors, other.group_size)
@@ -29,8 +30,14 @@ def accumulate_(gradient: Quantized, other: Quantized) -> None:
 
 @accumulate_.checks
 def _(gradient: Quantized, other: Quantized) -> None:
+    check_bits("gradient", gradient.bits)
+    check_bits("other gradient", other.bits)
     check_same("other gradient codes", other.codes, gradient.codes)
-    check_same("other gradient scales", other.scales, gradient.scales)
+    if other.group_size != gradient.group_size:
+        raise ValueError(
+            f"other gradient must have groups of {gradient.group_size} columns, got "
+            f"{other.group_size}: both are rounded to one scale for each of them."
+        )
 
 
 @operator(fake=lambda gradient: gradient.codes.new_empty((), dtype=torch.float64))
@@ -42,11 +49,19 @@ def squared_norm(gradient: Quantized) -> Tensor:
 
     Returns:
         fp64 scalar; NaN or infinite if any scale is.
+
+    Raises:
+        TypeError: Codes are not of 8 bits.
     """
     # Sums of squared codes are integers, exact in FP64 for groups of any length.
     parts = group_parts(gradient.codes, gradient.group_size)
     squares = [part.float().square_().sum(dim=2, dtype=torch.float64) for part in parts]
     return norm_of_sums(torch.cat(squares, dim=1), gradient.scales)
+
+
+@squared_norm.checks
+def _(gradient: Quantized) -> None:
+    check_bits("gradient", gradient.bits)
 
 
 def norm_of_sums(sums: Tensor, scales: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, momentum_shapes
-from .checks import FLOATS, check_finite, check_group_size, check_matrix, check_same
+from .checks import FLOATS, check_bits, check_finite, check_group_size, check_matrix, check_same
 from .gradients import squared_norm
 from .groups import expanded, quantized
 from .nibbles import load_nibbles, round_to_nibbles
@@ -43,6 +43,7 @@ def lion_step_(
         rounding: The random numbers; not `stochastic` rounds a 4-bit momentum to nearest too.
 
     Raises:
+        TypeError: Codes of the gradient are not of 8 bits.
         ValueError: Shapes, groups or devices do not fit. On the CPU also: a scale is not finite, a
             weight scale is not positive, or an outlier column does not exist. On a GPU each look at
             values would cost a transfer to the host, so there the caller has looked: the optimizer
@@ -112,6 +113,7 @@ def _check_momentum(weight: Weight, momentum: Quantized, group_size: int | None)
 def _(
     weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
 ) -> None:
+    check_bits("gradient", gradient.bits)
     check_same("gradient codes", gradient.codes, weight.codes)
     _check_momentum(weight, momentum, gradient.group_size)
 
