@@ -88,3 +88,7 @@ def lion_step_floats_(
             if result.data_ptr() != tensor.data_ptr():
                 tensor.copy_(result.view(tensor.shape))
     torch.autograd.graph.increment_version([*parameters, *momenta])
+
+
+# Of few elements; plain PyTorch is as fast.
+operators.step_floats_.register("cpu")(operators.step_floats_.reference)
