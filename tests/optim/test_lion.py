@@ -204,7 +204,7 @@ def test_float_parameters_of_a_group_go_in_one_call(monkeypatch):
     step_floats = kernels.lion_step_floats_
 
     def recording(parameters, *tensors, **arguments):
-        calls.append((len(parameters), arguments["lr"]))
+        calls.append((len(parameters), arguments["rule"].lr))
         step_floats(parameters, *tensors, **arguments)
 
     monkeypatch.setattr(kernels, "lion_step_floats_", recording)

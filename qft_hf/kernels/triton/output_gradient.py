@@ -81,7 +81,7 @@ def _codes(
     return codes
 
 
-@triton.jit(do_not_specialize=["N", "seed"])
+@triton.jit(do_not_specialize=["seed"])
 def _round_kernel(
     gradient_ptr,  # [N, R] fp32, bf16 or fp16
     row_factors_ptr,  # [R] fp32, or None
