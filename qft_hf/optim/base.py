@@ -470,4 +470,4 @@ def check_betas(betas: tuple[float, float], usual: tuple[float, float]) -> None:
         ValueError: One is not.
     """
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}. Usual are {usual}.")
+        raise ValueError(f"betas must be in [0, 1), two of them, got {betas}. The usual ones are {usual}.")
