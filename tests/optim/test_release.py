@@ -106,9 +106,9 @@ def count_calls(monkeypatch, name: str) -> list[tuple[int, ...]]:
     calls: list[tuple[int, ...]] = []
     operator = getattr(kernels, name)
 
-    def counting(codes, *tensors, **arguments):
-        calls.append(tuple(codes.shape))
-        return operator(codes, *tensors, **arguments)
+    def counting(weight, *others, **arguments):
+        calls.append(tuple(weight.codes.shape))
+        return operator(weight, *others, **arguments)
 
     monkeypatch.setattr(kernels, name, counting)
     return calls
