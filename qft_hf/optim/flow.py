@@ -40,8 +40,8 @@ ACCUMULATION_IS_FORBIDDEN = (
 )
 
 HALF_A_STEP = (
-    "An earlier step was interrupted after it had updated {n} parameters: the model is between two "
-    "steps. Reload a checkpoint, or call optimizer.zero_grad() to go on from here."
+    "An earlier step was interrupted after it had taken the gradients of {n} parameters: the model "
+    "is between two steps. Reload a checkpoint, or call optimizer.zero_grad() to go on from here."
 )
 
 
