@@ -212,3 +212,66 @@ def test_the_backends_train_alike(bits):
                 optimizer.step()
         results.append(model_tensors(model) | state_tensors(optimizer))
     assert_same_tensors(*results)
+
+
+def test_sgd_follows_sgd_in_float64_for_many_steps():
+    """The noise of rounding adds up as a walk does; a bias would add up to 60 quanta."""
+    generator = torch.Generator().manual_seed(4)
+    parameter = nn.Parameter(QFTWeight.from_float(torch.randn(40, 130, generator=generator), SPEC))
+    optimizer = QFTSGD([parameter], lr=0.05, weight_decay=0.02, seed=3)
+    exact, n_steps = values64(parameter), 60
+    for _ in range(n_steps):
+        parameter.grad = zero_gradient(parameter)
+        parameter.grad.set_rows_(slice(0, 40), torch.randn(40, 130, generator=generator) * 0.3)
+        group = torch.arange(130) // STATE_GROUP_SIZE
+        gradient = parameter.grad.codes.double() * parameter.grad.scales.double()[:, group]
+        exact = exact - 0.05 * (gradient.numpy() + 0.02 * exact)
+        optimizer.step()
+
+    quanta = parameter.scales.double().numpy()[:, np.arange(130) // parameter.group_size]
+    error = (values64(parameter) - exact) / quanta
+    # A rounding has a variance of at most a quarter; scales that grow cost as much again.
+    assert error.std() < (2 * n_steps / 4) ** 0.5
+    assert abs(error.mean()) < 6 * (2 * n_steps / 4 / error.size) ** 0.5
+    critical = parameter.outlier_columns.long().numpy()
+    ours = np.take_along_axis(values64(parameter), critical, 1)
+    np.testing.assert_allclose(ours, np.take_along_axis(exact, critical, 1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile_elements", [1, 700])
+def test_tiles_of_a_weight_step_as_the_whole(monkeypatch, tile_elements):
+    """From the same gradients: their tiles are float sums in another order."""
+    results = []
+    for elements in (10**9, tile_elements):
+        model, optimizer = make(0)
+        for number in range(2):
+            backward(model, number)
+            with monkeypatch.context() as patch:
+                patch.setattr("qft_hf.layout.TILE_ELEMENTS", elements)
+                optimizer.step()
+        results.append(snapshot(model, optimizer))
+    assert_same_tensors(*results)
+
+
+@pytest.mark.parametrize("limit", [None, 0.01])
+def test_sgd_clipped_by_the_previous_norm_equals_the_clipped_stack(limit):
+    """For SGD a factor is the length of the step."""
+    settings = {"gradient": "release"}
+    if limit:
+        settings |= {"clipping": "previous", "max_grad_norm": limit}
+    (model, release), (other, stack) = make(0, **settings), make(0)
+    norms = []
+    for number in range(5):
+        backward(model, number)
+        release.step()
+        backward(other, number)
+        if limit and norms:
+            factor = (limit / (norms[-1] + 1e-6)).clamp(max=1.0)
+            for parameter in other.parameters():
+                parameter.grad.mul_(factor)
+        norms.append(release.released_norm)
+        stack.step()
+    assert_same_tensors(snapshot(model, release), snapshot(other, stack))
+    if limit:
+        assert min(norms) > limit
+        assert len({norm.item() for norm in norms}) == 5
