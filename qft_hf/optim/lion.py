@@ -64,7 +64,8 @@ class QFTLion(QFTOptimizer):
         if momentum_bits not in MOMENTUM_BITS:
             raise ValueError(f"momentum_bits must be 8 or 4, got {momentum_bits!r}.")
         self.momentum_bits = momentum_bits
-        defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
+        betas = tuple(betas) if isinstance(betas, list) else betas
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(params, defaults, **settings)
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -78,10 +79,12 @@ class QFTLion(QFTOptimizer):
 
     def state_hint(self, parameter: Tensor, state: dict[str, Any]) -> str | None:
         """Whether a state would fit another `momentum_bits`."""
+        if not isinstance(parameter, QFTWeight):
+            return None  # of which all have the same
         for bits in MOMENTUM_BITS:
             wanted = _state_format(parameter, bits)
             fits = wanted.keys() <= state.keys() and all(
-                state[name].dtype == dtype for name, (dtype, _) in wanted.items()
+                getattr(state[name], "dtype", None) == dtype for name, (dtype, _) in wanted.items()
             )
             if bits != self.momentum_bits and fits:
                 return (

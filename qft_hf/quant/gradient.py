@@ -162,7 +162,7 @@ def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8
     return alias
 
 
-@TiledGradient.implements(aten.detach.default, aten.alias.default)
+@TiledGradient.implements(aten.detach.default, aten.clone.default, aten.alias.default)
 def _alias_tiles(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TiledGradient:
     gradient = args[0]
     return TiledGradient(
@@ -222,7 +222,8 @@ def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int
     if is_per_row:
         operator(gradient.scales, factor)
     else:  # as a hook does that masks elements: rounded to nearest, like a sum
-        scaled = operator(gradient.dequantize().float(), factor)
+        values = kernels.dequantize(kernels.Weight.dense(gradient.stored), dtype=torch.float32)
+        scaled = operator(values, factor)
         codes, scales = kernels.quantize(scaled, group_size=STATE_GROUP_SIZE)
         gradient.codes.copy_(codes)
         gradient.scales.copy_(scales)
