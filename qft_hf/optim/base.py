@@ -483,5 +483,5 @@ def check_betas(betas: tuple[float, float], usual: tuple[float, float]) -> None:
         are_good = False
     if not are_good:
         raise ValueError(
-            f"betas must be in [0, 1), two of them, got {betas}. The usual ones are {usual}."
+            f"betas must be two numbers in [0, 1), got {betas}. The usual ones are {usual}."
         )

@@ -62,7 +62,7 @@ def test_ledger_and_card_tell_what_was_stored(tmp_path, bits, text):
 
 
 def test_betas_without_momentum_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="optim_args has 'beta2=0.98'; qft_sgd takes"):
+    with pytest.raises(ValueError, match=r"optim_args has 'beta2=0\.98'; qft_sgd takes"):
         run(tmp_path, 0, optim_args="beta2=0.98")
 
 

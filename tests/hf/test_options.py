@@ -42,7 +42,7 @@ BAD_VALUES = {
     "nonfinite": ("ignore", ValueError, "nonfinite must be 'raise' or 'skip'"),
     "stochastic_rounding": (1, TypeError, "stochastic_rounding must be true or false, got 1"),
     "seed": (-1, ValueError, r"seed must be in \[0, 2\*\*63\)"),
-    "beta1": (1.5, ValueError, r"betas must be in \[0, 1\)"),
+    "beta1": (1.5, ValueError, r"betas must be two numbers in \[0, 1\)"),
     "beta2": (math.nan, ValueError, "beta2 must be a finite number, got nan"),
     "eps": ("small", TypeError, "eps must be a number"),
     "momentum_bits": (False, TypeError, "momentum_bits must be an integer, got False"),
@@ -174,7 +174,7 @@ def test_flags_are_the_fields(tmp_path):
         ("gradient", "has 'gradient'|gradient must be 'stack'"),
         ("beta2=0.9, beta2=0.95", r"has beta2 twice\. Give it once"),
         ("gradient=stak", "gradient must be 'stack' or 'release'"),
-        ("beta2=2", r"betas must be in \[0, 1\)"),
+        ("beta2=2", r"betas must be two numbers in \[0, 1\)"),
     ],
 )
 @pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
