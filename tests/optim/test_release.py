@@ -395,6 +395,21 @@ def test_exact_clipping_without_a_measured_norm_says_what_to_do():
     assert not optimizer.state
 
 
+def test_a_measured_norm_is_for_one_step():
+    model = network()
+    optimizer = make_optimizer(model, "release", clipping="exact", max_grad_norm=1.0)
+    with optimizer.measure_norm():
+        loss_of(model, batches(1)[0]).backward()
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    before = copy.deepcopy(everything(model, optimizer))
+
+    with pytest.raises(RuntimeError, match=r"under optimizer\.measure_norm\(\)"):
+        loss_of(model, batches(2)[1]).backward()
+
+    assert_same_bits(before, everything(model, optimizer))
+
+
 def test_accumulation_can_be_forbidden():
     model = network()
     optimizer = make_optimizer(model, "release", accumulation="forbid")
