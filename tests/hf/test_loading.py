@@ -167,7 +167,7 @@ def test_weights_as_wide_as_16_bit_numbers_of_columns_survive(columns):
 
     weights[1].load_state_dict(weights[0].state_dict())
 
-    assert_same_state(weights[0].state_dict(), weights[1].state_dict())
+    assert_same_state(*weights)
 
 
 def test_classifier_with_biases_survives(tmp_path):
