@@ -28,10 +28,6 @@ class Quantized:
             Codes of 4 bits have groups of 64.
         bits: Of one code: 8, or 4.
 
-    Attributes:
-        plans: What has been prepared for this matrix and lives as long as it does, such as launches
-            that a backend has bound to its tensors. Copies have none.
-
     Raises:
         TypeError: Codes have another dtype than their bits.
         ValueError: Shapes or devices do not fit.
@@ -41,7 +37,6 @@ class Quantized:
     scales: Tensor
     group_size: int | None
     bits: int = 8
-    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_matrix("codes", self.codes, (CODE_DTYPES[self.bits],))
@@ -67,9 +62,6 @@ class Quantized:
         """Codes and scales."""
         return self.codes, self.scales
 
-    def __reduce__(self) -> Any:
-        return Quantized, (self.codes, self.scales, self.group_size, self.bits)
-
     def rows(self, rows: slice) -> "Quantized":
         """Some of its rows; they share memory with it."""
         return Quantized(self.codes[rows], self.scales[rows], self.group_size, self.bits)
@@ -87,7 +79,8 @@ class Weight:
         group_size: Columns per scale; None: whole rows.
 
     Attributes:
-        plans: As those of `Quantized`.
+        plans: What has been prepared for this weight and lives as long as it does, such as launches
+            that a backend has bound to its tensors, and to nobody else's. Copies have none.
 
     Raises:
         TypeError: A dtype is wrong.

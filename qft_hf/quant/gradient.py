@@ -129,6 +129,10 @@ class TiledGradient(Int8Tensor):
         for rows in self.rows:
             yield rows, self.make(rows).contiguous()
 
+    def dequantize(self) -> Tensor:
+        """The values that its INT8 form has, as a plain tensor of the outer dtype."""
+        return self.quantized().dequantize()
+
     def quantized(self) -> Int8Gradient:
         """All of it in INT8; each tile is quantized as soon as it exists."""
         if self.make_quantized is None:
