@@ -6,10 +6,11 @@ Both moments are relative:
   highest and the lowest of a group are 511 apart, so those of sqrt(v) are 511**4 = 7e10 apart;
   neighbours differ by 1.6 % at the top and by 17 % at 1/13,000 of it. No code means 0: what a step
   divides by is never 0, and stays in proportion to what was stored.
-* **ratio**: the first moment m as m / sqrt(v), with the *stored* v. Its codes are even, for it is
-  what the weight moves by: the error is the same small part of a step for elements whose gradients
-  are a thousand times smaller than their neighbours', whose own code of m would be 0 or 1; and m
-  can never be large beside v by accident of rounding.
+* **ratio**: the first moment m as m / sqrt(v). Its codes are even, for it is what the weight moves
+  by: the error is the same small part of a step for elements whose gradients are a thousand times
+  smaller than their neighbours', whose own code of m would be 0 or 1. It is rounded beside the v
+  that was not: where v is rounded down, m goes down with it, and no step is longer than the longest
+  of exact AdamW, `(1 - beta1) / sqrt((1 - beta2) * (1 - beta1^2 / beta2))` rates.
 
 Both are rounded stochastically. A step changes v by a thousandth, which is a thirtieth of a code:
 to nearest, codes would freeze. A ratio would never decay below code 5, and drive for ever the
@@ -65,7 +66,7 @@ def adamw_step_(
         s' = sqrt(beta2 * s^2 + (1 - beta2) * g^2)
         d = (m * c1) / (s' * c2 + eps)        c1 = 1 / (1 - beta1^t), c2 = 1 / sqrt(1 - beta2^t)
         s <- Q(s')
-        r <- Q(m / s)                         with the s just stored
+        r <- Q(m / s')
         w <- SR(w - lr * (d + weight_decay * w))
 
     SR, scales and outliers are those of `step_weight_`. The step takes moments before they are
@@ -120,10 +121,10 @@ def _step_moments_(
     direction = (m * of_m).div_((root_v * of_root).add_(rule.eps * UNIT))
 
     of_root_rounding, of_ratio_rounding = _moment_uniforms(m, rounding)
-    stored = _quantized_root(root_v, of_root_rounding, group_size)
-    root_codes[rows], root_scales[rows] = stored
-    ratio = m.div_(stored_root(*stored, group_size))
-    ratio_codes[rows], ratio_scales[rows] = _quantized_ratio(ratio, of_ratio_rounding, group_size)
+    ratio_codes[rows], ratio_scales[rows] = _quantized_ratio(
+        m.div_(root_v), of_ratio_rounding, group_size
+    )
+    root_codes[rows], root_scales[rows] = _quantized_root(root_v, of_root_rounding, group_size)
     return direction
 
 
@@ -150,7 +151,7 @@ def _quantized_root(root_v: Tensor, uniform: Tensor, group_size: int) -> tuple[T
     values = scale_groups_(root, torch.ones_like(scales) / scales, group_size).sub_(0.5)
     whole = values.floor()
     up = (values - whole).add_(uniform) >= 1
-    # Below the lowest level there is only the lowest: upwards, to smaller steps.
+    # Below the lowest level there is only the lowest.
     return (whole + up).clamp_(0, ROOT_QMAX).to(torch.uint8), scales
 
 

@@ -220,7 +220,8 @@ class AdamW(NamedTuple):
     Attributes:
         lr: Step size, in units of the weight.
         beta1: Decay of the first moment, the mean of gradients.
-        beta2: Decay of the second, the mean of their squares.
+        beta2: Decay of the second, the mean of their squares; above `beta1**2`: else no step has a
+            bound.
         eps: Positive; added to the root of the second moment, in units of the gradient.
         weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
         maximize: Step along the gradient, not against it.

@@ -28,7 +28,8 @@ class QFTAdamW(QFTOptimizer):
     Args:
         params: Parameters or parameter groups.
         lr: Step size, as for AdamW on float weights.
-        betas: Decays of the mean of gradients, and of the mean of their squares.
+        betas: Decays of the mean of gradients, and of the mean of their squares, which is above the
+            square of the other.
         eps: Added to the root of the mean of squares.
         weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
         **settings: Those of `QFTOptimizer`: where gradients go, clipping, rounding.
@@ -56,6 +57,12 @@ class QFTAdamW(QFTOptimizer):
         """Raise for a rate, a decay, betas or an eps that are out of their range."""
         super().check_group(group)
         check_betas(group["betas"], ADAMW_BETAS)
+        beta1, beta2 = group["betas"]
+        if beta1**2 >= beta2:
+            raise ValueError(
+                "The second of betas must be above the square of the first, or steps grow without "
+                f"bound where gradients end, got {group['betas']}. Usual are {ADAMW_BETAS}."
+            )
         if not 0 < group["eps"] < inf:
             raise ValueError(
                 f"eps must be positive and finite, got {group['eps']}: it is what an element "

@@ -43,7 +43,7 @@ def _rounded(value, uniform, low, high):
 def _step_group(
     ratio_code, ratio_scale, root_code, root_scale, gradient_code, gradient_scale,
     beta1, one_minus_beta1, beta2, one_minus_beta2, of_momentum, of_root, eps,
-    root_uniform, ratio_uniform, momentum, root, direction,
+    root_uniform, ratio_uniform, ratio, root, direction,
 ):  # fmt: skip
     """Codes and direction of one group, with its old scales; returns the new ones."""
     for j in range(direction.shape[0]):
@@ -55,7 +55,7 @@ def _step_group(
         v = (root_v * root_v) * beta2 + (g * g) * one_minus_beta2
         root_v = np.sqrt(v)
         direction[j] = (m * of_momentum) / (root_v * of_root + eps)
-        momentum[j] = m
+        ratio[j] = m / root_v
         root[j] = np.sqrt(np.sqrt(root_v))
 
     new_root_scale = max(absmax(root) * _PER_ROOT_QMAX, _ROOT_TINY)
@@ -63,14 +63,11 @@ def _step_group(
     for j in range(direction.shape[0]):
         code = _rounded(root[j] * inverse - _HALF, root_uniform[j], _ZERO, _ROOT_QMAX)
         root_code[j] = np.uint8(np.int32(code))
-        eighth = (code + _HALF) * new_root_scale
-        fourth = eighth * eighth
-        momentum[j] = momentum[j] / (fourth * fourth)
 
-    new_ratio_scale = max(absmax(momentum) * _PER_QMAX, _RATIO_TINY)
+    new_ratio_scale = max(absmax(ratio) * _PER_QMAX, _RATIO_TINY)
     inverse = _ONE / new_ratio_scale
     for j in range(direction.shape[0]):
-        code = _rounded(momentum[j] * inverse, ratio_uniform[j], -_QMAX, _QMAX)
+        code = _rounded(ratio[j] * inverse, ratio_uniform[j], -_QMAX, _QMAX)
         ratio_code[j] = np.int8(code)
     return new_ratio_scale, new_root_scale
 
@@ -84,7 +81,7 @@ def _adamw_rows(
 ):  # fmt: skip
     columns = codes.shape[1]
     row_direction = np.empty(columns, np.float32)
-    row_momentum = np.empty(columns, np.float32)
+    row_ratio = np.empty(columns, np.float32)
     row_root = np.empty(columns, np.float32)
     buffers = weight_buffers(columns)
     words = buffers[3]
@@ -103,7 +100,7 @@ def _adamw_rows(
                 root_codes[row, first:last], root_scales[row, group],
                 gradient_codes[row, first:last], unit_scale * gradient_sign,
                 beta1, one_minus_beta1, beta2, one_minus_beta2, of_momentum, of_root, eps,
-                root_uniform[first:last], ratio_uniform[first:last], row_momentum[first:last],
+                root_uniform[first:last], ratio_uniform[first:last], row_ratio[first:last],
                 row_root[first:last], row_direction[first:last],
             )  # fmt: skip
         step_weight_row(
