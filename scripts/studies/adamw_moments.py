@@ -18,10 +18,9 @@ from statistics import mean
 from typing import Any
 
 import torch
+from byte_llama import Size, held_out_loss, pretrained, prose, train
 from torch import nn
 from torch.optim import AdamW, Optimizer
-
-from byte_llama import Size, held_out_loss, pretrained, prose, train
 
 from qft_hf import QFTAdamW, QFTConfig, QFTLion, quantize_model_
 
