@@ -85,8 +85,8 @@ def parse() -> argparse.Namespace:
         "--lion_lrs",
         type=float,
         nargs="+",
-        default=[1e-4, 3e-4, 1e-3],
-        help="default 1e-4 3e-4 1e-3",
+        default=[3e-4, 1e-3, 3e-3],
+        help="default 3e-4 1e-3 3e-3",
     )
     parser.add_argument("--hidden", type=int, default=Size().hidden, help="width of the model")
     parser.add_argument("--layers", type=int, default=Size().layers, help="of the model")

@@ -37,19 +37,19 @@ def make_weight(shape: tuple[int, int], group_size: int | None, n_outliers: int 
     return Weight(codes, scales, values, order, group_size)
 
 
-def make_moments(shape: tuple[int, int]) -> Moments:
-    groups = (shape[0], -(-shape[1] // 256))
+def make_moments(shape: tuple[int, int], group_size: int = 256) -> Moments:
+    groups = (shape[0], -(-shape[1] // group_size))
     return Moments(
         torch.zeros(shape, dtype=torch.int8),
         torch.ones(groups),
         torch.zeros(shape, dtype=torch.uint8),
         torch.full(groups, ROOT_TINY),
-        256,
+        group_size,
     )
 
 
-def coded(x: Tensor) -> Quantized:
-    return Quantized(*kernels.quantize(x, group_size=256), 256)
+def coded(x: Tensor, group_size: int = 256) -> Quantized:
+    return Quantized(*kernels.quantize(x, group_size=group_size), group_size)
 
 
 class Directions:
