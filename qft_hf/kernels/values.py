@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, GroupLayout
-from .checks import check_group_size, check_matrix, check_scales
+from .checks import check_group_size, check_matrix, check_same, check_scales
 
 CODE_DTYPES = {8: torch.int8, 4: torch.uint8}  # by bits
 
@@ -141,6 +141,45 @@ class Weight:
         return Weight(codes, scales, values, columns, self.group_size)
 
 
+@dataclass(slots=True, eq=False)
+class Moments:
+    """Both moments of AdamW for a matrix as 8-bit codes; `adamw_step_` says what they stand for.
+
+    Args:
+        ratio_codes: int8 `[rows, columns]` in [-127, 127], contiguous: the first moment over the
+            root of the second.
+        ratio_scales: fp32 `[rows, n_groups]`, contiguous.
+        root_codes: uint8 `[rows, columns]`, contiguous: the eighth root of the second moment.
+        root_scales: fp32 `[rows, n_groups]`, contiguous.
+        group_size: Columns per scale, of both.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: Shapes or devices do not fit.
+    """
+
+    ratio_codes: Tensor
+    ratio_scales: Tensor
+    root_codes: Tensor
+    root_scales: Tensor
+    group_size: int
+
+    def __post_init__(self) -> None:
+        check_matrix("ratio codes", self.ratio_codes, (torch.int8,))
+        check_matrix("root codes", self.root_codes, (torch.uint8,))
+        check_same("root codes", self.root_codes, self.ratio_codes)
+        check_group_size(self.group_size)
+        rows, columns = self.ratio_codes.shape
+        n_groups = GroupLayout(rows, columns, self.group_size).n_groups
+        check_scales(self.ratio_scales, self.ratio_codes, n_groups)
+        check_scales(self.root_scales, self.root_codes, n_groups)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes and scales of the ratio, then of the root."""
+        return self.ratio_codes, self.ratio_scales, self.root_codes, self.root_scales
+
+
 class Rounding(NamedTuple):
     """The random numbers that round an update: Philox 4x32-7, counted, never drawn from a state.
 
@@ -176,3 +215,28 @@ class Lion(NamedTuple):
     beta2: float
     weight_decay: float
     maximize: bool = False
+
+
+class AdamW(NamedTuple):
+    """The numbers of an AdamW step.
+
+    Attributes:
+        lr: Step size, in units of the weight.
+        beta1: Decay of the first moment, the mean of gradients.
+        beta2: Decay of the second, the mean of their squares; above `beta1**2`: else no step has a
+            bound.
+        eps: Positive; added to the root of the second moment, in units of the gradient.
+        weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
+        maximize: Step along the gradient, not against it.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool = False
+
+    def corrections(self, step: int) -> tuple[float, float]:
+        """What undoes the start from zero, of the first moment and of the root of the second."""
+        return 1 / (1 - self.beta1**step), 1 / (1 - self.beta2**step) ** 0.5

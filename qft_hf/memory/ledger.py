@@ -102,7 +102,15 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
         ),
         _row("float parameters", floats),
         _row("gradients", gradients),
-        _row("momentum", (t for state in states for t in state.values() if isinstance(t, Tensor))),
+        _row(
+            "momentum",
+            (
+                tensor
+                for state in states
+                for name, tensor in state.items()
+                if isinstance(tensor, Tensor) and name != "step"  # a number on the host
+            ),
+        ),
         _row("buffers", model.buffers()),
     ]
     return MemoryLedger(

@@ -127,7 +127,7 @@ class QFTOptimizer(Optimizer):
 
     @abstractmethod
     def state_format(self, parameter: Tensor) -> StateFormat:
-        """Dtype and shape of each state tensor of a parameter, quantized or float."""
+        """The form of each state tensor of a parameter, quantized or float."""
 
     @abstractmethod
     def step_weight(

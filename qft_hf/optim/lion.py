@@ -11,7 +11,7 @@ from .. import kernels
 from ..layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, momentum_shapes
 from ..quant import QFTWeight, TiledGradient
 from .base import QFTOptimizer, check_betas
-from .state import StateFormat
+from .state import StateFormat, StateTensor
 
 LION_BETAS = (0.9, 0.99)
 MOMENTUM_BITS = (8, 4)
@@ -84,7 +84,7 @@ class QFTLion(QFTOptimizer):
         for bits in MOMENTUM_BITS:
             wanted = _state_format(parameter, bits)
             fits = wanted.keys() <= state.keys() and all(
-                getattr(state[name], "dtype", None) == dtype for name, (dtype, _) in wanted.items()
+                getattr(state[name], "dtype", None) == form.dtype for name, form in wanted.items()
             )
             if bits != self.momentum_bits and fits:
                 return (
@@ -161,12 +161,12 @@ class QFTLion(QFTOptimizer):
 
 def _state_format(parameter: Tensor, bits: int) -> StateFormat:
     if not isinstance(parameter, QFTWeight):
-        return {"momentum": (torch.float32, tuple(parameter.shape))}
+        return {"momentum": StateTensor(torch.float32, tuple(parameter.shape))}
     rows, columns = parameter.shape
     codes, scales = momentum_shapes(rows, columns, bits)
     return {
-        "momentum_codes": (kernels.values.CODE_DTYPES[bits], codes),
-        "momentum_scales": (torch.float32, scales),
+        "momentum_codes": StateTensor(kernels.values.CODE_DTYPES[bits], codes),
+        "momentum_scales": StateTensor(torch.float32, scales, fill=1.0, is_signed=False),
     }
 
 
