@@ -128,7 +128,7 @@ def test_training_steps_are_timed_by_phase(run, tmp_path):
 
     assert list(figures["median_seconds"]) == [
         "FP32 AdamW", "bf16 autocast AdamW", "QFT, dequantize", "QFT, int8",
-        "QFT, int8, no critical columns",
+        "QFT, int8, no outlier columns",
     ]  # fmt: skip
     for way in figures["median_seconds"].values():
         assert way["whole"] == pytest.approx(way["forward"] + way["backward"] + way["step"])
