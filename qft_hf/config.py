@@ -21,7 +21,7 @@ class QuantizationSpec:
             is a full module name or one component of it (`"lm_head"`, `"classifier"`).
         matmul: How products with the weight are computed. `"dequantize"` expands one tile of
             the weight at a time to the activation's dtype. `"int8"` quantizes activations and
-            gradients and multiplies INT8 by INT8; its critical values are whole columns, the same
+            gradients and multiplies INT8 by INT8; its outliers are whole columns, the same
             in every row, and `group_size` must be None.
         int8_products: With `matmul="int8"`, which products of which modules are INT8: module names
             as in `modules_to_not_convert`, or `"*"` for all, each with a list of `"forward"`,

@@ -6,7 +6,7 @@ from math import ceil, prod
 
 CODE_BYTES = 1  # one INT8 code per element
 SCALE_BYTES = 4  # one FP32 scale per group
-OUTLIER_VALUE_BYTES = 4  # critical values are FP32, so that they train like float
+OUTLIER_VALUE_BYTES = 4  # outliers are FP32, so that they train like float
 
 # Gradients and momentum: columns per scale. Not configurable: 256 costs 1.6 % more than the codes,
 # and finer groups changed no measured loss.
@@ -97,7 +97,7 @@ def state_bits(optimizer: str, momentum_bits: int) -> tuple[int, ...]:
 
 
 def outliers_per_row(columns: int, outlier_fraction: float) -> int:
-    """Critical values kept in float in each row; any positive fraction keeps at least one."""
+    """Outliers kept in float in each row; any positive fraction keeps at least one."""
     return ceil(outlier_fraction * columns)
 
 
@@ -107,6 +107,6 @@ def outlier_index_bytes(columns: int) -> int:
 
 
 def outlier_bytes(rows: int, columns: int, outlier_fraction: float) -> int:
-    """Bytes of the critical values of a matrix: FP32 values and their column indices."""
+    """Bytes of the outliers of a matrix: FP32 values and their column indices."""
     per_value = OUTLIER_VALUE_BYTES + outlier_index_bytes(columns)
     return rows * outliers_per_row(columns, outlier_fraction) * per_value

@@ -9,16 +9,25 @@ A model is a folder with a config.json or a name on the hub.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 from common.report import table
 from transformers import AutoModelForCausalLM
 
-from qft_hf import MemoryLedger, QFTConfig, QFTLion, estimate_memory, memory_ledger, recommend
+from qft_hf import (
+    QFTSGD,
+    MemoryLedger,
+    QFTConfig,
+    QFTLion,
+    estimate_memory,
+    memory_ledger,
+    recommend,
+)
 from qft_hf.layout import MOMENTUM_BITS
 from qft_hf.memory.ledger import FP32_ADAM_BYTES
-from qft_hf.optim.lion import GRADIENTS as MODES
+from qft_hf.optim.flow import GRADIENTS as MODES
 
 
 def parse() -> argparse.Namespace:
@@ -41,7 +50,7 @@ def parse() -> argparse.Namespace:
         type=int,
         choices=MOMENTUM_BITS,
         default=8,
-        help="8 (default); experimental: 4, or 0 for SGD",
+        help="8 (default); 4, experimental; 0: none, which is qft_sgd",
     )
     parser.add_argument("--markdown", action="store_true", help="one table of all models")
     parser.add_argument(
@@ -53,7 +62,8 @@ def parse() -> argparse.Namespace:
 def live_ledger(name: str | Path, gradient: str, momentum_bits: int) -> MemoryLedger:
     """Load a model, and measure its states where they are largest: just before the second step."""
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=QFTConfig())
-    optimizer = QFTLion(model.parameters(), gradient=gradient, momentum_bits=momentum_bits)
+    make = partial(QFTLion, momentum_bits=momentum_bits) if momentum_bits else QFTSGD
+    optimizer = make(model.parameters(), gradient=gradient)
     ids = torch.arange(8)[None]
     for _ in range(2):
         optimizer.step()

@@ -65,6 +65,26 @@ def test_the_python_blocks_of_a_page_run(page):
         exec(compile(block, f"{page} block {number}", "exec"), names)
 
 
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+def test_the_optimizer_that_contributing_shows_is_qft_sgd(gradient):
+    names = {}
+    for block in blocks(DOCS["CONTRIBUTING.md"], "python"):
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    tensors = []
+    for optimizer_class in (names["SGD"], qft_hf.QFTSGD):
+        model = qft_hf.quantize_model_(tiny_llama(), qft_hf.QFTConfig())
+        optimizer = optimizer_class(model.parameters(), 1e-2, weight_decay=0.1, gradient=gradient)
+        ids = torch.arange(24).view(2, 12)
+        for _ in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        tensors.append(model.state_dict())
+
+    assert all(torch.equal(tensors[0][name], tensor) for name, tensor in tensors[1].items())
+    fresh = qft_hf.quantize_model_(tiny_llama(), qft_hf.QFTConfig()).state_dict()
+    assert any(not torch.equal(fresh[name], tensor) for name, tensor in tensors[1].items())
+
+
 @pytest.mark.parametrize("page", DOCS)
 def test_every_file_it_names_is_there(page):
     named = set(re.findall(r"\b(?:scripts|configs|tests|qft_hf|docs)/[\w/.-]*\w", DOCS[page]))

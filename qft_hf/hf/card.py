@@ -76,7 +76,7 @@ def _format_table(trainer: Trainer) -> str:
         "codes": "INT8, symmetric, stochastic rounding of updates",
         "scales": "FP32, "
         + (f"per {config.group_size} inputs" if config.group_size else "per row"),
-        "critical values in FP32": f"{100 * config.outlier_fraction:g} % of each row"
+        "outliers in FP32": f"{100 * config.outlier_fraction:g} % of each row"
         + (", in the same columns" if config.matmul == "int8" else ""),
         "products": "INT8 x INT8 with stochastic rounding of gradients"
         if config.matmul == "int8"

@@ -136,7 +136,7 @@ def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
     if not {"group_size", "outlier_fraction", "modules_to_not_convert"} & set(different):
         advice = (
             "load it with quantization_config=QFTConfig(...) that says so, where INT8 products "
-            "need critical values in whole columns, or " + advice
+            "need outliers in whole columns, or " + advice
         )
     raise ValueError(
         f"{asked} was asked for, and the model is INT8 already, with {has}. Leave that out to "

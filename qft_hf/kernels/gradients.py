@@ -64,11 +64,6 @@ def _(gradient: Quantized) -> None:
     check_bits("gradient", gradient.bits)
 
 
-@squared_norm.checks
-def _(gradient: Quantized) -> None:
-    check_bits("gradient", gradient.bits)
-
-
 def norm_of_sums(sums: Tensor, scales: Tensor) -> Tensor:
     """The squared norm from fp64 sums of squared codes `[rows, n_groups]` and their scales."""
     return (sums * scales.double().square()).sum()

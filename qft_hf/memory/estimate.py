@@ -207,7 +207,7 @@ def estimate(
             sum(layout.stored_bytes - layout.rows * layout.columns for layout in scales),
         ),
         (
-            "critical values",
+            "outliers",
             2 * sum(n > 0 for n in n_outliers),
             sum(outlier_bytes(*shape, spec.outlier_fraction) for shape in shapes),
         ),

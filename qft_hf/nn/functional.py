@@ -160,8 +160,8 @@ def linear(
     Args:
         x: Float `[..., C]`, of the weight's dtype; under autocast the products are computed in the
             autocast dtype.
-        weight: `[R, C]`; for INT8 products with one scale per row, and the same columns of critical
-            values in every row.
+        weight: `[R, C]`; for INT8 products with one scale per row, and outliers in the same
+            columns of every row.
         bias: Float `[R]` or None.
         products: Which products are INT8; None for none. With fewer than `int8.MIN_TOKENS` tokens
             none is.
@@ -186,7 +186,7 @@ def linear(
         return output
     operand = None
     if products.forward or (products.weight_gradient and torch.is_grad_enabled()):
-        operand = int8.quantized_input(x, n_critical=weight.outlier_values.shape[1])
+        operand = int8.quantized_input(x, n_outliers=weight.outlier_values.shape[1])
     output = _Int8Linear.apply(x, weight, bias, products, operand, dtype)
     return output
 

@@ -31,7 +31,7 @@ class QFTLion(QFTOptimizer):
         momentum_bits: Bits of one momentum value of a quantized weight: 8, or, experimental, 4: on
             uneven levels in groups of 64 columns, rounded stochastically (0.56 bytes per
             parameter); a small Llama learned 96 % of what it learned with FP32 momentum, and
-            `study_momentum.py` measures that. To go without momentum, use `QFTSGD`.
+            `studies/momentum_bits.py` measures that. To go without momentum, use `QFTSGD`.
         **settings: Those of `QFTOptimizer`: where gradients go, clipping, rounding.
 
     Raises:

@@ -16,7 +16,7 @@ class QFTSGD(QFTOptimizer):
     """`w <- w - lr * (g + weight_decay * w)`; weights are rounded stochastically.
 
     Rates are 10 to 1000 times Lion's, and steps are as large as gradients: clip them. It learns
-    what FP32 SGD learns, which was a sixth of what Lion did in `study_momentum.py`.
+    what FP32 SGD learns, which was a sixth of what Lion did in `studies/momentum_bits.py`.
 
     Args:
         params: Parameters or parameter groups.

@@ -1,4 +1,4 @@
-"""`QFTWeight`: a trainable weight stored as INT8 codes beside a few critical values in float."""
+"""`QFTWeight`: a trainable weight stored as INT8 codes beside a few outliers in FP32."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -16,11 +16,11 @@ ALL_ROWS = slice(0, None)
 
 
 class QFTWeight(Int8Tensor):
-    """A `[rows, columns]` weight in the hybrid format: dense INT8 and sparse critical values.
+    """A `[rows, columns]` weight in the hybrid format: dense INT8 and sparse outliers.
 
     Its dtype is the float type it stands for (that of products and of the exported model); nothing
-    of that type is stored. The value of an element is its critical value where it has one and
-    `codes * scale` elsewhere; codes under critical values are 0.
+    of that type is stored. The value of an element is its outlier where it has one and
+    `codes * scale` elsewhere; codes under outliers are 0.
 
     Args:
         codes: int8 `[rows, columns]`.
@@ -32,7 +32,7 @@ class QFTWeight(Int8Tensor):
 
     Source:
         Li et al. 2023, "QFT", section 3.3 (arXiv:2310.07147); dense-and-sparse split from Kim et
-        al. 2023, "SqueezeLLM", section 4.2 (arXiv:2306.07629). Theirs picks critical values per
+        al. 2023, "SqueezeLLM", section 4.2 (arXiv:2306.07629). Theirs picks outliers per
         tensor; here each row has the same number, so that rows stay independent. With
         `matmul="int8"` all rows have them in the same columns.
     """
@@ -104,12 +104,12 @@ class QFTWeight(Int8Tensor):
 
     @classmethod
     def from_float(cls, weight: Tensor, spec: QuantizationSpec, *, name: str = "weight") -> Self:
-        """Quantize a float matrix: critical values first, the rest to nearest.
+        """Quantize a float matrix: outliers first, the rest to nearest.
 
         Args:
             weight: fp32, bf16 or fp16 `[rows, columns]`; not modified. Its dtype becomes the outer
                 dtype. On the meta device only shapes are made.
-            spec: Group size, outlier fraction, and whether the critical values are whole columns,
+            spec: Group size, outlier fraction, and whether the outliers are whole columns,
                 as INT8 products need them.
             name: What to call the tensor in an error.
 
@@ -129,7 +129,7 @@ class QFTWeight(Int8Tensor):
                 "good one, or list the module in modules_to_not_convert."
             )
         dense = weight.float()
-        index = _critical_columns(dense, spec)
+        index = _outlier_columns(dense, spec)
         values = dense.gather(1, index)
         if index.shape[1]:
             dense = dense.scatter(1, index, 0.0)
@@ -246,7 +246,7 @@ class QFTWeight(Int8Tensor):
         return self._expand(self.stored, None, dtype)
 
 
-def _critical_columns(weight: Tensor, spec: QuantizationSpec) -> Tensor:
+def _outlier_columns(weight: Tensor, spec: QuantizationSpec) -> Tensor:
     """Which columns of each row stay float: int64 `[rows, n_outliers]`, ascending.
 
     Each row's largest magnitudes; for INT8 products the same columns in every row, those with the

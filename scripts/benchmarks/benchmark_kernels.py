@@ -13,6 +13,7 @@ optimizer steps beside other optimizers: `benchmark_step.py` (CPU) and
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,15 @@ from common.peers import MakeOptimizer, float_peers
 from common.shapes import MATRICES
 
 from qft_hf import QFTConfig, QFTWeight, kernels
-from qft_hf.kernels import reference
-from qft_hf.kernels.backend import backend_for
-from qft_hf.layout import STATE_GROUP_SIZE, momentum_shapes
+from qft_hf.kernels import backend
+from qft_hf.kernels.operators import Operator
+from qft_hf.layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, momentum_shapes
 
-LION = {
-    "lr": 1e-5,
-    "beta1": 0.9,
-    "beta2": 0.99,
-    "weight_decay": 0.1,
-    "maximize": False,
-    "stochastic": True,
-    "seed": 1,
-    "step": 1,
-    "stream": 0,
+OPERATORS = {
+    name: found for name in kernels.__all__ if isinstance(found := getattr(kernels, name), Operator)
 }
+RULE = kernels.Lion(lr=1e-5, beta1=0.9, beta2=0.99, weight_decay=0.1)
+ROUNDING = kernels.Rounding(seed=1, step=1, stream=0)
 
 N_TOKENS = 2048  # of an embedding
 N_FLOATS = 65  # norms of a model of 32 layers
@@ -55,14 +50,13 @@ TABLES = {  # of the report, and what a row of each is
     "peers": "step of another optimizer",
 }
 
-# By name: elements, bytes that must move for each, and a call of a backend.
-Operators = dict[str, tuple[int, float, Callable[[Any], object]]]
-Product = tuple[Tensor, Tensor, Tensor, Tensor | None]  # two operands and their scales
+# By name: elements, bytes that must move for each, and a call; `products` has the other operators.
+Calls = dict[str, tuple[int, float, partial[object]]]
 
 
 def operators(
     rows: int, columns: int, group_size: int | None, device: torch.device, n_tokens: int = N_TOKENS
-) -> Operators:
+) -> Calls:
     """Each operator on one weight of this shape, one batch of tokens or one set of norms."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -70,121 +64,63 @@ def operators(
         noise = torch.randn(rows, columns, generator=generator, device=device, dtype=torch.float32)
         return noise.mul_(scale).to(dtype)
 
-    config = QFTConfig(group_size=group_size)
-    weight = QFTWeight.from_float(normal(0.02, torch.bfloat16), config)
-    momentum = kernels.quantize(normal(1e-3), group_size=STATE_GROUP_SIZE)
-    gradient_bf16 = normal(3e-3, torch.bfloat16)
-    gradient = kernels.quantize(gradient_bf16, group_size=STATE_GROUP_SIZE)
-    total = kernels.quantize(gradient_bf16, group_size=STATE_GROUP_SIZE)
-    outliers = {
-        "outlier_values": weight.outlier_values,
-        "outlier_columns": weight.outlier_columns,
-    }
-    factors = (normal(1.0)[:1].abs().view(-1, 1), normal(1.0)[:, :1].abs().contiguous())
-    state = (*weight.fields().values(), *momentum, *gradient)
-    sizes = {"group_size": group_size, "state_group_size": STATE_GROUP_SIZE}
-    ids = torch.randint(rows, (n_tokens,), generator=generator, device=device)
-    token_gradients = gradient_bf16[ids]
-    floats = [
-        [torch.full((columns,), value, dtype=dtype, device=device) for _ in range(N_FLOATS)]
-        for value, dtype in ((1.0, torch.bfloat16), (0.0, torch.float32), (1e-3, torch.bfloat16))
-    ]
-    counters = {"steps": [1] * N_FLOATS, "streams": list(range(N_FLOATS))}
-    common = {name: value for name, value in LION.items() if name not in ("step", "stream")}
-    sgd, sgd_common = (
-        {name: value for name, value in arguments.items() if not name.startswith("beta")}
-        for arguments in (LION, common)
-    )
+    groups = {"group_size": STATE_GROUP_SIZE}
+
+    def coded(x: Tensor) -> kernels.Quantized:
+        return kernels.Quantized(
+            *kernels.quantize(x, group_size=STATE_GROUP_SIZE), STATE_GROUP_SIZE
+        )
+
+    bf16 = {"dtype": torch.bfloat16}
+    weight = QFTWeight.from_float(normal(0.02, **bf16), QFTConfig(group_size=group_size)).stored
+    direction, momentum, floats = normal(1.0), coded(normal(1e-3)), normal(3e-3, **bf16)
+    gradient, total = coded(floats), coded(floats)
     code_shape, scale_shape = momentum_shapes(rows, columns, 4)
-    packed = (
+    nibbles = kernels.Quantized(
         torch.zeros(code_shape, dtype=torch.uint8, device=device),
         torch.ones(scale_shape, device=device),
+        NIBBLE_GROUP_SIZE,
+        bits=4,
     )
-    n = rows * columns
-    return {
-        "lion_step_": (n, 5, lambda backend: backend.lion_step_(*state, **sizes, **LION)),
-        "lion_step_ 4-bit": (
-            n,
-            4,
-            lambda backend: backend.lion_step_(*state[:4], *packed, *gradient, **sizes, **LION),
-        ),
-        "sgd_step_": (
-            n,
-            3,
-            lambda backend: backend.sgd_step_(*state[:4], *gradient, **sizes, **sgd),
-        ),
-        "sgd_step_floats_": (
-            N_FLOATS * columns,
-            6,
-            lambda backend: backend.sgd_step_floats_(
-                floats[0], floats[2], **counters, **sgd_common
-            ),
-        ),
-        "quantize_and_lion_step_": (
-            n,
-            6,
-            lambda backend: backend.quantize_and_lion_step_(
-                *state[:-2], gradient_bf16, **sizes, **LION
-            ),
-        ),
+    factors = direction[:1].abs().view(-1, 1), direction[:, :1].abs().contiguous()
+    ids = torch.randint(rows, (n_tokens,), generator=generator, device=device)
+    norms, norm_momenta, norm_gradients = (
+        [torch.full((columns,), value, dtype=dtype, device=device) for _ in range(N_FLOATS)]
+        for value, dtype in ((1.0, torch.bfloat16), (0.0, torch.float32), (1e-3, torch.bfloat16))
+    )
+    step = {"rule": RULE, "rounding": ROUNDING}
+    rate = {"lr": RULE.lr, "weight_decay": RULE.weight_decay}
+    counted = {"seed": 1, "steps": [1] * N_FLOATS, "streams": list(range(N_FLOATS))}
+    n, n_norms, n_rows = rows * columns, N_FLOATS * columns, n_tokens * columns
+    found = {
+        "lion_step_": (n, 5, [weight, momentum, gradient], step),
+        "lion_step_ 4-bit": (n, 4, [weight, nibbles, gradient], step),
+        "quantize_and_lion_step_": (n, 6, [weight, momentum, floats], groups | step),
+        "step_weight_": (n, 6, [weight, direction], rate | {"rounding": ROUNDING}),
+        "step_floats_": (n_norms, 6, [norms, norm_gradients], rate | counted),
         "lion_step_floats_": (
-            N_FLOATS * columns,
-            14,
-            lambda backend: backend.lion_step_floats_(*floats, **counters, **common),
+            n_norms, 14, [norms, norm_momenta, norm_gradients], counted | {"rule": RULE}
         ),
-        "dequantize rows": (
-            n_tokens * columns,
-            3,
-            lambda backend: backend.dequantize(
-                weight.codes,
-                weight.scales,
-                group_size,
-                rows=ids,
-                dtype=torch.bfloat16,
-                **outliers,
-            ),
-        ),
-        "embedding_gradient_": (
-            n_tokens * columns,
-            3,
-            lambda backend: backend.embedding_gradient_(
-                *total, ids, token_gradients, group_size=STATE_GROUP_SIZE, padding_idx=None
-            ),
-        ),
-        "quantize": (n, 3, lambda backend: backend.quantize(gradient_bf16, STATE_GROUP_SIZE)),
-        "dequantize": (
-            n,
-            3,
-            lambda backend: backend.dequantize(
-                weight.codes, weight.scales, group_size, dtype=torch.bfloat16, **outliers
-            ),
-        ),
-        "dequantized_matmul": (
-            n,
-            1,
-            lambda backend: backend.dequantized_matmul(
-                gradient_bf16[:1], weight.codes, weight.scales, group_size, bias=None, **outliers
-            ),
-        ),
-        "accumulate_": (
-            n,
-            3,
-            lambda backend: backend.accumulate_(*total, *gradient, STATE_GROUP_SIZE),
-        ),
-        "squared_norm": (n, 1, lambda backend: backend.squared_norm(*gradient, STATE_GROUP_SIZE)),
-        "column_absmax": (n, 2, lambda backend: backend.column_absmax(gradient_bf16)),
-        "quantize_gradient": (
-            n,
-            6,
-            lambda backend: backend.quantize_gradient(
-                gradient_bf16, *factors, stochastic=True, seed=1
-            ),
-        ),
+        "dequantize rows": (n_rows, 3, [weight], bf16 | {"rows": ids}),
+        "embedding_gradient_": (n_rows, 3, [total, ids, floats[ids]], {}),
+        "quantize": (n, 3, [floats], groups),
+        "dequantize": (n, 3, [weight], bf16),
+        "dequantized_matmul": (n, 1, [floats[:1], weight], {}),
+        "accumulate_": (n, 3, [total, gradient], {}),
+        "squared_norm": (n, 1, [gradient], {}),
+        "column_absmax": (n, 2, [floats], {}),
+        "quantize_gradient": (n, 6, [floats, *factors], {"seed": 1}),
+    }  # fmt: skip
+    return {
+        name: (n_elements, n_bytes, partial(OPERATORS[name.split()[0]], *arguments, **options))
+        for name, (n_elements, n_bytes, arguments, options) in found.items()
     }
 
 
-def products(tokens: int, rows: int, columns: int, device: torch.device) -> dict[str, Product]:
-    """The three products of a linear layer with a `[rows, columns]` weight."""
+def products(
+    tokens: int, rows: int, columns: int, device: torch.device
+) -> dict[str, partial[object]]:
+    """The three products of a linear layer with a `[rows, columns]` weight, to BF16 or INT8."""
     generator = torch.Generator(device).manual_seed(0)
     x, w, g = (
         torch.randn(size, generator=generator, device=device)
@@ -192,11 +128,18 @@ def products(tokens: int, rows: int, columns: int, device: torch.device) -> dict
     )
     x_codes, x_scales = kernels.quantize(x, group_size=None)
     w_codes, w_scales = kernels.quantize(w, group_size=None)
-    by_rows, by_columns = kernels.quantize_gradient(g, w_scales, x_scales, seed=1)
+    by_row, row_scales, by_column, column_scales = kernels.quantize_gradient(
+        g, w_scales, x_scales, seed=1
+    )
+    product = partial(kernels.int8_matmul, dtype=torch.bfloat16)
+    of_weight = by_column, x_codes, column_scales
     return {
-        "forward": (x_codes, w_codes.t(), x_scales, w_scales),
-        "grad_x": (by_rows[0], w_codes, by_rows[1], None),
-        "grad_w": (by_columns[0], x_codes, by_columns[1], None),
+        "forward": partial(product, x_codes, w_codes.t(), x_scales, w_scales),
+        "grad_x": partial(product, by_row, w_codes, row_scales, None),
+        "grad_w": partial(product, *of_weight, None),
+        "grad_w, quantized": partial(
+            kernels.requantized_matmul, *of_weight, group_size=STATE_GROUP_SIZE
+        ),
     }
 
 
@@ -236,11 +179,11 @@ def measure(
     source = torch.ones(n * 5 // 2, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     copy = 2 * source.numel() / seconds(lambda: target.copy_(source), device, n_calls)
-    backend = backend_for(device)
     figures: dict[str, Any] = {"copy_gigabytes_per_second": copy / 1e9, "operators": {}}
     for name, (n_elements, n_bytes, call) in operators(rows, columns, group_size, device).items():
-        own = seconds(lambda call=call: call(backend), device, n_calls)
-        slow = seconds(lambda call=call: call(reference), device, max(1, n_calls // 5))
+        own = seconds(call, device, n_calls)
+        with backend.use("reference"):
+            slow = seconds(call, device, max(1, n_calls // 5))
         figures["operators"][name] = {
             "ns_per_parameter": 1e9 * own / n_elements,
             "gigabytes_per_second": n_bytes * n_elements / own / 1e9,
@@ -258,11 +201,12 @@ def measure(
     return figures
 
 
-def measure_product(product: Product, device: torch.device, n_calls: int) -> dict[str, float]:
+def measure_product(
+    product: partial[object], device: torch.device, n_calls: int
+) -> dict[str, float]:
     """Figures of one product; what the backend copies first counts."""
-    a, b = product[:2]
-    backend, options = backend_for(device), {"bias": None, "dtype": torch.bfloat16}
-    own = seconds(lambda: backend.int8_matmul(*product, **options), device, n_calls)
+    a, b = product.args[:2]
+    own = seconds(product, device, n_calls)
     figures = {"tera_operations_per_second": 2 * a.numel() * b.shape[1] / own / 1e12}
     # On a CPU without VNNI it would take minutes.
     if device.type == "cuda" or torch.cpu._is_vnni_supported():
@@ -301,7 +245,7 @@ def measure_few_tokens(
 ) -> dict[str, dict[str, float]]:
     """Figures of products of few tokens, by number and dtype of these."""
     generator = torch.Generator(device).manual_seed(0)
-    backend, config = backend_for(device), QFTConfig(group_size=group_size)
+    config = QFTConfig(group_size=group_size)
     figures = {}
     for dtype in (torch.bfloat16, torch.float32):
         floats = [
@@ -313,15 +257,7 @@ def measure_few_tokens(
             x = torch.randn(n_tokens, columns, generator=generator, device=device, dtype=dtype)
 
             def multiply(weight: QFTWeight, x: Tensor = x) -> Tensor:
-                return backend.dequantized_matmul(
-                    x,
-                    weight.codes,
-                    weight.scales,
-                    group_size,
-                    outlier_values=weight.outlier_values,
-                    outlier_columns=weight.outlier_columns,
-                    bias=None,
-                )
+                return kernels.dequantized_matmul(x, weight.stored)
 
             def expand(weight: QFTWeight, x: Tensor = x) -> Tensor:
                 return F.linear(x, weight.dequantize())

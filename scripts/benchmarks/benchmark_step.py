@@ -5,7 +5,6 @@ asked otherwise. Times are ratios to the first row that ran: machines differ and
 """
 
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from common.peers import MakeOptimizer, float_peers
 from common.shapes import model_config
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, quantize_model_
-from qft_hf.kernels.backend import backend_for
+from qft_hf.kernels import backend
 from qft_hf.quant import Int8Gradient
 
 CPU = torch.device("cpu")
@@ -68,13 +67,12 @@ def measure(
     }
 
 
-def measure_qft(backend: str, *, layers: int, n_steps: int) -> dict[str, float]:
+def measure_qft(name: str, *, layers: int, n_steps: int) -> dict[str, float]:
     """The INT8 step with one backend."""
-    os.environ["QFT_BACKEND"] = backend
-    backend_for.cache_clear()
     model = quantize_model_(build(layers), QFTConfig())
     optimizer = QFTLion(model.parameters(), lr=1e-4, weight_decay=0.1)
-    return measure(model, optimizer, n_steps=n_steps, before=lambda: set_gradients(model))
+    with backend.use(name):
+        return measure(model, optimizer, n_steps=n_steps, before=lambda: set_gradients(model))
 
 
 def measure_peer(make: MakeOptimizer, *, layers: int, n_steps: int) -> dict[str, float]:

@@ -89,7 +89,7 @@ def ways(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Way]]:
         BF16_ADAMW: lambda model: adamw(model, autocast=True),
         "QFT, dequantize": lambda model: qft(model, dtype),
         "QFT, int8": lambda model: qft(model, dtype, matmul="int8"),
-        "QFT, int8, no critical columns": lambda model: qft(
+        "QFT, int8, no outlier columns": lambda model: qft(
             model, dtype, matmul="int8", outlier_fraction=0.0
         ),
     }

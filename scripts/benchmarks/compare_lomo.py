@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -37,7 +38,7 @@ from common import report
 from common.command_line import command_line
 
 from qft_hf import QFTTrainer, memory_ledger
-from qft_hf.quant import Int8Gradient, Int8Tensor
+from qft_hf.quant import Int8Tensor, TiledGradient
 
 WINDOW = 4  # micro-batches of one step
 STEPS = 2  # of the straight run; the resumed one starts after the first
@@ -67,8 +68,8 @@ CONTESTANTS = {
     "qft_lion, release": Contestant(
         "qft_lion", LION_RATE, "gradient=release", "clipping=exact", QFTTrainer
     ),
-    "qft_lion, release, no momentum": Contestant(
-        "qft_lion", SGD_RATE, "gradient=release,momentum_bits=0", "clipping=exact", QFTTrainer
+    "qft_sgd, release": Contestant(
+        "qft_sgd", SGD_RATE, "gradient=release", "clipping=exact", QFTTrainer
     ),
 }
 
@@ -80,8 +81,8 @@ def stored(tensor: Tensor) -> Iterable[Tensor]:
 
 def n_bytes(tensor: Tensor) -> int:
     """Bytes of those; of a gradient that is made in float tile by tile, those of a tile."""
-    if isinstance(tensor, Int8Gradient) and tensor.tiles is not None:
-        largest = max(rows.stop - rows.start for rows in tensor.tiles.rows)
+    if isinstance(tensor, TiledGradient):
+        largest = max(len(range(*rows.indices(tensor.shape[0]))) for rows in tensor.rows)
         return largest * tensor.shape[1] * tensor.dtype.itemsize
     return sum(part.nbytes for part in stored(tensor))
 
@@ -95,7 +96,7 @@ def fingerprint(model: nn.Module, optimizer: Any = None) -> str:
     digest = hashlib.blake2b()
     for tensor in tensors:
         for part in stored(tensor.detach()):
-            digest.update(part.contiguous().view(torch.uint8).numpy())
+            digest.update(part.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -122,14 +123,15 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:  # noqa: D102
         self._before = fingerprint(model)
         self._parameters = list(model.parameters())
-        for parameter in self._parameters:
-            parameter.register_hook(self._look)
+        # Where gradients arrive. A hook on the parameter would have release make them whole.
+        self._nodes = [get_gradient_edge(parameter).node for parameter in self._parameters]
+        for node in self._nodes:
+            node.register_prehook(self._look)
 
-    def _look(self, gradient: Tensor) -> None:
+    def _look(self, gradients: tuple[Tensor, ...]) -> None:
         held = [p.grad for p in self._parameters if p.grad is not None]
-        self.peak_gradient_bytes = max(
-            self.peak_gradient_bytes, n_bytes(gradient) + sum(map(n_bytes, held))
-        )
+        n_alive = sum(n_bytes(gradient) for gradient in (*gradients, *held))
+        self.peak_gradient_bytes = max(self.peak_gradient_bytes, n_alive)
 
     def _micro_batch(self, state: Any, model: nn.Module, n_before: int) -> None:
         self.progress.update()

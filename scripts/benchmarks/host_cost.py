@@ -20,8 +20,6 @@ that starts kernels pays more for the start and less for Python.
 """
 
 import cProfile
-import functools
-import inspect
 import pstats
 import sys
 import tempfile
@@ -75,8 +73,10 @@ def redirect() -> None:
     from qft_hf.kernels.triton import int8_product
     from qft_hf.optim import flow
 
-    backend._check_triton = lambda device: None
-    backend.OWN = (backend.Backend("triton", "qft_hf.kernels.triton", ("cpu",), lambda device: None),)
+    backend.OWN = (
+        backend.Backend("triton", f"{kernels.__name__}.triton", ("cpu",), lambda device: None),
+    )
+    backend.backends.cache_clear()
     backend.forget()
     # Looks at values are for CPUs only.
     for name in kernels.__all__:

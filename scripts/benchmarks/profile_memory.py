@@ -43,7 +43,7 @@ def config_of(name: str, layers: int | None) -> LlamaConfig:
 
 
 def random_weight(rows: int, columns: int, spec: QFTConfig, device: torch.device) -> QFTWeight:
-    """Uniform codes, scales that give the usual deviation, critical values three times that."""
+    """Uniform codes, scales that give the usual deviation, outliers three times that."""
     weight = QFTWeight.empty(rows, columns, spec, dtype=torch.bfloat16, device=device)
     weight.codes.random_(-127, 128)
     weight.scales.fill_(WEIGHT_STD * 3**0.5 / 127)

@@ -62,7 +62,7 @@ WAYS = (
     int8("int8 all, nearest, head out", ALL, [], nearest=True),
     int8("int8 all, head forward only", ALL, ALL[:1]),
     Way("int8 all, head out (default)", QFTConfig(matmul="int8")),
-    int8("int8 all, head out, no critical columns", ALL, [], outlier_fraction=0.0),
+    int8("int8 all, head out, no outlier columns", ALL, [], outlier_fraction=0.0),
 )
 
 

@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where 
 from common import report
 from common.command_line import command_line
 
-from qft_hf import QFTConfig, QFTLion, QFTWeight, kernels, quantize_model_
-from qft_hf.layout import STATE_GROUP_SIZE
+from qft_hf import QFTSGD, QFTConfig, QFTLion, kernels, quantize_model_
 
 WEIGHT_DECAY = 0.1
 MAX_GRAD_NORM = 1.0  # of the rows without momentum, which diverge otherwise
@@ -106,34 +105,33 @@ class SimulatedLion(QFTLion):
         super().__init__(*arguments, **options)
         self.form = form
         self.errors: list[float] = []
+        self._own: dict[int, dict[str, Any]] = {}  # what the format keeps, by stream
 
-    def _update(self, parameter: nn.Parameter, gradient: Any) -> None:
-        if not isinstance(parameter, QFTWeight):
-            super()._update(parameter, gradient)
-            return
-        stream, number = self._places[id(parameter)]
-        group, state = self.param_groups[number], self.state[parameter]
-        if not state:
-            generator = torch.Generator().manual_seed(stream + 1000 * group["seed"])
-            zeros = torch.zeros(parameter.shape)
-            state.update(step=0, m=zeros, exact=zeros, form={"generator": generator})
-        state["step"] += 1
+    def state_format(self, parameter: Tensor) -> dict[str, Any]:
+        """FP32, also of weights."""
+        shape = tuple(parameter.shape)
+        return {"momentum": (torch.float32, shape), "exact": (torch.float32, shape)}
+
+    def step_weight(
+        self,
+        weight: kernels.Weight,
+        gradient: kernels.Quantized,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        rounding: kernels.Rounding,
+    ) -> None:
+        """Lion on INT8 weights by the operator that takes any direction."""
+        generator = torch.Generator().manual_seed(rounding.stream + 1000 * rounding.seed)
+        own = self._own.setdefault(rounding.stream, {"generator": generator})
         beta1, beta2 = group["betas"]
-        values = gradient.dequantize()
-        direction = (beta1 * state["m"] + (1 - beta1) * values).sign()
-        # The shipped kernel takes the direction for the gradient of a Lion without momentum.
-        ones = torch.ones_like(gradient.scales)
-        codes = direction.to(torch.int8)
-        kernels.lion_step_(
-            *parameter.fields().values(), torch.zeros_like(codes), ones.clone(), codes, ones,
-            group_size=parameter.group_size, state_group_size=STATE_GROUP_SIZE,
-            lr=group["lr"], beta1=0.0, beta2=0.0, weight_decay=group["weight_decay"],
-            seed=group["seed"], step=state["step"], stream=stream,
-        )  # fmt: skip
-        exact = state["exact"] = beta2 * state["exact"] + (1 - beta2) * values
-        stored = self.form.rounded(beta2 * state["m"] + (1 - beta2) * values, state["form"])
-        state["m"] = stored
-        self.errors.append(float((stored - exact).norm() / exact.norm()))
+        momentum, exact = state["momentum"], state["exact"]
+        values = kernels.dequantize(kernels.Weight.dense(gradient))
+        direction = (beta1 * momentum + (1 - beta1) * values).sign()
+        rate = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
+        kernels.step_weight_(weight, direction, **rate, rounding=rounding)
+        exact.mul_(beta2).add_((1 - beta2) * values)
+        momentum.copy_(self.form.rounded(beta2 * momentum + (1 - beta2) * values, own))
+        self.errors.append(float((momentum - exact).norm() / exact.norm()))
 
 
 class Study:
@@ -181,15 +179,19 @@ class Study:
             seed,
             lambda model: QFTLion(model.parameters(), **arguments),
             quantize=momentum_bits is not None,
-            max_grad_norm=MAX_GRAD_NORM if momentum_bits == 0 else None,
         )[0]
 
-    def float_sgd(self, seed: int, lr: float) -> float:
-        """Loss reduction of FP32 SGD, with the clipping of the rows without momentum."""
+    def sgd(self, seed: int, lr: float, *, quantize: bool) -> float:
+        """Loss reduction of SGD, clipped; on float weights it is PyTorch's."""
+        arguments = {"lr": lr, "weight_decay": WEIGHT_DECAY}
         return self.run(
             seed,
-            lambda model: torch.optim.SGD(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY),
-            quantize=False,
+            lambda model: (
+                QFTSGD(model.parameters(), seed=seed, **arguments)
+                if quantize
+                else torch.optim.SGD(model.parameters(), **arguments)
+            ),
+            quantize=quantize,
             max_grad_norm=MAX_GRAD_NORM,
         )[0]
 
@@ -255,8 +257,9 @@ def main() -> None:
             for bits in (8, 4):
                 note(kind=f"{bits} bits", lr=lr, seed=seed, reduction=study.lion(seed, lr, bits))
         for lr in options.sgd_learning_rate:
-            note(kind="float SGD", lr=lr, seed=seed, reduction=study.float_sgd(seed, lr))
-            note(kind="0 bits (SGD)", lr=lr, seed=seed, reduction=study.lion(seed, lr, 0))
+            for kind, quantize in (("float SGD", False), ("0 bits (SGD)", True)):
+                reduction = study.sgd(seed, lr, quantize=quantize)
+                note(kind=kind, lr=lr, seed=seed, reduction=reduction)
     if options.variants:
         seed, lr = options.seeds[0], options.learning_rate[0]
         for name, form in VARIANTS.items():

@@ -194,7 +194,7 @@ def test_the_products_of_a_checkpoint_can_be_chosen_anew(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["argument", "config.json"])
-def test_a_checkpoint_with_critical_values_of_each_row_is_refused(how, tmp_path):
+def test_a_checkpoint_with_outliers_of_each_row_is_refused(how, tmp_path):
     quantize_model_(tiny_llama(), QFTConfig(outlier_fraction=0.03)).save_pretrained(tmp_path)
     wanted = {"quantization_config": CONFIG}
     if how == "config.json":
@@ -204,7 +204,7 @@ def test_a_checkpoint_with_critical_values_of_each_row_is_refused(how, tmp_path)
         AutoModelForCausalLM.from_pretrained(tmp_path, **wanted)
 
 
-def test_without_critical_values_every_checkpoint_fits(tmp_path):
+def test_without_outliers_every_checkpoint_fits(tmp_path):
     quantize_model_(tiny_llama(), QFTConfig(outlier_fraction=0.0)).save_pretrained(tmp_path)
     config = QFTConfig(outlier_fraction=0.0, matmul="int8")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)

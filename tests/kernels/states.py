@@ -175,7 +175,7 @@ def make_product(
 ) -> Product:
     """Some tokens and a weight; with `exact` FP32 holds all sums, in any order, and `dtype` theirs.
 
-    With `exact`, tokens, codes and critical values are small integers and scales powers of two, and
+    With `exact`, tokens, codes and outliers are small integers and scales powers of two, and
     each token has at most 16 elements that are not 0.
     """
     weight = make_state(

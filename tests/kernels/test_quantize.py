@@ -178,7 +178,7 @@ def test_dequantize_is_one_fp32_product(shape, group_size):
 @pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group_size", [None, 10, 32])
-def test_dequantize_puts_critical_values_in_their_places(group_size, dtype, index_dtype):
+def test_dequantize_puts_outliers_in_their_places(group_size, dtype, index_dtype):
     """Other columns in each row, the first and the last among them; one rounding to `dtype`."""
     dense = coded(ramp((3, 33), group_size), group_size)
     columns = torch.tensor([[0, 7], [8, 32], [31, 32]])
@@ -215,7 +215,7 @@ VALUES, COLUMNS = torch.ones(2, 1), torch.ones(2, 1).short()
         (VALUES, COLUMNS.long(), TypeError, r"outlier columns must be torch\.int16 or .*int32"),
     ],
 )
-def test_critical_values_need_their_columns(values, columns, error, match):
+def test_outliers_need_their_columns(values, columns, error, match):
     codes, scales = kernels.quantize(torch.ones(2, 4), group_size=None)
 
     with pytest.raises(error, match=match):

@@ -65,7 +65,7 @@ def test_momentum_costs_one_byte_per_parameter_and_its_scales():
 @pytest.mark.parametrize("n_parts", [1, 4])
 @pytest.mark.parametrize("tied", [True, False])
 def test_resuming_equals_the_straight_run_bit_for_bit(tied, n_parts, dtype):
-    """Weights, scales, critical values, momentum and the losses, with a schedule."""
+    """Weights, scales, outliers, momentum and the losses, with a schedule."""
 
     def start():
         model = make_model(tied=tied, dtype=dtype)

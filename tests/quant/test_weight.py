@@ -45,7 +45,7 @@ def assert_same_weight(actual: QFTWeight, expected: QFTWeight) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_values_are_within_half_a_scale_and_critical_ones_exact(spec, dtype):
+def test_values_are_within_half_a_scale_and_outliers_exact(spec, dtype):
     x = heavy_tailed(dtype=dtype)
     before = x.clone()
 
@@ -67,7 +67,7 @@ def test_values_are_within_half_a_scale_and_critical_ones_exact(spec, dtype):
 
 
 @pytest.mark.parametrize("spec", SPECS[1:], ids=str)
-def test_critical_values_are_the_largest_of_each_row(spec):
+def test_outliers_are_the_largest_of_each_row(spec):
     x = heavy_tailed()
 
     weight = QFTWeight.from_float(x, spec)
@@ -79,7 +79,7 @@ def test_critical_values_are_the_largest_of_each_row(spec):
         np.testing.assert_array_equal(weight.outlier_columns[row].numpy(), largest)
 
 
-def test_critical_values_for_int8_products_are_whole_columns():
+def test_outliers_for_int8_products_are_whole_columns():
     """Those that stand out most from their row, whatever the scale of the row."""
     x = torch.randn(9, 101, generator=torch.Generator().manual_seed(0)) * 0.02
     x[2, 40] = 0.5
@@ -99,7 +99,7 @@ def test_critical_values_for_int8_products_are_whole_columns():
         assert weight.scales[row] < whole_rows.scales[row] / 5
 
 
-def test_relative_error_falls_with_critical_values_and_with_groups():
+def test_relative_error_falls_with_outliers_and_with_groups():
     x = heavy_tailed(64, 512)
 
     def error(**spec):
@@ -117,7 +117,7 @@ def test_relative_error_falls_with_critical_values_and_with_groups():
 
 @pytest.mark.parametrize(("columns", "dtype"), [(32768, torch.int16), (32769, torch.int32)])
 def test_column_index_type_follows_the_number_of_columns(columns, dtype):
-    """The last column is critical: as int16 it would turn negative one column later."""
+    """The last column is an outlier: as int16 it would turn negative one column later."""
     x = torch.full((2, columns), 1e-3)
     x[0, -1], x[1, 0] = 5.0, -6.0
 
@@ -339,7 +339,7 @@ def test_copy_between_group_sizes_is_refused():
 
 
 def test_copy_between_outlier_fractions_is_refused():
-    """Group sizes agree, the numbers of critical values do not: codes were copied all the same."""
+    """Group sizes agree, the numbers of outliers do not: codes were copied all the same."""
     target = QFTWeight.from_float(heavy_tailed(seed=1), SPECS[0])
     before = copy.deepcopy(target)
 

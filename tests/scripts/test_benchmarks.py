@@ -1,13 +1,15 @@
 """The measuring scripts run on a CPU at toy size; what they measure there means nothing."""
 
 import importlib.util
+import runpy
+from functools import partial
 
 import pytest
 import torch
 
 from qft_hf import kernels
 from qft_hf.kernels.operators import Operator
-from tests.scripts.commands import load
+from tests.scripts.commands import SCRIPTS, load
 
 CPU = torch.device("cpu")
 
@@ -66,20 +68,40 @@ def test_random_int8_weights_have_the_usual_deviation():
 
 
 def test_every_operator_is_timed_against_the_reference(kernel_figures):
-    operators = kernel_figures["6x300"]["operators"]
+    script, operators = load("benchmark_kernels"), kernel_figures["6x300"]["operators"]
 
-    others = {"dequantize rows", "lion_step_ 4-bit"}
-    # One is timed in the table of products; the other is that one and `quantize`, on GPUs.
-    products = {"int8_matmul", "requantized_matmul"}
+    timed = {name.split()[0] for name in operators}
+    products = {call.func.__name__ for call in script.products(7, 6, 300, CPU).values()}
     names = {name for name in kernels.__all__ if isinstance(getattr(kernels, name), Operator)}
-    assert set(operators) == (names | others) - products
+    assert (timed | products, timed & products) == (names, set())
+    assert {"dequantize rows", "lion_step_ 4-bit"} < set(operators)
     assert all(value > 0 for row in operators.values() for value in row.values())
+
+
+def test_every_kernel_is_called(monkeypatch):
+    called = set()
+    for name in kernels.__all__:
+        if isinstance(operator := getattr(kernels, name), Operator):
+            monkeypatch.setattr(operator, "_check", partial(_note, called, operator._check, name))
+    folder = SCRIPTS / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr("sys.argv", ["every_kernel.py", "cpu"])
+
+    runpy.run_path(str(folder / "every_kernel.py"))
+
+    assert called == {n for n in kernels.__all__ if isinstance(getattr(kernels, n), Operator)}
+
+
+def _note(called, check, name, *arguments, **options):
+    called.add(name)
+    if check is not None:
+        check(*arguments, **options)
 
 
 def test_every_product_is_timed_beside_float(kernel_figures):
     products = kernel_figures["6x300"]["products"]
 
-    assert set(products) == {"forward", "grad_x", "grad_w"}
+    assert set(products) == {"forward", "grad_x", "grad_w", "grad_w, quantized"}
     for row in products.values():
         assert all(value > 0 for value in row.values())
         assert {"tera_operations_per_second", "times_faster_than_bf16"} < set(row)
@@ -128,7 +150,7 @@ def test_training_steps_are_timed_by_phase(run, tmp_path):
 
     assert list(figures["median_seconds"]) == [
         "FP32 AdamW", "bf16 autocast AdamW", "QFT, dequantize", "QFT, int8",
-        "QFT, int8, no critical columns",
+        "QFT, int8, no outlier columns",
     ]  # fmt: skip
     for way in figures["median_seconds"].values():
         assert way["whole"] == pytest.approx(way["forward"] + way["backward"] + way["step"])

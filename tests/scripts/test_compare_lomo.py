@@ -29,5 +29,8 @@ def test_all_contestants_are_measured_the_same_way(tmp_path):
     stack, release = (rows[f"qft_lion, {mode}"] for mode in ("stack", "release"))
     assert release["peak_gradient_bytes"] < stack["peak_gradient_bytes"]
     assert release["states_bytes"] == stack["states_bytes"]
+    sgd = rows["qft_sgd, release"]
+    assert "momentum" not in sgd["states_bytes"]
+    assert sgd["peak_gradient_bytes"] <= release["peak_gradient_bytes"]
     table = script.table(figures)
     assert len({line.count("|") for line in table.splitlines()}) == 1

@@ -25,16 +25,14 @@ def test_the_study_of_momentum_runs_every_kind():
     script = load("momentum_bits")
     study = script.Study(script.Size(hidden=32, layers=1), pretraining_steps=2, steps=2)
     rows = [{"kind": "float", "lr": 1e-3, "seed": 0, "reduction": study.lion(0, 1e-3, None)}]
-    sgd = study.float_sgd(0, 1e-3)
-    rows.append({"kind": "float SGD", "lr": 1e-3, "seed": 0, "reduction": sgd})
-    for bits in (8, 4, 0):
-        row = {
-            "kind": f"{bits} bits",
-            "lr": 1e-3,
-            "seed": 0,
-            "reduction": study.lion(0, 1e-3, bits),
-        }
-        rows.append(row)
+    for kind, reduction in (
+        ("float SGD", study.sgd(0, 1e-3, quantize=False)),
+        ("0 bits (SGD)", study.sgd(0, 1e-3, quantize=True)),
+        ("8 bits", study.lion(0, 1e-3, 8)),
+        ("4 bits", study.lion(0, 1e-3, 4)),
+    ):
+        rows.append({"kind": kind, "lr": 1e-3, "seed": 0, "reduction": reduction})
+    assert len({row["reduction"] for row in rows}) == len(rows)  # each is another optimizer
     for name in ("as shipped: slope 3, groups of 64", "to nearest", "sticky scale"):
         reduction, error = study.simulated(0, 1e-3, script.VARIANTS[name])
         assert 0 < error < 1
