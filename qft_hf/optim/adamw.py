@@ -41,6 +41,11 @@ class QFTAdamW(QFTOptimizer):
         Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
     """
 
+    @property
+    def description(self) -> str:
+        """The rule and how its state is stored, for a model card."""
+        return "AdamW (arXiv:1711.05101) with both moments in 8 bits"
+
     def __init__(
         self,
         params: Iterable[Any],

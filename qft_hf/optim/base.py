@@ -77,6 +77,11 @@ class QFTOptimizer(Optimizer):
 
     takes_tiles = False
 
+    @property
+    def description(self) -> str:
+        """The rule and how its state is stored, for a model card."""
+        return type(self).__name__
+
     def __init__(
         self,
         params: Iterable[Any],

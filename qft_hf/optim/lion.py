@@ -46,6 +46,12 @@ class QFTLion(QFTOptimizer):
 
     takes_tiles = True
 
+    @property
+    def description(self) -> str:
+        """The rule and how its state is stored, for a model card."""
+        stored = "as INT8" if self.momentum_bits == 8 else f"in {self.momentum_bits} bits"
+        return f"Lion (arXiv:2302.06675) with momentum {stored}"
+
     def __init__(
         self,
         params: Iterable[Any],

@@ -49,7 +49,10 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("bits", "text"),
-    [(4, "Lion momentum in 4 bits"), (0, r"updated by SGD (LOMO, arXiv:2306.09782)")],
+    [
+        (4, "updated by Lion (arXiv:2302.06675) with momentum in 4 bits"),
+        (0, "updated by SGD without state (LOMO, arXiv:2306.09782)"),
+    ],
 )
 def test_ledger_and_card_tell_what_was_stored(tmp_path, bits, text):
     trainer = run(tmp_path, bits, QFTTrainer, gradient="release")

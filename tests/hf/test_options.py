@@ -156,7 +156,7 @@ def test_flags_are_the_fields(tmp_path):
     (plain,) = parser.parse_args_into_dataclasses([f"--output_dir={tmp_path}", "--use_cpu"])
     assert plain.optimizer_fields == plain.format_fields == {}
     text = " ".join(parser.format_help().split())
-    assert "Decay of the last moment: of qft_lion's momentum. Default: 0.99 (qft_lion" in text
+    assert "Default: 0.99 (qft_lion), 0.999 (qft_adamw)." in text
 
 
 # --- optim_args -----------------------------------------------------------------------------
