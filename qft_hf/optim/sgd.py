@@ -59,7 +59,7 @@ class QFTSGD(QFTOptimizer):
         for rows in row_tiles(n_rows, columns):
             direction = kernels.dequantize(kernels.Weight.dense(gradient.rows(rows)))
             kernels.step_weight_(
-                weight.rows(rows),
+                weight if rows.stop - rows.start == n_rows else weight.rows(rows),
                 direction.neg_() if group["maximize"] else direction,
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),

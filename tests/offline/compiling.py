@@ -14,6 +14,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from qft_hf.kernels.triton.launch import Constants, Launcher, Plan
+
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 # triton prints SASS as "<control codes>\t[@predicate] OPCODE operands;"
@@ -89,10 +91,13 @@ def launches(operator: Callable[..., Any], *arguments: Any, **options: Any) -> l
     """
     found = []
 
-    def run(self: JITFunction, *given: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        found.append(Launch(self, grid, given, named))
+    def launch(self: Launcher, grid: tuple[int, ...], constants: Constants, *given: Any) -> None:
+        found.append(Launch(self._kernel, grid, given, constants.values))
 
-    with patch.object(JITFunction, "run", run):
+    def launch_plan(self: Plan, *given: Any) -> None:
+        self._launcher(self._grid, self._constants, *self._before, *given, *self._after)
+
+    with patch.object(Launcher, "__call__", launch), patch.object(Plan, "__call__", launch_plan):
         operator(*arguments, **options)
     return found
 

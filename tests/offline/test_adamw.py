@@ -8,30 +8,30 @@ pytest.importorskip("triton", reason="triton is not installed: Linux only")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-from qft_hf.kernels.triton.adamw import _moments_kernel
-from qft_hf.kernels.triton.tiling import tiling
-from tests.offline.compiling import compile_kernel
+import torch
+
+from qft_hf.kernels import AdamW, Moments, Quantized, Rounding, Weight
+from qft_hf.kernels.triton.adamw import adamw_step_
+from tests.offline.compiling import compile_launch, launches
+
+
+def matrix(columns: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(64, columns, dtype=dtype, device="meta")
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])
 @pytest.mark.parametrize("columns", [4096, 11008])
 def test_the_step_of_the_moments(columns, capability):
-    types = {"seed": "i64"} | dict.fromkeys(("step", "stream", "first_row"), "i32")
-    for name in _moments_kernel.arg_names:
-        if name.endswith("_ptr"):
-            types[name] = "*i8" if name.endswith("codes_ptr") else "*fp32"
-        elif name.islower():
-            types.setdefault(name, "fp32")
-    types["root_codes_ptr"] = "*u8"
-    tiles = tiling(columns, 256)
+    codes, scales = matrix(columns, torch.int8), matrix(columns // 256, torch.float32)
+    weight = Weight.dense(Quantized(codes, matrix(1, torch.float32), None))
+    moments = Moments(codes, scales, matrix(columns, torch.uint8), scales, 256)
+    rule = AdamW(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
+    rounding = Rounding(seed=2**40 + 1, step=7, stream=3)
 
-    compiled = compile_kernel(
-        _moments_kernel,
-        types=types,
-        constants={"STOCHASTIC": True, **tiles.constants()},
-        capability=capability,
-        n_warps=tiles.n_warps,
+    of_moments, _ = launches(
+        adamw_step_, weight, moments, Quantized(codes, scales, 256), rule=rule, rounding=rounding
     )
+    compiled = compile_launch(of_moments, capability)
 
     assert compiled.stack_bytes == compiled.local_bytes == 0
     assert compiled.count("LDL|STL") == 0

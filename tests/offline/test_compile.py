@@ -368,10 +368,12 @@ def test_int8_matmul(i, capability, monkeypatch):
     """On integer matrix units, from whole words: no byte is loaded, stored or moved alone."""
     tile = int8_product.TILES[divmod(capability, 10)][i]
     monkeypatch.setattr(int8_product, "choose_tile", lambda *_: tile)
+    int8_product._tiles.cache_clear()
     a, b = tensor(4000, 4096, dtype=torch.int8), tensor(2048, 4096, dtype=torch.int8)
     options = {"bias": tensor(2048), "columns": None, "values": None, "dtype": torch.bfloat16}
     arguments = (a, b.t(), tensor(4000, 1), tensor(2048, 1))
     launch = only(launches(int8_product.int8_matmul, *arguments, **options))
+    int8_product._tiles.cache_clear()
 
     compiled = compile_launch(launch, capability)
 

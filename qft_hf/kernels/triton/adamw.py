@@ -4,7 +4,6 @@ Two launches: one on the moments, which leaves the direction in memory, and `ste
 Groups of weight and moments need not share tiles then; random words are drawn in both.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -16,8 +15,9 @@ from ..adamw import ROOT_QMAX as _ROOT_QMAX
 from ..adamw import ROOT_TINY as _ROOT_TINY
 from ..adamw import UNIT as _UNIT
 from ..values import AdamW, Moments, Quantized, Rounding, Weight
+from .launch import Launcher
 from .numerics import PER_QMAX, QMAX, ULP24, inverse_scale, random_words
-from .tiling import group_max, over_units, tile_columns, tiling
+from .tiling import group_max, over_units, row_constants, tile_columns, tiling
 from .weight import step_weight_
 
 GRADIENT_UNIT: tl.constexpr = tl.constexpr(_UNIT)
@@ -123,32 +123,31 @@ def _moments_kernel(
         tl.store(root_scales_ptr + group, new_s_scale, mask=group < N_GROUPS)
 
 
+_launch_moments = Launcher(_moments_kernel)
+
+
 @operators.adamw_step_.register("triton")
 def adamw_step_(
     weight: Weight, moments: Moments, gradient: Quantized, *, rule: AdamW, rounding: Rounding
 ) -> None:
     n_rows, columns = weight.codes.shape
-    tiles = tiling(columns, moments.group_size)
-    if tiles.UNIT_TILES > 1:  # longer than any that an optimizer has
+    if tiling(columns, moments.group_size).UNIT_TILES > 1:  # longer than any that an optimizer has
         operators.adamw_step_.reference(weight, moments, gradient, rule=rule, rounding=rounding)
         return
+    constants = row_constants(columns, moments.group_size, STOCHASTIC=rounding.stochastic)
     of_momentum, of_root = rule.corrections(rounding.step)
     state = (*moments.tensors, *gradient.tensors)
     for rows in row_tiles(n_rows, columns):
+        is_whole = rows.stop - rows.start == n_rows
         part = rounding._replace(first_row=rounding.first_row + rows.start)
-        tensors = [tensor[rows] for tensor in state]
-        direction = torch.empty(
-            rows.stop - rows.start, columns, dtype=torch.float32, device=weight.device
-        )
-        with torch.cuda.device_of(direction):
-            _moments_kernel[(len(direction),)](
-                *tensors, direction,
-                rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2, of_momentum, of_root,
-                rule.eps * operators.UNIT, -1.0 if rule.maximize else 1.0,
-                part.seed, part.step, part.stream, part.first_row,
-                STOCHASTIC=part.stochastic, **tiles.constants(), num_warps=tiles.n_warps,
-                enable_fp_fusion=False,
-            )  # fmt: skip
+        direction = weight.scales.new_empty(rows.stop - rows.start, columns)
+        _launch_moments(
+            (len(direction),), constants, *(tensor[rows] for tensor in state), direction,
+            rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2, of_momentum, of_root,
+            rule.eps * operators.UNIT, -1.0 if rule.maximize else 1.0,
+            part.seed, part.step, part.stream, part.first_row,
+        )  # fmt: skip
         step_weight_(
-            weight.rows(rows), direction, lr=rule.lr, weight_decay=rule.weight_decay, rounding=part
-        )
+            weight if is_whole else weight.rows(rows), direction,
+            lr=rule.lr, weight_decay=rule.weight_decay, rounding=part,
+        )  # fmt: skip
