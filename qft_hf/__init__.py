@@ -1,4 +1,4 @@
-"""Full-parameter fine-tuning with INT8 weights, gradients and Lion momentum, in the Trainer.
+"""Full-parameter fine-tuning with INT8 weights, gradients and optimizer state, in the Trainer.
 
 Importing the package registers `optim="qft_lion"` and the quantization method `"qft"`.
 """
@@ -15,7 +15,7 @@ from .hf import (
 )
 from .memory import MemoryEstimate, MemoryLedger, memory_ledger
 from .nn import QFTEmbedding, QFTLinear
-from .optim import QFTSGD, QFTLion, QFTOptimizer
+from .optim import QFTSGD, QFTAdamW, QFTLion, QFTOptimizer
 from .quant import QFTWeight
 from .version import __version__
 
@@ -23,6 +23,7 @@ __all__ = [
     "QFTSGD",
     "MemoryEstimate",
     "MemoryLedger",
+    "QFTAdamW",
     "QFTConfig",
     "QFTEmbedding",
     "QFTLinear",

@@ -18,6 +18,8 @@ NIBBLES = 2
 
 MOMENTUM_BITS = (8, 4, 0)  # of one value; 0: none, as SGD has it
 
+OPTIMIZERS = ("qft_lion", "qft_adamw", "qft_sgd")
+
 # Elements of a weight that are expanded to float at a time: 64 MB in FP32.
 TILE_ELEMENTS = 2**24
 # Rows of a tile are a multiple of this: products of slices that begin anywhere take up to half as
@@ -81,6 +83,17 @@ def momentum_bytes(rows: int, columns: int, bits: int) -> int:
         return 0
     codes, scales = momentum_shapes(rows, columns, bits)
     return prod(codes) * CODE_BYTES + prod(scales) * SCALE_BYTES
+
+
+def state_bits(optimizer: str, momentum_bits: int) -> tuple[int, ...]:
+    """Bits of each value that an optimizer keeps for a quantized weight, by its name.
+
+    Args:
+        optimizer: One of `OPTIMIZERS`.
+        momentum_bits: As `momentum_bytes` takes it; of Lion, the others have no choice.
+    """
+    of_lion = (momentum_bits,) if momentum_bits else ()
+    return {"qft_lion": of_lion, "qft_sgd": (), "qft_adamw": (8, 8)}[optimizer]
 
 
 def outliers_per_row(columns: int, outlier_fraction: float) -> int:

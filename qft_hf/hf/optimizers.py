@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
-from ..optim import QFTSGD, QFTLion, QFTOptimizer
+from ..optim import QFTSGD, QFTAdamW, QFTLion, QFTOptimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ OPTIONS = {
         "Weight of the momentum in the update. adam_beta1, adam_beta2 and adam_epsilon are not "
         "read.",
     ),
-    "beta2": Option(float, "Decay of the last moment: of qft_lion's momentum."),
+    "beta2": Option(float, "Decay of qft_lion's momentum, or of qft_adamw's second moment."),
     "eps": Option(float, "Term beside the root of the second moment, where there is one."),
     "momentum_bits": Option(
         int,
@@ -97,6 +97,7 @@ class NamedOptimizer:
 
 OPTIMIZERS = {
     "qft_lion": NamedOptimizer(QFTLion, (*_EVERY, "beta1", "beta2", "momentum_bits")),
+    "qft_adamw": NamedOptimizer(QFTAdamW, (*_EVERY, "beta1", "beta2", "eps")),
     "qft_sgd": NamedOptimizer(QFTSGD, _EVERY),
 }
 DEFAULT_OPTIMIZER = "qft_lion"

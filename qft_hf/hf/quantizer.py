@@ -23,6 +23,7 @@ from ..layout import GroupLayout, outlier_bytes
 from ..nn import (
     dequantize_modules_,
     is_quantized_module,
+    mark_tables_,
     prepare_modules_,
     quantize_modules_,
 )
@@ -254,6 +255,7 @@ class QFTQuantizer(HfQuantizer):
         if not self.pre_quantized:
             # Weights that are not in the checkpoint, such as a new classifier, are float so far.
             quantize_modules_(model, self.quantization_config)
+        mark_tables_(model)  # weights are in place and tied only now
         return model
 
     def _find_missing(self, model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ An operator is a documented function with its checks, whose body is its referenc
 `values.py` has them.
 """
 
+from .adamw import adamw_step_
 from .columns import column_absmax
 from .dequantized_product import dequantized_matmul
 from .embedding import embedding_gradient_
@@ -15,15 +16,18 @@ from .int8_product import int8_matmul, requantized_matmul
 from .lion import lion_step_, quantize_and_lion_step_
 from .output_gradient import quantize_gradient
 from .quantization import dequantize, quantize
-from .values import Lion, Quantized, Rounding, Weight
+from .values import AdamW, Lion, Moments, Quantized, Rounding, Weight
 from .weight import step_weight_
 
 __all__ = [
+    "AdamW",
     "Lion",
+    "Moments",
     "Quantized",
     "Rounding",
     "Weight",
     "accumulate_",
+    "adamw_step_",
     "column_absmax",
     "dequantize",
     "dequantized_matmul",

@@ -53,19 +53,10 @@ def squared_norm(gradient: Quantized) -> Tensor:
     Raises:
         TypeError: Codes are not of 8 bits.
     """
-    return norm_of_sums(_sums_of_squares(gradient), gradient.scales)
-
-
-def row_squares(gradient: Quantized) -> Tensor:
-    """Sum of squares of each row: fp64 `[rows]`."""
-    return (_sums_of_squares(gradient) * gradient.scales.double().square()).sum(dim=1)
-
-
-def _sums_of_squares(gradient: Quantized) -> Tensor:
-    """Sums of squared codes `[rows, n_groups]`: integers, exact in fp64 for any group."""
+    # Sums of squared codes are integers, exact in FP64 for groups of any length.
     parts = group_parts(gradient.codes, gradient.group_size)
     squares = [part.float().square_().sum(dim=2, dtype=torch.float64) for part in parts]
-    return torch.cat(squares, dim=1)
+    return norm_of_sums(torch.cat(squares, dim=1), gradient.scales)
 
 
 @squared_norm.checks

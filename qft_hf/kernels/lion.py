@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, momentum_shapes
 from .checks import FLOATS, check_bits, check_finite, check_group_size, check_matrix, check_same
-from .gradients import row_squares
+from .gradients import squared_norm
 from .groups import expanded, quantized
 from .nibbles import load_nibbles, round_to_nibbles
 from .operators import operator
@@ -158,9 +158,8 @@ def quantize_and_lion_step_(
         rounding: The random numbers.
 
     Returns:
-        Sum of squares of each row of the quantized gradient, without `factor`: fp64 `[rows]`; NaN
-        or infinite where a row was left. The one result of this operator whose last bits depend on
-        the order of a sum.
+        fp64 `[rows]`, whose sum is the sum of squares of the quantized gradient, without `factor`:
+        NaN or infinite if a row was left. How the sum is divided among them is up to a backend.
 
     Raises:
         TypeError: The gradient is not one of the three float dtypes.
@@ -168,7 +167,8 @@ def quantize_and_lion_step_(
     """
     codes, scales = quantize(gradient, group_size=group_size)
     coded = Quantized(codes, scales, group_size)
-    squares = row_squares(coded)
+    squares = scales.new_zeros(len(codes), dtype=torch.float64)
+    squares[0] = squared_norm(coded)
     if factor is not None:
         scales *= factor
     finite = scales.isfinite().all(dim=1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, GroupLayout
-from .checks import check_group_size, check_matrix, check_scales
+from .checks import check_group_size, check_matrix, check_same, check_scales
 
 CODE_DTYPES = {8: torch.int8, 4: torch.uint8}  # by bits
 
@@ -28,10 +28,6 @@ class Quantized:
             Codes of 4 bits have groups of 64.
         bits: Of one code: 8, or 4.
 
-    Attributes:
-        plans: What has been prepared for this matrix and lives as long as it does, such as launches
-            that a backend has bound to its tensors. Copies have none.
-
     Raises:
         TypeError: Codes have another dtype than their bits.
         ValueError: Shapes or devices do not fit.
@@ -41,7 +37,6 @@ class Quantized:
     scales: Tensor
     group_size: int | None
     bits: int = 8
-    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_matrix("codes", self.codes, (CODE_DTYPES[self.bits],))
@@ -67,9 +62,6 @@ class Quantized:
         """Codes and scales."""
         return self.codes, self.scales
 
-    def __reduce__(self) -> Any:
-        return Quantized, (self.codes, self.scales, self.group_size, self.bits)
-
     def rows(self, rows: slice) -> "Quantized":
         """Some of its rows; they share memory with it."""
         return Quantized(self.codes[rows], self.scales[rows], self.group_size, self.bits)
@@ -87,7 +79,8 @@ class Weight:
         group_size: Columns per scale; None: whole rows.
 
     Attributes:
-        plans: As those of `Quantized`.
+        plans: What has been prepared for this weight and lives as long as it does, such as launches
+            that a backend has bound to its tensors, and to nobody else's. Copies have none.
 
     Raises:
         TypeError: A dtype is wrong.
@@ -148,6 +141,45 @@ class Weight:
         return Weight(codes, scales, values, columns, self.group_size)
 
 
+@dataclass(slots=True, eq=False)
+class Moments:
+    """Both moments of AdamW for a matrix as 8-bit codes; `adamw_step_` says what they stand for.
+
+    Args:
+        ratio_codes: int8 `[rows, columns]` in [-127, 127], contiguous: the first moment over the
+            root of the second.
+        ratio_scales: fp32 `[rows, n_groups]`, contiguous.
+        root_codes: uint8 `[rows, columns]`, contiguous: the eighth root of the second moment.
+        root_scales: fp32 `[rows, n_groups]`, contiguous.
+        group_size: Columns per scale, of both.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: Shapes or devices do not fit.
+    """
+
+    ratio_codes: Tensor
+    ratio_scales: Tensor
+    root_codes: Tensor
+    root_scales: Tensor
+    group_size: int
+
+    def __post_init__(self) -> None:
+        check_matrix("ratio codes", self.ratio_codes, (torch.int8,))
+        check_matrix("root codes", self.root_codes, (torch.uint8,))
+        check_same("root codes", self.root_codes, self.ratio_codes)
+        check_group_size(self.group_size)
+        rows, columns = self.ratio_codes.shape
+        n_groups = GroupLayout(rows, columns, self.group_size).n_groups
+        check_scales(self.ratio_scales, self.ratio_codes, n_groups)
+        check_scales(self.root_scales, self.root_codes, n_groups)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes and scales of the ratio, then of the root."""
+        return self.ratio_codes, self.ratio_scales, self.root_codes, self.root_scales
+
+
 class Rounding(NamedTuple):
     """The random numbers that round an update: Philox 4x32-7, counted, never drawn from a state.
 
@@ -183,3 +215,28 @@ class Lion(NamedTuple):
     beta2: float
     weight_decay: float
     maximize: bool = False
+
+
+class AdamW(NamedTuple):
+    """The numbers of an AdamW step.
+
+    Attributes:
+        lr: Step size, in units of the weight.
+        beta1: Decay of the first moment, the mean of gradients.
+        beta2: Decay of the second, the mean of their squares; above `beta1**2`: else no step has a
+            bound.
+        eps: Positive; added to the root of the second moment, in units of the gradient.
+        weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
+        maximize: Step along the gradient, not against it.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool = False
+
+    def corrections(self, step: int) -> tuple[float, float]:
+        """What undoes the start from zero, of the first moment and of the root of the second."""
+        return 1 / (1 - self.beta1**step), 1 / (1 - self.beta2**step) ** 0.5

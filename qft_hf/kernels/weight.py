@@ -82,10 +82,10 @@ def check_weight_values(weight: Weight) -> None:
     check_column_values(weight.outlier_columns, weight.codes)
 
 
-def row_chunks(codes: Tensor) -> Iterator[slice]:
-    """Rows of `codes` in runs of `CHUNK_ELEMENTS`, or one by one."""
+def row_chunks(codes: Tensor, *, elements: int | None = None) -> Iterator[slice]:
+    """Rows of `codes` in runs of `CHUNK_ELEMENTS`, or of so many `elements`, or one by one."""
     n_rows, columns = codes.shape
-    chunk = max(1, CHUNK_ELEMENTS // columns)
+    chunk = max(1, (elements or CHUNK_ELEMENTS) // columns)
     for start in range(0, n_rows, chunk):
         yield slice(start, min(start + chunk, n_rows))
 

@@ -21,6 +21,7 @@ from ..layout import (
     momentum_bytes,
     outlier_bytes,
     outliers_per_row,
+    state_bits,
 )
 from ..nn import ConversionPlan, conversion_plan, product_choices
 from ..nn.loss import words_at_a_time
@@ -168,6 +169,7 @@ def estimate(
     *,
     gradient: str,
     momentum_bits: int,
+    optimizer: str = "qft_lion",
 ) -> MemoryEstimate:
     """Predict the memory of training `model`.
 
@@ -177,6 +179,7 @@ def estimate(
         spec: The weight format.
         gradient: `"stack"` or `"release"`, as `QFTLion` takes it.
         momentum_bits: 8, 4 or 0, as `QFTLion` takes it.
+        optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
     workload = replace(
@@ -194,7 +197,8 @@ def estimate(
         rows * outliers_per_row(columns, spec.outlier_fraction) for rows, columns in shapes
     ]
     gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if gradient == "stack" else 0
-    float_momentum = sum(FP32_BYTES * p.numel() for p in floats) if momentum_bits else 0
+    bits_of_state = state_bits(optimizer, momentum_bits)
+    of_floats = len(bits_of_state) * sum(FP32_BYTES * p.numel() for p in floats)
     kinds = [
         ("INT8 weights", len(weights), sum(rows * columns for rows, columns in shapes)),
         (
@@ -211,8 +215,9 @@ def estimate(
         ("gradients", 2 * len(weights) + len(floats), gradients),
         (
             "momentum",
-            2 * len(weights) + len(floats),
-            sum(momentum_bytes(*shape, momentum_bits) for shape in shapes) + float_momentum,
+            len(bits_of_state) * (2 * len(weights) + len(floats)),
+            sum(momentum_bytes(*shape, bits) for shape in shapes for bits in bits_of_state)
+            + of_floats,
         ),
         ("buffers", *_count(model.buffers())),
     ]

@@ -108,7 +108,8 @@ def check_values(name: str, weight: QFTWeight) -> None:
         (
             "outlier_columns",
             f"columns outside [0, {columns})",
-            (outlier_columns >= 0) & (outlier_columns < columns),
+            # Not `< columns`: 32,768 columns have 16-bit numbers, and among these it is negative.
+            (outlier_columns >= 0) & (outlier_columns <= columns - 1),
         ),
         ("outlier_columns", "columns that do not ascend", ascending),
     ):

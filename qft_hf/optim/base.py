@@ -77,6 +77,11 @@ class QFTOptimizer(Optimizer):
 
     takes_tiles = False
 
+    @property
+    def description(self) -> str:
+        """The rule and how its state is stored, for a model card."""
+        return type(self).__name__
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -127,7 +132,7 @@ class QFTOptimizer(Optimizer):
 
     @abstractmethod
     def state_format(self, parameter: Tensor) -> StateFormat:
-        """Dtype and shape of each state tensor of a parameter, quantized or float."""
+        """The form of each state tensor of a parameter, quantized or float."""
 
     @abstractmethod
     def step_weight(
@@ -191,7 +196,10 @@ class QFTOptimizer(Optimizer):
             ValueError: The text names the option and its range.
         """
         for name in ("lr", "weight_decay"):
-            value = float(group[name])
+            try:
+                value = float(group[name])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{name} must be a number, got {group[name]!r}.") from error
             if not isfinite(value) or value < 0:
                 raise ValueError(
                     f"{name} must be finite and not negative, got {value}. To climb, set "
@@ -199,6 +207,11 @@ class QFTOptimizer(Optimizer):
                 )
         if not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {group['seed']}.")
+
+    def check_groups(self) -> None:
+        """`check_group` of all: a scheduler may have written anything since the last step."""
+        for group in self.param_groups:
+            self.check_group(group)
 
     # --- parameters
 
@@ -276,8 +289,7 @@ class QFTOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:  # a scheduler may have written anything
-            self.check_group(group)
+        self.check_groups()
         if not self._flow.step(list(self._parameters())):
             self.skipped_steps += 1
             logger.warning("Step skipped: a gradient is not finite (%d so far)", self.skipped_steps)
@@ -429,6 +441,7 @@ class QFTOptimizer(Optimizer):
         self._quantized.clear()
         self._counters.clear()
         self.state.update(states)
+        self._flow.clear()
         if isinstance(self._flow, Release):
             self._flow.restart(previous_norm=state_dict.get(PREVIOUS_NORM))
         self.train()  # Accelerate loads the state after it has moved the model, which cuts hooks
@@ -469,5 +482,11 @@ def check_betas(betas: tuple[float, float], usual: tuple[float, float]) -> None:
     Raises:
         ValueError: One is not.
     """
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}. Usual are {usual}.")
+    try:
+        are_good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    except TypeError:
+        are_good = False
+    if not are_good:
+        raise ValueError(
+            f"betas must be two numbers in [0, 1), got {betas}. The usual ones are {usual}."
+        )

@@ -40,8 +40,8 @@ ACCUMULATION_IS_FORBIDDEN = (
 )
 
 HALF_A_STEP = (
-    "An earlier step was interrupted after it had updated {n} parameters: the model is between two "
-    "steps. Reload a checkpoint, or call optimizer.zero_grad() to go on from here."
+    "An earlier step was interrupted after it had taken the gradients of {n} parameters: the model "
+    "is between two steps. Reload a checkpoint, or call optimizer.zero_grad() to go on from here."
 )
 
 
@@ -49,6 +49,10 @@ class Updates(Protocol):
     """The optimizer that a flow works for."""
 
     takes_tiles: bool  # whether `update` takes a `TiledGradient`
+
+    def check_groups(self) -> None:
+        """Raise for options that are out of their range."""
+        ...
 
     def update(
         self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None
@@ -144,18 +148,16 @@ class Flow(ABC):
             if isinstance(gradient, TiledGradient):  # whoever wanted tiles did not take them
                 parameter.grad = gradient.quantized()
             elif isinstance(parameter, QFTWeight) and not isinstance(gradient, Int8Gradient):
-                raise TypeError(
-                    f"A quantized weight of shape {tuple(parameter.shape)} has a gradient of type "
-                    f"{type(gradient).__name__}; only Int8Gradient is expected. Do not assign "
-                    ".grad by hand, and use the weight through its QFT module."
-                )
+                raise _float_gradient_error(parameter, gradient)
             waiting.append(parameter)
         return waiting
 
-    def _update_all(self, waiting: list[Parameter]) -> None:
-        """Update parameters and free their gradients, newest first; float ones together."""
+    def _refuse_half_a_step(self) -> None:
         if self._n_updated:
             raise RuntimeError(HALF_A_STEP.format(n=self._n_updated))
+
+    def _update_all(self, waiting: list[Parameter]) -> None:
+        """Update parameters and free their gradients, newest first; float ones together."""
         floats = []
         for parameter in reversed(waiting):
             gradient, parameter.grad = parameter.grad, None
@@ -191,6 +193,7 @@ class Stack(Flow):
             RuntimeError: The step before was interrupted half-way.
             TypeError: A quantized weight has a float gradient. Nothing was updated.
         """
+        self._refuse_half_a_step()
         waiting = self._waiting(parameters)
         if not _are_finite(waiting):
             if self.nonfinite == "raise":
@@ -281,7 +284,9 @@ class Release(Flow):
             FloatingPointError: It is INT8 and has a NaN or infinity.
             RuntimeError: The parameter was updated in this step already, or the norm that exact
                 clipping needs was not measured.
-            ValueError: It belongs to an earlier micro-batch, and `accumulation` is `"forbid"`.
+            TypeError: It is a float gradient of a quantized weight.
+            ValueError: It belongs to an earlier micro-batch, and `accumulation` is `"forbid"`; or
+                an option of a group is out of its range, and nothing was updated.
         """
         if self._is_measuring:
             if parameter.grad is not None:
@@ -313,10 +318,14 @@ class Release(Flow):
                 "layers share the weight under checkpointing, set use_reentrant=False."
             )
         gradient, optimizer = parameter.grad, self.optimizer
+        if not self._used:  # the first of this step
+            optimizer.check_groups()
         if isinstance(gradient, TiledGradient):
             self._take(parameter)
             factor = self._factor(self._norm_of_all(), gradient.device)
+            self._n_updated = len(self._used)  # until the update has come to its end
             self._squares.append(optimizer.update(parameter, gradient, factor))
+            self._n_updated = 0
         elif isinstance(gradient, Int8Gradient):
             square = _squared_norm(gradient)
             if not bool(square.isfinite()):
@@ -324,7 +333,11 @@ class Release(Flow):
             self._take(parameter)
             self._clip_(gradient, square)
             self._squares.append(square)
+            self._n_updated = len(self._used)
             optimizer.update(parameter, gradient)
+            self._n_updated = 0
+        elif isinstance(parameter, QFTWeight):
+            raise _float_gradient_error(parameter, gradient)
         elif gradient is not None:
             square = _squared_norm(gradient)
             if self.clipping == "tensor" and not bool(square.isfinite()):
@@ -342,7 +355,9 @@ class Release(Flow):
 
     def _update_floats(self) -> None:
         floats, self._floats = self._floats, []
+        self._n_updated = len(self._used)
         self.optimizer.update_floats(floats)
+        self._n_updated = 0
 
     def nonfinite_error(self) -> FloatingPointError:
         """What to raise for a gradient with a NaN or infinity."""
@@ -364,6 +379,7 @@ class Release(Flow):
             RuntimeError: The step before was interrupted half-way.
             TypeError: A quantized weight has a float gradient. Nothing was updated.
         """
+        self._refuse_half_a_step()
         waiting = self._waiting(parameters)
         released = _total_norm(self._squares) if self._squares else None
         if not _are_finite(waiting) or (released is not None and not bool(released.isfinite())):
@@ -463,6 +479,14 @@ class Release(Flow):
     def _forget(self) -> None:
         self._measured = None
         self._squares, self._used, self._floats = [], set(), []
+
+
+def _float_gradient_error(parameter: Parameter, gradient: Tensor | None) -> TypeError:
+    return TypeError(
+        f"A quantized weight of shape {tuple(parameter.shape)} has a gradient of type "
+        f"{type(gradient).__name__}; only Int8Gradient is expected. Do not assign .grad by hand, "
+        "use the weight through its QFT module, and let a hook multiply the gradient that it gets."
+    )
 
 
 def _hooks_of(parameter: Parameter) -> dict[Any, Any]:

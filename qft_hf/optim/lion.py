@@ -11,7 +11,7 @@ from .. import kernels
 from ..layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, momentum_shapes
 from ..quant import QFTWeight, TiledGradient
 from .base import QFTOptimizer, check_betas
-from .state import StateFormat
+from .state import StateFormat, StateTensor
 
 LION_BETAS = (0.9, 0.99)
 MOMENTUM_BITS = (8, 4)
@@ -46,6 +46,12 @@ class QFTLion(QFTOptimizer):
 
     takes_tiles = True
 
+    @property
+    def description(self) -> str:
+        """The rule and how its state is stored, for a model card."""
+        stored = "as INT8" if self.momentum_bits == 8 else f"in {self.momentum_bits} bits"
+        return f"Lion (arXiv:2302.06675) with momentum {stored}"
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -64,7 +70,8 @@ class QFTLion(QFTOptimizer):
         if momentum_bits not in MOMENTUM_BITS:
             raise ValueError(f"momentum_bits must be 8 or 4, got {momentum_bits!r}.")
         self.momentum_bits = momentum_bits
-        defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
+        betas = tuple(betas) if isinstance(betas, list) else betas
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(params, defaults, **settings)
 
     def check_group(self, group: dict[str, Any]) -> None:
@@ -78,10 +85,12 @@ class QFTLion(QFTOptimizer):
 
     def state_hint(self, parameter: Tensor, state: dict[str, Any]) -> str | None:
         """Whether a state would fit another `momentum_bits`."""
+        if not isinstance(parameter, QFTWeight):
+            return None  # of which all have the same
         for bits in MOMENTUM_BITS:
             wanted = _state_format(parameter, bits)
             fits = wanted.keys() <= state.keys() and all(
-                state[name].dtype == dtype for name, (dtype, _) in wanted.items()
+                getattr(state[name], "dtype", None) == form.dtype for name, form in wanted.items()
             )
             if bits != self.momentum_bits and fits:
                 return (
@@ -158,12 +167,12 @@ class QFTLion(QFTOptimizer):
 
 def _state_format(parameter: Tensor, bits: int) -> StateFormat:
     if not isinstance(parameter, QFTWeight):
-        return {"momentum": (torch.float32, tuple(parameter.shape))}
+        return {"momentum": StateTensor(torch.float32, tuple(parameter.shape))}
     rows, columns = parameter.shape
     codes, scales = momentum_shapes(rows, columns, bits)
     return {
-        "momentum_codes": (kernels.values.CODE_DTYPES[bits], codes),
-        "momentum_scales": (torch.float32, scales),
+        "momentum_codes": StateTensor(kernels.values.CODE_DTYPES[bits], codes),
+        "momentum_scales": StateTensor(torch.float32, scales, fill=1.0, is_signed=False),
     }
 
 

@@ -32,6 +32,11 @@ class QFTSGD(QFTOptimizer):
         Resources" (LOMO), section 3 (arXiv:2306.09782), on float weights there.
     """
 
+    @property
+    def description(self) -> str:
+        """The rule and how its state is stored, for a model card."""
+        return "SGD without state (LOMO, arXiv:2306.09782)"
+
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-2, weight_decay: float = 0.0, **settings: Any
     ) -> None:

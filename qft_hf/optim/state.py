@@ -1,21 +1,36 @@
 """The optimizer's state of one parameter: which tensors, of which form."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# Dtype and shape of each tensor by name.
-StateFormat = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
-SCALES = "_scales"  # how names of scales end
+class StateTensor(NamedTuple):
+    """The form of one tensor.
+
+    Attributes:
+        dtype: Of its elements; int8 has codes in [-127, 127].
+        shape: Of the tensor.
+        fill: What it is full of before the first step. Beside codes of 0 any scale does; 1 is easy
+            to read.
+        is_signed: Whether values may be negative.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    fill: float = 0.0
+    is_signed: bool = True
+
+
+StateFormat = dict[str, StateTensor]  # by name
 
 
 def initial_state(wanted: StateFormat, device: torch.device) -> dict[str, Tensor]:
-    """Zeros, and no step yet. Beside codes of 0 any scale does; 1 is easy to read."""
+    """What each tensor is full of, and no step yet."""
     tensors = {
-        name: torch.full(shape, 1 if name.endswith(SCALES) else 0, dtype=dtype, device=device)
-        for name, (dtype, shape) in wanted.items()
+        name: torch.full(form.shape, form.fill, dtype=form.dtype, device=device)
+        for name, form in wanted.items()
     }
     # On the host, which counts: asking a GPU for its number would mean to wait.
     return {"step": torch.zeros((), dtype=torch.int64), **tensors}
@@ -65,23 +80,23 @@ def checked_state(
         for key, value in state.items()
         if isinstance(value, Tensor) and key != "step"
     }
-    if found != wanted or "step" not in state:
+    forms = {key: (form.dtype, form.shape) for key, form in wanted.items()}
+    if found != forms or "step" not in state:
         raise ValueError(
-            f"The state of {name} must be a step and {wanted}, got {list(state)} with {found}: "
+            f"The state of {name} must be a step and {forms}, got {list(state)} with {found}: "
             + (
                 hint
                 or "it was saved by another model, another optimizer or another QFTConfig. Resume "
                 "with the ones it belongs to."
             )
         )
-    for key in wanted:
+    for key, form in wanted.items():
         tensor = state[key]
-        is_scale = key.endswith(SCALES)
-        if not bool(tensor.isfinite().all()) or (is_scale and bool((tensor < 0).any())):
+        if not bool(tensor.isfinite().all()) or not (form.is_signed or bool((tensor >= 0).all())):
             raise ValueError(
-                f"{key} of {name} has values that are NaN, infinite or, as a scale, negative: the "
-                "optimizer state is damaged. Resume from an earlier checkpoint, or without the "
-                "optimizer's state."
+                f"{key} of {name} has values that are NaN, infinite or, as a scale or a mean of "
+                "squares, negative: the optimizer state is damaged. Resume from an earlier "
+                "checkpoint, or without the optimizer's state."
             )
         if tensor.dtype == torch.int8 and bool((tensor == -128).any()):
             raise ValueError(

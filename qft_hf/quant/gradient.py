@@ -129,6 +129,10 @@ class TiledGradient(Int8Tensor):
         for rows in self.rows:
             yield rows, self.make(rows).contiguous()
 
+    def dequantize(self) -> Tensor:
+        """The values that its INT8 form has, as a plain tensor of the outer dtype."""
+        return self.quantized().dequantize()
+
     def quantized(self) -> Int8Gradient:
         """All of it in INT8; each tile is quantized as soon as it exists."""
         if self.make_quantized is None:
@@ -162,7 +166,7 @@ def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8
     return alias
 
 
-@TiledGradient.implements(aten.detach.default, aten.alias.default)
+@TiledGradient.implements(aten.detach.default, aten.clone.default, aten.alias.default)
 def _alias_tiles(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TiledGradient:
     gradient = args[0]
     return TiledGradient(
@@ -222,7 +226,8 @@ def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int
     if is_per_row:
         operator(gradient.scales, factor)
     else:  # as a hook does that masks elements: rounded to nearest, like a sum
-        scaled = operator(gradient.dequantize().float(), factor)
+        values = kernels.dequantize(kernels.Weight.dense(gradient.stored), dtype=torch.float32)
+        scaled = operator(values, factor)
         codes, scales = kernels.quantize(scaled, group_size=STATE_GROUP_SIZE)
         gradient.codes.copy_(codes)
         gradient.scales.copy_(scales)

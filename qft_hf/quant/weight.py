@@ -206,12 +206,12 @@ class QFTWeight(Int8Tensor):
         """Whether whoever waits for the gradient takes it in float, a tile of rows at a time.
 
         Who waits has put a hook on this parameter that says so by its own `wants_tiles`. A user's
-        hook sees the gradient first, and so it has to be whole.
+        hook, of either kind, sees the gradient too, and so it has to be whole.
         """
         hooks = self._post_accumulate_grad_hooks
         if not hooks or self.is_table or self._backward_hooks:
             return False
-        return any(getattr(hook, "wants_tiles", False) for hook in hooks.values())
+        return all(getattr(hook, "wants_tiles", False) for hook in hooks.values())
 
     def gradient(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import quantize_modules_
-from qft_hf.optim import QFTSGD, QFTLion
+from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from tests.models import VOCAB_SIZE, tiny_llama
 from tests.optim.common import model_tensors, state_tensors
 
@@ -40,6 +40,8 @@ MODES: dict[str, dict[str, Any]] = {
     "release, 4 bits": {"gradient": "release", "momentum_bits": 4},
     "sgd": {"optimizer": QFTSGD, "clip": 0.3},
     "release, sgd": {"gradient": "release", "optimizer": QFTSGD},
+    "adamw": {"optimizer": QFTAdamW, "clip": 0.3},
+    "release, adamw": {"gradient": "release", "optimizer": QFTAdamW},
     "maximize": {"maximize": True},
     "nearest": {"stochastic_rounding": False},
 }

@@ -141,6 +141,35 @@ def test_saving_into_the_folder_it_was_loaded_from(int8_folder):
     assert_same_state(load(int8_folder), expected)
 
 
+@pytest.mark.parametrize("is_int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_tables_are_known_after_loading(tied, is_int8, tmp_path):
+    """Their gradient is never left in tiles, which would keep the gradient of the logits alive."""
+    model = tiny_llama(tied=tied)
+    if is_int8:
+        quantize_model_(model, QFTConfig())
+    model.save_pretrained(tmp_path)
+
+    loaded = load(tmp_path, **({} if is_int8 else {"quantization_config": QFTConfig()}))
+
+    assert loaded.model.embed_tokens.weight.is_table
+    assert loaded.lm_head.weight.is_table == tied
+    assert not loaded.model.layers[0].mlp.up_proj.weight.is_table
+
+
+@pytest.mark.parametrize("columns", [2**15 - 1, 2**15, 2**15 + 1])
+def test_weights_as_wide_as_16_bit_numbers_of_columns_survive(columns):
+    """At 32,768 columns the largest number fits 16 bits, and the number of columns does not."""
+    weights = [
+        quantize_model_(nn.Sequential(nn.Linear(columns, 2, bias=False)), QFTConfig())
+        for _ in range(2)
+    ]
+
+    weights[1].load_state_dict(weights[0].state_dict())
+
+    assert_same_state(*weights)
+
+
 def test_classifier_with_biases_survives(tmp_path):
     model = quantize_model_(tiny_bert(num_labels=5), QFTConfig(group_size=20))
     model.save_pretrained(tmp_path, max_shard_size="5KB")

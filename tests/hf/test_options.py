@@ -42,7 +42,7 @@ BAD_VALUES = {
     "nonfinite": ("ignore", ValueError, "nonfinite must be 'raise' or 'skip'"),
     "stochastic_rounding": (1, TypeError, "stochastic_rounding must be true or false, got 1"),
     "seed": (-1, ValueError, r"seed must be in \[0, 2\*\*63\)"),
-    "beta1": (1.5, ValueError, r"betas must be in \[0, 1\)"),
+    "beta1": (1.5, ValueError, r"betas must be two numbers in \[0, 1\)"),
     "beta2": (math.nan, ValueError, "beta2 must be a finite number, got nan"),
     "eps": ("small", TypeError, "eps must be a number"),
     "momentum_bits": (False, TypeError, "momentum_bits must be an integer, got False"),
@@ -90,7 +90,8 @@ def test_options_fields_and_these_tests_are_complete():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_name_is_known_to_the_trainer_and_trains(name, tmp_path):
     assert pickle.loads(pickle.dumps(OptimizerNames(name))) is OptimizerNames(name)
-    trainer = trainer_on(tiny_llama(), tmp_path, optim=name, max_steps=20)
+    rate = 1e-1 if name == "qft_sgd" else 1e-3
+    trainer = trainer_on(tiny_llama(), tmp_path, optim=name, max_steps=20, learning_rate=rate)
     trainer.train()
     assert type(trainer.optimizer.optimizer) is OPTIMIZERS[name].optimizer_class
     assert history(trainer, "loss")[-1] < history(trainer, "loss")[0]
@@ -155,7 +156,7 @@ def test_flags_are_the_fields(tmp_path):
     (plain,) = parser.parse_args_into_dataclasses([f"--output_dir={tmp_path}", "--use_cpu"])
     assert plain.optimizer_fields == plain.format_fields == {}
     text = " ".join(parser.format_help().split())
-    assert "Decay of the last moment: of qft_lion's momentum. Default: 0.99 (qft_lion" in text
+    assert "Default: 0.99 (qft_lion), 0.999 (qft_adamw)." in text
 
 
 # --- optim_args -----------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def test_flags_are_the_fields(tmp_path):
         ("gradient", "has 'gradient'|gradient must be 'stack'"),
         ("beta2=0.9, beta2=0.95", r"has beta2 twice\. Give it once"),
         ("gradient=stak", "gradient must be 'stack' or 'release'"),
-        ("beta2=2", r"betas must be in \[0, 1\)"),
+        ("beta2=2", r"betas must be two numbers in \[0, 1\)"),
     ],
 )
 @pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
@@ -263,7 +264,7 @@ def test_fields_of_other_optimizers_are_refused(name, value, advice, name_of_opt
         ({"gradient": "release", "clipping": "tensor"}, 0, "clipping='tensor' a norm. Set both"),
         ({"gradient": "release"}, 1, r"clipping='exact' .* 'previous' .* or 'tensor'"),
         ({"gradient": "release", "nonfinite": "skip"}, 0, "Use nonfinite='raise', or gradient='st"),
-        ({"momentum_bits": 0, "beta2": 0.9}, 1, "momentum_bits=0 is SGD, which has no betas"),
+        ({"momentum_bits": 0}, 1, "momentum_bits=0 is no Lion but SGD: .* optim='qft_sgd'"),
     ],
 )
 def test_combinations_without_an_effect_are_refused(options, norm, message, tmp_path):

@@ -504,7 +504,7 @@ def test_a_foreign_optimizer_beside_the_name_is_refused(tmp_path):
 
 
 def test_qft_trainer_refuses_another_optimizer(tmp_path):
-    with pytest.raises(ValueError, match="Set optim='qft_lion' or use"):
+    with pytest.raises(ValueError, match=r"Set optim='qft_lion' or 'qft_sgd'.* or use"):
         trainer_on(tiny_llama(), tmp_path, QFTTrainer, optim="adamw_torch")
 
 

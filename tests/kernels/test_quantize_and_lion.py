@@ -26,15 +26,17 @@ def start(columns: int = 300, group_size: int | None = 32, momentum_bits: int = 
 
 
 def run(backend, state: LionState, gradient: torch.Tensor, **changes) -> torch.Tensor:
-    """The fused step with a float gradient; that of the state stays as it is."""
+    """The fused step with a float gradient, and its squared norm; the state's own is not used."""
     given = {name: changes.pop(name) for name in ("factor", "group_size") if name in changes}
-    return backend.quantize_and_lion_step_(
+    squares = backend.quantize_and_lion_step_(
         state.weight,
         state.momentum,
         gradient,
         **{"group_size": 256, **given},
         **arguments(**changes),
     )
+    assert squares.shape == gradient.shape[:1]
+    return squares.sum()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -618,11 +618,13 @@ def test_quantize_and_lion_step(shape, group_size, state_group_size, momentum_bi
             quantize_and_step_(
                 package, state, gradient, factor=factor, group_size=state_group_size, step=step,
                 **changes,
-            )
+            ).sum()
             for package, state in ((backend, actual), (reference, expected))
         )  # fmt: skip
         assert_same_state(actual, expected)
-        assert_same_bits(norm, expected_norm)
+        # Positive terms, of groups and of rows, added in fp64 in two orders.
+        bound = gradient.numel() * 2**-53
+        assert abs(norm - expected_norm) <= 2 * bound * expected_norm
     for name, buffer in buffers.items():
         assert guards_are_intact(buffer), name
 
@@ -646,7 +648,7 @@ def test_quantize_and_lion_step_leaves_rows_that_are_not_finite(
     gradient[1, columns - 1], gradient[3, 0] = bad, -bad
 
     norms = [
-        quantize_and_step_(package, state, gradient, group_size=state_group_size)
+        quantize_and_step_(package, state, gradient, group_size=state_group_size).sum()
         for package, state in ((backend, actual), (reference, expected))
     ]
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import Int8Products, int8, linear
 from qft_hf.quant import QFTWeight
-from qft_hf.quant import weight as weight_module
 from tests.tolerances import BF16_EPS, FP32_EPS, assert_same_bits, snr_db
 
 TOKENS, ROWS, COLUMNS = 37, 19, 261  # more than one gradient group, nothing divides anything
@@ -158,7 +157,7 @@ def test_each_product_is_int8_or_has_the_bits_of_the_dequantizing_one(dtype, cho
 def test_row_tiles_change_no_bit(monkeypatch, tile_elements):
     weight, x, grad_y = make_weight(), randn(TOKENS, COLUMNS, seed=1), randn(TOKENS, ROWS)
     whole = run(weight, x, grad_y)
-    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", tile_elements)
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", tile_elements)
 
     for result, expected in zip(run(weight, x, grad_y), whole, strict=True):
         assert_same_bits(result, expected)
@@ -205,7 +204,7 @@ def test_a_frozen_weight_gets_no_gradient_and_keeps_nothing():
 
     y = linear(leaf, weight, products=ALL)
 
-    assert [type(t).__name__ for t in y.grad_fn.saved_tensors] == ["QFTWeight"]
+    assert y.grad_fn.saved_tensors == ()
     y.backward(grad_y)
     assert weight.grad is None
     assert_same_bits(leaf.grad, expected)
@@ -259,7 +258,8 @@ def test_backward_keeps_codes_of_the_input_and_not_the_input(products, expected)
 
     y = linear(x.requires_grad_(), weight, products=products)
 
-    kept = [t for t in y.grad_fn.saved_tensors if not isinstance(t, QFTWeight)]
+    kept = y.grad_fn.saved_tensors
+    assert not any(isinstance(t, QFTWeight) for t in kept)
     assert sum(t.untyped_storage().nbytes() for t in kept) == expected
 
 
@@ -302,7 +302,7 @@ def test_a_gradient_that_is_not_finite_arrives_as_such(value):
 
     linear(x, weight, products=ALL).backward(grad_y)
 
-    assert not weight.grad.is_finite()
+    assert not weight.grad.scales.isfinite().all()
     assert not x.grad[2].isfinite().any()
 
 

@@ -11,7 +11,6 @@ from torch import nn
 from qft_hf.config import QuantizationSpec
 from qft_hf.layout import GroupLayout, outlier_bytes
 from qft_hf.quant import Int8Gradient, Int8Tensor, QFTWeight
-from qft_hf.quant import weight as weight_module
 from tests.tolerances import BF16_EPS, assert_same_bits, rounding_bound
 
 SPECS = [
@@ -193,7 +192,7 @@ def test_rows_are_those_of_the_whole(spec):
 
 @pytest.mark.parametrize("tile_elements", [1, 101, 250, 909, 10**6])
 def test_tiles_cover_every_row_once(monkeypatch, tile_elements):
-    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", tile_elements)
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", tile_elements)
     weight = QFTWeight.from_float(heavy_tailed(), SPECS[1])
 
     tiles = list(weight.row_tiles())
@@ -208,7 +207,7 @@ def test_tiles_cover_every_row_once(monkeypatch, tile_elements):
      (300, 64, [64, 64, 64, 64, 44]), (100, 63, [50, 50])],
 )  # fmt: skip
 def test_tiles_are_of_like_size_and_begin_at_multiples_of_64(monkeypatch, rows, at_most, wanted):
-    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", 4 * 600)
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", 4 * 600)
     weight = QFTWeight.from_float(torch.randn(rows, 4), SPECS[0])
 
     sizes = [tile.stop - tile.start for tile in weight.row_tiles(at_most=at_most)]

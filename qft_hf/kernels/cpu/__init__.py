@@ -1,6 +1,7 @@
 """The operators on CPUs, compiled by numba where that pays; importing registers them."""
 
 from . import (
+    adamw,
     columns,
     dequantized_product,
     embedding,
@@ -14,6 +15,7 @@ from . import (
 )
 
 __all__ = [
+    "adamw",
     "columns",
     "dequantized_product",
     "embedding",

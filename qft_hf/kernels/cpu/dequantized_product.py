@@ -40,7 +40,7 @@ def round_to(kind, value):
     if kind == _BF16:
         return np.int32((bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF).view(np.float32)
     if abs(value) < _NORMAL:
-        return (value + _SUBNORMAL) - _SUBNORMAL
+        return np.copysign((value + _SUBNORMAL) - _SUBNORMAL, value)
     value = np.int32((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(np.float32)
     return value * _f32(np.inf) if abs(value) > _LARGEST else value
 

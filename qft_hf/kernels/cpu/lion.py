@@ -11,7 +11,7 @@ from .nibbles import load_nibbles, nibble_uniforms, round_to_nibbles
 from .philox import random_row
 from .quantization import absmax
 from .threads import for_each_row_range, n_ranges
-from .weight import FASTMATH, rounding_numbers, step_weight_row, weight_buffers
+from .weight import FASTMATH, draw_row, rounding_numbers, step_weight_row, weight_buffers
 
 _f32 = np.float32
 _MAGIC, _QMAX, _TINY, _PER_QMAX = _f32(MAGIC), _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
@@ -79,9 +79,11 @@ def _lion_rows(
                 nibble_uniforms(words, uniforms)
             row_momentum[columns] = _ZERO
             round_to_nibbles(row_momentum, uniforms, momentum_codes[row], momentum_scales[row])
+        if stochastic:
+            draw_row(row, buffers, seed, step, stream, first_row)
         step_weight_row(
             row, codes, scales, outlier_values, outlier_columns, row_direction, buffers,
-            group_size, lr, shrink, stochastic, seed, step, stream, first_row,
+            group_size, lr, shrink,
         )  # fmt: skip
 
 

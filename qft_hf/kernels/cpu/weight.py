@@ -37,26 +37,30 @@ def weight_buffers(columns):
 
 
 @njit(inline="always")
+def draw_row(row, buffers, seed, step, stream, first_row):
+    """Draw the words of a row and what they round its weights with; without it, to nearest."""
+    _, _, row_uniform, words = buffers
+    random_row(words, first_row + row, seed, step, stream, _WEIGHT)
+    words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
+    for quad in range(words.shape[1]):
+        row_uniform[LANES * quad] = weight_uniform(words0[quad])
+        row_uniform[LANES * quad + 1] = weight_uniform(words1[quad])
+        row_uniform[LANES * quad + 2] = weight_uniform(words2[quad])
+        row_uniform[LANES * quad + 3] = weight_uniform(words3[quad])
+
+
+@njit(inline="always")
 def step_weight_row(
     row, codes, scales, outlier_values, outlier_columns, row_direction, buffers,
-    group_size, lr, shrink, stochastic, seed, step, stream, first_row,
+    group_size, lr, shrink,
 ):  # fmt: skip
     # Loops run from zero over slices: LLVM then sees no negative index and vectorizes them.
-    row_decrease, row_target, row_uniform, words = buffers
+    row_decrease, row_target, row_uniform, _ = buffers
     columns = codes.shape[1]
     for k in range(outlier_values.shape[1]):
         value = outlier_values[row, k]
         change = value * shrink + row_direction[outlier_columns[row, k]] * lr
         outlier_values[row, k] = value - change
-
-    if stochastic:
-        random_row(words, first_row + row, seed, step, stream, _WEIGHT)
-        words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
-        for quad in range(words.shape[1]):
-            row_uniform[LANES * quad] = weight_uniform(words0[quad])
-            row_uniform[LANES * quad + 1] = weight_uniform(words1[quad])
-            row_uniform[LANES * quad + 2] = weight_uniform(words2[quad])
-            row_uniform[LANES * quad + 3] = weight_uniform(words3[quad])
 
     for group in range(scales.shape[1]):
         first = group * group_size
@@ -95,9 +99,11 @@ def _step_rows(
 ):  # fmt: skip
     buffers = weight_buffers(codes.shape[1])
     for row in range(start, stop):
+        if stochastic:
+            draw_row(row, buffers, seed, step, stream, first_row)
         step_weight_row(
             row, codes, scales, outlier_values, outlier_columns, direction[row], buffers,
-            group_size, lr, shrink, stochastic, seed, step, stream, first_row,
+            group_size, lr, shrink,
         )  # fmt: skip
 
 

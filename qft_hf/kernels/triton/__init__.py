@@ -4,6 +4,7 @@ Imported only when a tensor on such a device arrives.
 """
 
 from . import (
+    adamw,
     dequantized_product,
     embedding,
     floats,
@@ -16,6 +17,7 @@ from . import (
 )
 
 __all__ = [
+    "adamw",
     "dequantized_product",
     "embedding",
     "floats",

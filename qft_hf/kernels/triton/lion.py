@@ -22,7 +22,7 @@ from .. import lion as operators
 from ..values import Lion, Quantized, Rounding, Weight
 from ..weight import RANGE_LOW as _RANGE_LOW
 from ..weight import RANGE_TARGET as _RANGE_TARGET
-from .launch import Constants, Launcher, Plan
+from .launch import Constants, Launcher
 from .nibbles import load_nibbles, nibble_scale, store_nibbles
 from .numerics import (
     INFINITY,
@@ -484,8 +484,9 @@ def lion_constants(
 
 
 _launch_lion = Launcher(_lion_kernel)
-# Gradient and its scales, squares, factor, and eleven numbers: what differs from step to step.
-OPEN = (...,) * 15
+# Momentum, gradient and its scales, squares, factor, and eleven numbers: what differs from step to
+# step, or belongs to somebody else than the weight.
+OPEN = (...,) * 17
 
 
 def launch(
@@ -500,49 +501,28 @@ def launch(
     rounding: Rounding,
 ) -> None:
     """Run the kernel; `group_size` is that of the gradient."""
-    plan = _plan(weight, momentum, group_size, is_stochastic=rounding.stochastic)
+    bits = 0 if momentum is None else momentum.bits
+    key = "lion", bits, group_size, rounding.stochastic
+    plan = weight.plans.get(key)
+    if plan is None:
+        rows, columns = weight.codes.shape
+        n_outliers = weight.outlier_values.shape[1]
+        constants, n_warps = lion_constants(
+            columns, n_outliers, weight.group_size, group_size, bits
+        )
+        compiled_for = Constants(
+            STOCHASTIC=rounding.stochastic, **constants, num_warps=n_warps, enable_fp_fusion=False
+        )
+        plan = weight.plans[key] = _launch_lion.plan((rows,), compiled_for, *weight.tensors, *OPEN)
+    # Without momentum the kernel never touches what stands in its place.
+    state = (weight.scales, weight.scales) if momentum is None else momentum.tensors
     plan(
-        *gradient, squares, factor,
+        *state, *gradient, squares, factor,
         rule.lr, rule.lr * rule.weight_decay,
         rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2,
         -1.0 if rule.maximize else 1.0,
         rounding.seed, rounding.step, rounding.stream, rounding.first_row,
     )  # fmt: skip
-
-
-def _plan(
-    weight: Weight, momentum: Quantized | None, group_size: int | None, *, is_stochastic: bool
-) -> Plan:
-    """The launch bound to weight and momentum.
-
-    It lives with the momentum, so that neither lives longer for it.
-    """
-    plans = weight.plans if momentum is None else momentum.plans
-    key = "lion", group_size, is_stochastic
-    bound, plan = plans.get(key, (None, None))
-    if plan is None or (momentum is not None and bound is not weight):
-        rows, columns = weight.codes.shape
-        constants, n_warps = lion_constants(
-            columns,
-            weight.outlier_values.shape[1],
-            weight.group_size,
-            group_size,
-            0 if momentum is None else momentum.bits,
-        )
-        # Without momentum the kernel never touches what stands in its place.
-        state = (weight.scales, weight.scales) if momentum is None else momentum.tensors
-        plan = _launch_lion.plan(
-            (rows,),
-            Constants(
-                STOCHASTIC=is_stochastic, **constants, num_warps=n_warps, enable_fp_fusion=False
-            ),
-            *weight.tensors,
-            *state,
-            *OPEN,
-        )
-        # A plan of the weight that referred to the weight would be a cycle.
-        plans[key] = None if momentum is None else weight, plan
-    return plan
 
 
 @operators.lion_step_.register("triton")
