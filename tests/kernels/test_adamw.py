@@ -163,14 +163,16 @@ def test_the_root_is_correctly_rounded():
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-def test_the_first_step_is_exact(maximize):
+@pytest.mark.parametrize(("size", "eps"), [(1e-7, 1e-8), (1e-12, 1e-13), (1e9, 1e8)])
+def test_the_first_step_is_exact(size, eps, maximize):
     """No moments yet: the direction is g / (|g| + eps), but for FP32 rounding."""
-    gradient = coded(torch.randn(5, 600, generator=generator(0)) * 1e-7)
+    gradient = coded(torch.randn(5, 600, generator=generator(0)) * size)
+    gradient.scales.clamp_(max=2.0**24)  # larger ones count as that
     g = values64(gradient)
 
-    direction = Directions((5, 600), maximize=maximize).step(gradient).double().numpy()
+    direction = Directions((5, 600), maximize=maximize, eps=eps).step(gradient).double().numpy()
 
-    exact = (-g if maximize else g) / (np.abs(g) + 1e-8)
+    exact = (-g if maximize else g) / (np.abs(g) + eps)
     # Some ten operations, and the least v, 1e-11 of the least of these.
     assert (np.abs(direction - exact) <= 16 * FP32_EPS * np.abs(exact)).all()
     assert np.abs(exact[g != 0]).max() < 0.999  # eps counts
