@@ -16,7 +16,7 @@ class QuantizationSpec:
             gives one scale per row. The last group of a row may be short.
         outlier_fraction: Share of each row kept in FP32 beside the INT8 codes, largest magnitudes
             first: `ceil(outlier_fraction * columns)` values a row, 0 for none. For INT8 products
-            also the share of activation channels that stay float.
+            also the share of the columns of inputs that stay float.
         modules_to_not_convert: Names of modules that stay float, with everything below them; each
             is a full module name or one component of it (`"lm_head"`, `"classifier"`).
         matmul: How products with the weight are computed. `"dequantize"` expands one tile of

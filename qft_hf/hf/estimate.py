@@ -44,7 +44,7 @@ def estimate_memory(
             configuration names (else FP32).
         config: The weight format; None: the default.
         gradient: `"stack"` or `"release"`.
-        momentum_bits: 8, 4 or 0, as `QFTLion` takes it.
+        momentum_bits: Of Lion: 8 or 4; 0: none, as `qft_sgd` has it.
         optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`, as `TrainingArguments.optim`.
         batch_size: Sequences of one micro-batch.
         sequence_length: Tokens of one sequence.
@@ -214,7 +214,7 @@ def recommend(
         sequence_length: Tokens of one sequence.
         batch_size: Sequences of one micro-batch.
         config: The weight format; None: the default.
-        momentum_bits: 8, or 4 or 0, which are never chosen unasked: see `QFTLion`.
+        momentum_bits: As in `estimate_memory`; 4 and 0 are never chosen unasked.
         optimizer: As in `estimate_memory`.
         chunked_loss: As in `estimate_memory`.
 

@@ -1,4 +1,4 @@
-"""Largest magnitude of each column: which channels of an input an INT8 product leaves in float."""
+"""Largest magnitude of each column: which columns of an input an INT8 product leaves in float."""
 
 import torch
 from torch import Tensor

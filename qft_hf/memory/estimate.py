@@ -178,7 +178,7 @@ def estimate(
         workload: Of one micro-batch.
         spec: The weight format.
         gradient: `"stack"` or `"release"`, as `QFTLion` takes it.
-        momentum_bits: 8, 4 or 0, as `QFTLion` takes it.
+        momentum_bits: Of Lion: 8 or 4; 0: none, as `qft_sgd` has it.
         optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)

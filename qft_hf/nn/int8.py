@@ -6,7 +6,7 @@ per token (with the scales of the weight folded in) and per output (with the sca
 in). Outliers are whole columns, of the weight and of `x`, about one percent of each: codes
 are 0 there, and their share is a small float product.
 
-A few channels of `x` are a hundred times larger than the others in language models, and would set
+A few columns of `x` are a hundred times larger than the others in language models, and would set
 the scale of every token. Without float columns for them the gradients of SmolLM2 have 7 dB.
 
 Source: Dettmers et al. 2022, "LLM.int8()", section 3 (arXiv:2208.07339), for vector-wise scales

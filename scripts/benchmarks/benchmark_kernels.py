@@ -36,6 +36,7 @@ OPERATORS = {
     name: found for name in kernels.__all__ if isinstance(found := getattr(kernels, name), Operator)
 }
 RULE = kernels.Lion(lr=1e-5, beta1=0.9, beta2=0.99, weight_decay=0.1)
+ADAMW = kernels.AdamW(lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 ROUNDING = kernels.Rounding(seed=1, step=1, stream=0)
 
 N_TOKENS = 2048  # of an embedding
@@ -82,6 +83,11 @@ def operators(
         NIBBLE_GROUP_SIZE,
         bits=4,
     )
+    roots = torch.zeros_like(momentum.codes, dtype=torch.uint8)
+    moments = kernels.Moments(
+        coded(direction).codes, momentum.scales.clone(), roots, torch.ones_like(momentum.scales),
+        STATE_GROUP_SIZE,
+    )  # fmt: skip
     factors = direction[:1].abs().view(-1, 1), direction[:, :1].abs().contiguous()
     ids = torch.randint(rows, (n_tokens,), generator=generator, device=device)
     norms, norm_momenta, norm_gradients = (
@@ -96,6 +102,9 @@ def operators(
         "lion_step_": (n, 5, [weight, momentum, gradient], step),
         "lion_step_ 4-bit": (n, 4, [weight, nibbles, gradient], step),
         "quantize_and_lion_step_": (n, 6, [weight, momentum, floats], groups | step),
+        "adamw_step_": (
+            n, 7, [weight, moments, gradient], {"rule": ADAMW, "rounding": ROUNDING}
+        ),
         "step_weight_": (n, 6, [weight, direction], rate | {"rounding": ROUNDING}),
         "step_floats_": (n_norms, 6, [norms, norm_gradients], rate | counted),
         "lion_step_floats_": (

@@ -27,6 +27,7 @@ from common import report
 from common.command_line import command_line
 
 from qft_hf import QFTSGD, QFTConfig, QFTLion, kernels, quantize_model_
+from qft_hf.optim.state import StateTensor
 
 WEIGHT_DECAY = 0.1
 MAX_GRAD_NORM = 1.0  # of the rows without momentum, which diverge otherwise
@@ -109,8 +110,8 @@ class SimulatedLion(QFTLion):
 
     def state_format(self, parameter: Tensor) -> dict[str, Any]:
         """FP32, also of weights."""
-        shape = tuple(parameter.shape)
-        return {"momentum": (torch.float32, shape), "exact": (torch.float32, shape)}
+        form = StateTensor(torch.float32, tuple(parameter.shape))
+        return {"momentum": form, "exact": form}
 
     def step_weight(
         self,

@@ -17,7 +17,7 @@ from qft_hf import (
     quantize_model_,
 )
 from qft_hf.hf import recommend
-from qft_hf.layout import MOMENTUM_BITS
+from qft_hf.layout import OPTIMIZERS
 from qft_hf.optim.flow import GRADIENTS
 from tests.models import tiny_llama
 from tests.scripts.commands import load
@@ -200,17 +200,17 @@ def test_sizes_that_make_no_sense_are_refused(arguments, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("momentum_bits", MOMENTUM_BITS)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_states_of_a_real_model_are_those_that_were_estimated(gradient, momentum_bits):
+def test_states_of_a_real_model_are_those_that_were_estimated(gradient, optim):
     folder = ROOT / "data" / "smollm2"
     if not folder.exists():
         pytest.skip("data/smollm2 is not there: python scripts/fetch_demo.py smollm2")
     script = load("estimate_memory")
 
-    live = script.live_ledger(folder, gradient, momentum_bits)
+    live = script.live_ledger(folder, gradient, optim)
 
-    predicted = estimate_memory(folder, gradient=gradient, momentum_bits=momentum_bits)
+    predicted = estimate_memory(folder, gradient=gradient, optimizer=optim)
     assert predicted.rows == live.rows
 
 

@@ -53,7 +53,7 @@ def coded(x: Tensor, group_size: int = 256) -> Quantized:
 
 
 class Directions:
-    """Steps a weight of critical values only, which are FP32: what it moves by is seen exactly."""
+    """Steps a weight of outliers only, which are FP32: what it moves by is seen exactly."""
 
     def __init__(self, shape: tuple[int, int], **rule: Any) -> None:
         columns = torch.arange(shape[1], dtype=torch.int16).repeat(shape[0], 1)

@@ -233,9 +233,9 @@ def test_sgd_follows_sgd_in_float64_for_many_steps():
     # A rounding has a variance of at most a quarter; scales that grow cost as much again.
     assert error.std() < (2 * n_steps / 4) ** 0.5
     assert abs(error.mean()) < 6 * (2 * n_steps / 4 / error.size) ** 0.5
-    critical = parameter.outlier_columns.long().numpy()
-    ours = np.take_along_axis(values64(parameter), critical, 1)
-    np.testing.assert_allclose(ours, np.take_along_axis(exact, critical, 1), rtol=1e-5, atol=1e-6)
+    outlying = parameter.outlier_columns.long().numpy()
+    ours = np.take_along_axis(values64(parameter), outlying, 1)
+    np.testing.assert_allclose(ours, np.take_along_axis(exact, outlying, 1), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tile_elements", [1, 700])

@@ -42,3 +42,15 @@ def test_the_study_of_momentum_runs_every_kind():
 
     assert "| float | 0.001 | 100.0 % |" in text
     assert all(f"| {row['kind']} |" in text for row in rows)
+
+
+def test_the_study_of_adamw_runs_every_kind(run):
+    figures, text = run(
+        "adamw_moments", "--seeds", "0", "--steps", "2", "--pretraining_steps", "1",
+        "--hidden", "32", "--layers", "1", "--learning_rate", "1e-3",
+        "--adamw_learning_rate", "1e-3", "2e-3",
+    )  # fmt: skip
+
+    reductions = {(row["kind"], row["lr"]): row["reduction"] for row in figures["runs"]}
+    assert len(set(reductions.values())) == len(reductions) == 2 * 3
+    assert "| QFTAdamW | 0.002 | " in text
