@@ -169,7 +169,7 @@ IMPLEMENTED = [
 
 
 def test_the_package_offers_operators_and_their_values():
-    values = {"Lion", "Quantized", "Rounding", "Weight"}
+    values = {"AdamW", "Lion", "Moments", "Quantized", "Rounding", "Weight"}
 
     assert set(kernels.__all__) == set(OPERATORS) | values
     assert all(name == operator.name for name, operator in OPERATORS.items())

@@ -8,9 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qft_hf import kernels
-from qft_hf.kernels import Weight
+from qft_hf.kernels import AdamW, Moments, Weight
 from qft_hf.kernels.operators import Operator
 from tests.kernels.states import (
+    ROUNDING,
     arguments,
     assert_same_state,
     coded,
@@ -37,11 +38,17 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         [torch.linspace(-1, 1, n).bfloat16() for n in (30, 7)],
         *([torch.full((n,), value) for n in (30, 7)] for value in (0.0, 1.0)),
     )
+    ratio, root = coded(x, 256), coded(x.abs(), 256)
+    moments = Moments(*ratio.tensors, root.codes.byte(), root.scales, 256)
     rows = torch.tensor([4, 0, 4, 1])
     bias, columns, values = torch.ones(5), torch.tensor([3]), torch.ones(5, 1)
     fused = {"group_size": 256, **arguments()}
     return {
         "accumulate_": ((coded(x, 256), coded(x.flip(1), 256)), {}),
+        "adamw_step_": (
+            (state.weight, moments, state.gradient),
+            {"rule": AdamW(3e-3, 0.9, 0.99, 1e-8, 0.1), "rounding": ROUNDING},
+        ),
         "column_absmax": ((x.bfloat16(),), {}),
         "dequantize": ((state.weight,), {"dtype": torch.bfloat16, "rows": rows}),
         "dequantize of a dense weight": ((Weight.dense(state.gradient),), {}),

@@ -174,7 +174,7 @@ def spoiled_states():
         ),
         (
             set_tensor(1, "momentum_scales", lambda t: -t),
-            "momentum_scales of parameter 1 has values that .* as a scale, negative.*Resume",
+            "momentum_scales of parameter 1 has values that .* as a scale or .*, negative.*Resume",
         ),
         (
             set_tensor(1, "momentum_codes", lambda t: t.index_fill(0, torch.tensor([5]), -128)),
