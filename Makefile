@@ -38,7 +38,7 @@ types: $(INSTALLED)  ## Check types
 
 test: $(INSTALLED)  ## All tests that need no GPU
 	@find qft_hf -name '*.nb[ci]' -delete  # compiled code does not notice changes in other files
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_adamw_triton.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m "not gpu"
 
 faults: $(INSTALLED)  ## Kill runs while they write, QFT_KILLS=200 times each, and resume them
@@ -48,7 +48,7 @@ demo: $(INSTALLED)  ## Tune a real 135 M model on real dialogues in INT8, all pa
 	$(BIN)/python scripts/demo.py
 
 bench: $(INSTALLED)  ## Time and memory of the optimizer step beside its peers
-	$(BIN)/python scripts/benchmark_step.py
+	$(BIN)/python scripts/benchmarks/benchmark_step.py
 
 clean:  ## Remove the environment, fetched data and runs
 	rm -rf $(VENV) data runs

@@ -1,9 +1,8 @@
-"""Full-parameter fine-tuning with INT8 weights, gradients and Lion momentum, in the Trainer.
+"""Full-parameter fine-tuning with INT8 weights, gradients and optimizer state, in the Trainer.
 
 Importing the package registers `optim="qft_lion"` and the quantization method `"qft"`.
 """
 
-from .gradients import GradientStack
 from .hf import (
     QFTConfig,
     QFTTrainer,
@@ -16,18 +15,20 @@ from .hf import (
 )
 from .memory import MemoryEstimate, MemoryLedger, memory_ledger
 from .nn import QFTEmbedding, QFTLinear
-from .optim import QFTLion
+from .optim import QFTSGD, QFTAdamW, QFTLion, QFTOptimizer
 from .quant import QFTWeight
 from .version import __version__
 
 __all__ = [
-    "GradientStack",
+    "QFTSGD",
     "MemoryEstimate",
     "MemoryLedger",
+    "QFTAdamW",
     "QFTConfig",
     "QFTEmbedding",
     "QFTLinear",
     "QFTLion",
+    "QFTOptimizer",
     "QFTTrainer",
     "QFTTrainingArguments",
     "QFTWeight",

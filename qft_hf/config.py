@@ -16,12 +16,12 @@ class QuantizationSpec:
             gives one scale per row. The last group of a row may be short.
         outlier_fraction: Share of each row kept in FP32 beside the INT8 codes, largest magnitudes
             first: `ceil(outlier_fraction * columns)` values a row, 0 for none. For INT8 products
-            also the share of activation channels that stay float.
+            also the share of the columns of inputs that stay float.
         modules_to_not_convert: Names of modules that stay float, with everything below them; each
             is a full module name or one component of it (`"lm_head"`, `"classifier"`).
         matmul: How products with the weight are computed. `"dequantize"` expands one tile of
             the weight at a time to the activation's dtype. `"int8"` quantizes activations and
-            gradients and multiplies INT8 by INT8; its critical values are whole columns, the same
+            gradients and multiplies INT8 by INT8; its outliers are whole columns, the same
             in every row, and `group_size` must be None.
         int8_products: With `matmul="int8"`, which products of which modules are INT8: module names
             as in `modules_to_not_convert`, or `"*"` for all, each with a list of `"forward"`,

@@ -1,11 +1,12 @@
 """How a matrix is cut into quantization groups, and what that costs. Arithmetic: no torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, prod
 
 CODE_BYTES = 1  # one INT8 code per element
 SCALE_BYTES = 4  # one FP32 scale per group
-OUTLIER_VALUE_BYTES = 4  # critical values are FP32, so that they train like float
+OUTLIER_VALUE_BYTES = 4  # outliers are FP32, so that they train like float
 
 # Gradients and momentum: columns per scale. Not configurable: 256 costs 1.6 % more than the codes,
 # and finer groups changed no measured loss.
@@ -15,7 +16,15 @@ STATE_GROUP_SIZE = 256
 NIBBLE_GROUP_SIZE = 64
 NIBBLES = 2
 
-MOMENTUM_BITS = (8, 4, 0)  # of one value; 0: no momentum
+MOMENTUM_BITS = (8, 4, 0)  # of one value; 0: none, as SGD has it
+
+OPTIMIZERS = ("qft_lion", "qft_adamw", "qft_sgd")
+
+# Elements of a weight that are expanded to float at a time: 64 MB in FP32.
+TILE_ELEMENTS = 2**24
+# Rows of a tile are a multiple of this: products of slices that begin anywhere take up to half as
+# long again.
+TILE_ROWS = 64
 
 INT16_COLUMNS = 2**15  # columns 0 .. 32767 fit a signed 16-bit index
 
@@ -43,6 +52,23 @@ class GroupLayout:
         return self.rows * (self.columns * CODE_BYTES + self.n_groups * SCALE_BYTES)
 
 
+def row_tiles(rows: int, columns: int, *, at_most: int | None = None) -> Iterator[slice]:
+    """Row ranges of like size that cover a matrix in order.
+
+    Args:
+        rows: Of the matrix.
+        columns: Of the matrix.
+        at_most: Rows of one range, beside the limit of `TILE_ELEMENTS` elements.
+    """
+    step = max(1, min(TILE_ELEMENTS // columns, at_most or rows))
+    if step < rows:
+        multiple = TILE_ROWS if step >= TILE_ROWS else 1
+        n_tiles = -(-rows // (step - step % multiple))
+        step = -(-rows // (n_tiles * multiple)) * multiple
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
 def momentum_shapes(rows: int, columns: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of the codes, a byte each, and of the FP32 scales of a momentum of 8 or 4 bits."""
     if bits == 4:
@@ -59,8 +85,19 @@ def momentum_bytes(rows: int, columns: int, bits: int) -> int:
     return prod(codes) * CODE_BYTES + prod(scales) * SCALE_BYTES
 
 
+def state_bits(optimizer: str, momentum_bits: int) -> tuple[int, ...]:
+    """Bits of each value that an optimizer keeps for a quantized weight, by its name.
+
+    Args:
+        optimizer: One of `OPTIMIZERS`.
+        momentum_bits: As `momentum_bytes` takes it; of Lion, the others have no choice.
+    """
+    of_lion = (momentum_bits,) if momentum_bits else ()
+    return {"qft_lion": of_lion, "qft_sgd": (), "qft_adamw": (8, 8)}[optimizer]
+
+
 def outliers_per_row(columns: int, outlier_fraction: float) -> int:
-    """Critical values kept in float in each row; any positive fraction keeps at least one."""
+    """Outliers kept in float in each row; any positive fraction keeps at least one."""
     return ceil(outlier_fraction * columns)
 
 
@@ -70,6 +107,6 @@ def outlier_index_bytes(columns: int) -> int:
 
 
 def outlier_bytes(rows: int, columns: int, outlier_fraction: float) -> int:
-    """Bytes of the critical values of a matrix: FP32 values and their column indices."""
+    """Bytes of the outliers of a matrix: FP32 values and their column indices."""
     per_value = OUTLIER_VALUE_BYTES + outlier_index_bytes(columns)
     return rows * outliers_per_row(columns, outlier_fraction) * per_value

@@ -28,11 +28,11 @@ def main() -> None:
     started = time.monotonic()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.chdir(ROOT)  # the paths in the config start here
+    flags = ["configs/demo.yaml", "--overwrite_output", "--export_dtype=bfloat16", *sys.argv[1:]]
+    arguments = parse_arguments(flags, description=__doc__)
     for asset in DEMO_ASSETS:
         fetch(asset, ROOT / "data")
-
-    flags = ["configs/demo.yaml", "--overwrite_output", "--export_dtype=bfloat16", *sys.argv[1:]]
-    run = prepare(parse_arguments(flags, description=__doc__))
+    run = prepare(arguments)
     answers_before = answers(run)
     summary = train(run)
     answers_after = answers(run)

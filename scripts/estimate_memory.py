@@ -12,19 +12,14 @@ import argparse
 from pathlib import Path
 
 import torch
+from common.report import table
 from transformers import AutoModelForCausalLM
 
-from qft_hf import (
-    MemoryLedger,
-    QFTConfig,
-    QFTLion,
-    estimate_memory,
-    memory_ledger,
-    recommend,
-)
-from qft_hf.layout import MOMENTUM_BITS
+from qft_hf import MemoryLedger, QFTConfig, estimate_memory, memory_ledger, recommend
+from qft_hf.hf.optimizers import OPTIMIZERS as CLASSES
+from qft_hf.layout import OPTIMIZERS
 from qft_hf.memory.ledger import FP32_ADAM_BYTES
-from qft_hf.optim.lion import GRADIENTS as MODES
+from qft_hf.optim.flow import GRADIENTS as MODES
 
 
 def parse() -> argparse.Namespace:
@@ -43,23 +38,30 @@ def parse() -> argparse.Namespace:
         "--gpu", type=float, nargs="+", default=[24, 48, 80], help="cards, GB (default 24 48 80)"
     )
     parser.add_argument(
+        "--optim", choices=OPTIMIZERS, default=OPTIMIZERS[0], help=f"default {OPTIMIZERS[0]}"
+    )
+    parser.add_argument(
         "--momentum_bits",
         type=int,
-        choices=MOMENTUM_BITS,
+        choices=[8, 4],
         default=8,
-        help="8 (default); experimental: 4, or 0 for SGD",
+        help="of qft_lion: 8 (default), or 4, experimental",
     )
     parser.add_argument("--markdown", action="store_true", help="one table of all models")
     parser.add_argument(
         "--live", action="store_true", help="load the models, and set measured states beside these"
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.momentum_bits != 8 and options.optim != "qft_lion":
+        parser.error(f"--momentum_bits is of qft_lion, and {options.optim} was asked for")
+    return options
 
 
-def live_ledger(name: str | Path, gradient: str, momentum_bits: int) -> MemoryLedger:
+def live_ledger(name: str | Path, gradient: str, optim: str, **settings: int) -> MemoryLedger:
     """Load a model, and measure its states where they are largest: just before the second step."""
     model = AutoModelForCausalLM.from_pretrained(name, quantization_config=QFTConfig())
-    optimizer = QFTLion(model.parameters(), gradient=gradient, momentum_bits=momentum_bits)
+    make = CLASSES[optim].optimizer_class
+    optimizer = make(model.parameters(), gradient=gradient, **settings)
     ids = torch.arange(8)[None]
     for _ in range(2):
         optimizer.step()
@@ -69,13 +71,16 @@ def live_ledger(name: str | Path, gradient: str, momentum_bits: int) -> MemoryLe
 
 def compare(name: str) -> None:
     """Print estimated and measured bytes of all states in each mode."""
+    ways = [(optim, {}) for optim in OPTIMIZERS] + [("qft_lion", {"momentum_bits": 4})]
     for mode in MODES:
-        for bits in MOMENTUM_BITS:
-            estimated = estimate_memory(name, gradient=mode, momentum_bits=bits).state_bytes
-            measured = live_ledger(name, mode, bits).total_bytes
+        for optim, settings in ways:
+            options = {"gradient": mode, "optimizer": optim, **settings}
+            estimated = estimate_memory(name, **options).state_bytes
+            measured = live_ledger(name, mode, optim, **settings).total_bytes
             print(
-                f"gradient={mode}, momentum_bits={bits}: states {estimated:,} bytes by arithmetic, "
-                f"{measured:,} measured, {100 * (estimated / measured - 1):+.2f} %"
+                f"{', '.join(f'{key}={value}' for key, value in options.items())}: states "
+                f"{estimated:,} bytes by arithmetic, {measured:,} measured, "
+                f"{100 * (estimated / measured - 1):+.2f} %"
             )
 
 
@@ -88,27 +93,22 @@ def main() -> None:
         "chunked_loss": options.chunked_loss,
         "config": QFTConfig(matmul=options.matmul),
         "momentum_bits": options.momentum_bits,
+        "optimizer": options.optim,
     }
-    if options.markdown:
-        print(
-            "| model | parameters | states, `stack` | states, `release` | in all, `release` "
-            "| FP32 Adam's states |\n" + "| --- " * 6 + "|"
-        )
+    rows = []
     for name in options.models:
         stack, release = (estimate_memory(name, gradient=mode, **work) for mode in MODES)
         if options.markdown:
-            print(
-                f"| {Path(name).name} | {stack.n_parameters / 1e9:.2f} B "
-                f"| {stack.state_bytes / 1e9:.1f} GB | {release.state_bytes / 1e9:.1f} GB "
-                f"| {release.total_bytes / 1e9:.1f} GB "
-                f"| {FP32_ADAM_BYTES * stack.n_parameters / 1e9:.1f} GB |"
-            )
+            n_bytes = [stack.state_bytes, release.state_bytes, release.total_bytes]
+            n_bytes.append(FP32_ADAM_BYTES * stack.n_parameters)
+            size = f"{stack.n_parameters / 1e9:.2f} B"
+            rows.append([Path(name).name, size, *(f"{n / 1e9:.1f} GB" for n in n_bytes)])
             continue
         print(f"{name}: {stack.n_parameters:,} parameters")
         for mode, figures in zip(MODES, (stack, release), strict=True):
             print(
-                f"\ngradient={mode}, gradient_checkpointing=True, "
-                f"momentum_bits={options.momentum_bits}\n{figures}"
+                f"\noptim={options.optim}, gradient={mode}, gradient_checkpointing=True"
+                f"{'' if options.momentum_bits == 8 else ', momentum_bits=4'}\n{figures}"
             )
         print()
         for gpu in options.gpu:
@@ -116,6 +116,9 @@ def main() -> None:
         print()
         if options.live:
             compare(name)
+    if rows:
+        head = ["model", "parameters", "states, `stack`", "states, `release`"]
+        print(table([*head, "in all, `release`", "FP32 Adam's states"], rows))
 
 
 if __name__ == "__main__":

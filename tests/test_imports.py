@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +11,12 @@ from pathlib import Path
 import pytest
 
 import qft_hf
+from qft_hf import kernels
+from qft_hf.kernels.operators import Operator
 
 PACKAGE = Path(qft_hf.__file__).parent
 
-ORDER = [
-    "config",
-    "layout",
-    "kernels",
-    "quant",
-    "gradients",
-    "nn",
-    "optim",
-    "side",
-    "memory",
-    "hf",
-]
+ORDER = ["config", "layout", "kernels", "quant", "nn", "optim", "memory", "hf"]
 DOCUMENTED = ["qft_hf"] + [
     f"qft_hf.{name}" for name in ORDER if (PACKAGE / name / "__init__.py").exists()
 ]
@@ -54,6 +46,12 @@ def parts_imported(path: Path) -> set[str]:
 
 def own_part(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_package_has_its_place_in_the_order():
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+
+    assert packages == set(ORDER) - {"config", "layout"}
 
 
 def test_no_file_imports_from_a_later_package():
@@ -110,6 +108,68 @@ def test_triton_and_cuda_are_never_needed_to_import():
     assert found == []
 
 
+BACKENDS = ("cpu", "triton")
+
+
+def backends_imported(path: Path) -> set[str]:
+    names = [name.split(".") for name in modules_imported(path)]
+    return {name[2] for name in names if name[:2] == ["qft_hf", "kernels"] and len(name) > 2} & set(
+        BACKENDS
+    )
+
+
+def test_backends_are_imported_by_nobody_and_not_by_each_other():
+    """They build on the operators, and `kernels/backend.py` loads by its name the one that runs."""
+    found = [
+        f"{path.relative_to(PACKAGE)} imports {backend}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for backend in sorted(backends_imported(path))
+        if path.relative_to(PACKAGE).parts[:2] != ("kernels", backend)
+    ]
+
+    assert found == []
+
+
+def test_the_check_of_backends_sees_every_form_of_import(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    path = tmp_path / "kernels" / "x.py"
+    for line in (
+        "from . import cpu",
+        "from .cpu import quantization",
+        "from .cpu.quantization import quantize",
+        "from ..kernels.cpu import quantization",
+        "import qft_hf.kernels.cpu.quantization",
+    ):
+        path.write_text(line)
+        assert backends_imported(path) == {"cpu"}, line
+    path.write_text("import triton\nfrom .quantization import quantize")
+    assert backends_imported(path) == set()
+
+
+def test_a_backend_registers_where_the_operator_of_the_same_module_is():
+    """What `kernels/cpu/quantization.py` registers are operators of `kernels/quantization.py`."""
+    found = []
+    for path in sorted((PACKAGE / "kernels").glob("*/*.py")):
+        registers = re.findall(r"^@?(\w+)\.(\w+)\.register\(\"(\w+)\"\)", path.read_text(), re.M)
+        if not registers:
+            continue
+        assert f"from .. import {path.stem} as operators" in path.read_text(), path
+        module = importlib.import_module(f"qft_hf.kernels.{path.stem}")
+        for name, operator, backend in registers:
+            assert (name, backend) == ("operators", path.parent.name), path
+            assert isinstance(getattr(module, operator), Operator), (path, operator)
+            assert operator in kernels.__all__
+            found.append((backend, operator))
+
+    assert len(found) == len(set(found))
+    operators = {name for name in kernels.__all__ if isinstance(getattr(kernels, name), Operator)}
+    # What is left runs as it is written, of other operators: there is nothing to warn of.
+    for backend in BACKENDS:
+        missing = operators - {name for registered, name in found if registered == backend}
+        assert {name for name in missing if not getattr(kernels, name)._composed} == set()
+
+
 def test_the_lower_packages_load_without_transformers():
     """Their own imports, not those of `qft_hf/__init__.py`, which may register things."""
     code = (
@@ -119,6 +179,7 @@ def test_the_lower_packages_load_without_transformers():
         "sys.modules['qft_hf'] = package\n"
         "import qft_hf.optim, qft_hf.nn\n"
         "assert 'transformers' not in sys.modules\n"
+        "assert not {'qft_hf.kernels.cpu', 'qft_hf.kernels.triton'} & set(sys.modules)\n"
     )
 
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -54,7 +54,7 @@ def dequantized_matmul_bound(
 ) -> Tensor:
     """Elementwise error of FP32 sums of `x W^T + bias`, in any order, rounded once to x's dtype.
 
-    A sum of n terms has n - 1 roundings, and one more for each product; critical values are summed
+    A sum of n terms has n - 1 roundings, and one more for each product; outliers are summed
     beside the zeros under them, so there are at most twice as many terms as columns. Rounding the
     result: half a step of it, which below FP16's normal numbers is 2**-25, or all of it if `cut`.
     """
@@ -83,5 +83,8 @@ def snr_db(exact: Tensor, approximate: Tensor) -> float:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal dtype, shape and every bit; NaN equals NaN."""
+    """Equal dtype, shape and every bit, that of a zero's sign too; NaN equals NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    if actual.is_floating_point():
+        differ = (actual.signbit() != expected.signbit()) & ~actual.isnan()
+        assert not differ.any(), f"{int(differ.sum())} zeros have another sign"

@@ -1,4 +1,4 @@
-"""`QFTTrainingArguments`: the Trainer's arguments with the INT8 format beside them."""
+"""`QFTTrainingArguments`: the Trainer's arguments with the INT8 options beside them."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,35 +8,87 @@ from transformers import TrainingArguments
 
 from ..config import QuantizationSpec
 from .config import QFTConfig
-from .support import OPTIMIZER_NAME
+from .optimizers import (
+    DEFAULT_OPTIMIZER,
+    FIELDS,
+    OPTIMIZERS,
+    check_arguments,
+    describe,
+    given_options,
+    named_optimizer,
+    names,
+    optimizer_name,
+)
 
 _DEFAULTS = QuantizationSpec()
+_FORMAT = (
+    "group_size",
+    "outlier_fraction",
+    "modules_to_not_convert",
+    "matmul",
+    "int8_products",
+)
+
+
+def _option(name: str) -> Any:
+    """The field of an optimizer's option; unset, the optimizer's own default holds."""
+    return field(default=None, metadata={"help": describe(name)})
 
 
 @dataclass
 class QFTTrainingArguments(TrainingArguments):
-    """`TrainingArguments` whose optimizer is `qft_lion`; the format fields apply to float models.
+    """`TrainingArguments` with the options of INT8 training as fields.
 
-    A model that is INT8 already keeps the format it was quantized with.
+    They are also the keys of a config file and the flags of a command line. A field that is unset
+    (None) leaves the choice to whom it belongs: the optimizer has its own defaults, and a model
+    that is INT8 already keeps the format it was quantized with. A field that is set takes effect
+    or raises: an option of another optimizer, a format that is not the model's, clipping without
+    release.
+
+    In the stock arguments `optim_args="gradient=release,beta2=0.98"` gives the same options of the
+    optimizer, with `seed` for `quantization_seed`, and the same checks; both may be used together
+    as long as they agree. `adam_beta1`, `adam_beta2` and `adam_epsilon` are not read, and refused
+    unless they have Adam's defaults.
+
+    Raises:
+        TypeError: A value is of the wrong type.
+        ValueError: A value is out of its range, or has no effect beside the others.
     """
 
     optim: str = field(
-        default=OPTIMIZER_NAME, metadata={"help": "The optimizer: qft_lion, INT8 Lion."}
+        default=DEFAULT_OPTIMIZER,
+        metadata={"help": f"The optimizer: {', '.join(OPTIMIZERS)} trains INT8 weights."},
     )
+    gradient: str | None = _option("gradient")
+    clipping: str | None = _option("clipping")
+    accumulation: str | None = _option("accumulation")
+    nonfinite: str | None = _option("nonfinite")
+    momentum_bits: int | None = _option("momentum_bits")
+    beta1: float | None = _option("beta1")
+    beta2: float | None = _option("beta2")
+    eps: float | None = _option("eps")
+    stochastic_rounding: bool | None = _option("stochastic_rounding")
+    quantization_seed: int | None = _option("seed")
     group_size: int | None = field(
-        default=_DEFAULTS.group_size,
+        default=None,
         metadata={"help": "Inputs that share an FP32 weight scale; unset for one scale per row."},
     )
-    outlier_fraction: float = field(
-        default=_DEFAULTS.outlier_fraction,
-        metadata={"help": "Share of each row kept in FP32: its largest magnitudes."},
+    outlier_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each row kept in FP32: its largest magnitudes. Unset: "
+            f"{_DEFAULTS.outlier_fraction}."
+        },
     )
     modules_to_not_convert: list[str] | None = field(
         default=None, metadata={"help": "Modules that stay float, by full name or component."}
     )
-    matmul: str = field(
-        default=_DEFAULTS.matmul,
-        metadata={"help": "How products with a weight are computed: dequantize, or int8."},
+    matmul: str | None = field(
+        default=None,
+        metadata={
+            "help": "How products with a weight are computed: dequantize, or int8. Unset: "
+            f"{_DEFAULTS.matmul}."
+        },
     )
     int8_products: dict[str, Any] | str | None = field(
         default=None,
@@ -44,14 +96,6 @@ class QFTTrainingArguments(TrainingArguments):
             "help": "With matmul int8: INT8 products by module, as in "
             """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all, and none of the head."""
         },
-    )
-    quantization_seed: int = field(
-        default=_DEFAULTS.seed,
-        metadata={"help": "Key of the random numbers that round the updates."},
-    )
-    nonfinite: str = field(
-        default="raise",
-        metadata={"help": "On a NaN or infinite gradient: raise, or skip the step and count it."},
     )
     chunked_loss: bool = field(
         default=False,
@@ -62,19 +106,27 @@ class QFTTrainingArguments(TrainingArguments):
     )
 
     @property
+    def optimizer_fields(self) -> dict[str, Any]:
+        """The optimizer's options that are set here, by the names that optimizers give them."""
+        values = {option: getattr(self, name) for option, name in FIELDS.items()}
+        return {option: value for option, value in values.items() if value is not None}
+
+    @property
+    def format_fields(self) -> dict[str, Any]:
+        """The values of the format that are set here."""
+        values = {name: getattr(self, name) for name in _FORMAT}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
     def quantization_config(self) -> QFTConfig:
         """The format a float model gets."""
-        return QFTConfig(
-            group_size=self.group_size,
-            outlier_fraction=self.outlier_fraction,
-            modules_to_not_convert=self.modules_to_not_convert,
-            matmul=self.matmul,
-            int8_products=self.int8_products,  # type: ignore[arg-type]  # checked there
-            seed=self.quantization_seed,
-        )
+        seed = self.quantization_seed
+        if named_optimizer(self) is not None:
+            seed = given_options(self).get("seed")  # also by optim_args
+        return QFTConfig(**self.format_fields, seed=_DEFAULTS.seed if seed is None else seed)
 
     def __post_init__(self) -> Any:
-        """Check the format at once, before a model is loaded."""
+        """Check options and format at once, before a model is loaded."""
         if isinstance(self.int8_products, str):  # of a command line or a config file
             try:
                 self.int8_products = json.loads(self.int8_products)
@@ -84,4 +136,18 @@ class QFTTrainingArguments(TrainingArguments):
                     f"""'{{"lm_head": ["forward"]}}', got {self.int8_products!r}."""
                 ) from error
         super().__post_init__()
+        if named_optimizer(self) is None:
+            self._refuse_without_effect()
+        else:
+            check_arguments(self)
         _ = self.quantization_config
+
+    def _refuse_without_effect(self) -> None:
+        options = [FIELDS[option] for option in self.optimizer_fields]
+        given = [*options, *self.format_fields, *(["chunked_loss"] if self.chunked_loss else [])]
+        if given:
+            raise ValueError(
+                f"optim={optimizer_name(self)!r} leaves {', '.join(given)} without an effect. Set "
+                f"optim={names()}; or leave them out, and call qft_hf.quantize_model_ and "
+                "qft_hf.chunk_loss_ on the model yourself."
+            )

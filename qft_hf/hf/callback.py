@@ -1,4 +1,4 @@
-"""The callback that every Trainer gets; it acts only on `qft_lion` runs and INT8 weights."""
+"""The callback that every Trainer gets; it acts on runs with our optimizers and on INT8 weights."""
 
 import logging
 import math
@@ -10,16 +10,10 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..optim import QFTLion
-from ..optim.release import ACCUMULATION_IS_FORBIDDEN
+from ..optim.flow import ACCUMULATION_IS_FORBIDDEN
 from .checkpoint import parameters_without_state, write_mark
-from .support import (
-    OPTIMIZER_NAME,
-    ensure_quantized,
-    refuse_foreign_optimizer,
-    refuse_unsupported,
-    unwrapped,
-)
+from .optimizers import is_ours, named_optimizer, refuse_overruled, refuse_retries
+from .support import prepare_model_, refuse_foreign_optimizer, refuse_optimizer, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -44,16 +38,10 @@ class QFTCallback(TrainerCallback):
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Quantize the model of a run with `optim="qft_lion"`, or raise if that cannot work."""
-        if args.optim != OPTIMIZER_NAME or model is None:
-            return
-        refuse_unsupported(args, model)
-        if optimizer is not None and not isinstance(optimizer, QFTLion):
-            raise ValueError(
-                f"optim={OPTIMIZER_NAME!r} and an optimizer of class {type(optimizer).__name__} "
-                "were both given. Pass no optimizer, or a QFTLion on a quantized model."
-            )
-        ensure_quantized(model, args)
+        """Prepare the model of a run with one of our optimizers, or raise if that cannot work."""
+        if named_optimizer(args) is not None and model is not None:
+            refuse_optimizer(optimizer, args)
+            prepare_model_(model, args)
 
     def on_train_begin(
         self,
@@ -64,21 +52,23 @@ class QFTCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse INT8 weights under another optimizer, and `QFTLion` without INT8 weights."""
+        """Refuse INT8 weights under another optimizer, and options that have no effect on it."""
         if model is not None:
-            refuse_foreign_optimizer(model, optimizer, QFTLion)
+            refuse_foreign_optimizer(model, optimizer)
         inner = unwrapped(optimizer)
-        if self.writes_in_place and isinstance(inner, QFTLion) and args.save_strategy != "no":
+        if not is_ours(inner):
+            return
+        refuse_overruled(args, inner, is_resumed=state.global_step > 0)
+        if self.writes_in_place and args.save_strategy != "no":
             logger.warning(
                 "transformers.Trainer writes checkpoints in place: a run that is killed while it "
                 "saves leaves a broken one, and resume_from_checkpoint=True takes that. QFTTrainer "
                 "writes them whole, and resumes from the newest whole one"
             )
-        if (
-            isinstance(inner, QFTLion)
-            and inner.gradient == "release"
-            and args.gradient_accumulation_steps > 1
-        ):
+        if inner.gradient != "release":
+            return
+        refuse_retries(args)
+        if args.gradient_accumulation_steps > 1:
             if inner.accumulation == "forbid":
                 raise ValueError(ACCUMULATION_IS_FORBIDDEN)
             logger.warning(
@@ -120,7 +110,7 @@ class QFTCallback(TrainerCallback):
         checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if (
             self.writes_in_place
-            and isinstance(inner, QFTLion)
+            and is_ours(inner)
             and model is not None
             and checkpoint.is_dir()  # not in a search for hyperparameters
         ):
@@ -136,5 +126,5 @@ class QFTCallback(TrainerCallback):
     ) -> None:
         """From now on a backward pass of the user's own updates no weight."""
         inner = unwrapped(optimizer)
-        if isinstance(inner, QFTLion):
+        if is_ours(inner):
             inner.eval()

@@ -7,17 +7,11 @@ from huggingface_hub import ModelCard
 from transformers import Trainer
 
 from ..memory import MemoryLedger
-from .support import quantization_config_of
+from .optimizers import is_ours
+from .support import quantization_config_of, unwrapped
 
-TAGS = ["qft", "int8", "full-parameter-fine-tuning", "lion"]
+TAGS = ["qft", "int8", "full-parameter-fine-tuning"]
 MARK = "## INT8 full-parameter training"
-
-_QFT, _LOMO = "(QFT, arXiv:2310.07147)", "(LOMO, arXiv:2306.09782)"
-_STORED = {  # by momentum_bits
-    8: f"Weights, gradients and Lion momentum were stored as INT8 {_QFT}",
-    4: f"Weights and gradients were stored as INT8, Lion momentum in 4 bits {_QFT}",
-    0: f"Weights and gradients were stored as INT8 {_QFT} and updated by SGD {_LOMO}",
-}
 
 
 def write_card(trainer: Trainer, *, ledger: MemoryLedger | None, base_model: str | None) -> None:
@@ -40,16 +34,18 @@ def write_card(trainer: Trainer, *, ledger: MemoryLedger | None, base_model: str
     card.save(path)
 
 
-def _momentum_bits(trainer: Trainer) -> int:
-    optimizer: Any = trainer.optimizer  # Accelerate's wrapper of it, once training has begun
-    return int(getattr(getattr(optimizer, "optimizer", optimizer), "momentum_bits", 8))
+def _stored(trainer: Trainer) -> str:
+    """What was stored how, as the optimizer tells of itself; none was made without training."""
+    optimizer: Any = unwrapped(trainer.optimizer)
+    updated = f" and updated by {optimizer.description}" if is_ours(optimizer) else ""
+    return f"Weights and gradients were stored as INT8 (QFT, arXiv:2310.07147){updated}"
 
 
 def _sections(trainer: Trainer, ledger: MemoryLedger | None) -> str:
     name = Path(trainer.args.hub_model_id or str(trainer.args.output_dir)).name
     parts = [
         MARK,
-        f"Every parameter was trained. {_STORED[_momentum_bits(trainer)]} by qft_hf.",
+        f"Every parameter was trained. {_stored(trainer)}, by qft_hf.",
         "### Weight format",
         _format_table(trainer),
         "### Memory of the model state",
@@ -76,7 +72,7 @@ def _format_table(trainer: Trainer) -> str:
         "codes": "INT8, symmetric, stochastic rounding of updates",
         "scales": "FP32, "
         + (f"per {config.group_size} inputs" if config.group_size else "per row"),
-        "critical values in FP32": f"{100 * config.outlier_fraction:g} % of each row"
+        "outliers in FP32": f"{100 * config.outlier_fraction:g} % of each row"
         + (", in the same columns" if config.matmul == "int8" else ""),
         "products": "INT8 x INT8 with stochastic rounding of gradients"
         if config.matmul == "int8"

@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from ..optim import QFTLion
+from ..optim import QFTOptimizer
 from .callback import QFTCallback
 from .checkpoint import (
     check_momentum,
@@ -87,7 +87,7 @@ class CheckpointTrainer(Trainer):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             optimizer = unwrapped(self.optimizer)
-            if isinstance(optimizer, QFTLion):
+            if isinstance(optimizer, QFTOptimizer):
                 optimizer.eval()
         if output.global_step == steps_before:
             logger.warning(

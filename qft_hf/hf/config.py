@@ -1,8 +1,10 @@
 """`QFTConfig`: the storage format as `from_pretrained` takes it and `config.json` records it."""
 
+import copy
 from dataclasses import fields
 from typing import Any
 
+from torch import nn
 from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -24,6 +26,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
     """
 
     quant_method: Any
+    _products_are_users: bool = False  # of a checkpoint's configuration: whether they were passed
 
     def __post_init__(self) -> None:
         """Check types before ranges: values also come from JSON, YAML and command lines."""
@@ -51,6 +54,11 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
                     f"{name!r}."
                 )
         super().__post_init__()
+        if self.int8_products is not None and self.matmul != "int8":
+            raise ValueError(
+                "int8_products chooses among INT8 products, and there are none with "
+                f"matmul={self.matmul!r}. Set matmul='int8', or leave int8_products out."
+            )
         self.quant_method = QUANT_METHOD
 
     @classmethod
@@ -88,6 +96,32 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
         config = cls(**values)
         return (config, kwargs) if return_unused_kwargs else config
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` records."""
+        names = ["quant_method", *(field.name for field in fields(self))]
+        return {name: copy.deepcopy(getattr(self, name)) for name in names}
+
+    def forget_absent(self, model: nn.Module) -> list[str]:
+        """Drop names of the checkpoint that match no module of `model`, and return them.
+
+        A classifier or a bare encoder has no `lm_head`, which its checkpoint may name. Names that
+        the user passed stay, and raise later.
+        """
+        padded = [f".{name}." for name, _ in model.named_modules()]
+
+        def is_absent(entry: str) -> bool:
+            return entry != "*" and not any(f".{entry}." in name for name in padded)
+
+        absent = [name for name in self.modules_to_not_convert or [] if is_absent(name)]
+        if absent:
+            kept = [name for name in self.modules_to_not_convert or [] if name not in absent]
+            self.modules_to_not_convert = kept or None
+        if self.int8_products is not None and not self._products_are_users:
+            chosen = {n: p for n, p in self.int8_products.items() if not is_absent(n)}
+            absent += [name for name in self.int8_products if name not in chosen]
+            self.int8_products = chosen or None
+        return absent
+
     @property
     def storage_format(self) -> dict[str, Any]:
         """The values that decide which tensors a checkpoint holds.
@@ -113,6 +147,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
                 "Leave quantization_config out to read it as it is; for another format load it, "
                 "call dequantize_model_, save, and quantize the float checkpoint."
             )
+        self._products_are_users = True  # `get_loading_attributes` says what comes next
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What of a configuration passed by the user applies to an INT8 checkpoint."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from ..layout import MOMENTUM_BITS
+from ..layout import MOMENTUM_BITS, OPTIMIZERS
 from ..memory import MemoryEstimate, Workload, estimate
 from .config import QFTConfig
 
@@ -30,6 +30,7 @@ def estimate_memory(
     config: QFTConfig | None = None,
     gradient: str = "stack",
     momentum_bits: int = 8,
+    optimizer: str = "qft_lion",
     batch_size: int = 1,
     sequence_length: int = 2048,
     gradient_checkpointing: bool = True,
@@ -43,7 +44,8 @@ def estimate_memory(
             configuration names (else FP32).
         config: The weight format; None: the default.
         gradient: `"stack"` or `"release"`.
-        momentum_bits: 8, 4 or 0, as `QFTLion` takes it.
+        momentum_bits: Of Lion: 8 or 4; 0: none, as `qft_sgd` has it.
+        optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`, as `TrainingArguments.optim`.
         batch_size: Sequences of one micro-batch.
         sequence_length: Tokens of one sequence.
         gradient_checkpointing: Whether layers keep their input only.
@@ -55,7 +57,7 @@ def estimate_memory(
 
     Raises:
         FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
-        ValueError: `gradient` or `momentum_bits` is not supported, `batch_size` or
+        ValueError: `gradient`, `momentum_bits` or `optimizer` is not supported, `batch_size` or
             `sequence_length` is below 1, or the configuration lacks a size of the decoder.
     """
     if gradient not in MODES:
@@ -63,6 +65,9 @@ def estimate_memory(
     if momentum_bits not in MOMENTUM_BITS:
         wanted = " or ".join(map(str, MOMENTUM_BITS))
         raise ValueError(f"momentum_bits must be {wanted}, got {momentum_bits}.")
+    if optimizer not in OPTIMIZERS:
+        wanted = " or ".join(map(repr, OPTIMIZERS))
+        raise ValueError(f"optimizer must be {wanted}, got {optimizer!r}.")
     if batch_size < 1 or sequence_length < 1:
         raise ValueError(
             f"batch_size and sequence_length must be 1 or more, got {batch_size} and "
@@ -76,7 +81,12 @@ def estimate_memory(
         chunked_loss=chunked_loss,
     )
     return estimate(
-        model, workload, config or QFTConfig(), gradient=gradient, momentum_bits=momentum_bits
+        model,
+        workload,
+        config or QFTConfig(),
+        gradient=gradient,
+        momentum_bits=momentum_bits,
+        optimizer=optimizer,
     )
 
 
@@ -133,6 +143,7 @@ class Recommendation:
         gradient: The mode; stack where it fits, since it clips at no cost.
         gradient_checkpointing: Off where the activations fit.
         momentum_bits: As asked for: fewer than 8 cost quality, which nothing here decides to pay.
+        optimizer: As asked for.
         estimate: Of this choice.
         usable_bytes: What the card has left for it.
         batch_size: Sequences of one micro-batch, as asked for.
@@ -143,6 +154,7 @@ class Recommendation:
     gradient: str
     gradient_checkpointing: bool
     momentum_bits: int
+    optimizer: str
     estimate: MemoryEstimate
     usable_bytes: int
     batch_size: int
@@ -163,7 +175,8 @@ class Recommendation:
         total, usable = self.estimate.total_bytes / 1e9, self.usable_bytes / 1e9
         line = (
             f"gradient={self.gradient}, gradient_checkpointing={self.gradient_checkpointing}"
-            f"{'' if self.momentum_bits == 8 else f', momentum_bits={self.momentum_bits}'}: "
+            f"{'' if self.momentum_bits == 8 else f', momentum_bits={self.momentum_bits}'}"
+            f"{'' if self.optimizer == 'qft_lion' else f', optim={self.optimizer}'}: "
             f"{total:.1f} GB of {usable:.1f} usable, "
         )
         if self.fits and self.longest_sequence == LONGEST:
@@ -190,6 +203,7 @@ def recommend(
     *,
     config: QFTConfig | None = None,
     momentum_bits: int = 8,
+    optimizer: str = "qft_lion",
     chunked_loss: bool = False,
 ) -> Recommendation:
     """Choose the mode for a card: the fastest that fits, else the smallest.
@@ -200,7 +214,8 @@ def recommend(
         sequence_length: Tokens of one sequence.
         batch_size: Sequences of one micro-batch.
         config: The weight format; None: the default.
-        momentum_bits: 8, or 4 or 0, which are never chosen unasked: see `QFTLion`.
+        momentum_bits: As in `estimate_memory`; 4 and 0 are never chosen unasked.
+        optimizer: As in `estimate_memory`.
         chunked_loss: As in `estimate_memory`.
 
     Raises:
@@ -225,6 +240,7 @@ def recommend(
             config=config,
             gradient=gradient,
             momentum_bits=momentum_bits,
+            optimizer=optimizer,
             batch_size=batch_size,
             gradient_checkpointing=checkpointing,
             chunked_loss=chunked_loss,
@@ -237,5 +253,5 @@ def recommend(
         range(1, LONGEST + 1), usable, key=lambda length: of(sequence_length=length).total_bytes
     )
     return Recommendation(
-        gradient, checkpointing, momentum_bits, estimate, usable, batch_size, longest
+        gradient, checkpointing, momentum_bits, optimizer, estimate, usable, batch_size, longest
     )

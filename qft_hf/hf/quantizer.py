@@ -5,6 +5,7 @@ of its own, or fills in random values and goes on. So faults are collected while
 raised together, by name, when the last one has come.
 """
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from ..layout import GroupLayout, outlier_bytes
 from ..nn import (
     dequantize_modules_,
     is_quantized_module,
+    mark_tables_,
     prepare_modules_,
     quantize_modules_,
 )
 from ..nn.state import STATE_NAMES, listed, weight_from_fields
 from ..quant import QFTWeight
 from .config import QUANT_METHOD, QFTConfig
+
+logger = logging.getLogger(__name__)
 
 FAULTS_SHOWN = 10  # of an error that may concern every tensor of a model
 
@@ -102,7 +106,7 @@ class QFTQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Yes, with `QFTLion`."""
+        """Yes, with the optimizers of this package."""
         return True
 
     @property
@@ -196,6 +200,12 @@ class QFTQuantizer(HfQuantizer):
         self.faults, self.missing_names = {}, set()
         self._check_files(kwargs.get("checkpoint_files") or [])
         _tie(model)
+        if self.pre_quantized and (absent := self.quantization_config.forget_absent(model)):
+            logger.warning(
+                "The checkpoint's quantization_config names %s, which %s does not have: ignored",
+                ", ".join(dict.fromkeys(absent)),
+                type(model).__name__,
+            )
         prepare_modules_(model, self.quantization_config)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         return model
@@ -245,6 +255,7 @@ class QFTQuantizer(HfQuantizer):
         if not self.pre_quantized:
             # Weights that are not in the checkpoint, such as a new classifier, are float so far.
             quantize_modules_(model, self.quantization_config)
+        mark_tables_(model)  # weights are in place and tied only now
         return model
 
     def _find_missing(self, model: PreTrainedModel) -> None:

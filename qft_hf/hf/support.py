@@ -1,4 +1,12 @@
-"""What a run with `qft_lion` needs: supported arguments and a quantized model."""
+"""What a run that trains INT8 weights needs: supported arguments and a prepared model.
+
+`prepare_model_` is the one place that quantizes a model for training. Each Trainer calls it as soon
+as it has a model. `QFTTrainer`: on the model that it is given and on those that `model_init` makes,
+before they are moved, so that float weights never reach the device. The stock Trainer: in
+`on_init_end`, when it has moved the model, for it asks nobody earlier. A model that `model_init`
+makes in `train()` it shows to nobody before the optimizer is made, when a checkpoint to resume from
+has been loaded into it: one that is float there is refused.
+"""
 
 import logging
 from typing import Any
@@ -7,13 +15,22 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from ..layout import outliers_per_row
+from ..nn import QFTLinear
 from ..quant import QFTWeight
+from .chunked_loss import chunk_loss_
 from .config import QFTConfig
 from .convert import quantize_model_
+from .optimizers import (
+    OPTIMIZERS,
+    check_arguments,
+    given_options,
+    is_ours,
+    names,
+    optimizer_name,
+)
 
 logger = logging.getLogger(__name__)
-
-OPTIMIZER_NAME = "qft_lion"
 
 
 def has_quantized_weights(model: nn.Module) -> bool:
@@ -27,46 +44,162 @@ def quantization_config_of(model: Any) -> QFTConfig | None:
     return config if isinstance(config, QFTConfig) else None
 
 
-def ensure_quantized(model: nn.Module, args: TrainingArguments) -> None:
-    """Quantize a float model in place, with the format that `args` asks for, and log one line.
+def prepare_model_(model: nn.Module, args: TrainingArguments) -> None:
+    """Make a model what a run trains: INT8, with the loss that `args` asks for. Idempotent.
 
     Raises:
-        ValueError: The model is INT8 already, and `args` asks for INT8 products that it has not.
+        TypeError: An option has a value of the wrong type.
+        ValueError: An argument or the model is not supported, or the model is INT8 in another
+            format than `args` asks for.
     """
+    refuse_unsupported(args, model)
     if has_quantized_weights(model):
-        current = quantization_config_of(model)
-        if getattr(args, "matmul", None) == "int8" and current and current.matmul != "int8":
-            raise ValueError(
-                "matmul='int8' was asked for, and the model is INT8 already, with "
-                f"matmul={current.matmul!r}. Load it with quantization_config=QFTConfig(matmul="
-                "'int8'), which needs critical values in whole columns, or start from the float "
-                "model."
-            )
-        return
-    config = getattr(args, "quantization_config", None) or QFTConfig()
-    quantize_model_(model, config)
+        refuse_other_format(model, args)
+    else:
+        _quantize_(model, args)
+    if getattr(args, "chunked_loss", False):
+        chunk_loss_(model)
+
+
+def require_prepared(model: nn.Module, args: TrainingArguments) -> None:
+    """Raise if `prepare_model_` has not seen a model that is to be trained.
+
+    Raises:
+        ValueError: The model is float, in another format, or has not the loss that was asked for.
+    """
+    advice = (
+        "transformers.Trainer prepares the model that it is given, and not what model_init makes "
+        "in train()"
+    )
+    if not has_quantized_weights(model):
+        raise ValueError(
+            f"No weight of {type(model).__name__} is INT8. {advice}: have model_init return "
+            "quantize_model_(model, QFTConfig()), or use qft_hf.QFTTrainer."
+        )
+    refuse_other_format(model, args)
+    heads = [m for m in model.modules() if isinstance(m, QFTLinear) and m.defers_logits]
+    if getattr(args, "chunked_loss", False) and not heads:
+        raise ValueError(
+            f"chunked_loss=True was asked for, and {type(model).__name__} computes its loss as "
+            f"usual. {advice}: have model_init return chunk_loss_(model), or use "
+            "qft_hf.QFTTrainer."
+        )
+
+
+def _quantize_(model: nn.Module, args: TrainingArguments) -> None:
+    """Quantize a float model in place, with the format that `args` asks for, and log one line."""
+    config = getattr(args, "quantization_config", None)
+    quantize_model_(model, config or QFTConfig(seed=given_options(args).get("seed", 0)))
     quantized = sum(p.numel() for p in model.parameters() if isinstance(p, QFTWeight))
     total = sum(p.numel() for p in model.parameters())
+    if not quantized:
+        raise ValueError(
+            f"No weight of {type(model).__name__} can be INT8: none belongs to an nn.Linear or "
+            "nn.Embedding outside modules_to_not_convert. Train it with an ordinary optimizer."
+        )
     # A warning, because it is the one line a user of the stock Trainer must see.
     logger.warning(
         "optim=%s: quantized the float %s to INT8 before training, %s of %s parameters",
-        OPTIMIZER_NAME,
+        optimizer_name(args),
         type(model).__name__,
         f"{quantized:,}",
         f"{total:,}",
     )
 
 
+def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
+    """Raise if `args` sets another format than that of an INT8 model, which it cannot change.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    wanted = dict(getattr(args, "format_fields", {}))
+    current = quantization_config_of(model)
+    if current is not None:
+        found = {name: getattr(current, name) for name in wanted}
+        seed = given_options(args).get("seed", current.seed)
+        if current.matmul == "int8" and seed != current.seed:  # it rounds gradients there too
+            wanted["seed"], found["seed"] = seed, current.seed
+    else:
+        found = _visible_format(model, wanted)
+        wanted = {name: wanted[name] for name in found}
+    for values in (wanted, found):
+        if "modules_to_not_convert" in values:
+            values["modules_to_not_convert"] = sorted(values["modules_to_not_convert"] or [])
+    different = [name for name in wanted if wanted[name] != found[name]]
+    if not different:
+        return
+    asked, has = (
+        ", ".join(f"{name}={values[name]!r}" for name in different) for values in (wanted, found)
+    )
+    advice = "start from the float model"
+    if not {"group_size", "outlier_fraction", "modules_to_not_convert"} & set(different):
+        advice = (
+            "load it with quantization_config=QFTConfig(...) that says so, where INT8 products "
+            "need outliers in whole columns, or " + advice
+        )
+    raise ValueError(
+        f"{asked} was asked for, and the model is INT8 already, with {has}. Leave that out to "
+        f"train the model as it is; else {advice}."
+    )
+
+
+def _visible_format(model: nn.Module, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What of `wanted` shows on a model that carries no record of its format."""
+    weights = [p for p in model.parameters() if isinstance(p, QFTWeight)]
+    fraction = wanted.get("outlier_fraction")
+    counts = {
+        weight.outlier_values.shape[1] == outliers_per_row(weight.shape[1], fraction or 0.0)
+        for weight in weights
+    }
+    products = any(getattr(module, "products", None) for module in model.modules())
+    visible = {
+        "group_size": weights[0].group_size,
+        "outlier_fraction": fraction if counts == {True} else "another share",
+        "matmul": "int8" if products else "dequantize",
+    }
+    return {name: value for name, value in visible.items() if name in wanted}
+
+
+def refuse_optimizer(optimizer: Any, args: TrainingArguments) -> None:
+    """Raise if an optimizer that the user passes to a Trainer cannot be what the run needs.
+
+    Raises:
+        ValueError: It is of another library, or `args` sets options that it would not see.
+    """
+    if optimizer is None:
+        return
+    name = optimizer_name(args)
+    if not is_ours(optimizer):
+        classes = " or ".join(entry.optimizer_class.__name__ for entry in OPTIMIZERS.values())
+        raise ValueError(
+            f"optim={name!r} and an optimizer of class {type(optimizer).__name__} were both given. "
+            f"Pass no optimizer, or a {classes} on a quantized model."
+        )
+    if options := given_options(args):
+        raise ValueError(
+            f"An optimizer was passed, and {', '.join(options)} were set for one that the Trainer "
+            f"makes. Pass no optimizer, or give {type(optimizer).__name__} these options yourself."
+        )
+
+
 def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
     """Raise for what cannot work with INT8 weights, before anything has happened.
 
     Raises:
+        TypeError: An option has a value of the wrong type.
         ValueError: An argument or the model is not supported; the text says what to do instead.
     """
+    check_arguments(args)
     if args.fp16:
         raise ValueError(
             "fp16=True scales the loss and unscales float gradients, which INT8 gradients are not. "
             "Use bf16=True, which needs no scaling."
+        )
+    if args.fp16_full_eval:
+        raise ValueError(
+            "fp16_full_eval=True leaves the model in float16 after evaluation, whose range is too "
+            "narrow to train on from. Use bf16_full_eval=True, or leave it off."
         )
     if args.deepspeed:
         raise ValueError(
@@ -100,7 +233,9 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
         )
     if hasattr(model, "peft_config"):
         raise ValueError(
-            "The model has PEFT adapters; QFT trains every parameter itself. Pass the base model."
+            f"The model has PEFT adapters, and {optimizer_name(args)} trains every parameter. Set "
+            "optim='adamw_torch' to train the adapters on frozen INT8 weights, or pass the base "
+            "model to train it whole."
         )
     half = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
     if half:
@@ -115,21 +250,28 @@ def unwrapped(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def refuse_foreign_optimizer(model: nn.Module, optimizer: Any, optimizer_class: type) -> None:
-    """Raise unless quantized weights and `QFTLion` go together.
+def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
+    """Raise unless INT8 weights that are trained and one of our optimizers go together.
+
+    Frozen ones, such as those under adapters, may have any optimizer: it never sees them.
 
     Raises:
-        TypeError: QFT weights under another optimizer, or a float model under `QFTLion`.
+        TypeError: INT8 weights under another optimizer, or a float model under one of ours.
     """
     inner = unwrapped(optimizer)
-    ours = isinstance(inner, optimizer_class)
-    if has_quantized_weights(model) and not ours:
+    trained = [
+        name
+        for name, parameter in model.named_parameters()
+        if isinstance(parameter, QFTWeight) and parameter.requires_grad
+    ]
+    if trained and not is_ours(inner):
         raise TypeError(
-            f"The model has INT8 weights and the optimizer is {type(inner).__name__}, which cannot "
-            f"update them. Set optim={OPTIMIZER_NAME!r} and pass no optimizer of your own."
+            f"{len(trained)} INT8 weights ({trained[0]}, ...) are to be trained, and the optimizer "
+            f"is {type(inner).__name__}, which cannot update them. Set optim={names()} and pass no "
+            "optimizer of your own; or freeze them, as adapters do: weight.requires_grad_(False)."
         )
-    if ours and not has_quantized_weights(model):
+    if is_ours(inner) and not has_quantized_weights(model):
         raise TypeError(
-            f"optim={OPTIMIZER_NAME!r} was asked for and no weight of {type(model).__name__} is "
-            "quantized. Call qft_hf.quantize_model_(model, QFTConfig()) before training."
+            f"The optimizer is {type(inner).__name__}, and no weight of {type(model).__name__} is "
+            "INT8. Call qft_hf.quantize_model_(model, QFTConfig()) before training."
         )

@@ -11,20 +11,20 @@ from ..memory import MemoryLedger, memory_ledger
 from .arguments import QFTTrainingArguments
 from .card import write_card
 from .checkpoint_trainer import CheckpointTrainer
-from .chunked_loss import chunk_loss_
+from .optimizers import named_optimizer, names, optimizer_name
 from .registration import optimizer_class_and_arguments
-from .support import OPTIMIZER_NAME, ensure_quantized, refuse_unsupported, unwrapped
+from .support import prepare_model_, refuse_optimizer, unwrapped
 
 
 class QFTTrainer(CheckpointTrainer):
     """Trains every parameter of a model in INT8; takes what `transformers.Trainer` takes.
 
-    A float model is quantized in place when the trainer is built. The memory ledger is printed once
-    gradients and momentum both exist, and stays in `ledger`. Checkpoints and saved models appear
-    whole or not at all, and a run goes on exactly from one or is refused.
+    A float model is quantized in place before it is moved, also one of `model_init`. The memory
+    ledger is printed once gradients and momentum both exist, and stays in `ledger`. Checkpoints and
+    saved models appear whole or not at all, and a run goes on exactly from one or is refused.
 
     Raises:
-        ValueError: The optimizer is not `qft_lion`, or the arguments or the model cannot work with
+        ValueError: The optimizer is not one of ours, or the arguments or the model cannot work with
             INT8 weights; the text says what to do instead.
     """
 
@@ -33,26 +33,30 @@ class QFTTrainer(CheckpointTrainer):
     ) -> None:
         if args is None:
             args = QFTTrainingArguments(output_dir="trainer_output")
-        if args.optim != OPTIMIZER_NAME:
+        if named_optimizer(args) is None:
             raise ValueError(
-                f"QFTTrainer trains INT8 weights with {OPTIMIZER_NAME!r}, got "
-                f"optim={args.optim!r}. Set optim={OPTIMIZER_NAME!r} or use transformers.Trainer."
+                f"QFTTrainer trains INT8 weights with {names()}, got "
+                f"optim={optimizer_name(args)!r}. Set optim={names()} or use transformers.Trainer."
             )
+        refuse_optimizer((kwargs.get("optimizers") or (None, None))[0], args)
         if model is not None:
             # Before the Trainer moves the model: the float weights never reach the device.
-            refuse_unsupported(args, model)
-            ensure_quantized(model, args)
-            if getattr(args, "chunked_loss", False):
-                chunk_loss_(model)
+            prepare_model_(model, args)
         self.ledger: MemoryLedger | None = None
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_LedgerCallback(self))
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """The model that `model_init` makes, prepared before the Trainer moves it."""
+        model: nn.Module = super().call_model_init(trial)
+        prepare_model_(model, self.args)
+        return model
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(
         args: TrainingArguments, model: Any = None
     ) -> tuple[Any, dict[str, Any]]:
-        """`QFTLion` and its arguments."""
+        """The optimizer's class and its arguments."""
         return optimizer_class_and_arguments(args, model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:

@@ -1,26 +1,33 @@
 """Operators on raw tensors: codes and scales in, codes and scales out. No classes, no modules.
 
-An operator is a declaration with checks (`kernels/<name>.py`) and one file per backend with the
-same name and arguments. `kernels/reference` is the specification; the others return its bits, but
-for `dequantized_matmul`, whose sums of floats have no order.
+An operator is a documented function with its checks, whose body is its reference in plain PyTorch
+(`operators.py`); `cpu/` and `triton/` register what they do better, to the same bits but for
+`dequantized_matmul`, whose sums of floats have no order. Tensors that belong together are passed as
+`values.py` has them.
 """
 
-from .column_absmax import column_absmax
-from .dequantized_matmul import dequantized_matmul
+from .adamw import adamw_step_
+from .columns import column_absmax
+from .dequantized_product import dequantized_matmul
 from .embedding import embedding_gradient_
-from .gradient import accumulate_, squared_norm
-from .int8_matmul import int8_matmul
-from .lion import lion_step_
-from .lion_float import lion_step_floats_
-from .quantize import dequantize, quantize
-from .quantize_and_lion import quantize_and_lion_step_
-from .quantize_gradient import quantize_gradient
-from .requantized_matmul import requantized_matmul
-from .sgd import sgd_step_
-from .sgd_float import sgd_step_floats_
+from .floats import lion_step_floats_, step_floats_
+from .gradients import accumulate_, squared_norm
+from .int8_product import int8_matmul, requantized_matmul
+from .lion import lion_step_, quantize_and_lion_step_
+from .output_gradient import quantize_gradient
+from .quantization import dequantize, quantize
+from .values import AdamW, Lion, Moments, Quantized, Rounding, Weight
+from .weight import step_weight_
 
 __all__ = [
+    "AdamW",
+    "Lion",
+    "Moments",
+    "Quantized",
+    "Rounding",
+    "Weight",
     "accumulate_",
+    "adamw_step_",
     "column_absmax",
     "dequantize",
     "dequantized_matmul",
@@ -32,7 +39,7 @@ __all__ = [
     "quantize_and_lion_step_",
     "quantize_gradient",
     "requantized_matmul",
-    "sgd_step_",
-    "sgd_step_floats_",
     "squared_norm",
+    "step_floats_",
+    "step_weight_",
 ]

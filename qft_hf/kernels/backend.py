@@ -1,48 +1,52 @@
-"""Which implementation of the operators runs: one per device, chosen once.
+"""Which implementation of the operators runs: one backend per device, chosen once.
 
-A backend is a package with the functions of `kernels.reference`: same names, same arguments, same
-bits; `kernels.dequantized_matmul` says what holds for it. `QFT_BACKEND=reference`, `cpu` or
-`triton` overrides the choice.
+`QFT_BACKEND=reference`, `cpu` or `triton` overrides the choice, and so does `use` in a program.
+Another package adds a backend by an entry point of the group `qft_hf.backends` that is a `Backend`.
 """
 
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("reference", "cpu", "triton")
-DEVICE_BACKENDS = {"cpu": "cpu", "cuda": "triton"}  # any other device runs the reference
+REFERENCE = "reference"  # the operators' own bodies, in plain PyTorch; runs everywhere
+ENTRY_POINTS = "qft_hf.backends"
 
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)  # BF16 arithmetic; what the kernels are compiled and checked for
 
 
-@cache
-def backend_for(device: torch.device) -> ModuleType:
-    """The backend package for tensors on `device`.
+@dataclass(frozen=True)
+class Backend:
+    """Implementations of some operators for some kinds of devices.
 
-    Raises:
-        ValueError: `QFT_BACKEND` names no backend, or one for another device.
-        RuntimeError: The backend cannot run here: triton is missing or too old, or the GPU is.
+    Attributes:
+        name: What `QFT_BACKEND` calls it.
+        module: Importing it registers the implementations, as `quantize.register(name)`.
+        devices: Types of the devices that it is chosen for, such as `"cuda"`.
+        check: Raises if it cannot run on a device.
     """
-    name = os.environ.get("QFT_BACKEND") or DEVICE_BACKENDS.get(device.type, "reference")
-    if name not in BACKENDS:
-        raise ValueError(f"QFT_BACKEND must be one of {', '.join(BACKENDS)}, got {name!r}.")
-    if name == "cpu" and device.type != "cpu":
+
+    name: str
+    module: str
+    devices: tuple[str, ...]
+    check: Callable[[torch.device], None]
+
+
+def _check_cpu(device: torch.device) -> None:
+    if device.type != "cpu":
         raise ValueError(
             f"QFT_BACKEND=cpu was asked for tensors on {device}. Unset QFT_BACKEND to let the "
             "device choose, or use QFT_BACKEND=reference, which runs everywhere."
         )
-    if name == "triton":
-        _check_triton(device)
-    logger.info("INT8 kernels on %s: %s backend", device, name)
-    return import_module(f"{__package__}.{name}")
 
 
 def _check_triton(device: torch.device) -> None:
@@ -78,3 +82,73 @@ def _check_triton(device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: use a "
             f"newer GPU, {instead}."
         )
+
+
+OWN = (
+    Backend("cpu", f"{__package__}.cpu", ("cpu",), _check_cpu),
+    Backend("triton", f"{__package__}.triton", ("cuda",), _check_triton),
+)
+
+_forced: list[str] = []  # names that `use` has put in force, the last one counts
+_listeners: list[Callable[[], None]] = []  # told when a choice may have changed
+
+
+@cache
+def backends() -> dict[str, Backend]:
+    """All backends by name, those of other packages too."""
+    others = [entry.load() for entry in entry_points(group=ENTRY_POINTS)]
+    return {backend.name: backend for backend in (*OWN, *others)}
+
+
+@cache
+def backend_for(device: torch.device) -> str:
+    """The name of the backend for tensors on `device`, whose implementations are registered then.
+
+    Raises:
+        ValueError: `QFT_BACKEND` names no backend, or one for another device.
+        RuntimeError: The backend cannot run here: triton is missing or too old, or the GPU is.
+    """
+    asked = _forced[-1] if _forced else os.environ.get("QFT_BACKEND")
+    name = asked or _default_for(device.type)
+    if name == REFERENCE:
+        return name
+    if name not in backends():
+        raise ValueError(
+            f"QFT_BACKEND must be one of {', '.join([REFERENCE, *backends()])}, got {name!r}."
+        )
+    backend = backends()[name]
+    backend.check(device)
+    import_module(backend.module)
+    logger.info("INT8 kernels on %s: %s backend", device, name)
+    return name
+
+
+def _default_for(device_type: str) -> str:
+    for backend in reversed(backends().values()):  # another package's goes before ours
+        if device_type in backend.devices:
+            return backend.name
+    return REFERENCE
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Within, operators run on the backend of this name, whatever the device would choose."""
+    _forced.append(name)
+    forget()
+    try:
+        yield
+    finally:
+        _forced.pop()
+        forget()
+
+
+def forget() -> None:
+    """Choose anew at the next call, as after a change of `QFT_BACKEND`."""
+    backend_for.cache_clear()
+    for listener in _listeners:
+        listener()
+
+
+def on_change(listener: Callable[[], None]) -> None:
+    """Call `listener` whenever the choice of a backend may have changed."""
+    _listeners.append(listener)

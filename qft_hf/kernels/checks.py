@@ -5,7 +5,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from ..layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, GroupLayout, momentum_shapes
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 # Row and quad numbers are 32-bit words of the random counter and of GPU indices.
 MAX_ELEMENTS = 2**31 - 1
@@ -56,21 +56,26 @@ def check_column_mask(name: str, mask: Tensor, x: Tensor) -> None:
         )
 
 
-def check_quantized(name: str, codes: Tensor, scales: Tensor, group_size: int | None) -> None:
-    """Raise unless `codes` and `scales` form a quantized matrix with groups of `group_size`."""
-    check_matrix(f"{name} codes", codes, (torch.int8,))
-    check_group_size(group_size)
-    layout = GroupLayout(codes.shape[0], codes.shape[1], group_size)
-    wanted = (layout.rows, layout.n_groups)
-    if scales.dtype != torch.float32 or tuple(scales.shape) != wanted:
+def check_scales(scales: Tensor, codes: Tensor, n_groups: int) -> None:
+    """Raise unless there is a scale for each row and group of `codes`."""
+    wanted = (codes.shape[0], n_groups)
+    if scales.dtype != torch.float32 or scales.shape != wanted:
         raise ValueError(
-            f"{name} scales must be float32 of shape {wanted}, one per row and group of "
-            f"{group_size or 'all'} columns, got {scales.dtype} of shape {tuple(scales.shape)}."
+            f"scales must be float32 of shape {wanted}, one per row and group of the codes, got "
+            f"{scales.dtype} of shape {tuple(scales.shape)}."
         )
     if not scales.is_contiguous() or scales.device != codes.device:
         raise ValueError(
-            f"{name} scales must be contiguous and on {codes.device} like the codes, got strides "
+            f"scales must be contiguous and on {codes.device} like the codes, got strides "
             f"{scales.stride()} on {scales.device}."
+        )
+
+
+def check_bits(name: str, bits: int) -> None:
+    """Raise unless the codes of a quantized matrix are of 8 bits."""
+    if bits != 8:
+        raise TypeError(
+            f"{name} has codes of 8 bits, got {bits}: only a momentum is stored in fewer."
         )
 
 
@@ -157,31 +162,10 @@ def _out_of_range(numbers: Tensor, end: int) -> int | None:
     return high if high >= end else None
 
 
-def check_momentum(codes: Tensor, scales: Tensor, like: Tensor, group_size: int) -> None:
-    """Raise unless this is an 8-bit or packed 4-bit momentum of the matrix `like`."""
-    if codes.dtype != torch.uint8:
-        check_quantized("momentum", codes, scales, group_size)
-        check_same("momentum codes", codes, like)
-        return
-    if group_size % NIBBLE_GROUP_SIZE:
-        raise ValueError(
-            f"Beside a 4-bit momentum, gradient groups are multiples of its {NIBBLE_GROUP_SIZE} "
-            f"columns, got state_group_size={group_size}. The usual value is {STATE_GROUP_SIZE}."
-        )
-    rows, columns = like.shape
-    wanted = momentum_shapes(rows, columns, 4)
-    if (tuple(codes.shape), tuple(scales.shape)) != wanted or scales.dtype != torch.float32:
-        raise ValueError(
-            f"A 4-bit momentum of a {rows} x {columns} weight has uint8 codes and float32 scales "
-            f"of shapes {wanted}, got {tuple(codes.shape)} and {scales.dtype} of "
-            f"{tuple(scales.shape)}."
-        )
-    for name, tensor in (("codes", codes), ("scales", scales)):
-        if not tensor.is_contiguous() or tensor.device != like.device:
-            raise ValueError(
-                f"momentum {name} must be contiguous and on {like.device} like the weight, got "
-                f"strides {tensor.stride()} on {tensor.device}."
-            )
+def check_float_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise unless `dtype`, which the operator `name` makes, is a float type."""
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name} makes floats, got dtype={dtype}.")
 
 
 def check_same(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -239,27 +223,3 @@ def check_row_values(rows: Tensor, codes: Tensor) -> None:
             "these are token ids, the tokenizer is not the model's, or a mask such as -100 is "
             "among them."
         )
-
-
-def check_outliers(values: Tensor | None, columns: Tensor | None, codes: Tensor) -> None:
-    """Raise unless `values` and `columns` hold critical values for each row, or both are None."""
-    if values is None and columns is None:
-        return
-    if values is None or columns is None:
-        raise ValueError(
-            "Pass outlier values and outlier columns, or neither, got only the "
-            f"{'columns' if values is None else 'values'}."
-        )
-    if values.ndim != 2 or values.shape[0] != codes.shape[0]:
-        raise ValueError(
-            f"outlier values must be a matrix with one row for each of the {codes.shape[0]} rows "
-            f"of the weight, got shape {tuple(values.shape)}."
-        )
-    check_same("outlier columns", columns, values)
-    if values.device != codes.device:
-        raise ValueError(
-            f"outlier values must be on {codes.device} like the codes, got {values.device}."
-        )
-    if values.numel():
-        check_matrix("outlier values", values, (torch.float32,))
-        check_matrix("outlier columns", columns, (torch.int16, torch.int32))

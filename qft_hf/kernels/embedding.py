@@ -1,33 +1,17 @@
 """The gradient of an embedding table, in INT8. The lookup itself is `dequantize` of some rows."""
 
+import torch
 from torch import Tensor
 
-from .checks import check_matrix, check_quantized, check_row_values, check_rows
-from .operators import declare, nothing
-from .quantize import FLOATS
+from .checks import FLOATS, check_bits, check_matrix, check_row_values, check_rows
+from .groups import quantized
+from .operators import operator
+from .values import Quantized
 
 
-def _check_values(codes: Tensor, scales: Tensor, ids: Tensor, *_: object, **__: object) -> None:
-    check_row_values(ids, codes)
-
-
-_embedding_gradient_ = declare(
-    "embedding_gradient_",
-    "(Tensor(a!) codes, Tensor(b!) scales, Tensor ids, Tensor gradient, *, int group_size, "
-    "int? padding_idx) -> ()",
-    fake=nothing,
-    check_values=_check_values,
-)
-
-
+@operator(writes=("table.codes", "table.scales"))
 def embedding_gradient_(
-    codes: Tensor,
-    scales: Tensor,
-    ids: Tensor,
-    gradient: Tensor,
-    *,
-    group_size: int,
-    padding_idx: int | None = None,
+    table: Quantized, ids: Tensor, gradient: Tensor, *, padding_idx: int | None = None
 ) -> None:
     """Sum the gradients of the tokens of each row and quantize the sums into that row.
 
@@ -36,11 +20,9 @@ def embedding_gradient_(
     are left as they are.
 
     Args:
-        codes: int8 `[rows, columns]`, modified.
-        scales: fp32 `[rows, n_groups]`, modified.
+        table: The table's gradient `[rows, columns]`, modified.
         ids: int32 or int64 `[n]`: the row that each token looked up.
         gradient: `[n, columns]`, contiguous; fp32, bf16 or fp16: of the rows handed out.
-        group_size: Columns per scale.
         padding_idx: A row whose tokens count for nothing, or None.
 
     Raises:
@@ -49,7 +31,22 @@ def embedding_gradient_(
         IndexError: One of `ids` is no row, on the CPU; on a GPU such tokens count for nothing,
             after a lookup that gave NaN for them. Nothing was written.
     """
-    check_quantized("table gradient", codes, scales, group_size)
+    codes, scales = table.tensors
+    order, used, counts = tokens_by_row(ids, codes.shape[0], padding_idx)
+    if not len(used):
+        return
+    first = counts.cumsum(0) - counts
+    sums = torch.zeros(len(used), codes.shape[1], device=codes.device, dtype=torch.float32)
+    for rank in range(int(counts.max())):  # the first token of each row, then the second, ...
+        has = (counts > rank).nonzero().flatten()
+        sums[has] += gradient[order[first[has] + rank]].float()
+    codes[used], scales[used] = quantized(sums, table.group_size)
+
+
+@embedding_gradient_.checks
+def _(table: Quantized, ids: Tensor, gradient: Tensor, *, padding_idx: int | None) -> None:
+    codes = table.codes
+    check_bits("table", table.bits)
     check_rows(ids, codes)
     if gradient.dtype not in FLOATS or ids.numel():
         check_matrix("gradient", gradient, FLOATS)
@@ -58,6 +55,25 @@ def embedding_gradient_(
             f"gradient must have shape {(len(ids), codes.shape[1])} on {codes.device}, a row for "
             f"each of the {len(ids)} ids, got shape {tuple(gradient.shape)} on {gradient.device}."
         )
-    _embedding_gradient_(
-        codes, scales, ids, gradient, group_size=group_size, padding_idx=padding_idx
-    )
+
+
+@embedding_gradient_.checks_values
+def _(table: Quantized, ids: Tensor, gradient: Tensor, *, padding_idx: int | None) -> None:
+    check_row_values(ids, table.codes)
+
+
+def tokens_by_row(ids: Tensor, n_rows: int, padding_idx: int | None) -> tuple[Tensor, ...]:
+    """Tokens in the order of their rows, and of their positions within a row.
+
+    Returns:
+        order: int64: positions in `ids` of all tokens that count.
+        used: The rows that they looked up, ascending.
+        counts: int64: how many looked up each; its tokens are neighbours in `order`.
+    """
+    counted = (ids >= 0) & (ids < n_rows)
+    if padding_idx is not None:
+        counted &= ids != padding_idx
+    order = ids.argsort(stable=True)
+    order = order[counted[order]]
+    used, counts = ids[order].unique_consecutive(return_counts=True)
+    return order, used, counts

@@ -1,70 +1,25 @@
-"""One Lion step on an INT8 weight, its INT8 momentum and its INT8 gradient."""
+"""One Lion step on an INT8 weight and its INT8 momentum, with an INT8 or a float gradient."""
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
-from .checks import (
-    check_column_values,
-    check_finite,
-    check_momentum,
-    check_outliers,
-    check_quantized,
-    check_same,
-)
-from .operators import declare, nothing
+from ..layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, momentum_shapes
+from .checks import FLOATS, check_bits, check_finite, check_group_size, check_matrix, check_same
+from .gradients import squared_norm
+from .groups import expanded, quantized
+from .nibbles import load_nibbles, round_to_nibbles
+from .operators import operator
+from .philox import MOMENTUM, random_words
+from .quantization import quantize
+from .values import Lion, Quantized, Rounding, Weight
+from .weight import WRITES, check_weight_values, row_chunks, step_rows_
+
+LION_WRITES = (*WRITES, "momentum.codes", "momentum.scales")
 
 
-def _check_values(
-    codes: Tensor,
-    scales: Tensor,
-    outlier_values: Tensor,
-    outlier_columns: Tensor,
-    momentum_codes: Tensor,
-    momentum_scales: Tensor,
-    gradient_codes: Tensor,
-    gradient_scales: Tensor,
-    **_: Any,
-) -> None:
-    check_finite("weight scales", scales, positive=True)
-    check_finite("momentum scales", momentum_scales)
-    check_finite("gradient scales", gradient_scales)
-    check_column_values(outlier_columns, codes)
-
-
-_lion_step_ = declare(
-    "lion_step_",
-    "(Tensor(a!) codes, Tensor(b!) scales, Tensor(c!) outlier_values, Tensor outlier_columns, "
-    "Tensor(d!) momentum_codes, Tensor(e!) momentum_scales, "
-    "Tensor gradient_codes, Tensor gradient_scales, *, "
-    "int? group_size, int state_group_size, float lr, float beta1, float beta2, "
-    "float weight_decay, bool maximize, bool stochastic, int seed, int step, int stream) -> ()",
-    fake=nothing,
-    check_values=_check_values,
-)
-
-
+@operator(writes=LION_WRITES)
 def lion_step_(
-    codes: Tensor,
-    scales: Tensor,
-    outlier_values: Tensor,
-    outlier_columns: Tensor,
-    momentum_codes: Tensor,
-    momentum_scales: Tensor,
-    gradient_codes: Tensor,
-    gradient_scales: Tensor,
-    *,
-    group_size: int | None,
-    state_group_size: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    maximize: bool = False,
-    stochastic: bool = True,
-    seed: int,
-    step: int,
-    stream: int,
+    weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
 ) -> None:
     """Update weight and momentum in place; Lion with decoupled weight decay.
 
@@ -74,76 +29,178 @@ def lion_step_(
         w <- SR(w - lr * (sign(c) + weight_decay * w))
         m <- Q(beta2 * m + (1 - beta2) * g)
 
-    SR rounds stochastically against the stored scale: the expectation of the stored weight is the
-    exact update. Scales are sticky: one changes only when a value no longer fits its codes, or when
-    the whole group has shrunk to less than half their range; an element whose update is zero keeps
-    its code otherwise. Critical values are FP32 and updated without rounding to codes; the codes
-    under them stay 0.
-
-    Q rounds an 8-bit momentum to nearest with a fresh absmax scale. A 4-bit momentum has a fresh
-    absmax scale too, on levels that lie closer near zero, and is rounded stochastically between
-    neighbouring ones: to nearest, most steps would be lost.
+    SR, scales and outliers are those of `step_weight_`. Q rounds an 8-bit momentum to nearest with
+    a fresh absmax scale. A 4-bit momentum has a fresh absmax scale too, on levels that lie closer
+    near zero, and is rounded stochastically between neighbouring ones: to nearest, most steps would
+    be lost.
 
     Args:
-        codes: int8 `[rows, columns]`, modified.
-        scales: fp32 `[rows, n_groups]`, positive, modified.
-        outlier_values: fp32 `[rows, n_outliers]`, modified.
-        outlier_columns: int16 or int32 `[rows, n_outliers]`.
-        momentum_codes: int8 `[rows, columns]`, or 4-bit codes as uint8 `[rows, ceil(columns / 2)]`,
-            of columns 2k (low half) and 2k + 1 in byte k; modified.
-        momentum_scales: fp32 `[rows, n_state_groups]`, or of 4-bit codes one per 64 columns:
-            `[rows, ceil(columns / 64)]`; modified.
-        gradient_codes: int8 `[rows, columns]`.
-        gradient_scales: fp32 `[rows, n_state_groups]`, finite.
-        group_size: Columns per weight scale; None: whole rows.
-        state_group_size: Columns per gradient scale, and per scale of an 8-bit momentum.
-        lr: Step size, in units of the weight.
-        beta1: Weight of the momentum in the direction.
-        beta2: Decay of the momentum.
-        weight_decay: Decoupled decay: weights shrink by `lr * weight_decay` a step.
-        maximize: Step along the gradient, not against it.
-        stochastic: False rounds weights, and a 4-bit momentum, to nearest, for ablation: that
-            does not train.
-        seed: Key of the random numbers, in [0, 2**63).
-        step: Number of this step; with `stream` and the element's position it counts the random
-            numbers.
-        stream: Number of this parameter.
+        weight: `[rows, columns]`, modified.
+        momentum: Of the same matrix, of 8 bits in the groups of the gradient, or of 4 bits;
+            modified.
+        gradient: `[rows, columns]` of 8 bits, with finite scales.
+        rule: The numbers of the step.
+        rounding: The random numbers; not `stochastic` rounds a 4-bit momentum to nearest too.
 
     Raises:
-        TypeError: A dtype is wrong.
-        ValueError: Shapes or devices do not fit. On the CPU also: a scale is not finite, a weight
-            scale is not positive, or an outlier column does not exist. On a GPU each look at values
-            would cost a transfer to the host, so there the caller has looked: the optimizer at the
-            gradients, once a step, loading at weights and momentum. Nothing was written.
+        TypeError: Codes of the gradient are not of 8 bits.
+        ValueError: Shapes, groups or devices do not fit. On the CPU also: a scale is not finite, a
+            weight scale is not positive, or an outlier column does not exist. On a GPU each look at
+            values would cost a transfer to the host, so there the caller has looked: the optimizer
+            at the gradients, once a step, loading at weights and momentum. Nothing was written.
 
     Source:
         Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2
-        (arXiv:2302.06675); Zhang et al. 2023, "QFT", section 3 (arXiv:2310.07147), which rounds to
+        (arXiv:2302.06675); Li et al. 2023, "QFT", section 3 (arXiv:2310.07147), which rounds to
         nearest.
     """
-    check_quantized("weight", codes, scales, group_size)
-    check_quantized("gradient", gradient_codes, gradient_scales, state_group_size)
-    check_momentum(momentum_codes, momentum_scales, codes, state_group_size)
-    check_same("gradient codes", gradient_codes, codes)
-    check_outliers(outlier_values, outlier_columns, codes)
-    _lion_step_(
-        codes,
-        scales,
-        outlier_values,
-        outlier_columns,
-        momentum_codes,
-        momentum_scales,
-        gradient_codes,
-        gradient_scales,
-        group_size=group_size,
-        state_group_size=state_group_size,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        weight_decay=weight_decay,
-        maximize=maximize,
-        stochastic=stochastic,
-        seed=seed,
-        step=step,
-        stream=stream,
-    )
+    columns = weight.codes.shape[1]
+    for rows in row_chunks(weight.codes):
+        g = expanded(gradient.codes[rows], gradient.scales[rows], gradient.group_size)
+        if rule.maximize:
+            g.neg_()
+        stored = momentum.codes[rows], momentum.scales[rows]
+        if momentum.bits == 4:
+            m = load_nibbles(*stored, columns)
+        else:
+            m = expanded(*stored, momentum.group_size)
+        direction = (m * rule.beta1).add_(g * (1 - rule.beta1)).sign_()
+        m = m.mul_(rule.beta2).add_(g.mul_(1 - rule.beta2))
+        if momentum.bits == 4:
+            stored = round_to_nibbles(m, _nibble_words(stored[0], rows, rounding))
+        else:
+            stored = quantized(m, momentum.group_size)
+        momentum.codes[rows], momentum.scales[rows] = stored
+        step_rows_(weight, direction, rows, rule.lr, rule.weight_decay, rounding)
+
+
+def _nibble_words(packed: Tensor, rows: slice, rounding: Rounding) -> Tensor | None:
+    if not rounding.stochastic:
+        return None
+    counted = slice(rounding.first_row + rows.start, rounding.first_row + rows.stop)
+    return random_words(
+        counted, packed.shape[1], seed=rounding.seed, step=rounding.step, stream=rounding.stream,
+        purpose=MOMENTUM, device=packed.device,
+    )  # fmt: skip
+
+
+def _check_momentum(weight: Weight, momentum: Quantized, group_size: int | None) -> None:
+    """Raise unless this is a momentum of `weight` beside gradients in groups of `group_size`."""
+    codes = momentum.codes
+    if momentum.bits == 8:
+        check_same("momentum codes", codes, weight.codes)
+        if momentum.group_size != group_size:
+            raise ValueError(
+                f"An 8-bit momentum has the groups of the gradient, got {momentum.group_size} "
+                f"columns beside {group_size}."
+            )
+        return
+    if group_size is None or group_size % NIBBLE_GROUP_SIZE:
+        raise ValueError(
+            f"Beside a 4-bit momentum, gradient groups are multiples of its {NIBBLE_GROUP_SIZE} "
+            f"columns, got {group_size}. The usual value is {STATE_GROUP_SIZE}."
+        )
+    rows, columns = weight.codes.shape
+    wanted, _ = momentum_shapes(rows, columns, 4)
+    if codes.shape != wanted or codes.device != weight.device:
+        raise ValueError(
+            f"A 4-bit momentum of a {tuple(weight.codes.shape)} weight has codes of shape {wanted} "
+            f"on {weight.device}, got {tuple(codes.shape)} on {codes.device}."
+        )
+
+
+@lion_step_.checks
+def _(
+    weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
+) -> None:
+    check_bits("gradient", gradient.bits)
+    check_same("gradient codes", gradient.codes, weight.codes)
+    _check_momentum(weight, momentum, gradient.group_size)
+
+
+@lion_step_.checks_values
+def _(
+    weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
+) -> None:
+    check_weight_values(weight)
+    check_finite("momentum scales", momentum.scales)
+    check_finite("gradient scales", gradient.scales)
+
+
+def _fake_squares(weight: Weight, *_: object, **__: object) -> Tensor:
+    return weight.codes.new_empty(weight.codes.shape[0], dtype=torch.float64)
+
+
+@operator(fake=_fake_squares, writes=LION_WRITES, composed=True)
+def quantize_and_lion_step_(
+    weight: Weight,
+    momentum: Quantized,
+    gradient: Tensor,
+    *,
+    factor: Tensor | None = None,
+    group_size: int,
+    rule: Lion,
+    rounding: Rounding,
+) -> Tensor:
+    """`quantize` the gradient, take its squared norm and step by `lion_step_`: the same bits.
+
+    On a GPU that is one launch, and the codes of the gradient are never in memory. A row of the
+    gradient with a NaN or infinity leaves its row of weight and momentum as it was and makes the
+    norm not finite; other rows have taken the step by the time anyone can know.
+
+    Args:
+        weight: `[rows, columns]`, modified.
+        momentum: As `lion_step_` takes it; modified.
+        gradient: fp32, bf16 or fp16 `[rows, columns]`, contiguous.
+        factor: fp32 scalar that the quantized gradient is multiplied by, as clipping does; or None.
+        group_size: Columns per scale of the quantized gradient.
+        rule: The numbers of the step.
+        rounding: The random numbers.
+
+    Returns:
+        fp64 `[rows]`, whose sum is the sum of squares of the quantized gradient, without `factor`:
+        NaN or infinite if a row was left. How the sum is divided among them is up to a backend.
+
+    Raises:
+        TypeError: The gradient is not one of the three float dtypes.
+        ValueError: What `lion_step_` refuses of weight and momentum. Nothing was written.
+    """
+    codes, scales = quantize(gradient, group_size=group_size)
+    coded = Quantized(codes, scales, group_size)
+    squares = scales.new_zeros(len(codes), dtype=torch.float64)
+    squares[0] = squared_norm(coded)
+    if factor is not None:
+        scales *= factor
+    finite = scales.isfinite().all(dim=1)
+    state = (*weight.tensors, *momentum.tensors)
+    kept = [] if bool(finite.all()) else [tensor[~finite] for tensor in state]
+    if kept:  # rows that must stay as they are: they step with zeros and are put back
+        scales[~finite] = 0.0
+    lion_step_(weight, momentum, coded, rule=rule, rounding=rounding)
+    for tensor, rows in zip(state, kept, strict=False):
+        tensor[~finite] = rows
+    return squares
+
+
+@quantize_and_lion_step_.checks
+def _(
+    weight: Weight,
+    momentum: Quantized,
+    gradient: Tensor,
+    *,
+    factor: Tensor | None,
+    group_size: int,
+    rule: Lion,
+    rounding: Rounding,
+) -> None:
+    check_matrix("gradient", gradient, FLOATS)
+    check_group_size(group_size)
+    check_same("gradient", gradient, weight.codes)
+    _check_momentum(weight, momentum, group_size)
+    if factor is not None and (
+        factor.dtype != torch.float32 or factor.numel() != 1 or factor.device != weight.device
+    ):
+        raise ValueError(
+            f"factor must be one float32 number on {weight.device}, got {factor.dtype} of shape "
+            f"{tuple(factor.shape)} on {factor.device}."
+        )

@@ -1,59 +1,273 @@
-"""Declares the operators to PyTorch as `torch.ops.qft_hf.*` and sends each call to its backend."""
+"""An operator is its own reference; backends register what they do better.
 
-from collections.abc import Callable
-from typing import Any
+    @operator(fake=...)
+    def quantize(x, *, group_size): ...        # documented; the body is the specification
+
+    @quantize.checks
+    def _(x, *, group_size): ...               # raises before anything is written
+
+    @quantize.register("cpu")                  # in kernels/cpu/: the same arguments and bits
+    def quantize(x, *, group_size): ...
+
+A reference that calls other operators is a composition: a backend that registers nothing for it
+runs its own kernels through it.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass
+from functools import update_wrapper
+from inspect import Parameter, signature
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode as is_listened_to
 
-from .backend import backend_for
+from . import backend
+
+logger = logging.getLogger(__name__)
+
+is_compiling = torch.compiler.is_compiling
+
+PLAIN = {Tensor, torch.nn.Parameter}  # whose operators nobody listens to; FakeTensor is neither
+
+Function = Callable[..., Any]
+
+# PyTorch's name of each type of an argument.
+SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Sequence[Tensor]: "Tensor[]",
+    Sequence[int]: "int[]",
+    int: "int",
+    float: "float",
+    bool: "bool",
+    torch.dtype: "ScalarType",
+}
 
 
-def declare(
-    name: str,
-    schema: str,
-    *,
-    fake: Callable[..., Any],
-    check_values: Callable[..., None] | None = None,
-) -> Any:
-    """Declare an operator and return a function that calls it.
+class Operator:
+    """A function on raw tensors that each backend may have an implementation of.
 
-    One kernel serves every device: it asks `backend_for`, which has chosen already, so that
-    `QFT_BACKEND` holds for all operators. It is called through PyTorch's dispatcher only where
-    something may listen, such as `torch.compile`: that takes as long as a small kernel does.
+    The first argument is a tensor, a list of tensors or one of `kernels.values`; its device decides
+    which backend runs. With an empty list there is nothing to do. Keyword arguments that are left
+    out get the reference's defaults, so that implementations need none.
+
+    PyTorch knows it as `torch.ops.qft_hf.<name>`, with values taken apart into their fields. It is
+    called through PyTorch's dispatcher only where something may listen, such as `torch.compile`:
+    that takes as long as a small kernel does.
 
     Args:
-        name: Name of the operator, and of the function in each backend.
-        schema: Arguments and results in PyTorch's schema language; what is written is marked
-            `(a!)`. The first argument is a tensor, or a list of tensors on one device.
-        fake: Makes the results, shapes and dtypes only, for `torch.compile`.
-        check_values: Takes the operator's arguments and raises for values that would do harm,
-            before anything is written. Called where tensors are on the CPU: on a GPU the answer
-            would have to be waited for at each call.
+        reference: The specification in plain PyTorch.
+        fake: Makes the results, shapes and dtypes only, for `torch.compile`; None: there are none.
+        writes: Arguments that are modified, as `"codes"` or `"weight.codes"`.
+        composed: The reference calls other operators; running it is no loss worth a word.
     """
-    full_name = f"qft_hf::{name}"
 
-    def run(first: Tensor | list[Tensor], *arguments: Any, **options: Any) -> Any:
-        device = (first if isinstance(first, Tensor) else first[0]).device
-        if check_values is not None and device.type == "cpu":
-            check_values(first, *arguments, **options)
-        return getattr(backend_for(device), name)(first, *arguments, **options)
+    def __init__(
+        self, reference: Function, *, fake: Function | None, writes: tuple[str, ...], composed: bool
+    ) -> None:
+        self.name = reference.__name__
+        self.reference = reference
+        self._composed = composed
+        self._check: Function | None = None
+        self._check_values: Function | None = None
+        self._implementations: dict[str, Function] = {}
+        self._chosen: dict[torch.device, Function] = {}  # by device, until a choice changes
+        update_wrapper(self, reference)
+        self._defaults = {
+            name: parameter.default
+            for name, parameter in signature(reference).parameters.items()
+            if parameter.default is not Parameter.empty
+        }
+        # The fields of each argument that is a value; `torch.compile` traces what reads them.
+        self._members = {
+            name: tuple(_field_types(kind)) if _is_value(kind) else ()
+            for name, kind in get_type_hints(reference).items()
+        }
+        backend.on_change(self._chosen.clear)
+        self._declare(fake, writes)
 
-    torch.library.define(full_name, schema)
-    torch.library.register_fake(full_name, fake)
-    torch.library.register_kernel(full_name, "default", run)
-    operator = getattr(torch.ops.qft_hf, name).default
+    def checks(self, function: Function) -> Function:
+        """Decorator: what raises for arguments that do not fit each other."""
+        self._check = function
+        return function
 
-    def call(first: Tensor | list[Tensor], *arguments: Any, **options: Any) -> Any:
-        tensor = first if isinstance(first, Tensor) else first[0]
-        is_plain = type(tensor) is Tensor and not tensor.is_meta
-        if is_plain and not torch.compiler.is_compiling() and not is_in_torch_dispatch_mode():
-            return run(first, *arguments, **options)
-        return operator(first, *arguments, **options)
+    def checks_values(self, function: Function) -> Function:
+        """Decorator: what raises for values that would do harm, before anything is written.
 
-    return call
+        Called where tensors are on the CPU: on a GPU the answer would have to be waited for.
+        """
+        self._check_values = function
+        return function
+
+    def register(self, backend_name: str) -> Callable[[Function], Function]:
+        """Decorator: the function is this operator on a backend: same arguments, same bits."""
+
+        def add(function: Function) -> Function:
+            self._implementations[backend_name] = function
+            self._chosen.clear()
+            return function
+
+        return add
+
+    def __call__(self, first: Any, *arguments: Any, **options: Any) -> Any:
+        """Check the arguments and run them where they are."""
+        if self._defaults:
+            options = {**self._defaults, **options}
+        if self._check is not None:
+            self._check(first, *arguments, **options)
+        tensor = first if isinstance(first, Tensor) else _first_tensor(first)
+        if tensor is None:  # a list of nothing
+            return None
+        if type(tensor) not in PLAIN or tensor.is_meta or is_compiling() or is_listened_to():
+            operation = getattr(torch.ops.qft_hf, self.name).default
+            return operation(*self.flatten(first, *arguments, **options))
+        # From here on as `_run`, without its call: small operators take as long as calls do.
+        device = tensor.device
+        if self._check_values is not None and device.type == "cpu":
+            self._check_values(first, *arguments, **options)
+        function = self._chosen.get(device) or self._choose(device)
+        return function(first, *arguments, **options)
+
+    def _run(self, *arguments: Any, **options: Any) -> Any:
+        tensor = _first_tensor(arguments[0])
+        if tensor is None:
+            return None
+        device = tensor.device
+        if self._check_values is not None and device.type == "cpu":
+            self._check_values(*arguments, **options)
+        return self._choose(device)(*arguments, **options)
+
+    def _choose(self, device: torch.device) -> Function:
+        function = self._chosen.get(device)
+        if function is None:
+            function = self._chosen[device] = self._implementation(device)
+        return function
+
+    def _implementation(self, device: torch.device) -> Function:
+        name = backend.backend_for(device)
+        if name in self._implementations or name == backend.REFERENCE:
+            return self._implementations.get(name, self.reference)
+        if not self._composed:
+            logger.warning(
+                "the %s backend has no %s: plain PyTorch runs instead, which gives the same bits "
+                "and is slower",
+                name,
+                self.name,
+            )
+        return self.reference
+
+    def _declare(self, fake: Function | None, writes: tuple[str, ...]) -> None:
+        """Tell PyTorch of the operator, with its arguments flat."""
+        flat = _flat_arguments(self.reference, writes)
+        hints = get_type_hints(self.reference)
+        results = hints.pop("return")
+        parameters = signature(self.reference).parameters
+        schema = f"({', '.join(flat)}) -> {_result_schema(results)}"
+        full_name = f"qft_hf::{self.name}"
+
+        def whole(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            rest = iter(values)
+            made = {name: _made(hints[name], rest) for name in parameters}
+            first = [p.name for p in parameters.values() if p.kind is not Parameter.KEYWORD_ONLY]
+            return tuple(made.pop(name) for name in first), made
+
+        def run(*values: Any) -> Any:
+            arguments, options = whole(values)
+            return self._run(*arguments, **options)
+
+        def run_fake(*values: Any) -> Any:
+            arguments, options = whole(values)
+            return None if fake is None else fake(*arguments, **options)
+
+        torch.library.define(full_name, schema)
+        torch.library.register_fake(full_name, run_fake)
+        torch.library.register_kernel(full_name, "default", run)
+
+    def flatten(self, *arguments: Any, **options: Any) -> list[Any]:
+        """The arguments as `torch.ops.qft_hf.<name>` takes them."""
+        bound = signature(self.reference).bind(*arguments, **{**self._defaults, **options})
+        flat: list[Any] = []
+        for name, value in bound.arguments.items():
+            members = self._members[name]
+            if members:
+                flat.extend([getattr(value, member) for member in members])
+            else:
+                flat.append(list(value) if isinstance(value, tuple) else value)
+        return flat
 
 
-def nothing(*arguments: Any, **options: Any) -> None:
-    """The results of an operator that only writes into its arguments."""
+def operator(
+    *, fake: Function | None = None, writes: tuple[str, ...] = (), composed: bool = False
+) -> Callable[[Function], Operator]:
+    """Decorator: the function is an operator and its reference; arguments as `Operator` has them.
+
+    Arguments without a default come first and may be passed by position; all others are keywords.
+    """
+
+    def make(reference: Function) -> Operator:
+        return Operator(reference, fake=fake, writes=writes, composed=composed)
+
+    return make
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """None of an empty list: nothing to do, and no device to do it on."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (list, tuple)):
+        return value[0] if value else None
+    codes: Tensor = value.codes
+    return codes
+
+
+def _is_value(kind: Any) -> bool:
+    return is_dataclass(kind) or hasattr(kind, "_fields")
+
+
+def _field_types(kind: Any) -> dict[str, Any]:
+    """The fields that make a value, with their types."""
+    hints = get_type_hints(kind)
+    if is_dataclass(kind):
+        return {f.name: hints[f.name] for f in fields(kind) if f.init}
+    return {name: hints[name] for name in kind._fields}
+
+
+def _made(kind: Any, parts: Any) -> Any:
+    """Take the parts of an argument of this type and put them together."""
+    if not _is_value(kind):
+        return next(parts)
+    return kind(*(next(parts) for _ in _field_types(kind)))
+
+
+def _flat_arguments(function: Function, writes: tuple[str, ...]) -> list[str]:
+    """The arguments of an operator in PyTorch's schema language."""
+    flat = []
+    aliases = iter("abcdefghijkl")
+    for name, kind in get_type_hints(function).items():
+        if name == "return":
+            continue
+        members = _field_types(kind) if _is_value(kind) else {"": kind}
+        for member, member_kind in members.items():
+            path = f"{name}.{member}" if member else name
+            schema = _argument_schema(member_kind)
+            if path in writes:
+                schema = schema.replace("Tensor", f"Tensor({next(aliases)}!)", 1)
+            flat.append(f"{schema} {path.replace('.', '_')}")
+    return flat
+
+
+def _argument_schema(kind: Any) -> str:
+    options = [option for option in get_args(kind) if option is not type(None)]
+    if kind not in SCHEMA_TYPES and len(options) == 1:
+        return f"{SCHEMA_TYPES[options[0]]}?"
+    return SCHEMA_TYPES[kind]
+
+
+def _result_schema(kind: Any) -> str:
+    if kind is type(None):
+        return "()"
+    if kind is Tensor:
+        return "Tensor"
+    return f"({', '.join('Tensor' for _ in get_args(kind))})"

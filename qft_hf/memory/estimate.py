@@ -16,15 +16,16 @@ from ..layout import (
     CODE_BYTES,
     SCALE_BYTES,
     STATE_GROUP_SIZE,
+    TILE_ELEMENTS,
     GroupLayout,
     momentum_bytes,
     outlier_bytes,
     outliers_per_row,
+    state_bits,
 )
 from ..nn import ConversionPlan, conversion_plan, product_choices
 from ..nn.loss import words_at_a_time
 from ..nn.products import output_head
-from ..quant.weight import TILE_ELEMENTS
 from .ledger import FP32_ADAM_BYTES, LedgerRow
 
 FP32_BYTES = 4
@@ -168,6 +169,7 @@ def estimate(
     *,
     gradient: str,
     momentum_bits: int,
+    optimizer: str = "qft_lion",
 ) -> MemoryEstimate:
     """Predict the memory of training `model`.
 
@@ -176,7 +178,8 @@ def estimate(
         workload: Of one micro-batch.
         spec: The weight format.
         gradient: `"stack"` or `"release"`, as `QFTLion` takes it.
-        momentum_bits: 8, 4 or 0, as `QFTLion` takes it.
+        momentum_bits: Of Lion: 8 or 4; 0: none, as `qft_sgd` has it.
+        optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
     workload = replace(
@@ -194,7 +197,8 @@ def estimate(
         rows * outliers_per_row(columns, spec.outlier_fraction) for rows, columns in shapes
     ]
     gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if gradient == "stack" else 0
-    float_momentum = sum(FP32_BYTES * p.numel() for p in floats) if momentum_bits else 0
+    bits_of_state = state_bits(optimizer, momentum_bits)
+    of_floats = len(bits_of_state) * sum(FP32_BYTES * p.numel() for p in floats)
     kinds = [
         ("INT8 weights", len(weights), sum(rows * columns for rows, columns in shapes)),
         (
@@ -203,7 +207,7 @@ def estimate(
             sum(layout.stored_bytes - layout.rows * layout.columns for layout in scales),
         ),
         (
-            "critical values",
+            "outliers",
             2 * sum(n > 0 for n in n_outliers),
             sum(outlier_bytes(*shape, spec.outlier_fraction) for shape in shapes),
         ),
@@ -211,8 +215,9 @@ def estimate(
         ("gradients", 2 * len(weights) + len(floats), gradients),
         (
             "momentum",
-            2 * len(weights) + len(floats),
-            sum(momentum_bytes(*shape, momentum_bits) for shape in shapes) + float_momentum,
+            len(bits_of_state) * (2 * len(weights) + len(floats)),
+            sum(momentum_bytes(*shape, bits) for shape in shapes for bits in bits_of_state)
+            + of_floats,
         ),
         ("buffers", *_count(model.buffers())),
     ]

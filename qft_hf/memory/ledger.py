@@ -97,12 +97,18 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
     rows = [
         _row("INT8 weights", (w.codes for w in weights)),
         _row("weight scales", (w.scales for w in weights)),
-        _row(
-            "critical values", (t for w in weights for t in (w.outlier_values, w.outlier_columns))
-        ),
+        _row("outliers", (t for w in weights for t in (w.outlier_values, w.outlier_columns))),
         _row("float parameters", floats),
         _row("gradients", gradients),
-        _row("momentum", (t for state in states for t in state.values() if isinstance(t, Tensor))),
+        _row(
+            "momentum",
+            (
+                tensor
+                for state in states
+                for name, tensor in state.items()
+                if isinstance(tensor, Tensor) and name != "step"  # a number on the host
+            ),
+        ),
         _row("buffers", model.buffers()),
     ]
     return MemoryLedger(

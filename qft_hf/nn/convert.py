@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import QuantizationSpec
 from ..quant import QFTWeight
+from .attachments import attach_, attachments
 from .modules import PLAIN_CLASSES, QUANTIZED_CLASSES, is_quantized_module
 from .products import Int8Products, int8_products
 from .state import check_shared_columns
@@ -155,7 +156,15 @@ def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan
     for name, products in choices.items():
         linear: Any = plan.modules[name]
         linear.products = products
+    mark_tables_(model)
     return plan
+
+
+def mark_tables_(model: nn.Module) -> None:
+    """Tell weights that embeddings look up; to be called when weights are in place and tied."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and isinstance(module.weight, QFTWeight):
+            module.weight.is_table = True
 
 
 def product_choices(
@@ -262,6 +271,11 @@ def _check_replaceable(parameters: Mapping[str, torch.Tensor]) -> None:
 
 
 def _replace_(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Put `tensor` in the place of a parameter's value; everybody who holds it sees the new one."""
+    """Put `tensor` in the place of a parameter's value; everybody who holds it sees the new one.
+
+    Hooks and attributes that others have put on the parameter stay.
+    """
+    attached = attachments(parameter)
     parameter.grad = None
     torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+    attach_(parameter, attached)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from ..quant import Int8Gradient, QFTWeight
+from ..quant import Int8Gradient, QFTWeight, TiledGradient
 
 # At most so many tokens are multiplied without expanding the weight where no gradient is recorded:
 # matrix units pad any fewer to as many. Measured on CPUs (one thread), 16 tokens take as long as
@@ -31,45 +31,43 @@ def max_tokens(dtype: torch.dtype, device: torch.device) -> int:
 
 def forward(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
     """y[..., R] = x[..., C] W[R, C]^T + b[R], of the dtype of `x`."""
+    if weight.is_one_tile:
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, weight.dequantize(x.dtype), bias)
     tiles = [
         F.linear(
             x,
-            weight.dequantize_rows(rows).to(x.dtype),
+            weight.dequantize_rows(rows, x.dtype),
             None if bias is None else bias[rows].to(x.dtype),
         )
         for rows in weight.row_tiles()
     ]
-    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=-1)
+    return torch.cat(tiles, dim=-1)
 
 
 def forward_few(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
     """`forward` of at most `max_tokens` tokens: the same terms, in another order."""
     y = kernels.dequantized_matmul(
-        x.reshape(-1, x.shape[-1]).contiguous(),
-        weight.codes,
-        weight.scales,
-        group_size=weight.group_size,
-        outlier_values=weight.outlier_values,
-        outlier_columns=weight.outlier_columns,
-        bias=bias,
+        x.reshape(-1, x.shape[-1]).contiguous(), weight.stored, bias=bias
     )
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def input_gradient(grad: Tensor, weight: QFTWeight) -> Tensor:
     """grad_x[N, C] = grad[N, R] W[R, C]; FP32 if it was added up from several tiles."""
+    if weight.is_one_tile:
+        return grad @ weight.dequantize(grad.dtype)
     total = None
-    tiles = list(weight.row_tiles())
-    for rows in tiles:
-        product = grad[:, rows] @ weight.dequantize_rows(rows).to(grad.dtype)
-        if len(tiles) > 1:  # they add up in FP32: rounding partial sums would lose bits
-            product = product.float()
+    for rows in weight.row_tiles():  # they add up in FP32: rounding partial sums would lose bits
+        product = (grad[:, rows] @ weight.dequantize_rows(rows, grad.dtype)).float()
         total = product if total is None else total.add_(product)
     if total is None:
         raise ValueError(f"{weight!r} has no rows, and no gradient passes through it.")
     return total
 
 
-def weight_gradient(grad: Tensor, x: Tensor, weight: QFTWeight, *, defer: bool) -> Int8Gradient:
-    """grad_W[R, C] = grad[N, R]^T x[N, C]; `defer` as `QFTWeight.gradient` takes it."""
-    return weight.gradient(lambda rows: grad[:, rows].t() @ x, defer=defer)
+def weight_gradient(grad: Tensor, x: Tensor, weight: QFTWeight) -> Int8Gradient | TiledGradient:
+    """grad_W[R, C] = grad[N, R]^T x[N, C]."""
+    if weight.is_one_tile:
+        return weight.gradient(lambda rows: grad.t() @ x)
+    return weight.gradient(lambda rows: grad[:, rows].t() @ x)

@@ -1,22 +1,65 @@
 """Products with a quantized weight, and their gradients, as autograd functions."""
 
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import function
 
 from .. import kernels
-from ..layout import STATE_GROUP_SIZE
 from ..quant import Int8Gradient, QFTWeight
 from . import dequantized, int8
 from .products import Int8Products
 
-FLOAT_PRODUCTS = Int8Products(forward=False, input_gradient=False, weight_gradient=False)
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """PyTorch's decorator of the same name, whose cost is paid only where a graph is asked for."""
+    recorded = function.once_differentiable(backward)
+
+    @wraps(backward)
+    def once(ctx: Any, *grads: Any) -> Any:
+        return (recorded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return once
 
 
 class _Linear(torch.autograd.Function):
-    """y[..., R] = x[..., C] W[R, C]^T + b[R], each of its three products as `products` says.
+    """y[..., R] = x[..., C] W[R, C]^T + b[R], by float products with the dequantized weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: QFTWeight, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        # The weight is no saved tensor: it is not copied, moved or offloaded with activations.
+        ctx.weight = weight
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        return dequantized.forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        weight: QFTWeight = ctx.weight
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_x = gradient = None
+        if needs_x:
+            grad_x = dequantized.input_gradient(grad, weight)
+            if grad_x.dtype != ctx.x_dtype:
+                grad_x = grad_x.to(ctx.x_dtype)
+            grad_x = grad_x.view(ctx.x_shape)
+        if needs_weight:
+            (x,) = ctx.saved_tensors
+            gradient = dequantized.weight_gradient(grad, x.reshape(-1, x.shape[-1]), weight)
+        return grad_x, gradient, grad.sum(dim=0) if needs_bias else None, None
+
+
+class _Int8Linear(torch.autograd.Function):
+    """The same, each of its three products as `products` says.
 
     `operand` is the quantized `x` where a product needs it, and then `x` itself is not kept for the
     weight's gradient.
@@ -33,24 +76,22 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.products, ctx.x_shape, ctx.x_dtype = products, x.shape, x.dtype
-        ctx.defers_gradient = weight.defers_gradient
         if not (products.forward and products.weight_gradient):
             x = x.to(dtype)
         kept: tuple[Tensor, ...] = ()  # x, or the fields of its operand
         if ctx.needs_input_grad[1]:
             kept = operand if operand is not None and products.weight_gradient else (x,)
-        ctx.save_for_backward(weight, *kept)
+        ctx.weight = weight
+        ctx.save_for_backward(*kept)
         if operand is not None and products.forward:
             return int8.forward(operand, x, weight, bias, dtype)
         return dequantized.forward(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_output: Tensor
-    ) -> tuple[Tensor | None, Int8Gradient | None, Tensor | None, None, None, None]:
-        weight, *kept = ctx.saved_tensors
-        products = ctx.products
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        weight: QFTWeight = ctx.weight
+        kept, products = ctx.saved_tensors, ctx.products
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = grad_output.reshape(-1, grad_output.shape[-1])
 
@@ -70,12 +111,11 @@ class _Linear(torch.autograd.Function):
             )
             grad_x = product.to(ctx.x_dtype).view(ctx.x_shape)
         del of_x  # a quarter of an FP32 gradient
-        defer = ctx.defers_gradient
         if of_weight is not None and operand is not None:
-            gradient = int8.weight_gradient(of_weight, operand, weight, defer=defer)
+            gradient = int8.weight_gradient(of_weight, operand, weight)
         elif needs_weight:
             x = kept[0].reshape(-1, weight.shape[1])
-            gradient = dequantized.weight_gradient(grad, x, weight, defer=defer)
+            gradient = dequantized.weight_gradient(grad, x, weight)
         grad_bias = grad.sum(dim=0) if needs_bias else None
         return grad_x, gradient, grad_bias, None, None, None
 
@@ -85,26 +125,23 @@ class _Embedding(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: QFTWeight, padding_idx: int | None) -> Tensor:
-        ctx.save_for_backward(ids, weight)
+        ctx.weight = weight
+        ctx.save_for_backward(ids)
         ctx.padding_idx = padding_idx
-        # Tied to a head, whose gradient would wait for that of the table till the end of backward,
-        # and the gradient of the logits with it.
-        weight.defers_gradient = False
         rows = ids.reshape(-1).contiguous()
         return weight.dequantize_rows(rows).view(*ids.shape, weight.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Int8Gradient, None]:
-        ids, weight = ctx.saved_tensors
+        weight: QFTWeight = ctx.weight
+        (ids,) = ctx.saved_tensors
         gradient = Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
         # Only rows that were looked up have a gradient: a float table is never made.
         kernels.embedding_gradient_(
-            gradient.codes,
-            gradient.scales,
+            gradient.stored,
             ids.reshape(-1).contiguous(),
             grad_output.reshape(-1, weight.shape[1]).contiguous(),
-            group_size=STATE_GROUP_SIZE,
             padding_idx=ctx.padding_idx,
         )
         return None, gradient, None
@@ -123,8 +160,8 @@ def linear(
     Args:
         x: Float `[..., C]`, of the weight's dtype; under autocast the products are computed in the
             autocast dtype.
-        weight: `[R, C]`; for INT8 products with one scale per row, and the same columns of critical
-            values in every row.
+        weight: `[R, C]`; for INT8 products with one scale per row, and outliers in the same
+            columns of every row.
         bias: Float `[R]` or None.
         products: Which products are INT8; None for none. With fewer than `int8.MIN_TOKENS` tokens
             none is.
@@ -143,12 +180,14 @@ def linear(
     if not training and not torch.is_grad_enabled():
         if 0 < x.numel() <= dequantized.max_tokens(dtype, x.device) * x.shape[-1]:
             return dequantized.forward_few(x.to(dtype), weight, bias)
-    operand = None
+    output: Tensor
     if products is None or x.numel() < int8.MIN_TOKENS * x.shape[-1]:
-        products = FLOAT_PRODUCTS
-    elif products.forward or (products.weight_gradient and torch.is_grad_enabled()):
-        operand = int8.quantized_input(x, n_critical=weight.outlier_values.shape[1])
-    output: Tensor = _Linear.apply(x, weight, bias, products, operand, dtype)
+        output = _Linear.apply(x, weight, bias, dtype)
+        return output
+    operand = None
+    if products.forward or (products.weight_gradient and torch.is_grad_enabled()):
+        operand = int8.quantized_input(x, n_outliers=weight.outlier_values.shape[1])
+    output = _Int8Linear.apply(x, weight, bias, products, operand, dtype)
     return output
 
 

@@ -3,10 +3,10 @@
 Shapes as in `dequantized`. Everything is quantized along what a product sums over, with one scale
 for each of its rows or columns, so that scales leave the integer sum: `x` per token, the gradient
 per token (with the scales of the weight folded in) and per output (with the scales of `x` folded
-in). Critical values are whole columns, of the weight and of `x`, about one percent of each: codes
+in). Outliers are whole columns, of the weight and of `x`, about one percent of each: codes
 are 0 there, and their share is a small float product.
 
-A few channels of `x` are a hundred times larger than the others in language models, and would set
+A few columns of `x` are a hundred times larger than the others in language models, and would set
 the scale of every token. Without float columns for them the gradients of SmolLM2 have 7 dB.
 
 Source: Dettmers et al. 2022, "LLM.int8()", section 3 (arXiv:2208.07339), for vector-wise scales
@@ -22,14 +22,14 @@ from torch import Tensor
 
 from .. import kernels
 from ..layout import STATE_GROUP_SIZE
-from ..quant import Int8Gradient, QFTWeight
+from ..quant import Int8Gradient, QFTWeight, TiledGradient
 
 
 class Input(NamedTuple):
     """An input `x[N, C]` as INT8 products take it.
 
     Attributes:
-        codes: int8 `[N, C]`, 0 in critical columns.
+        codes: int8 `[N, C]`, 0 in outlier columns.
         scales: fp32 `[N, 1]`.
         columns: int64 `[k]`: the columns with the largest magnitudes, ascending.
         values: `[N, k]` of the dtype of `x`: what it has there.
@@ -47,13 +47,13 @@ class Gradient(NamedTuple):
     Attributes:
         codes: int8 `[N, R]` for `grad_x`; `[R, N]` for `grad_W`.
         scales: fp32, one per row of the codes.
-        critical: What the codes leave out, the columns of the result that are float products:
+        outliers: What the codes leave out, the columns of the result that are float products:
             `[N, k]` of `grad_x`, or `[R, k]` of `grad_W`, of the dtype of `grad`.
     """
 
     codes: Tensor
     scales: Tensor
-    critical: Tensor
+    outliers: Tensor
 
 
 # With fewer tokens the weight is dequantized. Integer matrix units take 16 or 32 rows at a time,
@@ -83,34 +83,34 @@ _slots = _Slots()
 
 
 @torch.no_grad()
-def quantized_input(x: Tensor, *, n_critical: int) -> Input:
-    """`x[..., C]` per token, rounded to nearest, with `n_critical` columns left in float.
+def quantized_input(x: Tensor, *, n_outliers: int) -> Input:
+    """`x[..., C]` per token, rounded to nearest, with `n_outliers` columns left in float.
 
     Layers that read the same tensor, such as query, key and value, share one result: the last is
     kept until its input dies, changes, or another input comes.
     """
     if x.is_inference():  # has no version that would tell of a change
-        return _quantize(x, n_critical)
+        return _quantize(x, n_outliers)
     slot = _slots.slot
     entry = slot.entry
     if (
         entry is not None
         and entry[0]() is x
         and entry[1] == x._version
-        and len(entry[2].columns) == n_critical
+        and len(entry[2].columns) == n_outliers
     ):
         return entry[2]
-    result = _quantize(x, n_critical)
+    result = _quantize(x, n_outliers)
     slot.entry = (weakref.ref(x, slot.forget), x._version, result)
     return result
 
 
-def _quantize(x: Tensor, n_critical: int) -> Input:
+def _quantize(x: Tensor, n_outliers: int) -> Input:
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
     maxima = kernels.column_absmax(rows)
-    columns = maxima.topk(n_critical).indices.sort().values
-    is_critical = torch.zeros_like(maxima, dtype=torch.bool).index_fill_(0, columns, 1)
-    codes, scales = kernels.quantize(rows, group_size=None, zero_columns=is_critical)
+    columns = maxima.topk(n_outliers).indices.sort().values
+    is_outlier = torch.zeros_like(maxima, dtype=torch.bool).index_fill_(0, columns, 1)
+    codes, scales = kernels.quantize(rows, group_size=None, zero_columns=is_outlier)
     return Input(codes, scales, columns, _columns(rows, columns))
 
 
@@ -121,9 +121,9 @@ def forward(
     y = kernels.int8_matmul(
         operand.codes, weight.codes.t(), operand.scales, weight.scales, bias=bias, dtype=dtype
     )
-    columns, values = critical_columns(weight)
+    columns, values = outlier_columns(weight)
     if len(columns) + len(operand.columns):
-        # Critical columns of the weight times all of x, and those of x times the weight's codes.
+        # Outlier columns of the weight times all of x, and those of x times the weight's codes.
         of_x = _columns(x.reshape(-1, x.shape[-1]), columns)
         both = torch.cat((of_x, operand.values), dim=1)
         coded = _columns(weight.codes, operand.columns) * weight.scales
@@ -145,18 +145,19 @@ def quantized_gradient(
         for_x: Whether the input's gradient is.
         seed: Key of the random numbers that round.
     """
-    rows, columns = kernels.quantize_gradient(
+    row_codes, row_scales, column_codes, column_scales = kernels.quantize_gradient(
         grad,
         weight.scales if for_x else None,
         None if operand is None else operand.scales,
         seed=seed,
     )
     of_x = of_weight = None
-    if rows is not None:
-        of_x = Gradient(*rows, grad @ critical_columns(weight)[1].to(grad.dtype))
-    if columns is not None and operand is not None:
+    if for_x:
+        of_x = Gradient(row_codes, row_scales, grad @ outlier_columns(weight)[1].to(grad.dtype))
+    if operand is not None:
         # Half the time of grad.t() @ values on a CPU.
-        of_weight = Gradient(*columns, (operand.values.to(grad.dtype).t() @ grad).t())
+        outliers = (operand.values.to(grad.dtype).t() @ grad).t()
+        of_weight = Gradient(column_codes, column_scales, outliers)
     return of_x, of_weight
 
 
@@ -167,16 +168,16 @@ def input_gradient(grad: Gradient, weight: QFTWeight) -> Tensor:
         weight.codes,
         grad.scales,
         None,
-        columns=critical_columns(weight)[0],
-        values=grad.critical,
-        dtype=grad.critical.dtype,
+        columns=outlier_columns(weight)[0],
+        values=grad.outliers,
+        dtype=grad.outliers.dtype,
     )
 
 
 def weight_gradient(
-    grad: Gradient, operand: Input, weight: QFTWeight, *, defer: bool
-) -> Int8Gradient:
-    """grad_W[R, C] = grad[N, R]^T x[N, C]; `defer` as in `QFTWeight.gradient`."""
+    grad: Gradient, operand: Input, weight: QFTWeight
+) -> Int8Gradient | TiledGradient:
+    """grad_W[R, C] = grad[N, R]^T x[N, C]."""
 
     def tile(rows: slice) -> Tensor:
         return kernels.int8_matmul(
@@ -185,7 +186,7 @@ def weight_gradient(
             grad.scales[rows],
             None,
             columns=operand.columns,
-            values=grad.critical[rows],
+            values=grad.outliers[rows],
             dtype=torch.float32,
         )
 
@@ -195,11 +196,11 @@ def weight_gradient(
             operand.codes,
             grad.scales[rows],
             columns=operand.columns,
-            values=grad.critical[rows],
+            values=grad.outliers[rows],
             group_size=STATE_GROUP_SIZE,
         )
 
-    return weight.gradient(tile, quantized_tile, defer=defer)
+    return weight.gradient(tile, quantized_tile)
 
 
 def _columns(x: Tensor, columns: Tensor) -> Tensor:
@@ -207,6 +208,6 @@ def _columns(x: Tensor, columns: Tensor) -> Tensor:
     return x.t().index_select(0, columns).t()
 
 
-def critical_columns(weight: QFTWeight) -> tuple[Tensor, Tensor]:
+def outlier_columns(weight: QFTWeight) -> tuple[Tensor, Tensor]:
     """Indices `[k]` int64 and FP32 values `[R, k]` of the columns that the codes leave out."""
-    return weight.outlier_columns[0].long(), weight.outlier_values
+    return weight.shared_columns, weight.outlier_values

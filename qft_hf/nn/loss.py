@@ -126,7 +126,7 @@ def _logits(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Runs of words: their rows, their part of the weight in x's dtype, and FP32 `[N, rows]`."""
     for rows in weight.row_tiles(at_most=words_at_a_time(len(x))):
-        tile = weight.dequantize_rows(rows).to(x.dtype)
+        tile = weight.dequantize_rows(rows, x.dtype)
         part = None if bias is None else bias[rows].to(x.dtype)
         yield rows, tile, F.linear(x, tile, part).float()
 

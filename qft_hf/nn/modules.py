@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant import QFTWeight
+from .attachments import attach_, attachments
 from .functional import embedding, linear
 from .loss import DeferredLogits
 from .products import Int8Products
@@ -41,6 +42,13 @@ class _QuantizedWeight(nn.Module):
                 "mixture of two models. Load a complete checkpoint of this model and QFTConfig."
             )
         return weight
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 torch's
+        """Move or cast as any module does; hooks and attributes of the weight stay on it."""
+        attached = attachments(self.weight)
+        super()._apply(function, recurse)
+        attach_(self.weight, attached)
+        return self
 
     def _save_to_state_dict(
         self,
@@ -102,6 +110,7 @@ class _QuantizedWeight(nn.Module):
                 )
             else:
                 field.copy_(loaded)
+        weight.fields_changed()
         if found and not weight.pending:
             try:
                 check_values(prefix + "weight", weight)

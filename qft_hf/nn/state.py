@@ -90,7 +90,7 @@ def check_values(name: str, weight: QFTWeight) -> None:
     """Raise for values that quantizing never makes; they would train on in silence.
 
     Raises:
-        ValueError: A code is -128, a scale is not a positive finite number, a critical value is not
+        ValueError: A code is -128, a scale is not a positive finite number, an outlier is not
             finite, or its columns are out of range or out of order.
     """
     columns = weight.shape[1]
@@ -108,7 +108,8 @@ def check_values(name: str, weight: QFTWeight) -> None:
         (
             "outlier_columns",
             f"columns outside [0, {columns})",
-            (outlier_columns >= 0) & (outlier_columns < columns),
+            # Not `< columns`: 32,768 columns have 16-bit numbers, and among these it is negative.
+            (outlier_columns >= 0) & (outlier_columns <= columns - 1),
         ),
         ("outlier_columns", "columns that do not ascend", ascending),
     ):
@@ -120,7 +121,7 @@ def check_values(name: str, weight: QFTWeight) -> None:
 
 
 def check_shared_columns(name: str, weight: QFTWeight) -> None:
-    """Raise unless the critical values of `weight` can take part in INT8 products.
+    """Raise unless the outliers of `weight` can take part in INT8 products.
 
     Raises:
         ValueError: They lie in other columns in each row, or scales are not those of whole rows.
@@ -128,7 +129,7 @@ def check_shared_columns(name: str, weight: QFTWeight) -> None:
     columns = weight.outlier_columns
     if weight.group_size is not None or not bool((columns == columns[:1]).all()):
         raise ValueError(
-            f"{name} was quantized for matmul='dequantize': its critical values lie in other "
+            f"{name} was quantized for matmul='dequantize': its outliers lie in other "
             "columns in each row, or rows have several scales. Leave matmul='int8' out, or "
             "dequantize the model, save it, and quantize it with QFTConfig(matmul='int8')."
         )

@@ -1,79 +1,113 @@
 """The optimizer's state of one parameter: which tensors, of which form."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..layout import momentum_shapes
-from ..quant import QFTWeight
 
-CODE_DTYPES = {8: torch.int8, 4: torch.uint8}  # of momentum codes, by momentum_bits
+class StateTensor(NamedTuple):
+    """The form of one tensor.
 
+    Attributes:
+        dtype: Of its elements; int8 has codes in [-127, 127].
+        shape: Of the tensor.
+        fill: What it is full of before the first step. Beside codes of 0 any scale does; 1 is easy
+            to read.
+        is_signed: Whether values may be negative.
+    """
 
-def state_format(
-    parameter: Tensor, momentum_bits: int
-) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each state tensor of a parameter."""
-    if momentum_bits == 0:
-        return {}
-    if not isinstance(parameter, QFTWeight):
-        return {"momentum": (torch.float32, tuple(parameter.shape))}
-    rows, columns = parameter.shape
-    codes, scales = momentum_shapes(rows, columns, momentum_bits)
-    return {
-        "momentum_codes": (CODE_DTYPES[momentum_bits], codes),
-        "momentum_scales": (torch.float32, scales),
-    }
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    fill: float = 0.0
+    is_signed: bool = True
 
 
-def initial_state(parameter: Tensor, momentum_bits: int) -> dict[str, Any]:
-    """Zero momentum. Beside codes of 0 any scale does; 1 is easy to read."""
+StateFormat = dict[str, StateTensor]  # by name
+
+
+def initial_state(wanted: StateFormat, device: torch.device) -> dict[str, Tensor]:
+    """What each tensor is full of, and no step yet."""
     tensors = {
-        name: torch.full(
-            shape, 1 if name == "momentum_scales" else 0, dtype=dtype, device=parameter.device
-        )
-        for name, (dtype, shape) in state_format(parameter, momentum_bits).items()
+        name: torch.full(form.shape, form.fill, dtype=form.dtype, device=device)
+        for name, form in wanted.items()
     }
-    return {"step": 0, **tensors}
+    # On the host, which counts: asking a GPU for its number would mean to wait.
+    return {"step": torch.zeros((), dtype=torch.int64), **tensors}
+
+
+class StepCounter:
+    """Counts the steps of one parameter in its state: the tensor `step`, int64, on the host.
+
+    Through numpy, which shares the tensor's memory: that takes a tenth of an operator's time.
+    """
+
+    __slots__ = ("_array", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._array = tensor.numpy()
+
+    def next(self) -> int:
+        """Count a step and return its number."""
+        number: int = self._array.item() + 1
+        self._array.fill(number)
+        return number
 
 
 def checked_state(
-    parameter: Tensor, state: dict[str, Any], key: Any, momentum_bits: int
-) -> dict[str, Any]:
-    """Copies of the loaded state on the parameter's device.
+    state: dict[str, Any],
+    wanted: StateFormat,
+    *,
+    device: torch.device,
+    name: str,
+    hint: str | None,
+) -> dict[str, Tensor]:
+    """Copies of a loaded state on the parameter's device.
+
+    Args:
+        state: Tensors by name, and the number of the step.
+        wanted: Their form.
+        device: That of the parameter.
+        name: What to call it in an error.
+        hint: What to do if the state does not fit; None: the usual advice.
 
     Raises:
         ValueError: It does not fit the parameter, or is not finite.
     """
-    wanted = state_format(parameter, momentum_bits)
     found = {
-        name: (value.dtype, tuple(value.shape))
-        for name, value in state.items()
-        if isinstance(value, Tensor) and name != "step"
+        key: (value.dtype, tuple(value.shape))
+        for key, value in state.items()
+        if isinstance(value, Tensor) and key != "step"
     }
-    if found != wanted or "step" not in state:
-        others = [
-            bits
-            for bits in (*CODE_DTYPES, 0)
-            if bits != momentum_bits and found == state_format(parameter, bits)
-        ]
-        if others and "step" in state:
-            raise ValueError(
-                f"The state of parameter {key} was saved with momentum_bits={others[0]}, and this "
-                f"optimizer has momentum_bits={momentum_bits}. Go on with "
-                f"momentum_bits={others[0]}, or start without the saved optimizer state."
-            )
+    forms = {key: (form.dtype, form.shape) for key, form in wanted.items()}
+    if found != forms or "step" not in state:
         raise ValueError(
-            f"The state of parameter {key} must be a step and {wanted}, got {list(state)} with "
-            f"{found}: it was saved by another model, another optimizer or another QFTConfig. "
-            "Resume with the ones it belongs to."
-        )
-    for name in wanted:
-        if not bool(state[name].isfinite().all()):
-            raise ValueError(
-                f"{name} of parameter {key} has NaN or infinite values: the optimizer state is "
-                "damaged. Resume from an earlier checkpoint, or without the optimizer's state."
+            f"The state of {name} must be a step and {forms}, got {list(state)} with {found}: "
+            + (
+                hint
+                or "it was saved by another model, another optimizer or another QFTConfig. Resume "
+                "with the ones it belongs to."
             )
-    tensors = {name: state[name].to(parameter.device, copy=True) for name in wanted}
-    return {"step": int(state["step"]), **tensors}
+        )
+    for key, form in wanted.items():
+        tensor = state[key]
+        if not bool(tensor.isfinite().all()) or not (form.is_signed or bool((tensor >= 0).all())):
+            raise ValueError(
+                f"{key} of {name} has values that are NaN, infinite or, as a scale or a mean of "
+                "squares, negative: the optimizer state is damaged. Resume from an earlier "
+                "checkpoint, or without the optimizer's state."
+            )
+        if tensor.dtype == torch.int8 and bool((tensor == -128).any()):
+            raise ValueError(
+                f"{key} of {name} has -128, which is no code: the optimizer state is damaged. "
+                "Resume from an earlier checkpoint, or without the optimizer's state."
+            )
+    step = torch.as_tensor(state["step"], dtype=torch.int64).cpu().reshape(()).clone()
+    if step < 0:
+        raise ValueError(
+            f"The step of {name} is {int(step)}, which no optimizer has counted: its state is "
+            "damaged. Resume from an earlier checkpoint."
+        )
+    tensors = {key: state[key].to(device, copy=True) for key in wanted}
+    return {"step": step, **tensors}

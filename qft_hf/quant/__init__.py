@@ -1,7 +1,7 @@
 """INT8 tensors: weights that train and the gradients they receive."""
 
-from .gradient import Int8Gradient
+from .gradient import Int8Gradient, TiledGradient
 from .tensor import Int8Tensor
 from .weight import QFTWeight
 
-__all__ = ["Int8Gradient", "Int8Tensor", "QFTWeight"]
+__all__ = ["Int8Gradient", "Int8Tensor", "QFTWeight", "TiledGradient"]

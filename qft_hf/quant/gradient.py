@@ -1,81 +1,26 @@
-"""`Int8Gradient`: what `.grad` of a quantized weight holds between backward and step."""
+"""`Int8Gradient`: what `.grad` of a quantized weight holds between backward and step.
+
+Where a gradient is used the moment it is complete, backward hands over a `TiledGradient` instead,
+which is float and is made a tile of rows at a time when it is used.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .. import kernels
 from ..layout import STATE_GROUP_SIZE, GroupLayout
 from .tensor import Int8Tensor, aten
 
 
-class RowTiles:
-    """A float gradient that does not exist yet: made a tile of rows at a time, when it is used.
-
-    Args:
-        make: Makes the float gradient `[n, columns]` of a range of rows. What it refers to, inputs
-            and output gradients of a layer, is alive until then.
-        rows: Ranges of rows that cover the gradient in order.
-        shape: `(rows, columns)`.
-        device: Where `make` puts them.
-        make_quantized: Makes codes and scales of a range of rows, the bits of `kernels.quantize` of
-            `make`, where that takes no float gradient; None: by just that.
-    """
-
-    def __init__(
-        self,
-        make: Callable[[slice], Tensor],
-        rows: list[slice],
-        *,
-        shape: tuple[int, int],
-        device: torch.device,
-        make_quantized: Callable[[slice], tuple[Tensor, Tensor]] | None = None,
-    ) -> None:
-        self.make: Callable[[slice], Tensor] | None = make
-        self.make_quantized = make_quantized
-        self.rows = rows
-        self.shape = shape
-        self.device = device
-        self._quantized: tuple[Tensor, Tensor] | None = None
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each range of rows with its contiguous float gradient."""
-        if self.make is None:
-            raise RuntimeError("This gradient is quantized already: use its codes and scales.")
-        for rows in self.rows:
-            yield rows, self.make(rows).contiguous()
-
-    def quantize(self) -> tuple[Tensor, Tensor]:
-        """Codes and scales; made once, for the same gradient is several objects to autograd."""
-        if self._quantized is None:
-            if self.make_quantized is None:
-                parts = (
-                    (rows, kernels.quantize(x, group_size=STATE_GROUP_SIZE)) for rows, x in self
-                )
-            else:
-                parts = ((rows, self.make_quantized(rows)) for rows in self.rows)
-            if len(self.rows) == 1:
-                self._quantized = next(parts)[1]
-            else:
-                n_groups = GroupLayout(*self.shape, STATE_GROUP_SIZE).n_groups
-                codes = torch.empty(self.shape, dtype=torch.int8, device=self.device)
-                scales = torch.empty(self.shape[0], n_groups, device=self.device)
-                for rows, part in parts:
-                    codes[rows], scales[rows] = part
-                self._quantized = codes, scales
-            self.make = self.make_quantized = None
-        return self._quantized
-
-
 class Int8Gradient(Int8Tensor):
     """A `[rows, columns]` gradient as INT8 codes with an FP32 scale per 256 columns of a row.
 
-    Autograd, gradient accumulation and `torch.nn.utils.clip_grad_norm_` use it like a float tensor:
-    adding rounds to nearest, scaling changes scales only, and the norm is that of the stored
-    values.
+    Autograd, gradient accumulation, hooks and `torch.nn.utils.clip_grad_norm_` use it like a float
+    tensor: adding rounds to nearest, so does scaling by more than one number for a row, and the
+    norm is that of the stored values.
 
     Args:
         codes: int8 `[rows, columns]`.
@@ -85,7 +30,7 @@ class Int8Gradient(Int8Tensor):
 
     FIELDS = ("codes", "scales")
 
-    _tiles: RowTiles | None = None
+    stored: kernels.Quantized  # the fields as operators take them
 
     @staticmethod
     def __new__(cls, codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Self:
@@ -93,34 +38,27 @@ class Int8Gradient(Int8Tensor):
         return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
 
     def __init__(self, codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> None:
-        self.codes = codes
-        self.scales = scales
-
-    @classmethod
-    def deferred(cls, tiles: RowTiles, *, dtype: torch.dtype) -> Self:
-        """A gradient that is made and quantized when its codes or scales are first used.
-
-        For gradient release, which makes, quantizes and uses a gradient tile by tile.
-        """
-        deferred = Tensor._make_wrapper_subclass(cls, tiles.shape, dtype=dtype, device=tiles.device)
-        deferred._tiles = tiles
-        return deferred
+        self.stored = kernels.Quantized(codes, scales, STATE_GROUP_SIZE)
 
     @property
-    def tiles(self) -> RowTiles | None:
-        """The float gradient, as long as it is not quantized."""
-        return None if self._tiles is None or self._tiles.make is None else self._tiles
+    def codes(self) -> Tensor:  # type: ignore[override]
+        """int8 `[rows, columns]`."""
+        return self.stored.codes
 
-    def __getattr__(self, name: str) -> Any:
-        """Quantize now: reached where `codes` or `scales` do not exist yet."""
-        if name not in self.FIELDS or self._tiles is None:
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        self.codes, self.scales = self._tiles.quantize()
-        return getattr(self, name)
+    @property
+    def scales(self) -> Tensor:  # type: ignore[override]
+        """fp32 `[rows, n_groups]`."""
+        return self.stored.scales
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
         """A gradient around other fields."""
         return type(self)(**fields, dtype=dtype or self.dtype)
+
+    @classmethod
+    def from_float(cls, gradient: Tensor, *, dtype: torch.dtype) -> Self:
+        """Quantize a float gradient `[rows, columns]`, rounding to nearest."""
+        codes, scales = kernels.quantize(gradient.contiguous(), group_size=STATE_GROUP_SIZE)
+        return cls(codes, scales, dtype=dtype)
 
     @classmethod
     def zeros(
@@ -142,34 +80,112 @@ class Int8Gradient(Int8Tensor):
 
     def dequantize(self) -> Tensor:
         """The values as a plain `[rows, columns]` tensor of the outer dtype."""
-        return kernels.dequantize(
-            self.codes, self.scales, group_size=STATE_GROUP_SIZE, dtype=self.dtype
-        )
+        return kernels.dequantize(kernels.Weight.dense(self.stored), dtype=self.dtype)
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of all values: fp64 scalar."""
-        return kernels.squared_norm(self.codes, self.scales, group_size=STATE_GROUP_SIZE)
-
-    def is_finite(self) -> Tensor:
-        """Bool scalar: whether every value is finite. Reads the scales only."""
-        return self.scales.isfinite().all()
+        return kernels.squared_norm(self.stored)
 
 
-_each_field = Int8Gradient._operators[aten.detach.default]
+class TiledGradient(Int8Tensor):
+    """A gradient that does not exist yet: made a tile of rows at a time, in float, when it is used.
+
+    Autograd may pass it on and add it to another; that, and whoever asks for its `quantized` form,
+    makes it at once.
+
+    Args:
+        make: Makes the float gradient `[n, columns]` of a range of rows. What it refers to, inputs
+            and output gradients of a layer, is alive until then.
+        make_quantized: Makes codes and scales of a range of rows, the bits of `kernels.quantize` of
+            `make`, where that takes no float gradient; None: by just that.
+        rows: Ranges of rows that cover the gradient in order.
+        shape: `[rows, columns]`.
+        dtype: The outer float dtype, that of the weight.
+        device: Where `make` puts them.
+    """
+
+    FIELDS = ()
+
+    @staticmethod
+    def __new__(
+        cls, *_: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device, **__: Any
+    ) -> Self:
+        """Make the outer tensor, without storage."""
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+
+    def __init__(
+        self,
+        make: Callable[[slice], Tensor],
+        make_quantized: Callable[[slice], tuple[Tensor, Tensor]] | None,
+        rows: list[slice],
+        **_: Any,
+    ) -> None:
+        self.make = make
+        self.make_quantized = make_quantized
+        self.rows = rows
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each range of rows with its contiguous float gradient."""
+        for rows in self.rows:
+            yield rows, self.make(rows).contiguous()
+
+    def dequantize(self) -> Tensor:
+        """The values that its INT8 form has, as a plain tensor of the outer dtype."""
+        return self.quantized().dequantize()
+
+    def quantized(self) -> Int8Gradient:
+        """All of it in INT8; each tile is quantized as soon as it exists."""
+        if self.make_quantized is None:
+            parts = (
+                (rows, kernels.quantize(tile, group_size=STATE_GROUP_SIZE))
+                for rows, tile in self.tiles()
+            )
+        else:
+            parts = ((rows, self.make_quantized(rows)) for rows in self.rows)
+        if len(self.rows) == 1:
+            codes, scales = next(parts)[1]
+            return Int8Gradient(codes, scales, dtype=self.dtype)
+        n_rows, columns = self.shape
+        n_groups = GroupLayout(n_rows, columns, STATE_GROUP_SIZE).n_groups
+        codes = torch.empty(n_rows, columns, dtype=torch.int8, device=self.device)
+        scales = torch.empty(n_rows, n_groups, dtype=torch.float32, device=self.device)
+        for rows, part in parts:
+            codes[rows], scales[rows] = part
+        return Int8Gradient(codes, scales, dtype=self.dtype)
 
 
 @Int8Gradient.implements(aten.detach.default, aten.alias.default)
-def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
+    # Autograd does this to every gradient that it puts into `.grad`: with the checked fields as
+    # they are, which need no detaching.
     gradient = args[0]
-    if gradient.tiles is None:
-        return _each_field(operator, args, kwargs)
-    alias = Int8Gradient.deferred(gradient.tiles, dtype=gradient.dtype)
-    return return_and_correct_aliasing(operator, args, kwargs, alias)
+    alias = Tensor._make_wrapper_subclass(
+        Int8Gradient, gradient.shape, dtype=gradient.dtype, device=gradient.device
+    )
+    alias.stored = gradient.stored
+    return alias
+
+
+@TiledGradient.implements(aten.detach.default, aten.clone.default, aten.alias.default)
+def _alias_tiles(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TiledGradient:
+    gradient = args[0]
+    return TiledGradient(
+        gradient.make, gradient.make_quantized, gradient.rows,
+        shape=gradient.shape, dtype=gradient.dtype, device=gradient.device,
+    )  # fmt: skip
+
+
+@TiledGradient.implements(aten.add.Tensor)
+def _add_tiles(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    one, other = (x.quantized() if isinstance(x, TiledGradient) else x for x in args)
+    return _add_(aten.add_.Tensor, (one, other), kwargs)
 
 
 @Int8Gradient.implements(aten.add_.Tensor)
 def _add_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
     gradient, other = args
+    if isinstance(other, TiledGradient):
+        other = other.quantized()
     if not isinstance(gradient, Int8Gradient) or not isinstance(other, Int8Gradient):
         raise NotImplementedError(
             f"Adding {type(other).__name__} to {type(gradient).__name__} would mix INT8 and float "
@@ -177,13 +193,7 @@ def _add_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8G
         )
     if kwargs.get("alpha", 1) != 1:
         raise NotImplementedError("INT8 gradients add with alpha=1 only; scale them first.")
-    kernels.accumulate_(
-        gradient.codes,
-        gradient.scales,
-        other.codes,
-        other.scales,
-        group_size=STATE_GROUP_SIZE,
-    )
+    kernels.accumulate_(gradient.stored, other.stored)
     return gradient
 
 
@@ -192,27 +202,44 @@ def _add(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gr
     return _add_(operator, (args[0].clone(), args[1]), kwargs)
 
 
-@Int8Gradient.implements(aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar)
+IN_PLACE = {
+    aten.mul.Tensor: aten.mul_.Tensor,
+    aten.mul.Scalar: aten.mul_.Scalar,
+    aten.div.Tensor: aten.div_.Tensor,
+    aten.div.Scalar: aten.div_.Scalar,
+}
+
+
+@Int8Gradient.implements(*IN_PLACE.values())
 def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
     gradient, factor = args
-    if isinstance(factor, Tensor) and factor.numel() != 1:
+    if not isinstance(gradient, Int8Gradient):
         raise NotImplementedError(
-            f"An INT8 gradient can be scaled by one number, got a factor of shape "
-            f"{tuple(factor.shape)}."
+            f"{type(gradient).__name__} cannot be scaled in place by an INT8 gradient. Call "
+            ".dequantize() on the gradient first."
         )
-    operator(gradient.scales, factor)
+    is_per_row = (
+        not isinstance(factor, Tensor)
+        or factor.numel() == 1
+        or (factor.ndim == 2 and tuple(factor.shape) == (gradient.shape[0], 1))
+    )
+    if is_per_row:
+        operator(gradient.scales, factor)
+    else:  # as a hook does that masks elements: rounded to nearest, like a sum
+        values = kernels.dequantize(kernels.Weight.dense(gradient.stored), dtype=torch.float32)
+        scaled = operator(values, factor)
+        codes, scales = kernels.quantize(scaled, group_size=STATE_GROUP_SIZE)
+        gradient.codes.copy_(codes)
+        gradient.scales.copy_(scales)
     return gradient
 
 
-@Int8Gradient.implements(aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+@Int8Gradient.implements(*IN_PLACE)
 def _scale(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
-    in_place = {
-        aten.mul.Tensor: aten.mul_.Tensor,
-        aten.mul.Scalar: aten.mul_.Scalar,
-        aten.div.Tensor: aten.div_.Tensor,
-        aten.div.Scalar: aten.div_.Scalar,
-    }[operator]
-    return _scale_(in_place, (args[0].clone(), args[1]), kwargs)
+    gradient, factor = args
+    if not isinstance(gradient, Int8Gradient) and operator is aten.mul.Tensor:
+        gradient, factor = factor, gradient  # mask * gradient
+    return _scale_(IN_PLACE[operator], (gradient.clone(), factor), kwargs)
 
 
 @Int8Gradient.implements(aten.zero_.default)

@@ -78,6 +78,9 @@ class Int8Tensor(Tensor):
         """The values as a plain tensor of this tensor's dtype."""
         raise NotImplementedError
 
+    def fields_changed(self) -> None:
+        """Called after values were copied into the fields."""
+
     @property
     def stored_bytes(self) -> int:
         """Bytes of all fields."""
@@ -152,6 +155,7 @@ def _copy_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         )
     for name, field in target.fields().items():
         field.copy_(getattr(source, name))
+    target.fields_changed()
     return target
 
 

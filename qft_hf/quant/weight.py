@@ -1,4 +1,4 @@
-"""`QFTWeight`: a trainable weight stored as INT8 codes beside a few critical values in float."""
+"""`QFTWeight`: a trainable weight stored as INT8 codes beside a few outliers in FP32."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -6,25 +6,21 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .. import kernels
+from .. import kernels, layout
 from ..config import QuantizationSpec
 from ..layout import INT16_COLUMNS, GroupLayout, outliers_per_row
-from .gradient import Int8Gradient, RowTiles
+from .gradient import Int8Gradient, TiledGradient
 from .tensor import Int8Tensor
 
-# Elements of a weight that are expanded to float at a time: 64 MB in FP32.
-TILE_ELEMENTS = 2**24
-# Rows of a tile are a multiple of this: products of slices that begin anywhere take up to half as
-# long again.
-TILE_ROWS = 64
+ALL_ROWS = slice(0, None)
 
 
 class QFTWeight(Int8Tensor):
-    """A `[rows, columns]` weight in the hybrid format: dense INT8 and sparse critical values.
+    """A `[rows, columns]` weight in the hybrid format: dense INT8 and sparse outliers.
 
     Its dtype is the float type it stands for (that of products and of the exported model); nothing
-    of that type is stored. The value of an element is its critical value where it has one and
-    `codes * scale` elsewhere; codes under critical values are 0.
+    of that type is stored. The value of an element is its outlier where it has one and
+    `codes * scale` elsewhere; codes under outliers are 0.
 
     Args:
         codes: int8 `[rows, columns]`.
@@ -35,19 +31,18 @@ class QFTWeight(Int8Tensor):
         dtype: The outer float dtype.
 
     Source:
-        Zhang et al. 2023, "QFT", section 3.3 (arXiv:2310.07147); dense-and-sparse split from Kim et
-        al. 2023, "SqueezeLLM", section 4.2 (arXiv:2306.07629). Theirs picks critical values per
+        Li et al. 2023, "QFT", section 3.3 (arXiv:2310.07147); dense-and-sparse split from Kim et
+        al. 2023, "SqueezeLLM", section 4.2 (arXiv:2306.07629). Theirs picks outliers per
         tensor; here each row has the same number, so that rows stay independent. With
         `matmul="int8"` all rows have them in the same columns.
     """
 
     FIELDS = ("codes", "scales", "outlier_values", "outlier_columns")
 
-    outlier_values: Tensor
-    outlier_columns: Tensor
-    group_size: int | None
-    # Whether gradients may be left to be made by who takes them, which is gradient release.
-    defers_gradient: bool = False
+    stored: kernels.Weight  # the fields as operators take them
+    # Whether an embedding looks rows of it up, and maybe a head shares it: its gradient is then
+    # added up, and the logits' gradient must not wait for that.
+    is_table: bool = False
     # State-dict keys of fields that a partly loaded checkpoint still owes this weight.
     pending: frozenset[str] = frozenset()
 
@@ -66,29 +61,55 @@ class QFTWeight(Int8Tensor):
         group_size: int | None,
         dtype: torch.dtype,
     ) -> None:
-        self.codes = codes
-        self.scales = scales
-        self.outlier_values = outlier_values
-        self.outlier_columns = outlier_columns
-        self.group_size = group_size
+        self.stored = kernels.Weight(codes, scales, outlier_values, outlier_columns, group_size)
+
+    @property
+    def codes(self) -> Tensor:  # type: ignore[override]
+        """int8 `[rows, columns]`."""
+        return self.stored.codes
+
+    @property
+    def scales(self) -> Tensor:  # type: ignore[override]
+        """fp32 `[rows, n_groups]`."""
+        return self.stored.scales
+
+    @property
+    def outlier_values(self) -> Tensor:
+        """fp32 `[rows, n_outliers]`."""
+        return self.stored.outlier_values
+
+    @property
+    def outlier_columns(self) -> Tensor:
+        """int16 or int32 `[rows, n_outliers]`."""
+        return self.stored.outlier_columns
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns per scale; None: whole rows."""
+        return self.stored.group_size
+
+    def fields_changed(self) -> None:
+        """Drop what was prepared for other values; to be called after copying into fields."""
+        self.stored.plans.clear()
 
     def _format(self) -> dict[str, Any]:
         return {"group_size": self.group_size, "dtype": self.dtype}
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
-        """A weight of the same format around other fields; what is pending stays so."""
+        """A weight of the same format around other fields; a table stays one, pending keys too."""
         weight = type(self)(**fields, group_size=self.group_size, dtype=dtype or self.dtype)
         weight.pending = self.pending
+        weight.is_table = self.is_table
         return weight
 
     @classmethod
     def from_float(cls, weight: Tensor, spec: QuantizationSpec, *, name: str = "weight") -> Self:
-        """Quantize a float matrix: critical values first, the rest to nearest.
+        """Quantize a float matrix: outliers first, the rest to nearest.
 
         Args:
             weight: fp32, bf16 or fp16 `[rows, columns]`; not modified. Its dtype becomes the outer
                 dtype. On the meta device only shapes are made.
-            spec: Group size, outlier fraction, and whether the critical values are whole columns,
+            spec: Group size, outlier fraction, and whether the outliers are whole columns,
                 as INT8 products need them.
             name: What to call the tensor in an error.
 
@@ -108,7 +129,7 @@ class QFTWeight(Int8Tensor):
                 "good one, or list the module in modules_to_not_convert."
             )
         dense = weight.float()
-        index = _critical_columns(dense, spec)
+        index = _outlier_columns(dense, spec)
         values = dense.gather(1, index)
         if index.shape[1]:
             dense = dense.scatter(1, index, 0.0)
@@ -145,67 +166,87 @@ class QFTWeight(Int8Tensor):
         )
 
     def row_tiles(self, *, at_most: int | None = None) -> Iterator[slice]:
-        """Row ranges of like size that cover the matrix in order.
+        """Ranges of rows that are expanded to float at a time; see `layout.row_tiles`."""
+        rows, columns = self.shape
+        return layout.row_tiles(rows, columns, at_most=at_most)
+
+    @property
+    def is_one_tile(self) -> bool:
+        """Whether `row_tiles` has one range only: all rows."""
+        return self.stored.codes.numel() <= layout.TILE_ELEMENTS
+
+    def dequantize_rows(self, rows: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The values of some rows, a slice or numbers `[n]`: `[n, columns]` of the outer dtype.
 
         Args:
-            at_most: Rows of one range, beside the limit of `TILE_ELEMENTS` elements.
+            rows: Which.
+            dtype: What the values are rounded to after that, if it is another.
         """
-        rows, columns = self.shape
-        step = max(1, min(TILE_ELEMENTS // columns, at_most or rows))
-        if step < rows:
-            multiple = TILE_ROWS if step >= TILE_ROWS else 1
-            n_tiles = -(-rows // (step - step % multiple))
-            step = -(-rows // (n_tiles * multiple)) * multiple
-        for start in range(0, rows, step):
-            yield slice(start, min(start + step, rows))
+        if isinstance(rows, Tensor):
+            return self._expand(self.stored, rows, dtype)
+        return self._expand(self.stored.rows(rows), None, dtype)
 
-    def dequantize_rows(self, rows: slice | Tensor) -> Tensor:
-        """The values of some rows, a slice or numbers `[n]`: `[n, columns]`, outer dtype."""
-        part, index = (rows, None) if isinstance(rows, slice) else (slice(None), rows)
-        return kernels.dequantize(
-            self.codes[part],
-            self.scales[part],
-            group_size=self.group_size,
-            rows=index,
-            outlier_values=self.outlier_values[part],
-            outlier_columns=self.outlier_columns[part],
-            dtype=self.dtype,
-        )
+    def _expand(
+        self, stored: kernels.Weight, rows: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        if dtype is None or self.dtype == torch.float32:  # FP32 is rounded to `dtype` at once
+            return kernels.dequantize(stored, rows=rows, dtype=dtype or self.dtype)
+        return kernels.dequantize(stored, rows=rows, dtype=self.dtype).to(dtype)
+
+    @property
+    def shared_columns(self) -> Tensor:
+        """Outlier columns of a weight for INT8 products, the same in every row: int64 `[k]`."""
+        columns = self.stored.plans.get("shared columns")
+        if columns is None:
+            columns = self.stored.plans["shared columns"] = self.outlier_columns[0].long()
+        return columns
+
+    @property
+    def wants_tiles(self) -> bool:
+        """Whether whoever waits for the gradient takes it in float, a tile of rows at a time.
+
+        Who waits has put a hook on this parameter that says so by its own `wants_tiles`. A user's
+        hook, of either kind, sees the gradient too, and so it has to be whole.
+        """
+        hooks = self._post_accumulate_grad_hooks
+        if not hooks or self.is_table or self._backward_hooks:
+            return False
+        return all(getattr(hook, "wants_tiles", False) for hook in hooks.values())
 
     def gradient(
         self,
         tile: Callable[[slice], Tensor],
         quantized_tile: Callable[[slice], tuple[Tensor, Tensor]] | None = None,
-        *,
-        defer: bool,
-    ) -> Int8Gradient:
-        """The gradient of this weight, of which each row tile is quantized as soon as it exists.
+    ) -> Int8Gradient | TiledGradient:
+        """The gradient of this weight, quantized tile by tile, or left in tiles if that is wanted.
 
         Args:
-            tile: Makes the float gradient `[n, columns]` of a range of rows.
-            quantized_tile: As `make_quantized` of `RowTiles`.
-            defer: Leave all of that to who uses the gradient; what `tile` refers to lives until
-                then.
+            tile: As `make` of `TiledGradient`.
+            quantized_tile: As its `make_quantized`.
         """
-        rows, columns = self.shape
-        tiles = RowTiles(
+        tiles = [ALL_ROWS] if self.is_one_tile else list(self.row_tiles())
+        wants_tiles = self.wants_tiles
+        if not wants_tiles and len(tiles) == 1:
+            if quantized_tile is None:
+                return Int8Gradient.from_float(tile(ALL_ROWS), dtype=self.dtype)
+            codes, scales = quantized_tile(ALL_ROWS)
+            return Int8Gradient(codes, scales, dtype=self.dtype)
+        gradient = TiledGradient(
             tile,
-            list(self.row_tiles()),
-            shape=(rows, columns),
+            quantized_tile,
+            tiles,
+            shape=self.shape,
+            dtype=self.dtype,
             device=self.device,
-            make_quantized=quantized_tile,
         )
-        gradient = Int8Gradient.deferred(tiles, dtype=self.dtype)
-        if not defer:
-            gradient.fields()
-        return gradient
+        return gradient if wants_tiles else gradient.quantized()
 
-    def dequantize(self) -> Tensor:
-        """All values as a plain `[rows, columns]` tensor of the outer dtype."""
-        return self.dequantize_rows(slice(0, self.shape[0]))
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All values as a plain `[rows, columns]` tensor; `dtype` as in `dequantize_rows`."""
+        return self._expand(self.stored, None, dtype)
 
 
-def _critical_columns(weight: Tensor, spec: QuantizationSpec) -> Tensor:
+def _outlier_columns(weight: Tensor, spec: QuantizationSpec) -> Tensor:
     """Which columns of each row stay float: int64 `[rows, n_outliers]`, ascending.
 
     Each row's largest magnitudes; for INT8 products the same columns in every row, those with the

@@ -72,6 +72,18 @@ def test_int8_products_are_a_mapping_in_a_config_and_json_in_a_flag(config):
     assert changed.quantization_config.matmul == "int8"
 
 
+def test_options_of_the_optimizer_are_keys_and_flags(config):
+    path = config("gradient: release\nclipping: previous\nbeta2: 0.98\nmomentum_bits: 4\n")
+
+    options = {"gradient": "release", "clipping": "previous", "beta2": 0.98, "momentum_bits": 4}
+    assert parse_arguments([path]).training.optimizer_fields == options
+    changed = parse_arguments([path, "--clipping=tensor", "--stochastic_rounding=false"]).training
+    changes = {"clipping": "tensor", "stochastic_rounding": False}
+    assert changed.optimizer_fields == options | changes
+    with pytest.raises(ValueError, match="clipping must be None or 'exact' or 'previous'"):
+        parse_arguments([path, "--clipping=norm"])
+
+
 def test_flags_override_the_config(config):
     path = config("max_length: 64\npacking: true\nmodules_to_not_convert: [a, b]\n")
     arguments = parse_arguments(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import quantize_modules_
-from qft_hf.optim import QFTLion
+from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from tests.models import VOCAB_SIZE, tiny_llama
 from tests.optim.common import model_tensors, state_tensors
 
@@ -38,8 +38,10 @@ MODES: dict[str, dict[str, Any]] = {
     "release, tensor": {"gradient": "release", "clipping": "tensor", "max_grad_norm": 0.3},
     "4 bits": {"momentum_bits": 4},
     "release, 4 bits": {"gradient": "release", "momentum_bits": 4},
-    "sgd": {"momentum_bits": 0, "clip": 0.3},
-    "release, sgd": {"gradient": "release", "momentum_bits": 0},
+    "sgd": {"optimizer": QFTSGD, "clip": 0.3},
+    "release, sgd": {"gradient": "release", "optimizer": QFTSGD},
+    "adamw": {"optimizer": QFTAdamW, "clip": 0.3},
+    "release, adamw": {"gradient": "release", "optimizer": QFTAdamW},
     "maximize": {"maximize": True},
     "nearest": {"stochastic_rounding": False},
 }
@@ -127,7 +129,7 @@ def run(model: nn.Module, parts: Any, mode: str) -> str:
     """Train for `N_STEPS` steps; the SHA-256 of losses, weights and optimizer state."""
     settings = dict(MODES[mode])
     n_parts, clip = settings.pop("parts", 1), settings.pop("clip", None)
-    optimizer = QFTLion(
+    optimizer = settings.pop("optimizer", QFTLion)(
         [
             {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
             {"params": [p for p in model.parameters() if p.ndim < 2], "lr": 2e-3},

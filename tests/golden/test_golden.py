@@ -50,13 +50,9 @@ def test_a_run_ends_in_the_bits_that_are_known(name):
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", REFERENCE_CASES)
-def test_the_reference_ends_in_the_same_bits(name, monkeypatch):
-    monkeypatch.setenv("QFT_BACKEND", "reference")
-    backend.backend_for.cache_clear()
-    try:
+def test_the_reference_ends_in_the_same_bits(name):
+    with backend.use("reference"):
         assert CASES[name]() == expected(name)
-    finally:
-        backend.backend_for.cache_clear()
 
 
 def write() -> None:

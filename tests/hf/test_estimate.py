@@ -1,6 +1,5 @@
 """Estimates against what they predict: live ledgers, and the tensors that autograd saves."""
 
-import runpy
 from pathlib import Path
 
 import huggingface_hub
@@ -8,11 +7,20 @@ import pytest
 import torch
 from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
 
-from qft_hf import QFTConfig, QFTLion, QFTWeight, estimate_memory, memory_ledger, quantize_model_
+from qft_hf import (
+    QFTSGD,
+    QFTConfig,
+    QFTLion,
+    QFTWeight,
+    estimate_memory,
+    memory_ledger,
+    quantize_model_,
+)
 from qft_hf.hf import recommend
-from qft_hf.layout import MOMENTUM_BITS
-from qft_hf.optim.lion import GRADIENTS
+from qft_hf.layout import OPTIMIZERS
+from qft_hf.optim.flow import GRADIENTS
 from tests.models import tiny_llama
+from tests.scripts.commands import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +43,10 @@ def test_states_equal_the_ledger_of_a_live_model(tied, dtype, config, gradient, 
     from_config = estimate_memory(model.config, config=config, **modes)
 
     quantize_model_(model, config)
-    optimizer = QFTLion(model.parameters(), **modes)
+    if momentum_bits:
+        optimizer = QFTLion(model.parameters(), **modes)
+    else:
+        optimizer = QFTSGD(model.parameters(), gradient=gradient)
     ids = torch.arange(12)[None]
     for _ in range(2):  # momentum exists from the first step, gradients before the second
         optimizer.step()
@@ -96,7 +107,7 @@ def test_int8_inputs_are_counted_where_all_modules_save_them():
 
     floats = saved()
     codes = saved(matmul="int8")
-    # FP32 inputs of 44, 44, 44 and 75 elements, with one critical column each, in two layers of
+    # FP32 inputs of 44, 44, 44 and 75 elements, with one outlier column each, in two layers of
     # 2048 tokens.
     assert floats - codes == 2 * 2048 * (3 * (44 + 44 + 44 + 75) - 4 * 4 - 4 * 4)
     assert saved(matmul="int8", int8_products={"*": ["forward", "input_gradient"]}) == floats
@@ -189,17 +200,17 @@ def test_sizes_that_make_no_sense_are_refused(arguments, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("momentum_bits", MOMENTUM_BITS)
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 @pytest.mark.parametrize("gradient", GRADIENTS)
-def test_states_of_a_real_model_are_those_that_were_estimated(gradient, momentum_bits):
+def test_states_of_a_real_model_are_those_that_were_estimated(gradient, optim):
     folder = ROOT / "data" / "smollm2"
     if not folder.exists():
         pytest.skip("data/smollm2 is not there: python scripts/fetch_demo.py smollm2")
-    script = runpy.run_path(str(ROOT / "scripts" / "estimate_memory.py"), run_name="script")
+    script = load("estimate_memory")
 
-    live = script["live_ledger"](folder, gradient, momentum_bits)
+    live = script.live_ledger(folder, gradient, optim)
 
-    predicted = estimate_memory(folder, gradient=gradient, momentum_bits=momentum_bits)
+    predicted = estimate_memory(folder, gradient=gradient, optimizer=optim)
     assert predicted.rows == live.rows
 
 

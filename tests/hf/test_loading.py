@@ -1,6 +1,7 @@
 """`from_pretrained` and `save_pretrained`: quantizing while loading, INT8 checkpoints, damage."""
 
 import json
+import logging
 from collections import defaultdict
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    LlamaModel,
 )
 from transformers.quantizers import auto
 from transformers.trainer_utils import validate_quantization_for_training
@@ -137,6 +139,35 @@ def test_saving_into_the_folder_it_was_loaded_from(int8_folder):
     model.save_pretrained(int8_folder)
 
     assert_same_state(load(int8_folder), expected)
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_tables_are_known_after_loading(tied, is_int8, tmp_path):
+    """Their gradient is never left in tiles, which would keep the gradient of the logits alive."""
+    model = tiny_llama(tied=tied)
+    if is_int8:
+        quantize_model_(model, QFTConfig())
+    model.save_pretrained(tmp_path)
+
+    loaded = load(tmp_path, **({} if is_int8 else {"quantization_config": QFTConfig()}))
+
+    assert loaded.model.embed_tokens.weight.is_table
+    assert loaded.lm_head.weight.is_table == tied
+    assert not loaded.model.layers[0].mlp.up_proj.weight.is_table
+
+
+@pytest.mark.parametrize("columns", [2**15 - 1, 2**15, 2**15 + 1])
+def test_weights_as_wide_as_16_bit_numbers_of_columns_survive(columns):
+    """At 32,768 columns the largest number fits 16 bits, and the number of columns does not."""
+    weights = [
+        quantize_model_(nn.Sequential(nn.Linear(columns, 2, bias=False)), QFTConfig())
+        for _ in range(2)
+    ]
+
+    weights[1].load_state_dict(weights[0].state_dict())
+
+    assert_same_state(*weights)
 
 
 def test_classifier_with_biases_survives(tmp_path):
@@ -565,3 +596,51 @@ def test_unknown_excluded_name_is_refused(tmp_path):
 def test_offloading_is_refused(device_map, int8_folder, tmp_path):
     with pytest.raises(ValueError, match="cannot be offloaded"):
         load(int8_folder, device_map=device_map, offload_folder=tmp_path / "offload")
+
+
+# --- names in the config of a checkpoint --------------------------------------------------------
+
+
+NAMING = [
+    QFTConfig(modules_to_not_convert=["lm_head"]),
+    QFTConfig(matmul="int8", int8_products={"lm_head": ["forward"]}),
+]
+
+
+@pytest.mark.parametrize("config", NAMING, ids=["kept", "products"])
+def test_names_of_a_checkpoint_that_this_class_has_not_are_ignored_and_said_once(
+    config, tmp_path, caplog
+):
+    """The rule that catches a user's slip also refused every checkpoint with a named head."""
+    causal = quantize_model_(tiny_llama(), config)
+    causal.save_pretrained(tmp_path / "causal")
+    with caplog.at_level(logging.WARNING, logger="qft_hf"):
+        base = LlamaModel.from_pretrained(tmp_path / "causal")
+    said = [record.getMessage() for record in caplog.records if "qft_hf" in record.name]
+    assert said == [
+        "The checkpoint's quantization_config names lm_head, which LlamaModel does not have: "
+        "ignored"
+    ]
+    expected = causal.model.state_dict()
+    assert expected.keys() == base.state_dict().keys()
+    assert all(torch.equal(v, base.state_dict()[n]) for n, v in expected.items())
+
+    base.save_pretrained(tmp_path / "base")  # without the names: nothing to say when it is loaded
+    caplog.clear()
+    LlamaModel.from_pretrained(tmp_path / "base")
+    assert [record for record in caplog.records if "qft_hf" in record.name] == []
+    again = type(causal).from_pretrained(tmp_path / "causal")  # which has them still has its head
+    assert type(again.lm_head) is type(causal.lm_head)
+    assert getattr(again.lm_head, "products", None) == getattr(causal.lm_head, "products", None)
+
+
+def test_names_that_the_user_gives_still_have_to_match(tmp_path):
+    quantize_model_(tiny_llama(), QFTConfig(outlier_fraction=0)).save_pretrained(tmp_path / "int8")
+    tiny_llama().save_pretrained(tmp_path / "float")
+    slip = QFTConfig(outlier_fraction=0, matmul="int8", int8_products={"lm_haed": ["forward"]})
+    for folder in ("int8", "float"):
+        with pytest.raises(ValueError, match=r"int8_products names \['lm_haed'\]"):
+            LlamaForCausalLM.from_pretrained(tmp_path / folder, quantization_config=slip)
+    slip = QFTConfig(modules_to_not_convert=["lm_haed"])
+    with pytest.raises(ValueError, match=r"names \['lm_haed'\], which match no module"):
+        LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=slip)

@@ -1,4 +1,4 @@
-"""Momentum of 4 bits and of none through the Trainers: the name, resume, the ledger, the card."""
+"""Momentum of 4 bits, and none, through the Trainers: the name, resume, the ledger, the card."""
 
 import pytest
 from transformers import Trainer
@@ -7,12 +7,13 @@ from qft_hf import QFTTrainer
 from tests.hf.test_trainer import assert_same_state, history, trainer_on
 from tests.models import tiny_llama
 
-RATES = {4: 1e-3, 0: 0.1}
+RATES = {4: 1e-3, 0: 0.1}  # by bits of the momentum; 0: SGD
 
 
 def run(folder, bits, cls=Trainer, resume=None, gradient="stack", **overrides) -> Trainer:
     settings = {
-        "optim_args": f"momentum_bits={bits},gradient={gradient}",
+        "optim": "qft_lion" if bits else "qft_sgd",
+        "optim_args": f"gradient={gradient}" + (f",momentum_bits={bits}" if bits else ""),
         "learning_rate": RATES[bits],
         "max_grad_norm": 0,
     }
@@ -34,14 +35,24 @@ def test_a_checkpoint_of_other_bits_says_what_to_do(tmp_path):
     run(tmp_path, 4, save_strategy="steps", save_steps=3)
 
     with pytest.raises(
-        ValueError, match=r"momentum_bits=4, and this optimizer has momentum_bits=0"
+        ValueError, match=r"momentum_bits=4, and this optimizer has momentum_bits=8"
     ):
+        run(tmp_path, 4, resume=str(tmp_path / "checkpoint-3"), optim_args="momentum_bits=8")
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
+    run(tmp_path, 4, save_strategy="steps", save_steps=3)
+
+    with pytest.raises(ValueError, match="saved by another model, another optimizer"):
         run(tmp_path, 0, resume=str(tmp_path / "checkpoint-3"))
 
 
 @pytest.mark.parametrize(
     ("bits", "text"),
-    [(4, "Lion momentum in 4 bits"), (0, r"updated by SGD (LOMO, arXiv:2306.09782)")],
+    [
+        (4, "updated by Lion (arXiv:2302.06675) with momentum in 4 bits"),
+        (0, "updated by SGD without state (LOMO, arXiv:2306.09782)"),
+    ],
 )
 def test_ledger_and_card_tell_what_was_stored(tmp_path, bits, text):
     trainer = run(tmp_path, bits, QFTTrainer, gradient="release")
@@ -54,8 +65,8 @@ def test_ledger_and_card_tell_what_was_stored(tmp_path, bits, text):
 
 
 def test_betas_without_momentum_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="momentum_bits=0 is SGD, which has no betas"):
-        run(tmp_path, 0, optim_args="momentum_bits=0,beta2=0.98")
+    with pytest.raises(ValueError, match=r"optim_args has 'beta2=0\.98'; qft_sgd takes"):
+        run(tmp_path, 0, optim_args="beta2=0.98")
 
 
 def test_clipping_by_the_global_norm_shortens_the_steps_of_sgd(tmp_path):

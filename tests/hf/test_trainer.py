@@ -134,7 +134,7 @@ def test_both_trainers_give_the_same_bits(tmp_path):
 
 
 def test_no_model_stays_float_when_it_is_made_by_model_init(tmp_path):
-    trainer = Trainer(
+    trainer = QFTTrainer(
         model_init=lambda: tiny_llama(),
         args=arguments(tmp_path),
         train_dataset=sequences(),
@@ -155,39 +155,6 @@ def test_arguments_unpickle_in_a_process_that_never_heard_of_us(tmp_path):
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert output.stdout.split() == ["qft_lion", "True"]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "betas"),
-    [
-        ({}, (0.9, 0.99)),
-        ({"adam_beta2": 0.95}, (0.9, 0.95)),
-        ({"adam_beta1": 0.8, "optim_args": "beta2=0.98"}, (0.8, 0.98)),
-        ({"optim_args": "beta2=0.999"}, (0.9, 0.999)),
-    ],
-)
-def test_betas_are_lions_unless_set_on_purpose(overrides, betas, tmp_path):
-    trainer = trainer_on(tiny_llama(), tmp_path, **overrides)
-    assert trainer.create_optimizer().defaults["betas"] == betas
-
-
-def test_optim_args_reach_the_optimizer(tmp_path):
-    trainer = trainer_on(tiny_llama(), tmp_path, optim_args="nonfinite=skip, seed=11")
-    optimizer = trainer.create_optimizer()
-    assert (optimizer.nonfinite, optimizer.defaults["seed"]) == ("skip", 11)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("momentum=4", r"has 'momentum=4'; qft_lion takes accumulation, beta1"),
-        ("seed=x", r"has 'seed=x'; seed must be a int"),
-    ],
-)
-def test_bad_optim_args_name_what_is_taken(text, message, tmp_path):
-    trainer = trainer_on(tiny_llama(), tmp_path, optim_args=text)
-    with pytest.raises(ValueError, match=message):
-        trainer.create_optimizer()
 
 
 def test_the_format_of_the_arguments_reaches_the_model(tmp_path):
@@ -416,8 +383,8 @@ def test_the_ledger_accounts_for_every_stored_byte(tmp_path, capsys):
     state = [
         value
         for entry in trainer.optimizer.state.values()
-        for value in entry.values()
-        if isinstance(value, torch.Tensor)
+        for name, value in entry.items()
+        if name != "step"  # a number on the host
     ]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for t in (*tensors, *state, *model.buffers())}  # fmt: skip
@@ -495,7 +462,7 @@ def test_sharding_of_float_weights_is_refused_before_anything_happens(
     ("attribute", "value", "message"),
     [
         ("_tp_size", 2, "Load the model without tp_plan"),
-        ("peft_config", {}, "Pass the base model"),
+        ("peft_config", {}, "pass the base model to train it whole"),
     ],
 )
 def test_models_that_hold_other_things_than_plain_weights_are_refused(
@@ -537,7 +504,7 @@ def test_a_foreign_optimizer_beside_the_name_is_refused(tmp_path):
 
 
 def test_qft_trainer_refuses_another_optimizer(tmp_path):
-    with pytest.raises(ValueError, match="Set optim='qft_lion' or use"):
+    with pytest.raises(ValueError, match=r"Set optim='qft_lion' or .* or use"):
         trainer_on(tiny_llama(), tmp_path, QFTTrainer, optim="adamw_torch")
 
 

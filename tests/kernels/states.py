@@ -1,6 +1,7 @@
 """Inputs for the operators: the state of one quantized weight, and matrices that tell faults."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor
 
 from qft_hf import kernels
-from qft_hf.kernels.reference.nibbles import round_to_nibbles
+from qft_hf.kernels import Lion, Quantized, Rounding, Weight
+from qft_hf.kernels.nibbles import round_to_nibbles
+from tests.kernels.backends import Backend
+from tests.tolerances import assert_same_bits
 
 GUARD = 64  # elements before and after a tensor that no operator may write
 
@@ -31,43 +35,85 @@ def ties(shape: tuple[int, int], group_size: int | None) -> Tensor:
     return x
 
 
+def coded(x: Tensor, group_size: int | None) -> Quantized:
+    """`x` in INT8."""
+    return Quantized(*kernels.quantize(x, group_size=group_size), group_size)
+
+
 @dataclass
 class LionState:
-    """The tensors of `lion_step_`, in the order of its arguments."""
+    """The first three arguments of `lion_step_`."""
 
-    codes: Tensor
-    scales: Tensor
-    outlier_values: Tensor
-    outlier_columns: Tensor
-    momentum_codes: Tensor
-    momentum_scales: Tensor
-    gradient_codes: Tensor
-    gradient_scales: Tensor
+    weight: Weight
+    momentum: Quantized
+    gradient: Quantized
+
+    def arguments(self) -> tuple[Weight, Quantized, Quantized]:
+        return self.weight, self.momentum, self.gradient
 
     def tensors(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """By the names that `operator(writes=...)` gives them."""
+        weight, momentum, gradient = self.arguments()
+        return {
+            "weight.codes": weight.codes,
+            "weight.scales": weight.scales,
+            "weight.outlier_values": weight.outlier_values,
+            "weight.outlier_columns": weight.outlier_columns,
+            "momentum.codes": momentum.codes,
+            "momentum.scales": momentum.scales,
+            "gradient.codes": gradient.codes,
+            "gradient.scales": gradient.scales,
+        }
+
+    def of(self, tensors: dict[str, Tensor]) -> "LionState":
+        """The same of other tensors, which are checked."""
+        momentum, gradient = self.momentum, self.gradient
+        parts = iter(tensors.values())
+        return LionState(
+            Weight(next(parts), next(parts), next(parts), next(parts), self.weight.group_size),
+            Quantized(next(parts), next(parts), momentum.group_size, momentum.bits),
+            Quantized(next(parts), next(parts), gradient.group_size, gradient.bits),
+        )
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "LionState":
+        return self.of({name: function(tensor) for name, tensor in self.tensors().items()})
 
     def clone(self) -> "LionState":
-        return LionState(**{name: tensor.clone() for name, tensor in self.tensors().items()})
+        return self.map(torch.clone)
 
-    def arguments(self) -> tuple[Tensor, ...]:
-        return tuple(self.tensors().values())
+    def to(self, device: torch.device) -> "LionState":
+        return self.map(lambda tensor: tensor.to(device))
+
+    def guarded(self) -> tuple["LionState", dict[str, Tensor]]:
+        """A copy of each tensor inside a larger buffer, and those buffers by name."""
+        pairs = {name: guarded(tensor) for name, tensor in self.tensors().items()}
+        inside = self.of({name: inner for name, (inner, _) in pairs.items()})
+        return inside, {name: buffer for name, (_, buffer) in pairs.items()}
 
     def outlier_mask(self) -> np.ndarray:
-        mask = torch.zeros(self.codes.shape, dtype=torch.bool)
-        return mask.scatter_(1, self.outlier_columns.long(), True).numpy()
+        mask = torch.zeros(self.weight.codes.shape, dtype=torch.bool)
+        return mask.scatter_(1, self.weight.outlier_columns.long(), True).numpy()
 
-    def set_gradient(self, gradient: Tensor, state_group_size: int) -> None:
-        self.gradient_codes, self.gradient_scales = kernels.quantize(
-            gradient, group_size=state_group_size
-        )
+    def set_gradient(self, gradient: Tensor) -> None:
+        """Another gradient, in the groups of the one before."""
+        self.gradient = coded(gradient, self.gradient.group_size)
+
+
+def assert_same_state(actual: LionState, expected: LionState) -> None:
+    """Every bit of every tensor."""
+    wanted = expected.tensors()
+    for name, tensor in actual.tensors().items():
+        try:
+            assert_same_bits(tensor, wanted[name])
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
 
 
 def make_state(
     shape: tuple[int, int],
     *,
     group_size: int | None,
-    state_group_size: int = 256,
+    state_group_size: int | None = 256,
     momentum_bits: int = 8,
     outlier_fraction: float = 0.0,
     index_dtype: torch.dtype = torch.int16,
@@ -83,17 +129,14 @@ def make_state(
     codes, scales = kernels.quantize(weight.scatter(1, columns, 0.0), group_size=group_size)
     momentum = torch.randn(shape, generator=generator) * 1e-3
     if momentum_bits == 4:
-        stored_momentum = round_to_nibbles(momentum, None)
+        stored_momentum = Quantized(*round_to_nibbles(momentum, None), 64, bits=4)
     else:
-        stored_momentum = kernels.quantize(momentum, group_size=state_group_size)
+        stored_momentum = coded(momentum, state_group_size)
     gradient = torch.randn(shape, generator=generator) * 3e-3
     return LionState(
-        codes,
-        scales,
-        values,
-        columns.to(index_dtype),
-        *stored_momentum,
-        *kernels.quantize(gradient, group_size=state_group_size),
+        Weight(codes, scales, values, columns.to(index_dtype), group_size),
+        stored_momentum,
+        coded(gradient, state_group_size),
     )
 
 
@@ -102,35 +145,22 @@ class Product:
     """The arguments of `dequantized_matmul`."""
 
     x: Tensor
-    codes: Tensor
-    scales: Tensor
-    group_size: int | None
-    outlier_values: Tensor | None
-    outlier_columns: Tensor | None
+    weight: Weight
     bias: Tensor | None
 
-    def run(self, package: Any) -> Tensor:
+    def run(self, backend: Backend) -> Tensor:
         """The product by a backend."""
-        return package.dequantized_matmul(
-            self.x, self.codes, self.scales, self.group_size,
-            outlier_values=self.outlier_values, outlier_columns=self.outlier_columns,
-            bias=self.bias,
-        )  # fmt: skip
+        return backend.dequantized_matmul(self.x, self.weight, bias=self.bias)
 
-    def weight(self, package: Any, dtype: torch.dtype) -> Tensor:
+    def expanded(self, backend: Backend, dtype: torch.dtype) -> Tensor:
         """The weight that the product is with."""
-        return package.dequantize(
-            self.codes, self.scales, self.group_size, dtype=dtype,
-            outlier_values=self.outlier_values, outlier_columns=self.outlier_columns,
-        )  # fmt: skip
+        return backend.dequantize(self.weight, dtype=dtype)
 
     def to(self, device: torch.device) -> "Product":
         """The same on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Product(**{
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in values.items()
-        })  # fmt: skip
+        tensors = (tensor.to(device) for tensor in self.weight.tensors)
+        bias = None if self.bias is None else self.bias.to(device)
+        return Product(self.x.to(device), Weight(*tensors, self.weight.group_size), bias)
 
 
 def make_product(
@@ -145,15 +175,15 @@ def make_product(
 ) -> Product:
     """Some tokens and a weight; with `exact` FP32 holds all sums, in any order, and `dtype` theirs.
 
-    With `exact`, tokens, codes and critical values are small integers and scales powers of two, and
+    With `exact`, tokens, codes and outliers are small integers and scales powers of two, and
     each token has at most 16 elements that are not 0.
     """
-    state = make_state(
+    weight = make_state(
         shape,
         group_size=group_size,
         outlier_fraction=outlier_fraction,
         index_dtype=index_dtype,
-    )
+    ).weight
     generator = torch.Generator().manual_seed(n_tokens)
     rows, columns = shape
     x = torch.randn(n_tokens, columns, generator=generator)
@@ -161,21 +191,12 @@ def make_product(
     if exact:
         few = torch.rand(n_tokens, columns, generator=generator).argsort(dim=1) < 16
         x = few * torch.randint(-2, 3, x.shape, generator=generator).float()
-        state.codes.div_(32, rounding_mode="trunc")  # -3 to 3
-        powers = torch.randint(-1, 1, state.scales.shape, generator=generator)
-        state.scales = 2.0**powers
-        state.outlier_values = state.outlier_values.sign() * 2.5
+        weight.codes.div_(32, rounding_mode="trunc")  # -3 to 3
+        powers = torch.randint(-1, 1, weight.scales.shape, generator=generator)
+        weight.scales.copy_(2.0**powers)
+        weight.outlier_values.sign_().mul_(2.5)
         bias = torch.randint(-4, 5, (rows,), generator=generator) / 2.0
-    has_outliers = state.outlier_values.numel() > 0
-    return Product(
-        x.to(dtype),
-        state.codes,
-        state.scales,
-        group_size,
-        state.outlier_values if has_outliers else None,
-        state.outlier_columns if has_outliers else None,
-        bias,
-    )
+    return Product(x.to(dtype), weight, bias)
 
 
 def spread(scales: Tensor, columns: int, group_size: int | None) -> np.ndarray:
@@ -189,19 +210,23 @@ def values64(codes: Tensor, scales: Tensor, group_size: int | None) -> np.ndarra
     return codes.numpy().astype(np.float64) * spread(scales, codes.shape[1], group_size)
 
 
+def stored64(matrix: Quantized | Weight) -> np.ndarray:
+    """What 8-bit codes stand for in float64, without outliers."""
+    return values64(matrix.codes, matrix.scales, matrix.group_size)
+
+
 # What a 4-bit code stands for, in the order of its four bits, written out.
 NIBBLE_UNITS = np.array([0, 4, 10, 18, 28, 40, 54, 70, 0, -70, -54, -40, -28, -18, -10, -4.0])
 
 
-def momentum64(state: LionState, state_group_size: int = 256) -> np.ndarray:
+def momentum64(state: LionState) -> np.ndarray:
     """The exact momentum, of 8 or 4 bits."""
-    codes, scales = state.momentum_codes, state.momentum_scales
-    if codes.dtype == torch.int8:
-        return values64(codes, scales, state_group_size)
-    packed, columns = codes.numpy(), state.codes.shape[1]
+    if state.momentum.bits == 8:
+        return stored64(state.momentum)
+    packed, columns = state.momentum.codes.numpy(), state.weight.codes.shape[1]
     units = np.empty((packed.shape[0], 2 * packed.shape[1]))
     units[:, ::2], units[:, 1::2] = NIBBLE_UNITS[packed % 16], NIBBLE_UNITS[packed // 16]
-    return units[:, :columns] * spread(scales, columns, 64)
+    return units[:, :columns] * spread(state.momentum.scales, columns, 64)
 
 
 def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,29 +241,41 @@ def guards_are_intact(buffer: Tensor) -> bool:
     return bool((buffer[:GUARD] == 77).all() and (buffer[-GUARD:] == 77).all())
 
 
-# Never neutral: decay, odd seed above 32 bits, a stream and a step other than 0.
-ARGUMENTS: dict[str, Any] = {
-    "lr": 3e-4,
-    "beta1": 0.9,
-    "beta2": 0.99,
-    "weight_decay": 0.1,
-    "maximize": False,
-    "stochastic": True,
-    "seed": 0x1234_5678_9ABC_DEF1,
-    "step": 7,
-    "stream": 3,
-}
+# Never neutral: decay, odd seed above 32 bits, a stream, a step and a first row other than 0.
+RULE = Lion(lr=3e-4, beta1=0.9, beta2=0.99, weight_decay=0.1)
+ROUNDING = Rounding(seed=0x1234_5678_9ABC_DEF1, step=7, stream=3, first_row=11)
+
+
+def arguments(**changes: Any) -> dict[str, Any]:
+    """`RULE` and `ROUNDING` with changes of their fields, for `lion_step_`."""
+    rule = {name: changes.pop(name) for name in Lion._fields if name in changes}
+    return {"rule": RULE._replace(**rule), "rounding": ROUNDING._replace(**changes)}
+
+
+def step_arguments(**changes: Any) -> dict[str, Any]:
+    """The same for `step_weight_`, which has no betas."""
+    given = arguments(**changes)
+    rule = given.pop("rule")
+    return {"lr": rule.lr, "weight_decay": rule.weight_decay, **given}
 
 
 def float_arguments(n: int = 1, **changes: Any) -> dict[str, Any]:
-    """`ARGUMENTS` for `lion_step_floats_` on `n` parameters, each at a step and stream of its own.
+    """The same for `lion_step_floats_` on `n` parameters, each at a step and stream of its own.
 
-    The first has those of `ARGUMENTS`, so that one parameter alone is stepped as by `ARGUMENTS`.
+    The first has those of `ROUNDING`.
     """
-    arguments = {**ARGUMENTS, **changes}
-    step, stream = arguments.pop("step"), arguments.pop("stream")
+    rule, rounding = arguments(**changes).values()
     return {
-        **arguments,
-        "steps": [step + 2 * i for i in range(n)],
-        "streams": [stream + 5 * i for i in range(n)],
+        "rule": rule,
+        "seed": rounding.seed,
+        "stochastic": rounding.stochastic,
+        "steps": [rounding.step + 2 * i for i in range(n)],
+        "streams": [rounding.stream + 5 * i for i in range(n)],
     }
+
+
+def step_float_arguments(n: int = 1, **changes: Any) -> dict[str, Any]:
+    """The same for `step_floats_`, which has no betas."""
+    given = float_arguments(n, **changes)
+    rule = given.pop("rule")
+    return {"lr": rule.lr, "weight_decay": rule.weight_decay, **given}

@@ -6,8 +6,9 @@ The Lion step has its own comparison in `test_lion.py`.
 import pytest
 import torch
 
-from qft_hf.kernels import cpu, reference
-from tests.kernels.states import guarded, guards_are_intact, ramp, random, ties
+from qft_hf.kernels import Quantized, Weight
+from tests.kernels.backends import cpu, reference
+from tests.kernels.states import coded, guarded, guards_are_intact, ramp, random, ties
 from tests.tolerances import assert_same_bits
 
 BACKENDS = [cpu]
@@ -33,7 +34,7 @@ def extremes(shape, group_size):
 INPUTS = [random, ramp, ties, extremes]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("make_input", INPUTS)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -42,18 +43,19 @@ def test_quantize_and_back(backend, make_input, shape, dtype, group_size, n_thre
     x = make_input(shape, group_size).to(dtype)
     before = x.clone()
 
-    codes, scales = backend.quantize(x, group_size)
-    values = backend.dequantize(codes, scales, group_size)
+    codes, scales = backend.quantize(x, group_size=group_size)
+    weight = Weight.dense(Quantized(codes, scales, group_size))
+    values = backend.dequantize(weight)
 
     # Zero tolerance: every operation of all of them is correctly rounded, and in the same order.
-    expected_codes, expected_scales = reference.quantize(x, group_size)
+    expected_codes, expected_scales = reference.quantize(x, group_size=group_size)
     assert_same_bits(codes, expected_codes)
     assert_same_bits(scales, expected_scales)
-    assert_same_bits(values, reference.dequantize(codes, scales, group_size))
+    assert_same_bits(values, reference.dequantize(weight))
     assert_same_bits(x, before)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("make_input", INPUTS)
 @pytest.mark.parametrize("group_size", [None, 32, 100])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -63,41 +65,42 @@ def test_quantize_with_columns_that_count_as_zero(
     x = make_input(shape, group_size).to(DTYPES[shape[1] % 3])
     zero_columns = torch.arange(shape[1]) % 6 % 4 == 0
 
-    codes, scales = backend.quantize(x, group_size, zero_columns)
+    arguments = {"group_size": group_size, "zero_columns": zero_columns}
 
-    expected_codes, expected_scales = reference.quantize(x, group_size, zero_columns)
+    codes, scales = backend.quantize(x, **arguments)
+
+    expected_codes, expected_scales = reference.quantize(x, **arguments)
     assert_same_bits(codes, expected_codes)
     assert_same_bits(scales, expected_scales)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("make_input", INPUTS)
 @pytest.mark.parametrize("group_size", [1, 30, 256])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_accumulate(backend, make_input, shape, group_size, n_threads):
-    first = reference.quantize(random(shape, group_size), group_size)
-    other = reference.quantize(make_input(shape, group_size) * -0.7, group_size)
-    expected = tuple(tensor.clone() for tensor in first)
-    reference.accumulate_(*expected, *other, group_size)
-    kept = tuple(tensor.clone() for tensor in other)
-    pairs = [guarded(tensor) for tensor in first]
+    first = coded(random(shape, group_size), group_size)
+    other = coded(make_input(shape, group_size) * -0.7, group_size)
+    kept = tuple(tensor.clone() for tensor in other.tensors)
+    pairs = [guarded(tensor) for tensor in first.tensors]
+    reference.accumulate_(first, other)
 
-    backend.accumulate_(*(inner for inner, _ in pairs), *other, group_size)
+    backend.accumulate_(Quantized(*(inner for inner, _ in pairs), group_size), other)
 
-    for (inner, buffer), wanted in zip(pairs, expected, strict=True):
+    for (inner, buffer), wanted in zip(pairs, first.tensors, strict=True):
         assert_same_bits(inner, wanted)
         assert guards_are_intact(buffer)
-    for tensor, wanted in zip(other, kept, strict=True):
+    for tensor, wanted in zip(other.tensors, kept, strict=True):
         assert_same_bits(tensor, wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("make_input", INPUTS)
 @pytest.mark.parametrize("group_size", [1, 30, 256])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_squared_norm(backend, make_input, shape, group_size, n_threads):
-    codes, scales = reference.quantize(make_input(shape, group_size), group_size)
+    gradient = coded(make_input(shape, group_size), group_size)
 
-    norm = backend.squared_norm(codes, scales, group_size)
+    norm = backend.squared_norm(gradient)
 
-    assert_same_bits(norm, reference.squared_norm(codes, scales, group_size))
+    assert_same_bits(norm, reference.squared_norm(gradient))

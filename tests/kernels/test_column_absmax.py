@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qft_hf import kernels
-from qft_hf.kernels import cpu, reference
+from tests.kernels.backends import cpu, reference
 from tests.kernels.states import random
 from tests.tolerances import assert_same_bits
 
@@ -13,7 +13,7 @@ BACKENDS = [reference, cpu]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 300), (64, 7), (65, 33), (700, 130)], ids=str)
 def test_equals_numpy(backend, shape, dtype):
@@ -24,7 +24,7 @@ def test_equals_numpy(backend, shape, dtype):
     assert_same_bits(found, torch.from_numpy(np.abs(x.float().numpy()).max(axis=0)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_comes_through(backend, dtype):
     x = random((130, 5), None).to(dtype)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from qft_hf import kernels
-from qft_hf.kernels import cpu, reference
-from qft_hf.kernels.cpu.dequantized_matmul import KINDS, round_to
+from qft_hf.kernels import Weight
+from qft_hf.kernels.cpu.dequantized_product import KINDS, round_to
+from tests.kernels.backends import cpu, reference
 from tests.kernels.states import make_product
 from tests.tolerances import BF16_EPS, assert_same_bits, dequantized_matmul_bound
 
@@ -20,7 +21,7 @@ SHAPES = [(1, 1), (7, 33), (5, 300), (70, 1100)]
 GROUP_SIZES = [None, 3, 32, 100, 5000]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -30,7 +31,7 @@ def test_sums_of_any_order(backend, shape, dtype, group_size, outlier_fraction, 
         product = make_product(
             n_tokens, shape, group_size, dtype=dtype, outlier_fraction=outlier_fraction
         )
-        weight, bias = product.weight(reference, dtype), product.bias.to(dtype)
+        weight, bias = product.expanded(reference, dtype), product.bias.to(dtype)
 
         y = product.run(backend)
 
@@ -40,7 +41,7 @@ def test_sums_of_any_order(backend, shape, dtype, group_size, outlier_fraction, 
         assert (error <= dequantized_matmul_bound(product.x, weight, bias)).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -50,7 +51,7 @@ def test_exact_sums_have_no_order(backend, shape, dtype, group_size, outlier_fra
         product = make_product(
             n_tokens, shape, group_size, dtype=dtype, outlier_fraction=outlier_fraction, exact=True
         )
-        weight = product.weight(reference, torch.float32).double()
+        weight = product.expanded(reference, torch.float32).double()
 
         y = product.run(backend)
 
@@ -58,7 +59,7 @@ def test_exact_sums_have_no_order(backend, shape, dtype, group_size, outlier_fra
         assert_same_bits(y.double(), exact)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32], ids=str)
 @pytest.mark.parametrize("group_size", [None, 3, 32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,23 +72,23 @@ def test_the_weight_is_that_of_dequantize(backend, dtype, group_size, index_dtyp
     product = make_product(
         1, (9, 45), group_size, dtype=dtype, outlier_fraction=0.05, index_dtype=index_dtype
     )
-    product.scales /= 300
-    weight = product.weight(reference, dtype)
+    product.weight.scales /= 300
+    weight = product.expanded(reference, dtype)
 
     for column, token in enumerate(1024 * torch.eye(45, dtype=dtype)):
         product.x, product.bias = token[None], -1024 * weight[:, column]
         assert (product.run(backend) == 0).all()
     if dtype != torch.float32:
-        assert (weight != product.weight(reference, torch.float32)).any()
+        assert (weight != product.expanded(reference, torch.float32)).any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_the_bias_is_rounded_to_the_dtype_of_the_tokens_before_it_is_added(backend):
     """1 + 0.75 eps rounds to 1; twice that, after an exact sum, would not round to 2."""
     product = make_product(3, (4, 20), None, dtype=torch.bfloat16)
     product.x.zero_()
     product.bias = torch.full((4,), 1 + 0.75 * BF16_EPS)
-    product.x[1, 0], product.codes[:, 0], product.scales[:] = 1.0, 127, 1.0
+    product.x[1, 0], product.weight.codes[:, 0], product.weight.scales[:] = 1.0, 127, 1.0
 
     y = product.run(backend)
 
@@ -115,7 +116,7 @@ def test_rounding_on_the_cpu_is_that_of_pytorch(dtype):
     assert_same_bits(torch.tensor(rounded), values.to(dtype).float())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_stays_visible(backend, dtype, group_size):
@@ -123,7 +124,7 @@ def test_what_is_not_finite_stays_visible(backend, dtype, group_size):
     product = make_product(6, (5, 70), group_size, dtype=dtype, outlier_fraction=0.03)
     product.x[1, 3] = float("nan")
     product.x[4, 69] = float("inf")
-    product.scales[2, 0] = float("nan")
+    product.weight.scales[2, 0] = float("nan")
 
     finite = product.run(backend).isfinite()
 
@@ -138,37 +139,37 @@ def test_nothing_is_modified():
 
     product.run(cpu)
 
-    for name in ("x", "codes", "scales", "outlier_values", "outlier_columns", "bias"):
-        assert_same_bits(getattr(product, name), getattr(before, name))
+    tensors = (product.x, product.bias, *product.weight.tensors)
+    for tensor, wanted in zip(
+        tensors, (before.x, before.bias, *before.weight.tensors), strict=True
+    ):
+        assert_same_bits(tensor, wanted)
 
 
 X, CODES, SCALES = torch.ones(3, 4), torch.ones(2, 4, dtype=torch.int8), torch.ones(2, 1)
-NONE = {"group_size": None}
+NONE = torch.ones(2, 0)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "error", "match"),
+    ("change", "error", "match"),
     [
-        ((X.double(), CODES, SCALES), NONE, TypeError, r"x must be torch\.float32 or .*float64"),
-        ((X[0], CODES, SCALES), NONE, ValueError, r"got shape \(4,\)\. Flatten"),
-        ((X[:0], CODES, SCALES), NONE, ValueError, r"x must be a non-empty"),
-        ((torch.ones(4, 3).t(), CODES, SCALES), NONE, ValueError, r"Call \.contiguous\(\) first"),
-        ((X[:, :3].contiguous(), CODES, SCALES), NONE, ValueError, r"\(3, 3\) .* and \(2, 4\)"),
-        ((X.to("meta"), CODES, SCALES), NONE, ValueError, "on one device, got .* on meta"),
-        ((X, CODES.float(), SCALES), NONE, TypeError, r"weight codes must be torch\.int8"),
-        ((X, CODES, SCALES), {"group_size": 2}, ValueError, r"weight scales must .* \(2, 2\)"),
-        ((X, CODES, SCALES), {"group_size": 0}, ValueError, "group_size=0"),
-        ((X, CODES, SCALES), {**NONE, "bias": torch.ones(4)}, ValueError, r"bias .*\(2,\) on cpu"),
+        ({"x": X.double()}, TypeError, r"x must be torch\.float32 or .*float64"),
+        ({"x": X[0]}, ValueError, r"got shape \(4,\)\. Flatten"),
+        ({"x": X[:0]}, ValueError, r"x must be a non-empty"),
+        ({"x": torch.ones(4, 3).t()}, ValueError, r"Call \.contiguous\(\) first"),
+        ({"x": X[:, :3].contiguous()}, ValueError, r"\(3, 3\) .* and \(2, 4\)"),
+        ({"x": X.to("meta")}, ValueError, "on one device, got .* on meta"),
+        ({"codes": CODES.float()}, TypeError, r"weight codes must be torch\.int8"),
+        ({"group_size": 2}, ValueError, r"scales must .* \(2, 2\)"),
+        ({"group_size": 0}, ValueError, "group_size=0"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias .*\(2,\) on cpu"),
         (
-            (X, CODES, SCALES),
-            {**NONE, "outlier_values": torch.ones(2, 1)},
+            {"outlier_values": torch.ones(2, 1)},
             ValueError,
-            "outlier values and outlier columns, or neither, got only the values",
+            r"outlier columns must be .* same shape .*\(2, 1\) on cpu and \(2, 0\)",
         ),
         (
-            (X, CODES, SCALES),
             {
-                **NONE,
                 "outlier_values": torch.ones(2, 1),
                 "outlier_columns": torch.tensor([[0], [4]]).short(),
             },
@@ -177,6 +178,19 @@ NONE = {"group_size": None}
         ),
     ],
 )
-def test_what_cannot_be_multiplied_is_refused(arguments, options, error, match):
+def test_what_cannot_be_multiplied_is_refused(change, error, match):
+    arguments = {
+        "x": X,
+        "bias": None,
+        "codes": CODES,
+        "scales": SCALES,
+        "outlier_values": NONE,
+        "outlier_columns": NONE.short(),
+        "group_size": None,
+        **change,
+    }
+
     with pytest.raises(error, match=match):
-        kernels.dequantized_matmul(*arguments, **options)
+        kernels.dequantized_matmul(
+            arguments.pop("x"), bias=arguments.pop("bias"), weight=Weight(**arguments)
+        )

@@ -5,57 +5,66 @@ import pytest
 import torch
 
 from qft_hf import kernels
-from tests.kernels.states import guarded, guards_are_intact, ramp, random, spread, values64
+from qft_hf.kernels import Quantized
+from tests.kernels.states import (
+    coded,
+    guarded,
+    guards_are_intact,
+    ramp,
+    random,
+    spread,
+    stored64,
+)
 from tests.tolerances import assert_same_bits, rounding_bound
 
 SHAPES = [(1, 1), (3, 256), (2, 257), (7, 100), (4, 1100)]
 
 
 def pair(shape, group_size, factor):
-    first = kernels.quantize(random(shape, group_size), group_size=group_size)
-    second = kernels.quantize(ramp(shape, group_size) * factor, group_size=group_size)
-    return *first, *second
+    first = coded(random(shape, group_size), group_size)
+    return first, coded(ramp(shape, group_size) * factor, group_size)
 
 
 @pytest.mark.parametrize("factor", [1e-6, -0.01, 3.0])
 @pytest.mark.parametrize("group_size", [256, 30])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_accumulate_is_the_sum_rounded_once(shape, group_size, factor):
-    codes, scales, other_codes, other_scales = pair(shape, group_size, factor)
-    first = values64(codes, scales, group_size)
-    second = values64(other_codes, other_scales, group_size)
-    kept = other_codes.clone(), other_scales.clone()
-    (codes, codes_buffer), (scales, scales_buffer) = guarded(codes), guarded(scales)
+    gradient, other = pair(shape, group_size, factor)
+    first, second = stored64(gradient), stored64(other)
+    kept = other.codes.clone(), other.scales.clone()
+    codes, codes_buffer = guarded(gradient.codes)
+    scales, scales_buffer = guarded(gradient.scales)
+    gradient = Quantized(codes, scales, group_size)
 
-    kernels.accumulate_(codes, scales, other_codes, other_scales, group_size=group_size)
+    kernels.accumulate_(gradient, other)
 
-    error = np.abs(values64(codes, scales, group_size) - (first + second))
+    error = np.abs(stored64(gradient) - (first + second))
     bound = rounding_bound(np.abs(first) + np.abs(second), spread(scales, shape[1], group_size))
     assert (error <= bound).all()
-    assert_same_bits(other_codes, kept[0])
-    assert_same_bits(other_scales, kept[1])
+    assert_same_bits(other.codes, kept[0])
+    assert_same_bits(other.scales, kept[1])
     assert guards_are_intact(codes_buffer)
     assert guards_are_intact(scales_buffer)
 
 
 def test_a_gradient_and_its_negative_add_to_zero():
-    codes, scales, *_ = pair((5, 300), 256, 1.0)
+    gradient, _ = pair((5, 300), 256, 1.0)
 
-    kernels.accumulate_(codes, scales, -codes, scales.clone(), group_size=256)
+    kernels.accumulate_(gradient, Quantized(-gradient.codes, gradient.scales.clone(), 256))
 
-    assert (codes == 0).all()
-    assert (scales == np.float32(1e-30)).all()
+    assert (gradient.codes == 0).all()
+    assert (gradient.scales == np.float32(1e-30)).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize("side", [0, 1])
 def test_accumulate_keeps_what_is_not_finite_visible(bad, side):
-    tensors = pair((3, 300), 256, 1.0)
-    tensors[side][1, 1] = bad
+    gradients = pair((3, 300), 256, 1.0)
+    gradients[side].scales[1, 1] = bad
 
-    kernels.accumulate_(*tensors, group_size=256)
+    kernels.accumulate_(*gradients)
 
-    finite = tensors[1].isfinite()
+    finite = gradients[0].scales.isfinite()
     assert not finite[1, 1]
     assert int(finite.sum()) == finite.numel() - 1
 
@@ -63,11 +72,11 @@ def test_accumulate_keeps_what_is_not_finite_visible(bad, side):
 @pytest.mark.parametrize("group_size", [256, 30])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_squared_norm_is_that_of_the_stored_values(shape, group_size):
-    codes, scales = kernels.quantize(ramp(shape, group_size) * 1e-4, group_size=group_size)
+    gradient = coded(ramp(shape, group_size) * 1e-4, group_size)
 
-    norm = kernels.squared_norm(codes, scales, group_size=group_size)
+    norm = kernels.squared_norm(gradient)
 
-    exact = (values64(codes, scales, group_size) ** 2).sum()
+    exact = (stored64(gradient) ** 2).sum()
     assert norm.dtype == torch.float64
     # Sums of squared codes are integers below 2**24; the rest is float64.
     assert norm.item() == pytest.approx(exact, rel=1e-13)
@@ -78,37 +87,53 @@ def test_squared_norm_of_the_largest_codes():
     codes = torch.full((2, 512), 127, dtype=torch.int8)
     scales = torch.full((2, 2), 1e25)
 
-    norm = kernels.squared_norm(codes, scales, group_size=256).item()
+    norm = kernels.squared_norm(Quantized(codes, scales, 256)).item()
 
     assert norm == pytest.approx(1024 * 127**2 * float(scales[0, 0].double()) ** 2, rel=1e-13)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_squared_norm_tells_what_is_not_finite(bad):
-    codes, scales = kernels.quantize(torch.tensor([[bad, 1.0], [1.0, 2.0]]), group_size=256)
+    gradient = coded(torch.tensor([[bad, 1.0], [1.0, 2.0]]), 256)
 
-    assert not kernels.squared_norm(codes, scales, group_size=256).isfinite()
+    assert not kernels.squared_norm(gradient).isfinite()
+
+
+def packed(rows, columns):
+    """Of 4 bits, which only a momentum has."""
+    return Quantized(torch.zeros(rows, columns // 2).byte(), torch.ones(rows, 1), 64, bits=4)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (lambda c, s: (c.float(), s), TypeError, r"other gradient codes must be torch\.int8"),
-        (lambda c, s: (c, s.half()), ValueError, "other gradient scales must be float32"),
-        (lambda c, s: (c[:-1], s[:-1]), ValueError, r"must have shape \(4, 300\)"),
+        (lambda c, s: Quantized(c.float(), s, 256), TypeError, r"codes must be torch\.int8"),
+        (lambda c, s: Quantized(c, s.half(), 256), ValueError, "scales must be float32"),
+        (lambda c, s: Quantized(c[:-1], s[:-1], 256), ValueError, r"must have shape \(4, 300\)"),
+        # As many groups, of another size.
+        (lambda c, s: Quantized(c, s, 200), ValueError, "groups of 256 columns, got 200"),
+        (lambda c, s: Quantized(c, s[:, :1].contiguous(), None), ValueError, "columns, got None"),
+        (lambda c, s: packed(4, 64), TypeError, "other gradient has codes of 8 bits, got 4"),
     ],
 )
 def test_gradients_that_do_not_fit_are_refused(change, error, match):
-    codes, scales, *other = pair((4, 300), 256, 1.0)
-    before = codes.clone(), scales.clone()
+    gradient, other = pair((4, 300), 256, 1.0)
+    before = gradient.codes.clone(), gradient.scales.clone()
 
     with pytest.raises(error, match=match):
-        kernels.accumulate_(codes, scales, *change(*other), group_size=256)
+        kernels.accumulate_(gradient, change(*other.tensors))
 
-    assert_same_bits(codes, before[0])
-    assert_same_bits(scales, before[1])
+    assert_same_bits(gradient.codes, before[0])
+    assert_same_bits(gradient.scales, before[1])
+
+
+def test_codes_of_four_bits_are_no_gradient():
+    with pytest.raises(TypeError, match="gradient has codes of 8 bits, got 4"):
+        kernels.accumulate_(packed(2, 64), packed(2, 64))
+    with pytest.raises(TypeError, match="gradient has codes of 8 bits, got 4"):
+        kernels.squared_norm(packed(2, 64))
 
 
 def test_norm_of_codes_that_are_not_int8_is_refused():
-    with pytest.raises(TypeError, match=r"gradient codes must be torch\.int8, got torch\.float32"):
-        kernels.squared_norm(torch.ones(2, 3), torch.ones(2, 1), group_size=256)
+    with pytest.raises(TypeError, match=r"codes must be torch\.int8, got torch\.float32"):
+        kernels.squared_norm(Quantized(torch.ones(2, 3), torch.ones(2, 1), 256))

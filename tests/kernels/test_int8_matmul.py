@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from qft_hf import kernels
-from qft_hf.kernels import cpu, reference
-from qft_hf.kernels.int8_matmul import MAX_SUMMED
+from qft_hf.kernels.int8_product import MAX_SUMMED
+from tests.kernels.backends import cpu, reference
 from tests.tolerances import assert_same_bits, matmul_bound
 
 BACKENDS = [reference, cpu]
@@ -53,7 +53,7 @@ def product32(
     return out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("scaled_by", ["both", "rows", "columns", "neither"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_the_integer_product(backend, shape, scaled_by):
@@ -68,7 +68,7 @@ def test_equals_the_integer_product(backend, shape, scaled_by):
     assert_same_bits(out, torch.from_numpy(product32(a, b, a_scales, b_scales, bias)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("b_form", [Tensor.contiguous, other_order, inside])
 @pytest.mark.parametrize("a_form", [Tensor.contiguous, other_order, inside])
 def test_operands_may_be_stored_either_way(backend, a_form, b_form):
@@ -96,7 +96,7 @@ def test_both_products_of_a_cpu_are_exact(shape, b_form, has_vnni, monkeypatch):
     assert_same_bits(out, expected.bfloat16())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_is_rounded_once(backend, dtype):
     """Bias included: it is added in FP32, whatever its own dtype."""
@@ -108,7 +108,7 @@ def test_the_result_is_rounded_once(backend, dtype):
     assert_same_bits(out, exact.to(dtype))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (9, 70, 8), (2050, 3, 2100)], ids=str)
 def test_columns_that_are_given_take_the_place_of_products(backend, shape, dtype):
@@ -130,7 +130,7 @@ def test_columns_that_are_given_take_the_place_of_products(backend, shape, dtype
     assert_same_bits(out, expected.bfloat16())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sum_fits(backend, sign):
     """Every code at the end of its range, over the longest K that one call of a backend takes."""
@@ -181,26 +181,28 @@ def test_the_three_products_of_a_linear_layer():
     x, w, g = (torch.randn(size, generator=generator) for size in [(13, 40), (24, 40), (13, 24)])
     x_codes, x_scales = kernels.quantize(x, group_size=None)
     w_codes, w_scales = kernels.quantize(w, group_size=None)
-    rows, columns = kernels.quantize_gradient(g, w_scales, x_scales, seed=1)
+    row_codes, row_scales, column_codes, column_scales = kernels.quantize_gradient(
+        g, w_scales, x_scales, seed=1
+    )
 
     y = kernels.int8_matmul(x_codes, w_codes.t(), x_scales, w_scales, dtype=torch.float32)
-    grad_x = kernels.int8_matmul(rows[0], w_codes, rows[1], None, dtype=torch.float32)
-    grad_w = kernels.int8_matmul(columns[0], x_codes, columns[1], None, dtype=torch.float32)
+    grad_x = kernels.int8_matmul(row_codes, w_codes, row_scales, None, dtype=torch.float32)
+    grad_w = kernels.int8_matmul(column_codes, x_codes, column_scales, None, dtype=torch.float32)
 
     for out, left, right in [
         (y, x_codes * x_scales, (w_codes * w_scales).t()),
-        (grad_x, rows[0] * rows[1], w_codes.float()),
-        (grad_w, columns[0] * columns[1], x_codes.float()),
+        (grad_x, row_codes * row_scales, w_codes.float()),
+        (grad_w, column_codes * column_scales, x_codes.float()),
     ]:
         error = (out.double() - left.double() @ right.double()).abs()
         assert (error <= matmul_bound(left, right)).all()
     # One step of each operand's grid for each product in the sum.
     assert ((y - x @ w.t()).abs() <= _step_bound(x, x_scales, w.t(), w_scales.t())).all()
     exact = (g * w_scales.t()).double()
-    bound = rows[1].double() * w_codes.double().abs().sum(0) * 1.001
+    bound = row_scales.double() * w_codes.double().abs().sum(0) * 1.001
     assert ((grad_x - exact @ w_codes.double()).abs() <= bound).all()
     exact = (g * x_scales).t().double()
-    bound = columns[1].double() * x_codes.double().abs().sum(0) * 1.001
+    bound = column_scales.double() * x_codes.double().abs().sum(0) * 1.001
     assert ((grad_w - exact @ x_codes.double()).abs() <= bound).all()
 
 

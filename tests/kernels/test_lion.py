@@ -1,6 +1,5 @@
 """One Lion step on INT8 state: backends against each other, and against Lion in float64."""
 
-import importlib
 from typing import Any
 
 import numpy as np
@@ -8,17 +7,18 @@ import pytest
 import torch
 
 from qft_hf import kernels
-from qft_hf.kernels import cpu, reference
-from qft_hf.kernels.backend import backend_for
+from qft_hf.kernels import backend as backend_choice
+from qft_hf.kernels import weight as weight_module
 from qft_hf.kernels.checks import check_matrix
+from tests.kernels.backends import cpu, reference
 from tests.kernels.states import (
-    ARGUMENTS,
     LionState,
-    guarded,
+    arguments,
+    assert_same_state,
     guards_are_intact,
     make_state,
     spread,
-    values64,
+    stored64,
 )
 from tests.tolerances import (
     assert_same_bits,
@@ -29,30 +29,21 @@ from tests.tolerances import (
 )
 
 BACKENDS = [reference, cpu]
-reference_weight = importlib.import_module("qft_hf.kernels.reference.weight")
 
 SHAPES = [(1, 1), (3, 5), (7, 33), (13, 257), (40, 600), (5, 1025)]
 GROUP_SIZES = [None, 3, 32, 100, 5000]  # odd, a power of two, ragged, longer than any row
 OUTLIER_FRACTIONS = [0.0, 0.03]
 
 
-def run(backend: Any, state: LionState, group_size: int | None, **changes: Any) -> None:
-    arguments = {"state_group_size": 256, **ARGUMENTS, **changes}
-    backend.lion_step_(*state.arguments(), group_size=group_size, **arguments)
+def run(backend: Any, state: LionState, **changes: Any) -> None:
+    backend.lion_step_(*state.arguments(), **arguments(**changes))
 
 
-def new_gradient(state: LionState, step: int, state_group_size: int = 256) -> None:
+def new_gradient(state: LionState, step: int) -> None:
     generator = torch.Generator().manual_seed(1000 + step)
-    gradient = torch.randn(state.codes.shape, generator=generator) * 3e-3
+    gradient = torch.randn(state.weight.codes.shape, generator=generator) * 3e-3
     gradient[0] = 0.0  # a row whose elements only decay
-    state.set_gradient(gradient, state_group_size)
-
-
-def assert_same_state(actual: LionState, expected: LionState) -> None:
-    for name, tensor in actual.tensors().items():
-        torch.testing.assert_close(
-            tensor, getattr(expected, name), rtol=0, atol=0, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    state.set_gradient(gradient)
 
 
 # --- backends -------------------------------------------------------------------------------------
@@ -78,8 +69,8 @@ def test_cpu_equals_reference_bit_for_bit(
     for step, lr in enumerate([3e-4, 1e-3, 0.05, 3e-4, 0.0], start=1):
         new_gradient(expected, step)
         new_gradient(actual, step)
-        run(reference, expected, group_size, **{"step": step, "lr": lr, **changes})
-        run(cpu, actual, group_size, **{"step": step, "lr": lr, **changes})
+        run(reference, expected, **{"step": step, "lr": lr, **changes})
+        run(cpu, actual, **{"step": step, "lr": lr, **changes})
         # Zero tolerance: every operation of both is correctly rounded, and in the same order.
         assert_same_state(actual, expected)
 
@@ -98,9 +89,9 @@ def test_cpu_equals_reference_for_other_state_groups(state_group_size, index_dty
 
     for step in (1, 2, 3):
         for state in (expected, actual):
-            new_gradient(state, step, state_group_size)
-        run(reference, expected, 48, step=step, state_group_size=state_group_size)
-        run(cpu, actual, 48, step=step, state_group_size=state_group_size)
+            new_gradient(state, step)
+        run(reference, expected, step=step)
+        run(cpu, actual, step=step)
         assert_same_state(actual, expected)
 
 
@@ -109,37 +100,38 @@ def test_cpu_equals_reference_for_other_state_groups(state_group_size, index_dty
 def test_rows_of_zeros_give_the_same_bits(group_size, momentum_bits):
     """A weight of zeros, which leaves the least scale, and a momentum of zeros, which gets it."""
     expected = make_state((4, 40), group_size=group_size, momentum_bits=momentum_bits)
-    codes, scales = reference.quantize(torch.zeros(1, 40), group_size)
-    expected.codes[1], expected.scales[1] = codes[0], scales[0]
-    expected.momentum_codes[1:] = 0
-    expected.gradient_codes[2] = 0
+    codes, scales = reference.quantize(torch.zeros(1, 40), group_size=group_size)
+    expected.weight.codes[1], expected.weight.scales[1] = codes[0], scales[0]
+    expected.momentum.codes[1:] = 0
+    expected.gradient.codes[2] = 0
     actual = expected.clone()
 
     for step in (1, 2, 3):
         for backend, state in ((cpu, actual), (reference, expected)):
-            run(backend, state, group_size, lr=1e-5, step=step)
+            run(backend, state, lr=1e-5, step=step)
         assert_same_state(actual, expected)
-    assert (actual.scales[1] > 1e-8).all()
-    assert (actual.momentum_scales[2] == np.float32(1e-30)).all()
+    assert (actual.weight.scales[1] > 1e-8).all()
+    assert (actual.momentum.scales[2] == np.float32(1e-30)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_designed_row_gives_the_same_bits(backend):
     """Ramps in codes, momentum and gradient: reading one column or group aside shows."""
     state = make_state((4, 70), group_size=16, state_group_size=20, outlier_fraction=0.03)
+    weight, momentum, gradient = state.arguments()
     ramp = (torch.arange(280) % 127).view(4, 70).to(torch.int8)
-    state.codes.copy_(ramp)
-    state.codes.scatter_(1, state.outlier_columns.long(), 0)
-    state.momentum_codes.copy_(-ramp)
-    state.gradient_codes.copy_(ramp.flip(1))
-    state.scales.copy_(torch.linspace(1e-4, 2e-3, state.scales.numel()).view_as(state.scales))
-    state.momentum_scales.copy_(torch.linspace(1e-6, 1e-4, 16).view(4, 4))
-    state.gradient_scales.copy_(torch.linspace(1e-4, 1e-5, 16).view(4, 4))
+    weight.codes.copy_(ramp)
+    weight.codes.scatter_(1, weight.outlier_columns.long(), 0)
+    momentum.codes.copy_(-ramp)
+    gradient.codes.copy_(ramp.flip(1))
+    weight.scales.copy_(torch.linspace(1e-4, 2e-3, weight.scales.numel()).view_as(weight.scales))
+    momentum.scales.copy_(torch.linspace(1e-6, 1e-4, 16).view(4, 4))
+    gradient.scales.copy_(torch.linspace(1e-4, 1e-5, 16).view(4, 4))
     before = state.clone()
 
-    run(backend, state, 16, state_group_size=20)
+    run(backend, state)
 
-    assert_is_a_lion_step(before, state, group_size=16, state_group_size=20)
+    assert_is_a_lion_step(before, state)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -150,15 +142,14 @@ def test_nothing_outside_the_tensors_is_written(backend, shape, group_size, mome
     state = make_state(
         shape, group_size=group_size, outlier_fraction=0.03, momentum_bits=momentum_bits
     )
-    pairs = {name: guarded(tensor) for name, tensor in state.tensors().items()}
-    inside = LionState(**{name: inner for name, (inner, _) in pairs.items()})
+    inside, buffers = state.guarded()
 
     for step, lr in [(1, 3e-4), (2, 0.1)]:  # both branches
-        run(backend, inside, group_size, step=step, lr=lr)
-        run(backend, state, group_size, step=step, lr=lr)
+        run(backend, inside, step=step, lr=lr)
+        run(backend, state, step=step, lr=lr)
 
     assert_same_state(inside, state)
-    for name, (_, buffer) in pairs.items():
+    for name, buffer in buffers.items():
         assert guards_are_intact(buffer), name
 
 
@@ -167,20 +158,20 @@ def test_gradient_and_outlier_columns_are_only_read(backend):
     state = make_state((9, 40), group_size=8, outlier_fraction=0.05)
     before = state.clone()
 
-    run(backend, state, 8)
+    run(backend, state)
 
-    for name in ("gradient_codes", "gradient_scales", "outlier_columns"):
-        assert_same_bits(getattr(state, name), getattr(before, name))
+    for name in ("gradient.codes", "gradient.scales", "weight.outlier_columns"):
+        assert_same_bits(state.tensors()[name], before.tensors()[name])
 
 
 @pytest.mark.parametrize("chunk_elements", [1, 300, 2**10, 2**20])
 def test_result_does_not_depend_on_the_chunk_size(monkeypatch, chunk_elements):
     expected = make_state((40, 150), group_size=40, outlier_fraction=0.02)
     actual = expected.clone()
-    run(reference, expected, 40, lr=2e-3)
+    run(reference, expected, lr=2e-3)
 
-    monkeypatch.setattr(reference_weight, "CHUNK_ELEMENTS", chunk_elements)
-    run(reference, actual, 40, lr=2e-3)
+    monkeypatch.setattr(weight_module, "CHUNK_ELEMENTS", chunk_elements)
+    run(reference, actual, lr=2e-3)
 
     assert_same_state(actual, expected)
 
@@ -193,9 +184,9 @@ def test_result_does_not_depend_on_the_number_of_threads(n_threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        run(cpu, expected, 100)
+        run(cpu, expected)
         torch.set_num_threads(n_threads)
-        run(cpu, actual, 100)
+        run(cpu, actual)
     finally:
         torch.set_num_threads(before)
 
@@ -209,8 +200,6 @@ def assert_is_a_lion_step(
     before: LionState,
     after: LionState,
     *,
-    group_size: int | None,
-    state_group_size: int = 256,
     quantum: float = 1.0,
     **changes: Any,
 ) -> None:
@@ -219,50 +208,43 @@ def assert_is_a_lion_step(
     Args:
         before: The state that went in.
         after: The state that came out.
-        group_size: Columns per weight scale.
-        state_group_size: Columns per momentum and gradient scale.
         quantum: How far rounding may move a weight, in units of its scale.
-        changes: What differs from `ARGUMENTS`.
+        changes: What differs from `RULE` and `ROUNDING`.
     """
-    arguments = {**ARGUMENTS, **changes}
-    lr, weight_decay = arguments["lr"], arguments["weight_decay"]
-    beta1, beta2 = arguments["beta1"], arguments["beta2"]
-    columns = before.codes.shape[1]
-    weight = values64(before.codes, before.scales, group_size)
+    lr, beta1, beta2, weight_decay, maximize = arguments(**changes)["rule"]
+    columns, group_size = before.weight.codes.shape[1], before.weight.group_size
+    weight = stored64(before.weight)
     outliers = before.outlier_mask()
-    index = before.outlier_columns.long().numpy()
-    np.put_along_axis(weight, index, before.outlier_values.double().numpy(), axis=1)
-    momentum = values64(before.momentum_codes, before.momentum_scales, state_group_size)
-    gradient = values64(before.gradient_codes, before.gradient_scales, state_group_size)
-    if arguments["maximize"]:
+    index = before.weight.outlier_columns.long().numpy()
+    kept = before.weight.outlier_values.double().numpy()
+    np.put_along_axis(weight, index, kept, axis=1)
+    momentum, gradient = stored64(before.momentum), stored64(before.gradient)
+    if maximize:
         gradient = -gradient
 
     old, new = beta1 * momentum, (1 - beta1) * gradient
     decided = sign_is_decided(old, new)
     assert decided.mean() > 0.99  # else the comparison below says little
     exact = weight - lr * (np.sign(old + new) + weight_decay * weight)
-    stored = values64(after.codes, after.scales, group_size)
-    bound = quantum * stochastic_bound(spread(after.scales, columns, group_size))
-    error = np.abs(stored - exact)
+    bound = quantum * stochastic_bound(spread(after.weight.scales, columns, group_size))
+    error = np.abs(stored64(after.weight) - exact)
     assert (error <= bound)[decided & ~outliers].all()
     # Where the sign is a coin toss, the other side and the middle are right too.
     assert (error <= bound + 2 * lr)[~outliers].all()
-    assert after.codes.abs().max() <= 127
-    assert (after.codes.numpy()[outliers] == 0).all()
+    assert after.weight.codes.abs().max() <= 127
+    assert (after.weight.codes.numpy()[outliers] == 0).all()
 
-    kept = np.take_along_axis(exact, index, axis=1)
-    error = np.abs(after.outlier_values.double().numpy() - kept)
-    fits = error <= float_update_bound(before.outlier_values.numpy(), lr, weight_decay)
+    stepped = np.take_along_axis(exact, index, axis=1)
+    error = np.abs(after.weight.outlier_values.double().numpy() - stepped)
+    fits = error <= float_update_bound(kept, lr, weight_decay)
     assert fits[np.take_along_axis(decided, index, axis=1)].all()
 
     old, new = beta2 * momentum, (1 - beta2) * gradient
-    error = np.abs(
-        values64(after.momentum_codes, after.momentum_scales, state_group_size) - old - new
-    )
-    scale = spread(after.momentum_scales, columns, state_group_size)
+    error = np.abs(stored64(after.momentum) - old - new)
+    scale = spread(after.momentum.scales, columns, after.momentum.group_size)
     assert (error <= rounding_bound(np.abs(old) + np.abs(new), scale)).all()
     # A fresh absmax scale uses the whole range.
-    assert after.momentum_codes.abs().amax(dim=1).eq(127).all() or not momentum.any()
+    assert after.momentum.codes.abs().amax(dim=1).eq(127).all() or not momentum.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -279,10 +261,10 @@ def test_equals_float64_lion_within_one_quantum(
     state = make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
     for step in (1, 2, 3):  # from the second step on, the momentum comes from the step before
         new_gradient(state, step)
-        state.gradient_codes[0] = 1  # no all-zero row: its momentum has no range to fill
+        state.gradient.codes[0] = 1  # no all-zero row: its momentum has no range to fill
         before = state.clone()
-        run(backend, state, group_size, lr=lr, step=step, **changes)
-        assert_is_a_lion_step(before, state, group_size=group_size, lr=lr, **changes)
+        run(backend, state, lr=lr, step=step, **changes)
+        assert_is_a_lion_step(before, state, lr=lr, **changes)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -290,142 +272,132 @@ def test_nearest_moves_a_weight_by_half_a_quantum_at_most(backend):
     state = make_state((13, 257), group_size=100, outlier_fraction=0.03)
     for step, lr in [(1, 3e-4), (2, 2e-2)]:
         before = state.clone()
-        run(backend, state, 100, lr=lr, step=step, stochastic=False)
-        assert_is_a_lion_step(before, state, group_size=100, quantum=0.5, lr=lr, stochastic=False)
+        run(backend, state, lr=lr, step=step, stochastic=False)
+        assert_is_a_lion_step(before, state, quantum=0.5, lr=lr, stochastic=False)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_beta_has_its_place(backend):
     """beta1 weighs the momentum in the direction, beta2 decays it; numbers worked out by hand."""
     state = make_state((3, 40), group_size=None)
-    state.momentum_codes.zero_()
-    state.momentum_scales.fill_(1.0)
-    state.set_gradient(torch.full((3, 40), 2e-3), 256)
-    run(backend, state, None, beta1=0.3, beta2=0.75)
+    state.momentum.codes.zero_()
+    state.momentum.scales.fill_(1.0)
+    state.set_gradient(torch.full((3, 40), 2e-3))
+    run(backend, state, beta1=0.3, beta2=0.75)
 
-    momentum = values64(state.momentum_codes, state.momentum_scales, 256)
-    np.testing.assert_allclose(momentum, 0.25 * 2e-3, rtol=1e-6)  # all are code 127
+    np.testing.assert_allclose(stored64(state.momentum), 0.25 * 2e-3, rtol=1e-6)  # code 127
 
     # 0.3 * 5e-4 - 0.7 * 4e-4 < 0: up. With beta2 in its place 0.75 * 5e-4 - 0.25 * 4e-4 > 0: down.
-    state.set_gradient(torch.full((3, 40), -4e-4), 256)
-    before = values64(state.codes, state.scales, None)
-    run(backend, state, None, beta1=0.3, beta2=0.75, step=8, lr=0.01, weight_decay=0.0)
+    state.set_gradient(torch.full((3, 40), -4e-4))
+    before = stored64(state.weight)
+    run(backend, state, beta1=0.3, beta2=0.75, step=8, lr=0.01, weight_decay=0.0)
 
-    moved = values64(state.codes, state.scales, None) - before
-    assert (np.abs(moved - 0.01) <= stochastic_bound(spread(state.scales, 40, None))).all()
+    moved = stored64(state.weight) - before
+    assert (np.abs(moved - 0.01) <= stochastic_bound(spread(state.weight.scales, 40, None))).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_operator_runs_every_backend_by_name(backend, monkeypatch):
-    """The public operator with its checks gives what the backend gives."""
-    monkeypatch.setenv("QFT_BACKEND", backend.__name__.rpartition(".")[2])
-    backend_for.cache_clear()
+def test_the_environment_chooses_what_the_operator_runs(backend, monkeypatch):
+    actual = make_state((7, 50), group_size=16, outlier_fraction=0.02)
+    expected = actual.clone()
+    run(backend, expected)
+    monkeypatch.setenv("QFT_BACKEND", backend.name)
+    backend_choice.forget()
     try:
-        actual = make_state((7, 50), group_size=16, outlier_fraction=0.02)
-        expected = actual.clone()
-        run(backend, expected, 16)
-        run(kernels, actual, 16)
-        assert backend_for(torch.device("cpu")) is backend
+        run(kernels, actual)
+        assert backend_choice.backend_for(torch.device("cpu")) == backend.name
     finally:
-        backend_for.cache_clear()
+        monkeypatch.undo()
+        backend_choice.forget()
     assert_same_state(actual, expected)
 
 
-# --- refusals -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("momentum_bits", [8, 4])
+def test_a_step_in_parts_by_rows_has_the_bits_of_the_whole(backend, momentum_bits):
+    whole = make_state((6, 150), group_size=40, momentum_bits=momentum_bits, outlier_fraction=0.02)
+    parts = whole.clone()
+    run(backend, whole, lr=2e-3, first_row=5)
+
+    for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
+        part = LionState(*(value.rows(rows) for value in parts.arguments()))
+        run(backend, part, lr=2e-3, first_row=5 + rows.start)
+
+    assert_same_state(parts, whole)
+
+
+# --- refusals: values check themselves when they are made, see test_values.py -------------------
+
+
+ON_META = r"codes must have shape \(6, 50\) on cpu, got shape \(6, 50\) on meta"
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "error", "match"),
+    ("name", "shape", "changes", "match"),
     [
+        ("momentum", (6, 49), {}, "momentum codes must have"),
+        ("momentum", (5, 50), {}, "momentum codes must have"),
+        ("gradient", (6, 49), {}, "gradient codes must have"),
+        ("gradient", (5, 50), {}, "gradient codes must have"),
+        ("momentum", (6, 50), {"device": "meta"}, f"momentum {ON_META}"),
+        ("gradient", (6, 50), {"device": "meta"}, f"gradient {ON_META}"),
         (
-            "codes",
-            lambda t: t.int(),
-            TypeError,
-            r"weight codes must be torch\.int8, got torch\.int32",
+            "momentum",
+            (6, 50),
+            {"state_group_size": 20},
+            "8-bit momentum has the groups of the gradient, got 20 columns beside 256",
         ),
         (
-            "codes",
-            lambda t: t.t(),
-            ValueError,
-            r"weight codes must be contiguous.*\.contiguous\(\)",
+            "gradient",
+            (6, 50),
+            {"state_group_size": None},
+            "8-bit momentum has the groups of the gradient, got 256 columns beside None",
         ),
         (
-            "codes",
-            lambda t: t[0],
-            ValueError,
-            r"non-empty \[rows, columns\].*\.view\(-1, columns\)",
-        ),
-        ("scales", lambda t: t.double(), ValueError, "weight scales must be float32 of shape"),
-        ("scales", lambda t: t[:, :-1], ValueError, r"shape \(6, 4\), one per row and group of 16"),
-        ("scales", lambda t: t.t().contiguous().t(), ValueError, "must be contiguous and on cpu"),
-        (
-            "momentum_codes",
-            lambda t: t[:, :-1].contiguous(),
-            ValueError,
-            "momentum codes must have",
-        ),
-        ("momentum_scales", lambda t: t[:-1], ValueError, "momentum scales must be float32"),
-        ("gradient_codes", lambda t: t[:-1], ValueError, "gradient scales must be float32"),
-        ("gradient_codes", lambda t: t.float(), TypeError, "gradient codes must be torch.int8"),
-        (
-            "gradient_scales",
-            lambda t: t.to("meta"),
-            ValueError,
-            "gradient scales must be contiguous and on cpu like the codes, got .* on meta",
+            "momentum",
+            (6, 52),
+            {"momentum_bits": 4},
+            r"4-bit momentum of a \(6, 50\) weight has codes of shape \(6, 25\).*got \(6, 26\)",
         ),
         (
-            "momentum_codes",
-            lambda t: t.t().contiguous().t(),
-            ValueError,
-            r"momentum codes must be contiguous.*\.contiguous\(\) first",
+            "momentum",
+            (5, 50),
+            {"momentum_bits": 4},
+            r"codes of shape \(6, 25\) on cpu, got \(5, 25\) on cpu",
         ),
         (
-            "outlier_values",
-            lambda t: t.to("meta"),
-            ValueError,
-            "outlier columns must have shape .* on meta, got .* on cpu",
+            "momentum",
+            (6, 50),
+            {"momentum_bits": 4, "device": "meta"},
+            r"codes of shape \(6, 25\) on cpu, got \(6, 25\) on meta",
         ),
-        (
-            "outlier_values",
-            lambda t: t.bfloat16(),
-            TypeError,
-            "outlier values must be torch.float32",
-        ),
-        ("outlier_values", lambda t: t[:, :-1], ValueError, "outlier columns must have shape"),
-        ("outlier_columns", lambda t: t.long(), TypeError, r"torch\.int16 or torch\.int32"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_written(name, change, error, match):
+@pytest.mark.parametrize("backend", [kernels, *BACKENDS])
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    backend, name, shape, changes, match
+):
     state = make_state((6, 50), group_size=16, outlier_fraction=0.03)
-    setattr(state, name, change(getattr(state, name)))
     before = state.clone()
+    device = torch.device(changes.get("device", "cpu"))
+    options = {option: value for option, value in changes.items() if option != "device"}
+    other = make_state(shape, group_size=16, **options).to(device)
+    values = {"weight": state.weight, "momentum": state.momentum, "gradient": state.gradient}
+    values[name] = getattr(other, name)
 
-    with pytest.raises(error, match=match):
-        run(kernels, state, 16)
+    with pytest.raises(ValueError, match=match):
+        backend.lion_step_(*values.values(), **arguments())
 
     assert_same_state(state, before)
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "match"),
-    [
-        (
-            "momentum_codes",
-            lambda t: t[:, :-1].contiguous(),
-            r"shapes \(\(6, 26\), \(6, 1\)\), got",
-        ),
-        ("momentum_scales", lambda t: t[:-1], r"got \(6, 26\) and torch.float32 of \(5, 1\)"),
-        ("momentum_scales", lambda t: t.double(), "got .* and torch.float64"),
-        ("momentum_codes", lambda t: t.t().contiguous().t(), "momentum codes must be contiguous"),
-    ],
-)
-def test_a_packed_momentum_that_does_not_fit_is_refused(name, change, match):
-    state = make_state((6, 51), group_size=16, momentum_bits=4)
-    setattr(state, name, change(getattr(state, name)))
+@pytest.mark.parametrize("backend", [kernels, *BACKENDS])
+def test_a_gradient_of_4_bits_is_refused(backend):
+    state = make_state((6, 50), group_size=16, momentum_bits=4)
     before = state.clone()
 
-    with pytest.raises(ValueError, match=match):
-        run(kernels, state, 16)
+    with pytest.raises(TypeError, match="gradient has codes of 8 bits, got 4"):
+        backend.lion_step_(state.weight, state.momentum, state.momentum, **arguments())
 
     assert_same_state(state, before)
 
@@ -433,57 +405,66 @@ def test_a_packed_momentum_that_does_not_fit_is_refused(name, change, match):
 @pytest.mark.parametrize(
     ("name", "bad", "match"),
     [
-        ("scales", float("nan"), "weight scales must be finite and positive, got 1 of 24 .* nan"),
-        ("scales", float("inf"), "weight scales must be finite and positive, got 1 of 24 .* inf"),
-        ("scales", 0.0, "weight scales must be finite and positive, got 1 of 24 .* first 0.0"),
-        ("scales", -1e-3, "weight scales must be finite and positive, got 1 of 24 .* -0.001"),
-        ("momentum_scales", float("nan"), "momentum scales must be finite, got 1 of 6 .* nan"),
-        ("momentum_scales", -float("inf"), "momentum scales must be finite, got 1 of 6 .* -inf"),
-        ("gradient_scales", float("nan"), "gradient scales must be finite, got 1 of 6 .*reload"),
-        ("gradient_scales", float("inf"), "gradient scales must be finite, got 1 of 6 .*reload"),
-        ("outlier_columns", -1, r"outlier columns must be in \[0, 50\), got -1.*reload"),
-        ("outlier_columns", 50, r"outlier columns must be in \[0, 50\), got 50.*reload"),
+        (
+            "weight.scales",
+            float("nan"),
+            "weight scales must be finite and positive, got 1 of 24 .* nan",
+        ),
+        (
+            "weight.scales",
+            float("inf"),
+            "weight scales must be finite and positive, got 1 of 24 .* inf",
+        ),
+        (
+            "weight.scales",
+            0.0,
+            "weight scales must be finite and positive, got 1 of 24 .* first 0.0",
+        ),
+        (
+            "weight.scales",
+            -1e-3,
+            "weight scales must be finite and positive, got 1 of 24 .* -0.001",
+        ),
+        ("momentum.scales", float("nan"), "momentum scales must be finite, got 1 of 6 .* nan"),
+        ("momentum.scales", -float("inf"), "momentum scales must be finite, got 1 of 6 .* -inf"),
+        ("gradient.scales", float("nan"), "gradient scales must be finite, got 1 of 6 .*reload"),
+        ("gradient.scales", float("inf"), "gradient scales must be finite, got 1 of 6 .*reload"),
+        ("weight.outlier_columns", -1, r"outlier columns must be in \[0, 50\), got -1.*reload"),
+        ("weight.outlier_columns", 50, r"outlier columns must be in \[0, 50\), got 50.*reload"),
     ],
 )
-def test_values_that_would_do_harm_are_refused_before_anything_is_written(name, bad, match):
+@pytest.mark.parametrize("backend", [kernels, *BACKENDS])
+def test_values_that_would_do_harm_are_refused_before_anything_is_written(
+    backend, name, bad, match
+):
     state = make_state((6, 50), group_size=16, outlier_fraction=0.03)
-    getattr(state, name)[4, -1] = bad
+    state.tensors()[name][4, -1] = bad
     before = state.clone()
 
     with pytest.raises(ValueError, match=match):
-        run(kernels, state, 16)
+        run(backend, state)
 
-    for field, tensor in state.tensors().items():
-        assert_same_bits(tensor, getattr(before, field))
+    assert_same_state(state, before)
 
 
 def test_a_gradient_may_have_scales_of_zero_or_below():
     """Clipping to nothing and a negative factor make them."""
     state = make_state((6, 50), group_size=16)
-    state.gradient_scales[0], state.gradient_scales[1] = 0.0, -1e-3
+    state.gradient.scales[0], state.gradient.scales[1] = 0.0, -1e-3
     expected = state.clone()
 
-    run(kernels, state, 16)
+    run(kernels, state)
 
-    run(reference, expected, 16)
+    run(reference, expected)
     assert_same_state(state, expected)
 
 
-def test_a_packed_momentum_needs_gradient_groups_that_hold_its_own():
-    state = make_state((6, 150), group_size=16, momentum_bits=4, state_group_size=100)
+@pytest.mark.parametrize("state_group_size", [100, None])
+def test_a_packed_momentum_needs_gradient_groups_that_hold_its_own(state_group_size):
+    state = make_state((6, 150), group_size=16, momentum_bits=4, state_group_size=state_group_size)
 
-    with pytest.raises(ValueError, match="multiples of its 64 columns, got state_group_size=100"):
-        run(kernels, state, 16, state_group_size=100)
-
-
-def test_outliers_for_another_number_of_rows_are_refused():
-    """Compiled code does not check bounds: too few rows of outliers wrote beyond the tensor."""
-    state = make_state((6, 50), group_size=16, outlier_fraction=0.03)
-    state.outlier_values = state.outlier_values[:-1].contiguous()
-    state.outlier_columns = state.outlier_columns[:-1].contiguous()
-
-    with pytest.raises(ValueError, match="one row for each of the 6 rows"):
-        run(kernels, state, 16)
+    with pytest.raises(ValueError, match=f"multiples of its 64 columns, got {state_group_size}"):
+        run(kernels, state)
 
 
 def test_a_matrix_with_too_many_elements_is_refused():

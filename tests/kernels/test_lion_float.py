@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from qft_hf import kernels
-from qft_hf.kernels import cpu, reference
-from tests.kernels.states import ARGUMENTS, float_arguments, guarded, guards_are_intact
+from tests.kernels.backends import cpu, reference
+from tests.kernels.states import arguments, float_arguments, guarded, guards_are_intact
 from tests.tolerances import (
     FP32_EPS,
     assert_same_bits,
@@ -38,20 +38,20 @@ def make(shape, dtype=torch.float32):
 def test_fp32_equals_float64_lion(shape, changes):
     """Weight decay is never left at zero: zero hides decay bugs."""
     parameter, momentum, gradient = make(shape)
-    arguments = {**ARGUMENTS, "lr": 0.01, **changes}
-    lr, weight_decay = arguments["lr"], arguments["weight_decay"]
+    changes = {"lr": 0.01, **changes}
+    lr, beta1, beta2, weight_decay, maximize = arguments(**changes)["rule"]
     for step in (1, 2, 3):
         w, m, g = (t.double().numpy().copy() for t in (parameter, momentum, gradient))
-        g = -g if arguments["maximize"] else g
+        g = -g if maximize else g
 
-        step_(parameter, momentum, gradient, **{**arguments, "step": step})
+        step_(parameter, momentum, gradient, **changes, step=step)
 
-        old, new = arguments["beta1"] * m, (1 - arguments["beta1"]) * g
+        old, new = beta1 * m, (1 - beta1) * g
         decided = sign_is_decided(old, new)
         assert decided.all()
         exact = w - lr * (np.sign(old + new) + weight_decay * w)
         assert (np.abs(parameter.numpy() - exact) <= float_update_bound(w, lr, weight_decay)).all()
-        old, new = arguments["beta2"] * m, (1 - arguments["beta2"]) * g
+        old, new = beta2 * m, (1 - beta2) * g
         assert (np.abs(momentum.numpy() - (old + new)) <= sum_bound(old, new)).all()
 
 
@@ -164,17 +164,17 @@ def many():
 @pytest.mark.parametrize("changes", [{}, {"maximize": True}, {"stochastic": False}], ids=str)
 def test_many_are_stepped_as_each_alone_by_the_reference(changes):
     parameters, momenta, gradients = many()
-    arguments = float_arguments(len(parameters), lr=0.01, **changes)
+    given = float_arguments(len(parameters), lr=0.01, **changes)
     expected = many()
     for i, tensors in enumerate(zip(*expected, strict=True)):
-        one = {**arguments, "steps": arguments["steps"][i : i + 1]}
-        one["streams"] = arguments["streams"][i : i + 1]
+        one = {**given, "steps": given["steps"][i : i + 1]}
+        one["streams"] = given["streams"][i : i + 1]
         reference.lion_step_floats_(*([tensor] for tensor in tensors), **one)
     kept = [gradient.clone() for gradient in gradients]
     pairs = [[guarded(tensor) for tensor in tensors] for tensors in (parameters, momenta)]
     inside = [[inner for inner, _ in tensors] for tensors in pairs]
 
-    kernels.lion_step_floats_(*inside, gradients, **arguments)
+    kernels.lion_step_floats_(*inside, gradients, **given)
 
     for actual, wanted in zip([*inside, gradients], [*expected[:2], kept], strict=True):
         for tensor, other in zip(actual, wanted, strict=True):
@@ -201,8 +201,8 @@ def test_step_and_stream_choose_the_random_numbers_of_each_parameter():
         parameters = [torch.ones(500, dtype=torch.bfloat16) for _ in range(2)]
         momenta = [torch.zeros(500) for _ in range(2)]
         gradients = [torch.ones(500) for _ in range(2)]
-        arguments = {**float_arguments(lr=1e-3), "steps": steps, "streams": streams}
-        kernels.lion_step_floats_(parameters, momenta, gradients, **arguments)
+        given = {**float_arguments(lr=1e-3), "steps": steps, "streams": streams}
+        kernels.lion_step_floats_(parameters, momenta, gradients, **given)
         results.append(torch.equal(*parameters))
 
     assert results == [True, False, False]
@@ -263,11 +263,11 @@ def test_an_element_whose_gradient_is_not_finite_stays(backend, dtype, bad):
     expected = torch.linspace(-2, 2, 50).to(dtype), torch.linspace(-1, 1, 50)
     actual, before = ([tensor.clone() for tensor in expected] for _ in range(2))
     gradient = torch.linspace(-1, 1.1, 50)
-    arguments = float_arguments(lr=0.1, weight_decay=0.3)
-    backend.lion_step_floats_(*([tensor] for tensor in expected), [gradient], **arguments)
+    given = float_arguments(lr=0.1, weight_decay=0.3)
+    backend.lion_step_floats_(*([tensor] for tensor in expected), [gradient], **given)
     gradient[[3, 49]] = bad
 
-    backend.lion_step_floats_(*([tensor] for tensor in actual), [gradient], **arguments)
+    backend.lion_step_floats_(*([tensor] for tensor in actual), [gradient], **given)
 
     others = [i for i in range(50) if i not in (3, 49)]
     for tensor, wanted, old in zip(actual, expected, before, strict=True):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from qft_hf.kernels import cpu, reference
-from tests.kernels.states import ARGUMENTS, LionState, make_state, values64
+from tests.kernels.backends import cpu, reference
+from tests.kernels.states import LionState, arguments, make_state, stored64
 from tests.tolerances import FP32_EPS, assert_same_bits, mean_error
 
 BACKENDS = [reference, cpu]
@@ -17,18 +17,16 @@ SCALE = 3.1e-3  # not a power of two
 def uniform_state(shape: tuple[int, int], *, code: int, top: int = 127) -> LionState:
     """All codes `code` except the first of each row, `top`; no momentum, gradient +1 everywhere."""
     state = make_state(shape, group_size=None)
-    state.codes.fill_(code)
-    state.codes[:, 0] = top
-    state.scales.fill_(SCALE)
-    state.momentum_codes.zero_()
-    state.gradient_codes.fill_(1)
+    state.weight.codes.fill_(code)
+    state.weight.codes[:, 0] = top
+    state.weight.scales.fill_(SCALE)
+    state.momentum.codes.zero_()
+    state.gradient.codes.fill_(1)
     return state
 
 
 def step_(backend, state: LionState, **changes) -> None:
-    backend.lion_step_(
-        *state.arguments(), group_size=None, state_group_size=256, **{**ARGUMENTS, **changes}
-    )
+    backend.lion_step_(*state.arguments(), **arguments(**changes))
 
 
 # --- unbiased -------------------------------------------------------------------------------------
@@ -43,8 +41,8 @@ def test_mean_of_100000_roundings_against_a_sticky_scale(backend, code, quanta):
 
     step_(backend, state, lr=quanta * SCALE, weight_decay=0.0)
 
-    assert (state.scales == torch.tensor(SCALE)).all()
-    mean = state.codes[:, 1:].double().mean().item()
+    assert (state.weight.scales == torch.tensor(SCALE)).all()
+    mean = state.weight.codes[:, 1:].double().mean().item()
     assert abs(mean - (code - quanta)) <= 5 * mean_error(quanta % 1, 100_000)
 
 
@@ -58,15 +56,15 @@ def test_mean_of_100000_roundings_against_a_new_scale(backend, code, quanta):
 
     step_(backend, state, lr=lr, weight_decay=0.0, maximize=quanta < 0)
 
-    new_scale = state.scales[0, 0].double().item()
+    new_scale = state.weight.scales[0, 0].double().item()
     assert new_scale > old_scale
-    assert state.codes[:, 0].eq(120).all()
+    assert state.weight.codes[:, 0].eq(120).all()
     exact = (code * old_scale + lr) / new_scale
-    mean = state.codes[:, 1:].double().mean().item()
+    mean = state.weight.codes[:, 1:].double().mean().item()
     # The exact quotient is known to FP32 noise of four operations on a value below 128.
     noise = 4 * 128 * FP32_EPS
     assert abs(mean - exact) <= 5 * mean_error(exact % 1, 100_000) + noise
-    assert set(state.codes[:, 1:].unique().tolist()) <= {np.floor(exact), np.ceil(exact)}
+    assert set(state.weight.codes[:, 1:].unique().tolist()) <= {np.floor(exact), np.ceil(exact)}
 
 
 @pytest.mark.parametrize("quanta", [1e-3, 0.4 * 2.0**-16])
@@ -80,8 +78,8 @@ def test_tiny_steps_are_unbiased(quanta):
 
     step_(cpu, state, lr=quanta * SCALE, weight_decay=0.0)
 
-    n_moved = int((state.codes[:, 1:] == 49).sum())
-    assert n_moved == int((state.codes[:, 1:] != 50).sum())
+    n_moved = int((state.weight.codes[:, 1:] == 49).sum())
+    assert n_moved == int((state.weight.codes[:, 1:] != 50).sum())
     assert abs(n_moved / 8_192_000 - quanta) <= 5 * mean_error(quanta, 8_192_000)
 
 
@@ -90,15 +88,15 @@ def test_decay_is_unbiased_for_every_code(backend):
     """Decay of 1e-2: all codes from -127 to 127 shrink by 1 %, in the mean over 2000 rows."""
     codes = torch.arange(-127, 128, dtype=torch.int8).repeat(2000, 1)
     state = make_state(tuple(codes.shape), group_size=None)
-    state.codes.copy_(codes)
-    state.scales.fill_(SCALE)
-    state.momentum_codes.zero_()
-    state.gradient_codes.zero_()
+    state.weight.codes.copy_(codes)
+    state.weight.scales.fill_(SCALE)
+    state.momentum.codes.zero_()
+    state.gradient.codes.zero_()
 
     step_(backend, state, lr=0.1, weight_decay=0.1)
 
     exact = codes[0].double() * 0.99
-    mean = state.codes.double().mean(dim=0)
+    mean = state.weight.codes.double().mean(dim=0)
     part = exact - exact.floor()
     error = (part * (1 - part) / 2000).sqrt()
     # Five standard errors for one value; a family of 255 goes out once in 7,000 seeds.
@@ -113,12 +111,12 @@ def test_neighbours_and_steps_round_independently(backend):
     """Draws of one lane at four lags, of one element over steps, of one element over streams."""
     first = uniform_state((100, 1001), code=0)
     step_(backend, first, lr=0.5 * SCALE, weight_decay=0.0)
-    a = first.codes[:, 1:].double() + 0.5  # +-1/2 with equal probability
+    a = first.weight.codes[:, 1:].double() + 0.5  # +-1/2 with equal probability
     others = [a.roll(lag, dims=1) for lag in (1, 2, 3, 4)] + [a.roll(1, dims=0)]
     for change in ({"step": 8}, {"stream": 4}, {"seed": 1}):
         other = uniform_state((100, 1001), code=0)
         step_(backend, other, lr=0.5 * SCALE, weight_decay=0.0, **change)
-        others.append(other.codes[:, 1:].double() + 0.5)
+        others.append(other.weight.codes[:, 1:].double() + 0.5)
 
     for b in others:
         # Each product is +-1/4: the standard error of the mean is 1/4 / sqrt(n).
@@ -132,7 +130,7 @@ def test_nearest_loses_small_updates(backend):
 
     step_(backend, state, lr=0.4 * SCALE, weight_decay=0.0, stochastic=False)
 
-    assert (state.codes[:, 1:] == 40).all()
+    assert (state.weight.codes[:, 1:] == 40).all()
 
 
 # --- sticky ---------------------------------------------------------------------------------------
@@ -147,33 +145,28 @@ def test_nearest_loses_small_updates(backend):
 def test_1000_updates_by_nothing_change_no_code(backend, changes):
     state = make_state((5, 70), group_size=32, outlier_fraction=0.03)
     if "lr" not in changes:
-        state.momentum_codes.zero_()
-        state.gradient_codes.zero_()
+        state.momentum.codes.zero_()
+        state.gradient.codes.zero_()
     before = state.clone()
 
     for step in range(1, 1001):
-        backend.lion_step_(
-            *state.arguments(),
-            group_size=32,
-            state_group_size=256,
-            **{**ARGUMENTS, **changes, "step": step},
-        )
+        step_(backend, state, **changes, step=step)
 
-    for name in ("codes", "scales", "outlier_values"):
-        assert_same_bits(getattr(state, name), getattr(before, name))
+    for tensor, wanted in zip(state.weight.tensors, before.weight.tensors, strict=True):
+        assert_same_bits(tensor, wanted)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_element_without_update_keeps_its_code_beside_others_that_move(backend):
     state = uniform_state((50, 201), code=40, top=100)
-    state.gradient_codes[:, ::2] = 0
+    state.gradient.codes[:, ::2] = 0
 
     for step in range(1, 20):
         step_(backend, state, lr=0.3 * SCALE, weight_decay=0.0, step=step)
-        state.momentum_codes[:, ::2] = 0
+        state.momentum.codes[:, ::2] = 0
 
-    assert (state.codes[:, 2::2] == 40).all()
-    assert (state.codes[:, 1::2] != 40).any()
+    assert (state.weight.codes[:, 2::2] == 40).all()
+    assert (state.weight.codes[:, 1::2] != 40).any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -192,48 +185,43 @@ def test_an_element_without_update_keeps_its_code_beside_others_that_move(backen
 def test_a_scale_changes_only_when_it_must(backend, top, quanta, new_top):
     """`quanta` moves the largest code up; each row has its own largest value."""
     state = uniform_state((20, 33), code=0, top=top)
-    state.gradient_codes[:, 0] = -1
-    state.gradient_codes[:, 1:] = 0
+    state.gradient.codes[:, 0] = -1
+    state.gradient.codes[:, 1:] = 0
     if quanta < 0:
-        state.gradient_codes.neg_()
+        state.gradient.codes.neg_()
     before = state.clone()
 
     step_(backend, state, lr=abs(quanta) * SCALE, weight_decay=0.0)
 
     if new_top is None:
-        assert_same_bits(state.scales, before.scales)
-        assert (state.codes[:, 0] == round(top + quanta)).all()
+        assert_same_bits(state.weight.scales, before.weight.scales)
+        assert (state.weight.codes[:, 0] == round(top + quanta)).all()
     else:
-        assert (state.codes[:, 0] == new_top).all()
+        assert (state.weight.codes[:, 0] == new_top).all()
         expected = SCALE * (top + quanta) / 120
-        np.testing.assert_allclose(state.scales.double(), expected, rtol=6 * FP32_EPS)
-    assert (state.codes[:, 1:] == 0).all()
+        np.testing.assert_allclose(state.weight.scales.double(), expected, rtol=6 * FP32_EPS)
+    assert (state.weight.codes[:, 1:] == 0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_groups_of_a_row_follow_their_own_range(backend):
     """One group overflows, one has shrunk, one sticks, and the short last one overflows."""
     state = make_state((3, 35), group_size=10)
-    state.codes.fill_(0)
-    state.codes[:, [0, 10, 20, 30]] = torch.tensor([127, 20, 90, -127], dtype=torch.int8)
-    state.scales.fill_(SCALE)
-    state.momentum_codes.zero_()
-    state.gradient_codes.zero_()
-    state.gradient_codes[:, [0, 10, 20, 30]] = torch.tensor([-1, -1, -1, 1], dtype=torch.int8)
+    state.weight.codes.fill_(0)
+    state.weight.codes[:, [0, 10, 20, 30]] = torch.tensor([127, 20, 90, -127], dtype=torch.int8)
+    state.weight.scales.fill_(SCALE)
+    state.momentum.codes.zero_()
+    state.gradient.codes.zero_()
+    state.gradient.codes[:, [0, 10, 20, 30]] = torch.tensor([-1, -1, -1, 1], dtype=torch.int8)
 
-    backend.lion_step_(
-        *state.arguments(),
-        group_size=10,
-        state_group_size=256,
-        **{**ARGUMENTS, "lr": 4 * SCALE, "weight_decay": 0.0},
-    )
+    step_(backend, state, lr=4 * SCALE, weight_decay=0.0)
 
     np.testing.assert_allclose(
-        state.scales.double() / SCALE,
+        state.weight.scales.double() / SCALE,
         np.array([[131 / 120, 24 / 120, 1, 131 / 120]] * 3),
         rtol=6 * FP32_EPS,
     )
-    assert (state.codes[:, [0, 10, 20, 30]] == torch.tensor([120, 120, 94, -120])).all()
+    assert (state.weight.codes[:, [0, 10, 20, 30]] == torch.tensor([120, 120, 94, -120])).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -242,25 +230,21 @@ def test_groups_of_a_row_follow_their_own_range(backend):
 def test_a_row_of_zeros_starts_to_train(lr, group_size, backend):
     """Its scale is the least there is; the first step finds the right one."""
     state = make_state((4, 40), group_size=group_size)
-    codes, scales = backend.quantize(torch.zeros(1, 40), group_size)
-    state.codes[1], state.scales[1] = codes[0], scales[0]
-    state.momentum_codes.zero_()
-    state.gradient_codes.fill_(5)
-    state.gradient_codes[:, ::3] = -5
-    state.gradient_codes[:, 1] = 0
-    sizes = {"group_size": group_size, "state_group_size": 256}
-    direction = -state.gradient_codes[1].sign().double().numpy()
+    codes, scales = backend.quantize(torch.zeros(1, 40), group_size=group_size)
+    state.weight.codes[1], state.weight.scales[1] = codes[0], scales[0]
+    state.momentum.codes.zero_()
+    state.gradient.codes.fill_(5)
+    state.gradient.codes[:, ::3] = -5
+    state.gradient.codes[:, 1] = 0
+    direction = -state.gradient.codes[1].sign().double().numpy()
 
-    backend.lion_step_(*state.arguments(), **sizes, **{**ARGUMENTS, "lr": lr})
+    step_(backend, state, lr=lr)
 
-    np.testing.assert_allclose(
-        values64(state.codes, state.scales, group_size)[1], lr * direction, rtol=1e-6
-    )
+    np.testing.assert_allclose(stored64(state.weight)[1], lr * direction, rtol=1e-6)
     for step in range(2, 6):
-        arguments = {**ARGUMENTS, "lr": lr, "weight_decay": 0.0, "step": step}
-        backend.lion_step_(*state.arguments(), **sizes, **arguments)
+        step_(backend, state, lr=lr, weight_decay=0.0, step=step)
     np.testing.assert_allclose(
-        values64(state.codes, state.scales, group_size)[1], 5 * lr * direction, rtol=1 / 60
+        stored64(state.weight)[1], 5 * lr * direction, rtol=1 / 60
     )  # one code at most of 60 or more
 
 
@@ -268,12 +252,12 @@ def test_a_row_of_zeros_starts_to_train(lr, group_size, backend):
 def test_a_group_that_decays_to_nothing_stays_finite(backend):
     """Lr * weight_decay = 1 removes the weight at once; the scale must not become zero or NaN."""
     state = make_state((4, 40), group_size=None)
-    state.momentum_codes.zero_()
-    state.gradient_codes.zero_()
+    state.momentum.codes.zero_()
+    state.gradient.codes.zero_()
 
     for step in (1, 2):
         step_(backend, state, lr=1.0, weight_decay=1.0, step=step)
 
-    assert (state.codes == 0).all()
-    assert state.scales.isfinite().all()
-    assert (state.scales > 0).all()
+    assert (state.weight.codes == 0).all()
+    assert state.weight.scales.isfinite().all()
+    assert (state.weight.scales > 0).all()

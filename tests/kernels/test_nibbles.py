@@ -4,10 +4,18 @@ import numpy as np
 import pytest
 import torch
 
-from qft_hf.kernels import cpu, reference
-from qft_hf.kernels.reference.nibbles import load_nibbles, round_to_nibbles
-from qft_hf.kernels.reference.philox import MOMENTUM, WEIGHT, random_words
-from tests.kernels.states import ARGUMENTS, NIBBLE_UNITS, make_state, momentum64, spread
+from qft_hf.kernels.nibbles import load_nibbles, round_to_nibbles
+from qft_hf.kernels.philox import MOMENTUM, WEIGHT, random_words
+from tests.kernels.backends import cpu, reference
+from tests.kernels.states import (
+    NIBBLE_UNITS,
+    arguments,
+    assert_same_state,
+    make_state,
+    momentum64,
+    spread,
+    stored64,
+)
 from tests.tolerances import FP32_EPS, assert_same_bits, mean_error
 
 BACKENDS = [reference, cpu]
@@ -69,22 +77,17 @@ def test_mean_of_100000_roundings_is_the_value(backend, units):
     A momentum of zeros takes `0.25 * g`; the first column of each group of 64 sets the scale.
     """
     state = make_state((200, 512), group_size=None, momentum_bits=4)
-    state.momentum_codes.zero_()
+    state.momentum.codes.zero_()
     gradient = torch.full((200, 512), units * SCALE * 4)
     gradient[:, ::64] = 70 * SCALE * 4
-    state.set_gradient(gradient, 256)
+    state.set_gradient(gradient)
     # What 8 bits have made of it, so that nothing but the rounding of momentum is measured.
-    exact = state.gradient_codes[0, 1].double() * state.gradient_scales[0, 0].double() * 0.25
-    exact /= state.momentum_scales.new_tensor(SCALE).double()
+    exact = state.gradient.codes[0, 1].double() * state.gradient.scales[0, 0].double() * 0.25
+    exact /= state.momentum.scales.new_tensor(SCALE).double()
 
-    backend.lion_step_(
-        *state.arguments(),
-        group_size=None,
-        state_group_size=256,
-        **{**ARGUMENTS, "beta2": 0.75},
-    )
+    backend.lion_step_(*state.arguments(), **arguments(beta2=0.75))
 
-    np.testing.assert_allclose(state.momentum_scales, SCALE, rtol=8 * FP32_EPS)
+    np.testing.assert_allclose(state.momentum.scales, SCALE, rtol=8 * FP32_EPS)
     found = np.delete(momentum64(state), np.s_[::64], axis=1) / SCALE
     above = LEVELS[LEVELS > exact].min().item()
     below = LEVELS[LEVELS <= exact].max().item()
@@ -99,15 +102,15 @@ def test_decay_moves_the_scale_and_no_code(backend):
     """The largest value keeps the largest code, so what only decays stays on its level."""
     state = make_state((1000, 16), group_size=None, momentum_bits=4)
     codes = torch.tensor([7, *range(-7, 8)]) & 15
-    state.momentum_codes[:] = (codes[::2] | codes[1::2] << 4).to(torch.uint8)
-    state.momentum_scales.fill_(SCALE)
-    state.gradient_codes.zero_()
+    state.momentum.codes[:] = (codes[::2] | codes[1::2] << 4).to(torch.uint8)
+    state.momentum.scales.fill_(SCALE)
+    state.gradient.codes.zero_()
     before = state.clone()
 
-    backend.lion_step_(*state.arguments(), group_size=None, state_group_size=256, **ARGUMENTS)
+    backend.lion_step_(*state.arguments(), **arguments())
 
-    assert_same_bits(state.momentum_codes, before.momentum_codes)
-    np.testing.assert_allclose(state.momentum_scales, 0.99 * SCALE, rtol=8 * FP32_EPS)
+    assert_same_bits(state.momentum.codes, before.momentum.codes)
+    np.testing.assert_allclose(state.momentum.scales, 0.99 * SCALE, rtol=8 * FP32_EPS)
 
 
 def test_nearest_takes_the_nearer_level():
@@ -161,15 +164,12 @@ def test_momentum_moves_by_one_level_at_most_beyond_its_exact_value(backend):
     state = make_state((13, 257), group_size=100, outlier_fraction=0.03, momentum_bits=4)
     for step, size in enumerate([3e-3, 3e-2, 1e-4], start=1):
         gradient = torch.randn(13, 257, generator=torch.Generator().manual_seed(step)) * size
-        state.set_gradient(gradient, 256)
-        g = state.gradient_codes.double().numpy() * spread(state.gradient_scales, 257, 256)
-        exact = 0.99 * momentum64(state) + 0.01 * g
+        state.set_gradient(gradient)
+        exact = 0.99 * momentum64(state) + 0.01 * stored64(state.gradient)
 
-        backend.lion_step_(
-            *state.arguments(), group_size=100, state_group_size=256, **{**ARGUMENTS, "step": step}
-        )
+        backend.lion_step_(*state.arguments(), **arguments(step=step))
 
-        scale = spread(state.momentum_scales, 257, 64)
+        scale = spread(state.momentum.scales, 257, 64)
         units, found = exact / scale, momentum64(state) / scale
         place = np.clip(np.searchsorted(LEVELS.numpy(), units), 1, 14)
         gap = LEVELS.numpy()[place] - LEVELS.numpy()[place - 1]
@@ -180,8 +180,5 @@ def test_momentum_moves_by_one_level_at_most_beyond_its_exact_value(backend):
 def test_stochastic_off_uses_no_random_numbers():
     states = [make_state((5, 130), group_size=None, momentum_bits=4) for _ in range(2)]
     for state, seed in zip(states, (1, 2), strict=True):
-        reference.lion_step_(
-            *state.arguments(), group_size=None, state_group_size=256,
-            **{**ARGUMENTS, "stochastic": False, "seed": seed},
-        )  # fmt: skip
-    assert_same_bits(states[0].momentum_codes, states[1].momentum_codes)
+        reference.lion_step_(*state.arguments(), **arguments(stochastic=False, seed=seed))
+    assert_same_state(*states)

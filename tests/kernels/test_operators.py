@@ -8,105 +8,208 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qft_hf import kernels
-from tests.kernels.states import ARGUMENTS, float_arguments, make_state, random
+from qft_hf.kernels import AdamW, Moments, Weight
+from qft_hf.kernels.operators import Operator
+from tests.kernels.states import (
+    ROUNDING,
+    arguments,
+    assert_same_state,
+    coded,
+    float_arguments,
+    make_state,
+    random,
+    step_arguments,
+    step_float_arguments,
+)
 from tests.tolerances import assert_same_bits
 
-
-def quantized(group_size: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
-    return kernels.quantize(random((5, 300), None), group_size=group_size)
+OPERATORS: dict[str, Operator] = {
+    name: value for name, value in vars(kernels).items() if isinstance(value, Operator)
+}
 
 
 def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     """Arguments of each operator."""
     state = make_state((5, 300), group_size=32, outlier_fraction=0.02)
-    outliers = {
-        "outlier_values": state.outlier_values,
-        "outlier_columns": state.outlier_columns,
-        "dtype": torch.bfloat16,
-    }
-    codes, scales = kernels.quantize(random((5, 300), None), group_size=None)
+    packed = make_state((5, 300), group_size=32, momentum_bits=4)
+    x = random((5, 300), None)
+    codes, scales = kernels.quantize(x, group_size=None)
     floats = (
         [torch.linspace(-1, 1, n).bfloat16() for n in (30, 7)],
         *([torch.full((n,), value) for n in (30, 7)] for value in (0.0, 1.0)),
     )
+    ratio, root = coded(x, 256), coded(x.abs(), 256)
+    moments = Moments(*ratio.tensors, root.codes.byte(), root.scales, 256)
     rows = torch.tensor([4, 0, 4, 1])
-    sgd = {name: value for name, value in ARGUMENTS.items() if not name.startswith("beta")}
-    sgd_floats = float_arguments(2)
-    del sgd_floats["beta1"], sgd_floats["beta2"]
-    weight_and_gradient = (*state.arguments()[:4], *state.arguments()[6:])
+    bias, columns, values = torch.ones(5), torch.tensor([3]), torch.ones(5, 1)
+    fused = {"group_size": 256, **arguments()}
     return {
-        "accumulate_": ((*quantized(), *quantized(), 256), {}),
-        "column_absmax": ((random((5, 300), None).bfloat16(),), {}),
-        "dequantize": ((state.codes, state.scales, 32), {**outliers, "rows": rows}),
-        "dequantized_matmul": (
-            (random((3, 300), None).bfloat16(), state.codes, state.scales, 32),
-            {
-                "outlier_values": state.outlier_values,
-                "outlier_columns": state.outlier_columns,
-                "bias": torch.ones(5),
-            },
+        "accumulate_": ((coded(x, 256), coded(x.flip(1), 256)), {}),
+        "adamw_step_": (
+            (state.weight, moments, state.gradient),
+            {"rule": AdamW(3e-3, 0.9, 0.99, 1e-8, 0.1), "rounding": ROUNDING},
         ),
+        "column_absmax": ((x.bfloat16(),), {}),
+        "dequantize": ((state.weight,), {"dtype": torch.bfloat16, "rows": rows}),
+        "dequantize of a dense weight": ((Weight.dense(state.gradient),), {}),
+        "dequantized_matmul": ((random((3, 300), None).bfloat16(), state.weight), {"bias": bias}),
         "embedding_gradient_": (
-            (*quantized(), torch.tensor([3, 0, 3]), torch.ones(3, 300)),
-            {"group_size": 256, "padding_idx": 0},
+            (coded(x, 256), torch.tensor([3, 0, 3]), torch.ones(3, 300)), {"padding_idx": 0}
         ),
         "int8_matmul": (
             (codes, codes.t(), scales, scales),
-            {
-                "bias": torch.ones(5),
-                "columns": torch.tensor([3]),
-                "values": torch.ones(5, 1),
-                "dtype": torch.bfloat16,
-            },
+            {"bias": bias, "columns": columns, "values": values, "dtype": torch.bfloat16},
         ),
-        "lion_step_": (state.arguments(), {"group_size": 32, "state_group_size": 256, **ARGUMENTS}),
+        "int8_matmul of codes alone": (
+            (codes, codes.t(), None, None), {"dtype": torch.float32}
+        ),
+        "lion_step_": (state.arguments(), arguments()),
+        "lion_step_ of a packed momentum": (packed.arguments(), arguments(maximize=True)),
         "lion_step_floats_": (floats, float_arguments(2)),
-        "quantize": ((random((5, 300), None), 32, torch.arange(300) % 7 == 0), {}),
+        "quantize": ((x,), {"group_size": 32, "zero_columns": torch.arange(300) % 7 == 0}),
+        "quantize of whole rows": ((x.half(),), {"group_size": None}),
         "quantize_and_lion_step_": (
-            (*state.arguments()[:-2], random((5, 300), None)),
-            {"group_size": 32, "state_group_size": 256, "factor": torch.tensor(0.5), "first_row": 0}
-            | ARGUMENTS,
+            (state.weight, state.momentum, x), {**fused, "factor": torch.tensor(0.5)}
         ),
-        "quantize_gradient": (
-            (random((300, 5), None), scales, None),
-            {"stochastic": True, "seed": 3},
+        "quantize_and_lion_step_ of a packed momentum": (
+            (packed.weight, packed.momentum, x.bfloat16()), fused
+        ),
+        "quantize_gradient": ((random((300, 5), None), scales, None), {"seed": 3}),
+        "quantize_gradient in both forms": (
+            (random((5, 5), None), scales, scales), {"stochastic": False, "seed": 3}
         ),
         "requantized_matmul": (
-            (codes, codes.t(), scales),
-            {"columns": torch.tensor([3]), "values": torch.ones(5, 1), "group_size": 2},
+            (codes, codes.t(), scales), {"columns": columns, "values": values, "group_size": 2}
         ),
-        "sgd_step_": (weight_and_gradient, {"group_size": 32, "state_group_size": 256, **sgd}),
-        "sgd_step_floats_": ((floats[0], floats[2]), sgd_floats),
-        "squared_norm": ((*quantized(), 256), {}),
-    }
+        "squared_norm": ((coded(x, 256),), {}),
+        "step_floats_": ((floats[0], floats[2]), step_float_arguments(2)),
+        "step_weight_": ((state.weight, x), step_arguments()),
+    }  # fmt: skip
+
+
+def case(name: str) -> tuple[Operator, tuple[Any, ...], dict[str, Any]]:
+    """The operator of a case, and the arguments."""
+    return OPERATORS[name.split()[0]], *cases()[name]
 
 
 def test_every_operator_has_a_case():
-    assert set(cases()) == set(kernels.__all__)
+    assert {name.split()[0] for name in cases()} == set(OPERATORS)
 
 
-@pytest.mark.parametrize("name", kernels.__all__)
+@pytest.mark.parametrize("name", cases())
 def test_opcheck(name):
-    arguments, options = cases()[name]
+    operator, values, options = case(name)
+    flat = tuple(operator.flatten(*values, **options))
 
-    results = torch.library.opcheck(getattr(torch.ops.qft_hf, name).default, arguments, options)
+    results = torch.library.opcheck(getattr(torch.ops.qft_hf, operator.name).default, flat)
 
     assert set(results.values()) == {"SUCCESS"}
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors of arguments or results, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    return []
+
+
+def written(operator: Operator, values: Any, options: Any) -> list[bool]:
+    """Which of the flat tensors a call has changed."""
+    flat = tensors_in(operator.flatten(*values, **options))
+    before = [tensor.clone() for tensor in flat]
+    operator(*values, **options)
+    return [not torch.equal(old, new) for old, new in zip(before, flat, strict=True)]
+
+
+@pytest.mark.parametrize("name", cases())
+def test_the_schema_says_what_is_written(name):
+    """Each tensor that it names as written is, and no other."""
+    operator, values, options = case(name)
+    schema = getattr(torch.ops.qft_hf, operator.name).default._schema
+    flat = operator.flatten(*values, **options)
+    declared = [
+        argument.alias_info is not None and argument.alias_info.is_write
+        for argument, value in zip(schema.arguments, flat, strict=True)
+        for _ in tensors_in(value)
+    ]
+
+    found = written(operator, values, options)
+
+    filled = [tensor.numel() > 0 for tensor in tensors_in(flat)]
+    declared = [is_written and full for is_written, full in zip(declared, filled, strict=True)]
+    assert found == declared
+
+
+@pytest.mark.parametrize("name", cases())
+def test_through_the_dispatcher_an_operator_has_the_bits_of_a_call(name):
+    """With the reference's defaults for what is left out."""
+    operator, values, options = case(name)
+    _, other_values, other_options = case(name)
+    flat = operator.flatten(*other_values, **other_options)
+
+    direct = operator(*values, **options)
+    dispatched = getattr(torch.ops.qft_hf, operator.name).default(*flat)
+
+    changed = operator.flatten(*values, **options)
+    pairs = [(direct, dispatched), (changed, flat)]
+    for one, other in pairs:
+        for tensor, wanted in zip(tensors_in(one), tensors_in(other), strict=True):
+            assert_same_bits(tensor, wanted)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_fake_results_have_the_shapes_of_real_ones(name):
+    operator, values, options = case(name)
+    flat = operator.flatten(*values, **options)
+    operation = getattr(torch.ops.qft_hf, operator.name).default
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [
+            [mode.from_tensor(part) for part in value] if tensors_in(value) == value and value
+            else mode.from_tensor(value) if isinstance(value, torch.Tensor)
+            else value
+            for value in flat
+        ]  # fmt: skip
+        fake = operation(*fakes)
+    real = operation(*flat)
+
+    assert [(t.shape, t.dtype, t.stride()) for t in tensors_in(fake)] == [
+        (t.shape, t.dtype, t.stride()) for t in tensors_in(real)
+    ]
 
 
 def test_an_operator_compiles_into_one_graph():
     """Written tensors stay the same tensors, and what follows sees the new values."""
     eager, compiled = (make_state((5, 300), group_size=32, outlier_fraction=0.02) for _ in range(2))
 
-    def step(*tensors: torch.Tensor) -> torch.Tensor:
-        kernels.lion_step_(*tensors, group_size=32, state_group_size=256, **ARGUMENTS)
-        return tensors[0].sum()
+    def step(codes: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        state = compiled.of(dict(zip(compiled.tensors(), (codes, *rest), strict=True)))
+        kernels.lion_step_(*state.arguments(), **arguments())
+        return codes.sum()
 
-    total = torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled.arguments())
+    step_compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    total = step_compiled(*compiled.tensors().values())
 
-    assert_same_bits(total, step(*eager.arguments()))
-    for name, tensor in eager.tensors().items():
-        assert_same_bits(getattr(compiled, name), tensor)
+    assert_same_bits(total, step(*eager.tensors().values()))
+    assert_same_state(compiled, eager)
+
+
+def test_values_may_be_made_inside_and_outside_of_what_is_compiled():
+    """Codes go in, are quantized, stepped and expanded in one graph."""
+    x = random((5, 300), None)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        codes, scales = kernels.quantize(x, group_size=32)
+        values = scales.new_empty(5, 0)
+        weight = Weight(codes, scales, values, values.short(), 32)
+        kernels.step_weight_(weight, x, **step_arguments(lr=0.1))
+        return kernels.dequantize(weight, dtype=torch.bfloat16)
+
+    found = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+
+    assert_same_bits(found, run(x))
 
 
 class Listener(TorchDispatchMode):
@@ -132,6 +235,31 @@ def test_who_listens_hears_of_operators_and_nothing_else_changes():
     assert listener.heard == ["qft_hf::quantize"]
     for one, other in zip(alone, heard, strict=True):
         assert_same_bits(one, other)
+
+
+def test_who_listens_to_a_composition_hears_of_it_and_of_none_of_its_parts():
+    state, alone = (make_state((5, 300), group_size=32) for _ in range(2))
+    given = {"group_size": 256, **arguments()}
+    kernels.quantize_and_lion_step_(alone.weight, alone.momentum, random((5, 300), None), **given)
+
+    with Listener() as listener:
+        kernels.quantize_and_lion_step_(
+            state.weight, state.momentum, random((5, 300), None), **given
+        )
+
+    assert listener.heard == ["qft_hf::quantize_and_lion_step_"]
+    assert_same_state(state, alone)
+
+
+def test_what_does_not_fit_is_refused_under_a_listener_too():
+    with Listener(), pytest.raises(TypeError, match=r"x must be torch\.float32"):
+        kernels.quantize(torch.ones(2, 3).double(), group_size=None)
+
+
+def test_no_tensors_are_no_work_for_the_dispatcher_either():
+    flat = kernels.step_floats_.flatten([], [], **step_float_arguments(0))
+
+    assert torch.ops.qft_hf.step_floats_.default(*flat) is None
 
 
 def test_tensors_without_values_get_shapes():

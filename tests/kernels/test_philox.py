@@ -8,7 +8,7 @@ import torch
 from numba import njit
 
 from qft_hf.kernels.cpu.philox import philox as cpu_philox
-from qft_hf.kernels.reference.philox import philox, random_words, weight_uniform
+from qft_hf.kernels.philox import philox, random_words, weight_uniform
 from tests.tolerances import assert_same_bits
 
 CPU = torch.device("cpu")

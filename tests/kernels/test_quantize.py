@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from qft_hf import kernels
-from qft_hf.kernels import cpu, reference
-from tests.kernels.states import ramp, random, spread, ties, values64
+from qft_hf.kernels import Quantized, Weight
+from tests.kernels.backends import cpu, reference
+from tests.kernels.states import coded, ramp, random, spread, stored64, ties, values64
 from tests.tolerances import FP32_EPS, assert_same_bits, rounding_bound
 
 SHAPES = [(1, 1), (1, 128), (3, 129), (7, 33), (5, 300)]  # short, exact, one over, odd, long
@@ -95,12 +96,12 @@ def test_tiny_and_huge_values_give_finite_results(magnitude):
     assert bool(codes.any()) == (magnitude > LEAST_SCALE / 2)
 
 
-@pytest.mark.parametrize("backend", [reference, cpu])
+@pytest.mark.parametrize("backend", [reference, cpu], ids=str)
 def test_what_some_devices_take_for_zero_counts_as_zero(backend):
     """Subnormal values; whether a product with one is subnormal or 0 must not show in a code."""
     x = torch.tensor([[2.0**-127, -(2.0**-149), 0.0, -(2.0**-126)]])
 
-    codes, scales = backend.quantize(x, None)
+    codes, scales = backend.quantize(x, group_size=None)
 
     assert (codes == 0).all()
     assert (scales == LEAST_SCALE).all()
@@ -156,61 +157,69 @@ def test_a_group_that_is_not_finite_keeps_a_scale_that_tells(bad, column):
     scales[1, group] = 1 / 127
     assert scales.isfinite().all()
     assert (codes[0] == 127).all()
-    assert not kernels.dequantize(codes, scales, group_size=4).isnan().any()
+    assert not kernels.dequantize(Weight.dense(Quantized(codes, scales, 4))).isnan().any()
 
 
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dequantize_is_one_fp32_product(shape, group_size):
     """Codes far apart in one row and scales that differ from group to group."""
-    codes, scales = kernels.quantize(ramp(shape, group_size), group_size=group_size)
-    before = codes.clone(), scales.clone()
+    weight = Weight.dense(coded(ramp(shape, group_size), group_size))
+    before = weight.codes.clone(), weight.scales.clone()
 
-    values = kernels.dequantize(codes, scales, group_size=group_size)
+    values = kernels.dequantize(weight)
 
-    expected = values64(codes, scales, group_size).astype(np.float32)
+    expected = stored64(weight).astype(np.float32)
     np.testing.assert_array_equal(values.numpy(), expected)
-    assert_same_bits(codes, before[0])
-    assert_same_bits(scales, before[1])
+    assert_same_bits(weight.codes, before[0])
+    assert_same_bits(weight.scales, before[1])
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group_size", [None, 10, 32])
-def test_dequantize_puts_critical_values_in_their_places(group_size, dtype, index_dtype):
+def test_dequantize_puts_outliers_in_their_places(group_size, dtype, index_dtype):
     """Other columns in each row, the first and the last among them; one rounding to `dtype`."""
-    codes, scales = kernels.quantize(ramp((3, 33), group_size), group_size=group_size)
+    dense = coded(ramp((3, 33), group_size), group_size)
     columns = torch.tensor([[0, 7], [8, 32], [31, 32]])
     values = torch.tensor([[1.1, -2.2], [3e4, 1e-3], [0.0, -0.7]])
 
-    actual = kernels.dequantize(
-        codes,
-        scales,
-        group_size=group_size,
-        outlier_values=values,
-        outlier_columns=columns.to(index_dtype),
-        dtype=dtype,
-    )
+    weight = Weight(*dense.tensors, values, columns.to(index_dtype), group_size)
+    actual = kernels.dequantize(weight, dtype=dtype)
 
-    expected = values64(codes, scales, group_size).astype(np.float32)
+    expected = stored64(dense).astype(np.float32)
     np.put_along_axis(expected, columns.numpy(), values.numpy(), axis=1)
     assert_same_bits(actual, torch.from_numpy(expected).to(dtype))
 
 
 def test_dequantize_refuses_other_dtypes():
+    weight = Weight.dense(coded(torch.ones(2, 4), None))
+
+    with pytest.raises(TypeError, match=r"dequantize makes floats, got dtype=torch\.int32\."):
+        kernels.dequantize(weight, dtype=torch.int32)
+
+
+VALUES, COLUMNS = torch.ones(2, 1), torch.ones(2, 1).short()
+
+
+@pytest.mark.parametrize(
+    ("values", "columns", "error", "match"),
+    [
+        (VALUES, COLUMNS[:, :0], ValueError, r"same shape on cpu.*\(2, 1\).*\(2, 0\)"),
+        (VALUES[:, :0], COLUMNS, ValueError, r"same shape on cpu.*\(2, 0\).*\(2, 1\)"),
+        (VALUES[:1], COLUMNS[:1], ValueError, "one row for each of the 2 rows of the weight"),
+        (VALUES[:, 0], COLUMNS[:, 0], ValueError, r"must be matrices.*got shapes \(2,\)"),
+        (VALUES.to("meta"), COLUMNS, ValueError, r"same shape on cpu.*\(2, 1\) on meta"),
+        (VALUES, COLUMNS.to("meta"), ValueError, r"same shape on cpu.*\(2, 1\) on meta"),
+        (VALUES.double(), COLUMNS, TypeError, r"outlier values must be torch\.float32"),
+        (VALUES, COLUMNS.long(), TypeError, r"outlier columns must be torch\.int16 or .*int32"),
+    ],
+)
+def test_outliers_need_their_columns(values, columns, error, match):
     codes, scales = kernels.quantize(torch.ones(2, 4), group_size=None)
 
-    with pytest.raises(
-        TypeError, match=r"makes floats, got dtype=torch\.int32\. The codes are INT8"
-    ):
-        kernels.dequantize(codes, scales, group_size=None, dtype=torch.int32)
-
-
-def test_critical_values_need_their_columns():
-    codes, scales = kernels.quantize(torch.ones(2, 4), group_size=None)
-
-    with pytest.raises(ValueError, match="outlier values and outlier columns, or neither"):
-        kernels.dequantize(codes, scales, group_size=None, outlier_values=torch.ones(2, 1))
+    with pytest.raises(error, match=match):
+        Weight(codes, scales, values, columns, None)
 
 
 @pytest.mark.parametrize("group_size", [0, -1])
@@ -218,15 +227,18 @@ def test_a_group_without_columns_is_refused(group_size):
     with pytest.raises(ValueError, match=rf"group_size={group_size}\. None makes one group"):
         kernels.quantize(torch.ones(2, 4), group_size=group_size)
     with pytest.raises(ValueError, match=rf"group_size={group_size}\. None makes one group"):
-        kernels.dequantize(torch.ones(2, 4).char(), torch.ones(2, 1), group_size=group_size)
+        Quantized(torch.ones(2, 4).char(), torch.ones(2, 1), group_size)
+    none = torch.ones(2, 0)
+    with pytest.raises(ValueError, match=rf"group_size={group_size}\. None makes one group"):
+        Weight(torch.ones(2, 4).char(), torch.ones(2, 1), none, none.short(), group_size)
 
 
 def test_quantizing_the_quantized_changes_nothing():
-    codes, scales = kernels.quantize(random((9, 70), None), group_size=16)
+    first = coded(random((9, 70), None), 16)
 
-    again, _ = kernels.quantize(kernels.dequantize(codes, scales, group_size=16), group_size=16)
+    again, _ = kernels.quantize(kernels.dequantize(Weight.dense(first)), group_size=16)
 
-    assert_same_bits(again, codes)
+    assert_same_bits(again, first.codes)
 
 
 @pytest.mark.parametrize(
@@ -251,15 +263,21 @@ def test_what_cannot_be_quantized_is_refused(x, error, match):
 @pytest.mark.parametrize(
     ("codes", "scales", "error", "match"),
     [
-        (torch.ones(2, 4), torch.ones(2, 1), TypeError, r"x codes must be torch\.int8"),
-        (torch.ones(2, 4).char(), torch.ones(2, 2), ValueError, r"shape \(2, 1\).*of all columns"),
+        (torch.ones(2, 4), torch.ones(2, 1), TypeError, r"codes must be torch\.int8"),
+        (torch.ones(2, 4).byte(), torch.ones(2, 1), TypeError, r"codes must be torch\.int8"),
+        (torch.ones(2, 4).char(), torch.ones(2, 2), ValueError, r"shape \(2, 1\), one per row and"),
+        (torch.ones(2, 4).char(), torch.ones(2, 1).half(), ValueError, r"scales must be float32"),
         (torch.ones(2, 4).char(), torch.ones(1, 2).t(), None, ""),  # one column: contiguous
         (torch.ones(2, 4).char(), torch.ones(2, 1, device="meta"), ValueError, "on cpu like"),
     ],
 )
 def test_codes_and_scales_must_fit_each_other(codes, scales, error, match):
+    none = torch.ones(2, 0)
     if error is None:
-        assert (kernels.dequantize(codes, scales, group_size=None) == 1).all()
+        assert (kernels.dequantize(Weight.dense(Quantized(codes, scales, None))) == 1).all()
+        assert (kernels.dequantize(Weight(codes, scales, none, none.short(), None)) == 1).all()
         return
     with pytest.raises(error, match=match):
-        kernels.dequantize(codes, scales, group_size=None)
+        Quantized(codes, scales, None)
+    with pytest.raises(error, match=match):
+        Weight(codes, scales, none, none.short(), None)

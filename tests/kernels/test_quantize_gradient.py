@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from qft_hf import kernels
-from qft_hf.kernels import cpu, reference
-from qft_hf.kernels.cpu.quantize_gradient import _stochastic_code
-from qft_hf.kernels.reference.quantize_gradient import stochastic_codes
+from qft_hf.kernels.cpu.output_gradient import _stochastic_code
+from qft_hf.kernels.output_gradient import stochastic_codes
+from tests.kernels.backends import cpu, reference
 from tests.kernels.states import random, ties
 from tests.kernels.test_backends_agree import extremes
 from tests.kernels.test_philox import exact_philox
@@ -22,6 +22,12 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def factors(rows: int) -> Tensor:
     return torch.rand(rows, 1, generator=torch.Generator().manual_seed(rows)) + 0.1
+
+
+def forms(results: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Codes and scales by rows, and those by columns."""
+    row_codes, row_scales, column_codes, column_scales = results
+    return (row_codes, row_scales), (column_codes, column_scales)
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
@@ -45,10 +51,10 @@ def test_the_cpu_returns_the_bits_of_the_reference(shape, dtype, make_input, sto
 def test_every_code_follows_from_the_definition():
     """Both forms of a small gradient, element by element, with Philox in Python integers."""
     gradient = random((5, 7), None)
-    forms = kernels.quantize_gradient(gradient, factors(7), factors(5), seed=SEED)
+    results = kernels.quantize_gradient(gradient, factors(7), factors(5), seed=SEED)
 
     scaled = [gradient.numpy() * factors(7).numpy().T, (gradient.numpy() * factors(5).numpy()).T]
-    for stream, (form, values) in enumerate(zip(forms, scaled, strict=True)):
+    for stream, (form, values) in enumerate(zip(forms(results), scaled, strict=True)):
         codes, scales = (tensor.numpy() for tensor in form)
         absmax = np.abs(values).max(axis=1)
         assert (scales[:, 0] == absmax * np.float32(1 / 127)).all()
@@ -73,7 +79,8 @@ def test_rounding_is_unbiased(form):
     sums = torch.zeros(2, 3, 4, dtype=torch.float64)
 
     for seed in range(n_seeds):
-        rows, columns = kernels.quantize_gradient(gradient, factors(4), factors(3), seed=seed)
+        results = kernels.quantize_gradient(gradient, factors(4), factors(3), seed=seed)
+        rows, columns = forms(results)
         sums[0] += rows[0].double() * rows[1].double()
         sums[1] += (columns[0].double() * columns[1].double()).t()
 
@@ -82,9 +89,8 @@ def test_rounding_is_unbiased(form):
     bound = scales * (5 * mean_error(0.5, n_seeds) + 128 * 2.0**-22)
     assert ((sums[form] / n_seeds - exact).abs() <= bound).all()
     # The bound tells: nearest rounding breaks it.
-    nearest = kernels.quantize_gradient(gradient, factors(4), factors(3), stochastic=False, seed=0)[
-        form
-    ]
+    results = kernels.quantize_gradient(gradient, factors(4), factors(3), stochastic=False, seed=0)
+    nearest = forms(results)[form]
     values = nearest[0].double() * nearest[1].double()
     values = values if form == 0 else values.t()
     assert not ((values - exact).abs() <= bound).all()
@@ -94,7 +100,8 @@ def test_rounding_is_unbiased(form):
 def test_rounding_moves_a_value_by_less_than_a_scale(make_input):
     gradient = make_input((65, 129), None)
 
-    rows, columns = kernels.quantize_gradient(gradient, factors(129), factors(65), seed=SEED)
+    results = kernels.quantize_gradient(gradient, factors(129), factors(65), seed=SEED)
+    rows, columns = forms(results)
 
     for (codes, scales), values in [
         (rows, gradient * factors(129).t()),
@@ -105,7 +112,7 @@ def test_rounding_moves_a_value_by_less_than_a_scale(make_input):
         assert codes.abs().max() == 127
 
 
-@pytest.mark.parametrize("backend", [reference, cpu])
+@pytest.mark.parametrize("backend", [reference, cpu], ids=str)
 def test_values_on_the_grid_stay(backend):
     """A multiple of the scale has nothing to round, whatever the random number."""
     gradient = torch.arange(-127.0, 128.0).repeat(40, 1)
@@ -135,9 +142,8 @@ def test_codes_end_at_127():
 def test_nearest_rounding_is_that_of_quantize():
     gradient = ties((6, 24), None)
 
-    rows, columns = kernels.quantize_gradient(
-        gradient, factors(24), factors(6), stochastic=False, seed=0
-    )
+    results = kernels.quantize_gradient(gradient, factors(24), factors(6), stochastic=False, seed=0)
+    rows, columns = forms(results)
 
     for form, values in [
         (rows, gradient * factors(24).t()),
@@ -155,14 +161,15 @@ def test_zeros_stay_zero_and_do_not_touch_their_neighbours(stochastic):
     gradient[2], gradient[:, 5] = 0.0, 0.0
     ones = torch.ones(9, 1), torch.ones(6, 1)
 
-    rows, columns = kernels.quantize_gradient(gradient, *ones, stochastic=stochastic, seed=SEED)
+    results = kernels.quantize_gradient(gradient, *ones, stochastic=stochastic, seed=SEED)
+    rows, columns = forms(results)
 
     for (codes, scales), values in [(rows, gradient), (columns, gradient.t())]:
         assert (codes == 127 * values).all()
         assert (scales[(values == 0).all(dim=1)] == np.float32(1e-30)).all()
 
 
-@pytest.mark.parametrize("backend", [reference, cpu])
+@pytest.mark.parametrize("backend", [reference, cpu], ids=str)
 def test_what_some_devices_take_for_zero_counts_as_zero(backend):
     """Against the least scale no random number rounds a subnormal value up or down."""
     gradient = torch.tensor([2.0**-127, -(2.0**-149), -(2.0**-126)]).repeat(3000, 1)
@@ -170,7 +177,7 @@ def test_what_some_devices_take_for_zero_counts_as_zero(backend):
 
     results = backend.quantize_gradient(gradient, *ones, stochastic=True, seed=SEED)
 
-    for codes, scales in (results[:2], results[2:]):
+    for codes, scales in forms(results):
         assert (codes == 0).all()
         assert (scales == np.float32(1e-30)).all()
     values = torch.tensor([2.0**-126, -(2.0**-126)]) / 1e-30
@@ -180,7 +187,7 @@ def test_what_some_devices_take_for_zero_counts_as_zero(backend):
 
 
 @pytest.mark.parametrize("stochastic", [True, False])
-@pytest.mark.parametrize("backend", [reference, cpu])
+@pytest.mark.parametrize("backend", [reference, cpu], ids=str)
 def test_factors_of_zeros_take_no_codes_from_the_others(backend, stochastic):
     """Tokens and rows of the weight that are zeros have the least scale, and are folded with it."""
     gradient = random((30, 40), None)
@@ -198,7 +205,7 @@ def test_factors_of_zeros_take_no_codes_from_the_others(backend, stochastic):
         assert_same_bits(tensor, wanted)
 
 
-@pytest.mark.parametrize("backend", [reference, cpu])
+@pytest.mark.parametrize("backend", [reference, cpu], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_keeps_a_scale_that_tells(backend, bad):
     gradient = random((7, 10), None)
@@ -215,16 +222,22 @@ def test_what_is_not_finite_keeps_a_scale_that_tells(backend, bad):
         assert (codes[finite].abs().amax(dim=1) == 127).all()
 
 
-def test_a_form_is_made_where_its_factors_are_given():
-    gradient = random((7, 10), None)
-    both = kernels.quantize_gradient(gradient, factors(10), factors(7), seed=SEED)
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("backend", [reference, cpu], ids=str)
+def test_a_form_is_made_where_its_factors_are_given(backend, stochastic):
+    gradient, options = random((7, 10), None), {"stochastic": stochastic, "seed": SEED}
+    both = forms(backend.quantize_gradient(gradient, factors(10), factors(7), **options))
 
-    rows, no_columns = kernels.quantize_gradient(gradient, factors(10), None, seed=SEED)
-    no_rows, columns = kernels.quantize_gradient(gradient, None, factors(7), seed=SEED)
+    rows, no_columns = forms(backend.quantize_gradient(gradient, factors(10), None, **options))
+    no_rows, columns = forms(backend.quantize_gradient(gradient, None, factors(7), **options))
 
-    assert no_rows is None
-    assert no_columns is None
-    for form, wanted in [(rows, both[0]), (columns, both[1])]:
+    empty = torch.empty(0, 0, dtype=torch.int8), torch.empty(0, 1)
+    for form, wanted in [
+        (rows, both[0]),
+        (columns, both[1]),
+        (no_rows, empty),
+        (no_columns, empty),
+    ]:
         for tensor, expected in zip(form, wanted, strict=True):
             assert_same_bits(tensor, expected)
 

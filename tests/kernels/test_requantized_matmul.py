@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from qft_hf import kernels
-from qft_hf.kernels import cpu, reference
-from qft_hf.kernels.cpu.int8_matmul import TILE
-from qft_hf.kernels.int8_matmul import MAX_SUMMED
+from qft_hf.kernels.cpu.int8_product import TILE
+from qft_hf.kernels.int8_product import MAX_SUMMED
+from tests.kernels.backends import cpu, reference
 from tests.kernels.test_int8_matmul import codes, inside, other_order, scales
 from tests.tolerances import assert_same_bits
 
@@ -24,7 +24,7 @@ def given(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return numbers, values.to(dtype).t()  # as they are stored in a layer
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("group_size", [1, 7, 256, 3000])
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_equals_product_and_quantization(backend, rows, summed, columns, group_s
         assert_same_bits(result, wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("form", [other_order, inside])
 def test_without_scales_and_columns_and_stored_in_other_ways(backend, form):
     a, b = codes(12, 70), codes(70, 40)
@@ -59,7 +59,7 @@ def test_without_scales_and_columns_and_stored_in_other_ways(backend, form):
         assert_same_bits(result, wanted)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_spoils_its_group_only(backend, fault):
     a, b = codes(4, 9), codes(9, 40)
@@ -107,5 +107,6 @@ ONES = torch.ones(2, 4, dtype=torch.int8)
 )
 def test_what_cannot_be_multiplied_is_refused(options, error, match):
     arguments = {"a": ONES, "b": ONES.t(), "a_scales": None, "group_size": 4, **options}
+    operands = arguments.pop("a"), arguments.pop("b"), arguments.pop("a_scales")
     with pytest.raises(error, match=match):
-        kernels.requantized_matmul(**arguments)
+        kernels.requantized_matmul(*operands, **arguments)

@@ -261,7 +261,7 @@ def test_an_unknown_key_is_named():
         model.load_state_dict(model.state_dict() | {"blocks.0.up.weight_zero": torch.zeros(1)})
 
 
-def test_critical_values_for_a_model_without_them_are_refused():
+def test_outliers_for_a_model_without_them_are_refused():
     """Non-strict loading would drop them, and a percent of the weights, in silence."""
     state = quantized(tied=False).state_dict()
     model = quantized(QuantizationSpec(group_size=40, outlier_fraction=0.0), tied=False)

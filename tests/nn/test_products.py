@@ -90,7 +90,7 @@ def test_what_cannot_be_int8_is_refused(arguments, match):
         spec(**arguments)
 
 
-def test_weights_with_critical_values_of_each_row_are_refused():
+def test_weights_with_outliers_of_each_row_are_refused():
     model = WithHead()
     quantize_modules_(model, QuantizationSpec(outlier_fraction=0.1))
 
@@ -101,13 +101,13 @@ def test_weights_with_critical_values_of_each_row_are_refused():
     quantize_modules_(source, spec(outlier_fraction=0.1))
     with pytest.raises(RuntimeError, match=r"up\.weight was quantized.*Leave matmul='int8' out"):
         source.load_state_dict(model.state_dict())
-    # The other way round they fit: whole columns are critical values like any others.
+    # The other way round they fit: whole columns are outliers like any others.
     fitting = WithHead()
     quantize_modules_(fitting, spec(outlier_fraction=0.1))
     model.load_state_dict(fitting.state_dict())
 
 
-def test_weights_of_whole_rows_without_critical_values_fit_both():
+def test_weights_of_whole_rows_without_outliers_fit_both():
     model = WithHead()
     quantize_modules_(model, QuantizationSpec(outlier_fraction=0.0))
 

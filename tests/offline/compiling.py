@@ -1,15 +1,20 @@
-"""Compile a Triton kernel for a GPU that is not there, and read what came out."""
+"""Compile what a launch compiles, for a GPU that is not there, and read what came out."""
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from qft_hf.kernels.triton.launch import Constants, Launcher, Plan
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -33,47 +38,78 @@ class Compiled:
         return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes)
 
 
-def compile_kernel(
-    kernel: Any,
-    *,
-    types: dict[str, str],
-    constants: dict[str, Any],
-    capability: int,
-    n_warps: int,
-    n_stages: int = 3,
-    aligned: tuple[str, ...] = (),
-    enable_fp_fusion: bool = False,
-) -> Compiled:
-    """Compile for `sm_<capability>`.
+@dataclass(frozen=True)
+class Launch:
+    """A call of a kernel, with all that Triton compiles it from.
 
-    Args:
+    Attributes:
         kernel: A `triton.jit` function.
-        types: Type of each argument that is not constexpr, such as `"*i8"` or `"fp32"`. Pointers
-            are multiples of 16, as PyTorch allocates.
-        constants: The constexpr arguments.
-        capability: 80, 86, 89 or 90.
-        n_warps: Warps of one program.
-        n_stages: Steps of a loop in flight.
-        aligned: Integer arguments that are multiples of 16.
-        enable_fp_fusion: Allow fused multiply-add.
+        grid: Programs along each axis.
+        arguments: Those by position.
+        options: Those by name: constexpr arguments, warps and other options.
     """
-    names = kernel.arg_names
-    assert {*types, *constants} == set(names)
-    multiples = [
-        i for i, name in enumerate(names) if types.get(name, "").startswith("*") or name in aligned
-    ]
-    source = ASTSource(
-        fn=kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
-        constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in multiples},
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+    def packed(self, capability: int = 80, **changes: Any) -> tuple[Any, dict, dict, dict]:
+        """Options, types by name, constants and attributes, as Triton takes them from the call."""
+        backend = make_backend(target(capability))
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        options = {**self.options, **changes}
+        bound, specialization, others = bind(*self.arguments, **options)
+        return self.kernel._pack_args(backend, options, bound, specialization, others)
+
+    @property
+    def types(self) -> dict[str, str]:
+        """The type of each argument, such as `"*i8"`, `"fp32"` or `"constexpr"`."""
+        return self.packed()[1]
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constexpr arguments."""
+        return {name: self.options[name] for name in self.kernel.arg_names if name in self.options}
+
+    @property
+    def n_warps(self) -> int:
+        """Warps of one program."""
+        return self.options["num_warps"]
+
+
+def target(capability: int) -> GPUTarget:
+    """An NVIDIA GPU of compute capability 8.0 as 80, and so on."""
+    return GPUTarget("cuda", capability, 32)
+
+
+def launches(operator: Callable[..., Any], *arguments: Any, **options: Any) -> list[Launch]:
+    """What an operator of the Triton backend launches, without doing it.
+
+    Tensors may be on the meta device: nothing is read, and pointers are multiples of 16, as those
+    that PyTorch allocates.
+    """
+    found = []
+
+    def launch(self: Launcher, grid: tuple[int, ...], constants: Constants, *given: Any) -> None:
+        found.append(Launch(self._kernel, grid, given, constants.values))
+
+    def launch_plan(self: Plan, *given: Any) -> None:
+        self._launcher(self._grid, self._constants, *self._before, *given, *self._after)
+
+    with patch.object(Launcher, "__call__", launch), patch.object(Plan, "__call__", launch_plan):
+        operator(*arguments, **options)
+    return found
+
+
+def compile_launch(launch: Launch, capability: int, **changes: Any) -> Compiled:
+    """Compile for `sm_<capability>`; `changes` are options that a launch does not have."""
+    options, types, constants, attributes = launch.packed(capability, **changes)
+    compiled = triton.compile(
+        ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes),
+        target=target(capability),
+        options=options.__dict__,
     )
-    options = {
-        "num_warps": n_warps,
-        "num_stages": n_stages,
-        "enable_fp_fusion": enable_fp_fusion,
-    }
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

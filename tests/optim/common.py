@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import quantize_modules_
-from qft_hf.optim import QFTLion
+from qft_hf.optim import QFTLion, QFTOptimizer
 from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.nn.small import SmallModel, batch
 from tests.tolerances import assert_same_bits
@@ -22,7 +22,7 @@ def make_model(*, dtype: torch.dtype = torch.float32, seed: int = 0, **arguments
     return model
 
 
-def make_optimizer(model: nn.Module, **arguments: Any) -> QFTLion:
+def make_optimizer(model: nn.Module, kind: type[QFTOptimizer] = QFTLion, **arguments: Any) -> Any:
     """Two groups, one with and one without decay; never the neutral values."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -30,7 +30,7 @@ def make_optimizer(model: nn.Module, **arguments: Any) -> QFTLion:
         {"params": matrices, "weight_decay": 0.1},
         {"params": vectors, "weight_decay": 0.0, "lr": 2e-3},
     ]
-    return QFTLion(groups, **{"lr": 1e-3, "seed": 11, **arguments})
+    return kind(groups, **{"lr": 1e-3, "seed": 11, **arguments})
 
 
 def backward(model: SmallModel, step: int, n_parts: int = 1) -> Tensor:
@@ -63,7 +63,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def state_tensors(optimizer: QFTLion) -> dict[str, Tensor]:
+def state_tensors(optimizer: QFTOptimizer) -> dict[str, Tensor]:
     """Copies of the state of every parameter, by position and name."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
@@ -79,7 +79,7 @@ def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
         assert_same_bits(tensor, wanted)
 
 
-def snapshot(model: nn.Module, optimizer: QFTLion) -> dict[str, Tensor]:
+def snapshot(model: nn.Module, optimizer: QFTOptimizer) -> dict[str, Tensor]:
     return model_tensors(model) | state_tensors(optimizer)
 
 

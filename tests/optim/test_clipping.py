@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from qft_hf.kernels import reference
+from qft_hf.kernels import (
+    Lion,
+    Quantized,
+    Rounding,
+    Weight,
+    backend,
+    lion_step_,
+    lion_step_floats_,
+)
 from qft_hf.layout import STATE_GROUP_SIZE
 from qft_hf.quant import Int8Gradient
 from tests.optim.common import (
@@ -110,38 +118,29 @@ def test_a_clipped_step_is_the_reference_step_on_clipped_gradients():
     for group in other.param_groups:
         for parameter in group["params"]:
             state = other.state[parameter]
-            arguments = {
-                "lr": group["lr"],
-                "beta1": 0.9,
-                "beta2": 0.99,
-                "weight_decay": group["weight_decay"],
-                "maximize": False,
-                "stochastic": True,
-                "seed": 11,
-                "step": 3,
-                "stream": streams[id(parameter)],
-            }
-            if isinstance(parameter.grad, Int8Gradient):
-                reference.lion_step_(
-                    *parameter.fields().values(),
-                    state["momentum_codes"],
-                    state["momentum_scales"],
-                    parameter.grad.codes,
-                    parameter.grad.scales * factor,
-                    group_size=parameter.group_size,
-                    state_group_size=STATE_GROUP_SIZE,
-                    **arguments,
-                )
-            else:
-                step, stream = arguments.pop("step"), arguments.pop("stream")
-                reference.lion_step_floats_(
-                    [parameter.data],
-                    [state["momentum"]],
-                    [parameter.grad * factor],
-                    steps=[step],
-                    streams=[stream],
-                    **arguments,
-                )
+            rule = Lion(lr=group["lr"], beta1=0.9, beta2=0.99, weight_decay=group["weight_decay"])
+            stream = streams[id(parameter)]
+            with backend.use("reference"):
+                if isinstance(parameter.grad, Int8Gradient):
+                    codes, scales = parameter.grad.codes, parameter.grad.scales * factor
+                    momentum = state["momentum_codes"], state["momentum_scales"]
+                    lion_step_(
+                        Weight(*parameter.fields().values(), parameter.group_size),
+                        Quantized(*momentum, STATE_GROUP_SIZE),
+                        Quantized(codes, scales, STATE_GROUP_SIZE),
+                        rule=rule,
+                        rounding=Rounding(seed=11, step=3, stream=stream),
+                    )
+                else:
+                    lion_step_floats_(
+                        [parameter.data],
+                        [state["momentum"]],
+                        [parameter.grad * factor],
+                        rule=rule,
+                        seed=11,
+                        steps=[3],
+                        streams=[stream],
+                    )
 
     # The factor is known to FP32 rounding only; it moves momentum by as much, and no sign here.
     assert_same_tensors(model_tensors(model), model_tensors(expected))

@@ -55,7 +55,7 @@ def test_decay_alone_shrinks_the_norm_by_the_exact_factor(dtype, spec, lr, n_ste
     # The norm itself: rounding noise adds its variance to the square.
     norm = sqrt((end**2).sum() / square)
     assert factor - 5 * error <= norm <= sqrt(factor**2 + variance.sum() / square) + 5 * error
-    # Critical values decay in FP32, one rounding of two operations a step.
+    # Outliers decay in FP32, one rounding of two operations a step.
     torch.testing.assert_close(
         parameter.outlier_values, outliers * factor, rtol=2 * n_steps * FP32_EPS, atol=0
     )

@@ -107,10 +107,25 @@ def test_hooks_of_others_stay_also_when_the_model_is_moved(first):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_model_moved_behind_its_optimizer_is_noticed_and_costs_one_step_only(caplog):
+def test_a_model_may_be_moved_behind_its_optimizer(caplog):
     model, other = network(), network()
     optimizer = make_optimizer(model, "release")
     model.to(torch.float64).to(torch.float32)
+    loss_of(model, batches(1)[0]).backward()
+    assert all(p.grad is None for p in model.parameters())
+    optimizer.step()
+    assert not caplog.text
+    loss_of(model, batches(2)[1]).backward()
+    optimizer.step()
+    expected = take_steps(other, make_optimizer(other, "stack"))
+    assert_same_bits(everything(model, optimizer), expected)
+
+
+def test_hooks_that_were_lost_are_noticed_and_cost_one_step_only(caplog):
+    model, other = network(), network()
+    optimizer = make_optimizer(model, "release")
+    for parameter in model.parameters():
+        parameter._post_accumulate_grad_hooks.clear()
     loss_of(model, batches(1)[0]).backward()
     assert model.up.weight.grad is not None  # autograd does not call the hooks
     with caplog.at_level(logging.WARNING):

@@ -3,6 +3,7 @@
 import copy
 import gc
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, kernels, quantize_model_
 from qft_hf.nn import QFTLinear
-from qft_hf.quant import Int8Gradient
-from qft_hf.quant import weight as weight_module
+from qft_hf.optim import QFTOptimizer
+from qft_hf.quant import Int8Gradient, TiledGradient
 
 N_WORDS = 37
 
@@ -58,19 +59,26 @@ def loss_of(model: nn.Module, ids: Tensor, **arguments) -> Tensor:
     )
 
 
-def make_optimizer(model: nn.Module, gradient: str, **arguments) -> QFTLion:
+def make_optimizer(
+    model: nn.Module, gradient: str, kind: type[QFTOptimizer] = QFTLion, **arguments
+) -> Any:
     settings = {"lr": 3e-3, "weight_decay": 0.1, "seed": 5}
-    return QFTLion(model.parameters(), gradient=gradient, **settings | arguments)
+    return kind(model.parameters(), gradient=gradient, **settings | arguments)
 
 
-def everything(model: nn.Module, optimizer: QFTLion) -> list[Tensor]:
+def everything(model: nn.Module, optimizer: QFTOptimizer) -> list[Tensor]:
     states = [
         value
         for _, state in sorted(optimizer.state_dict()["state"].items())
         for value in state.values()
-        if isinstance(value, Tensor)
     ]
+    assert all(isinstance(value, Tensor) for value in states)
     return [*model.state_dict().values(), *states]
+
+
+def all_but_steps(model: nn.Module, optimizer: QFTOptimizer) -> list[Tensor]:
+    """A step that could not be refused in time counts, as its random numbers are spent."""
+    return [tensor for tensor in everything(model, optimizer) if tensor.dtype != torch.int64]
 
 
 def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
@@ -106,9 +114,9 @@ def count_calls(monkeypatch, name: str) -> list[tuple[int, ...]]:
     calls: list[tuple[int, ...]] = []
     operator = getattr(kernels, name)
 
-    def counting(codes, *tensors, **arguments):
-        calls.append(tuple(codes.shape))
-        return operator(codes, *tensors, **arguments)
+    def counting(weight, *others, **arguments):
+        calls.append(tuple(weight.codes.shape))
+        return operator(weight, *others, **arguments)
 
     monkeypatch.setattr(kernels, name, counting)
     return calls
@@ -129,7 +137,7 @@ UP, DOWN, TABLE = (301, 22), (22, 301), (N_WORDS, 22)
 def test_gradients_are_quantized_by_the_step(
     monkeypatch, tile_elements, settings, at_once, in_turn
 ):
-    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", tile_elements)
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", tile_elements)
     stepped = count_calls(monkeypatch, "quantize_and_lion_step_")
     quantized = count_calls(monkeypatch, "lion_step_")
 
@@ -141,21 +149,44 @@ def test_gradients_are_quantized_by_the_step(
 
 @pytest.mark.parametrize("momentum_bits", [8, 4])
 def test_weights_of_several_tiles_get_the_bits_of_the_stack(monkeypatch, momentum_bits):
-    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", 22 * 30)
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", 22 * 30)
     tiled = train("release", momentum_bits=momentum_bits)
     stack = train("stack", momentum_bits=momentum_bits)
     assert_same_bits(everything(*tiled), everything(*stack))
 
 
-def test_the_logits_gradient_of_a_tied_head_is_not_kept_for_the_table():
-    """Deferred, the gradient of a head would keep what it is made of until that of the table."""
-    model = network()
-    make_optimizer(model, "release")
-    logits = model(batches(1)[0])
-    assert not logits.grad_fn.defers_gradient
-    untied = network(is_tied=False)
-    make_optimizer(untied, "release")
-    assert untied(batches(1)[0]).grad_fn.defers_gradient
+@pytest.fixture
+def kinds(monkeypatch) -> dict[tuple[int, ...], list[type]]:
+    """What kinds of gradients layers have made, by the shape of their weight."""
+    seen: dict[tuple[int, ...], list[type]] = {}
+    make = QFTWeight.gradient
+
+    def watched(weight: QFTWeight, *arguments):
+        gradient = make(weight, *arguments)
+        seen.setdefault(tuple(weight.shape), []).append(type(gradient))
+        return gradient
+
+    monkeypatch.setattr(QFTWeight, "gradient", watched)
+    return seen
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_logits_gradient_of_a_tied_head_is_not_kept_for_the_table(kinds, is_tied, monkeypatch):
+    """In tiles, the gradient of a head would keep what it is made of until that of the table."""
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", 22 * 20)
+    model = network(is_tied=is_tied)
+    assert model.embed.weight.is_table
+    assert model.head.weight.is_table == is_tied
+    optimizer = make_optimizer(model, "release")
+
+    loss_of(model, batches(1)[0]).backward()
+
+    assert optimizer.state
+    assert kinds == {
+        TABLE: [Int8Gradient if is_tied else TiledGradient],
+        UP: [TiledGradient],
+        DOWN: [TiledGradient],
+    }
 
 
 def test_gradients_that_wait_are_int8():
@@ -166,19 +197,22 @@ def test_gradients_that_wait_are_int8():
 
     waiting = [p.grad for p in model.parameters() if isinstance(p, QFTWeight)]
     assert len(waiting) == 3
-    assert all(gradient.tiles is None for gradient in waiting)
+    assert all(type(gradient) is Int8Gradient for gradient in waiting)
 
 
 def test_who_does_not_release_gets_int8():
     """A run may change its mode: the last optimizer to start decides."""
     model = network()
-    make_optimizer(model, "release")
+    first = make_optimizer(model, "release")
     optimizer = make_optimizer(model, "stack")
 
     loss_of(model, batches(1)[0]).backward()
 
-    assert model.up.weight.grad.tiles is None
-    assert len(optimizer._stack) == len(list(model.parameters()))
+    assert type(model.up.weight.grad) is Int8Gradient
+    assert all(p.grad is not None for p in model.parameters())
+    optimizer.step()
+    assert len(optimizer.state) == len(list(model.parameters()))
+    assert not first.state
 
 
 @pytest.fixture
@@ -186,32 +220,28 @@ def live_elements(monkeypatch) -> list[int]:
     """Elements of all gradients that are alive, noted whenever one more has been made."""
     gc.collect()
     # A test that failed keeps its own in a traceback.
-    others = [found for found in gc.get_objects() if type(found) is Int8Gradient]
+    others = [found for found in gc.get_objects() if type(found) in (Int8Gradient, TiledGradient)]
     seen: list[int] = []
 
     def look() -> None:
         alive: dict[int, int] = {}  # by memory: one gradient is several objects to autograd
         for found in gc.get_objects():
-            if type(found) is Int8Gradient and not any(found is other for other in others):
-                if found.tiles is not None:  # as large as it will be once it is made
-                    alive[id(found.tiles)] = found.numel()
-                elif (codes := vars(found).get("codes")) is not None:
-                    alive[codes.data_ptr()] = codes.numel()
+            if any(found is other for other in others):
+                continue
+            if type(found) is Int8Gradient and "stored" in vars(found):
+                alive[found.codes.data_ptr()] = found.numel()
+            elif type(found) is TiledGradient and "make" in vars(found):
+                alive[id(found.make)] = found.numel()  # as large as it will be once it is made
         seen.append(sum(alive.values()))
 
-    make, defer = Int8Gradient.__init__, Int8Gradient.deferred
+    for kind in (Int8Gradient, TiledGradient):
+        make = kind.__init__
 
-    def watched(gradient: Int8Gradient, *arguments, **keywords) -> None:
-        make(gradient, *arguments, **keywords)
-        look()
+        def watched(gradient, *arguments, make=make, **keywords) -> None:
+            make(gradient, *arguments, **keywords)
+            look()
 
-    def watched_deferred(*arguments, **keywords) -> Int8Gradient:
-        gradient = defer(*arguments, **keywords)
-        look()
-        return gradient
-
-    monkeypatch.setattr(Int8Gradient, "__init__", watched)
-    monkeypatch.setattr(Int8Gradient, "deferred", watched_deferred)
+        monkeypatch.setattr(kind, "__init__", watched)
     return seen
 
 
@@ -321,8 +351,9 @@ def test_clipping_holds_where_hooks_were_lost(clipping):
 
 @pytest.mark.parametrize("tile_elements", [10**9, 22 * 30])
 def test_tensor_and_previous_clipping_follow_their_definition(monkeypatch, tile_elements):
-    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", tile_elements)
-    ids = batches(2)
+    """Over steps enough to tell the norm of the step before from that of any other."""
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", tile_elements)
+    ids = batches(4)
     for clipping in ("tensor", "previous"):
         model = network()
         optimizer = make_optimizer(model, "release", clipping=clipping, max_grad_norm=0.02)
@@ -362,6 +393,21 @@ def test_exact_clipping_without_a_measured_norm_says_what_to_do():
     with pytest.raises(RuntimeError, match=r"under optimizer\.measure_norm\(\)"):
         loss_of(model, batches(1)[0]).backward()
     assert not optimizer.state
+
+
+def test_a_measured_norm_is_for_one_step():
+    model = network()
+    optimizer = make_optimizer(model, "release", clipping="exact", max_grad_norm=1.0)
+    with optimizer.measure_norm():
+        loss_of(model, batches(1)[0]).backward()
+    loss_of(model, batches(1)[0]).backward()
+    optimizer.step()
+    before = copy.deepcopy(everything(model, optimizer))
+
+    with pytest.raises(RuntimeError, match=r"under optimizer\.measure_norm\(\)"):
+        loss_of(model, batches(2)[1]).backward()
+
+    assert_same_bits(before, everything(model, optimizer))
 
 
 def test_accumulation_can_be_forbidden():
@@ -433,13 +479,13 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_the_step_says_so(settings
     optimizer = make_optimizer(model, "release", **settings)
     loss_of(model, batches(1)[0]).backward()
     optimizer.step()
-    before = copy.deepcopy(everything(model, optimizer))
+    before = copy.deepcopy(all_but_steps(model, optimizer))
     (loss_of(model, batches(1)[0]) * float("nan")).backward(
         inputs=[p for p in model.parameters() if p is not model.embed.weight]  # which is INT8
     )
     with pytest.raises(FloatingPointError, match=r"rows whose gradient is not finite.*Reload"):
         optimizer.step()
-    assert_same_bits(before, everything(model, optimizer))
+    assert_same_bits(before, all_but_steps(model, optimizer))
     optimizer.zero_grad()
     loss_of(model, batches(1)[0]).backward()
     optimizer.step()

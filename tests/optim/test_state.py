@@ -1,6 +1,8 @@
 """Saving and restoring the optimizer: INT8 stays INT8, and a resumed run is the straight run."""
 
+import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -63,7 +65,7 @@ def test_momentum_costs_one_byte_per_parameter_and_its_scales():
 @pytest.mark.parametrize("n_parts", [1, 4])
 @pytest.mark.parametrize("tied", [True, False])
 def test_resuming_equals_the_straight_run_bit_for_bit(tied, n_parts, dtype):
-    """Weights, scales, critical values, momentum and the losses, with a schedule."""
+    """Weights, scales, outliers, momentum and the losses, with a schedule."""
 
     def start():
         model = make_model(tied=tied, dtype=dtype)
@@ -164,12 +166,27 @@ def spoiled_states():
         (rename, rf"parameter 0 .*exp_avg.*{another}"),
         (
             set_tensor(1, "momentum_scales", lambda t: t.index_fill(0, torch.tensor([5]), inf)),
-            "momentum_scales of parameter 1 has NaN or infinite.*Resume from an earlier checkpoint",
+            "momentum_scales of parameter 1 has values that are NaN.*Resume from an earlier",
         ),
         (
             set_tensor(6, "momentum", lambda t: t * float("nan")),
-            "momentum of parameter 6 has NaN or infinite.*Resume from an earlier checkpoint",
+            "momentum of parameter 6 has values that are NaN, infinite.*Resume from an earlier",
         ),
+        (
+            set_tensor(1, "momentum_scales", lambda t: -t),
+            "momentum_scales of parameter 1 has values that .* as a scale or .*, negative.*Resume",
+        ),
+        (
+            set_tensor(1, "momentum_codes", lambda t: t.index_fill(0, torch.tensor([5]), -128)),
+            "momentum_codes of parameter 1 has -128, which is no code.*Resume from an earlier",
+        ),
+        (set_tensor(0, "momentum_codes", lambda t: t.tolist()), rf"parameter 0 .*{another}"),
+        (set_tensor(6, "momentum", lambda t: t[:-1]), rf"parameter 6 .*{another}"),
+        (
+            lambda state: state["state"][6].update(extra=torch.zeros(3)),
+            rf"parameter 6 .*extra.*{another}",
+        ),
+        (set_tensor(3, "step", lambda s: -1), "step of parameter 3 is -1.*Resume from an earlier"),
         (drop(2, "step"), "parameter 2 must be a step and .*Resume"),
         (remove_parameter, "is for 10 parameters, this optimizer has 11.*Resume with the model"),
     ]
@@ -191,6 +208,94 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(spoil, match):
     assert_same_tensors(snapshot(model, optimizer), before)
     assert optimizer.param_groups[0]["lr"] == 1e-3
     train(model, optimizer, [2])
+
+
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+def test_steps_are_counted_on_the_host_in_a_tensor(gradient):
+    model = make_model()
+    optimizer = make_optimizer(model, gradient=gradient)
+    train(model, optimizer, range(3))
+
+    for state in [*optimizer.state.values(), *optimizer.state_dict()["state"].values()]:
+        step = state["step"]
+        assert isinstance(step, torch.Tensor)
+        assert (step.dtype, step.shape, step.device.type) == (torch.int64, (), "cpu")
+        assert step == 3
+    # Each counts for itself.
+    assert len({state["step"].data_ptr() for state in optimizer.state.values()}) == 11
+
+
+@pytest.mark.parametrize(
+    "form", [int, float, lambda s: torch.tensor(float(s)), lambda s: s.to(torch.int32), torch.clone]
+)
+def test_steps_of_older_checkpoints_load(form):
+    """They were integers; torch's own optimizers have float tensors."""
+    straight = make_model()
+    optimizer = make_optimizer(straight)
+    train(straight, optimizer, range(4))
+    model = make_model()
+    stopped = make_optimizer(model)
+    train(model, stopped, range(2))
+    state = through_a_file(stopped.state_dict())
+    for entry in state["state"].values():
+        entry["step"] = form(entry["step"])
+
+    resumed = make_optimizer(model)
+    resumed.load_state_dict(state)
+    assert all(s["step"].dtype == torch.int64 for s in resumed.state.values())
+    train(model, resumed, range(2, 4))
+
+    assert_same_tensors(snapshot(model, resumed), snapshot(straight, optimizer))
+
+
+def test_options_that_an_older_checkpoint_did_not_save_have_their_defaults():
+    model = make_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, range(2))
+    state = through_a_file(optimizer.state_dict())
+    for group in state["param_groups"]:
+        for name in ("stochastic_rounding", "maximize", "seed"):
+            del group[name]
+
+    other_model = make_model()
+    other = make_optimizer(other_model, stochastic_rounding=False, maximize=True, seed=8)
+    other.load_state_dict(state)
+
+    for group, saved in zip(other.param_groups, optimizer.param_groups, strict=True):
+        found = group["stochastic_rounding"], group["maximize"], group["seed"]
+        assert found == (False, True, 8)
+        assert (group["lr"], group["weight_decay"]) == (saved["lr"], saved["weight_decay"])
+    train(other_model, other, [2])
+
+
+@pytest.mark.parametrize("copy_it", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_clips_by_the_previous_norm_bit_for_bit(copy_it):
+    settings = {"gradient": "release", "clipping": "previous", "max_grad_norm": 0.02}
+    model = make_model()
+    optimizer = make_optimizer(model, **settings)
+    train(model, optimizer, range(2))
+
+    other, copied = copy_it((model, optimizer))
+    copied.train()
+
+    assert_same_bits(copied._flow.previous_norm, optimizer._flow.previous_norm)
+    assert (copied.clipping, copied.max_grad_norm) == ("previous", 0.02)
+    for step in (2, 3):
+        train(model, optimizer, [step])
+        backward(other, step)
+        assert all(p.grad is None for p in other.parameters())  # released
+        copied.step()
+        assert_same_tensors(snapshot(other, copied), snapshot(model, optimizer))
+    # It is the norm that does it: without, the next bits are others.
+    copied._flow.previous_norm = None
+    train(model, optimizer, [4])
+    train(other, copied, [4])
+    assert any(
+        (a != b).any()
+        for a, b in zip(
+            snapshot(other, copied).values(), snapshot(model, optimizer).values(), strict=True
+        )
+    )
 
 
 def test_groups_cut_differently_are_refused_and_nothing_changes():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import quantize_modules_
-from qft_hf.optim import QFTLion
+from qft_hf.optim import QFTSGD, QFTLion
 
 CONTEXT = 8
 N_STEPS = 250
@@ -93,14 +93,16 @@ def loss_reduction(kind: str, text: Tensor, *, seed: int, lr: float) -> float:
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
     else:
         quantize_modules_(model, QuantizationSpec())
-        optimizer = QFTLion(
-            model.parameters(),
-            lr=lr,
-            weight_decay=WEIGHT_DECAY,
-            momentum_bits={"4 bits": 4, "sgd": 0}.get(kind, 8),
-            stochastic_rounding=kind != "nearest",
-            seed=seed,
-        )
+        settings = {"lr": lr, "weight_decay": WEIGHT_DECAY, "seed": seed}
+        if kind == "sgd":
+            optimizer = QFTSGD(model.parameters(), **settings)
+        else:
+            optimizer = QFTLion(
+                model.parameters(),
+                momentum_bits=4 if kind == "4 bits" else 8,
+                stochastic_rounding=kind != "nearest",
+                **settings,
+            )
     batches = torch.Generator().manual_seed(seed)
     for _ in range(N_STEPS):
         contexts, next_bytes = windows(text[:cut], batches, 128)

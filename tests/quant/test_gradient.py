@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qft_hf.quant import Int8Gradient
-from qft_hf.quant.gradient import RowTiles
+from qft_hf.quant import Int8Gradient, TiledGradient
 from tests.tolerances import FP32_EPS, assert_same_bits, rounding_bound
 
 
@@ -20,6 +19,10 @@ def gradient_of(x: torch.Tensor) -> Int8Gradient:
 def random(rows=7, columns=300, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return (torch.randn(rows, columns, generator=generator) * 1e-3).to(dtype)
+
+
+def is_finite(gradient: Int8Gradient) -> bool:
+    return bool(gradient.scales.isfinite().all())
 
 
 def spread(gradient: Int8Gradient) -> torch.Tensor:
@@ -53,53 +56,48 @@ def test_rows_may_come_in_any_order_and_form(dtype):
     assert_same_bits(whole.dequantize(), (whole.codes * spread(whole).float()).to(dtype))
 
 
-def row_tiles(x: torch.Tensor, n_rows: int) -> RowTiles:
-    """Tiles of `n_rows` rows of `x`, as if they were made when they are asked for."""
+def tiled(x: torch.Tensor, n_rows: int, **arguments) -> TiledGradient:
+    """`x` in tiles of `n_rows` rows, as if they were made when they are asked for."""
     rows = [slice(i, min(i + n_rows, len(x))) for i in range(0, len(x), n_rows)]
-    return RowTiles(lambda part: x[part], rows, shape=tuple(x.shape), device=x.device)
+    settings = {"make": lambda part: x[part], "make_quantized": None, **arguments}
+    return TiledGradient(
+        rows=rows, shape=tuple(x.shape), dtype=x.dtype, device=x.device, **settings
+    )
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        lambda g: g.codes,
-        lambda g: g.scales,
-        lambda g: g.squared_norm(),
-        lambda g: torch.linalg.vector_norm(g),
-        lambda g: g.mul_(0.5),
-        lambda g: g.clone(),
-        lambda g: g + g.detach(),
-        lambda g: g.is_finite(),
-        lambda g: g.dequantize(),
-        lambda g: g.stored_bytes,
-        lambda g: g.zero_(),
-    ],
-)
 @pytest.mark.parametrize("n_rows", [7, 3])
-def test_a_deferred_gradient_is_made_and_quantized_when_it_is_used(use, n_rows):
-    x = random(dtype=torch.bfloat16)
+def test_tiles_are_made_when_they_are_asked_for_and_in_order(n_rows):
+    x, made = random(dtype=torch.bfloat16), []
+    gradient = tiled(x.t().contiguous().t(), n_rows)  # its tiles are not contiguous
+    make = gradient.make
+    gradient.make = lambda rows: made.append(rows) or make(rows)
+    alias = gradient.detach()
+
+    assert isinstance(alias, TiledGradient)
+    for one in (gradient, alias):
+        assert (one.shape, one.dtype, one.device) == (x.shape, x.dtype, x.device)
+        assert one.stored_bytes == 0
+    assert not made
+
+    for number, (rows, tile) in enumerate(alias.tiles()):
+        assert made == gradient.rows[: number + 1]  # no tile before its turn
+        assert tile.is_contiguous()
+        assert_same_bits(tile, x[rows])
+    assert number == len(gradient.rows) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_rows", [7, 3])
+def test_tiles_quantize_to_the_bits_of_the_whole(n_rows, dtype):
+    x = random(dtype=dtype)
     eager = gradient_of(x)
-    tiles = row_tiles(x, n_rows)
-    deferred = Int8Gradient.deferred(tiles, dtype=torch.bfloat16)
-    alias = deferred.detach()
-    assert deferred.tiles is tiles
-    assert alias.tiles is tiles
-    assert (deferred.shape, deferred.dtype, deferred.device) == (x.shape, x.dtype, x.device)
 
-    found, expected = use(deferred), use(eager)
+    gradient = tiled(x, n_rows).detach().clone().quantized()
 
-    assert deferred.tiles is None
-    assert alias.tiles is None
-    with pytest.raises(RuntimeError, match="use its codes and scales"):
-        next(iter(tiles))
-    assert_same_bits(deferred.codes, eager.codes)
-    assert_same_bits(deferred.scales, eager.scales)
-    assert alias.codes is deferred.codes  # as aliases of one tensor share its memory
-    if isinstance(found, Int8Gradient):
-        assert_same_bits(found.codes, expected.codes)
-        assert_same_bits(found.scales, expected.scales)
-    else:
-        assert torch.equal(torch.as_tensor(found), torch.as_tensor(expected))
+    assert type(gradient) is Int8Gradient
+    assert gradient.dtype == dtype
+    assert_same_bits(gradient.codes, eager.codes)
+    assert_same_bits(gradient.scales, eager.scales)
 
 
 @pytest.mark.parametrize("n_rows", [7, 3])
@@ -110,24 +108,47 @@ def test_tiles_that_are_made_quantized_are_never_float(n_rows):
     def make(rows: slice) -> torch.Tensor:
         raise AssertionError("no float gradient is wanted")
 
-    tiles = RowTiles(
-        make,
-        row_tiles(x, n_rows).rows,
-        shape=tuple(x.shape),
-        device=x.device,
-        make_quantized=lambda rows: (eager.codes[rows], eager.scales[rows]),
-    )
-    gradient = Int8Gradient.deferred(tiles, dtype=x.dtype)
+    def make_quantized(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return eager.codes[rows], eager.scales[rows]
+
+    gradient = tiled(x, n_rows, make=make, make_quantized=make_quantized).detach().quantized()
 
     assert_same_bits(gradient.codes, eager.codes)
     assert_same_bits(gradient.scales, eager.scales)
-    assert tiles.make is tiles.make_quantized is None  # what they refer to is let go
 
 
-def test_a_gradient_has_no_other_attributes():
-    deferred = Int8Gradient.deferred(row_tiles(random(), 7), dtype=torch.float32)
-    with pytest.raises(AttributeError, match="has no attribute 'outlier_values'"):
-        deferred.outlier_values  # noqa: B018
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda one, other: tiled(one, 3) + tiled(other, 7),
+        lambda one, other: tiled(one, 3) + gradient_of(other),
+        lambda one, other: gradient_of(one) + tiled(other, 3),
+        lambda one, other: gradient_of(one).add_(tiled(other, 3)),
+    ],
+)
+def test_gradients_in_tiles_add_as_int8_ones_do(add):
+    """Autograd sums the gradients of a weight that is used twice, and accumulates."""
+    one, other = random(seed=1), random(seed=2) * 5
+    expected = gradient_of(one) + gradient_of(other)
+
+    total = add(one, other)
+
+    assert type(total) is Int8Gradient
+    assert_same_bits(total.codes, expected.codes)
+    assert_same_bits(total.scales, expected.scales)
+
+
+@pytest.mark.parametrize(
+    ("use", "operator"),
+    [
+        (lambda g: g.mul_(0.5), r"aten\.mul_\.Tensor"),
+        (lambda g: g * 0.5, r"aten\.mul\.Tensor"),
+        (lambda g: torch.linalg.vector_norm(g), r"aten\.linalg_vector_norm"),
+    ],
+)
+def test_nothing_else_is_defined_on_tiles(use, operator):
+    with pytest.raises(NotImplementedError, match=operator):
+        use(tiled(random(), 3))
 
 
 def test_add_in_place_and_out_of_place_agree():
@@ -177,7 +198,7 @@ def test_zero_forgets_everything_even_nan():
     gradient.zero_()
 
     assert (gradient.dequantize() == 0).all()
-    assert gradient.is_finite()
+    assert is_finite(gradient)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -186,11 +207,11 @@ def test_what_is_not_finite_is_seen_and_survives(bad):
     x[6, 299] = bad
     gradient = gradient_of(x)
 
-    assert not gradient.is_finite()
-    assert not (gradient + gradient_of(random())).is_finite()
-    assert not (gradient * 0.0).is_finite()  # an infinite norm clips with the factor 0
+    assert not is_finite(gradient)
+    assert not is_finite(gradient + gradient_of(random()))
+    assert not is_finite(gradient * 0.0)  # an infinite norm clips with the factor 0
     assert not torch.linalg.vector_norm(gradient).isfinite()
-    assert gradient_of(random()).is_finite()
+    assert is_finite(gradient_of(random()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -218,14 +239,71 @@ def test_alpha_is_refused():
         gradient.add_(gradient_of(random()), alpha=0.5)
 
 
-@pytest.mark.parametrize("shape", [(7, 1), (7, 300)])
-def test_a_factor_for_each_row_or_element_is_refused(shape):
-    gradient = gradient_of(random())
+def rows_of(factor: torch.Tensor) -> torch.Tensor:
+    return factor.double().expand(7, 300)
 
-    with pytest.raises(NotImplementedError, match=rf"scaled by one number, got .*{shape[1]}\)"):
-        gradient.mul_(torch.ones(shape))
-    with pytest.raises(NotImplementedError, match="scaled by one number"):
-        gradient / torch.ones(shape)
+
+@pytest.mark.parametrize("kind", ["float", "bool"])
+def test_a_factor_for_each_row_changes_scales_and_never_codes(kind):
+    gradient = gradient_of(random())
+    before = copy.deepcopy(gradient)
+    factor = torch.tensor([1.0, 0, 0.5, 3, 0, 1, 1])[:, None]
+    factor = factor.bool() if kind == "bool" else factor
+
+    for scaled in (gradient * factor, factor * gradient):
+        assert_same_bits(scaled.codes, before.codes)
+        assert_same_bits(scaled.scales, before.scales * factor)
+    assert_same_bits(gradient.scales, before.scales)
+    assert gradient.mul_(factor) is gradient
+    assert_same_bits(gradient.codes, before.codes)
+    assert_same_bits(gradient.scales, before.scales * factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 300), (1, 300), (300,)], ids=str)
+def test_a_factor_for_each_element_is_rounded_to_nearest(shape, dtype):
+    gradient = gradient_of(random(dtype=dtype))
+    before = copy.deepcopy(gradient)
+    factor = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+    factor[..., :100] = 0
+    values = before.codes.double() * spread(before)
+
+    for scaled in (gradient * factor, factor * gradient, gradient / factor.reciprocal()):
+        exact = (values * rows_of(factor)).numpy()
+        error = abs((scaled.codes.double() * spread(scaled)).numpy() - exact)
+        noise = 4 * FP32_EPS * abs(exact)
+        assert (error <= rounding_bound(exact, spread(scaled).numpy()) + noise).all()
+        assert (scaled.codes[:, :100] == 0).all()
+    assert_same_bits(gradient.codes, before.codes)
+    assert gradient.mul_(factor) is gradient
+    assert_same_bits(gradient.codes, (before * factor).codes)
+    assert_same_bits(gradient.scales, (before * factor).scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_of_elements_leaves_the_codes_of_the_others(dtype):
+    """The values are stored exactly, so no rounding to the outer dtype may move them."""
+    x = random(rows=400, dtype=dtype)
+    gradient = gradient_of(x)
+    mask = torch.ones(400, 300)
+    mask[:, 7] = 0
+    top = gradient.codes.abs() == 127  # they set the scales, and stay
+    mask[top] = 1
+
+    masked = gradient * mask
+
+    assert_same_bits(masked.codes, gradient.codes * mask.to(torch.int8))
+    torch.testing.assert_close(masked.scales, gradient.scales, rtol=4 * FP32_EPS, atol=0)
+
+
+def test_an_int8_gradient_is_no_factor():
+    for use in (
+        lambda: random() / gradient_of(random()),
+        lambda: random().mul_(gradient_of(random())),
+        lambda: gradient_of(random()) * gradient_of(random()),
+    ):
+        with pytest.raises(NotImplementedError, match=r"by an INT8 gradient\. Call \.dequantize"):
+            use()
 
 
 @pytest.mark.parametrize("arguments", [{"ord": 1}, {"ord": 2, "dim": 1}, {"ord": float("inf")}])

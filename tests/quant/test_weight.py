@@ -11,7 +11,6 @@ from torch import nn
 from qft_hf.config import QuantizationSpec
 from qft_hf.layout import GroupLayout, outlier_bytes
 from qft_hf.quant import Int8Gradient, Int8Tensor, QFTWeight
-from qft_hf.quant import weight as weight_module
 from tests.tolerances import BF16_EPS, assert_same_bits, rounding_bound
 
 SPECS = [
@@ -46,7 +45,7 @@ def assert_same_weight(actual: QFTWeight, expected: QFTWeight) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_values_are_within_half_a_scale_and_critical_ones_exact(spec, dtype):
+def test_values_are_within_half_a_scale_and_outliers_exact(spec, dtype):
     x = heavy_tailed(dtype=dtype)
     before = x.clone()
 
@@ -68,7 +67,7 @@ def test_values_are_within_half_a_scale_and_critical_ones_exact(spec, dtype):
 
 
 @pytest.mark.parametrize("spec", SPECS[1:], ids=str)
-def test_critical_values_are_the_largest_of_each_row(spec):
+def test_outliers_are_the_largest_of_each_row(spec):
     x = heavy_tailed()
 
     weight = QFTWeight.from_float(x, spec)
@@ -80,7 +79,7 @@ def test_critical_values_are_the_largest_of_each_row(spec):
         np.testing.assert_array_equal(weight.outlier_columns[row].numpy(), largest)
 
 
-def test_critical_values_for_int8_products_are_whole_columns():
+def test_outliers_for_int8_products_are_whole_columns():
     """Those that stand out most from their row, whatever the scale of the row."""
     x = torch.randn(9, 101, generator=torch.Generator().manual_seed(0)) * 0.02
     x[2, 40] = 0.5
@@ -100,7 +99,7 @@ def test_critical_values_for_int8_products_are_whole_columns():
         assert weight.scales[row] < whole_rows.scales[row] / 5
 
 
-def test_relative_error_falls_with_critical_values_and_with_groups():
+def test_relative_error_falls_with_outliers_and_with_groups():
     x = heavy_tailed(64, 512)
 
     def error(**spec):
@@ -118,7 +117,7 @@ def test_relative_error_falls_with_critical_values_and_with_groups():
 
 @pytest.mark.parametrize(("columns", "dtype"), [(32768, torch.int16), (32769, torch.int32)])
 def test_column_index_type_follows_the_number_of_columns(columns, dtype):
-    """The last column is critical: as int16 it would turn negative one column later."""
+    """The last column is an outlier: as int16 it would turn negative one column later."""
     x = torch.full((2, columns), 1e-3)
     x[0, -1], x[1, 0] = 5.0, -6.0
 
@@ -193,7 +192,7 @@ def test_rows_are_those_of_the_whole(spec):
 
 @pytest.mark.parametrize("tile_elements", [1, 101, 250, 909, 10**6])
 def test_tiles_cover_every_row_once(monkeypatch, tile_elements):
-    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", tile_elements)
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", tile_elements)
     weight = QFTWeight.from_float(heavy_tailed(), SPECS[1])
 
     tiles = list(weight.row_tiles())
@@ -208,7 +207,7 @@ def test_tiles_cover_every_row_once(monkeypatch, tile_elements):
      (300, 64, [64, 64, 64, 64, 44]), (100, 63, [50, 50])],
 )  # fmt: skip
 def test_tiles_are_of_like_size_and_begin_at_multiples_of_64(monkeypatch, rows, at_most, wanted):
-    monkeypatch.setattr(weight_module, "TILE_ELEMENTS", 4 * 600)
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", 4 * 600)
     weight = QFTWeight.from_float(torch.randn(rows, 4), SPECS[0])
 
     sizes = [tile.stop - tile.start for tile in weight.row_tiles(at_most=at_most)]
@@ -340,7 +339,7 @@ def test_copy_between_group_sizes_is_refused():
 
 
 def test_copy_between_outlier_fractions_is_refused():
-    """Group sizes agree, the numbers of critical values do not: codes were copied all the same."""
+    """Group sizes agree, the numbers of outliers do not: codes were copied all the same."""
     target = QFTWeight.from_float(heavy_tailed(seed=1), SPECS[0])
     before = copy.deepcopy(target)
 

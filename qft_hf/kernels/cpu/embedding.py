@@ -1,11 +1,12 @@
-"""The gradient of an embedding table in numba. Twin: `kernels/reference/embedding.py`."""
+"""The gradient of an embedding table in numba. Twin: `kernels/embedding.py`."""
 
 import numpy as np
 from numba import njit
 from torch import Tensor
 
-from ..reference.embedding import tokens_by_row
-from .quantize import largest_magnitude, quantize_group
+from .. import embedding as operators
+from ..values import Quantized
+from .quantization import largest_magnitude, quantize_group
 from .threads import for_each_row_range, n_ranges
 
 
@@ -34,16 +35,12 @@ def _sum(codes, scales, gradient, order, used, ends, group_size, n_ranges):
     for_each_row_range(_sum_rows, arguments, used.shape[0], n_ranges)
 
 
+@operators.embedding_gradient_.register("cpu")
 def embedding_gradient_(
-    codes: Tensor,
-    scales: Tensor,
-    ids: Tensor,
-    gradient: Tensor,
-    *,
-    group_size: int,
-    padding_idx: int | None,
+    table: Quantized, ids: Tensor, gradient: Tensor, *, padding_idx: int | None
 ) -> None:
-    order, used, counts = tokens_by_row(ids.long(), codes.shape[0], padding_idx)
-    tensors = (codes, scales, gradient.float(), order, used, counts.cumsum(0))
+    n_rows, columns = table.codes.shape
+    order, used, counts = operators.tokens_by_row(ids.long(), n_rows, padding_idx)
+    tensors = (*table.tensors, gradient.float(), order, used, counts.cumsum(0))
     arrays = [tensor.numpy() for tensor in tensors]
-    _sum(*arrays, group_size, n_ranges(len(used), codes.shape[1]))
+    _sum(*arrays, table.group_size or columns, n_ranges(len(used), columns))

@@ -1,19 +1,17 @@
-"""The Lion step on INT8 state in numba, row by row. Twin: `kernels/reference/lion.py`."""
-
-from typing import Any
+"""The Lion step on INT8 state in numba, row by row. Twin: `kernels/lion.py`."""
 
 import numpy as np
-import torch
 from numba import njit
-from torch import Tensor
 
-from ..reference.philox import LANES, MOMENTUM
-from ..reference.quantize import MAGIC, QMAX, TINY
+from .. import lion as operators
+from ..groups import MAGIC, QMAX, TINY
+from ..philox import LANES, MOMENTUM
+from ..values import Lion, Quantized, Rounding, Weight
 from .nibbles import load_nibbles, nibble_uniforms, round_to_nibbles
 from .philox import random_row
-from .quantize import absmax
+from .quantization import absmax
 from .threads import for_each_row_range, n_ranges
-from .weight import FASTMATH, step_weight_row, weight_buffers
+from .weight import FASTMATH, draw_row, rounding_numbers, step_weight_row, weight_buffers
 
 _f32 = np.float32
 _MAGIC, _QMAX, _TINY, _PER_QMAX = _f32(MAGIC), _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
@@ -81,9 +79,11 @@ def _lion_rows(
                 nibble_uniforms(words, uniforms)
             row_momentum[columns] = _ZERO
             round_to_nibbles(row_momentum, uniforms, momentum_codes[row], momentum_scales[row])
+        if stochastic:
+            draw_row(row, buffers, seed, step, stream, first_row)
         step_weight_row(
             row, codes, scales, outlier_values, outlier_columns, row_direction, buffers,
-            group_size, lr, shrink, stochastic, seed, step, stream, first_row,
+            group_size, lr, shrink,
         )  # fmt: skip
 
 
@@ -92,44 +92,23 @@ def _lion_step(arrays, numbers, n_ranges):
     for_each_row_range(_lion_rows, (*arrays, *numbers), arrays[0].shape[0], n_ranges)
 
 
-def lion_step_(codes: Tensor, *state: Tensor, **arguments: Any) -> None:
-    step_rows_(codes, *state, **arguments)
-
-
-def step_rows_(
-    codes: Tensor,
-    scales: Tensor,
-    *state: Tensor,
-    group_size: int | None,
-    state_group_size: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    maximize: bool,
-    stochastic: bool,
-    seed: int,
-    step: int,
-    stream: int,
-    first_row: int = 0,
+@operators.lion_step_.register("cpu")
+def lion_step_(
+    weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
 ) -> None:
-    """The step of rows that random numbers count from `first_row` on."""
-    arrays = tuple(tensor.numpy() for tensor in (codes, scales, *state))
+    rows, columns = weight.codes.shape
+    tensors = (*weight.tensors, *momentum.tensors, *gradient.tensors)
     numbers = (
-        group_size or codes.shape[1],
-        state_group_size,
-        state[2].dtype == torch.uint8,
-        _f32(lr),
-        _f32(lr * weight_decay),
-        _f32(beta1),
-        _f32(1 - beta1),
-        _f32(beta2),
-        _f32(1 - beta2),
-        _f32(-1.0 if maximize else 1.0),
-        stochastic,
-        np.uint64(seed),
-        np.uint64(step),
-        np.uint64(stream),
-        first_row,
+        weight.group_size or columns,
+        gradient.group_size or columns,
+        momentum.bits == 4,
+        _f32(rule.lr),
+        _f32(rule.lr * rule.weight_decay),
+        _f32(rule.beta1),
+        _f32(1 - rule.beta1),
+        _f32(rule.beta2),
+        _f32(1 - rule.beta2),
+        _f32(-1.0 if rule.maximize else 1.0),
+        *rounding_numbers(rounding),
     )
-    _lion_step(arrays, numbers, n_ranges(*codes.shape))
+    _lion_step(tuple(tensor.numpy() for tensor in tensors), numbers, n_ranges(rows, columns))

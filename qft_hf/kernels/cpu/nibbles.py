@@ -1,12 +1,12 @@
-"""4-bit codes on uneven levels in numba, row by row. Twin: `kernels/reference/nibbles.py`."""
+"""4-bit codes on uneven levels in numba, row by row. Twin: `kernels/nibbles.py`."""
 
 import numpy as np
 from numba import njit
 
 from ...layout import NIBBLE_GROUP_SIZE
-from ..reference.nibbles import NIBBLE_MAX, SLOPE, TOP
-from ..reference.quantize import TINY
-from .quantize import absmax
+from ..groups import TINY
+from ..nibbles import NIBBLE_MAX, SLOPE, TOP
+from .quantization import absmax
 
 _f32, _i32 = np.float32, np.int32
 _ONE, _TINY, _PER_TOP = _f32(1.0), _f32(TINY), _f32(1.0 / TOP)

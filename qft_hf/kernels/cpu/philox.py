@@ -1,9 +1,9 @@
-"""Philox 4x32-7 in numba. Twin: `kernels/reference/philox.py`."""
+"""Philox 4x32-7 in numba. Twin: `kernels/philox.py`."""
 
 import numpy as np
 from numba import njit
 
-from ..reference.philox import KEY_INCREMENTS, MASK, MULTIPLIERS, ROUNDS
+from ..philox import KEY_INCREMENTS, MASK, MULTIPLIERS, ROUNDS
 
 _u32, _u64 = np.uint32, np.uint64
 _MASK, _SHIFT = _u64(MASK), _u64(32)

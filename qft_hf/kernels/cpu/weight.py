@@ -1,13 +1,17 @@
-"""A step of one row of an INT8 weight in numba. Twin: `kernels/reference/weight.py`."""
+"""A step of one row of an INT8 weight in numba. Twin: `kernels/weight.py`."""
 
 import numpy as np
 from numba import njit
+from torch import Tensor
 
-from ..reference.philox import LANES, WEIGHT
-from ..reference.quantize import QMAX, TINY
-from ..reference.weight import RANGE_LOW, RANGE_TARGET
+from .. import weight as operators
+from ..groups import QMAX, TINY
+from ..philox import LANES, WEIGHT
+from ..values import Rounding, Weight
+from ..weight import RANGE_LOW, RANGE_TARGET
 from .philox import random_row, weight_uniform
-from .quantize import absmax
+from .quantization import absmax
+from .threads import for_each_row_range, n_ranges
 
 _f32 = np.float32
 _QMAX, _TINY = _f32(QMAX), _f32(TINY)
@@ -33,26 +37,30 @@ def weight_buffers(columns):
 
 
 @njit(inline="always")
+def draw_row(row, buffers, seed, step, stream, first_row):
+    """Draw the words of a row and what they round its weights with; without it, to nearest."""
+    _, _, row_uniform, words = buffers
+    random_row(words, first_row + row, seed, step, stream, _WEIGHT)
+    words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
+    for quad in range(words.shape[1]):
+        row_uniform[LANES * quad] = weight_uniform(words0[quad])
+        row_uniform[LANES * quad + 1] = weight_uniform(words1[quad])
+        row_uniform[LANES * quad + 2] = weight_uniform(words2[quad])
+        row_uniform[LANES * quad + 3] = weight_uniform(words3[quad])
+
+
+@njit(inline="always")
 def step_weight_row(
     row, codes, scales, outlier_values, outlier_columns, row_direction, buffers,
-    group_size, lr, shrink, stochastic, seed, step, stream, first_row,
+    group_size, lr, shrink,
 ):  # fmt: skip
     # Loops run from zero over slices: LLVM then sees no negative index and vectorizes them.
-    row_decrease, row_target, row_uniform, words = buffers
+    row_decrease, row_target, row_uniform, _ = buffers
     columns = codes.shape[1]
     for k in range(outlier_values.shape[1]):
         value = outlier_values[row, k]
         change = value * shrink + row_direction[outlier_columns[row, k]] * lr
         outlier_values[row, k] = value - change
-
-    if stochastic:
-        random_row(words, first_row + row, seed, step, stream, _WEIGHT)
-        words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
-        for quad in range(words.shape[1]):
-            row_uniform[LANES * quad] = weight_uniform(words0[quad])
-            row_uniform[LANES * quad + 1] = weight_uniform(words1[quad])
-            row_uniform[LANES * quad + 2] = weight_uniform(words2[quad])
-            row_uniform[LANES * quad + 3] = weight_uniform(words3[quad])
 
     for group in range(scales.shape[1]):
         first = group * group_size
@@ -82,3 +90,44 @@ def step_weight_row(
                 code[j] = np.int8(min(max(value, -_QMAX), _QMAX))
     for k in range(outlier_values.shape[1]):
         codes[row, outlier_columns[row, k]] = 0
+
+
+@njit(nogil=True, fastmath=FASTMATH, error_model="numpy", cache=True)
+def _step_rows(
+    codes, scales, outlier_values, outlier_columns, direction, group_size, lr, shrink, stochastic,
+    seed, step, stream, first_row, start, stop,
+):  # fmt: skip
+    buffers = weight_buffers(codes.shape[1])
+    for row in range(start, stop):
+        if stochastic:
+            draw_row(row, buffers, seed, step, stream, first_row)
+        step_weight_row(
+            row, codes, scales, outlier_values, outlier_columns, direction[row], buffers,
+            group_size, lr, shrink,
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _step(arrays, numbers, n_ranges):
+    for_each_row_range(_step_rows, (*arrays, *numbers), arrays[0].shape[0], n_ranges)
+
+
+def rounding_numbers(rounding: Rounding) -> tuple[bool, np.uint64, np.uint64, np.uint64, int]:
+    """What kernels take of a rounding, in their order."""
+    counter = (np.uint64(rounding.seed), np.uint64(rounding.step), np.uint64(rounding.stream))
+    return rounding.stochastic, *counter, rounding.first_row
+
+
+@operators.step_weight_.register("cpu")
+def step_weight_(
+    weight: Weight, direction: Tensor, *, lr: float, weight_decay: float, rounding: Rounding
+) -> None:
+    rows, columns = weight.codes.shape
+    numbers = (
+        weight.group_size or columns,
+        _f32(lr),
+        _f32(lr * weight_decay),
+        *rounding_numbers(rounding),
+    )
+    arrays = tuple(tensor.numpy() for tensor in (*weight.tensors, direction))
+    _step(arrays, numbers, n_ranges(rows, columns))

@@ -1,32 +1,30 @@
-"""The operators on NVIDIA GPUs, in Triton. Imported only when a tensor on such a device arrives."""
+"""The operators on NVIDIA GPUs, in Triton; importing registers them.
 
-from .column_absmax import column_absmax
-from .dequantized_matmul import dequantized_matmul
-from .embedding import embedding_gradient_
-from .gradient import accumulate_, squared_norm
-from .int8_matmul import int8_matmul
-from .lion import lion_step_, quantize_and_lion_step_
-from .lion_float import lion_step_floats_
-from .quantize import dequantize, quantize
-from .quantize_gradient import quantize_gradient
-from .requantized_matmul import requantized_matmul
-from .sgd import sgd_step_
-from .sgd_float import sgd_step_floats_
+Imported only when a tensor on such a device arrives.
+"""
+
+from . import (
+    adamw,
+    dequantized_product,
+    embedding,
+    floats,
+    gradients,
+    int8_product,
+    lion,
+    output_gradient,
+    quantization,
+    weight,
+)
 
 __all__ = [
-    "accumulate_",
-    "column_absmax",
-    "dequantize",
-    "dequantized_matmul",
-    "embedding_gradient_",
-    "int8_matmul",
-    "lion_step_",
-    "lion_step_floats_",
-    "quantize",
-    "quantize_and_lion_step_",
-    "quantize_gradient",
-    "requantized_matmul",
-    "sgd_step_",
-    "sgd_step_floats_",
-    "squared_norm",
+    "adamw",
+    "dequantized_product",
+    "embedding",
+    "floats",
+    "gradients",
+    "int8_product",
+    "lion",
+    "output_gradient",
+    "quantization",
+    "weight",
 ]

@@ -1,18 +1,20 @@
-"""The gradient of an embedding table in Triton. Twin: `kernels/reference/embedding.py`.
+"""The gradient of an embedding table in Triton. Twin: `kernels/embedding.py`.
 
 Tokens are sorted by row, keeping their order within a row. A program owns one tile of the row that
 its token looked up, if it is the first of that row's tokens; the others end at once. So no number
 of rows has to be known by the host, which waits for nothing.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import embedding as operators
+from ..values import Quantized
+from .launch import Launcher
 from .numerics import magnitude_bits
-from .quantize import finite_codes, scale_of_bits
-from .tiling import group_max, over_units, tile_columns, tiling
+from .quantization import finite_codes, scale_of_bits
+from .tiling import group_max, over_units, row_constants, tile_columns, tiling
 
 TOKENS: tl.constexpr = tl.constexpr(4)  # loaded at a time, so that one need not wait for another
 
@@ -92,23 +94,20 @@ def _embedding_gradient_kernel(
     tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
 
 
+_launch_embedding_gradient = Launcher(_embedding_gradient_kernel)
+
+
+@operators.embedding_gradient_.register("triton")
 def embedding_gradient_(
-    codes: Tensor,
-    scales: Tensor,
-    ids: Tensor,
-    gradient: Tensor,
-    *,
-    group_size: int,
-    padding_idx: int | None,
+    table: Quantized, ids: Tensor, gradient: Tensor, *, padding_idx: int | None
 ) -> None:
     if not len(ids):
         return
-    n_rows, columns = codes.shape
-    tiles = tiling(columns, group_size)
+    n_rows, columns = table.codes.shape
     sorted_ids, order = ids.sort(stable=True)
-    with torch.cuda.device_of(codes):
-        _embedding_gradient_kernel[(len(ids), tiles.GROUP_TILES)](
-            codes, scales, sorted_ids, order, gradient, len(ids), n_rows,
-            -1 if padding_idx is None else padding_idx,
-            **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    _launch_embedding_gradient(
+        (len(ids), tiling(columns, table.group_size).GROUP_TILES),
+        row_constants(columns, table.group_size),
+        *table.tensors, sorted_ids, order, gradient, len(ids), n_rows,
+        -1 if padding_idx is None else padding_idx,
+    )  # fmt: skip

@@ -1,6 +1,7 @@
-"""The Lion step on INT8 state in Triton, one launch per weight. Twin: `kernels/reference/lion.py`.
+"""The Lion step on INT8 state in Triton, one launch per weight. Twin: `kernels/lion.py`.
 
-The same kernel without momentum is that of SGD (`sgd.py`): it moves by the gradient, not by a sign.
+The same kernel without momentum is `step_weight_` (`weight.py`): it moves by a direction that is
+given in float, not by a sign.
 
 A program owns a row, so no two programs touch the same element. Inside a program, elements are
 shared between threads in one place only, outliers: their old momentum is gathered and the codes
@@ -9,7 +10,7 @@ before a barrier and every store after it, and the zeros follow one more barrier
 of it.
 """
 
-from typing import Any
+from functools import cache
 
 import torch
 import triton
@@ -17,8 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ...layout import NIBBLE_GROUP_SIZE
-from ..reference.weight import RANGE_LOW as _RANGE_LOW
-from ..reference.weight import RANGE_TARGET as _RANGE_TARGET
+from .. import lion as operators
+from ..values import Lion, Quantized, Rounding, Weight
+from ..weight import RANGE_LOW as _RANGE_LOW
+from ..weight import RANGE_TARGET as _RANGE_TARGET
+from .launch import Constants, Launcher
 from .nibbles import load_nibbles, nibble_scale, store_nibbles
 from .numerics import (
     INFINITY,
@@ -34,7 +38,7 @@ from .numerics import (
     signed,
     weight_uniform,
 )
-from .quantize import finite_codes, load_tile, outlier_tile, scale_of_bits
+from .quantization import finite_codes, load_tile, outlier_tile, scale_of_bits
 from .tiling import group_max, over_units, tile_columns, tiling
 
 RANGE_LOW: tl.constexpr = tl.constexpr(_RANGE_LOW)
@@ -56,17 +60,13 @@ def _load_momentum(
     MOMENTUM_BITS: tl.constexpr, MOMENTUM_GROUP: tl.constexpr,
     COLUMNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Momentum of one tile in fp32; 0 without momentum."""
-    if MOMENTUM_BITS == 0:
-        m = tl.zeros(column.shape, tl.float32)
+    """Momentum of one tile in fp32."""
+    scale = tl.load(momentum_scales_ptr + start // MOMENTUM_GROUP, mask=exists, other=1.0)
+    if MOMENTUM_BITS == 4:
+        m = load_nibbles(momentum_codes_ptr, start, exists, column, mask, COLUMNS, UNIT)
     else:
-        scale = tl.load(momentum_scales_ptr + start // MOMENTUM_GROUP, mask=exists, other=1.0)
-        if MOMENTUM_BITS == 4:
-            m = load_nibbles(momentum_codes_ptr, start, exists, column, mask, COLUMNS, UNIT)
-        else:
-            m = tl.load(momentum_codes_ptr + column, mask=mask, other=0).to(tl.float32)
-        m = m * scale[:, None]
-    return m
+        m = tl.load(momentum_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+    return m * scale[:, None]
 
 
 @triton.jit
@@ -102,19 +102,26 @@ def _load_state(
     MOMENTUM_GROUP: tl.constexpr, STATE_GROUP: tl.constexpr, COLUMNS: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Momentum and signed gradient of one tile in fp32; `start` and `exists` are of its units."""
-    m = _load_momentum(
-        momentum_codes_ptr, momentum_scales_ptr, start, exists, column, mask,
-        MOMENTUM_BITS, MOMENTUM_GROUP, COLUMNS, UNIT,
-    )  # fmt: skip
-    g_scale = tl.load(gradient_scales_ptr + start // STATE_GROUP, mask=exists, other=1.0)
-    g = _load_gradient(gradient_codes_ptr, g_scale[:, None], gradient_sign, column, mask)
+    """Momentum and signed gradient of one tile in fp32; `start` and `exists` are of its units.
+
+    Without momentum the gradient is the direction itself.
+    """
+    if MOMENTUM_BITS == 0:
+        m = tl.zeros(column.shape, tl.float32)
+        g = tl.load(gradient_codes_ptr + column, mask=mask, other=0.0)
+    else:
+        m = _load_momentum(
+            momentum_codes_ptr, momentum_scales_ptr, start, exists, column, mask,
+            MOMENTUM_BITS, MOMENTUM_GROUP, COLUMNS, UNIT,
+        )  # fmt: skip
+        g_scale = tl.load(gradient_scales_ptr + start // STATE_GROUP, mask=exists, other=1.0)
+        g = _load_gradient(gradient_codes_ptr, g_scale[:, None], gradient_sign, column, mask)
     return m, g
 
 
 @triton.jit
 def _direction(m, g, beta1, one_minus_beta1, MOMENTUM_BITS: tl.constexpr):
-    """What a weight moves by, before its sign is taken; the gradient itself without momentum."""
+    """What a weight moves by, before its sign is taken; without momentum it is given."""
     if MOMENTUM_BITS == 0:
         direction = g
     else:
@@ -158,17 +165,18 @@ def _update_outliers(
 
 @triton.jit
 def _quantize_gradient(
-    gradient_ptr, scales_ptr, sums_ptr,
+    gradient_ptr, scales_ptr, square_ptr,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr, UNIT: tl.constexpr,
     UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_TILES: tl.constexpr,
     UNIT_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Scales of a float row, and sums of its squared codes, of which the norm is made.
+    """Scales of a float row, and the sum of its squares.
 
     Returns:
         The bits of the row's largest magnitude.
     """
     largest_of_row = 0
+    square = tl.zeros((GROUPS,), tl.float64)
     for group_tile in range(GROUP_TILES):
         first_group = group_tile * GROUPS
         x, _, _ = load_tile(gradient_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
@@ -188,8 +196,11 @@ def _quantize_gradient(
             sums += _sum_of_squares(more, inverse, UNITS, GROUPS)
         group = first_group + tl.arange(0, GROUPS)
         tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
-        tl.store(sums_ptr + group, sums.to(tl.float64), mask=group < N_GROUPS)
+        wide_scale = scale.to(tl.float64)
+        exact = sums.to(tl.float64) * (wide_scale * wide_scale)
+        square += tl.where(group < N_GROUPS, exact, 0.0)
         largest_of_row = tl.maximum(largest_of_row, tl.max(largest, axis=0))
+    tl.store(square_ptr, tl.sum(square, axis=0))
     return largest_of_row
 
 
@@ -273,9 +284,10 @@ def _lion_kernel(
     outlier_columns_ptr,  # [rows, N_OUTLIERS] int16 or int32
     momentum_codes_ptr,  # [rows, MOMENTUM_WIDTH] int8, or uint8 of two columns each; modified
     momentum_scales_ptr,  # [rows, N_MOMENTUM_GROUPS] fp32, modified
-    gradient_codes_ptr,  # [rows, COLUMNS] int8; or the gradient itself in fp32, bf16 or fp16
+    gradient_codes_ptr,  # [rows, COLUMNS] int8; or the gradient itself in fp32, bf16 or fp16; or
+    # the direction in fp32
     gradient_scales_ptr,  # [rows, N_STATE_GROUPS] fp32; written if the gradient is float
-    sums_ptr,  # [rows, N_STATE_GROUPS] fp64: of squared gradient codes, written if it is float
+    squares_ptr,  # [rows] fp64: of the quantized gradient, written if it is float
     factor_ptr,  # one fp32, of the gradient; or None
     lr,
     shrink,  # lr * weight_decay
@@ -306,7 +318,7 @@ def _lion_kernel(
     STATE_GROUPS: tl.constexpr,
     STATE_GROUP_TILES: tl.constexpr,
     STATE_UNIT_TILES: tl.constexpr,
-    MOMENTUM_BITS: tl.constexpr,  # 0: SGD
+    MOMENTUM_BITS: tl.constexpr,  # 0: none, and the direction is given
     MOMENTUM_WIDTH: tl.constexpr,  # bytes of a row
     MOMENTUM_GROUP: tl.constexpr,
     N_MOMENTUM_GROUPS: tl.constexpr,
@@ -324,15 +336,15 @@ def _lion_kernel(
     scales_ptr += row * N_GROUPS
     momentum_scales_ptr += row * N_MOMENTUM_GROUPS
     gradient_scales_ptr += row * N_STATE_GROUPS
-    sums_ptr += row * N_STATE_GROUPS
+    squares_ptr += row
     outlier_values_ptr += row * N_OUTLIERS
     outlier_columns_ptr += row * N_OUTLIERS
     row += first_row
     first_counter = row * ((COLUMNS + 3) // 4)  # four columns share a counter
 
-    if gradient_codes_ptr.dtype.element_ty != tl.int8:
+    if MOMENTUM_BITS > 0 and gradient_codes_ptr.dtype.element_ty != tl.int8:
         largest = _quantize_gradient(
-            gradient_codes_ptr, gradient_scales_ptr, sums_ptr,
+            gradient_codes_ptr, gradient_scales_ptr, squares_ptr,
             COLUMNS, STATE_GROUP, N_STATE_GROUPS, STATE_UNIT, STATE_UNITS, STATE_GROUPS,
             STATE_GROUP_TILES, STATE_UNIT_TILES,
         )  # fmt: skip
@@ -432,11 +444,12 @@ def _lion_kernel(
             tl.store(codes_ptr + column, zero, mask=k < N_OUTLIERS)
 
 
+@cache
 def lion_constants(
     columns: int,
     n_outliers: int,
     group_size: int | None,
-    state_group_size: int,
+    state_group_size: int | None,
     momentum_bits: int = 8,
 ) -> tuple[dict[str, int], int]:
     """Constexpr arguments of the kernel but `STOCHASTIC`, and the warps of a program."""
@@ -456,7 +469,7 @@ def lion_constants(
         "STATE_GROUP_TILES": state.GROUP_TILES,
         "STATE_UNIT_TILES": state.UNIT_TILES,
         "MOMENTUM_BITS": momentum_bits,
-        "MOMENTUM_WIDTH": triton.cdiv(columns, 2) if momentum_bits == 4 else columns,
+        "MOMENTUM_WIDTH": -(-columns // 2) if momentum_bits == 4 else columns,
         "MOMENTUM_GROUP": momentum.GROUP,
         "N_MOMENTUM_GROUPS": momentum.N_GROUPS,
         "MOMENTUM_GROUP_IS_UNIT": momentum_bits > 0
@@ -470,60 +483,78 @@ def lion_constants(
     return constants, tiles.n_warps
 
 
+_launch_lion = Launcher(_lion_kernel)
+# Momentum, gradient and its scales, squares, factor, and eleven numbers: what differs from step to
+# step, or belongs to somebody else than the weight.
+OPEN = (...,) * 17
+
+
 def launch(
-    codes: Tensor,
-    *tensors: Tensor,
-    momentum_bits: int,
+    weight: Weight,
+    momentum: Quantized | None,
+    gradient: tuple[Tensor, Tensor],
+    squares: Tensor,
+    factor: Tensor | None,
+    *,
     group_size: int | None,
-    state_group_size: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    maximize: bool,
-    stochastic: bool,
-    seed: int,
-    step: int,
-    stream: int,
-    first_row: int = 0,
-    sums: Tensor,
-    factor: Tensor | None = None,
+    rule: Lion,
+    rounding: Rounding,
 ) -> None:
-    """Run the kernel on its tensors, in its order."""
-    rows, columns = codes.shape
-    n_outliers = tensors[1].shape[1]
-    constants, n_warps = lion_constants(
-        columns, n_outliers, group_size, state_group_size, momentum_bits
-    )
-    with torch.cuda.device_of(codes):
-        _lion_kernel[(rows,)](
-            codes, *tensors, sums, factor,
-            lr, lr * weight_decay, beta1, 1 - beta1, beta2, 1 - beta2,
-            -1.0 if maximize else 1.0, seed, step, stream, first_row,
-            STOCHASTIC=stochastic, **constants, num_warps=n_warps, enable_fp_fusion=False,
-        )  # fmt: skip
+    """Run the kernel; `group_size` is that of the gradient."""
+    bits = 0 if momentum is None else momentum.bits
+    key = "lion", bits, group_size, rounding.stochastic
+    plan = weight.plans.get(key)
+    if plan is None:
+        rows, columns = weight.codes.shape
+        n_outliers = weight.outlier_values.shape[1]
+        constants, n_warps = lion_constants(
+            columns, n_outliers, weight.group_size, group_size, bits
+        )
+        compiled_for = Constants(
+            STOCHASTIC=rounding.stochastic, **constants, num_warps=n_warps, enable_fp_fusion=False
+        )
+        plan = weight.plans[key] = _launch_lion.plan((rows,), compiled_for, *weight.tensors, *OPEN)
+    # Without momentum the kernel never touches what stands in its place.
+    state = (weight.scales, weight.scales) if momentum is None else momentum.tensors
+    plan(
+        *state, *gradient, squares, factor,
+        rule.lr, rule.lr * rule.weight_decay,
+        rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2,
+        -1.0 if rule.maximize else 1.0,
+        rounding.seed, rounding.step, rounding.stream, rounding.first_row,
+    )  # fmt: skip
 
 
-def lion_step_(codes: Tensor, *state: Tensor, **arguments: Any) -> None:
-    # No sums are written; any tensor stands in their place.
-    launch(codes, *state, momentum_bits=_bits(state[3]), sums=state[-1], **arguments)
+@operators.lion_step_.register("triton")
+def lion_step_(
+    weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
+) -> None:
+    # No squares are written; any tensor stands in their place.
+    launch(
+        weight, momentum, gradient.tensors, gradient.scales, None,
+        group_size=gradient.group_size, rule=rule, rounding=rounding,
+    )  # fmt: skip
 
 
+@operators.quantize_and_lion_step_.register("triton")
 def quantize_and_lion_step_(
-    codes: Tensor, *state: Tensor, state_group_size: int, **arguments: Any
+    weight: Weight,
+    momentum: Quantized,
+    gradient: Tensor,
+    *,
+    factor: Tensor | None,
+    group_size: int,
+    rule: Lion,
+    rounding: Rounding,
 ) -> Tensor:
     # The kernel that steps quantizes first if it is handed floats. What stays in memory of the
-    # quantized gradient is its scales, and with them the sums of which the norm is made.
-    rows, columns = codes.shape
-    shape = (rows, tiling(columns, state_group_size).N_GROUPS)
-    scales = torch.empty(shape, dtype=torch.float32, device=codes.device)
-    sums = torch.empty(shape, dtype=torch.float64, device=codes.device)
+    # quantized gradient is its scales.
+    rows, columns = gradient.shape
+    shape = (rows, tiling(columns, group_size).N_GROUPS)
+    scales = torch.empty(shape, dtype=torch.float32, device=gradient.device)
+    squares = torch.empty(rows, dtype=torch.float64, device=gradient.device)
     launch(
-        codes, *state, scales, momentum_bits=_bits(state[3]), state_group_size=state_group_size,
-        sums=sums, **arguments,
+        weight, momentum, (gradient, scales), squares, factor,
+        group_size=group_size, rule=rule, rounding=rounding,
     )  # fmt: skip
-    return (sums * scales.double().square()).sum()
-
-
-def _bits(momentum_codes: Tensor) -> int:
-    return 4 if momentum_codes.dtype == torch.uint8 else 8
+    return squares

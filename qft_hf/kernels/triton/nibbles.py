@@ -1,12 +1,12 @@
-"""4-bit codes on uneven levels, two in a byte, in Triton. Twin: `kernels/reference/nibbles.py`."""
+"""4-bit codes on uneven levels, two in a byte, in Triton. Twin: `kernels/nibbles.py`."""
 
 import triton
 import triton.language as tl
 
-from ..reference.nibbles import NIBBLE_MAX as _NIBBLE_MAX
-from ..reference.nibbles import SLOPE as _SLOPE
-from ..reference.nibbles import TOP as _TOP
-from ..reference.philox import MOMENTUM as _MOMENTUM
+from ..nibbles import NIBBLE_MAX as _NIBBLE_MAX
+from ..nibbles import SLOPE as _SLOPE
+from ..nibbles import TOP as _TOP
+from ..philox import MOMENTUM as _MOMENTUM
 from .numerics import TINY, random_words
 
 NIBBLE_MAX: tl.constexpr = tl.constexpr(float(_NIBBLE_MAX))

@@ -1,4 +1,4 @@
-"""Rounding, scales and random words inside kernels. Twins: `kernels/reference/{quantize,philox}`.
+"""Rounding, scales and random words in kernels. Twins: `kernels/groups.py`, `kernels/philox.py`.
 
 Kernels must be launched with `enable_fp_fusion=False`: a fused multiply-add rounds once where the
 reference rounds twice.
@@ -7,11 +7,11 @@ reference rounds twice.
 import triton
 import triton.language as tl
 
-from ..reference.philox import ROUNDS as _ROUNDS
-from ..reference.philox import WEIGHT as _WEIGHT
-from ..reference.quantize import MAGIC as _MAGIC
-from ..reference.quantize import QMAX as _QMAX
-from ..reference.quantize import TINY as _TINY
+from ..groups import MAGIC as _MAGIC
+from ..groups import QMAX as _QMAX
+from ..groups import TINY as _TINY
+from ..philox import ROUNDS as _ROUNDS
+from ..philox import WEIGHT as _WEIGHT
 
 MAGIC: tl.constexpr = tl.constexpr(_MAGIC)
 ROUNDS: tl.constexpr = tl.constexpr(_ROUNDS)

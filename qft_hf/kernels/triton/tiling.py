@@ -9,9 +9,12 @@ momentum group, so a scale is loaded once for a unit and not for each element.
 from dataclasses import asdict, dataclass
 from functools import cache
 from math import gcd
+from typing import Any
 
 import triton
 import triton.language as tl
+
+from .launch import Constants
 
 MIN_UNIT = 2  # of a whole row: 4-bit codes of two columns share a byte
 MAX_UNIT = 256
@@ -85,6 +88,13 @@ def tiling(columns: int, group_size: int | None, other_group_size: int = 0) -> T
         )
     units = _least_waste(n_units, [tile // unit for tile in tiles])
     return Tiling(columns, group, n_groups, unit, units, 1, n_groups, triton.cdiv(n_units, units))
+
+
+@cache
+def row_constants(columns: int, group_size: int | None, **others: Any) -> Constants:
+    """What a kernel is compiled for that walks over rows in this tiling; `others` come on top."""
+    tiles = tiling(columns, group_size)
+    return Constants(**others, **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False)
 
 
 def _power_of_two(n: int) -> int:

@@ -1,0 +1,343 @@
+"""The optimizers that the Trainer knows by name, and the options that each of them takes.
+
+An optimizer is a line of `OPTIMIZERS`. An option is a line of `OPTIONS` and a field of
+`QFTTrainingArguments`; its default and its range are those of the optimizer's constructor, which
+is asked for both, so that no number stands here.
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainingArguments
+
+from ..optim import QFTSGD, QFTAdamW, QFTLion, QFTOptimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option of an optimizer.
+
+    Attributes:
+        type: Of its values: str, int, float or bool.
+        help: What it does, for `--help` and the documentation.
+    """
+
+    type: type
+    help: str
+
+
+OPTIONS = {
+    "gradient": Option(
+        str,
+        "Where a gradient goes. stack: INT8 gradients wait for the step, about 1 byte per "
+        "parameter, and are clipped exactly at no cost. release: each weight is updated during "
+        "backward and its gradient freed; the same bits, and max_grad_norm needs a choice of "
+        "clipping.",
+    ),
+    "accumulation": Option(
+        str,
+        "With gradient release: keep the INT8 gradients of micro-batches until the last one, or "
+        "forbid more than one.",
+    ),
+    "clipping": Option(
+        str,
+        "With gradient release, how max_grad_norm is honoured. exact: a second forward and "
+        "backward pass finds the norm first (QFTTrainer). previous: by the norm of the step "
+        "before. tensor: each gradient by its own norm. Unset: max_grad_norm must be 0.",
+    ),
+    "nonfinite": Option(
+        str,
+        "On a NaN or infinite gradient: raise, or skip the step and count it, which release "
+        "cannot.",
+    ),
+    "stochastic_rounding": Option(
+        bool,
+        "Whether updates are rounded stochastically; to nearest is for ablation and does not "
+        "train.",
+    ),
+    "seed": Option(
+        int,
+        "Key of the random numbers that round updates and gradients. Unset: that of the model, 0 "
+        "for a float one.",
+    ),
+    "beta1": Option(
+        float,
+        "Weight of the momentum in the update. adam_beta1, adam_beta2 and adam_epsilon are not "
+        "read.",
+    ),
+    "beta2": Option(float, "Decay of qft_lion's momentum, or of qft_adamw's second moment."),
+    "eps": Option(float, "Term beside the root of the second moment, where there is one."),
+    "momentum_bits": Option(
+        int,
+        "Bits of one momentum value: 8, or 4, experimental, which costs quality.",
+    ),
+}
+FIELDS = {name: name for name in OPTIONS} | {"seed": "quantization_seed"}  # of the arguments
+
+_EVERY = ("gradient", "accumulation", "clipping", "nonfinite", "stochastic_rounding", "seed")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedOptimizer:
+    """An optimizer that `TrainingArguments(optim=...)` knows.
+
+    Attributes:
+        optimizer_class: Its class, which takes the options by name and `betas` as a pair.
+        options: Names in `OPTIONS`.
+    """
+
+    optimizer_class: type[QFTOptimizer]
+    options: tuple[str, ...]
+
+
+OPTIMIZERS = {
+    "qft_lion": NamedOptimizer(QFTLion, (*_EVERY, "beta1", "beta2", "momentum_bits")),
+    "qft_adamw": NamedOptimizer(QFTAdamW, (*_EVERY, "beta1", "beta2", "eps")),
+    "qft_sgd": NamedOptimizer(QFTSGD, _EVERY),
+}
+DEFAULT_OPTIMIZER = "qft_lion"
+
+# Fields of TrainingArguments that no optimizer of ours reads, and the option that says the same.
+_UNREAD = {
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "eps",
+    "optim_target_modules": None,
+}
+_KINDS = {str: "a word", int: "an integer", float: "a number", bool: "true or false"}
+_TRUTH = {"true": True, "false": False}
+
+
+def optimizer_name(args: TrainingArguments) -> str:
+    """The name in `args.optim`, a string or a member of an enumeration."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def named_optimizer(args: TrainingArguments) -> NamedOptimizer | None:
+    """The line of `OPTIMIZERS` that `args.optim` names; None for an optimizer of others."""
+    return OPTIMIZERS.get(optimizer_name(args))
+
+
+def names() -> str:
+    """All names, for an error: `'qft_lion'`, or several with "or"."""
+    return " or ".join(map(repr, OPTIMIZERS))
+
+
+def is_ours(optimizer: Optimizer) -> bool:
+    """Whether an optimizer, outside Accelerate's wrapper, updates INT8 weights."""
+    return isinstance(optimizer, QFTOptimizer)
+
+
+def describe(option: str) -> str:
+    """What an option does, and its default for each optimizer that takes it."""
+    defaults: dict[str, list[str]] = {}
+    for name, entry in OPTIMIZERS.items():
+        if option in entry.options and option not in ("clipping", "seed"):  # the text tells
+            defaults.setdefault(str(_default(entry, option)), []).append(name)
+    shown = ", ".join(f"{value} ({', '.join(of)})" for value, of in defaults.items())
+    return OPTIONS[option].help + (f" Default: {shown}." if shown else "")
+
+
+def given_options(args: TrainingArguments) -> dict[str, Any]:
+    """The options that fields of `QFTTrainingArguments` or `optim_args` give.
+
+    Raises:
+        TypeError: A field has a value of the wrong type.
+        ValueError: An option is unknown or not one of this optimizer, given twice with two values,
+            cannot be read, or is NaN or infinite.
+    """
+    name = optimizer_name(args)
+    taken = OPTIMIZERS[name].options
+    options: dict[str, Any] = {}
+    for option, value in getattr(args, "optimizer_fields", {}).items():
+        if option not in taken:
+            raise ValueError(
+                f"{name} has no {FIELDS[option]}, got {value!r}. Leave it out; {name} takes "
+                f"{', '.join(sorted(FIELDS[one] for one in taken))}."
+            )
+        options[option] = _checked(FIELDS[option], value, OPTIONS[option].type)
+    for option, value in _read(args.optim_args, name, taken).items():
+        if options.setdefault(option, value) != value:
+            raise ValueError(
+                f"optim_args has {option}={value}, and {FIELDS[option]}={options[option]} was "
+                "given beside it. Give one of them."
+            )
+    return options
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Raise for values and combinations that an optimizer of ours cannot honour.
+
+    Ranges are those of the optimizer's constructor, which is tried on one number.
+
+    Raises:
+        TypeError: A value is of the wrong type.
+        ValueError: A value is out of its range, or has no effect beside the others.
+    """
+    for name in ("learning_rate", "weight_decay"):
+        if _checked(name, getattr(args, name), float) < 0:
+            raise ValueError(f"{name} must not be negative, got {getattr(args, name)}.")
+    norm = args.max_grad_norm
+    if norm is not None and not norm >= 0:
+        raise ValueError(f"max_grad_norm must not be negative or NaN, got {norm}. 0 clips nothing.")
+    _refuse_unread(args)
+    options = given_options(args)
+    if not _releases(args, options) and options.get("accumulation") == "forbid":
+        raise ValueError(
+            "accumulation='forbid' is for gradient='release'; gradients on the stack wait for the "
+            "step in any case. Set gradient='release', or leave accumulation out."
+        )
+    if _releases(args, options):
+        refuse_retries(args)
+    named = OPTIMIZERS[optimizer_name(args)]
+    trial = nn.Parameter(torch.zeros(1, dtype=torch.float32))
+    named.optimizer_class([trial], **optimizer_arguments(args))
+
+
+def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """What the constructor gets from `args`; what is not given keeps its default there."""
+    options = given_options(args)
+    arguments: dict[str, Any] = {"lr": args.learning_rate}
+    if _releases(args, options) and args.max_grad_norm:
+        arguments["max_grad_norm"] = args.max_grad_norm
+    if "beta1" in options or "beta2" in options:
+        entry = OPTIMIZERS[optimizer_name(args)]
+        arguments["betas"] = tuple(
+            options.pop(beta, _default(entry, beta)) for beta in ("beta1", "beta2")
+        )
+    return arguments | options
+
+
+def refuse_retries(args: TrainingArguments) -> None:
+    """Raise if a batch that does not fit is to be tried again although gradients are released.
+
+    Raises:
+        ValueError: `auto_find_batch_size` is set.
+    """
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True tries a smaller batch when memory runs out, and "
+            "gradient='release' has updated some weights by then. Set auto_find_batch_size=False "
+            "and a per_device_train_batch_size that fits, or gradient='stack'."
+        )
+
+
+def refuse_overruled(args: TrainingArguments, optimizer: Any, *, is_resumed: bool) -> None:
+    """Raise if the optimizer that trains goes by another value than the one that was given.
+
+    A checkpoint's optimizer state brings its own values, as those of torch do.
+
+    Args:
+        args: Of the run.
+        optimizer: One of ours, outside Accelerate's wrapper.
+        is_resumed: Whether it was loaded from a checkpoint. Then rate and decay are compared too,
+            where they are not the defaults, and where one value holds for all groups.
+
+    Raises:
+        ValueError: Names both values.
+    """
+    used: list[tuple[str, Any, list[Any]]] = []
+    if named_optimizer(args) is not None:
+        for option, value in given_options(args).items():
+            used.append((FIELDS[option], value, _in_use(optimizer, option)))
+    if is_resumed:
+        rates = {group.get("initial_lr", args.learning_rate) for group in optimizer.param_groups}
+        decays = {group["weight_decay"] for group in optimizer.param_groups} - {0.0} or {0.0}
+        for name, found in (("learning_rate", rates), ("weight_decay", decays)):
+            if getattr(args, name) != _stock_default(name) and len(found) == 1:
+                used.append((name, getattr(args, name), list(found)))
+    for name, value, values in used:
+        if value not in values:
+            raise ValueError(
+                f"{name}={value} was given, and the optimizer goes by {values[0]}, as the "
+                "checkpoint says that training resumes from, or who made the optimizer. Give "
+                f"{name}={values[0]} or leave it out; to train on with another value, start a new "
+                "run from the weights of the checkpoint."
+            )
+
+
+def _in_use(optimizer: Any, option: str) -> list[Any]:
+    """The values of an option that an optimizer goes by."""
+    if option in ("beta1", "beta2"):
+        return [group["betas"][option == "beta2"] for group in optimizer.param_groups]
+    if option in optimizer.param_groups[0]:
+        return [group[option] for group in optimizer.param_groups]
+    return [getattr(optimizer, option)]
+
+
+def _refuse_unread(args: TrainingArguments) -> None:
+    """Raise for what is set for optimizers of others.
+
+    What equals the default cannot be told from what was not given, and other libraries copy all
+    arguments from one class to another; so `adam_beta2=0.999` passes, and is not read either.
+    """
+    name = optimizer_name(args)
+    for field, option in _UNREAD.items():
+        value = getattr(args, field)
+        if value == _stock_default(field):
+            continue
+        advice = "Leave it out."
+        if option in OPTIMIZERS[name].options:
+            advice = (
+                f"Set {option}={value} in QFTTrainingArguments, or optim_args='{option}={value}'."
+            )
+        raise ValueError(f"{name} does not read {field}, got {value!r}. {advice}")
+
+
+def _releases(args: TrainingArguments, options: dict[str, Any]) -> bool:
+    default = _default(OPTIMIZERS[optimizer_name(args)], "gradient")
+    return bool(options.get("gradient", default) == "release")
+
+
+def _default(entry: NamedOptimizer, option: str) -> Any:
+    """The default of the constructor."""
+    parameters: dict[str, Any] = {}
+    for base in reversed(entry.optimizer_class.__mro__):  # each names its own, and passes on others
+        if issubclass(base, QFTOptimizer):
+            parameters.update(inspect.signature(base).parameters)
+    if option in ("beta1", "beta2"):
+        return parameters["betas"].default[option == "beta2"]
+    return parameters[option].default
+
+
+def _stock_default(field: str) -> Any:
+    return TrainingArguments.__dataclass_fields__[field].default
+
+
+def _read(text: str | None, name: str, taken: tuple[str, ...]) -> dict[str, Any]:
+    """The options in `optim_args`, a list such as `"beta2=0.98,nonfinite=skip"`."""
+    options: dict[str, Any] = {}
+    for entry in (text or "").replace(" ", "").split(",") if text else ():
+        option, _, value = entry.partition("=")
+        if option not in taken:
+            raise ValueError(
+                f"optim_args has {entry!r}; {name} takes {', '.join(sorted(taken))}, as in "
+                "optim_args='beta2=0.98,nonfinite=skip'."
+            )
+        if option in options:
+            raise ValueError(f"optim_args has {option} twice. Give it once.")
+        kind = OPTIONS[option].type
+        try:
+            read = _TRUTH[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"optim_args has {entry!r}; {option} must be {_KINDS[kind]}."
+            ) from error
+        options[option] = _checked(option, read, kind)
+    return options
+
+
+def _checked(name: str, value: Any, kind: type) -> Any:
+    """A value of the right type; a number is finite."""
+    # bool is an int to Python and a slip to us.
+    is_right = isinstance(value, (int, float) if kind is float else kind)
+    if not is_right or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{name} must be {_KINDS[kind]}, got {value!r}.")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value}.")
+    return value

@@ -1,0 +1,205 @@
+"""One AdamW step on an INT8 weight, 8-bit moments and an INT8 gradient.
+
+Both moments are relative:
+
+* **root**: the second moment v as its eighth root, on 256 even levels `(code + 1/2) * scale`. The
+  highest and the lowest of a group are 511 apart, so those of sqrt(v) are 511**4 = 7e10 apart;
+  neighbours differ by 1.6 % at the top and by 17 % at 1/13,000 of it. No code means 0: what a step
+  divides by is never 0, and stays in proportion to what was stored.
+* **ratio**: the first moment m as m / sqrt(v). Its codes are even, for it is what the weight moves
+  by: the error is the same small part of a step for elements whose gradients are a thousand times
+  smaller than their neighbours', whose own code of m would be 0 or 1. It is rounded beside the v
+  that was not: where v is rounded down, m goes down with it, and no step is longer than the longest
+  of exact AdamW, `(1 - beta1) / sqrt((1 - beta2) * (1 - beta1^2 / beta2))` rates.
+
+Both are rounded stochastically. A step changes v by a thousandth, which is a thirtieth of a code:
+to nearest, codes would freeze. A ratio would never decay below code 5, and drive for ever the
+weight of an input that has died.
+
+All of v's arithmetic is in units of `1 / UNIT`, a power of two. Gradients from 1e-12 to 2e9 have
+all levels there, and no bit depends on what a device does with subnormal numbers.
+"""
+
+import torch
+from torch import Tensor
+
+from .checks import check_finite, check_same
+from .groups import absmax_scale, expanded, group_absmax, scale_groups_
+from .operators import operator
+from .output_gradient import stochastic_codes
+from .philox import random_words
+from .values import AdamW, Moments, Quantized, Rounding, Weight
+from .weight import WRITES, check_weight_values, row_chunks, step_weight_
+
+ROOT_QMAX = 255  # unsigned: a root has no sign
+# The least scale of roots, and that of v = 0. The lowest code against it has v = 2**-96: a square
+# that is subnormal, and to some devices 0, is less than half of that one's last bit.
+ROOT_TINY = 2.0**-11
+# What no scale of roots reaches: the fourth root of the largest gradient, over 255.5.
+ROOT_LIMIT = 2.0**8
+# The least scale of ratios: 127 of it are a step of 1e-10 rates. With the one above, every m that
+# is stored is a normal number.
+RATIO_TINY = 2.0**-40
+UNIT = 2.0**32
+# Largest gradient scale, in units: gradients are cut at 127 of it, 2e9, whose square is in FP32.
+GRADIENT_SCALE_MAX = 2.0**56
+
+GPU_CHUNK_ELEMENTS = 2**22  # a GPU wants more than what stays in a cache: 300 MB of temporaries
+
+MOMENTS = (
+    "moments.ratio_codes",
+    "moments.ratio_scales",
+    "moments.root_codes",
+    "moments.root_scales",
+)
+
+
+@operator(writes=(*WRITES, *MOMENTS))
+def adamw_step_(
+    weight: Weight, moments: Moments, gradient: Quantized, *, rule: AdamW, rounding: Rounding
+) -> None:
+    """Update weight and moments in place; AdamW with decoupled weight decay.
+
+    With g, r, s, w the gradient, ratio, root of v and weight as stored, t the number of the step:
+
+        m = beta1 * (r * s) + (1 - beta1) * g
+        s' = sqrt(beta2 * s^2 + (1 - beta2) * g^2)
+        d = (m * c1) / (s' * c2 + eps)        c1 = 1 / (1 - beta1^t), c2 = 1 / sqrt(1 - beta2^t)
+        s <- Q(s')
+        r <- Q(m / s')
+        w <- SR(w - lr * (d + weight_decay * w))
+
+    SR, scales and outliers are those of `step_weight_`. The step takes moments before they are
+    rounded. Q rounds stochastically against a fresh absmax scale: the root with the low 24 bits of
+    the word whose high 24 round the weight, the ratio with its low 16. A second word would cost as
+    much again as the first. Each is uniform to its last bit and independent of earlier steps, so
+    each rounding is unbiased; two of them depend on each other only where the first 8 bits of one
+    have not decided, once in 256 times.
+
+    Args:
+        weight: `[rows, columns]`, modified.
+        moments: Of the same matrix in the groups of the gradient, modified.
+        gradient: `[rows, columns]` of 8 bits, with finite scales; those above 1.7e7 count as that.
+        rule: The numbers of the step.
+        rounding: The random numbers; its `step` counts from 1 and corrects the moments' start. Not
+            `stochastic` rounds moments to nearest too.
+
+    Raises:
+        ValueError: Shapes, groups or devices do not fit. On the CPU also: a scale is not finite, a
+            weight scale is not positive, a scale of roots is beyond all gradients, or an outlier
+            column does not exist. Nothing was written.
+
+    Source:
+        Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
+    """
+    elements = None if weight.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    for rows in row_chunks(weight.codes, elements=elements):
+        part = rounding._replace(first_row=rounding.first_row + rows.start)
+        direction = _step_moments_(moments, gradient, rows, rule, part)
+        step_weight_(
+            weight.rows(rows), direction, lr=rule.lr, weight_decay=rule.weight_decay, rounding=part
+        )
+
+
+def _step_moments_(
+    moments: Moments, gradient: Quantized, rows: slice, rule: AdamW, rounding: Rounding
+) -> Tensor:
+    """Update the moments of some rows, of which `rounding` knows the first; their direction."""
+    ratio_codes, ratio_scales, root_codes, root_scales = moments.tensors
+    group_size = moments.group_size
+    unit_scales = (gradient.scales[rows] * UNIT).clamp_max_(GRADIENT_SCALE_MAX)
+    g = expanded(gradient.codes[rows], unit_scales, group_size)
+    if rule.maximize:
+        g.neg_()
+    root_v = stored_root(root_codes[rows], root_scales[rows], group_size)
+    m = expanded(ratio_codes[rows], ratio_scales[rows], group_size).mul_(root_v)
+    m = m.mul_(rule.beta1).add_(g * (1 - rule.beta1))
+    v = root_v.square_().mul_(rule.beta2).add_(g.square_().mul_(1 - rule.beta2))
+    root_v = exact_sqrt(v)
+
+    of_m, of_root = rule.corrections(rounding.step)
+    direction = (m * of_m).div_((root_v * of_root).add_(rule.eps * UNIT))
+
+    of_root_rounding, of_ratio_rounding = _moment_uniforms(m, rounding)
+    ratio_codes[rows], ratio_scales[rows] = _quantized_ratio(
+        m.div_(root_v), of_ratio_rounding, group_size
+    )
+    root_codes[rows], root_scales[rows] = _quantized_root(root_v, of_root_rounding, group_size)
+    return direction
+
+
+def exact_sqrt(x: Tensor) -> Tensor:
+    """The FP32 square root, correctly rounded; `Tensor.sqrt` is not.
+
+    PyTorch's on a CPU is MKL's: a fifth of its FP32 results are off by their last bit. By way of
+    FP64 all are right: the root of a 24-bit number is at least 4 units of FP64's last place from
+    whatever lies half-way between two 24-bit numbers, and MKL's FP64 root is off by one at most.
+    """
+    return x.double().sqrt_().float()
+
+
+def stored_root(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """sqrt(v) in units, positive: fp32 `[rows, columns]`."""
+    root = scale_groups_(codes.float().add_(0.5), scales, group_size)
+    return root.square_().square_()
+
+
+def _quantized_root(root_v: Tensor, uniform: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of sqrt(v), by way of its own fourth root."""
+    root = exact_sqrt(exact_sqrt(root_v))
+    scales = (group_absmax(root, group_size) * (1.0 / (ROOT_QMAX + 0.5))).clamp_min_(ROOT_TINY)
+    values = scale_groups_(root, torch.ones_like(scales) / scales, group_size).sub_(0.5)
+    whole = values.floor()
+    up = (values - whole).add_(uniform) >= 1
+    # Below the lowest level there is only the lowest.
+    return (whole + up).clamp_(0, ROOT_QMAX).to(torch.uint8), scales
+
+
+def _quantized_ratio(ratio: Tensor, uniform: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes and scales of m / sqrt(v), which is modified; 0 has code 0 at any random number."""
+    scales = absmax_scale(group_absmax(ratio, group_size)).clamp_min_(RATIO_TINY)
+    values = scale_groups_(ratio, torch.ones_like(scales) / scales, group_size)
+    return stochastic_codes(values, uniform), scales
+
+
+def _moment_uniforms(like: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
+    """What rounds root and ratio, in [0, 1); halves round to nearest."""
+    if not rounding.stochastic:
+        half = torch.full_like(like, 0.5)
+        return half, half
+    n_rows, columns = like.shape
+    # The words that `step_weight_` draws again; a kernel draws them once.
+    words = random_words(
+        slice(rounding.first_row, rounding.first_row + n_rows), columns, seed=rounding.seed,
+        step=rounding.step, stream=rounding.stream, device=like.device,
+    )  # fmt: skip
+    return (words & 0xFFFFFF).float().mul_(2.0**-24), (words & 0xFFFF).float().mul_(2.0**-16)
+
+
+@adamw_step_.checks
+def _(
+    weight: Weight, moments: Moments, gradient: Quantized, *, rule: AdamW, rounding: Rounding
+) -> None:
+    check_same("gradient codes", gradient.codes, weight.codes)
+    check_same("ratio codes", moments.ratio_codes, weight.codes)
+    if moments.group_size != gradient.group_size:
+        raise ValueError(
+            f"AdamW's moments have the groups of the gradient, got {moments.group_size} columns "
+            f"beside {gradient.group_size}."
+        )
+
+
+@adamw_step_.checks_values
+def _(
+    weight: Weight, moments: Moments, gradient: Quantized, *, rule: AdamW, rounding: Rounding
+) -> None:
+    check_weight_values(weight)
+    check_finite("ratio scales", moments.ratio_scales)
+    check_finite("root scales", moments.root_scales)
+    largest = float(moments.root_scales.abs().max())
+    if largest > ROOT_LIMIT:
+        raise ValueError(
+            f"root scales must be at most {ROOT_LIMIT:g}, got {largest}. Nothing was written: "
+            "reload the optimizer state."
+        )
+    check_finite("gradient scales", gradient.scales)

@@ -1,0 +1,52 @@
+"""Largest magnitudes of columns in numba. Twin: `kernels/columns.py`."""
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .. import columns as operators
+from .bf16 import float_array, widen
+from .quantization import magnitude
+from .threads import for_each_row_range, n_ranges
+
+_ONE = np.float32(1.0)
+
+BLOCK = 64  # rows; what a thread takes, and has maxima of
+
+
+# A function of its own: within the loops over rows LLVM does not vectorize it.
+@njit(nogil=True, cache=True)
+def _enlarge(maxima, block, x, row, factor):
+    largest, elements = maxima[block], x[row]
+    for j in range(x.shape[1]):
+        largest[j] = max(largest[j], magnitude(widen(elements[j]) * factor))
+
+
+@njit(nogil=True, cache=True)
+def _block_maxima(x, factors, maxima, start, stop):
+    for block in range(start, stop):
+        maxima[block] = 0
+        for row in range(block * BLOCK, min((block + 1) * BLOCK, x.shape[0])):
+            factor = factors[row] if factors.shape[0] > 0 else _ONE
+            _enlarge(maxima, block, x, row, factor)
+
+
+@njit(nogil=True, cache=True)
+def _maxima(x, factors, maxima, n_ranges):
+    for_each_row_range(_block_maxima, (x, factors, maxima), maxima.shape[0], n_ranges)
+
+
+def scaled_column_absmax(x: Tensor, factors: Tensor) -> Tensor:
+    """`column_absmax` of `x` times a factor for each of its rows, or no factors."""
+    n_blocks = -(-x.shape[0] // BLOCK)
+    maxima = torch.empty(n_blocks, x.shape[1], dtype=torch.int32)
+    arrays = (float_array(x), factors.numpy(), maxima.numpy())
+    _maxima(*arrays, n_ranges(n_blocks, BLOCK * x.shape[1]))
+    # As integers NaN is above all others: it comes through.
+    return maxima.amax(dim=0).view(torch.float32)
+
+
+@operators.column_absmax.register("cpu")
+def column_absmax(x: Tensor) -> Tensor:
+    return scaled_column_absmax(x, torch.empty(0, dtype=torch.float32))

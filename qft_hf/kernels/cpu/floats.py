@@ -1,0 +1,94 @@
+"""The Lion step on float parameters in numba. Twin: `kernels/floats.py`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .. import floats as operators
+from ..philox import WEIGHT
+from ..values import Lion
+from .philox import philox
+
+_f32, _i32 = np.float32, np.int32
+_WEIGHT = np.uint64(WEIGHT)
+_ZERO, _INFINITY = _f32(0.0), _f32(np.inf)
+_HIGH_HALF = _i32(-65536)  # the half of FP32's bits that BF16 keeps
+
+
+@njit(inline="always")
+def _rounded(bits, word):
+    return (bits + _i32(word >> np.uint32(16))) & _HIGH_HALF
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _lion_elements(
+    values, momentum, gradient, lr, shrink, beta1, one_minus_beta1, beta2, one_minus_beta2,
+    gradient_sign,
+):  # fmt: skip
+    for i in range(values.shape[0]):
+        g = gradient[i] * gradient_sign
+        if not abs(g) < _INFINITY:
+            continue
+        c = momentum[i] * beta1 + g * one_minus_beta1
+        direction = _f32(c > _ZERO) - _f32(c < _ZERO)
+        momentum[i] = momentum[i] * beta2 + g * one_minus_beta2
+        values[i] -= values[i] * shrink + direction * lr
+
+
+@njit(nogil=True, cache=True)
+def _round_to_bfloat16(bits, seed, step, stream):
+    """Round FP32, given by its bits, to a BF16 neighbour; what is BF16 already keeps its bits."""
+    n = bits.shape[0]
+    for first in range(0, n, 4):
+        w0, w1, w2, w3 = philox(np.uint64(first // 4), seed, step, stream, _WEIGHT)
+        bits[first] = _rounded(bits[first], w0)
+        if first + 1 < n:
+            bits[first + 1] = _rounded(bits[first + 1], w1)
+        if first + 2 < n:
+            bits[first + 2] = _rounded(bits[first + 2], w2)
+        if first + 3 < n:
+            bits[first + 3] = _rounded(bits[first + 3], w3)
+
+
+@operators.lion_step_floats_.register("cpu")
+def lion_step_floats_(
+    parameters: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    rule: Lion,
+    seed: int,
+    stochastic: bool,
+    steps: Sequence[int],
+    streams: Sequence[int],
+) -> None:
+    numbers = (
+        _f32(rule.lr),
+        _f32(rule.lr * rule.weight_decay),
+        _f32(rule.beta1),
+        _f32(1 - rule.beta1),
+        _f32(rule.beta2),
+        _f32(1 - rule.beta2),
+        _f32(-1.0 if rule.maximize else 1.0),
+    )
+    for parameter, momentum, gradient, step, stream in zip(
+        parameters, momenta, gradients, steps, streams, strict=True
+    ):
+        # What is FP32 and contiguous is written in place; else these are copies.
+        values, moments = parameter.detach().float().flatten(), momentum.flatten()
+        arrays = [tensor.numpy() for tensor in (values, moments, gradient.float().flatten())]
+        _lion_elements(*arrays, *numbers)
+        if stochastic and parameter.dtype == torch.bfloat16:
+            words = (np.uint64(seed), np.uint64(step), np.uint64(stream))
+            _round_to_bfloat16(arrays[0].view(np.int32), *words)
+        for tensor, result in ((parameter, values), (momentum, moments)):
+            if result.data_ptr() != tensor.data_ptr():
+                tensor.copy_(result.view(tensor.shape))
+    torch.autograd.graph.increment_version([*parameters, *momenta])
+
+
+# Of few elements; plain PyTorch is as fast.
+operators.step_floats_.register("cpu")(operators.step_floats_.reference)

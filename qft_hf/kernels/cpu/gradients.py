@@ -1,0 +1,72 @@
+"""Sum and norm of INT8 gradients in numba. Twin: `kernels/gradients.py`."""
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .. import gradients as operators
+from ..values import Quantized
+from .quantization import largest_magnitude, quantize_group
+from .threads import for_each_row_range, n_ranges
+
+_f32 = np.float32
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _accumulate_rows(codes, scales, other_codes, other_scales, group_size, start, stop):
+    columns = codes.shape[1]
+    total = np.empty(group_size, np.float32)
+    for row in range(start, stop):
+        for group in range(scales.shape[1]):
+            first = group * group_size
+            last = min(first + group_size, columns)
+            code, other = codes[row, first:last], other_codes[row, first:last]
+            scale, other_scale = scales[row, group], other_scales[row, group]
+            for j in range(last - first):
+                total[j] = _f32(code[j]) * scale + _f32(other[j]) * other_scale
+            values = total[: last - first]
+            largest = largest_magnitude(values)
+            scales[row, group] = quantize_group(values, code, largest)
+
+
+@njit(nogil=True, cache=True)
+def _accumulate(codes, scales, other_codes, other_scales, group_size, n_ranges):
+    arguments = (codes, scales, other_codes, other_scales, group_size)
+    for_each_row_range(_accumulate_rows, arguments, codes.shape[0], n_ranges)
+
+
+@njit(nogil=True, cache=True)
+def _squared_norm_rows(codes, scales, sums, group_size, start, stop):
+    columns = codes.shape[1]
+    for row in range(start, stop):
+        for group in range(scales.shape[1]):
+            first = group * group_size
+            last = min(first + group_size, columns)
+            code = codes[row, first:last]
+            squares = np.int32(0)
+            for j in range(last - first):
+                squares += np.int32(code[j]) * np.int32(code[j])
+            sums[row, group] = squares
+
+
+@njit(nogil=True, cache=True)
+def _squared_norm(codes, scales, sums, group_size, n_ranges):
+    arguments = (codes, scales, sums, group_size)
+    for_each_row_range(_squared_norm_rows, arguments, codes.shape[0], n_ranges)
+
+
+@operators.accumulate_.register("cpu")
+def accumulate_(gradient: Quantized, other: Quantized) -> None:
+    rows, columns = gradient.codes.shape
+    arrays = [tensor.numpy() for tensor in (*gradient.tensors, *other.tensors)]
+    _accumulate(*arrays, gradient.group_size or columns, n_ranges(rows, columns))
+
+
+@operators.squared_norm.register("cpu")
+def squared_norm(gradient: Quantized) -> Tensor:
+    rows, columns = gradient.codes.shape
+    sums = torch.empty(gradient.scales.shape, dtype=torch.float64)
+    arrays = [tensor.numpy() for tensor in (*gradient.tensors, sums)]
+    _squared_norm(*arrays, gradient.group_size or columns, n_ranges(rows, columns))
+    return operators.norm_of_sums(sums, gradient.scales)

@@ -1,0 +1,199 @@
+"""INT8 products on a CPU. Twin: `kernels/int8_product.py`."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ...layout import GroupLayout
+from .. import int8_product as operators
+from .bf16 import float_array, store_row, widen
+from .quantization import largest_magnitude, quantize_group
+from .threads import for_each_row_range, n_ranges
+
+_f32 = np.float32
+
+# A sum of 1024 products of codes stays below 2**24, where FP32 holds every integer: it is exact,
+# whatever the order and however multiply and add are fused.
+EXACT = 1024
+TILE = 2048  # rows and columns of the result at a time: 16 MB of sums
+
+
+@njit(nogil=True, cache=True)
+def _accumulate(totals, sums):
+    for i in range(totals.shape[0]):
+        totals[i] += np.int32(sums[i])
+
+
+def exact_sums(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of codes as FP32, rounded once, by FP32 products of at most 1024 codes."""
+    summed = a.shape[1]
+    sums = a[:, :EXACT].float() @ b[:EXACT].float()
+    if summed <= EXACT:
+        return sums
+    totals = sums.int()
+    for start in range(EXACT, summed, EXACT):
+        part = slice(start, start + EXACT)
+        torch.mm(a[:, part].float(), b[part].float(), out=sums)
+        _accumulate(totals.view(-1).numpy(), sums.view(-1).numpy())
+    return sums.copy_(totals)
+
+
+@njit(nogil=True, cache=True)
+def _scale_row(sums, a_scale, b_scales, bias, values):
+    for j in range(sums.shape[0]):
+        value = (_f32(sums[j]) * a_scale) * b_scales[j]
+        # Adding 0 instead of nothing would lose the sign of -0.
+        values[j] = value + bias[j] if bias.shape[0] > 0 else value
+
+
+@njit(nogil=True, cache=True)
+def _place(values, columns, given, row, first_column):
+    """Write what is given of a row to its part from `first_column` on."""
+    for k in range(columns.shape[0]):
+        j = columns[k] - first_column
+        if 0 <= j < values.shape[0]:
+            values[j] = widen(given[row, k])
+
+
+@njit(nogil=True, cache=True)
+def _scale_rows(sums, a_scales, b_scales, bias, columns, given, out, first_column, start, stop):
+    last_column = first_column + sums.shape[1]
+    values = np.empty(sums.shape[1], np.float32)
+    for row in range(start, stop):
+        _scale_row(sums[row], a_scales[row], b_scales, bias, values)
+        _place(values, columns, given, row, first_column)
+        # Of whole rows, and not of a tile, numba knows that the columns are side by side.
+        store_row(values, out[row, first_column:last_column])
+
+
+@njit(nogil=True, cache=True)
+def _scale(sums, a_scales, b_scales, bias, columns, given, out, first_column, n_ranges):
+    arguments = (sums, a_scales, b_scales, bias, columns, given, out, first_column)
+    for_each_row_range(_scale_rows, arguments, sums.shape[0], n_ranges)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _quantize_rows(
+    sums, a_scales, columns, given, codes, scales, first_column, group_size, start, stop
+):
+    n_columns = sums.shape[1]
+    ones, none = np.ones(n_columns, np.float32), np.empty(0, np.float32)
+    values = np.empty(n_columns, np.float32)
+    for row in range(start, stop):
+        _scale_row(sums[row], a_scales[row], ones, none, values)
+        _place(values, columns, given, row, first_column)
+        code, scale = codes[row], scales[row]
+        for first in range(0, n_columns, group_size):
+            last = min(first + group_size, n_columns)
+            group = values[first:last]
+            largest = largest_magnitude(group)
+            scale[(first_column + first) // group_size] = quantize_group(
+                group, code[first_column + first : first_column + last], largest
+            )
+
+
+@njit(nogil=True, cache=True)
+def _quantize(sums, a_scales, columns, given, codes, scales, first_column, group_size, n_ranges):
+    arguments = (sums, a_scales, columns, given, codes, scales, first_column, group_size)
+    for_each_row_range(_quantize_rows, arguments, sums.shape[0], n_ranges)
+
+
+@operators.int8_matmul.register("cpu")
+def int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scales: Tensor | None,
+    b_scales: Tensor | None,
+    *,
+    bias: Tensor | None,
+    columns: Tensor | None,
+    values: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    if not operators.is_single(a, b):
+        return operators.in_parts(
+            a, b, a_scales, b_scales, bias=bias, columns=columns, values=values, dtype=dtype
+        )
+    rows, n_columns = a.shape[0], b.shape[1]
+    # FP16 is rounded at the end.
+    out = torch.empty(rows, n_columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    out_array = float_array(out)
+    a_factors, b_factors = _factors(a_scales, rows), _factors(b_scales, n_columns)
+    terms = (torch.empty(0, dtype=torch.float32) if bias is None else bias.float()).numpy()
+    numbers, given = _given(columns, values)
+    for tile_rows, tile_columns, sums in _tiles_of_sums(a, b, TILE):
+        _scale(
+            sums,
+            a_factors[tile_rows],
+            b_factors[tile_columns],
+            terms[tile_columns],
+            numbers,
+            given[tile_rows],
+            out_array[tile_rows],
+            tile_columns.start,
+            n_ranges(*sums.shape),
+        )
+    return out.to(dtype)
+
+
+@operators.requantized_matmul.register("cpu")
+def requantized_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scales: Tensor | None,
+    *,
+    columns: Tensor | None,
+    values: Tensor | None,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    if not operators.is_single(a, b):
+        return operators.requantized_matmul.reference(
+            a, b, a_scales, columns=columns, values=values, group_size=group_size
+        )
+    rows, n_columns = a.shape[0], b.shape[1]
+    codes = torch.empty(rows, n_columns, dtype=torch.int8)
+    n_groups = GroupLayout(rows, n_columns, group_size).n_groups
+    scales = torch.empty(rows, n_groups, dtype=torch.float32)
+    codes_array, scales_array = codes.numpy(), scales.numpy()
+    factors = _factors(a_scales, rows)
+    numbers, given = _given(columns, values)
+    # Tiles of whole groups.
+    for tile_rows, tile_columns, sums in _tiles_of_sums(a, b, -(-TILE // group_size) * group_size):
+        _quantize(
+            sums,
+            factors[tile_rows],
+            numbers,
+            given[tile_rows],
+            codes_array[tile_rows],
+            scales_array[tile_rows],
+            tile_columns.start,
+            group_size,
+            n_ranges(*sums.shape),
+        )
+    return codes, scales
+
+
+def _tiles_of_sums(a: Tensor, b: Tensor, width: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """Rows, columns and sums of tiles of `a @ b`, `width` columns at a time."""
+    # Where AVX512-VNNI lacks, PyTorch's own product is fifty times slower than one in FP32.
+    product = torch._int_mm if torch.cpu._is_vnni_supported() else exact_sums
+    for first_row in range(0, a.shape[0], TILE):
+        rows = slice(first_row, first_row + TILE)
+        for first_column in range(0, b.shape[1], width):
+            columns = slice(first_column, first_column + width)
+            yield rows, columns, product(a[rows], b[:, columns]).numpy()
+
+
+def _factors(scales: Tensor | None, size: int) -> np.ndarray:
+    """One for each row; a factor of 1 changes nothing."""
+    return (torch.ones(size, dtype=torch.float32) if scales is None else scales.view(-1)).numpy()
+
+
+def _given(columns: Tensor | None, values: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and values of the columns that are given, maybe none."""
+    if columns is None or values is None:
+        return np.empty(0, np.int64), np.empty((0, 0), np.float32)
+    return columns.numpy(), float_array(values)

@@ -1,0 +1,142 @@
+"""INT8 quantization in numba, group by group. Twin: `kernels/quantization.py`."""
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from ...layout import GroupLayout
+from .. import quantization as operators
+from ..groups import MAGIC, QMAX, TINY
+from ..values import Weight
+from .bf16 import float_array, store_row, widen
+from .threads import for_each_row_range, n_ranges
+
+_f32 = np.float32
+_MAGIC, _QMAX, _TINY, _PER_QMAX = _f32(MAGIC), _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
+_ONE = _f32(1.0)
+_MAGNITUDE = np.int32(0x7FFFFFFF)  # FP32 without its sign: as an integer it orders magnitudes
+_INFINITY = np.int32(0x7F800000)  # and every NaN lies above this
+
+
+@njit(inline="always", error_model="numpy")
+def quantize_group(values, codes, bits_of_absmax):
+    """Write the codes of one group of FP32 `values` and return its scale."""
+    scale = np.int32(bits_of_absmax).view(np.float32) * _PER_QMAX
+    if bits_of_absmax >= _INFINITY:
+        codes[:] = 0
+        return scale
+    if scale < _TINY:
+        scale = _TINY
+    inverse = _ONE / scale
+    for j in range(values.shape[0]):
+        value = (values[j] * inverse + _MAGIC) - _MAGIC
+        codes[j] = np.int8(min(max(value, -_QMAX), _QMAX))
+    return scale
+
+
+@njit(inline="always")
+def magnitude(value):
+    """The bits of an FP32 magnitude: integers of the same order, and NaN above all others.
+
+    LLVM vectorizes their maximum five times better than that of floats, and numba's int64, which
+    `&` makes of two int32, only half as well.
+    """
+    return np.int32(_f32(value).view(np.int32) & _MAGNITUDE)
+
+
+@njit(inline="always")
+def largest_magnitude(values):
+    """The largest `magnitude` of FP32 values."""
+    largest = np.int32(0)
+    for j in range(values.shape[0]):
+        largest = max(largest, magnitude(values[j]))
+    return largest
+
+
+@njit(inline="always")
+def absmax(values):
+    """Largest magnitude, in FP32."""
+    return np.int32(largest_magnitude(values)).view(np.float32)
+
+
+@njit(nogil=True, error_model="numpy", cache=True)
+def _quantize_rows(x, is_zero, codes, scales, group_size, start, stop):
+    columns = x.shape[1]
+    row_values = np.empty(columns, np.float32)
+    row_bits = row_values.view(np.int32)
+    for row in range(start, stop):
+        elements = x[row]
+        if is_zero.shape[0] > 0:
+            # No branch: 16 bits are loaded under a condition by AVX-512 only.
+            for j in range(columns):
+                bits = _f32(widen(elements[j])).view(np.int32)
+                row_bits[j] = bits & (np.int32(is_zero[j]) - np.int32(1))
+        else:
+            for j in range(columns):
+                row_values[j] = widen(elements[j])
+        for group in range(scales.shape[1]):
+            first = group * group_size
+            last = min(first + group_size, columns)
+            values = row_values[first:last]
+            largest = largest_magnitude(values)
+            scales[row, group] = quantize_group(values, codes[row, first:last], largest)
+
+
+@njit(nogil=True, cache=True)
+def _quantize(x, is_zero, codes, scales, group_size, n_ranges):
+    arguments = (x, is_zero, codes, scales, group_size)
+    for_each_row_range(_quantize_rows, arguments, x.shape[0], n_ranges)
+
+
+@njit(nogil=True, cache=True)
+def _dequantize_rows(
+    codes, scales, rows, outlier_values, outlier_columns, x, group_size, start, stop
+):
+    columns = codes.shape[1]
+    row_values = np.empty(columns, np.float32)
+    for i in range(start, stop):
+        row = rows[i]
+        for group in range(scales.shape[1]):
+            first = group * group_size
+            last = min(first + group_size, columns)
+            code, values, scale = codes[row, first:last], row_values[first:last], scales[row, group]
+            for j in range(last - first):
+                values[j] = _f32(code[j]) * scale
+        for k in range(outlier_values.shape[1]):
+            row_values[outlier_columns[row, k]] = outlier_values[row, k]
+        store_row(row_values, x[i])
+
+
+@njit(nogil=True, cache=True)
+def _dequantize(codes, scales, rows, outlier_values, outlier_columns, x, group_size, n_ranges):
+    arguments = (codes, scales, rows, outlier_values, outlier_columns, x, group_size)
+    for_each_row_range(_dequantize_rows, arguments, x.shape[0], n_ranges)
+
+
+@operators.quantize.register("cpu")
+def quantize(
+    x: Tensor, *, group_size: int | None, zero_columns: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    is_zero = torch.empty(0, dtype=torch.bool) if zero_columns is None else zero_columns
+    codes = torch.empty(rows, columns, dtype=torch.int8)
+    n_groups = GroupLayout(rows, columns, group_size).n_groups
+    scales = torch.empty(rows, n_groups, dtype=torch.float32)
+    arrays = [float_array(x), *(tensor.numpy() for tensor in (is_zero, codes, scales))]
+    _quantize(*arrays, group_size or columns, n_ranges(rows, columns))
+    return codes, scales
+
+
+@operators.dequantize.register("cpu")
+def dequantize(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+    n_rows, columns = weight.codes.shape
+    codes, scales, *outliers = weight.tensors
+    index = torch.arange(n_rows) if rows is None else rows.long()
+    # FP16 is rounded at the end.
+    x_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    x = torch.empty(len(index), columns, dtype=x_dtype)
+    arrays = [tensor.numpy() for tensor in (codes, scales, index, *outliers)]
+    ranges = n_ranges(len(index), columns)
+    _dequantize(*arrays, float_array(x), weight.group_size or columns, ranges)
+    return x.to(dtype)

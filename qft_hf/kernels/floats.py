@@ -1,0 +1,214 @@
+"""Steps of float parameters: norms, biases, whatever is not quantized.
+
+A BF16 parameter is rounded stochastically: a usual step is far below half a unit of a norm weight
+near 1, and rounding to nearest would freeze it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS, check_finite, check_same
+from .operators import operator
+from .philox import random_words
+from .values import Lion
+
+PARAMETER_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@operator(writes=("parameters",))
+def step_floats_(
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    seed: int,
+    stochastic: bool = True,
+    steps: Sequence[int],
+    streams: Sequence[int],
+) -> None:
+    """Update float parameters in place: `w <- w - lr * (direction + weight_decay * w)`.
+
+    All sequences have one entry for each parameter. On a GPU all parameters of one dtype are
+    updated by one launch: there are hundreds of them and each is tiny.
+
+    Args:
+        parameters: fp32 or bf16 of any shape, on one device, modified. None may share memory with
+            another.
+        directions: fp32, bf16 or fp16, each of the shape of its parameter. An element whose
+            direction is NaN or infinite stays as it is.
+        lr: Step size.
+        weight_decay: Values shrink by `lr * weight_decay` a step.
+        seed: Key of the random numbers, in [0, 2**63).
+        stochastic: False rounds BF16 to nearest, for ablation.
+        steps: Number of this step of each parameter; with the stream and the element's position it
+            counts the random numbers.
+        streams: Number of each parameter.
+
+    Raises:
+        TypeError: A parameter is neither fp32 nor bf16, or a direction is of another dtype.
+        ValueError: Shapes, devices or numbers of entries differ, or a parameter comes twice.
+            Nothing was written.
+    """
+    for parameter, given, step, stream in zip(parameters, directions, steps, streams, strict=True):
+        direction = given.float()
+        _step_(
+            parameter, direction, direction.isfinite(), lr, weight_decay,
+            seed=seed, step=step, stream=stream, stochastic=stochastic,
+        )  # fmt: skip
+
+
+@operator(writes=("parameters", "momenta"))
+def lion_step_floats_(
+    parameters: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    rule: Lion,
+    seed: int,
+    stochastic: bool = True,
+    steps: Sequence[int],
+    streams: Sequence[int],
+) -> None:
+    """Update float parameters and their FP32 momenta in place; Lion with decoupled weight decay.
+
+    Args:
+        parameters: As `step_floats_` takes them, modified.
+        momenta: fp32, each of the shape of its parameter, modified.
+        gradients: fp32, bf16 or fp16, each of the shape of its parameter. An element whose gradient
+            is NaN or infinite stays as it is.
+        rule: The numbers of the step.
+        seed: As in `step_floats_`, with all that follows.
+        stochastic: False rounds BF16 to nearest.
+        steps: Number of this step of each parameter.
+        streams: Number of each parameter.
+
+    Raises:
+        TypeError: What `step_floats_` refuses, or a momentum is not fp32.
+        ValueError: What `step_floats_` refuses. On the CPU also: a momentum is not finite; on a GPU
+            the caller has looked. Nothing was written.
+
+    Source:
+        Chen et al. 2023, algorithm 2 (arXiv:2302.06675).
+    """
+    for parameter, momentum, given, step, stream in zip(
+        parameters, momenta, gradients, steps, streams, strict=True
+    ):
+        gradient = given.float().neg() if rule.maximize else given.float()
+        direction = (momentum * rule.beta1).add_(gradient * (1 - rule.beta1)).sign_()
+        new_momentum = (momentum * rule.beta2).add_(gradient * (1 - rule.beta2))
+        is_finite = gradient.isfinite()
+        momentum.copy_(torch.where(is_finite, new_momentum, momentum))
+        _step_(
+            parameter, direction, is_finite, rule.lr, rule.weight_decay,
+            seed=seed, step=step, stream=stream, stochastic=stochastic,
+        )  # fmt: skip
+
+
+def _step_(
+    parameter: Tensor,
+    direction: Tensor,
+    is_finite: Tensor,
+    lr: float,
+    weight_decay: float,
+    *,
+    seed: int,
+    step: int,
+    stream: int,
+    stochastic: bool,
+) -> None:
+    """The step of one parameter where `is_finite`, stochastically to BF16."""
+    value = parameter.float()
+    change = (value * (lr * weight_decay)).add_(direction * lr)
+    value = value - change
+    if parameter.dtype == torch.bfloat16 and stochastic:
+        words = random_words(
+            slice(0, 1), value.numel(), seed=seed, step=step, stream=stream, device=value.device
+        ).view(value.shape)
+        value = _round_to_bfloat16(value, words)
+        # An element that no update touched keeps its bits, whatever the random number.
+        value = torch.where(change == 0, parameter.float(), value)
+    parameter.copy_(torch.where(is_finite, value, parameter.float()))
+
+
+def _round_to_bfloat16(value: Tensor, words: Tensor) -> Tensor:
+    """Round FP32 to one of its two BF16 neighbours, the nearer with the higher probability.
+
+    BF16 is FP32 without its low 16 bits: adding 16 random bits and cutting carries into the kept
+    half with exactly the probability of the part that is cut.
+    """
+    bits = value.contiguous().view(torch.int32)
+    random = (words >> 16).to(torch.int32)
+    return ((bits + random) & ~0xFFFF).view(torch.float32)
+
+
+@step_floats_.checks
+def _check(
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    *,
+    steps: Sequence[int],
+    streams: Sequence[int],
+    **_: object,
+) -> None:
+    lengths = [len(x) for x in (parameters, directions, steps, streams)]
+    if len(set(lengths)) > 1:
+        raise ValueError(
+            "A step needs a gradient, a step number and a stream for each float parameter, got "
+            f"{lengths} parameters, gradients, steps and streams."
+        )
+    if len({id(parameter) for parameter in parameters}) < len(parameters):
+        raise ValueError(
+            "A parameter comes twice, and one step would write it twice at the same time. Add its "
+            "gradients and pass it once."
+        )
+    for parameter, direction in zip(parameters, directions, strict=True):
+        if parameter.dtype not in PARAMETER_DTYPES:
+            raise TypeError(
+                "Float parameters that are trained beside INT8 weights are float32 or bfloat16, "
+                f"got {parameter.dtype} for a parameter of shape {tuple(parameter.shape)}. Load "
+                "the model with dtype=torch.bfloat16."
+            )
+        if direction.dtype not in FLOATS:
+            raise TypeError(
+                "The gradient of a float parameter is float32, bfloat16 or float16, got "
+                f"{direction.dtype}. Call .float() first."
+            )
+        check_same("gradient", direction, parameter)
+        if parameter.device != parameters[0].device:
+            raise ValueError(
+                "The parameters of one call are on one device, got "
+                f"{parameters[0].device} and {parameter.device}. Make one call for each device."
+            )
+
+
+@lion_step_floats_.checks
+def _(
+    parameters: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    **options: object,
+) -> None:
+    if len(momenta) != len(parameters):
+        raise ValueError(
+            f"A Lion step needs a momentum for each float parameter, got {len(parameters)} "
+            f"parameters and {len(momenta)} momenta."
+        )
+    _check(parameters, gradients, **options)
+    for parameter, momentum in zip(parameters, momenta, strict=True):
+        if momentum.dtype != torch.float32:
+            raise TypeError(f"The momentum of a float parameter is float32, got {momentum.dtype}.")
+        check_same("momentum", momentum, parameter)
+
+
+@lion_step_floats_.checks_values
+def _(
+    parameters: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    **_: object,
+) -> None:
+    for momentum in momenta:
+        check_finite("momentum", momentum)

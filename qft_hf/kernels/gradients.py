@@ -1,0 +1,69 @@
+"""Sum and norm of INT8 gradients."""
+
+import torch
+from torch import Tensor
+
+from .checks import check_bits, check_same
+from .groups import expanded, group_parts, quantized
+from .operators import operator
+from .values import Quantized
+
+
+@operator(writes=("gradient.codes", "gradient.scales"))
+def accumulate_(gradient: Quantized, other: Quantized) -> None:
+    """Add a second INT8 gradient to a first in place: the FP32 sum, rounded to nearest.
+
+    Args:
+        gradient: `[rows, columns]`, modified.
+        other: Of the same shape and groups.
+
+    Raises:
+        TypeError: Codes are not of 8 bits.
+        ValueError: Shapes or groups do not fit; nothing was written.
+    """
+    total = expanded(*gradient.tensors, gradient.group_size)
+    total += expanded(*other.tensors, other.group_size)
+    codes, scales = quantized(total, gradient.group_size)
+    gradient.codes.copy_(codes)
+    gradient.scales.copy_(scales)
+
+
+@accumulate_.checks
+def _(gradient: Quantized, other: Quantized) -> None:
+    check_bits("gradient", gradient.bits)
+    check_bits("other gradient", other.bits)
+    check_same("other gradient codes", other.codes, gradient.codes)
+    if other.group_size != gradient.group_size:
+        raise ValueError(
+            f"other gradient must have groups of {gradient.group_size} columns, got "
+            f"{other.group_size}: both are rounded to one scale for each of them."
+        )
+
+
+@operator(fake=lambda gradient: gradient.codes.new_empty((), dtype=torch.float64))
+def squared_norm(gradient: Quantized) -> Tensor:
+    """Sum of squares of the dequantized gradient, without dequantizing it.
+
+    Args:
+        gradient: `[rows, columns]`.
+
+    Returns:
+        fp64 scalar; NaN or infinite if any scale is.
+
+    Raises:
+        TypeError: Codes are not of 8 bits.
+    """
+    # Sums of squared codes are integers, exact in FP64 for groups of any length.
+    parts = group_parts(gradient.codes, gradient.group_size)
+    squares = [part.float().square_().sum(dim=2, dtype=torch.float64) for part in parts]
+    return norm_of_sums(torch.cat(squares, dim=1), gradient.scales)
+
+
+@squared_norm.checks
+def _(gradient: Quantized) -> None:
+    check_bits("gradient", gradient.bits)
+
+
+def norm_of_sums(sums: Tensor, scales: Tensor) -> Tensor:
+    """The squared norm from fp64 sums of squared codes `[rows, n_groups]` and their scales."""
+    return (sums * scales.double().square()).sum()

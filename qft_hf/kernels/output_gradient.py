@@ -1,0 +1,141 @@
+"""An output gradient as INT8 operands: by rows for `grad_x`, by columns for `grad_w`."""
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS, check_matrix, check_row_scales
+from .groups import QMAX, absmax_scale, quantized
+from .operators import operator
+from .philox import random_words, weight_uniform
+
+ROWS, COLUMNS = 0, 1  # streams of the random numbers
+
+CHUNK_ELEMENTS = 2**16  # rounded at a time: temporaries stay in the cache
+
+
+def _fake(
+    gradient: Tensor, row_factors: Tensor | None, column_factors: Tensor | None, **_: object
+) -> tuple[Tensor, ...]:
+    tokens, outputs = gradient.shape
+    forms = []
+    for factors, rows, columns in (
+        (row_factors, tokens, outputs),
+        (column_factors, outputs, tokens),
+    ):
+        shape = (rows, columns) if factors is not None else (0, 0)
+        forms.append(gradient.new_empty(shape, dtype=torch.int8))
+        forms.append(gradient.new_empty((shape[0], 1), dtype=torch.float32))
+    return tuple(forms)
+
+
+@operator(fake=_fake)
+def quantize_gradient(
+    gradient: Tensor,
+    row_factors: Tensor | None,
+    column_factors: Tensor | None,
+    *,
+    stochastic: bool = True,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Quantize the gradient `g[N, R]` of `y = x W^T` to INT8 along its rows and along its columns.
+
+        rows:    g[n, r] * row_factors[r]     ~ row_codes[n, r] * row_scales[n]
+        columns: g[n, r] * column_factors[n]  ~ column_codes[r, n] * column_scales[r]
+
+    With the scales of the INT8 weight as row factors, `grad_x` is the product of the row codes with
+    the weight's codes; with those of the INT8 input as column factors, `grad_w` is the product of
+    the column codes with the input's codes: see `int8_matmul`. The column form is made transposed,
+    `[R, N]`, contiguous along what that product sums over.
+
+    Rounding is stochastic against the scale that is returned: the expectation of `code * scale` is
+    the value, and a value that is a multiple of the scale stays. The random numbers are those of
+    `lion_step_`, Philox counted by the element's position in its codes, with the bits of the row's
+    largest magnitude for the step and 0 (rows) or 1 (columns) for the stream. They are a function
+    of the data, so that recomputing repeats them and nothing has to be saved.
+
+    Args:
+        gradient: `[N, R]`, contiguous; fp32, bf16 or fp16. Arithmetic is fp32.
+        row_factors: fp32 `[R, 1]`; None: no row form.
+        column_factors: fp32 `[N, 1]`; None: no column form.
+        stochastic: False rounds to nearest, as `quantize` does.
+        seed: Key of the random numbers, in [0, 2**63).
+
+    Returns:
+        row_codes: int8 `[N, R]` in [-127, 127]; empty without row factors, as the scales are.
+        row_scales: fp32 `[N, 1]`: the largest magnitude over 127, and at least 1e-30. Where a value
+            is NaN or infinite the scale is not finite and codes are 0.
+        column_codes: int8 `[R, N]`; empty without column factors.
+        column_scales: fp32 `[R, 1]`.
+
+    Raises:
+        TypeError: `gradient` is not one of the three float dtypes.
+        ValueError: `gradient` is not a contiguous, non-empty matrix, factors do not fit it, or
+            neither form was asked for.
+
+    Source:
+        Chen et al. 2020, "A Statistical Framework for Low-bitwidth Training of Deep Neural
+        Networks" (arXiv:2010.14298): stochastic rounding with one scale per sample.
+    """
+    gradient = gradient.float()
+    empty = (gradient.new_empty((0, 0), dtype=torch.int8), gradient.new_empty((0, 1)))
+    rows = columns = empty
+    if row_factors is not None:
+        rows = _quantize_rows(
+            gradient * row_factors.t(), stochastic=stochastic, seed=seed, stream=ROWS
+        )
+    if column_factors is not None:
+        values = (gradient * column_factors).t().contiguous()
+        columns = _quantize_rows(values, stochastic=stochastic, seed=seed, stream=COLUMNS)
+    return (*rows, *columns)
+
+
+@quantize_gradient.checks
+def _(
+    gradient: Tensor,
+    row_factors: Tensor | None,
+    column_factors: Tensor | None,
+    *,
+    stochastic: bool,
+    seed: int,
+) -> None:
+    check_matrix("gradient", gradient, FLOATS)
+    tokens, outputs = gradient.shape
+    if row_factors is None and column_factors is None:
+        raise ValueError("quantize_gradient needs row factors, column factors, or both; got none.")
+    if row_factors is not None:
+        check_row_scales("row_factors", row_factors, outputs, gradient.device)
+    if column_factors is not None:
+        check_row_scales("column_factors", column_factors, tokens, gradient.device)
+
+
+def _quantize_rows(
+    values: Tensor, *, stochastic: bool, seed: int, stream: int
+) -> tuple[Tensor, Tensor]:
+    if not stochastic:
+        return quantized(values, None)
+    n_rows, columns = values.shape
+    absmax = values.abs().amax(dim=1, keepdim=True)
+    scales = absmax_scale(absmax)
+    inverse = torch.ones_like(scales) / scales
+    bits = absmax.view(torch.int32).flatten().long()
+    codes = torch.empty_like(values, dtype=torch.int8)
+    chunk = max(1, CHUNK_ELEMENTS // columns)
+    for start in range(0, n_rows, chunk):
+        rows = slice(start, min(start + chunk, n_rows))
+        words = random_words(
+            rows, columns, seed=seed, step=bits[rows], stream=stream, device=values.device
+        )
+        codes[rows] = stochastic_codes(values[rows] * inverse[rows], weight_uniform(words))
+    return codes, scales
+
+
+def stochastic_codes(values: Tensor, uniform: Tensor) -> Tensor:
+    """Round `values`, in units of a code, up with the probability of their fraction.
+
+    The fraction and the random number are added apart from the whole part: their FP32 sum has no
+    rounding that could move a whole number.
+    """
+    whole = values.floor()
+    up = (values - whole).add_(uniform) >= 1
+    # A row that is not finite keeps its scale, which tells, and gets codes 0.
+    return (whole + up).nan_to_num_(0.0).clamp_(-QMAX, QMAX).to(torch.int8)

@@ -1,0 +1,120 @@
+"""Group-wise absmax INT8 quantization of a matrix, and back."""
+
+import torch
+from torch import Tensor
+
+from ..layout import GroupLayout
+from .checks import (
+    FLOATS,
+    check_column_mask,
+    check_float_dtype,
+    check_group_size,
+    check_matrix,
+    check_row_values,
+    check_rows,
+)
+from .groups import expanded, quantized
+from .operators import operator
+from .values import Weight
+
+
+def _fake_quantize(
+    x: Tensor, *, group_size: int | None, zero_columns: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    layout = GroupLayout(x.shape[0], x.shape[1], group_size)
+    scales = x.new_empty((layout.rows, layout.n_groups), dtype=torch.float32)
+    return torch.empty_like(x, dtype=torch.int8), scales
+
+
+@operator(fake=_fake_quantize)
+def quantize(
+    x: Tensor, *, group_size: int | None, zero_columns: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Quantize `x` to INT8 with one absmax scale per row and group of columns.
+
+    Rounds to nearest, ties to even. `x` is not modified. A group with a NaN or infinity gets a
+    scale that is not finite and codes 0, so that the fault stays visible.
+
+    Args:
+        x: `[rows, columns]`, contiguous; fp32, bf16 or fp16. Arithmetic is fp32.
+        group_size: Columns per scale; the last group of a row may be short. None: whole rows.
+        zero_columns: bool `[columns]`: True where all of a column counts as 0, whatever it holds,
+            NaN too, as if it had been filled with 0 before. None: nowhere.
+
+    Returns:
+        codes: int8 `[rows, columns]` in [-127, 127].
+        scales: fp32 `[rows, n_groups]` in units of `x`: `x ~= codes * scale`, with error at most
+            half a scale. At least 1e-30, which is that of a group of zeros.
+
+    Raises:
+        TypeError: `x` is not one of the three float dtypes, or `zero_columns` is not bool.
+        ValueError: `x` is not a contiguous, non-empty matrix, `group_size` is below 1, or
+            `zero_columns` does not fit `x`.
+
+    Source:
+        Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.1
+        (arXiv:2110.02861). Codes are linear here, dynamic there.
+    """
+    x = x.float()
+    if zero_columns is not None:
+        x = x.masked_fill(zero_columns, 0.0)
+    return quantized(x, group_size)
+
+
+@quantize.checks
+def _(x: Tensor, *, group_size: int | None, zero_columns: Tensor | None) -> None:
+    check_matrix("x", x, FLOATS)
+    check_group_size(group_size)
+    if zero_columns is not None:
+        check_column_mask("zero_columns", zero_columns, x)
+
+
+def _fake_dequantize(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+    n_rows = weight.codes.shape[0] if rows is None else rows.shape[0]
+    return weight.codes.new_empty((n_rows, weight.codes.shape[1]), dtype=dtype)
+
+
+@operator(fake=_fake_dequantize)
+def dequantize(
+    weight: Weight, *, rows: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Expand INT8 codes to `codes * scale`, with outliers in their places.
+
+    Args:
+        weight: The weight; of a matrix without outliers `Weight.dense` makes one.
+        rows: int32 or int64 `[n]`: the rows to expand, in this order and as often as they come, as
+            an embedding does with its ids; None: all of them, once.
+        dtype: A float type. The product is FP32 and is rounded to nearest once.
+
+    Returns:
+        `[rows, columns]`, or `[n, columns]`, of `dtype`.
+
+    Raises:
+        TypeError: `dtype` is no float type, or row numbers are not integers.
+        ValueError: Row numbers are not a list of them.
+        IndexError: One of `rows` does not exist, on the CPU. On a GPU that costs no waiting and
+            reads nothing it should not: the result has NaN there, which no loss hides.
+    """
+    codes, scales, outlier_values, outlier_columns = weight.tensors
+    if rows is not None:
+        exists = (rows >= 0) & (rows < codes.shape[0])
+        rows = torch.where(exists, rows, 0)
+        codes, scales, outlier_values, outlier_columns = (t[rows] for t in weight.tensors)
+    values = expanded(codes, scales, weight.group_size)
+    values.scatter_(1, outlier_columns.long(), outlier_values)
+    if rows is not None:
+        values.masked_fill_(~exists[:, None], float("nan"))
+    return values.to(dtype)
+
+
+@dequantize.checks
+def _(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> None:
+    check_float_dtype("dequantize", dtype)
+    if rows is not None:
+        check_rows(rows, weight.codes)
+
+
+@dequantize.checks_values
+def _(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> None:
+    if rows is not None:
+        check_row_values(rows, weight.codes)

@@ -1,0 +1,153 @@
+"""The AdamW step on 8-bit state in Triton. Twin: `kernels/adamw.py`.
+
+Two launches: one on the moments, which leaves the direction in memory, and `step_weight_` along it.
+Groups of weight and moments need not share tiles then; random words are drawn in both.
+"""
+
+import triton
+import triton.language as tl
+
+from ...layout import row_tiles
+from .. import adamw as operators
+from ..adamw import GRADIENT_SCALE_MAX as _GRADIENT_SCALE_MAX
+from ..adamw import RATIO_TINY as _RATIO_TINY
+from ..adamw import ROOT_QMAX as _ROOT_QMAX
+from ..adamw import ROOT_TINY as _ROOT_TINY
+from ..adamw import UNIT as _UNIT
+from ..values import AdamW, Moments, Quantized, Rounding, Weight
+from .launch import Launcher
+from .numerics import PER_QMAX, QMAX, ULP24, inverse_scale, random_words
+from .tiling import group_max, over_units, row_constants, tile_columns, tiling
+from .weight import step_weight_
+
+GRADIENT_UNIT: tl.constexpr = tl.constexpr(_UNIT)
+GRADIENT_SCALE_MAX: tl.constexpr = tl.constexpr(_GRADIENT_SCALE_MAX)
+RATIO_TINY: tl.constexpr = tl.constexpr(_RATIO_TINY)
+ROOT_QMAX: tl.constexpr = tl.constexpr(float(_ROOT_QMAX))
+PER_ROOT_QMAX: tl.constexpr = tl.constexpr(1.0 / (_ROOT_QMAX + 0.5))
+ROOT_TINY: tl.constexpr = tl.constexpr(_ROOT_TINY)
+ULP16: tl.constexpr = tl.constexpr(2.0**-16)
+
+
+@triton.jit
+def _rounded(values, uniform, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Whole numbers of a code; fraction and random number are added apart from the whole part."""
+    whole = tl.floor(values)
+    up = tl.where((values - whole) + uniform >= 1.0, 1.0, 0.0)
+    return tl.minimum(tl.maximum(whole + up, LOW), HIGH).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["seed", "step", "stream", "first_row"])
+def _moments_kernel(
+    ratio_codes_ptr,  # [rows, COLUMNS] int8, modified
+    ratio_scales_ptr,  # [rows, N_GROUPS] fp32, modified
+    root_codes_ptr,  # [rows, COLUMNS] uint8, modified
+    root_scales_ptr,  # [rows, N_GROUPS] fp32, modified
+    gradient_codes_ptr,  # [rows, COLUMNS] int8
+    gradient_scales_ptr,  # [rows, N_GROUPS] fp32
+    direction_ptr,  # [rows, COLUMNS] fp32, written
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    of_momentum,
+    of_root,
+    eps,  # in units, as all that has to do with v
+    gradient_sign,
+    seed,
+    step,
+    stream,
+    first_row,  # number of row 0 in the counter of random numbers
+    STOCHASTIC: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    N_GROUPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
+    UNIT_TILES: tl.constexpr,
+):
+    tl.static_assert(UNIT_TILES == 1, "a group of moments lies in one tile")
+    row = tl.program_id(0).to(tl.int64)
+    ratio_codes_ptr += row * COLUMNS
+    root_codes_ptr += row * COLUMNS
+    gradient_codes_ptr += row * COLUMNS
+    direction_ptr += row * COLUMNS
+    ratio_scales_ptr += row * N_GROUPS
+    root_scales_ptr += row * N_GROUPS
+    gradient_scales_ptr += row * N_GROUPS
+    first_counter = (row + first_row) * ((COLUMNS + 3) // 4)  # four columns share a counter
+    for group_tile in range(GROUP_TILES):
+        start, exists, column, mask = tile_columns(
+            group_tile * GROUPS, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+        )
+        g_scale = tl.load(gradient_scales_ptr + start // GROUP, mask=exists, other=1.0)
+        g_scale = tl.minimum(g_scale * GRADIENT_UNIT, GRADIENT_SCALE_MAX) * gradient_sign
+        r_scale = tl.load(ratio_scales_ptr + start // GROUP, mask=exists, other=1.0)
+        s_scale = tl.load(root_scales_ptr + start // GROUP, mask=exists, other=1.0)
+        g = tl.load(gradient_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+        r = tl.load(ratio_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+        eighth = tl.load(root_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+        tl.debug_barrier()  # every thread has read this tile before any thread overwrites it
+
+        g *= g_scale[:, None]
+        eighth = (eighth + 0.5) * s_scale[:, None]
+        fourth = eighth * eighth
+        root_v = fourth * fourth
+        m = (r * r_scale[:, None]) * root_v * beta1 + g * one_minus_beta1
+        root_v = tl.sqrt_rn(root_v * root_v * beta2 + g * g * one_minus_beta2)
+        direction = tl.div_rn(m * of_momentum, root_v * of_root + eps)
+        tl.store(direction_ptr + column, direction, mask=mask)
+
+        ratio = tl.div_rn(m, root_v)
+        # Padding has moments, too, which must not count.
+        root = tl.where(mask, tl.sqrt_rn(tl.sqrt_rn(root_v)), 0.0)
+        new_r_scale = tl.maximum(group_max(tl.abs(ratio), UNITS, GROUPS) * PER_QMAX, RATIO_TINY)
+        new_s_scale = tl.maximum(group_max(root, UNITS, GROUPS) * PER_ROOT_QMAX, ROOT_TINY)
+        if STOCHASTIC:
+            words = random_words(first_counter, start, UNIT, seed, step, stream)
+            of_root_rounding = (words & 0xFFFFFF).to(tl.float32) * ULP24
+            of_ratio_rounding = (words & 0xFFFF).to(tl.float32) * ULP16
+        else:
+            of_root_rounding = tl.full(root.shape, 0.5, tl.float32)
+            of_ratio_rounding = of_root_rounding
+        inverse = over_units(inverse_scale(new_r_scale), UNITS, GROUPS)
+        code = _rounded(ratio * inverse, of_ratio_rounding, -QMAX, QMAX)
+        tl.store(ratio_codes_ptr + column, code.to(tl.int8), mask=mask)
+        inverse = over_units(inverse_scale(new_s_scale), UNITS, GROUPS)
+        code = _rounded(root * inverse - 0.5, of_root_rounding, 0.0, ROOT_QMAX)
+        tl.store(root_codes_ptr + column, code.to(tl.uint8), mask=mask)
+        group = group_tile * GROUPS + tl.arange(0, GROUPS)
+        tl.store(ratio_scales_ptr + group, new_r_scale, mask=group < N_GROUPS)
+        tl.store(root_scales_ptr + group, new_s_scale, mask=group < N_GROUPS)
+
+
+_launch_moments = Launcher(_moments_kernel)
+
+
+@operators.adamw_step_.register("triton")
+def adamw_step_(
+    weight: Weight, moments: Moments, gradient: Quantized, *, rule: AdamW, rounding: Rounding
+) -> None:
+    n_rows, columns = weight.codes.shape
+    if tiling(columns, moments.group_size).UNIT_TILES > 1:  # longer than any that an optimizer has
+        operators.adamw_step_.reference(weight, moments, gradient, rule=rule, rounding=rounding)
+        return
+    constants = row_constants(columns, moments.group_size, STOCHASTIC=rounding.stochastic)
+    of_momentum, of_root = rule.corrections(rounding.step)
+    state = (*moments.tensors, *gradient.tensors)
+    for rows in row_tiles(n_rows, columns):
+        is_whole = rows.stop - rows.start == n_rows
+        part = rounding._replace(first_row=rounding.first_row + rows.start)
+        direction = weight.scales.new_empty(rows.stop - rows.start, columns)
+        _launch_moments(
+            (len(direction),), constants, *(tensor[rows] for tensor in state), direction,
+            rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2, of_momentum, of_root,
+            rule.eps * operators.UNIT, -1.0 if rule.maximize else 1.0,
+            part.seed, part.step, part.stream, part.first_row,
+        )  # fmt: skip
+        step_weight_(
+            weight if is_whole else weight.rows(rows), direction,
+            lr=rule.lr, weight_decay=rule.weight_decay, rounding=part,
+        )  # fmt: skip

@@ -1,0 +1,183 @@
+"""Products with an INT8 weight in Triton. Twin: `kernels/dequantized_product.py`.
+
+A program owns some rows of the weight and a few tokens, and walks along the columns. Codes are read
+16 bytes a thread and expanded in registers. Several BF16 or FP16 tokens go through matrix units,
+whose sums are FP32, padded to the 16 that these take; one token, and FP32, which has no such unit,
+is multiplied and added up.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import dequantized_product as operators
+from ..values import Weight
+from .launch import Constants, Launcher
+from .tiling import WIDE_UNIT
+
+MATRIX_TOKENS = 16  # least columns of a product on matrix units
+FP32_TOKENS = 4  # of one program: each costs as many registers as the weight
+
+
+@triton.jit
+def _expanded(
+    codes_ptr, scales_ptr, row, start,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    TILE: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """FP32 values of `[ROWS, TILE]` columns from `start` on; a scale is loaded for each `UNIT`."""
+    column = start + tl.arange(0, TILE)
+    mask = (column < COLUMNS)[None, :]
+    code = tl.load(codes_ptr + row[:, None] * COLUMNS + column[None, :], mask=mask, other=0)
+    first = start + tl.arange(0, TILE // UNIT) * UNIT
+    scale = tl.load(
+        scales_ptr + row[:, None] * N_GROUPS + (first // GROUP)[None, :],
+        mask=(first < COLUMNS)[None, :],
+        other=0.0,
+    )
+    units = tl.reshape(code.to(tl.float32), (ROWS, TILE // UNIT, UNIT)) * scale[:, :, None]
+    return tl.reshape(units, (ROWS, TILE))
+
+
+@triton.jit
+def _add_token(totals, products, t):
+    """Add the sums of the rows of `products` to the column `t` of `totals` `[ROWS, TOKENS]`."""
+    is_token = tl.arange(0, totals.shape[1]) == t
+    return totals + tl.where(is_token[None, :], tl.sum(products, axis=1)[:, None], 0.0)
+
+
+@triton.jit(do_not_specialize=["n_tokens", "n_rows"])
+def _dequantized_matmul_kernel(
+    x_ptr,  # [n_tokens, COLUMNS] fp32, bf16 or fp16
+    codes_ptr,  # [n_rows, COLUMNS] int8
+    scales_ptr,  # [n_rows, N_GROUPS] fp32
+    outlier_values_ptr,  # [n_rows, N_OUTLIERS] fp32
+    outlier_columns_ptr,  # [n_rows, N_OUTLIERS] int16 or int32
+    bias_ptr,  # [n_rows] float, or None
+    y_ptr,  # [n_tokens, n_rows] of the dtype of x, written
+    n_tokens,
+    n_rows,
+    N_OUTLIERS: tl.constexpr,
+    OUTLIER_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    N_GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,  # of one program, a power of two
+    ON_MATRIX_UNITS: tl.constexpr,
+    TILE: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    # Programs of the same rows run together, so that all but one read codes from the cache. One
+    # axis holds them all: the others of a grid end at 65,535, and vocabularies are longer.
+    token_tiles = tl.cdiv(n_tokens, TOKENS)
+    first_token = tl.program_id(0) % token_tiles * TOKENS
+    token = first_token + tl.arange(0, TOKENS)
+    token_exists = token < n_tokens
+    row = tl.program_id(0) // token_tiles * ROWS + tl.arange(0, ROWS)
+    # Rows past the end read the last one again; what comes of them is not stored.
+    here = tl.minimum(row, n_rows - 1).to(tl.int64)
+    x_ptr += first_token.to(tl.int64) * COLUMNS
+    left = n_tokens - first_token
+
+    totals = tl.zeros((ROWS, TOKENS), tl.float32)
+    for start in range(0, COLUMNS, TILE):
+        weight = _expanded(
+            codes_ptr, scales_ptr, here, start, COLUMNS, GROUP, N_GROUPS, ROWS, TILE, UNIT
+        ).to(dtype)
+        column = start + tl.arange(0, TILE)
+        if ON_MATRIX_UNITS:
+            x = tl.load(
+                x_ptr + tl.arange(0, TOKENS)[None, :] * COLUMNS + column[:, None],
+                mask=(column < COLUMNS)[:, None] & token_exists[None, :],
+                other=0.0,
+            )
+            totals = tl.dot(weight, x, totals)
+        else:
+            for t in tl.static_range(TOKENS):
+                mask = column < tl.where(t < left, COLUMNS, 0)
+                x = tl.load(x_ptr + t * COLUMNS + column, mask=mask, other=0.0)
+                products = weight.to(tl.float32) * x.to(tl.float32)[None, :]
+                totals = _add_token(totals, products, t)
+
+    for tile in range((N_OUTLIERS + OUTLIER_TILE - 1) // OUTLIER_TILE):
+        k = tile * OUTLIER_TILE + tl.arange(0, OUTLIER_TILE)
+        place = here[:, None] * N_OUTLIERS + k[None, :]
+        mask = (k < N_OUTLIERS)[None, :]
+        column = tl.load(outlier_columns_ptr + place, mask=mask, other=0).to(tl.int32)
+        value = tl.load(outlier_values_ptr + place, mask=mask, other=0.0)
+        value = value.to(dtype).to(tl.float32)
+        for t in range(TOKENS):
+            there = mask & (k < tl.where(t < left, N_OUTLIERS, 0))[None, :]
+            x = tl.load(x_ptr + t * COLUMNS + column, mask=there, other=0.0)
+            totals = _add_token(totals, value * x.to(tl.float32), t)
+
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + here).to(dtype).to(tl.float32)
+        totals += bias[:, None]
+    place = token.to(tl.int64)[None, :] * n_rows + row[:, None]
+    tl.store(y_ptr + place, totals.to(dtype), mask=token_exists[None, :] & (row < n_rows)[:, None])
+
+
+def sizes(
+    n_tokens: int, columns: int, group_size: int | None, n_outliers: int, dtype: torch.dtype
+) -> tuple[dict[str, Any], int]:
+    """The constexpr arguments by name, and the warps of a program."""
+    group = min(group_size or columns, columns)
+    # Columns that surely share a scale: a power of two that divides a group, if there are several.
+    unit = columns if group == columns else group & -group
+    on_matrix_units = dtype != torch.float32 and n_tokens > 1
+    if on_matrix_units:
+        # More warps would expand the same 16 rows, which is what the units take. Scales of short
+        # units need registers of their own.
+        tokens, rows, outliers, n_warps = MATRIX_TOKENS, 16, 16, 1
+        tile = 128 if unit >= WIDE_UNIT else 64
+    else:
+        tokens = min(FP32_TOKENS, triton.next_power_of_2(n_tokens))
+        rows, outliers, n_warps = 4, 64, 4
+        tile = 1024
+    tile = min(tile, max(16, triton.next_power_of_2(columns)))
+    constants = {
+        "N_OUTLIERS": n_outliers,
+        "OUTLIER_TILE": min(outliers, triton.next_power_of_2(max(1, n_outliers))),
+        "COLUMNS": columns,
+        "GROUP": group,
+        "N_GROUPS": triton.cdiv(columns, group),
+        "ROWS": rows,
+        "TOKENS": tokens,
+        "ON_MATRIX_UNITS": on_matrix_units,
+        "TILE": tile,
+        "UNIT": tile if group == columns else min(tile, unit),
+    }
+    return constants, n_warps
+
+
+@cache
+def _constants(*shape: Any) -> tuple[int, int, Constants]:
+    """Tokens and rows of a program, and what a launch takes; `shape` is what `sizes` takes."""
+    constants, n_warps = sizes(*shape)
+    tokens, rows = constants["TOKENS"], constants["ROWS"]
+    return tokens, rows, Constants(**constants, num_warps=n_warps, enable_fp_fusion=False)
+
+
+_launch_dequantized_matmul = Launcher(_dequantized_matmul_kernel)
+
+
+@operators.dequantized_matmul.register("triton")
+def dequantized_matmul(x: Tensor, weight: Weight, *, bias: Tensor | None) -> Tensor:
+    n_tokens, columns = x.shape
+    rows, n_outliers = weight.outlier_values.shape
+    of_tokens, of_rows, constants = _constants(
+        n_tokens, columns, weight.group_size, n_outliers, x.dtype
+    )
+    y = x.new_empty(n_tokens, rows)
+    grid = (-(-rows // of_rows) * -(-n_tokens // of_tokens),)
+    _launch_dequantized_matmul(
+        grid, constants, x, *weight.tensors, bias, y, n_tokens, rows
+    )  # fmt: skip
+    return y

@@ -1,0 +1,215 @@
+"""INT8 products on integer matrix units. Twin: `kernels/int8_product.py`.
+
+Both operands are read along K, the only order that the matrix units take INT8 in. From an operand
+that lies the other way the compiler gathers single bytes, in every program and every step of its
+loop, and on sm_80 it runs out of registers over that; copying such an operand into order once
+costs two bytes of traffic for each of its elements.
+"""
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import int8_product as operators
+from .launch import Constants, Launcher
+
+ALIGNED = 16  # bytes of one asynchronous copy: what rows along K must be a multiple of
+GROUP = 8  # rows of tiles that run together, so that what they read of `b` is still in the cache
+COPY_TILE = 128
+COPY_WARPS = 8
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Tile:
+    """Sizes of one program and its pipeline.
+
+    Attributes:
+        rows: Rows of the result.
+        columns: Columns of the result.
+        summed: K of one matrix instruction sequence.
+        unrolled: Such sequences in one step of the loop.
+        n_warps: Warps.
+        n_stages: Steps in flight.
+    """
+
+    rows: int
+    columns: int
+    summed: int
+    unrolled: int
+    n_warps: int
+    n_stages: int
+
+
+# Large first. Two products in a step keep the compiler from carrying operands around the loop as
+# single bytes, which it would unpack and pack again; sm_90 reads operands from shared memory.
+_AMPERE = (Tile(128, 256, 64, 2, 8, 3), Tile(128, 128, 64, 2, 8, 3), Tile(64, 64, 64, 2, 4, 4))
+_HOPPER = (
+    Tile(128, 256, 128, 1, 8, 4),
+    Tile(128, 128, 128, 1, 8, 4),
+    Tile(64, 128, 128, 1, 4, 4),
+)
+TILES = {(8, 0): _AMPERE, (8, 6): _AMPERE, (8, 9): _AMPERE, (9, 0): _HOPPER}
+OTHER_TILES = _AMPERE  # they need the least shared memory
+
+
+def choose_tile(rows: int, columns: int, device: torch.device) -> Tile:
+    """The largest tile that still gives every multiprocessor one, else the smallest."""
+    capability, n_multiprocessors = (8, 0), 1  # in the interpreter
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        n_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    tiles = TILES.get(capability, OTHER_TILES)
+    for tile in tiles:
+        if triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= n_multiprocessors:
+            return tile
+    return tiles[-1]
+
+
+@triton.jit(do_not_specialize=["M"])
+def _int8_matmul_kernel(
+    a_ptr,  # [M, K] int8, contiguous along K
+    b_ptr,  # [N, K] int8, contiguous along K: the second operand, transposed
+    a_scales_ptr,  # [M] fp32, or None
+    b_scales_ptr,  # [N] fp32, or None
+    bias_ptr,  # [N] float, or None
+    out_ptr,  # [M, N] float, written
+    M,
+    N,
+    K,
+    a_stride,
+    b_stride,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
+    program = tl.program_id(0)
+    first_m = program // (GROUP * tiles_n) * GROUP
+    in_group = program % (GROUP * tiles_n)
+    group = min(tiles_m - first_m, GROUP)
+    m = (first_m + in_group % group) * TILE_M + tl.arange(0, TILE_M)
+    n = in_group // group * TILE_N + tl.arange(0, TILE_N)
+    k = tl.arange(0, TILE_K)
+    # Rows past the end read the last one again; what comes of them is not stored.
+    a_row = tl.minimum(m, M - 1).to(tl.int64) * a_stride
+    b_row = tl.minimum(n, N - 1).to(tl.int64) * b_stride
+    a_ptrs = a_ptr + a_row[:, None] + k[None, :]
+    b_ptrs = b_ptr + b_row[None, :] + k[:, None]
+
+    sums = tl.zeros((TILE_M, TILE_N), tl.int32)
+    for start in range(0, K, TILE_K * UNROLLED):
+        for part in tl.static_range(UNROLLED):
+            left = K - start - part * TILE_K
+            a = tl.load(a_ptrs + part * TILE_K, mask=k[None, :] < left, other=0)
+            b = tl.load(b_ptrs + part * TILE_K, mask=k[:, None] < left, other=0)
+            sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+        a_ptrs += TILE_K * UNROLLED
+        b_ptrs += TILE_K * UNROLLED
+
+    out = sums.to(tl.float32)
+    if a_scales_ptr is not None:
+        out = out * tl.load(a_scales_ptr + m, mask=m < M, other=0.0)[:, None]
+    if b_scales_ptr is not None:
+        out = out * tl.load(b_scales_ptr + n, mask=n < N, other=0.0)[None, :]
+    if bias_ptr is not None:
+        out = out + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    index = m.to(tl.int64)[:, None] * N + n[None, :]
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_columns"])
+def _copy_kernel(
+    x_ptr,  # [n_rows, n_columns] int8 with these strides
+    out_ptr,  # [n_rows, out_columns] int8, written; zeros in the columns that x lacks
+    n_rows,
+    n_columns,
+    row_stride,
+    column_stride,
+    out_columns,
+    TILE: tl.constexpr,
+):
+    row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :]
+    exists = row < n_rows
+    x = tl.load(
+        x_ptr + row * row_stride + column * column_stride,
+        mask=exists & (column < n_columns),
+        other=0,
+    )
+    tl.store(out_ptr + row * out_columns + column, x, mask=exists & (column < out_columns))
+
+
+_launch_copy, _launch_int8_matmul = Launcher(_copy_kernel), Launcher(_int8_matmul_kernel)
+_COPY = Constants(TILE=COPY_TILE, num_warps=COPY_WARPS)
+
+
+@cache
+def _constants(tile: Tile) -> Constants:
+    return Constants(
+        TILE_M=tile.rows,
+        TILE_N=tile.columns,
+        TILE_K=tile.summed,
+        UNROLLED=tile.unrolled,
+        GROUP=GROUP,
+        num_warps=tile.n_warps,
+        num_stages=tile.n_stages,
+        enable_fp_fusion=False,
+    )
+
+
+@lru_cache(maxsize=1024)  # shapes; the number of tokens may differ from batch to batch
+def _tiles(rows: int, columns: int, device: torch.device) -> tuple[tuple[int], Constants]:
+    """Grid and constants of a product with a result of this shape."""
+    tile = choose_tile(rows, columns, device)
+    n_tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+    return (n_tiles,), _constants(tile)
+
+
+def along_k(x: Tensor) -> Tensor:
+    """`x` `[rows, K]` with rows contiguous and of whole 16 bytes, padded with zeros; or a copy."""
+    rows, summed = x.shape
+    row_stride, column_stride = x.stride()
+    misaligned = summed % ALIGNED or row_stride % ALIGNED or x.data_ptr() % ALIGNED
+    if column_stride == 1 and not misaligned:
+        return x
+    out_columns = -(-summed // ALIGNED) * ALIGNED
+    out = x.new_empty(rows, out_columns)
+    grid = (-(-rows // COPY_TILE), -(-out_columns // COPY_TILE))
+    _launch_copy(grid, _COPY, x, out, rows, summed, row_stride, column_stride, out_columns)
+    return out
+
+
+@operators.int8_matmul.register("triton")
+def int8_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scales: Tensor | None,
+    b_scales: Tensor | None,
+    *,
+    bias: Tensor | None,
+    columns: Tensor | None,
+    values: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    if not operators.is_single(a, b):
+        return operators.in_parts(
+            a, b, a_scales, b_scales, bias=bias, columns=columns, values=values, dtype=dtype
+        )
+    rows, n_columns = a.shape[0], b.shape[1]
+    grid, constants = _tiles(rows, n_columns, a.device)
+    out = a.new_empty(rows, n_columns, dtype=dtype)
+    a, b = along_k(a), along_k(b.t())
+    _launch_int8_matmul(
+        grid, constants, a, b, a_scales, b_scales, bias, out,
+        rows, n_columns, a.shape[1], a.stride(0), b.stride(0),
+    )  # fmt: skip
+    if columns is not None and values is not None:
+        out.index_copy_(1, columns, values.to(dtype))
+    return out

@@ -1,0 +1,209 @@
+"""How a kernel is launched: by Triton's JIT the first time, from a table of our own after that.
+
+`jit[grid](...)` finds out anew at each launch which compiled kernel its arguments mean, and looks
+at every global number of the source; that costs the host as much as 10 to 30 small PyTorch
+operations, and a step launches hundreds of kernels. A `Launcher` looks only at what a kernel is
+compiled for, and a `Plan` only at what changes from one launch to the next.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+ALIGNED = 16  # bytes; and what integers are told to be multiples of
+INT32, INT64 = 2**31, 2**63  # the first that do not fit
+
+
+class Constants:
+    """Constexpr arguments and compile options (`num_warps`, ...) by name, as part of a key.
+
+    Make them once for a shape, in a function that is cached: to make them takes longer than to
+    launch.
+    """
+
+    __slots__ = ("_hash", "_key", "values")
+
+    def __init__(self, **values: Any) -> None:
+        self.values = values
+        # With types: 1, 1.0 and True are equal, and compiled they are not.
+        self._key = tuple((name, type(value), value) for name, value in values.items())
+        self._hash = hash(self._key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constants) and self._key == other._key
+
+
+class _Compiled(NamedTuple):
+    """A kernel in the form in which it is launched."""
+
+    run: Any  # Triton's launcher of this kernel
+    function: int  # the driver's handle
+    metadata: Any  # warps, shared memory
+    constants: tuple[Any, ...]  # in the order of the kernel's arguments
+    kernel: Any  # its end would unload the function
+
+
+class Launcher:
+    """Launches one `triton.jit` function whose constexpr arguments come after all others."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._compiled: dict[Hashable, _Compiled] = {}
+        self._is_interpreted = not isinstance(kernel, JITFunction)
+        if self._is_interpreted:  # nothing is ever compiled
+            return
+        n_arguments = len(kernel.params) - len(kernel.constexprs)
+        if any(parameter.is_constexpr for parameter in kernel.params[:n_arguments]):
+            raise ValueError(
+                f"The constexpr arguments of {kernel.__name__} must come after all others: a "
+                "launch hands both over as two runs. Reorder its parameters."
+            )
+        self._constant_names = [parameter.name for parameter in kernel.params[n_arguments:]]
+        self._is_specialized = [
+            not parameter.do_not_specialize for parameter in kernel.params[:n_arguments]
+        ]
+
+    def __call__(self, grid: tuple[int, ...], constants: Constants, *arguments: Any) -> None:
+        """Launch on the current stream of the device of the first argument.
+
+        Args:
+            grid: Programs along one to three axes.
+            constants: The constexpr arguments, in any order, and compile options.
+            arguments: All other arguments, in the kernel's order. The first is a tensor.
+        """
+        if self._is_interpreted:
+            self._kernel[grid](*arguments, **constants.values)
+            return
+        device, active = arguments[0].get_device(), driver.active
+        if active.get_current_device() != device >= 0:
+            with torch.cuda.device(device):
+                self(grid, constants, *arguments)
+            return
+        key = (device, constants, specialization(arguments, self._is_specialized))
+        compiled = self._compiled.get(key)
+        if compiled is None or is_watched():
+            kernel = self._kernel[grid](*arguments, **constants.values)
+            if kernel is not None and not is_watched():  # None: a hook of the compiler said no
+                values = tuple(constants.values[name] for name in self._constant_names)
+                self._compiled[key] = _Compiled(
+                    kernel.run, kernel.function, kernel.packed_metadata, values, kernel
+                )
+            return
+        run, function, metadata, values, _ = compiled
+        run(
+            *(*grid, 1, 1)[:3], active.get_current_stream(device), function, metadata,
+            None, None, None, *arguments, *values,
+        )  # fmt: skip
+
+    def plan(self, grid: tuple[int, ...], constants: Constants, *arguments: Any) -> "Plan":
+        """Bind what stays the same over many launches.
+
+        Args:
+            grid: Programs along one to three axes.
+            constants: The constexpr arguments and compile options.
+            arguments: All other arguments, in the kernel's order, with `...` for each that is
+                given at the launch. These must follow each other. The first argument is not one.
+        """
+        return Plan(self, grid, constants, arguments)
+
+
+class Plan:
+    """A launch of which only some arguments are left open; made by `Launcher.plan`.
+
+    It holds the tensors that are bound and reads their addresses at each launch. What it takes for
+    granted is that they stay on their device and as aligned as they were. So it belongs to whatever
+    owns them, is dropped where that replaces one, and does not follow into copies.
+    """
+
+    def __init__(
+        self, launcher: Launcher, grid: tuple[int, ...], constants: Constants, arguments: Any
+    ) -> None:
+        places = [i for i, argument in enumerate(arguments) if argument is ...]
+        if not places or places != list(range(places[0], places[0] + len(places))):
+            raise ValueError(
+                "The arguments that a plan leaves open (`...`) must follow each other, got places "
+                f"{places}. Bind fewer, or reorder the kernel's parameters."
+            )
+        if places[0] == 0:
+            raise ValueError("The first argument of a plan is a tensor: it tells the device.")
+        first, end = places[0], places[-1] + 1
+        self._launcher, self._grid, self._constants = launcher, grid, constants
+        self._before, self._after = arguments[:first], arguments[end:]
+        self._device = self._before[0].get_device()
+        self._compiled: dict[Hashable, _Compiled] = {}
+        if not launcher._is_interpreted:
+            self._is_specialized = launcher._is_specialized[first:end]
+            self._dimensions = (*grid, 1, 1)[:3]
+
+    def __call__(self, *arguments: Any) -> None:
+        """Launch with these in the places that are open."""
+        launcher, before, after = self._launcher, self._before, self._after
+        if launcher._is_interpreted:
+            launcher(self._grid, self._constants, *before, *arguments, *after)
+            return
+        device, active = self._device, driver.active
+        key = specialization(arguments, self._is_specialized)
+        compiled = self._compiled.get(key)
+        if compiled is None or active.get_current_device() != device >= 0 or is_watched():
+            arguments = (*before, *arguments, *after)
+            launcher(self._grid, self._constants, *arguments)
+            whole = specialization(arguments, launcher._is_specialized)
+            compiled = launcher._compiled.get((device, self._constants, whole))
+            if compiled is not None:
+                self._compiled[key] = compiled
+            return
+        run, function, metadata, values, _ = compiled
+        run(
+            *self._dimensions, active.get_current_stream(device), function, metadata,
+            None, None, None, *before, *arguments, *after, *values,
+        )  # fmt: skip
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "A plan belongs to the tensors that it was made for and is not copied or saved with "
+            "their owner. Leave it out, and make one for the copy when that is first used."
+        )
+
+
+def specialization(arguments: Sequence[Any], is_specialized: Sequence[bool]) -> Hashable:
+    """What Triton compiles a kernel for, of arguments that are not constexpr.
+
+    Args:
+        arguments: In the kernel's order.
+        is_specialized: False for those that the kernel names in `do_not_specialize`.
+    """
+    key: list[Any] = []
+    for argument, is_special in zip(arguments, is_specialized, strict=True):
+        kind = type(argument)
+        if kind is float or argument is None:
+            key.append(kind)
+        elif kind is int:
+            width = 32 if -INT32 <= argument < INT32 else 64 if argument < INT64 else "unsigned"
+            if is_special:
+                key.append(1 if argument == 1 else (width, argument % ALIGNED == 0))
+            else:
+                key.append(width)
+        else:
+            key.append(argument.dtype)
+            key.append(argument.data_ptr() % ALIGNED == 0)
+    return tuple(key)
+
+
+def is_watched() -> bool:
+    """Whether launches must be Triton's own: hooks that profilers set, debugging, other passes."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(
+        getattr(enter, "calls", enter)  # a chain of hooks, or one hook, or None
+        or getattr(leave, "calls", leave)
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+    )

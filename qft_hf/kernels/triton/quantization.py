@@ -1,0 +1,209 @@
+"""INT8 quantization in Triton. Twin: `kernels/quantization.py`."""
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import quantization as operators
+from ..values import Weight
+from .launch import Launcher
+from .numerics import (
+    INFINITY,
+    PER_QMAX,
+    TINY,
+    inverse_scale,
+    magnitude_bits,
+    quantized,
+)
+from .tiling import group_max, over_units, row_constants, tile_columns, tiling
+
+
+@triton.jit
+def scale_of_bits(largest):
+    """Scale and inverse of groups whose largest magnitude has these bits; inverse 0 if not finite.
+
+    With an inverse of 0 and values that are set to 0, codes are 0 and the scale tells the fault.
+    """
+    scale = largest.to(tl.float32, bitcast=True) * PER_QMAX
+    scale = tl.where(scale < TINY, TINY, scale)  # NaN is not below anything
+    return scale, tl.where(largest < INFINITY, inverse_scale(scale), 0.0)
+
+
+@triton.jit
+def load_tile(
+    x_ptr, first_group, first_unit,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    _, _, column, mask = tile_columns(first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
+    return tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32), column, mask
+
+
+@triton.jit
+def _load_kept(
+    x_ptr, zero_columns_ptr, first_group, first_unit,
+    COLUMNS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):  # fmt: skip
+    """A tile with 0 in the columns that count as 0."""
+    x, column, mask = load_tile(x_ptr, first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
+    if zero_columns_ptr is not None:
+        is_zero = tl.load(zero_columns_ptr + column, mask=mask, other=0)
+        x = tl.where(is_zero, 0.0, x)
+    return x, column, mask
+
+
+@triton.jit
+def finite_codes(x, inverse):
+    """Codes of `x`; 0 in a group whose inverse is 0, which is one that is not finite."""
+    return quantized(tl.where(inverse > 0, x, 0.0), inverse)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,  # [rows, COLUMNS] fp32, bf16 or fp16
+    zero_columns_ptr,  # [COLUMNS] bool: columns that count as 0; or None
+    codes_ptr,  # [rows, COLUMNS] int8, written
+    scales_ptr,  # [rows, N_GROUPS] fp32, written
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    N_GROUPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
+    UNIT_TILES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # int64: row * COLUMNS overflows int32 at 2**31
+    x_ptr += row * COLUMNS
+    codes_ptr += row * COLUMNS
+    scales_ptr += row * N_GROUPS
+    for group_tile in range(GROUP_TILES):
+        first_group = group_tile * GROUPS
+        # The first tile of a group stays in registers; a long group reads its others twice.
+        x, column, mask = _load_kept(
+            x_ptr, zero_columns_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+        )
+        largest = group_max(magnitude_bits(x), UNITS, GROUPS)
+        for unit_tile in range(1, UNIT_TILES):
+            more, _, _ = _load_kept(
+                x_ptr, zero_columns_ptr, first_group, unit_tile * UNITS,
+                COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+            )  # fmt: skip
+            largest = tl.maximum(largest, group_max(magnitude_bits(more), UNITS, GROUPS))
+        scale, inverse = scale_of_bits(largest)
+        inverse = over_units(inverse, UNITS, GROUPS)
+        tl.store(codes_ptr + column, finite_codes(x, inverse), mask=mask)
+        for unit_tile in range(1, UNIT_TILES):
+            more, column, mask = _load_kept(
+                x_ptr, zero_columns_ptr, first_group, unit_tile * UNITS,
+                COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+            )  # fmt: skip
+            tl.store(codes_ptr + column, finite_codes(more, inverse), mask=mask)
+        group = first_group + tl.arange(0, GROUPS)
+        tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _dequantize_kernel(
+    codes_ptr,  # [n_rows, COLUMNS] int8
+    scales_ptr,  # [n_rows, N_GROUPS] fp32
+    rows_ptr,  # [n] int32 or int64: which row each program expands, if GATHER; else its own
+    outlier_values_ptr,  # [n_rows, N_OUTLIERS] fp32
+    outlier_columns_ptr,  # [n_rows, N_OUTLIERS] int16 or int32
+    x_ptr,  # [n, COLUMNS] fp32, bf16 or fp16, written
+    n_rows,
+    GATHER: tl.constexpr,
+    N_OUTLIERS: tl.constexpr,
+    OUTLIER_TILE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+    N_GROUPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP_TILES: tl.constexpr,
+    UNIT_TILES: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = program
+    row_exists = row >= 0
+    if GATHER:
+        row = tl.load(rows_ptr + program).to(tl.int64)
+        row_exists = (row >= 0) & (row < n_rows)
+        row = tl.where(row_exists, row, 0)
+    codes_ptr += row * COLUMNS
+    scales_ptr += row * N_GROUPS
+    x_ptr += program * COLUMNS
+    for group_tile in range(GROUP_TILES):
+        for unit_tile in range(UNIT_TILES):
+            start, exists, column, mask = tile_columns(
+                group_tile * GROUPS, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+            )
+            scale = tl.load(scales_ptr + start // GROUP, mask=exists, other=0.0)
+            if GATHER:
+                scale = tl.where(row_exists, scale, float("nan"))
+            code = tl.load(codes_ptr + column, mask=mask, other=0)
+            x = code.to(tl.float32) * scale[:, None]
+            tl.store(x_ptr + column, x.to(x_ptr.dtype.element_ty), mask=mask)
+    if N_OUTLIERS > 0:
+        # This program wrote every element of its row; the barrier puts all of that before what
+        # follows, whichever of its threads wrote it.
+        tl.debug_barrier()
+        for tile in range((N_OUTLIERS + OUTLIER_TILE - 1) // OUTLIER_TILE):
+            k = tile * OUTLIER_TILE + tl.arange(0, OUTLIER_TILE)
+            mask = k < tl.where(row_exists, N_OUTLIERS, 0)
+            column = tl.load(outlier_columns_ptr + row * N_OUTLIERS + k, mask=mask, other=0)
+            value = tl.load(outlier_values_ptr + row * N_OUTLIERS + k, mask=mask, other=0.0)
+            tl.store(x_ptr + column.to(tl.int32), value.to(x_ptr.dtype.element_ty), mask=mask)
+
+
+_launch_quantize = Launcher(_quantize_kernel)
+_launch_dequantize = Launcher(_dequantize_kernel)
+
+
+@operators.quantize.register("triton")
+def quantize(
+    x: Tensor, *, group_size: int | None, zero_columns: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    codes = torch.empty_like(x, dtype=torch.int8)
+    n_groups = tiling(columns, group_size).N_GROUPS
+    scales = x.new_empty(rows, n_groups, dtype=torch.float32)
+    _launch_quantize((rows,), row_constants(columns, group_size), x, zero_columns, codes, scales)
+    return codes, scales
+
+
+@cache
+def outlier_tile(n_outliers: int) -> int:
+    """Outliers that a program handles at a time."""
+    return min(256, triton.next_power_of_2(max(1, n_outliers)))
+
+
+@operators.dequantize.register("triton")
+def dequantize(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+    codes, scales, outlier_values, outlier_columns = weight.tensors
+    n_rows, columns = codes.shape
+    n = n_rows if rows is None else len(rows)
+    x = codes.new_empty(n, columns, dtype=dtype)
+    if n == 0:
+        return x
+    plan = weight.plans.get(dtype) if rows is None else None
+    if plan is not None:
+        plan(x)
+        return x
+    n_outliers = outlier_values.shape[1]
+    constants = row_constants(
+        columns, weight.group_size,
+        GATHER=rows is not None, N_OUTLIERS=n_outliers, OUTLIER_TILE=outlier_tile(n_outliers),
+    )  # fmt: skip
+    index = scales if rows is None else rows  # unused without rows
+    bound = (codes, scales, index, outlier_values, outlier_columns, ..., n_rows)
+    plan = _launch_dequantize.plan((n,), constants, *bound)
+    if rows is None:
+        weight.plans[dtype] = plan
+    plan(x)
+    return x

@@ -1,0 +1,242 @@
+"""What operators take together: quantized matrices, weights, update rules and rounding.
+
+Each is checked when it is made, so an operator checks only whether its arguments fit each other.
+Operators take them apart where a kernel is launched, and nowhere else.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, GroupLayout
+from .checks import check_group_size, check_matrix, check_same, check_scales
+
+CODE_DTYPES = {8: torch.int8, 4: torch.uint8}  # by bits
+
+
+@dataclass(slots=True, eq=False)
+class Quantized:
+    """A matrix as codes with an FP32 scale for each row and group of columns.
+
+    Args:
+        codes: int8 `[rows, columns]` in [-127, 127]; of 4 bits uint8 `[rows, ceil(columns / 2)]`,
+            of columns 2k (low half) and 2k + 1 in byte k; contiguous.
+        scales: fp32 `[rows, n_groups]`, contiguous, on the same device.
+        group_size: Columns per scale; the last group of a row may be short. None: whole rows.
+            Codes of 4 bits have groups of 64.
+        bits: Of one code: 8, or 4.
+
+    Raises:
+        TypeError: Codes have another dtype than their bits.
+        ValueError: Shapes or devices do not fit.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    group_size: int | None
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_matrix("codes", self.codes, (CODE_DTYPES[self.bits],))
+        check_group_size(self.group_size)
+        group_size = self.group_size
+        if self.bits == 4:
+            if group_size != NIBBLE_GROUP_SIZE:
+                raise ValueError(
+                    f"4-bit codes have groups of {NIBBLE_GROUP_SIZE} columns, got "
+                    f"group_size={group_size}."
+                )
+            group_size = NIBBLE_GROUP_SIZE // NIBBLES  # in bytes
+        rows, width = self.codes.shape
+        check_scales(self.scales, self.codes, GroupLayout(rows, width, group_size).n_groups)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.codes.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Codes and scales."""
+        return self.codes, self.scales
+
+    def rows(self, rows: slice) -> "Quantized":
+        """Some of its rows; they share memory with it."""
+        return Quantized(self.codes[rows], self.scales[rows], self.group_size, self.bits)
+
+
+@dataclass(slots=True, eq=False)
+class Weight:
+    """A weight in the hybrid format: dense codes, and a few values of each row in FP32.
+
+    Args:
+        codes: int8 `[rows, columns]`, contiguous; 0 under outliers.
+        scales: fp32 `[rows, n_groups]`, positive.
+        outlier_values: fp32 `[rows, n_outliers]`.
+        outlier_columns: int16 or int32 `[rows, n_outliers]`: which columns, each at most once.
+        group_size: Columns per scale; None: whole rows.
+
+    Attributes:
+        plans: What has been prepared for this weight and lives as long as it does, such as launches
+            that a backend has bound to its tensors, and to nobody else's. Copies have none.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: Shapes or devices do not fit.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    outlier_values: Tensor
+    outlier_columns: Tensor
+    group_size: int | None
+    plans: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        codes, values, columns = self.codes, self.outlier_values, self.outlier_columns
+        check_matrix("weight codes", codes, (torch.int8,))
+        check_group_size(self.group_size)
+        rows, width = codes.shape
+        check_scales(self.scales, codes, GroupLayout(rows, width, self.group_size).n_groups)
+        if (
+            values.ndim != 2
+            or values.shape[0] != codes.shape[0]
+            or values.shape != columns.shape
+            or not codes.device == values.device == columns.device
+        ):
+            raise ValueError(
+                f"outlier values and outlier columns must be matrices of the same shape on "
+                f"{codes.device}, with one row for each of the {codes.shape[0]} rows of the "
+                f"weight, got shapes {tuple(values.shape)} on {values.device} and "
+                f"{tuple(columns.shape)} on {columns.device}."
+            )
+        if values.numel():
+            check_matrix("outlier values", values, (torch.float32,))
+            check_matrix("outlier columns", columns, (torch.int16, torch.int32))
+
+    @classmethod
+    def dense(cls, matrix: Quantized) -> "Weight":
+        """A weight without outliers."""
+        values = matrix.scales.new_empty(matrix.codes.shape[0], 0)
+        return cls(matrix.codes, matrix.scales, values, values.short(), matrix.group_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.codes.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes, scales, outlier values and outlier columns."""
+        return self.codes, self.scales, self.outlier_values, self.outlier_columns
+
+    def __reduce__(self) -> Any:
+        return Weight, (*self.tensors, self.group_size)
+
+    def rows(self, rows: slice) -> "Weight":
+        """Some of its rows; they share memory with it."""
+        codes, scales, values, columns = (tensor[rows] for tensor in self.tensors)
+        return Weight(codes, scales, values, columns, self.group_size)
+
+
+@dataclass(slots=True, eq=False)
+class Moments:
+    """Both moments of AdamW for a matrix as 8-bit codes; `adamw_step_` says what they stand for.
+
+    Args:
+        ratio_codes: int8 `[rows, columns]` in [-127, 127], contiguous: the first moment over the
+            root of the second.
+        ratio_scales: fp32 `[rows, n_groups]`, contiguous.
+        root_codes: uint8 `[rows, columns]`, contiguous: the eighth root of the second moment.
+        root_scales: fp32 `[rows, n_groups]`, contiguous.
+        group_size: Columns per scale, of both.
+
+    Raises:
+        TypeError: A dtype is wrong.
+        ValueError: Shapes or devices do not fit.
+    """
+
+    ratio_codes: Tensor
+    ratio_scales: Tensor
+    root_codes: Tensor
+    root_scales: Tensor
+    group_size: int
+
+    def __post_init__(self) -> None:
+        check_matrix("ratio codes", self.ratio_codes, (torch.int8,))
+        check_matrix("root codes", self.root_codes, (torch.uint8,))
+        check_same("root codes", self.root_codes, self.ratio_codes)
+        check_group_size(self.group_size)
+        rows, columns = self.ratio_codes.shape
+        n_groups = GroupLayout(rows, columns, self.group_size).n_groups
+        check_scales(self.ratio_scales, self.ratio_codes, n_groups)
+        check_scales(self.root_scales, self.root_codes, n_groups)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Codes and scales of the ratio, then of the root."""
+        return self.ratio_codes, self.ratio_scales, self.root_codes, self.root_scales
+
+
+class Rounding(NamedTuple):
+    """The random numbers that round an update: Philox 4x32-7, counted, never drawn from a state.
+
+    Attributes:
+        seed: Key, in [0, 2**63).
+        step: Number of the step; with `stream` and the element's position it counts the numbers.
+        stream: Number of the parameter.
+        first_row: Number of the first row that is passed, where that is a part of a matrix: a step
+            of a weight in parts has the bits of a step of the whole.
+        stochastic: False rounds to nearest, for ablation: that does not train.
+    """
+
+    seed: int
+    step: int
+    stream: int
+    first_row: int = 0
+    stochastic: bool = True
+
+
+class Lion(NamedTuple):
+    """The numbers of a Lion step.
+
+    Attributes:
+        lr: Step size, in units of the weight.
+        beta1: Weight of the momentum in the direction.
+        beta2: Decay of the momentum.
+        weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
+        maximize: Step along the gradient, not against it.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    maximize: bool = False
+
+
+class AdamW(NamedTuple):
+    """The numbers of an AdamW step.
+
+    Attributes:
+        lr: Step size, in units of the weight.
+        beta1: Decay of the first moment, the mean of gradients.
+        beta2: Decay of the second, the mean of their squares; above `beta1**2`: else no step has a
+            bound.
+        eps: Positive; added to the root of the second moment, in units of the gradient.
+        weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
+        maximize: Step along the gradient, not against it.
+    """
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool = False
+
+    def corrections(self, step: int) -> tuple[float, float]:
+        """What undoes the start from zero, of the first moment and of the root of the second."""
+        return 1 / (1 - self.beta1**step), 1 / (1 - self.beta2**step) ** 0.5

@@ -1,0 +1,161 @@
+"""`QFTAdamW`: AdamW on INT8 weights and gradients and 8-bit moments."""
+
+from collections.abc import Iterable
+from math import inf, nan
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import kernels
+from ..kernels.adamw import ROOT_TINY, exact_sqrt
+from ..layout import STATE_GROUP_SIZE, GroupLayout
+from ..quant import QFTWeight
+from .base import QFTOptimizer, check_betas
+from .state import StateFormat, StateTensor
+
+ADAMW_BETAS = (0.9, 0.999)
+
+
+class QFTAdamW(QFTOptimizer):
+    """AdamW with decoupled weight decay; both moments of a quantized weight have 8 bits.
+
+    A `QFTWeight` keeps 2.03 bytes of moments per parameter, twice those of `QFTLion`, in the form
+    of `kernels.adamw_step_`, and is rounded stochastically; any other parameter, fp32 or bf16, gets
+    ordinary AdamW with FP32 moments.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Step size, as for AdamW on float weights.
+        betas: Decays of the mean of gradients, and of the mean of their squares, which is above the
+            square of the other.
+        eps: Added to the root of the mean of squares.
+        weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
+        **settings: Those of `QFTOptimizer`: where gradients go, clipping, rounding.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Source:
+        Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
+    """
+
+    @property
+    def description(self) -> str:
+        """The rule and how its state is stored, for a model card."""
+        return "AdamW (arXiv:1711.05101) with both moments in 8 bits"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-5,
+        betas: tuple[float, float] = ADAMW_BETAS,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, **settings)
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise for a rate, a decay, betas or an eps that are out of their range."""
+        super().check_group(group)
+        check_betas(group["betas"], ADAMW_BETAS)
+        beta1, beta2 = group["betas"]
+        if beta1**2 >= beta2:
+            raise ValueError(
+                "The second of betas must be above the square of the first, or steps grow without "
+                f"bound where gradients end, got {group['betas']}. Usual are {ADAMW_BETAS}."
+            )
+        if not 0 < group["eps"] < inf:
+            raise ValueError(
+                f"eps must be positive and finite, got {group['eps']}: it is what an element "
+                "without gradients is divided by. Usual is 1e-8."
+            )
+
+    def state_format(self, parameter: Tensor) -> StateFormat:
+        """Ratio and root of a weight in 8 bits, two FP32 moments of a float parameter."""
+        shape = tuple(parameter.shape)
+        if not isinstance(parameter, QFTWeight):
+            return {
+                "momentum": StateTensor(torch.float32, shape),
+                "second_moment": StateTensor(torch.float32, shape, is_signed=False),
+            }
+        rows, columns = shape
+        groups = (rows, GroupLayout(rows, columns, STATE_GROUP_SIZE).n_groups)
+        return {
+            "ratio_codes": StateTensor(torch.int8, shape),
+            "ratio_scales": StateTensor(torch.float32, groups, fill=1.0, is_signed=False),
+            "root_codes": StateTensor(torch.uint8, shape),
+            "root_scales": StateTensor(torch.float32, groups, fill=ROOT_TINY, is_signed=False),
+        }
+
+    def step_weight(
+        self,
+        weight: kernels.Weight,
+        gradient: kernels.Quantized,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        rounding: kernels.Rounding,
+    ) -> None:
+        """One call of the operator."""
+        moments = kernels.Moments(
+            state["ratio_codes"], state["ratio_scales"], state["root_codes"], state["root_scales"],
+            STATE_GROUP_SIZE,
+        )  # fmt: skip
+        kernels.adamw_step_(weight, moments, gradient, rule=_rule(group), rounding=rounding)
+
+    def step_floats(
+        self,
+        parameters: list[Parameter],
+        gradients: list[Tensor],
+        states: list[dict[str, Tensor]],
+        group: dict[str, Any],
+        steps: list[int],
+        streams: list[int],
+    ) -> None:
+        """AdamW with FP32 moments."""
+        rule = _rule(group)
+        directions = [
+            _float_direction(gradient.float(), state["momentum"], state["second_moment"], rule, t)
+            for gradient, state, t in zip(gradients, states, steps, strict=True)
+        ]
+        kernels.step_floats_(
+            parameters,
+            directions,
+            lr=rule.lr,
+            weight_decay=rule.weight_decay,
+            seed=group["seed"],
+            stochastic=group["stochastic_rounding"],
+            steps=steps,
+            streams=streams,
+        )
+
+
+def _float_direction(
+    gradient: Tensor, momentum: Tensor, second_moment: Tensor, rule: kernels.AdamW, step: int
+) -> Tensor:
+    """Update FP32 moments; NaN where the gradient, or its square, is not finite: that stays."""
+    if rule.maximize:
+        gradient = -gradient
+    m = (momentum * rule.beta1).add_(gradient * (1 - rule.beta1))
+    v = (second_moment * rule.beta2).add_(gradient.square().mul_(1 - rule.beta2))
+    is_finite = v.isfinite()
+    momentum.copy_(torch.where(is_finite, m, momentum))
+    second_moment.copy_(torch.where(is_finite, v, second_moment))
+    of_m, of_root = rule.corrections(step)
+    direction = (m * of_m).div_(exact_sqrt(v).mul_(of_root).add_(rule.eps))
+    return direction.masked_fill_(~is_finite, nan)
+
+
+def _rule(group: dict[str, Any]) -> kernels.AdamW:
+    beta1, beta2 = group["betas"]
+    return kernels.AdamW(
+        float(group["lr"]),
+        beta1,
+        beta2,
+        float(group["eps"]),
+        float(group["weight_decay"]),
+        group["maximize"],
+    )

@@ -1,0 +1,492 @@
+"""`QFTOptimizer`: all that the optimizers of INT8 weights have in common.
+
+A rule, such as Lion's (`lion.py`), says which state a parameter has and how one step goes. Here is
+the rest: parameters are numbered, gradients flow (`flow.py`), steps are counted for the random
+numbers that round, and state is saved and loaded as it is stored.
+"""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from math import isfinite
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from .. import kernels
+from ..kernels.floats import PARAMETER_DTYPES
+from ..quant import Int8Gradient, QFTWeight, TiledGradient
+from .flow import Flow, Release, Stack, check_settings
+from .state import StateFormat, StepCounter, checked_state, initial_state
+
+logger = logging.getLogger(__name__)
+
+PREVIOUS_NORM = "previous_norm"  # key in a state dict
+
+
+class QFTOptimizer(Optimizer):
+    """Base of the optimizers whose weights, gradients and state are INT8.
+
+    Random numbers depend on `seed`, the number of the step, the position of the parameter among
+    all parameters and the position of the element, on nothing else: from the same gradients a step
+    makes the same bits on any device, with any number of threads and after a restart.
+
+    A step consumes the gradients: each `.grad` is None afterwards, freed as its parameter is
+    updated.
+
+    Args:
+        params: Parameters or parameter groups, as any `torch.optim.Optimizer` takes them.
+        defaults: Options of a group beside those below, `lr` and `weight_decay` among them.
+        gradient: Where a gradient goes. `"stack"`: INT8 gradients wait for `step`. `"release"`:
+            each is used and freed the moment backward has completed it, so that only one is alive;
+            the results are the same bits. Any backward pass updates weights then, until `eval`.
+        maximize: Maximize the objective.
+        stochastic_rounding: False rounds weights to nearest, for ablation: that does not train.
+        nonfinite: What `step` does when a gradient has a NaN or infinity: `"raise"`, or `"skip"`
+            the step, drop the gradients, count in `skipped_steps` and log. Either way weights and
+            state are untouched. Release cannot skip, and raises when weights are updated, at the
+            step: backward does not wait for a GPU to tell.
+        accumulation: With `gradient="release"`: `"keep"` the INT8 gradients of micro-batches until
+            the last one, or `"forbid"` more than one. See `accumulate`.
+        clipping: With `gradient="release"`, how `max_grad_norm` is honoured: `"exact"`,
+            `"previous"` or `"tensor"`; see `flow.Release`. Waiting gradients are clipped as
+            usual, by `torch.nn.utils.clip_grad_norm_`.
+        max_grad_norm: With `clipping`: the norm to clip to.
+        is_accumulating: With `gradient="release"`: whether the backward pass that is running is
+            followed by another of the same step. The Trainer's optimizer asks Accelerate; in a loop
+            of your own with Accelerate pass `qft_hf.hf.is_accumulating`, else use `accumulate`.
+        seed: Key of the random numbers, in [0, 2**63).
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    # Settings beside those of the groups: arguments of `__init__` and attributes.
+    SETTINGS: ClassVar[tuple[str, ...]] = (
+        "gradient",
+        "nonfinite",
+        "accumulation",
+        "clipping",
+        "max_grad_norm",
+        "is_accumulating",
+    )
+
+    takes_tiles = False
+
+    @property
+    def description(self) -> str:
+        """The rule and how its state is stored, for a model card."""
+        return type(self).__name__
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        defaults: dict[str, Any],
+        *,
+        gradient: str = "stack",
+        maximize: bool = False,
+        stochastic_rounding: bool = True,
+        nonfinite: str = "raise",
+        accumulation: str = "keep",
+        clipping: str | None = None,
+        max_grad_norm: float | None = None,
+        is_accumulating: Callable[[], bool] | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_settings(gradient, nonfinite, accumulation, clipping, max_grad_norm)
+        self.gradient = gradient
+        self.nonfinite = nonfinite
+        self.accumulation = accumulation
+        self.clipping = clipping
+        self.max_grad_norm = max_grad_norm
+        self.is_accumulating = is_accumulating
+        self.skipped_steps = 0
+        self._prepare()
+        own = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        super().__init__(params, {**defaults, **own})
+        self.train()
+
+    def _prepare(self) -> None:
+        """Make what lives beside the state: where gradients go, and where parameters stand."""
+        self._flow: Flow = (
+            Stack(self, nonfinite=self.nonfinite)
+            if self.gradient == "stack"
+            else Release(
+                self,
+                accumulation=self.accumulation,
+                clipping=self.clipping,
+                max_grad_norm=self.max_grad_norm,
+                is_accumulating=self.is_accumulating,
+            )
+        )
+        self._places: dict[int, tuple[int, int]] = {}  # number and group of each, by identity
+        # What is made of state tensors once, by their identity.
+        self._quantized: dict[int, kernels.Quantized] = {}
+        self._counters: dict[int, StepCounter] = {}
+
+    # --- what a rule provides
+
+    @abstractmethod
+    def state_format(self, parameter: Tensor) -> StateFormat:
+        """The form of each state tensor of a parameter, quantized or float."""
+
+    @abstractmethod
+    def step_weight(
+        self,
+        weight: kernels.Weight,
+        gradient: kernels.Quantized,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        rounding: kernels.Rounding,
+    ) -> None:
+        """One step of a quantized weight and its state, in place.
+
+        Args:
+            weight: Modified.
+            gradient: Finite.
+            state: Its state tensors by name, modified.
+            group: Options of its group.
+            rounding: The random numbers; its `step` is the number of this step, from 1.
+        """
+
+    @abstractmethod
+    def step_floats(
+        self,
+        parameters: list[Parameter],
+        gradients: list[Tensor],
+        states: list[dict[str, Tensor]],
+        group: dict[str, Any],
+        steps: list[int],
+        streams: list[int],
+    ) -> None:
+        """One step of float parameters of one group on one device, in place."""
+
+    def step_tiles(
+        self,
+        weight: kernels.Weight,
+        gradient: TiledGradient,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        rounding: kernels.Rounding,
+        factor: Tensor | None,
+    ) -> Tensor:
+        """`step_weight` with a gradient in float tiles, where `takes_tiles` says so.
+
+        Args:
+            weight: Modified.
+            gradient: Rows that are not finite leave theirs of weight and state alone.
+            state: Modified.
+            group: Options of its group.
+            rounding: The random numbers.
+            factor: What the quantized gradient is multiplied by: fp32 scalar or None.
+
+        Returns:
+            Sums of squares of the quantized gradient, without the factor: fp64, to be added up.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no gradients in tiles.")
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raise for options of a group that are out of their range.
+
+        Raises:
+            ValueError: The text names the option and its range.
+        """
+        for name in ("lr", "weight_decay"):
+            try:
+                value = float(group[name])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{name} must be a number, got {group[name]!r}.") from error
+            if not isfinite(value) or value < 0:
+                raise ValueError(
+                    f"{name} must be finite and not negative, got {value}. To climb, set "
+                    "maximize=True."
+                )
+        if not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {group['seed']}.")
+
+    def check_groups(self) -> None:
+        """`check_group` of all: a scheduler may have written anything since the last step."""
+        for group in self.param_groups:
+            self.check_group(group)
+
+    # --- parameters
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; they are numbered in the order in which they come.
+
+        Raises:
+            TypeError: A parameter is neither quantized nor fp32 or bf16.
+            ValueError: An option is out of its range. The optimizer is unchanged.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self.check_group(group)
+            for parameter in group["params"]:
+                if not isinstance(parameter, QFTWeight) and parameter.dtype not in PARAMETER_DTYPES:
+                    raise TypeError(
+                        f"{type(self).__name__} trains INT8 weights, float32 and bfloat16 "
+                        f"parameters, got {parameter.dtype} for a parameter of shape "
+                        f"{tuple(parameter.shape)}. Load the model with dtype=torch.bfloat16."
+                    )
+        except (TypeError, ValueError):
+            del self.param_groups[-1]
+            raise
+        self._number(len(self.param_groups) - 1)
+
+    def _number(self, group: int) -> None:
+        for parameter in self.param_groups[group]["params"]:
+            self._places[id(parameter)] = (len(self._places), group)
+
+    def _parameters(self) -> Iterator[Parameter]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    # --- where gradients go
+
+    def train(self) -> None:
+        """Have backward hand over complete gradients; the Trainer calls this every step.
+
+        Another optimizer that had these parameters has them no longer.
+        """
+        self._flow.attach(self._parameters())
+
+    def eval(self) -> None:
+        """Leave gradients where backward puts them, until `train` or the next step."""
+        self._flow.detach(self._parameters())
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient, and free each gradient.
+
+        INT8 weights go first; float parameters follow together. With `gradient="release"` INT8
+        weights were updated during backward, and the step ends here.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            FloatingPointError: A gradient is not finite and `nonfinite="raise"`. Weights, state and
+                gradients are as before.
+            RuntimeError: The step before was interrupted half-way.
+            TypeError: A quantized weight has a float gradient. Nothing was updated.
+            ValueError: An option of a group is out of its range. Nothing was updated.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.check_groups()
+        if not self._flow.step(list(self._parameters())):
+            self.skipped_steps += 1
+            logger.warning("Step skipped: a gradient is not finite (%d so far)", self.skipped_steps)
+            self.zero_grad()
+        return loss
+
+    def update(
+        self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None
+    ) -> Tensor | None:
+        """Update one quantized weight and its state in place; the flow calls it.
+
+        Args:
+            parameter: A `QFTWeight`.
+            gradient: An `Int8Gradient`, or a `TiledGradient` where `takes_tiles` says so.
+            factor: What a gradient in tiles is multiplied by: fp32 scalar.
+
+        Returns:
+            Squared norms of the rows of a gradient in tiles, without the factor: fp64. Else None.
+        """
+        stream, number = self._places[id(parameter)]
+        group = self.param_groups[number]
+        state = self._state_of(parameter)
+        rounding = kernels.Rounding(
+            group["seed"], self._next_step(state), stream, stochastic=group["stochastic_rounding"]
+        )
+        stored: kernels.Weight = parameter.stored  # type: ignore[attr-defined]  # a QFTWeight
+        if isinstance(gradient, TiledGradient):
+            return self.step_tiles(stored, gradient, state, group, rounding, factor)
+        if isinstance(gradient, Int8Gradient):
+            self.step_weight(stored, gradient.stored, state, group, rounding)
+        return None
+
+    @torch.no_grad()
+    def update_floats(self, pairs: list[tuple[Parameter, Tensor]]) -> None:
+        """Update float parameters and their states in place: one call a group and device."""
+        calls: dict[tuple[int, torch.device], list[tuple[Parameter, Tensor]]] = {}
+        for parameter, gradient in pairs:
+            _, number = self._places[id(parameter)]
+            calls.setdefault((number, parameter.device), []).append((parameter, gradient))
+        for (number, _), members in calls.items():
+            parameters, gradients = (list(part) for part in zip(*members, strict=True))
+            states = [self._state_of(parameter) for parameter in parameters]
+            self.step_floats(
+                parameters,
+                gradients,
+                states,
+                self.param_groups[number],
+                [self._next_step(state) for state in states],
+                [self._places[id(parameter)][0] for parameter in parameters],
+            )
+
+    def _state_of(self, parameter: Parameter) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            state.update(initial_state(self.state_format(parameter), parameter.device))
+        return state
+
+    def _next_step(self, state: dict[str, Tensor]) -> int:
+        step = state["step"]
+        counter = self._counters.get(id(step))
+        if counter is None or counter.tensor is not step:
+            counter = self._counters[id(step)] = StepCounter(step)
+        return counter.next()
+
+    def quantized(
+        self, state: dict[str, Tensor], name: str, group_size: int | None, bits: int = 8
+    ) -> kernels.Quantized:
+        """The state tensors `<name>_codes` and `<name>_scales` together; checked and made once."""
+        codes = state[f"{name}_codes"]
+        found = self._quantized.get(id(codes))
+        if found is None or found.codes is not codes:
+            found = kernels.Quantized(codes, state[f"{name}_scales"], group_size, bits)
+            self._quantized[id(codes)] = found
+        return found
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 as torch has it
+        """Drop all gradients, and give up a step that failed half-way."""
+        super().zero_grad(set_to_none)
+        self._flow.clear()
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Backward passes within keep their gradients for the one that follows; release needs it.
+
+        The Trainer's optimizer knows without it; see `is_accumulating`.
+        """
+        return self._flow.accumulate()
+
+    def measure_norm(self) -> AbstractContextManager[None]:
+        """A backward pass within only finds the norm that `clipping="exact"` then clips by.
+
+        Raises:
+            RuntimeError: Gradients wait for the step and can be clipped as usual.
+        """
+        if not isinstance(self._flow, Release):
+            raise RuntimeError(
+                "measure_norm() is for gradient='release'. With gradient='stack', call "
+                "torch.nn.utils.clip_grad_norm_ between backward and step."
+            )
+        if any(parameter.grad is not None for parameter in self._parameters()):
+            raise RuntimeError(
+                "measure_norm() would drop the gradients that wait for the step. With "
+                "clipping='exact' they are clipped there: run the last micro-batch without it."
+            )
+        return self._flow.measure_norm()
+
+    @property
+    def released_norm(self) -> Tensor | None:
+        """Global norm, before clipping, of the gradients that the last step released: fp32.
+
+        None if it released none. Gradients that waited for the step are not in it: the norm of
+        those is what `torch.nn.utils.clip_grad_norm_` returned.
+        """
+        return self._flow.released_norm if isinstance(self._flow, Release) else None
+
+    # --- state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned; INT8 stays INT8.
+
+        `torch.optim.Optimizer` would cast every state tensor to the dtype of its parameter.
+
+        Raises:
+            ValueError: The groups do not match, an option is out of its range, or a state tensor
+                has another name, dtype or shape than its parameter calls for. The optimizer is
+                unchanged.
+        """
+        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
+        own = list(self._parameters())
+        if len(saved) != len(own):
+            raise ValueError(
+                f"The optimizer state is for {len(saved)} parameters, this optimizer has "
+                f"{len(own)}: it was saved by another model. Resume with the model it belongs to."
+            )
+        # Options that an older version did not save have their defaults.
+        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
+        for group in groups:
+            self.check_group(group)
+        states: dict[Tensor, Any] = {}
+        for key, parameter in zip(saved, own, strict=True):
+            if key in state_dict["state"]:
+                states[parameter] = checked_state(
+                    state_dict["state"][key],
+                    self.state_format(parameter),
+                    device=parameter.device,
+                    name=f"parameter {key}",
+                    hint=self.state_hint(parameter, state_dict["state"][key]),
+                )
+        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        self._quantized.clear()
+        self._counters.clear()
+        self.state.update(states)
+        self._flow.clear()
+        if isinstance(self._flow, Release):
+            self._flow.restart(previous_norm=state_dict.get(PREVIOUS_NORM))
+        self.train()  # Accelerate loads the state after it has moved the model, which cuts hooks
+
+    def state_hint(self, parameter: Tensor, state: dict[str, Any]) -> str | None:
+        """What a state that does not fit would fit, for an error; None: nothing known."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors and numbers: state by parameter, groups, and the norm that clips next."""
+        state_dict = super().state_dict()
+        if isinstance(self._flow, Release) and self._flow.previous_norm is not None:
+            state_dict[PREVIOUS_NORM] = self._flow.previous_norm
+        return state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles keep; `Optimizer` keeps its own three attributes only."""
+        kept = {name: getattr(self, name) for name in (*self.SETTINGS, "skipped_steps")}
+        if isinstance(self._flow, Release):
+            kept[PREVIOUS_NORM] = self._flow.previous_norm
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also called by `load_state_dict`, which keeps what lives beside the state."""
+        previous_norm = state.pop(PREVIOUS_NORM, None)
+        super().__setstate__(state)
+        if "_flow" not in self.__dict__:  # unpickled or copied
+            self._prepare()
+            for group in range(len(self.param_groups)):
+                self._number(group)
+            if isinstance(self._flow, Release):
+                self._flow.previous_norm = previous_norm
+
+
+def check_betas(betas: tuple[float, float], usual: tuple[float, float]) -> None:
+    """Raise unless both are in [0, 1).
+
+    Raises:
+        ValueError: One is not.
+    """
+    try:
+        are_good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    except TypeError:
+        are_good = False
+    if not are_good:
+        raise ValueError(
+            f"betas must be two numbers in [0, 1), got {betas}. The usual ones are {usual}."
+        )

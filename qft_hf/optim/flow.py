@@ -1,0 +1,564 @@
+"""From backward to the update: what happens to each gradient once it is complete.
+
+`Stack` leaves gradients in `.grad`, in INT8, until the step. `Release` uses each one the moment
+backward has completed it and frees it.
+
+Source:
+    Li et al. 2023, "QFT", section 3.4 (arXiv:2310.07147), for gradients that wait; Lv et al. 2023,
+    "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO), section
+    3.2 (arXiv:2306.09782), for release. There gradients of micro-batches are used one by one,
+    clipping runs backward twice or not at all, and there is no momentum; here results are those of
+    gradients that wait for the step, and whatever cannot give them raises.
+"""
+
+import logging
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..quant import Int8Gradient, QFTWeight, TiledGradient
+
+logger = logging.getLogger(__name__)
+
+GRADIENTS = ("stack", "release")
+CLIPPINGS = ("exact", "previous", "tensor")
+ACCUMULATIONS = ("keep", "forbid")
+NONFINITE = ("raise", "skip")
+
+# Float parameters up to this size, norms and biases, wait for each other and are updated together.
+SMALL = 2**16
+
+ACCUMULATION_IS_FORBIDDEN = (
+    "Gradient accumulation keeps an INT8 gradient of every weight between micro-batches, and "
+    "accumulation='forbid' was set. Set gradient_accumulation_steps=1, or accumulation='keep'."
+)
+
+HALF_A_STEP = (
+    "An earlier step was interrupted after it had taken the gradients of {n} parameters: the model "
+    "is between two steps. Reload a checkpoint, or call optimizer.zero_grad() to go on from here."
+)
+
+
+class Updates(Protocol):
+    """The optimizer that a flow works for."""
+
+    takes_tiles: bool  # whether `update` takes a `TiledGradient`
+
+    def check_groups(self) -> None:
+        """Raise for options that are out of their range."""
+        ...
+
+    def update(
+        self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None
+    ) -> Tensor | None:
+        """Update a quantized weight; squared norms of the rows of a `TiledGradient`."""
+        ...
+
+    def update_floats(self, pairs: list[tuple[Parameter, Tensor]]) -> None:
+        """Update float parameters together."""
+        ...
+
+
+class Flow(ABC):
+    """Owns the gradients of one optimizer from the end of backward to the update.
+
+    As a hook on its parameters it is told when a gradient is complete. A parameter obeys one flow,
+    the one that was attached last: two would both use, and free, one gradient. The flow does not
+    keep its optimizer alive; once that is gone it does nothing.
+
+    Args:
+        optimizer: What makes the updates.
+    """
+
+    # Whether gradients may come in float tiles now; see `QFTWeight.wants_tiles`.
+    wants_tiles = False
+    needs_hook = False
+
+    def __init__(self, optimizer: Updates) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._n_updated = 0  # parameters, by a step that has begun and not ended
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer, or None if it is gone."""
+        return self._optimizer()
+
+    def __call__(self, parameter: Parameter) -> None:
+        """What autograd calls: the gradient of `parameter` is complete."""
+        if self._optimizer() is not None:
+            self.complete(parameter)
+
+    @abstractmethod
+    def complete(self, parameter: Parameter) -> None:
+        """A gradient is complete in `.grad`."""
+
+    @abstractmethod
+    def step(self, parameters: list[Parameter]) -> bool:
+        """Update what waits; returns False if the step was skipped."""
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Within, backward passes keep their gradients for the one that follows outside."""
+        yield
+
+    def clear(self) -> None:
+        """Give up a step that was begun."""
+        self._n_updated = 0
+
+    def attach(self, parameters: Iterable[Parameter]) -> None:
+        """Take the place of another flow on these parameters; hooks of others stay."""
+        for parameter in parameters:
+            hooks = _hooks_of(parameter)
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, Flow) and hook is not self:
+                    del hooks[key]
+            if not self.needs_hook or not parameter.requires_grad:
+                continue
+            if self not in hooks.values():
+                parameter.register_post_accumulate_grad_hook(self)
+            # `Module.to()` replaces the inside of a parameter: it still lists its hooks then, but
+            # autograd does not call them. Setting the list again connects them.
+            parameter._post_accumulate_grad_hooks = _hooks_of(parameter)
+
+    def detach(self, parameters: Iterable[Parameter]) -> None:
+        """Leave these parameters alone from now on."""
+        for parameter in parameters:
+            hooks = _hooks_of(parameter)
+            for key, hook in list(hooks.items()):
+                if hook is self:
+                    del hooks[key]
+
+    def _waiting(self, parameters: list[Parameter]) -> list[Parameter]:
+        """Those of the parameters that have a gradient, in INT8 if they have INT8 weights.
+
+        Raises:
+            TypeError: A quantized weight has a gradient that no QFT module has made.
+        """
+        waiting = []
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if isinstance(gradient, TiledGradient):  # whoever wanted tiles did not take them
+                parameter.grad = gradient.quantized()
+            elif isinstance(parameter, QFTWeight) and not isinstance(gradient, Int8Gradient):
+                raise _float_gradient_error(parameter, gradient)
+            waiting.append(parameter)
+        return waiting
+
+    def _refuse_half_a_step(self) -> None:
+        if self._n_updated:
+            raise RuntimeError(HALF_A_STEP.format(n=self._n_updated))
+
+    def _update_all(self, waiting: list[Parameter]) -> None:
+        """Update parameters and free their gradients, newest first; float ones together."""
+        floats = []
+        for parameter in reversed(waiting):
+            gradient, parameter.grad = parameter.grad, None
+            self._n_updated += 1
+            if isinstance(gradient, Int8Gradient):
+                self.optimizer.update(parameter, gradient)
+            elif gradient is not None:  # norms and biases: tiny, so they go together
+                floats.append((parameter, gradient))
+        self.optimizer.update_floats(floats)
+        self._n_updated = 0
+
+
+class Stack(Flow):
+    """Gradients wait for the step, in INT8: exact clipping, and a step may be refused.
+
+    Args:
+        optimizer: What makes the updates.
+        nonfinite: What a step does when a gradient has a NaN or infinity: `"raise"`, or `"skip"`.
+    """
+
+    def __init__(self, optimizer: Updates, *, nonfinite: str) -> None:
+        super().__init__(optimizer)
+        self.nonfinite = nonfinite
+
+    def complete(self, parameter: Parameter) -> None:
+        """It waits. Nobody calls this while one process has all gradients: there is no hook."""
+
+    def step(self, parameters: list[Parameter]) -> bool:
+        """Update every parameter that has a gradient.
+
+        Raises:
+            FloatingPointError: A gradient is not finite. Nothing was updated.
+            RuntimeError: The step before was interrupted half-way.
+            TypeError: A quantized weight has a float gradient. Nothing was updated.
+        """
+        self._refuse_half_a_step()
+        waiting = self._waiting(parameters)
+        if not _are_finite(waiting):
+            if self.nonfinite == "raise":
+                raise FloatingPointError(
+                    "A gradient is NaN or infinite, so the step was not taken; weights and "
+                    "optimizer state are unchanged. Lower the learning rate or look at the batch; "
+                    "nonfinite='skip' drops such steps and counts them in skipped_steps."
+                )
+            return False
+        self._update_all(waiting)
+        return True
+
+
+class Release(Flow):
+    """Each gradient is used and freed the moment backward has completed it.
+
+    Kernels that take a gradient in float leave alone what is not finite, so nobody has to look
+    before they run, and a GPU need not wait for the host: the step looks at all norms at once. A
+    gradient that is INT8 by then costs one transfer to the host: those of embeddings, sums over
+    micro-batches, and all of them with `clipping="tensor"` or without a kernel that quantizes on
+    the way. Norms and biases wait for the step, where they are updated together.
+
+    Args:
+        optimizer: What makes the updates.
+        accumulation: `"keep"`: the gradients of all micro-batches but the last wait in `.grad`, in
+            INT8. `"forbid"`: a backward pass that is not the last of its step raises.
+        clipping: How `max_grad_norm` is honoured although the first weight is updated before the
+            last gradient exists; None: not at all. `"exact"`: by the norm that a first backward
+            pass under `measure_norm` has found; accumulated gradients wait for the step and need
+            none. `"previous"`: by the global norm of the step before (the first step is not
+            clipped). `"tensor"`: each gradient by its own norm.
+        max_grad_norm: The norm that `clipping` clips to.
+        is_accumulating: Asked for each gradient: whether more micro-batches of the step follow.
+    """
+
+    needs_hook = True
+
+    def __init__(
+        self,
+        optimizer: Updates,
+        *,
+        accumulation: str,
+        clipping: str | None,
+        max_grad_norm: float | None,
+        is_accumulating: Callable[[], bool] | None,
+    ) -> None:
+        super().__init__(optimizer)
+        self.accumulation = accumulation
+        self.clipping = clipping
+        self.max_grad_norm = max_grad_norm
+        self.previous_norm: Tensor | None = None  # of all gradients of the last step
+        self.released_norm: Tensor | None = None  # of those that it released
+        self._measured: Tensor | None = None  # of the step to come, by `measure_norm`
+        self._squares: list[Tensor] = []  # fp64, of the gradients of this step; added up once
+        self._used: set[int] = set()  # parameters whose gradient this step has taken
+        self._floats: list[tuple[Parameter, Tensor]] = []  # gradients that wait for each other
+        self._is_measuring = False
+        self._is_inside_accumulate = False
+        self._ask_accumulating = is_accumulating
+        self._keeps = False  # whether gradients have been kept for a later micro-batch, ever
+
+    @property
+    def wants_tiles(self) -> bool:  # type: ignore[override]
+        """Whether a gradient that is complete now is used at once, by a kernel that quantizes."""
+        optimizer = self.optimizer
+        return (
+            optimizer is not None
+            and optimizer.takes_tiles
+            and self.clipping != "tensor"
+            and not self._is_measuring
+            and not (self.clipping == "exact" and self._measured is None)
+            and not self._is_accumulating()
+        )
+
+    @property
+    def n_used(self) -> int:
+        """Parameters updated in this step."""
+        return len(self._used) - len(self._floats)
+
+    def _is_accumulating(self) -> bool:
+        ask = self._ask_accumulating
+        return self._is_inside_accumulate or (ask is not None and ask())
+
+    def complete(self, parameter: Parameter) -> None:
+        """Use a gradient and free it, or let it wait.
+
+        Raises:
+            FloatingPointError: It is INT8 and has a NaN or infinity.
+            RuntimeError: The parameter was updated in this step already, or the norm that exact
+                clipping needs was not measured.
+            TypeError: It is a float gradient of a quantized weight.
+            ValueError: It belongs to an earlier micro-batch, and `accumulation` is `"forbid"`; or
+                an option of a group is out of its range, and nothing was updated.
+        """
+        if self._is_measuring:
+            if parameter.grad is not None:
+                self._squares.append(_squared_norm(parameter.grad))
+            parameter.grad = None
+        elif self._is_accumulating():
+            if self.accumulation == "forbid":
+                raise ValueError(ACCUMULATION_IS_FORBIDDEN)
+            self._keeps = True
+        elif self.clipping == "exact" and self._measured is None:
+            # A run that accumulates has room for all gradients: a last window of one micro-batch
+            # may wait for the step as the others do.
+            if not self._keeps:
+                raise RuntimeError(
+                    "clipping='exact' needs the global norm before the first update. Run backward "
+                    "once under optimizer.measure_norm() and once more as usual, as QFTTrainer "
+                    "does, or set clipping='previous' or 'tensor'."
+                )
+        elif parameter.grad is not None:
+            self._use(parameter)
+
+    def _use(self, parameter: Parameter) -> None:
+        if id(parameter) in self._used:
+            raise RuntimeError(
+                "A second gradient arrived for a weight that this step has updated already, one of "
+                f"{self.n_used}. If a backward pass failed half-way, the model is between two "
+                "steps: reload a checkpoint, or call optimizer.zero_grad() to go on from here. To "
+                "accumulate, run the earlier backward passes under optimizer.accumulate(). If "
+                "layers share the weight under checkpointing, set use_reentrant=False."
+            )
+        gradient, optimizer = parameter.grad, self.optimizer
+        if not self._used:  # the first of this step
+            optimizer.check_groups()
+        if isinstance(gradient, TiledGradient):
+            self._take(parameter)
+            factor = self._factor(self._norm_of_all(), gradient.device)
+            self._n_updated = len(self._used)  # until the update has come to its end
+            self._squares.append(optimizer.update(parameter, gradient, factor))
+            self._n_updated = 0
+        elif isinstance(gradient, Int8Gradient):
+            square = _squared_norm(gradient)
+            if not bool(square.isfinite()):
+                raise self.nonfinite_error()
+            self._take(parameter)
+            self._clip_(gradient, square)
+            self._squares.append(square)
+            self._n_updated = len(self._used)
+            optimizer.update(parameter, gradient)
+            self._n_updated = 0
+        elif isinstance(parameter, QFTWeight):
+            raise _float_gradient_error(parameter, gradient)
+        elif gradient is not None:
+            square = _squared_norm(gradient)
+            if self.clipping == "tensor" and not bool(square.isfinite()):
+                raise self.nonfinite_error()
+            self._take(parameter)
+            self._clip_(gradient, square)
+            self._squares.append(square)
+            self._floats.append((parameter, gradient))
+            if parameter.numel() > SMALL:
+                self._update_floats()
+
+    def _take(self, parameter: Parameter) -> None:
+        parameter.grad = None
+        self._used.add(id(parameter))
+
+    def _update_floats(self) -> None:
+        floats, self._floats = self._floats, []
+        self._n_updated = len(self._used)
+        self.optimizer.update_floats(floats)
+        self._n_updated = 0
+
+    def nonfinite_error(self) -> FloatingPointError:
+        """What to raise for a gradient with a NaN or infinity."""
+        return FloatingPointError(
+            f"A gradient is NaN or infinite, and {self.n_used} weights had been handed theirs in "
+            "this step when that was known: these are updated but for rows whose gradient is not "
+            "finite, the others are unchanged. Reload a checkpoint, or call optimizer.zero_grad() "
+            "to go on from here; gradient='stack' checks all gradients before the first update."
+        )
+
+    def step(self, parameters: list[Parameter]) -> bool:
+        """End the step: clip and use the gradients that wait for it, and note its norm.
+
+        Gradients wait after exact accumulation, where the Trainer has clipped them by now; where
+        the last micro-batch had none for a weight; and where hooks were lost.
+
+        Raises:
+            FloatingPointError: A gradient has a NaN or infinity. Those that waited were not used.
+            RuntimeError: The step before was interrupted half-way.
+            TypeError: A quantized weight has a float gradient. Nothing was updated.
+        """
+        self._refuse_half_a_step()
+        waiting = self._waiting(parameters)
+        released = _total_norm(self._squares) if self._squares else None
+        if not _are_finite(waiting) or (released is not None and not bool(released.isfinite())):
+            raise self.nonfinite_error()
+        squares = []
+        if self.clipping is not None:
+            gradients = [p.grad for p in waiting if p.grad is not None]
+            squares = [_squared_norm(gradient) for gradient in gradients]
+            self._clip_waiting(gradients, squares)
+        self.released_norm = released
+        if self._squares or squares:
+            self.previous_norm = _total_norm(self._squares + squares)
+        self._update_floats()
+        self._update_all(waiting)
+        self._forget()
+        if waiting and not self._keeps:
+            logger.warning(
+                "%d gradients waited for the step although they were to be released: moving a "
+                "model with .to() cuts its hooks, which are connected again now",
+                len(waiting),
+            )
+            self.attach(parameters)
+        return True
+
+    def _clip_waiting(self, gradients: list[Tensor], squares: list[Tensor]) -> None:
+        if self.max_grad_norm is None or not gradients:
+            return
+        total = _total_norm(squares)
+        if self.clipping == "exact":
+            if total <= self.max_grad_norm * (1 + 1e-5):
+                return  # clipped already, up to rounding
+            self._measured = total
+        for gradient, square in zip(gradients, squares, strict=True):
+            self._clip_(gradient, square)
+
+    def _clip_(self, gradient: Tensor, square: Tensor) -> None:
+        """Scale a gradient with this squared norm in place."""
+        if self.clipping is None:
+            return
+        norm = square.sqrt().float() if self.clipping == "tensor" else self._norm_of_all()
+        if (factor := self._factor(norm, gradient.device)) is not None:
+            gradient.mul_(factor)
+
+    def _factor(self, norm: Tensor | None, device: torch.device) -> Tensor | None:
+        """What clips a gradient by this norm, by the formula of torch.nn.utils.clip_grad_norm_."""
+        if norm is None or self.max_grad_norm is None:
+            return None
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(device)
+
+    def _norm_of_all(self) -> Tensor | None:
+        """The norm that all gradients of the step are clipped by, if it is known."""
+        if self.clipping == "exact":
+            return self._measured
+        return self.previous_norm if self.clipping == "previous" else None
+
+    @contextmanager
+    def measure_norm(self) -> Iterator[None]:
+        """Within, gradients are measured and dropped; afterwards exact clipping knows the norm.
+
+        Raises:
+            FloatingPointError: A gradient has a NaN or infinity. Nothing was updated.
+        """
+        self._is_measuring = True
+        try:
+            yield
+            total = _total_norm(self._squares)
+        finally:
+            self._is_measuring = False
+            self._squares = []
+        if not bool(total.isfinite()):
+            raise FloatingPointError(
+                "A gradient is NaN or infinite; nothing was updated. Lower the learning rate or "
+                "look at the batch, and run the next one."
+            )
+        self._measured = total
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Within, gradients are kept for the backward pass that follows outside."""
+        self._is_inside_accumulate = True
+        try:
+            yield
+        finally:
+            self._is_inside_accumulate = False
+
+    def restart(self, *, previous_norm: Tensor | None) -> None:
+        """Go on from a checkpoint, whatever state a failed step has left."""
+        self.clear()
+        self.previous_norm = previous_norm
+        self.released_norm = None
+
+    def clear(self) -> None:
+        """Forget a step that was begun."""
+        super().clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._measured = None
+        self._squares, self._used, self._floats = [], set(), []
+
+
+def _float_gradient_error(parameter: Parameter, gradient: Tensor | None) -> TypeError:
+    return TypeError(
+        f"A quantized weight of shape {tuple(parameter.shape)} has a gradient of type "
+        f"{type(gradient).__name__}; only Int8Gradient is expected. Do not assign .grad by hand, "
+        "use the weight through its QFT module, and let a hook multiply the gradient that it gets."
+    )
+
+
+def _hooks_of(parameter: Parameter) -> dict[Any, Any]:
+    return parameter._post_accumulate_grad_hooks or {}
+
+
+def _squared_norm(gradient: Tensor) -> Tensor:
+    """Sum of squares of a gradient: fp64 scalar."""
+    if isinstance(gradient, Int8Gradient):
+        return gradient.squared_norm()
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+
+
+def _total_norm(squares: list[Tensor]) -> Tensor:
+    """The norm of gradients with these squared norms, each a scalar or one of each row: fp32."""
+    device = squares[0].device
+    return torch.cat([square.to(device).view(-1) for square in squares]).sum().sqrt().float()
+
+
+def _are_finite(parameters: list[Parameter]) -> bool:
+    """Whether all gradients are, found with one transfer to the host."""
+    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+    tensors = [g.scales if isinstance(g, Int8Gradient) else g for g in gradients]
+    if not tensors:
+        return True
+    # The largest magnitude of all: NaN and infinity come through.
+    largest = torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))
+    return bool(largest.isfinite())
+
+
+def check_settings(
+    gradient: str,
+    nonfinite: str,
+    accumulation: str,
+    clipping: str | None,
+    max_grad_norm: float | None,
+) -> None:
+    """Raise for settings that do not exist or cannot be honoured together.
+
+    Raises:
+        ValueError: The text names the choices.
+    """
+    for name, value, choices in (
+        ("gradient", gradient, GRADIENTS),
+        ("nonfinite", nonfinite, NONFINITE),
+        ("accumulation", accumulation, ACCUMULATIONS),
+        ("clipping", clipping, (None, *CLIPPINGS)),
+    ):
+        if value not in choices:
+            wanted = " or ".join(map(repr, choices))
+            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+    if gradient == "stack":
+        if clipping is not None or max_grad_norm is not None:
+            raise ValueError(
+                "clipping and max_grad_norm are for gradient='release'. Gradients that wait for "
+                "the step are clipped between backward and step: torch.nn.utils.clip_grad_norm_, "
+                "or the Trainer's max_grad_norm."
+            )
+        return
+    if nonfinite == "skip":
+        raise ValueError(
+            "nonfinite='skip' needs all gradients before the first update, which "
+            "gradient='release' does not have. Use nonfinite='raise', or gradient='stack'."
+        )
+    if max_grad_norm is not None and not 0 < max_grad_norm < float("inf"):
+        raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
+    if (clipping is None) != (max_grad_norm is None):
+        raise ValueError(
+            "gradient='release' updates weights during backward, before the global norm is known, "
+            f"so max_grad_norm={max_grad_norm} needs a choice and clipping={clipping!r} a norm. "
+            "Set both: clipping='exact' (a second backward finds the norm), 'previous' (the norm "
+            "of the step before) or 'tensor' (each gradient by its own norm); or "
+            "max_grad_norm=0 in TrainingArguments (None in the optimizer); or use "
+            "gradient='stack', which clips exactly at no cost."
+        )

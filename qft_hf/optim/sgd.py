@@ -1,0 +1,88 @@
+"""`QFTSGD`: SGD on INT8 weights and gradients, without any state: LOMO's update."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import kernels
+from ..layout import row_tiles
+from .base import QFTOptimizer
+from .state import StateFormat
+
+
+class QFTSGD(QFTOptimizer):
+    """`w <- w - lr * (g + weight_decay * w)`; weights are rounded stochastically.
+
+    Rates are 10 to 1000 times Lion's, and steps are as large as gradients: clip them. It learns
+    what FP32 SGD learns, which was a sixth of what Lion did in `studies/momentum_bits.py`.
+
+    Args:
+        params: Parameters or parameter groups.
+        lr: Step size, in units of the weight for each unit of gradient.
+        weight_decay: Weights shrink by `lr * weight_decay` a step.
+        **settings: Those of `QFTOptimizer`.
+
+    Raises:
+        ValueError: An argument is out of its range.
+
+    Source:
+        Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with Limited
+        Resources" (LOMO), section 3 (arXiv:2306.09782), on float weights there.
+    """
+
+    @property
+    def description(self) -> str:
+        """The rule and how its state is stored, for a model card."""
+        return "SGD without state (LOMO, arXiv:2306.09782)"
+
+    def __init__(
+        self, params: Iterable[Any], lr: float = 1e-2, weight_decay: float = 0.0, **settings: Any
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, **settings)
+
+    def state_format(self, parameter: Tensor) -> StateFormat:
+        """None."""
+        return {}
+
+    def step_weight(
+        self,
+        weight: kernels.Weight,
+        gradient: kernels.Quantized,
+        state: dict[str, Tensor],
+        group: dict[str, Any],
+        rounding: kernels.Rounding,
+    ) -> None:
+        """The direction is the gradient."""
+        n_rows, columns = weight.codes.shape
+        for rows in row_tiles(n_rows, columns):
+            direction = kernels.dequantize(kernels.Weight.dense(gradient.rows(rows)))
+            kernels.step_weight_(
+                weight if rows.stop - rows.start == n_rows else weight.rows(rows),
+                direction.neg_() if group["maximize"] else direction,
+                lr=float(group["lr"]),
+                weight_decay=float(group["weight_decay"]),
+                rounding=rounding._replace(first_row=rows.start),
+            )
+
+    def step_floats(
+        self,
+        parameters: list[Parameter],
+        gradients: list[Tensor],
+        states: list[dict[str, Tensor]],
+        group: dict[str, Any],
+        steps: list[int],
+        streams: list[int],
+    ) -> None:
+        """The same on float parameters."""
+        kernels.step_floats_(
+            parameters,
+            [-gradient for gradient in gradients] if group["maximize"] else gradients,
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            seed=group["seed"],
+            stochastic=group["stochastic_rounding"],
+            steps=steps,
+            streams=streams,
+        )

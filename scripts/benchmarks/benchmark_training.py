@@ -1,0 +1,240 @@
+"""Time of a whole training step: FP32 and bf16 AdamW, QFT, and torchao's INT8 training beside it.
+
+    python scripts/benchmarks/benchmark_training.py               # small, on a CPU
+    python scripts/benchmarks/benchmark_training.py --device cuda --config llama-1b \\
+        --batch_size 2 --sequence_length 2048
+
+Every way has the same model and the same batch, and all take turns: one step of each, round after
+round, so that what else the machine does falls on all alike. Reported are forward, backward and
+optimizer step of the step of median length, and the whole against AdamW. Absolute times mean
+little on a machine that others use; the ratios hold for this device only. Where matplotlib is
+installed, the report has a picture, `steps.png`.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+from common import bars, report
+from common.command_line import chosen, command_line
+from common.shapes import model_config
+
+from qft_hf import QFTConfig, QFTLion, quantize_model_
+from qft_hf.nn import int8
+
+PHASES = ("forward", "backward", "step")
+FP32_ADAMW, BF16_ADAMW = "FP32 AdamW", "bf16 autocast AdamW"
+
+
+@dataclass
+class Way:
+    """A model and its optimizer."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    autocast: bool = False
+
+
+def adamw(model: nn.Module, *, autocast: bool) -> Way:
+    """FP32 weights and states."""
+    return Way(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), autocast)
+
+
+def qft(model: nn.Module, dtype: torch.dtype, **config) -> Way:
+    """INT8 weights, gradients and momentum; activations of `dtype`."""
+    model = quantize_model_(model.to(dtype), QFTConfig(**config))
+    return Way(model, QFTLion(model.parameters(), lr=1e-5, weight_decay=0.1))
+
+
+def torchao_mixed(model: nn.Module, dtype: torch.dtype) -> Way:
+    """Float weights, quantized for each product."""
+    from torchao import quantize_
+    from torchao.prototype.quantized_training import int8_mixed_precision_training
+
+    model = model.to(dtype)
+    quantize_(model, int8_mixed_precision_training(), filter_fn=_is_inner_linear)
+    return Way(model, torch.optim.AdamW(model.parameters(), lr=1e-5))
+
+
+def torchao_quantized(model: nn.Module, dtype: torch.dtype) -> Way:
+    """INT8 weights, with the optimizer that torchao has for them."""
+    from torchao import quantize_
+    from torchao.optim import _AdamW
+    from torchao.prototype.quantized_training import int8_weight_only_quantized_training
+
+    model = model.to(dtype)
+    quantize_(model, int8_weight_only_quantized_training(), filter_fn=_is_inner_linear)
+    return Way(model, _AdamW(model.parameters(), lr=1e-5))
+
+
+def _is_inner_linear(module: nn.Module, name: str) -> bool:
+    return isinstance(module, nn.Linear) and "lm_head" not in name
+
+
+def ways(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Way]]:
+    """How each way is made of the float model."""
+    made: dict[str, Callable[[nn.Module], Way]] = {
+        FP32_ADAMW: lambda model: adamw(model, autocast=False),
+        BF16_ADAMW: lambda model: adamw(model, autocast=True),
+        "QFT, dequantize": lambda model: qft(model, dtype),
+        "QFT, int8": lambda model: qft(model, dtype, matmul="int8"),
+        "QFT, int8, no outlier columns": lambda model: qft(
+            model, dtype, matmul="int8", outlier_fraction=0.0
+        ),
+    }
+    if importlib.util.find_spec("torchao"):
+        made["torchao INT8 mixed precision"] = lambda model: torchao_mixed(model, dtype)
+        made["torchao INT8 quantized"] = lambda model: torchao_quantized(model, dtype)
+    else:
+        print("torchao is not installed and not measured: pip install torchao")
+    return made
+
+
+def step(way: Way, ids: Tensor, clock: Callable[[], float]) -> dict[str, float]:
+    """Seconds of each phase of one training step, by `clock`."""
+    device = ids.device
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return clock()
+
+    times = [now()]
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=way.autocast):
+        loss = way.model(input_ids=ids, labels=ids).loss
+    times.append(now())
+    loss.backward()
+    times.append(now())
+    way.optimizer.step()
+    way.optimizer.zero_grad()
+    times.append(now())
+    return {phase: times[i + 1] - times[i] for i, phase in enumerate(PHASES)}
+
+
+def measure(config: LlamaConfig, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Seconds of the median step, by way and phase. Peers that cannot run here are named.
+
+    Args:
+        config: Of the model.
+        options: The command line.
+    """
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    size = (options.batch_size, options.sequence_length)
+    ids = torch.randint(config.vocab_size, size, device=device)
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    made: dict[str, Way] = {}
+    for name, make in chosen(ways(getattr(torch, options.dtype)), options.only).items():
+        torch.manual_seed(0)
+        with device:
+            model = LlamaForCausalLM(config).train()
+        if options.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        way = make(model)
+        try:
+            step(way, ids, clock)  # makes the states, compiles
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            if not name.startswith("torchao"):  # a peer may not run here; our own ways must
+                raise
+            print(f"{name} does not run on {device} and is not measured: {error}")
+            continue
+        made[name] = way
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in made}
+    for number in range(options.steps):
+        for name, way in made.items():
+            seconds[name].append(step(way, ids, clock))
+        print(f"round {number + 1} of {options.steps}", flush=True)
+    return {name: _median_step(steps) for name, steps in seconds.items()}
+
+
+def _median_step(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The step of median length, so that its phases add up."""
+    wholes = [step | {"whole": sum(step.values())} for step in steps]
+    return sorted(wholes, key=lambda step: step["whole"])[(len(wholes) - 1) // 2]
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+    """Milliseconds and ratios."""
+    rows = {
+        name: {f"{phase}, ms": 1e3 * seconds for phase, seconds in way.items()}
+        | {
+            f"of {base}": way["whole"] / figures[base]["whole"]
+            for base in (FP32_ADAMW, BF16_ADAMW)
+            if base in figures
+        }
+        for name, way in figures.items()
+    }
+    return report.figures_table("way", rows)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, as PyTorch does on GPUs, and not return it.
+
+    Returned blocks are mapped again page by page, which takes up to half of a step, by chance and
+    for every way: it would hide what is compared.
+    """
+    trim_threshold, mmap_max = -1, -4  # from glibc's malloc.h
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        print("This C library has no mallopt: times include mapping memory again and again.")
+        return
+    library.mallopt(trim_threshold, -1)  # never; any number would be below what large models free
+    library.mallopt(mmap_max, 0)
+
+
+def main() -> None:
+    """Measure, and write the report with a picture."""
+    parser = command_line(
+        __doc__, device="cpu", config="smollm2-135m", layers=None, batch_size=2,
+        sequence_length=256, steps=5, threads=1, only=None, dtype=None,
+    )  # fmt: skip
+    parser.add_argument(
+        "--cpu_time",
+        action="store_true",
+        help="CPU seconds of one thread instead of wall time, for a CPU that others use too",
+    )
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    device = torch.device(options.device)
+    has_bf16 = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    options.dtype = options.dtype or ("bfloat16" if has_bf16 else "float32")
+    config = model_config(options.config, options.layers)
+    if device.type == "cpu" and not options.layers:
+        config.num_hidden_layers = min(4, config.num_hidden_layers)
+    if options.cpu_time and (device.type != "cpu" or options.threads != 1):
+        parser.error("--cpu_time needs --device cpu and one thread")
+    tokens = options.batch_size * options.sequence_length
+    if tokens < int8.MIN_TOKENS:
+        parser.error(f"INT8 products need {int8.MIN_TOKENS} tokens or more in a batch")
+
+    figures = measure(config, options)
+    clock = "CPU time" if options.cpu_time else "wall time"
+    title = f"{options.config}, {config.num_hidden_layers} layers, {tokens} tokens, {clock}"
+    text = f"{title}\n\n{table(figures)}"
+    report.write(options, {"layers": config.num_hidden_layers, "median_seconds": figures}, text)
+    if importlib.util.find_spec("matplotlib"):
+        first, whole = next((name, way["whole"]) for name, way in figures.items())
+        shares = {n: {p: way[p] / whole for p in PHASES} for n, way in figures.items()}
+        title += f"\n{report.device_name(device)}"
+        unit = f"time of a training step, {first} = 1"
+        bars.draw(shares, options.output / "steps.png", title=title, unit=unit)
+    else:
+        print("matplotlib is not installed and there is no picture: pip install matplotlib")
+    report.finish(options, text)
+
+
+if __name__ == "__main__":
+    main()

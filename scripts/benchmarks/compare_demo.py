@@ -1,0 +1,134 @@
+"""The demo's run in four ways: FP32 AdamW, FP32 Lion, and QFT with each kind of product.
+
+    python scripts/fetch_demo.py smollm2 chitchat
+    python scripts/benchmarks/compare_demo.py                # minutes for each on 2 CPU cores
+    python scripts/benchmarks/compare_demo.py --only int8    # adds to the figures that are there
+
+All start from the same weights and see the same dialogues in the same order (`configs/demo.yaml`).
+Lion steps at the rate of the config, AdamW at `--adamw_learning_rate`. Reported is the loss on
+held-out dialogues before and after.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, set_seed
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+from common import report
+from common.command_line import chosen, command_line
+
+from qft_hf.hf.finetune import RunArguments, parse_arguments, prepare
+from qft_hf.hf.finetune.data import prepare_data
+from qft_hf.hf.finetune.loading import load_tokenizer
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al. 2023, algorithm 2 (arXiv:2302.06675), in FP32; no weight decay."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
+                direction = momentum.lerp(parameter.grad, 0.1).sign_()
+                parameter.sub_(direction, alpha=group["lr"])
+                momentum.lerp_(parameter.grad, 0.01)
+
+
+def float_trainer(arguments: RunArguments, *, adamw_lr: float | None) -> Trainer:
+    """The stock Trainer on FP32 weights, with AdamW at the given rate or with Lion."""
+    training = arguments.training
+    set_seed(training.seed)
+    tokenizer = load_tokenizer(arguments.model)
+    data = prepare_data(arguments.data, tokenizer, seed=training.seed)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model.model_name_or_path, dtype=torch.float32
+    )
+    training.optim = "adamw_torch"
+    optimizer = None
+    if adamw_lr is None:
+        optimizer = Lion(model.parameters(), lr=training.learning_rate)
+    else:
+        training.learning_rate = adamw_lr
+    return Trainer(
+        model=model,
+        args=training,
+        train_dataset=data.train.dataset,
+        eval_dataset=data.evaluation.dataset,
+        data_collator=data.collator,
+        processing_class=tokenizer,
+        optimizers=(optimizer, None),
+    )
+
+
+def ways(flags: list[str], adamw_lr: float) -> dict[str, Callable[[], Trainer]]:
+    """How the Trainer of each way is made."""
+
+    def arguments(*more: str) -> RunArguments:
+        # Scored before and after only, and nothing is written that others would miss.
+        fixed = ["--eval_strategy=no", "--save_strategy=no", "--overwrite_output"]
+        return parse_arguments([str(report.ROOT / "configs/demo.yaml"), *fixed, *flags, *more])
+
+    return {
+        "FP32 AdamW": lambda: float_trainer(arguments(), adamw_lr=adamw_lr),
+        "FP32 Lion": lambda: float_trainer(arguments(), adamw_lr=None),
+        "QFT, dequantize": lambda: prepare(arguments()).trainer,
+        "QFT, int8": lambda: prepare(arguments("--matmul=int8")).trainer,
+    }
+
+
+def table(figures: dict[str, dict[str, float]]) -> str:
+    """Losses, and the share of FP32 Lion's reduction where that was run."""
+    baseline = figures.get("FP32 Lion")
+    rows = []
+    for name, way in figures.items():
+        share = None
+        if baseline and (reduction := baseline["before"] - baseline["after"]):
+            share = f"{100 * (way['before'] - way['after']) / reduction:.1f} %"
+        rows.append([name, f"{way['before']:.4f}", f"{way['after']:.4f}", share])
+    head = ["way", "loss before", "loss after", "share of FP32 Lion's reduction"]
+    return report.table(head, rows)
+
+
+def main() -> None:
+    """Do the runs that were asked for."""
+    parser = command_line(__doc__, data=report.ROOT / "data", only=None)
+    parser.add_argument(
+        "--adamw_learning_rate", type=float, default=3e-4, help="Lion's times 3 to 10"
+    )
+    options, flags = parser.parse_known_args()  # the others are flags of scripts/finetune.py
+    path = options.output / "figures.json"
+    figures = json.loads(path.read_text())["ways"] if path.exists() else {}
+    flags = [
+        f"--model_name_or_path={options.data / 'smollm2'}",
+        f"--train_data={options.data / 'chitchat' / 'train.jsonl'}",
+        f"--eval_data={options.data / 'chitchat' / 'eval.jsonl'}",
+        f"--output_dir={options.output / 'trainer'}",
+        *flags,
+    ]
+    for name, make in chosen(ways(flags, options.adamw_learning_rate), options.only).items():
+        print(f"== {name}", flush=True)
+        trainer = make()
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        after = trainer.evaluate()["eval_loss"]
+        steps = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        figures[name] = {"before": before, "after": after, "training": steps}
+        report.write(options, {"ways": figures}, table(figures))
+    report.finish(options, table(figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Everything that needs a GPU, in one command: memory errors, bits, speed, the 7B run.
+
+    python scripts/benchmarks/gpu_check.py
+    python scripts/benchmarks/gpu_check.py --device cpu    # the same paths at toy size, interpreted
+
+Runs from a checkout with torch, triton, transformers and accelerate; pytest, pytest-xdist and
+compute-sanitizer are used where they are, and nothing is installed. The parts run from the shortest
+to the longest, each with its own time limit, nine minutes in all, and the report is written after
+each. Exits with 1 if a part failed.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+from common import report
+from common.command_line import command_line
+
+TOTAL_SECONDS = 530
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Part:
+    """One command of the check.
+
+    Attributes:
+        name: For the report.
+        command: What is run; none: it cannot run here.
+        limit: Seconds.
+        variables: Of the environment, beside what there is.
+        folder: Where it writes a `table.md`; None: its result is its exit status.
+        missing: Why it cannot run here.
+    """
+
+    name: str
+    command: list[str]
+    limit: float
+    variables: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    missing: str = ""
+
+    def run(self, seconds_left: float) -> dict[str, Any]:
+        """Run it; its time, exit status, table and the end of what it printed."""
+        print(f"== {self.name} {self.missing}", flush=True)
+        if self.missing:
+            return {"status": f"not run: {self.missing}", "seconds": 0.0, "output": "", "table": ""}
+        path = None if self.folder is None else self.folder / "table.md"
+        if path:
+            path.unlink(missing_ok=True)
+        begin = time.monotonic()
+        try:
+            done = subprocess.run(
+                self.command,
+                cwd=report.ROOT,
+                env={**os.environ, **self.variables},
+                timeout=max(1.0, min(self.limit, seconds_left)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
+            status, output = done.returncode, done.stdout
+        except subprocess.TimeoutExpired as error:
+            status, output = 124, error.stdout or b""
+            output = output.decode(errors="replace") if isinstance(output, bytes) else output
+        print(output[-3000:], flush=True)
+        return {
+            "status": "passed" if status == 0 else f"failed ({status})",
+            "seconds": round(time.monotonic() - begin, 1),
+            "output": output[-6000:],
+            "table": path.read_text() if path and path.exists() else "",
+        }
+
+
+def parts(folder: Path, *, real: bool) -> list[Part]:
+    """The parts from the shortest to the longest; `real`: on a GPU, not at toy size."""
+    device = ["--device", "cuda" if real else "cpu"]
+    interpreted = {} if real else {"TRITON_INTERPRET": "1"}
+
+    def benchmark(name: str, limit: float, script: str, *flags: str) -> Part:
+        output = folder / script
+        command = [sys.executable, str(HERE / f"{script}.py"), *device, *flags]
+        return Part(name, [*command, "--output", str(output)], limit, folder=output)
+
+    every_kernel = [sys.executable, str(HERE / "every_kernel.py")]
+    sanitizer = shutil.which("compute-sanitizer")
+    if real:
+        command = [str(sanitizer), "--error-exitcode", "1", *every_kernel, "cuda"]
+        memory_errors = Part("memory errors, by compute-sanitizer", command, 60)
+        memory_errors.missing = "" if sanitizer else "compute-sanitizer is not here"
+    else:
+        variables = interpreted | {"QFT_BACKEND": "triton"}
+        memory_errors = Part("every kernel, interpreted", [*every_kernel, "cpu"], 240, variables)
+
+    pytest = [sys.executable, "-m", "pytest", "-q", "tests/kernels/test_triton.py"]
+    pytest += ["-n", "auto"] if importlib.util.find_spec("xdist") else []
+    pytest += ["-m", "gpu"] if real else ["-k", "33 or floats or leaves_rows"]
+    bits = Part("bit equality with the reference", pytest, 150 if real else 300, interpreted)
+    bits.missing = "" if importlib.util.find_spec("pytest") else "pytest is not installed"
+
+    kernels = [] if real else ["--shapes", "64x300", "--tokens", "32", "--calls", "2"]
+    size = ["--config", "llama-1b", "--batch_size", "2", "--sequence_length", "2048"]
+    if not real:
+        size = ["--config", "tiny", "--batch_size", "1", "--sequence_length", "32", "--steps", "1"]
+    memory = ["--compare", "--matmul", "dequantize", "int8"]
+    if not real:
+        memory += ["--config", "tiny", "--sequence_length", "32"]
+    return [
+        memory_errors,
+        bits,
+        benchmark("kernel speed", 90, "benchmark_kernels", *kernels),
+        benchmark("training speed", 100, "benchmark_training", *size, "--only", "bf16", "QFT",
+                  "torchao"),
+        benchmark("memory", 200, "profile_memory", *memory),
+    ]  # fmt: skip
+
+
+def markdown(results: dict[str, dict[str, Any]]) -> str:
+    """Which part passed, and the tables of all."""
+    rows = [[name, part["status"], part["seconds"]] for name, part in results.items()]
+    tables = [f"## {name}\n\n{part['table']}" for name, part in results.items() if part["table"]]
+    return "\n\n".join([report.table(["check", "result", "seconds"], rows), *tables])
+
+
+def main() -> None:
+    """Run all parts, write the report after each."""
+    options = command_line(__doc__, device="cuda").parse_args()
+    real = options.device == "cuda"
+    if real and not torch.cuda.is_available():
+        raise SystemExit("gpu_check needs a CUDA device; --device cpu rehearses it at toy size.")
+    options.output = options.output.resolve()
+    paths = [str(report.ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    stop = time.monotonic() + TOTAL_SECONDS
+    results: dict[str, dict[str, Any]] = {}
+    for part in parts(options.output, real=real):
+        results[part.name] = part.run(stop - time.monotonic())
+        report.write(options, {"parts": results}, markdown(results))
+    report.finish(options, markdown(results))
+    if any(part["status"].startswith("failed") for part in results.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""What the host pays for a training step on a GPU, measured on a machine that has none.
+
+The Triton kernels run as on an H100, but for the last call: a library that stands in for NVIDIA's
+driver takes launches and does nothing. Tensors are on the CPU and so small that arithmetic costs
+nothing. Left is what the host does: Python, PyTorch's dispatch, Triton's way to a launch. Results
+are undefined memory: nothing here says anything about values.
+
+Costs are in adds: CPU time by that of `torch.add` of two small tensors, each the least of many
+tries, which are made beside each other; so a slow or busy machine gives the same to about 5 %.
+Launches are Triton's; torch operations are those that are no part of another; device operations
+are launches and torch operations that would start something on a GPU.
+
+The milliseconds are a fit: 0.00215 for each add and 0.0184 for each device operation, which give
+the steps of four modes that one NVIDIA H100 80GB HBM3 on a host with slow cores took (46, 113, 129
+and 228 ms of host time, 2026-11-28) to 10 %. An add is 1.3 to 2 us of dispatch on a CPU; a host
+that starts kernels pays more for the start and less for Python.
+
+    python scripts/benchmarks/host_cost.py
+    python scripts/benchmarks/host_cost.py --profile release   # and where its time goes
+"""
+
+import cProfile
+import pstats
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+from common import report
+from common.absent_gpu import CAPABILITY, MULTIPROCESSORS, AbsentGPU
+from common.command_line import command_line
+
+import qft_hf
+
+MS_PER_ADD, MS_PER_DEVICE_OPERATION = 0.00215, 0.0184  # fitted, see above
+
+MODES: dict[str, dict[str, Any] | None] = {
+    "float": None,  # AdamW
+    "stack": {},
+    "release": {},
+    "int8-stack": {"matmul": "int8"},
+    "int8-release": {"matmul": "int8"},
+}
+
+# What starts nothing on a device, or does so only through others, which are counted.
+NO_KERNEL = frozenset(
+    """_local_scalar_dense _unsafe_view alias as_strided chunk contiguous detach empty empty_like
+    empty_strided expand expand_as flatten is_nonzero item lift_fresh linear matmul movedim narrow
+    new_empty numpy_T permute reshape resolve_conj resolve_neg result_type select set_ slice split
+    squeeze t to transpose unbind unsqueeze view view_as""".split()
+)
+
+Step = dict[str, Callable[[], Any]]
+
+
+def redirect() -> None:
+    """Send tensors on the CPU to the Triton kernels, by the way that tensors on a GPU take.
+
+    All that this script knows about the inside of the package is in this function.
+    """
+    from qft_hf import kernels
+    from qft_hf.kernels import backend
+    from qft_hf.kernels.triton import int8_product
+    from qft_hf.optim import flow
+
+    backend.OWN = (
+        backend.Backend("triton", f"{kernels.__name__}.triton", ("cpu",), lambda device: None),
+    )
+    backend.backends.cache_clear()
+    backend.forget()
+    # Looks at values are for CPUs only.
+    for name in kernels.__all__:
+        if isinstance(found := getattr(kernels, name), kernels.operators.Operator):
+            found._check_values = None
+
+    # The tiles of products depend on the device.
+    choose_tile, device = int8_product.choose_tile, torch.device("cuda", 0)
+    int8_product.choose_tile = lambda rows, columns, _: choose_tile(rows, columns, device)
+    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
+    torch.cuda.get_device_capability = lambda device: divmod(CAPABILITY, 10)
+    torch.cuda.get_device_properties = lambda device: properties
+
+    # Undefined gradients may be NaN, which would raise: they are looked at as ever, in vain.
+    squared_norm, total_norm, are_finite = flow._squared_norm, flow._total_norm, flow._are_finite
+    flow._squared_norm = lambda gradient: squared_norm(gradient).nan_to_num_(0.0, 0.0, 0.0)
+    flow._total_norm = lambda squares: total_norm(squares).nan_to_num_(0.0, 0.0, 0.0)
+    flow._are_finite = lambda parameters: are_finite(parameters) or True
+
+
+def training_step(mode: str, options: Namespace) -> Step:
+    """Forward, backward and step of a Llama of many layers and little arithmetic."""
+    config = LlamaConfig(
+        hidden_size=options.hidden,
+        intermediate_size=2 * options.hidden,
+        vocab_size=128,
+        num_hidden_layers=options.layers,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+    )
+    # In FP32: a CPU takes four times as long to begin a product in BF16.
+    model, settings = LlamaForCausalLM(config).train(), MODES[mode]
+    optimizer: torch.optim.Optimizer
+    if settings is None:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    else:
+        model = qft_hf.quantize_model_(model, qft_hf.QFTConfig(**settings))
+        gradient = mode.removeprefix("int8-")
+        optimizer = qft_hf.QFTLion(model.parameters(), lr=1e-5, gradient=gradient)
+    ids = torch.randint(config.vocab_size, (1, options.sequence_length))
+    losses: list[torch.Tensor] = []
+
+    def forward() -> None:
+        losses.append(model(input_ids=ids, labels=ids).loss)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"forward": forward, "backward": lambda: losses.pop().backward(), "step": step}
+
+
+def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
+    """CPU time of one call."""
+    begin = time.thread_time()
+    for _ in range(repeats):
+        function()
+    return (time.thread_time() - begin) / repeats
+
+
+def seconds_of_an_add() -> float:
+    """The unit."""
+    x = torch.ones(8, 8)
+    return seconds(lambda: torch.add(x, x), 300)
+
+
+def measure(parts: Step, gpu: AbsentGPU, rounds: int) -> dict[str, float]:
+    """Adds of a step and of its parts, and what it starts."""
+    for part in parts.values():  # Triton compiles
+        part()
+    tries = [(seconds_of_an_add(), *map(seconds, parts.values())) for _ in range(rounds)]
+    add, *costs = (min(times) for times in zip(*tries, strict=True))
+    figures = {name: cost / add for name, cost in zip(parts, costs, strict=True)}
+    figures["adds"] = sum(figures.values())
+
+    before = gpu.launches
+    with torch.autograd.profiler.profile() as recorded:
+        for part in parts.values():
+            part()
+    figures["launches"] = gpu.launches - before
+    names = outer_operations(recorded)
+    figures["torch_operations"] = names.total()
+    starting = sum(count for name, count in names.items() if name not in NO_KERNEL)
+    figures["device_operations"] = figures["launches"] + starting
+    figures["H100_ms"] = (
+        MS_PER_ADD * figures["adds"] + MS_PER_DEVICE_OPERATION * figures["device_operations"]
+    )
+    return figures
+
+
+def outer_operations(recorded: torch.autograd.profiler.profile) -> Counter[str]:
+    """Torch operations by name, without those that are part of one that starts something."""
+    names: Counter[str] = Counter()
+    for event in recorded.function_events:
+        outer = event.cpu_parent
+        while outer is not None and not _starts_something(outer.name):
+            outer = outer.cpu_parent
+        if event.name.startswith("aten::") and outer is None:
+            names[event.name.removeprefix("aten::")] += 1
+    return names
+
+
+def _starts_something(name: str) -> bool:
+    return name.startswith("aten::") and name.removeprefix("aten::") not in NO_KERNEL
+
+
+def print_profile(parts: Step) -> None:
+    """Where the time goes, by function of Python; the backward pass in this thread too."""
+    with torch.autograd.set_multithreading_enabled(mode=False), cProfile.Profile() as profiler:
+        for _ in range(5):
+            for part in parts.values():
+                part()
+    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(25)
+
+
+def main() -> None:
+    """Measure, print, and write the report."""
+    parser = command_line(__doc__, layers=12, hidden=32, sequence_length=32)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="which")
+    parser.add_argument("--profile", choices=MODES, help="this mode only, and where its time goes")
+    parser.add_argument("--rounds", type=int, default=40, help="tries of each mode (default 40)")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # undefined memory must not slow arithmetic down
+    gpu = AbsentGPU(Path(tempfile.gettempdir()) / f"qft_hf-absent-gpu-{triton.__version__}")
+    redirect()
+
+    figures: dict[str, dict[str, float]] = {}
+    for mode in [options.profile] if options.profile else options.modes:
+        parts = training_step(mode, options)
+        figures[mode] = measure(parts, gpu, options.rounds)
+        if options.profile:
+            print_profile(parts)
+        report.write(options, {"modes": figures}, report.figures_table("mode", figures))
+    report.finish(options, report.figures_table("mode", figures))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What benchmarks and studies share. They put `scripts/` on the path and import from here."""

@@ -1,0 +1,155 @@
+"""A GPU for Triton on a machine that has none: it takes every launch and does nothing.
+
+Triton's own compiler, driver and launcher run, as on an H100, on a library that stands in for
+NVIDIA's libcuda: its functions return at once. Kernels are really compiled, and launches count;
+who asks for it sees what they hand over. Tensors are on the CPU and are never touched.
+
+Needs a C compiler, as Triton does on any GPU.
+"""
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+CAPABILITY = 90  # of an H100
+MULTIPROCESSORS = 132
+COMPILERS = ("cc", "gcc", "clang")
+
+# What Triton's driver links to or looks up, beside the functions below. 0 is CUDA_SUCCESS.
+SILENT = """cuInit cuGetErrorString cuCtxGetCurrent cuCtxSetCurrent cuCtxGetDevice cuCtxGetLimit
+cuCtxSetLimit cuDeviceGet cuDeviceGetCount cuDevicePrimaryCtxRetain cuDriverGetVersion
+cuModuleLoadData cuFuncSetAttribute cuFuncSetCacheConfig cuLaunchKernel
+cuOccupancyMaxActiveClusters cuStreamIsCapturing cuStreamGetDevice cuTensorMapEncodeTiled
+cuTensorMapEncodeIm2col""".split()
+
+LIBCUDA = """
+#include <string.h>
+long launches, unloads;
+static long functions;
+void *recorded;  // the function of which parameters are seen: this many, of these sizes
+int n_parameters, sizes[64];
+struct { unsigned dimensions[7]; void *stream, *function; char parameters[512]; } seen;
+
+int cuLaunchKernelEx(char *config, void *function, void **parameters) {
+    ++launches;
+    memcpy(seen.dimensions, config, sizeof seen.dimensions);  // grid, block, shared memory
+    memcpy(&seen.stream, config + 32, sizeof seen.stream);
+    seen.function = function;
+    memset(seen.parameters, 0, sizeof seen.parameters);
+    if (!function || function != recorded) return 0;
+    char *end = seen.parameters;
+    for (int i = 0; i < n_parameters; end += sizes[i++]) memcpy(end, parameters[i], sizes[i]);
+    return 0;
+}
+int cuModuleGetFunction(void **function) { *function = (void *)++functions; return 0; }
+int cuModuleUnload() { ++unloads; return 0; }
+int cuDeviceGetAttribute(int *value) { *value = 232448; return 0; }  // bytes of shared memory
+int cuFuncGetAttribute(int *value) { *value = 1024; return 0; }  // threads of a block
+int cuPointerGetAttribute(void **value, int which, void *pointer) { *value = pointer; return 0; }
+""" + "\n".join(f"int {name}() {{ return 0; }}" for name in SILENT)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launch handed to the driver.
+
+    Attributes:
+        dimensions: Grid and block along three axes, and bytes of shared memory.
+        stream: The driver's handle.
+        function: The driver's handle: no two kernels have the same.
+        parameters: The kernel's parameters, one after the other; zeros unless `record` was asked.
+    """
+
+    dimensions: tuple[int, ...]
+    stream: int
+    function: int
+    parameters: bytes
+
+
+class _Seen(ctypes.Structure):
+    _fields_ = (
+        ("dimensions", ctypes.c_uint * 7),
+        ("stream", ctypes.c_uint64),
+        ("function", ctypes.c_uint64),
+        ("parameters", ctypes.c_char * 512),
+    )
+
+
+class AbsentGPU:
+    """What Triton takes for an H100 from now on; `TRITON_CACHE_DIR` and the driver are changed.
+
+    Attributes:
+        driver: Triton's driver, of which `get_current_device` and `get_current_stream` answer 0.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Compile the stand-in to `folder`, where kernels are cached too.
+
+        Raises:
+            RuntimeError: There is no C compiler.
+        """
+        compiler = c_compiler()
+        if compiler is None:
+            raise RuntimeError(f"None of {', '.join(COMPILERS)} is installed. Install one of them.")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cuda.c").write_text(LIBCUDA)
+        options = "-shared -fPIC -w -O1 -Wl,-soname,libcuda.so.1 cuda.c -o libcuda.so.1"
+        subprocess.run([compiler, *options.split()], cwd=folder, check=True)
+        # Not the usual cache: what is linked to the stand-in must never run on a GPU.
+        os.environ["TRITON_LIBCUDA_PATH"] = os.environ["TRITON_CACHE_DIR"] = str(folder)
+        self._library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+        self._launches = ctypes.c_long.in_dll(self._library, "launches")
+        self._unloads = ctypes.c_long.in_dll(self._library, "unloads")
+        self._seen = _Seen.in_dll(self._library, "seen")
+        self._n_recorded = 0
+
+        # Loads the library. All but what a driver asks PyTorch, which may have no CUDA here.
+        from triton.backends.nvidia import driver as nvidia
+
+        self.driver = object.__new__(nvidia.CudaDriver)
+        self.driver.utils, self.driver.launcher_cls = nvidia.CudaUtils(), nvidia.CudaLauncher
+        self.driver.get_current_device = lambda: 0
+        self.driver.get_current_stream = lambda device: 0
+        self.driver.get_current_target = lambda: GPUTarget("cuda", CAPABILITY, 32)
+        triton.runtime.driver.set_active(self.driver)
+
+    @property
+    def launches(self) -> int:
+        """Kernels that were launched so far."""
+        return self._launches.value
+
+    @property
+    def unloads(self) -> int:
+        """Kernels that were unloaded so far."""
+        return self._unloads.value
+
+    def record(self, function: int, sizes: Sequence[int]) -> None:
+        """Record this many bytes of each of the first parameters of launches of `function`."""
+        ctypes.c_void_p.in_dll(self._library, "recorded").value = function
+        ctypes.c_int.in_dll(self._library, "n_parameters").value = len(sizes)
+        (ctypes.c_int * 64).in_dll(self._library, "sizes")[: len(sizes)] = sizes
+        self._n_recorded = sum(sizes)
+
+    @property
+    def last(self) -> Launch:
+        """The last launch."""
+        place = ctypes.addressof(self._seen) + _Seen.parameters.offset
+        return Launch(
+            tuple(self._seen.dimensions),
+            self._seen.stream,
+            self._seen.function,
+            ctypes.string_at(place, self._n_recorded),
+        )
+
+
+def c_compiler() -> str | None:
+    """The command of a C compiler, if there is one."""
+    found = (shutil.which(name) for name in (os.environ.get("CC", ""), *COMPILERS) if name)
+    return next(filter(None, found), None)

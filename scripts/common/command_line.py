@@ -1,0 +1,68 @@
+"""One name, one meaning and one default place for every flag that several commands have."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from qft_hf.config import MATMULS
+
+from .shapes import MODELS
+
+T = TypeVar("T")
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "device": {"help": "cpu or cuda"},
+    "config": {"choices": list(MODELS), "help": "the model's shapes"},
+    "layers": {"type": int, "help": "cut the model to this many layers"},
+    "hidden": {"type": int, "help": "width of the model"},
+    "batch_size": {"type": int, "help": "sequences of a batch"},
+    "sequence_length": {"type": int, "help": "tokens of a sequence"},
+    "steps": {"type": int, "help": "steps of training"},
+    "pretraining_steps": {"type": int, "help": "steps before tuning"},
+    "seeds": {"type": int, "nargs": "+", "help": "orders of the data"},
+    "learning_rate": {"type": float, "help": "learning rate of Lion"},
+    "dtype": {"help": "of what is not INT8, as torch names it"},
+    "matmul": {"choices": MATMULS, "help": "how linear layers multiply"},
+    "threads": {"type": int, "help": "threads of a CPU"},
+    "data": {"type": Path, "help": "folder of what was fetched"},
+    "only": {"nargs": "+", "metavar": "WORD", "help": "what has one of these words in its name"},
+}
+
+
+def command_line(description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with `--output` and the named flags of `FLAGS`.
+
+    Args:
+        description: The script's docstring.
+        defaults: By flag. A list of values lets the flag take several.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, default in defaults.items():
+        options = {**FLAGS[name], "default": default}
+        if isinstance(default, list):
+            options["nargs"] = "+"
+        if default is not None:
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            options["help"] += f" (default {shown})"
+        parser.add_argument(f"--{name}", **options)
+    output = Path("runs") / Path(sys.argv[0]).stem
+    parser.add_argument(
+        "--output", type=Path, default=output, help=f"folder of the report (default {output})"
+    )
+    return parser
+
+
+def default_device() -> str:
+    """The GPU where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def chosen(ways: Mapping[str, T], words: Iterable[str] | None) -> dict[str, T]:
+    """Those whose name has one of the words; all, if there are no words."""
+    return {n: way for n, way in ways.items() if not words or any(word in n for word in words)}

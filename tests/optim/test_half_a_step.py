@@ -1,0 +1,185 @@
+"""A step that was interrupted half-way is refused until someone has chosen a way back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from qft_hf import kernels
+from qft_hf.optim import QFTSGD, QFTLion, flow
+from tests.optim.test_release import (
+    assert_same_bits,
+    batches,
+    everything,
+    loss_of,
+    make_optimizer,
+    network,
+)
+
+MODES = ["stack", "release"]
+BETWEEN = r"interrupted after .* gradients of \d+ parameters: the model is between two steps\. " + (
+    r"Reload a checkpoint, or call optimizer\.zero_grad\(\)"
+)
+
+
+class Interruption(BaseException):
+    """What nobody catches by accident."""
+
+
+def interrupt(monkeypatch, method: str, at: int) -> None:
+    """Have call number `at` of an update raise, once."""
+    calls = [0]
+    update = getattr(QFTLion, method)
+
+    def interrupted(optimizer, *arguments):
+        calls[0] += 1
+        if calls[0] == at:
+            raise Interruption
+        return update(optimizer, *arguments)
+
+    monkeypatch.setattr(QFTLion, method, interrupted)
+
+
+def begin(model: nn.Module, optimizer, number: int = 0) -> None:
+    with pytest.raises(Interruption):  # in backward, or in the step
+        run(model, optimizer, number)
+
+
+def run(model: nn.Module, optimizer, number: int) -> None:
+    loss_of(model, batches(4)[number]).backward()
+    optimizer.step()
+
+
+WHERE = [("step_weight", 1), ("step_weight", 2), ("step_floats", 1)]
+
+
+@pytest.mark.parametrize("gradient", MODES)
+@pytest.mark.parametrize(("method", "at"), [*WHERE, ("update", 2)])
+def test_the_next_step_is_refused_until_zero_grad(monkeypatch, gradient, method, at):
+    if gradient == "release" and method == "step_weight" and at > 1:
+        method = "step_tiles"
+    model = network()
+    optimizer = make_optimizer(model, gradient)
+    interrupt(monkeypatch, method, at)
+    begin(model, optimizer)
+    after = everything(model, optimizer)
+    before = copy.deepcopy(after)
+
+    for _ in range(2):  # it does not give way to patience
+        with pytest.raises(RuntimeError, match=BETWEEN):
+            optimizer.step()
+    assert_same_bits(before, everything(model, optimizer))
+
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    run(model, optimizer, 1)
+    run(model, optimizer, 2)
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("gradient", MODES)
+@pytest.mark.parametrize(("method", "at"), [("update", 2), ("step_floats", 1)])
+def test_more_gradients_do_not_hide_it(monkeypatch, gradient, method, at):
+    """A loop that catches everything goes on with the next batch."""
+    model = network()
+    optimizer = make_optimizer(model, gradient)
+    interrupt(monkeypatch, method, at)
+    begin(model, optimizer)
+
+    with pytest.raises(RuntimeError, match=r"between two steps"):
+        run(model, optimizer, 1)
+    with pytest.raises(RuntimeError, match=r"between two steps"):
+        optimizer.step()
+
+
+def test_skipping_does_not_hide_it(monkeypatch):
+    model = network()
+    optimizer = make_optimizer(model, "stack", nonfinite="skip")
+    interrupt(monkeypatch, "update", 2)
+    begin(model, optimizer)
+    (loss_of(model, batches(1)[0]) * float("nan")).backward()
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=BETWEEN):
+            optimizer.step()
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.parametrize("gradient", MODES)
+@pytest.mark.parametrize(("method", "at"), [("update", 2), ("step_floats", 1)])
+def test_a_checkpoint_leads_back_to_the_straight_run(monkeypatch, gradient, method, at):
+    straight = network()
+    steady = make_optimizer(straight, gradient)
+    model = network()
+    optimizer = make_optimizer(model, gradient)
+    for number in range(2):
+        run(straight, steady, number)
+    run(model, optimizer, 0)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    interrupt(monkeypatch, method, at)
+    begin(model, optimizer, 1)
+
+    model.load_state_dict(saved[0])
+    model.zero_grad()
+    optimizer.load_state_dict(saved[1])
+    run(model, optimizer, 1)
+
+    assert_same_bits(everything(straight, steady), everything(model, optimizer))
+
+
+def test_an_interrupted_kernel_is_noticed_for_sgd_too(monkeypatch):
+    model = network()
+    optimizer = make_optimizer(model, "stack", QFTSGD)
+    loss_of(model, batches(1)[0]).backward()
+    step, calls = kernels.step_weight_, []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Interruption
+        return step(*arguments, **keywords)
+
+    monkeypatch.setattr(kernels, "step_weight_", interrupted)
+    with pytest.raises(Interruption):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"gradients of \d parameters"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("gradient", MODES)
+def test_a_step_that_ended_is_no_half_step(gradient):
+    model = network()
+    optimizer = make_optimizer(model, gradient)
+    for number in range(3):
+        run(model, optimizer, number)
+        optimizer.step()  # without gradients
+
+
+@pytest.mark.parametrize("limit", [0, 2**16])
+def test_large_float_parameters_do_not_wait_for_the_step(monkeypatch, limit):
+    """Small ones go together in one call a group; the bits are the same."""
+    monkeypatch.setattr(flow, "SMALL", limit)
+    calls: list[int] = []
+    step_floats = QFTLion.step_floats
+
+    def recording(optimizer, parameters, *others):
+        calls.append(len(parameters))
+        step_floats(optimizer, parameters, *others)
+
+    monkeypatch.setattr(QFTLion, "step_floats", recording)
+    model, other = network(), network()
+    optimizer = make_optimizer(model, "release")
+    loss_of(model, batches(1)[0]).backward()
+    n_floats = 4  # two biases, and weight and bias of the norm
+    assert calls == ([] if limit else [1] * n_floats)
+    assert (model.norm.weight == torch.ones(22)).all() == bool(limit)
+    optimizer.step()
+    assert calls == ([n_floats] if limit else [1] * n_floats)
+
+    stack = make_optimizer(other, "stack")
+    run(other, stack, 0)
+    loss_of(model, batches(4)[1]).backward()
+    optimizer.step()
+    run(other, stack, 1)
+    assert_same_bits(everything(model, optimizer), everything(other, stack))

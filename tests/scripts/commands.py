@@ -1,0 +1,52 @@
+"""Scripts as `python scripts/<folder>/<name>.py` finds them: beside their neighbours."""
+
+import importlib
+import runpy
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+COMMANDS = {
+    path.stem: path
+    for path in sorted(SCRIPTS.rglob("*.py"))
+    if path.parent.name != "common" and path.stem not in ("byte_llama", "every_kernel")
+}
+
+
+def load(name: str) -> ModuleType:
+    """Import a script with its own folder on the path, as Python does."""
+    folder = str(COMMANDS[name].parent)
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
+@cache
+def help_of(name: str) -> str:
+    """What `--help` prints. A process of its own for each command would take seconds."""
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        patch.setenv("HF_HUB_OFFLINE", "1")  # so that it is as it was when the demo has set it
+        patch.chdir(SCRIPTS.parent)
+        # As in a process of its own: of all scripts only the own folder is on the path.
+        path = [entry for entry in sys.path if not Path(entry).is_relative_to(SCRIPTS)]
+        patch.setattr(sys, "path", [str(COMMANDS[name].parent), *path])
+        for module in [*sys.modules]:
+            if module.partition(".")[0] in ("common", "byte_llama", *COMMANDS):
+                patch.delitem(sys.modules, module)
+        patch.setattr(sys, "argv", [str(COMMANDS[name]), "--help"])
+        patch.setattr(
+            "argparse.ArgumentParser._print_message",
+            lambda self, message, file=None: lines.append(message),
+        )
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(COMMANDS[name]), run_name="__main__")
+    assert stopped.value.code == 0
+    return "".join(lines)
