@@ -339,22 +339,24 @@ class Release(Flow):
         elif isinstance(parameter, QFTWeight):
             raise _float_gradient_error(parameter, gradient)
         elif gradient is not None:
-            square = _squared_norm(gradient)
-            if self.clipping == "tensor" and not bool(square.isfinite()):
-                raise self.nonfinite_error()
+            is_small = parameter.numel() <= SMALL
+            if self.clipping is not None or not is_small:  # else the step takes all norms together
+                square = _squared_norm(gradient)
+                if self.clipping == "tensor" and not bool(square.isfinite()):
+                    raise self.nonfinite_error()
+                self._clip_(gradient, square)
+                self._squares.append(square)
             self._take(parameter)
-            self._clip_(gradient, square)
-            self._squares.append(square)
-            self._floats.append((parameter, gradient))
-            if parameter.numel() > SMALL:
-                self._update_floats()
+            if is_small:
+                self._floats.append((parameter, gradient))
+            else:
+                self._update_floats([(parameter, gradient)])
 
     def _take(self, parameter: Parameter) -> None:
         parameter.grad = None
         self._used.add(id(parameter))
 
-    def _update_floats(self) -> None:
-        floats, self._floats = self._floats, []
+    def _update_floats(self, floats: list[tuple[Parameter, Tensor]]) -> None:
         self._n_updated = len(self._used)
         self.optimizer.update_floats(floats)
         self._n_updated = 0
@@ -381,6 +383,8 @@ class Release(Flow):
         """
         self._refuse_half_a_step()
         waiting = self._waiting(parameters)
+        if self.clipping is None:
+            self._squares += _squared_norms([gradient for _, gradient in self._floats])
         released = _total_norm(self._squares) if self._squares else None
         if not _are_finite(waiting) or (released is not None and not bool(released.isfinite())):
             raise self.nonfinite_error()
@@ -392,7 +396,8 @@ class Release(Flow):
         self.released_norm = released
         if self._squares or squares:
             self.previous_norm = _total_norm(self._squares + squares)
-        self._update_floats()
+        floats, self._floats = self._floats, []
+        self._update_floats(floats)
         self._update_all(waiting)
         self._forget()
         if waiting and not self._keeps:
@@ -498,6 +503,17 @@ def _squared_norm(gradient: Tensor) -> Tensor:
     if isinstance(gradient, Int8Gradient):
         return gradient.squared_norm()
     return torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+
+
+def _squared_norms(gradients: list[Tensor]) -> list[Tensor]:
+    """The same of many float gradients, by few operators: fp64 `[n]` of those of one device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        by_device.setdefault(gradient.device, []).append(gradient)
+    return [
+        torch.stack(torch._foreach_norm(members, 2, dtype=torch.float32)).double().square()
+        for members in by_device.values()
+    ]
 
 
 def _total_norm(squares: list[Tensor]) -> Tensor:
