@@ -28,7 +28,7 @@ from ..nn import (
     quantize_modules_,
 )
 from ..nn.state import STATE_NAMES, listed, weight_from_fields
-from ..quant import QFTWeight
+from ..quant import Arrangement, QFTWeight
 from .config import QUANT_METHOD, QFTConfig
 
 logger = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ class QFTQuantizer(HfQuantizer):
                 fields,
                 self.quantization_config,
                 name=name,
-                shape=parameter.shape,
+                arrangement=Arrangement(tuple(parameter.shape)),
                 dtype=parameter.dtype,
             )
         except ValueError as error:

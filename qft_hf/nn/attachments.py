@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 # Attributes of ours and of PyTorch that belong to the inside.
-INSIDE = ("stored", "pending", "is_table", "_is_param")
+INSIDE = ("stored", "arrangement", "pending", "is_table", "_is_param")
 
 
 class Attachments(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import QuantizationSpec
-from ..quant import QFTWeight
+from ..quant import Arrangement, QFTWeight
 
 # Name in a state dict, by field of `QFTWeight`.
 STATE_NAMES = {
@@ -35,7 +35,7 @@ def weight_from_fields(
     spec: QuantizationSpec,
     *,
     name: str,
-    shape: torch.Size,
+    arrangement: Arrangement,
     dtype: torch.dtype,
 ) -> QFTWeight:
     """A `QFTWeight` around the fields of a checkpoint, once they are known to be sound.
@@ -44,15 +44,14 @@ def weight_from_fields(
         fields: Tensors by name in a state dict (`weight_q`, ...).
         spec: The format they must have.
         name: Full name of the weight, for errors.
-        shape: `[rows, columns]`.
+        arrangement: How its values lie in the matrix that the fields are.
         dtype: The outer float dtype.
 
     Raises:
         ValueError: A field is missing, not part of the format, of another shape or dtype, or has
             values that no quantized weight has.
     """
-    rows, columns = shape
-    wanted = QFTWeight.empty(rows, columns, spec, dtype=dtype, device="meta")
+    wanted = QFTWeight.empty(arrangement, spec, dtype=dtype, device="meta")
     expected = state_fields(wanted)
     if missing := expected.keys() - fields.keys():
         raise ValueError(
@@ -93,7 +92,7 @@ def check_values(name: str, weight: QFTWeight) -> None:
         ValueError: A code is -128, a scale is not a positive finite number, an outlier is not
             finite, or its columns are out of range or out of order.
     """
-    columns = weight.shape[1]
+    columns = weight.codes.shape[1]
     codes, scales = weight.codes, weight.scales
     outlier_values, outlier_columns = weight.outlier_values, weight.outlier_columns
     ascending = outlier_columns[:, 1:] > outlier_columns[:, :-1]

@@ -76,13 +76,13 @@ class QFTAdamW(QFTOptimizer):
 
     def state_format(self, parameter: Tensor) -> StateFormat:
         """Ratio and root of a weight in 8 bits, two FP32 moments of a float parameter."""
-        shape = tuple(parameter.shape)
         if not isinstance(parameter, QFTWeight):
+            shape = tuple(parameter.shape)
             return {
                 "momentum": StateTensor(torch.float32, shape),
                 "second_moment": StateTensor(torch.float32, shape, is_signed=False),
             }
-        rows, columns = shape
+        shape = rows, columns = parameter.arrangement.matrix_shape
         groups = (rows, GroupLayout(rows, columns, STATE_GROUP_SIZE).n_groups)
         return {
             "ratio_codes": StateTensor(torch.int8, shape),

@@ -168,7 +168,7 @@ class QFTLion(QFTOptimizer):
 def _state_format(parameter: Tensor, bits: int) -> StateFormat:
     if not isinstance(parameter, QFTWeight):
         return {"momentum": StateTensor(torch.float32, tuple(parameter.shape))}
-    rows, columns = parameter.shape
+    rows, columns = parameter.arrangement.matrix_shape
     codes, scales = momentum_shapes(rows, columns, bits)
     return {
         "momentum_codes": StateTensor(kernels.values.CODE_DTYPES[bits], codes),

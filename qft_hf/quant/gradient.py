@@ -12,11 +12,12 @@ from torch import Tensor
 
 from .. import kernels
 from ..layout import STATE_GROUP_SIZE, GroupLayout
+from .arrangement import Arrangement
 from .tensor import Int8Tensor, aten
 
 
 class Int8Gradient(Int8Tensor):
-    """A `[rows, columns]` gradient as INT8 codes with an FP32 scale per 256 columns of a row.
+    """A gradient as INT8 codes with an FP32 scale per 256 columns of a row.
 
     Autograd, gradient accumulation, hooks and `torch.nn.utils.clip_grad_norm_` use it like a float
     tensor: adding rounds to nearest, so does scaling by more than one number for a row, and the
@@ -26,6 +27,7 @@ class Int8Gradient(Int8Tensor):
         codes: int8 `[rows, columns]`.
         scales: fp32 `[rows, n_groups]`; a group that was NaN or infinite has such a scale.
         dtype: The outer float dtype, that of the weight.
+        arrangement: That of the weight; None: the weight is a matrix of these rows.
     """
 
     FIELDS = ("codes", "scales")
@@ -33,12 +35,28 @@ class Int8Gradient(Int8Tensor):
     stored: kernels.Quantized  # the fields as operators take them
 
     @staticmethod
-    def __new__(cls, codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> Self:
-        """Make the outer tensor: shape and device of the codes, no storage."""
-        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+    def __new__(
+        cls,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        dtype: torch.dtype,
+        arrangement: Arrangement | None = None,
+    ) -> Self:
+        """Make the outer tensor: the device of the codes, no storage."""
+        shape = codes.shape if arrangement is None else arrangement.shape
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
 
-    def __init__(self, codes: Tensor, scales: Tensor, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        *,
+        dtype: torch.dtype,
+        arrangement: Arrangement | None = None,
+    ) -> None:
         self.stored = kernels.Quantized(codes, scales, STATE_GROUP_SIZE)
+        self.arrangement = arrangement or Arrangement(tuple(codes.shape))
 
     @property
     def codes(self) -> Tensor:  # type: ignore[override]
@@ -52,13 +70,17 @@ class Int8Gradient(Int8Tensor):
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
         """A gradient around other fields."""
-        return type(self)(**fields, dtype=dtype or self.dtype)
+        return type(self)(**fields, dtype=dtype or self.dtype, arrangement=self.arrangement)
 
     @classmethod
-    def from_float(cls, gradient: Tensor, *, dtype: torch.dtype) -> Self:
-        """Quantize a float gradient `[rows, columns]`, rounding to nearest."""
+    def from_float(
+        cls, gradient: Tensor, *, dtype: torch.dtype, arrangement: Arrangement | None = None
+    ) -> Self:
+        """Quantize a float gradient of the shape of its weight, rounding to nearest."""
+        if arrangement is not None:
+            gradient = arrangement.matrix(gradient)
         codes, scales = kernels.quantize(gradient.contiguous(), group_size=STATE_GROUP_SIZE)
-        return cls(codes, scales, dtype=dtype)
+        return cls(codes, scales, dtype=dtype, arrangement=arrangement)
 
     @classmethod
     def zeros(
@@ -79,8 +101,9 @@ class Int8Gradient(Int8Tensor):
         )
 
     def dequantize(self) -> Tensor:
-        """The values as a plain `[rows, columns]` tensor of the outer dtype."""
-        return kernels.dequantize(kernels.Weight.dense(self.stored), dtype=self.dtype)
+        """The values as a plain tensor of this shape and dtype."""
+        values = kernels.dequantize(kernels.Weight.dense(self.stored), dtype=self.dtype)
+        return self.arrangement.parameter(values)
 
     def squared_norm(self) -> Tensor:
         """Sum of squares of all values: fp64 scalar."""
@@ -99,7 +122,7 @@ class TiledGradient(Int8Tensor):
         make_quantized: Makes codes and scales of a range of rows, the bits of `kernels.quantize` of
             `make`, where that takes no float gradient; None: by just that.
         rows: Ranges of rows that cover the gradient in order.
-        shape: `[rows, columns]`.
+        arrangement: That of the weight; `rows` and what is made are of its matrix.
         dtype: The outer float dtype, that of the weight.
         device: Where `make` puts them.
     """
@@ -108,21 +131,24 @@ class TiledGradient(Int8Tensor):
 
     @staticmethod
     def __new__(
-        cls, *_: Any, shape: torch.Size, dtype: torch.dtype, device: torch.device, **__: Any
+        cls, *_: Any, arrangement: Arrangement, dtype: torch.dtype, device: torch.device, **__: Any
     ) -> Self:
         """Make the outer tensor, without storage."""
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        return Tensor._make_wrapper_subclass(cls, arrangement.shape, dtype=dtype, device=device)
 
     def __init__(
         self,
         make: Callable[[slice], Tensor],
         make_quantized: Callable[[slice], tuple[Tensor, Tensor]] | None,
         rows: list[slice],
+        *,
+        arrangement: Arrangement,
         **_: Any,
     ) -> None:
         self.make = make
         self.make_quantized = make_quantized
         self.rows = rows
+        self.arrangement = arrangement
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Each range of rows with its contiguous float gradient."""
@@ -144,14 +170,14 @@ class TiledGradient(Int8Tensor):
             parts = ((rows, self.make_quantized(rows)) for rows in self.rows)
         if len(self.rows) == 1:
             codes, scales = next(parts)[1]
-            return Int8Gradient(codes, scales, dtype=self.dtype)
-        n_rows, columns = self.shape
+            return Int8Gradient(codes, scales, dtype=self.dtype, arrangement=self.arrangement)
+        n_rows, columns = self.arrangement.matrix_shape
         n_groups = GroupLayout(n_rows, columns, STATE_GROUP_SIZE).n_groups
         codes = torch.empty(n_rows, columns, dtype=torch.int8, device=self.device)
         scales = torch.empty(n_rows, n_groups, dtype=torch.float32, device=self.device)
         for rows, part in parts:
             codes[rows], scales[rows] = part
-        return Int8Gradient(codes, scales, dtype=self.dtype)
+        return Int8Gradient(codes, scales, dtype=self.dtype, arrangement=self.arrangement)
 
 
 @Int8Gradient.implements(aten.detach.default, aten.alias.default)
@@ -162,7 +188,7 @@ def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8
     alias = Tensor._make_wrapper_subclass(
         Int8Gradient, gradient.shape, dtype=gradient.dtype, device=gradient.device
     )
-    alias.stored = gradient.stored
+    alias.stored, alias.arrangement = gradient.stored, gradient.arrangement
     return alias
 
 
@@ -171,7 +197,7 @@ def _alias_tiles(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     gradient = args[0]
     return TiledGradient(
         gradient.make, gradient.make_quantized, gradient.rows,
-        shape=gradient.shape, dtype=gradient.dtype, device=gradient.device,
+        arrangement=gradient.arrangement, dtype=gradient.dtype, device=gradient.device,
     )  # fmt: skip
 
 
@@ -218,10 +244,12 @@ def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int
             f"{type(gradient).__name__} cannot be scaled in place by an INT8 gradient. Call "
             ".dequantize() on the gradient first."
         )
+    if isinstance(factor, Tensor) and factor.numel() > 1 and not gradient.arrangement.is_plain:
+        factor = gradient.arrangement.matrix(factor.expand(gradient.shape))
     is_per_row = (
         not isinstance(factor, Tensor)
         or factor.numel() == 1
-        or (factor.ndim == 2 and tuple(factor.shape) == (gradient.shape[0], 1))
+        or (factor.ndim == 2 and tuple(factor.shape) == (gradient.codes.shape[0], 1))
     )
     if is_per_row:
         operator(gradient.scales, factor)

@@ -12,18 +12,27 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from .arrangement import Arrangement
+
 aten = torch.ops.aten
 Operator = Callable[..., Any]
 
 
 class Int8Tensor(Tensor):
-    """A matrix `[rows, columns]` of a float `dtype` whose values are stored in INT8 `FIELDS`."""
+    """A tensor of a float `dtype` whose values are stored in INT8 `FIELDS`, as a matrix.
+
+    Attributes:
+        codes: int8 `[rows, columns]`.
+        scales: fp32 `[rows, n_groups]`.
+        arrangement: How the values of this tensor lie in that matrix.
+    """
 
     FIELDS: ClassVar[tuple[str, ...]]
     _operators: ClassVar[dict[Any, Operator]] = {}
 
     codes: Tensor
     scales: Tensor
+    arrangement: Arrangement
 
     # Functions of torch see a plain tensor; what it is shows one level down, in dispatch.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -92,7 +101,10 @@ class Int8Tensor(Tensor):
 
     def _format(self) -> dict[str, Any]:
         """What `__init__` takes beside the fields."""
-        return {"dtype": self.dtype}
+        format: dict[str, Any] = {"dtype": self.dtype}
+        if not self.arrangement.is_plain:
+            format["arrangement"] = self.arrangement
+        return format
 
     @classmethod
     def __tensor_unflatten__(

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .. import kernels, layout
 from ..config import QuantizationSpec
-from ..layout import INT16_COLUMNS, GroupLayout, outliers_per_row
+from ..layout import INT16_COLUMNS, STATE_GROUP_SIZE, GroupLayout, outliers_per_row
+from .arrangement import Arrangement
 from .gradient import Int8Gradient, TiledGradient
 from .tensor import Int8Tensor
 
@@ -16,11 +17,13 @@ ALL_ROWS = slice(0, None)
 
 
 class QFTWeight(Int8Tensor):
-    """A `[rows, columns]` weight in the hybrid format: dense INT8 and sparse outliers.
+    """A weight in the hybrid format: dense INT8 and sparse outliers.
 
-    Its dtype is the float type it stands for (that of products and of the exported model); nothing
-    of that type is stored. The value of an element is its outlier where it has one and
-    `codes * scale` elsewhere; codes under outliers are 0.
+    What is stored is a matrix `[rows, columns]`, rows being outputs. The weight has the shape that
+    its module gives it, and `arrangement` says how the two belong together. Its dtype is the float
+    type it stands for (that of products and of the exported model); nothing of that type is stored.
+    The value of an element is its outlier where it has one and `codes * scale` elsewhere; codes
+    under outliers are 0.
 
     Args:
         codes: int8 `[rows, columns]`.
@@ -29,6 +32,7 @@ class QFTWeight(Int8Tensor):
         outlier_columns: int16 or int32 `[rows, n_outliers]`, ascending in each row.
         group_size: Columns per scale; None: whole rows.
         dtype: The outer float dtype.
+        arrangement: How the weight's values lie in that matrix; None: it is the weight.
 
     Source:
         Li et al. 2023, "QFT", section 3.3 (arXiv:2310.07147); dense-and-sparse split from Kim et
@@ -47,9 +51,17 @@ class QFTWeight(Int8Tensor):
     pending: frozenset[str] = frozenset()
 
     @staticmethod
-    def __new__(cls, codes: Tensor, *_: Any, dtype: torch.dtype, **__: Any) -> Self:
-        """Make the outer tensor: shape and device of the codes, no storage."""
-        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+    def __new__(
+        cls,
+        codes: Tensor,
+        *_: Any,
+        dtype: torch.dtype,
+        arrangement: Arrangement | None = None,
+        **__: Any,
+    ) -> Self:
+        """Make the outer tensor: the device of the codes, no storage."""
+        shape = codes.shape if arrangement is None else arrangement.shape
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
 
     def __init__(
         self,
@@ -60,8 +72,10 @@ class QFTWeight(Int8Tensor):
         *,
         group_size: int | None,
         dtype: torch.dtype,
+        arrangement: Arrangement | None = None,
     ) -> None:
         self.stored = kernels.Weight(codes, scales, outlier_values, outlier_columns, group_size)
+        self.arrangement = arrangement or Arrangement(tuple(codes.shape))
 
     @property
     def codes(self) -> Tensor:  # type: ignore[override]
@@ -93,33 +107,48 @@ class QFTWeight(Int8Tensor):
         self.stored.plans.clear()
 
     def _format(self) -> dict[str, Any]:
-        return {"group_size": self.group_size, "dtype": self.dtype}
+        return {"group_size": self.group_size, **super()._format()}
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
         """A weight of the same format around other fields; a table stays one, pending keys too."""
-        weight = type(self)(**fields, group_size=self.group_size, dtype=dtype or self.dtype)
+        weight = type(self)(
+            **fields,
+            group_size=self.group_size,
+            dtype=dtype or self.dtype,
+            arrangement=self.arrangement,
+        )
         weight.pending = self.pending
         weight.is_table = self.is_table
         return weight
 
     @classmethod
-    def from_float(cls, weight: Tensor, spec: QuantizationSpec, *, name: str = "weight") -> Self:
-        """Quantize a float matrix: outliers first, the rest to nearest.
+    def from_float(
+        cls,
+        weight: Tensor,
+        spec: QuantizationSpec,
+        *,
+        name: str = "weight",
+        transposed: bool = False,
+    ) -> Self:
+        """Quantize a float weight: outliers first, the rest to nearest.
 
         Args:
-            weight: fp32, bf16 or fp16 `[rows, columns]`; not modified. Its dtype becomes the outer
-                dtype. On the meta device only shapes are made.
-            spec: Group size, outlier fraction, and whether the outliers are whole columns,
-                as INT8 products need them.
+            weight: fp32, bf16 or fp16 `[R, C]`, or `[E, R, C]` of which one matrix after the other
+                is quantized; not modified. Its dtype becomes the outer dtype. On the meta device
+                only shapes are made.
+            spec: Group size, outlier fraction, and whether the outliers of a matrix are whole
+                columns, as INT8 products need them.
             name: What to call the tensor in an error.
+            transposed: Whether it is `[C, R]` or `[E, C, R]`.
 
         Raises:
             ValueError: A value is NaN or infinite.
         """
-        weight = weight.detach().contiguous()
+        weight = weight.detach()
+        arrangement = Arrangement(tuple(weight.shape), transposed)
+        result = cls.empty(arrangement, spec, dtype=weight.dtype, device=weight.device)
         if weight.is_meta:
-            rows, columns = weight.shape
-            return cls.empty(rows, columns, spec, dtype=weight.dtype, device=weight.device)
+            return result
         finite = weight.isfinite()
         if not bool(finite.all()):
             count = weight.numel() - int(finite.sum())
@@ -128,32 +157,22 @@ class QFTWeight(Int8Tensor):
                 "cannot be quantized. The checkpoint is damaged or its dtype too narrow: load a "
                 "good one, or list the module in modules_to_not_convert."
             )
-        dense = weight.float()
-        index = _outlier_columns(dense, spec)
-        values = dense.gather(1, index)
-        if index.shape[1]:
-            dense = dense.scatter(1, index, 0.0)
-        codes, scales = kernels.quantize(dense, group_size=spec.group_size)
-        return cls(
-            codes,
-            scales,
-            values,
-            index.to(_column_dtype(weight.shape[1])),
-            group_size=spec.group_size,
-            dtype=weight.dtype,
-        )
+        for rows, matrix in arrangement.parts(weight):
+            for field, part in zip(result.stored.tensors, _quantized(matrix, spec), strict=True):
+                field[rows] = part
+        return result
 
     @classmethod
     def empty(
         cls,
-        rows: int,
-        columns: int,
+        arrangement: Arrangement,
         spec: QuantizationSpec,
         *,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Self:
         """A weight with fields of the right shape and no defined values."""
+        rows, columns = arrangement.matrix_shape
         layout = GroupLayout(rows, columns, spec.group_size)
         n_outliers = outliers_per_row(columns, spec.outlier_fraction)
         return cls(
@@ -163,11 +182,12 @@ class QFTWeight(Int8Tensor):
             torch.empty(rows, n_outliers, dtype=_column_dtype(columns), device=device),
             group_size=spec.group_size,
             dtype=dtype,
+            arrangement=arrangement,
         )
 
     def row_tiles(self, *, at_most: int | None = None) -> Iterator[slice]:
         """Ranges of rows that are expanded to float at a time; see `layout.row_tiles`."""
-        rows, columns = self.shape
+        rows, columns = self.arrangement.matrix_shape
         return layout.row_tiles(rows, columns, at_most=at_most)
 
     @property
@@ -228,22 +248,36 @@ class QFTWeight(Int8Tensor):
         wants_tiles = self.wants_tiles
         if not wants_tiles and len(tiles) == 1:
             if quantized_tile is None:
-                return Int8Gradient.from_float(tile(ALL_ROWS), dtype=self.dtype)
-            codes, scales = quantized_tile(ALL_ROWS)
-            return Int8Gradient(codes, scales, dtype=self.dtype)
+                codes, scales = kernels.quantize(
+                    tile(ALL_ROWS).contiguous(), group_size=STATE_GROUP_SIZE
+                )
+            else:
+                codes, scales = quantized_tile(ALL_ROWS)
+            return Int8Gradient(codes, scales, dtype=self.dtype, arrangement=self.arrangement)
         gradient = TiledGradient(
             tile,
             quantized_tile,
             tiles,
-            shape=self.shape,
+            arrangement=self.arrangement,
             dtype=self.dtype,
             device=self.device,
         )
         return gradient if wants_tiles else gradient.quantized()
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All values as a plain `[rows, columns]` tensor; `dtype` as in `dequantize_rows`."""
-        return self._expand(self.stored, None, dtype)
+        """All values as a plain tensor of this shape; `dtype` as in `dequantize_rows`."""
+        return self.arrangement.parameter(self._expand(self.stored, None, dtype))
+
+
+def _quantized(matrix: Tensor, spec: QuantizationSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, scales, outliers and their columns of a finite float matrix."""
+    dense = matrix.contiguous().float()
+    index = _outlier_columns(dense, spec)
+    values = dense.gather(1, index)
+    if index.shape[1]:
+        dense = dense.scatter(1, index, 0.0)
+    codes, scales = kernels.quantize(dense, group_size=spec.group_size)
+    return codes, scales, values, index
 
 
 def _outlier_columns(weight: Tensor, spec: QuantizationSpec) -> Tensor:

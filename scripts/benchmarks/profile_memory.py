@@ -30,6 +30,7 @@ from common.shapes import model_config
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, chunk_loss_, estimate_memory, memory_ledger
 from qft_hf.nn.convert import prepare_modules_
+from qft_hf.quant import Arrangement
 
 PHASES = ("forward", "backward", "step")
 WEIGHT_STD = 0.02
@@ -44,7 +45,9 @@ def config_of(name: str, layers: int | None) -> LlamaConfig:
 
 def random_weight(rows: int, columns: int, spec: QFTConfig, device: torch.device) -> QFTWeight:
     """Uniform codes, scales that give the usual deviation, outliers three times that."""
-    weight = QFTWeight.empty(rows, columns, spec, dtype=torch.bfloat16, device=device)
+    weight = QFTWeight.empty(
+        Arrangement((rows, columns)), spec, dtype=torch.bfloat16, device=device
+    )
     weight.codes.random_(-127, 128)
     weight.scales.fill_(WEIGHT_STD * 3**0.5 / 127)
     n_outliers = weight.outlier_values.shape[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qft_hf.quant import Int8Gradient, TiledGradient
+from qft_hf.quant import Arrangement, Int8Gradient, TiledGradient
 from tests.tolerances import FP32_EPS, assert_same_bits, rounding_bound
 
 
@@ -61,7 +61,11 @@ def tiled(x: torch.Tensor, n_rows: int, **arguments) -> TiledGradient:
     rows = [slice(i, min(i + n_rows, len(x))) for i in range(0, len(x), n_rows)]
     settings = {"make": lambda part: x[part], "make_quantized": None, **arguments}
     return TiledGradient(
-        rows=rows, shape=tuple(x.shape), dtype=x.dtype, device=x.device, **settings
+        rows=rows,
+        arrangement=Arrangement(tuple(x.shape)),
+        dtype=x.dtype,
+        device=x.device,
+        **settings,
     )
 
 
