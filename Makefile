@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PARALLEL := -n auto --maxprocesses 4
-SOURCES := qft_hf tests scripts
+SOURCES := qft_hf qft_hf_cli tests scripts
 
 # A machine without an NVIDIA GPU takes the CPU build of PyTorch.
 ifeq ($(shell command -v nvidia-smi),)

@@ -1,9 +1,9 @@
 """Tune all 134.5 M parameters of a chat model on human dialogues in INT8, from download to export.
 
     python scripts/demo.py                       # minutes on 2 CPU cores
-    python scripts/demo.py --max_steps 100       # any flag of scripts/finetune.py
+    python scripts/demo.py --max_steps 100       # any flag of qft-hf finetune
 
-Fetches SmolLM2-135M-Instruct and the dialogues, does the run of `configs/demo.yaml` (which replaces
+Fetches SmolLM2-135M-Instruct and the dialogues, does the run of the config `demo` (which replaces
 an earlier one), and shows the model's answers, its loss and its memory before and after. At the end
 a process without qft_hf loads the exported checkpoint and has to find the same loss.
 """
@@ -28,7 +28,7 @@ def main() -> None:
     started = time.monotonic()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.chdir(ROOT)  # the paths in the config start here
-    flags = ["configs/demo.yaml", "--overwrite_output", "--export_dtype=bfloat16", *sys.argv[1:]]
+    flags = ["demo", "--overwrite_output", "--export_dtype=bfloat16", *sys.argv[1:]]
     arguments = parse_arguments(flags, description=__doc__)
     for asset in DEMO_ASSETS:
         fetch(asset, ROOT / "data")

@@ -31,7 +31,7 @@ def main() -> None:
         raise ValueError(
             f"{arguments.checkpoint} lacks {missing[0]} and {len(missing) - 1} more tensors, which "
             "would be random. Give an ordinary checkpoint; INT8 weights are exported first, with "
-            "scripts/export.py."
+            "`qft-hf export`."
         )
     model.eval()
     total, n_tokens = 0.0, 0

@@ -84,6 +84,16 @@ def test_the_check_sees_every_form_of_import(tmp_path, monkeypatch):
         assert parts_imported(path) == {part}, line
 
 
+def test_only_python_m_imports_the_command():
+    found = [
+        str(path.relative_to(PACKAGE))
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if any(name.split(".")[0] == "qft_hf_cli" for name in modules_imported(path))
+    ]
+
+    assert found == ["__main__.py"]
+
+
 def test_only_hf_imports_transformers_and_its_companions():
     heavy = {"transformers", "accelerate", "datasets", "evaluate"}
     found = [

@@ -58,7 +58,7 @@ def _sections(trainer: Trainer, ledger: MemoryLedger | None) -> str:
         f"from transformers import {type(trainer.model).__name__}\n\n"
         f'model = {type(trainer.model).__name__}.from_pretrained("{name}")\n```',
         "Without qft_hf, after one conversion to an ordinary bf16 checkpoint:",
-        f"```sh\npython scripts/export.py {name} {name}-bf16\n```",
+        f"```sh\nqft-hf export {name} {name}-bf16\n```",
         f'```python\nmodel = {type(trainer.model).__name__}.from_pretrained("{name}-bf16")\n```',
     ]
     return "\n\n".join(parts) + "\n"

@@ -73,7 +73,7 @@ def estimate_memory(
             f"batch_size and sequence_length must be 1 or more, got {batch_size} and "
             f"{sequence_length}."
         )
-    model = _skeleton(model_or_config)
+    model = skeleton(model_or_config)
     workload = _workload(
         model,
         tokens=batch_size * sequence_length,
@@ -90,8 +90,12 @@ def estimate_memory(
     )
 
 
-def _skeleton(source: ModelSource) -> Any:
-    """The model, or one without storage made from its configuration."""
+def skeleton(source: ModelSource) -> Any:
+    """Return the model, or one without storage made from its configuration.
+
+    Raises:
+        FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
+    """
     if isinstance(source, nn.Module):
         return source
     if isinstance(source, str | Path):
@@ -224,7 +228,7 @@ def recommend(
     """
     if gpu_memory <= 0:
         raise ValueError(f"gpu_memory must be positive, in GB, got {gpu_memory}.")
-    skeleton = _skeleton(model)
+    source = skeleton(model)
     usable = int(USABLE * gpu_memory * 1e9)
     # From fastest to smallest: checkpointing costs a third more work, release costs none, but
     # clipping by the exact norm then takes a second backward pass.
@@ -236,7 +240,7 @@ def recommend(
     ):
         of = partial(
             estimate_memory,
-            skeleton,
+            source,
             config=config,
             gradient=gradient,
             momentum_bits=momentum_bits,

@@ -4,7 +4,7 @@
     python scripts/benchmarks/compare_demo.py                # minutes for each on 2 CPU cores
     python scripts/benchmarks/compare_demo.py --only int8    # adds to the figures that are there
 
-All start from the same weights and see the same dialogues in the same order (`configs/demo.yaml`).
+All start from the same weights and see the same dialogues in the same order (the config `demo`).
 Lion steps at the rate of the config, AdamW at `--adamw_learning_rate`. Reported is the loss on
 held-out dialogues before and after.
 """
@@ -79,7 +79,7 @@ def ways(flags: list[str], adamw_lr: float) -> dict[str, Callable[[], Trainer]]:
     def arguments(*more: str) -> RunArguments:
         # Scored before and after only, and nothing is written that others would miss.
         fixed = ["--eval_strategy=no", "--save_strategy=no", "--overwrite_output"]
-        return parse_arguments([str(report.ROOT / "configs/demo.yaml"), *fixed, *flags, *more])
+        return parse_arguments(["demo", *fixed, *flags, *more])
 
     return {
         "FP32 AdamW": lambda: float_trainer(arguments(), adamw_lr=adamw_lr),
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument(
         "--adamw_learning_rate", type=float, default=3e-4, help="Lion's times 3 to 10"
     )
-    options, flags = parser.parse_known_args()  # the others are flags of scripts/finetune.py
+    options, flags = parser.parse_known_args()  # the others are flags of qft-hf finetune
     path = options.output / "figures.json"
     figures = json.loads(path.read_text())["ways"] if path.exists() else {}
     flags = [

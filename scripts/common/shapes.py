@@ -37,7 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 MODELS |= {
     path.parent.name: json.loads(path.read_text())
-    for path in sorted(ROOT.glob("configs/architectures/*/config.json"))
+    for path in sorted(ROOT.glob("qft_hf/configs/architectures/*/config.json"))
 }
 
 # Rows and columns of weights, and rows of activations, by the kind of device.

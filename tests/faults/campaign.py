@@ -131,7 +131,7 @@ def run_trainer(work: Path, folder: Path, seed: int, resume: bool) -> list:
 
 
 def run_finetune(work: Path, folder: Path, seed: int, resume: bool) -> list:
-    """Do the whole of scripts/finetune.py."""
+    """Do the whole of `qft-hf finetune`."""
     values = settings(folder, seed) | {
         "model_name_or_path": work / "model", "train_data": work / "train.jsonl",
         "max_length": 48, "use_cpu": "true", "disable_tqdm": "true", "report_to": "none",

@@ -1,12 +1,13 @@
 """Config files and flags."""
 
-from pathlib import Path
-
 import pytest
 
+from qft_hf.hf import shipped
 from qft_hf.hf.finetune import parse_arguments
+from qft_hf.hf.finetune.foreign_keys import OURS
+from qft_hf.hf.finetune.parsing import GROUPS
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+CONFIGS = sorted(shipped.FOLDER.glob("*.yaml"))
 REQUIRED = "model_name_or_path: model\ntrain_data: rows.jsonl\nuse_cpu: true\n"
 
 
@@ -32,7 +33,29 @@ def test_every_config_of_the_project_is_valid(path):
 
 
 def test_there_are_configs():
-    assert [path.stem for path in CONFIGS] == ["boolq_minilm", "demo", "llama2_7b_vicuna"]
+    assert shipped.config_names() == ["boolq_minilm", "demo", "llama2_7b_vicuna"]
+    assert [path.stem for path in CONFIGS] == shipped.config_names()
+
+
+@pytest.mark.parametrize("name", ["demo", "demo.yaml"])
+def test_a_config_that_ships_is_known_by_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_arguments([name, "--use_cpu"]).training.output_dir == "runs/demo"
+
+    (tmp_path / "demo.yaml").write_text(REQUIRED + "output_dir: mine\n")
+    wanted = {"demo": "runs/demo", "demo.yaml": "mine"}  # a file that is there comes first
+    assert parse_arguments([name, "--use_cpu"]).training.output_dir == wanted[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["../config", "architectures/llama-2-7b/config", "nowhere", "x.yml"]
+)
+def test_what_is_no_config_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match="Give a YAML file, or the name of a config that sh"
+    ):
+        parse_arguments([name])
 
 
 def test_values_get_the_type_of_their_field(config):
@@ -84,6 +107,23 @@ def test_options_of_the_optimizer_are_keys_and_flags(config):
         parse_arguments([path, "--clipping=norm"])
 
 
+def test_what_was_given_is_known_apart_from_defaults(config):
+    path = config("learning_rate: 2e-4\npacking: true\nlr_scheduler_kwargs: {num_cycles: 0.5}\n")
+    arguments = parse_arguments([path, "--learning_rate", "1e-4", "--no_assistant_only_loss"])
+
+    given = dict(arguments.given)
+    assert given.pop("output_dir").endswith("run")
+    assert given == {
+        "model_name_or_path": "model",
+        "train_data": "rows.jsonl",
+        "use_cpu": True,
+        "learning_rate": 1e-4,
+        "packing": True,
+        "lr_scheduler_kwargs": '{"num_cycles": "0.5"}',
+        "assistant_only_loss": False,
+    }
+
+
 def test_flags_override_the_config(config):
     path = config("max_length: 64\npacking: true\nmodules_to_not_convert: [a, b]\n")
     arguments = parse_arguments(
@@ -119,8 +159,32 @@ def test_unknown_names_suggest_the_nearest(key, nearest, config):
         parse_arguments([config(), f"--{key}", "1"])
 
 
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("cutoff_len", "Here it is 'max_length'"),
+        ("sequence_len", "Here it is 'max_length'"),
+        ("dataset", "Here it is 'train_data'"),
+        ("lr", "Here it is 'learning_rate'"),
+        ("val_size", "Here it is 'eval_fraction'"),
+        ("micro_batch_size", "Here it is 'per_device_train_batch_size'"),
+        ("train_on_inputs", "Here it is 'assistant_only_loss', which is its opposite"),
+        ("lora_r", "Leave it out: every parameter is trained"),
+    ],
+)
+def test_keys_of_other_tools_are_translated(key, text, config):
+    with pytest.raises(ValueError, match=f"unknown key in .*run.yaml: '{key}'. {text}"):
+        parse_arguments([config(f"{key}: 1\n")])
+
+
+def test_every_translation_leads_to_a_key_that_there_is():
+    known = {name for group in GROUPS for name in group.__dataclass_fields__}
+    assert {text.split("'")[1] for text in OURS.values()} <= known
+    assert not known & set(OURS)
+
+
 def test_unknown_name_like_no_other(config):
-    with pytest.raises(ValueError, match=r"unknown key .*'xyzzy'\. --help lists all names"):
+    with pytest.raises(ValueError, match=r"unknown key .*'xyzzy'\. `qft-hf finetune --help-all` l"):
         parse_arguments([config("xyzzy: 1\n")])
 
 
@@ -138,7 +202,9 @@ def test_config_that_is_no_mapping_is_refused(tmp_path):
 
 
 def test_missing_config_is_named():
-    with pytest.raises(FileNotFoundError, match=r"no config nowhere\.yaml .*folder configs/"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no config nowhere\.yaml .*looked from.*Give a YAML"
+    ):
         parse_arguments(["nowhere.yaml"])
 
 

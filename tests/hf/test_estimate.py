@@ -19,8 +19,8 @@ from qft_hf import (
 from qft_hf.hf import recommend
 from qft_hf.layout import OPTIMIZERS
 from qft_hf.optim.flow import GRADIENTS
+from qft_hf_cli.plan import live_ledger
 from tests.models import tiny_llama
-from tests.scripts.commands import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -206,9 +206,7 @@ def test_states_of_a_real_model_are_those_that_were_estimated(gradient, optim):
     folder = ROOT / "data" / "smollm2"
     if not folder.exists():
         pytest.skip("data/smollm2 is not there: python scripts/fetch_demo.py smollm2")
-    script = load("estimate_memory")
-
-    live = script.live_ledger(folder, gradient, optim)
+    live = live_ledger(folder, gradient, optim)
 
     predicted = estimate_memory(folder, gradient=gradient, optimizer=optim)
     assert predicted.rows == live.rows

@@ -3,7 +3,9 @@
 import importlib
 import runpy
 import sys
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 
@@ -30,7 +32,6 @@ def load(name: str) -> ModuleType:
 @cache
 def help_of(name: str) -> str:
     """What `--help` prints. A process of its own for each command would take seconds."""
-    lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
         patch.setenv("HF_HUB_OFFLINE", "1")  # so that it is as it was when the demo has set it
@@ -42,11 +43,7 @@ def help_of(name: str) -> str:
             if module.partition(".")[0] in ("common", "byte_llama", *COMMANDS):
                 patch.delitem(sys.modules, module)
         patch.setattr(sys, "argv", [str(COMMANDS[name]), "--help"])
-        patch.setattr(
-            "argparse.ArgumentParser._print_message",
-            lambda self, message, file=None: lines.append(message),
-        )
-        with pytest.raises(SystemExit) as stopped:
+        with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(COMMANDS[name]), run_name="__main__")
     assert stopped.value.code == 0
-    return "".join(lines)
+    return printed.getvalue()

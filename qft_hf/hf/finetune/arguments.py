@@ -25,7 +25,11 @@ class ModelArguments:
         default=None, metadata={"help": "Tokenizer, if it is not the model's own."}
     )
     chat_template: str | None = field(
-        default=None, metadata={"help": "Jinja file that replaces the tokenizer's chat template."}
+        default=None,
+        metadata={
+            "help": "Jinja file that replaces the tokenizer's chat template, or the name of "
+            "one that ships: vicuna."
+        },
     )
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32",

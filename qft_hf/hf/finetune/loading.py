@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from .. import shipped
 from ..config import QFTConfig
 from .arguments import ModelArguments
 
@@ -40,6 +41,8 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if arguments.chat_template is not None:
         template = Path(arguments.chat_template)
+        if not template.is_file():
+            template = shipped.chat_template(arguments.chat_template) or template
         if not template.is_file():
             raise FileNotFoundError(
                 f"no chat template {template} (looked from {Path.cwd()}). Set chat_template to a "

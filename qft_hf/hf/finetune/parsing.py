@@ -1,8 +1,9 @@
 """Arguments of a run from a config file and flags: a config is a list of flags, and flags win."""
 
 import json
+from argparse import SUPPRESS
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from .. import shipped
 from ..arguments import QFTTrainingArguments
 from .arguments import DataArguments, ModelArguments, OutputArguments
+from .foreign_keys import suggestion
 
 GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, OutputArguments, QFTTrainingArguments)
 CONFIG_SUFFIXES = (".yaml", ".yml")
@@ -19,12 +22,21 @@ CONFIG_SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True, slots=True)
 class RunArguments:
-    """Everything that one run is told."""
+    """Everything that one run is told.
+
+    Attributes:
+        model: Which model, and how it is loaded.
+        data: What is learned and what is held out.
+        output: What is written beside what the Trainer writes.
+        training: The Trainer's.
+        given: What config and flags have set, by name; all else has its default.
+    """
 
     model: ModelArguments
     data: DataArguments
     output: OutputArguments
     training: QFTTrainingArguments
+    given: dict[str, Any] = field(default_factory=dict)
 
     @property
     def output_dir(self) -> Path:
@@ -33,10 +45,11 @@ class RunArguments:
 
 
 def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> RunArguments:
-    """Read `[CONFIG.yaml] [--flag value ...]`.
+    """Read `[CONFIG] [--flag value ...]`.
 
     Args:
-        argv: The command line without the program. A config comes first; flags override it.
+        argv: The command line without the program. A config comes first, a YAML file or the name of
+            one that ships with the package; flags override it.
         description: Text for `--help`.
 
     Raises:
@@ -45,8 +58,8 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
         SystemExit: `--help`, or argparse refused a value; it has printed why.
     """
     flags = list(argv)
-    if flags and flags[0].endswith(CONFIG_SUFFIXES):
-        flags = [*flags_from_config(Path(flags[0])), *flags[1:]]
+    if flags and not flags[0].startswith("-"):
+        flags = [*flags_from_config(find_config(flags[0])), *flags[1:]]
     for flag in flags:
         if flag.startswith("--"):
             _require_known(flag[2:].partition("=")[0].replace("-", "_"), "flag")
@@ -65,21 +78,41 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
             f"cannot place {' '.join(rest)!r} on the command line. Expected at most one config, "
             "first, then flags with their values: CONFIG.yaml --flag value ..."
         )
-    return RunArguments(*groups)
+    model, data, output, training = groups
+    return RunArguments(model, data, output, training, _given(parser, flags))
+
+
+def _given(parser: HfArgumentParser, flags: list[str]) -> dict[str, Any]:
+    """Return the values of the flags alone, without defaults."""
+    for action in parser._actions:
+        action.default, action.required = SUPPRESS, False
+    return vars(parser.parse_args(flags))
+
+
+def find_config(name: str) -> Path:
+    """Return the YAML file that is meant: one that is there, else one that ships by this name.
+
+    Raises:
+        FileNotFoundError: Neither is there.
+    """
+    path = Path(name)
+    if path.suffix in CONFIG_SUFFIXES and path.is_file():
+        return path
+    shipping = shipped.config_file(name)
+    if shipping is None:
+        raise FileNotFoundError(
+            f"no config {name} (looked from {Path.cwd()}). Give a YAML file, or the name of a "
+            f"config that ships: {', '.join(shipped.config_names())}."
+        )
+    return shipping
 
 
 def flags_from_config(path: Path) -> list[str]:
     """Return a flat YAML file as flags.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: It is not a mapping, a key is unknown, or a value is empty.
     """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no config {path} (looked from {Path.cwd()}). Correct the path; the project's own "
-            "configs lie in its folder configs/."
-        )
     with path.open(encoding="utf-8") as file:
         # Every scalar stays text, and its field gives it a type: YAML itself would take `no` for
         # false and 1e-4 for a string.
@@ -117,8 +150,10 @@ def _require_known(name: str, what: str) -> None:
     if name.removeprefix("no_") in known or name in (*known, "help"):
         return
     nearest = get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = suggestion(name)
+    if hint is None and nearest:
+        hint = f"Did you mean {' or '.join(map(repr, nearest))}?"
     raise ValueError(
-        f"unknown {what}: {name!r}. "
-        + (f"Did you mean {' or '.join(map(repr, nearest))}? " if nearest else "")
-        + "--help lists all names."
+        f"unknown {what}: {name!r}. {f'{hint} ' if hint else ''}`qft-hf finetune --help-all` lists "
+        "all names."
     )

@@ -61,7 +61,7 @@ class RunSummary:
     def write(self, path: Path) -> None:
         """Write as JSON; a number that JSON does not know (inf, nan) becomes null."""
         with written_whole(path) as draft:
-            draft.write_text(json.dumps(_finite(asdict(self)), indent=2) + "\n", encoding="utf-8")
+            draft.write_text(json.dumps(finite(asdict(self)), indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         """Return the scores before and after, and what the run took."""
@@ -95,7 +95,10 @@ def versions() -> dict[str, str]:
     }
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a result as JSON knows it: a number that is none to it (inf, nan) becomes None."""
     if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

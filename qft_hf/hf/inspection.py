@@ -1,0 +1,143 @@
+"""What an INT8 checkpoint holds, layer by layer, and how far it is from a float original."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from ..quant import QFTWeight
+from .config import QUANT_METHOD
+
+LARGEST_CODE = 127
+
+
+@dataclass(frozen=True, slots=True)
+class InspectedWeight:
+    """One INT8 weight.
+
+    Attributes:
+        name: Of the parameter.
+        shape: Rows and columns.
+        stored_bytes: Codes, scales and outliers.
+        smallest_scale: Of all groups.
+        median_scale: Likewise.
+        largest_scale: Likewise.
+        zero_share: Of all codes, those that are 0; they include the places of outliers.
+        saturated_share: Of all codes, those of the largest magnitude: 127. Rounding to nearest
+            makes one in each group.
+        outlier_share: Of all values, those that are kept in FP32.
+        largest_outlier: The largest magnitude among them; 0 without any.
+        error: Against the original: the norm of the difference by that of the original. None
+            without an original.
+        largest_error: The largest difference, in scales of its group. None without an original.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored_bytes: int
+    smallest_scale: float
+    median_scale: float
+    largest_scale: float
+    zero_share: float
+    saturated_share: float
+    outlier_share: float
+    largest_outlier: float
+    error: float | None = None
+    largest_error: float | None = None
+
+
+def inspect_checkpoint(folder: Path, original: str | None = None) -> list[InspectedWeight]:
+    """Load an INT8 checkpoint and describe each of its INT8 weights.
+
+    Args:
+        folder: Of the checkpoint.
+        original: A model of the same architecture, a folder or a name on the hub, to compare with:
+            the float model that was quantized, or an INT8 one from before training. After training
+            the difference is rounding and learning together.
+
+    Raises:
+        FileNotFoundError: `folder` is not a checkpoint folder.
+        ValueError: It has no INT8 weights, or the original has other names or shapes.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a checkpoint: it has no config.json. Give the output folder of a run "
+            "or one of its checkpoint-<step> folders."
+        )
+    config = AutoConfig.from_pretrained(folder)
+    quantization = getattr(config, "quantization_config", None) or {}
+    if quantization.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"{folder} does not hold INT8 weights of qft_hf (quant_method is "
+            f"{quantization.get('quant_method')!r}, not {QUANT_METHOD!r}). Give the output folder "
+            "of a run."
+        )
+    model_class = getattr(transformers, config.architectures[0])
+    model: nn.Module = model_class.from_pretrained(folder)
+    others: dict[str, Any] = {}
+    if original is not None:
+        others = dict(model_class.from_pretrained(original).named_parameters())
+    return [
+        _inspected(name, weight, _counterpart(name, weight, others, original))
+        for name, weight in model.named_parameters()
+        if isinstance(weight, QFTWeight)
+    ]
+
+
+def _counterpart(
+    name: str, weight: QFTWeight, others: dict[str, Any], original: str | None
+) -> Tensor | None:
+    if original is None:
+        return None
+    other: Tensor | None = others.get(name)
+    if other is None or other.shape != weight.shape:
+        came = "no such parameter" if other is None else f"one of shape {tuple(other.shape)}"
+        raise ValueError(
+            f"{original} has {came} for {name}, of shape {tuple(weight.shape)}. Give the model "
+            "that the checkpoint was made from."
+        )
+    return other
+
+
+def _inspected(name: str, weight: QFTWeight, original: Tensor | None) -> InspectedWeight:
+    codes, scales, outliers = weight.codes, weight.scales, weight.outlier_values
+    error, largest = None, None
+    if original is not None:
+        error, largest = _difference(weight, original)
+    return InspectedWeight(
+        name=name,
+        shape=tuple(weight.shape),
+        stored_bytes=weight.stored_bytes,
+        smallest_scale=scales.min().item(),
+        median_scale=scales.median().item(),
+        largest_scale=scales.max().item(),
+        zero_share=(codes == 0).float().mean().item(),
+        saturated_share=(codes.abs() == LARGEST_CODE).float().mean().item(),
+        outlier_share=outliers.numel() / weight.numel(),
+        largest_outlier=outliers.abs().max().item() if outliers.numel() else 0.0,
+        error=error,
+        largest_error=largest,
+    )
+
+
+def _difference(weight: QFTWeight, original: Tensor) -> tuple[float, float]:
+    """Return the relative norm of the difference, and the largest difference in scales."""
+    squares, norm, largest = 0.0, 0.0, 0.0
+    group = weight.group_size or weight.shape[1]
+    for rows in weight.row_tiles():
+        other: Any = original.detach()
+        wanted = (
+            other.dequantize_rows(rows, torch.float32)
+            if isinstance(other, QFTWeight)
+            else other[rows].float()
+        )
+        difference = weight.dequantize_rows(rows, torch.float32) - wanted
+        scales = weight.scales[rows].repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+        squares += difference.square().sum().item()
+        norm += wanted.square().sum().item()
+        largest = max(largest, (difference.abs() / scales).max().item())
+    return (squares / norm) ** 0.5 if norm else squares**0.5, largest

@@ -1,0 +1,94 @@
+"""The command `qft-hf`; each of its sub-commands is the module of the same name.
+
+This package lies beside qft_hf and not in it: to import anything of qft_hf is to import PyTorch and
+transformers, which takes seconds, and no help text should wait for them. So the modules here import
+them where a command begins to work.
+"""
+
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+COMMANDS = ("plan", "finetune", "export", "inspect")
+_USAGE = """\
+Fine-tune every parameter of a language model in INT8.
+
+usage: qft-hf COMMAND [...]
+
+{commands}
+
+`qft-hf COMMAND --help` explains a command, and `qft-hf --version` tells the version. Where a
+command has a result, `--json` prints it for programs.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command.
+
+    Args:
+        argv: The command line without the program; None: that of the process.
+
+    Raises:
+        SystemExit: With 0 after a help text; with 1 after a text that says what to do, if the run
+            was refused; with 2 for a wrong command line.
+    """
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        lines = [f"  {name:<10} {_headline(_module(name))}" for name in COMMANDS]
+        print(_USAGE.format(commands="\n".join(lines)), end="")
+    elif name == "--version":
+        print(f"qft_hf {_version()}")
+    elif name not in COMMANDS:
+        print(f"qft-hf: no command {name!r}. There are {', '.join(COMMANDS)}.", file=sys.stderr)
+        raise SystemExit(2)
+    else:
+        run(_module(name), rest)
+
+
+def run(command: ModuleType, argv: Sequence[str]) -> None:
+    """Run a command; what qft_hf refuses is shown as the text that says why, without a traceback.
+
+    Raises:
+        SystemExit: With 1: it was refused.
+    """
+    try:
+        command.main(list(argv))
+    except (OSError, TypeError, ValueError) as error:
+        if not _is_refusal(error):
+            raise
+        name = command.__name__.rpartition(".")[2]
+        print(f"qft-hf {name}: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether qft_hf itself raised it: its texts are for users, all others for developers."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    raised_in = Path(frames[-1][0].f_code.co_filename).resolve()
+    return any(raised_in.is_relative_to(folder) for folder in (Path(__file__).parent, _library()))
+
+
+def _library() -> Path:
+    """Return the folder of qft_hf, which this does not import."""
+    spec = find_spec("qft_hf")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the package qft_hf is not installed beside qft_hf_cli.")
+    return Path(spec.origin).resolve().parent
+
+
+def _version() -> str:
+    values: dict[str, str] = {}
+    exec((_library() / "version.py").read_text(encoding="utf-8"), values)
+    return values["__version__"]
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{name}")
+
+
+def _headline(command: ModuleType) -> str:
+    return (command.__doc__ or "").splitlines()[0]

@@ -1,0 +1,55 @@
+"""What the commands share: a parser whose help is the docstring of its module, and results."""
+
+import argparse
+import json
+import sys
+from typing import Any, NoReturn
+
+
+def parser(module: str) -> argparse.ArgumentParser:
+    """Return a parser of `qft-hf <name>` that shows the docstring of the module `module`."""
+    name = module.rpartition(".")[2]
+    return argparse.ArgumentParser(
+        prog=f"qft-hf {name}",
+        description=sys.modules[module].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the flag `--json`."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def take(argv: list[str], *names: str) -> bool:
+    """Remove a switch from a command line; return whether it was there."""
+    found = any(name in argv for name in names)
+    argv[:] = [word for word in argv if word not in names]
+    return found
+
+
+def show_help(text: str) -> NoReturn:
+    """Print a help text that argparse has not made, and end as argparse does."""
+    print(text, end="")
+    raise SystemExit(0)
+
+
+def show_json(result: Any) -> None:
+    """Print a result as JSON; a number that JSON does not know (inf, nan) becomes null."""
+    from qft_hf.hf.finetune.summary import finite
+
+    print(json.dumps(finite(result), indent=2))
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Return columns below each other; the first begins at the left, others end at the right."""
+    lines = [head, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )

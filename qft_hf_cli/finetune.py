@@ -1,0 +1,48 @@
+"""Train every parameter of a model in INT8.
+
+    qft-hf finetune demo                          a config that ships with qft_hf, by its name
+    qft-hf finetune my.yaml --learning_rate 5e-5 --output_dir runs/second
+    qft-hf finetune --model_name_or_path org/model --train_data chats.jsonl --output_dir runs/first
+
+A config is a flat YAML file; each of its keys is a flag too, and flags win. See what a config
+would do, and train nothing: `qft-hf check my.yaml`.
+
+model     --model_name_or_path  --chat_template  --dtype  --attn_implementation
+data      --train_data  --eval_data or --eval_fraction  --max_train_rows  --max_eval_rows
+          --task chat | text | classification  --max_length  --packing  --assistant_only_loss
+          --messages_field  --text_field  --text_pair_field  --label_field
+INT8      --optim qft_lion | qft_adamw | qft_sgd  --gradient stack | release  --clipping
+          --matmul dequantize | int8  --group_size  --outlier_fraction  --chunked_loss
+          --modules_to_not_convert
+training  --learning_rate  --num_train_epochs  --max_steps  --per_device_train_batch_size
+          --gradient_accumulation_steps  --gradient_checkpointing  --warmup_steps  --weight_decay
+          --lr_scheduler_type  --max_grad_norm  --bf16  --use_cpu  --seed  --report_to
+output    --output_dir  --overwrite_output  --resume_from_checkpoint  --export_dtype
+          --logging_steps  --eval_strategy  --eval_steps  --save_strategy  --save_total_limit
+
+--json prints the summary for programs. `--help-all` explains these and all that transformers'
+Trainer takes. Lion's learning rate is a third to a tenth of AdamW's.
+"""
+
+from dataclasses import asdict
+
+from .command_line import show_help, show_json, take
+
+
+def main(argv: list[str]) -> None:
+    """Do one run as the command line says, and print what it came to."""
+    if take(argv, "-h", "--help"):
+        show_help(__doc__)
+    as_json = take(argv, "--json")
+    if take(argv, "--help-all"):
+        argv = ["--help"]
+    from qft_hf.hf.finetune import finetune, parse_arguments
+
+    arguments = parse_arguments(argv, description="Train every parameter of a model in INT8.")
+    summary = finetune(arguments)
+    if arguments.training.process_index != 0:
+        return
+    if as_json:
+        show_json(asdict(summary))
+    else:
+        print(f"\n{summary}\n{'written to':<30}{arguments.training.output_dir}")

@@ -1,0 +1,213 @@
+"""Will it fit? The memory of a run by arithmetic, before anything is loaded.
+
+    qft-hf plan org/model --gpu 24 48
+    qft-hf plan llama-2-7b --sequence_length 4096      an architecture that ships with qft_hf
+    qft-hf plan my.yaml                                what a config asks for
+
+A model is a folder with a config.json, a name on the hub, the name of an architecture that ships,
+or a config of a run, which then also says how long, how many and by which optimizer.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .command_line import add_json, parser, show_json, table
+
+if TYPE_CHECKING:
+    from qft_hf import MemoryLedger
+
+WAYS = [(gradient, kept) for kept in (False, True) for gradient in ("stack", "release")]
+
+
+def main(argv: list[str]) -> None:
+    """Print what each model takes in each mode, and how it fits each card."""
+    options = _parse(argv)
+    results = [
+        {"model": name} | _plan(*_model(name, options), options.gpu) for name in options.models
+    ]
+    if options.json:
+        show_json(results)
+    elif options.markdown:
+        print(_markdown(results))
+    else:
+        print("\n\n".join(_text(result) for result in results))
+    if options.live:
+        for name in options.models:
+            _compare(name)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    arguments = parser(__name__)
+    arguments.add_argument("models", nargs="+", metavar="MODEL")
+    arguments.add_argument(
+        "--gpu", type=float, nargs="+", default=[24, 48, 80], help="cards, GB (default 24 48 80)"
+    )
+    arguments.add_argument("--batch_size", type=int, help="of a micro-batch (default 1)")
+    arguments.add_argument("--sequence_length", type=int, help="tokens (default 2048)")
+    arguments.add_argument("--optim", help="qft_lion (default), qft_adamw or qft_sgd")
+    arguments.add_argument("--momentum_bits", type=int, help="of qft_lion: 8 (default) or 4")
+    arguments.add_argument("--matmul", help="dequantize (default) or int8")
+    arguments.add_argument("--chunked_loss", action="store_true", help="logits never exist whole")
+    arguments.add_argument("--markdown", action="store_true", help="one table of all models")
+    arguments.add_argument(
+        "--live", action="store_true", help="load the models, and compare with what a step takes"
+    )
+    add_json(arguments)
+    options = arguments.parse_args(argv)
+    if options.momentum_bits is not None and options.optim not in (None, "qft_lion"):
+        arguments.error(f"--momentum_bits is of qft_lion, and {options.optim} was asked for")
+    return options
+
+
+def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Return a model's place and what the run is: of a config, overruled by the command line."""
+    from qft_hf import QFTConfig
+    from qft_hf.hf import shipped
+
+    place = name
+    work: dict[str, Any] = {"batch_size": 1, "sequence_length": 2048, "config": QFTConfig()}
+    if Path(name).suffix in (".yaml", ".yml") or shipped.config_file(name) is not None:
+        from qft_hf.hf.finetune.forecast import workload_of
+        from qft_hf.hf.finetune.parsing import parse_arguments
+
+        arguments = parse_arguments([name])
+        place, work = arguments.model.model_name_or_path, workload_of(arguments)
+    elif not Path(name).exists() and (folder := shipped.architecture(name)) is not None:
+        place = str(folder)
+    given = {
+        "batch_size": options.batch_size,
+        "sequence_length": options.sequence_length,
+        "optimizer": options.optim,
+        "momentum_bits": options.momentum_bits,
+        "chunked_loss": options.chunked_loss or None,
+        "config": QFTConfig(matmul=options.matmul) if options.matmul else None,
+    }
+    return place, work | {key: value for key, value in given.items() if value is not None}
+
+
+def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]:
+    """Return the bytes of each way to train, and the choice for each card."""
+    from qft_hf import estimate_memory, recommend
+    from qft_hf.hf.estimate import skeleton
+
+    source = skeleton(place)
+    ways = []
+    for gradient, checkpointing in WAYS:
+        estimate = estimate_memory(
+            source, gradient=gradient, gradient_checkpointing=checkpointing, **work
+        )
+        ways.append(
+            {
+                "gradient": gradient,
+                "gradient_checkpointing": checkpointing,
+                "state_bytes": estimate.state_bytes,
+                "activation_bytes": estimate.activation_bytes,
+                "total_bytes": estimate.total_bytes,
+            }
+        )
+    cards = []
+    for gpu in gpus:
+        choice = recommend(source, gpu, **work)
+        cards.append(
+            {
+                "gb": gpu,
+                "fits": choice.fits,
+                "gradient": choice.gradient,
+                "gradient_checkpointing": choice.gradient_checkpointing,
+                "total_bytes": choice.estimate.total_bytes,
+                "longest_sequence": choice.longest_sequence,
+                "missing_bytes": choice.missing_bytes,
+                "text": str(choice),
+            }
+        )
+    return {
+        "parameters": estimate.n_parameters,
+        "batch_size": work["batch_size"],
+        "sequence_length": work["sequence_length"],
+        "rows": [asdict(row) for row in (*estimate.rows, *estimate.activation_rows)],
+        "ways": ways,
+        "cards": cards,
+    }
+
+
+def _text(result: dict[str, Any]) -> str:
+    """Return a table by way, and the choice for each card."""
+    from qft_hf.hf.estimate import USABLE
+
+    usable = {card["gb"]: USABLE * card["gb"] * 1e9 for card in result["cards"]}
+    head = ["gradient", "checkpointing", "states", "activations", "in all"]
+    rows = [
+        [
+            way["gradient"],
+            "on" if way["gradient_checkpointing"] else "off",
+            *(_gb(way[f"{what}_bytes"]) for what in ("state", "activation", "total")),
+            *("fits" if way["total_bytes"] <= most else "no" for most in usable.values()),
+        ]
+        for way in result["ways"]
+    ]
+    lines = [
+        f"{result['model']}: {result['parameters']:,} parameters, micro-batches of "
+        f"{result['batch_size']} x {result['sequence_length']:,} tokens, by arithmetic",
+        "",
+        table([*head, *(f"{gb:g} GB" for gb in usable)], rows),
+        "",
+        *(f"best on {card['gb']:g} GB: {card['text']}" for card in result["cards"]),
+    ]
+    return "\n".join(lines)
+
+
+def _markdown(results: list[dict[str, Any]]) -> str:
+    """Return one line a model, with gradient checkpointing."""
+    from qft_hf.memory.ledger import FP32_ADAM_BYTES
+
+    head = ["model", "parameters", "states, `stack`", "states, `release`", "in all, `release`"]
+    lines = [[*head, "FP32 Adam's states"], ["---"] * 6]
+    for result in results:
+        stack, release = (way for way in result["ways"] if way["gradient_checkpointing"])
+        n_bytes = [stack["state_bytes"], release["state_bytes"], release["total_bytes"]]
+        n_bytes.append(FP32_ADAM_BYTES * result["parameters"])
+        size = f"{result['parameters'] / 1e9:.2f} B"
+        lines.append([Path(result["model"]).name, size, *map(_gb, n_bytes)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _gb(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:.1f} GB"
+
+
+def _compare(name: str) -> None:
+    """Print estimated and measured bytes of all states in each mode."""
+    from qft_hf import estimate_memory
+    from qft_hf.hf.optimizers import OPTIMIZERS
+
+    ways: list[tuple[str, dict[str, int]]] = [(optim, {}) for optim in OPTIMIZERS]
+    for gradient in ("stack", "release"):
+        for optim, settings in [*ways, ("qft_lion", {"momentum_bits": 4})]:
+            options: dict[str, Any] = {"gradient": gradient, "optimizer": optim, **settings}
+            estimated = estimate_memory(name, **options).state_bytes
+            measured = live_ledger(name, gradient, optim, **settings).total_bytes
+            print(
+                f"{', '.join(f'{key}={value}' for key, value in options.items())}: states "
+                f"{estimated:,} bytes by arithmetic, {measured:,} measured, "
+                f"{100 * (estimated / measured - 1):+.2f} %"
+            )
+
+
+def live_ledger(name: str | Path, gradient: str, optim: str, **settings: Any) -> "MemoryLedger":
+    """Load a model, and measure its states where they are largest: just before the second step."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qft_hf import QFTConfig, memory_ledger
+    from qft_hf.hf.optimizers import OPTIMIZERS
+
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=QFTConfig())
+    make = OPTIMIZERS[optim].optimizer_class
+    optimizer = make(model.parameters(), gradient=gradient, **settings)
+    ids = torch.arange(8)[None]
+    for _ in range(2):
+        optimizer.step()
+        model(input_ids=ids, labels=ids).loss.backward()
+    return memory_ledger(model, optimizer)

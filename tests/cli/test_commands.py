@@ -1,0 +1,113 @@
+"""`qft-hf` explains itself at once, and says what it refuses in a sentence."""
+
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import qft_hf
+import qft_hf_cli
+from qft_hf.hf.finetune.parsing import GROUPS
+from qft_hf_cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def help_text(*words, capsys):
+    with suppress(SystemExit):  # argparse ends so
+        main([*words, "--help"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], *([name] for name in COMMANDS)], ids=str)
+def test_no_help_text_waits_for_pytorch(words):
+    program = (
+        "import sys; from qft_hf_cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'qft_hf', 'numpy'} & set(sys.modules), file=sys.stderr)"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program, *words, "--help"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert finished.stderr == "set()\n"
+    assert "qft-hf" in finished.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_help_text_fits_one_screen(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = help_text(name, capsys=capsys).splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+
+
+def test_the_command_lists_all_commands_with_a_line_for_each(capsys):
+    text = help_text(capsys=capsys)
+    modules = {path.stem for path in Path(qft_hf_cli.__file__).parent.glob("*.py")}
+    assert set(COMMANDS) == modules - {"__init__", "command_line"}
+    for name in COMMANDS:
+        headline = sys.modules[f"qft_hf_cli.{name}"].__doc__.splitlines()[0]
+        assert re.search(rf"^  {name} +{re.escape(headline)}$", text, re.MULTILINE)
+
+
+def test_the_short_help_names_only_keys_that_there_are(capsys):
+    known = {name for group in GROUPS for name in group.__dataclass_fields__}
+    shown = set(re.findall(r"--(\w+)", help_text("finetune", capsys=capsys)))
+    assert len(shown) > 40
+    assert shown - known == {"json", "help"}
+
+
+def test_help_all_has_every_key(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help-all"])
+    shown = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    assert {f.name for group in GROUPS for f in fields(group) if f.init} - shown == set()
+
+
+def test_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"qft_hf {qft_hf.__version__}\n"
+
+
+def test_an_unknown_command_lists_those_that_there_are(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["tune"])
+    assert ended.value.code == 2
+    assert "no command 'tune'. There are plan, " in capsys.readouterr().err
+
+
+def test_what_is_refused_is_said_without_a_traceback(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["finetune", "nowhere.yaml"])
+    assert ended.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("qft-hf finetune: no config nowhere.yaml (looked from ")
+    assert "boolq_minilm, demo, llama2_7b_vicuna" in error
+
+
+def test_what_nobody_refused_keeps_its_traceback(monkeypatch):
+    """A ValueError of somebody else's is a fault to be found, not a text for users."""
+    monkeypatch.setattr("qft_hf.hf.finetune.finetune", lambda arguments: int("x"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        main(["finetune", "demo", "--use_cpu=true"])
+
+
+def test_python_m_is_the_same_command():
+    finished = subprocess.run(
+        [sys.executable, "-m", "qft_hf", "--version"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert finished.stdout == f"qft_hf {qft_hf.__version__}\n"

@@ -1,0 +1,85 @@
+"""`qft-hf inspect` and `qft-hf export` on checkpoints whose figures are known."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qft_hf import QFTConfig, QFTWeight, quantize_model_
+from qft_hf_cli import main
+from tests.models import tiny_llama
+
+NAME = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """The float model and the INT8 one that was made of it, with groups of 16 columns."""
+    tiny_llama().save_pretrained(tmp_path / "float")
+    model = quantize_model_(tiny_llama(), QFTConfig(group_size=16, outlier_fraction=0.05))
+    model.save_pretrained(tmp_path / "int8")
+    return tmp_path
+
+
+def inspected(*words, capsys):
+    main(["inspect", *map(str, words), "--json"])
+    return {weight["name"]: weight for weight in json.loads(capsys.readouterr().out)}
+
+
+def test_figures_are_those_of_the_stored_tensors(folders, capsys):
+    weights = inspected(folders / "int8", capsys=capsys)
+
+    model = AutoModelForCausalLM.from_pretrained(folders / "int8")
+    stored = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
+    assert list(weights) == list(stored)
+    weight = stored[NAME]
+    found = weights[NAME]
+    assert found["shape"] == [44, 75]
+    assert found["stored_bytes"] == 44 * (75 + 4 * 5 + 6 * 4)  # codes, 5 scales, 4 outliers
+    assert found["outlier_share"] == 4 / 75
+    assert found["largest_outlier"] == weight.outlier_values.abs().max()
+    assert found["smallest_scale"] == weight.scales.min()
+    assert found["largest_scale"] == weight.scales.max()
+    # Rounding to nearest leaves one code of 127 in each of 44 x 5 groups, more by coincidence.
+    assert 220 <= found["saturated_share"] * 44 * 75 < 240
+    assert found["zero_share"] == (weight.codes == 0).float().mean()
+    assert found["error"] is None
+
+
+def test_the_error_against_the_original_is_rounding_and_no_more(folders, capsys):
+    weights = inspected(folders / "int8", "--original", folders / "float", capsys=capsys)
+
+    plain = dict(tiny_llama().named_parameters())
+    model = AutoModelForCausalLM.from_pretrained(folders / "int8")
+    for name, weight in model.named_parameters():
+        if isinstance(weight, QFTWeight):
+            difference = weight.dequantize().double() - plain[name].double()
+            expected = difference.norm() / plain[name].double().norm()
+            assert weights[name]["error"] == pytest.approx(expected.item(), rel=1e-5)
+            # To nearest: half a scale, and the FP32 error of two products.
+            assert 0.4 < weights[name]["largest_error"] <= 0.5 + 128 * 2**-23
+
+
+def test_an_original_of_another_shape_is_refused(folders, capsys):
+    tiny_llama(intermediate_size=76).save_pretrained(folders / "other")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(folders / "int8"), "--original", str(folders / "other")])
+    assert "Give the model that the checkpoint was made from" in capsys.readouterr().err
+
+
+def test_a_float_checkpoint_is_refused(folders, capsys):
+    with pytest.raises(SystemExit):
+        main(["inspect", str(folders / "float")])
+    assert "does not hold INT8 weights of qft_hf (quant_method is None" in capsys.readouterr().err
+
+
+def test_export_has_the_values_of_the_checkpoint(folders, capsys):
+    main(["export", str(folders / "int8"), str(folders / "plain"), "--dtype", "float32"])
+    assert capsys.readouterr().out == f"written to {folders / 'plain'}\n"
+
+    model = AutoModelForCausalLM.from_pretrained(folders / "int8")
+    plain = dict(AutoModelForCausalLM.from_pretrained(folders / "plain").named_parameters())
+    for name, parameter in model.named_parameters():
+        values = parameter.dequantize() if isinstance(parameter, QFTWeight) else parameter
+        assert torch.equal(plain[name], values), name

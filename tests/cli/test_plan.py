@@ -1,0 +1,91 @@
+"""`qft-hf plan`: what the estimate says, for each way and each card."""
+
+import json
+
+import pytest
+
+from qft_hf import QFTConfig, estimate_memory, recommend
+from qft_hf.hf import shipped
+from qft_hf_cli import main
+from tests.models import tiny_llama
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def plan(*words, capsys):
+    main(["plan", *words, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_way_has_the_bytes_of_the_estimate(folder, capsys):
+    flags = ["--sequence_length=300", "--batch_size=3", "--optim=qft_adamw", "--chunked_loss"]
+    (result,) = plan(folder, *flags, "--matmul=int8", "--gpu=1", capsys=capsys)
+
+    work = {
+        "sequence_length": 300,
+        "batch_size": 3,
+        "optimizer": "qft_adamw",
+        "chunked_loss": True,
+        "config": QFTConfig(matmul="int8"),
+    }
+    assert len(result["ways"]) == 4
+    for way in result["ways"]:
+        keys = ("gradient", "gradient_checkpointing")
+        expected = estimate_memory(folder, **{key: way[key] for key in keys}, **work)
+        assert way["state_bytes"] == expected.state_bytes
+        assert way["total_bytes"] == expected.total_bytes
+    assert result["cards"][0]["text"] == str(recommend(folder, 1, **work))
+
+
+def test_the_text_says_which_card_holds_which_way(folder, capsys):
+    """0.003 GB hold release with checkpointing and nothing else."""
+    sizes = sorted(way["total_bytes"] for way in plan(folder, capsys=capsys)[0]["ways"])
+    between = (sizes[0] + sizes[1]) / 2 / 0.92 / 1e9
+    main(["plan", folder, "--gpu", str(between), "80"])
+
+    lines = capsys.readouterr().out.splitlines()
+    ways = {tuple(line.split()[:2]): line.split()[-2:] for line in lines[3:7]}
+    assert [way for way, fits in ways.items() if fits[0] == "fits"] == [("release", "on")]
+    assert all(fits[1] == "fits" for fits in ways.values())
+
+
+def test_an_architecture_that_ships_is_known_by_name_from_any_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (result,) = plan("llama-2-7b", capsys=capsys)
+    assert result["model"] == "llama-2-7b"
+    assert result["parameters"] == 6_738_415_616
+    assert "llama-3-8b" in shipped.architecture_names()
+
+
+def test_a_config_says_how_long_and_how_many(folder, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {folder}\ntrain_data: t.jsonl\nmax_length: 48\nuse_cpu: true\n"
+        "per_device_train_batch_size: 5\nmomentum_bits: 4\nmatmul: int8\nchunked_loss: true\n"
+    )
+    (result,) = plan(str(config), capsys=capsys)
+
+    assert (result["batch_size"], result["sequence_length"]) == (5, 48)
+    expected = estimate_memory(
+        folder,
+        batch_size=5,
+        sequence_length=48,
+        momentum_bits=4,
+        chunked_loss=True,
+        config=QFTConfig(matmul="int8"),
+        gradient_checkpointing=False,
+    )
+    assert result["ways"][0]["total_bytes"] == expected.total_bytes
+    (longer,) = plan(str(config), "--sequence_length=64", capsys=capsys)
+    assert longer["sequence_length"] == 64
+
+
+def test_a_model_that_is_nowhere_says_what_was_looked_for(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit):
+        main(["plan", "no/such-model"])
+    assert "No model 'no/such-model': neither a folder" in capsys.readouterr().err
