@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..nn import conversion_plan, dequantize_modules_, is_quantized_module, quantize_modules_
+from ..nn import QuantizedModule, conversion_plan, dequantize_modules_, quantize_modules_
 from .config import QUANT_METHOD, QFTConfig
 from .quantizer import QFTQuantizer, check_finite
 
@@ -58,7 +58,7 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
     Raises:
         ValueError: Nothing is quantized, or `dtype` is not a float type.
     """
-    if not any(is_quantized_module(module) for module in model.modules()):
+    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has no INT8 weights. To cast it, call model.to({dtype})."
         )
@@ -87,7 +87,7 @@ def _refuse_other_quantization(model: nn.Module, config: QFTConfig) -> None:
             f"The model is quantized with {getattr(method, 'value', method)}. QFT starts from "
             "float weights: load the model without that quantization."
         )
-    elif any(is_quantized_module(module) for module in model.modules()):
+    elif any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has INT8 weights already, and no record of their QFTConfig. "
             "Keep them, or call dequantize_model_ first."

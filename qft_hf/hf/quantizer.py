@@ -21,13 +21,15 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..layout import GroupLayout, outlier_bytes
 from ..nn import (
+    QuantizedModule,
     dequantize_modules_,
-    is_quantized_module,
     mark_tables_,
     prepare_modules_,
     quantize_modules_,
+    weight_names,
+    weight_of,
 )
-from ..nn.state import STATE_NAMES, listed, weight_from_fields
+from ..nn.state import SUFFIXES, listed, weight_from_fields
 from ..quant import Arrangement, QFTWeight
 from .config import QUANT_METHOD, QFTConfig
 
@@ -35,9 +37,13 @@ logger = logging.getLogger(__name__)
 
 FAULTS_SHOWN = 10  # of an error that may concern every tensor of a model
 
-# How the loader finds a field, by its name in a checkpoint. Anchored at both ends: to transformers
-# 5.17 a pattern matches wherever it occurs.
-PATTERNS = {rf"\.{name}$": name for name in STATE_NAMES.values()}
+
+def _patterns(weight_name: str) -> dict[str, str]:
+    """How the loader finds the fields of weights of this name, with the suffix of each.
+
+    Anchored at both ends: to transformers 5.17 a pattern matches wherever it occurs.
+    """
+    return {rf"\.{weight_name}{suffix}$": suffix for suffix in SUFFIXES.values()}
 
 
 class _Operation(ConversionOps):
@@ -82,7 +88,8 @@ class Assemble(_Operation):
         """Check the fields and wrap them; a weight with a fault is left out."""
         name = kwargs["full_layer_name"]
         self.hf_quantizer.missing_names = kwargs["missing_keys"]
-        fields = {PATTERNS[pattern]: _only(tensor) for pattern, tensor in input_dict.items()}
+        suffixes = _patterns(name.rpartition(".")[2])
+        fields = {name + suffixes[key]: _only(tensor) for key, tensor in input_dict.items()}
         weight = self.hf_quantizer.assemble(kwargs["model"], name, fields)
         return {} if weight is None else {name: [weight]}
 
@@ -140,7 +147,7 @@ class QFTQuantizer(HfQuantizer):
     ) -> bool:
         """Whether the model holds the parameter as INT8."""
         module, name = _module_of(model, param_name)
-        return name == "weight" and is_quantized_module(module)
+        return isinstance(module, QuantizedModule) and name in module.weight_names
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes per element when loaded, for automatic device maps."""
@@ -160,7 +167,10 @@ class QFTQuantizer(HfQuantizer):
         """What happens to the fields of an INT8 checkpoint."""
         if not self.pre_quantized:
             return []
-        return [WeightConverter(list(PATTERNS), ".weight", [Assemble(self)])]
+        return [
+            WeightConverter(list(_patterns(name)), f".{name}", [Assemble(self)])
+            for name in weight_names()
+        ]
 
     def quantize(self, model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
         """The `QFTWeight` of a float weight. One with a fault is reported and passes as it is."""
@@ -176,12 +186,12 @@ class QFTQuantizer(HfQuantizer):
     def assemble(
         self, model: PreTrainedModel, name: str, fields: dict[str, Tensor]
     ) -> QFTWeight | None:
-        """The weight `name` of its fields by their names in the file; None if it is at fault."""
+        """The weight `name` of its fields by their full names; None if it is at fault."""
         parameter = model.get_parameter(name)
         try:
             if not self.param_needs_quantization(model, name):
                 raise ValueError(
-                    f"{listed(name, fields)} are in the checkpoint, and {name} is not quantized "
+                    f"{listed(fields)} are in the checkpoint, and {name} is not quantized "
                     "in this model. Load it with the class it was saved from, and leave "
                     "modules_to_not_convert in its config.json as it was."
                 )
@@ -220,14 +230,14 @@ class QFTQuantizer(HfQuantizer):
                     "one of an earlier run. Remove the one that is not wanted."
                 )
         names = set(tensor_names(files))
-        fields = [name for name in names if name.rpartition(".")[2] in PATTERNS.values()]
+        fields = [name for name in names if weight_of(name)]
         if fields and not self.pre_quantized:
             raise ValueError(
                 f"{min(fields)} and {len(fields) - 1} more tensors of {files[0]} are INT8 fields, "
                 "and config.json has no quantization_config. Restore the config.json that was "
                 "saved with them; an INT8 checkpoint is loaded without quantization_config."
             )
-        doubled = [name for name in fields if f"{name.rpartition('.')[0]}.weight" in names]
+        doubled = [name for name in fields if weight_of(name) in names]
         if doubled:
             raise ValueError(
                 f"{min(doubled)} is in {files[0]} beside a float weight of the same module, one of "

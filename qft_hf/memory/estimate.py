@@ -7,7 +7,6 @@ modules save their four inputs as floats or, for INT8 weight gradients, as codes
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -187,7 +186,7 @@ def estimate(
         int8_inputs=_keeps_codes(model, plan, spec),
         outlier_fraction=spec.outlier_fraction,
     )
-    weights: list[Any] = list({id(m.weight): m.weight for m in plan.modules.values()}.values())
+    weights = list(plan.weights.values())
     floats = [kept.parameter for kept in plan.kept]
     shapes = [(int(w.shape[0]), int(w.shape[1])) for w in weights]
 

@@ -11,21 +11,26 @@ from .convert import (
 )
 from .functional import embedding, linear
 from .loss import DeferredLogits, linear_cross_entropy
-from .modules import QFTEmbedding, QFTLinear, is_quantized_module
+from .modules import (
+    QFTEmbedding,
+    QFTLinear,
+    QuantizedModule,
+    weight_names,
+    weight_of,
+)
 from .products import Int8Products
-from .state import STATE_NAMES, state_fields
+from .state import state_fields, state_names
 
 __all__ = [
-    "STATE_NAMES",
     "ConversionPlan",
     "DeferredLogits",
     "Int8Products",
     "QFTEmbedding",
     "QFTLinear",
+    "QuantizedModule",
     "conversion_plan",
     "dequantize_modules_",
     "embedding",
-    "is_quantized_module",
     "linear",
     "linear_cross_entropy",
     "mark_tables_",
@@ -33,4 +38,7 @@ __all__ = [
     "product_choices",
     "quantize_modules_",
     "state_fields",
+    "state_names",
+    "weight_names",
+    "weight_of",
 ]

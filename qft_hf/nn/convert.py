@@ -4,7 +4,7 @@ Loading, converting and estimating all ask `conversion_plan`, so they cannot dis
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,17 @@ from torch import nn
 from ..config import QuantizationSpec
 from ..quant import QFTWeight
 from .attachments import attach_, attachments
-from .modules import PLAIN_CLASSES, QUANTIZED_CLASSES, is_quantized_module
+from .modules import QuantizedModule, quantized_class, quantized_kind
 from .products import Int8Products, int8_products
 from .state import check_shared_columns
 
+# Its weight is read by nn.MultiheadAttention, which does not call it.
+READ_BY_OTHERS = ("NonDynamicallyQuantizableLinear",)
 # Classes that hold their matrices transposed or in other forms, found in common models.
 UNSUPPORTED_CLASSES = ("Conv1D",)
+
+LISTED = "listed in modules_to_not_convert"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +41,18 @@ class ConversionPlan:
     """What of a model is quantized and what is not.
 
     Attributes:
-        modules: Modules whose `weight` is or will be a `QFTWeight`, by full name.
+        modules: Modules with weights that are or will be `QFTWeight`, by full name.
+        weights: These weights by full name, a tied one once.
         kept: Parameters that stay float, each once.
     """
 
     modules: dict[str, nn.Module]
+    weights: dict[str, nn.Parameter]
     kept: list[Kept]
 
 
 def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) -> ConversionPlan:
-    """Apply the rule: the weight of every `nn.Linear` and `nn.Embedding` that can be is quantized.
+    """Apply the rule: weights of modules of a `quantized_kind` are quantized, if they can be.
 
     Works on float models, on models already quantized, and on the meta device; changes nothing.
 
@@ -63,8 +70,8 @@ def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) 
             modules[name] = module
         elif reason == "unsupported":
             unsupported.append(name)
-        elif (weight := getattr(module, "weight", None)) is not None:
-            reasons[id(weight)] = reason
+        else:
+            reasons |= {id(parameter): reason for parameter in module.parameters(recurse=False)}
     if unsupported:
         raise ValueError(
             f"{len(unsupported)} modules ({unsupported[0]}, ...) are of class "
@@ -77,38 +84,61 @@ def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) 
     modules = {
         name: module
         for name, module in modules.items()
-        if is_quantized_module(module) or id(module.weight) not in reasons
+        if isinstance(module, QuantizedModule)
+        or not any(id(weight) in reasons for _, weight in _weights_of(module))
     }
-
-    quantized = {id(module.weight) for module in modules.values()}
-    kept = [
-        Kept(name, parameter, reasons.get(id(parameter)) or _reason_by_shape(parameter))
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in quantized
-    ]
-    return ConversionPlan(modules, kept)
+    quantized = {id(weight) for module in modules.values() for _, weight in _weights_of(module)}
+    weights, kept = {}, []
+    for name, parameter in model.named_parameters():  # a tied one by its first name
+        if id(parameter) in quantized:
+            weights[name] = parameter
+        else:
+            kept.append(Kept(name, parameter, reasons.get(id(parameter)) or _beside(parameter)))
+    return ConversionPlan(modules, weights, kept)
 
 
 def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | None:
-    """Why the weight of a module stays float; None if it is quantized."""
-    if is_quantized_module(module):
+    """Why the parameters of a module stay float; None if its weights are quantized."""
+    if isinstance(module, QuantizedModule):
         return None
+    kind = type(module).__name__
     if isinstance(module, nn.Embedding):
         if module.max_norm is not None:
             return "embedding with max_norm, which rewrites its rows in forward"
         if module.sparse or module.scale_grad_by_freq:
             return "embedding with sparse or frequency-scaled gradients"
+        if "Sinusoidal" in kind:
+            return f"table of {kind}, which is computed and not trained"
     if _is_excluded(name, excluded):
-        return "listed in modules_to_not_convert"
-    if type(module).__name__ in UNSUPPORTED_CLASSES:
+        return LISTED
+    if kind in UNSUPPORTED_CLASSES:
         return "unsupported"
-    if type(module) not in QUANTIZED_CLASSES:
-        return f"parameter of {type(module).__name__}"
+    if quantized_kind(type(module)) is None:
+        return f"parameter of {kind}"
+    if kind in READ_BY_OTHERS:
+        return "weight that nn.MultiheadAttention reads without calling its module"
+    weights = _weights_of(module)
+    if not weights:
+        # Parametrizations, such as torch's weight_norm, compute it from parameters of theirs.
+        return f"parameter of {kind}, whose weight is computed from others"
+    for own_name, weight in weights:
+        if type(weight) not in (nn.Parameter, QFTWeight):  # QFTWeight: tied to one since
+            return f"{own_name} of {kind} is a {type(weight).__name__}"
+        if weight.dtype not in FLOATS:
+            return f"{own_name} of {kind} is {weight.dtype}"
     return None
 
 
-def _reason_by_shape(parameter: nn.Parameter) -> str:
-    return "vector" if parameter.ndim < 2 else "not the weight of an nn.Linear or nn.Embedding"
+def _weights_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """Name and value of the parameters of a module that are or will be `QFTWeight`."""
+    kind: Any = quantized_kind(type(module))
+    own = module._parameters
+    return [(name, own[name]) for name in kind.weight_names if own.get(name) is not None]
+
+
+def _beside(parameter: nn.Parameter) -> str:
+    """Why a parameter stays float that a module has beside its quantized weights."""
+    return "vector" if parameter.ndim < 2 else "beside the weight of its module"
 
 
 def _is_excluded(name: str, excluded: list[str]) -> bool:
@@ -131,7 +161,8 @@ def kept_parameters(model: nn.Module) -> list[Kept]:
     plain = [
         name
         for name, module in model.named_modules()
-        if type(module) in QUANTIZED_CLASSES or type(module).__name__ in UNSUPPORTED_CLASSES
+        if not isinstance(module, QuantizedModule)
+        and (quantized_kind(type(module)) or type(module).__name__ in UNSUPPORTED_CLASSES)
     ]
     return conversion_plan(model, plain).kept
 
@@ -152,7 +183,8 @@ def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan
         if products is not None and isinstance(weight, QFTWeight):
             check_shared_columns(f"{name}.weight", weight)
     for module in plan.modules.values():
-        module.__class__ = QUANTIZED_CLASSES.get(type(module), type(module))
+        if not isinstance(module, QuantizedModule):
+            module.__class__ = quantized_class(type(module))
     for name, products in choices.items():
         linear: Any = plan.modules[name]
         linear.products = products
@@ -188,28 +220,20 @@ def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPla
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
     product_choices(model, plan, spec)  # raises, before anything has changed
-    for name, parameter in _float_weights(plan):
+    weights = _float_weights(plan)
+    for name, parameter in weights.items():
         if not parameter.is_meta and not bool(parameter.detach().isfinite().all()):
             QFTWeight.from_float(parameter, spec, name=name)  # raises, before anything has changed
-    _check_replaceable(dict(_float_weights(plan)))
-    for name, parameter in _float_weights(plan):
+    _check_replaceable(weights)
+    for name, parameter in weights.items():
         _replace_(parameter, QFTWeight.from_float(parameter, spec, name=name))
     prepare_modules_(model, spec)
     return plan
 
 
-def _float_weights(plan: ConversionPlan) -> Iterator[tuple[str, nn.Parameter]]:
-    """Weights of the plan that are not quantized yet; a tied one once."""
-    seen: set[int] = set()
-    for name, module in plan.modules.items():
-        weight = module.weight
-        if (
-            isinstance(weight, nn.Parameter)
-            and not isinstance(weight, QFTWeight)
-            and id(weight) not in seen
-        ):
-            seen.add(id(weight))
-            yield f"{name}.weight", weight
+def _float_weights(plan: ConversionPlan) -> dict[str, nn.Parameter]:
+    """Weights of the plan that are not quantized yet."""
+    return {n: weight for n, weight in plan.weights.items() if not isinstance(weight, QFTWeight)}
 
 
 def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
@@ -220,19 +244,15 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
     """
     if not dtype.is_floating_point:
         raise ValueError(f"A dequantized model needs a float dtype, got {dtype}.")
-    quantized = {
-        f"{name}.weight": module.weight
-        for name, module in model.named_modules()
-        if is_quantized_module(module) and isinstance(module.weight, QFTWeight)
-    }
-    _check_replaceable(quantized)
+    weights = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
+    _check_replaceable(weights)
+    for weight in weights.values():
+        _replace_(weight, weight.dequantize().to(dtype))
     for module in model.modules():
-        if is_quantized_module(module):
-            weight = module.weight
-            if isinstance(weight, QFTWeight):
-                _replace_(weight, weight.dequantize().to(dtype))
+        if isinstance(module, QuantizedModule):
             module.__dict__.pop("products", None)
-            module.__class__ = PLAIN_CLASSES[type(module)]
+            quantized: Any = module
+            quantized.__class__ = quantized.plain_class
     for module in model.modules():
         _cast_(module, dtype)
 

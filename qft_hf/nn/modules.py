@@ -1,11 +1,16 @@
-"""`QFTLinear` and `QFTEmbedding`: the plain modules with a quantized weight.
+"""`QFTLinear` and `QFTEmbedding`: the plain modules with a quantized weight, and those like them.
+
+A class derived from `nn.Linear` or `nn.Embedding` keeps its own forward and the rest of what it
+adds: `quantized_class` derives from it and from ours at once, so that its `super().forward(...)`
+is ours, and where it reads `self.weight` it gets the quantized weight.
 
 In a state dict a weight is its INT8 fields under names of their own (`weight_q`, `weight_scale`,
 ...), never `weight`: a program that does not know the format then misses a key, instead of taking
 raw codes for weights.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,40 +20,61 @@ from .attachments import attach_, attachments
 from .functional import embedding, linear
 from .loss import DeferredLogits
 from .products import Int8Products
-from .state import STATE_NAMES, check_shared_columns, check_values, state_fields
+from .state import check_shared_columns, check_values, state_fields, state_names
 
 
-class _QuantizedWeight(nn.Module):
-    """Saves and loads `weight` as its INT8 fields."""
+class QuantizedModule(nn.Module):
+    """A module some of whose parameters are `QFTWeight`; saves and loads them as INT8 fields.
 
-    weight: Any  # the plain modules declare a Tensor, and it is a QFTWeight
-    products: Int8Products | None = None  # which are INT8; None: none is
+    Attributes:
+        plain_class: The class of the same module with float weights.
+        weight_names: Names of the parameters that are quantized, where a module has them.
+        products: Which products are INT8; None: none is.
+    """
 
-    def complete_weight(self) -> QFTWeight:
-        """The weight, for computing with it.
+    plain_class: ClassVar[type[nn.Module]]
+    weight_names: ClassVar[tuple[str, ...]] = ("weight",)
+    products: Int8Products | None = None
+
+    def complete_weight(self, name: str = "weight") -> QFTWeight:
+        """A weight, for computing with it.
 
         Raises:
             RuntimeError: It is not quantized yet, or only some of its fields were loaded.
         """
-        weight = self.weight
+        weight = self._parameters[name]
         if not isinstance(weight, QFTWeight):
             raise RuntimeError(
-                f"The weight of {self} is not quantized. Load the model with from_pretrained, or "
+                f"The {name} of {self} is not quantized. Load the model with from_pretrained, or "
                 "call quantize_model_."
             )
         if weight.pending:
             raise RuntimeError(
-                f"A checkpoint was loaded without {sorted(weight.pending)}; the weight is a "
+                f"A checkpoint was loaded without {sorted(weight.pending)}; the {name} is a "
                 "mixture of two models. Load a complete checkpoint of this model and QFTConfig."
             )
         return weight
 
+    def _weights(self) -> Iterator[tuple[str, Any]]:
+        """The parameters that are to be quantized; plain ones while a skeleton waits for them."""
+        for name in self.weight_names:
+            if (weight := self._parameters.get(name)) is not None:
+                yield name, weight
+
     def _apply(self, function: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 torch's
-        """Move or cast as any module does; hooks and attributes of the weight stay on it."""
-        attached = attachments(self.weight)
+        """Move or cast as any module does; hooks and attributes of the weights stay on them."""
+        attached = {name: attachments(weight) for name, weight in self._weights()}
         super()._apply(function, recurse)
-        attach_(self.weight, attached)
+        for name, weight in self._weights():
+            attach_(weight, attached[name])
         return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As any object; but a class that was made is found by its plain one."""
+        reduced: Any = super().__reduce_ex__(protocol)
+        if type(self) is not quantized_class(self.plain_class):  # derived from ours by a user
+            return reduced
+        return _new, (self.plain_class,), *reduced[2:]
 
     def _save_to_state_dict(
         self,
@@ -57,11 +83,10 @@ class _QuantizedWeight(nn.Module):
         keep_vars: bool,  # noqa: FBT001 torch calls it
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        weight = self.weight
-        if isinstance(weight, QFTWeight):  # not while the skeleton waits for its weights
-            del destination[prefix + "weight"]
-            for name, field in state_fields(weight).items():
-                destination[prefix + name] = field
+        for name, weight in self._weights():
+            if isinstance(weight, QFTWeight):  # not while the skeleton waits for its weights
+                del destination[prefix + name]
+                destination.update(state_fields(prefix + name, weight))
 
     def _load_from_state_dict(
         self,
@@ -73,54 +98,67 @@ class _QuantizedWeight(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        weight = self.weight
-        if not isinstance(weight, QFTWeight):
-            raise RuntimeError(
-                f"{prefix}weight is not quantized, so no state can be loaded into it. Load the "
-                "model with from_pretrained, or call quantize_model_ first."
-            )
-        names = {prefix + name: field for name, field in state_fields(weight).items()}
-        others = {key: value for key, value in state_dict.items() if key not in names}
+        weights = {prefix + name: weight for name, weight in self._weights()}
+        for name, weight in weights.items():
+            if not isinstance(weight, QFTWeight):
+                raise RuntimeError(
+                    f"{name} is not quantized, so no state can be loaded into it. Load the "
+                    "model with from_pretrained, or call quantize_model_ first."
+                )
+        fields = {name: state_fields(name, weight) for name, weight in weights.items()}
+        own = {key for of_weight in fields.values() for key in of_weight}
+        others = {key: value for key, value in state_dict.items() if key not in own}
         super()._load_from_state_dict(
             others, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if prefix + "weight" in missing_keys:
-            missing_keys.remove(prefix + "weight")  # stored as its fields
-        foreign = {prefix + name for name in STATE_NAMES.values()} & others.keys()
-        if foreign:
-            error_msgs.append(
-                f"{sorted(foreign)} are in the checkpoint but not in this model, whose weight is "
-                f"{weight!r}: the checkpoint was written with another QFTConfig. Load the model "
-                "from that checkpoint with from_pretrained."
-            )
-        found = names.keys() & state_dict.keys()
-        if found:
-            # A shard may hold some fields of a weight and the next shard the others. Until the
-            # last one has come the weight is a mixture, and the module refuses to compute.
-            weight.pending = (weight.pending or frozenset(names)) - found
-        for key, field in names.items():
-            loaded = state_dict.get(key)
-            if loaded is None:
-                missing_keys.append(key)
-            elif loaded.shape != field.shape or loaded.dtype != field.dtype:
+        for name, weight in weights.items():
+            if name in missing_keys:
+                missing_keys.remove(name)  # stored as its fields
+            if foreign := set(state_names(name).values()) & others.keys():
                 error_msgs.append(
-                    f"{key} must be {field.dtype} of shape {tuple(field.shape)}, got "
-                    f"{loaded.dtype} of shape {tuple(loaded.shape)}: the checkpoint was written "
-                    "for another model or with another QFTConfig."
+                    f"{sorted(foreign)} are in the checkpoint but not in this model, whose weight "
+                    f"is {weight!r}: the checkpoint was written with another QFTConfig. Load the "
+                    "model from that checkpoint with from_pretrained."
                 )
-            else:
-                field.copy_(loaded)
-        weight.fields_changed()
-        if found and not weight.pending:
-            try:
-                check_values(prefix + "weight", weight)
-                if self.products is not None:
-                    check_shared_columns(prefix + "weight", weight)
-            except ValueError as error:
-                error_msgs.append(str(error))
+            _load_(name, weight, fields[name], state_dict, missing_keys, error_msgs)
+            if not weight.pending and fields[name].keys() & state_dict.keys():
+                try:
+                    check_values(name, weight)
+                    if self.products is not None:
+                        check_shared_columns(name, weight)
+                except ValueError as error:
+                    error_msgs.append(str(error))
 
 
-class QFTLinear(_QuantizedWeight, nn.Linear):
+def _load_(
+    name: str,
+    weight: QFTWeight,
+    fields: dict[str, Tensor],
+    state_dict: dict[str, Any],
+    missing_keys: list[str],
+    error_msgs: list[str],
+) -> None:
+    """Copy what a state dict has of the weight `name` into its `fields`."""
+    if found := fields.keys() & state_dict.keys():
+        # A shard may hold some fields of a weight and the next shard the others. Until the
+        # last one has come the weight is a mixture, and the module refuses to compute.
+        weight.pending = (weight.pending or frozenset(fields)) - found
+    for key, field in fields.items():
+        loaded = state_dict.get(key)
+        if loaded is None:
+            missing_keys.append(key)
+        elif loaded.shape != field.shape or loaded.dtype != field.dtype:
+            error_msgs.append(
+                f"{key} must be {field.dtype} of shape {tuple(field.shape)}, got "
+                f"{loaded.dtype} of shape {tuple(loaded.shape)}: the checkpoint was written "
+                "for another model or with another QFTConfig."
+            )
+        else:
+            field.copy_(loaded)
+    weight.fields_changed()
+
+
+class QFTLinear(QuantizedModule, nn.Linear):
     """`nn.Linear` with a `QFTWeight` `[out_features, in_features]`; the bias is float.
 
     Attributes:
@@ -128,6 +166,7 @@ class QFTLinear(_QuantizedWeight, nn.Linear):
             returns `DeferredLogits`.
     """
 
+    plain_class = nn.Linear
     defers_logits = False
 
     def forward(self, x: Tensor) -> Any:
@@ -143,21 +182,66 @@ class QFTLinear(_QuantizedWeight, nn.Linear):
         return shown if self.products is None else f"{shown}, int8=({self.products})"
 
 
-class QFTEmbedding(_QuantizedWeight, nn.Embedding):
+class QFTEmbedding(QuantizedModule, nn.Embedding):
     """`nn.Embedding` whose table is a `QFTWeight` `[num_embeddings, embedding_dim]`."""
+
+    plain_class = nn.Embedding
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integers of any shape to `[*ids.shape, embedding_dim]`; see `functional.embedding`."""
         return embedding(ids, self.complete_weight(), self.padding_idx)
 
 
-QUANTIZED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+# The kinds of modules whose weights are quantized: what a class, or one derived from it, becomes.
+QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedModule]] = {
     nn.Linear: QFTLinear,
     nn.Embedding: QFTEmbedding,
 }
-PLAIN_CLASSES = {quantized: plain for plain, quantized in QUANTIZED_CLASSES.items()}
 
 
-def is_quantized_module(module: nn.Module) -> bool:
-    """Whether `module` is a `QFTLinear` or `QFTEmbedding`."""
-    return isinstance(module, _QuantizedWeight)
+# Classes that write out what nn.Linear computes. Ours does it without a float copy of the weight.
+SAME_FORWARD = ("FalconLinear",)
+
+_MADE: dict[type[nn.Module], type[QuantizedModule]] = {}
+
+
+def quantized_kind(plain: type[nn.Module]) -> type[QuantizedModule] | None:
+    """The entry of `QUANTIZED_CLASSES` that a class belongs to; None: it has none."""
+    kinds = (quantized for base, quantized in QUANTIZED_CLASSES.items() if issubclass(plain, base))
+    return next(kinds, None)
+
+
+def quantized_class(plain: type[nn.Module]) -> type[QuantizedModule]:
+    """The class of modules of class `plain` once their weights are quantized.
+
+    For a class that is derived from one of `QUANTIZED_CLASSES` it is made here, once. The class
+    itself comes first in its method resolution order, and the quantized one before its base.
+    """
+    if plain in QUANTIZED_CLASSES:
+        return QUANTIZED_CLASSES[plain]
+    if plain not in _MADE:
+        kind: Any = quantized_kind(plain)
+        bases = (kind, plain) if plain.__name__ in SAME_FORWARD else (plain, kind)
+        doc = f"`{plain.__name__}` with quantized weights; all else is the class's own."
+        _MADE[plain] = type(f"QFT{plain.__name__}", bases, {"plain_class": plain, "__doc__": doc})
+    return _MADE[plain]
+
+
+def weight_names() -> list[str]:
+    """Names that quantized weights have in their modules."""
+    return sorted({name for kind in QUANTIZED_CLASSES.values() for name in kind.weight_names})
+
+
+def weight_of(key: str) -> str | None:
+    """Full name of the weight that a name in a state dict is a field of; None if of none."""
+    prefix, dot, last = key.rpartition(".")
+    for name in weight_names():
+        if last in state_names(name).values():
+            return prefix + dot + name
+    return None
+
+
+def _new(plain: type[nn.Module]) -> Any:
+    """An empty module of the quantized class of `plain`; for unpickling."""
+    made: Any = quantized_class(plain)
+    return made.__new__(made)

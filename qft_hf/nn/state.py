@@ -1,7 +1,8 @@
 """A quantized weight in a state dict: its INT8 fields under names of their own.
 
-They are never called `weight`: a program that does not know the format then misses a key, instead
-of taking raw codes for weights.
+A weight `lm_head.weight` is there as `lm_head.weight_q`, `lm_head.weight_scale`, ..., and never as
+`lm_head.weight`: a program that does not know the format then misses a key, instead of taking raw
+codes for weights.
 """
 
 from collections.abc import Iterable
@@ -12,21 +13,27 @@ from torch import Tensor
 from ..config import QuantizationSpec
 from ..quant import Arrangement, QFTWeight
 
-# Name in a state dict, by field of `QFTWeight`.
-STATE_NAMES = {
-    "codes": "weight_q",
-    "scales": "weight_scale",
-    "outlier_values": "weight_outlier_value",
-    "outlier_columns": "weight_outlier_column",
+# What follows the name of the weight, by field of `QFTWeight`.
+SUFFIXES = {
+    "codes": "_q",
+    "scales": "_scale",
+    "outlier_values": "_outlier_value",
+    "outlier_columns": "_outlier_column",
 }
 
 
-def state_fields(weight: QFTWeight) -> dict[str, Tensor]:
-    """The fields of a weight by their names in a state dict; without outliers there are two."""
+def state_names(name: str) -> dict[str, str]:
+    """Names in a state dict of all fields that the weight `name` may have, by field."""
+    return {field: name + suffix for field, suffix in SUFFIXES.items()}
+
+
+def state_fields(name: str, weight: QFTWeight) -> dict[str, Tensor]:
+    """The fields of the weight `name` by their names in a state dict; without outliers two."""
+    names = state_names(name)
     return {
-        STATE_NAMES[name]: field.detach()
-        for name, field in weight.fields().items()
-        if field.numel() > 0
+        names[field]: tensor.detach()
+        for field, tensor in weight.fields().items()
+        if tensor.numel() > 0
     }
 
 
@@ -41,9 +48,9 @@ def weight_from_fields(
     """A `QFTWeight` around the fields of a checkpoint, once they are known to be sound.
 
     Args:
-        fields: Tensors by name in a state dict (`weight_q`, ...).
+        fields: Tensors by full name in a state dict (`lm_head.weight_q`, ...).
         spec: The format they must have.
-        name: Full name of the weight, for errors.
+        name: Full name of the weight (`lm_head.weight`).
         arrangement: How its values lie in the matrix that the fields are.
         dtype: The outer float dtype.
 
@@ -52,30 +59,32 @@ def weight_from_fields(
             values that no quantized weight has.
     """
     wanted = QFTWeight.empty(arrangement, spec, dtype=dtype, device="meta")
-    expected = state_fields(wanted)
+    expected = state_fields(name, wanted)
     if missing := expected.keys() - fields.keys():
         raise ValueError(
-            f"{listed(name, missing)} missing from the checkpoint, which has "
-            f"{listed(name, fields)}. A shard was lost or the file is damaged: copy or save the "
+            f"{listed(missing)} missing from the checkpoint, which has "
+            f"{listed(fields)}. A shard was lost or the file is damaged: copy or save the "
             "checkpoint again."
         )
     if extra := fields.keys() - expected.keys():
         raise ValueError(
-            f"{listed(name, extra)} in the checkpoint, and its config.json has "
+            f"{listed(extra)} in the checkpoint, and its config.json has "
             f"outlier_fraction={spec.outlier_fraction}, which makes no such field. Restore the "
             "config.json that was saved with it."
         )
     for key, field in expected.items():
         if fields[key].dtype != field.dtype or fields[key].shape != field.shape:
             raise ValueError(
-                f"{listed(name, [key])} must be {field.dtype} of shape {tuple(field.shape)}, got "
+                f"{key} must be {field.dtype} of shape {tuple(field.shape)}, got "
                 f"{fields[key].dtype} of shape {tuple(fields[key].shape)}. The checkpoint is of "
                 "another model or of another QFTConfig than its config.json says."
             )
+    names = state_names(name)
+    device = fields[names["codes"]].device
     inner = {
         attribute: fields[key]
-        if (key := STATE_NAMES[attribute]) in fields
-        else torch.empty(field.shape, dtype=field.dtype, device=fields[STATE_NAMES["codes"]].device)
+        if (key := names[attribute]) in fields
+        else torch.empty(field.shape, dtype=field.dtype, device=device)
         for attribute, field in wanted.fields().items()
     }
     weight = wanted.with_fields(inner)
@@ -114,7 +123,7 @@ def check_values(name: str, weight: QFTWeight) -> None:
     ):
         if not bool(good.all()):
             raise ValueError(
-                f"{listed(name, [STATE_NAMES[field]])} has {problem}: {int((~good).sum())} of "
+                f"{state_names(name)[field]} has {problem}: {int((~good).sum())} of "
                 f"{good.numel()}. The checkpoint is damaged: copy or save it again."
             )
 
@@ -134,7 +143,6 @@ def check_shared_columns(name: str, weight: QFTWeight) -> None:
         )
 
 
-def listed(name: str, fields: Iterable[str]) -> str:
-    """Full names of some fields of the weight `name`."""
-    stem = name.removesuffix("weight")
-    return ", ".join(stem + field for field in sorted(fields))
+def listed(names: Iterable[str]) -> str:
+    """Names in order, for an error."""
+    return ", ".join(sorted(names))

@@ -9,14 +9,14 @@ from torch import nn
 
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import (
-    STATE_NAMES,
     QFTEmbedding,
     QFTLinear,
+    QuantizedModule,
     dequantize_modules_,
-    is_quantized_module,
     prepare_modules_,
     quantize_modules_,
     state_fields,
+    state_names,
 )
 from qft_hf.quant import Int8Gradient
 from tests.nn.small import SmallModel, batch
@@ -203,7 +203,7 @@ def test_a_state_dict_holds_fields_under_names_of_their_own():
 def test_without_outliers_there_are_two_fields():
     weight = quantized(NO_OUTLIERS).head.weight
 
-    assert set(state_fields(weight)) == {STATE_NAMES["codes"], STATE_NAMES["scales"]}
+    assert set(state_fields("weight", weight)) == {"weight_q", "weight_scale"}
 
 
 def test_a_whole_module_can_be_saved():
@@ -229,7 +229,7 @@ def test_deepcopy_is_independent_and_keeps_ties():
     assert_same_bits(model.loss(batch()).detach(), loss)
 
 
-@pytest.mark.parametrize("name", sorted(STATE_NAMES.values()))
+@pytest.mark.parametrize("name", sorted(state_names("weight").values()))
 def test_a_missing_field_is_named_and_the_module_refuses_to_compute(name):
     model = quantized(tied=False)
     state = quantized(tied=False, seed=1).state_dict()
@@ -325,10 +325,10 @@ def test_a_skeleton_that_waits_for_its_weights_says_so():
 def test_quantized_modules_are_told_from_plain_ones():
     model = quantized()
 
-    assert is_quantized_module(model.head)
-    assert is_quantized_module(model.embed)
-    assert not is_quantized_module(model.norm)
-    assert not is_quantized_module(nn.Linear(2, 2))
+    assert isinstance(model.head, QuantizedModule)
+    assert isinstance(model.embed, QuantizedModule)
+    assert not isinstance(model.norm, QuantizedModule)
+    assert not isinstance(nn.Linear(2, 2), QuantizedModule)
 
 
 def test_modules_keep_their_attributes_and_show_their_class():

@@ -6,7 +6,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from ...nn.state import STATE_NAMES
+from ...nn import weight_of
 from ..config import QUANT_METHOD
 from ..convert import dequantize_model_
 from ..drafts import written_whole
@@ -62,7 +62,7 @@ def refuse_int8_without_config(folder: Path) -> None:
         ValueError: So it is; the text names one of them.
     """
     names = tensor_names([str(path) for path in folder.glob("*.safetensors")])
-    fields = sorted(name for name in names if name.rpartition(".")[2] in STATE_NAMES.values())
+    fields = sorted(filter(weight_of, names))
     if fields:
         raise ValueError(
             f"{folder} has INT8 weights, {fields[0]} and {len(fields) - 1} more tensors, and its "
