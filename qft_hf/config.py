@@ -1,6 +1,6 @@
 """How weights are stored and multiplied. Plain values: no tensors, no torch, no transformers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MATMULS = ("dequantize", "int8")
 # The three matrix products of a linear layer in one training step: y, grad_x and grad_W.
@@ -28,6 +28,9 @@ class QuantizationSpec:
             `"input_gradient"` and `"weight_gradient"`. Of several names that match a module the
             longest decides. Not listed: all three, and none for the output head.
         seed: Key of the counter-based random numbers that round updates.
+        strict: Whether a model is refused of which more than a tenth of the parameters would stay
+            float without being listed in `modules_to_not_convert`; else a warning says so. It is
+            asked of a conversion and is no part of the format: no checkpoint records it.
 
     Raises:
         ValueError: A value is out of its range; the text names the range.
@@ -39,6 +42,7 @@ class QuantizationSpec:
     matmul: str = "dequantize"
     int8_products: dict[str, list[str]] | None = None
     seed: int = 0
+    strict: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.group_size is not None and self.group_size < 1:

@@ -42,6 +42,8 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
             # bool is an int to Python and a slip to us.
             if not isinstance(value, types) or isinstance(value, bool):
                 raise TypeError(f"{name} must be {wanted}, got {value!r}.")
+        if not isinstance(self.strict, bool):
+            raise TypeError(f"strict must be True or False, got {self.strict!r}.")
         if not all(isinstance(entry, str) for entry in self.modules_to_not_convert or []):
             raise TypeError(
                 "modules_to_not_convert must be a list of module names or None, got "
@@ -98,7 +100,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` records."""
-        names = ["quant_method", *(field.name for field in fields(self))]
+        names = ["quant_method", *(field.name for field in fields(self) if field.compare)]
         return {name: copy.deepcopy(getattr(self, name)) for name in names}
 
     def forget_absent(self, model: nn.Module) -> list[str]:
@@ -157,6 +159,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
             "matmul": self.matmul,
             "int8_products": self.int8_products,
             "seed": self.seed,
+            "strict": self.strict,
         }
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from ..nn import QuantizedModule, conversion_plan, dequantize_modules_, quantize_modules_
 from .config import QUANT_METHOD, QFTConfig
+from .coverage import check_coverage
 from .quantizer import QFTQuantizer, check_finite
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,11 +30,13 @@ def quantize_model_(model: Model, config: QFTConfig) -> Model:
         `model`.
 
     Raises:
-        ValueError: The model is quantized in another way, has NaN or infinite values (named), or
-            holds matrices in a class that is not supported. The model is unchanged.
+        ValueError: The model is quantized in another way, has NaN or infinite values (named), holds
+            matrices in a class that is not supported, has no weight that can be INT8, or, with
+            `config.strict`, too few. The model is unchanged.
     """
     _refuse_other_quantization(model, config)
     plan = conversion_plan(model, config.modules_to_not_convert)
+    check_coverage(model, plan, config)
     for kept in plan.kept:
         if not kept.parameter.is_meta:
             check_finite(kept.name, kept.parameter)

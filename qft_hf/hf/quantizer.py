@@ -22,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..layout import GroupLayout, outlier_bytes
 from ..nn import (
     QuantizedModule,
+    conversion_plan,
     dequantize_modules_,
     mark_tables_,
     prepare_modules_,
@@ -32,6 +33,7 @@ from ..nn import (
 from ..nn.state import SUFFIXES, listed, weight_from_fields
 from ..quant import Arrangement, QFTWeight
 from .config import QUANT_METHOD, QFTConfig
+from .coverage import check_coverage
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +218,9 @@ class QFTQuantizer(HfQuantizer):
                 ", ".join(dict.fromkeys(absent)),
                 type(model).__name__,
             )
+        if not self.pre_quantized or self.quantization_config.strict:
+            plan = conversion_plan(model, self.quantization_config.modules_to_not_convert)
+            check_coverage(model, plan, self.quantization_config)
         prepare_modules_(model, self.quantization_config)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         return model

@@ -92,11 +92,6 @@ def _quantize_(model: nn.Module, args: TrainingArguments) -> None:
     quantize_model_(model, config or QFTConfig(seed=given_options(args).get("seed", 0)))
     quantized = sum(p.numel() for p in model.parameters() if isinstance(p, QFTWeight))
     total = sum(p.numel() for p in model.parameters())
-    if not quantized:
-        raise ValueError(
-            f"No weight of {type(model).__name__} can be INT8: none belongs to an nn.Linear or "
-            "nn.Embedding outside modules_to_not_convert. Train it with an ordinary optimizer."
-        )
     # A warning, because it is the one line a user of the stock Trainer must see.
     logger.warning(
         "optim=%s: quantized the float %s to INT8 before training, %s of %s parameters",

@@ -1,7 +1,9 @@
 """Modules with quantized weights, and the rule that says which modules get them."""
 
 from .convert import (
+    LISTED,
     ConversionPlan,
+    Kept,
     conversion_plan,
     dequantize_modules_,
     mark_tables_,
@@ -22,9 +24,11 @@ from .products import Int8Products
 from .state import state_fields, state_names
 
 __all__ = [
+    "LISTED",
     "ConversionPlan",
     "DeferredLogits",
     "Int8Products",
+    "Kept",
     "QFTEmbedding",
     "QFTLinear",
     "QuantizedModule",

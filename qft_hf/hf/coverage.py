@@ -1,0 +1,62 @@
+"""How much of a model becomes INT8: said, or refused, before the model changes."""
+
+import logging
+from typing import Any
+
+from torch import nn
+
+from ..nn import LISTED, ConversionPlan, Kept
+from .config import QFTConfig
+
+logger = logging.getLogger(__name__)
+
+MOST_FLOAT = 0.1  # of a model's parameters, without a word
+
+
+def check_coverage(model: nn.Module, plan: ConversionPlan, config: QFTConfig) -> None:
+    """Warn if more than a tenth of the parameters stays float; with `config.strict` raise.
+
+    What is listed in `modules_to_not_convert` is meant to stay float and is not counted.
+
+    Raises:
+        ValueError: So it is, or no weight at all is quantized.
+    """
+    if not plan.weights:
+        raise ValueError(
+            f"No weight of {type(model).__name__} can be INT8: none belongs to an nn.Linear or "
+            "nn.Embedding, or a class derived from them, outside modules_to_not_convert. Train it "
+            "with an ordinary optimizer."
+        )
+    unasked = [kept for kept in plan.kept if kept.reason != LISTED]
+    total = _count(plan.kept) + sum(weight.numel() for weight in plan.weights.values())
+    share = _count(unasked) / total
+    if share <= MOST_FLOAT:
+        return
+    text = (
+        f"{share:.1%} of the parameters of {type(model).__name__} stay float, as do their "
+        f"gradients and momentum: {'; '.join(_by_reason(unasked, total))}. List their modules in "
+        "modules_to_not_convert if that is meant."
+    )
+    if config.strict:
+        raise ValueError(f"{text} strict=True refuses it; the model is unchanged.")
+    logger.warning(text)
+
+
+def _by_reason(kept: list[Kept], total: int) -> list[str]:
+    """One line for each reason, the largest first: share, names, reason."""
+    groups: dict[str, list[Kept]] = {}
+    for parameter in kept:
+        groups.setdefault(parameter.reason, []).append(parameter)
+    return [
+        f"{_count(group) / total:.1%} {_names(group)} ({reason})"
+        for reason, group in sorted(groups.items(), key=lambda item: -_count(item[1]))
+    ]
+
+
+def _names(group: list[Kept]) -> str:
+    largest = max(group, key=lambda kept: kept.parameter.numel()).name
+    return largest if len(group) == 1 else f"{largest} and {len(group) - 1} more"
+
+
+def _count(kept: Any) -> int:
+    return sum(entry.parameter.numel() for entry in kept)
