@@ -6,10 +6,12 @@ from .chunked_loss import chunk_loss_
 from .config import QFTConfig
 from .convert import dequantize_model_, quantize_model_
 from .estimate import Recommendation, estimate_memory, recommend
+from .guards import install_guards
 from .registration import is_accumulating, register_optimizer
 from .trainer import QFTTrainer
 
 register_optimizer()
+install_guards()
 
 __all__ = [
     "QFTConfig",

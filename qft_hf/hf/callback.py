@@ -62,8 +62,8 @@ class QFTCallback(TrainerCallback):
         if self.writes_in_place and args.save_strategy != "no":
             logger.warning(
                 "transformers.Trainer writes checkpoints in place: a run that is killed while it "
-                "saves leaves a broken one, and resume_from_checkpoint=True takes that. QFTTrainer "
-                "writes them whole, and resumes from the newest whole one"
+                "saves leaves a broken one, and resume_from_checkpoint=True takes that, unchecked. "
+                "QFTTrainer writes them whole, and resumes from the newest whole one"
             )
         if inner.gradient != "release":
             return

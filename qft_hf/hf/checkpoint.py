@@ -9,12 +9,12 @@ alone decide.
 import json
 import logging
 import zipfile
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import xxhash
+from torch import nn
 from transformers.trainer import (
     OPTIMIZER_NAME,
     SCALER_NAME,
@@ -30,7 +30,7 @@ from transformers.utils import (
 )
 
 from .drafts import settle, written_whole
-from .quantizer import tensor_names
+from .tensor_files import DAMAGED, damaged, memory, tensor_names
 
 logger = logging.getLogger(__name__)
 
@@ -171,26 +171,29 @@ def weight_files(checkpoint: Path) -> list[str]:
 
 
 def check_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Raise unless a checkpoint has the tensors of a model, all of them and no other.
+    """Raise unless a checkpoint has the tensors of a model, undamaged, all of them and no other.
 
     Args:
         model: Not changed. A tensor that is tied to another may be left out.
         checkpoint: The folder.
 
     Raises:
-        ValueError: Tensors are missing or foreign (named), or files are.
+        ValueError: Tensors are missing, foreign or damaged (named), or files are.
     """
     try:
-        saved = set(tensor_names([str(checkpoint / name) for name in weight_files(checkpoint)]))
+        files = [str(checkpoint / name) for name in weight_files(checkpoint)]
+        saved, found = set(tensor_names(files)), damaged(files)
     except ValueError as error:
         raise ValueError(f"No weights can be loaded from {checkpoint}: {error}") from error
+    if found:
+        raise ValueError(f"No weights can be loaded from {checkpoint}: {_some(found)}. {DAMAGED}")
     state = model.state_dict()
-    loaded = {_memory(state[name]) for name in state.keys() & saved}
+    loaded = {memory(state[name]) for name in state.keys() & saved}
     never_saved = set(getattr(model, "_keys_to_ignore_on_save", None) or [])
     missing = [
         name
         for name, tensor in state.items()
-        if name not in saved and name not in never_saved and _memory(tensor) not in loaded
+        if name not in saved and name not in never_saved and memory(tensor) not in loaded
     ]
     for names, problem in (
         (missing, "are missing from it, and would keep the values of the model as it was built"),
@@ -257,7 +260,7 @@ def _unreadable(path: Path) -> list[str]:
             return [f"{path.name} has no global_step"]
     elif path.suffix == ".safetensors":
         try:
-            list(tensor_names([str(path)]))
+            return damaged([str(path)])
         except ValueError as error:
             return [str(error)]
     else:  # of torch.save: a zip archive with a check sum of each tensor
@@ -281,21 +284,14 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _digest(path: Path) -> list[int]:
-    """Size in bytes and CRC-32, which finds accidents and is read at the speed of a disk."""
-    size = checksum = 0
+def _digest(path: Path) -> list[int | str]:
+    """Size in bytes and XXH3, which finds accidents and is read at the speed of a disk."""
+    size, checksum = 0, xxhash.xxh3_64()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             size += len(chunk)
-            checksum = zlib.crc32(chunk, checksum)
-    return [size, checksum]
-
-
-def _memory(tensor: Any) -> Any:
-    """What tied tensors have in common."""
-    if not isinstance(tensor, Tensor):
-        return id(tensor)
-    return tensor.data_ptr(), tensor.shape, tensor.dtype
+            checksum.update(chunk)
+    return [size, checksum.hexdigest()]
 
 
 def _some(names: list[str]) -> str:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    revert_weight_conversion,
+)
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -30,10 +33,11 @@ from ..nn import (
     weight_names,
     weight_of,
 )
-from ..nn.state import SUFFIXES, listed, weight_from_fields
+from ..nn.state import SUFFIXES, listed, state_names, weight_from_fields
 from ..quant import Arrangement, QFTWeight
 from .config import QUANT_METHOD, QFTConfig
 from .coverage import check_coverage
+from .tensor_files import DAMAGED, damaged, metadata, tensor_names
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +130,14 @@ class QFTQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """Yes: `state_dict` holds the INT8 fields."""
         return True
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Nothing of its own to save, and the check sums of all tensors."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, not the model
+            return None, {}
+        state = model.state_dict()
+        # A file may have the names and tensors of another layout, which the model was read from.
+        return None, metadata({**state, **revert_weight_conversion(model, dict(state))})
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to offload: its hooks exchange float tensors by name.
@@ -235,19 +247,20 @@ class QFTQuantizer(HfQuantizer):
                     "one of an earlier run. Remove the one that is not wanted."
                 )
         names = set(tensor_names(files))
-        fields = [name for name in names if weight_of(name)]
-        if fields and not self.pre_quantized:
-            raise ValueError(
-                f"{min(fields)} and {len(fields) - 1} more tensors of {files[0]} are INT8 fields, "
-                "and config.json has no quantization_config. Restore the config.json that was "
-                "saved with them; an INT8 checkpoint is loaded without quantization_config."
-            )
-        doubled = [name for name in fields if weight_of(name) in names]
+        if not self.pre_quantized:
+            refuse_int8(names, of=str(folder))
+        doubled = [name for name in names if weight_of(name) in names]
         if doubled:
             raise ValueError(
                 f"{min(doubled)} is in {files[0]} beside a float weight of the same module, one of "
                 f"{len(doubled)} such fields, so the checkpoint is a mixture of two. Save the "
                 "model again into an empty folder."
+            )
+        if self.pre_quantized and (found := damaged(files)):
+            shown = "\n".join(f"- {fault}" for fault in found[:FAULTS_SHOWN])
+            raise ValueError(
+                f"{len(found)} tensors of {folder} are at fault, the first {FAULTS_SHOWN} at most:"
+                f"\n{shown}\n{DAMAGED} QFT_CHECKSUMS=0 loads them as they are."
             )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -323,6 +336,33 @@ class QFTQuantizer(HfQuantizer):
             config.__dict__.pop("_is_quantized", None)  # attention asks whether it is there
 
 
+def int8_weights(names: Iterable[str]) -> list[str]:
+    """Those of the names of tensors that are codes of an INT8 weight, which has scales too."""
+    names = set(names)
+    fields = [state_names(weight) for weight in {weight_of(name) for name in names} if weight]
+    return sorted(of["codes"] for of in fields if {of["codes"], of["scales"]} <= names)
+
+
+def refuse_int8(names: Iterable[str], *, of: str) -> None:
+    """Raise if a checkpoint without a quantization_config has INT8 weights.
+
+    transformers would leave them out and go on with random ones.
+
+    Args:
+        names: Of its tensors.
+        of: Where it is, for the error.
+
+    Raises:
+        ValueError: So it is; the text names one of them.
+    """
+    if found := int8_weights(names):
+        raise ValueError(
+            f"{of} has INT8 weights, {found[0]} and {len(found) - 1} more, and its config.json has "
+            "no quantization_config. Restore the config.json that was saved with them, and leave "
+            "out what you pass as quantization_config."
+        )
+
+
 def check_finite(name: str, parameter: Tensor) -> None:
     """Raise if a float parameter has values that no training can start from.
 
@@ -344,21 +384,6 @@ def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
             f"{tuple(shape)}. Load it with its own config.json; to change a size, load it as float "
             "with ignore_mismatched_sizes=True and call quantize_model_."
         )
-
-
-def tensor_names(files: list[str]) -> Iterable[str]:
-    """Names in the headers of safetensors files."""
-    for file in files:
-        if not file.endswith(".safetensors"):
-            continue
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                yield from tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{file} cannot be read ({error}). It is damaged, or was cut off when it was "
-                "copied or saved: copy it again, or load an earlier checkpoint."
-            ) from error
 
 
 def _only(tensor: Any) -> Tensor:

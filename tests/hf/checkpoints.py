@@ -33,3 +33,12 @@ def edit_config(folder: Path, change: Callable[[dict], None]) -> None:
     config = json.loads(file.read_text())
     change(config)
     file.write_text(json.dumps(config))
+
+
+def flip_bit(file: Path, name: str, *, byte: int = 0, bit: int = 0) -> None:
+    """Flip one bit of a tensor in a safetensors file."""
+    content = bytearray(file.read_bytes())
+    header_bytes = int.from_bytes(content[:8], "little")
+    start, _ = json.loads(content[8 : 8 + header_bytes])[name]["data_offsets"]
+    content[8 + header_bytes + start + byte] ^= 1 << bit
+    file.write_bytes(content)

@@ -6,11 +6,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer
 
-from ...nn import weight_of
 from ..config import QUANT_METHOD
 from ..convert import dequantize_model_
 from ..drafts import written_whole
-from ..quantizer import tensor_names
+from ..quantizer import refuse_int8
+from ..tensor_files import tensor_names
 
 
 def export_checkpoint(
@@ -39,7 +39,9 @@ def export_checkpoint(
     config = AutoConfig.from_pretrained(source)
     quantization = getattr(config, "quantization_config", None) or {}
     if quantization.get("quant_method") != QUANT_METHOD:
-        refuse_int8_without_config(source)
+        refuse_int8(
+            tensor_names([str(file) for file in source.glob("*.safetensors")]), of=str(source)
+        )
         raise ValueError(
             f"{source} does not hold INT8 weights of qft_hf (quant_method is "
             f"{quantization.get('quant_method')!r}, not {QUANT_METHOD!r}). An ordinary checkpoint "
@@ -51,21 +53,3 @@ def export_checkpoint(
         model.save_pretrained(draft)
         if (source / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(source).save_pretrained(draft)
-
-
-def refuse_int8_without_config(folder: Path) -> None:
-    """Raise if a folder has INT8 weights that its `config.json` knows nothing of.
-
-    transformers would leave them out and go on with random ones.
-
-    Raises:
-        ValueError: So it is; the text names one of them.
-    """
-    names = tensor_names([str(path) for path in folder.glob("*.safetensors")])
-    fields = sorted(filter(weight_of, names))
-    if fields:
-        raise ValueError(
-            f"{folder} has INT8 weights, {fields[0]} and {len(fields) - 1} more tensors, and its "
-            "config.json has no quantization_config. Restore the config.json that was saved with "
-            "them."
-        )

@@ -1,0 +1,110 @@
+"""The safetensors files of a model: names of tensors, and check sums in the metadata.
+
+A flipped bit of a code makes another code: nothing but a check sum tells. Each file of a checkpoint
+has those of all tensors of the checkpoint, so that a shard of another one shows too.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+KEY = "qft_checksums"  # in the metadata: JSON, by name of the tensor
+SWITCH = "QFT_CHECKSUMS"  # environment variable; 0: read, and do not compare
+
+DAMAGED = (
+    "It is damaged, or was cut off when it was copied or saved: copy it again, or load an earlier "
+    "checkpoint."
+)
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """XXH3 of bytes, dtype and shape of each tensor: 16 hexadecimal digits."""
+    known: dict[Any, str] = {}  # a tied tensor is read once
+    return {
+        name: known.get(identity := memory(tensor)) or known.setdefault(identity, _sum(tensor))
+        for name, tensor in tensors.items()
+    }
+
+
+def metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What a file that holds some of these tensors says of all of them."""
+    return {KEY: json.dumps(checksums(tensors))}
+
+
+def tensor_names(files: list[str]) -> list[str]:
+    """Names in the headers of safetensors files; other files have none.
+
+    Raises:
+        ValueError: One cannot be read.
+    """
+    return [name for file in _safetensors(files) for name in _opened(file).keys()]
+
+
+def damaged(files: list[str]) -> list[str]:
+    """What is wrong with the tensors of the safetensors files of one checkpoint, each by name.
+
+    Files without check sums, as earlier versions wrote them, cannot be told.
+
+    Raises:
+        ValueError: A file cannot be read.
+    """
+    if os.environ.get(SWITCH) == "0":
+        logger.warning("%s=0: check sums of %s are not compared", SWITCH, ", ".join(files))
+        return []
+    wanted: dict[str, str] = {}
+    found: list[str] = []
+    for file in _safetensors(files):
+        for name, value in _listed(file).items():
+            if wanted.setdefault(name, value) != value:
+                return [f"{file} and another of {len(files)} are shards of two checkpoints"]
+    for file in _safetensors(files) if wanted else []:
+        tensors = _opened(file)
+        found += [
+            f"{name} in {file} is not what was saved"
+            for name in tensors.keys()
+            if name in wanted and _sum(tensors.get_tensor(name)) != wanted[name]
+        ]
+    return found
+
+
+def memory(tensor: Any) -> Any:
+    """What tied tensors have in common."""
+    if not isinstance(tensor, Tensor):
+        return id(tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.dtype
+
+
+def _sum(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    digest = xxhash.xxh3_64(data)  # type: ignore[arg-type]  # numpy arrays are buffers
+    digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    return digest.hexdigest()
+
+
+def _safetensors(files: list[str]) -> list[str]:
+    return [file for file in files if file.endswith(".safetensors")]
+
+
+def _opened(file: str) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read ({error}). {DAMAGED}") from error
+
+
+def _listed(file: str) -> dict[str, str]:
+    """The check sums that a file has; none if it is of an earlier version."""
+    text = (_opened(file).metadata() or {}).get(KEY, "{}")
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{KEY} of {file} cannot be read ({error}). {DAMAGED}") from error

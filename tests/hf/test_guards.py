@@ -1,0 +1,125 @@
+"""What loading and saving with transformers does once qft_hf is imported."""
+
+import errno
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+
+from qft_hf import QFTConfig, dequantize_model_, quantize_model_
+from qft_hf.hf.drafts import PREFIX
+from qft_hf.hf.guards import install_guards
+from tests.hf.checkpoints import assert_same_state, edit_config
+from tests.models import tiny_bert, tiny_llama
+
+
+@pytest.fixture
+def int8_folder(tmp_path):
+    quantize_model_(tiny_llama(), QFTConfig()).save_pretrained(tmp_path / "int8")
+    return tmp_path / "int8"
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"quantization_config": QFTConfig()}, {"ignore_mismatched_sizes": True}],
+    ids=["plain", "qft", "lenient"],
+)
+@pytest.mark.parametrize("model_class", [AutoModelForCausalLM, AutoModel, LlamaForCausalLM])
+@pytest.mark.parametrize("shards", [None, "9KB"], ids=["one file", "shards"])
+def test_int8_weights_without_their_config_are_refused(shards, model_class, arguments, tmp_path):
+    """Transformers filled in random weights."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    model.save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
+    edit_config(tmp_path, lambda config: config.pop("quantization_config"))
+
+    with pytest.raises(ValueError, match=r"has INT8 weights, .* Restore the config\.json"):
+        model_class.from_pretrained(tmp_path, **arguments)
+
+
+def test_an_int8_state_dict_without_a_config_is_refused():
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    config = tiny_llama().config
+    with pytest.raises(ValueError, match=r"has INT8 weights, lm_head\.weight_q and 15 more"):
+        LlamaForCausalLM.from_pretrained(None, config=config, state_dict=model.state_dict())
+
+
+def test_models_of_others_load_as_ever(tmp_path):
+    model = tiny_bert()
+    model.save_pretrained(tmp_path)
+    assert_same_state(type(model).from_pretrained(tmp_path), model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    again = type(model).from_pretrained(None, config=model.config, state_dict=state)
+    assert_same_state(again, model)
+
+
+def disk_full(monkeypatch, after):
+    """Writing weights fails half-way, when the file is there and cut off."""
+    from transformers import modeling_utils
+
+    write = modeling_utils.safe_save_file
+
+    def fail(tensors, filename, metadata):
+        write(tensors, filename, metadata=metadata)
+        with open(filename, "r+b") as file:
+            file.truncate(after)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", fail)
+
+
+@pytest.mark.parametrize("after", [0, 9000])
+@pytest.mark.parametrize("saved", ["float over INT8", "INT8 over INT8", "INT8 over float"])
+def test_a_full_disk_leaves_the_model_that_was_there(saved, after, int8_folder, monkeypatch):
+    """A new config.json stood beside what was left of the weights."""
+    if saved == "INT8 over float":
+        tiny_llama().save_pretrained(int8_folder)
+    before = contents(int8_folder)
+    model = AutoModelForCausalLM.from_pretrained(int8_folder)
+    if saved == "float over INT8":
+        dequantize_model_(model, torch.float32)
+    elif saved == "INT8 over float":
+        quantize_model_(model, QFTConfig())
+    disk_full(monkeypatch, after)
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        model.save_pretrained(int8_folder)
+    assert "everything there is as it was" in str(caught.value.__notes__)
+    assert contents(int8_folder) == before
+    assert not list(int8_folder.glob(f"{PREFIX}*"))
+
+
+def test_a_float_model_takes_the_place_of_the_int8_model_it_was(int8_folder):
+    quantize_model_(tiny_llama(), QFTConfig()).save_pretrained(int8_folder, max_shard_size="9KB")
+    model = dequantize_model_(AutoModelForCausalLM.from_pretrained(int8_folder), torch.float32)
+    model.save_pretrained(int8_folder)
+    assert not list(int8_folder.glob("*-of-*"))
+    again = AutoModelForCausalLM.from_pretrained(int8_folder, dtype=torch.float32)
+    assert getattr(again, "hf_quantizer", None) is None
+    assert_same_state(again, model)
+
+
+def test_a_damaged_int8_model_can_be_replaced(int8_folder):
+    (int8_folder / "model.safetensors").write_bytes(b"no")
+    tiny_llama().save_pretrained(int8_folder)
+    assert_same_state(AutoModelForCausalLM.from_pretrained(int8_folder), tiny_llama())
+
+
+def test_a_folder_that_is_a_file_is_left_alone(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    with pytest.raises((NotADirectoryError, FileExistsError)):
+        model.save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_guards_are_put_once():
+    before = LlamaForCausalLM.save_pretrained, LlamaForCausalLM._load_pretrained_model
+    install_guards()
+    assert before == (
+        LlamaForCausalLM.save_pretrained,
+        LlamaForCausalLM._load_pretrained_model,
+    )
