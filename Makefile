@@ -12,7 +12,7 @@ CONSTRAINTS := -c .ci/constraints-cpu.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test faults demo bench clean
+.PHONY: help install format lint types test faults mutants demo bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ test: $(INSTALLED)  ## All tests that need no GPU
 
 faults: $(INSTALLED)  ## Kill runs while they write, QFT_KILLS=200 times each, and resume them
 	OMP_NUM_THREADS=1 QFT_KILLS=$${QFT_KILLS:-200} $(BIN)/python -m pytest tests/faults
+
+mutants: $(INSTALLED)  ## Plant faults one at a time: does a test see each? About an hour
+	$(BIN)/python -m tests.mutants
 
 demo: $(INSTALLED)  ## Tune a real 135 M model on real dialogues in INT8, all parameters
 	$(BIN)/python scripts/demo.py

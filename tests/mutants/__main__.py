@@ -1,0 +1,204 @@
+"""Plant faults, one at a time, in a copy of the tree, and see whether the tests named for it fail.
+
+    make mutants
+    python -m tests.mutants --only 'lion|maximize'
+
+The faults are in the `.toml` files beside this one, one for each area. A fault is an edit: in
+`file` the text `old`, which occurs once, becomes `new`; one of `tests` must fail then, in a process
+of its own. Exits with 1 if a fault survives, if `old` is not there or not unique, or if tests do
+not run or fail without any fault.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 600  # of the tests of one fault
+TESTS_FAILED = 1  # of pytest's exit statuses; others say that tests did not run
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.
+
+    Attributes:
+        area: The list that it stands in.
+        name: What is wrong, in a few words.
+        kind: What faults of its like have in common.
+        file: That it is planted in, from the root.
+        old: Text that occurs once there.
+        new: What takes its place.
+        tests: Files or tests, of which one must fail.
+    """
+
+    area: str
+    name: str
+    kind: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.area}: {self.name} ({self.kind})"
+
+    @property
+    def is_compiled_in(self) -> bool:
+        """Whether numba's machine code has it, whose cache does not notice edits of other files.
+
+        Of what is outside of `kernels/cpu/` it has constants.
+        """
+        is_constant = re.match(r"[A-Z_, ]+ = ", self.old) is not None
+        return "kernels/cpu/" in self.file or is_constant
+
+    def apply(self, tree: Path) -> None:
+        """Edit the file; ValueError unless the old text occurs once."""
+        path = tree / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(
+                f"{self}: the old text occurs {text.count(self.old)} times in {self.file}, wanted "
+                "is once. Mend the list."
+            )
+        path.write_text(text.replace(self.old, self.new))
+
+
+def load(folder: Path) -> list[Mutant]:
+    """All faults of the lists in `folder`."""
+    return [
+        Mutant(area=path.stem, **{**fault, "tests": tuple(fault["tests"])})
+        for path in sorted(folder.glob("*.toml"))
+        for fault in tomllib.loads(path.read_text())["fault"]
+    ]
+
+
+def copy_tracked(root: Path, tree: Path) -> None:
+    """Copy what git tracks, as it is in the working tree, and link the data."""
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=root, check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    for name in filter(None, names.split("\0")):
+        if (root / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, tree / name)
+    if (root / "data").exists():
+        (tree / "data").unlink(missing_ok=True)
+        (tree / "data").symlink_to((root / "data").resolve())
+
+
+def run_tests(tree: Path, tests: Sequence[str], numba_cache: Path) -> tuple[int, str]:
+    """Pytest's exit status at the first failure, and the test that failed or what was printed.
+
+    Triton's kernels have a process of their own, as the interpreter is chosen at import.
+    """
+    interpreted = [test for test in tests if test.partition("::")[0].endswith("_triton.py")]
+    status, output = 0, ""
+    for part in ([test for test in tests if test not in interpreted], interpreted):
+        if not part or status:
+            continue
+        variables = {
+            "PYTHONPATH": str(tree),
+            "NUMBA_CACHE_DIR": str(numba_cache),
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1" if part is interpreted else "0",
+        }
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *part]
+        try:
+            done = subprocess.run(
+                command, cwd=tree, env={**os.environ, **variables}, timeout=SECONDS,
+                capture_output=True, text=True,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return -1, f"not done in {SECONDS} s"
+        status, output = done.returncode, done.stdout + done.stderr
+    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+    return status, failed[0] if status == TESTS_FAILED and failed else output
+
+
+def plant(mutant: Mutant, root: Path, tree: Path, numba_cache: Path) -> tuple[int, str]:
+    """Run the tests of one fault with it; `tree` is a copy of `root` before and after."""
+    mutant.apply(tree)
+    try:
+        if not mutant.is_compiled_in:
+            return run_tests(tree, mutant.tests, numba_cache)
+        with tempfile.TemporaryDirectory() as empty_cache:
+            return run_tests(tree, mutant.tests, Path(empty_cache))
+    finally:  # with the old time, which caches go by
+        shutil.copy2(root / mutant.file, tree / mutant.file)
+
+
+def campaign(mutants: Sequence[Mutant], root: Path) -> int:
+    """Plant each fault, print progress and a table; 0 if every one was caught, else 1."""
+    survivors: list[Mutant] = []
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        tree, numba_cache = Path(folder) / "tree", Path(folder) / "numba"
+        copy_tracked(root, tree)
+        for mutant in mutants:  # a stale list shows at once
+            mutant.apply(tree)
+            shutil.copy2(root / mutant.file, tree / mutant.file)
+        tests = sorted({test for mutant in mutants for test in mutant.tests})
+        print(f"{len(mutants)} faults; first their {len(tests)} tests without any", flush=True)
+        status, output = run_tests(tree, tests, numba_cache)
+        if status:
+            print(f"{output}\nTests fail without any fault (pytest's status {status}).")
+            return 1
+        for number, mutant in enumerate(mutants, 1):
+            begin = time.monotonic()
+            status, output = plant(mutant, root, tree, numba_cache)
+            caught = status == TESTS_FAILED
+            if not caught:
+                survivors.append(mutant)
+            verdict = f"caught by {output}" if caught else f"SURVIVED, pytest's status {status}"
+            seconds = time.monotonic() - begin
+            print(f"[{number}/{len(mutants)}] {mutant}: {verdict}, {seconds:.0f} s", flush=True)
+            if not caught and status:
+                print(output)
+    print(table(mutants, survivors))
+    return 1 if survivors else 0
+
+
+def table(mutants: Sequence[Mutant], survivors: Sequence[Mutant]) -> str:
+    """Faults planted, caught and not, by area, in Markdown."""
+    lines = ["| area | planted | caught | survived |", "| --- | ---: | ---: | --- |"]
+    for area in [*dict.fromkeys(mutant.area for mutant in mutants), None]:
+        planted = [m for m in mutants if area in (m.area, None)]
+        survived = [m for m in survivors if area in (m.area, None)]
+        names = "" if area is None else "; ".join(m.name for m in survived)
+        caught = len(planted) - len(survived)
+        lines.append(f"| {area or 'all'} | {len(planted)} | {caught} | {names} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="PATTERN",
+        help="faults whose area, name, kind or file has this",
+    )
+    pattern = re.compile(parser.parse_args().only)
+    mutants = [m for m in load(Path(__file__).parent) if pattern.search(f"{m} {m.file}")]
+    if not mutants:
+        parser.error(f"no fault matches {pattern.pattern!r}")
+    return campaign(mutants, ROOT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
