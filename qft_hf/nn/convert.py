@@ -247,7 +247,7 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
     weights = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
     _check_replaceable(weights)
     for weight in weights.values():
-        _replace_(weight, weight.dequantize().to(dtype))
+        _replace_(weight, weight.values().to(dtype))
     for module in model.modules():
         if isinstance(module, QuantizedModule):
             module.__dict__.pop("products", None)

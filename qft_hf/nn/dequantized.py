@@ -33,7 +33,7 @@ def forward(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
     """y[..., R] = x[..., C] W[R, C]^T + b[R], of the dtype of `x`."""
     if weight.is_one_tile:
         bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x, weight.dequantize(x.dtype), bias)
+        return F.linear(x, weight.values(x.dtype), bias)
     tiles = [
         F.linear(
             x,
@@ -56,7 +56,7 @@ def forward_few(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
 def input_gradient(grad: Tensor, weight: QFTWeight) -> Tensor:
     """grad_x[N, C] = grad[N, R] W[R, C]; FP32 if it was added up from several tiles."""
     if weight.is_one_tile:
-        return grad @ weight.dequantize(grad.dtype)
+        return grad @ weight.values(grad.dtype)
     total = None
     for rows in weight.row_tiles():  # they add up in FP32: rounding partial sums would lose bits
         product = (grad[:, rows] @ weight.dequantize_rows(rows, grad.dtype)).float()

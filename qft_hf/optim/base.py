@@ -282,7 +282,6 @@ class QFTOptimizer(Optimizer):
             FloatingPointError: A gradient is not finite and `nonfinite="raise"`. Weights, state and
                 gradients are as before.
             RuntimeError: The step before was interrupted half-way.
-            TypeError: A quantized weight has a float gradient. Nothing was updated.
             ValueError: An option of a group is out of its range. Nothing was updated.
         """
         loss = None
@@ -316,6 +315,8 @@ class QFTOptimizer(Optimizer):
             group["seed"], self._next_step(state), stream, stochastic=group["stochastic_rounding"]
         )
         stored: kernels.Weight = parameter.stored  # type: ignore[attr-defined]  # a QFTWeight
+        # Autograd then refuses to read for backward what has moved on since it was used.
+        torch.autograd.graph.increment_version(parameter)
         if isinstance(gradient, TiledGradient):
             return self.step_tiles(stored, gradient, state, group, rounding, factor)
         if isinstance(gradient, Int8Gradient):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..quant import Int8Gradient, QFTWeight, TiledGradient
+from ..quant import Int8Gradient, Int8Tensor, QFTWeight, TiledGradient, quantized
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,6 @@ class Flow(ABC):
 
     # Whether gradients may come in float tiles now; see `QFTWeight.wants_tiles`.
     wants_tiles = False
-    needs_hook = False
 
     def __init__(self, optimizer: Updates) -> None:
         self._optimizer = weakref.ref(optimizer)
@@ -92,7 +91,12 @@ class Flow(ABC):
     def __call__(self, parameter: Parameter) -> None:
         """What autograd calls: the gradient of `parameter` is complete."""
         if self._optimizer() is not None:
+            _quantize_gradient_(parameter)
             self.complete(parameter)
+
+    @abstractmethod
+    def listens_to(self, parameter: Parameter) -> bool:
+        """Whether to be told when the gradient of this parameter is complete."""
 
     @abstractmethod
     def complete(self, parameter: Parameter) -> None:
@@ -118,7 +122,7 @@ class Flow(ABC):
             for key, hook in list(hooks.items()):
                 if isinstance(hook, Flow) and hook is not self:
                     del hooks[key]
-            if not self.needs_hook or not parameter.requires_grad:
+            if not parameter.requires_grad or not self.listens_to(parameter):
                 continue
             if self not in hooks.values():
                 parameter.register_post_accumulate_grad_hook(self)
@@ -135,21 +139,14 @@ class Flow(ABC):
                     del hooks[key]
 
     def _waiting(self, parameters: list[Parameter]) -> list[Parameter]:
-        """Those of the parameters that have a gradient, in INT8 if they have INT8 weights.
-
-        Raises:
-            TypeError: A quantized weight has a gradient that no QFT module has made.
-        """
+        """Those of the parameters that have a gradient, now in INT8 if they are INT8 weights."""
         waiting = []
         for parameter in parameters:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            if isinstance(gradient, TiledGradient):  # whoever wanted tiles did not take them
-                parameter.grad = gradient.quantized()
-            elif isinstance(parameter, QFTWeight) and not isinstance(gradient, Int8Gradient):
-                raise _float_gradient_error(parameter, gradient)
-            waiting.append(parameter)
+            if isinstance(parameter.grad, TiledGradient):  # whoever wanted tiles did not take them
+                parameter.grad = parameter.grad.quantized()
+            _quantize_gradient_(parameter)  # set by hand, or while no hook was there
+            if parameter.grad is not None:
+                waiting.append(parameter)
         return waiting
 
     def _refuse_half_a_step(self) -> None:
@@ -182,8 +179,12 @@ class Stack(Flow):
         super().__init__(optimizer)
         self.nonfinite = nonfinite
 
+    def listens_to(self, parameter: Parameter) -> bool:
+        """To INT8 weights, for a gradient that is float."""
+        return isinstance(parameter, QFTWeight)
+
     def complete(self, parameter: Parameter) -> None:
-        """It waits. Nobody calls this while one process has all gradients: there is no hook."""
+        """It waits."""
 
     def step(self, parameters: list[Parameter]) -> bool:
         """Update every parameter that has a gradient.
@@ -191,7 +192,6 @@ class Stack(Flow):
         Raises:
             FloatingPointError: A gradient is not finite. Nothing was updated.
             RuntimeError: The step before was interrupted half-way.
-            TypeError: A quantized weight has a float gradient. Nothing was updated.
         """
         self._refuse_half_a_step()
         waiting = self._waiting(parameters)
@@ -229,8 +229,6 @@ class Release(Flow):
         is_accumulating: Asked for each gradient: whether more micro-batches of the step follow.
     """
 
-    needs_hook = True
-
     def __init__(
         self,
         optimizer: Updates,
@@ -254,6 +252,10 @@ class Release(Flow):
         self._is_inside_accumulate = False
         self._ask_accumulating = is_accumulating
         self._keeps = False  # whether gradients have been kept for a later micro-batch, ever
+
+    def listens_to(self, parameter: Parameter) -> bool:
+        """To all."""
+        return True
 
     @property
     def wants_tiles(self) -> bool:  # type: ignore[override]
@@ -284,7 +286,6 @@ class Release(Flow):
             FloatingPointError: It is INT8 and has a NaN or infinity.
             RuntimeError: The parameter was updated in this step already, or the norm that exact
                 clipping needs was not measured.
-            TypeError: It is a float gradient of a quantized weight.
             ValueError: It belongs to an earlier micro-batch, and `accumulation` is `"forbid"`; or
                 an option of a group is out of its range, and nothing was updated.
         """
@@ -336,8 +337,6 @@ class Release(Flow):
             self._n_updated = len(self._used)
             optimizer.update(parameter, gradient)
             self._n_updated = 0
-        elif isinstance(parameter, QFTWeight):
-            raise _float_gradient_error(parameter, gradient)
         elif gradient is not None:
             is_small = parameter.numel() <= SMALL
             if self.clipping is not None or not is_small:  # else the step takes all norms together
@@ -379,7 +378,6 @@ class Release(Flow):
         Raises:
             FloatingPointError: A gradient has a NaN or infinity. Those that waited were not used.
             RuntimeError: The step before was interrupted half-way.
-            TypeError: A quantized weight has a float gradient. Nothing was updated.
         """
         self._refuse_half_a_step()
         waiting = self._waiting(parameters)
@@ -486,12 +484,11 @@ class Release(Flow):
         self._squares, self._used, self._floats = [], set(), []
 
 
-def _float_gradient_error(parameter: Parameter, gradient: Tensor | None) -> TypeError:
-    return TypeError(
-        f"A quantized weight of shape {tuple(parameter.shape)} has a gradient of type "
-        f"{type(gradient).__name__}; only Int8Gradient is expected. Do not assign .grad by hand, "
-        "use the weight through its QFT module, and let a hook multiply the gradient that it gets."
-    )
+def _quantize_gradient_(parameter: Parameter) -> None:
+    """Make the gradient of a weight INT8 that came in float, as by use outside of its module."""
+    gradient = parameter.grad
+    if isinstance(parameter, QFTWeight) and not isinstance(gradient, Int8Tensor | None):
+        parameter.grad = quantized(gradient, parameter)
 
 
 def _hooks_of(parameter: Parameter) -> dict[Any, Any]:

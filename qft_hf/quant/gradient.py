@@ -13,7 +13,8 @@ from torch import Tensor
 from .. import kernels
 from ..layout import STATE_GROUP_SIZE, GroupLayout
 from .arrangement import Arrangement
-from .tensor import Int8Tensor, aten
+from .reading import aten, read
+from .tensor import Int8Tensor
 
 
 class Int8Gradient(Int8Tensor):
@@ -31,6 +32,10 @@ class Int8Gradient(Int8Tensor):
     """
 
     FIELDS = ("codes", "scales")
+    to_change = (
+        "Multiplying in place by a number or a mask works; for other changes return the new "
+        "gradient from a hook, or assign it to .grad: it is quantized again."
+    )
 
     stored: kernels.Quantized  # the fields as operators take them
 
@@ -100,7 +105,7 @@ class Int8Gradient(Int8Tensor):
             gradient.contiguous(), group_size=STATE_GROUP_SIZE
         )
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         """The values as a plain tensor of this shape and dtype."""
         values = kernels.dequantize(kernels.Weight.dense(self.stored), dtype=self.dtype)
         return self.arrangement.parameter(values)
@@ -155,9 +160,9 @@ class TiledGradient(Int8Tensor):
         for rows in self.rows:
             yield rows, self.make(rows).contiguous()
 
-    def dequantize(self) -> Tensor:
+    def values(self) -> Tensor:
         """The values that its INT8 form has, as a plain tensor of the outer dtype."""
-        return self.quantized().dequantize()
+        return self.quantized().values()
 
     def quantized(self) -> Int8Gradient:
         """All of it in INT8; each tile is quantized as soon as it exists."""
@@ -201,31 +206,50 @@ def _alias_tiles(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     )  # fmt: skip
 
 
-@TiledGradient.implements(aten.add.Tensor)
-def _add_tiles(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    one, other = (x.quantized() if isinstance(x, TiledGradient) else x for x in args)
-    return _add_(aten.add_.Tensor, (one, other), kwargs)
+def quantized(gradient: Tensor, like: Int8Tensor) -> Int8Gradient:
+    """A gradient of a quantized weight as INT8, whatever it is by now; the same if it is INT8.
+
+    Args:
+        gradient: An `Int8Gradient`, a `TiledGradient`, or float as it comes from code that knows
+            nothing of INT8, in the shape of the weight.
+        like: The weight, or a gradient of it.
+    """
+    if isinstance(gradient, Int8Gradient):
+        return gradient
+    if isinstance(gradient, TiledGradient):
+        return gradient.quantized()
+    return Int8Gradient.from_float(
+        gradient.to_dense(), dtype=like.dtype, arrangement=like.arrangement
+    )
 
 
 @Int8Gradient.implements(aten.add_.Tensor)
-def _add_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
+def _add_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     gradient, other = args
-    if isinstance(other, TiledGradient):
-        other = other.quantized()
-    if not isinstance(gradient, Int8Gradient) or not isinstance(other, Int8Gradient):
+    if not isinstance(gradient, Int8Gradient):  # float, and stays so until its weight is updated
+        return read(operator, args, kwargs)
+    if gradient.shape != other.shape or kwargs.get("alpha", 1) != 1:
         raise NotImplementedError(
-            f"Adding {type(other).__name__} to {type(gradient).__name__} would mix INT8 and float "
-            "gradients of one weight: every use of a QFT weight must go through its QFT module."
+            f"An INT8 gradient of shape {tuple(gradient.shape)} is added to in place by another of "
+            f"the same shape and alpha=1, got {tuple(other.shape)} and {kwargs}. In a hook, return "
+            "gradient + other instead."
         )
-    if kwargs.get("alpha", 1) != 1:
-        raise NotImplementedError("INT8 gradients add with alpha=1 only; scale them first.")
-    kernels.accumulate_(gradient.stored, other.stored)
+    kernels.accumulate_(gradient.stored, quantized(other, gradient).stored)
     return gradient
 
 
 @Int8Gradient.implements(aten.add.Tensor)
-def _add(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
-    return _add_(operator, (args[0].clone(), args[1]), kwargs)
+@TiledGradient.implements(aten.add.Tensor)
+def _add(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    one, other = args
+    if not isinstance(other, Tensor) or one.shape != other.shape or kwargs.get("alpha", 1) != 1:
+        return read(operator, args, kwargs)
+    like: Any = one if isinstance(one, Int8Tensor) else other
+    total = quantized(one, like)
+    if total is one:
+        total = total.clone()
+    kernels.accumulate_(total.stored, quantized(other, like).stored)
+    return total
 
 
 IN_PLACE = {
@@ -240,10 +264,7 @@ IN_PLACE = {
 def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
     gradient, factor = args
     if not isinstance(gradient, Int8Gradient):
-        raise NotImplementedError(
-            f"{type(gradient).__name__} cannot be scaled in place by an INT8 gradient. Call "
-            ".dequantize() on the gradient first."
-        )
+        return read(operator, args, kwargs)
     if isinstance(factor, Tensor) and factor.numel() > 1 and not gradient.arrangement.is_plain:
         factor = gradient.arrangement.matrix(factor.expand(gradient.shape))
     is_per_row = (
@@ -267,6 +288,8 @@ def _scale(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8
     gradient, factor = args
     if not isinstance(gradient, Int8Gradient) and operator is aten.mul.Tensor:
         gradient, factor = factor, gradient  # mask * gradient
+    if not isinstance(gradient, Int8Gradient):
+        return read(operator, args, kwargs)
     return _scale_(IN_PLACE[operator], (gradient.clone(), factor), kwargs)
 
 
@@ -282,9 +305,6 @@ def _zero_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8
 def _vector_norm(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     gradient, order = args[0], args[1] if len(args) > 1 else 2
     if order != 2 or len(args) > 2 or kwargs.get("dim") is not None:
-        raise NotImplementedError(
-            f"An INT8 gradient has the 2-norm over all its elements; order {order} with arguments "
-            f"{args[2:]} {kwargs} was asked for. Use norm_type=2."
-        )
+        return read(operator, args, kwargs)
     norm: Tensor = gradient.squared_norm().sqrt().float()
     return norm

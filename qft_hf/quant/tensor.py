@@ -1,11 +1,9 @@
 """Base of the INT8 tensors: a float tensor to autograd and the Trainer, INT8 fields in memory.
 
-Idea: wrapper subclasses as in torchao's quantized training, Apache/BSD-licensed; here with a fixed
-list of operators. An operator that is not on the list raises: nothing is expanded to float behind
-the user's back.
+Idea: wrapper subclasses as in torchao's quantized training, Apache/BSD-licensed. The operators here
+work on the fields; others read the values (`reading.py`).
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -13,12 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .arrangement import Arrangement
-
-aten = torch.ops.aten
-Operator = Callable[..., Any]
+from .reading import Readable, aten, read, view
 
 
-class Int8Tensor(Tensor):
+class Int8Tensor(Readable):
     """A tensor of a float `dtype` whose values are stored in INT8 `FIELDS`, as a matrix.
 
     Attributes:
@@ -28,52 +24,9 @@ class Int8Tensor(Tensor):
     """
 
     FIELDS: ClassVar[tuple[str, ...]]
-    _operators: ClassVar[dict[Any, Operator]] = {}
-
     codes: Tensor
     scales: Tensor
     arrangement: Arrangement
-
-    # Functions of torch see a plain tensor; what it is shows one level down, in dispatch.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __init_subclass__(cls) -> None:
-        """Give each subclass its own table on top of the common operators."""
-        super().__init_subclass__()
-        cls._operators = dict(cls._operators)
-
-    @classmethod
-    def implements(cls, *operators: Any) -> Callable[[Operator], Operator]:
-        """Decorator: the function runs these ATen operators, as `f(operator, args, kwargs)`."""
-
-        def register(function: Operator) -> Operator:
-            for operator in operators:
-                cls._operators[operator] = function
-            return function
-
-        return register
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        operator: Any,
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run an operator of the list; raise for any other.
-
-        Raises:
-            NotImplementedError: The operator is not on the list.
-        """
-        function = cls._operators.get(operator)
-        if function is None:
-            raise NotImplementedError(
-                f"{operator} is not defined on {cls.__name__}, which stores INT8 codes. Only "
-                "QFTLion updates such tensors; to compute with the values, call .dequantize() and "
-                "work on that copy."
-            )
-        return function(operator, args, kwargs or {})
 
     def fields(self) -> dict[str, Tensor]:
         """The stored tensors by name; they share memory with this one."""
@@ -81,10 +34,6 @@ class Int8Tensor(Tensor):
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
         """A tensor of the same kind and format around other fields."""
-        raise NotImplementedError
-
-    def dequantize(self) -> Tensor:
-        """The values as a plain tensor of this tensor's dtype."""
         raise NotImplementedError
 
     def fields_changed(self) -> None:
@@ -150,10 +99,7 @@ def _to_copy(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
 def _copy_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target, source = args[:2]
     if type(target) is not type(source):
-        raise NotImplementedError(
-            f"Copying {type(source).__name__} into {type(target).__name__} would round or expand "
-            "it unseen. Quantize or .dequantize() first and copy like into like."
-        )
+        return read(operator, args, kwargs)
     # Field shapes too: copying field by field would broadcast, or stop half-way.
     shapes, source_shapes = (
         {name: tuple(field.shape) for name, field in tensor.fields().items()}
@@ -176,18 +122,15 @@ def _equal(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
     # transformers asks it of two weights that a checkpoint should have tied.
     tensor, other = args
     if type(tensor) is not type(other) or tensor._format() != other._format():
-        return False
+        return bool(read(operator, args, kwargs))
     fields = other.fields()
     return all(torch.equal(field, fields[name]) for name, field in tensor.fields().items())
 
 
 @Int8Tensor.implements(aten.view.default)
 def _view(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Torch views a parameter as itself to find its autograd node; no other view exists.
+    # Torch views a parameter as itself to find its autograd node.
     tensor, shape = args
     if tuple(shape) != tuple(tensor.shape):
-        raise NotImplementedError(
-            f"{type(tensor).__name__} of shape {tuple(tensor.shape)} cannot be viewed as "
-            f"{tuple(shape)}: its scales belong to rows. Call .dequantize() first."
-        )
+        return view(operator, args, kwargs)
     return return_and_correct_aliasing(operator, args, kwargs, tensor.with_fields(tensor.fields()))

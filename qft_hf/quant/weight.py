@@ -11,6 +11,7 @@ from ..config import QuantizationSpec
 from ..layout import INT16_COLUMNS, STATE_GROUP_SIZE, GroupLayout, outliers_per_row
 from .arrangement import Arrangement
 from .gradient import Int8Gradient, TiledGradient
+from .reading import aten, read, view, warn_of_memory
 from .tensor import Int8Tensor
 
 ALL_ROWS = slice(0, None)
@@ -42,6 +43,11 @@ class QFTWeight(Int8Tensor):
     """
 
     FIELDS = ("codes", "scales", "outlier_values", "outlier_columns")
+    to_change = (
+        "To edit weights, call dequantize_model_(model), change them, and quantize_model_(model) "
+        "again; to train them, use an optimizer of qft_hf, such as QFTLion; to compute with other "
+        "values, change those of .dequantize(), which are a copy."
+    )
 
     stored: kernels.Weight  # the fields as operators take them
     # Whether an embedding looks rows of it up, and maybe a head shares it: its gradient is then
@@ -196,15 +202,36 @@ class QFTWeight(Int8Tensor):
         return self.stored.codes.numel() <= layout.TILE_ELEMENTS
 
     def dequantize_rows(self, rows: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The values of some rows, a slice or numbers `[n]`: `[n, columns]` of the outer dtype.
+        """Values of some rows of the matrix, without a gradient: `[n, columns]`.
 
         Args:
-            rows: Which.
-            dtype: What the values are rounded to after that, if it is another.
+            rows: Which: a slice or numbers `[n]`.
+            dtype: What the values are rounded to after the outer dtype, if it is another.
         """
         if isinstance(rows, Tensor):
             return self._expand(self.stored, rows, dtype)
         return self._expand(self.stored.rows(rows), None, dtype)
+
+    def values(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All values as a plain tensor of this shape, without a gradient; `dtype` likewise."""
+        return self.arrangement.parameter(self._expand(self.stored, None, dtype))
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All values as a plain tensor of this shape; `dtype` likewise.
+
+        Where gradients are recorded, one that comes back passes to this weight, in INT8.
+        """
+        values = super().dequantize()
+        return values if dtype is None else values.to(dtype)
+
+    def part(self, start: int, end: int) -> Tensor:
+        """Values of a range of the first dimension, rows or experts, without a gradient."""
+        shape, transposed = self.arrangement
+        if len(shape) == 2 and transposed:  # a range of columns
+            return self.values()[start:end]
+        n_rows = self.arrangement.matrix_shape[0] // shape[0]
+        rows = self.dequantize_rows(slice(start * n_rows, end * n_rows))
+        return Arrangement((end - start, *shape[1:]), transposed).parameter(rows)
 
     def _expand(
         self, stored: kernels.Weight, rows: Tensor | None, dtype: torch.dtype | None
@@ -264,9 +291,41 @@ class QFTWeight(Int8Tensor):
         )
         return gradient if wants_tiles else gradient.quantized()
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All values as a plain tensor of this shape; `dtype` as in `dequantize_rows`."""
-        return self.arrangement.parameter(self._expand(self.stored, None, dtype))
+    def _take(self, value: Tensor) -> None:
+        # The fields of another weight, as `weight.data = weight.data.cuda()` does.
+        if not isinstance(value, QFTWeight):
+            super()._take(value)
+        else:
+            Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+            self.stored, self.arrangement = value.stored, value.arrangement
+
+
+@QFTWeight.implements(aten.slice.Tensor)
+def _slice(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    weight, dim, start, end, step = args + (0, None, None, 1)[len(args) - 1 :]
+    if dim % weight.ndim or step != 1:
+        return view(operator, args, kwargs)
+    start, end, _ = slice(start, end).indices(weight.shape[0])
+    return view(operator, args, kwargs, make=lambda: weight.part(start, max(start, end)))
+
+
+@QFTWeight.implements(aten.select.int)
+def _select(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    weight, dim, index = args
+    if dim % weight.ndim:
+        return view(operator, args, kwargs)
+    index %= weight.shape[0]  # one that is out of range raises before this is read
+    return view(operator, args, kwargs, make=lambda: weight.part(index, index + 1)[0])
+
+
+@QFTWeight.implements(aten.embedding.default)
+def _embedding(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    weight, ids = args[:2]
+    if not weight.arrangement.is_plain:
+        return read(operator, args, kwargs)
+    warn_of_memory(operator, weight)
+    rows = weight.dequantize_rows(ids.reshape(-1).contiguous())
+    return rows.view(*ids.shape, weight.shape[1])
 
 
 def _quantized(matrix: Tensor, spec: QuantizationSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -192,7 +192,7 @@ def test_a_gradient_that_is_not_finite_arrives_as_such():
 def never_expanded(monkeypatch):
     """No weight is expanded while this holds."""
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise AssertionError("a weight was expanded")
 
     monkeypatch.setattr(QFTWeight, "_expand", refuse)
@@ -243,10 +243,12 @@ def test_under_autocast_few_tokens_are_of_its_dtype(never_expanded):
 )
 def test_fewer_tokens_are_few_where_bf16_is_native(dtype, native_bf16, most, monkeypatch):
     expanded: list[int] = []
-    expand = QFTWeight._expand  # behind all that expand rows, or the whole
+    expand = QFTWeight._expand
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native_bf16)
     monkeypatch.setattr(
-        QFTWeight, "_expand", lambda *args: expanded.append(tokens) or expand(*args)
+        QFTWeight,
+        "_expand",
+        lambda *args, **dtype: expanded.append(tokens) or expand(*args, **dtype),
     )
 
     with torch.no_grad():

@@ -33,7 +33,10 @@ def problem(dtype=torch.float32, *, with_bias=True):
 
 def exact_loss(x, weight, bias, labels):
     """The same in float64, with the gradients of x, dense weight and bias."""
-    x, dense = x.detach().double().requires_grad_(), weight.dequantize().double().requires_grad_()
+    x, dense = (
+        x.detach().double().requires_grad_(),
+        weight.detach().dequantize().double().requires_grad_(),
+    )
     bias = None if bias is None else bias.detach().double().requires_grad_()
     loss = F.cross_entropy(F.linear(x, dense, bias), labels, reduction="none")
     return loss, x, dense, bias

@@ -185,9 +185,16 @@ def test_a_norm_that_is_not_finite_is_seen_by_clipping_and_by_the_step(bad):
     assert_same_tensors(snapshot(model, optimizer), before)
 
 
-def test_another_norm_is_refused():
+def test_another_norm_is_of_the_stored_gradients_too():
     model = make_model()
     backward(model, 0)
+    gradients = [p.grad for p in model.parameters()]
+    values = [g.dequantize() if isinstance(g, Int8Gradient) else g.clone() for g in gradients]
+    largest = max(float(v.abs().max()) for v in values)
 
-    with pytest.raises(NotImplementedError, match="Use norm_type=2"):
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0, norm_type=float("inf"))
+    norm = nn.utils.clip_grad_norm_(model.parameters(), largest / 3, norm_type=float("inf"))
+
+    assert norm == pytest.approx(largest, rel=4 * FP32_EPS)
+    for gradient, before in zip((p.grad for p in model.parameters()), values, strict=True):
+        after = gradient.dequantize() if isinstance(gradient, Int8Gradient) else gradient
+        torch.testing.assert_close(after, before / 3, rtol=1e-4, atol=0)  # by norm + 1e-6

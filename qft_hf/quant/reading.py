@@ -1,0 +1,195 @@
+"""A tensor that is stored in another form than float, and that any operator may read.
+
+Code that knows nothing of INT8 slices, multiplies or measures a weight as it does any tensor:
+`F.linear(x, weight[a:b])`. An operator that only reads computes with the values, which exist for as
+long as it runs; PyTorch's own derivative of it gives a float gradient, which is quantized where it
+arrives (`optim/flow.py`). A view, such as a slice or a transpose, makes its values whenever it is
+read, so autograd keeps no float copy of it. What would write values raises: they are no memory that
+could keep them.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+Operator = Callable[..., Any]
+
+
+class Readable(Tensor):
+    """A float tensor to everybody who reads it, whatever it is stored as."""
+
+    to_change: ClassVar[str] = ""  # in an error: what to do instead of writing
+    _operators: ClassVar[dict[Any, Operator]] = {}
+
+    # Functions of torch see a plain tensor; what it is shows one level down, in dispatch.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __init_subclass__(cls) -> None:
+        """Give each subclass its own table on top of the common operators."""
+        super().__init_subclass__()
+        cls._operators = dict(cls._operators)
+
+    @classmethod
+    def implements(cls, *operators: Any) -> Callable[[Operator], Operator]:
+        """Decorator: the function runs these ATen operators, as `f(operator, args, kwargs)`."""
+
+        def register(function: Operator) -> Operator:
+            for operator in operators:
+                cls._operators[operator] = function
+            return function
+
+        return register
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        operator: Any,
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run an operator of the table; any other reads values or raises."""
+        return cls._operators.get(operator, read)(operator, args, kwargs or {})
+
+    def values(self) -> Tensor:
+        """The values as a plain tensor of this tensor's dtype, without a gradient."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """The values as a plain tensor of this tensor's dtype; a gradient passes through it."""
+        return torch.alias_copy(self)
+
+    @property
+    def data(self) -> Tensor:
+        """The same tensor without its history, as of any tensor; another one of its kind is taken.
+
+        Raises:
+            TypeError: It is set to a tensor of another kind.
+        """
+        return Tensor.data.__get__(self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._take(value)
+
+    def _take(self, value: Tensor) -> None:
+        raise TypeError(
+            f"A {type(value).__name__} was assigned to .data of {self!r}, which has no memory for "
+            f"values, only for codes and scales. {self.to_change}"
+        )
+
+
+@Readable.implements(aten.alias_copy.default)
+def _alias_copy(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    stored: Readable = args[0]
+    return stored.values()
+
+
+class View(Readable):
+    """What an operator that makes a view, `weight[a:b]` or `weight.t()`, has of a stored tensor.
+
+    It shows the values of the moment when it is read, as a view does.
+
+    Args:
+        make: Makes the values.
+        like: A tensor, on the meta device, of its shape, strides and dtype.
+        of: What it is a view of.
+    """
+
+    @staticmethod
+    def __new__(cls, make: Callable[[], Tensor], *, like: Tensor, of: Readable) -> Self:
+        """Make the outer tensor, without storage."""
+        return Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=of.device
+        )
+
+    def __init__(self, make: Callable[[], Tensor], *, like: Tensor, of: Readable) -> None:
+        self.values = make  # type: ignore[method-assign]
+        self.of = of
+        self.to_change = of.to_change  # type: ignore[misc]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Its own shape, and what it is a view of."""
+        return f"View(shape={tuple(self.shape)}, of {self.of!r})"
+
+
+def read(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator on values in the place of the tensors that store them.
+
+    Raises:
+        NotImplementedError: It would write to such a tensor.
+    """
+    for stored, is_written in _aliased(operator, args, kwargs):
+        if not is_written:
+            return view(operator, args, kwargs)
+        raise NotImplementedError(
+            f"{operator} would write to {stored!r}, which has no memory for values, only for codes "
+            f"and scales. {stored.to_change}"
+        )
+    stored = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Readable))
+    warn_of_memory(operator, stored)
+    args, kwargs = tree_map_only(Readable, lambda x: x.values(), (args, kwargs))
+    return operator(*args, **kwargs)
+
+
+def _aliased(
+    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[Readable, bool]]:
+    """Stored tensors that a result would share memory with, and whether they are written."""
+    for place, argument in enumerate(operator._schema.arguments):
+        if argument.alias_info is not None:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            for leaf in tree_leaves(value):
+                if isinstance(leaf, Readable):
+                    yield leaf, argument.alias_info.is_write
+
+
+def view(
+    operator: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    make: Callable[[], Tensor] | None = None,
+) -> Any:
+    """What `operator`, which makes a view of its first argument, makes of a stored tensor.
+
+    Args:
+        operator: Makes one view, or a list of them.
+        args: Its arguments, the stored tensor first.
+        kwargs: Likewise.
+        make: Makes the values of the view from less than all values of the tensor.
+    """
+    stored, *rest = args
+    like = torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device="meta")
+    likes = operator(like, *rest, **kwargs)
+
+    def made() -> Any:
+        return operator(stored.values(), *rest, **kwargs)
+
+    if isinstance(likes, Tensor):
+        return View(make or made, like=likes, of=stored)
+    return [
+        View(lambda part=part: made()[part], like=like, of=stored)  # type: ignore[misc]
+        for part, like in enumerate(likes)
+    ]
+
+
+_warned = False
+
+
+def warn_of_memory(operator: Any, stored: Readable) -> None:
+    """Say once in a process what it costs to read values."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"{operator} reads {stored!r}, whose values are then made in float: "
+            f"{stored.numel() * stored.element_size() / 1e6:.1f} MB for as long as the operator "
+            "runs. Where a weight that is trained is used so, outside of its module, its gradient "
+            "is whole in float too, until it is quantized. This is said once, of the first use.",
+            stacklevel=4,  # the line that uses it
+        )
