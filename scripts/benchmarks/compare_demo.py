@@ -24,7 +24,7 @@ from common.command_line import chosen, command_line
 
 from qft_hf.hf.finetune import RunArguments, parse_arguments, prepare
 from qft_hf.hf.finetune.data import prepare_data
-from qft_hf.hf.finetune.loading import load_tokenizer
+from qft_hf.hf.finetune.loading import load_config, load_tokenizer
 
 
 class Lion(torch.optim.Optimizer):
@@ -52,7 +52,8 @@ def float_trainer(arguments: RunArguments, *, adamw_lr: float | None) -> Trainer
     training = arguments.training
     set_seed(training.seed)
     tokenizer = load_tokenizer(arguments.model)
-    data = prepare_data(arguments.data, tokenizer, seed=training.seed)
+    config = load_config(arguments.model)
+    data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model.model_name_or_path, dtype=torch.float32
     )
@@ -67,7 +68,7 @@ def float_trainer(arguments: RunArguments, *, adamw_lr: float | None) -> Trainer
         args=training,
         train_dataset=data.train.dataset,
         eval_dataset=data.evaluation.dataset,
-        data_collator=data.collator,
+        data_collator=data.task.collator,
         processing_class=tokenizer,
         optimizers=(optimizer, None),
     )

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import ByT5Tokenizer
 
-from qft_hf.hf.finetune.chat import IGNORED, ConversationEncoder
+from qft_hf.hf.finetune.chat import ConversationEncoder
+from qft_hf.hf.finetune.conversation import read_conversation
+from qft_hf.hf.finetune.task import NothingToLearn
+from qft_hf.nn.loss import IGNORED
 from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, chat, tiny_tokenizer
 
 VICUNA = Path(__file__).parents[2] / "configs" / "vicuna.jinja"
@@ -15,9 +18,15 @@ both_ways = pytest.mark.parametrize("template", [CHATML, CHATML_MARKED], ids=["p
 each_chat = pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS)
 
 
-def encode_conversation(messages, tokenizer, *, assistant_only, max_length=None):
+def encode_row(row, tokenizer, *, assistant_only=True, max_length=None):
     encoder = ConversationEncoder(tokenizer, assistant_only=assistant_only)
-    return encoder.encode(messages, max_length=max_length)
+    conversation = read_conversation(row, messages_field="messages")
+    return encoder.encode(conversation, max_length=max_length)
+
+
+def encode_conversation(messages, tokenizer, **options):
+    (example,) = encode_row({"messages": messages}, tokenizer, **options)
+    return example
 
 
 def learned_text(tokenizer, input_ids, labels):
@@ -32,7 +41,7 @@ def learned_text(tokenizer, input_ids, labels):
 def test_exactly_the_assistant_turns_are_learned(messages, template):
     tokenizer = tiny_tokenizer(template)
 
-    input_ids, labels = encode_conversation(messages, tokenizer, assistant_only=True)
+    input_ids, labels = encode_conversation(messages, tokenizer)
 
     spoken = [turn["content"] + END for turn in messages if turn["role"] == "assistant"]
     assert learned_text(tokenizer, input_ids, labels) == "".join(spoken)
@@ -52,7 +61,7 @@ def test_exactly_the_assistant_turns_are_learned(messages, template):
 @each_chat
 def test_both_ways_agree(messages):
     results = [
-        encode_conversation(messages, tiny_tokenizer(template), assistant_only=True)
+        encode_conversation(messages, tiny_tokenizer(template))
         for template in (CHATML, CHATML_MARKED)
     ]
     assert results[0] == results[1]
@@ -70,11 +79,9 @@ def test_every_token_is_learned_when_asked_for(messages):
 def test_a_limit_changes_no_label_before_it(max_length):
     messages, tokenizer = chat(*["how are you", "fine"] * 5), tiny_tokenizer()
 
-    input_ids, labels = encode_conversation(
-        messages, tokenizer, assistant_only=True, max_length=max_length
-    )
+    input_ids, labels = encode_conversation(messages, tokenizer, max_length=max_length)
 
-    whole_ids, whole_labels = encode_conversation(messages, tokenizer, assistant_only=True)
+    whole_ids, whole_labels = encode_conversation(messages, tokenizer)
     assert input_ids == whole_ids
     assert labels[:max_length] == whole_labels[:max_length]
 
@@ -87,7 +94,7 @@ def test_white_space_that_ends_a_turn_is_learned():
     )
     tokenizer = tiny_tokenizer(template)
 
-    input_ids, labels = encode_conversation(chat("hi", "fine"), tokenizer, assistant_only=True)
+    input_ids, labels = encode_conversation(chat("hi", "fine"), tokenizer)
 
     assert learned_text(tokenizer, input_ids, labels) == " fine\n"
 
@@ -96,7 +103,7 @@ def test_vicuna_template_learns_answers_with_their_end():
     tokenizer = tiny_tokenizer(VICUNA.read_text())
     messages = chat("hi", "hello", "and you?", "fine")
 
-    input_ids, labels = encode_conversation(messages, tokenizer, assistant_only=True)
+    input_ids, labels = encode_conversation(messages, tokenizer)
 
     assert learned_text(tokenizer, input_ids, labels) == f" hello{END} fine{END}"
     assert tokenizer.decode(input_ids).endswith(
@@ -104,57 +111,49 @@ def test_vicuna_template_learns_answers_with_their_end():
     )
 
 
-def test_sharegpt_and_absent_fields_are_the_same_conversation():
-    tokenizer = tiny_tokenizer()
-    expected = encode_conversation(
-        chat("hi", "hello", system="Be brief."), tokenizer, assistant_only=True
-    )
-    sharegpt = [
-        {"from": "system", "value": "Be brief."},
-        {"from": "human", "value": "hi"},
-        {"from": "gpt", "value": "hello"},
-    ]
-    padded = [turn | {"tool_calls": None} for turn in chat("hi", "hello", system="Be brief.")]
-
-    assert encode_conversation(sharegpt, tokenizer, assistant_only=True) == expected
-    assert encode_conversation(padded, tokenizer, assistant_only=True) == expected
-
-
-def test_no_messages_give_no_tokens():
-    assert encode_conversation([], tiny_tokenizer(), assistant_only=True) == ([], [])
+def test_no_messages_give_no_example():
+    with pytest.raises(NothingToLearn, match="empty"):
+        encode_conversation([], tiny_tokenizer())
 
 
 def test_missing_template_is_refused():
     with pytest.raises(ValueError, match="Set chat_template to a Jinja file"):
-        encode_conversation(chat("a", "b"), tiny_tokenizer(None), assistant_only=True)
-
-
-@pytest.mark.parametrize(
-    "message", [{"role": "user"}, {"text": "hi"}, {"role": "user", "content": None}], ids=str
-)
-def test_message_without_its_fields_is_refused(message):
-    with pytest.raises(ValueError, match=r"needs `role` and `content` .* got one with the fields"):
-        encode_conversation([message], tiny_tokenizer(), assistant_only=True)
-
-
-@pytest.mark.parametrize("messages", ["user: hi", [["hi"]]], ids=str)
-def test_what_is_no_list_of_messages_is_refused(messages):
-    with pytest.raises(ValueError, match=r"must be a list of messages .* Is messages_field right"):
-        encode_conversation(messages, tiny_tokenizer(), assistant_only=True)
+        encode_conversation(chat("a", "b"), tiny_tokenizer(None))
 
 
 def test_assistant_first_is_refused():
     with pytest.raises(ValueError, match=r"Drop the turn or put a user or system turn .*'hello'"):
-        encode_conversation(
-            [{"role": "assistant", "content": "hello"}], tiny_tokenizer(), assistant_only=True
+        encode_conversation([{"role": "assistant", "content": "hello"}], tiny_tokenizer())
+
+
+# Qwen3's way: the answer that is asked for last is shown with its thoughts, those before without.
+FORGETFUL = CHATML.replace(
+    "message['content'] +",
+    "('<thought>' if message['role'] == 'assistant' and loop.index0 > ns.user else '') "
+    "+ message['content'] +",
+)
+FORGETFUL = (
+    "{% set ns = namespace(user=0) %}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{% set ns.user = loop.index0 %}{% endif %}{% endfor %}"
+) + FORGETFUL
+
+
+@pytest.mark.parametrize("max_length", [None, 40])
+def test_an_answer_that_is_rewritten_later_is_learned_as_it_is_said(max_length):
+    tokenizer = tiny_tokenizer(FORGETFUL)
+    messages = [*chat("a", "b", "c", "d", "e"), *chat("f", "g")[1:], *chat("", "h", "i")[1:]]
+
+    examples = encode_row({"messages": messages}, tokenizer, max_length=max_length)
+
+    texts = [learned_text(tokenizer, *example) for example in examples]
+    # The last two follow each other without a user between, and keep their thoughts together.
+    assert texts == [f"<thought>{said}{END}" for said in "bd"] + [f"<thought>g{END}<thought>h{END}"]
+    for (input_ids, labels), n_before in zip(examples, (1, 3, 5), strict=True):
+        prompt = tokenizer.apply_chat_template(
+            messages[:n_before], add_generation_prompt=True, return_dict=False
         )
-
-
-def test_template_that_rewrites_history_is_refused():
-    """Some templates drop the reasoning of every answer but the last one."""
-    template = CHATML.replace("message['content']", "(message['content'] if loop.last else '...')")
-    with pytest.raises(ValueError, match="differently when others follow"):
-        encode_conversation(chat("a", "b", "c", "d"), tiny_tokenizer(template), assistant_only=True)
+        assert input_ids[: len(prompt)] == prompt
+        assert set(labels[: len(prompt)]) == {IGNORED}
 
 
 TWO_LINES = CHATML.replace("assistant\n'", "assistant\n\n'").replace("\n' + m", "\n\n' + m")
@@ -177,20 +176,20 @@ def test_answer_that_shares_a_token_with_the_prompt_is_refused(template, content
     tokenizer = tiny_tokenizer(template)
     tokenizer.add_tokens(["\n\n\n"])
     with pytest.raises(ValueError, match=r"Strip white space .* The turn says '(\\nx|the answer)'"):
-        encode_conversation(chat(*contents), tokenizer, assistant_only=True)
+        encode_conversation(chat(*contents), tokenizer)
 
 
 def test_conversation_that_the_template_refuses_is_named():
     check = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     for refusing in (check + CHATML, check + CHATML_MARKED):
-        with pytest.raises(ValueError, match=r"roles system, user.*user first.* begins 'Be brief"):
-            encode_conversation(
-                chat("a", "b", system="Be brief."), tiny_tokenizer(refusing), assistant_only=True
-            )
+        with pytest.raises(
+            ValueError, match=r"user first\. .*roles are system, user.* begins 'Be brief"
+        ):
+            encode_conversation(chat("a", "b", system="Be brief."), tiny_tokenizer(refusing))
 
 
 def test_slow_tokenizer_is_refused():
     tokenizer = ByT5Tokenizer()
     tokenizer.chat_template = CHATML
     with pytest.raises(ValueError, match=re.escape("got ByT5Tokenizer. Set assistant_only_loss")):
-        encode_conversation(chat("a", "b"), tokenizer, assistant_only=True)
+        encode_conversation(chat("a", "b"), tokenizer)

@@ -1,21 +1,27 @@
 """From rows to batches: what is learned, what is masked, what is counted, what is refused."""
 
 import json
+import re
 
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from tokenizers import processors
+from transformers import PreTrainedConfig
 
 from qft_hf.hf.finetune.arguments import DataArguments
-from qft_hf.hf.finetune.chat import IGNORED
-from qft_hf.hf.finetune.data import DataCounts, prepare_data
-from qft_hf.hf.finetune.examples import classification_examples, label_names_of
-from tests.finetune.chats import chat, tiny_tokenizer
+from qft_hf.hf.finetune.data import DataCounts
+from qft_hf.hf.finetune.data import prepare_data as prepare_data_for
+from qft_hf.nn.loss import IGNORED
+from tests.finetune.chats import END, TURN, chat, tiny_tokenizer
 
 CONVERSATIONS = [
     chat("hi", "hello"),
     chat("how are you today?", "I am fine, thank you.", "what is the answer?", "twice"),
     chat("the dog", "the fox\njumps", "the end"),
 ]
+
+
+def prepare_data(arguments, tokenizer, *, config=None, seed=0):
+    return prepare_data_for(arguments, tokenizer, config or PreTrainedConfig(), seed=seed)
 
 
 def write_jsonl(path, rows):
@@ -33,9 +39,9 @@ def test_padding_is_never_learned_and_the_end_of_a_turn_always_is(chats_file):
     tokenizer = tiny_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
-    data = prepare_data(DataArguments(train_data=chats_file), tokenizer, seed=0)
+    data = prepare_data(DataArguments(train_data=chats_file), tokenizer)
     examples = list(data.train.dataset)
-    batch = data.collator(examples)
+    batch = data.task.collator(examples)
 
     lengths = [len(example["input_ids"]) for example in examples]
     assert len(set(lengths)) == len(lengths)
@@ -61,46 +67,16 @@ def test_counts_of_cut_and_dropped_conversations(chats_file):
 
     # The second conversation is cut before its first answer; the others are shorter.
     arguments = DataArguments(train_data=chats_file, max_length=answer)
-    data = prepare_data(arguments, tokenizer, seed=0)
+    data = prepare_data(arguments, tokenizer)
 
     kept = [min(length, answer) for length in whole]
     assert data.train.counts == DataCounts(
         rows=3,
         examples=2,
         tokens=kept[0] + kept[2],
-        cut_tokens=sum(whole) - sum(kept),
-        dropped_examples=1,
+        cut_tokens=sum(whole) - whole[1] - kept[0] - kept[2],
+        dropped={f"nothing to learn in the first {answer} tokens": 1},
     )
-
-
-def test_packed_blocks_hold_every_token_but_the_remainder(chats_file):
-    tokenizer = tiny_tokenizer()
-    total = sum(
-        len(tokenizer.apply_chat_template(messages, return_dict=False))
-        for messages in CONVERSATIONS
-    )
-
-    arguments = DataArguments(train_data=chats_file, max_length=16, packing=True)
-    counts = prepare_data(arguments, tokenizer, seed=0).train.counts
-
-    assert counts.cut_tokens == total % 16
-    assert counts.tokens + 16 * counts.dropped_examples == total - total % 16
-
-
-def test_block_whose_only_learned_token_comes_first_is_dropped(tmp_path):
-    """Nothing comes before it to predict it from: such a batch would have no loss at all."""
-    tokenizer = tiny_tokenizer()
-    conversations = [chat("hi", "hello"), chat("the lazy dog " * 20, "yes")]
-    path = write_jsonl(tmp_path / "c.jsonl", [{"messages": m} for m in conversations])
-    first = tokenizer.apply_chat_template(conversations[0], return_dict=False)
-    end = len(first) - 2  # the end of the first answer; a line break follows
-    assert first[end] == tokenizer.eos_token_id
-
-    arguments = DataArguments(train_data=path, max_length=end, packing=True)
-    data = prepare_data(arguments, tokenizer, seed=0)
-
-    assert first[end] not in [block[0] for block in data.train.dataset["input_ids"]]
-    assert data.train.counts.dropped_examples >= 1
 
 
 def test_text_is_ended_and_learned_from_its_second_token(tmp_path):
@@ -108,12 +84,12 @@ def test_text_is_ended_and_learned_from_its_second_token(tmp_path):
     path = write_jsonl(tmp_path / "t.jsonl", [{"body": "the fox"}, {"body": ""}, {"body": None}])
 
     arguments = DataArguments(train_data=path, task="text", text_field="body")
-    data = prepare_data(arguments, tokenizer, seed=0)
+    data = prepare_data(arguments, tokenizer)
 
     (example,) = data.train.dataset
     assert example["input_ids"] == [*tokenizer("the fox")["input_ids"], tokenizer.eos_token_id]
     assert example["labels"] == example["input_ids"]
-    assert data.train.counts.dropped_examples == 2
+    assert data.train.counts.dropped == {"empty": 2}
 
 
 def test_text_that_is_cut_does_not_end(tmp_path):
@@ -121,71 +97,16 @@ def test_text_that_is_cut_does_not_end(tmp_path):
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": "the fox jumps over the dog"}])
 
     arguments = DataArguments(train_data=path, task="text", max_length=3)
-    (example,) = prepare_data(arguments, tokenizer, seed=0).train.dataset
+    (example,) = prepare_data(arguments, tokenizer).train.dataset
 
     assert example["input_ids"] == tokenizer("the fox jumps over the dog")["input_ids"][:3]
-
-
-def test_classification_of_a_pair(tmp_path):
-    tokenizer = tiny_tokenizer()
-    rows = [
-        {"question": "is it?", "passage": "it is", "answer": "yes"},
-        {"question": "is it?", "passage": "it is not " * 30, "answer": "no"},
-    ]
-    train = write_jsonl(tmp_path / "train.jsonl", rows)
-    held_out = write_jsonl(tmp_path / "eval.jsonl", [rows[0] | {"answer": "maybe"}])
-
-    data = prepare_data(
-        DataArguments(
-            train_data=train,
-            eval_data=held_out,
-            task="classification",
-            text_field="question",
-            text_pair_field="passage",
-            label_field="answer",
-            max_length=40,
-        ),
-        tokenizer,
-        seed=0,
-    )
-
-    assert data.label_names == ["maybe", "no", "yes"]
-    assert data.train.dataset["labels"][:] == [2, 1]
-    assert data.evaluation.dataset["labels"][:] == [0]
-    batch = data.collator(list(data.train.dataset))
-    assert batch["input_ids"].shape == (2, 40)
-    assert batch["labels"].tolist() == [2, 1]
-    whole = tokenizer(rows[1]["question"], rows[1]["passage"])["input_ids"]
-    assert data.train.counts.cut_tokens == len(whole) - 40
-
-
-def test_declared_classes_keep_their_order():
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg", "?"])})
-    rows = Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
-
-    names = label_names_of([rows], "label")
-    examples = classification_examples(
-        rows,
-        tiny_tokenizer(),
-        text_fields=["text"],
-        label_field="label",
-        label_names=names,
-        max_length=8,
-    )
-
-    assert names == ["pos", "neg", "?"]
-    assert examples["labels"][:] == [1, 0]
-
-
-def test_integer_labels_are_ordered_as_numbers():
-    assert label_names_of([Dataset.from_dict({"y": [10, 9, 10, 2]})], "y") == ["2", "9", "10"]
 
 
 def test_limits_take_the_first_rows(chats_file):
     arguments = DataArguments(
         train_data=chats_file, eval_data=chats_file, max_train_rows=2, max_eval_rows=50
     )
-    data = prepare_data(arguments, tiny_tokenizer(), seed=0)
+    data = prepare_data(arguments, tiny_tokenizer())
 
     assert data.train.counts.rows == 2
     assert data.evaluation.counts.rows == 3
@@ -193,7 +114,7 @@ def test_limits_take_the_first_rows(chats_file):
 
 def test_held_out_fraction_is_not_trained_on(chats_file):
     arguments = DataArguments(train_data=chats_file, eval_fraction=0.34)
-    data = prepare_data(arguments, tiny_tokenizer(), seed=0)
+    data = prepare_data(arguments, tiny_tokenizer())
 
     train, held_out = (
         {tuple(ids) for ids in part.dataset["input_ids"]} for part in (data.train, data.evaluation)
@@ -212,28 +133,30 @@ def test_held_out_fraction_is_not_trained_on(chats_file):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"max_length": 4}, "no assistant turn lies in the first 4 tokens .* Raise max_length"),
-        ({"max_length": 10_000, "packing": True}, "do not fill one block .* Lower max_length"),
-        ({"messages_field": "chat"}, r"training data has no field 'chat'\. Its fields are 'messa"),
-        ({"task": "text"}, "training data has no field 'text'"),
+        ({"max_length": 4}, "3 nothing to learn in the first 4 tokens. Raise max_length"),
+        (
+            {"messages_field": "chat"},
+            r"chats\.jsonl, row 1: no field 'chat': the fields are 'messa",
+        ),
+        ({"task": "text"}, r"chats\.jsonl, row 1: no field 'text': the fields are 'messages'"),
     ],
     ids=str,
 )
 def test_data_that_teaches_nothing_is_refused(arguments, message, chats_file):
     with pytest.raises(ValueError, match=message):
-        prepare_data(DataArguments(train_data=chats_file, **arguments), tiny_tokenizer(), seed=0)
+        prepare_data(DataArguments(train_data=chats_file, **arguments), tiny_tokenizer())
 
 
 def test_data_of_empty_texts_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": ""}, {"text": ""}])
-    with pytest.raises(ValueError, match=r"from the 2 rows of the training data: all .* empty"):
-        prepare_data(DataArguments(train_data=path, task="text"), tiny_tokenizer(), seed=0)
+    with pytest.raises(ValueError, match=r"from the 2 rows of the training data.* 2 empty"):
+        prepare_data(DataArguments(train_data=path, task="text"), tiny_tokenizer())
 
 
 def test_text_that_is_none_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": 1}])
     with pytest.raises(ValueError, match=r"strings in field 'text', got 1\. Is text_field right"):
-        prepare_data(DataArguments(train_data=path, task="text"), tiny_tokenizer(), seed=0)
+        prepare_data(DataArguments(train_data=path, task="text"), tiny_tokenizer())
 
 
 def test_text_without_an_end_token_is_refused(tmp_path):
@@ -241,31 +164,7 @@ def test_text_without_an_end_token_is_refused(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match=r"Set eos_token in its tokenizer_config\.json"):
-        prepare_data(DataArguments(train_data=path, task="text"), tokenizer, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("labels", "message"),
-    [(["a", "a"], r"at least two classes.*\['a'\]"), (["a", None], "have no label .* Remove them")],
-)
-def test_labels_that_cannot_be_learned_are_refused(labels, message):
-    with pytest.raises(ValueError, match=message):
-        label_names_of([Dataset.from_dict({"label": labels})], "label")
-
-
-def test_missing_class_of_declared_ones_is_refused():
-    features = Features({"label": ClassLabel(names=["a", "b"])})
-    rows = Dataset.from_dict({"label": [0, -1]}, features=features)
-    with pytest.raises(ValueError, match="have no label"):
-        label_names_of([rows], "label")
-
-
-def test_classification_of_no_text_is_refused(tmp_path):
-    rows = [{"text": "a", "label": 0}, {"text": None, "label": 1}]
-    path = write_jsonl(tmp_path / "t.jsonl", rows)
-    arguments = DataArguments(train_data=path, task="classification")
-    with pytest.raises(ValueError, match=r"a string in each of \['text'\], got \[None\]"):
-        prepare_data(arguments, tiny_tokenizer(), seed=0)
+        prepare_data(DataArguments(train_data=path, task="text"), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -274,9 +173,80 @@ def test_classification_of_no_text_is_refused(tmp_path):
         ({"eval_data": "b.jsonl", "eval_fraction": 0.1}, "both say what is held out. Set one"),
         ({"max_length": 1}, "max_length must be at least 2, got 1"),
         ({"task": "classification", "packing": True}, "Set packing to false"),
+        ({"train_weights": [1.0, 2.0]}, "each of the 1 entries of train_data, got"),
+        ({"train_weights": [0.0]}, "must be a positive number"),
+        ({"prompt_field": "q"}, "go together: a question has an answer"),
     ],
     ids=str,
 )
 def test_arguments_that_contradict_each_other_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         DataArguments(train_data="a.jsonl", **arguments)
+
+
+NARRATED = [{"role": "narrator", "content": "Night."}, *chat("hi", "hello")]
+
+
+def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path):
+    tokenizer = tiny_tokenizer()
+    good = [{"messages": m} for m in CONVERSATIONS]
+    bad = [{"messages": NARRATED}, {"messages": NARRATED[:1]}, {"text": "no chat"}]
+    path = write_jsonl(tmp_path / "c.jsonl", [*good, *bad])
+
+    with pytest.raises(ValueError, match=r"c\.jsonl, row 4: unknown role 'narrator'.* on_bad_row"):
+        prepare_data(DataArguments(train_data=path), tokenizer)
+
+    data = prepare_data(DataArguments(train_data=path, on_bad_row="skip"), tokenizer)
+    assert data.train.counts.rows == 6
+    assert data.train.counts.examples == 3
+    assert data.train.counts.dropped == {"unknown role 'narrator'": 2, "no field 'messages'": 1}
+    assert "3 dropped (2 unknown role 'narrator', 1 no field 'messages')" in str(data.train.counts)
+
+    only_bad = write_jsonl(tmp_path / "bad.jsonl", bad)
+    with pytest.raises(ValueError, match=r"nothing can be learned .* 2 unknown role 'narrator'"):
+        prepare_data(DataArguments(train_data=only_bad, on_bad_row="skip"), tokenizer)
+
+
+def test_data_sets_are_mixed_by_their_weights(tmp_path):
+    """Files of different fields, which Arrow would not put into one table."""
+    rows = {
+        "a": [{"messages": chat(f"a{n}", "x")} for n in range(4)],
+        "b": [{"prompt": f"b{n}", "completion": "x"} for n in range(4)],
+        "c": [{"question": f"c{n}", "answer": "x"} for n in range(4)],
+    }
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", rows) for name, rows in rows.items()]
+    tokenizer = tiny_tokenizer()
+
+    def asked(seed, **arguments):
+        data = prepare_data(DataArguments(train_data=paths, **arguments), tokenizer, seed=seed)
+        texts = [tokenizer.decode(ids) for ids in data.train.dataset["input_ids"]]
+        return [re.search("user\n(..)", text)[1] for text in texts], data
+
+    every = [f"{name}{n}" for name in "abc" for n in range(4)]
+    assert asked(0)[0] == every
+    weighted, data = asked(0, train_weights=[2, 1, 0.5])
+    assert sorted(weighted[:8]) == sorted([*every[:4], *every[:4]])
+    assert weighted[8:12] == every[4:8]
+    assert len(set(weighted[12:])) == 2
+    assert data.train.counts.rows == 12
+    assert data.train.counts.examples == 14
+    assert len({tuple(asked(seed, train_weights=[1, 1, 0.5])[0]) for seed in range(5)}) > 1
+
+    held_out = asked(0, train_weights=[3, 3, 3], eval_fraction=0.5)[1]
+    assert held_out.evaluation.counts.examples == 6  # each once
+    assert held_out.train.counts.examples == 18
+
+
+def test_text_begins_and_ends_once(tmp_path):
+    """Where the tokenizer adds them, and the text has them already."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{TURN} $A {END}", special_tokens=[(TURN, 0), (END, 1)]
+    )
+    texts = ["the fox", f"{TURN}the fox", f"the fox{END}", f"{TURN}the fox{END}"]
+    path = write_jsonl(tmp_path / "t.jsonl", [{"text": text} for text in texts])
+
+    data = prepare_data(DataArguments(train_data=path, task="text"), tokenizer)
+
+    for input_ids in data.train.dataset["input_ids"]:
+        assert tokenizer.decode(input_ids) == f"{TURN}the fox{END}"

@@ -9,13 +9,13 @@ import torch
 from transformers import DataCollatorForSeq2Seq, EvalPrediction, Trainer, TrainingArguments
 
 import qft_hf.hf.metrics
-from qft_hf.hf.finetune.chat import IGNORED
 from qft_hf.hf.finetune.evaluation import (
+    NEXT_TOKENS,
     accuracy_of_examples,
     predicted_classes,
-    scoring_for,
     token_losses,
 )
+from qft_hf.nn.loss import IGNORED
 from tests.finetune.chats import tiny_tokenizer
 from tests.models import tiny_llama
 
@@ -88,14 +88,13 @@ def test_eval_loss_is_a_mean_over_tokens_not_over_batches(tmp_path):
         ids = torch.randint(2, 320, (length,), generator=torch.Generator().manual_seed(seed))
         labels = [IGNORED] * (length - n_learned) + ids[length - n_learned :].tolist()
         examples.append({"input_ids": ids.tolist(), "labels": labels})
-    scoring = scoring_for("chat")
     trainer = Trainer(
         model,
         TrainingArguments(tmp_path, per_device_eval_batch_size=2, use_cpu=True, disable_tqdm=True),
         eval_dataset=examples,
         data_collator=DataCollatorForSeq2Seq(tokenizer),
-        compute_metrics=scoring.compute_metrics,
-        preprocess_logits_for_metrics=scoring.preprocess_logits,
+        compute_metrics=NEXT_TOKENS.compute_metrics,
+        preprocess_logits_for_metrics=NEXT_TOKENS.preprocess_logits,
     )
 
     metrics = trainer.evaluate()
@@ -125,4 +124,3 @@ def test_classes_are_scored_by_the_largest_logit():
     assert classes.tolist() == [1, 0, 2]
     score = accuracy_of_examples(EvalPrediction(classes.numpy(), labels.numpy()))
     assert score == {"accuracy": pytest.approx(2 / 3)}
-    assert scoring_for("classification").preprocess_logits is predicted_classes

@@ -184,7 +184,7 @@ def test_curve_is_a_png_whatever_was_logged(history, tmp_path):
 
 
 def test_summary_is_valid_json_even_when_a_loss_is_not_finite(tmp_path):
-    counts = DataCounts(rows=9, examples=8, tokens=100, cut_tokens=3, dropped_examples=1)
+    counts = DataCounts(rows=9, examples=8, tokens=100, cut_tokens=3, dropped={"empty": 1})
     summary = RunSummary(
         model="m",
         task="chat",
@@ -212,7 +212,7 @@ def test_summary_is_valid_json_even_when_a_loss_is_not_finite(tmp_path):
 
     read = json.loads((tmp_path / "summary.json").read_text(), parse_constant=refuse)
     assert read["before"] == {"loss": 800.0, "perplexity": None}
-    assert read["train_data"]["dropped_examples"] == 1
+    assert read["train_data"]["dropped"] == {"empty": 1}
     assert read["peak_memory"]["bytes"] > 10_000_000  # this process, with torch
     assert "perplexity before -> after" in str(summary)
     assert "inf -> 7.3890" in str(summary)

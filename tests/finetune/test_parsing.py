@@ -115,7 +115,7 @@ def test_what_was_given_is_known_apart_from_defaults(config):
     assert given.pop("output_dir").endswith("run")
     assert given == {
         "model_name_or_path": "model",
-        "train_data": "rows.jsonl",
+        "train_data": ["rows.jsonl"],
         "use_cpu": True,
         "learning_rate": 1e-4,
         "packing": True,
@@ -133,7 +133,7 @@ def test_flags_override_the_config(config):
     assert arguments.data.max_length == 32
     assert arguments.data.packing is False
     assert arguments.training.modules_to_not_convert == ["c"]
-    assert arguments.data.train_data == "rows.jsonl"
+    assert arguments.data.train_data == ["rows.jsonl"]
 
 
 def test_flags_alone_are_enough(tmp_path):

@@ -153,8 +153,10 @@ def test_packed_text_run_without_evaluation(chat_flags, tmp_path):
     assert "->" not in str(summary)
 
 
-def test_classification_run(tmp_path):
-    tiny_bert(vocab_size=VOCAB_SIZE).base_model.save_pretrained(tmp_path / "encoder")
+@pytest.mark.parametrize("tiny_model", [tiny_bert, tiny_llama], ids=["encoder", "decoder"])
+def test_classification_run(tiny_model, tmp_path):
+    """A decoder needs to know the padding token, also for the scores before training."""
+    tiny_model(vocab_size=VOCAB_SIZE).base_model.save_pretrained(tmp_path / "encoder")
     tiny_tokenizer().save_pretrained(tmp_path / "encoder")
     rows = [
         {"text": text, "label": label}

@@ -1,44 +1,163 @@
-"""Rows from files, and the cut into training and evaluation."""
+"""Rows are what their files say, each with its place, and the files are those that were named."""
 
+import gzip
 import json
 
+import pyarrow as pa
 import pytest
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 
-from qft_hf.hf.finetune.sources import load_rows, require_fields, split_rows
+from qft_hf.hf.finetune import sources
+from qft_hf.hf.finetune.task import RowError
 
+disable_progress_bars()
 ROWS = [{"text": f"text {index}, with a comma", "label": index % 3} for index in range(10)]
 
 
-def write(folder, suffix):
-    path = folder / f"rows{suffix}"
-    rows = Dataset.from_list(ROWS)
-    match suffix:
+def load_rows(source, split="train", **options):
+    """The rows of all parts."""
+    parts = sources.load_rows(str(source), split, **options)
+    return [part.read(record) for part in parts for record in part.table]
+
+
+def places(source, split="train"):
+    parts = sources.load_rows(str(source), split)
+    return [part.place(record) for part in parts for record in part.table]
+
+
+def write(path, rows=ROWS):
+    """Write rows as the suffix says."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    match path.suffixes[-1] if path.suffix not in (".gz", ".zst") else path.suffixes[-2]:
         case ".json":
-            path.write_text(json.dumps(ROWS))
-        case ".jsonl":
-            rows.to_json(path)
-        case ".csv":
-            rows.to_csv(path)
+            lines = json.dumps(rows, indent=2)
+        case ".csv" | ".tsv" as suffix:
+            lines = (
+                Dataset.from_list(rows)
+                .to_pandas()
+                .to_csv(index=False, sep="," if suffix == ".csv" else "\t")
+            )
+        case ".txt":
+            lines = "".join(row["text"] + "\n" for row in rows)
         case ".parquet":
-            rows.to_parquet(path)
-    return str(path)
+            Dataset.from_list(rows).to_parquet(path)
+            return path
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    elif path.suffix == ".zst":
+        with pa.output_stream(path, compression="zstd") as file:
+            file.write(lines.encode())
+    else:
+        path.write_text(lines)
+    return path
 
 
-@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize(
+    "suffix",
+    [".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet", ".jsonl.gz", ".json.zst", ".csv.gz"],
+)
 def test_every_format_gives_the_same_rows(suffix, tmp_path):
-    assert load_rows(write(tmp_path, suffix), "train").to_list() == ROWS
-    assert load_rows(write(tmp_path, suffix), "train[2:4]").to_list() == ROWS[2:4]
+    path = write(tmp_path / f"rows{suffix}")
+    expected = ROWS
+    if "sv" in suffix:  # which have only text: what a label means is the task's to say
+        expected = [row | {"label": str(row["label"])} for row in ROWS]
+    elif suffix == ".txt":
+        expected = [{"text": row["text"]} for row in ROWS]
+
+    assert load_rows(path) == expected
+    assert load_rows(path, "train[2:4]") == expected[2:4]
+    assert places(path, "train[2:4]") == [f"{path}, row 3", f"{path}, row 4"]
 
 
-def test_folder_of_files(tmp_path):
-    write(tmp_path, ".jsonl")
-    assert load_rows(str(tmp_path), "train").to_list() == ROWS
+def test_a_row_has_its_own_fields_and_no_others(tmp_path):
+    """Arrow gives every row the fields of all, as null; it can't tell them from a null of one."""
+    rows = [
+        {"call": {"city": "Oslo"}, "content": "x"},
+        {"call": {"zone": None, "days": [1, "two"]}, "content": ["y"], "id": "007"},
+    ]
+    assert load_rows(write(tmp_path / "rows.jsonl", rows)) == rows
+    assert load_rows(write(tmp_path / "rows.json", rows)) == rows
+
+    calls = [{"call": {"city": "Oslo"}}, {"call": {"days": [{"n": 1}, {"m": 2}]}}]
+    assert load_rows(write(tmp_path / "rows.parquet", calls)) == calls
+
+
+def test_what_looks_like_nothing_or_a_number_stays_text_in_csv(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('text,label\nNA,007\nnull,\n"a\nb",1.0\n')
+    assert load_rows(path) == [
+        {"text": "NA", "label": "007"},
+        {"text": "null", "label": None},
+        {"text": "a\nb", "label": "1.0"},
+    ]
+
+
+def test_lines_end_where_the_file_says_so(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('\ufeff{"text": "a\u2028b\x85c"}\r\n\n{"text": "d"}')
+    assert load_rows(path) == [{"text": "a\u2028b\x85c"}, {"text": "d"}]
+    assert places(path) == [f"{path}, row 1", f"{path}, row 3"]  # as an editor counts lines
+
+
+def test_a_file_that_changes_is_read_again(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for rows in (ROWS, ROWS[:3]):
+        assert load_rows(write(path, rows)) == rows
+
+
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a?.parquet", "*.csv", "a[1].jsonl.gz"])
+def test_a_path_is_a_path(name, tmp_path):
+    folder = tmp_path / "d[ab]"
+    folder.mkdir()
+    for other in ("a1", "ab", "b"):
+        write(folder / (other + name[name.index(".") :]), [{"text": "another"}])
+    path = write(folder / name, [{"text": "named"}])
+    assert load_rows(path) == [{"text": "named"}]
+
+
+def test_a_pattern_is_asked_for(tmp_path):
+    for name in "ba":
+        write(tmp_path / f"{name}.jsonl", [{"text": name}])
+    assert load_rows(f"glob:{tmp_path}/*.jsonl") == [{"text": "a"}, {"text": "b"}]
+    with pytest.raises(FileNotFoundError, match=r"no data file .*is given as glob:PATTERN"):
+        load_rows(tmp_path / "*.jsonl")
+    with pytest.raises(FileNotFoundError, match="no file is like glob:"):
+        load_rows(f"glob:{tmp_path}/*.csv")
+
+
+def test_a_folder_is_all_of_its_files(tmp_path):
+    (tmp_path / "more").mkdir()
+    names = ["a.jsonl", "b.parquet", "more/latest.json"]
+    for name in names:
+        write(tmp_path / name, [{"text": name}])
+    (tmp_path / "README.md").write_text("# Data\n")
+    assert [row["text"] for row in load_rows(tmp_path)] == names
+    assert [row["text"] for row in load_rows(tmp_path, "train[1:2]")] == ["b.parquet"]
+    with pytest.raises(ValueError, match="no data file of split 'test'"):
+        load_rows(tmp_path, "test")
+
+
+def test_files_with_the_names_of_splits_belong_to_them(tmp_path):
+    for name in ("train-0.jsonl", "train-1.jsonl", "valid.jsonl", "my_test.jsonl"):
+        write(tmp_path / name, [{"text": name}])
+    assert [row["text"] for row in load_rows(tmp_path)] == ["train-0.jsonl", "train-1.jsonl"]
+    assert [row["text"] for row in load_rows(tmp_path, "validation")] == ["valid.jsonl"]
+    assert [row["text"] for row in load_rows(tmp_path, "test[:1]")] == ["my_test.jsonl"]
+
+    write(tmp_path / "more.jsonl")
+    with pytest.raises(ValueError, match=r"some have not \(more\.jsonl\)\. List the files"):
+        load_rows(tmp_path)
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
+    (tmp_path / "notes.md").write_text("")
+    with pytest.raises(ValueError, match="has no data file of split 'train'"):
+        load_rows(tmp_path)
 
 
 def test_configuration_of_a_dataset_with_several(tmp_path):
     for name in ("one", "two"):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"name": name}) + "\n")
+        write(tmp_path / f"{name}.jsonl", [{"name": name}])
     (tmp_path / "README.md").write_text(
         "---\nconfigs:\n"
         "- config_name: first\n  data_files: one.jsonl\n"
@@ -46,67 +165,96 @@ def test_configuration_of_a_dataset_with_several(tmp_path):
     )
 
     for configuration, name in (("first", "one"), ("second", "two")):
-        rows = load_rows(str(tmp_path), "train", configuration=configuration)
-        assert rows.to_list() == [{"name": name}]
+        assert load_rows(tmp_path, configuration=configuration) == [{"name": name}]
 
 
-def test_damaged_file_is_named(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(ValueError, match=r"cannot read .*rows\.jsonl: .*one JSON object a line"):
-        load_rows(str(tmp_path / "rows.jsonl"), "train")
-
-
-def test_missing_file_is_not_taken_for_a_hub_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no data file .*nowhere\.jsonl .*Correct the pa"):
-        load_rows(str(tmp_path / "nowhere.jsonl"), "train")
-
-
-def test_unknown_file_format_is_refused(tmp_path):
-    path = tmp_path / "rows.txt"
-    path.write_text("text")
-    with pytest.raises(ValueError, match=r"one of \.json, \.jsonl, \.csv, .* Convert it to jsonl"):
-        load_rows(str(path), "train")
-
-
-@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("b.json", " \n"), ("c.csv", "")])
-def test_empty_file_is_refused(name, text, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("rows.jsonl", '{"text": "a"}\n{"text": \n', "no JSON: Expecting value"),
+        ("rows.jsonl", '{"text": "a"}\n[1]\n', "no fields: expected an object, got '.1.'"),
+        ("rows.csv", "text,label\na,1\nb,2,3\n", "no fields"),
+        ("rows.tsv", "text\tlabel\na\t1\nb\n", "no fields"),
+        ("rows.json", '[{"text": "a"}, "b"]', "no fields"),
+    ],
+)
+def test_a_damaged_row_is_known_by_its_place(name, text, reason, tmp_path):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=r"is empty\. Expected one row an example"):
-        load_rows(str(tmp_path / name), "train")
+    (part,) = sources.load_rows(str(tmp_path / name))
+    first, second = part.table
+
+    assert part.read(first)["text"] == "a"
+    assert part.place(second) == f"{tmp_path / name}, row 2"
+    with pytest.raises(RowError, match=reason):
+        part.read(second)
 
 
-@pytest.mark.parametrize(("name", "text"), [("a.csv", "text,label\n"), ("b.json", "[]")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.json", b"[1,"), ("a.jsonl.gz", b"no gzip"), ("a.jsonl", b"\xff\xff"), ("a.parquet", b"x")],
+)
+def test_damaged_file_is_named(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}"):
+        load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["nowhere.jsonl", "nowhere.json.gz", "nowhere/at/all"])
+def test_missing_file_is_not_taken_for_a_hub_name(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no data file .*nowhere.* Correct the path"):
+        load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.parquet.gz"])
+def test_unknown_file_format_is_refused(name, tmp_path):
+    (tmp_path / name).write_text("text")
+    with pytest.raises(ValueError, match=r"one of \.json, \.jsonl, \.csv, .* Convert it to jsonl"):
+        load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.jsonl", ""), ("b.json", " \n"), ("c.csv", ""), ("d.csv", "text,y\n"), ("e.json", "[]")],
+)
 def test_file_without_rows_is_refused(name, text, tmp_path):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=r"cannot take split 'train' .* Expected one row an exam"):
-        load_rows(str(tmp_path / name), "train")
+    with pytest.raises(ValueError, match=r"has no rows: it is empty\. Remove it"):
+        load_rows(tmp_path / name)
 
 
-@pytest.mark.parametrize("split", ["train[:0]", "test"])
-def test_split_that_is_not_there_is_refused(split, tmp_path):
-    with pytest.raises(ValueError, match=r"cannot take split .* are the split 'train'"):
-        load_rows(write(tmp_path, ".jsonl"), split)
+@pytest.mark.parametrize(
+    ("split", "message"), [("train[:0]", "has no rows"), ("test", "are the split 'train'")]
+)
+def test_split_that_is_not_there_is_refused(split, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_rows(write(tmp_path / "rows.jsonl"), split)
 
 
-def test_missing_field_names_those_that_are_there():
-    with pytest.raises(ValueError, match=r"the data has no field 'messages'.* are 'text', 'label'"):
-        require_fields(Dataset.from_list(ROWS), ["text", "messages"], "the data")
+def parts_of(*sizes):
+    first = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [
+        sources.Rows(Dataset.from_dict({"id": range(start, start + size)}), "file")
+        for start, size in zip(first, sizes, strict=True)
+    ]
+
+
+def ids_of(parts):
+    return [index for part in parts for index in part.table["id"]]
 
 
 @pytest.mark.parametrize(("fraction", "n_eval"), [(0.1, 1), (0.25, 2), (0.5, 5), (0.94, 9)])
 def test_split_is_disjoint_complete_and_the_same_for_a_seed(fraction, n_eval):
-    rows = Dataset.from_dict({"id": range(10)})
+    def split(seed):
+        return [ids_of(part) for part in sources.split_rows(parts_of(3, 7), fraction, seed)]
 
-    train, evaluation = split_rows(rows, fraction, seed=3)
-
+    train, evaluation = split(3)
     assert len(evaluation) == n_eval
-    assert sorted([*train["id"], *evaluation["id"]]) == list(range(10))
-    again_train, again = split_rows(rows, fraction, seed=3)
-    assert (again_train["id"][:], again["id"][:]) == (train["id"][:], evaluation["id"][:])
-    assert any(split_rows(rows, fraction, seed=s)[1]["id"][:] != again["id"][:] for s in range(9))
+    assert sorted([*train, *evaluation]) == list(range(10))
+    assert split(3) == [train, evaluation]
+    assert any(split(seed)[1] != evaluation for seed in range(9))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.99, 1.0, -0.5])
 def test_split_with_an_empty_part_is_refused(fraction):
     with pytest.raises(ValueError, match=r"both need at least one\. Change eval_fraction"):
-        split_rows(Dataset.from_dict({"id": range(10)}), fraction, seed=0)
+        sources.split_rows(parts_of(10), fraction, seed=0)

@@ -2,6 +2,7 @@
 `QFTTrainingArguments`. The field names are the keys of a config file and the command's flags.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
@@ -46,16 +47,23 @@ class DataArguments:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    train_data: str = field(
-        metadata={"help": "A json, jsonl, csv or parquet file, a folder of them, or a hub name."}
+    train_data: list[str] = field(
+        metadata={
+            "help": "Files (json, jsonl, csv, tsv, txt, also .gz or .zst; parquet), folders of "
+            "them, glob:PATTERN, or hub names."
+        }
+    )
+    train_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "How often an epoch sees each of train_data: 2 twice, 0.5 half of it."},
     )
     train_split: str = field(
-        default="train", metadata={"help": "Split of train_data. A single file is all `train`."}
+        default="train", metadata={"help": "Split of train_data. A file is all `train`."}
     )
     train_config: str | None = field(
         default=None, metadata={"help": "Configuration of train_data, if the hub has several."}
     )
-    eval_data: str | None = field(
+    eval_data: list[str] | None = field(
         default=None, metadata={"help": "Like train_data, held out: evaluated, never learned."}
     )
     eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
@@ -72,18 +80,30 @@ class DataArguments:
     max_eval_rows: int | None = field(
         default=None, metadata={"help": "Use only the first rows of the evaluation data."}
     )
-    task: Literal["chat", "text", "classification"] = field(
+    task: Literal["chat", "text", "classification", "regression", "multi_label"] = field(
         default="chat",
-        metadata={"help": "chat: messages; text: plain text; classification: text and label."},
+        metadata={
+            "help": "chat: conversations, or questions and answers; text: plain text; "
+            "classification, regression, multi_label: a text and its class, number or classes."
+        },
     )
     messages_field: str = field(default="messages", metadata={"help": "chat: list of messages."})
-    text_field: str = field(
-        default="text", metadata={"help": "text, classification: the (first) text."}
+    prompt_field: str | None = field(
+        default=None,
+        metadata={"help": "chat: the question, where it is not called as usual; see answer_field."},
     )
+    answer_field: str | None = field(default=None, metadata={"help": "chat: the answer."})
+    text_field: str = field(default="text", metadata={"help": "All but chat: the (first) text."})
     text_pair_field: str | None = field(
-        default=None, metadata={"help": "classification: the second text, if there is one."}
+        default=None, metadata={"help": "Labelled texts: the second text, if there is one."}
     )
-    label_field: str = field(default="label", metadata={"help": "classification: the class."})
+    label_field: str = field(
+        default="label", metadata={"help": "Labelled texts: the class, number or list of classes."}
+    )
+    on_bad_row: Literal["stop", "skip"] = field(
+        default="stop",
+        metadata={"help": "A row that cannot be read is named, or left out and counted."},
+    )
     assistant_only_loss: bool = field(
         default=True, metadata={"help": "chat: learn what the assistant says and nothing else."}
     )
@@ -98,7 +118,27 @@ class DataArguments:
         default=None, metadata={"help": "Processes that tokenize. Default: this one."}
     )
 
+    @property
+    def weights(self) -> list[float]:
+        """One weight for each of `train_data`."""
+        return self.train_weights or [1.0] * len(self.train_data)
+
     def __post_init__(self) -> None:
+        if isinstance(self.train_data, str):
+            self.train_data = [self.train_data]
+        if isinstance(self.eval_data, str):
+            self.eval_data = [self.eval_data]
+        if len(self.weights) != len(self.train_data) or not all(
+            0 < weight < math.inf for weight in self.weights
+        ):
+            raise ValueError(
+                f"train_weights must be a positive number for each of the {len(self.train_data)} "
+                f"entries of train_data, got {self.train_weights}."
+            )
+        if (self.prompt_field is None) != (self.answer_field is None):
+            raise ValueError(
+                "prompt_field and answer_field go together: a question has an answer. Set both."
+            )
         if self.eval_data is not None and self.eval_fraction is not None:
             raise ValueError(
                 f"eval_data={self.eval_data!r} and eval_fraction={self.eval_fraction} both say "
@@ -109,10 +149,10 @@ class DataArguments:
                 f"max_length must be at least 2, got {self.max_length}: a token is predicted from "
                 "the one before it."
             )
-        if self.packing and self.task == "classification":
+        if self.packing and self.task not in ("chat", "text"):
             raise ValueError(
                 "packing=true joins examples into one sequence, which has no place for their "
-                "labels. Set packing to false for task 'classification'."
+                f"labels. Set packing to false for task {self.task!r}."
             )
 
 

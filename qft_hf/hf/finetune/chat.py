@@ -5,24 +5,56 @@ Two ways lead to the assistant's tokens, and both are exact or raise:
 - the template marks them itself with `{% generation %}` ... `{% endgeneration %}`;
 - otherwise the conversation is rendered up to each assistant turn and up to its end. Each of these
   texts must begin the text of the whole, so their lengths say where the turn lies; a token that
-  reaches across such a border is refused.
+  reaches across such a border is refused. Where a template rewrites earlier turns (Qwen3 drops
+  their reasoning), an answer that is rewritten later makes an example of its own, which ends with
+  it: the model is trained on what it will see and say when it is asked.
 """
 
 import copy
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a token outside the loss: the default `ignore_index` of torch
-
-Message = dict[str, Any]
+from ...nn.loss import IGNORED
+from .arguments import DataArguments
+from .conversation import Conversation, Turn, excerpt, read_conversation
+from .task import Example, LanguageTask, NothingToLearn, Row, RowError
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+
+
+class Chat(LanguageTask):
+    """The assistant's turns of a conversation are learned, or all of it."""
+
+    def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(arguments, tokenizer)
+        self.encoder = ConversationEncoder(tokenizer, assistant_only=arguments.assistant_only_loss)
+
+    def encode(self, row: Row) -> list[Example]:
+        """Render and tokenize; several examples where the template rewrites earlier turns."""
+        conversation = read_conversation(
+            row,
+            messages_field=self.arguments.messages_field,
+            prompt_field=self.arguments.prompt_field,
+            answer_field=self.arguments.answer_field,
+        )
+        examples = self.encoder.encode(conversation, max_length=self.max_length)
+        return [self.example(*example) for example in examples]
+
+
+@dataclass(slots=True)
+class _Rendered:
+    """A text that ends with an answer, and where in it answers lie."""
+
+    text: str
+    answers: list[tuple[Turn, int, int]] = field(default_factory=list)  # first, last + 1 character
 
 
 class ConversationEncoder:
@@ -60,94 +92,116 @@ class ConversationEncoder:
             self.tokenizer.backend_tokenizer.post_processor = None
 
     def encode(
-        self, messages: Sequence[Mapping[str, Any]], *, max_length: int | None = None
-    ) -> tuple[list[int], list[int]]:
-        """Return tokens and labels of one conversation.
+        self, conversation: Conversation, *, max_length: int | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return tokens and labels of a conversation.
 
         Args:
-            messages: Turns with `role` and `content` (or ShareGPT's `from` and `value`), in order.
+            conversation: Turns in order.
             max_length: Where the caller will cut. Turns that begin later are not looked for, which
                 saves most of the time in long conversations; their labels are `IGNORED`.
 
         Returns:
+            Pairs, one unless the template rewrites earlier turns:
             input_ids: The rendered conversation, not cut.
             labels: Same length: the token itself where it is learned, `IGNORED` elsewhere.
 
         Raises:
-            ValueError: A turn lacks its fields, the template refuses the conversation, or the
+            RowError: The template refuses the conversation or leaves a part of it out, or the
                 assistant turns cannot be told from the rest.
         """
-        turns = [_as_turn(message) for message in messages]
-        if not turns:
-            return [], []
+        if not conversation.turns:
+            raise NothingToLearn("empty", "there are no messages.")
+        self._require_shown(conversation)
         if not self.assistant_only:
-            text = self._render(turns)
-            input_ids = list(
-                self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            )
-            return input_ids, list(input_ids)
-
+            if not all(conversation.learned):
+                raise RowError(
+                    "weight or train beside assistant_only_loss=false",
+                    "every token is learned then. Set assistant_only_loss to true.",
+                )
+            encoded = self._tokenize(self._render(conversation))
+            return [(list(encoded["input_ids"]), list(encoded["input_ids"]))]
         if self.marks_assistant:
-            input_ids, learned = self._turns_from_template(turns)
+            examples = [self._answers_from_template(conversation)]
         else:
-            input_ids, learned = self._turns_from_prefixes(turns, max_length)
-        labels = [
-            token if is_learned else IGNORED
-            for token, is_learned in zip(input_ids, learned, strict=True)
-        ]
-        return input_ids, labels
+            examples = self._answers_from_prefixes(conversation, max_length)
+        return [(ids, np.where(learned, ids, IGNORED).tolist()) for ids, learned in examples]
 
-    def _turns_from_template(self, turns: list[Message]) -> tuple[list[int], list[bool]]:
+    def _answers_from_template(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
         """Take the assistant tokens from the template's `{% generation %}` blocks."""
-        try:
-            encoded: Any = self.tokenizer.apply_chat_template(
-                turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-        except TemplateError as error:
-            raise _template_refusal(turns, error) from error
-        return list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]]
-
-    def _turns_from_prefixes(
-        self, turns: list[Message], max_length: int | None
-    ) -> tuple[list[int], list[bool]]:
-        """Find each assistant turn between the text before it and the text that ends with it."""
-        text = self._render(turns)
-        encoded: Any = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        encoded = self._apply_template(
+            conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
-        input_ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        learned = [False] * len(input_ids)
-        for index, turn in enumerate(turns):
-            if turn["role"] != "assistant":
-                continue
+        mask = [bool(marked) for marked in encoded["assistant_masks"]]
+        answers = _answers(conversation)
+        n_marked = sum(marked for marked, _ in groupby(mask))
+        if n_marked != len(answers):
+            raise RowError(
+                f"the chat template marks {n_marked} answers of {len(answers)}",
+                "it takes other roles for the assistant's, or some of the assistant's for others. "
+                "Use another chat_template.",
+            )
+        learned, answer = [], -1
+        for marked, run in groupby(mask):
+            answer += marked
+            is_learned = marked and conversation.learned[answers[answer]]
+            learned += [is_learned for _ in run]
+        return list(encoded["input_ids"]), learned
+
+    def _answers_from_prefixes(
+        self, conversation: Conversation, max_length: int | None
+    ) -> list[tuple[list[int], list[bool]]]:
+        """Find each answer between the text before it and the text that ends with it."""
+        whole = self._render(conversation)
+        limit = len(whole)
+        if max_length is not None and max_length < len(ends := self._tokenize(whole)["offsets"]):
+            limit = ends[max_length][1]
+        rendered = [_Rendered("")]
+        for index in _answers(conversation):
+            turn = conversation.turns[index]
             if index == 0:
-                raise ValueError(
-                    "a conversation must not begin with an assistant turn: nothing asks for it, so "
-                    "the template cannot tell where it starts. Drop the turn or put a user or "
-                    f"system turn before it. It says {_excerpt(turn)}."
+                raise RowError(
+                    "begins with the assistant",
+                    "nothing asks for its turn, so the template cannot tell where it starts. Drop "
+                    f"the turn or put a user or system turn before it. It says {excerpt(turn)}.",
                 )
-            prompt = self._render(turns[:index], add_generation_prompt=True)
-            answered = self._render(turns[: index + 1])
-            if not text.startswith(answered) or not answered.startswith(prompt):
-                raise ValueError(
-                    "the chat template renders an assistant turn differently when others follow, "
-                    "so its tokens cannot be told from the rest. Use a template with "
-                    "{% generation %}, or set assistant_only_loss to false. The turn says "
-                    f"{_excerpt(turn)}."
+            prompt = self._render(conversation, n_turns=index, add_generation_prompt=True)
+            answered = self._render(conversation, n_turns=index + 1)
+            if not answered.startswith(prompt):
+                raise RowError(
+                    "the chat template renders an answer differently when it is asked for",
+                    "its tokens cannot be told from the rest. Use a template with {% generation "
+                    f"%}}, or set assistant_only_loss to false. The turn says {excerpt(turn)}.",
                 )
-            start, stop = _token_at(len(prompt), offsets), _token_at(len(answered), offsets)
+            if answered.startswith(rendered[-1].text):
+                rendered[-1].text = answered
+            else:
+                rendered.append(_Rendered(answered))
+            if conversation.learned[index]:
+                rendered[-1].answers.append((turn, len(prompt), len(answered)))
+            if whole.startswith(answered) and len(answered) >= limit:
+                break
+        if whole.startswith(rendered[-1].text):
+            rendered[-1].text = whole
+        taught = [example for example in rendered if example.answers] or rendered[-1:]
+        return [self._locate(example) for example in taught]
+
+    def _locate(self, example: _Rendered) -> tuple[list[int], list[bool]]:
+        """Return the tokens, and which of them are an answer's."""
+        encoded = self._tokenize(example.text)
+        input_ids, offsets = encoded["input_ids"], encoded["offsets"]
+        learned = [False] * len(input_ids)
+        for turn, first, last in example.answers:
+            start, stop = _token_at(first, offsets), _token_at(last, offsets)
             if start is None or stop is None:
-                raise ValueError(
-                    "the first or last characters of an assistant turn share a token with what the "
-                    "chat template writes around it, so generation would see other tokens than "
-                    "training. Strip white space from the messages, use a template whose prompt "
-                    "does not end in a space, or set assistant_only_loss to false. The turn says "
-                    f"{_excerpt(turn)}."
+                raise RowError(
+                    "an answer shares a token with the chat template",
+                    "generation would see other tokens than training. Strip white space from the "
+                    "messages, use a template whose prompt does not end in a space, or set "
+                    f"assistant_only_loss to false. The turn says {excerpt(turn)}.",
                 )
             end = self._end_of_turn(input_ids, start, stop)
             learned[start:end] = [True] * (end - start)
-            if max_length is not None and stop >= max_length:
-                break
         return input_ids, learned
 
     def _end_of_turn(self, input_ids: list[int], start: int, stop: int) -> int:
@@ -163,33 +217,71 @@ class ConversationEncoder:
         ends_with_special = end > start and input_ids[end - 1] in self.tokenizer.all_special_ids
         return end if ends_with_special else stop
 
-    def _render(self, turns: list[Message], *, add_generation_prompt: bool = False) -> str:
+    def _require_shown(self, conversation: Conversation) -> None:
+        """Raise `RowError` if the template leaves out what it does not know.
+
+        What is not found word by word is looked for by its effect: without it, the text must be
+        another one.
+        """
+        text = self._render(conversation)
+        without: list[tuple[str, Conversation]] = []
+        if conversation.tools:
+            without.append(("tools", replace(conversation, tools=None)))
+        for index, turn in enumerate(conversation.turns):
+            changes: dict[str, Turn] = {}
+            said = turn["content"]
+            if turn["role"] != "assistant" and not (isinstance(said, str) and said.strip() in text):
+                changes[f"{turn['role']} turns"] = {"content": "?"}
+            if "tool_calls" in turn:
+                changes["tool calls"] = {"tool_calls": []}
+            for what, change in changes.items():
+                turns = list(conversation.turns)
+                turns[index] = turn | change
+                without.append((what, replace(conversation, turns=turns)))
+        for what, other in without:
+            if self._render(other) == text:
+                raise RowError(
+                    f"the chat template leaves out {what}",
+                    "they would not be learned from. Use a chat_template that shows them, or "
+                    "remove them from the data.",
+                )
+
+    def _tokenize(self, text: str) -> dict[str, Any]:
+        encoded: Any = self.tokenizer(
+            text,
+            add_special_tokens=False,
+            return_offsets_mapping=self.tokenizer.is_fast,
+            verbose=False,
+        )
+        return {"input_ids": list(encoded["input_ids"]), "offsets": encoded.get("offset_mapping")}
+
+    def _render(
+        self,
+        conversation: Conversation,
+        *,
+        n_turns: int | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        part = replace(conversation, turns=conversation.turns[:n_turns])
+        prompt = {"add_generation_prompt": add_generation_prompt}
+        return str(self._apply_template(part, tokenize=False, **prompt))
+
+    def _apply_template(self, conversation: Conversation, **options: Any) -> Any:
+        turns = conversation.turns
         try:
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise _template_refusal(turns, error) from error
-        return str(text)
+            return self.tokenizer.apply_chat_template(turns, tools=conversation.tools, **options)
+        except (TemplateError, TypeError) as error:
+            roles = [turn["role"] for turn in turns]
+            raise RowError(
+                "the chat template refuses the conversation",
+                f"{error}. Its roles are {', '.join(roles[:6])}{', ...' if roles[6:] else ''}. "
+                "Change the data, or set chat_template to one that takes them. It begins "
+                f"{excerpt(turns[0])}.",
+            ) from error
 
 
-def _as_turn(message: Mapping[str, Any]) -> Message:
-    """Return `role`, `content` and what else is set; `datasets` fills absent fields with None."""
-    if not isinstance(message, Mapping):
-        raise ValueError(
-            "a conversation must be a list of messages with `role` and `content`, got "
-            f"{type(message).__name__} in the place of a message. Is messages_field right?"
-        )
-    turn = {name: value for name, value in message.items() if value is not None}
-    if "from" in turn and "value" in turn:
-        speaker = turn.pop("from")
-        turn |= {"role": _SHAREGPT_ROLES.get(speaker, speaker), "content": turn.pop("value")}
-    if "role" not in turn or "content" not in turn:
-        raise ValueError(
-            "each message needs `role` and `content` (or ShareGPT's `from` and `value`), got one "
-            f"with the fields {sorted(turn)}: {_excerpt(turn)}."
-        )
-    return turn
+def _answers(conversation: Conversation) -> list[int]:
+    return [i for i, turn in enumerate(conversation.turns) if turn["role"] == "assistant"]
 
 
 def _token_at(character: int, offsets: Sequence[tuple[int, int]]) -> int | None:
@@ -197,17 +289,3 @@ def _token_at(character: int, offsets: Sequence[tuple[int, int]]) -> int | None:
     index = bisect_right(offsets, character, key=lambda offset: offset[1])
     reaches_across = index < len(offsets) and offsets[index][0] < character
     return None if reaches_across else index
-
-
-def _template_refusal(turns: list[Message], error: TemplateError) -> ValueError:
-    roles = ", ".join(turn["role"] for turn in turns[:6])
-    return ValueError(
-        f"the chat template refused a conversation with the roles {roles}"
-        f"{', ...' if len(turns) > 6 else ''}: {error}. Change the data, or set chat_template to "
-        f"one that takes them. The conversation begins {_excerpt(turns[0])}."
-    )
-
-
-def _excerpt(turn: Message) -> str:
-    text = str(turn.get("content", turn))
-    return repr(text if len(text) <= 60 else text[:57] + "...")

@@ -1,21 +1,28 @@
-"""From data arguments to what the Trainer takes: examples, collator, counts."""
+"""From data arguments to what the Trainer takes: examples, the task that made them, counts."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset
-from transformers import (
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-)
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, List, Value, concatenate_datasets
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .arguments import DataArguments
-from .chat import IGNORED
-from .examples import chat_examples, classification_examples, label_names_of, text_examples
+from .chat import Chat
+from .classification import Classification, MultiLabel, Regression
 from .packing import count_tokens, pack
-from .sources import load_rows, require_fields, split_rows
+from .sources import Rows, load_rows, select_rows, split_rows
+from .task import Example, NothingToLearn, Row, RowError, Task, teaches
+from .text import Text
+
+LANGUAGE_TASKS = {"chat": Chat, "text": Text}
+LABEL_TASKS = {
+    "classification": Classification,
+    "regression": Regression,
+    "multi_label": MultiLabel,
+}
+DROPPED = "dropped"  # column of encoded rows: why one is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +32,16 @@ class DataCounts:
     rows: int  # read
     examples: int  # rows or packed blocks that are used
     tokens: int  # in the examples, without padding
-    cut_tokens: int  # beyond max_length, or in the last block that packing could not fill
-    dropped_examples: int  # nothing in them is learned
+    cut_tokens: int  # of these, beyond max_length
+    dropped: dict[str, int]  # rows and packed blocks, by the reason
 
     def __str__(self) -> str:
         """Return the counts in one line."""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
         return (
             f"{self.rows:,} rows, {self.examples:,} examples, {self.tokens:,} tokens; "
-            f"{self.cut_tokens:,} tokens cut off, {self.dropped_examples:,} examples dropped"
+            f"{self.cut_tokens:,} tokens cut off, {sum(self.dropped.values()):,} dropped"
+            + (f" ({reasons})" if reasons else "")
         )
 
 
@@ -48,185 +57,163 @@ class Examples:
 class TaskData:
     """Everything a Trainer needs to know about the data."""
 
+    task: Task
     train: Examples
     evaluation: Examples | None
-    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
-    label_names: list[str]  # classes; none for a language model
 
 
 def prepare_data(
-    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    *,
+    seed: int,
 ) -> TaskData:
     """Load, split, tokenize, bring to length, and drop what teaches nothing.
 
     Args:
         arguments: What to read and how.
         tokenizer: Has a padding token.
-        seed: Draws the rows of `eval_fraction`.
+        config: The model's; a trained head says what its classes are.
+        seed: Draws the rows of `eval_fraction`, and those of a weight with a fraction.
 
     Raises:
         FileNotFoundError: A data file is not there.
-        ValueError: No rows, or none with a learned token; a field is missing; a conversation cannot
-            be rendered. The message says which.
+        ValueError: No rows, or none with a learned token; a row cannot be read, named by its file
+            and number; labels and model do not go together.
     """
     parts = _load_parts(arguments, seed)
-    for source, rows in parts.items():
-        require_fields(rows, _fields(arguments), source)
-
-    label_names = []
-    if arguments.task == "classification":
-        label_names = label_names_of(list(parts.values()), arguments.label_field)
-
+    task = _make_task(
+        arguments, tokenizer, config, [rows for part in parts.values() for rows in part]
+    )
     examples = {
-        source: _prepare_part(rows, arguments, tokenizer, label_names, source)
-        for source, rows in parts.items()
+        name: _prepare_part(part, task, arguments, name, seed) for name, part in parts.items()
     }
-    return TaskData(
-        train=examples["training data"],
-        evaluation=examples.get("evaluation data"),
-        collator=_collator(arguments, tokenizer),
-        label_names=label_names,
-    )
+    return TaskData(task, examples["training data"], examples.get("evaluation data"))
 
 
-def _load_parts(arguments: DataArguments, seed: int) -> dict[str, Dataset]:
+def _load_parts(arguments: DataArguments, seed: int) -> dict[str, list[Rows]]:
     """Return the rows of the training data and, if asked for, the evaluation data."""
-    rows = load_rows(
-        arguments.train_data, arguments.train_split, configuration=arguments.train_config
-    )
-    parts = {"training data": rows}
+    train = [
+        Rows(rows.table, rows.source, weight)
+        for source, weight in zip(arguments.train_data, arguments.weights, strict=True)
+        for rows in load_rows(source, arguments.train_split, configuration=arguments.train_config)
+    ]
+    parts = {"training data": train}
     if arguments.eval_data is not None:
-        parts["evaluation data"] = load_rows(
-            arguments.eval_data, arguments.eval_split, configuration=arguments.eval_config
-        )
+        parts["evaluation data"] = [
+            rows
+            for source in arguments.eval_data
+            for rows in load_rows(source, arguments.eval_split, configuration=arguments.eval_config)
+        ]
     elif arguments.eval_fraction is not None:
-        parts["training data"], parts["evaluation data"] = split_rows(
-            rows, arguments.eval_fraction, seed
-        )
+        parts["training data"], held_out = split_rows(train, arguments.eval_fraction, seed)
+        parts["evaluation data"] = [replace(rows, weight=1.0) for rows in held_out]
     limits = {
         "training data": arguments.max_train_rows,
         "evaluation data": arguments.max_eval_rows,
     }
-    return {source: _first(rows, limits[source]) for source, rows in parts.items()}
+    return {name: _first(rows, limits[name]) for name, rows in parts.items()}
 
 
-def _first(rows: Dataset, n_rows: int | None) -> Dataset:
-    return rows if n_rows is None else rows.select(range(min(n_rows, len(rows))))
+def _first(parts: list[Rows], n_rows: int | None) -> list[Rows]:
+    return parts if n_rows is None else select_rows(parts, range(n_rows))
 
 
-def _fields(arguments: DataArguments) -> list[str]:
-    """Name the fields that the task reads."""
-    match arguments.task:
-        case "chat":
-            return [arguments.messages_field]
-        case "text":
-            return [arguments.text_field]
-        case "classification":
-            return [*_text_fields(arguments), arguments.label_field]
-
-
-def _text_fields(arguments: DataArguments) -> list[str]:
-    pair = arguments.text_pair_field
-    return [arguments.text_field] if pair is None else [arguments.text_field, pair]
+def _make_task(
+    arguments: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    config: PreTrainedConfig,
+    parts: list[Rows],
+) -> Task:
+    if arguments.task in LANGUAGE_TASKS:
+        return LANGUAGE_TASKS[arguments.task](arguments, tokenizer)
+    labels = []
+    for rows in parts:
+        for record in rows.table:
+            try:
+                labels.append(rows.read(record).get(arguments.label_field))
+            except RowError:
+                continue  # it is named or counted when it is encoded
+    feature = parts[0].table.features.get(arguments.label_field)
+    feature = feature.feature if isinstance(feature, List) else feature
+    declared = feature if isinstance(feature, ClassLabel) else None
+    return LABEL_TASKS[arguments.task](arguments, tokenizer, config, labels, declared)
 
 
 def _prepare_part(
-    rows: Dataset,
-    arguments: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    label_names: list[str],
-    source: str,
+    parts: list[Rows], task: Task, arguments: DataArguments, name: str, seed: int
 ) -> Examples:
     """Turn rows into examples of the right length that teach something."""
-    encoded = _encode(rows, arguments, tokenizer, label_names)
-    fitted, cut_tokens = encoded.remove_columns("cut"), sum(encoded["cut"])
-    if arguments.packing:
-        fitted = pack(encoded, arguments.max_length)
-        cut_tokens = count_tokens(encoded) - count_tokens(fitted)
-    used = fitted
-    if arguments.task != "classification":
-        used = fitted.filter(_teaches, input_columns="labels", desc="Checking")
+    weighted, dropped, cut_tokens = [], Counter[str](), 0
+    for rows in parts:
+        encoded = _encode(rows, task, arguments)
+        dropped.update(reason for reason in encoded[DROPPED] if reason is not None)
+        kept = encoded.filter(lambda reason: reason is None, input_columns=DROPPED, desc="Checking")
+        kept = _repeat(kept, rows.weight, seed)
+        cut_tokens += sum(kept["cut"])
+        weighted.append(kept.select_columns(list(task.features)))
+    used = concatenate_datasets(weighted)
+    if arguments.packing and len(used):
+        blocks = pack(used, arguments.max_length)
+        used = blocks.filter(teaches, input_columns="labels", desc="Checking")
+        if len(used) < len(blocks):
+            dropped["packed blocks without a learned token"] = len(blocks) - len(used)
     counts = DataCounts(
-        rows=len(rows),
+        rows=sum(len(rows.table) for rows in parts),
         examples=len(used),
         tokens=count_tokens(used),
         cut_tokens=cut_tokens,
-        dropped_examples=len(fitted) - len(used),
+        dropped=dict(dropped),
     )
     if counts.examples == 0:
-        raise ValueError(_nothing_to_learn(arguments, source, counts))
+        raise ValueError(
+            f"nothing can be learned from the {counts.rows} rows of the {name}. Dropped are: "
+            f"{', '.join(f'{count:,} {reason}' for reason, count in dropped.items())}. Raise "
+            "max_length if answers begin later; else check the roles and fields of the data."
+        )
     return Examples(used, counts)
 
 
-def _encode(
-    rows: Dataset,
-    arguments: DataArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    label_names: list[str],
-) -> Dataset:
-    """Tokenize the rows as the task says."""
-    # Packing cuts the stream of all examples, not each of them.
-    max_length = None if arguments.packing else arguments.max_length
-    workers = arguments.preprocessing_workers
-    match arguments.task:
-        case "chat":
-            return chat_examples(
-                rows,
-                tokenizer,
-                messages_field=arguments.messages_field,
-                assistant_only=arguments.assistant_only_loss,
-                max_length=max_length,
-                workers=workers,
-            )
-        case "text":
-            return text_examples(
-                rows,
-                tokenizer,
-                text_field=arguments.text_field,
-                max_length=max_length,
-                workers=workers,
-            )
-        case "classification":
-            return classification_examples(
-                rows,
-                tokenizer,
-                text_fields=_text_fields(arguments),
-                label_field=arguments.label_field,
-                label_names=label_names,
-                max_length=arguments.max_length,
-                workers=workers,
-            )
+def _encode(rows: Rows, task: Task, arguments: DataArguments) -> Dataset:
+    """Make examples of rows; a row that is left out has a reason in the column `DROPPED`."""
+    features = Features({**task.features, "cut": Value("int64"), DROPPED: Value("string")})
+
+    def encode(records: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {name: [] for name in features}
+        for values in zip(*records.values(), strict=True):
+            for example in _examples(dict(zip(records, values, strict=True))):
+                for name, column in columns.items():
+                    column.append(example.get(name))
+        return columns
+
+    def _examples(record: Row) -> list[Example]:
+        try:
+            return task.encode(rows.read(record))
+        except NothingToLearn as error:
+            return [{DROPPED: error.reason}]
+        except RowError as error:
+            if arguments.on_bad_row == "skip":
+                return [{DROPPED: error.reason}]
+            raise ValueError(
+                f"{rows.place(record)}: {error} To leave out such rows and count them, set "
+                "on_bad_row to skip."
+            ) from error
+
+    return rows.table.map(
+        encode,
+        batched=True,
+        features=features,
+        remove_columns=rows.table.column_names,
+        num_proc=arguments.preprocessing_workers,
+        desc="Tokenizing",
+    )
 
 
-def _teaches(labels: list[int]) -> bool:
-    """Say whether anything is learned. The first token has no predecessor, so it never is."""
-    return any(label != IGNORED for label in labels[1:])
-
-
-def _nothing_to_learn(arguments: DataArguments, source: str, counts: DataCounts) -> str:
-    start = f"nothing can be learned from the {counts.rows} rows of the {source}: "
-    if arguments.packing and counts.dropped_examples == 0:
-        return start + (
-            f"together they do not fill one block of {arguments.max_length} tokens. Lower "
-            "max_length or set packing to false."
-        )
-    if arguments.task == "chat" and arguments.assistant_only_loss:
-        return start + (
-            f"no assistant turn lies in the first {arguments.max_length} tokens of a conversation, "
-            "so every label is masked. Raise max_length, check the roles in the data, or set "
-            "assistant_only_loss to false."
-        )
-    return start + "all of them are empty."
-
-
-def _collator(
-    arguments: DataArguments, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """Pad to the longest example of a batch; padding is masked from attention and from the loss.
-
-    Labels are padded by position, not by token: where the padding token is also the end-of-turn
-    token, the end of a turn is still learned.
-    """
-    if arguments.task == "classification":
-        return DataCollatorWithPadding(tokenizer)
-    return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+def _repeat(examples: Dataset, weight: float, seed: int) -> Dataset:
+    """Return every example `weight` times; of a fraction, as many are drawn by seed."""
+    if weight == 1:
+        return examples
+    whole, n_more = divmod(round(len(examples) * weight), len(examples) or 1)
+    drawn = np.random.default_rng(seed).permutation(len(examples))[:n_more]
+    return examples.select([*list(range(len(examples))) * whole, *sorted(drawn)])

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import EvalPrediction
 
+from ...nn.loss import IGNORED
 from ..metrics.accuracy.accuracy import Accuracy
 from ..metrics.perplexity.perplexity import Perplexity
-from .chat import IGNORED
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,7 @@ class Scoring:
         [Any, Tensor], Tensor
     ]  # the Trainer's preprocess_logits_for_metrics
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
-
-
-def scoring_for(task: str) -> Scoring:
-    """Return accuracy for task "classification", otherwise loss and perplexity by token."""
-    if task == "classification":
-        return Scoring(predicted_classes, accuracy_of_examples)
-    return Scoring(token_losses, perplexity_of_tokens)
+    names: tuple[str, ...]  # of the scores, without the Trainer's `eval_`
 
 
 def token_losses(logits: Any, labels: Tensor) -> Tensor:
@@ -79,3 +73,32 @@ def accuracy_of_examples(prediction: EvalPrediction) -> dict[str, float]:
     return Accuracy(keep_in_memory=True).compute(
         predictions=prediction.predictions, references=prediction.label_ids
     )
+
+
+def predicted_numbers(logits: Any, labels: Tensor) -> Tensor:
+    """Return the outputs of the head: float, one an example, or one a class."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits.float()
+
+
+def errors_of_numbers(prediction: EvalPrediction) -> dict[str, float]:
+    """Score numbers by the root of the mean squared error and by the correlation."""
+    predicted, labels = np.ravel(prediction.predictions), np.ravel(prediction.label_ids)
+    varies = len(labels) > 1 and predicted.std() > 0 and labels.std() > 0
+    correlation = np.corrcoef(predicted, labels)[0, 1] if varies else float("nan")
+    error = np.sqrt(np.mean((predicted - labels) ** 2.0))
+    return {"rmse": float(error), "pearson": float(correlation)}
+
+
+def accuracy_of_several_classes(prediction: EvalPrediction) -> dict[str, float]:
+    """Score yes and no for each class; `exact_match` is the share of examples right in all."""
+    right = (np.asarray(prediction.predictions) > 0) == (np.asarray(prediction.label_ids) > 0)
+    return {"accuracy": float(right.mean()), "exact_match": float(right.all(axis=1).mean())}
+
+
+NEXT_TOKENS = Scoring(token_losses, perplexity_of_tokens, ("loss", "perplexity"))
+CLASSES = Scoring(predicted_classes, accuracy_of_examples, ("loss", "accuracy"))
+NUMBERS = Scoring(predicted_numbers, errors_of_numbers, ("loss", "rmse", "pearson"))
+SEVERAL_CLASSES = Scoring(
+    predicted_numbers, accuracy_of_several_classes, ("loss", "accuracy", "exact_match")
+)

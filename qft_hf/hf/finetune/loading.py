@@ -1,14 +1,10 @@
 """The tokenizer and the model of a run, checked against the data they will see."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -18,6 +14,7 @@ from transformers import (
 from .. import shipped
 from ..config import QFTConfig
 from .arguments import ModelArguments
+from .task import Task
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -52,13 +49,20 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """Load what the model says about itself."""
+    return AutoConfig.from_pretrained(
+        arguments.model_name_or_path, revision=arguments.model_revision
+    )
+
+
 def load_model(
     arguments: ModelArguments,
     quantization: QFTConfig,
+    config: PreTrainedConfig,
+    task: Task,
     *,
     max_length: int,
-    n_tokens: int,
-    label_names: Sequence[str],
 ) -> PreTrainedModel:
     """Load a model with INT8 weights: a float checkpoint is quantized tensor by tensor.
 
@@ -67,25 +71,17 @@ def load_model(
     Args:
         arguments: Which model.
         quantization: Format of the weights.
+        config: The model's; the task's head is written into it.
+        task: Says which class and head.
         max_length: Longest example in tokens.
-        n_tokens: Size of the tokenizer's vocabulary.
-        label_names: Classes of a classifier; none for a language model.
 
     Raises:
         ValueError: The model is too short for the examples or has fewer embeddings than tokens.
     """
-    config = AutoConfig.from_pretrained(
-        arguments.model_name_or_path, revision=arguments.model_revision
-    )
-    _check_fit(config, max_length=max_length, n_tokens=n_tokens)
-    model_class: Any = AutoModelForCausalLM
-    if label_names:
-        model_class = AutoModelForSequenceClassification
-        config.num_labels = len(label_names)
-        config.id2label = dict(enumerate(label_names))
-        config.label2id = {name: index for index, name in enumerate(label_names)}
+    _check_fit(config, max_length=max_length, n_tokens=len(task.tokenizer))
+    task.configure(config)
     is_quantized = getattr(config, "quantization_config", None) is not None
-    model: PreTrainedModel = model_class.from_pretrained(
+    model: PreTrainedModel = task.model_class.from_pretrained(
         arguments.model_name_or_path,
         revision=arguments.model_revision,
         config=config,
@@ -93,6 +89,9 @@ def load_model(
         attn_implementation=arguments.attn_implementation,
         quantization_config=None if is_quantized else quantization,
     )
+    # A classifier looks for the last token that is not padding, also before training begins. In the
+    # config that a model is made of, it would keep this token's embedding from being learned.
+    model.config.get_text_config().pad_token_id = task.tokenizer.pad_token_id
     return model
 
 

@@ -20,9 +20,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..drafts import written_whole
 from ..trainer import QFTTrainer
 from .data import TaskData, prepare_data
-from .evaluation import scoring_for
 from .export import export_checkpoint
-from .loading import load_model, load_tokenizer
+from .loading import load_config, load_model, load_tokenizer
 from .loss_curve import draw_loss_curve
 from .output_folder import (
     LOSS_CURVE,
@@ -100,31 +99,31 @@ def prepare(arguments: RunArguments) -> Run:
     training = arguments.training
     set_seed(training.seed)
     tokenizer = load_tokenizer(arguments.model)
+    config = load_config(arguments.model)
     with training.main_process_first(desc="reading the data"):
-        data = prepare_data(arguments.data, tokenizer, seed=training.seed)
+        data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
     model = load_model(
         arguments.model,
         training.quantization_config,
+        config,
+        data.task,
         max_length=arguments.data.max_length,
-        n_tokens=len(tokenizer),
-        label_names=data.label_names,
     )
     if training.include_num_input_tokens_seen == "no":
         training.include_num_input_tokens_seen = "non_padding"  # the summary reports them
     if training.device.type == "cpu":
         # It speeds up copies to a GPU, and warns where there is none.
         training.dataloader_pin_memory = False
-    scoring = scoring_for(arguments.data.task)
     clock = StepClock()
     trainer = QFTTrainer(
         model=model,
         args=training,
         train_dataset=data.train.dataset,
         eval_dataset=None if data.evaluation is None else data.evaluation.dataset,
-        data_collator=data.collator,
+        data_collator=data.task.collator,
         processing_class=tokenizer,
-        compute_metrics=scoring.compute_metrics,
-        preprocess_logits_for_metrics=scoring.preprocess_logits,
+        compute_metrics=data.task.scoring.compute_metrics,
+        preprocess_logits_for_metrics=data.task.scoring.preprocess_logits,
         callbacks=[clock],
     )
     return Run(arguments, checkpoint, data, trainer, clock, started)
@@ -225,7 +224,7 @@ def _scores(run: Run) -> dict[str, float] | None:
     """Return loss and metrics on the evaluation data, None if there is none."""
     if run.data.evaluation is None:
         return None
-    return _named_scores(run.trainer.evaluate())
+    return _named_scores(run, run.trainer.evaluate())
 
 
 def _scores_of_last_step(run: Run) -> dict[str, float] | None:
@@ -234,12 +233,11 @@ def _scores_of_last_step(run: Run) -> dict[str, float] | None:
     logged = [entry for entry in state.log_history if "eval_loss" in entry]
     if run.trainer.args.load_best_model_at_end or not logged:
         return None
-    return _named_scores(logged[-1]) if logged[-1]["step"] == state.global_step else None
+    return _named_scores(run, logged[-1]) if logged[-1]["step"] == state.global_step else None
 
 
-def _named_scores(metrics: dict[str, Any]) -> dict[str, float]:
-    names = [name for name in ("loss", "perplexity", "accuracy") if f"eval_{name}" in metrics]
-    return {name: metrics[f"eval_{name}"] for name in names}
+def _named_scores(run: Run, metrics: dict[str, Any]) -> dict[str, float]:
+    return {name: metrics[f"eval_{name}"] for name in run.data.task.scoring.names}
 
 
 def _write_card(run: Run) -> None:
@@ -247,7 +245,7 @@ def _write_card(run: Run) -> None:
     model, data = run.arguments.model.model_name_or_path, run.arguments.data.train_data
     run.trainer.create_model_card(
         finetuned_from=None if Path(model).exists() else model,
-        dataset=Path(data).name if Path(data).exists() else data,
+        dataset=[Path(source).name if Path(source).exists() else source for source in data],
     )
 
 

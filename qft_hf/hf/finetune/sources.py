@@ -1,92 +1,291 @@
-"""Rows of a dataset, from a local file, a folder or the hub, cut into training and evaluation."""
+"""Rows of files, folders and hub data sets, each with the place it stands at.
 
-from collections.abc import Sequence
+Rows of text files (json, jsonl, csv, tsv, txt) are kept as JSON text and read when they are used:
+Arrow would give each row the fields of all others, and guess types. Parquet and hub data sets are
+Arrow already; what it has filled in inside of a field is taken out again.
+"""
+
+import csv
+import glob
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, load_dataset
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from .task import Row, RowError
+
+TEXT_FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
+FORMATS = (*TEXT_FORMATS, ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+GLOB = "glob:"  # before a pattern; a path without it is a path, whatever its characters are
+
+_TEXT, _NUMBER = "json text", "number in its source"  # columns
+_SPLIT_IN_NAME = re.compile(
+    r"(?:^|[^a-z])(?:(train)(?:ing)?|(test)(?:ing)?|(val)(?:id(?:ation)?)?|(dev)|(eval))(?:$|[^a-z])"
+)
 
 
-def load_rows(source: str, split: str, *, configuration: str | None = None) -> Dataset:
-    """Load one split of a dataset.
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one file, or of one data set on the hub."""
+
+    table: Dataset
+    source: str
+    weight: float = 1.0  # how often an epoch sees each of them
+
+    def read(self, record: Row) -> Row:
+        """Return a row of the table as its source has it.
+
+        Raises:
+            RowError: It is no object with named fields.
+        """
+        if _TEXT not in record:
+            row = {name: _without_absent(value) for name, value in record.items()}
+            del row[_NUMBER]
+            return row
+        try:
+            value = json.loads(record[_TEXT])
+        except json.JSONDecodeError as error:
+            raise RowError("no JSON", f"{error}.") from error
+        if not isinstance(value, dict):
+            raise RowError("no fields", f"expected an object, got {record[_TEXT].strip()[:60]!r}.")
+        return value
+
+    def place(self, record: Row) -> str:
+        """Return where a row stands, for a message about it."""
+        return f"{self.source}, row {record[_NUMBER]}"
+
+
+def load_rows(source: str, split: str = "train", *, configuration: str | None = None) -> list[Rows]:
+    """Load one split of a data set.
 
     Args:
-        source: A json, jsonl, csv or parquet file, a folder of such files, or a dataset's hub name.
-        split: Split, or slice of one (`train[:1000]`). The rows of a single file are `train`.
-        configuration: Which of its parts, if a dataset on the hub has several.
+        source: A file of one of `FORMATS`, maybe with a suffix of `COMPRESSIONS`; a folder of such
+            files; `GLOB` and a pattern of files; or a data set's hub name.
+        split: Split, or slice of one (`train[:1000]`). The rows of a file are `train`; files of a
+            folder belong to the split in their names.
+        configuration: Which of its parts, if a data set on the hub has several.
 
     Returns:
-        The rows, at least one.
+        One entry a file, together at least one row.
 
     Raises:
-        FileNotFoundError: `source` looks like a file and is not there.
-        ValueError: There are no rows, or the file cannot be read.
+        FileNotFoundError: `source` looks like a path and is not there.
+        ValueError: There are no rows, or a file cannot be read.
     """
-    path = Path(source)
-    file_format = FILE_FORMATS.get(path.suffix)
-    if path.is_file():
-        _check_file(path)
-        request = {"path": file_format, "data_files": source}
-    elif file_format is not None:
+    path = Path(source).expanduser()
+    if source.startswith(GLOB):
+        files = [Path(name) for name in sorted(glob.glob(source[len(GLOB) :], recursive=True))]
+        if not files:
+            raise FileNotFoundError(f"no file is like {source} (looked from {Path.cwd()}).")
+        rows = [_load_file(file) for file in files]
+    elif path.is_dir() and configuration is None and not _declares_its_files(path):
+        rows = [_load_file(file) for file in _files_of_split(path, split)]
+    elif path.is_file():
+        rows = [_load_file(path)]
+    elif path.is_dir() or not _looks_like_a_path(source):
+        return [_load_data_set(source, split, configuration)]
+    else:
         raise FileNotFoundError(
             f"no data file {source} (looked from {Path.cwd()}). Correct the path in train_data or "
-            "eval_data; a dataset on the hub is given by its name, without a suffix."
+            f"eval_data. A pattern of files is given as {GLOB}PATTERN; a dataset on the hub by its "
+            "name, without a suffix."
         )
-    else:
-        request = {"path": source, "name": configuration}
-    try:
-        return load_dataset(**request, split=split)
-    except ValueError as error:  # of the split: unknown, or it has no rows at all
-        raise ValueError(
-            f"cannot take split {split!r} from {source}: {error} Expected one row an example; the "
-            "rows of a single file are the split 'train'."
-        ) from error
-    except DatasetGenerationError as error:
-        raise ValueError(
-            f"cannot read {source}: {error.__cause__}. Expected one row an example, all with the "
-            "same fields; jsonl has one JSON object a line."
-        ) from error
+    return _slice(rows, split, source)
 
 
-def _check_file(path: Path) -> None:
-    if path.suffix not in FILE_FORMATS:
-        raise ValueError(
-            f"a data file must be one of {', '.join(FILE_FORMATS)}, got {path}. Convert it to "
-            "jsonl: one JSON object a line."
-        )
-    with path.open("rb") as file:
-        if not file.read(4096).strip():
-            raise ValueError(f"{path} is empty. Expected one row an example.")
+def select_rows(parts: Sequence[Rows], indices: Sequence[int]) -> list[Rows]:
+    """Return some of the rows, by their indices in all parts together."""
+    chosen, first, wanted = [], 0, np.asarray(indices)
+    for part in parts:
+        last = first + len(part.table)
+        inside = wanted[(wanted >= first) & (wanted < last)] - first
+        chosen.append(replace(part, table=part.table.select(inside)))
+        first = last
+    return [part for part in chosen if len(part.table)]
 
 
-def require_fields(rows: Dataset, fields: Sequence[str], source: str) -> None:
-    """Check that every row has the fields a task reads.
-
-    Raises:
-        ValueError: One is missing; lists the fields that are there.
-    """
-    missing = [field for field in fields if field not in rows.column_names]
-    if missing:
-        raise ValueError(
-            f"{source} has no field {', '.join(map(repr, missing))}. Its fields are "
-            f"{', '.join(map(repr, rows.column_names))}: name the right one in the config "
-            "(messages_field, text_field, text_pair_field or label_field)."
-        )
-
-
-def split_rows(rows: Dataset, eval_fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+def split_rows(
+    parts: Sequence[Rows], eval_fraction: float, seed: int
+) -> tuple[list[Rows], list[Rows]]:
     """Cut rows into training and evaluation: each row in exactly one, the same rows for a seed.
 
     Raises:
         ValueError: A part would be empty.
     """
-    n_eval = round(len(rows) * eval_fraction)
-    if not 0 < n_eval < len(rows):
+    n_rows = sum(len(part.table) for part in parts)
+    n_eval = round(n_rows * eval_fraction)
+    if not 0 < n_eval < n_rows:
         raise ValueError(
-            f"eval_fraction {eval_fraction} of {len(rows)} rows leaves {len(rows) - n_eval} to "
+            f"eval_fraction {eval_fraction} of {n_rows} rows leaves {n_rows - n_eval} to "
             f"train on and {n_eval} to evaluate on; both need at least one. Change eval_fraction."
         )
-    parts = rows.train_test_split(test_size=n_eval, seed=seed)
-    return parts["train"], parts["test"]
+    indices = Dataset.from_dict({"index": range(n_rows)})
+    drawn = indices.train_test_split(test_size=n_eval, seed=seed)
+    return select_rows(parts, drawn["train"]["index"]), select_rows(parts, drawn["test"]["index"])
+
+
+def _load_file(path: Path) -> Rows:
+    plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    if plain.suffix not in FORMATS or (plain != path and plain.suffix == ".parquet"):
+        raise ValueError(
+            f"a data file must be one of {', '.join(FORMATS)}, the first {len(TEXT_FORMATS)} also "
+            f"with {' or '.join(COMPRESSIONS)} behind it, got {path}. Convert it to jsonl: one "
+            "JSON object a line."
+        )
+    if plain.suffix == ".parquet":
+        return _load_data_set("parquet", "train", None, file=path)
+    status = path.stat()
+    try:
+        table = Dataset.from_generator(
+            _read_text,
+            features=Features({_NUMBER: Value("int64"), _TEXT: Value("string")}),
+            gen_kwargs={
+                "path": str(path.resolve()),
+                "suffix": plain.suffix,
+                "version": (status.st_mtime_ns, status.st_size),  # what is cached is of this one
+            },
+        )
+    except DatasetGenerationError as error:
+        raise ValueError(_unreadable(path, error)) from error
+    except ValueError as error:  # what `datasets` says of a table without rows
+        raise ValueError(f"{path} has no rows: it is empty. Remove it or fill it.") from error
+    return Rows(table, str(path))
+
+
+def _load_data_set(
+    name: str, split: str, configuration: str | None, *, file: Path | None = None
+) -> Rows:
+    # A path is taken for a pattern there.
+    files = {} if file is None else {"data_files": glob.escape(str(file))}
+    source = str(file or name)
+    try:
+        table = load_dataset(name, configuration, split=split, **files)
+    except ValueError as error:  # of the split: unknown, or it has no rows at all
+        raise ValueError(f"cannot read {source}, split {split!r}: {error}") from error
+    except DatasetGenerationError as error:
+        raise ValueError(_unreadable(source, error)) from error
+    return Rows(table.add_column(_NUMBER, np.arange(1, len(table) + 1)), source)
+
+
+def _read_text(path: str, suffix: str, version: Any) -> Iterator[Row]:
+    """Yield the rows of a text file as JSON, each with its line (csv, lists: its number)."""
+    newline = "" if suffix in (".csv", ".tsv") else "\n"
+    stream = pa.input_stream(path)  # which decompresses
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline) as file:
+        for number, text in _rows_of_text(file, suffix):
+            yield {_NUMBER: number, _TEXT: text}
+
+
+def _rows_of_text(file: Any, suffix: str) -> Iterator[tuple[int, str]]:
+    match suffix:
+        case ".csv" | ".tsv":
+            csv.field_size_limit(2**31 - 1)  # its default refuses long texts
+            rows = csv.reader(file, delimiter="," if suffix == ".csv" else "\t")
+            header = next(rows, [])
+            for number, values in enumerate(rows, start=1):
+                cells: Any = [value or None for value in values]
+                if len(cells) == len(header):
+                    cells = dict(zip(header, cells, strict=True))
+                if values:
+                    yield number, json.dumps(cells)
+        case ".json":
+            text = file.read()
+            if text.lstrip().startswith("["):
+                objects = json.loads(text)
+                yield from ((n, json.dumps(value)) for n, value in enumerate(objects, start=1))
+            else:  # one object a line
+                yield from _rows_of_text(io.StringIO(text), ".jsonl")
+        case _:
+            for number, line in enumerate(file, start=1):
+                if suffix == ".txt":
+                    yield number, json.dumps({"text": line.rstrip("\r\n")})
+                elif line.strip():
+                    yield number, line
+
+
+def _slice(parts: list[Rows], split: str, source: str) -> list[Rows]:
+    n_rows = sum(len(part.table) for part in parts)
+    name = re.split(r"\W", split)[0] if Path(source).is_dir() else "train"
+    try:
+        ranges = ReadInstruction.from_spec(split).to_absolute({name: n_rows})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"cannot take split {split!r} from {source}: {error} The rows of a file are the split "
+            "'train'."
+        ) from error
+    rows = select_rows(parts, [row for part in ranges for row in range(part.from_, part.to)])
+    if not rows:
+        raise ValueError(f"split {split!r} of {source} has no rows. Expected one row an example.")
+    return rows
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """Return the files of a split: those with its name, or all if none has the name of a split."""
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.with_suffix("" if path.suffix in COMPRESSIONS else path.suffix).suffix in FORMATS
+        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+    ]
+    named = {path: _split_in_name(path.relative_to(folder)) for path in files}
+    wanted = _split_in_name(Path(re.split(r"\W", split)[0])) or split
+    if not any(named.values()):
+        chosen = files if wanted == "train" else []
+    elif all(named.values()):
+        chosen = [path for path, name in named.items() if name == wanted]
+    else:
+        without = ", ".join(path.name for path, name in named.items() if not name)
+        raise ValueError(
+            f"some files of the folder {folder} have the name of a split and some have not "
+            f"({without}). List the files themselves: train_data: [A, B]."
+        )
+    if not chosen:
+        raise ValueError(
+            f"the folder {folder} has no data file of split {split!r}: it holds "
+            f"{[path.name for path in files]}, and formats are {', '.join(FORMATS)}."
+        )
+    return chosen
+
+
+def _split_in_name(path: Path) -> str | None:
+    found = _SPLIT_IN_NAME.search(path.as_posix().lower())
+    if found is None:
+        return None
+    return {"train": "train", "test": "test"}.get(str(found[found.lastindex or 0]), "validation")
+
+
+def _declares_its_files(folder: Path) -> bool:
+    """Whether a data set card says which files belong to which split."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    return re.search(r"^configs:", card.read_text("utf-8"), re.MULTILINE) is not None
+
+
+def _looks_like_a_path(source: str) -> bool:
+    suffixes = (*FORMATS, *COMPRESSIONS)
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(suffixes)
+
+
+def _without_absent(value: Any) -> Any:
+    """Return a value of Arrow without the fields that only other rows have."""
+    if isinstance(value, dict):
+        return {name: _without_absent(v) for name, v in value.items() if v is not None}
+    return [_without_absent(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _unreadable(source: Path | str, error: Exception) -> str:
+    return (
+        f"cannot read {source}: {error.__cause__}. Expected one row an example, all with the same "
+        "fields; jsonl has one JSON object a line."
+    )

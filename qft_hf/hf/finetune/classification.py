@@ -1,0 +1,250 @@
+"""A text, or a pair of texts, and its label: a class, a number, or several classes."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from datasets import ClassLabel, Features, List, Value
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from .arguments import DataArguments
+from .evaluation import CLASSES, NUMBERS, SEVERAL_CLASSES, Scoring
+from .task import Example, Row, RowError, Task
+
+UNLABELLED = -1  # the convention of `datasets.ClassLabel`
+
+
+class Classification(Task):
+    """One class of several.
+
+    The order of the classes is the order of the model's head if that has been trained, else the
+    one that the data declare, else the sorted one.
+
+    Args:
+        arguments: Names of the fields, and the length of examples.
+        tokenizer: Has a padding token.
+        config: The model's; read, not changed.
+        labels: The labels of all rows, without repetition; None where a row has none.
+        declared: Class names that the data declare, in their order.
+
+    Raises:
+        ValueError: There are fewer than two classes, some of them are one with another spelling,
+            or the model's head does not know them.
+    """
+
+    model_class = AutoModelForSequenceClassification
+    scoring: ClassVar[Scoring] = CLASSES
+    problem_type: ClassVar[Any] = "single_label_classification"
+    label_type: ClassVar[Any] = Value("int64")
+
+    def __init__(
+        self,
+        arguments: DataArguments,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PreTrainedConfig,
+        labels: Sequence[Any],
+        declared: ClassLabel | None = None,
+    ) -> None:
+        super().__init__(arguments, tokenizer)
+        self.features = Features(
+            {name: List(Value("int64")) for name in tokenizer(" ")} | {"labels": self.label_type}
+        )
+        self.collator = DataCollatorWithPadding(tokenizer)
+        self._declared = declared
+        self.names = self._names(labels, config)
+        self._index_of = {_key(name): index for index, name in enumerate(self.names)}
+
+    def configure(self, config: PreTrainedConfig) -> None:
+        """Give the head its size, its kind and the names of its outputs."""
+        config.problem_type = self.problem_type
+        config.num_labels = max(1, len(self.names))
+        if self.names:
+            config.id2label = dict(enumerate(self.names))
+            config.label2id = {name: index for index, name in enumerate(self.names)}
+
+    def encode(self, row: Row) -> list[Example]:
+        """Tokenize, cutting the longer text of a pair first."""
+        names = [self.arguments.text_field, self.arguments.text_pair_field]
+        texts = [self.field(row, name) for name in names if name is not None]
+        if not all(isinstance(text, str) for text in texts):
+            raise RowError("no text", f"expected a string in each of {names}, got {texts!r}.")
+        label = self.label(self.field(row, self.arguments.label_field))
+        encoded = self.tokenizer(*texts, verbose=False)
+        cut = max(0, len(encoded["input_ids"]) - self.arguments.max_length)
+        if cut:
+            length = self.arguments.max_length
+            encoded = self.tokenizer(*texts, truncation=True, max_length=length)
+        return [{**encoded, "labels": label, "cut": cut}]
+
+    def label(self, value: Any) -> Any:
+        """Return what the loss takes for a stored label.
+
+        Raises:
+            RowError: There is none, or it is none of the classes.
+        """
+        return self._class(value)
+
+    def _class(self, label: Any) -> int:
+        value = self._canonical(label)
+        if value is None or value == UNLABELLED:
+            raise RowError(
+                f"no label ({value})",
+                "such a row can neither be learned nor scored. Remove it, or set on_bad_row to "
+                f"skip; give a class that is stored as {UNLABELLED} a name.",
+            )
+        index = self._index_of.get(_key(value))
+        if index is None and isinstance(value, int) and 0 <= value < len(self.names):
+            index = value
+        if index is None:
+            raise RowError(f"unknown class {value!r}", f"the classes are {self.names}.")
+        return index
+
+    def _canonical(self, label: Any) -> Any:
+        """Return a name or a number: csv has only text, and pandas makes 1.0 of 1."""
+        if isinstance(label, str):
+            label = _number(label)
+        if isinstance(label, bool):
+            return str(label)
+        if isinstance(label, float) and (math.isnan(label) or label.is_integer()):
+            label = None if math.isnan(label) else int(label)
+        if self._declared and isinstance(label, int) and 0 <= label < len(self._declared.names):
+            return self._declared.names[label]
+        return label
+
+    def _classes(self, labels: Sequence[Any]) -> Iterable[Any]:
+        """Return the classes that stand in all labels."""
+        return map(self._canonical, labels)
+
+    def _names(self, labels: Sequence[Any], config: PreTrainedConfig) -> list[str]:
+        where = f"field {self.arguments.label_field!r}"
+        values = [value for value in self._classes(labels) if value not in (None, UNLABELLED)]
+        for value in values:
+            if not isinstance(value, int | str):
+                raise ValueError(
+                    f"{where} holds {value!r}, which is no class. Set task to regression for "
+                    "numbers with a fraction and to multi_label for lists, or store classes as "
+                    "names or whole numbers."
+                )
+        numbers = all(isinstance(value, int) for value in values)
+        names = [str(value) for value in sorted(set(values), key=None if numbers else str)]
+        names = list(self._declared.names) if self._declared else names
+        head = _names_of_head(config)
+        if head is not None:
+            names = self._of_head(head, names, numbers=numbers)
+        if len({_key(name) for name in names}) < len(names):
+            raise ValueError(
+                f"some classes in {where} differ only in case or white space: {names}. Give each "
+                "class one spelling."
+            )
+        if len(names) < 2:
+            raise ValueError(
+                f"classification needs at least two classes, but {where} holds only {names}. Is "
+                "label_field right?"
+            )
+        return names
+
+    def _of_head(self, head: list[str], names: list[str], *, numbers: bool) -> list[str]:
+        """Return the classes in the order of a trained head."""
+        known = {_key(name) for name in head}
+        unknown = [name for name in names if _key(name) not in known]
+        nameless = head == [f"LABEL_{index}" for index in range(len(head))]
+        if not unknown:
+            return head
+        if nameless and self._declared and len(names) == len(head):
+            return names
+        if numbers and unknown == names and all(0 <= int(name) < len(head) for name in names):
+            return head
+        raise ValueError(
+            f"the model's head has the classes {head}, and nothing says which of them "
+            f"{unknown} of the data are. Rename the labels, write their names into id2label of "
+            "the model's config.json, or start from a model without a classification head."
+        )
+
+
+class Regression(Classification):
+    """A number; the loss is the squared error."""
+
+    scoring = NUMBERS
+    problem_type = "regression"
+    label_type = Value("float32")
+
+    def label(self, value: Any) -> float:
+        """Return the number."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise RowError("no number", f"task 'regression' got the label {value!r}.") from error
+        if not math.isfinite(number):
+            raise RowError("no finite number", f"task 'regression' got the label {value!r}.")
+        return number
+
+    def _names(self, labels: Sequence[Any], config: PreTrainedConfig) -> list[str]:
+        head = _names_of_head(config)
+        if head is not None and len(head) != 1:
+            raise ValueError(
+                f"the model's head has the classes {head}, and task 'regression' needs one output. "
+                "Start from a model without a classification head."
+            )
+        return []
+
+
+class MultiLabel(Classification):
+    """Any number of classes: a list of them, or a list of 0 and 1 with one entry a class."""
+
+    scoring = SEVERAL_CLASSES
+    problem_type = "multi_label_classification"
+    label_type = List(Value("float32"))
+
+    def label(self, value: Any) -> list[float]:
+        """Return 1 for each class that applies."""
+        chosen = {self._class(entry) for entry in self._entries(value)}
+        return [float(index in chosen) for index in range(len(self.names))]
+
+    def _entries(self, label: Any) -> list[Any]:
+        if not isinstance(label, list | tuple):
+            raise RowError("no list of classes", f"task 'multi_label' got the label {label!r}.")
+        if self._is_multi_hot:
+            return [index for index, entry in enumerate(label) if entry]
+        return list(label)
+
+    def _classes(self, labels: Sequence[Any]) -> Iterable[Any]:
+        lists = [label for label in labels if isinstance(label, list | tuple)]
+        # Lists of classes with these lengths and values would say the same of every row.
+        self._is_multi_hot = (
+            len({len(label) for label in lists}) == 1
+            and len(lists[0]) > 1
+            and all(entry in (0, 1) for label in lists for entry in label)
+        )
+        if self._is_multi_hot:
+            return range(len(lists[0]))
+        return (self._canonical(entry) for label in lists for entry in label)
+
+
+def _number(text: str) -> int | float | str:
+    """Return the number that a text writes out, as `str` would, else the text."""
+    for number in (int, float):
+        try:
+            value = number(text)
+        except ValueError:
+            continue
+        if str(value) == text.strip():
+            return value
+    return text
+
+
+def _key(name: Any) -> str:
+    return str(name).strip().casefold()
+
+
+def _names_of_head(config: PreTrainedConfig) -> list[str] | None:
+    """Return the names of the outputs, None if the checkpoint has no trained head."""
+    architectures = config.architectures or []
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        return None
+    names: Any = config.id2label
+    return [str(names[index]) for index in sorted(names)]

@@ -1,0 +1,190 @@
+"""What people write down as a conversation, brought to one form: turns, tools, what is learned.
+
+Read are lists of messages (`role` and `content`, or ShareGPT's `from` and `value`), and columns of
+a question and its answer. Nothing is guessed: what is not known here is refused by its name.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .task import Row, RowError
+
+Turn = dict[str, Any]
+
+ROLES = {
+    **dict.fromkeys(["system", "developer"], "system"),
+    **dict.fromkeys(["user", "human", "prompter"], "user"),
+    **dict.fromkeys(["assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"], "assistant"),
+    **dict.fromkeys(["tool", "observation", "function", "tool_response", "ipython"], "tool"),
+    "function_call": "function_call",  # the assistant, with a call as its value
+}
+QUESTION_AND_ANSWER = (  # columns; the first may have an `input` beside it, as alpaca has
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns with the roles system, user, assistant and tool."""
+
+    turns: list[Turn]  # `role`, `content`, and what else a template may read
+    learned: list[bool]  # of each turn: whether it is learned, if it is the assistant's
+    tools: list[Any] | None  # JSON schemas
+
+
+def read_conversation(
+    row: Row,
+    *,
+    messages_field: str,
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
+) -> Conversation:
+    """Read a row.
+
+    `system` is a turn before the others, `tools` are the tools that the template shows. `weight`
+    and `train` of a message, or of the row, say whether the assistant's turns are learned.
+
+    Args:
+        row: Holds messages, or a question and an answer.
+        messages_field: Field of the messages.
+        prompt_field: Field of the question, with `answer_field`; both None for those that are
+            known: `QUESTION_AND_ANSWER`.
+        answer_field: Field of the answer.
+
+    Raises:
+        RowError: The row is no conversation, or has a role or a value that is not known.
+    """
+    if prompt_field is not None and answer_field is not None:
+        messages = _question_and_answer(row, prompt_field, answer_field)
+    elif messages_field in row:
+        messages = _as_list(row[messages_field], f"field {messages_field!r}")
+    else:
+        found = [pair for pair in QUESTION_AND_ANSWER if set(pair) <= set(row)]
+        if len(found) != 1:
+            raise RowError(
+                f"no field {messages_field!r}" if not found else "more than one question or answer",
+                f"the fields are {', '.join(map(repr, row))}. Set messages_field, or prompt_field "
+                "and answer_field, to those that hold the conversation.",
+            )
+        messages = _question_and_answer(row, *found[0])
+    learned = _is_learned(row)
+    read = [_read_message(message) for message in messages]
+    turns = [turn for turn, _ in read]
+    marks = [learned and is_learned for _, is_learned in read]
+    if system := row.get("system"):
+        if turns and turns[0]["role"] == "system":
+            raise RowError(
+                "two system prompts", "one in the field 'system', one in the messages. Keep one."
+            )
+        turns, marks = [{"role": "system", "content": system}, *turns], [False, *marks]
+    return Conversation(turns, marks, _from_json(row.get("tools"), "tools") or None)
+
+
+def excerpt(turn: Any) -> str:
+    """Return the beginning of what a turn says, for a message about it."""
+    text = str(turn.get("content", turn) if isinstance(turn, Mapping) else turn)
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list[Any]:
+    """Return messages; a prompt of messages is not learned, as it is given."""
+    for field in (prompt_field, answer_field):
+        if field not in row:
+            raise RowError(f"no field {field!r}", f"the fields are {', '.join(map(repr, row))}.")
+    prompt, answer = row[prompt_field], row[answer_field]
+    if isinstance(prompt, str):
+        if prompt_field == "instruction" and row.get("input"):
+            prompt = f"{prompt}\n\n{row['input']}"
+        if row.get("history"):
+            raise RowError("a history", "earlier turns belong into messages; this one is a prompt.")
+        prompt = [{"role": "user", "content": prompt}]
+    given = [{**message, "train": False} for message in _as_list(prompt, prompt_field)]
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    return [*given, *_as_list(answer, answer_field)]
+
+
+def _as_list(messages: Any, name: str) -> list[Any]:
+    if messages is None:
+        return []
+    if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
+        raise RowError(
+            "no list of messages",
+            f"{name} must be a list of messages with `role` and `content`, got "
+            f"{excerpt(messages)}. Is messages_field right?",
+        )
+    return messages
+
+
+def _read_message(message: Mapping[str, Any]) -> tuple[Turn, bool]:
+    """Return a turn and whether it may be learned; an absent field may be None."""
+    turn = {name: value for name, value in message.items() if value is not None}
+    learned = _is_learned(turn)
+    turn = {name: value for name, value in turn.items() if name not in ("weight", "train")}
+    if "from" in turn and "value" in turn:
+        turn |= {"role": turn.pop("from"), "content": turn.pop("value")}
+    role = turn.get("role")
+    if not isinstance(role, str) or role.strip().lower() not in ROLES:
+        known = ", ".join(ROLES)
+        raise RowError(f"unknown role {role!r}", f"expected one of {known} in {excerpt(turn)}.")
+    turn["role"] = ROLES[role.strip().lower()]
+    if turn["role"] == "function_call":
+        turn |= {"role": "assistant", "tool_calls": turn.pop("content", None)}
+    if call := turn.pop("function_call", None):
+        turn["tool_calls"] = [call]
+    if calls := turn.pop("tool_calls", None):
+        turn["tool_calls"] = _tool_calls(calls)
+        turn.setdefault("content", "")  # with a call, nothing need be said
+    if "content" not in turn:
+        raise RowError(
+            "message without content",
+            "each message needs `role` and `content` (or ShareGPT's `from` and `value`), got one "
+            f"with the fields {sorted(turn)}.",
+        )
+    return turn, learned
+
+
+def _tool_calls(calls: Any) -> list[Any]:
+    """Return calls in the form of OpenAI, arguments as objects: templates write them as JSON."""
+    calls = _from_json(calls, "tool calls")
+    named = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or "name" not in function:
+            raise RowError("tool call without a name", f"got {excerpt(call)}.")
+        arguments = _from_json(function.get("arguments") or {}, "arguments of a tool call")
+        if not isinstance(arguments, Mapping):
+            raise RowError("arguments of a tool call are no object", f"got {excerpt(arguments)}.")
+        rest = {"type": "function"} | (dict(call) if "function" in call else {})
+        named.append({**rest, "function": {**function, "arguments": arguments}})
+    return named
+
+
+def _from_json(value: Any, what: str) -> Any:
+    """Return a value that may have been stored as its JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise RowError(f"{what} are no JSON", f"{error} in {excerpt(value)}.") from error
+
+
+def _is_learned(holder: Mapping[str, Any]) -> bool:
+    """Read `weight` and `train`, of which templates know nothing."""
+    for name in ("weight", "train"):
+        value = holder.get(name)
+        if value is not None and value not in (0, 1):
+            raise RowError(
+                f"{name} {value!r}", "only 0 or false (masked) and 1 or true (learned) have a use."
+            )
+        if value is not None and not value:
+            return False
+    return True

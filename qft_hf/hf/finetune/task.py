@@ -1,0 +1,124 @@
+"""What a run learns from its rows: one object that knows examples, batches, scores and the head."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+from datasets import Features, List, Value
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from ...nn.loss import IGNORED
+from .arguments import DataArguments
+from .evaluation import NEXT_TOKENS, Scoring
+
+Row = dict[str, Any]  # field -> value, as the file has it
+Example = dict[str, Any]  # the columns of a `Task`, and `cut`: how many tokens were cut off
+Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+
+class RowError(ValueError):
+    """A row that cannot be used.
+
+    Args:
+        reason: What is wrong, in words that many rows share: skipped rows are counted by it.
+        detail: What was expected, what this row has and what to do.
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        """Return both in one sentence."""
+        return ": ".join(self.args)
+
+
+class NothingToLearn(RowError):
+    """A row that can be read and has no part in the loss. It is left out and counted."""
+
+
+class Task(ABC):
+    """One kind of fine-tuning, from a row to the scores.
+
+    Args:
+        arguments: Names of the fields, and the length of examples.
+        tokenizer: Has a padding token.
+    """
+
+    model_class: ClassVar[Any]  # what loads the model
+    scoring: ClassVar[Scoring]
+    features: Features  # columns of an example
+    collator: Collator
+
+    def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.arguments = arguments
+        self.tokenizer = tokenizer
+
+    @abstractmethod
+    def encode(self, row: Row) -> list[Example]:
+        """Return the examples of a row, each with the columns of `features` and `cut`.
+
+        Raises:
+            RowError: It cannot be read.
+            NothingToLearn: It can.
+        """
+
+    @abstractmethod
+    def configure(self, config: PreTrainedConfig) -> None:
+        """Tell the model's config about the head that the task needs."""
+
+    def field(self, row: Row, name: str) -> Any:
+        """Return a field of a row; raise `RowError` if it has none of that name."""
+        if name not in row:
+            raise RowError(
+                f"no field {name!r}",
+                f"the fields are {', '.join(map(repr, row))}. Name the right one in the config "
+                "(messages_field, prompt_field, answer_field, text_field, text_pair_field or "
+                "label_field).",
+            )
+        return row[name]
+
+
+class LanguageTask(Task):
+    """Next tokens are predicted; every example is tokens and the labels of those."""
+
+    model_class = AutoModelForCausalLM
+    scoring = NEXT_TOKENS
+    features = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
+
+    def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(arguments, tokenizer)
+        # Packing cuts the stream of all examples, not each of them.
+        self.max_length = None if arguments.packing else arguments.max_length
+        # It pads labels by position, not by token: where the padding token is also the end-of-turn
+        # token, the end of a turn is still learned.
+        self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+
+    def configure(self, config: PreTrainedConfig) -> None:
+        """Do nothing: the head of a language model knows all tokens."""
+
+    def example(self, input_ids: list[int], labels: list[int]) -> Example:
+        """Return tokens and labels cut to `max_length`.
+
+        Raises:
+            NothingToLearn: No label is left.
+        """
+        kept = slice(self.max_length)
+        if not teaches(labels[kept]):
+            where = f" in the first {self.max_length} tokens" if teaches(labels) else ""
+            raise NothingToLearn(f"nothing to learn{where}", "every label is masked.")
+        return {
+            "input_ids": input_ids[kept],
+            "labels": labels[kept],
+            "cut": len(input_ids) - len(input_ids[kept]),
+        }
+
+
+def teaches(labels: Sequence[int]) -> bool:
+    """Say whether anything is learned. The first token has no predecessor, so it never is."""
+    return any(label != IGNORED for label in labels[1:])

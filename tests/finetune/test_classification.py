@@ -1,0 +1,163 @@
+"""Labels mean what the model's head says they mean."""
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, List, Value
+from transformers import BertConfig, EvalPrediction
+
+from qft_hf.hf.finetune.arguments import DataArguments
+from qft_hf.hf.finetune.classification import Classification, MultiLabel, Regression
+from qft_hf.hf.finetune.data import prepare_data
+from qft_hf.hf.finetune.task import RowError
+from tests.finetune.chats import tiny_tokenizer
+
+
+def config_of(*names):
+    """The config of a checkpoint with a trained head, or with none."""
+    if not names:
+        return BertConfig(architectures=["BertModel"])
+    return BertConfig(
+        architectures=["BertForSequenceClassification"], id2label=dict(enumerate(names))
+    )
+
+
+def task_of(labels, *head, kind=Classification, declared=None):
+    arguments = DataArguments(train_data="rows.jsonl", task="classification")
+    declared = ClassLabel(names=declared) if declared else None
+    return kind(arguments, tiny_tokenizer(), config_of(*head), labels, declared)
+
+
+@pytest.mark.parametrize(
+    ("labels", "head", "declared", "names", "indices"),
+    [
+        # A new head: as the data declare, else sorted; numbers as numbers.
+        (["good", "bad"], [], None, ["bad", "good"], [1, 0]),
+        ([10, 9, 2], [], None, ["2", "9", "10"], [2, 1, 0]),
+        (["10", "9", "2"], [], None, ["2", "9", "10"], [2, 1, 0]),  # csv knows only text
+        ([1.0, 0.0], [], None, ["0", "1"], [1, 0]),  # pandas, where a label is missing
+        ([True, False], [], None, ["False", "True"], [1, 0]),
+        ([0, 1], [], ["pos", "neg"], ["pos", "neg"], [0, 1]),
+        # A trained head has its own order, and spelling.
+        (["good", "bad"], ["good", "bad"], None, ["good", "bad"], [0, 1]),
+        (["bad"], ["good", "bad", "so so"], None, ["good", "bad", "so so"], [1]),
+        ([" Pos", "neg", "pos"], ["NEG", "POS"], None, ["NEG", "POS"], [1, 0, 1]),
+        ([0, 1], ["good", "bad"], None, ["good", "bad"], [0, 1]),
+        ([0, 1], ["neg", "pos"], ["pos", "neg"], ["neg", "pos"], [1, 0]),
+        ([1, 2], ["1", "2", "3"], None, ["1", "2", "3"], [0, 1]),
+        ([2, 0], ["LABEL_0", "LABEL_1", "LABEL_2"], None, None, [2, 0]),
+        ([1, 0], ["LABEL_0", "LABEL_1"], ["pos", "neg"], ["pos", "neg"], [1, 0]),
+    ],
+    ids=str,
+)
+def test_order_of_the_classes(labels, head, declared, names, indices):
+    task = task_of(labels, *head, declared=declared)
+
+    assert task.names == (names or head)
+    assert [task.label(label) for label in labels] == indices
+    config = config_of(*head)
+    task.configure(config)
+    assert config.id2label == dict(enumerate(task.names))
+    assert config.num_labels == len(task.names)
+
+
+@pytest.mark.parametrize(
+    ("labels", "head", "message"),
+    [
+        (["a", "a"], [], r"at least two classes.*\['a'\]"),
+        (["pos", " pos", "Pos"], [], r"differ only in case or white space: \[' pos', 'Pos', 'pos'"),
+        ([0.5, 1.0], [], "holds 0.5, which is no class. Set task to regression"),
+        ([["a"], ["b"]], [], r"holds \['a'\], which is no class.* multi_label for lists"),
+        (["good", "fine"], ["good", "bad"], r"\['good', 'bad'\], and nothing says .* \['fine'\]"),
+        (["bad", "good"], ["LABEL_0", "LABEL_1"], "write their names into id2label"),
+        ([0, 1, 2], ["good", "bad"], "start from a model without a classification head"),
+        ([0, 1], ["1", "2", "3"], r"nothing says which of them \['0'\]"),
+    ],
+    ids=str,
+)
+def test_labels_that_mean_nothing_to_the_model_are_refused(labels, head, message):
+    with pytest.raises(ValueError, match=message):
+        task_of(labels, *head)
+
+
+@pytest.mark.parametrize("label", [-1, "-1", None, float("nan")])
+def test_a_row_without_a_label_is_no_class(label):
+    task = task_of([0, 1, label])
+    assert task.names == ["0", "1"]
+    with pytest.raises(RowError, match=r"no label .* give a class that is stored as -1 a name"):
+        task.label(label)
+
+
+def test_regression_takes_numbers():
+    task = task_of([0.5, "2", 3], kind=Regression)
+    assert [task.label(label) for label in (0.5, "2", 3, "1e-3")] == [0.5, 2.0, 3.0, 0.001]
+    for label in ("good", None, float("nan"), [1.0]):
+        with pytest.raises(RowError, match="task 'regression' got the label"):
+            task.label(label)
+    with pytest.raises(ValueError, match="'regression' needs one output"):
+        task_of([0.5], "good", "bad", kind=Regression)
+
+
+@pytest.mark.parametrize(
+    ("labels", "head", "rows"),
+    [
+        ([["b"], ["a", "c"], []], [], [[0, 1, 0], [1, 0, 1], [0, 0, 0]]),
+        ([["b"], ["a", "c"]], ["c", "b", "a"], [[0, 1, 0], [1, 0, 1]]),
+        ([[0, 1, 1], [0, 0, 1]], ["x", "y", "z"], [[0, 1, 1], [0, 0, 1]]),  # one entry a class
+        ([[2], [0, 1]], ["x", "y", "z"], [[0, 0, 1], [1, 1, 0]]),
+    ],
+    ids=str,
+)
+def test_several_classes(labels, head, rows):
+    task = task_of(labels, *head, kind=MultiLabel)
+    assert [task.label(label) for label in labels] == rows
+    with pytest.raises(RowError, match="got the label 'b'"):
+        task.label("b")
+
+
+def test_scores_of_numbers_and_of_several_classes():
+    logits, labels = torch.tensor([[1.0], [2.0], [6.0]]), torch.tensor([1.0, 3.0, 5.0])
+    scores = Regression.scoring.compute_metrics(EvalPrediction(logits.numpy(), labels.numpy()))
+    # Errors 0, -1, 1; covariance 10/3, variances 14/3 and 8/3.
+    assert scores == {
+        "rmse": pytest.approx((2 / 3) ** 0.5, rel=1e-6),
+        "pearson": pytest.approx(10 / (14 * 8) ** 0.5, rel=1e-6),
+    }
+    logits, labels = (
+        torch.tensor([[2.0, -1, 3], [-1, 1, -1]]),
+        torch.tensor([[1.0, 0, 0], [0, 1, 0]]),
+    )
+    scores = MultiLabel.scoring.compute_metrics(EvalPrediction(logits.numpy(), labels.numpy()))
+    assert scores == {"accuracy": pytest.approx(5 / 6), "exact_match": 0.5}
+
+
+def test_pairs_are_cut_to_length_and_batched(tmp_path):
+    rows = {
+        "question": ["is it?", "is it?"],
+        "passage": ["it is", "it is not " * 30],
+        "answer": [["yes"], ["no", "never"]],
+    }
+    features = Features(
+        dict.fromkeys(["question", "passage"], Value("string")) | {"answer": List(Value("string"))}
+    )
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    tokenizer = tiny_tokenizer()
+
+    data = prepare_data(
+        DataArguments(
+            train_data=str(tmp_path / "rows.parquet"),
+            task="multi_label",
+            text_field="question",
+            text_pair_field="passage",
+            label_field="answer",
+            max_length=40,
+        ),
+        tokenizer,
+        config_of(),
+        seed=0,
+    )
+
+    batch = data.task.collator(list(data.train.dataset))
+    assert batch["input_ids"].shape == (2, 40)
+    assert batch["labels"].tolist() == [[0, 0, 1], [1, 1, 0]]  # never, no, yes
+    whole = tokenizer(rows["question"][1], rows["passage"][1])["input_ids"]
+    assert data.train.counts.cut_tokens == len(whole) - 40

@@ -1,0 +1,177 @@
+"""One conversation, however it is written down; what is not known is refused by its name."""
+
+import pytest
+
+from qft_hf.hf.finetune.conversation import read_conversation
+from qft_hf.hf.finetune.task import RowError
+from tests.finetune.chats import chat
+
+ASKED = chat("hi", "hello")
+SYSTEM = chat("hi", "hello", system="Be brief.")
+CALL = {"name": "weather", "arguments": {"city": "Oslo", "zone": None}}
+TOOL_USE = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]},
+    {"role": "tool", "content": "rain"},
+    {"role": "assistant", "content": "It rains."},
+]
+CALL_TEXT = '{"name": "weather", "arguments": {"city": "Oslo", "zone": null}}'
+
+
+def said(*turns):
+    return [{"from": speaker, "value": text} for speaker, text in turns]
+
+
+def read(row, **fields):
+    return read_conversation(row, messages_field="messages", **fields)
+
+
+def called(**changes):
+    return {"messages": [TOOL_USE[0], {"role": "assistant"} | changes, *TOOL_USE[2:]]}
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    {
+        "messages": ({"messages": SYSTEM}, SYSTEM),
+        "absent fields": ({"messages": [t | {"tool_calls": None} for t in SYSTEM]}, SYSTEM),
+        "ShareGPT": (
+            {"messages": said(("system", "Be brief."), ("human", "hi"), ("gpt", "hello"))},
+            SYSTEM,
+        ),
+        "prompt and completion": ({"prompt": "hi", "completion": "hello", "id": 7}, ASKED),
+        "turns as prompt": ({"prompt": SYSTEM[:2], "completion": SYSTEM[2:]}, SYSTEM),
+        "alpaca": (
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            chat("Add.\n\n1 2", "3"),
+        ),
+        "alpaca without input": ({"instruction": "hi", "input": "", "output": "hello"}, ASKED),
+        "question and answer": ({"question": "hi", "answer": "hello", "prompt": "-"}, ASKED),
+        "system beside messages": ({"messages": ASKED, "system": "Be brief."}, SYSTEM),
+        "system beside columns": (
+            {"query": "hi", "response": "hello", "system": "Be brief."},
+            SYSTEM,
+        ),
+    }.values(),
+    ids=str,
+)
+def test_every_way_to_write_it_is_the_same_conversation(row, turns):
+    conversation = read(row)
+
+    assert conversation.turns == turns
+    assert conversation.tools is None
+
+
+def test_named_columns_are_read_and_no_others():
+    row = {"q": "hi", "a": "hello", "prompt": "x", "completion": "y", "messages": SYSTEM}
+    assert read(row, prompt_field="q", answer_field="a").turns == ASKED
+
+
+@pytest.mark.parametrize(
+    ("names", "role"),
+    [
+        (["user", "human", "User", " HUMAN "], "user"),
+        (["assistant", "gpt", "chatgpt", "bing", "model", "bot", "Assistant"], "assistant"),
+        (["system", "System", "developer"], "system"),
+        (["tool", "observation", "function"], "tool"),
+    ],
+)
+def test_roles_by_the_names_that_people_give_them(names, role):
+    for name in names:
+        for message in ({"role": name, "content": "x"}, {"from": name, "value": "x"}):
+            assert read({"messages": [message]}).turns == [{"role": role, "content": "x"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    {
+        "content is null": called(content=None, tool_calls=TOOL_USE[1]["tool_calls"]),
+        "no content": called(tool_calls=TOOL_USE[1]["tool_calls"]),
+        "arguments as text": called(
+            tool_calls=[{"function": CALL | {"arguments": '{"city": "Oslo", "zone": null}'}}]
+        ),
+        "bare call": called(tool_calls=[CALL]),
+        "calls as text": called(tool_calls=f"[{CALL_TEXT}]"),
+        "function_call": called(content=None, function_call=CALL),
+        "ShareGPT": {
+            "messages": said(
+                ("human", "hi"),
+                ("function_call", CALL_TEXT),
+                ("observation", "rain"),
+                ("gpt", "It rains."),
+            )
+        },
+    }.values(),
+    ids=str,
+)
+def test_tool_calls_have_one_form_and_keep_what_is_null(row):
+    assert read(row).turns == TOOL_USE
+
+
+@pytest.mark.parametrize("tools", ['[{"name": "weather"}]', [{"name": "weather"}]], ids=str)
+def test_tools_are_a_list_or_its_text(tools):
+    assert read({"messages": ASKED, "tools": tools}).tools == [{"name": "weather"}]
+    assert read({"messages": ASKED, "tools": "[]"}).tools is None
+
+
+@pytest.mark.parametrize(
+    ("marks", "row_marks", "learned"),
+    [
+        ([{}, {}], {}, [True, True]),
+        ([{"weight": 0}, {"weight": 1}], {}, [False, True]),
+        ([{"train": True}, {"train": False}], {}, [True, False]),
+        ([{"weight": 1.0}, {"weight": None}], {}, [True, True]),
+        ([{}, {"weight": 1}], {"weight": 0}, [False, False]),
+    ],
+    ids=str,
+)
+def test_weight_and_train_say_what_is_learned(marks, row_marks, learned):
+    turns = chat("a", "b", "c", "d")
+    messages = [turns[0], turns[1] | marks[0], turns[2], turns[3] | marks[1]]
+
+    conversation = read({"messages": messages} | row_marks)
+
+    assert conversation.learned[1::2] == learned
+    assert conversation.turns == turns  # a template knows nothing of them
+
+
+def test_a_prompt_of_turns_is_given_not_learned():
+    turns = chat("a", "b", "c", "d")
+    assert read({"prompt": turns[:3], "completion": turns[3:]}).learned == [False] * 3 + [True]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": [{"role": "narrator", "content": "x"}]}, "unknown role 'narrator'"),
+        ({"messages": [{"from": "critic", "value": "x"}]}, "unknown role 'critic'"),
+        ({"messages": [{"content": "x"}]}, "unknown role None"),
+        ({"messages": [{"role": "user"}]}, "message without content"),
+        ({"messages": [{"role": "user", "content": None}]}, "message without content"),
+        ({"messages": "user: hi"}, "no list of messages"),
+        ({"messages": [["hi"]]}, "no list of messages"),
+        ({"messages": SYSTEM, "system": "Be long."}, "two system prompts"),
+        ({"messages": [ASKED[0], ASKED[1] | {"weight": 0.5}]}, "weight 0.5"),
+        ({"messages": ASKED, "tools": "weather"}, "tools are no JSON"),
+        (called(tool_calls=[{"arguments": {}}]), "tool call without a name"),
+        (
+            called(tool_calls=[{"name": "f", "arguments": "{"}]),
+            "arguments of a tool call are no JSON",
+        ),
+        (
+            called(tool_calls=[{"name": "f", "arguments": "1"}]),
+            "arguments of a tool call are no obj",
+        ),
+        ({"text": "hi"}, "no field 'messages'"),
+        (
+            {"prompt": "a", "response": "b", "question": "c", "answer": "d"},
+            "more than one question",
+        ),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "a history"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_read_has_a_reason(row, reason):
+    with pytest.raises(RowError, match=reason) as error:
+        read(row)
+    assert reason.startswith(error.value.reason[:20])
