@@ -69,6 +69,23 @@ def row_tiles(rows: int, columns: int, *, at_most: int | None = None) -> Iterato
         yield slice(start, min(start + step, rows))
 
 
+def matrices_of_a_tile(rows: int, columns: int) -> int:
+    """How many matrices of this shape are expanded to float together: one at least."""
+    return max(1, TILE_ELEMENTS // (rows * columns))
+
+
+def matrix_tiles(n_matrices: int, rows: int, columns: int) -> Iterator[slice]:
+    """Row ranges that cover matrices below each other: of several whole ones, or parts of one."""
+    step = matrices_of_a_tile(rows, columns)
+    for number in range(0, n_matrices, step):
+        first = number * rows
+        if step > 1:
+            yield slice(first, min(number + step, n_matrices) * rows)
+        else:
+            for part in row_tiles(rows, columns):
+                yield slice(first + part.start, first + part.stop)
+
+
 def momentum_shapes(rows: int, columns: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes of the codes, a byte each, and of the FP32 scales of a momentum of 8 or 4 bits."""
     if bits == 4:

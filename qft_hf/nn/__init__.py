@@ -11,15 +11,12 @@ from .convert import (
     product_choices,
     quantize_modules_,
 )
+from .experts import QFTExperts
 from .functional import embedding, linear
+from .grouped import grouped_linear
+from .kinds import weight_names, weight_of
 from .loss import DeferredLogits, linear_cross_entropy
-from .modules import (
-    QFTEmbedding,
-    QFTLinear,
-    QuantizedModule,
-    weight_names,
-    weight_of,
-)
+from .modules import QFTEmbedding, QFTLinear, QuantizedModule
 from .products import Int8Products
 from .state import state_fields, state_names
 
@@ -30,11 +27,13 @@ __all__ = [
     "Int8Products",
     "Kept",
     "QFTEmbedding",
+    "QFTExperts",
     "QFTLinear",
     "QuantizedModule",
     "conversion_plan",
     "dequantize_modules_",
     "embedding",
+    "grouped_linear",
     "linear",
     "linear_cross_entropy",
     "mark_tables_",

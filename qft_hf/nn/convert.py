@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from ..config import QuantizationSpec
-from ..quant import QFTWeight
+from ..quant import Arrangement, QFTWeight
 from .attachments import attach_, attachments
-from .modules import QuantizedModule, quantized_class, quantized_kind
+from .kinds import arrangements, kind_of
+from .modules import QuantizedModule, quantized_class
 from .products import Int8Products, int8_products
 from .state import check_shared_columns
 
@@ -43,16 +44,18 @@ class ConversionPlan:
     Attributes:
         modules: Modules with weights that are or will be `QFTWeight`, by full name.
         weights: These weights by full name, a tied one once.
+        arrangements: How each of them is a matrix.
         kept: Parameters that stay float, each once.
     """
 
     modules: dict[str, nn.Module]
     weights: dict[str, nn.Parameter]
+    arrangements: dict[str, Arrangement]
     kept: list[Kept]
 
 
 def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) -> ConversionPlan:
-    """Apply the rule: weights of modules of a `quantized_kind` are quantized, if they can be.
+    """Apply the rule: weights of modules of one of `KINDS` are quantized, if they can be.
 
     Works on float models, on models already quantized, and on the meta device; changes nothing.
 
@@ -85,16 +88,21 @@ def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) 
         name: module
         for name, module in modules.items()
         if isinstance(module, QuantizedModule)
-        or not any(id(weight) in reasons for _, weight in _weights_of(module))
+        or not any(id(module._parameters[own]) in reasons for own in arrangements(module))
     }
-    quantized = {id(weight) for module in modules.values() for _, weight in _weights_of(module)}
-    weights, kept = {}, []
+    quantized = {
+        id(module._parameters[own]): arrangement
+        for module in modules.values()
+        for own, arrangement in arrangements(module).items()
+    }
+    plan = ConversionPlan(modules, {}, {}, [])
     for name, parameter in model.named_parameters():  # a tied one by its first name
         if id(parameter) in quantized:
-            weights[name] = parameter
+            plan.weights[name], plan.arrangements[name] = parameter, quantized[id(parameter)]
         else:
-            kept.append(Kept(name, parameter, reasons.get(id(parameter)) or _beside(parameter)))
-    return ConversionPlan(modules, weights, kept)
+            reason = reasons.get(id(parameter)) or _beside(parameter)
+            plan.kept.append(Kept(name, parameter, reason))
+    return plan
 
 
 def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | None:
@@ -113,27 +121,21 @@ def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | 
         return LISTED
     if kind in UNSUPPORTED_CLASSES:
         return "unsupported"
-    if quantized_kind(type(module)) is None:
+    if kind_of(module) is None:
         return f"parameter of {kind}"
     if kind in READ_BY_OTHERS:
         return "weight that nn.MultiheadAttention reads without calling its module"
-    weights = _weights_of(module)
+    weights = arrangements(module)
     if not weights:
         # Parametrizations, such as torch's weight_norm, compute it from parameters of theirs.
         return f"parameter of {kind}, whose weight is computed from others"
-    for own_name, weight in weights:
+    for own_name in weights:
+        weight = module._parameters[own_name]
         if type(weight) not in (nn.Parameter, QFTWeight):  # QFTWeight: tied to one since
             return f"{own_name} of {kind} is a {type(weight).__name__}"
         if weight.dtype not in FLOATS:
             return f"{own_name} of {kind} is {weight.dtype}"
     return None
-
-
-def _weights_of(module: nn.Module) -> list[tuple[str, Any]]:
-    """Name and value of the parameters of a module that are or will be `QFTWeight`."""
-    kind: Any = quantized_kind(type(module))
-    own = module._parameters
-    return [(name, own[name]) for name in kind.weight_names if own.get(name) is not None]
 
 
 def _beside(parameter: nn.Parameter) -> str:
@@ -162,7 +164,7 @@ def kept_parameters(model: nn.Module) -> list[Kept]:
         name
         for name, module in model.named_modules()
         if not isinstance(module, QuantizedModule)
-        and (quantized_kind(type(module)) or type(module).__name__ in UNSUPPORTED_CLASSES)
+        and (kind_of(module) or type(module).__name__ in UNSUPPORTED_CLASSES)
     ]
     return conversion_plan(model, plain).kept
 
@@ -183,8 +185,9 @@ def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan
         if products is not None and isinstance(weight, QFTWeight):
             check_shared_columns(f"{name}.weight", weight)
     for module in plan.modules.values():
-        if not isinstance(module, QuantizedModule):
-            module.__class__ = quantized_class(type(module))
+        kind = kind_of(module)
+        if kind is not None and not isinstance(module, QuantizedModule):
+            module.__class__ = quantized_class(type(module), kind)
     for name, products in choices.items():
         linear: Any = plan.modules[name]
         linear.products = products
@@ -226,7 +229,9 @@ def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPla
             QFTWeight.from_float(parameter, spec, name=name)  # raises, before anything has changed
     _check_replaceable(weights)
     for name, parameter in weights.items():
-        _replace_(parameter, QFTWeight.from_float(parameter, spec, name=name))
+        transposed = plan.arrangements[name].transposed
+        weight = QFTWeight.from_float(parameter, spec, name=name, transposed=transposed)
+        _replace_(parameter, weight)
     prepare_modules_(model, spec)
     return plan
 

@@ -28,13 +28,32 @@ class QuantizedModule(nn.Module):
 
     Attributes:
         plain_class: The class of the same module with float weights.
+        kind: The class of this package that it is one of.
         weight_names: Names of the parameters that are quantized, where a module has them.
+        replaces_forward: Whether the forward of the kind takes the place of that of `plain_class`.
         products: Which products are INT8; None: none is.
     """
 
     plain_class: ClassVar[type[nn.Module]]
+    kind: ClassVar[type["QuantizedModule"]]
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)
+    replaces_forward: ClassVar[bool] = False
     products: Int8Products | None = None
+
+    def __init_subclass__(cls) -> None:
+        """A class that is written, and not made by `quantized_class`, is a kind."""
+        super().__init_subclass__()
+        cls.kind = cls.__dict__.get("kind", cls)
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether a plain module is of this kind."""
+        return isinstance(module, cls.plain_class)
+
+    @classmethod
+    def holds_transposed(cls, module: Any) -> bool:
+        """Whether the weights of a module of this kind are `[inputs, outputs]`."""
+        return False
 
     def complete_weight(self, name: str = "weight") -> QFTWeight:
         """A weight, for computing with it.
@@ -72,9 +91,9 @@ class QuantizedModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As any object; but a class that was made is found by its plain one."""
         reduced: Any = super().__reduce_ex__(protocol)
-        if type(self) is not quantized_class(self.plain_class):  # derived from ours by a user
+        if type(self) is not quantized_class(self.plain_class, self.kind):  # a user's, of ours
             return reduced
-        return _new, (self.plain_class,), *reduced[2:]
+        return _new, (self.plain_class, self.kind), *reduced[2:]
 
     def _save_to_state_dict(
         self,
@@ -192,56 +211,31 @@ class QFTEmbedding(QuantizedModule, nn.Embedding):
         return embedding(ids, self.complete_weight(), self.padding_idx)
 
 
-# The kinds of modules whose weights are quantized: what a class, or one derived from it, becomes.
-QUANTIZED_CLASSES: dict[type[nn.Module], type[QuantizedModule]] = {
-    nn.Linear: QFTLinear,
-    nn.Embedding: QFTEmbedding,
-}
-
-
 # Classes that write out what nn.Linear computes. Ours does it without a float copy of the weight.
 SAME_FORWARD = ("FalconLinear",)
 
 _MADE: dict[type[nn.Module], type[QuantizedModule]] = {}
 
 
-def quantized_kind(plain: type[nn.Module]) -> type[QuantizedModule] | None:
-    """The entry of `QUANTIZED_CLASSES` that a class belongs to; None: it has none."""
-    kinds = (quantized for base, quantized in QUANTIZED_CLASSES.items() if issubclass(plain, base))
-    return next(kinds, None)
-
-
-def quantized_class(plain: type[nn.Module]) -> type[QuantizedModule]:
+def quantized_class(plain: type[nn.Module], kind: type[QuantizedModule]) -> type[QuantizedModule]:
     """The class of modules of class `plain` once their weights are quantized.
 
-    For a class that is derived from one of `QUANTIZED_CLASSES` it is made here, once. The class
-    itself comes first in its method resolution order, and the quantized one before its base.
+    For a class that is not itself the plain one of its kind it is made here, once. The class itself
+    comes first in its method resolution order, and its kind before their base; but a kind that
+    computes otherwise comes first.
     """
-    if plain in QUANTIZED_CLASSES:
-        return QUANTIZED_CLASSES[plain]
+    if plain is kind.__dict__.get("plain_class"):
+        return kind
     if plain not in _MADE:
-        kind: Any = quantized_kind(plain)
-        bases = (kind, plain) if plain.__name__ in SAME_FORWARD else (plain, kind)
+        kind_first = kind.replaces_forward or plain.__name__ in SAME_FORWARD
+        bases: Any = (kind, plain) if kind_first else (plain, kind)
         doc = f"`{plain.__name__}` with quantized weights; all else is the class's own."
-        _MADE[plain] = type(f"QFT{plain.__name__}", bases, {"plain_class": plain, "__doc__": doc})
+        attributes = {"plain_class": plain, "kind": kind, "__doc__": doc}
+        _MADE[plain] = type(f"QFT{plain.__name__}", bases, attributes)
     return _MADE[plain]
 
 
-def weight_names() -> list[str]:
-    """Names that quantized weights have in their modules."""
-    return sorted({name for kind in QUANTIZED_CLASSES.values() for name in kind.weight_names})
-
-
-def weight_of(key: str) -> str | None:
-    """Full name of the weight that a name in a state dict is a field of; None if of none."""
-    prefix, dot, last = key.rpartition(".")
-    for name in weight_names():
-        if last in state_names(name).values():
-            return prefix + dot + name
-    return None
-
-
-def _new(plain: type[nn.Module]) -> Any:
+def _new(plain: type[nn.Module], kind: type[QuantizedModule]) -> Any:
     """An empty module of the quantized class of `plain`; for unpickling."""
-    made: Any = quantized_class(plain)
+    made: Any = quantized_class(plain, kind)
     return made.__new__(made)

@@ -1,6 +1,6 @@
 """`QFTWeight`: a trainable weight stored as INT8 codes beside a few outliers in FP32."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -192,9 +192,14 @@ class QFTWeight(Int8Tensor):
         )
 
     def row_tiles(self, *, at_most: int | None = None) -> Iterator[slice]:
-        """Ranges of rows that are expanded to float at a time; see `layout.row_tiles`."""
-        rows, columns = self.arrangement.matrix_shape
-        return layout.row_tiles(rows, columns, at_most=at_most)
+        """Ranges of rows that are expanded to float at a time; see `layout.row_tiles`.
+
+        Those of experts do not cross from a part of one into another.
+        """
+        n_matrices, rows = self.arrangement.n_matrices, self.arrangement.rows
+        if n_matrices == 1:
+            return layout.row_tiles(rows, self.arrangement.columns, at_most=at_most)
+        return layout.matrix_tiles(n_matrices, rows, self.arrangement.columns)
 
     @property
     def is_one_tile(self) -> bool:
@@ -232,6 +237,27 @@ class QFTWeight(Int8Tensor):
         n_rows = self.arrangement.matrix_shape[0] // shape[0]
         rows = self.dequantize_rows(slice(start * n_rows, end * n_rows))
         return Arrangement((end - start, *shape[1:]), transposed).parameter(rows)
+
+    def dequantize_matrices(
+        self, numbers: Sequence[int], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The values of some of the matrices below each other, of experts: `[n, R, C]`.
+
+        Args:
+            numbers: Which, ascending.
+            dtype: As in `dequantize_rows`.
+        """
+        rows, columns = self.arrangement.rows, self.arrangement.columns
+        n, first = len(numbers), numbers[0]
+        if n == self.arrangement.n_matrices:
+            values = self._expand(self.stored, None, dtype)
+        elif numbers[-1] - first == n - 1:
+            values = self.dequantize_rows(slice(first * rows, (first + n) * rows), dtype)
+        else:
+            starts = torch.tensor(numbers, device=self.device)[:, None] * rows
+            index = starts + torch.arange(rows, device=self.device)
+            values = self.dequantize_rows(index.flatten(), dtype)
+        return values.view(n, rows, columns)
 
     def _expand(
         self, stored: kernels.Weight, rows: Tensor | None, dtype: torch.dtype | None
