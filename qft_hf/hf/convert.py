@@ -100,6 +100,7 @@ def _refuse_other_quantization(model: nn.Module, config: QFTConfig) -> None:
 def _mark(model: Any, config: QFTConfig) -> None:
     """Set what `from_pretrained` sets on a quantized model."""
     model.hf_quantizer = QFTQuantizer(config, pre_quantized=False)
+    model.hf_quantizer.save_as_held(model)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = config

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
+    PrefixChange,
     WeightConverter,
     revert_weight_conversion,
 )
@@ -25,6 +27,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from ..layout import GroupLayout, outlier_bytes
 from ..nn import (
     QuantizedModule,
+    arrangement_of,
     conversion_plan,
     dequantize_modules_,
     mark_tables_,
@@ -116,6 +119,7 @@ class QFTQuantizer(HfQuantizer):
         self.faults: dict[str, str] = {}  # by name of the tensor
         self.missing_names: set[str] = set()  # the loader's own record, which it empties
         self.shapes: dict[str, torch.Size] = {}
+        self.conversions: list[Any] = []  # that saving a float model reverses
 
     @property
     def is_trainable(self) -> bool:
@@ -167,7 +171,7 @@ class QFTQuantizer(HfQuantizer):
         """Bytes per element when loaded, for automatic device maps."""
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
-        rows, columns = param.shape
+        rows, columns = _arrangement(model, param_name).matrix_shape
         config = self.quantization_config
         stored = GroupLayout(rows, columns, config.group_size).stored_bytes
         stored += outlier_bytes(rows, columns, config.outlier_fraction)
@@ -191,8 +195,11 @@ class QFTQuantizer(HfQuantizer):
         if not self.param_needs_quantization(model, name):
             return tensor
         try:
-            _check_shape(name, tensor, model.get_parameter(name).shape)
-            return QFTWeight.from_float(tensor, self.quantization_config, name=name)
+            arrangement = _arrangement(model, name)
+            _check_shape(name, tensor, arrangement.shape)
+            return QFTWeight.from_float(
+                tensor, self.quantization_config, name=name, transposed=arrangement.transposed
+            )
         except ValueError as error:
             self.faults[name] = str(error)
             return tensor
@@ -213,7 +220,7 @@ class QFTQuantizer(HfQuantizer):
                 fields,
                 self.quantization_config,
                 name=name,
-                arrangement=Arrangement(tuple(parameter.shape)),
+                arrangement=_arrangement(model, name),
                 dtype=parameter.dtype,
             )
         except ValueError as error:
@@ -264,13 +271,7 @@ class QFTQuantizer(HfQuantizer):
             )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        # Saving reverses the conversions of loading. Ours has no reverse and needs none, since
-        # state_dict already holds the fields.
-        model._weight_conversions = [
-            conversion
-            for conversion in getattr(model, "_weight_conversions", None) or []
-            if not any(isinstance(step, Assemble) for step in getattr(conversion, "operations", []))
-        ]
+        self.save_as_held(model)
         if self.pre_quantized:
             self._find_missing(model)
         self._find_bad_values(model)
@@ -285,6 +286,22 @@ class QFTQuantizer(HfQuantizer):
             quantize_modules_(model, self.quantization_config)
         mark_tables_(model)  # weights are in place and tied only now
         return model
+
+    def save_as_held(self, model: Any) -> None:
+        """Have `save_pretrained` write what the modules hold, until the model is dequantized.
+
+        It reverses what loading did: experts that came one by one are written one by one, which
+        INT8 fields cannot be. Parameters still get their names of the checkpoint back.
+        """
+        used = getattr(model, "_weight_conversions", None)
+        of_class = get_model_conversion_mapping(model, add_legacy=False)
+        if used is None:  # the model was not loaded: transformers would reverse these
+            used = [step for step in of_class if not isinstance(step, PrefixChange)]
+        renaming = [step for step in used if not isinstance(step, WeightConverter)]
+        # An INT8 checkpoint holds experts merged, so that nothing had to merge them.
+        merging = of_class if self.pre_quantized else used
+        self.conversions = renaming + [s for s in merging if isinstance(s, WeightConverter)]
+        model._weight_conversions = renaming
 
     def _find_missing(self, model: PreTrainedModel) -> None:
         """An INT8 checkpoint is complete: a weight that is not in it would be random."""
@@ -325,6 +342,7 @@ class QFTQuantizer(HfQuantizer):
         # config.dtype, the default, is a string once the model has been saved.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dequantize_modules_(model, dtype)
+        vars(model)["_weight_conversions"] = self.conversions
         for config in _configs(model):
             config.dtype = dtype
         return model
@@ -377,7 +395,7 @@ def check_finite(name: str, parameter: Tensor) -> None:
         )
 
 
-def _check_shape(name: str, tensor: Tensor, shape: torch.Size) -> None:
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tensor.shape != shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)} in the checkpoint, and the model needs "
@@ -395,6 +413,12 @@ def _only(tensor: Any) -> Tensor:
 def _module_of(model: nn.Module, parameter_name: str) -> tuple[nn.Module, str]:
     prefix, _, name = parameter_name.rpartition(".")
     return model.get_submodule(prefix), name
+
+
+def _arrangement(model: nn.Module, parameter_name: str) -> Arrangement:
+    """How a weight that is, or will be, quantized is a matrix."""
+    module, name = _module_of(model, parameter_name)
+    return arrangement_of(module, name)
 
 
 def _tie(skeleton: PreTrainedModel) -> None:

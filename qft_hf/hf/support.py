@@ -144,7 +144,7 @@ def _visible_format(model: nn.Module, wanted: dict[str, Any]) -> dict[str, Any]:
     weights = [p for p in model.parameters() if isinstance(p, QFTWeight)]
     fraction = wanted.get("outlier_fraction")
     counts = {
-        weight.outlier_values.shape[1] == outliers_per_row(weight.shape[1], fraction or 0.0)
+        weight.outlier_values.shape[1] == outliers_per_row(weight.codes.shape[1], fraction or 0.0)
         for weight in weights
     }
     products = any(getattr(module, "products", None) for module in model.modules())

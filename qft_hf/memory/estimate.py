@@ -188,7 +188,7 @@ def estimate(
     )
     weights = list(plan.weights.values())
     floats = [kept.parameter for kept in plan.kept]
-    shapes = [(int(w.shape[0]), int(w.shape[1])) for w in weights]
+    shapes = [arrangement.matrix_shape for arrangement in plan.arrangements.values()]
 
     scales = [GroupLayout(*shape, spec.group_size) for shape in shapes]
     of_gradients = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in shapes]

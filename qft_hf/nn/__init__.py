@@ -14,7 +14,7 @@ from .convert import (
 from .experts import QFTExperts
 from .functional import embedding, linear
 from .grouped import grouped_linear
-from .kinds import weight_names, weight_of
+from .kinds import arrangement_of, weight_names, weight_of
 from .loss import DeferredLogits, linear_cross_entropy
 from .modules import QFTEmbedding, QFTLinear, QuantizedModule
 from .products import Int8Products
@@ -30,6 +30,7 @@ __all__ = [
     "QFTExperts",
     "QFTLinear",
     "QuantizedModule",
+    "arrangement_of",
     "conversion_plan",
     "dequantize_modules_",
     "embedding",

@@ -14,7 +14,7 @@ from torch import nn
 from ..config import QuantizationSpec
 from ..quant import Arrangement, QFTWeight
 from .attachments import attach_, attachments
-from .kinds import arrangements, kind_of
+from .kinds import arrangement_of, kind_of, own_weights
 from .modules import QuantizedModule, quantized_class
 from .products import Int8Products, int8_products
 from .state import check_shared_columns
@@ -88,12 +88,12 @@ def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) 
         name: module
         for name, module in modules.items()
         if isinstance(module, QuantizedModule)
-        or not any(id(module._parameters[own]) in reasons for own in arrangements(module))
+        or not any(id(weight) in reasons for weight in own_weights(module).values())
     }
     quantized = {
-        id(module._parameters[own]): arrangement
+        id(weight): arrangement_of(module, own)
         for module in modules.values()
-        for own, arrangement in arrangements(module).items()
+        for own, weight in own_weights(module).items()
     }
     plan = ConversionPlan(modules, {}, {}, [])
     for name, parameter in model.named_parameters():  # a tied one by its first name
@@ -125,12 +125,11 @@ def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | 
         return f"parameter of {kind}"
     if kind in READ_BY_OTHERS:
         return "weight that nn.MultiheadAttention reads without calling its module"
-    weights = arrangements(module)
+    weights = own_weights(module)
     if not weights:
         # Parametrizations, such as torch's weight_norm, compute it from parameters of theirs.
         return f"parameter of {kind}, whose weight is computed from others"
-    for own_name in weights:
-        weight = module._parameters[own_name]
+    for own_name, weight in weights.items():
         if type(weight) not in (nn.Parameter, QFTWeight):  # QFTWeight: tied to one since
             return f"{own_name} of {kind} is a {type(weight).__name__}"
         if weight.dtype not in FLOATS:

@@ -38,6 +38,11 @@ class QFTExperts(QuantizedModule):
         """Whether the matrices are `[C, R]`, as those of gpt-oss are."""
         return bool(getattr(module, "is_transposed", False))
 
+    down_proj: Any  # a QFTWeight; what follows is from the plain class
+    act_fn: Any
+    post_expert_norm: Any
+    _apply_gate: Any
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Add up what the experts of each token return, weighted.
 
@@ -58,7 +63,7 @@ class QFTExperts(QuantizedModule):
         counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         chosen, order = chosen[: ends[-1]], order[: ends[-1]]
 
-        up = "gate_up_proj" if self.gate_up_proj is not None else "up_proj"
+        up = "gate_up_proj" if "gate_up_proj" in self._parameters else "up_proj"
         y = self._product(up, hidden_states[order // n_choices], chosen, counts)
         y = self._apply_gate(y) if up == "gate_up_proj" else self.act_fn(y)
         y = self._product("down_proj", y, chosen, counts)

@@ -93,7 +93,9 @@ class _Grouped(torch.autograd.Function):
         grad_x = gradient = None
         if ctx.needs_input_grad[0]:
             products = [
-                _times(grad[tile.tokens], weight.dequantize_matrices(tile.experts, grad.dtype), tile)
+                _times(
+                    grad[tile.tokens], weight.dequantize_matrices(tile.experts, grad.dtype), tile
+                )
                 for tile in ctx.tiles
             ]
             grad_x = _joined(products, grad.new_empty(0, weight.arrangement.columns))
@@ -115,9 +117,7 @@ def _joined(products: list[Tensor], empty: Tensor) -> Tensor:
     return torch.cat(products) if products else empty
 
 
-def _gradient(
-    grad: Tensor, x: Tensor, weight: QFTWeight, counts: list[int], rows: slice
-) -> Tensor:
+def _gradient(grad: Tensor, x: Tensor, weight: QFTWeight, counts: list[int], rows: slice) -> Tensor:
     """Rows of grad_W[e] = grad[of e]^T x[of e]: of whole experts, or of a part of one."""
     n_rows, columns = weight.arrangement.rows, weight.arrangement.columns
     start, stop, _ = rows.indices(weight.codes.shape[0])

@@ -1,5 +1,7 @@
 """Which kinds of modules have quantized weights, and what these are called in a state dict."""
 
+from typing import Any
+
 from torch import nn
 
 from ..quant import Arrangement
@@ -17,21 +19,18 @@ def kind_of(module: nn.Module) -> type[QuantizedModule] | None:
     return next((kind for kind in KINDS if kind.fits(module)), None)
 
 
-def arrangements(module: nn.Module) -> dict[str, Arrangement]:
-    """How the weights of a module, plain or quantized, are matrices, by their names in it.
-
-    They are the parameters that are, or will be, quantized.
-    """
+def own_weights(module: nn.Module) -> dict[str, Any]:
+    """The parameters of a module, plain or quantized, that are or will be `QFTWeight`, by name."""
     kind = kind_of(module)
-    if kind is None:
-        return {}
-    transposed = kind.holds_transposed(module)
     own = module._parameters
-    return {
-        name: Arrangement(tuple(weight.shape), transposed)
-        for name in kind.weight_names
-        if (weight := own.get(name)) is not None
-    }
+    names = () if kind is None else kind.weight_names
+    return {name: weight for name in names if (weight := own.get(name)) is not None}
+
+
+def arrangement_of(module: nn.Module, name: str) -> Arrangement:
+    """How one of them is a matrix."""
+    kind: Any = kind_of(module)
+    return Arrangement(tuple(own_weights(module)[name].shape), kind.holds_transposed(module))
 
 
 def weight_names() -> list[str]:

@@ -132,10 +132,11 @@ def check_shared_columns(name: str, weight: QFTWeight) -> None:
     """Raise unless the outliers of `weight` can take part in INT8 products.
 
     Raises:
-        ValueError: They lie in other columns in each row, or scales are not those of whole rows.
+        ValueError: They lie in other columns in each row of a matrix, or scales are not those of
+            whole rows.
     """
-    columns = weight.outlier_columns
-    if weight.group_size is not None or not bool((columns == columns[:1]).all()):
+    columns = weight.outlier_columns.unflatten(0, (-1, weight.arrangement.rows))
+    if weight.group_size is not None or not bool((columns == columns[:, :1]).all()):
         raise ValueError(
             f"{name} was quantized for matmul='dequantize': its outliers lie in other "
             "columns in each row, or rows have several scales. Leave matmul='int8' out, or "

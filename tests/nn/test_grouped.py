@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import grouped_linear
-from qft_hf.optim import QFTAdamW, QFTLion, QFTSGD
+from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.tolerances import BF16_EPS, FP32_EPS, assert_same_bits, matmul_bound
 
@@ -192,9 +192,10 @@ def test_an_expert_without_tokens_steps_as_lion_does_with_a_gradient_of_zero(mod
     rows = slice(24, 48)  # of expert 1, which has a momentum now and gets no token next
 
     def momentum() -> Tensor:
-        return state["momentum_codes"][rows] * state["momentum_scales"][rows].repeat_interleave(
-            256, dim=1
-        )[:, :264]
+        return (
+            state["momentum_codes"][rows]
+            * state["momentum_scales"][rows].repeat_interleave(256, dim=1)[:, :264]
+        )
 
     before, values = momentum(), matrices(weight)[1]
     grouped_linear(x, weight, COUNTS).backward(grad_y)

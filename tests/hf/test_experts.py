@@ -1,0 +1,244 @@
+"""Mixtures of experts: every weight INT8, the gradients of the float model, and every way out."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from qft_hf import (
+    QFTConfig,
+    QFTLion,
+    QFTTrainer,
+    dequantize_model_,
+    estimate_memory,
+    memory_ledger,
+    quantize_model_,
+)
+from qft_hf.quant import QFTWeight
+from tests.moe import CONFIGS, batch, experts_of, tiny_moe
+from tests.tolerances import snr_db
+
+FAMILIES = list(CONFIGS)
+
+
+def quantized(family: str, **config):
+    return quantize_model_(tiny_moe(family), QFTConfig(**config))
+
+
+def loss(model, ids=None):
+    ids = batch() if ids is None else ids
+    return model(input_ids=ids, labels=ids).loss
+
+
+def fields(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_state(actual, expected) -> None:
+    actual, expected = fields(actual), fields(expected)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_int8_and_all_but_a_hundredth_of_the_matrices(family):
+    model = quantized(family)
+
+    experts = [p for p in model.parameters() if p.ndim == 3]
+    assert experts
+    assert all(isinstance(parameter, QFTWeight) for parameter in experts)
+    kept = {kept.name: kept.reason for kept in memory_ledger(model).kept}
+    matrices = {name for name, p in model.named_parameters() if name in kept and p.ndim > 1}
+    # Routers, and the biases of gpt-oss, one row for each expert.
+    assert all(".mlp.gate." in n or ".router." in n or n.endswith("_bias") for n in matrices)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_of_the_float_model(family):
+    model = quantized(family).train()
+    twin = dequantize_model_(copy.deepcopy(model), torch.float32).train()
+    mine, its = loss(model), loss(twin)
+    mine.backward()
+    its.backward()
+
+    assert float(mine) == pytest.approx(float(its), rel=1e-6)
+    for (name, parameter), (_, exact) in zip(
+        model.named_parameters(), twin.named_parameters(), strict=True
+    ):
+        if not isinstance(parameter, QFTWeight):
+            continue
+        gradient = parameter.grad.dequantize()
+        assert snr_db(exact.grad, gradient) > 38, name  # 256 values a scale, half a code of error
+        if parameter.ndim == 3:
+            without = (exact.grad == 0).flatten(1).all(dim=1)
+            assert not gradient[without].any(), name
+
+
+def test_some_expert_gets_no_token_where_it_is_tested():
+    model = quantized("qwen3_moe").train()
+    loss(model, batch(shape=(1, 2))).backward()
+    (name,) = [n for n in experts_of(model) if n.endswith("down_proj")]
+    codes = model.get_parameter(name).grad.codes.unflatten(0, (6, -1))
+    assert 0 < codes.flatten(1).any(dim=1).sum() < 6
+
+
+def trained(family: str, gradient: str, steps: int = 3):
+    model = quantized(family).train()
+    optimizer = QFTLion(model.parameters(), lr=1e-3, weight_decay=0.1, gradient=gradient)
+    optimizer.train()
+    for step in range(steps):
+        loss(model, batch(step, (1, 3))).backward()  # so few tokens that experts get none
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_release_has_the_bits_of_stack(family):
+    stack, release = (trained(family, gradient) for gradient in ("stack", "release"))
+    assert_same_state(release, stack)
+    for name in experts_of(stack):
+        assert not torch.equal(stack.get_parameter(name), quantized(family).get_parameter(name))
+
+
+CHECKPOINTING = [(family, None) for family in FAMILIES] + [("qwen3_moe", flag) for flag in (0, 1)]
+
+
+@pytest.mark.parametrize(("family", "reentrant"), CHECKPOINTING)
+def test_loss_falls_on_a_repeated_batch(family, reentrant):
+    model = quantized(family).train()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": bool(reentrant)})
+    optimizer = QFTLion(model.parameters(), lr=1e-3, gradient="release")
+    optimizer.train()
+    losses = []
+    for _ in range(15):
+        current = loss(model)
+        current.backward()
+        optimizer.step()
+        losses.append(float(current))
+    assert losses[-1] < 0.6 * losses[0], losses
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_model_reloads_with_its_bits(tmp_path, family):
+    model = quantized(family)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert_same_state(loaded, model)
+    ids = batch()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_float_checkpoint_is_quantized_after_its_experts_are_merged(tmp_path, family):
+    plain = tiny_moe(family)
+    plain.save_pretrained(tmp_path)  # in the layout of the family: many one expert after the other
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QFTConfig())
+    assert_same_state(loaded, quantized(family))
+
+    loaded.save_pretrained(tmp_path / "int8")
+    assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "int8"), loaded)
+
+
+PLAIN = """
+import sys, torch
+sys.modules["qft_hf"] = None  # importing it fails
+from transformers import AutoModelForCausalLM
+ids = torch.load(sys.argv[1])
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.save((model.state_dict(), model(ids).logits), folder + "/result.pt")
+"""
+SOURCES = ["instance", "float", "int8"]
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Each family exported from each source: folders, with what plain transformers makes of them.
+
+    Beside it is the model that was exported, the float twin's names of tensors, and INT8 logits.
+    """
+    ids, made = batch(), {}
+    for family in FAMILIES:
+        root = tmp_path_factory.mktemp(family)
+        plain = tiny_moe(family)
+        plain.save_pretrained(root / "plain")
+        instance = quantize_model_(plain, QFTConfig())
+        instance.save_pretrained(root / "int8")
+        models = {
+            "instance": instance,
+            "float": AutoModelForCausalLM.from_pretrained(
+                root / "plain", quantization_config=QFTConfig()
+            ),
+            "int8": AutoModelForCausalLM.from_pretrained(root / "int8"),
+        }
+        for source, model in models.items():
+            with torch.no_grad():
+                logits = model.train()(ids).logits
+            dequantize_model_(model, torch.float32).eval().save_pretrained(root / source)
+            made[family, source] = root / source, model, tensor_names(root / "plain"), logits
+    torch.save(ids, root / "ids.pt")
+    folders = [str(folder) for folder, *_ in made.values()]
+    command = [sys.executable, "-c", PLAIN, str(root / "ids.pt"), *folders]
+    subprocess.run(command, check=True, capture_output=True)
+    return made
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_export_is_what_plain_transformers_writes_and_loads(exports, family, source):
+    folder, model, names, int8_logits = exports[family, source]
+    state, logits = torch.load(folder / "result.pt")
+
+    assert torch.equal(logits, model(batch()).logits)
+    torch.testing.assert_close(logits, int8_logits, rtol=1e-4, atol=1e-5)  # sums in another order
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    assert tensor_names(folder) == names
+
+
+def tensor_names(folder) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return set(file.keys())
+
+
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+def test_a_run_is_resumed_with_its_bits(tmp_path, gradient):
+    def run(steps: int, resume: bool):
+        arguments = TrainingArguments(
+            tmp_path / gradient, max_steps=steps, save_steps=2, per_device_train_batch_size=1,
+            gradient_accumulation_steps=2, learning_rate=1e-3, report_to=[], optim="qft_lion",
+            optim_args=f"gradient={gradient}" + (",clipping=tensor" * (gradient == "release")),
+            lr_scheduler_type="constant", use_cpu=True,
+        )  # fmt: skip
+        rows = [{"input_ids": ids, "labels": ids} for ids in batch(shape=(8, 4)).tolist()]
+        trainer = QFTTrainer(model=quantized("qwen3_moe"), args=arguments, train_dataset=rows)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.model
+
+    straight = run(4, resume=False)
+    assert_same_state(run(4, resume=False), straight)
+    run(2, resume=False)
+    assert_same_state(run(4, resume=True), straight)
+
+
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_estimate_is_the_ledger(family, gradient):
+    model = quantized(family).train()
+    optimizer = QFTLion(model.parameters(), gradient=gradient)
+    optimizer.train()
+    loss(model).backward()
+    optimizer.step()
+    if gradient == "stack":
+        loss(model).backward()
+    measured = {row.state: row.bytes for row in memory_ledger(model, optimizer).rows}
+    estimate = estimate_memory(tiny_moe(family), gradient=gradient)
+    assert {row.state: row.bytes for row in estimate.rows} == measured
