@@ -14,6 +14,11 @@ TAGS = ["qft", "int8", "full-parameter-fine-tuning"]
 MARK = "## INT8 full-parameter training"
 
 
+def is_card(path: Path) -> bool:
+    """Whether a `README.md` is a card that was written here."""
+    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
+
+
 def write_card(trainer: Trainer, *, ledger: MemoryLedger | None, base_model: str | None) -> None:
     """Add tags, base model and the sections on format, memory, loss and loading to the card.
 

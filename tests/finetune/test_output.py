@@ -2,28 +2,41 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from qft_hf.hf.checkpoint import MARK
 from qft_hf.hf.drafts import written_whole
+from qft_hf.hf.finetune import parse_arguments
 from qft_hf.hf.finetune.data import DataCounts
 from qft_hf.hf.finetune.loss_curve import draw_loss_curve, loss_points
-from qft_hf.hf.finetune.output_folder import checkpoint_to_resume, clear_run, refuse_other_run
+from qft_hf.hf.finetune.output_folder import (
+    checkpoint_to_resume,
+    claim,
+    clear_run,
+    refuse_inputs_inside,
+    refuse_other_run,
+    refuse_small_disk,
+    refuse_unwritable,
+)
 from qft_hf.hf.finetune.summary import PeakMemory, RunSummary, versions
 
-TRACES = ["summary.json", "model.safetensors", "model-00001-of-00002.safetensors", "checkpoint-7/"]
+TRACES = ["run.yaml", "model.safetensors", "model-00001-of-00002.safetensors", "checkpoint-7/"]
 
 
 def leave(folder, trace):
+    """Leave what a run of ours leaves; a checkpoint has our mark."""
     path = folder / trace
     if trace.endswith("/"):
         path.mkdir(parents=True)
         (path / "trainer_state.json").write_text("{}")
+        (path / MARK).write_text("{}")
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text("x")
+        path.write_text("export_dtype: bfloat16" if trace == "run.yaml" else "x")
 
 
 def contents(folder):
@@ -33,6 +46,7 @@ def contents(folder):
 @pytest.mark.parametrize("trace", TRACES)
 def test_folder_with_a_run_is_refused_and_left_alone(trace, tmp_path):
     leave(tmp_path, trace)
+    leave(tmp_path, "run.yaml")
     before = contents(tmp_path)
 
     with pytest.raises(FileExistsError, match=r"already holds a run .*overwrite_output to true"):
@@ -54,6 +68,7 @@ def test_absent_empty_or_unrelated_folder_is_accepted(tmp_path):
 def test_only_its_own_checkpoint_opens_a_folder(tmp_path):
     leave(tmp_path / "one", "checkpoint-7/")
     leave(tmp_path / "other", "checkpoint-7/")
+    (tmp_path / "one" / "checkpoint-7" / MARK).unlink()  # who resumes from it knows it
 
     own = tmp_path / "one" / "checkpoint-7"
     refuse_other_run(tmp_path / "one", checkpoint=own, overwrite=False)
@@ -71,6 +86,131 @@ def test_clearing_removes_a_run_and_nothing_else(tmp_path):
     clear_run(tmp_path)
 
     assert contents(tmp_path) == ["notes.txt"]
+
+
+FOREIGN = {
+    "a model": ["config.json", "model.safetensors"],
+    "a model in shards": ["model-00001-of-00002.safetensors", "model.safetensors.index.json"],
+    "a page": ["README.md"],
+    "a tokenizer": ["tokenizer.json", "chat_template.jinja"],
+    "a checkpoint": ["checkpoint-9/model.safetensors"],
+    "an export": ["bfloat16/config.json"],
+    "a summary": ["summary.json"],
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("names", FOREIGN.values(), ids=FOREIGN)
+def test_what_no_run_wrote_is_never_replaced(names, overwrite, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+
+    with pytest.raises(FileExistsError, match=r"no run of qft_hf is known .* move them away"):
+        refuse_other_run(tmp_path, checkpoint=None, overwrite=overwrite)
+
+
+FOREIGN_IN_A_RUN = [
+    "checkpoint-7/notes.txt",  # in our checkpoint
+    "checkpoint-9/model.safetensors",  # a checkpoint without our mark
+    "float32/config.json",  # our run exports bfloat16
+    "bfloat16/notes.txt",
+    "config.json",  # of a float model
+    "README.md",
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN_IN_A_RUN)
+def test_what_was_put_into_a_run_is_never_replaced(name, tmp_path):
+    for trace in [*TRACES, "bfloat16/"]:
+        leave(tmp_path, trace)
+    (tmp_path / "bfloat16" / MARK).unlink()
+    refuse_other_run(tmp_path, checkpoint=None, overwrite=True)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+
+    with pytest.raises(FileExistsError, match=f"holds {name.split('/')[0]}.*overwrite_output repl"):
+        refuse_other_run(tmp_path, checkpoint=None, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("model_name_or_path", "."),
+        ("model_name_or_path", "checkpoint-7"),
+        ("model_name_or_path", "bfloat16"),
+        ("chat_template", "chat_template.jinja"),
+        ("train_data", "checkpoint-7/rows.jsonl"),
+        ("tokenizer_name_or_path", "link"),
+    ],
+)
+def test_what_a_run_reads_must_not_lie_where_it_writes(key, name, tmp_path):
+    run = tmp_path / "run"
+    for folder in ("checkpoint-7", "bfloat16", "data"):
+        (run / folder).mkdir(parents=True)
+    for file in ("chat_template.jinja", "checkpoint-7/rows.jsonl", "data/rows.jsonl"):
+        (run / file).write_text("x")
+    (run / "link").symlink_to(run / "checkpoint-7")
+
+    with pytest.raises(ValueError, match=key):
+        refuse_inputs_inside(run, {key: str(run / name)})
+    # A name on the hub, and files that a run has no name for, are in nobody's way.
+    refuse_inputs_inside(run, {"a": "org/model", "b": str(run / "data" / "rows.jsonl")})
+    refuse_inputs_inside(run, {"c": str(tmp_path)})
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in ("file", "file/run", "file/deep/run"):
+        with pytest.raises(NotADirectoryError, match=r"and .*file is a file\. Choose another"):
+            refuse_unwritable(tmp_path / place)
+    refuse_unwritable(tmp_path / "new" / "run")
+    assert contents(tmp_path) == ["file"]
+
+
+def test_a_folder_that_refuses_writing_is_refused(tmp_path, monkeypatch):
+    """`os.access` is asked of the nearest folder; who is root may write where others may not."""
+    asked = []
+    monkeypatch.setattr("os.access", lambda path, mode: asked.append((path, mode)))
+    with pytest.raises(PermissionError, match=r"nothing can be written to .* change its permis"):
+        refuse_unwritable(tmp_path / "new" / "run")
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)]
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    margin = 10**9  # others write, too
+    refuse_small_disk(tmp_path / "new", free - margin, overwrite=False)
+    with pytest.raises(
+        OSError, match=r"will write up to .* are free there\. Choose .*save_total_l"
+    ):
+        refuse_small_disk(tmp_path / "new", free + margin, overwrite=False)
+
+
+def test_what_will_be_removed_counts_as_free(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    leave(tmp_path, "checkpoint-7/")
+    with (tmp_path / "checkpoint-7" / "model.safetensors").open("wb") as file:
+        file.truncate(4 * 10**9)  # no block of it is on the disk
+    for overwrite in (True, False):  # a resumed run rotates its checkpoints
+        refuse_small_disk(tmp_path, free + 3 * 10**9, overwrite=overwrite)
+    with pytest.raises(OSError, match="are free there"):
+        refuse_small_disk(tmp_path, free + 5 * 10**9, overwrite=True)
+
+
+def test_the_config_in_force_does_the_run_again(tmp_path):
+    flags = ["--model_name_or_path=m", "--train_data", "t.jsonl", "--no_assistant_only_loss"]
+    flags += ["--learning_rate=3e-5", "--use_cpu", f"--output_dir={tmp_path / 'run'}"]
+    flags += ['--lr_scheduler_kwargs={"num_cycles": 0.5}', "--modules_to_not_convert", "a", "b"]
+    flags += ["--lr_scheduler_type=cosine", "--save_strategy=no"]
+    first = parse_arguments(flags)
+
+    claim(first.output_dir, first.given)
+
+    again = parse_arguments([str(tmp_path / "run" / "run.yaml")])
+    assert again.given == first.given
+    assert again.data == first.data
+    assert again.training.to_dict() == first.training.to_dict()
 
 
 def leave_whole(folder, step):

@@ -3,12 +3,14 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -18,6 +20,7 @@ from transformers import (
 
 from qft_hf import QFTWeight
 from qft_hf.hf.finetune import finetune, parse_arguments, prepare, train
+from qft_hf.hf.finetune.forecast import disk_bytes
 from tests.finetune.chats import CHATML_MARKED, CHATS, chat, tiny_tokenizer
 from tests.models import tiny_bert, tiny_llama
 
@@ -220,7 +223,9 @@ def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
     assert "holds what this finished run came to, and it stays as it is" in caplog.text
 
     finetune(parsed(values, resume_from_checkpoint="true", export_dtype="bfloat16"))
-    assert {path: at for path, at in contents(run).items() if path.parts[0] != "bfloat16"} == before
+    after = {path: at for path, at in contents(run).items() if path.parts[0] != "bfloat16"}
+    del after[Path("run.yaml")], before[Path("run.yaml")]  # it says what was exported
+    assert after == before
     assert AutoModelForCausalLM.from_pretrained(run / "bfloat16").dtype == torch.bfloat16
 
 
@@ -270,7 +275,7 @@ def test_a_base_with_int8_weights_and_no_word_of_it_is_refused(chat_flags):
     config = json.loads((base / "config.json").read_text())
     del config["quantization_config"]
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"are INT8 fields, and config\.json has no quantizat"):
+    with pytest.raises(ValueError, match=r"and its config\.json has no quantizat"):
         prepare(parsed(chat_flags, model_name_or_path=base, output_dir=f"{base}-2"))
 
 
@@ -283,6 +288,50 @@ def test_second_run_is_refused_before_anything_is_read(chat_flags):
         prepare(parsed(chat_flags, model_name_or_path="nowhere", train_data="nowhere.csv"))
 
     assert contents(run) == before
+
+
+def test_what_the_run_was_told_is_there_before_anything_is_computed(chat_flags, monkeypatch):
+    seen = []
+
+    def evaluate(trainer, *args, **kwargs):
+        seen.append(sorted(path.name for path in Path(chat_flags["output_dir"]).iterdir()))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qft_hf.hf.trainer.QFTTrainer.evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(parsed(chat_flags))
+    assert seen == [["run.yaml"]]
+
+
+def test_a_disk_without_room_is_found_before_training(chat_flags, monkeypatch):
+    """It trained, and then the model was lost."""
+    usage = shutil.disk_usage(chat_flags["output_dir"].parent)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=60_000))
+    values = chat_flags | {"save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(OSError, match=r"will write up to 0\.0 GB into .*run, and 0\.0 GB are free"):
+        prepare(parsed(values))
+    assert not Path(chat_flags["output_dir"]).exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"save_total_limit": 1}, {"optim": "qft_adamw"}], ids=str)
+def test_the_room_on_the_disk_is_what_the_run_takes(changes, chat_flags):
+    """To the byte, but for the headers of files; a draft is there while it is written."""
+    values = chat_flags | {"save_strategy": "steps", "save_steps": 1, "export_dtype": "float32"}
+    run = prepare(parsed(values, **changes))
+    needed = disk_bytes(run.arguments, run.trainer.model, len(run.data.train.dataset))
+    train(run)
+
+    folder = Path(chat_flags["output_dir"])
+    checkpoints = sorted(folder.glob("checkpoint-*"))
+    assert len(checkpoints) == changes.get("save_total_limit", 4)
+    if len(checkpoints) == 1:
+        checkpoints *= 2  # two of them were there for a moment
+    weights = [path / "model.safetensors" for path in (*checkpoints, folder, folder / "float32")]
+    tensors = [tensor for path in weights for tensor in load_file(path).values()]
+    for checkpoint in checkpoints:
+        states = torch.load(checkpoint / "optimizer.pt")["state"].values()
+        tensors += [tensor for state in states for key, tensor in state.items() if key != "step"]
+    assert needed == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_overwriting_replaces_a_run_only_when_training_begins(chat_flags):
@@ -298,7 +347,7 @@ def test_overwriting_replaces_a_run_only_when_training_begins(chat_flags):
 
 
 def test_model_is_not_overwritten_by_its_own_run(chat_flags):
-    with pytest.raises(ValueError, match="output_dir is the folder of the model itself"):
+    with pytest.raises(ValueError, match="output_dir is the folder of model_name_or_path itself"):
         prepare(parsed(chat_flags, output_dir=chat_flags["model_name_or_path"]))
 
 

@@ -1,9 +1,27 @@
 """What a run will take, before a weight is loaded."""
 
+from math import ceil
 from typing import Any
 
+import torch
+from torch import nn
+
+from ...memory import Workload, estimate
 from ..optimizers import given_options, optimizer_name
+from ..support import quantization_config_of
 from .parsing import RunArguments
+
+_NO_WORK = Workload(
+    tokens=0,
+    layers=0,
+    hidden=1,
+    attention=1,
+    key_value=1,
+    intermediate=1,
+    vocabulary=1,
+    compute_bytes=1,
+    checkpointing=False,
+)
 
 
 def workload_of(arguments: RunArguments) -> dict[str, Any]:
@@ -17,3 +35,57 @@ def workload_of(arguments: RunArguments) -> dict[str, Any]:
         "momentum_bits": given_options(training).get("momentum_bits", 8),
         "chunked_loss": training.chunked_loss,
     }
+
+
+def disk_bytes(arguments: RunArguments, model: nn.Module, n_examples: int) -> int:
+    """Return the most that a run has on the disk at one time: checkpoints, model and export.
+
+    Args:
+        arguments: Of the run.
+        model: Float or INT8, on any device; the meta device will do.
+        n_examples: Of an epoch.
+    """
+    training = arguments.training
+    states = estimate(
+        model,
+        _NO_WORK,
+        quantization_config_of(model) or training.quantization_config,
+        gradient="release",  # gradients are never written
+        momentum_bits=given_options(training).get("momentum_bits", 8),
+        optimizer=optimizer_name(training),
+    )
+    # Buffers are small, and most models do not save theirs.
+    sizes = {row.state: row.bytes for row in states.rows if row.state != "buffers"}
+    momentum = sizes.pop("momentum", 0)
+    model_bytes = sum(sizes.values())
+    checkpoint_bytes = model_bytes + (0 if training.save_only_model else momentum)
+    export = arguments.output.export_dtype
+    export_bytes = states.n_parameters * getattr(torch, export).itemsize if export else 0
+    return n_checkpoints(training, n_examples) * checkpoint_bytes + model_bytes + export_bytes
+
+
+def n_steps(training: Any, n_examples: int) -> tuple[int, int]:
+    """Return the optimizer steps of a run, and those of an epoch."""
+    n_batches = ceil(n_examples / (training.train_batch_size * training.world_size))
+    of_epoch = max(1, ceil(n_batches / training.gradient_accumulation_steps))
+    if training.max_steps > 0:
+        return training.max_steps, of_epoch
+    return ceil(training.num_train_epochs * of_epoch), of_epoch
+
+
+def n_checkpoints(training: Any, n_examples: int) -> int:
+    """Return how many checkpoints are on the disk at one time, at most."""
+    steps, of_epoch = n_steps(training, n_examples)
+    match training.save_strategy:  # an enumeration that equals these
+        case "no":
+            return 0
+        case "steps":
+            every = training.save_steps
+            saved = ceil(steps / (every if every >= 1 else ceil(every * steps)))
+        case _:  # "epoch"; "best" saves at evaluations, of which it may be any
+            saved = ceil(steps / of_epoch)
+    if training.save_total_limit is None:
+        return saved
+    # An old one is removed when the new one is whole, and the best one stays.
+    best = 1 if training.load_best_model_at_end else 0
+    return int(min(saved, training.save_total_limit + 1 + best))

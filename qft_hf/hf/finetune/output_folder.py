@@ -1,27 +1,64 @@
-"""The folder a run writes to: refused if it holds another run, unless that was asked for."""
+"""The folder a run writes to: what it may hold before, and what is there when training begins.
 
+A run replaces files and never asks twice, so it must know them for its own. Whatever has a name
+that a run writes and is not known to be of a run is foreign, and refused.
+"""
+
+import fnmatch
+import json
+import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import yaml
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..checkpoint import newest_whole_checkpoint, require_whole
-from ..drafts import unsettled
+from ...version import __version__
+from ..card import is_card
+from ..checkpoint import MARK, STATE_FILES, newest_whole_checkpoint, require_whole
+from ..config import QUANT_METHOD
+from ..drafts import MODEL_FILES, unsettled, written_whole
 from .arguments import EXPORT_DTYPES
 
 SUMMARY = "summary.json"
 LOSS_CURVE = "loss_curve.png"
+RUN_CONFIG = "run.yaml"
+CARD = "README.md"
+CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
 
-# Any of these says that a run wrote here: what it ends with, and what it leaves when it is stopped.
-_TRACES = (
+_MODEL = (
+    *MODEL_FILES,
+    TRAINING_ARGS_NAME,
+    "generation_config.json",
+    # Of tokenizers, whatever their kind.
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "vocab.*",
+)
+_IN_CHECKPOINT = (*_MODEL, *STATE_FILES, "scaler.pt", "rng_state_*.pth", CARD, MARK)
+# What a run writes, and what says that one wrote here: what it ends with, and what it leaves when
+# it is stopped.
+_WRITTEN = (
+    *_MODEL,
+    *EXPORT_DTYPES,
+    CHECKPOINTS,
     SUMMARY,
     LOSS_CURVE,
-    "config.json",
-    "training_args.bin",
-    "*.safetensors",
-    *EXPORT_DTYPES,
-    f"{PREFIX_CHECKPOINT_DIR}-*",
+    RUN_CONFIG,
+    CARD,
+    TRAINER_STATE_NAME,
 )
+# What a command was told of the folder, and not the run.
+_OF_A_PROCESS = ("resume_from_checkpoint", "overwrite_output")
+_SHOWN = 3  # names in an error
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | None, output_dir: Path) -> Path | None:
@@ -58,7 +95,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | None, output_dir: Path) -
 
 
 def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bool) -> None:
-    """Raise if writing to the folder would destroy a run. Changes nothing.
+    """Raise if writing to the folder would destroy something. Changes nothing.
 
     Args:
         output_dir: May be absent.
@@ -66,7 +103,7 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
         overwrite: The run there may be replaced.
 
     Raises:
-        FileExistsError: It holds a run that would be lost.
+        FileExistsError: It holds a run that would be lost, or files that no run has written.
         ValueError: Both resuming and replacing were asked for.
     """
     resumes_here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
@@ -75,24 +112,213 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
             "resume_from_checkpoint continues the run in output_dir and overwrite_output replaces "
             "it. Set one of them."
         )
-    traces = _traces(output_dir)
-    if traces and not overwrite and not resumes_here:
+    written = _written(output_dir)
+    foreign = [
+        str(path.relative_to(output_dir))
+        for path in _foreign(output_dir, written, is_run=resumes_here or _is_run(output_dir))
+        # Whoever resumes from a checkpoint without a mark knows it for his own.
+        if not (resumes_here and path.match(CHECKPOINTS))
+    ]
+    if foreign:
         raise FileExistsError(
-            f"{output_dir} already holds a run ({', '.join(path.name for path in traces[:3])}). "
-            "Choose another output_dir, set resume_from_checkpoint to true to continue it, or set "
-            "overwrite_output to true to replace it."
+            f"{output_dir} holds {', '.join(foreign[:_SHOWN])}, which no run of qft_hf is known to "
+            "have written, and which this run would replace. Choose another output_dir, or move "
+            "them away: overwrite_output replaces runs alone."
+        )
+    if written and not overwrite and not resumes_here:
+        raise FileExistsError(
+            f"{output_dir} already holds a run "
+            f"({', '.join(path.name for path in written[:_SHOWN])}). Choose another output_dir, "
+            "set resume_from_checkpoint to true to continue it, or set overwrite_output to true to "
+            "replace it."
+        )
+
+
+def refuse_inputs_inside(output_dir: Path, inputs: Mapping[str, str]) -> None:
+    """Raise if what a run reads lies where it writes: there it would be replaced.
+
+    Args:
+        output_dir: Of the run.
+        inputs: What is read, by the key that names it. Those that are no paths are passed over.
+
+    Raises:
+        ValueError: One does; it is named by its key.
+    """
+    home = output_dir.resolve()
+    for key, name in inputs.items():
+        path = Path(name)
+        if not path.exists():
+            continue
+        place = path.resolve()
+        if place == home:
+            raise ValueError(
+                f"output_dir is the folder of {key} itself, {name}. Choose another one, so that "
+                "what you start from stays as it is."
+            )
+        if place.is_relative_to(home) and _is_written(place.relative_to(home).parts[0]):
+            raise ValueError(
+                f"{key}={name} lies in output_dir ({output_dir}), where a run replaces files of "
+                "that name. Choose another output_dir, or copy it to another place first."
+            )
+
+
+def refuse_unwritable(output_dir: Path) -> None:
+    """Raise if the folder cannot be made or written to. Changes nothing.
+
+    Raises:
+        NotADirectoryError: A file is in its place, or in the place of a folder above it.
+        PermissionError: The folder, or the nearest one above it that is there, refuses writing.
+    """
+    nearest = nearest_folder(output_dir)
+    if not nearest.is_dir():
+        raise NotADirectoryError(
+            f"output_dir is {output_dir}, and {nearest} is a file. Choose another output_dir."
+        )
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"output_dir is {output_dir}, and nothing can be written to {nearest}. Choose another "
+            "output_dir, or change its permissions."
+        )
+
+
+def nearest_folder(output_dir: Path) -> Path:
+    """Return the folder, or the first one above it that is there."""
+    path = output_dir.resolve()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def refuse_small_disk(output_dir: Path, needed_bytes: int, *, overwrite: bool) -> None:
+    """Raise if what a run will write does not fit on the disk. Changes nothing.
+
+    Args:
+        output_dir: May be absent.
+        needed_bytes: At most, at one time.
+        overwrite: What is there is removed first. Checkpoints of a resumed run count as if they
+            were to be removed, too: they are of those that the estimate has.
+
+    Raises:
+        OSError: There is less room; the text says how much.
+    """
+    free = shutil.disk_usage(nearest_folder(output_dir)).free
+    there = _written(output_dir) if overwrite else list(output_dir.glob(CHECKPOINTS))
+    free += sum(path.lstat().st_size for top in there for path in (top, *top.rglob("*")))
+    if needed_bytes > free:
+        raise OSError(
+            f"the run will write up to {needed_bytes / 1e9:.1f} GB into {output_dir}, and "
+            f"{free / 1e9:.1f} GB are free there. Choose an output_dir on a larger disk, or write "
+            "less: save_total_limit, save_strategy=no, no export_dtype."
         )
 
 
 def clear_run(output_dir: Path) -> None:
     """Remove what a run wrote. Other files in the folder stay."""
-    for trace in _traces(output_dir):
-        if trace.is_dir() and not trace.is_symlink():
-            shutil.rmtree(trace)
+    for path in _written(output_dir):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
         else:
-            trace.unlink()
+            path.unlink()
 
 
-def _traces(output_dir: Path) -> list[Path]:
-    found = sorted(path for pattern in _TRACES for path in output_dir.glob(pattern))
-    return found + unsettled(output_dir)
+def claim(output_dir: Path, given: Mapping[str, Any]) -> None:
+    """Write what the run was told, `run.yaml`, as the first file; makes the folder.
+
+    `qft-hf finetune <output_dir>/run.yaml` does the run again.
+
+    Args:
+        output_dir: Made if it is not there.
+        given: Keys and values that were set; all others had their defaults.
+
+    Raises:
+        OSError: Nothing can be written there.
+    """
+    told = {key: _plain(value) for key, value in given.items() if key not in _OF_A_PROCESS}
+    path = output_dir / RUN_CONFIG
+    if path.is_file() and _told(output_dir) == told:
+        return  # a resumed run
+    text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+    with written_whole(path) as draft:
+        draft.write_text(f"# qft_hf {__version__}: what this run was told.\n{text}", "utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as YAML knows it: names of enumerations as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value if value is None or isinstance(value, bool | int | float) else str(value)
+
+
+def _is_written(name: str) -> bool:
+    """Whether a run writes files or folders of this name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _WRITTEN)
+
+
+def _written(output_dir: Path) -> list[Path]:
+    """Return what is there by the names that a run writes."""
+    there = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
+    return [path for path in there if _is_written(path.name)] + unsettled(output_dir)
+
+
+def _foreign(output_dir: Path, written: list[Path], *, is_run: bool) -> Iterator[Path]:
+    """Yield what has a name that a run writes, and is not known to be of a run."""
+    drafts = unsettled(output_dir)
+    config = output_dir / "config.json"
+    for path in written:
+        if path in drafts:
+            continue
+        if path.name == CARD:
+            known = is_card(path)
+        elif path.match(CHECKPOINTS):
+            known = path.is_symlink() or (path / MARK).is_file()
+        elif path.name in EXPORT_DTYPES:
+            known = path.name == _told(output_dir).get("export_dtype")
+        elif any(path.match(pattern) for pattern in MODEL_FILES):
+            known = is_run and (not config.is_file() or _is_int8(config))
+        else:
+            known = is_run
+        if not known:
+            yield path
+        elif path.is_dir() and not path.is_symlink():
+            yield from _strange_files(path)
+
+
+def _strange_files(folder: Path) -> Iterator[Path]:
+    """Yield what somebody has put into a checkpoint or an export."""
+    for path in sorted(folder.iterdir()):
+        if not any(path.match(pattern) for pattern in _IN_CHECKPOINT):
+            yield path
+
+
+def _is_run(output_dir: Path) -> bool:
+    """Whether a run has left its config, its summary or a checkpoint of its own."""
+    return (
+        (output_dir / RUN_CONFIG).is_file()
+        or "qft_hf" in _json(output_dir / SUMMARY).get("versions", {})
+        or any((path / MARK).is_file() for path in output_dir.glob(CHECKPOINTS))
+    )
+
+
+def _is_int8(config: Path) -> bool:
+    quantization = _json(config).get("quantization_config") or {}
+    return bool(quantization.get("quant_method") == QUANT_METHOD)
+
+
+def _told(output_dir: Path) -> dict[str, Any]:
+    """Return what the run there was told, nothing if that is absent or damaged."""
+    try:
+        read = yaml.safe_load((output_dir / RUN_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds, nothing if it is absent or damaged."""
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}

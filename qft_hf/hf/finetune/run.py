@@ -21,14 +21,19 @@ from ..drafts import written_whole
 from ..trainer import QFTTrainer
 from .data import TaskData, prepare_data
 from .export import export_checkpoint
+from .forecast import disk_bytes
 from .loading import load_config, load_model, load_tokenizer
 from .loss_curve import draw_loss_curve
 from .output_folder import (
     LOSS_CURVE,
     SUMMARY,
     checkpoint_to_resume,
+    claim,
     clear_run,
+    refuse_inputs_inside,
     refuse_other_run,
+    refuse_small_disk,
+    refuse_unwritable,
 )
 from .parsing import RunArguments
 from .summary import PeakMemory, RunSummary, versions
@@ -83,13 +88,14 @@ def finetune(arguments: RunArguments) -> RunSummary:
 
 
 def prepare(arguments: RunArguments) -> Run:
-    """Check the output folder, then load data and model. Writes nothing.
+    """Check the output folder, load data and model, and see that the disk has room. Writes nothing.
 
     To resume, it first finishes or removes what a killed process has left in the folder.
 
     Raises:
         FileExistsError: The output folder already holds a run.
         FileNotFoundError: A data file, template or checkpoint is not there.
+        OSError: The output folder cannot be written to, or the disk has no room for the run.
         ValueError: The arguments, the data and the model do not go together.
     """
     started = time.monotonic()
@@ -114,6 +120,11 @@ def prepare(arguments: RunArguments) -> Run:
     if training.device.type == "cpu":
         # It speeds up copies to a GPU, and warns where there is none.
         training.dataloader_pin_memory = False
+    refuse_small_disk(
+        arguments.output_dir,
+        disk_bytes(arguments, model, len(data.train.dataset)),
+        overwrite=arguments.output.overwrite_output,
+    )
     clock = StepClock()
     trainer = QFTTrainer(
         model=model,
@@ -130,14 +141,16 @@ def prepare(arguments: RunArguments) -> Run:
 
 
 def train(run: Run) -> RunSummary:
-    """Score, train, score, and write checkpoint, card, loss curve and summary.
+    """Write what the run was told, then score, train, score, and write checkpoint and report.
 
     The scores before training are those of the model that was loaded, also when resuming.
     """
     trainer, output = run.trainer, run.arguments.output
     output_dir = run.arguments.output_dir
-    if output.overwrite_output and trainer.is_world_process_zero():
-        clear_run(output_dir)
+    if trainer.is_world_process_zero():
+        if output.overwrite_output:
+            clear_run(output_dir)
+        claim(output_dir, run.arguments.given)
     before = _scores(run)
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     after = _scores_of_last_step(run) or _scores(run)
@@ -200,14 +213,22 @@ def _write_report(run: Run, summary: RunSummary) -> None:
 def _check_output(arguments: RunArguments) -> Path | None:
     """Refuse what would destroy something; return the checkpoint to resume from."""
     output_dir = arguments.output_dir
-    if Path(arguments.model.model_name_or_path).resolve() == output_dir.resolve():
-        raise ValueError(
-            f"output_dir is the folder of the model itself, {output_dir}. Choose another one, so "
-            "that the model you start from stays as it is."
-        )
+    refuse_unwritable(output_dir)
+    refuse_inputs_inside(output_dir, _inputs(arguments))
     checkpoint = checkpoint_to_resume(arguments.training.resume_from_checkpoint, output_dir)
     refuse_other_run(output_dir, checkpoint=checkpoint, overwrite=arguments.output.overwrite_output)
     return checkpoint
+
+
+def _inputs(arguments: RunArguments) -> dict[str, str]:
+    """Return what may be a path of what is read, by its key."""
+    values = vars(arguments.model) | vars(arguments.data)
+    return {
+        key: name
+        for key, value in values.items()
+        for name in (value if isinstance(value, list) else [value])
+        if isinstance(name, str)
+    }
 
 
 def _check_evaluation(arguments: RunArguments) -> None:
