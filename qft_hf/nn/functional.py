@@ -25,6 +25,17 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return once
 
 
+def _own(result: Tensor) -> Tensor:
+    """A result that is the only one to use its memory as a tensor that may be changed in place.
+
+    Autograd refuses that for a view that a function of ours has made.
+    """
+    if not result._is_view():
+        return result
+    owner: Tensor = torch.ops.aten._unsafe_view.default(result, result.shape)
+    return owner
+
+
 class _Linear(torch.autograd.Function):
     """y[..., R] = x[..., C] W[R, C]^T + b[R], by float products with the dequantized weight."""
 
@@ -38,7 +49,7 @@ class _Linear(torch.autograd.Function):
         # The weight is no saved tensor: it is not copied, moved or offloaded with activations.
         ctx.weight = weight
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        return dequantized.forward(x, weight, bias)
+        return _own(dequantized.forward(x, weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -84,8 +95,8 @@ class _Int8Linear(torch.autograd.Function):
         ctx.weight = weight
         ctx.save_for_backward(*kept)
         if operand is not None and products.forward:
-            return int8.forward(operand, x, weight, bias, dtype)
-        return dequantized.forward(x, weight, bias)
+            return _own(int8.forward(operand, x, weight, bias, dtype))
+        return _own(dequantized.forward(x, weight, bias))
 
     @staticmethod
     @once_differentiable
@@ -129,7 +140,7 @@ class _Embedding(torch.autograd.Function):
         ctx.save_for_backward(ids)
         ctx.padding_idx = padding_idx
         rows = ids.reshape(-1).contiguous()
-        return weight.dequantize_rows(rows).view(*ids.shape, weight.shape[1])
+        return _own(weight.dequantize_rows(rows).view(*ids.shape, weight.shape[1]))
 
     @staticmethod
     @once_differentiable
@@ -179,7 +190,7 @@ def linear(
     dtype = product_dtype(x, weight)
     if not training and not torch.is_grad_enabled():
         if 0 < x.numel() <= dequantized.max_tokens(dtype, x.device) * x.shape[-1]:
-            return dequantized.forward_few(x.to(dtype), weight, bias)
+            return _own(dequantized.forward_few(x.to(dtype), weight, bias))
     output: Tensor
     if products is None or x.numel() < int8.MIN_TOKENS * x.shape[-1]:
         output = _Linear.apply(x, weight, bias, dtype)

@@ -46,6 +46,58 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+# --- results that are changed in place ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "shape", [(40, 64), (3, 64), (2, 20, 64), (1, 2, 64), (2, 2, 10, 64), (64,)]
+)
+@pytest.mark.parametrize("matmul", ["dequantize", "int8"])
+def test_a_layer_s_result_may_be_changed_in_place(matmul, shape, bias):
+    """As that of nn.Linear may: before, it was a view that autograd guards."""
+    torch.manual_seed(1)
+    in_place = nn.Sequential(nn.Linear(64, 70, bias=bias), nn.ReLU(inplace=True))
+    quantize_modules_(in_place, QuantizationSpec(matmul=matmul))
+    apart = copy.deepcopy(in_place)
+    apart[1].inplace = False
+    x = torch.randn(shape)
+    results = []
+    for model in (in_place, apart):
+        given = x.clone().requires_grad_()
+        y = model(given)
+        (y.square() * torch.arange(70)).sum().backward()
+        results.append((y.detach(), given.grad, *gradients(model).values()))
+
+    for ours, theirs in zip(*results, strict=True):
+        assert_same_bits(ours, theirs)
+    for training in (
+        True,
+        False,
+    ):  # and what was computed without gradients, when they are on again
+        with torch.no_grad():
+            y = in_place.train(training)[0](x)
+        y.mul_(torch.ones(70, requires_grad=True))
+        assert y.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), ()])
+def test_rows_of_a_table_may_be_scaled_in_place(shape):
+    table = nn.Embedding(20, 30)
+    quantize_modules_(table, SPEC)
+    other = copy.deepcopy(table)
+    ids = torch.randint(20, shape, generator=torch.Generator().manual_seed(0))
+
+    x = table(ids)
+    x *= 30**0.5
+    x.exp().sum().backward()
+    (other(ids) * 30**0.5).exp().sum().backward()
+
+    assert_same_bits(table.weight.grad.codes, other.weight.grad.codes)
+    assert_same_bits(table.weight.grad.scales, other.weight.grad.scales)
+    assert table.weight.grad.codes.any()
+
+
 # --- gradients ------------------------------------------------------------------------------------
 
 
