@@ -26,7 +26,7 @@ from transformers.trainer_utils import validate_quantization_for_training
 from qft_hf.hf.config import QFTConfig
 from qft_hf.hf.convert import quantize_model_
 from qft_hf.hf.quantizer import QFTQuantizer
-from qft_hf.nn import QFTEmbedding, QFTLinear, is_quantized_module
+from qft_hf.nn import QFTEmbedding, QFTLinear, QuantizedModule
 from qft_hf.quant import QFTWeight
 from tests.hf.checkpoints import IDS, assert_same_state, edit_config, edit_tensors
 from tests.models import tiny_bert, tiny_llama
@@ -313,7 +313,9 @@ def test_without_qft_hf_every_int8_weight_is_reported_missing(int8_folder):
     run = subprocess.run(command, capture_output=True, text=True, check=True)
 
     model = load(int8_folder)
-    weights = {f"{name}.weight" for name, m in model.named_modules() if is_quantized_module(m)}
+    weights = {
+        f"{name}.weight" for name, m in model.named_modules() if isinstance(m, QuantizedModule)
+    }
     assert set(run.stdout.split()) == weights
 
 
@@ -425,14 +427,15 @@ def test_damage_is_named(change, text, int8_folder):
         load(int8_folder)
 
 
-def test_columns_that_do_not_ascend_are_named(tmp_path):
+@pytest.mark.parametrize("order", [[0, 0], [1, 0]], ids=["twice", "descending"])
+def test_columns_that_do_not_ascend_are_named(order, tmp_path):
     quantize_model_(tiny_llama(), QFTConfig(outlier_fraction=0.05)).save_pretrained(tmp_path)
 
-    def repeat(tensors):
+    def reorder(tensors):
         columns = tensors[DOWN + "weight_outlier_column"]
-        columns[0, 1] = columns[0, 0]
+        columns[0, :2] = columns[0, order]
 
-    edit_tensors(tmp_path, repeat)
+    edit_tensors(tmp_path, reorder)
     with pytest.raises(ValueError, match="weight_outlier_column has columns that do not ascend"):
         load(tmp_path)
 

@@ -309,6 +309,32 @@ def test_copy_takes_the_fields_of_an_equal_format():
     assert target.codes.data_ptr() != source.codes.data_ptr()
 
 
+def test_what_was_prepared_for_old_values_goes_with_them():
+    spec = QuantizationSpec(outlier_fraction=0.02, matmul="int8")
+    target = QFTWeight.from_float(heavy_tailed(seed=1), spec)
+    source = QFTWeight.from_float(heavy_tailed(seed=2), spec)
+    assert not torch.equal(target.shared_columns, source.shared_columns)
+
+    target.copy_(source)
+
+    assert torch.equal(target.shared_columns, source.outlier_columns[0].long())
+
+
+def test_weights_are_equal_whose_values_are():
+    """As transformers asks it of weights that a checkpoint should have tied."""
+    weight = QFTWeight.from_float(heavy_tailed(), SPECS[1])
+    fields = {name: field.clone() for name, field in weight.fields().items()}
+    assert torch.equal(weight, weight.clone())
+    # One group of 1000 columns has the scales of whole rows; then, groups of another size.
+    assert torch.equal(weight, QFTWeight(**fields, group_size=1000, dtype=torch.float32))
+    other_groups = fields | {"scales": fields["scales"].repeat(1, 2) * torch.tensor([1.0, 2.0])}
+    assert not torch.equal(weight, QFTWeight(**other_groups, group_size=60, dtype=torch.float32))
+    for name, field in fields.items():
+        other = weight.clone()
+        getattr(other, name)[-1, -1] = field[0, 0] + 1
+        assert not torch.equal(weight, other), name
+
+
 def test_copy_between_group_sizes_is_refused():
     target = QFTWeight.from_float(heavy_tailed(), SPECS[1])
 
