@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
     TrainerCallback,
 )
 
@@ -147,13 +149,43 @@ def test_packed_text_run_without_evaluation(chat_flags, tmp_path):
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "the quick brown fox"}] * 30)
     values = chat_flags | {"train_data": texts, "task": "text", "packing": "true"}
     del values["eval_data"]
+    n_tokens = 30 * (len(tiny_tokenizer()("the quick brown fox")["input_ids"]) + 1)
+    n_blocks = -(-n_tokens // 48)
 
-    summary = finetune(parsed(values))
+    summary = finetune(
+        parsed(values, num_train_epochs=1, max_steps=-1, per_device_train_batch_size=1)
+    )
 
     assert summary.before is None
     assert summary.after is None
-    assert summary.trained_tokens == 4 * 2 * 48
+    assert summary.steps == n_blocks
+    assert (
+        summary.trained_tokens == n_tokens
+    )  # the end of each text, which is padding elsewhere, too
     assert "->" not in str(summary)
+
+
+def test_packing_changes_no_score(chat_flags):
+    """Every answer is scored as it stands alone; in the last block of two there is padding."""
+    chats = [chat("hi", said) for said in ("a", "b", "c", "d", "e")]
+    write_jsonl(chat_flags["eval_data"], [{"messages": messages} for messages in chats])
+    block = 3 * len(tiny_tokenizer().apply_chat_template(chats[0], return_dict=False))
+    assert block <= 64
+
+    scores = [
+        prepare(parsed(chat_flags, packing=packing, max_length=block)).trainer.evaluate()
+        for packing in ("true", "false")
+    ]
+
+    # The same products in other shapes: fp32 sums in another order.
+    assert scores[0]["eval_loss"] == pytest.approx(scores[1]["eval_loss"], rel=1e-5)
+
+
+def test_packing_is_refused_where_documents_would_cross(chat_flags):
+    sizes = {"hidden_size": 16, "n_layer": 1, "n_head": 2, "vocab_size": VOCAB_SIZE}
+    BloomForCausalLM(BloomConfig(**sizes)).save_pretrained(chat_flags["model_name_or_path"])
+    with pytest.raises(ValueError, match="BloomForCausalLM does not keep them apart"):
+        prepare(parsed(chat_flags, packing="true"))
 
 
 @pytest.mark.parametrize("tiny_model", [tiny_bert, tiny_llama], ids=["encoder", "decoder"])

@@ -112,7 +112,10 @@ class DataArguments:
     )
     packing: bool = field(
         default=False,
-        metadata={"help": "chat, text: fill blocks of max_length tokens instead of padding."},
+        metadata={
+            "help": "chat, text: fill blocks of max_length tokens instead of padding. Examples in "
+            "one block do not see each other."
+        },
     )
     preprocessing_workers: int | None = field(
         default=None, metadata={"help": "Processes that tokenize. Default: this one."}

@@ -1,34 +1,103 @@
-"""Examples of all lengths laid end to end and cut into blocks of one length."""
+"""Examples of all lengths laid end to end in blocks of one length, and kept apart there.
+
+A block has `position_ids` that begin anew with each example, and no attention mask: transformers
+then builds a mask by which no token sees another example. Not every family does; `refuse_crossing`
+asks the model itself.
+"""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
 
-SEQUENCES = ("input_ids", "labels")  # columns with one entry a token
+from ...nn.loss import IGNORED
 
 
 def pack(examples: Dataset, block_tokens: int) -> Dataset:
-    """Concatenate the examples in order and cut the stream into full blocks: no padding at all.
+    """Concatenate the examples in order and cut the stream into blocks; only the last is shorter.
 
-    A block may hold the end of one example and the start of the next, which can then see it: the
-    usual price of packing. The last tokens, fewer than a block, are left out. The stream is held in
-    memory once, at 16 bytes a token.
+    An example that reaches over the end of a block goes on in the next one as if it began there.
+    The first token of an example has no label: nothing of its own comes before it to predict it
+    from. The stream is held in memory once, at 24 bytes a token.
 
     Args:
         examples: Columns `input_ids` and `labels`, lists of equal length in each row.
         block_tokens: Length of a block, at least 1.
 
     Returns:
-        The same two columns, every row `block_tokens` long.
+        The same columns, and `position_ids`.
     """
     table = _table(examples)
-    blocks = {}
-    for name in SEQUENCES:
-        stream = pc.list_flatten(table[name]).to_numpy().astype(np.int64)
-        n_blocks = len(stream) // block_tokens
-        blocks[name] = stream[: n_blocks * block_tokens].reshape(n_blocks, block_tokens)
-    return Dataset.from_dict(blocks)
+    lengths = pc.list_value_length(table["input_ids"]).to_numpy()
+    streams = {name: pc.list_flatten(table[name]).to_numpy() for name in ("input_ids", "labels")}
+    index = np.arange(lengths.sum())
+    example_starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    positions = index - np.maximum(example_starts, index - index % block_tokens)
+    streams["labels"] = np.where(positions == 0, IGNORED, streams["labels"])
+    offsets = pa.array([*index[::block_tokens], len(index)], type=pa.int32())
+    return Dataset(
+        pa.table(
+            {
+                name: pa.ListArray.from_arrays(offsets, pa.array(stream, type=pa.int64()))
+                for name, stream in (streams | {"position_ids": positions}).items()
+            }
+        )
+    )
+
+
+def collate_blocks(blocks: Sequence[dict[str, Any]], *, pad_token_id: int) -> dict[str, Tensor]:
+    """Batch blocks: int64, `[batch, longest]`. Padding is an example of its own without labels."""
+    longest = max(len(block["input_ids"]) for block in blocks)
+
+    def filled(name: str, padding: Sequence[int]) -> Tensor:
+        return torch.tensor([[*b[name], *padding[len(b[name]) :]] for b in blocks])
+
+    return {
+        "input_ids": filled("input_ids", [pad_token_id] * longest),
+        "labels": filled("labels", [IGNORED] * longest),
+        "position_ids": torch.tensor(
+            [[*b["position_ids"], *range(longest - len(b["position_ids"]))] for b in blocks]
+        ),
+    }
+
+
+@torch.no_grad()
+def refuse_crossing(model: PreTrainedModel) -> None:
+    """Check that a packed example does not see the one before it, bit for bit.
+
+    Two forward passes of 16 tokens; the model is left in the mode it was in.
+
+    Raises:
+        ValueError: It does. Some families read neither positions nor a mask made of them.
+    """
+    before, after = torch.arange(8) + 2, torch.arange(8) + 16
+    positions = torch.arange(8).repeat(2)[None].to(model.device)
+    was_training = model.training
+    model.eval()
+    try:
+        logits = [
+            model(
+                input_ids=torch.cat([other, after])[None].to(model.device),
+                position_ids=positions,
+                use_cache=False,
+            ).logits[0, 8:]
+            for other in (before, before.flip(0) + 8)
+        ]
+        crosses = not torch.equal(*logits)
+    except TypeError:  # it takes no position_ids
+        crosses = True
+    model.train(was_training)
+    if crosses:
+        raise ValueError(
+            f"packing would let examples see each other: {type(model).__name__} does not keep them "
+            "apart by their positions. Set packing to false."
+        )
 
 
 def count_tokens(examples: Dataset) -> int:

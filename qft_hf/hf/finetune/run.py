@@ -35,6 +35,7 @@ from .output_folder import (
     refuse_small_disk,
     refuse_unwritable,
 )
+from .packing import refuse_crossing
 from .parsing import RunArguments
 from .summary import PeakMemory, RunSummary, versions
 
@@ -115,8 +116,11 @@ def prepare(arguments: RunArguments) -> Run:
         data.task,
         max_length=arguments.data.max_length,
     )
-    if training.include_num_input_tokens_seen == "no":
-        training.include_num_input_tokens_seen = "non_padding"  # the summary reports them
+    if arguments.data.packing:
+        refuse_crossing(model)
+    if training.include_num_input_tokens_seen == "no":  # the summary reports them
+        # Blocks have no mask to count by, and no padding but in the last batch of an epoch.
+        training.include_num_input_tokens_seen = "all" if arguments.data.packing else "non_padding"
     if training.device.type == "cpu":
         # It speeds up copies to a GPU, and warns where there is none.
         training.dataloader_pin_memory = False

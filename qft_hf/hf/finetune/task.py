@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from datasets import Features, List, Value
@@ -15,6 +16,7 @@ from transformers import (
 from ...nn.loss import IGNORED
 from .arguments import DataArguments
 from .evaluation import NEXT_TOKENS, Scoring
+from .packing import collate_blocks
 
 Row = dict[str, Any]  # field -> value, as the file has it
 Example = dict[str, Any]  # the columns of a `Task`, and `cut`: how many tokens were cut off
@@ -95,9 +97,11 @@ class LanguageTask(Task):
         super().__init__(arguments, tokenizer)
         # Packing cuts the stream of all examples, not each of them.
         self.max_length = None if arguments.packing else arguments.max_length
-        # It pads labels by position, not by token: where the padding token is also the end-of-turn
-        # token, the end of a turn is still learned.
+        # Labels are padded by position, not by token: where the padding token is also the
+        # end-of-turn token, the end of a turn is still learned.
         self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+        if arguments.packing:
+            self.collator = partial(collate_blocks, pad_token_id=tokenizer.pad_token_id)
 
     def configure(self, config: PreTrainedConfig) -> None:
         """Do nothing: the head of a language model knows all tokens."""
