@@ -1,6 +1,7 @@
 """Every tolerance of the tests. A tolerance is derived here, or it is zero."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -88,3 +89,13 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     if actual.is_floating_point():
         differ = (actual.signbit() != expected.signbit()) & ~actual.isnan()
         assert not differ.any(), f"{int(differ.sum())} zeros have another sign"
+
+
+def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names, and under each the same bits."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        try:
+            assert_same_bits(actual[name], tensor)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error

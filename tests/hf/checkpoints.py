@@ -8,15 +8,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from tests.tolerances import assert_same_tensors
+
 IDS = torch.arange(3, 19)[None]
 
 
-def assert_same_state(model: nn.Module, other: nn.Module) -> None:
-    """Same names, dtypes and bits."""
-    state, expected = model.state_dict(), other.state_dict()
-    assert state.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(state[name], tensor, rtol=0, atol=0, msg=lambda m, n=name: n + m)
+State = nn.Module | dict[str, Tensor]
+
+
+def assert_same_state(actual: State, expected: State) -> None:
+    """Same names, dtypes and bits, of models or of state dicts."""
+    assert_same_tensors(
+        *(x.state_dict() if isinstance(x, nn.Module) else x for x in (actual, expected))
+    )
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:

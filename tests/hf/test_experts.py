@@ -18,6 +18,7 @@ from qft_hf import (
     quantize_model_,
 )
 from qft_hf.quant import QFTWeight
+from tests.hf.checkpoints import assert_same_state
 from tests.moe import CONFIGS, batch, experts_of, tiny_moe
 from tests.tolerances import snr_db
 
@@ -31,17 +32,6 @@ def quantized(family: str, **config):
 def loss(model, ids=None):
     ids = batch() if ids is None else ids
     return model(input_ids=ids, labels=ids).loss
-
-
-def fields(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_state(actual, expected) -> None:
-    actual, expected = fields(actual), fields(expected)
-    assert actual.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

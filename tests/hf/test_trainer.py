@@ -26,6 +26,7 @@ from qft_hf import (
     quantize_model_,
 )
 from qft_hf.quant import Int8Gradient
+from tests.hf.checkpoints import assert_same_state
 from tests.models import VOCAB_SIZE, tiny_bert, tiny_llama
 
 LENGTH = 13
@@ -72,12 +73,6 @@ def trainer_on(model, folder: Path, cls: type = Trainer, callbacks=None, **overr
 
 def history(trainer: Trainer, key: str) -> list[float]:
     return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def assert_same_state(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
 
 
 class Gradients(TrainerCallback):

@@ -13,7 +13,7 @@ from qft_hf import kernels
 from qft_hf.kernels import Lion, Quantized, Rounding, Weight
 from qft_hf.kernels.nibbles import round_to_nibbles
 from tests.kernels.backends import Backend
-from tests.tolerances import assert_same_bits
+from tests.tolerances import assert_same_tensors
 
 GUARD = 64  # elements before and after a tensor that no operator may write
 
@@ -101,12 +101,7 @@ class LionState:
 
 def assert_same_state(actual: LionState, expected: LionState) -> None:
     """Every bit of every tensor."""
-    wanted = expected.tensors()
-    for name, tensor in actual.tensors().items():
-        try:
-            assert_same_bits(tensor, wanted[name])
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
+    assert_same_tensors(actual.tensors(), expected.tensors())
 
 
 def make_state(
@@ -200,7 +195,7 @@ def make_product(
 
 
 def spread(scales: Tensor, columns: int, group_size: int | None) -> np.ndarray:
-    """The scale of each element, float64 `[rows, columns]`: an independent spelling in numpy."""
+    """The scale of each element, float64 `[rows, columns]`, of scales that are by themselves."""
     group = np.arange(columns) // (group_size or columns)
     return scales.numpy().astype(np.float64)[:, group]
 

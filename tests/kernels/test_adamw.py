@@ -12,6 +12,7 @@ from qft_hf import kernels
 from qft_hf.kernels import AdamW, Moments, Quantized, Rounding, Weight, adamw, backend
 from qft_hf.kernels.adamw import ROOT_TINY, UNIT, exact_sqrt, stored_root
 from tests.tolerances import FP32_EPS, assert_same_bits
+from tests.values import values64
 
 BACKENDS = ["reference", "cpu"]
 SHAPES = [(1, 1), (3, 5), (7, 33), (13, 257), (40, 600), (130, 1025)]
@@ -71,11 +72,6 @@ class Directions:
             rounding=ROUNDING._replace(step=self.n_steps, **rounding),
         )  # fmt: skip
         return -self.weight.outlier_values
-
-
-def values64(matrix: Quantized) -> np.ndarray:
-    group = np.arange(matrix.codes.shape[1]) // 256
-    return matrix.codes.numpy().astype(float) * matrix.scales.numpy().astype(float)[:, group]
 
 
 # --- backends -------------------------------------------------------------------------------------
@@ -168,7 +164,7 @@ def test_the_first_step_is_exact(size, eps, maximize):
     """No moments yet: the direction is g / (|g| + eps), but for FP32 rounding."""
     gradient = coded(torch.randn(5, 600, generator=generator(0)) * size)
     gradient.scales.clamp_(max=2.0**24)  # larger ones count as that
-    g = values64(gradient)
+    g = values64(gradient).numpy()
 
     direction = Directions((5, 600), maximize=maximize, eps=eps).step(gradient).double().numpy()
 
@@ -193,7 +189,7 @@ def test_directions_stay_those_of_float64_adamw(spread, error):
     bias, moved = 0.0, 0.0
     for t in range(1, 601):
         gradient = coded(size * (torch.randn(shape, generator=draw) + 0.1))
-        g = values64(gradient)
+        g = values64(gradient).numpy()
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
         exact = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
         direction = steps.step(gradient).double().numpy()

@@ -53,3 +53,7 @@ class Block(nn.Module):
 
 def batch(seed: int = 0, shape: tuple[int, int] = (8, 12)) -> Tensor:
     return torch.randint(0, N_TOKENS, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)

@@ -9,6 +9,7 @@ from torch import nn
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import Int8Products, QFTLinear, dequantized, embedding, linear
 from qft_hf.quant import Int8Gradient, QFTWeight
+from tests.nn.small import randn
 from tests.tolerances import (
     BF16_EPS,
     FP32_EPS,
@@ -16,6 +17,7 @@ from tests.tolerances import (
     dequantized_matmul_bound,
     matmul_bound,
 )
+from tests.values import scales64, values64
 
 ROWS, COLUMNS = 19, 261  # more than one gradient group, nothing divides anything
 LEADING = [(), (2,), (2, 4), (1, 3, 2)]
@@ -25,17 +27,9 @@ SPECS = [
 ]
 
 
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def make_weight(spec=SPECS[1], dtype=torch.float32, rows=ROWS, columns=COLUMNS):
     weight = QFTWeight.from_float(randn(rows, columns, seed=7, dtype=dtype) * 0.05, spec)
     return nn.Parameter(weight)
-
-
-def gradient_scales(gradient: Int8Gradient) -> torch.Tensor:
-    return gradient.scales.double()[:, torch.arange(gradient.shape[1]) // 256]
 
 
 # --- linear ---------------------------------------------------------------------------------------
@@ -66,9 +60,9 @@ def test_linear_equals_the_float_module(dtype, leading, with_bias, spec):
     assert isinstance(gradient, Int8Gradient)
     assert gradient.dtype == dtype
     exact = grad_rows.t().double() @ x_rows.double()
-    stored = gradient.codes.double() * gradient_scales(gradient)
+    stored = values64(gradient)
     noise = matmul_bound(grad_rows.t(), x_rows, eps) + 8 * FP32_EPS * exact.abs()
-    assert ((stored - exact).abs() <= 0.5 * gradient_scales(gradient) + noise).all()
+    assert ((stored - exact).abs() <= 0.5 * scales64(gradient) + noise).all()
     if bias is not None:
         error = (bias.grad.double() - grad_rows.double().sum(dim=0)).abs()
         assert (error <= len(grad_rows) * eps * grad_rows.double().abs().sum(dim=0)).all()
@@ -95,7 +89,7 @@ def test_row_tiles_agree_with_the_whole(monkeypatch, tile_elements):
     y_bound = matmul_bound(x, dense.t()) + 2 * FP32_EPS * (y.abs() + bias.abs())
     assert ((y - tiled_y).abs() <= 2 * y_bound).all()
     assert ((grad_x - tiled_grad_x).abs() <= 2 * matmul_bound(grad_y, dense)).all()
-    bound = 2 * matmul_bound(grad_y.t(), x) + gradient_scales(gradient)
+    bound = 2 * matmul_bound(grad_y.t(), x) + scales64(gradient)
     assert ((gradient.dequantize() - tiled.dequantize()).abs() <= bound).all()
     assert_same_bits(tiled_grad_bias, grad_bias)
 
@@ -135,7 +129,7 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs(dtype):
     bound = matmul_bound(grad_rows.t(), x.detach().reshape(6, COLUMNS), 2 * BF16_EPS)
     error = (weight.grad.dequantize().double() - exact).abs()
     bf16 = (BF16_EPS if dtype == torch.bfloat16 else 0.0) * exact.abs()
-    assert (error <= 0.5 * gradient_scales(weight.grad) + bound + bf16).all()
+    assert (error <= 0.5 * scales64(weight.grad) + bound + bf16).all()
 
 
 def test_an_input_of_another_dtype_is_refused():
@@ -173,7 +167,7 @@ def test_gradients_of_two_backward_passes_add():
     error = (weight.grad.dequantize() - once.grad.dequantize()).abs().double()
     # Rounded: each part, their sum, and the whole. Scales of the parts are at most twice as large
     # as those of their sum here.
-    assert (error <= 3 * gradient_scales(once.grad)).all()
+    assert (error <= 3 * scales64(once.grad)).all()
 
 
 def test_a_gradient_that_is_not_finite_arrives_as_such():
@@ -292,9 +286,9 @@ def test_embedding_equals_the_float_module(leading, dtype, spec):
     exact = torch.zeros(ROWS, COLUMNS, dtype=torch.float64)
     exact.index_add_(0, ids.flatten(), grad_y.reshape(-1, COLUMNS).double())
     gradient = weight.grad
-    stored = gradient.codes.double() * gradient_scales(gradient)
+    stored = values64(gradient)
     noise = (ids.numel() + 8) * FP32_EPS * grad_y.double().abs().sum()
-    assert ((stored - exact).abs() <= 0.5 * gradient_scales(gradient) + noise).all()
+    assert ((stored - exact).abs() <= 0.5 * scales64(gradient) + noise).all()
     unused = sorted(set(range(ROWS)) - set(ids.flatten().tolist()))
     assert (gradient.codes[unused] == 0).all()
     assert (gradient.scales[unused] == 1).all()
@@ -308,7 +302,7 @@ def test_a_row_looked_up_often_adds_up_in_fp32():
     y = embedding(ids, weight)
     y.backward(torch.ones_like(y))
 
-    assert gradient_scales(weight.grad)[4, 0].item() * 127 == pytest.approx(1000, rel=1e-6)
+    assert scales64(weight.grad)[4, 0].item() * 127 == pytest.approx(1000, rel=1e-6)
     assert (weight.grad.codes[4] == 127).all()
 
 

@@ -8,17 +8,15 @@ from qft_hf.config import QuantizationSpec
 from qft_hf.nn import grouped_linear
 from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from qft_hf.quant import Int8Gradient, QFTWeight
+from tests.nn.small import randn
 from tests.tolerances import BF16_EPS, FP32_EPS, assert_same_bits, matmul_bound
+from tests.values import scales64, values64
 
 SHAPES = [(24, 264), (19, 261)]  # of one expert; rows that grouped products can read, and not
 COUNTS = [3, 0, 5, 1, 0, 2]  # tokens of each expert
 E, S = len(COUNTS), sum(COUNTS)
 # Elements of a tile: all experts, three of the first shape, parts of one.
 TILES = [10**9, 3 * 24 * 264, 1000]
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def experts(shape=SHAPES[0], *, transposed=False, dtype=torch.float32) -> nn.Parameter:
@@ -37,10 +35,6 @@ def matrices(weight: Tensor) -> Tensor:
 def runs(counts=COUNTS) -> list[slice]:
     ends = torch.tensor(counts).cumsum(0).tolist()
     return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-
-
-def scales(gradient: Int8Gradient) -> Tensor:
-    return gradient.scales.double()[:, torch.arange(gradient.codes.shape[1]) // 256]
 
 
 @pytest.mark.parametrize("tile_elements", TILES)
@@ -74,8 +68,8 @@ def test_each_token_meets_its_expert(monkeypatch, dtype, shape, transposed, tile
         if not COUNTS[e]:
             assert not gradient.codes[rows].any()
             noise = torch.zeros(shape, dtype=torch.float64)
-        stored = gradient.codes[rows] * scales(gradient)[rows]
-        assert ((stored - exact).abs() <= 0.5 * scales(gradient)[rows] + noise).all()
+        stored = values64(gradient)[rows]
+        assert ((stored - exact).abs() <= 0.5 * scales64(gradient)[rows] + noise).all()
 
 
 @pytest.mark.parametrize("tile_elements", TILES)

@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import Int8Products, int8, linear
 from qft_hf.quant import QFTWeight
+from tests.nn.small import randn
 from tests.tolerances import BF16_EPS, FP32_EPS, assert_same_bits, snr_db
+from tests.values import scales64, values64
 
 TOKENS, ROWS, COLUMNS = 37, 19, 261  # more than one gradient group, nothing divides anything
 SPEC = QuantizationSpec(matmul="int8", outlier_fraction=0.02)
 SPECS = [SPEC, QuantizationSpec(matmul="int8", outlier_fraction=0.0)]
 ALL = Int8Products(seed=5)
-
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def make_weight(spec=SPEC, dtype=torch.float32, rows=ROWS):
@@ -48,10 +46,6 @@ def used(x, weight) -> Tensor:
     values = operand.codes.double() * operand.scales.double()
     values[:, operand.columns] = operand.values.double()
     return values
-
-
-def spread(gradient) -> Tensor:
-    return gradient.scales.double()[:, torch.arange(gradient.shape[1]) // 256]
 
 
 # --- the three products ---------------------------------------------------------------------------
@@ -98,8 +92,8 @@ def test_gradients_are_off_by_less_than_one_code_of_each_term(spec):
     x_used = used(x, weight)
     scale = (g * scales.double()).abs().amax(dim=0)[:, None] / 127
     exact = g.t() @ x_used
-    bound = scale * codes.double().abs().sum(dim=0) + 0.5 * spread(weight.grad)
-    error = (weight.grad.codes.double() * spread(weight.grad) - exact).abs()
+    bound = scale * codes.double().abs().sum(dim=0) + 0.5 * scales64(weight.grad)
+    error = (values64(weight.grad) - exact).abs()
     assert (error <= bound + 8 * FP32_EPS * (g.abs().t() @ x_used.abs())).all()
 
 

@@ -10,14 +10,12 @@ from qft_hf.config import QuantizationSpec
 from qft_hf.nn import DeferredLogits, QFTLinear, linear_cross_entropy
 from qft_hf.nn import loss as loss_module
 from qft_hf.quant import Int8Gradient, QFTWeight
+from tests.nn.small import randn
 from tests.tolerances import BF16_EPS, FP32_EPS
+from tests.values import scales64, values64
 
 N, WORDS, COLUMNS = 11, 37, 261  # nothing divides anything; two gradient groups
 EPS = {torch.float32: FP32_EPS, torch.bfloat16: BF16_EPS}
-
-
-def randn(*shape, seed, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def problem(dtype=torch.float32, *, with_bias=True):
@@ -79,11 +77,10 @@ def test_loss_and_gradients_equal_those_of_whole_logits(
 
     gradient = weight.grad
     assert isinstance(gradient, Int8Gradient)
-    scales = gradient.scales.double()[:, torch.arange(COLUMNS) // 256]
     wrong = wrong + (N + 2) * eps * exact_grad
-    error = (gradient.codes.double() * scales - exact_weight.grad).abs()
+    error = (values64(gradient) - exact_weight.grad).abs()
     noise = wrong.t() @ x.detach().double().abs()
-    assert (error <= 0.5 * scales + noise * (1 + 8 * FP32_EPS)).all()
+    assert (error <= 0.5 * scales64(gradient) + noise * (1 + 8 * FP32_EPS)).all()
     if bias is not None:
         assert ((bias.grad.double() - exact_bias.grad).abs() <= wrong.sum(dim=0)).all()
 

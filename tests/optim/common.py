@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +10,6 @@ from qft_hf.nn import quantize_modules_
 from qft_hf.optim import QFTLion, QFTOptimizer
 from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.nn.small import SmallModel, batch
-from tests.tolerances import assert_same_bits
 
 SPEC = QuantizationSpec(group_size=40, outlier_fraction=0.02)
 
@@ -73,25 +71,9 @@ def state_tensors(optimizer: QFTOptimizer) -> dict[str, Tensor]:
     }
 
 
-def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for tensor, wanted in zip(actual.values(), expected.values(), strict=True):
-        assert_same_bits(tensor, wanted)
-
-
 def snapshot(model: nn.Module, optimizer: QFTOptimizer) -> dict[str, Tensor]:
     return model_tensors(model) | state_tensors(optimizer)
 
 
 def zero_gradient(parameter: nn.Parameter) -> Int8Gradient:
     return Int8Gradient.zeros(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
-
-
-def values64(parameter: Tensor) -> np.ndarray:
-    """The exact stored values of a parameter."""
-    if not isinstance(parameter, QFTWeight):
-        return parameter.detach().double().numpy().copy()
-    group = torch.arange(parameter.shape[1]) // (parameter.group_size or parameter.shape[1])
-    values = parameter.codes.double() * parameter.scales.double()[:, group]
-    values.scatter_(1, parameter.outlier_columns.long(), parameter.outlier_values.double())
-    return values.numpy()

@@ -21,18 +21,17 @@ from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from qft_hf.quant import QFTWeight
 from tests.models import tiny_llama
 from tests.optim.common import (
-    assert_same_tensors,
     backward,
     make_model,
     snapshot,
     state_tensors,
     train,
-    values64,
     zero_gradient,
 )
 from tests.optim.test_state import through_a_file
 from tests.optim.test_training import NextByte, text, windows  # noqa: F401 text is a fixture
-from tests.tolerances import FP32_EPS, mean_error
+from tests.tolerances import FP32_EPS, assert_same_tensors, mean_error
+from tests.values import scales64, values64
 
 
 def make_optimizer(model: nn.Module, **arguments) -> QFTAdamW:
@@ -97,16 +96,15 @@ def test_the_first_step_moves_every_weight_by_lr_against_its_gradient(maximize):
     optimizer = make_optimizer(model, maximize=maximize, eps=1e-20)
     backward(model, 0)
     weights = [p for p in model.parameters() if isinstance(p, QFTWeight)]
-    before = [values64(p) for p in weights]
+    before = [values64(p).numpy() for p in weights]
     signs = [np.sign(p.grad.codes.numpy()) * (-1 if maximize else 1) for p in weights]
 
     optimizer.step()
 
     for parameter, old, sign in zip(weights, before, signs, strict=True):
         exact = old - 1e-3 * (sign + 0.1 * old)
-        group = np.arange(parameter.shape[1]) // parameter.group_size
-        scale = parameter.scales.double().numpy()[:, group]
-        assert (np.abs(values64(parameter) - exact) <= 1.0001 * scale).all()
+        moved = np.abs(values64(parameter).numpy() - exact)
+        assert (moved <= 1.0001 * scales64(parameter).numpy()).all()
 
 
 def test_a_scheduler_and_groups_set_the_rates():
@@ -152,7 +150,7 @@ def test_decay_alone_shrinks_the_norm_by_the_exact_factor(spec):
     n_steps, shrink = 300, 1e-4
     x = torch.randn(96, 200, generator=torch.Generator().manual_seed(0)) * 0.02
     parameter = nn.Parameter(QFTWeight.from_float(x, spec))
-    start, scales = values64(parameter), parameter.scales.clone()
+    start, scales = values64(parameter).numpy(), parameter.scales.clone()
     codes = parameter.codes.double().abs().numpy()
     optimizer = QFTAdamW([parameter], lr=1e-3, weight_decay=0.1, seed=3)
 
@@ -162,12 +160,11 @@ def test_decay_alone_shrinks_the_norm_by_the_exact_factor(spec):
 
     assert (parameter.scales == scales).all()
     factor = (1 - shrink) ** n_steps
-    group = torch.arange(200) // (spec.group_size or 200)
-    variance = parameter.scales.double()[:, group].numpy() ** 2 * n_steps * codes * shrink
+    variance = scales64(parameter).numpy() ** 2 * n_steps * codes * shrink
     square = (start**2).sum()
     error = sqrt((start**2 * variance).sum()) / square
     assert 50 * error < 1 - factor
-    assert abs((start * values64(parameter)).sum() / square - factor) <= 5 * error
+    assert abs((start * values64(parameter).numpy()).sum() / square - factor) <= 5 * error
 
 
 def test_rows_that_never_had_a_gradient_stay():
@@ -175,14 +172,14 @@ def test_rows_that_never_had_a_gradient_stay():
     spec = QuantizationSpec(group_size=40, outlier_fraction=0.02)
     parameter = nn.Parameter(QFTWeight.from_float(torch.randn(20, 300), spec))
     optimizer = QFTAdamW([parameter], lr=1e-2)
-    before = values64(parameter)
+    before = values64(parameter).numpy()
     for step in range(50):
         parameter.grad = zero_gradient(parameter)
         draw = torch.Generator().manual_seed(step)
         parameter.grad.set_rows_(slice(0, 10), torch.randn(10, 300, generator=draw))
         optimizer.step()
 
-    after = values64(parameter)
+    after = values64(parameter).numpy()
     assert (after[10:] == before[10:]).all()
     assert (after[:10] != before[:10]).mean() > 0.9
     state = optimizer.state[parameter]

@@ -18,7 +18,6 @@ from qft_hf.kernels import (
 from qft_hf.layout import STATE_GROUP_SIZE
 from qft_hf.quant import Int8Gradient
 from tests.optim.common import (
-    assert_same_tensors,
     backward,
     make_model,
     make_optimizer,
@@ -27,20 +26,15 @@ from tests.optim.common import (
     state_tensors,
     train,
 )
-from tests.tolerances import FP32_EPS, assert_same_bits
+from tests.tolerances import FP32_EPS, assert_same_bits, assert_same_tensors
+from tests.values import values64
 
 
 def exact_norm(model: nn.Module) -> float:
     """Global norm of the gradients as they are stored, in float64."""
     total = 0.0
     for parameter in model.parameters():
-        gradient = parameter.grad
-        if isinstance(gradient, Int8Gradient):
-            group = torch.arange(gradient.shape[1]) // STATE_GROUP_SIZE
-            values = gradient.codes.double() * gradient.scales.double()[:, group]
-        else:
-            values = gradient.double()
-        total += values.square().sum().item()
+        total += values64(parameter.grad).square().sum().item()
     return math.sqrt(total)
 
 

@@ -16,17 +16,22 @@ from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.nn.small import SmallModel, batch
 from tests.optim.common import (
     SPEC,
-    assert_same_tensors,
     backward,
     make_model,
     make_optimizer,
     model_tensors,
     snapshot,
     train,
-    values64,
     zero_gradient,
 )
-from tests.tolerances import FP32_EPS, assert_same_bits, float_update_bound, stochastic_bound
+from tests.tolerances import (
+    FP32_EPS,
+    assert_same_bits,
+    assert_same_tensors,
+    float_update_bound,
+    stochastic_bound,
+)
+from tests.values import scales64, values64
 
 # --- one step -------------------------------------------------------------------------------------
 
@@ -38,7 +43,7 @@ def test_the_first_step_moves_every_weight_by_lr_against_its_gradient(maximize, 
     model = make_model(dtype=dtype)
     optimizer = make_optimizer(model, maximize=maximize)
     backward(model, 0)
-    before = {name: values64(p) for name, p in model.named_parameters()}
+    before = {name: values64(p).numpy() for name, p in model.named_parameters()}
     signs = {
         name: np.sign(
             p.grad.codes.numpy() if isinstance(p.grad, Int8Gradient) else p.grad.float().numpy()
@@ -52,11 +57,10 @@ def test_the_first_step_moves_every_weight_by_lr_against_its_gradient(maximize, 
         lr, decay = (1e-3, 0.1) if parameter.ndim == 2 else (2e-3, 0.0)
         sign = -signs[name] if maximize else signs[name]
         exact = before[name] - lr * (sign + decay * before[name])
-        error = np.abs(values64(parameter) - exact)
+        error = np.abs(values64(parameter).numpy() - exact)
         noise = float_update_bound(before[name], lr, decay)
         if isinstance(parameter, QFTWeight):
-            group = np.arange(parameter.shape[1]) // parameter.group_size
-            bound = stochastic_bound(parameter.scales.double().numpy()[:, group])
+            bound = stochastic_bound(scales64(parameter).numpy())
         elif dtype == torch.bfloat16:  # to one of two neighbours: a whole unit, 2**-7 at most
             bound = 2.0**-7 * np.abs(exact) + noise
         else:
@@ -119,7 +123,7 @@ def test_groups_decay_by_their_own_rates():
         ],
         lr=0.1,
     )
-    before = [values64(p) for p in (decayed, norm, plain, bias)]
+    before = [values64(p).numpy() for p in (decayed, norm, plain, bias)]
     for parameter in (decayed, plain):
         parameter.grad = zero_gradient(parameter)
     for parameter in (norm, bias):
@@ -127,7 +131,7 @@ def test_groups_decay_by_their_own_rates():
 
     optimizer.step()
 
-    after = [values64(p) for p in (decayed, norm, plain, bias)]
+    after = [values64(p).numpy() for p in (decayed, norm, plain, bias)]
     assert (after[2] == before[2]).all()
     assert (after[3] == before[3]).all()
     # 0.95 of norm weights that are all 1.

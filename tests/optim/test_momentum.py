@@ -8,13 +8,11 @@ import torch
 from torch import nn
 
 from qft_hf.kernels import backend
-from qft_hf.layout import STATE_GROUP_SIZE
 from qft_hf.memory import memory_ledger
 from qft_hf.optim import QFTSGD, QFTLion
-from qft_hf.quant import Int8Gradient, QFTWeight
+from qft_hf.quant import QFTWeight
 from tests.optim.common import (
     SPEC,
-    assert_same_tensors,
     backward,
     make_model,
     make_optimizer,
@@ -22,11 +20,16 @@ from tests.optim.common import (
     snapshot,
     state_tensors,
     train,
-    values64,
     zero_gradient,
 )
 from tests.optim.test_state import through_a_file
-from tests.tolerances import assert_same_bits, float_update_bound, stochastic_bound
+from tests.tolerances import (
+    assert_same_bits,
+    assert_same_tensors,
+    float_update_bound,
+    stochastic_bound,
+)
+from tests.values import scales64, values64
 
 RATES = {8: 1e-3, 4: 1e-3, 0: 0.3}
 
@@ -73,15 +76,10 @@ def test_sgd_moves_every_weight_by_its_gradient(maximize, dtype):
     """Matrices decay, vectors do not; against float64, within one rounding."""
     model, optimizer = make(0, model=make_model(dtype=dtype), maximize=maximize)
     backward(model, 0)
-    before = {name: values64(p) for name, p in model.named_parameters()}
+    before = {name: values64(p).numpy() for name, p in model.named_parameters()}
     gradients = {}
     for name, p in model.named_parameters():
-        g = p.grad
-        if isinstance(g, Int8Gradient):
-            group = torch.arange(g.shape[1]) // STATE_GROUP_SIZE
-            gradients[name] = (g.codes.double() * g.scales.double()[:, group]).numpy()
-        else:
-            gradients[name] = g.double().numpy()
+        gradients[name] = values64(p.grad).numpy()
 
     optimizer.step()
 
@@ -91,12 +89,11 @@ def test_sgd_moves_every_weight_by_its_gradient(maximize, dtype):
         exact = before[name] - 0.3 * (gradient + decay * before[name])
         noise = float_update_bound(before[name], 0.3 * np.abs(gradient).max(), decay)
         if isinstance(parameter, QFTWeight):
-            group = np.arange(parameter.shape[1]) // parameter.group_size
-            noise = noise + stochastic_bound(parameter.scales.double().numpy()[:, group])
+            noise = noise + stochastic_bound(scales64(parameter).numpy())
         elif dtype == torch.bfloat16:
             noise = noise + 2.0**-7 * np.abs(exact)
-        assert (np.abs(values64(parameter) - exact) <= noise).all(), name
-        assert (values64(parameter) != before[name]).any(), name
+        assert (np.abs(values64(parameter).numpy() - exact) <= noise).all(), name
+        assert (values64(parameter).numpy() != before[name]).any(), name
 
 
 @pytest.mark.parametrize("bits", [4, 0])
@@ -219,22 +216,19 @@ def test_sgd_follows_sgd_in_float64_for_many_steps():
     generator = torch.Generator().manual_seed(4)
     parameter = nn.Parameter(QFTWeight.from_float(torch.randn(40, 130, generator=generator), SPEC))
     optimizer = QFTSGD([parameter], lr=0.05, weight_decay=0.02, seed=3)
-    exact, n_steps = values64(parameter), 60
+    exact, n_steps = values64(parameter).numpy(), 60
     for _ in range(n_steps):
         parameter.grad = zero_gradient(parameter)
         parameter.grad.set_rows_(slice(0, 40), torch.randn(40, 130, generator=generator) * 0.3)
-        group = torch.arange(130) // STATE_GROUP_SIZE
-        gradient = parameter.grad.codes.double() * parameter.grad.scales.double()[:, group]
-        exact = exact - 0.05 * (gradient.numpy() + 0.02 * exact)
+        exact = exact - 0.05 * (values64(parameter.grad).numpy() + 0.02 * exact)
         optimizer.step()
 
-    quanta = parameter.scales.double().numpy()[:, np.arange(130) // parameter.group_size]
-    error = (values64(parameter) - exact) / quanta
+    error = (values64(parameter) - exact).numpy() / scales64(parameter).numpy()
     # A rounding has a variance of at most a quarter; scales that grow cost as much again.
     assert error.std() < (2 * n_steps / 4) ** 0.5
     assert abs(error.mean()) < 6 * (2 * n_steps / 4 / error.size) ** 0.5
     outlying = parameter.outlier_columns.long().numpy()
-    ours = np.take_along_axis(values64(parameter), outlying, 1)
+    ours = np.take_along_axis(values64(parameter).numpy(), outlying, 1)
     np.testing.assert_allclose(ours, np.take_along_axis(exact, outlying, 1), rtol=1e-5, atol=1e-6)
 
 

@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import LinearLR
 
 from qft_hf.optim import QFTLion
 from tests.optim.common import (
-    assert_same_tensors,
     backward,
     make_model,
     make_optimizer,
@@ -19,7 +18,7 @@ from tests.optim.common import (
     state_tensors,
     train,
 )
-from tests.tolerances import assert_same_bits
+from tests.tolerances import assert_same_bits, assert_same_tensors
 
 
 def through_a_file(state: dict) -> dict:

@@ -9,6 +9,7 @@ from torch import nn
 
 from qft_hf.quant import Arrangement, Int8Gradient, TiledGradient
 from tests.tolerances import FP32_EPS, assert_same_bits, rounding_bound
+from tests.values import scales64, values64
 
 
 def gradient_of(x: torch.Tensor) -> Int8Gradient:
@@ -24,10 +25,6 @@ def random(rows=7, columns=300, seed=0, dtype=torch.float32):
 
 def is_finite(gradient: Int8Gradient) -> bool:
     return bool(gradient.scales.isfinite().all())
-
-
-def spread(gradient: Int8Gradient) -> torch.Tensor:
-    return gradient.scales.double()[:, torch.arange(gradient.shape[1]) // 256]
 
 
 def test_zeros_are_zero_with_scale_one():
@@ -52,9 +49,9 @@ def test_rows_may_come_in_any_order_and_form(dtype):
 
     assert_same_bits(parts.codes, whole.codes)
     assert_same_bits(parts.scales, whole.scales)
-    error = (whole.codes.double() * spread(whole) - x.double()).abs()
-    assert (error.numpy() <= rounding_bound(x.double().numpy(), spread(whole).numpy())).all()
-    assert_same_bits(whole.dequantize(), (whole.codes * spread(whole).float()).to(dtype))
+    error = (values64(whole) - x.double()).abs()
+    assert (error.numpy() <= rounding_bound(x.double().numpy(), scales64(whole).numpy())).all()
+    assert_same_bits(whole.dequantize(), (whole.codes * scales64(whole).float()).to(dtype))
 
 
 def tiled(x: torch.Tensor, n_rows: int, **arguments) -> TiledGradient:
@@ -163,7 +160,7 @@ def test_add_in_place_and_out_of_place_agree():
     exact = (first.dequantize().double() + second.dequantize().double()).numpy()
     error = abs(total.dequantize().double().numpy() - exact)
     terms = first.dequantize().abs() + second.dequantize().abs()
-    assert (error <= rounding_bound(terms.numpy(), spread(total).numpy())).all()
+    assert (error <= rounding_bound(terms.numpy(), scales64(total).numpy())).all()
     first += second
     assert_same_bits(first.codes, total.codes)
     assert_same_bits(first.scales, total.scales)
@@ -219,7 +216,7 @@ def test_what_is_not_finite_is_seen_and_survives(bad):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norm_is_that_of_the_stored_values(dtype):
     gradient = gradient_of(random(dtype=dtype))
-    exact = (gradient.codes.double() * spread(gradient)).norm()
+    exact = values64(gradient).norm()
 
     for norm in (torch.linalg.vector_norm(gradient), torch.linalg.vector_norm(gradient, 2.0)):
         assert norm.dtype == torch.float32
@@ -278,13 +275,13 @@ def test_a_factor_for_each_element_is_rounded_to_nearest(shape, dtype):
     before = copy.deepcopy(gradient)
     factor = torch.rand(shape, generator=torch.Generator().manual_seed(3))
     factor[..., :100] = 0
-    values = before.codes.double() * spread(before)
+    values = values64(before)
 
     for scaled in (gradient * factor, factor * gradient, gradient / factor.reciprocal()):
         exact = (values * rows_of(factor)).numpy()
-        error = abs((scaled.codes.double() * spread(scaled)).numpy() - exact)
+        error = abs(values64(scaled).numpy() - exact)
         noise = 4 * FP32_EPS * abs(exact)
-        assert (error <= rounding_bound(exact, spread(scaled).numpy()) + noise).all()
+        assert (error <= rounding_bound(exact, scales64(scaled).numpy()) + noise).all()
         assert (scaled.codes[:, :100] == 0).all()
     assert_same_bits(gradient.codes, before.codes)
     assert gradient.mul_(factor) is gradient
@@ -335,7 +332,7 @@ def test_two_gradients_are_multiplied_and_quantized():
     product = gradient * gradient
 
     exact = gradient.dequantize().double().square().numpy()
-    scale = product.scales.double()[:, torch.arange(300) // 256].numpy()
+    scale = scales64(product).numpy()
     assert type(product) is Int8Gradient
     error = np.abs(product.dequantize().double().numpy() - exact)
     assert (error <= rounding_bound(exact, scale)).all()

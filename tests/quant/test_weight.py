@@ -12,6 +12,7 @@ from qft_hf.config import QuantizationSpec
 from qft_hf.layout import GroupLayout, outlier_bytes
 from qft_hf.quant import Int8Tensor, QFTWeight
 from tests.tolerances import BF16_EPS, assert_same_bits, rounding_bound
+from tests.values import scales64
 
 SPECS = [
     QuantizationSpec(group_size=None, outlier_fraction=0.0),
@@ -27,11 +28,6 @@ def heavy_tailed(rows=9, columns=101, dtype=torch.float32, seed=0):
     x = torch.randn(rows, columns, generator=generator) * 0.02
     x[torch.rand(rows, columns, generator=generator) < 0.01] *= 10
     return x.to(dtype)
-
-
-def spread(weight: QFTWeight) -> np.ndarray:
-    group = np.arange(weight.shape[1]) // (weight.group_size or weight.shape[1])
-    return weight.scales.numpy().astype(np.float64)[:, group]
 
 
 def assert_same_weight(actual: QFTWeight, expected: QFTWeight) -> None:
@@ -52,11 +48,11 @@ def test_values_are_within_half_a_scale_and_outliers_exact(spec, dtype):
     weight = QFTWeight.from_float(x, spec)
 
     exact = x.double().numpy()
-    stored = weight.codes.numpy() * spread(weight)
+    stored = weight.codes.numpy() * scales64(weight).numpy()
     index = weight.outlier_columns.long().numpy()
     assert (np.take_along_axis(stored, index, axis=1) == 0).all()
     np.put_along_axis(stored, index, weight.outlier_values.double().numpy(), axis=1)
-    assert (np.abs(stored - exact) <= rounding_bound(exact, spread(weight))).all()
+    assert (np.abs(stored - exact) <= rounding_bound(exact, scales64(weight).numpy())).all()
     np.testing.assert_array_equal(
         np.take_along_axis(stored, index, axis=1), np.take_along_axis(exact, index, axis=1)
     )
