@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-COMMANDS = ("plan", "finetune", "export", "inspect")
+COMMANDS = ("plan", "finetune", "export", "inspect", "card")
 _USAGE = """\
 Fine-tune every parameter of a language model in INT8.
 

@@ -1,17 +1,86 @@
-"""What the model card of a QFT run says beside the Trainer's own card."""
+"""The model card: `README.md` for the Hub, of figures that are known and of nothing else.
 
+A local path means nothing to a reader, so names of files stand here without their folders.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
-from transformers import Trainer
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..memory import MemoryLedger
+from ..config import QuantizationSpec
+from ..version import __version__
+from .drafts import written_whole
 from .optimizers import is_ours
 from .support import quantization_config_of, unwrapped
 
-TAGS = ["qft", "int8", "full-parameter-fine-tuning"]
-MARK = "## INT8 full-parameter training"
+TAGS = ["full-parameter-fine-tuning", "int8", "qft"]
+MARK = "<!-- Written by qft_hf -->"
+CITATIONS = """\
+```bibtex
+@article{li2023qft,
+  title = {{QFT}: Quantized Full-parameter Tuning of {LLMs} with Affordable Resources},
+  author = {Li, Zhikai and Liu, Xiaoxuan and Zhu, Banghua and Dong, Zhen and Gu, Qingyi and
+            Keutzer, Kurt},
+  journal = {arXiv preprint arXiv:2310.07147},
+  year = {2023}
+}
+
+@article{chen2023lion,
+  title = {Symbolic Discovery of Optimization Algorithms},
+  author = {Chen, Xiangning and Liang, Chen and Huang, Da and Real, Esteban and Wang, Kaiyuan and
+            Liu, Yao and Pham, Hieu and Dong, Xuanyi and Luong, Thang and Hsieh, Cho-Jui and
+            Lu, Yifeng and Le, Quoc V.},
+  journal = {arXiv preprint arXiv:2302.06675},
+  year = {2023}
+}
+```"""
+_PIPELINES = {"ForCausalLM": "text-generation", "ForSequenceClassification": "text-classification"}
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What a card tells; what is None or empty is not told.
+
+    Attributes:
+        name: Of the model: its repository on the Hub, or its folder.
+        architecture: Class of the model.
+        base_model: Name on the Hub of the model that was tuned; None if it was a local one.
+        datasets: Names on the Hub of what was learned.
+        files: Names of local files of what was learned.
+        parameters: All, and those of them that were trained.
+        optimizer: The rule and how its state was stored; None without training.
+        hyperparameters: By name.
+        format: Of the weights.
+        state_bytes: Of the training state, by kind.
+        history: `log_history` of the Trainer.
+        counts: Of the training data, in a line.
+        export_dtype: Of an ordinary checkpoint in the sub-folder of that name.
+        license: Identifier of the Hub.
+        language: Codes of languages.
+        tags: Beside ours.
+        versions: By package.
+    """
+
+    name: str
+    architecture: str
+    parameters: tuple[int, int]
+    base_model: str | None = None
+    datasets: Sequence[str] = ()
+    files: Sequence[str] = ()
+    optimizer: str | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    format: QuantizationSpec | None = None
+    state_bytes: Mapping[str, int] = field(default_factory=dict)
+    history: Sequence[Mapping[str, Any]] = ()
+    counts: str | None = None
+    export_dtype: str | None = None
+    license: str | None = None
+    language: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_card(path: Path) -> bool:
@@ -19,84 +88,240 @@ def is_card(path: Path) -> bool:
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def write_card(trainer: Trainer, *, ledger: MemoryLedger | None, base_model: str | None) -> None:
-    """Add tags, base model and the sections on format, memory, loss and loading to the card.
+def write_card(path: Path, facts: CardFacts) -> None:
+    """Write a card; it takes the place of what is there."""
+    with written_whole(path) as draft:
+        card(facts).save(draft)
+
+
+def card(facts: CardFacts) -> ModelCard:
+    """Make the card: metadata for the Hub, and the text."""
+    results = _results(facts)
+    data = ModelCardData(
+        model_name=facts.name if results else None,  # it heads the results
+        eval_results=results or None,
+        base_model=facts.base_model,
+        base_model_relation="finetune" if facts.base_model else None,
+        datasets=list(facts.datasets) or None,
+        language=list(facts.language) or None,
+        library_name="transformers",
+        license=facts.license,
+        pipeline_tag=_pipeline(facts.architecture),
+        tags=sorted({*facts.tags, *TAGS}),
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(facts)}", ignore_metadata_errors=False)
+
+
+def facts_of_trainer(trainer: Any, **known: Any) -> CardFacts:
+    """Return what a Trainer knows.
 
     Args:
-        trainer: After training; its output folder holds the Trainer's `README.md`, rewritten here.
-        ledger: Of the training state; None if no step was taken.
-        base_model: Hub name of the model that was tuned; None: what the model says of its origin.
+        trainer: A `QFTTrainer`, trained or not.
+        **known: Fields of `CardFacts` that only its user knows, or knows better.
     """
-    path = Path(str(trainer.args.output_dir)) / "README.md"
-    card = ModelCard.load(path)
-    card.data.tags = sorted({*(card.data.tags or []), *TAGS})
-    config = getattr(trainer.model, "config", None)
-    origin = base_model or card.data.base_model or getattr(config, "_name_or_path", "")
-    if origin and not Path(origin).exists():  # a local path means nothing to a reader
-        card.data.base_model = origin
-    text, _, _ = card.text.partition(MARK)
-    card.text = f"{text.rstrip()}\n\n{_sections(trainer, ledger)}"
-    card.save(path)
+    ledger = trainer.ledger
+    origin = getattr(getattr(trainer.model, "config", None), "_name_or_path", "")
+    facts: dict[str, Any] = {
+        "name": trainer.args.hub_model_id or Path(str(trainer.args.output_dir)).resolve().name,
+        "architecture": type(trainer.model).__name__,
+        "parameters": parameters_of(trainer.model),
+        "base_model": origin if origin and not Path(origin).exists() else None,
+        "optimizer": optimizer_of(trainer),
+        "hyperparameters": hyperparameters_of(trainer),
+        "format": quantization_config_of(trainer.model),
+        "state_bytes": {row.state: row.bytes for row in ledger.rows} if ledger else {},
+        "history": trainer.state.log_history,
+        "versions": {"qft_hf": __version__},
+    }
+    return CardFacts(**{**facts, **known})
 
 
-def _stored(trainer: Trainer) -> str:
-    """What was stored how, as the optimizer tells of itself; none was made without training."""
+def parameters_of(model: Any) -> tuple[int, int]:
+    """Return how many parameters a model has, and how many of them are trained."""
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in trained)
+
+
+def optimizer_of(trainer: Any) -> str | None:
+    """Return what the optimizer says of itself; None if there was none, or one of others."""
     optimizer: Any = unwrapped(trainer.optimizer)
-    updated = f" and updated by {optimizer.description}" if is_ours(optimizer) else ""
-    return f"Weights and gradients were stored as INT8 (QFT, arXiv:2310.07147){updated}"
+    return optimizer.description if is_ours(optimizer) else None
 
 
-def _sections(trainer: Trainer, ledger: MemoryLedger | None) -> str:
-    name = Path(trainer.args.hub_model_id or str(trainer.args.output_dir)).name
+def hyperparameters_of(trainer: Any) -> dict[str, Any]:
+    """Return what a run was trained with: the optimizer's own values, not the Trainer's fields."""
+    args, optimizer = trainer.args, unwrapped(trainer.optimizer)
+    values: dict[str, Any] = {
+        "learning rate": args.learning_rate,
+        "schedule": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
+        "warm-up steps": args.get_warmup_steps(trainer.state.max_steps),
+    }
+    if is_ours(optimizer):
+        group = optimizer.param_groups[0]
+        values |= {name: group[name] for name in ("betas", "eps") if name in group}
+        values |= {
+            "weight decay": max(group["weight_decay"] for group in optimizer.param_groups),
+            "gradients": optimizer.gradient,
+            "seed of rounding": group["seed"],
+        }
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return values | {
+        "largest gradient norm": args.max_grad_norm,
+        "examples a step": batch,
+        "micro-batches a step": args.gradient_accumulation_steps * args.world_size,
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0.0, 4),
+        "activations": "bf16" if args.bf16 else str(getattr(trainer.model, "dtype", "")),
+        "seed": args.seed,
+    }
+
+
+def _pipeline(architecture: str) -> str | None:
+    return next((task for end, task in _PIPELINES.items() if architecture.endswith(end)), None)
+
+
+def _text(facts: CardFacts) -> str:
+    total, trained = facts.parameters
+    learned = [f"[{name}](https://huggingface.co/datasets/{name})" for name in facts.datasets]
+    learned += [f"the local file `{name}`" for name in facts.files]
+    base = "a local model"
+    if facts.base_model:
+        base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
+    stored = facts.optimizer and f"They were updated by {facts.optimizer}."
     parts = [
+        f"# {facts.name.rpartition('/')[2]}",
         MARK,
-        f"Every parameter was trained. {_stored(trainer)}, by qft_hf.",
-        "### Weight format",
-        _format_table(trainer),
-        "### Memory of the model state",
-        f"```\n{ledger}\n```" if ledger else "Not measured: no step was taken.",
-        "### Loss",
-        _loss_table(trainer.state.log_history),
-        "### How to load it",
-        "As INT8, to go on training or to save memory:",
-        f'```python\nimport qft_hf  # registers the "qft" format\n'
-        f"from transformers import {type(trainer.model).__name__}\n\n"
-        f'model = {type(trainer.model).__name__}.from_pretrained("{name}")\n```',
-        "Without qft_hf, after one conversion to an ordinary bf16 checkpoint:",
-        f"```sh\nqft-hf export {name} {name}-bf16\n```",
-        f'```python\nmodel = {type(trainer.model).__name__}.from_pretrained("{name}-bf16")\n```',
+        f"A `{facts.architecture}`, tuned from {base}"
+        + (f" on {', '.join(learned)}" if learned else "")
+        + f". {trained:,} of its {total:,} parameters were trained, in INT8 (QFT, "
+        f"arXiv:2310.07147), by qft_hf {facts.versions.get('qft_hf', __version__)}."
+        + (f" {stored}" if stored else ""),
+        "## Results",
+        _evaluations(facts.history),
+        *([f"Training data: {facts.counts}."] if facts.counts else []),
+        "## How to load it",
+        _loading(facts),
+        "## Training",
+        _table(("hyperparameter", "value"), facts.hyperparameters.items()),
+        "### Weights",
+        _format_table(facts.format),
+        "### Memory of the training state",
+        _memory_table(facts.state_bytes, total),
+        "## Licence",
+        f"`{facts.license}`"
+        if facts.license
+        else "None is stated here; that of the model it was tuned from may bind this one, too.",
+        "## Citation",
+        CITATIONS,
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _format_table(trainer: Trainer) -> str:
-    config = quantization_config_of(trainer.model)
-    if config is None:
+def _evaluations(history: Sequence[Mapping[str, Any]]) -> str:
+    """Return every evaluation of the log, or the training loss where there is none."""
+    logged = [entry for entry in history if "eval_loss" in entry]
+    names = [
+        name
+        for name in dict.fromkeys(key for entry in logged for key in entry)
+        if name.startswith("eval_") and not name.endswith(("_time", "_runtime", "_per_second"))
+    ]
+    losses = [entry for entry in history if "loss" in entry]
+    lines = []
+    if logged:
+        head = ("step", *(name.removeprefix("eval_") for name in names))
+        rows = [
+            (entry["step"], *(_shown(entry[name]) if name in entry else "" for name in names))
+            for entry in logged
+        ]
+        lines += ["On held-out data:", _table(head, rows)]
+    if losses:
+        first, last = losses[0], losses[-1]
+        lines.append(
+            f"The training loss was {_shown(first['loss'])} at step {first['step']} and "
+            f"{_shown(last['loss'])} at step {last['step']}."
+        )
+    return "\n\n".join(lines) or "No loss was logged."
+
+
+def _results(facts: CardFacts) -> list[EvalResult]:
+    """Return the last evaluation for the Hub, if what it was made on has a name there."""
+    logged = [entry for entry in facts.history if "eval_loss" in entry]
+    if not logged or len(facts.datasets) != 1 or facts.files:
+        return []
+    ends = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_accuracy": "accuracy"}
+    (dataset,) = facts.datasets
+    return [
+        EvalResult(
+            task_type=_pipeline(facts.architecture) or "other",
+            dataset_type=dataset,
+            dataset_name=dataset.rpartition("/")[2],
+            metric_type=metric,
+            metric_value=logged[-1][name],
+        )
+        for name, metric in ends.items()
+        if name in logged[-1]
+    ]
+
+
+def _loading(facts: CardFacts) -> str:
+    name, architecture = facts.name, facts.architecture
+    plain = f"{name.rpartition('/')[2]}-bf16"
+    lines = [
+        "As INT8, with qft_hf installed, to go on training or to save memory:",
+        f'```python\nimport qft_hf  # registers the "qft" format\n'
+        f"from transformers import {architecture}\n\n"
+        f'model = {architecture}.from_pretrained("{name}")\n```',
+        "To go on without qft_hf, convert that once to an ordinary bf16 checkpoint:",
+        f'```python\nqft_hf.dequantize_model_(model).save_pretrained("{plain}")\n```',
+        "The command does the same with a downloaded folder, tokenizer included:",
+        f"```sh\nqft-hf export FOLDER {plain} --dtype bfloat16\n```",
+    ]
+    if facts.export_dtype:
+        place = f'"{name}", subfolder="{facts.export_dtype}"'
+        lines += [
+            f"An ordinary {facts.export_dtype} checkpoint is here already, and needs no qft_hf:",
+            f"```python\nfrom transformers import {architecture}\n\n"
+            f"model = {architecture}.from_pretrained({place})\n```",
+        ]
+    return "\n\n".join(lines)
+
+
+def _format_table(spec: QuantizationSpec | None) -> str:
+    if spec is None:
         return "The model's config does not record the format."
     rows = {
         "codes": "INT8, symmetric, stochastic rounding of updates",
-        "scales": "FP32, "
-        + (f"per {config.group_size} inputs" if config.group_size else "per row"),
-        "outliers in FP32": f"{100 * config.outlier_fraction:g} % of each row"
-        + (", in the same columns" if config.matmul == "int8" else ""),
+        "scales": "FP32, " + (f"per {spec.group_size} inputs" if spec.group_size else "per row"),
+        "outliers in FP32": f"{100 * spec.outlier_fraction:g} % of each row"
+        + (", in the same columns" if spec.matmul == "int8" else ""),
         "products": "INT8 x INT8 with stochastic rounding of gradients"
-        if config.matmul == "int8"
+        if spec.matmul == "int8"
         else "with dequantized weights",
-        "modules kept in float": ", ".join(config.modules_to_not_convert or []) or "none",
+        "modules kept in float": ", ".join(spec.modules_to_not_convert or []) or "none",
     }
     return _table(("what", "how"), rows.items())
 
 
-def _loss_table(history: list[dict[str, Any]]) -> str:
-    rows = []
-    for label, key in (("evaluation", "eval_loss"), ("training", "loss")):
-        values = [entry[key] for entry in history if key in entry]
-        if values:
-            rows.append((label, f"{values[0]:.4f}", f"{values[-1]:.4f}"))
-    return _table(("loss", "first", "last"), rows) if rows else "No loss was logged."
+def _memory_table(state_bytes: Mapping[str, int], parameters: int) -> str:
+    if not state_bytes:
+        return "Not measured: no step was taken."
+    everything = {**state_bytes, "all": sum(state_bytes.values())}
+    rows = [
+        (state, f"{n_bytes / 1e6:,.1f}", f"{n_bytes / parameters:.3f}")
+        for state, n_bytes in everything.items()
+    ]
+    return (
+        "Measured just before an optimizer step, without activations; FP32 Adam keeps 16 bytes a "
+        "parameter.\n\n" + _table(("state", "MB", "bytes a parameter"), rows)
+    )
 
 
-def _table(head: tuple[str, ...], rows: Any) -> str:
+def _shown(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _table(head: Sequence[str], rows: Any) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
     return "\n".join(lines)

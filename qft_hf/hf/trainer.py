@@ -1,5 +1,6 @@
 """`QFTTrainer`: the Trainer with conversion, memory ledger, safe checkpoints and model card."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..memory import MemoryLedger, memory_ledger
 from .arguments import QFTTrainingArguments
-from .card import write_card
+from .card import facts_of_trainer, write_card
 from .checkpoint_trainer import CheckpointTrainer
 from .optimizers import named_optimizer, names, optimizer_name
 from .registration import optimizer_class_and_arguments
@@ -80,16 +81,54 @@ class QFTTrainer(CheckpointTrainer):
                 logs["qft/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         super().log(logs, start_time)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write `README.md` for the Hub: the Trainer's card, with what is particular to QFT.
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        dataset_name: str | None = None,
+    ) -> None:
+        """Write `README.md` for the Hub; it takes the place of the Trainer's card.
 
         Args:
-            *args: Those of `Trainer.create_model_card`.
-            **kwargs: Likewise; `tags` are added to ours.
+            language: Codes of languages.
+            license: Identifier that the Hub knows.
+            tags: Added to ours.
+            model_name: Of the model; default: its repository on the Hub, or its folder.
+            finetuned_from: Name on the Hub of the model that was tuned.
+            tasks: Not used: the model's class says its task.
+            dataset_tags: Names on the Hub of what was learned.
+            dataset: Likewise; a path is told as the name of a local file.
+            dataset_args: Not used.
+            dataset_name: As `dataset`; TRL's name for it.
         """
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            write_card(self, ledger=self.ledger, base_model=kwargs.get("finetuned_from"))
+        if not self.is_world_process_zero():
+            return
+        sources = [*_listed(dataset_tags), *_listed(dataset), *_listed(dataset_name)]
+        known = {
+            "name": model_name,
+            "base_model": finetuned_from,
+            "license": license,
+        }
+        facts = facts_of_trainer(
+            self,
+            **{key: value for key, value in known.items() if value is not None},
+            datasets=[name for name in sources if not Path(name).exists()],
+            files=[Path(name).name for name in sources if Path(name).exists()],
+            language=_listed(language),
+            tags=_listed(tags),
+        )
+        write_card(Path(str(self.args.output_dir)) / "README.md", facts)
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 class _LedgerCallback(TrainerCallback):

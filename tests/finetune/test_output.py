@@ -22,7 +22,7 @@ from qft_hf.hf.finetune.output_folder import (
     refuse_small_disk,
     refuse_unwritable,
 )
-from qft_hf.hf.finetune.summary import PeakMemory, RunSummary, versions
+from qft_hf.hf.finetune.summary import Origin, PeakMemory, RunSummary, versions
 
 TRACES = ["run.yaml", "model.safetensors", "model-00001-of-00002.safetensors", "checkpoint-7/"]
 
@@ -327,8 +327,13 @@ def test_summary_is_valid_json_even_when_a_loss_is_not_finite(tmp_path):
     counts = DataCounts(rows=9, examples=8, tokens=100, cut_tokens=3, dropped={"empty": 1})
     summary = RunSummary(
         model="m",
+        origin=Origin.of("m", ["org/chats"]),
+        architecture="LlamaForCausalLM",
         task="chat",
         parameters=1_000,
+        trained_parameters=990,
+        optimizer="Lion",
+        hyperparameters={"betas": (0.9, 0.99)},
         steps=5,
         before={"loss": 800.0, "perplexity": float("inf")},
         after={"loss": 2.0, "perplexity": 7.389},

@@ -91,8 +91,9 @@ def test_a_run_leaves_checkpoint_curve_and_summary(chat_flags):
     run = Path(chat_flags["output_dir"])
     assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     card = (run / "README.md").read_text()
-    assert "on the train.jsonl dataset" in card
-    assert f"evaluation | {summary.before['loss']:.4f} | {summary.after['loss']:.4f}" in card
+    assert "tuned from a local model on the local file `train.jsonl`" in card
+    for step, scores in ((0, summary.before), (4, summary.after)):
+        assert f"| {step} | {scores['loss']:.4f} | {scores['perplexity']:.4f} |" in card
     written = json.loads((run / "summary.json").read_text())
     assert written["steps"] == 4
     assert written["after"] == summary.after
@@ -256,7 +257,8 @@ def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
 
     finetune(parsed(values, resume_from_checkpoint="true", export_dtype="bfloat16"))
     after = {path: at for path, at in contents(run).items() if path.parts[0] != "bfloat16"}
-    del after[Path("run.yaml")], before[Path("run.yaml")]  # it says what was exported
+    for name in ("run.yaml", "README.md"):  # they say what was exported
+        del after[Path(name)], before[Path(name)]
     assert after == before
     assert AutoModelForCausalLM.from_pretrained(run / "bfloat16").dtype == torch.bfloat16
 

@@ -407,13 +407,15 @@ def test_the_card_says_what_was_done_and_how_to_load_it(tmp_path):
     head, _, text = card.partition("\n---\n")
     for entry in ("- qft", "- int8", "base_model: someone/tiny-llama"):
         assert entry in head
-    assert str(trainer.ledger) in text
+    for row in trainer.ledger.rows:
+        assert f"| {row.state} | {row.bytes / 1e6:,.1f} |" in text
     assert "1 % of each row" in text
     assert "| products | with dequantized weights |" in text
     first, last = history(trainer, "eval_loss")
-    assert f"| evaluation | {first:.4f} | {last:.4f} |" in text
+    assert f"| 3 | {first:.4f} |" in text
+    assert f"| 6 | {last:.4f} |" in text
     assert "import qft_hf" in text
-    assert text.count("### How to load it") == 1
+    assert text.count("## How to load it") == 1
 
 
 # --- what cannot work -----------------------------------------------------------------------

@@ -233,11 +233,11 @@ def claim(output_dir: Path, given: Mapping[str, Any]) -> None:
     Raises:
         OSError: Nothing can be written there.
     """
-    told = {key: _plain(value) for key, value in given.items() if key not in _OF_A_PROCESS}
+    values = {key: _plain(value) for key, value in given.items() if key not in _OF_A_PROCESS}
     path = output_dir / RUN_CONFIG
-    if path.is_file() and _told(output_dir) == told:
+    if path.is_file() and told(output_dir) == values:
         return  # a resumed run
-    text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     with written_whole(path) as draft:
         draft.write_text(f"# qft_hf {__version__}: what this run was told.\n{text}", "utf-8")
 
@@ -274,7 +274,7 @@ def _foreign(output_dir: Path, written: list[Path], *, is_run: bool) -> Iterator
         elif path.match(CHECKPOINTS):
             known = path.is_symlink() or (path / MARK).is_file()
         elif path.name in EXPORT_DTYPES:
-            known = path.name == _told(output_dir).get("export_dtype")
+            known = path.name == told(output_dir).get("export_dtype")
         elif any(path.match(pattern) for pattern in MODEL_FILES):
             known = is_run and (not config.is_file() or _is_int8(config))
         else:
@@ -306,7 +306,7 @@ def _is_int8(config: Path) -> bool:
     return bool(quantization.get("quant_method") == QUANT_METHOD)
 
 
-def _told(output_dir: Path) -> dict[str, Any]:
+def told(output_dir: Path) -> dict[str, Any]:
     """Return what the run there was told, nothing if that is absent or damaged."""
     try:
         read = yaml.safe_load((output_dir / RUN_CONFIG).read_text(encoding="utf-8"))

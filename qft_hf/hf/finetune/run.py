@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..card import hyperparameters_of, optimizer_of, parameters_of
 from ..drafts import written_whole
 from ..trainer import QFTTrainer
 from .data import TaskData, prepare_data
@@ -37,7 +38,8 @@ from .output_folder import (
 )
 from .packing import refuse_crossing
 from .parsing import RunArguments
-from .summary import PeakMemory, RunSummary, versions
+from .run_card import license_of, write_run_card
+from .summary import Origin, PeakMemory, RunSummary, versions
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +163,8 @@ def train(run: Run) -> RunSummary:
     if before is not None:  # train() has started the log anew
         start = {"epoch": 0.0, "step": 0} | {f"eval_{name}": s for name, s in before.items()}
         trainer.state.log_history.insert(0, start)
-    if _is_reported_already(run):
+    is_reported = _is_reported_already(run)
+    if is_reported:
         logger.warning(
             "%s holds what this finished run came to, and it stays as it is; no step was taken",
             output_dir,
@@ -178,7 +181,21 @@ def train(run: Run) -> RunSummary:
             dtype=getattr(torch, output.export_dtype),
             replace=True,  # one of this run, before it was resumed
         )
+    if trainer.is_world_process_zero() and (output.export_dtype or not is_reported):
+        write_run_card(output_dir, **_licence(run))
     return summary
+
+
+def _licence(run: Run) -> dict[str, Any]:
+    """Return the license of the model that was tuned, as its own card says, and warn without."""
+    license = license_of(run.arguments.model.model_name_or_path)
+    if license is None:
+        logger.warning(
+            "the model card names no licence, because that of the model is not known. Give it by "
+            "`qft-hf card %s --license apache-2.0`, or what it is",
+            run.arguments.output_dir,
+        )
+    return {"license": license}
 
 
 def _is_reported_already(run: Run) -> bool:
@@ -193,12 +210,11 @@ def _is_reported_already(run: Run) -> bool:
 
 
 def _write_model(run: Run) -> None:
-    """Write checkpoint, log and card."""
+    """Write checkpoint and log."""
     run.trainer.save_model()
     if run.trainer.is_world_process_zero():
         with written_whole(run.arguments.output_dir / TRAINER_STATE_NAME) as draft:
             run.trainer.state.save_to_json(str(draft))
-    _write_card(run)
 
 
 def _write_report(run: Run, summary: RunSummary) -> None:
@@ -265,25 +281,22 @@ def _named_scores(run: Run, metrics: dict[str, Any]) -> dict[str, float]:
     return {name: metrics[f"eval_{name}"] for name in run.data.task.scoring.names}
 
 
-def _write_card(run: Run) -> None:
-    """Write `README.md`; local paths mean nothing to its readers, so only their names go in."""
-    model, data = run.arguments.model.model_name_or_path, run.arguments.data.train_data
-    run.trainer.create_model_card(
-        finetuned_from=None if Path(model).exists() else model,
-        dataset=[Path(source).name if Path(source).exists() else source for source in data],
-    )
-
-
 def _summarize(
     run: Run, before: dict[str, float] | None, after: dict[str, float] | None
 ) -> RunSummary:
     state, ledger = run.trainer.state, run.trainer.ledger
     model: Any = run.trainer.model
+    parameters, trained = parameters_of(model)
     trained_tokens = state.num_input_tokens_seen - run.clock.tokens_before
     return RunSummary(
         model=run.arguments.model.model_name_or_path,
+        origin=Origin.of(run.arguments.model.model_name_or_path, run.arguments.data.train_data),
+        architecture=type(model).__name__,
         task=run.arguments.data.task,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
+        trained_parameters=trained,
+        optimizer=optimizer_of(run.trainer),
+        hyperparameters=hyperparameters_of(run.trainer),
         steps=state.global_step,
         before=before,
         after=after,

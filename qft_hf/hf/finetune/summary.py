@@ -3,6 +3,7 @@
 import json
 import math
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,36 @@ class PeakMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where model and training data came from: names that mean something elsewhere, too."""
+
+    base_model: str | None  # on the Hub; None for a local one
+    datasets: list[str]  # on the Hub
+    files: list[str]  # names of local files and folders
+
+    @classmethod
+    def of(cls, model: str, sources: Iterable[str]) -> "Origin":
+        """Tell local names from those on the Hub, as loading does: what is there is local."""
+        local = {source: Path(source).exists() or ":" in source for source in sources}
+        return cls(
+            base_model=None if Path(model).exists() else model,
+            datasets=[source for source, is_local in local.items() if not is_local],
+            files=[Path(source).name for source, is_local in local.items() if is_local],
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RunSummary:
     """The numbers of a run."""
 
     model: str
+    origin: Origin
+    architecture: str  # class of the model
     task: str
     parameters: int
+    trained_parameters: int
+    optimizer: str | None  # what it says of itself
+    hyperparameters: dict[str, Any]
     steps: int
     before: dict[str, float] | None  # scores on the evaluation data; None if there is none
     after: dict[str, float] | None

@@ -1,0 +1,102 @@
+"""The card of a run, made of what lies in its output folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import AutoConfig
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..card import CardFacts, is_card, write_card
+from ..config import QFTConfig
+from .output_folder import CARD, SUMMARY, told
+
+_OF_SUMMARY = ("architecture", "optimizer", "hyperparameters", "state_bytes", "versions")
+
+
+def write_run_card(output_dir: Path, **known: Any) -> Path:
+    """Write `README.md` into the output folder of a finished run.
+
+    Args:
+        output_dir: Of the run.
+        **known: Fields of `CardFacts` that the run does not know, or that are to be others: its
+            license, say, or the name on the Hub of the model that it began with.
+
+    Returns:
+        The file.
+
+    Raises:
+        FileNotFoundError: The folder holds no finished run.
+        FileExistsError: Its `README.md` is somebody's own.
+    """
+    path = output_dir / CARD
+    if path.exists() and not is_card(path):
+        raise FileExistsError(
+            f"{path} was not written by qft_hf, and stays as it is. Move it away first."
+        )
+    facts = facts_of_run(output_dir)
+    write_card(path, CardFacts(**{**facts, **known}))
+    return path
+
+
+def facts_of_run(output_dir: Path) -> dict[str, Any]:
+    """Return the fields of `CardFacts` that a run has left.
+
+    Raises:
+        FileNotFoundError: The folder holds no finished run.
+    """
+    summary = read_json(output_dir / SUMMARY)
+    quantization = AutoConfig.from_pretrained(output_dir).quantization_config
+    export = told(output_dir).get("export_dtype")
+    counts = summary["train_data"]
+    if "origin" not in summary:
+        raise ValueError(
+            f"{output_dir / SUMMARY} is of qft_hf {summary['versions'].get('qft_hf')}, which noted "
+            "less than a card tells. Its own card stays as it is."
+        )
+    return {
+        "name": told(output_dir).get("hub_model_id") or output_dir.resolve().name,
+        "parameters": (summary["parameters"], summary["trained_parameters"]),
+        **{name: summary[name] for name in _OF_SUMMARY},
+        **summary["origin"],
+        "format": QFTConfig.from_dict(quantization),
+        "history": read_json(output_dir / TRAINER_STATE_NAME)["log_history"],
+        "counts": f"{counts['rows']:,} rows, {counts['examples']:,} examples, "
+        f"{counts['tokens']:,} tokens",
+        "export_dtype": export if export and (output_dir / export).is_dir() else None,
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return what a finished run has left under this name.
+
+    Raises:
+        FileNotFoundError: It is not there.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent} holds no finished run: it has no {path.name}. Give the output folder "
+            "of `qft-hf finetune`."
+        )
+    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return read
+
+
+def license_of(model: str) -> str | None:
+    """Return the license that the card of a model names, None if it names none.
+
+    Args:
+        model: A folder, or a name on the Hub, which is asked unless the Hub is offline.
+    """
+    try:
+        path = Path(model) / CARD
+        if Path(model).is_dir():
+            data = ModelCard.load(path).data if path.is_file() else None
+        else:
+            data = ModelCard.load(model).data
+    except (OSError, ValueError, HfHubHTTPError):  # not there, not readable, or not to be reached
+        return None
+    named = getattr(data, "license", None)
+    return named if isinstance(named, str) else None

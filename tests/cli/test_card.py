@@ -1,0 +1,58 @@
+"""`qft-hf card`: what a run knows, and what only its user knows."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from qft_hf.hf.finetune import finetune
+from qft_hf_cli import main
+from tests.finetune.test_run import chat_flags, parsed
+
+__all__ = ["chat_flags"]  # the fixture
+
+
+def test_the_card_of_a_run_takes_what_only_its_user_knows(chat_flags, capsys, caplog):
+    base = Path(chat_flags["model_name_or_path"])
+    finetune(parsed(chat_flags))
+    run = Path(chat_flags["output_dir"])
+    first = ModelCard.load(run / "README.md")
+    assert first.data.license is None
+    assert "the model card names no licence" in caplog.text
+
+    flags = ["--license=mit", "--base_model=org/base", "--dataset", "org/chats", "--name=org/mine"]
+    main(["card", str(run), *flags, "--language", "en", "de"])
+
+    assert capsys.readouterr().out.endswith(f"written to {run / 'README.md'}\n")
+    card = ModelCard.load(run / "README.md")
+    assert (card.data.license, card.data.base_model) == ("mit", "org/base")
+    assert card.data.language == ["en", "de"]
+    assert "on [org/chats]" in card.text
+    assert "train.jsonl" not in card.text
+    assert 'from_pretrained("org/mine")' in card.text
+    assert "| 4 |" in card.text
+    for text in (str(card), str(first)):
+        assert str(base.parent) not in text
+
+
+def test_the_license_is_that_of_the_base(chat_flags):
+    page = Path(chat_flags["model_name_or_path"]) / "README.md"
+    page.write_text("---\nlicense: gemma\n---\n# A base\n")
+    finetune(parsed(chat_flags))
+    assert ModelCard.load(chat_flags["output_dir"] / "README.md").data.license == "gemma"
+
+
+def test_a_page_of_somebody_s_own_stays(chat_flags, capsys):
+    finetune(parsed(chat_flags))
+    page = Path(chat_flags["output_dir"]) / "README.md"
+    page.write_text("# Mine\n")
+    with pytest.raises(SystemExit):
+        main(["card", str(page.parent)])
+    assert "was not written by qft_hf, and stays as it is" in capsys.readouterr().err
+    assert page.read_text() == "# Mine\n"
+
+
+def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["card", str(tmp_path)])
+    assert "holds no finished run: it has no summary.json" in capsys.readouterr().err
