@@ -8,10 +8,12 @@ from .convert import dequantize_model_, quantize_model_
 from .estimate import Recommendation, estimate_memory, recommend
 from .guards import install_guards
 from .registration import is_accumulating, register_optimizer
+from .resizing import install_resizing
 from .trainer import QFTTrainer
 
 register_optimizer()
 install_guards()
+install_resizing()
 
 __all__ = [
     "QFTConfig",

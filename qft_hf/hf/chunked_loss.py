@@ -39,6 +39,11 @@ def chunk_loss_(model: Model) -> Model:
             f"{type(model).__name__}. Take the head out of modules_to_not_convert, or leave "
             "chunked_loss off."
         )
+    if type(head).forward is not QFTLinear.forward:
+        raise ValueError(
+            f"A chunked loss computes the logits itself, and {type(head).__name__}, the head of "
+            f"{type(model).__name__}, does more than that. Leave chunked_loss off."
+        )
     if head.products is not None:
         raise ValueError(
             f"A chunked loss multiplies with the dequantized head, and int8_products asks for its "

@@ -1,11 +1,18 @@
-"""How much of a model becomes INT8: said, or refused, before the model changes."""
+"""How much of a model becomes or is INT8: said, or refused, before the model changes."""
 
 import logging
 from typing import Any
 
 from torch import nn
 
-from ..nn import LISTED, ConversionPlan, Kept
+from ..nn import (
+    LISTED,
+    ConversionPlan,
+    Kept,
+    QuantizedModule,
+    conversion_plan,
+    multiplies_by_ours,
+)
 from .config import QFTConfig
 
 logger = logging.getLogger(__name__)
@@ -27,6 +34,19 @@ def check_coverage(model: nn.Module, plan: ConversionPlan, config: QFTConfig) ->
             "nn.Embedding, or a class derived from them, outside modules_to_not_convert. Train it "
             "with an ordinary optimizer."
         )
+    own = [
+        name
+        for name, module in plan.modules.items()
+        if isinstance(module, nn.Linear | nn.MultiheadAttention) and not multiplies_by_ours(module)
+    ]
+    if config.matmul == "int8" and own:
+        logger.warning(
+            "matmul='int8' has no effect on %d modules of %s (%s, ...): their classes multiply by "
+            "themselves, with the dequantized weight",
+            len(own),
+            type(model).__name__,
+            own[0],
+        )
     unasked = [kept for kept in plan.kept if kept.reason != LISTED]
     total = _count(plan.kept) + sum(weight.numel() for weight in plan.weights.values())
     share = _count(unasked) / total
@@ -40,6 +60,17 @@ def check_coverage(model: nn.Module, plan: ConversionPlan, config: QFTConfig) ->
     if config.strict:
         raise ValueError(f"{text} strict=True refuses it; the model is unchanged.")
     logger.warning(text)
+
+
+def added_modules(model: nn.Module, config: QFTConfig) -> list[str]:
+    """Names of the plain modules of an INT8 model that its own format calls INT8: they are new.
+
+    Their weights are float, or INT8 where they are tied to one that was there.
+    """
+    plan = conversion_plan(model, config.modules_to_not_convert)
+    return [
+        name for name, module in plan.modules.items() if not isinstance(module, QuantizedModule)
+    ]
 
 
 def _by_reason(kept: list[Kept], total: int) -> list[str]:

@@ -7,6 +7,7 @@ raised together, by name, when the last one has come.
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from ..nn import (
     conversion_plan,
     dequantize_modules_,
     mark_tables_,
+    own_weights,
     prepare_modules_,
     quantize_modules_,
     weight_names,
@@ -39,7 +41,7 @@ from ..nn import (
 from ..nn.state import SUFFIXES, listed, state_names, weight_from_fields
 from ..quant import Arrangement, QFTWeight
 from .config import QUANT_METHOD, QFTConfig
-from .coverage import check_coverage
+from .coverage import added_modules, check_coverage
 from .tensor_files import DAMAGED, damaged, metadata, tensor_names
 
 logger = logging.getLogger(__name__)
@@ -139,9 +141,31 @@ class QFTQuantizer(HfQuantizer):
         """Nothing of its own to save, and the check sums of all tensors."""
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, not the model
             return None, {}
+        self._record_added(model)
         state = model.state_dict()
         # A file may have the names and tensors of another layout, which the model was read from.
         return None, metadata({**state, **revert_weight_conversion(model, dict(state))})
+
+    def _record_added(self, model: Any) -> None:
+        """Have the configuration list float modules that were added, such as a new head.
+
+        A checkpoint is read as its configuration says, and else would miss their INT8 fields.
+        """
+        modules = added_modules(model, self.quantization_config)
+        weights = {name: own_weights(model.get_submodule(name)).values() for name in modules}
+        added = [n for n in modules if any(type(weight) is nn.Parameter for weight in weights[n])]
+        if added:
+            listed = [*(self.quantization_config.modules_to_not_convert or []), *added]
+            config = replace(self.quantization_config, modules_to_not_convert=listed)
+            self.quantization_config = model.config.quantization_config = config
+            logger.warning(
+                "%s, added to the INT8 %s, saved as float: modules_to_not_convert lists it now. "
+                "quantize_model_ with the configuration of the model makes such modules INT8",
+                ", ".join(added),
+                type(model).__name__,
+            )
+        if modules != added:  # the others are tied to INT8 weights
+            prepare_modules_(model, self.quantization_config)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse to offload: its hooks exchange float tensors by name.

@@ -21,6 +21,7 @@ from ..quant import QFTWeight
 from .chunked_loss import chunk_loss_
 from .config import QFTConfig
 from .convert import quantize_model_
+from .coverage import added_modules
 from .optimizers import (
     OPTIMIZERS,
     check_arguments,
@@ -55,6 +56,7 @@ def prepare_model_(model: nn.Module, args: TrainingArguments) -> None:
     refuse_unsupported(args, model)
     if has_quantized_weights(model):
         refuse_other_format(model, args)
+        _quantize_added_(model, args)
     else:
         _quantize_(model, args)
     if getattr(args, "chunked_loss", False):
@@ -100,6 +102,20 @@ def _quantize_(model: nn.Module, args: TrainingArguments) -> None:
         f"{quantized:,}",
         f"{total:,}",
     )
+
+
+def _quantize_added_(model: nn.Module, args: TrainingArguments) -> None:
+    """Quantize float modules that were added to an INT8 model, such as a new head."""
+    config = quantization_config_of(model)
+    if config is not None and (added := added_modules(model, config)):
+        quantize_model_(model, config)
+        logger.warning(
+            "optim=%s: quantized %s, which was float in the INT8 %s. To keep a module float, list "
+            "it in modules_to_not_convert of the model's quantization_config",
+            optimizer_name(args),
+            ", ".join(added),
+            type(model).__name__,
+        )
 
 
 def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:

@@ -10,13 +10,14 @@ from .convert import (
     prepare_modules_,
     product_choices,
     quantize_modules_,
+    replace_,
 )
 from .experts import QFTExperts
 from .functional import embedding, linear
 from .grouped import grouped_linear
-from .kinds import arrangement_of, weight_names, weight_of
+from .kinds import arrangement_of, own_weights, weight_names, weight_of
 from .loss import DeferredLogits, linear_cross_entropy
-from .modules import QFTEmbedding, QFTLinear, QuantizedModule
+from .modules import QFTEmbedding, QFTLinear, QuantizedModule, multiplies_by_ours
 from .products import Int8Products
 from .state import state_fields, state_names
 
@@ -38,9 +39,12 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mark_tables_",
+    "multiplies_by_ours",
+    "own_weights",
     "prepare_modules_",
     "product_choices",
     "quantize_modules_",
+    "replace_",
     "state_fields",
     "state_names",
     "weight_names",

@@ -15,12 +15,10 @@ from ..config import QuantizationSpec
 from ..quant import Arrangement, QFTWeight
 from .attachments import attach_, attachments
 from .kinds import arrangement_of, kind_of, own_weights
-from .modules import QuantizedModule, quantized_class
+from .modules import QuantizedModule, multiplies_by_ours, quantized_class
 from .products import Int8Products, int8_products
 from .state import check_shared_columns
 
-# Its weight is read by nn.MultiheadAttention, which does not call it.
-READ_BY_OTHERS = ("NonDynamicallyQuantizableLinear",)
 # Classes that hold their matrices transposed or in other forms, found in common models.
 UNSUPPORTED_CLASSES = ("Conv1D",)
 
@@ -123,8 +121,6 @@ def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | 
         return "unsupported"
     if kind_of(module) is None:
         return f"parameter of {kind}"
-    if kind in READ_BY_OTHERS:
-        return "weight that nn.MultiheadAttention reads without calling its module"
     weights = own_weights(module)
     if not weights:
         # Parametrizations, such as torch's weight_norm, compute it from parameters of theirs.
@@ -204,8 +200,11 @@ def mark_tables_(model: nn.Module) -> None:
 def product_choices(
     model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec
 ) -> dict[str, Int8Products | None]:
-    """Which products of the linear modules of `plan` are INT8; None: none is."""
-    names = [name for name, module in plan.modules.items() if isinstance(module, nn.Linear)]
+    """Which products of the linear modules of `plan` are INT8; None: none is.
+
+    Not listed are those that multiply by themselves, and so with the dequantized weight.
+    """
+    names = [name for name, module in plan.modules.items() if multiplies_by_ours(module)]
     return int8_products(model, names, spec)
 
 
@@ -230,7 +229,7 @@ def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPla
     for name, parameter in weights.items():
         transposed = plan.arrangements[name].transposed
         weight = QFTWeight.from_float(parameter, spec, name=name, transposed=transposed)
-        _replace_(parameter, weight)
+        replace_(parameter, weight)
     prepare_modules_(model, spec)
     return plan
 
@@ -251,7 +250,7 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
     weights = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
     _check_replaceable(weights)
     for weight in weights.values():
-        _replace_(weight, weight.values().to(dtype))
+        replace_(weight, weight.values().to(dtype))
     for module in model.modules():
         if isinstance(module, QuantizedModule):
             module.__dict__.pop("products", None)
@@ -294,7 +293,7 @@ def _check_replaceable(parameters: Mapping[str, torch.Tensor]) -> None:
         torch.utils.swap_tensors(parameter, other)
 
 
-def _replace_(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
+def replace_(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
     """Put `tensor` in the place of a parameter's value; everybody who holds it sees the new one.
 
     Hooks and attributes that others have put on the parameter stay.

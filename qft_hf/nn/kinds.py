@@ -5,11 +5,17 @@ from typing import Any
 from torch import nn
 
 from ..quant import Arrangement
+from .attention import QFTMultiheadAttention
 from .experts import QFTExperts
 from .modules import QFTEmbedding, QFTLinear, QuantizedModule
 from .state import state_names
 
-KINDS: tuple[type[QuantizedModule], ...] = (QFTLinear, QFTEmbedding, QFTExperts)
+KINDS: tuple[type[QuantizedModule], ...] = (
+    QFTLinear,
+    QFTEmbedding,
+    QFTMultiheadAttention,
+    QFTExperts,
+)
 
 
 def kind_of(module: nn.Module) -> type[QuantizedModule] | None:

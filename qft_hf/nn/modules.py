@@ -211,8 +211,17 @@ class QFTEmbedding(QuantizedModule, nn.Embedding):
         return embedding(ids, self.complete_weight(), self.padding_idx)
 
 
+class QFTMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
+    """`nn.MultiheadAttention` whose projections are `QFTWeight`; its forward reads them."""
+
+    plain_class = nn.MultiheadAttention
+    weight_names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
 # Classes that write out what nn.Linear computes. Ours does it without a float copy of the weight.
 SAME_FORWARD = ("FalconLinear",)
+# nn.MultiheadAttention reads the weight of this one, and does not call it.
+NEVER_CALLED = ("NonDynamicallyQuantizableLinear",)
 
 _MADE: dict[type[nn.Module], type[QuantizedModule]] = {}
 
@@ -233,6 +242,19 @@ def quantized_class(plain: type[nn.Module], kind: type[QuantizedModule]) -> type
         attributes = {"plain_class": plain, "kind": kind, "__doc__": doc}
         _MADE[plain] = type(f"QFT{plain.__name__}", bases, attributes)
     return _MADE[plain]
+
+
+def multiplies_by_ours(module: nn.Module) -> bool:
+    """Whether a linear module's products are those of `QFTLinear`, as far as its code shows.
+
+    A forward that has `super` in it is taken to call ours; another one reads the weight itself.
+    """
+    cls: Any = type(module)
+    if not issubclass(cls, nn.Linear) or cls.__name__.removeprefix("QFT") in NEVER_CALLED:
+        return False
+    if cls.forward in (nn.Linear.forward, QFTLinear.forward) or cls.__name__ in SAME_FORWARD:
+        return True
+    return "super" in cls.forward.__code__.co_names
 
 
 def _new(plain: type[nn.Module], kind: type[QuantizedModule]) -> Any:

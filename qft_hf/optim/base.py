@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from math import isfinite
 from typing import Any, ClassVar, overload
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from .state import StateFormat, StepCounter, checked_state, initial_state
 logger = logging.getLogger(__name__)
 
 PREVIOUS_NORM = "previous_norm"  # key in a state dict
+
+_living: WeakSet["QFTOptimizer"] = WeakSet()
 
 
 class QFTOptimizer(Optimizer):
@@ -127,6 +130,8 @@ class QFTOptimizer(Optimizer):
         # What is made of state tensors once, by their identity.
         self._quantized: dict[int, kernels.Quantized] = {}
         self._counters: dict[int, StepCounter] = {}
+        self._has_stepped = False
+        _living.add(self)
 
     # --- what a rule provides
 
@@ -289,11 +294,25 @@ class QFTOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.check_groups()
+        if not self._has_stepped:
+            self._has_stepped = True
+            self._warn_without_int8()
         if not self._flow.step(list(self._parameters())):
             self.skipped_steps += 1
             logger.warning("Step skipped: a gradient is not finite (%d so far)", self.skipped_steps)
             self.zero_grad()
         return loss
+
+    def _warn_without_int8(self) -> None:
+        n_parameters = sum(1 for _ in self._parameters())
+        if n_parameters and not any(isinstance(p, QFTWeight) for p in self._parameters()):
+            logger.warning(
+                "%s trains no INT8 weight: its %d parameters are float, and so are their gradients "
+                "and their state. To train in INT8, call qft_hf.quantize_model_(model, "
+                "qft_hf.QFTConfig()) on the model; the optimizer may be made before or after that",
+                type(self).__name__,
+                n_parameters,
+            )
 
     def update(
         self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None
@@ -347,6 +366,21 @@ class QFTOptimizer(Optimizer):
         if not state:
             state.update(initial_state(self.state_format(parameter), parameter.device))
         return state
+
+    def fit_state(self, parameter: Parameter) -> None:
+        """After a parameter was given or deprived of its last rows, do the same to its state.
+
+        Rows that stay keep their state, new ones begin.
+        """
+        state = self.state.get(parameter) or {}
+        wanted = self.state_format(parameter)
+        if all(state[name].shape == form.shape for name, form in wanted.items() if name in state):
+            return
+        for name, fresh in initial_state(wanted, parameter.device).items():
+            if fresh.ndim:  # `step` counts on
+                n_kept = min(len(fresh), len(state[name]))
+                fresh[:n_kept] = state[name][:n_kept]
+                state[name] = fresh
 
     def _next_step(self, state: dict[str, Tensor]) -> int:
         step = state["step"]
@@ -475,6 +509,12 @@ class QFTOptimizer(Optimizer):
                 self._number(group)
             if isinstance(self._flow, Release):
                 self._flow.previous_norm = previous_norm
+
+
+def fit_states(parameter: Parameter) -> None:
+    """`QFTOptimizer.fit_state` in every optimizer that is alive; others know nothing of it."""
+    for optimizer in _living:
+        optimizer.fit_state(parameter)
 
 
 def check_betas(betas: tuple[float, float], usual: tuple[float, float]) -> None:

@@ -191,6 +191,26 @@ class QFTWeight(Int8Tensor):
             arrangement=arrangement,
         )
 
+    def resized(self, values: Tensor, spec: QuantizationSpec) -> Self:
+        """A weight of as many rows as `values`: this one's own, bit for bit, and then those.
+
+        Args:
+            values: Float `[rows, columns]`; what lies beyond the rows of this weight is quantized.
+            spec: The format of this weight.
+        """
+        n_kept = min(len(self), len(values))
+        fields = {name: field[:n_kept].clone() for name, field in self.fields().items()}
+        if len(values) > n_kept:
+            columns = self.outlier_columns[:1].long() if spec.matmul == "int8" else None
+            added = _quantized(values.detach()[n_kept:], spec, columns)
+            fields = {
+                name: torch.cat([field, part.to(field.dtype)])
+                for (name, field), part in zip(fields.items(), added, strict=True)
+            }
+        weight = type(self)(*fields.values(), group_size=self.group_size, dtype=self.dtype)
+        weight.is_table = self.is_table
+        return weight
+
     def row_tiles(self, *, at_most: int | None = None) -> Iterator[slice]:
         """Ranges of rows that are expanded to float at a time; see `layout.row_tiles`.
 
@@ -354,10 +374,18 @@ def _embedding(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return rows.view(*ids.shape, weight.shape[1])
 
 
-def _quantized(matrix: Tensor, spec: QuantizationSpec) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scales, outliers and their columns of a finite float matrix."""
+def _quantized(
+    matrix: Tensor, spec: QuantizationSpec, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, scales, outliers and their columns of a finite float matrix.
+
+    Args:
+        matrix: `[rows, columns]`.
+        spec: The format.
+        columns: Where all rows have their outliers: int64 `[1, n_outliers]`; None: it is chosen.
+    """
     dense = matrix.contiguous().float()
-    index = _outlier_columns(dense, spec)
+    index = _outlier_columns(dense, spec) if columns is None else columns.expand(len(dense), -1)
     values = dense.gather(1, index)
     if index.shape[1]:
         dense = dense.scatter(1, index, 0.0)

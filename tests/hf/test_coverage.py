@@ -115,3 +115,22 @@ def test_a_model_with_nothing_to_quantize_says_so_and_not_that_it_should_be_quan
         quantize_model_(model, QFTConfig())
     with pytest.raises(ValueError, match="No weight of Sequential can be INT8"):
         quantize_model_(nn.Sequential(nn.Linear(3, 4)), QFTConfig(modules_to_not_convert=["0"]))
+
+
+class Reads(nn.Linear):
+    """Multiplies by itself."""
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_int8_products_that_cannot_be_are_said(caplog):
+    def model():
+        return nn.Sequential(nn.Linear(40, 50), Reads(50, 60), nn.MultiheadAttention(60, 2))
+
+    quantize_model_(model(), QFTConfig())
+    assert caplog.records == []
+    quantize_model_(model(), QFTConfig(matmul="int8"))
+
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "no effect on 3 modules of Sequential (1, ...)" in message  # and two of attention

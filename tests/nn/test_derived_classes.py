@@ -25,6 +25,7 @@ from qft_hf.nn import (
     dequantize_modules_,
     quantize_modules_,
 )
+from qft_hf.optim import QFTLion
 from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.tolerances import assert_same_bits
 
@@ -224,3 +225,117 @@ def test_what_cannot_be_quantized_stays_as_it_is_with_the_true_reason(make, reas
     assert list(plan.modules) == ["1"]
     assert type(model[0]) is cls
     assert reason in {kept.reason for kept in plan.kept}
+
+
+# --- classes that read their weight themselves
+
+
+class Reads(nn.Linear):
+    """Multiplies by itself, as some classes of models do."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+def attention(**arguments):
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(12, 3, batch_first=True, **arguments)
+    with torch.no_grad():
+        layer.out_proj.bias.uniform_(-1, 1)
+    return layer
+
+
+def encoder_layer():
+    torch.manual_seed(0)
+    return nn.TransformerEncoderLayer(12, 3, dim_feedforward=20, batch_first=True, dropout=0.0)
+
+
+Q, K = (torch.randn(2, n, 12, generator=torch.Generator().manual_seed(n)) for n in (5, 7))
+READERS = {
+    "linear": (lambda: Reads(12, 9), (Q,)),
+    "self-attention": (attention, (Q, Q, Q)),
+    "cross-attention": (attention, (Q, K, K)),
+    "three inputs": (attention, (Q, K, K + 1)),
+    "other widths": (lambda: attention(kdim=8, vdim=10), (Q, K[..., :8], K[..., :10])),
+    "encoder layer": (encoder_layer, (Q,)),
+}
+
+
+@pytest.mark.parametrize("case", READERS.values(), ids=READERS.keys())
+def test_a_class_that_reads_its_weight_computes_with_the_values_and_trains(case):
+    make, inputs = case
+    model = make()
+
+    plan = quantize_modules_(model, SPEC)
+    twin = dequantized(model)
+
+    assert {kept.reason for kept in plan.kept} <= {"vector", "parameter of LayerNorm"}
+    (output, *_), (expected, *_) = (as_tuple(m(*inputs)) for m in (model, twin))
+    assert_same_bits(output.detach(), expected.detach())
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    optimizer = QFTLion(model.parameters(), lr=1e-3)
+    (output * weights).sum().backward()
+    (expected * weights).sum().backward()
+    before = {name: weight.codes.clone() for name, weight in plan.weights.items()}
+    for name, weight in plan.weights.items():
+        gradient = weight.grad
+        assert isinstance(gradient, Int8Gradient), name
+        expected_gradient = twin.get_parameter(name).grad
+        error = (gradient.values() - expected_gradient).abs()
+        scales = gradient.scales.repeat_interleave(256, dim=1)[:, : weight.shape[1]]
+        assert (error <= 0.51 * scales + 1e-6 * expected_gradient.abs().max()).all(), name
+    optimizer.step()
+    assert all((w.codes != before[name]).any() for name, w in plan.weights.items())
+
+
+def as_tuple(output):
+    return output if isinstance(output, tuple) else (output,)
+
+
+@pytest.mark.parametrize("make", [attention, encoder_layer])
+def test_evaluation_of_attention_is_that_of_the_values(make):
+    """Where no gradient is recorded PyTorch has a function of its own for it."""
+    model = make().eval()
+    quantize_modules_(model, SPEC)
+    twin = dequantized(model)
+    inputs = (Q, Q, Q) if make is attention else (Q,)
+
+    with torch.no_grad():
+        (output, *_), (expected, *_) = (as_tuple(m(*inputs)) for m in (model, twin))
+
+    torch.testing.assert_close(output, expected)
+
+
+def test_the_state_of_attention_is_saved_and_loaded():
+    model = attention()
+    quantize_modules_(model, SPEC)
+    expected = model(Q, Q, Q)[0].detach()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert {"in_proj_weight_q", "in_proj_weight_scale", "out_proj.weight_q"} < state.keys()
+    assert not {"in_proj_weight", "out_proj.weight"} & state.keys()
+    other = attention()
+    quantize_modules_(other, SPEC)
+    other.in_proj_weight.codes.zero_()
+
+    other.load_state_dict(state)
+
+    assert_same_bits(other(Q, Q, Q)[0].detach(), expected)
+    del state["in_proj_weight_scale"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*in_proj_weight_scale"):
+        other.load_state_dict(state)
+
+
+def test_int8_products_are_only_for_modules_that_multiply_by_ours():
+    model = nn.ModuleDict(
+        {
+            "falcon": FalconLinear(21, 30),
+            "scaled": Scaled(),
+            "reads": Reads(21, 30),
+            "attention": attention(),
+            "plain": nn.Linear(21, 30),
+        }
+    )
+    quantize_modules_(model, QuantizationSpec(matmul="int8"))
+
+    chosen = {name for name, m in model.named_modules() if getattr(m, "products", None)}
+    assert chosen == {"falcon", "scaled", "plain"}

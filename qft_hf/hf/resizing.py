@@ -1,0 +1,86 @@
+"""`resize_token_embeddings` on an INT8 model: old rows keep their bits, new ones are quantized.
+
+transformers makes a float table, fills in the rows that are new, and puts it in the place of the
+old one. Here it does so to a float stand-in of an INT8 embedding or head, whose new rows the INT8
+weight then takes over. The parameter stays the same object, so an optimizer that has it goes on,
+and rows that stay keep their momentum. A float module is resized as ever.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..nn import QuantizedModule, replace_
+from ..optim import fit_states
+from .config import QFTConfig
+
+Resize = Callable[..., Any]
+
+
+def install_resizing() -> None:
+    """Have every model of transformers resize INT8 embeddings and heads. Idempotent."""
+    for name, wrapper in (
+        ("_get_resized_embeddings", _resizing_int8),
+        ("_get_resized_lm_head", _resizing_int8),
+        ("resize_token_embeddings", _fitting_states),
+    ):
+        original: Any = getattr(PreTrainedModel, name)
+        if not hasattr(original, "_qft_resizes"):
+            resizing: Any = wrapper(original)
+            resizing._qft_resizes = True
+            setattr(PreTrainedModel, name, resizing)
+
+
+def _resizing_int8(original: Resize) -> Resize:
+    @wraps(original)
+    def resized(model: Any, old: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(old, QuantizedModule):
+            return original(model, old, *args, **kwargs)
+        stand_in = _float_copy(old)
+        new: Any = original(model, stand_in, *args, **kwargs)
+        if new is not stand_in or new.weight.shape != old.complete_weight().shape:
+            _take_rows_(old, new, model.config.quantization_config)
+        for size in ("num_embeddings", "out_features", "padding_idx"):
+            if hasattr(old, size):  # also where a tied weight has been resized already
+                setattr(old, size, getattr(new, size))
+        return old
+
+    return resized
+
+
+def _fitting_states(original: Resize) -> Resize:
+    @wraps(original)
+    def resized(model: Any, *args: Any, **kwargs: Any) -> Any:
+        embeddings = original(model, *args, **kwargs)
+        for parameter in model.parameters():  # biases too, which are resized where weights are tied
+            fit_states(parameter)
+        return embeddings
+
+    return resized
+
+
+def _float_copy(module: QuantizedModule) -> nn.Module:
+    """A plain embedding or linear module with the values that an INT8 one has."""
+    weight = module.complete_weight()
+    rows, columns = weight.shape
+    copy: Any
+    if isinstance(module, nn.Embedding):
+        copy = nn.Embedding(rows, columns, module.padding_idx, device="meta")
+    else:
+        bias = getattr(module, "bias", None)
+        copy = nn.Linear(columns, rows, bias=bias is not None, device="meta")
+        if bias is not None:
+            copy.bias = nn.Parameter(bias.detach().clone())
+    copy.weight = nn.Parameter(weight.values())
+    return copy
+
+
+def _take_rows_(module: Any, resized: Any, config: QFTConfig) -> None:
+    """Give an INT8 module the number of rows of a float one, and the rows it has not itself."""
+    replace_(module.weight, module.weight.resized(resized.weight, config))
+    if getattr(module, "bias", None) is not None:
+        module.bias.grad = None
+        module.bias.data = resized.bias.detach()
