@@ -6,6 +6,7 @@ import torch
 
 from qft_hf import kernels
 from qft_hf.kernels import Quantized
+from tests.kernels.backends import cpu, reference
 from tests.kernels.states import (
     coded,
     guarded,
@@ -90,6 +91,17 @@ def test_squared_norm_of_the_largest_codes():
     norm = kernels.squared_norm(Quantized(codes, scales, 256)).item()
 
     assert norm == pytest.approx(1024 * 127**2 * float(scales[0, 0].double()) ** 2, rel=1e-13)
+
+
+@pytest.mark.parametrize("backend", [cpu, reference], ids=str)
+def test_squared_norm_of_a_long_group_is_an_exact_sum(backend):
+    """140,000 codes of 127 and one of 1: above 2**31, and odd, which FP32 is not above 2**24."""
+    codes = torch.full((1, 140_001), 127, dtype=torch.int8)
+    codes[0, 70_000] = 1
+
+    norm = backend.squared_norm(Quantized(codes, torch.ones(1, 1), None))
+
+    assert norm.item() == 140_000 * 127**2 + 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
