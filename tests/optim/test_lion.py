@@ -371,35 +371,6 @@ def test_the_global_random_state_is_neither_used_nor_changed():
     assert_same_tensors(model_tensors(model), model_tensors(other))
 
 
-def test_equal_parameters_are_rounded_differently():
-    """The stream is the position of the parameter: equal streams would correlate the noise."""
-    weights = [
-        QFTWeight.from_float(torch.linspace(-1, 1, 900).view(9, 100), SPEC) for _ in range(2)
-    ]
-    parameters = [nn.Parameter(weight) for weight in weights]
-    optimizer = QFTLion(parameters, lr=2e-3)
-    for parameter in parameters:
-        parameter.grad = zero_gradient(parameter)
-        parameter.grad.codes.fill_(1)
-
-    optimizer.step()
-
-    assert (parameters[0].codes != parameters[1].codes).any()
-
-
-def test_nearest_rounding_is_there_for_ablation():
-    parameter = nn.Parameter(QFTWeight.from_float(torch.linspace(-1, 1, 900).view(9, 100), SPEC))
-    parameter.codes.clamp_(-120, 120)  # so that no scale has to grow
-    before = parameter.codes.clone()
-    optimizer = QFTLion([parameter], lr=1e-5, stochastic_rounding=False)
-    for _ in range(3):
-        parameter.grad = zero_gradient(parameter)
-        parameter.grad.codes.fill_(1)
-        optimizer.step()
-
-    assert_same_bits(parameter.codes, before)  # each step is far below half a quantum
-
-
 # --- copies ---------------------------------------------------------------------------------------
 
 
