@@ -14,7 +14,7 @@ from .convert import (
 )
 from .experts import QFTExperts
 from .functional import embedding, linear
-from .grouped import grouped_linear
+from .grouped import Groups, grouped_linear
 from .kinds import arrangement_of, own_weights, weight_names, weight_of
 from .loss import DeferredLogits, linear_cross_entropy
 from .modules import QFTEmbedding, QFTLinear, QuantizedModule, multiplies_by_ours
@@ -25,6 +25,7 @@ __all__ = [
     "LISTED",
     "ConversionPlan",
     "DeferredLogits",
+    "Groups",
     "Int8Products",
     "Kept",
     "QFTEmbedding",

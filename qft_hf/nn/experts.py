@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .grouped import grouped_linear
+from .grouped import Groups, grouped_linear
 from .modules import QuantizedModule
 
 
@@ -60,21 +60,22 @@ class QFTExperts(QuantizedModule):
         # The one time that the host waits for the device: what is expanded depends on it.
         numbers = torch.arange(n_experts, device=chosen.device)
         ends = torch.searchsorted(chosen, numbers, right=True).tolist()
-        counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        chosen, order = chosen[: ends[-1]], order[: ends[-1]]
+        if ends[-1] < len(order):
+            chosen, order = chosen[: ends[-1]], order[: ends[-1]]
+        groups = Groups(ends, chosen.device)
 
         up = "gate_up_proj" if "gate_up_proj" in self._parameters else "up_proj"
-        y = self._product(up, hidden_states[order // n_choices], chosen, counts)
+        y = self._product(up, hidden_states[order // n_choices], chosen, groups)
         y = self._apply_gate(y) if up == "gate_up_proj" else self.act_fn(y)
-        y = self._product("down_proj", y, chosen, counts)
+        y = self._product("down_proj", y, chosen, groups)
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1)[order, None]
         result = y.new_zeros(top_k_index.numel(), y.shape[-1]).index_copy_(0, order, y)
         return result.view(*top_k_index.shape, -1).sum(dim=-2).to(hidden_states.dtype)
 
-    def _product(self, name: str, x: Tensor, chosen: Tensor, counts: list[int]) -> Tensor:
+    def _product(self, name: str, x: Tensor, chosen: Tensor, groups: Groups) -> Tensor:
         """`x`, sorted by expert, times a weight, and its bias if there is one."""
-        y = grouped_linear(x, self.complete_weight(name), counts, training=self.training)
+        y = grouped_linear(x, self.complete_weight(name), groups, training=self.training)
         bias = self._parameters.get(f"{name}_bias")
         return y if bias is None else y + bias[chosen].to(y.dtype)

@@ -5,8 +5,6 @@ of each. Of an expert without tokens nothing is expanded, and its gradient is ze
 expanded to float as many at a time as a tile of a linear layer has elements, and one at least.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -32,37 +30,58 @@ class Tile(NamedTuple):
         ends: int32 `[n]`: where the tokens of each end, counted from the first of the tile.
     """
 
-    experts: Sequence[int]
+    experts: list[int]
     tokens: slice
     ends: Tensor
 
 
-def tiles(weight: QFTWeight, counts: Sequence[int], first: int = 0) -> Iterator[Tile]:
-    """Experts with tokens, so many at a time as one tile has room for.
+class Groups:
+    """How many tokens each expert got; the products of one layer share it.
 
     Args:
-        weight: Of experts.
-        counts: Tokens of each expert from the number `first` on.
-        first: That number.
+        ends: Where the tokens of each expert end, in their order: one number an expert.
+        device: Where the tokens are.
     """
-    arrangement = weight.arrangement
-    at_most = matrices_of_a_tile(arrangement.rows, arrangement.columns)
-    if arrangement.rows % ALIGNED_COLUMNS or arrangement.columns % ALIGNED_COLUMNS:
-        at_most = 1
-    ends = list(accumulate(counts))
-    hit = [number for number, count in enumerate(counts) if count]
-    for place in range(0, len(hit), at_most):
-        numbers = hit[place : place + at_most]
-        start = ends[numbers[0]] - counts[numbers[0]]
-        yield Tile(
-            [first + number for number in numbers],
-            slice(start, ends[numbers[-1]]),
-            torch.tensor(
-                [ends[number] - start for number in numbers],
-                dtype=torch.int32,
-                device=weight.device,
-            ),
+
+    def __init__(self, ends: list[int], device: torch.device) -> None:
+        self.ends = [0, *ends]  # of expert e: from ends[e] to ends[e + 1]
+        self.device = device
+        self._tiles: dict[Any, list[Tile]] = {}
+
+    @property
+    def n_experts(self) -> int:
+        """All, those without tokens too."""
+        return len(self.ends) - 1
+
+    def hit(self, first: int, last: int) -> list[int]:
+        """Experts from `first` to before `last` that got tokens."""
+        return [e for e in range(first, last) if self.ends[e] < self.ends[e + 1]]
+
+    def tiles(self, first: int, last: int, at_most: int) -> list[Tile]:
+        """These, so many at a time as one tile has room for."""
+        key = first, last, at_most
+        if key not in self._tiles:
+            hit = self.hit(first, last)
+            places = range(0, len(hit), at_most)
+            self._tiles[key] = [self._tile(hit[place : place + at_most]) for place in places]
+        return self._tiles[key]
+
+    def _tile(self, experts: list[int]) -> Tile:
+        start = self.ends[experts[0]]
+        ends = [self.ends[expert + 1] - start for expert in experts]
+        return Tile(
+            experts,
+            slice(start, start + ends[-1]),
+            torch.tensor(ends, dtype=torch.int32, device=self.device),
         )
+
+
+def _at_a_time(weight: QFTWeight) -> int:
+    """How many experts of a weight are expanded together."""
+    rows, columns = weight.arrangement.rows, weight.arrangement.columns
+    if rows % ALIGNED_COLUMNS or columns % ALIGNED_COLUMNS:
+        return 1
+    return matrices_of_a_tile(rows, columns)
 
 
 class _Grouped(torch.autograd.Function):
@@ -70,15 +89,15 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: QFTWeight, counts: list[int], dtype: torch.dtype
+        ctx: Any, x: Tensor, weight: QFTWeight, groups: Groups, dtype: torch.dtype
     ) -> Tensor:
         ctx.x_dtype = x.dtype
         if x.dtype != dtype:
             x = x.to(dtype)
         # The weight is no saved tensor: it is not copied, moved or offloaded with activations.
-        ctx.weight, ctx.counts = weight, counts
+        ctx.weight, ctx.groups = weight, groups
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        ctx.tiles = list(tiles(weight, counts))
+        ctx.tiles = groups.tiles(0, groups.n_experts, _at_a_time(weight))
         products = [
             _times(x[tile.tokens], weight.dequantize_matrices(tile.experts, dtype).mT, tile)
             for tile in ctx.tiles
@@ -102,7 +121,7 @@ class _Grouped(torch.autograd.Function):
             grad_x = grad_x.to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             (x,) = ctx.saved_tensors
-            gradient = weight.gradient(lambda rows: _gradient(grad, x, weight, ctx.counts, rows))
+            gradient = weight.gradient(lambda rows: _gradient(grad, x, weight, ctx.groups, rows))
         return grad_x, gradient, None, None
 
 
@@ -117,18 +136,16 @@ def _joined(products: list[Tensor], empty: Tensor) -> Tensor:
     return torch.cat(products) if products else empty
 
 
-def _gradient(grad: Tensor, x: Tensor, weight: QFTWeight, counts: list[int], rows: slice) -> Tensor:
+def _gradient(grad: Tensor, x: Tensor, weight: QFTWeight, groups: Groups, rows: slice) -> Tensor:
     """Rows of grad_W[e] = grad[of e]^T x[of e]: of whole experts, or of a part of one."""
     n_rows, columns = weight.arrangement.rows, weight.arrangement.columns
     start, stop, _ = rows.indices(weight.codes.shape[0])
     first, last = start // n_rows, -(-stop // n_rows)
-    before = sum(counts[:first])
-    total = before + sum(counts[first:last])
-    grad, x = grad[before:total], x[before:total]
     if last - first == 1:
-        return grad[:, start - first * n_rows : stop - first * n_rows].t() @ x
+        tokens = slice(groups.ends[first], groups.ends[last])
+        return grad[tokens, start - first * n_rows : stop - first * n_rows].t() @ x[tokens]
     result = None
-    for tile in tiles(weight, counts[first:last], first):
+    for tile in groups.tiles(first, last, _at_a_time(weight)):
         of_tile, x_of_tile = grad[tile.tokens].t(), x[tile.tokens]
         if len(tile.experts) == 1:
             product = (of_tile @ x_of_tile)[None]
@@ -143,7 +160,7 @@ def _gradient(grad: Tensor, x: Tensor, weight: QFTWeight, counts: list[int], row
 
 
 def grouped_linear(
-    x: Tensor, weight: QFTWeight, counts: list[int], *, training: bool = False
+    x: Tensor, weight: QFTWeight, groups: Groups, *, training: bool = False
 ) -> Tensor:
     """Each token times the weight of its expert; the weight's gradient is an `Int8Gradient`.
 
@@ -151,7 +168,7 @@ def grouped_linear(
         x: Float `[S, C]`: the tokens of the first expert, then those of the second, ...; of the
             weight's dtype, or under autocast.
         weight: `[E, R, C]`, or transposed `[E, C, R]`.
-        counts: Tokens of each of the E experts; they add up to S.
+        groups: Which of the S tokens are whose.
         training: As in `functional.linear`.
 
     Returns:
@@ -163,17 +180,16 @@ def grouped_linear(
     dtype = product_dtype(x, weight)
     if not training and not torch.is_grad_enabled():
         if 0 < len(x) <= dequantized.max_tokens(dtype, x.device):
-            return _few(x.to(dtype), weight, counts)
-    output: Tensor = _Grouped.apply(x, weight, counts, dtype)
+            return _few(x.to(dtype), weight, groups)
+    output: Tensor = _Grouped.apply(x, weight, groups, dtype)
     return output
 
 
-def _few(x: Tensor, weight: QFTWeight, counts: list[int]) -> Tensor:
+def _few(x: Tensor, weight: QFTWeight, groups: Groups) -> Tensor:
     """The products of few tokens, as in generation, without expanding a weight."""
-    products, end = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            start, end = end, end + count
-            stored = weight.stored.rows(weight.arrangement.part(expert))
-            products.append(kernels.dequantized_matmul(x[start:end], stored, bias=None))
+    products = []
+    for expert in groups.hit(0, groups.n_experts):
+        tokens = slice(groups.ends[expert], groups.ends[expert + 1])
+        stored = weight.stored.rows(weight.arrangement.part(expert))
+        products.append(kernels.dequantized_matmul(x[tokens], stored, bias=None))
     return _joined(products, x)

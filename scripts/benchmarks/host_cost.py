@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 import triton
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
 from common import report
@@ -98,17 +98,22 @@ def redirect() -> None:
 
 
 def training_step(mode: str, options: Namespace) -> Step:
-    """Forward, backward and step of a Llama of many layers and little arithmetic."""
-    config = LlamaConfig(
-        hidden_size=options.hidden,
-        intermediate_size=2 * options.hidden,
-        vocab_size=128,
-        num_hidden_layers=options.layers,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-    )
+    """Forward, backward and step of a Llama, or Qwen3-MoE, of many layers and little arithmetic."""
+    shape = {
+        "hidden_size": options.hidden,
+        "intermediate_size": 2 * options.hidden,
+        "vocab_size": 128,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+    }
+    config = LlamaConfig(**shape)
+    if options.experts:
+        width = options.hidden // 2
+        experts = {"num_experts": options.experts, "moe_intermediate_size": width}
+        config = Qwen3MoeConfig(**shape, **experts, num_experts_per_tok=2, head_dim=8)
     # In FP32: a CPU takes four times as long to begin a product in BF16.
-    model, settings = LlamaForCausalLM(config).train(), MODES[mode]
+    model, settings = AutoModelForCausalLM.from_config(config).train(), MODES[mode]
     optimizer: torch.optim.Optimizer
     if settings is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
@@ -197,6 +202,7 @@ def main() -> None:
     parser = command_line(__doc__, layers=12, hidden=32, sequence_length=32)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="which")
     parser.add_argument("--profile", choices=MODES, help="this mode only, and where its time goes")
+    parser.add_argument("--experts", type=int, default=0, help="of each layer (default none)")
     parser.add_argument("--rounds", type=int, default=40, help="tries of each mode (default 40)")
     options = parser.parse_args()
     torch.set_num_threads(1)

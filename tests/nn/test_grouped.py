@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from qft_hf.config import QuantizationSpec
-from qft_hf.nn import grouped_linear
+from qft_hf.nn import Groups, grouped_linear
 from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.nn.small import randn
@@ -32,6 +32,10 @@ def matrices(weight: Tensor) -> Tensor:
     return values.mT if weight.arrangement.transposed else values
 
 
+def groups(counts) -> Groups:
+    return Groups(torch.tensor(counts).cumsum(0).tolist(), torch.device("cpu"))
+
+
 def runs(counts=COUNTS) -> list[slice]:
     ends = torch.tensor(counts).cumsum(0).tolist()
     return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
@@ -49,7 +53,7 @@ def test_each_token_meets_its_expert(monkeypatch, dtype, shape, transposed, tile
     x = randn(S, shape[1], seed=1, dtype=dtype).requires_grad_()
     grad_y = randn(S, shape[0], seed=3, dtype=dtype)
 
-    y = grouped_linear(x, weight, COUNTS)
+    y = grouped_linear(x, weight, groups(COUNTS))
     y.backward(grad_y)
 
     assert (y.dtype, y.shape, x.grad.dtype) == (dtype, (S, shape[0]), dtype)
@@ -85,7 +89,7 @@ def test_experts_without_tokens_are_not_expanded(monkeypatch, counts, tile_eleme
         lambda self, numbers, dtype: expanded.extend(numbers) or dequantize(self, numbers, dtype),
     )
     with torch.no_grad():
-        grouped_linear(randn(S, 264, seed=1), weight, counts, training=True)
+        grouped_linear(randn(S, 264, seed=1), weight, groups(counts), training=True)
 
     assert expanded == [e for e, count in enumerate(counts) if count]
 
@@ -101,7 +105,7 @@ def test_a_few_of_the_matrices_are_those_of_the_whole():
 def test_no_token_at_all_gives_a_gradient_of_zeros():
     weight = experts()
     x = torch.zeros(0, 264, requires_grad=True)
-    y = grouped_linear(x, weight, [0] * E)
+    y = grouped_linear(x, weight, groups([0] * E))
     y.sum().backward()
 
     assert y.shape == (0, 24)
@@ -114,7 +118,7 @@ def test_few_tokens_are_multiplied_without_expanding_outside_training(monkeypatc
     x = randn(S, 264, seed=1)
     monkeypatch.setattr(QFTWeight, "dequantize_matrices", None)  # calling it fails
     with torch.no_grad():
-        y = grouped_linear(x, weight, COUNTS)
+        y = grouped_linear(x, weight, groups(COUNTS))
     for e, run in enumerate(runs()):
         dense = matrices(weight)[e]
         assert ((y[run] - x[run].double() @ dense.double().t()).abs() <= 2 * matmul_bound(
@@ -126,14 +130,14 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs():
     weight = experts()
     x = randn(S, 264, seed=1).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = grouped_linear(x, weight, COUNTS)
+        y = grouped_linear(x, weight, groups(COUNTS))
     y.sum().backward()
 
     assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (
         torch.bfloat16, torch.float32, torch.float32,
     )  # fmt: skip
     with pytest.raises(TypeError, match="needs an input of the weight's dtype"):
-        grouped_linear(x.bfloat16(), weight, COUNTS)
+        grouped_linear(x.bfloat16(), weight, groups(COUNTS))
 
 
 # --- updates --------------------------------------------------------------------------------------
@@ -150,12 +154,12 @@ def trained(optimizer_class, mode: str, steps: int = 3, **settings) -> nn.Parame
         x, grad_y = randn(S, 264, seed=step), randn(S, 24, seed=10 + step)
         if mode == "release":
             with optimizer.accumulate():
-                grouped_linear(x, weight, MICRO_BATCHES[0]).backward(grad_y)
+                grouped_linear(x, weight, groups(MICRO_BATCHES[0])).backward(grad_y)
         else:
-            grouped_linear(x, weight, MICRO_BATCHES[0]).backward(grad_y)
-        grouped_linear(x, weight, MICRO_BATCHES[1]).backward(grad_y)
+            grouped_linear(x, weight, groups(MICRO_BATCHES[0])).backward(grad_y)
+        grouped_linear(x, weight, groups(MICRO_BATCHES[1])).backward(grad_y)
         optimizer.step()
-        grouped_linear(x, weight, MICRO_BATCHES[1]).backward(grad_y)  # one alone, as tiles
+        grouped_linear(x, weight, groups(MICRO_BATCHES[1])).backward(grad_y)  # one alone, as tiles
         optimizer.step()
     return weight
 
@@ -180,7 +184,7 @@ def test_an_expert_without_tokens_steps_as_lion_does_with_a_gradient_of_zero(mod
     )  # fmt: skip
     optimizer.train()
     x, grad_y = randn(S, 264, seed=1), randn(S, 24, seed=3)
-    grouped_linear(x, weight, [2, 1, 2, 2, 2, 2]).backward(grad_y)
+    grouped_linear(x, weight, groups([2, 1, 2, 2, 2, 2])).backward(grad_y)
     optimizer.step()
     state = optimizer.state[weight]
     rows = slice(24, 48)  # of expert 1, which has a momentum now and gets no token next
@@ -192,7 +196,7 @@ def test_an_expert_without_tokens_steps_as_lion_does_with_a_gradient_of_zero(mod
         )
 
     before, values = momentum(), matrices(weight)[1]
-    grouped_linear(x, weight, COUNTS).backward(grad_y)
+    grouped_linear(x, weight, groups(COUNTS)).backward(grad_y)
     optimizer.step()
 
     scale = state["momentum_scales"][rows].max()
