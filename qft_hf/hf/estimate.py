@@ -116,9 +116,12 @@ def skeleton(source: ModelSource) -> Any:
 
 def _workload(model: Any, *, tokens: int, checkpointing: bool, chunked_loss: bool) -> Workload:
     config = model.config.get_text_config()
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    missing = [name for name in (*names, "vocab_size") if getattr(config, name, None) is None]
-    if missing:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [name for name in names if getattr(config, name, None) is None]
+    intermediate, choices = (None, 0) if missing else _mlp(config)
+    if intermediate is None and not missing:
+        missing = ["intermediate_size"]
+    if missing or intermediate is None:
         raise ValueError(
             f"{type(config).__name__} has no {', '.join(missing)}, which the activations are "
             "computed from. Give the configuration of a decoder; memory_ledger measures any model."
@@ -131,12 +134,26 @@ def _workload(model: Any, *, tokens: int, checkpointing: bool, chunked_loss: boo
         hidden=config.hidden_size,
         attention=heads * width,
         key_value=(getattr(config, "num_key_value_heads", None) or heads) * width,
-        intermediate=config.intermediate_size,
+        intermediate=intermediate,
         vocabulary=config.vocab_size,
         compute_bytes=model.dtype.itemsize,
         checkpointing=checkpointing,
         chunked_loss=chunked_loss,
+        experts_per_token=choices,
     )
+
+
+def _mlp(config: Any) -> tuple[int | None, int]:
+    """Width of all that a token passes between the products of a layer's MLP; how many experts."""
+    width = getattr(config, "intermediate_size", None)
+    if width is None and hasattr(config, "n_inner"):  # GPT-2
+        width = config.n_inner or 4 * config.hidden_size
+    choices = getattr(config, "num_experts_per_tok", None) or 0
+    shared = getattr(config, "n_shared_experts", None) or 0
+    if width is None or not choices:
+        return width, 0
+    of_expert = getattr(config, "moe_intermediate_size", None) or width
+    return max(width, (choices + shared) * of_expert), choices  # of some models not all layers
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from ..layout import (
 from ..nn import ConversionPlan, conversion_plan, product_choices
 from ..nn.loss import words_at_a_time
 from ..nn.products import output_head
+from ..quant import Arrangement
 from .ledger import FP32_ADAM_BYTES, LedgerRow
 
 FP32_BYTES = 4
@@ -40,13 +41,14 @@ class Workload:
         hidden: Width of the residual stream.
         attention: Width of all query heads together.
         key_value: Width of all key heads together.
-        intermediate: Width of the MLP.
+        intermediate: Width of the MLP, of all experts of a token together.
         vocabulary: Rows of the output head.
         compute_bytes: Of one activation: 2 for BF16, 4 for FP32.
         checkpointing: Whether a layer keeps its input only and is computed again in backward.
         chunked_loss: Whether logits exist for one run of the vocabulary at a time.
         int8_inputs: Whether linear modules save INT8 codes of their inputs.
         outlier_fraction: Share of the columns of INT8 inputs that are saved as floats.
+        experts_per_token: Whose inputs and outputs are copies of their own; 0: no such layers.
     """
 
     tokens: int
@@ -61,12 +63,14 @@ class Workload:
     chunked_loss: bool = False
     int8_inputs: bool = False
     outlier_fraction: float = 0.0
+    experts_per_token: int = 0
 
     @property
     def layer_bytes(self) -> int:
         """What one layer saves for its backward pass."""
         norms = 2 * self.hidden * FP32_BYTES
         others = 2 * self.hidden + self.attention + 2 * self.key_value + 3 * self.intermediate
+        others += 2 * self.experts_per_token * self.hidden
         return self.tokens * (norms + others * self.compute_bytes + self.input_bytes)
 
     @property
@@ -221,7 +225,7 @@ def estimate(
         ("buffers", *_count(model.buffers())),
     ]
     largest = max(of_gradients, default=0) if gradient == "release" else 0
-    tile = min(TILE_ELEMENTS, max((rows * columns for rows, columns in shapes), default=0))
+    tile = max((_at_a_time(arrangement) for arrangement in plan.arrangements.values()), default=0)
     activations = [
         ("saved by the layers", workload.layers, workload.saved_bytes),
         ("one layer computed again", 1, workload.layer_bytes if workload.checkpointing else 0),
@@ -238,8 +242,20 @@ def estimate(
     )
 
 
+def _at_a_time(arrangement: Arrangement) -> int:
+    """Elements of a weight that are expanded to float together."""
+    rows, columns = arrangement.matrix_shape
+    of_one = rows * columns // arrangement.n_matrices
+    return max(min(TILE_ELEMENTS, rows * columns), of_one if arrangement.n_matrices > 1 else 0)
+
+
 def _keeps_codes(model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec) -> bool:
-    """Whether every linear module but the head saves codes; one that does not saves its input."""
+    """Whether every linear module but the head saves codes; one that does not saves its input.
+
+    Experts do not: their products are of dequantized weights.
+    """
+    if any(arrangement.n_matrices > 1 for arrangement in plan.arrangements.values()):
+        return False
     choices = product_choices(model, plan, spec)
     head = output_head(model)
     inner = [choice for name, choice in choices.items() if model.get_submodule(name) is not head]

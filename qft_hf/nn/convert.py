@@ -14,13 +14,11 @@ from torch import nn
 from ..config import QuantizationSpec
 from ..quant import Arrangement, QFTWeight
 from .attachments import attach_, attachments
+from .conv1d import QFTConv1D
 from .kinds import arrangement_of, kind_of, own_weights
 from .modules import QuantizedModule, multiplies_by_ours, quantized_class
 from .products import Int8Products, int8_products
 from .state import check_shared_columns
-
-# Classes that hold their matrices transposed or in other forms, found in common models.
-UNSUPPORTED_CLASSES = ("Conv1D",)
 
 LISTED = "listed in modules_to_not_convert"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,28 +56,18 @@ def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) 
     Works on float models, on models already quantized, and on the meta device; changes nothing.
 
     Raises:
-        ValueError: The model holds matrices in a class that is not supported and not excluded, or a
-            name in `modules_to_not_convert` matches nothing.
+        ValueError: Of the modules that share a weight one holds it transposed, or a name in
+            `modules_to_not_convert` matches nothing.
     """
     excluded = modules_to_not_convert or []
     modules = {}
     reasons: dict[int, str] = {}
-    unsupported = []
     for name, module in model.named_modules():
         reason = _reason_to_keep(name, module, excluded)
         if reason is None:
             modules[name] = module
-        elif reason == "unsupported":
-            unsupported.append(name)
         else:
             reasons |= {id(parameter): reason for parameter in module.parameters(recurse=False)}
-    if unsupported:
-        raise ValueError(
-            f"{len(unsupported)} modules ({unsupported[0]}, ...) are of class "
-            f"{type(model.get_submodule(unsupported[0])).__name__}, which QFT does not quantize. "
-            "Use a model built from nn.Linear, or list their names in modules_to_not_convert to "
-            "train them as float."
-        )
     _check_names(model, excluded)
     # One float user of a tied weight keeps it float: it could not compute with codes.
     modules = {
@@ -88,11 +76,15 @@ def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) 
         if isinstance(module, QuantizedModule)
         or not any(id(weight) in reasons for weight in own_weights(module).values())
     }
-    quantized = {
-        id(weight): arrangement_of(module, own)
-        for module in modules.values()
-        for own, weight in own_weights(module).items()
-    }
+    quantized: dict[int, Arrangement] = {}
+    for name, module in modules.items():
+        for own, weight in own_weights(module).items():
+            arrangement = arrangement_of(module, own)
+            if quantized.setdefault(id(weight), arrangement) != arrangement:
+                raise ValueError(
+                    f"{name}.{own} is shared with a module that holds it transposed. List one of "
+                    "them in modules_to_not_convert, which keeps the weight float."
+                )
     plan = ConversionPlan(modules, {}, {}, [])
     for name, parameter in model.named_parameters():  # a tied one by its first name
         if id(parameter) in quantized:
@@ -117,8 +109,6 @@ def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | 
             return f"table of {kind}, which is computed and not trained"
     if _is_excluded(name, excluded):
         return LISTED
-    if kind in UNSUPPORTED_CLASSES:
-        return "unsupported"
     if kind_of(module) is None:
         return f"parameter of {kind}"
     weights = own_weights(module)
@@ -158,8 +148,7 @@ def kept_parameters(model: nn.Module) -> list[Kept]:
     plain = [
         name
         for name, module in model.named_modules()
-        if not isinstance(module, QuantizedModule)
-        and (kind_of(module) or type(module).__name__ in UNSUPPORTED_CLASSES)
+        if not isinstance(module, QuantizedModule) and kind_of(module)
     ]
     return conversion_plan(model, plain).kept
 
@@ -204,7 +193,11 @@ def product_choices(
 
     Not listed are those that multiply by themselves, and so with the dequantized weight.
     """
-    names = [name for name, module in plan.modules.items() if multiplies_by_ours(module)]
+    names = [
+        name
+        for name, module in plan.modules.items()
+        if multiplies_by_ours(module) or kind_of(module) is QFTConv1D
+    ]
     return int8_products(model, names, spec)
 
 

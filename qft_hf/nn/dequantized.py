@@ -33,7 +33,7 @@ def forward(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
     """y[..., R] = x[..., C] W[R, C]^T + b[R], of the dtype of `x`."""
     if weight.is_one_tile:
         bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x, weight.values(x.dtype), bias)
+        return F.linear(x, weight.matrix(x.dtype), bias)
     tiles = [
         F.linear(
             x,
@@ -50,13 +50,13 @@ def forward_few(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
     y = kernels.dequantized_matmul(
         x.reshape(-1, x.shape[-1]).contiguous(), weight.stored, bias=bias
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def input_gradient(grad: Tensor, weight: QFTWeight) -> Tensor:
     """grad_x[N, C] = grad[N, R] W[R, C]; FP32 if it was added up from several tiles."""
     if weight.is_one_tile:
-        return grad @ weight.values(grad.dtype)
+        return grad @ weight.matrix(grad.dtype)
     total = None
     for rows in weight.row_tiles():  # they add up in FP32: rounding partial sums would lose bits
         product = (grad[:, rows] @ weight.dequantize_rows(rows, grad.dtype)).float()

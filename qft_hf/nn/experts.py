@@ -1,5 +1,11 @@
-"""Experts of a layer as transformers holds them: all in one parameter, `[E, R, C]`."""
+"""Experts of a layer as transformers holds them: all in one parameter, `[E, R, C]`.
 
+Their classes are known by their form: the names and shapes of their parameters, and what forward
+takes. Tokens are brought into the order of their experts; see `grouped`.
+"""
+
+from inspect import signature
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,8 +20,7 @@ class QFTExperts(QuantizedModule):
 
     They are of the form that `transformers.integrations.moe` describes, whose implementations this
     one takes the place of: `gate_up_proj`, or `up_proj` without a gate, and `down_proj`, each with
-    the matrices of all experts, and `_apply_gate` between them. Tokens are sorted by expert; of an
-    expert without tokens nothing is expanded.
+    the matrices of all experts, and `_apply_gate` between them.
     """
 
     weight_names = ("gate_up_proj", "up_proj", "down_proj")
@@ -24,13 +29,8 @@ class QFTExperts(QuantizedModule):
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
         """Whether a module has the parameters of that form and its gate."""
-        own = module._parameters
-        weights = [own[name] for name in cls.weight_names if own.get(name) is not None]
-        return (
-            len(weights) == 2
-            and all(weight is not None and weight.ndim == 3 for weight in weights)
-            and "down_proj" in own
-            and hasattr(module, "_apply_gate")
+        return hasattr(module, "_apply_gate") and (
+            _are_3d(module, "gate_up_proj", "down_proj") or _are_3d(module, "up_proj", "down_proj")
         )
 
     @classmethod
@@ -79,3 +79,71 @@ class QFTExperts(QuantizedModule):
         y = grouped_linear(x, self.complete_weight(name), groups, training=self.training)
         bias = self._parameters.get(f"{name}_bias")
         return y if bias is None else y + bias[chosen].to(y.dtype)
+
+
+class QFTBatchedExperts(QuantizedModule):
+    """Experts that are called with as many rows each, in order, as those of Llama 4.
+
+    A token's row is zeros at an expert that it is not sent to. Such rows are left out: without
+    biases what comes of them is zero, and so is their gradient where a score of zero made them.
+    """
+
+    weight_names = ("gate_up_proj", "down_proj")
+    replaces_forward = True
+
+    down_proj: Any
+    act_fn: Any
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether a module has these parameters and takes nothing else."""
+        return (
+            _are_3d(module, *cls.weight_names)
+            and hasattr(module, "act_fn")
+            and not hasattr(module, "_apply_gate")
+            and list(signature(module.forward).parameters) == ["hidden_states"]
+        )
+
+    @classmethod
+    def holds_transposed(cls, module: Any) -> bool:
+        """Whether the matrices are `[C, R]`: the first makes a gate and a value of each input."""
+        return bool(module.gate_up_proj.shape[2] == 2 * module.down_proj.shape[1])
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """`[E * T, H]`, the rows of the first expert first, to as much."""
+        n_experts = self.down_proj.shape[0]
+        n_rows = len(hidden_states) // n_experts
+        sent = hidden_states.any(dim=-1).nonzero().squeeze(1)
+        last = torch.arange(n_rows, len(hidden_states) + 1, n_rows, device=sent.device)
+        groups = Groups(torch.searchsorted(sent, last).tolist(), sent.device)
+        gate_up, down = (self.complete_weight(name) for name in self.weight_names)
+
+        y = grouped_linear(hidden_states[sent], gate_up, groups, training=self.training)
+        gate, up = y.chunk(2, dim=-1)
+        y = grouped_linear(up * self.act_fn(gate), down, groups, training=self.training)
+        return y.new_zeros(len(hidden_states), y.shape[-1]).index_copy_(0, sent, y)
+
+
+class QFTParallelExperts(QuantizedModule):
+    """One product of all experts, called with tokens in their order, as those of JetMoe."""
+
+    replaces_forward = True
+
+    @classmethod
+    def fits(cls, module: Any) -> bool:
+        """Whether a module has one parameter `[E, R, C]` and takes the tokens of each expert."""
+        return (
+            _are_3d(module, "weight")
+            and hasattr(module, "num_experts")
+            and list(signature(module.forward).parameters) == ["inputs", "expert_size"]
+        )
+
+    def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
+        """Tokens `[S, C]` in the order of their experts, so many of each, to `[S, R]`."""
+        groups = Groups(list(accumulate(map(int, expert_size))), inputs.device)
+        return grouped_linear(inputs, self.complete_weight(), groups, training=self.training)
+
+
+def _are_3d(module: nn.Module, *names: str) -> bool:
+    own = [module._parameters.get(name) for name in names]
+    return all(parameter is not None and parameter.ndim == 3 for parameter in own)

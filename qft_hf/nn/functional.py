@@ -125,7 +125,7 @@ class _Int8Linear(torch.autograd.Function):
         if of_weight is not None and operand is not None:
             gradient = int8.weight_gradient(of_weight, operand, weight)
         elif needs_weight:
-            x = kept[0].reshape(-1, weight.shape[1])
+            x = kept[0].reshape(-1, kept[0].shape[-1])
             gradient = dequantized.weight_gradient(grad, x, weight)
         grad_bias = grad.sum(dim=0) if needs_bias else None
         return grad_x, gradient, grad_bias, None, None, None
@@ -171,8 +171,8 @@ def linear(
     Args:
         x: Float `[..., C]`, of the weight's dtype; under autocast the products are computed in the
             autocast dtype.
-        weight: `[R, C]`; for INT8 products with one scale per row, and outliers in the same
-            columns of every row.
+        weight: `[R, C]`, or transposed `[C, R]`; for INT8 products with one scale per row, and
+            outliers in the same columns of every row.
         bias: Float `[R]` or None.
         products: Which products are INT8; None for none. With fewer than `int8.MIN_TOKENS` tokens
             none is.

@@ -128,7 +128,7 @@ def forward(
         both = torch.cat((of_x, operand.values), dim=1)
         coded = _columns(weight.codes, operand.columns) * weight.scales
         y.addmm_(both.to(dtype), torch.cat((values, coded), dim=1).to(dtype).t())
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def quantized_gradient(

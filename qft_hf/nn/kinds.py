@@ -6,7 +6,8 @@ from torch import nn
 
 from ..quant import Arrangement
 from .attention import QFTMultiheadAttention
-from .experts import QFTExperts
+from .conv1d import QFTConv1D
+from .experts import QFTBatchedExperts, QFTExperts, QFTParallelExperts
 from .modules import QFTEmbedding, QFTLinear, QuantizedModule
 from .state import state_names
 
@@ -14,7 +15,10 @@ KINDS: tuple[type[QuantizedModule], ...] = (
     QFTLinear,
     QFTEmbedding,
     QFTMultiheadAttention,
+    QFTConv1D,
     QFTExperts,
+    QFTBatchedExperts,
+    QFTParallelExperts,
 )
 
 

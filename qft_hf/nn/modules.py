@@ -211,13 +211,6 @@ class QFTEmbedding(QuantizedModule, nn.Embedding):
         return embedding(ids, self.complete_weight(), self.padding_idx)
 
 
-class QFTMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
-    """`nn.MultiheadAttention` whose projections are `QFTWeight`; its forward reads them."""
-
-    plain_class = nn.MultiheadAttention
-    weight_names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-
-
 # Classes that write out what nn.Linear computes. Ours does it without a float copy of the weight.
 SAME_FORWARD = ("FalconLinear",)
 # nn.MultiheadAttention reads the weight of this one, and does not call it.

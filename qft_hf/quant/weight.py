@@ -237,9 +237,13 @@ class QFTWeight(Int8Tensor):
             return self._expand(self.stored, rows, dtype)
         return self._expand(self.stored.rows(rows), None, dtype)
 
+    def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All rows of the matrix likewise."""
+        return self._expand(self.stored, None, dtype)
+
     def values(self, dtype: torch.dtype | None = None) -> Tensor:
         """All values as a plain tensor of this shape, without a gradient; `dtype` likewise."""
-        return self.arrangement.parameter(self._expand(self.stored, None, dtype))
+        return self.arrangement.parameter(self.matrix(dtype))
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """All values as a plain tensor of this shape; `dtype` likewise.
@@ -270,7 +274,7 @@ class QFTWeight(Int8Tensor):
         rows, columns = self.arrangement.rows, self.arrangement.columns
         n, first = len(numbers), numbers[0]
         if n == self.arrangement.n_matrices:
-            values = self._expand(self.stored, None, dtype)
+            values = self.matrix(dtype)
         elif numbers[-1] - first == n - 1:
             values = self.dequantize_rows(slice(first * rows, (first + n) * rows), dtype)
         else:

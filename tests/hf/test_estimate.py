@@ -5,7 +5,16 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from transformers import LlamaConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DeepseekV3Config,
+    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3MoeConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from qft_hf import (
     QFTSGD,
@@ -128,6 +137,32 @@ def test_a_large_configuration_takes_no_memory_and_has_the_known_size():
     lomo = estimate_memory(config, gradient="release", momentum_bits=0)
     assert lomo.state_bytes / lomo.n_parameters < 1.07
     assert {row.state for row in release.rows} - {row.state for row in lomo.rows} == {"momentum"}
+
+
+MIXTURES = {  # states with release in GB, and the float share in percent: both at most
+    "qwen3-30b-a3b": (
+        Qwen3MoeConfig(
+            vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+            num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
+            num_experts_per_tok=8, moe_intermediate_size=768,
+        ),
+        65,
+    ),
+    "mixtral-8x7b": (MixtralConfig(), 98),
+    "gpt-oss-20b": (GptOssConfig(num_hidden_layers=24, num_local_experts=32), 44),
+    "deepseek-v3": (DeepseekV3Config(), 1400),
+    "llama-4-scout": (Llama4TextConfig(), 225),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "gigabytes"), MIXTURES.values(), ids=MIXTURES)
+def test_mixtures_of_experts_keep_less_than_a_thousandth_float(config, gigabytes):
+    config.dtype = torch.bfloat16
+    estimate = estimate_memory(config, gradient="release")
+
+    assert 0.97 * gigabytes < estimate.state_bytes / 1e9 <= gigabytes
+    weights = next(row.bytes for row in estimate.rows if row.state == "INT8 weights")
+    assert weights > 0.999 * estimate.n_parameters
 
 
 def test_the_recommendation_is_the_first_mode_that_fits():

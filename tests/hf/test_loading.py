@@ -16,8 +16,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaForCausalLM,
     LlamaModel,
 )
@@ -568,14 +566,6 @@ def test_wrong_shape_in_a_float_checkpoint_is_named(cut, tmp_path):
     edit_tensors(tmp_path, with_tensor(DOWN + "weight", lambda t: cut(t[DOWN + "weight"])))
 
     with pytest.raises(ValueError, match=r"down_proj\.weight has shape .* needs \(44, 75\)"):
-        load(tmp_path, quantization_config=QFTConfig())
-
-
-def test_conv1d_model_is_refused_by_name(tmp_path):
-    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=12, n_layer=1, n_head=2)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
-
-    with pytest.raises(ValueError, match=r"transformer\.h\.0\.attn\.c_attn, .* of class Conv1D"):
         load(tmp_path, quantization_config=QFTConfig())
 
 

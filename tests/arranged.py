@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts, one of each way that transformers holds experts."""
+"""Tiny models whose weights are no plain matrices, one of each way that transformers holds them."""
 
 from typing import Any
 
@@ -7,12 +7,16 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    GPT2Config,
     GptOssConfig,
+    JetMoeConfig,
+    Llama4TextConfig,
     MixtralConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
 )
 
+from qft_hf.quant import QFTWeight
 from tests.models import VOCAB_SIZE
 
 WIDTH = 48
@@ -42,6 +46,18 @@ CONFIGS: dict[str, Any] = {
         n_routed_experts=8, n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1,
         q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
     ),
+    "llama4_text": lambda: Llama4TextConfig(
+        **COMMON | {"num_experts_per_tok": 1}, intermediate_size=40, intermediate_size_mlp=72,
+        num_local_experts=5, interleave_moe_layer_step=2,
+    ),
+    "jetmoe": lambda: JetMoeConfig(
+        **COMMON | {"kv_channels": 16, "num_key_value_heads": 2, "num_experts_per_tok": 2},
+        intermediate_size=40, num_local_experts=4,
+    ),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCAB_SIZE, n_positions=64, n_embd=WIDTH, n_layer=2, n_head=2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2,
+    ),
     "gpt_oss": lambda: GptOssConfig(
         **COMMON, intermediate_size=40, num_local_experts=5, sliding_window=16,
         layer_types=["sliding_attention", "full_attention"],
@@ -49,7 +65,7 @@ CONFIGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def tiny_moe(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def tiny(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A model of two layers in eval mode, the same values at every call, no weight too small."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -68,6 +84,7 @@ def batch(seed: int = 0, shape: tuple[int, int] = (2, 11)) -> torch.Tensor:
     return torch.randint(3, VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def experts_of(model: nn.Module) -> list[str]:
-    """Names of the experts' weights."""
-    return [name for name, p in model.named_parameters() if p.ndim == 3]
+def arranged(model: nn.Module) -> dict[str, QFTWeight]:
+    """The weights that are no plain matrices: experts, and those held transposed."""
+    weights = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
+    return {name: weight for name, weight in weights.items() if not weight.arrangement.is_plain}

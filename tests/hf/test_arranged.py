@@ -1,4 +1,4 @@
-"""Mixtures of experts: every weight INT8, the gradients of the float model, and every way out."""
+"""Mixtures of experts, and GPT-2, which holds its weights transposed: what every model can do."""
 
 import copy
 import subprocess
@@ -18,15 +18,15 @@ from qft_hf import (
     quantize_model_,
 )
 from qft_hf.quant import QFTWeight
+from tests.arranged import CONFIGS, arranged, batch, tiny
 from tests.hf.checkpoints import assert_same_state
-from tests.moe import CONFIGS, batch, experts_of, tiny_moe
 from tests.tolerances import snr_db
 
 FAMILIES = list(CONFIGS)
 
 
 def quantized(family: str, **config):
-    return quantize_model_(tiny_moe(family), QFTConfig(**config))
+    return quantize_model_(tiny(family), QFTConfig(**config))
 
 
 def loss(model, ids=None):
@@ -35,16 +35,16 @@ def loss(model, ids=None):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_experts_are_int8_and_all_but_a_hundredth_of_the_matrices(family):
+def test_all_matrices_are_int8_but_those_with_a_row_for_each_expert(family):
     model = quantized(family)
 
-    experts = [p for p in model.parameters() if p.ndim == 3]
-    assert experts
-    assert all(isinstance(parameter, QFTWeight) for parameter in experts)
-    kept = {kept.name: kept.reason for kept in memory_ledger(model).kept}
-    matrices = {name for name, p in model.named_parameters() if name in kept and p.ndim > 1}
-    # Routers, and the biases of gpt-oss, one row for each expert.
-    assert all(".mlp.gate." in n or ".router." in n or n.endswith("_bias") for n in matrices)
+    weights = arranged(model)
+    assert weights
+    for name, parameter in tiny(family).named_parameters():
+        assert parameter.ndim < 3 or name in weights
+    kept = [kept for kept in memory_ledger(model).kept if kept.parameter.ndim > 1]
+    # Routers, and biases of gpt-oss.
+    assert all(kept.parameter.shape[0] == model.config.num_local_experts for kept in kept)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,7 +63,7 @@ def test_gradients_are_those_of_the_float_model(family):
             continue
         gradient = parameter.grad.dequantize()
         assert snr_db(exact.grad, gradient) > 38, name  # 256 values a scale, half a code of error
-        if parameter.ndim == 3:
+        if parameter.ndim == 3:  # experts
             without = (exact.grad == 0).flatten(1).all(dim=1)
             assert not gradient[without].any(), name
 
@@ -71,8 +71,8 @@ def test_gradients_are_those_of_the_float_model(family):
 def test_some_expert_gets_no_token_where_it_is_tested():
     model = quantized("qwen3_moe").train()
     loss(model, batch(shape=(1, 2))).backward()
-    (name,) = [n for n in experts_of(model) if n.endswith("down_proj")]
-    codes = model.get_parameter(name).grad.codes.unflatten(0, (6, -1))
+    (weight,) = [weight for n, weight in arranged(model).items() if n.endswith("down_proj")]
+    codes = weight.grad.codes.unflatten(0, (6, -1))
     assert 0 < codes.flatten(1).any(dim=1).sum() < 6
 
 
@@ -90,8 +90,9 @@ def trained(family: str, gradient: str, steps: int = 3):
 def test_release_has_the_bits_of_stack(family):
     stack, release = (trained(family, gradient) for gradient in ("stack", "release"))
     assert_same_state(release, stack)
-    for name in experts_of(stack):
-        assert not torch.equal(stack.get_parameter(name), quantized(family).get_parameter(name))
+    before = arranged(quantized(family))
+    for name, weight in arranged(stack).items():
+        assert not torch.equal(weight, before[name]), name
 
 
 CHECKPOINTING = [(family, None) for family in FAMILIES] + [("qwen3_moe", flag) for flag in (0, 1)]
@@ -126,7 +127,7 @@ def test_a_saved_model_reloads_with_its_bits(tmp_path, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_float_checkpoint_is_quantized_after_its_experts_are_merged(tmp_path, family):
-    plain = tiny_moe(family)
+    plain = tiny(family)
     plain.save_pretrained(tmp_path)  # in the layout of the family: many one expert after the other
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QFTConfig())
     assert_same_state(loaded, quantized(family))
@@ -156,7 +157,7 @@ def exports(tmp_path_factory):
     ids, made = batch(), {}
     for family in FAMILIES:
         root = tmp_path_factory.mktemp(family)
-        plain = tiny_moe(family)
+        plain = tiny(family)
         plain.save_pretrained(root / "plain")
         instance = quantize_model_(plain, QFTConfig())
         instance.save_pretrained(root / "int8")
@@ -230,5 +231,5 @@ def test_the_estimate_is_the_ledger(family, gradient):
     if gradient == "stack":
         loss(model).backward()
     measured = {row.state: row.bytes for row in memory_ledger(model, optimizer).rows}
-    estimate = estimate_memory(tiny_moe(family), gradient=gradient)
+    estimate = estimate_memory(tiny(family), gradient=gradient)
     assert {row.state: row.bytes for row in estimate.rows} == measured
