@@ -124,6 +124,36 @@ def test_int8_inputs_are_counted_where_all_modules_save_them():
     assert saved(matmul="int8", int8_products={"down_proj": []}) == floats
 
 
+def activations(vocabulary: int = 32_000, **arguments) -> dict[str, int]:
+    """Bytes by kind for LLaMA-7B in bf16, whose hidden states have 4,096 elements."""
+    config = LlamaConfig(dtype="bfloat16", vocab_size=vocabulary)
+    rows = estimate_memory(config, sequence_length=2048, **arguments).activation_rows
+    return {row.state: row.bytes for row in rows}
+
+
+def test_a_chunked_loss_holds_one_run_of_logits_whatever_the_vocabulary():
+    row = "logits and their gradient"
+    whole = [activations(words)[row] for words in (32_000, 64_000)]
+    chunked = [activations(words, chunked_loss=True)[row] for words in (32_000, 64_000)]
+    # bf16 logits, their FP32 log-probabilities, and the gradient of those.
+    assert whole == [2048 * 32_000 * (2 + 4 + 4), 2048 * 64_000 * (2 + 4 + 4)]
+    assert chunked[0] == chunked[1]
+    # FP32 logits of as many words as a tile of the head has rows, and FP32 sums of hidden states.
+    assert 2048 * (4096 + 4096) * 4 <= chunked[0] < whole[0] / 5
+
+
+def test_a_gradient_at_a_time_is_counted_with_release_and_operands_with_int8_products():
+    stack, release = activations(gradient="stack"), activations(gradient="release")
+    assert "largest gradient" not in stack
+    assert release["largest gradient"] == 32_000 * 4096 * (1 + 4 / 256)  # of the embedding
+    int8 = activations(config=QFTConfig(matmul="int8"))
+    assert "INT8 gradient operands" not in stack
+    # The gradient of the widest output, 11,008 elements, by tokens and by outputs.
+    assert int8["INT8 gradient operands"] == 2 * 2048 * 11_008 + 4 * (2048 + 11_008)
+    # At most 2**24 elements of a weight are float at a time: in FP32, in bf16, and its gradient.
+    assert stack["float tiles"] == release["float tiles"] == 2**24 * (4 + 2 + 2)
+
+
 def test_a_large_configuration_takes_no_memory_and_has_the_known_size():
     config = LlamaConfig(dtype="bfloat16")  # the defaults are LLaMA-7B
     figures = estimate_memory(config)

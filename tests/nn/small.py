@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 N_TOKENS = 37
@@ -57,3 +58,15 @@ def batch(seed: int = 0, shape: tuple[int, int] = (8, 12)) -> Tensor:
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest plain float tensor that any operator makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if type(result) is torch.Tensor and result.is_floating_point():
+            self.elements = max(self.elements, result.numel())
+        return result

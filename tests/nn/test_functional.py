@@ -9,7 +9,7 @@ from torch import nn
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import Int8Products, QFTLinear, dequantized, embedding, linear
 from qft_hf.quant import Int8Gradient, QFTWeight
-from tests.nn.small import randn
+from tests.nn.small import Largest, randn
 from tests.tolerances import (
     BF16_EPS,
     FP32_EPS,
@@ -96,18 +96,30 @@ def test_row_tiles_agree_with_the_whole(monkeypatch, tile_elements):
 
 @pytest.mark.parametrize("tile_elements", [10**9, 700])
 def test_tiles_of_a_bf16_weight_add_up_in_fp32(monkeypatch, tile_elements):
-    """Sixty-four partial sums in BF16 would lose bits that a single product keeps."""
+    """A first tile of 256 and 64 of a half: BF16 has steps of 2 at 256, and would lose them all."""
     monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", tile_elements)
-    weight = make_weight(dtype=torch.bfloat16, rows=130)
+    weight = nn.Parameter(
+        QFTWeight.from_float(torch.ones(130, COLUMNS, dtype=torch.bfloat16), SPECS[1])
+    )
     x = randn(3, COLUMNS, seed=1, dtype=torch.bfloat16).requires_grad_()
-    grad_y = randn(3, 130, seed=3, dtype=torch.bfloat16).abs()  # one sign: partial sums grow
+    grad_y = torch.full((3, 130), 0.25, dtype=torch.bfloat16)
+    grad_y[:, 0], grad_y[:, 1] = 256, 0
 
     linear(x, weight).backward(grad_y)
 
-    # Each tile's product is rounded to BF16, at most once per tile, and so is the result.
-    exact = grad_y.double() @ weight.dequantize().double()
-    size = grad_y.double().abs() @ weight.dequantize().double().abs()
-    assert ((x.grad.double() - exact).abs() <= 2 * BF16_EPS * size + BF16_EPS * exact.abs()).all()
+    assert (x.grad == 256 + 128 * 0.25).all()
+
+
+@pytest.mark.parametrize("tile_elements", [COLUMNS, 700])
+def test_no_more_of_a_weight_than_a_tile_is_float_at_a_time(monkeypatch, tile_elements):
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", tile_elements)
+    weight = make_weight()
+    x = randn(1, COLUMNS, seed=1).requires_grad_()
+
+    with Largest() as largest:
+        linear(x, weight).sum().backward()
+
+    assert largest.elements == tile_elements // COLUMNS * COLUMNS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -139,11 +151,13 @@ def test_an_input_of_another_dtype_is_refused():
         linear(randn(2, COLUMNS), make_weight(dtype=torch.bfloat16))
 
 
-def test_a_frozen_weight_gets_no_gradient_and_passes_it_on():
+def test_a_frozen_weight_gets_no_gradient_keeps_nothing_and_passes_it_on():
     weight = make_weight().requires_grad_(False)
     x = randn(2, COLUMNS).requires_grad_()
 
-    linear(x, weight).sum().backward()
+    y = linear(x, weight)
+    assert [t for t in y.grad_fn.saved_tensors if t is not None] == []
+    y.sum().backward()
 
     assert weight.grad is None
     error = (x.grad.double() - weight.dequantize().double().sum(dim=0)).abs()

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import threading
+import weakref
 
 import pytest
 import torch
@@ -255,6 +256,19 @@ def test_backward_keeps_codes_of_the_input_and_not_the_input(products, expected)
     kept = y.grad_fn.saved_tensors
     assert not any(isinstance(t, QFTWeight) for t in kept)
     assert sum(t.untyped_storage().nbytes() for t in kept) == expected
+
+
+def test_an_input_whose_codes_are_kept_is_freed():
+    weight, leaf = make_weight(), randn(TOKENS, COLUMNS).requires_grad_()
+    x = leaf * 2
+    reference = weakref.ref(x)
+
+    y = linear(x, weight, products=ALL)
+    del x
+
+    assert reference() is None
+    y.sum().backward()
+    assert leaf.grad is not None
 
 
 def test_tokens_and_weights_of_zeros_take_no_codes_from_the_others():

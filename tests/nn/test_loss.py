@@ -4,13 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qft_hf.config import QuantizationSpec
 from qft_hf.nn import DeferredLogits, QFTLinear, linear_cross_entropy
 from qft_hf.nn import loss as loss_module
 from qft_hf.quant import Int8Gradient, QFTWeight
-from tests.nn.small import randn
+from tests.nn.small import Largest, randn
 from tests.tolerances import BF16_EPS, FP32_EPS
 from tests.values import scales64, values64
 
@@ -99,18 +98,6 @@ def test_runs_of_words_agree_with_all_words_to_the_code(monkeypatch):
     assert (weight_runs.codes.int() - weight.codes).abs().max() <= 1
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest plain float tensor that any operator makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        if type(result) is torch.Tensor and result.is_floating_point():
-            self.elements = max(self.elements, result.numel())
-        return result
-
-
 def test_no_tensor_is_as_large_as_the_logits(monkeypatch):
     n_tokens, words = 40, 500
     monkeypatch.setattr(loss_module, "LOGITS_ELEMENTS", 30 * n_tokens)
@@ -123,6 +110,22 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch):
     with Largest() as largest:
         F.cross_entropy(F.linear(x, weight.dequantize()), labels).backward()
     assert largest.elements == n_tokens * words
+
+
+def test_gradients_of_runs_add_up_in_fp32(monkeypatch):
+    """A first word of almost 1 and 1,023 of 1/1024: BF16 has steps of 1/128 at 1, and loses them.
+
+    All words are as likely; what is learned is the first, whose row is the others' negative.
+    """
+    monkeypatch.setattr(loss_module, "LOGITS_ELEMENTS", 1)
+    rows = torch.ones(1024, 8, dtype=torch.bfloat16)
+    rows[0] = -1
+    weight = nn.Parameter(QFTWeight.from_float(rows, QuantizationSpec()))
+    x = torch.zeros(1, 8, dtype=torch.bfloat16).requires_grad_()
+
+    linear_cross_entropy(x, weight, torch.tensor([0])).sum().backward()
+
+    assert ((x.grad.double() - 2 * 1023 / 1024).abs() <= 2 * BF16_EPS).all()
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
