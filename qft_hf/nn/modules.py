@@ -10,6 +10,7 @@ raw codes for weights.
 """
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +45,10 @@ class QuantizedModule(nn.Module):
         """A class that is written, and not made by `quantized_class`, is a kind."""
         super().__init_subclass__()
         cls.kind = cls.__dict__.get("kind", cls)
+        # As `module.weight_q`: so torch.distributed finds what a state dict names.
+        for weight in cls.weight_names:
+            for field, name in state_names(weight).items():
+                setattr(cls, name, property(attrgetter(f"{weight}.{field}")))
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:

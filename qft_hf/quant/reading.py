@@ -83,11 +83,31 @@ class Readable(Tensor):
             f"values, only for codes and scales. {self.to_change}"
         )
 
+    def share_memory_(self) -> Self:
+        """Move to memory that other processes see.
+
+        Raises:
+            NotImplementedError: A view has no memory.
+        """
+        raise NotImplementedError(f"{self!r} has no memory to share: share the whole model's.")
+
 
 @Readable.implements(aten.alias_copy.default)
 def _alias_copy(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     stored: Readable = args[0]
     return stored.values()
+
+
+@Readable.implements(
+    aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default,
+    aten.full_like.default, aten.new_empty.default, aten.new_zeros.default,
+    aten.new_ones.default, aten.new_full.default,
+)  # fmt: skip
+def _another(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # A tensor of other values: none of these are made.
+    stored, *others = args
+    form = torch.empty((), dtype=stored.dtype, device=stored.device).expand(stored.shape)
+    return operator(form, *others, **kwargs).contiguous()
 
 
 class View(Readable):
@@ -188,7 +208,7 @@ def warn_of_memory(operator: Any, stored: Readable) -> None:
         _warned = True
         warnings.warn(
             f"{operator} reads {stored!r}, whose values are then made in float: "
-            f"{stored.numel() * stored.element_size() / 1e6:.1f} MB for as long as the operator "
+            f"{stored.numel() * stored.dtype.itemsize / 1e6:.1f} MB for as long as the operator "
             "runs. Where a weight that is trained is used so, outside of its module, its gradient "
             "is whole in float too, until it is quantized. This is said once, of the first use.",
             stacklevel=4,  # the line that uses it

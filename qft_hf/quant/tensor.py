@@ -44,6 +44,25 @@ class Int8Tensor(Readable):
         """Bytes of all fields."""
         return sum(field.nbytes for field in self.fields().values())
 
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        """`stored_bytes`: what torch would tell is the size of the values in float."""
+        return self.stored_bytes
+
+    def element_size(self) -> float:  # type: ignore[override]
+        """Bytes stored for each element, scales and outliers among them."""
+        return self.stored_bytes / max(1, self.numel())
+
+    def share_memory_(self) -> Self:
+        """Move the fields to memory that other processes see."""
+        for field in self.fields().values():
+            field.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether other processes may see the fields."""
+        return all(field.is_shared() for field in self.fields().values())
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Names of the inner tensors, and what else `__tensor_unflatten__` needs."""
         return list(self.FIELDS), self._format()

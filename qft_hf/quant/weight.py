@@ -46,7 +46,8 @@ class QFTWeight(Int8Tensor):
     to_change = (
         "To edit weights, call dequantize_model_(model), change them, and quantize_model_(model) "
         "again; to train them, use an optimizer of qft_hf, such as QFTLion; to compute with other "
-        "values, change those of .dequantize(), which are a copy."
+        "values, change those of .dequantize(), which are a copy; a running mean of them is float: "
+        "AveragedModel(dequantize_model_(copy.deepcopy(model), model.dtype))."
     )
 
     stored: kernels.Weight  # the fields as operators take them
@@ -61,11 +62,19 @@ class QFTWeight(Int8Tensor):
         cls,
         codes: Tensor,
         *_: Any,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None = None,
         arrangement: Arrangement | None = None,
         **__: Any,
     ) -> Self:
         """Make the outer tensor: the device of the codes, no storage."""
+        if dtype is None:
+            raise TypeError(
+                f"A QFTWeight is made of codes, scales, outliers and a dtype, or by from_float; it "
+                f"was called with a {type(codes).__name__}. Accelerate does so where it moves a "
+                "parameter or offloads it (dispatch_model, cpu_offload, disk_offload), which INT8 "
+                "weights cannot: use from_pretrained(..., device_map=...) with devices that hold "
+                "the model together, or model.to(device)."
+            )
         shape = codes.shape if arrangement is None else arrangement.shape
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
 

@@ -194,6 +194,7 @@ def rows_made(monkeypatch):
         (lambda w: w[-2] * 2, [1]),
         (lambda w: F.embedding(IDS, w), [6]),
         (lambda w: w.t(), []),
+        (lambda w: torch.zeros_like(w), []),
         (lambda w: w[2:4].shape, []),
     ],
 )
@@ -201,6 +202,28 @@ def test_only_rows_that_are_read_are_made_and_only_when_they_are(use, rows, rows
     use(make_weight())
 
     assert rows_made == rows
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.zeros_like,
+        torch.ones_like,
+        lambda w: torch.full_like(w, 3, dtype=torch.float16),
+        lambda w: torch.zeros_like(w.t()),
+        lambda w: w.new_zeros(4, 2),
+        lambda w: w.new_ones(3),
+        lambda w: w.new_full((2,), 7.0),
+    ],
+)
+def test_a_tensor_like_a_weight_is_plain_and_float(make):
+    weight = make_weight()
+
+    made = make(weight)
+
+    assert type(made) is Tensor
+    assert made.is_contiguous()
+    assert_same_bits(made, make(float_twin(weight)).contiguous())
 
 
 def test_autograd_keeps_no_float_copy_of_a_weight():

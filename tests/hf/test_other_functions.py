@@ -1,0 +1,270 @@
+"""What functions of PyTorch, transformers and Accelerate that know no INT8 do with such a model."""
+
+import copy
+
+import accelerate
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate.utils import load_checkpoint_in_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from qft_hf import QFTConfig, dequantize_model_, quantize_model_
+from qft_hf.optim import QFTAdamW, QFTLion
+from tests.models import tiny_llama
+from tests.tolerances import FP32_EPS
+
+IDS = torch.arange(24).view(2, 12) % 7
+
+
+def int8_llama(*, seed: int = 0, **arguments):
+    torch.manual_seed(seed)
+    return quantize_model_(tiny_llama(**arguments), QFTConfig())
+
+
+def trained(kind=QFTLion, *, seed: int = 0, steps: int = 2):
+    model = int8_llama(seed=seed)
+    optimizer = kind(model.parameters(), lr=1e-3, weight_decay=0.1)
+    for _ in range(steps):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    state = optimizer.state_dict()["state"]
+    return [
+        *model.state_dict().values(),
+        *(of_one[name] for _, of_one in sorted(state.items()) for name in sorted(of_one)),
+    ]
+
+
+def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
+    assert len(one) == len(other)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def test_sizes_are_what_is_stored():
+    """They were those of the float weights, three to four times as large."""
+    model = int8_llama()
+    stored = sum(tensor.untyped_storage().nbytes() for tensor in model.state_dict().values())
+
+    assert model.get_memory_footprint(return_buffers=False) == pytest.approx(stored)
+    assert sum(parameter.nbytes for parameter in model.parameters()) == stored
+    weight = model.lm_head.weight
+    assert weight.nbytes == sum(field.nbytes for field in weight.fields().values())
+    assert weight.element_size() * weight.numel() == pytest.approx(weight.nbytes)
+    assert 1 < weight.element_size() < 1.5
+    assert weight[:3].nbytes == 3 * weight.shape[1] * 4  # a view is of values
+
+
+# --- the state-dict functions of torch.distributed ------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [None, StateDictOptions(full_state_dict=True, cpu_offload=True)]
+)
+def test_the_distributed_state_dict_of_a_model_is_its_own(options):
+    model, other = int8_llama(seed=1), int8_llama(seed=2)
+
+    state = get_model_state_dict(model, options=options)
+    assert state.keys() == model.state_dict().keys()
+    set_model_state_dict(other, state)
+
+    assert_same_bits(list(other.state_dict().values()), list(model.state_dict().values()))
+    assert model.lm_head.weight_q.data_ptr() == model.lm_head.weight.codes.data_ptr()
+    with pytest.raises(AttributeError, match="weight_q"):
+        nn.Linear(2, 2).weight_q  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", [QFTLion, QFTAdamW])
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_a_distributed_checkpoint_restores_weights_state_and_step(kind, is_fresh, tmp_path):
+    """The step too, which random numbers are counted by: the next one makes the same bits."""
+    model, optimizer = trained(kind)
+    state = get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)
+    dcp.save(dict(zip(("model", "optimizer"), state, strict=True)), checkpoint_id=tmp_path)
+
+    other, its_optimizer = trained(kind, seed=5, steps=0 if is_fresh else 3)
+    loaded = {
+        "model": get_model_state_dict(other),
+        "optimizer": get_optimizer_state_dict(other, its_optimizer),
+    }
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    set_model_state_dict(other, loaded["model"])
+    set_optimizer_state_dict(other, its_optimizer, loaded["optimizer"])
+
+    assert_same_bits(tensors(other, its_optimizer), tensors(model, optimizer))
+    assert its_optimizer.state[other.lm_head.weight]["step"] == 2
+    for one, of_one in ((model, optimizer), (other, its_optimizer)):
+        one(IDS, labels=IDS).loss.backward()
+        of_one.step()
+    assert_same_bits(tensors(other, its_optimizer), tensors(model, optimizer))
+
+
+def test_a_distributed_checkpoint_of_the_optimizer_s_own_state_keeps_the_step(tmp_path):
+    _model, optimizer = trained()
+    dcp.save({"optimizer": optimizer.state_dict()}, checkpoint_id=tmp_path)
+    other, its_optimizer = trained(steps=5)
+
+    state = {"optimizer": its_optimizer.state_dict()}
+    dcp.load(state, checkpoint_id=tmp_path)
+    its_optimizer.load_state_dict(state["optimizer"])
+
+    assert its_optimizer.state[other.lm_head.weight]["step"] == 2
+
+
+# --- memory of several processes ------------------------------------------------------------------
+
+
+def test_shared_memory_is_seen_by_another_process():
+    """`share_memory()` was a segmentation fault."""
+    model = int8_llama().share_memory()
+    weight = model.lm_head.weight
+    assert weight.is_shared()
+    assert not int8_llama().lm_head.weight.is_shared()
+
+    def change() -> None:
+        weight.codes.fill_(5)
+        weight.scales.fill_(0.25)
+
+    child = torch.multiprocessing.get_context("fork").Process(target=change)
+    child.start()
+    child.join()
+
+    assert child.exitcode == 0
+    assert (weight.codes == 5).all()
+    assert (weight.scales == 0.25).all()
+    with pytest.raises(NotImplementedError, match="no memory to share: share the whole model's"):
+        weight[0].share_memory_()
+
+
+# --- Accelerate's dispatch ------------------------------------------------------------------------
+
+
+def test_a_model_dispatched_to_one_device_computes_as_before():
+    model = int8_llama()
+    before = model(IDS).logits
+
+    dispatched = accelerate.dispatch_model(model, {"": "cpu"})
+
+    assert torch.equal(dispatched(IDS).logits, before)
+
+
+@pytest.mark.parametrize("way", ["cpu_offload", "disk_offload", "dispatch_model"])
+def test_offloading_is_refused_and_says_what_to_do(way, tmp_path):
+    model = int8_llama()
+    offload = {
+        "cpu_offload": lambda: accelerate.cpu_offload(model, torch.device("cpu")),
+        "disk_offload": lambda: accelerate.disk_offload(model, tmp_path, torch.device("cpu")),
+        "dispatch_model": lambda: accelerate.dispatch_model(
+            model,
+            {"model": "disk", "lm_head": "cpu"},
+            main_device="cpu",
+            offload_dir=tmp_path,
+        ),
+    }[way]
+    with pytest.raises(TypeError, match=r"Accelerate .*INT8 weights cannot: use from_pretrained"):
+        offload()
+
+
+def test_a_checkpoint_is_loaded_into_an_int8_model_by_accelerate(tmp_path):
+    model, other = int8_llama(seed=1), int8_llama(seed=2)
+    model.save_pretrained(tmp_path)
+
+    load_checkpoint_in_model(other, tmp_path)
+
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+# --- running means --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.75)}])
+def test_a_running_mean_is_kept_by_a_float_copy(arguments):
+    model, optimizer = trained(steps=0)
+    mean = AveragedModel(dequantize_model_(copy.deepcopy(model), torch.float32), **arguments)
+    mean.update_parameters(model)
+    first = dequantize_model_(copy.deepcopy(model), torch.float32).state_dict()
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+
+    mean.update_parameters(model)
+
+    second = dequantize_model_(copy.deepcopy(model), torch.float32).state_dict()
+    share = 0.25 if arguments else 0.5  # of the second of two models
+    for name, value in mean.module.state_dict().items():
+        expected = (1 - share) * first[name].double() + share * second[name].double()
+        assert ((value - expected).abs() <= 4 * FP32_EPS * expected.abs().max()).all()
+        assert not torch.equal(first[name], second[name])
+
+
+def test_a_running_mean_in_an_int8_copy_is_refused_and_says_what_to_do():
+    model = int8_llama()
+    mean = AveragedModel(model)
+    mean.update_parameters(model)  # the first is a copy
+
+    with pytest.raises(
+        NotImplementedError, match=r"running mean.*dequantize_model_\(copy\.deepcopy\(model\)"
+    ):
+        mean.update_parameters(model)
+
+
+# --- PyTorch's default dtype ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def default_bf16():
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+SETTINGS = [
+    {},
+    {"gradient": "release"},
+    {"gradient": "release", "clipping": "exact", "max_grad_norm": 0.5},
+    {"gradient": "release", "clipping": "tensor", "max_grad_norm": 0.5},
+]
+
+
+def steps(model: nn.Module, kind, settings) -> list[Tensor]:
+    model = copy.deepcopy(model)
+    optimizer = kind(model.parameters(), lr=1e-3, weight_decay=0.1, **settings)
+    for _ in range(2):
+        if settings.get("clipping") == "exact":
+            with optimizer.measure_norm():
+                model(IDS, labels=IDS).loss.backward()
+        model(IDS, labels=IDS).loss.backward()
+        if not settings:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    return tensors(model, optimizer)
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("matmul", ["dequantize", "int8"])
+@pytest.mark.parametrize("kind", [QFTLion, QFTAdamW])
+def test_the_default_dtype_changes_nothing(kind, matmul, settings, request):
+    """Neither while a model is quantized nor while it trains: the model's own dtype counts."""
+    model = tiny_llama()
+    config = QFTConfig(matmul=matmul)
+    quantized = quantize_model_(copy.deepcopy(model), config)
+    expected = steps(quantized, kind, settings)
+
+    request.getfixturevalue("default_bf16")
+    again = quantize_model_(model, config)
+
+    assert_same_bits(list(again.state_dict().values()), list(quantized.state_dict().values()))
+    assert_same_bits(steps(again, kind, settings), expected)
