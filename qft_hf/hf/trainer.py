@@ -12,7 +12,9 @@ from ..memory import MemoryLedger, memory_ledger
 from .arguments import QFTTrainingArguments
 from .card import facts_of_trainer, write_card
 from .checkpoint_trainer import CheckpointTrainer
+from .health import Health
 from .optimizers import named_optimizer, names, optimizer_name
+from .peak_memory import PeakMemory
 from .registration import optimizer_class_and_arguments
 from .support import prepare_model_, refuse_optimizer, unwrapped
 
@@ -46,6 +48,8 @@ class QFTTrainer(CheckpointTrainer):
         self.ledger: MemoryLedger | None = None
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_LedgerCallback(self))
+        self.health = Health()
+        self.add_callback(self.health)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """The model that `model_init` makes, prepared before the Trainer moves it."""
@@ -76,9 +80,13 @@ class QFTTrainer(CheckpointTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add figures of the INT8 run to training logs, for every reporter."""
         if "loss" in logs and self.optimizer is not None:
-            logs["qft/skipped_steps"] = float(unwrapped(self.optimizer).skipped_steps)
-            if torch.cuda.is_available():
-                logs["qft/peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+            figures = self.health.figures()
+            figures["skipped_steps"] = float(unwrapped(self.optimizer).skipped_steps)
+            figures["peak_memory_gb"] = PeakMemory.measured(self.args.device).bytes / 1e9
+            if self.ledger is not None:
+                for kind, n_bytes in self.ledger.bytes_by_kind.items():
+                    figures[f"{kind}_gb"] = n_bytes / 1e9
+            logs |= {f"qft/{name}": value for name, value in figures.items()}
         super().log(logs, start_time)
 
     def create_model_card(

@@ -43,6 +43,14 @@ class MemoryLedger:
         return sum(row.bytes for row in self.rows)
 
     @property
+    def bytes_by_kind(self) -> dict[str, int]:
+        """Bytes of `gradients`, of `momentum`, and of `weights`, with all that is neither."""
+        kinds = {"weights": 0, "gradients": 0, "momentum": 0}
+        for row in self.rows:
+            kinds[row.state if row.state in kinds else "weights"] += row.bytes
+        return kinds
+
+    @property
     def bytes_per_parameter(self) -> float:
         """Total bytes for each parameter."""
         return self.total_bytes / self.n_parameters

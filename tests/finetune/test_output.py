@@ -22,7 +22,8 @@ from qft_hf.hf.finetune.output_folder import (
     refuse_small_disk,
     refuse_unwritable,
 )
-from qft_hf.hf.finetune.summary import Origin, PeakMemory, RunSummary, versions
+from qft_hf.hf.finetune.summary import Origin, RunSummary, versions
+from qft_hf.hf.peak_memory import PeakMemory
 
 TRACES = ["run.yaml", "model.safetensors", "model-00001-of-00002.safetensors", "checkpoint-7/"]
 

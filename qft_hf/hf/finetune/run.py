@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..card import hyperparameters_of, optimizer_of, parameters_of
 from ..drafts import written_whole
+from ..peak_memory import PeakMemory
 from ..trainer import QFTTrainer
 from .data import TaskData, prepare_data
 from .export import export_checkpoint
@@ -39,7 +40,7 @@ from .output_folder import (
 from .packing import refuse_crossing
 from .parsing import RunArguments
 from .run_card import license_of, write_run_card
-from .summary import Origin, PeakMemory, RunSummary, versions
+from .summary import Origin, RunSummary, versions
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,190 @@
+"""How training goes, in figures that the Trainer logs with the loss: `qft/...`.
+
+INT8 weights can fail in ways that a loss shows late: codes that never move because a step is too
+small beside its scale, codes that pile up at the largest magnitude, scales and outliers that run
+away, tensors that are not trained at all. All of that is seen in a sample of some rows of each
+weight, which is copied when training begins, and twice on a step that is logged: a few launches
+for the whole model. A step that is not logged costs nothing.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from ..optim import QFTSGD
+from ..quant import QFTWeight
+from .support import unwrapped
+
+SAMPLED = 4096  # elements of each tensor, as whole rows, and one row at least
+LARGEST_CODE = 127
+# Rounding adds a random number of 16 bits: what is below its resolution never moves a code.
+SMALLEST_STEP = 2.0**-16
+SPREAD = 0.618  # golden section: the rows of successive weights lie in different places
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Copies of some rows of all weights, and of the beginning of each float parameter.
+
+    Attributes:
+        codes: int8 `[n]`.
+        scales: fp32 `[n_scales]`, of those rows.
+        outliers: fp32 `[n_outliers]`, likewise.
+        floats: fp32 `[n_floats]`.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    outliers: Tensor
+    floats: Tensor
+
+
+class Health(TrainerCallback):
+    """Samples a model when training begins and around steps that are logged.
+
+    `figures()` is to be asked when such a step is logged.
+    """
+
+    def __init__(self) -> None:
+        self.model: nn.Module | None = None
+        self.optimizer: Any = None
+        self._first: Sample | None = None
+        self._before: Tensor | None = None  # codes before the step that will be logged
+        self._moved: Tensor | None = None  # by the last step that was logged: -1, 0 or 1
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take the sample that all later ones are compared with."""
+        self.model, self.optimizer = model, unwrapped(optimizer)
+        self._before = self._moved = None
+        self._first = None if model is None else sample(model)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the codes if this step will be logged."""
+        if self.model is not None and _will_log(args, state):
+            self._before = _codes(self.model)
+
+    def figures(self) -> dict[str, float]:
+        """Return what the step that has just ended did; empty if it was not sampled.
+
+        Returns:
+            By name, shares in [0, 1]:
+            `codes_moved`: codes that this step changed.
+            `sign_flips`: of the codes that both this logged step and the one before moved, those
+            that they moved in opposite directions.
+            `codes_saturated`: codes of magnitude 127.
+            `parameters_changed`: values that differ from when training began.
+            `updates_too_small`: groups whose scale is so large beside the learning rate that
+            rounding moves no code of theirs, unless a scale grows, which rounds its codes anew.
+            Not of SGD, whose steps have the size of gradients.
+            And: `tensors_unchanged`: tensors of which no sampled value changed since training
+            began; `scale_growth`: the mean of scales against their first values; `outlier_drift`:
+            the norm of the change of outliers against that of their first values.
+        """
+        if self.model is None or self._first is None or self._before is None:
+            return {}
+        now, first = sample(self.model), self._first
+        moved = torch.sign(now.codes.short() - self._before)  # short: a difference has 9 bits
+        changed = torch.cat(
+            [now.codes != first.codes, now.outliers != first.outliers, now.floats != first.floats]
+        )
+        found = {
+            "codes_moved": (moved != 0).float().mean(),
+            "codes_saturated": (now.codes.abs() == LARGEST_CODE).float().mean(),
+            "parameters_changed": changed.sum() / (len(now.codes) + len(now.floats)),
+            "tensors_unchanged": self._unchanged(changed),
+            "scale_growth": (now.scales / first.scales).mean(),
+        }
+        if len(first.outliers):
+            drift = torch.linalg.vector_norm(now.outliers - first.outliers)
+            found["outlier_drift"] = drift / torch.linalg.vector_norm(first.outliers)
+        if not isinstance(self.optimizer, QFTSGD):
+            rate = max(group["lr"] for group in self.optimizer.param_groups)
+            found["updates_too_small"] = (rate < SMALLEST_STEP * now.scales).float().mean()
+        if self._moved is not None:
+            both = (moved * self._moved != 0).sum()
+            found["sign_flips"] = (moved * self._moved < 0).sum() / both.clamp(min=1)
+        self._moved, self._before = moved.to(torch.int8), None
+        # One transfer from the device for all.
+        return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
+
+    def _unchanged(self, changed: Tensor) -> Tensor:
+        """Return how many tensors have no sampled value that changed; fp32, a scalar."""
+        weights, floats = _parameters(self.model)
+        rows = [(weight, _rows(weight, number)) for number, weight in enumerate(weights)]
+        parts = [
+            *(weight.codes[run] for weight, run in rows),
+            *(weight.outlier_values[run] for weight, run in rows),
+            *(parameter.flatten()[:SAMPLED] for parameter in floats),
+        ]
+        lengths = [part.numel() for part in parts]
+        ends = torch.tensor([0, *lengths]).cumsum(0)
+        counts = torch.cat([changed.new_zeros(1, dtype=torch.int64), changed.cumsum(0)])
+        of_each = counts[ends[1:].to(counts.device)] - counts[ends[:-1].to(counts.device)]
+        n = len(weights)
+        of_weights = of_each[:n] + of_each[n : 2 * n]  # codes and outliers
+        return ((of_weights == 0).sum() + (of_each[2 * n :] == 0).sum()).float()
+
+
+def sample(model: nn.Module) -> Sample:
+    """Copy some rows of each weight, and the beginning of each float parameter."""
+    weights, floats = _parameters(model)
+    rows = [_rows(weight, number) for number, weight in enumerate(weights)]
+    pairs = list(zip(weights, rows, strict=True))
+    return Sample(
+        codes=_codes(model),
+        scales=_joined(weight.scales[rows] for weight, rows in pairs),
+        outliers=_joined(weight.outlier_values[rows] for weight, rows in pairs),
+        floats=_joined(p.detach().flatten()[:SAMPLED].float() for p in floats),
+    )
+
+
+def _codes(model: nn.Module) -> Tensor:
+    weights, _ = _parameters(model)
+    return _joined(weight.codes[_rows(weight, n)] for n, weight in enumerate(weights))
+
+
+def _joined(parts: Iterable[Tensor]) -> Tensor:
+    """Join contiguous tensors of one dtype into one of one dimension: one launch for hundreds."""
+    flat = [part.reshape(-1) for part in parts]
+    return torch.cat(flat) if flat else torch.empty(0)
+
+
+def _parameters(model: nn.Module | None) -> tuple[list[QFTWeight], list[Tensor]]:
+    """Return the weights and the float parameters that are trained."""
+    trained = [p for p in model.parameters() if p.requires_grad] if model is not None else []
+    weights: list[QFTWeight] = [p for p in trained if isinstance(p, QFTWeight)]
+    return weights, [p for p in trained if not isinstance(p, QFTWeight)]
+
+
+def _rows(weight: QFTWeight, number: int) -> slice:
+    """Return a run of rows of about `SAMPLED` elements: contiguous, so that it is a view."""
+    rows, columns = weight.codes.shape
+    n_rows = min(rows, max(1, SAMPLED // columns))
+    start = int((number * SPREAD % 1.0) * (rows - n_rows + 1))
+    return slice(start, start + n_rows)
+
+
+def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the Trainer will log the step that begins."""
+    step = state.global_step + 1
+    if args.logging_first_step and step == 1:
+        return True
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        return step % ceil(state.max_steps / state.num_train_epochs) == 0
+    return args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0

@@ -1,0 +1,196 @@
+"""The `qft/` figures of a log, against whole copies of a model that is small enough to be sampled
+whole."""
+
+import time
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from qft_hf import QFTConfig, QFTLion, QFTTrainer, QFTWeight, quantize_model_
+from qft_hf.hf.health import SAMPLED, SMALLEST_STEP, Health, sample
+from tests.hf.test_trainer import arguments, sequences
+from tests.models import tiny_llama
+
+OURS = (
+    "codes_moved",
+    "codes_saturated",
+    "parameters_changed",
+    "tensors_unchanged",
+    "scale_growth",
+    "outlier_drift",
+    "updates_too_small",
+)
+
+
+def codes(model):
+    weights = [p for p in model.parameters() if isinstance(p, QFTWeight)]
+    return torch.cat([w.codes.flatten() for w in weights]).int()
+
+
+class Copies(TrainerCallback):
+    """The codes before each step and after it."""
+
+    def __init__(self):
+        self.before, self.after = {}, {}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.before[state.global_step + 1] = codes(model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.after[state.global_step] = codes(model)
+
+
+def trained(tmp_path, **overrides):
+    """A model whose every tensor is smaller than a sample, trained for six steps."""
+    model = tiny_llama()
+    assert max(p.numel() for p in model.parameters()) > SAMPLED  # the table, which is too large
+    model = tiny_llama(vocab_size=90)
+    assert max(p.numel() for p in model.parameters()) <= SAMPLED
+    data = [{k: v % 90 for k, v in row.items()} for row in sequences()]
+    args = arguments(tmp_path, **{"learning_rate": 2e-3, "logging_steps": 2, **overrides})
+    copies = Copies()
+    trainer = QFTTrainer(model=model, args=args, train_dataset=data, callbacks=[copies])
+    first = sample(trainer.model)
+    trainer.train()
+    logs = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+    return trainer, logs, copies, first
+
+
+@pytest.fixture(scope="module", params=["stack", "release"])
+def run(request, tmp_path_factory):
+    options = f"gradient={request.param}"
+    return trained(tmp_path_factory.mktemp("out"), optim_args=options, max_grad_norm=0)
+
+
+def test_shares_are_those_of_whole_copies(run):
+    _, logs, copies, _ = run
+    assert list(logs) == [2, 4, 6]
+    moves = {}
+    for step, entry in logs.items():
+        before, after = copies.before[step], copies.after[step]
+        moves[step] = torch.sign(after - before)
+        assert entry["qft/codes_moved"] == pytest.approx((moves[step] != 0).float().mean())
+        assert entry["qft/codes_saturated"] == pytest.approx((after.abs() == 127).float().mean())
+        assert 0 < entry["qft/codes_moved"] < 1
+    assert "qft/sign_flips" not in logs[2]
+    for step in (4, 6):
+        both = (moves[step] != 0) & (moves[step - 2] != 0)
+        flipped = both & (moves[step] != moves[step - 2])
+        assert logs[step]["qft/sign_flips"] == pytest.approx(flipped.sum() / both.sum())
+        assert 0 < logs[step]["qft/sign_flips"] < 1
+
+
+def test_change_since_the_start_is_that_of_all_parameters(run):
+    trainer, logs, copies, first = run
+    now = sample(trainer.model)
+    changed = (copies.after[6] != copies.before[1]).sum()
+    changed += (now.outliers != first.outliers).sum() + (now.floats != first.floats).sum()
+    n_parameters = sum(p.numel() for p in trainer.model.parameters())
+    assert logs[6]["qft/parameters_changed"] == pytest.approx(changed / n_parameters)
+    assert logs[2]["qft/parameters_changed"] < logs[6]["qft/parameters_changed"]
+    assert logs[6]["qft/tensors_unchanged"] == 0
+    growth = (now.scales.double() / first.scales.double()).mean()
+    assert logs[6]["qft/scale_growth"] == pytest.approx(growth.item(), rel=1e-6)
+    drift = (now.outliers - first.outliers).double().norm() / first.outliers.double().norm()
+    assert logs[6]["qft/outlier_drift"] == pytest.approx(drift.item(), rel=1e-5)
+    assert logs[6]["qft/outlier_drift"] > 0
+
+
+def test_bytes_by_state_are_those_of_the_ledger(run):
+    trainer, logs, _, _ = run
+    rows = {row.state: row.bytes for row in trainer.ledger.rows}
+    found = {name: logs[6][f"qft/{name}_gb"] * 1e9 for name in ("weights", "gradients", "momentum")}
+    assert found["momentum"] == pytest.approx(rows["momentum"])
+    assert found["gradients"] == pytest.approx(rows.get("gradients", 0))
+    assert sum(found.values()) == pytest.approx(trainer.ledger.total_bytes)
+    assert logs[6]["qft/peak_memory_gb"] > 0.01  # this process, with torch
+
+
+def test_tensors_that_are_not_trained_are_counted(tmp_path):
+    """Such as those of which a hook of the user's makes the gradient zero."""
+
+    class Zero(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            for layer in model.model.layers:
+                layer.self_attn.q_proj.weight.grad = None
+                layer.input_layernorm.weight.grad = None
+
+    model = tiny_llama()
+    trainer = QFTTrainer(
+        model=model,
+        args=arguments(tmp_path, learning_rate=2e-3, logging_steps=3, max_steps=3),
+        train_dataset=sequences(),
+        callbacks=[Zero()],
+    )
+    trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entry["qft/tensors_unchanged"] == 4
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(1e-2, 0.0), (1e-12, 1.0)])
+def test_a_rate_that_moves_no_code_is_seen(rate, expected, tmp_path):
+    _, logs, _, _ = trained(tmp_path, learning_rate=rate, lr_scheduler_type="constant")
+    assert logs[6]["qft/updates_too_small"] == pytest.approx(expected, abs=0.01)  # a row of zeros
+    assert (logs[6]["qft/codes_moved"] == 0) == bool(expected)
+    assert (logs[6]["qft/tensors_unchanged"] > 0) == bool(expected)
+
+
+@pytest.mark.parametrize("factor", [0.99, 64.0])
+def test_the_step_where_rounding_ends_is_that_of_the_rounding(factor):
+    """Just below it a step of Lion moves no code of a group, and above it moves some."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    weights = [p for p in model.parameters() if isinstance(p, QFTWeight)]
+    scales = torch.cat([weight.scales.flatten() for weight in weights])
+    # The table's row of the padding token is all zeros, and its scale means nothing.
+    smallest = scales.sort().values[1].item()
+    before = [(weight.codes.clone(), weight.scales.clone()) for weight in weights]
+    optimizer = QFTLion(model.parameters(), lr=factor * smallest * SMALLEST_STEP)
+    ids = torch.arange(40).view(2, 20)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+    moved = 0
+    for weight, (codes_before, scales_before) in zip(weights, before, strict=True):
+        # A scale that grows rounds all codes of its row anew.
+        kept = (weight.scales == scales_before).squeeze(1)
+        assert kept.any()
+        moved += (weight.codes != codes_before)[kept].sum().item()
+    assert (moved == 0) == (factor < 1)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch", "no"])
+def test_only_steps_that_are_logged_are_sampled(strategy, tmp_path, monkeypatch):
+    sampled = []
+    original = Health.on_step_begin
+
+    def count(health, args, state, control, **kwargs):
+        original(health, args, state, control, **kwargs)
+        if health._before is not None:
+            sampled.append(state.global_step + 1)
+
+    monkeypatch.setattr(Health, "on_step_begin", count)
+    flags = {"logging_strategy": strategy, "logging_steps": 3, "max_steps": -1}
+    args = arguments(tmp_path, num_train_epochs=2, **flags)
+    trainer = QFTTrainer(model=tiny_llama(), args=args, train_dataset=sequences())
+    trainer.train()
+    logged = [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sampled == logged
+    assert all("qft/codes_moved" in e for e in trainer.state.log_history if "loss" in e)
+    assert len(logged) == {"steps": trainer.state.max_steps // 3, "epoch": 2, "no": 0}[strategy]
+
+
+def test_a_model_of_many_weights_is_sampled_in_few_operations(tmp_path):
+    """Two for each kind of tensor, whatever their number: on a GPU each is a launch."""
+    model = quantize_model_(tiny_llama(num_hidden_layers=12), QFTConfig())
+    health = Health()
+    health.model = model
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        sample(model)
+    found = {event.key: event.count for event in profile.key_averages()}
+    copies = found.get("aten::copy_", 0) + found.get("aten::clone", 0)
+    assert found["aten::cat"] == 4
+    assert copies == 0
+    began = time.perf_counter()
+    sample(model)
+    assert time.perf_counter() - began < 0.5
