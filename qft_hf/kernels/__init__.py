@@ -7,12 +7,12 @@ An operator is a documented function with its checks, whose body is its referenc
 """
 
 from .adamw import adamw_step_
-from .columns import column_absmax
 from .dequantized_product import dequantized_matmul
 from .embedding import embedding_gradient_
 from .floats import lion_step_floats_, step_floats_
 from .gradients import accumulate_, squared_norm
 from .int8_product import int8_matmul, requantized_matmul
+from .layer_input import quantize_input
 from .lion import lion_step_, quantize_and_lion_step_
 from .output_gradient import quantize_gradient
 from .quantization import dequantize, quantize
@@ -28,7 +28,6 @@ __all__ = [
     "Weight",
     "accumulate_",
     "adamw_step_",
-    "column_absmax",
     "dequantize",
     "dequantized_matmul",
     "embedding_gradient_",
@@ -38,6 +37,7 @@ __all__ = [
     "quantize",
     "quantize_and_lion_step_",
     "quantize_gradient",
+    "quantize_input",
     "requantized_matmul",
     "squared_norm",
     "step_floats_",

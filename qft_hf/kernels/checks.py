@@ -42,20 +42,6 @@ def check_group_size(group_size: int | None) -> None:
         )
 
 
-def check_column_mask(name: str, mask: Tensor, x: Tensor) -> None:
-    """Raise unless `mask` holds a bool for each column of `x`."""
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"{name} must be torch.bool, one for each column, got {mask.dtype}. Make a mask of "
-            "column numbers with torch.zeros(columns, dtype=torch.bool).index_fill_(0, numbers, 1)."
-        )
-    if tuple(mask.shape) != (x.shape[1],) or not mask.is_contiguous() or mask.device != x.device:
-        raise ValueError(
-            f"{name} must be contiguous, of shape {(x.shape[1],)}, on {x.device}, got shape "
-            f"{tuple(mask.shape)}, strides {mask.stride()} on {mask.device}."
-        )
-
-
 def check_scales(scales: Tensor, codes: Tensor, n_groups: int) -> None:
     """Raise unless there is a scale for each row and group of `codes`."""
     wanted = (codes.shape[0], n_groups)

@@ -6,7 +6,6 @@ from torch import Tensor
 from ..layout import GroupLayout
 from .checks import (
     FLOATS,
-    check_column_mask,
     check_float_dtype,
     check_group_size,
     check_matrix,
@@ -18,18 +17,14 @@ from .operators import operator
 from .values import Weight
 
 
-def _fake_quantize(
-    x: Tensor, *, group_size: int | None, zero_columns: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _fake_quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
     layout = GroupLayout(x.shape[0], x.shape[1], group_size)
     scales = x.new_empty((layout.rows, layout.n_groups), dtype=torch.float32)
     return torch.empty_like(x, dtype=torch.int8), scales
 
 
 @operator(fake=_fake_quantize)
-def quantize(
-    x: Tensor, *, group_size: int | None, zero_columns: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
     """Quantize `x` to INT8 with one absmax scale per row and group of columns.
 
     Rounds to nearest, ties to even. `x` is not modified. A group with a NaN or infinity gets a
@@ -38,8 +33,6 @@ def quantize(
     Args:
         x: `[rows, columns]`, contiguous; fp32, bf16 or fp16. Arithmetic is fp32.
         group_size: Columns per scale; the last group of a row may be short. None: whole rows.
-        zero_columns: bool `[columns]`: True where all of a column counts as 0, whatever it holds,
-            NaN too, as if it had been filled with 0 before. None: nowhere.
 
     Returns:
         codes: int8 `[rows, columns]` in [-127, 127].
@@ -47,26 +40,20 @@ def quantize(
             half a scale. At least 1e-30, which is that of a group of zeros.
 
     Raises:
-        TypeError: `x` is not one of the three float dtypes, or `zero_columns` is not bool.
-        ValueError: `x` is not a contiguous, non-empty matrix, `group_size` is below 1, or
-            `zero_columns` does not fit `x`.
+        TypeError: `x` is not one of the three float dtypes.
+        ValueError: `x` is not a contiguous, non-empty matrix, or `group_size` is below 1.
 
     Source:
         Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.1
         (arXiv:2110.02861). Codes are linear here, dynamic there.
     """
-    x = x.float()
-    if zero_columns is not None:
-        x = x.masked_fill(zero_columns, 0.0)
-    return quantized(x, group_size)
+    return quantized(x.float(), group_size)
 
 
 @quantize.checks
-def _(x: Tensor, *, group_size: int | None, zero_columns: Tensor | None) -> None:
+def _(x: Tensor, *, group_size: int | None) -> None:
     check_matrix("x", x, FLOATS)
     check_group_size(group_size)
-    if zero_columns is not None:
-        check_column_mask("zero_columns", zero_columns, x)
 
 
 def _fake_dequantize(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> Tensor:

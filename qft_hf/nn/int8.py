@@ -107,11 +107,7 @@ def quantized_input(x: Tensor, *, n_outliers: int) -> Input:
 
 def _quantize(x: Tensor, n_outliers: int) -> Input:
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
-    maxima = kernels.column_absmax(rows)
-    columns = maxima.topk(n_outliers).indices.sort().values
-    is_outlier = torch.zeros_like(maxima, dtype=torch.bool).index_fill_(0, columns, 1)
-    codes, scales = kernels.quantize(rows, group_size=None, zero_columns=is_outlier)
-    return Input(codes, scales, columns, _columns(rows, columns))
+    return Input(*kernels.quantize_input(rows, n_outliers=n_outliers))
 
 
 def forward(

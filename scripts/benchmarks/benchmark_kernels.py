@@ -30,7 +30,12 @@ from common.shapes import MATRICES
 from qft_hf import QFTConfig, QFTWeight, kernels
 from qft_hf.kernels import backend
 from qft_hf.kernels.operators import Operator
-from qft_hf.layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, momentum_shapes
+from qft_hf.layout import (
+    NIBBLE_GROUP_SIZE,
+    STATE_GROUP_SIZE,
+    momentum_shapes,
+    outliers_per_row,
+)
 
 OPERATORS = {
     name: found for name in kernels.__all__ if isinstance(found := getattr(kernels, name), Operator)
@@ -117,7 +122,7 @@ def operators(
         "dequantized_matmul": (n, 1, [floats[:1], weight], {}),
         "accumulate_": (n, 3, [total, gradient], {}),
         "squared_norm": (n, 1, [gradient], {}),
-        "column_absmax": (n, 2, [floats], {}),
+        "quantize_input": (n, 3, [floats], {"n_outliers": outliers_per_row(columns, 0.01)}),
         "quantize_gradient": (n, 6, [floats, *factors], {"seed": 1}),
     }  # fmt: skip
     return {

@@ -107,42 +107,6 @@ def test_what_some_devices_take_for_zero_counts_as_zero(backend):
     assert (scales == LEAST_SCALE).all()
 
 
-@pytest.mark.parametrize("group_size", [None, 4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_columns_count_as_zero_whatever_they_hold(dtype, group_size):
-    """First, last, a whole group; what they hold would set every scale, or spoil it."""
-    x = random((5, 10), None).to(dtype)
-    zero_columns = torch.tensor([1, 0, 0, 0, 1, 1, 1, 1, 0, 1]).bool()
-    filled = torch.where(zero_columns, 0.0, x.float())
-    x[:, 0], x[2, 4], x[3, 9] = 1000.0, float("nan"), float("-inf")
-    before = x.clone()
-
-    codes, scales = kernels.quantize(x, group_size=group_size, zero_columns=zero_columns)
-
-    for tensor, expected in zip(
-        (codes, scales), kernels.quantize(filled, group_size=group_size), strict=True
-    ):
-        assert_same_bits(tensor, expected)
-    assert (codes[:, zero_columns] == 0).all()
-    assert (codes[:, ~zero_columns] != 0).any(dim=0).all()
-    assert_same_bits(x, before)
-
-
-@pytest.mark.parametrize(
-    ("zero_columns", "error", "match"),
-    [
-        (torch.tensor([1, 3]), TypeError, r"torch\.bool, one for each column, got torch\.int64\. "),
-        (torch.ones(3).bool(), ValueError, r"of shape \(4,\), on cpu, got shape \(3,\)"),
-        (torch.ones(1, 4).bool(), ValueError, r"got shape \(1, 4\)"),
-        (torch.ones(8).bool()[::2], ValueError, r"must be contiguous.*strides \(2,\)"),
-        (torch.ones(4, device="meta").bool(), ValueError, r"on cpu, got .* on meta"),
-    ],
-)
-def test_columns_that_do_not_fit_are_refused(zero_columns, error, match):
-    with pytest.raises(error, match=match):
-        kernels.quantize(torch.ones(2, 4), group_size=None, zero_columns=zero_columns)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("column", [0, 7, 9])  # a full group, its end, the short last group
 def test_a_group_that_is_not_finite_keeps_a_scale_that_tells(bad, column):

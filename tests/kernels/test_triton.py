@@ -48,7 +48,9 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 triton = pytest.importorskip("triton")
 tl = importlib.import_module("triton.language")
-nibbles = importlib.import_module("qft_hf.kernels.triton.nibbles")
+layer_input, nibbles = (
+    importlib.import_module(f"qft_hf.kernels.triton.{name}") for name in ("layer_input", "nibbles")
+)
 tile_columns, tiling = (
     getattr(importlib.import_module("qft_hf.kernels.triton.tiling"), name)
     for name in ("tile_columns", "tiling")
@@ -105,26 +107,6 @@ def test_quantize(shape, group_size, make_input):
     expected_codes, expected_scales = reference.quantize(x, group_size=group_size)
     assert_same_bits(codes, expected_codes)
     assert_same_bits(scales, expected_scales)
-
-
-@pytest.mark.parametrize("make_input", INPUTS)
-@pytest.mark.parametrize(("shape", "group_size"), CASES[::2] + LONG[:2], ids=str)
-def test_quantize_with_columns_that_count_as_zero(shape, group_size, make_input):
-    """In the first tile of a row and in others; the mask lies between values that are not 0."""
-    x = make_input(shape, group_size).to(DEVICE, DTYPES[shape[1] % 3])
-    zero_columns, _ = guarded(torch.arange(shape[1], device=DEVICE) % 6 % 4 == 0)
-    x[:, zero_columns] *= 50
-    x[0, 0], x[-1, zero_columns.nonzero()[-1]] = float("nan"), float("inf")
-
-    codes, scales = backend.quantize(x, group_size=group_size, zero_columns=zero_columns)
-
-    expected_codes, expected_scales = reference.quantize(
-        x, group_size=group_size, zero_columns=zero_columns
-    )
-    assert_same_bits(codes, expected_codes)
-    assert_same_bits(scales, expected_scales)
-    assert scales.isfinite().all()
-    assert (codes[:, zero_columns] == 0).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -786,6 +768,42 @@ def test_int8_matmul_visits_every_tile_of_the_result(monkeypatch):
     out = backend.int8_matmul(a, b, None, None, bias=None, dtype=torch.float32)
 
     assert_same_bits(out, reference.int8_matmul(a, b, None, None, bias=None, dtype=torch.float32))
+
+
+# --- inputs for INT8 products ---------------------------------------------------------------------
+
+# One of each; rows in one block and several, columns in one tile and several; in two passes.
+INPUT_SHAPES = [((1, 1), 1), ((7, 33), 0), ((33, 257), 3), ((130, 130), 40), ((2, 8500), 300)]
+
+
+@pytest.mark.parametrize("make_input", INPUTS)
+@pytest.mark.parametrize(("shape", "n_outliers"), INPUT_SHAPES, ids=str)
+def test_quantize_input(shape, n_outliers, make_input, buffers, monkeypatch):
+    monkeypatch.setattr(layer_input, "MAX_BLOCKS", 2)
+    x = make_input(shape, None).to(DEVICE, DTYPES[shape[1] % 3])
+    x[:, 5::7] *= 50
+
+    results = backend.quantize_input(x, n_outliers=n_outliers)
+
+    expected = reference.quantize_input(x, n_outliers=n_outliers)
+    for tensor, wanted in zip(results, expected, strict=True):
+        assert_same_bits(tensor, wanted)
+        assert tensor.stride() == wanted.stride()
+    assert all(guards_are_intact(buffer) for buffer in buffers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantize_input_keeps_the_first_of_equal_columns_and_what_is_not_finite(dtype):
+    x = torch.full((70, 40), 0.25, device=DEVICE, dtype=dtype)
+    x[66, 3::4] = -2.0
+    x[0, 7], x[69, 20], x[1, 30], x[2, 31] = -float("nan"), float("inf"), float("-inf"), 2.0
+
+    for n_outliers in (1, 2, 3, 6, 12, 13, 20, 40):
+        results = backend.quantize_input(x, n_outliers=n_outliers)
+
+        expected = reference.quantize_input(x, n_outliers=n_outliers)
+        for tensor, wanted in zip(results, expected, strict=True):
+            assert_same_bits(tensor, wanted)
 
 
 # --- gradients for INT8 products ------------------------------------------------------------------

@@ -79,10 +79,14 @@ def dequantize_case(first_row=0, dtype=torch.bfloat16, outliers=True):
 def quantize_case(zero_columns=False, first_row=0):
     tiles = tiling(COLUMNS, 64)
     x = torch.ones(ROWS, COLUMNS)[first_row:]
-    mask = torch.zeros(COLUMNS, dtype=torch.bool) if zero_columns else None
+    mask = torch.zeros(COLUMNS, dtype=torch.int8) if zero_columns else None
     codes, scales = torch.empty(len(x), COLUMNS, dtype=torch.int8), torch.empty(len(x), 2)
-    constants = {**tiles.constants(), "num_warps": tiles.n_warps, "enable_fp_fusion": False}
-    return quantization._quantize_kernel, (len(x),), constants, (x, mask, codes, scales)
+    taken = {"N_TAKEN": 2 if zero_columns else 0, "TAKEN_TILE": 2 if zero_columns else 1}
+    columns = torch.tensor([1, 9]) if zero_columns else None
+    values = torch.empty(2, len(x)) if zero_columns else None
+    constants = taken | tiles.constants() | {"num_warps": tiles.n_warps, "enable_fp_fusion": False}
+    arguments = (x, mask, columns, codes, scales, values, len(x))
+    return quantization._quantize_kernel, (len(x),), constants, arguments
 
 
 def lion_case(gradient=torch.int8, factor=False, seed=1, step=1, first_row=0):
@@ -181,7 +185,7 @@ KERNELS = {kernel.__name__: kernel for kernel, _, _, _ in CASES.values()}
 
 OPEN = {  # the arguments that a plan leaves open; the others are bound
     "_dequantize_kernel": range(5, 6),
-    "_quantize_kernel": range(1, 4),
+    "_quantize_kernel": range(1, 7),
     "_lion_kernel": range(4, 21),
     "_lion_floats_kernel": range(1, 10),
     "_int8_matmul_kernel": range(1, 11),

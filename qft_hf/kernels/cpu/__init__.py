@@ -2,12 +2,12 @@
 
 from . import (
     adamw,
-    columns,
     dequantized_product,
     embedding,
     floats,
     gradients,
     int8_product,
+    layer_input,
     lion,
     output_gradient,
     quantization,
@@ -16,12 +16,12 @@ from . import (
 
 __all__ = [
     "adamw",
-    "columns",
     "dequantized_product",
     "embedding",
     "floats",
     "gradients",
     "int8_product",
+    "layer_input",
     "lion",
     "output_gradient",
     "quantization",

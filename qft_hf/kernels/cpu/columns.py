@@ -1,11 +1,10 @@
-"""Largest magnitudes of columns in numba. Twin: `kernels/columns.py`."""
+"""Largest magnitudes of columns in numba, for what is quantized along them or chosen by them."""
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from .. import columns as operators
 from .bf16 import float_array, widen
 from .quantization import magnitude
 from .threads import for_each_row_range, n_ranges
@@ -37,16 +36,16 @@ def _maxima(x, factors, maxima, n_ranges):
     for_each_row_range(_block_maxima, (x, factors, maxima), maxima.shape[0], n_ranges)
 
 
-def scaled_column_absmax(x: Tensor, factors: Tensor) -> Tensor:
-    """`column_absmax` of `x` times a factor for each of its rows, or no factors."""
+def column_maxima(x: Tensor, factors: Tensor) -> Tensor:
+    """The largest `magnitude` of each column of `x` `[rows, columns]`: int32 `[columns]`.
+
+    Args:
+        x: fp32, bf16 or fp16.
+        factors: fp32 `[rows]`, what each row is multiplied by; or empty.
+    """
     n_blocks = -(-x.shape[0] // BLOCK)
     maxima = torch.empty(n_blocks, x.shape[1], dtype=torch.int32)
     arrays = (float_array(x), factors.numpy(), maxima.numpy())
     _maxima(*arrays, n_ranges(n_blocks, BLOCK * x.shape[1]))
     # As integers NaN is above all others: it comes through.
-    return maxima.amax(dim=0).view(torch.float32)
-
-
-@operators.column_absmax.register("cpu")
-def column_absmax(x: Tensor) -> Tensor:
-    return scaled_column_absmax(x, torch.empty(0, dtype=torch.float32))
+    return maxima.amax(dim=0)

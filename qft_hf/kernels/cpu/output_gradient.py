@@ -14,7 +14,7 @@ from ..groups import QMAX, TINY, absmax_scale
 from ..output_gradient import COLUMNS, ROWS
 from ..philox import LANES, WEIGHT
 from .bf16 import float_array, widen
-from .columns import scaled_column_absmax
+from .columns import column_maxima
 from .philox import philox, weight_uniform
 from .quantization import magnitude
 from .threads import for_each_row_range, n_ranges
@@ -187,14 +187,14 @@ def _by_rows(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, Tens
 
 def _by_columns(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     tokens, outputs = gradient.shape
-    maxima = scaled_column_absmax(gradient, factors.view(-1))
+    maxima = column_maxima(gradient, factors.view(-1))
     n_blocks = -(-tokens // BLOCK)
     packed_codes = torch.empty(outputs, n_blocks * QUADS, dtype=torch.uint32)
-    others = (factors.view(-1), maxima.view(torch.int32), packed_codes)
+    others = (factors.view(-1), maxima, packed_codes)
     arrays = [float_array(gradient), *(tensor.numpy() for tensor in others)]
     _columns(*arrays, _u64(seed), n_blocks, n_ranges(n_blocks, BLOCK * outputs))
     codes = packed_codes.view(torch.int8)[:, :tokens].contiguous()
-    return codes, absmax_scale(maxima).view(-1, 1)
+    return codes, absmax_scale(maxima.view(torch.float32)).view(-1, 1)
 
 
 @operators.quantize_gradient.register("cpu")

@@ -115,11 +115,13 @@ def _dequantize(codes, scales, rows, outlier_values, outlier_columns, x, group_s
 
 
 @operators.quantize.register("cpu")
-def quantize(
-    x: Tensor, *, group_size: int | None, zero_columns: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
+    return quantize_kept(x, torch.empty(0, dtype=torch.bool), group_size)
+
+
+def quantize_kept(x: Tensor, is_zero: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """`quantize`, where columns count as 0 that `is_zero`, bool `[columns]` or empty, says."""
     rows, columns = x.shape
-    is_zero = torch.empty(0, dtype=torch.bool) if zero_columns is None else zero_columns
     codes = torch.empty(rows, columns, dtype=torch.int8)
     n_groups = GroupLayout(rows, columns, group_size).n_groups
     scales = torch.empty(rows, n_groups, dtype=torch.float32)

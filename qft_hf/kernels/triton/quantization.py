@@ -52,7 +52,7 @@ def _load_kept(
     x, column, mask = load_tile(x_ptr, first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
     if zero_columns_ptr is not None:
         is_zero = tl.load(zero_columns_ptr + column, mask=mask, other=0)
-        x = tl.where(is_zero, 0.0, x)
+        x = tl.where(is_zero != 0, 0.0, x)
     return x, column, mask
 
 
@@ -62,12 +62,17 @@ def finite_codes(x, inverse):
     return quantized(tl.where(inverse > 0, x, 0.0), inverse)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _quantize_kernel(
-    x_ptr,  # [rows, COLUMNS] fp32, bf16 or fp16
-    zero_columns_ptr,  # [COLUMNS] bool: columns that count as 0; or None
-    codes_ptr,  # [rows, COLUMNS] int8, written
-    scales_ptr,  # [rows, N_GROUPS] fp32, written
+    x_ptr,  # [n_rows, COLUMNS] fp32, bf16 or fp16
+    zero_columns_ptr,  # [COLUMNS] int8: 1 for columns that count as 0; or None
+    columns_ptr,  # [N_TAKEN] int64: columns that are taken as they are
+    codes_ptr,  # [n_rows, COLUMNS] int8, written
+    scales_ptr,  # [n_rows, N_GROUPS] fp32, written
+    taken_ptr,  # [N_TAKEN, n_rows] of the dtype of x, written
+    n_rows,
+    N_TAKEN: tl.constexpr,
+    TAKEN_TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     N_GROUPS: tl.constexpr,
@@ -81,6 +86,11 @@ def _quantize_kernel(
     x_ptr += row * COLUMNS
     codes_ptr += row * COLUMNS
     scales_ptr += row * N_GROUPS
+    if N_TAKEN > 0:
+        for tile in range((N_TAKEN + TAKEN_TILE - 1) // TAKEN_TILE):
+            k = tile * TAKEN_TILE + tl.arange(0, TAKEN_TILE)
+            taken = tl.load(x_ptr + tl.load(columns_ptr + k, mask=k < N_TAKEN, other=0))
+            tl.store(taken_ptr + k.to(tl.int64) * n_rows + row, taken, mask=k < N_TAKEN)
     for group_tile in range(GROUP_TILES):
         first_group = group_tile * GROUPS
         # The first tile of a group stays in registers; a long group reads its others twice.
@@ -166,14 +176,35 @@ _launch_dequantize = Launcher(_dequantize_kernel)
 
 
 @operators.quantize.register("triton")
-def quantize(
-    x: Tensor, *, group_size: int | None, zero_columns: Tensor | None
+def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
+    return launch_quantize(x, group_size)
+
+
+def launch_quantize(
+    x: Tensor,
+    group_size: int | None,
+    zero_columns: Tensor | None = None,
+    columns: Tensor | None = None,
+    taken: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    rows, columns = x.shape
+    """`quantize`, with columns that count as 0, and `columns` of `x` copied to the rows of `taken`.
+
+    Args:
+        x: As `quantize` takes it.
+        group_size: Likewise.
+        zero_columns: int8 `[columns]`, 1 or 0; or None.
+        columns: int64 `[n]`, or None.
+        taken: `[n, rows]` of the dtype of `x`, written; or None.
+    """
+    rows, n_columns = x.shape
     codes = torch.empty_like(x, dtype=torch.int8)
-    n_groups = tiling(columns, group_size).N_GROUPS
+    n_groups = tiling(n_columns, group_size).N_GROUPS
     scales = x.new_empty(rows, n_groups, dtype=torch.float32)
-    _launch_quantize((rows,), row_constants(columns, group_size), x, zero_columns, codes, scales)
+    n_taken = 0 if columns is None else len(columns)
+    constants = row_constants(
+        n_columns, group_size, N_TAKEN=n_taken, TAKEN_TILE=outlier_tile(n_taken)
+    )
+    _launch_quantize((rows,), constants, x, zero_columns, columns, codes, scales, taken, rows)
     return codes, scales
 
 

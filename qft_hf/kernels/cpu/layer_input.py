@@ -1,0 +1,39 @@
+"""Inputs as INT8 operands in numba. Twin: `kernels/layer_input.py`."""
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .. import layer_input as operators
+from .columns import column_maxima
+from .quantization import quantize_kept
+
+
+@njit(nogil=True, cache=True)
+def _choose(maxima, columns, is_outlier):
+    """Numbers of the columns with the largest maxima, ascending; of equal ones the first."""
+    n = columns.shape[0]
+    least = np.partition(maxima, maxima.shape[0] - n)[maxima.shape[0] - n]
+    n_equal = n - np.sum(maxima > least)
+    place = 0
+    for column in range(maxima.shape[0]):
+        is_chosen = maxima[column] > least
+        if maxima[column] == least and n_equal > 0:
+            is_chosen = True
+            n_equal -= 1
+        is_outlier[column] = is_chosen
+        if is_chosen:
+            columns[place] = column
+            place += 1
+
+
+@operators.quantize_input.register("cpu")
+def quantize_input(x: Tensor, *, n_outliers: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    columns = torch.empty(n_outliers, dtype=torch.int64)
+    is_outlier = torch.empty(x.shape[1] if n_outliers else 0, dtype=torch.bool)
+    if n_outliers:
+        maxima = column_maxima(x, torch.empty(0, dtype=torch.float32))
+        _choose(*(tensor.numpy() for tensor in (maxima, columns, is_outlier)))
+    codes, scales = quantize_kept(x, is_outlier, None)
+    return codes, scales, columns, operators.take_columns(x, columns)
