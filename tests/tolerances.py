@@ -99,3 +99,17 @@ def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Ten
             assert_same_bits(actual[name], tensor)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+def int8_linear_bound(terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+    """Error of `int8_linear`, as its docstring derives it.
+
+    Args:
+        terms: Pairs of factors whose products are added: of codes, then of floats.
+        dtype: Of the result.
+    """
+    size = sum(left.double().abs() @ right.double().abs() for left, right in terms)
+    n_products = sum(left.shape[1] for left, _ in terms[1:])
+    # Below the least normal number the distance to the next does not shrink any more.
+    least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return ((n_products + 3) * FP32_EPS + torch.finfo(dtype).eps) * size + least

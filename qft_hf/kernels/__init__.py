@@ -13,14 +13,16 @@ from .floats import lion_step_floats_, step_floats_
 from .gradients import accumulate_, squared_norm
 from .int8_product import int8_matmul, requantized_matmul
 from .layer_input import quantize_input
+from .layer_output import int8_linear
 from .lion import lion_step_, quantize_and_lion_step_
 from .output_gradient import quantize_gradient
 from .quantization import dequantize, quantize
-from .values import AdamW, Lion, Moments, Quantized, Rounding, Weight
+from .values import AdamW, Input, Lion, Moments, Quantized, Rounding, Weight
 from .weight import step_weight_
 
 __all__ = [
     "AdamW",
+    "Input",
     "Lion",
     "Moments",
     "Quantized",
@@ -31,6 +33,7 @@ __all__ = [
     "dequantize",
     "dequantized_matmul",
     "embedding_gradient_",
+    "int8_linear",
     "int8_matmul",
     "lion_step_",
     "lion_step_floats_",

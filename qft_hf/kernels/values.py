@@ -132,6 +132,14 @@ class Weight:
         """Codes, scales, outlier values and outlier columns."""
         return self.codes, self.scales, self.outlier_values, self.outlier_columns
 
+    @property
+    def shared_columns(self) -> Tensor:
+        """Outlier columns that are the same in every row: int64 `[n_outliers]`."""
+        columns: Tensor | None = self.plans.get("shared columns")
+        if columns is None:
+            columns = self.plans["shared columns"] = self.outlier_columns[0].long()
+        return columns
+
     def __reduce__(self) -> Any:
         return Weight, (*self.tensors, self.group_size)
 
@@ -178,6 +186,22 @@ class Moments:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes and scales of the ratio, then of the root."""
         return self.ratio_codes, self.ratio_scales, self.root_codes, self.root_scales
+
+
+class Input(NamedTuple):
+    """An input `x[N, C]` of a layer as INT8 products take it; `quantize_input` makes the fields.
+
+    Attributes:
+        codes: int8 `[N, C]`, 0 in outlier columns.
+        scales: fp32 `[N, 1]`.
+        columns: int64 `[k]`: the columns with the largest magnitudes, ascending.
+        values: `[N, k]` of the dtype of `x`: what it has there.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    columns: Tensor
+    values: Tensor
 
 
 class Rounding(NamedTuple):

@@ -83,7 +83,7 @@ class _Int8Linear(torch.autograd.Function):
         weight: QFTWeight,
         bias: Tensor | None,
         products: Int8Products,
-        operand: int8.Input | None,
+        operand: kernels.Input | None,
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.products, ctx.x_shape, ctx.x_dtype = products, x.shape, x.dtype
@@ -107,7 +107,7 @@ class _Int8Linear(torch.autograd.Function):
         grad = grad_output.reshape(-1, grad_output.shape[-1])
 
         int8_x = needs_x and products.input_gradient
-        operand = int8.Input(*kept) if needs_weight and products.weight_gradient else None
+        operand = kernels.Input(*kept) if needs_weight and products.weight_gradient else None
         of_x = of_weight = None
         if int8_x or operand is not None:
             of_x, of_weight = int8.quantized_gradient(

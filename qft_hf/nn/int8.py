@@ -21,24 +21,9 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ..kernels import Input
 from ..layout import STATE_GROUP_SIZE
 from ..quant import Int8Gradient, QFTWeight, TiledGradient
-
-
-class Input(NamedTuple):
-    """An input `x[N, C]` as INT8 products take it.
-
-    Attributes:
-        codes: int8 `[N, C]`, 0 in outlier columns.
-        scales: fp32 `[N, 1]`.
-        columns: int64 `[k]`: the columns with the largest magnitudes, ascending.
-        values: `[N, k]` of the dtype of `x`: what it has there.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    columns: Tensor
-    values: Tensor
 
 
 class Gradient(NamedTuple):
@@ -114,16 +99,8 @@ def forward(
     operand: Input, x: Tensor, weight: QFTWeight, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """y[..., R] = x[..., C] W[R, C]^T + b[R], of `dtype`; `operand` is the quantized `x`."""
-    y = kernels.int8_matmul(
-        operand.codes, weight.codes.t(), operand.scales, weight.scales, bias=bias, dtype=dtype
-    )
-    columns, values = outlier_columns(weight)
-    if len(columns) + len(operand.columns):
-        # Outlier columns of the weight times all of x, and those of x times the weight's codes.
-        of_x = _columns(x.reshape(-1, x.shape[-1]), columns)
-        both = torch.cat((of_x, operand.values), dim=1)
-        coded = _columns(weight.codes, operand.columns) * weight.scales
-        y.addmm_(both.to(dtype), torch.cat((values, coded), dim=1).to(dtype).t())
+    floats = x.reshape(-1, x.shape[-1]).contiguous()
+    y = kernels.int8_linear(operand, floats, weight.stored, bias=bias, dtype=dtype)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
@@ -199,11 +176,6 @@ def weight_gradient(
     return weight.gradient(tile, quantized_tile)
 
 
-def _columns(x: Tensor, columns: Tensor) -> Tensor:
-    """`x[:, columns]`, one column after the other: on a CPU in half the time."""
-    return x.t().index_select(0, columns).t()
-
-
 def outlier_columns(weight: QFTWeight) -> tuple[Tensor, Tensor]:
     """Indices `[k]` int64 and FP32 values `[R, k]` of the columns that the codes leave out."""
-    return weight.shared_columns, weight.outlier_values
+    return weight.stored.shared_columns, weight.outlier_values

@@ -300,14 +300,6 @@ class QFTWeight(Int8Tensor):
         return kernels.dequantize(stored, rows=rows, dtype=self.dtype).to(dtype)
 
     @property
-    def shared_columns(self) -> Tensor:
-        """Outlier columns of a weight for INT8 products, the same in every row: int64 `[k]`."""
-        columns = self.stored.plans.get("shared columns")
-        if columns is None:
-            columns = self.stored.plans["shared columns"] = self.outlier_columns[0].long()
-        return columns
-
-    @property
     def wants_tiles(self) -> bool:
         """Whether whoever waits for the gradient takes it in float, a tile of rows at a time.
 

@@ -85,7 +85,9 @@ def redirect() -> None:
 
     # The tiles of products depend on the device.
     choose_tile, device = int8_product.choose_tile, torch.device("cuda", 0)
-    int8_product.choose_tile = lambda rows, columns, _: choose_tile(rows, columns, device)
+    int8_product.choose_tile = lambda rows, columns, _, width=None: choose_tile(
+        rows, columns, device, width
+    )
     properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
     torch.cuda.get_device_capability = lambda device: divmod(CAPABILITY, 10)
     torch.cuda.get_device_properties = lambda device: properties

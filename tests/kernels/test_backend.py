@@ -155,8 +155,8 @@ def test_the_reference_runs_on_a_gpu_if_asked_for(gpu):
 
 # What a backend leaves to the reference or to a composition of its own kernels, and may.
 LEFT = {
-    "cpu": {"quantize_and_lion_step_"},
-    "triton": {"requantized_matmul"},
+    "cpu": {"int8_linear", "quantize_and_lion_step_"},
+    "triton": set(),
 }
 
 
@@ -169,7 +169,7 @@ IMPLEMENTED = [
 
 
 def test_the_package_offers_operators_and_their_values():
-    values = {"AdamW", "Lion", "Moments", "Quantized", "Rounding", "Weight"}
+    values = {"AdamW", "Input", "Lion", "Moments", "Quantized", "Rounding", "Weight"}
 
     assert set(kernels.__all__) == set(OPERATORS) | values
     assert all(name == operator.name for name, operator in OPERATORS.items())

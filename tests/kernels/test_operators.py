@@ -42,6 +42,7 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     moments = Moments(*ratio.tensors, root.codes.byte(), root.scales, 256)
     rows = torch.tensor([4, 0, 4, 1])
     bias, columns, values = torch.ones(5), torch.tensor([3]), torch.ones(5, 1)
+    shared = Weight(codes, scales, x[:, 4:6].contiguous(), torch.tensor([[4, 5]] * 5).short(), None)
     fused = {"group_size": 256, **arguments()}
     return {
         "accumulate_": ((coded(x, 256), coded(x.flip(1), 256)), {}),
@@ -54,6 +55,10 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "dequantized_matmul": ((random((3, 300), None).bfloat16(), state.weight), {"bias": bias}),
         "embedding_gradient_": (
             (coded(x, 256), torch.tensor([3, 0, 3]), torch.ones(3, 300)), {"padding_idx": 0}
+        ),
+        "int8_linear": (
+            (kernels.Input(*kernels.quantize_input(x, n_outliers=3)), x, shared),
+            {"bias": bias, "dtype": torch.bfloat16},
         ),
         "int8_matmul": (
             (codes, codes.t(), scales, scales),

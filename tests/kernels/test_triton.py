@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qft_hf import kernels
-from qft_hf.kernels import Quantized, Weight
+from qft_hf.kernels import Input, Quantized, Weight
 from qft_hf.kernels import backend as backend_choice
 from qft_hf.kernels.operators import Operator
 from tests.kernels.backends import reference
@@ -36,7 +36,9 @@ from tests.kernels.states import (
     step_float_arguments,
     ties,
 )
-from tests.tolerances import assert_same_bits, dequantized_matmul_bound
+from tests.kernels.test_int8_linear import make_case as make_output_case
+from tests.kernels.test_int8_linear import terms as output_terms
+from tests.tolerances import assert_same_bits, dequantized_matmul_bound, int8_linear_bound
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -740,6 +742,40 @@ def test_columns_of_a_product_that_are_given(dtype):
 
 
 @loops
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 300, 256), (130, 33, 530)], ids=str)
+def test_requantized_matmul(shape, dtype, buffers):
+    """Groups in a tile, the last of them short; with scales and given columns, and without."""
+    m, k, n = shape
+    a, b = int8_operand(m, k, "contiguous"), int8_operand(k, n, "transposed")
+    scales = torch.rand(m, 1, device=DEVICE) + 0.01
+    columns = torch.tensor([n - 1, 0, 255, 256, 300], device=DEVICE)
+    columns = columns[columns < n].unique()
+    values = torch.randn(m, len(columns), device=DEVICE).to(dtype) * 1e4
+    values[m // 2, -1] = float("nan")
+    given = {"columns": columns, "values": values}
+    for factors, options in ((scales, given), (None, {"columns": None, "values": None})):
+        results = backend.requantized_matmul(a, b, factors, **options, group_size=256)
+
+        expected = reference.requantized_matmul(a, b, factors, **options, group_size=256)
+        for found, wanted in zip(results, expected, strict=True):
+            assert_same_bits(found, wanted)
+    assert all(guards_are_intact(buffer) for buffer in buffers)
+
+
+@loops
+def test_requantized_matmul_in_groups_that_no_tile_has():
+    a, b = int8_operand(9, 33, "contiguous"), int8_operand(33, 70, "contiguous")
+
+    results = backend.requantized_matmul(a, b, None, columns=None, values=None, group_size=7)
+
+    for found, wanted in zip(
+        results, reference.requantized_matmul(a, b, None, group_size=7), strict=True
+    ):
+        assert_same_bits(found, wanted)
+
+
+@loops
 @pytest.mark.parametrize("tile", sorted({t for ts in int8_product.TILES.values() for t in ts}))
 def test_int8_matmul_in_each_tile(tile, monkeypatch, buffers):
     """Sizes that no tile divides, in rows, columns and steps; on a GPU only if the tile fits it."""
@@ -804,6 +840,59 @@ def test_quantize_input_keeps_the_first_of_equal_columns_and_what_is_not_finite(
         expected = reference.quantize_input(x, n_outliers=n_outliers)
         for tensor, wanted in zip(results, expected, strict=True):
             assert_same_bits(tensor, wanted)
+
+
+# --- outputs of INT8 products ---------------------------------------------------------------------
+
+
+def output_cases() -> list[Any]:
+    """Sizes in every dtype; the interpreter cannot multiply BF16 as matrix units do."""
+    return [
+        pytest.param(sizes, dtype, id=f"{sizes}-{dtype}")
+        for sizes in [(1, 1, 1, 0, 0), (5, 7, 33, 1, 0), (5, 7, 32, 0, 2), (130, 70, 304, 20, 37)]
+        for dtype in DTYPES
+        if dtype != torch.bfloat16 or not INTERPRETED
+    ]
+
+
+@loops
+@pytest.mark.parametrize(("sizes", "dtype"), output_cases())
+def test_int8_linear(sizes, dtype, buffers):
+    """Sums to a bound, and in every bit where their order does not matter."""
+    for exact in (True, False):
+        x, floats, weight, bias = make_output_case(sizes, dtype, exact=exact)
+        pairs = output_terms(x, floats, weight, bias, dtype)
+        sums = sum(left @ right for left, right in pairs)
+        x, floats = Input(*(tensor.to(DEVICE) for tensor in x)), floats.to(DEVICE)
+        weight = Weight(*(tensor.to(DEVICE) for tensor in weight.tensors), None)
+        for _ in range(2):  # by a new plan, and by the one that is there
+            y = backend.int8_linear(x, floats, weight, bias=bias.to(DEVICE), dtype=dtype)
+
+            if exact:
+                assert_same_bits(y.cpu(), sums.to(dtype))
+            else:
+                assert ((y.cpu() - sums).abs() <= int8_linear_bound(pairs, dtype)).all()
+    assert buffers
+    assert all(guards_are_intact(buffer) for buffer in buffers)
+
+
+@loops
+def test_int8_linear_of_other_tokens_and_biases_by_one_weight():
+    """What is bound to a weight is made anew for another number of tokens, and for no bias."""
+    x, floats, weight, bias = make_output_case((40, 9, 32, 2, 3), torch.float32, exact=True)
+    weight = Weight(*(tensor.to(DEVICE) for tensor in weight.tensors), None)
+    for tokens, given in ((40, bias), (17, bias), (17, None), (40, 2 * bias)):
+        part = Input(
+            x.codes[:tokens], x.scales[:tokens], x.columns, x.values[:tokens].t().clone().t()
+        )
+        pairs = output_terms(part, floats[:tokens], weight, given, torch.float32)
+
+        y = backend.int8_linear(
+            Input(*(tensor.to(DEVICE) for tensor in part)), floats[:tokens].to(DEVICE), weight,
+            bias=None if given is None else given.to(DEVICE), dtype=torch.float32,
+        )  # fmt: skip
+
+        assert_same_bits(y.cpu(), sum(left @ right for left, right in pairs).float())
 
 
 # --- gradients for INT8 products ------------------------------------------------------------------

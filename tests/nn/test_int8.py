@@ -37,7 +37,7 @@ def run(weight, x, grad_y, *, products=ALL, bias=None) -> tuple[Tensor, Tensor, 
     return y.detach(), x.grad, weight.grad.dequantize()
 
 
-def quantized_input(x, weight) -> int8.Input:
+def quantized_input(x, weight) -> int8.kernels.Input:
     return int8.quantized_input(x, n_outliers=weight.outlier_values.shape[1])
 
 
@@ -323,7 +323,7 @@ def quantized(monkeypatch) -> list[Tensor]:
     seen: list[Tensor] = []
     quantize = int8._quantize
 
-    def record(x: Tensor, n_outliers: int) -> int8.Input:
+    def record(x: Tensor, n_outliers: int) -> int8.kernels.Input:
         seen.append(x.detach().clone())
         return quantize(x, n_outliers)
 

@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed: Linux only")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-from qft_hf.kernels import Lion, Quantized, Rounding, Weight
+from qft_hf.kernels import Input, Lion, Quantized, Rounding, Weight
 from qft_hf.layout import momentum_shapes
 from tests.offline.compiling import Compiled, Launch, compile_launch, launches
 
@@ -28,6 +28,7 @@ from tests.offline.compiling import Compiled, Launch, compile_launch, launches
     gradients,
     int8_product,
     layer_input,
+    layer_output,
     lion,
     output_gradient,
     quantization,
@@ -41,6 +42,7 @@ from tests.offline.compiling import Compiled, Launch, compile_launch, launches
         "gradients",
         "int8_product",
         "layer_input",
+        "layer_output",
         "lion",
         "output_gradient",
         "quantization",
@@ -376,12 +378,12 @@ def test_int8_matmul(i, capability, monkeypatch):
     """On integer matrix units, from whole words: no byte is loaded, stored or moved alone."""
     tile = int8_product.TILES[divmod(capability, 10)][i]
     monkeypatch.setattr(int8_product, "choose_tile", lambda *_: tile)
-    int8_product._tiles.cache_clear()
+    int8_product.product_tiles.cache_clear()
     a, b = tensor(4000, 4096, dtype=torch.int8), tensor(2048, 4096, dtype=torch.int8)
     options = {"bias": tensor(2048), "columns": None, "values": None, "dtype": torch.bfloat16}
     arguments = (a, b.t(), tensor(4000, 1), tensor(2048, 1))
     launch = only(launches(int8_product.int8_matmul, *arguments, **options))
-    int8_product._tiles.cache_clear()
+    int8_product.product_tiles.cache_clear()
 
     compiled = compile_launch(launch, capability)
 
@@ -399,6 +401,68 @@ def test_int8_matmul(i, capability, monkeypatch):
     assert compiled.count(r"(LDG|LDS|STS)\.(U8|S8)") == 0
     assert compiled.count("PRMT") == 0
     assert "cvt.rn.bf16" in compiled.ptx
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("requantizes", [False, True])
+def test_products_with_given_columns(requantizes, capability, monkeypatch):
+    """One launch each; a result in INT8 is rounded in the tile and leaves it in whole words."""
+    properties = SimpleNamespace(multi_processor_count=84)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(capability, 10))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    choose_tile = int8_product.choose_tile
+    monkeypatch.setattr(
+        int8_product, "choose_tile",
+        lambda rows, columns, _, width: choose_tile(rows, columns, torch.device("cuda"), width),
+    )  # fmt: skip
+    int8_product.product_tiles.cache_clear()
+    a, b = tensor(4000, 4096, dtype=torch.int8), tensor(4096, 4096, dtype=torch.int8)
+    given = {"columns": tensor(41, dtype=torch.int64), "values": tensor(4000, 41)}
+    if requantizes:
+        found = launches(
+            int8_product.requantized_matmul, a, b.t(), tensor(4000, 1), **given, group_size=256
+        )
+    else:
+        options = {"bias": None, "dtype": torch.bfloat16, **given}
+        found = launches(int8_product.int8_matmul, a, b.t(), tensor(4000, 1), None, **options)
+    int8_product.product_tiles.cache_clear()
+
+    compiled = compile_launch(only(found), capability)
+
+    # The largest tile of Hopper keeps a few addresses on the stack.
+    assert compiled.stack_bytes <= (128 if capability == 90 else 0)
+    assert compiled.shared_bytes <= SHARED_BYTES[capability]
+    assert compiled.count(r"IGMMA|IMMA\.16832\.S8") >= 4
+    assert compiled.count(r"(LDG|LDS|STS)\.(U8|S8)") == 0
+    assert compiled.count(r"STG.*\.128") >= compiled.count("STG") - 1  # the scale
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("i", range(3))
+def test_int8_linear(i, dtype, capability, monkeypatch):
+    """Float columns after the integer loop, on matrix units in 16 bits, and not as TF32."""
+    tile = int8_product.TILES[divmod(capability, 10)][i]
+    monkeypatch.setattr(int8_product, "choose_tile", lambda *_: tile)
+    int8_product.product_tiles.cache_clear()
+    x = Input(
+        tensor(4000, 4096, dtype=torch.int8), tensor(4000, 1),
+        tensor(41, dtype=torch.int64), tensor(41, 4000, dtype=dtype).t(),
+    )  # fmt: skip
+    floats, multiplied = tensor(4000, 4096, dtype=dtype), make_weight(4096, None, 41, rows=2048)
+    options = {"bias": tensor(2048), "dtype": dtype}
+    launch = only(launches(layer_output.int8_linear, x, floats, multiplied, **options))
+    int8_product.product_tiles.cache_clear()
+
+    compiled = compile_launch(launch, capability)
+
+    # The largest tiles keep some addresses on the stack, after the loop over integers.
+    assert compiled.stack_bytes <= 128
+    assert compiled.shared_bytes <= SHARED_BYTES[capability]
+    assert compiled.count(r"IGMMA|IMMA\.16832\.S8") >= 4
+    assert (compiled.count("HGMMA|HMMA") > 0) == (dtype == torch.bfloat16)
+    assert "tf32" not in compiled.ptx
+    assert compiled.count(r"LDGSTS.*\.128") > 0
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -120,11 +120,14 @@ def floats_case(dtype=torch.bfloat16, seed=1):
     return floats._lion_floats_kernel, (2,), constants, (buffer[:7], buffer[7:], *numbers)
 
 
-def matmul_case(rows=1, columns=1, summed=32, scales="ab", bias=False, dtype=torch.bfloat16):
+def matmul_case(
+    rows=1, columns=1, summed=32, scales="ab", bias=False, given=False, dtype=torch.bfloat16
+):
     a = torch.ones(rows, summed, dtype=torch.int8)
     b = torch.ones(columns, summed, dtype=torch.int8)
     tile = int8_product.OTHER_TILES[2]
     constants = {
+        "N_GIVEN": 1 if given else 0,
         "TILE_M": tile.rows,
         "TILE_N": tile.columns,
         "TILE_K": tile.summed,
@@ -138,8 +141,10 @@ def matmul_case(rows=1, columns=1, summed=32, scales="ab", bias=False, dtype=tor
         a, b,
         torch.ones(rows) if "a" in scales else None,
         torch.ones(columns) if "b" in scales else None,
-        torch.ones(columns) if bias else None, torch.empty(rows, columns, dtype=dtype),
-        rows, columns, summed, a.stride(0), b.stride(0),
+        torch.ones(columns) if bias else None,
+        torch.tensor([3]) if given else None, torch.ones(rows, 1) if given else None,
+        torch.empty(rows, columns, dtype=dtype),
+        rows, columns, summed, a.stride(0), b.stride(0), *((1, 1) if given else (0, 0)),
     )  # fmt: skip
     return int8_product._int8_matmul_kernel, (1,), constants, arguments
 
@@ -175,6 +180,7 @@ CASES = {
     "matmul, no scales, bias": matmul_case(columns=32, scales="", bias=True),
     "matmul, scales of rows": matmul_case(columns=32, scales="a"),
     "matmul, scales of columns": matmul_case(columns=32, scales="b"),
+    "matmul, given columns": matmul_case(columns=32, scales="a", given=True),
     "copy": copy_case(),
     "copy, turned": copy_case(strides=(1, 16)),
     "copy, one row": copy_case(rows=1),
@@ -188,7 +194,7 @@ OPEN = {  # the arguments that a plan leaves open; the others are bound
     "_quantize_kernel": range(1, 7),
     "_lion_kernel": range(4, 21),
     "_lion_floats_kernel": range(1, 10),
-    "_int8_matmul_kernel": range(1, 11),
+    "_int8_matmul_kernel": range(1, 15),
     "_copy_kernel": range(1, 3),
 }
 

@@ -66,5 +66,5 @@ def test_a_layer_starts_what_it_has_to_and_nothing_else(tmp_path):
         own = of_a_layer(mode, "device_operations") - of_a_layer("float", "device_operations")
         assert own == of_a_layer(mode, "launches")
     # Of INT8 products there are many; there may be fewer, and not more.
-    assert of_a_layer("int8-release", "launches") <= 62
-    assert of_a_layer("int8-release", "device_operations") <= 265
+    assert of_a_layer("int8-release", "launches") <= 70
+    assert of_a_layer("int8-release", "device_operations") <= 185

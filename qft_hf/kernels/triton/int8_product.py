@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .. import int8_product as operators
 from .launch import Constants, Launcher
+from .numerics import magnitude_bits
+from .quantization import finite_codes, scale_of_bits
 
 ALIGNED = 16  # bytes of one asynchronous copy: what rows along K must be a multiple of
 GROUP = 8  # rows of tiles that run together, so that what they read of `b` is still in the cache
@@ -46,6 +48,7 @@ class Tile:
 
 # Large first. Two products in a step keep the compiler from carrying operands around the loop as
 # single bytes, which it would unpack and pack again; sm_90 reads operands from shared memory.
+# Results in INT8 take those as wide as a group.
 _AMPERE = (Tile(128, 256, 64, 2, 8, 3), Tile(128, 128, 64, 2, 8, 3), Tile(64, 64, 64, 2, 4, 4))
 _HOPPER = (
     Tile(128, 256, 128, 1, 8, 4),
@@ -56,45 +59,47 @@ TILES = {(8, 0): _AMPERE, (8, 6): _AMPERE, (8, 9): _AMPERE, (9, 0): _HOPPER}
 OTHER_TILES = _AMPERE  # they need the least shared memory
 
 
-def choose_tile(rows: int, columns: int, device: torch.device) -> Tile:
-    """The largest tile that still gives every multiprocessor one, else the smallest."""
-    capability, n_multiprocessors = (8, 0), 1  # in the interpreter
+def tiles_of(device: torch.device) -> tuple[Tile, ...]:
+    """What a device may run."""
+    if device.type != "cuda":  # in the interpreter
+        return OTHER_TILES
+    return TILES.get(torch.cuda.get_device_capability(device), OTHER_TILES)
+
+
+def choose_tile(rows: int, columns: int, device: torch.device, width: int | None = None) -> Tile:
+    """The largest tile that still gives every multiprocessor one, else the smallest.
+
+    Args:
+        rows: Of the result.
+        columns: Of the result.
+        device: Where it runs.
+        width: Columns that the tile has; None: any.
+    """
+    n_multiprocessors = 1
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
         n_multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = TILES.get(capability, OTHER_TILES)
+    tiles = [tile for tile in tiles_of(device) if width in (None, tile.columns)]
     for tile in tiles:
         if triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) >= n_multiprocessors:
             return tile
     return tiles[-1]
 
 
-@triton.jit(do_not_specialize=["M"])
-def _int8_matmul_kernel(
-    a_ptr,  # [M, K] int8, contiguous along K
-    b_ptr,  # [N, K] int8, contiguous along K: the second operand, transposed
-    a_scales_ptr,  # [M] fp32, or None
-    b_scales_ptr,  # [N] fp32, or None
-    bias_ptr,  # [N] float, or None
-    out_ptr,  # [M, N] float, written
-    M,
-    N,
-    K,
-    a_stride,
-    b_stride,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
-    UNROLLED: tl.constexpr,
+@triton.jit
+def tile_of_sums(
+    a_ptr, b_ptr, M, N, K, a_stride, b_stride,
+    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, UNROLLED: tl.constexpr,
     GROUP: tl.constexpr,
-):
+):  # fmt: skip
+    """The exact sums of this program's tile of the result, its rows, and its first column."""
     tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
     program = tl.program_id(0)
     first_m = program // (GROUP * tiles_n) * GROUP
     in_group = program % (GROUP * tiles_n)
     group = min(tiles_m - first_m, GROUP)
     m = (first_m + in_group % group) * TILE_M + tl.arange(0, TILE_M)
-    n = in_group // group * TILE_N + tl.arange(0, TILE_N)
+    first_n = in_group // group * TILE_N
+    n = first_n + tl.arange(0, TILE_N)
     k = tl.arange(0, TILE_K)
     # Rows past the end read the last one again; what comes of them is not stored.
     a_row = tl.minimum(m, M - 1).to(tl.int64) * a_stride
@@ -111,7 +116,12 @@ def _int8_matmul_kernel(
             sums = tl.dot(a, b, sums, out_dtype=tl.int32)
         a_ptrs += TILE_K * UNROLLED
         b_ptrs += TILE_K * UNROLLED
+    return sums, m, first_n
 
+
+@triton.jit
+def scaled(sums, m, n, M, N, a_scales_ptr, b_scales_ptr, bias_ptr):
+    """The sums as FP32, times their scales, plus the bias; what is None is left out."""
     out = sums.to(tl.float32)
     if a_scales_ptr is not None:
         out = out * tl.load(a_scales_ptr + m, mask=m < M, other=0.0)[:, None]
@@ -119,9 +129,105 @@ def _int8_matmul_kernel(
         out = out * tl.load(b_scales_ptr + n, mask=n < N, other=0.0)[None, :]
     if bias_ptr is not None:
         out = out + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    return out
+
+
+@triton.jit
+def store_tile(out_ptr, out, m, n, M, N):
     index = m.to(tl.int64)[:, None] * N + n[None, :]
     mask = (m < M)[:, None] & (n < N)[None, :]
     tl.store(out_ptr + index, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _with_given(
+    out, m, first_n, M, columns_ptr, values_ptr, row_stride, column_stride,
+    N_GIVEN: tl.constexpr, TILE_N: tl.constexpr,
+):  # fmt: skip
+    """The tile with columns that are given in their places: of a hundred, few are in one tile."""
+    n = first_n + tl.arange(0, TILE_N)
+    for i in range(N_GIVEN):
+        column = tl.load(columns_ptr + i)
+        if (column >= first_n) & (column < first_n + TILE_N):
+            index = m.to(tl.int64) * row_stride + i * column_stride
+            value = tl.load(values_ptr + index, mask=m < M, other=0.0).to(tl.float32)
+            out = tl.where(n[None, :] == column, value[:, None], out)
+    return out
+
+
+@triton.jit(do_not_specialize=["M"])
+def _int8_matmul_kernel(
+    a_ptr,  # [M, K] int8, contiguous along K
+    b_ptr,  # [N, K] int8, contiguous along K: the second operand, transposed
+    a_scales_ptr,  # [M] fp32, or None
+    b_scales_ptr,  # [N] fp32, or None
+    bias_ptr,  # [N] float, or None
+    columns_ptr,  # [N_GIVEN] int64: columns of the result that are given; or None
+    values_ptr,  # [M, N_GIVEN] float with these strides: what they hold; or None
+    out_ptr,  # [M, N] float, written
+    M,
+    N,
+    K,
+    a_stride,
+    b_stride,
+    values_row,
+    values_column,
+    N_GIVEN: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    sums, m, first_n = tile_of_sums(
+        a_ptr, b_ptr, M, N, K, a_stride, b_stride, TILE_M, TILE_N, TILE_K, UNROLLED, GROUP
+    )
+    n = first_n + tl.arange(0, TILE_N)
+    out = scaled(sums, m, n, M, N, a_scales_ptr, b_scales_ptr, bias_ptr)
+    if N_GIVEN > 0:
+        out = _with_given(
+            out, m, first_n, M, columns_ptr, values_ptr, values_row, values_column, N_GIVEN, TILE_N
+        )
+    store_tile(out_ptr, out, m, n, M, N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _requantized_matmul_kernel(
+    a_ptr,  # [M, K] int8, contiguous along K
+    b_ptr,  # [N, K] int8, contiguous along K: the second operand, transposed
+    a_scales_ptr,  # [M] fp32, or None
+    columns_ptr,  # [N_GIVEN] int64: columns of the result that are given; or None
+    values_ptr,  # [M, N_GIVEN] float with these strides: what they hold; or None
+    codes_ptr,  # [M, N] int8, written
+    scales_ptr,  # [M, cdiv(N, TILE_N)] fp32, written
+    M,
+    N,
+    K,
+    a_stride,
+    b_stride,
+    values_row,
+    values_column,
+    N_GIVEN: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,  # a group of the result
+    TILE_K: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    sums, m, first_n = tile_of_sums(
+        a_ptr, b_ptr, M, N, K, a_stride, b_stride, TILE_M, TILE_N, TILE_K, UNROLLED, GROUP
+    )
+    n = first_n + tl.arange(0, TILE_N)
+    out = scaled(sums, m, n, M, N, a_scales_ptr, None, None)
+    if N_GIVEN > 0:
+        out = _with_given(
+            out, m, first_n, M, columns_ptr, values_ptr, values_row, values_column, N_GIVEN, TILE_N
+        )
+    out = tl.where((n < N)[None, :], out, 0.0)
+    scale, inverse = scale_of_bits(tl.max(magnitude_bits(out), axis=1))
+    store_tile(codes_ptr, finite_codes(out, inverse[:, None]), m, n, M, N)
+    index = m.to(tl.int64) * tl.cdiv(N, TILE_N) + first_n // TILE_N
+    tl.store(scales_ptr + index, scale, mask=m < M)
 
 
 @triton.jit(do_not_specialize=["n_columns"])
@@ -147,12 +253,14 @@ def _copy_kernel(
 
 
 _launch_copy, _launch_int8_matmul = Launcher(_copy_kernel), Launcher(_int8_matmul_kernel)
+_launch_requantized_matmul = Launcher(_requantized_matmul_kernel)
 _COPY = Constants(TILE=COPY_TILE, num_warps=COPY_WARPS)
 
 
 @cache
-def _constants(tile: Tile) -> Constants:
+def _constants(tile: Tile, **others: int) -> Constants:
     return Constants(
+        **others,
         TILE_M=tile.rows,
         TILE_N=tile.columns,
         TILE_K=tile.summed,
@@ -165,11 +273,13 @@ def _constants(tile: Tile) -> Constants:
 
 
 @lru_cache(maxsize=1024)  # shapes; the number of tokens may differ from batch to batch
-def _tiles(rows: int, columns: int, device: torch.device) -> tuple[tuple[int], Constants]:
-    """Grid and constants of a product with a result of this shape."""
-    tile = choose_tile(rows, columns, device)
+def product_tiles(
+    rows: int, columns: int, device: torch.device, *, width: int | None = None, **others: int
+) -> tuple[tuple[int], Constants]:
+    """Grid and constants of a product with a result of this shape; `others` come on top."""
+    tile = choose_tile(rows, columns, device, width)
     n_tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
-    return (n_tiles,), _constants(tile)
+    return (n_tiles,), _constants(tile, **others)
 
 
 def along_k(x: Tensor) -> Tensor:
@@ -203,13 +313,47 @@ def int8_matmul(
             a, b, a_scales, b_scales, bias=bias, columns=columns, values=values, dtype=dtype
         )
     rows, n_columns = a.shape[0], b.shape[1]
-    grid, constants = _tiles(rows, n_columns, a.device)
+    n_given, *strides = _given(columns, values)
+    grid, constants = product_tiles(rows, n_columns, a.device, N_GIVEN=n_given)
     out = a.new_empty(rows, n_columns, dtype=dtype)
     a, b = along_k(a), along_k(b.t())
     _launch_int8_matmul(
-        grid, constants, a, b, a_scales, b_scales, bias, out,
-        rows, n_columns, a.shape[1], a.stride(0), b.stride(0),
+        grid, constants, a, b, a_scales, b_scales, bias, columns, values, out,
+        rows, n_columns, a.shape[1], a.stride(0), b.stride(0), *strides,
     )  # fmt: skip
-    if columns is not None and values is not None:
-        out.index_copy_(1, columns, values.to(dtype))
     return out
+
+
+@operators.requantized_matmul.register("triton")
+def requantized_matmul(
+    a: Tensor,
+    b: Tensor,
+    a_scales: Tensor | None,
+    *,
+    columns: Tensor | None,
+    values: Tensor | None,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    is_a_width = any(tile.columns == group_size for tile in tiles_of(a.device))
+    if not is_a_width or not operators.is_single(a, b):
+        return operators.requantized_matmul.reference(
+            a, b, a_scales, columns=columns, values=values, group_size=group_size
+        )
+    rows, n_columns = a.shape[0], b.shape[1]
+    n_given, *strides = _given(columns, values)
+    tiles = product_tiles(rows, n_columns, a.device, width=group_size, N_GIVEN=n_given)
+    codes = a.new_empty(rows, n_columns)
+    scales = a.new_empty(rows, -(-n_columns // group_size), dtype=torch.float32)
+    a, b = along_k(a), along_k(b.t())
+    _launch_requantized_matmul(
+        *tiles, a, b, a_scales, columns, values, codes, scales,
+        rows, n_columns, a.shape[1], a.stride(0), b.stride(0), *strides,
+    )  # fmt: skip
+    return codes, scales
+
+
+def _given(columns: Tensor | None, values: Tensor | None) -> tuple[int, ...]:
+    """How many columns are given, and the strides of their values."""
+    if columns is None or values is None:
+        return 0, 0, 0
+    return len(columns), *values.stride()
