@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 import yaml
+from datasets import Dataset
 
 import qft_hf
 from qft_hf.hf.optimizers import OPTIMIZERS
+from tests.finetune.chats import TEXTS, tiny_tokenizer
 from tests.hf.test_trainer import sequences
 from tests.models import tiny_llama
 from tests.scripts.commands import COMMANDS, help_of
@@ -59,10 +61,17 @@ def test_the_python_blocks_run_in_order_on_a_small_model(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page in DOCS if page != "README.md"])
-def test_the_python_blocks_of_a_page_run(page):
-    names = {"qft_hf": qft_hf}
+def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tokenizer = tiny_tokenizer()
+    model = tiny_llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    dataset = Dataset.from_dict({"text": TEXTS})
+    names = {"qft_hf": qft_hf, "model": model, "tokenizer": tokenizer, "dataset": dataset}
     for number, block in enumerate(blocks(DOCS[page], "python")):
-        exec(compile(block, f"{page} block {number}", "exec"), names)
+        here = block
+        if not torch.cuda.is_available():  # transformers wants to be told
+            here = block.replace('"runs/sft"', '"runs/sft", use_cpu=True')
+        exec(compile(here, f"{page} block {number}", "exec"), names)
 
 
 @pytest.mark.parametrize("gradient", ["stack", "release"])

@@ -7,6 +7,7 @@ from .config import QFTConfig
 from .convert import dequantize_model_, quantize_model_
 from .estimate import Recommendation, estimate_memory, recommend
 from .guards import install_guards
+from .reference_model import install_references
 from .registration import is_accumulating, register_optimizer
 from .resizing import install_resizing
 from .trainer import QFTTrainer
@@ -14,6 +15,7 @@ from .trainer import QFTTrainer
 register_optimizer()
 install_guards()
 install_resizing()
+install_references()
 
 __all__ = [
     "QFTConfig",

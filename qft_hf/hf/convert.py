@@ -65,11 +65,12 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
         raise ValueError(
             f"{type(model).__name__} has no INT8 weights. To cast it, call model.to({dtype})."
         )
-    quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, QFTQuantizer):
-        quantizer.dequantize(model, dtype=dtype)
-    else:
-        dequantize_modules_(model, dtype)
+    # Those that carry a record of it, also inside another module, such as one with adapters.
+    for module in [m for m in model.modules() if "hf_quantizer" in vars(m)]:
+        quantizer: Any = module.hf_quantizer
+        if isinstance(quantizer, QFTQuantizer):
+            quantizer.dequantize(module, dtype=dtype)
+    dequantize_modules_(model, dtype)
     return model
 
 

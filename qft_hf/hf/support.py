@@ -229,6 +229,11 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             f"label_smoothing_factor={args.label_smoothing_factor} needs all logits, which a "
             "chunked loss never has. Set label_smoothing_factor=0, or leave chunked_loss off."
         )
+    if getattr(args, "sync_ref_model", False):  # of TRL
+        raise ValueError(
+            "sync_ref_model=True mixes the policy's values into those of the reference model, and "
+            "INT8 weights cannot be mixed in place. Leave sync_ref_model off."
+        )
     if args.torch_compile:
         raise ValueError("torch_compile is not supported with INT8 weights yet. Leave it off.")
     parallelism = getattr(args, "parallelism_config", None)

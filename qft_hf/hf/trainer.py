@@ -42,7 +42,7 @@ class QFTTrainer(CheckpointTrainer):
                 f"optim={optimizer_name(args)!r}. Set optim={names()} or use transformers.Trainer."
             )
         refuse_optimizer((kwargs.get("optimizers") or (None, None))[0], args)
-        if model is not None:
+        if isinstance(model, nn.Module):  # a Trainer that is mixed in may load one by its name
             # Before the Trainer moves the model: the float weights never reach the device.
             prepare_model_(model, args)
         self.ledger: MemoryLedger | None = None

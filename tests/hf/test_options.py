@@ -631,17 +631,6 @@ def test_an_int8_weight_that_is_not_frozen_still_needs_its_optimizer(tmp_path):
         trainer.train()
 
 
-def test_lora_on_an_int8_base(tmp_path):
-    peft = pytest.importorskip("peft")
-    base = quantize_model_(tiny_llama(), QFTConfig())
-    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "down_proj"]))
-    trainer = trainer_on(model, tmp_path, optim="adamw_torch", max_steps=20, learning_rate=0.02)
-    trainer.train()
-    assert history(trainer, "loss")[-1] < history(trainer, "loss")[0]
-    with pytest.raises(ValueError, match="Set optim='adamw_torch' to train the adapters"):
-        trainer_on(model, tmp_path)
-
-
 # --- default dtype --------------------------------------------------------------------------
 
 

@@ -1,0 +1,64 @@
+"""The reference model that a run compares its policy with is INT8 where the policy is.
+
+Trainers of preferences and rewards, such as TRL's, load the reference as float from the checkpoint
+that the policy came from, and have Accelerate move it to the device. Before that it is quantized
+here as the policy was: it takes a fourth of the memory, and has the policy's values at the start.
+"""
+
+import logging
+from functools import wraps
+from typing import Any
+from weakref import ref
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import Trainer
+
+from .convert import quantize_model_
+from .support import has_quantized_weights, quantization_config_of
+
+logger = logging.getLogger(__name__)
+
+MARK = "_qft_trainer"
+
+
+def install_references() -> None:
+    """Have each Trainer's accelerator know the Trainer, and look for its reference. Idempotent."""
+    create: Any = Trainer.create_accelerator_and_postprocess
+    if hasattr(create, MARK):
+        return
+    prepare: Any = Accelerator.prepare_model
+
+    @wraps(create)
+    def create_accelerator_and_postprocess(self: Trainer) -> None:
+        create(self)
+        setattr(self.accelerator, MARK, ref(self))
+
+    @wraps(prepare)
+    def prepare_model(self: Accelerator, model: Any, *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = getattr(self, MARK, lambda: None)()
+        reference = getattr(trainer, "ref_model", None)
+        if reference is not None and model is reference:
+            quantize_as_policy_(reference, trainer.model)
+        return prepare(self, model, *args, **kwargs)
+
+    setattr(create_accelerator_and_postprocess, MARK, True)
+    trainer_class: Any = Trainer
+    trainer_class.create_accelerator_and_postprocess = create_accelerator_and_postprocess
+    accelerator_class: Any = Accelerator
+    accelerator_class.prepare_model = prepare_model
+
+
+def quantize_as_policy_(reference: nn.Module, policy: nn.Module) -> None:
+    """Quantize a float reference of the same class as an INT8 policy, as that one is."""
+    config = quantization_config_of(policy)
+    if (
+        config is not None
+        and type(reference) is type(policy)
+        and not has_quantized_weights(reference)
+    ):
+        quantize_model_(reference, config)
+        logger.warning(
+            "The reference model, a float %s, was quantized to INT8 as the policy is",
+            type(reference).__name__,
+        )

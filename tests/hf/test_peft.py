@@ -1,0 +1,135 @@
+"""Adapters of PEFT on frozen INT8 weights."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from qft_hf.hf.config import QFTConfig
+from qft_hf.hf.convert import dequantize_model_, quantize_model_
+from qft_hf.quant import QFTWeight
+from tests.finetune.chats import TEXTS, tiny_tokenizer
+from tests.hf.checkpoints import IDS
+from tests.models import tiny_llama
+from tests.tolerances import assert_same_bits
+
+LORA = LoraConfig(target_modules=["q_proj", "down_proj"], r=4)
+
+
+def adapted(lora=LORA, **arguments):
+    return get_peft_model(quantize_model_(tiny_llama(**arguments), QFTConfig()), lora)
+
+
+def sequences():
+    return [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
+
+
+def trained(model, output_dir, optim="adamw_torch"):
+    args = TrainingArguments(
+        output_dir, optim=optim, max_steps=8, learning_rate=0.02, logging_steps=1, report_to="none",
+        use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=args, train_dataset=sequences())
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_adapters_train_with_any_optimizer_and_the_base_stays(optim, tmp_path):
+    model = adapted()
+    frozen = {
+        name: weight.codes.clone()
+        for name, weight in model.named_parameters()
+        if isinstance(weight, QFTWeight)
+    }
+
+    losses = trained(model, tmp_path, optim)
+
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(model.get_parameter(n).codes, codes) for n, codes in frozen.items())
+    assert len(frozen) == 16
+
+
+def test_an_optimizer_of_ours_is_for_all_weights_and_says_so(tmp_path):
+    with pytest.raises(ValueError, match="Set optim='adamw_torch' to train the adapters"):
+        trained(adapted(), tmp_path, "qft_lion")
+
+
+def test_adapters_are_saved_and_loaded_onto_the_int8_checkpoint(tmp_path):
+    quantize_model_(tiny_llama(), QFTConfig()).save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LORA)
+    trained(model, tmp_path)
+
+    model.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
+
+    assert_same_bits(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merging_into_int8_weights_says_how_and_changes_nothing(merge, safe_merge, tmp_path):
+    model = adapted()
+    trained(model, tmp_path)
+    expected = logits(model)
+
+    with pytest.raises((NotImplementedError, TypeError), match="call dequantize_model_"):
+        getattr(model, merge)(safe_merge=safe_merge)
+
+    assert_same_bits(logits(model), expected)
+
+
+def test_the_way_to_merge_works(tmp_path):
+    """Dequantize, merge, quantize: what the error says."""
+    model = adapted()
+    trained(model, tmp_path)
+    expected = logits(model)
+
+    merged = dequantize_model_(model, torch.float32).merge_and_unload()
+
+    assert (logits(merged) - expected).abs().max() < 1e-4 * expected.abs().max()
+    merged.save_pretrained(tmp_path / "float")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
+    assert_same_bits(logits(again), logits(merged))
+    quantize_model_(merged, QFTConfig())
+    assert isinstance(merged.model.layers[0].self_attn.q_proj.weight, QFTWeight)
+
+
+def test_preparing_for_few_bits_changes_no_int8_weight():
+    model = quantize_model_(tiny_llama(dtype=torch.bfloat16), QFTConfig())
+    weight = model.lm_head.weight
+    codes = weight.codes.clone()
+
+    prepare_model_for_kbit_training(model)
+
+    assert isinstance(model.lm_head.weight, QFTWeight)
+    assert_same_bits(model.lm_head.weight.codes, codes)
+    assert not model.lm_head.weight.requires_grad
+
+
+def test_trl_puts_adapters_on_an_int8_model(tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = quantize_model_(tiny_llama(vocab_size=len(tokenizer)), QFTConfig())
+    codes = model.lm_head.weight.codes.clone()
+    args = SFTConfig(
+        tmp_path, max_steps=4, learning_rate=0.02, logging_steps=1, report_to="none", use_cpu=True,
+        bf16=False, save_strategy="no", gradient_checkpointing=False, max_length=32,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=Dataset.from_dict({"text": TEXTS * 4}),
+        processing_class=tokenizer, peft_config=LORA,
+    )  # fmt: skip
+
+    trainer.train()
+
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert_same_bits(trainer.model.base_model.model.lm_head.weight.codes, codes)

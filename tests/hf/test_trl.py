@@ -1,0 +1,227 @@
+"""TRL's own trainers with a model that is INT8 from the embedding to the head."""
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from qft_hf.hf.config import QFTConfig
+from qft_hf.hf.convert import dequantize_model_, quantize_model_
+from qft_hf.hf.trainer import QFTTrainer
+from qft_hf.quant import QFTWeight
+from tests.finetune.chats import tiny_tokenizer
+from tests.hf.checkpoints import assert_same_state
+from tests.models import tiny_llama
+
+LR, STEPS = 1e-3, 5
+TEXTS = ["The quick brown fox", "How are you doing today?", "the answer to the question"] * 4
+PAIRS = {"prompt": TEXTS, "chosen": [" I am fine."] * 12, "rejected": [" lazy dog"] * 12}
+
+
+def variety(completions, **kwargs):
+    """A reward that differs between completions."""
+    return [float(len(set(completion))) for completion in completions]
+
+
+# Trainer, its arguments, data, and what is passed to it beside.
+TRAINERS = {
+    "sft": (SFTTrainer, SFTConfig, {"max_length": 32}, {"text": TEXTS}, {}),
+    "dpo": (DPOTrainer, DPOConfig, {}, PAIRS, {}),
+    "reward": (RewardTrainer, RewardConfig, {}, PAIRS, {}),
+    "grpo": (
+        GRPOTrainer,
+        GRPOConfig,
+        {"num_generations": 4, "max_completion_length": 6, "beta": 0.1},
+        {"prompt": TEXTS},
+        {"reward_funcs": variety},
+    ),
+}
+
+
+class FloatLion(torch.optim.Optimizer):
+    """Lion with everything in FP32."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": LR})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            momentum = self.state[parameter].setdefault("m", torch.zeros_like(parameter))
+            direction = torch.lerp(parameter.grad, momentum, 0.9).sign()
+            parameter.sub_(direction, alpha=self.param_groups[0]["lr"])
+            momentum.lerp_(parameter.grad, 0.01)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A float checkpoint with its tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    tiny_llama(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=128,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def load(kind, folder):
+    if kind == "reward":
+        torch.manual_seed(0)
+        auto, arguments = AutoModelForSequenceClassification, {"num_labels": 1}
+    else:
+        auto, arguments = AutoModelForCausalLM, {}
+    return auto.from_pretrained(folder, dtype=torch.float32, **arguments)
+
+
+def trainer_of(kind, model, output_dir, cls=None, **changes):
+    trl_class, config, options, data, beside = TRAINERS[kind]
+    args = config(
+        **{
+            "output_dir": output_dir,
+            "optim": "qft_lion",
+            "learning_rate": LR,
+            "lr_scheduler_type": "constant",
+            "max_grad_norm": 0.0,
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 4,
+            "gradient_checkpointing": False,
+            "bf16": False,
+            "use_cpu": True,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            **options,
+            **changes.pop("args", {}),
+        }
+    )
+    return (cls or trl_class)(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_dict(data),
+        processing_class=tiny_tokenizer(),
+        **{**beside, **changes},
+    )
+
+
+def losses(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def head_of(model):
+    return model.score if hasattr(model, "score") else model.lm_head
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_a_fully_int8_model_trains_as_its_float_twin(kind, folder, tmp_path):
+    """All weights, the head too, in the trainer that TRL has; the reference is INT8."""
+    model = load(kind, folder)
+    twin = dequantize_model_(quantize_model_(load(kind, folder), QFTConfig()), torch.float32)
+    trainer = trainer_of(kind, model, tmp_path)
+    head = head_of(model).weight
+    assert isinstance(head, QFTWeight)
+    assert {type(p) for p in model.parameters() if p.ndim > 1} == {QFTWeight}
+    if getattr(trainer, "ref_model", None) is not None:
+        assert_same_state(trainer.ref_model, model)
+    before = head.codes.clone()
+
+    int8 = losses(trainer)
+
+    assert (head.codes != before).float().mean() > 0.5
+    if kind == "grpo":  # what it samples depends on the last digit of a logit
+        assert all(torch.tensor(int8).isfinite())
+        return
+    optimizer = FloatLion(twin.parameters())
+    beside = {"optimizers": (optimizer, None), "args": {"optim": "adamw_torch"}}
+    if kind == "dpo":
+        beside["ref_model"] = dequantize_model_(
+            quantize_model_(load(kind, folder), QFTConfig()), torch.float32
+        )
+    of_twin = losses(trainer_of(kind, twin, tmp_path, **beside))
+    # The same weights at first, and the same arithmetic in another order.
+    assert int8[0] == pytest.approx(of_twin[0], rel=1e-4)
+    # Then INT8 rounds gradients and updates: what it learns is what float Lion learns, to a tenth.
+    assert (int8[0] - int8[-1]) == pytest.approx(of_twin[0] - of_twin[-1], rel=0.1)
+
+
+def test_the_policy_of_dpo_starts_at_its_reference(folder, tmp_path):
+    """With a float reference the first loss was 0.6935: the rounding of the weights."""
+    first = losses(trainer_of("dpo", load("dpo", folder), tmp_path, args={"max_steps": 1}))[0]
+
+    assert first == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_qft_trainer_mixed_into_trls(kind, folder, tmp_path):
+    class Mixed(QFTTrainer, TRAINERS[kind][0]):
+        pass
+
+    model = load(kind, folder)
+    trainer = trainer_of(
+        kind, model, tmp_path, Mixed, args={"save_strategy": "steps", "save_steps": STEPS}
+    )
+
+    mixed = losses(trainer)
+
+    if kind != "grpo":
+        assert mixed == losses(trainer_of(kind, load(kind, folder), tmp_path / "stock"))
+    assert trainer.ledger.n_quantized > 0.9 * trainer.ledger.n_parameters
+    again = type(model).from_pretrained(tmp_path / f"checkpoint-{STEPS}")
+    assert_same_state(again, model)
+
+
+def test_a_model_by_its_name_is_int8_too(folder, tmp_path):
+    class Mixed(QFTTrainer, SFTTrainer):
+        pass
+
+    for cls in (SFTTrainer, Mixed):
+        args = {"model_init_kwargs": {"dtype": "float32"}}
+        trainer = trainer_of("sft", str(folder), tmp_path, cls, args=args)
+        assert {type(p) for p in trainer.model.parameters() if p.ndim > 1} == {QFTWeight}
+
+
+def test_an_int8_checkpoint_has_an_int8_reference(folder, tmp_path):
+    model = quantize_model_(load("dpo", folder), QFTConfig(group_size=16))
+    model.save_pretrained(tmp_path / "int8")
+
+    trainer = trainer_of("dpo", load("dpo", tmp_path / "int8"), tmp_path)
+
+    assert_same_state(trainer.ref_model, model)
+
+
+def test_a_float_policy_keeps_its_float_reference(folder, tmp_path):
+    args = {"optim": "adamw_torch"}
+    trainer = trainer_of("dpo", load("dpo", folder), tmp_path, args=args)
+
+    assert {type(p) for p in trainer.ref_model.parameters()} == {nn.Parameter}
+
+
+def test_a_reference_that_is_mixed_with_the_policy_is_refused_at_the_start(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"sync_ref_model=True .*Leave sync_ref_model off"):
+        trainer_of("dpo", load("dpo", folder), tmp_path, args={"sync_ref_model": True})
+
+
+def test_release_gives_the_bits_of_stack(folder, tmp_path):
+    models = []
+    for mode in ("stack", "release"):
+        models.append(load("sft", folder))
+        args = {"optim_args": f"gradient={mode}"}
+        trainer_of("sft", models[-1], tmp_path / mode, args=args).train()
+
+    assert_same_state(*models)
