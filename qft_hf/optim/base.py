@@ -5,8 +5,10 @@ the rest: parameters are numbered, gradients flow (`flow.py`), steps are counted
 numbers that round, and state is saved and loaded as it is stored.
 """
 
+import copy
 import logging
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from math import isfinite
@@ -242,6 +244,8 @@ class QFTOptimizer(Optimizer):
             del self.param_groups[-1]
             raise
         self._number(len(self.param_groups) - 1)
+        if self._flow.is_attached:
+            self._flow.attach(group["params"])
 
     def _number(self, group: int) -> None:
         for parameter in self.param_groups[group]["params"]:
@@ -442,7 +446,7 @@ class QFTOptimizer(Optimizer):
     # --- state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; INT8 stays INT8.
+        """Load what `state_dict` returned; INT8 stays INT8. Hooks are called as torch does.
 
         `torch.optim.Optimizer` would cast every state tensor to the dtype of its parameter.
 
@@ -451,6 +455,10 @@ class QFTOptimizer(Optimizer):
                 has another name, dtype or shape than its parameter calls for. The optimizer is
                 unchanged.
         """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         own = list(self._parameters())
         if len(saved) != len(own):
@@ -458,11 +466,13 @@ class QFTOptimizer(Optimizer):
                 f"The optimizer state is for {len(saved)} parameters, this optimizer has "
                 f"{len(own)}: it was saved by another model. Resume with the model it belongs to."
             )
-        # Options that an older version did not save have their defaults.
-        groups = [{**self.defaults, **group} for group in state_dict["param_groups"]]
-        for group in groups:
-            self.check_group(group)
-        states: dict[Tensor, Any] = {}
+        if unknown := [key for key in state_dict["state"] if key not in saved]:
+            raise ValueError(
+                f"The optimizer state has parameter {unknown[0]}, which is in none of its groups: "
+                "it is damaged. Resume from an earlier checkpoint."
+            )
+        groups = self._loaded_groups(state_dict["param_groups"])
+        states: defaultdict[Tensor, Any] = defaultdict(dict)
         for key, parameter in zip(saved, own, strict=True):
             if key in state_dict["state"]:
                 states[parameter] = checked_state(
@@ -472,14 +482,32 @@ class QFTOptimizer(Optimizer):
                     name=f"parameter {key}",
                     hint=self.state_hint(parameter, state_dict["state"][key]),
                 )
-        super().load_state_dict({**state_dict, "state": {}, "param_groups": groups})
+        self.__setstate__({"state": states, "param_groups": groups})
         self._quantized.clear()
         self._counters.clear()
-        self.state.update(states)
         self._flow.clear()
         if isinstance(self._flow, Release):
             self._flow.restart(previous_norm=state_dict.get(PREVIOUS_NORM))
         self.train()  # Accelerate loads the state after it has moved the model, which cuts hooks
+        for loaded_hook in self._optimizer_load_state_dict_post_hooks.values():
+            loaded_hook(self)
+
+    def _loaded_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Copies of groups of a state dict, checked, with the parameters of this optimizer."""
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if (theirs := [len(group["params"]) for group in saved]) != sizes:
+            raise ValueError(
+                f"The optimizer state has groups of {theirs} parameters, this optimizer of {sizes}"
+                ": it was saved with other groups. Resume with the ones it belongs to."
+            )
+        groups = []
+        for own, group in zip(self.param_groups, saved, strict=True):
+            # Options that an older version did not save have their defaults.
+            kept = {name: own[name] for name in ("params", "param_names") if name in own}
+            options = {name: value for name, value in group.items() if name != "params"}
+            groups.append(self.defaults | kept | copy.deepcopy(options))
+            self.check_group(groups[-1])
+        return groups
 
     def state_hint(self, parameter: Tensor, state: dict[str, Any]) -> str | None:
         """What a state that does not fit would fit, for an error; None: nothing known."""

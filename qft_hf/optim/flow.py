@@ -82,6 +82,7 @@ class Flow(ABC):
     def __init__(self, optimizer: Updates) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._n_updated = 0  # parameters, by a step that has begun and not ended
+        self.is_attached = False
 
     @property
     def optimizer(self) -> Any:
@@ -117,6 +118,7 @@ class Flow(ABC):
 
     def attach(self, parameters: Iterable[Parameter]) -> None:
         """Take the place of another flow on these parameters; hooks of others stay."""
+        self.is_attached = True
         for parameter in parameters:
             hooks = _hooks_of(parameter)
             for key, hook in list(hooks.items()):
@@ -132,6 +134,7 @@ class Flow(ABC):
 
     def detach(self, parameters: Iterable[Parameter]) -> None:
         """Leave these parameters alone from now on."""
+        self.is_attached = False
         for parameter in parameters:
             hooks = _hooks_of(parameter)
             for key, hook in list(hooks.items()):
@@ -150,15 +153,19 @@ class Flow(ABC):
         return waiting
 
     def _refuse_half_a_step(self) -> None:
-        if self._n_updated:
-            raise RuntimeError(HALF_A_STEP.format(n=self._n_updated))
+        if n := self._n_half_done():
+            raise RuntimeError(HALF_A_STEP.format(n=n))
+
+    def _n_half_done(self) -> int:
+        """Parameters that took part in a step which did not come to its end; 0: none is open."""
+        return self._n_updated
 
     def _update_all(self, waiting: list[Parameter]) -> None:
         """Update parameters and free their gradients, newest first; float ones together."""
         floats = []
         for parameter in reversed(waiting):
+            self._n_updated += 1  # first: an interrupt may come between any two lines
             gradient, parameter.grad = parameter.grad, None
-            self._n_updated += 1
             if isinstance(gradient, Int8Gradient):
                 self.optimizer.update(parameter, gradient)
             elif gradient is not None:  # norms and biases: tiny, so they go together
@@ -247,6 +254,7 @@ class Release(Flow):
         self._measured: Tensor | None = None  # of the step to come, by `measure_norm`
         self._squares: list[Tensor] = []  # fp64, of the gradients of this step; added up once
         self._used: set[int] = set()  # parameters whose gradient this step has taken
+        self._is_in_backward = False  # and stays so after a pass that failed
         self._floats: list[tuple[Parameter, Tensor]] = []  # gradients that wait for each other
         self._is_measuring = False
         self._is_inside_accumulate = False
@@ -352,8 +360,19 @@ class Release(Flow):
                 self._update_floats([(parameter, gradient)])
 
     def _take(self, parameter: Parameter) -> None:
-        parameter.grad = None
+        if not self._is_in_backward:
+            self._is_in_backward = True
+            # Autograd calls it when the pass ends, and not after an error or an interrupt.
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         self._used.add(id(parameter))
+        parameter.grad = None
+
+    def _end_backward(self) -> None:
+        self._is_in_backward = False
+
+    def _n_half_done(self) -> int:
+        """Those of a step that was interrupted, or of a backward pass that was."""
+        return self._n_updated or (len(self._used) if self._is_in_backward else 0)
 
     def _update_floats(self, floats: list[tuple[Parameter, Tensor]]) -> None:
         self._n_updated = len(self._used)
@@ -381,21 +400,23 @@ class Release(Flow):
         """
         self._refuse_half_a_step()
         waiting = self._waiting(parameters)
-        if self.clipping is None:
-            self._squares += _squared_norms([gradient for _, gradient in self._floats])
-        released = _total_norm(self._squares) if self._squares else None
-        if not _are_finite(waiting) or (released is not None and not bool(released.isfinite())):
+        floats = [gradient for _, gradient in self._floats] if self.clipping is None else []
+        released = self._squares + _squared_norms(floats)
+        if floats and not _is_finite(released):  # or a square was too large for FP32
+            released = self._squares + [_squared_norm(gradient) for gradient in floats]
+        if not _is_finite(released) or not _are_finite(waiting):
             raise self.nonfinite_error()
         squares = []
         if self.clipping is not None:
             gradients = [p.grad for p in waiting if p.grad is not None]
             squares = [_squared_norm(gradient) for gradient in gradients]
             self._clip_waiting(gradients, squares)
-        self.released_norm = released
-        if self._squares or squares:
-            self.previous_norm = _total_norm(self._squares + squares)
-        floats, self._floats = self._floats, []
-        self._update_floats(floats)
+        self.released_norm = _total_norm(released) if released else None
+        if released or squares:
+            total = _total_norm(released + squares) if squares else self.released_norm
+            self.previous_norm = total
+        together, self._floats = self._floats, []
+        self._update_floats(together)
         self._update_all(waiting)
         self._forget()
         if waiting and not self._keeps:
@@ -448,16 +469,16 @@ class Release(Flow):
         self._is_measuring = True
         try:
             yield
-            total = _total_norm(self._squares)
+            squares = self._squares
         finally:
             self._is_measuring = False
             self._squares = []
-        if not bool(total.isfinite()):
+        if not _is_finite(squares):
             raise FloatingPointError(
                 "A gradient is NaN or infinite; nothing was updated. Lower the learning rate or "
                 "look at the batch, and run the next one."
             )
-        self._measured = total
+        self._measured = _total_norm(squares)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -482,6 +503,7 @@ class Release(Flow):
     def _forget(self) -> None:
         self._measured = None
         self._squares, self._used, self._floats = [], set(), []
+        self._is_in_backward = False
 
 
 def _quantize_gradient_(parameter: Parameter) -> None:
@@ -499,11 +521,14 @@ def _squared_norm(gradient: Tensor) -> Tensor:
     """Sum of squares of a gradient: fp64 scalar."""
     if isinstance(gradient, Int8Gradient):
         return gradient.squared_norm()
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+    norm = torch.linalg.vector_norm(gradient, dtype=torch.float32).double()
+    # Squares overflow in FP32 from 1e19 on.
+    wide = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    return torch.where(norm.isinf(), wide, norm).square()
 
 
 def _squared_norms(gradients: list[Tensor]) -> list[Tensor]:
-    """The same of many float gradients, by few operators: fp64 `[n]` of those of one device."""
+    """The same of many float gradients by few operators, infinite from 1e38 on: fp64 `[n]`s."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
         by_device.setdefault(gradient.device, []).append(gradient)
@@ -513,10 +538,19 @@ def _squared_norms(gradients: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def _total_norm(squares: list[Tensor]) -> Tensor:
-    """The norm of gradients with these squared norms, each a scalar or one of each row: fp32."""
+def _total(squares: list[Tensor]) -> Tensor:
+    """The squared norm of gradients with these, each a scalar or one of each row: fp64."""
     device = squares[0].device
-    return torch.cat([square.to(device).view(-1) for square in squares]).sum().sqrt().float()
+    return torch.cat([square.to(device).view(-1) for square in squares]).sum()
+
+
+def _total_norm(squares: list[Tensor]) -> Tensor:
+    """The norm of all: fp32."""
+    return _total(squares).sqrt().float()
+
+
+def _is_finite(squares: list[Tensor]) -> bool:
+    return not squares or bool(_total(squares).isfinite())
 
 
 def _are_finite(parameters: list[Parameter]) -> bool:

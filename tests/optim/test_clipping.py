@@ -16,7 +16,9 @@ from qft_hf.kernels import (
     lion_step_floats_,
 )
 from qft_hf.layout import STATE_GROUP_SIZE
+from qft_hf.optim import flow
 from qft_hf.quant import Int8Gradient
+from tests.nn.small import batch
 from tests.optim.common import (
     backward,
     make_model,
@@ -192,3 +194,50 @@ def test_another_norm_is_of_the_stored_gradients_too():
     for gradient, before in zip((p.grad for p in model.parameters()), values, strict=True):
         after = gradient.dequantize() if isinstance(gradient, Int8Gradient) else gradient
         torch.testing.assert_close(after, before / 3, rtol=1e-4, atol=0)  # by norm + 1e-6
+
+
+@pytest.mark.parametrize("limit", [0, 2**16], ids=["one by one", "together"])
+@pytest.mark.parametrize("factor", [1e19, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loss_whose_squares_overflow_trains_alike_in_both_modes(
+    dtype, factor, limit, monkeypatch
+):
+    """Release called gradients of norms and biases infinite, when all weights were updated."""
+    monkeypatch.setattr(flow, "SMALL", limit)
+    ends = {}
+    for gradient in ("stack", "release"):
+        model = make_model(dtype=dtype)
+        optimizer = make_optimizer(model, gradient=gradient)
+        for step in range(2):
+            (model.loss(batch(step)) * factor).backward()
+            if gradient == "stack":
+                norm = exact_norm(model)
+            optimizer.step()
+        ends[gradient] = snapshot(model, optimizer)
+    assert_same_tensors(ends["stack"], ends["release"])
+    assert norm > 1e18
+    assert optimizer.released_norm.item() == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", [7.0, 1e30])
+def test_a_loss_whose_squares_overflow_is_clipped_by_its_norm(factor):
+    """By the formula of `clip_grad_norm_`, which itself makes it 0 from 1e19 on."""
+    model, other = make_model(), make_model()
+    optimizer = make_optimizer(model, gradient="release", clipping="exact", max_grad_norm=0.25)
+    stack = make_optimizer(other)
+    for step in range(2):
+        with optimizer.measure_norm():
+            (model.loss(batch(step)) * factor).backward()
+        (model.loss(batch(step)) * factor).backward()
+        optimizer.step()
+        (other.loss(batch(step)) * factor).backward()
+        clip = min(0.25 / exact_norm(other), 1.0)
+        for parameter in other.parameters():
+            parameter.grad.mul_(clip)
+        stack.step()
+    assert optimizer.released_norm.item() == pytest.approx(0.25 / clip if clip < 1 else 0, rel=1e-5)
+    for mine, expected in zip(
+        state_tensors(optimizer).values(), state_tensors(stack).values(), strict=True
+    ):
+        if mine.is_floating_point():  # momentum of norms and biases, and scales of that of weights
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)

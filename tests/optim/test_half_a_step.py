@@ -183,3 +183,66 @@ def test_large_float_parameters_do_not_wait_for_the_step(monkeypatch, limit):
     optimizer.step()
     run(other, stack, 1)
     assert_same_bits(everything(model, optimizer), everything(other, stack))
+
+
+@pytest.mark.parametrize("kind", [QFTLion, QFTSGD])
+@pytest.mark.parametrize("clipping", [None, "previous", "tensor"])
+def test_a_step_after_a_backward_pass_that_failed_is_refused(clipping, kind):
+    """Weights behind the failure were updated, the others not, and the step ended in peace."""
+    model = network(is_tied=False)
+    limit = None if clipping is None else 0.5
+    optimizer = make_optimizer(model, "release", kind, clipping=clipping, max_grad_norm=limit)
+    handle = model.up.weight.register_hook(raising)
+    begin(model, optimizer)
+    handle.remove()
+    after = copy.deepcopy(everything(model, optimizer))
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=BETWEEN):
+            optimizer.step()
+    with pytest.raises(RuntimeError, match=r"between two steps"):
+        run(model, optimizer, 1)
+    assert_same_bits(after, everything(model, optimizer))
+    optimizer.zero_grad()
+    run(model, optimizer, 1)
+
+
+def raising(gradient):
+    raise Interruption
+
+
+def test_a_backward_pass_that_fails_before_the_first_update_leaves_all_as_it_was():
+    model, other = network(is_tied=False), network(is_tied=False)
+    optimizer, steady = make_optimizer(model, "release"), make_optimizer(other, "release")
+    handle = model.head.weight.register_hook(raising)
+    begin(model, optimizer)
+    handle.remove()
+    for number in (1, 2):
+        run(model, optimizer, number)
+        run(other, steady, number)
+    assert_same_bits(everything(model, optimizer), everything(other, steady))
+
+
+def test_several_backward_passes_of_one_step_end_it_together():
+    """Each updates what it reaches."""
+    model, other = network(is_tied=False), network(is_tied=False)
+    optimizer, stack = make_optimizer(model, "release"), make_optimizer(other, "stack")
+    for number in range(2):
+        for one, its in ((model, optimizer), (other, stack)):
+            hidden = one.embed(batches(2)[number])
+            one.up(hidden.detach()).square().sum().backward()
+            one.head(hidden.detach()).square().sum().backward()
+            its.step()
+    assert_same_bits(everything(model, optimizer), everything(other, stack))
+
+
+def test_a_second_backward_pass_of_a_step_that_fails_is_noticed_too():
+    model = network(is_tied=False)
+    optimizer = make_optimizer(model, "release")
+    hidden = model.embed(batches(1)[0]).detach()
+    model.head(hidden).square().sum().backward()
+    model.up.weight.register_hook(raising)
+    with pytest.raises(Interruption):
+        model.down(model.up(hidden)).square().sum().backward()
+    with pytest.raises(RuntimeError, match=BETWEEN):
+        optimizer.step()

@@ -187,6 +187,10 @@ def spoiled_states():
         ),
         (set_tensor(3, "step", lambda s: -1), "step of parameter 3 is -1.*Resume from an earlier"),
         (drop(2, "step"), "parameter 2 must be a step and .*Resume"),
+        (
+            lambda state: state["state"].update({77: state["state"].pop(1)}),
+            "has parameter 77, which is in none of its groups.*Resume from an earlier",
+        ),
         (remove_parameter, "is for 10 parameters, this optimizer has 11.*Resume with the model"),
     ]
 
@@ -305,7 +309,9 @@ def test_groups_cut_differently_are_refused_and_nothing_changes():
     parameters = list(make_model().parameters())
     other = QFTLion([{"params": parameters[:2]}, {"params": parameters[2:]}], lr=3.0)
 
-    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+    with pytest.raises(
+        ValueError, match=r"has groups of \[2, 9\] parameters, this optimizer of \[5, 6\]"
+    ):
         optimizer.load_state_dict(other.state_dict())
 
     assert_same_tensors(snapshot(model, optimizer), before)
