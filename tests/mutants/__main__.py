@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,17 @@ import time
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+import tests.conftest  # noqa: F401 settings that libraries read when they are imported
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 600  # of the tests of one fault
+LIBRARIES = ("torch", "numba", "transformers.trainer", "accelerate", "datasets", "peft")
 TESTS_FAILED = 1  # of pytest's exit statuses; others say that tests did not run
 
 
@@ -107,23 +115,48 @@ def run_tests(tree: Path, tests: Sequence[str], numba_cache: Path) -> tuple[int,
     for part in ([test for test in tests if test not in interpreted], interpreted):
         if not part or status:
             continue
-        variables = {
-            "PYTHONPATH": str(tree),
-            "NUMBA_CACHE_DIR": str(numba_cache),
-            "OMP_NUM_THREADS": "1",
-            "TRITON_INTERPRET": "1" if part is interpreted else "0",
-        }
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *part]
-        try:
-            done = subprocess.run(
-                command, cwd=tree, env={**os.environ, **variables}, timeout=SECONDS,
-                capture_output=True, text=True,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return -1, f"not done in {SECONDS} s"
-        status, output = done.returncode, done.stdout + done.stderr
+        with tempfile.TemporaryFile("w+") as file:
+            process = os.fork()
+            if process == 0:
+                _be_pytest(tree, part, numba_cache, file.fileno(), interprets=part is interpreted)
+            status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            file.seek(0)
+            output = file.read()
     failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
     return status, failed[0] if status == TESTS_FAILED and failed else output
+
+
+def _be_pytest(
+    tree: Path, tests: Sequence[str], numba_cache: Path, output: int, *, interprets: bool
+) -> NoReturn:
+    """In a fork, which has imported nothing of the tree yet: run tests, and end with their status.
+
+    Libraries that this process has imported are there already, which is most of the time that a
+    few tests take. Triton is not: it decides at its import whether it interprets.
+    """
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(tree)
+    os.environ |= {
+        "PYTHONPATH": str(tree),  # also for what the tests start
+        "NUMBA_CACHE_DIR": str(numba_cache),
+        "TRITON_INTERPRET": "1" if interprets else "0",
+    }
+    signal.alarm(SECONDS)
+    arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests]
+    if interprets:
+        os.execv(sys.executable, [sys.executable, "-m", "pytest", *arguments])
+    if numba := sys.modules.get("numba"):
+        numba.config.reload_config()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]  # this runner
+    sys.path[:] = [str(tree), *(path for path in sys.path if path not in ("", str(ROOT)))]
+    status = -1
+    try:
+        status = int(pytest.main(arguments))
+    finally:  # whatever happens, this fork ends here
+        sys.stdout.flush()
+        os._exit(status & 0xFF)
 
 
 def plant(mutant: Mutant, root: Path, tree: Path, numba_cache: Path) -> tuple[int, str]:
@@ -197,6 +230,8 @@ def main() -> int:
     mutants = [m for m in load(Path(__file__).parent) if pattern.search(f"{m} {m.file}")]
     if not mutants:
         parser.error(f"no fault matches {pattern.pattern!r}")
+    for name in LIBRARIES:
+        import_module(name)
     return campaign(mutants, ROOT)
 
 

@@ -1,73 +1,96 @@
 """The runner of planted faults, on a tree of two files."""
 
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from tests.mutants.__main__ import Mutant, campaign, load
+from tests.mutants.__main__ import ROOT, Mutant, campaign
 
-FAULTS = """
-[[fault]]
-name = "adds"
-kind = "sign"
-file = "rule.py"
-old = "x - 1"
-new = "x + 1"
-tests = ["test_rule.py::test_steps_down"]
+# In a process of its own, as runs are: it forks.
+RUN = """
+import sys
+from pathlib import Path
+from tests.mutants.__main__ import campaign, load
+root = Path(sys.argv[1])
+sys.exit(campaign(load(root / "lists"), root))
+"""
 
+
+def fault(name="adds", kind="sign", old="x - 1", new="x + 1", test="test_steps_down") -> str:
+    return f"""
 [[fault]]
-name = "does not step"
-kind = "forgotten term"
+name = "{name}"
+kind = "{kind}"
 file = "rule.py"
-old = "x - 1"
-new = "x"
-tests = ["test_rule.py::test_does_not_rise"]
+old = "{old}"
+new = "{new}"
+tests = ["test_rule.py::{test}"]
 """
 
 
 @pytest.fixture
-def tree(tmp_path):
+def root(tmp_path):
     """A repository with a rule, a test that sees its faults, and one that sees half of them."""
     files = {
         "rule.py": "def step(x):\n    return x - 1\n",
         "test_rule.py": "from rule import step\n\n\n"
         "def test_steps_down():\n    assert step(2) == 1\n\n\n"
         "def test_does_not_rise():\n    assert step(2) <= 2\n",
-        "lists/rules.toml": FAULTS,
     }
     for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
     return tmp_path
 
 
-def test_a_fault_that_no_test_sees_survives_by_name(tree, capsys):
-    assert campaign(load(tree / "lists"), tree) == 1
+def run(root: Path, *faults: str) -> tuple[int, str]:
+    """The exit status of a campaign and what it prints."""
+    (root / "lists").mkdir()
+    (root / "lists" / "rules.toml").write_text("".join(faults))
+    command = [sys.executable, "-c", RUN, str(root)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.returncode, done.stdout
 
-    told = capsys.readouterr().out
+
+def test_a_fault_that_no_test_sees_survives_by_name(root):
+    status, told = run(
+        root, fault(), fault("does not step", "forgotten term", new="x", test="test_does_not_rise")
+    )
+
+    assert status == 1
     assert "rules: adds (sign): caught by test_rule.py::test_steps_down" in told
     assert "| rules | 2 | 1 | does not step |" in told
-    assert "x - 1" in (tree / "rule.py").read_text()
+    assert "x - 1" in (root / "rule.py").read_text()
 
 
-def test_all_caught_is_a_success(tree):
-    assert campaign(load(tree / "lists")[:1], tree) == 0
+def test_all_caught_is_a_success(root):
+    status, told = run(root, fault())
+
+    assert status == 0
+    assert "| all | 1 | 1 |  |" in told
 
 
 @pytest.mark.parametrize(("old", "times"), [("y - 1", 0), ("x", 2)])
-def test_an_edit_whose_text_does_not_occur_once_is_stale(tree, old, times):
+def test_an_edit_whose_text_does_not_occur_once_is_stale(root, old, times):
     stale = Mutant("rules", "stale", "sign", "rule.py", old, "z", ("test_rule.py",))
 
     with pytest.raises(ValueError, match=rf"stale.*occurs {times} times in rule\.py.*Mend"):
-        campaign([stale], tree)
+        campaign([stale], root)
 
 
 @pytest.mark.parametrize(
-    ("new", "test", "status"), [("x -", "test_rule.py", 2), ("x", "test_rule.py::test_gone", 4)]
+    ("changes", "told"),
+    [
+        ({"new": "x -"}, "SURVIVED, pytest's status 4"),
+        ({"test": "test_gone"}, "Tests fail without any fault (pytest's status 4)"),
+    ],
+    ids=["not Python", "no such test"],
 )
-def test_tests_that_do_not_run_have_caught_nothing(tree, capsys, new, test, status):
-    fault = Mutant("rules", "broken", "sign", "rule.py", "x - 1", new, (test,))
+def test_tests_that_do_not_run_have_caught_nothing(root, changes, told):
+    status, printed = run(root, fault(**changes))
 
-    assert campaign([fault], tree) == 1
-    assert f"pytest's status {status}" in capsys.readouterr().out
+    assert status == 1
+    assert told in printed

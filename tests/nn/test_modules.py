@@ -20,7 +20,7 @@ from qft_hf.nn import (
 )
 from qft_hf.quant import Int8Gradient
 from tests.nn.small import SmallModel, batch
-from tests.tolerances import assert_same_bits, snr_db
+from tests.tolerances import assert_same_bits, assert_same_tensors, snr_db
 
 SPEC = QuantizationSpec(group_size=40, outlier_fraction=0.02)
 NO_OUTLIERS = QuantizationSpec(outlier_fraction=0.0)
@@ -238,15 +238,18 @@ def test_a_state_dict_restores_another_model_bit_for_bit(tied, spec):
 
 def test_a_state_dict_holds_fields_under_names_of_their_own():
     """An int8 tensor named `weight` would be taken for weights by a program that does not know."""
-    state = quantized(tied=False).state_dict()
+    model = quantized(tied=False)
+    state = model.state_dict()
 
-    assert {key for key in state if key.startswith("blocks.0.up.")} == {
-        "blocks.0.up.weight_q",
-        "blocks.0.up.weight_scale",
-        "blocks.0.up.weight_outlier_value",
-        "blocks.0.up.weight_outlier_column",
-        "blocks.0.up.bias",
+    weight, bias = model.blocks[0].up.weight, model.blocks[0].up.bias
+    written = {
+        "blocks.0.up.weight_q": weight.codes,
+        "blocks.0.up.weight_scale": weight.scales,
+        "blocks.0.up.weight_outlier_value": weight.outlier_values,
+        "blocks.0.up.weight_outlier_column": weight.outlier_columns,
+        "blocks.0.up.bias": bias,
     }
+    assert_same_tensors({key: state[key] for key in state if "blocks.0.up." in key}, written)
     assert not any(isinstance(value, nn.Parameter) for value in state.values())
     assert "head.weight" not in state
     assert "norm.weight" in state
