@@ -8,7 +8,7 @@ from transformers import ByT5Tokenizer
 
 from qft_hf.hf.finetune.chat import ConversationEncoder
 from qft_hf.hf.finetune.conversation import read_conversation
-from qft_hf.hf.finetune.task import NothingToLearn
+from qft_hf.hf.finetune.task import NothingToLearn, RowError
 from qft_hf.nn.loss import IGNORED
 from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, chat, tiny_tokenizer
 
@@ -56,6 +56,21 @@ def test_exactly_the_assistant_turns_are_learned(messages, template):
     assert input_ids[: len(prompt)] == prompt
     assert set(labels[: len(prompt)]) == {IGNORED}
     assert labels[len(prompt)] != IGNORED
+
+
+@both_ways
+@pytest.mark.parametrize("weights", [(1, 0, 1), (0, 1, 1), (1, 1, 0), (0, 0, 1)], ids=str)
+def test_an_answer_of_weight_0_is_shown_and_not_learned(weights, template):
+    tokenizer = tiny_tokenizer(template)
+    messages = chat("hi", "one", "and?", "two", "more", "three")
+    for message, weight in zip(messages[1::2], weights, strict=True):
+        message["weight"] = weight
+
+    input_ids, labels = encode_conversation(messages, tokenizer)
+
+    said = [m["content"] + END for m in messages[1::2] if m["weight"]]
+    assert learned_text(tokenizer, input_ids, labels) == "".join(said)
+    assert tokenizer.decode(input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
 @each_chat
@@ -186,6 +201,39 @@ def test_conversation_that_the_template_refuses_is_named():
             ValueError, match=r"user first\. .*roles are system, user.* begins 'Be brief"
         ):
             encode_conversation(chat("a", "b", system="Be brief."), tiny_tokenizer(refusing))
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+CALL = {"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "look"}}]}
+SYSTEM = {"role": "system", "content": "Be brief."}
+SHOWS_TOOLS = "{{ tools | tojson }}" + CHATML
+HIDES_SYSTEM = CHATML.replace(
+    "%}{{ '<|im_start|>'", "%}{% if message['role'] != 'system' %}{{ '<|im_start|>'", 1
+).replace("{% endfor %}", "{% endif %}{% endfor %}", 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "what"),
+    [
+        (CHATML, {"messages": chat("a", "b"), "tools": TOOLS}, "tools"),
+        (CHATML, {"messages": [*chat("a"), CALL]}, "tool calls"),
+        (HIDES_SYSTEM, {"messages": [SYSTEM, *chat("a", "b")]}, "system turns"),
+    ],
+    ids=["tools", "calls", "system"],
+)
+def test_what_the_template_leaves_out_is_refused(template, row, what):
+    with pytest.raises(RowError, match=f"leaves out {what}: .* Use a chat_template that shows"):
+        encode_row(row, tiny_tokenizer(template))
+    assert encode_row({"messages": chat("a", "b")}, tiny_tokenizer(template))
+
+
+def test_tools_that_the_template_shows_are_part_of_the_prompt():
+    tokenizer = tiny_tokenizer(SHOWS_TOOLS)
+
+    ((input_ids, labels),) = encode_row({"messages": chat("a", "b"), "tools": TOOLS}, tokenizer)
+
+    assert "look" in tokenizer.decode(input_ids)
+    assert learned_text(tokenizer, input_ids, labels) == f"b{END}"
 
 
 def test_slow_tokenizer_is_refused():

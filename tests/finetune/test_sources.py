@@ -242,6 +242,13 @@ def ids_of(parts):
     return [index for part in parts for index in part.table["id"]]
 
 
+@pytest.mark.parametrize("indices", [[0, 1, 2], [2, 3, 8], [9, 4, 0], [5], range(10), range(4, 99)])
+def test_rows_are_numbered_through_all_files(indices):
+    chosen = ids_of(sources.select_rows(parts_of(3, 5, 2), indices))
+
+    assert sorted(chosen) == sorted(index for index in indices if index < 10)
+
+
 @pytest.mark.parametrize(("fraction", "n_eval"), [(0.1, 1), (0.25, 2), (0.5, 5), (0.94, 9)])
 def test_split_is_disjoint_complete_and_the_same_for_a_seed(fraction, n_eval):
     def split(seed):

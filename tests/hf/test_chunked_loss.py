@@ -120,3 +120,14 @@ def test_label_smoothing_is_refused(tmp_path):
     args = arguments(tmp_path, QFTTrainingArguments, chunked_loss=True, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="Set label_smoothing_factor=0"):
         QFTTrainer(model=tiny_llama(), args=args)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"label_smoothing": 0.1}, {"weight": torch.ones(131)}],
+    ids=["label_smoothing", "weight"],
+)
+def test_an_option_of_the_loss_that_a_chunked_one_lacks_is_refused(option):
+    model = chunk_loss_(quantized()).train()
+    with pytest.raises(ValueError, match=rf"knows no \['{next(iter(option))}'\].*chunked_loss off"):
+        model(input_ids=IDS, labels=IDS, **option)
