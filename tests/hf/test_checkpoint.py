@@ -270,6 +270,20 @@ def test_a_mark_finds_a_single_bit(name, runs, tmp_path):
     assert faults(tmp_path) == [f"{name} is not what was saved"]
 
 
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_mark_knows_files_of_many_chunks(name, runs, tmp_path, monkeypatch):
+    """The files here are shorter than a chunk: as if they were longer, with a bit in the first."""
+    monkeypatch.setattr("qft_hf.hf.checkpoint.CHUNK_BYTES", 100)
+    shutil.copytree(runs[False, True] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
+    assert faults(tmp_path) == []
+
+    content = bytearray((tmp_path / name).read_bytes())
+    assert len(content) > 300
+    content[50] ^= 1
+    (tmp_path / name).write_bytes(content)
+    assert f"{name} is not what was saved" in faults(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
 def test_without_a_mark_archives_tell_by_themselves(name, runs, tmp_path):
     shutil.copytree(runs[False, False] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
