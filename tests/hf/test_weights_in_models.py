@@ -1,0 +1,135 @@
+"""Models whose own code computes with a weight beside its module, or instead of it."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+)
+
+from qft_hf import QFTConfig, QFTLion, dequantize_model_, quantize_model_
+from qft_hf.quant import Int8Gradient, QFTWeight, reading
+from tests.tolerances import assert_same_bits, snr_db
+
+IDS = torch.arange(40).view(2, 20) * 7 % 90
+
+# Uses of one weight: so many gradients are rounded to INT8, and so are sums of them.
+MOST_USES = 4
+
+
+def mamba() -> nn.Module:
+    """`dt_proj.weight @ ...` instead of the module; a head tied to the table."""
+    return MambaForCausalLM(
+        MambaConfig(
+            vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=6
+        )
+    )
+
+
+def deberta() -> nn.Module:
+    """Layer norm of `rel_embeddings.weight`, and projections used for it and for the tokens."""
+    return DebertaV2ForSequenceClassification(
+        DebertaV2Config(
+            vocab_size=97,
+            hidden_size=36,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=50,
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+            position_buckets=8,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            type_vocab_size=0,
+            num_labels=3,
+        )
+    )
+
+
+MODELS = {"mamba": (mamba, IDS), "deberta": (deberta, torch.tensor([0, 2]))}
+
+
+@pytest.fixture(params=MODELS)
+def twins(request):
+    """An INT8 model in eval mode, the float model of the same values, and labels."""
+    make, labels = MODELS[request.param]
+    torch.manual_seed(0)
+    model = quantize_model_(make().eval(), QFTConfig())
+    return model, dequantize_model_(copy.deepcopy(model), torch.float32), labels
+
+
+def test_loss_and_gradients_are_those_of_the_float_twin(twins):
+    """The loss in every bit; of gradients is lost what rounding to INT8 loses."""
+    model, twin, labels = twins
+    optimizer = QFTLion(model.parameters(), lr=1e-3)
+
+    results = [m(IDS, labels=labels) for m in (model, twin)]
+
+    assert_same_bits(results[0].logits.detach(), results[1].logits.detach())
+    for result in results:
+        result.loss.backward()
+    exact = dict(twin.named_parameters())
+    n_compared = 0
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, QFTWeight) and exact[name].grad.any():
+            gradient, wanted = parameter.grad, exact[name].grad
+            assert type(gradient) is Int8Gradient
+            once = snr_db(wanted, Int8Gradient.from_float(wanted, dtype=wanted.dtype).dequantize())
+            loss_db = once - snr_db(wanted, gradient.dequantize())
+            assert loss_db < 10 * math.log10(2 * MOST_USES - 1), name
+            n_compared += 1
+    assert n_compared > 8
+    optimizer.step()
+
+
+def test_release_equals_stack_and_the_loss_falls(twins):
+    start, _, labels = twins
+    states, losses = [], []
+    for gradient in ("stack", "release"):
+        model = copy.deepcopy(start)
+        optimizer = QFTLion(model.parameters(), lr=1e-3, gradient=gradient, seed=2)
+        for _ in range(5):
+            loss = model(IDS, labels=labels).loss
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        states.append(model.state_dict())
+
+    for ours, theirs in zip(*(state.values() for state in states), strict=True):
+        assert_same_bits(ours, theirs)
+    assert losses[:5] == losses[5:]
+    assert losses[4] < losses[0]
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_a_transformer_layer_of_pytorch_is_its_float_twin_on_the_fast_path(norm_first, monkeypatch):
+    """In eval mode it hands all its weights to one operator."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(
+        36, 4, 50, batch_first=True, norm_first=norm_first, activation="gelu"
+    )
+    layer = quantize_model_(layer.eval(), QFTConfig())
+    twin = dequantize_model_(copy.deepcopy(layer), torch.float32)
+    x = torch.randn(2, 7, 36)
+    read = []
+    plain = reading.read
+
+    def watched(operator, args, kwargs) -> Tensor:
+        read.append(str(operator))
+        return plain(operator, args, kwargs)
+
+    monkeypatch.setattr(reading, "read", watched)
+    assert any(isinstance(p, QFTWeight) for p in layer.parameters())
+
+    with torch.no_grad():
+        y = layer(x)
+
+    assert "aten._transformer_encoder_layer_fwd.default" in read
+    with torch.no_grad():
+        assert_same_bits(y, twin(x))
