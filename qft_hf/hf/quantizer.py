@@ -255,6 +255,7 @@ class QFTQuantizer(HfQuantizer):
         self.faults, self.missing_names = {}, set()
         self._check_files(kwargs.get("checkpoint_files") or [])
         _tie(model)
+        _check_devices(model, kwargs.get("device_map"))
         if self.pre_quantized and (absent := self.quantization_config.forget_absent(model)):
             logger.warning(
                 "The checkpoint's quantization_config names %s, which %s does not have: ignored",
@@ -450,6 +451,25 @@ def _tie(skeleton: PreTrainedModel) -> None:
     for target, source in skeleton.all_tied_weights_keys.items():
         module, name = _module_of(skeleton, target)
         setattr(module, name, skeleton.get_parameter_or_buffer(source))
+
+
+def _check_devices(skeleton: PreTrainedModel, device_map: Any) -> None:
+    """Refuse a tied model on several devices.
+
+    Accelerate, which moves its inputs between them, tells tied weights by their addresses. Those of
+    all INT8 weights are 0, and it would put one of them in the place of all.
+
+    Raises:
+        ValueError: The model has tied weights, and the map several devices.
+    """
+    places = device_map.values() if isinstance(device_map, dict) else ()
+    devices = sorted({str(device) for device in places})
+    if len(devices) > 1 and skeleton.all_tied_weights_keys:
+        raise ValueError(
+            f"{next(iter(skeleton.all_tied_weights_keys))} is tied to another weight, and an INT8 "
+            f"model with tied weights cannot lie on several devices, here {devices}. Use one, "
+            'such as device_map={"": 0}.'
+        )
 
 
 def _configs(model: nn.Module) -> list[Any]:

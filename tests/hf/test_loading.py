@@ -584,6 +584,14 @@ def test_offloading_is_refused(device_map, int8_folder, tmp_path):
         load(int8_folder, device_map=device_map, offload_folder=tmp_path / "offload")
 
 
+def test_a_tied_model_on_several_devices_is_refused(tmp_path):
+    """Accelerate's hooks put the table in the place of every other weight there."""
+    quantize_model_(tiny_llama(tied=True), QFTConfig()).save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match=r"lm_head\.weight is tied .*\['0', '1'\].* Use one"):
+        load(tmp_path, device_map={"model": 0, "lm_head": 1})
+
+
 # --- names in the config of a checkpoint --------------------------------------------------------
 
 

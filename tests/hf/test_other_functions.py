@@ -6,7 +6,7 @@ import accelerate
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from accelerate.utils import load_checkpoint_in_model
+from accelerate.utils import compute_module_sizes, load_checkpoint_in_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from qft_hf import QFTConfig, dequantize_model_, quantize_model_
 from qft_hf.optim import QFTAdamW, QFTLion
+from qft_hf.quant import QFTWeight
 from tests.models import tiny_llama
 from tests.tolerances import FP32_EPS
 
@@ -66,6 +67,9 @@ def test_sizes_are_what_is_stored():
     assert weight.nbytes == sum(field.nbytes for field in weight.fields().values())
     assert weight.element_size() * weight.numel() == pytest.approx(weight.nbytes)
     assert 1 < weight.element_size() < 1.5
+    int8 = {n: torch.int8 for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
+    sizes = compute_module_sizes(model, special_dtypes=int8)
+    assert sizes["lm_head"] == weight.numel()
     assert weight[:3].nbytes == 3 * weight.shape[1] * 4  # a view is of values
 
 

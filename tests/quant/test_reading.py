@@ -100,7 +100,7 @@ PARTS = {
     "last dimension": lambda w: w[..., 1:4] * 2,
     "transpose": lambda w: w.transpose(-1, -2) @ torch.arange(1.0, 1 + w.shape[-2]),
     "rows of one": lambda w: w[0][2:4] * 2,
-    "embedding": lambda w: F.embedding(torch.tensor([1, 0]), w.flatten(1)) * 2,
+    "embedding": lambda w: F.embedding(torch.tensor([1, 0]), w if w.ndim == 2 else w[0]) * 2,
 }
 
 
@@ -315,6 +315,15 @@ def test_the_data_of_another_weight_takes_the_place_of_its_own():
     assert weight.codes.data_ptr() == other.codes.data_ptr()
     weight.data = weight.data.to(torch.bfloat16)
     assert weight.dtype == weight.dequantize().dtype == torch.bfloat16
+
+
+def test_a_weight_equals_its_values():
+    weight = make_weight()
+
+    assert torch.equal(weight, float_twin(weight))
+    assert torch.equal(float_twin(weight)[2:5], weight[2:5])
+    assert not torch.equal(weight, float_twin(weight) + 1)
+    assert not torch.equal(weight, make_weight(seed=1))
 
 
 def test_a_copy_of_the_values_may_be_written():
