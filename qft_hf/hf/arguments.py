@@ -59,6 +59,14 @@ class QFTTrainingArguments(TrainingArguments):
         default=DEFAULT_OPTIMIZER,
         metadata={"help": f"The optimizer: {', '.join(OPTIMIZERS)} trains INT8 weights."},
     )
+    learning_rate: float = field(
+        default=None,  # type: ignore[assignment]  # `__post_init__` sets it
+        metadata={
+            "help": "The highest rate of the schedule. Unset: "
+            + ", ".join(f"{o.learning_rate} for {name}" for name, o in OPTIMIZERS.items())
+            + "."
+        },
+    )
     gradient: str | None = _option("gradient")
     clipping: str | None = _option("clipping")
     accumulation: str | None = _option("accumulation")
@@ -135,12 +143,27 @@ class QFTTrainingArguments(TrainingArguments):
                     f"int8_products must be a JSON dictionary such as "
                     f"""'{{"lm_head": ["forward"]}}', got {self.int8_products!r}."""
                 ) from error
+        self._set_learning_rate()
         super().__post_init__()
         if named_optimizer(self) is None:
             self._refuse_without_effect()
         else:
             check_arguments(self)
         _ = self.quantization_config
+
+    def _set_learning_rate(self) -> None:
+        """Take the optimizer's own rate where none is set."""
+        if self.learning_rate is not None:
+            return
+        optimizer = named_optimizer(self)
+        if optimizer is None:
+            self.learning_rate = TrainingArguments.learning_rate
+        elif optimizer.learning_rate is None:
+            raise ValueError(
+                f"optim={optimizer_name(self)!r} has no rate of its own. Set learning_rate."
+            )
+        else:
+            self.learning_rate = optimizer.learning_rate
 
     def _refuse_without_effect(self) -> None:
         options = [FIELDS[option] for option in self.optimizer_fields]

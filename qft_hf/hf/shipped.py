@@ -22,6 +22,11 @@ def chat_template(name: str) -> Path | None:
     return path if path.parent == FOLDER and path.is_file() else None
 
 
+def chat_template_names() -> list[str]:
+    """Return the names of all chat templates that ship."""
+    return sorted(path.stem for path in FOLDER.glob("*.jinja"))
+
+
 def architecture(name: str) -> Path | None:
     """Return the folder of an architecture that ships, which has a `config.json`, or None."""
     path = FOLDER / "architectures" / name

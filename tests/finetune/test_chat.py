@@ -4,15 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+from jinja2.exceptions import TemplateError
 from transformers import ByT5Tokenizer
 
+from qft_hf.hf import shipped
 from qft_hf.hf.finetune.chat import ConversationEncoder
 from qft_hf.hf.finetune.conversation import read_conversation
 from qft_hf.hf.finetune.task import NothingToLearn, RowError
 from qft_hf.nn.loss import IGNORED
-from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, chat, tiny_tokenizer
-
-VICUNA = Path(__file__).parents[2] / "configs" / "vicuna.jinja"
+from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, TURN, chat, tiny_tokenizer
 
 both_ways = pytest.mark.parametrize("template", [CHATML, CHATML_MARKED], ids=["prefix", "marked"])
 each_chat = pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS)
@@ -114,16 +114,174 @@ def test_white_space_that_ends_a_turn_is_learned():
     assert learned_text(tokenizer, input_ids, labels) == " fine\n"
 
 
-def test_vicuna_template_learns_answers_with_their_end():
-    tokenizer = tiny_tokenizer(VICUNA.read_text())
-    messages = chat("hi", "hello", "and you?", "fine")
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "rain",
+        "description": "Says whether it rains.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+CALL = {"type": "function", "function": {"name": "rain", "arguments": {"city": "Oslo"}}}
+TOOL_USE = [
+    {"role": "user", "content": "Does it rain?"},
+    {"role": "assistant", "content": "I look.", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "yes"},
+    {"role": "tool", "content": "no"},
+    {"role": "assistant", "content": "It does."},
+]
 
-    input_ids, labels = encode_conversation(messages, tokenizer)
 
-    assert learned_text(tokenizer, input_ids, labels) == f" hello{END} fine{END}"
-    assert tokenizer.decode(input_ids).endswith(
-        f"questions. USER: hi ASSISTANT: hello{END} USER: and you? ASSISTANT: fine{END}"
-    )
+def tokenizer_for(template):
+    """One that knows the special tokens of a template."""
+    tokenizer = tiny_tokenizer(template)
+    found = set(re.findall(r"<\|\w+\|>|<\w+_of_turn>|\[/?INST\]", template))
+    tokenizer.add_tokens(sorted(found), special_tokens=True)
+    return tokenizer
+
+
+def shipped_tokenizer(name):
+    return tokenizer_for(shipped.chat_template(name).read_text())
+
+
+THOUGHT = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "answers", "end"),
+    [
+        ("chatml", [" hello<|im_end|> fine<|im_end|>"], "<|im_end|>"),
+        ("llama3", ["hello<|eot_id|>fine<|eot_id|>"], "<|eot_id|>"),
+        ("gemma", ["hello<end_of_turn>fine<end_of_turn>"], "<end_of_turn>"),
+        ("mistral", [f" hello{END} fine{END}"], END),
+        ("vicuna", [f" hello{END} fine{END}"], END),
+        ("qwen3", [f"{THOUGHT} hello<|im_end|>", f"{THOUGHT} fine<|im_end|>"], "<|im_end|>"),
+    ],
+)
+def test_shipped_templates_learn_answers_with_their_end(name, answers, end):
+    tokenizer = shipped_tokenizer(name)
+    messages = chat("hi", " hello", "and you?", " fine", system="Be brief.")
+
+    examples = encode_row({"messages": messages}, tokenizer)
+
+    assert [learned_text(tokenizer, *example) for example in examples] == answers
+    encoder = ConversationEncoder(tokenizer, assistant_only=True)
+    assert tokenizer.decode(encoder.end_of_turn()) == end
+    for n_turns, (input_ids, labels) in zip((3, 5)[-len(examples) :], examples, strict=True):
+        prompt = tokenizer.apply_chat_template(
+            messages[: n_turns - 1], add_generation_prompt=True, return_dict=False
+        )
+        assert input_ids[: len(prompt)] == prompt
+        assert labels[len(prompt)] != IGNORED
+
+
+def test_vicuna_is_what_its_authors_wrote():
+    text = shipped_tokenizer("vicuna").apply_chat_template(chat("hi", "yes", "so"), tokenize=False)
+    assert text.startswith(f"{TURN}A chat between a curious user and an artificial")
+    assert text.endswith(f"questions. USER: hi ASSISTANT: yes{END} USER: so")
+
+
+@pytest.mark.parametrize("role", ["tool", "narrator", "system"])
+@pytest.mark.parametrize("name", ["chatml", "gemma", "llama3", "mistral", "qwen3", "vicuna"])
+def test_shipped_templates_take_no_role_for_another(name, role):
+    turns = [*chat("a", "b"), {"role": role, "content": "c"}, *chat("d", "e")]
+    tokenizer = shipped_tokenizer(name)
+    known = {"chatml": ("tool", "system"), "llama3": ("system",), "qwen3": ("tool",)}
+    if role in known.get(name, ()):
+        learned = [learned_text(tokenizer, *e) for e in encode_row({"messages": turns}, tokenizer)]
+        assert "c" not in "".join(learned)
+    else:
+        with pytest.raises(TemplateError, match=role):
+            tokenizer.apply_chat_template(turns)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "qwen3"])
+def test_shipped_templates_write_what_the_models_read(name):
+    """TRL has the templates as the models' authors published them."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    published = (folder / {"gemma": "gemma3.jinja"}.get(name, f"{name}.jinja")).read_text()
+    ours, theirs = shipped_tokenizer(name), shipped_tokenizer(name)
+    theirs.chat_template = published
+    chats = [messages for case, messages in CHATS.items() if case != "two answers in a row"]
+    for messages in [*chats, chat("a", "<think>\nhm\n</think>\n\nb", "c", "<think>x</think>d")]:
+        for prompt in (True, False):
+            options = {"tokenize": False, "add_generation_prompt": prompt}
+            assert ours.apply_chat_template(messages, **options) == theirs.apply_chat_template(
+                messages, **options
+            )
+    if name == "qwen3":
+        for n_turns in range(1, len(TOOL_USE) + 1):
+            options = {"tokenize": False, "tools": [TOOL]}
+            assert ours.apply_chat_template(
+                TOOL_USE[:n_turns], **options
+            ) == theirs.apply_chat_template(TOOL_USE[:n_turns], **options)
+
+
+def test_tool_calls_are_learned_and_what_tools_say_is_not():
+    tokenizer = shipped_tokenizer("qwen3")
+    examples = encode_row({"messages": TOOL_USE, "tools": [TOOL]}, tokenizer)
+    call = '<tool_call>\n{"name": "rain", "arguments": {"city": "Oslo"}}\n</tool_call>'
+    assert [learned_text(tokenizer, *example) for example in examples] == [
+        f"{THOUGHT}I look.\n{call}\n{call}<|im_end|>",
+        f"{THOUGHT}It does.<|im_end|>",
+    ]
+
+
+@both_ways
+def test_a_turn_of_weight_zero_is_shown_and_not_learned(template):
+    tokenizer = tiny_tokenizer(template)
+    messages = chat("a", "b", "c", "d", "e", "f")
+    marked = [
+        turn | mark
+        for turn, mark in zip(
+            messages, [{}, {}, {}, {"weight": 0}, {}, {"train": True}], strict=True
+        )
+    ]
+
+    input_ids, labels = encode_conversation(marked, tokenizer)
+
+    assert learned_text(tokenizer, input_ids, labels) == f"b{END}f{END}"
+    assert input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
+    with pytest.raises(RowError, match="Set assistant_only_loss to true"):
+        encode_conversation(marked, tokenizer, assistant_only=False)
+
+
+WITHOUT_SYSTEM = CHATML.replace("{{", "{% if message['role'] != 'system' %}{{", 1).replace(
+    "{% endfor", "{% endif %}{% endfor"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "what"),
+    [
+        (CHATML, {"messages": chat("a", "b"), "tools": [TOOL]}, "tools"),
+        (CHATML_MARKED, {"messages": TOOL_USE}, "tool calls"),
+        (WITHOUT_SYSTEM, {"messages": chat("a", "b"), "system": "Be brief."}, "system turns"),
+    ],
+)
+def test_what_the_template_leaves_out_is_refused(template, row, what):
+    for assistant_only in (True, False):
+        with pytest.raises(RowError, match=f"the chat template leaves out {what}"):
+            encode_row(row, tiny_tokenizer(template), assistant_only=assistant_only)
+
+
+def test_a_template_that_takes_others_for_the_assistant_is_refused():
+    template = CHATML_MARKED.replace("== 'assistant'", "!= 'user'")
+    with pytest.raises(RowError, match="marks 2 answers of 1"):
+        encode_conversation(chat("a", "b", system="Be brief."), tiny_tokenizer(template))
+
+
+def test_the_training_template_of_trl_is_used_where_answers_cannot_be_told(caplog):
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    template = (folder / "nemotron_3_nano.jinja").read_text()
+    tokenizer = tokenizer_for(template)
+
+    input_ids, labels = encode_conversation(chat("hi", "hello", "so?", "yes"), tokenizer)
+
+    answers = "".join(f"<think></think>{said}<|im_end|>" for said in ("hello", "yes"))
+    assert learned_text(tokenizer, input_ids, labels) == answers
+    assert "TRL's training template takes the place of the model's" in caplog.text
+    assert tokenizer.chat_template == template  # what is saved with the model stays its own
 
 
 def test_no_messages_give_no_example():
@@ -172,6 +330,7 @@ def test_an_answer_that_is_rewritten_later_is_learned_as_it_is_said(max_length):
 
 
 TWO_LINES = CHATML.replace("assistant\n'", "assistant\n\n'").replace("\n' + m", "\n\n' + m")
+TWO_LINES_MARKED = CHATML_MARKED.replace("] + '\n' }}", "] + '\n\n' }}")
 ENDS_IN_A_SPACE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -184,8 +343,9 @@ ENDS_IN_A_SPACE = (
         (TWO_LINES, ["what?", "\nx"]),
         (TWO_LINES, ["what?", "x", "and?", "\nx"]),
         (ENDS_IN_A_SPACE, ["what?", "the answer"]),
+        (TWO_LINES_MARKED, ["what?", "x", "and?", "\nx"]),
     ],
-    ids=["line break", "line break in a later turn", "space"],
+    ids=["line break", "line break in a later turn", "space", "marked"],
 )
 def test_answer_that_shares_a_token_with_the_prompt_is_refused(template, contents):
     tokenizer = tiny_tokenizer(template)

@@ -67,7 +67,7 @@ def test_values_get_the_type_of_their_field(config):
                 "packing: true\n"
                 "assistant_only_loss: false\n"
                 "modules_to_not_convert: [lm_head, model.embed_tokens]\n"
-                "lr_scheduler_kwargs: {num_cycles: 0.5}\n"
+                "lr_scheduler_kwargs: {min_lr: 1e-6, t: [.5, 3], on: true, by: step}\n"
                 "eval_fraction: 0.5\n"
                 "save_strategy: no\n"  # false to YAML 1.1
             )
@@ -77,7 +77,12 @@ def test_values_get_the_type_of_their_field(config):
     assert arguments.training.learning_rate == 1e-4
     assert arguments.training.max_steps == 7
     assert arguments.training.modules_to_not_convert == ["lm_head", "model.embed_tokens"]
-    assert arguments.training.lr_scheduler_kwargs == {"num_cycles": 0.5}
+    assert arguments.training.lr_scheduler_kwargs == {
+        "min_lr": 1e-6,
+        "t": [0.5, 3],
+        "on": True,
+        "by": "step",
+    }
     assert arguments.training.save_strategy == "no"
     assert arguments.data.packing is True
     assert arguments.data.assistant_only_loss is False
@@ -119,7 +124,7 @@ def test_what_was_given_is_known_apart_from_defaults(config):
         "use_cpu": True,
         "learning_rate": 1e-4,
         "packing": True,
-        "lr_scheduler_kwargs": '{"num_cycles": "0.5"}',
+        "lr_scheduler_kwargs": '{"num_cycles": 0.5}',
         "assistant_only_loss": False,
     }
 
@@ -234,3 +239,18 @@ def test_help_lists_every_group(capsys):
     assert ended.value.code == 0
     for part in ("What it is for.", "--train_data", "--outlier_fraction", "--export_dtype"):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("optim", "rate"), [("qft_lion", 1e-5), ("qft_adamw", 5e-5), ("adamw_torch", 5e-5)]
+)
+def test_every_optimizer_has_its_own_rate(optim, rate, config):
+    """AdamW's moves a weight by far less than Lion's of the same number."""
+    assert parse_arguments([config(f"optim: {optim}\n")]).training.learning_rate == rate
+    given = parse_arguments([config(f"optim: {optim}\nlearning_rate: 5e-5\n")])
+    assert given.training.learning_rate == 5e-5
+
+
+def test_sgd_has_no_rate_that_suits_all(config):
+    with pytest.raises(ValueError, match=r"'qft_sgd' has no rate of its own\. Set learning_rate"):
+        parse_arguments([config("optim: qft_sgd\n")])

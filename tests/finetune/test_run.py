@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -23,7 +24,8 @@ from transformers import (
 from qft_hf import QFTWeight
 from qft_hf.hf.finetune import finetune, parse_arguments, prepare, train
 from qft_hf.hf.finetune.forecast import disk_bytes
-from tests.finetune.chats import CHATML_MARKED, CHATS, chat, tiny_tokenizer
+from qft_hf.hf.finetune.loading import load_config
+from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, chat, tiny_tokenizer
 from tests.models import tiny_bert, tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -391,7 +393,10 @@ def test_model_is_not_overwritten_by_its_own_run(chat_flags):
         ({"max_length": 65}, "the model has 64 positions. Set max_length to 64 or less"),
         ({"eval_strategy": "epoch"}, "nothing is held out. Set eval_data or eval_fraction, or"),
         ({"do_eval": "true"}, "evaluation is asked for"),
-        ({"model_name_or_path": "{small}"}, "321 tokens and the model has 131 embeddings"),
+        (
+            {"model_name_or_path": "{small}"},
+            "321 tokens and the model has 131 embeddings.* new_tokens",
+        ),
     ],
     ids=str,
 )
@@ -431,6 +436,42 @@ def test_chat_template_from_a_file(chat_flags, tmp_path):
     template.write_text(CHATML_MARKED)
     run = prepare(parsed(chat_flags, chat_template=template))
     assert run.trainer.processing_class.chat_template == CHATML_MARKED
+
+
+@pytest.mark.parametrize(
+    ("template", "stops", "said"),
+    [
+        (CHATML, None, None),  # ends answers with the end-of-text token
+        (CHATML.replace(END, "<end>"), [2, 320], "learns to end what it says with <end>"),
+        (CHATML.replace(END, "(end)"), None, "no special token .* ends answers with <.im_end.>"),
+    ],
+    ids=["eos", "another", "text"],
+)
+def test_generation_stops_where_answers_end(template, stops, said, chat_flags, caplog):
+    folder = chat_flags["model_name_or_path"]
+    tokenizer = tiny_tokenizer(template)
+    tokenizer.add_tokens(["<end>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    tiny_llama(vocab_size=VOCAB_SIZE + 1).save_pretrained(folder)
+
+    run = prepare(parsed(chat_flags))
+
+    assert run.trainer.model.generation_config.eos_token_id == (stops or 2)
+    run.trainer.train()  # where the Trainer aligns its tokens
+    assert set(run.trainer.model.generation_config.eos_token_id) == {1, 2, *(stops or [])}
+    assert bool(re.search(said or "answers", caplog.text)) == (said is not None)
+
+
+def test_code_of_a_model_runs_on_request_only(chat_flags):
+    folder = Path(chat_flags["model_name_or_path"])
+    code = "from transformers import LlamaConfig\nclass Conf(LlamaConfig):\n    theirs = True\n"
+    (folder / "conf.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "conf.Conf"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_config(parsed(chat_flags).model)
+    assert load_config(parsed(chat_flags, trust_remote_code="true").model).theirs
 
 
 def test_the_script_does_a_run(chat_flags, monkeypatch, capsys):

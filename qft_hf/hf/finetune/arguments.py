@@ -25,6 +25,13 @@ class ModelArguments:
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "Tokenizer, if it is not the model's own."}
     )
+    new_tokens: list[str] | None = field(
+        default=None,
+        metadata={"help": "Special tokens to add, as of a chat template; embeddings grow by them."},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run Python code that comes with the model."}
+    )
     chat_template: str | None = field(
         default=None,
         metadata={

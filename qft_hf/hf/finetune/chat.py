@@ -1,33 +1,43 @@
 """A conversation as token ids, with the loss on what the assistant says.
 
-Two ways lead to the assistant's tokens, and both are exact or raise:
+Two ways lead to the assistant's characters, and to their tokens; both are exact or raise:
 
 - the template marks them itself with `{% generation %}` ... `{% endgeneration %}`;
 - otherwise the conversation is rendered up to each assistant turn and up to its end. Each of these
-  texts must begin the text of the whole, so their lengths say where the turn lies; a token that
-  reaches across such a border is refused. Where a template rewrites earlier turns (Qwen3 drops
-  their reasoning), an answer that is rewritten later makes an example of its own, which ends with
-  it: the model is trained on what it will see and say when it is asked.
+  texts must begin the text of the whole, so their lengths say where the turn lies. Where a template
+  rewrites earlier turns (Qwen3 drops their reasoning), an answer that is rewritten later makes an
+  example of its own, which ends with it: the model is trained on what it will see and say when it
+  is asked.
+
+A token that reaches across the border of a turn is refused.
 """
 
 import copy
+import logging
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
-import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from ...nn.loss import IGNORED
 from .arguments import DataArguments
 from .conversation import Conversation, Turn, excerpt, read_conversation
 from .task import Example, LanguageTask, NothingToLearn, Row, RowError
 
+logger = logging.getLogger(__name__)
+
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GREETING = Conversation(
+    [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}],
+    learned=[True, True],
+    tools=None,
+)
 
 
 class Chat(LanguageTask):
@@ -36,6 +46,7 @@ class Chat(LanguageTask):
     def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(arguments, tokenizer)
         self.encoder = ConversationEncoder(tokenizer, assistant_only=arguments.assistant_only_loss)
+        self.end_token = self.encoder.end_of_turn()
 
     def encode(self, row: Row) -> list[Example]:
         """Render and tokenize; several examples where the template rewrites earlier turns."""
@@ -83,13 +94,43 @@ class ConversationEncoder:
                 "to false, or use a model that comes with a tokenizer.json."
             )
         self.assistant_only = assistant_only
-        self.marks_assistant = bool(_GENERATION_BLOCK.search(tokenizer.chat_template))
+        self.marks_assistant = _marks_assistant(tokenizer)
         self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self.special_ids = {token for token, added_token in added.items() if added_token.special}
+        self.special_ids.update(tokenizer.all_special_ids)
         if assistant_only:
             # Many post-processors cut white space off a token's offsets, which then no longer say
             # where it begins. Their other work, adding special tokens, is the template's here.
             self.tokenizer = copy.deepcopy(tokenizer)
             self.tokenizer.backend_tokenizer.post_processor = None
+            if not self.marks_assistant:
+                self._use_training_template()
+
+    def end_of_turn(self) -> int | None:
+        """Return the special token that ends an answer, None if it ends in text."""
+        try:
+            ((_, labels),) = self.encode(_GREETING)
+        except RowError:  # the data may have another form, or are refused for the same reason
+            return None
+        learned = [label for label in labels if label != IGNORED]
+        while learned and str(self.tokenizer.decode(learned[-1:])).isspace():
+            learned.pop()
+        return learned[-1] if learned and learned[-1] in self.special_ids else None
+
+    def _use_training_template(self) -> None:
+        """Take the marked template that TRL has for this one, if ours cannot tell its answers."""
+        try:
+            self.encode(_GREETING)
+        except RowError as refusal:
+            try:
+                from trl.chat_template_utils import get_training_chat_template
+
+                self.tokenizer.chat_template = get_training_chat_template(self.tokenizer)
+            except (ImportError, ValueError):
+                return  # the first row is refused, and says why
+            self.marks_assistant = True
+            logger.warning("TRL's training template takes the place of the model's: %s", refusal)
 
     def encode(
         self, conversation: Conversation, *, max_length: int | None = None
@@ -122,35 +163,39 @@ class ConversationEncoder:
             encoded = self._tokenize(self._render(conversation))
             return [(list(encoded["input_ids"]), list(encoded["input_ids"]))]
         if self.marks_assistant:
-            examples = [self._answers_from_template(conversation)]
+            examples = self._answers_from_template(conversation)
         else:
             examples = self._answers_from_prefixes(conversation, max_length)
-        return [(ids, np.where(learned, ids, IGNORED).tolist()) for ids, learned in examples]
+        return [self._locate(example) for example in examples]
 
-    def _answers_from_template(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
-        """Take the assistant tokens from the template's `{% generation %}` blocks."""
-        encoded = self._apply_template(
-            conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        mask = [bool(marked) for marked in encoded["assistant_masks"]]
+    def _answers_from_template(self, conversation: Conversation) -> list[_Rendered]:
+        """Take the answers from the template's `{% generation %}` blocks."""
+        with _refusals(conversation.turns):
+            rendered: Any = render_jinja_template(
+                [conversation.turns],
+                tools=conversation.tools,
+                chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,  # type: ignore[arg-type]
+            )
+        (text,), (blocks,) = rendered
         answers = _answers(conversation)
-        n_marked = sum(marked for marked, _ in groupby(mask))
-        if n_marked != len(answers):
+        if len(blocks) != len(answers):
             raise RowError(
-                f"the chat template marks {n_marked} answers of {len(answers)}",
+                f"the chat template marks {len(blocks)} answers of {len(answers)}",
                 "it takes other roles for the assistant's, or some of the assistant's for others. "
                 "Use another chat_template.",
             )
-        learned, answer = [], -1
-        for marked, run in groupby(mask):
-            answer += marked
-            is_learned = marked and conversation.learned[answers[answer]]
-            learned += [is_learned for _ in run]
-        return list(encoded["input_ids"]), learned
+        spans = [
+            (conversation.turns[index], *block)
+            for index, block in zip(answers, blocks, strict=True)
+            if conversation.learned[index]
+        ]
+        return [_Rendered(text, spans)]
 
     def _answers_from_prefixes(
         self, conversation: Conversation, max_length: int | None
-    ) -> list[tuple[list[int], list[bool]]]:
+    ) -> list[_Rendered]:
         """Find each answer between the text before it and the text that ends with it."""
         whole = self._render(conversation)
         limit = len(whole)
@@ -183,14 +228,13 @@ class ConversationEncoder:
                 break
         if whole.startswith(rendered[-1].text):
             rendered[-1].text = whole
-        taught = [example for example in rendered if example.answers] or rendered[-1:]
-        return [self._locate(example) for example in taught]
+        return [example for example in rendered if example.answers] or rendered[-1:]
 
-    def _locate(self, example: _Rendered) -> tuple[list[int], list[bool]]:
-        """Return the tokens, and which of them are an answer's."""
+    def _locate(self, example: _Rendered) -> tuple[list[int], list[int]]:
+        """Return the tokens of a text, and the labels of its answers."""
         encoded = self._tokenize(example.text)
         input_ids, offsets = encoded["input_ids"], encoded["offsets"]
-        learned = [False] * len(input_ids)
+        labels = [IGNORED] * len(input_ids)
         for turn, first, last in example.answers:
             start, stop = _token_at(first, offsets), _token_at(last, offsets)
             if start is None or stop is None:
@@ -201,8 +245,8 @@ class ConversationEncoder:
                     f"assistant_only_loss to false. The turn says {excerpt(turn)}.",
                 )
             end = self._end_of_turn(input_ids, start, stop)
-            learned[start:end] = [True] * (end - start)
-        return input_ids, learned
+            labels[start:end] = input_ids[start:end]
+        return input_ids, labels
 
     def _end_of_turn(self, input_ids: list[int], start: int, stop: int) -> int:
         """Return where the turn in `input_ids[start:stop]` ends, its end-of-turn token included.
@@ -214,8 +258,7 @@ class ConversationEncoder:
         end = stop
         while end > start and str(self.tokenizer.decode([input_ids[end - 1]])).isspace():
             end -= 1
-        ends_with_special = end > start and input_ids[end - 1] in self.tokenizer.all_special_ids
-        return end if ends_with_special else stop
+        return end if end > start and input_ids[end - 1] in self.special_ids else stop
 
     def _require_shown(self, conversation: Conversation) -> None:
         """Raise `RowError` if the template leaves out what it does not know.
@@ -228,18 +271,22 @@ class ConversationEncoder:
         if conversation.tools:
             without.append(("tools", replace(conversation, tools=None)))
         for index, turn in enumerate(conversation.turns):
-            changes: dict[str, Turn] = {}
+            changed: dict[str, Turn] = {}
             said = turn["content"]
             if turn["role"] != "assistant" and not (isinstance(said, str) and said.strip() in text):
-                changes[f"{turn['role']} turns"] = {"content": "?"}
+                changed[f"{turn['role']} turns"] = turn | {"content": "?"}
             if "tool_calls" in turn:
-                changes["tool calls"] = {"tool_calls": []}
-            for what, change in changes.items():
-                turns = list(conversation.turns)
-                turns[index] = turn | change
+                bare = {name: turn[name] for name in turn if name != "tool_calls"}
+                changed["tool calls"] = bare | {"content": turn["content"] or "?"}
+            for what, other_turn in changed.items():
+                turns = [*conversation.turns[:index], other_turn, *conversation.turns[index + 1 :]]
                 without.append((what, replace(conversation, turns=turns)))
         for what, other in without:
-            if self._render(other) == text:
+            try:
+                is_left_out = self._render(other) == text
+            except RowError:  # it has to be there
+                continue
+            if is_left_out:
                 raise RowError(
                     f"the chat template leaves out {what}",
                     "they would not be learned from. Use a chat_template that shows them, or "
@@ -262,22 +309,34 @@ class ConversationEncoder:
         n_turns: int | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
-        part = replace(conversation, turns=conversation.turns[:n_turns])
-        prompt = {"add_generation_prompt": add_generation_prompt}
-        return str(self._apply_template(part, tokenize=False, **prompt))
+        turns = conversation.turns[:n_turns]
+        with _refusals(turns):
+            text = self.tokenizer.apply_chat_template(
+                turns,
+                tools=conversation.tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        return str(text)
 
-    def _apply_template(self, conversation: Conversation, **options: Any) -> Any:
-        turns = conversation.turns
-        try:
-            return self.tokenizer.apply_chat_template(turns, tools=conversation.tools, **options)
-        except (TemplateError, TypeError) as error:
-            roles = [turn["role"] for turn in turns]
-            raise RowError(
-                "the chat template refuses the conversation",
-                f"{error}. Its roles are {', '.join(roles[:6])}{', ...' if roles[6:] else ''}. "
-                "Change the data, or set chat_template to one that takes them. It begins "
-                f"{excerpt(turns[0])}.",
-            ) from error
+
+@contextmanager
+def _refusals(turns: list[Turn]) -> Iterator[None]:
+    """Say of what a template raises that it is about these turns."""
+    try:
+        yield
+    except (TemplateError, TypeError) as error:
+        roles = [turn["role"] for turn in turns]
+        raise RowError(
+            "the chat template refuses the conversation",
+            f"{error}. Its roles are {', '.join(roles[:6])}{', ...' if roles[6:] else ''}. Change "
+            "the data, or set chat_template to one that takes them. It begins "
+            f"{excerpt(turns[0])}.",
+        ) from error
+
+
+def _marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(_GENERATION_BLOCK.search(tokenizer.get_chat_template()))
 
 
 def _answers(conversation: Conversation) -> list[int]:

@@ -1,6 +1,8 @@
 """The tokenizer and the model of a run, checked against the data they will see."""
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -16,6 +18,8 @@ from ..config import QFTConfig
 from .arguments import ModelArguments
 from .task import Task
 
+logger = logging.getLogger(__name__)
+
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """Load the tokenizer; give it a padding token and, if asked for, another chat template.
@@ -27,7 +31,10 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(
         arguments.tokenizer_name_or_path or arguments.model_name_or_path,
         revision=arguments.model_revision,
+        trust_remote_code=arguments.trust_remote_code,
     )
+    if arguments.new_tokens:
+        tokenizer.add_tokens(arguments.new_tokens, special_tokens=True)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(
@@ -43,7 +50,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         if not template.is_file():
             raise FileNotFoundError(
                 f"no chat template {template} (looked from {Path.cwd()}). Set chat_template to a "
-                "Jinja file."
+                f"Jinja file, or to one that ships: {', '.join(shipped.chat_template_names())}."
             )
         tokenizer.chat_template = template.read_text(encoding="utf-8")
     return tokenizer
@@ -52,7 +59,9 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     """Load what the model says about itself."""
     return AutoConfig.from_pretrained(
-        arguments.model_name_or_path, revision=arguments.model_revision
+        arguments.model_name_or_path,
+        revision=arguments.model_revision,
+        trust_remote_code=arguments.trust_remote_code,
     )
 
 
@@ -78,24 +87,32 @@ def load_model(
     Raises:
         ValueError: The model is too short for the examples or has fewer embeddings than tokens.
     """
-    _check_fit(config, max_length=max_length, n_tokens=len(task.tokenizer))
+    n_tokens = len(task.tokenizer)
+    _check_fit(
+        config, max_length=max_length, n_tokens=n_tokens, may_grow=bool(arguments.new_tokens)
+    )
     task.configure(config)
     is_quantized = getattr(config, "quantization_config", None) is not None
     model: PreTrainedModel = task.model_class.from_pretrained(
         arguments.model_name_or_path,
         revision=arguments.model_revision,
+        trust_remote_code=arguments.trust_remote_code,
         config=config,
         dtype=getattr(torch, arguments.dtype),
         attn_implementation=arguments.attn_implementation,
         quantization_config=None if is_quantized else quantization,
     )
+    if n_tokens > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(n_tokens)
     # A classifier looks for the last token that is not padding, also before training begins. In the
     # config that a model is made of, it would keep this token's embedding from being learned.
     model.config.get_text_config().pad_token_id = task.tokenizer.pad_token_id
+    if model.can_generate():
+        _stop_at_end(model, task)
     return model
 
 
-def _check_fit(config: PreTrainedConfig, *, max_length: int, n_tokens: int) -> None:
+def _check_fit(config: PreTrainedConfig, *, max_length: int, n_tokens: int, may_grow: bool) -> None:
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
@@ -103,8 +120,30 @@ def _check_fit(config: PreTrainedConfig, *, max_length: int, n_tokens: int) -> N
             f"max_length is {max_length}, but the model has {positions} positions. Set max_length "
             f"to {positions} or less."
         )
-    if n_tokens > text_config.vocab_size:
+    if n_tokens > text_config.vocab_size and not may_grow:
         raise ValueError(
             f"the tokenizer knows {n_tokens} tokens and the model has {text_config.vocab_size} "
-            "embeddings. Use the model's own tokenizer, or resize the model's embeddings first."
+            "embeddings. Use the model's own tokenizer, and name what it lacks in new_tokens."
+        )
+
+
+def _stop_at_end(model: PreTrainedModel, task: Task) -> None:
+    """Let generation stop at the token with which the model learns to end what it says."""
+    settings: Any = model.generation_config
+    stops = settings.eos_token_id
+    stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
+    if task.end_token is None:
+        logger.warning(
+            "the chat template ends answers with no special token of the tokenizer, so generation "
+            "will not stop at their end. If it has one for it, add it by new_tokens; or use a "
+            "template that ends answers with %s.",
+            task.tokenizer.eos_token,
+        )
+    elif task.end_token not in [*stops, task.tokenizer.eos_token_id]:
+        settings.eos_token_id = [*stops, task.end_token]
+        logger.warning(
+            "the model learns to end what it says with %s, so that generation now stops there, "
+            "and not at %s alone: see generation_config.json.",
+            task.tokenizer.decode([task.end_token]),
+            task.tokenizer.eos_token,
         )

@@ -139,9 +139,24 @@ def _as_flags(key: str, value: Any, path: Path) -> list[str]:
         case list():
             return [f"--{key}", *value]
         case dict():
-            return [f"--{key}={json.dumps(value)}"]
+            return [f"--{key}={json.dumps(_typed(value))}"]
         case _:
             return [f"--{key}={value}"]
+
+
+def _typed(value: Any) -> Any:
+    """Return a value in a mapping, which no field gives a type: a number, true, or text."""
+    match value:
+        case dict():
+            return {name: _typed(entry) for name, entry in value.items()}
+        case list():
+            return [_typed(entry) for entry in value]
+    for read in (json.loads, float):  # JSON knows neither .5 nor 1.
+        try:
+            return read(value)
+        except ValueError:
+            continue
+    return value
 
 
 def _require_known(name: str, what: str) -> None:

@@ -55,6 +55,7 @@ class Task(ABC):
     model_class: ClassVar[Any]  # what loads the model
     scoring: ClassVar[Scoring]
     features: Features  # columns of an example
+    end_token: int | None = None  # with which what the model says ends
     collator: Collator
 
     def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,7 +15,8 @@ class Text(LanguageTask):
 
     def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(arguments, tokenizer)
-        if tokenizer.eos_token_id is None:
+        self.end_token = tokenizer.eos_token_id
+        if self.end_token is None:
             raise ValueError(
                 f"task 'text' ends each text with the end-of-text token, but the tokenizer of "
                 f"{tokenizer.name_or_path!r} has none. Set eos_token in its tokenizer_config.json."
@@ -33,7 +34,7 @@ class Text(LanguageTask):
         if not text:
             raise NothingToLearn("empty", "there is no text in it.")
         input_ids = list(self.tokenizer(text, verbose=False)["input_ids"])
-        begin, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        begin, end = self.tokenizer.bos_token_id, self.end_token
         if input_ids[:2] == [begin, begin]:  # the text says it, and the tokenizer adds it
             del input_ids[0]
         while input_ids[-2:] == [end, end]:
