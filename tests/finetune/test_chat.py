@@ -227,25 +227,6 @@ def test_tool_calls_are_learned_and_what_tools_say_is_not():
     ]
 
 
-@both_ways
-def test_a_turn_of_weight_zero_is_shown_and_not_learned(template):
-    tokenizer = tiny_tokenizer(template)
-    messages = chat("a", "b", "c", "d", "e", "f")
-    marked = [
-        turn | mark
-        for turn, mark in zip(
-            messages, [{}, {}, {}, {"weight": 0}, {}, {"train": True}], strict=True
-        )
-    ]
-
-    input_ids, labels = encode_conversation(marked, tokenizer)
-
-    assert learned_text(tokenizer, input_ids, labels) == f"b{END}f{END}"
-    assert input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
-    with pytest.raises(RowError, match="Set assistant_only_loss to true"):
-        encode_conversation(marked, tokenizer, assistant_only=False)
-
-
 WITHOUT_SYSTEM = CHATML.replace("{{", "{% if message['role'] != 'system' %}{{", 1).replace(
     "{% endfor", "{% endif %}{% endfor"
 )
@@ -363,36 +344,15 @@ def test_conversation_that_the_template_refuses_is_named():
             encode_conversation(chat("a", "b", system="Be brief."), tiny_tokenizer(refusing))
 
 
-TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
-CALL = {"role": "assistant", "content": "x", "tool_calls": [{"function": {"name": "look"}}]}
-SYSTEM = {"role": "system", "content": "Be brief."}
 SHOWS_TOOLS = "{{ tools | tojson }}" + CHATML
-HIDES_SYSTEM = CHATML.replace(
-    "%}{{ '<|im_start|>'", "%}{% if message['role'] != 'system' %}{{ '<|im_start|>'", 1
-).replace("{% endfor %}", "{% endif %}{% endfor %}", 1)
-
-
-@pytest.mark.parametrize(
-    ("template", "row", "what"),
-    [
-        (CHATML, {"messages": chat("a", "b"), "tools": TOOLS}, "tools"),
-        (CHATML, {"messages": [*chat("a"), CALL]}, "tool calls"),
-        (HIDES_SYSTEM, {"messages": [SYSTEM, *chat("a", "b")]}, "system turns"),
-    ],
-    ids=["tools", "calls", "system"],
-)
-def test_what_the_template_leaves_out_is_refused(template, row, what):
-    with pytest.raises(RowError, match=f"leaves out {what}: .* Use a chat_template that shows"):
-        encode_row(row, tiny_tokenizer(template))
-    assert encode_row({"messages": chat("a", "b")}, tiny_tokenizer(template))
 
 
 def test_tools_that_the_template_shows_are_part_of_the_prompt():
     tokenizer = tiny_tokenizer(SHOWS_TOOLS)
 
-    ((input_ids, labels),) = encode_row({"messages": chat("a", "b"), "tools": TOOLS}, tokenizer)
+    ((input_ids, labels),) = encode_row({"messages": chat("a", "b"), "tools": [TOOL]}, tokenizer)
 
-    assert "look" in tokenizer.decode(input_ids)
+    assert "rain" in tokenizer.decode(input_ids)
     assert learned_text(tokenizer, input_ids, labels) == f"b{END}"
 
 

@@ -25,7 +25,7 @@ from qft_hf import QFTWeight
 from qft_hf.hf.finetune import finetune, parse_arguments, prepare, train
 from qft_hf.hf.finetune.forecast import disk_bytes
 from qft_hf.hf.finetune.loading import load_config
-from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, chat, tiny_tokenizer
+from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, TURN, chat, tiny_tokenizer
 from tests.models import tiny_bert, tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def contents(folder):
     }
 
 
-def test_a_run_leaves_checkpoint_curve_and_summary(chat_flags):
+def test_a_run_leaves_checkpoint_curve_and_summary(chat_flags, capsys):
     summary = finetune(parsed(chat_flags, export_dtype="bfloat16"))
 
     run = Path(chat_flags["output_dir"])
@@ -96,6 +96,10 @@ def test_a_run_leaves_checkpoint_curve_and_summary(chat_flags):
     assert "tuned from a local model on the local file `train.jsonl`" in card
     for step, scores in ((0, summary.before), (4, summary.after)):
         assert f"| {step} | {scores['loss']:.4f} | {scores['perplexity']:.4f} |" in card
+    shown = (run / "data.txt").read_text()
+    assert shown in capsys.readouterr().err
+    assert "8 rows, 8 examples" in shown
+    assert (run / "data.txt").stat().st_mtime_ns < (run / "model.safetensors").stat().st_mtime_ns
     written = json.loads((run / "summary.json").read_text())
     assert written["steps"] == 4
     assert written["after"] == summary.after
@@ -460,6 +464,23 @@ def test_generation_stops_where_answers_end(template, stops, said, chat_flags, c
     run.trainer.train()  # where the Trainer aligns its tokens
     assert set(run.trainer.model.generation_config.eos_token_id) == {1, 2, *(stops or [])}
     assert bool(re.search(said or "answers", caplog.text)) == (said is not None)
+
+
+def test_new_tokens_get_embeddings(chat_flags):
+    """Those of ChatML, on a tokenizer that has neither and a model that has no room for them."""
+    tokens = ["<|turn|>", "<|done|>"]
+    template = Path(chat_flags["model_name_or_path"]) / "turns.jinja"
+    template.write_text(CHATML.replace(TURN, tokens[0]).replace(END, tokens[1]))
+    flags = as_flags(chat_flags | {"chat_template": template, "max_steps": 1})
+
+    finetune(parse_arguments([*flags, "--new_tokens", *tokens]))
+
+    run = chat_flags["output_dir"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
+    assert tokenizer.convert_tokens_to_ids(tokens) == [VOCAB_SIZE, VOCAB_SIZE + 1]
+    assert model.get_input_embeddings().weight.shape[0] == VOCAB_SIZE + 2
+    assert isinstance(model.lm_head.weight, QFTWeight)
+    assert VOCAB_SIZE + 1 in model.generation_config.eos_token_id
 
 
 def test_code_of_a_model_runs_on_request_only(chat_flags):

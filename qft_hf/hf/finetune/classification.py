@@ -89,6 +89,10 @@ class Classification(Task):
         """
         return self._class(value)
 
+    def describe(self, label: Any) -> str:
+        """Return what a label of an example says: the name of its class."""
+        return str(self.names[label])
+
     def _class(self, label: Any) -> int:
         value = self._canonical(label)
         if value is None or value == UNLABELLED:
@@ -183,6 +187,10 @@ class Regression(Classification):
             raise RowError("no finite number", f"task 'regression' got the label {value!r}.")
         return number
 
+    def describe(self, label: Any) -> str:
+        """Return the number."""
+        return str(label)
+
     def _names(self, labels: Sequence[Any], config: PreTrainedConfig) -> list[str]:
         head = _names_of_head(config)
         if head is not None and len(head) != 1:
@@ -204,6 +212,11 @@ class MultiLabel(Classification):
         """Return 1 for each class that applies."""
         chosen = {self._class(entry) for entry in self._entries(value)}
         return [float(index in chosen) for index in range(len(self.names))]
+
+    def describe(self, label: Any) -> str:
+        """Return the names of the classes that apply."""
+        names = [name for name, applies in zip(self.names, label, strict=True) if applies]
+        return ", ".join(names) or "none"
 
     def _entries(self, label: Any) -> list[Any]:
         if not isinstance(label, list | tuple):

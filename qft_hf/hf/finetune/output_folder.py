@@ -26,6 +26,7 @@ from .arguments import EXPORT_DTYPES
 SUMMARY = "summary.json"
 LOSS_CURVE = "loss_curve.png"
 RUN_CONFIG = "run.yaml"
+EVIDENCE = "data.txt"
 CARD = "README.md"
 CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
 
@@ -53,6 +54,7 @@ _WRITTEN = (
     SUMMARY,
     LOSS_CURVE,
     RUN_CONFIG,
+    EVIDENCE,
     CARD,
     TRAINER_STATE_NAME,
 )

@@ -22,11 +22,13 @@ from ..drafts import written_whole
 from ..peak_memory import PeakMemory
 from ..trainer import QFTTrainer
 from .data import TaskData, prepare_data
+from .evidence import show
 from .export import export_checkpoint
 from .forecast import disk_bytes
 from .loading import load_config, load_model, load_tokenizer
 from .loss_curve import draw_loss_curve
 from .output_folder import (
+    EVIDENCE,
     LOSS_CURVE,
     SUMMARY,
     checkpoint_to_resume,
@@ -158,6 +160,7 @@ def train(run: Run) -> RunSummary:
         if output.overwrite_output:
             clear_run(output_dir)
         claim(output_dir, run.arguments.given)
+        show(run.data, output_dir / EVIDENCE)
     before = _scores(run)
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     after = _scores_of_last_step(run) or _scores(run)

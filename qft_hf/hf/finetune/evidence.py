@@ -1,0 +1,58 @@
+"""What a run is about to learn: its rows in numbers, and one example as the model sees it."""
+
+import sys
+from itertools import groupby
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ...nn.loss import IGNORED
+from ..drafts import written_whole
+from .classification import Classification
+from .data import TaskData
+
+LEARNED = ("\u27e6", "\u27e7")  # white brackets, which hardly any text has
+SHOWN_CHARACTERS = 4000
+
+
+def evidence(data: TaskData) -> str:
+    """Return the counts of rows, examples, tokens, what is cut and dropped, and an example."""
+    counts = [f"{'training data':<24}{data.train.counts}"]
+    if data.evaluation is not None:
+        counts.append(f"{'evaluation data':<24}{data.evaluation.counts}")
+    if isinstance(data.task, Classification) and data.task.names:
+        counts.append(f"{'classes':<24}{', '.join(data.task.names)}")
+    head = f"The first example; what is learned stands in {LEARNED[0]}brackets{LEARNED[1]}:"
+    return "\n".join([*counts, "", head, "", example_text(data)])
+
+
+def show(data: TaskData, path: Path) -> None:
+    """Write the evidence to the screen, where progress is shown too, and into a file."""
+    text = evidence(data)
+    tqdm.write(f"{text}\n", file=sys.stderr)
+    with written_whole(path) as draft:
+        draft.write_text(f"{text}\n", encoding="utf-8")
+
+
+def example_text(data: TaskData) -> str:
+    """Return the first training example as text; what is learned stands in brackets.
+
+    Of a packed block it is the first example in it. A text of more than `SHOWN_CHARACTERS` is cut
+    in the middle.
+    """
+    example, tokenizer = data.train.dataset[0], data.task.tokenizer
+    ids, labels = example["input_ids"], example["labels"]
+    if isinstance(data.task, Classification):
+        parts = [f"{tokenizer.decode(ids)}\n{LEARNED[0]}{data.task.describe(labels)}{LEARNED[1]}"]
+    else:
+        positions = example.get("position_ids", range(len(ids)))
+        first = [i for i, position in enumerate(positions) if position == i]
+        # The first token has no predecessor, so it is never learned.
+        pairs = [(ids[i], i > 0 and labels[i] != IGNORED) for i in first]
+        parts = []
+        for is_learned, run in groupby(pairs, key=lambda pair: pair[1]):
+            text = str(tokenizer.decode([token for token, _ in run]))
+            parts.append(f"{LEARNED[0]}{text}{LEARNED[1]}" if is_learned else text)
+    text = "".join(parts)
+    half = SHOWN_CHARACTERS // 2
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"
