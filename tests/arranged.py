@@ -11,6 +11,7 @@ from transformers import (
     GptOssConfig,
     JetMoeConfig,
     Llama4TextConfig,
+    LongcatFlashConfig,
     MixtralConfig,
     PreTrainedModel,
     Qwen3MoeConfig,
@@ -45,6 +46,12 @@ CONFIGS: dict[str, Any] = {
         intermediate_size=72, moe_intermediate_size=40,
         n_routed_experts=8, n_shared_experts=1, n_group=2, topk_group=1, first_k_dense_replace=1,
         q_lora_rank=24, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+    ),
+    "longcat_flash": lambda: LongcatFlashConfig(
+        **{k: v for k, v in COMMON.items() if k not in ("num_hidden_layers", "num_experts_per_tok")}
+        | {"num_key_value_heads": 2, "head_dim": 8}, num_layers=1, moe_topk=2, ffn_hidden_size=72,
+        expert_ffn_hidden_size=40, n_routed_experts=5, zero_expert_num=3, q_lora_rank=24,
+        kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
     ),
     "llama4_text": lambda: Llama4TextConfig(
         **COMMON | {"num_experts_per_tok": 1}, intermediate_size=40, intermediate_size_mlp=72,

@@ -121,7 +121,6 @@ class QFTQuantizer(HfQuantizer):
         self.faults: dict[str, str] = {}  # by name of the tensor
         self.missing_names: set[str] = set()  # the loader's own record, which it empties
         self.shapes: dict[str, torch.Size] = {}
-        self.conversions: list[Any] = []  # that saving a float model reverses
 
     @property
     def is_trainable(self) -> bool:
@@ -313,20 +312,16 @@ class QFTQuantizer(HfQuantizer):
         return model
 
     def save_as_held(self, model: Any) -> None:
-        """Have `save_pretrained` write what the modules hold, until the model is dequantized.
+        """Have `save_pretrained` write what the modules hold, as long as the model is INT8.
 
         It reverses what loading did: experts that came one by one are written one by one, which
         INT8 fields cannot be. Parameters still get their names of the checkpoint back.
         """
         used = getattr(model, "_weight_conversions", None)
-        of_class = get_model_conversion_mapping(model, add_legacy=False)
         if used is None:  # the model was not loaded: transformers would reverse these
+            of_class = get_model_conversion_mapping(model, add_legacy=False)
             used = [step for step in of_class if not isinstance(step, PrefixChange)]
-        renaming = [step for step in used if not isinstance(step, WeightConverter)]
-        # An INT8 checkpoint holds experts merged, so that nothing had to merge them.
-        merging = of_class if self.pre_quantized else used
-        self.conversions = renaming + [s for s in merging if isinstance(s, WeightConverter)]
-        model._weight_conversions = renaming
+        model._weight_conversions = [s for s in used if not isinstance(s, WeightConverter)]
 
     def _find_missing(self, model: PreTrainedModel) -> None:
         """An INT8 checkpoint is complete: a weight that is not in it would be random."""
@@ -367,7 +362,6 @@ class QFTQuantizer(HfQuantizer):
         # config.dtype, the default, is a string once the model has been saved.
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dequantize_modules_(model, dtype)
-        vars(model)["_weight_conversions"] = self.conversions
         for config in _configs(model):
             config.dtype = dtype
         return model
@@ -375,6 +369,7 @@ class QFTQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """Take off every mark of a quantized model."""
         super().remove_quantization_config(model)
+        vars(model).pop("_weight_conversions", None)  # saving follows those of the class again
         for config in _configs(model):
             config.__dict__.pop("_is_quantized", None)  # attention asks whether it is there
 

@@ -20,7 +20,8 @@ class QFTExperts(QuantizedModule):
 
     They are of the form that `transformers.integrations.moe` describes, whose implementations this
     one takes the place of: `gate_up_proj`, or `up_proj` without a gate, and `down_proj`, each with
-    the matrices of all experts, and `_apply_gate` between them.
+    the matrices of all experts, and `_apply_gate` between them. Those of LongCat-Flash are called
+    alike, and tokens that go to a number above those of `down_proj` return as they are.
     """
 
     weight_names = ("gate_up_proj", "up_proj", "down_proj")
@@ -29,7 +30,7 @@ class QFTExperts(QuantizedModule):
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
         """Whether a module has the parameters of that form and its gate."""
-        return hasattr(module, "_apply_gate") and (
+        return (hasattr(module, "_apply_gate") or hasattr(module, "identity_expert")) and (
             _are_3d(module, "gate_up_proj", "down_proj") or _are_3d(module, "up_proj", "down_proj")
         )
 
@@ -48,8 +49,8 @@ class QFTExperts(QuantizedModule):
 
         Args:
             hidden_states: `[T, H]`.
-            top_k_index: int64 `[T, K]`: experts of each token. A number that no expert has adds
-                nothing.
+            top_k_index: int64 `[T, K]`: experts of each token. A number above theirs adds nothing
+                unless there are identity experts.
             top_k_weights: `[T, K]`.
 
         Returns:
@@ -60,19 +61,34 @@ class QFTExperts(QuantizedModule):
         # The one time that the host waits for the device: what is expanded depends on it.
         numbers = torch.arange(n_experts, device=chosen.device)
         ends = torch.searchsorted(chosen, numbers, right=True).tolist()
-        if ends[-1] < len(order):
+        beyond = order[ends[-1] :]
+        if len(beyond):
             chosen, order = chosen[: ends[-1]], order[: ends[-1]]
-        groups = Groups(ends, chosen.device)
 
-        up = "gate_up_proj" if "gate_up_proj" in self._parameters else "up_proj"
-        y = self._product(up, hidden_states[order // n_choices], chosen, groups)
-        y = self._apply_gate(y) if up == "gate_up_proj" else self.act_fn(y)
-        y = self._product("down_proj", y, chosen, groups)
-        if getattr(self, "has_post_expert_norm", False):
-            y = self.post_expert_norm(y)
+        y = self._of_experts(hidden_states[order // n_choices], chosen, ends)
+        if len(beyond) and hasattr(self, "identity_expert"):
+            order = torch.cat((order, beyond))
+            y = torch.cat((y, hidden_states[beyond // n_choices].to(y.dtype)))
         y = y * top_k_weights.reshape(-1)[order, None]
         result = y.new_zeros(top_k_index.numel(), y.shape[-1]).index_copy_(0, order, y)
         return result.view(*top_k_index.shape, -1).sum(dim=-2).to(hidden_states.dtype)
+
+    def _of_experts(self, x: Tensor, chosen: Tensor, ends: list[int]) -> Tensor:
+        """What the experts `chosen` return for rows `x` `[S, H]`, sorted by expert: `[S, H]`."""
+        up = "gate_up_proj" if "gate_up_proj" in self._parameters else "up_proj"
+        weight: Any = self._parameters[up]
+        without_tokens = weight.shape[0] - len(ends)  # which identity experts have too
+        groups = Groups(ends + [ends[-1]] * without_tokens, chosen.device)
+        y = self._product(up, x, chosen, groups)
+        if up == "up_proj":
+            y = self.act_fn(y)
+        elif hasattr(self, "_apply_gate"):
+            y = self._apply_gate(y)
+        else:
+            gate, value = y.chunk(2, dim=-1)
+            y = self.act_fn(gate) * value
+        y = self._product("down_proj", y, chosen, groups)
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
     def _product(self, name: str, x: Tensor, chosen: Tensor, groups: Groups) -> Tensor:
         """`x`, sorted by expert, times a weight, and its bias if there is one."""

@@ -5,6 +5,8 @@ of each. Of an expert without tokens nothing is expanded, and its gradient is ze
 expanded to float as many at a time as a tile of a linear layer has elements, and one at least.
 """
 
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -25,13 +27,15 @@ class Tile(NamedTuple):
     """Experts that got tokens, and are expanded together.
 
     Attributes:
-        experts: Their numbers, ascending.
+        experts: Numbers of those that got tokens, ascending.
         tokens: Theirs, in the order of the experts.
+        on_device: int32 `[n]`: `experts` too.
         ends: int32 `[n]`: where the tokens of each end, counted from the first of the tile.
     """
 
     experts: list[int]
     tokens: slice
+    on_device: Tensor
     ends: Tensor
 
 
@@ -46,34 +50,28 @@ class Groups:
     def __init__(self, ends: list[int], device: torch.device) -> None:
         self.ends = [0, *ends]  # of expert e: from ends[e] to ends[e + 1]
         self.device = device
-        self._tiles: dict[Any, list[Tile]] = {}
+        self.hit = [e for e, end in enumerate(ends) if self.ends[e] < end]
+        self._tiles: dict[int, list[Tile]] = {}
 
-    @property
-    def n_experts(self) -> int:
-        """All, those without tokens too."""
-        return len(self.ends) - 1
+    def tiles(self, at_most: int) -> list[Tile]:
+        """All experts that got tokens, in tiles with room for so many experts each."""
+        if at_most not in self._tiles:
+            self._tiles[at_most] = list(self._make(at_most))
+        return self._tiles[at_most]
 
-    def hit(self, first: int, last: int) -> list[int]:
-        """Experts from `first` to before `last` that got tokens."""
-        return [e for e in range(first, last) if self.ends[e] < self.ends[e + 1]]
-
-    def tiles(self, first: int, last: int, at_most: int) -> list[Tile]:
-        """These, so many at a time as one tile has room for."""
-        key = first, last, at_most
-        if key not in self._tiles:
-            hit = self.hit(first, last)
-            places = range(0, len(hit), at_most)
-            self._tiles[key] = [self._tile(hit[place : place + at_most]) for place in places]
-        return self._tiles[key]
-
-    def _tile(self, experts: list[int]) -> Tile:
-        start = self.ends[experts[0]]
-        ends = [self.ends[expert + 1] - start for expert in experts]
-        return Tile(
-            experts,
-            slice(start, start + ends[-1]),
-            torch.tensor(ends, dtype=torch.int32, device=self.device),
-        )
+    def _make(self, at_most: int) -> Iterator[Tile]:
+        of_tiles = [list(experts) for _, experts in groupby(self.hit, lambda e: e // at_most)]
+        ends = [self.ends[e + 1] - self.ends[experts[0]] for experts in of_tiles for e in experts]
+        # One transfer for all tiles, which the host does not wait for.
+        pinned = self.device.type == "cuda"
+        numbers = torch.tensor([self.hit, ends], dtype=torch.int32, pin_memory=pinned)
+        numbers = numbers.to(self.device, non_blocking=True)
+        done = 0
+        for experts in of_tiles:
+            on_device, ends_of_tile = numbers[:, done : done + len(experts)]
+            done += len(experts)
+            tokens = slice(self.ends[experts[0]], self.ends[experts[-1] + 1])
+            yield Tile(experts, tokens, on_device, ends_of_tile)
 
 
 def _at_a_time(weight: QFTWeight) -> int:
@@ -97,10 +95,9 @@ class _Grouped(torch.autograd.Function):
         # The weight is no saved tensor: it is not copied, moved or offloaded with activations.
         ctx.weight, ctx.groups = weight, groups
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        ctx.tiles = groups.tiles(0, groups.n_experts, _at_a_time(weight))
         products = [
-            _times(x[tile.tokens], weight.dequantize_matrices(tile.experts, dtype).mT, tile)
-            for tile in ctx.tiles
+            _times(x[tile.tokens], _expanded(weight, tile, dtype).mT, tile)
+            for tile in groups.tiles(_at_a_time(weight))
         ]
         return _joined(products, x.new_empty(0, weight.arrangement.rows))
 
@@ -112,10 +109,8 @@ class _Grouped(torch.autograd.Function):
         grad_x = gradient = None
         if ctx.needs_input_grad[0]:
             products = [
-                _times(
-                    grad[tile.tokens], weight.dequantize_matrices(tile.experts, grad.dtype), tile
-                )
-                for tile in ctx.tiles
+                _times(grad[tile.tokens], _expanded(weight, tile, grad.dtype), tile)
+                for tile in ctx.groups.tiles(_at_a_time(weight))
             ]
             grad_x = _joined(products, grad.new_empty(0, weight.arrangement.columns))
             grad_x = grad_x.to(ctx.x_dtype)
@@ -123,6 +118,10 @@ class _Grouped(torch.autograd.Function):
             (x,) = ctx.saved_tensors
             gradient = weight.gradient(lambda rows: _gradient(grad, x, weight, ctx.groups, rows))
         return grad_x, gradient, None, None
+
+
+def _expanded(weight: QFTWeight, tile: Tile, dtype: torch.dtype) -> Tensor:
+    return weight.dequantize_matrices(tile.experts, dtype, index=tile.on_device)
 
 
 def _times(x: Tensor, matrices: Tensor, tile: Tile) -> Tensor:
@@ -145,7 +144,9 @@ def _gradient(grad: Tensor, x: Tensor, weight: QFTWeight, groups: Groups, rows: 
         tokens = slice(groups.ends[first], groups.ends[last])
         return grad[tokens, start - first * n_rows : stop - first * n_rows].t() @ x[tokens]
     result = None
-    for tile in groups.tiles(first, last, _at_a_time(weight)):
+    for tile in groups.tiles(_at_a_time(weight)):
+        if not first <= tile.experts[0] < last:
+            continue
         of_tile, x_of_tile = grad[tile.tokens].t(), x[tile.tokens]
         if len(tile.experts) == 1:
             product = (of_tile @ x_of_tile)[None]
@@ -155,7 +156,7 @@ def _gradient(grad: Tensor, x: Tensor, weight: QFTWeight, groups: Groups, rows: 
             return product.view(-1, columns)
         if result is None:
             result = grad.new_zeros(last - first, n_rows, columns)
-        result[[expert - first for expert in tile.experts]] = product
+        result.index_copy_(0, tile.on_device.long() - first, product)
     return grad.new_zeros(stop - start, columns) if result is None else result.view(-1, columns)
 
 
@@ -188,7 +189,7 @@ def grouped_linear(
 def _few(x: Tensor, weight: QFTWeight, groups: Groups) -> Tensor:
     """The products of few tokens, as in generation, without expanding a weight."""
     products = []
-    for expert in groups.hit(0, groups.n_experts):
+    for expert in groups.hit:
         tokens = slice(groups.ends[expert], groups.ends[expert + 1])
         stored = weight.stored.rows(weight.arrangement.part(expert))
         products.append(kernels.dequantized_matmul(x[tokens], stored, bias=None))

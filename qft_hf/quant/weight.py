@@ -272,13 +272,18 @@ class QFTWeight(Int8Tensor):
         return Arrangement((end - start, *shape[1:]), transposed).parameter(rows)
 
     def dequantize_matrices(
-        self, numbers: Sequence[int], dtype: torch.dtype | None = None
+        self,
+        numbers: Sequence[int],
+        dtype: torch.dtype | None = None,
+        *,
+        index: Tensor | None = None,
     ) -> Tensor:
         """The values of some of the matrices below each other, of experts: `[n, R, C]`.
 
         Args:
             numbers: Which, ascending.
             dtype: As in `dequantize_rows`.
+            index: `numbers` on the device, for those who have them there.
         """
         rows, columns = self.arrangement.rows, self.arrangement.columns
         n, first = len(numbers), numbers[0]
@@ -287,9 +292,10 @@ class QFTWeight(Int8Tensor):
         elif numbers[-1] - first == n - 1:
             values = self.dequantize_rows(slice(first * rows, (first + n) * rows), dtype)
         else:
-            starts = torch.tensor(numbers, device=self.device)[:, None] * rows
-            index = starts + torch.arange(rows, device=self.device)
-            values = self.dequantize_rows(index.flatten(), dtype)
+            if index is None:
+                index = torch.tensor(numbers, device=self.device)
+            of_each = torch.arange(rows, device=self.device)
+            values = self.dequantize_rows((index.long()[:, None] * rows + of_each).flatten(), dtype)
         return values.view(n, rows, columns)
 
     def _expand(

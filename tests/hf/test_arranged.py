@@ -95,6 +95,51 @@ def test_release_has_the_bits_of_stack(family):
         assert not torch.equal(weight, before[name]), name
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "gpt_oss"])
+def test_int8_products_are_those_of_all_linear_layers_and_of_no_experts(family):
+    model = quantized(family, matmul="int8").train()
+    ids = batch(shape=(4, 12))  # more tokens than are multiplied with the dequantized weight
+    twin = dequantize_model_(copy.deepcopy(model), torch.float32).train()
+    loss(model, ids).backward()
+    loss(twin, ids).backward()
+
+    exact = dict(twin.named_parameters())
+    for name, weight in arranged(model).items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        assert (module.products is None) == (weight.ndim == 3), name
+        # Rounded are both operands and a result, each to 127 steps of a maximum.
+        assert snr_db(exact[name].grad, weight.grad.dequantize()) > 20, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_size_that_a_device_map_is_made_from_is_what_is_stored(family):
+    model = quantized(family)
+    quantizer = model.hf_quantizer
+    for name, weight in arranged(model).items():
+        size = quantizer.param_element_size(model, name, weight) * weight.numel()
+        assert size == pytest.approx(weight.stored_bytes), name
+
+
+def test_eager_code_that_picks_an_expert_gets_its_values_and_passes_its_gradient_on():
+    """The forward that the class itself has, and a module of one's own may have."""
+    model = quantized("qwen3_moe")
+    experts = model.model.layers[0].mlp.experts
+    hidden = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
+    chosen = torch.tensor([[0, 2]] * 4 + [[2, 3]] * 3)
+    results = []
+    for forward in (type(experts).forward, type(experts).plain_class.forward.__wrapped__):
+        model.zero_grad()
+        y = forward(experts, hidden, chosen, torch.full((7, 2), 0.5))
+        y.square().sum().backward()
+        results.append((y.detach(), experts.gate_up_proj.grad.dequantize()))
+    (y, gradient), (eager_y, eager_gradient) = results
+
+    torch.testing.assert_close(eager_y, y)
+    assert snr_db(gradient, eager_gradient) > 38
+    assert gradient[[0, 2, 3]].flatten(1).any(dim=1).all()
+    assert not gradient[[1, 4, 5]].any()
+
+
 CHECKPOINTING = [(family, None) for family in FAMILIES] + [("qwen3_moe", flag) for flag in (0, 1)]
 
 

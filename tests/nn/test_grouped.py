@@ -86,7 +86,9 @@ def test_experts_without_tokens_are_not_expanded(monkeypatch, counts, tile_eleme
     monkeypatch.setattr(
         QFTWeight,
         "dequantize_matrices",
-        lambda self, numbers, dtype: expanded.extend(numbers) or dequantize(self, numbers, dtype),
+        lambda self, numbers, *rest, **index: (
+            expanded.extend(numbers) or dequantize(self, numbers, *rest, **index)
+        ),
     )
     with torch.no_grad():
         grouped_linear(randn(S, 264, seed=1), weight, groups(counts), training=True)

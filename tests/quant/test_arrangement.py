@@ -129,6 +129,7 @@ def test_a_gradient_has_the_shape_of_the_weight_and_the_groups_of_its_rows(trans
     assert torch.equal(gradient.codes, alone.codes)
     back = plain(gradient.dequantize(), transposed=transposed).reshape(E * R, C)
     assert_same_bits(back.contiguous(), alone.dequantize())
+    assert gradient.detach().arrangement == arrangement  # what autograd leaves in .grad
     total = gradient + gradient.detach()
     assert total.shape == x.shape
     assert torch.equal(total.codes, gradient.codes)
@@ -147,3 +148,19 @@ def test_a_factor_of_each_expert_scales_its_own(transposed):
     expected = gradient.dequantize() * factors
     torch.testing.assert_close(scaled.dequantize(), expected, rtol=4 * FP32_EPS, atol=0)
     assert torch.equal(scaled.codes[: E * R : 2 * R], gradient.codes[: E * R : 2 * R])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_mask_of_the_shape_of_the_weight_masks_its_own_elements(transposed):
+    x = experts(transposed=transposed)
+    arrangement = Arrangement(tuple(x.shape), transposed)
+    gradient = Int8Gradient.from_float(x, dtype=x.dtype, arrangement=arrangement)
+    mask = torch.rand(x.shape, generator=torch.Generator().manual_seed(1)).round()
+
+    masked = gradient * mask
+
+    # Groups have other maxima now, and are rounded again: by half a scale.
+    error = (masked.dequantize() - gradient.dequantize() * mask).abs()
+    scales = arrangement.parameter(masked.scales[:, torch.arange(C) // 256])
+    assert (error <= 0.5 * scales * (1 + 127 * 4 * FP32_EPS)).all()
+    assert not masked.dequantize()[mask == 0].any()
