@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any, NoReturn
 
 
@@ -33,6 +34,11 @@ def show_help(text: str) -> NoReturn:
     """Print a help text that argparse has not made, and end as argparse does."""
     print(text, end="")
     raise SystemExit(0)
+
+
+def output_for(*, as_json: bool) -> AbstractContextManager[Any]:
+    """Keep standard output for the result: what libraries print goes to standard error."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def show_json(result: Any) -> None:

@@ -26,7 +26,7 @@ Trainer takes. Lion's learning rate is a third to a tenth of AdamW's.
 
 from dataclasses import asdict
 
-from .command_line import show_help, show_json, take
+from .command_line import output_for, show_help, show_json, take
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +39,8 @@ def main(argv: list[str]) -> None:
     from qft_hf.hf.finetune import finetune, parse_arguments
 
     arguments = parse_arguments(argv, description="Train every parameter of a model in INT8.")
-    summary = finetune(arguments)
+    with output_for(as_json=as_json):
+        summary = finetune(arguments)
     if arguments.training.process_index != 0:
         return
     if as_json:

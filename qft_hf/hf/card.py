@@ -172,7 +172,9 @@ def hyperparameters_of(trainer: Any) -> dict[str, Any]:
         "micro-batches a step": args.gradient_accumulation_steps * args.world_size,
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0.0, 4),
-        "activations": "bf16" if args.bf16 else str(getattr(trainer.model, "dtype", "")),
+        "activations": "bf16 autocast"
+        if args.bf16
+        else str(getattr(trainer.model, "dtype", "")).removeprefix("torch."),
         "seed": args.seed,
     }
 

@@ -56,6 +56,7 @@ class Health(TrainerCallback):
         self.optimizer: Any = None
         self._first: Sample | None = None
         self._before: Tensor | None = None  # codes before the step that will be logged
+        self._rate = 0.0  # of that step
         self._moved: Tensor | None = None  # by the last step that was logged: -1, 0 or 1
 
     def on_train_begin(
@@ -78,6 +79,8 @@ class Health(TrainerCallback):
         """Take the codes if this step will be logged."""
         if self.model is not None and _will_log(args, state):
             self._before = _codes(self.model)
+            # When the step is logged, the scheduler has set the rate of the next one already.
+            self._rate = max(group["lr"] for group in self.optimizer.param_groups)
 
     def figures(self) -> dict[str, float]:
         """Return what the step that has just ended did; empty if it was not sampled.
@@ -114,14 +117,35 @@ class Health(TrainerCallback):
             drift = torch.linalg.vector_norm(now.outliers - first.outliers)
             found["outlier_drift"] = drift / torch.linalg.vector_norm(first.outliers)
         if not isinstance(self.optimizer, QFTSGD):
-            rate = max(group["lr"] for group in self.optimizer.param_groups)
-            found["updates_too_small"] = (rate < SMALLEST_STEP * now.scales).float().mean()
+            too_small = self._rate < SMALLEST_STEP * now.scales
+            found["updates_too_small"] = too_small.float().mean()
         if self._moved is not None:
             both = (moved * self._moved != 0).sum()
             found["sign_flips"] = (moved * self._moved < 0).sum() / both.clamp(min=1)
         self._moved, self._before = moved.to(torch.int8), None
         # One transfer from the device for all.
         return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
+
+    def journey(self) -> dict[str, Any]:
+        """Return what became of the sample since training began; empty without training.
+
+        Returns:
+            `codes_before` and `codes_after`: how many codes have each value from -127 to 127;
+            `changed`: of each weight the share of sampled codes that differ from the first ones.
+        """
+        if self.model is None or self._first is None:
+            return {}
+        codes, first = _codes(self.model), self._first.codes
+        named = [n for n, p in self.model.named_parameters() if _is_trained_weight(p)]
+        weights, _ = _parameters(self.model)
+        lengths = [w.codes[_rows(w, number)].numel() for number, w in enumerate(weights)]
+        moved = [part.float().mean() for part in (codes != first).split(lengths)]
+        shares = torch.stack(moved).tolist() if moved else []
+        return {
+            "codes_before": _histogram(first),
+            "codes_after": _histogram(codes),
+            "changed": dict(zip(named, shares, strict=True)),
+        }
 
     def _unchanged(self, changed: Tensor) -> Tensor:
         """Return how many tensors have no sampled value that changed; fp32, a scalar."""
@@ -168,8 +192,19 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
 def _parameters(model: nn.Module | None) -> tuple[list[QFTWeight], list[Tensor]]:
     """Return the weights and the float parameters that are trained."""
     trained = [p for p in model.parameters() if p.requires_grad] if model is not None else []
-    weights: list[QFTWeight] = [p for p in trained if isinstance(p, QFTWeight)]
-    return weights, [p for p in trained if not isinstance(p, QFTWeight)]
+    weights: list[Any] = [p for p in trained if _is_trained_weight(p)]
+    return weights, [p for p in trained if not _is_trained_weight(p)]
+
+
+def _is_trained_weight(parameter: Tensor) -> bool:
+    return isinstance(parameter, QFTWeight) and parameter.requires_grad
+
+
+def _histogram(codes: Tensor) -> list[int]:
+    counts: list[int] = torch.bincount(
+        codes.int() + LARGEST_CODE, minlength=2 * LARGEST_CODE + 1
+    ).tolist()
+    return counts
 
 
 def _rows(weight: QFTWeight, number: int) -> slice:

@@ -136,6 +136,26 @@ def test_a_rate_that_moves_no_code_is_seen(rate, expected, tmp_path):
     assert (logs[6]["qft/tensors_unchanged"] > 0) == bool(expected)
 
 
+def test_the_rate_is_that_of_the_step_and_not_of_the_next_one(tmp_path):
+    """A schedule that ends at zero set the rate of the step after the last one before the log."""
+    _, logs, _, _ = trained(tmp_path, learning_rate=1e-2, lr_scheduler_type="linear")
+    assert logs[6]["learning_rate"] > 0
+    assert logs[6]["qft/updates_too_small"] == 0
+
+
+def test_the_journey_of_the_codes_is_that_of_the_first_and_the_last_ones(run):
+    trainer, _, copies, _ = run
+    found = trainer.health.journey()
+    first, last = copies.before[1], copies.after[6]
+    for when, values in (("before", first), ("after", last)):
+        assert found[f"codes_{when}"] == [(values == code).sum() for code in range(-127, 128)]
+    weights = {n: p for n, p in trainer.model.named_parameters() if isinstance(p, QFTWeight)}
+    shares = (first != last).split([p.numel() for p in weights.values()])
+    assert found["changed"] == pytest.approx(
+        {name: part.float().mean().item() for name, part in zip(weights, shares, strict=True)}
+    )
+
+
 @pytest.mark.parametrize("factor", [0.99, 64.0])
 def test_the_step_where_rounding_ends_is_that_of_the_rounding(factor):
     """Just below it a step of Lion moves no code of a group, and above it moves some."""

@@ -67,7 +67,7 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
 
 def load_model(
     arguments: ModelArguments,
-    quantization: QFTConfig,
+    quantization: QFTConfig | None,
     config: PreTrainedConfig,
     task: Task,
     *,
@@ -79,7 +79,7 @@ def load_model(
 
     Args:
         arguments: Which model.
-        quantization: Format of the weights.
+        quantization: Format of the weights; None: a float checkpoint stays float.
         config: The model's; the task's head is written into it.
         task: Says which class and head.
         max_length: Longest example in tokens.
@@ -88,9 +88,7 @@ def load_model(
         ValueError: The model is too short for the examples or has fewer embeddings than tokens.
     """
     n_tokens = len(task.tokenizer)
-    _check_fit(
-        config, max_length=max_length, n_tokens=n_tokens, may_grow=bool(arguments.new_tokens)
-    )
+    check_fit(config, arguments, max_length=max_length, n_tokens=n_tokens)
     task.configure(config)
     is_quantized = getattr(config, "quantization_config", None) is not None
     model: PreTrainedModel = task.model_class.from_pretrained(
@@ -112,7 +110,14 @@ def load_model(
     return model
 
 
-def _check_fit(config: PreTrainedConfig, *, max_length: int, n_tokens: int, may_grow: bool) -> None:
+def check_fit(
+    config: PreTrainedConfig, arguments: ModelArguments, *, max_length: int, n_tokens: int
+) -> None:
+    """Raise if a model is too short for the examples or has fewer embeddings than tokens.
+
+    Raises:
+        ValueError: It is.
+    """
     text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
@@ -120,7 +125,7 @@ def _check_fit(config: PreTrainedConfig, *, max_length: int, n_tokens: int, may_
             f"max_length is {max_length}, but the model has {positions} positions. Set max_length "
             f"to {positions} or less."
         )
-    if n_tokens > text_config.vocab_size and not may_grow:
+    if n_tokens > text_config.vocab_size and not arguments.new_tokens:
         raise ValueError(
             f"the tokenizer knows {n_tokens} tokens and the model has {text_config.vocab_size} "
             "embeddings. Use the model's own tokenizer, and name what it lacks in new_tokens."

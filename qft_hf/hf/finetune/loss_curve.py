@@ -21,16 +21,24 @@ def draw_loss_curve(log_history: list[dict[str, Any]], path: Path, *, title: str
     """Write the curve as a PNG.
 
     Args:
-        log_history: `trainer.state.log_history`; either loss may be absent.
+        log_history: `trainer.state.log_history`; either loss may be absent. Without both, the
+            picture shows the mean of the training loss, or says that no loss was logged.
         path: Of the PNG; replaced when the new one is whole.
         title: Above the curve.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(*loss_points(log_history, "loss"), color=TRAIN_COLOR, label="training")
+    steps, losses = loss_points(log_history, "loss")
+    # A line of one point is invisible.
+    style = "o" if len(steps) == 1 else "-"
+    if steps:
+        axes.plot(steps, losses, style, color=TRAIN_COLOR, label="training")
+    elif means := loss_points(log_history, "train_loss")[1]:
+        axes.axhline(means[-1], color=TRAIN_COLOR, linestyle="--", label="training, mean")
 
     steps, losses = loss_points(log_history, "eval_loss")
-    axes.plot(steps, losses, "o-", color=EVAL_COLOR, markersize=5, label="evaluation")
+    if steps:
+        axes.plot(steps, losses, "o-", color=EVAL_COLOR, markersize=5, label="evaluation")
     for step, loss in {(steps[i], losses[i]) for i in (0, -1) if steps}:
         axes.annotate(
             f"{loss:.3f}",
@@ -45,6 +53,9 @@ def draw_loss_curve(log_history: list[dict[str, Any]], path: Path, *, title: str
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    if axes.lines:
+        axes.legend(frameon=False)
+    else:
+        axes.text(0.5, 0.5, "no loss was logged", transform=axes.transAxes, ha="center")
     with written_whole(path) as draft:
         figure.savefig(draft, format="png", dpi=150)

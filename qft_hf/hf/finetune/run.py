@@ -4,11 +4,13 @@ import json
 import logging
 import time
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
+    PreTrainedConfig,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -24,7 +26,7 @@ from ..trainer import QFTTrainer
 from .data import TaskData, prepare_data
 from .evidence import show
 from .export import export_checkpoint
-from .forecast import disk_bytes
+from .forecast import disk_bytes, n_steps
 from .loading import load_config, load_model, load_tokenizer
 from .loss_curve import draw_loss_curve
 from .output_folder import (
@@ -45,6 +47,16 @@ from .run_card import license_of, write_run_card
 from .summary import Origin, RunSummary, versions
 
 logger = logging.getLogger(__name__)
+
+# Of all that a run is told, what may be a path that it reads.
+_INPUTS = (
+    "model_name_or_path",
+    "tokenizer_name_or_path",
+    "chat_template",
+    "train_data",
+    "eval_data",
+)
+LOGS = 50  # in a run, where nothing else was asked for
 
 
 class StepClock(TrainerCallback):
@@ -105,15 +117,8 @@ def prepare(arguments: RunArguments) -> Run:
         ValueError: The arguments, the data and the model do not go together.
     """
     started = time.monotonic()
-    checkpoint = _check_output(arguments)
-    _check_evaluation(arguments)
-
-    training = arguments.training
-    set_seed(training.seed)
-    tokenizer = load_tokenizer(arguments.model)
-    config = load_config(arguments.model)
-    with training.main_process_first(desc="reading the data"):
-        data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
+    checkpoint, config, data = read(arguments)
+    training, tokenizer = arguments.training, data.task.tokenizer
     model = load_model(
         arguments.model,
         training.quantization_config,
@@ -147,6 +152,36 @@ def prepare(arguments: RunArguments) -> Run:
         callbacks=[clock],
     )
     return Run(arguments, checkpoint, data, trainer, clock, started)
+
+
+def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskData]:
+    """Check the output folder, and read all but the weights of the model. Writes nothing.
+
+    Where nothing says how often to log, it is 50 times in a run.
+
+    Returns:
+        checkpoint: What the run goes on from; None for a fresh start.
+        config: The model's.
+        data: Ready for the Trainer.
+
+    Raises:
+        FileExistsError: As `prepare`.
+        FileNotFoundError: Likewise.
+        OSError: The output folder cannot be written to.
+        ValueError: As `prepare`.
+    """
+    checkpoint = _check_output(arguments)
+    _check_evaluation(arguments)
+    training = arguments.training
+    set_seed(training.seed)
+    tokenizer = load_tokenizer(arguments.model)
+    config = load_config(arguments.model)
+    with training.main_process_first(desc="reading the data"):
+        data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
+    if "logging_steps" not in arguments.given:
+        steps, _ = n_steps(training, len(data.train.dataset))
+        training.logging_steps = ceil(steps / LOGS)
+    return checkpoint, config, data
 
 
 def train(run: Run) -> RunSummary:
@@ -244,15 +279,27 @@ def _check_output(arguments: RunArguments) -> Path | None:
     return checkpoint
 
 
+def paths_read(arguments: RunArguments) -> dict[str, str]:
+    """Return whole paths of what is read from this machine, by the key that names it."""
+    return {
+        key: str(Path(name).resolve())
+        for key, name in _inputs(arguments).items()
+        if Path(name).exists()
+    }
+
+
 def _inputs(arguments: RunArguments) -> dict[str, str]:
-    """Return what may be a path of what is read, by its key."""
+    """Return what may be a path of what is read, by its key, numbered if there are several."""
     values = vars(arguments.model) | vars(arguments.data)
     return {
-        key: name
-        for key, value in values.items()
-        for name in (value if isinstance(value, list) else [value])
-        if isinstance(name, str)
+        f"{key}[{number}]" if number else key: name
+        for key in _INPUTS
+        for number, name in enumerate(_listed(values[key]))
     }
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else value or []
 
 
 def _check_evaluation(arguments: RunArguments) -> None:
@@ -312,6 +359,7 @@ def _summarize(
         state_bytes={row.state: row.bytes for row in ledger.rows} if ledger else {},
         bytes_per_parameter=ledger.bytes_per_parameter if ledger else 0.0,
         percent_of_fp32_adam=ledger.percent_of_fp32_adam if ledger else 0.0,
+        sampled=run.trainer.health.journey(),
         train_data=run.data.train.counts,
         eval_data=run.data.evaluation.counts if run.data.evaluation else None,
         versions=versions(),

@@ -61,6 +61,7 @@ class RunSummary:
     state_bytes: dict[str, int]  # by kind, measured just before an optimizer step
     bytes_per_parameter: float
     percent_of_fp32_adam: float
+    sampled: dict[str, Any]  # of the weights: `Health.journey`
     train_data: DataCounts
     eval_data: DataCounts | None
     versions: dict[str, str]

@@ -1,0 +1,153 @@
+"""What a run would do, found out without loading a weight: a dry run of its config."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from ...memory import MemoryEstimate
+from ...nn.loss import IGNORED
+from ..estimate import estimate_memory
+from ..optimizers import given_options
+from .data import DataCounts, TaskData
+from .forecast import disk_bytes, n_steps, workload_of
+from .loading import check_fit
+from .output_folder import nearest_folder, refuse_small_disk
+from .parsing import RunArguments
+from .run import paths_read, read
+from .task import LanguageTask
+
+LEARNED = ("\u27e6", "\u27e7")  # white brackets, which hardly any text has
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What a run would read, write and take.
+
+    Attributes:
+        paths: Whole paths of what is read from this machine, by the key that names it.
+        output_dir: Whole path of the output folder.
+        checkpoint: Whole path of what the run goes on from; None for a fresh start.
+        architecture: Class of the model.
+        parameters: Of the model.
+        train_data: What became of the rows.
+        eval_data: Likewise; None if nothing is held out.
+        steps: Of the optimizer.
+        steps_per_epoch: Likewise.
+        example: The first example as text; what is learned stands in brackets.
+        disk_bytes: That the run has on the disk at one time, at most.
+        free_bytes: On that disk.
+        memory: By arithmetic; None of a model that is no decoder.
+    """
+
+    paths: dict[str, str]
+    output_dir: str
+    checkpoint: str | None
+    architecture: str
+    parameters: int
+    train_data: DataCounts
+    eval_data: DataCounts | None
+    steps: int
+    steps_per_epoch: int
+    example: str
+    disk_bytes: int
+    free_bytes: int
+    memory: MemoryEstimate | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all fields, and the sums of the memory."""
+        sums = {}
+        if self.memory is not None:
+            sums = {
+                "state_bytes": self.memory.state_bytes,
+                "activation_bytes": self.memory.activation_bytes,
+                "total_bytes": self.memory.total_bytes,
+            }
+        return asdict(self) | sums
+
+    def __str__(self) -> str:
+        """Return the findings, a line each, the example, and the table of the memory."""
+        lines = [f"{key:<24}{path}" for key, path in self.paths.items()]
+        lines += [
+            f"{'model':<24}{self.architecture}, {self.parameters:,} parameters",
+            f"{'training data':<24}{self.train_data}",
+            f"{'evaluation data':<24}{self.eval_data or 'none'}",
+            f"{'steps':<24}{self.steps:,}, of which {self.steps_per_epoch:,} are an epoch",
+            f"{'output_dir':<24}{self.output_dir}",
+            f"{'goes on from':<24}{self.checkpoint or 'the model: a fresh start'}",
+            f"{'disk':<24}up to {self.disk_bytes / 1e9:.2f} GB of {self.free_bytes / 1e9:.1f} free",
+            f"\nThe first example; what is learned stands in {LEARNED[0]}brackets{LEARNED[1]}:\n",
+            self.example,
+            "",
+            "memory is not estimated for a model that is no decoder"
+            if self.memory is None
+            else str(self.memory),
+        ]
+        return "\n".join(lines)
+
+
+def check(arguments: RunArguments) -> Check:
+    """Read what a run would read, but for the weights of its model. Writes and trains nothing.
+
+    Raises:
+        FileExistsError: As `prepare`, and so all others.
+        FileNotFoundError: Likewise.
+        OSError: Likewise.
+        ValueError: Likewise.
+    """
+    checkpoint, config, data = read(arguments)
+    training, task = arguments.training, data.task
+    n_tokens, max_length = len(task.tokenizer), arguments.data.max_length
+    check_fit(config, arguments.model, max_length=max_length, n_tokens=n_tokens)
+    task.configure(config)
+    with torch.device("meta"):
+        model = task.model_class.from_config(
+            config,
+            dtype=getattr(torch, arguments.model.dtype),
+            trust_remote_code=arguments.model.trust_remote_code,
+        )
+    memory = None
+    if isinstance(task, LanguageTask):
+        memory = estimate_memory(
+            model,
+            gradient=given_options(training).get("gradient", "stack"),
+            gradient_checkpointing=bool(training.gradient_checkpointing),
+            **workload_of(arguments),
+        )
+    n_examples = len(data.train.dataset)
+    needed = disk_bytes(arguments, model, n_examples)
+    output_dir = arguments.output_dir
+    refuse_small_disk(output_dir, needed, overwrite=arguments.output.overwrite_output)
+    steps, of_epoch = n_steps(training, n_examples)
+    return Check(
+        paths=paths_read(arguments),
+        output_dir=str(output_dir.resolve()),
+        checkpoint=None if checkpoint is None else str(checkpoint.resolve()),
+        architecture=type(model).__name__,
+        parameters=sum(p.numel() for p in model.parameters()),
+        train_data=data.train.counts,
+        eval_data=data.evaluation.counts if data.evaluation else None,
+        steps=steps,
+        steps_per_epoch=of_epoch,
+        example=example_text(data),
+        disk_bytes=needed,
+        free_bytes=shutil.disk_usage(nearest_folder(output_dir)).free,
+        memory=memory,
+    )
+
+
+def example_text(data: TaskData) -> str:
+    """Return the first training example as text; what is learned stands in brackets."""
+    example, tokenizer = data.train.dataset[0], data.task.tokenizer
+    ids, labels = example["input_ids"], example["labels"]
+    if not isinstance(data.task, LanguageTask):
+        return f"{tokenizer.decode(ids)}\n{LEARNED[0]}{labels}{LEARNED[1]}"
+    # The first token has no predecessor, so it is never learned.
+    learned = [False, *(label != IGNORED for label in labels[1:])]
+    parts = []
+    for is_learned, run in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
+        text = str(tokenizer.decode([token for token, _ in run]))
+        parts.append(f"{LEARNED[0]}{text}{LEARNED[1]}" if is_learned else text)
+    return "".join(parts)

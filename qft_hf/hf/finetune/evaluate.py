@@ -1,0 +1,73 @@
+"""A checkpoint scored on held-out data, INT8 or float, without training anything."""
+
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from .data import DataCounts, prepare_data
+from .loading import load_config, load_model, load_tokenizer
+from .parsing import RunArguments
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Scores of a model.
+
+    Attributes:
+        model: Its folder or name.
+        scores: By name: the loss and what the task is scored by.
+        data: What became of the rows.
+    """
+
+    model: str
+    scores: dict[str, float]
+    data: DataCounts
+
+    def __str__(self) -> str:
+        """Return a line for each score, and one for the data."""
+        lines = [f"{name:<18}{score:.4f}" for name, score in self.scores.items()]
+        return "\n".join([*lines, f"{'evaluation data':<18}{self.data}"])
+
+
+def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
+    """Score a model on the evaluation data of its arguments.
+
+    A float checkpoint is scored as it is, and an INT8 one as INT8.
+
+    Raises:
+        FileNotFoundError: A data file or the model is not there.
+        ValueError: Nothing is held out, or data and model do not go together.
+    """
+    training = arguments.training
+    tokenizer = load_tokenizer(arguments.model)
+    config = load_config(arguments.model)
+    data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
+    if data.evaluation is None:
+        raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
+    task = data.task
+    model = load_model(
+        arguments.model, None, config, task, max_length=arguments.data.max_length
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                folder,
+                per_device_eval_batch_size=training.per_device_eval_batch_size,
+                bf16=training.bf16,
+                use_cpu=training.use_cpu,
+                disable_tqdm=training.disable_tqdm,
+                dataloader_pin_memory=training.device.type != "cpu",
+                report_to="none",
+            ),
+            eval_dataset=data.evaluation.dataset,
+            data_collator=task.collator,
+            processing_class=tokenizer,
+            compute_metrics=task.scoring.compute_metrics,
+            preprocess_logits_for_metrics=task.scoring.preprocess_logits,
+        )
+        metrics: dict[str, Any] = trainer.evaluate()
+    scores = {name: metrics[f"eval_{name}"] for name in task.scoring.names}
+    return Evaluation(arguments.model.model_name_or_path, scores, data.evaluation.counts)

@@ -1,0 +1,72 @@
+"""The frame of the report: its style, in light and dark, and places for title and body."""
+
+PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: qft_hf</title>
+<style>
+:root {{
+  color-scheme: light dark;
+  --ground: #ffffff; --ink: #1d2329; --faint: #66707a; --rule: #dfe3e8; --panel: #f6f7f9;
+  --c0: #1f6fb2; --c1: #c2571a; --c2: #2c8a5b; --c3: #9b4a9b; --c4: #b08a00; --c5: #4a5a6a;
+  --k0: #2e86ab; --k1: #7f8fa6; --k2: #c0392b;
+}}
+@media (prefers-color-scheme: dark) {{
+  :root {{
+    --ground: #14181c; --ink: #e6e9ec; --faint: #98a2ad; --rule: #313941; --panel: #1c2227;
+    --c0: #6db3ee; --c1: #f0955a; --c2: #66c796; --c3: #cf8ecf; --c4: #e0bf4a; --c5: #a5b4c2;
+    --k0: #4fa8cf; --k1: #a4b1c4; --k2: #e0685c;
+  }}
+}}
+body {{ margin: 0 auto; max-width: 1020px; padding: 24px; background: var(--ground);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }}
+h1 {{ font-size: 22px; margin: 0 0 4px; }}
+h2 {{ font-size: 17px; margin: 32px 0 8px; }}
+h3 {{ font-size: 15px; margin: 16px 0 4px; }}
+p {{ margin: 6px 0; }}
+.note, figcaption, footer {{ color: var(--faint); font-size: 13px; }}
+figure {{ margin: 0; }}
+figcaption {{ text-align: center; }}
+svg {{ width: 100%; max-width: 540px; height: auto; display: block; }}
+svg.wide {{ max-width: 760px; }}
+svg text {{ fill: var(--faint); font-size: 12px; }}
+.rule {{ stroke: var(--rule); }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }}
+.legend span {{ margin-right: 18px; white-space: nowrap; }}
+.swatch {{ display: inline-block; width: 11px; height: 11px; margin-right: 6px;
+  border-radius: 2px; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 4px 10px; text-align: left; border-bottom: 1px solid var(--rule); }}
+th {{ color: var(--faint); font-weight: 500; }}
+.heat td {{ padding: 2px; }}
+.heat td:first-child {{ padding-right: 10px; white-space: nowrap; }}
+.shade {{ display: block; padding: 2px 8px; text-align: right; border-radius: 2px;
+  background: color-mix(in srgb, var(--k0) calc(var(--share) * 70%), var(--panel)); }}
+polyline {{ fill: none; stroke-width: 1.6; }}
+rect.arithmetic {{ opacity: 0.45; }}
+.kind0 {{ fill: var(--k0); background: var(--k0); }}
+.kind1 {{ fill: var(--k1); background: var(--k1); }}
+.kind2 {{ fill: var(--k2); background: var(--k2); }}
+polyline.run0 {{ stroke: var(--c0); }} circle.run0 {{ fill: var(--c0); }}
+polyline.run1 {{ stroke: var(--c1); }} circle.run1 {{ fill: var(--c1); }}
+polyline.run2 {{ stroke: var(--c2); }} circle.run2 {{ fill: var(--c2); }}
+polyline.run3 {{ stroke: var(--c3); }} circle.run3 {{ fill: var(--c3); }}
+polyline.run4 {{ stroke: var(--c4); }} circle.run4 {{ fill: var(--c4); }}
+polyline.run5 {{ stroke: var(--c5); }} circle.run5 {{ fill: var(--c5); }}
+i.run0 {{ background: var(--c0); }} i.run1 {{ background: var(--c1); }}
+i.run2 {{ background: var(--c2); }} i.run3 {{ background: var(--c3); }}
+i.run4 {{ background: var(--c4); }} i.run5 {{ background: var(--c5); }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<p class="note">Fine-tuning of all parameters in INT8.</p>
+{body}
+<footer><p>Written by qft_hf {version}.</p></footer>
+</body>
+</html>
+"""

@@ -1,0 +1,377 @@
+"""One HTML page that shows runs side by side; it needs no network and no other file.
+
+Curves and bars are SVG that is drawn here, and colours follow the reader's light or dark scheme.
+"""
+
+import html
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import floor, isfinite, log10
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..version import __version__
+from .drafts import written_whole
+from .health import LARGEST_CODE
+from .page import PAGE
+
+# Bytes per parameter of weights, gradients and optimizer state of other ways to train.
+BNB_STATE = 2 * (1 + 4 / 256)  # two moments of a byte, an FP32 scale per 256 values
+OTHERS: dict[str, tuple[float, float, float]] = {
+    "FP32 Adam": (4, 4, 8),
+    "8-bit Adam, bf16 weights": (2, 2, BNB_STATE),
+    "FlashOptim AdamW": (3, 2, 2),  # arXiv:2602.23349
+    "LoRA's frozen bf16 weights": (2, 0, 0),
+}
+KINDS = ("weights", "gradients", "optimizer state")
+HEALTH = {
+    "qft/codes_moved": "codes that a step moved, share",
+    "qft/sign_flips": "moved codes that went back, share",
+    "qft/codes_saturated": "codes at 127, share",
+    "qft/parameters_changed": "parameters changed since the start, share",
+    "qft/scale_growth": "scales, against their first values",
+    "qft/outlier_drift": "drift of outliers",
+    "qft/updates_too_small": "groups that no step can move, share",
+    "grad_norm": "norm of the gradient",
+}
+WIDTH, HEIGHT = 460, 240  # of a chart, with its margins
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30
+N_COLORS = 6  # of runs, in the page's style
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedRun:
+    """What the page tells of a run.
+
+    Attributes:
+        name: Of its folder.
+        summary: Its `summary.json`.
+        history: `log_history` of its Trainer.
+        told: Its `run.yaml`: what was set.
+    """
+
+    name: str
+    summary: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    told: Mapping[str, Any]
+
+    def points(self, key: str) -> list[tuple[float, float]]:
+        """Return steps and values of what was logged under a key; those that are no numbers not."""
+        return [
+            (entry["step"], entry[key])
+            for entry in self.history
+            if isinstance(entry.get(key), int | float) and isfinite(entry[key])
+        ]
+
+
+def read_run(folder: Path) -> ReportedRun:
+    """Read what a finished run has left.
+
+    Raises:
+        FileNotFoundError: The folder holds no finished run.
+    """
+    read = {}
+    for name in ("summary.json", TRAINER_STATE_NAME, "run.yaml"):
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no finished run: it has no {name}. Give output folders of "
+                "`qft-hf finetune`."
+            )
+        text = path.read_text(encoding="utf-8")
+        read[name] = yaml.safe_load(text) if name == "run.yaml" else json.loads(text)
+    history = read[TRAINER_STATE_NAME]["log_history"]
+    return ReportedRun(folder.resolve().name, read["summary.json"], history, read["run.yaml"])
+
+
+def write_report(runs: Sequence[ReportedRun], path: Path) -> None:
+    """Write the page; it takes the place of what is there."""
+    with written_whole(path) as draft:
+        draft.write_text(page(runs), encoding="utf-8")
+
+
+def page(runs: Sequence[ReportedRun]) -> str:
+    """Return the page as HTML.
+
+    Raises:
+        ValueError: There is no run.
+    """
+    if not runs:
+        raise ValueError("a report needs at least one run. Give output folders of finished runs.")
+    sections = [
+        ("Runs", _overview(runs)),
+        ("Loss", _curve(runs, {"loss": "training", "eval_loss": "evaluation"}, "nats")),
+        ("Learning rate", _curve(runs, {"learning_rate": ""}, "")),
+        ("Memory of the training state", _memory(runs)),
+        ("Health of training", _health(runs)),
+        ("Codes before and after", _codes(runs)),
+        ("Movement by layer", _movement(runs)),
+        ("Differences of configuration", _differences(runs)),
+    ]
+    body = "\n".join(f"<section><h2>{head}</h2>{text}</section>" for head, text in sections)
+    title = ", ".join(html.escape(run.name) for run in runs)
+    return PAGE.format(title=title, body=body, version=__version__)
+
+
+def _overview(runs: Sequence[ReportedRun]) -> str:
+    """Return a line of figures for each run."""
+    head = ["run", "model", "parameters", "steps", "tokens", "tokens/s", "peak memory"]
+    scores = list(dict.fromkeys(name for run in runs for name in run.summary["after"] or {}))
+    rows = []
+    for number, run in enumerate(runs):
+        s = run.summary
+        before, after = s["before"] or {}, s["after"] or {}
+        rows.append(
+            [
+                f"{_dot(number)} {html.escape(run.name)}",
+                html.escape(Path(s["model"]).name),
+                f"{s['parameters'] / 1e6:,.1f} M",
+                f"{s['steps']:,}",
+                f"{s['trained_tokens']:,}",
+                f"{s['tokens_per_second']:,.0f}",
+                f"{s['peak_memory']['bytes'] / 1e9:.2f} GB",
+                *(f"{_number(before.get(name))} → {_number(after.get(name))}" for name in scores),
+            ]
+        )
+    return _table([*head, *(f"{name}, before → after" for name in scores)], rows)
+
+
+def _curve(runs: Sequence[ReportedRun], keys: Mapping[str, str], unit: str) -> str:
+    """Return a chart of logged values against steps; the last key is drawn as points."""
+    lines = []
+    for number, run in enumerate(runs):
+        for key, label in keys.items():
+            if points := run.points(key):
+                is_last = len(keys) > 1 and key == [*keys][-1]
+                title = f"{run.name} {label}".strip()
+                lines.append((title, number, points, is_last))
+    if not lines:
+        return "<p>Nothing was logged.</p>"
+    note = ""
+    if len(keys) > 1:
+        note = f"<p class='note'>Lines: {', '.join([*keys.values()][:-1])}; points: evaluation."
+        note += f" In {unit}.</p>" if unit else "</p>"
+    return f"{_legend(runs)}{_chart(lines)}{note}"
+
+
+def _health(runs: Sequence[ReportedRun]) -> str:
+    charts = []
+    for key, title in HEALTH.items():
+        lines = [
+            (run.name, number, points, False)
+            for number, run in enumerate(runs)
+            if (points := run.points(key))
+        ]
+        if lines:
+            charts.append(f"<figure>{_chart(lines)}<figcaption>{title}</figcaption></figure>")
+    if not charts:
+        return "<p>Nothing was logged.</p>"
+    return f"{_legend(runs)}<div class='grid'>{''.join(charts)}</div>"
+
+
+def _memory(runs: Sequence[ReportedRun]) -> str:
+    """Return stacked bars of bytes per parameter: measured of the runs, arithmetic of others."""
+    bars: list[tuple[str, list[float], bool]] = []
+    for run in runs:
+        parts = dict.fromkeys(KINDS, 0.0)
+        for state, n_bytes in run.summary["state_bytes"].items():
+            kind = {"gradients": "gradients", "momentum": "optimizer state"}.get(state, "weights")
+            parts[kind] += n_bytes / run.summary["parameters"]
+        bars.append((run.name, [*parts.values()], True))
+    bars += [(name, [*sizes], False) for name, sizes in OTHERS.items()]
+    largest = max(sum(sizes) for _, sizes, _ in bars)
+    row, label, plot = 26, 230, 460
+    drawn = []
+    for place, (name, sizes, is_measured) in enumerate(bars):
+        y, x = place * row, float(label)
+        style = "" if is_measured else " class='arithmetic'"
+        title = html.escape(name)
+        drawn.append(f"<text x='{label - 8}' y='{y + 17}' text-anchor='end'{style}>{title}</text>")
+        for part, value in enumerate(sizes):
+            width = plot * value / largest
+            drawn.append(
+                f"<rect x='{x:.1f}' y='{y + 4}' width='{width:.1f}' height='18' "
+                f"class='kind{part}{'' if is_measured else ' arithmetic'}'>"
+                f"<title>{KINDS[part]}: {value:.2f}</title></rect>"
+            )
+            x += width
+        drawn.append(f"<text x='{x + 6:.1f}' y='{y + 17}'{style}>{sum(sizes):.2f}</text>")
+    marks = "".join(
+        f"<span><i class='swatch kind{n}'></i>{kind}</span>" for n, kind in enumerate(KINDS)
+    )
+    return (
+        f"<p class='legend'>{marks}</p>"
+        f"<svg viewBox='0 0 {label + plot + 60} {row * len(bars)}' class='wide' role='img' "
+        f"aria-label='bytes per parameter'>{''.join(drawn)}</svg>"
+        "<p class='note'>Bytes per parameter, without activations. Of the runs they were measured "
+        "just before a step; the pale ones are arithmetic, from the dtypes that each way keeps "
+        "(FlashOptim: arXiv:2602.23349).</p>"
+    )
+
+
+def _codes(runs: Sequence[ReportedRun]) -> str:
+    """Return histograms of sampled codes, before training and after."""
+    charts = []
+    for number, run in enumerate(runs):
+        sampled = run.summary.get("sampled") or {}
+        if not sampled:
+            continue
+        lines = []
+        for when, is_last in (("after", False), ("before", True)):
+            counts = sampled[f"codes_{when}"]
+            total = sum(counts)
+            shares = {code - LARGEST_CODE: count / total for code, count in enumerate(counts)}
+            points = [(float(code), log10(share)) for code, share in shares.items() if share]
+            lines.append((f"{run.name}, {when}", number, points, is_last))
+        caption = f"<figcaption>{html.escape(run.name)}</figcaption>"
+        charts.append(f"<figure>{_chart(lines)}{caption}</figure>")
+    if not charts:
+        return "<p>Nothing was sampled.</p>"
+    return (
+        f"<div class='grid'>{''.join(charts)}</div><p class='note'>Shares of codes from -127 to "
+        "127, as powers of ten. Points: before training; line: after. Of some rows of each "
+        "weight.</p>"
+    )
+
+
+def _movement(runs: Sequence[ReportedRun]) -> str:
+    """Return a table for each run: layers down, modules across, shares of values that changed."""
+    tables = []
+    for run in runs:
+        changed = (run.summary.get("sampled") or {}).get("changed") or {}
+        if not changed:
+            continue
+        cells: dict[str, dict[str, float]] = {}
+        for name, share in changed.items():
+            layer, module = _place(name)
+            cells.setdefault(layer, {})[module] = share
+        modules = list(dict.fromkeys(module for row in cells.values() for module in row))
+        rows = [
+            [html.escape(layer), *(_shade(row.get(module)) for module in modules)]
+            for layer, row in cells.items()
+        ]
+        head = ["layer", *map(html.escape, modules)]
+        tables.append(f"<h3>{html.escape(run.name)}</h3>{_table(head, rows, style='heat')}")
+    if not tables:
+        return "<p>Nothing was sampled.</p>"
+    note = "<p class='note'>Shares of sampled values that differ from when training began.</p>"
+    return "".join(tables) + note
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Cut a parameter's name after the number of its layer."""
+    parts = name.removesuffix(".weight").split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return "outside of layers", ".".join(parts)
+    return ".".join(parts[: numbers[0] + 1]), ".".join(parts[numbers[0] + 1 :])
+
+
+def _shade(share: float | None) -> str:
+    if share is None:
+        return ""
+    return f"<span class='shade' style='--share:{share:.3f}'>{100 * share:.1f} %</span>"
+
+
+def _differences(runs: Sequence[ReportedRun]) -> str:
+    """Return what was set differently; keys that are the same in all runs are left out."""
+    if len(runs) == 1:
+        rows = [[html.escape(key), _value(value)] for key, value in runs[0].told.items()]
+        return _table(["key", html.escape(runs[0].name)], rows)
+    keys = dict.fromkeys(key for run in runs for key in run.told)
+    rows = [
+        [html.escape(key), *(_value(run.told.get(key)) for run in runs)]
+        for key in keys
+        if len({json.dumps(run.told.get(key), sort_keys=True) for run in runs}) > 1
+    ]
+    if not rows:
+        return "<p>None: all were told the same.</p>"
+    return _table(["key", *(html.escape(run.name) for run in runs)], rows)
+
+
+def _value(value: Any) -> str:
+    return "<i>default</i>" if value is None else html.escape(str(value))
+
+
+def _chart(lines: Iterable[tuple[str, int, list[tuple[float, float]], bool]]) -> str:
+    """Draw lines, or points where the last field says so, in the colour of the run's number."""
+    lines = list(lines)
+    xs = [x for _, _, points, _ in lines for x, _ in points]
+    ys = [y for _, _, points, _ in lines for _, y in points]
+    (x_low, x_high), (y_low, y_high) = _range(xs), _range(ys)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        up = (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across, HEIGHT - BOTTOM - up
+
+    drawn = []
+    for y in _ticks(y_low, y_high):
+        _, at = place(x_low, y)
+        ends = f"x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{at:.1f}' y2='{at:.1f}'"
+        drawn.append(f"<line class='rule' {ends}/>")
+        drawn.append(f"<text x='{LEFT - 6}' y='{at + 4:.1f}' text-anchor='end'>{_number(y)}</text>")
+    for x in _ticks(x_low, x_high):
+        at, _ = place(x, y_low)
+        middle = f"x='{at:.1f}' y='{HEIGHT - 8}' text-anchor='middle'"
+        drawn.append(f"<text {middle}>{_number(x)}</text>")
+    for title, number, points, are_points in lines:
+        color = f"run{number % N_COLORS}"
+        places = [place(x, y) for x, y in points]
+        if are_points or len(places) == 1:
+            drawn += [
+                f"<circle class='{color}' cx='{x:.1f}' cy='{y:.1f}' r='3'>"
+                f"<title>{html.escape(title)}: {_number(value)}</title></circle>"
+                for (x, y), (_, value) in zip(places, points, strict=True)
+            ]
+        else:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            drawn.append(
+                f"<polyline class='{color}' points='{path}'><title>{html.escape(title)}</title>"
+                "</polyline>"
+            )
+    return f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img'>{''.join(drawn)}</svg>"
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    """Return the ends of an axis, apart from each other also where all values are the same."""
+    low, high = min(values), max(values)
+    margin = 0.03 * (high - low) or 0.5 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return three to six round numbers within an axis."""
+    step = 10.0 ** floor(log10((high - low) / 3))
+    step *= next(factor for factor in (5, 2, 1) if (high - low) / (factor * step) >= 3)
+    first = floor(low / step) + 1
+    return [number * step for number in range(first, floor(high / step) + 1)]
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, int | float):
+        return "-"
+    return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
+
+
+def _dot(number: int) -> str:
+    return f"<i class='swatch run{number % N_COLORS}'></i>"
+
+
+def _legend(runs: Sequence[ReportedRun]) -> str:
+    marks = (
+        f"<span>{_dot(number)}{html.escape(run.name)}</span>" for number, run in enumerate(runs)
+    )
+    return f"<p class='legend'>{''.join(marks)}</p>"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
+    """Return an HTML table; cells are HTML already."""
+    lines = ["".join(f"<th>{cell}</th>" for cell in head)]
+    lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<div class='scroll'><table class='{style}'>{body}</table></div>"

@@ -1,0 +1,72 @@
+"""Talk to a checkpoint, INT8 or float.
+
+    qft-hf chat runs/demo
+    qft-hf chat runs/demo --prompt "Hi! How are you?"    one answer, and no more
+
+An empty line ends it. Answers are the most likely ones, unless --temperature is above 0.
+"""
+
+import argparse
+from typing import Any
+
+from .command_line import parser
+
+
+def main(argv: list[str]) -> None:
+    """Answer one prompt, or what is typed."""
+    arguments = parser(__name__)
+    arguments.add_argument("checkpoint", help="folder, or name on the hub")
+    arguments.add_argument("--prompt", help="answer this alone")
+    arguments.add_argument("--system", help="system message")
+    arguments.add_argument("--temperature", type=float, default=0.0, help="default 0")
+    arguments.add_argument("--max_new_tokens", type=int, default=256, help="default 256")
+    arguments.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
+    options = arguments.parse_args(argv)
+
+    model, tokenizer = _load(options)
+    messages = [{"role": "system", "content": options.system}] if options.system else []
+    while prompt := options.prompt or input("\nyou: "):
+        messages.append({"role": "user", "content": prompt})
+        answer = _answer(model, tokenizer, messages, options)
+        messages.append({"role": "assistant", "content": answer})
+        if options.prompt:
+            return
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    import qft_hf  # noqa: F401 registers the format
+
+    set_seed(options.seed)
+    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer of {options.checkpoint} has no chat template, so a conversation cannot "
+            "be written as the model knows it. Give a checkpoint that was tuned on chats."
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(options.checkpoint)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def _answer(
+    model: Any, tokenizer: Any, messages: list[dict[str, str]], options: argparse.Namespace
+) -> str:
+    """Print an answer while it is made; return it."""
+    from transformers import TextStreamer
+
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    drawn = {"do_sample": True, "temperature": options.temperature}
+    output = model.generate(
+        **inputs,
+        max_new_tokens=options.max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **(drawn if options.temperature > 0 else {"do_sample": False}),
+    )
+    answer: str = tokenizer.decode(
+        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    return answer

@@ -1,0 +1,52 @@
+"""Score a checkpoint, INT8 or float, on held-out data.
+
+    qft-hf evaluate runs/demo                                the data that the run held out
+    qft-hf evaluate runs/demo --eval_data test.jsonl         others
+    qft-hf evaluate runs/demo-bf16 --eval_data test.jsonl    an exported or any other model
+    qft-hf evaluate my.yaml                                  the model that a config begins with
+
+Flags are those of `qft-hf finetune`; those of data, --per_device_eval_batch_size, --bf16 and
+--use_cpu matter. --json prints the scores for programs.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from .command_line import output_for, show_help, show_json, take
+
+
+def main(argv: list[str]) -> None:
+    """Print the scores of one checkpoint."""
+    if not argv or take(argv, "-h", "--help"):
+        show_help(__doc__)
+    as_json = take(argv, "--json")
+    from qft_hf.hf.finetune import parse_arguments
+    from qft_hf.hf.finetune.evaluate import evaluate_checkpoint
+
+    with output_for(as_json=as_json):
+        found = evaluate_checkpoint(parse_arguments(flags_of(argv)))
+    if as_json:
+        show_json(asdict(found))
+    else:
+        print(found)
+
+
+def flags_of(argv: list[str]) -> list[str]:
+    """Return what `qft-hf finetune` takes: a folder becomes the model, and its run.yaml the config.
+
+    Without a config the evaluation data stand for the training data, which nobody looks at.
+    """
+    folder = Path(argv[0])
+    if not folder.is_dir():
+        return argv
+    config, flags = folder / "run.yaml", [*argv[1:], "--model_name_or_path", str(folder)]
+    if config.is_file():
+        return [str(config), *flags]
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--eval_data", nargs="+", default=[])
+    reader.add_argument("--eval_split", default="train")
+    known, _ = reader.parse_known_args(flags)
+    if known.eval_data:
+        flags += ["--train_data", *known.eval_data, "--train_split", known.eval_split]
+    return flags

@@ -1,0 +1,123 @@
+"""All commands on a tiny model, one after the other, from a folder of the user's own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qft_hf_cli import main
+from tests.finetune.chats import chat, tiny_tokenizer
+from tests.models import tiny_llama
+
+CONFIG = """\
+model_name_or_path: base
+train_data: train.jsonl
+eval_data: eval.jsonl
+max_length: 48
+output_dir: runs/first
+max_steps: 6
+per_device_train_batch_size: 2
+learning_rate: 1e-3
+save_strategy: no
+use_cpu: true
+disable_tqdm: true
+"""
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with a model, chats and a config, which is where the commands are called."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(vocab_size=320, tied=True).save_pretrained("base")
+    tiny_tokenizer().save_pretrained("base")
+    for name, count in (("train", 9), ("eval", 3)):
+        rows = [{"messages": chat("how are you?", "fine, " * n)} for n in range(1, count + 1)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("my.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def test_from_plan_to_a_model_without_qft_hf(home, capsys):
+    def command(*words):
+        capsys.readouterr()
+        main([*words, "--json"])
+        return json.loads(capsys.readouterr().out)  # and nothing else is printed there
+
+    (plan,) = command("plan", "my.yaml", "--gpu", "24")
+    assert plan["cards"][0]["fits"] is True
+
+    before = sorted(path.name for path in home.iterdir())
+    found = command("check", "my.yaml")
+    assert sorted(path.name for path in home.iterdir()) == before  # it writes nothing
+    assert found["paths"]["train_data"] == str(home / "train.jsonl")
+    assert found["output_dir"] == str(home / "runs" / "first")
+    assert found["parameters"] == plan["parameters"]
+    assert found["train_data"]["rows"] == 9
+    assert (found["steps"], found["steps_per_epoch"]) == (6, 5)
+    # The end of the turn is learned, and nothing before the answer.
+    assert found["example"].count("\u27e6") == 1
+    assert found["example"].endswith("\u27e6fine, <|im_end|>\u27e7\n")
+    assert found["total_bytes"] == plan["ways"][0]["total_bytes"]
+
+    summary = command("finetune", "my.yaml")
+    assert summary["steps"] == 6
+    assert summary["after"]["loss"] < summary["before"]["loss"]
+    assert summary["train_data"] == found["train_data"]
+
+    scores = command("evaluate", "runs/first")["scores"]
+    assert scores == summary["after"]
+    assert command("evaluate", "my.yaml")["scores"]["loss"] == pytest.approx(
+        summary["before"]["loss"], rel=0.01
+    )  # of the float model, which was not rounded
+
+    main(["report", "runs/first"])
+    page = Path("report.html").read_text()
+    assert f"{summary['before']['loss']:.4g} → {summary['after']['loss']:.4g}" in page
+    assert "model.layers.1" in page
+
+    main(["export", "runs/first", "plain", "--dtype", "float32"])
+    flags = ["--eval_data=eval.jsonl", "--max_length=48", "--use_cpu", "--disable_tqdm=true"]
+    plain = command("evaluate", "plain", *flags)["scores"]
+    assert plain["loss"] == pytest.approx(scores["loss"], rel=1e-5)
+
+    program = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as M\n"
+        "ids = torch.arange(20)[None]\n"
+        "torch.save(M.from_pretrained('plain')(ids).logits, 'logits.pt')\n"
+        "assert 'qft_hf' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=home, check=True, capture_output=True)
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained("runs/first")(torch.arange(20)[None]).logits
+    torch.testing.assert_close(torch.load("logits.pt"), logits, rtol=1e-4, atol=1e-4)
+
+    capsys.readouterr()
+    main(["chat", "runs/first", "--prompt", "how are you?", "--max_new_tokens", "5"])
+    printed = capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained("runs/first")
+    assert 0 < len(tokenizer(printed).input_ids) <= 12
+
+
+def test_what_a_run_refuses_check_refuses(home, capsys):
+    for flags, text in {
+        ("--max_length=65",): "the model has 64 positions",
+        ("--output_dir=base",): "output_dir is the folder of model_name_or_path itself",
+        ("--train_data=nowhere.jsonl",): "nowhere.jsonl",
+        ("--eval_strategy=steps", "--eval_data", "none.jsonl"): "none.jsonl",
+        ("--lr=1",): "Here it is 'learning_rate'",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(["check", "my.yaml", *flags])
+        assert text in capsys.readouterr().err
+
+
+def test_a_model_without_a_template_is_refused_for_chat(home, capsys):
+    tiny_tokenizer(chat_template=None).save_pretrained("base")
+    (home / "base" / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(SystemExit):
+        main(["chat", "base", "--prompt", "hi"])
+    assert "has no chat template" in capsys.readouterr().err

@@ -1,0 +1,158 @@
+"""`qft-hf report`: one page that needs nothing else, with the figures that the runs have left."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from qft_hf.hf.report import OTHERS, page, read_run
+from qft_hf_cli import main
+
+HISTORY = [
+    {"step": 0, "eval_loss": 4.0},
+    *({"step": s, "loss": 4.0 - s / 4, "learning_rate": 1e-4 * s, "qft/codes_moved": s / 9}
+      for s in range(1, 9)),
+    {"step": 4, "eval_loss": 3.25},
+    {"step": 9, "loss": float("nan")},
+    {"step": 9, "eval_loss": None},
+]  # fmt: skip
+
+
+class Tags(HTMLParser):
+    """The tags of a page, and whether each is closed in its turn."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+
+def leave(folder, history=HISTORY, told=None, **changes):
+    """What a finished run leaves, of 1,000 parameters."""
+    folder.mkdir(parents=True)
+    codes = [0] * 255
+    codes[127], codes[254] = 90, 10
+    summary = {
+        "model": "org/base",
+        "parameters": 1_000,
+        "steps": 9,
+        "trained_tokens": 4_096,
+        "tokens_per_second": 512.0,
+        "peak_memory": {"bytes": 2_500_000_000, "what": "CUDA memory allocated"},
+        "state_bytes": {
+            "INT8 weights": 1_000,
+            "outliers": 60,
+            "gradients": 1_016,
+            "momentum": 1_020,
+        },
+        "before": {"loss": 4.0},
+        "after": {"loss": 3.25},
+        "sampled": {
+            "codes_before": codes,
+            "codes_after": codes[::-1],
+            "changed": {
+                "model.embed_tokens.weight": 0.04,
+                "model.layers.0.mlp.up_proj.weight": 0.875,
+                "model.layers.1.mlp.up_proj.weight": 0.75,
+            },
+        },
+        **changes,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    (folder / "run.yaml").write_text(
+        yaml.safe_dump(told or {"learning_rate": 1e-4, "task": "chat"})
+    )
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    other = {"learning_rate": 3e-4, "task": "chat", "packing": True}
+    return [leave(tmp_path / "first"), leave(tmp_path / "<b>&", told=other)]
+
+
+def test_the_page_needs_nothing_else_and_is_whole(runs, tmp_path):
+    main(["report", *map(str, runs), "--output", str(tmp_path / "out" / "page.html")])
+    text = (tmp_path / "out" / "page.html").read_text()
+
+    tags = Tags()
+    tags.feed(text)
+    assert tags.open == []
+    assert not {tag for tag, _ in tags.seen} & {"script", "link", "img", "iframe", "object"}
+    assert not [attrs for _, attrs in tags.seen if {"src", "href"} & set(attrs)]
+    assert "url(" not in text
+    assert "@import" not in text
+    assert "prefers-color-scheme: dark" in text
+    assert "nan" not in text.lower().replace("nano", "")
+    assert "<b>" not in text  # the name of a folder
+
+
+def test_curves_have_a_point_for_each_number_that_was_logged(runs):
+    text = page([read_run(runs[0])])
+    losses = text[text.index("<h2>Loss") : text.index("<h2>Learning rate")]
+    (points,) = re.findall(r"<polyline class='run0' points='([^']*)'", losses)
+    xs, ys = zip(*(map(float, point.split(",")) for point in points.split()), strict=True)
+    assert len(xs) == 8  # without the one that is no number
+    assert list(xs) == sorted(xs)
+    assert list(ys) == sorted(ys)  # the loss falls, and down is up in SVG
+    assert losses.count("<circle") == 2
+    assert "evaluation: 3.25" in losses
+
+
+def test_bars_are_as_long_as_the_bytes(runs):
+    text = page([read_run(runs[0])])
+    memory = text[text.index("<h2>Memory") : text.index("<h2>Health")]
+    bars = re.findall(
+        r"width='([\d.]+)' height='18' class='kind(\d)([^']*)'><title>[^:]*: (.*?)<", memory
+    )
+    widths = {(mark, value): float(width) for width, _, mark, value in bars}
+    assert [value for _, _, mark, value in bars if not mark] == ["1.06", "1.02", "1.02"]
+    assert len([mark for _, _, mark, _ in bars if mark == " arithmetic"]) == 3 * len(OTHERS)
+    for (_, value), width in widths.items():
+        # A label has two digits, and a width one.
+        assert width / 460 * 16 == pytest.approx(float(value), abs=0.005 + 0.05 / 460 * 16)
+    assert ">16.00<" in memory
+
+
+def test_what_was_set_differently_is_shown_and_nothing_else(runs):
+    text = page([read_run(run) for run in runs])
+    differences = text[text.index("<h2>Differences") :]
+    assert "<td>learning_rate</td><td>0.0001</td><td>0.0003</td>" in differences
+    assert "<td>packing</td><td><i>default</i></td><td>True</td>" in differences
+    assert "task" not in differences
+    assert "<td>task</td><td>chat</td>" in page([read_run(runs[0])])
+
+
+def test_layers_are_rows_and_modules_are_columns(runs):
+    text = page([read_run(runs[0])])
+    heat = text[text.index("<h2>Movement") : text.index("<h2>Differences")]
+    assert "<th>layer</th><th>model.embed_tokens</th><th>mlp.up_proj</th>" in heat
+    assert re.search(r"model\.layers\.1</td><td></td><td><span[^>]*>75\.0 %", heat)
+    codes = text[text.index("<h2>Codes") : text.index("<h2>Movement")]
+    assert codes.count("<circle") == 2  # two values, before
+
+
+def test_a_run_that_logged_nothing_has_a_page_too(tmp_path):
+    folder = leave(tmp_path / "run", [], before=None, after=None, sampled={}, state_bytes={})
+    text = page([read_run(folder)])
+    assert text.count("Nothing was logged.") == 3
+    assert text.count("Nothing was sampled.") == 2
+
+
+def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path)])
+    assert "holds no finished run: it has no summary.json" in capsys.readouterr().err
