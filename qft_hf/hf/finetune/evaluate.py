@@ -47,9 +47,7 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
     if data.evaluation is None:
         raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
     task = data.task
-    model = load_model(
-        arguments.model, None, config, task, max_length=arguments.data.max_length
-    )
+    model = load_model(arguments.model, None, config, task, max_length=arguments.data.max_length)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
