@@ -8,6 +8,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, List, Value, concatenate_datasets
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from ...version import __version__
 from .arguments import DataArguments
 from .chat import Chat
 from .classification import Classification, MultiLabel, Regression
@@ -179,7 +180,7 @@ def _encode(rows: Rows, task: Task, arguments: DataArguments) -> Dataset:
     """Make examples of rows; a row that is left out has a reason in the column `DROPPED`."""
     features = Features({**task.features, "cut": Value("int64"), DROPPED: Value("string")})
 
-    def encode(records: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def encode(records: dict[str, list[Any]], version: str) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {name: [] for name in features}
         for values in zip(*records.values(), strict=True):
             for example in _examples(dict(zip(records, values, strict=True))):
@@ -203,6 +204,7 @@ def _encode(rows: Rows, task: Task, arguments: DataArguments) -> Dataset:
     return rows.table.map(
         encode,
         batched=True,
+        fn_kwargs={"version": __version__},  # another one makes other examples, and no cache tells
         features=features,
         remove_columns=rows.table.column_names,
         num_proc=arguments.preprocessing_workers,

@@ -68,6 +68,7 @@ _REMARKS = {
     "train_on_inputs": "'assistant_only_loss', which is its opposite",
     "train_on_prompt": "'assistant_only_loss', which is its opposite",
     "completion_only_loss": "'assistant_only_loss'",
+    "streaming": "the rule: rows are kept on disk, not in memory, so that none is left uncounted",
     "validation_split_percentage": "'eval_fraction', which is a share: 0.05, and not 5",
 }
 _NO_ADAPTERS = (

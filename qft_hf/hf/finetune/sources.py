@@ -20,6 +20,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from ...version import __version__
 from .task import Row, RowError
 
 TEXT_FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
@@ -151,7 +152,8 @@ def _load_file(path: Path) -> Rows:
             gen_kwargs={
                 "path": str(path.resolve()),
                 "suffix": plain.suffix,
-                "version": (status.st_mtime_ns, status.st_size),  # what is cached is of this one
+                # What is cached is of this file, as this version reads it.
+                "version": (status.st_mtime_ns, status.st_size, __version__),
             },
         )
     except DatasetGenerationError as error:
