@@ -44,7 +44,7 @@ test: $(INSTALLED)  ## All tests that need no GPU
 faults: $(INSTALLED)  ## Kill runs while they write, QFT_KILLS=200 times each, and resume them
 	OMP_NUM_THREADS=1 QFT_KILLS=$${QFT_KILLS:-200} $(BIN)/python -m pytest tests/faults
 
-mutants: $(INSTALLED)  ## Plant faults one at a time: does a test see each? Half an hour
+mutants: $(INSTALLED)  ## Plant faults one at a time: does a test see each?
 	$(BIN)/python -m tests.mutants
 
 demo: $(INSTALLED)  ## Tune a real 135 M model on real dialogues in INT8, all parameters

@@ -82,15 +82,20 @@ def test_an_edit_whose_text_does_not_occur_once_is_stale(root, old, times):
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"new": "x -"}, "SURVIVED, pytest's status 4"),
-        ({"test": "test_gone"}, "Tests fail without any fault (pytest's status 4)"),
-    ],
-    ids=["not Python", "no such test"],
+    "changes", [{"new": "x -"}, {"test": "test_gone"}], ids=["not Python", "no such test"]
 )
-def test_tests_that_do_not_run_have_caught_nothing(root, changes, told):
-    status, printed = run(root, fault(**changes))
+def test_tests_that_do_not_run_have_caught_nothing(root, changes):
+    status, told = run(root, fault(**changes))
 
     assert status == 1
-    assert told in printed
+    assert "SURVIVED, pytest's status 4" in told
+
+
+def test_a_test_that_fails_in_any_case_has_caught_nothing(root):
+    with (root / "test_rule.py").open("a") as file:
+        file.write("\n\ndef test_broken():\n    assert step(2) == 7\n")
+
+    status, told = run(root, fault(test="test_broken"))
+
+    assert status == 1
+    assert "A test fails without any fault, pytest's status 1: test_rule.py::test_broken" in told

@@ -384,6 +384,34 @@ def test_tensor_and_previous_clipping_follow_their_definition(monkeypatch, tile_
         assert_same_bits(everything(reference, stack), everything(model, optimizer))
 
 
+@pytest.mark.parametrize("clipping", ["tensor", "previous", "exact"])
+def test_a_limit_that_no_norm_reaches_changes_no_bit(clipping):
+    straight, unclipped = train("release", steps=3)
+    model = network()
+    optimizer = make_optimizer(model, "release", clipping=clipping, max_grad_norm=1e6)
+    for batch in batches(3):
+        if clipping == "exact":
+            with optimizer.measure_norm():
+                loss_of(model, batch).backward()
+        loss_of(model, batch).backward()
+        optimizer.step()
+
+    assert_same_bits(everything(straight, unclipped), everything(model, optimizer))
+
+
+def test_the_norm_of_bf16_gradients_is_that_of_float64():
+    """Norms that are BF16 themselves are off by up to a part in 256."""
+    parameters = [nn.Parameter(torch.zeros(n, dtype=torch.bfloat16)) for n in (1000, 37, 5)]
+    optimizer = QFTLion(parameters, gradient="release")
+    factors = [torch.linspace(0.1, 1, len(p)).bfloat16() for p in parameters]
+
+    sum((p * factor).sum() for p, factor in zip(parameters, factors, strict=True)).backward()
+    optimizer.step()
+
+    exact = torch.cat(factors).double().norm().item()
+    assert optimizer.released_norm.item() == pytest.approx(exact, rel=1e-6)
+
+
 def test_the_previous_norm_survives_a_checkpoint():
     settings = {"clipping": "previous", "max_grad_norm": 0.02}
     straight, optimizer = train("release", steps=4, **settings)
