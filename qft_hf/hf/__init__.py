@@ -3,6 +3,7 @@
 from . import quantizer as quantizer  # registers the quantization method
 from .arguments import QFTTrainingArguments
 from .chunked_loss import chunk_loss_
+from .clipping import install_clipping
 from .config import QFTConfig
 from .convert import dequantize_model_, quantize_model_
 from .estimate import Recommendation, estimate_memory, recommend
@@ -16,6 +17,7 @@ register_optimizer()
 install_guards()
 install_resizing()
 install_references()
+install_clipping()
 
 __all__ = [
     "QFTConfig",

@@ -435,6 +435,11 @@ class QFTOptimizer(Optimizer):
         return self._flow.measure_norm()
 
     @property
+    def n_released(self) -> int:
+        """How many gradients of the step that is under way have been used already."""
+        return self._flow.n_taken if isinstance(self._flow, Release) else 0
+
+    @property
     def released_norm(self) -> Tensor | None:
         """Global norm, before clipping, of the gradients that the last step released: fp32.
 

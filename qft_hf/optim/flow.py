@@ -279,6 +279,11 @@ class Release(Flow):
         )
 
     @property
+    def n_taken(self) -> int:
+        """Gradients that were taken from their parameters in this step."""
+        return len(self._used)
+
+    @property
     def n_used(self) -> int:
         """Parameters updated in this step."""
         return len(self._used) - len(self._floats)

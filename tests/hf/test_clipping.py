@@ -1,0 +1,55 @@
+"""`accelerator.clip_grad_norm_` in a loop of the user's own."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from qft_hf import QFTConfig, QFTLion, QFTTrainer, QFTTrainingArguments, quantize_model_
+from tests.hf.checkpoints import IDS
+from tests.models import tiny_llama
+
+
+def prepared(**options):
+    accelerator = Accelerator(cpu=True)
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    optimizer = QFTLion(model.parameters(), lr=1e-3, **options)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.backward(model(input_ids=IDS, labels=IDS).loss)
+    return accelerator, model, optimizer
+
+
+def test_gradients_that_wait_are_clipped_by_their_norm():
+    accelerator, model, _ = prepared()
+    gradients = [p.grad.dequantize() for p in model.parameters()]
+    expected = torch.stack([g.norm() for g in gradients]).norm()
+
+    norm = accelerator.clip_grad_norm_(model.parameters(), 0.1)
+
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
+    clipped = torch.stack([p.grad.dequantize().norm() for p in model.parameters()]).norm()
+    assert clipped.item() == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("max_norm", [0.1, float("inf")])
+def test_gradients_that_were_released_are_said_to_be(max_norm):
+    """It returned 0.0 and clipped nothing."""
+    accelerator, model, optimizer = prepared(gradient="release")
+
+    with pytest.raises(RuntimeError, match=r"has used 21 gradients .* Give QFTLion max_grad_norm"):
+        accelerator.clip_grad_norm_(model.parameters(), max_norm)
+
+    optimizer.step()  # the step itself is whole
+    assert optimizer.optimizer.released_norm > 0
+    accelerator.clip_grad_norm_(model.parameters(), max_norm)  # and nothing is under way
+
+
+def test_a_trainer_is_left_alone(tmp_path):
+    args = QFTTrainingArguments(
+        tmp_path, gradient="release", clipping="previous", max_steps=2, report_to="none",
+        use_cpu=True, logging_steps=1, save_strategy="no",
+    )  # fmt: skip
+    data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 8
+    trainer = QFTTrainer(model=tiny_llama(), args=args, train_dataset=data)
+    trainer.train()
+
+    assert trainer.state.log_history[0]["grad_norm"] > 0
