@@ -41,8 +41,8 @@ test: $(INSTALLED)  ## All tests that need no GPU
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_adamw_triton.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m "not gpu"
 
-faults: $(INSTALLED)  ## Kill runs while they write, QFT_KILLS=200 times each, and resume them
-	OMP_NUM_THREADS=1 QFT_KILLS=$${QFT_KILLS:-200} $(BIN)/python -m pytest tests/faults
+faults: $(INSTALLED)  ## Kill, damage, interrupt and starve runs, and print what came of it
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(FAULTS)
 
 mutants: $(INSTALLED)  ## Plant faults one at a time: does a test see each?
 	$(BIN)/python -m tests.mutants

@@ -15,6 +15,7 @@ from typing import Any
 
 import xxhash
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.trainer import (
     OPTIMIZER_NAME,
     SCALER_NAME,
@@ -23,6 +24,7 @@ from transformers.trainer import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import (
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
@@ -94,6 +96,8 @@ def faults(checkpoint: Path) -> list[str]:
         return ["there is no such folder"]
     found: list[str] = []
     names, saved = {*STATE_FILES}, {}
+    if (checkpoint / CONFIG_NAME).is_file():  # its text is not compared: it may be edited
+        names.add(CONFIG_NAME)
     try:
         names |= {*weight_files(checkpoint)}
         saved = read_mark(checkpoint).get("files", {})
@@ -256,6 +260,11 @@ def _unreadable(path: Path) -> list[str]:
             content = _json(path)
         except ValueError as error:
             return [str(error)]
+        if path.name == CONFIG_NAME:
+            try:
+                PreTrainedConfig.from_json_file(path)  # as the Trainer reads it
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                return [f"{path.name} cannot be read ({error})"]
         if path.name == TRAINER_STATE_NAME and not isinstance(content.get("global_step"), int):
             return [f"{path.name} has no global_step"]
     elif path.suffix == ".safetensors":

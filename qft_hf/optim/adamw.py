@@ -55,7 +55,8 @@ class QFTAdamW(QFTOptimizer):
         weight_decay: float = 0.0,
         **settings: Any,
     ) -> None:
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        betas = tuple(betas) if isinstance(betas, list) else betas
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, **settings)
 
     def check_group(self, group: dict[str, Any]) -> None:

@@ -4,7 +4,8 @@
 
 Each line printed is one kill: how, and what is wrong afterwards (nothing). A process is killed
 before its n-th change of names or n-th opening of a file to write, wherever that is in the run; or
-when a file grows beyond n bytes, which is within what safetensors and torch write by themselves.
+when a file grows beyond n bytes, which is within what safetensors and torch write by themselves. On
+a full disk such a write fails, and the process may go on.
 One process imports everything and forks for each run.
 """
 
@@ -19,7 +20,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -79,8 +80,9 @@ def in_child(work: Callable[[], object], report: Path, *, kill: str = "", n: int
     try:
         killer = Killer(report.parent / "run", n if kill == "call" else None)
         sys.addaudithook(killer)
-        if kill == "bytes":
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        if kill in ("bytes", "full"):
+            handler = signal.SIG_DFL if kill == "bytes" else signal.SIG_IGN  # then writing fails
+            signal.signal(signal.SIGXFSZ, handler)
             resource.setrlimit(resource.RLIMIT_FSIZE, (n, resource.RLIM_INFINITY))
         result = work()
         report.write_text(json.dumps({"result": result, "counted": killer.counted}))
@@ -210,16 +212,23 @@ def main() -> None:
     parser.add_argument("entries", choices=ENTRIES, nargs="+")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="fill the disk instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         prepare_inputs(Path(name))
         for entry in arguments.entries:
-            kill_runs(entry, Path(name), kills=arguments.kills, seed=arguments.seed)
+            for line in kill_runs(
+                entry, Path(name),
+                kills=arguments.kills, seed=arguments.seed, full=arguments.full,
+            ):  # fmt: skip
+                print(json.dumps(line), flush=True)  # noqa: T201
 
 
-def kill_runs(entry: str, work: Path, *, kills: int, seed: int) -> None:
-    """Kill one entry many times, all over its run, in several settings."""
+def kill_runs(
+    entry: str, work: Path, *, kills: int, seed: int, full: bool = False
+) -> Iterator[dict]:
+    """Kill one entry many times, or fill its disk, all over its run, in several settings."""
     chance = random.Random(seed)
     references: dict[int, tuple[list, int, int]] = {}
     folder, report = work / "run", work / "report.json"
@@ -237,8 +246,8 @@ def kill_runs(entry: str, work: Path, *, kills: int, seed: int) -> None:
             references[setting] = said["result"], said["counted"], largest
             shutil.rmtree(folder)
         expected, count, largest = references[setting]
-        kill = "bytes" if number % 3 == 2 else "call"
-        whole = largest if kill == "bytes" else count
+        kill = "full" if full else "bytes" if number % 3 == 2 else "call"
+        whole = count if kill == "call" else largest
         # One part of the run for each kill of the campaign, at random within it.
         n = 1 + int((number + chance.random()) / kills * whole)
         line = {"entry": entry, "kill": kill, "n": n, "of": whole, "setting": setting}
@@ -247,7 +256,7 @@ def kill_runs(entry: str, work: Path, *, kills: int, seed: int) -> None:
         # Half of the resumed runs are killed as well: nothing may pile up.
         again = {"kill": kill, "n": n} if number % 2 else {}
         line["problems"] = problems(entry, work, setting, expected, again)
-        print(json.dumps(line), flush=True)  # noqa: T201
+        yield line
         shutil.rmtree(folder, ignore_errors=True)
 
 
