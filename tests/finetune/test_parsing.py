@@ -175,6 +175,7 @@ def test_unknown_names_suggest_the_nearest(key, nearest, config):
         ("micro_batch_size", "Here it is 'per_device_train_batch_size'"),
         ("train_on_inputs", "Here it is 'assistant_only_loss', which is its opposite"),
         ("lora_r", "Leave it out: every parameter is trained"),
+        ("streaming", "Leave it out: rows are kept on disk"),
     ],
 )
 def test_keys_of_other_tools_are_translated(key, text, config):

@@ -68,7 +68,6 @@ _REMARKS = {
     "train_on_inputs": "'assistant_only_loss', which is its opposite",
     "train_on_prompt": "'assistant_only_loss', which is its opposite",
     "completion_only_loss": "'assistant_only_loss'",
-    "streaming": "the rule: rows are kept on disk, not in memory, so that none is left uncounted",
     "validation_split_percentage": "'eval_fraction', which is a share: 0.05, and not 5",
 }
 _NO_ADAPTERS = (
@@ -96,4 +95,6 @@ def suggestion(name: str) -> str | None:
             "Leave it out: every parameter is trained, in INT8, so there is no adapter and no "
             "frozen base."
         )
+    if name == "streaming":
+        return "Leave it out: rows are kept on disk, not in memory, and all are read and counted."
     return f"Here it is {OURS[name]}." if name in OURS else None
