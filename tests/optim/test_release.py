@@ -294,6 +294,25 @@ def test_the_released_norm_is_the_global_norm(small, monkeypatch):
     assert optimizer.released_norm.item() == pytest.approx(norm.item(), rel=1e-6)
 
 
+def test_gradients_that_waited_are_not_in_the_released_norm():
+    """The Trainer knows the norm of those, and adds the two up."""
+    model, other = network(), network()
+    loss_of(model, batches(1)[0]).backward()
+    total = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+    optimizer = make_optimizer(other, "release", clipping="previous", max_grad_norm=1.0)
+    for parameter in list(other.parameters())[::2]:
+        parameter._post_accumulate_grad_hooks.clear()
+
+    loss_of(other, batches(1)[0]).backward()
+    waiting = [p.grad for p in other.parameters() if p.grad is not None]
+    waited = torch.nn.utils.get_total_norm(waiting)
+    optimizer.step()
+
+    assert waited > 0.1 * total
+    released = (total.double().square() - waited.double().square()).sqrt().item()
+    assert optimizer.released_norm.item() == pytest.approx(released, rel=1e-5)
+
+
 def test_exact_clipping_equals_the_clipped_stack():
     model = network()
     optimizer = make_optimizer(model, "stack")
@@ -333,6 +352,22 @@ def test_exact_clipping_of_accumulated_gradients_needs_no_second_pass():
         difference = (value.double() - other.state_dict()[name].double()).abs().max()
         # The two norms are summed in different orders; a rounding may turn: one code.
         assert difference <= (1 if name.endswith("_q") else 1e-4), name
+
+
+def test_accumulated_gradients_that_the_trainer_has_clipped_are_not_clipped_again():
+    """By a limit that they reach but for rounding: not even their last bits change."""
+    runs = []
+    for gradient, settings in (("stack", {}), ("release", {"clipping": "exact"})):
+        limit = {"max_grad_norm": 0.05} if settings else {}
+        model = network()
+        optimizer = make_optimizer(model, gradient, **settings, **limit)
+        with optimizer.accumulate():
+            loss_of(model, batches(2)[0]).backward()
+        loss_of(model, batches(2)[1]).backward()
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05) > 0.05
+        optimizer.step()
+        runs.append(everything(model, optimizer))
+    assert_same_bits(*runs)
 
 
 @pytest.mark.parametrize("clipping", ["tensor", "previous"])
