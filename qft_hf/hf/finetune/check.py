@@ -2,24 +2,21 @@
 
 import shutil
 from dataclasses import asdict, dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 
 from ...memory import MemoryEstimate
-from ...nn.loss import IGNORED
 from ..estimate import estimate_memory
 from ..optimizers import given_options
-from .data import DataCounts, TaskData
+from .data import DataCounts
+from .evidence import LEARNED, example_text
 from .forecast import disk_bytes, n_steps, workload_of
 from .loading import check_fit
 from .output_folder import nearest_folder, refuse_small_disk
 from .parsing import RunArguments
 from .run import paths_read, read
 from .task import LanguageTask
-
-LEARNED = ("\u27e6", "\u27e7")  # white brackets, which hardly any text has
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +133,3 @@ def check(arguments: RunArguments) -> Check:
         free_bytes=shutil.disk_usage(nearest_folder(output_dir)).free,
         memory=memory,
     )
-
-
-def example_text(data: TaskData) -> str:
-    """Return the first training example as text; what is learned stands in brackets."""
-    example, tokenizer = data.train.dataset[0], data.task.tokenizer
-    ids, labels = example["input_ids"], example["labels"]
-    if not isinstance(data.task, LanguageTask):
-        return f"{tokenizer.decode(ids)}\n{LEARNED[0]}{labels}{LEARNED[1]}"
-    # The first token has no predecessor, so it is never learned.
-    learned = [False, *(label != IGNORED for label in labels[1:])]
-    parts = []
-    for is_learned, run in groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1]):
-        text = str(tokenizer.decode([token for token, _ in run]))
-        parts.append(f"{LEARNED[0]}{text}{LEARNED[1]}" if is_learned else text)
-    return "".join(parts)

@@ -1,0 +1,112 @@
+"""The pages for users are run: the quickstart's commands, the texts of refusals, the arithmetic."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from qft_hf import estimate_memory
+from qft_hf.hf import shipped
+from qft_hf.hf.estimate import USABLE, skeleton
+from qft_hf.hf.health import Health
+from qft_hf_cli import main
+from tests.finetune.chats import tiny_tokenizer
+from tests.models import tiny_llama
+from tests.test_readme import DOCS, MODEL, ROOT, blocks
+
+QUICKSTART = DOCS["quickstart.md"]
+TRAINING = ("check", "finetune", "evaluate")
+
+
+def test_the_quickstart_does_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(vocab_size=320, tied=True).save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    (config,) = blocks(QUICKSTART, "yaml")
+    (chats,) = blocks(QUICKSTART, "json")
+    assert MODEL in config
+    Path("my.yaml").write_text(config.replace(MODEL, "model") + "use_cpu: true\n")
+    Path("chats.jsonl").write_text(chats)
+
+    ran = []
+    for line in "".join(blocks(QUICKSTART, "sh")).splitlines():
+        program, name, *flags = shlex.split(line, comments=True)
+        assert program == "qft-hf"
+        if name == "chat":
+            flags += ["--max_new_tokens", "3"]
+        capsys.readouterr()
+        main([name, *flags])
+        ran.append((name, capsys.readouterr().out))
+
+    outputs = {name: out for name, out in ran}
+    assert len(outputs) == 9  # every command
+    assert "best on 24 GB" in outputs["plan"]
+    assert "⟦" in outputs["check"]
+    for name in ("run.yaml", "summary.json", "loss_curve.png", "README.md", "model.safetensors"):
+        assert f"`{name}`" in QUICKSTART or name == "model.safetensors"
+        assert (tmp_path / "runs" / "second" / name).is_file()
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "plain" / "config.json").is_file()
+
+
+def test_the_quickstart_explains_every_figure_of_health():
+    """Those of `Health.figures`, and those that the Trainer adds."""
+    source = ast.parse(Path(ROOT / "qft_hf" / "hf" / "health.py").read_text())
+    (figures,) = [
+        node
+        for node in ast.walk(source)
+        if isinstance(node, ast.FunctionDef) and node.name == Health.figures.__name__
+    ]
+    keys = {
+        node.value
+        for node in ast.walk(figures)
+        if isinstance(node, ast.Constant) and re.fullmatch(r"[a-z]+(_[a-z]+)+", str(node.value))
+    }
+    assert len(keys) == 8
+    shown = set(re.findall(r"`qft/(\w+)`", QUICKSTART))
+    assert shown == keys | {"weights_gb", "gradients_gb", "momentum_gb", "peak_memory_gb"}
+
+
+def texts() -> str:
+    """All texts of the package; what is filled in is a star."""
+    found = []
+    for folder in ("qft_hf", "qft_hf_cli"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [p.value if isinstance(p, ast.Constant) else "*" for p in node.values]
+                    found.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return "\n".join(found)
+
+
+def test_refusals_that_the_page_names_are_in_the_code():
+    named = re.findall(r"^\| `([^`]+)` \|", DOCS["troubleshooting.md"], re.MULTILINE)
+    assert len(named) >= 14
+    assert [text for text in named if text not in texts()] == []
+
+
+ROW = r"^\| (\d+) GB \| (\S+) \| ([\d,]+) \| (stack|release) \| (true|false) \| ([\d.]+) GB \|$"
+
+
+@pytest.mark.parametrize("row", re.findall(ROW, DOCS["recipes.md"], re.MULTILINE), ids=" ".join)
+def test_a_recipe_is_what_the_arithmetic_says(row):
+    card, model, tokens, gradient, checkpointing, in_all = row
+    found = estimate_memory(
+        skeleton(shipped.architecture(model)),
+        sequence_length=int(tokens.replace(",", "")),
+        gradient=gradient,
+        gradient_checkpointing=checkpointing == "true",
+        chunked_loss=True,
+    ).total_bytes
+    assert f"{found / 1e9:.1f}" == in_all
+    assert found <= USABLE * float(card) * 1e9
+
+
+def test_there_are_recipes_for_each_card():
+    rows = re.findall(ROW, DOCS["recipes.md"], re.MULTILINE)
+    assert len(rows) >= 9
+    assert {row[0] for row in rows} == {"24", "48", "80"}
