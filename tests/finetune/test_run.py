@@ -228,6 +228,30 @@ def test_classification_run(tiny_model, tmp_path):
     assert model.config.id2label == {0: "bad", 1: "good", 2: "so so"}
 
 
+@pytest.mark.parametrize(
+    ("task", "labels", "scores"),
+    [
+        ("regression", [0.5, -1.25], {"loss", "rmse", "pearson"}),
+        ("multi_label", [["a", "b"], ["c"]], {"loss", "accuracy", "exact_match"}),
+    ],
+)
+def test_run_with_other_labels(task, labels, scores, chat_flags, tmp_path):
+    tiny_bert(vocab_size=VOCAB_SIZE).base_model.save_pretrained(chat_flags["model_name_or_path"])
+    rows = [{"text": f"the fox {n}", "label": labels[n % 2]} for n in range(8)]
+    write_jsonl(chat_flags["train_data"], rows)
+    write_jsonl(chat_flags["eval_data"], rows[:3])
+
+    summary = finetune(parsed(chat_flags, task=task))
+
+    assert set(summary.after) == scores
+    assert summary.after["loss"] != summary.before["loss"]
+    if task == "regression":
+        # The Trainer's loss is the mean of its batches' means; here all rows are one batch.
+        assert summary.after["loss"] == pytest.approx(summary.after["rmse"] ** 2, rel=1e-5)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run")
+    assert model.config.num_labels == {"regression": 1, "multi_label": 3}[task]
+
+
 def test_resuming_ends_like_the_straight_run(chat_flags, tmp_path):
     values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
     straight = finetune(parsed(values, output_dir=tmp_path / "straight"))
