@@ -7,10 +7,11 @@
 A config is a flat YAML file; each of its keys is a flag too, and flags win. See what a config
 would do, and train nothing: `qft-hf check my.yaml`.
 
-model     --model_name_or_path  --chat_template  --dtype  --attn_implementation
-data      --train_data  --eval_data or --eval_fraction  --max_train_rows  --max_eval_rows
-          --task chat | text | classification  --max_length  --packing  --assistant_only_loss
-          --messages_field  --text_field  --text_pair_field  --label_field
+model     --model_name_or_path  --chat_template  --new_tokens  --dtype  --attn_implementation
+data      --train_data  --train_weights  --eval_data or --eval_fraction  --max_train_rows
+          --task chat | text | classification | regression | multi_label  --max_length  --packing
+          --messages_field or --prompt_field and --answer_field  --assistant_only_loss
+          --text_field  --text_pair_field  --label_field  --max_eval_rows  --on_bad_row stop | skip
 INT8      --optim qft_lion | qft_adamw | qft_sgd  --gradient stack | release  --clipping
           --matmul dequantize | int8  --group_size  --outlier_fraction  --chunked_loss
           --modules_to_not_convert
