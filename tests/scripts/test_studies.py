@@ -54,3 +54,13 @@ def test_the_study_of_adamw_runs_every_kind(run):
     reductions = {(row["kind"], row["lr"]): row["reduction"] for row in figures["runs"]}
     assert len(set(reductions.values())) == len(reductions) == 2 * 3
     assert "| QFTAdamW | 0.002 | " in text
+
+
+def test_the_study_of_routers_tunes_every_way(run):
+    figures, text = run(
+        "routers", "--seeds", "0", "--steps", "3", "--pretraining_steps", "1", "--layers", "1"
+    )
+
+    reductions = {run["way"]: run["reduction"] for run in figures["runs"]}
+    assert len(set(reductions.values())) == len(reductions) == 3  # each is another model
+    assert "| QFT, INT8 routers | " in text
