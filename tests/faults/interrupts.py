@@ -51,6 +51,8 @@ class Interrupter:
 
     def run(self, work: Callable[[], object]) -> bool:
         """Do some work; whether it was interrupted."""
+        # Whoever started this process in the background may have it ignore the signal.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.settrace(self)
         try:
             work()
@@ -58,6 +60,7 @@ class Interrupter:
             return True
         finally:
             sys.settrace(None)
+            signal.signal(signal.SIGINT, before)
         return False
 
 
@@ -103,9 +106,10 @@ def _run(
 
     batch(numbers[0])
     interrupter, refusal = Interrupter(at), ""
-    was_interrupted = interrupter.run(lambda: batch(numbers[1]))
-    if was_interrupted != (at is not None):
-        raise RuntimeError(f"There was no instruction {at}: {interrupter.counted} were counted.")
+    if interrupter.run(lambda: batch(numbers[1])) != (at is not None):
+        raise RuntimeError(
+            f"No interrupt at {at}: {interrupter.counted} instructions were counted."
+        )
     model.zero_grad()  # not the optimizer's, which would give up the step
     try:
         for number in numbers[2:]:

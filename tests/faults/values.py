@@ -57,7 +57,7 @@ def bad_values(n: int, seed: int) -> Iterator[dict]:
             place(optimizer, name, value, chance, train)
         except (ValueError, TypeError) as error:
             told = str(error)
-            names = (name, FIELDS.get(name, name), "beta", "state", "step", "parameter")
+            names = (name, FIELDS.get(name, name), "learning_rate", "beta", "state", "parameter")
             outcome = "refused" if any(one in told for one in names) else f"raw: {told[:80]}"
         except Exception as error:  # noqa: BLE001 it is what is looked at
             outcome = f"raw: {type(error).__name__} {error}"[:120]

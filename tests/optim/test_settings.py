@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from qft_hf.optim import QFTSGD, QFTLion
+from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from tests.optim.test_release import (
     assert_same_bits,
     batches,
@@ -46,7 +46,13 @@ BAD_BETAS = [
         0.9, None, ("a", "b"),
     )
 ]  # fmt: skip
-CASES = [(kind, *case) for kind in KINDS for case in BAD] + [(QFTLion, *c) for c in BAD_BETAS]
+BAD_EPS = [
+    ("eps", eps, "eps must be positive and finite, got")
+    for eps in (0.0, -1e-8, math.nan, math.inf, None, "small", (1e-8,))
+]
+CASES = [(kind, *case) for kind in (*KINDS, QFTAdamW) for case in BAD]
+CASES += [(kind, *case) for kind in (QFTLion, QFTAdamW) for case in BAD_BETAS]
+CASES += [(QFTAdamW, *case) for case in BAD_EPS]
 every_bad_value = pytest.mark.parametrize(
     ("kind", "name", "value", "match"), CASES, ids=lambda v: getattr(v, "__name__", None)
 )
