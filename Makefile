@@ -12,7 +12,7 @@ CONSTRAINTS := -c .ci/constraints-cpu.txt
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test faults mutants demo bench clean
+.PHONY: help install format lint types test test-ptx faults mutants demo bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,12 @@ test: $(INSTALLED)  ## All tests that need no GPU
 	@find qft_hf -name '*.nb[ci]' -delete  # compiled code does not notice changes in other files
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_adamw_triton.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m "not gpu"
+
+test-ptx: $(INSTALLED)  ## Triton's kernels as compiled for a GPU, executed on this machine: minutes
+	for capability in 86 90; do \
+		OMP_NUM_THREADS=1 QFT_PTX=$$capability $(BIN)/python -m pytest $(PARALLEL) \
+			tests/ptx tests/kernels/test_triton.py tests/kernels/test_adamw_triton.py || exit; \
+	done
 
 faults: $(INSTALLED)  ## Kill, damage, interrupt and starve runs, and print what came of it
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(FAULTS)

@@ -1,24 +1,16 @@
 """The AdamW step in Triton against the reference, bit for bit; run as `test_triton.py` is."""
 
-import os
-
 import pytest
 import torch
 from torch import Tensor
 
 from qft_hf import kernels
 from qft_hf.kernels import Moments, Weight, backend
+from tests.kernels.devices import DEVICE, MARKS
 from tests.kernels.test_adamw import ROUNDING, RULE, coded, make_moments, make_weight
 from tests.tolerances import assert_same_bits
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
-
-pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
-
-if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton")
+pytestmark = MARKS
 
 GUARD = 64  # elements before and after a tensor that no kernel may write
 

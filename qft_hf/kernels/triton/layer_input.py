@@ -48,13 +48,13 @@ def _maxima_kernel(
 
 
 @triton.jit
-def _count(bits_ptr, n_columns, at_least, TILE: tl.constexpr):
-    """How many columns have bits that are `at_least` this number, which is positive."""
+def _count(bits_ptr, n_columns, limit, TILE: tl.constexpr):
+    """How many columns have bits above a limit of 0 or more; a NaN may have all bits."""
     found = tl.zeros((TILE,), tl.int32)
     for start in range(0, n_columns, TILE):
         column = start + tl.arange(0, TILE)
         bits = tl.load(bits_ptr + column, mask=column < n_columns, other=0)
-        found += (bits >= at_least).to(tl.int32)
+        found += (bits > limit).to(tl.int32)
     return tl.sum(found)
 
 
@@ -75,14 +75,16 @@ def _choose_kernel(
             index = block * n_columns + column
             bits = tl.load(bits_ptr + index, mask=column < n_columns, other=0)
             largest = tl.maximum(largest, bits)
+        tl.debug_barrier()  # several threads load what one of them stores
         tl.store(bits_ptr + column, largest, mask=column < n_columns)
     tl.debug_barrier()
     # The largest number that N of the maxima reach, from its highest bit down: the N-th of them.
     least = 0
     for bit in range(31):
         candidate = least | (1 << (30 - bit))
-        least = tl.where(_count(bits_ptr, n_columns, candidate, TILE) >= N, candidate, least)
-    n_equal = N - _count(bits_ptr, n_columns, least + 1, TILE)  # that are still to be chosen
+        reached = _count(bits_ptr, n_columns, candidate - 1, TILE)
+        least = tl.where(reached >= N, candidate, least)
+    n_equal = N - _count(bits_ptr, n_columns, least, TILE)  # that are still to be chosen
     n_chosen = 0
     for start in range(0, n_columns, TILE):
         column = start + tl.arange(0, TILE)

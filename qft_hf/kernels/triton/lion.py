@@ -160,6 +160,7 @@ def _update_outliers(
         )
         value = tl.load(values_ptr + k, mask=exists, other=0.0)
         change = value * shrink + _step_by(lr, direction, MOMENTUM_BITS)
+        tl.debug_barrier()  # several threads load what one of them stores
         tl.store(values_ptr + k, value - change, mask=exists)
 
 

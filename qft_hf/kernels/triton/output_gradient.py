@@ -21,6 +21,7 @@ COLUMNS: tl.constexpr = tl.constexpr(_COLUMNS)
 
 TILE = 64  # tokens, and outputs: whole sectors of codes in both forms, 16 elements a thread
 N_WARPS = 8
+ALIGNED = 4  # maxima in 16 bytes
 
 
 @triton.jit
@@ -148,9 +149,9 @@ def quantize_gradient(
         results.append(gradient.new_empty((rows, columns), dtype=torch.int8))
         results.append(gradient.new_empty((rows, 1), dtype=torch.float32))
     row_codes, row_scales, column_codes, column_scales = results
-    row_bits, column_bits = (
-        torch.zeros(size, dtype=torch.int32, device=gradient.device) for size in gradient.shape
-    )
+    first_column = -(-tokens // ALIGNED) * ALIGNED
+    bits = gradient.new_zeros(first_column + outputs, dtype=torch.int32)
+    row_bits, column_bits = bits[:tokens], bits[first_column:]
     inputs = (gradient, row_factors, column_factors, row_bits, column_bits)
     grid = (-(-outputs // TILE), -(-tokens // TILE))
     _launch_maxima(grid, _MAXIMA, *inputs, tokens, outputs)
