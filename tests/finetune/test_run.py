@@ -198,7 +198,8 @@ def test_packing_is_refused_where_documents_would_cross(chat_flags):
 @pytest.mark.parametrize("tiny_model", [tiny_bert, tiny_llama], ids=["encoder", "decoder"])
 def test_classification_run(tiny_model, tmp_path):
     """A decoder needs to know the padding token, also for the scores before training."""
-    tiny_model(vocab_size=VOCAB_SIZE).base_model.save_pretrained(tmp_path / "encoder")
+    model = tiny_model(vocab_size=VOCAB_SIZE, pad_token_id=None)
+    model.base_model.save_pretrained(tmp_path / "encoder")
     tiny_tokenizer().save_pretrained(tmp_path / "encoder")
     rows = [
         {"text": text, "label": label}
