@@ -67,4 +67,4 @@ def test_a_layer_starts_what_it_has_to_and_nothing_else(tmp_path):
         assert own == of_a_layer(mode, "launches")
     # Of INT8 products there are many; there may be fewer, and not more.
     assert of_a_layer("int8-release", "launches") <= 70
-    assert of_a_layer("int8-release", "device_operations") <= 185
+    assert of_a_layer("int8-release", "device_operations") <= 178
