@@ -103,7 +103,7 @@ def _arguments(optimizer: Any, name: str, value: Any, chance: Any, train: Any) -
     given = {FIELDS.get(name, name): value}
     if name == "betas":
         given = {"beta1": chance.choice([NAN, 2.0, -1.0, "x"])}
-    if given.get("quantization_seed", 0) is None or given.get("eps", 0) is None:
+    if None in given.values():
         given = {"learning_rate": NAN}  # None: not given
     optim = {QFTLion: "qft_lion", QFTAdamW: "qft_adamw", QFTSGD: "qft_sgd"}[type(optimizer)]
     check_arguments(QFTTrainingArguments(output_dir="unused", optim=optim, use_cpu=True, **given))
