@@ -66,6 +66,11 @@ def by_text(folder: Path, options: dict, **overrides) -> TrainingArguments:
     return arguments(folder, **{"optim_args": text} | overrides)
 
 
+def by_text_beside_fields(folder: Path, options: dict, **overrides) -> QFTTrainingArguments:
+    text = ",".join(f"{name}={value}" for name, value in options.items())
+    return arguments(folder, QFTTrainingArguments, **{"optim_args": text} | overrides)
+
+
 def norm_for(options: dict) -> float:
     return 1.0 if "clipping" in options or options.get("gradient") != "release" else 0.0
 
@@ -195,7 +200,7 @@ def test_a_field_and_optim_args_may_agree_and_not_differ(tmp_path):
         by_field(tmp_path, {"seed": 5}, optim_args="seed=6")
 
 
-@pytest.mark.parametrize("make", [by_field, by_text])
+@pytest.mark.parametrize("make", [by_field, by_text, by_text_beside_fields])
 def test_the_seed_is_that_of_model_and_optimizer(make, tmp_path):
     trainer = Trainer(model=tiny_llama(), args=make(tmp_path, {"seed": 11}))
     assert trainer.model.config.quantization_config.seed == 11
