@@ -182,6 +182,18 @@ def test_many_are_stepped_as_each_alone_by_the_reference(changes):
     assert all(guards_are_intact(buffer) for tensors in pairs for _, buffer in tensors)
 
 
+@pytest.mark.parametrize("n", range(1, 10))
+def test_the_last_elements_are_rounded_at_random_too(n):
+    """Four elements share a counter; 40 parameters, as a rounding to nearest may well agree."""
+    results = []
+    for backend in (cpu, reference):
+        members = [make((n,), torch.bfloat16) for _ in range(40)]
+        tensors = [list(part) for part in zip(*members, strict=True)]
+        backend.lion_step_floats_(*tensors, **float_arguments(40, lr=1e-3))
+        results.append(torch.stack(tensors[0]))
+    assert_same_bits(*results)
+
+
 def test_parameters_in_another_memory_order_are_stepped_too():
     expected = make((5, 7), torch.bfloat16)
     actual = [tensor.t().contiguous().t() for tensor in expected]

@@ -128,6 +128,17 @@ def test_values_on_the_grid_stay(backend):
         assert (columns[2] == gradient).all()
 
 
+@pytest.mark.parametrize("backend", [cpu, reference], ids=str)
+def test_a_column_is_scaled_by_its_largest_value_wherever_it_stands(backend):
+    """One value in each column, each at another token."""
+    _, _, codes, scales = backend.quantize_gradient(
+        torch.eye(130), None, torch.ones(130, 1), seed=3
+    )
+
+    assert (scales * 127 - 1).abs().max() < 1e-6
+    assert torch.equal(codes, 127 * torch.eye(130, dtype=torch.int8))
+
+
 def test_codes_end_at_127():
     """The largest value of a row can come out one unit of FP32 above 127 codes."""
     over = float(np.nextafter(np.float32(127), np.float32(128)))
