@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,21 @@ def test_a_mark_finds_a_single_bit(name, runs, tmp_path):
     shutil.copytree(runs[False, True] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
     flip(tmp_path / name)
     assert faults(tmp_path) == [f"{name} is not what was saved"]
+
+
+def test_a_mark_of_0_2_0_is_understood(runs, tmp_path, monkeypatch):
+    """Its check sums were CRC-32; a checkpoint that the last version wrote must be resumed."""
+    monkeypatch.setattr("qft_hf.hf.checkpoint.CHUNK_BYTES", 100)
+    shutil.copytree(runs[False, True] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
+    mark = json.loads((tmp_path / MARK).read_text())
+    for name in mark["files"]:
+        content = (tmp_path / name).read_bytes()
+        mark["files"][name] = [len(content), zlib.crc32(content)]
+    (tmp_path / MARK).write_text(json.dumps(mark))
+    assert faults(tmp_path) == []
+
+    flip(tmp_path / "optimizer.pt")
+    assert faults(tmp_path) == ["optimizer.pt is not what was saved"]
 
 
 @pytest.mark.parametrize("name", NEEDED)
