@@ -45,6 +45,7 @@ ADAMW = kernels.AdamW(lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.
 ROUNDING = kernels.Rounding(seed=1, step=1, stream=0)
 
 N_TOKENS = 2048  # of an embedding
+FEWEST_TOKENS = 32  # that are multiplied in INT8
 N_FLOATS = 65  # norms of a model of 32 layers
 FEW_TOKENS = (1, 4, 16)
 N_WEIGHTS = {"cuda": 8, "cpu": 1}  # multiplied in turn: together they do not fit a GPU's cache
@@ -93,6 +94,11 @@ def operators(
         coded(direction).codes, momentum.scales.clone(), roots, torch.ones_like(momentum.scales),
         STATE_GROUP_SIZE,
     )  # fmt: skip
+    spec = QFTConfig(matmul="int8")
+    int8_weight = QFTWeight.from_float(normal(0.02, **bf16), spec).stored
+    chosen = {"n_outliers": outliers_per_row(columns, spec.outlier_fraction)}
+    few = floats[:FEWEST_TOKENS]
+    layer_input = kernels.Input(*kernels.quantize_input(few, **chosen))
     factors = direction[:1].abs().view(-1, 1), direction[:, :1].abs().contiguous()
     ids = torch.randint(rows, (n_tokens,), generator=generator, device=device)
     norms, norm_momenta, norm_gradients = (
@@ -122,7 +128,8 @@ def operators(
         "dequantized_matmul": (n, 1, [floats[:1], weight], {}),
         "accumulate_": (n, 3, [total, gradient], {}),
         "squared_norm": (n, 1, [gradient], {}),
-        "quantize_input": (n, 3, [floats], {"n_outliers": outliers_per_row(columns, 0.01)}),
+        "quantize_input": (n, 3, [floats], chosen),
+        "int8_linear": (n, 1, [layer_input, few, int8_weight], bf16),
         "quantize_gradient": (n, 6, [floats, *factors], {"seed": 1}),
     }  # fmt: skip
     return {

@@ -365,7 +365,7 @@ def test_what_the_run_was_told_is_there_before_anything_is_computed(chat_flags, 
     monkeypatch.setattr("qft_hf.hf.trainer.QFTTrainer.evaluate", evaluate)
     with pytest.raises(KeyboardInterrupt):
         finetune(parsed(chat_flags))
-    assert seen == [["run.yaml"]]
+    assert seen == [["data.txt", "run.yaml"]]
 
 
 def test_a_disk_without_room_is_found_before_training(chat_flags, monkeypatch):

@@ -28,10 +28,12 @@ def evidence(data: TaskData) -> str:
 
 def show(data: TaskData, path: Path) -> None:
     """Write the evidence to the screen, where progress is shown too, and into a file."""
-    text = evidence(data)
-    tqdm.write(f"{text}\n", file=sys.stderr)
+    text = f"{evidence(data)}\n"
+    tqdm.write(text, file=sys.stderr)
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return  # a resumed run
     with written_whole(path) as draft:
-        draft.write_text(f"{text}\n", encoding="utf-8")
+        draft.write_text(text, encoding="utf-8")
 
 
 def example_text(data: TaskData) -> str:
