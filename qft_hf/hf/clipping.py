@@ -4,32 +4,29 @@ It would return the norm of none, 0, and clip nothing. In a Trainer it is left a
 optimizer clips, and the callback logs the norm.
 """
 
-from functools import wraps
 from typing import Any
 
 from accelerate import Accelerator
 
 from ..optim import QFTOptimizer
-from .reference_model import MARK
+from .reference_model import trainer_of
 from .support import unwrapped
+from .wrapping import wrap_
 
 
 def install_clipping() -> None:
     """Have each accelerator of a loop of the user's own look for released gradients. Idempotent."""
-    clip: Any = Accelerator.clip_grad_norm_
-    if hasattr(clip, MARK):
-        return
+    wrap_(Accelerator, "clip_grad_norm_", _refusing_released)
 
-    @wraps(clip)
+
+def _refusing_released(clip: Any) -> Any:
     def clip_grad_norm_(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(self, MARK):
+        if trainer_of(self) is None:
             for optimizer in self._optimizers:
                 refuse_released(unwrapped(optimizer))
         return clip(self, *args, **kwargs)
 
-    setattr(clip_grad_norm_, MARK, True)
-    accelerator_class: Any = Accelerator
-    accelerator_class.clip_grad_norm_ = clip_grad_norm_
+    return clip_grad_norm_
 
 
 def refuse_released(optimizer: Any) -> None:

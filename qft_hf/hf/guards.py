@@ -6,7 +6,6 @@ whose `config.json` does not say so, and a folder with an INT8 model has it or t
 Both are methods of `PreTrainedModel`, wrapped here: nothing else is called for every model.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,16 @@ from transformers import PreTrainedModel
 from .drafts import drafted
 from .quantizer import QFTQuantizer, int8_weights, refuse_int8
 from .tensor_files import tensor_names
+from .wrapping import wrap_
 
 
 def install_guards() -> None:
     """Wrap loading and saving. Idempotent."""
-    for name, guard in (
-        ("_load_pretrained_model", _refusing_int8),
-        ("save_pretrained", _writing_whole),
-    ):
-        method = getattr(PreTrainedModel, name)
-        if not hasattr(method, "_qft_guards"):
-            guarded: Any = guard(method)
-            guarded._qft_guards = True
-            is_static = isinstance(vars(PreTrainedModel)[name], staticmethod)
-            setattr(PreTrainedModel, name, staticmethod(guarded) if is_static else guarded)
+    wrap_(PreTrainedModel, "_load_pretrained_model", _refusing_int8)
+    wrap_(PreTrainedModel, "save_pretrained", _writing_whole)
 
 
 def _refusing_int8(load: Any) -> Any:
-    @functools.wraps(load)
     def guarded(
         model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any
     ) -> Any:
@@ -44,7 +35,6 @@ def _refusing_int8(load: Any) -> Any:
 
 
 def _writing_whole(save: Any) -> Any:
-    @functools.wraps(save)
     def guarded(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         folder = Path(save_directory)
         is_int8 = isinstance(getattr(self, "hf_quantizer", None), QFTQuantizer)

@@ -6,7 +6,6 @@ here as the policy was: it takes a fourth of the memory, and has the policy's va
 """
 
 import logging
-from functools import wraps
 from typing import Any
 from weakref import ref
 
@@ -16,37 +15,42 @@ from transformers import Trainer
 
 from .convert import quantize_model_
 from .support import has_quantized_weights, quantization_config_of
+from .wrapping import wrap_
 
 logger = logging.getLogger(__name__)
 
-MARK = "_qft_trainer"
+TRAINER = "_qft_trainer"  # attribute of an accelerator: a weak reference
 
 
 def install_references() -> None:
     """Have each Trainer's accelerator know the Trainer, and look for its reference. Idempotent."""
-    create: Any = Trainer.create_accelerator_and_postprocess
-    if hasattr(create, MARK):
-        return
-    prepare: Any = Accelerator.prepare_model
+    wrap_(Trainer, "create_accelerator_and_postprocess", _telling_the_trainer)
+    wrap_(Accelerator, "prepare_model", _quantizing_references)
 
-    @wraps(create)
+
+def trainer_of(accelerator: Accelerator) -> Trainer | None:
+    """The Trainer that made an accelerator; None in a loop of the user's own."""
+    trainer: Trainer | None = getattr(accelerator, TRAINER, lambda: None)()
+    return trainer
+
+
+def _telling_the_trainer(create: Any) -> Any:
     def create_accelerator_and_postprocess(self: Trainer) -> None:
         create(self)
-        setattr(self.accelerator, MARK, ref(self))
+        setattr(self.accelerator, TRAINER, ref(self))
 
-    @wraps(prepare)
+    return create_accelerator_and_postprocess
+
+
+def _quantizing_references(prepare: Any) -> Any:
     def prepare_model(self: Accelerator, model: Any, *args: Any, **kwargs: Any) -> Any:
-        trainer: Any = getattr(self, MARK, lambda: None)()
+        trainer: Any = trainer_of(self)
         reference = getattr(trainer, "ref_model", None)
         if reference is not None and model is reference:
             quantize_as_policy_(reference, trainer.model)
         return prepare(self, model, *args, **kwargs)
 
-    setattr(create_accelerator_and_postprocess, MARK, True)
-    trainer_class: Any = Trainer
-    trainer_class.create_accelerator_and_postprocess = create_accelerator_and_postprocess
-    accelerator_class: Any = Accelerator
-    accelerator_class.prepare_model = prepare_model
+    return prepare_model
 
 
 def quantize_as_policy_(reference: nn.Module, policy: nn.Module) -> None:

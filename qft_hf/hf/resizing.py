@@ -7,7 +7,6 @@ and rows that stay keep their momentum. A float module is resized as ever.
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 from torch import nn
@@ -16,26 +15,19 @@ from transformers import PreTrainedModel
 from ..nn import QuantizedModule, replace_
 from ..optim import fit_states
 from .config import QFTConfig
+from .wrapping import wrap_
 
 Resize = Callable[..., Any]
 
 
 def install_resizing() -> None:
     """Have every model of transformers resize INT8 embeddings and heads. Idempotent."""
-    for name, wrapper in (
-        ("_get_resized_embeddings", _resizing_int8),
-        ("_get_resized_lm_head", _resizing_int8),
-        ("resize_token_embeddings", _fitting_states),
-    ):
-        original: Any = getattr(PreTrainedModel, name)
-        if not hasattr(original, "_qft_resizes"):
-            resizing: Any = wrapper(original)
-            resizing._qft_resizes = True
-            setattr(PreTrainedModel, name, resizing)
+    wrap_(PreTrainedModel, "_get_resized_embeddings", _resizing_int8)
+    wrap_(PreTrainedModel, "_get_resized_lm_head", _resizing_int8)
+    wrap_(PreTrainedModel, "resize_token_embeddings", _fitting_states)
 
 
 def _resizing_int8(original: Resize) -> Resize:
-    @wraps(original)
     def resized(model: Any, old: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(old, QuantizedModule):
             return original(model, old, *args, **kwargs)
@@ -52,7 +44,6 @@ def _resizing_int8(original: Resize) -> Resize:
 
 
 def _fitting_states(original: Resize) -> Resize:
-    @wraps(original)
     def resized(model: Any, *args: Any, **kwargs: Any) -> Any:
         embeddings = original(model, *args, **kwargs)
         for parameter in model.parameters():  # biases too, which are resized where weights are tied

@@ -352,7 +352,7 @@ class Release(Flow):
             self._n_updated = 0
         elif gradient is not None:
             is_small = parameter.numel() <= SMALL
-            if self.clipping is not None or not is_small:  # else the step takes all norms together
+            if self.clipping == "tensor" or not is_small:  # else the step takes all norms together
                 square = _squared_norm(gradient)
                 if self.clipping == "tensor" and not bool(square.isfinite()):
                     raise self.nonfinite_error()
@@ -405,12 +405,14 @@ class Release(Flow):
         """
         self._refuse_half_a_step()
         waiting = self._waiting(parameters)
-        floats = [gradient for _, gradient in self._floats] if self.clipping is None else []
+        floats = [] if self.clipping == "tensor" else [gradient for _, gradient in self._floats]
         released = self._squares + _squared_norms(floats)
-        if floats and not _is_finite(released):  # or a square was too large for FP32
-            released = self._squares + [_squared_norm(gradient) for gradient in floats]
-        if not _is_finite(released) or not _are_finite(waiting):
+        total = _total(released) if released else None
+        if not _are_finite(waiting) or (total is not None and not bool(total.isfinite())):
             raise self.nonfinite_error()
+        for device, members in _by_device(floats).items():
+            if (factor := self._factor(self._norm_of_all(), device)) is not None:
+                torch._foreach_mul_(members, factor)
         squares = []
         if self.clipping is not None:
             gradients = [p.grad for p in waiting if p.grad is not None]
@@ -533,14 +535,22 @@ def _squared_norm(gradient: Tensor) -> Tensor:
 
 
 def _squared_norms(gradients: list[Tensor]) -> list[Tensor]:
-    """The same of many float gradients by few operators, infinite from 1e38 on: fp64 `[n]`s."""
+    """The same of many float gradients, by few operators: fp64 `[n]` of those of one device."""
+    squares = []
+    for members in _by_device(gradients).values():
+        norm, wide = (
+            torch.stack(torch._foreach_norm(members, 2, dtype=dtype)).double()
+            for dtype in (torch.float32, torch.float64)
+        )
+        squares.append(torch.where(norm.isinf(), wide, norm).square())
+    return squares
+
+
+def _by_device(gradients: list[Tensor]) -> dict[torch.device, list[Tensor]]:
     by_device: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
         by_device.setdefault(gradient.device, []).append(gradient)
-    return [
-        torch.stack(torch._foreach_norm(members, 2, dtype=torch.float32)).double().square()
-        for members in by_device.values()
-    ]
+    return by_device
 
 
 def _total(squares: list[Tensor]) -> Tensor:
