@@ -94,10 +94,9 @@ def redirect() -> None:
 
     # Undefined gradients may be NaN, which would raise: they are looked at as ever, in vain.
     squared_norm, total = flow._squared_norm, flow._total
-    is_finite, are_finite = flow._is_finite, flow._are_finite
+    are_finite = flow._are_finite
     flow._squared_norm = lambda gradient: squared_norm(gradient).nan_to_num_(0.0, 0.0, 0.0)
     flow._total = lambda squares: total(squares).nan_to_num_(0.0, 0.0, 0.0)
-    flow._is_finite = lambda squares: is_finite(squares) or True
     flow._are_finite = lambda parameters: are_finite(parameters) or True
 
 
