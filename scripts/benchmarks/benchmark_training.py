@@ -1,14 +1,16 @@
-"""Time of a whole training step: FP32 and bf16 AdamW, QFT, and torchao's INT8 training beside it.
+"""Time of a whole training step: AdamW in FP32 and bf16, QFT, FlashOptim, torchao's INT8 training.
 
     python scripts/benchmarks/benchmark_training.py               # small, on a CPU
     python scripts/benchmarks/benchmark_training.py --device cuda --config llama-1b \\
-        --batch_size 2 --sequence_length 2048
+        --batch_size 1 --sequence_length 512 2048 8192
 
 Every way has the same model and the same batch, and all take turns: one step of each, round after
 round, so that what else the machine does falls on all alike. Reported are forward, backward and
-optimizer step of the step of median length, and the whole against AdamW. Absolute times mean
-little on a machine that others use; the ratios hold for this device only. Where matplotlib is
-installed, the report has a picture, `steps.png`.
+optimizer step of the step of median length, and the whole against AdamW. On a GPU, PyTorch's
+profiler adds what the device did in one more step: how long it was busy and with how many
+operations; a step that is much longer than that waits for the host. Absolute times mean little on a
+machine that others use; the ratios hold for this device only. Where matplotlib is installed, the
+report has a picture, `steps.png`, of the first sequence length.
 """
 
 import argparse
@@ -16,25 +18,32 @@ import ctypes
 import importlib.util
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
 from common import bars, report
 from common.command_line import chosen, command_line
+from common.peers import MakeOptimizer, flash_peers
 from common.shapes import model_config
 
 from qft_hf import QFTConfig, QFTLion, quantize_model_
 from qft_hf.nn import int8
 
 PHASES = ("forward", "backward", "step")
-FP32_ADAMW, BF16_ADAMW = "FP32 AdamW", "bf16 autocast AdamW"
+FP32_ADAMW, AUTOCAST_ADAMW, BF16_ADAMW = "FP32 AdamW", "bf16 autocast AdamW", "bf16 AdamW"
+BASELINES = (FP32_ADAMW, AUTOCAST_ADAMW, BF16_ADAMW)
+
+# By sequence length and way: seconds of each phase, and what the device did.
+Figures = dict[int, dict[str, dict[str, float]]]
 
 
 @dataclass
@@ -46,15 +55,15 @@ class Way:
     autocast: bool = False
 
 
-def adamw(model: nn.Module, *, autocast: bool) -> Way:
-    """FP32 weights and states."""
+def adamw(model: nn.Module, *, autocast: bool = False) -> Way:
+    """Weights and states of the model's dtype."""
     return Way(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), autocast)
 
 
-def qft(model: nn.Module, dtype: torch.dtype, **config) -> Way:
+def qft(model: nn.Module, dtype: torch.dtype, gradient: str = "stack", **config) -> Way:
     """INT8 weights, gradients and momentum; activations of `dtype`."""
     model = quantize_model_(model.to(dtype), QFTConfig(**config))
-    return Way(model, QFTLion(model.parameters(), lr=1e-5, weight_decay=0.1))
+    return Way(model, QFTLion(model.parameters(), lr=1e-5, weight_decay=0.1, gradient=gradient))
 
 
 def torchao_mixed(model: nn.Module, dtype: torch.dtype) -> Way:
@@ -78,6 +87,11 @@ def torchao_quantized(model: nn.Module, dtype: torch.dtype) -> Way:
     return Way(model, _AdamW(model.parameters(), lr=1e-5))
 
 
+def _flash(model: nn.Module, make: MakeOptimizer) -> Way:
+    model = model.to(torch.bfloat16)
+    return Way(model, make(list(model.parameters())))
+
+
 def _is_inner_linear(module: nn.Module, name: str) -> bool:
     return isinstance(module, nn.Linear) and "lm_head" not in name
 
@@ -85,14 +99,19 @@ def _is_inner_linear(module: nn.Module, name: str) -> bool:
 def ways(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Way]]:
     """How each way is made of the float model."""
     made: dict[str, Callable[[nn.Module], Way]] = {
-        FP32_ADAMW: lambda model: adamw(model, autocast=False),
-        BF16_ADAMW: lambda model: adamw(model, autocast=True),
+        FP32_ADAMW: adamw,
+        AUTOCAST_ADAMW: lambda model: adamw(model, autocast=True),
+        BF16_ADAMW: lambda model: adamw(model.to(torch.bfloat16)),
         "QFT, dequantize": lambda model: qft(model, dtype),
+        "QFT release, dequantize": lambda model: qft(model, dtype, "release"),
         "QFT, int8": lambda model: qft(model, dtype, matmul="int8"),
+        "QFT release, int8": lambda model: qft(model, dtype, "release", matmul="int8"),
         "QFT, int8, no outlier columns": lambda model: qft(
             model, dtype, matmul="int8", outlier_fraction=0.0
         ),
     }
+    for name, make in flash_peers().items():
+        made[name] = lambda model, make=make: _flash(model, make)
     if importlib.util.find_spec("torchao"):
         made["torchao INT8 mixed precision"] = lambda model: torchao_mixed(model, dtype)
         made["torchao INT8 quantized"] = lambda model: torchao_quantized(model, dtype)
@@ -122,18 +141,20 @@ def step(way: Way, ids: Tensor, clock: Callable[[], float]) -> dict[str, float]:
     return {phase: times[i + 1] - times[i] for i, phase in enumerate(PHASES)}
 
 
-def measure(config: LlamaConfig, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Seconds of the median step, by way and phase. Peers that cannot run here are named.
+def measure(config: LlamaConfig, options: argparse.Namespace) -> Figures:
+    """The median step, by sequence length, way and phase. Peers that cannot run are named.
 
     Args:
         config: Of the model.
         options: The command line.
     """
     device = torch.device(options.device)
-    torch.manual_seed(0)
-    size = (options.batch_size, options.sequence_length)
-    ids = torch.randint(config.vocab_size, size, device=device)
     clock = time.process_time if options.cpu_time else time.perf_counter
+    torch.manual_seed(0)
+    batches = {
+        length: torch.randint(config.vocab_size, (options.batch_size, length), device=device)
+        for length in options.sequence_length
+    }
     made: dict[str, Way] = {}
     for name, make in chosen(ways(getattr(torch, options.dtype)), options.only).items():
         torch.manual_seed(0)
@@ -143,19 +164,39 @@ def measure(config: LlamaConfig, options: argparse.Namespace) -> dict[str, dict[
             model.gradient_checkpointing_enable({"use_reentrant": False})
         way = make(model)
         try:
-            step(way, ids, clock)  # makes the states, compiles
+            step(way, next(iter(batches.values())), clock)  # makes the states, compiles
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            if not name.startswith("torchao"):  # a peer may not run here; our own ways must
+            if name.startswith(("QFT", *BASELINES)):  # a peer may not run here; these must
                 raise
             print(f"{name} does not run on {device} and is not measured: {error}")
             continue
         made[name] = way
-    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in made}
-    for number in range(options.steps):
-        for name, way in made.items():
-            seconds[name].append(step(way, ids, clock))
-        print(f"round {number + 1} of {options.steps}", flush=True)
-    return {name: _median_step(steps) for name, steps in seconds.items()}
+    figures: Figures = {}
+    for length, ids in batches.items():
+        seconds: dict[str, list[dict[str, float]]] = {name: [] for name in made}
+        for way in made.values():
+            step(way, ids, clock)  # what is compiled or cached for this size
+        for number in range(options.steps):
+            for name, way in made.items():
+                seconds[name].append(step(way, ids, clock))
+            print(f"length {length}, round {number + 1} of {options.steps}", flush=True)
+        figures[length] = {name: _median_step(steps) for name, steps in seconds.items()}
+        if device.type == "cuda":
+            for name, way in made.items():
+                with torch.profiler.profile() as recorded:
+                    step(way, ids, clock)
+                figures[length][name] |= device_work(recorded.events())
+    return figures
+
+
+def device_work(events: Iterable[FunctionEvent]) -> dict[str, float]:
+    """How long a device was busy in recorded events, in seconds, and with how many operations."""
+    work = [
+        event.time_range.elapsed_us()
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return {"device_busy": sum(work) / 1e6, "device_operations": len(work)}
 
 
 def _median_step(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -165,16 +206,17 @@ def _median_step(steps: list[dict[str, float]]) -> dict[str, float]:
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """Milliseconds and ratios."""
-    rows = {
-        name: {f"{phase}, ms": 1e3 * seconds for phase, seconds in way.items()}
-        | {
-            f"of {base}": way["whole"] / figures[base]["whole"]
-            for base in (FP32_ADAMW, BF16_ADAMW)
-            if base in figures
-        }
-        for name, way in figures.items()
-    }
+    """Milliseconds, ratios, and what the device did."""
+    rows = {}
+    for name, way in figures.items():
+        row = {f"{phase}, ms": 1e3 * way[phase] for phase in PHASES}
+        for base in BASELINES:
+            if base in figures:
+                row[f"of {base}"] = way["whole"] / figures[base]["whole"]
+        if "device_busy" in way:
+            row["device busy, ms"] = 1e3 * way["device_busy"]
+            row["device operations"] = way["device_operations"]
+        rows[name] = row
     return report.figures_table("way", rows)
 
 
@@ -197,7 +239,7 @@ def main() -> None:
     """Measure, and write the report with a picture."""
     parser = command_line(
         __doc__, device="cpu", config="smollm2-135m", layers=None, batch_size=2,
-        sequence_length=256, steps=5, threads=1, only=None, dtype=None,
+        sequence_length=[256], steps=5, threads=1, only=None, dtype=None,
     )  # fmt: skip
     parser.add_argument(
         "--cpu_time",
@@ -216,19 +258,23 @@ def main() -> None:
         config.num_hidden_layers = min(4, config.num_hidden_layers)
     if options.cpu_time and (device.type != "cpu" or options.threads != 1):
         parser.error("--cpu_time needs --device cpu and one thread")
-    tokens = options.batch_size * options.sequence_length
-    if tokens < int8.MIN_TOKENS:
+    if options.batch_size * min(options.sequence_length) < int8.MIN_TOKENS:
         parser.error(f"INT8 products need {int8.MIN_TOKENS} tokens or more in a batch")
 
     figures = measure(config, options)
     clock = "CPU time" if options.cpu_time else "wall time"
-    title = f"{options.config}, {config.num_hidden_layers} layers, {tokens} tokens, {clock}"
-    text = f"{title}\n\n{table(figures)}"
+    titles = {
+        length: f"{options.config}, {config.num_hidden_layers} layers, {options.batch_size} x "
+        f"{length} tokens, {clock}"
+        for length in figures
+    }
+    text = "\n\n".join(f"{titles[length]}\n\n{table(ways)}" for length, ways in figures.items())
     report.write(options, {"layers": config.num_hidden_layers, "median_seconds": figures}, text)
     if importlib.util.find_spec("matplotlib"):
-        first, whole = next((name, way["whole"]) for name, way in figures.items())
-        shares = {n: {p: way[p] / whole for p in PHASES} for n, way in figures.items()}
-        title += f"\n{report.device_name(device)}"
+        length, found = next(iter(figures.items()))
+        first, whole = next((name, way["whole"]) for name, way in found.items())
+        shares = {n: {p: way[p] / whole for p in PHASES} for n, way in found.items()}
+        title = f"{titles[length]}\n{report.device_name(device)}"
         unit = f"time of a training step, {first} = 1"
         bars.draw(shares, options.output / "steps.png", title=title, unit=unit)
     else:

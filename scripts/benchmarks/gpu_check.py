@@ -109,20 +109,23 @@ def parts(folder: Path, *, real: bool) -> list[Part]:
     bits.missing = "" if importlib.util.find_spec("pytest") else "pytest is not installed"
 
     kernels = [] if real else ["--shapes", "64x300", "--tokens", "32", "--calls", "2"]
-    size = ["--config", "llama-1b", "--batch_size", "2", "--sequence_length", "2048"]
-    if not real:
-        size = ["--config", "tiny", "--batch_size", "1", "--sequence_length", "32", "--steps", "1"]
+    training = ["--batch_size", "1", "--only", "bf16", "QFT", "FlashOptim"]
     memory = ["--compare", "--matmul", "dequantize", "int8"]
-    if not real:
-        memory += ["--config", "tiny", "--sequence_length", "32"]
+    lengths = ["--sequence_length", "512", "2048", "8192"]
+    if real:
+        training += ["--config", "llama-1b", *lengths]
+        memory += lengths
+    else:
+        lengths = ["--sequence_length", "32"]
+        training += ["--config", "tiny", "--steps", "1", *lengths]
+        memory += ["--config", "tiny", *lengths]
     return [
         memory_errors,
         bits,
         benchmark("kernel speed", 90, "benchmark_kernels", *kernels),
-        benchmark("training speed", 100, "benchmark_training", *size, "--only", "bf16", "QFT",
-                  "torchao"),
-        benchmark("memory", 200, "profile_memory", *memory),
-    ]  # fmt: skip
+        benchmark("training speed", 130, "benchmark_training", *training),
+        benchmark("memory", 230, "profile_memory", *memory),
+    ]
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:

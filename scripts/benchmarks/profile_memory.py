@@ -9,7 +9,7 @@ itself at `--config tiny`, they are resident memory and say little.
 Gradients wait for the step in one run and are released during backward in another; released ones
 are not clipped, which would take a second backward pass. The INT8 model has a chunked loss, so that
 logits do not set the peak; `--full_logits` leaves it off. The bf16 AdamW beside it is plain
-transformers.
+transformers, and so are FlashOptim's optimizers, which run beside it where they are installed.
 """
 
 import gc
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where 
 from common import report
 from common.command_line import command_line, default_device
 from common.peak_memory import peak_bytes, reset_peak
+from common.peers import MakeOptimizer, flash_peers
 from common.shapes import model_config
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, chunk_loss_, estimate_memory, memory_ledger
@@ -116,7 +117,7 @@ def train_steps(
 
 def profile(
     config: LlamaConfig,
-    gradient: str | None,
+    training: str | MakeOptimizer,
     spec: QFTConfig | None,
     *,
     device: torch.device,
@@ -128,7 +129,7 @@ def profile(
 
     Args:
         config: Of the model.
-        gradient: `"stack"` or `"release"` for INT8; None for bf16 AdamW.
+        training: `"stack"` or `"release"` for INT8; the optimizer of a bf16 model.
         spec: Of INT8 weights; None for bf16.
         device: Where it trains.
         lengths: Tokens of one step.
@@ -149,20 +150,20 @@ def profile(
     }
     parameters = list(model.parameters())
     optimizer: torch.optim.Optimizer
-    if gradient is None:
-        optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=device.type == "cuda")
-    else:
-        optimizer = QFTLion(parameters, lr=1e-5, weight_decay=0.1, gradient=gradient)
+    if isinstance(training, str):
+        optimizer = QFTLion(parameters, lr=1e-5, weight_decay=0.1, gradient=training)
         if chunked_loss:
             chunk_loss_(model)
+    else:
+        optimizer = training(parameters)
     for length in lengths:
         row = train_steps(model, optimizer, device=device, sequence_length=length, n_steps=n_steps)
         row["peak_bytes"]["all"] = max(row["peak_bytes"].values())
-        if gradient is not None:
+        if isinstance(training, str):
             row["predicted_bytes"] = estimate_memory(
                 config,
                 config=spec,
-                gradient=gradient,
+                gradient=training,
                 sequence_length=length,
                 chunked_loss=chunked_loss,
             ).total_bytes
@@ -210,7 +211,9 @@ def main() -> None:
     )
     parser.add_argument("--full_logits", action="store_true", help="no chunked loss")
     parser.add_argument(
-        "--compare", action="store_true", help="also bf16 AdamW, both at the layers that fit it"
+        "--compare",
+        action="store_true",
+        help="also bf16 AdamW, both at the layers that fit it, and FlashOptim at those",
     )
     options = parser.parse_args()
     device = torch.device(options.device)
@@ -223,11 +226,13 @@ def main() -> None:
     config = config_of(options.config, options.layers)
     runs: dict[str, Any] = {}
 
-    def run(name: str, config: LlamaConfig, gradient: str | None, matmul: str = "") -> None:
+    def run(
+        name: str, config: LlamaConfig, training: str | MakeOptimizer, matmul: str = ""
+    ) -> None:
         name += ", int8" if matmul == "int8" else ""
         print(f"== {name}", flush=True)
         spec = QFTConfig(matmul=matmul) if matmul else None
-        runs[name] = profile(config, gradient, spec, **arguments)
+        runs[name] = profile(config, training, spec, **arguments)
         report.write(options, {"runs": runs}, table(runs))
 
     for matmul in options.matmul:
@@ -235,7 +240,10 @@ def main() -> None:
             run(f"QFT {gradient}", config, gradient, matmul)
     if options.compare:
         smaller = config_of(options.config, layers_that_fit(config, device))
-        run("AdamW bf16", smaller, None)
+        fused = device.type == "cuda"
+        run("AdamW bf16", smaller, lambda p: torch.optim.AdamW(p, lr=1e-5, fused=fused))
+        for name, make in flash_peers().items():
+            run(name, smaller, make)
         if smaller.num_hidden_layers != config.num_hidden_layers:
             for matmul in options.matmul:
                 run("QFT same size", smaller, "stack", matmul)

@@ -24,3 +24,19 @@ def float_peers() -> dict[str, MakeOptimizer]:
     else:
         print("bitsandbytes is not installed and not measured: pip install bitsandbytes")
     return peers
+
+
+def flash_peers() -> dict[str, MakeOptimizer]:
+    """By name: FlashOptim's optimizers of bf16 weights, which run on a GPU only."""
+    if not torch.cuda.is_available():
+        print("FlashOptim runs on a GPU only and is not measured")
+        return {}
+    if not importlib.util.find_spec("flashoptim"):
+        print("FlashOptim is not installed and not measured: pip install flashoptim")
+        return {}
+    import flashoptim
+
+    return {
+        "FlashOptim AdamW": lambda p: flashoptim.FlashAdamW(p, lr=1e-5),
+        "FlashOptim Lion": lambda p: flashoptim.FlashLion(p, lr=1e-5, weight_decay=0.1),
+    }

@@ -14,7 +14,17 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "triton", "transformers", "torchao", "bitsandbytes", "lomo-optim")
+PACKAGES = (
+    "torch", "triton", "transformers", "torchao", "bitsandbytes", "flashoptim", "lomo-optim"
+)
+    "torch",
+    "triton",
+    "transformers",
+    "torchao",
+    "bitsandbytes",
+    "flashoptim",
+    "lomo-optim",
+)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

@@ -3,9 +3,11 @@
 import importlib.util
 import runpy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd.profiler_util import Interval
 
 from qft_hf import kernels
 from qft_hf.kernels.operators import Operator
@@ -25,7 +27,7 @@ def memory_figures():
             ("stack", "stack", script.QFTConfig()),
             ("release", "release", script.QFTConfig()),
             ("int8", "stack", script.QFTConfig(matmul="int8")),
-            ("AdamW", None, None),
+            ("AdamW", torch.optim.AdamW, None),
         )
     }
     return runs
@@ -148,14 +150,30 @@ def test_training_steps_are_timed_by_phase(run, tmp_path):
         "--only", "AdamW", "QFT",
     )  # fmt: skip
 
-    assert list(figures["median_seconds"]) == [
-        "FP32 AdamW", "bf16 autocast AdamW", "QFT, dequantize", "QFT, int8",
+    ways = figures["median_seconds"]["20"]
+    assert list(ways) == [
+        "FP32 AdamW", "bf16 autocast AdamW", "bf16 AdamW", "QFT, dequantize",
+        "QFT release, dequantize", "QFT, int8", "QFT release, int8",
         "QFT, int8, no outlier columns",
     ]  # fmt: skip
-    for way in figures["median_seconds"].values():
+    for way in ways.values():
         assert way["whole"] == pytest.approx(way["forward"] + way["backward"] + way["step"])
     assert "| FP32 AdamW |" in text
     assert (tmp_path / "out" / "steps.png").stat().st_size > 10_000
+
+
+def test_what_a_device_did_is_its_own_operations_and_not_the_annotated_spans():
+    device, host = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def event(kind, microseconds, *, annotation=False):
+        span = Interval(10, 10 + microseconds)
+        return SimpleNamespace(device_type=kind, time_range=span, is_user_annotation=annotation)
+
+    work = load("benchmark_training").device_work(
+        [event(device, 30), event(host, 500), event(device, 12), event(device, 99, annotation=True)]
+    )
+
+    assert work == {"device_busy": pytest.approx(42e-6), "device_operations": 2}
 
 
 def test_too_few_tokens_for_int8_products_are_refused(run):
@@ -208,3 +226,24 @@ def test_the_gpu_check_has_all_parts_in_files_that_exist(real, tmp_path):
         files = [word for word in part.command if word.endswith(".py")]
         assert files
         assert all((script.report.ROOT / file).exists() for file in files)
+
+
+def test_the_quick_check_measures_this_package_and_another(run, tmp_path):
+    figures, text = run("gpu_quick", "--device", "cpu", "--against", str(SCRIPTS.parent))
+
+    assert list(figures["now"]) == list(figures["before"]) == ["32"]
+    assert "| QFT release, int8, 32 tokens | " in text.partition("Against")[2]
+
+
+def test_the_quick_check_divides_what_is_by_what_was():
+    now = {"512": {"QFT": {"whole": 3.0, "step": 1.0, "device_busy": 2.0}, "new": {"whole": 1.0}}}
+    before = {"512": {"QFT": {"whole": 4.0, "step": 0.0}}}
+
+    assert load("gpu_quick").ratios(now, before) == {"QFT, 512 tokens": {"whole": 0.75}}
+
+
+def test_the_quick_check_refuses_a_folder_that_is_no_checkout(run, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("gpu_quick", "--device", "cpu", "--against", str(tmp_path))
+
+    assert f"must be a checkout of this project, got {tmp_path}" in capsys.readouterr().err
