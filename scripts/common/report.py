@@ -15,8 +15,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
-    "torch", "triton", "transformers", "torchao", "bitsandbytes", "flashoptim", "lomo-optim"
-)
     "torch",
     "triton",
     "transformers",
