@@ -17,6 +17,7 @@ from .memory import MemoryEstimate, MemoryLedger, memory_ledger
 from .nn import QFTEmbedding, QFTLinear
 from .optim import QFTSGD, QFTAdamW, QFTLion, QFTOptimizer
 from .quant import QFTWeight
+from .side import QSTConfig
 from .version import __version__
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "QFTTrainer",
     "QFTTrainingArguments",
     "QFTWeight",
+    "QSTConfig",
     "__version__",
     "chunk_loss_",
     "dequantize_model_",

@@ -16,7 +16,7 @@ from qft_hf.kernels.operators import Operator
 
 PACKAGE = Path(qft_hf.__file__).parent
 
-ORDER = ["config", "layout", "kernels", "quant", "nn", "optim", "memory", "hf"]
+ORDER = ["config", "layout", "kernels", "quant", "nn", "optim", "side", "memory", "hf"]
 DOCUMENTED = ["qft_hf"] + [
     f"qft_hf.{name}" for name in ORDER if (PACKAGE / name / "__init__.py").exists()
 ]

@@ -1,0 +1,88 @@
+"""The sizes of a side network's layers: arithmetic on the configuration of the base."""
+
+import copy
+from typing import Any
+
+from .config import QSTConfig
+
+# What transformers calls the width inside an MLP. Those of experts are handled by `_make_dense_`.
+INTERMEDIATE = ("intermediate_size", "ffn_dim", "n_inner")
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+
+
+def side_config(config: Any, side: QSTConfig) -> Any:
+    """The configuration of which the base's own layer class makes a side layer.
+
+    As many layers, at width `hidden_size / r`. Heads are divided likewise and keep their size, so
+    that rotary positions of the base serve the side network as they are; classes whose heads are
+    `hidden_size / num_attention_heads` wide get a number of heads that divides the width. A mixture
+    of experts becomes dense, as wide as the experts that one token has together.
+
+    Args:
+        config: Of the base, as transformers has it. Not changed.
+        side: The side network's.
+
+    Raises:
+        ValueError: `r` does not divide the hidden size, or `config` lacks a size of the layers.
+    """
+    config = copy.deepcopy(config.get_text_config())
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    if missing := [name for name in names if not getattr(config, name, None)]:
+        raise ValueError(
+            f"{type(config).__name__} has no {', '.join(missing)}, which a side network is sized "
+            "by. Side tuning needs a transformer with attention in each layer."
+        )
+    width, heads = config.hidden_size, config.num_attention_heads
+    if width % side.r:
+        raise ValueError(
+            f"r={side.r} does not divide the hidden size {width} of {type(config).__name__}. "
+            f"The nearest r that does is {_nearest_divisor(width, side.r)}."
+        )
+    key_value_heads = getattr(config, "num_key_value_heads", None)
+    head_dim = getattr(config, "head_dim", None) or width // heads
+    config.hidden_size = width // side.r
+    config.num_attention_heads = _largest_divisor(config.hidden_size, heads // side.r)
+    if key_value_heads is not None:
+        config.num_key_value_heads = _largest_divisor(
+            config.num_attention_heads, key_value_heads // side.r
+        )
+    if config.hidden_size // config.num_attention_heads != head_dim:
+        config.head_dim = head_dim
+    for name in INTERMEDIATE:
+        if value := getattr(config, name, None):
+            setattr(config, name, _divided(value, side.r))
+    _make_dense_(config, side.r)
+    return config
+
+
+def _make_dense_(config: Any, r: int) -> None:
+    """Have layers of a mixture of experts be dense, or have one expert that all tokens take."""
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if chosen is None:
+        return
+    layers = list(range(config.num_hidden_layers))
+    if hasattr(config, "mlp_only_layers"):  # of Qwen
+        config.mlp_only_layers = layers
+    elif hasattr(config, "first_k_dense_replace"):  # of DeepSeek
+        config.first_k_dense_replace = len(layers)
+    else:
+        for name in EXPERTS:
+            if hasattr(config, name):
+                setattr(config, name, 1)
+        config.num_experts_per_tok = 1
+        config.intermediate_size *= chosen
+
+
+def _divided(value: int, r: int) -> int:
+    return -(-value // r)
+
+
+def _largest_divisor(value: int, limit: int) -> int:
+    """The largest divisor of `value` up to `limit`; 1 at least."""
+    return next(n for n in range(max(1, min(limit, value)), 0, -1) if value % n == 0)
+
+
+def _nearest_divisor(value: int, r: int) -> int:
+    """The divisor of `value` above 1 that is nearest to `r`, the smaller of two."""
+    divisors = [n for n in range(2, value + 1) if value % n == 0]
+    return min(divisors, key=lambda n: (abs(n - r), n))

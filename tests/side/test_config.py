@@ -1,0 +1,80 @@
+"""`QSTConfig` and the sizes that follow from it."""
+
+import pytest
+import transformers as hf
+
+from qft_hf.side import QSTConfig, side_config
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "match"),
+    [
+        ({"r": 1}, ValueError, "r must be an integer of 2 or more, got 1"),
+        ({"r": 4.0}, TypeError, "r must be an integer of 2 or more, got 4.0"),
+        ({"r": True}, TypeError, "r must be an integer"),
+        ({"rank": 0}, ValueError, "rank must be an integer of 1 or more, got 0"),
+        ({"downsample": "lora"}, ValueError, "one of 'adapter', 'linear', 'mean', 'max', got 'lo"),
+    ],
+)
+def test_values_out_of_range_are_refused_with_the_range(values, error, match):
+    with pytest.raises(error, match=match):
+        QSTConfig(**values)
+
+
+def test_sizes_of_llama_2_are_divided_and_heads_keep_their_size():
+    base = hf.LlamaConfig(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
+
+    side = side_config(base, QSTConfig(r=16))
+
+    assert (side.hidden_size, side.num_attention_heads, side.intermediate_size) == (256, 2, 688)
+    assert (side.head_dim, side.num_key_value_heads, side.num_hidden_layers) == (128, 2, 32)
+    assert (base.hidden_size, base.intermediate_size) == (4096, 11008)
+
+
+def test_fewer_heads_than_r_become_one_of_the_same_size():
+    """SmolLM2-135M: 9 heads of 64 that share 3 keys and values."""
+    base = hf.LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
+    )
+
+    side = side_config(base, QSTConfig(r=16))
+
+    assert (side.hidden_size, side.num_attention_heads, side.num_key_value_heads) == (36, 1, 1)
+    assert (side.head_dim, side.intermediate_size) == (64, 96)
+
+
+def test_other_names_of_the_sizes_are_divided_too():
+    gpt2 = side_config(hf.GPT2Config(n_embd=48, n_head=6, n_inner=100), QSTConfig(r=3))
+    opt = hf.OPTConfig(hidden_size=48, num_attention_heads=6, ffn_dim=90)
+    opt = side_config(opt, QSTConfig(r=3))
+
+    assert (gpt2.n_embd, gpt2.n_head, gpt2.n_inner) == (16, 2, 34)
+    assert (opt.hidden_size, opt.num_attention_heads, opt.ffn_dim) == (16, 2, 30)
+
+
+def test_the_side_of_a_mixture_of_experts_is_dense_and_as_wide_as_what_a_token_takes():
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    mixtral = side_config(
+        hf.MixtralConfig(**sizes, intermediate_size=40, num_local_experts=8, num_experts_per_tok=2),
+        QSTConfig(r=4),
+    )
+    qwen = side_config(
+        hf.Qwen3MoeConfig(**sizes, intermediate_size=80, moe_intermediate_size=20), QSTConfig(r=4)
+    )
+
+    assert (mixtral.num_local_experts, mixtral.num_experts_per_tok) == (1, 1)
+    assert mixtral.intermediate_size == 20
+    assert (qwen.mlp_only_layers, qwen.intermediate_size) == ([0, 1, 2], 20)
+
+
+@pytest.mark.parametrize(("r", "nearest"), [(7, 6), (11, 12), (17, 16), (1000, 576)])
+def test_an_r_that_does_not_divide_the_width_is_refused_with_the_nearest_that_does(r, nearest):
+    base = hf.LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)
+
+    with pytest.raises(ValueError, match=f"hidden size 576 .* nearest r that does is {nearest}"):
+        side_config(base, QSTConfig(r=r))
+
+
+def test_a_model_without_attention_is_refused_by_the_name_of_its_configuration():
+    with pytest.raises(ValueError, match="MambaConfig has no num_attention_heads"):
+        side_config(hf.MambaConfig(hidden_size=64), QSTConfig(r=4))
