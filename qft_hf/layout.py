@@ -16,6 +16,13 @@ STATE_GROUP_SIZE = 256
 NIBBLE_GROUP_SIZE = 64
 NIBBLES = 2
 
+# NF4 as bitsandbytes stores it, with double quantization (Dettmers et al. 2023, "QLoRA", section
+# 3): a scale per 64 elements of the flattened matrix, a byte each; an FP32 scale per 256 of those,
+# their FP32 offset, and two FP32 tables that say what codes and scales of a byte mean.
+NF4_GROUP_SIZE = 64
+NF4_SCALE_GROUP_SIZE = 256
+NF4_TABLES = 16 + 256
+
 MOMENTUM_BITS = (8, 4, 0)  # of one value; 0: none, as SGD has it
 
 OPTIMIZERS = ("qft_lion", "qft_adamw", "qft_sgd")
@@ -84,6 +91,13 @@ def matrix_tiles(n_matrices: int, rows: int, columns: int) -> Iterator[slice]:
         else:
             for part in row_tiles(rows, columns):
                 yield slice(first + part.start, first + part.stop)
+
+
+def nf4_bytes(n_elements: int) -> tuple[int, int]:
+    """Bytes of the codes of a matrix in NF4, and of what they are read by: scales and tables."""
+    n_scales = ceil(n_elements / NF4_GROUP_SIZE)
+    floats = ceil(n_scales / NF4_SCALE_GROUP_SIZE) + 1 + NF4_TABLES
+    return ceil(n_elements / NIBBLES), n_scales * CODE_BYTES + floats * SCALE_BYTES
 
 
 def momentum_shapes(rows: int, columns: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:

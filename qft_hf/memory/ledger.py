@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -87,6 +88,12 @@ class MemoryLedger:
         return "\n".join(lines)
 
 
+def elements(parameter: Tensor) -> int:
+    """Values that a parameter stands for; bitsandbytes keeps two of NF4 in one byte."""
+    state = _nf4_state(parameter)
+    return parameter.numel() if state is None else prod(state.shape)
+
+
 def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
     """Measure the training state that is alive now.
 
@@ -99,13 +106,16 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
     """
     parameters = list(model.parameters())
     weights = [p for p in parameters if isinstance(p, QFTWeight)]
-    floats = [p for p in parameters if not isinstance(p, QFTWeight)]
+    nf4 = [p for p in parameters if _nf4_state(p) is not None]
+    floats = [p for p in parameters if not isinstance(p, QFTWeight) and _nf4_state(p) is None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     states = [] if optimizer is None else list(optimizer.state.values())
     rows = [
         _row("INT8 weights", (w.codes for w in weights)),
         _row("weight scales", (w.scales for w in weights)),
         _row("outliers", (t for w in weights for t in (w.outlier_values, w.outlier_columns))),
+        _row("NF4 weights", nf4),
+        _row("NF4 scales", (tensor for p in nf4 for tensor in _nf4_tensors(_nf4_state(p)))),
         _row("float parameters", floats),
         _row("gradients", gradients),
         _row(
@@ -121,10 +131,21 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
     ]
     return MemoryLedger(
         rows=[row for row in rows if row.bytes],
-        n_parameters=sum(p.numel() for p in parameters),
+        n_parameters=sum(map(elements, parameters)),
         n_quantized=sum(w.numel() for w in weights),
         kept=kept_parameters(model) if weights else [],
     )
+
+
+def _nf4_state(parameter: Tensor) -> Any:
+    """What bitsandbytes reads a 4-bit parameter by; None of any other, and of one on no device."""
+    return getattr(parameter, "quant_state", None)
+
+
+def _nf4_tensors(state: Any) -> list[Tensor]:
+    """All tensors of a `QuantState`, and of the one that its scales are read by."""
+    own = [value for value in vars(state).values() if isinstance(value, Tensor)]
+    return own + (_nf4_tensors(state.state2) if state.state2 is not None else [])
 
 
 def _row(state: str, tensors: Iterable[Tensor]) -> LedgerRow:

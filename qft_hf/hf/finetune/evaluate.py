@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from .data import DataCounts, prepare_data
+from .data import DataCounts, TaskData, prepare_data
 from .loading import load_config, load_model, load_tokenizer
 from .parsing import RunArguments
 
@@ -46,8 +46,23 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
     data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
     if data.evaluation is None:
         raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
+    length = arguments.data.max_length
+    model = load_model(arguments.model, None, config, data.task, max_length=length)
+    found = scores(model, data, training)
+    return Evaluation(arguments.model.model_name_or_path, found, data.evaluation.counts)
+
+
+def scores(model: Any, data: TaskData, training: TrainingArguments) -> dict[str, float]:
+    """Return the scores of a model on data that are held out, by name.
+
+    Args:
+        model: Moved to the device of `training`.
+        data: Has held-out data.
+        training: Says where, how many at a time, and whether under bf16 autocast.
+    """
+    if data.evaluation is None:
+        raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
     task = data.task
-    model = load_model(arguments.model, None, config, task, max_length=arguments.data.max_length)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
@@ -62,10 +77,9 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
             ),
             eval_dataset=data.evaluation.dataset,
             data_collator=task.collator,
-            processing_class=tokenizer,
+            processing_class=task.tokenizer,
             compute_metrics=task.scoring.compute_metrics,
             preprocess_logits_for_metrics=task.scoring.preprocess_logits,
         )
         metrics: dict[str, Any] = trainer.evaluate()
-    scores = {name: metrics[f"eval_{name}"] for name in task.scoring.names}
-    return Evaluation(arguments.model.model_name_or_path, scores, data.evaluation.counts)
+    return {name: metrics[f"eval_{name}"] for name in task.scoring.names}

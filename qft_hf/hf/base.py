@@ -1,0 +1,84 @@
+"""The frozen base of a side network: how it is stored, and what loads it so."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from .config import QFTConfig
+
+BASES = ("nf4", "int8", "float")
+
+
+def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> Any:
+    """Return what `from_pretrained` takes as `quantization_config` to store a base so.
+
+    Args:
+        base: `"nf4"`: 4 bits a weight with double quantization, by bitsandbytes (Dettmers et al.
+            2023, "QLoRA"); `"int8"`: this package's weights; `"float"`.
+        model: Of the class that will be loaded, on any device; the meta device will do. Its dtype
+            is the one that NF4 weights are multiplied in.
+        config: The format with `"int8"`; None: the default.
+
+    Returns:
+        A configuration; None with `"float"`.
+
+    Raises:
+        ImportError: `"nf4"` was asked for, and bitsandbytes is not installed.
+        ValueError: `base` is none of these.
+    """
+    if base not in BASES:
+        raise ValueError(f"base must be {' or '.join(map(repr, BASES))}, got {base!r}.")
+    if base == "float":
+        return None
+    if base == "int8":
+        return config or QFTConfig()
+    require_bitsandbytes()
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=model.dtype,
+        llm_int8_skip_modules=_kept(model),  # also of 4 bits
+    )
+
+
+def require_bitsandbytes() -> None:
+    """Raise if NF4 weights cannot be made here.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "base='nf4' stores the frozen base with bitsandbytes, which is not installed. "
+            "`pip install 'bitsandbytes>=0.50'`; or set base to 'int8', which needs nothing more "
+            "and twice the bytes, or to 'float'."
+        ) from error
+
+
+def nf4_weights(model: Any) -> list[Tensor]:
+    """Return the weights that `base_format` has bitsandbytes store in 4 bits; others stay float.
+
+    Args:
+        model: Of transformers, float, on any device; the meta device will do.
+    """
+    kept = [*_kept(model), *(model._keep_in_fp32_modules or [])]
+    return [
+        module.weight
+        for name, module in model.named_modules()
+        if (isinstance(module, Conv1D) or type(module) is nn.Linear)
+        and should_convert_module(name, kept)
+    ]
+
+
+def _kept(model: Any) -> list[str]:
+    """Modules that stay float: what stands beside the layers, heads above all.
+
+    transformers' own choice would put a new classifier into 4 bits, and there it cannot be made.
+    """
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
