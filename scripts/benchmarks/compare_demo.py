@@ -11,67 +11,17 @@ held-out dialogues before and after.
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, set_seed
+from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
 from common import report
 from common.command_line import chosen, command_line
+from common.float_trainer import float_trainer
 
 from qft_hf.hf.finetune import RunArguments, parse_arguments, prepare
-from qft_hf.hf.finetune.data import prepare_data
-from qft_hf.hf.finetune.loading import load_config, load_tokenizer
-
-
-class Lion(torch.optim.Optimizer):
-    """Chen et al. 2023, algorithm 2 (arXiv:2302.06675), in FP32; no weight decay."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
-        super().__init__(parameters, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                momentum = state.setdefault("momentum", torch.zeros_like(parameter))
-                direction = momentum.lerp(parameter.grad, 0.1).sign_()
-                parameter.sub_(direction, alpha=group["lr"])
-                momentum.lerp_(parameter.grad, 0.01)
-
-
-def float_trainer(arguments: RunArguments, *, adamw_lr: float | None) -> Trainer:
-    """The stock Trainer on FP32 weights, with AdamW at the given rate or with Lion."""
-    training = arguments.training
-    set_seed(training.seed)
-    tokenizer = load_tokenizer(arguments.model)
-    config = load_config(arguments.model)
-    data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model.model_name_or_path, dtype=torch.float32
-    )
-    training.optim = "adamw_torch"
-    optimizer = None
-    if adamw_lr is None:
-        optimizer = Lion(model.parameters(), lr=training.learning_rate)
-    else:
-        training.learning_rate = adamw_lr
-    return Trainer(
-        model=model,
-        args=training,
-        train_dataset=data.train.dataset,
-        eval_dataset=data.evaluation.dataset,
-        data_collator=data.task.collator,
-        processing_class=tokenizer,
-        optimizers=(optimizer, None),
-    )
 
 
 def ways(flags: list[str], adamw_lr: float) -> dict[str, Callable[[], Trainer]]:
@@ -83,8 +33,8 @@ def ways(flags: list[str], adamw_lr: float) -> dict[str, Callable[[], Trainer]]:
         return parse_arguments(["demo", *fixed, *flags, *more])
 
     return {
-        "FP32 AdamW": lambda: float_trainer(arguments(), adamw_lr=adamw_lr),
-        "FP32 Lion": lambda: float_trainer(arguments(), adamw_lr=None),
+        "FP32 AdamW": lambda: float_trainer(arguments(f"--learning_rate={adamw_lr}"), "AdamW"),
+        "FP32 Lion": lambda: float_trainer(arguments(), "Lion"),
         "QFT, dequantize": lambda: prepare(arguments()).trainer,
         "QFT, int8": lambda: prepare(arguments("--matmul=int8")).trainer,
     }

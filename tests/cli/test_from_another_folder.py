@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
 
 from qft_hf_cli import main
 from tests.finetune.chats import chat, tiny_tokenizer
@@ -113,6 +113,20 @@ def test_what_a_run_refuses_check_refuses(home, capsys):
         with pytest.raises(SystemExit):
             main(["check", "my.yaml", *flags])
         assert text in capsys.readouterr().err
+
+
+def test_check_asks_whether_packed_examples_stay_apart(home, capsys):
+    main(["check", "my.yaml", "--packing"])
+    assert "in blocks; no example sees another" in capsys.readouterr().out
+
+    BloomForCausalLM(
+        BloomConfig(vocab_size=320, hidden_size=32, n_layer=3, n_head=4)
+    ).save_pretrained("base")
+    main(["check", "my.yaml"])
+    assert "none: examples are padded" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["check", "my.yaml", "--packing"])
+    assert "packing would let examples see each other: Bloom" in capsys.readouterr().err
 
 
 def test_a_model_without_a_template_is_refused_for_chat(home, capsys):

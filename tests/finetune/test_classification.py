@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
+from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, EvalPrediction
 
 from qft_hf.hf.finetune.arguments import DataArguments
@@ -104,14 +105,63 @@ def test_regression_takes_numbers():
         ([["b"], ["a", "c"]], ["c", "b", "a"], [[0, 1, 0], [1, 0, 1]]),
         ([[0, 1, 1], [0, 0, 1]], ["x", "y", "z"], [[0, 1, 1], [0, 0, 1]]),  # one entry a class
         ([[2], [0, 1]], ["x", "y", "z"], [[0, 0, 1], [1, 1, 0]]),
+        # csv has only text.
+        (["b", "a, c", ""], [], [[0, 1, 0], [1, 0, 1], [0, 0, 0]]),
+        (["b", "so so;a"], [], [[0, 1, 0], [1, 0, 1]]),
+        (["c |b", "a|c"], ["c", "b", "a"], [[1, 1, 0], [1, 0, 1]]),
+        (['["b"]', "['a', 'c, d']"], [], [[0, 1, 0], [1, 0, 1]]),
+        (["0,1,1", "0,0,1"], ["x", "y", "z"], [[0, 1, 1], [0, 0, 1]]),
+        (["[0, 1, 1]", "[0, 0, 1]"], ["x", "y", "z"], [[0, 1, 1], [0, 0, 1]]),
+        (["2", "0, 1"], ["x", "y", "z"], [[0, 0, 1], [1, 1, 0]]),
     ],
     ids=str,
 )
 def test_several_classes(labels, head, rows):
     task = task_of(labels, *head, kind=MultiLabel)
     assert [task.label(label) for label in labels] == rows
-    with pytest.raises(RowError, match="got the label 'b'"):
-        task.label("b")
+    for label in (None, 0.5, "['a'"):
+        with pytest.raises(RowError, match=r"no list of classes: .* got the label"):
+            task.label(label)
+
+
+def test_several_classes_have_one_separator():
+    with pytest.raises(ValueError, match=r"has ',' and ';' .* Separate classes by one of them"):
+        task_of(["a, b", "b;c"], kind=MultiLabel)
+
+
+@pytest.mark.parametrize(
+    ("template", "pair_template"),
+    [
+        ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),  # BERT
+        ("[CLS] $A [SEP]", "[CLS] $A [SEP] [SEP] $B [SEP]"),  # RoBERTa
+        ("[CLS] $A", "[CLS] $A $B"),  # Llama
+        ("$A [SEP]", "$A [SEP] $B [SEP]"),  # T5
+    ],
+)
+def test_special_tokens_around_a_text_stand_there_once(template, pair_template):
+    """Rows that were written with them are what they are without."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
+    ids = [("[CLS]", tokenizer.cls_token_id), ("[SEP]", tokenizer.sep_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, pair=pair_template, special_tokens=ids
+    )
+    before, after = ("[CLS]" in template) * "[CLS] ", ("[SEP]" in template) * " [SEP]"
+    row = {"text": "the dog", "other": "lazy [SEP] fox", "label": "yes"}
+    marked = row | {
+        "text": before + before + row["text"] + after,
+        "other": before + row["other"] + (after and f"{after}\n"),
+    }
+    for pair in (None, "other"):
+        arguments = DataArguments("rows.jsonl", task="classification", text_pair_field=pair)
+        task = Classification(arguments, tokenizer, config_of(), ["yes", "no"])
+
+        (expected,) = task.encode(row)
+        assert task.encode(marked) == [expected]
+        assert expected["input_ids"].count(tokenizer.cls_token_id) == bool(before)
+        # The token in the middle is the user's own.
+        text = tokenizer(*[row["text"], row["other"]][: 1 + (pair is not None)])
+        assert expected["input_ids"] == text["input_ids"]
 
 
 def test_scores_of_numbers_and_of_several_classes():

@@ -9,7 +9,13 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
 from qft_hf.hf.finetune.evaluation import token_losses
-from qft_hf.hf.finetune.packing import collate_blocks, count_tokens, pack, refuse_crossing
+from qft_hf.hf.finetune.packing import (
+    collate_blocks,
+    count_tokens,
+    pack,
+    refuse_crossing,
+    shortened,
+)
 from qft_hf.nn.loss import IGNORED
 
 LENGTHS = [[5], [1, 1, 1], [0, 7, 0, 0, 3], [13, 0, 1, 6, 29, 2]]  # short, empty, over many blocks
@@ -110,10 +116,14 @@ CROSSING = {
 }
 
 
-def tiny(family, sizes):
+def config_of(family, sizes):
     name = "Gemma3TextConfig" if family == "Gemma3" else f"{family}Config"
+    return getattr(transformers, name)(**sizes)
+
+
+def tiny(family, sizes):
     torch.manual_seed(3)
-    return AutoModelForCausalLM.from_config(getattr(transformers, name)(**sizes)).eval()
+    return AutoModelForCausalLM.from_config(config_of(family, sizes)).eval()
 
 
 @pytest.mark.parametrize(("family", "sizes"), APART.items(), ids=APART)
@@ -145,6 +155,31 @@ def test_a_document_changes_no_loss_of_another_by_a_bit(family, sizes):
             inside[start : start + lengths[index]] = False
             assert not inside.any(), mode
             assert moved.any() or lengths[index] == 1
+
+
+LONG = {"num_hidden_layers": 7, "n_layer": 7, "n_layers": 7, "vocab_size": 4096}
+
+
+@pytest.mark.parametrize(("family", "sizes"), (APART | CROSSING).items(), ids=APART | CROSSING)
+def test_a_short_model_of_the_family_answers_for_a_long_one(family, sizes):
+    """What a dry run makes: no layer type is missing, and no weight of the long one is needed."""
+    long = config_of(family, {name: LONG.get(name, size) for name, size in sizes.items()})
+    if "pad_token_id" not in sizes:
+        long.pad_token_id = 4000
+    config = shortened(long)
+
+    short = AutoModelForCausalLM.from_config(config)
+
+    assert long.num_hidden_layers == 7
+    assert sum(p.numel() for p in short.parameters()) < 4096 * 32
+    types = getattr(long, "layer_types", None)
+    assert config.num_hidden_layers == (len(set(types)) if types else 2)
+    assert types is None or set(config.layer_types) == set(types)
+    if family in CROSSING:
+        with pytest.raises(ValueError, match="does not keep them apart"):
+            refuse_crossing(short)
+    else:
+        refuse_crossing(short)
 
 
 @pytest.mark.parametrize(("family", "sizes"), CROSSING.items(), ids=CROSSING)

@@ -1,6 +1,12 @@
 """The studies run at toy size; what they measure there means nothing."""
 
+import json
+
+import pytest
+from transformers import BertConfig, BertModel
+
 from qft_hf import kernels
+from tests.finetune.chats import tiny_tokenizer
 from tests.scripts.commands import load
 
 
@@ -64,3 +70,52 @@ def test_the_study_of_routers_tunes_every_way(run):
     reductions = {run["way"]: run["reduction"] for run in figures["runs"]}
     assert len(set(reductions.values())) == len(reductions) == 3  # each is another model
     assert "| QFT, INT8 routers | " in text
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A tiny encoder, and questions that are answered by their first word."""
+    tokenizer = tiny_tokenizer()
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), intermediate_size=48, **sizes)
+    BertModel(config).save_pretrained(tmp_path / "minilm")
+    tokenizer.save_pretrained(tmp_path / "minilm")
+    (tmp_path / "boolq").mkdir()
+    for name, n_rows in (("train", 24), ("eval", 10)):
+        rows = [
+            {
+                "question": "is it so?" if n % 5 else "why?",
+                "passage": "a dog",
+                "label": str(n % 5 > 0),
+            }
+            for n in range(n_rows)
+        ]
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (tmp_path / "boolq" / f"{name}.jsonl").write_text(lines)
+    return tmp_path
+
+
+def test_the_study_of_boolq_tunes_every_way_and_goes_on_where_it_stopped(run, questions):
+    flags = [
+        "boolq", "--data", str(questions), "--use_cpu", "--max_steps=3", "--max_length=32",
+        "--adamw_learning_rate", "1e-2", "1e-9", "--learning_rate", "1e-2",
+    ]  # fmt: skip
+    first, text = run(*flags, "--seeds", "0")
+
+    assert len(first["runs"]) == 2 + 4
+    assert len({run["loss"] for run in first["runs"]}) == 6 - 1
+    found = {run["way"]: run for run in first["runs"]}
+    assert found["QFT, release"]["loss"] == found["QFT"]["loss"]  # the same bits
+    states = [found[way]["state_bytes"] for way in ("FP32 AdamW", "FP32 Lion", "QFT")]
+    assert states[0] > states[1] > 2 * states[2] > 2 * found["QFT, release"]["state_bytes"] > 0
+    assert {run["majority"] for run in first["runs"]} == {0.8}
+    assert "80.0 % of 10 held-out questions" in text
+
+    second, text = run(*flags, "--seeds", "0", "3")
+
+    assert second["runs"][:6] == first["runs"]  # with their times, so they are not done again
+    new = second["runs"][6:]
+    assert [(run["way"], run["seed"]) for run in new] == [(way, 3) for way in found]
+    assert new[0]["rate"] == 1e-2  # which ends lower than 1e-9
+    mean = sum(found[way]["accuracy"] for way in found if way == "QFT")
+    assert f"| QFT | 0.01 | 2 | {50 * (mean + new[2]['accuracy']):.1f} % |" in text

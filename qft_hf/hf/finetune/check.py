@@ -1,6 +1,7 @@
 """What a run would do, found out without loading a weight: a dry run of its config."""
 
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from .evidence import LEARNED, example_text
 from .forecast import disk_bytes, n_steps, workload_of
 from .loading import check_fit
 from .output_folder import nearest_folder, refuse_small_disk
+from .packing import refuse_crossing, shortened
 from .parsing import RunArguments
 from .run import paths_read, read
 from .task import LanguageTask
@@ -33,10 +35,11 @@ class Check:
         eval_data: Likewise; None if nothing is held out.
         steps: Of the optimizer.
         steps_per_epoch: Likewise.
+        packing: Whether examples share blocks; if so, they have been seen to stay apart there.
         example: The first example as text; what is learned stands in brackets.
         disk_bytes: That the run has on the disk at one time, at most.
         free_bytes: On that disk.
-        memory: By arithmetic; None of a model that is no decoder.
+        memory: By arithmetic; None if the configuration has not the sizes of a decoder.
     """
 
     paths: dict[str, str]
@@ -48,6 +51,7 @@ class Check:
     eval_data: DataCounts | None
     steps: int
     steps_per_epoch: int
+    packing: bool
     example: str
     disk_bytes: int
     free_bytes: int
@@ -72,13 +76,19 @@ class Check:
             f"{'training data':<24}{self.train_data}",
             f"{'evaluation data':<24}{self.eval_data or 'none'}",
             f"{'steps':<24}{self.steps:,}, of which {self.steps_per_epoch:,} are an epoch",
+            f"{'packing':<24}"
+            + (
+                "in blocks; no example sees another"
+                if self.packing
+                else "none: examples are padded"
+            ),
             f"{'output_dir':<24}{self.output_dir}",
             f"{'goes on from':<24}{self.checkpoint or 'the model: a fresh start'}",
             f"{'disk':<24}up to {self.disk_bytes / 1e9:.2f} GB of {self.free_bytes / 1e9:.1f} free",
             f"\nThe first example; what is learned stands in {LEARNED[0]}brackets{LEARNED[1]}:\n",
             self.example,
             "",
-            "memory is not estimated for a model that is no decoder"
+            "memory is not estimated: the configuration has not the sizes of a decoder"
             if self.memory is None
             else str(self.memory),
         ]
@@ -99,20 +109,27 @@ def check(arguments: RunArguments) -> Check:
     n_tokens, max_length = len(task.tokenizer), arguments.data.max_length
     check_fit(config, arguments.model, max_length=max_length, n_tokens=n_tokens)
     task.configure(config)
+    how = {
+        "dtype": getattr(torch, arguments.model.dtype),
+        "trust_remote_code": arguments.model.trust_remote_code,
+        "attn_implementation": arguments.model.attn_implementation,
+    }
     with torch.device("meta"):
-        model = task.model_class.from_config(
-            config,
-            dtype=getattr(torch, arguments.model.dtype),
-            trust_remote_code=arguments.model.trust_remote_code,
-        )
+        model = task.model_class.from_config(config, **how)
+    if arguments.data.packing:
+        # Whether examples stay apart is a matter of the architecture: any weights can tell.
+        with training.device:
+            refuse_crossing(task.model_class.from_config(shortened(config), **how))
     memory = None
     if isinstance(task, LanguageTask):
-        memory = estimate_memory(
-            model,
-            gradient=given_options(training).get("gradient", "stack"),
-            gradient_checkpointing=bool(training.gradient_checkpointing),
-            **workload_of(arguments),
-        )
+        # A run does without the estimate where the configuration lacks a size that it needs.
+        with suppress(ValueError):
+            memory = estimate_memory(
+                model,
+                gradient=given_options(training).get("gradient", "stack"),
+                gradient_checkpointing=bool(training.gradient_checkpointing),
+                **workload_of(arguments),
+            )
     n_examples = len(data.train.dataset)
     needed = disk_bytes(arguments, model, n_examples)
     output_dir = arguments.output_dir
@@ -128,6 +145,7 @@ def check(arguments: RunArguments) -> Check:
         eval_data=data.evaluation.counts if data.evaluation else None,
         steps=steps,
         steps_per_epoch=of_epoch,
+        packing=arguments.data.packing,
         example=example_text(data),
         disk_bytes=needed,
         free_bytes=shutil.disk_usage(nearest_folder(output_dir)).free,

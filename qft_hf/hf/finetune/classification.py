@@ -1,7 +1,9 @@
 """A text, or a pair of texts, and its label: a class, a number, or several classes."""
 
+import ast
 import math
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import Any, ClassVar
 
 from datasets import ClassLabel, Features, List, Value
@@ -17,6 +19,7 @@ from .evaluation import CLASSES, NUMBERS, SEVERAL_CLASSES, Scoring
 from .task import Example, Row, RowError, Task
 
 UNLABELLED = -1  # the convention of `datasets.ClassLabel`
+SEPARATORS = (",", ";", "|")  # of several classes in a cell of text
 
 
 class Classification(Task):
@@ -55,6 +58,7 @@ class Classification(Task):
             {name: List(Value("int64")) for name in tokenizer(" ")} | {"labels": self.label_type}
         )
         self.collator = DataCollatorWithPadding(tokenizer)
+        self._begin, self._end = _tokens_around_texts(tokenizer)
         self._declared = declared
         self.names = self._names(labels, config)
         self._index_of = {_key(name): index for index, name in enumerate(self.names)}
@@ -68,11 +72,12 @@ class Classification(Task):
             config.label2id = {name: index for index, name in enumerate(self.names)}
 
     def encode(self, row: Row) -> list[Example]:
-        """Tokenize, cutting the longer text of a pair first."""
+        """Tokenize, cutting the longer text of a pair first; special tokens around stand once."""
         names = [self.arguments.text_field, self.arguments.text_pair_field]
         texts = [self.field(row, name) for name in names if name is not None]
         if not all(isinstance(text, str) for text in texts):
             raise RowError("no text", f"expected a string in each of {names}, got {texts!r}.")
+        texts = [self._bare(text) for text in texts]
         label = self.label(self.field(row, self.arguments.label_field))
         encoded = self.tokenizer(*texts, verbose=False)
         cut = max(0, len(encoded["input_ids"]) - self.arguments.max_length)
@@ -92,6 +97,16 @@ class Classification(Task):
     def describe(self, label: Any) -> str:
         """Return what a label of an example says: the name of its class."""
         return str(self.names[label])
+
+    def _bare(self, text: str) -> str:
+        """Return a text without the special tokens that the tokenizer sets around it anyway."""
+        for token in self._begin:
+            while (rest := text.lstrip()).startswith(token):
+                text = rest.removeprefix(token).lstrip()
+        for token in self._end:
+            while (rest := text.rstrip()).endswith(token):
+                text = rest.removesuffix(token).rstrip()
+        return text
 
     def _class(self, label: Any) -> int:
         value = self._canonical(label)
@@ -202,7 +217,10 @@ class Regression(Classification):
 
 
 class MultiLabel(Classification):
-    """Any number of classes: a list of them, or a list of 0 and 1 with one entry a class."""
+    """Any number of classes: a list of them, or a list of 0 and 1 with one entry a class.
+
+    A list may stand in a cell of text, as in csv: `a, b`, `a;b`, `a|b` or `["a", "b"]`.
+    """
 
     scoring = SEVERAL_CLASSES
     problem_type = "multi_label_classification"
@@ -210,7 +228,12 @@ class MultiLabel(Classification):
 
     def label(self, value: Any) -> list[float]:
         """Return 1 for each class that applies."""
-        chosen = {self._class(entry) for entry in self._entries(value)}
+        entries = self._listed(value)
+        if entries is None:
+            raise RowError("no list of classes", f"task 'multi_label' got the label {value!r}.")
+        if self._is_multi_hot:
+            entries = [index for index, entry in enumerate(entries) if entry]
+        chosen = {self._class(entry) for entry in entries}
         return [float(index in chosen) for index in range(len(self.names))]
 
     def describe(self, label: Any) -> str:
@@ -218,24 +241,43 @@ class MultiLabel(Classification):
         names = [name for name, applies in zip(self.names, label, strict=True) if applies]
         return ", ".join(names) or "none"
 
-    def _entries(self, label: Any) -> list[Any]:
-        if not isinstance(label, list | tuple):
-            raise RowError("no list of classes", f"task 'multi_label' got the label {label!r}.")
-        if self._is_multi_hot:
-            return [index for index, entry in enumerate(label) if entry]
-        return list(label)
+    def _listed(self, label: Any) -> list[Any] | None:
+        """Return the entries of a list, also of one that is written out; None of what is none."""
+        if isinstance(label, list | tuple):
+            return list(label)
+        if not isinstance(label, str):
+            return None
+        if label.strip().startswith("["):
+            try:
+                return list(ast.literal_eval(label.strip()))
+            except (SyntaxError, TypeError, ValueError):
+                return None
+        return [_number(entry.strip()) for entry in label.split(self._separator) if entry.strip()]
 
     def _classes(self, labels: Sequence[Any]) -> Iterable[Any]:
-        lists = [label for label in labels if isinstance(label, list | tuple)]
+        self._separator = self._separator_of(labels)
+        lists = [entries for entries in map(self._listed, labels) if entries is not None]
         # Lists of classes with these lengths and values would say the same of every row.
         self._is_multi_hot = (
-            len({len(label) for label in lists}) == 1
+            len({len(entries) for entries in lists}) == 1
             and len(lists[0]) > 1
-            and all(entry in (0, 1) for label in lists for entry in label)
+            and all(entry in (0, 1) for entries in lists for entry in entries)
         )
         if self._is_multi_hot:
             return range(len(lists[0]))
-        return (self._canonical(entry) for label in lists for entry in label)
+        return (self._canonical(entry) for entries in lists for entry in entries)
+
+    def _separator_of(self, labels: Sequence[Any]) -> str:
+        """Return what stands between classes in cells of text; all must have the same."""
+        texts = [label for label in labels if isinstance(label, str) and label.strip()[:1] != "["]
+        found = [separator for separator in SEPARATORS if any(separator in t for t in texts)]
+        if len(found) > 1:
+            raise ValueError(
+                f"field {self.arguments.label_field!r} has {' and '.join(map(repr, found))} in its "
+                "texts, so that it is not clear where one class ends. Separate classes by one of "
+                'them, or write lists: ["a", "b"].'
+            )
+        return found[0] if found else SEPARATORS[0]
 
 
 def _number(text: str) -> int | float | str:
@@ -248,6 +290,16 @@ def _number(text: str) -> int | float | str:
         if str(value) == text.strip():
             return value
     return text
+
+
+def _tokens_around_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+    """Return the special tokens that a tokenizer sets before a text, and those after it."""
+    ids, special = tokenizer("x")["input_ids"], set(tokenizer.all_special_ids)
+    before, after = (
+        [str(tokenizer.convert_ids_to_tokens(id)) for id in takewhile(special.__contains__, run)]
+        for run in (ids, ids[::-1])
+    )
+    return before, after
 
 
 def _key(name: Any) -> str:

@@ -5,6 +5,7 @@ then builds a mask by which no token sees another example. Not every family does
 asks the model itself.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...nn.loss import IGNORED
 
@@ -98,6 +99,26 @@ def refuse_crossing(model: PreTrainedModel) -> None:
             f"packing would let examples see each other: {type(model).__name__} does not keep them "
             "apart by their positions. Set packing to false."
         )
+
+
+def shortened(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Return the config of a model that is small enough to be made for `refuse_crossing` alone.
+
+    It has a layer of each type, or the first two, as wide as they are, and as many tokens as the
+    check needs.
+    """
+    short = copy.deepcopy(config)
+    text: Any = short.get_text_config()
+    types = getattr(text, "layer_types", None)
+    n_layers = text.num_hidden_layers
+    kept = sorted(map(types.index, set(types))) if types else list(range(min(2, n_layers)))
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == n_layers:  # an entry for each layer
+            setattr(text, name, [value[layer] for layer in kept])
+    text.num_hidden_layers = len(kept)
+    text.vocab_size = 32
+    text.pad_token_id = None  # it may be beyond them
+    return short
 
 
 def count_tokens(examples: Dataset) -> int:
