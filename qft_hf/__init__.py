@@ -17,7 +17,7 @@ from .memory import MemoryEstimate, MemoryLedger, memory_ledger
 from .nn import QFTEmbedding, QFTLinear
 from .optim import QFTSGD, QFTAdamW, QFTLion, QFTOptimizer
 from .quant import QFTWeight
-from .side import QSTConfig
+from .side import QSTConfig, attach_side_network, side_parameters
 from .version import __version__
 
 __all__ = [
@@ -35,10 +35,12 @@ __all__ = [
     "QFTWeight",
     "QSTConfig",
     "__version__",
+    "attach_side_network",
     "chunk_loss_",
     "dequantize_model_",
     "estimate_memory",
     "memory_ledger",
     "quantize_model_",
     "recommend",
+    "side_parameters",
 ]

@@ -1,0 +1,153 @@
+"""`attach_side_network`: a model that trains a side network, and nothing of itself."""
+
+import inspect
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..nn import QuantizedModule, dequantize_modules_
+from .config import QSTConfig
+from .network import SideNetwork
+from .stack import layer_stack
+
+Model = TypeVar("Model", bound=nn.Module)
+
+NAME = "side_network"  # of the module in its model
+# Arguments of layers by which a base tells positions, with a value for each head or of its width.
+FOR_THE_BASE = ("alibi", "rel_embeddings", "position_bias")
+
+
+def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
+    """Freeze a model and put a side network beside it, which alone is trained.
+
+    The model gives the same logits as before, bit for bit, until it has been trained. Its base may
+    be float, INT8 of ours, or 4-bit of bitsandbytes; it is always run as in evaluation, without
+    dropout. It keeps its class, `generate` and `config`; `save_pretrained` writes the side network
+    alone, as `save_side_network` does.
+
+    The head of a language model stays frozen. Any other head, such as that of a classifier, is
+    trained too, in the dtype that it has; one in INT8 is dequantized to `model.dtype`.
+
+    Args:
+        model: Of transformers, with a head; modified. On one device, which may be meta.
+        config: None: the defaults.
+
+    Returns:
+        `model`, with the parameters of the side network in FP32.
+
+    Raises:
+        ValueError: The model has no findable stack of layers, another side network or adapters, is
+            on several devices, or the sizes do not fit. The model is unchanged.
+    """
+    config = config or QSTConfig()
+    any_model: Any = model
+    _refuse(model)
+    runner, layers = layer_stack(model)
+    _refuse_layers(layers, any_model.config)
+    heads = _trained_heads(model)
+    _refuse_heads(heads)
+    device = next(layers[0].parameters()).device
+    with torch.device(device):
+        network = SideNetwork(layers, any_model.config, config).float()
+    if device.type != "meta":
+        with torch.no_grad():
+            for module in network.layers.modules():
+                any_model._init_weights(module)
+    for head in heads.values():
+        if any(isinstance(module, QuantizedModule) for module in head.modules()):
+            dequantize_modules_(head, any_model.dtype)
+    model.requires_grad_(requires_grad=False)
+    for head in heads.values():
+        head.requires_grad_(requires_grad=True)
+    network.frozen = tuple(child for child in model.children() if child not in heads.values())
+    network.follow(runner, layers)
+    model.add_module(NAME, network)
+    network.train(model.training)
+    return model
+
+
+def side_network_of(model: Any) -> SideNetwork | None:
+    """The side network that a model has; None if it has none."""
+    network = getattr(model, NAME, None)
+    return network if isinstance(network, SideNetwork) else None
+
+
+def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a model that side tuning trains, by name: side network, and head if any.
+
+    Raises:
+        ValueError: The model has no side network.
+    """
+    network = side_network_of(model)
+    if network is None:
+        raise ValueError(
+            f"{type(model).__name__} has no side network. Call attach_side_network first."
+        )
+    return {NAME: network} | _trained_heads(model)
+
+
+def side_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model that side tuning trains, by full name.
+
+    Raises:
+        ValueError: The model has no side network.
+    """
+    return {
+        f"{place}.{name}": parameter
+        for place, module in trained_modules(model).items()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def _trained_heads(model: Any) -> dict[str, nn.Module]:
+    """All that a model has beside its base, if it is no language model, whose head stays frozen."""
+    if model.get_output_embeddings() is not None:
+        return {}
+    beside = {name: child for name, child in model.named_children() if name != NAME}
+    return {name: child for name, child in beside.items() if child is not model.base_model}
+
+
+def _refuse_heads(heads: dict[str, nn.Module]) -> None:
+    for place, head in heads.items():
+        for name, parameter in head.named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(
+                    f"{place}.{name} is {parameter.dtype}, and the head of a classifier is "
+                    f"trained. List {place!r} in llm_int8_skip_modules when the model is loaded."
+                )
+
+
+def _refuse(model: Any) -> None:
+    name = type(model).__name__
+    if side_network_of(model) is not None:
+        raise ValueError(f"{name} has a side network already. Load the model anew for another.")
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{name} has PEFT adapters, which would have to be trained through the base. Merge "
+            "them, or attach the side network to the model without them."
+        )
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
+        raise ValueError(f"A side network is for models of transformers, got {name}.")
+    if model.get_output_embeddings() is None and model.base_model is model:
+        raise ValueError(
+            f"{name} has no head. Load the model with AutoModelForCausalLM or "
+            "AutoModelForSequenceClassification."
+        )
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name} is on {' and '.join(devices)}, and side tuning runs on one device. Load it "
+            'with device_map={"": 0}.'
+        )
+
+
+def _refuse_layers(layers: list[nn.Module], config: Any) -> None:
+    for layer in layers:
+        wanted = inspect.signature(type(layer).forward).parameters
+        found = [name for name in FOR_THE_BASE if name in wanted]
+        if found and getattr(config, found[0], True):
+            raise ValueError(
+                f"{type(layer).__name__} takes {found[0]}, made for the sizes of the base. "
+                "Choose a model with rotary or learned positions."
+            )

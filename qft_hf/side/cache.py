@@ -1,0 +1,42 @@
+"""Room for the side network's keys and values, in the cache of the base.
+
+A cache of transformers holds a list of layers, and each attention writes to the one of its number.
+The side network's layers are numbered on behind the base's: whatever reorders, repeats, selects or
+crops a cache does so for both.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+
+def shift_layer_numbers_(layer: nn.Module, by: int) -> None:
+    """Have the attention of a side layer write behind the layers of the base."""
+    for module in layer.modules():
+        if isinstance(number := vars(module).get("layer_idx"), int):
+            vars(module)["layer_idx"] = number + by
+
+
+def make_room_(arguments: Iterable[Any], n_layers: int) -> None:
+    """Append layers for the side network to a cache that has been made for the base alone.
+
+    Args:
+        arguments: What a layer of the base is called with; a cache among them is modified.
+        n_layers: Of the base.
+
+    Raises:
+        ValueError: The base has written to the cache without the side network.
+    """
+    for cache in arguments:
+        if not (hasattr(cache, "layers") and hasattr(cache, "get_seq_length")):
+            continue
+        if len(cache.layers) >= 2 * n_layers or getattr(cache, "layer_class_to_replicate", None):
+            continue  # there is room, or there will be
+        if cache.get_seq_length():
+            raise ValueError(
+                f"The cache holds {cache.get_seq_length()} tokens of the base and none of the side "
+                "network: it was filled before the side network was attached. Start with a new one."
+            )
+        cache.layers.extend(copy.deepcopy(layer) for layer in cache.layers[:n_layers])

@@ -1,0 +1,324 @@
+"""What a side network computes, what it keeps, and what it leaves alone."""
+
+import copy
+import io
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from qft_hf import QFTConfig, quantize_model_
+from qft_hf.quant import QFTWeight
+from qft_hf.side import QSTConfig, attach_side_network, side_network_of, side_parameters
+from tests.side.families import SIZES, classifier, decoder, texts
+from tests.side.test_families import CONFIG, disturbed_, logits, trained_
+from tests.tolerances import assert_same_bits
+
+WIDTH = (SIZES["hidden_size"],)
+DOWNSAMPLES = ["adapter", "linear", "mean", "max"]
+
+
+def narrowed(network, number, hidden):
+    """A hidden state at the side network's width, as `downsample` says, written out."""
+    module = network.downsamples[number]
+    if network.config.downsample == "adapter":
+        middle = nn.functional.silu(hidden @ module.down.weight.T)
+        width = network.gates.shape[1]
+        return nn.functional.layer_norm(
+            middle @ module.up.weight.T, (width,), module.norm.weight, module.norm.bias
+        )
+    if network.config.downsample == "linear":
+        return hidden @ module.weight.T
+    parts = hidden.reshape(*hidden.shape[:-1], -1, network.config.r)
+    return parts.mean(-1) if network.config.downsample == "mean" else parts.max(-1).values
+
+
+@pytest.mark.parametrize("downsample", DOWNSAMPLES)
+def test_the_forward_is_the_recursion_of_the_paper(downsample):
+    ids = texts()
+    base = decoder("Llama")
+    hidden = []
+    base.model.layers[0].register_forward_pre_hook(lambda layer, args: hidden.append(args[0]))
+    for layer in base.model.layers:
+        layer.register_forward_hook(lambda layer, args, output: hidden.append(output))
+    with torch.no_grad():
+        last = base.model(ids).last_hidden_state
+        positions = base.model.rotary_emb(last, torch.arange(ids.shape[1])[None])
+    model = attach_side_network(decoder("Llama"), QSTConfig(r=4, rank=3, downsample=downsample))
+    network = side_network_of(model)
+    with torch.no_grad():
+        network.mix.fill_(0.3)
+        network.gates.copy_(torch.linspace(-2, 2, network.gates.numel()).view_as(network.gates))
+
+        state = narrowed(network, 0, hidden[0])
+        for number, layer in enumerate(network.layers):
+            gate = 1 / (1 + torch.exp(-network.gates[number]))
+            state = (1 - gate) * narrowed(network, number + 1, hidden[number + 1]) + gate * state
+            state = layer(state, position_embeddings=positions)
+        norm = state / (state.square().mean(-1, keepdim=True) + 1e-6).sqrt() * network.norm.weight
+        mixed = 0.7 * last + 0.3 * (norm @ network.upsample.weight.T)
+        expected = mixed @ model.lm_head.weight.T
+
+    # FP32 sums in another order; the logits are of order 10.
+    torch.testing.assert_close(logits(model, input_ids=ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_it_starts_as_published():
+    network = side_network_of(attach_side_network(decoder("Llama"), CONFIG))
+
+    assert network.gates.shape == (3, 12)
+    assert (network.gates == 0.5).all()
+    assert network.mix.item() == 0.0
+    assert len(network.downsamples) == 4
+    assert {type(layer).__name__ for layer in network.layers} == {"LlamaDecoderLayer"}
+
+
+def bytes_saved(model, **inputs):
+    """Of one forward pass: bytes that autograd keeps, each storage once, and those as wide as
+    the base."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = (tensor, storage.nbytes())  # alive: its address is its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**inputs).loss
+    loss.backward()
+    wide = sum(1 for tensor, _ in kept.values() if tensor.shape[-1:] == WIDTH)
+    return sum(n_bytes for _, n_bytes in kept.values()), wide
+
+
+def deep(n_layers, **arguments):
+    config = hf.LlamaConfig(**SIZES | {"num_hidden_layers": n_layers}, **arguments)
+    torch.manual_seed(0)
+    return hf.LlamaForCausalLM(config).train()
+
+
+@pytest.mark.parametrize("gradients_at_embeddings", [False, True])
+@pytest.mark.parametrize(("downsample", "a_layer"), [("mean", 0), ("max", 0), ("linear", 1)])
+def test_no_activation_of_the_base_is_kept(downsample, a_layer, gradients_at_embeddings):
+    """Of what is as wide as the base only what D learns from, one hidden state a layer."""
+    wide = {}
+    for n_layers in (2, 5):
+        model = attach_side_network(deep(n_layers), QSTConfig(r=4, downsample=downsample))
+        if gradients_at_embeddings:  # as trainers set it for adapters under checkpointing
+            model.enable_input_require_grads()
+        _, wide[n_layers] = bytes_saved(model, input_ids=texts(), labels=texts())
+
+    assert wide[5] - wide[2] == 3 * a_layer
+
+
+def test_embeddings_that_require_gradients_get_none():
+    model = attach_side_network(decoder("Llama"), CONFIG)
+    embedded = model.model.embed_tokens(texts()).detach().requires_grad_()
+
+    disturbed_(model)(inputs_embeds=embedded, labels=texts()).loss.backward()
+
+    assert embedded.grad is None
+
+
+def test_a_fraction_of_what_full_training_keeps_is_kept():
+    inputs = {"input_ids": texts(), "labels": texts()}
+    full, _ = bytes_saved(deep(5), **inputs)
+
+    side, _ = bytes_saved(attach_side_network(deep(5), QSTConfig(r=4, downsample="mean")), **inputs)
+
+    # All but what the loss keeps of the logits is at least r times as narrow.
+    of_loss = 2 * texts().numel() * SIZES["vocab_size"] * 4
+    assert side - of_loss < (full - of_loss) / 3
+
+
+def test_checkpointing_concerns_the_side_network_alone_and_changes_no_gradient():
+    gradients = []
+    kept = []
+    for checkpointing in (False, True):
+        torch.manual_seed(2)
+        model = disturbed_(attach_side_network(decoder("Llama"), CONFIG)).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        kept.append(bytes_saved(model, input_ids=texts(), labels=texts())[0])
+        gradients.append({name: p.grad for name, p in side_parameters(model).items()})
+
+    assert kept[1] < kept[0]
+    for name, gradient in gradients[0].items():
+        assert_same_bits(gradient, gradients[1][name])
+
+
+def test_the_base_runs_without_dropout_and_the_side_network_with_it():
+    model = classifier("BERT")
+    model.bert.embeddings.dropout.p = 0.5
+    attach_side_network(model, CONFIG)
+    seen = {}
+    model.bert.encoder.register_forward_hook(lambda module, args, output: None)
+    model.bert.encoder.layer[0].register_forward_pre_hook(
+        lambda layer, args: seen.setdefault("embeddings", []).append(args[0].clone())
+    )
+
+    model.train()
+    for _ in range(2):
+        model(texts())
+
+    assert_same_bits(*seen["embeddings"])
+    assert not any(module.training for module in model.bert.modules())
+    assert all(module.training for module in side_network_of(model).modules())
+    assert model.training
+
+
+def test_an_error_in_the_base_leaves_autograd_on():
+    model = attach_side_network(decoder("Llama"), CONFIG)
+
+    with pytest.raises(IndexError):
+        model(torch.tensor([[SIZES["vocab_size"] + 1]]))
+
+    assert torch.is_grad_enabled()
+    model(texts(), labels=texts()).loss.backward()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Gemma 3"])
+def test_documents_in_one_row_do_not_see_each_other(family):
+    model = disturbed_(attach_side_network(decoder(family), CONFIG))
+    ids = texts(1, 14)
+    positions = torch.tensor([[*range(6), *range(8)]])
+    others = ids.clone()
+    others[0, :6] = texts(1, 6, seed=5)
+
+    first, second = (
+        logits(model, input_ids=tokens, position_ids=positions, use_cache=False)[:, 6:]
+        for tokens in (ids, others)
+    )
+
+    assert_same_bits(first, second)
+
+
+def test_a_copy_has_a_side_network_of_its_own():
+    model = attach_side_network(decoder("Llama"), CONFIG)
+    expected = logits(model, input_ids=texts())
+
+    twin = copy.deepcopy(model)
+    trained_(twin, input_ids=texts(), labels=texts())
+
+    assert_same_bits(logits(model, input_ids=texts()), expected)
+    assert not torch.equal(logits(twin, input_ids=texts()), expected)
+
+
+def test_a_pickled_model_computes_the_same():
+    model = disturbed_(attach_side_network(decoder("Llama"), CONFIG))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+
+    again = torch.load(buffer, weights_only=False)
+
+    assert_same_bits(logits(again, input_ids=texts()), logits(model, input_ids=texts()))
+
+
+def test_an_int8_base_stays_int8_and_its_classifier_trains_in_float():
+    model = quantize_model_(classifier("BERT"), QFTConfig())
+    codes = {n: p.codes.clone() for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
+
+    attach_side_network(model, CONFIG)
+    losses = trained_(model, steps=6, input_ids=texts(), labels=torch.tensor([0, 2, 1]))
+
+    assert losses[-1] < losses[0]
+    assert type(model.classifier) is nn.Linear
+    for name, value in codes.items():
+        if not name.startswith("classifier."):
+            assert_same_bits(model.get_parameter(name).codes, value)
+
+
+def test_an_int8_decoder_starts_as_it_was_and_learns():
+    model = quantize_model_(decoder("Llama"), QFTConfig())
+    expected = logits(model, input_ids=texts())
+
+    attach_side_network(model, CONFIG)
+    assert_same_bits(logits(model, input_ids=texts()), expected)
+    losses = trained_(model, steps=6, input_ids=texts(), labels=texts())
+
+    assert losses[-1] < losses[0]
+
+
+def test_the_sizes_of_a_model_without_storage_are_those_of_a_real_one():
+    with torch.device("meta"):
+        skeleton = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES))
+
+    shapes = {n: p.shape for n, p in side_parameters(attach_side_network(skeleton, CONFIG)).items()}
+
+    real = side_parameters(attach_side_network(decoder("Llama"), CONFIG))
+    assert shapes == {name: parameter.shape for name, parameter in real.items()}
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+
+
+def test_llama_2_7b_gets_less_than_one_percent():
+    with torch.device("meta"):
+        model = hf.LlamaForCausalLM(hf.LlamaConfig())  # the defaults are its sizes
+
+    own = sum(p.numel() for p in side_parameters(attach_side_network(model)).values())
+
+    assert 0.004 < own / sum(p.numel() for p in model.parameters()) < 0.01
+
+
+def t5():
+    return hf.T5ForConditionalGeneration(
+        hf.T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=20, num_layers=2, num_heads=4)
+    )
+
+
+def bloom():
+    return hf.BloomForCausalLM(hf.BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=4))
+
+
+def with_adapters():
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(decoder("Llama"), LoraConfig(target_modules=["q_proj"]))
+
+
+REFUSED = {
+    "two stacks": (t5, "T5ForConditionalGeneration has no stack of layers that can be told"),
+    "no model of transformers": (lambda: nn.Linear(3, 3), "models of transformers, got Linear"),
+    "no head": (lambda: decoder("Llama").model, "LlamaModel has no head. Load the model with Auto"),
+    "adapters": (with_adapters, "has PEFT adapters, .* Merge them"),
+    "attached": (lambda: attach_side_network(decoder("Llama"), CONFIG), "a side network already"),
+    "ALiBi": (
+        bloom,
+        "BloomBlock takes alibi, .* Choose a model with rotary or learned positions",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_that_cannot_have_one_are_refused_by_name_and_unchanged(kind):
+    make, match = REFUSED[kind]
+    model = make()
+    before = [(name, p.requires_grad) for name, p in model.named_parameters()]
+
+    with pytest.raises(ValueError, match=match):
+        attach_side_network(model, CONFIG)
+
+    assert before == [(name, p.requires_grad) for name, p in model.named_parameters()]
+
+
+def test_an_r_that_does_not_fit_is_refused_and_the_model_is_unchanged():
+    model = decoder("Llama")
+
+    with pytest.raises(
+        ValueError, match=r"r=5 does not divide the hidden size 48 .* r that does is 4"
+    ):
+        attach_side_network(model, QSTConfig(r=5))
+
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert side_network_of(model) is None
+
+
+def test_a_cache_of_the_base_alone_is_refused():
+    model = decoder("Llama")
+    cache = model(texts(), use_cache=True).cache
+    attach_side_network(model, CONFIG)
+
+    with pytest.raises(ValueError, match="filled before the side network was attached"):
+        model(texts(3, 1), cache=cache)
