@@ -10,6 +10,7 @@ from .hf import (
     chunk_loss_,
     dequantize_model_,
     estimate_memory,
+    estimate_side_memory,
     quantize_model_,
     recommend,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "chunk_loss_",
     "dequantize_model_",
     "estimate_memory",
+    "estimate_side_memory",
     "memory_ledger",
     "quantize_model_",
     "recommend",

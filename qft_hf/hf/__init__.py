@@ -6,7 +6,7 @@ from .chunked_loss import chunk_loss_
 from .clipping import install_clipping
 from .config import QFTConfig
 from .convert import dequantize_model_, quantize_model_
-from .estimate import Recommendation, estimate_memory, recommend
+from .estimate import Recommendation, estimate_memory, estimate_side_memory, recommend
 from .guards import install_guards
 from .reference_model import install_references
 from .registration import is_accumulating, register_optimizer
@@ -27,6 +27,7 @@ __all__ = [
     "chunk_loss_",
     "dequantize_model_",
     "estimate_memory",
+    "estimate_side_memory",
     "is_accumulating",
     "quantize_model_",
     "recommend",

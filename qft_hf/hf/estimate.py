@@ -1,6 +1,7 @@
 """`estimate_memory`: will it fit, before anything is loaded; and `recommend`: how it will."""
 
 from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..layout import MOMENTUM_BITS, OPTIMIZERS
-from ..memory import MemoryEstimate, Workload, estimate
+from ..memory import Base, MemoryEstimate, Workload, estimate, estimate_side
+from ..nn import conversion_plan
+from ..side import QSTConfig, attach_side_network, side_config
+from .base import BASES, nf4_weights
 from .config import QFTConfig
 
 MODES = ("stack", "release")
 # Of a card's memory, what is left for the run: the driver, the libraries and fragments of the
 # allocator take the rest.
 USABLE = 0.92
+_FINEST_FIRST = ("float", "int8", "nf4")
 LONGEST = 2**20  # tokens of a sequence: longer ones are not looked for
 
 # A model, its configuration, or where that is: a folder with a config.json, or a name on the hub.
@@ -68,14 +73,11 @@ def estimate_memory(
     if optimizer not in OPTIMIZERS:
         wanted = " or ".join(map(repr, OPTIMIZERS))
         raise ValueError(f"optimizer must be {wanted}, got {optimizer!r}.")
-    if batch_size < 1 or sequence_length < 1:
-        raise ValueError(
-            f"batch_size and sequence_length must be 1 or more, got {batch_size} and "
-            f"{sequence_length}."
-        )
+    _refuse_sizes(batch_size, sequence_length)
     model = skeleton(model_or_config)
     workload = _workload(
-        model,
+        model.config.get_text_config(),
+        compute_bytes=model.dtype.itemsize,
         tokens=batch_size * sequence_length,
         checkpointing=gradient_checkpointing,
         chunked_loss=chunked_loss,
@@ -114,8 +116,86 @@ def skeleton(source: ModelSource) -> Any:
         return AutoModelForCausalLM.from_config(source, dtype=dtype)
 
 
-def _workload(model: Any, *, tokens: int, checkpointing: bool, chunked_loss: bool) -> Workload:
-    config = model.config.get_text_config()
+def estimate_side_memory(
+    model_or_config: ModelSource,
+    side: QSTConfig | None = None,
+    *,
+    base: str = "nf4",
+    config: QFTConfig | None = None,
+    batch_size: int = 1,
+    sequence_length: int = 2048,
+    gradient_checkpointing: bool = True,
+) -> MemoryEstimate:
+    """Predict the memory of training a side network with AdamW; no weight is loaded.
+
+    Args:
+        model_or_config: As in `estimate_memory`.
+        side: The side network; None: the default.
+        base: How the frozen base is stored: `"nf4"`, `"int8"` or `"float"`, which is the dtype that
+            the configuration names (else FP32).
+        config: The format of a base in INT8; None: the default.
+        batch_size: Sequences of one micro-batch.
+        sequence_length: Tokens of one sequence.
+        gradient_checkpointing: Whether side layers keep their input only.
+
+    Returns:
+        Bytes by kind. States are exact to the byte; activations are arithmetic for a decoder
+        with gated MLP.
+
+    Raises:
+        FileNotFoundError: As `estimate_memory`.
+        ValueError: `base` is none of these, the side network does not fit the model, or as
+            `estimate_memory`.
+    """
+    _refuse_sizes(batch_size, sequence_length)
+    estimator = _SideEstimator(model_or_config, side or QSTConfig(), base, config or QFTConfig())
+    return estimator(batch_size * sequence_length, checkpointing=gradient_checkpointing)
+
+
+class _SideEstimator:
+    """The arithmetic of one side network on one base; the models it takes are made once."""
+
+    def __init__(self, source: ModelSource, side: QSTConfig, base: str, config: QFTConfig) -> None:
+        if base not in BASES:
+            raise ValueError(f"base must be {' or '.join(map(repr, BASES))}, got {base!r}.")
+        origin = skeleton(source)
+        with torch.device("meta"):  # another one, to attach to
+            model = type(origin)._from_config(origin.config, dtype=origin.dtype)
+        self.base = Base()
+        if base == "nf4":
+            self.base = Base(nf4=nf4_weights(model))
+        elif base == "int8":
+            plan = conversion_plan(model, config.modules_to_not_convert)
+            self.base = Base(plan=plan, spec=config)
+        self.side = side
+        self.sizes = (model.config.get_text_config(), side_config(model.config, side))
+        self.model = attach_side_network(model, side)
+
+    def __call__(self, tokens: int, *, checkpointing: bool) -> MemoryEstimate:
+        work, side_work = (
+            _workload(
+                sizes,
+                compute_bytes=self.model.dtype.itemsize,
+                tokens=tokens,
+                checkpointing=checkpointing,
+                chunked_loss=False,
+            )
+            for sizes in self.sizes
+        )
+        return estimate_side(self.model, self.base, work, side_work, self.side)
+
+
+def _refuse_sizes(batch_size: int, sequence_length: int) -> None:
+    if batch_size < 1 or sequence_length < 1:
+        raise ValueError(
+            f"batch_size and sequence_length must be 1 or more, got {batch_size} and "
+            f"{sequence_length}."
+        )
+
+
+def _workload(
+    config: Any, *, compute_bytes: int, tokens: int, checkpointing: bool, chunked_loss: bool
+) -> Workload:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     missing = [name for name in names if getattr(config, name, None) is None]
     intermediate, choices = (None, 0) if missing else _mlp(config)
@@ -136,7 +216,7 @@ def _workload(model: Any, *, tokens: int, checkpointing: bool, chunked_loss: boo
         key_value=(getattr(config, "num_key_value_heads", None) or heads) * width,
         intermediate=intermediate,
         vocabulary=config.vocab_size,
-        compute_bytes=model.dtype.itemsize,
+        compute_bytes=compute_bytes,
         checkpointing=checkpointing,
         chunked_loss=chunked_loss,
         experts_per_token=choices,
@@ -161,7 +241,8 @@ class Recommendation:
     """How a model fits a card, or the nearest miss.
 
     Attributes:
-        gradient: The mode; stack where it fits, since it clips at no cost.
+        gradient: The mode; stack where it fits, since it clips at no cost. Of a side network: its
+            own gradients always wait for the step.
         gradient_checkpointing: Off where the activations fit.
         momentum_bits: As asked for: fewer than 8 cost quality, which nothing here decides to pay.
         optimizer: As asked for.
@@ -170,6 +251,7 @@ class Recommendation:
         batch_size: Sequences of one micro-batch, as asked for.
         longest_sequence: Tokens of the longest sequences that fit with this choice and batch size;
             0 if none does, and `LONGEST` also for longer ones. A model may be made for less.
+        base: Of a side network, how its frozen base is stored; None: every parameter is trained.
     """
 
     gradient: str
@@ -180,6 +262,7 @@ class Recommendation:
     usable_bytes: int
     batch_size: int
     longest_sequence: int
+    base: str | None = None
 
     @property
     def missing_bytes(self) -> int:
@@ -194,8 +277,9 @@ class Recommendation:
     def __str__(self) -> str:
         """One line: the choice, whether it fits, and what would."""
         total, usable = self.estimate.total_bytes / 1e9, self.usable_bytes / 1e9
+        way = f"gradient={self.gradient}" if self.base is None else f"method=qst, base={self.base}"
         line = (
-            f"gradient={self.gradient}, gradient_checkpointing={self.gradient_checkpointing}"
+            f"{way}, gradient_checkpointing={self.gradient_checkpointing}"
             f"{'' if self.momentum_bits == 8 else f', momentum_bits={self.momentum_bits}'}"
             f"{'' if self.optimizer == 'qft_lion' else f', optim={self.optimizer}'}: "
             f"{total:.1f} GB of {usable:.1f} usable, "
@@ -226,6 +310,8 @@ def recommend(
     momentum_bits: int = 8,
     optimizer: str = "qft_lion",
     chunked_loss: bool = False,
+    side: QSTConfig | None = None,
+    base: str | None = None,
 ) -> Recommendation:
     """Choose the mode for a card: the fastest that fits, else the smallest.
 
@@ -238,15 +324,23 @@ def recommend(
         momentum_bits: As in `estimate_memory`; 4 and 0 are never chosen unasked.
         optimizer: As in `estimate_memory`.
         chunked_loss: As in `estimate_memory`.
+        side: A side network, which alone is trained, with AdamW; None: every parameter is.
+        base: How the frozen base of `side` is stored; None: in as many bits as fit.
 
     Raises:
         FileNotFoundError: As `estimate_memory`.
-        ValueError: `gpu_memory` is not positive, or as `estimate_memory`.
+        ValueError: `gpu_memory` is not positive, or as `estimate_memory` and
+            `estimate_side_memory`.
     """
     if gpu_memory <= 0:
         raise ValueError(f"gpu_memory must be positive, in GB, got {gpu_memory}.")
     source = skeleton(model)
     usable = int(USABLE * gpu_memory * 1e9)
+    if side is not None:
+        return _recommend_side(
+            source, side, [base] if base else _FINEST_FIRST, config or QFTConfig(),
+            usable=usable, batch_size=batch_size, sequence_length=sequence_length,
+        )  # fmt: skip
     # From fastest to smallest: checkpointing costs a third more work, release costs none, but
     # clipping by the exact norm then takes a second backward pass.
     for gradient, checkpointing in (
@@ -269,10 +363,39 @@ def recommend(
         estimate = of(sequence_length=sequence_length)
         if estimate.total_bytes <= usable:
             break
-    # Memory grows with length: as many lengths fit as there are tokens in the longest.
-    longest = bisect_right(
-        range(1, LONGEST + 1), usable, key=lambda length: of(sequence_length=length).total_bytes
-    )
+    longest = _longest(usable, lambda length: of(sequence_length=length))
     return Recommendation(
         gradient, checkpointing, momentum_bits, optimizer, estimate, usable, batch_size, longest
     )
+
+
+def _recommend_side(
+    source: Any,
+    side: QSTConfig,
+    bases: Sequence[str],
+    config: QFTConfig,
+    *,
+    usable: int,
+    batch_size: int,
+    sequence_length: int,
+) -> Recommendation:
+    _refuse_sizes(batch_size, sequence_length)
+    for base in bases:
+        estimator = _SideEstimator(source, side, base, config)
+        for checkpointing in (False, True):
+            of = partial(estimator, checkpointing=checkpointing)
+            estimate = of(batch_size * sequence_length)
+            if estimate.total_bytes <= usable:
+                break
+        else:
+            continue
+        break
+    longest = _longest(usable, lambda length: of(batch_size * length))
+    return Recommendation(
+        "stack", checkpointing, 8, "adamw_torch", estimate, usable, batch_size, longest, base
+    )
+
+
+def _longest(usable: int, of: Callable[[int], MemoryEstimate]) -> int:
+    """Tokens of the longest sequence that fits: memory grows with length, so as many fit."""
+    return bisect_right(range(1, LONGEST + 1), usable, key=lambda length: of(length).total_bytes)

@@ -194,26 +194,12 @@ def estimate(
     floats = [kept.parameter for kept in plan.kept]
     shapes = [arrangement.matrix_shape for arrangement in plan.arrangements.values()]
 
-    scales = [GroupLayout(*shape, spec.group_size) for shape in shapes]
     of_gradients = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in shapes]
-    n_outliers = [
-        rows * outliers_per_row(columns, spec.outlier_fraction) for rows, columns in shapes
-    ]
     gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if gradient == "stack" else 0
     bits_of_state = state_bits(optimizer, momentum_bits)
     of_floats = len(bits_of_state) * sum(FP32_BYTES * p.numel() for p in floats)
     kinds = [
-        ("INT8 weights", len(weights), sum(rows * columns for rows, columns in shapes)),
-        (
-            "weight scales",
-            len(weights),
-            sum(layout.stored_bytes - layout.rows * layout.columns for layout in scales),
-        ),
-        (
-            "outliers",
-            2 * sum(n > 0 for n in n_outliers),
-            sum(outlier_bytes(*shape, spec.outlier_fraction) for shape in shapes),
-        ),
+        *weight_kinds(plan, spec),
         ("float parameters", len(floats), sum(p.nbytes for p in floats)),
         ("gradients", 2 * len(weights) + len(floats), gradients),
         (
@@ -222,10 +208,10 @@ def estimate(
             sum(momentum_bytes(*shape, bits) for shape in shapes for bits in bits_of_state)
             + of_floats,
         ),
-        ("buffers", *_count(model.buffers())),
+        ("buffers", *count(model.buffers())),
     ]
     largest = max(of_gradients, default=0) if gradient == "release" else 0
-    tile = max((_at_a_time(arrangement) for arrangement in plan.arrangements.values()), default=0)
+    tile = largest_tile(plan)
     activations = [
         ("saved by the layers", workload.layers, workload.saved_bytes),
         ("one layer computed again", 1, workload.layer_bytes if workload.checkpointing else 0),
@@ -240,6 +226,27 @@ def estimate(
         activation_rows=[LedgerRow(*kind) for kind in activations if kind[2]],
         n_parameters=sum(p.numel() for p in (*weights, *floats)),
     )
+
+
+def weight_kinds(plan: ConversionPlan, spec: QuantizationSpec) -> list[tuple[str, int, int]]:
+    """Kind, number of tensors and bytes of all that is stored of INT8 weights."""
+    shapes = [arrangement.matrix_shape for arrangement in plan.arrangements.values()]
+    codes = sum(rows * columns for rows, columns in shapes)
+    stored = sum(GroupLayout(*shape, spec.group_size).stored_bytes for shape in shapes)
+    n_outliers = [
+        rows * outliers_per_row(columns, spec.outlier_fraction) for rows, columns in shapes
+    ]
+    outliers = sum(outlier_bytes(*shape, spec.outlier_fraction) for shape in shapes)
+    return [
+        ("INT8 weights", len(shapes), codes),
+        ("weight scales", len(shapes), stored - codes),
+        ("outliers", 2 * sum(n > 0 for n in n_outliers), outliers),
+    ]
+
+
+def largest_tile(plan: ConversionPlan) -> int:
+    """Elements of INT8 weights that are float at a time, at most."""
+    return max((_at_a_time(arrangement) for arrangement in plan.arrangements.values()), default=0)
 
 
 def _at_a_time(arrangement: Arrangement) -> int:
@@ -262,6 +269,7 @@ def _keeps_codes(model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec)
     return bool(inner) and all(choice is not None and choice.weight_gradient for choice in inner)
 
 
-def _count(tensors: Iterable[Tensor]) -> tuple[int, int]:
+def count(tensors: Iterable[Tensor]) -> tuple[int, int]:
+    """How many tensors there are, and their bytes."""
     stored = list(tensors)
     return len(stored), sum(tensor.nbytes for tensor in stored)

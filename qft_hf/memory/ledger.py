@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..nn.convert import Kept, kept_parameters
 from ..quant import Int8Tensor, QFTWeight
+from ..side import side_network_of, side_parameters
 
 FP32_ADAM_BYTES = 16  # per parameter: weight, gradient and two moments in FP32
 
@@ -105,9 +106,12 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
         The ledger. Gradients are there between backward and step, momentum after the first step.
     """
     parameters = list(model.parameters())
-    weights = [p for p in parameters if isinstance(p, QFTWeight)]
-    nf4 = [p for p in parameters if _nf4_state(p) is not None]
-    floats = [p for p in parameters if not isinstance(p, QFTWeight) and _nf4_state(p) is None]
+    side = [] if side_network_of(model) is None else list(side_parameters(model).values())
+    of_side = set(map(id, side))
+    base = [p for p in parameters if id(p) not in of_side]
+    weights = [p for p in base if isinstance(p, QFTWeight)]
+    nf4 = [p for p in base if _nf4_state(p) is not None]
+    floats = [p for p in base if not isinstance(p, QFTWeight) and _nf4_state(p) is None]
     gradients = [p.grad for p in parameters if p.grad is not None]
     states = [] if optimizer is None else list(optimizer.state.values())
     rows = [
@@ -117,6 +121,7 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
         _row("NF4 weights", nf4),
         _row("NF4 scales", (tensor for p in nf4 for tensor in _nf4_tensors(_nf4_state(p)))),
         _row("float parameters", floats),
+        _row("side network", side),
         _row("gradients", gradients),
         _row(
             "momentum",
@@ -132,8 +137,10 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
     return MemoryLedger(
         rows=[row for row in rows if row.bytes],
         n_parameters=sum(map(elements, parameters)),
-        n_quantized=sum(w.numel() for w in weights),
-        kept=kept_parameters(model) if weights else [],
+        n_quantized=sum(p.numel() for p in parameters if isinstance(p, QFTWeight)),
+        kept=[k for k in kept_parameters(model) if id(k.parameter) not in of_side]
+        if weights
+        else [],
     )
 
 
@@ -143,9 +150,10 @@ def _nf4_state(parameter: Tensor) -> Any:
 
 
 def _nf4_tensors(state: Any) -> list[Tensor]:
-    """All tensors of a `QuantState`, and of the one that its scales are read by."""
+    """All tensors of a `QuantState`, and of the one that its scales are read by, if any."""
     own = [value for value in vars(state).values() if isinstance(value, Tensor)]
-    return own + (_nf4_tensors(state.state2) if state.state2 is not None else [])
+    of_scales = getattr(state, "state2", None)  # gone once a CPU has laid a weight out anew
+    return own if of_scales is None else own + _nf4_tensors(of_scales)
 
 
 def _row(state: str, tensors: Iterable[Tensor]) -> LedgerRow:

@@ -1,0 +1,135 @@
+"""What side tuning will hold, from shapes alone: a frozen base, and a small trained network.
+
+The base keeps no activation, no gradient and no optimizer state. What its layers hand over is kept
+by the modules that make it narrow, if these are trained.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..config import QuantizationSpec
+from ..layout import nf4_bytes
+from ..nn import ConversionPlan
+from ..side import QSTConfig, side_parameters
+from .estimate import (
+    FP32_BYTES,
+    MemoryEstimate,
+    Workload,
+    count,
+    largest_tile,
+    weight_kinds,
+)
+from .ledger import LedgerRow
+
+ADAMW_STATES = 2  # in FP32, as the parameters of a side network are
+NF4_TENSORS = 5  # by which a weight is read: see `nf4_bytes`
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """How a frozen base is stored; without either, in float.
+
+    Attributes:
+        nf4: Weights of 4 bits.
+        plan: Which weights are INT8.
+        spec: Their format.
+    """
+
+    nf4: Sequence[Tensor] = ()
+    plan: ConversionPlan | None = None
+    spec: QuantizationSpec | None = None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Those that are not float."""
+        return [*self.nf4, *(self.plan.weights.values() if self.plan else ())]
+
+    @property
+    def kinds(self) -> list[tuple[str, int, int]]:
+        """Kind, number of tensors and bytes of all that is stored of them."""
+        sizes = [nf4_bytes(weight.numel()) for weight in self.nf4]
+        kinds = weight_kinds(self.plan, self.spec) if self.plan and self.spec else []
+        return [
+            *kinds,
+            ("NF4 weights", len(sizes), sum(codes for codes, _ in sizes)),
+            ("NF4 scales", NF4_TENSORS * len(sizes), sum(scales for _, scales in sizes)),
+        ]
+
+    def expanded_bytes(self, compute_bytes: int) -> int:
+        """Of a weight as it multiplies: of NF4 a whole one, of INT8 a tile, in FP32 too."""
+        if self.plan is not None:
+            return largest_tile(self.plan) * (FP32_BYTES + compute_bytes)
+        return max((weight.numel() for weight in self.nf4), default=0) * compute_bytes
+
+
+def estimate_side(
+    model: nn.Module, base: Base, work: Workload, side_work: Workload, config: QSTConfig
+) -> MemoryEstimate:
+    """Predict the memory of training a side network with AdamW.
+
+    Args:
+        model: Float, with the side network attached, on any device; the meta device will do.
+        base: How its base is to be stored.
+        work: One pass of the base.
+        side_work: One pass of the side layers.
+        config: Of the side network.
+    """
+    side = list(side_parameters(model).values())
+    others = {*map(id, side), *map(id, base.weights)}
+    floats = [p for p in model.parameters() if id(p) not in others]
+    side_bytes = sum(p.nbytes for p in side)
+    kinds = [
+        *base.kinds,
+        ("float parameters", len(floats), sum(p.nbytes for p in floats)),
+        ("side network", len(side), side_bytes),
+        ("gradients", len(side), side_bytes),
+        ("momentum", ADAMW_STATES * len(side), ADAMW_STATES * side_bytes),
+        ("buffers", *count(model.buffers())),
+    ]
+    # The copies in the dtype of the base that autocast multiplies with.
+    copies = (
+        0 if work.compute_bytes == FP32_BYTES else work.compute_bytes * side_bytes // FP32_BYTES
+    )
+    in_flight = work.tokens * work.compute_bytes * (2 * work.hidden + 3 * work.intermediate)
+    layer = _layer_bytes(side_work)
+    kept = side_work.layers * layer
+    activations = [
+        (
+            "hidden states, made narrow",
+            side_work.layers + 1,
+            _narrow_bytes(work, side_work, config),
+        ),
+        ("saved by the side layers", side_work.layers, 0 if side_work.checkpointing else kept),
+        ("one layer computed again", 1, layer if side_work.checkpointing else 0),
+        ("one layer of the base", 1, in_flight),
+        ("its weight as it multiplies", 1, base.expanded_bytes(work.compute_bytes)),
+        ("side weights as they multiply", len(side), copies),
+        ("last hidden state, mixed", 3, 3 * work.tokens * work.hidden * work.compute_bytes),
+        ("logits and their gradient", 3, work.logits_bytes),
+    ]
+    return MemoryEstimate(
+        rows=[LedgerRow(*kind) for kind in kinds if kind[2]],
+        activation_rows=[LedgerRow(*kind) for kind in activations if kind[2]],
+        n_parameters=sum(p.numel() for p in (*side, *base.weights, *floats)),
+    )
+
+
+def _layer_bytes(work: Workload) -> int:
+    """What a side layer saves: its residual stream is FP32, and each product casts its input."""
+    wider = FP32_BYTES - work.compute_bytes
+    casts = 3 * work.compute_bytes if wider else 0  # q, k and v share an input; gate and up another
+    return work.layer_bytes + work.tokens * work.hidden * (2 * wider + casts)
+
+
+def _narrow_bytes(work: Workload, side_work: Workload, config: QSTConfig) -> int:
+    """What is saved, with checkpointing too, where hidden states of the base enter."""
+    compute, width, rank = work.compute_bytes, side_work.hidden, config.rank
+    # Both that the gate mixes, and what comes of it.
+    mixed = width * (2 * FP32_BYTES + compute)
+    of_module = {
+        "adapter": (work.hidden + 2 * rank + width) * compute,
+        "linear": work.hidden * compute,
+    }.get(config.downsample, 0)
+    return work.tokens * (side_work.layers * mixed + (side_work.layers + 1) * of_module)
