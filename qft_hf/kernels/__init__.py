@@ -2,8 +2,8 @@
 
 An operator is a documented function with its checks, whose body is its reference in plain PyTorch
 (`operators.py`); `cpu/` and `triton/` register what they do better, to the same bits but for
-`dequantized_matmul`, whose sums of floats have no order. Tensors that belong together are passed as
-`values.py` has them.
+`dequantized_matmul`, `int8_linear` and `outlier_products`, whose sums of floats have no order.
+Tensors that belong together are passed as `values.py` has them.
 """
 
 from .adamw import adamw_step_
@@ -15,6 +15,7 @@ from .int8_product import int8_matmul, requantized_matmul
 from .layer_input import quantize_input
 from .layer_output import int8_linear
 from .lion import lion_step_, quantize_and_lion_step_
+from .outlier_gradient import outlier_products
 from .output_gradient import quantize_gradient
 from .quantization import dequantize, quantize
 from .values import AdamW, Input, Lion, Moments, Quantized, Rounding, Weight
@@ -37,6 +38,7 @@ __all__ = [
     "int8_matmul",
     "lion_step_",
     "lion_step_floats_",
+    "outlier_products",
     "quantize",
     "quantize_and_lion_step_",
     "quantize_gradient",

@@ -8,6 +8,8 @@ from .groups import expanded, group_parts, quantized
 from .operators import operator
 from .values import Quantized
 
+SERIAL = 2**14  # terms that one thread adds up
+
 
 @operator(writes=("gradient.codes", "gradient.scales"))
 def accumulate_(gradient: Quantized, other: Quantized) -> None:
@@ -66,4 +68,14 @@ def _(gradient: Quantized) -> None:
 
 def norm_of_sums(sums: Tensor, scales: Tensor) -> Tensor:
     """The squared norm from fp64 sums of squared codes `[rows, n_groups]` and their scales."""
-    return (sums * scales.double().square()).sum()
+    return sum_in_order((sums * scales.double().square()).view(-1))
+
+
+def sum_in_order(terms: Tensor) -> Tensor:
+    """The sum of `[n]`, the same bits whatever the number of CPU threads.
+
+    PyTorch gives each thread a part of a sum of 32,768 terms or more on a CPU.
+    """
+    if terms.device.type != "cpu":
+        return terms.sum()
+    return torch.stack([part.sum() for part in terms.split(SERIAL)]).sum()

@@ -61,7 +61,8 @@ class Operator:
         reference: The specification in plain PyTorch.
         fake: Makes the results, shapes and dtypes only, for `torch.compile`; None: there are none.
         writes: Arguments that are modified, as `"codes"` or `"weight.codes"`.
-        composed: The reference calls other operators; running it is no loss worth a word.
+        composed: The reference calls other operators, or is a product of PyTorch's; running it is
+            no loss worth a word.
     """
 
     def __init__(

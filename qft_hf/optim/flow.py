@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..kernels.gradients import sum_in_order
 from ..quant import Int8Gradient, Int8Tensor, QFTWeight, TiledGradient, quantized
 
 logger = logging.getLogger(__name__)
@@ -556,7 +557,7 @@ def _by_device(gradients: list[Tensor]) -> dict[torch.device, list[Tensor]]:
 def _total(squares: list[Tensor]) -> Tensor:
     """The squared norm of gradients with these, each a scalar or one of each row: fp64."""
     device = squares[0].device
-    return torch.cat([square.to(device).view(-1) for square in squares]).sum()
+    return sum_in_order(torch.cat([square.to(device).view(-1) for square in squares]))
 
 
 def _total_norm(squares: list[Tensor]) -> Tensor:

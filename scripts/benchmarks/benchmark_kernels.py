@@ -130,6 +130,7 @@ def operators(
         "squared_norm": (n, 1, [gradient], {}),
         "quantize_input": (n, 3, [floats], chosen),
         "int8_linear": (n, 1, [layer_input, few, int8_weight], bf16),
+        "outlier_products": (n, 2, [floats, *factors], {}),
         "quantize_gradient": (n, 6, [floats, *factors], {"seed": 1}),
     }  # fmt: skip
     return {

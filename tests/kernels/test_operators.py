@@ -70,6 +70,7 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "lion_step_": (state.arguments(), arguments()),
         "lion_step_ of a packed momentum": (packed.arguments(), arguments(maximize=True)),
         "lion_step_floats_": (floats, float_arguments(2)),
+        "outlier_products": ((torch.ones(4, 5), values, torch.ones(4, 2)), {}),
         "quantize": ((x,), {"group_size": 32}),
         "quantize of whole rows": ((x.half(),), {"group_size": None}),
         "quantize_and_lion_step_": (

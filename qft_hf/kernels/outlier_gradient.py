@@ -1,0 +1,71 @@
+"""The float columns beside the two INT8 products of a backward pass."""
+
+from torch import Tensor
+
+from .checks import FLOATS, check_matrix
+from .operators import operator
+
+
+def _fake(
+    gradient: Tensor, weight_outliers: Tensor | None, input_outliers: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    tokens, outputs = gradient.shape
+    of_x = (0, 0) if weight_outliers is None else (tokens, weight_outliers.shape[1])
+    of_weight = (0, 0) if input_outliers is None else (input_outliers.shape[1], outputs)
+    return gradient.new_empty(of_x), gradient.new_empty(of_weight).t()
+
+
+@operator(fake=_fake, composed=True)
+def outlier_products(
+    gradient: Tensor, weight_outliers: Tensor | None, input_outliers: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Columns of `grad_x` and of `grad_w` that are float products: those of outlier columns.
+
+        of_x = gradient @ weight_outliers
+        of_weight = gradient^T @ input_outliers
+
+    Factors are rounded to the dtype of `gradient`, sums are FP32, and the results are rounded to
+    that dtype. Sums of floats have no order, so backends agree to a bound only: of K terms, by
+    `K * 2**-24` times the sum of their magnitudes and that rounding. One backend returns the same
+    bits at every call, whatever the number of threads.
+
+    Args:
+        gradient: Output gradient `[tokens, outputs]`, contiguous; fp32, bf16 or fp16.
+        weight_outliers: Float `[outputs, j]`, or None: `of_x` is not wanted.
+        input_outliers: Float `[tokens, k]`, or None: `of_weight` is not wanted.
+
+    Returns:
+        of_x: `[tokens, j]` of the dtype of `gradient`; empty if not wanted.
+        of_weight: `[outputs, k]` of it, one column after the other in memory; empty if not wanted.
+
+    Raises:
+        TypeError: `gradient` is not one of the three float dtypes.
+        ValueError: Shapes or devices do not fit.
+    """
+    dtype = gradient.dtype
+    of_x = of_weight = gradient.new_empty(0, 0)
+    if weight_outliers is not None:
+        of_x = gradient @ weight_outliers.to(dtype)
+    if input_outliers is not None:
+        # Half the time of gradient.t() @ input_outliers on a CPU.
+        of_weight = (input_outliers.to(dtype).t() @ gradient).t()
+    return of_x, of_weight
+
+
+@outlier_products.checks
+def _(gradient: Tensor, weight_outliers: Tensor | None, input_outliers: Tensor | None) -> None:
+    check_matrix("gradient", gradient, FLOATS)
+    tokens, outputs = gradient.shape
+    for name, outliers, rows in (
+        ("weight_outliers", weight_outliers, outputs),
+        ("input_outliers", input_outliers, tokens),
+    ):
+        if outliers is None:
+            continue
+        fits = outliers.ndim == 2 and outliers.shape[0] == rows
+        if not fits or outliers.device != gradient.device:
+            raise ValueError(
+                f"{name} must be [{rows}, k] on {gradient.device}, to be multiplied by a gradient "
+                f"of {tokens} tokens and {outputs} outputs, got shape {tuple(outliers.shape)} on "
+                f"{outliers.device}."
+            )

@@ -1,0 +1,102 @@
+"""The number of CPU threads moves no bit of a training run."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qft_hf import kernels
+from qft_hf.kernels import Quantized
+
+# 192 tokens and layers whose outlier columns' FP32 products PyTorch splits among threads.
+RUNS = """
+import hashlib, sys
+import torch
+from qft_hf.config import QuantizationSpec
+from qft_hf.nn import quantize_modules_
+from qft_hf.optim import QFTLion
+from tests.models import VOCAB_SIZE, tiny_llama
+from tests.optim.common import model_tensors, state_tensors
+
+def digest(dtype, matmul, clipping):
+    model = tiny_llama(hidden_size=256, intermediate_size=576, dtype=dtype, attention_bias=True)
+    quantize_modules_(model, QuantizationSpec(matmul=matmul, outlier_fraction=0.02, seed=5))
+    released = {"gradient": "release", "clipping": clipping, "max_grad_norm": 0.3}
+    optimizer = QFTLion(
+        model.train().parameters(), lr=1e-3, seed=11, **(released if clipping else {})
+    )
+    found = hashlib.sha256()
+    for step in range(3):
+        ids = torch.randint(VOCAB_SIZE, (4, 48), generator=torch.Generator().manual_seed(step))
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if not clipping:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.update(loss.detach().float().numpy().tobytes())
+    for tensors in (model_tensors(model), state_tensors(optimizer)):
+        for name in sorted(tensors):
+            found.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
+
+print("threads", torch.get_num_threads())
+for dtype in (torch.float32, torch.bfloat16):
+    for matmul in ("int8", "dequantize"):
+        for clipping in (None, "previous"):
+            print(dtype, matmul, clipping, digest(dtype, matmul, clipping))
+"""
+
+
+def test_runs_on_one_two_and_three_threads_end_in_the_same_bits():
+    """In FP32 the columns of outliers came from products that PyTorch splits among threads.
+
+    Tests ran on one thread, or compared kernels, and not what is between them.
+    """
+    printed = []
+    for n_threads in (1, 2, 3):
+        environment = {**os.environ, "OMP_NUM_THREADS": str(n_threads), "MKL_DYNAMIC": "FALSE"}
+        result = subprocess.run(
+            [sys.executable, "-c", RUNS],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        first, *digests = result.stdout.splitlines()
+        assert first == f"threads {n_threads}"
+        printed.append(digests)
+
+    assert len(set(printed[0])) == 8  # each run its own
+    assert printed[1] == printed[0]
+    assert printed[2] == printed[0]
+
+
+@pytest.fixture
+def on_threads():
+    """Calls a function on one, two, three and four threads, and returns its results."""
+    before = torch.get_num_threads()
+
+    def call(function):
+        results = []
+        for n_threads in (1, 2, 3, 4):
+            torch.set_num_threads(n_threads)
+            results.append(function())
+        return results
+
+    yield call
+    torch.set_num_threads(before)
+
+
+def test_the_norm_of_a_gradient_of_many_groups_is_the_same(on_threads):
+    generator = torch.Generator().manual_seed(1)
+    codes = torch.randint(-127, 128, (400, 300), generator=generator).to(torch.int8)
+    gradients = [
+        Quantized(codes, torch.randn(400, 300, generator=generator).exp(), 1) for _ in range(12)
+    ]
+
+    norms = on_threads(lambda: [kernels.squared_norm(gradient).item() for gradient in gradients])
+
+    assert norms == 4 * norms[:1]
