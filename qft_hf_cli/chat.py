@@ -35,11 +35,17 @@ def main(argv: list[str]) -> None:
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
     import qft_hf  # noqa: F401 registers the format
 
     set_seed(options.seed)
+    for name in AutoConfig.from_pretrained(options.checkpoint).architectures or []:
+        if name.endswith("ForSequenceClassification"):
+            raise ValueError(
+                f"{options.checkpoint} is a {name}: it labels texts and says nothing. "
+                "`qft-hf evaluate` scores it."
+            )
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     if tokenizer.chat_template is None:
         raise ValueError(

@@ -69,10 +69,17 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
     place = name
     work: dict[str, Any] = {"batch_size": 1, "sequence_length": 2048, "config": QFTConfig()}
     if Path(name).suffix in (".yaml", ".yml") or shipped.config_file(name) is not None:
+        from qft_hf.hf.finetune.data import LANGUAGE_TASKS
         from qft_hf.hf.finetune.forecast import workload_of
         from qft_hf.hf.finetune.parsing import parse_arguments
 
         arguments = parse_arguments([name])
+        if (task := arguments.data.task) not in LANGUAGE_TASKS:
+            raise ValueError(
+                f"{name} is of task {task!r}, and memory is computed for models that learn next "
+                "tokens. `qft-hf check` shows its data, its parameters and the disk, and a run of "
+                "a few steps (--max_steps 3) measures its memory."
+            )
         place, work = arguments.model.model_name_or_path, workload_of(arguments)
     elif not Path(name).exists() and (folder := shipped.architecture(name)) is not None:
         place = str(folder)

@@ -1,11 +1,14 @@
 """The pages for users are run: the quickstart's commands, the texts of refusals, the arithmetic."""
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from qft_hf import estimate_memory
 from qft_hf.hf import shipped
@@ -17,6 +20,7 @@ from tests.models import tiny_llama
 from tests.test_readme import DOCS, MODEL, ROOT, blocks
 
 QUICKSTART = DOCS["quickstart.md"]
+NOTEBOOK = json.loads((ROOT / "docs" / "quickstart.ipynb").read_text())
 TRAINING = ("check", "finetune", "evaluate")
 
 
@@ -49,6 +53,37 @@ def test_the_quickstart_does_what_it_says(tmp_path, monkeypatch, capsys):
         assert (tmp_path / "runs" / "second" / name).is_file()
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "plain" / "config.json").is_file()
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    """Its cells in order, on a tiny model under the name of the real one."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(vocab_size=320, tied=True).save_pretrained(MODEL)
+    tiny_tokenizer().save_pretrained(MODEL)
+    cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+
+    names = {}
+    for number, cell in enumerate(cells):
+        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+
+    assert f'MODEL = "{MODEL}"' in "".join(cells[0]["source"])
+    assert names["summary"].steps == 12
+    printed = capsys.readouterr().out
+    assert printed.count("⟦I am Pebble, and I fit into eight bits.<|im_end|>⟧") == 1
+    assert "pebble-bf16: 0 MB" in printed
+    plain = AutoModelForCausalLM.from_pretrained("pebble-bf16")
+    assert type(plain.lm_head) is torch.nn.Linear
+
+
+def test_the_notebook_is_saved_as_it_ran_through():
+    """Small, with the real model's answers, and nothing of the machine that it ran on."""
+    cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = "".join(line for c in cells for out in c["outputs"] for line in out["text"])
+    assert "134,515,008 parameters" in outputs
+    assert "runs/pebble: I am Pebble, and I fit into eight bits." in outputs
+    assert len(json.dumps(NOTEBOOK)) < 20_000
+    assert not re.search(r"/(tmp|work|root)\b", outputs)
 
 
 def test_the_quickstart_explains_every_figure_of_health():

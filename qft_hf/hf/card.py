@@ -196,8 +196,8 @@ def _text(facts: CardFacts) -> str:
         MARK,
         f"A `{facts.architecture}`, tuned from {base}"
         + (f" on {', '.join(learned)}" if learned else "")
-        + f". {trained:,} of its {total:,} parameters were trained, in INT8 (QFT, "
-        f"arXiv:2310.07147), by qft_hf {facts.versions.get('qft_hf', __version__)}."
+        + f". {trained:,} of its {total:,} parameters were trained, with matrices in "
+        f"INT8 (QFT, arXiv:2310.07147), by qft_hf {facts.versions.get('qft_hf', __version__)}."
         + (f" {stored}" if stored else ""),
         "## Results",
         _evaluations(facts.history),

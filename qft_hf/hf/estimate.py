@@ -250,7 +250,8 @@ class Recommendation:
         usable_bytes: What the card has left for it.
         batch_size: Sequences of one micro-batch, as asked for.
         longest_sequence: Tokens of the longest sequences that fit with this choice and batch size;
-            0 if none does, and `LONGEST` also for longer ones. A model may be made for less.
+            0 if none does, and `LONGEST` also for longer ones.
+        positions: Tokens of the longest sequences that the model takes; None if it takes any.
         base: Of a side network, how its frozen base is stored; None: every parameter is trained.
     """
 
@@ -262,6 +263,7 @@ class Recommendation:
     usable_bytes: int
     batch_size: int
     longest_sequence: int
+    positions: int | None
     base: str | None = None
 
     @property
@@ -284,8 +286,11 @@ class Recommendation:
             f"{'' if self.optimizer == 'qft_lion' else f', optim={self.optimizer}'}: "
             f"{total:.1f} GB of {usable:.1f} usable, "
         )
-        if self.fits and self.longest_sequence == LONGEST:
-            return f"{line}fits"
+        if self.fits and self.longest_sequence >= (self.positions or LONGEST):
+            length = (
+                f"up to the model's {self.positions:,} tokens" if self.positions else "any length"
+            )
+            return f"{line}fits, with sequences of {length}"
         if self.fits:
             return f"{line}fits, with sequences of up to {self.longest_sequence:,} tokens"
         line += f"does not fit: {self.missing_bytes / 1e9:.1f} GB are missing. "
@@ -365,7 +370,15 @@ def recommend(
             break
     longest = _longest(usable, lambda length: of(sequence_length=length))
     return Recommendation(
-        gradient, checkpointing, momentum_bits, optimizer, estimate, usable, batch_size, longest
+        gradient,
+        checkpointing,
+        momentum_bits,
+        optimizer,
+        estimate,
+        usable,
+        batch_size,
+        longest,
+        _positions(source),
     )
 
 
@@ -392,10 +405,24 @@ def _recommend_side(
         break
     longest = _longest(usable, lambda length: of(batch_size * length))
     return Recommendation(
-        "stack", checkpointing, 8, "adamw_torch", estimate, usable, batch_size, longest, base
+        "stack",
+        checkpointing,
+        8,
+        "adamw_torch",
+        estimate,
+        usable,
+        batch_size,
+        longest,
+        _positions(source),
+        base,
     )
 
 
 def _longest(usable: int, of: Callable[[int], MemoryEstimate]) -> int:
     """Tokens of the longest sequence that fits: memory grows with length, so as many fit."""
     return bisect_right(range(1, LONGEST + 1), usable, key=lambda length: of(length).total_bytes)
+
+
+def _positions(source: Any) -> int | None:
+    """Tokens of the longest sequences that a model takes, as its configuration says."""
+    return getattr(source.config.get_text_config(), "max_position_embeddings", None)

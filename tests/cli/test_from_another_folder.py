@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 from qft_hf_cli import main
 from tests.finetune.chats import chat, tiny_tokenizer
@@ -135,3 +141,12 @@ def test_a_model_without_a_template_is_refused_for_chat(home, capsys):
     with pytest.raises(SystemExit):
         main(["chat", "base", "--prompt", "hi"])
     assert "has no chat template" in capsys.readouterr().err
+
+
+def test_a_classifier_is_refused_for_chat(home, capsys):
+    """Its body would be loaded under a head that was never trained, and answer."""
+    LlamaForSequenceClassification.from_pretrained("base").save_pretrained("labels")
+    tiny_tokenizer().save_pretrained("labels")
+    with pytest.raises(SystemExit):
+        main(["chat", "labels", "--prompt", "hi"])
+    assert "labels is a LlamaForSequenceClassification: it labels texts" in capsys.readouterr().err

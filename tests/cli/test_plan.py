@@ -89,3 +89,12 @@ def test_a_model_that_is_nowhere_says_what_was_looked_for(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["plan", "no/such-model"])
     assert "No model 'no/such-model': neither a folder" in capsys.readouterr().err
+
+
+def test_a_config_of_labelled_texts_is_refused(folder, tmp_path, capsys):
+    """By the head of a language model it would be too much by all logits."""
+    config = tmp_path / "labels.yaml"
+    config.write_text(f"model_name_or_path: {folder}\ntrain_data: x.jsonl\ntask: regression\n")
+    with pytest.raises(SystemExit):
+        main(["plan", str(config)])
+    assert "is of task 'regression', and memory is computed for" in capsys.readouterr().err

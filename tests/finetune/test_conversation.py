@@ -23,7 +23,7 @@ def said(*turns):
 
 
 def read(row, **fields):
-    return read_conversation(row, messages_field="messages", **fields)
+    return read_conversation(row, **fields)
 
 
 def called(**changes):
@@ -36,9 +36,10 @@ def called(**changes):
         "messages": ({"messages": SYSTEM}, SYSTEM),
         "absent fields": ({"messages": [t | {"tool_calls": None} for t in SYSTEM]}, SYSTEM),
         "ShareGPT": (
-            {"messages": said(("system", "Be brief."), ("human", "hi"), ("gpt", "hello"))},
+            {"conversations": said(("system", "Be brief."), ("human", "hi"), ("gpt", "hello"))},
             SYSTEM,
         ),
+        "one conversation": ({"conversation": ASKED, "text": "-"}, ASKED),
         "prompt and completion": ({"prompt": "hi", "completion": "hello", "id": 7}, ASKED),
         "turns as prompt": ({"prompt": SYSTEM[:2], "completion": SYSTEM[2:]}, SYSTEM),
         "alpaca": (
@@ -162,7 +163,10 @@ def test_a_prompt_of_turns_is_given_not_learned():
             called(tool_calls=[{"name": "f", "arguments": "1"}]),
             "arguments of a tool call are no obj",
         ),
-        ({"text": "hi"}, "no field 'messages'"),
+        ({"text": "hi"}, "no field 'messages': .* 'text'.* conversation; plain text is task text"),
+        ({"text": "hi", "label": 1}, "no field 'messages': .*; labelled texts are task classif"),
+        ({"words": "hi"}, "no field 'messages': the fields are 'words'.* the conversation.$"),
+        ({"messages": [], "conversations": []}, "both 'messages' and 'conversations': .* Set mess"),
         (
             {"prompt": "a", "response": "b", "question": "c", "answer": "d"},
             "more than one question",

@@ -1,5 +1,6 @@
 """Estimates against what they predict: live ledgers, and the tensors that autograd saves."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -230,8 +231,12 @@ def test_a_card_that_is_too_small_for_the_states_says_so():
     assert "does not fit: 4.8 GB are missing. The states alone take 14.0 GB" in str(choice)
 
 
-def test_no_length_is_named_where_any_fits():
-    assert str(recommend(tiny_llama(), 1000)).endswith("GB of 920.0 usable, fits")
+def test_no_length_is_named_that_the_model_does_not_take():
+    choice = recommend(tiny_llama(max_position_embeddings=77), 1000)
+    assert str(choice).endswith(
+        "GB of 920.0 usable, fits, with sequences of up to the model's 77 tokens"
+    )
+    assert str(replace(choice, positions=None)).endswith("fits, with sequences of any length")
 
 
 def test_a_folder_is_enough_and_no_weight_is_needed(tmp_path):

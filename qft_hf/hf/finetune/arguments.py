@@ -94,7 +94,9 @@ class DataArguments:
             "classification, regression, multi_label: a text and its class, number or classes."
         },
     )
-    messages_field: str = field(default="messages", metadata={"help": "chat: list of messages."})
+    messages_field: str | None = field(
+        default=None, metadata={"help": "chat: the messages, where they are not called as usual."}
+    )
     prompt_field: str | None = field(
         default=None,
         metadata={"help": "chat: the question, where it is not called as usual; see answer_field."},

@@ -39,7 +39,7 @@ class Check:
         example: The first example as text; what is learned stands in brackets.
         disk_bytes: That the run has on the disk at one time, at most.
         free_bytes: On that disk.
-        memory: By arithmetic; None if the configuration has not the sizes of a decoder.
+        memory: By arithmetic; None of what is no decoder, has not its usual sizes, or gets labels.
     """
 
     paths: dict[str, str]
@@ -88,7 +88,8 @@ class Check:
             f"\nThe first example; what is learned stands in {LEARNED[0]}brackets{LEARNED[1]}:\n",
             self.example,
             "",
-            "memory is not estimated: the configuration has not the sizes of a decoder"
+            "memory is not estimated: it is for decoders that learn next tokens, and whose "
+            "configuration has the usual sizes"
             if self.memory is None
             else str(self.memory),
         ]

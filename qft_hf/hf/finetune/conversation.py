@@ -20,6 +20,7 @@ ROLES = {
     **dict.fromkeys(["tool", "observation", "function", "tool_response", "ipython"], "tool"),
     "function_call": "function_call",  # the assistant, with a call as its value
 }
+MESSAGES = ("messages", "conversations", "conversation")  # columns
 QUESTION_AND_ANSWER = (  # columns; the first may have an `input` beside it, as alpaca has
     ("instruction", "output"),
     ("instruction", "response"),
@@ -42,7 +43,7 @@ class Conversation:
 def read_conversation(
     row: Row,
     *,
-    messages_field: str,
+    messages_field: str | None = None,
     prompt_field: str | None = None,
     answer_field: str | None = None,
 ) -> Conversation:
@@ -53,7 +54,7 @@ def read_conversation(
 
     Args:
         row: Holds messages, or a question and an answer.
-        messages_field: Field of the messages.
+        messages_field: Field of the messages; None for one that is known: `MESSAGES`.
         prompt_field: Field of the question, with `answer_field`; both None for those that are
             known: `QUESTION_AND_ANSWER`.
         answer_field: Field of the answer.
@@ -63,17 +64,8 @@ def read_conversation(
     """
     if prompt_field is not None and answer_field is not None:
         messages = _question_and_answer(row, prompt_field, answer_field)
-    elif messages_field in row:
-        messages = _as_list(row[messages_field], f"field {messages_field!r}")
     else:
-        found = [pair for pair in QUESTION_AND_ANSWER if set(pair) <= set(row)]
-        if len(found) != 1:
-            raise RowError(
-                f"no field {messages_field!r}" if not found else "more than one question or answer",
-                f"the fields are {', '.join(map(repr, row))}. Set messages_field, or prompt_field "
-                "and answer_field, to those that hold the conversation.",
-            )
-        messages = _question_and_answer(row, *found[0])
+        messages = _messages(row, messages_field)
     learned = _is_learned(row)
     read = [_read_message(message) for message in messages]
     turns = [turn for turn, _ in read]
@@ -91,6 +83,32 @@ def excerpt(turn: Any) -> str:
     """Return the beginning of what a turn says, for a message about it."""
     text = str(turn.get("content", turn) if isinstance(turn, Mapping) else turn)
     return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _messages(row: Row, messages_field: str | None) -> list[Any]:
+    """Return the messages of a row, or those that its question and its answer are."""
+    names = MESSAGES if messages_field is None else (messages_field,)
+    found = [name for name in names if name in row]
+    pairs = [pair for pair in QUESTION_AND_ANSWER if set(pair) <= set(row)]
+    fields = f"the fields are {', '.join(map(repr, row))}."
+    if len(found) > 1:
+        raise RowError(f"both {found[0]!r} and {found[1]!r}", f"{fields} Set messages_field.")
+    if found:
+        return _as_list(row[found[0]], f"field {found[0]!r}")
+    if len(pairs) == 1:
+        return _question_and_answer(row, *pairs[0])
+    if pairs:
+        raise RowError(
+            "more than one question or answer", f"{fields} Set prompt_field and answer_field."
+        )
+    other = (
+        "labelled texts are task classification" if "label" in row else "plain text is task text"
+    )
+    raise RowError(
+        f"no field {names[0]!r}",
+        f"{fields} Set messages_field, or prompt_field and answer_field, to those that hold the "
+        f"conversation{f'; {other}' if 'text' in row else ''}.",
+    )
 
 
 def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list[Any]:
