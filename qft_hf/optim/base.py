@@ -24,11 +24,14 @@ from .. import kernels
 from ..kernels.floats import PARAMETER_DTYPES
 from ..quant import Int8Gradient, QFTWeight, TiledGradient
 from .flow import Flow, Release, Stack, check_settings
+from .processes import DIFFERENT_SETTINGS, Processes
+from .rows import RowsRelease, RowsStack
 from .state import StateFormat, StepCounter, checked_state, initial_state
 
 logger = logging.getLogger(__name__)
 
 PREVIOUS_NORM = "previous_norm"  # key in a state dict
+OWN_ROWS = "own rows"  # key of the plans of a weight
 
 _living: WeakSet["QFTOptimizer"] = WeakSet()
 
@@ -117,23 +120,32 @@ class QFTOptimizer(Optimizer):
 
     def _prepare(self) -> None:
         """Make what lives beside the state: where gradients go, and where parameters stand."""
-        self._flow: Flow = (
-            Stack(self, nonfinite=self.nonfinite)
-            if self.gradient == "stack"
-            else Release(
-                self,
-                accumulation=self.accumulation,
-                clipping=self.clipping,
-                max_grad_norm=self.max_grad_norm,
-                is_accumulating=self.is_accumulating,
-            )
-        )
+        self.processes = Processes.found()
+        self._flow = self._make_flow()
         self._places: dict[int, tuple[int, int]] = {}  # number and group of each, by identity
         # What is made of state tensors once, by their identity.
         self._quantized: dict[int, kernels.Quantized] = {}
         self._counters: dict[int, StepCounter] = {}
         self._has_stepped = False
+        self._whole: dict[int, dict[str, Tensor]] | None = None  # what `consolidate` has brought
         _living.add(self)
+
+    def _make_flow(self) -> Flow:
+        stack: type[Stack] = Stack
+        release: type[Release] = Release
+        settings: dict[str, Any] = {"is_accumulating": self.is_accumulating}
+        if self.processes is not None:
+            stack, release = RowsStack, RowsRelease
+            settings["processes"] = self.processes
+        if self.gradient == "stack":
+            return stack(self, nonfinite=self.nonfinite, **settings)
+        return release(
+            self,
+            accumulation=self.accumulation,
+            clipping=self.clipping,
+            max_grad_norm=self.max_grad_norm,
+            **settings,
+        )
 
     # --- what a rule provides
 
@@ -251,7 +263,8 @@ class QFTOptimizer(Optimizer):
         for parameter in self.param_groups[group]["params"]:
             self._places[id(parameter)] = (len(self._places), group)
 
-    def _parameters(self) -> Iterator[Parameter]:
+    def parameters(self) -> Iterator[Parameter]:
+        """All, in the order of their numbers."""
         for group in self.param_groups:
             yield from group["params"]
 
@@ -262,11 +275,11 @@ class QFTOptimizer(Optimizer):
 
         Another optimizer that had these parameters has them no longer.
         """
-        self._flow.attach(self._parameters())
+        self._flow.attach(self.parameters())
 
     def eval(self) -> None:
         """Leave gradients where backward puts them, until `train` or the next step."""
-        self._flow.detach(self._parameters())
+        self._flow.detach(self.parameters())
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -299,17 +312,22 @@ class QFTOptimizer(Optimizer):
                 loss = closure()
         self.check_groups()
         if not self._has_stepped:
+            if self.processes is None and Processes.found() is not None:
+                raise RuntimeError(
+                    f"{type(self).__name__} was made before torch.distributed.init_process_group, "
+                    "and would train this process alone. Make it afterwards."
+                )
             self._has_stepped = True
             self._warn_without_int8()
-        if not self._flow.step(list(self._parameters())):
+        if not self._flow.step(list(self.parameters())):
             self.skipped_steps += 1
             logger.warning("Step skipped: a gradient is not finite (%d so far)", self.skipped_steps)
             self.zero_grad()
         return loss
 
     def _warn_without_int8(self) -> None:
-        n_parameters = sum(1 for _ in self._parameters())
-        if n_parameters and not any(isinstance(p, QFTWeight) for p in self._parameters()):
+        n_parameters = sum(1 for _ in self.parameters())
+        if n_parameters and not any(isinstance(p, QFTWeight) for p in self.parameters()):
             logger.warning(
                 "%s trains no INT8 weight: its %d parameters are float, and so are their gradients "
                 "and their state. To train in INT8, call qft_hf.quantize_model_(model, "
@@ -338,6 +356,16 @@ class QFTOptimizer(Optimizer):
             group["seed"], self._next_step(state), stream, stochastic=group["stochastic_rounding"]
         )
         stored: kernels.Weight = parameter.stored  # type: ignore[attr-defined]  # a QFTWeight
+        own: slice | None = gradient.own_rows  # type: ignore[attr-defined]
+        if own is not None:  # of several processes
+            if own.start == own.stop:
+                return None
+            rounding = rounding._replace(first_row=own.start)
+            plan = stored.plans.get(OWN_ROWS)
+            if plan is None:
+                plan = stored.plans[OWN_ROWS] = stored.rows(own)
+            stored = plan
+            self._whole = None
         # Autograd then refuses to read for backward what has moved on since it was used.
         torch.autograd.graph.increment_version(parameter)
         if isinstance(gradient, TiledGradient):
@@ -368,8 +396,56 @@ class QFTOptimizer(Optimizer):
     def _state_of(self, parameter: Parameter) -> dict[str, Any]:
         state = self.state[parameter]
         if not state:
-            state.update(initial_state(self.state_format(parameter), parameter.device))
+            state.update(initial_state(self._own_format(parameter), parameter.device))
         return state
+
+    def _own_format(self, parameter: Parameter) -> StateFormat:
+        """The form of the state that this process has of a parameter."""
+        wanted = self.state_format(parameter)
+        if self.processes is None or not isinstance(parameter, QFTWeight):
+            return wanted
+        return self.processes.own_format(wanted, parameter)
+
+    def _own_state(self, parameter: Parameter, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What this process has of a whole state."""
+        if self.processes is None or not isinstance(parameter, QFTWeight):
+            return state
+        own = self.processes.own_rows(parameter)
+        return {
+            name: tensor[own].clone() if tensor.ndim else tensor for name, tensor in state.items()
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What processes that train one model must have in common, by name."""
+        facts: dict[str, Any] = {"the optimizer": self.description}
+        facts |= {name: getattr(self, name) for name in self.SETTINGS if name != "is_accumulating"}
+        for number, group in enumerate(self.param_groups):
+            options = {key: value for key, value in group.items() if key != "params"}
+            facts |= {f"{key} of group {number}": value for key, value in options.items()}
+        for number, parameter in enumerate(self.parameters()):
+            facts[f"parameter {number}"] = (
+                f"{type(parameter).__name__} {tuple(parameter.shape)} {parameter.dtype}"
+                + ("" if parameter.requires_grad else ", frozen")
+            )
+        return facts
+
+    def broadcast(self) -> None:
+        """Give all processes the parameters of process 0; each of them calls it.
+
+        Raises:
+            ValueError: The processes have other settings or other parameters.
+        """
+        if self.processes is None:
+            return
+        if not self.processes.has_begun:
+            self.processes.begin(next(self.parameters()).device)
+        self.processes.agree(self.facts(), DIFFERENT_SETTINGS)
+        for parameter in self.parameters():
+            if isinstance(parameter, QFTWeight):
+                self.processes.broadcast_(parameter.stored.tensors)
+                parameter.fields_changed()
+            else:
+                self.processes.broadcast_([parameter])
 
     def fit_state(self, parameter: Parameter) -> None:
         """After a parameter was given or deprived of its last rows, do the same to its state.
@@ -377,9 +453,14 @@ class QFTOptimizer(Optimizer):
         Rows that stay keep their state, new ones begin.
         """
         state = self.state.get(parameter) or {}
-        wanted = self.state_format(parameter)
+        wanted = self._own_format(parameter)
         if all(state[name].shape == form.shape for name, form in wanted.items() if name in state):
             return
+        if self.processes is not None and isinstance(parameter, QFTWeight):
+            raise RuntimeError(
+                "The number of rows of a weight was changed, and other processes own other rows "
+                "than before. Resize the model before training, or train on one process."
+            )
         for name, fresh in initial_state(wanted, parameter.device).items():
             if fresh.ndim:  # `step` counts on
                 n_kept = min(len(fresh), len(state[name]))
@@ -427,7 +508,7 @@ class QFTOptimizer(Optimizer):
                 "measure_norm() is for gradient='release'. With gradient='stack', call "
                 "torch.nn.utils.clip_grad_norm_ between backward and step."
             )
-        if any(parameter.grad is not None for parameter in self._parameters()):
+        if any(parameter.grad is not None for parameter in self.parameters()):
             raise RuntimeError(
                 "measure_norm() would drop the gradients that wait for the step. With "
                 "clipping='exact' they are clipped there: run the last micro-batch without it."
@@ -465,7 +546,7 @@ class QFTOptimizer(Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        own = list(self._parameters())
+        own = list(self.parameters())
         if len(saved) != len(own):
             raise ValueError(
                 f"The optimizer state is for {len(saved)} parameters, this optimizer has "
@@ -480,12 +561,15 @@ class QFTOptimizer(Optimizer):
         states: defaultdict[Tensor, Any] = defaultdict(dict)
         for key, parameter in zip(saved, own, strict=True):
             if key in state_dict["state"]:
-                states[parameter] = checked_state(
-                    state_dict["state"][key],
-                    self.state_format(parameter),
-                    device=parameter.device,
-                    name=f"parameter {key}",
-                    hint=self.state_hint(parameter, state_dict["state"][key]),
+                states[parameter] = self._own_state(
+                    parameter,
+                    checked_state(
+                        state_dict["state"][key],
+                        self.state_format(parameter),
+                        device=parameter.device,
+                        name=f"parameter {key}",
+                        hint=self.state_hint(parameter, state_dict["state"][key]),
+                    ),
                 )
         self.__setstate__({"state": states, "param_groups": groups})
         self._quantized.clear()
@@ -518,9 +602,44 @@ class QFTOptimizer(Optimizer):
         """What a state that does not fit would fit, for an error; None: nothing known."""
         return None
 
+    def consolidate(self) -> None:
+        """Bring the state of all rows to the host of process 0, which alone can save it then.
+
+        Every process calls it, before the first of them calls `state_dict`; until the next step.
+        On one process there is nothing to bring.
+        """
+        if self.processes is None:
+            return
+        whole: dict[int, dict[str, Any]] = {}
+        for number, parameter in enumerate(self.parameters()):
+            state = self.state.get(parameter)
+            if state and isinstance(parameter, QFTWeight):
+                n_rows = parameter.arrangement.matrix_shape[0]
+                whole[number] = {
+                    name: self.processes.whole(state[name], n_rows)
+                    for name in self.state_format(parameter)
+                }
+        self._whole = whole if self.processes.rank == 0 else None
+
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers: state by parameter, groups, and the norm that clips next."""
+        """Plain tensors and numbers: state by parameter, groups, and the norm that clips next.
+
+        It is the same whether one process has trained or several.
+
+        Raises:
+            RuntimeError: Several processes have the rows, and `consolidate` has not been called
+                since the last step, or this is not process 0.
+        """
         state_dict = super().state_dict()
+        if self.processes is not None and any(isinstance(p, QFTWeight) for p in self.state):
+            if self._whole is None:
+                raise RuntimeError(
+                    f"Each of {self.processes.n} processes has the optimizer state of its own rows,"
+                    f" and this is process {self.processes.rank}. Call optimizer.consolidate() on "
+                    "all of them after the step, and optimizer.state_dict() on process 0."
+                )
+            for number, tensors in self._whole.items():
+                state_dict["state"][number] = {**state_dict["state"][number], **tensors}
         if isinstance(self._flow, Release) and self._flow.previous_norm is not None:
             state_dict[PREVIOUS_NORM] = self._flow.previous_norm
         return state_dict

@@ -75,13 +75,18 @@ class Flow(ABC):
 
     Args:
         optimizer: What makes the updates.
+        is_accumulating: Asked for each gradient: whether more micro-batches of the step follow.
     """
 
     # Whether gradients may come in float tiles now; see `QFTWeight.wants_tiles`.
     wants_tiles = False
 
-    def __init__(self, optimizer: Updates) -> None:
+    def __init__(
+        self, optimizer: Updates, *, is_accumulating: Callable[[], bool] | None = None
+    ) -> None:
         self._optimizer = weakref.ref(optimizer)
+        self._ask_accumulating = is_accumulating
+        self._is_inside_accumulate = False
         self._n_updated = 0  # parameters, by a step that has begun and not ended
         self.is_attached = False
 
@@ -111,7 +116,15 @@ class Flow(ABC):
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Within, backward passes keep their gradients for the one that follows outside."""
-        yield
+        self._is_inside_accumulate = True
+        try:
+            yield
+        finally:
+            self._is_inside_accumulate = False
+
+    def _is_accumulating(self) -> bool:
+        ask = self._ask_accumulating
+        return self._is_inside_accumulate or (ask is not None and ask())
 
     def clear(self) -> None:
         """Give up a step that was begun."""
@@ -168,11 +181,18 @@ class Flow(ABC):
             self._n_updated += 1  # first: an interrupt may come between any two lines
             gradient, parameter.grad = parameter.grad, None
             if isinstance(gradient, Int8Gradient):
-                self.optimizer.update(parameter, gradient)
+                self._update(parameter, gradient)
             elif gradient is not None:  # norms and biases: tiny, so they go together
                 floats.append((parameter, gradient))
         self.optimizer.update_floats(floats)
+        self._settle()
         self._n_updated = 0
+
+    def _update(self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None) -> Any:
+        return self.optimizer.update(parameter, gradient, factor)
+
+    def _settle(self) -> None:  # noqa: B027 there is nothing to wait for
+        """Wait for what updates have begun and not ended: nothing on one process."""
 
 
 class Stack(Flow):
@@ -181,10 +201,11 @@ class Stack(Flow):
     Args:
         optimizer: What makes the updates.
         nonfinite: What a step does when a gradient has a NaN or infinity: `"raise"`, or `"skip"`.
+        **settings: Those of `Flow`.
     """
 
-    def __init__(self, optimizer: Updates, *, nonfinite: str) -> None:
-        super().__init__(optimizer)
+    def __init__(self, optimizer: Updates, *, nonfinite: str, **settings: Any) -> None:
+        super().__init__(optimizer, **settings)
         self.nonfinite = nonfinite
 
     def listens_to(self, parameter: Parameter) -> bool:
@@ -234,7 +255,7 @@ class Release(Flow):
             none. `"previous"`: by the global norm of the step before (the first step is not
             clipped). `"tensor"`: each gradient by its own norm.
         max_grad_norm: The norm that `clipping` clips to.
-        is_accumulating: Asked for each gradient: whether more micro-batches of the step follow.
+        **settings: Those of `Flow`.
     """
 
     def __init__(
@@ -244,9 +265,9 @@ class Release(Flow):
         accumulation: str,
         clipping: str | None,
         max_grad_norm: float | None,
-        is_accumulating: Callable[[], bool] | None,
+        **settings: Any,
     ) -> None:
-        super().__init__(optimizer)
+        super().__init__(optimizer, **settings)
         self.accumulation = accumulation
         self.clipping = clipping
         self.max_grad_norm = max_grad_norm
@@ -258,8 +279,6 @@ class Release(Flow):
         self._is_in_backward = False  # and stays so after a pass that failed
         self._floats: list[tuple[Parameter, Tensor]] = []  # gradients that wait for each other
         self._is_measuring = False
-        self._is_inside_accumulate = False
-        self._ask_accumulating = is_accumulating
         self._keeps = False  # whether gradients have been kept for a later micro-batch, ever
 
     def listens_to(self, parameter: Parameter) -> bool:
@@ -288,10 +307,6 @@ class Release(Flow):
     def n_used(self) -> int:
         """Parameters updated in this step."""
         return len(self._used) - len(self._floats)
-
-    def _is_accumulating(self) -> bool:
-        ask = self._ask_accumulating
-        return self._is_inside_accumulate or (ask is not None and ask())
 
     def complete(self, parameter: Parameter) -> None:
         """Use a gradient and free it, or let it wait.
@@ -339,7 +354,7 @@ class Release(Flow):
             self._take(parameter)
             factor = self._factor(self._norm_of_all(), gradient.device)
             self._n_updated = len(self._used)  # until the update has come to its end
-            self._squares.append(optimizer.update(parameter, gradient, factor))
+            self._squares.append(self._update(parameter, gradient, factor))
             self._n_updated = 0
         elif isinstance(gradient, Int8Gradient):
             square = _squared_norm(gradient)
@@ -349,7 +364,7 @@ class Release(Flow):
             self._clip_(gradient, square)
             self._squares.append(square)
             self._n_updated = len(self._used)
-            optimizer.update(parameter, gradient)
+            self._update(parameter, gradient)
             self._n_updated = 0
         elif gradient is not None:
             is_small = parameter.numel() <= SMALL
@@ -488,15 +503,6 @@ class Release(Flow):
             )
         self._measured = _total_norm(squares)
 
-    @contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Within, gradients are kept for the backward pass that follows outside."""
-        self._is_inside_accumulate = True
-        try:
-            yield
-        finally:
-            self._is_inside_accumulate = False
-
     def restart(self, *, previous_norm: Tensor | None) -> None:
         """Go on from a checkpoint, whatever state a failed step has left."""
         self.clear()
@@ -572,7 +578,7 @@ def _is_finite(squares: list[Tensor]) -> bool:
 def _are_finite(parameters: list[Parameter]) -> bool:
     """Whether all gradients are, found with one transfer to the host."""
     gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
-    tensors = [g.scales if isinstance(g, Int8Gradient) else g for g in gradients]
+    tensors = [g.witness if isinstance(g, Int8Gradient) else g for g in gradients]
     if not tensors:
         return True
     # The largest magnitude of all: NaN and infinity come through.

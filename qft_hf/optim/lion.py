@@ -133,7 +133,7 @@ class QFTLion(QFTOptimizer):
                 factor=factor,
                 group_size=STATE_GROUP_SIZE,
                 rule=rule,
-                rounding=rounding._replace(first_row=rows.start),
+                rounding=rounding._replace(first_row=rounding.first_row + rows.start),
             )
             for rows, tile in gradient.tiles()
         ]

@@ -63,7 +63,7 @@ class QFTSGD(QFTOptimizer):
                 direction.neg_() if group["maximize"] else direction,
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
-                rounding=rounding._replace(first_row=rows.start),
+                rounding=rounding._replace(first_row=rounding.first_row + rows.start),
             )
 
     def step_floats(

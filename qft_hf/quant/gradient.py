@@ -38,6 +38,7 @@ class Int8Gradient(Int8Tensor):
     )
 
     stored: kernels.Quantized  # the fields as operators take them
+    own_rows: slice | None = None  # which rows it has; None: all (`own_rows.py`)
 
     @staticmethod
     def __new__(
@@ -71,6 +72,11 @@ class Int8Gradient(Int8Tensor):
     @property
     def scales(self) -> Tensor:  # type: ignore[override]
         """fp32 `[rows, n_groups]`."""
+        return self.stored.scales
+
+    @property
+    def witness(self) -> Tensor:
+        """A tensor that is finite if the gradient is."""
         return self.stored.scales
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
@@ -133,6 +139,7 @@ class TiledGradient(Int8Tensor):
     """
 
     FIELDS = ()
+    own_rows: slice | None = None  # which rows it has; None: all (`own_rows.py`)
 
     @staticmethod
     def __new__(

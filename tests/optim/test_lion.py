@@ -179,12 +179,12 @@ def test_the_step_frees_each_gradient_newest_first(monkeypatch):
     updated, waiting = [], []
     update = optimizer.update
 
-    def recording(parameter, gradient):
+    def recording(parameter, gradient, factor):
         updated.append(names[id(parameter)])
         assert parameter.grad is None
         quantized = [p for p in model.parameters() if isinstance(p, QFTWeight)]
         waiting.append(sum(p.grad is not None for p in quantized))
-        update(parameter, gradient)
+        update(parameter, gradient, factor)
 
     monkeypatch.setattr(optimizer, "update", recording)
     backward(model, 0)

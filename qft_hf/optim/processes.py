@@ -1,0 +1,430 @@
+"""Several processes train one model: each holds all weights, and owns a block of rows of each.
+
+On n processes, block k of `ceil(rows / n)` rows of every INT8 weight belongs to process k: the mean
+of its gradient over all processes, its optimizer state and its update are made there and nowhere
+else. Once a step, for each weight:
+
+1. every process sends each other one the rows that it owns of its own gradient, in INT8 with their
+   scales (`send`, `receive`);
+2. the owner adds them up in FP32 in the order of processes, divides by n, and takes the step;
+   random numbers are counted by the row in the whole weight, so the step is that of one process;
+3. every process sends its updated rows to all: codes, scales and the values of outliers (`gather`).
+
+Float parameters, which are small, have the mean of their gradients on every process, which all
+update alike. So after each step the weights are equal on all processes, bit for bit.
+
+Bytes that a process holds and receives, for each parameter of large matrices, with n processes:
+
+    weights                              1.065
+    gradients                            1.016, in release those of two weights
+    optimizer state of Lion              1.016 / n
+    received a step, 1. and 3.           (1.016 + 1.055) (n - 1) / n
+
+All of it goes through `torch.distributed`: who starts the processes and chooses the backend is up
+to the launcher. Everything travels as bytes, for not every backend carries every dtype. Collectives
+have a group of their own, and the same order on all processes (`rows.py`).
+
+A process that fails says so in the store of the launcher, and the others, while they wait for it,
+look there about once a second. So they raise soon, and name the process and its error.
+
+Source:
+    Rajbhandari et al. 2020, "ZeRO" (arXiv:1910.02054), stage 2: gradients and optimizer state are
+    divided, weights are not. There gradients are summed as they travel, in float; here each is
+    rounded to INT8 once before it travels, and once more where accumulation rounds too.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from .. import kernels
+from ..layout import STATE_GROUP_SIZE, GroupLayout
+from ..quant import Int8Gradient, QFTWeight
+from ..quant.own_rows import OwnTiles
+from .state import StateFormat
+
+logger = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0  # how often a process that waits looks whether another has failed
+HEADER_BYTES = 4  # before the rows of a gradient: whether there is one
+
+# PyTorch 2.13 has given it a new name, and warns of the old one.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+DIFFERENT_SETTINGS = "Give all the same settings, and the same parameters in the same order."
+
+_n_groups = 0  # that this process has joined; the same on all
+
+
+@dataclass(slots=True)
+class Exchange:
+    """Rows of the gradients of one weight that are on their way.
+
+    Attributes:
+        weight: Whose gradients they are.
+        is_used: Whether it has a gradient on this process.
+        sent: Kept until it has arrived.
+        received: uint8 `[n_processes, bytes]`: own rows of the gradient of each process.
+        work: What to wait for.
+    """
+
+    weight: Any
+    is_used: bool
+    sent: Tensor
+    received: Tensor
+    work: Any
+
+
+@dataclass(slots=True)
+class Gathering:
+    """Updated rows of one weight that are on their way."""
+
+    fields: list[Tensor]
+    sent: Tensor
+    received: Tensor  # uint8 [n_processes, bytes]
+    work: Any
+
+
+class Processes:
+    """This process among those that train one model.
+
+    Attributes:
+        rank: Number of this process.
+        n: How many there are.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.n = dist.get_rank(), dist.get_world_size()
+        self._group: Any = None
+        self._timeout = timedelta()
+        self._host_waits = True  # for collectives: on a GPU its stream does
+        self._failures: Any = None  # part of the store in which processes tell that they failed
+
+    @classmethod
+    def found(cls) -> "Processes | None":
+        """Those that the launcher has started; None if this is the only one."""
+        is_one_of_several = (
+            dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        )
+        return cls() if is_one_of_several else None
+
+    # --- together
+
+    def begin(self, device: torch.device) -> None:
+        """Make a group of our own: other collectives may be under way beside ours.
+
+        Args:
+            device: Where the parameters are.
+        """
+        global _n_groups
+        self._host_waits = device.type == "cpu"
+        world: Any = dist.group.WORLD
+        self._timeout = world._get_backend(device).options._timeout
+        _n_groups += 1
+        store = dist.distributed_c10d._get_default_store()
+        self._failures = dist.distributed_c10d.PrefixStore(f"qft_hf/{_n_groups}", store)
+        self._group = dist.new_group(timeout=self._timeout)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether `begin` was called."""
+        return self._group is not None
+
+    def agree(self, values: dict[str, Any], advice: str) -> None:
+        """Raise, on all processes, unless they all have the same.
+
+        Args:
+            values: By name, anything that can be pickled and compared.
+            advice: What to do about a difference.
+
+        Raises:
+            ValueError: Names the first differences.
+        """
+        everyones: list[Any] = [None] * self.n
+        dist.all_gather_object(everyones, values, group=self._group)
+        first, differences = everyones[0], []
+        for rank, others in enumerate(everyones):
+            for name in first.keys() | others.keys():
+                one, other = (of.get(name, "nothing") for of in (first, others))
+                if one != other:
+                    differences.append(f"{name} is {one} on process 0 and {other} on {rank}")
+        if differences:
+            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+            raise ValueError(
+                f"The {self.n} processes differ: {'; '.join(sorted(differences)[:3])}{more}. "
+                + advice
+            )
+
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the values of process 0."""
+        for tensor in tensors:
+            flat = tensor.detach().reshape(-1).contiguous()
+            self.wait(dist.broadcast(flat.view(torch.uint8), 0, group=self._group, async_op=True))
+            if flat.data_ptr() != tensor.data_ptr():
+                tensor.detach().copy_(flat.view(tensor.shape))
+
+    def agreed(self, numbers: list[int], device: torch.device) -> list[int]:
+        """The numbers that process 0 has, which are as many as here."""
+        tensor = torch.tensor(numbers, dtype=torch.int64, device=device)
+        self.broadcast_([tensor])
+        numbers = tensor.tolist()
+        return numbers
+
+    def sum_(self, values: Tensor) -> None:
+        """Add up those of all processes in place."""
+        self.wait(dist.all_reduce(values, group=self._group, async_op=True))
+
+    # --- rows
+
+    def block(self, n_rows: int) -> int:
+        """Rows of a block; the last blocks may be short or empty."""
+        return -(-n_rows // self.n)
+
+    def rows_of(self, rank: int, n_rows: int) -> slice:
+        """Those of a matrix of so many rows that a process owns."""
+        block = self.block(n_rows)
+        return slice(min(rank * block, n_rows), min((rank + 1) * block, n_rows))
+
+    def own_rows(self, weight: Any) -> slice:
+        """Those of a `QFTWeight` that this process owns."""
+        return self.rows_of(self.rank, weight.arrangement.matrix_shape[0])
+
+    def own_format(self, wanted: StateFormat, weight: Any) -> StateFormat:
+        """The state of the own rows of a weight."""
+        own = self.own_rows(weight)
+        n_own = own.stop - own.start
+        return {
+            name: form._replace(shape=(n_own, *form.shape[1:])) for name, form in wanted.items()
+        }
+
+    def send(self, gradient: Int8Gradient | None, weight: Any) -> Exchange:
+        """Begin to send each process its rows of a gradient; None: there is none here."""
+        n_rows, columns = weight.arrangement.matrix_shape
+        device = weight.device
+        width = columns + 4 * GroupLayout(n_rows, columns, STATE_GROUP_SIZE).n_groups
+        blocks = [self.rows_of(rank, n_rows) for rank in range(self.n)]
+        sizes = [HEADER_BYTES + width * (rows.stop - rows.start) for rows in blocks]
+        if gradient is None:
+            sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+        else:
+            header = torch.ones(HEADER_BYTES, dtype=torch.uint8, device=device)
+            codes, scales = _bytes(gradient.codes), _bytes(gradient.scales)
+            parts = [
+                part
+                for rows in blocks
+                for part in (header, _flat(scales[rows]), _flat(codes[rows]))
+            ]
+            sent = torch.cat(parts)
+        own = sizes[self.rank]
+        received = torch.empty(self.n, own, dtype=torch.uint8, device=device)
+        work = dist.all_to_all_single(
+            received.view(-1), sent, [own] * self.n, sizes, group=self._group, async_op=True
+        )
+        return Exchange(weight, gradient is not None, sent, received, work)
+
+    def receive(self, exchange: Exchange, square: Tensor) -> OwnTiles | None:
+        """The mean of the gradients that `send` has sent; None if no process had one.
+
+        Args:
+            exchange: What `send` returned.
+            square: fp64 scalar, 0: where the sum of squares of the own rows is to go.
+        """
+        self.wait(exchange.work)
+        received, weight = exchange.received, exchange.weight
+        # Only who has none itself has to look whether others had, and to wait for a GPU.
+        if not exchange.is_used and not bool(received[:, 0].any()):
+            return None
+        own = self.own_rows(weight)
+        n_own, columns = own.stop - own.start, weight.arrangement.columns
+        n_groups = GroupLayout(1, columns, STATE_GROUP_SIZE).n_groups
+        begin = HEADER_BYTES + 4 * n_own * n_groups
+        scales = received[:, HEADER_BYTES:begin].contiguous().view(torch.float32)
+        scales = scales.view(self.n, n_own, n_groups)
+        codes = received[:, begin:].view(torch.int8).view(self.n, n_own, columns)
+        n = scales.new_full((1,), self.n)  # by a number, CUDA multiplies by its reciprocal
+
+        def mean(rows: slice) -> Tensor:
+            total, *others = (
+                kernels.Quantized(codes_of_one[rows], scales_of_one[rows], STATE_GROUP_SIZE)
+                for codes_of_one, scales_of_one in zip(codes, scales, strict=True)
+            )
+            values = _values(total)
+            for other in others:
+                values += _values(other)
+            return values.div_(n)
+
+        return OwnTiles(mean, own_rows=own, square_sum=square, like=weight)
+
+    def mean_(self, parameters: list[Parameter]) -> None:
+        """Put the mean of float gradients over all processes into `.grad`; small ones together.
+
+        A parameter that has none on any process keeps none.
+        """
+        if not parameters:
+            return
+        has = [parameter.grad is not None for parameter in parameters]
+        flags = torch.tensor(has, dtype=torch.float32, device=parameters[0].device)
+        parts = [
+            torch.zeros_like(parameter, dtype=torch.float32).flatten()
+            if parameter.grad is None
+            else parameter.grad.to(torch.float32).flatten()
+            for parameter in parameters
+        ]
+        bucket = torch.cat([flags, *parts])
+        self.sum_(bucket)
+        sums = bucket.split([len(parameters), *map(len, parts)])
+        used = has if all(has) else [count > 0 for count in sums[0].tolist()]
+        n = bucket.new_full((1,), self.n)
+        for parameter, total, is_used in zip(parameters, sums[1:], used, strict=True):
+            if is_used:
+                parameter.grad = total.div_(n).view(parameter.shape).to(parameter.dtype)
+
+    def gather(self, weight: Any) -> Gathering:
+        """Begin to send the own rows of a weight to all; `finish` puts in those of the others."""
+        n_rows = weight.arrangement.matrix_shape[0]
+        own, block = self.own_rows(weight), self.block(n_rows)
+        n_own = own.stop - own.start
+        # Columns of outliers stay what they are.
+        fields = [weight.codes, weight.scales, weight.outlier_values]
+        parts = []
+        for field in map(_bytes, fields):
+            padding = field.new_zeros((block - n_own) * field.shape[1])
+            parts += [_flat(field[own]), padding]
+        sent = torch.cat(parts)
+        received = torch.empty(self.n, len(sent), dtype=torch.uint8, device=weight.device)
+        work = _all_gather(received.view(-1), sent, group=self._group, async_op=True)
+        return Gathering(fields, sent, received, work)
+
+    def finish(self, gathering: Gathering) -> None:
+        """Put the rows that have arrived into the weight."""
+        self.wait(gathering.work)
+        begin = 0
+        for field in map(_bytes, gathering.fields):
+            n_rows, width = field.shape
+            end = begin + self.block(n_rows) * width
+            field.copy_(gathering.received[:, begin:end].reshape(-1, width)[:n_rows])
+            begin = end
+
+    def whole(self, rows: Tensor, n_rows: int) -> Tensor | None:
+        """Rows of a tensor of the state of all processes, on the host of process 0; None elsewhere.
+
+        Args:
+            rows: The own ones, `[n_own, ...]`.
+            n_rows: Of all.
+        """
+        block = self.block(n_rows)
+        padded = rows.new_zeros(block, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        sent = _flat(_bytes(padded))
+        received = sent.new_empty(self.n, len(sent)) if self.rank == 0 else None
+        parts = None if received is None else list(received)
+        self.wait(dist.gather(sent, parts, 0, group=self._group, async_op=True))
+        if received is None:
+            return None
+        whole = received.view(-1).view(rows.dtype).view(self.n * block, *rows.shape[1:])
+        return whole[:n_rows].cpu()
+
+    # --- failures
+
+    def wait(self, work: Any) -> None:
+        """Wait for a collective; on a GPU the stream does, and the host goes on.
+
+        Raises:
+            RuntimeError: Another process has failed, ended, or did not come within the timeout of
+                the process group.
+        """
+        if not self._host_waits:
+            work.wait()
+            return
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while True:
+            try:
+                work.wait(timedelta(seconds=LOOK_SECONDS))
+                return
+            except RuntimeError as error:
+                is_over = work.is_completed() or time.monotonic() > deadline
+                failure = self.failure(patience=2 * LOOK_SECONDS if is_over else 0.0)
+                if failure is not None:
+                    raise RuntimeError(
+                        f"Process {self.rank} stops because another has failed. {failure}"
+                    ) from error
+                if is_over:
+                    raise RuntimeError(
+                        f"Process {self.rank} stops because another has ended, or has not come to "
+                        f"the same place within {self._timeout}: its own output says why. The "
+                        "model may be between two steps: resume from the last checkpoint."
+                    ) from error
+
+    def report(self, error: BaseException) -> None:
+        """Tell the others that this process fails, if nobody has failed before."""
+        if self._failures is None or self.failure() is not None:
+            return
+        text = f"Process {self.rank}: {type(error).__name__}: {error}"
+        with self._store_may_be_gone():
+            self._failures.compare_set("failure", "", text)
+
+    def failure(self, *, patience: float = 0.0) -> str | None:
+        """What the first process that failed has told; None: nobody has.
+
+        Args:
+            patience: How many seconds to wait for somebody to tell.
+        """
+        deadline = time.monotonic() + patience
+        with self._store_may_be_gone():
+            while self._failures is not None:
+                if self._failures.check(["failure"]):
+                    return str(self._failures.get("failure").decode())
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.05)
+        return None
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Within, an exception is reported to the others."""
+        try:
+            yield
+        except BaseException as error:
+            self.report(error)
+            raise
+
+    @contextmanager
+    def _store_may_be_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # with the process that held it
+            logger.warning("The store of the processes cannot be reached: %s", error)
+
+
+def checksum(parameter: Tensor) -> int:
+    """A number that differs where stored bytes do, whatever the machine."""
+    total = 0
+    stored = parameter.stored.tensors if isinstance(parameter, QFTWeight) else (parameter,)
+    for tensor in stored:
+        of_rows = _bytes(tensor.detach().reshape(len(tensor) if tensor.ndim else 1, -1))
+        sums = of_rows.sum(dim=1, dtype=torch.int64)
+        places = torch.arange(1, len(sums) + 1, device=sums.device)
+        total = 31 * total + int((sums * places).sum())
+    return total
+
+
+def _values(rows: kernels.Quantized) -> Tensor:
+    return kernels.dequantize(kernels.Weight.dense(rows), dtype=torch.float32)
+
+
+def _bytes(matrix: Tensor) -> Tensor:
+    """A contiguous matrix as uint8 `[rows, bytes]`, in the same memory."""
+    return matrix.contiguous().view(torch.uint8)
+
+
+def _flat(matrix: Tensor) -> Tensor:
+    return matrix.reshape(-1)

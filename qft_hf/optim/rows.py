@@ -1,0 +1,270 @@
+"""Flows on several processes: a gradient is complete when it is the mean over all of them.
+
+Backward completes gradients in an order that may differ between processes, as where a layer is left
+out, and collectives must not. So weights are exchanged in an agreed order: each as soon as it and
+all before it have their gradients, and those that got none when the pass ends. The order is the one
+in which process 0 completed them in the first pass. While rows of one weight travel, backward
+computes the next; the rows of two weights are alive at most.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..quant import QFTWeight
+from ..quant.gradient import quantized
+from ..quant.own_rows import OwnRows, OwnTiles
+from .flow import Flow, Release, Stack, Updates, _quantize_gradient_
+from .processes import DIFFERENT_SETTINGS, Exchange, Gathering, Processes, checksum
+
+SECOND_PASS = (
+    "A gradient arrived for a step whose gradients the {n} processes have exchanged already. Run "
+    "all backward passes of a step but the last under optimizer.accumulate(). Under checkpointing "
+    "set use_reentrant=False: with True, backward passes lie inside of others and no end can be "
+    "seen. If a backward pass failed half-way, resume from the last checkpoint."
+)
+
+HALF_A_PASS = (
+    "A backward pass failed while {n} processes exchanged its gradients, so they do not belong "
+    "together. Resume from the last checkpoint."
+)
+
+NOT_EXCHANGED = (
+    "A weight of shape {shape} has a gradient that was set after the {n} processes had exchanged "
+    "theirs: this process would go on with weights of its own. Change gradients in a hook of the "
+    "weight, weight.register_hook(...)."
+)
+
+
+@dataclass
+class Pass:
+    """One backward pass whose gradients are exchanged.
+
+    Attributes:
+        squares: fp64 `[n_weights]`: sums of squares of the mean gradients, of own rows until all
+            have arrived and of all rows afterwards.
+        arrived: Parameters whose gradient is complete here, by identity, in order.
+        n_sent: Weights whose exchange has begun.
+        under_way: Of one weight at most.
+        is_done: Whether all gradients have been exchanged.
+    """
+
+    squares: Tensor
+    arrived: dict[int, None] = field(default_factory=dict)
+    n_sent: int = 0
+    under_way: Exchange | None = None
+    is_done: bool = False
+
+
+class _Shared(Flow):
+    """What `RowsStack` and `RowsRelease` have in common; it stands before a flow of one process."""
+
+    wants_tiles = False  # gradients travel in INT8
+
+    def __init__(self, optimizer: Updates, *, processes: Processes, **settings: Any) -> None:
+        super().__init__(optimizer, **settings)
+        self.processes = processes
+        self._weights: list[Any] = []  # in the agreed order
+        self._places: dict[int, int] = {}  # of each in it, by identity
+        self._is_agreed = False  # whether it is that of a first pass
+        self._pass: Pass | None = None
+        self._gathering: Gathering | None = None
+
+    def listens_to(self, parameter: Parameter) -> bool:
+        """To all: float gradients are exchanged too."""
+        return True
+
+    def __call__(self, parameter: Parameter) -> None:
+        """A gradient is complete on this process."""
+        if self._optimizer() is None:
+            return
+        with self.processes.reporting():
+            _quantize_gradient_(parameter)
+            if self._is_accumulating():
+                self.complete(parameter)
+            else:
+                self._arrive(parameter)
+
+    @torch.no_grad()
+    def _arrive(self, parameter: Parameter) -> None:
+        current = self._pass
+        if current is None:
+            current = self._begin()
+            # Autograd calls it when the pass ends, and not after an error.
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
+        elif current.is_done or id(parameter) in current.arrived:
+            raise RuntimeError(SECOND_PASS.format(n=self.processes.n))
+        current.arrived[id(parameter)] = None
+        weights = self._weights
+        while current.n_sent < len(weights) and id(weights[current.n_sent]) in current.arrived:
+            self._send_next(current)
+
+    def _begin(self) -> Pass:
+        optimizer, processes = self.optimizer, self.processes
+        if not processes.has_begun:
+            processes.begin(next(optimizer.parameters()).device)
+        trained = [p for p in optimizer.parameters() if p.requires_grad]
+        weights = [p for p in trained if isinstance(p, QFTWeight)]
+        if {id(weight) for weight in weights} != self._places.keys():
+            processes.agree(optimizer.facts(), DIFFERENT_SETTINGS)
+            processes.agree(
+                {
+                    f"the check sum of parameter {number} of shape {tuple(p.shape)}": checksum(p)
+                    for number, p in enumerate(optimizer.parameters())
+                },
+                "They would train different models. Load the same one on all, or copy that of "
+                "process 0 to them before the first step: optimizer.broadcast().",
+            )
+            self._order(weights[::-1])
+            self._is_agreed = False
+        squares = torch.zeros(len(weights), dtype=torch.float64, device=trained[0].device)
+        self._pass = Pass(squares)
+        return self._pass
+
+    def _order(self, weights: list[Any]) -> None:
+        self._weights = weights
+        self._places = {id(weight): place for place, weight in enumerate(weights)}
+
+    def _send_next(self, current: Pass) -> None:
+        weight = self._weights[current.n_sent]
+        current.n_sent += 1
+        gradient, weight.grad = weight.grad, None
+        exchange = self.processes.send(
+            None if gradient is None else quantized(gradient, weight), weight
+        )
+        earlier, current.under_way = current.under_way, exchange
+        if earlier is not None:
+            self._receive(earlier, current)
+
+    def _receive(self, exchange: Exchange, current: Pass) -> None:
+        weight = exchange.weight
+        square = current.squares[self._places[id(weight)]]
+        gradient = self.processes.receive(exchange, square)
+        if gradient is None:
+            return
+        if super().wants_tiles:
+            weight.grad = gradient
+        else:
+            weight.grad = own = gradient.quantized()
+            if self._asks_for_each_norm():
+                own.square_sum = square.clone()
+                self.processes.sum_(own.square_sum)
+                square.zero_()
+        self.complete(weight)
+
+    def _asks_for_each_norm(self) -> bool:
+        """Whether a gradient in INT8 is looked at before the others are there."""
+        return False
+
+    @torch.no_grad()
+    def _end_pass(self) -> None:
+        current = self._pass
+        if current is None:  # given up
+            return
+        with self.processes.reporting():
+            while current.n_sent < len(self._weights):
+                self._send_next(current)
+            if current.under_way is not None:
+                exchange, current.under_way = current.under_way, None
+                self._receive(exchange, current)
+            floats = [
+                parameter
+                for parameter in self.optimizer.parameters()
+                if parameter.requires_grad and not isinstance(parameter, QFTWeight)
+            ]
+            self.processes.mean_(floats)
+            for parameter in floats:
+                if parameter.grad is not None:
+                    self.complete(parameter)
+            self._settle()
+            self.processes.sum_(current.squares)
+            if not self._is_agreed:
+                self._agree_on_order(current)
+            current.is_done = True
+
+    def _agree_on_order(self, current: Pass) -> None:
+        """From now on the order in which process 0 has completed gradients."""
+        places = [self._places[number] for number in current.arrived if number in self._places]
+        places += sorted(set(range(len(self._weights))) - set(places))
+        agreed = self.processes.agreed(places, current.squares.device)
+        self._order([self._weights[place] for place in agreed])
+        self._is_agreed = True
+
+    def _join(self) -> None:
+        """Take part in the exchange although no gradient has come here."""
+        if self._pass is None:
+            self._begin()
+        elif not self._pass.is_done:
+            raise RuntimeError(HALF_A_PASS.format(n=self.processes.n))
+        if not self._pass.is_done:  # type: ignore[union-attr]  # begun above
+            self._end_pass()
+
+    def step(self, parameters: list[Parameter]) -> bool:
+        """The step of the flow, with gradients that are the mean over all processes."""
+        with self.processes.reporting():
+            self._join()
+        is_taken = super().step(parameters)  # type: ignore[safe-super]  # a flow stands behind
+        self._pass = None
+        return is_taken
+
+    def clear(self) -> None:
+        """Give up a step that was begun."""
+        super().clear()
+        self._pass = None
+
+    def _waiting(self, parameters: list[Parameter]) -> list[Parameter]:
+        waiting = super()._waiting(parameters)
+        for parameter in waiting:
+            if isinstance(parameter, QFTWeight) and not isinstance(parameter.grad, OwnRows):
+                raise RuntimeError(
+                    NOT_EXCHANGED.format(shape=tuple(parameter.shape), n=self.processes.n)
+                )
+        return waiting
+
+    def _update(self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None) -> Any:
+        """Update the own rows and begin to send them to all."""
+        with self.processes.reporting():
+            squares = super()._update(parameter, gradient, factor)
+            if isinstance(gradient, OwnTiles):
+                if squares is not None:
+                    gradient.square_sum.copy_(squares.sum())
+                squares = gradient.square_sum  # of all rows, when the pass has ended
+            begun = self.processes.gather(parameter)
+            self._settle()
+            self._gathering = begun
+        return squares
+
+    def _settle(self) -> None:
+        """Wait for the rows that are on their way to this process."""
+        begun, self._gathering = self._gathering, None
+        if begun is not None:
+            self.processes.finish(begun)
+
+
+class RowsStack(_Shared, Stack):
+    """`Stack` on several processes: what waits are the own rows of mean gradients."""
+
+
+class RowsRelease(_Shared, Release):
+    """`Release` on several processes: own rows are used the moment the mean of them is there."""
+
+    def _asks_for_each_norm(self) -> bool:
+        return not self._is_measuring and (self.clipping != "exact" or self._measured is not None)
+
+    def _join(self) -> None:
+        was_in_backward, self._is_in_backward = self._is_in_backward, True  # it has no end to await
+        super()._join()
+        self._is_in_backward = was_in_backward
+
+    @contextmanager
+    def measure_norm(self) -> Iterator[None]:
+        """Within, gradients are exchanged, measured and dropped."""
+        with super().measure_norm():
+            yield
+            self._join()
+            self._pass = None

@@ -1,0 +1,219 @@
+"""Training of the small model on several processes, and the same on one that is told all gradients.
+
+torchrun --nproc-per-node 2 -m tests.processes.training FOLDER SCENARIO...
+"""
+
+import sys
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qft_hf.config import QuantizationSpec
+from qft_hf.kernels import quantize
+from qft_hf.layout import STATE_GROUP_SIZE
+from qft_hf.nn import quantize_modules_
+from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
+from qft_hf.quant import Int8Gradient, QFTWeight
+from tests.nn.small import SmallModel, batch
+from tests.optim.common import make_optimizer, model_tensors
+from tests.processes.launch import TIMEOUT_SECONDS
+
+N_STEPS = 6
+KINDS = {"lion": QFTLion, "adamw": QFTAdamW, "sgd": QFTSGD}
+
+# What differs from Lion on the stack, an untied model, one micro-batch each, no clipping.
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "stack": {},
+    "release": {"gradient": "release"},
+    "tied": {"tied": True},
+    "tied-release": {"tied": True, "gradient": "release"},
+    "accumulated": {"n_parts": 2},
+    "accumulated-release": {"n_parts": 2, "gradient": "release"},
+    "clipped": {"clip": 0.4},
+    "clipped-accumulated": {"clip": 0.4, "n_parts": 2},
+    "exact": {"gradient": "release", "clipping": "exact", "max_grad_norm": 0.4},
+    "exact-accumulated": {
+        "gradient": "release", "clipping": "exact", "max_grad_norm": 0.4, "n_parts": 2, "clip": 0.4,
+    },
+    "previous": {"gradient": "release", "clipping": "previous", "max_grad_norm": 0.4},
+    "tensor": {"gradient": "release", "clipping": "tensor", "max_grad_norm": 0.1},
+    "int8": {"matmul": "int8"},
+    "int8-release": {"matmul": "int8", "gradient": "release"},
+    "bf16": {"dtype": torch.bfloat16},
+    "momentum-4": {"momentum_bits": 4},
+    "momentum-4-release": {"momentum_bits": 4, "gradient": "release"},
+    "adamw": {"kind": "adamw"},
+    "adamw-release": {"kind": "adamw", "gradient": "release"},
+    "sgd": {"kind": "sgd", "lr": 0.05},
+    "sgd-release": {"kind": "sgd", "lr": 0.05, "gradient": "release"},
+    "checkpointing": {"reentrant": False},
+    "frozen": {"frozen": ("blocks.0.up.weight", "norm.weight")},
+    "no-floats": {"frozen": ("norm.weight", "norm.bias", "up.bias", "down.bias")},
+}  # fmt: skip
+MODEL = ("tied", "reentrant", "dtype", "matmul", "frozen")
+LOOP = ("clip", "n_parts")
+
+
+def make(name: str) -> tuple[SmallModel, Any, dict[str, Any]]:
+    """Model, optimizer and the settings of the loop of a scenario."""
+    settings = dict(SCENARIOS[name])
+    of_model = {key: settings.pop(key) for key in MODEL if key in settings}
+    of_loop = {key: settings.pop(key) for key in LOOP if key in settings}
+    frozen, dtype = of_model.pop("frozen", ()), of_model.pop("dtype", torch.float32)
+    matmul = of_model.pop("matmul", "dequantize")
+    model = SmallModel(**{"tied": False, **of_model}).to(dtype)
+    group_size = None if matmul == "int8" else 40
+    spec = QuantizationSpec(group_size=group_size, outlier_fraction=0.02, matmul=matmul)
+    quantize_modules_(model, spec)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(frozen or ("none",)):
+            parameter.requires_grad_(False)
+    kind = KINDS[settings.pop("kind", "lion")]
+    return model, make_optimizer(model, kind, **settings), of_loop
+
+
+def train(
+    model: SmallModel,
+    optimizer: Any,
+    steps: range,
+    *,
+    rank: int,
+    n: int,
+    n_parts: int = 1,
+    clip: float | None = None,
+) -> list[float]:
+    """Steps on this process's share of each batch; returns the norms."""
+    norms = []
+    for step in steps:
+        own = shares(step, n)[rank]
+        for number, part in enumerate(own.chunk(n_parts)):
+            is_last = number == n_parts - 1
+            with nullcontext() if is_last else optimizer.accumulate():
+                if is_last and optimizer.clipping == "exact" and n_parts == 1:
+                    with optimizer.measure_norm():
+                        (model.loss(part) / n_parts).backward()
+                (model.loss(part) / n_parts).backward()
+        norm = torch.zeros(())
+        if clip is not None:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        released = optimizer.released_norm
+        norms.append(float(norm if released is None else released))
+    return norms
+
+
+def shares(step: int, n: int) -> tuple[Tensor, ...]:
+    """The share of a batch of each of `n` processes; of all the same number of rows."""
+    return batch(step, (12, 12)).chunk(n)
+
+
+def train_alone(
+    model: SmallModel,
+    optimizer: Any,
+    steps: range,
+    *,
+    n: int,
+    clipping: str | None,
+    logs_norm: bool,
+    n_parts: int = 1,
+    clip: float | None = None,
+) -> list[float]:
+    """The same on one process, which adds up the gradients of all shares in FP32 itself."""
+    norms: list[float] = []
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for step in steps:
+        of_all: list[list[Tensor]] = []
+        for own in shares(step, n):
+            for part in own.chunk(n_parts):
+                (model.loss(part) / n_parts).backward()
+            of_all.append([p.grad for p in parameters])
+            for p in parameters:
+                p.grad = None
+        for parameter, gradients in zip(parameters, zip(*of_all, strict=True), strict=True):
+            parameter.grad = mean(parameter, gradients)
+        norm = torch.stack([square(p.grad) for p in parameters]).sum().sqrt().float()
+        previous = torch.tensor(norms[-1]) if norms else None
+        if clip is None:
+            norm = norm if logs_norm else torch.zeros(())
+        elif clipping is None or n_parts > 1:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        else:
+            for p in parameters:
+                of_this = square(p.grad).sqrt().float()
+                by = {"exact": norm, "previous": previous, "tensor": of_this}[clipping]
+                if by is not None:
+                    p.grad.mul_((clip / (by + 1e-6)).clamp(max=1.0))
+        optimizer.step()
+        norms.append(float(norm))
+    return norms
+
+
+def square(gradient: Tensor) -> Tensor:
+    """Sum of squares in FP64, by the formula of torch for what is float."""
+    if isinstance(gradient, Int8Gradient):
+        return gradient.squared_norm()
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+
+
+def mean(parameter: Tensor, gradients: tuple[Any, ...]) -> Tensor:
+    """FP32 sum in the order of processes, divided by their number; INT8 if it was."""
+    if not isinstance(parameter, QFTWeight):
+        total = sum(gradient.float() for gradient in gradients)
+        return (total / len(gradients)).to(parameter.dtype)
+    total = sum(values(gradient) for gradient in gradients)
+    total = total / torch.tensor([len(gradients)])
+    codes, scales = quantize(total, group_size=STATE_GROUP_SIZE)
+    return Int8Gradient(codes, scales, dtype=parameter.dtype, arrangement=parameter.arrangement)
+
+
+def values(gradient: Int8Gradient) -> Tensor:
+    columns = gradient.codes.shape[1]
+    scales = gradient.scales.repeat_interleave(STATE_GROUP_SIZE, dim=1)[:, :columns]
+    return gradient.codes.float() * scales
+
+
+def run(name: str, rank: int, n: int) -> dict[str, Any]:
+    """A scenario on this process."""
+    model, optimizer, loop = make(name)
+    norms = train(model, optimizer, range(N_STEPS), rank=rank, n=n, **loop)
+    return found(model, optimizer, norms, is_first=rank == 0)
+
+
+def run_alone(name: str, n: int) -> dict[str, Any]:
+    """The same on one process, always on the stack: release has the same bits."""
+    model, given, loop = make(name)
+    bits = {"momentum_bits": given.momentum_bits} if isinstance(given, QFTLion) else {}
+    optimizer = make_optimizer(model, type(given), lr=given.param_groups[0]["lr"], **bits)
+    norms = train_alone(
+        model, optimizer, range(N_STEPS), n=n, clipping=given.clipping,
+        logs_norm=given.gradient == "release", **{"clip": given.max_grad_norm, **loop},
+    )  # fmt: skip
+    return found(model, optimizer, norms)
+
+
+def found(
+    model: nn.Module, optimizer: Any, norms: list[float], *, is_first: bool = True
+) -> dict[str, Any]:
+    """Everything that is stored, as a checkpoint has it."""
+    optimizer.consolidate()
+    state = optimizer.state_dict()["state"] if is_first else None
+    return {"weights": model_tensors(model), "state": state, "norms": norms}
+
+
+def main() -> None:
+    """Run scenarios on this process of several."""
+    folder, *names = sys.argv[1:]
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
+    rank, n = dist.get_rank(), dist.get_world_size()
+    torch.save({name: run(name, rank, n) for name in names}, Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
