@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from qft_hf.hf.finetune.arguments import DataArguments
 from qft_hf.hf.finetune.data import DataCounts
 from qft_hf.hf.finetune.data import prepare_data as prepare_data_for
+from qft_hf.hf.finetune.task import NothingToLearn
 from qft_hf.nn.loss import IGNORED
 from tests.finetune.chats import END, TURN, chat, tiny_tokenizer
 
@@ -151,6 +152,15 @@ def test_data_of_empty_texts_is_refused(tmp_path):
     path = write_jsonl(tmp_path / "t.jsonl", [{"text": ""}, {"text": ""}])
     with pytest.raises(ValueError, match=r"from the 2 rows of the training data.* 2 empty"):
         prepare_data(DataArguments(train_data=path, task="text"), tiny_tokenizer())
+
+
+def test_an_example_of_which_only_the_first_token_is_learned_teaches_nothing(chats_file):
+    """No token comes before the first, so nothing predicts it."""
+    task = prepare_data(DataArguments(train_data=chats_file), tiny_tokenizer()).task
+
+    with pytest.raises(NothingToLearn, match="every label is masked"):
+        task.example([5, 6, 7], [5, IGNORED, IGNORED])
+    assert task.example([5, 6, 7], [IGNORED, 6, IGNORED])["labels"] == [IGNORED, 6, IGNORED]
 
 
 def test_text_that_is_none_is_refused(tmp_path):
