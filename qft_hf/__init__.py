@@ -11,8 +11,10 @@ from .hf import (
     dequantize_model_,
     estimate_memory,
     estimate_side_memory,
+    load_side_network,
     quantize_model_,
     recommend,
+    save_side_network,
 )
 from .memory import MemoryEstimate, MemoryLedger, memory_ledger
 from .nn import QFTEmbedding, QFTLinear
@@ -41,8 +43,10 @@ __all__ = [
     "dequantize_model_",
     "estimate_memory",
     "estimate_side_memory",
+    "load_side_network",
     "memory_ledger",
     "quantize_model_",
     "recommend",
+    "save_side_network",
     "side_parameters",
 ]

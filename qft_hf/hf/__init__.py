@@ -11,6 +11,7 @@ from .guards import install_guards
 from .reference_model import install_references
 from .registration import is_accumulating, register_optimizer
 from .resizing import install_resizing
+from .side_network import install_side_networks, load_side_network, save_side_network
 from .trainer import QFTTrainer
 
 register_optimizer()
@@ -18,6 +19,7 @@ install_guards()
 install_resizing()
 install_references()
 install_clipping()
+install_side_networks()
 
 __all__ = [
     "QFTConfig",
@@ -29,7 +31,9 @@ __all__ = [
     "estimate_memory",
     "estimate_side_memory",
     "is_accumulating",
+    "load_side_network",
     "quantize_model_",
     "recommend",
     "register_optimizer",
+    "save_side_network",
 ]

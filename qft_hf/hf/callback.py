@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..optim.flow import ACCUMULATION_IS_FORBIDDEN
+from ..side import side_network_of
 from .checkpoint import parameters_without_state, write_mark
 from .optimizers import is_ours, named_optimizer, refuse_overruled, refuse_retries
 from .support import prepare_model_, refuse_foreign_optimizer, refuse_optimizer, unwrapped
@@ -39,6 +40,12 @@ class QFTCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Prepare the model of a run with one of our optimizers, or raise if that cannot work."""
+        if args.n_gpu > 1 and side_network_of(model) is not None:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible and the Trainer would copy the model to each by "
+                "nn.DataParallel, which a side network does not follow. Set CUDA_VISIBLE_DEVICES "
+                "to one GPU."
+            )
         if named_optimizer(args) is not None and model is not None:
             refuse_optimizer(optimizer, args)
             prepare_model_(model, args)

@@ -32,7 +32,10 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from ..side import side_network_of
 from .drafts import settle, written_whole
+from .side_network import CONFIG_NAME as SIDE_CONFIG_NAME
+from .side_network import WEIGHTS_NAME as SIDE_WEIGHTS_NAME
 from .tensor_files import DAMAGED, damaged, memory, tensor_names
 
 logger = logging.getLogger(__name__)
@@ -41,7 +44,13 @@ MARK = "qft_checkpoint.json"
 RNG_STATE_NAME = "rng_state.pth"
 STATE_FILES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_STATE_NAME)
 # Any of them is a set of weights of its own.
-WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+WEIGHTS = (
+    SAFE_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    SIDE_WEIGHTS_NAME,
+)
 
 SHOWN = 5  # names in an error that may concern every tensor of a model
 CHUNK_BYTES = 1 << 24
@@ -159,6 +168,8 @@ def weight_files(checkpoint: Path) -> list[str]:
         raise ValueError(f"{SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME} is missing")
     if sets == [SAFE_WEIGHTS_NAME]:
         return sets
+    if sets == [SIDE_WEIGHTS_NAME]:
+        return [SIDE_WEIGHTS_NAME, SIDE_CONFIG_NAME]
     index = _json(checkpoint / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} has no weight_map")
@@ -185,6 +196,8 @@ def check_weights(model: nn.Module, checkpoint: Path) -> None:
     Raises:
         ValueError: Tensors are missing, foreign or damaged (named), or files are.
     """
+    if side_network_of(model) is not None:
+        return  # `load_side_network` checks it
     try:
         files = [str(checkpoint / name) for name in weight_files(checkpoint)]
         saved, found = set(tensor_names(files)), damaged(files)

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..nn import QuantizedModule, conversion_plan, dequantize_modules_, quantize_modules_
+from ..side import SideNetwork
 from .config import QUANT_METHOD, QFTConfig
 from .coverage import check_coverage
 from .quantizer import QFTQuantizer, check_finite
@@ -43,6 +44,8 @@ def quantize_model_(model: Model, config: QFTConfig) -> Model:
     quantize_modules_(model, config)
     if isinstance(model, PreTrainedModel):
         _mark(model, config)
+    elif isinstance(model, SideNetwork):
+        model.quantization = config
     return model
 
 

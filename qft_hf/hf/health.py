@@ -101,6 +101,8 @@ class Health(TrainerCallback):
         """
         if self.model is None or self._first is None or self._before is None:
             return {}
+        if not len(self._before):  # a side network in float
+            return {}
         now, first = sample(self.model), self._first
         moved = torch.sign(now.codes.short() - self._before)  # short: a difference has 9 bits
         changed = torch.cat(

@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 from ..layout import outliers_per_row
 from ..nn import QFTLinear
 from ..quant import QFTWeight
+from ..side import SideNetwork, side_network_of
 from .chunked_loss import chunk_loss_
 from .config import QFTConfig
 from .convert import quantize_model_
@@ -39,9 +40,16 @@ def has_quantized_weights(model: nn.Module) -> bool:
     return any(isinstance(parameter, QFTWeight) for parameter in model.parameters())
 
 
+def trained_part(model: nn.Module) -> nn.Module:
+    """What one of our optimizers trains in INT8: the side network of a model, or all of it."""
+    return side_network_of(model) or model
+
+
 def quantization_config_of(model: Any) -> QFTConfig | None:
-    """The `QFTConfig` a model was quantized with, if it carries one."""
+    """The `QFTConfig` a model or side network was quantized with, if it carries one."""
     config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(model, SideNetwork):
+        config = model.quantization
     return config if isinstance(config, QFTConfig) else None
 
 
@@ -54,11 +62,12 @@ def prepare_model_(model: nn.Module, args: TrainingArguments) -> None:
             format than `args` asks for.
     """
     refuse_unsupported(args, model)
-    if has_quantized_weights(model):
-        refuse_other_format(model, args)
-        _quantize_added_(model, args)
+    part = trained_part(model)
+    if has_quantized_weights(part):
+        refuse_other_format(part, args)
+        _quantize_added_(part, args)
     else:
-        _quantize_(model, args)
+        _quantize_(part, args)
     if getattr(args, "chunked_loss", False):
         chunk_loss_(model)
 
@@ -73,12 +82,13 @@ def require_prepared(model: nn.Module, args: TrainingArguments) -> None:
         "transformers.Trainer prepares the model that it is given, and not what model_init makes "
         "in train()"
     )
-    if not has_quantized_weights(model):
+    part = trained_part(model)
+    if not has_quantized_weights(part):
         raise ValueError(
-            f"No weight of {type(model).__name__} is INT8. {advice}: have model_init return "
+            f"No weight of {type(part).__name__} is INT8. {advice}: have model_init return "
             "quantize_model_(model, QFTConfig()), or use qft_hf.QFTTrainer."
         )
-    refuse_other_format(model, args)
+    refuse_other_format(part, args)
     heads = [m for m in model.modules() if isinstance(m, QFTLinear) and m.defers_logits]
     if getattr(args, "chunked_loss", False) and not heads:
         raise ValueError(
@@ -202,6 +212,11 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
         ValueError: An argument or the model is not supported; the text says what to do instead.
     """
     check_arguments(args)
+    if side_network_of(model) is not None and given_options(args).get("gradient") == "release":
+        raise ValueError(
+            "gradient='release' is for training all parameters of a model, and only its side "
+            "network is trained, whose gradients take a few MB. Leave gradient out."
+        )
     if args.fp16:
         raise ValueError(
             "fp16=True scales the loss and unscales float gradients, which INT8 gradients are not. "
@@ -253,7 +268,8 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             "optim='adamw_torch' to train the adapters on frozen INT8 weights, or pass the base "
             "model to train it whole."
         )
-    half = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
+    part = trained_part(model)
+    half = [name for name, p in part.named_parameters() if p.dtype == torch.float16]
     if half:
         raise ValueError(
             f"{half[0]} and {len(half) - 1} more parameters are float16, whose range is too narrow "
@@ -286,8 +302,9 @@ def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
             f"is {type(inner).__name__}, which cannot update them. Set optim={names()} and pass no "
             "optimizer of your own; or freeze them, as adapters do: weight.requires_grad_(False)."
         )
-    if is_ours(inner) and not has_quantized_weights(model):
+    part = trained_part(model)
+    if is_ours(inner) and not has_quantized_weights(part):
         raise TypeError(
-            f"The optimizer is {type(inner).__name__}, and no weight of {type(model).__name__} is "
+            f"The optimizer is {type(inner).__name__}, and no weight of {type(part).__name__} is "
             "INT8. Call qft_hf.quantize_model_(model, QFTConfig()) before training."
         )

@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..memory import MemoryLedger, memory_ledger
+from ..side import side_network_of
 from .arguments import QFTTrainingArguments
 from .card import facts_of_trainer, write_card
 from .checkpoint_trainer import CheckpointTrainer
 from .health import Health
-from .optimizers import named_optimizer, names, optimizer_name
+from .optimizers import is_ours, named_optimizer, names, optimizer_name
 from .peak_memory import PeakMemory
 from .registration import optimizer_class_and_arguments
 from .support import prepare_model_, refuse_optimizer, unwrapped
@@ -22,7 +23,8 @@ from .support import prepare_model_, refuse_optimizer, unwrapped
 class QFTTrainer(CheckpointTrainer):
     """Trains every parameter of a model in INT8; takes what `transformers.Trainer` takes.
 
-    A float model is quantized in place before it is moved, also one of `model_init`. The memory
+    A float model is quantized in place before it is moved, also one of `model_init`; of a model
+    with a side network that alone, and only if the optimizer is one of ours. The memory
     ledger is printed once gradients and momentum both exist, and stays in `ledger`. Checkpoints and
     saved models appear whole or not at all, and a run goes on exactly from one or is refused.
 
@@ -36,15 +38,17 @@ class QFTTrainer(CheckpointTrainer):
     ) -> None:
         if args is None:
             args = QFTTrainingArguments(output_dir="trainer_output")
-        if named_optimizer(args) is None:
+        if named_optimizer(args) is not None:
+            refuse_optimizer((kwargs.get("optimizers") or (None, None))[0], args)
+            if isinstance(model, nn.Module):  # a Trainer that is mixed in may load one by its name
+                # Before the Trainer moves the model: the float weights never reach the device.
+                prepare_model_(model, args)
+        elif side_network_of(model) is None:
             raise ValueError(
                 f"QFTTrainer trains INT8 weights with {names()}, got "
-                f"optim={optimizer_name(args)!r}. Set optim={names()} or use transformers.Trainer."
+                f"optim={optimizer_name(args)!r}. Set optim={names()} or use transformers.Trainer; "
+                "a model with a side network may have any optimizer."
             )
-        refuse_optimizer((kwargs.get("optimizers") or (None, None))[0], args)
-        if isinstance(model, nn.Module):  # a Trainer that is mixed in may load one by its name
-            # Before the Trainer moves the model: the float weights never reach the device.
-            prepare_model_(model, args)
         self.ledger: MemoryLedger | None = None
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(_LedgerCallback(self))
@@ -62,6 +66,9 @@ class QFTTrainer(CheckpointTrainer):
         args: TrainingArguments, model: Any = None
     ) -> tuple[Any, dict[str, Any]]:
         """The optimizer's class and its arguments."""
+        if named_optimizer(args) is None:  # of a side network
+            found: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
+            return found
         return optimizer_class_and_arguments(args, model)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
@@ -72,7 +79,8 @@ class QFTTrainer(CheckpointTrainer):
         """
         optimizer = unwrapped(self.optimizer)
         # Accumulated gradients are all alive at the end and are clipped there, in one pass.
-        if optimizer.clipping == "exact" and self.current_gradient_accumulation_steps == 1:
+        exact = is_ours(optimizer) and optimizer.clipping == "exact"
+        if exact and self.current_gradient_accumulation_steps == 1:
             with torch.random.fork_rng(), optimizer.measure_norm():
                 super().training_step(model, inputs, *args)
         return super().training_step(model, inputs, *args)
@@ -81,7 +89,8 @@ class QFTTrainer(CheckpointTrainer):
         """Add figures of the INT8 run to training logs, for every reporter."""
         if "loss" in logs and self.optimizer is not None:
             figures = self.health.figures()
-            figures["skipped_steps"] = float(unwrapped(self.optimizer).skipped_steps)
+            if is_ours(optimizer := unwrapped(self.optimizer)):
+                figures["skipped_steps"] = float(optimizer.skipped_steps)
             figures["peak_memory_gb"] = PeakMemory.measured(self.args.device).bytes / 1e9
             if self.ledger is not None:
                 for kind, n_bytes in self.ledger.bytes_by_kind.items():
@@ -116,7 +125,8 @@ class QFTTrainer(CheckpointTrainer):
             dataset_args: Not used.
             dataset_name: As `dataset`; TRL's name for it.
         """
-        if not self.is_world_process_zero():
+        # The folder of a side network has a card already.
+        if not self.is_world_process_zero() or side_network_of(self.model) is not None:
             return
         sources = [*_listed(dataset_tags), *_listed(dataset), *_listed(dataset_name)]
         known = {

@@ -1,6 +1,13 @@
 """Quantized side tuning: a small network that learns from the hidden states of a frozen base."""
 
-from .attach import attach_side_network, side_network_of, side_parameters, trained_modules
+from .attach import (
+    NAME,
+    attach_side_network,
+    side_network_of,
+    side_parameters,
+    trained_heads,
+    trained_modules,
+)
 from .config import DOWNSAMPLES, QSTConfig
 from .network import SideNetwork
 from .sizes import side_config
@@ -8,6 +15,7 @@ from .stack import layer_stack
 
 __all__ = [
     "DOWNSAMPLES",
+    "NAME",
     "QSTConfig",
     "SideNetwork",
     "attach_side_network",
@@ -15,5 +23,6 @@ __all__ = [
     "side_config",
     "side_network_of",
     "side_parameters",
+    "trained_heads",
     "trained_modules",
 ]

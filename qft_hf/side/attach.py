@@ -45,7 +45,7 @@ def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
     _refuse(model)
     runner, layers = layer_stack(model)
     _refuse_layers(layers, any_model.config)
-    heads = _trained_heads(model)
+    heads = trained_heads(model)
     _refuse_heads(heads)
     device = next(layers[0].parameters()).device
     with torch.device(device):
@@ -84,7 +84,15 @@ def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
         raise ValueError(
             f"{type(model).__name__} has no side network. Call attach_side_network first."
         )
-    return {NAME: network} | _trained_heads(model)
+    return {NAME: network} | trained_heads(model)
+
+
+def trained_heads(model: Any) -> dict[str, nn.Module]:
+    """All that a model has beside its base, if it is no language model, whose head stays frozen."""
+    if model.get_output_embeddings() is not None:
+        return {}
+    beside = {name: child for name, child in model.named_children() if name != NAME}
+    return {name: child for name, child in beside.items() if child is not model.base_model}
 
 
 def side_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -98,14 +106,6 @@ def side_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for place, module in trained_modules(model).items()
         for name, parameter in module.named_parameters()
     }
-
-
-def _trained_heads(model: Any) -> dict[str, nn.Module]:
-    """All that a model has beside its base, if it is no language model, whose head stays frozen."""
-    if model.get_output_embeddings() is not None:
-        return {}
-    beside = {name: child for name, child in model.named_children() if name != NAME}
-    return {name: child for name, child in beside.items() if child is not model.base_model}
 
 
 def _refuse_heads(heads: dict[str, nn.Module]) -> None:

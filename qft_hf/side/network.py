@@ -30,7 +30,7 @@ class SideNetwork(nn.Module):
     """What is trained. `follow` makes it run with a base, layer by layer.
 
     Parameters are FP32. Beside a base of half precision products are computed in the base's dtype,
-    as `torch.autocast` does it; autocast that is on already decides else.
+    as `torch.autocast` does it; else in that of the parameters, or as autocast that is on decides.
 
     Attributes:
         config: What it was made from.
@@ -40,7 +40,8 @@ class SideNetwork(nn.Module):
         norm: Of the last state.
         upsample: Back to the width of the base.
         mix: One number, the share of the side network in the last hidden state.
-        frozen: The modules of the model that are not trained, which are none of this one's.
+        frozen: The modules of the model that are not trained, which are not below this one.
+        quantization: The `QFTConfig` of its weights; None while they are float.
     """
 
     def __init__(self, base_layers: Sequence[nn.Module], base_config: Any, config: QSTConfig):
@@ -60,6 +61,7 @@ class SideNetwork(nn.Module):
         self.upsample = nn.Linear(sizes.hidden_size, width, bias=False)
         self.mix = nn.Parameter(torch.zeros(1))
         self.frozen: tuple[nn.Module, ...] = ()
+        self.quantization: Any = None
         self._state: Any = None  # s_i, while the base runs
         self._learns = False  # whether autograd was on when the base was called
 
@@ -77,10 +79,13 @@ class SideNetwork(nn.Module):
             layer.register_forward_hook(partial(self._advance, number), with_kwargs=True)
 
     def train(self, mode: bool = True) -> "SideNetwork":  # noqa: FBT001, FBT002 torch's
-        """Set to training or evaluation; `frozen` goes back to the latter."""
+        """Set to training or evaluation; what is frozen has no dropout in either."""
         super().train(mode)
         for module in self.frozen:
-            module.eval()
+            for part in module.modules():
+                # Modules of weights alone stay in training: in evaluation on a CPU bitsandbytes
+                # stores its weights in another way, which costs digits.
+                part.training = mode and bool(part._parameters) and not part._modules
         return self
 
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,8 +133,10 @@ class SideNetwork(nn.Module):
     def _computing(self, hidden: Tensor) -> Iterator[None]:
         """Autograd as the model was called with, and the precision of the base."""
         precision: Any = nullcontext()
-        if hidden.dtype in (torch.bfloat16, torch.float16):
-            precision = torch.autocast(hidden.device.type, hidden.dtype)
+        for dtype in (hidden.dtype, self.gates.dtype):
+            if dtype in (torch.bfloat16, torch.float16):
+                precision = torch.autocast(hidden.device.type, dtype)
+                break
         with torch.set_grad_enabled(self._learns), precision:
             yield
 

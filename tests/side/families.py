@@ -1,5 +1,6 @@
 """Tiny random models of the families that side tuning is tested on."""
 
+import copy
 from typing import Any
 
 import torch
@@ -45,6 +46,12 @@ def decoder(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -
     return _built(hf.AutoModelForCausalLM, DECODERS[family], seed, dtype)
 
 
+def wide_decoder() -> Any:
+    """A Llama whose sizes are multiples of the blocks of 4-bit weights of bitsandbytes."""
+    config = hf.LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 128})
+    return _built(hf.AutoModelForCausalLM, config, 0, torch.float32)
+
+
 def classifier(family: str = "BERT", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A classifier of three classes; likewise."""
     if family == "BERT":
@@ -58,7 +65,7 @@ def classifier(family: str = "BERT", *, seed: int = 0, dtype: torch.dtype = torc
 def _built(auto: Any, config: Any, seed: int, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = auto.from_config(config, dtype=dtype)
+        model = auto.from_config(copy.deepcopy(config), dtype=dtype)
     # Initial values of 0.02 make tiny models almost linear: then little that is wrong would show.
     with torch.no_grad():
         for parameter in model.parameters():

@@ -154,7 +154,6 @@ def test_the_base_runs_without_dropout_and_the_side_network_with_it():
     model.bert.embeddings.dropout.p = 0.5
     attach_side_network(model, CONFIG)
     seen = {}
-    model.bert.encoder.register_forward_hook(lambda module, args, output: None)
     model.bert.encoder.layer[0].register_forward_pre_hook(
         lambda layer, args: seen.setdefault("embeddings", []).append(args[0].clone())
     )
@@ -164,7 +163,11 @@ def test_the_base_runs_without_dropout_and_the_side_network_with_it():
         model(texts())
 
     assert_same_bits(*seen["embeddings"])
-    assert not any(module.training for module in model.bert.modules())
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    in_training = {id(module) for module in dropouts if module.training}
+    assert {id(model.dropout)} < in_training  # of the head
+    assert not in_training & {id(module) for module in model.bert.modules()}
+    assert not any(layer.training for layer in model.bert.encoder.layer)
     assert all(module.training for module in side_network_of(model).modules())
     assert model.training
 

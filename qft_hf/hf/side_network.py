@@ -1,0 +1,357 @@
+"""A side network by itself: saved, checked and loaded; and what transformers has to know of it.
+
+A folder with a side network holds a few MB of tensors, what they were made for, and a card. The
+base is named there and is not in it. As with adapters, `save_pretrained` of a model with a side
+network writes that alone; so the checkpoints of every Trainer hold it and the optimizer's state.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import xxhash
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, trainer
+
+from ..side import (
+    NAME,
+    QSTConfig,
+    SideNetwork,
+    attach_side_network,
+    side_network_of,
+    side_parameters,
+    trained_heads,
+    trained_modules,
+)
+from ..version import __version__
+from .card import MARK, is_card
+from .config import QFTConfig
+from .convert import quantize_model_
+from .drafts import drafted
+from .tensor_files import DAMAGED, damaged, metadata
+from .wrapping import wrap_
+
+logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WEIGHTS_NAME = "side_network.safetensors"
+CONFIG_NAME = "side_network.json"
+CARD_NAME = "README.md"
+
+# Of a configuration: what may differ between two uses of one base.
+_OF_A_USE = {
+    "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type",
+    "quantization_config", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def save_side_network(model: nn.Module, folder: str | Path) -> None:
+    """Write the side network of a model, and its head if that is trained: all files or none.
+
+    Args:
+        model: With a side network. Not changed.
+        folder: Created if need be; other files in it stay. A `README.md` that was not written here
+            stays too.
+
+    Raises:
+        ValueError: The model has no side network.
+    """
+    state = _state(model)
+    folder = Path(folder)
+    with drafted(folder) as draft:
+        save_file(state, draft / WEIGHTS_NAME, {"format": "pt", **metadata(state)})
+        text = json.dumps(_description(model), indent=2, sort_keys=True)
+        (draft / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        card = folder / CARD_NAME
+        if not card.exists() or is_card(card):
+            _card(model).save(draft / CARD_NAME)
+
+
+def load_side_network(model: Model, folder: str | Path) -> Model:
+    """Give a model the side network in a folder, after checking that it was trained on this base.
+
+    Args:
+        model: The base, as `from_pretrained` returns it; modified. One that has a side network of
+            the same configuration gets its values.
+        folder: As `save_side_network` wrote it.
+
+    Returns:
+        `model`.
+
+    Raises:
+        FileNotFoundError: There is no side network in the folder.
+        ValueError: It is of another base, or another version of it, is damaged, or the model has
+            one of another configuration. The model is unchanged.
+    """
+    folder = Path(folder)
+    said = _read(folder)
+    _refuse_another_base(model, said["base"], folder)
+    config, quantization = QSTConfig(**said["config"]), said["quantization"]
+    network = side_network_of(model)
+    _refuse_another_network(network, config, quantization, folder)
+    state = load_file(folder / WEIGHTS_NAME)
+    _refuse_other_sizes(model, state, folder)
+    if network is None:
+        network = _attached(model, config).to(state[f"{NAME}.gates"].dtype)
+    if quantization is not None and network.quantization is None:
+        quantize_model_(network, QFTConfig.from_dict(quantization))
+    for place, module in trained_modules(model).items():
+        start = f"{place}."
+        own = {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
+        module.load_state_dict(own)
+    return model
+
+
+def _attached(model: nn.Module, config: QSTConfig) -> SideNetwork:
+    """The side network that a model gets; no random number is drawn for values to be replaced."""
+    with torch.random.fork_rng():
+        attached: Any = attach_side_network(model, config)
+    network: SideNetwork = getattr(attached, NAME)
+    return network
+
+
+def is_side_network(folder: Path) -> bool:
+    """Whether a folder has a side network."""
+    return (folder / CONFIG_NAME).is_file()
+
+
+def install_side_networks() -> None:
+    """Have models with a side network saved and loaded as that alone, and trained. Idempotent."""
+    wrap_(PreTrainedModel, "save_pretrained", _saving_alone)
+    wrap_(Trainer, "_load_from_checkpoint", _loading_alone)
+    wrap_(Trainer, "_load_best_model", _loading_best)
+    wrap_(trainer, "validate_quantization_for_training", _allowing_side_networks)
+
+
+def _saving_alone(save: Any) -> Any:
+    def save_pretrained(
+        self: Any,
+        save_directory: Any,
+        is_main_process: bool = True,  # noqa: FBT001, FBT002 transformers' signature
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        if side_network_of(self) is None:
+            save(self, save_directory, is_main_process, *args, **kwargs)
+            return
+        if kwargs.get("push_to_hub"):
+            raise ValueError(
+                "save_pretrained(push_to_hub=True) is not for a side network. Call "
+                f"model.push_to_hub({str(kwargs.get('repo_id') or save_directory)!r})."
+            )
+        if is_main_process:
+            save_side_network(self, save_directory)
+
+    return save_pretrained
+
+
+def _loading_alone(load: Any) -> Any:
+    def load_from_checkpoint(self: Any, checkpoint: str, model: Any = None) -> None:
+        wanted = self.model if model is None else model
+        if side_network_of(wanted) is None:
+            load(self, checkpoint, model)
+        else:
+            load_side_network(wanted, checkpoint)
+
+    return load_from_checkpoint
+
+
+def _loading_best(load: Any) -> Any:
+    def load_best_model(self: Any) -> None:
+        if side_network_of(self.model) is None:
+            load(self)
+        else:
+            load_side_network(self.model, self.state.best_model_checkpoint)
+
+    return load_best_model
+
+
+def _allowing_side_networks(validate: Any) -> Any:
+    def validate_quantization_for_training(model: Any) -> None:
+        if side_network_of(model) is None:  # what is quantized is to be trained
+            validate(model)
+
+    return validate_quantization_for_training
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of what is trained, by full name."""
+    return {
+        f"{place}.{name}": tensor.detach().contiguous()
+        for place, module in trained_modules(model).items()
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def _description(model: Any) -> dict[str, Any]:
+    """What `side_network.json` says."""
+    network: Any = side_network_of(model)
+    quantization = network.quantization
+    return {
+        "format": 1,
+        "qft_hf": __version__,
+        "config": asdict(network.config),
+        "quantization": None if quantization is None else quantization.to_dict(),
+        "base": _base(model),
+    }
+
+
+def _base(model: Any) -> dict[str, Any]:
+    """What identifies the base of a model, with a side network or without."""
+    own = model.config.to_diff_dict()  # new defaults of a later version make no difference
+    config = {
+        name: value
+        for name, value in own.items()
+        if name not in _OF_A_USE and not name.endswith("_token_id")
+    }
+    text = json.dumps(config, sort_keys=True, default=str)
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    return {
+        "name": _name(model),
+        "architecture": type(model).__name__,
+        "config_hash": hashlib.sha256(text.encode()).hexdigest(),
+        "vectors_hash": _vectors_hash(model),
+        "quantization": None if method is None else str(getattr(method, "value", method)),
+    }
+
+
+def _name(model: Any) -> str:
+    """The name of the base on the Hub, or of its folder."""
+    origin = str(getattr(model.config, "_name_or_path", ""))
+    return Path(origin).resolve().name if origin and Path(origin).exists() else origin
+
+
+def _vectors_hash(model: Any) -> str:
+    """Of norms and biases of the base: the same in each format and dtype that it is loaded in."""
+    trained = tuple(f"{name}." for name in (*trained_heads(model), NAME))
+    digest = xxhash.xxh3_64()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim == 1 and parameter.is_floating_point() and not name.startswith(trained):
+            digest.update(name.encode())
+            values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+            digest.update(values.view(torch.int16).numpy())
+    return digest.hexdigest()
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What `side_network.json` says, after a look at the tensors beside it."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder} has no {name}: there is no side network. Name a folder that "
+                "save_side_network, save_pretrained or a Trainer has written."
+            )
+    try:
+        said: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        known = said["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / CONFIG_NAME} cannot be read ({error}). {DAMAGED}") from error
+    if known != 1:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} is of format {known}, written by qft_hf {said.get('qft_hf')}, "
+            f"and this is {__version__}. Install that version."
+        )
+    if found := damaged([str(folder / WEIGHTS_NAME)]):
+        raise ValueError(f"{found[0]}. {DAMAGED}")
+    return said
+
+
+def _refuse_another_base(model: Any, wanted: dict[str, Any], folder: Path) -> None:
+    found = _base(model)
+    advice = f"Load the base that it was trained on: {wanted['name'] or 'its name is not known'}."
+    if found["architecture"] != wanted["architecture"]:
+        raise ValueError(
+            f"{folder} holds a side network of a {wanted['architecture']}, got "
+            f"{found['architecture']}. {advice}"
+        )
+    if found["config_hash"] != wanted["config_hash"]:
+        raise ValueError(
+            f"{folder} holds a side network of another {wanted['architecture']}: the sizes or "
+            f"settings in its configuration are not those of {found['name'] or 'this model'}. "
+            f"{advice}"
+        )
+    if found["vectors_hash"] != wanted["vectors_hash"]:
+        raise ValueError(
+            f"{folder} holds a side network of another version of {wanted['name'] or 'this base'}: "
+            f"its norms and biases have other values. {advice}"
+        )
+    if found["quantization"] != wanted["quantization"]:
+        logger.warning(
+            "The side network in %s was trained on a base with quantization %s, and this one has "
+            "%s: hidden states differ a little, and so do results",
+            folder,
+            wanted["quantization"],
+            found["quantization"],
+        )
+
+
+def _refuse_another_network(
+    network: SideNetwork | None, config: QSTConfig, quantization: Any, folder: Path
+) -> None:
+    if network is None:
+        return
+    if network.config != config:
+        raise ValueError(
+            f"The model has a side network with {network.config}, and {folder} holds one with "
+            f"{config}. Load the base anew, or attach one of that configuration."
+        )
+    own = network.quantization
+    if own is not None and own.to_dict() != quantization:
+        raise ValueError(
+            f"The side network of the model is INT8 with {own}, and {folder} holds one with "
+            f"{quantization or 'float weights'}. Load the base anew."
+        )
+
+
+def _refuse_other_sizes(model: Any, state: dict[str, Tensor], folder: Path) -> None:
+    """Raise if the head in a folder is not of the sizes that the model's has."""
+    own = dict(model.named_parameters())
+    for name, tensor in state.items():
+        if name.startswith(f"{NAME}."):
+            continue
+        if name not in own or own[name].shape != tensor.shape:
+            shape = tuple(own[name].shape) if name in own else "none"
+            raise ValueError(
+                f"{folder} has a head with {name} of shape {tuple(tensor.shape)}, and that of the "
+                f"model is {shape}. Load the base with num_labels as it was trained."
+            )
+
+
+def _card(model: Any) -> ModelCard:
+    """Metadata for the Hub, and how to load it."""
+    base, network = _base(model), side_network_of(model)
+    on_hub = bool(base["name"]) and not Path(str(model.config._name_or_path)).exists()
+    data = ModelCardData(
+        base_model=base["name"] if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        library_name="transformers",
+        tags=["qft_hf", "qst", "side-tuning"],
+    )
+    count = sum(parameter.numel() for parameter in side_parameters(model).values())
+    place = base["name"] or "PATH_OF_THE_BASE"
+    text = f"""\
+# A side network for {place}
+
+{MARK}
+
+{count:,} parameters that were trained beside a frozen `{base["architecture"]}` by quantized side
+tuning (QST, arXiv:2401.07159), with qft_hf {__version__}: `{network and network.config}`. The base
+is not in this folder; it was loaded with quantization `{base["quantization"]}`.
+
+```python
+from qft_hf import load_side_network
+from transformers import {base["architecture"]}
+
+model = {base["architecture"]}.from_pretrained("{place}")
+load_side_network(model, "FOLDER")
+```
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=False)

@@ -1,0 +1,336 @@
+"""Side networks in Trainers, in files, and in other processes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from qft_hf import (
+    QFTConfig,
+    QFTTrainer,
+    QFTTrainingArguments,
+    load_side_network,
+    quantize_model_,
+    save_side_network,
+)
+from qft_hf.quant import QFTWeight
+from qft_hf.side import QSTConfig, attach_side_network, side_network_of, side_parameters
+from tests.finetune.chats import TEXTS, tiny_tokenizer
+from tests.side.families import classifier, decoder, texts, wide_decoder
+from tests.side.test_families import disturbed_, logits
+from tests.tolerances import assert_same_bits
+
+CONFIG = QSTConfig(r=4, rank=4)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    """A saved float base, in sizes that bitsandbytes takes."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-base"
+    wide_decoder().save_pretrained(folder)
+    return folder
+
+
+def base_of(kind, folder):
+    if kind == "int8":
+        return quantize_model_(AutoModelForCausalLM.from_pretrained(folder), QFTConfig())
+    if kind == "nf4":
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def frozen_bits(model):
+    """Copies of what the base stores, whatever its format."""
+    own = side_parameters(model).keys()
+    return {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name not in own and isinstance(tensor, torch.Tensor) and "side_network." not in name
+    }
+
+
+def arguments(folder, kind=TrainingArguments, **settings):
+    return kind(
+        folder,
+        **{
+            "max_steps": 4, "learning_rate": 0.01, "logging_steps": 1, "report_to": "none",
+            "use_cpu": True, "save_steps": 2, "gradient_accumulation_steps": 2,
+            "per_device_train_batch_size": 2, **settings,
+        },
+    )  # fmt: skip
+
+
+def rows(n=16):
+    """The same two texts again and again, so that four steps learn them."""
+    ids = texts(2, 12, seed=3)
+    return [{"input_ids": row, "labels": row} for row in ids] * (n // 2)
+
+
+RUNS = [
+    # trainer, optimizer, base, bf16
+    (Trainer, "adamw_torch", "float", False),
+    (Trainer, "adamw_torch", "nf4", True),
+    (Trainer, "qft_lion", "int8", False),
+    (QFTTrainer, "adamw_torch", "int8", True),
+    (QFTTrainer, "qft_lion", "nf4", False),
+    (QFTTrainer, "qft_adamw", "float", True),
+]
+
+
+@pytest.mark.parametrize(("kind", "optim", "base", "bf16"), RUNS)
+def test_a_run_trains_the_side_network_alone_and_goes_on_exactly(
+    kind, optim, base, bf16, base_folder, tmp_path
+):
+    def trainer(folder):
+        torch.manual_seed(4)
+        model = attach_side_network(base_of(base, base_folder), CONFIG)
+        settings = QFTTrainingArguments if kind is QFTTrainer else TrainingArguments
+        args = arguments(folder, settings, optim=optim, bf16=bf16)
+        return kind(model=model, args=args, train_dataset=rows(), eval_dataset=rows(4))
+
+    whole = trainer(tmp_path / "whole")
+    before = frozen_bits(whole.model)
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    resumed = trainer(tmp_path / "other")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+
+    assert losses[-1] < losses[0]
+    after = frozen_bits(whole.model)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert_same_bits(after[name], value)
+    for name, parameter in side_parameters(whole.model).items():
+        again = side_parameters(resumed.model)[name]
+        if isinstance(parameter, QFTWeight):
+            for field, value in parameter.fields().items():
+                assert_same_bits(again.fields()[field], value)
+        else:
+            assert_same_bits(again.detach(), parameter.detach())
+    network = side_network_of(whole.model)
+    assert isinstance(network.upsample.weight, QFTWeight) == optim.startswith("qft")
+    assert whole.evaluate()["eval_loss"] == resumed.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("kind", [Trainer, QFTTrainer])
+def test_a_checkpoint_holds_the_side_network_and_no_base(kind, base_folder, tmp_path):
+    model = attach_side_network(base_of("float", base_folder), CONFIG)
+    args = arguments(
+        tmp_path, optim="adamw_torch", max_steps=2, eval_strategy="steps", eval_steps=1,
+        save_steps=1, load_best_model_at_end=True,
+    )  # fmt: skip
+    trainer = kind(model=model, args=args, train_dataset=rows(), eval_dataset=rows(4))
+
+    trainer.train()
+    trainer.save_model()
+
+    for folder in (tmp_path / "checkpoint-2", tmp_path):
+        names = {path.name for path in folder.iterdir()}
+        assert {"side_network.safetensors", "side_network.json"} <= names
+        assert not {"model.safetensors", "config.json", "pytorch_model.bin"} & names
+    best = load_side_network(base_of("float", base_folder), tmp_path)
+    assert_same_bits(logits(best, input_ids=texts()), logits(model, input_ids=texts()))
+
+
+RELOAD = """
+import sys, torch, transformers
+from qft_hf import load_side_network
+base, folder, out = sys.argv[1:]
+model = transformers.AutoModelForCausalLM.from_pretrained(base)
+load_side_network(model, folder)
+ids = torch.tensor([[5, 9, 33, 70]])
+torch.save(model(ids).logits, out)
+"""
+
+
+def test_a_fresh_process_computes_the_same(base_folder, tmp_path):
+    model = disturbed_(attach_side_network(base_of("float", base_folder), CONFIG))
+
+    model.save_pretrained(tmp_path / "side")
+    command = [sys.executable, "-c", RELOAD, str(base_folder), tmp_path / "side", tmp_path / "out"]
+    subprocess.run(command, check=True)
+
+    expected = logits(model, input_ids=torch.tensor([[5, 9, 33, 70]]))
+    assert_same_bits(torch.load(tmp_path / "out").detach(), expected)
+
+
+def test_an_int8_side_network_is_loaded_as_int8(base_folder, tmp_path):
+    model = disturbed_(attach_side_network(base_of("float", base_folder), CONFIG))
+    quantize_model_(side_network_of(model), QFTConfig(group_size=5))
+
+    save_side_network(model, tmp_path)
+    again = load_side_network(base_of("float", base_folder), tmp_path)
+
+    assert side_network_of(again).upsample.weight.group_size == 5
+    assert_same_bits(logits(again, input_ids=texts()), logits(model, input_ids=texts()))
+
+
+def test_the_head_of_a_classifier_is_saved_too(tmp_path):
+    model = disturbed_(attach_side_network(classifier("BERT"), CONFIG))
+    with torch.no_grad():
+        model.classifier.weight.add_(1)
+
+    save_side_network(model, tmp_path)
+    again = load_side_network(classifier("BERT"), tmp_path)
+
+    assert_same_bits(logits(again, input_ids=texts()), logits(model, input_ids=texts()))
+
+
+def test_loading_draws_no_random_numbers(base_folder, tmp_path):
+    save_side_network(attach_side_network(base_of("float", base_folder), CONFIG), tmp_path)
+    base = base_of("float", base_folder)
+    state = torch.get_rng_state()
+
+    load_side_network(base, tmp_path)
+
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def another_version():
+    model = decoder("Llama")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    return model
+
+
+def wider():
+    config = decoder("Llama").config
+    config.intermediate_size = 80
+    return AutoModelForCausalLM.from_config(config)
+
+
+def with_another_side():
+    return attach_side_network(decoder("Llama"), QSTConfig(r=4, downsample="mean"))
+
+
+OTHERS = {
+    "family": (
+        lambda: decoder("Qwen2"),
+        "of a LlamaForCausalLM, got Qwen2ForCausalLM",
+    ),
+    "sizes": (wider, "another LlamaForCausalLM: .* Load the base that it was trained on"),
+    "version": (another_version, "another version of .* Load the base that it was trained on"),
+    "side network": (with_another_side, "Load the base anew, or attach one of that configuration"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_another_base_is_refused_and_stays_as_it_is(kind, tmp_path):
+    save_side_network(attach_side_network(decoder("Llama"), CONFIG), tmp_path)
+    make, match = OTHERS[kind]
+    model = make()
+    before = [(name, p.requires_grad) for name, p in model.named_parameters()]
+    expected = logits(model, input_ids=texts())
+
+    with pytest.raises(ValueError, match=match):
+        load_side_network(model, tmp_path)
+
+    assert before == [(name, p.requires_grad) for name, p in model.named_parameters()]
+    assert_same_bits(logits(model, input_ids=texts()), expected)
+
+
+def test_a_head_for_other_classes_is_refused(tmp_path):
+    save_side_network(attach_side_network(classifier("BERT"), CONFIG), tmp_path)
+    model = classifier("BERT")
+    model.classifier = torch.nn.Linear(48, 7)
+
+    with pytest.raises(ValueError, match="Load the base with num_labels as it was trained"):
+        load_side_network(model, tmp_path)
+
+    assert side_network_of(model) is None
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    save_side_network(attach_side_network(decoder("Llama"), CONFIG), tmp_path)
+    path = tmp_path / "side_network.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+    with pytest.raises(ValueError, match=r"is not what was saved\. It is damaged"):
+        load_side_network(decoder("Llama"), tmp_path)
+
+
+def test_a_folder_without_one_is_refused_and_says_what_to_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"Name a folder that save_side_network"):
+        load_side_network(decoder("Llama"), tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    save_side_network(attach_side_network(decoder("Llama"), CONFIG), tmp_path)
+    path = tmp_path / "side_network.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+
+    with pytest.raises(ValueError, match=r"is of format 2, .* Install that version"):
+        load_side_network(decoder("Llama"), tmp_path)
+
+
+def test_a_base_in_the_same_folder_is_left_alone_and_so_is_a_card_of_the_user(tmp_path):
+    decoder("Llama").save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    attach_side_network(AutoModelForCausalLM.from_pretrained(tmp_path), CONFIG).save_pretrained(
+        tmp_path
+    )
+
+    assert all((tmp_path / name).read_bytes() == data for name, data in before.items())
+    load_side_network(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path)
+
+
+def test_the_card_says_how_to_load_it(tmp_path):
+    model = attach_side_network(decoder("Llama"), CONFIG)
+    model.config._name_or_path = "someone/a-base"
+
+    save_side_network(model, tmp_path)
+
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model: someone/a-base" in card
+    assert "base_model_relation: adapter" in card
+    assert 'load_side_network(model, "FOLDER")' in card
+
+
+def test_release_is_refused_with_what_to_leave_out(tmp_path):
+    model = attach_side_network(decoder("Llama"), CONFIG)
+    args = arguments(tmp_path, QFTTrainingArguments, gradient="release", max_grad_norm=0)
+
+    with pytest.raises(ValueError, match=r"only its side network is trained.*Leave gradient out"):
+        QFTTrainer(model=model, args=args, train_dataset=rows())
+
+    assert side_network_of(model).quantization is None
+
+
+@pytest.mark.parametrize("base", ["float", "nf4"])
+def test_trl_trains_it_on_packed_texts(base, tmp_path):
+    tokenizer = tiny_tokenizer()
+    model = wide_decoder()
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path / "base")
+    model = attach_side_network(base_of(base, tmp_path / "base"), CONFIG)
+    before = frozen_bits(model)
+    args = SFTConfig(
+        tmp_path / "run", max_steps=4, learning_rate=0.02, logging_steps=1, report_to="none",
+        use_cpu=True, bf16=False, save_steps=4, max_length=32, packing=True,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=Dataset.from_dict({"text": TEXTS * 4}),
+        processing_class=tokenizer,
+    )  # fmt: skip
+
+    trainer.train()
+
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    for name, value in before.items():
+        assert_same_bits(trainer.model.state_dict()[name], value)
+    again = load_side_network(
+        base_of(base, tmp_path / "base"), Path(tmp_path / "run" / "checkpoint-4")
+    )
+    assert_same_bits(logits(again, input_ids=texts() % 40), logits(model, input_ids=texts() % 40))
