@@ -80,7 +80,7 @@ def int8_matmul(
         (arXiv:2208.07339).
     """
     if not is_single(a, b):
-        return in_parts(
+        return _in_parts(
             a, b, a_scales, b_scales, bias=bias, columns=columns, values=values, dtype=dtype
         )
     # Sums of products of codes are integers below 2**53: FP64 holds them exactly in any order.
@@ -96,12 +96,13 @@ def int8_matmul(
     return out.to(dtype)
 
 
-def is_single(a: Tensor, b: Tensor) -> bool:
+@int8_matmul.backends_take
+def is_single(a: Tensor, b: Tensor, *_: object, **__: object) -> bool:
     """Whether one sum of 32 bits holds each element of the product, and there is one at all."""
     return 0 < a.shape[1] <= MAX_SUMMED and a.numel() > 0 and b.numel() > 0
 
 
-def in_parts(
+def _in_parts(
     a: Tensor,
     b: Tensor,
     a_scales: Tensor | None,
@@ -193,6 +194,9 @@ def requantized_matmul(
     """
     product = int8_matmul(a, b, a_scales, None, columns=columns, values=values, dtype=torch.float32)
     return quantize(product, group_size=group_size)
+
+
+requantized_matmul.backends_take(is_single)
 
 
 @requantized_matmul.checks

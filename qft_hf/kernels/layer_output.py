@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_bias, check_codes, check_float_dtype, check_row_scales
-from .int8_product import int8_matmul
+from .int8_product import int8_matmul, is_single
 from .layer_input import take_columns
 from .operators import operator
 from .values import Input, Weight
@@ -65,6 +65,11 @@ def int8_linear(
         factors = torch.cat((weight.outlier_values, coded), dim=1)
         y.addmm_(both.to(dtype), factors.to(dtype).t())
     return y
+
+
+@int8_linear.backends_take
+def _(x: Input, floats: Tensor, weight: Weight, **_: object) -> bool:
+    return is_single(x.codes, weight.codes.t())
 
 
 @int8_linear.checks

@@ -73,6 +73,7 @@ class Operator:
         self._composed = composed
         self._check: Function | None = None
         self._check_values: Function | None = None
+        self._takes: Function | None = None
         self._implementations: dict[str, Function] = {}
         self._chosen: dict[torch.device, Function] = {}  # by device, until a choice changes
         update_wrapper(self, reference)
@@ -102,6 +103,14 @@ class Operator:
         self._check_values = function
         return function
 
+    def backends_take(self, function: Function) -> Function:
+        """Decorator: whether implementations take such arguments.
+
+        Where they do not, the reference runs, a composition of calls that they take.
+        """
+        self._takes = function
+        return function
+
     def register(self, backend_name: str) -> Callable[[Function], Function]:
         """Decorator: the function is this operator on a backend: same arguments, same bits."""
 
@@ -129,6 +138,8 @@ class Operator:
         if self._check_values is not None and device.type == "cpu":
             self._check_values(first, *arguments, **options)
         function = self._chosen.get(device) or self._choose(device)
+        if self._takes is not None and not self._takes(first, *arguments, **options):
+            function = self.reference
         return function(first, *arguments, **options)
 
     def _run(self, *arguments: Any, **options: Any) -> Any:
@@ -138,7 +149,10 @@ class Operator:
         device = tensor.device
         if self._check_values is not None and device.type == "cpu":
             self._check_values(*arguments, **options)
-        return self._choose(device)(*arguments, **options)
+        function = self._choose(device)
+        if self._takes is not None and not self._takes(*arguments, **options):
+            function = self.reference
+        return function(*arguments, **options)
 
     def _choose(self, device: torch.device) -> Function:
         function = self._chosen.get(device)

@@ -240,6 +240,23 @@ class Lion(NamedTuple):
     weight_decay: float
     maximize: bool = False
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """What kernels compute with, each to be rounded to FP32 once.
+
+        The rate, the decay of a step, `beta1`, `1 - beta1`, `beta2`, `1 - beta2`, and the sign of
+        the gradient.
+        """
+        return (
+            self.lr,
+            self.lr * self.weight_decay,
+            self.beta1,
+            1 - self.beta1,
+            self.beta2,
+            1 - self.beta2,
+            -1.0 if self.maximize else 1.0,
+        )
+
 
 class AdamW(NamedTuple):
     """The numbers of an AdamW step.

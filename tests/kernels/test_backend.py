@@ -156,7 +156,7 @@ def test_the_reference_runs_on_a_gpu_if_asked_for(gpu):
 # What a backend leaves to the reference or to a composition of its own kernels, and may.
 LEFT = {
     "cpu": {"int8_linear", "quantize_and_lion_step_"},
-    "triton": set(),
+    "triton": {"outlier_products"},
 }
 
 

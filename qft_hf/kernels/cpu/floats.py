@@ -65,15 +65,7 @@ def lion_step_floats_(
     steps: Sequence[int],
     streams: Sequence[int],
 ) -> None:
-    numbers = (
-        _f32(rule.lr),
-        _f32(rule.lr * rule.weight_decay),
-        _f32(rule.beta1),
-        _f32(1 - rule.beta1),
-        _f32(rule.beta2),
-        _f32(1 - rule.beta2),
-        _f32(-1.0 if rule.maximize else 1.0),
-    )
+    numbers = tuple(map(_f32, rule.numbers))
     for parameter, momentum, gradient, step, stream in zip(
         parameters, momenta, gradients, steps, streams, strict=True
     ):

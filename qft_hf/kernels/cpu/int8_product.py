@@ -113,10 +113,6 @@ def int8_matmul(
     values: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if not operators.is_single(a, b):
-        return operators.in_parts(
-            a, b, a_scales, b_scales, bias=bias, columns=columns, values=values, dtype=dtype
-        )
     rows, n_columns = a.shape[0], b.shape[1]
     # FP16 is rounded at the end.
     out = torch.empty(rows, n_columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
@@ -149,10 +145,6 @@ def requantized_matmul(
     values: Tensor | None,
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
-    if not operators.is_single(a, b):
-        return operators.requantized_matmul.reference(
-            a, b, a_scales, columns=columns, values=values, group_size=group_size
-        )
     rows, n_columns = a.shape[0], b.shape[1]
     codes = torch.empty(rows, n_columns, dtype=torch.int8)
     n_groups = GroupLayout(rows, n_columns, group_size).n_groups

@@ -102,13 +102,7 @@ def lion_step_(
         weight.group_size or columns,
         gradient.group_size or columns,
         momentum.bits == 4,
-        _f32(rule.lr),
-        _f32(rule.lr * rule.weight_decay),
-        _f32(rule.beta1),
-        _f32(1 - rule.beta1),
-        _f32(rule.beta2),
-        _f32(1 - rule.beta2),
-        _f32(-1.0 if rule.maximize else 1.0),
+        *map(_f32, rule.numbers),
         *rounding_numbers(rounding),
     )
     _lion_step(tuple(tensor.numpy() for tensor in tensors), numbers, n_ranges(rows, columns))

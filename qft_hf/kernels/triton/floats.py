@@ -135,9 +135,7 @@ def launch(
         )
         _launch_lion_floats(
             (len(owners),), constants, table, owners,
-            rule.lr, rule.lr * rule.weight_decay,
-            rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2,
-            -1.0 if rule.maximize else 1.0, seed,
+            *rule.numbers, seed,
         )  # fmt: skip
     for tensor, result in zip(written, flat, strict=True):
         if result is not tensor:

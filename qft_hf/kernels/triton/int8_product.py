@@ -308,10 +308,6 @@ def int8_matmul(
     values: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if not operators.is_single(a, b):
-        return operators.in_parts(
-            a, b, a_scales, b_scales, bias=bias, columns=columns, values=values, dtype=dtype
-        )
     rows, n_columns = a.shape[0], b.shape[1]
     n_given, *strides = _given(columns, values)
     grid, constants = product_tiles(rows, n_columns, a.device, N_GIVEN=n_given)
@@ -334,8 +330,7 @@ def requantized_matmul(
     values: Tensor | None,
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
-    is_a_width = any(tile.columns == group_size for tile in tiles_of(a.device))
-    if not is_a_width or not operators.is_single(a, b):
+    if all(tile.columns != group_size for tile in tiles_of(a.device)):
         return operators.requantized_matmul.reference(
             a, b, a_scales, columns=columns, values=values, group_size=group_size
         )

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import int8_product as products
 from .. import layer_output as operators
 from ..values import Input, Weight
 from .int8_product import along_k, product_tiles, scaled, store_tile, tile_of_sums
@@ -107,8 +106,6 @@ def int8_linear(
 ) -> Tensor:
     codes = x.codes
     n_tokens, columns = codes.shape
-    if not products.is_single(codes, weight.codes.t()):
-        return operators.int8_linear.reference(x, floats, weight, bias=bias, dtype=dtype)
     rows = weight.codes.shape[0]
     out = codes.new_empty(n_tokens, rows, dtype=dtype)
     a = along_k(codes)

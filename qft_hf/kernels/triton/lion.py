@@ -519,9 +519,7 @@ def launch(
     state = (weight.scales, weight.scales) if momentum is None else momentum.tensors
     plan(
         *state, *gradient, squares, factor,
-        rule.lr, rule.lr * rule.weight_decay,
-        rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2,
-        -1.0 if rule.maximize else 1.0,
+        *rule.numbers,
         rounding.seed, rounding.step, rounding.stream, rounding.first_row,
     )  # fmt: skip
 
