@@ -39,7 +39,7 @@ def campaigns(options: argparse.Namespace, work: Path) -> Iterator[dict]:
             for line in campaign.kill_runs(
                 entry, work / "kills", kills=n, seed=options.seed, full=way == "full disks"
             ):
-                outcome = "; ".join(line["problems"])[:300] or "exact"
+                outcome = "; ".join(line["problems"])[-300:] or "exact"
                 yield {"campaign": way, "kind": entry, "outcome": outcome,
                        "detail": f"{line['kill']} {line['n']} of {line['of']}"}  # fmt: skip
 

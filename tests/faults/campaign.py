@@ -201,7 +201,7 @@ def can_resume(folder: Path) -> bool:
     if not folder.exists():
         return False
     drafts = unsettled(folder)
-    return bool(get_last_checkpoint(folder) or any(d.glob("*/checkpoint-*") for d in drafts))
+    return bool(get_last_checkpoint(folder) or any(list(d.glob("*/checkpoint-*")) for d in drafts))
 
 
 def main() -> None:
