@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from math import ceil, prod
 
 CODE_BYTES = 1  # one INT8 code per element
-SCALE_BYTES = 4  # one FP32 scale per group
+FP32_BYTES = 4
+FP64_BYTES = 8
+SCALE_BYTES = FP32_BYTES  # of a group
 OUTLIER_VALUE_BYTES = 4  # outliers are FP32, so that they train like float
 
 # Gradients and momentum: columns per scale. Not configurable: 256 costs 1.6 % more than the codes,
@@ -91,6 +93,12 @@ def matrix_tiles(n_matrices: int, rows: int, columns: int) -> Iterator[slice]:
         else:
             for part in row_tiles(rows, columns):
                 yield slice(first + part.start, first + part.stop)
+
+
+def rows_of_process(n_rows: int, rank: int, n_processes: int) -> slice:
+    """Rows of a matrix that a process owns: blocks of one size, the last ones short or empty."""
+    block = ceil(n_rows / n_processes)
+    return slice(min(rank * block, n_rows), min((rank + 1) * block, n_rows))
 
 
 def nf4_bytes(n_elements: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Will it fit? The memory of a run by arithmetic, before anything is loaded.
 
     qft-hf plan org/model --gpu 24 48
+    qft-hf plan llama-2-13b --gpu 24 --gpus 2          two of them, that train together
     qft-hf plan llama-2-7b --sequence_length 4096      an architecture that ships with qft_hf
     qft-hf plan my.yaml                                what a config asks for
 
@@ -25,7 +26,9 @@ def main(argv: list[str]) -> None:
     """Print what each model takes in each mode, and how it fits each card."""
     options = _parse(argv)
     results = [
-        {"model": name} | _plan(*_model(name, options), options.gpu) for name in options.models
+        {"model": name, "command": _command(name, options.gpus)}
+        | _plan(*_model(name, options), options.gpu)
+        for name in options.models
     ]
     if options.json:
         show_json(results)
@@ -44,6 +47,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments.add_argument(
         "--gpu", type=float, nargs="+", default=[24, 48, 80], help="cards, GB (default 24 48 80)"
     )
+    arguments.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="how many train together (default 1)"
+    )
     arguments.add_argument("--batch_size", type=int, help="of a micro-batch (default 1)")
     arguments.add_argument("--sequence_length", type=int, help="tokens (default 2048)")
     arguments.add_argument("--optim", help="qft_lion (default), qft_adamw or qft_sgd")
@@ -56,6 +62,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add_json(arguments)
     options = arguments.parse_args(argv)
+    if options.live and options.gpus != 1:
+        arguments.error("--live measures one process: leave --gpus out")
     if options.momentum_bits is not None and options.optim not in (None, "qft_lion"):
         arguments.error(f"--momentum_bits is of qft_lion, and {options.optim} was asked for")
     return options
@@ -68,7 +76,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
 
     place = name
     work: dict[str, Any] = {"batch_size": 1, "sequence_length": 2048, "config": QFTConfig()}
-    if Path(name).suffix in (".yaml", ".yml") or shipped.config_file(name) is not None:
+    if _is_config(name):
         from qft_hf.hf.finetune.data import LANGUAGE_TASKS
         from qft_hf.hf.finetune.forecast import workload_of
         from qft_hf.hf.finetune.parsing import parse_arguments
@@ -90,8 +98,16 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
         "momentum_bits": options.momentum_bits,
         "chunked_loss": options.chunked_loss or None,
         "config": QFTConfig(matmul=options.matmul) if options.matmul else None,
+        "n_processes": options.gpus,
     }
     return place, work | {key: value for key, value in given.items() if value is not None}
+
+
+def _is_config(name: str) -> bool:
+    """Whether this is a config of a run, a file or one that ships."""
+    from qft_hf.hf import shipped
+
+    return Path(name).suffix in (".yaml", ".yml") or shipped.config_file(name) is not None
 
 
 def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]:
@@ -131,6 +147,8 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
         )
     return {
         "parameters": estimate.n_parameters,
+        "gpus": estimate.n_processes,
+        "received_bytes": estimate.received_bytes,
         "batch_size": work["batch_size"],
         "sequence_length": work["sequence_length"],
         "rows": [asdict(row) for row in (*estimate.rows, *estimate.activation_rows)],
@@ -143,6 +161,7 @@ def _text(result: dict[str, Any]) -> str:
     """Return a table by way, and the choice for each card."""
     from qft_hf.hf.estimate import USABLE
 
+    n, many = result["gpus"], f"{result['gpus']} x " if result["gpus"] > 1 else ""
     usable = {card["gb"]: USABLE * card["gb"] * 1e9 for card in result["cards"]}
     head = ["gradient", "checkpointing", "states", "activations", "in all"]
     rows = [
@@ -156,13 +175,27 @@ def _text(result: dict[str, Any]) -> str:
     ]
     lines = [
         f"{result['model']}: {result['parameters']:,} parameters, micro-batches of "
-        f"{result['batch_size']} x {result['sequence_length']:,} tokens, by arithmetic",
+        f"{result['batch_size']} x {result['sequence_length']:,} tokens, by arithmetic"
+        + (f", on each of {n} GPUs" if n > 1 else ""),
         "",
-        table([*head, *(f"{gb:g} GB" for gb in usable)], rows),
+        table([*head, *(f"{many}{gb:g} GB" for gb in usable)], rows),
         "",
-        *(f"best on {card['gb']:g} GB: {card['text']}" for card in result["cards"]),
+        *(f"best on {many}{card['gb']:g} GB: {card['text']}" for card in result["cards"]),
     ]
+    if n > 1:
+        lines += [
+            "",
+            f"each GPU receives {_gb(result['received_bytes'])} from the others in a step; start "
+            f"them by\n    {result['command']}",
+        ]
     return "\n".join(lines)
+
+
+def _command(name: str, n: int) -> str:
+    """Return the command line that starts a run on several GPUs; of a model, with a config."""
+    config = name if _is_config(name) else "my.yaml"
+    launcher = f"accelerate launch --multi_gpu --num_processes {n} -m" if n > 1 else "python -m"
+    return f"{launcher} qft_hf finetune {config}"
 
 
 def _markdown(results: list[dict[str, Any]]) -> str:
@@ -170,6 +203,8 @@ def _markdown(results: list[dict[str, Any]]) -> str:
     from qft_hf.memory.ledger import FP32_ADAM_BYTES
 
     head = ["model", "parameters", "states, `stack`", "states, `release`", "in all, `release`"]
+    if (n := results[0]["gpus"]) > 1:
+        head[2:] = [f"{text}, each of {n}" for text in head[2:]]
     lines = [[*head, "FP32 Adam's states"], ["---"] * 6]
     for result in results:
         stack, release = (way for way in result["ways"] if way["gradient_checkpointing"])

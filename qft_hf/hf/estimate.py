@@ -40,6 +40,7 @@ def estimate_memory(
     sequence_length: int = 2048,
     gradient_checkpointing: bool = True,
     chunked_loss: bool = False,
+    n_processes: int = 1,
 ) -> MemoryEstimate:
     """Predict the memory of training a decoder model; no weight is loaded.
 
@@ -55,6 +56,8 @@ def estimate_memory(
         sequence_length: Tokens of one sequence.
         gradient_checkpointing: Whether layers keep their input only.
         chunked_loss: Whether logits never exist whole; see `chunk_loss_`.
+        n_processes: That train together, a GPU each. The bytes are those of the first, which owns
+            the most rows; `batch_size` is that of each.
 
     Returns:
         Bytes by kind. States are exact to the byte; activations are arithmetic for a decoder
@@ -62,8 +65,9 @@ def estimate_memory(
 
     Raises:
         FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
-        ValueError: `gradient`, `momentum_bits` or `optimizer` is not supported, `batch_size` or
-            `sequence_length` is below 1, or the configuration lacks a size of the decoder.
+        ValueError: `gradient`, `momentum_bits` or `optimizer` is not supported, `batch_size`,
+            `sequence_length` or `n_processes` is below 1, or the configuration lacks a size of the
+            decoder.
     """
     if gradient not in MODES:
         raise ValueError(f"gradient must be {' or '.join(map(repr, MODES))}, got {gradient!r}.")
@@ -73,6 +77,8 @@ def estimate_memory(
     if optimizer not in OPTIMIZERS:
         wanted = " or ".join(map(repr, OPTIMIZERS))
         raise ValueError(f"optimizer must be {wanted}, got {optimizer!r}.")
+    if n_processes < 1:
+        raise ValueError(f"n_processes must be 1 or more, got {n_processes}.")
     _refuse_sizes(batch_size, sequence_length)
     model = skeleton(model_or_config)
     workload = _workload(
@@ -89,6 +95,7 @@ def estimate_memory(
         gradient=gradient,
         momentum_bits=momentum_bits,
         optimizer=optimizer,
+        n_processes=n_processes,
     )
 
 
@@ -280,11 +287,12 @@ class Recommendation:
         """One line: the choice, whether it fits, and what would."""
         total, usable = self.estimate.total_bytes / 1e9, self.usable_bytes / 1e9
         way = f"gradient={self.gradient}" if self.base is None else f"method=qst, base={self.base}"
+        each = f" of each of {n}" if (n := self.estimate.n_processes) > 1 else ""
         line = (
             f"{way}, gradient_checkpointing={self.gradient_checkpointing}"
             f"{'' if self.momentum_bits == 8 else f', momentum_bits={self.momentum_bits}'}"
             f"{'' if self.optimizer == 'qft_lion' else f', optim={self.optimizer}'}: "
-            f"{total:.1f} GB of {usable:.1f} usable, "
+            f"{total:.1f} GB of {usable:.1f} usable{each}, "
         )
         if self.fits and self.longest_sequence >= (self.positions or LONGEST):
             length = (
@@ -301,7 +309,7 @@ class Recommendation:
             )
         return (
             f"{line}The states alone take {self.estimate.state_bytes / 1e9:.1f} GB: take a larger "
-            "card or a smaller model"
+            f"card{', several of them' if self.base is None else ''} or a smaller model"
         )
 
 
@@ -317,6 +325,7 @@ def recommend(
     chunked_loss: bool = False,
     side: QSTConfig | None = None,
     base: str | None = None,
+    n_processes: int = 1,
 ) -> Recommendation:
     """Choose the mode for a card: the fastest that fits, else the smallest.
 
@@ -331,17 +340,24 @@ def recommend(
         chunked_loss: As in `estimate_memory`.
         side: A side network, which alone is trained, with AdamW; None: every parameter is.
         base: How the frozen base of `side` is stored; None: in as many bits as fit.
+        n_processes: That train together, each on such a card, as in `estimate_memory`.
 
     Raises:
         FileNotFoundError: As `estimate_memory`.
-        ValueError: `gpu_memory` is not positive, or as `estimate_memory` and
-            `estimate_side_memory`.
+        ValueError: `gpu_memory` is not positive, `side` is given with several processes, or as
+            `estimate_memory` and `estimate_side_memory`.
     """
     if gpu_memory <= 0:
         raise ValueError(f"gpu_memory must be positive, in GB, got {gpu_memory}.")
     source = skeleton(model)
     usable = int(USABLE * gpu_memory * 1e9)
     if side is not None:
+        if n_processes > 1:
+            raise ValueError(
+                f"n_processes={n_processes} and side were given. Processes share the gradients and "
+                "the momentum of INT8 weights that are trained, and beside a side network none "
+                "are: each would take what one does. Leave n_processes out."
+            )
         return _recommend_side(
             source, side, [base] if base else _FINEST_FIRST, config or QFTConfig(),
             usable=usable, batch_size=batch_size, sequence_length=sequence_length,
@@ -364,6 +380,7 @@ def recommend(
             batch_size=batch_size,
             gradient_checkpointing=checkpointing,
             chunked_loss=chunked_loss,
+            n_processes=n_processes,
         )
         estimate = of(sequence_length=sequence_length)
         if estimate.total_bytes <= usable:

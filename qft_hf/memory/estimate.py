@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import QuantizationSpec
 from ..layout import (
     CODE_BYTES,
+    FP32_BYTES,
     SCALE_BYTES,
     STATE_GROUP_SIZE,
     TILE_ELEMENTS,
@@ -27,8 +28,7 @@ from ..nn.loss import words_at_a_time
 from ..nn.products import output_head
 from ..quant import Arrangement
 from .ledger import FP32_ADAM_BYTES, LedgerRow
-
-FP32_BYTES = 4
+from .processes import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +122,15 @@ class MemoryEstimate:
         rows: States in the terms of `MemoryLedger`, at their largest: just before a step.
         activation_rows: What forward and backward hold on top, at the same time at most.
         n_parameters: Elements of all parameters, tied ones once.
+        n_processes: Of which these are the bytes of one.
+        received_bytes: What each process receives from the others in a step.
     """
 
     rows: list[LedgerRow]
     activation_rows: list[LedgerRow]
     n_parameters: int
+    n_processes: int = 1
+    received_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:
@@ -159,6 +163,11 @@ class MemoryEstimate:
             lines.append(self._line(f"= {name}", total))
         lines.append(self._line("total", self.total_bytes))
         lines.append(f"states are {self.percent_of_fp32_adam:.1f} % of FP32 Adam")
+        if self.n_processes > 1:
+            lines.append(
+                f"on each of {self.n_processes} processes, which receives "
+                f"{self.received_bytes / 1e9:.2f} GB from the others in a step"
+            )
         return "\n".join(lines)
 
     def _line(self, name: str, n_bytes: int) -> str:
@@ -173,6 +182,7 @@ def estimate(
     gradient: str,
     momentum_bits: int,
     optimizer: str = "qft_lion",
+    n_processes: int = 1,
 ) -> MemoryEstimate:
     """Predict the memory of training `model`.
 
@@ -183,6 +193,7 @@ def estimate(
         gradient: `"stack"` or `"release"`, as `QFTLion` takes it.
         momentum_bits: Of Lion: 8 or 4; 0: none, as `qft_sgd` has it.
         optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`.
+        n_processes: That train together; the bytes are those of the first, which owns most rows.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
     workload = replace(
@@ -194,7 +205,10 @@ def estimate(
     floats = [kept.parameter for kept in plan.kept]
     shapes = [arrangement.matrix_shape for arrangement in plan.arrangements.values()]
 
-    of_gradients = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in shapes]
+    rows = Rows(n_processes, spec)
+    own = [rows.own(shape) for shape in shapes]
+
+    of_gradients = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in own]
     gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if gradient == "stack" else 0
     bits_of_state = state_bits(optimizer, momentum_bits)
     of_floats = len(bits_of_state) * sum(FP32_BYTES * p.numel() for p in floats)
@@ -205,18 +219,21 @@ def estimate(
         (
             "momentum",
             len(bits_of_state) * (2 * len(weights) + len(floats)),
-            sum(momentum_bytes(*shape, bits) for shape in shapes for bits in bits_of_state)
+            sum(momentum_bytes(*shape, bits) for shape in own for bits in bits_of_state)
             + of_floats,
         ),
         ("buffers", *count(model.buffers())),
     ]
-    largest = max(of_gradients, default=0) if gradient == "release" else 0
+    whole = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in shapes]
+    waits = gradient == "stack" and n_processes == 1  # all of it, and is counted above
+    largest = 0 if waits else max(whole, default=0)
     tile = largest_tile(plan)
     activations = [
         ("saved by the layers", workload.layers, workload.saved_bytes),
         ("one layer computed again", 1, workload.layer_bytes if workload.checkpointing else 0),
         ("logits and their gradient", 3, workload.logits_bytes),
         ("largest gradient", 2, largest),
+        ("rows under way", 6, rows.under_way_bytes(shapes, gradient=gradient)),
         ("INT8 gradient operands", 4, workload.gradient_operand_bytes),
         # A tile of the weight in FP32 and as it multiplies, and one of its gradient.
         ("float tiles", 3, tile * (FP32_BYTES + 2 * workload.compute_bytes)),
@@ -225,6 +242,8 @@ def estimate(
         rows=[LedgerRow(*kind) for kind in kinds if kind[2]],
         activation_rows=[LedgerRow(*kind) for kind in activations if kind[2]],
         n_parameters=sum(p.numel() for p in (*weights, *floats)),
+        n_processes=n_processes,
+        received_bytes=rows.received_bytes(shapes, [p.numel() for p in floats]),
     )
 
 

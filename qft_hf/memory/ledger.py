@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn.convert import Kept, kept_parameters
+from ..optim.processes import Processes
 from ..quant import Int8Tensor, QFTWeight
 from ..side import side_network_of, side_parameters
 
@@ -32,12 +33,14 @@ class MemoryLedger:
         n_parameters: Elements of all parameters, tied ones once.
         n_quantized: Those of them that are stored as INT8.
         kept: Parameters that stay float, and why.
+        n_processes: That train together; the bytes are those of this one.
     """
 
     rows: list[LedgerRow]
     n_parameters: int
     n_quantized: int
     kept: list[Kept] = field(repr=False)
+    n_processes: int = 1
 
     @property
     def total_bytes(self) -> int:
@@ -79,6 +82,11 @@ class MemoryLedger:
             f"{self.percent_of_fp32_adam:.1f} % of FP32 Adam; {self.n_quantized:,} of "
             f"{self.n_parameters:,} parameters in INT8",
         ]
+        if self.n_processes > 1:
+            lines.append(
+                f"on this process, one of {self.n_processes}: each owns some rows of every INT8 "
+                "weight, and holds gradients and momentum of those alone"
+            )
         for reason in sorted({kept.reason for kept in self.kept}):
             group = [kept for kept in self.kept if kept.reason == reason]
             elements = sum(kept.parameter.numel() for kept in group)
@@ -138,6 +146,7 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
         rows=[row for row in rows if row.bytes],
         n_parameters=sum(map(elements, parameters)),
         n_quantized=sum(p.numel() for p in parameters if isinstance(p, QFTWeight)),
+        n_processes=1 if (processes := Processes.found()) is None else processes.n,
         kept=[k for k in kept_parameters(model) if id(k.parameter) not in of_side]
         if weights
         else [],

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..config import QuantizationSpec
-from ..layout import nf4_bytes
+from ..layout import FP32_BYTES, nf4_bytes
 from ..nn import ConversionPlan
 from ..side import QSTConfig, side_parameters
 from .estimate import (
-    FP32_BYTES,
     MemoryEstimate,
     Workload,
     count,

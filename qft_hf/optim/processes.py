@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import kernels
-from ..layout import STATE_GROUP_SIZE, GroupLayout
+from ..layout import STATE_GROUP_SIZE, GroupLayout, rows_of_process
 from ..quant import Int8Gradient, QFTWeight
 from ..quant.own_rows import OwnTiles
 from .state import StateFormat
@@ -191,8 +191,7 @@ class Processes:
 
     def rows_of(self, rank: int, n_rows: int) -> slice:
         """Those of a matrix of so many rows that a process owns."""
-        block = self.block(n_rows)
-        return slice(min(rank * block, n_rows), min((rank + 1) * block, n_rows))
+        return rows_of_process(n_rows, rank, self.n)
 
     def own_rows(self, weight: Any) -> slice:
         """Those of a `QFTWeight` that this process owns."""

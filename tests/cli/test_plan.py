@@ -98,3 +98,42 @@ def test_a_config_of_labelled_texts_is_refused(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["plan", str(config)])
     assert "is of task 'regression', and memory is computed for" in capsys.readouterr().err
+
+
+def test_several_gpus_have_the_bytes_of_each_and_the_command_that_starts_them(folder, capsys):
+    words = [folder, "--gpu=0.01", "--sequence_length=300"]
+    (result,) = plan(*words, "--gpus=3", capsys=capsys)
+
+    work = {"sequence_length": 300, "n_processes": 3}
+    expected = estimate_memory(folder, gradient="release", **work)
+    (way,) = (w for w in result["ways"][2:] if w["gradient"] == "release")
+    assert way["total_bytes"] == expected.total_bytes
+    assert result["gpus"] == 3
+    assert result["received_bytes"] == expected.received_bytes
+    assert result["cards"][0]["text"] == str(recommend(folder, 0.01, **work))
+    command = "accelerate launch --multi_gpu --num_processes 3 -m qft_hf finetune my.yaml"
+    assert result["command"] == command
+
+    main(["plan", *words, "--gpus=3"])
+    text = capsys.readouterr().out
+    assert "by arithmetic, on each of 3 GPUs" in text
+    assert "3 x 0.01 GB" in text
+    assert command in text
+
+    (alone,) = plan(*words, capsys=capsys)
+    assert alone["command"] == "python -m qft_hf finetune my.yaml"
+    main(["plan", *words, "--gpus=3", "--markdown"])
+    assert "states, `release`, each of 3" in capsys.readouterr().out
+
+
+def test_the_command_names_the_config_that_was_asked_about(folder, tmp_path, capsys):
+    config = tmp_path / "run.yml"
+    config.write_text(f"model_name_or_path: {folder}\ntrain_data: t.jsonl\nuse_cpu: true\n")
+    (result,) = plan(str(config), "--gpus=2", capsys=capsys)
+    assert result["command"].endswith(f"--num_processes 2 -m qft_hf finetune {config}")
+
+
+def test_live_measures_one_process(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", folder, "--live", "--gpus=2"])
+    assert "--live measures one process: leave --gpus out" in capsys.readouterr().err

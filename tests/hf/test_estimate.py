@@ -1,6 +1,7 @@
 """Estimates against what they predict: live ledgers, and the tensors that autograd saves."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -26,7 +27,8 @@ from qft_hf import (
     memory_ledger,
     quantize_model_,
 )
-from qft_hf.hf import recommend
+from qft_hf.hf import recommend, shipped
+from qft_hf.hf.estimate import skeleton
 from qft_hf.layout import OPTIMIZERS
 from qft_hf.optim.flow import GRADIENTS
 from qft_hf_cli.plan import live_ledger
@@ -211,6 +213,19 @@ def test_the_recommendation_is_the_first_mode_that_fits():
         assert choice.fits == (choice.longest_sequence >= 2048)
 
 
+def test_two_cards_of_24_gb_train_a_13b_that_one_does_not():
+    """In release; with momentum of 4 bits at the whole length that the model takes."""
+    config = skeleton(shipped.architecture("llama-2-13b"))
+    of = partial(recommend, config, 24, chunked_loss=True)
+    assert not of(512).fits
+    choice = of(512, n_processes=2)
+    assert (choice.fits, choice.gradient) == (True, "release")
+    assert 768 < choice.longest_sequence < 1024
+    assert "GB of 22.1 usable of each of 2, fits" in str(choice)
+    assert of(2048, n_processes=2, momentum_bits=4).fits
+    assert not of(2048, momentum_bits=4).fits
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_longest_sequence_fits_and_one_token_more_does_not(batch_size):
     config = LlamaConfig(dtype="bfloat16")
@@ -309,6 +324,7 @@ def test_the_table_adds_up_and_says_that_it_is_arithmetic():
     [
         ({"gradient": "both"}, "gradient must be 'stack' or 'release', got 'both'"),
         ({"momentum_bits": 3}, "momentum_bits must be 8 or 4 or 0, got 3"),
+        ({"n_processes": 0}, "n_processes must be 1 or more, got 0"),
     ],
 )
 def test_unsupported_modes_are_refused(arguments, message):

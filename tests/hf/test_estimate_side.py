@@ -166,6 +166,11 @@ def test_the_model_that_is_asked_about_stays_as_it_is():
     assert not any(isinstance(p, QFTWeight) for p in model.parameters())
 
 
+def test_processes_share_nothing_beside_a_side_network():
+    with pytest.raises(ValueError, match=r"each would take what one does\. Leave n_processes out"):
+        recommend(tiny_llama(), 24, side=QSTConfig(r=11), n_processes=2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

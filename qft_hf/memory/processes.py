@@ -1,0 +1,91 @@
+"""What each of several processes holds of the rows that it owns, and what travels between them.
+
+The figures are those of the first process, which owns the most rows; `qft_hf/optim/processes.py`
+says what is exchanged.
+"""
+
+from dataclasses import dataclass
+
+from ..config import QuantizationSpec
+from ..layout import (
+    FP32_BYTES,
+    FP64_BYTES,
+    OUTLIER_VALUE_BYTES,
+    STATE_GROUP_SIZE,
+    GroupLayout,
+    outliers_per_row,
+    rows_of_process,
+)
+from ..optim.processes import HEADER_BYTES
+
+Shape = tuple[int, int]  # rows and columns of a weight
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Those of weights that are divided among processes.
+
+    Attributes:
+        n_processes: How many there are.
+        spec: The format of the weights.
+    """
+
+    n_processes: int
+    spec: QuantizationSpec
+
+    def own(self, shape: Shape) -> Shape:
+        """The part of a weight that the first process owns."""
+        rows, columns = shape
+        return rows_of_process(rows, 0, self.n_processes).stop, columns
+
+    def gradient_bytes(self, shape: Shape) -> int:
+        """What each process sends to the first one of the gradient of a weight."""
+        return HEADER_BYTES + GroupLayout(*self.own(shape), STATE_GROUP_SIZE).stored_bytes
+
+    def updated_bytes(self, shape: Shape) -> int:
+        """What each process sends to all others of an updated weight."""
+        rows, columns = self.own(shape)
+        outliers = outliers_per_row(columns, self.spec.outlier_fraction) * OUTLIER_VALUE_BYTES
+        return GroupLayout(rows, columns, self.spec.group_size).stored_bytes + rows * outliers
+
+    def under_way_bytes(self, shapes: list[Shape], *, gradient: str) -> int:
+        """What is alive in backward of rows that are sent and received, at most.
+
+        Those are the gradients of two weights that follow each other. In release the first of them
+        is updated meanwhile, and its rows are sent before those of the one before it are in place.
+
+        Args:
+            shapes: Of all weights, in the order of the forward pass.
+            gradient: `"stack"` or `"release"`.
+        """
+        if self.n_processes == 1:
+            return 0
+        backward = shapes[::-1]
+        exchanged = [self._exchanged_bytes(shape) for shape in backward]
+        copies = self.n_processes + 1 if gradient == "release" else 0
+        updated = [copies * self.updated_bytes(shape) for shape in backward]
+        return max(
+            (
+                sum(exchanged[place : place + 2]) + sum(updated[max(0, place - 1) : place + 1])
+                for place in range(len(backward))
+            ),
+            default=0,
+        )
+
+    def _exchanged_bytes(self, shape: Shape) -> int:
+        """What the first process sends and receives of the gradient of a weight, and has itself."""
+        whole = GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes
+        return whole + self.n_processes * (HEADER_BYTES + self.gradient_bytes(shape))
+
+    def received_bytes(self, shapes: list[Shape], floats: list[int]) -> int:
+        """What the first process receives from others in a step.
+
+        Args:
+            shapes: Of all weights.
+            floats: Elements of each float parameter.
+        """
+        of_rows = sum(self.gradient_bytes(shape) + self.updated_bytes(shape) for shape in shapes)
+        # A flag and an FP32 gradient of each of the floats, an FP64 square of each of the others.
+        reduced = FP32_BYTES * (len(floats) + sum(floats)) + FP64_BYTES * len(shapes)
+        others = self.n_processes - 1
+        return others * of_rows + 2 * others * reduced // self.n_processes  # added up in a ring
