@@ -38,15 +38,18 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 
     import qft_hf  # noqa: F401 registers the format
+    from qft_hf.hf.absent_model import refused_if_absent
 
     set_seed(options.seed)
-    for name in AutoConfig.from_pretrained(options.checkpoint).architectures or []:
+    with refused_if_absent(options.checkpoint):
+        config = AutoConfig.from_pretrained(options.checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+    for name in config.architectures or []:
         if name.endswith("ForSequenceClassification"):
             raise ValueError(
                 f"{options.checkpoint} is a {name}: it labels texts and says nothing. "
                 "`qft-hf evaluate` scores it."
             )
-    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {options.checkpoint} has no chat template, so a conversation cannot "

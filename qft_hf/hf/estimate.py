@@ -15,6 +15,7 @@ from ..layout import MOMENTUM_BITS, OPTIMIZERS
 from ..memory import Base, MemoryEstimate, Workload, estimate, estimate_side
 from ..nn import conversion_plan
 from ..side import QSTConfig, attach_side_network, side_config
+from .absent_model import refused_if_absent
 from .base import BASES, nf4_weights
 from .config import QFTConfig
 
@@ -109,15 +110,10 @@ def skeleton(source: ModelSource) -> Any:
         return source
     if isinstance(source, str | Path):
         folder = Path(source)
-        try:
+        with refused_if_absent(source):
             if folder.is_dir() and not (folder / "config.json").is_file():
                 raise FileNotFoundError(folder / "config.json")
             source = AutoConfig.from_pretrained(source)
-        except OSError as error:
-            raise FileNotFoundError(
-                f"No model {str(source)!r}: neither a folder with a config.json nor a model that "
-                "the hub shows. Check the path, or log in with `hf auth login` if it is gated."
-            ) from error
     dtype = getattr(source, "dtype", None) or torch.float32
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(source, dtype=dtype)

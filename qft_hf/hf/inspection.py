@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from ..quant import QFTWeight
+from .absent_model import refused_if_absent
 from .config import QUANT_METHOD
 
 LARGEST_CODE = 127
@@ -60,7 +61,7 @@ def inspect_checkpoint(folder: Path, original: str | None = None) -> list[Inspec
             the difference is rounding and learning together.
 
     Raises:
-        FileNotFoundError: `folder` is not a checkpoint folder.
+        FileNotFoundError: `folder` is not a checkpoint folder, or there is no such original.
         ValueError: It has no INT8 weights, or the original has other names or shapes.
     """
     if not (folder / "config.json").is_file():
@@ -80,7 +81,8 @@ def inspect_checkpoint(folder: Path, original: str | None = None) -> list[Inspec
     model: nn.Module = model_class.from_pretrained(folder)
     others: dict[str, Any] = {}
     if original is not None:
-        others = dict(model_class.from_pretrained(original).named_parameters())
+        with refused_if_absent(original):
+            others = dict(model_class.from_pretrained(original).named_parameters())
     return [
         _inspected(name, weight, _counterpart(name, weight, others, original))
         for name, weight in model.named_parameters()

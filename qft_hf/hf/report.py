@@ -315,7 +315,7 @@ def _chart(lines: Iterable[tuple[str, int, list[tuple[float, float]], bool]]) ->
         ends = f"x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{at:.1f}' y2='{at:.1f}'"
         drawn.append(f"<line class='rule' {ends}/>")
         drawn.append(f"<text x='{LEFT - 6}' y='{at + 4:.1f}' text-anchor='end'>{_number(y)}</text>")
-    for x in _ticks(x_low, x_high):
+    for x in _ticks(x_low, x_high, apart=1):  # steps and codes are whole
         at, _ = place(x, y_low)
         middle = f"x='{at:.1f}' y='{HEIGHT - 8}' text-anchor='middle'"
         drawn.append(f"<text {middle}>{_number(x)}</text>")
@@ -344,10 +344,11 @@ def _range(values: list[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Return three to six round numbers within an axis."""
+def _ticks(low: float, high: float, apart: float = 0.0) -> list[float]:
+    """Return three to six round numbers within an axis, or fewer that are `apart`."""
     step = 10.0 ** floor(log10((high - low) / 3))
     step *= next(factor for factor in (5, 2, 1) if (high - low) / (factor * step) >= 3)
+    step = max(step, apart)
     first = floor(low / step) + 1
     return [number * step for number in range(first, floor(high / step) + 1)]
 

@@ -15,6 +15,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from qft_hf import QFTTrainer
 from qft_hf_cli import main
 from tests.finetune.chats import chat, tiny_tokenizer
 from tests.models import tiny_llama
@@ -115,6 +116,10 @@ def test_what_a_run_refuses_check_refuses(home, capsys):
         ("--train_data=nowhere.jsonl",): "nowhere.jsonl",
         ("--eval_strategy=steps", "--eval_data", "none.jsonl"): "none.jsonl",
         ("--lr=1",): "Here it is 'learning_rate'",
+        ("--model_name_or_path=no/such-model",): "No model 'no/such-model': neither a folder",
+        ("--model_name_or_path=/no/such/folder",): "No model '/no/such/folder': neither a folder",
+        ("--tokenizer_name_or_path=no/such-model",): "No model 'no/such-model': neither a folder",
+        ("--model_name_or_path=data/absent",): "from the folder data, which `python scripts/fetch",
     }.items():
         with pytest.raises(SystemExit):
             main(["check", "my.yaml", *flags])
@@ -133,6 +138,22 @@ def test_check_asks_whether_packed_examples_stay_apart(home, capsys):
     with pytest.raises(SystemExit):
         main(["check", "my.yaml", "--packing"])
     assert "packing would let examples see each other: Bloom" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_is_refused_by_name(home, capsys):
+    QFTTrainer(model=AutoModelForCausalLM.from_pretrained("base")).save_model("int8")
+    for words in (
+        ["chat", "no/such-model", "--prompt", "hi"],
+        ["inspect", "int8", "--original", "no/such-model"],
+        ["plan", "no/such-model"],
+    ):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "No model 'no/such-model': neither a folder" in capsys.readouterr().err
+    Path("base/tokenizer.json").unlink()
+    with pytest.raises(SystemExit):
+        main(["check", "my.yaml"])
+    assert "base cannot be loaded" in capsys.readouterr().err
 
 
 def test_a_model_without_a_template_is_refused_for_chat(home, capsys):

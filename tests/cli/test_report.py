@@ -112,6 +112,16 @@ def test_curves_have_a_point_for_each_number_that_was_logged(runs):
     assert "evaluation: 3.25" in losses
 
 
+def test_steps_on_an_axis_are_whole(runs):
+    state = runs[0] / "trainer_state.json"
+    history = json.loads(state.read_text())["log_history"]
+    state.write_text(json.dumps({"log_history": [h for h in history if h["step"] <= 2]}))
+    text = page([read_run(runs[0])])
+    losses = text[text.index("<h2>Loss") : text.index("<h2>Learning rate")]
+    labels = re.findall(r"text-anchor='middle'>([^<]*)<", losses)
+    assert labels == ["0", "1", "2"]
+
+
 def test_bars_are_as_long_as_the_bytes(runs):
     text = page([read_run(runs[0])])
     memory = text[text.index("<h2>Memory") : text.index("<h2>Health")]

@@ -28,7 +28,7 @@ from qft_hf import (
     quantize_model_,
 )
 from qft_hf.hf import recommend, shipped
-from qft_hf.hf.estimate import skeleton
+from qft_hf.hf.estimate import LONGEST, skeleton
 from qft_hf.layout import OPTIMIZERS
 from qft_hf.optim.flow import GRADIENTS
 from qft_hf_cli.plan import live_ledger
@@ -247,11 +247,11 @@ def test_a_card_that_is_too_small_for_the_states_says_so():
 
 
 def test_no_length_is_named_that_the_model_does_not_take():
-    choice = recommend(tiny_llama(max_position_embeddings=77), 1000)
-    assert str(choice).endswith(
-        "GB of 920.0 usable, fits, with sequences of up to the model's 77 tokens"
-    )
-    assert str(replace(choice, positions=None)).endswith("fits, with sequences of any length")
+    choice = recommend(LlamaConfig(dtype="bfloat16"), 80)
+    assert 2048 < choice.longest_sequence < LONGEST
+    assert str(choice).endswith("fits, with sequences of up to the model's 2,048 tokens")
+    choice = replace(recommend(tiny_llama(), 1000), positions=None)
+    assert str(choice).endswith("GB of 920.0 usable, fits, with sequences of any length")
 
 
 def test_a_folder_is_enough_and_no_weight_is_needed(tmp_path):

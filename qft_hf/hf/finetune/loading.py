@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from .. import shipped
+from ..absent_model import refused_if_absent
 from ..config import QFTConfig
 from .arguments import ModelArguments
 from .task import Task
@@ -25,14 +26,16 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """Load the tokenizer; give it a padding token and, if asked for, another chat template.
 
     Raises:
-        FileNotFoundError: There is no such template file.
+        FileNotFoundError: There is no such model, or no such template file.
         ValueError: It has neither a padding token nor an end-of-text token to pad with.
     """
-    tokenizer = AutoTokenizer.from_pretrained(
-        arguments.tokenizer_name_or_path or arguments.model_name_or_path,
-        revision=arguments.model_revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    name = arguments.tokenizer_name_or_path or arguments.model_name_or_path
+    with refused_if_absent(name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=arguments.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
     if arguments.new_tokens:
         tokenizer.add_tokens(arguments.new_tokens, special_tokens=True)
     if tokenizer.pad_token is None:
@@ -57,12 +60,17 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """Load what the model says about itself."""
-    return AutoConfig.from_pretrained(
-        arguments.model_name_or_path,
-        revision=arguments.model_revision,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+    """Load what the model says about itself.
+
+    Raises:
+        FileNotFoundError: There is no such model.
+    """
+    with refused_if_absent(arguments.model_name_or_path):
+        return AutoConfig.from_pretrained(
+            arguments.model_name_or_path,
+            revision=arguments.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+        )
 
 
 def load_model(

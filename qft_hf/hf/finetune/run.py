@@ -338,7 +338,7 @@ def _summarize(
     state, ledger = run.trainer.state, run.trainer.ledger
     model: Any = run.trainer.model
     parameters, trained = parameters_of(model)
-    trained_tokens = state.num_input_tokens_seen - run.clock.tokens_before
+    tokens_of_this_process = state.num_input_tokens_seen - run.clock.tokens_before
     return RunSummary(
         model=run.arguments.model.model_name_or_path,
         origin=Origin.of(run.arguments.model.model_name_or_path, run.arguments.data.train_data),
@@ -351,9 +351,9 @@ def _summarize(
         steps=state.global_step,
         before=before,
         after=after,
-        trained_tokens=trained_tokens,
+        trained_tokens=state.num_input_tokens_seen,
         train_seconds=run.clock.seconds,
-        tokens_per_second=trained_tokens / run.clock.seconds if run.clock.seconds else 0.0,
+        tokens_per_second=tokens_of_this_process / run.clock.seconds if run.clock.seconds else 0.0,
         wall_seconds=time.monotonic() - run.started,
         peak_memory=PeakMemory.measured(run.trainer.args.device),
         state_bytes={row.state: row.bytes for row in ledger.rows} if ledger else {},

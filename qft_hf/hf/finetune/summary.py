@@ -53,9 +53,9 @@ class RunSummary:
     steps: int
     before: dict[str, float] | None  # scores on the evaluation data; None if there is none
     after: dict[str, float] | None
-    trained_tokens: int  # padding not counted, every epoch counted; since the last resume
-    train_seconds: float  # in training steps: no loading, evaluation or saving
-    tokens_per_second: float  # of these two
+    trained_tokens: int  # padding not counted, every epoch counted
+    train_seconds: float  # in training steps since the last resume: no loading, evaluation, saving
+    tokens_per_second: float  # in these seconds
     wall_seconds: float  # whole run
     peak_memory: PeakMemory
     state_bytes: dict[str, int]  # by kind, measured just before an optimizer step
