@@ -2,11 +2,12 @@
 
     s_0 = D_0(embedding)
     s_i = layer_i((1 - g_i) D_i(h_i) + g_i s_{i-1}),   g_i = sigmoid(z_i)
-    y   = h + mix (upsample(norm(s_L)) - h)
+    y   = h + U norm(s_L)
 
-`h_i` is what layer i of the base returns, `h` its last hidden state as its head takes it, and `mix`
+`h_i` is what layer i of the base returns, and `h` its last hidden state as its head takes it. `U`
 starts at zero, so that the model starts as the base. Source: Zhang et al. 2024, arXiv 2401.07159,
-section 3.
+section 3. There it is `y = a h + (1 - a) U s_L` with a number `a` that starts at one: all of the
+side network then learns through one number that moves by the learning rate, and slowly.
 """
 
 import inspect
@@ -38,8 +39,8 @@ class SideNetwork(nn.Module):
         gates: `z_1` to `z_L`, `[layers, side_width]`.
         layers: Of the base's own classes.
         norm: Of the last state.
-        upsample: Back to the width of the base.
-        mix: One number, the share of the side network in the last hidden state.
+        upsample: `U`, `[width, side_width]`. It stays float where the layers are INT8: a row of
+            zeros tells no scale.
         frozen: The modules of the model that are not trained, which are not below this one.
         quantization: The `QFTConfig` of its weights; None while they are float.
     """
@@ -58,8 +59,7 @@ class SideNetwork(nn.Module):
             _side_layer(type(layer), sizes, number) for number, layer in enumerate(base_layers)
         )
         self.norm = nn.RMSNorm(sizes.hidden_size, eps=1e-6)
-        self.upsample = nn.Linear(sizes.hidden_size, width, bias=False)
-        self.mix = nn.Parameter(torch.zeros(1))
+        self.upsample = nn.Parameter(torch.zeros(width, sizes.hidden_size))
         self.frozen: tuple[nn.Module, ...] = ()
         self.quantization: Any = None
         self._state: Any = None  # s_i, while the base runs
@@ -70,7 +70,7 @@ class SideNetwork(nn.Module):
 
         Args:
             runner: The module that runs the layers; modified. It computes no gradients any more,
-                and its last hidden state is mixed.
+                and to its last hidden state the side network is added.
             base_layers: As this network was made for; modified.
         """
         runner.forward = update_wrapper(partial(self._run, runner.forward), runner.forward)
@@ -118,15 +118,14 @@ class SideNetwork(nn.Module):
             self._state = _first(self.layers[number](state, *args[1:], **named))
 
     def _leave(self, output: Any) -> Any:
-        """What the base returns, with its last hidden state mixed."""
+        """What the base returns, with the side network added to its last hidden state."""
         hidden = output[0]
         with self._computing(hidden):
-            update = self.upsample(self.norm(self._state)).to(hidden.dtype)
-        # Exact where mix is zero, in every dtype: h + 0 (u - h).
-        mixed = torch.lerp(hidden, update, self.mix.to(hidden.dtype))
+            update = nn.functional.linear(self.norm(self._state), self.upsample)
+            total = hidden + update.to(hidden.dtype)
         if isinstance(output, tuple):
-            return (mixed, *output[1:])
-        output.last_hidden_state = mixed
+            return (total, *output[1:])
+        output.last_hidden_state = total
         return output
 
     @contextmanager

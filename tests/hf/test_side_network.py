@@ -115,7 +115,7 @@ def test_a_run_trains_the_side_network_alone_and_goes_on_exactly(
         else:
             assert_same_bits(again.detach(), parameter.detach())
     network = side_network_of(whole.model)
-    assert isinstance(network.upsample.weight, QFTWeight) == optim.startswith("qft")
+    assert isinstance(network.layers[0].mlp.up_proj.weight, QFTWeight) == optim.startswith("qft")
     assert whole.evaluate()["eval_loss"] == resumed.evaluate()["eval_loss"]
 
 
@@ -168,7 +168,7 @@ def test_an_int8_side_network_is_loaded_as_int8(base_folder, tmp_path):
     save_side_network(model, tmp_path)
     again = load_side_network(base_of("float", base_folder), tmp_path)
 
-    assert side_network_of(again).upsample.weight.group_size == 5
+    assert side_network_of(again).layers[0].mlp.up_proj.weight.group_size == 5
     assert_same_bits(logits(again, input_ids=texts()), logits(model, input_ids=texts()))
 
 

@@ -46,9 +46,9 @@ def test_the_forward_is_the_recursion_of_the_paper(downsample):
         last = base.model(ids).last_hidden_state
         positions = base.model.rotary_emb(last, torch.arange(ids.shape[1])[None])
     model = attach_side_network(decoder("Llama"), QSTConfig(r=4, rank=3, downsample=downsample))
-    network = side_network_of(model)
+    network = side_network_of(disturbed_(model))
     with torch.no_grad():
-        network.mix.fill_(0.3)
+        network.norm.weight.copy_(torch.linspace(0.5, 2, 12))
         network.gates.copy_(torch.linspace(-2, 2, network.gates.numel()).view_as(network.gates))
 
         state = narrowed(network, 0, hidden[0])
@@ -57,7 +57,7 @@ def test_the_forward_is_the_recursion_of_the_paper(downsample):
             state = (1 - gate) * narrowed(network, number + 1, hidden[number + 1]) + gate * state
             state = layer(state, position_embeddings=positions)
         norm = state / (state.square().mean(-1, keepdim=True) + 1e-6).sqrt() * network.norm.weight
-        mixed = 0.7 * last + 0.3 * (norm @ network.upsample.weight.T)
+        mixed = last + norm @ network.upsample.T
         expected = mixed @ model.lm_head.weight.T
 
     # FP32 sums in another order; the logits are of order 10.
@@ -69,7 +69,8 @@ def test_it_starts_as_published():
 
     assert network.gates.shape == (3, 12)
     assert (network.gates == 0.5).all()
-    assert network.mix.item() == 0.0
+    assert network.upsample.shape == (48, 12)
+    assert (network.upsample == 0).all()
     assert len(network.downsamples) == 4
     assert {type(layer).__name__ for layer in network.layers} == {"LlamaDecoderLayer"}
 
