@@ -112,6 +112,14 @@ class QFTTrainingArguments(TrainingArguments):
             "never exist whole; costs one more product with the output head."
         },
     )
+    cuda_graph: bool = field(
+        default=False,
+        metadata={
+            "help": "Capture forward and backward as a CUDA graph and replay it at every step, for "
+            "batches of one shape: with few tokens the host takes longer than the GPU. "
+            "Experimental; QFTTrainer only."
+        },
+    )
 
     @property
     def optimizer_fields(self) -> dict[str, Any]:
@@ -167,7 +175,11 @@ class QFTTrainingArguments(TrainingArguments):
 
     def _refuse_without_effect(self) -> None:
         options = [FIELDS[option] for option in self.optimizer_fields]
-        given = [*options, *self.format_fields, *(["chunked_loss"] if self.chunked_loss else [])]
+        given = [
+            *options,
+            *self.format_fields,
+            *(name for name in ("chunked_loss", "cuda_graph") if getattr(self, name)),
+        ]
         if given:
             raise ValueError(
                 f"optim={optimizer_name(self)!r} leaves {', '.join(given)} without an effect. Set "

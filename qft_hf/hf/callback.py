@@ -66,6 +66,11 @@ class QFTCallback(TrainerCallback):
         if not is_ours(inner):
             return
         refuse_overruled(args, inner, is_resumed=state.global_step > 0)
+        if self.writes_in_place and getattr(args, "cuda_graph", False):
+            raise ValueError(
+                "cuda_graph=True was set, and transformers.Trainer captures nothing. Use "
+                "qft_hf.QFTTrainer, or leave cuda_graph off."
+            )
         if self.writes_in_place and args.save_strategy != "no":
             logger.warning(
                 "transformers.Trainer writes checkpoints in place: a run that is killed while it "

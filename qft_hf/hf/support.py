@@ -23,6 +23,7 @@ from .chunked_loss import chunk_loss_
 from .config import QFTConfig
 from .convert import quantize_model_
 from .coverage import added_modules
+from .graphed_step import refuse_uncapturable
 from .optimizers import (
     OPTIMIZERS,
     check_arguments,
@@ -244,6 +245,8 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             f"label_smoothing_factor={args.label_smoothing_factor} needs all logits, which a "
             "chunked loss never has. Set label_smoothing_factor=0, or leave chunked_loss off."
         )
+    if getattr(args, "cuda_graph", False):
+        refuse_uncapturable(args, model)
     if getattr(args, "sync_ref_model", False):  # of TRL
         raise ValueError(
             "sync_ref_model=True mixes the policy's values into those of the reference model, and "

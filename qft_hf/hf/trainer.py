@@ -1,5 +1,6 @@
 """`QFTTrainer`: the Trainer with conversion, memory ledger, safe checkpoints and model card."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from ..side import side_network_of
 from .arguments import QFTTrainingArguments
 from .card import facts_of_trainer, write_card
 from .checkpoint_trainer import CheckpointTrainer
+from .graphed_step import Graph, GraphedStep, cuda_graphs
 from .health import Health
 from .optimizers import is_ours, named_optimizer, names, optimizer_name
 from .peak_memory import PeakMemory
 from .registration import optimizer_class_and_arguments
 from .support import prepare_model_, refuse_optimizer, unwrapped
+
+N_ITEMS = "num_items_in_batch"  # the Trainer's name, beside the model's inputs
 
 
 class QFTTrainer(CheckpointTrainer):
@@ -50,7 +54,11 @@ class QFTTrainer(CheckpointTrainer):
                 "a model with a side network may have any optimizer."
             )
         self.ledger: MemoryLedger | None = None
+        self.make_graph: Callable[[], Graph] | None = None  # None: steps run eagerly
+        self._graphed_step: GraphedStep | None = None
         super().__init__(model=model, args=args, **kwargs)
+        if getattr(args, "cuda_graph", False):
+            self.make_graph = cuda_graphs(args.device)
         self.add_callback(_LedgerCallback(self))
         self.health = Health()
         self.add_callback(self.health)
@@ -71,6 +79,13 @@ class QFTTrainer(CheckpointTrainer):
             return found
         return optimizer_class_and_arguments(args, model)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `CheckpointTrainer` does, and free the memory of graphs."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self._graphed_step = None
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Forward and backward; twice where released gradients are clipped exactly.
 
@@ -83,7 +98,32 @@ class QFTTrainer(CheckpointTrainer):
         if exact and self.current_gradient_accumulation_steps == 1:
             with torch.random.fork_rng(), optimizer.measure_norm():
                 super().training_step(model, inputs, *args)
+        if self.make_graph is not None:
+            return self._graphed_training_step(self.make_graph, model, inputs, *args)
         return super().training_step(model, inputs, *args)
+
+    def _graphed_training_step(
+        self,
+        make_graph: Callable[[], Graph],
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        optimizer = unwrapped(self.optimizer)
+        if self._graphed_step is None or self._graphed_step.optimizer is not optimizer:
+            self._graphed_step = GraphedStep(optimizer, make_graph)
+        step = super().training_step  # of the Trainer, or of one that is mixed in
+        batch = dict(self._prepare_inputs(inputs))
+        if num_items_in_batch is not None:
+            batch[N_ITEMS] = num_items_in_batch
+
+        def run(batch: dict[str, Any]) -> Tensor:
+            inputs = dict(batch)
+            return step(model, inputs, inputs.pop(N_ITEMS, None))
+
+        # What the Trainer and the optimizer decide by.
+        kind = (self.accelerator.sync_gradients, self.current_gradient_accumulation_steps)
+        return self._graphed_step(run, batch, kind=kind)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add figures of the INT8 run to training logs, for every reporter."""

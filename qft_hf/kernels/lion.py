@@ -141,6 +141,7 @@ def quantize_and_lion_step_(
     group_size: int,
     rule: Lion,
     rounding: Rounding,
+    live: Tensor | None = None,
 ) -> Tensor:
     """`quantize` the gradient, take its squared norm and step by `lion_step_`: the same bits.
 
@@ -156,6 +157,9 @@ def quantize_and_lion_step_(
         group_size: Columns per scale of the quantized gradient.
         rule: The numbers of the step.
         rounding: The random numbers.
+        live: fp64 `[3]` beside the weight, or None: `lr`, `weight_decay` and the number of the
+            step, in the place of those of `rule` and `rounding`. The kernel reads them when it
+            runs: a CUDA graph repeats numbers as they were when it was captured.
 
     Returns:
         fp64 `[rows]`, whose sum is the sum of squares of the quantized gradient, without `factor`:
@@ -165,6 +169,10 @@ def quantize_and_lion_step_(
         TypeError: The gradient is not one of the three float dtypes.
         ValueError: What `lion_step_` refuses of weight and momentum. Nothing was written.
     """
+    if live is not None:
+        lr, weight_decay, step = live.tolist()
+        rule = rule._replace(lr=lr, weight_decay=weight_decay)
+        rounding = rounding._replace(step=int(step))
     codes, scales = quantize(gradient, group_size=group_size)
     coded = Quantized(codes, scales, group_size)
     squares = scales.new_zeros(len(codes), dtype=torch.float64)
@@ -192,6 +200,7 @@ def _(
     group_size: int,
     rule: Lion,
     rounding: Rounding,
+    live: Tensor | None,
 ) -> None:
     check_matrix("gradient", gradient, FLOATS)
     check_group_size(group_size)
@@ -203,4 +212,14 @@ def _(
         raise ValueError(
             f"factor must be one float32 number on {weight.device}, got {factor.dtype} of shape "
             f"{tuple(factor.shape)} on {factor.device}."
+        )
+    if live is not None and (
+        live.dtype != torch.float64
+        or tuple(live.shape) != (3,)
+        or not live.is_contiguous()
+        or live.device != weight.device
+    ):
+        raise ValueError(
+            f"live must be three float64 numbers on {weight.device}, lr, weight_decay and step, "
+            f"got {live.dtype} of shape {tuple(live.shape)} on {live.device}."
         )

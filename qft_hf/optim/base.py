@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from .. import kernels
 from ..kernels.floats import PARAMETER_DTYPES
 from ..quant import Int8Gradient, QFTWeight, TiledGradient
-from .flow import Flow, Release, Stack, check_settings
+from .flow import Flow, Left, Release, Stack, check_settings
 from .processes import DIFFERENT_SETTINGS, Processes
 from .rows import RowsRelease, RowsStack
 from .state import StateFormat, StepCounter, checked_state, initial_state
@@ -128,6 +128,9 @@ class QFTOptimizer(Optimizer):
         self._counters: dict[int, StepCounter] = {}
         self._has_stepped = False
         self._whole: dict[int, dict[str, Tensor]] | None = None  # what `consolidate` has brought
+        # Of each parameter, where passes may be captured: `lr`, `weight_decay` and step.
+        self._numbers: Tensor | None = None
+        self._live: Tensor | None = None  # the same, between `write_numbers` and `step`
         _living.add(self)
 
     def _make_flow(self) -> Flow:
@@ -192,6 +195,7 @@ class QFTOptimizer(Optimizer):
         group: dict[str, Any],
         rounding: kernels.Rounding,
         factor: Tensor | None,
+        live: Tensor | None,
     ) -> Tensor:
         """`step_weight` with a gradient in float tiles, where `takes_tiles` says so.
 
@@ -202,6 +206,8 @@ class QFTOptimizer(Optimizer):
             group: Options of its group.
             rounding: The random numbers.
             factor: What the quantized gradient is multiplied by: fp32 scalar or None.
+            live: `lr`, `weight_decay` and the number of the step in device memory, fp64 `[3]`,
+                where the step may be captured; else None.
 
         Returns:
             Sums of squares of the quantized gradient, without the factor: fp64, to be added up.
@@ -310,6 +316,7 @@ class QFTOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._live = None
         self.check_groups()
         if not self._has_stepped:
             if self.processes is None and Processes.found() is not None:
@@ -369,7 +376,8 @@ class QFTOptimizer(Optimizer):
         # Autograd then refuses to read for backward what has moved on since it was used.
         torch.autograd.graph.increment_version(parameter)
         if isinstance(gradient, TiledGradient):
-            return self.step_tiles(stored, gradient, state, group, rounding, factor)
+            live = None if self._live is None else self._live[stream, :3]
+            return self.step_tiles(stored, gradient, state, group, rounding, factor, live)
         if isinstance(gradient, Int8Gradient):
             self.step_weight(stored, gradient.stored, state, group, rounding)
         return None
@@ -392,6 +400,75 @@ class QFTOptimizer(Optimizer):
                 [self._next_step(state) for state in states],
                 [self._places[id(parameter)][0] for parameter in parameters],
             )
+
+    # --- backward passes that a CUDA graph repeats
+
+    def prepare_capture(self) -> None:
+        """From now on backward waits for no value and repeats no number of a step.
+
+        What needs the host, such as gradients that are INT8 when they are released, waits for
+        `step`; `lr`, `weight_decay` and the number of the step are in device memory, where
+        `write_numbers` puts them before each pass. All parameters are on one device.
+        """
+        self._flow.is_captured = True
+        parameters = list(self.parameters())
+        if isinstance(self._flow, Release) and parameters:
+            # Rows of 32 bytes: each begins at an address that kernels take as aligned.
+            shape = len(parameters), 4
+            self._numbers = torch.zeros(shape, dtype=torch.float64, device=parameters[0].device)
+
+    def write_numbers(self) -> None:
+        """Put the numbers of the next step where kernels of its passes read them: one transfer.
+
+        Raises:
+            ValueError: An option of a group is out of its range.
+        """
+        self.check_groups()
+        if self._numbers is not None:
+            rows = [
+                (float(group["lr"]), float(group["weight_decay"]), self._n_steps(parameter) + 1, 0)
+                for group in self.param_groups
+                for parameter in group["params"]
+            ]
+            self._numbers.copy_(torch.tensor(rows, dtype=torch.float64))
+            self._live = self._numbers
+
+    def _n_steps(self, parameter: Parameter) -> int:
+        state = self.state.get(parameter)
+        return int(state["step"]) if state else 0
+
+    def repeated(self) -> list[Any]:
+        """Addresses and numbers that a pass captured now would repeat; if they change, it is void.
+
+        Tensors that come and go with a pass are none of them.
+        """
+        repeated: list[Any] = [
+            (p.stored.codes if isinstance(p, QFTWeight) else p).data_ptr()
+            for p in self.parameters()
+        ]
+        if isinstance(self._flow, Release):
+            repeated += [
+                tensor.data_ptr()
+                for state in self.state.values()
+                for name, tensor in state.items()
+                if name != "step"
+            ]
+            norm = self._flow.previous_norm
+            repeated.append(None if norm is None else norm.data_ptr())
+            changing = ("params", "lr", "weight_decay")
+            for group in self.param_groups:
+                repeated += [value for name, value in group.items() if name not in changing]
+        return repeated
+
+    def left(self) -> Left:
+        """What a pass that was captured has left on the host."""
+        return self._flow.left(self.parameters())
+
+    def replayed(self, left: Left) -> None:
+        """The device has run that pass again: be as after it."""
+        self._flow.replayed(left)
+        for parameter in left.updated:
+            self._next_step(self.state[parameter])
 
     def _state_of(self, parameter: Parameter) -> dict[str, Any]:
         state = self.state[parameter]

@@ -16,7 +16,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -66,6 +66,22 @@ class Updates(Protocol):
         ...
 
 
+class Left(NamedTuple):
+    """What a backward pass leaves on the host until the step.
+
+    Attributes:
+        updated: Parameters that it has updated.
+        squares: Squared norms of all gradients that it has taken but `floats`.
+        floats: Gradients that wait for each other.
+        late: Gradients that wait for the host, clipped.
+    """
+
+    updated: tuple[Parameter, ...] = ()
+    squares: tuple[Tensor, ...] = ()
+    floats: tuple[tuple[Parameter, Tensor], ...] = ()
+    late: tuple[tuple[Parameter, Tensor], ...] = ()
+
+
 class Flow(ABC):
     """Owns the gradients of one optimizer from the end of backward to the update.
 
@@ -80,6 +96,8 @@ class Flow(ABC):
 
     # Whether gradients may come in float tiles now; see `QFTWeight.wants_tiles`.
     wants_tiles = False
+    # Whether backward passes may be captured by a CUDA graph: what needs the host waits for `step`.
+    is_captured = False
 
     def __init__(
         self, optimizer: Updates, *, is_accumulating: Callable[[], bool] | None = None
@@ -129,6 +147,14 @@ class Flow(ABC):
     def clear(self) -> None:
         """Give up a step that was begun."""
         self._n_updated = 0
+
+    @abstractmethod
+    def left(self, parameters: Iterable[Parameter]) -> Left:
+        """What a backward pass that was captured has left of these parameters."""
+
+    @abstractmethod
+    def replayed(self, left: Left) -> None:
+        """The device has run that pass again: be as after it."""
 
     def attach(self, parameters: Iterable[Parameter]) -> None:
         """Take the place of another flow on these parameters; hooks of others stay."""
@@ -215,6 +241,13 @@ class Stack(Flow):
     def complete(self, parameter: Parameter) -> None:
         """It waits."""
 
+    def left(self, parameters: Iterable[Parameter]) -> Left:
+        """Gradients in `.grad`, and nothing here."""
+        return Left()
+
+    def replayed(self, left: Left) -> None:
+        """Nothing is here."""
+
     def step(self, parameters: list[Parameter]) -> bool:
         """Update every parameter that has a gradient.
 
@@ -278,6 +311,7 @@ class Release(Flow):
         self._used: set[int] = set()  # parameters whose gradient this step has taken
         self._is_in_backward = False  # and stays so after a pass that failed
         self._floats: list[tuple[Parameter, Tensor]] = []  # gradients that wait for each other
+        self._late: list[tuple[Parameter, Tensor]] = []  # and, if captured, for the host; clipped
         self._is_measuring = False
         self._keeps = False  # whether gradients have been kept for a later micro-batch, ever
 
@@ -306,7 +340,7 @@ class Release(Flow):
     @property
     def n_used(self) -> int:
         """Parameters updated in this step."""
-        return len(self._used) - len(self._floats)
+        return len(self._used) - len(self._floats) - len(self._late)
 
     def complete(self, parameter: Parameter) -> None:
         """Use a gradient and free it, or let it wait.
@@ -358,11 +392,14 @@ class Release(Flow):
             self._n_updated = 0
         elif isinstance(gradient, Int8Gradient):
             square = _squared_norm(gradient)
-            if not bool(square.isfinite()):
+            if not self.is_captured and not bool(square.isfinite()):
                 raise self.nonfinite_error()
             self._take(parameter)
             self._clip_(gradient, square)
             self._squares.append(square)
+            if self.is_captured:
+                self._late.append((parameter, gradient))
+                return
             self._n_updated = len(self._used)
             self._update(parameter, gradient)
             self._n_updated = 0
@@ -377,6 +414,8 @@ class Release(Flow):
             self._take(parameter)
             if is_small:
                 self._floats.append((parameter, gradient))
+            elif self.is_captured:
+                self._late.append((parameter, gradient))
             else:
                 self._update_floats([(parameter, gradient)])
 
@@ -436,9 +475,15 @@ class Release(Flow):
             self._clip_waiting(gradients, squares)
         self.released_norm = _total_norm(released) if released else None
         if released or squares:
-            total = _total_norm(released + squares) if squares else self.released_norm
-            self.previous_norm = total
-        together, self._floats = self._floats, []
+            self._remember(_total_norm(released + squares) if squares else self.released_norm)
+        together, late, self._floats, self._late = self._floats, self._late, [], []
+        for parameter, gradient in late:
+            if isinstance(gradient, Int8Gradient):
+                self._n_updated = len(self._used)
+                self._update(parameter, gradient)
+                self._n_updated = 0
+            else:
+                together.append((parameter, gradient))
         self._update_floats(together)
         self._update_all(waiting)
         self._forget()
@@ -450,6 +495,15 @@ class Release(Flow):
             )
             self.attach(parameters)
         return True
+
+    def _remember(self, norm: Tensor | None) -> None:
+        """For `clipping="previous"`; always in the same place, if captured."""
+        if norm is None or not self.is_captured:
+            self.previous_norm = norm
+        elif self.previous_norm is None:
+            self.previous_norm = norm.clone()
+        else:
+            self.previous_norm.copy_(norm)
 
     def _clip_waiting(self, gradients: list[Tensor], squares: list[Tensor]) -> None:
         if self.max_grad_norm is None or not gradients:
@@ -516,8 +570,21 @@ class Release(Flow):
 
     def _forget(self) -> None:
         self._measured = None
-        self._squares, self._used, self._floats = [], set(), []
+        self._squares, self._used, self._floats, self._late = [], set(), [], []
         self._is_in_backward = False
+
+    def left(self, parameters: Iterable[Parameter]) -> Left:
+        """Norms, gradients that wait for the step, and what was updated."""
+        wait = {id(parameter) for parameter, _ in (*self._floats, *self._late)}
+        updated = tuple(p for p in parameters if id(p) in self._used - wait)
+        return Left(updated, tuple(self._squares), tuple(self._floats), tuple(self._late))
+
+    def replayed(self, left: Left) -> None:
+        """The same, in the same places."""
+        wait = [parameter for parameter, _ in (*left.floats, *left.late)]
+        self._used = {id(parameter) for parameter in (*left.updated, *wait)}
+        self._squares = list(left.squares)
+        self._floats, self._late = list(left.floats), list(left.late)
 
 
 def _quantize_gradient_(parameter: Parameter) -> None:

@@ -121,6 +121,7 @@ class QFTLion(QFTOptimizer):
         group: dict[str, Any],
         rounding: kernels.Rounding,
         factor: Tensor | None,
+        live: Tensor | None,
     ) -> Tensor:
         """One launch a tile, which quantizes on the way."""
         momentum, rule = self._momentum(state), _rule(group)
@@ -134,6 +135,7 @@ class QFTLion(QFTOptimizer):
                 group_size=STATE_GROUP_SIZE,
                 rule=rule,
                 rounding=rounding._replace(first_row=rounding.first_row + rows.start),
+                live=live,
             )
             for rows, tile in gradient.tiles()
         ]

@@ -112,16 +112,20 @@ def parts(folder: Path, *, real: bool) -> list[Part]:
     training = ["--batch_size", "1", "--only", "bf16", "QFT", "FlashOptim"]
     memory = ["--compare", "--matmul", "dequantize", "int8"]
     lengths = ["--sequence_length", "512", "2048", "8192"]
+    graphs = ["--sequence_length", "512"]
     if real:
         training += ["--config", "llama-1b", *lengths]
         memory += lengths
+        graphs += ["--config", "llama-1b", "--layers", "4"]
     else:
         lengths = ["--sequence_length", "32"]
+        graphs = ["--config", "tiny", "--steps", "7", *lengths]
         training += ["--config", "tiny", "--steps", "1", *lengths]
         memory += ["--config", "tiny", *lengths]
     return [
         memory_errors,
         bits,
+        benchmark("steps as CUDA graphs", 80, "graph_check", *graphs),
         benchmark("kernel speed", 90, "benchmark_kernels", *kernels),
         benchmark("training speed", 130, "benchmark_training", *training),
         benchmark("memory", 230, "profile_memory", *memory),

@@ -285,6 +285,7 @@ def test_combinations_without_an_effect_are_refused(options, norm, message, tmp_
     "fields",
     [
         {"gradient": "release"}, {"beta2": 0.98}, {"quantization_seed": 1}, {"chunked_loss": True},
+        {"cuda_graph": True},
         {"group_size": 16}, {"outlier_fraction": 0.01}, {"matmul": "dequantize"},
         {"modules_to_not_convert": ["lm_head"]}, {"stochastic_rounding": False},
     ],

@@ -20,6 +20,7 @@ from tests.kernels.backends import triton as backend
 from tests.kernels.devices import DEVICE, INTERPRETED, MARKS, capability
 from tests.kernels.states import (
     GUARD,
+    LIVE,
     ROUNDING,
     LionState,
     arguments,
@@ -28,6 +29,7 @@ from tests.kernels.states import (
     float_arguments,
     guarded,
     guards_are_intact,
+    live_numbers,
     make_product,
     make_state,
     ramp,
@@ -546,10 +548,10 @@ def test_the_public_operators_run_these_kernels(monkeypatch):
 
 def quantize_and_step_(
     backend: Any, state: LionState, gradient: torch.Tensor, *, group_size: int,
-    factor: torch.Tensor | None = None, **changes: Any,
+    factor: torch.Tensor | None = None, live: torch.Tensor | None = None, **changes: Any,
 ) -> torch.Tensor:  # fmt: skip
     return backend.quantize_and_lion_step_(
-        state.weight, state.momentum, gradient, factor=factor, group_size=group_size,
+        state.weight, state.momentum, gradient, factor=factor, group_size=group_size, live=live,
         **arguments(**changes),
     )  # fmt: skip
 
@@ -605,6 +607,26 @@ def test_quantize_and_lion_step(shape, group_size, state_group_size, momentum_bi
         assert abs(norm - expected_norm) <= 2 * bound * expected_norm
     for name, buffer in buffers.items():
         assert guards_are_intact(buffer), name
+
+
+@pytest.mark.parametrize(
+    ("columns", "momentum_bits", "dtype"),
+    [(600, 8, torch.float32), (257, 4, torch.bfloat16), (8500, 8, torch.bfloat16)],
+    ids=str,
+)
+def test_numbers_in_memory_are_read_when_the_kernel_runs(columns, momentum_bits, dtype):
+    """The second step gets others by a write to that memory, as a replayed graph does."""
+    expected = make_state(
+        (3, columns), group_size=None, momentum_bits=momentum_bits, outlier_fraction=0.02
+    ).to(DEVICE)
+    actual = expected.clone()
+    gradient = (random((3, columns), None) * 1e-3).to(DEVICE, dtype)
+    live = live_numbers(DEVICE)
+    for changes in (LIVE, {"lr": 0.05, "weight_decay": 0.013, "step": 2}):
+        live.copy_(torch.tensor([*changes.values()], dtype=torch.float64))
+        quantize_and_step_(backend, actual, gradient, group_size=256, live=live, lr=7.0, step=1)
+        quantize_and_step_(reference, expected, gradient, group_size=256, **changes)
+        assert_same_state(actual, expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

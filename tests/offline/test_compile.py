@@ -109,6 +109,7 @@ def lion_launch(
     gradient: torch.dtype = torch.int8,
     momentum_bits: int = 8,
     rounding: Rounding = ROUNDING,
+    live: bool = False,
 ) -> Launch:
     """Of `lion_step_`; of `quantize_and_lion_step_`, of floats; of `step_weight_`, of 0 bits."""
     stepped = make_weight(columns, group_size, n_outliers)
@@ -120,7 +121,8 @@ def lion_launch(
     arguments = {"rule": RULE, "rounding": rounding}
     if gradient == torch.int8:
         return only(launches(lion.lion_step_, stepped, momentum, quantized(columns), **arguments))
-    arguments |= {"factor": tensor(1), "group_size": 256}
+    numbers = tensor(3, dtype=torch.float64) if live else None
+    arguments |= {"factor": tensor(1), "group_size": 256, "live": numbers}
     floats = tensor(ROWS, columns, dtype=gradient)
     return only(launches(lion.quantize_and_lion_step_, stepped, momentum, floats, **arguments))
 
@@ -225,11 +227,14 @@ def test_lion_step(columns, group_size, n_outliers, capability, request):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("live", [False, True], ids=["numbers", "live"])
 @pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
-def test_quantize_and_lion_step(columns, group_size, n_outliers, capability):
+def test_quantize_and_lion_step(columns, group_size, n_outliers, live, capability):
     # The wider where registers are scarcest.
     gradient = torch.float32 if columns == 11008 else torch.bfloat16
-    compiled = compile_lion(capability, columns, group_size, n_outliers, gradient=gradient)
+    launch = lion_launch(columns, group_size, n_outliers, gradient=gradient, live=live)
+    assert launch.types["live_ptr"] == ("*fp64" if live else "constexpr")
+    compiled = compile_launch(launch, capability)
 
     assert_fits_registers(compiled)
     if group_size != 100:

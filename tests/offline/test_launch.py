@@ -89,7 +89,7 @@ def quantize_case(zero_columns=False, first_row=0):
     return quantization._quantize_kernel, (len(x),), constants, arguments
 
 
-def lion_case(gradient=torch.int8, factor=False, seed=1, step=1, first_row=0):
+def lion_case(gradient=torch.int8, factor=False, seed=1, step=1, first_row=0, live=False):
     constants, n_warps = lion.lion_constants(COLUMNS, N_OUTLIERS, None, 256)
     rows = slice(first_row, None)
     codes, momentum, other = (torch.ones(ROWS, COLUMNS, dtype=torch.int8)[rows] for _ in range(3))
@@ -98,7 +98,7 @@ def lion_case(gradient=torch.int8, factor=False, seed=1, step=1, first_row=0):
         codes, scales, torch.ones(ROWS, N_OUTLIERS)[rows],
         torch.ones(ROWS, N_OUTLIERS, dtype=torch.int16)[rows], momentum, momentum_scales,
         other.to(gradient), gradient_scales, torch.ones(ROWS, 1, dtype=torch.float64)[rows],
-        torch.ones(1) if factor else None,
+        torch.ones(1) if factor else None, torch.ones(3, dtype=torch.float64) if live else None,
         1e-3, 1e-4, 0.9, 1 - 0.9, 0.99, 1 - 0.99, -1.0, seed, step, 3, first_row,
     )  # fmt: skip
     constants |= {"STOCHASTIC": True, "num_warps": n_warps, "enable_fp_fusion": False}
@@ -168,6 +168,7 @@ CASES = {
     "lion, large seed": lion_case(seed=2**40),
     "lion, floats": lion_case(torch.bfloat16),
     "lion, floats and factor": lion_case(torch.bfloat16, factor=True),
+    "lion, floats and numbers in memory": lion_case(torch.bfloat16, live=True),
     "lion, fp32 and factor": lion_case(torch.float32, factor=True),
     "floats": floats_case(),
     "floats, fp32": floats_case(torch.float32),

@@ -833,6 +833,14 @@ class Kernel:
                 return self.simple(
                     ins, lambda a: canon32(a.astype(np.float32)), d, [self.reader(s, 64, "f")]
                 )
+            if dt == "s64" and st == "f64" and mods == ["rzi"]:
+
+                def whole(a):
+                    if not (np.abs(a) < 2.0**63).all():
+                        raise Fault(ins.text)  # a GPU saturates; nothing here comes near
+                    return a.astype(np.int64).view(U64)
+
+                return self.simple(ins, whole, d, [self.reader(s, 64, "f")])
             raise Fault(ins.text)
         sw = WIDTH[REG.match(s).group(1)] if REG.match(s) else sb
         r0 = self.reader(s, sw)

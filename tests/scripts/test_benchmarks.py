@@ -11,6 +11,7 @@ from torch.autograd.profiler_util import Interval
 
 from qft_hf import kernels
 from qft_hf.kernels.operators import Operator
+from tests.recorded_graph import RecordedGraph
 from tests.scripts.commands import SCRIPTS, load
 
 CPU = torch.device("cpu")
@@ -193,6 +194,24 @@ def test_memory_is_profiled_from_the_command_line(run):
     assert "| QFT release | 2 | 16 |" in text
 
 
+def test_replayed_steps_have_the_bits_of_eager_ones_and_the_report_says_so(run):
+    flags = ["--device", "cpu", "--steps", "7", "--sequence_length", "16", "--layers", "1"]
+    figures, text = run("graph_check", *flags, "--only", "stack", "release")
+
+    assert list(figures["modes"]) == list(load("graph_check").MODES)
+    for row in figures["modes"].values():
+        assert row["tensors that differ"] == row["steps whose logs differ"] == 0
+        assert row["graph, ms"] > 0
+    assert "| release, int8 |" in text
+
+
+def test_a_graph_that_runs_nothing_fails_the_check(run, monkeypatch):
+    monkeypatch.setattr(RecordedGraph, "replay", lambda graph: None)
+    flags = ["--device", "cpu", "--steps", "7", "--sequence_length", "16", "--layers", "1"]
+    with pytest.raises(SystemExit, match="1"):
+        run("graph_check", *flags, "--only", "stack, int8")
+
+
 def test_the_gpu_check_shows_failures_and_the_tables_of_its_parts(tmp_path):
     script = load("gpu_check")
     (tmp_path / "table.md").write_text("of an earlier run")
@@ -218,7 +237,7 @@ def test_the_gpu_check_has_all_parts_in_files_that_exist(real, tmp_path):
     script = load("gpu_check")
     parts = script.parts(tmp_path, real=real)
 
-    assert len(parts) == 5
+    assert len(parts) == 6
     limits = [part.limit for part in parts if part.folder]
     assert limits == sorted(limits)  # a GPU that goes away leaves as many parts as it can
     assert ["-n", "auto"] == parts[1].command[parts[1].command.index("-n") :][:2]

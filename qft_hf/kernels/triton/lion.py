@@ -290,6 +290,7 @@ def _lion_kernel(
     gradient_scales_ptr,  # [rows, N_STATE_GROUPS] fp32; written if the gradient is float
     squares_ptr,  # [rows] fp64: of the quantized gradient, written if it is float
     factor_ptr,  # one fp32, of the gradient; or None
+    live_ptr,  # [3] fp64: lr, weight_decay and step, in the place of those below; or None
     lr,
     shrink,  # lr * weight_decay
     beta1,
@@ -341,6 +342,10 @@ def _lion_kernel(
     outlier_values_ptr += row * N_OUTLIERS
     outlier_columns_ptr += row * N_OUTLIERS
     row += first_row
+    if live_ptr is not None:
+        rate = tl.load(live_ptr)
+        lr, shrink = rate.to(tl.float32), (rate * tl.load(live_ptr + 1)).to(tl.float32)
+        step = tl.load(live_ptr + 2).to(tl.int64)
     first_counter = row * ((COLUMNS + 3) // 4)  # four columns share a counter
 
     if MOMENTUM_BITS > 0 and gradient_codes_ptr.dtype.element_ty != tl.int8:
@@ -485,9 +490,9 @@ def lion_constants(
 
 
 _launch_lion = Launcher(_lion_kernel)
-# Momentum, gradient and its scales, squares, factor, and eleven numbers: what differs from step to
-# step, or belongs to somebody else than the weight.
-OPEN = (...,) * 17
+# Momentum, gradient and its scales, squares, factor, numbers in memory, and eleven that are handed
+# over: what differs from step to step, or belongs to somebody else than the weight.
+OPEN = (...,) * 18
 
 
 def launch(
@@ -500,6 +505,7 @@ def launch(
     group_size: int | None,
     rule: Lion,
     rounding: Rounding,
+    live: Tensor | None = None,
 ) -> None:
     """Run the kernel; `group_size` is that of the gradient."""
     bits = 0 if momentum is None else momentum.bits
@@ -518,7 +524,7 @@ def launch(
     # Without momentum the kernel never touches what stands in its place.
     state = (weight.scales, weight.scales) if momentum is None else momentum.tensors
     plan(
-        *state, *gradient, squares, factor,
+        *state, *gradient, squares, factor, live,
         *rule.numbers,
         rounding.seed, rounding.step, rounding.stream, rounding.first_row,
     )  # fmt: skip
@@ -545,6 +551,7 @@ def quantize_and_lion_step_(
     group_size: int,
     rule: Lion,
     rounding: Rounding,
+    live: Tensor | None,
 ) -> Tensor:
     # The kernel that steps quantizes first if it is handed floats. What stays in memory of the
     # quantized gradient is its scales.
@@ -554,6 +561,6 @@ def quantize_and_lion_step_(
     squares = torch.empty(rows, dtype=torch.float64, device=gradient.device)
     launch(
         weight, momentum, (gradient, scales), squares, factor,
-        group_size=group_size, rule=rule, rounding=rounding,
+        group_size=group_size, rule=rule, rounding=rounding, live=live,
     )  # fmt: skip
     return squares

@@ -1,0 +1,306 @@
+"""Forward and backward of a training step as one CUDA graph, replayed at every step.
+
+With few tokens a GPU is done with a kernel before the host has started the next. A graph holds all
+kernels of a pass, with their numbers and the addresses of their tensors, and one call starts them
+all. What the host does between them it does once, while the graph is captured: batches are copied
+to where the captured one was, and gradients lie where the captured ones were.
+
+Source:
+    "CUDA Graphs" in PyTorch's notes on CUDA semantics, whole-network capture.
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from transformers import TrainingArguments, masking_utils
+
+from ..nn.experts import QFTBatchedExperts, QFTExperts, QFTParallelExperts
+from ..nn.kinds import kind_of
+from ..optim import QFTOptimizer
+from ..optim.flow import Flow, Left
+from .optimizers import OPTIMIZERS, given_options, optimizer_name
+
+logger = logging.getLogger(__name__)
+
+EXPERTS = (QFTExperts, QFTBatchedExperts, QFTParallelExperts)
+
+N_EAGER = 2  # passes of a kind before it is captured: kernels are compiled, states and plans made
+
+Batch = dict[str, Tensor]
+Pass = Callable[[Batch], Tensor]  # forward and backward; returns the loss
+
+
+class Graph(Protocol):
+    """What a pass starts on the device, to be started again."""
+
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """Call the function as `capture` would, on the same stream, and capture nothing."""
+        ...
+
+    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+        """Call the function and hold what it starts, which does not run: results are undefined."""
+        ...
+
+    def replay(self) -> None:
+        """Run what is held: the results of `capture` get their values."""
+        ...
+
+
+class CudaGraph:
+    """`torch.cuda.CUDAGraph`; all of a run share a stream and, since they run in turn, memory."""
+
+    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        self._stream, self._pool = stream, pool
+        self._graph = torch.cuda.CUDAGraph()
+
+    def run(self, function: Callable[[], Tensor]) -> Tensor:
+        """Beside the main stream, on which a capture could not begin: autograd keeps streams."""
+        main = torch.cuda.current_stream()
+        self._stream.wait_stream(main)
+        with torch.cuda.stream(self._stream):
+            result = function()
+        main.wait_stream(self._stream)
+        return result
+
+    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+        """Other threads may go on, such as one that pins the memory of batches."""
+        with torch.cuda.graph(
+            self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            return function()
+
+    def replay(self) -> None:
+        """On the current stream."""
+        self._graph.replay()
+
+
+def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
+    """What makes the graphs of a run."""
+    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    return lambda: CudaGraph(stream, pool)
+
+
+@dataclass
+class _Captured:
+    """A graph, and the tensors that lie where it reads and writes.
+
+    Attributes:
+        graph: Of one pass.
+        before: Gradients of all parameters before the pass.
+        gradients: And after it.
+        left: What else it has left on the host.
+        loss: Of the pass.
+    """
+
+    graph: Graph
+    before: list[Tensor | None]
+    gradients: list[Tensor | None]
+    left: Left
+    loss: Tensor
+
+
+class GraphedStep:
+    """Runs passes over batches of one shape by graphs: one for each kind of pass.
+
+    The first passes of a kind run eagerly, and so does every batch that is unlike the first one,
+    which is said once. Gradients, norms and counters are after a pass what they would be after an
+    eager one, so all that comes after it, clipping and the optimizer's step among it, need not
+    know.
+
+    Args:
+        optimizer: Of the parameters that get gradients.
+        make_graph: Makes an empty graph.
+    """
+
+    def __init__(self, optimizer: QFTOptimizer, make_graph: Callable[[], Graph]) -> None:
+        self.optimizer = optimizer
+        optimizer.prepare_capture()
+        self._parameters = list(optimizer.parameters())
+        self._make_graph = make_graph
+        self._eager = make_graph()
+        self._inputs: Batch = {}  # where graphs read a batch
+        self._n_run: dict[Hashable, int] = {}  # eager passes by kind
+        self._captured: dict[Hashable, _Captured] = {}
+        self._repeated: list[Any] = []  # by all graphs
+        self._has_warned = False
+
+    def __call__(self, run: Pass, batch: dict[str, Any], *, kind: Hashable) -> Tensor:
+        """One pass; returns its loss and leaves gradients in `.grad`.
+
+        Args:
+            run: The pass, which may be called with another batch of the same shape.
+            batch: On the device. Other values than tensors cannot be captured.
+            kind: All that decides what the pass does, beside the batch and whether gradients of
+                an earlier micro-batch are there.
+
+        Raises:
+            RuntimeError: The pass does what cannot be captured. Nothing was updated.
+        """
+        self.optimizer.write_numbers()
+        if not self._takes(batch):
+            return self._eager.run(lambda: run(batch))
+        repeated = self.optimizer.repeated()
+        if self._repeated != repeated:  # somebody has moved the model, or loaded a state
+            self._captured.clear()
+            self._n_run.clear()
+            self._repeated = repeated
+        before = [parameter.grad for parameter in self._parameters]
+        kind = (kind, all(gradient is None for gradient in before))
+        captured = self._captured.get(kind)
+        if captured is None:
+            n_run = self._n_run[kind] = self._n_run.get(kind, 0) + 1
+            if n_run <= N_EAGER:
+                return self._eager.run(lambda: run(batch))
+            captured = self._captured[kind] = self._capture(run, before)
+            self._replay(captured, batch)  # capturing did what the host does, and only that
+        elif any(a is not b for a, b in zip(before, captured.before, strict=True)):
+            return self._eager.run(lambda: run(batch))  # after a micro-batch that ran eagerly
+        else:
+            self._replay(captured, batch)
+            self.optimizer.replayed(captured.left)
+            for parameter, gradient in zip(self._parameters, captured.gradients, strict=True):
+                parameter.grad = gradient
+        return captured.loss.clone()
+
+    def _takes(self, batch: dict[str, Any]) -> bool:
+        """Whether the batch has the form of the first one."""
+        if not all(isinstance(value, Tensor) for value in batch.values()):
+            self._warn("has values that are no tensors", batch)
+            return False
+        if "attention_mask" in batch:  # transformers leaves it out where all is 1: the host looks
+            self._warn("has an attention_mask, and what it holds decides what runs", batch)
+            return False
+        if not self._inputs:
+            self._inputs = {name: value.clone() for name, value in batch.items()}
+        if _form(batch) != _form(self._inputs):
+            self._warn(f"is unlike the first one, {_form(self._inputs)}", batch)
+            return False
+        return True
+
+    def _warn(self, reason: str, batch: dict[str, Any]) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "cuda_graph=True: a batch %s: %s. It runs without a graph, and so does every one "
+                "like it. Pack the data into rows of one length, without a mask",
+                reason,
+                _form(batch),
+            )
+
+    def _replay(self, captured: _Captured, batch: Batch) -> None:
+        for name, value in batch.items():
+            self._inputs[name].copy_(value, non_blocking=True)
+        captured.graph.replay()
+
+    def _capture(self, run: Pass, before: list[Tensor | None]) -> _Captured:
+        for parameter in self._parameters:
+            _refuse_hooks(parameter)
+        graph = self._make_graph()
+        steps = [(state["step"], int(state["step"])) for state in self.optimizer.state.values()]
+        try:
+            with _documents_as_in_eager_passes(self._inputs):
+                loss = graph.capture(lambda: run(self._inputs))
+        except RuntimeError as error:
+            self.optimizer.zero_grad()
+            for step, number in steps:
+                step.fill_(number)
+            raise RuntimeError(
+                "cuda_graph=True: this forward and backward pass cannot be captured, for the host "
+                f"has to see values in between ({error}). Leave cuda_graph off for this model, "
+                "loss and data."
+            ) from error
+        gradients = [parameter.grad for parameter in self._parameters]
+        return _Captured(graph, before, gradients, self.optimizer.left(), loss)
+
+
+def refuse_uncapturable(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise for what a run cannot have beside `cuda_graph=True`.
+
+    Raises:
+        ValueError: The text says what to do instead.
+    """
+    reasons = uncapturable(args, model)
+    if args.device.type != "cuda":
+        reasons.insert(0, f"it needs an NVIDIA GPU, and this run is on {args.device}")
+    if reasons:
+        raise ValueError(f"cuda_graph=True: {reasons[0]}. Else leave cuda_graph off.")
+
+
+def uncapturable(args: TrainingArguments, model: nn.Module) -> list[str]:
+    """Why passes of such a run cannot be captured on any device, and what can."""
+    reasons = []
+    options = given_options(args)
+    if options.get("gradient") == "release":
+        clipping = options.get("clipping") or "previous"
+        if clipping == "exact":
+            reasons.append(
+                "clipping='exact' runs each pass twice. Take clipping='previous', or "
+                "gradient='stack', which clips exactly at no cost"
+            )
+        elif (
+            clipping == "tensor" or not OPTIMIZERS[optimizer_name(args)].optimizer_class.takes_tiles
+        ):
+            reasons.append(
+                f"with optim={optimizer_name(args)!r} and clipping={options.get('clipping')!r} the "
+                "host looks at each gradient before it is released. Take gradient='stack'"
+            )
+    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and checkpointing.get("preserve_rng_state", True):
+        reasons.append(
+            "gradient_checkpointing saves the state of random numbers on the host. Without dropout "
+            'in the model gradient_checkpointing_kwargs={"preserve_rng_state": False} gives the '
+            "same without"
+        )
+    if args.torch_empty_cache_steps is not None:
+        reasons.append("torch_empty_cache_steps frees memory in the pass. Leave it unset")
+    if args.world_size > 1:
+        reasons.append("processes wait for each other in the pass. Start one process")
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    if len(devices) > 1:
+        reasons.append(f"a graph is of one device, and the model is on {len(devices)}")
+    experts = [name for name, m in model.named_modules() if kind_of(m) in EXPERTS]
+    if experts:
+        reasons.append(f"the host has to see how many tokens each expert of {experts[0]} gets")
+    return reasons
+
+
+def _form(batch: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else type(value)
+        for name, value in batch.items()
+    }
+
+
+@contextmanager
+def _documents_as_in_eager_passes(batch: Batch) -> Iterator[None]:
+    """Rows without `position_ids` are one document each.
+
+    transformers finds so by a look at the positions that it has made, and masks attention, by
+    another kernel, where it may not look.
+    """
+    find = masking_utils.find_packed_sequence_indices
+    if "position_ids" not in batch:
+        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find
+
+
+def _refuse_hooks(parameter: Parameter) -> None:
+    hooks = [
+        *(parameter._backward_hooks or {}).values(),
+        *(parameter._post_accumulate_grad_hooks or {}).values(),
+    ]
+    if any(not isinstance(hook, Flow) for hook in hooks):
+        raise ValueError(
+            f"cuda_graph=True: a parameter of shape {tuple(parameter.shape)} has a hook for its "
+            "gradient, which would be called once and never again. Remove the hook, or leave "
+            "cuda_graph off."
+        )

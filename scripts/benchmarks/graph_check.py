@@ -1,0 +1,129 @@
+"""Do steps by CUDA graphs have the bits of eager ones, and how long does each take?
+
+    python scripts/benchmarks/graph_check.py --config llama-1b --layers 12
+    python scripts/benchmarks/graph_check.py --device cpu    # the same path, with recorded graphs
+
+The same model and batches, one sequence a step, are trained by `QFTTrainer` twice, eagerly and with
+`cuda_graph=True`, in each mode. All weights, losses and norms of the two must be equal, or the
+script exits with 1. Times are medians of the steps after those that are captured, from one begin of
+a step to the next, so all that the Trainer does is in them. On a CPU they mean nothing: there
+`tests/recorded_graph.py` stands in for the graph.
+"""
+
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM, TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+sys.path.insert(1, str(Path(__file__).resolve().parents[2]))  # the checkout, where tests/ is
+from common import report
+from common.command_line import chosen, command_line
+from common.peak_memory import peak_bytes, reset_peak
+from common.shapes import model_config
+
+from qft_hf import QFTTrainer, QFTTrainingArguments
+
+MODES: dict[str, dict[str, Any]] = {
+    "stack": {"max_grad_norm": 1.0},
+    "release": {"gradient": "release", "clipping": "previous", "max_grad_norm": 1.0},
+    "stack, int8": {"max_grad_norm": 1.0, "matmul": "int8"},
+    "release, int8": {"gradient": "release", "max_grad_norm": 0.0, "matmul": "int8"},
+}
+N_BEFORE = 5  # steps that are not timed: eager ones, and those that are captured
+
+
+class _Clock(TrainerCallback):
+    """When each step began, as the host sees it; the first waits for the device."""
+
+    def __init__(self) -> None:
+        self.begun: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        if args.device.type == "cuda" and len(self.begun) == N_BEFORE:
+            torch.cuda.synchronize(args.device)
+        self.begun.append(time.perf_counter())
+
+
+def train(mode: dict[str, Any], options: Namespace, *, graphed: bool) -> dict[str, Any]:
+    """Weights, logs, seconds of a step and peak bytes of a run."""
+    device = torch.device(options.device)
+    torch.manual_seed(0)
+    config = model_config(options.config, options.layers)
+    model = LlamaForCausalLM(config).to(getattr(torch, options.dtype))
+    ids = torch.randint(config.vocab_size, (options.steps, options.sequence_length))
+    with tempfile.TemporaryDirectory() as folder:
+        args = QFTTrainingArguments(
+            output_dir=folder, max_steps=options.steps, per_device_train_batch_size=1,
+            learning_rate=1e-4, weight_decay=0.1, lr_scheduler_type="cosine", warmup_steps=2,
+            logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True,
+            use_cpu=device.type == "cpu", cuda_graph=graphed and device.type == "cuda", **mode,
+        )  # fmt: skip
+        data = [{"input_ids": row, "labels": row} for row in ids]
+        clock = _Clock()
+        trainer = QFTTrainer(model=model, args=args, train_dataset=data, callbacks=[clock])
+        if graphed and device.type == "cpu":
+            from tests.recorded_graph import RecordedGraph
+
+            trainer.make_graph = RecordedGraph
+        gc.collect()  # the run before, whose trainer refers to itself
+        before = reset_peak(device)
+        trainer.train()
+    keys = ("loss", "grad_norm")
+    logs = [{key: log[key] for key in keys} for log in trainer.state.log_history if "loss" in log]
+    times = clock.begun[N_BEFORE:]
+    return {
+        "weights": {name: value.cpu() for name, value in trainer.model.state_dict().items()},
+        "logs": logs,
+        "seconds": statistics.median(b - a for a, b in pairwise(times)),
+        "bytes": peak_bytes(device) - before,
+    }
+
+
+def compared(eager: dict[str, Any], graphed: dict[str, Any]) -> dict[str, float]:
+    """Milliseconds and memory of both, and what is not equal."""
+    ours, theirs = graphed["weights"], eager["weights"]
+    different = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+    logs = [a != b for a, b in zip(eager["logs"], graphed["logs"], strict=True)]
+    return {
+        "eager, ms": 1e3 * eager["seconds"],
+        "graph, ms": 1e3 * graphed["seconds"],
+        "graph / eager": graphed["seconds"] / eager["seconds"],
+        "eager peak, GB": eager["bytes"] / 1e9,
+        "graph peak, GB": graphed["bytes"] / 1e9,
+        "tensors that differ": len(different),
+        "steps whose logs differ": sum(logs),
+    }
+
+
+def main() -> None:
+    """Train twice in each mode, write the report."""
+    parser = command_line(
+        __doc__, device="cuda", config="tiny", layers=None, sequence_length=512, steps=20,
+        dtype="bfloat16", only=None,
+    )  # fmt: skip
+    options = parser.parse_args()
+    if options.steps < N_BEFORE + 2:
+        parser.error(f"--steps must be at least {N_BEFORE + 2}, got {options.steps}")
+    figures: dict[str, dict[str, float]] = {}
+    for name, mode in chosen(MODES, options.only).items():
+        runs = [train(mode, options, graphed=graphed) for graphed in (False, True)]
+        figures[name] = compared(*runs)
+        report.write(options, {"modes": figures}, report.figures_table("mode", figures))
+    report.finish(options, report.figures_table("mode", figures))
+    different = ("tensors that differ", "steps whose logs differ")
+    if any(row[name] for row in figures.values() for name in different):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""Steps by graphs have the bits of eager ones; on a CPU a recorder stands in for CUDA's graphs.
+
+The recorder refuses each look of the host at a value, so a wait that is added to forward, backward
+or release fails here.
+"""
+
+import logging
+import re
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer
+
+from qft_hf import QFTTrainer, QFTTrainingArguments
+from qft_hf.hf.graphed_step import N_EAGER, uncapturable
+from tests.hf.checkpoints import assert_same_state
+from tests.hf.test_trainer import arguments, history, sequences
+from tests.models import tiny_llama
+from tests.recorded_graph import RecordedGraph
+
+RELEASE = {"gradient": "release", "max_grad_norm": 0}
+PREVIOUS = {"gradient": "release", "clipping": "previous", "max_grad_norm": 0.3}
+N_STEPS = 20
+
+
+def packed(n: int = 64) -> list[dict[str, torch.Tensor]]:
+    """Rows of one length, and so without a mask."""
+    return [{key: row[key] for key in ("input_ids", "labels")} for row in sequences(n)]
+
+
+class Graphed(QFTTrainer):
+    """Steps by recorded graphs, and keeps these."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__(**arguments)
+        self.graphs: list[RecordedGraph] = []
+        self.make_graph = self._make
+
+    def _make(self) -> RecordedGraph:
+        self.graphs.append(RecordedGraph())
+        return self.graphs[-1]
+
+    @property
+    def n_replays(self) -> int:
+        return sum(graph.replays for graph in self.graphs)
+
+
+def trainer(cls, folder, *, model=None, data=None, **overrides) -> QFTTrainer:
+    schedule = {"max_steps": N_STEPS, "lr_scheduler_type": "cosine", "warmup_steps": 3}
+    args = arguments(folder, QFTTrainingArguments, **schedule | overrides)
+    model = tiny_llama(attention_dropout=0.2) if model is None else model
+    return cls(model=model, args=args, train_dataset=data or packed(), eval_dataset=packed(8))
+
+
+def run(cls, folder, *, resume=None, **options) -> QFTTrainer:
+    made = trainer(cls, folder, **options)
+    made.train(resume_from_checkpoint=resume)
+    return made
+
+
+def assert_same_run(one: QFTTrainer, other: QFTTrainer) -> None:
+    """Weights, optimizer state, the norm that clips next, and logs: no bit differs."""
+    assert_same_state(one.model.state_dict(), other.model.state_dict())
+    states = [made.optimizer.state_dict() for made in (one, other)]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    for number, state in states[0]["state"].items():
+        assert_same_state(state, states[1]["state"][number])
+    assert states[0].get("previous_norm") == states[1].get("previous_norm")
+    for key in ("loss", "learning_rate", "grad_norm", "eval_loss"):
+        assert history(one, key) == history(other, key) != []
+
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 7}
+CHECKPOINTED = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False, "preserve_rng_state": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulation", "n_replays"),
+    [
+        ({"max_grad_norm": 0.3}, 1, N_STEPS - N_EAGER),
+        # An epoch has 16 batches: five windows of three, and one of one. First, middle and last.
+        ({"max_grad_norm": 0.3}, 3, 3 * (17 - N_EAGER) + 3 - N_EAGER),
+        ({"optim": "qft_adamw", "max_grad_norm": 0.3}, 1, N_STEPS - N_EAGER),
+        # The first step makes states and a norm, whose addresses are new.
+        (RELEASE, 1, N_STEPS - N_EAGER - 1),
+        (PREVIOUS, 1, N_STEPS - N_EAGER - 1),
+        (PREVIOUS, 3, 3 * (17 - N_EAGER - 1) + 3 - N_EAGER),
+        (PREVIOUS | {"matmul": "int8", "momentum_bits": 4, "bf16": True}, 1, 17),
+    ],
+    ids=str,
+)
+def test_a_replayed_run_has_the_bits_of_an_eager_one(options, accumulation, n_replays, tmp_path):
+    """With a schedule, dropout, clipping, accumulation and evaluation."""
+    options = options | EVALUATED | {"gradient_accumulation_steps": accumulation}
+
+    eager, replayed = (run(cls, tmp_path, **options) for cls in (QFTTrainer, Graphed))
+
+    assert_same_run(eager, replayed)
+    assert replayed.n_replays == n_replays
+
+
+def documents(n: int = 64) -> list[dict[str, torch.Tensor]]:
+    """Rows of two documents each."""
+    positions = torch.tensor([*range(8), *range(5)])
+    return [row | {"position_ids": positions} for row in packed(n)]
+
+
+OTHERS = {
+    "tied": ({"tied": True}, {}),
+    "checkpointed": ({}, CHECKPOINTED),
+    # Larger than those float parameters that wait for each other.
+    "float table": ({"vocab_size": 1601}, {"modules_to_not_convert": ["embed_tokens"]}),
+    "packed, in bf16": ({}, {"data": documents(), "bf16": True}),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("options", [{}, PREVIOUS], ids=["stack", "release"])
+def test_other_models_and_data(options, other, tmp_path):
+    model, more = OTHERS[other]
+    options = options | more | EVALUATED | {"max_steps": 7}
+
+    eager, replayed = (
+        run(cls, tmp_path, model=tiny_llama(**model), **options) for cls in (QFTTrainer, Graphed)
+    )
+
+    assert_same_run(eager, replayed)
+    assert replayed.n_replays >= 7 - N_EAGER - 1
+
+
+@pytest.mark.parametrize("options", [{}, PREVIOUS], ids=["stack", "release"])
+def test_a_run_that_is_resumed_by_graphs_equals_the_straight_eager_one(options, tmp_path):
+    options = options | EVALUATED | {"save_strategy": "steps", "save_steps": 9}
+    straight = run(QFTTrainer, tmp_path / "eager", **options)
+    saved = run(Graphed, tmp_path / "graphed", **options)
+    assert_same_run(straight, saved)
+
+    resumed = run(
+        Graphed, tmp_path / "other", resume=str(tmp_path / "graphed" / "checkpoint-9"), **options
+    )
+
+    assert_same_run(straight, resumed)
+    assert resumed.n_replays == N_STEPS - 9 - N_EAGER
+
+
+@pytest.mark.parametrize("options", [{}, PREVIOUS], ids=["stack", "release"])
+def test_other_shapes_run_eagerly_and_are_named_once(options, tmp_path, caplog):
+    """70 rows: every 18th batch has two; the second micro-batch of a window may be such a one."""
+    options = options | EVALUATED | {"gradient_accumulation_steps": 2, "max_steps": 24}
+    options |= {"data": packed(70)}
+    eager = run(QFTTrainer, tmp_path, **options)
+    with caplog.at_level(logging.WARNING, logger="qft_hf"):
+        replayed = run(Graphed, tmp_path, **options)
+
+    assert_same_run(eager, replayed)
+    said = [record.message for record in caplog.records if "cuda_graph" in record.message]
+    assert len(said) == 1
+    assert "unlike the first one" in said[0]
+    assert "(2, 13)" in said[0]
+
+
+def test_batches_with_a_mask_run_eagerly_and_are_named(tmp_path, caplog):
+    """What a mask holds decides which kernel attention takes."""
+    options = EVALUATED | {"max_steps": 7, "data": sequences()}
+    replayed = run(Graphed, tmp_path, **options)
+
+    assert "has an attention_mask" in caplog.text
+    assert replayed.n_replays == 0
+    assert_same_run(run(QFTTrainer, tmp_path, **options), replayed)
+
+
+def test_a_state_that_is_loaded_in_between_is_captured_anew(tmp_path):
+    """Other tensors stand in the place of those whose addresses a graph has."""
+    runs = []
+    for cls in (QFTTrainer, Graphed):
+        made = trainer(cls, tmp_path, **PREVIOUS)
+        step = made.training_step
+        made.training_step = lambda *args, made=made, step=step: (
+            made.state.global_step == 9
+            and made.optimizer.load_state_dict(made.optimizer.state_dict()),
+            step(*args),
+        )[1]
+        made.train()
+        runs.append(made)
+
+    assert_same_run_without_evaluation(*runs)
+    assert len([graph for graph in runs[1].graphs if graph.operations]) == 2
+
+
+def assert_same_run_without_evaluation(one: QFTTrainer, other: QFTTrainer) -> None:
+    for made in (one, other):
+        made.state.log_history.append({"eval_loss": 0.0})
+    assert_same_run(one, other)
+
+
+@pytest.mark.parametrize(("options", "text"), [({}, "not taken"), (RELEASE, "had been handed")])
+def test_a_gradient_that_is_not_finite_stops_the_run_after_the_replay(options, text, tmp_path):
+    made = trainer(Graphed, tmp_path, **options)
+    norm = made.model.model.norm.weight
+
+    def poison() -> None:
+        if made.state.global_step == 9:
+            norm.data.fill_(float("inf"))
+
+    made.training_step = _before(made.training_step, poison)
+    with pytest.raises(FloatingPointError, match=text):
+        made.train()
+    assert made.state.global_step == 9
+    assert made.n_replays > 0
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
+    made = trainer(Graphed, tmp_path, nonfinite="skip")
+    norm = made.model.model.norm.weight
+    good = norm.detach().clone()
+
+    def poison() -> None:
+        norm.data.copy_(good if made.state.global_step != 9 else torch.full_like(good, torch.inf))
+
+    made.training_step = _before(made.training_step, poison)
+    made.train()
+    assert made.optimizer.optimizer.skipped_steps == 1
+
+
+def _before(step, function):
+    def both(*args):
+        function()
+        return step(*args)
+
+    return both
+
+
+class Looks(Graphed):
+    def compute_loss(self, model, inputs, **kwargs):
+        loss = super().compute_loss(model, inputs, **kwargs)
+        self.seen = loss.item()
+        return loss
+
+
+@pytest.mark.parametrize("options", [{}, PREVIOUS], ids=["stack", "release"])
+def test_a_host_that_looks_at_a_value_is_refused_when_captured(options, tmp_path):
+    made = trainer(Looks, tmp_path, **options)
+    before = {}
+    step = made.training_step
+
+    def watched(*args):
+        before.update({name: value.clone() for name, value in made.model.state_dict().items()})
+        before["steps"] = [int(state["step"]) for state in made.optimizer.state.values()]
+        return step(*args)
+
+    made.training_step = watched
+    with pytest.raises(RuntimeError, match=r"the host has to see values in between .* Leave cuda_"):
+        made.train()
+    assert before.pop("steps") == [int(state["step"]) for state in made.optimizer.state.values()]
+    assert_same_state(made.model.state_dict(), before)
+    assert all(parameter.grad is None for parameter in made.model.parameters())
+
+
+def test_a_hook_of_the_user_is_refused_since_it_would_run_once(tmp_path):
+    made = trainer(Graphed, tmp_path)
+    made.model.lm_head.weight.register_hook(lambda gradient: None)
+    with pytest.raises(ValueError, match=r"\(131, 44\) has a hook .* Remove the hook"):
+        made.train()
+
+
+# --- what is refused at the start
+
+
+def test_a_run_without_a_gpu_is_refused(tmp_path):
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU, and this run is on cpu"):
+        trainer(QFTTrainer, tmp_path, model=model, cuda_graph=True)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_the_stock_trainer_captures_nothing_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("qft_hf.hf.support.refuse_uncapturable", lambda args, model: None)
+    args = arguments(tmp_path, QFTTrainingArguments, cuda_graph=True)
+    made = Trainer(model=tiny_llama(), args=args, train_dataset=packed())
+    with pytest.raises(ValueError, match=r"Use qft_hf\.QFTTrainer"):
+        made.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (PREVIOUS | {"clipping": "exact"}, "clipping='exact' runs each pass twice. Take clipping="),
+        (PREVIOUS | {"clipping": "tensor"}, "looks at each gradient .* Take gradient='stack'"),
+        (RELEASE | {"optim": "qft_sgd", "learning_rate": 1.0}, "optim='qft_sgd' .* Take gradient"),
+        ({"gradient_checkpointing": True}, r'kwargs=\{"preserve_rng_state": False\} gives'),
+        ({"torch_empty_cache_steps": 3}, "torch_empty_cache_steps .* Leave it unset"),
+    ],
+)  # fmt: skip
+def test_options_that_no_graph_can_have_are_named(options, text, tmp_path):
+    args = arguments(tmp_path, QFTTrainingArguments, **options)
+    (reason,) = uncapturable(args, tiny_llama())
+    assert re.search(text, reason)
+
+
+def test_what_graphs_can_have_is_not_refused(tmp_path):
+    for options in ({}, RELEASE, PREVIOUS, CHECKPOINTED, {"optim": "qft_adamw"}):
+        args = arguments(tmp_path, QFTTrainingArguments, **options)
+        assert uncapturable(args, tiny_llama()) == []
+
+
+def test_experts_are_refused_by_name_before_and_after_conversion(tmp_path):
+    config = Qwen3MoeConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, moe_intermediate_size=24,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    args = arguments(tmp_path, QFTTrainingArguments)
+    for _ in range(2):
+        (reason,) = uncapturable(args, model)
+        assert "each expert of model.layers.0.mlp.experts" in reason
+        QFTTrainer(model=model, args=args, train_dataset=packed())
