@@ -105,7 +105,8 @@ def estimate_side(
         ("one layer of the base", 1, in_flight),
         ("its weight as it multiplies", 1, base.expanded_bytes(work.compute_bytes)),
         ("side weights as they multiply", len(side), copies),
-        ("last hidden state, mixed", 3, 3 * work.tokens * work.hidden * work.compute_bytes),
+        ("last side state, normalised", 3, 3 * side_work.tokens * side_work.hidden * FP32_BYTES),
+        ("last hidden state", 1, work.tokens * work.hidden * work.compute_bytes),
         ("logits and their gradient", 3, work.logits_bytes),
     ]
     return MemoryEstimate(
