@@ -4,16 +4,24 @@ transformers leaves out what it does not know in a file and fills in random weig
 `config.json` first, then weights over those that were there. So a model is refused that is INT8 and
 whose `config.json` does not say so, and a folder with an INT8 model has it or the next one, whole.
 Both are methods of `PreTrainedModel`, wrapped here: nothing else is called for every model.
+
+Two more know parameters by names that INT8 weights have not: Accelerate's loading, which is refused
+where it would leave a model as it was built, and the stock Trainer's warning of missing weights.
 """
 
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import accelerate
+from accelerate import big_modeling
+from torch import nn
+from transformers import PreTrainedModel, Trainer
 
+from ..nn.state import SUFFIXES
+from ..quant import QFTWeight
 from .drafts import drafted
 from .quantizer import QFTQuantizer, int8_weights, refuse_int8
-from .tensor_files import tensor_names
+from .tensor_files import memory, tensor_names
 from .wrapping import wrap_
 
 
@@ -21,6 +29,10 @@ def install_guards() -> None:
     """Wrap loading and saving. Idempotent."""
     wrap_(PreTrainedModel, "_load_pretrained_model", _refusing_int8)
     wrap_(PreTrainedModel, "save_pretrained", _writing_whole)
+    wrap_(Trainer, "_issue_warnings_after_load", _knowing_tied_weights)
+    # A program that imports the function before us has it as it was.
+    for module in (accelerate, accelerate.utils, big_modeling):
+        wrap_(module, "load_checkpoint_in_model", _refusing_by_name)
 
 
 def _refusing_int8(load: Any) -> Any:
@@ -32,6 +44,58 @@ def _refusing_int8(load: Any) -> Any:
         return load(model, state_dict, files, load_config, *args)
 
     return guarded
+
+
+def _knowing_tied_weights(warn: Any) -> Any:
+    def knowing(self: Any, load_result: Any) -> None:
+        missing = load_result.missing_keys
+        state = self.model.state_dict() if missing else {}
+        loaded = {memory(tensor) for name, tensor in state.items() if name not in missing}
+        missing = [
+            name
+            for name in missing
+            # The fields of one weight are saved once, under the first of its names.
+            if not (name.endswith(tuple(SUFFIXES.values())) and memory(state[name]) in loaded)
+        ]
+        warn(self, load_result._replace(missing_keys=missing))
+
+    return knowing
+
+
+def _refusing_by_name(load: Any) -> Any:
+    def guarded(
+        model: nn.Module, checkpoint: Any, device_map: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        is_int8 = any(isinstance(parameter, QFTWeight) for parameter in model.parameters())
+        if device_map is not None or not is_int8:
+            refuse_by_name(Path(checkpoint), is_int8=is_int8)
+        return load(model, checkpoint, device_map, *args, **kwargs)
+
+    return guarded
+
+
+def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:
+    """Raise if a checkpoint that Accelerate is to load has INT8 weights.
+
+    Raises:
+        ValueError: It has (one is named).
+    """
+    if checkpoint.suffix == ".safetensors":
+        files = [checkpoint]
+    else:
+        folder = checkpoint.parent if checkpoint.suffix == ".json" else checkpoint
+        files = sorted(folder.glob("*.safetensors"))
+    if found := int8_weights(tensor_names([str(file) for file in files])):
+        happens = (
+            "with a device_map finds no parameter for them"
+            if is_int8
+            else "would leave this float model with the values that it was built with"
+        )
+        raise ValueError(
+            f"{checkpoint} has INT8 weights, {found[0]} and {len(found) - 1} more, and Accelerate, "
+            f"which loads parameters by their names, {happens}. Load it by from_pretrained of the "
+            'model\'s class, with device_map={"": device} for a device of your choice.'
+        )
 
 
 def _writing_whole(save: Any) -> Any:

@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from qft_hf import QFTTrainer
 from qft_hf.hf.checkpoint import MARK, faults, newest_whole_checkpoint
 from qft_hf.hf.drafts import PREFIX
+from tests.hf.checkpoints import edit_tensors
 from tests.hf.test_trainer import assert_same_state, sequences, trainer_on
 from tests.models import tiny_bert, tiny_llama
 
@@ -580,6 +581,54 @@ def test_the_stock_trainers_checkpoints_are_marked_too(tmp_path):
             assert MARK in names(checkpoint)
     flip(tmp_path / "checkpoint-4" / "optimizer.pt")
     assert newest_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+class Heard(logging.Handler):
+    """What a logger was told, whether or not it hands it on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def heard():
+    logger, handler = logging.getLogger("transformers.trainer"), Heard()
+    logger.addHandler(handler)
+    yield handler.messages
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_the_stock_trainer_misses_no_weight_that_is_tied(sharded, tmp_path, heard):
+    """A tied weight is saved under one of its names: each resume said that the other is missing."""
+    straight = make(tmp_path / "straight", Trainer, sharded=sharded)
+    straight.train()
+    run = make(tmp_path, Trainer, sharded=sharded)
+    again = str(tmp_path / "straight" / "checkpoint-2")
+
+    run.train(resume_from_checkpoint=again)
+
+    assert not [message for message in heard if "missing keys" in message]
+    assert_same_state(straight.model.state_dict(), run.model.state_dict())
+
+
+def test_the_stock_trainer_still_tells_what_is_missing(tmp_path, heard):
+    """A weight that is tied and in the file under no name, and one that is not tied."""
+    make(tmp_path, Trainer).train()
+    lost = ("model.embed_tokens.weight_scale", "model.layers.1.mlp.up_proj.weight_q")
+    edit_tensors(tmp_path / "checkpoint-2", lambda tensors: [tensors.pop(name) for name in lost])
+
+    with pytest.raises(RuntimeError, match="mixture of two models"):
+        make(tmp_path, Trainer).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+    (told,) = [message for message in heard if "missing keys" in message]
+    for name in (*lost, "lm_head.weight_scale"):
+        assert name in told
+    assert told.count("weight_") == 3
 
 
 # --- hooks and configuration ----------------------------------------------------------------

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from qft_hf import QFTConfig, dequantize_model_, quantize_model_
 from qft_hf.optim import QFTAdamW, QFTLion
 from qft_hf.quant import QFTWeight
+from tests.hf.checkpoints import assert_same_state
 from tests.models import tiny_llama
 from tests.tolerances import FP32_EPS
 
@@ -27,8 +28,7 @@ IDS = torch.arange(24).view(2, 12) % 7
 
 
 def int8_llama(*, seed: int = 0, **arguments):
-    torch.manual_seed(seed)
-    return quantize_model_(tiny_llama(**arguments), QFTConfig())
+    return quantize_model_(tiny_llama(seed=seed, **arguments), QFTConfig())
 
 
 def trained(kind=QFTLion, *, seed: int = 0, steps: int = 2):
@@ -190,6 +190,42 @@ def test_a_checkpoint_is_loaded_into_an_int8_model_by_accelerate(tmp_path):
     load_checkpoint_in_model(other, tmp_path)
 
     assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("load", ["load_checkpoint_and_dispatch", "load_checkpoint_in_model"])
+@pytest.mark.parametrize("shards", [None, "9KB"], ids=["one file", "shards"])
+def test_accelerate_loads_no_int8_checkpoint_into_a_float_model(load, shards, tmp_path):
+    """It said that weights were not used, and the model kept its random values."""
+    int8_llama(seed=1).save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
+    index = "model.safetensors.index.json" if shards else "model.safetensors"
+    for checkpoint in (tmp_path, str(tmp_path), tmp_path / index):
+        model = tiny_llama(seed=2)
+        with pytest.raises(ValueError, match=r"would leave this float model .* from_pretrained of"):
+            getattr(accelerate, load)(model, checkpoint)
+        assert_same_state(model, tiny_llama(seed=2))
+
+
+def test_accelerate_dispatches_an_int8_checkpoint_without_a_device_map_only(tmp_path):
+    model, other = int8_llama(seed=1), int8_llama(seed=2)
+    model.save_pretrained(tmp_path)
+    before = int8_llama(seed=2)
+
+    for device_map in ("auto", {"": "cpu"}):
+        with pytest.raises(ValueError, match=r"with a device_map finds no .* from_pretrained of"):
+            accelerate.load_checkpoint_and_dispatch(other, tmp_path, device_map=device_map)
+        assert_same_state(other, before)
+
+    accelerate.load_checkpoint_and_dispatch(other, tmp_path)
+    assert torch.equal(other(IDS).logits, model(IDS).logits)
+
+
+def test_accelerate_loads_float_checkpoints_as_ever(tmp_path):
+    model = tiny_llama(seed=1)
+    model.save_pretrained(tmp_path)
+    for device_map in (None, {"": "cpu"}):
+        other = tiny_llama(seed=2)
+        accelerate.load_checkpoint_and_dispatch(other, tmp_path, device_map=device_map)
+        assert_same_state(other, model)
 
 
 # --- running means --------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_a_fully_int8_model_trains_as_its_float_twin(kind, folder, tmp_path):
     int8 = losses(trainer)
 
     assert (head.codes != before).float().mean() > 0.5
-    if kind == "grpo":  # what it samples depends on the last digit of a logit
+    if kind == "grpo":  # what it samples depends on the last digit of a logit: below
         assert all(torch.tensor(int8).isfinite())
         return
     optimizer = FloatLion(twin.parameters())
@@ -158,6 +158,43 @@ def test_a_fully_int8_model_trains_as_its_float_twin(kind, folder, tmp_path):
     assert int8[0] == pytest.approx(of_twin[0], rel=1e-4)
     # Then INT8 rounds gradients and updates: what it learns is what float Lion learns, to a tenth.
     assert (int8[0] - int8[-1]) == pytest.approx(of_twin[0] - of_twin[-1], rel=0.1)
+
+
+def test_grpo_learns_from_the_same_completions_what_float_learns(folder, tmp_path):
+    """Sampled and scored once, by the INT8 policy; its float twin is trained on what came of it."""
+    scored = []
+
+    class Recording(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            scored.append(super()._generate_and_score_completions(inputs))
+            return scored[-1]
+
+    class Replaying(GRPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            return next(recorded)
+
+    model = load("grpo", folder)
+    twin = dequantize_model_(quantize_model_(load("grpo", folder), QFTConfig()), torch.float32)
+    trainer = trainer_of("grpo", model, tmp_path, Recording)
+    assert {type(p) for p in model.parameters() if p.ndim > 1} == {QFTWeight}
+    int8 = losses(trainer)
+    recorded = iter(scored)
+    beside = {"optimizers": (FloatLion(twin.parameters()), None), "args": {"optim": "adamw_torch"}}
+    replayed = trainer_of("grpo", twin, tmp_path, Replaying, **beside)
+
+    of_twin = losses(replayed)
+
+    assert next(recorded, None) is None  # all of them were used
+    # What a policy has learned, its distance from the reference, is the same to a tenth. So are the
+    # losses, which have a tenth of it (beta) beside the rewards.
+    distance, of_float = (
+        [entry["kl"] for entry in run.state.log_history if "kl" in entry]
+        for run in (trainer, replayed)
+    )
+    assert distance[-1] == pytest.approx(of_float[-1], rel=0.1)
+    assert of_float[-1] > 100 * of_float[0]
+    assert int8 == pytest.approx(of_twin, rel=0, abs=0.1 * 0.1 * of_float[-1])
+    assert max(map(abs, of_twin)) > 0.1
 
 
 def test_the_policy_of_dpo_starts_at_its_reference(folder, tmp_path):
