@@ -67,7 +67,7 @@ def run(command: ModuleType, argv: Sequence[str]) -> None:
     """
     try:
         command.main(list(argv))
-    except (OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         if not _is_refusal(error):
             raise
         name = command.__name__.rpartition(".")[2]

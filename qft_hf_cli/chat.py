@@ -3,6 +3,8 @@
     qft-hf chat runs/demo
     qft-hf chat runs/demo --prompt "Hi! How are you?"    one answer, and no more
 
+The folder of a side network brings its base with it, stored as it was in training.
+
 An empty line ends it. Answers are the most likely ones, unless --temperature is above 0.
 """
 
@@ -35,14 +37,14 @@ def main(argv: list[str]) -> None:
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-    import qft_hf  # noqa: F401 registers the format
     from qft_hf.hf.absent_model import refused_if_absent
+    from qft_hf.hf.finetune.side_tuning import checkpoint_config, load_checkpoint
 
     set_seed(options.seed)
+    config = checkpoint_config(options.checkpoint)
     with refused_if_absent(options.checkpoint):
-        config = AutoConfig.from_pretrained(options.checkpoint)
         tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     for name in config.architectures or []:
         if name.endswith("ForSequenceClassification"):
@@ -55,7 +57,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
             f"the tokenizer of {options.checkpoint} has no chat template, so a conversation cannot "
             "be written as the model knows it. Give a checkpoint that was tuned on chats."
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(options.checkpoint)
+    model: Any = load_checkpoint(options.checkpoint, AutoModelForCausalLM)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Train every parameter of a model in INT8.
+"""Train every parameter of a model in INT8, or a side network beside a frozen one.
 
     qft-hf finetune demo                          a config that ships with qft_hf, by its name
     qft-hf finetune my.yaml --learning_rate 5e-5 --output_dir runs/second
@@ -12,6 +12,8 @@ data      --train_data  --train_weights  --eval_data or --eval_fraction  --max_t
           --task chat | text | classification | regression | multi_label  --max_length  --packing
           --messages_field or --prompt_field and --answer_field  --assistant_only_loss
           --text_field  --text_pair_field  --label_field  --max_eval_rows  --on_bad_row stop | skip
+method    --method full | qst  and of qst: --base nf4 | int8 | float  --side_r  --side_downsample
+          --side_rank
 INT8      --optim qft_lion | qft_adamw | qft_sgd  --gradient stack | release  --clipping
           --matmul dequantize | int8  --group_size  --outlier_fraction  --chunked_loss
           --modules_to_not_convert

@@ -5,6 +5,8 @@
     qft-hf plan llama-2-7b --sequence_length 4096      an architecture that ships with qft_hf
     qft-hf plan my.yaml                                what a config asks for
 
+    qft-hf plan llama-2-70b --gpu 48 --method qst --side_r 32      a side network on a frozen base
+
 A model is a folder with a config.json, a name on the hub, the name of an architecture that ships,
 or a config of a run, which then also says how long, how many and by which optimizer.
 """
@@ -17,9 +19,20 @@ from typing import TYPE_CHECKING, Any
 from .command_line import add_json, parser, show_json, table
 
 if TYPE_CHECKING:
-    from qft_hf import MemoryLedger
+    from qft_hf import MemoryEstimate, MemoryLedger
 
-WAYS = [(gradient, kept) for kept in (False, True) for gradient in ("stack", "release")]
+WAYS = [
+    {"gradient": gradient, "gradient_checkpointing": checkpointing}
+    for checkpointing in (False, True)
+    for gradient in ("stack", "release")
+]
+SIDE_WAYS = [
+    {"base": base, "gradient_checkpointing": checkpointing}
+    for base in ("float", "int8", "nf4")
+    for checkpointing in (False, True)
+]
+SIDE = ("side", "base")
+OF_FULL = ("optim", "momentum_bits", "matmul", "chunked_loss", "live")
 
 
 def main(argv: list[str]) -> None:
@@ -52,6 +65,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     arguments.add_argument("--batch_size", type=int, help="of a micro-batch (default 1)")
     arguments.add_argument("--sequence_length", type=int, help="tokens (default 2048)")
+    arguments.add_argument("--method", help="full (default), or qst: a side network")
+    arguments.add_argument("--side_r", type=int, help="of qst: the base is so many times as wide")
+    arguments.add_argument("--base", help="of qst: nf4, int8 or float; default: all of them")
     arguments.add_argument("--optim", help="qft_lion (default), qft_adamw or qft_sgd")
     arguments.add_argument("--momentum_bits", type=int, help="of qft_lion: 8 (default) or 4")
     arguments.add_argument("--matmul", help="dequantize (default) or int8")
@@ -66,6 +82,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         arguments.error("--live measures one process: leave --gpus out")
     if options.momentum_bits is not None and options.optim not in (None, "qft_lion"):
         arguments.error(f"--momentum_bits is of qft_lion, and {options.optim} was asked for")
+    given = [f"--{name}" for name in OF_FULL if getattr(options, name)]
+    if options.method == "qst" and given:
+        arguments.error(f"{', '.join(given)} is of training every parameter, not of --method qst")
     return options
 
 
@@ -73,6 +92,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
     """Return a model's place and what the run is: of a config, overruled by the command line."""
     from qft_hf import QFTConfig
     from qft_hf.hf import shipped
+    from qft_hf.hf.finetune.arguments import MethodArguments
 
     place = name
     work: dict[str, Any] = {"batch_size": 1, "sequence_length": 2048, "config": QFTConfig()}
@@ -88,9 +108,21 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
                 "tokens. `qft-hf check` shows its data, its parameters and the disk, and a run of "
                 "a few steps (--max_steps 3) measures its memory."
             )
-        place, work = arguments.model.model_name_or_path, workload_of(arguments)
+        place, side = arguments.model.model_name_or_path, arguments.method.side
+        if side is None:
+            work = workload_of(arguments)
+        else:
+            work |= {
+                "batch_size": arguments.training.per_device_train_batch_size,
+                "sequence_length": arguments.data.max_length,
+                "side": side,
+                "base": arguments.method.base,
+            }
     elif not Path(name).exists() and (folder := shipped.architecture(name)) is not None:
         place = str(folder)
+    if options.method is not None or _side_fields(options):
+        method = MethodArguments(method=options.method or "full", **_side_fields(options))
+        work |= {"side": method.side, "base": method.base}
     given = {
         "batch_size": options.batch_size,
         "sequence_length": options.sequence_length,
@@ -110,21 +142,26 @@ def _is_config(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml") or shipped.config_file(name) is not None
 
 
+def _side_fields(options: argparse.Namespace) -> dict[str, Any]:
+    values = {name: getattr(options, name) for name in ("side_r", "base")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]:
     """Return the bytes of each way to train, and the choice for each card."""
-    from qft_hf import estimate_memory, recommend
+    from qft_hf import recommend
     from qft_hf.hf.estimate import skeleton
 
     source = skeleton(place)
+    base = work.get("base")
     ways = []
-    for gradient, checkpointing in WAYS:
-        estimate = estimate_memory(
-            source, gradient=gradient, gradient_checkpointing=checkpointing, **work
-        )
+    for way in WAYS if work.get("side") is None else SIDE_WAYS:
+        if base not in (None, way.get("base")):
+            continue
+        estimate = _estimate(source, work, way)
         ways.append(
             {
-                "gradient": gradient,
-                "gradient_checkpointing": checkpointing,
+                **way,
                 "state_bytes": estimate.state_bytes,
                 "activation_bytes": estimate.activation_bytes,
                 "total_bytes": estimate.total_bytes,
@@ -137,6 +174,7 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
             {
                 "gb": gpu,
                 "fits": choice.fits,
+                "base": choice.base,
                 "gradient": choice.gradient,
                 "gradient_checkpointing": choice.gradient_checkpointing,
                 "total_bytes": choice.estimate.total_bytes,
@@ -157,16 +195,27 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
     }
 
 
+def _estimate(source: Any, work: dict[str, Any], way: dict[str, Any]) -> "MemoryEstimate":
+    """Return the arithmetic of one way to train."""
+    from qft_hf import estimate_memory, estimate_side_memory
+
+    if work.get("side") is None:
+        return estimate_memory(source, **{k: v for k, v in work.items() if k not in SIDE} | way)
+    names = ("side", "config", "batch_size", "sequence_length")
+    return estimate_side_memory(source, **{name: work[name] for name in names} | way)
+
+
 def _text(result: dict[str, Any]) -> str:
     """Return a table by way, and the choice for each card."""
     from qft_hf.hf.estimate import USABLE
 
     n, many = result["gpus"], f"{result['gpus']} x " if result["gpus"] > 1 else ""
     usable = {card["gb"]: USABLE * card["gb"] * 1e9 for card in result["cards"]}
-    head = ["gradient", "checkpointing", "states", "activations", "in all"]
+    first = "gradient" if "gradient" in result["ways"][0] else "base"
+    head = [first, "checkpointing", "states", "activations", "in all"]
     rows = [
         [
-            way["gradient"],
+            way[first],
             "on" if way["gradient_checkpointing"] else "off",
             *(_gb(way[f"{what}_bytes"]) for what in ("state", "activation", "total")),
             *("fits" if way["total_bytes"] <= most else "no" for most in usable.values()),
@@ -202,16 +251,26 @@ def _markdown(results: list[dict[str, Any]]) -> str:
     """Return one line a model, with gradient checkpointing."""
     from qft_hf.memory.ledger import FP32_ADAM_BYTES
 
-    head = ["model", "parameters", "states, `stack`", "states, `release`", "in all, `release`"]
-    if (n := results[0]["gpus"]) > 1:
-        head[2:] = [f"{text}, each of {n}" for text in head[2:]]
-    lines = [[*head, "FP32 Adam's states"], ["---"] * 6]
+    lines: list[list[str]] = []
+    each = f", each of {results[0]['gpus']}" if results[0]["gpus"] > 1 else ""
     for result in results:
-        stack, release = (way for way in result["ways"] if way["gradient_checkpointing"])
-        n_bytes = [stack["state_bytes"], release["state_bytes"], release["total_bytes"]]
-        n_bytes.append(FP32_ADAM_BYTES * result["parameters"])
+        ways = [way for way in result["ways"] if way["gradient_checkpointing"]]
+        adam = {"FP32 Adam's states": FP32_ADAM_BYTES * result["parameters"]}
+        if "base" in ways[0]:
+            figures = {f"in all, {way['base']} base": way["total_bytes"] for way in ways} | adam
+        else:
+            stack, release = ways
+            figures = {
+                f"states, `stack`{each}": stack["state_bytes"],
+                f"states, `release`{each}": release["state_bytes"],
+                f"in all, `release`{each}": release["total_bytes"],
+                **adam,
+            }
+        head = ["model", "parameters", *figures]
+        if head not in lines:
+            lines += [head, ["---"] * len(head)]
         size = f"{result['parameters'] / 1e9:.2f} B"
-        lines.append([Path(result["model"]).name, size, *map(_gb, n_bytes)])
+        lines.append([Path(result["model"]).name, size, *map(_gb, figures.values())])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

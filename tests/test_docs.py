@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qft_hf import estimate_memory
+from qft_hf import QSTConfig, estimate_memory, estimate_side_memory
 from qft_hf.hf import shipped
 from qft_hf.hf.estimate import USABLE, skeleton
 from qft_hf.hf.health import Health
@@ -145,3 +145,21 @@ def test_there_are_recipes_for_each_card():
     rows = re.findall(ROW, DOCS["recipes.md"], re.MULTILINE)
     assert len(rows) >= 9
     assert {row[0] for row in rows} == {"24", "48", "80"}
+
+
+def test_the_arithmetic_of_side_tuning_is_that_of_the_estimate():
+    rows = re.findall(
+        r"^\| (\d+) GB \| ([\w-]+) \| (\d+) \| ([\d,]+) \| ([\d.]+) GB \| ([\d.]+) GB \|$",
+        DOCS["side-tuning.md"],
+        re.MULTILINE,
+    )
+    assert len(rows) == 4
+    for card, name, r, tokens, states, everything in rows:
+        figures = estimate_side_memory(
+            skeleton(shipped.architecture(name)),
+            QSTConfig(r=int(r)),
+            sequence_length=int(tokens.replace(",", "")),
+        )
+        assert f"{figures.state_bytes / 1e9:.1f}" == states
+        assert f"{figures.total_bytes / 1e9:.1f}" == everything
+        assert figures.total_bytes <= USABLE * float(card) * 1e9

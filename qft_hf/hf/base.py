@@ -1,5 +1,6 @@
 """The frozen base of a side network: how it is stored, and what loads it so."""
 
+from collections.abc import Container
 from typing import Any
 
 from torch import Tensor, nn
@@ -7,9 +8,11 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .config import QFTConfig
+from ..side import layer_stack
+from .config import QUANT_METHOD, QFTConfig
 
 BASES = ("nf4", "int8", "float")
+FORMS = {"bitsandbytes": "nf4", QUANT_METHOD: "int8", None: "float"}  # by quantization method
 
 
 def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> Any:
@@ -45,6 +48,17 @@ def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> An
     )
 
 
+def form_of(config: Any) -> str:
+    """Return how the model of a configuration is stored: one of `BASES`, or another method."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return "float"
+    if not isinstance(quantization, dict):  # of a configuration that was read, it is one
+        quantization = quantization.to_dict()
+    method = quantization.get("quant_method")
+    return FORMS.get(getattr(method, "value", method), str(method))
+
+
 def require_bitsandbytes() -> None:
     """Raise if NF4 weights cannot be made here.
 
@@ -77,8 +91,15 @@ def nf4_weights(model: Any) -> list[Tensor]:
 
 
 def _kept(model: Any) -> list[str]:
-    """Modules that stay float: what stands beside the layers, heads above all.
+    """Linear modules that stay float: those that are in no layer, such as heads and poolers.
 
-    transformers' own choice would put a new classifier into 4 bits, and there it cannot be made.
+    They come after the side network and pass gradients on to it, which the kernels of bitsandbytes
+    for CPUs do not; and transformers' own choice would put a new classifier into 4 bits.
     """
-    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    _, layers = layer_stack(model)
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    return [name for name, module in model.named_modules() if _is_linear(module, inside)]
+
+
+def _is_linear(module: nn.Module, inside: Container[int]) -> bool:
+    return isinstance(module, nn.Linear | Conv1D) and id(module) not in inside

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import QuantizationSpec
+from ..memory.ledger import elements
 from ..version import __version__
 from .drafts import written_whole
 from .optimizers import is_ours
@@ -37,6 +38,18 @@ CITATIONS = """\
   year = {2023}
 }
 ```"""
+SIDE_TAGS = ["parameter-efficient-fine-tuning", "qst", "side-tuning"]
+SIDE_CITATION = """\
+```bibtex
+@article{zhang2024qst,
+  title = {Quantized Side Tuning: Fast and Memory-Efficient Tuning of Quantized Large Language
+           Models},
+  author = {Zhang, Zhengxin and Zhao, Dan and Miao, Xupeng and Oliaro, Gabriele and Zhang, Zhihao
+            and Li, Qing and Jiang, Yong and Jia, Zhihao},
+  journal = {arXiv preprint arXiv:2401.07159},
+  year = {2024}
+}
+```"""
 _PIPELINES = {"ForCausalLM": "text-generation", "ForSequenceClassification": "text-classification"}
 
 
@@ -54,6 +67,8 @@ class CardFacts:
         optimizer: The rule and how its state was stored; None without training.
         hyperparameters: By name.
         format: Of the weights.
+        side: The fields of a side network's `QSTConfig`, and `base`: how the frozen model beside it
+            is stored; None where every parameter was trained.
         state_bytes: Of the training state, by kind.
         history: `log_history` of the Trainer.
         counts: Of the training data, in a line.
@@ -73,6 +88,7 @@ class CardFacts:
     optimizer: str | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     format: QuantizationSpec | None = None
+    side: Mapping[str, Any] | None = None
     state_bytes: Mapping[str, int] = field(default_factory=dict)
     history: Sequence[Mapping[str, Any]] = ()
     counts: str | None = None
@@ -101,15 +117,21 @@ def card(facts: CardFacts) -> ModelCard:
         model_name=facts.name if results else None,  # it heads the results
         eval_results=results or None,
         base_model=facts.base_model,
-        base_model_relation="finetune" if facts.base_model else None,
+        base_model_relation=_relation(facts),
         datasets=list(facts.datasets) or None,
         language=list(facts.language) or None,
         library_name="transformers",
         license=facts.license,
         pipeline_tag=_pipeline(facts.architecture),
-        tags=sorted({*facts.tags, *TAGS}),
+        tags=sorted({*facts.tags, *(SIDE_TAGS if facts.side else TAGS)}),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(facts)}", ignore_metadata_errors=False)
+
+
+def _relation(facts: CardFacts) -> str | None:
+    if facts.base_model is None:
+        return None
+    return "adapter" if facts.side else "finetune"
 
 
 def facts_of_trainer(trainer: Any, **known: Any) -> CardFacts:
@@ -140,13 +162,15 @@ def parameters_of(model: Any) -> tuple[int, int]:
     """Return how many parameters a model has, and how many of them are trained."""
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return sum(p.numel() for p in parameters), sum(p.numel() for p in trained)
+    return sum(map(elements, parameters)), sum(map(elements, trained))
 
 
 def optimizer_of(trainer: Any) -> str | None:
-    """Return what the optimizer says of itself; None if there was none, or one of others."""
+    """Return what the optimizer says of itself, or the class of one of others; None without one."""
     optimizer: Any = unwrapped(trainer.optimizer)
-    return optimizer.description if is_ours(optimizer) else None
+    if optimizer is None:
+        return None
+    return optimizer.description if is_ours(optimizer) else f"PyTorch's {type(optimizer).__name__}"
 
 
 def hyperparameters_of(trainer: Any) -> dict[str, Any]:
@@ -157,14 +181,13 @@ def hyperparameters_of(trainer: Any) -> dict[str, Any]:
         "schedule": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
         "warm-up steps": args.get_warmup_steps(trainer.state.max_steps),
     }
-    if is_ours(optimizer):
+    if optimizer is not None:
         group = optimizer.param_groups[0]
         values |= {name: group[name] for name in ("betas", "eps") if name in group}
-        values |= {
-            "weight decay": max(group["weight_decay"] for group in optimizer.param_groups),
-            "gradients": optimizer.gradient,
-            "seed of rounding": group["seed"],
-        }
+        decays = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
+        values["weight decay"] = max(decays)
+    if is_ours(optimizer):
+        values |= {"gradients": optimizer.gradient, "seed of rounding": group["seed"]}
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return values | {
         "largest gradient norm": args.max_grad_norm,
@@ -191,14 +214,25 @@ def _text(facts: CardFacts) -> str:
     if facts.base_model:
         base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     stored = facts.optimizer and f"They were updated by {facts.optimizer}."
+    on = f" on {', '.join(learned)}" if learned else ""
+    version = facts.versions.get("qft_hf", __version__)
+    if facts.side:
+        what = (
+            f"A side network of {trained:,} parameters beside {base}, a `{facts.architecture}` of "
+            f"{total - trained:,}, which stayed frozen, stored {_STORED[facts.side['base']]}, and "
+            f"is not in this repository. It was trained{on} by quantized side tuning (QST, "
+            f"arXiv:2401.07159), with qft_hf {version}."
+        )
+    else:
+        what = (
+            f"A `{facts.architecture}`, tuned from {base}{on}. {trained:,} of its {total:,} "
+            f"parameters were trained, with matrices in INT8 (QFT, arXiv:2310.07147), by qft_hf "
+            f"{version}."
+        )
     parts = [
         f"# {facts.name.rpartition('/')[2]}",
         MARK,
-        f"A `{facts.architecture}`, tuned from {base}"
-        + (f" on {', '.join(learned)}" if learned else "")
-        + f". {trained:,} of its {total:,} parameters were trained, with matrices in "
-        f"INT8 (QFT, arXiv:2310.07147), by qft_hf {facts.versions.get('qft_hf', __version__)}."
-        + (f" {stored}" if stored else ""),
+        what + (f" {stored}" if stored else ""),
         "## Results",
         _evaluations(facts.history),
         *([f"Training data: {facts.counts}."] if facts.counts else []),
@@ -206,8 +240,7 @@ def _text(facts: CardFacts) -> str:
         _loading(facts),
         "## Training",
         _table(("hyperparameter", "value"), facts.hyperparameters.items()),
-        "### Weights",
-        _format_table(facts.format),
+        *_weights(facts),
         "### Memory of the training state",
         _memory_table(facts.state_bytes, total),
         "## Licence",
@@ -215,6 +248,7 @@ def _text(facts: CardFacts) -> str:
         if facts.license
         else "None is stated here; that of the model it was tuned from may bind this one, too.",
         "## Citation",
+        *([SIDE_CITATION] if facts.side else []),
         CITATIONS,
     ]
     return "\n\n".join(parts) + "\n"
@@ -266,7 +300,43 @@ def _results(facts: CardFacts) -> list[EvalResult]:
     ]
 
 
+_STORED = {
+    "nf4": "in 4 bits (NF4, by bitsandbytes)",
+    "int8": "in INT8",
+    "float": "in float",
+}
+_AS_STORED = {
+    "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+    "bnb_4bit_use_double_quant=True)",
+    "int8": "qft_hf.QFTConfig()",
+}
+
+
+def _weights(facts: CardFacts) -> list[str]:
+    """Return the section of what was trained and how it was stored."""
+    if not facts.side:
+        return ["### Weights", _format_table(facts.format)]
+    return ["### Side network", _table(("what", "value"), facts.side.items())]
+
+
+def _side_loading(facts: CardFacts) -> str:
+    """Return how base and side network come together."""
+    form = _AS_STORED.get((facts.side or {})["base"])
+    place = facts.base_model or "FOLDER_OF_THE_BASE"
+    imported = "BitsAndBytesConfig, " if form and form.startswith("Bits") else ""
+    loaded = f'"{place}"' + (f", quantization_config={form}" if form else "")
+    lines = [
+        "import qft_hf",
+        f"from transformers import {imported}{facts.architecture}\n",
+        f"model = {facts.architecture}.from_pretrained({loaded})",
+        f'qft_hf.load_side_network(model, "{facts.name}")  # a folder',
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
 def _loading(facts: CardFacts) -> str:
+    if facts.side:
+        return _side_loading(facts)
     name, architecture = facts.name, facts.architecture
     plain = f"{name.rpartition('/')[2]}-bf16"
     lines = [

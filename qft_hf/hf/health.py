@@ -138,6 +138,8 @@ class Health(TrainerCallback):
         if self.model is None or self._first is None:
             return {}
         codes, first = _codes(self.model), self._first.codes
+        if not len(first):  # a side network in float
+            return {}
         named = [n for n, p in self.model.named_parameters() if _is_trained_weight(p)]
         weights, _ = _parameters(self.model)
         lengths = [w.codes[_rows(w, number)].numel() for number, w in enumerate(weights)]

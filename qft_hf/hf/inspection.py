@@ -12,6 +12,7 @@ from transformers import AutoConfig
 from ..quant import QFTWeight
 from .absent_model import refused_if_absent
 from .config import QUANT_METHOD
+from .side_network import is_side_network
 
 LARGEST_CODE = 127
 
@@ -62,8 +63,13 @@ def inspect_checkpoint(folder: Path, original: str | None = None) -> list[Inspec
 
     Raises:
         FileNotFoundError: `folder` is not a checkpoint folder, or there is no such original.
-        ValueError: It has no INT8 weights, or the original has other names or shapes.
+        ValueError: It holds a side network, has no INT8 weights, or the original has other names
+            or shapes.
     """
+    if is_side_network(folder):
+        raise ValueError(
+            f"{folder} holds a side network, and not the weights of its base. Inspect the base."
+        )
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} is not a checkpoint: it has no config.json. Give the output folder of a run "

@@ -129,7 +129,7 @@ def _overview(runs: Sequence[ReportedRun]) -> str:
             [
                 f"{_dot(number)} {html.escape(run.name)}",
                 html.escape(Path(s["model"]).name),
-                f"{s['parameters'] / 1e6:,.1f} M",
+                _trained(s),
                 f"{s['steps']:,}",
                 f"{s['trained_tokens']:,}",
                 f"{s['tokens_per_second']:,.0f}",
@@ -138,6 +138,15 @@ def _overview(runs: Sequence[ReportedRun]) -> str:
             ]
         )
     return _table([*head, *(f"{name}, before → after" for name in scores)], rows)
+
+
+def _trained(summary: Mapping[str, Any]) -> str:
+    """Return how many parameters were trained, and of a side network beside which base."""
+    total, side = f"{summary['parameters'] / 1e6:,.1f} M", summary.get("side")
+    if side is None:
+        return total
+    trained = f"{summary['trained_parameters'] / 1e6:,.2f} of {total}"
+    return f"{trained}: a side network, base in {html.escape(side['base'])}"
 
 
 def _curve(runs: Sequence[ReportedRun], keys: Mapping[str, str], unit: str) -> str:

@@ -106,6 +106,10 @@ def load_side_network(model: Model, folder: str | Path) -> Model:
         start = f"{place}."
         own = {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
         module.load_state_dict(own)
+    if said.get("labels") is not None:
+        any_model: Any = model
+        any_model.config.id2label = {int(index): name for index, name in said["labels"].items()}
+        any_model.config.label2id = {n: index for index, n in any_model.config.id2label.items()}
     return model
 
 
@@ -199,6 +203,7 @@ def _description(model: Any) -> dict[str, Any]:
         "qft_hf": __version__,
         "config": asdict(network.config),
         "quantization": None if quantization is None else quantization.to_dict(),
+        "labels": model.config.id2label if trained_heads(model) else None,
         "base": _base(model),
     }
 

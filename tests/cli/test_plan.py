@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qft_hf import QFTConfig, estimate_memory, recommend
+from qft_hf import QFTConfig, QSTConfig, estimate_memory, estimate_side_memory, recommend
 from qft_hf.hf import shipped
 from qft_hf_cli import main
 from tests.models import tiny_llama
@@ -137,3 +137,50 @@ def test_live_measures_one_process(folder, capsys):
     with pytest.raises(SystemExit):
         main(["plan", folder, "--live", "--gpus=2"])
     assert "--live measures one process: leave --gpus out" in capsys.readouterr().err
+
+
+def test_a_side_network_is_planned_for_each_way_to_store_its_base(folder, tmp_path, capsys):
+    flags = ["--method=qst", "--side_r=11", "--sequence_length=50"]
+    (result,) = plan(folder, *flags, "--gpu=1", capsys=capsys)
+
+    side = QSTConfig(r=11)
+    assert [way["base"] for way in result["ways"]] == [
+        "float",
+        "float",
+        "int8",
+        "int8",
+        "nf4",
+        "nf4",
+    ]
+    for way in result["ways"]:
+        keys = ("base", "gradient_checkpointing")
+        named = {key: way[key] for key in keys}
+        expected = estimate_side_memory(folder, side, sequence_length=50, **named)
+        assert way["state_bytes"] == expected.state_bytes
+        assert way["total_bytes"] == expected.total_bytes
+    assert result["cards"][0]["base"] == "float"
+    assert result["cards"][0]["text"] == str(recommend(folder, 1, 50, side=side))
+
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {folder}\ntrain_data: t.jsonl\nmax_length: 50\nuse_cpu: true\n"
+        "method: qst\nside_r: 11\nbase: int8\nper_device_train_batch_size: 1\n"
+    )
+    (of_config,) = plan(str(config), "--gpu=1", capsys=capsys)
+    assert of_config["ways"] == result["ways"][2:4]
+    main(["plan", folder, *flags, "--markdown"])
+    assert "in all, nf4 base" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method=qst", "--optim=qft_lion"], "--optim is of training every parameter"),
+        (["--side_r=4"], "side_r is of side tuning"),
+        (["--method=qst", "--base=int4"], "base must be 'nf4' or 'int8' or 'float', got 'int4'"),
+    ],
+)
+def test_flags_of_the_other_method_are_refused(flags, message, folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", folder, *flags])
+    assert message in capsys.readouterr().err

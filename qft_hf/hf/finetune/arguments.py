@@ -1,10 +1,14 @@
-"""What a fine-tuning run is told: the model, the data, the output. Training itself is told by
-`QFTTrainingArguments`. The field names are the keys of a config file and the command's flags.
+"""What a fine-tuning run is told: the model, the method, the data and the output.
+
+Training itself is told by `QFTTrainingArguments`. The field names are the keys of a config file and
+the command's flags.
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
+
+from ...side import DOWNSAMPLES, QSTConfig
 
 ExportDtype = Literal["float32", "float16", "bfloat16"]
 EXPORT_DTYPES: tuple[str, ...] = get_args(ExportDtype)  # also the names of the sub-folders
@@ -46,6 +50,76 @@ class ModelArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention kernel, as in `from_pretrained`."}
     )
+
+
+_SIDE = QSTConfig()
+
+
+@dataclass
+class MethodArguments:
+    """What of the model is trained: every parameter, or a side network (docs/side-tuning.md)."""
+
+    _argument_group_name: ClassVar[str] = "method"
+
+    method: Literal["full", "qst"] = field(
+        default="full",
+        metadata={
+            "help": "full: every parameter, in INT8. qst: a small side network that learns from "
+            "the hidden states of a frozen base."
+        },
+    )
+    base: Literal["nf4", "int8", "float"] | None = field(
+        default=None,
+        metadata={
+            "help": "qst: how the frozen base is stored: 4 bits by bitsandbytes, INT8, or as it "
+            "is. Unset: nf4, and a model that is quantized already stays as it is."
+        },
+    )
+    side_r: int | None = field(
+        default=None,
+        metadata={
+            "help": "qst: the base is this many times as wide as the side network. Unset: "
+            f"{_SIDE.r}."
+        },
+    )
+    side_downsample: str | None = field(
+        default=None,
+        metadata={
+            "help": f"qst: how hidden states get narrow: {', '.join(DOWNSAMPLES)}. Unset: "
+            f"{_SIDE.downsample}."
+        },
+    )
+    side_rank: int | None = field(
+        default=None, metadata={"help": f"qst: of the adapter. Unset: {_SIDE.rank}."}
+    )
+
+    @property
+    def side(self) -> QSTConfig | None:
+        """The side network that is trained; None if every parameter is."""
+        return None if self.method == "full" else QSTConfig(**self._side_fields)
+
+    def asks_for_another(self, side: QSTConfig) -> bool:
+        """Whether the fields of the side network that are set say something else than `side`."""
+        return any(getattr(side, name) != value for name, value in self._side_fields.items())
+
+    @property
+    def _side_fields(self) -> dict[str, Any]:
+        values = {name: getattr(self, f"side_{name}") for name in ("r", "downsample", "rank")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __post_init__(self) -> None:
+        given = [f"side_{name}" for name in self._side_fields] + ["base"] * (self.base is not None)
+        if self.method == "full" and given:
+            raise ValueError(
+                f"{', '.join(given)} is of side tuning, and method 'full' trains every parameter. "
+                "Set method to qst, or leave it out."
+            )
+        side = self.side
+        if side is not None and self.side_rank is not None and side.downsample != "adapter":
+            raise ValueError(
+                f"side_rank={side.rank} is of side_downsample 'adapter', got {side.downsample!r}. "
+                "Leave one of them out."
+            )
 
 
 @dataclass

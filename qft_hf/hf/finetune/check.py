@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from ...memory import MemoryEstimate
-from ..estimate import estimate_memory
+from ...side import attach_side_network
+from ..card import parameters_of
+from ..estimate import estimate_memory, estimate_side_memory
 from ..optimizers import given_options
 from .data import DataCounts
 from .evidence import LEARNED, example_text
-from .forecast import disk_bytes, n_steps, workload_of
+from .forecast import disk_bytes, n_steps, side_workload_of, workload_of
 from .loading import check_fit
 from .output_folder import nearest_folder, refuse_small_disk
 from .packing import refuse_crossing, shortened
@@ -31,6 +33,7 @@ class Check:
         checkpoint: Whole path of what the run goes on from; None for a fresh start.
         architecture: Class of the model.
         parameters: Of the model.
+        trained_parameters: Those of them that are trained.
         train_data: What became of the rows.
         eval_data: Likewise; None if nothing is held out.
         steps: Of the optimizer.
@@ -47,6 +50,7 @@ class Check:
     checkpoint: str | None
     architecture: str
     parameters: int
+    trained_parameters: int
     train_data: DataCounts
     eval_data: DataCounts | None
     steps: int
@@ -68,11 +72,18 @@ class Check:
             }
         return asdict(self) | sums
 
+    @property
+    def _trained(self) -> str:
+        if self.trained_parameters == self.parameters:
+            return "all of them, in INT8"
+        return f"a side network of {self.trained_parameters:,} parameters"
+
     def __str__(self) -> str:
         """Return the findings, a line each, the example, and the table of the memory."""
         lines = [f"{key:<24}{path}" for key, path in self.paths.items()]
         lines += [
             f"{'model':<24}{self.architecture}, {self.parameters:,} parameters",
+            f"{'trained':<24}{self._trained}",
             f"{'training data':<24}{self.train_data}",
             f"{'evaluation data':<24}{self.eval_data or 'none'}",
             f"{'steps':<24}{self.steps:,}, of which {self.steps_per_epoch:,} are an epoch",
@@ -122,7 +133,15 @@ def check(arguments: RunArguments) -> Check:
         with training.device:
             refuse_crossing(task.model_class.from_config(shortened(config), **how))
     memory = None
-    if isinstance(task, LanguageTask):
+    if arguments.method.side is not None:
+        work = side_workload_of(arguments, config)
+        attach_side_network(model, work["side"])
+        if isinstance(task, LanguageTask):
+            with suppress(ValueError):  # as below
+                memory = estimate_side_memory(
+                    config, gradient_checkpointing=bool(training.gradient_checkpointing), **work
+                )
+    elif isinstance(task, LanguageTask):
         # A run does without the estimate where the configuration lacks a size that it needs.
         with suppress(ValueError):
             memory = estimate_memory(
@@ -131,6 +150,7 @@ def check(arguments: RunArguments) -> Check:
                 gradient_checkpointing=bool(training.gradient_checkpointing),
                 **workload_of(arguments),
             )
+    parameters, trained = parameters_of(model)
     n_examples = len(data.train.dataset)
     needed = disk_bytes(arguments, model, n_examples)
     output_dir = arguments.output_dir
@@ -141,7 +161,8 @@ def check(arguments: RunArguments) -> Check:
         output_dir=str(output_dir.resolve()),
         checkpoint=None if checkpoint is None else str(checkpoint.resolve()),
         architecture=type(model).__name__,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
+        trained_parameters=trained,
         train_data=data.train.counts,
         eval_data=data.evaluation.counts if data.evaluation else None,
         steps=steps,

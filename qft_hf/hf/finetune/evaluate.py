@@ -6,9 +6,11 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from .arguments import MethodArguments
 from .data import DataCounts, TaskData, prepare_data
-from .loading import load_config, load_model, load_tokenizer
+from .loading import load_model, load_tokenizer
 from .parsing import RunArguments
+from .side_tuning import base_config, load_side_model, side_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Evaluation:
 def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
     """Score a model on the evaluation data of its arguments.
 
-    A float checkpoint is scored as it is, and an INT8 one as INT8.
+    A float checkpoint is scored as it is, an INT8 one as INT8, and a side network on its base.
 
     Raises:
         FileNotFoundError: A data file or the model is not there.
@@ -42,12 +44,17 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
     """
     training = arguments.training
     tokenizer = load_tokenizer(arguments.model)
-    config = load_config(arguments.model)
+    config = base_config(arguments.model)
     data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
     if data.evaluation is None:
         raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
     length = arguments.data.max_length
-    model = load_model(arguments.model, None, config, data.task, max_length=length)
+    if side_checkpoint(arguments.model.model_name_or_path) is None:
+        model = load_model(arguments.model, None, config, data.task, max_length=length)
+    else:
+        # What the run was told of its base and side network is in the folder.
+        method = MethodArguments(method="qst")
+        model = load_side_model(arguments.model, method, config, data.task, max_length=length)
     found = scores(model, data, training)
     return Evaluation(arguments.model.model_name_or_path, found, data.evaluation.counts)
 

@@ -10,6 +10,7 @@ from ..config import QUANT_METHOD
 from ..convert import dequantize_model_
 from ..drafts import written_whole
 from ..quantizer import refuse_int8
+from ..side_network import is_side_network
 from ..tensor_files import tensor_names
 
 
@@ -27,8 +28,14 @@ def export_checkpoint(
     Raises:
         FileExistsError: `target` holds something.
         FileNotFoundError: `source` is not a checkpoint folder.
-        ValueError: `source` is not INT8, or its config.json does not say so.
+        ValueError: `source` is not INT8, or its config.json does not say so; or it holds a side
+            network.
     """
+    if is_side_network(source):
+        raise ValueError(
+            f"{source} holds a side network, which is no part of the weights of its base, so there "
+            "is no ordinary checkpoint of both. Load it with qft_hf.load_side_network."
+        )
     if not (source / "config.json").is_file():
         raise FileNotFoundError(
             f"{source} is not a checkpoint: it has no config.json. Give the output folder of a run "

@@ -5,11 +5,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from ...memory import Workload, estimate
+from ...memory.side import ADAMW_STATES
+from ...side import side_network_of, side_parameters
 from ..optimizers import given_options, optimizer_name
 from ..support import quantization_config_of
 from .parsing import RunArguments
+from .side_tuning import base_form, side_checkpoint
 
 _NO_WORK = Workload(
     tokens=0,
@@ -37,15 +41,37 @@ def workload_of(arguments: RunArguments) -> dict[str, Any]:
     }
 
 
+def side_workload_of(arguments: RunArguments, config: PreTrainedConfig) -> dict[str, Any]:
+    """Return what `estimate_side_memory` and `recommend` take of a run that trains a side network.
+
+    Args:
+        arguments: Of the run.
+        config: Of the base.
+    """
+    place = arguments.model.model_name_or_path
+    checkpoint = side_checkpoint(place)
+    return {
+        "batch_size": arguments.training.per_device_train_batch_size,
+        "sequence_length": arguments.data.max_length,
+        "side": arguments.method.side if checkpoint is None else checkpoint.config,
+        "base": base_form(arguments.method, config, place),
+    }
+
+
 def disk_bytes(arguments: RunArguments, model: nn.Module, n_examples: int) -> int:
     """Return the most that a run has on the disk at one time: checkpoints, model and export.
 
     Args:
         arguments: Of the run.
-        model: Float or INT8, on any device; the meta device will do.
+        model: Float or INT8, on any device; the meta device will do. Of one with a side network
+            that alone is written, and of the states of its optimizer two floats a parameter.
         n_examples: Of an epoch.
     """
     training = arguments.training
+    if side_network_of(model) is not None:
+        side_bytes = sum(parameter.nbytes for parameter in side_parameters(model).values())
+        states_bytes = 0 if training.save_only_model else ADAMW_STATES * side_bytes
+        return n_checkpoints(training, n_examples) * (side_bytes + states_bytes) + side_bytes
     states = estimate(
         model,
         _NO_WORK,

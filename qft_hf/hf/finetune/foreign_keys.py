@@ -92,8 +92,8 @@ def suggestion(name: str) -> str | None:
     """Return what to do with a key that another tool knows, None for one that none of them has."""
     if name in _NO_ADAPTERS:
         return (
-            "Leave it out: every parameter is trained, in INT8, so there is no adapter and no "
-            "frozen base."
+            "Leave it out: every parameter is trained, in INT8, so there is no adapter. A small "
+            "network beside a frozen base is method qst, and base says how that is stored."
         )
     if name == "streaming":
         return "Leave it out: rows are kept on disk, not in memory, and all are read and counted."

@@ -15,7 +15,6 @@ from transformers import (
 
 from .. import shipped
 from ..absent_model import refused_if_absent
-from ..config import QFTConfig
 from .arguments import ModelArguments
 from .task import Task
 
@@ -75,19 +74,20 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
 
 def load_model(
     arguments: ModelArguments,
-    quantization: QFTConfig | None,
+    quantization: Any,
     config: PreTrainedConfig,
     task: Task,
     *,
     max_length: int,
 ) -> PreTrainedModel:
-    """Load a model with INT8 weights: a float checkpoint is quantized tensor by tensor.
+    """Load a model with quantized weights: a float checkpoint is quantized tensor by tensor.
 
-    A checkpoint that is INT8 already keeps its format.
+    A checkpoint that is quantized already keeps its format.
 
     Args:
         arguments: Which model.
-        quantization: Format of the weights; None: a float checkpoint stays float.
+        quantization: Format of the weights, as `from_pretrained` takes it; None: a float checkpoint
+            stays float.
         config: The model's; the task's head is written into it.
         task: Says which class and head.
         max_length: Longest example in tokens.

@@ -21,17 +21,20 @@ from ..card import is_card
 from ..checkpoint import MARK, STATE_FILES, newest_whole_checkpoint, require_whole
 from ..config import QUANT_METHOD
 from ..drafts import MODEL_FILES, unsettled, written_whole
+from ..side_network import CONFIG_NAME, WEIGHTS_NAME
 from .arguments import EXPORT_DTYPES
 
 SUMMARY = "summary.json"
 LOSS_CURVE = "loss_curve.png"
 RUN_CONFIG = "run.yaml"
 EVIDENCE = "data.txt"
+SIDE_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 CARD = "README.md"
 CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
 
 _MODEL = (
     *MODEL_FILES,
+    *SIDE_FILES,
     TRAINING_ARGS_NAME,
     "generation_config.json",
     # Of tokenizers, whatever their kind.

@@ -13,10 +13,17 @@ from transformers import HfArgumentParser
 
 from .. import shipped
 from ..arguments import QFTTrainingArguments
-from .arguments import DataArguments, ModelArguments, OutputArguments
+from .arguments import DataArguments, MethodArguments, ModelArguments, OutputArguments
 from .foreign_keys import suggestion
+from .side_tuning import side_flags
 
-GROUPS: tuple[Any, ...] = (ModelArguments, DataArguments, OutputArguments, QFTTrainingArguments)
+GROUPS: tuple[Any, ...] = (
+    ModelArguments,
+    MethodArguments,
+    DataArguments,
+    OutputArguments,
+    QFTTrainingArguments,
+)
 CONFIG_SUFFIXES = (".yaml", ".yml")
 
 
@@ -26,6 +33,7 @@ class RunArguments:
 
     Attributes:
         model: Which model, and how it is loaded.
+        method: What of it is trained.
         data: What is learned and what is held out.
         output: What is written beside what the Trainer writes.
         training: The Trainer's.
@@ -33,6 +41,7 @@ class RunArguments:
     """
 
     model: ModelArguments
+    method: MethodArguments
     data: DataArguments
     output: OutputArguments
     training: QFTTrainingArguments
@@ -60,9 +69,9 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
     flags = list(argv)
     if flags and not flags[0].startswith("-"):
         flags = [*flags_from_config(find_config(flags[0])), *flags[1:]]
-    for flag in flags:
-        if flag.startswith("--"):
-            _require_known(flag[2:].partition("=")[0].replace("-", "_"), "flag")
+    for name in _names(flags):
+        _require_known(name, "flag")
+    flags = [*side_flags(flags, _names(flags)), *flags]
 
     parser = HfArgumentParser(
         GROUPS,
@@ -78,8 +87,13 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
             f"cannot place {' '.join(rest)!r} on the command line. Expected at most one config, "
             "first, then flags with their values: CONFIG.yaml --flag value ..."
         )
-    model, data, output, training = groups
-    return RunArguments(model, data, output, training, _given(parser, flags))
+    model, method, data, output, training = groups
+    return RunArguments(model, method, data, output, training, _given(parser, flags))
+
+
+def _names(flags: list[str]) -> list[str]:
+    """Return the names of flags, without values."""
+    return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag[:2] == "--"]
 
 
 def _given(parser: HfArgumentParser, flags: list[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ...side import side_network_of
+from ..base import form_of, require_bitsandbytes
 from ..card import hyperparameters_of, optimizer_of, parameters_of
 from ..drafts import written_whole
 from ..peak_memory import PeakMemory
@@ -27,7 +29,7 @@ from .data import TaskData, prepare_data
 from .evidence import show
 from .export import export_checkpoint
 from .forecast import disk_bytes, n_steps
-from .loading import load_config, load_model, load_tokenizer
+from .loading import load_model, load_tokenizer
 from .loss_curve import draw_loss_curve
 from .output_folder import (
     EVIDENCE,
@@ -44,6 +46,7 @@ from .output_folder import (
 from .packing import refuse_crossing
 from .parsing import RunArguments
 from .run_card import license_of, write_run_card
+from .side_tuning import base_config, base_form, load_side_model, side_checkpoint
 from .summary import Origin, RunSummary, versions
 
 logger = logging.getLogger(__name__)
@@ -119,13 +122,23 @@ def prepare(arguments: RunArguments) -> Run:
     started = time.monotonic()
     checkpoint, config, data = read(arguments)
     training, tokenizer = arguments.training, data.task.tokenizer
-    model = load_model(
-        arguments.model,
-        training.quantization_config,
-        config,
-        data.task,
-        max_length=arguments.data.max_length,
-    )
+    model: Any
+    if arguments.method.side is None:
+        model = load_model(
+            arguments.model,
+            training.quantization_config,
+            config,
+            data.task,
+            max_length=arguments.data.max_length,
+        )
+    else:
+        model = load_side_model(
+            arguments.model,
+            arguments.method,
+            config,
+            data.task,
+            max_length=arguments.data.max_length,
+        )
     if arguments.data.packing:
         refuse_crossing(model)
     if training.include_num_input_tokens_seen == "no":  # the summary reports them
@@ -175,7 +188,14 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
     training = arguments.training
     set_seed(training.seed)
     tokenizer = load_tokenizer(arguments.model)
-    config = load_config(arguments.model)
+    config = base_config(arguments.model)
+    if arguments.method.side is not None:
+        _require_base(arguments, config)
+    elif side_checkpoint(arguments.model.model_name_or_path) is not None:
+        raise ValueError(
+            f"{arguments.model.model_name_or_path} holds a side network, and method 'full' trains "
+            "every parameter of a model. Set method to qst, or name the base."
+        )
     with training.main_process_first(desc="reading the data"):
         data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
     if "logging_steps" not in arguments.given:
@@ -264,7 +284,7 @@ def _write_report(run: Run, summary: RunSummary) -> None:
     draw_loss_curve(
         run.trainer.state.log_history,
         output_dir / LOSS_CURVE,
-        title=f"{Path(summary.model).name}: {summary.parameters / 1e6:,.1f} M parameters, INT8",
+        title=summary.title,
     )
     summary.write(output_dir / SUMMARY)
 
@@ -300,6 +320,13 @@ def _inputs(arguments: RunArguments) -> dict[str, str]:
 
 def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else value or []
+
+
+def _require_base(arguments: RunArguments, config: PreTrainedConfig) -> None:
+    """Raise if the base of a side network cannot be stored as asked for."""
+    form = base_form(arguments.method, config, arguments.model.model_name_or_path)
+    if form == "nf4":
+        require_bitsandbytes()
 
 
 def _check_evaluation(arguments: RunArguments) -> None:
@@ -346,6 +373,7 @@ def _summarize(
         task=run.arguments.data.task,
         parameters=parameters,
         trained_parameters=trained,
+        side=_side_of(model),
         optimizer=optimizer_of(run.trainer),
         hyperparameters=hyperparameters_of(run.trainer),
         steps=state.global_step,
@@ -364,3 +392,11 @@ def _summarize(
         eval_data=run.data.evaluation.counts if run.data.evaluation else None,
         versions=versions(),
     )
+
+
+def _side_of(model: Any) -> dict[str, Any] | None:
+    """Return the configuration of a side network and how its base is stored; None without one."""
+    network = side_network_of(model)
+    if network is None:
+        return None
+    return {**asdict(network.config), "base": form_of(model.config)}

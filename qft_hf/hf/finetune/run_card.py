@@ -48,7 +48,10 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
         FileNotFoundError: The folder holds no finished run.
     """
     summary = read_json(output_dir / SUMMARY)
-    quantization = AutoConfig.from_pretrained(output_dir).quantization_config
+    side = summary.get("side")
+    form = None
+    if side is None:
+        form = QFTConfig.from_dict(AutoConfig.from_pretrained(output_dir).quantization_config)
     export = told(output_dir).get("export_dtype")
     counts = summary["train_data"]
     if "origin" not in summary:
@@ -61,7 +64,8 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
         "parameters": (summary["parameters"], summary["trained_parameters"]),
         **{name: summary[name] for name in _OF_SUMMARY},
         **summary["origin"],
-        "format": QFTConfig.from_dict(quantization),
+        "format": form,
+        "side": side,
         "history": read_json(output_dir / TRAINER_STATE_NAME)["log_history"],
         "counts": f"{counts['rows']:,} rows, {counts['examples']:,} examples, "
         f"{counts['tokens']:,} tokens",

@@ -48,6 +48,7 @@ class RunSummary:
     task: str
     parameters: int
     trained_parameters: int
+    side: dict[str, Any] | None  # `QSTConfig`, and how the base is stored; None: all are trained
     optimizer: str | None  # what it says of itself
     hyperparameters: dict[str, Any]
     steps: int
@@ -71,6 +72,21 @@ class RunSummary:
         with written_whole(path) as draft:
             draft.write_text(json.dumps(finite(asdict(self)), indent=2) + "\n", encoding="utf-8")
 
+    @property
+    def title(self) -> str:
+        """The model, and what of it was trained how."""
+        name = Path(self.model).name
+        if self.side is None:
+            return f"{name}: {self.parameters / 1e6:,.1f} M parameters, INT8"
+        trained = f"{self.trained_parameters / 1e6:,.2f} M parameters"
+        return f"{name}, {self.side['base']}: side network of {trained}"
+
+    @property
+    def _trained(self) -> str:
+        if self.side is None:
+            return f"{self.parameters:,} parameters"
+        return f"{self.trained_parameters:,} of {self.parameters:,} parameters"
+
     def __str__(self) -> str:
         """Return the scores before and after, and what the run took."""
         lines = []
@@ -80,8 +96,7 @@ class RunSummary:
                 for name in self.after
             ]
         lines += [
-            f"{'trained':<30}{self.parameters:,} parameters, {self.steps:,} steps, "
-            f"{self.trained_tokens:,} tokens",
+            f"{'trained':<30}{self._trained}, {self.steps:,} steps, {self.trained_tokens:,} tokens",
             f"{'speed':<30}{self.tokens_per_second:,.0f} tokens/s in {self.train_seconds:,.0f} s "
             f"of training; {self.wall_seconds:,.0f} s in all",
             f"{'model state':<30}{self.bytes_per_parameter:.2f} bytes a parameter, "

@@ -1,0 +1,266 @@
+"""A run that trains a side network: what it takes and refuses, and the model that it trains."""
+
+import argparse
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ...side import QSTConfig, attach_side_network
+from ..absent_model import refused_if_absent
+from ..base import FORMS, base_format, form_of
+from ..side_network import CONFIG_NAME, is_side_network, load_side_network
+from .arguments import MethodArguments, ModelArguments
+from .loading import load_config, load_model
+from .output_folder import RUN_CONFIG, told
+from .task import Task
+
+# What belongs to training every parameter, and why a side network has no use for it.
+_OF_FULL = {
+    **dict.fromkeys(
+        ("gradient", "clipping", "accumulation"),
+        "the base has no gradients, and those of the side network are small",
+    ),
+    **dict.fromkeys(
+        ("group_size", "outlier_fraction", "modules_to_not_convert", "matmul", "int8_products"),
+        "a base of int8 has the default format; for another one quantize the model, save it, and "
+        "give its folder",
+    ),
+    "chunked_loss": "the head belongs to the frozen base",
+    "new_tokens": "the embeddings of the base are frozen, so new ones would learn nothing",
+    "export_dtype": "a side network is no part of the weights of its base",
+}
+DEFAULTS = {"optim": "adamw_torch", "learning_rate": "1e-3"}
+DEFAULT_BASE = "nf4"
+
+
+def side_flags(flags: list[str], names: Collection[str]) -> list[str]:
+    """Return the flags that a side network adds to those that were given; none without one.
+
+    Args:
+        flags: A command line.
+        names: Of its flags.
+
+    Raises:
+        ValueError: One of them is of training every parameter, or another optimizer has no rate.
+    """
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    reader.add_argument("--method")
+    if reader.parse_known_args(flags)[0].method != "qst":
+        return []
+    for name in names:
+        if name in _OF_FULL:
+            raise ValueError(
+                f"{name} is of training every parameter, and method qst trains a side network: "
+                f"{_OF_FULL[name]}. Leave {name} out, or set method to full."
+            )
+    if "optim" not in names:
+        return [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in names]
+    if "learning_rate" not in names:
+        raise ValueError(
+            "a side network begins at random, so the rate of an optimizer for trained weights is "
+            f"not its own. Set learning_rate; that of {DEFAULTS['optim']} is "
+            f"{DEFAULTS['learning_rate']}."
+        )
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class SideCheckpoint:
+    """A folder with a side network.
+
+    Attributes:
+        folder: Where it is.
+        base: Folder or name on the Hub of the model that it was trained beside.
+        form: How that was stored, as `MethodArguments.base` says it.
+        config: Of the side network.
+        architecture: Class of its base.
+        labels: Names of the outputs of the head that was trained with it; None without one.
+    """
+
+    folder: Path
+    base: str
+    form: str
+    config: QSTConfig
+    architecture: str
+    labels: dict[int, str] | None
+
+
+def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
+    """Return what a folder says of its side network; None if it has none, or is no folder.
+
+    Raises:
+        ValueError: It is of a base whose format is not known here.
+    """
+    folder = Path(place)
+    if not is_side_network(folder):
+        return None
+    said = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    name, method = said["base"]["name"], said["base"]["quantization"]
+    runs = [told(home) for home in (folder, folder.resolve().parent)]  # a run, or a checkpoint
+    base = next((run["model_name_or_path"] for run in runs if "model_name_or_path" in run), name)
+    if method not in FORMS:
+        raise ValueError(
+            f"{folder} holds a side network of a base that {method} has quantized. Load the base "
+            f"yourself, and call qft_hf.load_side_network(model, {str(folder)!r})."
+        )
+    earlier = side_checkpoint(base)  # a run that went on from another one
+    labels = said.get("labels")
+    return SideCheckpoint(
+        folder,
+        base if earlier is None else earlier.base,
+        FORMS[method],
+        QSTConfig(**said["config"]),
+        said["base"]["architecture"],
+        None if labels is None else {int(index): name for index, name in labels.items()},
+    )
+
+
+def base_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """Return what the model, or the base of a side network, says about itself.
+
+    The classes of a trained head are those of the side network's folder.
+
+    Raises:
+        FileNotFoundError: The base of a side network is nowhere to be found.
+    """
+    checkpoint = side_checkpoint(arguments.model_name_or_path)
+    if checkpoint is None:
+        return load_config(arguments)
+    base = replace(arguments, model_name_or_path=checkpoint.base)
+    return _described(checkpoint, lambda: load_config(base))
+
+
+def _described(
+    checkpoint: SideCheckpoint, load: Callable[[], PreTrainedConfig]
+) -> PreTrainedConfig:
+    """Return the configuration of a base with the classes of the head that was trained."""
+    try:
+        config = load()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{checkpoint.folder} holds a side network of {checkpoint.base or 'a nameless model'}, "
+            f"which is neither here (looked from {Path.cwd()}) nor on the hub. Work in the folder "
+            "where the run was started, or write where the base is into model_name_or_path of "
+            f"{checkpoint.folder / RUN_CONFIG}."
+        ) from error
+    config.architectures = [checkpoint.architecture]
+    if checkpoint.labels is not None:
+        config.id2label = checkpoint.labels
+        config.label2id = {name: index for index, name in checkpoint.labels.items()}
+    return config
+
+
+def base_form(method: MethodArguments, config: PreTrainedConfig, model: str) -> str:
+    """Return how the base of a side network is stored: as asked for, else as it is, else NF4.
+
+    Args:
+        method: Of the run.
+        config: Of the base.
+        model: Where the base, or a side network beside it, is.
+
+    Raises:
+        ValueError: The base is quantized already, in another format than was asked for.
+    """
+    checkpoint = side_checkpoint(model)
+    stored = form_of(config)
+    if stored == "float":
+        return method.base or (checkpoint.form if checkpoint else DEFAULT_BASE)
+    if method.base not in (None, stored):
+        raise ValueError(
+            f"base={method.base} was asked for, and {model} is stored in {stored} already. Leave "
+            "base out, or start from the float model."
+        )
+    return stored
+
+
+def checkpoint_config(place: str) -> PreTrainedConfig:
+    """Return the configuration of a folder or name on the Hub; of a side network, of its base.
+
+    Raises:
+        FileNotFoundError: The base of a side network is nowhere to be found.
+    """
+    checkpoint = side_checkpoint(place)
+    if checkpoint is None:
+        with refused_if_absent(place):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(place)
+        return config
+    base = checkpoint.base
+    return _described(checkpoint, lambda: AutoConfig.from_pretrained(base))
+
+
+def load_checkpoint(place: str, model_class: Any) -> Any:
+    """Load a model from a folder or the Hub; of a folder with a side network, with its base.
+
+    Args:
+        place: Folder, or name on the Hub.
+        model_class: Of transformers, such as `AutoModelForCausalLM`.
+
+    Raises:
+        FileNotFoundError: The base of a side network is nowhere to be found.
+        ImportError: It is to be stored in NF4, and bitsandbytes is not installed.
+        ValueError: It is another one.
+    """
+    checkpoint = side_checkpoint(place)
+    if checkpoint is None:
+        return model_class.from_pretrained(place)
+    config = checkpoint_config(place)
+    quantization = None
+    if form_of(config) == "float":
+        with torch.device("meta"):
+            quantization = base_format(checkpoint.form, model_class.from_config(config))
+    model = model_class.from_pretrained(
+        checkpoint.base, config=config, quantization_config=quantization
+    )
+    return load_side_network(model, checkpoint.folder)
+
+
+def load_side_model(
+    arguments: ModelArguments,
+    method: MethodArguments,
+    config: PreTrainedConfig,
+    task: Task,
+    *,
+    max_length: int,
+) -> PreTrainedModel:
+    """Load a base, and put a side network beside it: a new one, or that of the folder named.
+
+    Args:
+        arguments: Which model: a base, or a folder with a side network.
+        method: The side network, and how the base is stored.
+        config: As `base_config` returns it; the task's head is written into it.
+        task: Says which class and head.
+        max_length: Longest example in tokens.
+
+    Raises:
+        ImportError: NF4 was asked for, and bitsandbytes is not installed.
+        ValueError: As `load_model`, `attach_side_network` and `load_side_network`; or the folder
+            has a side network of another configuration than was asked for.
+    """
+    place = arguments.model_name_or_path
+    checkpoint = side_checkpoint(place)
+    if checkpoint is not None and method.asks_for_another(checkpoint.config):
+        raise ValueError(
+            f"{method.side} was asked for, and {place} holds {checkpoint.config}. Leave side_r, "
+            "side_downsample and side_rank out, or name the base to begin anew."
+        )
+    form = base_form(method, config, place)
+    task.configure(config)
+    with torch.device("meta"):
+        skeleton = task.model_class.from_config(
+            config,
+            dtype=getattr(torch, arguments.dtype),
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    if checkpoint is not None:
+        arguments = replace(arguments, model_name_or_path=checkpoint.base)
+    stored = form_of(config) != "float"
+    quantization = None if stored else base_format(form, skeleton)
+    model = load_model(arguments, quantization, config, task, max_length=max_length)
+    if checkpoint is not None:
+        return load_side_network(model, checkpoint.folder)
+    return attach_side_network(model, method.side)

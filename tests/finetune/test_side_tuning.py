@@ -1,0 +1,275 @@
+"""Runs that train a side network: from arguments to what lies in the output folder, and back."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qft_hf import QFTWeight, load_side_network, side_parameters
+from qft_hf.hf.finetune import finetune, parse_arguments, prepare
+from qft_hf.hf.report import page, read_run
+from qft_hf_cli import main
+from tests.finetune.chats import chat, tiny_tokenizer
+from tests.models import tiny_bert, tiny_llama
+
+# bitsandbytes computes on a CPU where rows are a multiple of 32 and columns one of 64.
+SIZES = {
+    "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def flags(tmp_path, monkeypatch):
+    """Flags of a run of four steps on a few conversations, from within its folder."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llama(**SIZES).save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    rows = [{"messages": chat("how are you?", "fine, " * n)} for n in range(8)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "eval.jsonl", rows[:3])
+    return {
+        "model_name_or_path": "model",
+        "method": "qst",
+        "side_r": 4,
+        "train_data": "train.jsonl",
+        "eval_data": "eval.jsonl",
+        "max_length": 48,
+        "output_dir": "run",
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.02,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    }
+
+
+def as_flags(values):
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def parsed(values, **changes):
+    return parse_arguments(as_flags(values | changes))
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8", "float"])
+def test_a_run_leaves_the_side_network_alone_and_tells_the_truth_about_it(base, flags, capsys):
+    summary = finetune(parsed(flags, base=base))
+
+    run = Path("run")
+    assert summary.after["loss"] < summary.before["loss"]
+    written = json.loads((run / "summary.json").read_text())
+    assert written["side"] == {"r": 4, "downsample": "adapter", "rank": 16, "base": base}
+    float_size = sum(p.numel() for p in tiny_llama(**SIZES).parameters())
+    assert summary.parameters - summary.trained_parameters == float_size
+    assert f"{summary.trained_parameters:,} of {summary.parameters:,} parameters" in str(summary)
+    assert not (run / "config.json").exists()
+    assert not (run / "model.safetensors").exists()
+    assert (run / "side_network.safetensors").stat().st_size < 4 * summary.trained_parameters + 8192
+    assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+    kinds = {"nf4": "NF4 weights", "int8": "INT8 weights", "float": "float parameters"}
+    assert kinds[base] in summary.state_bytes
+    assert summary.state_bytes["side network"] == 4 * summary.trained_parameters
+    assert summary.state_bytes["gradients"] == 4 * summary.trained_parameters
+    assert summary.state_bytes["momentum"] == 8 * summary.trained_parameters
+
+    card = (run / "README.md").read_text()
+    assert f"A side network of {summary.trained_parameters:,} parameters beside a local" in card
+    assert "arXiv:2401.07159" in card
+    assert "parameters were trained, in INT8" not in card
+    assert "PyTorch's AdamW" in card
+    assert 'qft_hf.load_side_network(model, "run")' in card
+    report = page([read_run(run)])
+    assert "Nothing was sampled" in report
+    assert f"M: a side network, base in {base}" in report
+
+    capsys.readouterr()
+    main(["evaluate", "run", "--json"])
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert scores["loss"] == pytest.approx(summary.after["loss"], rel=1e-5)
+    main(["chat", "run", "--prompt", "how are you?", "--max_new_tokens", "3"])
+
+
+def test_the_folder_loads_beside_its_base_and_no_other(flags):
+    finetune(parsed(flags, base="float"))
+    model = load_side_network(AutoModelForCausalLM.from_pretrained("model"), "run")
+    assert all(p.isfinite().all() for p in side_parameters(model).values())
+    other = AutoModelForCausalLM.from_pretrained("model")
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    with pytest.raises(ValueError, match="another version"):
+        load_side_network(other, "run")
+
+
+def test_a_run_goes_on_from_the_side_network_of_another(flags):
+    first = finetune(parsed(flags))
+    again = finetune(parsed(flags, model_name_or_path="run", output_dir="second"))
+    assert again.before == first.after
+    assert again.side == first.side
+
+    with pytest.raises(
+        ValueError, match=r"QSTConfig\(r=8.*run holds QSTConfig\(r=4.*name the base"
+    ):
+        prepare(parsed(flags, model_name_or_path="run", output_dir="third", side_r=8))
+    del flags["method"], flags["side_r"]
+    with pytest.raises(ValueError, match=r"run holds a side network.*Set method to qst"):
+        prepare(parsed(flags, model_name_or_path="run", output_dir="third"))
+
+
+def test_a_classifier_keeps_its_classes_in_the_folder_of_its_side_network(flags, capsys):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    tiny_bert(vocab_size=320, **sizes).base_model.save_pretrained("encoder")
+    tiny_tokenizer().save_pretrained("encoder")
+    labels = ["so so", "good", "bad"]
+    rows = [{"text": f"the fox {n}", "label": labels[n % 3]} for n in range(12)]
+    write_jsonl(Path("train.jsonl"), rows)
+    write_jsonl(Path("eval.jsonl"), rows)
+    changes = {"model_name_or_path": "encoder", "task": "classification", "max_length": 16}
+    summary = finetune(parsed(flags, **changes))
+    assert summary.architecture == "BertForSequenceClassification"
+    assert set(summary.after) == {"loss", "accuracy"}
+
+    # Held out are rows of two classes only: their numbers are still those of the head.
+    write_jsonl(Path("few.jsonl"), [row for row in rows if row["label"] != "bad"])
+    capsys.readouterr()
+    main(["evaluate", "run", "--eval_data", "few.jsonl", "--json"])
+    few = json.loads(capsys.readouterr().out)["scores"]
+    write_jsonl(Path("rest.jsonl"), [row for row in rows if row["label"] == "bad"])
+    main(["evaluate", "run", "--eval_data", "few.jsonl", "rest.jsonl", "--json"])
+    everything = json.loads(capsys.readouterr().out)["scores"]
+    assert everything["loss"] == pytest.approx(summary.after["loss"], rel=1e-5)
+    assert few["loss"] != everything["loss"]
+
+
+def test_a_side_network_in_int8_is_trained_by_an_optimizer_of_ours(flags):
+    summary = finetune(parsed(flags, base="float", optim="qft_lion"))
+    assert summary.after["loss"] != summary.before["loss"]
+    assert summary.optimizer.startswith("Lion")
+    assert summary.state_bytes["side network"] < 4 * summary.trained_parameters
+    model = load_side_network(AutoModelForCausalLM.from_pretrained("model"), "run")
+    assert any(isinstance(p, QFTWeight) for p in side_parameters(model).values())
+    assert not any(isinstance(p, QFTWeight) for p in model.model.parameters())
+
+
+def test_resuming_ends_like_the_straight_run(flags):
+    values = flags | {"save_strategy": "steps", "save_steps": 2}
+    straight = finetune(parsed(values))
+    names = sorted(path.name for path in Path("run/checkpoint-2").iterdir())
+    assert "side_network.safetensors" in names
+    assert "model.safetensors" not in names
+    for path in Path("run").glob("side_network.*"):
+        path.unlink()
+    Path("run/summary.json").unlink()
+    resumed = finetune(parsed(values, resume_from_checkpoint="run/checkpoint-2"))
+    assert resumed.after == straight.after
+
+
+def test_check_says_what_would_be_trained_and_what_it_takes(flags, capsys):
+    main(["check", *as_flags(flags | {"base": "int8"}), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    summary = finetune(parsed(flags, base="int8"))
+    assert found["parameters"] == summary.parameters
+    assert found["trained_parameters"] == summary.trained_parameters
+    rows = {row["state"]: row["bytes"] for row in found["memory"]["rows"]}
+    assert rows.items() >= {(n, s) for n, s in summary.state_bytes.items() if n != "buffers"}
+    assert found["disk_bytes"] == 4 * summary.trained_parameters
+    main(["check", *as_flags(flags | {"output_dir": "other"})])
+    text = capsys.readouterr().out
+    assert f"a side network of {summary.trained_parameters:,} parameters" in text
+    assert "NF4 weights" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient": "release"}, "gradient is of training every parameter.*Leave gradient out"),
+        ({"clipping": "tensor"}, "clipping is of training every parameter"),
+        ({"matmul": "int8"}, "matmul is of training every parameter.*default format"),
+        ({"chunked_loss": "true"}, "chunked_loss is of training every parameter.*frozen base"),
+        ({"new_tokens": "<a>"}, "new_tokens is of training every parameter.*learn nothing"),
+        ({"export_dtype": "float32"}, "export_dtype is of training every parameter"),
+        (
+            {"side_rank": 4, "side_downsample": "mean"},
+            "side_rank=4 is of side_downsample 'adapter'",
+        ),
+        ({"side_downsample": "median"}, "downsample must be one of 'adapter'"),
+        ({"method": "full"}, "side_r is of side tuning.*Set method to qst"),
+        ({"method": "full", "base": "nf4"}, "side_r, base is of side tuning"),
+    ],
+)
+def test_contradictions_are_refused_before_a_model_is_looked_for(changes, message, flags):
+    with pytest.raises(ValueError, match=message):
+        parsed(flags, **changes)
+
+
+def test_another_optimizer_needs_a_rate_of_its_own(flags):
+    del flags["learning_rate"]
+    assert parsed(flags).training.learning_rate == 1e-3
+    assert parsed(flags).training.optim == "adamw_torch"
+    with pytest.raises(ValueError, match=r"begins at random.*Set learning_rate"):
+        parsed(flags, optim="qft_lion")
+    with pytest.raises(ValueError, match="gradient='release' is for training all parameters"):
+        finetune(
+            parsed(flags, optim="qft_lion", learning_rate=1e-3, optim_args="gradient=release",
+                   max_grad_norm=0, base="float")
+        )  # fmt: skip
+
+
+def test_nf4_without_bitsandbytes_is_refused_before_anything_is_read(flags, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not there
+    with pytest.raises(SystemExit):
+        main(["finetune", *as_flags(flags)])
+    error = capsys.readouterr().err
+    assert "pip install 'bitsandbytes" in error
+    assert "Traceback" not in error
+    assert not Path("run").exists()
+    assert finetune(parsed(flags, base="int8")).steps == 4
+
+
+@pytest.mark.parametrize("command", ["check", "finetune"])
+def test_a_width_that_r_does_not_divide_names_the_nearest(command, flags, capsys):
+    with pytest.raises(SystemExit):
+        main([command, *as_flags(flags | {"side_r": 12, "base": "float"})])
+    assert re.search(r"r=12 does not divide .* 64.*nearest r that does is", capsys.readouterr().err)
+
+
+def test_a_base_that_is_quantized_stays_so_and_another_format_is_refused(flags):
+    from qft_hf import QFTConfig
+
+    int8 = AutoModelForCausalLM.from_pretrained("model", quantization_config=QFTConfig())
+    int8.save_pretrained("int8")
+    tiny_tokenizer().save_pretrained("int8")
+    with pytest.raises(ValueError, match="base=nf4 was asked for, and int8 is stored in int8"):
+        prepare(parsed(flags, model_name_or_path="int8", base="nf4"))
+    assert finetune(parsed(flags, model_name_or_path="int8")).side["base"] == "int8"
+
+
+def test_a_base_that_has_gone_is_named(flags, capsys):
+    finetune(parsed(flags, base="float"))
+    Path("model").rename("moved")
+    with pytest.raises(SystemExit):
+        main(["chat", "run", "--prompt", "hi"])
+    assert "side network of model, which is neither here" in capsys.readouterr().err
+
+
+def test_what_has_no_meaning_for_a_side_network_says_so(flags, capsys):
+    finetune(parsed(flags, base="float"))
+    for command, message in (
+        (["export", "run", "plain", "--dtype", "bfloat16"], "no ordinary checkpoint of both"),
+        (["inspect", "run"], "not the weights of its base. Inspect the base"),
+    ):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert message in capsys.readouterr().err
