@@ -8,6 +8,7 @@ import transformers
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from qft_hf import QFTConfig, quantize_model_
 from qft_hf.hf.finetune.evaluation import token_losses
 from qft_hf.hf.finetune.packing import (
     collate_blocks,
@@ -155,6 +156,27 @@ def test_a_document_changes_no_loss_of_another_by_a_bit(family, sizes):
             inside[start : start + lengths[index]] = False
             assert not inside.any(), mode
             assert moved.any() or lengths[index] == 1
+
+
+@pytest.mark.parametrize("matmul", [None, "dequantize", "int8"])
+def test_experts_that_documents_share_are_no_reason_to_refuse(matmul):
+    """They multiply tokens of all documents at a time, and last bits move with how many."""
+    sizes = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 64}
+    mixture = {"num_experts": 32, "num_experts_per_tok": 8}
+    model = tiny("Qwen3Moe", SIZES | sizes | mixture)
+    model.get_input_embeddings().requires_grad_(False)
+    if matmul:
+        quantize_model_(model, QFTConfig(matmul=matmul))
+    learned = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    refuse_crossing(model.train())
+
+    # The model is as it was.
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == learned
+    assert 0 < len(learned) < len(list(model.parameters()))
+    assert model.training
+    assert not model.get_input_embeddings()._forward_hooks
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 LONG = {"num_hidden_layers": 7, "n_layer": 7, "n_layers": 7, "vocab_size": 4096}

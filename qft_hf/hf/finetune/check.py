@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ...memory import MemoryEstimate
 from ...side import attach_side_network
@@ -38,7 +39,7 @@ class Check:
         eval_data: Likewise; None if nothing is held out.
         steps: Of the optimizer.
         steps_per_epoch: Likewise.
-        packing: Whether examples share blocks; if so, they have been seen to stay apart there.
+        packing: Whether examples share blocks, and what is known of whether they stay apart there.
         example: The first example as text; what is learned stands in brackets.
         disk_bytes: That the run has on the disk at one time, at most.
         free_bytes: On that disk.
@@ -55,7 +56,7 @@ class Check:
     eval_data: DataCounts | None
     steps: int
     steps_per_epoch: int
-    packing: bool
+    packing: str
     example: str
     disk_bytes: int
     free_bytes: int
@@ -87,12 +88,7 @@ class Check:
             f"{'training data':<24}{self.train_data}",
             f"{'evaluation data':<24}{self.eval_data or 'none'}",
             f"{'steps':<24}{self.steps:,}, of which {self.steps_per_epoch:,} are an epoch",
-            f"{'packing':<24}"
-            + (
-                "in blocks; no example sees another"
-                if self.packing
-                else "none: examples are padded"
-            ),
+            f"{'packing':<24}{self.packing}",
             f"{'output_dir':<24}{self.output_dir}",
             f"{'goes on from':<24}{self.checkpoint or 'the model: a fresh start'}",
             f"{'disk':<24}up to {self.disk_bytes / 1e9:.2f} GB of {self.free_bytes / 1e9:.1f} free",
@@ -128,10 +124,9 @@ def check(arguments: RunArguments) -> Check:
     }
     with torch.device("meta"):
         model = task.model_class.from_config(config, **how)
+    packing = "none: examples are padded"
     if arguments.data.packing:
-        # Whether examples stay apart is a matter of the architecture: any weights can tell.
-        with training.device:
-            refuse_crossing(task.model_class.from_config(shortened(config), **how))
+        packing = _try_packing(task.model_class, config, how, training.device)
     memory = None
     if arguments.method.side is not None:
         work = side_workload_of(arguments, config)
@@ -167,9 +162,29 @@ def check(arguments: RunArguments) -> Check:
         eval_data=data.evaluation.counts if data.evaluation else None,
         steps=steps,
         steps_per_epoch=of_epoch,
-        packing=arguments.data.packing,
+        packing=packing,
         example=example_text(data),
         disk_bytes=needed,
         free_bytes=shutil.disk_usage(nearest_folder(output_dir)).free,
         memory=memory,
     )
+
+
+def _try_packing(
+    model_class: Any, config: PreTrainedConfig, how: dict[str, Any], device: torch.device
+) -> str:
+    """Refuse packing where examples would see each other, or say that only a run can tell.
+
+    Whether they do is a matter of the architecture, so that a short model with any weights tells.
+
+    Raises:
+        ValueError: They do.
+    """
+    try:
+        with device:
+            model = model_class.from_config(shortened(config), **how)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        # Layers of some architectures refer to each other, and no two of them are a model.
+        return "in blocks; whether examples see each other is tried when the run begins"
+    refuse_crossing(model)
+    return "in blocks; no example sees another"
