@@ -128,6 +128,8 @@ def _narrow_bytes(work: Workload, side_work: Workload, config: QSTConfig) -> int
     compute, width, rank = work.compute_bytes, side_work.hidden, config.rank
     # Both that the gate mixes, and what comes of it.
     mixed = width * (2 * FP32_BYTES + compute)
+    if side_work.checkpointing:  # the base runs again in backward, for what is learned from it
+        return work.tokens * side_work.layers * mixed
     of_module = {
         "adapter": (work.hidden + 2 * rank + width) * compute,
         "linear": work.hidden * compute,

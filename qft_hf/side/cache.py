@@ -19,6 +19,11 @@ def shift_layer_numbers_(layer: nn.Module, by: int) -> None:
             vars(module)["layer_idx"] = number + by
 
 
+def is_cache(argument: Any) -> bool:
+    """Whether something is a cache of transformers."""
+    return hasattr(argument, "layers") and hasattr(argument, "get_seq_length")
+
+
 def make_room_(arguments: Iterable[Any], n_layers: int) -> None:
     """Append layers for the side network to a cache that has been made for the base alone.
 
@@ -30,7 +35,7 @@ def make_room_(arguments: Iterable[Any], n_layers: int) -> None:
         ValueError: The base has written to the cache without the side network.
     """
     for cache in arguments:
-        if not (hasattr(cache, "layers") and hasattr(cache, "get_seq_length")):
+        if not is_cache(cache):
             continue
         if len(cache.layers) >= 2 * n_layers or getattr(cache, "layer_class_to_replicate", None):
             continue  # there is room, or there will be

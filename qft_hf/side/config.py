@@ -14,8 +14,9 @@ class QSTConfig:
             hidden size; heads and intermediate width are divided likewise, and are 1 at least.
         downsample: How a hidden state of the base gets the side network's width. `"adapter"`: a
             low-rank product, SiLU, a second product and a layer norm. `"linear"`: one product.
-            `"mean"` and `"max"`: of each `r` neighbouring values, which learns nothing and keeps
-            nothing for backward.
+            Both learn from the hidden states, and so one of each layer is kept for backward; with
+            checkpointing none, and the base runs a second time instead. `"mean"` and `"max"`: of
+            each `r` neighbouring values, which learns and keeps nothing.
         rank: Width between the two products of `"adapter"`; the others do not read it.
 
     Raises:

@@ -11,7 +11,7 @@ side network then learns through one number that moves by the learning rate, and
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial, update_wrapper
 from typing import Any
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import make_room_, shift_layer_numbers_
+from .cache import is_cache, make_room_, shift_layer_numbers_
 from .config import QSTConfig
 from .downsample import downsample
+from .replay import Replay
 from .sizes import side_config
 
 FIRST_GATE = 0.5  # z, as the authors' code starts it
@@ -64,6 +65,8 @@ class SideNetwork(nn.Module):
         self.quantization: Any = None
         self._state: Any = None  # s_i, while the base runs
         self._learns = False  # whether autograd was on when the base was called
+        self._replay: Replay | None = None  # of the pass that is running
+        self._again: Replay | None = None  # that for which the base runs again
 
     def follow(self, runner: Any, base_layers: Sequence[nn.Module]) -> None:
         """Run with a base from now on.
@@ -91,20 +94,59 @@ class SideNetwork(nn.Module):
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """The forward of the base; the hooks on its layers run the side network meanwhile."""
         self._learns = torch.is_grad_enabled()
+        if self._forgets([*args, *kwargs.values()]):
+            run_again = self._run_again(partial(forward, *args, **kwargs))
+            self._replay = Replay(list(self.downsamples), run_again)
         try:
             with torch.no_grad():
                 output = forward(*args, **kwargs)
             return self._leave(output)
         finally:
-            self._state = None
+            self._state = self._replay = None
+
+    def _forgets(self, arguments: list[Any]) -> bool:
+        """Whether the base runs again in backward: where layers do, and somebody learns from it.
+
+        A cache that is passed in would be written to twice.
+        """
+        return (
+            self._learns
+            and self.training
+            and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
+            and any(True for _ in self.downsamples.parameters())
+            and not any(is_cache(argument) for argument in arguments)
+        )
+
+    def _run_again(self, forward: Callable[[], Any]) -> Callable[[Replay], None]:
+        """How to have the base run once more as it runs now, for a replay that learns from it."""
+        device = self.gates.device.type
+        is_autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+        def run_again(replay: Replay) -> None:
+            self._again = replay
+            try:
+                with torch.no_grad(), torch.autocast(device, dtype, enabled=is_autocast):
+                    forward()
+            finally:
+                self._again = None
+
+        return run_again
+
+    def _narrow(self, number: int, hidden: Tensor) -> Any:
+        if self._replay is not None:
+            return self._replay.narrow(number, hidden)
+        return self.downsamples[number](hidden)
 
     def _enter(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """The first layer of the base is about to run."""
         make_room_([*args, *kwargs.values()], len(self.layers))
-        hidden = args[0] if args else kwargs["hidden_states"]
+        # Detached: who trains adapters has embeddings require gradients.
+        hidden = (args[0] if args else kwargs["hidden_states"]).detach()
         with self._computing(hidden):
-            # Detached: who trains adapters has embeddings require gradients.
-            self._state = self.downsamples[0](hidden.detach())
+            if self._again is not None:
+                self._again.learn(0, hidden)
+            else:
+                self._state = self._narrow(0, hidden)
 
     def _advance(
         self, number: int, layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
@@ -113,8 +155,11 @@ class SideNetwork(nn.Module):
         hidden = _first(output)
         named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         with self._computing(hidden):
+            if self._again is not None:
+                self._again.learn(number + 1, hidden)
+                return
             gate = torch.sigmoid(self.gates[number])
-            state = (1 - gate) * self.downsamples[number + 1](hidden) + gate * self._state
+            state = (1 - gate) * self._narrow(number + 1, hidden) + gate * self._state
             self._state = _first(self.layers[number](state, *args[1:], **named))
 
     def _leave(self, output: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -24,6 +25,7 @@ from qft_hf.side import QSTConfig, attach_side_network, side_network_of, side_pa
 from tests.finetune.chats import TEXTS, tiny_tokenizer
 from tests.side.families import classifier, decoder, texts, wide_decoder
 from tests.side.test_families import disturbed_, logits
+from tests.side.test_network import bytes_saved
 from tests.tolerances import assert_same_bits
 
 CONFIG = QSTConfig(r=4, rank=4)
@@ -82,6 +84,7 @@ RUNS = [
     (QFTTrainer, "qft_lion", "nf4", False),
     (QFTTrainer, "qft_adamw", "float", True),
 ]
+CHECKPOINTED = ("int8", "nf4")  # bases beside which side layers are checkpointed
 
 
 @pytest.mark.parametrize(("kind", "optim", "base", "bf16"), RUNS)
@@ -92,7 +95,9 @@ def test_a_run_trains_the_side_network_alone_and_goes_on_exactly(
         torch.manual_seed(4)
         model = attach_side_network(base_of(base, base_folder), CONFIG)
         settings = QFTTrainingArguments if kind is QFTTrainer else TrainingArguments
-        args = arguments(folder, settings, optim=optim, bf16=bf16)
+        args = arguments(
+            folder, settings, optim=optim, bf16=bf16, gradient_checkpointing=base in CHECKPOINTED
+        )
         return kind(model=model, args=args, train_dataset=rows(), eval_dataset=rows(4))
 
     whole = trainer(tmp_path / "whole")
@@ -305,6 +310,38 @@ def test_release_is_refused_with_what_to_leave_out(tmp_path):
         QFTTrainer(model=model, args=args, train_dataset=rows())
 
     assert side_network_of(model).quantization is None
+
+
+def qlora(model):
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, LoraConfig(target_modules=projections, r=8))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("downsample", ["adapter", "linear", "mean", "max"])
+def test_less_is_kept_for_backward_than_by_qlora_and_by_full_training(
+    downsample, checkpointing, base_folder
+):
+    """The same batch on NF4, and full training in float; bytes that autograd keeps."""
+    inputs = {"input_ids": texts(4, 32), "labels": texts(4, 32)}
+    models = {
+        "full": base_of("float", base_folder),
+        "qlora": qlora(base_of("nf4", base_folder)),
+        "side": attach_side_network(
+            base_of("nf4", base_folder), QSTConfig(r=16, rank=4, downsample=downsample)
+        ),
+    }
+    kept = {}
+    for name, model in models.items():
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            if name == "qlora":
+                model.enable_input_require_grads()
+        kept[name], _ = bytes_saved(model.train(), **inputs)
+
+    factor = 1.5 if checkpointing else 3  # what the loss keeps of the logits is part of all three
+    assert kept["side"] * factor < min(kept["qlora"], kept["full"])
 
 
 @pytest.mark.parametrize("base", ["float", "nf4"])

@@ -134,18 +134,76 @@ def test_a_fraction_of_what_full_training_keeps_is_kept():
     assert side - of_loss < (full - of_loss) / 3
 
 
-def test_checkpointing_concerns_the_side_network_alone_and_changes_no_gradient():
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("downsample", DOWNSAMPLES)
+def test_checkpointing_changes_no_gradient(downsample, bf16):
     gradients = []
     kept = []
     for checkpointing in (False, True):
         torch.manual_seed(2)
-        model = disturbed_(attach_side_network(decoder("Llama"), CONFIG)).train()
+        model = attach_side_network(decoder("Llama"), QSTConfig(r=4, downsample=downsample))
+        disturbed_(model).train()
         if checkpointing:
             model.activation_checkpointing_enable()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=texts(), labels=texts()).loss
+        loss.backward()
         kept.append(bytes_saved(model, input_ids=texts(), labels=texts())[0])
+        model.zero_grad()
+        for _ in range(2):  # micro-batches add up
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(input_ids=texts(), labels=texts()).loss
+            loss.backward()
         gradients.append({name: p.grad for name, p in side_parameters(model).items()})
 
     assert kept[1] < kept[0]
+    for name, gradient in gradients[0].items():
+        assert_same_bits(gradient, gradients[1][name])
+
+
+@pytest.mark.parametrize("downsample", DOWNSAMPLES)
+def test_with_checkpointing_nothing_as_wide_as_the_base_is_kept_in_any_layer(downsample):
+    wide = {}
+    for n_layers in (2, 5):
+        model = attach_side_network(deep(n_layers), QSTConfig(r=4, downsample=downsample))
+        model.activation_checkpointing_enable()
+        _, wide[n_layers] = bytes_saved(model, input_ids=texts(), labels=texts())
+
+    assert wide[5] == wide[2]
+
+
+@pytest.mark.parametrize("family", ["BERT", "GPT-2"])
+def test_a_base_that_runs_again_gives_classifiers_the_same_gradients(family):
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(2)
+        model = disturbed_(attach_side_network(classifier(family), CONFIG)).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(input_ids=texts(), labels=torch.tensor([0, 2, 1])).loss.backward()
+        gradients.append({name: p.grad for name, p in side_parameters(model).items()})
+
+    for name, gradient in gradients[0].items():
+        assert_same_bits(gradient, gradients[1][name])
+
+
+def test_an_int8_side_network_gets_the_same_gradients_from_a_base_that_runs_again():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(2)
+        model = disturbed_(attach_side_network(decoder("Llama"), CONFIG)).train()
+        quantize_model_(side_network_of(model), QFTConfig())
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        model(input_ids=texts(), labels=texts()).loss.backward()
+        gradients.append(
+            {name: p.grad.dequantize() if isinstance(p, QFTWeight) else p.grad
+             for name, p in side_parameters(model).items()}
+        )  # fmt: skip
+
     for name, gradient in gradients[0].items():
         assert_same_bits(gradient, gradients[1][name])
 

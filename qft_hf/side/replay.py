@@ -1,0 +1,78 @@
+"""Hidden states that are not kept: the base runs again in backward, for what learns from them.
+
+A learned downsample module needs its input for its own gradient: a tensor as wide as the base in
+each layer. With checkpointing none is kept. Backward collects the gradients of what the modules
+returned, which are narrow; when the last one is there the base runs once more without autograd, and
+each module gets its gradient while its input passes by.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Replay:
+    """One forward pass of a base that will run again.
+
+    Args:
+        downsamples: `D_0` to `D_L`.
+        run: Runs the base again as it ran, and hands each hidden state to `learn`.
+    """
+
+    def __init__(self, downsamples: Sequence[nn.Module], run: Callable[["Replay"], None]) -> None:
+        self.downsamples = downsamples
+        self.run = run
+        self.parameters = [p for module in downsamples for p in module.parameters()]
+        self.token = _Begin.apply(self, *self.parameters)
+        self.of_outputs: dict[int, Tensor] = {}
+        self.of_parameters: dict[int, Any] = {}  # by identity
+
+    def narrow(self, number: int, hidden: Tensor) -> Tensor:
+        """`D_number(hidden)`, of which `hidden` is not kept."""
+        with torch.no_grad():
+            value = self.downsamples[number](hidden)
+        narrow: Tensor = _Narrow.apply(self, number, self.token, value)
+        return narrow
+
+    def learn(self, number: int, hidden: Tensor) -> None:
+        """The same hidden state again: `D_number` gets its gradient."""
+        parameters = list(self.downsamples[number].parameters())
+        with torch.enable_grad():
+            value = self.downsamples[number](hidden)
+        gradients = torch.autograd.grad(value, parameters, self.of_outputs.pop(number))
+        self.of_parameters |= dict(zip(map(id, parameters), gradients, strict=True))
+
+    def gradients(self) -> list[Any]:
+        """Of all parameters, in their order."""
+        self.run(self)
+        return [self.of_parameters.pop(id(parameter)) for parameter in self.parameters]
+
+
+class _Begin(torch.autograd.Function):
+    """From parameters to a token: backward comes here when it has been through all `_Narrow`."""
+
+    @staticmethod
+    def forward(ctx: Any, replay: Replay, *parameters: Tensor) -> Tensor:
+        ctx.replay = replay
+        return parameters[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return None, *ctx.replay.gradients()
+
+
+class _Narrow(torch.autograd.Function):
+    """A narrow state that came of a token, as far as autograd can tell."""
+
+    @staticmethod
+    def forward(ctx: Any, replay: Replay, number: int, token: Tensor, value: Tensor) -> Tensor:
+        ctx.replay, ctx.number = replay, number
+        ctx.token = token.new_zeros(())
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        ctx.replay.of_outputs[ctx.number] = gradient
+        return None, None, ctx.token, None
