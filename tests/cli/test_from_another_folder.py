@@ -109,6 +109,52 @@ def test_from_plan_to_a_model_without_qft_hf(home, capsys):
     assert 0 < len(tokenizer(printed).input_ids) <= 12
 
 
+def test_five_ways_to_write_the_same_chats_are_checked_to_the_same(home, capsys):
+    asked = [(f"how are you, {n}?", f"fine, {n}") for n in range(4)]
+    dialogues = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in asked]
+    files = {
+        "messages.jsonl": [{"messages": chat(*pair)} for pair in asked],
+        "sharegpt.jsonl": [{"conversations": turns} for turns in dialogues],
+        "completion.jsonl": [{"prompt": q, "completion": a} for q, a in asked],
+        "alpaca.csv": "instruction,input,output\n" + "".join(f'"{q}",,"{a}"\n' for q, a in asked),
+        "asked.tsv": "question\tanswer\n" + "".join(f"{q}\t{a}\n" for q, a in asked),
+    }
+    found = []
+    for name, rows in files.items():
+        text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+        Path(name).write_text(text)
+        capsys.readouterr()
+        main(["check", "my.yaml", "--train_data", name, "--json"])
+        result = json.loads(capsys.readouterr().out)
+        found.append((result["example"], result["train_data"], result["total_bytes"]))
+    assert found[0][0].endswith("\u27e6fine, 0<|im_end|>\u27e7\n")
+    assert found[0][1]["examples"] == 4
+    assert all(other == found[0] for other in found[1:])
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text", "example"),
+    [
+        ("text", "plain.txt", "one line\nand another\n", "o\u27e6ne line<|im_end|>\u27e7"),
+        ("classification", "c.csv", "text,label\nhi,greets\nwhy,asks\n", "hi\n\u27e6greets\u27e7"),
+        (
+            "multi_label",
+            "m.csv",
+            'text,label\nhi?,"greets, asks"\nwhy,asks\n',
+            "hi?\n\u27e6asks, greets\u27e7",
+        ),
+        ("regression", "r.tsv", "text\tlabel\nhi\t0.5\nwhy\t2\n", "hi\n\u27e60.5\u27e7"),
+    ],
+)
+def test_other_tasks_are_checked_from_files(task, name, text, example, home, capsys):
+    Path(name).write_text(text)
+    flags = [f"--task={task}", "--train_data", name, "--eval_data", name]
+    main(["check", "my.yaml", *flags, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["example"].strip() == example
+    assert result["train_data"]["examples"] == 2
+
+
 def test_what_a_run_refuses_check_refuses(home, capsys):
     for flags, text in {
         ("--max_length=65",): "the model has 64 positions",
