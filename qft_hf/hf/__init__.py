@@ -8,6 +8,7 @@ from .config import QFTConfig
 from .convert import dequantize_model_, quantize_model_
 from .estimate import Recommendation, estimate_memory, estimate_side_memory, recommend
 from .guards import install_guards
+from .processes import install_processes
 from .reference_model import install_references
 from .registration import is_accumulating, register_optimizer
 from .resizing import install_resizing
@@ -20,6 +21,7 @@ install_resizing()
 install_references()
 install_clipping()
 install_side_networks()
+install_processes()
 
 __all__ = [
     "QFTConfig",

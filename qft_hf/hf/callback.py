@@ -14,6 +14,7 @@ from ..optim.flow import ACCUMULATION_IS_FORBIDDEN
 from ..side import side_network_of
 from .checkpoint import parameters_without_state, write_mark
 from .optimizers import is_ours, named_optimizer, refuse_overruled, refuse_retries
+from .processes import by_first, start_together
 from .support import prepare_model_, refuse_foreign_optimizer, refuse_optimizer, unwrapped
 
 logger = logging.getLogger(__name__)
@@ -57,14 +58,20 @@ class QFTCallback(TrainerCallback):
         control: TrainerControl,
         model: nn.Module | None = None,
         optimizer: Any = None,
+        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse INT8 weights under another optimizer, and options that have no effect on it."""
+        """Refuse INT8 weights under another optimizer, and options that have no effect on it.
+
+        Several processes make sure that they run the same, of the same model.
+        """
         if model is not None:
             refuse_foreign_optimizer(model, optimizer)
         inner = unwrapped(optimizer)
         if not is_ours(inner):
             return
+        if model is not None:
+            start_together(inner, model, args, state, train_dataloader)
         refuse_overruled(args, inner, is_resumed=state.global_step > 0)
         if self.writes_in_place and getattr(args, "cuda_graph", False):
             raise ValueError(
@@ -120,13 +127,12 @@ class QFTCallback(TrainerCallback):
         """Mark a checkpoint that the stock Trainer has written, so that damage shows later."""
         inner = unwrapped(optimizer)
         checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if (
-            self.writes_in_place
-            and is_ours(inner)
-            and model is not None
-            and checkpoint.is_dir()  # not in a search for hyperparameters
-        ):
-            write_mark(checkpoint, without_state=parameters_without_state(model, inner))
+        if self.writes_in_place and is_ours(inner) and model is not None:
+            with by_first():
+                pass  # each process has written its random numbers
+            with by_first() as is_first:
+                if is_first and checkpoint.is_dir():  # not in a search for hyperparameters
+                    write_mark(checkpoint, without_state=parameters_without_state(model, inner))
 
     def on_train_end(
         self,

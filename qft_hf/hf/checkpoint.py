@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 MARK = "qft_checkpoint.json"
 RNG_STATE_NAME = "rng_state.pth"
+RNG_STATES = "rng_state_*.pth"
 STATE_FILES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_STATE_NAME)
 # Any of them is a set of weights of its own.
 WEIGHTS = (
@@ -105,7 +106,7 @@ def faults(checkpoint: Path) -> list[str]:
     if not checkpoint.is_dir():
         return ["there is no such folder"]
     found: list[str] = []
-    names, saved = {*STATE_FILES}, {}
+    names, saved = {*_state_files(checkpoint)}, {}
     if (checkpoint / CONFIG_NAME).is_file():  # its text is not compared: it may be edited
         names.add(CONFIG_NAME)
     try:
@@ -131,7 +132,7 @@ def write_mark(checkpoint: Path, *, without_state: Iterable[str]) -> None:
         checkpoint: With all its files; `MARK` is added.
         without_state: Parameters that have no optimizer state, such as those never used.
     """
-    names = [*weight_files(checkpoint), *STATE_FILES, SCALER_NAME]
+    names = [*weight_files(checkpoint), *_state_files(checkpoint), SCALER_NAME]
     mark = {
         "files": {
             name: _digest(checkpoint / name) for name in names if (checkpoint / name).is_file()
@@ -140,6 +141,12 @@ def write_mark(checkpoint: Path, *, without_state: Iterable[str]) -> None:
     }
     with written_whole(checkpoint / MARK) as draft:
         draft.write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
+
+
+def _state_files(checkpoint: Path) -> list[str]:
+    """What a resume reads beside the weights; several processes have saved random numbers each."""
+    of_each = [path.name for path in checkpoint.glob(RNG_STATES)]
+    return [name for name in STATE_FILES if name != RNG_STATE_NAME or not of_each] + of_each
 
 
 def read_mark(checkpoint: Path) -> dict[str, Any]:

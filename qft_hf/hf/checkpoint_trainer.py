@@ -27,7 +27,8 @@ from .checkpoint import (
     require_whole,
     write_mark,
 )
-from .drafts import drafted, settle, written_whole
+from .drafts import drafted, settle
+from .processes import by_first, of_first, written_by_all
 from .support import unwrapped
 
 logger = logging.getLogger(__name__)
@@ -72,13 +73,16 @@ class CheckpointTrainer(Trainer):
             ValueError: The checkpoint is not whole, or not of this model; nothing was trained.
         """
         output_dir = Path(str(self.args.output_dir))
-        settle(output_dir)
         checkpoint: Path | None = None
-        if resume_from_checkpoint is True:
-            checkpoint = newest_whole_checkpoint(output_dir)
-        elif resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-            require_whole(checkpoint)
+        with by_first() as is_first:
+            if is_first:
+                settle(output_dir)
+                if resume_from_checkpoint is True:
+                    checkpoint = newest_whole_checkpoint(output_dir)
+                elif resume_from_checkpoint:
+                    checkpoint = Path(resume_from_checkpoint)
+                    require_whole(checkpoint)
+        checkpoint = of_first(checkpoint)
         steps_before = -1
         if checkpoint is not None:
             resume_from_checkpoint = str(checkpoint)
@@ -136,28 +140,30 @@ class CheckpointTrainer(Trainer):
         run_dir = self._get_output_dir(trial=trial)
         folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         best = self.state.best_model_checkpoint
-        with written_whole(Path(folder)) as draft:
+        with written_by_all(Path(folder)) as draft:
             self._draft = draft.parent
             try:
-                # It has no other checkpoints beside it to remove.
-                super()._save_checkpoint(model, trial)
+                with by_first() as is_first:
+                    # It has no other checkpoints beside it to remove.
+                    super()._save_checkpoint(model, trial)
                 if self.state.best_model_checkpoint == str(draft):
                     best = folder
             finally:
                 self._draft = None
                 self.state.best_model_checkpoint = best
-            self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
-            write_mark(
-                draft, without_state=parameters_without_state(self.model, unwrapped(self.optimizer))
-            )
+            if is_first:
+                self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
+                lacking = parameters_without_state(self.model, unwrapped(self.optimizer))
+                write_mark(draft, without_state=lacking)
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
-        rotate_checkpoints(
-            output_dir=run_dir,
-            save_total_limit=self.args.save_total_limit,
-            best_model_checkpoint=self.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push what is whole, not a draft: a push that fails must not cost the checkpoint."""
@@ -174,8 +180,9 @@ class CheckpointTrainer(Trainer):
         if self._draft is not None:
             super().save_model(output_dir, _internal_call=True)
             return
-        with drafted(Path(str(output_dir or self.args.output_dir))) as draft:
-            super().save_model(str(draft), _internal_call=True)
+        if self.args.should_save:
+            with drafted(Path(str(output_dir or self.args.output_dir))) as draft:
+                super().save_model(str(draft), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

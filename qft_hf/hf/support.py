@@ -35,6 +35,11 @@ from .optimizers import (
 
 logger = logging.getLogger(__name__)
 
+SEVERAL_GPUS = (
+    "On several GPUs start a process for each, as `accelerate launch --multi_gpu --num_processes "
+    "4 ...` does: each holds the INT8 weights, and gradients and optimizer state are divided."
+)
+
 
 def has_quantized_weights(model: nn.Module) -> bool:
     """Whether any parameter of `model` is a `QFTWeight`."""
@@ -231,15 +236,15 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
     if args.deepspeed:
         raise ValueError(
             "DeepSpeed partitions float parameters and cannot hold INT8 weights. Remove deepspeed: "
-            "the INT8 model needs a fifth of the memory of FP32 Adam on one device."
+            "the INT8 model needs a fifth of the memory of FP32 Adam on one device. " + SEVERAL_GPUS
         )
     if args.fsdp:
-        raise ValueError("FSDP is not supported with INT8 weights yet. Train on one process.")
-    if args.world_size > 1:
         raise ValueError(
-            f"{args.world_size} processes were started, and INT8 gradients are not yet summed "
-            "across processes: replicas would drift apart. Start one process."
+            "FSDP shards float parameters and gathers them layer by layer, and cannot hold INT8 "
+            "weights. Remove fsdp. " + SEVERAL_GPUS
         )
+    if args.world_size > 1:
+        _refuse_of_several(args)
     if getattr(args, "chunked_loss", False) and args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} needs all logits, which a "
@@ -258,12 +263,13 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
     if (getattr(model, "_tp_size", None) or 1) > 1 or getattr(parallelism, "tp_enabled", False):
         raise ValueError(
             "Tensor parallelism splits float weights by columns and rows. Load the model without "
-            "tp_plan; device_map places whole layers on several devices."
+            "tp_plan; device_map places whole layers on several devices. " + SEVERAL_GPUS
         )
     if isinstance(model, nn.DataParallel) or args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible and the Trainer would wrap the model in "
-            "nn.DataParallel, which copies float weights. Set CUDA_VISIBLE_DEVICES to one GPU."
+            "nn.DataParallel, which copies float weights. Set CUDA_VISIBLE_DEVICES to one GPU. "
+            + SEVERAL_GPUS
         )
     if hasattr(model, "peft_config"):
         raise ValueError(
@@ -277,6 +283,29 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
         raise ValueError(
             f"{half[0]} and {len(half) - 1} more parameters are float16, whose range is too narrow "
             "to train without loss scaling. Load the model with dtype=torch.bfloat16."
+        )
+
+
+def _refuse_of_several(args: TrainingArguments) -> None:
+    """Raise for what works on one process and not on several."""
+    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        raise ValueError(
+            "Under use_reentrant=True backward passes lie inside of others, and several processes "
+            "cannot see when a step's gradients are complete. Set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, which is the default."
+        )
+    if args.save_on_each_node:
+        raise ValueError(
+            "save_on_each_node=True writes a checkpoint on each machine, and the optimizer state "
+            "of all rows is on the first one alone. Set save_on_each_node=False, and an output_dir "
+            "that all machines see."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True tries a smaller batch where memory runs out, and other "
+            "processes would not know. Set auto_find_batch_size=False and a "
+            "per_device_train_batch_size that fits."
         )
 
 

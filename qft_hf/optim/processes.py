@@ -60,6 +60,7 @@ HEADER_BYTES = 4  # before the rows of a gradient: whether there is one
 # PyTorch 2.13 has given it a new name, and warns of the old one.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
+STOPS = "Process {rank} stops because another has failed. {failure}"
 DIFFERENT_SETTINGS = "Give all the same settings, and the same parameters in the same order."
 
 _n_groups = 0  # that this process has joined; the same on all
@@ -178,6 +179,33 @@ class Processes:
         self.broadcast_([tensor])
         numbers = tensor.tolist()
         return numbers
+
+    def of_first(self, value: Any) -> Any:
+        """The value that process 0 has, which can be pickled."""
+        values = [value]
+        dist.broadcast_object_list(values, 0, group=self._group)
+        return values[0]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within, what is raised on one process is raised on all, when they come to the end.
+
+        Raises:
+            RuntimeError: Another process has failed within.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 raised below
+            failure = error
+        told = None if failure is None else self._text(failure)
+        everyones: list[str | None] = [None] * self.n
+        dist.all_gather_object(everyones, told, group=self._group)
+        if failure is not None:
+            raise failure
+        for text in everyones:
+            if text is not None:
+                raise RuntimeError(STOPS.format(rank=self.rank, failure=text))
 
     def sum_(self, values: Tensor) -> None:
         """Add up those of all processes in place."""
@@ -353,9 +381,7 @@ class Processes:
                 is_over = work.is_completed() or time.monotonic() > deadline
                 failure = self.failure(patience=2 * LOOK_SECONDS if is_over else 0.0)
                 if failure is not None:
-                    raise RuntimeError(
-                        f"Process {self.rank} stops because another has failed. {failure}"
-                    ) from error
+                    raise RuntimeError(STOPS.format(rank=self.rank, failure=failure)) from error
                 if is_over:
                     raise RuntimeError(
                         f"Process {self.rank} stops because another has ended, or has not come to "
@@ -367,9 +393,19 @@ class Processes:
         """Tell the others that this process fails, if nobody has failed before."""
         if self._failures is None or self.failure() is not None:
             return
-        text = f"Process {self.rank}: {type(error).__name__}: {error}"
         with self._store_may_be_gone():
-            self._failures.compare_set("failure", "", text)
+            self._failures.compare_set("failure", "", self._text(error))
+
+    def _text(self, error: BaseException) -> str:
+        return f"Process {self.rank}: {type(error).__name__}: {error}"
+
+    def tell(self, error: BaseException) -> None:
+        """`report`; or note at the error, if it is another's, what that one has reported."""
+        failure = self.failure(patience=LOOK_SECONDS if isinstance(error, RuntimeError) else 0.0)
+        if failure is None:
+            self.report(error)
+        elif failure not in str(error) and not failure.startswith(f"Process {self.rank}:"):
+            error.add_note(f"The first process that failed was another. {failure}")
 
     def failure(self, *, patience: float = 0.0) -> str | None:
         """What the first process that failed has told; None: nobody has.

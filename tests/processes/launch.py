@@ -14,12 +14,12 @@ PATIENCE_SECONDS = 240  # of all scenarios together; to start takes some
 
 
 def launch(
-    module: str, *arguments: str, n: int, folder: Path, check: bool = True
+    *arguments: str, n: int, module: str = "tests.processes", check: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node n -m module folder arguments`, with a port of its own."""
+    """`torchrun --nproc-per-node n -m module arguments`, with a port of its own."""
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}",
-        f"--master-port={free_port()}", "-m", module, str(folder), *arguments,
+        f"--master-port={free_port()}", "-m", module, *arguments,
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS

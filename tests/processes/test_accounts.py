@@ -19,7 +19,7 @@ N_PROCESSES = 2
 @pytest.fixture(scope="module")
 def of_each(tmp_path_factory):
     folder = tmp_path_factory.mktemp("accounts")
-    launch("tests.processes.accounts", n=N_PROCESSES, folder=folder)
+    launch(str(folder), n=N_PROCESSES, module="tests.processes.accounts")
     return results(folder, N_PROCESSES)
 
 

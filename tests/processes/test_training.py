@@ -6,22 +6,12 @@ import pytest
 import torch
 
 from tests.processes import training
-from tests.processes.launch import launch, results
-
-N_PROCESSES = 2
-
-
-@pytest.fixture(scope="module")
-def of_each(tmp_path_factory):
-    """Results of all scenarios on each of two processes: to start them takes the longest."""
-    folder = tmp_path_factory.mktemp("processes")
-    launch("tests.processes.training", *training.SCENARIOS, n=N_PROCESSES, folder=folder)
-    return results(folder, N_PROCESSES)
+from tests.processes.conftest import ON_THREE, ON_TWO
 
 
 @cache
-def alone(name):
-    return training.run_alone(name, N_PROCESSES)
+def alone(name, n):
+    return training.run_alone(name, n)
 
 
 def different(one, other):
@@ -34,18 +24,47 @@ def different(one, other):
 
 
 @pytest.mark.parametrize("name", training.SCENARIOS)
-def test_processes_train_as_one_does_with_all_gradients(name, of_each):
-    first, second = (found[name] for found in of_each)
+def test_two_processes_train_as_one_does_with_all_gradients(name, runs):
+    first, second = (found[f"optimizer:{name}"] for found in runs.two)
 
     assert different(first["weights"], second["weights"]) == []
-    assert different(first["weights"], alone(name)["weights"]) == []
-    assert first["norms"] == second["norms"] == alone(name)["norms"]
+    assert different(first["weights"], alone(name, 2)["weights"]) == []
+    assert first["norms"] == second["norms"] == alone(name, 2)["norms"]
 
 
 @pytest.mark.parametrize("name", training.SCENARIOS)
-def test_the_first_process_has_the_state_of_all_rows_to_save(name, of_each):
-    state, wanted = of_each[0][name]["state"], alone(name)["state"]
+def test_the_first_process_has_the_state_of_all_rows_to_save(name, runs):
+    state, wanted = runs.two[0][f"optimizer:{name}"]["state"], alone(name, 2)["state"]
 
     assert state.keys() == wanted.keys()
     for number, tensors in wanted.items():
         assert different(state[number], tensors) == []
+
+
+def test_three_processes_divide_by_three(runs):
+    """Without float parameters, whose sum a backend may add up in any order."""
+    assert (
+        different(runs.three[0]["optimizer:no-floats"]["weights"], alone("no-floats", 3)["weights"])
+        == []
+    )
+
+
+@pytest.mark.parametrize("run", [run for run in ON_TWO + ON_THREE if "uneven" not in run])
+def test_all_processes_end_with_the_same_weights(run, runs):
+    for everyone in (runs.two, runs.three):
+        for found in everyone if run in everyone[0] else []:
+            assert different(everyone[0][run]["weights"], found[run]["weights"]) == []
+
+
+def test_a_process_may_own_no_row_and_leave_out_a_layer(runs):
+    """The head has two rows, so the third process owns none; release is the stack."""
+    found = [of_one[run] for of_one in runs.three for run in ON_THREE if "uneven" in run]
+
+    assert len(found) == 6
+    for other in found[1:]:
+        assert different(found[0]["weights"], other["weights"]) == []
+    fresh, _, _ = training.make("uneven")
+    before = training.model_tensors(fresh)
+    changed = different(before, found[0]["weights"])
+    assert not any(name.startswith("never") for name in changed)
+    assert {"blocks.1.up.weight.codes", "head.weight.codes"} <= set(changed)

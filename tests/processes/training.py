@@ -1,16 +1,10 @@
-"""Training of the small model on several processes, and the same on one that is told all gradients.
+"""The small model, trained by several processes, and by one that is told all gradients."""
 
-torchrun --nproc-per-node 2 -m tests.processes.training FOLDER SCENARIO...
-"""
-
-import sys
 from contextlib import nullcontext
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qft_hf.config import QuantizationSpec
@@ -19,11 +13,10 @@ from qft_hf.layout import STATE_GROUP_SIZE
 from qft_hf.nn import quantize_modules_
 from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from qft_hf.quant import Int8Gradient, QFTWeight
-from tests.nn.small import SmallModel, batch
+from tests.nn.small import WIDTH, SmallModel, batch
 from tests.optim.common import make_optimizer, model_tensors
-from tests.processes.launch import TIMEOUT_SECONDS
 
-N_STEPS = 6
+N_STEPS = 4
 KINDS = {"lion": QFTLion, "adamw": QFTAdamW, "sgd": QFTSGD}
 
 # What differs from Lion on the stack, an untied model, one micro-batch each, no clipping.
@@ -54,9 +47,31 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "checkpointing": {"reentrant": False},
     "frozen": {"frozen": ("blocks.0.up.weight", "norm.weight")},
     "no-floats": {"frozen": ("norm.weight", "norm.bias", "up.bias", "down.bias")},
+    "uneven": {"uneven": True},
+    "uneven-release": {"uneven": True, "gradient": "release"},
 }  # fmt: skip
-MODEL = ("tied", "reentrant", "dtype", "matmul", "frozen")
+MODEL = ("uneven", "tied", "reentrant", "dtype", "matmul", "frozen")
 LOOP = ("clip", "n_parts")
+LONG = {"stack": 20, "release": 20, "clipped": 20, "int8": 20}
+
+
+class Uneven(SmallModel):
+    """A head of two rows, a layer that one process leaves out, and one that nobody uses."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.never = nn.Linear(WIDTH, WIDTH)
+            self.head = nn.Linear(WIDTH, 2)
+        self.rank = 0
+
+    def loss(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for number, block in enumerate(self.blocks):
+            if (number, self.rank) != (1, 1):
+                x = block(x)
+        return F.cross_entropy(self.head(self.norm(x))[:, -1], ids[:, 0] % 2)
 
 
 def make(name: str) -> tuple[SmallModel, Any, dict[str, Any]]:
@@ -66,7 +81,8 @@ def make(name: str) -> tuple[SmallModel, Any, dict[str, Any]]:
     of_loop = {key: settings.pop(key) for key in LOOP if key in settings}
     frozen, dtype = of_model.pop("frozen", ()), of_model.pop("dtype", torch.float32)
     matmul = of_model.pop("matmul", "dequantize")
-    model = SmallModel(**{"tied": False, **of_model}).to(dtype)
+    model_class = Uneven if of_model.pop("uneven", False) else SmallModel
+    model = model_class(**{"tied": False, **of_model}).to(dtype)
     group_size = None if matmul == "int8" else 40
     spec = QuantizationSpec(group_size=group_size, outlier_fraction=0.02, matmul=matmul)
     quantize_modules_(model, spec)
@@ -89,6 +105,7 @@ def train(
 ) -> list[float]:
     """Steps on this process's share of each batch; returns the norms."""
     norms = []
+    model.rank = rank
     for step in steps:
         own = shares(step, n)[rank]
         for number, part in enumerate(own.chunk(n_parts)):
@@ -128,7 +145,7 @@ def train_alone(
     parameters = [p for p in model.parameters() if p.requires_grad]
     for step in steps:
         of_all: list[list[Tensor]] = []
-        for own in shares(step, n):
+        for model.rank, own in enumerate(shares(step, n)):
             for part in own.chunk(n_parts):
                 (model.loss(part) / n_parts).backward()
             of_all.append([p.grad for p in parameters])
@@ -136,7 +153,12 @@ def train_alone(
                 p.grad = None
         for parameter, gradients in zip(parameters, zip(*of_all, strict=True), strict=True):
             parameter.grad = mean(parameter, gradients)
-        norm = torch.stack([square(p.grad) for p in parameters]).sum().sqrt().float()
+        norm = (
+            torch.stack([square(p.grad) for p in parameters if p.grad is not None])
+            .sum()
+            .sqrt()
+            .float()
+        )
         previous = torch.tensor(norms[-1]) if norms else None
         if clip is None:
             norm = norm if logs_norm else torch.zeros(())
@@ -160,12 +182,14 @@ def square(gradient: Tensor) -> Tensor:
     return torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
 
 
-def mean(parameter: Tensor, gradients: tuple[Any, ...]) -> Tensor:
+def mean(parameter: Tensor, gradients: tuple[Any, ...]) -> Tensor | None:
     """FP32 sum in the order of processes, divided by their number; INT8 if it was."""
+    if all(gradient is None for gradient in gradients):
+        return None
     if not isinstance(parameter, QFTWeight):
-        total = sum(gradient.float() for gradient in gradients)
+        total = sum(gradient.float() for gradient in gradients if gradient is not None)
         return (total / len(gradients)).to(parameter.dtype)
-    total = sum(values(gradient) for gradient in gradients)
+    total = sum(values(gradient) for gradient in gradients if gradient is not None)
     total = total / torch.tensor([len(gradients)])
     codes, scales = quantize(total, group_size=STATE_GROUP_SIZE)
     return Int8Gradient(codes, scales, dtype=parameter.dtype, arrangement=parameter.arrangement)
@@ -180,7 +204,7 @@ def values(gradient: Int8Gradient) -> Tensor:
 def run(name: str, rank: int, n: int) -> dict[str, Any]:
     """A scenario on this process."""
     model, optimizer, loop = make(name)
-    norms = train(model, optimizer, range(N_STEPS), rank=rank, n=n, **loop)
+    norms = train(model, optimizer, range(LONG.get(name, N_STEPS)), rank=rank, n=n, **loop)
     return found(model, optimizer, norms, is_first=rank == 0)
 
 
@@ -190,7 +214,7 @@ def run_alone(name: str, n: int) -> dict[str, Any]:
     bits = {"momentum_bits": given.momentum_bits} if isinstance(given, QFTLion) else {}
     optimizer = make_optimizer(model, type(given), lr=given.param_groups[0]["lr"], **bits)
     norms = train_alone(
-        model, optimizer, range(N_STEPS), n=n, clipping=given.clipping,
+        model, optimizer, range(LONG.get(name, N_STEPS)), n=n, clipping=given.clipping,
         logs_norm=given.gradient == "release", **{"clip": given.max_grad_norm, **loop},
     )  # fmt: skip
     return found(model, optimizer, norms)
@@ -203,17 +227,3 @@ def found(
     optimizer.consolidate()
     state = optimizer.state_dict()["state"] if is_first else None
     return {"weights": model_tensors(model), "state": state, "norms": norms}
-
-
-def main() -> None:
-    """Run scenarios on this process of several."""
-    folder, *names = sys.argv[1:]
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
-    rank, n = dist.get_rank(), dist.get_world_size()
-    torch.save({name: run(name, rank, n) for name in names}, Path(folder) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
