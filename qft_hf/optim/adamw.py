@@ -69,9 +69,10 @@ class QFTAdamW(QFTOptimizer):
                 "The second of betas must be above the square of the first, or steps grow without "
                 f"bound where gradients end, got {group['betas']}. Usual are {ADAMW_BETAS}."
             )
-        if not isinstance(group["eps"], int | float) or not 0 < group["eps"] < inf:
+        eps = group["eps"]
+        if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < inf:
             raise ValueError(
-                f"eps must be positive and finite, got {group['eps']}: it is what an element "
+                f"eps must be positive and finite, got {eps}: it is what an element "
                 "without gradients is divided by. Usual is 1e-8."
             )
 

@@ -222,6 +222,8 @@ class QFTOptimizer(Optimizer):
         """
         for name in ("lr", "weight_decay"):
             try:
+                if isinstance(group[name], bool | str):  # of which float() makes numbers, too
+                    raise TypeError
                 value = float(group[name])
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{name} must be a number, got {group[name]!r}.") from error
@@ -230,8 +232,12 @@ class QFTOptimizer(Optimizer):
                     f"{name} must be finite and not negative, got {value}. To climb, set "
                     "maximize=True."
                 )
-        if not isinstance(group["seed"], int) or not 0 <= group["seed"] < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {group['seed']}.")
+        seed = group["seed"]
+        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {seed}.")
+        for name in ("maximize", "stochastic_rounding"):
+            if not isinstance(group[name], bool):
+                raise ValueError(f"{name} must be True or False, got {group[name]!r}.")
 
     def check_groups(self) -> None:
         """`check_group` of all: a scheduler may have written anything since the last step."""

@@ -103,10 +103,11 @@ def checked_state(
                 f"{key} of {name} has -128, which is no code: the optimizer state is damaged. "
                 "Resume from an earlier checkpoint, or without the optimizer's state."
             )
-    step = torch.as_tensor(state["step"], dtype=torch.int64).cpu().reshape(()).clone()
-    if step < 0:
+    counted = torch.as_tensor(state["step"]).cpu().reshape(())
+    step = counted.to(torch.int64, copy=True)
+    if step < 0 or step != counted:
         raise ValueError(
-            f"The step of {name} is {int(step)}, which no optimizer has counted: its state is "
+            f"The step of {name} is {counted.item()}, which no optimizer has counted: its state is "
             "damaged. Resume from an earlier checkpoint."
         )
     tensors = {key: state[key].to(device, copy=True) for key in wanted}

@@ -38,6 +38,13 @@ BAD = [
     ("seed", 2**63, r"seed must be in \[0, 2\*\*63\)"),
     ("seed", 0.5, r"seed must be in \[0, 2\*\*63\), got 0.5"),
     ("seed", None, r"seed must be in \[0, 2\*\*63\), got None"),
+    ("lr", True, "lr must be a number, got True"),
+    ("lr", "1e-3", "lr must be a number, got '1e-3'"),
+    ("weight_decay", False, "weight_decay must be a number, got False"),
+    ("seed", True, r"seed must be in \[0, 2\*\*63\), got True"),
+    ("maximize", "no", "maximize must be True or False, got 'no'"),
+    ("maximize", None, "maximize must be True or False, got None"),
+    ("stochastic_rounding", 0, "stochastic_rounding must be True or False, got 0"),
 ]
 BAD_BETAS = [
     ("betas", betas, r"betas must be two numbers in \[0, 1\)")
@@ -48,7 +55,7 @@ BAD_BETAS = [
 ]  # fmt: skip
 BAD_EPS = [
     ("eps", eps, "eps must be positive and finite, got")
-    for eps in (0.0, -1e-8, math.nan, math.inf, None, "small", (1e-8,))
+    for eps in (0.0, -1e-8, math.nan, math.inf, None, "small", (1e-8,), True)
 ]
 CASES = [(kind, *case) for kind in (*KINDS, QFTAdamW) for case in BAD]
 CASES += [(kind, *case) for kind in (QFTLion, QFTAdamW) for case in BAD_BETAS]

@@ -186,6 +186,8 @@ def spoiled_states():
             rf"parameter 6 .*extra.*{another}",
         ),
         (set_tensor(3, "step", lambda s: -1), "step of parameter 3 is -1.*Resume from an earlier"),
+        (set_tensor(3, "step", lambda s: s + 0.5), r"step of parameter 3 is \d\.5.*Resume from an"),
+        (set_tensor(3, "step", lambda s: s * inf), "step of parameter 3 is inf.*Resume from an"),
         (drop(2, "step"), "parameter 2 must be a step and .*Resume"),
         (
             lambda state: state["state"].update({77: state["state"].pop(1)}),
