@@ -119,3 +119,41 @@ def test_the_study_of_boolq_tunes_every_way_and_goes_on_where_it_stopped(run, qu
     assert new[0]["rate"] == 1e-2  # which ends lower than 1e-9
     mean = sum(found[way]["accuracy"] for way in found if way == "QFT")
     assert f"| QFT | 0.01 | 2 | {50 * (mean + new[2]['accuracy']):.1f} % |" in text
+
+
+def test_the_study_of_side_tuning_measures_every_way_on_the_same_batch(questions, tmp_path):
+    script = load("side_tuning")
+    # bitsandbytes computes on a CPU where rows are a multiple of 32 and columns one of 64.
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(
+        BertConfig(vocab_size=len(tiny_tokenizer()), intermediate_size=128, **sizes)
+    ).save_pretrained(tmp_path / "minilm")
+    flags = {
+        **script.TASKS["boolq-minilm"].flags,
+        "model_name_or_path": tmp_path / "minilm",
+        "train_data": tmp_path / "boolq" / "train.jsonl",
+        "eval_data": tmp_path / "boolq" / "eval.jsonl",
+    }
+    rates = {"full": 1e-4, "lora": 1e-3, "side": 1e-3}
+    task = script.Task(flags, steps=2, batch_size=4, score="accuracy", rates=rates)
+    bench = script.Bench(task)
+
+    figures = script.measured(bench, script.WAYS)
+    scores = script.trained(bench, script.WAYS["QST, INT8 base"], 1, lambda text: None)
+
+    assert len(figures) == 9
+    for base, other in (("NF4", "QLoRA"), ("INT8", "LoRA on INT8")):
+        side = figures[f"QST, {base} base"]
+        assert side["kept_bytes"] < figures[other]["kept_bytes"]
+        assert side["trained"] < figures[other]["trained"] < figures["full QFT"]["trained"]
+    assert figures["QST, NF4 base"]["ledger_bytes"] < figures["QST, float base"]["ledger_bytes"]
+    means = figures["QST, float base, mean"]
+    assert means["kept_bytes"] < figures["QST, float base"]["kept_bytes"]
+    assert 0 <= scores["accuracy"] <= 1
+    done = [
+        {"task": "boolq-minilm", "measured": figures},
+        {"task": "boolq-minilm", "way": "QST, INT8 base", "seed": 1, "scores": scores},
+    ]
+    assert f"| QST, INT8 base | {scores['loss']:.4f} | {scores['accuracy']:.4f} |" in script.tables(
+        done
+    )

@@ -1,0 +1,391 @@
+"""What does a side network cost and reach, beside QLoRA, LoRA on INT8 and training everything?
+
+    python scripts/fetch_demo.py smollm2 chitchat minilm boolq       what it learns from, once
+    python scripts/studies/side_tuning.py
+    python scripts/studies/side_tuning.py --only dialogues/QLoRA dialogues/QST --seeds 0
+
+Every way learns the same batches, in the same order for the same seed. First all ways of a task are
+built side by side and measured on one batch: what autograd keeps for backward, the ledger just
+before a step, and seconds of the processor a step, taken in turns so that all see the same machine.
+Then each is trained and scored on held-out data; `--measure` stops before that. What is done is a
+line in `runs.jsonl` of the output folder, and is not done again: stop it whenever you like.
+"""
+
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import get_cosine_schedule_with_warmup, set_seed
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
+from common import report
+from common.command_line import chosen, command_line
+
+from qft_hf import QFTConfig, QFTLion, QFTWeight, memory_ledger
+from qft_hf.hf.base import base_format
+from qft_hf.hf.card import parameters_of
+from qft_hf.hf.finetune import parse_arguments
+from qft_hf.hf.finetune.data import TaskData, prepare_data
+from qft_hf.hf.finetune.evaluate import scores
+from qft_hf.hf.finetune.loading import load_config, load_model, load_tokenizer
+from qft_hf.side import QSTConfig, attach_side_network
+
+MAX_GRAD_NORM = 1.0
+WARMUP = 0.06  # share of all steps
+TIMED = 3  # steps of each way; the median counts
+LORA_RANK = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and what it learns.
+
+    Attributes:
+        flags: Of `qft-hf finetune`.
+        steps: Of training.
+        batch_size: Examples of a step.
+        score: What decides, of the scores that the task has.
+        rates: Of Lion on all weights, and of AdamW on adapters and on side networks.
+    """
+
+    flags: dict[str, Any]
+    steps: int
+    batch_size: int
+    score: str
+    rates: dict[str, float] = field(default_factory=dict)
+
+
+_BOOLQ = {
+    "task": "classification",
+    "train_data": "data/boolq/train.jsonl",
+    "eval_data": "data/boolq/eval.jsonl",
+    "text_field": "question",
+    "text_pair_field": "passage",
+    "max_train_rows": 2000,
+    "max_length": 48,
+    "max_eval_rows": 200,
+}
+TASKS = {
+    "boolq-minilm": Task(
+        {**_BOOLQ, "model_name_or_path": "data/minilm"},
+        steps=50,
+        batch_size=8,
+        score="accuracy",
+        rates={"full": 5e-5, "lora": 1e-3, "side": 1e-3},
+    ),
+    "boolq-smollm2": Task(
+        {**_BOOLQ, "model_name_or_path": "data/smollm2", "max_eval_rows": 100},
+        steps=20,
+        batch_size=4,
+        score="accuracy",
+        rates={"full": 5e-5, "lora": 1e-3, "side": 1e-3},
+    ),
+    "dialogues": Task(
+        {
+            "model_name_or_path": "data/smollm2",
+            "train_data": "data/chitchat/train.jsonl",
+            "max_train_rows": 1000,
+            "eval_data": "data/chitchat/eval.jsonl",
+            "max_eval_rows": 16,
+            "max_length": 64,
+        },
+        steps=20,
+        batch_size=2,
+        score="loss",
+        rates={"full": 1e-4, "lora": 1e-3, "side": 2e-3},
+    ),
+}
+
+
+class Bench:
+    """One task: its data, and models that are loaded for it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        flags = {
+            **task.flags,
+            "output_dir": "unused",
+            "use_cpu": "true",
+            "disable_tqdm": "true",
+            "per_device_eval_batch_size": 16,
+        }
+        self.arguments = parse_arguments([f"--{name}={value}" for name, value in flags.items()])
+        tokenizer = load_tokenizer(self.arguments.model)
+        config = load_config(self.arguments.model)
+        self.data: TaskData = prepare_data(self.arguments.data, tokenizer, config, seed=0)
+
+    def load(self, base: str, seed: int, *, is_frozen: bool = True) -> Any:
+        """Return the model with weights of this kind; of a frozen one a new head stays float."""
+        set_seed(seed)
+        config = load_config(self.arguments.model)
+        self.data.task.configure(config)
+        with torch.device("meta"):
+            skeleton = self.data.task.model_class.from_config(config)
+        heads = [n for n, _ in skeleton.named_children() if n in ("classifier", "score")]
+        form = QFTConfig(seed=seed, modules_to_not_convert=heads if is_frozen else [])
+        return load_model(
+            self.arguments.model,
+            base_format(base, skeleton, config=form),
+            config,
+            self.data.task,
+            max_length=self.arguments.data.max_length,
+        )
+
+    def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Yield batches of training data without end, in the order of the seed."""
+        loader: Any = DataLoader(
+            self.data.train.dataset,  # type: ignore[arg-type]
+            batch_size=self.task.batch_size,
+            shuffle=True,
+            drop_last=True,
+            generator=torch.Generator().manual_seed(seed),
+            collate_fn=self.data.task.collator,
+        )
+        while True:
+            yield from loader
+
+    def scores(self, model: Any) -> dict[str, float]:
+        """Return the scores on held-out data, as `qft-hf evaluate` has them."""
+        return scores(model, self.data, self.arguments.training)
+
+
+Build = Callable[[Bench, int], tuple[Any, Any]]  # bench and seed; model and optimizer
+
+
+def full(bench: Bench, seed: int) -> tuple[Any, Any]:
+    """Every parameter in INT8, by Lion."""
+    model = bench.load("int8", seed, is_frozen=False)
+    return model, QFTLion(model.parameters(), lr=bench.task.rates["full"], seed=seed)
+
+
+def lora(base: str) -> Build:
+    """Adapters on every linear layer of a frozen base; with NF4 that is QLoRA."""
+
+    def build(bench: Bench, seed: int) -> tuple[Any, Any]:
+        model = bench.load(base, seed)
+        config = LoraConfig(
+            r=LORA_RANK,
+            lora_alpha=2 * LORA_RANK,
+            target_modules=linears(model),
+            task_type="SEQ_CLS" if bench.task.score == "accuracy" else "CAUSAL_LM",
+        )
+        model = get_peft_model(model, config)
+        return model, adamw(model, bench.task.rates["lora"])
+
+    return build
+
+
+def linears(model: Any) -> list[str]:
+    """Names of all linear layers but the heads, whatever they store their weights in."""
+    layers = getattr(model, model.base_model_prefix)
+    return [
+        f"{model.base_model_prefix}.{name}"
+        for name, module in layers.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def side(base: str, downsample: str) -> Build:
+    """A side network on a frozen base."""
+
+    def build(bench: Bench, seed: int) -> tuple[Any, Any]:
+        model = bench.load(base, seed)
+        set_seed(seed)
+        model = attach_side_network(model, QSTConfig(downsample=downsample))
+        return model, adamw(model, bench.task.rates["side"])
+
+    return build
+
+
+def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Of all that is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
+
+
+WAYS: dict[str, Build] = {
+    "QST, NF4 base": side("nf4", "adapter"),
+    "QLoRA": lora("nf4"),
+    "QST, INT8 base": side("int8", "adapter"),
+    "LoRA on INT8": lora("int8"),
+    "QST, float base": side("float", "adapter"),
+    "full QFT": full,
+    "QST, float base, linear": side("float", "linear"),
+    "QST, float base, mean": side("float", "mean"),
+    "QST, float base, max": side("float", "max"),
+}
+
+
+def step(model: Any, optimizer: Any, batch: dict[str, Tensor]) -> float:
+    """Take one step, and return its loss."""
+    optimizer.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    trained = [p for p in model.parameters() if p.grad is not None]
+    torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
+    optimizer.step()
+    return float(loss)
+
+
+def kept_bytes(model: Any, batch: dict[str, Tensor]) -> int:
+    """Return what autograd keeps of one batch for backward, parameters and buffers not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in stored(model)}
+    kept: dict[int, Tensor] = {}  # by storage; keeping them keeps addresses apart
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, QFTWeight):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def stored(model: nn.Module) -> Iterator[Tensor]:
+    """Yield parameters and buffers that have a storage of their own, and what NF4 is read by."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, QFTWeight):
+            yield tensor
+        state = getattr(tensor, "quant_state", None)
+        while state is not None:
+            yield from (value for value in vars(state).values() if isinstance(value, Tensor))
+            state = getattr(state, "state2", None)
+
+
+def measured(bench: Bench, ways: dict[str, Build]) -> dict[str, dict[str, Any]]:
+    """Return bytes and times of all ways, which stand side by side."""
+    batch = next(bench.batches(0))
+    built, found = {}, {}
+    for name, build in ways.items():
+        model, optimizer = build(bench, 0)
+        model.train()
+        _, n_trained = parameters_of(model)
+        step(model, optimizer, batch)
+        kept = kept_bytes(model, batch)
+        optimizer.zero_grad()
+        model(**batch).loss.backward()  # just before the second step: gradients and states exist
+        ledger = memory_ledger(model, optimizer).total_bytes
+        found[name] = {"trained": n_trained, "kept_bytes": kept, "ledger_bytes": ledger}
+        built[name] = (model, optimizer)
+    times: dict[str, list[float]] = {name: [] for name in built}
+    for _ in range(TIMED):
+        for name, (model, optimizer) in built.items():
+            began = time.process_time()
+            step(model, optimizer, batch)
+            times[name].append(time.process_time() - began)
+    for name, seconds in times.items():
+        found[name]["cpu_seconds"] = statistics.median(seconds)
+    return found
+
+
+def trained(bench: Bench, build: Build, seed: int, say: Callable[[str], None]) -> dict[str, float]:
+    """Train one model, and return its scores."""
+    model, optimizer = build(bench, seed)
+    steps = bench.task.steps
+    schedule = get_cosine_schedule_with_warmup(optimizer, ceil(WARMUP * steps), steps)
+    batches = bench.batches(seed)
+    model.train()
+    for number in range(steps):
+        loss = step(model, optimizer, next(batches))
+        schedule.step()
+        if (number + 1) % 10 == 0:
+            say(f"step {number + 1} of {steps}, loss {loss:.3f}")
+    return bench.scores(model)
+
+
+def tables(done: list[dict[str, Any]]) -> str:
+    """Return one table for each task."""
+    head = ["way", "loss, held out", "score", "trained", "kept for backward, MB"]
+    head += ["ledger, MB", "CPU seconds a step"]
+    parts = []
+    for name, task in TASKS.items():
+        figures = {}
+        for line in done:
+            if line["task"] == name and "measured" in line:
+                figures.update(line["measured"])
+        rows = []
+        for way, found in figures.items():
+            runs = [line for line in done if line.get("way") == way and line["task"] == name]
+            cells = [_spread([run["scores"][key] for run in runs]) for key in ("loss", task.score)]
+            rows.append(
+                [
+                    way,
+                    *cells,
+                    f"{found['trained']:,}",
+                    f"{found['kept_bytes'] / 1e6:.1f}",
+                    f"{found['ledger_bytes'] / 1e6:.1f}",
+                    f"{found['cpu_seconds']:.2f}",
+                ]
+            )
+        if rows:
+            head[2] = task.score
+            parts.append(f"{name}\n\n{report.table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def _spread(values: list[float]) -> str | None:
+    """Return the mean and, of several, the standard deviation."""
+    if len(values) < 2:
+        return report.number(values[0], 4) if values else None
+    return f"{statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}"
+
+
+def main() -> None:
+    """Measure and train what was asked for and is not done; write the report after each run."""
+    parser = command_line(__doc__, seeds=[0, 1, 2], only=None, threads=1)
+    parser.add_argument("--measure", action="store_true", help="train nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    options.output.mkdir(parents=True, exist_ok=True)
+    log = options.output / "runs.jsonl"
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    began = time.perf_counter()
+
+    def say(text: str) -> None:
+        print(f"{time.perf_counter() - began:6.0f} s  {text}", flush=True)
+
+    def note(line: dict[str, Any]) -> None:
+        done.append(line)
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        report.write(options, {"runs": done}, tables(done))
+        say(str(line))
+
+    benches: dict[str, tuple[Bench, dict[str, Build]]] = {}
+    for name, task in TASKS.items():
+        found = chosen({f"{name}/{way}": build for way, build in WAYS.items()}, options.only)
+        ways = {place.partition("/")[2]: build for place, build in found.items()}
+        if ways:
+            benches[name] = (Bench(task), ways)
+    for name, (bench, ways) in benches.items():
+        if not any(line["task"] == name and "measured" in line for line in done):
+            note({"task": name, "measured": measured(bench, ways)})
+            gc.collect()
+    for seed in [] if options.measure else options.seeds:
+        for name, (bench, ways) in benches.items():
+            for way, build in ways.items():
+                run = {"task": name, "way": way, "seed": seed}
+                if not any(line.items() >= run.items() for line in done):
+                    found_scores = trained(
+                        bench, build, seed, lambda text, at=run: say(f"{[*at.values()]}: {text}")
+                    )
+                    note(run | {"scores": found_scores})
+    report.finish(options, tables(done))
+
+
+if __name__ == "__main__":
+    main()
