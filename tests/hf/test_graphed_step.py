@@ -49,7 +49,8 @@ def trainer(cls, folder, *, model=None, data=None, **overrides) -> QFTTrainer:
     schedule = {"max_steps": N_STEPS, "lr_scheduler_type": "cosine", "warmup_steps": 3}
     args = arguments(folder, QFTTrainingArguments, **schedule | overrides)
     model = tiny_llama(attention_dropout=0.2) if model is None else model
-    return cls(model=model, args=args, train_dataset=data or packed(), eval_dataset=packed(8))
+    data = data or packed()
+    return cls(model=model, args=args, train_dataset=data, eval_dataset=data[:8])
 
 
 def run(cls, folder, *, resume=None, **options) -> QFTTrainer:
@@ -80,17 +81,20 @@ CHECKPOINTED = {
 @pytest.mark.parametrize(
     ("options", "accumulation", "n_replays"),
     [
-        ({"max_grad_norm": 0.3}, 1, N_STEPS - N_EAGER),
+        pytest.param({"max_grad_norm": 0.3}, 1, N_STEPS - N_EAGER, id="stack"),
         # An epoch has 16 batches: five windows of three, and one of one. First, middle and last.
-        ({"max_grad_norm": 0.3}, 3, 3 * (17 - N_EAGER) + 3 - N_EAGER),
-        ({"optim": "qft_adamw", "max_grad_norm": 0.3}, 1, N_STEPS - N_EAGER),
+        pytest.param({"max_grad_norm": 0.3}, 3, 3 * (17 - N_EAGER) + 3 - N_EAGER, id="accumulated"),
+        pytest.param(
+            {"optim": "qft_adamw", "max_grad_norm": 0.3}, 1, N_STEPS - N_EAGER, id="adamw"
+        ),
         # The first step makes states and a norm, whose addresses are new.
-        (RELEASE, 1, N_STEPS - N_EAGER - 1),
-        (PREVIOUS, 1, N_STEPS - N_EAGER - 1),
-        (PREVIOUS, 3, 3 * (17 - N_EAGER - 1) + 3 - N_EAGER),
-        (PREVIOUS | {"matmul": "int8", "momentum_bits": 4, "bf16": True}, 1, 17),
+        pytest.param(RELEASE, 1, N_STEPS - N_EAGER - 1, id="release"),
+        pytest.param(PREVIOUS, 1, N_STEPS - N_EAGER - 1, id="previous"),
+        pytest.param(PREVIOUS, 3, 3 * (17 - N_EAGER - 1) + 3 - N_EAGER, id="previous-accumulated"),
+        pytest.param(
+            PREVIOUS | {"matmul": "int8", "momentum_bits": 4, "bf16": True}, 1, 17, id="int8-bf16"
+        ),
     ],
-    ids=str,
 )
 def test_a_replayed_run_has_the_bits_of_an_eager_one(options, accumulation, n_replays, tmp_path):
     """With a schedule, dropout, clipping, accumulation and evaluation."""
@@ -148,9 +152,13 @@ def test_a_run_that_is_resumed_by_graphs_equals_the_straight_eager_one(options, 
 
 @pytest.mark.parametrize("options", [{}, PREVIOUS], ids=["stack", "release"])
 def test_other_shapes_run_eagerly_and_are_named_once(options, tmp_path, caplog):
-    """70 rows: every 18th batch has two; the second micro-batch of a window may be such a one."""
+    """Batch 3, of a window's second micro-batch, and 12, of another's first, are shorter."""
+    rows = [
+        {name: value[:11] for name, value in row.items()} if i // 4 in (3, 12) else row
+        for i, row in enumerate(packed())
+    ]
     options = options | EVALUATED | {"gradient_accumulation_steps": 2, "max_steps": 24}
-    options |= {"data": packed(70)}
+    options |= {"data": rows, "train_sampling_strategy": "sequential"}
     eager = run(QFTTrainer, tmp_path, **options)
     with caplog.at_level(logging.WARNING, logger="qft_hf"):
         replayed = run(Graphed, tmp_path, **options)
@@ -159,7 +167,21 @@ def test_other_shapes_run_eagerly_and_are_named_once(options, tmp_path, caplog):
     said = [record.message for record in caplog.records if "cuda_graph" in record.message]
     assert len(said) == 1
     assert "unlike the first one" in said[0]
-    assert "(2, 13)" in said[0]
+    assert "(4, 11)" in said[0]
+    assert replayed.n_replays >= 24
+
+
+def test_a_loss_that_the_trainer_divides_is_divided_by_its_own_window(tmp_path):
+    """8 batches are windows of three, three and two, of a model that takes no count of tokens."""
+    options = EVALUATED | {"gradient_accumulation_steps": 3, "max_steps": 14, "data": packed(32)}
+    runs = []
+    for cls in (QFTTrainer, Graphed):
+        model = tiny_llama()
+        model.accepts_loss_kwargs = False
+        runs.append(run(cls, tmp_path, model=model, **options))
+
+    assert_same_run(*runs)
+    assert runs[1].n_replays >= 20
 
 
 def test_batches_with_a_mask_run_eagerly_and_are_named(tmp_path, caplog):
@@ -194,6 +216,22 @@ def assert_same_run_without_evaluation(one: QFTTrainer, other: QFTTrainer) -> No
     for made in (one, other):
         made.state.log_history.append({"eval_loss": 0.0})
     assert_same_run(one, other)
+
+
+def test_steps_of_a_loop_of_ones_own_after_training_have_their_own_numbers(tmp_path):
+    runs = []
+    for cls in (QFTTrainer, Graphed):
+        made = run(cls, tmp_path, **PREVIOUS | EVALUATED | {"max_steps": 7})
+        optimizer = made.optimizer.optimizer
+        optimizer.train()
+        for rate in (1e-2, 3e-3):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = {name: value[None] for name, value in packed(1)[0].items()}
+            made.model.eval()(**batch).loss.backward()
+            optimizer.step()
+        runs.append(made)
+    assert_same_run(*runs)
 
 
 @pytest.mark.parametrize(("options", "text"), [({}, "not taken"), (RELEASE, "had been handed")])
@@ -233,16 +271,17 @@ def _before(step, function):
     return both
 
 
-class Looks(Graphed):
-    def compute_loss(self, model, inputs, **kwargs):
-        loss = super().compute_loss(model, inputs, **kwargs)
-        self.seen = loss.item()
-        return loss
+def _look(gradient):
+    assert gradient.sum().item() < torch.inf
 
 
 @pytest.mark.parametrize("options", [{}, PREVIOUS], ids=["stack", "release"])
 def test_a_host_that_looks_at_a_value_is_refused_when_captured(options, tmp_path):
-    made = trainer(Looks, tmp_path, **options)
+    """At the end of backward, when Python has been through all updates of release."""
+    made = trainer(Graphed, tmp_path, **options)
+    made.model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: (output.register_hook(_look), None)[1]
+    )
     before = {}
     step = made.training_step
 
