@@ -32,14 +32,14 @@ SIDE_WAYS = [
     for checkpointing in (False, True)
 ]
 SIDE = ("side", "base")
-OF_FULL = ("optim", "momentum_bits", "matmul", "chunked_loss", "live")
+OF_FULL = ("gpus", "optim", "momentum_bits", "matmul", "chunked_loss", "live")
 
 
 def main(argv: list[str]) -> None:
     """Print what each model takes in each mode, and how it fits each card."""
     options = _parse(argv)
     results = [
-        {"model": name, "command": _command(name, options.gpus)}
+        {"model": name, "command": _command(name, options.gpus or 1)}
         | _plan(*_model(name, options), options.gpu)
         for name in options.models
     ]
@@ -61,7 +61,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--gpu", type=float, nargs="+", default=[24, 48, 80], help="cards, GB (default 24 48 80)"
     )
     arguments.add_argument(
-        "--gpus", type=int, default=1, metavar="N", help="how many train together (default 1)"
+        "--gpus", type=int, metavar="N", help="how many train together (default 1)"
     )
     arguments.add_argument("--batch_size", type=int, help="of a micro-batch (default 1)")
     arguments.add_argument("--sequence_length", type=int, help="tokens (default 2048)")
@@ -78,7 +78,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     add_json(arguments)
     options = arguments.parse_args(argv)
-    if options.live and options.gpus != 1:
+    if options.live and options.gpus not in (None, 1):
         arguments.error("--live measures one process: leave --gpus out")
     if options.momentum_bits is not None and options.optim not in (None, "qft_lion"):
         arguments.error(f"--momentum_bits is of qft_lion, and {options.optim} was asked for")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from qft_hf import QSTConfig, estimate_memory, estimate_side_memory
+from qft_hf import QSTConfig, estimate_memory, estimate_side_memory, recommend
 from qft_hf.hf import shipped
 from qft_hf.hf.estimate import USABLE, skeleton
 from qft_hf.hf.health import Health
@@ -163,3 +163,28 @@ def test_the_arithmetic_of_side_tuning_is_that_of_the_estimate():
         assert f"{figures.state_bytes / 1e9:.1f}" == states
         assert f"{figures.total_bytes / 1e9:.1f}" == everything
         assert figures.total_bytes <= USABLE * float(card) * 1e9
+
+
+GPUS = r"^\| (\S+) \| (\d) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|$"
+
+
+@pytest.mark.parametrize("row", re.findall(GPUS, DOCS["processes.md"], re.MULTILINE), ids=" ".join)
+def test_what_each_gpu_holds_is_what_the_arithmetic_says(row):
+    model, n, *figures = row
+    source = skeleton(shipped.architecture(model))
+    stack, release = (
+        estimate_memory(source, gradient=gradient, n_processes=int(n), chunked_loss=True)
+        for gradient in ("stack", "release")
+    )
+    found = [stack.total_bytes, release.total_bytes, stack.received_bytes]
+    assert [f"{n_bytes / 1e9:.1f}" for n_bytes in found] == figures
+
+
+def test_the_page_of_several_gpus_has_models_on_one_and_more():
+    rows = re.findall(GPUS, DOCS["processes.md"], re.MULTILINE)
+    assert {n for _, n, *_ in rows} == {"1", "2", "4", "8"}
+    assert len(rows) == 16
+    two = recommend(
+        skeleton(shipped.architecture("llama-2-13b")), 24, chunked_loss=True, n_processes=2
+    )
+    assert f"up to {two.longest_sequence:,} tokens" in DOCS["processes.md"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers import (
     PreTrainedConfig,
     TrainerCallback,
@@ -18,12 +19,14 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils.logging import disable_progress_bar
 
 from ...side import side_network_of
 from ..base import form_of, require_bitsandbytes
 from ..card import hyperparameters_of, optimizer_of, parameters_of
 from ..drafts import written_whole
 from ..peak_memory import PeakMemory
+from ..processes import by_first, of_first
 from ..trainer import QFTTrainer
 from .data import TaskData, prepare_data
 from .evidence import show
@@ -183,9 +186,14 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
         OSError: The output folder cannot be written to.
         ValueError: As `prepare`.
     """
-    checkpoint = _check_output(arguments)
-    _check_evaluation(arguments)
     training = arguments.training
+    if training.process_index > 0:  # the first one says it
+        logging.getLogger("qft_hf").setLevel(logging.ERROR)
+        disable_progress_bar()
+    with by_first() as is_first:
+        checkpoint = _check_output(arguments) if is_first else None
+    checkpoint = of_first(checkpoint)
+    _check_evaluation(arguments)
     set_seed(training.seed)
     tokenizer = load_tokenizer(arguments.model)
     config = base_config(arguments.model)
@@ -211,38 +219,47 @@ def train(run: Run) -> RunSummary:
     """
     trainer, output = run.trainer, run.arguments.output
     output_dir = run.arguments.output_dir
-    if trainer.is_world_process_zero():
-        if output.overwrite_output:
-            clear_run(output_dir)
-        claim(output_dir, run.arguments.given)
-        show(run.data, output_dir / EVIDENCE)
+    with by_first() as is_first:
+        if is_first:
+            if output.overwrite_output:
+                clear_run(output_dir)
+            claim(output_dir, run.arguments.given)
+            show(run.data, output_dir / EVIDENCE)
     before = _scores(run)
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     after = _scores_of_last_step(run) or _scores(run)
     if before is not None:  # train() has started the log anew
         start = {"epoch": 0.0, "step": 0} | {f"eval_{name}": s for name, s in before.items()}
         trainer.state.log_history.insert(0, start)
-    is_reported = _is_reported_already(run)
+    is_reported = of_first(_is_reported_already(run))
     if is_reported:
         logger.warning(
             "%s holds what this finished run came to, and it stays as it is; no step was taken",
             output_dir,
         )
-        summary = _summarize(run, before, after)
     else:
         _write_model(run)
-        summary = _summarize(run, before, after)
+    summary = _summarize(run, before, after)
+    with by_first() as is_first:
+        if is_first:
+            _report(run, summary, is_reported=is_reported)
+    return summary
+
+
+def _report(run: Run, summary: RunSummary, *, is_reported: bool) -> None:
+    """Write report, export and model card; what an earlier process has reported stays."""
+    output, output_dir = run.arguments.output, run.arguments.output_dir
+    if not is_reported:
         _write_report(run, summary)
-    if output.export_dtype is not None and trainer.is_world_process_zero():
+    if output.export_dtype is not None:
         export_checkpoint(
             output_dir,
             output_dir / output.export_dtype,
             dtype=getattr(torch, output.export_dtype),
             replace=True,  # one of this run, before it was resumed
         )
-    if trainer.is_world_process_zero() and (output.export_dtype or not is_reported):
+    if output.export_dtype is not None or not is_reported:
         write_run_card(output_dir, **_licence(run))
-    return summary
 
 
 def _licence(run: Run) -> dict[str, Any]:
@@ -278,8 +295,6 @@ def _write_model(run: Run) -> None:
 
 def _write_report(run: Run, summary: RunSummary) -> None:
     """Write loss curve and summary; the summary last, so that it tells that all is there."""
-    if not run.trainer.is_world_process_zero():
-        return
     output_dir = run.arguments.output_dir
     draw_loss_curve(
         run.trainer.state.log_history,
@@ -365,7 +380,8 @@ def _summarize(
     state, ledger = run.trainer.state, run.trainer.ledger
     model: Any = run.trainer.model
     parameters, trained = parameters_of(model)
-    tokens_of_this_process = state.num_input_tokens_seen - run.clock.tokens_before
+    tokens_since_resume = state.num_input_tokens_seen - run.clock.tokens_before
+    peaks: list[PeakMemory] = gather_object([PeakMemory.measured(run.trainer.args.device)])
     return RunSummary(
         model=run.arguments.model.model_name_or_path,
         origin=Origin.of(run.arguments.model.model_name_or_path, run.arguments.data.train_data),
@@ -381,9 +397,10 @@ def _summarize(
         after=after,
         trained_tokens=state.num_input_tokens_seen,
         train_seconds=run.clock.seconds,
-        tokens_per_second=tokens_of_this_process / run.clock.seconds if run.clock.seconds else 0.0,
+        tokens_per_second=tokens_since_resume / run.clock.seconds if run.clock.seconds else 0.0,
         wall_seconds=time.monotonic() - run.started,
-        peak_memory=PeakMemory.measured(run.trainer.args.device),
+        peak_memory=max(peaks, key=lambda peak: peak.bytes),
+        peak_bytes=[peak.bytes for peak in peaks],
         state_bytes={row.state: row.bytes for row in ledger.rows} if ledger else {},
         bytes_per_parameter=ledger.bytes_per_parameter if ledger else 0.0,
         percent_of_fp32_adam=ledger.percent_of_fp32_adam if ledger else 0.0,

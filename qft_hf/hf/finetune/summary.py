@@ -56,10 +56,11 @@ class RunSummary:
     after: dict[str, float] | None
     trained_tokens: int  # padding not counted, every epoch counted
     train_seconds: float  # in training steps since the last resume: no loading, evaluation, saving
-    tokens_per_second: float  # in these seconds
+    tokens_per_second: float  # in these seconds, of all processes together
     wall_seconds: float  # whole run
-    peak_memory: PeakMemory
-    state_bytes: dict[str, int]  # by kind, measured just before an optimizer step
+    peak_memory: PeakMemory  # of the process that held the most
+    peak_bytes: list[int]  # of each process
+    state_bytes: dict[str, int]  # by kind, of the first process, just before an optimizer step
     bytes_per_parameter: float
     percent_of_fp32_adam: float
     sampled: dict[str, Any]  # of the weights: `Health.journey`
@@ -89,6 +90,9 @@ class RunSummary:
 
     def __str__(self) -> str:
         """Return the scores before and after, and what the run took."""
+        n = len(self.peak_bytes)
+        together, each = (f" of {n} processes", f" on each of {n}") if n > 1 else ("", "")
+        peaks = ", ".join(f"{n_bytes / 1e9:.2f}" for n_bytes in self.peak_bytes)
         lines = []
         if self.before is not None and self.after is not None:
             lines += [
@@ -97,12 +101,12 @@ class RunSummary:
             ]
         lines += [
             f"{'trained':<30}{self._trained}, {self.steps:,} steps, {self.trained_tokens:,} tokens",
-            f"{'speed':<30}{self.tokens_per_second:,.0f} tokens/s in {self.train_seconds:,.0f} s "
-            f"of training; {self.wall_seconds:,.0f} s in all",
+            f"{'speed':<30}{self.tokens_per_second:,.0f} tokens/s{together} in "
+            f"{self.train_seconds:,.0f} s of training; {self.wall_seconds:,.0f} s in all",
             f"{'model state':<30}{self.bytes_per_parameter:.2f} bytes a parameter, "
-            f"{self.percent_of_fp32_adam:.1f} % of FP32 Adam",
+            f"{self.percent_of_fp32_adam:.1f} % of FP32 Adam{each}",
             f"{'training data':<30}{self.train_data}",
-            f"{'peak memory':<30}{self.peak_memory.bytes / 1e9:.2f} GB, {self.peak_memory.what}",
+            f"{'peak memory':<30}{peaks} GB{each}, {self.peak_memory.what}",
         ]
         return "\n".join(lines)
 
