@@ -303,10 +303,12 @@ class Recommendation:
                 f"{line}Sequences of up to {self.longest_sequence:,} tokens would fit, at batch "
                 f"size {self.batch_size}"
             )
-        return (
-            f"{line}The states alone take {self.estimate.state_bytes / 1e9:.1f} GB: take a larger "
-            f"card{', several of them' if self.base is None else ''} or a smaller model"
+        line += (
+            f"The states alone take {self.estimate.state_bytes / 1e9:.1f} GB: take a larger card"
         )
+        if self.base is not None:
+            return f"{line} or a smaller model"
+        return f"{line}, several of them or a smaller model, or train a side network: method qst"
 
 
 def recommend(

@@ -138,7 +138,9 @@ def test_what_the_documentation_says_fits_does_by_arithmetic(config, gigabytes, 
     assert choice.fits
     assert choice.base == "nf4"
     assert str(choice).startswith("method=qst, base=nf4, gradient_checkpointing=")
-    assert not recommend(config, gigabytes, tokens).fits  # every parameter
+    every_parameter = recommend(config, gigabytes, tokens)
+    assert not every_parameter.fits
+    assert str(every_parameter).endswith("or train a side network: method qst")
     assert "by arithmetic" in str(choice.estimate)
 
 
