@@ -17,7 +17,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
 
-from ..optim import QFTOptimizer
 from .callback import QFTCallback
 from .checkpoint import (
     check_momentum,
@@ -61,7 +60,7 @@ class CheckpointTrainer(Trainer):
         *args: Any,
         **kwargs: Any,
     ) -> TrainOutput:
-        """Train, from the start or from a checkpoint; however it ends, no hook stays behind.
+        """Train, from the start or from a checkpoint.
 
         Args:
             resume_from_checkpoint: A folder, or True for the newest whole checkpoint in
@@ -87,12 +86,7 @@ class CheckpointTrainer(Trainer):
         if checkpoint is not None:
             resume_from_checkpoint = str(checkpoint)
             steps_before = _steps_of(checkpoint)  # now: it may be removed as an old one
-        try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
-        finally:
-            optimizer = unwrapped(self.optimizer)
-            if isinstance(optimizer, QFTOptimizer):
-                optimizer.eval()
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
         if output.global_step == steps_before:
             logger.warning(
                 "%s is at step %d of %d: the run is finished, and no step was taken. To train on, "

@@ -13,8 +13,9 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..optim import QFTOptimizer
 from .callback import QFTCallback
-from .optimizers import OPTIMIZERS, check_arguments, named_optimizer, optimizer_arguments
-from .support import quantization_config_of, require_prepared
+from .optimizers import OPTIMIZERS, check_arguments, is_ours, named_optimizer, optimizer_arguments
+from .support import quantization_config_of, require_prepared, unwrapped
+from .wrapping import wrap_
 
 
 def restore_optimizer_name(value: str) -> OptimizerNames:
@@ -23,13 +24,28 @@ def restore_optimizer_name(value: str) -> OptimizerNames:
 
 
 def register_optimizer() -> None:
-    """Add each name of `OPTIMIZERS` with its handler, and the callback. Idempotent."""
+    """Add each name of `OPTIMIZERS` with its handler, the callback, and the end. Idempotent."""
     for name in OPTIMIZERS:
         if name not in OptimizerNames._value2member_map_:
             _register(name)
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
     if QFTCallback not in callbacks:
         callbacks.append(QFTCallback)
+    wrap_(trainer.Trainer, "train", _leaving_no_hook)
+
+
+def _leaving_no_hook(train: Any) -> Any:
+    """However training ends: no callback is told of an exception."""
+
+    def training(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return train(self, *args, **kwargs)
+        finally:
+            optimizer = unwrapped(self.optimizer)
+            if is_ours(optimizer):
+                optimizer.eval()
+
+    return training
 
 
 def _register(name: str) -> None:

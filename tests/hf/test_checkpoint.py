@@ -642,10 +642,11 @@ class Breaks(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("cls", [QFTTrainer, Trainer])
 @pytest.mark.parametrize("gradient", ["release", "stack"])
-def test_hooks_do_not_outlive_training_that_failed(gradient, tmp_path):
+def test_hooks_do_not_outlive_training_that_failed(gradient, cls, tmp_path):
     """A backward pass of the user's own moved the weights."""
-    run = make(tmp_path, optim_args=f"gradient={gradient}")
+    run = make(tmp_path, cls, optim_args=f"gradient={gradient}")
     run.add_callback(Breaks())
     with pytest.raises(KeyboardInterrupt):
         run.train()
