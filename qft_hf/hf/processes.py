@@ -8,6 +8,7 @@ tells the others.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def start_together(
     facts["the number of steps"] = (state.global_step, state.max_steps)
     facts["the number of training examples"] = _length(getattr(train_dataloader, "dataset", None))
     facts["the number of batches in an epoch"] = _length(train_dataloader)
-    processes.begin(next(optimizer.parameters()).device)
+    timeout = timedelta(seconds=args.ddp_timeout)
+    processes.begin(next(optimizer.parameters()).device, timeout=timeout)
     processes.agree(facts, "Give all processes the same arguments and the same data.")
     optimizer.broadcast()
     trained = {id(parameter) for parameter in optimizer.parameters()}

@@ -120,16 +120,17 @@ class Processes:
 
     # --- together
 
-    def begin(self, device: torch.device) -> None:
+    def begin(self, device: torch.device, *, timeout: timedelta | None = None) -> None:
         """Make a group of our own: other collectives may be under way beside ours.
 
         Args:
             device: Where the parameters are.
+            timeout: How long to wait for another process; None: as long as others do.
         """
         global _n_groups
         self._host_waits = device.type == "cpu"
         world: Any = dist.group.WORLD
-        self._timeout = world._get_backend(device).options._timeout
+        self._timeout = timeout or world._get_backend(device).options._timeout
         _n_groups += 1
         store = dist.distributed_c10d._get_default_store()
         self._failures = dist.distributed_c10d.PrefixStore(f"qft_hf/{_n_groups}", store)

@@ -99,6 +99,11 @@ def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return gradient
 
 
+@OwnRows.implements(aten.add_.Tensor, aten.add.Tensor)
+def _refuse(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return next(tensor for tensor in args if isinstance(tensor, OwnRows)).values()
+
+
 @OwnRows.implements(aten.linalg_vector_norm.default)
 def _vector_norm(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     gradient, order = args[0], args[1] if len(args) > 1 else 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tests.processes import trainers, training
+from tests.processes import bad_input, trainers, training
 from tests.processes.launch import TIMEOUT_SECONDS
 
 
@@ -24,6 +24,8 @@ def main() -> None:
         kind, name = run.split(":")
         if kind == "optimizer":
             found[run] = training.run(name, rank, n)
+        elif kind == "bad":
+            found[run] = bad_input.run(name, Path(folder), rank, n)
         else:
             found[run] = trainers.run(name, Path(folder), n=n)
     torch.save(found, Path(folder) / f"{rank}.pt")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.processes import trainers, training
+from tests.processes import bad_input, trainers, training
 from tests.processes.launch import launch, results
 
 ON_TWO = (
@@ -13,6 +13,7 @@ ON_TWO = (
     *(f"trainer:{name}" for name in trainers.KINDS),
     *(f"trainer:stack/stack-on-{n}" for n in (1, 2, 3)),
     "trainer:stock/stock-on-2",
+    *(f"bad:{name}" for name in bad_input.CASES),
 )
 ON_THREE = ("optimizer:no-floats", "optimizer:uneven", "optimizer:uneven-release", "trainer:stack")
 

@@ -62,7 +62,9 @@ def make(kind: str, output_dir: Path, *, n: int, n_parts: int = 1, **changes: An
     settings = {**KINDS[kind], **changes}
     trainer_class = settings.pop("trainer", QFTTrainer)
     family, tied = settings.pop("family", None), settings.pop("tied", False)
-    model = tiny_llama(tied=tied) if family is None else tiny(family)
+    model = settings.pop("model", None)
+    if model is None:
+        model = tiny_llama(tied=tied) if family is None else tiny(family)
     callbacks = settings.pop("callbacks", [])
     examples = Examples(settings.pop("n_examples", N_EXAMPLES))
     arguments_class = QFTTrainingArguments if trainer_class is QFTTrainer else TrainingArguments
