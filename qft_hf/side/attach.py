@@ -4,7 +4,7 @@ import inspect
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn import QuantizedModule, dequantize_modules_
 from .config import QSTConfig
@@ -63,6 +63,7 @@ def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
     network.frozen = tuple(child for child in model.children() if child not in heads.values())
     network.follow(runner, layers)
     model.add_module(NAME, network)
+    model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
     network.train(model.training)
     return model
 
@@ -139,6 +140,31 @@ def _refuse(model: Any) -> None:
         raise ValueError(
             f"{name} is on {' and '.join(devices)}, and side tuning runs on one device. Load it "
             'with device_map={"": 0}.'
+        )
+
+
+def _refuse_labels(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise for labels of a task that the head of a model has not; of their values it is silent.
+
+    Raises:
+        ValueError: They have not the shape that a language model or a classifier of texts takes.
+    """
+    labels, ids = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None)
+    if not isinstance(labels, Tensor) or not isinstance(ids, Tensor):
+        return
+    name, shape = type(model).__name__, tuple(labels.shape)
+    if model.get_output_embeddings() is not None:
+        wanted, fits = "one for each token", shape == tuple(ids.shape)
+    elif name.endswith("ForSequenceClassification"):
+        wanted = f"one for each text, or {model.config.num_labels} numbers"
+        fits = shape in {(len(ids),), (len(ids), 1), (len(ids), model.config.num_labels)}
+    else:
+        return
+    if not fits:
+        raise ValueError(
+            f"The head of {name} takes labels of shape {wanted}, got {shape} for token ids of "
+            f"shape {tuple(ids.shape)}. Load the base with the head for this task: "
+            "AutoModelForCausalLM or AutoModelForSequenceClassification."
         )
 
 

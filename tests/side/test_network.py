@@ -377,6 +377,21 @@ def test_an_r_that_does_not_fit_is_refused_and_the_model_is_unchanged():
     assert side_network_of(model) is None
 
 
+@pytest.mark.parametrize(
+    ("make", "labels", "match"),
+    [
+        (classifier, texts(), r"one for each text, or 3 numbers, got \(3, 14\) .* Load the base"),
+        (classifier, torch.zeros(3, 2), r"or 3 numbers, got \(3, 2\)"),
+        (lambda: decoder("Llama"), torch.zeros(3).long(), r"one for each token, got \(3,\)"),
+    ],
+)
+def test_labels_for_a_task_that_the_head_has_not_are_refused(make, labels, match):
+    model = attach_side_network(make(), CONFIG)
+
+    with pytest.raises(ValueError, match=match):
+        model(input_ids=texts(), labels=labels)
+
+
 def test_a_cache_of_the_base_alone_is_refused():
     model = decoder("Llama")
     cache = model(texts(), use_cache=True).cache
