@@ -39,9 +39,13 @@ def _refusing_int8(load: Any) -> Any:
     def guarded(
         model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any
     ) -> Any:
-        if not isinstance(load_config.hf_quantizer, QFTQuantizer):  # it looks itself
-            refuse_int8(state_dict or tensor_names(files or []), of=model.name_or_path)
-        return load(model, state_dict, files, load_config, *args)
+        if isinstance(load_config.hf_quantizer, QFTQuantizer):  # it looks itself
+            return load(model, state_dict, files, load_config, *args)
+        refuse_int8(state_dict or tensor_names(files or []), of=model.name_or_path)
+        loaded = load(model, state_dict, files, load_config, *args)
+        # Of pickled files, whose names are not known before they are read.
+        refuse_int8(loaded[0].unexpected_keys, of=model.name_or_path)
+        return loaded
 
     return guarded
 

@@ -40,6 +40,16 @@ def test_int8_weights_without_their_config_are_refused(shards, model_class, argu
         model_class.from_pretrained(tmp_path, **arguments)
 
 
+@pytest.mark.parametrize("model_class", [AutoModelForCausalLM, AutoModel])
+def test_int8_weights_in_a_pickled_file_are_refused_too(model_class, tmp_path):
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    tiny_llama().config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+
+    with pytest.raises(ValueError, match=r"has INT8 weights, .* Restore the config\.json"):
+        model_class.from_pretrained(tmp_path, use_safetensors=False)
+
+
 def test_an_int8_state_dict_without_a_config_is_refused():
     model = quantize_model_(tiny_llama(), QFTConfig())
     config = tiny_llama().config
