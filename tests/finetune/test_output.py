@@ -366,7 +366,6 @@ def test_summary_is_valid_json_even_when_a_loss_is_not_finite(tmp_path):
         bytes_per_parameter=3.11,
         percent_of_fp32_adam=19.4,
         sampled={},
-        side=None,
         train_data=counts,
         eval_data=None,
         versions=versions(),
