@@ -258,7 +258,11 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             "INT8 weights cannot be mixed in place. Leave sync_ref_model off."
         )
     if args.torch_compile:
-        raise ValueError("torch_compile is not supported with INT8 weights yet. Leave it off.")
+        raise ValueError(
+            "torch_compile=True: PyTorch's compiler stops at every product with an INT8 weight, "
+            "and would compile, and check at each step, the few operations between. Leave it off; "
+            "on a GPU, cuda_graph=True of QFTTrainingArguments spares the host the whole pass."
+        )
     parallelism = getattr(args, "parallelism_config", None)
     if (getattr(model, "_tp_size", None) or 1) > 1 or getattr(parallelism, "tp_enabled", False):
         raise ValueError(
