@@ -16,7 +16,8 @@ update alike. So after each step the weights are equal on all processes, bit for
 Bytes that a process holds and receives, for each parameter of large matrices, with n processes:
 
     weights                              1.065
-    gradients                            1.016, in release those of two weights
+    gradients that wait for the step     1.016 / n; none in release
+    gradients of micro-batches before    1.016, in both modes
     optimizer state of Lion              1.016 / n
     received a step, 1. and 3.           (1.016 + 1.055) (n - 1) / n
 
