@@ -3,7 +3,6 @@
     qft-hf finetune demo                          a config that ships with qft_hf, by its name
     qft-hf finetune my.yaml --learning_rate 5e-5 --output_dir runs/second
     qft-hf finetune --model_name_or_path org/model --train_data chats.jsonl --output_dir runs/first
-    accelerate launch --multi_gpu --num_processes 2 -m qft_hf finetune my.yaml       on two GPUs
 
 A config is a flat YAML file; each of its keys is a flag too, and flags win. See what a config
 would do, and train nothing: `qft-hf check my.yaml`.
