@@ -42,14 +42,24 @@ def _unwrapped_model(prepare: Any) -> Any:
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if isinstance(parameter, QFTWeight)
         }
-        if int8:
-            refuse_distribution(self.distributed_type)
+        if not int8:
+            return prepare(self, model, *args, **kwargs)
+        refuse_distribution(self.distributed_type)
         if any(parameter.requires_grad for parameter in int8.values()):
             kwargs["evaluation_mode"] = True  # no wrapper: all else is done in this mode too
-        elif int8:  # frozen, as under adapters: there is nothing of them to exchange
-            known = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
-            model._ddp_params_and_buffers_to_ignore = [*known, *int8]
-        return prepare(self, model, *args, **kwargs)
+            return prepare(self, model, *args, **kwargs)
+        # Frozen ones, as under adapters, are beyond the wrapper: only the start is shared.
+        known = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+        model._ddp_params_and_buffers_to_ignore = [*known, *int8]
+        prepared = prepare(self, model, *args, **kwargs)
+        processes = Processes.found()
+        if processes is not None:
+            processes.begin(self.device)
+            for parameter in model.parameters():
+                if isinstance(parameter, QFTWeight):
+                    processes.broadcast_(parameter.stored.tensors)
+                    parameter.fields_changed()
+        return prepared
 
     return prepare_model
 

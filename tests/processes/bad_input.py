@@ -5,6 +5,9 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig, get_peft_model
+
+from qft_hf import QFTConfig, quantize_model_
 from tests.models import tiny_llama
 from tests.nn.small import SmallModel
 from tests.optim.common import make_model, make_optimizer, model_tensors
@@ -95,6 +98,18 @@ def trainer_case(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
     return {"text": outcome(trainer.train), "weights": model_tensors(trainer.model)}
 
 
+def adapters(folder: Path, rank: int, n: int) -> dict[str, Any]:
+    """Adapters on a frozen INT8 model, which another optimizer trains under DDP."""
+    model = get_peft_model(
+        quantize_model_(tiny_llama(seed=rank), QFTConfig()),
+        LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    )
+    trainer = trainers.make(
+        "stock", folder / "bad", n=n, save_strategy="no", model=model, optim="adamw_torch"
+    )
+    return {"text": outcome(trainer.train), "weights": model_tensors(trainer.model)}
+
+
 def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "nan-stack": lambda: nan_on_one(rank, n),
@@ -111,6 +126,7 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
         "trainer-model": lambda: trainer_case(folder, n, model=tiny_llama(seed=rank)),
         "trainer-rate": lambda: trainer_case(folder, n, learning_rate=1e-3 * (rank + 1)),
         "trainer-data": lambda: trainer_case(folder, n, n_examples=36 + rank),
+        "trainer-adapters": lambda: adapters(folder, rank, n),
         "trainer-reentrant": lambda: {
             "text": outcome(
                 lambda: trainers.make(
@@ -126,5 +142,6 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
 CASES = (
     "nan-stack", "nan-skip", "nan-release", "nan-tensor", "other-weights", "other-rate",
     "second-pass", "no-consolidation", "trainer-model", "trainer-rate", "trainer-data",
+    "trainer-adapters",
     "trainer-reentrant", "reentrant",
 )  # fmt: skip

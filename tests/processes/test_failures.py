@@ -47,7 +47,7 @@ def test_a_nan_on_one_process_leaves_all_with_the_same_weights(case, runs):
     assert different(first["after"], first["weights"]) != []  # and training goes on
 
 
-@pytest.mark.parametrize("case", ["other-weights", "trainer-model"])
+@pytest.mark.parametrize("case", ["other-weights", "trainer-model", "trainer-adapters"])
 def test_the_model_of_the_first_process_is_given_to_all(case, runs):
     first, second = (found[f"bad:{case}"]["weights"] for found in runs.two)
 
