@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.__main__ import ROOT, Mutant, campaign
+from tests.mutants.__main__ import ROOT, Mutant, campaign, load
 
 # In a process of its own, as runs are: it forks.
 RUN = """
@@ -79,6 +79,16 @@ def test_an_edit_whose_text_does_not_occur_once_is_stale(root, old, times):
 
     with pytest.raises(ValueError, match=rf"stale.*occurs {times} times in rule\.py.*Mend"):
         campaign([stale], root)
+
+
+def test_every_edit_of_the_lists_finds_its_text_once():
+    """Who changes a line that a fault stands in mends the fault with it."""
+    mutants = load(ROOT / "tests" / "mutants")
+
+    assert len(mutants) > 300
+    assert [
+        str(mutant) for mutant in mutants if (ROOT / mutant.file).read_text().count(mutant.old) != 1
+    ] == []
 
 
 @pytest.mark.parametrize(
