@@ -18,10 +18,10 @@ from torch import nn
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..optim import QFTOptimizer
-from ..optim.processes import Processes
+from ..optim.processes import SEVERAL_GPUS, Processes
 from ..quant import QFTWeight
 from .drafts import written_whole
-from .support import SEVERAL_GPUS, unwrapped
+from .support import unwrapped
 from .wrapping import wrap_
 
 # Of the arguments: what each process has for itself.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -39,6 +40,7 @@ from ..nn import (
     weight_of,
 )
 from ..nn.state import SUFFIXES, listed, state_names, weight_from_fields
+from ..optim.processes import SEVERAL_GPUS
 from ..quant import Arrangement, QFTWeight
 from .config import QUANT_METHOD, QFTConfig
 from .coverage import added_modules, check_coverage
@@ -253,6 +255,7 @@ class QFTQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         self.faults, self.missing_names = {}, set()
         self._check_files(kwargs.get("checkpoint_files") or [])
+        _refuse_shards(model)
         _tie(model)
         _check_devices(model, kwargs.get("device_map"))
         if self.pre_quantized and (absent := self.quantization_config.forget_absent(model)):
@@ -446,6 +449,21 @@ def _tie(skeleton: PreTrainedModel) -> None:
     for target, source in skeleton.all_tied_weights_keys.items():
         module, name = _module_of(skeleton, target)
         setattr(module, name, skeleton.get_parameter_or_buffer(source))
+
+
+def _refuse_shards(skeleton: PreTrainedModel) -> None:
+    """Refuse what transformers does with a `distributed_config`: tensor parallelism and FSDP2.
+
+    Raises:
+        ValueError: There is one, and several processes.
+    """
+    is_sharded = getattr(skeleton.config, "distributed_config", None) is not None
+    if is_sharded and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise ValueError(
+            "distributed_config splits weights among processes as float tensors, by rows or "
+            "columns, and INT8 weights cannot be held so. Load the model without it. "
+            + SEVERAL_GPUS
+        )
 
 
 def _check_devices(skeleton: PreTrainedModel, device_map: Any) -> None:

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from ..layout import outliers_per_row
 from ..nn import QFTLinear
+from ..optim.processes import SEVERAL_GPUS
 from ..quant import QFTWeight
 from ..side import SideNetwork, side_network_of
 from .chunked_loss import chunk_loss_
@@ -34,11 +35,6 @@ from .optimizers import (
 )
 
 logger = logging.getLogger(__name__)
-
-SEVERAL_GPUS = (
-    "On several GPUs start a process for each, as `accelerate launch --multi_gpu --num_processes "
-    "4 ...` does: each holds the INT8 weights, and gradients and optimizer state are divided."
-)
 
 
 def has_quantized_weights(model: nn.Module) -> bool:

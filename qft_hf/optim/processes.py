@@ -62,6 +62,11 @@ HEADER_BYTES = 4  # before the rows of a gradient: whether there is one
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 STOPS = "Process {rank} stops because another has failed. {failure}"
+SEVERAL_GPUS = (
+    "On several GPUs start a process for each, as `accelerate launch --multi_gpu --num_processes "
+    "4 ...` does: each holds the INT8 weights, and gradients and optimizer state are divided."
+)
+
 DIFFERENT_SETTINGS = "Give all the same settings, and the same parameters in the same order."
 
 _n_groups = 0  # that this process has joined; the same on all

@@ -5,7 +5,10 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+from transformers.distributed import DistributedConfig
 
 from qft_hf import QFTConfig, quantize_model_
 from tests.models import tiny_llama
@@ -110,6 +113,17 @@ def adapters(folder: Path, rank: int, n: int) -> dict[str, Any]:
     return {"text": outcome(trainer.train), "weights": model_tensors(trainer.model)}
 
 
+def loaded_into_shards(folder: Path, n: int) -> dict[str, Any]:
+    """An INT8 checkpoint, by the way on which transformers has FSDP2 divide a model."""
+    path = folder / "int8"
+    quantize_model_(tiny_llama(), QFTConfig()).save_pretrained(path)  # the first process writes
+    dist.barrier()
+    sharded = DistributedConfig(fsdp_size=n)
+    return {
+        "text": outcome(lambda: LlamaForCausalLM.from_pretrained(path, distributed_config=sharded))
+    }
+
+
 def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "nan-stack": lambda: nan_on_one(rank, n),
@@ -127,6 +141,7 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
         "trainer-rate": lambda: trainer_case(folder, n, learning_rate=1e-3 * (rank + 1)),
         "trainer-data": lambda: trainer_case(folder, n, n_examples=36 + rank),
         "trainer-adapters": lambda: adapters(folder, rank, n),
+        "shards": lambda: loaded_into_shards(folder, n),
         "trainer-reentrant": lambda: {
             "text": outcome(
                 lambda: trainers.make(
@@ -143,5 +158,5 @@ CASES = (
     "nan-stack", "nan-skip", "nan-release", "nan-tensor", "other-weights", "other-rate",
     "second-pass", "no-consolidation", "trainer-model", "trainer-rate", "trainer-data",
     "trainer-adapters",
-    "trainer-reentrant", "reentrant",
+    "shards", "trainer-reentrant", "reentrant",
 )  # fmt: skip

@@ -27,6 +27,7 @@ from tests.processes.test_training import different
         ("no-consolidation", r"Call optimizer\.consolidate\(\) on all of them"),
         ("trainer-rate", r"learning_rate is 0\.001 on process 0 and 0\.002 on 1.* same arguments"),
         ("trainer-data", r"number of training examples is 36 on process 0 and 37 on 1"),
+        ("shards", r"^ValueError: distributed_config splits .*accelerate launch --multi_gpu"),
         ("trainer-reentrant", r"'use_reentrant': False"),
     ],
 )
