@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from ..optim import QFTOptimizer
 from ..optim.processes import SEVERAL_GPUS, Processes
 from ..quant import QFTWeight
+from ..side import side_network_of
 from .drafts import written_whole
 from .support import unwrapped
 from .wrapping import wrap_
@@ -42,12 +43,15 @@ def _unwrapped_model(prepare: Any) -> Any:
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if isinstance(parameter, QFTWeight)
         }
-        if not int8:
+        if not int8 and side_network_of(model) is None:
             return prepare(self, model, *args, **kwargs)
-        refuse_distribution(self.distributed_type)
+        if int8:
+            refuse_distribution(self.distributed_type)
         if any(parameter.requires_grad for parameter in int8.values()):
             kwargs["evaluation_mode"] = True  # no wrapper: all else is done in this mode too
             return prepare(self, model, *args, **kwargs)
+        if self.num_processes > 1 and not kwargs.get("evaluation_mode"):
+            _forget_evaluation(self, model)
         # Frozen ones, as under adapters, are beyond the wrapper: only the start is shared.
         known = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
         model._ddp_params_and_buffers_to_ignore = [*known, *int8]
@@ -62,6 +66,18 @@ def _unwrapped_model(prepare: Any) -> Any:
         return prepared
 
     return prepare_model
+
+
+def _forget_evaluation(accelerator: Accelerator, model: Any) -> None:
+    """Have a model that was scored before training prepared anew, and so wrapped.
+
+    Accelerate prepares a model once, and for `evaluate()` without `DistributedDataParallel`: each
+    process would then train by the gradients of its own examples alone.
+    """
+    if vars(model).pop("_is_accelerate_prepared", False):
+        accelerator._models = [known for known in accelerator._models if known is not model]
+        if (forward := vars(model).pop("_original_forward", None)) is not None:  # under autocast
+            model.forward = forward
 
 
 def refuse_distribution(kind: Any) -> None:

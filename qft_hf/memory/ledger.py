@@ -33,7 +33,7 @@ class MemoryLedger:
         n_parameters: Elements of all parameters, tied ones once.
         n_quantized: Those of them that are stored as INT8.
         kept: Parameters that stay float, and why.
-        n_processes: That train together; the bytes are those of this one.
+        n_processes: That divide the state of INT8 weights; the bytes are those of this one.
     """
 
     rows: list[LedgerRow]
@@ -142,11 +142,13 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
         ),
         _row("buffers", model.buffers()),
     ]
+    divides = any(isinstance(p, QFTWeight) and p.requires_grad for p in parameters)
+    processes = Processes.found() if divides else None
     return MemoryLedger(
         rows=[row for row in rows if row.bytes],
         n_parameters=sum(map(elements, parameters)),
         n_quantized=sum(p.numel() for p in parameters if isinstance(p, QFTWeight)),
-        n_processes=1 if (processes := Processes.found()) is None else processes.n,
+        n_processes=1 if processes is None else processes.n,
         kept=[k for k in kept_parameters(model) if id(k.parameter) not in of_side]
         if weights
         else [],

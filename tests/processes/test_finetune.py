@@ -114,3 +114,21 @@ def test_what_the_first_process_refuses_stops_all_and_destroys_nothing(flags, tw
     assert done.returncode != 0
     assert "overwrite_output" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_side_network_learns_from_the_examples_of_all_processes(flags, tmp_path):
+    """Though the model is scored before training, which Accelerate prepares it for otherwise."""
+    side = {name: value for name, value in flags.items() if name != "export_dtype"}
+    side |= {"method": "qst", "base": "int8", "side_r": 4, "bf16": "true"}
+    side["gradient_checkpointing"] = "true"
+    done = launch(side, output_dir=tmp_path / "two")
+    assert done.returncode == 0, done.stderr[-8000:]
+    finetune(
+        parse_arguments(words(side, output_dir=tmp_path / "one", gradient_accumulation_steps=2))
+    )
+
+    assert "owns some rows" not in done.stdout + done.stderr  # each holds all of a side network
+    two, one = (load_file(tmp_path / run / "side_network.safetensors") for run in ("two", "one"))
+    assert two.keys() == one.keys()
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, msg=name)
