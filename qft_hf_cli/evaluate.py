@@ -36,9 +36,19 @@ def flags_of(argv: list[str]) -> list[str]:
     """Return what `qft-hf finetune` takes: a folder becomes the model, and its run.yaml the config.
 
     Without a config the evaluation data stand for the training data, which nobody looks at.
+
+    Raises:
+        FileNotFoundError: A path is named, and nothing is there.
     """
     folder = Path(argv[0])
     if not folder.is_dir():
+        # Else an absent folder would be called an absent config.
+        is_path = len(folder.parts) > 1 and not argv[0].startswith("-")
+        if is_path and not folder.exists() and folder.suffix not in {".yaml", ".yml"}:
+            raise FileNotFoundError(
+                f"No folder {folder} (looked from {Path.cwd()}). Give the folder of a run or of a "
+                "checkpoint, or a config."
+            )
         return argv
     config, flags = folder / "run.yaml", [*argv[1:], "--model_name_or_path", str(folder)]
     if config.is_file():

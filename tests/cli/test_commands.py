@@ -14,6 +14,7 @@ import qft_hf
 import qft_hf_cli
 from qft_hf.hf.finetune.parsing import GROUPS
 from qft_hf_cli import COMMANDS, main
+from qft_hf_cli.evaluate import flags_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -93,6 +94,15 @@ def test_what_is_refused_is_said_without_a_traceback(capsys):
     error = capsys.readouterr().err
     assert error.startswith("qft-hf finetune: no config nowhere.yaml (looked from ")
     assert "boolq_minilm, demo, llama2_7b_vicuna" in error
+
+
+@pytest.mark.parametrize("place", ["runs/nowhere", "runs/first/checkpoint-2"])
+def test_evaluate_names_a_folder_that_is_not_there(place, capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", place])
+    assert f"No folder {place} (looked from" in capsys.readouterr().err
+    flags = ["--model_name_or_path=runs/nowhere", "--use_cpu", "true"]
+    assert flags_of(flags) == flags
 
 
 def test_what_nobody_refused_keeps_its_traceback(monkeypatch):
