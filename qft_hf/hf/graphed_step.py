@@ -229,7 +229,7 @@ def refuse_uncapturable(args: TrainingArguments, model: nn.Module) -> None:
     if args.device.type != "cuda":
         reasons.insert(0, f"it needs an NVIDIA GPU, and this run is on {args.device}")
     if reasons:
-        raise ValueError(f"cuda_graph=True: {reasons[0]}. Else leave cuda_graph off.")
+        raise ValueError(f"cuda_graph=True: {reasons[0]}; or leave cuda_graph off.")
 
 
 def uncapturable(args: TrainingArguments, model: nn.Module) -> list[str]:
