@@ -211,9 +211,9 @@ class GraphedStep:
             for step, number in steps:
                 step.fill_(number)
             raise RuntimeError(
-                "cuda_graph=True: this forward and backward pass cannot be captured, for the host "
-                f"has to see values in between ({error}). Leave cuda_graph off for this model, "
-                "loss and data."
+                "cuda_graph=True: this forward and backward pass cannot be captured: the host has "
+                f"to see values in between, or memory ran out ({error}). Leave "
+                "cuda_graph off for this model, loss and data."
             ) from error
         gradients = [parameter.grad for parameter in self._parameters]
         return _Captured(graph, before, gradients, self.optimizer.left(), loss)

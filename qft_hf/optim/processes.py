@@ -448,7 +448,11 @@ class Processes:
 
 
 def checksum(parameter: Tensor) -> int:
-    """A number that differs where stored bytes do, whatever the machine."""
+    """A number that tells weights apart that were made or loaded otherwise, whatever the machine.
+
+    It is of the sums of bytes of each row and their places: bytes that have changed places within a
+    row are not seen.
+    """
     total = 0
     stored = parameter.stored.tensors if isinstance(parameter, QFTWeight) else (parameter,)
     for tensor in stored:
