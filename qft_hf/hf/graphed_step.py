@@ -20,15 +20,12 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import TrainingArguments, masking_utils
 
-from ..nn.experts import QFTBatchedExperts, QFTExperts, QFTParallelExperts
-from ..nn.kinds import kind_of
+from ..nn.experts import GroupedModule
 from ..optim import QFTOptimizer
 from ..optim.flow import Flow, Left
 from .optimizers import OPTIMIZERS, given_options, optimizer_name
 
 logger = logging.getLogger(__name__)
-
-EXPERTS = (QFTExperts, QFTBatchedExperts, QFTParallelExperts)
 
 N_EAGER = 2  # passes of a kind before it is captured: kernels are compiled, states and plans made
 
@@ -264,7 +261,7 @@ def uncapturable(args: TrainingArguments, model: nn.Module) -> list[str]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     if len(devices) > 1:
         reasons.append(f"a graph is of one device, and the model is on {len(devices)}")
-    experts = [name for name, m in model.named_modules() if kind_of(m) in EXPERTS]
+    experts = [name for name, m in model.named_modules() if isinstance(m, GroupedModule)]
     if experts:
         reasons.append(f"the host has to see how many tokens each expert of {experts[0]} gets")
     return reasons

@@ -70,13 +70,18 @@ class Workload:
         """What one layer saves for its backward pass."""
         norms = 2 * self.hidden * FP32_BYTES
         others = 2 * self.hidden + self.attention + 2 * self.key_value + 3 * self.intermediate
-        others += 2 * self.experts_per_token * self.hidden
+        if self.experts_per_token:  # what the router reads, and what each expert returns
+            others += (1 + self.experts_per_token) * self.hidden
         return self.tokens * (norms + others * self.compute_bytes + self.input_bytes)
 
     @property
     def input_bytes(self) -> int:
-        """What linear modules save of one token: after both norms, of attention and of the MLP."""
-        inputs = (self.hidden, self.hidden, self.attention, self.intermediate)
+        """What linear modules save of one token: after both norms, of attention and of the MLP.
+
+        Each expert of a token has a copy of its own of what comes after the second norm.
+        """
+        copies = (self.hidden,) * max(1, self.experts_per_token)
+        inputs = (self.hidden, *copies, self.attention, self.intermediate)
         if self.int8_inputs:
             return sum(
                 CODE_BYTES * width
@@ -278,10 +283,8 @@ def _at_a_time(arrangement: Arrangement) -> int:
 def _keeps_codes(model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec) -> bool:
     """Whether every linear module but the head saves codes; one that does not saves its input.
 
-    Experts do not: their products are of dequantized weights.
+    Experts are taken to get as many tokens as an INT8 product wants.
     """
-    if any(arrangement.n_matrices > 1 for arrangement in plan.arrangements.values()):
-        return False
     choices = product_choices(model, plan, spec)
     head = output_head(model)
     inner = [choice for name, choice in choices.items() if model.get_submodule(name) is not head]

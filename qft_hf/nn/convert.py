@@ -14,7 +14,6 @@ from torch import nn
 from ..config import QuantizationSpec
 from ..quant import Arrangement, QFTWeight
 from .attachments import attach_, attachments
-from .conv1d import QFTConv1D
 from .kinds import arrangement_of, kind_of, own_weights
 from .modules import QuantizedModule, multiplies_by_ours, quantized_class
 from .products import Int8Products, int8_products
@@ -165,16 +164,16 @@ def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan
     plan = conversion_plan(model, spec.modules_to_not_convert)
     choices = product_choices(model, plan, spec)
     for name, products in choices.items():
-        weight = plan.modules[name].weight
-        if products is not None and isinstance(weight, QFTWeight):
-            check_shared_columns(f"{name}.weight", weight)
+        for own, weight in own_weights(plan.modules[name]).items():
+            if products is not None and isinstance(weight, QFTWeight):
+                check_shared_columns(f"{name}.{own}", weight)
     for module in plan.modules.values():
         kind = kind_of(module)
         if kind is not None and not isinstance(module, QuantizedModule):
             module.__class__ = quantized_class(type(module), kind)
     for name, products in choices.items():
-        linear: Any = plan.modules[name]
-        linear.products = products
+        chosen: Any = plan.modules[name]
+        chosen.products = products
     mark_tables_(model)
     return plan
 
@@ -189,14 +188,14 @@ def mark_tables_(model: nn.Module) -> None:
 def product_choices(
     model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec
 ) -> dict[str, Int8Products | None]:
-    """Which products of the linear modules of `plan` are INT8; None: none is.
+    """Which products of the linear modules and experts of `plan` are INT8; None: none is.
 
     Not listed are those that multiply by themselves, and so with the dequantized weight.
     """
     names = [
         name
         for name, module in plan.modules.items()
-        if multiplies_by_ours(module) or kind_of(module) is QFTConv1D
+        if multiplies_by_ours(module) or ((kind := kind_of(module)) and kind.replaces_forward)
     ]
     return int8_products(model, names, spec)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from ..quant import Int8Gradient, QFTWeight, TiledGradient
+from ..quant import ALL_ROWS, QFTWeight, Tiles
 
 # At most so many tokens are multiplied without expanding the weight where no gradient is recorded:
 # matrix units pad any fewer to as many. Measured on CPUs (one thread), 16 tokens take as long as
@@ -66,8 +66,6 @@ def input_gradient(grad: Tensor, weight: QFTWeight) -> Tensor:
     return total
 
 
-def weight_gradient(grad: Tensor, x: Tensor, weight: QFTWeight) -> Int8Gradient | TiledGradient:
+def weight_gradient(grad: Tensor, x: Tensor) -> Tiles:
     """grad_W[R, C] = grad[N, R]^T x[N, C]."""
-    if weight.is_one_tile:
-        return weight.gradient(lambda rows: grad.t() @ x)
-    return weight.gradient(lambda rows: grad[:, rows].t() @ x)
+    return Tiles(lambda rows: (grad if rows is ALL_ROWS else grad[:, rows]).t() @ x)

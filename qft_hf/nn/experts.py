@@ -15,7 +15,18 @@ from .grouped import Groups, grouped_linear
 from .modules import QuantizedModule
 
 
-class QFTExperts(QuantizedModule):
+class GroupedModule(QuantizedModule):
+    """A module with weights of several experts, each with tokens of its own."""
+
+    replaces_forward = True
+
+    def multiply(self, x: Tensor, name: str, groups: Groups) -> Tensor:
+        """`x`, sorted by expert, times a weight of this module; see `grouped.grouped_linear`."""
+        weight = self.complete_weight(name)
+        return grouped_linear(x, weight, groups, products=self.products, training=self.training)
+
+
+class QFTExperts(GroupedModule):
     """Experts whose weights are `QFTWeight`; biases stay float.
 
     They are of the form that `transformers.integrations.moe` describes, whose implementations this
@@ -25,7 +36,6 @@ class QFTExperts(QuantizedModule):
     """
 
     weight_names = ("gate_up_proj", "up_proj", "down_proj")
-    replaces_forward = True
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -92,12 +102,12 @@ class QFTExperts(QuantizedModule):
 
     def _product(self, name: str, x: Tensor, chosen: Tensor, groups: Groups) -> Tensor:
         """`x`, sorted by expert, times a weight, and its bias if there is one."""
-        y = grouped_linear(x, self.complete_weight(name), groups, training=self.training)
+        y = self.multiply(x, name, groups)
         bias = self._parameters.get(f"{name}_bias")
         return y if bias is None else y + bias[chosen].to(y.dtype)
 
 
-class QFTBatchedExperts(QuantizedModule):
+class QFTBatchedExperts(GroupedModule):
     """Experts that are called with as many rows each, in order, as those of Llama 4.
 
     A token's row is zeros at an expert that it is not sent to. Such rows are left out: without
@@ -105,7 +115,6 @@ class QFTBatchedExperts(QuantizedModule):
     """
 
     weight_names = ("gate_up_proj", "down_proj")
-    replaces_forward = True
 
     down_proj: Any
     act_fn: Any
@@ -132,18 +141,14 @@ class QFTBatchedExperts(QuantizedModule):
         sent = hidden_states.any(dim=-1).nonzero().squeeze(1)
         last = torch.arange(n_rows, len(hidden_states) + 1, n_rows, device=sent.device)
         groups = Groups(torch.searchsorted(sent, last).tolist(), sent.device)
-        gate_up, down = (self.complete_weight(name) for name in self.weight_names)
 
-        y = grouped_linear(hidden_states[sent], gate_up, groups, training=self.training)
-        gate, up = y.chunk(2, dim=-1)
-        y = grouped_linear(up * self.act_fn(gate), down, groups, training=self.training)
+        gate, up = self.multiply(hidden_states[sent], "gate_up_proj", groups).chunk(2, dim=-1)
+        y = self.multiply(up * self.act_fn(gate), "down_proj", groups)
         return y.new_zeros(len(hidden_states), y.shape[-1]).index_copy_(0, sent, y)
 
 
-class QFTParallelExperts(QuantizedModule):
+class QFTParallelExperts(GroupedModule):
     """One product of all experts, called with tokens in their order, as those of JetMoe."""
-
-    replaces_forward = True
 
     @classmethod
     def fits(cls, module: Any) -> bool:
@@ -157,7 +162,7 @@ class QFTParallelExperts(QuantizedModule):
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
         """Tokens `[S, C]` in the order of their experts, so many of each, to `[S, R]`."""
         groups = Groups(list(accumulate(map(int, expert_size))), inputs.device)
-        return grouped_linear(inputs, self.complete_weight(), groups, training=self.training)
+        return self.multiply(inputs, "weight", groups)
 
 
 def _are_3d(module: nn.Module, *names: str) -> bool:

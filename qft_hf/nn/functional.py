@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import function
 
 from .. import kernels
-from ..quant import Int8Gradient, QFTWeight
+from ..quant import Int8Gradient, QFTWeight, Tiles
 from . import dequantized, int8
 from .products import Int8Products
 
@@ -65,7 +65,8 @@ class _Linear(torch.autograd.Function):
             grad_x = grad_x.view(ctx.x_shape)
         if needs_weight:
             (x,) = ctx.saved_tensors
-            gradient = dequantized.weight_gradient(grad, x.reshape(-1, x.shape[-1]), weight)
+            tiles = dequantized.weight_gradient(grad, x.reshape(-1, x.shape[-1]))
+            gradient = weight.gradient(*tiles)
         return grad_x, gradient, grad.sum(dim=0) if needs_bias else None, None
 
 
@@ -86,49 +87,81 @@ class _Int8Linear(torch.autograd.Function):
         operand: kernels.Input | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.products, ctx.x_shape, ctx.x_dtype = products, x.shape, x.dtype
-        if not (products.forward and products.weight_gradient):
-            x = x.to(dtype)
-        kept: tuple[Tensor, ...] = ()  # x, or the fields of its operand
-        if ctx.needs_input_grad[1]:
-            kept = operand if operand is not None and products.weight_gradient else (x,)
-        ctx.weight = weight
+        ctx.weight, ctx.products = weight, products
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        y, kept = multiplied(
+            x, weight, bias, products, operand, dtype, needs_weight=ctx.needs_input_grad[1]
+        )
         ctx.save_for_backward(*kept)
-        if operand is not None and products.forward:
-            return _own(int8.forward(operand, x, weight, bias, dtype))
-        return _own(dequantized.forward(x, weight, bias))
+        return _own(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         weight: QFTWeight = ctx.weight
-        kept, products = ctx.saved_tensors, ctx.products
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_x, tiles = gradients(
+            grad, ctx.saved_tensors, weight, ctx.products,
+            needs_x=needs_x, needs_weight=needs_weight,
+        )  # fmt: skip
+        if grad_x is not None:
+            grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+        gradient = None if tiles is None else weight.gradient(*tiles)
+        return grad_x, gradient, grad.sum(dim=0) if needs_bias else None, None, None, None
 
-        int8_x = needs_x and products.input_gradient
-        operand = kernels.Input(*kept) if needs_weight and products.weight_gradient else None
-        of_x = of_weight = None
-        if int8_x or operand is not None:
-            of_x, of_weight = int8.quantized_gradient(
-                grad.contiguous(), weight, operand, for_x=int8_x, seed=products.seed
-            )
-        grad_x = gradient = None
-        if needs_x:
-            product = (
-                dequantized.input_gradient(grad, weight)
-                if of_x is None
-                else int8.input_gradient(of_x, weight)
-            )
-            grad_x = product.to(ctx.x_dtype).view(ctx.x_shape)
-        del of_x  # a quarter of an FP32 gradient
-        if of_weight is not None and operand is not None:
-            gradient = int8.weight_gradient(of_weight, operand, weight)
-        elif needs_weight:
-            x = kept[0].reshape(-1, kept[0].shape[-1])
-            gradient = dequantized.weight_gradient(grad, x, weight)
-        grad_bias = grad.sum(dim=0) if needs_bias else None
-        return grad_x, gradient, grad_bias, None, None, None
+
+def multiplied(
+    x: Tensor,
+    weight: QFTWeight,
+    bias: Tensor | None,
+    products: Int8Products,
+    operand: kernels.Input | None,
+    dtype: torch.dtype,
+    *,
+    needs_weight: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The output `x W^T + b` as `products` says; and what the weight's gradient is computed from.
+
+    That is the fields of `operand`, or `x` where that gradient is no INT8 product.
+    """
+    if not (products.forward and products.weight_gradient):
+        x = x.to(dtype)
+    kept: tuple[Tensor, ...] = ()
+    if needs_weight:
+        kept = operand if operand is not None and products.weight_gradient else (x,)
+    if operand is not None and products.forward:
+        return int8.forward(operand, x, weight, bias, dtype), kept
+    return dequantized.forward(x, weight, bias), kept
+
+
+def gradients(
+    grad: Tensor,
+    kept: tuple[Tensor, ...],
+    weight: QFTWeight,
+    products: Int8Products,
+    *,
+    needs_x: bool,
+    needs_weight: bool,
+) -> tuple[Tensor | None, Tiles | None]:
+    """grad_x[N, C] and grad_W[R, C] of a product that has left `kept`, by grad[N, R]."""
+    int8_x = needs_x and products.input_gradient
+    operand = kernels.Input(*kept) if needs_weight and products.weight_gradient else None
+    of_x = of_weight = None
+    if int8_x or operand is not None:
+        of_x, of_weight = int8.quantized_gradient(
+            grad.contiguous(), weight, operand, for_x=int8_x, seed=products.seed
+        )
+    grad_x = tiles = None
+    if of_x is not None:
+        grad_x = int8.input_gradient(of_x, weight)
+    elif needs_x:
+        grad_x = dequantized.input_gradient(grad, weight)
+    if of_weight is not None and operand is not None:
+        tiles = int8.weight_gradient(of_weight, operand)
+    elif needs_weight:
+        tiles = dequantized.weight_gradient(grad, kept[0].reshape(-1, kept[0].shape[-1]))
+    return grad_x, tiles
 
 
 class _Embedding(torch.autograd.Function):

@@ -3,10 +3,11 @@
 Shapes: S tokens in the order of their experts, E experts, R rows (outputs) and C columns (inputs)
 of each. Of an expert without tokens nothing is expanded, and its gradient is zero. Experts are
 expanded to float as many at a time as a tile of a linear layer has elements, and one at least.
+INT8 products are those of a linear layer, of one expert after the other.
 """
 
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
-from ..layout import matrices_of_a_tile
-from ..quant import QFTWeight
-from . import dequantized
-from .functional import once_differentiable, product_dtype
+from ..kernels.groups import TINY
+from ..layout import STATE_GROUP_SIZE, GroupLayout, matrices_of_a_tile
+from ..quant import QFTWeight, Tiles
+from . import dequantized, int8
+from .functional import gradients, multiplied, once_differentiable, product_dtype
+from .products import FLOAT, Int8Products
 
 # Grouped products on a GPU read 16 bytes at a time: rows of other lengths go one expert at a time.
 ALIGNED_COLUMNS = 8
@@ -52,6 +55,14 @@ class Groups:
         self.device = device
         self.hit = [e for e, end in enumerate(ends) if self.ends[e] < end]
         self._tiles: dict[int, list[Tile]] = {}
+
+    def tokens(self, expert: int) -> slice:
+        """Those of an expert."""
+        return slice(self.ends[expert], self.ends[expert + 1])
+
+    def n_tokens(self, expert: int) -> int:
+        """How many these are."""
+        return self.ends[expert + 1] - self.ends[expert]
 
     def tiles(self, at_most: int) -> list[Tile]:
         """All experts that got tokens, in tiles with room for so many experts each."""
@@ -141,7 +152,7 @@ def _gradient(grad: Tensor, x: Tensor, weight: QFTWeight, groups: Groups, rows: 
     start, stop, _ = rows.indices(weight.codes.shape[0])
     first, last = start // n_rows, -(-stop // n_rows)
     if last - first == 1:
-        tokens = slice(groups.ends[first], groups.ends[last])
+        tokens = groups.tokens(first)
         return grad[tokens, start - first * n_rows : stop - first * n_rows].t() @ x[tokens]
     result = None
     for tile in groups.tiles(_at_a_time(weight)):
@@ -160,16 +171,139 @@ def _gradient(grad: Tensor, x: Tensor, weight: QFTWeight, groups: Groups, rows: 
     return grad.new_zeros(stop - start, columns) if result is None else result.view(-1, columns)
 
 
+class _Int8Grouped(torch.autograd.Function):
+    """The same, one expert at a time; products of those with many tokens are as `products` says.
+
+    `operands` are the quantized tokens of the experts that got any, where a product needs them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: QFTWeight,
+        groups: Groups,
+        products: Int8Products,
+        operands: list[kernels.Input | None],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        ctx.weight, ctx.groups, ctx.products, ctx.x_dtype = weight, groups, products, x.dtype
+        ctx.n_kept = []
+        outputs: list[Tensor] = []
+        kept: list[Tensor] = []
+        for expert, operand in zip(groups.hit, operands, strict=True):
+            y, of_expert = multiplied(
+                x[groups.tokens(expert)], weight.one(expert), None,
+                _products(groups, expert, products), operand, dtype,
+                needs_weight=ctx.needs_input_grad[1],
+            )  # fmt: skip
+            if products.weight_gradient and operand is None:  # else all of x would be kept by these
+                of_expert = tuple(tensor.clone() for tensor in of_expert)
+            outputs.append(y)
+            kept += of_expert
+            ctx.n_kept.append(len(of_expert))
+        ctx.save_for_backward(*kept)
+        return _joined(outputs, x.new_empty(0, weight.arrangement.rows))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        weight: QFTWeight = ctx.weight
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        kept = iter(ctx.saved_tensors)
+        grads_x: list[Tensor] = []
+        made: dict[int, Tiles] = {}
+        for expert, n_kept in zip(ctx.groups.hit, ctx.n_kept, strict=True):
+            grad_x, tiles = gradients(
+                grad[ctx.groups.tokens(expert)], tuple(islice(kept, n_kept)), weight.one(expert),
+                _products(ctx.groups, expert, ctx.products),
+                needs_x=needs_x, needs_weight=needs_weight,
+            )  # fmt: skip
+            if grad_x is not None:
+                grads_x.append(grad_x.to(ctx.x_dtype))
+            if tiles is not None:
+                made[expert] = tiles
+        grad_x = (
+            _joined(grads_x, grad.new_empty(0, weight.arrangement.columns)) if needs_x else None
+        )
+        gradient = weight.gradient(*_below_each_other(made, weight)) if needs_weight else None
+        return grad_x, gradient, None, None, None, None
+
+
+def _products(groups: Groups, expert: int, products: Int8Products) -> Int8Products:
+    """Those of one expert: with few tokens none is INT8, as in `functional.linear`."""
+    return products if groups.n_tokens(expert) >= int8.MIN_TOKENS else FLOAT
+
+
+def _operands(
+    x: Tensor, weight: QFTWeight, groups: Groups, products: Int8Products
+) -> list[kernels.Input | None]:
+    """The tokens of each expert as INT8 products take them, with outlier columns of their own."""
+    n_outliers = weight.outlier_values.shape[1]
+    recording = torch.is_grad_enabled()
+    operands = []
+    for expert in groups.hit:
+        chosen = _products(groups, expert, products)
+        wanted = chosen.forward or (chosen.weight_gradient and recording)
+        tokens = x.detach()[groups.tokens(expert)]
+        operands.append(int8.quantize(tokens, n_outliers=n_outliers) if wanted else None)
+    return operands
+
+
+def _below_each_other(tiles: dict[int, Tiles], weight: QFTWeight) -> Tiles:
+    """The gradient of all experts, of those of some; it is zero for the others."""
+    n_rows, columns = weight.arrangement.rows, weight.arrangement.columns
+
+    def parts(rows: slice) -> tuple[int, list[tuple[Tiles, slice, slice]]]:
+        """How many rows these are; what makes some, of which of its own, and where they belong."""
+        start, stop, _ = rows.indices(weight.codes.shape[0])
+        found = []
+        for expert in range(start // n_rows, -(-stop // n_rows)):
+            if expert in tiles:
+                first = expert * n_rows
+                own = slice(max(start - first, 0), min(stop - first, n_rows))
+                place = slice(first + own.start - start, first + own.stop - start)
+                found.append((tiles[expert], own, place))
+        return stop - start, found
+
+    def make(rows: slice) -> Tensor:
+        n, found = parts(rows)
+        if len(found) == 1 and found[0][2] == slice(0, n):
+            return found[0][0].make(found[0][1])
+        result = torch.zeros(n, columns, device=weight.device)
+        for of_expert, own, place in found:
+            result[place] = of_expert.make(own)
+        return result
+
+    def make_quantized(rows: slice) -> tuple[Tensor, Tensor]:
+        n, found = parts(rows)
+        n_groups = GroupLayout(n, columns, STATE_GROUP_SIZE).n_groups
+        codes = torch.zeros(n, columns, dtype=torch.int8, device=weight.device)
+        scales = torch.full((n, n_groups), TINY, device=weight.device)
+        for of_expert, own, place in found:
+            codes[place], scales[place] = of_expert.quantized(own)
+        return codes, scales
+
+    return Tiles(make, make_quantized)
+
+
 def grouped_linear(
-    x: Tensor, weight: QFTWeight, groups: Groups, *, training: bool = False
+    x: Tensor,
+    weight: QFTWeight,
+    groups: Groups,
+    *,
+    products: Int8Products | None = None,
+    training: bool = False,
 ) -> Tensor:
     """Each token times the weight of its expert; the weight's gradient is an `Int8Gradient`.
 
     Args:
         x: Float `[S, C]`: the tokens of the first expert, then those of the second, ...; of the
             weight's dtype, or under autocast.
-        weight: `[E, R, C]`, or transposed `[E, C, R]`.
+        weight: `[E, R, C]`, or transposed `[E, C, R]`; for INT8 products as `functional.linear`
+            wants it, each expert with outliers in columns of its own.
         groups: Which of the S tokens are whose.
+        products: Which products are INT8, of experts with `int8.MIN_TOKENS` tokens or more.
         training: As in `functional.linear`.
 
     Returns:
@@ -182,7 +316,12 @@ def grouped_linear(
     if not training and not torch.is_grad_enabled():
         if 0 < len(x) <= dequantized.max_tokens(dtype, x.device):
             return _few(x.to(dtype), weight, groups)
-    output: Tensor = _Grouped.apply(x, weight, groups, dtype)
+    output: Tensor
+    if products is None or max(map(groups.n_tokens, groups.hit), default=0) < int8.MIN_TOKENS:
+        output = _Grouped.apply(x, weight, groups, dtype)
+        return output
+    operands = _operands(x, weight, groups, products)
+    output = _Int8Grouped.apply(x, weight, groups, products, operands, dtype)
     return output
 
 
@@ -190,7 +329,6 @@ def _few(x: Tensor, weight: QFTWeight, groups: Groups) -> Tensor:
     """The products of few tokens, as in generation, without expanding a weight."""
     products = []
     for expert in groups.hit:
-        tokens = slice(groups.ends[expert], groups.ends[expert + 1])
-        stored = weight.stored.rows(weight.arrangement.part(expert))
-        products.append(kernels.dequantized_matmul(x[tokens], stored, bias=None))
+        stored = weight.one(expert).stored
+        products.append(kernels.dequantized_matmul(x[groups.tokens(expert)], stored, bias=None))
     return _joined(products, x)

@@ -23,7 +23,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import Input
 from ..layout import STATE_GROUP_SIZE
-from ..quant import Int8Gradient, QFTWeight, TiledGradient
+from ..quant import QFTWeight, Tiles
 
 
 class Gradient(NamedTuple):
@@ -75,7 +75,7 @@ def quantized_input(x: Tensor, *, n_outliers: int) -> Input:
     kept until its input dies, changes, or another input comes.
     """
     if x.is_inference():  # has no version that would tell of a change
-        return _quantize(x, n_outliers)
+        return quantize(x, n_outliers=n_outliers)
     slot = _slots.slot
     entry = slot.entry
     if (
@@ -85,12 +85,13 @@ def quantized_input(x: Tensor, *, n_outliers: int) -> Input:
         and len(entry[2].columns) == n_outliers
     ):
         return entry[2]
-    result = _quantize(x, n_outliers)
+    result = quantize(x, n_outliers=n_outliers)
     slot.entry = (weakref.ref(x, slot.forget), x._version, result)
     return result
 
 
-def _quantize(x: Tensor, n_outliers: int) -> Input:
+def quantize(x: Tensor, *, n_outliers: int) -> Input:
+    """`quantized_input` of an input that nothing else reads."""
     rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
     return Input(*kernels.quantize_input(rows, n_outliers=n_outliers))
 
@@ -148,9 +149,7 @@ def input_gradient(grad: Gradient, weight: QFTWeight) -> Tensor:
     )
 
 
-def weight_gradient(
-    grad: Gradient, operand: Input, weight: QFTWeight
-) -> Int8Gradient | TiledGradient:
+def weight_gradient(grad: Gradient, operand: Input) -> Tiles:
     """grad_W[R, C] = grad[N, R]^T x[N, C]."""
 
     def tile(rows: slice) -> Tensor:
@@ -174,4 +173,4 @@ def weight_gradient(
             group_size=STATE_GROUP_SIZE,
         )
 
-    return weight.gradient(tile, quantized_tile)
+    return Tiles(tile, quantized_tile)

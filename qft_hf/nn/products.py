@@ -29,10 +29,13 @@ class Int8Products:
         return ", ".join(name for name in PRODUCTS if getattr(self, name))
 
 
+FLOAT = Int8Products(forward=False, input_gradient=False, weight_gradient=False)
+
+
 def int8_products(
     model: nn.Module, names: list[str], spec: QuantizationSpec
 ) -> dict[str, Int8Products | None]:
-    """The choice of `spec` for each of the linear modules `names` of `model`; None: none is INT8.
+    """The choice of `spec` for each of the modules `names` of `model`; None: none is INT8.
 
     The output head is what `model.get_output_embeddings()` returns, as transformers models define
     it. It is left out unless it is listed: its gradient is skewed, few logits of a token have most

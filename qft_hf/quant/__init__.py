@@ -1,8 +1,17 @@
 """INT8 tensors: weights that train and the gradients they receive."""
 
 from .arrangement import Arrangement
-from .gradient import Int8Gradient, TiledGradient, quantized
+from .gradient import Int8Gradient, TiledGradient, Tiles, quantized
 from .tensor import Int8Tensor
-from .weight import QFTWeight
+from .weight import ALL_ROWS, QFTWeight
 
-__all__ = ["Arrangement", "Int8Gradient", "Int8Tensor", "QFTWeight", "TiledGradient", "quantized"]
+__all__ = [
+    "ALL_ROWS",
+    "Arrangement",
+    "Int8Gradient",
+    "Int8Tensor",
+    "QFTWeight",
+    "TiledGradient",
+    "Tiles",
+    "quantized",
+]

@@ -5,7 +5,7 @@ which is float and is made a tile of rows at a time when it is used.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -119,6 +119,25 @@ class Int8Gradient(Int8Tensor):
     def squared_norm(self) -> Tensor:
         """Sum of squares of all values: fp64 scalar."""
         return kernels.squared_norm(self.stored)
+
+
+class Tiles(NamedTuple):
+    """How a gradient is made, a range of its rows at a time.
+
+    Attributes:
+        make: Makes the float gradient `[n, columns]` of a range of rows.
+        make_quantized: Makes codes and scales of a range of rows, the bits of `kernels.quantize` of
+            `make`, where that takes no float gradient; None: by just that.
+    """
+
+    make: Callable[[slice], Tensor]
+    make_quantized: Callable[[slice], tuple[Tensor, Tensor]] | None = None
+
+    def quantized(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Codes and scales of a range of rows."""
+        if self.make_quantized is not None:
+            return self.make_quantized(rows)
+        return kernels.quantize(self.make(rows).contiguous(), group_size=STATE_GROUP_SIZE)
 
 
 class TiledGradient(Int8Tensor):

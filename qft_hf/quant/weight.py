@@ -271,6 +271,19 @@ class QFTWeight(Int8Tensor):
         rows = self.dequantize_rows(slice(start * n_rows, end * n_rows))
         return Arrangement((end - start, *shape[1:]), transposed).parameter(rows)
 
+    def one(self, number: int) -> "QFTWeight":
+        """One of the matrices below each other, of an expert, around the same fields: `[R, C]`.
+
+        It takes no part in autograd, and is kept with what is prepared for this weight.
+        """
+        key = ("matrix", number, self.dtype)
+        matrix: QFTWeight | None = self.stored.plans.get(key)
+        if matrix is None:
+            fields = self.stored.rows(self.arrangement.part(number)).tensors
+            matrix = QFTWeight(*fields, group_size=self.group_size, dtype=self.dtype)
+            self.stored.plans[key] = matrix
+        return matrix
+
     def dequantize_matrices(
         self,
         numbers: Sequence[int],

@@ -321,13 +321,13 @@ def test_a_gradient_that_is_not_finite_arrives_as_such(value):
 def quantized(monkeypatch) -> list[Tensor]:
     """Every tensor that is quantized as an input."""
     seen: list[Tensor] = []
-    quantize = int8._quantize
+    quantize = int8.quantize
 
-    def record(x: Tensor, n_outliers: int) -> int8.kernels.Input:
+    def record(x: Tensor, *, n_outliers: int) -> int8.kernels.Input:
         seen.append(x.detach().clone())
-        return quantize(x, n_outliers)
+        return quantize(x, n_outliers=n_outliers)
 
-    monkeypatch.setattr(int8, "_quantize", record)
+    monkeypatch.setattr(int8, "quantize", record)
     return seen
 
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from qft_hf import kernels
+from qft_hf.config import QuantizationSpec
 from qft_hf.kernels import Quantized
+from qft_hf.nn import Groups, Int8Products, grouped_linear
+from qft_hf.quant import QFTWeight
 
 # 192 tokens and layers whose outlier columns' FP32 products PyTorch splits among threads.
 RUNS = """
@@ -100,3 +103,25 @@ def test_the_norm_of_a_gradient_of_many_groups_is_the_same(on_threads):
     norms = on_threads(lambda: [kernels.squared_norm(gradient).item() for gradient in gradients])
 
     assert norms == 4 * norms[:1]
+
+
+def test_int8_products_of_experts_are_the_same(on_threads):
+    counts, rows, columns = [96, 0, 64, 33], 320, 256
+    spec = QuantizationSpec(matmul="int8", outlier_fraction=0.02)
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(len(counts), rows, columns, generator=generator)
+    x = torch.randn(sum(counts), columns, generator=generator)
+    grad_y = torch.randn(sum(counts), rows, generator=generator)
+    groups = Groups(torch.tensor(counts).cumsum(0).tolist(), x.device)
+
+    def products() -> list[torch.Tensor]:
+        weight = torch.nn.Parameter(QFTWeight.from_float(values, spec))
+        leaf = x.clone().requires_grad_()
+        y = grouped_linear(leaf, weight, groups, products=Int8Products())
+        y.backward(grad_y)
+        return [y.detach(), leaf.grad, weight.grad.codes, weight.grad.scales]
+
+    one, *others = on_threads(products)
+
+    for other in others:
+        assert all(map(torch.equal, other, one))
