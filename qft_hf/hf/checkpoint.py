@@ -8,6 +8,7 @@ alone decide.
 
 import json
 import logging
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -54,7 +55,7 @@ WEIGHTS = (
 )
 
 SHOWN = 5  # names in an error that may concern every tensor of a model
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 20  # stays in a core's cache
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
@@ -193,6 +194,28 @@ def weight_files(checkpoint: Path) -> list[str]:
     return [SAFE_WEIGHTS_INDEX_NAME, *shards]
 
 
+def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None:
+    """Remove checkpoints until `limit` are left, those first that were written first.
+
+    transformers' `rotate_checkpoints` keeps the one that the file system calls the newest, which is
+    an old one where clocks differ, and takes for a checkpoint whatever is named `checkpoint-*`,
+    such as a copy that somebody has set aside.
+
+    Args:
+        folder: Of the run.
+        limit: How many may be there; None or 0: any number.
+        keep: Those that stay in any case, of `folder` or not.
+    """
+    if not limit or limit < 0:
+        return
+    checkpoints, kept = _checkpoints(folder), {path.absolute() for path in keep}
+    old = [path for path in checkpoints if path.absolute() not in kept]
+    old.sort(key=lambda path: path.stat().st_mtime)
+    n_others = max(0, limit - (len(checkpoints) - len(old)))
+    for path in old[: len(old) - n_others]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def check_weights(model: nn.Module, checkpoint: Path) -> None:
     """Raise unless a checkpoint has the tensors of a model, undamaged, all of them and no other.
 
@@ -320,11 +343,13 @@ def _is_crc32(noted: Any) -> bool:
 
 
 def _digest(path: Path, *, crc32: bool = False) -> list[int | str]:
-    """Size in bytes and XXH3 or CRC-32; XXH3 is read at the speed of a disk."""
+    """Size in bytes and XXH3 or CRC-32; XXH3 takes no longer than reading the file."""
     size, xxh3, crc = 0, xxhash.xxh3_64(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            size += len(chunk)
+    buffer = memoryview(bytearray(CHUNK_BYTES))  # one: fresh memory for each chunk takes longer
+    with path.open("rb", buffering=0) as file:
+        while n_bytes := file.readinto(buffer):
+            size += n_bytes
+            chunk = buffer[:n_bytes]
             if crc32:
                 crc = zlib.crc32(chunk, crc)
             else:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .callback import QFTCallback
 from .checkpoint import (
@@ -23,6 +23,7 @@ from .checkpoint import (
     check_weights,
     newest_whole_checkpoint,
     parameters_without_state,
+    remove_old,
     require_whole,
     write_mark,
 )
@@ -152,12 +153,9 @@ class CheckpointTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
         if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=run_dir,
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
+            best = self.state.best_model_checkpoint or folder
+            keep = (Path(folder), Path(best))
+            remove_old(Path(run_dir), limit=self.args.save_total_limit, keep=keep)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push what is whole, not a draft: a push that fails must not cost the checkpoint."""

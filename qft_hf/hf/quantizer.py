@@ -138,14 +138,21 @@ class QFTQuantizer(HfQuantizer):
         """Yes: `state_dict` holds the INT8 fields."""
         return True
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
-        """Nothing of its own to save, and the check sums of all tensors."""
+    def get_state_dict_and_metadata(
+        self, model: Any
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The tensors to save, and the check sums of all that the files will hold."""
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, not the model
             return None, {}
         self._record_added(model)
         state = model.state_dict()
+        summed = dict(state)
         # A file may have the names and tensors of another layout, which the model was read from.
-        return None, metadata({**state, **revert_weight_conversion(model, dict(state))})
+        # An empty list is tested here: transformers copies each name and tensor for it, too, which
+        # takes ten times as long as the check sums.
+        if getattr(model, "_weight_conversions", None) != []:
+            summed |= revert_weight_conversion(model, dict(state))
+        return state, metadata(summed)
 
     def _record_added(self, model: Any) -> None:
         """Have the configuration list float modules that were added, such as a new head.

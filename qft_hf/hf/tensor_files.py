@@ -84,7 +84,7 @@ def memory(tensor: Any) -> Any:
 
 
 def _sum(tensor: Tensor) -> str:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy(force=True)  # on the CPU, detached
     digest = xxhash.xxh3_64(data)  # type: ignore[arg-type]  # numpy arrays are buffers
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     return digest.hexdigest()

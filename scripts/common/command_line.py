@@ -22,6 +22,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "batch_size": {"type": int, "help": "sequences of a batch"},
     "sequence_length": {"type": int, "help": "tokens of a sequence"},
     "steps": {"type": int, "help": "steps of training"},
+    "repeats": {"type": int, "help": "how often each is measured"},
     "pretraining_steps": {"type": int, "help": "steps before tuning"},
     "seeds": {"type": int, "nargs": "+", "help": "orders of the data"},
     "learning_rate": {"type": float, "help": "learning rate of Lion"},

@@ -30,6 +30,7 @@ def campaigns(options: argparse.Namespace, work: Path) -> Iterator[dict]:
     yield from damage.damaged_models(work / "models", options.models, options.seed)
     yield from damage.damaged_resumes(work / "resumes", options.resumes, options.seed)
     yield from interrupts.interrupted_steps(options.interrupts, options.seed)
+    yield from interrupts.interrupted_loads(options.interrupts // 4, options.seed)
     yield from values.bad_values(options.values, options.seed)
     if options.kills or options.full_disks:
         (work / "kills").mkdir()

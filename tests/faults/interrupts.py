@@ -1,10 +1,11 @@
-"""Interrupts backward passes and steps between any two instructions, and runs the next batch.
+"""Interrupts backward passes, steps and the loading of a state between any two instructions.
 
 A signal is raised at a random instruction of the package, as Ctrl-C is delivered there. After it
 the model has to be as before, as after the whole step, or marked: then the next batch is refused,
-until `zero_grad()`.
+until `zero_grad()`. A state is loaded, or it is the one before.
 """
 
+import copy
 import random
 import signal
 import sys
@@ -87,6 +88,33 @@ def interrupted_steps(n: int, seed: int) -> Iterator[dict]:
         label = f"{kind.__name__} {settings['gradient']} {settings.get('clipping', '')}".strip()
         yield {"campaign": "interrupts", "kind": label, "outcome": outcome,
                "detail": f"instruction {at} of {count}"}  # fmt: skip
+
+
+def interrupted_loads(n: int, seed: int) -> Iterator[dict]:
+    """Interrupt `load_state_dict` of an optimizer that has trained on, `n` times."""
+    chance = random.Random(seed)
+    for number in range(n):
+        kind, settings = SETTINGS[number % len(SETTINGS)]
+        model, data = network(), batches(3)
+        optimizer = make_optimizer(model, kind=kind, **settings)
+        told = []
+        for batch in data:
+            told.append(copy.deepcopy(optimizer.state_dict()))
+            loss_of(model, batch).backward()
+            optimizer.step()
+        before = everything(model, optimizer)
+        other = copy.deepcopy((model, optimizer))
+        counter = Interrupter()
+        counter.run(lambda other=other, told=told: other[1].load_state_dict(told[2]))
+        at = chance.randrange(1, counter.counted)
+        Interrupter(at).run(lambda old=optimizer, told=told: old.load_state_dict(told[2]))
+        now, outcome = everything(model, optimizer), "accepted half a state"
+        if _equal(now, before):
+            outcome = "as before"
+        elif _equal(now, everything(*other)):
+            outcome = "whole"
+        yield {"campaign": "interrupts", "kind": f"{kind.__name__}.load_state_dict",
+               "outcome": outcome, "detail": f"instruction {at} of {counter.counted}"}  # fmt: skip
 
 
 def _run(

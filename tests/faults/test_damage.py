@@ -35,6 +35,12 @@ def test_no_interrupt_leaves_half_a_step_that_is_accepted():
     assert len({line["outcome"] for line in lines}) > 1
 
 
+def test_no_interrupt_leaves_half_a_state_that_was_loaded():
+    lines = list(interrupts.interrupted_loads(3 * len(interrupts.SETTINGS), SEED))
+    assert bad(lines, interrupts.GOOD) == []
+    assert {line["outcome"] for line in lines} == {"as before", "whole"}
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_bad_numbers_move_nothing(seed):
     lines = list(values.bad_values(36, seed))

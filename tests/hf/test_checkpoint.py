@@ -1,22 +1,27 @@
 """Checkpoints of QFTTrainer: whole or not there, and a resume that is exact or refused."""
 
 import functools
+import http.server
 import json
 import logging
 import os
 import shutil
+import threading
 import zlib
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from qft_hf import QFTTrainer
-from qft_hf.hf.checkpoint import MARK, faults, newest_whole_checkpoint
+from qft_hf.hf.checkpoint import MARK, faults, newest_whole_checkpoint, remove_old
 from qft_hf.hf.drafts import PREFIX
 from tests.hf.checkpoints import edit_tensors
 from tests.hf.test_trainer import assert_same_state, sequences, trainer_on
@@ -86,6 +91,34 @@ def test_drafts_are_not_pushed(tmp_path, monkeypatch):
     assert list(filter_repo_objects(draft, ignore_patterns=ignored[0])) == ["config.json"]
 
 
+@pytest.mark.parametrize("clock", ["ahead", "stands still"])
+def test_rotation_keeps_the_newest_whatever_clocks_say(clock, tmp_path, monkeypatch):
+    """The oldest by the time of its last change went first: with a file server ahead, the new."""
+    make(tmp_path, max_steps=8, save_total_limit=8).train()
+    now = (tmp_path / "checkpoint-8").stat().st_mtime
+    for step in (2, 4, 6, 8):
+        os.utime(tmp_path / f"checkpoint-{step}", (now, now + 9000 * (clock == "ahead")))
+
+    make(tmp_path, max_steps=10, save_total_limit=1).train(resume_from_checkpoint=True)
+    assert names(tmp_path) == ["checkpoint-10"]
+    assert faults(tmp_path / "checkpoint-10") == []
+
+
+def test_rotation_leaves_what_is_no_checkpoint_of_the_run(tmp_path):
+    """A copy that was set aside went as the oldest, though no resume takes it for a checkpoint."""
+    make(tmp_path).train()
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-4-good")
+    make(tmp_path, max_steps=8, save_total_limit=1).train(resume_from_checkpoint=True)
+    assert names(tmp_path) == ["checkpoint-4-good", "checkpoint-8"]
+
+
+def test_rotation_goes_by_when_checkpoints_were_written_and_not_by_their_steps(tmp_path):
+    """Checkpoints of an earlier, longer run: the new ones have fewer steps."""
+    make(tmp_path, max_steps=8).train()
+    make(tmp_path, max_steps=4, save_total_limit=3).train()
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-8"]
+
+
 def test_training_again_into_the_same_folder_keeps_a_checkpoint(tmp_path):
     """The old one was set aside under a name that rotation counted: none was left."""
     for _ in range(2):
@@ -148,8 +181,7 @@ def test_what_comes_after_a_checkpoint_cannot_cost_it(step, tmp_path, monkeypatc
     run = make(tmp_path, save_total_limit=1)
     if step == "rotation":
         module = "qft_hf.hf.checkpoint_trainer"
-        real = trainer.rotate_checkpoints
-        monkeypatch.setattr(f"{module}.rotate_checkpoints", Fails(real, tmp_path))
+        monkeypatch.setattr(f"{module}.remove_old", Fails(remove_old, tmp_path))
     else:
         run.args.push_to_hub = True
         monkeypatch.setattr(Trainer, "_push_from_checkpoint", Fails(lambda folder: None, tmp_path))
@@ -158,6 +190,40 @@ def test_what_comes_after_a_checkpoint_cannot_cost_it(step, tmp_path, monkeypatc
 
     assert names(tmp_path) == ["checkpoint-4"]
     assert faults(tmp_path / "checkpoint-4") == []
+
+
+class Refuses(http.server.BaseHTTPRequestHandler):
+    """A Hub that has the repository, and takes no file."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        answer = {"url": f"http://{self.headers['host']}/someone/model"}
+        self.send_response(200 if self.path == "/api/repos/create" else 403)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "all_checkpoints", "end"])
+def test_a_hub_that_refuses_all_files_costs_none_here(strategy, tmp_path, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(trainer, "hf_api", lambda: HfApi(url))
+    run = make(
+        tmp_path, save_total_limit=1, push_to_hub=True, hub_strategy=strategy,
+        hub_model_id="someone/model", hub_token="none", hub_always_push=True,
+    )  # fmt: skip
+    run.train()
+    with pytest.raises(HfHubHTTPError, match="403"):
+        run.save_model()
+    server.shutdown()
+
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert faults(tmp_path / "checkpoint-4") == []
+    kept = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert_same_state(load_file(tmp_path / "model.safetensors"), kept)
 
 
 def test_a_push_gets_the_checkpoint_in_its_place(tmp_path, monkeypatch):
@@ -200,6 +266,23 @@ def test_a_checkpoint_that_is_a_link_is_replaced_and_not_followed(kind, tmp_path
     assert not (run / "checkpoint-2").is_symlink()
     assert names(outside) == ["precious.txt"]
     assert (outside / "precious.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("what", ["file", "empty folder", "locked folder", "foreign folder"])
+def test_what_lies_in_the_place_of_a_checkpoint_blocks_no_run(what, tmp_path):
+    """A folder that could not be replaced ended every later run at the same step."""
+    place = tmp_path / "checkpoint-2"
+    if what == "file":
+        place.write_text("not a checkpoint")
+    else:
+        place.mkdir(mode=0o500 if what == "locked folder" else 0o700)
+        if what == "foreign folder":
+            (place / "notes").mkdir()
+            (place / "notes" / "model.safetensors").write_text("not a model")
+    make(tmp_path, max_steps=2).train()
+    assert names(tmp_path) == ["checkpoint-2"]
+    assert faults(place) == []
+    assert "notes" not in names(place)
 
 
 def test_a_saved_model_takes_the_place_of_another_with_all_its_files(tmp_path):

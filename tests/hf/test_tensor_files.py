@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from qft_hf import QFTConfig, QFTTrainer, quantize_model_
+from qft_hf.hf import quantizer
 from qft_hf.hf.checkpoint import MARK, newest_whole_checkpoint
 from qft_hf.hf.finetune import export_checkpoint
 from qft_hf.hf.tensor_files import KEY, SWITCH, checksums, damaged, tensor_names
@@ -159,3 +160,16 @@ def test_tensors_that_are_stored_in_another_layout_have_sums_too(tmp_path):
     assert set(names) - set(model.state_dict()), "another layout"
     assert set(names) <= set(listed)
     assert damaged(files(tmp_path)) == []
+
+
+def test_a_model_that_is_saved_as_it_is_held_is_not_laid_out_anew_for_its_sums(
+    tmp_path, monkeypatch
+):
+    """That would compile a pattern for each name and take ten times as long as the sums."""
+    save(tmp_path)
+    model = load(tmp_path)
+    called = []
+    monkeypatch.setattr(quantizer, "revert_weight_conversion", lambda *_: called.append(1))
+    model.save_pretrained(tmp_path)
+    assert not called
+    assert_same_state(load(tmp_path), model)

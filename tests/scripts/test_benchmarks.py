@@ -145,6 +145,17 @@ def test_the_step_is_timed_beside_its_peers(run):
     assert "| QFTLion, reference backend | " in text
 
 
+def test_the_share_of_check_sums_in_a_save_is_timed(run):
+    figures, text = run("benchmark_save", "--config", "tiny", "--repeats", "2")
+    whole, alone = figures["saves"]["QFTTrainer's checkpoint"], figures["saves"]["save_pretrained"]
+    assert whole["megabytes"] > 1.5 * alone["megabytes"] > 0
+    for row in (whole, alone):
+        assert 0 < row["sums_of_tensors_%"] < 100
+        assert 0 < row["sums_of_tensors_ms"] + row["waiting_for_the_disk_ms"] < row["whole_ms"]
+    assert (whole["sums_of_files_ms"] > 0, alone["sums_of_files_ms"]) == (True, 0)
+    assert "| save_pretrained |" in text
+
+
 def test_training_steps_are_timed_by_phase(run, tmp_path):
     figures, text = run(
         "benchmark_training", "--config", "tiny", "--sequence_length", "20", "--steps", "1",
