@@ -15,9 +15,17 @@ from ..side import side_network_of
 from .checkpoint import parameters_without_state, write_mark
 from .optimizers import is_ours, named_optimizer, refuse_overruled, refuse_retries
 from .processes import by_first, start_together
-from .support import prepare_model_, refuse_foreign_optimizer, refuse_optimizer, unwrapped
+from .support import (
+    has_quantized_weights,
+    prepare_model_,
+    refuse_foreign_optimizer,
+    refuse_optimizer,
+    unwrapped,
+)
 
 logger = logging.getLogger(__name__)
+
+SAVED = "qft_hf"  # in a checkpoint's trainer_state.json, beside the states of callbacks
 
 
 class QFTCallback(TrainerCallback):
@@ -65,13 +73,14 @@ class QFTCallback(TrainerCallback):
 
         Several processes make sure that they run the same, of the same model.
         """
+        inner = unwrapped(optimizer)
         if model is not None:
             refuse_foreign_optimizer(model, optimizer)
-        inner = unwrapped(optimizer)
+            if is_ours(inner) or side_network_of(model) or has_quantized_weights(model):
+                start_together(inner, model, args, state, train_dataloader)
+                _say_other_batch(args, state)
         if not is_ours(inner):
             return
-        if model is not None:
-            start_together(inner, model, args, state, train_dataloader)
         refuse_overruled(args, inner, is_resumed=state.global_step > 0)
         if self.writes_in_place and getattr(args, "cuda_graph", False):
             raise ValueError(
@@ -128,8 +137,6 @@ class QFTCallback(TrainerCallback):
         inner = unwrapped(optimizer)
         checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.writes_in_place and is_ours(inner) and model is not None:
-            with by_first():
-                pass  # each process has written its random numbers
             with by_first() as is_first:
                 if is_first and checkpoint.is_dir():  # not in a search for hyperparameters
                     write_mark(checkpoint, without_state=parameters_without_state(model, inner))
@@ -146,3 +153,25 @@ class QFTCallback(TrainerCallback):
         inner = unwrapped(optimizer)
         if is_ours(inner):
             inner.eval()
+
+
+def _say_other_batch(args: TrainingArguments, state: TrainerState) -> None:
+    """Note how many examples a step has, and warn if a run goes on with another number."""
+    n_examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    saved: Any = state.stateful_callbacks  # a dictionary that is saved and loaded
+    before = saved.get(SAVED, {}).get("examples_per_step", n_examples)
+    saved[SAVED] = {"examples_per_step": n_examples}
+    if before != n_examples and state.is_world_process_zero:
+        logger.warning(
+            "The run goes on from step %d with %d examples a step, and had %d until then: it sees "
+            "other examples than it would have seen, and is not the run that it would have been. "
+            "Processes (%d) times per_device_train_batch_size (%d) times "
+            "gradient_accumulation_steps (%d) must be %d for that",
+            state.global_step,
+            n_examples,
+            before,
+            args.world_size,
+            args.train_batch_size,
+            args.gradient_accumulation_steps,
+            before,
+        )

@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerState, TrainingArguments
 
 from ..optim import QFTOptimizer
@@ -101,9 +102,12 @@ def refuse_distribution(kind: Any) -> None:
 def _consolidating(save: Any) -> Any:
     def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
         optimizer = unwrapped(self.optimizer)
-        if isinstance(optimizer, QFTOptimizer):
-            optimizer.consolidate()
-        save(self, *args, **kwargs)
+        if not isinstance(optimizer, QFTOptimizer):
+            save(self, *args, **kwargs)
+            return
+        optimizer.consolidate()
+        with by_first():  # who writes little waits, and learns of a disk that is full
+            save(self, *args, **kwargs)
 
     return _save_checkpoint
 
@@ -122,7 +126,7 @@ def _telling(train: Any) -> Any:
 
 
 def start_together(
-    optimizer: QFTOptimizer,
+    optimizer: Optimizer,
     model: nn.Module,
     args: TrainingArguments,
     state: TrainerState,
@@ -130,21 +134,29 @@ def start_together(
 ) -> None:
     """Raise unless all processes run the same; then give all of them the model of process 0.
 
+    Under an optimizer of others `DistributedDataParallel` has given it to them.
+
     Raises:
         ValueError: Arguments, data or models are of different sizes or kinds.
     """
-    processes = optimizer.processes
+    ours = optimizer if isinstance(optimizer, QFTOptimizer) else None
+    processes = Processes.found() if ours is None else ours.processes
     if processes is None:
         return
     facts = {name: value for name, value in args.to_dict().items() if name not in _OWN}
     facts["the number of steps"] = (state.global_step, state.max_steps)
     facts["the number of training examples"] = _length(getattr(train_dataloader, "dataset", None))
     facts["the number of batches in an epoch"] = _length(train_dataloader)
-    timeout = timedelta(seconds=args.ddp_timeout)
-    processes.begin(next(optimizer.parameters()).device, timeout=timeout)
+    for number, group in enumerate(optimizer.param_groups):
+        facts[f"parameters in group {number}"] = len(group["params"])
+        facts[f"the learning rate of group {number}"] = float(group["lr"])
+    device = optimizer.param_groups[0]["params"][0].device
+    processes.begin(device, timeout=timedelta(seconds=args.ddp_timeout))
     processes.agree(facts, "Give all processes the same arguments and the same data.")
-    optimizer.broadcast()
-    trained = {id(parameter) for parameter in optimizer.parameters()}
+    if ours is None:
+        return
+    ours.broadcast()
+    trained = {id(parameter) for parameter in ours.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in trained:
             is_int8 = isinstance(parameter, QFTWeight)

@@ -51,8 +51,7 @@ class Rows:
     def under_way_bytes(self, shapes: list[Shape], *, gradient: str) -> int:
         """What is alive in backward of rows that are sent and received, at most.
 
-        Those are the gradients of two weights that follow each other. In release the first of them
-        is updated meanwhile, and its rows are sent before those of the one before it are in place.
+        Those are the gradient of one weight, and in release the updated rows of the one before it.
 
         Args:
             shapes: Of all weights, in the order of the forward pass.
@@ -60,22 +59,16 @@ class Rows:
         """
         if self.n_processes == 1:
             return 0
-        backward = shapes[::-1]
-        exchanged = [self._exchanged_bytes(shape) for shape in backward]
         copies = self.n_processes + 1 if gradient == "release" else 0
-        updated = [copies * self.updated_bytes(shape) for shape in backward]
-        return max(
-            (
-                sum(exchanged[place : place + 2]) + sum(updated[max(0, place - 1) : place + 1])
-                for place in range(len(backward))
-            ),
-            default=0,
-        )
-
-    def _exchanged_bytes(self, shape: Shape) -> int:
-        """What the first process sends and receives of the gradient of a weight, and has itself."""
-        whole = GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes
-        return whole + self.n_processes * (HEADER_BYTES + self.gradient_bytes(shape))
+        before, most = 0, 0
+        for shape in reversed(shapes):
+            sent = GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes
+            sent += self.n_processes * HEADER_BYTES
+            received = self.n_processes * self.gradient_bytes(shape)
+            updated = copies * self.updated_bytes(shape)
+            most = max(most, before + sent + received, received + updated)
+            before = updated
+        return most
 
     def received_bytes(self, shapes: list[Shape], floats: list[int]) -> int:
         """What the first process receives from others in a step.

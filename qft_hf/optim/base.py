@@ -371,7 +371,7 @@ class QFTOptimizer(Optimizer):
         stored: kernels.Weight = parameter.stored  # type: ignore[attr-defined]  # a QFTWeight
         own: slice | None = gradient.own_rows  # type: ignore[attr-defined]
         if own is not None:  # of several processes
-            if own.start == own.stop:
+            if not gradient.has_rows:  # type: ignore[attr-defined]  # of `own_rows.py`
                 return None
             rounding = rounding._replace(first_row=own.start)
             plan = stored.plans.get(OWN_ROWS)

@@ -392,8 +392,7 @@ class Release(Flow):
             self._n_updated = 0
         elif isinstance(gradient, Int8Gradient):
             square = _squared_norm(gradient)
-            if not self.is_captured and not bool(square.isfinite()):
-                raise self.nonfinite_error()
+            self._refuse_nonfinite(gradient, square)
             self._take(parameter)
             self._clip_(gradient, square)
             self._squares.append(square)
@@ -418,6 +417,11 @@ class Release(Flow):
                 self._late.append((parameter, gradient))
             else:
                 self._update_floats([(parameter, gradient)])
+
+    def _refuse_nonfinite(self, gradient: Tensor, square: Tensor) -> None:
+        """Raise for an INT8 gradient of which this sum of squares is not finite."""
+        if not self.is_captured and not bool(square.isfinite()):
+            raise self.nonfinite_error()
 
     def _take(self, parameter: Parameter) -> None:
         if not self._is_in_backward:
@@ -444,8 +448,9 @@ class Release(Flow):
         return FloatingPointError(
             f"A gradient is NaN or infinite, and {self.n_used} weights had been handed theirs in "
             "this step when that was known: these are updated but for rows whose gradient is not "
-            "finite, the others are unchanged. Reload a checkpoint, or call optimizer.zero_grad() "
-            "to go on from here; gradient='stack' checks all gradients before the first update."
+            "finite, and those that one of several processes owns with them; other weights are "
+            "unchanged. Reload a checkpoint, or call optimizer.zero_grad() to go on from here; "
+            "gradient='stack' checks all gradients before the first update."
         )
 
     def step(self, parameters: list[Parameter]) -> bool:

@@ -5,7 +5,7 @@ of its gradient over all processes, its optimizer state and its update are made 
 else. Once a step, for each weight:
 
 1. every process sends each other one the rows that it owns of its own gradient, in INT8 with their
-   scales (`send`, `receive`);
+   scales (`send`, `receive`); codes are sent from where they lie;
 2. the owner adds them up in FP32 in the order of processes, divides by n, and takes the step;
    random numbers are counted by the row in the whole weight, so the step is that of one process;
 3. every process sends its updated rows to all: codes, scales and the values of outliers (`gather`).
@@ -49,14 +49,14 @@ from torch.nn import Parameter
 
 from .. import kernels
 from ..layout import STATE_GROUP_SIZE, GroupLayout, rows_of_process
-from ..quant import Int8Gradient, QFTWeight
+from ..quant import QFTWeight, quantized
 from ..quant.own_rows import OwnTiles
 from .state import StateFormat
 
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0  # how often a process that waits looks whether another has failed
-HEADER_BYTES = 4  # before the rows of a gradient: whether there is one
+HEADER_BYTES = 4  # before the scales of a gradient: whether there is one
 
 # PyTorch 2.13 has given it a new name, and warns of the old one.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -73,32 +73,43 @@ _n_groups = 0  # that this process has joined; the same on all
 
 
 @dataclass(slots=True)
-class Exchange:
-    """Rows of the gradients of one weight that are on their way.
+class Transfer:
+    """Bytes that are on their way.
 
     Attributes:
-        weight: Whose gradients they are.
-        is_used: Whether it has a gradient on this process.
-        sent: Kept until it has arrived.
-        received: uint8 `[n_processes, bytes]`: own rows of the gradient of each process.
+        sent: uint8, kept until it has arrived.
+        received: uint8 `[n_processes, bytes]`: from each process.
         work: What to wait for.
     """
 
-    weight: Any
-    is_used: bool
     sent: Tensor
     received: Tensor
     work: Any
 
 
 @dataclass(slots=True)
+class Exchange:
+    """Rows of the gradients of one weight that are on their way to their owners.
+
+    Attributes:
+        weight: Whose gradients they are.
+        is_used: Whether it has a gradient on this process.
+        scales: Behind a header that says so.
+        codes: Sent from where they lie.
+    """
+
+    weight: Any
+    is_used: bool
+    scales: Transfer
+    codes: Transfer
+
+
+@dataclass(slots=True)
 class Gathering:
-    """Updated rows of one weight that are on their way."""
+    """Updated rows of one weight that are on their way to all."""
 
     fields: list[Tensor]
-    sent: Tensor
-    received: Tensor  # uint8 [n_processes, bytes]
-    work: Any
+    rows: Transfer
 
 
 class Processes:
@@ -240,30 +251,38 @@ class Processes:
             name: form._replace(shape=(n_own, *form.shape[1:])) for name, form in wanted.items()
         }
 
-    def send(self, gradient: Int8Gradient | None, weight: Any) -> Exchange:
-        """Begin to send each process its rows of a gradient; None: there is none here."""
+    def send(self, weight: Any) -> Exchange:
+        """Begin to send each process its rows of the gradient in `.grad`, which is taken there."""
         n_rows, columns = weight.arrangement.matrix_shape
-        device = weight.device
-        width = columns + 4 * GroupLayout(n_rows, columns, STATE_GROUP_SIZE).n_groups
-        blocks = [self.rows_of(rank, n_rows) for rank in range(self.n)]
-        sizes = [HEADER_BYTES + width * (rows.stop - rows.start) for rows in blocks]
-        if gradient is None:
-            sent = torch.zeros(sum(sizes), dtype=torch.uint8, device=device)
+        given, weight.grad = weight.grad, None
+        if given is None:
+            n_groups = GroupLayout(n_rows, columns, STATE_GROUP_SIZE).n_groups
+            codes = torch.zeros(n_rows, columns, dtype=torch.int8, device=weight.device)
+            scales = torch.zeros(n_rows, n_groups, device=weight.device)
         else:
-            header = torch.ones(HEADER_BYTES, dtype=torch.uint8, device=device)
-            codes, scales = _bytes(gradient.codes), _bytes(gradient.scales)
-            parts = [
-                part
-                for rows in blocks
-                for part in (header, _flat(scales[rows]), _flat(codes[rows]))
-            ]
-            sent = torch.cat(parts)
+            codes, scales = quantized(given, weight).stored.tensors
+        is_used = torch.full(
+            (HEADER_BYTES,), given is not None, dtype=torch.uint8, device=weight.device
+        )
+        blocks = [self.rows_of(rank, n_rows) for rank in range(self.n)]
+        of_scales = [torch.cat([is_used, _flat(_bytes(scales[rows]))]) for rows in blocks]
+        return Exchange(
+            weight,
+            given is not None,
+            scales=self._exchange(torch.cat(of_scales), [len(part) for part in of_scales]),
+            codes=self._exchange(
+                _flat(_bytes(codes)), [(rows.stop - rows.start) * columns for rows in blocks]
+            ),
+        )
+
+    def _exchange(self, sent: Tensor, sizes: list[int]) -> Transfer:
+        """Begin to send each process its part of some bytes, one after the other in `sent`."""
         own = sizes[self.rank]
-        received = torch.empty(self.n, own, dtype=torch.uint8, device=device)
+        received = sent.new_empty(self.n, own)
         work = dist.all_to_all_single(
             received.view(-1), sent, [own] * self.n, sizes, group=self._group, async_op=True
         )
-        return Exchange(weight, gradient is not None, sent, received, work)
+        return Transfer(sent, received, work)
 
     def receive(self, exchange: Exchange, square: Tensor) -> OwnTiles | None:
         """The mean of the gradients that `send` has sent; None if no process had one.
@@ -272,18 +291,18 @@ class Processes:
             exchange: What `send` returned.
             square: fp64 scalar, 0: where the sum of squares of the own rows is to go.
         """
-        self.wait(exchange.work)
-        received, weight = exchange.received, exchange.weight
+        for transfer in (exchange.scales, exchange.codes):
+            self.wait(transfer.work)
+        weight, received = exchange.weight, exchange.scales.received
         # Only who has none itself has to look whether others had, and to wait for a GPU.
         if not exchange.is_used and not bool(received[:, 0].any()):
             return None
         own = self.own_rows(weight)
         n_own, columns = own.stop - own.start, weight.arrangement.columns
+        scales = received[:, HEADER_BYTES:].contiguous().view(torch.float32)
         n_groups = GroupLayout(1, columns, STATE_GROUP_SIZE).n_groups
-        begin = HEADER_BYTES + 4 * n_own * n_groups
-        scales = received[:, HEADER_BYTES:begin].contiguous().view(torch.float32)
         scales = scales.view(self.n, n_own, n_groups)
-        codes = received[:, begin:].view(torch.int8).view(self.n, n_own, columns)
+        codes = exchange.codes.received.view(torch.int8).view(self.n, n_own, columns)
         n = scales.new_full((1,), self.n)  # by a number, CUDA multiplies by its reciprocal
 
         def mean(rows: slice) -> Tensor:
@@ -336,16 +355,16 @@ class Processes:
         sent = torch.cat(parts)
         received = torch.empty(self.n, len(sent), dtype=torch.uint8, device=weight.device)
         work = _all_gather(received.view(-1), sent, group=self._group, async_op=True)
-        return Gathering(fields, sent, received, work)
+        return Gathering(fields, Transfer(sent, received, work))
 
     def finish(self, gathering: Gathering) -> None:
         """Put the rows that have arrived into the weight."""
-        self.wait(gathering.work)
+        self.wait(gathering.rows.work)
         begin = 0
         for field in map(_bytes, gathering.fields):
             n_rows, width = field.shape
             end = begin + self.block(n_rows) * width
-            field.copy_(gathering.received[:, begin:end].reshape(-1, width)[:n_rows])
+            field.copy_(gathering.rows.received[:, begin:end].reshape(-1, width)[:n_rows])
             begin = end
 
     def whole(self, rows: Tensor, n_rows: int) -> Tensor | None:
@@ -435,6 +454,8 @@ class Processes:
         """Within, an exception is reported to the others."""
         try:
             yield
+        except FloatingPointError:  # the mean of gradients is not finite on any of them
+            raise
         except BaseException as error:
             self.report(error)
             raise

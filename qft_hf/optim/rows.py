@@ -3,8 +3,11 @@
 Backward completes gradients in an order that may differ between processes, as where a layer is left
 out, and collectives must not. So weights are exchanged in an agreed order: each as soon as it and
 all before it have their gradients, and those that got none when the pass ends. The order is the one
-in which process 0 completed them in the first pass. While rows of one weight travel, backward
-computes the next; the rows of two weights are alive at most.
+in which process 0 completed them in the first pass.
+
+While the gradient of one weight travels, backward computes the next. When that is there, the rows
+of the first are used, and in release sent on, and then those of the next are sent. So rows of two
+weights are under way at most, and nothing small waits behind something large that was sent later.
 """
 
 from collections.abc import Iterator
@@ -17,7 +20,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..quant import QFTWeight
-from ..quant.gradient import quantized
 from ..quant.own_rows import OwnRows, OwnTiles
 from .flow import Flow, Release, Stack, Updates, _quantize_gradient_
 from .processes import DIFFERENT_SETTINGS, Exchange, Gathering, Processes, checksum
@@ -65,6 +67,9 @@ class _Shared(Flow):
     """What `RowsStack` and `RowsRelease` have in common; it stands before a flow of one process."""
 
     wants_tiles = False  # gradients travel in INT8
+    # Whether each is clipped by its own norm, which is needed when its rows have come and before
+    # they are used: the one case of a collective more for each weight.
+    _clips_by_own_norm = False
 
     def __init__(self, optimizer: Updates, *, processes: Processes, **settings: Any) -> None:
         super().__init__(optimizer, **settings)
@@ -131,35 +136,33 @@ class _Shared(Flow):
         self._places = {id(weight): place for place, weight in enumerate(weights)}
 
     def _send_next(self, current: Pass) -> None:
+        self._receive(current)
         weight = self._weights[current.n_sent]
         current.n_sent += 1
-        gradient, weight.grad = weight.grad, None
-        exchange = self.processes.send(
-            None if gradient is None else quantized(gradient, weight), weight
-        )
-        earlier, current.under_way = current.under_way, exchange
-        if earlier is not None:
-            self._receive(earlier, current)
+        current.under_way = self.processes.send(weight)
 
-    def _receive(self, exchange: Exchange, current: Pass) -> None:
+    def _receive(self, current: Pass) -> None:
+        """Use the gradient that is under way, when updated rows sent before are in place."""
+        exchange, current.under_way = current.under_way, None
+        if exchange is None:
+            return
+        self._settle()
         weight = exchange.weight
         square = current.squares[self._places[id(weight)]]
         gradient = self.processes.receive(exchange, square)
+        del exchange  # what was sent
         if gradient is None:
             return
         if super().wants_tiles:
             weight.grad = gradient
         else:
             weight.grad = own = gradient.quantized()
-            if self._asks_for_each_norm():
+            del gradient  # what was received
+            if self._clips_by_own_norm:
                 own.square_sum = square.clone()
                 self.processes.sum_(own.square_sum)
                 square.zero_()
         self.complete(weight)
-
-    def _asks_for_each_norm(self) -> bool:
-        """Whether a gradient in INT8 is looked at before the others are there."""
-        return False
 
     @torch.no_grad()
     def _end_pass(self) -> None:
@@ -169,9 +172,8 @@ class _Shared(Flow):
         with self.processes.reporting():
             while current.n_sent < len(self._weights):
                 self._send_next(current)
-            if current.under_way is not None:
-                exchange, current.under_way = current.under_way, None
-                self._receive(exchange, current)
+            self._receive(current)
+            self._settle()
             floats = [
                 parameter
                 for parameter in self.optimizer.parameters()
@@ -181,7 +183,6 @@ class _Shared(Flow):
             for parameter in floats:
                 if parameter.grad is not None:
                     self.complete(parameter)
-            self._settle()
             self.processes.sum_(current.squares)
             if not self._is_agreed:
                 self._agree_on_order(current)
@@ -253,8 +254,14 @@ class RowsStack(_Shared, Stack):
 class RowsRelease(_Shared, Release):
     """`Release` on several processes: own rows are used the moment the mean of them is there."""
 
-    def _asks_for_each_norm(self) -> bool:
-        return not self._is_measuring and (self.clipping != "exact" or self._measured is not None)
+    @property
+    def _clips_by_own_norm(self) -> bool:  # type: ignore[override]
+        return self.clipping == "tensor"
+
+    def _refuse_nonfinite(self, gradient: Any, square: Tensor) -> None:
+        """Leave own rows alone: the step, where all processes know of it, raises."""
+        if not bool(square.isfinite()):
+            gradient.stored = None
 
     def _join(self) -> None:
         was_in_backward, self._is_in_backward = self._is_in_backward, True  # it has no end to await

@@ -24,7 +24,8 @@ class OwnRows(Int8Gradient):
     does the same. Anything else that would look at values raises.
 
     Args:
-        stored: Codes and scales of the own rows; None: this process owns none.
+        stored: Codes and scales of the own rows; None: this process owns none, or is to leave them
+            alone.
         own_rows: Which rows of the matrix they are.
         square_sum: fp64 scalar: the sum of squares of all rows, as soon as the processes have added
             up theirs in this very tensor.
@@ -50,6 +51,11 @@ class OwnRows(Int8Gradient):
         self.own_rows = own_rows
         self.square_sum = square_sum
         self.arrangement = like.arrangement
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there are rows for this process to update."""
+        return self.stored is not None
 
     def fields(self) -> dict[str, Tensor]:
         """The stored tensors by name; none if this process owns no rows."""
@@ -144,6 +150,11 @@ class OwnTiles(TiledGradient):
         self.own_rows = own_rows
         self.square_sum = square_sum
         self.like = like
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether there are rows for this process to update."""
+        return bool(self.rows)
 
     def quantized(self) -> OwnRows:
         """All own rows in INT8."""

@@ -1,13 +1,10 @@
-"""What each of several processes holds and receives, counted where it is.
+"""What each of several processes holds and receives, counted where it is."""
 
-torchrun --nproc-per-node 2 -m tests.processes.accounts FOLDER
-"""
-
-import sys
 import weakref
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import astuple
-from datetime import timedelta
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +14,8 @@ from torch import Tensor
 from qft_hf import QFTConfig, QFTWeight, memory_ledger, quantize_model_
 from qft_hf.hf.optimizers import OPTIMIZERS
 from qft_hf.optim import processes
-from qft_hf.optim.processes import Processes
+from qft_hf.optim.processes import Processes, Transfer
 from tests.models import tiny_llama
-from tests.processes.launch import TIMEOUT_SECONDS
 
 # One word: two matrices of one row, of which the second process owns none; others have 75 rows.
 UNEVEN: dict[str, Any] = {"vocab_size": 1, "bos_token_id": 0, "eos_token_id": 0}
@@ -36,7 +32,8 @@ WAYS = {
         "gradient": gradient, "optimizer": optimizer, "momentum_bits": bits,
     }
     for gradient, optimizer, bits in (
-        ("stack", "qft_lion", 8), ("release", "qft_lion", 4), ("stack", "qft_adamw", 8)
+        ("stack", "qft_lion", 8), ("release", "qft_lion", 4), ("stack", "qft_adamw", 8),
+        ("release", "qft_adamw", 8),
     )
 }  # fmt: skip
 
@@ -62,22 +59,31 @@ def share(rank: int, rows: int) -> Tensor:
 
 
 def ledger(way: dict[str, Any], rank: int) -> dict[str, Any]:
-    """The states at their largest, just before the second step; and the printed table."""
+    """The states at their largest, just before the second step; and the printed table.
+
+    Also the collectives of that backward pass and step.
+    """
     model = model_of(UNEVEN)
     optimizer = optimizer_of(model, **way)
     backward(model, rank)
     optimizer.step()
-    backward(model, rank)
-    found = memory_ledger(model, optimizer)
-    return {"rows": [astuple(row) for row in found.rows], "text": str(found)}
+    with Collectives(n=2) as collectives:
+        backward(model, rank)
+        found = memory_ledger(model, optimizer)
+        optimizer.step()
+    return {
+        "rows": [astuple(row) for row in found.rows], "text": str(found),
+        "calls": dict(collectives.calls),
+    }  # fmt: skip
 
 
 class Collectives:
-    """Bytes that come in from other processes, while this is active; an all-reduce is a ring."""
+    """Calls, and bytes that come in from others, while this is active; an all-reduce is a ring."""
 
     def __init__(self, n: int) -> None:
         self.n = n
         self.received = 0.0
+        self.calls: Counter[str] = Counter()
 
     def __enter__(self) -> "Collectives":
         self._originals = (dist.all_to_all_single, processes._all_gather, dist.all_reduce)
@@ -93,38 +99,58 @@ class Collectives:
     def _counted(self, collective: Any, share: float) -> Any:
         def call(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
             self.received += share * tensor.nbytes
+            self.calls[collective.__name__] += 1
             return collective(tensor, *arguments, **options)
 
         return call
 
 
 class UnderWay:
-    """The most bytes of rows that are sent and received at one time, while this is active."""
+    """What is alive of rows that are sent and received at one time, while this is active.
+
+    Attributes:
+        most: Bytes.
+        most_weights: How many weights they are of.
+        copied: Bytes of gradients that were not sent from where they lie.
+    """
 
     def __init__(self) -> None:
-        self.bytes = self.most = 0
+        self.bytes = self.most = self.most_weights = self.copied = 0
+        self.tensors: Counter[int] = Counter()  # alive, by the identity of their weight
 
     def __enter__(self) -> "UnderWay":
         self._originals = (Processes.send, Processes.gather)
-        Processes.send, Processes.gather = map(self._counted, self._originals)
+        Processes.send = lambda *arguments: self._send(*arguments)
+        Processes.gather = lambda *arguments: self._gather(*arguments)
         return self
 
     def __exit__(self, *_: object) -> None:
         Processes.send, Processes.gather = self._originals
 
-    def _counted(self, begin: Any) -> Any:
-        def call(*arguments: Any) -> Any:
-            begun = begin(*arguments)
-            for tensor in (begun.sent, begun.received):
+    def _send(self, processes: Processes, weight: Any) -> Any:
+        codes = weight.grad.codes.data_ptr()
+        begun = self._originals[0](processes, weight)
+        self.copied += 0 if begun.codes.sent.data_ptr() == codes else begun.codes.sent.nbytes
+        self._count(weight, begun.scales, begun.codes)
+        return begun
+
+    def _gather(self, processes: Processes, weight: Any) -> Any:
+        begun = self._originals[1](processes, weight)
+        self._count(weight, begun.rows)
+        return begun
+
+    def _count(self, weight: Any, *transfers: Transfer) -> None:
+        for transfer in transfers:
+            for tensor in (transfer.sent, transfer.received):
                 self.bytes += tensor.nbytes
-                weakref.finalize(tensor, self._gone, tensor.nbytes)
-            self.most = max(self.most, self.bytes)
-            return begun
+                self.tensors[id(weight)] += 1
+                weakref.finalize(tensor, self._gone, id(weight), tensor.nbytes)
+        self.most = max(self.most, self.bytes)
+        self.most_weights = max(self.most_weights, sum(n > 0 for n in self.tensors.values()))
 
-        return call
-
-    def _gone(self, n_bytes: int) -> None:
+    def _gone(self, weight: int, n_bytes: int) -> None:
         self.bytes -= n_bytes
+        self.tensors[weight] -= 1
 
 
 def traffic(gradient: str, rank: int, n: int) -> dict[str, float]:
@@ -133,14 +159,19 @@ def traffic(gradient: str, rank: int, n: int) -> dict[str, float]:
     optimizer = optimizer_of(model, gradient=gradient, optimizer="qft_lion", momentum_bits=8)
     backward(model, rank)
     optimizer.step()
-    under_way = []
+    counts = []
     for _ in range(3):
         with Collectives(n) as collectives, UnderWay() as rows:
             backward(model, rank)
+            in_backward = rows.most
             optimizer.step()
-        under_way.append(rows.most)
+        counts.append((in_backward, rows.most_weights, rows.copied))
     # The least: a thread of gloo may let go of a tensor some time after the work is done.
-    return {"received": collectives.received, "under way": min(under_way)}
+    under_way, weights, copied = map(min, zip(*counts, strict=True))
+    return {
+        "received": collectives.received, "under way": under_way, "weights": weights,
+        "copied": copied,
+    }  # fmt: skip
 
 
 def mean_gradient(rank: int) -> dict[str, tuple[Tensor, Tensor]]:
@@ -158,20 +189,15 @@ def mean_gradient(rank: int) -> dict[str, tuple[Tensor, Tensor]]:
     return found
 
 
-def main() -> None:
-    """Count on this process of several."""
-    folder = Path(sys.argv[1])
-    for way in WAYS.values():  # who owns no rows would wait for the others to compile kernels
+def compile_kernels() -> None:
+    """While a process that owns no rows need not wait for those that do."""
+    for way in WAYS.values():
         ledger(way, rank=0)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
-    rank, n = dist.get_rank(), dist.get_world_size()
-    found: dict[str, Any] = {name: ledger(way, rank) for name, way in WAYS.items()}
-    found |= {gradient: traffic(gradient, rank, n) for gradient in ("stack", "release")}
-    found["mean"] = mean_gradient(rank)
-    torch.save(found, folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    main()
+COUNTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
+    **{name: lambda rank, n, way=way: ledger(way, rank) for name, way in WAYS.items()},
+    "traffic of stack": partial(traffic, "stack"),
+    "traffic of release": partial(traffic, "release"),
+    "mean": lambda rank, n: mean_gradient(rank),
+}

@@ -1,16 +1,20 @@
 """What goes wrong on one process, or is not the same on all: each case returns what it came to."""
 
+import logging
+import resource
+import time
 from collections.abc import Callable
 from math import nan
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
-from qft_hf import QFTConfig, quantize_model_
+from qft_hf import QFTAdamW, QFTConfig, quantize_model_
+from qft_hf.side import QSTConfig, attach_side_network
 from tests.models import tiny_llama
 from tests.nn.small import SmallModel
 from tests.optim.common import make_model, make_optimizer, model_tensors
@@ -21,7 +25,7 @@ def outcome(act: Callable[[], Any]) -> str:
     """The kind and the text of the error of an act; empty without one."""
     try:
         act()
-    except (ValueError, RuntimeError, ArithmeticError) as error:
+    except Exception as error:  # noqa: BLE001 it is what is looked for
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -37,8 +41,12 @@ def nan_on_one(rank: int, n: int, **settings: Any) -> dict[str, Any]:
     backward(model, rank, n)
     optimizer.step()
     before = model_tensors(model)
-    backward(model, rank, n, step=1, factor=nan if rank == n - 1 else 1.0)
-    text = outcome(optimizer.step)
+
+    def step() -> None:
+        backward(model, rank, n, step=1, factor=nan if rank == n - 1 else 1.0)
+        optimizer.step()
+
+    text = outcome(step)
     after = model_tensors(model)
     optimizer.zero_grad()
     backward(model, rank, n, step=2)
@@ -101,16 +109,69 @@ def trainer_case(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
     return {"text": outcome(trainer.train), "weights": model_tensors(trainer.model)}
 
 
-def adapters(folder: Path, rank: int, n: int) -> dict[str, Any]:
+def adapters(folder: Path, rank: int, n: int, **changes: Any) -> dict[str, Any]:
     """Adapters on a frozen INT8 model, which another optimizer trains under DDP."""
+    from peft import LoraConfig, get_peft_model  # takes seconds
+
     model = get_peft_model(
         quantize_model_(tiny_llama(seed=rank), QFTConfig()),
         LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     )
-    trainer = trainers.make(
-        "stock", folder / "bad", n=n, save_strategy="no", model=model, optim="adamw_torch"
-    )
+    changes = {"save_strategy": "no", "model": model, "optim": "adamw_torch", **changes}
+    trainer = trainers.make("stock", folder / "bad", n=n, **changes)
     return {"text": outcome(trainer.train), "weights": model_tensors(trainer.model)}
+
+
+def side_network(folder: Path, rank: int, n: int, **changes: Any) -> dict[str, Any]:
+    """A side network in float, which another optimizer trains under DDP."""
+    model = quantize_model_(tiny_llama(seed=rank), QFTConfig())
+    torch.manual_seed(rank)
+    attach_side_network(model, QSTConfig(r=4))
+    return trainer_case(folder, n, model=model, optim="adamw_torch", **changes)
+
+
+class FullDisk(TrainerCallback):
+    """Of one process, from the step on that is saved: no file can grow beyond a few bytes."""
+
+    def __init__(self, *, is_full: bool) -> None:
+        self.is_full = is_full
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.is_full and state.global_step == trainers.SAVED_AT:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+
+
+def full_disk(kind: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
+    """The first process, which writes the checkpoint, has no room for it."""
+    trainer = trainers.make(
+        kind, folder / f"full-{kind}", n=n, callbacks=[FullDisk(is_full=rank == 0)]
+    )
+    began = time.monotonic()
+    text = outcome(trainer.train)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return {
+        "text": text, "seconds": time.monotonic() - began,
+        "steps": trainer.state.global_step, "weights": model_tensors(trainer.model),
+    }  # fmt: skip
+
+
+def other_batch(folder: Path, n: int) -> dict[str, Any]:
+    """A run goes on from one process's checkpoint with half as many examples a step."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("qft_hf.hf.callback")
+    logger.addHandler(handler)
+    trainer = trainers.make(
+        "stack", folder / "other-batch", n=n, per_device_train_batch_size=3, save_strategy="no"
+    )
+    checkpoint = folder / "stack-on-1" / f"checkpoint-{trainers.SAVED_AT}"
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    logger.removeHandler(handler)
+    return {
+        "text": "\n".join(said), "steps": trainer.state.global_step,
+        "weights": model_tensors(trainer.model),
+    }  # fmt: skip
 
 
 def loaded_into_shards(folder: Path, n: int) -> dict[str, Any]:
@@ -129,9 +190,13 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
         "nan-stack": lambda: nan_on_one(rank, n),
         "nan-skip": lambda: nan_on_one(rank, n, nonfinite="skip"),
         "nan-release": lambda: nan_on_one(rank, n, gradient="release"),
-        "nan-tensor": lambda: nan_on_one(
+        "nan-previous": lambda: nan_on_one(
             rank, n, gradient="release", clipping="previous", max_grad_norm=0.4
         ),
+        "nan-tensor": lambda: nan_on_one(
+            rank, n, gradient="release", clipping="tensor", max_grad_norm=0.4
+        ),
+        "nan-adamw": lambda: nan_on_one(rank, n, kind=QFTAdamW, gradient="release"),
         "other-weights": lambda: other_weights(rank, n),
         "other-rate": lambda: other_rate(rank, n),
         "second-pass": lambda: second_pass(rank, n),
@@ -141,6 +206,12 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
         "trainer-rate": lambda: trainer_case(folder, n, learning_rate=1e-3 * (rank + 1)),
         "trainer-data": lambda: trainer_case(folder, n, n_examples=36 + rank),
         "trainer-adapters": lambda: adapters(folder, rank, n),
+        "trainer-adapters-data": lambda: adapters(folder, rank, n, n_examples=36 + rank),
+        "trainer-side": lambda: side_network(folder, rank, n),
+        "trainer-side-seed": lambda: side_network(folder, rank, n, seed=5 + rank),
+        "trainer-full": lambda: full_disk("stack", folder, rank, n),
+        "stock-full": lambda: full_disk("stock", folder, rank, n),
+        "trainer-batch": lambda: other_batch(folder, n),
         "shards": lambda: loaded_into_shards(folder, n),
         "trainer-reentrant": lambda: {
             "text": outcome(
@@ -155,8 +226,9 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
 
 
 CASES = (
-    "nan-stack", "nan-skip", "nan-release", "nan-tensor", "other-weights", "other-rate",
+    "nan-stack", "nan-skip", "nan-release", "nan-previous", "nan-tensor", "nan-adamw",
+    "other-weights", "other-rate",
     "second-pass", "no-consolidation", "trainer-model", "trainer-rate", "trainer-data",
-    "trainer-adapters",
-    "shards", "trainer-reentrant", "reentrant",
+    "trainer-adapters", "trainer-adapters-data", "trainer-side", "trainer-side-seed",
+    "trainer-full", "stock-full", "trainer-batch", "shards", "trainer-reentrant", "reentrant",
 )  # fmt: skip

@@ -1,29 +1,46 @@
-"""Runs on two and on three processes; to start them takes the longest, so each is started once."""
+"""Runs on two, three and four processes; to start them takes the longest, so each starts once."""
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from filelock import FileLock
 
-from tests.processes import bad_input, trainers, training
-from tests.processes.launch import launch, results
+from tests.processes import accounts, bad_input, forked, trainers, training
+from tests.processes.launch import launch, launch_forked, results
 
 ON_TWO = (
     *(f"optimizer:{name}" for name in training.SCENARIOS),
     *(f"trainer:{name}" for name in trainers.KINDS),
     *(f"trainer:stack/stack-on-{n}" for n in (1, 2, 3)),
     "trainer:stock/stock-on-2",
+    *(f"account:{name}" for name in accounts.COUNTS),
     *(f"bad:{name}" for name in bad_input.CASES),
 )
-ON_THREE = ("optimizer:no-floats", "optimizer:uneven", "optimizer:uneven-release", "trainer:stack")
 
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """What every process has found, by their number and the run, and the folder of all runs."""
-    folder: Path = tmp_path_factory.mktemp("processes")
-    alone = {name: trainers.run(name, folder, n=1, n_parts=2) for name in trainers.KINDS}
-    launch(str(folder), *ON_THREE, n=3)
-    three = results(folder, 3)
-    launch(str(folder), *ON_TWO, n=2)
-    return SimpleNamespace(folder=folder, alone=alone, three=three, two=results(folder, 2))
+    """What every process has found, by their number and the run, and the folder of all runs.
+
+    Under xdist one worker starts them for all.
+    """
+    base: Path = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "processes"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            alone = {name: trainers.run(name, folder, n=1, n_parts=2) for name in trainers.KINDS}
+            torch.save(alone, folder / "alone.pt")
+            launch_forked(str(folder))
+            launch(str(folder), *ON_TWO, n=2)
+    return SimpleNamespace(
+        folder=folder,
+        alone=torch.load(folder / "alone.pt", weights_only=False),
+        two=results(folder, "two", 2),
+        three=results(folder, "three", 3),
+        four=results(folder, "four", 4),
+        ended={name: results(folder, name, 3) for name in forked.ENDS},
+    )

@@ -3,35 +3,52 @@
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 30  # of a collective
-PATIENCE_SECONDS = 240  # of all scenarios together; to start takes some
+PATIENCE_SECONDS = 600  # of all scenarios together, on a busy machine
 
 
-def launch(
-    *arguments: str, n: int, module: str = "tests.processes", check: bool = True
-) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node n -m module arguments`, with a port of its own."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={n}",
-        f"--master-port={free_port()}", "-m", module, *arguments,
-    ]  # fmt: skip
+def launch(*arguments: str, n: int) -> None:
+    """`torchrun --nproc-per-node n -m tests.processes arguments`, with a port of its own."""
+    _run(
+        "-m", "torch.distributed.run", f"--nproc-per-node={n}", f"--master-port={free_port()}",
+        "-m", "tests.processes", *arguments,
+    )  # fmt: skip
+
+
+def launch_forked(folder: str) -> None:
+    """`tests/processes/forked.py`: no launcher is there that would end the others."""
+    _run("-m", "tests.processes.forked", folder)
+
+
+def _run(*words: str) -> None:
     done = subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        [sys.executable, *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
-    if check and done.returncode:
+    if done.returncode:
         raise AssertionError(f"{done.stdout[-3000:]}\n{done.stderr[-12000:]}")
-    return done
 
 
-def results(folder: Path, n: int) -> list[dict[str, Any]]:
-    """What each process has saved."""
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(n)]
+def results(folder: Path, name: str, n: int) -> list[dict[str, Any] | None]:
+    """What each process has saved; None: it ended before."""
+    paths = [folder / f"{name}-{rank}.pt" for rank in range(n)]
+    return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
+
+
+def begin() -> None:
+    """Meet the other processes, as the environment says where."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
 
 
 def free_port() -> int:

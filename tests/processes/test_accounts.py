@@ -11,16 +11,17 @@ from qft_hf.kernels import quantize
 from qft_hf.layout import STATE_GROUP_SIZE
 from tests.models import tiny_llama
 from tests.processes.accounts import BROAD, REAL, UNEVEN, WAYS, backward, model_of
-from tests.processes.launch import launch, results
 
 N_PROCESSES = 2
 
 
-@pytest.fixture(scope="module")
-def of_each(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("accounts")
-    launch(str(folder), n=N_PROCESSES, module="tests.processes.accounts")
-    return results(folder, N_PROCESSES)
+@pytest.fixture
+def of_each(runs):
+    """What each process has counted, by the name of the count."""
+    return [
+        {run.partition(":")[2]: found for run, found in of_one.items() if "account:" in run}
+        for of_one in runs.two
+    ]
 
 
 def table(rows):
@@ -67,18 +68,36 @@ def test_a_process_receives_what_the_estimate_says(gradient, of_each):
     """Counted at the collectives, with the shapes of SmolLM2's layers."""
     estimate = estimate_memory(tiny_llama(**REAL), n_processes=N_PROCESSES, gradient=gradient)
 
-    counted = [found[gradient]["received"] for found in of_each]
+    counted = [found[f"traffic of {gradient}"]["received"] for found in of_each]
 
     assert counted[0] == estimate.received_bytes
     assert max(counted) / estimate.n_parameters < 1.15
 
 
 @pytest.mark.parametrize("gradient", ["stack", "release"])
-def test_rows_under_way_are_those_of_two_weights(gradient, of_each):
+def test_rows_under_way_are_those_of_two_weights_at_most(gradient, of_each):
     estimate = estimate_memory(tiny_llama(**REAL), n_processes=N_PROCESSES, gradient=gradient)
     (predicted,) = (r.bytes for r in estimate.activation_rows if r.state == "rows under way")
 
-    assert of_each[0][gradient]["under way"] == predicted
+    for found in of_each:
+        counted = found[f"traffic of {gradient}"]
+        assert counted["weights"] == 2
+        assert counted["copied"] == 0
+    assert of_each[0][f"traffic of {gradient}"]["under way"] == predicted
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_norms_and_finite_flags_of_all_weights_travel_together(name, of_each):
+    """Three collectives for a weight; one for float gradients, and one for the squares of all."""
+    n_weights = sum(p.ndim > 1 for p in tiny_llama(**UNEVEN).parameters())
+    wanted = {"all_to_all_single": 2 * n_weights, "all_gather": n_weights, "all_reduce": 2}
+
+    for found in of_each:
+        calls = found[name]["calls"]
+        assert {
+            kind: sum(n for call, n in calls.items() if call.startswith(kind)) for kind in wanted
+        } == wanted
+        assert sum(calls.values()) == sum(wanted.values())
 
 
 def values(codes, scales):

@@ -1,15 +1,11 @@
 """What fails on one process, or differs between them, is an error on all, and soon."""
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-import torch
 
 from tests.processes import trainers
-from tests.processes.launch import PATIENCE_SECONDS, REPOSITORY, TIMEOUT_SECONDS, free_port
+from tests.processes.launch import TIMEOUT_SECONDS
 from tests.processes.test_training import different
 
 
@@ -19,7 +15,9 @@ from tests.processes.test_training import different
         ("nan-stack", r"^FloatingPointError: .*weights and optimizer state are unchanged"),
         ("nan-skip", r"^$"),
         ("nan-release", r"^FloatingPointError: .*updated but for rows"),
+        ("nan-previous", r"^FloatingPointError: .*updated but for rows"),
         ("nan-tensor", r"^FloatingPointError: .*updated but for rows"),
+        ("nan-adamw", r"^FloatingPointError: .*updated but for rows"),
         ("other-weights", r"check sum of parameter 0 .*optimizer\.broadcast\(\)"),
         ("other-rate", r"lr of group 0 is 0\.001 on process 0 and 0\.002 on 1"),
         ("second-pass", r"under optimizer\.accumulate\(\)"),
@@ -27,6 +25,8 @@ from tests.processes.test_training import different
         ("no-consolidation", r"Call optimizer\.consolidate\(\) on all of them"),
         ("trainer-rate", r"learning_rate is 0\.001 on process 0 and 0\.002 on 1.* same arguments"),
         ("trainer-data", r"number of training examples is 36 on process 0 and 37 on 1"),
+        ("trainer-adapters-data", r"number of training examples is 36 on process 0 and 37 on 1"),
+        ("trainer-side-seed", r"seed is 5 on process 0 and 6 on 1.* same arguments"),
         ("shards", r"^ValueError: distributed_config splits .*accelerate launch --multi_gpu"),
         ("trainer-reentrant", r"'use_reentrant': False"),
     ],
@@ -36,7 +36,9 @@ def test_every_process_says_what_is_wrong(case, text, runs):
         assert re.search(text, found[f"bad:{case}"]["text"]), found[f"bad:{case}"]["text"]
 
 
-@pytest.mark.parametrize("case", ["nan-stack", "nan-skip", "nan-release", "nan-tensor"])
+@pytest.mark.parametrize(
+    "case", ["nan-stack", "nan-skip", "nan-release", "nan-previous", "nan-tensor", "nan-adamw"]
+)
 def test_a_nan_on_one_process_leaves_all_with_the_same_weights(case, runs):
     first, second = (found[f"bad:{case}"] for found in runs.two)
 
@@ -48,7 +50,9 @@ def test_a_nan_on_one_process_leaves_all_with_the_same_weights(case, runs):
     assert different(first["after"], first["weights"]) != []  # and training goes on
 
 
-@pytest.mark.parametrize("case", ["other-weights", "trainer-model", "trainer-adapters"])
+@pytest.mark.parametrize(
+    "case", ["other-weights", "trainer-model", "trainer-adapters", "trainer-side"]
+)
 def test_the_model_of_the_first_process_is_given_to_all(case, runs):
     first, second = (found[f"bad:{case}"]["weights"] for found in runs.two)
 
@@ -58,47 +62,57 @@ def test_the_model_of_the_first_process_is_given_to_all(case, runs):
         assert different(first, runs.alone["stack"]["weights"]) == []
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    """The folder of two runs of two processes each, of which one failed and one was killed."""
-    folder = tmp_path_factory.mktemp("failures")
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.processes.failures", str(folder)], cwd=REPOSITORY,
-            env={**os.environ, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        for process in processes:
-            process.wait(timeout=PATIENCE_SECONDS)
-    finally:
-        for process in processes:
-            process.kill()
-    return folder
+@pytest.mark.parametrize("case", ["trainer-full", "stock-full"])
+def test_a_checkpoint_that_the_first_process_cannot_write_is_an_error_on_all(case, runs):
+    first, second = (found[f"bad:{case}"] for found in runs.two)
+
+    assert re.search("could not be written whole|File too large|too large", first["text"])
+    assert second["text"].startswith("RuntimeError: Process 1 stops because another has failed.")
+    assert first["text"] in second["text"]
+    for found in (first, second):
+        assert found["steps"] == trainers.SAVED_AT
+        assert found["seconds"] < TIMEOUT_SECONDS
+    assert different(first["weights"], second["weights"]) == []
+    if case == "trainer-full":
+        assert list((runs.folder / "full-stack").glob("*")) == []
 
 
-def test_an_error_on_one_process_is_raised_on_the_other_with_its_text(ended):
-    first, second = (torch.load(ended / f"failed-{rank}.pt", weights_only=False) for rank in (0, 1))
+def test_a_run_that_goes_on_with_another_batch_says_so_and_goes_on(runs):
+    first, second = (found["bad:trainer-batch"] for found in runs.two)
 
-    own = "ValueError: the tokens of this batch are out of range"
-    assert second["text"] == own
-    assert first["text"].startswith("RuntimeError: Process 0 stops because another has failed.")
-    assert f"Process 1: {own}" in first["text"]
-    assert first["seconds"] < TIMEOUT_SECONDS
+    said = [line for line in first["text"].splitlines() if "examples a step" in line]
+    assert len(said) == 1
+    assert re.search(r"from step 2 with 6 examples a step, and had 12 until then", said[0])
+    assert re.search(r"Processes \(2\) times .* \(3\) times .* \(1\) must be 12", said[0])
+    assert "examples a step" not in second["text"]  # one process says it
+    assert first["steps"] == trainers.N_STEPS
     assert different(first["weights"], second["weights"]) == []
 
 
-def test_the_end_of_one_process_is_an_error_on_the_other_and_the_run_can_be_resumed(ended, runs):
-    survivor = torch.load(ended / "killed-0.pt", weights_only=False)
+def test_an_error_on_one_process_is_raised_on_the_others_with_its_text(runs):
+    *others, last = runs.ended["failed"]
 
-    assert not (ended / "killed-1.pt").exists()
-    assert survivor["seconds"] < TIMEOUT_SECONDS
-    assert re.search(r"another has ended, .* within 0:00:30", survivor["text"])
-    checkpoint = ended / "killed" / f"checkpoint-{trainers.SAVED_AT}"
-    trainer = trainers.make("stack", ended / "killed", n=1, n_parts=2)
+    own = "ValueError: the tokens of this batch are out of range"
+    assert last["text"] == own
+    for rank, found in enumerate(others):
+        text = f"RuntimeError: Process {rank} stops because another has failed."
+        assert found["text"].startswith(text)
+        assert f"Process 2: {own}" in found["text"]
+        assert found["seconds"] < TIMEOUT_SECONDS
+        assert different(found["weights"], last["weights"]) == []
+
+
+def test_a_process_that_is_killed_in_a_step_leaves_the_others_equal_and_the_run_to_resume(runs):
+    first, second, killed = runs.ended["killed"]
+
+    assert killed is None
+    for found in (first, second):
+        assert found["seconds"] < TIMEOUT_SECONDS
+        assert re.search(r"stops because another has (ended|failed)", found["text"])
+    assert re.search(r"another has ended, .* within 0:00:30", first["text"] + second["text"])
+    assert different(first["weights"], second["weights"]) == []
+    trainer = trainers.make("stack", runs.folder / "killed", n=1, n_parts=2)
     trainer.train(resume_from_checkpoint=True)
-    assert checkpoint.exists()
-    weights = trainers.model_tensors(trainer.model)
-    assert different(weights, runs.alone["stack"]["weights"]) == []
+    assert (runs.folder / "killed" / f"checkpoint-{trainers.SAVED_AT}").exists()
+    whole = runs.two[0]["trainer:stack/stack-on-3"]  # of three until there, too
+    assert different(trainers.model_tensors(trainer.model), whole["weights"]) == []

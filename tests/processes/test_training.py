@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tests.processes import training
-from tests.processes.conftest import ON_THREE, ON_TWO
+from tests.processes.conftest import ON_TWO
+from tests.processes.forked import ON_FOUR, ON_THREE
 
 
 @cache
@@ -41,16 +42,17 @@ def test_the_first_process_has_the_state_of_all_rows_to_save(name, runs):
         assert different(state[number], tensors) == []
 
 
-def test_three_processes_divide_by_three(runs):
+@pytest.mark.parametrize("name", [name for name in training.SCENARIOS if "no-floats" in name])
+def test_three_processes_train_as_one_does_with_all_gradients(name, runs):
     """Without float parameters, whose sum a backend may add up in any order."""
-    assert (
-        different(runs.three[0]["optimizer:no-floats"]["weights"], alone("no-floats", 3)["weights"])
-        == []
-    )
+    found = runs.three[0][f"optimizer:{name}"]
+
+    assert different(found["weights"], alone(name, 3)["weights"]) == []
+    assert found["norms"] == pytest.approx(alone(name, 3)["norms"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
-    "run", [run for run in ON_TWO + ON_THREE if "uneven" not in run and "bad" not in run]
+    "run", [run for run in {*ON_TWO, *ON_THREE} if run.startswith(("optimizer:", "trainer:"))]
 )
 def test_all_processes_end_with_the_same_weights(run, runs):
     for everyone in (runs.two, runs.three):
@@ -58,11 +60,12 @@ def test_all_processes_end_with_the_same_weights(run, runs):
             assert different(everyone[0][run]["weights"], found[run]["weights"]) == []
 
 
-def test_a_process_may_own_no_row_and_leave_out_a_layer(runs):
-    """The head has two rows, so the third process owns none; release is the stack."""
-    found = [of_one[run] for of_one in runs.three for run in ON_THREE if "uneven" in run]
+@pytest.mark.parametrize(("n", "named"), [(3, "three"), (4, "four")])
+def test_a_process_may_own_no_row_and_leave_out_a_layer(n, named, runs):
+    """The head has three rows, so the fourth process owns none; release is the stack."""
+    found = [of_one[run] for of_one in vars(runs)[named] for run in ON_FOUR]
 
-    assert len(found) == 6
+    assert len(found) == 2 * n
     for other in found[1:]:
         assert different(found[0]["weights"], other["weights"]) == []
     fresh, _, _ = training.make("uneven")

@@ -287,10 +287,11 @@ def _is_reported_already(run: Run) -> bool:
 
 def _write_model(run: Run) -> None:
     """Write checkpoint and log."""
-    run.trainer.save_model()
-    if run.trainer.is_world_process_zero():
-        with written_whole(run.arguments.output_dir / TRAINER_STATE_NAME) as draft:
-            run.trainer.state.save_to_json(str(draft))
+    with by_first() as is_first:
+        run.trainer.save_model()
+        if is_first:
+            with written_whole(run.arguments.output_dir / TRAINER_STATE_NAME) as draft:
+                run.trainer.state.save_to_json(str(draft))
 
 
 def _write_report(run: Run, summary: RunSummary) -> None:

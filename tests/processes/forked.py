@@ -1,0 +1,111 @@
+"""Three and four processes, forked from this one, which has imported what they need.
+
+No launcher is there that would end the others when one of them fails or is killed.
+
+python -m tests.processes.forked FOLDER
+"""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from tests.optim.common import model_tensors
+from tests.processes import trainers
+from tests.processes.launch import begin, free_port
+from tests.processes.training import LONG
+from tests.processes.work import do
+
+ON_FOUR = ("optimizer:uneven", "optimizer:uneven-release")
+ON_THREE = (
+    *(f"optimizer:{name}-no-floats" for name in LONG),
+    "optimizer:uneven",
+    "optimizer:uneven-release",
+    "trainer:stack",
+)
+ENDS = ("failed", "killed")
+FAILS_AT = 3  # the step after the one that is saved
+
+
+class Failing(TrainerCallback):
+    """On one process something happens in a step: before it, or in the midst of its backward."""
+
+    def __init__(self, *, is_killed: bool) -> None:
+        self.is_killed = is_killed
+        self.is_time = False
+
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.is_time = state.global_step == FAILS_AT - 1
+        if self.is_time and not self.is_killed:
+            raise ValueError("the tokens of this batch are out of range")
+        if self.is_time:
+            model.model.layers[0].mlp.up_proj.weight.register_hook(self.end)
+
+    def end(self, gradient: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(folder: Path) -> None:
+    """The last process raises, and in another run is killed: the error of each, and its weights."""
+    begin()
+    rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    for name in ENDS:
+        failing = [Failing(is_killed=name == "killed")] if rank == n - 1 else []
+        trainer = trainers.make("stack", folder / name, n=n, callbacks=failing)
+        began, text = time.monotonic(), ""
+        try:
+            trainer.train()
+        except Exception as error:  # noqa: BLE001 it is what is looked for
+            text = f"{type(error).__name__}: {error}"
+        found = {"text": text, "seconds": time.monotonic() - began}
+        torch.save({**found, "weights": model_tensors(trainer.model)}, folder / f"{name}-{rank}.pt")
+        others = [folder / f"failed-{other}.pt" for other in range(n)]
+        while not all(path.exists() for path in others):  # no end of a process must tell the others
+            time.sleep(0.1)
+
+
+def forked(n: int, work: Callable[[], None]) -> list[int]:
+    """How each of `n` processes has ended that do the same."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(n)
+    children = []
+    for rank in range(n):
+        child = os.fork()
+        if child == 0:
+            os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+            status = 1
+            try:
+                work()
+                status = 0
+            except BaseException:  # noqa: BLE001 it is told, and the fork must not go on
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)  # a group that has lost a member cannot be taken down in order
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def main() -> None:
+    """All that is not for two processes."""
+    folder = Path(sys.argv[1])
+    ends = [
+        forked(4, lambda: do(folder, ON_FOUR)),
+        forked(3, lambda: do(folder, ON_THREE)),
+        forked(3, lambda: fail(folder)),
+    ]
+    if ends != [[0] * 4, [0] * 3, [0, 0, -signal.SIGKILL]]:
+        raise SystemExit(f"processes have ended with {ends}")
+
+
+if __name__ == "__main__":
+    main()

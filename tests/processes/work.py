@@ -1,0 +1,32 @@
+"""What one of several processes does, whoever has started it."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.processes import accounts, bad_input, trainers, training
+from tests.processes.launch import begin
+
+NAMES = {2: "two", 3: "three", 4: "four"}
+
+
+def do(folder: Path, runs: tuple[str, ...]) -> None:
+    """Runs such as `optimizer:stack`; what each has found is in `FOLDER/two-RANK.pt`."""
+    accounts.compile_kernels()
+    begin()
+    rank, n = dist.get_rank(), dist.get_world_size()
+    found = {}
+    for run in runs:
+        kind, name = run.split(":")
+        if kind == "optimizer":
+            found[run] = training.run(name, rank, n)
+        elif kind == "account":
+            found[run] = accounts.COUNTS[name](rank, n)
+        elif kind == "bad":
+            found[run] = bad_input.run(name, folder, rank, n)
+        else:
+            found[run] = trainers.run(name, folder, n=n)
+    torch.save(found, folder / f"{NAMES[n]}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
