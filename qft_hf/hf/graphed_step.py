@@ -1,9 +1,11 @@
-"""Forward and backward of a training step as one CUDA graph, replayed at every step.
+"""The parts of a training step as CUDA graphs, replayed at every step.
 
 With few tokens a GPU is done with a kernel before the host has started the next. A graph holds all
 kernels of a pass, with their numbers and the addresses of their tensors, and one call starts them
 all. What the host does between them it does once, while the graph is captured: batches are copied
-to where the captured one was, and gradients lie where the captured ones were.
+to where the captured one was, and gradients lie where the captured ones were. So clipping and the
+update can be captured too, in graphs of their own: between them the host looks whether gradients
+are finite.
 
 Source:
     "CUDA Graphs" in PyTorch's notes on CUDA semantics, whole-network capture.
@@ -12,8 +14,8 @@ Source:
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +23,14 @@ from torch.nn import Parameter
 from transformers import TrainingArguments, masking_utils
 
 from ..nn.experts import GroupedModule
+from ..nn.kinds import kind_of
 from ..optim import QFTOptimizer
 from ..optim.flow import Flow, Left
 from .optimizers import OPTIMIZERS, given_options, optimizer_name
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 N_EAGER = 2  # passes of a kind before it is captured: kernels are compiled, states and plans made
 
@@ -36,11 +41,11 @@ Pass = Callable[[Batch], Tensor]  # forward and backward; returns the loss
 class Graph(Protocol):
     """What a pass starts on the device, to be started again."""
 
-    def run(self, function: Callable[[], Tensor]) -> Tensor:
+    def run(self, function: Callable[[], T]) -> T:
         """Call the function as `capture` would, on the same stream, and capture nothing."""
         ...
 
-    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+    def capture(self, function: Callable[[], T]) -> T:
         """Call the function and hold what it starts, which does not run: results are undefined."""
         ...
 
@@ -56,7 +61,7 @@ class CudaGraph:
         self._stream, self._pool = stream, pool
         self._graph = torch.cuda.CUDAGraph()
 
-    def run(self, function: Callable[[], Tensor]) -> Tensor:
+    def run(self, function: Callable[[], T]) -> T:
         """Beside the main stream, on which a capture could not begin: autograd keeps streams."""
         main = torch.cuda.current_stream()
         self._stream.wait_stream(main)
@@ -65,7 +70,7 @@ class CudaGraph:
         main.wait_stream(self._stream)
         return result
 
-    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+    def capture(self, function: Callable[[], T]) -> T:
         """Other threads may go on, such as one that pins the memory of batches."""
         with torch.cuda.graph(
             self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
@@ -83,6 +88,13 @@ def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
     return lambda: CudaGraph(stream, pool)
 
 
+class _Part(NamedTuple):
+    """A graph of what follows a pass, and its result."""
+
+    graph: Graph
+    result: Any  # a tensor or None
+
+
 @dataclass
 class _Captured:
     """A graph, and the tensors that lie where it reads and writes.
@@ -93,6 +105,7 @@ class _Captured:
         gradients: And after it.
         left: What else it has left on the host.
         loss: Of the pass.
+        parts: What was captured of the gradients' way from there, by name.
     """
 
     graph: Graph
@@ -100,15 +113,18 @@ class _Captured:
     gradients: list[Tensor | None]
     left: Left
     loss: Tensor
+    parts: dict[Hashable, _Part] = field(default_factory=dict)
 
 
 class GraphedStep:
     """Runs passes over batches of one shape by graphs: one for each kind of pass.
 
+    What comes after a pass that was replayed, clipping and the update of gradients that wait, finds
+    them where they were before, and is replayed too: `run_part`.
+
     The first passes of a kind run eagerly, and so does every batch that is unlike the first one,
     which is said once. Gradients, norms and counters are after a pass what they would be after an
-    eager one, so all that comes after it, clipping and the optimizer's step among it, need not
-    know.
+    eager one, so all that comes after it need not know.
 
     Args:
         optimizer: Of the parameters that get gradients.
@@ -117,13 +133,26 @@ class GraphedStep:
 
     def __init__(self, optimizer: QFTOptimizer, make_graph: Callable[[], Graph]) -> None:
         self.optimizer = optimizer
-        optimizer.prepare_capture()
+        if not optimizer.reads_live and optimizer.gradient == "release":
+            raise ValueError(
+                f"cuda_graph=True: a graph would repeat the rate of {type(optimizer).__name__} and "
+                "the number of its step, which does not read them from `live`. Take "
+                "gradient='stack', or leave cuda_graph off."
+            )
+        optimizer.prepare_capture(self.run_part)
+        if not optimizer.reads_live:
+            logger.warning(
+                "cuda_graph=True: updates by %s run without a graph, which would repeat their rate "
+                "and the number of their step. Passes and clipping have graphs",
+                type(optimizer).__name__,
+            )
         self._parameters = list(optimizer.parameters())
         self._make_graph = make_graph
         self._eager = make_graph()
         self._inputs: Batch = {}  # where graphs read a batch
         self._n_run: dict[Hashable, int] = {}  # eager passes by kind
         self._captured: dict[Hashable, _Captured] = {}
+        self._latest: _Captured | None = None  # the last pass, if it was replayed
         self._repeated: list[Any] = []  # by all graphs
         self._has_warned = False
 
@@ -139,14 +168,11 @@ class GraphedStep:
         Raises:
             RuntimeError: The pass does what cannot be captured. Nothing was updated.
         """
+        self._latest = None
         self.optimizer.write_numbers()
         if not self._takes(batch):
             return self._eager.run(lambda: run(batch))
-        repeated = self.optimizer.repeated()
-        if self._repeated != repeated:  # somebody has moved the model, or loaded a state
-            self._captured.clear()
-            self._n_run.clear()
-            self._repeated = repeated
+        self._forget_what_has_moved()
         before = [parameter.grad for parameter in self._parameters]
         kind = (kind, all(gradient is None for gradient in before))
         captured = self._captured.get(kind)
@@ -154,7 +180,7 @@ class GraphedStep:
             n_run = self._n_run[kind] = self._n_run.get(kind, 0) + 1
             if n_run <= N_EAGER:
                 return self._eager.run(lambda: run(batch))
-            captured = self._captured[kind] = self._capture(run, before)
+            captured = self._captured[kind] = self._capture_pass(run, before)
             self._replay(captured, batch)  # capturing did what the host does, and only that
         elif any(a is not b for a, b in zip(before, captured.before, strict=True)):
             return self._eager.run(lambda: run(batch))  # after a micro-batch that ran eagerly
@@ -163,7 +189,53 @@ class GraphedStep:
             self.optimizer.replayed(captured.left)
             for parameter, gradient in zip(self._parameters, captured.gradients, strict=True):
                 parameter.grad = gradient
+        self._latest = captured
         return captured.loss.clone()
+
+    def run_part(
+        self,
+        name: Hashable,
+        part: Callable[[], T],
+        *,
+        repeated: Callable[[], None] | None = None,
+    ) -> T:
+        """Run a part of what follows a pass, by a graph if that was replayed; a `RunPart`.
+
+        Raises:
+            RuntimeError: The part does what cannot be captured. Nothing was updated.
+        """
+        captured = self._latest
+        if repeated is not None:
+            self._forget_what_has_moved()
+        if captured is None or captured not in self._captured.values():
+            return part()
+        gradients = zip(self._parameters, captured.gradients, strict=True)
+        if any(parameter.grad is not gradient for parameter, gradient in gradients):
+            return part()  # somebody has put others in their place
+        found = captured.parts.get(name)
+        if found is None:
+            graph = self._make_graph()
+            result = self._capture(graph, part, "what follows the backward pass")
+            found = captured.parts[name] = _Part(graph, result)
+            found.graph.replay()  # capturing did what the host does, and only that
+        else:
+            found.graph.replay()
+            if repeated is not None:
+                repeated()
+        again: Any = None if found.result is None else found.result.clone()
+        return again
+
+    def end(self) -> None:
+        """Let the optimizer step without graphs again."""
+        self.optimizer.prepare_capture(None)
+
+    def _forget_what_has_moved(self) -> None:
+        """Drop all graphs if somebody has moved the model, or loaded a state."""
+        repeated = self.optimizer.repeated()
+        if self._repeated != repeated:
+            self._captured.clear()
+            self._n_run.clear()
+            self._repeated = repeated
 
     def _takes(self, batch: dict[str, Any]) -> bool:
         """Whether the batch has the form of the first one."""
@@ -195,25 +267,28 @@ class GraphedStep:
             self._inputs[name].copy_(value, non_blocking=True)
         captured.graph.replay()
 
-    def _capture(self, run: Pass, before: list[Tensor | None]) -> _Captured:
+    def _capture_pass(self, run: Pass, before: list[Tensor | None]) -> _Captured:
         for parameter in self._parameters:
             _refuse_hooks(parameter)
         graph = self._make_graph()
+        with _documents_as_in_eager_passes(self._inputs):
+            loss = self._capture(graph, lambda: run(self._inputs), "this forward and backward pass")
+        gradients = [parameter.grad for parameter in self._parameters]
+        return _Captured(graph, before, gradients, self.optimizer.left(), loss)
+
+    def _capture(self, graph: Graph, function: Callable[[], T], name: str) -> T:
         steps = [(state["step"], int(state["step"])) for state in self.optimizer.state.values()]
         try:
-            with _documents_as_in_eager_passes(self._inputs):
-                loss = graph.capture(lambda: run(self._inputs))
+            return graph.capture(function)
         except RuntimeError as error:
             self.optimizer.zero_grad()
             for step, number in steps:
                 step.fill_(number)
             raise RuntimeError(
-                "cuda_graph=True: this forward and backward pass cannot be captured: the host has "
+                f"cuda_graph=True: {name} cannot be captured: the host has "
                 f"to see values in between, or memory ran out ({error}). Leave "
                 "cuda_graph off for this model, loss and data."
             ) from error
-        gradients = [parameter.grad for parameter in self._parameters]
-        return _Captured(graph, before, gradients, self.optimizer.left(), loss)
 
 
 def refuse_uncapturable(args: TrainingArguments, model: nn.Module) -> None:
@@ -261,7 +336,11 @@ def uncapturable(args: TrainingArguments, model: nn.Module) -> list[str]:
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     if len(devices) > 1:
         reasons.append(f"a graph is of one device, and the model is on {len(devices)}")
-    experts = [name for name, m in model.named_modules() if isinstance(m, GroupedModule)]
+    experts = [
+        name
+        for name, module in model.named_modules()
+        if issubclass(kind_of(module) or object, GroupedModule)
+    ]
     if experts:
         reasons.append(f"the host has to see how many tokens each expert of {experts[0]} gets")
     return reasons

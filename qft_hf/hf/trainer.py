@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..memory import MemoryLedger, memory_ledger
+from ..optim.flow import RunPart
 from ..side import side_network_of
 from .arguments import QFTTrainingArguments
 from .card import facts_of_trainer, write_card
@@ -84,7 +85,13 @@ class QFTTrainer(CheckpointTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
+            self._end_graphs()
+
+    def _end_graphs(self) -> None:
+        if self._graphed_step is not None:
+            self._graphed_step.end()
             self._graphed_step = None
+            self.accelerator.__dict__.pop("clip_grad_norm_", None)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Forward and backward; twice where released gradients are clipped exactly.
@@ -111,7 +118,10 @@ class QFTTrainer(CheckpointTrainer):
     ) -> Tensor:
         optimizer = unwrapped(self.optimizer)
         if self._graphed_step is None or self._graphed_step.optimizer is not optimizer:
+            self._end_graphs()
             self._graphed_step = GraphedStep(optimizer, make_graph)
+            if optimizer.gradient == "stack" and self.accelerator.scaler is None:
+                self._clip_by_graphs(self._graphed_step.run_part)
         step = super().training_step  # of the Trainer, or of one that is mixed in
         batch = dict(self._prepare_inputs(inputs))
         if num_items_in_batch is not None:
@@ -124,6 +134,17 @@ class QFTTrainer(CheckpointTrainer):
         # What the Trainer and the optimizer decide by.
         kind = (self.accelerator.sync_gradients, self.current_gradient_accumulation_steps)
         return self._graphed_step(run, batch, kind=kind)
+
+    def _clip_by_graphs(self, run_part: RunPart) -> None:
+        """The Trainer, or one that is mixed in, clips by this method of its accelerator."""
+        clip = self.accelerator.clip_grad_norm_
+
+        def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+            return run_part(
+                ("clip", max_norm, norm_type), lambda: clip(parameters, max_norm, norm_type)
+            )
+
+        self.accelerator.clip_grad_norm_ = clip_grad_norm_
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add figures of the INT8 run to training logs, for every reporter."""

@@ -23,12 +23,12 @@ all levels there, and no bit depends on what a device does with subnormal number
 import torch
 from torch import Tensor
 
-from .checks import check_finite, check_same
+from .checks import check_finite, check_live, check_same
 from .groups import absmax_scale, expanded, group_absmax, scale_groups_
 from .operators import operator
 from .output_gradient import stochastic_codes
 from .philox import random_words
-from .values import AdamW, Moments, Quantized, Rounding, Weight
+from .values import AdamW, Moments, Quantized, Rounding, Weight, read_live
 from .weight import WRITES, check_weight_values, row_chunks, step_weight_
 
 ROOT_QMAX = 255  # unsigned: a root has no sign
@@ -56,7 +56,13 @@ MOMENTS = (
 
 @operator(writes=(*WRITES, *MOMENTS))
 def adamw_step_(
-    weight: Weight, moments: Moments, gradient: Quantized, *, rule: AdamW, rounding: Rounding
+    weight: Weight,
+    moments: Moments,
+    gradient: Quantized,
+    *,
+    rule: AdamW,
+    rounding: Rounding,
+    live: Tensor | None = None,
 ) -> None:
     """Update weight and moments in place; AdamW with decoupled weight decay.
 
@@ -83,6 +89,7 @@ def adamw_step_(
         rule: The numbers of the step.
         rounding: The random numbers; its `step` counts from 1 and corrects the moments' start. Not
             `stochastic` rounds moments to nearest too.
+        live: As in `step_weight_`, but fp64 `[5]`: the two corrections of that step come last.
 
     Raises:
         ValueError: Shapes, groups or devices do not fit. On the CPU also: a scale is not finite, a
@@ -92,6 +99,7 @@ def adamw_step_(
     Source:
         Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
     """
+    rule, rounding = read_live(live, rule, rounding)
     elements = None if weight.device.type == "cpu" else GPU_CHUNK_ELEMENTS
     for rows in row_chunks(weight.codes, elements=elements):
         part = rounding._replace(first_row=rounding.first_row + rows.start)
@@ -178,8 +186,14 @@ def _moment_uniforms(like: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
 
 @adamw_step_.checks
 def _(
-    weight: Weight, moments: Moments, gradient: Quantized, *, rule: AdamW, rounding: Rounding
+    weight: Weight,
+    moments: Moments,
+    gradient: Quantized,
+    *,
+    live: Tensor | None,
+    **_: object,
 ) -> None:
+    check_live(live, (5,), weight.device)
     check_same("gradient codes", gradient.codes, weight.codes)
     check_same("ratio codes", moments.ratio_codes, weight.codes)
     if moments.group_size != gradient.group_size:
@@ -190,9 +204,7 @@ def _(
 
 
 @adamw_step_.checks_values
-def _(
-    weight: Weight, moments: Moments, gradient: Quantized, *, rule: AdamW, rounding: Rounding
-) -> None:
+def _(weight: Weight, moments: Moments, gradient: Quantized, **_: object) -> None:
     check_weight_values(weight)
     check_finite("ratio scales", moments.ratio_scales)
     check_finite("root scales", moments.root_scales)

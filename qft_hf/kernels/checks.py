@@ -163,6 +163,27 @@ def check_same(name: str, tensor: Tensor, like: Tensor) -> None:
         )
 
 
+def check_live(live: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raise unless `live`, if it is given, has the numbers of a step in memory of this device.
+
+    Args:
+        live: `lr`, `weight_decay` and the number of the step, fp64; or None.
+        shape: What it must have.
+        device: Of the weight.
+    """
+    if live is not None and (
+        live.dtype != torch.float64
+        or tuple(live.shape) != shape
+        or not live.is_contiguous()
+        or live.device != device
+    ):
+        raise ValueError(
+            f"live must be float64 numbers of shape {shape} on {device}, beginning with lr, "
+            f"weight_decay and step, got {live.dtype} of shape {tuple(live.shape)} on "
+            f"{live.device}."
+        )
+
+
 def check_rows(rows: Tensor, codes: Tensor) -> None:
     """Raise unless `rows` is a list of row numbers on the device of `codes`."""
     if rows.dtype not in (torch.int32, torch.int64):

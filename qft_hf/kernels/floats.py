@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_finite, check_same
+from .checks import FLOATS, check_finite, check_live, check_same
 from .operators import operator
 from .philox import random_words
-from .values import Lion
+from .values import N_LIVE, Lion, Rounding, read_live
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -28,6 +28,7 @@ def step_floats_(
     stochastic: bool = True,
     steps: Sequence[int],
     streams: Sequence[int],
+    live: Tensor | None = None,
 ) -> None:
     """Update float parameters in place: `w <- w - lr * (direction + weight_decay * w)`.
 
@@ -46,6 +47,9 @@ def step_floats_(
         steps: Number of this step of each parameter; with the stream and the element's position it
             counts the random numbers.
         streams: Number of each parameter.
+        live: fp64 `[n, N_LIVE]` beside the parameters, or None: in row `streams[i]` lie `lr`,
+            `weight_decay` and the number of the step of parameter i, in the place of those that are
+            given, to be read when a kernel runs.
 
     Raises:
         TypeError: A parameter is neither fp32 nor bf16, or a direction is of another dtype.
@@ -54,10 +58,12 @@ def step_floats_(
     """
     for parameter, given, step, stream in zip(parameters, directions, steps, streams, strict=True):
         direction = given.float()
-        _step_(
-            parameter, direction, direction.isfinite(), lr, weight_decay,
-            seed=seed, step=step, stream=stream, stochastic=stochastic,
-        )  # fmt: skip
+        rule, rounding = read_live(
+            None if live is None else live[stream],
+            Lion.without_momentum(lr, weight_decay),
+            Rounding(seed, step, stream, stochastic=stochastic),
+        )
+        _step_(parameter, direction, direction.isfinite(), rule, rounding)
 
 
 @operator(writes=("parameters", "momenta"))
@@ -71,6 +77,7 @@ def lion_step_floats_(
     stochastic: bool = True,
     steps: Sequence[int],
     streams: Sequence[int],
+    live: Tensor | None = None,
 ) -> None:
     """Update float parameters and their FP32 momenta in place; Lion with decoupled weight decay.
 
@@ -84,6 +91,7 @@ def lion_step_floats_(
         stochastic: False rounds BF16 to nearest.
         steps: Number of this step of each parameter.
         streams: Number of each parameter.
+        live: As in `step_floats_`.
 
     Raises:
         TypeError: What `step_floats_` refuses, or a momentum is not fp32.
@@ -97,37 +105,36 @@ def lion_step_floats_(
         parameters, momenta, gradients, steps, streams, strict=True
     ):
         gradient = given.float().neg() if rule.maximize else given.float()
+        own, rounding = read_live(
+            None if live is None else live[stream],
+            rule,
+            Rounding(seed, step, stream, stochastic=stochastic),
+        )
         direction = (momentum * rule.beta1).add_(gradient * (1 - rule.beta1)).sign_()
         new_momentum = (momentum * rule.beta2).add_(gradient * (1 - rule.beta2))
         is_finite = gradient.isfinite()
         momentum.copy_(torch.where(is_finite, new_momentum, momentum))
-        _step_(
-            parameter, direction, is_finite, rule.lr, rule.weight_decay,
-            seed=seed, step=step, stream=stream, stochastic=stochastic,
-        )  # fmt: skip
+        _step_(parameter, direction, is_finite, own, rounding)
 
 
 def _step_(
     parameter: Tensor,
     direction: Tensor,
     is_finite: Tensor,
-    lr: float,
-    weight_decay: float,
-    *,
-    seed: int,
-    step: int,
-    stream: int,
-    stochastic: bool,
+    rule: Lion,
+    rounding: Rounding,
 ) -> None:
     """The step of one parameter where `is_finite`, stochastically to BF16."""
     value = parameter.float()
-    change = (value * (lr * weight_decay)).add_(direction * lr)
+    lr, shrink = rule.numbers[:2]
+    change = (value * shrink).add_(direction * lr)
     value = value - change
-    if parameter.dtype == torch.bfloat16 and stochastic:
+    if parameter.dtype == torch.bfloat16 and rounding.stochastic:
         words = random_words(
-            slice(0, 1), value.numel(), seed=seed, step=step, stream=stream, device=value.device
-        ).view(value.shape)
-        value = _round_to_bfloat16(value, words)
+            slice(0, 1), value.numel(), seed=rounding.seed, step=rounding.step,
+            stream=rounding.stream, device=value.device,
+        )  # fmt: skip
+        value = _round_to_bfloat16(value, words.view(value.shape))
         # An element that no update touched keeps its bits, whatever the random number.
         value = torch.where(change == 0, parameter.float(), value)
     parameter.copy_(torch.where(is_finite, value, parameter.float()))
@@ -151,6 +158,7 @@ def _check(
     *,
     steps: Sequence[int],
     streams: Sequence[int],
+    live: Tensor | None,
     **_: object,
 ) -> None:
     lengths = [len(x) for x in (parameters, directions, steps, streams)]
@@ -159,6 +167,9 @@ def _check(
             "A step needs a gradient, a step number and a stream for each float parameter, got "
             f"{lengths} parameters, gradients, steps and streams."
         )
+    if live is not None:
+        n_rows = max(len(live), 1 + max(streams, default=0))
+        check_live(live, (n_rows, N_LIVE), parameters[0].device)
     if len({id(parameter) for parameter in parameters}) < len(parameters):
         raise ValueError(
             "A parameter comes twice, and one step would write it twice at the same time. Add its "

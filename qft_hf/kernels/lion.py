@@ -4,14 +4,22 @@ import torch
 from torch import Tensor
 
 from ..layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, momentum_shapes
-from .checks import FLOATS, check_bits, check_finite, check_group_size, check_matrix, check_same
+from .checks import (
+    FLOATS,
+    check_bits,
+    check_finite,
+    check_group_size,
+    check_live,
+    check_matrix,
+    check_same,
+)
 from .gradients import squared_norm
 from .groups import expanded, quantized
 from .nibbles import load_nibbles, round_to_nibbles
 from .operators import operator
 from .philox import MOMENTUM, random_words
 from .quantization import quantize
-from .values import Lion, Quantized, Rounding, Weight
+from .values import Lion, Quantized, Rounding, Weight, read_live
 from .weight import WRITES, check_weight_values, row_chunks, step_rows_
 
 LION_WRITES = (*WRITES, "momentum.codes", "momentum.scales")
@@ -19,7 +27,13 @@ LION_WRITES = (*WRITES, "momentum.codes", "momentum.scales")
 
 @operator(writes=LION_WRITES)
 def lion_step_(
-    weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
+    weight: Weight,
+    momentum: Quantized,
+    gradient: Quantized,
+    *,
+    rule: Lion,
+    rounding: Rounding,
+    live: Tensor | None = None,
 ) -> None:
     """Update weight and momentum in place; Lion with decoupled weight decay.
 
@@ -41,6 +55,9 @@ def lion_step_(
         gradient: `[rows, columns]` of 8 bits, with finite scales.
         rule: The numbers of the step.
         rounding: The random numbers; not `stochastic` rounds a 4-bit momentum to nearest too.
+        live: fp64 `[3]` beside the weight, or None: `lr`, `weight_decay` and the number of the
+            step, in the place of those that are given. The kernel reads them when it runs: a CUDA
+            graph repeats numbers as they were when it was captured.
 
     Raises:
         TypeError: Codes of the gradient are not of 8 bits.
@@ -54,6 +71,7 @@ def lion_step_(
         (arXiv:2302.06675); Li et al. 2023, "QFT", section 3 (arXiv:2310.07147), which rounds to
         nearest.
     """
+    rule, rounding = read_live(live, rule, rounding)
     columns = weight.codes.shape[1]
     for rows in row_chunks(weight.codes):
         g = expanded(gradient.codes[rows], gradient.scales[rows], gradient.group_size)
@@ -111,17 +129,22 @@ def _check_momentum(weight: Weight, momentum: Quantized, group_size: int | None)
 
 @lion_step_.checks
 def _(
-    weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
+    weight: Weight,
+    momentum: Quantized,
+    gradient: Quantized,
+    *,
+    rule: Lion,
+    rounding: Rounding,
+    live: Tensor | None,
 ) -> None:
     check_bits("gradient", gradient.bits)
     check_same("gradient codes", gradient.codes, weight.codes)
     _check_momentum(weight, momentum, gradient.group_size)
+    check_live(live, (3,), weight.device)
 
 
 @lion_step_.checks_values
-def _(
-    weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
-) -> None:
+def _(weight: Weight, momentum: Quantized, gradient: Quantized, **_: object) -> None:
     check_weight_values(weight)
     check_finite("momentum scales", momentum.scales)
     check_finite("gradient scales", gradient.scales)
@@ -157,9 +180,7 @@ def quantize_and_lion_step_(
         group_size: Columns per scale of the quantized gradient.
         rule: The numbers of the step.
         rounding: The random numbers.
-        live: fp64 `[3]` beside the weight, or None: `lr`, `weight_decay` and the number of the
-            step, in the place of those of `rule` and `rounding`. The kernel reads them when it
-            runs: a CUDA graph repeats numbers as they were when it was captured.
+        live: As in `lion_step_`.
 
     Returns:
         fp64 `[rows]`, whose sum is the sum of squares of the quantized gradient, without `factor`:
@@ -169,10 +190,6 @@ def quantize_and_lion_step_(
         TypeError: The gradient is not one of the three float dtypes.
         ValueError: What `lion_step_` refuses of weight and momentum. Nothing was written.
     """
-    if live is not None:
-        lr, weight_decay, step = live.tolist()
-        rule = rule._replace(lr=lr, weight_decay=weight_decay)
-        rounding = rounding._replace(step=int(step))
     codes, scales = quantize(gradient, group_size=group_size)
     coded = Quantized(codes, scales, group_size)
     squares = scales.new_zeros(len(codes), dtype=torch.float64)
@@ -184,7 +201,7 @@ def quantize_and_lion_step_(
     kept = [] if bool(finite.all()) else [tensor[~finite] for tensor in state]
     if kept:  # rows that must stay as they are: they step with zeros and are put back
         scales[~finite] = 0.0
-    lion_step_(weight, momentum, coded, rule=rule, rounding=rounding)
+    lion_step_(weight, momentum, coded, rule=rule, rounding=rounding, live=live)
     for tensor, rows in zip(state, kept, strict=False):
         tensor[~finite] = rows
     return squares
@@ -213,13 +230,4 @@ def _(
             f"factor must be one float32 number on {weight.device}, got {factor.dtype} of shape "
             f"{tuple(factor.shape)} on {factor.device}."
         )
-    if live is not None and (
-        live.dtype != torch.float64
-        or tuple(live.shape) != (3,)
-        or not live.is_contiguous()
-        or live.device != weight.device
-    ):
-        raise ValueError(
-            f"live must be three float64 numbers on {weight.device}, lr, weight_decay and step, "
-            f"got {live.dtype} of shape {tuple(live.shape)} on {live.device}."
-        )
+    check_live(live, (3,), weight.device)

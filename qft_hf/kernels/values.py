@@ -5,13 +5,17 @@ Operators take them apart where a kernel is launched, and nowhere else.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, GroupLayout
 from .checks import check_group_size, check_matrix, check_same, check_scales
+
+# Of each parameter, where a step finds its numbers in memory: lr, weight decay, number of the step,
+# and what the rule adds.
+N_LIVE = 8
 
 CODE_DTYPES = {8: torch.int8, 4: torch.uint8}  # by bits
 
@@ -240,6 +244,11 @@ class Lion(NamedTuple):
     weight_decay: float
     maximize: bool = False
 
+    @classmethod
+    def without_momentum(cls, lr: float, weight_decay: float) -> "Lion":
+        """Those of a step along a direction that is given."""
+        return cls(lr=lr, beta1=0.0, beta2=0.0, weight_decay=weight_decay)
+
     @property
     def numbers(self) -> tuple[float, ...]:
         """What kernels compute with, each to be rounded to FP32 once.
@@ -281,3 +290,23 @@ class AdamW(NamedTuple):
     def corrections(self, step: int) -> tuple[float, float]:
         """What undoes the start from zero, of the first moment and of the root of the second."""
         return 1 / (1 - self.beta1**step), 1 / (1 - self.beta2**step) ** 0.5
+
+
+Rule = TypeVar("Rule", Lion, AdamW)
+
+
+def read_live(live: Tensor | None, rule: Rule, rounding: Rounding) -> tuple[Rule, Rounding]:
+    """Put the numbers of a step that lie in memory in the place of those that are given.
+
+    The host waits for them. Kernels of a GPU read them when they run.
+
+    Args:
+        live: fp64: `lr`, `weight_decay` and the number of the step come first; None: nothing to do.
+        rule: Has the first two.
+        rounding: Has the third.
+    """
+    if live is None:
+        return rule, rounding
+    lr, weight_decay, step = live[:3].tolist()
+    rule = rule._replace(lr=lr, weight_decay=weight_decay)
+    return rule, rounding._replace(step=int(step))

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .checks import check_column_values, check_finite, check_matrix, check_same
+from .checks import check_column_values, check_finite, check_live, check_matrix, check_same
 from .groups import QMAX, TINY, group_absmax, scale_groups_, spread_groups
 from .operators import operator
 from .philox import random_words, weight_uniform
-from .values import Rounding, Weight
+from .values import Lion, Rounding, Weight, read_live
 
 # A scale is sticky: it changes only when a value no longer fits the codes or when the whole group
 # has shrunk below RANGE_LOW, and then it is set so that the largest value gets code RANGE_TARGET,
@@ -28,7 +28,13 @@ WRITES = ("weight.codes", "weight.scales", "weight.outlier_values")
 
 @operator(writes=WRITES)
 def step_weight_(
-    weight: Weight, direction: Tensor, *, lr: float, weight_decay: float, rounding: Rounding
+    weight: Weight,
+    direction: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    rounding: Rounding,
+    live: Tensor | None = None,
 ) -> None:
     """Update a weight in place: `w <- SR(w - lr * (direction + weight_decay * w))`.
 
@@ -46,6 +52,9 @@ def step_weight_(
         lr: Step size, in units of the weight for each unit of the direction.
         weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
         rounding: The random numbers.
+        live: fp64 `[3]` beside the weight, or None: `lr`, `weight_decay` and the number of the
+            step, in the place of those that are given. The kernel reads them when it runs: a CUDA
+            graph repeats numbers as they were when it was captured.
 
     Raises:
         TypeError: The direction is not fp32.
@@ -56,22 +65,20 @@ def step_weight_(
     Source:
         Li et al. 2023, "QFT", section 3 (arXiv:2310.07147), which rounds to nearest.
     """
+    rule, rounding = read_live(live, Lion.without_momentum(lr, weight_decay), rounding)
     for rows in row_chunks(weight.codes):
-        step_rows_(weight, direction[rows], rows, lr, weight_decay, rounding)
+        step_rows_(weight, direction[rows], rows, rule.lr, rule.weight_decay, rounding)
 
 
 @step_weight_.checks
-def _(
-    weight: Weight, direction: Tensor, *, lr: float, weight_decay: float, rounding: Rounding
-) -> None:
+def _(weight: Weight, direction: Tensor, *, live: Tensor | None, **_: object) -> None:
     check_matrix("direction", direction, (torch.float32,))
     check_same("direction", direction, weight.codes)
+    check_live(live, (3,), weight.device)
 
 
 @step_weight_.checks_values
-def _(
-    weight: Weight, direction: Tensor, *, lr: float, weight_decay: float, rounding: Rounding
-) -> None:
+def _(weight: Weight, direction: Tensor, **_: object) -> None:
     check_weight_values(weight)
     check_finite("direction", direction)
 

@@ -41,6 +41,8 @@ class QFTAdamW(QFTOptimizer):
         Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
     """
 
+    reads_live = True
+
     @property
     def description(self) -> str:
         """The rule and how its state is stored, for a model card."""
@@ -93,6 +95,10 @@ class QFTAdamW(QFTOptimizer):
             "root_scales": StateTensor(torch.float32, groups, fill=ROOT_TINY, is_signed=False),
         }
 
+    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """The corrections of that step too."""
+        return (*super().numbers(group, step), *_rule(group).corrections(step))
+
     def step_weight(
         self,
         weight: kernels.Weight,
@@ -106,7 +112,10 @@ class QFTAdamW(QFTOptimizer):
             state["ratio_codes"], state["ratio_scales"], state["root_codes"], state["root_scales"],
             STATE_GROUP_SIZE,
         )  # fmt: skip
-        kernels.adamw_step_(weight, moments, gradient, rule=_rule(group), rounding=rounding)
+        kernels.adamw_step_(
+            weight, moments, gradient, rule=_rule(group), rounding=rounding,
+            live=self.live_of(rounding.stream, 5),
+        )  # fmt: skip
 
     def step_floats(
         self,
@@ -120,9 +129,14 @@ class QFTAdamW(QFTOptimizer):
         """AdamW with FP32 moments."""
         rule = _rule(group)
         directions = [
-            _float_direction(gradient.float(), state["momentum"], state["second_moment"], rule, t)
-            for gradient, state, t in zip(gradients, states, steps, strict=True)
-        ]
+            _float_direction(
+                gradient.float(), state["momentum"], state["second_moment"], rule,
+                rule.corrections(step) if self.live is None else self.live[stream, 3:5].float(),
+            )
+            for gradient, state, step, stream in zip(
+                gradients, states, steps, streams, strict=True
+            )
+        ]  # fmt: skip
         kernels.step_floats_(
             parameters,
             directions,
@@ -132,11 +146,16 @@ class QFTAdamW(QFTOptimizer):
             stochastic=group["stochastic_rounding"],
             steps=steps,
             streams=streams,
+            live=self.live,
         )
 
 
 def _float_direction(
-    gradient: Tensor, momentum: Tensor, second_moment: Tensor, rule: kernels.AdamW, step: int
+    gradient: Tensor,
+    momentum: Tensor,
+    second_moment: Tensor,
+    rule: kernels.AdamW,
+    corrections: tuple[float, float] | Tensor,
 ) -> Tensor:
     """Update FP32 moments; NaN where the gradient, or its square, is not finite: that stays."""
     if rule.maximize:
@@ -146,7 +165,7 @@ def _float_direction(
     is_finite = v.isfinite()
     momentum.copy_(torch.where(is_finite, m, momentum))
     second_moment.copy_(torch.where(is_finite, v, second_moment))
-    of_m, of_root = rule.corrections(step)
+    of_m, of_root = corrections
     direction = (m * of_m).div_(exact_sqrt(v).mul_(of_root).add_(rule.eps))
     return direction.masked_fill_(~is_finite, nan)
 

@@ -9,7 +9,7 @@ import copy
 import logging
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from math import isfinite
 from typing import Any, ClassVar, overload
@@ -22,8 +22,9 @@ from torch.optim import Optimizer
 
 from .. import kernels
 from ..kernels.floats import PARAMETER_DTYPES
+from ..kernels.values import N_LIVE
 from ..quant import Int8Gradient, QFTWeight, TiledGradient
-from .flow import Flow, Left, Release, Stack, check_settings
+from .flow import Flow, Left, Release, RunPart, Stack, check_settings, run_directly
 from .processes import DIFFERENT_SETTINGS, Processes
 from .rows import RowsRelease, RowsStack
 from .state import StateFormat, StepCounter, checked_state, initial_state
@@ -84,6 +85,8 @@ class QFTOptimizer(Optimizer):
     )
 
     takes_tiles = False
+    # Whether steps take their numbers from `live`, if it has any: else no graph may repeat one.
+    reads_live = False
 
     @property
     def description(self) -> str:
@@ -128,9 +131,8 @@ class QFTOptimizer(Optimizer):
         self._counters: dict[int, StepCounter] = {}
         self._has_stepped = False
         self._whole: dict[int, dict[str, Tensor]] | None = None  # what `consolidate` has brought
-        # Of each parameter, where passes may be captured: `lr`, `weight_decay` and step.
-        self._numbers: Tensor | None = None
-        self._live: Tensor | None = None  # the same, between `write_numbers` and `step`
+        self._numbers: Tensor | None = None  # where passes and steps may be captured
+        self.live: Tensor | None = None  # the same, from `write_numbers` to the end of a step
         _living.add(self)
 
     def _make_flow(self) -> Flow:
@@ -195,7 +197,6 @@ class QFTOptimizer(Optimizer):
         group: dict[str, Any],
         rounding: kernels.Rounding,
         factor: Tensor | None,
-        live: Tensor | None,
     ) -> Tensor:
         """`step_weight` with a gradient in float tiles, where `takes_tiles` says so.
 
@@ -206,13 +207,15 @@ class QFTOptimizer(Optimizer):
             group: Options of its group.
             rounding: The random numbers.
             factor: What the quantized gradient is multiplied by: fp32 scalar or None.
-            live: `lr`, `weight_decay` and the number of the step in device memory, fp64 `[3]`,
-                where the step may be captured; else None.
 
         Returns:
             Sums of squares of the quantized gradient, without the factor: fp64, to be added up.
         """
         raise NotImplementedError(f"{type(self).__name__} takes no gradients in tiles.")
+
+    def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
+        """What a parameter of this group finds in `live` at this step: up to `N_LIVE` numbers."""
+        return float(group["lr"]), float(group["weight_decay"]), step
 
     def check_group(self, group: dict[str, Any]) -> None:
         """Raise for options of a group that are out of their range.
@@ -322,8 +325,7 @@ class QFTOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._live = None
-        self.check_groups()
+        self.write_numbers()
         if not self._has_stepped:
             if self.processes is None and Processes.found() is not None:
                 raise RuntimeError(
@@ -332,7 +334,11 @@ class QFTOptimizer(Optimizer):
                 )
             self._has_stepped = True
             self._warn_without_int8()
-        if not self._flow.step(list(self.parameters())):
+        try:
+            is_taken = self._flow.step(list(self.parameters()))
+        finally:
+            self.live = None
+        if not is_taken:
             self.skipped_steps += 1
             logger.warning("Step skipped: a gradient is not finite (%d so far)", self.skipped_steps)
             self.zero_grad()
@@ -382,8 +388,7 @@ class QFTOptimizer(Optimizer):
         # Autograd then refuses to read for backward what has moved on since it was used.
         torch.autograd.graph.increment_version(parameter)
         if isinstance(gradient, TiledGradient):
-            live = None if self._live is None else self._live[stream, :3]
-            return self.step_tiles(stored, gradient, state, group, rounding, factor, live)
+            return self.step_tiles(stored, gradient, state, group, rounding, factor)
         if isinstance(gradient, Int8Gradient):
             self.step_weight(stored, gradient.stored, state, group, rounding)
         return None
@@ -409,22 +414,28 @@ class QFTOptimizer(Optimizer):
 
     # --- backward passes that a CUDA graph repeats
 
-    def prepare_capture(self) -> None:
+    def prepare_capture(self, run_part: RunPart | None) -> None:
         """From now on backward waits for no value and repeats no number of a step.
 
         What needs the host, such as gradients that are INT8 when they are released, waits for
-        `step`; `lr`, `weight_decay` and the number of the step are in device memory, where
-        `write_numbers` puts them before each pass. All parameters are on one device.
+        `step`; the numbers of a step are in device memory, where `write_numbers` puts them. All
+        parameters are on one device.
+
+        Args:
+            run_part: Runs the parts of a step that wait for no value, and may repeat them by a
+                graph; None: they just run, and passes are captured no more.
         """
-        self._flow.is_captured = True
+        self._flow.is_captured = run_part is not None
+        self._flow.run_part = run_part or run_directly
+        self._numbers = self.live = None
         parameters = list(self.parameters())
-        if isinstance(self._flow, Release) and parameters:
-            # Rows of 32 bytes: each begins at an address that kernels take as aligned.
-            shape = len(parameters), 4
+        if run_part is not None and self.reads_live and parameters:
+            # Rows of 64 bytes: each begins at an address that kernels take as aligned.
+            shape = len(parameters), N_LIVE
             self._numbers = torch.zeros(shape, dtype=torch.float64, device=parameters[0].device)
 
     def write_numbers(self) -> None:
-        """Put the numbers of the next step where kernels of its passes read them: one transfer.
+        """Put the numbers of the next step where kernels read them that are captured: one transfer.
 
         Raises:
             ValueError: An option of a group is out of its range.
@@ -432,12 +443,16 @@ class QFTOptimizer(Optimizer):
         self.check_groups()
         if self._numbers is not None:
             rows = [
-                (float(group["lr"]), float(group["weight_decay"]), self._n_steps(parameter) + 1, 0)
+                self.numbers(group, self._n_steps(parameter) + 1)
                 for group in self.param_groups
                 for parameter in group["params"]
             ]
-            self._numbers.copy_(torch.tensor(rows, dtype=torch.float64))
-            self._live = self._numbers
+            self._numbers[:, : len(rows[0])].copy_(torch.tensor(rows, dtype=torch.float64))
+            self.live = self._numbers
+
+    def live_of(self, stream: int, n_numbers: int = 3) -> Tensor | None:
+        """The first numbers in `live` of the parameter of this stream, if there are any."""
+        return None if self.live is None else self.live[stream, :n_numbers]
 
     def _n_steps(self, parameter: Parameter) -> int:
         state = self.state.get(parameter)
@@ -452,18 +467,18 @@ class QFTOptimizer(Optimizer):
             (p.stored.codes if isinstance(p, QFTWeight) else p).data_ptr()
             for p in self.parameters()
         ]
+        repeated += [
+            tensor.data_ptr()
+            for state in self.state.values()
+            for name, tensor in state.items()
+            if name != "step"
+        ]
         if isinstance(self._flow, Release):
-            repeated += [
-                tensor.data_ptr()
-                for state in self.state.values()
-                for name, tensor in state.items()
-                if name != "step"
-            ]
             norm = self._flow.previous_norm
             repeated.append(None if norm is None else norm.data_ptr())
-            changing = ("params", "lr", "weight_decay")
-            for group in self.param_groups:
-                repeated += [value for name, value in group.items() if name not in changing]
+        changing = ("params", "lr", "weight_decay")
+        for group in self.param_groups:
+            repeated += [value for name, value in group.items() if name not in changing]
         return repeated
 
     def left(self) -> Left:
@@ -473,8 +488,13 @@ class QFTOptimizer(Optimizer):
     def replayed(self, left: Left) -> None:
         """The device has run that pass again: be as after it."""
         self._flow.replayed(left)
-        for parameter in left.updated:
+        self.updated(left.updated)
+
+    def updated(self, parameters: Sequence[Parameter]) -> None:
+        """A graph has made a step of each: do what a step does on the host."""
+        for parameter in parameters:
             self._next_step(self.state[parameter])
+        torch.autograd.graph.increment_version(parameters)
 
     def _state_of(self, parameter: Parameter) -> dict[str, Any]:
         state = self.state[parameter]

@@ -14,9 +14,9 @@ Source:
 import logging
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ from ..kernels.gradients import sum_in_order
 from ..quant import Int8Gradient, Int8Tensor, QFTWeight, TiledGradient, quantized
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result", bound=Tensor | None)
 
 GRADIENTS = ("stack", "release")
 CLIPPINGS = ("exact", "previous", "tensor")
@@ -50,6 +52,7 @@ class Updates(Protocol):
     """The optimizer that a flow works for."""
 
     takes_tiles: bool  # whether `update` takes a `TiledGradient`
+    reads_live: bool  # whether a graph may repeat updates
 
     def check_groups(self) -> None:
         """Raise for options that are out of their range."""
@@ -64,6 +67,41 @@ class Updates(Protocol):
     def update_floats(self, pairs: list[tuple[Parameter, Tensor]]) -> None:
         """Update float parameters together."""
         ...
+
+
+class RunPart(Protocol):
+    """Runs a part of a step that waits for no value; a graph may do it again."""
+
+    def __call__(
+        self,
+        name: Hashable,
+        part: Callable[[], Result],
+        *,
+        repeated: Callable[[], None] | None = None,
+    ) -> Result:
+        """Run it.
+
+        Args:
+            name: Of the part, the same at every step.
+            part: What runs on the device depends on nothing but the gradients in `.grad` and on
+                what is in memory.
+            repeated: Does on the host what the part does there, after a graph has run instead of
+                it; None: nothing. A part with it updates parameters.
+
+        Returns:
+            The part's result: a tensor or None.
+        """
+        ...
+
+
+def run_directly(
+    name: Hashable,
+    part: Callable[[], Result],
+    *,
+    repeated: Callable[[], None] | None = None,
+) -> Result:
+    """Where nothing is captured."""
+    return part()
 
 
 class Left(NamedTuple):
@@ -98,6 +136,7 @@ class Flow(ABC):
     wants_tiles = False
     # Whether backward passes may be captured by a CUDA graph: what needs the host waits for `step`.
     is_captured = False
+    run_part: RunPart = staticmethod(run_directly)
 
     def __init__(
         self, optimizer: Updates, *, is_accumulating: Callable[[], bool] | None = None
@@ -203,8 +242,8 @@ class Flow(ABC):
     def _update_all(self, waiting: list[Parameter]) -> None:
         """Update parameters and free their gradients, newest first; float ones together."""
         floats = []
-        for parameter in reversed(waiting):
-            self._n_updated += 1  # first: an interrupt may come between any two lines
+        for number, parameter in enumerate(reversed(waiting), start=1):
+            self._n_updated = number  # first: an interrupt may come between any two lines
             gradient, parameter.grad = parameter.grad, None
             if isinstance(gradient, Int8Gradient):
                 self._update(parameter, gradient)
@@ -257,7 +296,7 @@ class Stack(Flow):
         """
         self._refuse_half_a_step()
         waiting = self._waiting(parameters)
-        if not _are_finite(waiting):
+        if not _are_finite(waiting, self.run_part):
             if self.nonfinite == "raise":
                 raise FloatingPointError(
                     "A gradient is NaN or infinite, so the step was not taken; weights and "
@@ -265,8 +304,23 @@ class Stack(Flow):
                     "nonfinite='skip' drops such steps and counts them in skipped_steps."
                 )
             return False
-        self._update_all(waiting)
+        if self.is_captured and self.optimizer.reads_live:
+            self._n_updated = len(waiting)  # until the host has done its part, too
+            self.run_part(
+                "update",
+                lambda: self._update_all(waiting),
+                repeated=lambda: self._repeated(waiting),
+            )
+        else:
+            self._update_all(waiting)
         return True
+
+    def _repeated(self, waiting: list[Parameter]) -> None:
+        """What `_update_all` does on the host."""
+        for parameter in waiting:
+            parameter.grad = None
+        self.optimizer.updated(waiting)
+        self._n_updated = 0
 
 
 class Release(Flow):
@@ -466,30 +520,32 @@ class Release(Flow):
         self._refuse_half_a_step()
         waiting = self._waiting(parameters)
         floats = [] if self.clipping == "tensor" else [gradient for _, gradient in self._floats]
-        released = self._squares + _squared_norms(floats)
-        total = _total(released) if released else None
+        released, total = [], None
+        # Other gradients than those of a pass may wait, and no graph has seen them.
+        run_part = run_directly if waiting else self.run_part
+        if self._squares or floats:
+            released = [
+                run_part("squares", lambda: _joined(self._squares + _squared_norms(floats)))
+            ]
+            total = _total(released)
         if not _are_finite(waiting) or (total is not None and not bool(total.isfinite())):
             raise self.nonfinite_error()
-        for device, members in _by_device(floats).items():
-            if (factor := self._factor(self._norm_of_all(), device)) is not None:
-                torch._foreach_mul_(members, factor)
+        together, late, self._floats, self._late = self._floats, self._late, [], []
+        self._n_updated = len(self._used)
+        run_part(
+            "update",
+            lambda: self._update_late(floats, together, late),
+            repeated=lambda: self.optimizer.updated([p for p, _ in (*together, *late)]),
+        )
+        self._n_updated = 0
         squares = []
         if self.clipping is not None:
             gradients = [p.grad for p in waiting if p.grad is not None]
             squares = [_squared_norm(gradient) for gradient in gradients]
             self._clip_waiting(gradients, squares)
-        self.released_norm = _total_norm(released) if released else None
+        self.released_norm = None if total is None else total.sqrt().float()
         if released or squares:
             self._remember(_total_norm(released + squares) if squares else self.released_norm)
-        together, late, self._floats, self._late = self._floats, self._late, [], []
-        for parameter, gradient in late:
-            if isinstance(gradient, Int8Gradient):
-                self._n_updated = len(self._used)
-                self._update(parameter, gradient)
-                self._n_updated = 0
-            else:
-                together.append((parameter, gradient))
-        self._update_floats(together)
         self._update_all(waiting)
         self._forget()
         if waiting and not self._keeps:
@@ -500,6 +556,23 @@ class Release(Flow):
             )
             self.attach(parameters)
         return True
+
+    def _update_late(
+        self,
+        floats: list[Tensor],
+        together: list[tuple[Parameter, Tensor]],
+        late: list[tuple[Parameter, Tensor]],
+    ) -> None:
+        """Use what has waited for the step: `floats`, clipped only here, are among `together`."""
+        for device, members in _by_device(floats).items():
+            if (factor := self._factor(self._norm_of_all(), device)) is not None:
+                torch._foreach_mul_(members, factor)
+        for parameter, gradient in late:
+            if isinstance(gradient, Int8Gradient):
+                self._update(parameter, gradient)
+            else:
+                together = [*together, (parameter, gradient)]
+        self.optimizer.update_floats(together)
 
     def _remember(self, norm: Tensor | None) -> None:
         """For `clipping="previous"`; always in the same place, if captured."""
@@ -634,8 +707,13 @@ def _by_device(gradients: list[Tensor]) -> dict[torch.device, list[Tensor]]:
 
 def _total(squares: list[Tensor]) -> Tensor:
     """The squared norm of gradients with these, each a scalar or one of each row: fp64."""
+    return sum_in_order(_joined(squares))
+
+
+def _joined(squares: list[Tensor]) -> Tensor:
+    """All of them: fp64 `[n]`."""
     device = squares[0].device
-    return sum_in_order(torch.cat([square.to(device).view(-1) for square in squares]))
+    return torch.cat([square.to(device).view(-1) for square in squares])
 
 
 def _total_norm(squares: list[Tensor]) -> Tensor:
@@ -647,15 +725,18 @@ def _is_finite(squares: list[Tensor]) -> bool:
     return not squares or bool(_total(squares).isfinite())
 
 
-def _are_finite(parameters: list[Parameter]) -> bool:
+def _are_finite(parameters: list[Parameter], run_part: RunPart = run_directly) -> bool:
     """Whether all gradients are, found with one transfer to the host."""
     gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
     tensors = [g.witness if isinstance(g, Int8Gradient) else g for g in gradients]
     if not tensors:
         return True
-    # The largest magnitude of all: NaN and infinity come through.
-    largest = torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))
-    return bool(largest.isfinite())
+
+    def largest() -> Tensor:
+        """Magnitude of all: NaN and infinity come through."""
+        return torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))
+
+    return bool(run_part("largest", largest).isfinite())
 
 
 def check_settings(

@@ -45,6 +45,7 @@ class QFTLion(QFTOptimizer):
     SETTINGS = (*QFTOptimizer.SETTINGS, "momentum_bits")
 
     takes_tiles = True
+    reads_live = True
 
     @property
     def description(self) -> str:
@@ -110,7 +111,12 @@ class QFTLion(QFTOptimizer):
     ) -> None:
         """One launch on a GPU."""
         kernels.lion_step_(
-            weight, self._momentum(state), gradient, rule=_rule(group), rounding=rounding
+            weight,
+            self._momentum(state),
+            gradient,
+            rule=_rule(group),
+            rounding=rounding,
+            live=self.live_of(rounding.stream),
         )
 
     def step_tiles(
@@ -121,7 +127,6 @@ class QFTLion(QFTOptimizer):
         group: dict[str, Any],
         rounding: kernels.Rounding,
         factor: Tensor | None,
-        live: Tensor | None,
     ) -> Tensor:
         """One launch a tile, which quantizes on the way."""
         momentum, rule = self._momentum(state), _rule(group)
@@ -135,7 +140,7 @@ class QFTLion(QFTOptimizer):
                 group_size=STATE_GROUP_SIZE,
                 rule=rule,
                 rounding=rounding._replace(first_row=rounding.first_row + rows.start),
-                live=live,
+                live=self.live_of(rounding.stream),
             )
             for rows, tile in gradient.tiles()
         ]
@@ -160,6 +165,7 @@ class QFTLion(QFTOptimizer):
             stochastic=group["stochastic_rounding"],
             steps=steps,
             streams=streams,
+            live=self.live,
         )
 
     def _momentum(self, state: dict[str, Tensor]) -> kernels.Quantized:

@@ -32,6 +32,8 @@ class QFTSGD(QFTOptimizer):
         Resources" (LOMO), section 3 (arXiv:2306.09782), on float weights there.
     """
 
+    reads_live = True
+
     @property
     def description(self) -> str:
         """The rule and how its state is stored, for a model card."""
@@ -64,6 +66,7 @@ class QFTSGD(QFTOptimizer):
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
                 rounding=rounding._replace(first_row=rounding.first_row + rows.start),
+                live=self.live_of(rounding.stream),
             )
 
     def step_floats(
@@ -85,4 +88,5 @@ class QFTSGD(QFTOptimizer):
             stochastic=group["stochastic_rounding"],
             steps=steps,
             streams=streams,
+            live=self.live,
         )

@@ -17,6 +17,7 @@ that starts kernels pays more for the start and less for Python.
 
     python scripts/benchmarks/host_cost.py
     python scripts/benchmarks/host_cost.py --profile release   # and where its time goes
+    python scripts/benchmarks/host_cost.py --modes stack release --graph   # what graphs leave
 """
 
 import cProfile
@@ -41,6 +42,7 @@ from common.absent_gpu import CAPABILITY, MULTIPROCESSORS, AbsentGPU
 from common.command_line import command_line
 
 import qft_hf
+from qft_hf.hf.graphed_step import N_EAGER, GraphedStep
 
 MS_PER_ADD, MS_PER_DEVICE_OPERATION = 0.00215, 0.0184  # fitted, see above
 
@@ -97,7 +99,7 @@ def redirect() -> None:
     are_finite = flow._are_finite
     flow._squared_norm = lambda gradient: squared_norm(gradient).nan_to_num_(0.0, 0.0, 0.0)
     flow._total = lambda squares: total(squares).nan_to_num_(0.0, 0.0, 0.0)
-    flow._are_finite = lambda parameters: are_finite(parameters) or True
+    flow._are_finite = lambda *arguments: are_finite(*arguments) or True
 
 
 def training_step(mode: str, options: Namespace) -> Step:
@@ -134,7 +136,34 @@ def training_step(mode: str, options: Namespace) -> Step:
         optimizer.step()
         optimizer.zero_grad()
 
+    if options.graph and isinstance(optimizer, qft_hf.QFTOptimizer):
+        graphed = GraphedStep(optimizer, _SilentGraph)
+
+        def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            loss: torch.Tensor = model(**batch).loss
+            loss.backward()
+            return loss.detach()
+
+        batch = {"input_ids": ids, "labels": ids}
+        parts = {"pass": lambda: graphed(run, batch, kind="all"), "step": step}
+        for _ in range(N_EAGER + 2):  # the first makes states, the last is captured
+            for part in parts.values():
+                part()
+        return parts
     return {"forward": forward, "backward": lambda: losses.pop().backward(), "step": step}
+
+
+class _SilentGraph:
+    """In the place of CUDA's: a replay costs one call more than nothing."""
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def capture(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+    def replay(self) -> None:
+        pass
 
 
 def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
@@ -206,6 +235,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="which")
     parser.add_argument("--profile", choices=MODES, help="this mode only, and where its time goes")
     parser.add_argument("--experts", type=int, default=0, help="of each layer (default none)")
+    parser.add_argument("--graph", action="store_true", help="passes and steps by CUDA graphs")
     parser.add_argument("--rounds", type=int, default=40, help="tries of each mode (default 40)")
     options = parser.parse_args()
     torch.set_num_threads(1)

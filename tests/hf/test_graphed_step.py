@@ -6,13 +6,17 @@ or release fails here.
 
 import logging
 import re
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainerCallback
 
+import qft_hf
 from qft_hf import QFTTrainer, QFTTrainingArguments
-from qft_hf.hf.graphed_step import N_EAGER, uncapturable
+from qft_hf.hf.graphed_step import N_EAGER, GraphedStep, uncapturable
+from qft_hf.hf.optimizers import OPTIMIZERS
 from tests.hf.checkpoints import assert_same_state
 from tests.hf.test_trainer import arguments, history, sequences
 from tests.models import tiny_llama
@@ -21,6 +25,10 @@ from tests.recorded_graph import RecordedGraph
 RELEASE = {"gradient": "release", "max_grad_norm": 0}
 PREVIOUS = {"gradient": "release", "clipping": "previous", "max_grad_norm": 0.3}
 N_STEPS = 20
+# The first step makes states and a norm, whose addresses are new.
+N_REPLAYED = N_STEPS - N_EAGER - 1
+# An epoch has 16 batches: five windows of three, and one of one. First, middle and last.
+N_ACCUMULATED = 3 * (17 - N_EAGER - 1) + 3 - N_EAGER
 
 
 def packed(n: int = 64) -> list[dict[str, torch.Tensor]]:
@@ -81,21 +89,38 @@ CHECKPOINTED = {
 @pytest.mark.parametrize(
     ("options", "accumulation", "n_replays"),
     [
-        pytest.param({"max_grad_norm": 0.3}, 1, N_STEPS - N_EAGER, id="stack"),
-        # An epoch has 16 batches: five windows of three, and one of one. First, middle and last.
-        pytest.param({"max_grad_norm": 0.3}, 3, 3 * (17 - N_EAGER) + 3 - N_EAGER, id="accumulated"),
+        # The pass, clipping, the look whether gradients are finite, and the update.
+        pytest.param({"max_grad_norm": 0.3}, 1, 4 * N_REPLAYED, id="stack"),
         pytest.param(
-            {"optim": "qft_adamw", "max_grad_norm": 0.3}, 1, N_STEPS - N_EAGER, id="adamw"
+            {"max_grad_norm": 0.3}, 3, N_ACCUMULATED + 3 * (14 + 1), id="accumulated"
         ),
-        # The first step makes states and a norm, whose addresses are new.
-        pytest.param(RELEASE, 1, N_STEPS - N_EAGER - 1, id="release"),
-        pytest.param(PREVIOUS, 1, N_STEPS - N_EAGER - 1, id="previous"),
-        pytest.param(PREVIOUS, 3, 3 * (17 - N_EAGER - 1) + 3 - N_EAGER, id="previous-accumulated"),
         pytest.param(
-            PREVIOUS | {"matmul": "int8", "momentum_bits": 4, "bf16": True}, 1, 17, id="int8-bf16"
+            {"optim": "qft_adamw", "max_grad_norm": 0.3}, 1, 4 * N_REPLAYED, id="adamw"
+        ),
+        pytest.param(
+            {"optim": "qft_adamw", "bf16": True, "max_grad_norm": 0.3},
+            3,
+            N_ACCUMULATED + 3 * (14 + 1),
+            id="adamw-bf16-accumulated",
+        ),
+        pytest.param(
+            {"optim": "qft_sgd", "learning_rate": 1.0, "max_grad_norm": 0.3}, 1,
+            4 * (N_STEPS - N_EAGER), id="sgd",
+        ),
+        pytest.param(
+            {"matmul": "int8", "momentum_bits": 4, "max_grad_norm": 0}, 1, 4 * N_REPLAYED,
+            id="int8-4-bit",
+        ),
+        # The pass, the norms, and the update of what waits for the step.
+        pytest.param(RELEASE, 1, 3 * N_REPLAYED, id="release"),
+        pytest.param(PREVIOUS, 1, 3 * N_REPLAYED, id="previous"),
+        pytest.param(PREVIOUS, 3, N_ACCUMULATED + 2 * (14 + 1), id="previous-accumulated"),
+        pytest.param(
+            PREVIOUS | {"matmul": "int8", "momentum_bits": 4, "bf16": True}, 1, 3 * N_REPLAYED,
+            id="int8-bf16",
         ),
     ],
-)
+)  # fmt: skip
 def test_a_replayed_run_has_the_bits_of_an_eager_one(options, accumulation, n_replays, tmp_path):
     """With a schedule, dropout, clipping, accumulation and evaluation."""
     options = options | EVALUATED | {"gradient_accumulation_steps": accumulation}
@@ -147,7 +172,8 @@ def test_a_run_that_is_resumed_by_graphs_equals_the_straight_eager_one(options, 
     )
 
     assert_same_run(straight, resumed)
-    assert resumed.n_replays == N_STEPS - 9 - N_EAGER
+    n_graphs = 3 if options.get("gradient") == "release" else 4
+    assert resumed.n_replays == n_graphs * (N_STEPS - 9 - N_EAGER)
 
 
 @pytest.mark.parametrize("options", [{}, PREVIOUS], ids=["stack", "release"])
@@ -209,7 +235,7 @@ def test_a_state_that_is_loaded_in_between_is_captured_anew(tmp_path):
         runs.append(made)
 
     assert_same_run_without_evaluation(*runs)
-    assert len([graph for graph in runs[1].graphs if graph.operations]) == 2
+    assert len([graph for graph in runs[1].graphs if graph.operations]) == 2 * 3
 
 
 def assert_same_run_without_evaluation(one: QFTTrainer, other: QFTTrainer) -> None:
@@ -232,6 +258,115 @@ def test_steps_of_a_loop_of_ones_own_after_training_have_their_own_numbers(tmp_p
             optimizer.step()
         runs.append(made)
     assert_same_run(*runs)
+
+
+def change_the_rate(made: QFTTrainer) -> None:
+    for group in made.optimizer.param_groups:
+        group["lr"] *= 7.0
+
+
+def replace_a_gradient(made: QFTTrainer) -> None:
+    weight = made.model.lm_head.weight
+    weight.grad = weight.grad * 0.5
+
+
+def load_the_state(made: QFTTrainer) -> None:
+    made.optimizer.load_state_dict(made.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("change", [change_the_rate, replace_a_gradient, load_the_state])
+def test_what_changes_between_the_parts_of_a_step_counts(change, tmp_path):
+    """After clipping, before the update, where the steps before and after are replayed."""
+    runs = []
+    for cls in (QFTTrainer, Graphed):
+        made = trainer(cls, tmp_path, max_grad_norm=0.3)
+        made.add_callback(Between(made, change))
+        made.train()
+        runs.append(made)
+
+    assert_same_run_without_evaluation(*runs)
+    assert runs[1].n_replays >= 3 * N_REPLAYED - 2
+
+
+class Between(TrainerCallback):
+    """Changes something before the update of step 9."""
+
+    def __init__(self, made: QFTTrainer, change) -> None:
+        self.made, self.change = made, change
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if state.global_step == 9:
+            self.change(self.made)
+
+
+def test_what_a_replayed_update_leaves_is_what_an_eager_one_leaves(tmp_path):
+    """Gradients are gone and weights have another version: autograd reads no old one."""
+    seen = []
+
+    class Watching(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+            parameters = list(model.parameters())
+            assert all(parameter.grad is None for parameter in parameters)
+            seen.append([parameter._version for parameter in parameters])
+
+    made = trainer(Graphed, tmp_path)
+    made.add_callback(Watching())
+    made.train()
+
+    assert made.n_replays == 4 * N_REPLAYED
+    for before, after in pairwise(seen):
+        assert all(a > b for a, b in zip(after, before, strict=True))
+
+
+class Unread(qft_hf.QFTSGD):
+    """An optimizer of somebody who knows nothing of graphs."""
+
+    reads_live = False
+
+
+def test_an_optimizer_that_reads_no_live_numbers_updates_eagerly_and_says_so(
+    tmp_path, caplog, monkeypatch
+):
+    named = replace(OPTIMIZERS["qft_sgd"], optimizer_class=Unread)
+    monkeypatch.setitem(OPTIMIZERS, "qft_sgd", named)
+    options = EVALUATED | {"optim": "qft_sgd", "learning_rate": 1.0, "max_grad_norm": 0.3}
+    with caplog.at_level(logging.WARNING, logger="qft_hf"):
+        eager, replayed = (run(cls, tmp_path, **options) for cls in (QFTTrainer, Graphed))
+
+    assert_same_run(eager, replayed)
+    assert replayed.n_replays == 3 * (N_STEPS - N_EAGER)
+    assert caplog.text.count("updates by Unread run without a graph") == 1
+
+
+def test_released_updates_of_such_an_optimizer_are_refused():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = Unread([weight], lr=1.0, gradient="release")
+    with pytest.raises(ValueError, match=r"rate of Unread .* Take gradient='stack'"):
+        GraphedStep(optimizer, RecordedGraph)
+
+
+def test_an_update_that_cannot_be_captured_is_refused_and_nothing_has_moved(tmp_path):
+    made = trainer(Graphed, tmp_path)
+    made.create_optimizer()
+    inner, before = made.optimizer, {}
+    step_weight = inner.step_weight
+
+    def looking(weight, gradient, *rest) -> None:
+        step_weight(weight, gradient, *rest)
+        assert gradient.scales.sum().item() < torch.inf
+
+    def watched() -> None:
+        before.update({name: value.clone() for name, value in made.model.state_dict().items()})
+        before["steps"] = [int(state["step"]) for state in inner.state.values()]
+
+    inner.step_weight = looking
+    made.training_step = _before(made.training_step, watched)
+    with pytest.raises(RuntimeError, match="what follows the backward pass cannot be captured"):
+        made.train()
+    assert before.pop("steps") == [int(state["step"]) for state in inner.state.values()]
+    assert_same_state(made.model.state_dict(), before)
+    assert all(parameter.grad is None for parameter in made.model.parameters())
+    assert made.n_replays > 0
 
 
 @pytest.mark.parametrize(("options", "text"), [({}, "not taken"), (RELEASE, "had been handed")])

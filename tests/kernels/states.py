@@ -247,17 +247,6 @@ def arguments(**changes: Any) -> dict[str, Any]:
     return {"rule": RULE._replace(**rule), "rounding": ROUNDING._replace(**changes)}
 
 
-# A rate and a decay whose product is another number if FP32 multiplies, and a step beyond int32.
-LIVE = {"lr": 0.0123, "weight_decay": 0.13, "step": 2**40 + 3}
-
-
-def live_numbers(device: torch.device | str = "cpu") -> Tensor:
-    """`LIVE` as `quantize_and_lion_step_` reads it in memory."""
-    lr, decay = np.float32(LIVE["lr"]), np.float32(LIVE["weight_decay"])
-    assert lr * decay != np.float32(LIVE["lr"] * LIVE["weight_decay"])
-    return torch.tensor([*LIVE.values()], dtype=torch.float64, device=device)
-
-
 def step_arguments(**changes: Any) -> dict[str, Any]:
     """The same for `step_weight_`, which has no betas."""
     given = arguments(**changes)

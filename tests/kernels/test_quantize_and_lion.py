@@ -6,13 +6,11 @@ import torch
 from qft_hf import kernels
 from tests.kernels.backends import cpu, reference
 from tests.kernels.states import (
-    LIVE,
     LionState,
     arguments,
     assert_same_state,
     coded,
     guards_are_intact,
-    live_numbers,
     make_state,
     random,
 )
@@ -29,9 +27,7 @@ def start(columns: int = 300, group_size: int | None = 32, momentum_bits: int = 
 
 def run(backend, state: LionState, gradient: torch.Tensor, **changes) -> torch.Tensor:
     """The fused step with a float gradient, and its squared norm; the state's own is not used."""
-    given = {
-        name: changes.pop(name) for name in ("factor", "group_size", "live") if name in changes
-    }
+    given = {name: changes.pop(name) for name in ("factor", "group_size") if name in changes}
     squares = backend.quantize_and_lion_step_(
         state.weight,
         state.momentum,
@@ -95,28 +91,6 @@ def test_the_factor_scales_the_quantized_gradient_and_not_its_norm(backend):
 
     assert_same_bits(found, norm)
     assert_same_state(actual, expected)
-
-
-@pytest.mark.parametrize("backend", [*BACKENDS, kernels])
-@pytest.mark.parametrize("momentum_bits", [8, 4])
-def test_numbers_in_memory_take_the_place_of_those_that_are_given(backend, momentum_bits):
-    expected, actual = (start(momentum_bits=momentum_bits) for _ in range(2))
-    gradient = random((6, 300), None) * 1e-3
-    run(backend, expected, gradient, **LIVE)
-
-    run(backend, actual, gradient, live=live_numbers(), lr=7.0, weight_decay=0.5, step=1)
-
-    assert_same_state(actual, expected)
-
-
-@pytest.mark.parametrize(
-    "live", [live_numbers().float(), live_numbers()[:2], live_numbers().repeat_interleave(2)[::2]]
-)
-def test_numbers_in_memory_of_another_form_are_refused(live):
-    state, before = start(), start()
-    with pytest.raises(ValueError, match="live must be three float64 numbers on cpu, lr, weight_"):
-        run(kernels, state, random((6, 300), None), live=live)
-    assert_same_state(state, before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

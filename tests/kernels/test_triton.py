@@ -18,9 +18,9 @@ from qft_hf.kernels.operators import Operator
 from tests.kernels.backends import reference
 from tests.kernels.backends import triton as backend
 from tests.kernels.devices import DEVICE, INTERPRETED, MARKS, capability
+from tests.kernels.live_steps import NUMBERS, OTHERS, STEPS, in_memory
 from tests.kernels.states import (
     GUARD,
-    LIVE,
     ROUNDING,
     LionState,
     arguments,
@@ -29,7 +29,6 @@ from tests.kernels.states import (
     float_arguments,
     guarded,
     guards_are_intact,
-    live_numbers,
     make_product,
     make_state,
     ramp,
@@ -548,10 +547,10 @@ def test_the_public_operators_run_these_kernels(monkeypatch):
 
 def quantize_and_step_(
     backend: Any, state: LionState, gradient: torch.Tensor, *, group_size: int,
-    factor: torch.Tensor | None = None, live: torch.Tensor | None = None, **changes: Any,
+    factor: torch.Tensor | None = None, **changes: Any,
 ) -> torch.Tensor:  # fmt: skip
     return backend.quantize_and_lion_step_(
-        state.weight, state.momentum, gradient, factor=factor, group_size=group_size, live=live,
+        state.weight, state.momentum, gradient, factor=factor, group_size=group_size,
         **arguments(**changes),
     )  # fmt: skip
 
@@ -609,24 +608,17 @@ def test_quantize_and_lion_step(shape, group_size, state_group_size, momentum_bi
         assert guards_are_intact(buffer), name
 
 
-@pytest.mark.parametrize(
-    ("columns", "momentum_bits", "dtype"),
-    [(600, 8, torch.float32), (257, 4, torch.bfloat16), (8500, 8, torch.bfloat16)],
-    ids=str,
-)
-def test_numbers_in_memory_are_read_when_the_kernel_runs(columns, momentum_bits, dtype):
+@pytest.mark.parametrize("name", STEPS)
+def test_numbers_in_memory_are_read_when_the_kernel_runs(name):
     """The second step gets others by a write to that memory, as a replayed graph does."""
-    expected = make_state(
-        (3, columns), group_size=None, momentum_bits=momentum_bits, outlier_fraction=0.02
-    ).to(DEVICE)
-    actual = expected.clone()
-    gradient = (random((3, columns), None) * 1e-3).to(DEVICE, dtype)
-    live = live_numbers(DEVICE)
-    for changes in (LIVE, {"lr": 0.05, "weight_decay": 0.013, "step": 2}):
-        live.copy_(torch.tensor([*changes.values()], dtype=torch.float64))
-        quantize_and_step_(backend, actual, gradient, group_size=256, live=live, lr=7.0, step=1)
-        quantize_and_step_(reference, expected, gradient, group_size=256, **changes)
-        assert_same_state(actual, expected)
+    (expected, given), (actual, read) = STEPS[name](DEVICE), STEPS[name](DEVICE)
+    live = in_memory(name, NUMBERS[0], DEVICE)
+    for numbers in NUMBERS:
+        live.copy_(in_memory(name, numbers, DEVICE))
+        given(reference, **numbers)
+        read(backend, live, **OTHERS)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same_bits(one, other)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -20,17 +20,22 @@ def matrix(columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize("is_live", [False, True], ids=["numbers", "live"])
 @pytest.mark.parametrize("columns", [4096, 11008])
-def test_the_step_of_the_moments(columns, capability):
+def test_the_step_of_the_moments(columns, is_live, capability):
     codes, scales = matrix(columns, torch.int8), matrix(columns // 256, torch.float32)
     weight = Weight.dense(Quantized(codes, matrix(1, torch.float32), None))
     moments = Moments(codes, scales, matrix(columns, torch.uint8), scales, 256)
     rule = AdamW(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
     rounding = Rounding(seed=2**40 + 1, step=7, stream=3)
 
-    of_moments, _ = launches(
-        adamw_step_, weight, moments, Quantized(codes, scales, 256), rule=rule, rounding=rounding
-    )
+    live = torch.empty(5, dtype=torch.float64, device="meta") if is_live else None
+    of_moments, of_weight = launches(
+        adamw_step_, weight, moments, Quantized(codes, scales, 256), rule=rule, rounding=rounding,
+        live=live,
+    )  # fmt: skip
+    for launch in (of_moments, of_weight):
+        assert launch.types["live_ptr"] == ("*fp64" if is_live else "constexpr")
     compiled = compile_launch(of_moments, capability)
 
     assert compiled.stack_bytes == compiled.local_bytes == 0

@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
 from qft_hf.kernels import Input, Lion, Quantized, Rounding, Weight
+from qft_hf.kernels.values import N_LIVE
 from qft_hf.layout import momentum_shapes
 from tests.offline.compiling import Compiled, Launch, compile_launch, launches
 
@@ -113,16 +114,16 @@ def lion_launch(
 ) -> Launch:
     """Of `lion_step_`; of `quantize_and_lion_step_`, of floats; of `step_weight_`, of 0 bits."""
     stepped = make_weight(columns, group_size, n_outliers)
+    arguments = {"rounding": rounding, "live": tensor(3, dtype=torch.float64) if live else None}
     if momentum_bits == 0:
         direction = tensor(ROWS, columns)
-        arguments = {"lr": RULE.lr, "weight_decay": RULE.weight_decay, "rounding": rounding}
+        arguments |= {"lr": RULE.lr, "weight_decay": RULE.weight_decay}
         return only(launches(weight.step_weight_, stepped, direction, **arguments))
     momentum = make_momentum(columns, momentum_bits)
-    arguments = {"rule": RULE, "rounding": rounding}
+    arguments["rule"] = RULE
     if gradient == torch.int8:
         return only(launches(lion.lion_step_, stepped, momentum, quantized(columns), **arguments))
-    numbers = tensor(3, dtype=torch.float64) if live else None
-    arguments |= {"factor": tensor(1), "group_size": 256, "live": numbers}
+    arguments |= {"factor": tensor(1), "group_size": 256}
     floats = tensor(ROWS, columns, dtype=gradient)
     return only(launches(lion.quantize_and_lion_step_, stepped, momentum, floats, **arguments))
 
@@ -193,10 +194,11 @@ def test_packed_lion_step(columns, group_size, n_outliers, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("live", [False, True], ids=["numbers", "live"])
 @pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
-def test_weight_step(columns, group_size, n_outliers, capability):
+def test_weight_step(columns, group_size, n_outliers, live, capability):
     """The kernel of Lion without momentum: codes of the weight and the direction are all."""
-    compiled = compile_lion(capability, columns, group_size, n_outliers, momentum_bits=0)
+    compiled = compile_lion(capability, columns, group_size, n_outliers, momentum_bits=0, live=live)
 
     assert_fits_registers(compiled)
     if group_size != 100:
@@ -207,12 +209,13 @@ def test_weight_step(columns, group_size, n_outliers, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("live", [False, True], ids=["numbers", "live"])
 @pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
-def test_lion_step(columns, group_size, n_outliers, capability, request):
-    if columns == 11008 and capability in (86, 89):
+def test_lion_step(columns, group_size, n_outliers, live, capability, request):
+    if columns == 11008 and capability in (86, 89) and not live:
         reason = "two addresses are kept on the stack, outside of loops, beside a seed of 64 bits"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-    compiled = compile_lion(capability, columns, group_size, n_outliers)
+    compiled = compile_lion(capability, columns, group_size, n_outliers, live=live)
 
     assert_fits_registers(compiled)
     assert compiled.count(r"FADD|FMUL") >= 10 * ELEMENTS  # the listing was understood
@@ -244,11 +247,19 @@ def test_quantize_and_lion_step(columns, group_size, n_outliers, live, capabilit
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("is_live", [False, True], ids=["numbers", "live"])
 @pytest.mark.parametrize("has_momentum", [True, False])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_float_steps(dtype, has_momentum, capability):
+def test_float_steps(dtype, has_momentum, is_live, capability):
+    live = torch.ones(3, N_LIVE, dtype=torch.float64) if is_live else None
     parameters, gradients = [torch.ones(3, 700, dtype=dtype)], [torch.ones(3, 700, dtype=dtype)]
-    options = {"seed": ROUNDING.seed, "stochastic": True, "steps": [1], "streams": [2]}
+    options = {
+        "seed": ROUNDING.seed,
+        "stochastic": True,
+        "steps": [1],
+        "streams": [2],
+        "live": live,
+    }
     if has_momentum:
         momenta = [torch.ones(3, 700)]
         found = launches(
@@ -257,10 +268,12 @@ def test_float_steps(dtype, has_momentum, capability):
     else:
         options |= {"lr": 0.1, "weight_decay": 0.01}
         found = launches(floats.step_floats_, parameters, gradients, **options)
-    launch = only(found)
+    *rows, launch = found
+    assert len(rows) == is_live  # a launch for each row of the table
 
     compiled = compile_launch(launch, capability)
 
+    assert_fits_registers(compile_launch(rows[0], capability) if rows else compiled)
     assert launch.constants["HAS_MOMENTUM"] == has_momentum
     assert launch.constants["STOCHASTIC"] == (dtype == torch.bfloat16)
     assert_fits_registers(compiled)
@@ -558,7 +571,7 @@ def test_no_launch_over_a_large_vocabulary_has_more_programs_than_a_gpu_takes():
         (codes, tensor(columns, 4096, dtype=torch.int8)),  # grad_w
     ):
         found += launches(int8_product.int8_matmul, a, b, None, None, **options)
-    arguments = {"lr": 0.1, "weight_decay": 0.1, "rounding": ROUNDING}
+    arguments = {"lr": 0.1, "weight_decay": 0.1, "rounding": ROUNDING, "live": None}
     found += launches(weight.step_weight_, table, tensor(VOCABULARY, columns), **arguments)
 
     for launch in found:

@@ -105,7 +105,7 @@ def lion_case(gradient=torch.int8, factor=False, seed=1, step=1, first_row=0, li
     return lion._lion_kernel, (len(codes),), constants, arguments
 
 
-def floats_case(dtype=torch.bfloat16, seed=1):
+def floats_case(dtype=torch.bfloat16, seed=1, live=False):
     buffer = torch.ones(9, dtype=torch.int64)  # one row of the table, and two programs
     constants = {
         "PARAMETER": floats.TRITON_DTYPES[dtype],
@@ -117,7 +117,18 @@ def floats_case(dtype=torch.bfloat16, seed=1):
         "enable_fp_fusion": False,
     }
     numbers = (1e-3, 1e-4, 0.9, 1 - 0.9, 0.99, 1 - 0.99, 1.0, seed)
-    return floats._lion_floats_kernel, (2,), constants, (buffer[:7], buffer[7:], *numbers)
+    memory = torch.ones(2, 8, dtype=torch.float64) if live else None
+    arguments = (buffer[:7], buffer[7:], memory, *numbers)
+    return floats._lion_floats_kernel, (2,), constants, arguments
+
+
+def row_case(n=700, step=0):
+    """A row of the table of float parameters, and its program."""
+    buffer = torch.ones(9, dtype=torch.int64)
+    address = buffer.data_ptr()
+    arguments = (buffer[:7], buffer[7:], 0, 1, address, address, address, n, step, 3, 0)
+    constants = {"BLOCK": floats.BLOCK, "num_warps": floats.N_WARPS}
+    return floats._row_kernel, (1,), constants, arguments
 
 
 def matmul_case(
@@ -172,6 +183,9 @@ CASES = {
     "lion, fp32 and factor": lion_case(torch.float32, factor=True),
     "floats": floats_case(),
     "floats, fp32": floats_case(torch.float32),
+    "floats, numbers in memory": floats_case(live=True),
+    "row of floats": row_case(),
+    "row of floats, large": row_case(n=2**31),
     "floats, largest seed of 32 bits": floats_case(seed=2**31 - 1),
     "floats, smallest seed of 64 bits": floats_case(seed=2**31),
     "floats, seed of 64 bits without a sign": floats_case(seed=2**63),
@@ -194,7 +208,8 @@ OPEN = {  # the arguments that a plan leaves open; the others are bound
     "_dequantize_kernel": range(5, 6),
     "_quantize_kernel": range(1, 7),
     "_lion_kernel": range(4, 21),
-    "_lion_floats_kernel": range(1, 10),
+    "_lion_floats_kernel": range(1, 11),
+    "_row_kernel": range(1, 11),
     "_int8_matmul_kernel": range(1, 15),
     "_copy_kernel": range(1, 3),
 }

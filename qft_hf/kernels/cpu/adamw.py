@@ -2,12 +2,13 @@
 
 import numpy as np
 from numba import njit
+from torch import Tensor
 
 from .. import adamw as operators
 from ..adamw import GRADIENT_SCALE_MAX, RATIO_TINY, ROOT_QMAX, ROOT_TINY, UNIT
 from ..groups import QMAX
 from ..philox import LANES
-from ..values import AdamW, Moments, Quantized, Rounding, Weight
+from ..values import AdamW, Moments, Quantized, Rounding, Weight, read_live
 from .quantization import absmax
 from .threads import for_each_row_range, n_ranges
 from .weight import FASTMATH, draw_row, rounding_numbers, step_weight_row, weight_buffers
@@ -116,8 +117,15 @@ def _adamw_step(arrays, numbers, n_ranges):
 
 @operators.adamw_step_.register("cpu")
 def adamw_step_(
-    weight: Weight, moments: Moments, gradient: Quantized, *, rule: AdamW, rounding: Rounding
+    weight: Weight,
+    moments: Moments,
+    gradient: Quantized,
+    *,
+    rule: AdamW,
+    rounding: Rounding,
+    live: Tensor | None,
 ) -> None:
+    rule, rounding = read_live(live, rule, rounding)
     rows, columns = weight.codes.shape
     of_momentum, of_root = rule.corrections(rounding.step)
     tensors = (*weight.tensors, *moments.tensors, *gradient.tensors)

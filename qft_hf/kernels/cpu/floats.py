@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import floats as operators
 from ..philox import WEIGHT
-from ..values import Lion
+from ..values import Lion, Rounding, read_live
 from .philox import philox
 
 _f32, _i32 = np.float32, np.int32
@@ -64,17 +64,20 @@ def lion_step_floats_(
     stochastic: bool,
     steps: Sequence[int],
     streams: Sequence[int],
+    live: Tensor | None,
 ) -> None:
-    numbers = tuple(map(_f32, rule.numbers))
     for parameter, momentum, gradient, step, stream in zip(
         parameters, momenta, gradients, steps, streams, strict=True
     ):
+        own, rounding = read_live(
+            None if live is None else live[stream], rule, Rounding(seed, step, stream)
+        )
         # What is FP32 and contiguous is written in place; else these are copies.
         values, moments = parameter.detach().float().flatten(), momentum.flatten()
         arrays = [tensor.numpy() for tensor in (values, moments, gradient.float().flatten())]
-        _lion_elements(*arrays, *numbers)
+        _lion_elements(*arrays, *map(_f32, own.numbers))
         if stochastic and parameter.dtype == torch.bfloat16:
-            words = (np.uint64(seed), np.uint64(step), np.uint64(stream))
+            words = map(np.uint64, (seed, rounding.step, stream))
             _round_to_bfloat16(arrays[0].view(np.int32), *words)
         for tensor, result in ((parameter, values), (momentum, moments)):
             if result.data_ptr() != tensor.data_ptr():

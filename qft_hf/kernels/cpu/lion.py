@@ -2,11 +2,12 @@
 
 import numpy as np
 from numba import njit
+from torch import Tensor
 
 from .. import lion as operators
 from ..groups import MAGIC, QMAX, TINY
 from ..philox import LANES, MOMENTUM
-from ..values import Lion, Quantized, Rounding, Weight
+from ..values import Lion, Quantized, Rounding, Weight, read_live
 from .nibbles import load_nibbles, nibble_uniforms, round_to_nibbles
 from .philox import random_row
 from .quantization import absmax
@@ -94,8 +95,15 @@ def _lion_step(arrays, numbers, n_ranges):
 
 @operators.lion_step_.register("cpu")
 def lion_step_(
-    weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
+    weight: Weight,
+    momentum: Quantized,
+    gradient: Quantized,
+    *,
+    rule: Lion,
+    rounding: Rounding,
+    live: Tensor | None,
 ) -> None:
+    rule, rounding = read_live(live, rule, rounding)
     rows, columns = weight.codes.shape
     tensors = (*weight.tensors, *momentum.tensors, *gradient.tensors)
     numbers = (

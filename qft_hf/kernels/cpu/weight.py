@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import weight as operators
 from ..groups import QMAX, TINY
 from ..philox import LANES, WEIGHT
-from ..values import Rounding, Weight
+from ..values import Lion, Rounding, Weight, read_live
 from ..weight import RANGE_LOW, RANGE_TARGET
 from .philox import random_row, weight_uniform
 from .quantization import absmax
@@ -120,13 +120,19 @@ def rounding_numbers(rounding: Rounding) -> tuple[bool, np.uint64, np.uint64, np
 
 @operators.step_weight_.register("cpu")
 def step_weight_(
-    weight: Weight, direction: Tensor, *, lr: float, weight_decay: float, rounding: Rounding
+    weight: Weight,
+    direction: Tensor,
+    *,
+    lr: float,
+    weight_decay: float,
+    rounding: Rounding,
+    live: Tensor | None,
 ) -> None:
+    rule, rounding = read_live(live, Lion.without_momentum(lr, weight_decay), rounding)
     rows, columns = weight.codes.shape
     numbers = (
         weight.group_size or columns,
-        _f32(lr),
-        _f32(lr * weight_decay),
+        *map(_f32, rule.numbers[:2]),
         *rounding_numbers(rounding),
     )
     arrays = tuple(tensor.numpy() for tensor in (*weight.tensors, direction))

@@ -6,6 +6,7 @@ Groups of weight and moments need not share tiles then; random words are drawn i
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ...layout import row_tiles
 from .. import adamw as operators
@@ -46,6 +47,8 @@ def _moments_kernel(
     gradient_codes_ptr,  # [rows, COLUMNS] int8
     gradient_scales_ptr,  # [rows, N_GROUPS] fp32
     direction_ptr,  # [rows, COLUMNS] fp32, written
+    live_ptr,  # [5] fp64: the number of the step and two corrections come last, in the place of
+    # those below; or None
     beta1,
     one_minus_beta1,
     beta2,
@@ -77,6 +80,10 @@ def _moments_kernel(
     ratio_scales_ptr += row * N_GROUPS
     root_scales_ptr += row * N_GROUPS
     gradient_scales_ptr += row * N_GROUPS
+    if live_ptr is not None:
+        step = tl.load(live_ptr + 2).to(tl.int64)
+        of_momentum = tl.load(live_ptr + 3).to(tl.float32)
+        of_root = tl.load(live_ptr + 4).to(tl.float32)
     first_counter = (row + first_row) * ((COLUMNS + 3) // 4)  # four columns share a counter
     for group_tile in range(GROUP_TILES):
         start, exists, column, mask = tile_columns(
@@ -128,11 +135,18 @@ _launch_moments = Launcher(_moments_kernel)
 
 @operators.adamw_step_.register("triton")
 def adamw_step_(
-    weight: Weight, moments: Moments, gradient: Quantized, *, rule: AdamW, rounding: Rounding
+    weight: Weight,
+    moments: Moments,
+    gradient: Quantized,
+    *,
+    rule: AdamW,
+    rounding: Rounding,
+    live: Tensor | None,
 ) -> None:
     n_rows, columns = weight.codes.shape
     if tiling(columns, moments.group_size).UNIT_TILES > 1:  # longer than any that an optimizer has
-        operators.adamw_step_.reference(weight, moments, gradient, rule=rule, rounding=rounding)
+        given = {"rule": rule, "rounding": rounding, "live": live}
+        operators.adamw_step_.reference(weight, moments, gradient, **given)
         return
     constants = row_constants(columns, moments.group_size, STOCHASTIC=rounding.stochastic)
     of_momentum, of_root = rule.corrections(rounding.step)
@@ -142,7 +156,7 @@ def adamw_step_(
         part = rounding._replace(first_row=rounding.first_row + rows.start)
         direction = weight.scales.new_empty(rows.stop - rows.start, columns)
         _launch_moments(
-            (len(direction),), constants, *(tensor[rows] for tensor in state), direction,
+            (len(direction),), constants, *(tensor[rows] for tensor in state), direction, live,
             rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2, of_momentum, of_root,
             rule.eps * operators.UNIT, -1.0 if rule.maximize else 1.0,
             part.seed, part.step, part.stream, part.first_row,
@@ -150,4 +164,5 @@ def adamw_step_(
         step_weight_(
             weight if is_whole else weight.rows(rows), direction,
             lr=rule.lr, weight_decay=rule.weight_decay, rounding=part,
+            live=None if live is None else live[:3],
         )  # fmt: skip

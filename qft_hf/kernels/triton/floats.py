@@ -10,9 +10,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import floats as operators
+from ..values import N_LIVE as _N_LIVE
 from ..values import Lion
 from .launch import Constants, Launcher
 from .numerics import INFINITY, magnitude_bits, random_words, sign
+
+# Parameter, momentum, gradient, step and stream of each.
+Members = list[tuple[Tensor, Tensor, Tensor, int, int]]
 
 BLOCK = 1024
 N_WARPS = 4
@@ -21,6 +25,7 @@ N_WARPS = 4
 # elements, step and stream, and the first of the programs that work on it. Without momentum the
 # address of the parameter stands in its place.
 FIELDS: tl.constexpr = tl.constexpr(7)
+N_LIVE: tl.constexpr = tl.constexpr(_N_LIVE)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -28,6 +33,8 @@ def _lion_floats_kernel(
     table_ptr,  # [n_tensors, FIELDS] int64; what the addresses of parameter and momentum tell is
     # modified
     owners_ptr,  # [n_programs] int64: the row of the table that a program works on
+    live_ptr,  # [n_streams, N_LIVE] fp64: lr, weight_decay and step of a stream, in the place of
+    # those below and of the step in the table; or None
     lr,
     shrink,  # lr * weight_decay
     beta1,
@@ -49,6 +56,11 @@ def _lion_floats_kernel(
     gradient_ptr = tl.load(row + 2).to(tl.pointer_type(GRADIENT))
     n = tl.load(row + 3)
     step, stream = tl.load(row + 4), tl.load(row + 5)
+    if live_ptr is not None:
+        live_ptr += stream * N_LIVE
+        rate = tl.load(live_ptr)
+        lr, shrink = rate.to(tl.float32), (rate * tl.load(live_ptr + 1)).to(tl.float32)
+        step = tl.load(live_ptr + 2).to(tl.int64)
 
     start = (program - tl.load(row + 6)) * BLOCK + tl.zeros((1,), tl.int64)
     index = start[:, None] + tl.arange(0, BLOCK)[None, :]
@@ -74,6 +86,40 @@ def _lion_floats_kernel(
     tl.store(parameter_ptr + index, value.to(PARAMETER), mask=mask)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "row", "n_programs", "parameter", "momentum", "gradient", "n", "step", "stream",
+        "first_program",
+    ]
+)  # fmt: skip
+def _row_kernel(
+    rows_ptr,  # [n_tensors, FIELDS] int64, of which a row is written
+    owners_ptr,  # [n_programs] int64, written where this row's programs are
+    row,
+    n_programs,
+    parameter,
+    momentum,
+    gradient,
+    n,
+    step,
+    stream,
+    first_program,
+    BLOCK: tl.constexpr,
+):
+    row_ptr = rows_ptr + row * FIELDS
+    tl.store(row_ptr, parameter)
+    tl.store(row_ptr + 1, momentum)
+    tl.store(row_ptr + 2, gradient)
+    tl.store(row_ptr + 3, n)
+    tl.store(row_ptr + 4, step)
+    tl.store(row_ptr + 5, stream)
+    tl.store(row_ptr + 6, first_program)
+    for start in range(0, n_programs, BLOCK):
+        program = start + tl.arange(0, BLOCK)
+        owned = tl.zeros((BLOCK,), tl.int64) + row
+        tl.store(owners_ptr + first_program + program, owned, mask=program < n_programs)
+
+
 TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -96,7 +142,13 @@ def _constants(
     )
 
 
+@cache
+def _row_constants() -> Constants:
+    return Constants(BLOCK=BLOCK, num_warps=N_WARPS)
+
+
 _launch_lion_floats = Launcher(_lion_floats_kernel)
+_launch_row = Launcher(_row_kernel)
 
 
 def launch(
@@ -109,6 +161,7 @@ def launch(
     stochastic: bool,
     steps: Sequence[int],
     streams: Sequence[int],
+    live: Tensor | None,
 ) -> None:
     """Run the kernel once for each pair of dtypes; without momenta along the gradients."""
     # The kernel sees flat memory; a parameter in another order is rare and takes a copy.
@@ -122,19 +175,18 @@ def launch(
         streams,
         strict=True,
     )
-    launches: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor, Tensor, int, int]]]
-    launches = {}
+    launches: dict[tuple[torch.dtype, torch.dtype], Members] = {}
     for member in members:
         launches.setdefault((member[0].dtype, member[2].dtype), []).append(member)
     for (dtype, gradient_dtype), tensors in launches.items():
-        table, owners = _table(tensors)
+        table, owners = _table(tensors, by_launches=live is not None)
         if not len(owners):
             continue  # nothing but empty tensors
         constants = _constants(
             dtype, gradient_dtype, has_momentum=momenta is not None, stochastic=stochastic
         )
         _launch_lion_floats(
-            (len(owners),), constants, table, owners,
+            (len(owners),), constants, table, owners, live,
             *rule.numbers, seed,
         )  # fmt: skip
     for tensor, result in zip(written, flat, strict=True):
@@ -163,17 +215,30 @@ def step_floats_(
     weight_decay: float,
     **arguments: Any,
 ) -> None:
-    rule = Lion(lr=lr, beta1=0.0, beta2=0.0, weight_decay=weight_decay)
+    rule = Lion.without_momentum(lr, weight_decay)
     launch(parameters, None, directions, rule=rule, **arguments)
 
 
-def _table(tensors: list[tuple[Tensor, Tensor, Tensor, int, int]]) -> tuple[Tensor, Tensor]:
-    """The kernel's table and owners, in one transfer to the device, which nobody waits for."""
-    numbers: list[int] = []
+def _table(tensors: Members, *, by_launches: bool) -> tuple[Tensor, Tensor]:
+    """The kernel's table and owners, in one transfer to the device, which nobody waits for.
+
+    A graph would repeat that transfer from memory of the host that is another's by then. What
+    launches are handed over it keeps.
+    """
+    rows: list[tuple[int, ...]] = []
     owners: list[int] = []
     for row, (parameter, momentum, gradient, step, stream) in enumerate(tensors):
-        addresses = [tensor.data_ptr() for tensor in (parameter, momentum, gradient)]
-        numbers += [*addresses, parameter.numel(), step, stream, len(owners)]
+        addresses = (tensor.data_ptr() for tensor in (parameter, momentum, gradient))
+        rows.append((*addresses, parameter.numel(), step, stream, len(owners)))
         owners += [row] * -(-parameter.numel() // BLOCK)
-    buffer = torch.tensor(numbers + owners).to(tensors[0][0].device, non_blocking=True)
-    return buffer[: len(numbers)], buffer[len(numbers) :]
+    n_numbers, device = len(rows) * FIELDS.value, tensors[0][0].device
+    if not by_launches:
+        flat = [number for numbers in rows for number in numbers]
+        buffer = torch.tensor(flat + owners).to(device, non_blocking=True)
+        return buffer[:n_numbers], buffer[n_numbers:]
+    table = torch.empty(n_numbers, dtype=torch.int64, device=device)
+    of_programs = torch.empty(len(owners), dtype=torch.int64, device=device)
+    for row, numbers in enumerate(rows):
+        n_programs = -(-numbers[3] // BLOCK)
+        _launch_row((1,), _row_constants(), table, of_programs, row, n_programs, *numbers)
+    return table, of_programs

@@ -505,7 +505,7 @@ def launch(
     group_size: int | None,
     rule: Lion,
     rounding: Rounding,
-    live: Tensor | None = None,
+    live: Tensor | None,
 ) -> None:
     """Run the kernel; `group_size` is that of the gradient."""
     bits = 0 if momentum is None else momentum.bits
@@ -532,12 +532,18 @@ def launch(
 
 @operators.lion_step_.register("triton")
 def lion_step_(
-    weight: Weight, momentum: Quantized, gradient: Quantized, *, rule: Lion, rounding: Rounding
+    weight: Weight,
+    momentum: Quantized,
+    gradient: Quantized,
+    *,
+    rule: Lion,
+    rounding: Rounding,
+    live: Tensor | None,
 ) -> None:
     # No squares are written; any tensor stands in their place.
     launch(
         weight, momentum, gradient.tensors, gradient.scales, None,
-        group_size=gradient.group_size, rule=rule, rounding=rounding,
+        group_size=gradient.group_size, rule=rule, rounding=rounding, live=live,
     )  # fmt: skip
 
 
