@@ -1,7 +1,7 @@
 """Every tolerance of the tests. A tolerance is derived here, or it is zero."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -91,8 +91,14 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
         assert not differ.any(), f"{int(differ.sum())} zeros have another sign"
 
 
-def assert_same_tensors(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """The same names, and under each the same bits."""
+Tensors = Mapping[str, Tensor] | Sequence[Tensor]
+
+
+def assert_same_tensors(actual: Tensors, expected: Tensors) -> None:
+    """The same names, or as many, and under each the same bits."""
+    actual, expected = (
+        dict(x if isinstance(x, Mapping) else enumerate(x)) for x in (actual, expected)
+    )
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         try:

@@ -1,6 +1,5 @@
 """From rows to batches: what is learned, what is masked, what is counted, what is refused."""
 
-import json
 import re
 
 import pytest
@@ -13,6 +12,7 @@ from qft_hf.hf.finetune.data import prepare_data as prepare_data_for
 from qft_hf.hf.finetune.task import NothingToLearn
 from qft_hf.nn.loss import IGNORED
 from tests.finetune.chats import END, TURN, chat, tiny_tokenizer
+from tests.finetune.flags import write_jsonl
 
 CONVERSATIONS = [
     chat("hi", "hello"),
@@ -23,11 +23,6 @@ CONVERSATIONS = [
 
 def prepare_data(arguments, tokenizer, *, config=None, seed=0):
     return prepare_data_for(arguments, tokenizer, config or PreTrainedConfig(), seed=seed)
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 @pytest.fixture

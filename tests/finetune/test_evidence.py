@@ -6,8 +6,8 @@ from qft_hf.hf.finetune.arguments import DataArguments
 from qft_hf.hf.finetune.data import prepare_data
 from qft_hf.hf.finetune.evidence import SHOWN_CHARACTERS, evidence
 from tests.finetune.chats import END, TURN, chat, tiny_tokenizer
+from tests.finetune.flags import write_jsonl
 from tests.finetune.test_classification import config_of
-from tests.finetune.test_data import write_jsonl
 
 
 def shown(folder, *rows, **arguments):

@@ -26,15 +26,11 @@ from qft_hf.hf.finetune import finetune, parse_arguments, prepare, train
 from qft_hf.hf.finetune.forecast import disk_bytes
 from qft_hf.hf.finetune.loading import load_config
 from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, TURN, chat, tiny_tokenizer
+from tests.finetune.flags import as_flags, parsed, write_jsonl
 from tests.models import tiny_bert, tiny_llama
 
 ROOT = Path(__file__).parents[2]
 VOCAB_SIZE = 320  # of the tiny tokenizer
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
@@ -71,14 +67,6 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
-def as_flags(values):
-    return [f"--{name}={value}" for name, value in values.items()]
-
-
-def parsed(values, **changes):
-    return parse_arguments(as_flags(values | changes))
-
-
 def contents(folder):
     return {
         path.relative_to(folder): path.stat().st_mtime_ns
@@ -106,7 +94,7 @@ def test_a_run_leaves_checkpoint_curve_and_summary(chat_flags, capsys):
     assert summary.before["loss"] != summary.after["loss"]
     assert summary.after["perplexity"] == pytest.approx(torch.tensor(summary.after["loss"]).exp())
     tokenizer = AutoTokenizer.from_pretrained(run)
-    rows = [json.loads(line) for line in chat_flags["train_data"].read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(chat_flags["train_data"]).read_text().splitlines()]
     lengths = [
         len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in rows
     ]

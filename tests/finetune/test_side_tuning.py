@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qft_hf import QFTWeight, load_side_network, side_parameters
-from qft_hf.hf.finetune import finetune, parse_arguments, prepare
+from qft_hf.hf.finetune import finetune, prepare
 from qft_hf.hf.report import page, read_run
 from qft_hf_cli import main
 from tests.finetune.chats import chat, tiny_tokenizer
+from tests.finetune.flags import as_flags, parsed, write_jsonl
 from tests.models import tiny_bert, tiny_llama
 
 # bitsandbytes computes on a CPU where rows are a multiple of 32 and columns one of 64.
@@ -21,11 +22,6 @@ SIZES = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
     "num_key_value_heads": 1, "tie_word_embeddings": True,
 }  # fmt: skip
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
@@ -53,14 +49,6 @@ def flags(tmp_path, monkeypatch):
         "use_cpu": "true",
         "disable_tqdm": "true",
     }
-
-
-def as_flags(values):
-    return [f"--{name}={value}" for name, value in values.items()]
-
-
-def parsed(values, **changes):
-    return parse_arguments(as_flags(values | changes))
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8", "float"])

@@ -640,13 +640,6 @@ def test_an_int8_weight_that_is_not_frozen_still_needs_its_optimizer(tmp_path):
 # --- default dtype --------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _bfloat16_by_default():
-    torch.set_default_dtype(torch.bfloat16)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 FIELDS_BY_CASE = [
     {},
     {"gradient": "release", "max_grad_norm": 0},
@@ -665,5 +658,5 @@ def test_the_default_dtype_changes_no_bit(fields, tmp_path, request):
         QFTTrainer(model=model, args=args, train_dataset=sequences()).train()
         states.append(model.state_dict())
         if len(states) == 1:
-            request.getfixturevalue("_bfloat16_by_default")
+            request.getfixturevalue("default_bf16")
     assert_same_state(*states)

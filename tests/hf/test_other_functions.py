@@ -22,7 +22,7 @@ from qft_hf.optim import QFTAdamW, QFTLion
 from qft_hf.quant import QFTWeight
 from tests.hf.checkpoints import assert_same_state
 from tests.models import tiny_llama
-from tests.tolerances import FP32_EPS
+from tests.tolerances import FP32_EPS, assert_same_tensors
 
 IDS = torch.arange(24).view(2, 12) % 7
 
@@ -46,11 +46,6 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         *model.state_dict().values(),
         *(of_one[name] for _, of_one in sorted(state.items()) for name in sorted(of_one)),
     ]
-
-
-def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
-    assert len(one) == len(other)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -86,7 +81,7 @@ def test_the_distributed_state_dict_of_a_model_is_its_own(options):
     assert state.keys() == model.state_dict().keys()
     set_model_state_dict(other, state)
 
-    assert_same_bits(list(other.state_dict().values()), list(model.state_dict().values()))
+    assert_same_tensors(list(other.state_dict().values()), list(model.state_dict().values()))
     assert model.lm_head.weight_q.data_ptr() == model.lm_head.weight.codes.data_ptr()
     with pytest.raises(AttributeError, match="weight_q"):
         nn.Linear(2, 2).weight_q  # noqa: B018
@@ -109,12 +104,12 @@ def test_a_distributed_checkpoint_restores_weights_state_and_step(kind, is_fresh
     set_model_state_dict(other, loaded["model"])
     set_optimizer_state_dict(other, its_optimizer, loaded["optimizer"])
 
-    assert_same_bits(tensors(other, its_optimizer), tensors(model, optimizer))
+    assert_same_tensors(tensors(other, its_optimizer), tensors(model, optimizer))
     assert its_optimizer.state[other.lm_head.weight]["step"] == 2
     for one, of_one in ((model, optimizer), (other, its_optimizer)):
         one(IDS, labels=IDS).loss.backward()
         of_one.step()
-    assert_same_bits(tensors(other, its_optimizer), tensors(model, optimizer))
+    assert_same_tensors(tensors(other, its_optimizer), tensors(model, optimizer))
 
 
 def test_a_distributed_checkpoint_of_the_optimizer_s_own_state_keeps_the_step(tmp_path):
@@ -264,13 +259,6 @@ def test_a_running_mean_in_an_int8_copy_is_refused_and_says_what_to_do():
 # --- PyTorch's default dtype ----------------------------------------------------------------------
 
 
-@pytest.fixture
-def default_bf16():
-    torch.set_default_dtype(torch.bfloat16)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 SETTINGS = [
     {},
     {"gradient": "release"},
@@ -306,5 +294,5 @@ def test_the_default_dtype_changes_nothing(kind, matmul, settings, request):
     request.getfixturevalue("default_bf16")
     again = quantize_model_(model, config)
 
-    assert_same_bits(list(again.state_dict().values()), list(quantized.state_dict().values()))
-    assert_same_bits(steps(again, kind, settings), expected)
+    assert_same_tensors(list(again.state_dict().values()), list(quantized.state_dict().values()))
+    assert_same_tensors(steps(again, kind, settings), expected)

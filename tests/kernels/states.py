@@ -247,6 +247,11 @@ def arguments(**changes: Any) -> dict[str, Any]:
     return {"rule": RULE._replace(**rule), "rounding": ROUNDING._replace(**changes)}
 
 
+def lion_step_(backend: Any, state: LionState, **changes: Any) -> None:
+    """One step of a backend, with the usual arguments but for `changes`."""
+    backend.lion_step_(*state.arguments(), **arguments(**changes))
+
+
 def step_arguments(**changes: Any) -> dict[str, Any]:
     """The same for `step_weight_`, which has no betas."""
     given = arguments(**changes)

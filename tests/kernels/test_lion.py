@@ -16,6 +16,7 @@ from tests.kernels.states import (
     arguments,
     assert_same_state,
     guards_are_intact,
+    lion_step_,
     make_state,
     spread,
     stored64,
@@ -33,10 +34,6 @@ BACKENDS = [reference, cpu]
 SHAPES = [(1, 1), (3, 5), (7, 33), (13, 257), (40, 600), (5, 1025)]
 GROUP_SIZES = [None, 3, 32, 100, 5000]  # odd, a power of two, ragged, longer than any row
 OUTLIER_FRACTIONS = [0.0, 0.03]
-
-
-def run(backend: Any, state: LionState, **changes: Any) -> None:
-    backend.lion_step_(*state.arguments(), **arguments(**changes))
 
 
 def new_gradient(state: LionState, step: int) -> None:
@@ -69,8 +66,8 @@ def test_cpu_equals_reference_bit_for_bit(
     for step, lr in enumerate([3e-4, 1e-3, 0.05, 3e-4, 0.0], start=1):
         new_gradient(expected, step)
         new_gradient(actual, step)
-        run(reference, expected, **{"step": step, "lr": lr, **changes})
-        run(cpu, actual, **{"step": step, "lr": lr, **changes})
+        lion_step_(reference, expected, **{"step": step, "lr": lr, **changes})
+        lion_step_(cpu, actual, **{"step": step, "lr": lr, **changes})
         # Zero tolerance: every operation of both is correctly rounded, and in the same order.
         assert_same_state(actual, expected)
 
@@ -90,8 +87,8 @@ def test_cpu_equals_reference_for_other_state_groups(state_group_size, index_dty
     for step in (1, 2, 3):
         for state in (expected, actual):
             new_gradient(state, step)
-        run(reference, expected, step=step)
-        run(cpu, actual, step=step)
+        lion_step_(reference, expected, step=step)
+        lion_step_(cpu, actual, step=step)
         assert_same_state(actual, expected)
 
 
@@ -108,7 +105,7 @@ def test_rows_of_zeros_give_the_same_bits(group_size, momentum_bits):
 
     for step in (1, 2, 3):
         for backend, state in ((cpu, actual), (reference, expected)):
-            run(backend, state, lr=1e-5, step=step)
+            lion_step_(backend, state, lr=1e-5, step=step)
         assert_same_state(actual, expected)
     assert (actual.weight.scales[1] > 1e-8).all()
     assert (actual.momentum.scales[2] == np.float32(1e-30)).all()
@@ -129,7 +126,7 @@ def test_a_designed_row_gives_the_same_bits(backend):
     gradient.scales.copy_(torch.linspace(1e-4, 1e-5, 16).view(4, 4))
     before = state.clone()
 
-    run(backend, state)
+    lion_step_(backend, state)
 
     assert_is_a_lion_step(before, state)
 
@@ -145,8 +142,8 @@ def test_nothing_outside_the_tensors_is_written(backend, shape, group_size, mome
     inside, buffers = state.guarded()
 
     for step, lr in [(1, 3e-4), (2, 0.1)]:  # both branches
-        run(backend, inside, step=step, lr=lr)
-        run(backend, state, step=step, lr=lr)
+        lion_step_(backend, inside, step=step, lr=lr)
+        lion_step_(backend, state, step=step, lr=lr)
 
     assert_same_state(inside, state)
     for name, buffer in buffers.items():
@@ -158,7 +155,7 @@ def test_gradient_and_outlier_columns_are_only_read(backend):
     state = make_state((9, 40), group_size=8, outlier_fraction=0.05)
     before = state.clone()
 
-    run(backend, state)
+    lion_step_(backend, state)
 
     for name in ("gradient.codes", "gradient.scales", "weight.outlier_columns"):
         assert_same_bits(state.tensors()[name], before.tensors()[name])
@@ -168,10 +165,10 @@ def test_gradient_and_outlier_columns_are_only_read(backend):
 def test_result_does_not_depend_on_the_chunk_size(monkeypatch, chunk_elements):
     expected = make_state((40, 150), group_size=40, outlier_fraction=0.02)
     actual = expected.clone()
-    run(reference, expected, lr=2e-3)
+    lion_step_(reference, expected, lr=2e-3)
 
     monkeypatch.setattr(weight_module, "CHUNK_ELEMENTS", chunk_elements)
-    run(reference, actual, lr=2e-3)
+    lion_step_(reference, actual, lr=2e-3)
 
     assert_same_state(actual, expected)
 
@@ -184,9 +181,9 @@ def test_result_does_not_depend_on_the_number_of_threads(n_threads):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        run(cpu, expected)
+        lion_step_(cpu, expected)
         torch.set_num_threads(n_threads)
-        run(cpu, actual)
+        lion_step_(cpu, actual)
     finally:
         torch.set_num_threads(before)
 
@@ -263,7 +260,7 @@ def test_equals_float64_lion_within_one_quantum(
         new_gradient(state, step)
         state.gradient.codes[0] = 1  # no all-zero row: its momentum has no range to fill
         before = state.clone()
-        run(backend, state, lr=lr, step=step, **changes)
+        lion_step_(backend, state, lr=lr, step=step, **changes)
         assert_is_a_lion_step(before, state, lr=lr, **changes)
 
 
@@ -272,7 +269,7 @@ def test_nearest_moves_a_weight_by_half_a_quantum_at_most(backend):
     state = make_state((13, 257), group_size=100, outlier_fraction=0.03)
     for step, lr in [(1, 3e-4), (2, 2e-2)]:
         before = state.clone()
-        run(backend, state, lr=lr, step=step, stochastic=False)
+        lion_step_(backend, state, lr=lr, step=step, stochastic=False)
         assert_is_a_lion_step(before, state, quantum=0.5, lr=lr, stochastic=False)
 
 
@@ -283,14 +280,14 @@ def test_each_beta_has_its_place(backend):
     state.momentum.codes.zero_()
     state.momentum.scales.fill_(1.0)
     state.set_gradient(torch.full((3, 40), 2e-3))
-    run(backend, state, beta1=0.3, beta2=0.75)
+    lion_step_(backend, state, beta1=0.3, beta2=0.75)
 
     np.testing.assert_allclose(stored64(state.momentum), 0.25 * 2e-3, rtol=1e-6)  # code 127
 
     # 0.3 * 5e-4 - 0.7 * 4e-4 < 0: up. With beta2 in its place 0.75 * 5e-4 - 0.25 * 4e-4 > 0: down.
     state.set_gradient(torch.full((3, 40), -4e-4))
     before = stored64(state.weight)
-    run(backend, state, beta1=0.3, beta2=0.75, step=8, lr=0.01, weight_decay=0.0)
+    lion_step_(backend, state, beta1=0.3, beta2=0.75, step=8, lr=0.01, weight_decay=0.0)
 
     moved = stored64(state.weight) - before
     assert (np.abs(moved - 0.01) <= stochastic_bound(spread(state.weight.scales, 40, None))).all()
@@ -300,11 +297,11 @@ def test_each_beta_has_its_place(backend):
 def test_the_environment_chooses_what_the_operator_runs(backend, monkeypatch):
     actual = make_state((7, 50), group_size=16, outlier_fraction=0.02)
     expected = actual.clone()
-    run(backend, expected)
+    lion_step_(backend, expected)
     monkeypatch.setenv("QFT_BACKEND", backend.name)
     backend_choice.forget()
     try:
-        run(kernels, actual)
+        lion_step_(kernels, actual)
         assert backend_choice.backend_for(torch.device("cpu")) == backend.name
     finally:
         monkeypatch.undo()
@@ -317,11 +314,11 @@ def test_the_environment_chooses_what_the_operator_runs(backend, monkeypatch):
 def test_a_step_in_parts_by_rows_has_the_bits_of_the_whole(backend, momentum_bits):
     whole = make_state((6, 150), group_size=40, momentum_bits=momentum_bits, outlier_fraction=0.02)
     parts = whole.clone()
-    run(backend, whole, lr=2e-3, first_row=5)
+    lion_step_(backend, whole, lr=2e-3, first_row=5)
 
     for rows in (slice(0, 1), slice(1, 5), slice(5, 6)):
         part = LionState(*(value.rows(rows) for value in parts.arguments()))
-        run(backend, part, lr=2e-3, first_row=5 + rows.start)
+        lion_step_(backend, part, lr=2e-3, first_row=5 + rows.start)
 
     assert_same_state(parts, whole)
 
@@ -442,7 +439,7 @@ def test_values_that_would_do_harm_are_refused_before_anything_is_written(
     before = state.clone()
 
     with pytest.raises(ValueError, match=match):
-        run(backend, state)
+        lion_step_(backend, state)
 
     assert_same_state(state, before)
 
@@ -453,9 +450,9 @@ def test_a_gradient_may_have_scales_of_zero_or_below():
     state.gradient.scales[0], state.gradient.scales[1] = 0.0, -1e-3
     expected = state.clone()
 
-    run(kernels, state)
+    lion_step_(kernels, state)
 
-    run(reference, expected)
+    lion_step_(reference, expected)
     assert_same_state(state, expected)
 
 
@@ -464,7 +461,7 @@ def test_a_packed_momentum_needs_gradient_groups_that_hold_its_own(state_group_s
     state = make_state((6, 150), group_size=16, momentum_bits=4, state_group_size=state_group_size)
 
     with pytest.raises(ValueError, match=f"multiples of its 64 columns, got {state_group_size}"):
-        run(kernels, state)
+        lion_step_(kernels, state)
 
 
 def test_a_matrix_with_too_many_elements_is_refused():

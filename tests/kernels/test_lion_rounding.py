@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.kernels.backends import cpu, reference
-from tests.kernels.states import LionState, arguments, make_state, stored64
+from tests.kernels.states import LionState, lion_step_, make_state, stored64
 from tests.tolerances import FP32_EPS, assert_same_bits, mean_error
 
 BACKENDS = [reference, cpu]
@@ -25,10 +25,6 @@ def uniform_state(shape: tuple[int, int], *, code: int, top: int = 127) -> LionS
     return state
 
 
-def step_(backend, state: LionState, **changes) -> None:
-    backend.lion_step_(*state.arguments(), **arguments(**changes))
-
-
 # --- unbiased -------------------------------------------------------------------------------------
 
 
@@ -39,7 +35,7 @@ def test_mean_of_100000_roundings_against_a_sticky_scale(backend, code, quanta):
     """An update of `quanta` codes moves the mean by exactly that, within five standard errors."""
     state = uniform_state((100, 1001), code=code)
 
-    step_(backend, state, lr=quanta * SCALE, weight_decay=0.0)
+    lion_step_(backend, state, lr=quanta * SCALE, weight_decay=0.0)
 
     assert (state.weight.scales == torch.tensor(SCALE)).all()
     mean = state.weight.codes[:, 1:].double().mean().item()
@@ -54,7 +50,7 @@ def test_mean_of_100000_roundings_against_a_new_scale(backend, code, quanta):
     old_scale = torch.tensor(SCALE).double().item()
     lr = abs(quanta) * SCALE
 
-    step_(backend, state, lr=lr, weight_decay=0.0, maximize=quanta < 0)
+    lion_step_(backend, state, lr=lr, weight_decay=0.0, maximize=quanta < 0)
 
     new_scale = state.weight.scales[0, 0].double().item()
     assert new_scale > old_scale
@@ -76,7 +72,7 @@ def test_tiny_steps_are_unbiased(quanta):
     """
     state = uniform_state((2000, 4097), code=50)
 
-    step_(cpu, state, lr=quanta * SCALE, weight_decay=0.0)
+    lion_step_(cpu, state, lr=quanta * SCALE, weight_decay=0.0)
 
     n_moved = int((state.weight.codes[:, 1:] == 49).sum())
     assert n_moved == int((state.weight.codes[:, 1:] != 50).sum())
@@ -93,7 +89,7 @@ def test_decay_is_unbiased_for_every_code(backend):
     state.momentum.codes.zero_()
     state.gradient.codes.zero_()
 
-    step_(backend, state, lr=0.1, weight_decay=0.1)
+    lion_step_(backend, state, lr=0.1, weight_decay=0.1)
 
     exact = codes[0].double() * 0.99
     mean = state.weight.codes.double().mean(dim=0)
@@ -110,12 +106,12 @@ def test_decay_is_unbiased_for_every_code(backend):
 def test_neighbours_and_steps_round_independently(backend):
     """Draws of one lane at four lags, of one element over steps, of one element over streams."""
     first = uniform_state((100, 1001), code=0)
-    step_(backend, first, lr=0.5 * SCALE, weight_decay=0.0)
+    lion_step_(backend, first, lr=0.5 * SCALE, weight_decay=0.0)
     a = first.weight.codes[:, 1:].double() + 0.5  # +-1/2 with equal probability
     others = [a.roll(lag, dims=1) for lag in (1, 2, 3, 4)] + [a.roll(1, dims=0)]
     for change in ({"step": 8}, {"stream": 4}, {"seed": 1}):
         other = uniform_state((100, 1001), code=0)
-        step_(backend, other, lr=0.5 * SCALE, weight_decay=0.0, **change)
+        lion_step_(backend, other, lr=0.5 * SCALE, weight_decay=0.0, **change)
         others.append(other.weight.codes[:, 1:].double() + 0.5)
 
     for b in others:
@@ -128,7 +124,7 @@ def test_nearest_loses_small_updates(backend):
     """The control of the tests above: rounding to nearest returns to where it was."""
     state = uniform_state((10, 101), code=40)
 
-    step_(backend, state, lr=0.4 * SCALE, weight_decay=0.0, stochastic=False)
+    lion_step_(backend, state, lr=0.4 * SCALE, weight_decay=0.0, stochastic=False)
 
     assert (state.weight.codes[:, 1:] == 40).all()
 
@@ -150,7 +146,7 @@ def test_1000_updates_by_nothing_change_no_code(backend, changes):
     before = state.clone()
 
     for step in range(1, 1001):
-        step_(backend, state, **changes, step=step)
+        lion_step_(backend, state, **changes, step=step)
 
     for tensor, wanted in zip(state.weight.tensors, before.weight.tensors, strict=True):
         assert_same_bits(tensor, wanted)
@@ -162,7 +158,7 @@ def test_an_element_without_update_keeps_its_code_beside_others_that_move(backen
     state.gradient.codes[:, ::2] = 0
 
     for step in range(1, 20):
-        step_(backend, state, lr=0.3 * SCALE, weight_decay=0.0, step=step)
+        lion_step_(backend, state, lr=0.3 * SCALE, weight_decay=0.0, step=step)
         state.momentum.codes[:, ::2] = 0
 
     assert (state.weight.codes[:, 2::2] == 40).all()
@@ -191,7 +187,7 @@ def test_a_scale_changes_only_when_it_must(backend, top, quanta, new_top):
         state.gradient.codes.neg_()
     before = state.clone()
 
-    step_(backend, state, lr=abs(quanta) * SCALE, weight_decay=0.0)
+    lion_step_(backend, state, lr=abs(quanta) * SCALE, weight_decay=0.0)
 
     if new_top is None:
         assert_same_bits(state.weight.scales, before.weight.scales)
@@ -214,7 +210,7 @@ def test_groups_of_a_row_follow_their_own_range(backend):
     state.gradient.codes.zero_()
     state.gradient.codes[:, [0, 10, 20, 30]] = torch.tensor([-1, -1, -1, 1], dtype=torch.int8)
 
-    step_(backend, state, lr=4 * SCALE, weight_decay=0.0)
+    lion_step_(backend, state, lr=4 * SCALE, weight_decay=0.0)
 
     np.testing.assert_allclose(
         state.weight.scales.double() / SCALE,
@@ -238,11 +234,11 @@ def test_a_row_of_zeros_starts_to_train(lr, group_size, backend):
     state.gradient.codes[:, 1] = 0
     direction = -state.gradient.codes[1].sign().double().numpy()
 
-    step_(backend, state, lr=lr)
+    lion_step_(backend, state, lr=lr)
 
     np.testing.assert_allclose(stored64(state.weight)[1], lr * direction, rtol=1e-6)
     for step in range(2, 6):
-        step_(backend, state, lr=lr, weight_decay=0.0, step=step)
+        lion_step_(backend, state, lr=lr, weight_decay=0.0, step=step)
     np.testing.assert_allclose(
         stored64(state.weight)[1], 5 * lr * direction, rtol=1 / 60
     )  # one code at most of 60 or more
@@ -256,7 +252,7 @@ def test_a_group_that_decays_to_nothing_stays_finite(backend):
     state.gradient.codes.zero_()
 
     for step in (1, 2):
-        step_(backend, state, lr=1.0, weight_decay=1.0, step=step)
+        lion_step_(backend, state, lr=1.0, weight_decay=1.0, step=step)
 
     assert (state.weight.codes == 0).all()
     assert state.weight.scales.isfinite().all()

@@ -29,6 +29,7 @@ from tests.kernels.states import (
     float_arguments,
     guarded,
     guards_are_intact,
+    lion_step_,
     make_product,
     make_state,
     ramp,
@@ -370,10 +371,6 @@ def test_squared_norm(shape, group_size):
 # --- lion -----------------------------------------------------------------------------------------
 
 
-def step_(backend: Any, state: LionState, **changes: Any) -> None:
-    backend.lion_step_(*state.arguments(), **arguments(**changes))
-
-
 @pytest.mark.parametrize("momentum_bits", [8, 4])
 @pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
 @pytest.mark.parametrize(("shape", "group_size"), CASES, ids=str)
@@ -396,8 +393,8 @@ def test_lion_step(shape, group_size, outlier_fraction, momentum_bits):
         for state in (actual, expected):
             for tensor, value in zip(state.gradient.tensors, new, strict=True):
                 tensor.copy_(value)
-        step_(backend, actual, step=step, lr=lr, **changes)
-        step_(reference, expected, step=step, lr=lr, **changes)
+        lion_step_(backend, actual, step=step, lr=lr, **changes)
+        lion_step_(reference, expected, step=step, lr=lr, **changes)
         assert_same_state(actual, expected)
     for name, buffer in buffers.items():
         assert guards_are_intact(buffer), name
@@ -470,7 +467,7 @@ def test_lion_step_with_other_momentum_groups(group_size, state_group_size, inde
 
     for step in (1, 2):
         for package, state in ((backend, actual), (reference, expected)):
-            step_(package, state, step=step)
+            lion_step_(package, state, step=step)
         assert_same_state(actual, expected)
 
 
@@ -482,9 +479,9 @@ def test_lion_step_takes_any_counter(counter):
     expected = make_state((3, 40), group_size=None).to(DEVICE)
     actual = expected.clone()
 
-    step_(backend, actual, **counter)
+    lion_step_(backend, actual, **counter)
 
-    step_(reference, expected, **counter)
+    lion_step_(reference, expected, **counter)
     assert_same_state(actual, expected)
 
 
@@ -501,7 +498,7 @@ def test_lion_step_of_a_row_of_zeros(group_size, momentum_bits):
 
     for step in (1, 2, 3):
         for package, state in ((backend, actual), (reference, expected)):
-            step_(package, state, lr=1e-5, step=step)
+            lion_step_(package, state, lr=1e-5, step=step)
         assert_same_state(actual, expected)
     assert (actual.weight.scales[1] > 1e-8).all()
 
@@ -514,7 +511,7 @@ def test_lion_step_that_decays_to_nothing():
 
     for step in (1, 2):
         for package, state in ((backend, actual), (reference, expected)):
-            step_(package, state, lr=1.0, weight_decay=1.0, step=step)
+            lion_step_(package, state, lr=1.0, weight_decay=1.0, step=step)
     assert_same_state(actual, expected)
 
 
@@ -535,13 +532,13 @@ def test_the_public_operators_run_these_kernels(monkeypatch):
         monkeypatch.delenv("QFT_BACKEND", raising=False)
     backend_choice.forget()
     try:
-        step_(kernels, actual)
+        lion_step_(kernels, actual)
         assert backend_choice.backend_for(DEVICE) == "triton"
     finally:
         monkeypatch.undo()
         backend_choice.forget()
     assert ran == [DEVICE]
-    step_(reference, expected)
+    lion_step_(reference, expected)
     assert_same_state(actual, expected)
 
 

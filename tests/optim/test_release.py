@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +15,7 @@ from qft_hf import QFTConfig, QFTLion, QFTWeight, kernels, quantize_model_
 from qft_hf.nn import QFTLinear
 from qft_hf.optim import QFTOptimizer, flow
 from qft_hf.quant import Int8Gradient, TiledGradient
+from tests.tolerances import assert_same_tensors
 
 N_WORDS = 37
 
@@ -81,11 +83,6 @@ def all_but_steps(model: nn.Module, optimizer: QFTOptimizer) -> list[Tensor]:
     return [tensor for tensor in everything(model, optimizer) if tensor.dtype != torch.int64]
 
 
-def assert_same_bits(one: list[Tensor], other: list[Tensor]) -> None:
-    assert len(one) == len(other)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
 def train(gradient: str, *, accumulation: int = 1, reentrant=None, steps: int = 4, **arguments):
     model = network()
     optimizer = make_optimizer(model, gradient, **arguments)
@@ -106,7 +103,7 @@ def test_release_equals_stack_bit_for_bit(accumulation, reentrant):
         train(gradient, accumulation=accumulation, reentrant=reentrant)
         for gradient in ("stack", "release")
     )
-    assert_same_bits(everything(*stack), everything(*release))
+    assert_same_tensors(everything(*stack), everything(*release))
 
 
 def count_calls(monkeypatch, name: str) -> list[tuple[int, ...]]:
@@ -152,7 +149,7 @@ def test_weights_of_several_tiles_get_the_bits_of_the_stack(monkeypatch, momentu
     monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", 22 * 30)
     tiled = train("release", momentum_bits=momentum_bits)
     stack = train("stack", momentum_bits=momentum_bits)
-    assert_same_bits(everything(*tiled), everything(*stack))
+    assert_same_tensors(everything(*tiled), everything(*stack))
 
 
 @pytest.fixture
@@ -216,18 +213,14 @@ def test_who_does_not_release_gets_int8():
 
 
 @pytest.fixture
-def live_elements(monkeypatch) -> list[int]:
+def live_elements(monkeypatch) -> Iterator[list[int]]:
     """Elements of all gradients that are alive, noted whenever one more has been made."""
-    gc.collect()
-    # A test that failed keeps its own in a traceback.
-    others = [found for found in gc.get_objects() if type(found) in (Int8Gradient, TiledGradient)]
+    gc.freeze()  # looks find only what is made from now on: not a million objects, nor others' own
     seen: list[int] = []
 
     def look() -> None:
         alive: dict[int, int] = {}  # by memory: one gradient is several objects to autograd
         for found in gc.get_objects():
-            if any(found is other for other in others):
-                continue
             if type(found) is Int8Gradient and "stored" in vars(found):
                 alive[found.codes.data_ptr()] = found.numel()
             elif type(found) is TiledGradient and "make" in vars(found):
@@ -242,7 +235,8 @@ def live_elements(monkeypatch) -> list[int]:
             look()
 
         monkeypatch.setattr(kind, "__init__", watched)
-    return seen
+    yield seen
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
@@ -278,7 +272,7 @@ def test_a_run_may_change_its_mode_at_a_checkpoint():
     for ids in batches(4)[2:]:
         loss_of(model, ids).backward()
         third.step()
-    assert_same_bits(everything(straight, optimizer), everything(model, third))
+    assert_same_tensors(everything(straight, optimizer), everything(model, third))
 
 
 @pytest.mark.parametrize("small", [0, 22, 10**9])
@@ -367,7 +361,7 @@ def test_accumulated_gradients_that_the_trainer_has_clipped_are_not_clipped_agai
         assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05) > 0.05
         optimizer.step()
         runs.append(everything(model, optimizer))
-    assert_same_bits(*runs)
+    assert_same_tensors(*runs)
 
 
 @pytest.mark.parametrize("clipping", ["tensor", "previous"])
@@ -390,7 +384,7 @@ def test_clipping_holds_where_hooks_were_lost(clipping):
             )
             optimizer.step()
         states.append(everything(model, optimizer))
-    assert_same_bits(*states)
+    assert_same_tensors(*states)
 
 
 @pytest.mark.parametrize("tile_elements", [10**9, 22 * 30])
@@ -416,7 +410,7 @@ def test_tensor_and_previous_clipping_follow_their_definition(monkeypatch, tile_
                     gradient.mul_((0.02 / (by + 1e-6)).clamp(max=1.0))
             previous = optimizer.released_norm
             stack.step()
-        assert_same_bits(everything(reference, stack), everything(model, optimizer))
+        assert_same_tensors(everything(reference, stack), everything(model, optimizer))
 
 
 @pytest.mark.parametrize("clipping", ["tensor", "previous", "exact"])
@@ -431,7 +425,7 @@ def test_a_limit_that_no_norm_reaches_changes_no_bit(clipping):
         loss_of(model, batch).backward()
         optimizer.step()
 
-    assert_same_bits(everything(straight, unclipped), everything(model, optimizer))
+    assert_same_tensors(everything(straight, unclipped), everything(model, optimizer))
 
 
 def test_the_norm_of_bf16_gradients_is_that_of_float64():
@@ -456,7 +450,7 @@ def test_the_previous_norm_survives_a_checkpoint():
     for ids in batches(4)[2:]:
         loss_of(model, ids).backward()
         second.step()
-    assert_same_bits(everything(straight, optimizer), everything(model, second))
+    assert_same_tensors(everything(straight, optimizer), everything(model, second))
 
 
 def test_exact_clipping_without_a_measured_norm_says_what_to_do():
@@ -479,7 +473,7 @@ def test_a_measured_norm_is_for_one_step():
     with pytest.raises(RuntimeError, match=r"under optimizer\.measure_norm\(\)"):
         loss_of(model, batches(2)[1]).backward()
 
-    assert_same_bits(before, everything(model, optimizer))
+    assert_same_tensors(before, everything(model, optimizer))
 
 
 def test_accumulation_can_be_forbidden():
@@ -542,7 +536,7 @@ def test_a_checkpoint_is_a_way_out_of_a_failed_backward_pass():
     optimizer.load_state_dict(saved[1])
     loss_of(model, batches(2)[1]).backward()
     optimizer.step()
-    assert_same_bits([*straight.state_dict().values()], [*model.state_dict().values()])
+    assert_same_tensors([*straight.state_dict().values()], [*model.state_dict().values()])
 
 
 @pytest.mark.parametrize("settings", [{}, {"clipping": "previous", "max_grad_norm": 1.0}], ids=str)
@@ -557,7 +551,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_the_step_says_so(settings
     )
     with pytest.raises(FloatingPointError, match=r"rows whose gradient is not finite.*Reload"):
         optimizer.step()
-    assert_same_bits(before, all_but_steps(model, optimizer))
+    assert_same_tensors(before, all_but_steps(model, optimizer))
     optimizer.zero_grad()
     loss_of(model, batches(1)[0]).backward()
     optimizer.step()
@@ -686,7 +680,7 @@ def test_a_shared_layer_is_updated_once(reentrant):
             model.head(x).square().mean().backward()
             optimizer.step()
         states.append(everything(model, optimizer))
-    assert_same_bits(*states)
+    assert_same_tensors(*states)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -708,7 +702,7 @@ def test_weights_that_are_frozen_or_not_used_in_some_batches(accumulation):
                 optimizer.step()
         states.append(everything(model, optimizer))
         assert model.norm.weight not in optimizer.state
-    assert_same_bits(*states)
+    assert_same_tensors(*states)
 
 
 def test_release_settings_are_refused_for_the_stack():

@@ -37,6 +37,7 @@ from torch.optim.optimizer import (
 )
 
 from qft_hf import QFTSGD, QFTAdamW, QFTLion
+from tests.tolerances import assert_same_tensors
 
 pytestmark = [
     pytest.mark.parametrize("kind", [QFTLion, QFTAdamW, QFTSGD]),
@@ -82,11 +83,6 @@ def bits(model, optimizer):
     return [p.detach().clone() for p in model.parameters()] + [
         state[key][name].clone() for key in sorted(state) for name in sorted(state[key])
     ]
-
-
-def assert_same(one, other):
-    assert len(one) == len(other)
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_the_loss_goes_down(kind, gradient):
@@ -194,7 +190,7 @@ def test_a_rate_may_be_a_tensor(kind, gradient, shape):
             scheduler.step()
         results.append(bits(model, optimizer))
         assert type(optimizer.param_groups[0]["lr"]) is type(lr)
-    assert_same(*results)
+    assert_same_tensors(*results)
 
 
 def test_without_gradients_a_step_changes_nothing(kind, gradient):
@@ -202,7 +198,7 @@ def test_without_gradients_a_step_changes_nothing(kind, gradient):
     optimizer = make(kind, gradient, model.parameters(), weight_decay=0.3)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.step()
-    assert_same([p.detach() for p in model.parameters()], before)
+    assert_same_tensors([p.detach() for p in model.parameters()], before)
     assert not optimizer.state
 
 
@@ -213,7 +209,7 @@ def test_zero_gradients_without_decay_change_no_parameter(kind, gradient):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    assert_same([p.detach() for p in model.parameters()], before)
+    assert_same_tensors([p.detach() for p in model.parameters()], before)
 
 
 def test_empty_parameters_are_updated_to_themselves(kind, gradient):
@@ -252,7 +248,7 @@ def test_a_state_dict_through_a_file_goes_on_with_the_same_bits(kind, gradient, 
     for _ in range(3):
         fit(model, optimizer, 1)
         fit(other, again, 1)
-        assert_same(bits(other, again), bits(model, optimizer))
+        assert_same_tensors(bits(other, again), bits(model, optimizer))
     assert again.param_groups[0].get("param_names") == (["weight"] if with_names else None)
     for one in state["state"]:  # the loaded state is a copy
         for name, value in state["state"][one].items():
@@ -269,7 +265,7 @@ def test_names_of_parameters_are_no_part_of_the_state(kind, gradient, saved, own
     fit(model, optimizer)
     again = make(kind, gradient, groups(other, own))
     again.load_state_dict(optimizer.state_dict())
-    assert_same(bits(model, again), bits(model, optimizer))
+    assert_same_tensors(bits(model, again), bits(model, optimizer))
     assert ("param_names" in again.param_groups[0]) == (saved or own)
 
 
@@ -370,7 +366,7 @@ def test_hooks_before_loading_are_checked_too(kind, gradient):
     with pytest.raises(ValueError, match="lr must be finite"):
         optimizer.load_state_dict(optimizer.state_dict())
     handle.remove()
-    assert_same(bits(model, optimizer), before)
+    assert_same_tensors(bits(model, optimizer), before)
     optimizer.load_state_dict(optimizer.state_dict())
 
 
@@ -410,7 +406,7 @@ def test_copies_have_all_public_attributes_and_go_on_alike(kind, gradient, copie
     for _ in range(2):
         fit(model, optimizer, 1)
         fit(other_model, other, 1)
-        assert_same(bits(other_model, other), bits(model, optimizer))
+        assert_same_tensors(bits(other_model, other), bits(model, optimizer))
 
 
 def test_a_group_that_is_added_trains_from_then_on(kind, gradient, caplog):
