@@ -221,12 +221,12 @@ def check_column_values(columns: Tensor, codes: Tensor) -> None:
         )
 
 
-def check_row_values(rows: Tensor, codes: Tensor) -> None:
-    """Raise unless each of `rows` is a row of `codes`. Reads values."""
-    wrong = _out_of_range(rows, codes.shape[0])
+def check_row_values(rows: Tensor, n_rows: int) -> None:
+    """Raise unless each of `rows` is one of as many. Reads values."""
+    wrong = _out_of_range(rows, n_rows)
     if wrong is not None:
         raise IndexError(
-            f"Row numbers must be in [0, {codes.shape[0]}), got {wrong}. If "
+            f"Row numbers must be in [0, {n_rows}), got {wrong}. If "
             "these are token ids, the tokenizer is not the model's, or a mask such as -100 is "
             "among them."
         )

@@ -59,7 +59,7 @@ def _(table: Quantized, ids: Tensor, gradient: Tensor, *, padding_idx: int | Non
 
 @embedding_gradient_.checks_values
 def _(table: Quantized, ids: Tensor, gradient: Tensor, *, padding_idx: int | None) -> None:
-    check_row_values(ids, table.codes)
+    check_row_values(ids, table.codes.shape[0])
 
 
 def tokens_by_row(ids: Tensor, n_rows: int, padding_idx: int | None) -> tuple[Tensor, ...]:

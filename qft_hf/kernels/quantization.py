@@ -56,14 +56,20 @@ def _(x: Tensor, *, group_size: int | None) -> None:
     check_group_size(group_size)
 
 
-def _fake_dequantize(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
-    n_rows = weight.codes.shape[0] if rows is None else rows.shape[0]
+def _fake_dequantize(
+    weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch.dtype
+) -> Tensor:
+    n_rows = weight.codes.shape[0] if rows is None else n_each * rows.shape[0]
     return weight.codes.new_empty((n_rows, weight.codes.shape[1]), dtype=dtype)
 
 
 @operator(fake=_fake_dequantize)
 def dequantize(
-    weight: Weight, *, rows: Tensor | None = None, dtype: torch.dtype = torch.float32
+    weight: Weight,
+    *,
+    rows: Tensor | None = None,
+    n_each: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Expand INT8 codes to `codes * scale`, with outliers in their places.
 
@@ -71,19 +77,22 @@ def dequantize(
         weight: The weight; of a matrix without outliers `Weight.dense` makes one.
         rows: int32 or int64 `[n]`: the rows to expand, in this order and as often as they come, as
             an embedding does with its ids; None: all of them, once.
+        n_each: How many rows each of these numbers stands for, as experts do that lie below each
+            other: number e is the rows from `e * n_each` on. They divide the rows of the weight.
         dtype: A float type. The product is FP32 and is rounded to nearest once.
 
     Returns:
-        `[rows, columns]`, or `[n, columns]`, of `dtype`.
+        `[rows, columns]`, or `[n * n_each, columns]`, of `dtype`.
 
     Raises:
         TypeError: `dtype` is no float type, or row numbers are not integers.
-        ValueError: Row numbers are not a list of them.
+        ValueError: Row numbers are not a list of them, or `n_each` does not divide the rows.
         IndexError: One of `rows` does not exist, on the CPU. On a GPU that costs no waiting and
             reads nothing it should not: the result has NaN there, which no loss hides.
     """
     codes, scales, outlier_values, outlier_columns = weight.tensors
     if rows is not None:
+        rows = each_row(rows, n_each)
         exists = (rows >= 0) & (rows < codes.shape[0])
         rows = torch.where(exists, rows, 0)
         codes, scales, outlier_values, outlier_columns = (t[rows] for t in weight.tensors)
@@ -94,14 +103,27 @@ def dequantize(
     return values.to(dtype)
 
 
+def each_row(numbers: Tensor, n_each: int) -> Tensor:
+    """The rows that numbers of runs of `n_each` rows stand for: int64."""
+    numbers = numbers.long()
+    if n_each == 1:
+        return numbers
+    return (numbers[:, None] * n_each + torch.arange(n_each, device=numbers.device)).flatten()
+
+
 @dequantize.checks
-def _(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> None:
+def _(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch.dtype) -> None:
     check_float_dtype("dequantize", dtype)
     if rows is not None:
         check_rows(rows, weight.codes)
+    if n_each < 1 or weight.codes.shape[0] % n_each:
+        raise ValueError(
+            f"n_each must divide the {weight.codes.shape[0]} rows of the weight, got {n_each}: it "
+            "is how many rows a number stands for."
+        )
 
 
 @dequantize.checks_values
-def _(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> None:
+def _(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch.dtype) -> None:
     if rows is not None:
-        check_row_values(rows, weight.codes)
+        check_row_values(rows, weight.codes.shape[0] // n_each)

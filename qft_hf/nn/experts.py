@@ -11,8 +11,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .functional import once_differentiable
 from .grouped import Groups, grouped_linear
 from .modules import QuantizedModule
+
+
+class _Reordered(torch.autograd.Function):
+    """Rows `index` of `x` `[N, H]`, of which each comes equally often: those of row 0 in `places`
+    first, then those of row 1, and so on.
+
+    PyTorch's own indexing adds their gradients up in an order that is left to chance on GPUs, and
+    what puts rows into places keeps them for a backward pass that does not read them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.n_rows = x.shape[0]
+        return x[index]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        of_rows = grad[places]
+        if places.shape[0] > ctx.n_rows:
+            of_rows = of_rows.view(ctx.n_rows, -1, grad.shape[-1]).sum(dim=1)
+        return of_rows, None, None
 
 
 class GroupedModule(QuantizedModule):
@@ -66,22 +91,25 @@ class QFTExperts(GroupedModule):
         Returns:
             `[T, H]` of the dtype of `hidden_states`.
         """
-        n_experts, n_choices = self.down_proj.shape[0], top_k_index.shape[-1]
+        n_choices = top_k_index.shape[-1]
         chosen, order = top_k_index.reshape(-1).sort(stable=True)
         # The one time that the host waits for the device: what is expanded depends on it.
-        numbers = torch.arange(n_experts, device=chosen.device)
+        numbers = torch.arange(self.down_proj.shape[0], device=chosen.device)
         ends = torch.searchsorted(chosen, numbers, right=True).tolist()
-        beyond = order[ends[-1] :]
-        if len(beyond):
-            chosen, order = chosen[: ends[-1]], order[: ends[-1]]
+        n = order.shape[0]
+        all_places = torch.arange(n, device=order.device)
+        places = torch.empty_like(order).index_copy_(0, order, all_places)
 
-        y = self._of_experts(hidden_states[order // n_choices], chosen, ends)
-        if len(beyond) and hasattr(self, "identity_expert"):
-            order = torch.cat((order, beyond))
-            y = torch.cat((y, hidden_states[beyond // n_choices].to(y.dtype)))
-        y = y * top_k_weights.reshape(-1)[order, None]
-        result = y.new_zeros(top_k_index.numel(), y.shape[-1]).index_copy_(0, order, y)
-        return result.view(*top_k_index.shape, -1).sum(dim=-2).to(hidden_states.dtype)
+        x: Tensor = _Reordered.apply(hidden_states, order // n_choices, places)
+        if (n_own := ends[-1]) == n:
+            y = self._of_experts(x, chosen, ends)
+        else:
+            y = self._of_experts(x[:n_own], chosen[:n_own], ends)
+            others = x[n_own:].to(y.dtype)
+            is_identity = hasattr(self, "identity_expert")
+            y = torch.cat((y, others if is_identity else torch.zeros_like(others)))
+        y = _Reordered.apply(y, places, order).view(*top_k_index.shape, -1)
+        return (y * top_k_weights[..., None]).sum(dim=-2).to(hidden_states.dtype)
 
     def _of_experts(self, x: Tensor, chosen: Tensor, ends: list[int]) -> Tensor:
         """What the experts `chosen` return for rows `x` `[S, H]`, sorted by expert: `[S, H]`."""

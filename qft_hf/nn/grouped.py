@@ -6,8 +6,7 @@ expanded to float as many at a time as a tile of a linear layer has elements, an
 INT8 products are those of a linear layer, of one expert after the other.
 """
 
-from collections.abc import Iterator
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -27,26 +26,45 @@ ALIGNED_COLUMNS = 8
 
 
 class Tile(NamedTuple):
-    """Experts that got tokens, and are expanded together.
+    """A run of experts of which those that got tokens are expanded together.
 
     Attributes:
-        experts: Numbers of those that got tokens, ascending.
-        tokens: Theirs, in the order of the experts.
-        on_device: int32 `[n]`: `experts` too.
-        ends: int32 `[n]`: where the tokens of each end, counted from the first of the tile.
+        run: Their numbers.
+        hit: Those of the experts that got tokens: int32 `[n]`.
+        tokens: Theirs, in the order of the experts; None: all there are.
+        ends: int32 `[n]`: where the tokens of each of these end, counted from the first.
+        all_ends: The same of all in the run, those without tokens too.
     """
 
-    experts: list[int]
-    tokens: slice
-    on_device: Tensor
+    run: range
+    hit: Tensor
+    tokens: slice | None
     ends: Tensor
+    all_ends: Tensor
+
+    def of(self, x: Tensor) -> Tensor:
+        """The rows of these tokens."""
+        return x if self.tokens is None else x[self.tokens]
+
+    def times(self, x: Tensor, matrices: Tensor) -> Tensor:
+        """The rows of each expert that got tokens, of `x` `[S, K]`, times its `[n, K, M]`."""
+        x = self.of(x)
+        return x @ matrices[0] if len(matrices) == 1 else F.grouped_mm(x, matrices, offs=self.ends)
+
+    def gradients(self, grad: Tensor, x: Tensor) -> Tensor:
+        """grad[of e]^T x[of e] of all experts of the run, below each other."""
+        grad, x = self.of(grad).t(), self.of(x)
+        if self.all_ends.shape[0] == 1:
+            return grad @ x
+        return F.grouped_mm(grad, x, offs=self.all_ends).view(-1, x.shape[1])
 
 
 class Groups:
     """How many tokens each expert got; the products of one layer share it.
 
     Args:
-        ends: Where the tokens of each expert end, in their order: one number an expert.
+        ends: Where the tokens of each expert end, in their order: one number an expert; a weight
+            may lack the last ones, which then have no tokens.
         device: Where the tokens are.
     """
 
@@ -54,7 +72,7 @@ class Groups:
         self.ends = [0, *ends]  # of expert e: from ends[e] to ends[e + 1]
         self.device = device
         self.hit = [e for e, end in enumerate(ends) if self.ends[e] < end]
-        self._tiles: dict[int, list[Tile]] = {}
+        self._tiles: dict[tuple[int, int], list[Tile]] = {}
 
     def tokens(self, expert: int) -> slice:
         """Those of an expert."""
@@ -64,33 +82,37 @@ class Groups:
         """How many these are."""
         return self.ends[expert + 1] - self.ends[expert]
 
-    def tiles(self, at_most: int) -> list[Tile]:
-        """All experts that got tokens, in tiles with room for so many experts each."""
-        if at_most not in self._tiles:
-            self._tiles[at_most] = list(self._make(at_most))
-        return self._tiles[at_most]
+    def tiles(self, weight: QFTWeight) -> list[Tile]:
+        """All experts that got tokens, in tiles with room for as many as are expanded together."""
+        rows, columns = weight.arrangement.rows, weight.arrangement.columns
+        n_experts, at_most = weight.arrangement.n_matrices, 1
+        if rows % ALIGNED_COLUMNS == columns % ALIGNED_COLUMNS == 0:
+            at_most = min(matrices_of_a_tile(rows, columns), n_experts)
+        key = at_most, n_experts
+        if key not in self._tiles:
+            self._tiles[key] = self._make(at_most, n_experts)
+        return self._tiles[key]
 
-    def _make(self, at_most: int) -> Iterator[Tile]:
-        of_tiles = [list(experts) for _, experts in groupby(self.hit, lambda e: e // at_most)]
-        ends = [self.ends[e + 1] - self.ends[experts[0]] for experts in of_tiles for e in experts]
+    def _make(self, at_most: int, n_experts: int) -> list[Tile]:
+        runs, lists = [], []
+        for number, experts in groupby(self.hit, lambda e: e // at_most):
+            hit, first = list(experts), number * at_most
+            run = range(first, min(first + at_most, n_experts))
+            runs.append(run)
+            lists.append(hit)
+            lists += ([self.ends[e + 1] - self.ends[first] for e in of] for of in (hit, run))
         # One transfer for all tiles, which the host does not wait for.
         pinned = self.device.type == "cuda"
-        numbers = torch.tensor([self.hit, ends], dtype=torch.int32, pin_memory=pinned)
+        numbers = torch.tensor(list(chain(*lists)), dtype=torch.int32, pin_memory=pinned)
         numbers = numbers.to(self.device, non_blocking=True)
-        done = 0
-        for experts in of_tiles:
-            on_device, ends_of_tile = numbers[:, done : done + len(experts)]
-            done += len(experts)
-            tokens = slice(self.ends[experts[0]], self.ends[experts[-1] + 1])
-            yield Tile(experts, tokens, on_device, ends_of_tile)
-
-
-def _at_a_time(weight: QFTWeight) -> int:
-    """How many experts of a weight are expanded together."""
-    rows, columns = weight.arrangement.rows, weight.arrangement.columns
-    if rows % ALIGNED_COLUMNS or columns % ALIGNED_COLUMNS:
-        return 1
-    return matrices_of_a_tile(rows, columns)
+        on_device = iter(numbers.split([len(part) for part in lists]))
+        tiles = []
+        for run in runs:
+            tokens = slice(self.ends[run.start], self.ends[run.stop])
+            has_all = tokens == slice(0, self.ends[-1])
+            hit, ends, all_ends = islice(on_device, 3)
+            tiles.append(Tile(run, hit, None if has_all else tokens, ends, all_ends))
+        return tiles
 
 
 class _Grouped(torch.autograd.Function):
@@ -104,13 +126,12 @@ class _Grouped(torch.autograd.Function):
         if x.dtype != dtype:
             x = x.to(dtype)
         # The weight is no saved tensor: it is not copied, moved or offloaded with activations.
-        ctx.weight, ctx.groups = weight, groups
+        ctx.weight, ctx.groups, ctx.tiles = weight, groups, groups.tiles(weight)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         products = [
-            _times(x[tile.tokens], _expanded(weight, tile, dtype).mT, tile)
-            for tile in groups.tiles(_at_a_time(weight))
+            tile.times(x, weight.dequantize_matrices(tile.hit, dtype).mT) for tile in ctx.tiles
         ]
-        return _joined(products, x.new_empty(0, weight.arrangement.rows))
+        return _joined(products, x, weight.arrangement.rows)
 
     @staticmethod
     @once_differentiable
@@ -120,33 +141,27 @@ class _Grouped(torch.autograd.Function):
         grad_x = gradient = None
         if ctx.needs_input_grad[0]:
             products = [
-                _times(grad[tile.tokens], _expanded(weight, tile, grad.dtype), tile)
-                for tile in ctx.groups.tiles(_at_a_time(weight))
+                tile.times(grad, weight.dequantize_matrices(tile.hit, grad.dtype))
+                for tile in ctx.tiles
             ]
-            grad_x = _joined(products, grad.new_empty(0, weight.arrangement.columns))
-            grad_x = grad_x.to(ctx.x_dtype)
+            grad_x = _joined(products, grad, weight.arrangement.columns).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             (x,) = ctx.saved_tensors
-            gradient = weight.gradient(lambda rows: _gradient(grad, x, weight, ctx.groups, rows))
+            groups, tiles = ctx.groups, ctx.tiles
+            gradient = weight.gradient(lambda rows: _gradient(grad, x, weight, groups, tiles, rows))
         return grad_x, gradient, None, None
 
 
-def _expanded(weight: QFTWeight, tile: Tile, dtype: torch.dtype) -> Tensor:
-    return weight.dequantize_matrices(tile.experts, dtype, index=tile.on_device)
-
-
-def _times(x: Tensor, matrices: Tensor, tile: Tile) -> Tensor:
-    """Each run of rows of `x` `[S, K]` times its matrix of `[n, K, M]`."""
-    return x @ matrices[0] if len(matrices) == 1 else F.grouped_mm(x, matrices, offs=tile.ends)
-
-
-def _joined(products: list[Tensor], empty: Tensor) -> Tensor:
+def _joined(products: list[Tensor], like: Tensor, columns: int) -> Tensor:
+    """The products of all tokens; none at all is an empty matrix."""
     if len(products) == 1:
         return products[0]
-    return torch.cat(products) if products else empty
+    return torch.cat(products) if products else like.new_empty(0, columns)
 
 
-def _gradient(grad: Tensor, x: Tensor, weight: QFTWeight, groups: Groups, rows: slice) -> Tensor:
+def _gradient(
+    grad: Tensor, x: Tensor, weight: QFTWeight, groups: Groups, tiles: list[Tile], rows: slice
+) -> Tensor:
     """Rows of grad_W[e] = grad[of e]^T x[of e]: of whole experts, or of a part of one."""
     n_rows, columns = weight.arrangement.rows, weight.arrangement.columns
     start, stop, _ = rows.indices(weight.codes.shape[0])
@@ -155,20 +170,17 @@ def _gradient(grad: Tensor, x: Tensor, weight: QFTWeight, groups: Groups, rows: 
         tokens = groups.tokens(first)
         return grad[tokens, start - first * n_rows : stop - first * n_rows].t() @ x[tokens]
     result = None
-    for tile in groups.tiles(_at_a_time(weight)):
-        if not first <= tile.experts[0] < last:
+    for tile in tiles:
+        if not first <= tile.run.start < last:
             continue
-        of_tile, x_of_tile = grad[tile.tokens].t(), x[tile.tokens]
-        if len(tile.experts) == 1:
-            product = (of_tile @ x_of_tile)[None]
-        else:
-            product = F.grouped_mm(of_tile, x_of_tile, offs=tile.ends)
-        if len(tile.experts) == last - first:
-            return product.view(-1, columns)
+        product = tile.gradients(grad, x)
+        if len(product) == stop - start:
+            return product
         if result is None:
-            result = grad.new_zeros(last - first, n_rows, columns)
-        result.index_copy_(0, tile.on_device.long() - first, product)
-    return grad.new_zeros(stop - start, columns) if result is None else result.view(-1, columns)
+            result = grad.new_zeros(stop - start, columns)
+        place = tile.run.start * n_rows - start
+        result[place : place + len(product)] = product
+    return grad.new_zeros(stop - start, columns) if result is None else result
 
 
 class _Int8Grouped(torch.autograd.Function):
@@ -203,7 +215,7 @@ class _Int8Grouped(torch.autograd.Function):
             kept += of_expert
             ctx.n_kept.append(len(of_expert))
         ctx.save_for_backward(*kept)
-        return _joined(outputs, x.new_empty(0, weight.arrangement.rows))
+        return _joined(outputs, x, weight.arrangement.rows)
 
     @staticmethod
     @once_differentiable
@@ -223,9 +235,7 @@ class _Int8Grouped(torch.autograd.Function):
                 grads_x.append(grad_x.to(ctx.x_dtype))
             if tiles is not None:
                 made[expert] = tiles
-        grad_x = (
-            _joined(grads_x, grad.new_empty(0, weight.arrangement.columns)) if needs_x else None
-        )
+        grad_x = _joined(grads_x, grad, weight.arrangement.columns) if needs_x else None
         gradient = weight.gradient(*_below_each_other(made, weight)) if needs_weight else None
         return grad_x, gradient, None, None, None, None
 
@@ -331,4 +341,4 @@ def _few(x: Tensor, weight: QFTWeight, groups: Groups) -> Tensor:
     for expert in groups.hit:
         stored = weight.one(expert).stored
         products.append(kernels.dequantized_matmul(x[groups.tokens(expert)], stored, bias=None))
-    return _joined(products, x)
+    return _joined(products, x, weight.arrangement.rows)

@@ -1,6 +1,6 @@
 """`QFTWeight`: a trainable weight stored as INT8 codes beside a few outliers in FP32."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -284,39 +284,32 @@ class QFTWeight(Int8Tensor):
             self.stored.plans[key] = matrix
         return matrix
 
-    def dequantize_matrices(
-        self,
-        numbers: Sequence[int],
-        dtype: torch.dtype | None = None,
-        *,
-        index: Tensor | None = None,
-    ) -> Tensor:
+    def dequantize_matrices(self, numbers: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The values of some of the matrices below each other, of experts: `[n, R, C]`.
 
         Args:
-            numbers: Which, ascending.
+            numbers: Which: int32 or int64 `[n]`, ascending, each once.
             dtype: As in `dequantize_rows`.
-            index: `numbers` on the device, for those who have them there.
         """
-        rows, columns = self.arrangement.rows, self.arrangement.columns
-        n, first = len(numbers), numbers[0]
-        if n == self.arrangement.n_matrices:
+        rows = self.arrangement.rows
+        if len(numbers) == self.arrangement.n_matrices:
             values = self.matrix(dtype)
-        elif numbers[-1] - first == n - 1:
-            values = self.dequantize_rows(slice(first * rows, (first + n) * rows), dtype)
         else:
-            if index is None:
-                index = torch.tensor(numbers, device=self.device)
-            of_each = torch.arange(rows, device=self.device)
-            values = self.dequantize_rows((index.long()[:, None] * rows + of_each).flatten(), dtype)
-        return values.view(n, rows, columns)
+            values = self._expand(self.stored, numbers, dtype, n_each=rows)
+        return values.view(-1, rows, self.arrangement.columns)
 
     def _expand(
-        self, stored: kernels.Weight, rows: Tensor | None, dtype: torch.dtype | None
+        self,
+        stored: kernels.Weight,
+        rows: Tensor | None,
+        dtype: torch.dtype | None,
+        *,
+        n_each: int = 1,
     ) -> Tensor:
         if dtype is None or self.dtype == torch.float32:  # FP32 is rounded to `dtype` at once
-            return kernels.dequantize(stored, rows=rows, dtype=dtype or self.dtype)
-        return kernels.dequantize(stored, rows=rows, dtype=self.dtype).to(dtype)
+            dtype = dtype or self.dtype
+            return kernels.dequantize(stored, rows=rows, n_each=n_each, dtype=dtype)
+        return kernels.dequantize(stored, rows=rows, n_each=n_each, dtype=self.dtype).to(dtype)
 
     @property
     def wants_tiles(self) -> bool:

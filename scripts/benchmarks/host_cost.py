@@ -56,10 +56,10 @@ MODES: dict[str, dict[str, Any] | None] = {
 
 # What starts nothing on a device, or does so only through others, which are counted.
 NO_KERNEL = frozenset(
-    """_local_scalar_dense _unsafe_view alias as_strided chunk contiguous detach empty empty_like
-    empty_strided expand expand_as flatten is_nonzero item lift_fresh linear matmul movedim narrow
-    new_empty numpy_T permute reshape resolve_conj resolve_neg result_type select set_ slice split
-    squeeze t to transpose unbind unsqueeze view view_as""".split()
+    """_local_scalar_dense _unsafe_view alias as_strided chunk contiguous detach detach_ empty
+    empty_like empty_strided expand expand_as flatten is_nonzero item lift_fresh linear mT
+    matmul movedim narrow new_empty numpy_T permute reshape resolve_conj resolve_neg result_type
+    select set_ slice split squeeze t to transpose unbind unsqueeze view view_as""".split()
 )
 
 Step = dict[str, Callable[[], Any]]

@@ -60,6 +60,34 @@ def test_rows_are_those_of_the_whole(backend, n, group_size, dtype, id_dtype):
     assert_same_bits(found, whole[ids.long()])
 
 
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+@pytest.mark.parametrize("number_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group_size", [None, 30])
+def test_a_number_may_stand_for_several_rows_as_that_of_an_expert(
+    backend, group_size, dtype, number_dtype
+):
+    weight = make_state((8 * 3, 70), group_size=group_size, outlier_fraction=0.03).weight
+    numbers = torch.tensor([6, 0, 7, 2], dtype=number_dtype)
+
+    found = backend.dequantize(weight, rows=numbers, n_each=3, dtype=dtype)
+
+    whole = reference.dequantize(weight, dtype=dtype).view(8, 3, 70)
+    assert_same_bits(found, whole[numbers.long()].view(12, 70))
+
+
+def test_numbers_of_several_rows_are_checked():
+    weight = make_state((8 * 3, 70), group_size=None, outlier_fraction=0.03).weight
+
+    with pytest.raises(IndexError, match=r"in \[0, 8\), got 8"):
+        kernels.dequantize(weight, rows=torch.tensor([1, 8]), n_each=3)
+    for n_each in (0, 5):
+        with pytest.raises(
+            ValueError, match=f"must divide the 24 rows of the weight, got {n_each}"
+        ):
+            kernels.dequantize(weight, rows=torch.tensor([1]), n_each=n_each)
+
+
 def test_no_rows_are_an_empty_result():
     weight = Weight.dense(table(40, 16))
 

@@ -147,19 +147,24 @@ def test_dequantize(shape, group_size, outlier_fraction):
     assert_same_bits(x, stored(reference.dequantize(weight), dtype))
 
 
+@pytest.mark.parametrize("n_each", [1, 3])
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
 @pytest.mark.parametrize(("columns", "group_size"), [(33, None), (33, 4), (1100, 256)], ids=str)
-def test_dequantize_rows(columns, group_size, outlier_fraction, id_dtype):
-    """Rows in any order; numbers that are no rows read nothing and give NaN."""
-    state = make_state((7, columns), group_size=group_size, outlier_fraction=outlier_fraction)
+def test_dequantize_rows(columns, group_size, outlier_fraction, id_dtype, n_each):
+    """Rows, or runs of them, in any order; numbers of none read nothing and give NaN."""
+    shape = (7 * n_each, columns)
+    state = make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
     weight = state.to(DEVICE).weight
     rows = torch.tensor([6, 0, -1, 3, 6, 7, 2**31 - 1], device=DEVICE, dtype=id_dtype)
 
-    x = backend.dequantize(weight, rows=rows)
+    x = backend.dequantize(weight, rows=rows, n_each=n_each)
 
-    assert_same_bits(x, reference.dequantize(weight, rows=rows))
-    assert x.isnan().all(dim=1).tolist() == [False, False, True, False, False, True, True]
+    assert_same_bits(x, reference.dequantize(weight, rows=rows, n_each=n_each))
+    exists = [True, True, False, True, True, False, False]
+    assert (~x.isnan()).all(dim=1).view(7, n_each).all(dim=1).tolist() == exists
+    again = backend.dequantize(weight, rows=rows[[1, 3]], n_each=n_each)  # as bound as before
+    assert_same_bits(again, x.view(7, n_each, columns)[[1, 3]].flatten(0, 1))
     assert len(backend.dequantize(weight, rows=rows[:0])) == 0
 
 

@@ -86,8 +86,8 @@ def test_experts_without_tokens_are_not_expanded(monkeypatch, counts, tile_eleme
     monkeypatch.setattr(
         QFTWeight,
         "dequantize_matrices",
-        lambda self, numbers, *rest, **index: (
-            expanded.extend(numbers) or dequantize(self, numbers, *rest, **index)
+        lambda self, numbers, *rest: (
+            expanded.extend(numbers.tolist()) or dequantize(self, numbers, *rest)
         ),
     )
     with torch.no_grad():
@@ -100,8 +100,24 @@ def test_a_few_of_the_matrices_are_those_of_the_whole():
     weight = experts(transposed=True, dtype=torch.bfloat16)
     dense = matrices(weight)
     for numbers in ([0], [5], [1, 2, 3], [0, 2, 5], list(range(E))):
-        assert_same_bits(weight.dequantize_matrices(numbers), dense[numbers].contiguous())
-    assert weight.dequantize_matrices([1, 4], torch.float32).dtype == torch.float32
+        found = weight.dequantize_matrices(torch.tensor(numbers))
+        assert_same_bits(found, dense[numbers].contiguous())
+    assert weight.dequantize_matrices(torch.tensor([1, 4]), torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize("tile_elements", TILES)
+def test_a_weight_may_lack_the_last_experts_if_they_have_no_tokens(monkeypatch, tile_elements):
+    """As the second weight of LongCat-Flash lacks its identity experts."""
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", tile_elements)
+    results = []
+    for counts in (COUNTS, [*COUNTS, 0, 0]):
+        weight = experts()
+        x = randn(S, 264, seed=1).requires_grad_()
+        y = grouped_linear(x, weight, groups(counts))
+        y.backward(randn(S, 24, seed=3))
+        results.append((y.detach(), x.grad, weight.grad.dequantize()))
+    for one, other in zip(*results, strict=True):
+        assert_same_bits(one, other)
 
 
 def test_no_token_at_all_gives_a_gradient_of_zeros():

@@ -331,16 +331,18 @@ def test_embedding_gradient(columns, capability):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("gather", [False, True])
+@pytest.mark.parametrize("n_each", [None, 1, 32])  # None: all rows are expanded
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_dequantize(dtype, gather, capability):
-    rows = tensor(9, dtype=torch.int64) if gather else None
+def test_dequantize(dtype, n_each, capability):
+    rows = None if n_each is None else tensor(9, dtype=torch.int64)
     expanded = make_weight(4096, 256, 41)
-    launch = only(launches(quantization.dequantize, expanded, rows=rows, dtype=dtype))
+    launch = only(
+        launches(quantization.dequantize, expanded, rows=rows, n_each=n_each or 1, dtype=dtype)
+    )
 
     compiled = compile_launch(launch, capability)
 
-    assert launch.constants["GATHER"] == gather
+    assert launch.constants["GATHER"] == (n_each is not None)
     assert_fits_registers(compiled)
     assert compiled.count(r"LDG.*\.128") >= 1
     assert compiled.count(r"STG.*\.128") >= 1

@@ -66,13 +66,14 @@ def dequantize_case(first_row=0, dtype=torch.bfloat16, outliers=True):
     x = torch.empty(len(codes), COLUMNS, dtype=dtype)
     constants = {
         "GATHER": False,
+        "EACH": 1,
         "N_OUTLIERS": N_OUTLIERS if outliers else 0,
         "OUTLIER_TILE": 4 if outliers else 1,
         **tiles.constants(),
         "num_warps": tiles.n_warps,
         "enable_fp_fusion": False,
     }
-    arguments = (codes, scales, scales, values, columns, x, len(codes))
+    arguments = (codes, scales, values, columns, scales, x, len(codes))
     return quantization._dequantize_kernel, (len(codes),), constants, arguments
 
 
@@ -205,7 +206,7 @@ CASES = {
 KERNELS = {kernel.__name__: kernel for kernel, _, _, _ in CASES.values()}
 
 OPEN = {  # the arguments that a plan leaves open; the others are bound
-    "_dequantize_kernel": range(5, 6),
+    "_dequantize_kernel": range(4, 6),
     "_quantize_kernel": range(1, 7),
     "_lion_kernel": range(4, 21),
     "_lion_floats_kernel": range(1, 11),

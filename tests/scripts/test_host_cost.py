@@ -19,8 +19,8 @@ ROOT = SCRIPTS.parent
 LINEARS = 7  # of a layer of Llama
 
 
-def figures(folder, layers: int, *modes: str) -> dict[str, dict[str, float]]:
-    """What the script finds out about models of so many layers."""
+def figures(folder, layers: int, *modes: str, experts: int = 0) -> dict[str, dict[str, float]]:
+    """What the script finds out about models of so many layers, and experts in each."""
     load("host_cost")  # for its neighbours
     from common.absent_gpu import COMPILERS, c_compiler
 
@@ -31,6 +31,7 @@ def figures(folder, layers: int, *modes: str) -> dict[str, dict[str, float]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, str(COMMANDS["host_cost"]), "--output", str(folder)]
     flags = ["--layers", str(layers), "--rounds", "1", "--modes", *modes]
+    flags += ["--experts", str(experts)]
     subprocess.run(
         [*command, *flags], env=environment | {"PYTHONPATH": str(ROOT)}, check=True,
         capture_output=True,
@@ -68,3 +69,13 @@ def test_a_layer_starts_what_it_has_to_and_nothing_else(tmp_path):
     # Of INT8 products there are many; there may be fewer, and not more.
     assert of_a_layer("int8-release", "launches") <= 70
     assert of_a_layer("int8-release", "device_operations") <= 178
+
+
+def test_experts_start_what_two_linear_layers_do_however_many_they_are(tmp_path):
+    names = ("stack", "release")
+    one, two = (figures(tmp_path / str(n), n, *names, experts=16) for n in (1, 2))
+
+    launches = {mode: two[mode]["launches"] - one[mode]["launches"] for mode in names}
+
+    # Four of attention, and both weights of all experts, in as many launches each as above.
+    assert launches == {"stack": 4 * (4 + 2), "release": 3 * (4 + 2)}

@@ -131,10 +131,10 @@ def quantize_kept(x: Tensor, is_zero: Tensor, group_size: int | None) -> tuple[T
 
 
 @operators.dequantize.register("cpu")
-def dequantize(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch.dtype) -> Tensor:
     n_rows, columns = weight.codes.shape
     codes, scales, *outliers = weight.tensors
-    index = torch.arange(n_rows) if rows is None else rows.long()
+    index = torch.arange(n_rows) if rows is None else operators.each_row(rows, n_each)
     # FP16 is rounded at the end.
     x_dtype = dtype if dtype == torch.bfloat16 else torch.float32
     x = torch.empty(len(index), columns, dtype=x_dtype)

@@ -121,12 +121,13 @@ def _quantize_kernel(
 def _dequantize_kernel(
     codes_ptr,  # [n_rows, COLUMNS] int8
     scales_ptr,  # [n_rows, N_GROUPS] fp32
-    rows_ptr,  # [n] int32 or int64: which row each program expands, if GATHER; else its own
     outlier_values_ptr,  # [n_rows, N_OUTLIERS] fp32
     outlier_columns_ptr,  # [n_rows, N_OUTLIERS] int16 or int32
+    rows_ptr,  # [n] int32 or int64: which EACH rows as many programs expand, if GATHER; else theirs
     x_ptr,  # [n, COLUMNS] fp32, bf16 or fp16, written
     n_rows,
     GATHER: tl.constexpr,
+    EACH: tl.constexpr,
     N_OUTLIERS: tl.constexpr,
     OUTLIER_TILE: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -142,7 +143,7 @@ def _dequantize_kernel(
     row = program
     row_exists = row >= 0
     if GATHER:
-        row = tl.load(rows_ptr + program).to(tl.int64)
+        row = tl.load(rows_ptr + program // EACH).to(tl.int64) * EACH + program % EACH
         row_exists = (row >= 0) & (row < n_rows)
         row = tl.where(row_exists, row, 0)
     codes_ptr += row * COLUMNS
@@ -215,26 +216,30 @@ def outlier_tile(n_outliers: int) -> int:
 
 
 @operators.dequantize.register("triton")
-def dequantize(weight: Weight, *, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch.dtype) -> Tensor:
     codes, scales, outlier_values, outlier_columns = weight.tensors
     n_rows, columns = codes.shape
-    n = n_rows if rows is None else len(rows)
+    n = n_rows if rows is None else n_each * rows.shape[0]
     x = codes.new_empty(n, columns, dtype=dtype)
     if n == 0:
         return x
-    plan = weight.plans.get(dtype) if rows is None else None
-    if plan is not None:
-        plan(x)
-        return x
-    n_outliers = outlier_values.shape[1]
-    constants = row_constants(
-        columns, weight.group_size,
-        GATHER=rows is not None, N_OUTLIERS=n_outliers, OUTLIER_TILE=outlier_tile(n_outliers),
-    )  # fmt: skip
-    index = scales if rows is None else rows  # unused without rows
-    bound = (codes, scales, index, outlier_values, outlier_columns, ..., n_rows)
-    plan = _launch_dequantize.plan((n,), constants, *bound)
+    # Of single rows, as an embedding looks them up, there is another number each time.
+    is_kept = rows is None or n_each > 1
+    key = dtype if rows is None else (dtype, n)
+    plan = weight.plans.get(key) if is_kept else None
+    if plan is None:
+        n_outliers = outlier_values.shape[1]
+        constants = row_constants(
+            columns, weight.group_size, GATHER=rows is not None, EACH=n_each,
+            N_OUTLIERS=n_outliers, OUTLIER_TILE=outlier_tile(n_outliers),
+        )  # fmt: skip
+        numbers = scales if rows is None else ...  # unused without rows
+        bound = (codes, scales, outlier_values, outlier_columns, numbers, ..., n_rows)
+        plan = _launch_dequantize.plan((n,), constants, *bound)
+        if is_kept:
+            weight.plans[key] = plan
     if rows is None:
-        weight.plans[dtype] = plan
-    plan(x)
+        plan(x)
+    else:
+        plan(rows, x)
     return x
