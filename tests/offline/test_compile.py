@@ -21,6 +21,7 @@ from qft_hf.kernels import Input, Lion, Quantized, Rounding, Weight
 from qft_hf.kernels.values import N_LIVE
 from qft_hf.layout import momentum_shapes
 from tests.offline.compiling import Compiled, Launch, compile_launch, launches
+from tests.scripts.commands import load
 
 (
     dequantized_product,
@@ -581,3 +582,62 @@ def test_no_launch_over_a_large_vocabulary_has_more_programs_than_a_gpu_takes():
         assert 0 < first < 2**31, launch
         assert all(0 < programs <= 65_535 for programs in others), launch
     assert max(launch.grid[0] for launch in found) >= VOCABULARY
+
+
+# Instructions of a thread for each of its elements, where a row goes in one tile. On an H100 a Lion
+# step is as near to its limit of instructions as to that of its memory.
+MOST_INSTRUCTIONS = {
+    "lion_step_": 70,
+    "lion_step_ 4-bit": 100,
+    "quantize_and_lion_step_": 90,
+    "adamw_step_": 206,
+    "step_weight_": 47,
+    "quantize": 18,
+    "dequantize": 8.5,
+    "accumulate_": 23,
+    "squared_norm": 5.9,
+}
+
+
+@pytest.fixture(scope="module")
+def calls() -> dict[str, Any]:
+    return load("benchmark_kernels").operators(64, 4096, None, torch.device("cpu"), 1)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", MOST_INSTRUCTIONS)
+def test_an_element_takes_so_many_instructions_and_no_more(name, capability, calls):
+    roofline = load("roofline")
+    n_elements, _, call = calls[name]
+
+    count = roofline.instructions(call, capability, n_elements)
+
+    most = MOST_INSTRUCTIONS[name]
+    assert 0.84 * most < count <= most  # fewer: then this is the time to say so
+
+
+def test_the_roofline_is_of_these_kernels_and_of_rows_in_one_tile(calls):
+    roofline = load("roofline")
+    assert list(MOST_INSTRUCTIONS) == list(roofline.KERNELS)
+    long = load("benchmark_kernels").operators(4, 11008, None, torch.device("cpu"), 1)
+    n_elements, _, call = long["lion_step_"]
+    with pytest.raises(ValueError, match=r"goes in several tiles\. Give fewer columns"):
+        roofline.instructions(call, 80, n_elements)
+
+
+def test_a_time_is_the_longer_of_memory_and_instructions(monkeypatch):
+    """By hand, for a device on which each of two kernels is bound by another of them."""
+    roofline = load("roofline")
+    device = roofline.Device(80, 1e12, 100, 1e9)
+    monkeypatch.setattr(roofline, "DEVICES", {"some": device})
+    monkeypatch.setattr(roofline, "KERNELS", ("dequantize", "lion_step_"))
+    monkeypatch.setattr(
+        roofline, "instructions", lambda call, *_: 25.6 if "rule" not in call.keywords else 128.0
+    )
+
+    found = roofline.roofline(4, 600)
+
+    assert found["dequantize"]["ns, some"] == pytest.approx(3e-3)  # 3 bytes at 1 TB/s
+    assert found["dequantize"]["of bandwidth, some"] == 1.0
+    assert found["lion_step_"]["ns, some"] == pytest.approx(10e-3)  # 128 of 12.8 for a ps
+    assert found["lion_step_"]["of bandwidth, some"] == pytest.approx(0.5)
