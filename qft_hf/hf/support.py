@@ -259,6 +259,14 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             "and would compile, and check at each step, the few operations between. Leave it off; "
             "on a GPU, cuda_graph=True of QFTTrainingArguments spares the host the whole pass."
         )
+    liger = args.liger_kernel_config or {}
+    if args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
+        raise ValueError(
+            "use_liger_kernel=True: its fused cross-entropy makes a float gradient of the whole "
+            "head, which with INT8 weights is the largest tensor of a step. Set "
+            'liger_kernel_config={"fused_linear_cross_entropy": False}, and chunked_loss=True '
+            "of QFTTrainingArguments for a loss without all logits."
+        )
     parallelism = getattr(args, "parallelism_config", None)
     if (getattr(model, "_tp_size", None) or 1) > 1 or getattr(parallelism, "tp_enabled", False):
         raise ValueError(
