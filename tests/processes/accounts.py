@@ -106,71 +106,103 @@ class Collectives:
 
 
 class UnderWay:
-    """What is alive of rows that are sent and received at one time, while this is active.
+    """Rows that are sent and received, while this is active.
 
     Attributes:
-        most: Bytes.
-        most_weights: How many weights they are of.
+        most: Bytes that are alive at one time.
         copied: Bytes of gradients that were not sent from where they lie.
+        events: What was begun and waited for in turn, with the identity of its weight.
     """
 
+    METHODS = ("send", "receive", "gather", "finish")
+
     def __init__(self) -> None:
-        self.bytes = self.most = self.most_weights = self.copied = 0
-        self.tensors: Counter[int] = Counter()  # alive, by the identity of their weight
+        self.bytes = self.most = self.copied = 0
+        self.events: list[tuple[str, int]] = []
+        self._gathered: dict[int, int] = {}  # weights, by the identity of what is under way
 
     def __enter__(self) -> "UnderWay":
-        self._originals = (Processes.send, Processes.gather)
-        Processes.send = lambda *arguments: self._send(*arguments)
-        Processes.gather = lambda *arguments: self._gather(*arguments)
+        self._originals = {name: getattr(Processes, name) for name in self.METHODS}
+        for name in self.METHODS:
+            method = getattr(self, f"_{name}")
+            setattr(Processes, name, lambda *arguments, method=method: method(*arguments))
         return self
 
     def __exit__(self, *_: object) -> None:
-        Processes.send, Processes.gather = self._originals
+        for name, original in self._originals.items():
+            setattr(Processes, name, original)
+
+    @property
+    def most_weights(self) -> int:
+        """Of which rows are under way at one time."""
+        under_way: set[tuple[str, int]] = set()
+        most = 0
+        for event, weight in self.events:
+            if event in ("sent", "gathered"):
+                under_way.add((event, weight))
+            elif event in ("received", "finished"):
+                under_way.remove(("sent" if event == "received" else "gathered", weight))
+            most = max(most, len({weight for _, weight in under_way}))
+        return most
+
+    def made(self, weight: int, gradient: Tensor) -> None:
+        """A hook: backward has the gradient of a weight."""
+        self.events.append(("made", weight))
 
     def _send(self, processes: Processes, weight: Any) -> Any:
         codes = weight.grad.codes.data_ptr()
-        begun = self._originals[0](processes, weight)
+        begun = self._originals["send"](processes, weight)
+        self.events.append(("sent", id(weight)))
         self.copied += 0 if begun.codes.sent.data_ptr() == codes else begun.codes.sent.nbytes
-        self._count(weight, begun.scales, begun.codes)
+        self._count(begun.scales, begun.codes)
         return begun
+
+    def _receive(self, processes: Processes, exchange: Any, square: Tensor) -> Any:
+        self.events.append(("received", id(exchange.weight)))
+        return self._originals["receive"](processes, exchange, square)
 
     def _gather(self, processes: Processes, weight: Any) -> Any:
-        begun = self._originals[1](processes, weight)
-        self._count(weight, begun.rows)
+        begun = self._originals["gather"](processes, weight)
+        self.events.append(("gathered", id(weight)))
+        self._gathered[id(begun)] = id(weight)
+        self._count(begun.rows)
         return begun
 
-    def _count(self, weight: Any, *transfers: Transfer) -> None:
+    def _finish(self, processes: Processes, gathering: Any) -> None:
+        self._originals["finish"](processes, gathering)
+        self.events.append(("finished", self._gathered.pop(id(gathering))))
+
+    def _count(self, *transfers: Transfer) -> None:
         for transfer in transfers:
             for tensor in (transfer.sent, transfer.received):
                 self.bytes += tensor.nbytes
-                self.tensors[id(weight)] += 1
-                weakref.finalize(tensor, self._gone, id(weight), tensor.nbytes)
+                weakref.finalize(tensor, self._gone, tensor.nbytes)
         self.most = max(self.most, self.bytes)
-        self.most_weights = max(self.most_weights, sum(n > 0 for n in self.tensors.values()))
 
-    def _gone(self, weight: int, n_bytes: int) -> None:
+    def _gone(self, n_bytes: int) -> None:
         self.bytes -= n_bytes
-        self.tensors[weight] -= 1
 
 
-def traffic(gradient: str, rank: int, n: int) -> dict[str, float]:
+def traffic(gradient: str, rank: int, n: int) -> dict[str, Any]:
     """Of a step of real shapes, when the order of weights has been agreed."""
     model = model_of(REAL)
     optimizer = optimizer_of(model, gradient=gradient, optimizer="qft_lion", momentum_bits=8)
     backward(model, rank)
     optimizer.step()
-    counts = []
-    for _ in range(3):
+    in_backward = []
+    weights = [p for p in model.parameters() if isinstance(p, QFTWeight)]
+    for _ in range(5):
         with Collectives(n) as collectives, UnderWay() as rows:
+            hooks = [weight.register_hook(partial(rows.made, id(weight))) for weight in weights]
             backward(model, rank)
-            in_backward = rows.most
+            for hook in hooks:
+                hook.remove()
+            in_backward.append(rows.most)
             optimizer.step()
-        counts.append((in_backward, rows.most_weights, rows.copied))
-    # The least: a thread of gloo may let go of a tensor some time after the work is done.
-    under_way, weights, copied = map(min, zip(*counts, strict=True))
     return {
-        "received": collectives.received, "under way": under_way, "weights": weights,
-        "copied": copied,
+        "received": collectives.received, "weights": rows.most_weights, "copied": rows.copied,
+        # The least: a thread of gloo may let go of a tensor some time after the work is done.
+        "under way": min(in_backward), "events": rows.events,
     }  # fmt: skip
 
 

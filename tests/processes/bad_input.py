@@ -34,8 +34,11 @@ def backward(model: SmallModel, rank: int, n: int, *, step: int = 0, factor: flo
     (model.loss(training.shares(step, n)[rank]) * factor).backward()
 
 
-def nan_on_one(rank: int, n: int, **settings: Any) -> dict[str, Any]:
-    """The second step has a NaN on the last process; then a step that has none."""
+def nan_on_one(rank: int, n: int, *, in_one_row: bool = False, **settings: Any) -> dict[str, Any]:
+    """The second step has a NaN on the last process; then a step that has none.
+
+    In one row, only the process that owns the row has one in the mean.
+    """
     model = make_model(tied=False)
     optimizer = make_optimizer(model, **settings)
     backward(model, rank, n)
@@ -43,7 +46,15 @@ def nan_on_one(rank: int, n: int, **settings: Any) -> dict[str, Any]:
     before = model_tensors(model)
 
     def step() -> None:
-        backward(model, rank, n, step=1, factor=nan if rank == n - 1 else 1.0)
+        if in_one_row and rank == n - 1:
+            weight = model.blocks[0].up.weight
+            factors = torch.ones(len(weight), 1)
+            factors[0] = nan
+            hook = weight.register_hook(lambda gradient: gradient * factors)
+            backward(model, rank, n, step=1)
+            hook.remove()
+        else:
+            backward(model, rank, n, step=1, factor=nan if rank == n - 1 and not in_one_row else 1)
         optimizer.step()
 
     text = outcome(step)
@@ -148,9 +159,14 @@ def full_disk(kind: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
     )
     began = time.monotonic()
     text = outcome(trainer.train)
+    seconds = time.monotonic() - began
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    ended = [folder / f"full-{kind}-has-ended-on-{process}" for process in range(n)]
+    ended[rank].touch()
+    while not all(path.exists() for path in ended):  # nothing that comes next must tell the other
+        time.sleep(0.1)
     return {
-        "text": text, "seconds": time.monotonic() - began,
+        "text": text, "seconds": seconds,
         "steps": trainer.state.global_step, "weights": model_tensors(trainer.model),
     }  # fmt: skip
 
@@ -194,9 +210,11 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
             rank, n, gradient="release", clipping="previous", max_grad_norm=0.4
         ),
         "nan-tensor": lambda: nan_on_one(
-            rank, n, gradient="release", clipping="tensor", max_grad_norm=0.4
+            rank, n, in_one_row=True, gradient="release", clipping="tensor", max_grad_norm=0.4
         ),
-        "nan-adamw": lambda: nan_on_one(rank, n, kind=QFTAdamW, gradient="release"),
+        "nan-adamw": lambda: nan_on_one(
+            rank, n, in_one_row=True, kind=QFTAdamW, gradient="release"
+        ),
         "other-weights": lambda: other_weights(rank, n),
         "other-rate": lambda: other_rate(rank, n),
         "second-pass": lambda: second_pass(rank, n),

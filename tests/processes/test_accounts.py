@@ -86,6 +86,31 @@ def test_rows_under_way_are_those_of_two_weights_at_most(gradient, of_each):
     assert of_each[0][f"traffic of {gradient}"]["under way"] == predicted
 
 
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+def test_rows_travel_while_backward_makes_the_next_gradient(gradient, of_each):
+    """In release updated rows have until the gradient after the next, and are in place then."""
+    for found in of_each:
+        events = found[f"traffic of {gradient}"]["events"]
+        order = [weight for event, weight in events if event == "made"]
+        assert len(order) == len(set(order)) > 2
+        expected = []
+        for place in range(len(order) + 1):
+            made, before, earlier = (
+                order[at : at + 1] if at >= 0 else [] for at in (place, place - 1, place - 2)
+            )
+            expected += [("made", weight) for weight in made]
+            expected += [("finished", weight) for weight in earlier]
+            expected += [(event, weight) for weight in before for event in ("received", "gathered")]
+            expected += [("sent", weight) for weight in made]
+        expected.append(("finished", order[-1]))
+        if gradient == "stack":  # rows are updated in the step
+            events, expected = (
+                [one for one in some if one[0] not in ("gathered", "finished")]
+                for some in (events, expected)
+            )
+        assert events == expected
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_norms_and_finite_flags_of_all_weights_travel_together(name, of_each):
     """Three collectives for a weight; one for float gradients, and one for the squares of all."""
