@@ -193,6 +193,20 @@ class QFTParallelExperts(GroupedModule):
         return self.multiply(inputs, "weight", groups)
 
 
+class QFTStackedExperts(QuantizedModule):
+    """Experts in three matrices, one expert below the other, as those of DBRX.
+
+    The class keeps its forward, which reads the values of an expert at a time.
+    """
+
+    weight_names = ("w1", "v1", "w2")
+
+    @classmethod
+    def fits(cls, module: nn.Module) -> bool:
+        """Whether it is that class of transformers, or derived from it."""
+        return "DbrxExpertGLU" in [base.__name__ for base in type(module).__mro__]
+
+
 def _are_3d(module: nn.Module, *names: str) -> bool:
     own = [module._parameters.get(name) for name in names]
     return all(parameter is not None and parameter.ndim == 3 for parameter in own)

@@ -7,7 +7,7 @@ from torch import nn
 from ..quant import Arrangement
 from .attention import QFTMultiheadAttention
 from .conv1d import QFTConv1D
-from .experts import QFTBatchedExperts, QFTExperts, QFTParallelExperts
+from .experts import QFTBatchedExperts, QFTExperts, QFTParallelExperts, QFTStackedExperts
 from .modules import QFTEmbedding, QFTLinear, QuantizedModule
 from .state import state_names
 
@@ -19,6 +19,7 @@ KINDS: tuple[type[QuantizedModule], ...] = (
     QFTExperts,
     QFTBatchedExperts,
     QFTParallelExperts,
+    QFTStackedExperts,
 )
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, DbrxConfig, TrainingArguments
 
 from qft_hf import (
     QFTConfig,
@@ -20,6 +20,7 @@ from qft_hf import (
 from qft_hf.quant import QFTWeight
 from tests.arranged import CONFIGS, arranged, batch, tiny
 from tests.hf.checkpoints import assert_same_state
+from tests.models import VOCAB_SIZE
 from tests.tolerances import snr_db
 
 FAMILIES = list(CONFIGS)
@@ -137,6 +138,31 @@ def test_products_of_experts_are_chosen_by_name():
     first, second = (layer.mlp.experts.products for layer in model.model.layers)
     assert first is None
     assert str(second) == "weight_gradient"
+
+
+def test_experts_of_dbrx_are_int8_and_get_the_gradients_of_the_float_model(tmp_path):
+    """They lie below each other in matrices, of which its own code reads one at a time."""
+    config = DbrxConfig(
+        d_model=48, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=VOCAB_SIZE,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+        ffn_config={
+            "ffn_hidden_size": 40, "moe_num_experts": 4, "moe_top_k": 2,
+            "ffn_act_fn": {"name": "silu"},
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = quantize_model_(AutoModelForCausalLM.from_config(config), QFTConfig()).train()
+    twin = dequantize_model_(copy.deepcopy(model), torch.float32).train()
+    loss(model).backward()
+    loss(twin).backward()
+
+    exact = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1:
+            assert isinstance(parameter, QFTWeight), name
+            assert snr_db(exact[name].grad, parameter.grad.dequantize()) > 38, name
+    model.save_pretrained(tmp_path)
+    assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
