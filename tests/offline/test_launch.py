@@ -128,7 +128,11 @@ def row_case(n=700, step=0):
     buffer = torch.ones(9, dtype=torch.int64)
     address = buffer.data_ptr()
     arguments = (buffer[:7], buffer[7:], 0, 1, address, address, address, n, step, 3, 0)
-    constants = {"BLOCK": floats.BLOCK, "num_warps": floats.N_WARPS}
+    constants = {
+        "BLOCK": floats.BLOCK,
+        "num_warps": floats.N_WARPS,
+        "enable_fp_fusion": False,
+    }
     return floats._row_kernel, (1,), constants, arguments
 
 

@@ -144,7 +144,7 @@ def _constants(
 
 @cache
 def _row_constants() -> Constants:
-    return Constants(BLOCK=BLOCK, num_warps=N_WARPS)
+    return Constants(BLOCK=BLOCK, num_warps=N_WARPS, enable_fp_fusion=False)
 
 
 _launch_lion_floats = Launcher(_lion_floats_kernel)
