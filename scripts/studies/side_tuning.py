@@ -7,8 +7,9 @@
 Every way learns the same batches, in the same order for the same seed. First all ways of a task are
 built side by side and measured on one batch: what autograd keeps for backward, the ledger just
 before a step, and seconds of the processor a step, taken in turns so that all see the same machine.
-Then each is trained and scored on held-out data; `--measure` stops before that. What is done is a
-line in `runs.jsonl` of the output folder, and is not done again: stop it whenever you like.
+Then each is trained at each of its learning rates with the first seed, and with the other seeds at
+the rate whose held-out loss was lowest; `--measure` stops before that. What is done is a line in
+`runs.jsonl` of the output folder, and is not done again: stop it whenever you like.
 """
 
 import gc
@@ -17,10 +18,10 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -41,6 +42,7 @@ from qft_hf.hf.finetune.evaluate import scores
 from qft_hf.hf.finetune.loading import load_config, load_model, load_tokenizer
 from qft_hf.side import QSTConfig, attach_side_network
 
+Line = dict[str, Any]  # of `runs.jsonl`: measurements of a task, or a run and its scores
 MAX_GRAD_NORM = 1.0
 WARMUP = 0.06  # share of all steps
 TIMED = 3  # steps of each way; the median counts
@@ -56,14 +58,14 @@ class Task:
         steps: Of training.
         batch_size: Examples of a step.
         score: What decides, of the scores that the task has.
-        rates: Of Lion on all weights, and of AdamW on adapters and on side networks.
+        rates: To try, of Lion on all weights and of AdamW on adapters and on side networks.
     """
 
     flags: dict[str, Any]
     steps: int
     batch_size: int
     score: str
-    rates: dict[str, float] = field(default_factory=dict)
+    rates: dict[str, tuple[float, ...]]
 
 
 _BOOLQ = {
@@ -72,24 +74,24 @@ _BOOLQ = {
     "eval_data": "data/boolq/eval.jsonl",
     "text_field": "question",
     "text_pair_field": "passage",
-    "max_train_rows": 2000,
-    "max_length": 48,
-    "max_eval_rows": 200,
+    "max_length": 64,
+    "max_eval_rows": 400,
 }
+BOOLQ_RATES = {"full": (2e-5, 5e-5, 1e-4), "lora": (3e-4, 1e-3, 3e-3), "side": (3e-4, 1e-3, 3e-3)}
 TASKS = {
     "boolq-minilm": Task(
         {**_BOOLQ, "model_name_or_path": "data/minilm"},
-        steps=50,
+        steps=300,
         batch_size=8,
         score="accuracy",
-        rates={"full": 5e-5, "lora": 1e-3, "side": 1e-3},
+        rates=BOOLQ_RATES,
     ),
     "boolq-smollm2": Task(
-        {**_BOOLQ, "model_name_or_path": "data/smollm2", "max_eval_rows": 100},
-        steps=20,
+        {**_BOOLQ, "model_name_or_path": "data/smollm2", "max_eval_rows": 200},
+        steps=40,
         batch_size=4,
         score="accuracy",
-        rates={"full": 5e-5, "lora": 1e-3, "side": 1e-3},
+        rates=BOOLQ_RATES,
     ),
     "dialogues": Task(
         {
@@ -103,7 +105,7 @@ TASKS = {
         steps=120,
         batch_size=2,
         score="loss",
-        rates={"full": 1e-4, "lora": 1e-3, "side": 2e-3},
+        rates={"full": (5e-5, 1e-4, 2e-4), "lora": (5e-4, 1e-3, 2e-3), "side": (2e-3, 5e-3, 1e-2)},
     ),
 }
 
@@ -160,19 +162,26 @@ class Bench:
         return scores(model, self.data, self.arguments.training)
 
 
-Build = Callable[[Bench, int], tuple[Any, Any]]  # bench and seed; model and optimizer
+Build = Callable[[Bench, int, float], tuple[Any, Any]]  # and seed, rate; model and optimizer
 
 
-def full(bench: Bench, seed: int) -> tuple[Any, Any]:
+class Way(NamedTuple):
+    """How a model is made and trained, and whose rates are tried."""
+
+    build: Build
+    rates: str
+
+
+def full(bench: Bench, seed: int, rate: float) -> tuple[Any, Any]:
     """Every parameter in INT8, by Lion."""
     model = bench.load("int8", seed, is_frozen=False)
-    return model, QFTLion(model.parameters(), lr=bench.task.rates["full"], seed=seed)
+    return model, QFTLion(model.parameters(), lr=rate, seed=seed)
 
 
-def lora(base: str) -> Build:
+def lora(base: str) -> Way:
     """Adapters on every linear layer of a frozen base; with NF4 that is QLoRA."""
 
-    def build(bench: Bench, seed: int) -> tuple[Any, Any]:
+    def build(bench: Bench, seed: int, rate: float) -> tuple[Any, Any]:
         model = bench.load(base, seed)
         config = LoraConfig(
             r=LORA_RANK,
@@ -181,9 +190,9 @@ def lora(base: str) -> Build:
             task_type="SEQ_CLS" if bench.task.score == "accuracy" else "CAUSAL_LM",
         )
         model = get_peft_model(model, config)
-        return model, adamw(model, bench.task.rates["lora"])
+        return model, adamw(model, rate)
 
-    return build
+    return Way(build, "lora")
 
 
 def linears(model: Any) -> list[str]:
@@ -196,16 +205,16 @@ def linears(model: Any) -> list[str]:
     ]
 
 
-def side(base: str, downsample: str) -> Build:
+def side(base: str, downsample: str) -> Way:
     """A side network on a frozen base."""
 
-    def build(bench: Bench, seed: int) -> tuple[Any, Any]:
+    def build(bench: Bench, seed: int, rate: float) -> tuple[Any, Any]:
         model = bench.load(base, seed)
         set_seed(seed)
         model = attach_side_network(model, QSTConfig(downsample=downsample))
-        return model, adamw(model, bench.task.rates["side"])
+        return model, adamw(model, rate)
 
-    return build
+    return Way(build, "side")
 
 
 def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -214,13 +223,13 @@ def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
 
 
-WAYS: dict[str, Build] = {
+WAYS: dict[str, Way] = {
     "QST, NF4 base": side("nf4", "adapter"),
     "QLoRA": lora("nf4"),
     "QST, INT8 base": side("int8", "adapter"),
     "LoRA on INT8": lora("int8"),
     "QST, float base": side("float", "adapter"),
-    "full QFT": full,
+    "full QFT": Way(full, "full"),
     "QST, float base, linear": side("float", "linear"),
     "QST, float base, mean": side("float", "mean"),
     "QST, float base, max": side("float", "max"),
@@ -266,12 +275,12 @@ def stored(model: nn.Module) -> Iterator[Tensor]:
             state = getattr(state, "state2", None)
 
 
-def measured(bench: Bench, ways: dict[str, Build]) -> dict[str, dict[str, Any]]:
+def measured(bench: Bench, ways: dict[str, Way]) -> dict[str, dict[str, Any]]:
     """Return bytes and times of all ways, which stand side by side."""
     batch = next(bench.batches(0))
     built, found = {}, {}
-    for name, build in ways.items():
-        model, optimizer = build(bench, 0)
+    for name, way in ways.items():
+        model, optimizer = way.build(bench, 0, bench.task.rates[way.rates][0])
         model.train()
         _, n_trained = parameters_of(model)
         step(model, optimizer, batch)
@@ -292,9 +301,11 @@ def measured(bench: Bench, ways: dict[str, Build]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def trained(bench: Bench, build: Build, seed: int, say: Callable[[str], None]) -> dict[str, float]:
+def trained(
+    bench: Bench, build: Build, seed: int, rate: float, say: Callable[[str], None]
+) -> dict[str, float]:
     """Train one model, and return its scores."""
-    model, optimizer = build(bench, seed)
+    model, optimizer = build(bench, seed, rate)
     steps = bench.task.steps
     schedule = get_cosine_schedule_with_warmup(optimizer, ceil(WARMUP * steps), steps)
     batches = bench.batches(seed)
@@ -307,9 +318,15 @@ def trained(bench: Bench, build: Build, seed: int, say: Callable[[str], None]) -
     return bench.scores(model)
 
 
-def tables(done: list[dict[str, Any]]) -> str:
-    """Return one table for each task."""
-    head = ["way", "loss, held out", "score", "trained", "kept for backward, MB"]
+def best_rate(done: list[Line], task: str, way: str, seed: int) -> float | None:
+    """Return the rate at which a way ends at the lowest loss with a seed; None before that."""
+    tried = [r for r in done if (r["task"], r.get("way"), r.get("seed")) == (task, way, seed)]
+    return min(tried, key=lambda run: run["scores"]["loss"])["rate"] if tried else None
+
+
+def tables(done: list[Line], first_seed: int) -> str:
+    """Return a table of the ways of each task, and one of the search for their rates."""
+    head = ["way", "rate", "seeds", "loss, held out", "score", "trained", "kept for backward, MB"]
     head += ["ledger, MB", "CPU seconds a step"]
     parts = []
     for name, task in TASKS.items():
@@ -319,11 +336,15 @@ def tables(done: list[dict[str, Any]]) -> str:
                 figures.update(line["measured"])
         rows = []
         for way, found in figures.items():
-            runs = [line for line in done if line.get("way") == way and line["task"] == name]
+            rate = best_rate(done, name, way, first_seed)
+            best = {"task": name, "way": way, "rate": rate}
+            runs = [line for line in done if line.items() >= best.items()]
             cells = [_spread([run["scores"][key] for run in runs]) for key in ("loss", task.score)]
             rows.append(
                 [
                     way,
+                    report.number(rate, 5),
+                    len(runs),
                     *cells,
                     f"{found['trained']:,}",
                     f"{found['kept_bytes'] / 1e6:.1f}",
@@ -332,8 +353,16 @@ def tables(done: list[dict[str, Any]]) -> str:
                 ]
             )
         if rows:
-            head[2] = task.score
+            head[4] = task.score
             parts.append(f"{name}\n\n{report.table(head, rows)}")
+        search = [
+            [run["way"], f"{run['rate']:g}", *(f"{s:.4f}" for s in run["scores"].values())]
+            for run in done
+            if run["task"] == name and run.get("seed") == first_seed
+        ]
+        if search:
+            columns = ["way", "rate", *next(r["scores"] for r in done if "scores" in r)]
+            parts.append(f"{name}, all rates, seed {first_seed}\n\n{report.table(columns, search)}")
     return "\n\n".join(parts)
 
 
@@ -354,6 +383,7 @@ def main() -> None:
     log = options.output / "runs.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     began = time.perf_counter()
+    first_seed = options.seeds[0]
 
     def say(text: str) -> None:
         print(f"{time.perf_counter() - began:6.0f} s  {text}", flush=True)
@@ -362,10 +392,15 @@ def main() -> None:
         done.append(line)
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        report.write(options, {"runs": done}, tables(done))
+        report.write(options, {"runs": done}, tables(done, first_seed))
         say(str(line))
 
-    benches: dict[str, tuple[Bench, dict[str, Build]]] = {}
+    def run(bench: Bench, key: Line, way: Way) -> None:
+        if not any(line.items() >= key.items() for line in done):
+            words = lambda text: say(f"{[*key.values()]}: {text}")  # noqa: E731
+            note(key | {"scores": trained(bench, way.build, key["seed"], key["rate"], words)})
+
+    benches: dict[str, tuple[Bench, dict[str, Way]]] = {}
     for name, task in TASKS.items():
         found = chosen({f"{name}/{way}": build for way, build in WAYS.items()}, options.only)
         ways = {place.partition("/")[2]: build for place, build in found.items()}
@@ -377,14 +412,12 @@ def main() -> None:
             gc.collect()
     for seed in [] if options.measure else options.seeds:
         for name, (bench, ways) in benches.items():
-            for way, build in ways.items():
-                run = {"task": name, "way": way, "seed": seed}
-                if not any(line.items() >= run.items() for line in done):
-                    found_scores = trained(
-                        bench, build, seed, lambda text, at=run: say(f"{[*at.values()]}: {text}")
-                    )
-                    note(run | {"scores": found_scores})
-    report.finish(options, tables(done))
+            for label, way in ways.items():
+                best = best_rate(done, name, label, first_seed)
+                rates = bench.task.rates[way.rates] if seed == first_seed else [best]
+                for rate in rates:
+                    run(bench, {"task": name, "way": label, "rate": rate, "seed": seed}, way)
+    report.finish(options, tables(done, first_seed))
 
 
 if __name__ == "__main__":

@@ -134,12 +134,16 @@ def test_the_study_of_side_tuning_measures_every_way_on_the_same_batch(questions
         "train_data": tmp_path / "boolq" / "train.jsonl",
         "eval_data": tmp_path / "boolq" / "eval.jsonl",
     }
-    rates = {"full": 1e-4, "lora": 1e-3, "side": 1e-3}
+    rates = {"full": (1e-4,), "lora": (1e-3,), "side": (1e-2, 1e-9)}
     task = script.Task(flags, steps=2, batch_size=4, score="accuracy", rates=rates)
     bench = script.Bench(task)
 
     figures = script.measured(bench, script.WAYS)
-    scores = script.trained(bench, script.WAYS["QST, INT8 base"], 1, lambda text: None)
+    build = script.WAYS["QST, INT8 base"].build
+    scores = {
+        (rate, seed): script.trained(bench, build, seed, rate, lambda text: None)
+        for rate, seed in ((1e-2, 1), (1e-9, 1), (1e-2, 2))
+    }
 
     assert len(figures) == 9
     for base, other in (("NF4", "QLoRA"), ("INT8", "LoRA on INT8")):
@@ -149,11 +153,10 @@ def test_the_study_of_side_tuning_measures_every_way_on_the_same_batch(questions
     assert figures["QST, NF4 base"]["ledger_bytes"] < figures["QST, float base"]["ledger_bytes"]
     means = figures["QST, float base, mean"]
     assert means["kept_bytes"] < figures["QST, float base"]["kept_bytes"]
-    assert 0 <= scores["accuracy"] <= 1
-    done = [
-        {"task": "boolq-minilm", "measured": figures},
-        {"task": "boolq-minilm", "way": "QST, INT8 base", "seed": 1, "scores": scores},
-    ]
-    assert f"| QST, INT8 base | {scores['loss']:.4f} | {scores['accuracy']:.4f} |" in script.tables(
-        done
-    )
+    assert scores[1e-2, 1]["loss"] < scores[1e-9, 1]["loss"]
+    done = [{"task": "boolq-minilm", "measured": figures}]
+    for (rate, seed), found in scores.items():
+        key = {"task": "boolq-minilm", "way": "QST, INT8 base", "rate": rate, "seed": seed}
+        done.append(key | {"scores": found})
+    mean = (scores[1e-2, 1]["loss"] + scores[1e-2, 2]["loss"]) / 2
+    assert f"| QST, INT8 base | 0.01000 | 2 | {mean:.4f} +- " in script.tables(done, 1)
