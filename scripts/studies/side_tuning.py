@@ -105,7 +105,7 @@ TASKS = {
         steps=120,
         batch_size=2,
         score="loss",
-        rates={"full": (5e-5, 1e-4, 2e-4), "lora": (5e-4, 1e-3, 2e-3), "side": (2e-3, 5e-3, 1e-2)},
+        rates={"full": (5e-5, 1e-4, 2e-4), "lora": (3e-4, 1e-3, 3e-3), "side": (5e-4, 1e-3, 2e-3)},
     ),
 }
 
