@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..optim.flow import ACCUMULATION_IS_FORBIDDEN
+from ..optim.release import ACCUMULATION_IS_FORBIDDEN
 from ..side import side_network_of
 from .checkpoint import parameters_without_state, write_mark
 from .optimizers import is_ours, named_optimizer, refuse_overruled, refuse_retries

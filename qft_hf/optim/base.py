@@ -24,9 +24,12 @@ from .. import kernels
 from ..kernels.floats import PARAMETER_DTYPES
 from ..kernels.values import N_LIVE
 from ..quant import Int8Gradient, QFTWeight, TiledGradient
-from .flow import Flow, Left, Release, RunPart, Stack, check_settings, run_directly
+from .flow import Flow, Left, RunPart, run_directly
 from .processes import DIFFERENT_SETTINGS, Processes
+from .release import Release
 from .rows import RowsRelease, RowsStack
+from .settings import check_settings
+from .stack import Stack
 from .state import StateFormat, StepCounter, checked_state, initial_state
 
 logger = logging.getLogger(__name__)
@@ -62,7 +65,7 @@ class QFTOptimizer(Optimizer):
         accumulation: With `gradient="release"`: `"keep"` the INT8 gradients of micro-batches until
             the last one, or `"forbid"` more than one. See `accumulate`.
         clipping: With `gradient="release"`, how `max_grad_norm` is honoured: `"exact"`,
-            `"previous"` or `"tensor"`; see `flow.Release`. Waiting gradients are clipped as
+            `"previous"` or `"tensor"`; see `release.Release`. Waiting gradients are clipped as
             usual, by `torch.nn.utils.clip_grad_norm_`.
         max_grad_norm: With `clipping`: the norm to clip to.
         is_accumulating: With `gradient="release"`: whether the backward pass that is running is

@@ -21,8 +21,10 @@ from torch.nn import Parameter
 
 from ..quant import QFTWeight
 from ..quant.own_rows import OwnRows, OwnTiles
-from .flow import Flow, Release, Stack, Updates, _quantize_gradient_
+from .flow import Flow, Updates, quantize_gradient_
 from .processes import DIFFERENT_SETTINGS, Exchange, Gathering, Processes, checksum
+from .release import Release
+from .stack import Stack
 
 SECOND_PASS = (
     "A gradient arrived for a step whose gradients the {n} processes have exchanged already. Run "
@@ -89,7 +91,7 @@ class _Shared(Flow):
         if self._optimizer() is None:
             return
         with self.processes.reporting():
-            _quantize_gradient_(parameter)
+            quantize_gradient_(parameter)
             if self._is_accumulating():
                 self.complete(parameter)
             else:

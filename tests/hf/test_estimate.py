@@ -30,7 +30,7 @@ from qft_hf import (
 from qft_hf.hf import recommend, shipped
 from qft_hf.hf.estimate import LONGEST, skeleton
 from qft_hf.layout import OPTIMIZERS
-from qft_hf.optim.flow import GRADIENTS
+from qft_hf.optim.settings import GRADIENTS
 from qft_hf_cli.plan import live_ledger
 from tests.models import tiny_llama
 

@@ -16,7 +16,7 @@ from qft_hf.kernels import (
     lion_step_floats_,
 )
 from qft_hf.layout import STATE_GROUP_SIZE
-from qft_hf.optim import flow
+from qft_hf.optim import release
 from qft_hf.quant import Int8Gradient
 from tests.nn.small import batch
 from tests.optim.common import (
@@ -203,7 +203,7 @@ def test_a_loss_whose_squares_overflow_trains_alike_in_both_modes(
     dtype, factor, limit, monkeypatch
 ):
     """Release called gradients of norms and biases infinite, when all weights were updated."""
-    monkeypatch.setattr(flow, "SMALL", limit)
+    monkeypatch.setattr(release, "SMALL", limit)
     ends = {}
     for gradient in ("stack", "release"):
         model = make_model(dtype=dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qft_hf import kernels
-from qft_hf.optim import QFTSGD, QFTLion, flow
+from qft_hf.optim import QFTSGD, QFTLion, release
 from tests.optim.test_release import (
     batches,
     everything,
@@ -159,7 +159,7 @@ def test_a_step_that_ended_is_no_half_step(gradient):
 @pytest.mark.parametrize("limit", [0, 2**16])
 def test_large_float_parameters_do_not_wait_for_the_step(monkeypatch, limit):
     """Small ones go together in one call a group; the bits are the same."""
-    monkeypatch.setattr(flow, "SMALL", limit)
+    monkeypatch.setattr(release, "SMALL", limit)
     calls: list[int] = []
     step_floats = QFTLion.step_floats
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, kernels, quantize_model_
 from qft_hf.nn import QFTLinear
-from qft_hf.optim import QFTOptimizer, flow
+from qft_hf.optim import QFTOptimizer
 from qft_hf.quant import Int8Gradient, TiledGradient
 from tests.tolerances import assert_same_tensors
 
@@ -278,7 +278,7 @@ def test_a_run_may_change_its_mode_at_a_checkpoint():
 @pytest.mark.parametrize("small", [0, 22, 10**9])
 def test_the_released_norm_is_the_global_norm(small, monkeypatch):
     """Of float parameters that are updated at once, and of those that wait for each other."""
-    monkeypatch.setattr(flow, "SMALL", small)
+    monkeypatch.setattr("qft_hf.optim.release.SMALL", small)
     model = network()
     loss_of(model, batches(1)[0]).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))

@@ -1,0 +1,74 @@
+"""Norms of many gradients at once, quantized or float, and whether all of them are finite."""
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..kernels.gradients import sum_in_order
+from ..quant import Int8Gradient
+from .flow import RunPart, run_directly
+
+
+def squared_norm(gradient: Tensor) -> Tensor:
+    """Sum of squares of a gradient: fp64 scalar."""
+    if isinstance(gradient, Int8Gradient):
+        return gradient.squared_norm()
+    norm = torch.linalg.vector_norm(gradient, dtype=torch.float32).double()
+    # Squares overflow in FP32 from 1e19 on.
+    wide = torch.linalg.vector_norm(gradient, dtype=torch.float64)
+    return torch.where(norm.isinf(), wide, norm).square()
+
+
+def squared_norms(gradients: list[Tensor]) -> list[Tensor]:
+    """The same of many float gradients, by few operators: fp64 `[n]` of those of one device."""
+    squares = []
+    for members in by_device(gradients).values():
+        norm, wide = (
+            torch.stack(torch._foreach_norm(members, 2, dtype=dtype)).double()
+            for dtype in (torch.float32, torch.float64)
+        )
+        squares.append(torch.where(norm.isinf(), wide, norm).square())
+    return squares
+
+
+def by_device(gradients: list[Tensor]) -> dict[torch.device, list[Tensor]]:
+    """Gradients by where they are."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        found.setdefault(gradient.device, []).append(gradient)
+    return found
+
+
+def total_square(squares: list[Tensor]) -> Tensor:
+    """The squared norm of gradients with these, each a scalar or one of each row: fp64."""
+    return sum_in_order(joined(squares))
+
+
+def joined(squares: list[Tensor]) -> Tensor:
+    """All of them: fp64 `[n]`."""
+    device = squares[0].device
+    return torch.cat([square.to(device).view(-1) for square in squares])
+
+
+def total_norm(squares: list[Tensor]) -> Tensor:
+    """The norm of all: fp32."""
+    return total_square(squares).sqrt().float()
+
+
+def is_finite(squares: list[Tensor]) -> bool:
+    """Whether gradients with these squared norms are."""
+    return not squares or bool(total_square(squares).isfinite())
+
+
+def are_finite(parameters: list[Parameter], run_part: RunPart = run_directly) -> bool:
+    """Whether all gradients are, found with one transfer to the host."""
+    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+    tensors = [g.witness if isinstance(g, Int8Gradient) else g for g in gradients]
+    if not tensors:
+        return True
+
+    def largest() -> Tensor:
+        """Magnitude of all: NaN and infinity come through."""
+        return torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))
+
+    return bool(run_part("largest", largest).isfinite())

@@ -1,0 +1,380 @@
+"""Gradients that are used during backward and freed.
+
+Source:
+    Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with Limited Resources"
+    (LOMO), section 3.2 (arXiv:2306.09782). There gradients of micro-batches are used one by one,
+    clipping runs backward twice or not at all, and there is no momentum; here results are those of
+    gradients that wait for the step, and whatever cannot give them raises.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..quant import Int8Gradient, TiledGradient
+from .flow import Flow, Left, Updates, run_directly
+from .norms import (
+    are_finite,
+    by_device,
+    is_finite,
+    joined,
+    squared_norm,
+    squared_norms,
+    total_norm,
+    total_square,
+)
+
+logger = logging.getLogger(__name__)
+
+# Float parameters up to this size, norms and biases, wait for each other and are updated together.
+SMALL = 2**16
+
+ACCUMULATION_IS_FORBIDDEN = (
+    "Gradient accumulation keeps an INT8 gradient of every weight between micro-batches, and "
+    "accumulation='forbid' was set. Set gradient_accumulation_steps=1, or accumulation='keep'."
+)
+
+
+class Release(Flow):
+    """Each gradient is used and freed the moment backward has completed it.
+
+    Kernels that take a gradient in float leave alone what is not finite, so nobody has to look
+    before they run, and a GPU need not wait for the host: the step looks at all norms at once. A
+    gradient that is INT8 by then costs one transfer to the host: those of embeddings, sums over
+    micro-batches, and all of them with `clipping="tensor"` or without a kernel that quantizes on
+    the way. Norms and biases wait for the step, where they are updated together.
+
+    Args:
+        optimizer: What makes the updates.
+        accumulation: `"keep"`: the gradients of all micro-batches but the last wait in `.grad`, in
+            INT8. `"forbid"`: a backward pass that is not the last of its step raises.
+        clipping: How `max_grad_norm` is honoured although the first weight is updated before the
+            last gradient exists; None: not at all. `"exact"`: by the norm that a first backward
+            pass under `measure_norm` has found; accumulated gradients wait for the step and need
+            none. `"previous"`: by the global norm of the step before (the first step is not
+            clipped). `"tensor"`: each gradient by its own norm.
+        max_grad_norm: The norm that `clipping` clips to.
+        **settings: Those of `Flow`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Updates,
+        *,
+        accumulation: str,
+        clipping: str | None,
+        max_grad_norm: float | None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(optimizer, **settings)
+        self.accumulation = accumulation
+        self.clipping = clipping
+        self.max_grad_norm = max_grad_norm
+        self.previous_norm: Tensor | None = None  # of all gradients of the last step
+        self.released_norm: Tensor | None = None  # of those that it released
+        self._measured: Tensor | None = None  # of the step to come, by `measure_norm`
+        self._squares: list[Tensor] = []  # fp64, of the gradients of this step; added up once
+        self._used: set[int] = set()  # parameters whose gradient this step has taken
+        self._is_in_backward = False  # and stays so after a pass that failed
+        self._floats: list[tuple[Parameter, Tensor]] = []  # gradients that wait for each other
+        self._late: list[tuple[Parameter, Tensor]] = []  # and, if captured, for the host; clipped
+        self._is_measuring = False
+        self._keeps = False  # whether gradients have been kept for a later micro-batch, ever
+
+    def listens_to(self, parameter: Parameter) -> bool:
+        """To all."""
+        return True
+
+    @property
+    def wants_tiles(self) -> bool:  # type: ignore[override]
+        """Whether a gradient that is complete now is used at once, by a kernel that quantizes."""
+        optimizer = self.optimizer
+        return (
+            optimizer is not None
+            and optimizer.takes_tiles
+            and self.clipping != "tensor"
+            and not self._is_measuring
+            and not (self.clipping == "exact" and self._measured is None)
+            and not self._is_accumulating()
+        )
+
+    @property
+    def n_taken(self) -> int:
+        """Gradients that were taken from their parameters in this step."""
+        return len(self._used)
+
+    @property
+    def n_used(self) -> int:
+        """Parameters updated in this step."""
+        return len(self._used) - len(self._floats) - len(self._late)
+
+    def complete(self, parameter: Parameter) -> None:
+        """Use a gradient and free it, or let it wait.
+
+        Raises:
+            FloatingPointError: It is INT8 and has a NaN or infinity.
+            RuntimeError: The parameter was updated in this step already, or the norm that exact
+                clipping needs was not measured.
+            ValueError: It belongs to an earlier micro-batch, and `accumulation` is `"forbid"`; or
+                an option of a group is out of its range, and nothing was updated.
+        """
+        if self._is_measuring:
+            if parameter.grad is not None:
+                self._squares.append(squared_norm(parameter.grad))
+            parameter.grad = None
+        elif self._is_accumulating():
+            if self.accumulation == "forbid":
+                raise ValueError(ACCUMULATION_IS_FORBIDDEN)
+            self._keeps = True
+        elif self.clipping == "exact" and self._measured is None:
+            # A run that accumulates has room for all gradients: a last window of one micro-batch
+            # may wait for the step as the others do.
+            if not self._keeps:
+                raise RuntimeError(
+                    "clipping='exact' needs the global norm before the first update. Run backward "
+                    "once under optimizer.measure_norm() and once more as usual, as QFTTrainer "
+                    "does, or set clipping='previous' or 'tensor'."
+                )
+        elif parameter.grad is not None:
+            self._use(parameter)
+
+    def _use(self, parameter: Parameter) -> None:
+        if id(parameter) in self._used:
+            raise RuntimeError(
+                "A second gradient arrived for a weight that this step has updated already, one of "
+                f"{self.n_used}. If a backward pass failed half-way, the model is between two "
+                "steps: reload a checkpoint, or call optimizer.zero_grad() to go on from here. To "
+                "accumulate, run the earlier backward passes under optimizer.accumulate(). If "
+                "layers share the weight under checkpointing, set use_reentrant=False."
+            )
+        gradient, optimizer = parameter.grad, self.optimizer
+        if not self._used:  # the first of this step
+            optimizer.check_groups()
+        if isinstance(gradient, TiledGradient):
+            self._take(parameter)
+            factor = self._factor(self._norm_of_all(), gradient.device)
+            self._n_updated = len(self._used)  # until the update has come to its end
+            self._squares.append(self._update(parameter, gradient, factor))
+            self._n_updated = 0
+        elif isinstance(gradient, Int8Gradient):
+            square = squared_norm(gradient)
+            self._refuse_nonfinite(gradient, square)
+            self._take(parameter)
+            self._clip_(gradient, square)
+            self._squares.append(square)
+            if self.is_captured:
+                self._late.append((parameter, gradient))
+                return
+            self._n_updated = len(self._used)
+            self._update(parameter, gradient)
+            self._n_updated = 0
+        elif gradient is not None:
+            is_small = parameter.numel() <= SMALL
+            if self.clipping == "tensor" or not is_small:  # else the step takes all norms together
+                square = squared_norm(gradient)
+                if self.clipping == "tensor" and not bool(square.isfinite()):
+                    raise self.nonfinite_error()
+                self._clip_(gradient, square)
+                self._squares.append(square)
+            self._take(parameter)
+            if is_small:
+                self._floats.append((parameter, gradient))
+            elif self.is_captured:
+                self._late.append((parameter, gradient))
+            else:
+                self._update_floats([(parameter, gradient)])
+
+    def _refuse_nonfinite(self, gradient: Tensor, square: Tensor) -> None:
+        """Raise for an INT8 gradient of which this sum of squares is not finite."""
+        if not self.is_captured and not bool(square.isfinite()):
+            raise self.nonfinite_error()
+
+    def _take(self, parameter: Parameter) -> None:
+        if not self._is_in_backward:
+            self._is_in_backward = True
+            # Autograd calls it when the pass ends, and not after an error or an interrupt.
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+        self._used.add(id(parameter))
+        parameter.grad = None
+
+    def _end_backward(self) -> None:
+        self._is_in_backward = False
+
+    def _n_half_done(self) -> int:
+        """Those of a step that was interrupted, or of a backward pass that was."""
+        return self._n_updated or (len(self._used) if self._is_in_backward else 0)
+
+    def _update_floats(self, floats: list[tuple[Parameter, Tensor]]) -> None:
+        self._n_updated = len(self._used)
+        self.optimizer.update_floats(floats)
+        self._n_updated = 0
+
+    def nonfinite_error(self) -> FloatingPointError:
+        """What to raise for a gradient with a NaN or infinity."""
+        return FloatingPointError(
+            f"A gradient is NaN or infinite, and {self.n_used} weights had been handed theirs in "
+            "this step when that was known: these are updated but for rows whose gradient is not "
+            "finite, and those that one of several processes owns with them; other weights are "
+            "unchanged. Reload a checkpoint, or call optimizer.zero_grad() to go on from here; "
+            "gradient='stack' checks all gradients before the first update."
+        )
+
+    def step(self, parameters: list[Parameter]) -> bool:
+        """End the step: clip and use the gradients that wait for it, and note its norm.
+
+        Gradients wait after exact accumulation, where the Trainer has clipped them by now; where
+        the last micro-batch had none for a weight; and where hooks were lost.
+
+        Raises:
+            FloatingPointError: A gradient has a NaN or infinity. Those that waited were not used.
+            RuntimeError: The step before was interrupted half-way.
+        """
+        self._refuse_half_a_step()
+        waiting = self._waiting(parameters)
+        floats = [] if self.clipping == "tensor" else [gradient for _, gradient in self._floats]
+        released, total = [], None
+        # Other gradients than those of a pass may wait, and no graph has seen them.
+        run_part = run_directly if waiting else self.run_part
+        if self._squares or floats:
+            released = [run_part("squares", lambda: joined(self._squares + squared_norms(floats)))]
+            total = total_square(released)
+        if not are_finite(waiting) or (total is not None and not bool(total.isfinite())):
+            raise self.nonfinite_error()
+        together, late, self._floats, self._late = self._floats, self._late, [], []
+        self._n_updated = len(self._used)
+        run_part(
+            "update",
+            lambda: self._update_late(floats, together, late),
+            repeated=lambda: self.optimizer.updated([p for p, _ in (*together, *late)]),
+        )
+        self._n_updated = 0
+        squares = []
+        if self.clipping is not None:
+            gradients = [p.grad for p in waiting if p.grad is not None]
+            squares = [squared_norm(gradient) for gradient in gradients]
+            self._clip_waiting(gradients, squares)
+        self.released_norm = None if total is None else total.sqrt().float()
+        if released or squares:
+            self._remember(total_norm(released + squares) if squares else self.released_norm)
+        self._update_all(waiting)
+        self._forget()
+        if waiting and not self._keeps:
+            logger.warning(
+                "%d gradients waited for the step although they were to be released: moving a "
+                "model with .to() cuts its hooks, which are connected again now",
+                len(waiting),
+            )
+            self.attach(parameters)
+        return True
+
+    def _update_late(
+        self,
+        floats: list[Tensor],
+        together: list[tuple[Parameter, Tensor]],
+        late: list[tuple[Parameter, Tensor]],
+    ) -> None:
+        """Use what has waited for the step: `floats`, clipped only here, are among `together`."""
+        for device, members in by_device(floats).items():
+            if (factor := self._factor(self._norm_of_all(), device)) is not None:
+                torch._foreach_mul_(members, factor)
+        for parameter, gradient in late:
+            if isinstance(gradient, Int8Gradient):
+                self._update(parameter, gradient)
+            else:
+                together = [*together, (parameter, gradient)]
+        self.optimizer.update_floats(together)
+
+    def _remember(self, norm: Tensor | None) -> None:
+        """For `clipping="previous"`; always in the same place, if captured."""
+        if norm is None or not self.is_captured:
+            self.previous_norm = norm
+        elif self.previous_norm is None:
+            self.previous_norm = norm.clone()
+        else:
+            self.previous_norm.copy_(norm)
+
+    def _clip_waiting(self, gradients: list[Tensor], squares: list[Tensor]) -> None:
+        if self.max_grad_norm is None or not gradients:
+            return
+        total = total_norm(squares)
+        if self.clipping == "exact":
+            if total <= self.max_grad_norm * (1 + 1e-5):
+                return  # clipped already, up to rounding
+            self._measured = total
+        for gradient, square in zip(gradients, squares, strict=True):
+            self._clip_(gradient, square)
+
+    def _clip_(self, gradient: Tensor, square: Tensor) -> None:
+        """Scale a gradient with this squared norm in place."""
+        if self.clipping is None:
+            return
+        norm = square.sqrt().float() if self.clipping == "tensor" else self._norm_of_all()
+        if (factor := self._factor(norm, gradient.device)) is not None:
+            gradient.mul_(factor)
+
+    def _factor(self, norm: Tensor | None, device: torch.device) -> Tensor | None:
+        """What clips a gradient by this norm, by the formula of torch.nn.utils.clip_grad_norm_."""
+        if norm is None or self.max_grad_norm is None:
+            return None
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(device)
+
+    def _norm_of_all(self) -> Tensor | None:
+        """The norm that all gradients of the step are clipped by, if it is known."""
+        if self.clipping == "exact":
+            return self._measured
+        return self.previous_norm if self.clipping == "previous" else None
+
+    @contextmanager
+    def measure_norm(self) -> Iterator[None]:
+        """Within, gradients are measured and dropped; afterwards exact clipping knows the norm.
+
+        Raises:
+            FloatingPointError: A gradient has a NaN or infinity. Nothing was updated.
+        """
+        self._is_measuring = True
+        try:
+            yield
+            squares = self._squares
+        finally:
+            self._is_measuring = False
+            self._squares = []
+        if not is_finite(squares):
+            raise FloatingPointError(
+                "A gradient is NaN or infinite; nothing was updated. Lower the learning rate or "
+                "look at the batch, and run the next one."
+            )
+        self._measured = total_norm(squares)
+
+    def restart(self, *, previous_norm: Tensor | None) -> None:
+        """Go on from a checkpoint, whatever state a failed step has left."""
+        self.clear()
+        self.previous_norm = previous_norm
+        self.released_norm = None
+
+    def clear(self) -> None:
+        """Forget a step that was begun."""
+        super().clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._measured = None
+        self._squares, self._used, self._floats, self._late = [], set(), [], []
+        self._is_in_backward = False
+
+    def left(self, parameters: Iterable[Parameter]) -> Left:
+        """Norms, gradients that wait for the step, and what was updated."""
+        wait = {id(parameter) for parameter, _ in (*self._floats, *self._late)}
+        updated = tuple(p for p in parameters if id(p) in self._used - wait)
+        return Left(updated, tuple(self._squares), tuple(self._floats), tuple(self._late))
+
+    def replayed(self, left: Left) -> None:
+        """The same, in the same places."""
+        wait = [parameter for parameter, _ in (*left.floats, *left.late)]
+        self._used = {id(parameter) for parameter in (*left.updated, *wait)}
+        self._squares = list(left.squares)
+        self._floats, self._late = list(left.floats), list(left.late)

@@ -1,0 +1,53 @@
+"""How gradients flow, as a user chooses it: the words, and which of them go together."""
+
+GRADIENTS = ("stack", "release")
+CLIPPINGS = ("exact", "previous", "tensor")
+ACCUMULATIONS = ("keep", "forbid")
+NONFINITE = ("raise", "skip")
+
+
+def check_settings(
+    gradient: str,
+    nonfinite: str,
+    accumulation: str,
+    clipping: str | None,
+    max_grad_norm: float | None,
+) -> None:
+    """Raise for settings that do not exist or cannot be honoured together.
+
+    Raises:
+        ValueError: The text names the choices.
+    """
+    for name, value, choices in (
+        ("gradient", gradient, GRADIENTS),
+        ("nonfinite", nonfinite, NONFINITE),
+        ("accumulation", accumulation, ACCUMULATIONS),
+        ("clipping", clipping, (None, *CLIPPINGS)),
+    ):
+        if value not in choices:
+            wanted = " or ".join(map(repr, choices))
+            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+    if gradient == "stack":
+        if clipping is not None or max_grad_norm is not None:
+            raise ValueError(
+                "clipping and max_grad_norm are for gradient='release'. Gradients that wait for "
+                "the step are clipped between backward and step: torch.nn.utils.clip_grad_norm_, "
+                "or the Trainer's max_grad_norm."
+            )
+        return
+    if nonfinite == "skip":
+        raise ValueError(
+            "nonfinite='skip' needs all gradients before the first update, which "
+            "gradient='release' does not have. Use nonfinite='raise', or gradient='stack'."
+        )
+    if max_grad_norm is not None and not 0 < max_grad_norm < float("inf"):
+        raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
+    if (clipping is None) != (max_grad_norm is None):
+        raise ValueError(
+            "gradient='release' updates weights during backward, before the global norm is known, "
+            f"so max_grad_norm={max_grad_norm} needs a choice and clipping={clipping!r} a norm. "
+            "Set both: clipping='exact' (a second backward finds the norm), 'previous' (the norm "
+            "of the step before) or 'tensor' (each gradient by its own norm); or "
+            "max_grad_norm=0 in TrainingArguments (None in the optimizer); or use "
+            "gradient='stack', which clips exactly at no cost."
+        )

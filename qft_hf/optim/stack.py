@@ -1,0 +1,77 @@
+"""Gradients that wait for the step.
+
+Source:
+    Li et al. 2023, "QFT", section 3.4 (arXiv:2310.07147).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.nn import Parameter
+
+from ..quant import QFTWeight
+from .flow import Flow, Left, Updates
+from .norms import are_finite
+
+
+class Stack(Flow):
+    """Gradients wait for the step, in INT8: exact clipping, and a step may be refused.
+
+    Args:
+        optimizer: What makes the updates.
+        nonfinite: What a step does when a gradient has a NaN or infinity: `"raise"`, or `"skip"`.
+        **settings: Those of `Flow`.
+    """
+
+    def __init__(self, optimizer: Updates, *, nonfinite: str, **settings: Any) -> None:
+        super().__init__(optimizer, **settings)
+        self.nonfinite = nonfinite
+
+    def listens_to(self, parameter: Parameter) -> bool:
+        """To INT8 weights, for a gradient that is float."""
+        return isinstance(parameter, QFTWeight)
+
+    def complete(self, parameter: Parameter) -> None:
+        """It waits."""
+
+    def left(self, parameters: Iterable[Parameter]) -> Left:
+        """Gradients in `.grad`, and nothing here."""
+        return Left()
+
+    def replayed(self, left: Left) -> None:
+        """Nothing is here."""
+
+    def step(self, parameters: list[Parameter]) -> bool:
+        """Update every parameter that has a gradient.
+
+        Raises:
+            FloatingPointError: A gradient is not finite. Nothing was updated.
+            RuntimeError: The step before was interrupted half-way.
+        """
+        self._refuse_half_a_step()
+        waiting = self._waiting(parameters)
+        if not are_finite(waiting, self.run_part):
+            if self.nonfinite == "raise":
+                raise FloatingPointError(
+                    "A gradient is NaN or infinite, so the step was not taken; weights and "
+                    "optimizer state are unchanged. Lower the learning rate or look at the batch; "
+                    "nonfinite='skip' drops such steps and counts them in skipped_steps."
+                )
+            return False
+        if self.is_captured and self.optimizer.reads_live:
+            self._n_updated = len(waiting)  # until the host has done its part, too
+            self.run_part(
+                "update",
+                lambda: self._update_all(waiting),
+                repeated=lambda: self._repeated(waiting),
+            )
+        else:
+            self._update_all(waiting)
+        return True
+
+    def _repeated(self, waiting: list[Parameter]) -> None:
+        """What `_update_all` does on the host."""
+        for parameter in waiting:
+            parameter.grad = None
+        self.optimizer.updated(waiting)
+        self._n_updated = 0
