@@ -52,7 +52,12 @@ def test_three_processes_train_as_one_does_with_all_gradients(name, runs):
 
 
 @pytest.mark.parametrize(
-    "run", [run for run in {*ON_TWO, *ON_THREE} if run.startswith(("optimizer:", "trainer:"))]
+    "run",
+    [
+        run
+        for run in dict.fromkeys([*ON_TWO, *ON_THREE])
+        if run.startswith(("optimizer:", "trainer:"))
+    ],
 )
 def test_all_processes_end_with_the_same_weights(run, runs):
     for everyone in (runs.two, runs.three):
