@@ -113,8 +113,8 @@ class QFTExperts(GroupedModule):
 
     def _of_experts(self, x: Tensor, chosen: Tensor, ends: list[int]) -> Tensor:
         """What the experts `chosen` return for rows `x` `[S, H]`, sorted by expert: `[S, H]`."""
-        up = "gate_up_proj" if "gate_up_proj" in self._parameters else "up_proj"
-        weight: Any = self._parameters[up]
+        up = "up_proj" if "up_proj" in self._parameters else "gate_up_proj"
+        weight = self.complete_weight(up)
         without_tokens = weight.shape[0] - len(ends)  # which identity experts have too
         groups = Groups(ends + [ends[-1]] * without_tokens, chosen.device)
         y = self._product(up, x, chosen, groups)

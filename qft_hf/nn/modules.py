@@ -64,9 +64,17 @@ class QuantizedModule(nn.Module):
         """A weight, for computing with it.
 
         Raises:
-            RuntimeError: It is not quantized yet, or only some of its fields were loaded.
+            RuntimeError: It is not quantized yet, or no parameter any more, or only some of its
+                fields were loaded.
         """
-        weight = self._parameters[name]
+        weight = self._parameters.get(name)
+        if weight is None:
+            raise RuntimeError(
+                f"The {name} of {type(self).__name__} is no parameter any more: values that are "
+                "computed at each use have taken its place, as torch.nn.utils.parametrizations, "
+                "pruning and target_parameters of PEFT have them, and these need a float weight. "
+                "List the module in modules_to_not_convert of the QFTConfig."
+            )
         if not isinstance(weight, QFTWeight):
             raise RuntimeError(
                 f"The {name} of {self} is not quantized. Load the model with from_pretrained, or "

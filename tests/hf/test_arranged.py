@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
+from torch import nn
 from transformers import AutoModelForCausalLM, DbrxConfig, TrainingArguments
 
 from qft_hf import (
@@ -192,6 +194,17 @@ def test_eager_code_that_picks_an_expert_gets_its_values_and_passes_its_gradient
     assert snr_db(gradient, eager_gradient) > 38
     assert gradient[[0, 2, 3]].flatten(1).any(dim=1).all()
     assert not gradient[[1, 4, 5]].any()
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_experts_that_are_computed_from_others_are_refused(name):
+    """So does PEFT with `target_parameters`."""
+    model = quantized("qwen3_moe")
+    experts = model.model.layers[0].mlp.experts
+    nn.utils.parametrize.register_parametrization(experts, name, nn.Identity())
+
+    with pytest.raises(RuntimeError, match=f"The {name} of .* is no parameter any more"):
+        loss(model)
 
 
 CHECKPOINTING = [(family, None) for family in FAMILIES] + [("qwen3_moe", flag) for flag in (0, 1)]

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 from qft_hf.config import QuantizationSpec
@@ -375,6 +376,23 @@ def test_a_skeleton_that_waits_for_its_weights_says_so():
         RuntimeError, match=r"embed\.weight is not quantized, so no state.*quantize_"
     ):
         model.load_state_dict(quantized().state_dict())
+
+
+PARAMETRIZATIONS = {
+    "weight norm": lambda head: nn.utils.parametrizations.weight_norm(head),
+    "spectral norm": lambda head: nn.utils.parametrizations.spectral_norm(head),
+    "pruning": lambda head: nn.utils.prune.l1_unstructured(head, "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("put", PARAMETRIZATIONS.values(), ids=PARAMETRIZATIONS)
+def test_a_weight_that_is_computed_from_others_is_refused_and_says_where_it_works(put):
+    """It was a KeyError that named nothing but "weight"."""
+    model = quantized()
+    put(model.head)
+
+    with pytest.raises(RuntimeError, match=r"Linear is no parameter .* modules_to_not_convert"):
+        model.loss(batch())
 
 
 def test_quantized_modules_are_told_from_plain_ones():

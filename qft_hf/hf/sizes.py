@@ -1,0 +1,42 @@
+"""Accelerate's sizes of modules, which `infer_auto_device_map` goes by, count what is stored.
+
+It multiplies the number of elements by the bytes of their dtype, and that of an INT8 weight is the
+float type it stands for.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import utils
+from accelerate.utils import modeling
+from torch import nn
+
+from ..quant import QFTWeight
+from .wrapping import wrap_
+
+
+def install_sizes() -> None:
+    """Have Accelerate count INT8 weights by their fields. Idempotent."""
+    for module in (utils, modeling):
+        wrap_(module, "compute_module_sizes", _counting_fields)
+
+
+def _counting_fields(compute: Any) -> Any:
+    def compute_module_sizes(
+        model: nn.Module,
+        dtype: Any = None,
+        special_dtypes: Any = None,
+        buffers_only: bool = False,  # noqa: FBT001, FBT002 Accelerate's
+    ) -> Any:
+        weights = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
+        if buffers_only or not weights:
+            return compute(model, dtype, special_dtypes, buffers_only)
+        codes = dict.fromkeys(weights, torch.int8)  # a byte each: what is left are scales, outliers
+        sizes = compute(model, dtype, {**(special_dtypes or {}), **codes}, buffers_only)
+        for name, weight in weights.items():
+            parts = name.split(".")
+            for end in range(len(parts) + 1):
+                sizes[".".join(parts[:end])] += weight.nbytes - weight.numel()
+        return sizes
+
+    return compute_module_sizes
