@@ -17,10 +17,9 @@ from accelerate import big_modeling
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from ..nn.state import SUFFIXES
-from ..quant import QFTWeight
 from .drafts import drafted
 from .quantizer import QFTQuantizer, int8_weights, refuse_int8
+from .support import has_quantized_weights
 from .tensor_files import memory, tensor_names
 from .wrapping import wrap_
 
@@ -53,14 +52,10 @@ def _refusing_int8(load: Any) -> Any:
 def _knowing_tied_weights(warn: Any) -> Any:
     def knowing(self: Any, load_result: Any) -> None:
         missing = load_result.missing_keys
-        state = self.model.state_dict() if missing else {}
+        state = self.model.state_dict() if missing and has_quantized_weights(self.model) else {}
         loaded = {memory(tensor) for name, tensor in state.items() if name not in missing}
-        missing = [
-            name
-            for name in missing
-            # The fields of one weight are saved once, under the first of its names.
-            if not (name.endswith(tuple(SUFFIXES.values())) and memory(state[name]) in loaded)
-        ]
+        # What is tied is saved once, under the first of its names.
+        missing = [name for name in missing if memory(state.get(name)) not in loaded]
         warn(self, load_result._replace(missing_keys=missing))
 
     return knowing
@@ -70,7 +65,7 @@ def _refusing_by_name(load: Any) -> Any:
     def guarded(
         model: nn.Module, checkpoint: Any, device_map: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        is_int8 = any(isinstance(parameter, QFTWeight) for parameter in model.parameters())
+        is_int8 = has_quantized_weights(model)
         if device_map is not None or not is_int8:
             refuse_by_name(Path(checkpoint), is_int8=is_int8)
         return load(model, checkpoint, device_map, *args, **kwargs)

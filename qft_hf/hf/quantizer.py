@@ -266,10 +266,12 @@ class QFTQuantizer(HfQuantizer):
         _tie(model)
         _check_devices(model, kwargs.get("device_map"))
         if self.pre_quantized and (absent := self.quantization_config.forget_absent(model)):
+            kept = self._keep_floats(model, kwargs.get("checkpoint_files") or [])
             logger.warning(
-                "The checkpoint's quantization_config names %s, which %s does not have: ignored",
+                "The checkpoint's quantization_config names %s, which %s does not have: ignored%s",
                 ", ".join(dict.fromkeys(absent)),
                 type(model).__name__,
+                f"; {', '.join(kept)}, float in the checkpoint too, stays so" if kept else "",
             )
         if not self.pre_quantized or self.quantization_config.strict:
             plan = conversion_plan(model, self.quantization_config.modules_to_not_convert)
@@ -277,6 +279,24 @@ class QFTQuantizer(HfQuantizer):
         prepare_modules_(model, self.quantization_config)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         return model
+
+    def _keep_floats(self, model: PreTrainedModel, files: list[str]) -> list[str]:
+        """Have the configuration list embeddings that are float in `files`; return their names.
+
+        They are where a head is listed that is tied to one, and `model` may have none.
+        """
+        config = self.quantization_config
+        prefix = f"{model.base_model_prefix}."  # which only one of model and checkpoint may have
+        held = {name.removeprefix(prefix) for name in tensor_names(files)}
+        plan = conversion_plan(model, config.modules_to_not_convert)
+        floats = [
+            name
+            for name, module in plan.modules.items()
+            if isinstance(module, nn.Embedding) and f"{name}.weight".removeprefix(prefix) in held
+        ]
+        if floats:
+            config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *floats]
+        return floats
 
     def _check_files(self, files: list[str]) -> None:
         """Raise for what shows before anything is loaded: names of files, and their headers."""

@@ -337,10 +337,18 @@ def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
         if isinstance(parameter, QFTWeight) and parameter.requires_grad
     ]
     if trained and not is_ours(inner):
+        advice = (
+            f"Set optim={names()} and pass no optimizer of your own; or freeze them, as adapters "
+            "do: weight.requires_grad_(False)."
+        )
+        if hasattr(model, "peft_config"):
+            advice = (
+                "Beside adapters only float modules can be trained: list those of modules_to_save "
+                "in modules_to_not_convert of the QFTConfig."
+            )
         raise TypeError(
             f"{len(trained)} INT8 weights ({trained[0]}, ...) are to be trained, and the optimizer "
-            f"is {type(inner).__name__}, which cannot update them. Set optim={names()} and pass no "
-            "optimizer of your own; or freeze them, as adapters do: weight.requires_grad_(False)."
+            f"is {type(inner).__name__}, which cannot update them. {advice}"
         )
     part = trained_part(model)
     if is_ours(inner) and not has_quantized_weights(part):

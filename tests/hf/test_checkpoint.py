@@ -17,10 +17,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, trainer
+from transformers import BertForMaskedLM, Trainer, TrainerCallback, trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from qft_hf import QFTTrainer
+from qft_hf import QFTConfig, QFTTrainer, quantize_model_
 from qft_hf.hf.checkpoint import MARK, faults, newest_whole_checkpoint, remove_old
 from qft_hf.hf.drafts import PREFIX
 from tests.hf.checkpoints import edit_tensors
@@ -697,6 +697,27 @@ def test_the_stock_trainer_misses_no_weight_that_is_tied(sharded, tmp_path, hear
 
     assert not [message for message in heard if "missing keys" in message]
     assert_same_state(straight.model.state_dict(), run.model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["bias", "float table"])
+def test_nor_what_is_tied_and_float(kind, tmp_path, heard):
+    """A bias beside a tied weight, and a table that a listed head keeps float."""
+
+    def run(folder):
+        if kind == "bias":
+            model = quantize_model_(BertForMaskedLM(tiny_bert().config), QFTConfig())
+        else:
+            config = QFTConfig(modules_to_not_convert=["lm_head"])
+            model = quantize_model_(tiny_llama(tied=True), config)
+        return trainer_on(model, folder, Trainer, **STEPS)
+
+    run(tmp_path).train()
+    again = run(tmp_path / "again")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+    assert not [message for message in heard if "missing keys" in message]
+    straight = type(again.model).from_pretrained(tmp_path / "checkpoint-4")
+    assert_same_state(straight.state_dict(), again.model.state_dict())
 
 
 def test_the_stock_trainer_still_tells_what_is_missing(tmp_path, heard):

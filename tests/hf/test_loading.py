@@ -464,13 +464,14 @@ def test_bias_missing(tmp_path):
         BertForSequenceClassification.from_pretrained(tmp_path)
 
 
-def test_float_weight_where_int8_is_expected(int8_folder):
-    def replace(tensors):
-        for name in [n for n in tensors if n.startswith(DOWN)]:
-            del tensors[name]
-        tensors[DOWN + "weight"] = torch.ones(44, 75)
+def float_down_proj(tensors):
+    for name in [n for n in tensors if n.startswith(DOWN)]:
+        del tensors[name]
+    tensors[DOWN + "weight"] = torch.ones(44, 75)
 
-    edit_tensors(int8_folder, replace)
+
+def test_float_weight_where_int8_is_expected(int8_folder):
+    edit_tensors(int8_folder, float_down_proj)
     with pytest.raises(ValueError, match=r"down_proj\.weight is in the checkpoint as a float"):
         load(int8_folder)
 
@@ -626,6 +627,36 @@ def test_names_of_a_checkpoint_that_this_class_has_not_are_ignored_and_said_once
     again = type(causal).from_pretrained(tmp_path / "causal")  # which has them still has its head
     assert type(again.lm_head) is type(causal.lm_head)
     assert getattr(again.lm_head, "products", None) == getattr(causal.lm_head, "products", None)
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
+def test_a_table_that_an_absent_head_keeps_float_stays_so(shards, tmp_path, caplog):
+    """It was refused: the checkpoint has it in float, and nothing was left that says so."""
+    config = QFTConfig(modules_to_not_convert=["lm_head"])
+    causal = quantize_model_(tiny_llama(tied=True), config)
+    causal.save_pretrained(tmp_path / "causal", **shards)
+
+    with caplog.at_level(logging.WARNING, logger="qft_hf"):
+        base = LlamaModel.from_pretrained(tmp_path / "causal")
+
+    assert "names lm_head, which LlamaModel does not have: ignored; embed_tokens, float" in (
+        caplog.text
+    )
+    assert_same_state(base, causal.model)
+    assert type(base.embed_tokens) is nn.Embedding
+    base.save_pretrained(tmp_path / "base")
+    assert_same_state(LlamaModel.from_pretrained(tmp_path / "base"), base)
+    with pytest.raises(ValueError, match=r"^1 tensors of .*\n- score\.weight_q is missing"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "causal")
+
+
+def test_a_float_weight_that_nothing_explains_is_refused_beside_an_absent_name(tmp_path):
+    config = QFTConfig(modules_to_not_convert=["lm_head"])
+    quantize_model_(tiny_llama(tied=True), config).save_pretrained(tmp_path)
+    edit_tensors(tmp_path, float_down_proj)
+
+    with pytest.raises(ValueError, match=r"down_proj\.weight is in the checkpoint as a float"):
+        LlamaModel.from_pretrained(tmp_path)
 
 
 def test_names_that_the_user_gives_still_have_to_match(tmp_path):

@@ -62,6 +62,23 @@ def test_an_optimizer_of_ours_is_for_all_weights_and_says_so(tmp_path):
         trained(adapted(), tmp_path, "qft_lion")
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_module_that_is_trained_whole_beside_adapters_has_to_be_float(tied, tmp_path):
+    """The advice was to take an optimizer of ours, which refuses adapters."""
+    lora = LoraConfig(target_modules=["q_proj"], r=4, modules_to_save=["lm_head"])
+    with pytest.raises(TypeError, match=r"lm_head.*only float modules .* in modules_to_not_conve"):
+        trained(adapted(lora, tied=tied), tmp_path)
+
+    config = QFTConfig(modules_to_not_convert=["lm_head"])
+    model = get_peft_model(quantize_model_(tiny_llama(tied=tied), config), lora)
+    before = logits(model)
+    losses = trained(model, tmp_path)
+    assert losses[-1] < losses[0]
+    head = model.base_model.model.lm_head
+    assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+    assert not torch.equal(logits(model), before)
+
+
 def test_adapters_are_saved_and_loaded_onto_the_int8_checkpoint(tmp_path):
     quantize_model_(tiny_llama(), QFTConfig()).save_pretrained(tmp_path / "base")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), LORA)
