@@ -1,6 +1,6 @@
-"""`accelerator.clip_grad_norm_` finds no gradients that were released, and says so.
+"""`accelerator.clip_grad_norm_` and `clip_grad_value_` find no released gradients, and say so.
 
-It would return the norm of none, 0, and clip nothing. In a Trainer it is left alone: there the
+They would clip nothing, and the norm of none is 0. In a Trainer it is left alone: there the
 optimizer clips, and the callback logs the norm.
 """
 
@@ -16,17 +16,18 @@ from .wrapping import wrap_
 
 def install_clipping() -> None:
     """Have each accelerator of a loop of the user's own look for released gradients. Idempotent."""
-    wrap_(Accelerator, "clip_grad_norm_", _refusing_released)
+    for name in ("clip_grad_norm_", "clip_grad_value_"):
+        wrap_(Accelerator, name, _refusing_released)
 
 
 def _refusing_released(clip: Any) -> Any:
-    def clip_grad_norm_(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+    def refusing(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         if trainer_of(self) is None:
             for optimizer in self._optimizers:
                 refuse_released(unwrapped(optimizer))
         return clip(self, *args, **kwargs)
 
-    return clip_grad_norm_
+    return refusing
 
 
 def refuse_released(optimizer: Any) -> None:
@@ -38,7 +39,7 @@ def refuse_released(optimizer: Any) -> None:
     if isinstance(optimizer, QFTOptimizer) and optimizer.n_released:
         raise RuntimeError(
             f"gradient='release' has used {optimizer.n_released} gradients during backward, so "
-            f"clip_grad_norm_ would clip nothing. Give {type(optimizer).__name__} max_grad_norm "
-            "and clipping='exact', 'previous' or 'tensor' instead, and read its released_norm "
-            "after step(); or use gradient='stack'."
+            f"nothing is left to clip. Give {type(optimizer).__name__} max_grad_norm and "
+            "clipping='exact', 'previous' or 'tensor' instead, and read its released_norm after "
+            "step(); or use gradient='stack'."
         )

@@ -1,4 +1,4 @@
-"""`accelerator.clip_grad_norm_` in a loop of the user's own."""
+"""Clipping by an accelerator in a loop of the user's own."""
 
 import pytest
 import torch
@@ -41,6 +41,21 @@ def test_gradients_that_were_released_are_said_to_be(max_norm):
     optimizer.step()  # the step itself is whole
     assert optimizer.optimizer.released_norm > 0
     accelerator.clip_grad_norm_(model.parameters(), max_norm)  # and nothing is under way
+
+
+@pytest.mark.parametrize(
+    ("gradient", "error", "match"),
+    [
+        ("release", RuntimeError, r"has used 21 gradients .* Give QFTLion max_grad_norm"),
+        ("stack", NotImplementedError, r"aten\.clamp_\.default would write to Int8Gradient"),
+    ],
+)
+def test_clipping_by_value_is_refused_in_both_modes(gradient, error, match):
+    """With release it was an error of PyTorch's own, of a list that is empty."""
+    accelerator, model, _ = prepared(gradient=gradient)
+
+    with pytest.raises(error, match=match):
+        accelerator.clip_grad_value_(model.parameters(), 0.1)
 
 
 def test_a_trainer_is_left_alone(tmp_path):
