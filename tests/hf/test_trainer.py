@@ -23,6 +23,7 @@ from qft_hf import (
     QFTTrainer,
     QFTTrainingArguments,
     QFTWeight,
+    dequantize_model_,
     memory_ledger,
     quantize_model_,
 )
@@ -195,6 +196,40 @@ def test_clipping_and_logged_norm_are_those_of_the_dequantized_gradients(max_gra
         torch.testing.assert_close(dense(after), dense(before) * factor, rtol=1e-5, atol=0)
         if isinstance(before, Int8Gradient):
             assert torch.equal(before.codes, after.codes)
+
+
+class OfRows(Trainer):
+    """Its loss is of rows of the table, read beside the module."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        rows = model.get_input_embeddings().weight[inputs["input_ids"]]
+        return (rows - 1).square().mean()
+
+
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_loss_of_embeddings_alone_has_its_gradient_and_falls(tied, gradient, tmp_path):
+    """The logged norm was 0, and no weight moved."""
+    model = quantize_model_(tiny_llama(tied=tied), QFTConfig())
+    twin = dequantize_model_(copy.deepcopy(model), torch.float32)
+    trainer = trainer_on(
+        model, tmp_path, OfRows, optim_args=f"gradient={gradient}", max_grad_norm=0, max_steps=4,
+        per_device_train_batch_size=32, weight_decay=0.0, lr_scheduler_type="constant",
+    )  # fmt: skip
+    ids = torch.stack([sequence["input_ids"] for sequence in trainer.train_dataset])
+    trainer.compute_loss(twin, {"input_ids": ids}).backward()
+    exact = twin.get_input_embeddings().weight.grad
+
+    trainer.train()
+
+    norms, losses = history(trainer, "grad_norm"), history(trainer, "loss")
+    # Each element that is not zero is off by half a code of its row's largest at most.
+    sizes = exact.abs()[exact.any(dim=1)]
+    error = (sizes.amax(dim=1, keepdim=True) / 254 / sizes).max().item()
+    assert error < 0.01
+    assert norms[0] == pytest.approx(exact.norm().item(), rel=error + 1e-5)
+    # Lion moves each element by the rate towards 1, from values near 0.
+    assert losses[0] - losses[-1] == pytest.approx(2 * 3 * 1e-3, rel=0.1)
 
 
 @pytest.mark.parametrize("tied", [False, True])
