@@ -73,7 +73,7 @@ def redirect() -> None:
     from qft_hf import kernels
     from qft_hf.kernels import backend
     from qft_hf.kernels.triton import int8_product
-    from qft_hf.optim import flow
+    from qft_hf.optim import norms, release, stack
 
     backend.OWN = (
         backend.Backend("triton", f"{kernels.__name__}.triton", ("cpu",), lambda device: None),
@@ -95,11 +95,12 @@ def redirect() -> None:
     torch.cuda.get_device_properties = lambda device: properties
 
     # Undefined gradients may be NaN, which would raise: they are looked at as ever, in vain.
-    squared_norm, total = flow._squared_norm, flow._total
-    are_finite = flow._are_finite
-    flow._squared_norm = lambda gradient: squared_norm(gradient).nan_to_num_(0.0, 0.0, 0.0)
-    flow._total = lambda squares: total(squares).nan_to_num_(0.0, 0.0, 0.0)
-    flow._are_finite = lambda *arguments: are_finite(*arguments) or True
+    squared_norm, total, are_finite = norms.squared_norm, norms.total_square, norms.are_finite
+    for module in (norms, release):
+        module.squared_norm = lambda gradient: squared_norm(gradient).nan_to_num_(0.0, 0.0, 0.0)
+        module.total_square = lambda squares: total(squares).nan_to_num_(0.0, 0.0, 0.0)
+    for module in (stack, release):
+        module.are_finite = lambda *arguments: are_finite(*arguments) or True
 
 
 def training_step(mode: str, options: Namespace) -> Step:

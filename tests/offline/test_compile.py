@@ -553,7 +553,7 @@ def test_no_launch_over_a_large_vocabulary_has_more_programs_than_a_gpu_takes():
             rows, tokens = product.constants["ROWS"], product.constants["TOKENS"]
             assert product.grid == (-(-VOCABULARY // rows) * -(-n_tokens // tokens),)
             found.append(product)
-    found += launches(quantization.dequantize, table, rows=None, dtype=torch.bfloat16)
+    found += launches(quantization.dequantize, table, rows=None, n_each=1, dtype=torch.bfloat16)
     coded = quantized(columns, rows=VOCABULARY)
     x = tensor(VOCABULARY, columns, dtype=torch.bfloat16)
     found += launches(quantization.quantize, x, group_size=256)
