@@ -199,7 +199,7 @@ def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None
 
     transformers' `rotate_checkpoints` keeps the one that the file system calls the newest, which is
     an old one where clocks differ, and takes for a checkpoint whatever is named `checkpoint-*`,
-    such as a copy that somebody has set aside.
+    such as a copy that somebody has set aside. What cannot be removed stays, with a warning.
 
     Args:
         folder: Of the run.
@@ -213,7 +213,16 @@ def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None
     old.sort(key=lambda path: path.stat().st_mtime)
     n_others = max(0, limit - (len(checkpoints) - len(old)))
     for path in old[: len(old) - n_others]:
-        shutil.rmtree(path, ignore_errors=True)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            logger.warning(
+                "save_total_limit=%d: %s should make room and cannot be removed (%s), so there are "
+                "more checkpoints than that. Remove it by hand, or its space stays taken",
+                limit,
+                path,
+                error,
+            )
 
 
 def check_weights(model: nn.Module, checkpoint: Path) -> None:

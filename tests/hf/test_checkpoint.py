@@ -112,6 +112,18 @@ def test_rotation_leaves_what_is_no_checkpoint_of_the_run(tmp_path):
     assert names(tmp_path) == ["checkpoint-4-good", "checkpoint-8"]
 
 
+def test_rotation_says_what_it_cannot_remove(tmp_path, caplog):
+    """A checkpoint that was moved to another disk, with a link in its place."""
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    make(run).train()
+    shutil.move(run / "checkpoint-2", elsewhere)
+    (run / "checkpoint-2").symlink_to(elsewhere)
+    make(run, max_steps=8, save_total_limit=1).train(resume_from_checkpoint=True)
+    assert names(run) == ["checkpoint-2", "checkpoint-8"]
+    assert faults(elsewhere) == []
+    assert f"{run / 'checkpoint-2'} should make room and cannot be removed" in caplog.text
+
+
 def test_rotation_goes_by_when_checkpoints_were_written_and_not_by_their_steps(tmp_path):
     """Checkpoints of an earlier, longer run: the new ones have fewer steps."""
     make(tmp_path, max_steps=8).train()
