@@ -78,7 +78,9 @@ class QuantizedModule(nn.Module):
         if not isinstance(weight, QFTWeight):
             raise RuntimeError(
                 f"The {name} of {self} is not quantized. Load the model with from_pretrained, or "
-                "call quantize_model_."
+                "call quantize_model_. If something put it in the place of an INT8 weight, such as "
+                "fully_shard or torch.func.grad, that takes float weights alone: leave it out, or "
+                "call dequantize_model_ before."
             )
         if weight.pending:
             raise RuntimeError(

@@ -19,6 +19,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 aten = torch.ops.aten
 Operator = Callable[..., Any]
 
+COLLECTIVE = (
+    "{operator} of torch.distributed would exchange {stored!r} as a float tensor, which has no "
+    "memory for values, only for codes and scales: what arrived would be lost. An optimizer of "
+    "qft_hf that is made after init_process_group gives all processes the same weights by its "
+    "broadcast(), and averages gradients itself: leave collectives and wrappers out."
+)
+
 
 class Readable(Tensor):
     """A float tensor to everybody who reads it, whatever it is stored as."""
@@ -142,8 +149,11 @@ def read(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operator on values in the place of the tensors that store them.
 
     Raises:
-        NotImplementedError: It would write to such a tensor.
+        NotImplementedError: It would write to such a tensor, or exchange it among processes.
     """
+    if operator.namespace == "c10d":  # collectives do not tell what they write
+        stored = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Readable))
+        raise NotImplementedError(COLLECTIVE.format(operator=operator, stored=stored))
     for stored, is_written in _aliased(operator, args, kwargs):
         if not is_written:
             return view(operator, args, kwargs)

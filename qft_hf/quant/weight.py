@@ -47,7 +47,8 @@ class QFTWeight(Int8Tensor):
         "To edit weights, call dequantize_model_(model), change them, and quantize_model_(model) "
         "again; to train them, use an optimizer of qft_hf, such as QFTLion; to compute with other "
         "values, change those of .dequantize(), which are a copy; a running mean of them is float: "
-        "AveragedModel(dequantize_model_(copy.deepcopy(model), model.dtype))."
+        "AveragedModel(dequantize_model_(copy.deepcopy(model), model.dtype)). On several processes "
+        "leave DistributedDataParallel out: an optimizer of qft_hf averages gradients itself."
     )
 
     stored: kernels.Weight  # the fields as operators take them

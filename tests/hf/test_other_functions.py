@@ -5,6 +5,7 @@ import copy
 import accelerate
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate.utils import load_checkpoint_in_model
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import fully_shard
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from qft_hf import QFTConfig, dequantize_model_, quantize_model_
@@ -154,6 +156,64 @@ def test_a_distributed_checkpoint_of_the_optimizer_s_own_state_keeps_the_step(tm
     its_optimizer.load_state_dict(state["optimizer"])
 
     assert its_optimizer.state[other.lm_head.weight]["step"] == 2
+
+
+# --- torch.distributed and torch.func around a model ----------------------------------------------
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+COLLECTIVES = {
+    "broadcast": lambda tensor: dist.broadcast(tensor, 0),
+    "all_reduce": dist.all_reduce,
+    "all_reduce of a view": lambda tensor: dist.all_reduce(tensor[:2]),
+    "scatter": lambda tensor: dist.scatter(tensor, [tensor]),
+    "all_gather": lambda tensor: dist.all_gather([torch.empty(tensor.shape)], tensor),
+}
+
+
+@pytest.mark.parametrize("collective", COLLECTIVES.values(), ids=COLLECTIVES)
+@pytest.mark.parametrize("of", ["weight", "gradient"])
+def test_a_collective_that_would_be_lost_is_refused(of, collective, one_process):
+    """Sums and broadcasts went into values that nobody kept; a scatter was a crash."""
+    model = int8_llama()
+    model(IDS, labels=IDS).loss.backward()
+    weight = model.lm_head.weight
+
+    with pytest.raises(NotImplementedError, match=r"would be lost.*init_process_group.*leave"):
+        collective(weight.detach() if of == "weight" else weight.grad)
+    dist.all_reduce(weight.codes)  # its fields are plain tensors
+
+
+def test_a_wrapper_of_ones_own_is_refused_and_what_to_do_instead_is_said(one_process):
+    with pytest.raises(NotImplementedError, match="leave DistributedDataParallel out"):
+        nn.parallel.DistributedDataParallel(int8_llama())
+
+
+def fully_sharded() -> None:
+    model = int8_llama()
+    fully_shard(model)
+    model(IDS)
+
+
+def differentiated_by_torch_func() -> None:
+    model = int8_llama()
+    torch.func.grad(
+        lambda parameters: torch.func.functional_call(model, parameters, (IDS, None)).logits.sum()
+    )(dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize("use", [fully_sharded, differentiated_by_torch_func])
+def test_who_puts_float_weights_in_the_place_of_int8_ones_is_named(use, one_process):
+    """A user who had called quantize_model_ was told to call it."""
+    with pytest.raises(RuntimeError, match=r"fully_shard or torch\.func.*dequantize_model_ before"):
+        use()
 
 
 # --- memory of several processes ------------------------------------------------------------------
