@@ -23,7 +23,14 @@ from ..layout import (
     outliers_per_row,
     state_bits,
 )
-from ..nn import ConversionPlan, conversion_plan, product_choices
+from ..nn import (
+    ConversionPlan,
+    arrangement_of,
+    conversion_plan,
+    own_weights,
+    product_choices,
+)
+from ..nn.int8 import min_tokens_of_expert
 from ..nn.loss import words_at_a_time
 from ..nn.products import output_head
 from ..quant import Arrangement
@@ -47,6 +54,7 @@ class Workload:
         checkpointing: Whether a layer keeps its input only and is computed again in backward.
         chunked_loss: Whether logits exist for one run of the vocabulary at a time.
         int8_inputs: Whether linear modules save INT8 codes of their inputs.
+        int8_expert_inputs: Whether experts do.
         outlier_fraction: Share of the columns of INT8 inputs that are saved as floats.
         experts_per_token: Whose inputs and outputs are copies of their own; 0: no such layers.
     """
@@ -62,6 +70,7 @@ class Workload:
     checkpointing: bool
     chunked_loss: bool = False
     int8_inputs: bool = False
+    int8_expert_inputs: bool = False
     outlier_fraction: float = 0.0
     experts_per_token: int = 0
 
@@ -81,22 +90,36 @@ class Workload:
         Each expert of a token has a copy of its own of what comes after the second norm.
         """
         copies = (self.hidden,) * max(1, self.experts_per_token)
-        inputs = (self.hidden, *copies, self.attention, self.intermediate)
-        if self.int8_inputs:
-            return sum(
-                CODE_BYTES * width
-                + SCALE_BYTES
-                + self.compute_bytes * outliers_per_row(width, self.outlier_fraction)
-                for width in inputs
-            )
-        return self.compute_bytes * sum(inputs)
+        of_attention = self._input_bytes(self.hidden, self.attention, as_codes=self.int8_inputs)
+        return of_attention + self._input_bytes(
+            *copies, self.intermediate, as_codes=self._mlp_saves_codes
+        )
+
+    @property
+    def _mlp_saves_codes(self) -> bool:
+        return self.int8_expert_inputs if self.experts_per_token else self.int8_inputs
+
+    def _input_bytes(self, *widths: int, as_codes: bool) -> int:
+        """Bytes of one token's inputs of these widths."""
+        if not as_codes:
+            return self.compute_bytes * sum(widths)
+        return sum(
+            CODE_BYTES * width
+            + SCALE_BYTES
+            + self.compute_bytes * outliers_per_row(width, self.outlier_fraction)
+            for width in widths
+        )
 
     @property
     def gradient_operand_bytes(self) -> int:
         """The gradient of a linear module in its two INT8 forms, with its scales."""
-        widest = max(self.hidden, self.attention, self.intermediate)
-        codes = 2 * CODE_BYTES * self.tokens * widest
-        return codes + SCALE_BYTES * (self.tokens + widest) if self.int8_inputs else 0
+        widths = [self.hidden, self.attention] if self.int8_inputs else []
+        if self._mlp_saves_codes:
+            widths += [self.hidden, self.intermediate]
+        if not widths:
+            return 0
+        codes = 2 * CODE_BYTES * self.tokens * max(widths)
+        return codes + SCALE_BYTES * (self.tokens + max(widths))
 
     @property
     def saved_bytes(self) -> int:
@@ -203,7 +226,7 @@ def estimate(
     plan = conversion_plan(model, spec.modules_to_not_convert)
     workload = replace(
         workload,
-        int8_inputs=_keeps_codes(model, plan, spec),
+        **_saves_codes(model, plan, spec, workload),
         outlier_fraction=spec.outlier_fraction,
     )
     weights = list(plan.weights.values())
@@ -280,15 +303,28 @@ def _at_a_time(arrangement: Arrangement) -> int:
     return max(min(TILE_ELEMENTS, rows * columns), of_one if arrangement.n_matrices > 1 else 0)
 
 
-def _keeps_codes(model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec) -> bool:
-    """Whether every linear module but the head saves codes; one that does not saves its input.
+def _saves_codes(
+    model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec, workload: Workload
+) -> dict[str, bool]:
+    """Whether linear modules save codes, and whether experts do; who does not saves its input.
 
-    Experts are taken to get as many tokens as an INT8 product wants.
+    The head is not asked. All of a kind must. Tokens are taken to be spread evenly over experts,
+    on a GPU, where small experts are multiplied in float.
     """
-    choices = product_choices(model, plan, spec)
     head = output_head(model)
-    inner = [choice for name, choice in choices.items() if model.get_submodule(name) is not head]
-    return bool(inner) and all(choice is not None and choice.weight_gradient for choice in inner)
+    tokens = workload.tokens * workload.experts_per_token
+    of_kind: dict[str, list[bool]] = {"int8_inputs": [], "int8_expert_inputs": []}
+    for name, choice in product_choices(model, plan, spec).items():
+        module = model.get_submodule(name)
+        saves = choice is not None and choice.weight_gradient
+        every = (arrangement_of(module, own) for own in own_weights(module))
+        experts = [of_own for of_own in every if of_own.n_matrices > 1]
+        for of_own in experts:
+            fewest = min_tokens_of_expert(of_own.rows, of_own.columns, "cuda")
+            saves = saves and tokens >= fewest * of_own.n_matrices
+        if module is not head:
+            of_kind["int8_expert_inputs" if experts else "int8_inputs"].append(saves)
+    return {kind: bool(found) and all(found) for kind, found in of_kind.items()}
 
 
 def count(tensors: Iterable[Tensor]) -> tuple[int, int]:

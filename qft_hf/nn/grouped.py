@@ -184,9 +184,10 @@ def _gradient(
 
 
 class _Int8Grouped(torch.autograd.Function):
-    """The same, one expert at a time; products of those with many tokens are as `products` says.
+    """The same, one expert at a time.
 
-    `operands` are the quantized tokens of the experts that got any, where a product needs them.
+    Of each expert that got tokens `products` says which of them are INT8, and `operands` are its
+    quantized tokens where such a product needs them.
     """
 
     @staticmethod
@@ -195,21 +196,21 @@ class _Int8Grouped(torch.autograd.Function):
         x: Tensor,
         weight: QFTWeight,
         groups: Groups,
-        products: Int8Products,
+        products: list[Int8Products],
         operands: list[kernels.Input | None],
         dtype: torch.dtype,
     ) -> Tensor:
         ctx.weight, ctx.groups, ctx.products, ctx.x_dtype = weight, groups, products, x.dtype
         ctx.n_kept = []
+        keeps_codes = any(chosen.weight_gradient for chosen in products)
         outputs: list[Tensor] = []
         kept: list[Tensor] = []
-        for expert, operand in zip(groups.hit, operands, strict=True):
+        for expert, chosen, operand in zip(groups.hit, products, operands, strict=True):
             y, of_expert = multiplied(
-                x[groups.tokens(expert)], weight.one(expert), None,
-                _products(groups, expert, products), operand, dtype,
+                x[groups.tokens(expert)], weight.one(expert), None, chosen, operand, dtype,
                 needs_weight=ctx.needs_input_grad[1],
             )  # fmt: skip
-            if products.weight_gradient and operand is None:  # else all of x would be kept by these
+            if keeps_codes and operand is None:  # else all of x would be kept by these
                 of_expert = tuple(tensor.clone() for tensor in of_expert)
             outputs.append(y)
             kept += of_expert
@@ -225,11 +226,10 @@ class _Int8Grouped(torch.autograd.Function):
         kept = iter(ctx.saved_tensors)
         grads_x: list[Tensor] = []
         made: dict[int, Tiles] = {}
-        for expert, n_kept in zip(ctx.groups.hit, ctx.n_kept, strict=True):
+        for expert, chosen, n_kept in zip(ctx.groups.hit, ctx.products, ctx.n_kept, strict=True):
             grad_x, tiles = gradients(
                 grad[ctx.groups.tokens(expert)], tuple(islice(kept, n_kept)), weight.one(expert),
-                _products(ctx.groups, expert, ctx.products),
-                needs_x=needs_x, needs_weight=needs_weight,
+                chosen, needs_x=needs_x, needs_weight=needs_weight,
             )  # fmt: skip
             if grad_x is not None:
                 grads_x.append(grad_x.to(ctx.x_dtype))
@@ -240,20 +240,14 @@ class _Int8Grouped(torch.autograd.Function):
         return grad_x, gradient, None, None, None, None
 
 
-def _products(groups: Groups, expert: int, products: Int8Products) -> Int8Products:
-    """Those of one expert: with few tokens none is INT8, as in `functional.linear`."""
-    return products if groups.n_tokens(expert) >= int8.MIN_TOKENS else FLOAT
-
-
 def _operands(
-    x: Tensor, weight: QFTWeight, groups: Groups, products: Int8Products
+    x: Tensor, weight: QFTWeight, groups: Groups, products: list[Int8Products]
 ) -> list[kernels.Input | None]:
     """The tokens of each expert as INT8 products take them, with outlier columns of their own."""
     n_outliers = weight.outlier_values.shape[1]
     recording = torch.is_grad_enabled()
     operands = []
-    for expert in groups.hit:
-        chosen = _products(groups, expert, products)
+    for expert, chosen in zip(groups.hit, products, strict=True):
         wanted = chosen.forward or (chosen.weight_gradient and recording)
         tokens = x.detach()[groups.tokens(expert)]
         operands.append(int8.quantize(tokens, n_outliers=n_outliers) if wanted else None)
@@ -313,7 +307,8 @@ def grouped_linear(
         weight: `[E, R, C]`, or transposed `[E, C, R]`; for INT8 products as `functional.linear`
             wants it, each expert with outliers in columns of its own.
         groups: Which of the S tokens are whose.
-        products: Which products are INT8, of experts with `int8.MIN_TOKENS` tokens or more.
+        products: Which products are INT8, of experts with `int8.min_tokens_of_expert` tokens or
+            more.
         training: As in `functional.linear`.
 
     Returns:
@@ -327,11 +322,14 @@ def grouped_linear(
         if 0 < len(x) <= dequantized.max_tokens(dtype, x.device):
             return _few(x.to(dtype), weight, groups)
     output: Tensor
-    if products is None or max(map(groups.n_tokens, groups.hit), default=0) < int8.MIN_TOKENS:
+    rows, columns = weight.arrangement.rows, weight.arrangement.columns
+    fewest = int8.min_tokens_of_expert(rows, columns, groups.device.type)
+    if products is None or max(map(groups.n_tokens, groups.hit), default=0) < fewest:
         output = _Grouped.apply(x, weight, groups, dtype)
         return output
-    operands = _operands(x, weight, groups, products)
-    output = _Int8Grouped.apply(x, weight, groups, products, operands, dtype)
+    of_each = [products if groups.n_tokens(e) >= fewest else FLOAT for e in groups.hit]
+    operands = _operands(x, weight, groups, of_each)
+    output = _Int8Grouped.apply(x, weight, groups, of_each, operands, dtype)
     return output
 
 

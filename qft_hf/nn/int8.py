@@ -15,6 +15,7 @@ and float columns chosen by the activations, there by a threshold and here by nu
 
 import threading
 import weakref
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,18 @@ class Gradient(NamedTuple):
 # With fewer tokens the weight is dequantized. Integer matrix units take 16 or 32 rows at a time,
 # and reading the weight sets the time of a product this small, whatever multiplies.
 MIN_TOKENS = 32
+
+# On a GPU the float products of many experts are one launch, and the INT8 products of one expert a
+# dozen launches in a step, which keep the host busy for about 100 µs. By arithmetic from the speeds
+# of GPUs, products of 0.5 to 5 * 10**10 multiplications save as much (docs/int8-products.md).
+MIN_EXPERT_MULTIPLICATIONS = 2**34
+
+
+def min_tokens_of_expert(rows: int, columns: int, device_type: str) -> int:
+    """How many tokens an expert `[rows, columns]` has to have for INT8 products."""
+    if device_type == "cpu":
+        return MIN_TOKENS
+    return max(MIN_TOKENS, ceil(MIN_EXPERT_MULTIPLICATIONS / max(1, rows * columns)))
 
 
 class _Slot:

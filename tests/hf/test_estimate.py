@@ -127,6 +127,28 @@ def test_int8_inputs_are_counted_where_all_modules_save_them():
     assert saved(matmul="int8", int8_products={"down_proj": []}) == floats
 
 
+def test_experts_save_codes_from_as_many_tokens_each_as_a_gpu_wants():
+    config = MixtralConfig(dtype="bfloat16", num_hidden_layers=2)
+
+    def saved(tokens: int, **arguments) -> int:
+        rows = estimate_memory(
+            config, config=QFTConfig(**arguments), sequence_length=tokens,
+            gradient_checkpointing=False,
+        ).activation_rows  # fmt: skip
+        return next(row.bytes for row in rows if row.state == "saved by the layers")
+
+    def by_codes(width: int) -> int:  # bytes less: a code for bf16, but for a scale and outliers
+        return 2 * width - (width + 4 + 2 * -(-width // 100))
+
+    # Two of eight experts a token, so 256 and 512 tokens each. The second weight wants 293.
+    of_attention = 2 * by_codes(4096)
+    of_experts = 2 * by_codes(4096) + by_codes(2 * 14_336)
+    assert saved(1024) - saved(1024, matmul="int8") == 2 * 1024 * of_attention
+    assert saved(2048) - saved(2048, matmul="int8") == 2 * 2048 * (of_attention + of_experts)
+    without = saved(2048, matmul="int8", int8_products={"experts": []})
+    assert saved(2048) - without == 2 * 2048 * of_attention
+
+
 def activations(vocabulary: int = 32_000, **arguments) -> dict[str, int]:
     """Bytes by kind for LLaMA-7B in bf16, whose hidden states have 4,096 elements."""
     config = LlamaConfig(dtype="bfloat16", vocab_size=vocabulary)

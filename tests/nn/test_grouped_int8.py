@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from qft_hf.config import QuantizationSpec
-from qft_hf.nn import Groups, Int8Products, grouped_linear, linear
+from qft_hf.nn import Groups, Int8Products, grouped_linear, int8, linear
+from qft_hf.nn.int8 import min_tokens_of_expert
 from qft_hf.optim import QFTLion
 from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.nn.small import randn
@@ -193,3 +194,29 @@ def test_release_has_the_bits_of_stack(monkeypatch, tile_elements):
     for name, field in stack.fields().items():
         assert torch.equal(release.fields()[name], field), name
     assert not torch.equal(stack.codes, experts(transposed=True).codes)
+
+
+def test_an_expert_has_int8_products_from_its_own_least_number_of_tokens_on(monkeypatch):
+    def least(rows: int, columns: int, device_type: str) -> int:
+        return {(ROWS, COLUMNS, "cpu"): 40}[rows, columns, device_type]
+
+    monkeypatch.setattr(int8, "min_tokens_of_expert", least)
+    weight, x, grad_y = experts(), tokens(), randn(S, ROWS, seed=3)
+    y, grad_x, _ = run(weight, x, grad_y)
+
+    for expert, (count, own) in enumerate(zip(COUNTS, runs(), strict=True)):
+        of_own = x[own].clone().requires_grad_()
+        alone = linear(of_own, weight.data.one(expert), products=ALL if count >= 40 else None)
+        alone.backward(grad_y[own])
+        assert_same_bits(y[own], alone.detach())
+        assert_same_bits(grad_x[own], of_own.grad)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "tokens"),
+    [(28_672, 4096, 147), (4096, 14_336, 293), (1536, 2048, 5462), (2**16, 2**14, 32)],
+)
+def test_on_a_gpu_an_expert_multiplies_enough_to_pay_for_its_launches(rows, columns, tokens):
+    assert min_tokens_of_expert(rows, columns, "cuda") == tokens
+    assert tokens * rows * columns >= 2**34  # multiplications of a product
+    assert min_tokens_of_expert(rows, columns, "cpu") == 32
