@@ -187,8 +187,8 @@ def check_arguments(args: TrainingArguments) -> None:
         if _checked(name, getattr(args, name), float) < 0:
             raise ValueError(f"{name} must not be negative, got {getattr(args, name)}.")
     norm = args.max_grad_norm
-    if norm is not None and not norm >= 0:
-        raise ValueError(f"max_grad_norm must not be negative or NaN, got {norm}. 0 clips nothing.")
+    if norm is not None and norm != math.inf and _checked("max_grad_norm", norm, float) < 0:
+        raise ValueError(f"max_grad_norm must not be negative, got {norm}. 0 clips nothing.")
     _refuse_unread(args)
     options = given_options(args)
     if not _releases(args, options) and options.get("accumulation") == "forbid":

@@ -11,7 +11,6 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from math import isfinite
 from typing import Any, ClassVar, overload
 from weakref import WeakSet
 
@@ -30,10 +29,18 @@ from .release import Release
 from .rows import RowsRelease, RowsStack
 from .settings import check_settings
 from .stack import Stack
-from .state import StateFormat, StepCounter, checked_state, initial_state
+from .state import (
+    StateFormat,
+    StepCounter,
+    check_form,
+    checked_norm,
+    checked_state,
+    initial_state,
+)
 
 logger = logging.getLogger(__name__)
 
+LARGEST = torch.finfo(torch.float32).max  # which kernels take; what is beyond is infinite to them
 PREVIOUS_NORM = "previous_norm"  # key in a state dict
 OWN_ROWS = "own rows"  # key of the plans of a weight
 
@@ -233,7 +240,7 @@ class QFTOptimizer(Optimizer):
                 value = float(group[name])
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{name} must be a number, got {group[name]!r}.") from error
-            if not isfinite(value) or value < 0:
+            if not 0 <= value <= LARGEST:
                 raise ValueError(
                     f"{name} must be finite and not negative, got {value}. To climb, set "
                     "maximize=True."
@@ -647,10 +654,12 @@ class QFTOptimizer(Optimizer):
                 has another name, dtype or shape than its parameter calls for. The optimizer is
                 unchanged.
         """
+        check_form(state_dict)
         state_dict = state_dict.copy()
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
+        check_form(state_dict)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         own = list(self.parameters())
         if len(saved) != len(own):
@@ -664,6 +673,7 @@ class QFTOptimizer(Optimizer):
                 "it is damaged. Resume from an earlier checkpoint."
             )
         groups = self._loaded_groups(state_dict["param_groups"])
+        previous_norm = checked_norm(state_dict.get(PREVIOUS_NORM))
         states: defaultdict[Tensor, Any] = defaultdict(dict)
         for key, parameter in zip(saved, own, strict=True):
             if key in state_dict["state"]:
@@ -682,7 +692,7 @@ class QFTOptimizer(Optimizer):
         self._counters.clear()
         self._flow.clear()
         if isinstance(self._flow, Release):
-            self._flow.restart(previous_norm=state_dict.get(PREVIOUS_NORM))
+            self._flow.restart(previous_norm=previous_norm)
         self.train()  # Accelerate loads the state after it has moved the model, which cuts hooks
         for loaded_hook in self._optimizer_load_state_dict_post_hooks.values():
             loaded_hook(self)
@@ -751,7 +761,17 @@ class QFTOptimizer(Optimizer):
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep; `Optimizer` keeps its own three attributes only."""
+        """What copies and pickles keep; `Optimizer` keeps its own three attributes only.
+
+        Raises:
+            RuntimeError: A step has begun and not ended, and a copy would go on without the rest.
+        """
+        if n := self._flow.n_taken:
+            raise RuntimeError(
+                f"A step has taken the gradients of {n} parameters and has not ended, and a copy "
+                "would go on without the others. Copy the optimizer after step(), or give the step "
+                "up by zero_grad()."
+            )
         kept = {name: getattr(self, name) for name in (*self.SETTINGS, "skipped_steps")}
         if isinstance(self._flow, Release):
             kept[PREVIOUS_NORM] = self._flow.previous_norm

@@ -206,6 +206,11 @@ class Flow(ABC):
                 waiting.append(parameter)
         return waiting
 
+    @property
+    def n_taken(self) -> int:
+        """Parameters whose gradient was taken by a step that has not ended."""
+        return self._n_updated
+
     def _refuse_half_a_step(self) -> None:
         if n := self._n_half_done():
             raise RuntimeError(HALF_A_STEP.format(n=n))

@@ -105,8 +105,8 @@ class Release(Flow):
 
     @property
     def n_taken(self) -> int:
-        """Gradients that were taken from their parameters in this step."""
-        return len(self._used)
+        """Likewise, or by the backward passes before it."""
+        return max(self._n_updated, len(self._used))
 
     @property
     def n_used(self) -> int:
@@ -266,7 +266,7 @@ class Release(Flow):
         if waiting and not self._keeps:
             logger.warning(
                 "%d gradients waited for the step although they were to be released: moving a "
-                "model with .to() cuts its hooks, which are connected again now",
+                "model with .to(), or copying it, cuts its hooks, which are connected again now",
                 len(waiting),
             )
             self.attach(parameters)

@@ -40,8 +40,12 @@ def check_settings(
             "nonfinite='skip' needs all gradients before the first update, which "
             "gradient='release' does not have. Use nonfinite='raise', or gradient='stack'."
         )
-    if max_grad_norm is not None and not 0 < max_grad_norm < float("inf"):
-        raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm}.")
+    try:
+        is_norm = max_grad_norm is None or 0 < max_grad_norm < float("inf")
+    except TypeError:
+        is_norm = False
+    if not is_norm:
+        raise ValueError(f"max_grad_norm must be positive or None, got {max_grad_norm!r}.")
     if (clipping is None) != (max_grad_norm is None):
         raise ValueError(
             "gradient='release' updates weights during backward, before the global norm is known, "

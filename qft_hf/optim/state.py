@@ -1,9 +1,13 @@
 """The optimizer's state of one parameter: which tensors, of which form."""
 
+import reprlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+LAST_STEP = 2**62  # no run comes there, and a count beyond 2**63 overflows
 
 
 class StateTensor(NamedTuple):
@@ -103,12 +107,59 @@ def checked_state(
                 f"{key} of {name} has -128, which is no code: the optimizer state is damaged. "
                 "Resume from an earlier checkpoint, or without the optimizer's state."
             )
-    counted = torch.as_tensor(state["step"]).cpu().reshape(())
-    step = counted.to(torch.int64, copy=True)
-    if step < 0 or step != counted:
+    try:
+        counted = torch.as_tensor(state["step"]).cpu().reshape(())
+        step = counted.to(torch.int64, copy=True)
+        is_counted = bool(0 <= step < LAST_STEP and step == counted)
+    except (RuntimeError, TypeError, ValueError):
+        is_counted = False
+    if not is_counted:
         raise ValueError(
-            f"The step of {name} is {counted.item()}, which no optimizer has counted: its state is "
+            f"The step of {name} is {state['step']}, which no optimizer has counted: its state is "
             "damaged. Resume from an earlier checkpoint."
         )
     tensors = {key: state[key].to(device, copy=True) for key in wanted}
     return {"step": step, **tensors}
+
+
+def check_form(state_dict: Any) -> None:
+    """Raise unless this is what `state_dict` of an optimizer returns, whatever it says.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    is_state = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()
+    if is_state:
+        states, groups = state_dict["state"], state_dict["param_groups"]
+        is_state = (
+            isinstance(states, Mapping)
+            and all(isinstance(state, Mapping) for state in states.values())
+            and isinstance(groups, list)
+            and all(isinstance(group, Mapping) and "params" in group for group in groups)
+        )
+    if not is_state:
+        raise ValueError(
+            "The state of an optimizer has 'state', tensors by parameter, and 'param_groups', a "
+            f"list, got {reprlib.repr(state_dict)}. Load what state_dict() of an optimizer returns."
+        )
+
+
+def checked_norm(norm: Any) -> Tensor | None:
+    """The norm of the step before, which `clipping="previous"` goes by: fp32 scalar, or None.
+
+    Raises:
+        ValueError: It is no norm.
+    """
+    if norm is None:
+        return None
+    try:
+        checked = torch.as_tensor(norm, dtype=torch.float32).reshape(()).clone()
+        is_norm = 0 <= float(checked) < float("inf")
+    except (RuntimeError, TypeError, ValueError):
+        is_norm = False
+    if not is_norm:
+        raise ValueError(
+            f"The norm that clips the next step is {norm}, which no gradients have: the optimizer "
+            "state is damaged. Resume from an earlier checkpoint."
+        )
+    return checked

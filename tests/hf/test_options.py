@@ -229,6 +229,11 @@ def test_impossible_numbers_are_refused_by_name(name, bad, tmp_path):
         assert type(model.lm_head) is nn.Linear
 
 
+def test_a_norm_that_is_a_word_is_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match="max_grad_norm must be a number, got '1'"):
+        arguments(tmp_path, QFTTrainingArguments, max_grad_norm="1")
+
+
 def test_a_rate_that_is_set_later_is_checked_when_the_optimizer_is_made(tmp_path):
     trainer = trainer_on(tiny_llama(), tmp_path)
     trainer.args.learning_rate = math.nan  # as a search for hyperparameters might

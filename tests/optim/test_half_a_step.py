@@ -1,6 +1,7 @@
 """A step that was interrupted half-way is refused until someone has chosen a way back."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -91,6 +92,35 @@ def test_more_gradients_do_not_hide_it(monkeypatch, gradient, method, at):
         run(model, optimizer, 1)
     with pytest.raises(RuntimeError, match=r"between two steps"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("gradient", MODES)
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+@pytest.mark.parametrize(("method", "at"), [("update", 2), ("step_floats", 1)])
+def test_a_copy_does_not_hide_it(monkeypatch, gradient, copied, method, at):
+    model = network()
+    optimizer = make_optimizer(model, gradient)
+    interrupt(monkeypatch, method, at)
+    begin(model, optimizer)
+
+    with pytest.raises(RuntimeError, match=r"\d+ parameters and has not ended.*or .*zero_grad\(\)"):
+        copied((model, optimizer))
+
+    optimizer.zero_grad()
+    copied((model, optimizer))
+
+
+def test_a_released_step_cannot_be_copied_before_it_ends():
+    """Gradients of norms and biases wait, and the copy's step left them out."""
+    model = network()
+    optimizer = make_optimizer(model, "release")
+    loss_of(model, batches(1)[0]).backward()
+
+    with pytest.raises(RuntimeError, match="has not ended"):
+        copy.deepcopy((model, optimizer))
+
+    optimizer.step()
+    copy.deepcopy((model, optimizer))
 
 
 def test_skipping_does_not_hide_it(monkeypatch):

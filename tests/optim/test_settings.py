@@ -25,6 +25,7 @@ NOT_FINITE = "must be finite and not negative"
 BAD = [
     ("lr", math.nan, f"lr {NOT_FINITE}, got nan"),
     ("lr", math.inf, f"lr {NOT_FINITE}, got inf"),
+    ("lr", 1e39, f"lr {NOT_FINITE}, got 1e\\+39"),  # infinite in FP32
     ("lr", -1e-3, f"lr {NOT_FINITE}, got -0.001.*maximize=True"),
     ("lr", "fast", "lr must be a number, got 'fast'"),
     ("lr", None, "lr must be a number, got None"),
@@ -188,7 +189,7 @@ def test_sgd_has_no_betas_and_no_momentum():
         QFTLion([parameter], momentum_bits=0)
 
 
-@pytest.mark.parametrize("norm", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("norm", [0.0, -1.0, math.nan, math.inf, "1"])
 def test_a_norm_to_clip_to_is_positive(norm):
     with pytest.raises(ValueError, match="max_grad_norm must be positive or None"):
         make_optimizer(network(), "release", clipping="tensor", max_grad_norm=norm)

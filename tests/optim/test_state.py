@@ -188,11 +188,20 @@ def spoiled_states():
         (set_tensor(3, "step", lambda s: -1), "step of parameter 3 is -1.*Resume from an earlier"),
         (set_tensor(3, "step", lambda s: s + 0.5), r"step of parameter 3 is \d\.5.*Resume from an"),
         (set_tensor(3, "step", lambda s: s * inf), "step of parameter 3 is inf.*Resume from an"),
+        *(
+            (set_tensor(3, "step", lambda s, bad=bad: bad), "step of parameter 3 is .*Resume from")
+            for bad in (None, "two", 2**63 - 1, torch.ones(2))
+        ),
         (drop(2, "step"), "parameter 2 must be a step and .*Resume"),
         (
             lambda state: state["state"].update({77: state["state"].pop(1)}),
             "has parameter 77, which is in none of its groups.*Resume from an earlier",
         ),
+        *(
+            (lambda state, bad=bad: state.update(bad), "has 'state'.*state_dict.. of an optimizer")
+            for bad in ({"state": [1]}, {"state": {0: 3}}, {"param_groups": None})
+        ),
+        (lambda state: state.clear(), "has 'state'.*state_dict.. of an optimizer returns"),
         (remove_parameter, "is for 10 parameters, this optimizer has 11.*Resume with the model"),
     ]
 
@@ -213,6 +222,24 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(spoil, match):
     assert_same_tensors(snapshot(model, optimizer), before)
     assert optimizer.param_groups[0]["lr"] == 1e-3
     train(model, optimizer, [2])
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, "2", [1.0, 2.0]])
+def test_a_previous_norm_that_is_none_is_refused_and_nothing_changes(norm):
+    """A negative one turned every gradient around."""
+    model = make_model()
+    optimizer = make_optimizer(model, gradient="release", clipping="previous", max_grad_norm=0.1)
+    train(model, optimizer, range(2))
+    state = through_a_file(optimizer.state_dict())
+    state["previous_norm"] = norm if isinstance(norm, str) else torch.tensor(norm)
+    state["param_groups"][0]["lr"] = 77.0
+    before = snapshot(model, optimizer)
+
+    with pytest.raises(ValueError, match=r"clips the next step is .*Resume from an earlier"):
+        optimizer.load_state_dict(state)
+
+    assert_same_tensors(snapshot(model, optimizer), before)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
 @pytest.mark.parametrize("gradient", ["stack", "release"])
