@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, TrainerState
 from transformers.trainer import (
     OPTIMIZER_NAME,
     SCALER_NAME,
@@ -112,7 +112,7 @@ def faults(checkpoint: Path) -> list[str]:
         names.add(CONFIG_NAME)
     try:
         names |= {*weight_files(checkpoint)}
-        saved = read_mark(checkpoint).get("files", {})
+        saved = read_mark(checkpoint)["files"]
     except ValueError as error:
         found.append(str(error))
     for name in sorted(names | saved.keys()):
@@ -157,7 +157,10 @@ def read_mark(checkpoint: Path) -> dict[str, Any]:
         ValueError: It cannot be read.
     """
     path = checkpoint / MARK
-    return _json(path) if path.is_file() else {}
+    mark = _json(path) if path.is_file() else {}
+    if not isinstance(mark.setdefault("files", {}), dict):
+        raise ValueError(f"{MARK} lists no files")
+    return mark
 
 
 def weight_files(checkpoint: Path) -> list[str]:
@@ -179,7 +182,7 @@ def weight_files(checkpoint: Path) -> list[str]:
     if sets == [SIDE_WEIGHTS_NAME]:
         return [SIDE_WEIGHTS_NAME, SIDE_CONFIG_NAME]
     index = _json(checkpoint / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
-    if not isinstance(index, dict) or not index:
+    if not isinstance(index, dict) or {type(name) for name in index.values()} != {str}:
         raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} has no weight_map")
     shards = sorted(set(index.values()))
     for shard in shards:
@@ -318,8 +321,13 @@ def _unreadable(path: Path) -> list[str]:
                 PreTrainedConfig.from_json_file(path)  # as the Trainer reads it
             except (ValueError, TypeError, AttributeError, KeyError) as error:
                 return [f"{path.name} cannot be read ({error})"]
-        if path.name == TRAINER_STATE_NAME and not isinstance(content.get("global_step"), int):
-            return [f"{path.name} has no global_step"]
+        if path.name == TRAINER_STATE_NAME:
+            if type(step := content.get("global_step")) is not int or step < 0:
+                return [f"{path.name} has no global_step"]
+            try:
+                TrainerState.load_from_json(str(path))  # likewise
+            except (TypeError, AttributeError) as error:
+                return [f"{path.name} cannot be read ({error})"]
     elif path.suffix == ".safetensors":
         try:
             return damaged([str(path)])

@@ -157,6 +157,19 @@ class CheckpointTrainer(Trainer):
             keep = (Path(folder), Path(best))
             remove_old(Path(run_dir), limit=self.args.save_total_limit, keep=keep)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """End training, and keep what `_save_checkpoint` has kept.
+
+        With `save_total_limit=1` and a best checkpoint the Trainer removes all others: the newest,
+        without which a finished run that is resumed trains on from the best one, and whatever is
+        named `checkpoint-*`.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push what is whole, not a draft: a push that fails must not cost the checkpoint."""
         if self._draft is None:

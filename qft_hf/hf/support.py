@@ -219,10 +219,12 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             "gradient='release' is for training all parameters of a model, and only its side "
             "network is trained, whose gradients take a few MB. Leave gradient out."
         )
-    if args.fp16:
+    # The launcher says it too, by an environment variable.
+    if args.fp16 or getattr(args, "mixed_precision", None) == "fp16":
         raise ValueError(
-            "fp16=True scales the loss and unscales float gradients, which INT8 gradients are not. "
-            "Use bf16=True, which needs no scaling."
+            "fp16=True, or --mixed_precision fp16 of accelerate launch, scales the loss and "
+            "unscales float gradients, which INT8 gradients are not. Use bf16=True, which needs no "
+            "scaling."
         )
     if args.fp16_full_eval:
         raise ValueError(

@@ -247,20 +247,28 @@ def test_a_push_gets_the_checkpoint_in_its_place(tmp_path, monkeypatch):
     assert pushed == [str(tmp_path / f"checkpoint-{step}") for step in (2, 4)]
 
 
-def test_the_best_checkpoint_is_known_by_its_place(tmp_path):
-    run = make(
-        tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
-        save_total_limit=1, learning_rate=0.05,  # too high: the first is the best
-        lr_scheduler_type="constant",
-    )  # fmt: skip
+def test_the_best_checkpoint_is_known_by_its_place_and_the_newest_stays_beside_it(tmp_path):
+    """The end of training left the best one alone, and a resume trained on from there again."""
+    settings = {
+        "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+        "save_total_limit": 1, "learning_rate": 0.05,  # too high: the first is the best
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    (tmp_path / "checkpoint-2-good").mkdir()  # a copy that was set aside
+    run = make(tmp_path, **settings)
     run.train()
     losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
     assert losses[0] < losses[1]
     best = str(tmp_path / "checkpoint-2")
     assert run.state.best_model_checkpoint == best
-    assert names(tmp_path) == ["checkpoint-2"]
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-2-good", "checkpoint-4"]
     saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())
     assert saved["best_model_checkpoint"] == best
+
+    again = make(tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert [entry for entry in again.state.log_history if entry["step"] > 4] == []
+    assert_same_state(again.model.state_dict(), run.model.state_dict())
 
 
 @pytest.mark.parametrize("kind", ["foreign folder", "foreign file"])
@@ -404,7 +412,23 @@ def test_without_a_mark_archives_tell_by_themselves(name, runs, tmp_path):
     assert name in faults(tmp_path)[0]
 
 
-@pytest.mark.parametrize("mark", ["", "[]", "{"])
+@pytest.mark.parametrize(
+    "change",
+    [{"global_step": -4}, {"global_step": True}, {"global_step": "4"}, {"steps_of_another": 4}],
+    ids=str,
+)
+def test_without_a_mark_a_state_that_the_trainer_would_not_take_is_named(change, runs, tmp_path):
+    """A run went on from step -4, or ended with the names of a constructor's arguments."""
+    shutil.copytree(runs[False, False] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+    (fault,) = faults(tmp_path)
+
+    assert fault.startswith("trainer_state.json ")
+
+
+@pytest.mark.parametrize("mark", ["", "[]", "{", '{"files": null}', '{"files": ["optimizer.pt"]}'])
 def test_a_mark_that_cannot_be_read_is_named(mark, runs, tmp_path):
     shutil.copytree(runs[False, True] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
     (tmp_path / MARK).write_text(mark)
@@ -467,12 +491,17 @@ def empty_index(checkpoint: Path) -> str:
     return "model.safetensors.index.json has no weight_map"
 
 
+def index_of_numbers(checkpoint: Path) -> str:
+    (checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    return "model.safetensors.index.json has no weight_map"
+
+
 @pytest.mark.parametrize("marked", [True, False])
 @pytest.mark.parametrize(
     "damage",
     [
         swap_shards, copy_shard, lose_shard, lose_index, take_from_outside, second_run,
-        old_weights, empty_index,
+        old_weights, empty_index, index_of_numbers,
     ],
 )  # fmt: skip
 def test_shards_that_do_not_belong_together_are_refused(damage, marked, runs, tmp_path):

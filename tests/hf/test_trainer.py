@@ -478,6 +478,13 @@ def test_unsupported_arguments_say_what_to_do(overrides, message, cls, tmp_path)
         cls(model=tiny_llama(), args=args)
 
 
+def test_float16_of_the_launcher_is_refused_too(tmp_path, monkeypatch):
+    """By `accelerate launch --mixed_precision fp16`."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r"accelerate launch.*Use bf16=True"):
+        QFTTrainer(model=tiny_llama(), args=arguments(tmp_path))
+
+
 @pytest.mark.skipif(is_liger_kernel_available(), reason="its kernels are Triton's and need a GPU")
 @pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
 def test_liger_without_its_fused_loss_is_left_to_transformers(cls, tmp_path):
