@@ -355,18 +355,20 @@ def _form(batch: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _documents_as_in_eager_passes(batch: Batch) -> Iterator[None]:
-    """Rows without `position_ids` are one document each.
+    """Rows without `position_ids` are one document each, and attention needs no mask.
 
-    transformers finds so by a look at the positions that it has made, and masks attention, by
-    another kernel, where it may not look.
+    transformers finds so by a look at the positions that it has made, and makes a mask, which takes
+    another kernel, where it may not look. Of its versions 5.17 makes one whenever it sees that
+    a graph is captured.
     """
-    find = masking_utils.find_packed_sequence_indices
+    known = {"find_packed_sequence_indices": lambda _: None, "is_tracing": lambda _=None: False}
+    before = {name: getattr(masking_utils, name) for name in known}
     if "position_ids" not in batch:
-        masking_utils.find_packed_sequence_indices = lambda position_ids: None
+        vars(masking_utils).update(known)
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = find
+        vars(masking_utils).update(before)
 
 
 def _refuse_hooks(parameter: Parameter) -> None:

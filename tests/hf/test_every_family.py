@@ -78,7 +78,7 @@ def test_all_experts_of_transformers_are_int8_but_for_those_that_are_listed():
             if three - conversion_plan(module, None).weights.keys():
                 left.add(cls.__name__)
 
-    assert len(n_folders) >= 65
+    assert len(n_folders) >= 55  # 59 in 5.17, and more since
     assert left == OF_OTHER_FORM
 
 
