@@ -12,7 +12,8 @@ from .. import kernels
 from ..kernels.adamw import ROOT_TINY, exact_sqrt
 from ..layout import STATE_GROUP_SIZE, GroupLayout
 from ..quant import QFTWeight
-from .base import QFTOptimizer, check_betas
+from .base import QFTOptimizer
+from .settings import check_betas
 from .state import StateFormat, StateTensor
 
 ADAMW_BETAS = (0.9, 0.999)

@@ -27,7 +27,7 @@ from .flow import Flow, Left, RunPart, run_directly
 from .processes import DIFFERENT_SETTINGS, Processes
 from .release import Release
 from .rows import RowsRelease, RowsStack
-from .settings import check_settings
+from .settings import check_group, check_settings
 from .stack import Stack
 from .state import (
     StateFormat,
@@ -40,7 +40,6 @@ from .state import (
 
 logger = logging.getLogger(__name__)
 
-LARGEST = torch.finfo(torch.float32).max  # which kernels take; what is beyond is infinite to them
 PREVIOUS_NORM = "previous_norm"  # key in a state dict
 OWN_ROWS = "own rows"  # key of the plans of a weight
 
@@ -233,24 +232,7 @@ class QFTOptimizer(Optimizer):
         Raises:
             ValueError: The text names the option and its range.
         """
-        for name in ("lr", "weight_decay"):
-            try:
-                if isinstance(group[name], bool | str):  # of which float() makes numbers, too
-                    raise TypeError
-                value = float(group[name])
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{name} must be a number, got {group[name]!r}.") from error
-            if not 0 <= value <= LARGEST:
-                raise ValueError(
-                    f"{name} must be finite and not negative, got {value}. To climb, set "
-                    "maximize=True."
-                )
-        seed = group["seed"]
-        if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {seed}.")
-        for name in ("maximize", "stochastic_rounding"):
-            if not isinstance(group[name], bool):
-                raise ValueError(f"{name} must be True or False, got {group[name]!r}.")
+        check_group(group)
 
     def check_groups(self) -> None:
         """`check_group` of all: a scheduler may have written anything since the last step."""
@@ -793,19 +775,3 @@ def fit_states(parameter: Parameter) -> None:
     """`QFTOptimizer.fit_state` in every optimizer that is alive; others know nothing of it."""
     for optimizer in _living:
         optimizer.fit_state(parameter)
-
-
-def check_betas(betas: tuple[float, float], usual: tuple[float, float]) -> None:
-    """Raise unless both are in [0, 1).
-
-    Raises:
-        ValueError: One is not.
-    """
-    try:
-        are_good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
-    except TypeError:
-        are_good = False
-    if not are_good:
-        raise ValueError(
-            f"betas must be two numbers in [0, 1), got {betas}. The usual ones are {usual}."
-        )

@@ -10,7 +10,8 @@ from torch.nn import Parameter
 from .. import kernels
 from ..layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, momentum_shapes
 from ..quant import QFTWeight, TiledGradient
-from .base import QFTOptimizer, check_betas
+from .base import QFTOptimizer
+from .settings import check_betas
 from .state import StateFormat, StateTensor
 
 LION_BETAS = (0.9, 0.99)

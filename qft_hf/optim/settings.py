@@ -1,9 +1,14 @@
-"""How gradients flow, as a user chooses it: the words, and which of them go together."""
+"""What a user chooses: which words and numbers exist, and which of them go together."""
+
+from typing import Any
+
+import torch
 
 GRADIENTS = ("stack", "release")
 CLIPPINGS = ("exact", "previous", "tensor")
 ACCUMULATIONS = ("keep", "forbid")
 NONFINITE = ("raise", "skip")
+LARGEST = torch.finfo(torch.float32).max  # which kernels take; what is beyond is infinite to them
 
 
 def check_settings(
@@ -54,4 +59,45 @@ def check_settings(
             "of the step before) or 'tensor' (each gradient by its own norm); or "
             "max_grad_norm=0 in TrainingArguments (None in the optimizer); or use "
             "gradient='stack', which clips exactly at no cost."
+        )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Raise for options that every group has and that are out of their range.
+
+    Raises:
+        ValueError: The text names the option and its range.
+    """
+    for name in ("lr", "weight_decay"):
+        try:
+            if isinstance(group[name], bool | str):  # of which float() makes numbers, too
+                raise TypeError
+            value = float(group[name])
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} must be a number, got {group[name]!r}.") from error
+        if not 0 <= value <= LARGEST:
+            raise ValueError(
+                f"{name} must be finite and not negative, got {value}. To climb, set maximize=True."
+            )
+    seed = group["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {seed}.")
+    for name in ("maximize", "stochastic_rounding"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name} must be True or False, got {group[name]!r}.")
+
+
+def check_betas(betas: tuple[float, float], usual: tuple[float, float]) -> None:
+    """Raise unless both are in [0, 1).
+
+    Raises:
+        ValueError: One is not.
+    """
+    try:
+        are_good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    except TypeError:
+        are_good = False
+    if not are_good:
+        raise ValueError(
+            f"betas must be two numbers in [0, 1), got {betas}. The usual ones are {usual}."
         )
