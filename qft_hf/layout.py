@@ -1,8 +1,8 @@
 """How a matrix is cut into quantization groups, and what that costs. Arithmetic: no torch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from math import ceil, prod
+from typing import NamedTuple
 
 CODE_BYTES = 1  # one INT8 code per element
 FP32_BYTES = 4
@@ -38,8 +38,7 @@ TILE_ROWS = 64
 INT16_COLUMNS = 2**15  # columns 0 .. 32767 fit a signed 16-bit index
 
 
-@dataclass(frozen=True, slots=True)
-class GroupLayout:
+class GroupLayout(NamedTuple):
     """Each row of a `[rows, columns]` matrix in groups of `group_size` columns.
 
     The last group of a row may be short; a group never crosses into the next row. `group_size`

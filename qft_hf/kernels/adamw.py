@@ -102,7 +102,7 @@ def adamw_step_(
     rule, rounding = read_live(live, rule, rounding)
     elements = None if weight.device.type == "cpu" else GPU_CHUNK_ELEMENTS
     for rows in row_chunks(weight.codes, elements=elements):
-        part = rounding._replace(first_row=rounding.first_row + rows.start)
+        part = rounding.of_rows(rows)
         direction = _step_moments_(moments, gradient, rows, rule, part)
         step_weight_(
             weight.rows(rows), direction, lr=rule.lr, weight_decay=rule.weight_decay, rounding=part

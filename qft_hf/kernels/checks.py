@@ -74,7 +74,7 @@ def check_codes(name: str, codes: Tensor) -> None:
             f"{name} must be a matrix, got shape {tuple(codes.shape)}. Flatten leading dimensions "
             "with .view(-1, columns) first."
         )
-    if codes.numel() and 1 not in codes.stride():
+    if 1 not in codes.stride() and codes.numel():
         raise ValueError(
             f"{name} must be contiguous along its rows or its columns, got strides "
             f"{codes.stride()} for shape {tuple(codes.shape)}. Call .contiguous() first."
@@ -83,7 +83,7 @@ def check_codes(name: str, codes: Tensor) -> None:
 
 def check_row_scales(name: str, scales: Tensor, rows: int, device: torch.device) -> None:
     """Raise unless `scales` holds one FP32 scale for each of `rows` rows, as `[rows, 1]`."""
-    if scales.dtype != torch.float32 or tuple(scales.shape) != (rows, 1):
+    if scales.dtype != torch.float32 or scales.shape != (rows, 1):
         raise ValueError(
             f"{name} must be float32 of shape {(rows, 1)}, as quantize(..., group_size=None) "
             f"returns scales, got {scales.dtype} of shape {tuple(scales.shape)}."
@@ -97,7 +97,7 @@ def check_row_scales(name: str, scales: Tensor, rows: int, device: torch.device)
 
 def check_bias(bias: Tensor | None, rows: int, device: torch.device) -> None:
     """Raise unless there is no bias, or one value for each of `rows` outputs."""
-    if bias is not None and (tuple(bias.shape) != (rows,) or bias.device != device):
+    if bias is not None and (bias.shape != (rows,) or bias.device != device):
         raise ValueError(
             f"bias must have shape {(rows,)} on {device}, got shape {tuple(bias.shape)} on "
             f"{bias.device}."
@@ -108,9 +108,9 @@ def check_given_columns(
     columns: Tensor | None, values: Tensor | None, rows: int, device: torch.device
 ) -> None:
     """Raise unless `values` holds some `columns` of a matrix with `rows` rows, or both are None."""
-    if columns is None and values is None:
-        return
     if columns is None or values is None:
+        if columns is values:
+            return
         raise ValueError(
             f"Pass columns and values, or neither, got only the "
             f"{'values' if columns is None else 'columns'}."
@@ -120,8 +120,8 @@ def check_given_columns(
             f"columns must be int64 of shape [k] on {device}, got {columns.dtype} of shape "
             f"{tuple(columns.shape)} on {columns.device}. Convert them with .to({device}).long()."
         )
-    wanted = (rows, len(columns))
-    if tuple(values.shape) != wanted or not values.is_floating_point() or values.device != device:
+    wanted = (rows, *columns.shape)
+    if values.shape != wanted or not values.is_floating_point() or values.device != device:
         raise ValueError(
             f"values must be float of shape {wanted}, one column for each of columns, on {device}, "
             f"got {values.dtype} of shape {tuple(values.shape)} on {values.device}. Pass what "
@@ -173,7 +173,7 @@ def check_live(live: Tensor | None, shape: tuple[int, ...], device: torch.device
     """
     if live is not None and (
         live.dtype != torch.float64
-        or tuple(live.shape) != shape
+        or live.shape != shape
         or not live.is_contiguous()
         or live.device != device
     ):

@@ -99,7 +99,8 @@ def int8_matmul(
 @int8_matmul.backends_take
 def is_single(a: Tensor, b: Tensor, *_: object, **__: object) -> bool:
     """Whether one sum of 32 bits holds each element of the product, and there is one at all."""
-    return 0 < a.shape[1] <= MAX_SUMMED and a.numel() > 0 and b.numel() > 0
+    rows, summed = a.shape
+    return 0 < summed <= MAX_SUMMED and rows > 0 and b.shape[1] > 0
 
 
 def _in_parts(

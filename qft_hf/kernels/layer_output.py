@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_bias, check_codes, check_float_dtype, check_row_scales
-from .int8_product import int8_matmul, is_single
+from .int8_product import MAX_SUMMED, int8_matmul
 from .layer_input import take_columns
 from .operators import operator
 from .values import Input, Weight
@@ -69,7 +69,7 @@ def int8_linear(
 
 @int8_linear.backends_take
 def _(x: Input, floats: Tensor, weight: Weight, **_: object) -> bool:
-    return is_single(x.codes, weight.codes.t())
+    return x.codes.shape[1] <= MAX_SUMMED and x.codes.numel() > 0
 
 
 @int8_linear.checks
@@ -84,6 +84,7 @@ def _(x: Input, floats: Tensor, weight: Weight, *, bias: Tensor | None, dtype: t
             f"{tuple(floats.shape)} of strides {floats.stride()}."
         )
     check_float_dtype("int8_linear", dtype)
-    check_row_scales("the scales of x", x.scales, n_tokens, weight.device)
-    check_row_scales("the scales of the weight", weight.scales, rows, weight.device)
-    check_bias(bias, rows, weight.device)
+    device = weight.codes.device
+    check_row_scales("the scales of x", x.scales, n_tokens, device)
+    check_row_scales("the scales of the weight", weight.scales, rows, device)
+    check_bias(bias, rows, device)

@@ -87,6 +87,7 @@ class Operator:
             name: tuple(_field_types(kind)) if _is_value(kind) else ()
             for name, kind in get_type_hints(reference).items()
         }
+        self._takes_value = bool(next(iter(self._members.values())))
         backend.on_change(self._chosen.clear)
         self._declare(fake, writes)
 
@@ -127,7 +128,7 @@ class Operator:
             options = {**self._defaults, **options}
         if self._check is not None:
             self._check(first, *arguments, **options)
-        tensor = first if isinstance(first, Tensor) else _first_tensor(first)
+        tensor = first.codes if self._takes_value else _first_tensor(first)
         if tensor is None:  # a list of nothing
             return None
         if type(tensor) not in PLAIN or tensor.is_meta or is_compiling() or is_listened_to():

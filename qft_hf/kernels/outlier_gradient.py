@@ -43,10 +43,13 @@ def outlier_products(
         ValueError: Shapes or devices do not fit.
     """
     dtype = gradient.dtype
-    of_x = of_weight = gradient.new_empty(0, 0)
-    if weight_outliers is not None:
+    if weight_outliers is None:
+        of_x = gradient.new_empty(0, 0)
+    else:
         of_x = gradient @ weight_outliers.to(dtype)
-    if input_outliers is not None:
+    if input_outliers is None:
+        of_weight = gradient.new_empty(0, 0)
+    else:
         # Half the time of gradient.t() @ input_outliers on a CPU.
         of_weight = (input_outliers.to(dtype).t() @ gradient).t()
     return of_x, of_weight

@@ -226,6 +226,12 @@ class Rounding(NamedTuple):
     first_row: int = 0
     stochastic: bool = True
 
+    def of_rows(self, rows: slice) -> "Rounding":
+        """That of some of the rows."""
+        if not rows.start:
+            return self
+        return self._replace(first_row=self.first_row + rows.start)
+
 
 class Lion(NamedTuple):
     """The numbers of a Lion step.

@@ -106,7 +106,9 @@ class _Int8Linear(torch.autograd.Function):
             needs_x=needs_x, needs_weight=needs_weight,
         )  # fmt: skip
         if grad_x is not None:
-            grad_x = grad_x.to(ctx.x_dtype).view(ctx.x_shape)
+            if grad_x.dtype != ctx.x_dtype:
+                grad_x = grad_x.to(ctx.x_dtype)
+            grad_x = grad_x.view(ctx.x_shape)
         gradient = None if tiles is None else weight.gradient(*tiles)
         return grad_x, gradient, grad.sum(dim=0) if needs_bias else None, None, None, None
 

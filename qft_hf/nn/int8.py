@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import Input
 from ..layout import STATE_GROUP_SIZE
-from ..quant import QFTWeight, Tiles
+from ..quant import ALL_ROWS, QFTWeight, Tiles
 
 
 class Gradient(NamedTuple):
@@ -40,6 +40,10 @@ class Gradient(NamedTuple):
     codes: Tensor
     scales: Tensor
     outliers: Tensor
+
+    def of(self, rows: slice) -> "Gradient":
+        """Some rows of the codes, and what belongs to them."""
+        return self if rows is ALL_ROWS else Gradient(*(tensor[rows] for tensor in self))
 
 
 # With fewer tokens the weight is dequantized. Integer matrix units take 16 or 32 rows at a time,
@@ -80,7 +84,6 @@ class _Slots(threading.local):
 _slots = _Slots()
 
 
-@torch.no_grad()
 def quantized_input(x: Tensor, *, n_outliers: int) -> Input:
     """`x[..., C]` per token, rounded to nearest, with `n_outliers` columns left in float.
 
@@ -95,7 +98,7 @@ def quantized_input(x: Tensor, *, n_outliers: int) -> Input:
         entry is not None
         and entry[0]() is x
         and entry[1] == x._version
-        and len(entry[2].columns) == n_outliers
+        and entry[2].columns.shape[0] == n_outliers
     ):
         return entry[2]
     result = quantize(x, n_outliers=n_outliers)
@@ -115,7 +118,8 @@ def forward(
     """y[..., R] = x[..., C] W[R, C]^T + b[R], of `dtype`; `operand` is the quantized `x`."""
     floats = x.reshape(-1, x.shape[-1]).contiguous()
     y = kernels.int8_linear(operand, floats, weight.stored, bias=bias, dtype=dtype)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    # No view, whose user could not change it in place: nobody else has this memory.
+    return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def quantized_gradient(
@@ -166,23 +170,25 @@ def weight_gradient(grad: Gradient, operand: Input) -> Tiles:
     """grad_W[R, C] = grad[N, R]^T x[N, C]."""
 
     def tile(rows: slice) -> Tensor:
+        codes, scales, outliers = grad.of(rows)
         return kernels.int8_matmul(
-            grad.codes[rows],
+            codes,
             operand.codes,
-            grad.scales[rows],
+            scales,
             None,
             columns=operand.columns,
-            values=grad.outliers[rows],
+            values=outliers,
             dtype=torch.float32,
         )
 
     def quantized_tile(rows: slice) -> tuple[Tensor, Tensor]:
+        codes, scales, outliers = grad.of(rows)
         return kernels.requantized_matmul(
-            grad.codes[rows],
+            codes,
             operand.codes,
-            grad.scales[rows],
+            scales,
             columns=operand.columns,
-            values=grad.outliers[rows],
+            values=outliers,
             group_size=STATE_GROUP_SIZE,
         )
 

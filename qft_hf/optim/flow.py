@@ -199,11 +199,12 @@ class Flow(ABC):
         """Those of the parameters that have a gradient, now in INT8 if they are INT8 weights."""
         waiting = []
         for parameter in parameters:
-            if isinstance(parameter.grad, TiledGradient):  # whoever wanted tiles did not take them
-                parameter.grad = parameter.grad.quantized()
+            if (gradient := parameter.grad) is None:
+                continue
+            if isinstance(gradient, TiledGradient):  # whoever wanted tiles did not take them
+                parameter.grad = gradient.quantized()
             quantize_gradient_(parameter)  # set by hand, or while no hook was there
-            if parameter.grad is not None:
-                waiting.append(parameter)
+            waiting.append(parameter)
         return waiting
 
     @property
@@ -242,8 +243,10 @@ class Flow(ABC):
 
 def quantize_gradient_(parameter: Parameter) -> None:
     """Make the gradient of a weight INT8 that came in float, as by use outside of its module."""
+    if not isinstance(parameter, QFTWeight):
+        return
     gradient = parameter.grad
-    if isinstance(parameter, QFTWeight) and not isinstance(gradient, Int8Tensor | None):
+    if gradient is not None and not isinstance(gradient, Int8Tensor):
         parameter.grad = quantized(gradient, parameter)
 
 

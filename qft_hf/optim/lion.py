@@ -140,7 +140,7 @@ class QFTLion(QFTOptimizer):
                 factor=factor,
                 group_size=STATE_GROUP_SIZE,
                 rule=rule,
-                rounding=rounding._replace(first_row=rounding.first_row + rows.start),
+                rounding=rounding.of_rows(rows),
                 live=self.live_of(rounding.stream),
             )
             for rows, tile in gradient.tiles()

@@ -62,7 +62,7 @@ def is_finite(squares: list[Tensor]) -> bool:
 
 def are_finite(parameters: list[Parameter], run_part: RunPart = run_directly) -> bool:
     """Whether all gradients are, found with one transfer to the host."""
-    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
+    gradients = [g for p in parameters if (g := p.grad) is not None and g.numel()]
     tensors = [g.witness if isinstance(g, Int8Gradient) else g for g in gradients]
     if not tensors:
         return True

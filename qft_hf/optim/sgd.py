@@ -65,7 +65,7 @@ class QFTSGD(QFTOptimizer):
                 direction.neg_() if group["maximize"] else direction,
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
-                rounding=rounding._replace(first_row=rounding.first_row + rows.start),
+                rounding=rounding.of_rows(rows),
                 live=self.live_of(rounding.stream),
             )
 

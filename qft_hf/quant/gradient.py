@@ -212,24 +212,16 @@ class TiledGradient(Int8Tensor):
 
 
 @Int8Gradient.implements(aten.detach.default, aten.alias.default)
-def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
-    # Autograd does this to every gradient that it puts into `.grad`: with the checked fields as
-    # they are, which need no detaching.
-    gradient = args[0]
-    alias = Tensor._make_wrapper_subclass(
-        Int8Gradient, gradient.shape, dtype=gradient.dtype, device=gradient.device
-    )
-    alias.stored, alias.arrangement = gradient.stored, gradient.arrangement
-    return alias
-
-
 @TiledGradient.implements(aten.detach.default, aten.clone.default, aten.alias.default)
-def _alias_tiles(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TiledGradient:
+def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # Autograd does this to every gradient that it puts into `.grad`: with what is in it as it is,
+    # which was checked and needs no detaching.
     gradient = args[0]
-    return TiledGradient(
-        gradient.make, gradient.make_quantized, gradient.rows,
-        arrangement=gradient.arrangement, dtype=gradient.dtype, device=gradient.device,
-    )  # fmt: skip
+    alias: Any = Tensor._make_wrapper_subclass(
+        type(gradient), gradient.shape, dtype=gradient.dtype, device=gradient.device
+    )
+    alias.__dict__.update(gradient.__dict__)
+    return alias
 
 
 def quantized(gradient: Tensor, like: Int8Tensor) -> Int8Gradient:

@@ -307,10 +307,11 @@ class QFTWeight(Int8Tensor):
         *,
         n_each: int = 1,
     ) -> Tensor:
-        if dtype is None or self.dtype == torch.float32:  # FP32 is rounded to `dtype` at once
-            dtype = dtype or self.dtype
-            return kernels.dequantize(stored, rows=rows, n_each=n_each, dtype=dtype)
-        return kernels.dequantize(stored, rows=rows, n_each=n_each, dtype=self.dtype).to(dtype)
+        own = self.dtype
+        if own == torch.float32:  # it is rounded to `dtype` at once
+            own = dtype or own
+        values = kernels.dequantize(stored, rows=rows, n_each=n_each, dtype=own)
+        return values if dtype is None or dtype == own else values.to(dtype)
 
     @property
     def wants_tiles(self) -> bool:

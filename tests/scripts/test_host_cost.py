@@ -68,7 +68,9 @@ def test_a_layer_starts_what_it_has_to_and_nothing_else(tmp_path):
         assert own == of_a_layer(mode, "launches")
     # Of INT8 products there are many; there may be fewer, and not more.
     assert of_a_layer("int8-release", "launches") <= 70
-    assert of_a_layer("int8-release", "device_operations") <= 178
+    assert of_a_layer("int8-release", "device_operations") <= 176
+    # Views and allocations start nothing, and each takes the host as long as half a launch.
+    assert of_a_layer("int8-release", "torch_operations") <= 606
 
 
 def test_experts_start_what_two_linear_layers_do_however_many_they_are(tmp_path):

@@ -153,7 +153,7 @@ def adamw_step_(
     state = (*moments.tensors, *gradient.tensors)
     for rows in row_tiles(n_rows, columns):
         is_whole = rows.stop - rows.start == n_rows
-        part = rounding._replace(first_row=rounding.first_row + rows.start)
+        part = rounding.of_rows(rows)
         direction = weight.scales.new_empty(rows.stop - rows.start, columns)
         _launch_moments(
             (len(direction),), constants, *(tensor[rows] for tensor in state), direction, live,

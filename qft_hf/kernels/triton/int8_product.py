@@ -351,4 +351,4 @@ def _given(columns: Tensor | None, values: Tensor | None) -> tuple[int, ...]:
     """How many columns are given, and the strides of their values."""
     if columns is None or values is None:
         return 0, 0, 0
-    return len(columns), *values.stride()
+    return values.shape[1], *values.stride()

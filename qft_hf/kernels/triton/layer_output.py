@@ -109,7 +109,8 @@ def int8_linear(
     rows = weight.codes.shape[0]
     out = codes.new_empty(n_tokens, rows, dtype=dtype)
     a = along_k(codes)
-    key = n_tokens, len(x.columns), a.stride(0)
+    n_outliers = x.columns.shape[0]
+    key = n_tokens, n_outliers, a.stride(0)
     made_for, plan = weight.plans.get(("int8 linear", dtype), (None, None))
     if made_for != key:
         b = along_k(weight.codes)

@@ -562,9 +562,9 @@ def quantize_and_lion_step_(
     # The kernel that steps quantizes first if it is handed floats. What stays in memory of the
     # quantized gradient is its scales.
     rows, columns = gradient.shape
-    shape = (rows, tiling(columns, group_size).N_GROUPS)
-    scales = torch.empty(shape, dtype=torch.float32, device=gradient.device)
-    squares = torch.empty(rows, dtype=torch.float64, device=gradient.device)
+    n_groups = tiling(columns, group_size).N_GROUPS
+    scales = gradient.new_empty(rows, n_groups, dtype=torch.float32)
+    squares = gradient.new_empty(rows, dtype=torch.float64)
     launch(
         weight, momentum, (gradient, scales), squares, factor,
         group_size=group_size, rule=rule, rounding=rounding, live=live,

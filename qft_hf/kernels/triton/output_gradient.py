@@ -144,16 +144,16 @@ def quantize_gradient(
     tokens, outputs = gradient.shape
     by_rows = (tokens, outputs) if row_factors is not None else (0, 0)
     by_columns = (outputs, tokens) if column_factors is not None else (0, 0)
-    results = []
-    for rows, columns in (by_rows, by_columns):
-        results.append(gradient.new_empty((rows, columns), dtype=torch.int8))
-        results.append(gradient.new_empty((rows, 1), dtype=torch.float32))
-    row_codes, row_scales, column_codes, column_scales = results
+    results = (
+        gradient.new_empty(*by_rows, dtype=torch.int8),
+        gradient.new_empty(by_rows[0], 1, dtype=torch.float32),
+        gradient.new_empty(*by_columns, dtype=torch.int8),
+        gradient.new_empty(by_columns[0], 1, dtype=torch.float32),
+    )
     first_column = -(-tokens // ALIGNED) * ALIGNED
-    bits = gradient.new_zeros(first_column + outputs, dtype=torch.int32)
-    row_bits, column_bits = bits[:tokens], bits[first_column:]
-    inputs = (gradient, row_factors, column_factors, row_bits, column_bits)
+    row_bits = gradient.new_zeros(first_column + outputs, dtype=torch.int32)  # and of columns
+    inputs = (gradient, row_factors, column_factors, row_bits, row_bits[first_column:])
     grid = (-(-outputs // TILE), -(-tokens // TILE))
     _launch_maxima(grid, _MAXIMA, *inputs, tokens, outputs)
     _launch_round(grid, _ROUND[stochastic], *inputs, *results, tokens, outputs, seed)
-    return row_codes, row_scales, column_codes, column_scales
+    return results

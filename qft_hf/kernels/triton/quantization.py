@@ -201,7 +201,7 @@ def launch_quantize(
     codes = torch.empty_like(x, dtype=torch.int8)
     n_groups = tiling(n_columns, group_size).N_GROUPS
     scales = x.new_empty(rows, n_groups, dtype=torch.float32)
-    n_taken = 0 if columns is None else len(columns)
+    n_taken = 0 if columns is None else columns.shape[0]
     constants = row_constants(
         n_columns, group_size, N_TAKEN=n_taken, TAKEN_TILE=outlier_tile(n_taken)
     )
@@ -217,10 +217,9 @@ def outlier_tile(n_outliers: int) -> int:
 
 @operators.dequantize.register("triton")
 def dequantize(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch.dtype) -> Tensor:
-    codes, scales, outlier_values, outlier_columns = weight.tensors
-    n_rows, columns = codes.shape
+    n_rows, columns = weight.codes.shape
     n = n_rows if rows is None else n_each * rows.shape[0]
-    x = codes.new_empty(n, columns, dtype=dtype)
+    x = weight.codes.new_empty(n, columns, dtype=dtype)
     if n == 0:
         return x
     # Of single rows, as an embedding looks them up, there is another number each time.
@@ -228,14 +227,13 @@ def dequantize(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch
     key = dtype if rows is None else (dtype, n)
     plan = weight.plans.get(key) if is_kept else None
     if plan is None:
-        n_outliers = outlier_values.shape[1]
+        n_outliers = weight.outlier_values.shape[1]
         constants = row_constants(
             columns, weight.group_size, GATHER=rows is not None, EACH=n_each,
             N_OUTLIERS=n_outliers, OUTLIER_TILE=outlier_tile(n_outliers),
         )  # fmt: skip
-        numbers = scales if rows is None else ...  # unused without rows
-        bound = (codes, scales, outlier_values, outlier_columns, numbers, ..., n_rows)
-        plan = _launch_dequantize.plan((n,), constants, *bound)
+        numbers = weight.scales if rows is None else ...  # unused without rows
+        plan = _launch_dequantize.plan((n,), constants, *weight.tensors, numbers, ..., n_rows)
         if is_kept:
             weight.plans[key] = plan
     if rows is None:
