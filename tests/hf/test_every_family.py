@@ -17,8 +17,9 @@ from torch import nn
 from qft_hf.nn import conversion_plan
 
 MODELS = Path(transformers.__file__).parent / "models"
-# Two experts beside 256 others, that every token meets: 0.8 % of them.
-OF_OTHER_FORM = {"InklingSharedExperts"}
+# Two experts beside 256 others, that every token meets: 0.8 % of them. Aria's have the usual form in
+# newer versions of transformers; those of 5.17 stay float, and a warning says so.
+OF_OTHER_FORM = {"InklingSharedExperts", "AriaGroupedExpertsGemm"}
 
 
 def size(name: str) -> float:
@@ -67,7 +68,8 @@ def built(cls: type[nn.Module]) -> nn.Module:
 @pytest.mark.slow
 def test_all_experts_of_transformers_are_int8_but_for_those_that_are_listed():
     n_folders, left = set(), set()
-    for cls in classes("Experts"):
+    found = classes("Experts")
+    for cls in found:
         try:
             module = built(cls)
         except (TypeError, AttributeError):  # no experts: blocks that hold some, and mixins
@@ -79,7 +81,7 @@ def test_all_experts_of_transformers_are_int8_but_for_those_that_are_listed():
                 left.add(cls.__name__)
 
     assert len(n_folders) >= 55  # 59 in 5.17, and more since
-    assert left == OF_OTHER_FORM & {cls.__name__ for cls in classes("Experts")}
+    assert left == OF_OTHER_FORM & {cls.__name__ for cls in found}
 
 
 @pytest.mark.slow
