@@ -213,7 +213,7 @@ def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None
         return
     checkpoints, kept = _checkpoints(folder), {path.absolute() for path in keep}
     old = [path for path in checkpoints if path.absolute() not in kept]
-    old.sort(key=lambda path: path.stat().st_mtime)
+    old.sort(key=_written)
     n_others = max(0, limit - (len(checkpoints) - len(old)))
     for path in old[: len(old) - n_others]:
         try:
@@ -307,6 +307,17 @@ def _checkpoints(folder: Path) -> list[Path]:
         and path.is_dir()
     }
     return [steps[step] for step in sorted(steps)]
+
+
+def _written(checkpoint: Path) -> float:
+    """When a checkpoint was written, in seconds; 0, before all others, if its removal had begun.
+
+    The folder itself changes when a file in it is removed or added.
+    """
+    try:
+        return (checkpoint / TRAINER_STATE_NAME).stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _unreadable(path: Path) -> list[str]:

@@ -426,8 +426,8 @@ def refuse_int8(names: Iterable[str], *, of: str) -> None:
     if found := int8_weights(names):
         raise ValueError(
             f"{of} has INT8 weights, {found[0]} and {len(found) - 1} more, and its config.json has "
-            "no quantization_config. Restore the config.json that was saved with them, and leave "
-            "out what you pass as quantization_config."
+            "no quantization_config of qft_hf. Restore the config.json that was saved with them, "
+            "and leave out what you pass as quantization_config."
         )
 
 

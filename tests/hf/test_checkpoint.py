@@ -97,7 +97,8 @@ def test_rotation_keeps_the_newest_whatever_clocks_say(clock, tmp_path, monkeypa
     make(tmp_path, max_steps=8, save_total_limit=8).train()
     now = (tmp_path / "checkpoint-8").stat().st_mtime
     for step in (2, 4, 6, 8):
-        os.utime(tmp_path / f"checkpoint-{step}", (now, now + 9000 * (clock == "ahead")))
+        for place in (tmp_path / f"checkpoint-{step}", *tmp_path.glob(f"checkpoint-{step}/*")):
+            os.utime(place, (now, now + 9000 * (clock == "ahead")))
 
     make(tmp_path, max_steps=10, save_total_limit=1).train(resume_from_checkpoint=True)
     assert names(tmp_path) == ["checkpoint-10"]
@@ -129,6 +130,15 @@ def test_rotation_goes_by_when_checkpoints_were_written_and_not_by_their_steps(t
     make(tmp_path, max_steps=8).train()
     make(tmp_path, max_steps=4, save_total_limit=3).train()
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt"])
+def test_rotation_ends_a_removal_that_was_interrupted(name, runs, tmp_path):
+    """What was left of it had changed last, so it stayed, and a whole checkpoint went."""
+    shutil.copytree(runs[False, True], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "checkpoint-2" / name).unlink()
+    remove_old(tmp_path, limit=1, keep=())
+    assert names(tmp_path) == ["checkpoint-4"]
 
 
 def test_training_again_into_the_same_folder_keeps_a_checkpoint(tmp_path):

@@ -40,6 +40,18 @@ def test_int8_weights_without_their_config_are_refused(shards, model_class, argu
         model_class.from_pretrained(tmp_path, **arguments)
 
 
+@pytest.mark.parametrize(
+    "named",
+    [None, {"quant_method": "another"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}],
+)
+def test_int8_weights_under_the_config_of_another_format_are_refused(named, tmp_path):
+    quantize_model_(tiny_llama(), QFTConfig()).save_pretrained(tmp_path)
+    edit_config(tmp_path, lambda config: config.update(quantization_config=named))
+
+    with pytest.raises(ValueError, match=r"no quantization_config of qft_hf\. Restore the config"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("model_class", [AutoModelForCausalLM, AutoModel])
 def test_int8_weights_in_a_pickled_file_are_refused_too(model_class, tmp_path):
     model = quantize_model_(tiny_llama(), QFTConfig())
