@@ -44,7 +44,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
                 raise TypeError(f"{name} must be {wanted}, got {value!r}.")
         if not isinstance(self.strict, bool):
             raise TypeError(f"strict must be True or False, got {self.strict!r}.")
-        if not all(isinstance(entry, str) for entry in self.modules_to_not_convert or []):
+        if not all(isinstance(one, str) and one for one in self.modules_to_not_convert or []):
             raise TypeError(
                 "modules_to_not_convert must be a list of module names or None, got "
                 f"{self.modules_to_not_convert!r}."

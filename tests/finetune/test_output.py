@@ -22,6 +22,7 @@ from qft_hf.hf.finetune.output_folder import (
     refuse_other_run,
     refuse_small_disk,
     refuse_unwritable,
+    told,
 )
 from qft_hf.hf.finetune.summary import Origin, RunSummary, versions
 from qft_hf.hf.peak_memory import PeakMemory
@@ -213,6 +214,23 @@ def test_the_config_in_force_does_the_run_again(tmp_path):
     assert again.given == first.given
     assert again.data == first.data
     assert again.training.to_dict() == first.training.to_dict()
+
+
+def test_a_run_that_goes_on_with_other_settings_says_which(tmp_path, caplog):
+    """`run.yaml` was written anew without a word, and told nothing of the steps before."""
+    before = {"max_length": 256, "train_data": ["a.jsonl"], "seed": 3}
+    claim(tmp_path, before)
+    claim(tmp_path, before | {"resume_from_checkpoint": "true"})
+    assert caplog.text == ""
+
+    after = {"max_length": 512, "train_data": ["a.jsonl"], "learning_rate": 1e-4}
+    claim(tmp_path, after)
+
+    assert (
+        "not the run that it would have been: max_length 512, was 256; seed by default, was 3; "
+        "learning_rate 0.0001, was by default. run.yaml has the new ones"
+    ) in caplog.text
+    assert told(tmp_path) == after
 
 
 def leave_whole(folder, step):

@@ -71,6 +71,7 @@ def test_other_quantization_method_is_refused():
         ({"outlier_fraction": "0.01"}, "outlier_fraction must be a number"),
         ({"modules_to_not_convert": "lm_head"}, "must be a list of module names or None"),
         ({"modules_to_not_convert": [3]}, "must be a list of module names or None"),
+        ({"modules_to_not_convert": [""]}, "must be a list of module names or None"),
         ({"matmul": None}, "matmul must be a string"),
         ({"seed": 1.5}, "seed must be an integer"),
     ],

@@ -6,6 +6,7 @@ that a run writes and is not known to be of a run is foreign, and refused.
 
 import fnmatch
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ from ..config import QUANT_METHOD
 from ..drafts import MODEL_FILES, unsettled, written_whole
 from ..side_network import CONFIG_NAME, WEIGHTS_NAME
 from .arguments import EXPORT_DTYPES
+
+logger = logging.getLogger(__name__)
 
 SUMMARY = "summary.json"
 LOSS_CURVE = "loss_curve.png"
@@ -240,11 +243,25 @@ def claim(output_dir: Path, given: Mapping[str, Any]) -> None:
     """
     values = {key: _plain(value) for key, value in given.items() if key not in _OF_A_PROCESS}
     path = output_dir / RUN_CONFIG
-    if path.is_file() and told(output_dir) == values:
+    before = told(output_dir)
+    if before == values:
         return  # a resumed run
+    if before:
+        changed = [key for key in before | values if before.get(key) != values.get(key)]
+        logger.warning(
+            "%s goes on with other settings than it was told before, and is not the run that it "
+            "would have been: %s. %s has the new ones",
+            output_dir,
+            "; ".join(f"{key} {_shown(values, key)}, was {_shown(before, key)}" for key in changed),
+            RUN_CONFIG,
+        )
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     with written_whole(path) as draft:
         draft.write_text(f"# qft_hf {__version__}: what this run was told.\n{text}", "utf-8")
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "by default"
 
 
 def _plain(value: Any) -> Any:
