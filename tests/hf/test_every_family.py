@@ -17,8 +17,8 @@ from torch import nn
 from qft_hf.nn import conversion_plan
 
 MODELS = Path(transformers.__file__).parent / "models"
-# Two experts beside 256 others, that every token meets: 0.8 % of them. Aria's have the usual form in
-# newer versions of transformers; those of 5.17 stay float, and a warning says so.
+# Two experts beside 256 others, that every token meets: 0.8 % of them. Aria's have the usual form
+# in newer versions of transformers; those of 5.17 stay float, and a warning says so.
 OF_OTHER_FORM = {"InklingSharedExperts", "AriaGroupedExpertsGemm"}
 
 
