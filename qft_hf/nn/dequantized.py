@@ -17,7 +17,8 @@ from ..quant import ALL_ROWS, QFTWeight, Tiles
 # At most so many tokens are multiplied without expanding the weight where no gradient is recorded:
 # matrix units pad any fewer to as many. Measured on CPUs (one thread), 16 tokens take as long as
 # expanding in FP32, or up to a ninth of it, and fewer tokens less. Where a CPU multiplies BF16
-# natively, 4 tokens take as long as expanding, and 16 twice as long.
+# natively, 4 tokens take as long as expanding, and 16 twice as long. On a GPU expanding moves five
+# bytes an element, and this one.
 MAX_TOKENS = 16
 MAX_TOKENS_BESIDE_NATIVE_BF16 = 4
 

@@ -178,6 +178,7 @@ PRODUCTS = [
     ((18, 257), None, 0.03),
     ((3, 1100), 3, 0.0),
     ((5, 1100), 100, 0.03),
+    ((17, 1100), None, 0.03),  # several steps of all warps, the last not full
     ((2, 2300), 1150, 0.03),  # several tiles of columns and of outliers
     ((1, 1), None, 0.0),
 ]

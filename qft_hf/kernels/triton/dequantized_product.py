@@ -4,6 +4,10 @@ A program owns some rows of the weight and a few tokens, and walks along the col
 16 bytes a thread and expanded in registers. Several BF16 or FP16 tokens go through matrix units,
 whose sums are FP32, padded to the 16 that these take; one token, and FP32, which has no such unit,
 is multiplied and added up.
+
+Such a product waits for memory: enough of the weight must be on its way at a time. Matrix units
+take 16 rows, so that a matrix of 4,096 rows makes 256 programs, two for each multiprocessor of an
+H100. Their warps walk along columns of their own, in parts, and add up at the end.
 """
 
 from functools import cache
@@ -27,20 +31,18 @@ FP32_TOKENS = 4  # of one program: each costs as many registers as the weight
 def _expanded(
     codes_ptr, scales_ptr, row, start,
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    TILE: tl.constexpr, UNIT: tl.constexpr,
+    PARTS: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """FP32 values of `[ROWS, TILE]` columns from `start` on; a scale is loaded for each `UNIT`."""
-    column = start + tl.arange(0, TILE)
-    mask = (column < COLUMNS)[None, :]
-    code = tl.load(codes_ptr + row[:, None] * COLUMNS + column[None, :], mask=mask, other=0)
-    first = start + tl.arange(0, TILE // UNIT) * UNIT
-    scale = tl.load(
-        scales_ptr + row[:, None] * N_GROUPS + (first // GROUP)[None, :],
-        mask=(first < COLUMNS)[None, :],
-        other=0.0,
-    )
-    units = tl.reshape(code.to(tl.float32), (ROWS, TILE // UNIT, UNIT)) * scale[:, :, None]
-    return tl.reshape(units, (ROWS, TILE))
+    """FP32 values `[PARTS, ROWS, TILE]` of the columns from `start` on; a scale for each `UNIT`."""
+    first = start + tl.arange(0, PARTS)[:, None, None] * TILE
+    column = first + tl.arange(0, TILE)[None, None, :]
+    index = row[None, :, None] * COLUMNS + column
+    code = tl.load(codes_ptr + index, mask=column < COLUMNS, other=0)
+    column = first + tl.arange(0, TILE // UNIT)[None, None, :] * UNIT
+    index = row[None, :, None] * N_GROUPS + column // GROUP
+    scale = tl.load(scales_ptr + index, mask=column < COLUMNS, other=0.0)
+    units = tl.reshape(code.to(tl.float32), (PARTS, ROWS, TILE // UNIT, UNIT))
+    return tl.reshape(units * scale[:, :, :, None], (PARTS, ROWS, TILE))
 
 
 @triton.jit
@@ -53,6 +55,7 @@ def _add_token(totals, products, t):
 @triton.jit(do_not_specialize=["n_tokens", "n_rows"])
 def _dequantized_matmul_kernel(
     x_ptr,  # [n_tokens, COLUMNS] fp32, bf16 or fp16
+    turned_ptr,  # [COLUMNS, n_tokens] the same: whoever gathers columns has all tokens at once
     codes_ptr,  # [n_rows, COLUMNS] int8
     scales_ptr,  # [n_rows, N_GROUPS] fp32
     outlier_values_ptr,  # [n_rows, N_OUTLIERS] fp32
@@ -69,7 +72,8 @@ def _dequantized_matmul_kernel(
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,  # of one program, a power of two
     ON_MATRIX_UNITS: tl.constexpr,
-    TILE: tl.constexpr,
+    PARTS: tl.constexpr,  # of a step along the columns, of a warp each; 1 without matrix units
+    TILE: tl.constexpr,  # columns of a part
     UNIT: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -85,37 +89,42 @@ def _dequantized_matmul_kernel(
     x_ptr += first_token.to(tl.int64) * COLUMNS
     left = n_tokens - first_token
 
+    parts = tl.zeros((PARTS, ROWS, TOKENS), tl.float32)
     totals = tl.zeros((ROWS, TOKENS), tl.float32)
-    for start in range(0, COLUMNS, TILE):
+    for start in range(0, COLUMNS, PARTS * TILE):
         weight = _expanded(
-            codes_ptr, scales_ptr, here, start, COLUMNS, GROUP, N_GROUPS, ROWS, TILE, UNIT
+            codes_ptr, scales_ptr, here, start, COLUMNS, GROUP, N_GROUPS, ROWS, PARTS, TILE, UNIT
         ).to(dtype)
-        column = start + tl.arange(0, TILE)
         if ON_MATRIX_UNITS:
+            column = start + tl.arange(0, PARTS)[:, None] * TILE + tl.arange(0, TILE)[None, :]
             x = tl.load(
-                x_ptr + tl.arange(0, TOKENS)[None, :] * COLUMNS + column[:, None],
-                mask=(column < COLUMNS)[:, None] & token_exists[None, :],
+                x_ptr + tl.arange(0, TOKENS)[None, None, :] * COLUMNS + column[:, :, None],
+                mask=(column < COLUMNS)[:, :, None] & token_exists[None, None, :],
                 other=0.0,
             )
-            totals = tl.dot(weight, x, totals)
+            parts = tl.dot(weight, x, parts)
         else:
+            column = start + tl.arange(0, TILE)
+            weight = tl.reshape(weight, (ROWS, TILE))
             for t in tl.static_range(TOKENS):
                 mask = column < tl.where(t < left, COLUMNS, 0)
                 x = tl.load(x_ptr + t * COLUMNS + column, mask=mask, other=0.0)
                 products = weight.to(tl.float32) * x.to(tl.float32)[None, :]
                 totals = _add_token(totals, products, t)
+    totals += tl.sum(parts, axis=0)
 
     for tile in range((N_OUTLIERS + OUTLIER_TILE - 1) // OUTLIER_TILE):
-        k = tile * OUTLIER_TILE + tl.arange(0, OUTLIER_TILE)
-        place = here[:, None] * N_OUTLIERS + k[None, :]
-        mask = (k < N_OUTLIERS)[None, :]
-        column = tl.load(outlier_columns_ptr + place, mask=mask, other=0).to(tl.int32)
-        value = tl.load(outlier_values_ptr + place, mask=mask, other=0.0)
+        k = tile * OUTLIER_TILE + tl.arange(0, OUTLIER_TILE)[:, None]
+        place = here[None, :] * N_OUTLIERS + k
+        column = tl.load(outlier_columns_ptr + place, mask=k < N_OUTLIERS, other=0).to(tl.int32)
+        value = tl.load(outlier_values_ptr + place, mask=k < N_OUTLIERS, other=0.0)
         value = value.to(dtype).to(tl.float32)
-        for t in range(TOKENS):
-            there = mask & (k < tl.where(t < left, N_OUTLIERS, 0))[None, :]
-            x = tl.load(x_ptr + t * COLUMNS + column, mask=there, other=0.0)
-            totals = _add_token(totals, value * x.to(tl.float32), t)
+        x = tl.load(
+            turned_ptr + column[:, :, None] * n_tokens + token[None, None, :],
+            mask=(k < N_OUTLIERS)[:, :, None] & token_exists[None, None, :],
+            other=0.0,
+        )
+        totals += tl.sum(value[:, :, None] * x.to(tl.float32), axis=0)
 
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + here).to(dtype).to(tl.float32)
@@ -133,15 +142,16 @@ def sizes(
     unit = columns if group == columns else group & -group
     on_matrix_units = dtype != torch.float32 and n_tokens > 1
     if on_matrix_units:
-        # More warps would expand the same 16 rows, which is what the units take. Scales of short
-        # units need registers of their own.
-        tokens, rows, outliers, n_warps = MATRIX_TOKENS, 16, 16, 1
-        tile = 128 if unit >= WIDE_UNIT else 64
+        tokens, rows, outliers = MATRIX_TOKENS, 16, 16
+        tile = 128 if unit >= WIDE_UNIT else 64  # scales of short units need registers of their own
     else:
         tokens = min(FP32_TOKENS, triton.next_power_of_2(n_tokens))
-        rows, outliers, n_warps = 4, 64, 4
+        rows, outliers = 4, 64
         tile = 1024
     tile = min(tile, max(16, triton.next_power_of_2(columns)))
+    n_warps = 4
+    if on_matrix_units:
+        n_warps = min(n_warps, triton.next_power_of_2(triton.cdiv(columns, tile)))
     constants = {
         "N_OUTLIERS": n_outliers,
         "OUTLIER_TILE": min(outliers, triton.next_power_of_2(max(1, n_outliers))),
@@ -151,6 +161,7 @@ def sizes(
         "ROWS": rows,
         "TOKENS": tokens,
         "ON_MATRIX_UNITS": on_matrix_units,
+        "PARTS": n_warps if on_matrix_units else 1,
         "TILE": tile,
         "UNIT": tile if group == columns else min(tile, unit),
     }
@@ -177,7 +188,8 @@ def dequantized_matmul(x: Tensor, weight: Weight, *, bias: Tensor | None) -> Ten
     )
     y = x.new_empty(n_tokens, rows)
     grid = (-(-rows // of_rows) * -(-n_tokens // of_tokens),)
+    turned = x.t().contiguous() if n_outliers and n_tokens > 1 else x
     _launch_dequantized_matmul(
-        grid, constants, x, *weight.tensors, bias, y, n_tokens, rows
+        grid, constants, x, turned, *weight.tensors, bias, y, n_tokens, rows
     )  # fmt: skip
     return y
