@@ -220,7 +220,7 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             "network is trained, whose gradients take a few MB. Leave gradient out."
         )
     # The launcher says it too, by an environment variable.
-    if args.fp16 or getattr(args, "mixed_precision", None) == "fp16":
+    if args.fp16 or args.mixed_precision == "fp16":
         raise ValueError(
             "fp16=True, or --mixed_precision fp16 of accelerate launch, scales the loss and "
             "unscales float gradients, which INT8 gradients are not. Use bf16=True, which needs no "

@@ -12,7 +12,8 @@ from qft_hf.hf.optimizers import check_arguments
 from tests.optim.test_release import batches, everything, loss_of, make_optimizer, network
 
 NAN, INF = float("nan"), float("inf")
-NUMBERS = (NAN, INF, -INF, -1.0, -1e-30, "x", None, [1.0], 1j)
+NUMBERS = (NAN, INF, -INF, -1.0, -1e-30, 1e39, "x", None, [1.0], 1j)
+STEPS = (-3, 1.5, INF, 2**63 - 1, 2**70, "x", None, [1, 2])
 BAD: dict[str, tuple] = {
     "lr": NUMBERS,
     "weight_decay": NUMBERS,
@@ -93,9 +94,8 @@ def _loaded_group(optimizer: Any, name: str, value: Any, chance: Any, train: Any
 def _loaded_state(optimizer: Any, name: str, value: Any, chance: Any, train: Any) -> None:
     state = copy.deepcopy(optimizer.state_dict())
     one = state["state"][chance.choice(list(state["state"]))]
-    names = [key for key in one if key != "step"]
-    key = chance.choice(names or ["step"])
-    one[key] = chance.choice(TENSORS)(one[key]) if names else -3
+    key = chance.choice(list(one))
+    one[key] = chance.choice(STEPS) if key == "step" else chance.choice(TENSORS)(one[key])
     optimizer.load_state_dict(state)
 
 
