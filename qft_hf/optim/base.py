@@ -728,6 +728,12 @@ class QFTOptimizer(Optimizer):
             RuntimeError: Several processes have the rows, and `consolidate` has not been called
                 since the last step, or this is not process 0.
         """
+        if n := self._flow.n_taken:
+            logger.warning(
+                "The optimizer's state is read while a step has taken the gradients of %d "
+                "parameters and has not ended: who resumes from it begins between two steps",
+                n,
+            )
         state_dict = super().state_dict()
         if self.processes is not None and any(isinstance(p, QFTWeight) for p in self.state):
             if self._whole is None:

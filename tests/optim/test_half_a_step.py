@@ -97,7 +97,7 @@ def test_more_gradients_do_not_hide_it(monkeypatch, gradient, method, at):
 @pytest.mark.parametrize("gradient", MODES)
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
 @pytest.mark.parametrize(("method", "at"), [("update", 2), ("step_floats", 1)])
-def test_a_copy_does_not_hide_it(monkeypatch, gradient, copied, method, at):
+def test_copies_and_states_do_not_hide_it(monkeypatch, gradient, copied, method, at, caplog):
     model = network()
     optimizer = make_optimizer(model, gradient)
     interrupt(monkeypatch, method, at)
@@ -105,9 +105,14 @@ def test_a_copy_does_not_hide_it(monkeypatch, gradient, copied, method, at):
 
     with pytest.raises(RuntimeError, match=r"\d+ parameters and has not ended.*or .*zero_grad\(\)"):
         copied((model, optimizer))
+    optimizer.state_dict()  # whoever was interrupted may want to save what there is
+    assert "who resumes from it begins between two steps" in caplog.text
 
+    caplog.clear()
     optimizer.zero_grad()
     copied((model, optimizer))
+    optimizer.state_dict()
+    assert caplog.text == ""
 
 
 def test_a_released_step_cannot_be_copied_before_it_ends():
