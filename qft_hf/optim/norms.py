@@ -47,7 +47,8 @@ def total_square(squares: list[Tensor]) -> Tensor:
 def joined(squares: list[Tensor]) -> Tensor:
     """All of them: fp64 `[n]`."""
     device = squares[0].device
-    return torch.cat([square.to(device).view(-1) for square in squares])
+    here = [square if square.device == device else square.to(device) for square in squares]
+    return torch.cat([square if square.ndim else square.view(1) for square in here])
 
 
 def total_norm(squares: list[Tensor]) -> Tensor:

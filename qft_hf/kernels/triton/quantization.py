@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import quantization as operators
 from ..values import Weight
-from .launch import Launcher
+from .launch import Constants, Launcher
 from .numerics import (
     INFINITY,
     PER_QMAX,
@@ -202,11 +202,15 @@ def launch_quantize(
     n_groups = tiling(n_columns, group_size).N_GROUPS
     scales = x.new_empty(rows, n_groups, dtype=torch.float32)
     n_taken = 0 if columns is None else columns.shape[0]
-    constants = row_constants(
-        n_columns, group_size, N_TAKEN=n_taken, TAKEN_TILE=outlier_tile(n_taken)
-    )
+    constants = _constants(n_columns, group_size, n_taken)
     _launch_quantize((rows,), constants, x, zero_columns, columns, codes, scales, taken, rows)
     return codes, scales
+
+
+@cache
+def _constants(n_columns: int, group_size: int | None, n_taken: int) -> Constants:
+    tile = outlier_tile(n_taken)
+    return row_constants(n_columns, group_size, N_TAKEN=n_taken, TAKEN_TILE=tile)
 
 
 @cache
