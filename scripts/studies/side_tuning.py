@@ -105,7 +105,7 @@ TASKS = {
         steps=120,
         batch_size=2,
         score="loss",
-        rates={"full": (5e-5, 1e-4, 2e-4), "lora": (3e-4, 1e-3, 3e-3), "side": (5e-4, 1e-3, 2e-3)},
+        rates={"full": (2e-5, 5e-5, 1e-4), "lora": (3e-4, 1e-3, 3e-3), "side": (1e-3, 2e-3, 5e-3)},
     ),
 }
 
@@ -205,13 +205,13 @@ def linears(model: Any) -> list[str]:
     ]
 
 
-def side(base: str, downsample: str) -> Way:
-    """A side network on a frozen base."""
+def side(base: str, downsample: str, *, r: int = QSTConfig.r) -> Way:
+    """A side network on a frozen base `r` times as wide."""
 
     def build(bench: Bench, seed: int, rate: float) -> tuple[Any, Any]:
         model = bench.load(base, seed)
         set_seed(seed)
-        model = attach_side_network(model, QSTConfig(downsample=downsample))
+        model = attach_side_network(model, QSTConfig(r=r, downsample=downsample))
         return model, adamw(model, rate)
 
     return Way(build, "side")
@@ -230,6 +230,7 @@ WAYS: dict[str, Way] = {
     "LoRA on INT8": lora("int8"),
     "QST, float base": side("float", "adapter"),
     "full QFT": Way(full, "full"),
+    "QST with r=4, NF4 base": side("nf4", "adapter", r=4),
     "QST, float base, linear": side("float", "linear"),
     "QST, float base, mean": side("float", "mean"),
     "QST, float base, max": side("float", "max"),
@@ -355,13 +356,14 @@ def tables(done: list[Line], first_seed: int) -> str:
         if rows:
             head[4] = task.score
             parts.append(f"{name}\n\n{report.table(head, rows)}")
+        first = {"task": name, "seed": first_seed}
+        searched = [line for line in done if line.items() >= first.items()]
         search = [
             [run["way"], f"{run['rate']:g}", *(f"{s:.4f}" for s in run["scores"].values())]
-            for run in done
-            if run["task"] == name and run.get("seed") == first_seed
+            for run in searched
         ]
         if search:
-            columns = ["way", "rate", *next(r["scores"] for r in done if "scores" in r)]
+            columns = ["way", "rate", *searched[0]["scores"]]
             parts.append(f"{name}, all rates, seed {first_seed}\n\n{report.table(columns, search)}")
     return "\n\n".join(parts)
 
