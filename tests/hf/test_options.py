@@ -229,6 +229,12 @@ def test_impossible_numbers_are_refused_by_name(name, bad, tmp_path):
         assert type(model.lm_head) is nn.Linear
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_a_number_that_is_infinite_in_fp32_is_refused_with_the_arguments(name, tmp_path):
+    with pytest.raises(ValueError, match=r"must be finite and not negative, got 1e\+39"):
+        arguments(tmp_path, QFTTrainingArguments, **{name: 1e39})
+
+
 def test_a_norm_that_is_a_word_is_refused_by_name(tmp_path):
     with pytest.raises(TypeError, match="max_grad_norm must be a number, got '1'"):
         arguments(tmp_path, QFTTrainingArguments, max_grad_norm="1")
