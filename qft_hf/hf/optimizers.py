@@ -200,7 +200,8 @@ def check_arguments(args: TrainingArguments) -> None:
         refuse_retries(args)
     named = OPTIMIZERS[optimizer_name(args)]
     trial = nn.Parameter(torch.zeros(1, dtype=torch.float32))
-    named.optimizer_class([trial], weight_decay=args.weight_decay, **optimizer_arguments(args))
+    arguments = {"weight_decay": args.weight_decay, **optimizer_arguments(args)}
+    named.optimizer_class([trial], **arguments)
 
 
 def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:
