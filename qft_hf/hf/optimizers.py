@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from ..optim import QFTSGD, QFTAdamW, QFTLion, QFTOptimizer
+from ..optim.settings import LARGEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +185,9 @@ def check_arguments(args: TrainingArguments) -> None:
         ValueError: A value is out of its range, or has no effect beside the others.
     """
     for name in ("learning_rate", "weight_decay"):
-        if _checked(name, getattr(args, name), float) < 0:
-            raise ValueError(f"{name} must not be negative, got {getattr(args, name)}.")
+        value = _checked(name, getattr(args, name), float)
+        if not 0 <= value <= LARGEST:
+            raise ValueError(f"{name} must be in [0, {LARGEST:.2g}], what FP32 holds, got {value}.")
     norm = args.max_grad_norm
     if norm is not None and norm != math.inf and _checked("max_grad_norm", norm, float) < 0:
         raise ValueError(f"max_grad_norm must not be negative, got {norm}. 0 clips nothing.")
@@ -200,8 +202,7 @@ def check_arguments(args: TrainingArguments) -> None:
         refuse_retries(args)
     named = OPTIMIZERS[optimizer_name(args)]
     trial = nn.Parameter(torch.zeros(1, dtype=torch.float32))
-    arguments = {"weight_decay": args.weight_decay, **optimizer_arguments(args)}
-    named.optimizer_class([trial], **arguments)
+    named.optimizer_class([trial], **optimizer_arguments(args))
 
 
 def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def test_impossible_numbers_are_refused_by_name(name, bad, tmp_path):
 
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
 def test_a_number_that_is_infinite_in_fp32_is_refused_with_the_arguments(name, tmp_path):
-    with pytest.raises(ValueError, match=r"must be finite and not negative, got 1e\+39"):
+    with pytest.raises(ValueError, match=rf"{name} must be in .* FP32 holds, got 1e\+39"):
         arguments(tmp_path, QFTTrainingArguments, **{name: 1e39})
 
 
