@@ -25,6 +25,7 @@ from transformers import TrainingArguments, masking_utils
 from ..nn.experts import GroupedModule
 from ..nn.kinds import kind_of
 from ..optim import QFTOptimizer
+from ..optim.capturable import CapturableSteps
 from ..optim.flow import Flow, Left
 from .optimizers import OPTIMIZERS, given_options, optimizer_name
 
@@ -139,7 +140,7 @@ class GraphedStep:
                 "the number of its step, which does not read them from `live`. Take "
                 "gradient='stack', or leave cuda_graph off."
             )
-        optimizer.prepare_capture(self.run_part)
+        self._steps = CapturableSteps(optimizer, self.run_part)
         if not optimizer.reads_live:
             logger.warning(
                 "cuda_graph=True: updates by %s run without a graph, which would repeat their rate "
@@ -169,7 +170,7 @@ class GraphedStep:
             RuntimeError: The pass does what cannot be captured. Nothing was updated.
         """
         self._latest = None
-        self.optimizer.write_numbers()
+        self._steps.write_numbers()
         if not self._takes(batch):
             return self._eager.run(lambda: run(batch))
         self._forget_what_has_moved()
@@ -186,7 +187,7 @@ class GraphedStep:
             return self._eager.run(lambda: run(batch))  # after a micro-batch that ran eagerly
         else:
             self._replay(captured, batch)
-            self.optimizer.replayed(captured.left)
+            self._steps.replayed(captured.left)
             for parameter, gradient in zip(self._parameters, captured.gradients, strict=True):
                 parameter.grad = gradient
         self._latest = captured
@@ -227,11 +228,11 @@ class GraphedStep:
 
     def end(self) -> None:
         """Let the optimizer step without graphs again."""
-        self.optimizer.prepare_capture(None)
+        self._steps.end()
 
     def _forget_what_has_moved(self) -> None:
         """Drop all graphs if somebody has moved the model, or loaded a state."""
-        repeated = self.optimizer.repeated()
+        repeated = self._steps.repeated()
         if self._repeated != repeated:
             self._captured.clear()
             self._n_run.clear()
@@ -274,7 +275,7 @@ class GraphedStep:
         with _documents_as_in_eager_passes(self._inputs):
             loss = self._capture(graph, lambda: run(self._inputs), "this forward and backward pass")
         gradients = [parameter.grad for parameter in self._parameters]
-        return _Captured(graph, before, gradients, self.optimizer.left(), loss)
+        return _Captured(graph, before, gradients, self._steps.left(), loss)
 
     def _capture(self, graph: Graph, function: Callable[[], T], name: str) -> T:
         steps = [(state["step"], int(state["step"])) for state in self.optimizer.state.values()]

@@ -60,10 +60,7 @@ def _unwrapped_model(prepare: Any) -> Any:
         processes = Processes.found()
         if processes is not None:
             processes.begin(self.device)
-            for parameter in model.parameters():
-                if isinstance(parameter, QFTWeight):
-                    processes.broadcast_(parameter.stored.tensors)
-                    parameter.fields_changed()
+            processes.broadcast_(p for p in model.parameters() if isinstance(p, QFTWeight))
         return prepared
 
     return prepare_model
@@ -157,11 +154,7 @@ def start_together(
         return
     ours.broadcast()
     trained = {id(parameter) for parameter in ours.parameters()}
-    for parameter in model.parameters():
-        if id(parameter) not in trained:
-            is_int8 = isinstance(parameter, QFTWeight)
-            stored: Any = parameter
-            processes.broadcast_(stored.stored.tensors if is_int8 else (stored,))
+    processes.broadcast_(p for p in model.parameters() if id(p) not in trained)
     processes.broadcast_(model.buffers())
 
 

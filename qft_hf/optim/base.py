@@ -1,14 +1,13 @@
 """`QFTOptimizer`: all that the optimizers of INT8 weights have in common.
 
 A rule, such as Lion's (`lion.py`), says which state a parameter has and how one step goes. Here is
-the rest: parameters are numbered, gradients flow (`flow.py`), steps are counted for the random
-numbers that round, and state is saved and loaded as it is stored.
+the rest: parameters are numbered, each gradient that the flow (`flow.py`) hands over becomes an
+update, and steps are counted for the random numbers that round. What is saved and loaded is the
+state as it is stored (`saved.py`).
 """
 
-import copy
 import logging
 from abc import abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, overload
@@ -21,26 +20,19 @@ from torch.optim import Optimizer
 
 from .. import kernels
 from ..kernels.floats import PARAMETER_DTYPES
-from ..kernels.values import N_LIVE
 from ..quant import Int8Gradient, QFTWeight, TiledGradient
-from .flow import Flow, Left, RunPart, run_directly
-from .processes import DIFFERENT_SETTINGS, Processes
+from .agreement import agree_on_settings
+from .flow import Flow
+from .processes import Processes
 from .release import Release
 from .rows import RowsRelease, RowsStack
+from .saved import PREVIOUS_NORM, check_form, loaded, whole_states
 from .settings import check_group, check_settings
 from .stack import Stack
-from .state import (
-    StateFormat,
-    StepCounter,
-    check_form,
-    checked_norm,
-    checked_state,
-    initial_state,
-)
+from .state import StateFormat, StepCounter, initial_state
 
 logger = logging.getLogger(__name__)
 
-PREVIOUS_NORM = "previous_norm"  # key in a state dict
 OWN_ROWS = "own rows"  # key of the plans of a weight
 
 _living: WeakSet["QFTOptimizer"] = WeakSet()
@@ -133,15 +125,16 @@ class QFTOptimizer(Optimizer):
     def _prepare(self) -> None:
         """Make what lives beside the state: where gradients go, and where parameters stand."""
         self.processes = Processes.found()
-        self._flow = self._make_flow()
+        self.flow = self._make_flow()
         self._places: dict[int, tuple[int, int]] = {}  # number and group of each, by identity
         # What is made of state tensors once, by their identity.
         self._quantized: dict[int, kernels.Quantized] = {}
         self._counters: dict[int, StepCounter] = {}
         self._has_stepped = False
-        self._whole: dict[int, dict[str, Tensor]] | None = None  # what `consolidate` has brought
-        self._numbers: Tensor | None = None  # where passes and steps may be captured
-        self.live: Tensor | None = None  # the same, from `write_numbers` to the end of a step
+        self._whole: dict[int, dict[str, Any]] | None = None  # what `consolidate` has brought
+        # The numbers of this step, and what puts them there: see `capturable.py`.
+        self.live: Tensor | None = None
+        self.write_live: Callable[[], None] | None = None
         _living.add(self)
 
     def _make_flow(self) -> Flow:
@@ -166,6 +159,10 @@ class QFTOptimizer(Optimizer):
     @abstractmethod
     def state_format(self, parameter: Tensor) -> StateFormat:
         """The form of each state tensor of a parameter, quantized or float."""
+
+    def state_hint(self, parameter: Tensor, state: dict[str, Any]) -> str | None:
+        """What a state that does not fit would fit, for an error; None: nothing known."""
+        return None
 
     @abstractmethod
     def step_weight(
@@ -234,10 +231,22 @@ class QFTOptimizer(Optimizer):
         """
         check_group(group)
 
-    def check_groups(self) -> None:
-        """`check_group` of all: a scheduler may have written anything since the last step."""
-        for group in self.param_groups:
-            self.check_group(group)
+    # --- what a rule may use
+
+    def live_of(self, stream: int, n_numbers: int = 3) -> Tensor | None:
+        """The first numbers in `live` of the parameter of this stream, if there are any."""
+        return None if self.live is None else self.live[stream, :n_numbers]
+
+    def quantized(
+        self, state: dict[str, Tensor], name: str, group_size: int | None, bits: int = 8
+    ) -> kernels.Quantized:
+        """The state tensors `<name>_codes` and `<name>_scales` together; checked and made once."""
+        codes = state[f"{name}_codes"]
+        found = self._quantized.get(id(codes))
+        if found is None or found.codes is not codes:
+            found = kernels.Quantized(codes, state[f"{name}_scales"], group_size, bits)
+            self._quantized[id(codes)] = found
+        return found
 
     # --- parameters
 
@@ -263,8 +272,8 @@ class QFTOptimizer(Optimizer):
             del self.param_groups[-1]
             raise
         self._number(len(self.param_groups) - 1)
-        if self._flow.is_attached:
-            self._flow.attach(group["params"])
+        if self.flow.is_attached:
+            self.flow.attach(group["params"])
 
     def _number(self, group: int) -> None:
         for parameter in self.param_groups[group]["params"]:
@@ -282,11 +291,52 @@ class QFTOptimizer(Optimizer):
 
         Another optimizer that had these parameters has them no longer.
         """
-        self._flow.attach(self.parameters())
+        self.flow.attach(self.parameters())
 
     def eval(self) -> None:
         """Leave gradients where backward puts them, until `train` or the next step."""
-        self._flow.detach(self.parameters())
+        self.flow.detach(self.parameters())
+
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Backward passes within keep their gradients for the one that follows; release needs it.
+
+        The Trainer's optimizer knows without it; see `is_accumulating`.
+        """
+        return self.flow.accumulate()
+
+    def measure_norm(self) -> AbstractContextManager[None]:
+        """A backward pass within only finds the norm that `clipping="exact"` then clips by.
+
+        Raises:
+            RuntimeError: Gradients wait for the step and can be clipped as usual.
+        """
+        return self.flow.measure_norm()
+
+    @property
+    def n_released(self) -> int:
+        """How many gradients of the step that is under way have been used already."""
+        return self.flow.n_taken if self.gradient == "release" else 0
+
+    @property
+    def released_norm(self) -> Tensor | None:
+        """Global norm, before clipping, of the gradients that the last step released: fp32.
+
+        None if it released none. Gradients that waited for the step are not in it: the norm of
+        those is what `torch.nn.utils.clip_grad_norm_` returned.
+        """
+        return self.flow.released_norm
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 as torch has it
+        """Drop all gradients, and give up a step that failed half-way."""
+        super().zero_grad(set_to_none)
+        self.flow.clear()
+
+    # --- a step
+
+    def check_groups(self) -> None:
+        """`check_group` of all: a scheduler may have written anything since the last step."""
+        for group in self.param_groups:
+            self.check_group(group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -317,7 +367,9 @@ class QFTOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.write_numbers()
+        self.check_groups()
+        if self.write_live is not None:
+            self.write_live()
         if not self._has_stepped:
             if self.processes is None and Processes.found() is not None:
                 raise RuntimeError(
@@ -327,7 +379,7 @@ class QFTOptimizer(Optimizer):
             self._has_stepped = True
             self._warn_without_int8()
         try:
-            is_taken = self._flow.step(list(self.parameters()))
+            is_taken = self.flow.step(list(self.parameters()))
         finally:
             self.live = None
         if not is_taken:
@@ -404,89 +456,13 @@ class QFTOptimizer(Optimizer):
                 [self._places[id(parameter)][0] for parameter in parameters],
             )
 
-    # --- backward passes that a CUDA graph repeats
-
-    def prepare_capture(self, run_part: RunPart | None) -> None:
-        """From now on backward waits for no value and repeats no number of a step.
-
-        What needs the host, such as gradients that are INT8 when they are released, waits for
-        `step`; the numbers of a step are in device memory, where `write_numbers` puts them. All
-        parameters are on one device.
-
-        Args:
-            run_part: Runs the parts of a step that wait for no value, and may repeat them by a
-                graph; None: they just run, and passes are captured no more.
-        """
-        self._flow.is_captured = run_part is not None
-        self._flow.run_part = run_part or run_directly
-        self._numbers = self.live = None
-        parameters = list(self.parameters())
-        if run_part is not None and self.reads_live and parameters:
-            # Rows of 64 bytes: each begins at an address that kernels take as aligned.
-            shape = len(parameters), N_LIVE
-            self._numbers = torch.zeros(shape, dtype=torch.float64, device=parameters[0].device)
-
-    def write_numbers(self) -> None:
-        """Put the numbers of the next step where kernels read them that are captured: one transfer.
-
-        Raises:
-            ValueError: An option of a group is out of its range.
-        """
-        self.check_groups()
-        if self._numbers is not None:
-            rows = [
-                self.numbers(group, self._n_steps(parameter) + 1)
-                for group in self.param_groups
-                for parameter in group["params"]
-            ]
-            self._numbers[:, : len(rows[0])].copy_(torch.tensor(rows, dtype=torch.float64))
-            self.live = self._numbers
-
-    def live_of(self, stream: int, n_numbers: int = 3) -> Tensor | None:
-        """The first numbers in `live` of the parameter of this stream, if there are any."""
-        return None if self.live is None else self.live[stream, :n_numbers]
-
-    def _n_steps(self, parameter: Parameter) -> int:
-        state = self.state.get(parameter)
-        return int(state["step"]) if state else 0
-
-    def repeated(self) -> list[Any]:
-        """Addresses and numbers that a pass captured now would repeat; if they change, it is void.
-
-        Tensors that come and go with a pass are none of them.
-        """
-        repeated: list[Any] = [
-            (p.stored.codes if isinstance(p, QFTWeight) else p).data_ptr()
-            for p in self.parameters()
-        ]
-        repeated += [
-            tensor.data_ptr()
-            for state in self.state.values()
-            for name, tensor in state.items()
-            if name != "step"
-        ]
-        if isinstance(self._flow, Release):
-            norm = self._flow.previous_norm
-            repeated.append(None if norm is None else norm.data_ptr())
-        changing = ("params", "lr", "weight_decay")
-        for group in self.param_groups:
-            repeated += [value for name, value in group.items() if name not in changing]
-        return repeated
-
-    def left(self) -> Left:
-        """What a pass that was captured has left on the host."""
-        return self._flow.left(self.parameters())
-
-    def replayed(self, left: Left) -> None:
-        """The device has run that pass again: be as after it."""
-        self._flow.replayed(left)
-        self.updated(left.updated)
-
     def updated(self, parameters: Sequence[Parameter]) -> None:
-        """A graph has made a step of each: do what a step does on the host."""
+        """Do what updates do on the host, after a graph has repeated them on the device."""
         for parameter in parameters:
             self._next_step(self.state[parameter])
         torch.autograd.graph.increment_version(parameters)
+
+    # --- the state of a parameter
 
     def _state_of(self, parameter: Parameter) -> dict[str, Any]:
         state = self.state[parameter]
@@ -497,50 +473,14 @@ class QFTOptimizer(Optimizer):
     def _own_format(self, parameter: Parameter) -> StateFormat:
         """The form of the state that this process has of a parameter."""
         wanted = self.state_format(parameter)
-        if self.processes is None or not isinstance(parameter, QFTWeight):
-            return wanted
-        return self.processes.own_format(wanted, parameter)
+        return wanted if self.processes is None else self.processes.own_format(wanted, parameter)
 
-    def _own_state(self, parameter: Parameter, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What this process has of a whole state."""
-        if self.processes is None or not isinstance(parameter, QFTWeight):
-            return state
-        own = self.processes.own_rows(parameter)
-        return {
-            name: tensor[own].clone() if tensor.ndim else tensor for name, tensor in state.items()
-        }
-
-    def facts(self) -> dict[str, Any]:
-        """What processes that train one model must have in common, by name."""
-        facts: dict[str, Any] = {"the optimizer": self.description}
-        facts |= {name: getattr(self, name) for name in self.SETTINGS if name != "is_accumulating"}
-        for number, group in enumerate(self.param_groups):
-            options = {key: value for key, value in group.items() if key != "params"}
-            facts |= {f"{key} of group {number}": value for key, value in options.items()}
-        for number, parameter in enumerate(self.parameters()):
-            facts[f"parameter {number}"] = (
-                f"{type(parameter).__name__} {tuple(parameter.shape)} {parameter.dtype}"
-                + ("" if parameter.requires_grad else ", frozen")
-            )
-        return facts
-
-    def broadcast(self) -> None:
-        """Give all processes the parameters of process 0; each of them calls it.
-
-        Raises:
-            ValueError: The processes have other settings or other parameters.
-        """
-        if self.processes is None:
-            return
-        if not self.processes.has_begun:
-            self.processes.begin(next(self.parameters()).device)
-        self.processes.agree(self.facts(), DIFFERENT_SETTINGS)
-        for parameter in self.parameters():
-            if isinstance(parameter, QFTWeight):
-                self.processes.broadcast_(parameter.stored.tensors)
-                parameter.fields_changed()
-            else:
-                self.processes.broadcast_([parameter])
+    def _next_step(self, state: dict[str, Tensor]) -> int:
+        step = state["step"]
+        counter = self._counters.get(id(step))
+        if counter is None or counter.tensor is not step:
+            counter = self._counters[id(step)] = StepCounter(step)
+        return counter.next()
 
     def fit_state(self, parameter: Parameter) -> None:
         """After a parameter was given or deprived of its last rows, do the same to its state.
@@ -562,69 +502,7 @@ class QFTOptimizer(Optimizer):
                 fresh[:n_kept] = state[name][:n_kept]
                 state[name] = fresh
 
-    def _next_step(self, state: dict[str, Tensor]) -> int:
-        step = state["step"]
-        counter = self._counters.get(id(step))
-        if counter is None or counter.tensor is not step:
-            counter = self._counters[id(step)] = StepCounter(step)
-        return counter.next()
-
-    def quantized(
-        self, state: dict[str, Tensor], name: str, group_size: int | None, bits: int = 8
-    ) -> kernels.Quantized:
-        """The state tensors `<name>_codes` and `<name>_scales` together; checked and made once."""
-        codes = state[f"{name}_codes"]
-        found = self._quantized.get(id(codes))
-        if found is None or found.codes is not codes:
-            found = kernels.Quantized(codes, state[f"{name}_scales"], group_size, bits)
-            self._quantized[id(codes)] = found
-        return found
-
-    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 as torch has it
-        """Drop all gradients, and give up a step that failed half-way."""
-        super().zero_grad(set_to_none)
-        self._flow.clear()
-
-    def accumulate(self) -> AbstractContextManager[None]:
-        """Backward passes within keep their gradients for the one that follows; release needs it.
-
-        The Trainer's optimizer knows without it; see `is_accumulating`.
-        """
-        return self._flow.accumulate()
-
-    def measure_norm(self) -> AbstractContextManager[None]:
-        """A backward pass within only finds the norm that `clipping="exact"` then clips by.
-
-        Raises:
-            RuntimeError: Gradients wait for the step and can be clipped as usual.
-        """
-        if not isinstance(self._flow, Release):
-            raise RuntimeError(
-                "measure_norm() is for gradient='release'. With gradient='stack', call "
-                "torch.nn.utils.clip_grad_norm_ between backward and step."
-            )
-        if any(parameter.grad is not None for parameter in self.parameters()):
-            raise RuntimeError(
-                "measure_norm() would drop the gradients that wait for the step. With "
-                "clipping='exact' they are clipped there: run the last micro-batch without it."
-            )
-        return self._flow.measure_norm()
-
-    @property
-    def n_released(self) -> int:
-        """How many gradients of the step that is under way have been used already."""
-        return self._flow.n_taken if isinstance(self._flow, Release) else 0
-
-    @property
-    def released_norm(self) -> Tensor | None:
-        """Global norm, before clipping, of the gradients that the last step released: fp32.
-
-        None if it released none. Gradients that waited for the step are not in it: the norm of
-        those is what `torch.nn.utils.clip_grad_norm_` returned.
-        """
-        return self._flow.released_norm if isinstance(self._flow, Release) else None
-
-    # --- state
+    # --- saved, copied, and on several processes
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned; INT8 stays INT8. Hooks are called as torch does.
@@ -641,64 +519,14 @@ class QFTOptimizer(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        check_form(state_dict)
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        own = list(self.parameters())
-        if len(saved) != len(own):
-            raise ValueError(
-                f"The optimizer state is for {len(saved)} parameters, this optimizer has "
-                f"{len(own)}: it was saved by another model. Resume with the model it belongs to."
-            )
-        if unknown := [key for key in state_dict["state"] if key not in saved]:
-            raise ValueError(
-                f"The optimizer state has parameter {unknown[0]}, which is in none of its groups: "
-                "it is damaged. Resume from an earlier checkpoint."
-            )
-        groups = self._loaded_groups(state_dict["param_groups"])
-        previous_norm = checked_norm(state_dict.get(PREVIOUS_NORM))
-        states: defaultdict[Tensor, Any] = defaultdict(dict)
-        for key, parameter in zip(saved, own, strict=True):
-            if key in state_dict["state"]:
-                states[parameter] = self._own_state(
-                    parameter,
-                    checked_state(
-                        state_dict["state"][key],
-                        self.state_format(parameter),
-                        device=parameter.device,
-                        name=f"parameter {key}",
-                        hint=self.state_hint(parameter, state_dict["state"][key]),
-                    ),
-                )
-        self.__setstate__({"state": states, "param_groups": groups})
+        found = loaded(state_dict, self)
+        self.__setstate__({"state": found.states, "param_groups": found.groups})
         self._quantized.clear()
         self._counters.clear()
-        self._flow.clear()
-        if isinstance(self._flow, Release):
-            self._flow.restart(previous_norm=previous_norm)
+        self.flow.restart(previous_norm=found.previous_norm)
         self.train()  # Accelerate loads the state after it has moved the model, which cuts hooks
         for loaded_hook in self._optimizer_load_state_dict_post_hooks.values():
             loaded_hook(self)
-
-    def _loaded_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Copies of groups of a state dict, checked, with the parameters of this optimizer."""
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if (theirs := [len(group["params"]) for group in saved]) != sizes:
-            raise ValueError(
-                f"The optimizer state has groups of {theirs} parameters, this optimizer of {sizes}"
-                ": it was saved with other groups. Resume with the ones it belongs to."
-            )
-        groups = []
-        for own, group in zip(self.param_groups, saved, strict=True):
-            # Options that an older version did not save have their defaults.
-            kept = {name: own[name] for name in ("params", "param_names") if name in own}
-            options = {name: value for name, value in group.items() if name != "params"}
-            groups.append(self.defaults | kept | copy.deepcopy(options))
-            self.check_group(groups[-1])
-        return groups
-
-    def state_hint(self, parameter: Tensor, state: dict[str, Any]) -> str | None:
-        """What a state that does not fit would fit, for an error; None: nothing known."""
-        return None
 
     def consolidate(self) -> None:
         """Bring the state of all rows to the host of process 0, which alone can save it then.
@@ -706,18 +534,9 @@ class QFTOptimizer(Optimizer):
         Every process calls it, before the first of them calls `state_dict`; until the next step.
         On one process there is nothing to bring.
         """
-        if self.processes is None:
-            return
-        whole: dict[int, dict[str, Any]] = {}
-        for number, parameter in enumerate(self.parameters()):
-            state = self.state.get(parameter)
-            if state and isinstance(parameter, QFTWeight):
-                n_rows = parameter.arrangement.matrix_shape[0]
-                whole[number] = {
-                    name: self.processes.whole(state[name], n_rows)
-                    for name in self.state_format(parameter)
-                }
-        self._whole = whole if self.processes.rank == 0 else None
+        if self.processes is not None:
+            whole = whole_states(self, self.processes)
+            self._whole = whole if self.processes.rank == 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers: state by parameter, groups, and the norm that clips next.
@@ -728,7 +547,7 @@ class QFTOptimizer(Optimizer):
             RuntimeError: Several processes have the rows, and `consolidate` has not been called
                 since the last step, or this is not process 0.
         """
-        if n := self._flow.n_taken:
+        if n := self.flow.n_taken:
             logger.warning(
                 "The optimizer's state is read while a step has taken the gradients of %d "
                 "parameters and has not ended: who resumes from it begins between two steps",
@@ -744,8 +563,8 @@ class QFTOptimizer(Optimizer):
                 )
             for number, tensors in self._whole.items():
                 state_dict["state"][number] = {**state_dict["state"][number], **tensors}
-        if isinstance(self._flow, Release) and self._flow.previous_norm is not None:
-            state_dict[PREVIOUS_NORM] = self._flow.previous_norm
+        if self.flow.previous_norm is not None:
+            state_dict[PREVIOUS_NORM] = self.flow.previous_norm
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
@@ -754,27 +573,34 @@ class QFTOptimizer(Optimizer):
         Raises:
             RuntimeError: A step has begun and not ended, and a copy would go on without the rest.
         """
-        if n := self._flow.n_taken:
+        if n := self.flow.n_taken:
             raise RuntimeError(
                 f"A step has taken the gradients of {n} parameters and has not ended, and a copy "
                 "would go on without the others. Copy the optimizer after step(), or give the step "
                 "up by zero_grad()."
             )
         kept = {name: getattr(self, name) for name in (*self.SETTINGS, "skipped_steps")}
-        if isinstance(self._flow, Release):
-            kept[PREVIOUS_NORM] = self._flow.previous_norm
-        return {**super().__getstate__(), **kept}
+        return {**super().__getstate__(), **kept, PREVIOUS_NORM: self.flow.previous_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also called by `load_state_dict`, which keeps what lives beside the state."""
         previous_norm = state.pop(PREVIOUS_NORM, None)
         super().__setstate__(state)
-        if "_flow" not in self.__dict__:  # unpickled or copied
+        if "flow" not in self.__dict__:  # unpickled or copied
             self._prepare()
             for group in range(len(self.param_groups)):
                 self._number(group)
-            if isinstance(self._flow, Release):
-                self._flow.previous_norm = previous_norm
+            self.flow.previous_norm = previous_norm
+
+    def broadcast(self) -> None:
+        """Give all processes the parameters of process 0; each of them calls it.
+
+        Raises:
+            ValueError: The processes have other settings or other parameters.
+        """
+        if self.processes is not None:
+            agree_on_settings(self, self.processes)
+            self.processes.broadcast_(self.parameters())
 
 
 def fit_states(parameter: Parameter) -> None:

@@ -6,8 +6,8 @@ uses each one the moment backward has completed it and frees it.
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
@@ -29,6 +29,10 @@ class Updates(Protocol):
     takes_tiles: bool  # whether `update` takes a `TiledGradient`
     reads_live: bool  # whether a graph may repeat updates
 
+    def parameters(self) -> Iterator[Parameter]:
+        """All that the flow is attached to, in the order of their numbers."""
+        ...
+
     def check_groups(self) -> None:
         """Raise for options that are out of their range."""
         ...
@@ -41,6 +45,10 @@ class Updates(Protocol):
 
     def update_floats(self, pairs: list[tuple[Parameter, Tensor]]) -> None:
         """Update float parameters together."""
+        ...
+
+    def updated(self, parameters: Sequence[Parameter]) -> None:
+        """Do what updates do on the host, after a graph has repeated them on the device."""
         ...
 
 
@@ -112,6 +120,9 @@ class Flow(ABC):
     # Whether backward passes may be captured by a CUDA graph: what needs the host waits for `step`.
     is_captured = False
     run_part: RunPart = staticmethod(run_directly)
+    # Norms of the last step, before clipping: of the gradients that it released, and of all.
+    released_norm: Tensor | None = None
+    previous_norm: Tensor | None = None
 
     def __init__(
         self, optimizer: Updates, *, is_accumulating: Callable[[], bool] | None = None
@@ -123,9 +134,9 @@ class Flow(ABC):
         self.is_attached = False
 
     @property
-    def optimizer(self) -> Any:
-        """The optimizer, or None if it is gone."""
-        return self._optimizer()
+    def optimizer(self) -> Updates:
+        """The optimizer, which is alive while it steps; a hook asks `_optimizer` whether it is."""
+        return self._optimizer()  # type: ignore[return-value]
 
     def __call__(self, parameter: Parameter) -> None:
         """What autograd calls: the gradient of `parameter` is complete."""
@@ -158,9 +169,22 @@ class Flow(ABC):
         ask = self._ask_accumulating
         return self._is_inside_accumulate or (ask is not None and ask())
 
+    def measure_norm(self) -> AbstractContextManager[None]:
+        """A backward pass within only finds the norm that `clipping="exact"` then clips by."""
+        raise RuntimeError(
+            "measure_norm() is for gradient='release'. With gradient='stack', call "
+            "torch.nn.utils.clip_grad_norm_ between backward and step."
+        )
+
     def clear(self) -> None:
         """Give up a step that was begun."""
         self._n_updated = 0
+
+    def restart(self, *, previous_norm: Tensor | None) -> None:
+        """Go on from a checkpoint, whatever state a failed step has left."""
+        self.clear()
+        self.previous_norm = previous_norm
+        self.released_norm = None
 
     @abstractmethod
     def left(self, parameters: Iterable[Parameter]) -> Left:

@@ -67,8 +67,6 @@ SEVERAL_GPUS = (
     "4 ...` does: each holds the INT8 weights, and gradients and optimizer state are divided."
 )
 
-DIFFERENT_SETTINGS = "Give all the same settings, and the same parameters in the same order."
-
 _n_groups = 0  # that this process has joined; the same on all
 
 
@@ -184,8 +182,12 @@ class Processes:
             )
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Give all processes the values of process 0."""
+        """Give all processes the values of process 0, INT8 weights as they are stored."""
         for tensor in tensors:
+            if isinstance(tensor, QFTWeight):
+                self.broadcast_(tensor.stored.tensors)
+                tensor.fields_changed()
+                continue
             flat = tensor.detach().reshape(-1).contiguous()
             self.wait(dist.broadcast(flat.view(torch.uint8), 0, group=self._group, async_op=True))
             if flat.data_ptr() != tensor.data_ptr():
@@ -243,12 +245,23 @@ class Processes:
         """Those of a `QFTWeight` that this process owns."""
         return self.rows_of(self.rank, weight.arrangement.matrix_shape[0])
 
-    def own_format(self, wanted: StateFormat, weight: Any) -> StateFormat:
-        """The state of the own rows of a weight."""
-        own = self.own_rows(weight)
+    def own_format(self, wanted: StateFormat, parameter: Tensor) -> StateFormat:
+        """The form of the state that this process has of a parameter: of own rows, if INT8."""
+        if not isinstance(parameter, QFTWeight):
+            return wanted
+        own = self.own_rows(parameter)
         n_own = own.stop - own.start
         return {
             name: form._replace(shape=(n_own, *form.shape[1:])) for name, form in wanted.items()
+        }
+
+    def own_state(self, whole: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+        """What this process has of a whole state, as `own_format` says."""
+        if not isinstance(parameter, QFTWeight):
+            return whole
+        own = self.own_rows(parameter)
+        return {
+            name: tensor[own].clone() if tensor.ndim else tensor for name, tensor in whole.items()
         }
 
     def send(self, weight: Any) -> Exchange:
@@ -265,13 +278,13 @@ class Processes:
             (HEADER_BYTES,), given is not None, dtype=torch.uint8, device=weight.device
         )
         blocks = [self.rows_of(rank, n_rows) for rank in range(self.n)]
-        of_scales = [torch.cat([is_used, _flat(_bytes(scales[rows]))]) for rows in blocks]
+        of_scales = [torch.cat([is_used, _flat(bytes_of(scales[rows]))]) for rows in blocks]
         return Exchange(
             weight,
             given is not None,
             scales=self._exchange(torch.cat(of_scales), [len(part) for part in of_scales]),
             codes=self._exchange(
-                _flat(_bytes(codes)), [(rows.stop - rows.start) * columns for rows in blocks]
+                _flat(bytes_of(codes)), [(rows.stop - rows.start) * columns for rows in blocks]
             ),
         )
 
@@ -349,7 +362,7 @@ class Processes:
         # Columns of outliers stay what they are.
         fields = [weight.codes, weight.scales, weight.outlier_values]
         parts = []
-        for field in map(_bytes, fields):
+        for field in map(bytes_of, fields):
             padding = field.new_zeros((block - n_own) * field.shape[1])
             parts += [_flat(field[own]), padding]
         sent = torch.cat(parts)
@@ -361,7 +374,7 @@ class Processes:
         """Put the rows that have arrived into the weight."""
         self.wait(gathering.rows.work)
         begin = 0
-        for field in map(_bytes, gathering.fields):
+        for field in map(bytes_of, gathering.fields):
             n_rows, width = field.shape
             end = begin + self.block(n_rows) * width
             field.copy_(gathering.rows.received[:, begin:end].reshape(-1, width)[:n_rows])
@@ -377,7 +390,7 @@ class Processes:
         block = self.block(n_rows)
         padded = rows.new_zeros(block, *rows.shape[1:])
         padded[: len(rows)] = rows
-        sent = _flat(_bytes(padded))
+        sent = _flat(bytes_of(padded))
         received = sent.new_empty(self.n, len(sent)) if self.rank == 0 else None
         parts = None if received is None else list(received)
         self.wait(dist.gather(sent, parts, 0, group=self._group, async_op=True))
@@ -468,27 +481,11 @@ class Processes:
             logger.warning("The store of the processes cannot be reached: %s", error)
 
 
-def checksum(parameter: Tensor) -> int:
-    """A number that tells weights apart that were made or loaded otherwise, whatever the machine.
-
-    It is of the sums of bytes of each row and their places: bytes that have changed places within a
-    row are not seen.
-    """
-    total = 0
-    stored = parameter.stored.tensors if isinstance(parameter, QFTWeight) else (parameter,)
-    for tensor in stored:
-        of_rows = _bytes(tensor.detach().reshape(len(tensor) if tensor.ndim else 1, -1))
-        sums = of_rows.sum(dim=1, dtype=torch.int64)
-        places = torch.arange(1, len(sums) + 1, device=sums.device)
-        total = 31 * total + int((sums * places).sum())
-    return total
-
-
 def _values(rows: kernels.Quantized) -> Tensor:
     return kernels.dequantize(kernels.Weight.dense(rows), dtype=torch.float32)
 
 
-def _bytes(matrix: Tensor) -> Tensor:
+def bytes_of(matrix: Tensor) -> Tensor:
     """A contiguous matrix as uint8 `[rows, bytes]`, in the same memory."""
     return matrix.contiguous().view(torch.uint8)
 

@@ -9,7 +9,7 @@ Source:
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -75,8 +75,6 @@ class Release(Flow):
         self.accumulation = accumulation
         self.clipping = clipping
         self.max_grad_norm = max_grad_norm
-        self.previous_norm: Tensor | None = None  # of all gradients of the last step
-        self.released_norm: Tensor | None = None  # of those that it released
         self._measured: Tensor | None = None  # of the step to come, by `measure_norm`
         self._squares: list[Tensor] = []  # fp64, of the gradients of this step; added up once
         self._used: set[int] = set()  # parameters whose gradient this step has taken
@@ -93,7 +91,7 @@ class Release(Flow):
     @property
     def wants_tiles(self) -> bool:  # type: ignore[override]
         """Whether a gradient that is complete now is used at once, by a kernel that quantizes."""
-        optimizer = self.optimizer
+        optimizer = self._optimizer()
         return (
             optimizer is not None
             and optimizer.takes_tiles
@@ -329,13 +327,22 @@ class Release(Flow):
             return self._measured
         return self.previous_norm if self.clipping == "previous" else None
 
-    @contextmanager
-    def measure_norm(self) -> Iterator[None]:
+    def measure_norm(self) -> AbstractContextManager[None]:
         """Within, gradients are measured and dropped; afterwards exact clipping knows the norm.
 
         Raises:
             FloatingPointError: A gradient has a NaN or infinity. Nothing was updated.
+            RuntimeError: Gradients wait for the step.
         """
+        if any(parameter.grad is not None for parameter in self.optimizer.parameters()):
+            raise RuntimeError(
+                "measure_norm() would drop the gradients that wait for the step. With "
+                "clipping='exact' they are clipped there: run the last micro-batch without it."
+            )
+        return self._measuring()
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
         self._is_measuring = True
         try:
             yield
@@ -349,12 +356,6 @@ class Release(Flow):
                 "look at the batch, and run the next one."
             )
         self._measured = total_norm(squares)
-
-    def restart(self, *, previous_norm: Tensor | None) -> None:
-        """Go on from a checkpoint, whatever state a failed step has left."""
-        self.clear()
-        self.previous_norm = previous_norm
-        self.released_norm = None
 
     def clear(self) -> None:
         """Forget a step that was begun."""

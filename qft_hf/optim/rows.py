@@ -21,8 +21,9 @@ from torch.nn import Parameter
 
 from ..quant import QFTWeight
 from ..quant.own_rows import OwnRows, OwnTiles
+from .agreement import agree_on_settings, agree_on_values
 from .flow import Flow, Updates, quantize_gradient_
-from .processes import DIFFERENT_SETTINGS, Exchange, Gathering, Processes, checksum
+from .processes import Exchange, Gathering, Processes
 from .release import Release
 from .stack import Stack
 
@@ -118,15 +119,8 @@ class _Shared(Flow):
         trained = [p for p in optimizer.parameters() if p.requires_grad]
         weights = [p for p in trained if isinstance(p, QFTWeight)]
         if {id(weight) for weight in weights} != self._places.keys():
-            processes.agree(optimizer.facts(), DIFFERENT_SETTINGS)
-            processes.agree(
-                {
-                    f"the check sum of parameter {number} of shape {tuple(p.shape)}": checksum(p)
-                    for number, p in enumerate(optimizer.parameters())
-                },
-                "They would train different models. Load the same one on all, or copy that of "
-                "process 0 to them before the first step: optimizer.broadcast().",
-            )
+            agree_on_settings(optimizer, processes)
+            agree_on_values(optimizer, processes)
             self._order(weights[::-1])
             self._is_agreed = False
         squares = torch.zeros(len(weights), dtype=torch.float64, device=trained[0].device)
@@ -271,9 +265,9 @@ class RowsRelease(_Shared, Release):
         self._is_in_backward = was_in_backward
 
     @contextmanager
-    def measure_norm(self) -> Iterator[None]:
+    def _measuring(self) -> Iterator[None]:
         """Within, gradients are exchanged, measured and dropped."""
-        with super().measure_norm():
+        with super()._measuring():
             yield
             self._join()
             self._pass = None

@@ -310,7 +310,7 @@ def test_a_copy_clips_by_the_previous_norm_bit_for_bit(copy_it):
     other, copied = copy_it((model, optimizer))
     copied.train()
 
-    assert_same_bits(copied._flow.previous_norm, optimizer._flow.previous_norm)
+    assert_same_bits(copied.flow.previous_norm, optimizer.flow.previous_norm)
     assert (copied.clipping, copied.max_grad_norm) == ("previous", 0.02)
     for step in (2, 3):
         train(model, optimizer, [step])
@@ -319,7 +319,7 @@ def test_a_copy_clips_by_the_previous_norm_bit_for_bit(copy_it):
         copied.step()
         assert_same_tensors(snapshot(other, copied), snapshot(model, optimizer))
     # It is the norm that does it: without, the next bits are others.
-    copied._flow.previous_norm = None
+    copied.flow.previous_norm = None
     train(model, optimizer, [4])
     train(other, copied, [4])
     assert any(

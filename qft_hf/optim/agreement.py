@@ -1,0 +1,75 @@
+"""Several processes train one model: they have the same settings, parameters and values."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quant import QFTWeight
+from .processes import Processes, bytes_of
+
+
+def agree_on_settings(optimizer: Any, processes: Processes) -> None:
+    """Raise, on all processes, unless their optimizers have the same settings and parameters.
+
+    Args:
+        optimizer: A `QFTOptimizer`.
+        processes: Begun, if they are not.
+
+    Raises:
+        ValueError: Names the first differences.
+    """
+    if not processes.has_begun:
+        processes.begin(next(optimizer.parameters()).device)
+    processes.agree(
+        _facts(optimizer), "Give all the same settings, and the same parameters in the same order."
+    )
+
+
+def agree_on_values(optimizer: Any, processes: Processes) -> None:
+    """Raise, on all processes, unless their parameters have the same values.
+
+    Raises:
+        ValueError: Names the first differences.
+    """
+    processes.agree(
+        {
+            f"the check sum of parameter {number} of shape {tuple(p.shape)}": _checksum(p)
+            for number, p in enumerate(optimizer.parameters())
+        },
+        "They would train different models. Load the same one on all, or copy that of process 0 "
+        "to them before the first step: optimizer.broadcast().",
+    )
+
+
+def _facts(optimizer: Any) -> dict[str, Any]:
+    """Settings, options of groups and forms of parameters, by name."""
+    facts: dict[str, Any] = {"the optimizer": optimizer.description}
+    facts |= {
+        name: getattr(optimizer, name) for name in optimizer.SETTINGS if name != "is_accumulating"
+    }
+    for number, group in enumerate(optimizer.param_groups):
+        options = {key: value for key, value in group.items() if key != "params"}
+        facts |= {f"{key} of group {number}": value for key, value in options.items()}
+    for number, parameter in enumerate(optimizer.parameters()):
+        facts[f"parameter {number}"] = (
+            f"{type(parameter).__name__} {tuple(parameter.shape)} {parameter.dtype}"
+            + ("" if parameter.requires_grad else ", frozen")
+        )
+    return facts
+
+
+def _checksum(parameter: Tensor) -> int:
+    """A number that tells weights apart that were made or loaded otherwise, whatever the machine.
+
+    It is of the sums of bytes of each row and their places: bytes that have changed places within a
+    row are not seen.
+    """
+    total = 0
+    stored = parameter.stored.tensors if isinstance(parameter, QFTWeight) else (parameter,)
+    for tensor in stored:
+        of_rows = bytes_of(tensor.detach().reshape(len(tensor) if tensor.ndim else 1, -1))
+        sums = of_rows.sum(dim=1, dtype=torch.int64)
+        places = torch.arange(1, len(sums) + 1, device=sums.device)
+        total = 31 * total + int((sums * places).sum())
+    return total

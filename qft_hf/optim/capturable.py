@@ -1,0 +1,100 @@
+"""Backward passes and steps of an optimizer in a form that CUDA graphs may repeat.
+
+A graph repeats kernels with the numbers and addresses that they had when it was captured, and none
+of the Python between them. So numbers that differ from step to step are in device memory, no pass
+waits for a value, and what the host does beside the kernels is done again after each replay.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ..kernels.values import N_LIVE
+from ..quant import QFTWeight
+from .base import QFTOptimizer
+from .flow import Left, RunPart, run_directly
+
+
+class CapturableSteps:
+    """Makes the steps of an optimizer capturable, from now on until `end`.
+
+    What needs the host, such as whether a gradient that is released in INT8 is finite, waits for
+    `step`; and no kernel repeats a number of a step: `live` has them.
+
+    Args:
+        optimizer: Modified. All its parameters are on one device.
+        run_part: Runs the parts of a step that wait for no value, and may repeat them by a graph.
+    """
+
+    def __init__(self, optimizer: QFTOptimizer, run_part: RunPart) -> None:
+        self.optimizer = optimizer
+        self._numbers: Tensor | None = None
+        parameters = list(optimizer.parameters())
+        if optimizer.reads_live and parameters:
+            # Rows of 64 bytes: each begins at an address that kernels take as aligned.
+            shape = len(parameters), N_LIVE
+            self._numbers = torch.zeros(shape, dtype=torch.float64, device=parameters[0].device)
+        optimizer.write_live = self.write_numbers
+        optimizer.flow.is_captured, optimizer.flow.run_part = True, run_part
+
+    def end(self) -> None:
+        """Let the optimizer step without graphs again."""
+        self.optimizer.write_live = self.optimizer.live = None
+        self.optimizer.flow.is_captured, self.optimizer.flow.run_part = False, run_directly
+
+    def write_numbers(self) -> None:
+        """Put the numbers of the next step where captured kernels read them: one transfer.
+
+        To be called before each pass; a step does so itself.
+
+        Raises:
+            ValueError: An option of a group is out of its range.
+        """
+        optimizer = self.optimizer
+        optimizer.check_groups()
+        if self._numbers is not None:
+            rows = [
+                optimizer.numbers(group, self._n_steps(parameter) + 1)
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+            ]
+            self._numbers[:, : len(rows[0])].copy_(torch.tensor(rows, dtype=torch.float64))
+        optimizer.live = self._numbers
+
+    def _n_steps(self, parameter: Parameter) -> int:
+        state = self.optimizer.state.get(parameter)
+        return int(state["step"]) if state else 0
+
+    def repeated(self) -> list[Any]:
+        """Addresses and numbers that a pass captured now would repeat; if they change, it is void.
+
+        Tensors that come and go with a pass are none of them.
+        """
+        optimizer = self.optimizer
+        repeated: list[Any] = [
+            (p.stored.codes if isinstance(p, QFTWeight) else p).data_ptr()
+            for p in optimizer.parameters()
+        ]
+        repeated += [
+            tensor.data_ptr()
+            for state in optimizer.state.values()
+            for name, tensor in state.items()
+            if name != "step"
+        ]
+        norm = optimizer.flow.previous_norm
+        repeated.append(None if norm is None else norm.data_ptr())
+        changing = ("params", "lr", "weight_decay")
+        for group in optimizer.param_groups:
+            repeated += [value for name, value in group.items() if name not in changing]
+        return repeated
+
+    def left(self) -> Left:
+        """What a pass that was captured has left on the host."""
+        return self.optimizer.flow.left(self.optimizer.parameters())
+
+    def replayed(self, left: Left) -> None:
+        """The device has run that pass again: be as after it."""
+        self.optimizer.flow.replayed(left)
+        self.optimizer.updated(left.updated)
