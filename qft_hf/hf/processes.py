@@ -116,7 +116,7 @@ def _telling(train: Any) -> Any:
         except BaseException as error:
             processes = getattr(unwrapped(self.optimizer), "processes", None)
             if processes is not None:
-                processes.tell(error)
+                processes.failures.tell(error)
             raise
 
     return telling

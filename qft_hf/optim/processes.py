@@ -25,16 +25,12 @@ All of it goes through `torch.distributed`: who starts the processes and chooses
 to the launcher. Everything travels as bytes, for not every backend carries every dtype. Collectives
 have a group of their own, and the same order on all processes (`rows.py`).
 
-A process that fails says so in the store of the launcher, and the others, while they wait for it,
-look there about once a second. So they raise soon, and name the process and its error.
-
 Source:
     Rajbhandari et al. 2020, "ZeRO" (arXiv:1910.02054), stage 2: gradients and optimizer state are
     divided, weights are not. There gradients are summed as they travel, in float; here each is
     rounded to INT8 once before it travels, and once more where accumulation rounds too.
 """
 
-import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -51,11 +47,9 @@ from .. import kernels
 from ..layout import STATE_GROUP_SIZE, GroupLayout, rows_of_process
 from ..quant import QFTWeight, quantized
 from ..quant.own_rows import OwnTiles
+from .failures import LOOK_SECONDS, Failures
 from .state import StateFormat
 
-logger = logging.getLogger(__name__)
-
-LOOK_SECONDS = 1.0  # how often a process that waits looks whether another has failed
 HEADER_BYTES = 4  # before the scales of a gradient: whether there is one
 
 # PyTorch 2.13 has given it a new name, and warns of the old one.
@@ -116,6 +110,7 @@ class Processes:
     Attributes:
         rank: Number of this process.
         n: How many there are.
+        failures: What those that failed have told.
     """
 
     def __init__(self) -> None:
@@ -123,7 +118,7 @@ class Processes:
         self._group: Any = None
         self._timeout = timedelta()
         self._host_waits = True  # for collectives: on a GPU its stream does
-        self._failures: Any = None  # part of the store in which processes tell that they failed
+        self.failures = Failures(self.rank)
 
     @classmethod
     def found(cls) -> "Processes | None":
@@ -148,7 +143,7 @@ class Processes:
         self._timeout = timeout or world._get_backend(device).options._timeout
         _n_groups += 1
         store = dist.distributed_c10d._get_default_store()
-        self._failures = dist.distributed_c10d.PrefixStore(f"qft_hf/{_n_groups}", store)
+        self.failures.store = dist.distributed_c10d.PrefixStore(f"qft_hf/{_n_groups}", store)
         self._group = dist.new_group(timeout=self._timeout)
 
     @property
@@ -218,7 +213,7 @@ class Processes:
             yield
         except Exception as error:  # noqa: BLE001 raised below
             failure = error
-        told = None if failure is None else self._text(failure)
+        told = None if failure is None else self.failures.text(failure)
         everyones: list[str | None] = [None] * self.n
         dist.all_gather_object(everyones, told, group=self._group)
         if failure is not None:
@@ -230,6 +225,33 @@ class Processes:
     def sum_(self, values: Tensor) -> None:
         """Add up those of all processes in place."""
         self.wait(dist.all_reduce(values, group=self._group, async_op=True))
+
+    def wait(self, work: Any) -> None:
+        """Wait for a collective; on a GPU the stream does, and the host goes on.
+
+        Raises:
+            RuntimeError: Another process has failed, ended, or did not come within the timeout of
+                the process group.
+        """
+        if not self._host_waits:
+            work.wait()
+            return
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while True:
+            try:
+                work.wait(timedelta(seconds=LOOK_SECONDS))
+                return
+            except RuntimeError as error:
+                is_over = work.is_completed() or time.monotonic() > deadline
+                failure = self.failures.first(patience=2 * LOOK_SECONDS if is_over else 0.0)
+                if failure is not None:
+                    raise RuntimeError(STOPS.format(rank=self.rank, failure=failure)) from error
+                if is_over:
+                    raise RuntimeError(
+                        f"Process {self.rank} stops because another has ended, or has not come to "
+                        f"the same place within {self._timeout}: its own output says why. The "
+                        "model may be between two steps: resume from the last checkpoint."
+                    ) from error
 
     # --- rows
 
@@ -398,87 +420,6 @@ class Processes:
             return None
         whole = received.view(-1).view(rows.dtype).view(self.n * block, *rows.shape[1:])
         return whole[:n_rows].cpu()
-
-    # --- failures
-
-    def wait(self, work: Any) -> None:
-        """Wait for a collective; on a GPU the stream does, and the host goes on.
-
-        Raises:
-            RuntimeError: Another process has failed, ended, or did not come within the timeout of
-                the process group.
-        """
-        if not self._host_waits:
-            work.wait()
-            return
-        deadline = time.monotonic() + self._timeout.total_seconds()
-        while True:
-            try:
-                work.wait(timedelta(seconds=LOOK_SECONDS))
-                return
-            except RuntimeError as error:
-                is_over = work.is_completed() or time.monotonic() > deadline
-                failure = self.failure(patience=2 * LOOK_SECONDS if is_over else 0.0)
-                if failure is not None:
-                    raise RuntimeError(STOPS.format(rank=self.rank, failure=failure)) from error
-                if is_over:
-                    raise RuntimeError(
-                        f"Process {self.rank} stops because another has ended, or has not come to "
-                        f"the same place within {self._timeout}: its own output says why. The "
-                        "model may be between two steps: resume from the last checkpoint."
-                    ) from error
-
-    def report(self, error: BaseException) -> None:
-        """Tell the others that this process fails, if nobody has failed before."""
-        if self._failures is None or self.failure() is not None:
-            return
-        with self._store_may_be_gone():
-            self._failures.compare_set("failure", "", self._text(error))
-
-    def _text(self, error: BaseException) -> str:
-        return f"Process {self.rank}: {type(error).__name__}: {error}"
-
-    def tell(self, error: BaseException) -> None:
-        """`report`; or note at the error, if it is another's, what that one has reported."""
-        failure = self.failure(patience=LOOK_SECONDS if isinstance(error, RuntimeError) else 0.0)
-        if failure is None:
-            self.report(error)
-        elif failure not in str(error) and not failure.startswith(f"Process {self.rank}:"):
-            error.add_note(f"The first process that failed was another. {failure}")
-
-    def failure(self, *, patience: float = 0.0) -> str | None:
-        """What the first process that failed has told; None: nobody has.
-
-        Args:
-            patience: How many seconds to wait for somebody to tell.
-        """
-        deadline = time.monotonic() + patience
-        with self._store_may_be_gone():
-            while self._failures is not None:
-                if self._failures.check(["failure"]):
-                    return str(self._failures.get("failure").decode())
-                if time.monotonic() >= deadline:
-                    break
-                time.sleep(0.05)
-        return None
-
-    @contextmanager
-    def reporting(self) -> Iterator[None]:
-        """Within, an exception is reported to the others."""
-        try:
-            yield
-        except FloatingPointError:  # the mean of gradients is not finite on any of them
-            raise
-        except BaseException as error:
-            self.report(error)
-            raise
-
-    @contextmanager
-    def _store_may_be_gone(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:  # with the process that held it
-            logger.warning("The store of the processes cannot be reached: %s", error)
 
 
 def _values(rows: kernels.Quantized) -> Tensor:

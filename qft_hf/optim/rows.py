@@ -91,7 +91,7 @@ class _Shared(Flow):
         """A gradient is complete on this process."""
         if self._optimizer() is None:
             return
-        with self.processes.reporting():
+        with self.processes.failures.reporting():
             quantize_gradient_(parameter)
             if self._is_accumulating():
                 self.complete(parameter)
@@ -165,7 +165,7 @@ class _Shared(Flow):
         current = self._pass
         if current is None:  # given up
             return
-        with self.processes.reporting():
+        with self.processes.failures.reporting():
             while current.n_sent < len(self._weights):
                 self._send_next(current)
             self._receive(current)
@@ -203,7 +203,7 @@ class _Shared(Flow):
 
     def step(self, parameters: list[Parameter]) -> bool:
         """The step of the flow, with gradients that are the mean over all processes."""
-        with self.processes.reporting():
+        with self.processes.failures.reporting():
             self._join()
         is_taken = super().step(parameters)  # type: ignore[safe-super]  # a flow stands behind
         self._pass = None
@@ -225,7 +225,7 @@ class _Shared(Flow):
 
     def _update(self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None) -> Any:
         """Update the own rows and begin to send them to all."""
-        with self.processes.reporting():
+        with self.processes.failures.reporting():
             squares = super()._update(parameter, gradient, factor)
             if isinstance(gradient, OwnTiles):
                 if squares is not None:
