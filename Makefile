@@ -38,7 +38,7 @@ types: $(INSTALLED)  ## Check types
 
 test: $(INSTALLED)  ## All tests that need no GPU
 	@find qft_hf -name '*.nb[ci]' -delete  # compiled code does not notice changes in other files
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_adamw_triton.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_adamw_triton.py tests/hf/test_liger_kernels.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m "not gpu"
 
 test-ptx: $(INSTALLED)  ## Triton's kernels as compiled for a GPU, executed on this machine: minutes

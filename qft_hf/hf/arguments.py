@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 
 from ..config import QuantizationSpec
 from .config import QFTConfig
+from .liger import settle_loss_
 from .optimizers import (
     DEFAULT_OPTIMIZER,
     FIELDS,
@@ -28,6 +29,11 @@ _FORMAT = (
     "matmul",
     "int8_products",
 )
+# Fields that a command line gives as JSON, with an example.
+_DICTIONARIES = {
+    "int8_products": '{"lm_head": ["forward"]}',
+    "liger_kernel_config": '{"rope": false}',
+}
 
 
 def _option(name: str) -> Any:
@@ -106,10 +112,19 @@ class QFTTrainingArguments(TrainingArguments):
         },
     )
     chunked_loss: bool = field(
-        default=False,
+        default=None,  # type: ignore[assignment]  # `__post_init__` sets it
         metadata={
             "help": "Compute the next-token loss run by run of the vocabulary, so that logits "
-            "never exist whole; costs one more product with the output head."
+            "never exist whole; costs one more product with the output head. Unset: only in place "
+            "of the fused loss of use_liger_kernel."
+        },
+    )
+    liger_kernel_config: dict[str, bool] | str | None = field(  # type: ignore[assignment]  # as text
+        default=None,
+        metadata={
+            "help": "With use_liger_kernel: kernels that are left out, or taken, as in "
+            """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy work """
+            "with INT8 weights; chunked_loss takes the place of that one."
         },
     )
     cuda_graph: bool = field(
@@ -143,20 +158,23 @@ class QFTTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> Any:
         """Check options and format at once, before a model is loaded."""
-        if isinstance(self.int8_products, str):  # of a command line or a config file
-            try:
-                self.int8_products = json.loads(self.int8_products)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"int8_products must be a JSON dictionary such as "
-                    f"""'{{"lm_head": ["forward"]}}', got {self.int8_products!r}."""
-                ) from error
+        for name, example in _DICTIONARIES.items():
+            if isinstance(value := getattr(self, name), str):  # of a command line or a config file
+                try:
+                    setattr(self, name, json.loads(value))
+                except json.JSONDecodeError as error:
+                    raise ValueError(
+                        f"{name} must be a JSON dictionary such as '{example}', got {value!r}."
+                    ) from error
         self._set_learning_rate()
         super().__post_init__()
         if named_optimizer(self) is None:
             self._refuse_without_effect()
         else:
             check_arguments(self)
+            if self.use_liger_kernel:
+                settle_loss_(self)
+        self.chunked_loss = bool(self.chunked_loss)
         _ = self.quantization_config
 
     def _set_learning_rate(self) -> None:

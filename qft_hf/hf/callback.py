@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..optim.release import ACCUMULATION_IS_FORBIDDEN
 from ..side import side_network_of
 from .checkpoint import parameters_without_state, write_mark
+from .liger import refuse_experts
 from .optimizers import is_ours, named_optimizer, refuse_overruled, refuse_retries
 from .processes import by_first, start_together
 from .support import (
@@ -58,6 +59,8 @@ class QFTCallback(TrainerCallback):
         if named_optimizer(args) is not None and model is not None:
             refuse_optimizer(optimizer, args)
             prepare_model_(model, args)
+        if args.use_liger_kernel and model is not None:
+            refuse_experts(args, model)
 
     def on_train_begin(
         self,

@@ -27,6 +27,7 @@ from ..nn.kinds import kind_of
 from ..optim import QFTOptimizer
 from ..optim.capturable import CapturableSteps
 from ..optim.flow import Flow, Left
+from .liger import WHOLE
 from .optimizers import OPTIMIZERS, given_options, optimizer_name
 
 logger = logging.getLogger(__name__)
@@ -329,6 +330,10 @@ def uncapturable(args: TrainingArguments, model: nn.Module) -> list[str]:
             "gradient_checkpointing saves the state of random numbers on the host. Without dropout "
             'in the model gradient_checkpointing_kwargs={"preserve_rng_state": False} gives the '
             "same without"
+        )
+    if args.use_liger_kernel and (args.liger_kernel_config or {}).get(WHOLE):
+        reasons.append(
+            f"Liger's {WHOLE} counts the labels on the host. Leave it out of liger_kernel_config"
         )
     if args.torch_empty_cache_steps is not None:
         reasons.append("torch_empty_cache_steps frees memory in the pass. Leave it unset")

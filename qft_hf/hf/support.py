@@ -25,6 +25,7 @@ from .config import QFTConfig
 from .convert import quantize_model_
 from .coverage import added_modules
 from .graphed_step import refuse_uncapturable
+from .liger import WITHOUT_FUSED, refuse_kernels
 from .optimizers import (
     OPTIMIZERS,
     check_arguments,
@@ -71,7 +72,12 @@ def prepare_model_(model: nn.Module, args: TrainingArguments) -> None:
     else:
         _quantize_(part, args)
     if getattr(args, "chunked_loss", False):
-        chunk_loss_(model)
+        try:
+            chunk_loss_(model)
+        except ValueError as error:
+            if not args.use_liger_kernel:
+                raise
+            raise ValueError(f"{error} {WITHOUT_FUSED}") from error
 
 
 def require_prepared(model: nn.Module, args: TrainingArguments) -> None:
@@ -261,14 +267,8 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
             "and would compile, and check at each step, the few operations between. Leave it off; "
             "on a GPU, cuda_graph=True of QFTTrainingArguments spares the host the whole pass."
         )
-    liger = args.liger_kernel_config or {}
-    if args.use_liger_kernel and liger.get("fused_linear_cross_entropy", True):
-        raise ValueError(
-            "use_liger_kernel=True: its fused cross-entropy makes a float gradient of the whole "
-            "head, which with INT8 weights is the largest tensor of a step. Set "
-            'liger_kernel_config={"fused_linear_cross_entropy": False}, and chunked_loss=True '
-            "of QFTTrainingArguments for a loss without all logits."
-        )
+    if args.use_liger_kernel:
+        refuse_kernels(args, model)
     parallelism = getattr(args, "parallelism_config", None)
     if (getattr(model, "_tp_size", None) or 1) > 1 or getattr(parallelism, "tp_enabled", False):
         raise ValueError(

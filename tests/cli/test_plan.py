@@ -80,6 +80,9 @@ def test_a_config_says_how_long_and_how_many(folder, tmp_path, capsys):
         gradient_checkpointing=False,
     )
     assert result["ways"][0]["total_bytes"] == expected.total_bytes
+    text = config.read_text().replace("chunked_loss", "use_liger_kernel")  # which comes with one
+    config.write_text(text)
+    assert plan(str(config), capsys=capsys)[0]["ways"][0]["total_bytes"] == expected.total_bytes
     (longer,) = plan(str(config), "--sequence_length=64", capsys=capsys)
     assert longer["sequence_length"] == 64
 

@@ -90,6 +90,21 @@ def test_values_get_the_type_of_their_field(config):
     assert arguments.output.overwrite_output is False
 
 
+def test_ligers_kernels_are_a_mapping_in_a_config_and_json_in_a_flag(config):
+    path = config("use_liger_kernel: true\nliger_kernel_config:\n  rope: false\n")
+    training = parse_arguments([path]).training
+    assert training.liger_kernel_config == {"rope": False, "fused_linear_cross_entropy": False}
+    assert training.chunked_loss
+    training = parse_arguments([path, '--liger_kernel_config={"cross_entropy": true}']).training
+    assert training.liger_kernel_config["cross_entropy"]
+    assert not training.chunked_loss
+    with pytest.raises(ValueError, match="chunked_loss=True then takes its place"):
+        parse_arguments([path, '--liger_kernel_config={"fused_linear_cross_entropy": true}'])
+    for flag in ("--chunked_loss", "--chunked_loss=true"):
+        assert parse_arguments([config(), flag]).training.chunked_loss
+    assert parse_arguments([config()]).training.chunked_loss is False
+
+
 def test_int8_products_are_a_mapping_in_a_config_and_json_in_a_flag(config):
     path = config("matmul: int8\nint8_products:\n  lm_head: [forward]\n  down_proj: []\n")
 

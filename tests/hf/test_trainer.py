@@ -15,7 +15,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.utils import is_liger_kernel_available
 
 from qft_hf import (
     QFTConfig,
@@ -463,11 +462,6 @@ def test_the_card_says_what_was_done_and_how_to_load_it(tmp_path):
     [
         ({"fp16": True, "use_cpu": True}, "Use bf16=True"),
         ({"torch_compile": True}, "compiler stops at every product .* Leave it off"),
-        ({"use_liger_kernel": True}, r'"fused_linear_cross_entropy": False}, and chunked_loss'),
-        (
-            {"use_liger_kernel": True, "liger_kernel_config": {"rope": False}},
-            "float gradient of the whole head",
-        ),
     ],
 )
 def test_unsupported_arguments_say_what_to_do(overrides, message, cls, tmp_path):
@@ -483,17 +477,6 @@ def test_float16_of_the_launcher_is_refused_too(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match=r"accelerate launch.*Use bf16=True"):
         QFTTrainer(model=tiny_llama(), args=arguments(tmp_path))
-
-
-@pytest.mark.skipif(is_liger_kernel_available(), reason="its kernels are Triton's and need a GPU")
-@pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
-def test_liger_without_its_fused_loss_is_left_to_transformers(cls, tmp_path):
-    """Which says that it is not installed."""
-    args = arguments(tmp_path)
-    args.use_liger_kernel = True
-    args.liger_kernel_config = {"fused_linear_cross_entropy": False}
-    with pytest.raises(ImportError, match="liger-kernel"):
-        cls(model=tiny_llama(), args=args, train_dataset=sequences()).train()
 
 
 @pytest.mark.parametrize(
