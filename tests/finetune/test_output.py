@@ -208,12 +208,34 @@ def test_the_config_in_force_does_the_run_again(tmp_path):
     flags += ["--lr_scheduler_type=cosine", "--save_strategy=no"]
     first = parse_arguments(flags)
 
-    claim(first.output_dir, first.given)
+    claim(first.output_dir, first.told)
 
     again = parse_arguments([str(tmp_path / "run" / "run.yaml")])
     assert again.given == first.given
     assert again.data == first.data
     assert again.training.to_dict() == first.training.to_dict()
+
+
+def test_the_config_in_force_does_the_run_again_from_any_folder(tmp_path, monkeypatch):
+    """It had the paths as they were given, which mean other files in another folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.jsonl").write_text("{}\n")
+    (tmp_path / "model").mkdir()
+    flags = ["--model_name_or_path=model", "--train_data", "t.jsonl", "org/chats", "glob:e*.csv"]
+    flags += ["--output_dir=run", "--tokenizer_name_or_path=org/tokenizer", "--use_cpu"]
+    first = parse_arguments(flags)
+
+    claim(first.output_dir, first.told)
+    again = told(tmp_path / "run")
+
+    assert again["model_name_or_path"] == str(tmp_path / "model")
+    assert again["train_data"] == [
+        str(tmp_path / "t.jsonl"),
+        "org/chats",
+        f"glob:{tmp_path / 'e*.csv'}",
+    ]
+    assert again["tokenizer_name_or_path"] == "org/tokenizer"
+    assert again["output_dir"] == str(tmp_path / "run")
 
 
 def test_a_run_that_goes_on_with_other_settings_says_which(tmp_path, caplog):

@@ -270,3 +270,121 @@ def test_every_optimizer_has_its_own_rate(optim, rate, config):
 def test_sgd_has_no_rate_that_suits_all(config):
     with pytest.raises(ValueError, match=r"'qft_sgd' has no rate of its own\. Set learning_rate"):
         parse_arguments([config("optim: qft_sgd\n")])
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("learning_rate: 1e-4\nseed: 3\nlearning_rate: 1e-3\n", "'learning_rate' .* line 7"),
+        ("lr_scheduler_kwargs:\n  min_lr: 1\n  min_lr: 2\n", "'min_lr' stands there more than"),
+        ("seed:\t3\n", "line 5"),
+        ("seed:3\n", "line 5"),
+    ],
+)
+def test_what_is_no_yaml_is_refused_with_its_line(config, text, what):
+    """The last of two equal keys counted, and a tab ended in a traceback."""
+    with pytest.raises(ValueError, match=rf"(?s){what}.*no tabs"):
+        parse_arguments([config(text)])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_config_may_have_the_encodings_of_editors(config, encoding):
+    path = config("seed: 3\nchat_template: Grüße.jinja\r\n")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    with open(path, "w", encoding=encoding) as file:
+        file.write(text)
+
+    arguments = parse_arguments([path])
+
+    assert (arguments.training.seed, arguments.model.chat_template) == (3, "Grüße.jinja")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_steps", "0"),
+        ("max_steps", "-5"),
+        ("num_train_epochs", "-0.5"),
+        ("per_device_train_batch_size", "0"),
+        ("gradient_accumulation_steps", "0"),
+        ("max_train_rows", "-3"),
+        ("save_steps", "0"),
+        ("save_total_limit", "0"),
+        ("preprocessing_workers", "-1"),
+    ],
+)
+def test_none_or_less_of_what_is_counted_is_refused(config, key, value):
+    """Some divided by zero, and `max_steps: 0` trained for three epochs."""
+    with pytest.raises(ValueError, match=f"{key} must be above 0, got {value}. Leave it out"):
+        parse_arguments([config(f"{key}: {value}\n")])
+
+
+def test_counts_may_be_small_and_shares(config):
+    text = "max_steps: -1\nnum_train_epochs: 0.5\nsave_steps: 0.1\nmax_train_rows: 1\nseed: 0\n"
+    training = parse_arguments([config(text)]).training
+    assert (training.max_steps, training.num_train_epochs, training.save_steps) == (-1, 0.5, 0.1)
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", "-1"), ("seed", str(2**32))])
+def test_a_seed_is_one_that_all_generators_take(config, key, value):
+    with pytest.raises(ValueError, match=rf"seed must be in \[0, 2\*\*32\), got {value}"):
+        parse_arguments([config(f"{key}: {value}\n")])
+
+
+@pytest.mark.parametrize("share", ["5", "1", "0", "-0.1"])
+def test_a_share_of_the_rows_is_between_none_and_all(config, share):
+    with pytest.raises(ValueError, match=r"For 5 % write 0\.05"):
+        parse_arguments([config(f"eval_fraction: {share}\n")])
+
+
+def test_what_the_trainer_refuses_reads_as_what_we_refuse(config):
+    """The command shows the text of what qft_hf raises, and a traceback of all else."""
+    with pytest.raises(ValueError, match="warmup_steps >= 0") as refused:
+        parse_arguments([config("warmup_steps: -1\n")])
+    assert refused.traceback[-1].path.name == "parsing.py"
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "chat_template", "train_data", "output_dir"])
+def test_paths_are_read_as_a_shell_reads_them(key, tmp_path, monkeypatch):
+    """A folder `${DISK}` was made for `output_dir: ${DISK}/runs`, and `~` was a name on the hub."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DISK", "/disk")
+    values = {"model_name_or_path": "m", "train_data": "t.jsonl", "output_dir": "out"}
+
+    def read(path):
+        flags = [f"--{name}={value}" for name, value in (values | {key: path}).items()]
+        arguments = parse_arguments([*flags, "--use_cpu"])
+        holders = vars(arguments.model) | vars(arguments.data) | vars(arguments.training)
+        found = holders[key]
+        return found[0] if isinstance(found, list) else found
+
+    assert read("~/a") == str(tmp_path / "a")
+    assert read("${DISK}/a") == read("$DISK/a") == "/disk/a"
+    with pytest.raises(ValueError, match=r"variable \$NONE, which is not set. Set it, or write"):
+        read("$NONE/a")
+    (tmp_path / "$NONE").write_text("there")  # a path is a path
+    assert read(str(tmp_path / "$NONE")) == str(tmp_path / "$NONE")
+
+
+def test_a_pattern_begins_at_home_too(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    arguments = parse_arguments(
+        ["--model_name_or_path=m", "--train_data=glob:~/*.jsonl", "--output_dir=o", "--use_cpu"]
+    )
+    assert arguments.data.train_data == ["glob:/home/me/*.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("key", "flag"),
+    [("eval_fraction: 0.5", "--eval_data=t.jsonl"), ("eval_data: t.jsonl", "--eval_fraction=0.5")],
+)
+def test_a_flag_replaces_what_a_config_says_in_another_way(config, key, flag):
+    """`qft-hf evaluate RUN --eval_data FILE` was refused where the run had held out a share."""
+    data = parse_arguments([config(f"{key}\n"), flag]).data
+    assert (data.eval_data is None) == flag.startswith("--eval_fraction")
+    assert (data.eval_fraction is None) == flag.startswith("--eval_data")
+
+    other = f"{key}\n{flag.removeprefix('--').replace('=', ': ')}\n"
+    with pytest.raises(ValueError, match=r"both say what is held out\. Set one"):
+        parse_arguments([config(other)])

@@ -230,6 +230,11 @@ class DataArguments:
                 f"eval_data={self.eval_data!r} and eval_fraction={self.eval_fraction} both say "
                 "what is held out. Set one of them."
             )
+        if self.eval_fraction is not None and not 0 < self.eval_fraction < 1:
+            raise ValueError(
+                f"eval_fraction is a share of the rows, between 0 and 1, got {self.eval_fraction}. "
+                "For 5 % write 0.05; leave it out to hold out nothing."
+            )
         if self.max_length < 2:
             raise ValueError(
                 f"max_length must be at least 2, got {self.max_length}: a token is predicted from "

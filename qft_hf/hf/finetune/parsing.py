@@ -2,7 +2,7 @@
 
 import json
 from argparse import SUPPRESS
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,6 +15,7 @@ from .. import shipped
 from ..arguments import QFTTrainingArguments
 from .arguments import DataArguments, MethodArguments, ModelArguments, OutputArguments
 from .foreign_keys import suggestion
+from .paths import expanded, whole, with_paths
 from .side_tuning import side_flags
 
 GROUPS: tuple[Any, ...] = (
@@ -25,6 +26,22 @@ GROUPS: tuple[Any, ...] = (
     QFTTrainingArguments,
 )
 CONFIG_SUFFIXES = (".yaml", ".yml")
+# Where nothing, or less, would be taken for what was not asked for, or fail later.
+_ABOVE_ZERO = (
+    "max_train_rows",
+    "max_eval_rows",
+    "preprocessing_workers",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_steps",
+    "logging_steps",
+    "eval_steps",
+    "save_steps",
+    "save_total_limit",
+)
+_INSTEAD_OF = {"eval_data": "eval_fraction", "eval_fraction": "eval_data"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +69,12 @@ class RunArguments:
         """Where everything is written; the Trainer has filled in its default."""
         return Path(str(self.training.output_dir))
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What config and flags have set, so that it means the same in any folder."""
+        output_dir = {"output_dir": str(self.output_dir.absolute())}
+        return with_paths(self.given, whole) | (output_dir if "output_dir" in self.given else {})
+
 
 def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> RunArguments:
     """Read `[CONFIG] [--flag value ...]`.
@@ -68,7 +91,8 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
     """
     flags = list(argv)
     if flags and not flags[0].startswith("-"):
-        flags = [*flags_from_config(find_config(flags[0])), *flags[1:]]
+        overruled = {_INSTEAD_OF.get(name) for name in _names(flags[1:])}
+        flags = [*flags_from_config(find_config(flags[0]), without=overruled), *flags[1:]]
     for name in _names(flags):
         _require_known(name, "flag")
     flags = [*side_flags(flags, _names(flags)), *flags]
@@ -79,16 +103,24 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
         description=description,
         allow_abbrev=False,
     )
-    *groups, rest = parser.parse_args_into_dataclasses(
-        flags, return_remaining_strings=True, look_for_args_file=False
-    )
+    try:
+        *groups, rest = parser.parse_args_into_dataclasses(
+            flags, return_remaining_strings=True, look_for_args_file=False
+        )
+    except ValueError as error:  # some are of transformers, and all are for the user
+        raise ValueError(str(error)) from error
     if rest:
         raise ValueError(
             f"cannot place {' '.join(rest)!r} on the command line. Expected at most one config, "
             "first, then flags with their values: CONFIG.yaml --flag value ..."
         )
+    given = with_paths(_given(parser, flags), expanded)
+    _require_possible(given)
+    for group in groups:
+        for name, value in with_paths(vars(group), expanded).items():
+            setattr(group, name, value)
     model, method, data, output, training = groups
-    return RunArguments(model, method, data, output, training, _given(parser, flags))
+    return RunArguments(model, method, data, output, training, given)
 
 
 def _names(flags: list[str]) -> list[str]:
@@ -101,6 +133,20 @@ def _given(parser: HfArgumentParser, flags: list[str]) -> dict[str, Any]:
     for action in parser._actions:
         action.default, action.required = SUPPRESS, False
     return vars(parser.parse_args(flags))
+
+
+def _require_possible(given: dict[str, Any]) -> None:
+    """Raise for a number that transformers would take for another one, or stumble over."""
+    for name in _ABOVE_ZERO:
+        value = given.get(name)
+        # transformers' way to say that epochs count
+        if value is not None and value <= 0 and (name, value) != ("max_steps", -1):
+            raise ValueError(
+                f"{name} must be above 0, got {value:g}. Leave it out for its default, which "
+                "`qft-hf finetune --help-all` tells."
+            )
+    if not 0 <= given.get("seed", 0) < 2**32:
+        raise ValueError(f"seed must be in [0, 2**32), got {given['seed']}. Take a smaller one.")
 
 
 def find_config(name: str) -> Path:
@@ -121,16 +167,43 @@ def find_config(name: str) -> Path:
     return shipping
 
 
-def flags_from_config(path: Path) -> list[str]:
+class _Loader(yaml.BaseLoader):
+    """Every scalar stays text, and its field gives it a type.
+
+    YAML itself would take `no` for false, 1e-4 for a string, and the last of two equal keys.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} stands there more than once",
+                    problem_mark=key.start_mark,
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def flags_from_config(path: Path, *, without: Collection[str | None] = ()) -> list[str]:
     """Return a flat YAML file as flags.
 
+    Args:
+        path: The file, in UTF-8 or UTF-16.
+        without: Keys to leave out.
+
     Raises:
-        ValueError: It is not a mapping, a key is unknown, or a value is empty.
+        ValueError: It is no YAML or not a mapping, a key is unknown or stands there twice, or a
+            value is empty.
     """
-    with path.open(encoding="utf-8") as file:
-        # Every scalar stays text, and its field gives it a type: YAML itself would take `no` for
-        # false and 1e-4 for a string.
-        config = yaml.load(file, yaml.BaseLoader)
+    try:
+        with path.open("rb") as file:
+            config = yaml.load(file, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}. Expected YAML: one `key: value` a line, each key "
+            "once, a space behind the colon, and no tabs."
+        ) from error
     if not isinstance(config, dict):
         raise ValueError(
             f"{path} must hold keys and values, one `key: value` a line, got "
@@ -139,7 +212,7 @@ def flags_from_config(path: Path) -> list[str]:
     flags: list[str] = []
     for key, value in config.items():
         _require_known(str(key), f"key in {path}")
-        flags += _as_flags(str(key), value, path)
+        flags += _as_flags(str(key), value, path) if key not in without else []
     return flags
 
 

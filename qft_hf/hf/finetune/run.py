@@ -19,6 +19,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from ...side import side_network_of
@@ -48,20 +49,13 @@ from .output_folder import (
 )
 from .packing import refuse_crossing
 from .parsing import RunArguments
+from .paths import inputs
 from .run_card import license_of, write_run_card
 from .side_tuning import base_config, base_form, load_side_model, side_checkpoint
 from .summary import Origin, RunSummary, versions
 
 logger = logging.getLogger(__name__)
 
-# Of all that a run is told, what may be a path that it reads.
-_INPUTS = (
-    "model_name_or_path",
-    "tokenizer_name_or_path",
-    "chat_template",
-    "train_data",
-    "eval_data",
-)
 LOGS = 50  # in a run, where nothing else was asked for
 
 
@@ -223,7 +217,7 @@ def train(run: Run) -> RunSummary:
         if is_first:
             if output.overwrite_output:
                 clear_run(output_dir)
-            claim(output_dir, run.arguments.given)
+            claim(output_dir, run.arguments.told)
             show(run.data, output_dir / EVIDENCE)
     before = _scores(run)
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
@@ -325,17 +319,7 @@ def paths_read(arguments: RunArguments) -> dict[str, str]:
 
 
 def _inputs(arguments: RunArguments) -> dict[str, str]:
-    """Return what may be a path of what is read, by its key, numbered if there are several."""
-    values = vars(arguments.model) | vars(arguments.data)
-    return {
-        f"{key}[{number}]" if number else key: name
-        for key in _INPUTS
-        for number, name in enumerate(_listed(values[key]))
-    }
-
-
-def _listed(value: str | list[str] | None) -> list[str]:
-    return [value] if isinstance(value, str) else value or []
+    return inputs(vars(arguments.model) | vars(arguments.data))
 
 
 def _require_base(arguments: RunArguments, config: PreTrainedConfig) -> None:
@@ -349,9 +333,10 @@ def _check_evaluation(arguments: RunArguments) -> None:
     data, training = arguments.data, arguments.training
     has_data = data.eval_data is not None or data.eval_fraction is not None
     if not has_data and (training.do_eval or training.eval_strategy != "no"):
+        strategy = IntervalStrategy(training.eval_strategy).value
         raise ValueError(
-            f"evaluation is asked for (eval_strategy={str(training.eval_strategy)!r}), but nothing "
-            "is held out. Set eval_data or eval_fraction, or eval_strategy to 'no'."
+            f"evaluation is asked for (eval_strategy={strategy!r}), but nothing is held out. "
+            "Set eval_data or eval_fraction, or eval_strategy to 'no'."
         )
 
 

@@ -21,12 +21,12 @@ from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ...version import __version__
+from .paths import GLOB
 from .task import Row, RowError
 
 TEXT_FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 FORMATS = (*TEXT_FORMATS, ".parquet")
 COMPRESSIONS = (".gz", ".zst")
-GLOB = "glob:"  # before a pattern; a path without it is a path, whatever its characters are
 
 _TEXT, _NUMBER = "json text", "number in its source"  # columns
 _SPLIT_IN_NAME = re.compile(
