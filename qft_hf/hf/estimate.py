@@ -1,7 +1,7 @@
 """`estimate_memory`: will it fit, before anything is loaded; and `recommend`: how it will."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -70,14 +70,13 @@ def estimate_memory(
             `sequence_length` or `n_processes` is below 1, or the configuration lacks a size of the
             decoder.
     """
-    if gradient not in MODES:
-        raise ValueError(f"gradient must be {' or '.join(map(repr, MODES))}, got {gradient!r}.")
-    if momentum_bits not in MOMENTUM_BITS:
-        wanted = " or ".join(map(str, MOMENTUM_BITS))
-        raise ValueError(f"momentum_bits must be {wanted}, got {momentum_bits}.")
-    if optimizer not in OPTIMIZERS:
-        wanted = " or ".join(map(repr, OPTIMIZERS))
-        raise ValueError(f"optimizer must be {wanted}, got {optimizer!r}.")
+    for name, value, choices in (
+        ("gradient", gradient, MODES),
+        ("momentum_bits", momentum_bits, MOMENTUM_BITS),
+        ("optimizer", optimizer, OPTIMIZERS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")
     if n_processes < 1:
         raise ValueError(f"n_processes must be 1 or more, got {n_processes}.")
     _refuse_sizes(batch_size, sequence_length)
@@ -150,9 +149,12 @@ def estimate_side_memory(
         ValueError: `base` is none of these, the side network does not fit the model, or as
             `estimate_memory`.
     """
-    _refuse_sizes(batch_size, sequence_length)
     estimator = _SideEstimator(model_or_config, side or QSTConfig(), base, config or QFTConfig())
-    return estimator(batch_size * sequence_length, checkpointing=gradient_checkpointing)
+    return estimator(
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        gradient_checkpointing=gradient_checkpointing,
+    )
 
 
 class _SideEstimator:
@@ -174,13 +176,16 @@ class _SideEstimator:
         self.sizes = (model.config.get_text_config(), side_config(model.config, side))
         self.model = attach_side_network(model, side)
 
-    def __call__(self, tokens: int, *, checkpointing: bool) -> MemoryEstimate:
+    def __call__(
+        self, *, batch_size: int, sequence_length: int, gradient_checkpointing: bool
+    ) -> MemoryEstimate:
+        _refuse_sizes(batch_size, sequence_length)
         work, side_work = (
             _workload(
                 sizes,
                 compute_bytes=self.model.dtype.itemsize,
-                tokens=tokens,
-                checkpointing=checkpointing,
+                tokens=batch_size * sequence_length,
+                checkpointing=gradient_checkpointing,
                 chunked_loss=False,
             )
             for sizes in self.sizes
@@ -347,97 +352,73 @@ def recommend(
     """
     if gpu_memory <= 0:
         raise ValueError(f"gpu_memory must be positive, in GB, got {gpu_memory}.")
-    source = skeleton(model)
-    usable = int(USABLE * gpu_memory * 1e9)
-    if side is not None:
-        if n_processes > 1:
-            raise ValueError(
-                f"n_processes={n_processes} and side were given. Processes share the gradients and "
-                "the momentum of INT8 weights that are trained, and beside a side network none "
-                "are: each would take what one does. Leave n_processes out."
-            )
-        return _recommend_side(
-            source, side, [base] if base else _FINEST_FIRST, config or QFTConfig(),
-            usable=usable, batch_size=batch_size, sequence_length=sequence_length,
-        )  # fmt: skip
-    # From fastest to smallest: checkpointing costs a third more work, release costs none, but
-    # clipping by the exact norm then takes a second backward pass.
-    for gradient, checkpointing in (
-        ("stack", False),
-        ("release", False),
-        ("stack", True),
-        ("release", True),
-    ):
-        of = partial(
-            estimate_memory,
+    if side is not None and n_processes > 1:
+        raise ValueError(
+            f"n_processes={n_processes} and side were given. Processes share the gradients and the "
+            "momentum of INT8 weights that are trained, and beside a side network none are: each "
+            "would take what one does. Leave n_processes out."
+        )
+    source, usable = skeleton(model), int(USABLE * gpu_memory * 1e9)
+    ways = (
+        _full_ways(
             source,
             config=config,
-            gradient=gradient,
             momentum_bits=momentum_bits,
             optimizer=optimizer,
             batch_size=batch_size,
-            gradient_checkpointing=checkpointing,
             chunked_loss=chunked_loss,
             n_processes=n_processes,
         )
-        estimate = of(sequence_length=sequence_length)
+        if side is None
+        else _side_ways(source, side, base, config or QFTConfig(), batch_size)
+    )
+    for way, of in ways:
+        way["estimate"] = estimate = of(sequence_length=sequence_length)
         if estimate.total_bytes <= usable:
             break
-    longest = _longest(usable, lambda length: of(sequence_length=length))
     return Recommendation(
-        gradient,
-        checkpointing,
-        momentum_bits,
-        optimizer,
-        estimate,
-        usable,
-        batch_size,
-        longest,
-        _positions(source),
+        **way,
+        usable_bytes=usable,
+        batch_size=batch_size,
+        longest_sequence=_longest(usable, of),
+        positions=getattr(source.config.get_text_config(), "max_position_embeddings", None),
     )
 
 
-def _recommend_side(
-    source: Any,
-    side: QSTConfig,
-    bases: Sequence[str],
-    config: QFTConfig,
-    *,
-    usable: int,
-    batch_size: int,
-    sequence_length: int,
-) -> Recommendation:
-    _refuse_sizes(batch_size, sequence_length)
-    for base in bases:
-        estimator = _SideEstimator(source, side, base, config)
+# A way to train, as fields of a `Recommendation`; and its memory by `sequence_length`.
+_Way = tuple[dict[str, Any], Callable[..., MemoryEstimate]]
+
+
+def _full_ways(source: Any, **asked: Any) -> Iterator[_Way]:
+    """Ways to train every parameter, from the fastest to the smallest.
+
+    Checkpointing costs a third more work, release costs none, but clipping by the exact norm then
+    takes a second backward pass.
+    """
+    as_asked = {name: asked[name] for name in ("momentum_bits", "optimizer")}
+    for checkpointing in (False, True):
+        for gradient in MODES:
+            chosen: dict[str, Any] = {
+                "gradient": gradient,
+                "gradient_checkpointing": checkpointing,
+            }
+            yield chosen | as_asked, partial(estimate_memory, source, **asked, **chosen)
+
+
+def _side_ways(
+    source: Any, side: QSTConfig, base: str | None, config: QFTConfig, batch_size: int
+) -> Iterator[_Way]:
+    """Ways to train a side network: of each base, the most bits first, the fastest first."""
+    fixed = {"gradient": "stack", "momentum_bits": 8, "optimizer": "adamw_torch"}
+    for name in [base] if base else _FINEST_FIRST:
+        estimator = _SideEstimator(source, side, name, config)
         for checkpointing in (False, True):
-            of = partial(estimator, checkpointing=checkpointing)
-            estimate = of(batch_size * sequence_length)
-            if estimate.total_bytes <= usable:
-                break
-        else:
-            continue
-        break
-    longest = _longest(usable, lambda length: of(batch_size * length))
-    return Recommendation(
-        "stack",
-        checkpointing,
-        8,
-        "adamw_torch",
-        estimate,
-        usable,
-        batch_size,
-        longest,
-        _positions(source),
-        base,
-    )
+            chosen = {"gradient_checkpointing": checkpointing}
+            of = partial(estimator, batch_size=batch_size, **chosen)
+            yield chosen | fixed | {"base": name}, of
 
 
-def _longest(usable: int, of: Callable[[int], MemoryEstimate]) -> int:
+def _longest(usable: int, of: Callable[..., MemoryEstimate]) -> int:
     """Tokens of the longest sequence that fits: memory grows with length, so as many fit."""
-    return bisect_right(range(1, LONGEST + 1), usable, key=lambda length: of(length).total_bytes)
-
-
-def _positions(source: Any) -> int | None:
-    """Tokens of the longest sequences that a model takes, as its configuration says."""
-    return getattr(source.config.get_text_config(), "max_position_embeddings", None)
+    lengths = range(1, LONGEST + 1)
+    return bisect_right(lengths, usable, key=lambda n: of(sequence_length=n).total_bytes)
