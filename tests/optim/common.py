@@ -49,6 +49,14 @@ def train(model, optimizer, steps, *, n_parts: int = 1) -> list[Tensor]:
     return losses
 
 
+def spoil(model: SmallModel, where: str) -> None:
+    """Make a gradient not finite, of an `"int8"` weight or of a `"float"` parameter."""
+    if where == "int8":
+        model.blocks[1].up.weight.grad.scales[7, 0] = float("nan")
+    else:
+        model.norm.bias.grad[3] = float("inf")
+
+
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Copies of everything a model stores."""
     tensors = {}

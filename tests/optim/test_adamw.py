@@ -1,8 +1,5 @@
-"""`QFTAdamW`: against AdamW on floats, in both flows, saved and restored; what it learns."""
+"""`QFTAdamW`: against AdamW on floats; clipping, its state, and what it learns."""
 
-import copy
-import pickle
-from contextlib import nullcontext
 from math import sqrt
 from statistics import mean
 
@@ -14,12 +11,11 @@ from torch import Tensor, nn
 
 from qft_hf import QFTConfig, estimate_memory, memory_ledger, quantize_model_, recommend
 from qft_hf.config import QuantizationSpec
-from qft_hf.kernels import backend
-from qft_hf.kernels.adamw import ROOT_TINY
 from qft_hf.nn import quantize_modules_
 from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from qft_hf.quant import QFTWeight
 from tests.models import tiny_llama
+from tests.optim import common
 from tests.optim.common import (
     backward,
     make_model,
@@ -28,21 +24,15 @@ from tests.optim.common import (
     train,
     zero_gradient,
 )
-from tests.optim.test_state import through_a_file
+from tests.optim.test_state import assert_refused, set_tensor, through_a_file
 from tests.optim.test_training import NextByte, text, windows  # noqa: F401 text is a fixture
 from tests.tolerances import FP32_EPS, assert_same_tensors, mean_error
 from tests.values import scales64, values64
 
 
 def make_optimizer(model: nn.Module, **arguments) -> QFTAdamW:
-    """Two groups, one with and one without decay; never the neutral values."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": 0.1},
-        {"params": vectors, "weight_decay": 0.0, "lr": 2e-3},
-    ]
-    return QFTAdamW(groups, **{"lr": 1e-3, "seed": 11, **arguments})
+    made: QFTAdamW = common.make_optimizer(model, QFTAdamW, **arguments)
+    return made
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -167,43 +157,16 @@ def test_decay_alone_shrinks_the_norm_by_the_exact_factor(spec):
     assert abs((start * values64(parameter).numpy()).sum() / square - factor) <= 5 * error
 
 
-def test_rows_that_never_had_a_gradient_stay():
-    """Of a vocabulary, most words are in no batch: no noise of rounding may reach them."""
-    spec = QuantizationSpec(group_size=40, outlier_fraction=0.02)
-    parameter = nn.Parameter(QFTWeight.from_float(torch.randn(20, 300), spec))
-    optimizer = QFTAdamW([parameter], lr=1e-2)
-    before = values64(parameter).numpy()
-    for step in range(50):
-        parameter.grad = zero_gradient(parameter)
-        draw = torch.Generator().manual_seed(step)
-        parameter.grad.set_rows_(slice(0, 10), torch.randn(10, 300, generator=draw))
-        optimizer.step()
-
-    after = values64(parameter).numpy()
-    assert (after[10:] == before[10:]).all()
-    assert (after[:10] != before[:10]).mean() > 0.9
-    state = optimizer.state[parameter]
-    assert (state["root_codes"][10:] == 0).all()
-    assert (state["root_scales"][10:] == ROOT_TINY).all()
+# --- clipping -------------------------------------------------------------------------------------
 
 
-# --- flows ----------------------------------------------------------------------------------------
-
-
-def run(gradient: str, n_parts: int = 1, steps: int = 4, **arguments) -> dict[str, Tensor]:
+def run(gradient: str, **arguments) -> dict[str, Tensor]:
     model = make_model()
     optimizer = make_optimizer(model, gradient=gradient, **arguments)
-    for step in range(steps):
-        for part in range(n_parts):
-            with nullcontext() if part == n_parts - 1 else optimizer.accumulate():
-                backward(model, 10 * step + part)
+    for step in range(4):
+        backward(model, 10 * step)
         optimizer.step()
     return snapshot(model, optimizer)
-
-
-@pytest.mark.parametrize("n_parts", [1, 3])
-def test_release_equals_stack_bit_for_bit(n_parts):
-    assert_same_tensors(run("release", n_parts), run("stack", n_parts))
 
 
 @pytest.mark.parametrize("clipping", ["previous", "tensor"])
@@ -280,35 +243,6 @@ def test_a_clipped_step_is_a_step_on_smaller_gradients():
     )
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(bad):
-    model = make_model()
-    optimizer = make_optimizer(model)
-    train(model, optimizer, range(2))
-    backward(model, 2)
-    model.head.weight.grad.scales[0, 0] = bad
-    before = snapshot(model, optimizer)
-
-    with pytest.raises(FloatingPointError, match="weights and optimizer state are unchanged"):
-        optimizer.step()
-
-    assert_same_tensors(snapshot(model, optimizer), before)
-
-
-@pytest.mark.parametrize("stochastic", [True, False])
-def test_the_backends_train_alike(stochastic):
-    states = []
-    for name in ("reference", "cpu"):
-        model = make_model()
-        optimizer = make_optimizer(model, stochastic_rounding=stochastic)
-        for step in range(3):
-            backward(model, step)  # on one backend: sums of products have no order
-            with backend.use(name):
-                optimizer.step()
-        states.append(snapshot(model, optimizer))
-    assert_same_tensors(*states)
-
-
 # --- state ----------------------------------------------------------------------------------------
 
 
@@ -360,69 +294,27 @@ def test_an_optimizer_may_decide_what_fits():
         estimate_memory(config, optimizer="adam")
 
 
-@pytest.mark.parametrize("gradient", ["stack", "release"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_resuming_equals_the_straight_run_bit_for_bit(dtype, gradient):
-    straight = make_model(dtype=dtype)
-    optimizer = make_optimizer(straight)
-    train(straight, optimizer, range(5))
-
-    model = make_model(dtype=dtype)
-    stopped = make_optimizer(model, gradient=gradient)
-    train(model, stopped, range(2))
-    saved = through_a_file(stopped.state_dict())
-    resumed = make_optimizer(model, seed=99)
-    resumed.load_state_dict(saved)
-    train(model, resumed, range(2, 5))
-
-    assert_same_tensors(snapshot(model, resumed), snapshot(straight, optimizer))
-
-
-def test_copies_and_pickles_go_on_alike():
-    model = make_model()
-    optimizer = make_optimizer(model)
-    train(model, optimizer, range(2))
-    copies = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
-
-    train(model, optimizer, [2])
-
-    for other, copied in copies:
-        train(other, copied, [2])
-        assert_same_tensors(snapshot(other, copied), snapshot(model, optimizer))
-
-
-def changed(index: int, name: str, change):
-    def apply(state):
-        state["state"][index][name] = change(state["state"][index][name])
-
-    return apply
-
-
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (changed(1, "ratio_scales", lambda t: -t), "ratio_scales of parameter 1 .*damaged"),
-        (changed(1, "root_scales", lambda t: t * float("nan")), "root_scales of parameter 1"),
-        (changed(1, "root_scales", lambda t: -t), "root_scales of parameter 1 .*negative"),
-        (changed(0, "ratio_codes", lambda t: t.fill_(-128)), "-128, which is no code"),
-        (changed(0, "root_codes", lambda t: t.char()), "must be a step and .*torch.uint8"),
-        (changed(6, "second_moment", lambda t: t - 1), "second_moment of parameter 6 .*negative"),
-        (changed(6, "momentum", lambda t: t * float("inf")), "momentum of parameter 6 .*infinite"),
+        (set_tensor(1, "ratio_scales", lambda t: -t), "ratio_scales of parameter 1 .*damaged"),
+        (set_tensor(1, "root_scales", lambda t: t * float("nan")), "root_scales of parameter 1"),
+        (set_tensor(1, "root_scales", lambda t: -t), "root_scales of parameter 1 .*negative"),
+        (set_tensor(0, "ratio_codes", lambda t: t.fill_(-128)), "-128, which is no code"),
+        (set_tensor(0, "root_codes", lambda t: t.char()), "must be a step and .*torch.uint8"),
+        (
+            set_tensor(6, "second_moment", lambda t: t - 1),
+            "second_moment of parameter 6 .*negative",
+        ),
+        (
+            set_tensor(6, "momentum", lambda t: t * float("inf")),
+            "momentum of parameter 6 .*infinite",
+        ),
         (lambda state: state["state"][1].pop("root_scales"), "parameter 1 must be a step and"),
     ],
 )
 def test_a_damaged_state_is_refused_and_nothing_changes(spoil, match):
-    model = make_model()
-    optimizer = make_optimizer(model)
-    train(model, optimizer, range(2))
-    state = through_a_file(optimizer.state_dict())
-    spoil(state)
-    before = snapshot(model, optimizer)
-
-    with pytest.raises(ValueError, match=match):
-        optimizer.load_state_dict(state)
-
-    assert_same_tensors(snapshot(model, optimizer), before)
+    assert_refused(spoil, match, QFTAdamW)
 
 
 def test_every_code_of_a_root_may_be_loaded():
@@ -437,19 +329,6 @@ def test_every_code_of_a_root_may_be_loaded():
     other.load_state_dict(state)
 
     assert (state_tensors(other)["1.root_codes"] == codes).all()
-
-
-def test_states_of_other_optimizers_are_refused():
-    model = make_model()
-    lion = QFTLion(model.parameters(), lr=1e-3)
-    train(model, lion, [0])
-    adamw = QFTAdamW(model.parameters(), lr=1e-3)
-
-    with pytest.raises(ValueError, match="saved by another model, another optimizer"):
-        adamw.load_state_dict(through_a_file(lion.state_dict()))
-    train(model, adamw, [1])
-    with pytest.raises(ValueError, match="saved by another model, another optimizer"):
-        lion.load_state_dict(through_a_file(adamw.state_dict()))
 
 
 # --- the claim ------------------------------------------------------------------------------------

@@ -1,30 +1,24 @@
 """Momentum of 4 bits, and `QFTSGD`, which has none: what a step does, keeps and refuses."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from qft_hf.kernels import backend
 from qft_hf.memory import memory_ledger
-from qft_hf.optim import QFTSGD, QFTLion
+from qft_hf.optim import QFTSGD
 from qft_hf.quant import QFTWeight
 from tests.optim.common import (
     SPEC,
     backward,
     make_model,
     make_optimizer,
-    model_tensors,
     snapshot,
-    state_tensors,
     train,
     zero_gradient,
 )
 from tests.optim.test_state import through_a_file
 from tests.tolerances import (
-    assert_same_bits,
     assert_same_tensors,
     float_update_bound,
     stochastic_bound,
@@ -96,47 +90,11 @@ def test_sgd_moves_every_weight_by_its_gradient(maximize, dtype):
         assert (values64(parameter).numpy() != before[name]).any(), name
 
 
-@pytest.mark.parametrize("bits", [4, 0])
-@pytest.mark.parametrize("n_parts", [1, 4])
-def test_release_equals_stack_bit_for_bit(n_parts, bits):
-    snapshots = []
-    for gradient in ("stack", "release"):
-        model, optimizer = make(bits, gradient=gradient)
-        for step in range(4):
-            if n_parts > 1:
-                with optimizer.accumulate():
-                    backward(model, step, n_parts)
-            backward(model, 100 + step)
-            optimizer.step()
-        snapshots.append(snapshot(model, optimizer))
-    assert_same_tensors(*snapshots)
-
-
-@pytest.mark.parametrize("bits", [4, 0])
-@pytest.mark.parametrize("first", ["stack", "release"])
-def test_resuming_in_the_other_mode_equals_the_straight_run(first, bits):
-    straight, optimizer = make(bits)
-    train(straight, optimizer, range(5))
-    model, stopped = make(bits, gradient=first)
-    train(model, stopped, range(2))
-    saved = through_a_file(stopped.state_dict())
-    other = "release" if first == "stack" else "stack"
-    _, resumed = make(bits, model=model, gradient=other)
-    resumed.load_state_dict(saved)
-    train(model, resumed, range(2, 5))
-
-    assert_same_tensors(snapshot(model, resumed), snapshot(straight, optimizer))
-
-
 @pytest.mark.parametrize(
     ("saved", "own", "match"),
     [
         (saved, own, rf"saved with momentum_bits={saved}.* has momentum_bits={own}\. Go on with")
         for saved, own in ((8, 4), (4, 8))
-    ]
-    + [
-        (saved, own, r"parameter 0 must be a step and .*another optimizer.*Resume with the ones")
-        for saved, own in ((8, 0), (4, 0), (0, 8), (0, 4))
     ],
 )
 def test_a_state_of_other_bits_is_refused_and_nothing_changes(saved, own, match):
@@ -150,65 +108,6 @@ def test_a_state_of_other_bits_is_refused_and_nothing_changes(saved, own, match)
         optimizer.load_state_dict(through_a_file(other.state_dict()))
 
     assert_same_tensors(snapshot(model, optimizer), before)
-
-
-@pytest.mark.parametrize("bits", [4, 0])
-def test_a_copy_keeps_its_bits(bits):
-    model, optimizer = make(bits)
-    train(model, optimizer, range(2))
-    other, copied = copy.deepcopy((model, optimizer))
-
-    train(model, optimizer, [2])
-    train(other, copied, [2])
-
-    assert type(copied) is type(optimizer)
-    assert getattr(copied, "momentum_bits", 0) == bits
-    assert_same_tensors(snapshot(other, copied), snapshot(model, optimizer))
-
-
-@pytest.mark.parametrize("bits", [4, 0])
-def test_a_gradient_that_is_not_finite_changes_nothing(bits):
-    model, optimizer = make(bits)
-    train(model, optimizer, range(2))
-    backward(model, 2)
-    model.head.weight.grad.scales[0, 0] = float("nan")
-    before = snapshot(model, optimizer)
-
-    with pytest.raises(FloatingPointError, match="weights and optimizer state are unchanged"):
-        optimizer.step()
-
-    assert_same_tensors(snapshot(model, optimizer), before)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_rows_that_never_had_a_gradient_stay(bits):
-    """Of a vocabulary, most words are in no batch: no noise of rounding may reach them."""
-    parameter = nn.Parameter(QFTWeight.from_float(torch.randn(20, 100), SPEC))
-    optimizer = QFTLion([parameter], lr=1e-2, momentum_bits=bits)
-    before = parameter.codes.clone()
-
-    for step in range(20):
-        parameter.grad = zero_gradient(parameter)
-        parameter.grad.set_rows_(
-            slice(0, 10), torch.randn(10, 100, generator=torch.Generator().manual_seed(step))
-        )
-        optimizer.step()
-
-    assert_same_bits(parameter.codes[10:], before[10:])
-    assert (parameter.codes[:10] != before[:10]).any()
-
-
-@pytest.mark.parametrize("bits", [8, 4, 0])
-def test_the_backends_train_alike(bits):
-    results = []
-    for name in ("reference", "cpu"):
-        model, optimizer = make(bits)
-        for number in range(3):
-            backward(model, number)
-            with backend.use(name):
-                optimizer.step()
-        results.append(model_tensors(model) | state_tensors(optimizer))
-    assert_same_tensors(*results)
 
 
 def test_sgd_follows_sgd_in_float64_for_many_steps():

@@ -124,14 +124,35 @@ def test_a_parameter_that_had_no_gradient_yet_resumes_without_state():
     assert other.state[other_model.embed.weight]["step"] == 2
 
 
+def set_tensor(index, name, change):
+    """A change of one tensor of a state dict."""
+
+    def apply(state):
+        state["state"][index][name] = change(state["state"][index][name])
+
+    return apply
+
+
+def assert_refused(spoil, match, kind=QFTLion, **settings):
+    """A state dict that was valid is refused after a change, and the optimizer stays as it is."""
+    model = make_model()
+    optimizer = make_optimizer(model, kind, **settings)
+    train(model, optimizer, range(2))
+    state = through_a_file(optimizer.state_dict())
+    state["param_groups"][0]["lr"] = 77.0
+    spoil(state)
+    before = snapshot(model, optimizer)
+
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(state)
+
+    assert_same_tensors(snapshot(model, optimizer), before)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+    train(model, optimizer, [2])
+
+
 def spoiled_states():
     """A change of a valid state dict, and what the error says."""
-
-    def set_tensor(index, name, change):
-        def apply(state):
-            state["state"][index][name] = change(state["state"][index][name])
-
-        return apply
 
     def drop(index, name):
         return lambda state: state["state"][index].pop(name)
@@ -208,38 +229,20 @@ def spoiled_states():
 
 @pytest.mark.parametrize(("spoil", "match"), spoiled_states())
 def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(spoil, match):
-    model = make_model()
-    optimizer = make_optimizer(model)
-    train(model, optimizer, range(2))
-    state = through_a_file(optimizer.state_dict())
-    state["param_groups"][0]["lr"] = 77.0
-    spoil(state)
-    before = snapshot(model, optimizer)
-
-    with pytest.raises(ValueError, match=match):
-        optimizer.load_state_dict(state)
-
-    assert_same_tensors(snapshot(model, optimizer), before)
-    assert optimizer.param_groups[0]["lr"] == 1e-3
-    train(model, optimizer, [2])
+    assert_refused(spoil, match)
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, "2", [1.0, 2.0]])
 def test_a_previous_norm_that_is_none_is_refused_and_nothing_changes(norm):
     """A negative one turned every gradient around."""
-    model = make_model()
-    optimizer = make_optimizer(model, gradient="release", clipping="previous", max_grad_norm=0.1)
-    train(model, optimizer, range(2))
-    state = through_a_file(optimizer.state_dict())
-    state["previous_norm"] = norm if isinstance(norm, str) else torch.tensor(norm)
-    state["param_groups"][0]["lr"] = 77.0
-    before = snapshot(model, optimizer)
-
-    with pytest.raises(ValueError, match=r"clips the next step is .*Resume from an earlier"):
-        optimizer.load_state_dict(state)
-
-    assert_same_tensors(snapshot(model, optimizer), before)
-    assert optimizer.param_groups[0]["lr"] == 1e-3
+    norm = norm if isinstance(norm, str) else torch.tensor(norm)
+    assert_refused(
+        lambda state: state.update(previous_norm=norm),
+        r"clips the next step is .*Resume from an earlier",
+        gradient="release",
+        clipping="previous",
+        max_grad_norm=0.1,
+    )
 
 
 @pytest.mark.parametrize("gradient", ["stack", "release"])
