@@ -10,7 +10,8 @@ from ..nn import QuantizedModule, conversion_plan, dequantize_modules_, quantize
 from ..side import SideNetwork
 from .config import QUANT_METHOD, QFTConfig
 from .coverage import check_coverage
-from .quantizer import QFTQuantizer, check_finite
+from .loading_faults import check_finite
+from .quantizer import QFTQuantizer
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from .drafts import drafted
-from .quantizer import QFTQuantizer, int8_weights, refuse_int8
+from .loading_faults import int8_weights, refuse_int8
+from .quantizer import QFTQuantizer
 from .support import has_quantized_weights
 from .tensor_files import memory, tensor_names
 from .wrapping import wrap_

@@ -6,13 +6,10 @@ raised together, by name, when the last one has come.
 """
 
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,7 +21,6 @@ from transformers.core_model_loading import (
 )
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..layout import GroupLayout, outlier_bytes
 from ..nn import (
@@ -37,18 +33,22 @@ from ..nn import (
     prepare_modules_,
     quantize_modules_,
     weight_names,
-    weight_of,
 )
-from ..nn.state import SUFFIXES, listed, state_names, weight_from_fields
-from ..optim.processes import SEVERAL_GPUS
+from ..nn.state import SUFFIXES, listed, weight_from_fields
 from ..quant import Arrangement, QFTWeight
 from .config import QUANT_METHOD, QFTConfig
 from .coverage import added_modules, check_coverage
-from .tensor_files import DAMAGED, damaged, metadata, tensor_names
+from .loading_faults import (
+    FAULTS_SHOWN,
+    check_files,
+    check_finite,
+    check_shape,
+    refuse_several_devices,
+    refuse_shards,
+)
+from .tensor_files import metadata, tensor_names
 
 logger = logging.getLogger(__name__)
-
-FAULTS_SHOWN = 10  # of an error that may concern every tensor of a model
 
 
 def _patterns(weight_name: str) -> dict[str, str]:
@@ -228,7 +228,7 @@ class QFTQuantizer(HfQuantizer):
             return tensor
         try:
             arrangement = _arrangement(model, name)
-            _check_shape(name, tensor, arrangement.shape)
+            check_shape(name, tensor, arrangement.shape)
             return QFTWeight.from_float(
                 tensor, self.quantization_config, name=name, transposed=arrangement.transposed
             )
@@ -261,10 +261,10 @@ class QFTQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         self.faults, self.missing_names = {}, set()
-        self._check_files(kwargs.get("checkpoint_files") or [])
-        _refuse_shards(model)
+        check_files(kwargs.get("checkpoint_files") or [], pre_quantized=self.pre_quantized)
+        refuse_shards(model)
         _tie(model)
-        _check_devices(model, kwargs.get("device_map"))
+        refuse_several_devices(model, kwargs.get("device_map"))
         if self.pre_quantized and (absent := self.quantization_config.forget_absent(model)):
             kept = self._keep_floats(model, kwargs.get("checkpoint_files") or [])
             logger.warning(
@@ -297,32 +297,6 @@ class QFTQuantizer(HfQuantizer):
         if floats:
             config.modules_to_not_convert = [*(config.modules_to_not_convert or []), *floats]
         return floats
-
-    def _check_files(self, files: list[str]) -> None:
-        """Raise for what shows before anything is loaded: names of files, and their headers."""
-        folder = Path(files[0]).parent if files else Path()
-        if self.pre_quantized and files == [str(folder / SAFE_WEIGHTS_NAME)]:
-            if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-                raise ValueError(
-                    f"{folder} has {SAFE_WEIGHTS_NAME} and {SAFE_WEIGHTS_INDEX_NAME}: two models, "
-                    "one of an earlier run. Remove the one that is not wanted."
-                )
-        names = set(tensor_names(files))
-        if not self.pre_quantized:
-            refuse_int8(names, of=str(folder))
-        doubled = [name for name in names if weight_of(name) in names]
-        if doubled:
-            raise ValueError(
-                f"{min(doubled)} is in {files[0]} beside a float weight of the same module, one of "
-                f"{len(doubled)} such fields, so the checkpoint is a mixture of two. Save the "
-                "model again into an empty folder."
-            )
-        if self.pre_quantized and (found := damaged(files)):
-            shown = "\n".join(f"- {fault}" for fault in found[:FAULTS_SHOWN])
-            raise ValueError(
-                f"{len(found)} tensors of {folder} are at fault, the first {FAULTS_SHOWN} at most:"
-                f"\n{shown}\n{DAMAGED} QFT_CHECKSUMS=0 loads them as they are."
-            )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.save_as_held(model)
@@ -382,7 +356,7 @@ class QFTQuantizer(HfQuantizer):
             if name in self.faults or parameter.is_meta:
                 continue
             try:
-                _check_shape(name, parameter, self.shapes.get(name, parameter.shape))
+                check_shape(name, parameter, self.shapes.get(name, parameter.shape))
                 if not isinstance(parameter, QFTWeight):
                     check_finite(name, parameter)
             except ValueError as error:
@@ -402,56 +376,6 @@ class QFTQuantizer(HfQuantizer):
         vars(model).pop("_weight_conversions", None)  # saving follows those of the class again
         for config in _configs(model):
             config.__dict__.pop("_is_quantized", None)  # attention asks whether it is there
-
-
-def int8_weights(names: Iterable[str]) -> list[str]:
-    """Those of the names of tensors that are codes of an INT8 weight, which has scales too."""
-    names = set(names)
-    fields = [state_names(weight) for weight in {weight_of(name) for name in names} if weight]
-    return sorted(of["codes"] for of in fields if {of["codes"], of["scales"]} <= names)
-
-
-def refuse_int8(names: Iterable[str], *, of: str) -> None:
-    """Raise if a checkpoint without a quantization_config has INT8 weights.
-
-    transformers would leave them out and go on with random ones.
-
-    Args:
-        names: Of its tensors.
-        of: Where it is, for the error.
-
-    Raises:
-        ValueError: So it is; the text names one of them.
-    """
-    if found := int8_weights(names):
-        raise ValueError(
-            f"{of} has INT8 weights, {found[0]} and {len(found) - 1} more, and its config.json has "
-            "no quantization_config of qft_hf. Restore the config.json that was saved with them, "
-            "and leave out what you pass as quantization_config."
-        )
-
-
-def check_finite(name: str, parameter: Tensor) -> None:
-    """Raise if a float parameter has values that no training can start from.
-
-    Raises:
-        ValueError: Some are NaN or infinite.
-    """
-    finite = parameter.detach().isfinite()
-    if not bool(finite.all()):
-        raise ValueError(
-            f"{name} has {int((~finite).sum())} of {finite.numel()} values that are NaN or "
-            "infinite. The checkpoint is damaged or its dtype too narrow: load a good one."
-        )
-
-
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tensor.shape != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} in the checkpoint, and the model needs "
-            f"{tuple(shape)}. Load it with its own config.json; to change a size, load it as float "
-            "with ignore_mismatched_sizes=True and call quantize_model_."
-        )
 
 
 def _only(tensor: Any) -> Tensor:
@@ -476,40 +400,6 @@ def _tie(skeleton: PreTrainedModel) -> None:
     for target, source in skeleton.all_tied_weights_keys.items():
         module, name = _module_of(skeleton, target)
         setattr(module, name, skeleton.get_parameter_or_buffer(source))
-
-
-def _refuse_shards(skeleton: PreTrainedModel) -> None:
-    """Refuse what transformers does with a `distributed_config`: tensor parallelism and FSDP2.
-
-    Raises:
-        ValueError: There is one, and several processes.
-    """
-    is_sharded = getattr(skeleton.config, "distributed_config", None) is not None
-    if is_sharded and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise ValueError(
-            "distributed_config splits weights among processes as float tensors, by rows or "
-            "columns, and INT8 weights cannot be held so. Load the model without it. "
-            + SEVERAL_GPUS
-        )
-
-
-def _check_devices(skeleton: PreTrainedModel, device_map: Any) -> None:
-    """Refuse a tied model on several devices.
-
-    Accelerate, which moves its inputs between them, tells tied weights by their addresses. Those of
-    all INT8 weights are 0, and it would put one of them in the place of all.
-
-    Raises:
-        ValueError: The model has tied weights, and the map several devices.
-    """
-    places = device_map.values() if isinstance(device_map, dict) else ()
-    devices = sorted({str(device) for device in places})
-    if len(devices) > 1 and skeleton.all_tied_weights_keys:
-        raise ValueError(
-            f"{next(iter(skeleton.all_tied_weights_keys))} is tied to another weight, and an INT8 "
-            f"model with tied weights cannot lie on several devices, here {devices}. Use one, "
-            'such as device_map={"": 0}.'
-        )
 
 
 def _configs(model: nn.Module) -> list[Any]:

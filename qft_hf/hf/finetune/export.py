@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 from ..config import QUANT_METHOD
 from ..convert import dequantize_model_
 from ..drafts import written_whole
-from ..quantizer import refuse_int8
+from ..loading_faults import refuse_int8
 from ..side_network import is_side_network
 from ..tensor_files import tensor_names
 
