@@ -4,18 +4,15 @@ A local path means nothing to a reader, so names of files stand here without the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import QuantizationSpec
-from ..memory.ledger import elements
 from ..version import __version__
+from .card_facts import CardFacts
 from .drafts import written_whole
-from .optimizers import is_ours
-from .support import quantization_config_of, unwrapped
 
 TAGS = ["full-parameter-fine-tuning", "int8", "qft"]
 MARK = "<!-- Written by qft_hf -->"
@@ -50,53 +47,18 @@ SIDE_CITATION = """\
   year = {2024}
 }
 ```"""
+
+_IN_WORDS = {
+    "nf4": "in 4 bits (NF4, by bitsandbytes)",
+    "int8": "in INT8",
+    "float": "in float",
+}
+_IN_CODE = {
+    "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
+    "bnb_4bit_use_double_quant=True)",
+    "int8": "qft_hf.QFTConfig()",
+}
 _PIPELINES = {"ForCausalLM": "text-generation", "ForSequenceClassification": "text-classification"}
-
-
-@dataclass(frozen=True, slots=True)
-class CardFacts:
-    """What a card tells; what is None or empty is not told.
-
-    Attributes:
-        name: Of the model: its repository on the Hub, or its folder.
-        architecture: Class of the model.
-        base_model: Name on the Hub of the model that was tuned; None if it was a local one.
-        datasets: Names on the Hub of what was learned.
-        files: Names of local files of what was learned.
-        parameters: All, and those of them that were trained.
-        optimizer: The rule and how its state was stored; None without training.
-        hyperparameters: By name.
-        format: Of the weights.
-        side: The fields of a side network's `QSTConfig`, and `base`: how the frozen model beside it
-            is stored; None where every parameter was trained.
-        state_bytes: Of the training state, by kind.
-        history: `log_history` of the Trainer.
-        counts: Of the training data, in a line.
-        export_dtype: Of an ordinary checkpoint in the sub-folder of that name.
-        license: Identifier of the Hub.
-        language: Codes of languages.
-        tags: Beside ours.
-        versions: By package.
-    """
-
-    name: str
-    architecture: str
-    parameters: tuple[int, int]
-    base_model: str | None = None
-    datasets: Sequence[str] = ()
-    files: Sequence[str] = ()
-    optimizer: str | None = None
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    format: QuantizationSpec | None = None
-    side: Mapping[str, Any] | None = None
-    state_bytes: Mapping[str, int] = field(default_factory=dict)
-    history: Sequence[Mapping[str, Any]] = ()
-    counts: str | None = None
-    export_dtype: str | None = None
-    license: str | None = None
-    language: Sequence[str] = ()
-    tags: Sequence[str] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def is_card(path: Path) -> bool:
@@ -134,74 +96,6 @@ def _relation(facts: CardFacts) -> str | None:
     return "adapter" if facts.side else "finetune"
 
 
-def facts_of_trainer(trainer: Any, **known: Any) -> CardFacts:
-    """Return what a Trainer knows.
-
-    Args:
-        trainer: A `QFTTrainer`, trained or not.
-        **known: Fields of `CardFacts` that only its user knows, or knows better.
-    """
-    ledger = trainer.ledger
-    origin = getattr(getattr(trainer.model, "config", None), "_name_or_path", "")
-    facts: dict[str, Any] = {
-        "name": trainer.args.hub_model_id or Path(str(trainer.args.output_dir)).resolve().name,
-        "architecture": type(trainer.model).__name__,
-        "parameters": parameters_of(trainer.model),
-        "base_model": origin if origin and not Path(origin).exists() else None,
-        "optimizer": optimizer_of(trainer),
-        "hyperparameters": hyperparameters_of(trainer),
-        "format": quantization_config_of(trainer.model),
-        "state_bytes": {row.state: row.bytes for row in ledger.rows} if ledger else {},
-        "history": trainer.state.log_history,
-        "versions": {"qft_hf": __version__},
-    }
-    return CardFacts(**{**facts, **known})
-
-
-def parameters_of(model: Any) -> tuple[int, int]:
-    """Return how many parameters a model has, and how many of them are trained."""
-    parameters = list(model.parameters())
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return sum(map(elements, parameters)), sum(map(elements, trained))
-
-
-def optimizer_of(trainer: Any) -> str | None:
-    """Return what the optimizer says of itself, or the class of one of others; None without one."""
-    optimizer: Any = unwrapped(trainer.optimizer)
-    if optimizer is None:
-        return None
-    return optimizer.description if is_ours(optimizer) else f"PyTorch's {type(optimizer).__name__}"
-
-
-def hyperparameters_of(trainer: Any) -> dict[str, Any]:
-    """Return what a run was trained with: the optimizer's own values, not the Trainer's fields."""
-    args, optimizer = trainer.args, unwrapped(trainer.optimizer)
-    values: dict[str, Any] = {
-        "learning rate": args.learning_rate,
-        "schedule": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
-        "warm-up steps": args.get_warmup_steps(trainer.state.max_steps),
-    }
-    if optimizer is not None:
-        group = optimizer.param_groups[0]
-        values |= {name: group[name] for name in ("betas", "eps") if name in group}
-        decays = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
-        values["weight decay"] = max(decays)
-    if is_ours(optimizer):
-        values |= {"gradients": optimizer.gradient, "seed of rounding": group["seed"]}
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return values | {
-        "largest gradient norm": args.max_grad_norm,
-        "examples a step": batch,
-        "micro-batches a step": args.gradient_accumulation_steps * args.world_size,
-        "steps": trainer.state.global_step,
-        "epochs": round(trainer.state.epoch or 0.0, 4),
-        "activations": "bf16 autocast"
-        if args.bf16
-        else str(getattr(trainer.model, "dtype", "")).removeprefix("torch."),
-        "seed": args.seed,
-    }
-
-
 def _pipeline(architecture: str) -> str | None:
     return next((task for end, task in _PIPELINES.items() if architecture.endswith(end)), None)
 
@@ -219,8 +113,8 @@ def _text(facts: CardFacts) -> str:
     if facts.side:
         what = (
             f"A side network of {trained:,} parameters beside {base}, a `{facts.architecture}` of "
-            f"{total - trained:,}, which stayed frozen, stored {_STORED[facts.side['base']]}, and "
-            f"is not in this repository. It was trained{on} by quantized side tuning (QST, "
+            f"{total - trained:,}, which stayed frozen, stored {_IN_WORDS[facts.side['base']]}, "
+            f"and is not in this repository. It was trained{on} by quantized side tuning (QST, "
             f"arXiv:2401.07159), with qft_hf {version}."
         )
     else:
@@ -300,18 +194,6 @@ def _results(facts: CardFacts) -> list[EvalResult]:
     ]
 
 
-_STORED = {
-    "nf4": "in 4 bits (NF4, by bitsandbytes)",
-    "int8": "in INT8",
-    "float": "in float",
-}
-_AS_STORED = {
-    "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
-    "bnb_4bit_use_double_quant=True)",
-    "int8": "qft_hf.QFTConfig()",
-}
-
-
 def _weights(facts: CardFacts) -> list[str]:
     """Return the section of what was trained and how it was stored."""
     if not facts.side:
@@ -319,9 +201,9 @@ def _weights(facts: CardFacts) -> list[str]:
     return ["### Side network", _table(("what", "value"), facts.side.items())]
 
 
-def _side_loading(facts: CardFacts) -> str:
-    """Return how base and side network come together."""
-    form = _AS_STORED.get((facts.side or {})["base"])
+def _side_loading(facts: CardFacts, base: str) -> str:
+    """Return how a base that is stored so and the side network come together."""
+    form = _IN_CODE.get(base)
     place = facts.base_model or "FOLDER_OF_THE_BASE"
     imported = "BitsAndBytesConfig, " if form and form.startswith("Bits") else ""
     loaded = f'"{place}"' + (f", quantization_config={form}" if form else "")
@@ -336,7 +218,7 @@ def _side_loading(facts: CardFacts) -> str:
 
 def _loading(facts: CardFacts) -> str:
     if facts.side:
-        return _side_loading(facts)
+        return _side_loading(facts, facts.side["base"])
     name, architecture = facts.name, facts.architecture
     plain = f"{name.rpartition('/')[2]}-bf16"
     lines = [

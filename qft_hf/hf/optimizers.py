@@ -318,7 +318,7 @@ def _stock_default(field: str) -> Any:
 def _read(text: str | None, name: str, taken: tuple[str, ...]) -> dict[str, Any]:
     """The options in `optim_args`, a list such as `"beta2=0.98,nonfinite=skip"`."""
     options: dict[str, Any] = {}
-    for entry in (text or "").replace(" ", "").split(",") if text else ():
+    for entry in text.replace(" ", "").split(",") if text else ():
         option, _, value = entry.partition("=")
         if option not in taken:
             raise ValueError(

@@ -31,8 +31,3 @@ def architecture(name: str) -> Path | None:
     """Return the folder of an architecture that ships, which has a `config.json`, or None."""
     path = FOLDER / "architectures" / name
     return path if path.parent.parent == FOLDER and path.is_dir() else None
-
-
-def architecture_names() -> list[str]:
-    """Return the names of all architectures that ship."""
-    return sorted(path.name for path in FOLDER.glob("architectures/*"))

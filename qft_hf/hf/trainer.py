@@ -13,7 +13,8 @@ from ..memory import MemoryLedger, memory_ledger
 from ..optim.flow import RunPart
 from ..side import side_network_of
 from .arguments import QFTTrainingArguments
-from .card import facts_of_trainer, write_card
+from .card import write_card
+from .card_facts import facts_of_trainer
 from .checkpoint_trainer import CheckpointTrainer
 from .graphed_step import Graph, GraphedStep, cuda_graphs
 from .health import Health

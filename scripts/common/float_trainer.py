@@ -9,7 +9,7 @@ from transformers import Trainer
 
 from qft_hf.hf.finetune import RunArguments
 from qft_hf.hf.finetune.loading import load_model
-from qft_hf.hf.finetune.run import read
+from qft_hf.hf.finetune.preparation import read
 
 
 class Lion(torch.optim.Optimizer):

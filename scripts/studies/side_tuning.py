@@ -35,7 +35,7 @@ from common.command_line import chosen, command_line
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, memory_ledger
 from qft_hf.hf.base import base_format
-from qft_hf.hf.card import parameters_of
+from qft_hf.hf.card_facts import parameters_of
 from qft_hf.hf.finetune import parse_arguments
 from qft_hf.hf.finetune.data import TaskData, prepare_data
 from qft_hf.hf.finetune.evaluate import scores

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from qft_hf import QFTConfig, QFTTrainer
-from qft_hf.hf.card import CardFacts, card, is_card, write_card
+from qft_hf.hf.card import card, is_card, write_card
+from qft_hf.hf.card_facts import CardFacts
 from tests.hf.test_trainer import arguments, sequences
 from tests.models import tiny_llama
 

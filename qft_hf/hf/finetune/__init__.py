@@ -3,7 +3,8 @@
 from .arguments import DataArguments, ModelArguments, OutputArguments
 from .export import export_checkpoint
 from .parsing import RunArguments, parse_arguments
-from .run import Run, finetune, prepare, train
+from .preparation import Run, prepare
+from .run import finetune, train
 from .summary import RunSummary
 
 __all__ = [

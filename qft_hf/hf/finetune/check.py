@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from ...memory import MemoryEstimate
 from ...side import attach_side_network
-from ..card import parameters_of
+from ..card_facts import parameters_of
 from ..estimate import estimate_memory, estimate_side_memory
 from ..optimizers import given_options
 from .data import DataCounts
@@ -20,7 +20,7 @@ from .loading import check_fit
 from .output_folder import nearest_folder, refuse_small_disk
 from .packing import refuse_crossing, shortened
 from .parsing import RunArguments
-from .run import paths_read, read
+from .preparation import paths_read, read
 from .task import LanguageTask
 
 

@@ -9,7 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..card import CardFacts, is_card, write_card
+from ..card import is_card, write_card
+from ..card_facts import CardFacts
 from ..config import QFTConfig
 from .output_folder import CARD, SUMMARY, told
 

@@ -1,0 +1,126 @@
+"""What is known of a model that was trained, for its card and for the summary of its run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import QuantizationSpec
+from ..memory.ledger import elements
+from ..version import __version__
+from .optimizers import is_ours
+from .support import quantization_config_of, unwrapped
+
+
+@dataclass(frozen=True, slots=True)
+class CardFacts:
+    """What a card tells; what is None or empty is not told.
+
+    Attributes:
+        name: Of the model: its repository on the Hub, or its folder.
+        architecture: Class of the model.
+        base_model: Name on the Hub of the model that was tuned; None if it was a local one.
+        datasets: Names on the Hub of what was learned.
+        files: Names of local files of what was learned.
+        parameters: All, and those of them that were trained.
+        optimizer: The rule and how its state was stored; None without training.
+        hyperparameters: By name.
+        format: Of the weights.
+        side: The fields of a side network's `QSTConfig`, and `base`: how the frozen model beside it
+            is stored; None where every parameter was trained.
+        state_bytes: Of the training state, by kind.
+        history: `log_history` of the Trainer.
+        counts: Of the training data, in a line.
+        export_dtype: Of an ordinary checkpoint in the sub-folder of that name.
+        license: Identifier of the Hub.
+        language: Codes of languages.
+        tags: Beside ours.
+        versions: By package.
+    """
+
+    name: str
+    architecture: str
+    parameters: tuple[int, int]
+    base_model: str | None = None
+    datasets: Sequence[str] = ()
+    files: Sequence[str] = ()
+    optimizer: str | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    format: QuantizationSpec | None = None
+    side: Mapping[str, Any] | None = None
+    state_bytes: Mapping[str, int] = field(default_factory=dict)
+    history: Sequence[Mapping[str, Any]] = ()
+    counts: str | None = None
+    export_dtype: str | None = None
+    license: str | None = None
+    language: Sequence[str] = ()
+    tags: Sequence[str] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+def facts_of_trainer(trainer: Any, **known: Any) -> CardFacts:
+    """Return what a Trainer knows.
+
+    Args:
+        trainer: A `QFTTrainer`, trained or not.
+        **known: Fields of `CardFacts` that only its user knows, or knows better.
+    """
+    ledger = trainer.ledger
+    origin = getattr(getattr(trainer.model, "config", None), "_name_or_path", "")
+    facts: dict[str, Any] = {
+        "name": trainer.args.hub_model_id or Path(str(trainer.args.output_dir)).resolve().name,
+        "architecture": type(trainer.model).__name__,
+        "parameters": parameters_of(trainer.model),
+        "base_model": origin if origin and not Path(origin).exists() else None,
+        "optimizer": optimizer_of(trainer),
+        "hyperparameters": hyperparameters_of(trainer),
+        "format": quantization_config_of(trainer.model),
+        "state_bytes": {row.state: row.bytes for row in ledger.rows} if ledger else {},
+        "history": trainer.state.log_history,
+        "versions": {"qft_hf": __version__},
+    }
+    return CardFacts(**{**facts, **known})
+
+
+def parameters_of(model: Any) -> tuple[int, int]:
+    """Return how many parameters a model has, and how many of them are trained."""
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return sum(map(elements, parameters)), sum(map(elements, trained))
+
+
+def optimizer_of(trainer: Any) -> str | None:
+    """Return what the optimizer says of itself, or the class of one of others; None without one."""
+    optimizer: Any = unwrapped(trainer.optimizer)
+    if optimizer is None:
+        return None
+    return optimizer.description if is_ours(optimizer) else f"PyTorch's {type(optimizer).__name__}"
+
+
+def hyperparameters_of(trainer: Any) -> dict[str, Any]:
+    """Return what a run was trained with: the optimizer's own values, not the Trainer's fields."""
+    args, optimizer = trainer.args, unwrapped(trainer.optimizer)
+    values: dict[str, Any] = {
+        "learning rate": args.learning_rate,
+        "schedule": getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type),
+        "warm-up steps": args.get_warmup_steps(trainer.state.max_steps),
+    }
+    if optimizer is not None:
+        group = optimizer.param_groups[0]
+        values |= {name: group[name] for name in ("betas", "eps") if name in group}
+        decays = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
+        values["weight decay"] = max(decays)
+    if is_ours(optimizer):
+        values |= {"gradients": optimizer.gradient, "seed of rounding": group["seed"]}
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return values | {
+        "largest gradient norm": args.max_grad_norm,
+        "examples a step": batch,
+        "micro-batches a step": args.gradient_accumulation_steps * args.world_size,
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0.0, 4),
+        "activations": "bf16 autocast"
+        if args.bf16
+        else str(getattr(trainer.model, "dtype", "")).removeprefix("torch."),
+        "seed": args.seed,
+    }

@@ -1,0 +1,181 @@
+"""What comes before a run: refuse what cannot work, and load. Nothing is written here."""
+
+import logging
+import time
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, set_seed
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils.logging import disable_progress_bar
+
+from ..base import require_bitsandbytes
+from ..processes import by_first, of_first
+from ..trainer import QFTTrainer
+from .data import TaskData, prepare_data
+from .forecast import disk_bytes, n_steps
+from .loading import load_model, load_tokenizer
+from .output_folder import (
+    checkpoint_to_resume,
+    refuse_inputs_inside,
+    refuse_other_run,
+    refuse_small_disk,
+    refuse_unwritable,
+)
+from .packing import refuse_crossing
+from .parsing import RunArguments
+from .paths import inputs
+from .side_tuning import base_config, base_form, load_side_model, side_checkpoint
+from .step_clock import StepClock
+
+LOGS = 50  # in a run, where nothing else was asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that is loaded and checked, and not yet trained."""
+
+    arguments: RunArguments
+    checkpoint: Path | None  # resumed from
+    data: TaskData
+    trainer: QFTTrainer
+    clock: StepClock
+    started: float  # time.monotonic()
+
+
+def prepare(arguments: RunArguments) -> Run:
+    """Check the output folder, load data and model, and see that the disk has room. Writes nothing.
+
+    To resume, it first finishes or removes what a killed process has left in the folder.
+
+    Raises:
+        FileExistsError: The output folder already holds a run.
+        FileNotFoundError: A data file, template or checkpoint is not there.
+        OSError: The output folder cannot be written to, or the disk has no room for the run.
+        ValueError: The arguments, the data and the model do not go together.
+    """
+    started = time.monotonic()
+    checkpoint, config, data = read(arguments)
+    training, tokenizer = arguments.training, data.task.tokenizer
+    model: Any
+    if arguments.method.side is None:
+        model = load_model(
+            arguments.model,
+            training.quantization_config,
+            config,
+            data.task,
+            max_length=arguments.data.max_length,
+        )
+    else:
+        model = load_side_model(
+            arguments.model,
+            arguments.method,
+            config,
+            data.task,
+            max_length=arguments.data.max_length,
+        )
+    if arguments.data.packing:
+        refuse_crossing(model)
+    if training.include_num_input_tokens_seen == "no":  # the summary reports them
+        # Blocks have no mask to count by, and no padding but in the last batch of an epoch.
+        training.include_num_input_tokens_seen = "all" if arguments.data.packing else "non_padding"
+    if training.device.type == "cpu":
+        # It speeds up copies to a GPU, and warns where there is none.
+        training.dataloader_pin_memory = False
+    refuse_small_disk(
+        arguments.output_dir,
+        disk_bytes(arguments, model, len(data.train.dataset)),
+        overwrite=arguments.output.overwrite_output,
+    )
+    clock = StepClock()
+    trainer = QFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=data.train.dataset,
+        eval_dataset=None if data.evaluation is None else data.evaluation.dataset,
+        data_collator=data.task.collator,
+        processing_class=tokenizer,
+        compute_metrics=data.task.scoring.compute_metrics,
+        preprocess_logits_for_metrics=data.task.scoring.preprocess_logits,
+        callbacks=[clock],
+    )
+    return Run(arguments, checkpoint, data, trainer, clock, started)
+
+
+def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskData]:
+    """Check the output folder, and read all but the weights of the model. Writes nothing.
+
+    Where nothing says how often to log, it is 50 times in a run.
+
+    Returns:
+        checkpoint: What the run goes on from; None for a fresh start.
+        config: The model's.
+        data: Ready for the Trainer.
+
+    Raises:
+        FileExistsError: As `prepare`.
+        FileNotFoundError: Likewise.
+        OSError: The output folder cannot be written to.
+        ValueError: As `prepare`.
+    """
+    training = arguments.training
+    if training.process_index > 0:  # the first one says it
+        logging.getLogger("qft_hf").setLevel(logging.ERROR)
+        disable_progress_bar()
+    with by_first() as is_first:
+        checkpoint = _check_output(arguments) if is_first else None
+    checkpoint = of_first(checkpoint)
+    _check_evaluation(arguments)
+    set_seed(training.seed)
+    tokenizer = load_tokenizer(arguments.model)
+    config = base_config(arguments.model)
+    if arguments.method.side is not None:
+        if base_form(arguments.method, config, arguments.model.model_name_or_path) == "nf4":
+            require_bitsandbytes()
+    elif side_checkpoint(arguments.model.model_name_or_path) is not None:
+        raise ValueError(
+            f"{arguments.model.model_name_or_path} holds a side network, and method 'full' trains "
+            "every parameter of a model. Set method to qst, or name the base."
+        )
+    with training.main_process_first(desc="reading the data"):
+        data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
+    if "logging_steps" not in arguments.given:
+        steps, _ = n_steps(training, len(data.train.dataset))
+        training.logging_steps = ceil(steps / LOGS)
+    return checkpoint, config, data
+
+
+def _check_output(arguments: RunArguments) -> Path | None:
+    """Refuse what would destroy something; return the checkpoint to resume from."""
+    output_dir = arguments.output_dir
+    refuse_unwritable(output_dir)
+    refuse_inputs_inside(output_dir, _inputs(arguments))
+    checkpoint = checkpoint_to_resume(arguments.training.resume_from_checkpoint, output_dir)
+    refuse_other_run(output_dir, checkpoint=checkpoint, overwrite=arguments.output.overwrite_output)
+    return checkpoint
+
+
+def paths_read(arguments: RunArguments) -> dict[str, str]:
+    """Return whole paths of what is read from this machine, by the key that names it."""
+    return {
+        key: str(Path(name).resolve())
+        for key, name in _inputs(arguments).items()
+        if Path(name).exists()
+    }
+
+
+def _inputs(arguments: RunArguments) -> dict[str, str]:
+    return inputs(vars(arguments.model) | vars(arguments.data))
+
+
+def _check_evaluation(arguments: RunArguments) -> None:
+    data, training = arguments.data, arguments.training
+    has_data = data.eval_data is not None or data.eval_fraction is not None
+    if not has_data and (training.do_eval or training.eval_strategy != "no"):
+        strategy = IntervalStrategy(training.eval_strategy).value
+        raise ValueError(
+            f"evaluation is asked for (eval_strategy={strategy!r}), but nothing is held out. "
+            "Set eval_data or eval_fraction, or eval_strategy to 'no'."
+        )

@@ -1,0 +1,35 @@
+"""How long the steps of a run take."""
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class StepClock(TrainerCallback):
+    """Seconds spent in training steps, and the steps and tokens before the first of them."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.steps_before = 0
+        self.tokens_before = 0
+        self._began = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note where a resumed run goes on."""
+        self.steps_before = state.global_step
+        self.tokens_before = state.num_input_tokens_seen
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start."""
+        self._began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop."""
+        self.seconds += time.perf_counter() - self._began
