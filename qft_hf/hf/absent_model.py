@@ -6,18 +6,26 @@ from pathlib import Path
 
 
 @contextmanager
-def refused_if_absent(name: str | Path) -> Iterator[None]:
+def refused_if_absent(name: str | Path, *, advice: str = "") -> Iterator[None]:
     """Say what to do where a model cannot be loaded in this block.
+
+    Args:
+        name: Folder, or name on the hub.
+        advice: What else may help where it is there and cannot be loaded.
 
     Raises:
         FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
-        ValueError: The folder lacks a file, or what is there cannot be loaded.
+        ValueError: The folder lacks a file or holds something else, or what is there cannot be
+            loaded.
     """
     try:
         yield
     except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) or Path(name, "config.json").is_file():
-            raise ValueError(f"{name} cannot be loaded: {error}") from error
+        if other := _what_else(Path(name)):
+            raise ValueError(f"{name} {other}") from error
+        is_model = Path(name, "config.json").is_file()
+        if is_model or (isinstance(error, ValueError) and not Path(name).is_dir()):
+            raise ValueError(f"{name} cannot be loaded: {error}{advice}") from error
         text = (
             f"No model {str(name)!r}: neither a folder with a config.json nor a model that the hub "
             "shows. Check the path, or log in with `hf auth login` if it is gated."
@@ -28,3 +36,20 @@ def refused_if_absent(name: str | Path) -> Iterator[None]:
                 "scripts/fetch_demo.py smollm2 chitchat minilm boolq` fills in a clone of qft_hf."
             )
         raise FileNotFoundError(text) from error
+
+
+def _what_else(place: Path) -> str | None:
+    """Return what a path is that people take for a model, and what to do; None if it may be one."""
+    if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
+        return (
+            "holds an adapter of PEFT and no model. Merge it into its base, by merge_and_unload() "
+            "and save_pretrained(), and give that folder."
+        )
+    if place.suffix == ".gguf" or (
+        next(place.glob("*.gguf"), None) and not any(place.glob("*.safetensors"))
+    ):
+        return (
+            "is in GGUF, of which training knows nothing. Convert it once: from_pretrained(FOLDER, "
+            "gguf_file=NAME) of AutoModelForCausalLM and of AutoTokenizer, and save_pretrained()."
+        )
+    return "is a file. Give the folder that it lies in." if place.is_file() else None

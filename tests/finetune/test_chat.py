@@ -344,6 +344,23 @@ def test_conversation_that_the_template_refuses_is_named():
             encode_conversation(chat("a", "b", system="Be brief."), tiny_tokenizer(refusing))
 
 
+def test_a_list_of_parts_is_named_where_a_template_takes_text():
+    messages = chat("a", "b")
+    messages[0]["content"] = [{"type": "text", "text": "a"}]
+    with pytest.raises(ValueError, match=r"Contents are lists of parts.*: join their texts"):
+        encode_conversation(messages, tiny_tokenizer())
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for m in messages %}{{ m.content }", CHATML_MARKED + "{%"]
+)
+def test_a_template_that_is_no_jinja_is_refused_before_the_first_row(template):
+    """Each row was said to be bad, and with `on_bad_row: skip` all were left out."""
+    with pytest.raises(ValueError, match=r"no Jinja: .*, line [14]\. Correct it, or") as refused:
+        ConversationEncoder(tiny_tokenizer(template), assistant_only=True).end_of_turn()
+    assert not isinstance(refused.value, RowError)
+
+
 SHOWS_TOOLS = "{{ tools | tojson }}" + CHATML
 
 

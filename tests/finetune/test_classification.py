@@ -80,7 +80,7 @@ def test_labels_that_mean_nothing_to_the_model_are_refused(labels, head, message
         task_of(labels, *head)
 
 
-@pytest.mark.parametrize("label", [-1, "-1", None, float("nan")])
+@pytest.mark.parametrize("label", [-1, "-1", None, float("nan"), "", " "])
 def test_a_row_without_a_label_is_no_class(label):
     task = task_of([0, 1, label])
     assert task.names == ["0", "1"]
@@ -122,6 +122,12 @@ def test_several_classes(labels, head, rows):
     for label in (None, 0.5, "['a'"):
         with pytest.raises(RowError, match=r"no list of classes: .* got the label"):
             task.label(label)
+
+
+@pytest.mark.parametrize("labels", [[1, 2], [None, True], [0.5]])
+def test_several_classes_are_lists(labels):
+    with pytest.raises(ValueError, match=r"needs lists of classes .* One class a row is"):
+        task_of(labels, kind=MultiLabel)
 
 
 def test_several_classes_have_one_separator():

@@ -1,5 +1,7 @@
 """One conversation, however it is written down; what is not known is refused by its name."""
 
+import json
+
 import pytest
 
 from qft_hf.hf.finetune.conversation import read_conversation
@@ -136,6 +138,16 @@ def test_weight_and_train_say_what_is_learned(marks, row_marks, learned):
     assert conversation.turns == turns  # a template knows nothing of them
 
 
+@pytest.mark.parametrize("name", ["messages", "conversations"])
+def test_messages_may_be_a_text_as_in_csv(name):
+    """A column of csv holds text alone, and a list written out there was called no list."""
+    turns = chat("a", 'b, "c"\n', "d", "e")
+    assert read({name: " " + json.dumps(turns)}) == read({name: turns})
+    assert read({"prompt": json.dumps(turns[:1]), "completion": "b"}).turns[0]["content"] == (
+        json.dumps(turns[:1])  # a prompt is a text
+    )
+
+
 def test_a_prompt_of_turns_is_given_not_learned():
     turns = chat("a", "b", "c", "d")
     assert read({"prompt": turns[:3], "completion": turns[3:]}).learned == [False] * 3 + [True]
@@ -151,6 +163,11 @@ def test_a_prompt_of_turns_is_given_not_learned():
         ({"messages": [{"role": "user", "content": None}]}, "message without content"),
         ({"messages": "user: hi"}, "no list of messages"),
         ({"messages": [["hi"]]}, "no list of messages"),
+        ({"messages": "[{'role': 'user'}]"}, "field 'messages' are no JSON"),
+        ({"messages": [{"role": "user", "content": 5}]}, "content that is no text: got 5. Write"),
+        ({"messages": [{"role": "user", "content": {"a": 1}}]}, "content that is no text"),
+        ({"question": "2 + 2", "answer": 4}, "no text: 'answer' must be a text or messages, got 4"),
+        ({"question": float("nan"), "answer": "x"}, "no text: 'question' must be"),
         ({"messages": SYSTEM, "system": "Be long."}, "two system prompts"),
         ({"messages": [ASKED[0], ASKED[1] | {"weight": 0.5}]}, "weight 0.5"),
         ({"messages": ASKED, "tools": "weather"}, "tools are no JSON"),

@@ -23,8 +23,10 @@ from transformers import (
 
 from qft_hf import QFTWeight
 from qft_hf.hf.finetune import finetune, parse_arguments, prepare, train
+from qft_hf.hf.finetune.check import check
 from qft_hf.hf.finetune.forecast import disk_bytes
 from qft_hf.hf.finetune.loading import load_config
+from qft_hf.hf.finetune.preparation import read
 from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, TURN, chat, tiny_tokenizer
 from tests.finetune.flags import as_flags, parsed, write_jsonl
 from tests.models import tiny_bert, tiny_llama
@@ -530,3 +532,77 @@ def test_the_script_runs_under_accelerate(chat_flags, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert "perplexity before -> after" in finished.stdout
+
+
+@pytest.mark.parametrize("spelling", ["{}", "{}/../{}"])
+def test_scores_on_what_is_learned_are_called_so(spelling, chat_flags, tmp_path, caplog):
+    folder = Path(chat_flags["train_data"]).parent
+    again = spelling.format(folder, folder.name) + "/" + Path(chat_flags["train_data"]).name
+    read(parsed(chat_flags, eval_data=again))
+    assert f"{again} is train_data and eval_data at once" in caplog.text
+
+    caplog.clear()
+    split = {"train_split": "train[:1]", "eval_split": "train[1:]"}
+    read(parsed(chat_flags, eval_data=again, **split))
+    assert "at once" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"adapter_config.json": b"{}"}, "holds an adapter of PEFT .* merge_and_unload"),
+        ({"model-q4.gguf": b"GGUF"}, "is in GGUF, .* gguf_file=NAME"),
+        ({"rows.jsonl": b"{}"}, "neither a folder with a config.json nor"),
+    ],
+)
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_a_folder_that_is_no_model_is_named_for_what_it_is(
+    files, message, has_tokenizer, chat_flags, tmp_path
+):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    if has_tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        read(parsed(chat_flags, model_name_or_path=folder))
+
+
+def test_a_file_is_no_model(chat_flags):
+    file = Path(chat_flags["model_name_or_path"]) / "model.safetensors"
+    with pytest.raises(ValueError, match=r"is a file\. Give the folder that it lies in"):
+        read(parsed(chat_flags, model_name_or_path=file))
+
+
+def test_a_model_without_a_tokenizer_says_which_key_names_one(chat_flags, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="model's, set tokenizer_name_or_path to that"):
+        read(parsed(chat_flags, model_name_or_path=tmp_path / "bare"))
+
+
+@pytest.mark.parametrize("what", ["gone", "cut off"])
+def test_a_dry_run_misses_weights_as_a_run_does(what, chat_flags):
+    """It reads none of them, and said of a folder without that all would be well."""
+    weights = Path(chat_flags["model_name_or_path"]) / "model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    if what == "cut off":
+        weights.write_bytes(content[: len(content) // 2])
+    for command in (check, prepare):
+        with pytest.raises(ValueError, match=r"cannot be loaded: .*model\.safetensors"):
+            command(parsed(chat_flags))
+
+
+@pytest.mark.parametrize("command", [check, prepare])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_implementation": "flash"}, 'cannot be loaded: .*"flash".* is not supported'),
+        ({"report_to": "wandbb"}, "report_to is 'wandbb', .* Install it, leave it out, or take"),
+        ({"report_to": "mlflow"}, "report_to is 'mlflow', which is not installed"),
+    ],
+)
+def test_what_libraries_refuse_is_refused_by_us(command, changes, message, chat_flags):
+    with pytest.raises(ValueError, match=message):
+        command(parsed(chat_flags, **changes))

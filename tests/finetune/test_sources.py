@@ -173,7 +173,9 @@ def test_configuration_of_a_dataset_with_several(tmp_path):
     [
         ("rows.jsonl", '{"text": "a"}\n{"text": \n', "no JSON: Expecting value"),
         ("rows.jsonl", '{"text": "a"}\n[1]\n', "no fields: expected an object, got '.1.'"),
-        ("rows.csv", "text,label\na,1\nb,2,3\n", "no fields"),
+        ("rows.csv", "text,label\na,1\nb,2,3\n", "no fields: .* stands in quotes"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "a field twice: 'text'"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": {"b": 1, "b": 2}}\n', "a field twice: 'b'"),
         ("rows.tsv", "text\tlabel\na\t1\nb\n", "no fields"),
         ("rows.json", '[{"text": "a"}, "b"]', "no fields"),
     ],
@@ -203,6 +205,37 @@ def test_damaged_file_is_named(name, content, tmp_path):
 def test_missing_file_is_not_taken_for_a_hub_name(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no data file .*nowhere.* Correct the path"):
         load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.csv", "x,y,x\n1,2,3\n"), ("a.json", '[{"x": 1, "y": 2, "x": 3}]')]
+)
+def test_of_two_equal_names_none_is_chosen(name, text, tmp_path):
+    """The last one counted, and the column that was meant was never read."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"cannot read .*'x'"):
+        load_rows(tmp_path / name)
+
+
+def test_columns_without_a_name_may_be_many(tmp_path):
+    (tmp_path / "a.csv").write_text("text,,\nhi,,\n")  # as a spreadsheet writes them
+    assert load_rows(tmp_path / "a.csv")[0]["text"] == "hi"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt"])
+def test_another_encoding_is_refused_with_what_to_do(name, encoding, tmp_path):
+    (tmp_path / name).write_text("text\nGrüße\n", encoding=encoding)
+    with pytest.raises(ValueError, match=r"not in UTF-8\. Save it as UTF-8"):
+        load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["chats", "folder/chats", "a.jsonl "])
+def test_what_is_neither_here_nor_on_the_hub_is_refused(name, tmp_path, monkeypatch):
+    """It ended in a traceback of `datasets`."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no file or folder '{name}' .looked.*Correct it"):
+        sources.load_rows(name)
 
 
 @pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.parquet.gz"])

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -322,15 +322,23 @@ class ConversationEncoder:
 
 @contextmanager
 def _refusals(turns: list[Turn]) -> Iterator[None]:
-    """Say of what a template raises that it is about these turns."""
+    """Say of what a template raises that it is about these turns, unless it is no template."""
     try:
         yield
+    except TemplateSyntaxError as error:
+        raise ValueError(
+            f"the chat template is no Jinja: {error.message}, line {error.lineno}. Correct it, or "
+            "set chat_template to another one."
+        ) from error
     except (TemplateError, TypeError) as error:
         roles = [turn["role"] for turn in turns]
+        parts = ""
+        if not all(isinstance(turn["content"], str) for turn in turns):
+            parts = " Contents are lists of parts, and it may take text alone: join their texts."
         raise RowError(
             "the chat template refuses the conversation",
-            f"{error}. Its roles are {', '.join(roles[:6])}{', ...' if roles[6:] else ''}. Change "
-            "the data, or set chat_template to one that takes them. It begins "
+            f"{error}. Its roles are {', '.join(roles[:6])}{', ...' if roles[6:] else ''}.{parts} "
+            "Change the data, or set chat_template to one that takes them. It begins "
             f"{excerpt(turns[0])}.",
         ) from error
 

@@ -3,6 +3,7 @@
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from transformers import PreTrainedConfig
 
 from ...memory import MemoryEstimate
 from ...side import attach_side_network
+from ..absent_model import refused_if_absent
 from ..card_facts import parameters_of
 from ..estimate import estimate_memory, estimate_side_memory
 from ..optimizers import given_options
 from .data import DataCounts
-from .evidence import LEARNED, example_text
+from .evidence import LEARNED, classes_of, example_text
 from .forecast import disk_bytes, n_steps, side_workload_of, workload_of
-from .loading import check_fit
+from .loading import check_fit, require_weights
 from .output_folder import nearest_folder, refuse_small_disk
 from .packing import refuse_crossing, shortened
 from .parsing import RunArguments
@@ -37,6 +39,7 @@ class Check:
         trained_parameters: Those of them that are trained.
         train_data: What became of the rows.
         eval_data: Likewise; None if nothing is held out.
+        classes: Names of the outputs in their order, where a class is learned.
         steps: Of the optimizer.
         steps_per_epoch: Likewise.
         packing: Whether examples share blocks, and what is known of whether they stay apart there.
@@ -54,6 +57,7 @@ class Check:
     trained_parameters: int
     train_data: DataCounts
     eval_data: DataCounts | None
+    classes: list[str]
     steps: int
     steps_per_epoch: int
     packing: str
@@ -82,12 +86,14 @@ class Check:
     def __str__(self) -> str:
         """Return the findings, a line each, the example, and the table of the memory."""
         lines = [f"{key:<24}{path}" for key, path in self.paths.items()]
+        classes = [f"{'classes':<24}{', '.join(self.classes)}"] if self.classes else []
         lines += [
             f"{'model':<24}{self.architecture}, {self.parameters:,} parameters",
             f"{'trained':<24}{self._trained}",
             f"{'training data':<24}{self.train_data}",
             f"{'evaluation data':<24}{self.eval_data or 'none'}",
-            f"{'steps':<24}{self.steps:,}, of which {self.steps_per_epoch:,} are an epoch",
+            *classes,
+            f"{'steps':<24}{self.steps:,}; an epoch has {self.steps_per_epoch:,}",
             f"{'packing':<24}{self.packing}",
             f"{'output_dir':<24}{self.output_dir}",
             f"{'goes on from':<24}{self.checkpoint or 'the model: a fresh start'}",
@@ -116,13 +122,16 @@ def check(arguments: RunArguments) -> Check:
     training, task = arguments.training, data.task
     n_tokens, max_length = len(task.tokenizer), arguments.data.max_length
     check_fit(config, arguments.model, max_length=max_length, n_tokens=n_tokens)
+    place = arguments.model.model_name_or_path
+    if Path(place).is_dir():
+        require_weights(Path(place))
     task.configure(config)
     how = {
         "dtype": getattr(torch, arguments.model.dtype),
         "trust_remote_code": arguments.model.trust_remote_code,
         "attn_implementation": arguments.model.attn_implementation,
     }
-    with torch.device("meta"):
+    with torch.device("meta"), refused_if_absent(place):
         model = task.model_class.from_config(config, **how)
     packing = "none: examples are padded"
     if arguments.data.packing:
@@ -160,6 +169,7 @@ def check(arguments: RunArguments) -> Check:
         trained_parameters=trained,
         train_data=data.train.counts,
         eval_data=data.evaluation.counts if data.evaluation else None,
+        classes=classes_of(data),
         steps=steps,
         steps_per_epoch=of_epoch,
         packing=packing,

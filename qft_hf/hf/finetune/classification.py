@@ -126,7 +126,7 @@ class Classification(Task):
     def _canonical(self, label: Any) -> Any:
         """Return a name or a number: csv has only text, and pandas makes 1.0 of 1."""
         if isinstance(label, str):
-            label = _number(label)
+            label = _number(label) if label.strip() else None
         if isinstance(label, bool):
             return str(label)
         if isinstance(label, float) and (math.isnan(label) or label.is_integer()):
@@ -257,6 +257,12 @@ class MultiLabel(Classification):
     def _classes(self, labels: Sequence[Any]) -> Iterable[Any]:
         self._separator = self._separator_of(labels)
         lists = [entries for entries in map(self._listed, labels) if entries is not None]
+        if not lists:
+            raise ValueError(
+                f"task 'multi_label' needs lists of classes in field "
+                f"{self.arguments.label_field!r}, got {labels[0]!r}. Is label_field right? One "
+                "class a row is task classification."
+            )
         # Lists of classes with these lengths and values would say the same of every row.
         self._is_multi_hot = (
             len({len(entries) for entries in lists}) == 1

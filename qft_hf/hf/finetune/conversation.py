@@ -117,6 +117,9 @@ def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list
         if field not in row:
             raise RowError(f"no field {field!r}", f"the fields are {', '.join(map(repr, row))}.")
     prompt, answer = row[prompt_field], row[answer_field]
+    for field, value in ((prompt_field, prompt), (answer_field, answer)):
+        if not isinstance(value, str | list | None):
+            raise RowError("no text", f"{field!r} must be a text or messages, got {value!r}.")
     if isinstance(prompt, str):
         if prompt_field == "instruction" and row.get("input"):
             prompt = f"{prompt}\n\n{row['input']}"
@@ -132,6 +135,8 @@ def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list
 def _as_list(messages: Any, name: str) -> list[Any]:
     if messages is None:
         return []
+    if isinstance(messages, str) and messages.lstrip().startswith("["):  # a cell of csv
+        messages = _from_json(messages, name)
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise RowError(
             "no list of messages",
@@ -166,6 +171,8 @@ def _read_message(message: Mapping[str, Any]) -> tuple[Turn, bool]:
             "each message needs `role` and `content` (or ShareGPT's `from` and `value`), got one "
             f"with the fields {sorted(turn)}.",
         )
+    if not isinstance(turn["content"], str | list):
+        raise RowError("content that is no text", f"got {turn['content']!r}. Write it as a text.")
     return turn, learned
 
 

@@ -20,10 +20,15 @@ def evidence(data: TaskData) -> str:
     counts = [f"{'training data':<24}{data.train.counts}"]
     if data.evaluation is not None:
         counts.append(f"{'evaluation data':<24}{data.evaluation.counts}")
-    if isinstance(data.task, Classification) and data.task.names:
-        counts.append(f"{'classes':<24}{', '.join(data.task.names)}")
+    if classes := classes_of(data):
+        counts.append(f"{'classes':<24}{', '.join(classes)}")
     head = f"The first example; what is learned stands in {LEARNED[0]}brackets{LEARNED[1]}:"
     return "\n".join([*counts, "", head, "", example_text(data)])
+
+
+def classes_of(data: TaskData) -> list[str]:
+    """Return the names of the outputs in their order; none where no class is learned."""
+    return data.task.names if isinstance(data.task, Classification) else []
 
 
 def show(data: TaskData, path: Path) -> None:

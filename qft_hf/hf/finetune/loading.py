@@ -15,6 +15,8 @@ from transformers import (
 
 from .. import shipped
 from ..absent_model import refused_if_absent
+from ..checkpoint import weight_files
+from ..tensor_files import tensor_names
 from .arguments import ModelArguments
 from .task import Task
 
@@ -29,7 +31,8 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         ValueError: It has neither a padding token nor an end-of-text token to pad with.
     """
     name = arguments.tokenizer_name_or_path or arguments.model_name_or_path
-    with refused_if_absent(name):
+    elsewhere = " If its tokenizer is another model's, set tokenizer_name_or_path to that."
+    with refused_if_absent(name, advice=elsewhere):
         tokenizer = AutoTokenizer.from_pretrained(
             name,
             revision=arguments.model_revision,
@@ -99,15 +102,16 @@ def load_model(
     check_fit(config, arguments, max_length=max_length, n_tokens=n_tokens)
     task.configure(config)
     is_quantized = getattr(config, "quantization_config", None) is not None
-    model: PreTrainedModel = task.model_class.from_pretrained(
-        arguments.model_name_or_path,
-        revision=arguments.model_revision,
-        trust_remote_code=arguments.trust_remote_code,
-        config=config,
-        dtype=getattr(torch, arguments.dtype),
-        attn_implementation=arguments.attn_implementation,
-        quantization_config=None if is_quantized else quantization,
-    )
+    with refused_if_absent(arguments.model_name_or_path):
+        model: PreTrainedModel = task.model_class.from_pretrained(
+            arguments.model_name_or_path,
+            revision=arguments.model_revision,
+            trust_remote_code=arguments.trust_remote_code,
+            config=config,
+            dtype=getattr(torch, arguments.dtype),
+            attn_implementation=arguments.attn_implementation,
+            quantization_config=None if is_quantized else quantization,
+        )
     if n_tokens > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(n_tokens)
     # A classifier looks for the last token that is not padding, also before training begins. In the
@@ -138,6 +142,19 @@ def check_fit(
             f"the tokenizer knows {n_tokens} tokens and the model has {text_config.vocab_size} "
             "embeddings. Use the model's own tokenizer, and name what it lacks in new_tokens."
         )
+
+
+def require_weights(folder: Path) -> None:
+    """Raise if a folder lacks weights that loading would look for. Reads heads of files alone.
+
+    Raises:
+        ValueError: It does, or a file is damaged; it is named.
+    """
+    if any(folder.glob("pytorch_model*.bin")):
+        return  # pickled: only loading tells
+    with refused_if_absent(folder):
+        files = [str(folder / name) for name in weight_files(folder)]
+        tensor_names([name for name in files if name.endswith(".safetensors")])
 
 
 def _stop_at_end(model: PreTrainedModel, task: Task) -> None:

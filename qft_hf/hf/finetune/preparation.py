@@ -4,10 +4,12 @@ import logging
 import time
 from dataclasses import dataclass
 from math import ceil
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, set_seed
+from transformers import PreTrainedConfig, TrainingArguments, set_seed
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import disable_progress_bar
 
@@ -29,6 +31,8 @@ from .parsing import RunArguments
 from .paths import inputs
 from .side_tuning import base_config, base_form, load_side_model, side_checkpoint
 from .step_clock import StepClock
+
+logger = logging.getLogger(__name__)
 
 LOGS = 50  # in a run, where nothing else was asked for
 
@@ -128,6 +132,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
         checkpoint = _check_output(arguments) if is_first else None
     checkpoint = of_first(checkpoint)
     _check_evaluation(arguments)
+    _check_reporters(training)
     set_seed(training.seed)
     tokenizer = load_tokenizer(arguments.model)
     config = base_config(arguments.model)
@@ -170,8 +175,27 @@ def _inputs(arguments: RunArguments) -> dict[str, str]:
     return inputs(vars(arguments.model) | vars(arguments.data))
 
 
+def _check_reporters(training: TrainingArguments) -> None:
+    """Raise for a reporter that the Trainer would stumble over when all is loaded."""
+    known = get_available_reporting_integrations()
+    # These are not among them wherever they work.
+    for name in {*(training.report_to or [])} - {*known, "azure_ml", "flyte"}:
+        raise ValueError(
+            f"report_to is {name!r}, which is not installed or not known. Install it, leave it "
+            f"out, or take what is installed: {', '.join(known) or 'nothing'}."
+        )
+
+
 def _check_evaluation(arguments: RunArguments) -> None:
     data, training = arguments.data, arguments.training
+    learned = set(map(realpath, data.train_data))
+    again = [name for name in data.eval_data or [] if realpath(name) in learned]
+    if again and data.train_split == data.eval_split:
+        logger.warning(
+            "%s is train_data and eval_data at once: the scores will tell what is remembered. Hold "
+            "out rows by eval_fraction instead",
+            ", ".join(again),
+        )
     has_data = data.eval_data is not None or data.eval_fraction is not None
     if not has_data and (training.do_eval or training.eval_strategy != "no"):
         strategy = IntervalStrategy(training.eval_strategy).value

@@ -10,6 +10,7 @@ import glob
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,12 +54,19 @@ class Rows:
             del row[_NUMBER]
             return row
         try:
-            value = json.loads(record[_TEXT])
+            value = _parsed(record[_TEXT])
         except json.JSONDecodeError as error:
             raise RowError("no JSON", f"{error}.") from error
-        if not isinstance(value, dict):
-            raise RowError("no fields", f"expected an object, got {record[_TEXT].strip()[:60]!r}.")
-        return value
+        if isinstance(value, dict):
+            return value
+        advice = ""
+        if isinstance(value, list):
+            advice = (
+                " In csv and tsv a row has a cell for each column of the header, and a text with "
+                "separators, quotes or line breaks stands in quotes."
+            )
+        text = record[_TEXT].strip()[:60]
+        raise RowError("no fields", f"expected an object, got {text!r}.{advice}")
 
     def place(self, record: Row) -> str:
         """Return where a row stands, for a message about it."""
@@ -82,7 +90,7 @@ def load_rows(source: str, split: str = "train", *, configuration: str | None = 
         FileNotFoundError: `source` looks like a path and is not there.
         ValueError: There are no rows, or a file cannot be read.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
     if source.startswith(GLOB):
         files = [Path(name) for name in sorted(glob.glob(source[len(GLOB) :], recursive=True))]
         if not files:
@@ -96,9 +104,9 @@ def load_rows(source: str, split: str = "train", *, configuration: str | None = 
         return [_load_data_set(source, split, configuration)]
     else:
         raise FileNotFoundError(
-            f"no data file {source} (looked from {Path.cwd()}). Correct the path in train_data or "
-            f"eval_data. A pattern of files is given as {GLOB}PATTERN; a dataset on the hub by its "
-            "name, without a suffix."
+            f"no data file {source!r} (looked from {Path.cwd()}). Correct the path in train_data "
+            f"or eval_data. A pattern of files is given as {GLOB}PATTERN, several files as a list; "
+            "a data set on the hub by its name, without a suffix."
         )
     return _slice(rows, split, source)
 
@@ -171,6 +179,13 @@ def _load_data_set(
     source = str(file or name)
     try:
         table = load_dataset(name, configuration, split=split, **files)
+    except OSError as error:
+        if file is not None:
+            raise
+        raise FileNotFoundError(
+            f"no file or folder {source!r} (looked from {Path.cwd()}), and no data set of this "
+            f"name was found on the hub: {error}. Correct it in train_data or eval_data."
+        ) from error
     except ValueError as error:  # of the split: unknown, or it has no rows at all
         raise ValueError(f"cannot read {source}, split {split!r}: {error}") from error
     except DatasetGenerationError as error:
@@ -193,6 +208,8 @@ def _rows_of_text(file: Any, suffix: str) -> Iterator[tuple[int, str]]:
             csv.field_size_limit(2**31 - 1)  # its default refuses long texts
             rows = csv.reader(file, delimiter="," if suffix == ".csv" else "\t")
             header = next(rows, [])
+            if twice := [name for name, n in Counter(header).items() if name and n > 1]:
+                raise ValueError(f"more than one column is called {twice[0]!r}")
             for number, values in enumerate(rows, start=1):
                 cells: Any = [value or None for value in values]
                 if len(cells) == len(header):
@@ -202,7 +219,7 @@ def _rows_of_text(file: Any, suffix: str) -> Iterator[tuple[int, str]]:
         case ".json":
             text = file.read()
             if text.lstrip().startswith("["):
-                objects = json.loads(text)
+                objects = _parsed(text)
                 yield from ((n, json.dumps(value)) for n, value in enumerate(objects, start=1))
             else:  # one object a line
                 yield from _rows_of_text(io.StringIO(text), ".jsonl")
@@ -212,6 +229,19 @@ def _rows_of_text(file: Any, suffix: str) -> Iterator[tuple[int, str]]:
                     yield number, json.dumps({"text": line.rstrip("\r\n")})
                 elif line.strip():
                     yield number, line
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_fields)
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, of which Python itself would take the last of two equal fields."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
+        raise RowError("a field twice", f"{twice!r} stands in one object more than once.")
+    return fields
 
 
 def _slice(parts: list[Rows], split: str, source: str) -> list[Rows]:
@@ -287,6 +317,8 @@ def _without_absent(value: Any) -> Any:
 
 
 def _unreadable(source: Path | str, error: Exception) -> str:
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return f"cannot read {source}: it is not in UTF-8. Save it as UTF-8."
     return (
         f"cannot read {source}: {error.__cause__}. Expected one row an example, all with the same "
         "fields; jsonl has one JSON object a line."
