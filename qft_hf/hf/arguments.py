@@ -56,6 +56,9 @@ class QFTTrainingArguments(TrainingArguments):
     as long as they agree. `adam_beta1`, `adam_beta2` and `adam_epsilon` are not read, and refused
     unless they have Adam's defaults.
 
+    With `use_liger_kernel=True` Liger's kernels act on INT8 weights, but for its fused loss: unless
+    `liger_kernel_config` or `chunked_loss` says otherwise, `chunked_loss=True` takes its place.
+
     Raises:
         TypeError: A value is of the wrong type.
         ValueError: A value is out of its range, or has no effect beside the others.
