@@ -28,7 +28,7 @@ from ..optim import QFTOptimizer
 from ..optim.capturable import CapturableSteps
 from ..optim.flow import Flow, Left
 from .liger import WHOLE
-from .optimizers import OPTIMIZERS, given_options, optimizer_name
+from .optimizers import given_options
 
 logger = logging.getLogger(__name__)
 
@@ -310,20 +310,11 @@ def uncapturable(args: TrainingArguments, model: nn.Module) -> list[str]:
     """Why passes of such a run cannot be captured on any device, and what can."""
     reasons = []
     options = given_options(args)
-    if options.get("gradient") == "release":
-        clipping = options.get("clipping") or "previous"
-        if clipping == "exact":
-            reasons.append(
-                "clipping='exact' runs each pass twice. Take clipping='previous', or "
-                "gradient='stack', which clips exactly at no cost"
-            )
-        elif (
-            clipping == "tensor" or not OPTIMIZERS[optimizer_name(args)].optimizer_class.takes_tiles
-        ):
-            reasons.append(
-                f"with optim={optimizer_name(args)!r} and clipping={options.get('clipping')!r} the "
-                "host looks at each gradient before it is released. Take gradient='stack'"
-            )
+    if options.get("gradient") == "release" and options.get("clipping") == "exact":
+        reasons.append(
+            "clipping='exact' runs each pass twice. Take clipping='previous', or "
+            "gradient='stack', which clips exactly at no cost"
+        )
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
     if args.gradient_checkpointing and checkpointing.get("preserve_rng_state", True):
         reasons.append(

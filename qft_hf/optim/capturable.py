@@ -20,8 +20,7 @@ from .flow import Left, RunPart, run_directly
 class CapturableSteps:
     """Makes the steps of an optimizer capturable, from now on until `end`.
 
-    What needs the host, such as whether a gradient that is released in INT8 is finite, waits for
-    `step`; and no kernel repeats a number of a step: `live` has them.
+    No kernel repeats a number of a step: `live` has them.
 
     Args:
         optimizer: Modified. All its parameters are on one device.

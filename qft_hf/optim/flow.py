@@ -94,13 +94,11 @@ class Left(NamedTuple):
         updated: Parameters that it has updated.
         squares: Squared norms of all gradients that it has taken but `floats`.
         floats: Gradients that wait for each other.
-        late: Gradients that wait for the host, clipped.
     """
 
     updated: tuple[Parameter, ...] = ()
     squares: tuple[Tensor, ...] = ()
     floats: tuple[tuple[Parameter, Tensor], ...] = ()
-    late: tuple[tuple[Parameter, Tensor], ...] = ()
 
 
 class Flow(ABC):
@@ -117,7 +115,7 @@ class Flow(ABC):
 
     # Whether gradients may come in float tiles now; see `QFTWeight.wants_tiles`.
     wants_tiles = False
-    # Whether backward passes may be captured by a CUDA graph: what needs the host waits for `step`.
+    # Whether backward passes may be captured by a CUDA graph.
     is_captured = False
     run_part: RunPart = staticmethod(run_directly)
     # Norms of the last step, before clipping: of the gradients that it released, and of all.

@@ -43,11 +43,10 @@ ACCUMULATION_IS_FORBIDDEN = (
 class Release(Flow):
     """Each gradient is used and freed the moment backward has completed it.
 
-    Kernels that take a gradient in float leave alone what is not finite, so nobody has to look
-    before they run, and a GPU need not wait for the host: the step looks at all norms at once. A
-    gradient that is INT8 by then costs one transfer to the host: those of embeddings, sums over
-    micro-batches, and all of them with `clipping="tensor"` or without a kernel that quantizes on
-    the way. Norms and biases wait for the step, where they are updated together.
+    Nobody looks at a gradient before it is used, so a GPU never waits for the host in backward:
+    kernels that take one in float leave alone what is not finite, of one that is INT8 that counts
+    as 0, and the step looks at all norms at once. Norms and biases wait for the step, where they
+    are updated together.
 
     Args:
         optimizer: What makes the updates.
@@ -80,7 +79,6 @@ class Release(Flow):
         self._used: set[int] = set()  # parameters whose gradient this step has taken
         self._is_in_backward = False  # and stays so after a pass that failed
         self._floats: list[tuple[Parameter, Tensor]] = []  # gradients that wait for each other
-        self._late: list[tuple[Parameter, Tensor]] = []  # and, if captured, for the host; clipped
         self._is_measuring = False
         self._keeps = False  # whether gradients have been kept for a later micro-batch, ever
 
@@ -109,13 +107,12 @@ class Release(Flow):
     @property
     def n_used(self) -> int:
         """Parameters updated in this step."""
-        return len(self._used) - len(self._floats) - len(self._late)
+        return len(self._used) - len(self._floats)
 
     def complete(self, parameter: Parameter) -> None:
         """Use a gradient and free it, or let it wait.
 
         Raises:
-            FloatingPointError: It is INT8 and has a NaN or infinity.
             RuntimeError: The parameter was updated in this step already, or the norm that exact
                 clipping needs was not measured.
             ValueError: It belongs to an earlier micro-batch, and `accumulation` is `"forbid"`; or
@@ -161,13 +158,10 @@ class Release(Flow):
             self._n_updated = 0
         elif isinstance(gradient, Int8Gradient):
             square = squared_norm(gradient)
-            self._refuse_nonfinite(gradient, square)
             self._take(parameter)
-            self._clip_(gradient, square)
             self._squares.append(square)
-            if self.is_captured:
-                self._late.append((parameter, gradient))
-                return
+            self._clip_(gradient, square)
+            gradient.drop_nonfinite_()
             self._n_updated = len(self._used)
             self._update(parameter, gradient)
             self._n_updated = 0
@@ -175,22 +169,13 @@ class Release(Flow):
             is_small = parameter.numel() <= SMALL
             if self.clipping == "tensor" or not is_small:  # else the step takes all norms together
                 square = squared_norm(gradient)
-                if self.clipping == "tensor" and not bool(square.isfinite()):
-                    raise self.nonfinite_error()
-                self._clip_(gradient, square)
                 self._squares.append(square)
+                self._clip_(gradient, square)
             self._take(parameter)
             if is_small:
                 self._floats.append((parameter, gradient))
-            elif self.is_captured:
-                self._late.append((parameter, gradient))
             else:
                 self._update_floats([(parameter, gradient)])
-
-    def _refuse_nonfinite(self, gradient: Tensor, square: Tensor) -> None:
-        """Raise for an INT8 gradient of which this sum of squares is not finite."""
-        if not self.is_captured and not bool(square.isfinite()):
-            raise self.nonfinite_error()
 
     def _take(self, parameter: Parameter) -> None:
         if not self._is_in_backward:
@@ -216,10 +201,9 @@ class Release(Flow):
         """What to raise for a gradient with a NaN or infinity."""
         return FloatingPointError(
             f"A gradient is NaN or infinite, and {self.n_used} weights had been handed theirs in "
-            "this step when that was known: these are updated but for rows whose gradient is not "
-            "finite, and those that one of several processes owns with them; other weights are "
-            "unchanged. Reload a checkpoint, or call optimizer.zero_grad() to go on from here; "
-            "gradient='stack' checks all gradients before the first update."
+            "this step when that was known: these are updated by what is finite in them, and other "
+            "weights are unchanged. Reload a checkpoint, or call optimizer.zero_grad() to go on "
+            "from here; gradient='stack' checks all gradients before the first update."
         )
 
     def step(self, parameters: list[Parameter]) -> bool:
@@ -243,12 +227,12 @@ class Release(Flow):
             total = total_square(released)
         if not are_finite(waiting) or (total is not None and not bool(total.isfinite())):
             raise self.nonfinite_error()
-        together, late, self._floats, self._late = self._floats, self._late, [], []
+        together, self._floats = self._floats, []
         self._n_updated = len(self._used)
         run_part(
             "update",
-            lambda: self._update_late(floats, together, late),
-            repeated=lambda: self.optimizer.updated([p for p, _ in (*together, *late)]),
+            lambda: self._update_together(floats, together),
+            repeated=lambda: self.optimizer.updated([p for p, _ in together]),
         )
         self._n_updated = 0
         squares = []
@@ -270,21 +254,13 @@ class Release(Flow):
             self.attach(parameters)
         return True
 
-    def _update_late(
-        self,
-        floats: list[Tensor],
-        together: list[tuple[Parameter, Tensor]],
-        late: list[tuple[Parameter, Tensor]],
+    def _update_together(
+        self, floats: list[Tensor], together: list[tuple[Parameter, Tensor]]
     ) -> None:
-        """Use what has waited for the step: `floats`, clipped only here, are among `together`."""
+        """Update small float parameters; `floats` are those of their gradients to clip here."""
         for device, members in by_device(floats).items():
             if (factor := self._factor(self._norm_of_all(), device)) is not None:
                 torch._foreach_mul_(members, factor)
-        for parameter, gradient in late:
-            if isinstance(gradient, Int8Gradient):
-                self._update(parameter, gradient)
-            else:
-                together = [*together, (parameter, gradient)]
         self.optimizer.update_floats(together)
 
     def _remember(self, norm: Tensor | None) -> None:
@@ -364,18 +340,16 @@ class Release(Flow):
 
     def _forget(self) -> None:
         self._measured = None
-        self._squares, self._used, self._floats, self._late = [], set(), [], []
+        self._squares, self._used, self._floats = [], set(), []
         self._is_in_backward = False
 
     def left(self, parameters: Iterable[Parameter]) -> Left:
         """Norms, gradients that wait for the step, and what was updated."""
-        wait = {id(parameter) for parameter, _ in (*self._floats, *self._late)}
+        wait = {id(parameter) for parameter, _ in self._floats}
         updated = tuple(p for p in parameters if id(p) in self._used - wait)
-        return Left(updated, tuple(self._squares), tuple(self._floats), tuple(self._late))
+        return Left(updated, tuple(self._squares), tuple(self._floats))
 
     def replayed(self, left: Left) -> None:
         """The same, in the same places."""
-        wait = [parameter for parameter, _ in (*left.floats, *left.late)]
-        self._used = {id(parameter) for parameter in (*left.updated, *wait)}
-        self._squares = list(left.squares)
-        self._floats, self._late = list(left.floats), list(left.late)
+        self._used = {id(p) for p in (*left.updated, *(p for p, _ in left.floats))}
+        self._squares, self._floats = list(left.squares), list(left.floats)

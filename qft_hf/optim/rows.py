@@ -254,11 +254,6 @@ class RowsRelease(_Shared, Release):
     def _clips_by_own_norm(self) -> bool:  # type: ignore[override]
         return self.clipping == "tensor"
 
-    def _refuse_nonfinite(self, gradient: Any, square: Tensor) -> None:
-        """Leave own rows alone: the step, where all processes know of it, raises."""
-        if not bool(square.isfinite()):
-            gradient.stored = None
-
     def _join(self) -> None:
         was_in_backward, self._is_in_backward = self._is_in_backward, True  # it has no end to await
         super()._join()

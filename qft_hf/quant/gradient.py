@@ -79,6 +79,10 @@ class Int8Gradient(Int8Tensor):
         """A tensor that is finite if the gradient is."""
         return self.stored.scales
 
+    def drop_nonfinite_(self) -> None:
+        """Make groups with a NaN or infinity zeros, as their codes are, without looking for any."""
+        self.scales.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
         """A gradient around other fields."""
         return type(self)(**fields, dtype=dtype or self.dtype, arrangement=self.arrangement)

@@ -24,8 +24,7 @@ class OwnRows(Int8Gradient):
     does the same. Anything else that would look at values raises.
 
     Args:
-        stored: Codes and scales of the own rows; None: this process owns none, or is to leave them
-            alone.
+        stored: Codes and scales of the own rows; None: this process owns none.
         own_rows: Which rows of the matrix they are.
         square_sum: fp64 scalar: the sum of squares of all rows, as soon as the processes have added
             up theirs in this very tensor.
@@ -84,6 +83,11 @@ class OwnRows(Int8Gradient):
     def squared_norm(self) -> Tensor:
         """Sum of squares of all rows of all processes: fp64 scalar."""
         return self.square_sum
+
+    def drop_nonfinite_(self) -> None:
+        """Likewise, of the own rows."""
+        if self.has_rows:
+            super().drop_nonfinite_()
 
 
 OwnRows._operators.clear()

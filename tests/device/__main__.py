@@ -1,0 +1,25 @@
+"""Do all runs on the CPU and on the device, and save what each has come to.
+
+python -m tests.device FILE [NAME ...]
+"""
+
+import sys
+import traceback
+from typing import Any
+
+import torch
+
+from tests.device.absent import CPU, DEVICE
+from tests.device.scenarios import RUNS
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for name in sys.argv[2:] or RUNS:
+        run = RUNS[name]
+        found[name] = {"cpu": run(CPU)}
+        try:
+            found[name]["device"] = run(DEVICE)
+        except Exception:  # noqa: BLE001 whatever it is: a test tells
+            found[name]["error"] = traceback.format_exc()
+    torch.save(found, sys.argv[1])
