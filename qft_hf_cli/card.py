@@ -6,6 +6,7 @@
 A run writes its card itself, of what it knows: results, data, hyperparameters, memory, format.
 """
 
+import sys
 from pathlib import Path
 
 from .command_line import parser
@@ -24,8 +25,11 @@ def main(argv: list[str]) -> None:
     known = vars(arguments.parse_args(argv))
 
     from qft_hf.hf.finetune.run_card import write_run_card
+    from qft_hf.hf.licenses import doubt
 
     run = known.pop("run")
+    if known["license"] is not None and (doubtful := doubt(known["license"])):
+        print(f"qft-hf card: {doubtful}", file=sys.stderr)
     given = {key: value for key, value in known.items() if value is not None}
     if "datasets" in given:
         given["files"] = []  # they were the same data, under names of this machine

@@ -27,7 +27,8 @@ def main(argv: list[str]) -> None:
     if options.json:
         show_json([asdict(weight) for weight in weights])
         return
-    head = ["weight", "shape", "MB", "scale", "from", "to", "zero", "at 127", "outliers", "largest"]
+    head = ["weight", "shape", "MB", "scale", "from", "to", "zero", "at 127", "outliers"]
+    head += ["largest outlier"]
     rows = [
         [
             weight.name,
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
         for weight in weights
     ]
     if options.original:
-        head += ["error", "largest, in scales"]
+        head += ["error", "largest error, in scales"]
         for row, weight in zip(rows, weights, strict=True):
             row += [f"{100 * (weight.error or 0):.2f} %", f"{weight.largest_error:.2f}"]
     print(table(head, rows))

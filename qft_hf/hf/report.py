@@ -110,7 +110,7 @@ def page(runs: Sequence[ReportedRun]) -> str:
         ("Health of training", _health(runs)),
         ("Codes before and after", _codes(runs)),
         ("Movement by layer", _movement(runs)),
-        ("Differences of configuration", _differences(runs)),
+        ("Differences of configuration" if len(runs) > 1 else "Configuration", _differences(runs)),
     ]
     body = "\n".join(f"<section><h2>{head}</h2>{text}</section>" for head, text in sections)
     title = ", ".join(html.escape(run.name) for run in runs)

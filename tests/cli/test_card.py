@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from qft_hf.hf.finetune import finetune
+from qft_hf.hf.licenses import doubt
 from qft_hf_cli import main
 from tests.finetune.test_run import chat_flags, parsed
 
@@ -56,3 +57,26 @@ def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["card", str(tmp_path)])
     assert "holds no finished run: it has no summary.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("license", "said"),
+    [
+        ("Apache 2.0", "Is it apache-2.0"),
+        ("cc-by-4", "cc-by-4.0"),
+        ("nonsense", "One without an identifier is called other"),
+        ("llama3.1", None),
+        ("other", None),
+    ],
+)
+def test_a_license_that_the_hub_does_not_know_is_doubted(license, said):
+    """`nonsense` was written into the card without a word, and the Hub refuses such a card."""
+    assert said is None if (found := doubt(license)) is None else said in found
+
+
+def test_a_doubted_license_is_written_and_said(chat_flags, capsys):
+    finetune(parsed(chat_flags))
+    run = Path(chat_flags["output_dir"])
+    main(["card", str(run), "--license", "llama5"])  # which may come
+    assert "not known to take the license 'llama5'" in capsys.readouterr().err
+    assert ModelCard.load(run / "README.md").data.license == "llama5"

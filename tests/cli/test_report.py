@@ -143,12 +143,14 @@ def test_what_was_set_differently_is_shown_and_nothing_else(runs):
     assert "<td>learning_rate</td><td>0.0001</td><td>0.0003</td>" in differences
     assert "<td>packing</td><td><i>default</i></td><td>True</td>" in differences
     assert "task" not in differences
-    assert "<td>task</td><td>chat</td>" in page([read_run(runs[0])])
+    alone = page([read_run(runs[0])])
+    assert "<td>task</td><td>chat</td>" in alone[alone.index("<h2>Configuration") :]
+    assert "Differences" not in alone
 
 
 def test_layers_are_rows_and_modules_are_columns(runs):
     text = page([read_run(runs[0])])
-    heat = text[text.index("<h2>Movement") : text.index("<h2>Differences")]
+    heat = text[text.index("<h2>Movement") : text.index("<h2>Configuration")]
     assert "<th>layer</th><th>model.embed_tokens</th><th>mlp.up_proj</th>" in heat
     assert re.search(r"model\.layers\.1</td><td></td><td><span[^>]*>75\.0 %", heat)
     codes = text[text.index("<h2>Codes") : text.index("<h2>Movement")]

@@ -24,9 +24,11 @@ from transformers import (
 from qft_hf import QFTWeight
 from qft_hf.hf.finetune import finetune, parse_arguments, prepare, train
 from qft_hf.hf.finetune.check import check
+from qft_hf.hf.finetune.evaluate import evaluate_checkpoint
 from qft_hf.hf.finetune.forecast import disk_bytes
 from qft_hf.hf.finetune.loading import load_config
 from qft_hf.hf.finetune.preparation import read
+from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, TURN, chat, tiny_tokenizer
 from tests.finetune.flags import as_flags, parsed, write_jsonl
 from tests.models import tiny_bert, tiny_llama
@@ -273,6 +275,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
 
     assert again.steps == 4
     assert (again.trained_tokens > 0, again.train_seconds) == (True, 0)
+    assert not {"speed", "model state"} & {line[:30].strip() for line in str(again).splitlines()}
     assert contents(run) == before
     assert "holds what this finished run came to, and it stays as it is" in caplog.text
 
@@ -282,6 +285,42 @@ def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
         del after[Path(name)], before[Path(name)]
     assert after == before
     assert AutoModelForCausalLM.from_pretrained(run / "bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": 2e-3}, {"weight_decay": 0.1, "max_length": 32}]
+)
+def test_a_resume_that_is_refused_changes_nothing(changes, chat_flags):
+    """`run.yaml` told the refused settings of steps that had gone by others."""
+    values = chat_flags | {"save_strategy": "steps", "save_steps": 2, "weight_decay": 0.01}
+    finetune(parsed(values))
+    run = Path(chat_flags["output_dir"])
+    before = contents(run)
+
+    with pytest.raises(ValueError, match="was given, and the optimizer goes by"):
+        finetune(parsed(values | changes, max_steps=6, resume_from_checkpoint="true"))
+
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("task", ["chat", "classification"])
+def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, monkeypatch):
+    """All of them were read and tokenized, and had to be where they were."""
+    if task == "classification":
+        tiny_bert(vocab_size=VOCAB_SIZE).base_model.save_pretrained(
+            chat_flags["model_name_or_path"]
+        )
+        rows = [{"text": f"the fox {n}", "label": "abc"[n % 3]} for n in range(9)]
+        write_jsonl(chat_flags["train_data"], rows)
+        write_jsonl(chat_flags["eval_data"], rows[:2])  # of two of the classes
+    summary = finetune(parsed(chat_flags, task=task, train_weights=2, eval_split="train[:2]"))
+    Path(chat_flags["train_data"]).unlink()
+    monkeypatch.chdir(Path(chat_flags["output_dir"]))
+
+    found = evaluate_checkpoint(parse_arguments(flags_of([chat_flags["output_dir"].as_posix()])))
+
+    assert found.scores == pytest.approx(summary.after, rel=1e-5)  # of one batch and another
+    assert found.data == summary.eval_data
 
 
 @pytest.mark.parametrize("earlier", [None, '{"steps": 2}', "{"])

@@ -1,14 +1,16 @@
 """A checkpoint scored on held-out data, INT8 or float, without training anything."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from .arguments import MethodArguments
+from .arguments import DataArguments, MethodArguments
 from .data import DataCounts, TaskData, prepare_data
 from .loading import load_model, load_tokenizer
+from .output_folder import told
 from .parsing import RunArguments
 from .side_tuning import base_config, load_side_model, side_checkpoint
 
@@ -45,7 +47,7 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
     training = arguments.training
     tokenizer = load_tokenizer(arguments.model)
     config = base_config(arguments.model)
-    data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
+    data = prepare_data(_data_of(arguments), tokenizer, config, seed=training.seed)
     if data.evaluation is None:
         raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
     length = arguments.data.max_length
@@ -57,6 +59,21 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
         model = load_side_model(arguments.model, method, config, data.task, max_length=length)
     found = scores(model, data, training)
     return Evaluation(arguments.model.model_name_or_path, found, data.evaluation.counts)
+
+
+def _data_of(arguments: RunArguments) -> DataArguments:
+    """Return which data are read: of a finished run, which knows its classes, none to train on."""
+    data = arguments.data
+    if data.eval_data is None or not told(Path(arguments.model.model_name_or_path)):
+        return data
+    return replace(
+        data,
+        train_data=data.eval_data,
+        train_split=data.eval_split,
+        train_config=data.eval_config,
+        train_weights=None,
+        max_train_rows=data.max_eval_rows,
+    )
 
 
 def scores(model: Any, data: TaskData, training: TrainingArguments) -> dict[str, float]:

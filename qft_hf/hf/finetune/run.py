@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ...side import side_network_of
@@ -38,14 +39,11 @@ def train(run: Run) -> RunSummary:
 
     The scores before training are those of the model that was loaded, also when resuming.
     """
-    trainer, output = run.trainer, run.arguments.output
-    output_dir = run.arguments.output_dir
-    with by_first() as is_first:
-        if is_first:
-            if output.overwrite_output:
-                clear_run(output_dir)
-            claim(output_dir, run.arguments.told)
-            show(run.data, output_dir / EVIDENCE)
+    trainer, output_dir = run.trainer, run.arguments.output_dir
+    if run.checkpoint is not None and run.checkpoint.resolve().parent == output_dir.resolve():
+        trainer.add_callback(_TellWhenAccepted(run))
+    else:
+        _tell(run)
     before = _scores(run)
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     after = _scores_of_last_step(run) or _scores(run)
@@ -65,6 +63,30 @@ def train(run: Run) -> RunSummary:
         if is_first:
             _report(run, summary, is_reported=is_reported)
     return summary
+
+
+class _TellWhenAccepted(TrainerCallback):
+    """Tells when the checkpoint is taken: `run.yaml` is that of its steps, if it is refused."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write."""
+        _tell(self.run)
+
+
+def _tell(run: Run) -> None:
+    """Write what the run was told, and what it is about to learn."""
+    output_dir = run.arguments.output_dir
+    with by_first() as is_first:
+        if is_first:
+            if run.arguments.output.overwrite_output:
+                clear_run(output_dir)
+            claim(output_dir, run.arguments.told)
+            show(run.data, output_dir / EVIDENCE)
 
 
 def _report(run: Run, summary: RunSummary, *, is_reported: bool) -> None:

@@ -99,12 +99,20 @@ class RunSummary:
                 f"{name + ' before -> after':<30}{self.before[name]:.4f} -> {self.after[name]:.4f}"
                 for name in self.after
             ]
+        lines.append(
+            f"{'trained':<30}{self._trained}, {self.steps:,} steps, {self.trained_tokens:,} tokens"
+        )
+        if self.train_seconds:  # else a finished run was resumed, and nothing was measured
+            lines.append(
+                f"{'speed':<30}{self.tokens_per_second:,.0f} tokens/s{together} in "
+                f"{self.train_seconds:,.0f} s of training; {self.wall_seconds:,.0f} s in all"
+            )
+        if self.state_bytes:
+            lines.append(
+                f"{'model state':<30}{self.bytes_per_parameter:.2f} bytes a parameter, "
+                f"{self.percent_of_fp32_adam:.1f} % of FP32 Adam{each}"
+            )
         lines += [
-            f"{'trained':<30}{self._trained}, {self.steps:,} steps, {self.trained_tokens:,} tokens",
-            f"{'speed':<30}{self.tokens_per_second:,.0f} tokens/s{together} in "
-            f"{self.train_seconds:,.0f} s of training; {self.wall_seconds:,.0f} s in all",
-            f"{'model state':<30}{self.bytes_per_parameter:.2f} bytes a parameter, "
-            f"{self.percent_of_fp32_adam:.1f} % of FP32 Adam{each}",
             f"{'training data':<30}{self.train_data}",
             f"{'peak memory':<30}{peaks} GB{each}, {self.peak_memory.what}",
         ]
