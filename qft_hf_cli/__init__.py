@@ -63,14 +63,17 @@ def run(command: ModuleType, argv: Sequence[str]) -> None:
     """Run a command; what qft_hf refuses is shown as the text that says why, without a traceback.
 
     Raises:
-        SystemExit: With 1: it was refused.
+        SystemExit: With 1: it was refused. With 130: Ctrl-C has stopped it.
     """
+    name = command.__name__.rpartition(".")[2]
     try:
         command.main(list(argv))
+    except KeyboardInterrupt:
+        print(f"\nqft-hf {name}: stopped.", file=sys.stderr)
+        raise SystemExit(130) from None
     except (ImportError, OSError, TypeError, ValueError) as error:
         if not _is_refusal(error):
             raise
-        name = command.__name__.rpartition(".")[2]
         print(f"qft-hf {name}: {error}", file=sys.stderr)
         raise SystemExit(1) from error
 

@@ -5,10 +5,11 @@
 
 The folder of a side network brings its base with it, stored as it was in training.
 
-An empty line ends it. Answers are the most likely ones, unless --temperature is above 0.
+An empty line or Ctrl-D ends it. Answers are the most likely ones, unless --temperature is above 0.
 """
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 from .command_line import parser
@@ -24,15 +25,24 @@ def main(argv: list[str]) -> None:
     arguments.add_argument("--max_new_tokens", type=int, default=256, help="default 256")
     arguments.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
     options = arguments.parse_args(argv)
+    if options.max_new_tokens < 1:
+        arguments.error(f"--max_new_tokens must be 1 or more, got {options.max_new_tokens}")
 
     model, tokenizer = _load(options)
     messages = [{"role": "system", "content": options.system}] if options.system else []
-    while prompt := options.prompt or input("\nyou: "):
+    for prompt in _typed() if options.prompt is None else [options.prompt]:
         messages.append({"role": "user", "content": prompt})
         answer = _answer(model, tokenizer, messages, options)
         messages.append({"role": "assistant", "content": answer})
-        if options.prompt:
-            return
+
+
+def _typed() -> Iterator[str]:
+    """Yield what is typed, until an empty line or the end of input."""
+    try:
+        while prompt := input("\nyou: "):
+            yield prompt
+    except EOFError:
+        print()
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import qft_hf_cli
 from qft_hf.hf.finetune.parsing import GROUPS
 from qft_hf_cli import COMMANDS, main
 from qft_hf_cli.evaluate import flags_of
+from tests.finetune.chats import tiny_tokenizer
+from tests.models import tiny_llama
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,13 +99,45 @@ def test_what_is_refused_is_said_without_a_traceback(capsys):
     assert "boolq_minilm, demo, llama2_7b_vicuna" in error
 
 
-@pytest.mark.parametrize("place", ["runs/nowhere", "runs/first/checkpoint-2"])
+@pytest.mark.parametrize("place", ["nowhere", "runs/nowhere", "runs/first/checkpoint-2"])
 def test_evaluate_names_a_folder_that_is_not_there(place, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", place])
     assert f"No folder {place} (looked from" in capsys.readouterr().err
     flags = ["--model_name_or_path=runs/nowhere", "--use_cpu", "true"]
     assert flags_of(flags) == flags
+
+
+@pytest.mark.parametrize("command", ["finetune", "check"])
+def test_ctrl_c_is_no_fault(command, monkeypatch, capsys):
+    """It ended in forty lines of traceback."""
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qft_hf.hf.finetune.finetune", interrupted)
+    monkeypatch.setattr("qft_hf.hf.finetune.check.check", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main([command, "demo", "--use_cpu=true"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith(f"qft-hf {command}: stopped.\n")
+
+
+@pytest.mark.parametrize("typed", ["", "\n", "how are you?\n", "how are you?\n\nnever read\n"])
+def test_a_chat_ends_with_an_empty_line_or_with_its_input(typed, tmp_path, monkeypatch, capsys):
+    """Ctrl-D ended in a traceback."""
+    tiny_llama(vocab_size=320).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.stdin", StringIO(typed))
+    main(["chat", str(tmp_path), "--max_new_tokens", "2"])
+    prompts = capsys.readouterr().out.count("you: ")
+    assert prompts == (2 if typed.startswith("how") else 1)
+
+
+def test_an_answer_has_a_token_at_least(capsys):
+    with pytest.raises(SystemExit):
+        main(["chat", "anywhere", "--max_new_tokens", "0"])
+    assert "--max_new_tokens must be 1 or more, got 0" in capsys.readouterr().err
 
 
 def test_what_nobody_refused_keeps_its_traceback(monkeypatch):

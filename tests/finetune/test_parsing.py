@@ -388,3 +388,17 @@ def test_a_flag_replaces_what_a_config_says_in_another_way(config, key, flag):
     other = f"{key}\n{flag.removeprefix('--').replace('=', ': ')}\n"
     with pytest.raises(ValueError, match=r"both say what is held out\. Set one"):
         parse_arguments([config(other)])
+
+
+@pytest.mark.parametrize("flags", [["--seed=1", "my.yaml"], ["--use_cpu", "true", "a/b.yml"]])
+def test_a_config_behind_the_flags_is_named(flags):
+    """Its keys were said to be missing."""
+    with pytest.raises(ValueError, match=f"a config comes first, then flags: {flags[-1]} --"):
+        parse_arguments(flags)
+
+
+@pytest.mark.parametrize("key", ["output_dir", "train_data", "model_name_or_path"])
+def test_an_empty_path_is_no_folder(key, config):
+    """`--output_dir "$OUT"` wrote into the folder that one stood in."""
+    with pytest.raises(ValueError, match=r"a path is empty\. Is it a variable"):
+        parse_arguments([config(), f"--{key}="])

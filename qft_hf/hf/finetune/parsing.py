@@ -93,6 +93,10 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
     if flags and not flags[0].startswith("-"):
         overruled = {_INSTEAD_OF.get(name) for name in _names(flags[1:])}
         flags = [*flags_from_config(find_config(flags[0]), without=overruled), *flags[1:]]
+    elif (late := [word for word in flags if word.endswith(CONFIG_SUFFIXES)]) and (
+        "model_name_or_path" not in _names(flags)
+    ):
+        raise ValueError(f"a config comes first, then flags: {late[0]} {flags[0]} ...")
     for name in _names(flags):
         _require_known(name, "flag")
     flags = [*side_flags(flags, _names(flags)), *flags]

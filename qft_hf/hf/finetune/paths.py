@@ -21,10 +21,13 @@ def expanded(path: str) -> str:
     """Return a path with `~` and `$NAME` in place, as a shell does it; what is there is left alone.
 
     Raises:
-        ValueError: There is no such variable: a folder of its name would be made.
+        ValueError: There is no such variable: a folder of its name would be made. Or it is empty,
+            and would be the folder that one works in.
     """
     if path.startswith(GLOB):
         return GLOB + expanded(path.removeprefix(GLOB))
+    if not path.strip():
+        raise ValueError("a path is empty. Is it a variable that is not set? Write the path out.")
     if Path(path).exists():
         return path
     found = os.path.expanduser(os.path.expandvars(path))
