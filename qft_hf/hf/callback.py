@@ -15,14 +15,14 @@ from ..side import side_network_of
 from .checkpoint import parameters_without_state, write_mark
 from .liger import refuse_experts
 from .optimizers import is_ours, named_optimizer, refuse_overruled, refuse_retries
-from .processes import by_first, start_together
-from .support import (
+from .ours import (
     has_quantized_weights,
-    prepare_model_,
     refuse_foreign_optimizer,
     refuse_optimizer,
     unwrapped,
 )
+from .prepared_model import prepare_model_
+from .processes import by_first, start_together
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from ..config import QuantizationSpec
 from ..memory.ledger import elements
 from ..version import __version__
 from .optimizers import is_ours
-from .support import quantization_config_of, unwrapped
+from .ours import quantization_config_of, unwrapped
 
 
 @dataclass(frozen=True, slots=True)

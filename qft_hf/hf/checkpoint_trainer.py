@@ -28,8 +28,8 @@ from .checkpoint import (
     write_mark,
 )
 from .drafts import drafted, settle
+from .ours import unwrapped
 from .processes import by_first, of_first, written_by_all
-from .support import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class CheckpointTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self) -> None:
-        """Likewise."""
+        """Load the best weights, all of them or none."""
         check_weights(self.model, Path(str(self.state.best_model_checkpoint)))
         super()._load_best_model()
 

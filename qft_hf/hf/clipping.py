@@ -9,8 +9,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..optim import QFTOptimizer
+from .ours import unwrapped
 from .reference_model import trainer_of
-from .support import unwrapped
 from .wrapping import wrap_
 
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel, Trainer
 
 from .drafts import drafted
 from .loading_faults import int8_weights, refuse_int8
+from .ours import has_quantized_weights
 from .quantizer import QFTQuantizer
-from .support import has_quantized_weights
 from .tensor_files import memory, tensor_names
 from .wrapping import wrap_
 

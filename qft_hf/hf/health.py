@@ -19,7 +19,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ..optim import QFTSGD
 from ..quant import QFTWeight
-from .support import unwrapped
+from .ours import unwrapped
 
 SAMPLED = 4096  # elements of each tensor, as whole rows, and one row at least
 LARGEST_CODE = 127

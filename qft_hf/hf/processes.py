@@ -23,7 +23,7 @@ from ..optim.processes import SEVERAL_GPUS, Processes
 from ..quant import QFTWeight
 from ..side import side_network_of
 from .drafts import written_whole
-from .support import unwrapped
+from .ours import unwrapped
 from .wrapping import wrap_
 
 # Of the arguments: what each process has for itself.

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer
 
 from .convert import quantize_model_
-from .support import has_quantized_weights, quantization_config_of
+from .ours import has_quantized_weights, quantization_config_of
 from .wrapping import wrap_
 
 logger = logging.getLogger(__name__)

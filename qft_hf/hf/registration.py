@@ -14,7 +14,8 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from ..optim import QFTOptimizer
 from .callback import QFTCallback
 from .optimizers import OPTIMIZERS, check_arguments, is_ours, named_optimizer, optimizer_arguments
-from .support import quantization_config_of, require_prepared, unwrapped
+from .ours import quantization_config_of, unwrapped
+from .prepared_model import require_prepared
 from .wrapping import wrap_
 
 

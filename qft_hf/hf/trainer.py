@@ -19,9 +19,10 @@ from .checkpoint_trainer import CheckpointTrainer
 from .graphed_step import Graph, GraphedStep, cuda_graphs
 from .health import Health
 from .optimizers import is_ours, named_optimizer, names, optimizer_name
+from .ours import refuse_optimizer, unwrapped
 from .peak_memory import PeakMemory
+from .prepared_model import prepare_model_
 from .registration import optimizer_class_and_arguments
-from .support import prepare_model_, refuse_optimizer, unwrapped
 
 N_ITEMS = "num_items_in_batch"  # the Trainer's name, beside the model's inputs
 

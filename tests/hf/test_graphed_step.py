@@ -15,8 +15,9 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainerCa
 
 import qft_hf
 from qft_hf import QFTTrainer, QFTTrainingArguments
-from qft_hf.hf.graphed_step import N_EAGER, GraphedStep, uncapturable
+from qft_hf.hf.graphed_step import N_EAGER, GraphedStep
 from qft_hf.hf.optimizers import OPTIMIZERS
+from qft_hf.hf.uncapturable import uncapturable
 from tests.hf.checkpoints import assert_same_state
 from tests.hf.test_trainer import arguments, history, sequences
 from tests.models import tiny_llama
@@ -460,7 +461,7 @@ def test_a_run_without_a_gpu_is_refused(tmp_path):
 
 
 def test_the_stock_trainer_captures_nothing_and_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("qft_hf.hf.support.refuse_uncapturable", lambda args, model: None)
+    monkeypatch.setattr("qft_hf.hf.unsupported.refuse_uncapturable", lambda args, model: None)
     args = arguments(tmp_path, QFTTrainingArguments, cuda_graph=True)
     made = Trainer(model=tiny_llama(), args=args, train_dataset=packed())
     with pytest.raises(ValueError, match=r"Use qft_hf\.QFTTrainer"):

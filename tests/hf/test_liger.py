@@ -14,7 +14,7 @@ from qft_hf import (
     attach_side_network,
     quantize_model_,
 )
-from qft_hf.hf.graphed_step import uncapturable
+from qft_hf.hf.uncapturable import uncapturable
 from tests.hf.test_trainer import arguments, sequences
 from tests.models import tiny_bert, tiny_llama
 

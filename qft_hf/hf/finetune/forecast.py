@@ -11,7 +11,7 @@ from ...memory import Workload, estimate
 from ...memory.side import ADAMW_STATES
 from ...side import side_network_of, side_parameters
 from ..optimizers import given_options, optimizer_name
-from ..support import quantization_config_of
+from ..ours import quantization_config_of
 from .parsing import RunArguments
 from .side_tuning import base_form, side_checkpoint
 

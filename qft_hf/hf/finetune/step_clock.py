@@ -25,11 +25,11 @@ class StepClock(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start."""
+        """Start the clock."""
         self._began = time.perf_counter()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop."""
+        """Stop the clock."""
         self.seconds += time.perf_counter() - self._began

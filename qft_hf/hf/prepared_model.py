@@ -1,0 +1,163 @@
+"""A model becomes what a run trains: INT8, with the loss that its arguments ask for.
+
+`prepare_model_` is the one place that quantizes a model for training. Each Trainer calls it as soon
+as it has a model. `QFTTrainer`: on the model that it is given and on those that `model_init` makes,
+before they are moved, so that float weights never reach the device. The stock Trainer: in
+`on_init_end`, when it has moved the model, for it asks nobody earlier. A model that `model_init`
+makes in `train()` it shows to nobody before the optimizer is made, when a checkpoint to resume from
+has been loaded into it: one that is float there is refused.
+"""
+
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from ..layout import outliers_per_row
+from ..nn import QFTLinear
+from ..quant import QFTWeight
+from .chunked_loss import chunk_loss_
+from .config import QFTConfig
+from .convert import quantize_model_
+from .coverage import added_modules
+from .liger import WITHOUT_FUSED
+from .optimizers import given_options, optimizer_name
+from .ours import has_quantized_weights, quantization_config_of, trained_part
+from .unsupported import refuse_unsupported
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_model_(model: nn.Module, args: TrainingArguments) -> None:
+    """Make a model what a run trains: INT8, with the loss that `args` asks for. Idempotent.
+
+    Raises:
+        TypeError: An option has a value of the wrong type.
+        ValueError: An argument or the model is not supported, or the model is INT8 in another
+            format than `args` asks for.
+    """
+    refuse_unsupported(args, model)
+    part = trained_part(model)
+    if has_quantized_weights(part):
+        refuse_other_format(part, args)
+        _quantize_added_(part, args)
+    else:
+        _quantize_(part, args)
+    if getattr(args, "chunked_loss", False):
+        try:
+            chunk_loss_(model)
+        except ValueError as error:
+            if not args.use_liger_kernel:
+                raise
+            raise ValueError(f"{error} {WITHOUT_FUSED}") from error
+
+
+def require_prepared(model: nn.Module, args: TrainingArguments) -> None:
+    """Raise if `prepare_model_` has not seen a model that is to be trained.
+
+    Raises:
+        ValueError: The model is float, in another format, or has not the loss that was asked for.
+    """
+    advice = (
+        "transformers.Trainer prepares the model that it is given, and not what model_init makes "
+        "in train()"
+    )
+    part = trained_part(model)
+    if not has_quantized_weights(part):
+        raise ValueError(
+            f"No weight of {type(part).__name__} is INT8. {advice}: have model_init return "
+            "quantize_model_(model, QFTConfig()), or use qft_hf.QFTTrainer."
+        )
+    refuse_other_format(part, args)
+    heads = [m for m in model.modules() if isinstance(m, QFTLinear) and m.defers_logits]
+    if getattr(args, "chunked_loss", False) and not heads:
+        raise ValueError(
+            f"chunked_loss=True was asked for, and {type(model).__name__} computes its loss as "
+            f"usual. {advice}: have model_init return chunk_loss_(model), or use "
+            "qft_hf.QFTTrainer."
+        )
+
+
+def _quantize_(model: nn.Module, args: TrainingArguments) -> None:
+    """Quantize a float model in place, with the format that `args` asks for, and log one line."""
+    config = getattr(args, "quantization_config", None)
+    quantize_model_(model, config or QFTConfig(seed=given_options(args).get("seed", 0)))
+    quantized = sum(p.numel() for p in model.parameters() if isinstance(p, QFTWeight))
+    total = sum(p.numel() for p in model.parameters())
+    # A warning, because it is the one line a user of the stock Trainer must see.
+    logger.warning(
+        "optim=%s: quantized the float %s to INT8 before training, %s of %s parameters",
+        optimizer_name(args),
+        type(model).__name__,
+        f"{quantized:,}",
+        f"{total:,}",
+    )
+
+
+def _quantize_added_(model: nn.Module, args: TrainingArguments) -> None:
+    """Quantize float modules that were added to an INT8 model, such as a new head."""
+    config = quantization_config_of(model)
+    if config is not None and (added := added_modules(model, config)):
+        quantize_model_(model, config)
+        logger.warning(
+            "optim=%s: quantized %s, which was float in the INT8 %s. To keep a module float, list "
+            "it in modules_to_not_convert of the model's quantization_config",
+            optimizer_name(args),
+            ", ".join(added),
+            type(model).__name__,
+        )
+
+
+def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
+    """Raise if `args` sets another format than that of an INT8 model, which it cannot change.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    wanted = dict(getattr(args, "format_fields", {}))
+    current = quantization_config_of(model)
+    if current is not None:
+        found = {name: getattr(current, name) for name in wanted}
+        seed = given_options(args).get("seed", current.seed)
+        if current.matmul == "int8" and seed != current.seed:  # it rounds gradients there too
+            wanted["seed"], found["seed"] = seed, current.seed
+    else:
+        found = _visible_format(model, wanted)
+        wanted = {name: wanted[name] for name in found}
+    for values in (wanted, found):
+        if "modules_to_not_convert" in values:
+            values["modules_to_not_convert"] = sorted(values["modules_to_not_convert"] or [])
+    different = [name for name in wanted if wanted[name] != found[name]]
+    if not different:
+        return
+    asked, has = (
+        ", ".join(f"{name}={values[name]!r}" for name in different) for values in (wanted, found)
+    )
+    advice = "start from the float model"
+    if not {"group_size", "outlier_fraction", "modules_to_not_convert"} & set(different):
+        advice = (
+            "load it with quantization_config=QFTConfig(...) that says so, where INT8 products "
+            "need outliers in whole columns, or " + advice
+        )
+    raise ValueError(
+        f"{asked} was asked for, and the model is INT8 already, with {has}. Leave that out to "
+        f"train the model as it is; else {advice}."
+    )
+
+
+def _visible_format(model: nn.Module, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What of `wanted` shows on a model that carries no record of its format."""
+    weights = [p for p in model.parameters() if isinstance(p, QFTWeight)]
+    fraction = wanted.get("outlier_fraction")
+    counts = {
+        weight.outlier_values.shape[1] == outliers_per_row(weight.codes.shape[1], fraction or 0.0)
+        for weight in weights
+    }
+    products = any(getattr(module, "products", None) for module in model.modules())
+    visible = {
+        "group_size": weights[0].group_size,
+        "outlier_fraction": fraction if counts == {True} else "another share",
+        "matmul": "int8" if products else "dequantize",
+    }
+    return {name: value for name, value in visible.items() if name in wanted}

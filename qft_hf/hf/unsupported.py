@@ -1,0 +1,140 @@
+"""What cannot work with INT8 weights that are trained, refused before anything has happened."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments
+
+from ..optim.processes import SEVERAL_GPUS
+from ..side import side_network_of
+from .liger import refuse_kernels
+from .optimizers import check_arguments, given_options, optimizer_name
+from .ours import trained_part
+from .uncapturable import refuse_uncapturable
+
+
+def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise for arguments and models that no run with one of our optimizers can have.
+
+    Raises:
+        TypeError: An option has a value of the wrong type.
+        ValueError: An argument or the model is not supported; the text says what to do instead.
+    """
+    check_arguments(args)
+    _refuse_fp16(args)
+    _refuse_distribution(args, model)
+    _refuse_features(args, model)
+    _refuse_model(args, model)
+
+
+def _refuse_fp16(args: TrainingArguments) -> None:
+    # The launcher says it too, by an environment variable.
+    if args.fp16 or args.mixed_precision == "fp16":
+        raise ValueError(
+            "fp16=True, or --mixed_precision fp16 of accelerate launch, scales the loss and "
+            "unscales float gradients, which INT8 gradients are not. Use bf16=True, which needs no "
+            "scaling."
+        )
+    if args.fp16_full_eval:
+        raise ValueError(
+            "fp16_full_eval=True leaves the model in float16 after evaluation, whose range is too "
+            "narrow to train on from. Use bf16_full_eval=True, or leave it off."
+        )
+
+
+def _refuse_distribution(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise for ways to use several devices other than a process for each."""
+    if args.deepspeed:
+        raise ValueError(
+            "DeepSpeed partitions float parameters and cannot hold INT8 weights. Remove deepspeed: "
+            "the INT8 model needs a fifth of the memory of FP32 Adam on one device. " + SEVERAL_GPUS
+        )
+    if args.fsdp:
+        raise ValueError(
+            "FSDP shards float parameters and gathers them layer by layer, and cannot hold INT8 "
+            "weights. Remove fsdp. " + SEVERAL_GPUS
+        )
+    parallelism = getattr(args, "parallelism_config", None)
+    if (getattr(model, "_tp_size", None) or 1) > 1 or getattr(parallelism, "tp_enabled", False):
+        raise ValueError(
+            "Tensor parallelism splits float weights by columns and rows. Load the model without "
+            "tp_plan; device_map places whole layers on several devices. " + SEVERAL_GPUS
+        )
+    if isinstance(model, nn.DataParallel) or args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible and the Trainer would wrap the model in "
+            "nn.DataParallel, which copies float weights. Set CUDA_VISIBLE_DEVICES to one GPU. "
+            + SEVERAL_GPUS
+        )
+    if args.world_size > 1:
+        _refuse_of_several(args)
+
+
+def _refuse_of_several(args: TrainingArguments) -> None:
+    """Raise for what works on one process and not on several."""
+    checkpointing: Any = args.gradient_checkpointing_kwargs or {}
+    if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+        raise ValueError(
+            "Under use_reentrant=True backward passes lie inside of others, and several processes "
+            "cannot see when a step's gradients are complete. Set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, which is the default."
+        )
+    if args.save_on_each_node:
+        raise ValueError(
+            "save_on_each_node=True writes a checkpoint on each machine, and the optimizer state "
+            "of all rows is on the first one alone. Set save_on_each_node=False, and an output_dir "
+            "that all machines see."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True tries a smaller batch where memory runs out, and other "
+            "processes would not know. Set auto_find_batch_size=False and a "
+            "per_device_train_batch_size that fits."
+        )
+
+
+def _refuse_features(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise for what else may be asked for, and does not go with INT8 or with something else."""
+    if side_network_of(model) is not None and given_options(args).get("gradient") == "release":
+        raise ValueError(
+            "gradient='release' is for training all parameters of a model, and only its side "
+            "network is trained, whose gradients take a few MB. Leave gradient out."
+        )
+    if getattr(args, "chunked_loss", False) and args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} needs all logits, which a "
+            "chunked loss never has. Set label_smoothing_factor=0, or leave chunked_loss off."
+        )
+    if getattr(args, "cuda_graph", False):
+        refuse_uncapturable(args, model)
+    if getattr(args, "sync_ref_model", False):  # of TRL
+        raise ValueError(
+            "sync_ref_model=True mixes the policy's values into those of the reference model, and "
+            "INT8 weights cannot be mixed in place. Leave sync_ref_model off."
+        )
+    if args.torch_compile:
+        raise ValueError(
+            "torch_compile=True: PyTorch's compiler stops at every product with an INT8 weight, "
+            "and would compile, and check at each step, the few operations between. Leave it off; "
+            "on a GPU, cuda_graph=True of QFTTrainingArguments spares the host the whole pass."
+        )
+    if args.use_liger_kernel:
+        refuse_kernels(args, model)
+
+
+def _refuse_model(args: TrainingArguments, model: nn.Module) -> None:
+    """Raise for a model of which not every parameter can be trained."""
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"The model has PEFT adapters, and {optimizer_name(args)} trains every parameter. Set "
+            "optim='adamw_torch' to train the adapters on frozen INT8 weights, or pass the base "
+            "model to train it whole."
+        )
+    part = trained_part(model)
+    half = [name for name, p in part.named_parameters() if p.dtype == torch.float16]
+    if half:
+        raise ValueError(
+            f"{half[0]} and {len(half) - 1} more parameters are float16, whose range is too narrow "
+            "to train without loss scaling. Load the model with dtype=torch.bfloat16."
+        )
