@@ -23,7 +23,7 @@ class QFTConv1D(QuantizedModule):
 
     @classmethod
     def holds_transposed(cls, module: Any) -> bool:
-        """Always."""
+        """Whether its weight is inputs by outputs: always."""
         return True
 
     def forward(self, x: Tensor) -> Tensor:

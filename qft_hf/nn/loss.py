@@ -56,7 +56,7 @@ class DeferredLogits:
     def __torch_function__(
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Functions of torch.
+        """Refuse every function of torch.
 
         Raises:
             TypeError: Always.

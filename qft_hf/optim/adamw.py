@@ -97,7 +97,7 @@ class QFTAdamW(QFTOptimizer):
         }
 
     def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """The corrections of that step too."""
+        """Rate, decay and step, and by what Adam corrects its moments at that step."""
         return (*super().numbers(group, step), *_rule(group).corrections(step))
 
     def step_weight(

@@ -62,7 +62,7 @@ class RunPart(Protocol):
         *,
         repeated: Callable[[], None] | None = None,
     ) -> Result:
-        """Run it.
+        """Run a part.
 
         Args:
             name: Of the part, the same at every step.
@@ -83,7 +83,7 @@ def run_directly(
     *,
     repeated: Callable[[], None] | None = None,
 ) -> Result:
-    """Where nothing is captured."""
+    """Run a part of a step, and capture nothing; a `RunPart`."""
     return part()
 
 

@@ -83,7 +83,7 @@ class Release(Flow):
         self._keeps = False  # whether gradients have been kept for a later micro-batch, ever
 
     def listens_to(self, parameter: Parameter) -> bool:
-        """To all."""
+        """Whether to be told of it: always, for float gradients are released too."""
         return True
 
     @property
@@ -101,7 +101,7 @@ class Release(Flow):
 
     @property
     def n_taken(self) -> int:
-        """Likewise, or by the backward passes before it."""
+        """Parameters whose gradient a step that has not ended, or its backward, has taken."""
         return max(self._n_updated, len(self._used))
 
     @property
@@ -344,12 +344,12 @@ class Release(Flow):
         self._is_in_backward = False
 
     def left(self, parameters: Iterable[Parameter]) -> Left:
-        """Norms, gradients that wait for the step, and what was updated."""
+        """Norms, gradients that wait for the step, and parameters that were updated."""
         wait = {id(parameter) for parameter, _ in self._floats}
         updated = tuple(p for p in parameters if id(p) in self._used - wait)
         return Left(updated, tuple(self._squares), tuple(self._floats))
 
     def replayed(self, left: Left) -> None:
-        """The same, in the same places."""
+        """Have the norms and gradients that the pass had left wait again, in the same places."""
         self._used = {id(p) for p in (*left.updated, *(p for p, _ in left.floats))}
         self._squares, self._floats = list(left.squares), list(left.floats)

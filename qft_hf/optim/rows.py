@@ -84,7 +84,7 @@ class _Shared(Flow):
         self._gathering: Gathering | None = None
 
     def listens_to(self, parameter: Parameter) -> bool:
-        """To all: float gradients are exchanged too."""
+        """Whether to be told of it: always, for float gradients are exchanged too."""
         return True
 
     def __call__(self, parameter: Parameter) -> None:

@@ -45,7 +45,7 @@ class QFTSGD(QFTOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, **settings)
 
     def state_format(self, parameter: Tensor) -> StateFormat:
-        """None."""
+        """Empty: SGD keeps no state."""
         return {}
 
     def step_weight(
@@ -56,7 +56,7 @@ class QFTSGD(QFTOptimizer):
         group: dict[str, Any],
         rounding: kernels.Rounding,
     ) -> None:
-        """The direction is the gradient."""
+        """Move the weight against its gradient."""
         n_rows, columns = weight.codes.shape
         for rows in row_tiles(n_rows, columns):
             direction = kernels.dequantize(kernels.Weight.dense(gradient.rows(rows)))
@@ -78,7 +78,7 @@ class QFTSGD(QFTOptimizer):
         steps: list[int],
         streams: list[int],
     ) -> None:
-        """The same on float parameters."""
+        """Move float parameters against their gradients."""
         kernels.step_floats_(
             parameters,
             [-gradient for gradient in gradients] if group["maximize"] else gradients,

@@ -28,18 +28,18 @@ class Stack(Flow):
         self.nonfinite = nonfinite
 
     def listens_to(self, parameter: Parameter) -> bool:
-        """To INT8 weights, for a gradient that is float."""
+        """Whether it is an INT8 weight: its gradient may come in float, and is made INT8 then."""
         return isinstance(parameter, QFTWeight)
 
     def complete(self, parameter: Parameter) -> None:
-        """It waits."""
+        """Let it wait in `.grad`."""
 
     def left(self, parameters: Iterable[Parameter]) -> Left:
-        """Gradients in `.grad`, and nothing here."""
+        """Nothing: gradients are in `.grad`."""
         return Left()
 
     def replayed(self, left: Left) -> None:
-        """Nothing is here."""
+        """Do nothing: gradients are in `.grad`."""
 
     def step(self, parameters: list[Parameter]) -> bool:
         """Update every parameter that has a gradient.

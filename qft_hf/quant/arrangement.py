@@ -30,12 +30,12 @@ class Arrangement(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of one of them: outputs."""
+        """Rows of one matrix: its outputs."""
         return self.shape[-1 if self.transposed else -2]
 
     @property
     def columns(self) -> int:
-        """Inputs."""
+        """Columns of one matrix: its inputs."""
         return self.shape[-2 if self.transposed else -1]
 
     @property
