@@ -134,7 +134,7 @@ class QFTOptimizer(Optimizer):
         self._whole: dict[int, dict[str, Any]] | None = None  # what `consolidate` has brought
         # The numbers of this step, and what puts them there: see `capturable.py`.
         self.live: Tensor | None = None
-        self.write_live: Callable[[], None] | None = None
+        self.write_numbers: Callable[[], None] | None = None
         _living.add(self)
 
     def _make_flow(self) -> Flow:
@@ -368,8 +368,8 @@ class QFTOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.check_groups()
-        if self.write_live is not None:
-            self.write_live()
+        if self.write_numbers is not None:
+            self.write_numbers()
         if not self._has_stepped:
             if self.processes is None and Processes.found() is not None:
                 raise RuntimeError(

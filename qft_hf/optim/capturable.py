@@ -35,12 +35,12 @@ class CapturableSteps:
             # Rows of 64 bytes: each begins at an address that kernels take as aligned.
             shape = len(parameters), N_LIVE
             self._numbers = torch.zeros(shape, dtype=torch.float64, device=parameters[0].device)
-        optimizer.write_live = self.write_numbers
+        optimizer.write_numbers = self.write_numbers
         optimizer.flow.is_captured, optimizer.flow.run_part = True, run_part
 
     def end(self) -> None:
         """Let the optimizer step without graphs again."""
-        self.optimizer.write_live = self.optimizer.live = None
+        self.optimizer.write_numbers = self.optimizer.live = None
         self.optimizer.flow.is_captured, self.optimizer.flow.run_part = False, run_directly
 
     def write_numbers(self) -> None:
