@@ -303,6 +303,22 @@ def test_a_resume_that_is_refused_changes_nothing(changes, chat_flags):
     assert contents(run) == before
 
 
+@pytest.mark.parametrize("overwrites", [False, True])
+def test_of_two_runs_that_begin_at_once_one_has_the_folder(overwrites, chat_flags):
+    """Both had found it empty, and each wrote over what the other had written."""
+    first, second = (prepare(parsed(chat_flags, overwrite_output=overwrites)) for _ in range(2))
+    train(first)
+    before = contents(Path(chat_flags["output_dir"]))
+    if overwrites:
+        train(second)  # as it was told to
+        return
+
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train(second)
+
+    assert contents(Path(chat_flags["output_dir"])) == before
+
+
 @pytest.mark.parametrize("task", ["chat", "classification"])
 def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, monkeypatch):
     """All of them were read and tokenized, and had to be where they were."""
@@ -402,7 +418,9 @@ def test_a_disk_without_room_is_found_before_training(chat_flags, monkeypatch):
     usage = shutil.disk_usage(chat_flags["output_dir"].parent)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=60_000))
     values = chat_flags | {"save_strategy": "steps", "save_steps": 1}
-    with pytest.raises(OSError, match=r"will write up to 0\.0 GB into .*run, and 0\.0 GB are free"):
+    with pytest.raises(
+        OSError, match=r"will write up to 0\.000\d+ GB into .*run, and 6e-05 GB are"
+    ):
         prepare(parsed(values))
     assert not Path(chat_flags["output_dir"]).exists()
 

@@ -214,8 +214,8 @@ def refuse_small_disk(output_dir: Path, needed_bytes: int, *, overwrite: bool) -
     free += sum(path.lstat().st_size for top in there for path in (top, *top.rglob("*")))
     if needed_bytes > free:
         raise OSError(
-            f"the run will write up to {needed_bytes / 1e9:.1f} GB into {output_dir}, and "
-            f"{free / 1e9:.1f} GB are free there. Choose an output_dir on a larger disk, or write "
+            f"the run will write up to {needed_bytes / 1e9:.3g} GB into {output_dir}, and "
+            f"{free / 1e9:.3g} GB are free there. Choose an output_dir on a larger disk, or write "
             "less: save_total_limit, save_strategy=no, no export_dtype."
         )
 

@@ -20,7 +20,7 @@ from ..processes import by_first, of_first
 from .evidence import show
 from .export import export_checkpoint
 from .loss_curve import draw_loss_curve
-from .output_folder import EVIDENCE, LOSS_CURVE, SUMMARY, claim, clear_run
+from .output_folder import EVIDENCE, LOSS_CURVE, SUMMARY, claim, clear_run, refuse_other_run
 from .parsing import RunArguments
 from .preparation import Run, prepare
 from .run_card import license_of, write_run_card
@@ -80,10 +80,12 @@ class _TellWhenAccepted(TrainerCallback):
 
 def _tell(run: Run) -> None:
     """Write what the run was told, and what it is about to learn."""
-    output_dir = run.arguments.output_dir
+    output_dir, overwrite = run.arguments.output_dir, run.arguments.output.overwrite_output
     with by_first() as is_first:
         if is_first:
-            if run.arguments.output.overwrite_output:
+            # Another run may have begun there since it was looked at.
+            refuse_other_run(output_dir, checkpoint=run.checkpoint, overwrite=overwrite)
+            if overwrite:
                 clear_run(output_dir)
             claim(output_dir, run.arguments.told)
             show(run.data, output_dir / EVIDENCE)
