@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import qft_hf
-from qft_hf import QFTSGD, QFTAdamW, QFTConfig, QFTLion, QFTTrainer, QFTTrainingArguments
+from qft_hf import QFTSGD, QFTAdamW, QFTConfig, QFTLion, QFTTrainer, QFTTrainingArguments, QSTConfig
 from tests.device.absent import CPU, held, waits
 from tests.models import VOCAB_SIZE, tiny_llama
 
@@ -37,6 +37,10 @@ N_STEPS = 3
 
 def llama(**overrides: Any) -> nn.Module:
     return tiny_llama(**{**PLAIN, **overrides}).train()
+
+
+def int8_llama() -> nn.Module:
+    return qft_hf.quantize_model_(llama(), QFTConfig())
 
 
 def of_config(config: Any) -> nn.Module:
@@ -162,7 +166,7 @@ def generation(device: torch.device) -> dict[str, Any]:
 @scenario
 def saved_loaded_and_dequantized(device: torch.device) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        qft_hf.quantize_model_(llama(), QFTConfig()).to(device).save_pretrained(folder)
+        int8_llama().to(device).save_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
     loaded = values(model)
     return loaded | {f"float {k}": v for k, v in values(qft_hf.dequantize_model_(model)).items()}
@@ -180,18 +184,17 @@ def quantized_while_loading(device: torch.device) -> dict[str, Any]:
 
 @scenario
 def resized(device: torch.device) -> dict[str, Any]:
-    model = qft_hf.quantize_model_(llama(), QFTConfig()).to(device)
+    model = int8_llama().to(device)
     model.resize_token_embeddings(VOCAB_SIZE - 5)
     return values(model)
 
 
 @scenario
 def adapters_on_int8(device: torch.device) -> dict[str, Any]:
-    model = qft_hf.quantize_model_(llama(), QFTConfig())
     torch.manual_seed(1)
-    model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "down_proj"])).to(
-        device
-    )
+    model = get_peft_model(
+        int8_llama(), LoraConfig(r=3, target_modules=["q_proj", "down_proj"])
+    ).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     return train(model, torch.optim.AdamW(trained, lr=1e-3, foreach=False), device)
 
@@ -220,7 +223,16 @@ def runs_on(device: torch.device) -> Iterator[None]:
 DATA = [{"input_ids": ids, "labels": ids} for n in range(12) for ids in batch(n, CPU)]
 
 
-def training(trainer_class: Any = QFTTrainer, **options: Any) -> Run:
+def with_side_network() -> nn.Module:
+    torch.manual_seed(2)
+    return qft_hf.attach_side_network(int8_llama(), QSTConfig(r=4))
+
+
+def training(
+    trainer_class: Any = QFTTrainer,
+    build: Callable[[], nn.Module] = int8_llama,
+    **options: Any,
+) -> Run:
     """Four steps; and the last two of them again, resumed."""
 
     def run(device: torch.device) -> dict[str, Any]:
@@ -237,8 +249,7 @@ def training(trainer_class: Any = QFTTrainer, **options: Any) -> Run:
             )  # fmt: skip
 
             def trainer() -> Any:
-                model = qft_hf.quantize_model_(llama(), QFTConfig())
-                return trainer_class(model, arguments, train_dataset=DATA, eval_dataset=DATA[:4])
+                return trainer_class(build(), arguments, train_dataset=DATA, eval_dataset=DATA[:4])
 
             made, again = trainer(), trainer()
             made.train()
@@ -263,5 +274,6 @@ RUNS |= {
     "trainer, exact": training(gradient="release", clipping="exact"),
     "trainer, chunked loss": training(chunked_loss=True, gradient_accumulation_steps=2),
     "trainer, AdamW": training(optim="qft_adamw"),
+    "trainer, side network": training(build=with_side_network),
     "stock Trainer": training(Trainer),
 }
