@@ -6,7 +6,8 @@
 
 Every way is tuned at each of its learning rates with the first seed. The rate that ends at the
 lowest held-out loss is then run with the other seeds, which draw the head, dropout and the order of
-the data. Nothing is clipped, so that `release` computes what `stack` does.
+the data. Nothing is clipped, so `release` computes what `stack` does: it is run once, at the rate
+that `stack` has found.
 
 A run that is over is a line in `runs.jsonl` of the output folder, and is not done again: stop the
 study whenever you like and start it again. Time is that of the process on the CPU, which other
@@ -48,6 +49,7 @@ MAKE: dict[str, Callable[[RunArguments], Trainer]] = {
     "QFT, INT8 products": lambda arguments: prepare(arguments).trainer,
     "QFT, release": lambda arguments: prepare(arguments).trainer,
 }
+SAME_BITS = {"QFT, release": "QFT"}
 FLAGS = {"QFT, INT8 products": ["--matmul=int8"], "QFT, release": ["--gradient=release"]}
 
 
@@ -155,8 +157,8 @@ def main() -> None:
         data=report.ROOT / "data", only=None,
     )  # fmt: skip
     parser.add_argument(
-        "--adamw_learning_rate", type=float, nargs="+", default=[5e-5, 1.5e-4, 5e-4],
-        help="of AdamW (default 5e-05 0.00015 0.0005)",
+        "--adamw_learning_rate", type=float, nargs="+", default=[1.5e-5, 5e-5, 1.5e-4],
+        help="of AdamW (default 1.5e-05 5e-05 0.00015)",
     )  # fmt: skip
     options, flags = parser.parse_known_args()  # the others are flags of qft-hf finetune
     torch.set_num_threads(options.threads)
@@ -183,12 +185,16 @@ def main() -> None:
         report.write(options, {"runs": runs}, table(runs, options.seeds[0]))
 
     ways = chosen(MAKE, options.only)
+    repeated = {way for way in ways if SAME_BITS.get(way) in ways}
+    first, *others = options.seeds
     for way in ways:
-        for rate in options.adamw_learning_rate if "AdamW" in way else options.learning_rate:
-            do(way, rate, options.seeds[0])
-    for seed in options.seeds[1:]:
+        rates = options.adamw_learning_rate if "AdamW" in way else options.learning_rate
+        for rate in [best_rate(runs, SAME_BITS[way], first)] if way in repeated else rates:
+            do(way, rate, first)
+    for seed in others:
         for way in ways:
-            do(way, best_rate(runs, way, options.seeds[0]), seed)
+            if way not in repeated:
+                do(way, best_rate(runs, way, first), seed)
     report.finish(options, table(runs, options.seeds[0]))
 
 

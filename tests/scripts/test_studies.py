@@ -115,7 +115,8 @@ def test_the_study_of_boolq_tunes_every_way_and_goes_on_where_it_stopped(run, qu
 
     assert second["runs"][:6] == first["runs"]  # with their times, so they are not done again
     new = second["runs"][6:]
-    assert [(run["way"], run["seed"]) for run in new] == [(way, 3) for way in found]
+    searched = [way for way in found if way != "QFT, release"]  # which has the bits of QFT
+    assert [(run["way"], run["seed"]) for run in new] == [(way, 3) for way in searched]
     assert new[0]["rate"] == 1e-2  # which ends lower than 1e-9
     mean = sum(found[way]["accuracy"] for way in found if way == "QFT")
     assert f"| QFT | 0.01 | 2 | {50 * (mean + new[2]['accuracy']):.1f} % |" in text
