@@ -358,8 +358,8 @@ class QFTOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            FloatingPointError: A gradient is not finite and `nonfinite="raise"`. Weights, state and
-                gradients are as before.
+            FloatingPointError: A gradient is not finite and `nonfinite="raise"`. If gradients have
+                waited, weights, state and gradients are as before.
             RuntimeError: The step before was interrupted half-way.
             ValueError: An option of a group is out of its range. Nothing was updated.
         """
