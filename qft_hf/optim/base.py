@@ -367,8 +367,9 @@ class QFTOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.check_groups()
-        if self.write_numbers is not None:
+        if self.write_numbers is None:
+            self.check_groups()
+        else:  # which checks them
             self.write_numbers()
         if not self._has_stepped:
             if self.processes is None and Processes.found() is not None:

@@ -279,10 +279,12 @@ def test_sgd_has_no_rate_that_suits_all(config):
         ("lr_scheduler_kwargs:\n  min_lr: 1\n  min_lr: 2\n", "'min_lr' stands there more than"),
         ("seed:\t3\n", "line 5"),
         ("seed:3\n", "line 5"),
+        ("run_name: {{ name }}\n", "a key is no name.*line 5"),
+        ("[seed, data_seed]: 3\n", "a key is no name.*line 5"),
     ],
 )
 def test_what_is_no_yaml_is_refused_with_its_line(config, text, what):
-    """The last of two equal keys counted, and a tab ended in a traceback."""
+    """The last of two equal keys counted; a tab, and a placeholder, ended in a traceback."""
     with pytest.raises(ValueError, match=rf"(?s){what}.*no tabs"):
         parse_arguments([config(text)])
 
