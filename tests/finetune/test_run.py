@@ -144,23 +144,45 @@ def test_last_scores_are_of_the_final_weights_and_not_taken_twice(chat_flags):
     assert runs[2].after == runs[3].after
 
 
-def test_packed_text_run_without_evaluation(chat_flags, tmp_path):
-    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "the quick brown fox"}] * 30)
-    values = chat_flags | {"train_data": texts, "task": "text", "packing": "true"}
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("packing", ["true", "false"])
+def test_every_token_counts_once_and_padding_does_not(packing, batch_size, chat_flags, tmp_path):
+    """The last packed batch has padding, its blocks no mask; the end of a text is its token."""
+    said = ["the quick brown fox " * (1 + n % 3) for n in range(26)]
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in said])
+    values = chat_flags | {"train_data": texts, "task": "text", "packing": packing}
     del values["eval_data"]
-    n_tokens = 30 * (len(tiny_tokenizer()("the quick brown fox")["input_ids"]) + 1)
-    n_blocks = -(-n_tokens // 48)
+    tokenizer = AutoTokenizer.from_pretrained(values["model_name_or_path"])
+    tokenizer.model_input_names = ["input_ids"]  # as those of many models: batches have no mask
+    tokenizer.save_pretrained(values["model_name_or_path"])
+    assert tokenizer.pad_token == tokenizer.eos_token
+    n_tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in said)
+    n_rows = -(-n_tokens // 48) if packing == "true" else len(said)
+    assert n_tokens % 48 > 0
+    assert n_rows % 3 != 1  # the shorter block is not alone in its batch
 
-    summary = finetune(
-        parsed(values, num_train_epochs=1, max_steps=-1, per_device_train_batch_size=1)
+    run = prepare(
+        parsed(
+            values,
+            num_train_epochs=2,
+            max_steps=-1,
+            per_device_train_batch_size=batch_size,
+            train_sampling_strategy="sequential",
+            include_num_input_tokens_seen="true",  # which is to count padding, too
+        )
     )
+    summary = train(run)
 
     assert summary.before is None
     assert summary.after is None
-    assert summary.steps == n_blocks
-    assert (
-        summary.trained_tokens == n_tokens
-    )  # the end of each text, which is padding elsewhere, too
+    assert summary.steps == 2 * -(-n_rows // batch_size)
+    assert summary.trained_tokens == 2 * n_tokens
+    logged = [
+        entry["num_input_tokens_seen"]
+        for entry in run.trainer.state.log_history
+        if "num_input_tokens_seen" in entry
+    ]
+    assert logged[-1] == 2 * n_tokens
     assert "->" not in str(summary)
 
 

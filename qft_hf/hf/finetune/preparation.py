@@ -15,7 +15,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..base import require_bitsandbytes
 from ..processes import by_first, of_first
-from ..trainer import QFTTrainer
 from .data import TaskData, prepare_data
 from .forecast import disk_bytes, n_steps
 from .loading import load_model, load_tokenizer
@@ -29,6 +28,7 @@ from .output_folder import (
 from .packing import refuse_crossing
 from .parsing import RunArguments
 from .paths import inputs
+from .run_trainer import RunTrainer
 from .side_tuning import base_config, base_form, load_side_model, side_checkpoint
 from .step_clock import StepClock
 
@@ -44,7 +44,7 @@ class Run:
     arguments: RunArguments
     checkpoint: Path | None  # resumed from
     data: TaskData
-    trainer: QFTTrainer
+    trainer: RunTrainer
     clock: StepClock
     started: float  # time.monotonic()
 
@@ -82,9 +82,7 @@ def prepare(arguments: RunArguments) -> Run:
         )
     if arguments.data.packing:
         refuse_crossing(model)
-    if training.include_num_input_tokens_seen == "no":  # the summary reports them
-        # Blocks have no mask to count by, and no padding but in the last batch of an epoch.
-        training.include_num_input_tokens_seen = "all" if arguments.data.packing else "non_padding"
+    training.include_num_input_tokens_seen = "non_padding"  # logged, and told by the summary
     if training.device.type == "cpu":
         # It speeds up copies to a GPU, and warns where there is none.
         training.dataloader_pin_memory = False
@@ -94,7 +92,7 @@ def prepare(arguments: RunArguments) -> Run:
         overwrite=arguments.output.overwrite_output,
     )
     clock = StepClock()
-    trainer = QFTTrainer(
+    trainer = RunTrainer(
         model=model,
         args=training,
         train_dataset=data.train.dataset,

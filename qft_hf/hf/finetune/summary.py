@@ -54,7 +54,7 @@ class RunSummary:
     steps: int
     before: dict[str, float] | None  # scores on the evaluation data; None if there is none
     after: dict[str, float] | None
-    trained_tokens: int  # every epoch; padding not, but for that of a last, shorter packed block
+    trained_tokens: int  # of every epoch, without padding
     train_seconds: float  # in training steps since the last resume: no loading, evaluation, saving
     tokens_per_second: float  # in these seconds, of all processes together
     wall_seconds: float  # whole run

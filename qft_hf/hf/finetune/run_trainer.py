@@ -1,0 +1,44 @@
+"""The Trainer of a run: it counts the tokens of the examples themselves.
+
+A batch does not tell how many it has. Blocks of packed examples have no mask, and neither have the
+batches of some tokenizers; and where padding is the end-of-text token, the end of a text is no
+padding.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..trainer import QFTTrainer
+
+N_TOKENS = "n_tokens"  # of each example, beside the model's inputs: int64, `[batch]`
+
+
+class RunTrainer(QFTTrainer):
+    """Counts in `state.num_input_tokens_seen` every token that is not padding.
+
+    Args:
+        data_collator: Makes a batch of examples, which have `input_ids`.
+        **kwargs: As of `QFTTrainer`.
+    """
+
+    def __init__(self, *, data_collator: Callable[[Any], dict[str, Any]], **kwargs: Any) -> None:
+        super().__init__(data_collator=partial(_counted, data_collator), **kwargs)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        of_model = {name: value for name, value in inputs.items() if name != N_TOKENS}
+        prepared: dict[str, Any] = super()._prepare_inputs(of_model)
+        return prepared
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        n_tokens = inputs[N_TOKENS].sum().to(self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(n_tokens).sum())
+
+
+def _counted(
+    collate: Callable[[Any], dict[str, Any]], examples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    n_tokens = torch.tensor([len(example["input_ids"]) for example in examples])  # they may change
+    return {**collate(examples), N_TOKENS: n_tokens}
