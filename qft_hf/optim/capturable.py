@@ -59,7 +59,9 @@ class CapturableSteps:
                 for group in optimizer.param_groups
                 for parameter in group["params"]
             ]
-            self._numbers[:, : len(rows[0])].copy_(torch.tensor(rows, dtype=torch.float64))
+            pinned = self._numbers.is_cuda  # then the host does not wait for the step before
+            numbers = torch.tensor(rows, dtype=torch.float64, pin_memory=pinned)
+            self._numbers[:, : len(rows[0])].copy_(numbers, non_blocking=True)
         optimizer.live = self._numbers
 
     def _n_steps(self, parameter: Parameter) -> int:
