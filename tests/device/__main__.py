@@ -3,6 +3,7 @@
 python -m tests.device FILE [NAME ...]
 """
 
+import gc
 import sys
 import traceback
 from typing import Any
@@ -14,6 +15,7 @@ from tests.device.scenarios import RUNS
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # each run ends with a search for garbage: not among all that was imported
     found: dict[str, Any] = {}
     for name in sys.argv[2:] or RUNS:
         run = RUNS[name]

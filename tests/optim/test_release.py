@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -213,7 +212,7 @@ def test_who_does_not_release_gets_int8():
 
 
 @pytest.fixture
-def live_elements(monkeypatch) -> Iterator[list[int]]:
+def live_elements(monkeypatch) -> list[int]:
     """Elements of all gradients that are alive, noted whenever one more has been made."""
     gc.freeze()  # looks find only what is made from now on: not a million objects, nor others' own
     seen: list[int] = []
@@ -235,8 +234,7 @@ def live_elements(monkeypatch) -> Iterator[list[int]]:
             look()
 
         monkeypatch.setattr(kind, "__init__", watched)
-    yield seen
-    gc.unfreeze()
+    return seen
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])

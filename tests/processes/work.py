@@ -1,5 +1,6 @@
 """What one of several processes does, whoever has started it."""
 
+import gc
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ NAMES = {2: "two", 3: "three", 4: "four"}
 
 def do(folder: Path, runs: tuple[str, ...]) -> None:
     """Runs such as `optimizer:stack`; what each has found is in `FOLDER/two-RANK.pt`."""
+    gc.freeze()  # each run ends with a search for garbage: not among all that was imported
     accounts.compile_kernels()
     begin()
     rank, n = dist.get_rank(), dist.get_world_size()
