@@ -32,6 +32,7 @@ SIDE_WAYS = [
     for checkpointing in (False, True)
 ]
 SIDE = ("side", "base")
+LENGTH = 2048  # tokens of a sequence, where nothing else is asked for and the model takes as many
 OF_FULL = ("gpus", "optim", "momentum_bits", "matmul", "chunked_loss", "live")
 
 
@@ -64,7 +65,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--gpus", type=int, metavar="N", help="how many train together (default 1)"
     )
     arguments.add_argument("--batch_size", type=int, help="of a micro-batch (default 1)")
-    arguments.add_argument("--sequence_length", type=int, help="tokens (default 2048)")
+    arguments.add_argument("--sequence_length", type=int, help=f"tokens (default {LENGTH}, or what the model takes)")
     arguments.add_argument("--method", help="full (default), or qst: a side network")
     arguments.add_argument("--side_r", type=int, help="of qst: the base is so many times as wide")
     arguments.add_argument("--base", help="of qst: nf4, int8 or float; default: all of them")
@@ -95,7 +96,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
     from qft_hf.hf.finetune.arguments import MethodArguments
 
     place = name
-    work: dict[str, Any] = {"batch_size": 1, "sequence_length": 2048, "config": QFTConfig()}
+    work: dict[str, Any] = {"batch_size": 1, "sequence_length": None, "config": QFTConfig()}
     if _is_config(name):
         from qft_hf.hf.finetune.data import LANGUAGE_TASKS
         from qft_hf.hf.finetune.forecast import workload_of
@@ -151,8 +152,11 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
     """Return the bytes of each way to train, and the choice for each card."""
     from qft_hf import recommend
     from qft_hf.hf.estimate import skeleton
+    from qft_hf.hf.positions import n_positions
 
     source = skeleton(place)
+    positions = n_positions(source.config)
+    work["sequence_length"] = _sequence_length(place, work["sequence_length"], positions)
     base = work.get("base")
     ways = []
     for way in WAYS if work.get("side") is None else SIDE_WAYS:
@@ -189,10 +193,23 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
         "received_bytes": estimate.received_bytes,
         "batch_size": work["batch_size"],
         "sequence_length": work["sequence_length"],
+        "positions": positions,
         "rows": [asdict(row) for row in (*estimate.rows, *estimate.activation_rows)],
         "ways": ways,
         "cards": cards,
     }
+
+
+def _sequence_length(place: str, asked: int | None, positions: int | None) -> int:
+    """Return how long sequences are: as asked for, if the model takes such."""
+    if asked is None:
+        return min(LENGTH, positions or LENGTH)
+    if positions is not None and asked > positions:
+        raise ValueError(
+            f"sequences of {asked:,} tokens are asked for, but {place} has {positions:,} "
+            f"positions. Set --sequence_length, or max_length in a config, to {positions} or less."
+        )
+    return asked
 
 
 def _estimate(source: Any, work: dict[str, Any], way: dict[str, Any]) -> "MemoryEstimate":

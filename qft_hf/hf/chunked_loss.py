@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..nn import DeferredLogits, QFTLinear, linear_cross_entropy
-from ..nn.loss import IGNORED
+from ..nn.loss import COMPUTES, IGNORED
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,7 +29,7 @@ def chunk_loss_(model: Model) -> Model:
 
     Raises:
         ValueError: The model has no INT8 output head, one with INT8 products, or a loss of another
-            kind.
+            kind, or computes with its logits.
     """
     causal: Any = model
     get_head = getattr(model, "get_output_embeddings", None)
@@ -56,9 +57,62 @@ def chunk_loss_(model: Model) -> Model:
             f"A chunked loss is the next-token cross-entropy, and {type(model).__name__} has "
             f"{getattr(loss, '__name__', loss)}. Leave chunked_loss off."
         )
+    refuse_computing(causal)
     head.defers_logits = True
     causal.loss_function = _loss
     return model
+
+
+def refuse_computing(model: Any) -> None:
+    """Raise if a model does more with its logits than hand them to its loss.
+
+    One forward tells, in which the decoder returns two tokens of zeros at once and the head defers:
+    nothing is computed. Where a model wants more of its decoder than that, the first step tells.
+
+    Args:
+        model: A causal language model, float or INT8, on any device; left as it was.
+
+    Raises:
+        ValueError: It does.
+    """
+    base, head, loss = model.base_model, model.get_output_embeddings(), model.loss_function
+    if base is model or head is None:
+        return
+    weight = head.weight
+    hidden = torch.zeros(1, 2, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=weight.device)
+    stand_ins = {
+        base: lambda *args, **kwargs: _OfDecoder(last_hidden_state=hidden),
+        head: lambda x: DeferredLogits(x, weight, None),
+    }
+    before = {module: vars(module).get("forward") for module in stand_ins}
+    try:
+        for module, forward in stand_ins.items():
+            module.forward = forward
+        model.loss_function = lambda *args, **kwargs: hidden.sum()
+        with torch.random.fork_rng():
+            model(input_ids=ids, labels=ids, use_cache=False)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if COMPUTES in str(error):
+            raise ValueError(
+                f"A chunked loss computes no logits, and {type(model).__name__} scales or caps its "
+                "own, or otherwise computes with them. Leave chunked_loss off."
+            ) from error
+    finally:
+        model.loss_function = loss
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+class _OfDecoder(BaseModelOutputWithPast):
+    """What a decoder returns; whatever else is looked for there is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
 
 
 def _loss(

@@ -18,6 +18,7 @@ from ..side import QSTConfig, attach_side_network, side_config
 from .absent_model import refused_if_absent
 from .base import BASES, nf4_weights
 from .config import QFTConfig
+from .positions import n_positions
 
 MODES = ("stack", "release")
 # Of a card's memory, what is left for the run: the driver, the libraries and fragments of the
@@ -259,7 +260,7 @@ class Recommendation:
         batch_size: Sequences of one micro-batch, as asked for.
         longest_sequence: Tokens of the longest sequences that fit with this choice and batch size;
             0 if none does, and `LONGEST` also for longer ones.
-        positions: Tokens of the longest sequences that the model takes; None if it takes any.
+        positions: `n_positions` of the model.
         base: Of a side network, how its frozen base is stored; None: every parameter is trained.
     """
 
@@ -381,7 +382,7 @@ def recommend(
         usable_bytes=usable,
         batch_size=batch_size,
         longest_sequence=_longest(usable, of),
-        positions=getattr(source.config.get_text_config(), "max_position_embeddings", None),
+        positions=n_positions(source.config),
     )
 
 

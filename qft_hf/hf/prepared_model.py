@@ -9,6 +9,8 @@ has been loaded into it: one that is float there is refused.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -17,7 +19,7 @@ from transformers import TrainingArguments
 from ..layout import outliers_per_row
 from ..nn import QFTLinear
 from ..quant import QFTWeight
-from .chunked_loss import chunk_loss_
+from .chunked_loss import chunk_loss_, refuse_computing
 from .config import QFTConfig
 from .convert import quantize_model_
 from .coverage import added_modules
@@ -45,12 +47,36 @@ def prepare_model_(model: nn.Module, args: TrainingArguments) -> None:
     else:
         _quantize_(part, args)
     if getattr(args, "chunked_loss", False):
-        try:
+        with _liger_named(args):
             chunk_loss_(model)
-        except ValueError as error:
-            if not args.use_liger_kernel:
-                raise
-            raise ValueError(f"{error} {WITHOUT_FUSED}") from error
+
+
+def refuse_before_loading(model: nn.Module, args: TrainingArguments) -> None:
+    """Raise for what `prepare_model_` will refuse, as far as a model without its weights tells.
+
+    Args:
+        model: Float, on any device; the meta device will do.
+        args: Of a run with one of our optimizers.
+
+    Raises:
+        TypeError: As `prepare_model_`.
+        ValueError: Likewise.
+    """
+    refuse_unsupported(args, model)
+    if getattr(args, "chunked_loss", False):
+        with _liger_named(args):
+            refuse_computing(model)
+
+
+@contextmanager
+def _liger_named(args: TrainingArguments) -> Iterator[None]:
+    """Say of a chunked loss that is refused where it comes from, if it was not asked for."""
+    try:
+        yield
+    except ValueError as error:
+        if not args.use_liger_kernel:
+            raise
+        raise ValueError(f"{error} {WITHOUT_FUSED}") from error
 
 
 def require_prepared(model: nn.Module, args: TrainingArguments) -> None:

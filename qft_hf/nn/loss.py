@@ -27,6 +27,12 @@ IGNORED = -100  # label of a token without a loss, as torch has it
 LOGITS_ELEMENTS = 2**24
 
 
+COMPUTES = (
+    "this model computes with its logits in training, and with a chunked loss they do not "
+    "exist. Leave chunked_loss off; outside training, call model.eval() or use torch.no_grad()."
+)
+
+
 class DeferredLogits:
     """What the head of a model with a chunked loss returns in training: the logits' ingredients.
 
@@ -50,7 +56,7 @@ class DeferredLogits:
         Raises:
             AttributeError: Always.
         """
-        raise AttributeError(f"{name!r}: {_refusal()}")
+        raise AttributeError(f"{name!r}: {COMPUTES}")
 
     @classmethod
     def __torch_function__(
@@ -61,19 +67,12 @@ class DeferredLogits:
         Raises:
             TypeError: Always.
         """
-        raise TypeError(f"{getattr(function, '__name__', function)}: {_refusal()}")
+        raise TypeError(f"{getattr(function, '__name__', function)}: {COMPUTES}")
 
     def _refuse(self, other: Any) -> Any:
-        raise TypeError(_refusal())
+        raise TypeError(COMPUTES)
 
     __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __truediv__ = __getitem__ = _refuse
-
-
-def _refusal() -> str:
-    return (
-        "this model computes with its logits in training, and with a chunked loss they do not "
-        "exist. Leave chunked_loss off; outside training, call model.eval() or use torch.no_grad()."
-    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

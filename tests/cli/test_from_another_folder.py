@@ -12,6 +12,8 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     LlamaForSequenceClassification,
 )
 
@@ -170,6 +172,22 @@ def test_what_a_run_refuses_check_refuses(home, capsys):
         with pytest.raises(SystemExit):
             main(["check", "my.yaml", *flags])
         assert text in capsys.readouterr().err
+
+
+def test_check_refuses_a_loss_that_the_model_has_not_before_it_is_loaded(home, capsys):
+    """A Trainer refused it, or its first step, when all was loaded and scored."""
+    main(["check", "my.yaml", "--chunked_loss"])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    config = Gemma2Config(vocab_size=320, intermediate_size=40, num_key_value_heads=1, **sizes)
+    Gemma2ForCausalLM(config).save_pretrained("base")
+    main(["check", "my.yaml"])
+    capsys.readouterr()
+    for flags in (["--chunked_loss"], ["--use_liger_kernel"]):
+        with pytest.raises(SystemExit):
+            main(["check", "my.yaml", *flags])
+        said = capsys.readouterr().err
+        assert "Gemma2ForCausalLM scales or caps its own" in said
+        assert ("leaves out both" in said) is (flags == ["--use_liger_kernel"])
 
 
 def test_check_asks_whether_packed_examples_stay_apart(home, capsys):

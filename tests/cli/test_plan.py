@@ -1,8 +1,10 @@
 """`qft-hf plan`: what the estimate says, for each way and each card."""
 
 import json
+import re
 
 import pytest
+from transformers import GPT2Config, LlamaConfig
 
 from qft_hf import QFTConfig, QSTConfig, estimate_memory, estimate_side_memory, recommend
 from qft_hf.hf import shipped
@@ -12,7 +14,7 @@ from tests.models import tiny_llama
 
 @pytest.fixture
 def folder(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "model")
+    tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 
@@ -187,3 +189,38 @@ def test_flags_of_the_other_method_are_refused(flags, message, folder, capsys):
     with pytest.raises(SystemExit):
         main(["plan", folder, *flags])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(max_position_embeddings=512),
+        LlamaConfig(
+            max_position_embeddings=128, rope_parameters={"rope_type": "linear", "factor": 4.0}
+        ),
+        GPT2Config(n_positions=512),
+    ],
+    ids=["positions", "scaled", "gpt2"],
+)
+def test_more_tokens_than_the_model_has_positions_do_not_fit_any_card(config, tmp_path, capsys):
+    """It said "fits", and the run was refused; so it did of the default, 2,048 tokens."""
+    config.save_pretrained(tmp_path)
+    (unasked,) = plan(str(tmp_path), capsys=capsys)
+    (longest,) = plan(str(tmp_path), "--sequence_length=512", capsys=capsys)
+    assert unasked == longest
+    assert (longest["sequence_length"], longest["positions"]) == (512, 512)
+    assert "fits, with sequences of up to the model's 512 tokens" in longest["cards"][0]["text"]
+
+    with pytest.raises(SystemExit):
+        plan(str(tmp_path), "--sequence_length=513", capsys=capsys)
+    assert re.search(r"of 513 tokens .* has 512 positions\. Set .* 512 or", capsys.readouterr().err)
+
+
+def test_a_config_that_is_too_long_for_its_model_is_refused(tmp_path, folder, capsys):
+    config = tmp_path / "my.yaml"
+    config.write_text(
+        f"model_name_or_path: {folder}\ntrain_data: x.jsonl\noutput_dir: run\nmax_length: 4097\n"
+    )
+    with pytest.raises(SystemExit):
+        plan(str(config), capsys=capsys)
+    assert "has 4,096 positions" in capsys.readouterr().err

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, Trainer
+import transformers
+from transformers import AutoModelForCausalLM, Trainer
 
 from qft_hf import QFTConfig, QFTTrainer, QFTTrainingArguments, chunk_loss_, quantize_model_
+from qft_hf.hf.chunked_loss import refuse_computing
 from qft_hf.nn import loss as loss_module
 from qft_hf.quant import Int8Gradient
 from tests.hf.test_trainer import arguments, history, sequences, trainer_on
@@ -83,16 +85,63 @@ def test_the_stock_trainer_takes_a_model_with_a_chunked_loss(tmp_path):
     assert history(trainer, "loss")[-1] < history(trainer, "loss")[0]
 
 
-def test_a_model_that_caps_its_logits_is_refused():
-    config = Gemma2Config(
-        vocab_size=61, hidden_size=32, intermediate_size=40, num_hidden_layers=1, head_dim=16,
-        num_attention_heads=2, num_key_value_heads=1, final_logit_softcapping=30.0,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    model = chunk_loss_(quantize_model_(Gemma2ForCausalLM(config), QFTConfig())).train()
-    ids = IDS % 61
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False,
+}  # fmt: skip
+COMPUTING = {
+    "caps": ("Gemma2", {"head_dim": 16}),
+    "scales": ("Cohere", {"num_key_value_heads": 2}),
+    "divides": ("Granite", {}),
+    "casts": ("Mamba", {}),
+    "copies": ("OPT", {"ffn_dim": 40, "word_embed_proj_dim": 32}),
+}
+
+
+def model_of(family, options):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES | options)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize(("family", "options"), COMPUTING.values(), ids=list(COMPUTING))
+def test_a_model_that_computes_with_its_logits_is_refused_where_the_trainer_is_built(
+    family, options, tmp_path
+):
+    """The first step said it, after all was loaded, tokenized and scored."""
+    args = arguments(tmp_path, QFTTrainingArguments, chunked_loss=True)
+    with pytest.raises(ValueError, match=rf"{family}ForCausalLM scales or caps .* Leave chunked_"):
+        QFTTrainer(model=model_of(family, options), args=args)
+
+
+def test_a_head_that_comes_to_compute_with_its_logits_is_refused_by_the_first_step():
+    model = chunk_loss_(quantized()).train()
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits / 2)
     with pytest.raises(TypeError, match=r"computes with its logits .* Leave chunked_loss off"):
-        model(input_ids=ids, labels=ids)
+        model(input_ids=IDS, labels=IDS)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("Mixtral", {"num_local_experts": 2, "output_router_logits": True}), ("GPT2", {"n_head": 2})],
+)
+def test_asking_whether_a_model_computes_with_its_logits_leaves_no_trace(family, options):
+    model = quantize_model_(model_of(family, options), QFTConfig())
+    model.lm_head.eval()
+    attributes = [dict(vars(module)) for module in model.modules()]
+    random = torch.random.get_rng_state()
+
+    refuse_computing(model)
+
+    for module, before in zip(model.modules(), attributes, strict=True):
+        assert {**vars(module), "_loss_function": None} == {**before, "_loss_function": None}
+    assert torch.equal(torch.random.get_rng_state(), random)
+    ids = IDS % 61
+    loss = model.eval()(input_ids=ids, labels=ids).loss
+    model.lm_head.train()  # it alone defers
+    chunked = chunk_loss_(model)(input_ids=ids, labels=ids).loss
+    # The same sums over the vocabulary in another order.
+    torch.testing.assert_close(chunked, loss, rtol=1e-6, atol=0)
 
 
 def test_a_head_in_int8_products_is_refused_and_one_left_out_is_not(tmp_path):

@@ -15,6 +15,7 @@ from ..absent_model import refused_if_absent
 from ..card_facts import parameters_of
 from ..estimate import estimate_memory, estimate_side_memory
 from ..optimizers import given_options
+from ..prepared_model import refuse_before_loading
 from .data import DataCounts
 from .evidence import LEARNED, classes_of, example_text
 from .forecast import disk_bytes, n_steps, side_workload_of, workload_of
@@ -133,6 +134,8 @@ def check(arguments: RunArguments) -> Check:
     }
     with torch.device("meta"), refused_if_absent(place):
         model = task.model_class.from_config(config, **how)
+    if arguments.method.side is None:
+        refuse_before_loading(model, training)
     packing = "none: examples are padded"
     if arguments.data.packing:
         packing = _try_packing(task.model_class, config, how, training.device)

@@ -16,6 +16,7 @@ from transformers import (
 from .. import shipped
 from ..absent_model import refused_if_absent
 from ..checkpoint import weight_files
+from ..positions import n_positions
 from ..tensor_files import tensor_names
 from .arguments import ModelArguments
 from .task import Task
@@ -131,7 +132,7 @@ def check_fit(
         ValueError: It is.
     """
     text_config = config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions = n_positions(config)
     if positions is not None and max_length > positions:
         raise ValueError(
             f"max_length is {max_length}, but the model has {positions} positions. Set max_length "
