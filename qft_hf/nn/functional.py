@@ -66,7 +66,7 @@ class _Linear(torch.autograd.Function):
         if needs_weight:
             (x,) = ctx.saved_tensors
             tiles = dequantized.weight_gradient(grad, x.reshape(-1, x.shape[-1]))
-            gradient = weight.gradient(*tiles)
+            gradient = weight.gradient(tiles)
         return grad_x, gradient, grad.sum(dim=0) if needs_bias else None, None
 
 
@@ -109,7 +109,7 @@ class _Int8Linear(torch.autograd.Function):
             if grad_x.dtype != ctx.x_dtype:
                 grad_x = grad_x.to(ctx.x_dtype)
             grad_x = grad_x.view(ctx.x_shape)
-        gradient = None if tiles is None else weight.gradient(*tiles)
+        gradient = None if tiles is None else weight.gradient(tiles)
         return grad_x, gradient, grad.sum(dim=0) if needs_bias else None, None, None, None
 
 

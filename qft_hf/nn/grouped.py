@@ -148,7 +148,9 @@ class _Grouped(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             (x,) = ctx.saved_tensors
             groups, tiles = ctx.groups, ctx.tiles
-            gradient = weight.gradient(lambda rows: _gradient(grad, x, weight, groups, tiles, rows))
+            gradient = weight.gradient(
+                Tiles(lambda rows: _gradient(grad, x, weight, groups, tiles, rows))
+            )
         return grad_x, gradient, None, None
 
 
@@ -236,7 +238,7 @@ class _Int8Grouped(torch.autograd.Function):
             if tiles is not None:
                 made[expert] = tiles
         grad_x = _joined(grads_x, grad, weight.arrangement.columns) if needs_x else None
-        gradient = weight.gradient(*_below_each_other(made, weight)) if needs_weight else None
+        gradient = weight.gradient(_below_each_other(made, weight)) if needs_weight else None
         return grad_x, gradient, None, None, None, None
 
 

@@ -151,14 +151,12 @@ class TiledGradient(Int8Tensor):
     makes it at once.
 
     Args:
-        make: Makes the float gradient `[n, columns]` of a range of rows. What it refers to, inputs
-            and output gradients of a layer, is alive until then.
-        make_quantized: Makes codes and scales of a range of rows, the bits of `kernels.quantize` of
-            `make`, where that takes no float gradient; None: by just that.
+        tiles: Makes them. What it refers to, inputs and output gradients of a layer, is alive until
+            then.
         rows: Ranges of rows that cover the gradient in order.
         arrangement: That of the weight; `rows` and what is made are of its matrix.
         dtype: The outer float dtype, that of the weight.
-        device: Where `make` puts them.
+        device: Where the tiles are made.
     """
 
     FIELDS = ()
@@ -172,23 +170,16 @@ class TiledGradient(Int8Tensor):
         return Tensor._make_wrapper_subclass(cls, arrangement.shape, dtype=dtype, device=device)
 
     def __init__(
-        self,
-        make: Callable[[slice], Tensor],
-        make_quantized: Callable[[slice], tuple[Tensor, Tensor]] | None,
-        rows: list[slice],
-        *,
-        arrangement: Arrangement,
-        **_: Any,
+        self, tiles: Tiles, rows: list[slice], *, arrangement: Arrangement, **_: Any
     ) -> None:
-        self.make = make
-        self.make_quantized = make_quantized
+        self.made_by = tiles
         self.rows = rows
         self.arrangement = arrangement
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Each range of rows with its contiguous float gradient."""
         for rows in self.rows:
-            yield rows, self.make(rows).contiguous()
+            yield rows, self.made_by.make(rows).contiguous()
 
     def values(self) -> Tensor:
         """The values that its INT8 form has, as a plain tensor of the outer dtype."""
@@ -196,22 +187,15 @@ class TiledGradient(Int8Tensor):
 
     def quantized(self) -> Int8Gradient:
         """All of it in INT8; each tile is quantized as soon as it exists."""
-        if self.make_quantized is None:
-            parts = (
-                (rows, kernels.quantize(tile, group_size=STATE_GROUP_SIZE))
-                for rows, tile in self.tiles()
-            )
-        else:
-            parts = ((rows, self.make_quantized(rows)) for rows in self.rows)
         if len(self.rows) == 1:
-            codes, scales = next(parts)[1]
-            return Int8Gradient(codes, scales, dtype=self.dtype, arrangement=self.arrangement)
-        n_rows, columns = self.arrangement.matrix_shape
-        n_groups = GroupLayout(n_rows, columns, STATE_GROUP_SIZE).n_groups
-        codes = torch.empty(n_rows, columns, dtype=torch.int8, device=self.device)
-        scales = torch.empty(n_rows, n_groups, dtype=torch.float32, device=self.device)
-        for rows, part in parts:
-            codes[rows], scales[rows] = part
+            codes, scales = self.made_by.quantized(self.rows[0])
+        else:
+            n_rows, columns = self.arrangement.matrix_shape
+            n_groups = GroupLayout(n_rows, columns, STATE_GROUP_SIZE).n_groups
+            codes = torch.empty(n_rows, columns, dtype=torch.int8, device=self.device)
+            scales = torch.empty(n_rows, n_groups, dtype=torch.float32, device=self.device)
+            for rows in self.rows:
+                codes[rows], scales[rows] = self.made_by.quantized(rows)
         return Int8Gradient(codes, scales, dtype=self.dtype, arrangement=self.arrangement)
 
 

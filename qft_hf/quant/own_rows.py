@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import kernels
 from ..layout import STATE_GROUP_SIZE, row_tiles
 from .arrangement import Arrangement
-from .gradient import Int8Gradient, TiledGradient
+from .gradient import Int8Gradient, TiledGradient, Tiles
 from .reading import aten, read
 from .tensor import Int8Tensor
 
@@ -149,8 +149,8 @@ class OwnTiles(TiledGradient):
         like: Int8Tensor,
     ) -> None:
         n_rows, columns = own_rows.stop - own_rows.start, like.arrangement.columns
-        tiles = list(row_tiles(n_rows, columns)) if n_rows else []
-        super().__init__(make, None, tiles, arrangement=Arrangement((n_rows, columns)))
+        rows = list(row_tiles(n_rows, columns)) if n_rows else []
+        super().__init__(Tiles(make), rows, arrangement=Arrangement((n_rows, columns)))
         self.own_rows = own_rows
         self.square_sum = square_sum
         self.like = like
@@ -164,8 +164,7 @@ class OwnTiles(TiledGradient):
         """All own rows in INT8."""
         stored = None
         if self.rows:
-            tiles = (tile for _, tile in self.tiles())
-            parts = [kernels.quantize(tile, group_size=STATE_GROUP_SIZE) for tile in tiles]
+            parts = [self.made_by.quantized(rows) for rows in self.rows]
             codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
             stored = kernels.Quantized(codes, scales, STATE_GROUP_SIZE)
             self.square_sum.copy_(kernels.squared_norm(stored))

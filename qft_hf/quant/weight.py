@@ -1,6 +1,6 @@
 """`QFTWeight`: a trainable weight stored as INT8 codes beside a few outliers in FP32."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .. import kernels, layout
 from ..config import QuantizationSpec
-from ..layout import INT16_COLUMNS, STATE_GROUP_SIZE, GroupLayout, outliers_per_row
+from ..layout import INT16_COLUMNS, GroupLayout, outliers_per_row
 from .arrangement import Arrangement
-from .gradient import Int8Gradient, TiledGradient
+from .gradient import Int8Gradient, TiledGradient, Tiles
 from .reading import aten, read, view, warn_of_memory
 from .tensor import Int8Tensor
 
@@ -325,34 +325,15 @@ class QFTWeight(Int8Tensor):
             return False
         return all(getattr(hook, "wants_tiles", False) for hook in hooks.values())
 
-    def gradient(
-        self,
-        tile: Callable[[slice], Tensor],
-        quantized_tile: Callable[[slice], tuple[Tensor, Tensor]] | None = None,
-    ) -> Int8Gradient | TiledGradient:
-        """The gradient of this weight, quantized tile by tile, or left in tiles if that is wanted.
-
-        Args:
-            tile: As `make` of `TiledGradient`.
-            quantized_tile: As its `make_quantized`.
-        """
-        tiles = [ALL_ROWS] if self.is_one_tile else list(self.row_tiles())
+    def gradient(self, tiles: Tiles) -> Int8Gradient | TiledGradient:
+        """The gradient of this weight, quantized tile by tile; left in tiles if that is wanted."""
+        rows = [ALL_ROWS] if self.is_one_tile else list(self.row_tiles())
         wants_tiles = self.wants_tiles
-        if not wants_tiles and len(tiles) == 1:
-            if quantized_tile is None:
-                codes, scales = kernels.quantize(
-                    tile(ALL_ROWS).contiguous(), group_size=STATE_GROUP_SIZE
-                )
-            else:
-                codes, scales = quantized_tile(ALL_ROWS)
+        if not wants_tiles and len(rows) == 1:
+            codes, scales = tiles.quantized(ALL_ROWS)
             return Int8Gradient(codes, scales, dtype=self.dtype, arrangement=self.arrangement)
         gradient = TiledGradient(
-            tile,
-            quantized_tile,
-            tiles,
-            arrangement=self.arrangement,
-            dtype=self.dtype,
-            device=self.device,
+            tiles, rows, arrangement=self.arrangement, dtype=self.dtype, device=self.device
         )
         return gradient if wants_tiles else gradient.quantized()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qft_hf.quant import Arrangement, Int8Gradient, TiledGradient
+from qft_hf.quant import Arrangement, Int8Gradient, TiledGradient, Tiles
 from tests.tolerances import FP32_EPS, assert_same_bits, rounding_bound
 from tests.values import scales64, values64
 
@@ -54,25 +54,23 @@ def test_rows_may_come_in_any_order_and_form(dtype):
     assert_same_bits(whole.dequantize(), (whole.codes * scales64(whole).float()).to(dtype))
 
 
-def tiled(x: torch.Tensor, n_rows: int, **arguments) -> TiledGradient:
+def tiled(x: torch.Tensor, n_rows: int, made_by: Tiles | None = None) -> TiledGradient:
     """`x` in tiles of `n_rows` rows, as if they were made when they are asked for."""
     rows = [slice(i, min(i + n_rows, len(x))) for i in range(0, len(x), n_rows)]
-    settings = {"make": lambda part: x[part], "make_quantized": None, **arguments}
     return TiledGradient(
-        rows=rows,
+        made_by or Tiles(lambda part: x[part]),
+        rows,
         arrangement=Arrangement(tuple(x.shape)),
         dtype=x.dtype,
         device=x.device,
-        **settings,
     )
 
 
 @pytest.mark.parametrize("n_rows", [7, 3])
 def test_tiles_are_made_when_they_are_asked_for_and_in_order(n_rows):
     x, made = random(dtype=torch.bfloat16), []
-    gradient = tiled(x.t().contiguous().t(), n_rows)  # its tiles are not contiguous
-    make = gradient.make
-    gradient.make = lambda rows: made.append(rows) or make(rows)
+    transposed = x.t().contiguous().t()  # its tiles are not contiguous
+    gradient = tiled(x, n_rows, Tiles(lambda rows: made.append(rows) or transposed[rows]))
     alias = gradient.detach()
 
     assert isinstance(alias, TiledGradient)
@@ -113,7 +111,7 @@ def test_tiles_that_are_made_quantized_are_never_float(n_rows):
     def make_quantized(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         return eager.codes[rows], eager.scales[rows]
 
-    gradient = tiled(x, n_rows, make=make, make_quantized=make_quantized).detach().quantized()
+    gradient = tiled(x, n_rows, Tiles(make, make_quantized)).detach().quantized()
 
     assert_same_bits(gradient.codes, eager.codes)
     assert_same_bits(gradient.scales, eager.scales)
