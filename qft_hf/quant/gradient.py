@@ -37,21 +37,8 @@ class Int8Gradient(Int8Tensor):
         "gradient from a hook, or assign it to .grad: it is quantized again."
     )
 
-    stored: kernels.Quantized  # the fields as operators take them
+    stored: kernels.Quantized
     own_rows: slice | None = None  # which rows it has; None: all (`own_rows.py`)
-
-    @staticmethod
-    def __new__(
-        cls,
-        codes: Tensor,
-        scales: Tensor,
-        *,
-        dtype: torch.dtype,
-        arrangement: Arrangement | None = None,
-    ) -> Self:
-        """Make the outer tensor: the device of the codes, no storage."""
-        shape = codes.shape if arrangement is None else arrangement.shape
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
 
     def __init__(
         self,
@@ -63,16 +50,6 @@ class Int8Gradient(Int8Tensor):
     ) -> None:
         self.stored = kernels.Quantized(codes, scales, STATE_GROUP_SIZE)
         self.arrangement = arrangement or Arrangement(tuple(codes.shape))
-
-    @property
-    def codes(self) -> Tensor:  # type: ignore[override]
-        """int8 `[rows, columns]`."""
-        return self.stored.codes
-
-    @property
-    def scales(self) -> Tensor:  # type: ignore[override]
-        """fp32 `[rows, n_groups]`."""
-        return self.stored.scales
 
     @property
     def witness(self) -> Tensor:
@@ -308,7 +285,8 @@ def _zero_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8
 
 
 @Int8Gradient.implements(aten.linalg_vector_norm.default)
-def _vector_norm(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def vector_norm(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The 2-norm of a gradient, without its values; any other is of the values."""
     gradient, order = args[0], args[1] if len(args) > 1 else 2
     if order != 2 or len(args) > 2 or kwargs.get("dim") is not None:
         return read(operator, args, kwargs)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import kernels
 from ..layout import STATE_GROUP_SIZE, row_tiles
 from .arrangement import Arrangement
-from .gradient import Int8Gradient, TiledGradient, Tiles
+from .gradient import IN_PLACE, Int8Gradient, TiledGradient, Tiles, vector_norm
 from .reading import aten, read
 from .tensor import Int8Tensor
 
@@ -90,12 +90,12 @@ class OwnRows(Int8Gradient):
             super().drop_nonfinite_()
 
 
+# Of all that an INT8 gradient does without its values, own rows do what follows alone.
 OwnRows._operators.clear()
+OwnRows.implements(aten.linalg_vector_norm.default)(vector_norm)
 
 
-@OwnRows.implements(
-    aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar
-)  # fmt: skip
+@OwnRows.implements(*IN_PLACE.values())
 def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     gradient, factor = args
     if not isinstance(gradient, OwnRows) or (isinstance(factor, Tensor) and factor.numel() > 1):
@@ -112,14 +112,6 @@ def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 @OwnRows.implements(aten.add_.Tensor, aten.add.Tensor)
 def _refuse(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return next(tensor for tensor in args if isinstance(tensor, OwnRows)).values()
-
-
-@OwnRows.implements(aten.linalg_vector_norm.default)
-def _vector_norm(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    gradient, order = args[0], args[1] if len(args) > 1 else 2
-    if order != 2 or len(args) > 2 or kwargs.get("dim") is not None:
-        return read(operator, args, kwargs)
-    return gradient.square_sum.sqrt().float()
 
 
 class OwnTiles(TiledGradient):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from .. import kernels
 from .arrangement import Arrangement
 from .reading import Readable, aten, read, view
 
@@ -18,15 +19,36 @@ class Int8Tensor(Readable):
     """A tensor of a float `dtype` whose values are stored in INT8 `FIELDS`, as a matrix.
 
     Attributes:
-        codes: int8 `[rows, columns]`.
-        scales: fp32 `[rows, n_groups]`.
+        stored: The fields as operators take them.
         arrangement: How the values of this tensor lie in that matrix.
     """
 
     FIELDS: ClassVar[tuple[str, ...]]
-    codes: Tensor
-    scales: Tensor
+    stored: kernels.Quantized | kernels.Weight
     arrangement: Arrangement
+
+    @staticmethod
+    def __new__(
+        cls,
+        codes: Tensor,
+        *_: Any,
+        dtype: torch.dtype,
+        arrangement: Arrangement | None = None,
+        **__: Any,
+    ) -> Self:
+        """Make the outer tensor: the device of the codes, no storage."""
+        shape = codes.shape if arrangement is None else arrangement.shape
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
+
+    @property
+    def codes(self) -> Tensor:
+        """int8 `[rows, columns]`."""
+        return self.stored.codes
+
+    @property
+    def scales(self) -> Tensor:
+        """fp32 `[rows, n_groups]`."""
+        return self.stored.scales
 
     def fields(self) -> dict[str, Tensor]:
         """The stored tensors by name; they share memory with this one."""
@@ -76,7 +98,7 @@ class Int8Tensor(Readable):
 
     @classmethod
     def __tensor_unflatten__(
-        cls, fields: dict[str, Tensor], meta: dict[str, Any], outer_size: Any, outer_stride: Any
+        cls, fields: dict[str, Any], meta: dict[str, Any], outer_size: Any, outer_stride: Any
     ) -> Self:
         """Rebuild from `__tensor_flatten__`."""
         return cls(**fields, **meta)

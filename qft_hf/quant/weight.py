@@ -51,7 +51,7 @@ class QFTWeight(Int8Tensor):
         "leave DistributedDataParallel out: an optimizer of qft_hf averages gradients itself."
     )
 
-    stored: kernels.Weight  # the fields as operators take them
+    stored: kernels.Weight
     # Whether an embedding looks rows of it up, and maybe a head shares it: its gradient is then
     # added up, and the logits' gradient must not wait for that.
     is_table: bool = False
@@ -76,8 +76,7 @@ class QFTWeight(Int8Tensor):
                 "weights cannot: use from_pretrained(..., device_map=...) with devices that hold "
                 "the model together, or model.to(device)."
             )
-        shape = codes.shape if arrangement is None else arrangement.shape
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
+        return super().__new__(cls, codes, dtype=dtype, arrangement=arrangement)
 
     def __init__(
         self,
@@ -92,16 +91,6 @@ class QFTWeight(Int8Tensor):
     ) -> None:
         self.stored = kernels.Weight(codes, scales, outlier_values, outlier_columns, group_size)
         self.arrangement = arrangement or Arrangement(tuple(codes.shape))
-
-    @property
-    def codes(self) -> Tensor:  # type: ignore[override]
-        """int8 `[rows, columns]`."""
-        return self.stored.codes
-
-    @property
-    def scales(self) -> Tensor:  # type: ignore[override]
-        """fp32 `[rows, n_groups]`."""
-        return self.stored.scales
 
     @property
     def outlier_values(self) -> Tensor:
