@@ -11,7 +11,7 @@ from torch.autograd import function
 from .. import kernels
 from ..quant import Int8Gradient, QFTWeight, Tiles
 from . import dequantized, int8
-from .products import Int8Products
+from .products import FLOAT, Int8Products
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,44 +37,10 @@ def _own(result: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """y[..., R] = x[..., C] W[R, C]^T + b[R], by float products with the dequantized weight."""
+    """y[..., R] = x[..., C] W[R, C]^T + b[R], each of the three products as `products` says.
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: QFTWeight, bias: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        ctx.x_dtype, ctx.x_shape = x.dtype, x.shape
-        if x.dtype != dtype:
-            x = x.to(dtype)
-        # The weight is no saved tensor: it is not copied, moved or offloaded with activations.
-        ctx.weight = weight
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        return _own(dequantized.forward(x, weight, bias))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        weight: QFTWeight = ctx.weight
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        grad = grad_output.reshape(-1, grad_output.shape[-1])
-        grad_x = gradient = None
-        if needs_x:
-            grad_x = dequantized.input_gradient(grad, weight)
-            if grad_x.dtype != ctx.x_dtype:
-                grad_x = grad_x.to(ctx.x_dtype)
-            grad_x = grad_x.view(ctx.x_shape)
-        if needs_weight:
-            (x,) = ctx.saved_tensors
-            tiles = dequantized.weight_gradient(grad, x.reshape(-1, x.shape[-1]))
-            gradient = weight.gradient(tiles)
-        return grad_x, gradient, grad.sum(dim=0) if needs_bias else None, None
-
-
-class _Int8Linear(torch.autograd.Function):
-    """The same, each of its three products as `products` says.
-
-    `operand` is the quantized `x` where a product needs it, and then `x` itself is not kept for the
-    weight's gradient.
+    `operand` is the quantized `x` where an INT8 product needs it, and then `x` itself is not kept
+    for the weight's gradient.
     """
 
     @staticmethod
@@ -87,6 +53,7 @@ class _Int8Linear(torch.autograd.Function):
         operand: kernels.Input | None,
         dtype: torch.dtype,
     ) -> Tensor:
+        # The weight is no saved tensor: it is not copied, moved or offloaded with activations.
         ctx.weight, ctx.products = weight, products
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         y, kept = multiplied(
@@ -226,14 +193,12 @@ def linear(
     if not training and not torch.is_grad_enabled():
         if 0 < x.numel() <= dequantized.max_tokens(dtype, x.device) * x.shape[-1]:
             return _own(dequantized.forward_few(x.to(dtype), weight, bias))
-    output: Tensor
     if products is None or x.numel() < int8.MIN_TOKENS * x.shape[-1]:
-        output = _Linear.apply(x, weight, bias, dtype)
-        return output
+        products = FLOAT
     operand = None
     if products.forward or (products.weight_gradient and torch.is_grad_enabled()):
         operand = int8.quantized_input(x, n_outliers=weight.outlier_values.shape[1])
-    output = _Int8Linear.apply(x, weight, bias, products, operand, dtype)
+    output: Tensor = _Linear.apply(x, weight, bias, products, operand, dtype)
     return output
 
 
