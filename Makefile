@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-PARALLEL := -n auto --maxprocesses 4
+# Who is done takes tests from the others; those of a file stay together else.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 SOURCES := qft_hf qft_hf_cli tests scripts
 
 # A machine without an NVIDIA GPU takes the CPU build of PyTorch.
@@ -20,7 +21,8 @@ help:  ## Show this list
 $(INSTALLED): pyproject.toml .ci/constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qft_hf needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e '.[dev,demo,bench]'
+	@# Python compiles what it imports: a small part of what is installed.
+	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) -e '.[dev,demo,bench]'
 	@touch $@
 
 install: $(INSTALLED)  ## Create .venv with the package, its tools and the demo's needs
@@ -39,7 +41,7 @@ types: $(INSTALLED)  ## Check types
 test: $(INSTALLED)  ## All tests that need no GPU
 	@find qft_hf -name '*.nb[ci]' -delete  # compiled code does not notice changes in other files
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_adamw_triton.py tests/hf/test_liger_kernels.py
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) --dist loadfile -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
 
 test-ptx: $(INSTALLED)  ## Triton's kernels as compiled for a GPU, executed on this machine: minutes
 	for capability in 86 90; do \
