@@ -6,6 +6,7 @@ Needs a process in which Triton does not interpret: the ordinary test run.
 
 import importlib
 import os
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,6 +66,16 @@ LION = [
     (4096, 64, 41),
     (4096, 100, 41),
 ]
+LIVE = [(False,), (True,)]  # whether numbers of a step are in memory
+
+
+def in_turn(cases: list[tuple], forms: list[tuple]) -> list[tuple]:
+    """Each case for each GPU in one of the forms; each form of each case, and for each GPU."""
+    return [
+        (*case, *forms[(number + place) % len(forms)], capability)
+        for number, case in enumerate(cases)
+        for place, capability in enumerate(CAPABILITIES)
+    ]
 
 
 RULE = Lion(lr=3e-4, beta1=0.9, beta2=0.99, weight_decay=0.1)
@@ -194,9 +205,9 @@ def test_packed_lion_step(columns, group_size, n_outliers, capability):
         assert compiled.count(r"STG.*\.(U8|S8)") <= (2 if n_outliers else 0)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("live", [False, True], ids=["numbers", "live"])
-@pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
+@pytest.mark.parametrize(
+    ("columns", "group_size", "n_outliers", "live", "capability"), in_turn(LION, LIVE)
+)
 def test_weight_step(columns, group_size, n_outliers, live, capability):
     """The kernel of Lion without momentum: codes of the weight and the direction are all."""
     compiled = compile_lion(capability, columns, group_size, n_outliers, momentum_bits=0, live=live)
@@ -209,9 +220,9 @@ def test_weight_step(columns, group_size, n_outliers, live, capability):
         assert compiled.count(r"STG.*\.(U8|S8)") <= (2 if n_outliers else 0)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("live", [False, True], ids=["numbers", "live"])
-@pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
+@pytest.mark.parametrize(
+    ("columns", "group_size", "n_outliers", "live", "capability"), in_turn(LION, LIVE)
+)
 def test_lion_step(columns, group_size, n_outliers, live, capability, request):
     if columns == 11008 and capability in (86, 89) and not live:
         reason = "two addresses are kept on the stack, outside of loops, beside a seed of 64 bits"
@@ -230,9 +241,9 @@ def test_lion_step(columns, group_size, n_outliers, live, capability, request):
         assert ".target sm_90" in compiled.ptx
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("live", [False, True], ids=["numbers", "live"])
-@pytest.mark.parametrize(("columns", "group_size", "n_outliers"), LION, ids=str)
+@pytest.mark.parametrize(
+    ("columns", "group_size", "n_outliers", "live", "capability"), in_turn(LION, LIVE)
+)
 def test_quantize_and_lion_step(columns, group_size, n_outliers, live, capability):
     # The wider where registers are scarcest.
     gradient = torch.float32 if columns == 11008 else torch.bfloat16
@@ -247,10 +258,11 @@ def test_quantize_and_lion_step(columns, group_size, n_outliers, live, capabilit
         assert compiled.count(r"STG.*\.128") == 2
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("is_live", [False, True], ids=["numbers", "live"])
-@pytest.mark.parametrize("has_momentum", [True, False])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "has_momentum", "is_live", "capability"),
+    in_turn(list(product(FLOATS, [True, False])), LIVE),
+    ids=str,
+)
 def test_float_steps(dtype, has_momentum, is_live, capability):
     live = torch.ones(3, N_LIVE, dtype=torch.float64) if is_live else None
     parameters, gradients = [torch.ones(3, 700, dtype=dtype)], [torch.ones(3, 700, dtype=dtype)]
@@ -331,9 +343,11 @@ def test_embedding_gradient(columns, capability):
     assert compiled.count(r"STG.*\.128") >= 1
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("n_each", [None, 1, 32])  # None: all rows are expanded
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("n_each", "dtype", "capability"),
+    in_turn([(None,), (1,), (32,)], [(dtype,) for dtype in FLOATS]),  # None: all are expanded
+    ids=str,
+)
 def test_dequantize(dtype, n_each, capability):
     rows = None if n_each is None else tensor(9, dtype=torch.int64)
     expanded = make_weight(4096, 256, 41)
@@ -351,12 +365,12 @@ def test_dequantize(dtype, n_each, capability):
         assert "cvt.rn.bf16" in compiled.ptx
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("n_tokens", [1, 16])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
-    ("columns", "group_size", "n_outliers"),
-    [(4096, None, 41), (11008, None, 111), (4096, 64, 41), (4096, 100, 41)],
+    ("columns", "group_size", "n_outliers", "dtype", "n_tokens", "capability"),
+    in_turn(
+        [(4096, None, 41), (11008, None, 111), (4096, 64, 41), (4096, 100, 41)],
+        list(product(FLOATS, [1, 16])),
+    ),
     ids=str,
 )
 def test_dequantized_matmul(columns, group_size, n_outliers, dtype, n_tokens, capability):
@@ -462,9 +476,11 @@ def test_products_with_given_columns(requantizes, capability, monkeypatch):
     assert compiled.count(r"STG.*\.128") >= compiled.count("STG") - 1  # the scale
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("i", range(3))
+@pytest.mark.parametrize(
+    ("i", "dtype", "capability"),
+    in_turn([(0,), (1,), (2,)], [(dtype,) for dtype in FLOATS]),
+    ids=str,
+)
 def test_int8_linear(i, dtype, capability, monkeypatch):
     """Float columns after the integer loop, on matrix units in 16 bits, and not as TF32."""
     tile = int8_product.TILES[divmod(capability, 10)][i]

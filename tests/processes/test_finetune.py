@@ -1,4 +1,4 @@
-"""A whole run on two processes, started as a user starts it."""
+"""Whole runs on two processes, by the command and the launcher of a user."""
 
 import json
 import subprocess
@@ -43,23 +43,34 @@ def words(flags, **changes):
     return [f"--{name}={value}" for name, value in {**flags, **changes}.items()]
 
 
-def launch(flags, **changes):
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
-        f"--main_process_port={free_port()}", "-m", "qft_hf", "finetune", *words(flags, **changes),
-    ]  # fmt: skip
-    return subprocess.run(
-        command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS
-    )
+def of_a_side_network(flags):
+    side = {name: value for name, value in flags.items() if name != "export_dtype"}
+    side |= {"method": "qst", "base": "int8", "side_r": 4, "bf16": "true"}
+    return side | {"gradient_checkpointing": "true"}
 
 
 @pytest.fixture(scope="module")
 def two(flags, tmp_path_factory):
-    """What two processes have written, and said."""
+    """What two processes have written, and said: of a run, the same again, and a side network."""
     folder = tmp_path_factory.mktemp("two")
-    done = launch(flags, output_dir=folder / "run")
+    commands = [
+        ["finetune", *words(flags, output_dir=folder / "run")],
+        ["finetune", *words(flags, output_dir=folder / "run")],
+        ["finetune", *words(of_a_side_network(flags), output_dir=folder / "side")],
+    ]
+    (folder / "commands.json").write_text(json.dumps(commands))
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
+            f"--main_process_port={free_port()}", "-m", "tests.processes.commands", str(folder),
+        ],
+        cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE_SECONDS,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-8000:]
-    return folder / "run", done
+    said = [
+        [(folder / f"{n}-{rank}.txt").read_text() for rank in (0, 1)] for n in range(len(commands))
+    ]
+    return folder, said
 
 
 @pytest.fixture(scope="module")
@@ -71,64 +82,66 @@ def one(flags, tmp_path_factory):
 
 
 def test_two_processes_write_what_one_does(two, one):
-    (folder, _), (alone, summary) = two, one
+    (folder, said), (alone, summary) = two, one
+    assert [text.splitlines()[-1] for text in said[0]] == ["exit status 0"] * 2, said[0]
+    run = folder / "run"
     names = {path.relative_to(alone) for path in alone.rglob("*")}
-    own = {path.relative_to(folder) for path in folder.rglob("*")}
+    own = {path.relative_to(run) for path in run.rglob("*")}
 
     assert {path for path in names ^ own if not path.name.startswith("rng_state")} == set()
     for name in ("model.safetensors", "checkpoint-1/model.safetensors"):
-        tensors = load_file(folder / name)
+        tensors = load_file(run / name)
         for key, expected in load_file(alone / name).items():
             assert torch.equal(tensors[key], expected), (name, key)
-    found = json.loads((folder / "summary.json").read_text())
+    found = json.loads((run / "summary.json").read_text())
     assert found["after"] == pytest.approx(summary.after, rel=1e-5)
 
 
 def test_the_summary_is_of_all_processes(two, one):
-    (folder, done), (_, summary) = two, one
-    found = json.loads((folder / "summary.json").read_text())
+    (folder, said), (_, summary) = two, one
+    found = json.loads((folder / "run" / "summary.json").read_text())
 
     assert len(found["peak_bytes"]) == 2
     assert found["peak_memory"]["bytes"] == max(found["peak_bytes"])
     assert found["trained_tokens"] == summary.trained_tokens > 0
     assert found["tokens_per_second"] == found["trained_tokens"] / found["train_seconds"]
-    assert "tokens/s of 2 processes" in done.stdout
-    assert "GB on each of 2, resident memory of the process" in done.stdout
+    assert "tokens/s of 2 processes" in said[0][0]
+    assert "GB on each of 2, resident memory of the process" in said[0][0]
     assert len(summary.peak_bytes) == 1
     assert "processes" not in str(summary)
     assert "on each of" not in str(summary)
 
 
 def test_one_process_speaks(two):
-    _, done = two
-    output = done.stdout + done.stderr
+    _, said = two
     for text in ("on this process, one of 2", "names no licence", "tokens/s", "The first example"):
-        assert output.count(text) == 1, text
+        assert "".join(said[0]).count(text) == 1, text
 
 
-def test_what_the_first_process_refuses_stops_all_and_destroys_nothing(flags, two):
-    folder, _ = two
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    done = launch(flags, output_dir=folder)
+def test_what_the_first_process_refuses_stops_all_and_destroys_nothing(two):
+    """That all is there, and as it was, is also seen by what looks at the files afterwards."""
+    folder, said = two
+    run = folder / "run"
 
-    assert done.returncode != 0
-    assert "overwrite_output" in done.stderr
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert "exit status 0" not in "".join(said[1])
+    assert "overwrite_output" in said[1][0]
+    ended = (folder / "0-0.txt").stat().st_mtime_ns
+    assert [path for path in (run, *run.rglob("*")) if path.stat().st_mtime_ns > ended] == []
 
 
-def test_a_side_network_learns_from_the_examples_of_all_processes(flags, tmp_path):
+def test_a_side_network_learns_from_the_examples_of_all_processes(flags, two, tmp_path):
     """Though the model is scored before training, which Accelerate prepares it for otherwise."""
-    side = {name: value for name, value in flags.items() if name != "export_dtype"}
-    side |= {"method": "qst", "base": "int8", "side_r": 4, "bf16": "true"}
-    side["gradient_checkpointing"] = "true"
-    done = launch(side, output_dir=tmp_path / "two")
-    assert done.returncode == 0, done.stderr[-8000:]
+    folder, said = two
+    assert [text.splitlines()[-1] for text in said[2]] == ["exit status 0"] * 2, said[2]
+    side = of_a_side_network(flags)
     finetune(
         parse_arguments(words(side, output_dir=tmp_path / "one", gradient_accumulation_steps=2))
     )
 
-    assert "owns some rows" not in done.stdout + done.stderr  # each holds all of a side network
-    two, one = (load_file(tmp_path / run / "side_network.safetensors") for run in ("two", "one"))
-    assert two.keys() == one.keys()
-    for name, expected in one.items():
-        torch.testing.assert_close(two[name], expected, msg=name)
+    assert "owns some rows" not in "".join(said[2])  # each holds all of a side network
+    found, expected = (
+        load_file(run / "side_network.safetensors") for run in (folder / "side", tmp_path / "one")
+    )
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        torch.testing.assert_close(found[name], wanted, msg=name)

@@ -13,14 +13,33 @@ import torch
 
 from tests.scripts.commands import COMMANDS, SCRIPTS, load
 
-ROOT = SCRIPTS.parent
-
-
 LINEARS = 7  # of a layer of Llama
+MODES = ("float", "stack", "release", "int8-release")
+OF_EXPERTS = ("stack", "release")
+RUNS = {
+    "1 layer": ("--layers", "1", "--modes", *MODES),
+    "2 layers": ("--layers", "2", "--modes", *MODES),
+    "1 of experts": ("--layers", "1", "--experts", "16", "--modes", *OF_EXPERTS),
+    "2 of experts": ("--layers", "2", "--experts", "16", "--modes", *OF_EXPERTS),
+}
+# Imports what the script needs once, and does each run in a fork.
+PROGRAM = """
+import json, os, runpy, sys
+script, folder, runs = sys.argv[1:]
+main = runpy.run_path(script)["main"]
+for name, flags in json.loads(runs).items():
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0, name
+    else:
+        sys.argv = [script, "--output", f"{folder}/{name}", "--rounds", "1", *flags]
+        main()
+        break
+"""
 
 
-def figures(folder, layers: int, *modes: str, experts: int = 0) -> dict[str, dict[str, float]]:
-    """What the script finds out about models of so many layers, and experts in each."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the script finds out about models of so many layers, in a folder for each run."""
     load("host_cost")  # for its neighbours
     from common.absent_gpu import COMPILERS, c_compiler
 
@@ -29,32 +48,35 @@ def figures(folder, layers: int, *modes: str, experts: int = 0) -> dict[str, dic
     if torch.cuda.is_available():
         pytest.skip("NVIDIA's libcuda is there and does not stand in for itself")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(COMMANDS["host_cost"]), "--output", str(folder)]
-    flags = ["--layers", str(layers), "--rounds", "1", "--modes", *modes]
-    flags += ["--experts", str(experts)]
+    folder = tmp_path_factory.mktemp("host_cost")
+    command = [sys.executable, "-c", PROGRAM, str(COMMANDS["host_cost"]), str(folder)]
     subprocess.run(
-        [*command, *flags], env=environment | {"PYTHONPATH": str(ROOT)}, check=True,
-        capture_output=True,
+        [*command, json.dumps(RUNS)], env=environment | {"PYTHONPATH": str(SCRIPTS.parent)},
+        check=True, capture_output=True,
     )  # fmt: skip
-    return json.loads((folder / "figures.json").read_text())["modes"]
+    return folder
 
 
-def test_every_mode_is_measured_on_an_absent_gpu(tmp_path):
-    modes = figures(tmp_path, 1, "float", "stack", "int8-release")
+def figures(folder, run: str) -> dict[str, dict[str, float]]:
+    return json.loads((folder / run / "figures.json").read_text())["modes"]
 
-    assert list(modes) == ["float", "stack", "int8-release"]
-    launches = [found["launches"] for found in modes.values()]
-    assert launches[0] == 0 < launches[1] < launches[2]
+
+def test_every_mode_is_measured_on_an_absent_gpu(folder):
+    modes = figures(folder, "1 layer")
+
+    assert list(modes) == list(MODES)
+    launches = {name: found["launches"] for name, found in modes.items()}
+    assert launches["float"] == 0 < launches["release"] < launches["stack"]
+    assert launches["stack"] < launches["int8-release"]
     for found in modes.values():
         assert found["adds"] == sum(found[part] for part in ("forward", "backward", "step"))
         assert found["device_operations"] > found["launches"]
-    assert "| int8-release | " in (tmp_path / "table.md").read_text()
+    assert "| int8-release | " in (folder / "1 layer" / "table.md").read_text()
 
 
-def test_a_layer_starts_what_it_has_to_and_nothing_else(tmp_path):
+def test_a_layer_starts_what_it_has_to_and_nothing_else(folder):
     """Each launch that a step makes more, and each operation around it, is paid in every layer."""
-    names = ("float", "stack", "release", "int8-release")
-    one, two = (figures(tmp_path / str(layers), layers, *names) for layers in (1, 2))
+    one, two = figures(folder, "1 layer"), figures(folder, "2 layers")
 
     def of_a_layer(mode: str, figure: str) -> float:
         return two[mode][figure] - one[mode][figure]
@@ -73,11 +95,10 @@ def test_a_layer_starts_what_it_has_to_and_nothing_else(tmp_path):
     assert of_a_layer("int8-release", "torch_operations") <= 606
 
 
-def test_experts_start_what_two_linear_layers_do_however_many_they_are(tmp_path):
-    names = ("stack", "release")
-    one, two = (figures(tmp_path / str(n), n, *names, experts=16) for n in (1, 2))
+def test_experts_start_what_two_linear_layers_do_however_many_they_are(folder):
+    one, two = figures(folder, "1 of experts"), figures(folder, "2 of experts")
 
-    launches = {mode: two[mode]["launches"] - one[mode]["launches"] for mode in names}
+    launches = {mode: two[mode]["launches"] - one[mode]["launches"] for mode in OF_EXPERTS}
 
     # Four of attention, and both weights of all experts, in as many launches each as above.
     assert launches == {"stack": 4 * (4 + 2), "release": 3 * (4 + 2)}
