@@ -12,6 +12,8 @@ ifeq ($(shell command -v nvidia-smi),)
 CONSTRAINTS := -c .ci/constraints-cpu.txt
 endif
 
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install format lint types test test-ptx faults mutants demo bench clean
 
@@ -21,7 +23,7 @@ help:  ## Show this list
 $(INSTALLED): pyproject.toml .ci/constraints-cpu.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "qft_hf needs Python 3.11 or newer: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	@# Python compiles what it imports: a small part of what is installed.
+	@# What is imported is compiled then, and kept: a small part of what is installed.
 	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) -e '.[dev,demo,bench]'
 	@touch $@
 
