@@ -8,17 +8,8 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.processes import accounts, bad_input, forked, trainers, training
-from tests.processes.launch import launch, launch_forked, results
-
-ON_TWO = (
-    *(f"optimizer:{name}" for name in training.SCENARIOS),
-    *(f"trainer:{name}" for name in trainers.KINDS),
-    *(f"trainer:stack/stack-on-{n}" for n in (1, 2, 3)),
-    "trainer:stock/stock-on-2",
-    *(f"account:{name}" for name in accounts.COUNTS),
-    *(f"bad:{name}" for name in bad_input.CASES),
-)
+from tests.processes import forked, trainers
+from tests.processes.launch import launch_forked, results
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +26,6 @@ def runs(tmp_path_factory):
             alone = {name: trainers.run(name, folder, n=1, n_parts=2) for name in trainers.KINDS}
             torch.save(alone, folder / "alone.pt")
             launch_forked(str(folder))
-            launch(str(folder), *ON_TWO, n=2)
     return SimpleNamespace(
         folder=folder,
         alone=torch.load(folder / "alone.pt", weights_only=False),

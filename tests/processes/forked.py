@@ -1,4 +1,4 @@
-"""Three and four processes, forked from this one, which has imported what they need.
+"""Two, three and four processes, forked from this one, which has imported what they need.
 
 No launcher is there that would end the others when one of them fails or is killed.
 
@@ -18,17 +18,24 @@ import torch
 from transformers import TrainerCallback
 
 from tests.optim.common import model_tensors
-from tests.processes import trainers
+from tests.processes import accounts, bad_input, trainers, training
 from tests.processes.launch import begin, free_port
-from tests.processes.training import LONG
 from tests.processes.work import do
 
 ON_FOUR = ("optimizer:uneven", "optimizer:uneven-release")
 ON_THREE = (
-    *(f"optimizer:{name}-no-floats" for name in LONG),
+    *(f"optimizer:{name}-no-floats" for name in training.LONG),
     "optimizer:uneven",
     "optimizer:uneven-release",
     "trainer:stack",
+)
+ON_TWO = (
+    *(f"optimizer:{name}" for name in training.SCENARIOS),
+    *(f"trainer:{name}" for name in trainers.KINDS),
+    *(f"trainer:stack/stack-on-{n}" for n in (1, 2, 3)),
+    "trainer:stock/stock-on-2",
+    *(f"account:{name}" for name in accounts.COUNTS),
+    *(f"bad:{name}" for name in bad_input.CASES),
 )
 ENDS = ("failed", "killed")
 FAILS_AT = 3  # the step after the one that is saved
@@ -96,14 +103,15 @@ def forked(n: int, work: Callable[[], None]) -> list[int]:
 
 
 def main() -> None:
-    """All that is not for two processes."""
+    """All runs, those on two last: some go on from checkpoints of three."""
     folder = Path(sys.argv[1])
     ends = [
         forked(4, lambda: do(folder, ON_FOUR)),
         forked(3, lambda: do(folder, ON_THREE)),
         forked(3, lambda: fail(folder)),
+        forked(2, lambda: do(folder, ON_TWO)),
     ]
-    if ends != [[0] * 4, [0] * 3, [0, 0, -signal.SIGKILL]]:
+    if ends != [[0] * 4, [0] * 3, [0, 0, -signal.SIGKILL], [0] * 2]:
         raise SystemExit(f"processes have ended with {ends}")
 
 

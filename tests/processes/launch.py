@@ -1,4 +1,4 @@
-"""Starts processes as a launcher does, and collects what scenarios on them have found."""
+"""Starts processes, and collects what scenarios on them have found."""
 
 import socket
 import subprocess
@@ -15,22 +15,10 @@ TIMEOUT_SECONDS = 30  # of a collective
 PATIENCE_SECONDS = 600  # of all scenarios together, on a busy machine
 
 
-def launch(*arguments: str, n: int) -> None:
-    """`torchrun --nproc-per-node n -m tests.processes arguments`, with a port of its own."""
-    _run(
-        "-m", "torch.distributed.run", f"--nproc-per-node={n}", f"--master-port={free_port()}",
-        "-m", "tests.processes", *arguments,
-    )  # fmt: skip
-
-
 def launch_forked(folder: str) -> None:
-    """`tests/processes/forked.py`: no launcher is there that would end the others."""
-    _run("-m", "tests.processes.forked", folder)
-
-
-def _run(*words: str) -> None:
+    """`tests/processes/forked.py`, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, *words],
+        [sys.executable, "-m", "tests.processes.forked", folder],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.processes import training
-from tests.processes.conftest import ON_TWO
-from tests.processes.forked import ON_FOUR, ON_THREE
+from tests.processes.forked import ON_FOUR, ON_THREE, ON_TWO
 
 
 @cache
