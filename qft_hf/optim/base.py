@@ -138,21 +138,9 @@ class QFTOptimizer(Optimizer):
         _living.add(self)
 
     def _make_flow(self) -> Flow:
-        stack: type[Stack] = Stack
-        release: type[Release] = Release
-        settings: dict[str, Any] = {"is_accumulating": self.is_accumulating}
-        if self.processes is not None:
-            stack, release = RowsStack, RowsRelease
-            settings["processes"] = self.processes
-        if self.gradient == "stack":
-            return stack(self, nonfinite=self.nonfinite, **settings)
-        return release(
-            self,
-            accumulation=self.accumulation,
-            clipping=self.clipping,
-            max_grad_norm=self.max_grad_norm,
-            **settings,
-        )
+        if self.processes is None:
+            return Stack(self) if self.gradient == "stack" else Release(self)
+        return RowsStack(self) if self.gradient == "stack" else RowsRelease(self)
 
     # --- what a rule provides
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..quant import Int8Gradient, Int8Tensor, QFTWeight, TiledGradient, quantized
+from .processes import Processes
 
 Result = TypeVar("Result", bound=Tensor | None)
 
@@ -24,7 +25,14 @@ HALF_A_STEP = (
 
 
 class Updates(Protocol):
-    """The optimizer that a flow works for."""
+    """The optimizer that a flow works for, with the settings that the flow goes by."""
+
+    nonfinite: str
+    accumulation: str
+    clipping: str | None
+    max_grad_norm: float | None
+    is_accumulating: Callable[[], bool] | None
+    processes: Processes | None
 
     takes_tiles: bool  # whether `update` takes a `TiledGradient`
     reads_live: bool  # whether a graph may repeat updates
@@ -110,7 +118,6 @@ class Flow(ABC):
 
     Args:
         optimizer: What makes the updates.
-        is_accumulating: Asked for each gradient: whether more micro-batches of the step follow.
     """
 
     # Whether gradients may come in float tiles now; see `QFTWeight.wants_tiles`.
@@ -122,11 +129,8 @@ class Flow(ABC):
     released_norm: Tensor | None = None
     previous_norm: Tensor | None = None
 
-    def __init__(
-        self, optimizer: Updates, *, is_accumulating: Callable[[], bool] | None = None
-    ) -> None:
+    def __init__(self, optimizer: Updates) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._ask_accumulating = is_accumulating
         self._is_inside_accumulate = False
         self._n_updated = 0  # parameters, by a step that has begun and not ended
         self.is_attached = False
@@ -164,7 +168,7 @@ class Flow(ABC):
             self._is_inside_accumulate = False
 
     def _is_accumulating(self) -> bool:
-        ask = self._ask_accumulating
+        ask = self.optimizer.is_accumulating
         return self._is_inside_accumulate or (ask is not None and ask())
 
     def measure_norm(self) -> AbstractContextManager[None]:

@@ -10,14 +10,13 @@ Source:
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..quant import Int8Gradient, TiledGradient
-from .flow import Flow, Left, Updates, run_directly
+from .flow import Flow, Left, RunPart, Updates, run_directly
 from .norms import (
     are_finite,
     by_device,
@@ -39,6 +38,13 @@ ACCUMULATION_IS_FORBIDDEN = (
     "accumulation='forbid' was set. Set gradient_accumulation_steps=1, or accumulation='keep'."
 )
 
+NOT_FINITE = (
+    "A gradient is NaN or infinite, and {n} weights had been handed theirs in this step when that "
+    "was known: these are updated by what is finite in them, and other weights are unchanged. "
+    "Reload a checkpoint, or call optimizer.zero_grad() to go on from here; gradient='stack' "
+    "checks all gradients before the first update."
+)
+
 
 class Release(Flow):
     """Each gradient is used and freed the moment backward has completed it.
@@ -48,32 +54,15 @@ class Release(Flow):
     as 0, and the step looks at all norms at once. Norms and biases wait for the step, where they
     are updated together.
 
-    Args:
-        optimizer: What makes the updates.
-        accumulation: `"keep"`: the gradients of all micro-batches but the last wait in `.grad`, in
-            INT8. `"forbid"`: a backward pass that is not the last of its step raises.
-        clipping: How `max_grad_norm` is honoured although the first weight is updated before the
-            last gradient exists; None: not at all. `"exact"`: by the norm that a first backward
-            pass under `measure_norm` has found; accumulated gradients wait for the step and need
-            none. `"previous"`: by the global norm of the step before (the first step is not
-            clipped). `"tensor"`: each gradient by its own norm.
-        max_grad_norm: The norm that `clipping` clips to.
-        **settings: Those of `Flow`.
+    The optimizer's `clipping` says how its `max_grad_norm` is honoured although the first weight is
+    updated before the last gradient exists; None: not at all. `"exact"`: by the norm that a first
+    backward pass under `measure_norm` has found; accumulated gradients wait for the step and need
+    none. `"previous"`: by the global norm of the step before (the first step is not clipped).
+    `"tensor"`: each gradient by its own norm.
     """
 
-    def __init__(
-        self,
-        optimizer: Updates,
-        *,
-        accumulation: str,
-        clipping: str | None,
-        max_grad_norm: float | None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(optimizer, **settings)
-        self.accumulation = accumulation
-        self.clipping = clipping
-        self.max_grad_norm = max_grad_norm
+    def __init__(self, optimizer: Updates) -> None:
+        super().__init__(optimizer)
         self._measured: Tensor | None = None  # of the step to come, by `measure_norm`
         self._squares: list[Tensor] = []  # fp64, of the gradients of this step; added up once
         self._used: set[int] = set()  # parameters whose gradient this step has taken
@@ -93,9 +82,9 @@ class Release(Flow):
         return (
             optimizer is not None
             and optimizer.takes_tiles
-            and self.clipping != "tensor"
+            and optimizer.clipping != "tensor"
             and not self._is_measuring
-            and not (self.clipping == "exact" and self._measured is None)
+            and not (optimizer.clipping == "exact" and self._measured is None)
             and not self._is_accumulating()
         )
 
@@ -123,10 +112,10 @@ class Release(Flow):
                 self._squares.append(squared_norm(parameter.grad))
             parameter.grad = None
         elif self._is_accumulating():
-            if self.accumulation == "forbid":
+            if self.optimizer.accumulation == "forbid":
                 raise ValueError(ACCUMULATION_IS_FORBIDDEN)
             self._keeps = True
-        elif self.clipping == "exact" and self._measured is None:
+        elif self.optimizer.clipping == "exact" and self._measured is None:
             # A run that accumulates has room for all gradients: a last window of one micro-batch
             # may wait for the step as the others do.
             if not self._keeps:
@@ -167,7 +156,7 @@ class Release(Flow):
             self._n_updated = 0
         elif gradient is not None:
             is_small = parameter.numel() <= SMALL
-            if self.clipping == "tensor" or not is_small:  # else the step takes all norms together
+            if optimizer.clipping == "tensor" or not is_small:  # else the step takes all norms
                 square = squared_norm(gradient)
                 self._squares.append(square)
                 self._clip_(gradient, square)
@@ -197,15 +186,6 @@ class Release(Flow):
         self.optimizer.update_floats(floats)
         self._n_updated = 0
 
-    def nonfinite_error(self) -> FloatingPointError:
-        """What to raise for a gradient with a NaN or infinity."""
-        return FloatingPointError(
-            f"A gradient is NaN or infinite, and {self.n_used} weights had been handed theirs in "
-            "this step when that was known: these are updated by what is finite in them, and other "
-            "weights are unchanged. Reload a checkpoint, or call optimizer.zero_grad() to go on "
-            "from here; gradient='stack' checks all gradients before the first update."
-        )
-
     def step(self, parameters: list[Parameter]) -> bool:
         """End the step: clip and use the gradients that wait for it, and note its norm.
 
@@ -218,28 +198,14 @@ class Release(Flow):
         """
         self._refuse_half_a_step()
         waiting = self._waiting(parameters)
-        floats = [] if self.clipping == "tensor" else [gradient for _, gradient in self._floats]
-        released, total = [], None
         # Other gradients than those of a pass may wait, and no graph has seen them.
         run_part = run_directly if waiting else self.run_part
-        if self._squares or floats:
-            released = [run_part("squares", lambda: joined(self._squares + squared_norms(floats)))]
-            total = total_square(released)
+        released = self._released_squares(run_part)
+        total = total_square(released) if released else None
         if not are_finite(waiting) or (total is not None and not bool(total.isfinite())):
-            raise self.nonfinite_error()
-        together, self._floats = self._floats, []
-        self._n_updated = len(self._used)
-        run_part(
-            "update",
-            lambda: self._update_together(floats, together),
-            repeated=lambda: self.optimizer.updated([p for p, _ in together]),
-        )
-        self._n_updated = 0
-        squares = []
-        if self.clipping is not None:
-            gradients = [p.grad for p in waiting if p.grad is not None]
-            squares = [squared_norm(gradient) for gradient in gradients]
-            self._clip_waiting(gradients, squares)
+            raise FloatingPointError(NOT_FINITE.format(n=self.n_used))
+        self._update_together(run_part)
+        squares = self._clip_waiting([p.grad for p in waiting if p.grad is not None])
         self.released_norm = None if total is None else total.sqrt().float()
         if released or squares:
             self._remember(total_norm(released + squares) if squares else self.released_norm)
@@ -254,14 +220,34 @@ class Release(Flow):
             self.attach(parameters)
         return True
 
-    def _update_together(
-        self, floats: list[Tensor], together: list[tuple[Parameter, Tensor]]
-    ) -> None:
-        """Update small float parameters; `floats` are those of their gradients to clip here."""
-        for device, members in by_device(floats).items():
-            if (factor := self._factor(self._norm_of_all(), device)) is not None:
-                torch._foreach_mul_(members, factor)
-        self.optimizer.update_floats(together)
+    def _unmeasured(self) -> list[Tensor]:
+        """Gradients that wait for each other and have been neither measured nor clipped."""
+        if self.optimizer.clipping == "tensor":
+            return []
+        return [gradient for _, gradient in self._floats]
+
+    def _released_squares(self, run_part: RunPart) -> list[Tensor]:
+        """Squared norms of all gradients that passes have released: one tensor, or none at all."""
+        floats = self._unmeasured()
+        if not self._squares and not floats:
+            return []
+        return [run_part("squares", lambda: joined(self._squares + squared_norms(floats)))]
+
+    def _update_together(self, run_part: RunPart) -> None:
+        """Clip and use the gradients that wait for each other, which are finite."""
+        floats = self._unmeasured()
+        self._n_updated = len(self._used)  # first: an interrupt may come between any two lines
+        together, self._floats = self._floats, []
+
+        def update() -> None:
+            for device, members in by_device(floats).items():
+                if (factor := self._factor(self._norm_of_all(), device)) is not None:
+                    torch._foreach_mul_(members, factor)
+            self.optimizer.update_floats(together)
+
+        parameters = [parameter for parameter, _ in together]
+        run_part("update", update, repeated=lambda: self.optimizer.updated(parameters))
+        self._n_updated = 0
 
     def _remember(self, norm: Tensor | None) -> None:
         """For `clipping="previous"`; always in the same place, if captured."""
@@ -272,36 +258,43 @@ class Release(Flow):
         else:
             self.previous_norm.copy_(norm)
 
-    def _clip_waiting(self, gradients: list[Tensor], squares: list[Tensor]) -> None:
-        if self.max_grad_norm is None or not gradients:
-            return
-        total = total_norm(squares)
-        if self.clipping == "exact":
-            if total <= self.max_grad_norm * (1 + 1e-5):
-                return  # clipped already, up to rounding
+    def _clip_waiting(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Clip gradients that have waited for the step; returns their squared norms before that."""
+        clipping, largest = self.optimizer.clipping, self.optimizer.max_grad_norm
+        if clipping is None or largest is None or not gradients:
+            return []
+        squares = [squared_norm(gradient) for gradient in gradients]
+        if clipping == "exact":
+            total = total_norm(squares)
+            if total <= largest * (1 + 1e-5):
+                return squares  # clipped already, up to rounding
             self._measured = total
         for gradient, square in zip(gradients, squares, strict=True):
             self._clip_(gradient, square)
+        return squares
 
     def _clip_(self, gradient: Tensor, square: Tensor) -> None:
         """Scale a gradient with this squared norm in place."""
-        if self.clipping is None:
+        clipping = self.optimizer.clipping
+        if clipping is None:
             return
-        norm = square.sqrt().float() if self.clipping == "tensor" else self._norm_of_all()
+        norm = square.sqrt().float() if clipping == "tensor" else self._norm_of_all()
         if (factor := self._factor(norm, gradient.device)) is not None:
             gradient.mul_(factor)
 
     def _factor(self, norm: Tensor | None, device: torch.device) -> Tensor | None:
         """What clips a gradient by this norm, by the formula of torch.nn.utils.clip_grad_norm_."""
-        if norm is None or self.max_grad_norm is None:
+        largest = self.optimizer.max_grad_norm
+        if norm is None or largest is None:
             return None
-        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).to(device)
+        return (largest / (norm + 1e-6)).clamp(max=1.0).to(device)
 
     def _norm_of_all(self) -> Tensor | None:
         """The norm that all gradients of the step are clipped by, if it is known."""
-        if self.clipping == "exact":
+        clipping = self.optimizer.clipping
+        if clipping == "exact":
             return self._measured
-        return self.previous_norm if self.clipping == "previous" else None
+        return self.previous_norm if clipping == "previous" else None
 
     def measure_norm(self) -> AbstractContextManager[None]:
         """Within, gradients are measured and dropped; afterwards exact clipping knows the norm.

@@ -74,9 +74,9 @@ class _Shared(Flow):
     # they are used: the one case of a collective more for each weight.
     _clips_by_own_norm = False
 
-    def __init__(self, optimizer: Updates, *, processes: Processes, **settings: Any) -> None:
-        super().__init__(optimizer, **settings)
-        self.processes = processes
+    def __init__(self, optimizer: Updates) -> None:
+        super().__init__(optimizer)
+        self.processes: Processes = optimizer.processes  # type: ignore[assignment]  # there are some
         self._weights: list[Any] = []  # in the agreed order
         self._places: dict[int, int] = {}  # of each in it, by identity
         self._is_agreed = False  # whether it is that of a first pass
@@ -252,7 +252,7 @@ class RowsRelease(_Shared, Release):
 
     @property
     def _clips_by_own_norm(self) -> bool:  # type: ignore[override]
-        return self.clipping == "tensor"
+        return self.optimizer.clipping == "tensor"
 
     def _join(self) -> None:
         was_in_backward, self._is_in_backward = self._is_in_backward, True  # it has no end to await

@@ -5,27 +5,16 @@ Source:
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch.nn import Parameter
 
 from ..quant import QFTWeight
-from .flow import Flow, Left, Updates
+from .flow import Flow, Left
 from .norms import are_finite
 
 
 class Stack(Flow):
-    """Gradients wait for the step, in INT8: exact clipping, and a step may be refused.
-
-    Args:
-        optimizer: What makes the updates.
-        nonfinite: What a step does when a gradient has a NaN or infinity: `"raise"`, or `"skip"`.
-        **settings: Those of `Flow`.
-    """
-
-    def __init__(self, optimizer: Updates, *, nonfinite: str, **settings: Any) -> None:
-        super().__init__(optimizer, **settings)
-        self.nonfinite = nonfinite
+    """Gradients wait for the step, in INT8: exact clipping, and a step may be refused."""
 
     def listens_to(self, parameter: Parameter) -> bool:
         """Whether it is an INT8 weight: its gradient may come in float, and is made INT8 then."""
@@ -51,7 +40,7 @@ class Stack(Flow):
         self._refuse_half_a_step()
         waiting = self._waiting(parameters)
         if not are_finite(waiting, self.run_part):
-            if self.nonfinite == "raise":
+            if self.optimizer.nonfinite == "raise":
                 raise FloatingPointError(
                     "A gradient is NaN or infinite, so the step was not taken; weights and "
                     "optimizer state are unchanged. Lower the learning rate or look at the batch; "
