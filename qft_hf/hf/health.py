@@ -9,6 +9,7 @@ for the whole model. A step that is not logged costs nothing.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from math import ceil
 from typing import Any
 
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from ..kernels.groups import QMAX
 from ..optim import QFTSGD
 from ..quant import QFTWeight
 from .ours import unwrapped
 
 SAMPLED = 4096  # elements of each tensor, as whole rows, and one row at least
-LARGEST_CODE = 127
 # Rounding adds a random number of 16 bits: what is below its resolution never moves a code.
 SMALLEST_STEP = 2.0**-16
 SPREAD = 0.618  # golden section: the rows of successive weights lie in different places
@@ -37,12 +38,15 @@ class Sample:
         scales: fp32 `[n_scales]`, of those rows.
         outliers: fp32 `[n_outliers]`, likewise.
         floats: fp32 `[n_floats]`.
+        sizes: How many codes each weight has here, how many outliers, and how many values each
+            float parameter.
     """
 
     codes: Tensor
     scales: Tensor
     outliers: Tensor
     floats: Tensor
+    sizes: tuple[list[int], list[int], list[int]]
 
 
 class Health(TrainerCallback):
@@ -110,9 +114,9 @@ class Health(TrainerCallback):
         )
         found = {
             "codes_moved": (moved != 0).float().mean(),
-            "codes_saturated": (now.codes.abs() == LARGEST_CODE).float().mean(),
+            "codes_saturated": (now.codes.abs() == QMAX).float().mean(),
             "parameters_changed": changed.sum() / (len(now.codes) + len(now.floats)),
-            "tensors_unchanged": self._unchanged(changed),
+            "tensors_unchanged": _unchanged(changed, now.sizes),
             "scale_growth": (now.scales / first.scales).mean(),
         }
         if len(first.outliers):
@@ -140,10 +144,9 @@ class Health(TrainerCallback):
         codes, first = _codes(self.model), self._first.codes
         if not len(first):  # a side network in float
             return {}
-        named = [n for n, p in self.model.named_parameters() if _is_trained_weight(p)]
-        weights, _ = _parameters(self.model)
-        lengths = [w.codes[_rows(w, number)].numel() for number, w in enumerate(weights)]
-        moved = [part.float().mean() for part in (codes != first).split(lengths)]
+        weights = {id(weight) for weight in _parameters(self.model)[0]}
+        named = [name for name, p in self.model.named_parameters() if id(p) in weights]
+        moved = [part.float().mean() for part in (codes != first).split(self._first.sizes[0])]
         shares = torch.stack(moved).tolist() if moved else []
         return {
             "codes_before": _histogram(first),
@@ -151,35 +154,34 @@ class Health(TrainerCallback):
             "changed": dict(zip(named, shares, strict=True)),
         }
 
-    def _unchanged(self, changed: Tensor) -> Tensor:
-        """Return how many tensors have no sampled value that changed; fp32, a scalar."""
-        weights, floats = _parameters(self.model)
-        rows = [(weight, _rows(weight, number)) for number, weight in enumerate(weights)]
-        parts = [
-            *(weight.codes[run] for weight, run in rows),
-            *(weight.outlier_values[run] for weight, run in rows),
-            *(parameter.flatten()[:SAMPLED] for parameter in floats),
-        ]
-        lengths = [part.numel() for part in parts]
-        ends = torch.tensor([0, *lengths]).cumsum(0)
-        counts = torch.cat([changed.new_zeros(1, dtype=torch.int64), changed.cumsum(0)])
-        of_each = counts[ends[1:].to(counts.device)] - counts[ends[:-1].to(counts.device)]
-        n = len(weights)
-        of_weights = of_each[:n] + of_each[n : 2 * n]  # codes and outliers
-        return ((of_weights == 0).sum() + (of_each[2 * n :] == 0).sum()).float()
-
 
 def sample(model: nn.Module) -> Sample:
     """Copy some rows of each weight, and the beginning of each float parameter."""
     weights, floats = _parameters(model)
-    rows = [_rows(weight, number) for number, weight in enumerate(weights)]
-    pairs = list(zip(weights, rows, strict=True))
+    pairs = [(weight, _rows(weight, number)) for number, weight in enumerate(weights)]
+    codes = [weight.codes[rows] for weight, rows in pairs]
+    outliers = [weight.outlier_values[rows] for weight, rows in pairs]
+    beginnings = [parameter.detach().flatten()[:SAMPLED].float() for parameter in floats]
     return Sample(
-        codes=_codes(model),
+        codes=_joined(codes),
         scales=_joined(weight.scales[rows] for weight, rows in pairs),
-        outliers=_joined(weight.outlier_values[rows] for weight, rows in pairs),
-        floats=_joined(p.detach().flatten()[:SAMPLED].float() for p in floats),
+        outliers=_joined(outliers),
+        floats=_joined(beginnings),
+        sizes=(_sizes(codes), _sizes(outliers), _sizes(beginnings)),
     )
+
+
+def _sizes(parts: list[Tensor]) -> list[int]:
+    return [part.numel() for part in parts]
+
+
+def _unchanged(changed: Tensor, sizes: tuple[list[int], list[int], list[int]]) -> Tensor:
+    """Return how many tensors have no sampled value that changed; fp32, a scalar."""
+    ends = torch.tensor([0, *chain(*sizes)]).cumsum(0)
+    counts = torch.cat([changed.new_zeros(1, dtype=torch.int64), changed.cumsum(0)])
+    of_each = counts[ends[1:].to(counts.device)] - counts[ends[:-1].to(counts.device)]
+    codes, outliers, floats = of_each.split([len(of_kind) for of_kind in sizes])
+    return ((codes + outliers == 0).sum() + (floats == 0).sum()).float()
 
 
 def _codes(model: nn.Module) -> Tensor:
@@ -193,21 +195,15 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat(flat) if flat else torch.empty(0)
 
 
-def _parameters(model: nn.Module | None) -> tuple[list[QFTWeight], list[Tensor]]:
+def _parameters(model: nn.Module) -> tuple[list[QFTWeight], list[Tensor]]:
     """Return the weights and the float parameters that are trained."""
-    trained = [p for p in model.parameters() if p.requires_grad] if model is not None else []
-    weights: list[Any] = [p for p in trained if _is_trained_weight(p)]
-    return weights, [p for p in trained if not _is_trained_weight(p)]
-
-
-def _is_trained_weight(parameter: Tensor) -> bool:
-    return isinstance(parameter, QFTWeight) and parameter.requires_grad
+    trained: list[Any] = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in trained if isinstance(p, QFTWeight)]
+    return weights, [p for p in trained if not isinstance(p, QFTWeight)]
 
 
 def _histogram(codes: Tensor) -> list[int]:
-    counts: list[int] = torch.bincount(
-        codes.int() + LARGEST_CODE, minlength=2 * LARGEST_CODE + 1
-    ).tolist()
+    counts: list[int] = torch.bincount(codes.int() + QMAX, minlength=2 * QMAX + 1).tolist()
     return counts
 
 

@@ -9,12 +9,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from ..kernels.groups import QMAX
 from ..quant import QFTWeight
 from .absent_model import refused_if_absent
 from .config import QUANT_METHOD
 from .side_network import is_side_network
-
-LARGEST_CODE = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +123,7 @@ def _inspected(name: str, weight: QFTWeight, original: Tensor | None) -> Inspect
         median_scale=scales.median().item(),
         largest_scale=scales.max().item(),
         zero_share=(codes == 0).float().mean().item(),
-        saturated_share=(codes.abs() == LARGEST_CODE).float().mean().item(),
+        saturated_share=(codes.abs() == QMAX).float().mean().item(),
         outlier_share=outliers.numel() / weight.numel(),
         largest_outlier=outliers.abs().max().item() if outliers.numel() else 0.0,
         error=error,

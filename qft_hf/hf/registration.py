@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 
 from ..optim import QFTOptimizer
 from .callback import QFTCallback
-from .optimizers import OPTIMIZERS, check_arguments, is_ours, named_optimizer, optimizer_arguments
+from .optimizers import OPTIMIZERS, check_arguments, is_ours, optimizer_arguments, optimizer_name
 from .ours import quantization_config_of, unwrapped
 from .prepared_model import require_prepared
 from .wrapping import wrap_
@@ -60,7 +60,9 @@ def _register(name: str) -> None:
     OptimizerNames._member_map_[member._name_] = member
     OptimizerNames._value2member_map_[name] = member
     type.__setattr__(OptimizerNames, member._name_, member)
-    trainer_optimizer._OPTIMIZER_HANDLERS[member] = _handle
+    trainer_optimizer._OPTIMIZER_HANDLERS[member] = lambda context: optimizer_class_and_arguments(
+        context.args, context.model
+    )
 
 
 def is_accumulating() -> bool:
@@ -68,23 +70,15 @@ def is_accumulating() -> bool:
     return not GradientState().sync_gradients
 
 
-def _handle(context: Any) -> tuple[type[QFTOptimizer], dict[str, Any]]:
-    """The Trainer's way of asking for an optimizer: class and keyword arguments."""
-    return optimizer_class_and_arguments(context.args, context.model)
-
-
 def optimizer_class_and_arguments(
     args: TrainingArguments, model: nn.Module | None
 ) -> tuple[type[QFTOptimizer], dict[str, Any]]:
-    """The optimizer's class and its arguments for a run. Changes nothing.
+    """The class and the arguments of one of our optimizers for a run. Changes nothing.
 
     Raises:
         TypeError: An option has a value of the wrong type.
         ValueError: An option is unknown or out of its range, or `model` is not prepared for `args`.
     """
-    named = named_optimizer(args)
-    if named is None:
-        raise ValueError(f"optim={args.optim!r} is not one of {', '.join(OPTIMIZERS)}.")
     check_arguments(args)  # again: a search for hyperparameters changes them
     arguments: dict[str, Any] = {"is_accumulating": is_accumulating}
     if model is not None:
@@ -92,4 +86,4 @@ def optimizer_class_and_arguments(
         config = quantization_config_of(model)
         if config is not None:
             arguments["seed"] = config.seed
-    return named.optimizer_class, arguments | optimizer_arguments(args)
+    return OPTIMIZERS[optimizer_name(args)].optimizer_class, arguments | optimizer_arguments(args)

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
+from ..kernels.groups import QMAX
 from ..version import __version__
 from .drafts import written_whole
-from .health import LARGEST_CODE
 from .page import PAGE
 
 # Bytes per parameter of weights, gradients and optimizer state of other ways to train.
@@ -233,7 +233,7 @@ def _codes(runs: Sequence[ReportedRun]) -> str:
         for when, is_last in (("after", False), ("before", True)):
             counts = sampled[f"codes_{when}"]
             total = sum(counts)
-            shares = {code - LARGEST_CODE: count / total for code, count in enumerate(counts)}
+            shares = {code - QMAX: count / total for code, count in enumerate(counts)}
             points = [(float(code), log10(share)) for code, share in shares.items() if share]
             lines.append((f"{run.name}, {when}", number, points, is_last))
         caption = f"<figcaption>{html.escape(run.name)}</figcaption>"

@@ -213,7 +213,7 @@ def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPla
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
     product_choices(model, plan, spec)  # raises, before anything has changed
-    weights = _float_weights(plan)
+    weights = {n: weight for n, weight in plan.weights.items() if not isinstance(weight, QFTWeight)}
     for name, parameter in weights.items():
         if not parameter.is_meta and not bool(parameter.detach().isfinite().all()):
             QFTWeight.from_float(parameter, spec, name=name)  # raises, before anything has changed
@@ -224,11 +224,6 @@ def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPla
         replace_(parameter, weight)
     prepare_modules_(model, spec)
     return plan
-
-
-def _float_weights(plan: ConversionPlan) -> dict[str, nn.Parameter]:
-    """Weights of the plan that are not quantized yet."""
-    return {n: weight for n, weight in plan.weights.items() if not isinstance(weight, QFTWeight)}
 
 
 def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
