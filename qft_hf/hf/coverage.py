@@ -14,6 +14,7 @@ from ..nn import (
     multiplies_by_ours,
 )
 from .config import QFTConfig
+from .wording import and_more
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +86,8 @@ def _by_reason(kept: list[Kept], total: int) -> list[str]:
 
 
 def _names(group: list[Kept]) -> str:
-    largest = max(group, key=lambda kept: kept.parameter.numel()).name
-    return largest if len(group) == 1 else f"{largest} and {len(group) - 1} more"
+    by_size = sorted(group, key=lambda kept: -kept.parameter.numel())
+    return and_more([kept.name for kept in by_size])
 
 
 def _count(kept: Any) -> int:

@@ -22,6 +22,7 @@ from .loading_faults import int8_weights, refuse_int8
 from .ours import has_quantized_weights
 from .quantizer import QFTQuantizer
 from .tensor_files import memory, tensor_names
+from .wording import and_more
 from .wrapping import wrap_
 
 
@@ -92,7 +93,7 @@ def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:
             else "would leave this float model with the values that it was built with"
         )
         raise ValueError(
-            f"{checkpoint} has INT8 weights, {found[0]} and {len(found) - 1} more, and Accelerate, "
+            f"{checkpoint} has INT8 weights, {and_more(found)}, and Accelerate, "
             f"which loads parameters by their names, {happens}. Load it by from_pretrained of the "
             'model\'s class, with device_map={"": device} for a device of your choice.'
         )

@@ -13,6 +13,7 @@ from ..nn import weight_of
 from ..nn.state import state_names
 from ..optim.processes import SEVERAL_GPUS
 from .tensor_files import DAMAGED, damaged, tensor_names
+from .wording import and_more, counted
 
 FAULTS_SHOWN = 10  # of an error that may concern every tensor of a model
 
@@ -47,8 +48,8 @@ def check_files(files: list[str], *, pre_quantized: bool) -> None:
     if pre_quantized and (found := damaged(files)):
         shown = "\n".join(f"- {fault}" for fault in found[:FAULTS_SHOWN])
         raise ValueError(
-            f"{len(found)} tensors of {folder} are at fault, the first {FAULTS_SHOWN} at most:"
-            f"\n{shown}\n{DAMAGED} QFT_CHECKSUMS=0 loads them as they are."
+            f"at fault in {folder}: {counted(len(found), 'tensor')}, the first {FAULTS_SHOWN} "
+            f"at most:\n{shown}\n{DAMAGED} QFT_CHECKSUMS=0 loads them as they are."
         )
 
 
@@ -73,7 +74,7 @@ def refuse_int8(names: Iterable[str], *, of: str) -> None:
     """
     if found := int8_weights(names):
         raise ValueError(
-            f"{of} has INT8 weights, {found[0]} and {len(found) - 1} more, and its config.json has "
+            f"{of} has INT8 weights, {and_more(found)}, and its config.json has "
             "no quantization_config of qft_hf. Restore the config.json that was saved with them, "
             "and leave out what you pass as quantization_config."
         )

@@ -47,6 +47,7 @@ from .loading_faults import (
     refuse_shards,
 )
 from .tensor_files import metadata, tensor_names
+from .wording import counted
 
 logger = logging.getLogger(__name__)
 
@@ -305,9 +306,10 @@ class QFTQuantizer(HfQuantizer):
         self._find_bad_values(model)
         if self.faults:
             shown = "\n".join(f"- {fault}" for fault in list(self.faults.values())[:FAULTS_SHOWN])
+            n_faults = counted(len(self.faults), "tensor")
             raise ValueError(
-                f"{len(self.faults)} tensors of {model.name_or_path or 'the state dict'} cannot be "
-                f"loaded into {type(model).__name__}, the first {FAULTS_SHOWN} at most:\n{shown}"
+                f"{n_faults} of {model.name_or_path or 'the state dict'} cannot be loaded "
+                f"into {type(model).__name__}, the first {FAULTS_SHOWN} at most:\n{shown}"
             )
         if not self.pre_quantized:
             # Weights that are not in the checkpoint, such as a new classifier, are float so far.

@@ -18,6 +18,7 @@ from ..kernels.groups import QMAX
 from ..version import __version__
 from .drafts import written_whole
 from .page import PAGE
+from .wording import loss_unit
 
 # Bytes per parameter of weights, gradients and optimizer state of other ways to train.
 BNB_STATE = 2 * (1 + 4 / 256)  # two moments of a byte, an FP32 scale per 256 values
@@ -102,9 +103,10 @@ def page(runs: Sequence[ReportedRun]) -> str:
     """
     if not runs:
         raise ValueError("a report needs at least one run. Give output folders of finished runs.")
+    unit = loss_unit([run.summary.get("task") for run in runs])
     sections = [
         ("Runs", _overview(runs)),
-        ("Loss", _curve(runs, {"loss": "training", "eval_loss": "evaluation"}, "nats")),
+        ("Loss", _curve(runs, {"loss": "training", "eval_loss": "evaluation"}, unit)),
         ("Learning rate", _curve(runs, {"learning_rate": ""}, "")),
         ("Memory of the training state", _memory(runs)),
         ("Health of training", _health(runs)),
@@ -134,10 +136,15 @@ def _overview(runs: Sequence[ReportedRun]) -> str:
                 f"{s['trained_tokens']:,}",
                 f"{s['tokens_per_second']:,.0f}",
                 f"{s['peak_memory']['bytes'] / 1e9:.2f} GB",
-                *(f"{_number(before.get(name))} → {_number(after.get(name))}" for name in scores),
+                *(_change(before[name], after[name]) if name in after else "" for name in scores),
             ]
         )
     return _table([*head, *(f"{name}, before → after" for name in scores)], rows)
+
+
+def _change(before: float | None, after: float | None) -> str:
+    """Return a score before and after; null is of what is no number."""
+    return " → ".join("undefined" if s is None else _number(s) for s in (before, after))
 
 
 def _trained(summary: Mapping[str, Any]) -> str:

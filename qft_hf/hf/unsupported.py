@@ -12,6 +12,7 @@ from .liger import refuse_kernels
 from .optimizers import check_arguments, given_options, optimizer_name
 from .ours import trained_part
 from .uncapturable import refuse_uncapturable
+from .wording import and_more
 
 
 def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
@@ -135,6 +136,6 @@ def _refuse_model(args: TrainingArguments, model: nn.Module) -> None:
     half = [name for name, p in part.named_parameters() if p.dtype == torch.float16]
     if half:
         raise ValueError(
-            f"{half[0]} and {len(half) - 1} more parameters are float16, whose range is too narrow "
+            f"{and_more(half)}: float16, whose range is too narrow "
             "to train without loss scaling. Load the model with dtype=torch.bfloat16."
         )

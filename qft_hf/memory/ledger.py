@@ -90,10 +90,10 @@ class MemoryLedger:
         for reason in sorted({kept.reason for kept in self.kept}):
             group = [kept for kept in self.kept if kept.reason == reason]
             elements = sum(kept.parameter.numel() for kept in group)
-            lines.append(
-                f"float: {elements:,} parameters in {len(group)} tensors ({group[0].name}, ...): "
-                f"{reason}"
-            )
+            where = group[0].name
+            if len(group) > 1:
+                where = f"{len(group)} tensors ({where}, ...)"
+            lines.append(f"float: {elements:,} parameters in {where}: {reason}")
         return "\n".join(lines)
 
 

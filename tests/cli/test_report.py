@@ -168,3 +168,40 @@ def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path)])
     assert "holds no finished run: it has no summary.json" in capsys.readouterr().err
+
+
+def test_a_loss_has_the_unit_of_its_task(tmp_path):
+    """Squared errors were called nats."""
+    chats, scores = (leave(tmp_path / task, task=task) for task in ("chat", "regression"))
+    runs = {"chat": [chats], "regression": [scores], "both": [chats, scores]}
+    units = {
+        name: re.search(r"points: evaluation\. In ([^.]*)\.<", page(list(map(read_run, folders))))[
+            1
+        ]
+        for name, folders in runs.items()
+    }
+    assert units == {
+        "chat": "nats",
+        "regression": "the squared unit of the labels",
+        "both": "nats; regression: the squared unit of the labels",
+    }
+
+
+def test_a_score_that_a_run_has_not_is_empty_and_one_that_is_no_number_is_called_so(tmp_path):
+    """Both read "- → -"."""
+    folders = [
+        leave(tmp_path / "chat", before={"loss": 4.0}, after={"loss": 3.0}),
+        leave(
+            tmp_path / "regression",
+            before={"loss": 2.0, "pearson": None},
+            after={"loss": 1.5, "pearson": 0.25},
+        ),
+        leave(tmp_path / "unscored", before=None, after=None),
+    ]
+    text = page([read_run(folder) for folder in folders])
+    rows = re.findall(r"<tr>(.*?)</tr>", text[: text.index("<h2>Loss")])[1:]
+    assert [re.findall(r"<td>([^<]*)</td>", row)[-2:] for row in rows] == [
+        ["4 → 3", ""],
+        ["2 → 1.5", "undefined → 0.25"],
+        ["", ""],
+    ]

@@ -37,7 +37,9 @@ def test_the_first_token_of_a_text_is_not_learned(tmp_path):
     text = shown(tmp_path, {"text": "q quick"}, {"text": "z"}, task="text", eval_fraction=0.5)
     first = next(line for line in text.splitlines() if "\u27e6" in line and "brackets" not in line)
     assert first in (f"q\u27e6 quick{END}\u27e7", f"z\u27e6{END}\u27e7")
-    assert "evaluation data         1 rows, " in text
+    assert "evaluation data         1 row, 1 example, " in text
+    text = shown(tmp_path, {"text": ""}, *[{"text": "a dog"}] * 2, task="text", max_length=2)
+    assert text.startswith("training data           3 rows, 2 examples, 4 tokens; ")
 
 
 @pytest.mark.parametrize(

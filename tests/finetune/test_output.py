@@ -370,7 +370,7 @@ FEW = {
 @pytest.mark.parametrize("history", FEW.values(), ids=FEW)
 def test_the_picture_is_never_an_empty_frame(history, tmp_path):
     path = tmp_path / "loss_curve.png"
-    draw_loss_curve(history, path, title="")
+    draw_loss_curve(history, path, title="", unit="nats")
     assert os.listdir(tmp_path) == ["loss_curve.png"]
 
     # Left out are 15 % at each side: labels, ticks, frame. Grid and ground are grey.

@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value, concatenate_dat
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...version import __version__
+from ..wording import counted
 from .arguments import DataArguments
 from .chat import Chat
 from .classification import Classification, MultiLabel, Regression
@@ -40,9 +41,9 @@ class DataCounts:
         """Return the counts in one line."""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.items())
         return (
-            f"{self.rows:,} rows, {self.examples:,} examples, {self.tokens:,} tokens; "
-            f"{self.cut_tokens:,} tokens cut off, {sum(self.dropped.values()):,} dropped"
-            + (f" ({reasons})" if reasons else "")
+            f"{counted(self.rows, 'row')}, {counted(self.examples, 'example')}, "
+            f"{counted(self.tokens, 'token')}; {counted(self.cut_tokens, 'token')} cut off, "
+            f"{sum(self.dropped.values()):,} dropped" + (f" ({reasons})" if reasons else "")
         )
 
 
@@ -159,7 +160,7 @@ def _prepare_part(
         blocks = pack(used, arguments.max_length)
         used = blocks.filter(teaches, input_columns="labels", desc="Checking")
         if len(used) < len(blocks):
-            dropped["packed blocks without a learned token"] = len(blocks) - len(used)
+            dropped["no learned token in a packed block"] = len(blocks) - len(used)
     counts = DataCounts(
         rows=sum(len(rows.table) for rows in parts),
         examples=len(used),
@@ -169,8 +170,8 @@ def _prepare_part(
     )
     if counts.examples == 0:
         raise ValueError(
-            f"nothing can be learned from the {counts.rows} rows of the {name}. Dropped are: "
-            f"{', '.join(f'{count:,} {reason}' for reason, count in dropped.items())}. Raise "
+            f"nothing can be learned from the {counted(counts.rows, 'row')} of the {name}. Dropped "
+            f"are: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items())}. Raise "
             "max_length if answers begin later; else check the roles and fields of the data."
         )
     return Examples(used, counts)

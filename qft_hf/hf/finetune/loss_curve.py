@@ -17,7 +17,9 @@ def loss_points(log_history: list[dict[str, Any]], key: str) -> tuple[list[int],
     return [entry["step"] for entry in entries], [entry[key] for entry in entries]
 
 
-def draw_loss_curve(log_history: list[dict[str, Any]], path: Path, *, title: str) -> None:
+def draw_loss_curve(
+    log_history: list[dict[str, Any]], path: Path, *, title: str, unit: str
+) -> None:
     """Write the curve as a PNG.
 
     Args:
@@ -25,6 +27,7 @@ def draw_loss_curve(log_history: list[dict[str, Any]], path: Path, *, title: str
             picture shows the mean of the training loss, or says that no loss was logged.
         path: Of the PNG; replaced when the new one is whole.
         title: Above the curve.
+        unit: Of the loss.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
@@ -48,7 +51,7 @@ def draw_loss_curve(log_history: list[dict[str, Any]], path: Path, *, title: str
             ha="center",
             color=EVAL_COLOR,
         )
-    axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats)")
+    axes.set(title=title, xlabel="optimizer step", ylabel=f"loss ({unit})")
     axes.margins(x=0.04, y=0.15)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="0.9")

@@ -17,6 +17,7 @@ from ..card_facts import hyperparameters_of, optimizer_of, parameters_of
 from ..drafts import written_whole
 from ..peak_memory import PeakMemory
 from ..processes import by_first, of_first
+from ..wording import loss_unit
 from .evidence import show
 from .export import export_checkpoint
 from .loss_curve import draw_loss_curve
@@ -96,7 +97,8 @@ def _report(run: Run, summary: RunSummary, *, is_reported: bool) -> None:
     output, output_dir = run.arguments.output, run.arguments.output_dir
     if not is_reported:
         history = run.trainer.state.log_history
-        draw_loss_curve(history, output_dir / LOSS_CURVE, title=summary.title)
+        unit = loss_unit([summary.task])
+        draw_loss_curve(history, output_dir / LOSS_CURVE, title=summary.title, unit=unit)
         summary.write(output_dir / SUMMARY)  # last: it tells that all is there
     if output.export_dtype is not None:
         export_checkpoint(

@@ -12,8 +12,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..card import is_card, write_card
 from ..card_facts import CardFacts
 from ..config import QFTConfig
+from ..wording import counted
 from .output_folder import CARD, SUMMARY, told
 
+_COUNTED = ("row", "example", "token")
 _OF_SUMMARY = ("architecture", "optimizer", "hyperparameters", "state_bytes", "versions")
 
 
@@ -68,8 +70,7 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
         "format": form,
         "side": side,
         "history": read_json(output_dir / TRAINER_STATE_NAME)["log_history"],
-        "counts": f"{counts['rows']:,} rows, {counts['examples']:,} examples, "
-        f"{counts['tokens']:,} tokens",
+        "counts": ", ".join(counted(counts[f"{noun}s"], noun) for noun in _COUNTED),
         "export_dtype": export if export and (output_dir / export).is_dir() else None,
     }
 

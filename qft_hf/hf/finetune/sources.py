@@ -22,6 +22,7 @@ from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ...version import __version__
+from ..wording import counted
 from .paths import GLOB
 from .task import Row, RowError
 
@@ -134,8 +135,9 @@ def split_rows(
     n_eval = round(n_rows * eval_fraction)
     if not 0 < n_eval < n_rows:
         raise ValueError(
-            f"eval_fraction {eval_fraction} of {n_rows} rows leaves {n_rows - n_eval} to "
-            f"train on and {n_eval} to evaluate on; both need at least one. Change eval_fraction."
+            f"eval_fraction {eval_fraction} of {counted(n_rows, 'row')} leaves {n_rows - n_eval} "
+            f"to train on and {n_eval} to evaluate on; both need at least one. "
+            "Change eval_fraction."
         )
     indices = Dataset.from_dict({"index": range(n_rows)})
     drawn = indices.train_test_split(test_size=n_eval, seed=seed)

@@ -16,6 +16,7 @@ import transformers
 from ...version import __version__
 from ..drafts import written_whole
 from ..peak_memory import PeakMemory
+from ..wording import counted
 from .data import DataCounts
 
 
@@ -100,7 +101,8 @@ class RunSummary:
                 for name in self.after
             ]
         lines.append(
-            f"{'trained':<30}{self._trained}, {self.steps:,} steps, {self.trained_tokens:,} tokens"
+            f"{'trained':<30}{self._trained}, {counted(self.steps, 'step')}, "
+            f"{counted(self.trained_tokens, 'token')}"
         )
         if self.train_seconds:  # else a finished run was resumed, and nothing was measured
             lines.append(

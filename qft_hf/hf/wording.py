@@ -1,0 +1,27 @@
+"""How numbers, names and units read in messages for users."""
+
+from collections.abc import Collection, Sequence
+
+REGRESSION = "the squared unit of the labels"
+NATS = "nats"
+
+
+def counted(n: int, noun: str) -> str:
+    """Return `1 row`, `2 rows`, `1,200 rows`."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def and_more(names: Sequence[str]) -> str:
+    """Return the first name and how many others there are."""
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def loss_unit(tasks: Collection[str | None]) -> str:
+    """Return the unit of the loss of these tasks: a squared error, or else a cross-entropy.
+
+    Args:
+        tasks: Of `qft-hf finetune`; None of a run that did not note it.
+    """
+    if "regression" not in tasks:
+        return NATS
+    return REGRESSION if set(tasks) == {"regression"} else f"{NATS}; regression: {REGRESSION}"
