@@ -214,17 +214,15 @@ def main() -> None:
     parser.add_argument("entries", choices=ENTRIES, nargs="+")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--full", action="store_true", help="fill the disk instead")
+    parser.add_argument("--full-disks", type=int, default=0, help="and so many full disks")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         prepare_inputs(Path(name))
         for entry in arguments.entries:
-            for line in kill_runs(
-                entry, Path(name),
-                kills=arguments.kills, seed=arguments.seed, full=arguments.full,
-            ):  # fmt: skip
-                print(json.dumps(line), flush=True)  # noqa: T201
+            for full, n in ((False, arguments.kills), (True, arguments.full_disks)):
+                for line in kill_runs(entry, Path(name), kills=n, seed=arguments.seed, full=full):
+                    print(json.dumps(line), flush=True)  # noqa: T201
 
 
 def kill_runs(
