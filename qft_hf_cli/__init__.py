@@ -5,9 +5,11 @@ transformers, which takes seconds, and no help text should wait for them. So the
 them where a command begins to work.
 """
 
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +38,24 @@ command has a result, `--json` prints it for programs.
 """
 
 
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """End quietly, with a shell's status of SIGPIPE, where nobody reads on, as in `| head -1`.
+
+    Raises:
+        SystemExit: With 141.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # else what is left fails when Python ends, which prints a fault
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+
+
+@_reader_may_leave()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command.
 
@@ -59,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(_module(name), rest)
 
 
+@_reader_may_leave()
 def run(command: ModuleType, argv: Sequence[str]) -> None:
     """Run a command; what qft_hf refuses is shown as the text that says why, without a traceback.
 
@@ -71,6 +92,8 @@ def run(command: ModuleType, argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print(f"\nqft-hf {name}: stopped.", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise
     except (ImportError, OSError, TypeError, ValueError) as error:
         if not _is_refusal(error):
             raise

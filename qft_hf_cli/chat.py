@@ -9,6 +9,7 @@ An empty line or Ctrl-D ends it. Answers are the most likely ones, unless --temp
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,9 @@ def main(argv: list[str]) -> None:
     if options.max_new_tokens < 1:
         arguments.error(f"--max_new_tokens must be 1 or more, got {options.max_new_tokens}")
 
+    if options.temperature < 0:
+        arguments.error(f"--temperature must be 0 or more, got {options.temperature:g}")
+
     model, tokenizer = _load(options)
     messages = [{"role": "system", "content": options.system}] if options.system else []
     for prompt in _typed() if options.prompt is None else [options.prompt]:
@@ -37,12 +41,14 @@ def main(argv: list[str]) -> None:
 
 
 def _typed() -> Iterator[str]:
-    """Yield what is typed, until an empty line or the end of input."""
+    """Yield what is typed, or comes by a pipe, until an empty line or the end of input."""
+    is_typed = sys.stdin.isatty()
     try:
-        while prompt := input("\nyou: "):
+        while prompt := input("\nyou: " if is_typed else ""):
             yield prompt
     except EOFError:
-        print()
+        if is_typed:
+            print()
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -39,6 +39,7 @@ def flags_of(argv: list[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: A path is named, and nothing is there.
+        ValueError: It is not the folder of a run, and no data are named.
     """
     folder = Path(argv[0])
     if not folder.is_dir():
@@ -59,6 +60,11 @@ def flags_of(argv: list[str]) -> list[str]:
     reader.add_argument("--eval_data", nargs="+", default=[])
     reader.add_argument("--eval_split", default="train")
     known, _ = reader.parse_known_args(flags)
+    if not known.eval_data and not any(flag.startswith("--train_data") for flag in flags):
+        raise ValueError(
+            f"{folder} has no {config.name}, which the folder of a run has, so there is no telling "
+            "what to evaluate on. Give --eval_data, and --task if it does not learn from chats."
+        )
     if known.eval_data:
         flags += ["--train_data", *known.eval_data, "--train_split", known.eval_split]
     return flags

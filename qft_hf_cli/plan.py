@@ -65,7 +65,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--gpus", type=int, metavar="N", help="how many train together (default 1)"
     )
     arguments.add_argument("--batch_size", type=int, help="of a micro-batch (default 1)")
-    arguments.add_argument("--sequence_length", type=int, help=f"tokens (default {LENGTH}, or what the model takes)")
+    arguments.add_argument(
+        "--sequence_length", type=int, help=f"tokens (default {LENGTH}, or what the model takes)"
+    )
     arguments.add_argument("--method", help="full (default), or qst: a side network")
     arguments.add_argument("--side_r", type=int, help="of qst: the base is so many times as wide")
     arguments.add_argument("--base", help="of qst: nf4, int8 or float; default: all of them")

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     )
     options = arguments.parse_args(argv)
 
-    from qft_hf.hf.report import read_run, write_report
+    from qft_hf.hf.report import read_runs, write_report
 
-    write_report([read_run(folder) for folder in options.runs], options.output)
+    write_report(read_runs(options.runs), options.output)
     print(f"written to {options.output}")

@@ -65,10 +65,20 @@ def drafted(folder: Path) -> Iterator[Path]:
 
     Yields:
         The draft's folder, on the same file system.
+
+    Raises:
+        OSError: It cannot be created, or not be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    settle(folder)
-    draft, lock = _create(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        settle(folder)
+        draft, lock = _create(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise type(error)(
+            f"nothing can be written to {folder} ({reason}), and nothing was. Choose another "
+            "folder, or have its owner let you write there."
+        ) from error
     try:
         new = draft / NEW
         new.mkdir()

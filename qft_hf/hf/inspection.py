@@ -87,6 +87,13 @@ def inspect_checkpoint(folder: Path, original: str | None = None) -> list[Inspec
     others: dict[str, Any] = {}
     if original is not None:
         with refused_if_absent(original):
+            family = AutoConfig.from_pretrained(original).model_type
+        if family != config.model_type:
+            raise ValueError(
+                f"{original} is a model of type {family!r}, and {folder} one of type "
+                f"{config.model_type!r}. Give the model that the checkpoint was made from."
+            )
+        with refused_if_absent(original):
             others = dict(model_class.from_pretrained(original).named_parameters())
     return [
         _inspected(name, weight, _counterpart(name, weight, others, original))

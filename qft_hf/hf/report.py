@@ -6,7 +6,7 @@ Curves and bars are SVG that is drawn here, and colours follow the reader's ligh
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, isfinite, log10
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ HEALTH = {
     "qft/updates_too_small": "groups that no step can move, share",
     "grad_norm": "norm of the gradient",
 }
+NEEDED = (  # of a summary
+    "model", "parameters", "steps", "trained_tokens", "tokens_per_second", "peak_memory",
+    "state_bytes", "before", "after",
+)  # fmt: skip
 WIDTH, HEIGHT = 460, 240  # of a chart, with its margins
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30
 N_COLORS = 6  # of runs, in the page's style
@@ -69,11 +73,27 @@ class ReportedRun:
         ]
 
 
+def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
+    """Read runs to show side by side; of folders that are called the same, the path is the name.
+
+    Raises:
+        FileNotFoundError: As `read_run`.
+        ValueError: Likewise.
+    """
+    runs = [read_run(folder) for folder in folders]
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=str(folder)) if names.count(run.name) > 1 else run
+        for run, folder in zip(runs, folders, strict=True)
+    ]
+
+
 def read_run(folder: Path) -> ReportedRun:
     """Read what a finished run has left.
 
     Raises:
         FileNotFoundError: The folder holds no finished run.
+        ValueError: A file is damaged, or of a version that noted less.
     """
     read = {}
     for name in ("summary.json", TRAINER_STATE_NAME, "run.yaml"):
@@ -84,15 +104,41 @@ def read_run(folder: Path) -> ReportedRun:
                 "`qft-hf finetune`."
             )
         text = path.read_text(encoding="utf-8")
-        read[name] = yaml.safe_load(text) if name == "run.yaml" else json.loads(text)
-    history = read[TRAINER_STATE_NAME]["log_history"]
+        try:
+            read[name] = yaml.safe_load(text) if name == "run.yaml" else json.loads(text)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path} cannot be read: {error}. Leave this run out.") from error
+    summary, state = read["summary.json"], read[TRAINER_STATE_NAME]
+    absent = [f"summary.json has no {key}" for key in NEEDED if key not in summary]
+    absent += [] if "log_history" in state else [f"{TRAINER_STATE_NAME} has no log_history"]
+    if absent:
+        raise ValueError(
+            f"{folder} was left by another program, or a version of qft_hf that noted less: "
+            f"{', '.join(absent)}. Leave this run out."
+        )
+    history = state["log_history"]
     return ReportedRun(folder.resolve().name, read["summary.json"], history, read["run.yaml"])
 
 
 def write_report(runs: Sequence[ReportedRun], path: Path) -> None:
-    """Write the page; it takes the place of what is there."""
+    """Write the page; it takes the place of an earlier one.
+
+    Raises:
+        FileExistsError: Something else is there: a folder, which may be a run, or another file.
+    """
+    if path.is_dir() or (path.is_file() and not _is_page(path)):
+        raise FileExistsError(
+            f"{path} is there already, and is no report. Give --output the name of a file that is "
+            "not there yet."
+        )
     with written_whole(path) as draft:
         draft.write_text(page(runs), encoding="utf-8")
+
+
+def _is_page(path: Path) -> bool:
+    start = PAGE.partition("\n")[0]
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(len(start)) == start
 
 
 def page(runs: Sequence[ReportedRun]) -> str:

@@ -108,6 +108,29 @@ def test_evaluate_names_a_folder_that_is_not_there(place, capsys):
     assert flags_of(flags) == flags
 
 
+def test_evaluate_asks_for_data_where_there_is_no_run(tmp_path, capsys):
+    """It asked for --train_data, with the usage of another program."""
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(tmp_path), "--use_cpu"])
+    assert "has no run.yaml" in (error := capsys.readouterr().err)
+    assert "Give --eval_data" in error
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "llama-2-7b"]], ids=str)
+def test_a_reader_that_has_left_is_no_fault(words):
+    """`| head -1` ended in "Broken pipe", or in what Python says of a stream it cannot flush."""
+    command = subprocess.Popen(
+        [sys.executable, "-c", "import qft_hf_cli; qft_hf_cli.main()", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    command.stdout.close()
+    assert [line for line in command.stderr.read().splitlines() if "ipe" in line] == []
+    assert command.wait() == 141
+
+
 @pytest.mark.parametrize("command", ["finetune", "check"])
 def test_ctrl_c_is_no_fault(command, monkeypatch, capsys):
     """It ended in forty lines of traceback."""
@@ -123,21 +146,36 @@ def test_ctrl_c_is_no_fault(command, monkeypatch, capsys):
     assert capsys.readouterr().err.endswith(f"qft-hf {command}: stopped.\n")
 
 
+class Typed(StringIO):
+    """Standard input of a terminal."""
+
+    def isatty(self):
+        return True
+
+
 @pytest.mark.parametrize("typed", ["", "\n", "how are you?\n", "how are you?\n\nnever read\n"])
 def test_a_chat_ends_with_an_empty_line_or_with_its_input(typed, tmp_path, monkeypatch, capsys):
-    """Ctrl-D ended in a traceback."""
+    """Ctrl-D ended in a traceback; a pipe got "you: " before what the model said."""
     tiny_llama(vocab_size=320).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
+    words = ["chat", str(tmp_path), "--max_new_tokens", "2"]
+    monkeypatch.setattr("sys.stdin", Typed(typed))
+    main(words)
+    shown = capsys.readouterr().out
+    assert shown.count("you: ") == (2 if typed.startswith("how") else 1)
+
     monkeypatch.setattr("sys.stdin", StringIO(typed))
-    main(["chat", str(tmp_path), "--max_new_tokens", "2"])
-    prompts = capsys.readouterr().out.count("you: ")
-    assert prompts == (2 if typed.startswith("how") else 1)
+    main(words)
+    assert capsys.readouterr().out.split() == shown.replace("you:", "").split()
 
 
 def test_an_answer_has_a_token_at_least(capsys):
     with pytest.raises(SystemExit):
         main(["chat", "anywhere", "--max_new_tokens", "0"])
     assert "--max_new_tokens must be 1 or more, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["chat", "anywhere", "--temperature", "-0.5"])
+    assert "--temperature must be 0 or more, got -0.5" in capsys.readouterr().err
 
 
 def test_what_nobody_refused_keeps_its_traceback(monkeypatch):

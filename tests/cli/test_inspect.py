@@ -1,6 +1,7 @@
 """`qft-hf inspect` and `qft-hf export` on checkpoints whose figures are known."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from qft_hf import QFTConfig, QFTWeight, quantize_model_
 from qft_hf_cli import main
-from tests.models import tiny_llama
+from tests.models import tiny_bert, tiny_llama
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -66,6 +67,18 @@ def test_an_original_of_another_shape_is_refused(folders, capsys):
     with pytest.raises(SystemExit):
         main(["inspect", str(folders / "int8"), "--original", str(folders / "other")])
     assert "Give the model that the checkpoint was made from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("as_int8", [False, True])
+def test_an_original_of_another_family_is_refused_before_it_is_loaded(as_int8, folders, capsys):
+    """In INT8 it was called damaged, tensor by tensor."""
+    other = tiny_bert()
+    if as_int8:
+        quantize_model_(other, QFTConfig())
+    other.save_pretrained(folders / "other")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(folders / "int8"), "--original", str(folders / "other")])
+    assert re.search(r"type 'bert', and .* type 'llama'\. Give the mo", capsys.readouterr().err)
 
 
 def test_a_float_checkpoint_is_refused(folders, capsys):

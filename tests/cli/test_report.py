@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from qft_hf.hf.report import OTHERS, page, read_run
+from qft_hf.hf.report import OTHERS, page, read_run, read_runs
 from qft_hf_cli import main
 
 HISTORY = [
@@ -168,6 +168,51 @@ def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path)])
     assert "holds no finished run: it has no summary.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("taken", ["folder of a run", "summary of a run", "page"])
+def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, capsys):
+    """A run whose folder was named as the output was gone."""
+    first, second = runs
+    output = {"folder of a run": second, "summary of a run": second / "summary.json"}.get(taken)
+    words = ["report", str(first), "--output", str(output or first / "page.html")]
+    if taken == "page":
+        main(["report", str(second), "--output", words[-1]])
+        main(words)
+        assert "<title>first: " in (first / "page.html").read_text()
+        return
+    before = {path: path.read_bytes() for path in second.iterdir()}
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "is there already, and is no report. Give --output" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in second.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("summary.json", "{", "summary.json cannot be read"),
+        ("trainer_state.json", "", "trainer_state.json cannot be read"),
+        ("run.yaml", "a: [", "run.yaml cannot be read"),
+        ("summary.json", "{}", "noted less: summary.json has no model, "),
+        ("trainer_state.json", "{}", "trainer_state.json has no log_history"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_named(name, text, said, runs, capsys):
+    """It was a traceback."""
+    (runs[1] / name).write_text(text)
+    with pytest.raises(SystemExit):
+        main(["report", *map(str, runs)])
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Leave this run out" in error
+
+
+def test_runs_whose_folders_are_called_the_same_are_told_apart(tmp_path):
+    folders = [leave(tmp_path / place / "run") for place in ("a", "b")]
+    folders += [leave(tmp_path / "other")]
+    names = [run.name for run in read_runs(folders)]
+    assert names == [str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run"), "other"]
 
 
 def test_a_loss_has_the_unit_of_its_task(tmp_path):

@@ -74,6 +74,16 @@ def test_an_error_changes_nothing_and_says_so(name, tmp_path):
     assert "everything there is as it was. If the disk is full" in caught.value.__notes__[0]
 
 
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_file_in_the_way_is_named_and_stays(below, tmp_path):
+    """It was a traceback of Python's own."""
+    write(tmp_path / "file.txt", "precious")
+    place = tmp_path / "file.txt" / below / "new.txt"
+    with pytest.raises((FileExistsError, NotADirectoryError), match=r"nothing can be .* Choose an"):
+        fail_half_way(place)
+    assert contents(tmp_path) == {"file.txt": "precious"}
+
+
 def test_files_have_the_permissions_that_others_have(tmp_path):
     with written_whole(tmp_path / "new") as draft:
         write(draft)

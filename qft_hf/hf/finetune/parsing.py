@@ -103,6 +103,7 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
 
     parser = HfArgumentParser(
         GROUPS,
+        prog="qft-hf finetune",
         usage="%(prog)s [CONFIG.yaml] [--flag value ...]",
         description=description,
         allow_abbrev=False,

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import time
 from dataclasses import asdict
 from typing import Any
@@ -118,7 +119,7 @@ def _license(run: Run) -> str | None:
         logger.warning(
             "the model card names no licence, because that of the model is not known. Give it by "
             "`qft-hf card %s --license apache-2.0`, or what it is",
-            run.arguments.output_dir,
+            shlex.quote(str(run.arguments.output_dir)),
         )
     return license
 
