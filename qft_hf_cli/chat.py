@@ -11,6 +11,7 @@ An empty line or Ctrl-D ends it. Answers are the most likely ones, unless --temp
 import argparse
 import sys
 from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 from .command_line import parser
@@ -49,6 +50,11 @@ def _typed() -> Iterator[str]:
     except EOFError:
         if is_typed:
             print()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"what comes by the pipe is not {sys.stdin.encoding} ({error}). Convert it first, as "
+            "by iconv, or set PYTHONIOENCODING to what it is."
+        ) from error
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -83,13 +89,21 @@ def _answer(
     """Print an answer while it is made; return it."""
     from transformers import TextStreamer
 
+    from qft_hf.hf.positions import n_positions
+
     inputs = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
+    n_tokens, positions = inputs["input_ids"].shape[1], n_positions(model.config) or inf
+    if n_tokens >= positions:
+        raise ValueError(
+            f"the conversation has {n_tokens:,} tokens, and the model has {positions:,} positions, "
+            "which leaves none for an answer. Begin a new one, or ask something shorter."
+        )
     drawn = {"do_sample": True, "temperature": options.temperature}
     output = model.generate(
         **inputs,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=min(options.max_new_tokens, positions - n_tokens),
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **(drawn if options.temperature > 0 else {"do_sample": False}),
     )

@@ -52,4 +52,9 @@ def _what_else(place: Path) -> str | None:
             "is in GGUF, of which training knows nothing. Convert it once: from_pretrained(FOLDER, "
             "gguf_file=NAME) of AutoModelForCausalLM and of AutoTokenizer, and save_pretrained()."
         )
+    if (place / "run.yaml").is_file() and not (place / "config.json").is_file():
+        return (
+            "is of a run that has not finished, and has no model yet. Go on with it, by "
+            "--resume_from_checkpoint true, or give one of its checkpoint-<step> folders."
+        )
     return "is a file. Give the folder that it lies in." if place.is_file() else None

@@ -3,6 +3,7 @@
 A local path means nothing to a reader, so names of files stand here without their folders.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from ..config import QuantizationSpec
 from ..version import __version__
 from .card_facts import CardFacts
 from .drafts import written_whole
+from .wording import score_text
 
 TAGS = ["full-parameter-fine-tuning", "int8", "qft"]
 MARK = "<!-- Written by qft_hf -->"
@@ -229,7 +231,7 @@ def _loading(facts: CardFacts) -> str:
         "To go on without qft_hf, convert that once to an ordinary bf16 checkpoint:",
         f'```python\nqft_hf.dequantize_model_(model).save_pretrained("{plain}")\n```',
         "The command does the same with a downloaded folder, tokenizer included:",
-        f"```sh\nqft-hf export FOLDER {plain} --dtype bfloat16\n```",
+        f"```sh\nqft-hf export FOLDER {shlex.quote(plain)} --dtype bfloat16\n```",
     ]
     if facts.export_dtype:
         place = f'"{name}", subfolder="{facts.export_dtype}"'
@@ -272,7 +274,7 @@ def _memory_table(state_bytes: Mapping[str, int], parameters: int) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return score_text(value) if isinstance(value, float) else str(value)
 
 
 def _table(head: Sequence[str], rows: Any) -> str:

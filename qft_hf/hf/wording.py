@@ -1,6 +1,7 @@
 """How numbers, names and units read in messages for users."""
 
 from collections.abc import Collection, Sequence
+from math import isfinite, isnan
 
 REGRESSION = "the squared unit of the labels"
 NATS = "nats"
@@ -9,6 +10,13 @@ NATS = "nats"
 def counted(n: int, noun: str) -> str:
     """Return `1 row`, `2 rows`, `1,200 rows`."""
     return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def score_text(score: float) -> str:
+    """Return a score with four decimals, or as many as it takes to tell it from 0."""
+    if not isfinite(score):
+        return "undefined" if isnan(score) else "infinite"
+    return f"{score:.3g}" if 0 < abs(score) < 0.001 else f"{score:.4f}"
 
 
 def and_more(names: Sequence[str]) -> str:

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import fields
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import qft_hf
 import qft_hf_cli
@@ -167,6 +168,39 @@ def test_a_chat_ends_with_an_empty_line_or_with_its_input(typed, tmp_path, monke
     monkeypatch.setattr("sys.stdin", StringIO(typed))
     main(words)
     assert capsys.readouterr().out.split() == shown.replace("you:", "").split()
+
+
+def test_a_conversation_that_is_too_long_for_the_model_is_refused(tmp_path, capsys):
+    """It was answered by nothing, after minutes; a table of positions raised IndexError."""
+    config = GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2, n_positions=40)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for prompt in ("how are you?", "how are you? " * 9):
+        words = ["chat", str(tmp_path), "--prompt", prompt, "--max_new_tokens", "100"]
+        if prompt.endswith("?"):  # it has room for an answer of less than 100
+            main(words)
+            continue
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "the model has 40 positions, which leaves none" in capsys.readouterr().err
+
+
+def test_what_is_no_text_is_said_to_be_none(tmp_path, monkeypatch, capsys):
+    tiny_llama(vocab_size=320).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(SystemExit):
+        main(["chat", str(tmp_path)])
+    assert "what comes by the pipe is not utf-8" in capsys.readouterr().err
+
+
+def test_a_run_that_has_not_finished_is_called_so(tmp_path, capsys):
+    """The hub was said not to show it."""
+    (tmp_path / "run.yaml").write_text("train_data: x.jsonl\noutput_dir: .\n")
+    for command in ("chat", "evaluate"):
+        with pytest.raises(SystemExit):
+            main([command, str(tmp_path)])
+        assert "is of a run that has not finished" in capsys.readouterr().err
 
 
 def test_an_answer_has_a_token_at_least(capsys):

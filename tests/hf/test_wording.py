@@ -3,7 +3,8 @@
 import pytest
 
 from qft_hf.hf.finetune.data import DataCounts
-from qft_hf.hf.wording import and_more, counted
+from qft_hf.hf.finetune.evaluate import Evaluation
+from qft_hf.hf.wording import and_more, counted, score_text
 
 
 @pytest.mark.parametrize(
@@ -11,6 +12,25 @@ from qft_hf.hf.wording import and_more, counted
 )
 def test_one_is_not_many(n, said):
     assert counted(n, "row") == said
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        (0.0, "0.0000"),
+        (0.5, "0.5000"),
+        (-12.34567, "-12.3457"),
+        (0.000626, "0.000626"),
+        (-6.4459e-6, "-6.45e-06"),
+        (float("nan"), "undefined"),
+        (float("inf"), "infinite"),
+    ],
+)
+def test_a_small_score_is_not_0_and_none_is_nan(score, said):
+    """A loss of 6e-6 read 0.0000."""
+    assert score_text(score) == said
+    line = f"loss              {said}"
+    assert str(Evaluation("m", {"loss": score}, DataCounts(1, 1, 1, 0, {}))).startswith(line)
 
 
 def test_a_name_alone_has_none_beside_it():

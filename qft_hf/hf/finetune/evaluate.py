@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from ..wording import score_text
 from .arguments import DataArguments, MethodArguments
 from .data import DataCounts, TaskData, prepare_data
 from .loading import load_model, load_tokenizer
@@ -31,7 +32,7 @@ class Evaluation:
 
     def __str__(self) -> str:
         """Return a line for each score, and one for the data."""
-        lines = [f"{name:<18}{score:.4f}" for name, score in self.scores.items()]
+        lines = [f"{name:<18}{score_text(score)}" for name, score in self.scores.items()]
         return "\n".join([*lines, f"{'evaluation data':<18}{self.data}"])
 
 

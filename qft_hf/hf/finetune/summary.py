@@ -16,7 +16,7 @@ import transformers
 from ...version import __version__
 from ..drafts import written_whole
 from ..peak_memory import PeakMemory
-from ..wording import counted
+from ..wording import counted, score_text
 from .data import DataCounts
 
 
@@ -97,7 +97,8 @@ class RunSummary:
         lines = []
         if self.before is not None and self.after is not None:
             lines += [
-                f"{name + ' before -> after':<30}{self.before[name]:.4f} -> {self.after[name]:.4f}"
+                f"{name + ' before -> after':<30}{score_text(self.before[name])} -> "
+                f"{score_text(self.after[name])}"
                 for name in self.after
             ]
         lines.append(
