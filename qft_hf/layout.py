@@ -27,8 +27,6 @@ NF4_TABLES = 16 + 256
 
 MOMENTUM_BITS = (8, 4, 0)  # of one value; 0: none, as SGD has it
 
-OPTIMIZERS = ("qft_lion", "qft_adamw", "qft_sgd")
-
 # Elements of a weight that are expanded to float at a time: 64 MB in FP32.
 TILE_ELEMENTS = 2**24
 # Rows of a tile are a multiple of this: products of slices that begin anywhere take up to half as
@@ -127,7 +125,7 @@ def state_bits(optimizer: str, momentum_bits: int) -> tuple[int, ...]:
     """Bits of each value that an optimizer keeps for a quantized weight, by its name.
 
     Args:
-        optimizer: One of `OPTIMIZERS`.
+        optimizer: As `TrainingArguments(optim=...)` names it.
         momentum_bits: As `momentum_bytes` takes it; of Lion, the others have no choice.
     """
     of_lion = (momentum_bits,) if momentum_bits else ()

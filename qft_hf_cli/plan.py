@@ -226,7 +226,7 @@ def _estimate(source: Any, work: dict[str, Any], way: dict[str, Any]) -> "Memory
 
 def _text(result: dict[str, Any]) -> str:
     """Return a table by way, and the choice for each card."""
-    from qft_hf.hf.estimate import USABLE
+    from qft_hf.hf.recommendation import USABLE
 
     n, many = result["gpus"], f"{result['gpus']} x " if result["gpus"] > 1 else ""
     usable = {card["gb"]: USABLE * card["gb"] * 1e9 for card in result["cards"]}

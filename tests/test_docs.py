@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from qft_hf import QSTConfig, estimate_memory, estimate_side_memory, recommend
 from qft_hf.hf import shipped
-from qft_hf.hf.estimate import USABLE, skeleton
+from qft_hf.hf.estimate import skeleton
 from qft_hf.hf.health import Health
+from qft_hf.hf.recommendation import USABLE
 from qft_hf_cli import main
 from tests.finetune.chats import tiny_tokenizer
 from tests.models import tiny_llama

@@ -6,9 +6,10 @@ from .chunked_loss import chunk_loss_
 from .clipping import install_clipping
 from .config import QFTConfig
 from .convert import dequantize_model_, quantize_model_
-from .estimate import Recommendation, estimate_memory, estimate_side_memory, recommend
+from .estimate import estimate_memory, estimate_side_memory
 from .guards import install_guards
 from .processes import install_processes
+from .recommendation import Recommendation, recommend
 from .reference_model import install_references
 from .registration import is_accumulating, register_optimizer
 from .resizing import install_resizing

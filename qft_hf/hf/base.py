@@ -1,6 +1,5 @@
 """The frozen base of a side network: how it is stored, and what loads it so."""
 
-from collections.abc import Container
 from typing import Any
 
 from torch import Tensor, nn
@@ -98,8 +97,8 @@ def _kept(model: Any) -> list[str]:
     """
     _, layers = layer_stack(model)
     inside = {id(module) for layer in layers for module in layer.modules()}
-    return [name for name, module in model.named_modules() if _is_linear(module, inside)]
-
-
-def _is_linear(module: nn.Module, inside: Container[int]) -> bool:
-    return isinstance(module, nn.Linear | Conv1D) and id(module) not in inside
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in inside
+    ]

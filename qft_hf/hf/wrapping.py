@@ -1,8 +1,6 @@
 """How a method of transformers or Accelerate is wrapped, where nothing else gives a way in.
 
-Importing `qft_hf.hf` does so for loading and saving (`guards.py`), resizing (`resizing.py`), the
-reference models of other trainers (`reference_model.py`), clipping (`clipping.py`), sizes
-(`sizes.py`) and the end of training (`registration.py`).
+Importing `qft_hf.hf` does so: see what `hf/__init__.py` installs.
 """
 
 from collections.abc import Callable

@@ -28,8 +28,9 @@ from qft_hf import (
     quantize_model_,
 )
 from qft_hf.hf import recommend, shipped
-from qft_hf.hf.estimate import LONGEST, skeleton
-from qft_hf.layout import OPTIMIZERS
+from qft_hf.hf.estimate import skeleton
+from qft_hf.hf.optimizers import OPTIMIZERS
+from qft_hf.hf.recommendation import LONGEST
 from qft_hf.optim.settings import GRADIENTS
 from qft_hf_cli.plan import live_ledger
 from tests.models import tiny_llama

@@ -1,0 +1,200 @@
+"""`recommend`: how a model will fit a card, before anything is loaded."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ..memory import MemoryEstimate
+from ..optim.settings import GRADIENTS
+from ..side import QSTConfig
+from .config import QFTConfig
+from .estimate import ModelSource, SideEstimator, estimate_memory, skeleton
+from .positions import n_positions
+
+# Of a card's memory, what is left for the run: the driver, the libraries and fragments of the
+# allocator take the rest.
+USABLE = 0.92
+_FINEST_FIRST = ("float", "int8", "nf4")
+LONGEST = 2**20  # tokens of a sequence: longer ones are not looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """How a model fits a card, or the nearest miss.
+
+    Attributes:
+        gradient: The mode; stack where it fits, since it clips at no cost. Of a side network: its
+            own gradients always wait for the step.
+        gradient_checkpointing: Off where the activations fit.
+        momentum_bits: As asked for: fewer than 8 cost quality, which nothing here decides to pay.
+        optimizer: As asked for.
+        estimate: Of this choice.
+        usable_bytes: What the card has left for it.
+        batch_size: Sequences of one micro-batch, as asked for.
+        longest_sequence: Tokens of the longest sequences that fit with this choice and batch size;
+            0 if none does, and `LONGEST` also for longer ones.
+        positions: `n_positions` of the model.
+        base: Of a side network, how its frozen base is stored; None: every parameter is trained.
+    """
+
+    gradient: str
+    gradient_checkpointing: bool
+    momentum_bits: int
+    optimizer: str
+    estimate: MemoryEstimate
+    usable_bytes: int
+    batch_size: int
+    longest_sequence: int
+    positions: int | None
+    base: str | None = None
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the card lacks; 0 if the estimate fits."""
+        return max(0, self.estimate.total_bytes - self.usable_bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the estimate is within the usable memory."""
+        return not self.missing_bytes
+
+    def __str__(self) -> str:
+        """One line: the choice, whether it fits, and what would."""
+        total, usable = self.estimate.total_bytes / 1e9, self.usable_bytes / 1e9
+        way = f"gradient={self.gradient}" if self.base is None else f"method=qst, base={self.base}"
+        each = f" of each of {n}" if (n := self.estimate.n_processes) > 1 else ""
+        line = (
+            f"{way}, gradient_checkpointing={self.gradient_checkpointing}"
+            f"{'' if self.momentum_bits == 8 else f', momentum_bits={self.momentum_bits}'}"
+            f"{'' if self.optimizer == 'qft_lion' else f', optim={self.optimizer}'}: "
+            f"{total:.1f} GB of {usable:.1f} usable{each}, "
+        )
+        if self.fits and self.longest_sequence >= (self.positions or LONGEST):
+            length = (
+                f"up to the model's {self.positions:,} tokens" if self.positions else "any length"
+            )
+            return f"{line}fits, with sequences of {length}"
+        if self.fits:
+            return f"{line}fits, with sequences of up to {self.longest_sequence:,} tokens"
+        line += f"does not fit: {self.missing_bytes / 1e9:.1f} GB are missing. "
+        if self.longest_sequence:
+            return (
+                f"{line}Sequences of up to {self.longest_sequence:,} tokens would fit, at batch "
+                f"size {self.batch_size}"
+            )
+        line += (
+            f"The states alone take {self.estimate.state_bytes / 1e9:.1f} GB: take a larger card"
+        )
+        if self.base is not None:
+            return f"{line} or a smaller model"
+        return f"{line}, several of them or a smaller model, or train a side network: method qst"
+
+
+def recommend(
+    model: ModelSource,
+    gpu_memory: float,
+    sequence_length: int = 2048,
+    batch_size: int = 1,
+    *,
+    config: QFTConfig | None = None,
+    momentum_bits: int = 8,
+    optimizer: str = "qft_lion",
+    chunked_loss: bool = False,
+    side: QSTConfig | None = None,
+    base: str | None = None,
+    n_processes: int = 1,
+) -> Recommendation:
+    """Choose the mode for a card: the fastest that fits, else the smallest.
+
+    Args:
+        model: As in `estimate_memory`; no weight is loaded.
+        gpu_memory: Of the card, in GB of 1e9 bytes, as it is sold.
+        sequence_length: Tokens of one sequence.
+        batch_size: Sequences of one micro-batch.
+        config: The weight format; None: the default.
+        momentum_bits: As in `estimate_memory`; 4 and 0 are never chosen unasked.
+        optimizer: As in `estimate_memory`.
+        chunked_loss: As in `estimate_memory`.
+        side: A side network, which alone is trained, with AdamW; None: every parameter is.
+        base: How the frozen base of `side` is stored; None: in as many bits as fit.
+        n_processes: That train together, each on such a card, as in `estimate_memory`.
+
+    Raises:
+        FileNotFoundError: As `estimate_memory`.
+        ValueError: `gpu_memory` is not positive, `side` is given with several processes, or as
+            `estimate_memory` and `estimate_side_memory`.
+    """
+    if gpu_memory <= 0:
+        raise ValueError(f"gpu_memory must be positive, in GB, got {gpu_memory}.")
+    if side is not None and n_processes > 1:
+        raise ValueError(
+            f"n_processes={n_processes} and side were given. Processes share the gradients and the "
+            "momentum of INT8 weights that are trained, and beside a side network none are: each "
+            "would take what one does. Leave n_processes out."
+        )
+    source, usable = skeleton(model), int(USABLE * gpu_memory * 1e9)
+    ways = (
+        _full_ways(
+            source,
+            config=config,
+            momentum_bits=momentum_bits,
+            optimizer=optimizer,
+            batch_size=batch_size,
+            chunked_loss=chunked_loss,
+            n_processes=n_processes,
+        )
+        if side is None
+        else _side_ways(source, side, base, config or QFTConfig(), batch_size)
+    )
+    for way, of in ways:
+        way["estimate"] = estimate = of(sequence_length=sequence_length)
+        if estimate.total_bytes <= usable:
+            break
+    return Recommendation(
+        **way,
+        usable_bytes=usable,
+        batch_size=batch_size,
+        longest_sequence=_longest(usable, of),
+        positions=n_positions(source.config),
+    )
+
+
+# A way to train, as fields of a `Recommendation`; and its memory by `sequence_length`.
+_Way = tuple[dict[str, Any], Callable[..., MemoryEstimate]]
+
+
+def _full_ways(source: Any, **asked: Any) -> Iterator[_Way]:
+    """Ways to train every parameter, from the fastest to the smallest.
+
+    Checkpointing costs a third more work, release costs none, but clipping by the exact norm then
+    takes a second backward pass.
+    """
+    as_asked = {name: asked[name] for name in ("momentum_bits", "optimizer")}
+    for checkpointing in (False, True):
+        for gradient in GRADIENTS:
+            chosen: dict[str, Any] = {
+                "gradient": gradient,
+                "gradient_checkpointing": checkpointing,
+            }
+            yield chosen | as_asked, partial(estimate_memory, source, **asked, **chosen)
+
+
+def _side_ways(
+    source: Any, side: QSTConfig, base: str | None, config: QFTConfig, batch_size: int
+) -> Iterator[_Way]:
+    """Ways to train a side network: of each base, the most bits first, the fastest first."""
+    fixed = {"gradient": "stack", "momentum_bits": 8, "optimizer": "adamw_torch"}
+    for name in [base] if base else _FINEST_FIRST:
+        estimator = SideEstimator(source, side, name, config)
+        for checkpointing in (False, True):
+            chosen = {"gradient_checkpointing": checkpointing}
+            of = partial(estimator, batch_size=batch_size, **chosen)
+            yield chosen | fixed | {"base": name}, of
+
+
+def _longest(usable: int, of: Callable[..., MemoryEstimate]) -> int:
+    """Tokens of the longest sequence that fits: memory grows with length, so as many fit."""
+    lengths = range(1, LONGEST + 1)
+    return bisect_right(lengths, usable, key=lambda n: of(sequence_length=n).total_bytes)
