@@ -10,6 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..nn import DeferredLogits, QFTLinear, linear_cross_entropy
 from ..nn.loss import COMPUTES, IGNORED
+from ..nn.products import output_head
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -32,8 +33,7 @@ def chunk_loss_(model: Model) -> Model:
             kind, or computes with its logits.
     """
     causal: Any = model
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head else None
+    head = output_head(model)
     if not isinstance(head, QFTLinear):
         raise ValueError(
             f"A chunked loss needs an INT8 output head, got {type(head).__name__} in "

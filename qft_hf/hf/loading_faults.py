@@ -4,14 +4,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..nn import weight_of
 from ..nn.state import state_names
-from ..optim.processes import SEVERAL_GPUS
+from ..optim.processes import SEVERAL_GPUS, Processes
 from .tensor_files import DAMAGED, damaged, tensor_names
 from .wording import and_more, counted
 
@@ -115,7 +114,7 @@ def refuse_shards(skeleton: PreTrainedModel) -> None:
         ValueError: There is one, and several processes.
     """
     is_sharded = getattr(skeleton.config, "distributed_config", None) is not None
-    if is_sharded and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if is_sharded and Processes.found() is not None:
         raise ValueError(
             "distributed_config splits weights among processes as float tensors, by rows or "
             "columns, and INT8 weights cannot be held so. Load the model without it. "

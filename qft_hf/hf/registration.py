@@ -7,9 +7,8 @@ to be extended from outside; both are extended here, at import.
 from typing import Any
 
 from accelerate.state import GradientState
-from torch import nn
 from transformers import trainer, trainer_optimizer
-from transformers.training_args import OptimizerNames, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from ..optim import QFTOptimizer
 from .callback import QFTCallback
@@ -60,9 +59,7 @@ def _register(name: str) -> None:
     OptimizerNames._member_map_[member._name_] = member
     OptimizerNames._value2member_map_[name] = member
     type.__setattr__(OptimizerNames, member._name_, member)
-    trainer_optimizer._OPTIMIZER_HANDLERS[member] = lambda context: optimizer_class_and_arguments(
-        context.args, context.model
-    )
+    trainer_optimizer._OPTIMIZER_HANDLERS[member] = _class_and_arguments
 
 
 def is_accumulating() -> bool:
@@ -70,15 +67,15 @@ def is_accumulating() -> bool:
     return not GradientState().sync_gradients
 
 
-def optimizer_class_and_arguments(
-    args: TrainingArguments, model: nn.Module | None
-) -> tuple[type[QFTOptimizer], dict[str, Any]]:
-    """The class and the arguments of one of our optimizers for a run. Changes nothing.
+def _class_and_arguments(context: Any) -> tuple[type[QFTOptimizer], dict[str, Any]]:
+    """What the Trainer makes an optimizer of ours by, for its arguments and model; changes nothing.
 
     Raises:
         TypeError: An option has a value of the wrong type.
-        ValueError: An option is unknown or out of its range, or `model` is not prepared for `args`.
+        ValueError: An option is unknown or out of its range, or the model is not prepared for the
+            arguments.
     """
+    args, model = context.args, context.model
     check_arguments(args)  # again: a search for hyperparameters changes them
     arguments: dict[str, Any] = {"is_accumulating": is_accumulating}
     if model is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..memory import MemoryLedger, memory_ledger
 from ..optim.flow import RunPart
@@ -22,7 +22,6 @@ from .optimizers import is_ours, named_optimizer, names, optimizer_name
 from .ours import refuse_optimizer, unwrapped
 from .peak_memory import PeakMemory
 from .prepared_model import prepare_model_
-from .registration import optimizer_class_and_arguments
 
 N_ITEMS = "num_items_in_batch"  # the Trainer's name, beside the model's inputs
 
@@ -71,16 +70,6 @@ class QFTTrainer(CheckpointTrainer):
         model: nn.Module = super().call_model_init(trial)
         prepare_model_(model, self.args)
         return model
-
-    @staticmethod
-    def get_optimizer_cls_and_kwargs(
-        args: TrainingArguments, model: Any = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """The optimizer's class and its arguments."""
-        if named_optimizer(args) is None:  # of a side network
-            found: tuple[Any, dict[str, Any]] = Trainer.get_optimizer_cls_and_kwargs(args, model)
-            return found
-        return optimizer_class_and_arguments(args, model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `CheckpointTrainer` does, and free the memory of graphs."""

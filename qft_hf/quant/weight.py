@@ -180,11 +180,12 @@ class QFTWeight(Int8Tensor):
         rows, columns = arrangement.matrix_shape
         layout = GroupLayout(rows, columns, spec.group_size)
         n_outliers = outliers_per_row(columns, spec.outlier_fraction)
+        column_dtype = torch.int16 if columns <= INT16_COLUMNS else torch.int32
         return cls(
             torch.empty(rows, columns, dtype=torch.int8, device=device),
             torch.empty(rows, layout.n_groups, dtype=torch.float32, device=device),
             torch.empty(rows, n_outliers, dtype=torch.float32, device=device),
-            torch.empty(rows, n_outliers, dtype=_column_dtype(columns), device=device),
+            torch.empty(rows, n_outliers, dtype=column_dtype, device=device),
             group_size=spec.group_size,
             dtype=dtype,
             arrangement=arrangement,
@@ -397,7 +398,3 @@ def _outlier_columns(weight: Tensor, spec: QuantizationSpec) -> Tensor:
         size = size.div_(norm.clamp_min_(1e-30)).amax(dim=0, keepdim=True)  # a row may be zeros
     index = size.topk(n_outliers, dim=1).indices.sort(dim=1).values
     return index.expand(rows, n_outliers).contiguous()
-
-
-def _column_dtype(columns: int) -> torch.dtype:
-    return torch.int16 if columns <= INT16_COLUMNS else torch.int32
