@@ -123,7 +123,7 @@ class CheckpointTrainer(Trainer):
             check_momentum(self.model, unwrapped(self.optimizer), Path(checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
-        """Where checkpoints go; while one is written, its draft."""
+        """The folder of checkpoints; while one is written, that of its draft."""
         return super()._get_output_dir(trial) if self._draft is None else str(self._draft)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -24,9 +24,9 @@ class InspectedWeight:
         name: Of the parameter.
         shape: Rows and columns.
         stored_bytes: Codes, scales and outliers.
-        smallest_scale: Of all groups.
-        median_scale: Likewise.
-        largest_scale: Likewise.
+        smallest_scale: The smallest scale of all groups.
+        median_scale: Their median.
+        largest_scale: Their largest.
         zero_share: Of all codes, those that are 0; they include the places of outliers.
         saturated_share: Of all codes, those of the largest magnitude: 127. Rounding to nearest
             makes one in each group.

@@ -53,7 +53,7 @@ def check_files(files: list[str], *, pre_quantized: bool) -> None:
 
 
 def int8_weights(names: Iterable[str]) -> list[str]:
-    """Those of the names of tensors that are codes of an INT8 weight, which has scales too."""
+    """Of names of tensors, those that are codes of an INT8 weight: its scales are there too."""
     names = set(names)
     fields = [state_names(weight) for weight in {weight_of(name) for name in names} if weight]
     return sorted(of["codes"] for of in fields if {of["codes"], of["scales"]} <= names)
@@ -65,7 +65,7 @@ def refuse_int8(names: Iterable[str], *, of: str) -> None:
     transformers would leave them out and go on with random ones.
 
     Args:
-        names: Of its tensors.
+        names: Of the tensors in the checkpoint.
         of: Where it is, for the error.
 
     Raises:

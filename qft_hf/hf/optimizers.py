@@ -24,7 +24,7 @@ class Option:
     """One option of an optimizer.
 
     Attributes:
-        type: Of its values: str, int, float or bool.
+        type: What its values are: str, int, float or bool.
         help: What it does, for `--help` and the documentation.
     """
 

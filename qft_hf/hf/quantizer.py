@@ -67,7 +67,7 @@ class _Operation(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Operation":
-        """Itself: the loader copies the operation for each weight, and there is one report."""
+        """This operation itself: the loader copies it for each weight, and there is one report."""
         return self
 
 

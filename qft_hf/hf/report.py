@@ -53,7 +53,7 @@ class ReportedRun:
     """What the page tells of a run.
 
     Attributes:
-        name: Of its folder.
+        name: That of the folder of the run.
         summary: Its `summary.json`.
         history: `log_history` of its Trainer.
         told: Its `run.yaml`: what was set.

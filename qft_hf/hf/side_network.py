@@ -235,7 +235,7 @@ def _name(model: Any) -> str:
 
 
 def _vectors_hash(model: Any) -> str:
-    """Of norms and biases of the base: the same in each format and dtype that it is loaded in."""
+    """A hash of norms and biases of the base: the same in each format and dtype of its weights."""
     trained = tuple(f"{name}." for name in (*trained_heads(model), NAME))
     digest = xxhash.xxh3_64()
     for name, parameter in sorted(model.named_parameters()):

@@ -150,7 +150,7 @@ class MemoryEstimate:
         rows: States in the terms of `MemoryLedger`, at their largest: just before a step.
         activation_rows: What forward and backward hold on top, at the same time at most.
         n_parameters: Elements of all parameters, tied ones once.
-        n_processes: Of which these are the bytes of one.
+        n_processes: How many train together; the bytes are those of one of them.
         received_bytes: What each process receives from the others in a step.
     """
 

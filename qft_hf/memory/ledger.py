@@ -31,7 +31,7 @@ class MemoryLedger:
     Attributes:
         rows: Kinds of state; every stored tensor is in exactly one.
         n_parameters: Elements of all parameters, tied ones once.
-        n_quantized: Those of them that are stored as INT8.
+        n_quantized: Elements that are stored as INT8.
         kept: Parameters that stay float, and why.
         n_processes: That divide the state of INT8 weights; the bytes are those of this one.
     """

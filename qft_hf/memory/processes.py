@@ -23,7 +23,7 @@ Shape = tuple[int, int]  # rows and columns of a weight
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Those of weights that are divided among processes.
+    """The rows of weights that are divided among processes.
 
     Attributes:
         n_processes: How many there are.

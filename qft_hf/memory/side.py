@@ -42,7 +42,7 @@ class Base:
 
     @property
     def weights(self) -> list[Tensor]:
-        """Those that are not float."""
+        """Weights of the base that are not stored in float."""
         return [*self.nf4, *(self.plan.weights.values() if self.plan else ())]
 
     @property
@@ -57,7 +57,7 @@ class Base:
         ]
 
     def expanded_bytes(self, compute_bytes: int) -> int:
-        """Of a weight as it multiplies: of NF4 a whole one, of INT8 a tile, in FP32 too."""
+        """Bytes of a weight as it multiplies: of NF4 a whole one, of INT8 a tile, in FP32 too."""
         if self.plan is not None:
             return largest_tile(self.plan) * (FP32_BYTES + compute_bytes)
         return max((weight.numel() for weight in self.nf4), default=0) * compute_bytes

@@ -17,13 +17,13 @@ class QFTConv1D(QuantizedModule):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether it is that class of transformers, or derived from it."""
+        """Whether a module is of the class `Conv1D` of transformers, or of one derived from it."""
         names = [base.__name__ for base in type(module).__mro__]
         return "Conv1D" in names and hasattr(module, "nf")
 
     @classmethod
     def holds_transposed(cls, module: Any) -> bool:
-        """Whether its weight is inputs by outputs: always."""
+        """Whether the weight of a module is `[inputs, outputs]`: always."""
         return True
 
     def forward(self, x: Tensor) -> Tensor:

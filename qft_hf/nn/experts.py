@@ -203,7 +203,7 @@ class QFTStackedExperts(QuantizedModule):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether it is that class of transformers, or derived from it."""
+        """Whether a module is of the class `DbrxExpertGLU`, or of one derived from it."""
         return "DbrxExpertGLU" in [base.__name__ for base in type(module).__mro__]
 
 

@@ -29,11 +29,11 @@ class Tile(NamedTuple):
     """A run of experts of which those that got tokens are expanded together.
 
     Attributes:
-        run: Their numbers.
-        hit: Those of the experts that got tokens: int32 `[n]`.
-        tokens: Theirs, in the order of the experts; None: all there are.
-        ends: int32 `[n]`: where the tokens of each of these end, counted from the first.
-        all_ends: The same of all in the run, those without tokens too.
+        run: Numbers of the experts.
+        hit: Numbers of those that got tokens: int32 `[n]`.
+        tokens: The tokens of these, in the order of the experts; None: all tokens there are.
+        ends: Where the tokens of each of these end, counted from the first: int32 `[n]`.
+        all_ends: Where the tokens of each expert of the run end, of those without tokens too.
     """
 
     run: range
@@ -75,11 +75,11 @@ class Groups:
         self._tiles: dict[tuple[int, int], list[Tile]] = {}
 
     def tokens(self, expert: int) -> slice:
-        """Those of an expert."""
+        """The tokens of an expert."""
         return slice(self.ends[expert], self.ends[expert + 1])
 
     def n_tokens(self, expert: int) -> int:
-        """How many these are."""
+        """How many tokens an expert has."""
         return self.ends[expert + 1] - self.ends[expert]
 
     def tiles(self, weight: QFTWeight) -> list[Tile]:
@@ -186,7 +186,7 @@ def _gradient(
 
 
 class _Int8Grouped(torch.autograd.Function):
-    """The same, one expert at a time.
+    """y[S, R] = x[S, C] W[e]^T, one expert at a time.
 
     Of each expert that got tokens `products` says which of them are INT8, and `operands` are its
     quantized tokens where such a product needs them.

@@ -39,7 +39,7 @@ def own_weights(module: nn.Module) -> dict[str, Any]:
 
 
 def arrangement_of(module: nn.Module, name: str) -> Arrangement:
-    """How one of them is a matrix."""
+    """How the weight `name` of a module is stored as a matrix."""
     kind: Any = kind_of(module)
     return Arrangement(tuple(own_weights(module)[name].shape), kind.holds_transposed(module))
 

@@ -104,7 +104,7 @@ class QuantizedModule(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As any object; but a class that was made is found by its plain one."""
+        """Pickle as any object; a class that `quantized_class` made is found by its plain one."""
         reduced: Any = super().__reduce_ex__(protocol)
         if type(self) is not quantized_class(self.plain_class, self.kind):  # a user's, of ours
             return reduced

@@ -222,7 +222,7 @@ class Flow(ABC):
                     del hooks[key]
 
     def _waiting(self, parameters: list[Parameter]) -> list[Parameter]:
-        """Those of the parameters that have a gradient, now in INT8 if they are INT8 weights."""
+        """The parameters that have a gradient; that of an INT8 weight is in INT8 from now on."""
         waiting = []
         for parameter in parameters:
             if (gradient := parameter.grad) is None:

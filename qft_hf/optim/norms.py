@@ -20,7 +20,7 @@ def squared_norm(gradient: Tensor) -> Tensor:
 
 
 def squared_norms(gradients: list[Tensor]) -> list[Tensor]:
-    """The same of many float gradients, by few operators: fp64 `[n]` of those of one device."""
+    """Sums of squares of many float gradients, by few operators: fp64 `[n]` for each device."""
     squares = []
     for members in by_device(gradients).values():
         norm, wide = (
@@ -45,14 +45,14 @@ def total_square(squares: list[Tensor]) -> Tensor:
 
 
 def joined(squares: list[Tensor]) -> Tensor:
-    """All of them: fp64 `[n]`."""
+    """All squares in one tensor, on the device of the first: fp64 `[n]`."""
     device = squares[0].device
     here = [square if square.device == device else square.to(device) for square in squares]
     return torch.cat([square if square.ndim else square.view(1) for square in here])
 
 
 def total_norm(squares: list[Tensor]) -> Tensor:
-    """The norm of all: fp32."""
+    """The norm of gradients with these squares: fp32."""
     return total_square(squares).sqrt().float()
 
 

@@ -122,7 +122,7 @@ class Processes:
 
     @classmethod
     def found(cls) -> "Processes | None":
-        """Those that the launcher has started; None if this is the only one."""
+        """The processes that the launcher has started; None if this is the only one."""
         is_one_of_several = (
             dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         )
@@ -260,11 +260,11 @@ class Processes:
         return -(-n_rows // self.n)
 
     def rows_of(self, rank: int, n_rows: int) -> slice:
-        """Those of a matrix of so many rows that a process owns."""
+        """The rows that process `rank` owns of a matrix of `n_rows`."""
         return rows_of_process(n_rows, rank, self.n)
 
     def own_rows(self, weight: Any) -> slice:
-        """Those of a `QFTWeight` that this process owns."""
+        """The rows of the matrix of a `QFTWeight` that this process owns."""
         return self.rows_of(self.rank, weight.arrangement.matrix_shape[0])
 
     def own_format(self, wanted: StateFormat, parameter: Tensor) -> StateFormat:

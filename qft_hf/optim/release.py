@@ -178,7 +178,7 @@ class Release(Flow):
         self._is_in_backward = False
 
     def _n_half_done(self) -> int:
-        """Those of a step that was interrupted, or of a backward pass that was."""
+        """Parameters that took part in a step, or in a backward pass, that was interrupted."""
         return self._n_updated or (len(self._used) if self._is_in_backward else 0)
 
     def _update_floats(self, floats: list[tuple[Parameter, Tensor]]) -> None:

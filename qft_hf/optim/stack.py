@@ -17,7 +17,7 @@ class Stack(Flow):
     """Gradients wait for the step, in INT8: exact clipping, and a step may be refused."""
 
     def listens_to(self, parameter: Parameter) -> bool:
-        """Whether it is an INT8 weight: its gradient may come in float, and is made INT8 then."""
+        """Whether to be told of it: of an INT8 weight, for its gradient may come in float."""
         return isinstance(parameter, QFTWeight)
 
     def complete(self, parameter: Parameter) -> None:

@@ -10,8 +10,8 @@ class StateTensor(NamedTuple):
     """The form of one tensor.
 
     Attributes:
-        dtype: Of its elements; int8 has codes in [-127, 127].
-        shape: Of the tensor.
+        dtype: That of its elements; int8 has codes in [-127, 127].
+        shape: That of the tensor.
         fill: What it is full of before the first step. Beside codes of 0 any scale does; 1 is easy
             to read.
         is_signed: Whether values may be negative.

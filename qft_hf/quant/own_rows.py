@@ -85,7 +85,7 @@ class OwnRows(Int8Gradient):
         return self.square_sum
 
     def drop_nonfinite_(self) -> None:
-        """Likewise, of the own rows."""
+        """Make groups of the own rows with a NaN or infinity zeros."""
         if self.has_rows:
             super().drop_nonfinite_()
 

@@ -141,7 +141,7 @@ class View(Readable):
         self.to_change = of.to_change  # type: ignore[misc]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Its own shape, and what it is a view of."""
+        """The shape of the view, and what it is a view of."""
         return f"View(shape={tuple(self.shape)}, of {self.of!r})"
 
 
@@ -190,7 +190,7 @@ def view(
     Args:
         operator: Makes one view, or a list of them.
         args: Its arguments, the stored tensor first.
-        kwargs: Likewise.
+        kwargs: Its arguments by name.
         make: Makes the values of the view from less than all values of the tensor.
     """
     stored, *rest = args

@@ -238,15 +238,15 @@ class QFTWeight(Int8Tensor):
         return self._expand(self.stored.rows(rows), None, dtype)
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All rows of the matrix likewise."""
+        """Values of all rows, as `dequantize_rows` makes them of some: `[rows, columns]`."""
         return self._expand(self.stored, None, dtype)
 
-    def values(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All values as a plain tensor of this shape, without a gradient; `dtype` likewise."""
-        return self.arrangement.parameter(self.matrix(dtype))
+    def values(self) -> Tensor:
+        """All values as a plain tensor of this shape and dtype, without a gradient."""
+        return self.arrangement.parameter(self.matrix())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All values as a plain tensor of this shape; `dtype` likewise.
+        """All values as a plain tensor of this shape, rounded to `dtype` if one is given.
 
         Where gradients are recorded, one that comes back passes to this weight, in INT8.
         """
