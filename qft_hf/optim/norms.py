@@ -56,11 +56,6 @@ def total_norm(squares: list[Tensor]) -> Tensor:
     return total_square(squares).sqrt().float()
 
 
-def is_finite(squares: list[Tensor]) -> bool:
-    """Whether gradients with these squared norms are."""
-    return not squares or bool(total_square(squares).isfinite())
-
-
 def are_finite(parameters: list[Parameter], run_part: RunPart = run_directly) -> bool:
     """Whether all gradients are, found with one transfer to the host."""
     gradients = [g for p in parameters if (g := p.grad) is not None and g.numel()]

@@ -20,7 +20,6 @@ from .flow import Flow, Left, RunPart, Updates, run_directly
 from .norms import (
     are_finite,
     by_device,
-    is_finite,
     joined,
     squared_norm,
     squared_norms,
@@ -319,12 +318,15 @@ class Release(Flow):
         finally:
             self._is_measuring = False
             self._squares = []
-        if not is_finite(squares):
+        if not squares:
+            return  # no gradient came: the norm is not known
+        total = total_square(squares)
+        if not bool(total.isfinite()):
             raise FloatingPointError(
                 "A gradient is NaN or infinite; nothing was updated. Lower the learning rate or "
                 "look at the batch, and run the next one."
             )
-        self._measured = total_norm(squares)
+        self._measured = total.sqrt().float()
 
     def clear(self) -> None:
         """Forget a step that was begun."""

@@ -241,3 +241,16 @@ def test_a_loss_whose_squares_overflow_is_clipped_by_its_norm(factor):
     ):
         if mine.is_floating_point():  # momentum of norms and biases, and scales of that of weights
             torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_measuring_pass_without_gradients_knows_no_norm():
+    model = make_model()
+    optimizer = make_optimizer(model, gradient="release", clipping="exact", max_grad_norm=0.25)
+    before = snapshot(model, optimizer)
+
+    with optimizer.measure_norm():
+        pass
+
+    with pytest.raises(RuntimeError, match="Run backward once under"):
+        model.loss(batch(0)).backward()
+    assert_same_tensors(snapshot(model, optimizer), before)
