@@ -76,12 +76,12 @@ def write_card(path: Path, facts: CardFacts) -> None:
 
 def card(facts: CardFacts) -> ModelCard:
     """Make the card: metadata for the Hub, and the text."""
-    results = _results(facts)
+    results, relation = _results(facts), "adapter" if facts.side else "finetune"
     data = ModelCardData(
         model_name=facts.name if results else None,  # it heads the results
         eval_results=results or None,
         base_model=facts.base_model,
-        base_model_relation=_relation(facts),
+        base_model_relation=relation if facts.base_model else None,
         datasets=list(facts.datasets) or None,
         language=list(facts.language) or None,
         library_name="transformers",
@@ -90,12 +90,6 @@ def card(facts: CardFacts) -> ModelCard:
         tags=sorted({*facts.tags, *(SIDE_TAGS if facts.side else TAGS)}),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(facts)}", ignore_metadata_errors=False)
-
-
-def _relation(facts: CardFacts) -> str | None:
-    if facts.base_model is None:
-        return None
-    return "adapter" if facts.side else "finetune"
 
 
 def _pipeline(architecture: str) -> str | None:

@@ -199,12 +199,11 @@ def _workload(
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     missing = [name for name in names if getattr(config, name, None) is None]
     intermediate, choices = (None, 0) if missing else _mlp(config)
-    if intermediate is None and not missing:
-        missing = ["intermediate_size"]
-    if missing or intermediate is None:
+    if intermediate is None:
+        lacking = ", ".join(missing or ["intermediate_size"])
         raise ValueError(
-            f"{type(config).__name__} has no {', '.join(missing)}, which the activations are "
-            "computed from. Give the configuration of a decoder; memory_ledger measures any model."
+            f"{type(config).__name__} has no {lacking}, which the activations are computed from. "
+            "Give the configuration of a decoder; memory_ledger measures any model."
         )
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -254,3 +254,20 @@ def test_a_measuring_pass_without_gradients_knows_no_norm():
     with pytest.raises(RuntimeError, match="Run backward once under"):
         model.loss(batch(0)).backward()
     assert_same_tensors(snapshot(model, optimizer), before)
+
+
+def test_clipping_that_is_set_later_counts_from_then_on():
+    ends = []
+    for norm, clipping in ((0.02, "tensor"), (0.5, "previous"), (0.5, "tensor")):
+        model = make_model()
+        optimizer = make_optimizer(model, gradient="release", clipping=clipping, max_grad_norm=norm)
+        if len(ends) < 2:
+            optimizer.clipping, optimizer.max_grad_norm = "tensor", 0.02
+        model.loss(batch(0)).backward()
+        optimizer.step()
+        ends.append(snapshot(model, optimizer))
+
+    set_at_once, set_later, not_set = ends
+    assert_same_tensors(set_at_once, set_later)
+    with pytest.raises(AssertionError):
+        assert_same_tensors(set_at_once, not_set)
