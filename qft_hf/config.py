@@ -7,6 +7,11 @@ MATMULS = ("dequantize", "int8")
 PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 
 
+def names_module(entry: str, module: str) -> bool:
+    """Whether an entry of a `QuantizationSpec` is the name of a module, or components of it."""
+    return f".{entry}." in f".{module}."
+
+
 @dataclass(kw_only=True)
 class QuantizationSpec:
     """The storage format of quantized weights and the arithmetic of their products.

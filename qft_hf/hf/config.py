@@ -9,7 +9,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config import QuantizationSpec
+from ..config import QuantizationSpec, names_module
 
 QUANT_METHOD = "qft"
 
@@ -109,10 +109,10 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
         A classifier or a bare encoder has no `lm_head`, which its checkpoint may name. Names that
         the user passed stay, and raise later.
         """
-        padded = [f".{name}." for name, _ in model.named_modules()]
+        names = [name for name, _ in model.named_modules()]
 
         def is_absent(entry: str) -> bool:
-            return entry != "*" and not any(f".{entry}." in name for name in padded)
+            return entry != "*" and not any(names_module(entry, name) for name in names)
 
         absent = [name for name in self.modules_to_not_convert or [] if is_absent(name)]
         if absent:

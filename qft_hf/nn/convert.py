@@ -3,7 +3,6 @@
 Loading, converting and estimating all ask `conversion_plan`, so they cannot disagree.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import QuantizationSpec
+from ..config import QuantizationSpec, names_module
 from ..quant import Arrangement, QFTWeight
 from .attachments import attach_, attachments
 from .kinds import arrangement_of, kind_of, own_weights
@@ -106,7 +105,7 @@ def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | 
             return "embedding with sparse or frequency-scaled gradients"
         if "Sinusoidal" in kind:
             return f"table of {kind}, which is computed and not trained"
-    if _is_excluded(name, excluded):
+    if any(names_module(entry, name) for entry in excluded):
         return LISTED
     if kind_of(module) is None:
         return f"parameter of {kind}"
@@ -127,13 +126,9 @@ def _beside(parameter: nn.Parameter) -> str:
     return "vector" if parameter.ndim < 2 else "beside the weight of its module"
 
 
-def _is_excluded(name: str, excluded: list[str]) -> bool:
-    return any(re.search(rf"(^|\.){re.escape(entry)}(\.|$)", name) for entry in excluded)
-
-
 def _check_names(model: nn.Module, excluded: list[str]) -> None:
     names = [name for name, _ in model.named_modules()]
-    unknown = [entry for entry in excluded if not any(_is_excluded(n, [entry]) for n in names)]
+    unknown = [entry for entry in excluded if not any(names_module(entry, n) for n in names)]
     if unknown:
         raise ValueError(
             f"modules_to_not_convert names {unknown}, which match no module of "

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import PRODUCTS, QuantizationSpec
+from ..config import PRODUCTS, QuantizationSpec, names_module
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,4 +78,4 @@ def output_head(model: Any) -> nn.Module | None:
 
 
 def _matches(name: str, entry: str) -> bool:
-    return entry == "*" or f".{entry}." in f".{name}."
+    return entry == "*" or names_module(entry, name)
