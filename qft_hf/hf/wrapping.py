@@ -14,7 +14,7 @@ def wrap_(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
     """Put what `wrapper` makes of a method in its place; a second time nothing happens.
 
     Args:
-        owner: The class, modified.
+        owner: The class or module that has it, modified.
         name: Of the method, which may be static.
         wrapper: Takes the method, and returns a function with the same arguments.
     """

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..quant import Int8Gradient, QFTWeight
-from .functional import product_dtype
+from .functional import once_differentiable, product_dtype
 
 IGNORED = -100  # label of a token without a loss, as torch has it
 
