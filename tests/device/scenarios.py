@@ -72,13 +72,13 @@ def train(
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
                 loss.backward()
             losses.append(loss.detach())
-        found["pass"] = [wait for wait in waits if wait.module.startswith("qft_hf")]
+        found["pass"] = [tuple(wait) for wait in waits if wait.module.startswith("qft_hf")]
         waits.clear()
         if max_norm:
             nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
         optimizer.zero_grad()
-        found["step"] = [wait for wait in waits if wait.module.startswith("qft_hf")]
+        found["step"] = [tuple(wait) for wait in waits if wait.module.startswith("qft_hf")]
     return {**values(model), "losses": held(torch.stack(losses)), "waits": found}
 
 

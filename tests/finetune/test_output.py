@@ -421,4 +421,4 @@ def test_summary_is_valid_json_even_when_a_loss_is_not_finite(tmp_path):
     assert read["train_data"]["dropped"] == {"empty": 1}
     assert read["peak_memory"]["bytes"] > 10_000_000  # this process, with torch
     assert "perplexity before -> after" in str(summary)
-    assert "inf -> 7.3890" in str(summary)
+    assert "infinite -> 7.3890" in str(summary)

@@ -444,7 +444,7 @@ def test_every_field_of_a_weight_missing(int8_folder):
             del tensors[name]
 
     edit_tensors(int8_folder, remove)
-    with pytest.raises(ValueError, match=r"1 tensors of .*\n- .*down_proj\.weight_q is missing"):
+    with pytest.raises(ValueError, match=r"1 tensor of .*\n- .*down_proj\.weight_q is missing"):
         load(int8_folder)
 
 
@@ -452,7 +452,7 @@ def test_tied_weight_missing(tmp_path):
     quantize_model_(tiny_llama(tied=True), QFTConfig()).save_pretrained(tmp_path)
     edit_tensors(tmp_path, without("model.embed_tokens.weight_q"))
 
-    with pytest.raises(ValueError, match=r"^1 tensors of .*\n- .*embed_tokens\.weight_q mis"):
+    with pytest.raises(ValueError, match=r"^1 tensor of .*\n- .*embed_tokens\.weight_q mis"):
         load(tmp_path)
 
 
@@ -646,7 +646,7 @@ def test_a_table_that_an_absent_head_keeps_float_stays_so(shards, tmp_path, capl
     assert type(base.embed_tokens) is nn.Embedding
     base.save_pretrained(tmp_path / "base")
     assert_same_state(LlamaModel.from_pretrained(tmp_path / "base"), base)
-    with pytest.raises(ValueError, match=r"^1 tensors of .*\n- score\.weight_q is missing"):
+    with pytest.raises(ValueError, match=r"^1 tensor of .*\n- score\.weight_q is missing"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "causal")
 
 

@@ -22,6 +22,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import cache_from_source
 from pathlib import Path
 from typing import NoReturn
 
@@ -161,7 +162,9 @@ def _be_pytest(
 
 def plant(mutant: Mutant, root: Path, tree: Path, numba_cache: Path) -> tuple[int, str]:
     """Run the tests of one fault with it; `tree` is a copy of `root` before and after."""
+    compiled = Path(cache_from_source(tree / mutant.file))
     mutant.apply(tree)
+    compiled.unlink(missing_ok=True)  # it goes by seconds and sizes, which may be equal
     try:
         if not mutant.is_compiled_in:
             return run_tests(tree, mutant.tests, numba_cache)
@@ -169,6 +172,7 @@ def plant(mutant: Mutant, root: Path, tree: Path, numba_cache: Path) -> tuple[in
             return run_tests(tree, mutant.tests, Path(empty_cache))
     finally:  # with the old time, which caches go by
         shutil.copy2(root / mutant.file, tree / mutant.file)
+        compiled.unlink(missing_ok=True)
 
 
 def campaign(mutants: Sequence[Mutant], root: Path) -> int:
