@@ -270,6 +270,31 @@ def test_steps_of_a_loop_of_ones_own_after_training_have_their_own_numbers(tmp_p
     assert_same_run(*runs)
 
 
+def test_a_step_after_training_that_ended_between_pass_and_step_has_its_own_numbers():
+    states = []
+    for is_graphed in (False, True):
+        model = qft_hf.quantize_model_(tiny_llama(), qft_hf.QFTConfig())
+        optimizer = qft_hf.QFTLion(model.parameters(), lr=1e-2)
+        batch = {name: value[None] for name, value in packed(1)[0].items()}
+
+        def one_pass(batch, model=model):
+            loss = model(**batch).loss
+            loss.backward()
+            return loss
+
+        if is_graphed:
+            graphed = GraphedStep(optimizer, RecordedGraph)
+            graphed(one_pass, batch, kind="training")
+            graphed.end()
+        else:
+            one_pass(batch)
+        optimizer.param_groups[0]["lr"] = 3e-3
+        optimizer.step()
+        states.append(model.state_dict())
+
+    assert_same_state(*states)
+
+
 def change_the_rate(made: QFTTrainer) -> None:
     for group in made.optimizer.param_groups:
         group["lr"] *= 7.0
