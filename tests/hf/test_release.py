@@ -151,6 +151,22 @@ def test_after_training_a_backward_pass_updates_nothing(tmp_path):
     assert trainer.model.lm_head.weight.grad is not None
 
 
+class AtTheEnd(TrainerCallback):
+    """Looks at gradients of the model that training has made."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        self.before = {name: value.clone() for name, value in model.state_dict().items()}
+        ids = torch.arange(6)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_a_backward_pass_of_a_callback_at_the_end_of_training_updates_nothing(tmp_path):
+    looks = AtTheEnd()
+    trainer = run(tmp_path, optim_args=RELEASE, callbacks=[looks])
+    assert_same_state(looks.before, trainer.model.state_dict())
+    assert trainer.model.lm_head.weight.grad is not None
+
+
 class Interrupted(TrainerCallback):
     """Breaks the backward pass of one step when half of the layers are updated."""
 

@@ -91,6 +91,17 @@ def test_every_edit_of_the_lists_finds_its_text_once():
     ] == []
 
 
+def test_every_test_of_the_lists_is_there():
+    missing = []
+    for name in {name for mutant in load(ROOT / "tests" / "mutants") for name in mutant.tests}:
+        path, _, test = name.partition("::")
+        text = (ROOT / path).read_text()
+        if test and f"def {test.partition('[')[0]}(" not in text:
+            missing.append(name)
+
+    assert missing == []
+
+
 @pytest.mark.parametrize(
     "changes", [{"new": "x -"}, {"test": "test_gone"}], ids=["not Python", "no such test"]
 )
