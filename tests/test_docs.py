@@ -190,3 +190,10 @@ def test_the_page_of_several_gpus_has_models_on_one_and_more():
         skeleton(shipped.architecture("llama-2-13b")), 24, chunked_loss=True, n_processes=2
     )
     assert f"up to {two.longest_sequence:,} tokens" in DOCS["processes.md"]
+
+
+def test_the_map_of_hf_has_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    section = page.partition("## Inside `hf/`")[2].partition("\n## ")[0]
+    files = {path.name for path in (ROOT / "qft_hf" / "hf").glob("*.py")} - {"__init__.py"}
+    assert files - set(re.findall(r"`(\w+\.py)`", section)) == set()

@@ -59,8 +59,8 @@ def refuse_before_loading(model: nn.Module, args: TrainingArguments) -> None:
         args: Of a run with one of our optimizers.
 
     Raises:
-        TypeError: As `prepare_model_`.
-        ValueError: Likewise.
+        TypeError: As `prepare_model_` raises it.
+        ValueError: As `prepare_model_` raises it.
     """
     refuse_unsupported(args, model)
     if getattr(args, "chunked_loss", False):

@@ -77,8 +77,8 @@ def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
     """Read runs to show side by side; of folders that are called the same, the path is the name.
 
     Raises:
-        FileNotFoundError: As `read_run`.
-        ValueError: Likewise.
+        FileNotFoundError: As `read_run` raises it.
+        ValueError: As `read_run` raises it.
     """
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
