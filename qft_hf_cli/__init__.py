@@ -6,6 +6,7 @@ them where a command begins to work.
 """
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -51,8 +52,18 @@ def _reader_may_leave() -> Iterator[None]:
         finally:
             sys.stdout.flush()  # else what is left fails when Python ends, which prints a fault
     except BrokenPipeError:
+        if not _has_left():  # another pipe is broken, and whose it is has to be told
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
+
+
+def _has_left() -> bool:
+    """Whether nobody reads what this process prints."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 @_reader_may_leave()

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import fields
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -15,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import qft_hf
 import qft_hf_cli
 from qft_hf.hf.finetune.parsing import GROUPS
-from qft_hf_cli import COMMANDS, main
+from qft_hf_cli import COMMANDS, main, run
 from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import tiny_tokenizer
 from tests.models import tiny_llama
@@ -130,6 +131,16 @@ def test_a_reader_that_has_left_is_no_fault(words):
     command.stdout.close()
     assert [line for line in command.stderr.read().splitlines() if "ipe" in line] == []
     assert command.wait() == 141
+
+
+def test_another_pipe_that_breaks_is_told():
+    """As one to a process that loads data, or to a service that logs."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = SimpleNamespace(__name__="finetune", main=lambda argv: os.write(writer, b"x"))
+    with pytest.raises(BrokenPipeError):
+        run(command, [])
+    os.close(writer)
 
 
 @pytest.mark.parametrize("command", ["finetune", "check"])
