@@ -1,8 +1,9 @@
-"""Does INT8 cost accuracy? MiniLM on yes/no questions, tuned in FP32 and in INT8.
+"""Does INT8 cost accuracy? A model on yes/no questions, tuned in FP32 and in INT8.
 
-    python scripts/fetch_demo.py minilm boolq
+    python scripts/fetch_demo.py minilm smollm2 boolq
     python scripts/studies/boolq.py                          # the config `boolq_minilm`: hours
     python scripts/studies/boolq.py --max_train_rows 2000    # less of it: flags of qft-hf finetune
+    python scripts/studies/boolq.py --model_name_or_path data/smollm2   # another model
 
 Every way is tuned at each of its learning rates with the first seed. The rate that ends at the
 lowest held-out loss is then run with the other seeds, which draw the head, dropout and the order of
