@@ -16,6 +16,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -55,8 +56,8 @@ class Graph(Protocol):
 class CudaGraph:
     """`torch.cuda.CUDAGraph`; all of a run share a stream and, since they run in turn, memory."""
 
-    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
-        self._stream, self._pool = stream, pool
+    def __init__(self, stream: torch.cuda.Stream, memory: "SharedMemory") -> None:
+        self._stream, self._memory = stream, memory
         self._graph = torch.cuda.CUDAGraph()
 
     def run(self, function: Callable[[], T]) -> T:
@@ -71,7 +72,10 @@ class CudaGraph:
     def capture(self, function: Callable[[], T]) -> T:
         """Other threads may go on, such as one that pins the memory of batches."""
         with torch.cuda.graph(
-            self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            self._graph,
+            pool=self._memory.taken_by(self),
+            stream=self._stream,
+            capture_error_mode="thread_local",
         ):
             return function()
 
@@ -80,10 +84,29 @@ class CudaGraph:
         self._graph.replay()
 
 
+class SharedMemory:
+    """Memory that graphs take together, by the name that PyTorch gives it.
+
+    PyTorch takes no other graph under a name whose last graph is gone, as long as any tensor of
+    those is left. So graphs that come after all others have gone get another.
+    """
+
+    def __init__(self) -> None:
+        self._graphs: WeakSet[CudaGraph] = WeakSet()
+        self._name: Any = None
+
+    def taken_by(self, graph: CudaGraph) -> Any:
+        """The name for a graph that is about to be captured."""
+        if not self._graphs:
+            self._name = torch.cuda.graph_pool_handle()
+        self._graphs.add(graph)
+        return self._name
+
+
 def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
     """What makes the graphs of a run."""
-    stream, pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
-    return lambda: CudaGraph(stream, pool)
+    stream, memory = torch.cuda.Stream(device), SharedMemory()
+    return lambda: CudaGraph(stream, memory)
 
 
 class _Part(NamedTuple):

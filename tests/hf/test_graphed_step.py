@@ -6,6 +6,8 @@ or release fails here.
 
 import logging
 import re
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,7 +17,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainerCa
 
 import qft_hf
 from qft_hf import QFTTrainer, QFTTrainingArguments
-from qft_hf.hf.graphed_step import N_EAGER, GraphedStep
+from qft_hf.hf.graphed_step import N_EAGER, GraphedStep, cuda_graphs
 from qft_hf.hf.optimizers import OPTIMIZERS
 from qft_hf.hf.uncapturable import uncapturable
 from tests.hf.checkpoints import assert_same_state
@@ -526,3 +528,57 @@ def test_experts_are_refused_by_name_before_and_after_conversion(tmp_path):
         (reason,) = uncapturable(args, model)
         assert "each expert of model.layers.0.mlp.experts" in reason
         QFTTrainer(model=model, args=args, train_dataset=packed())
+
+
+class Pools:
+    """Names of CUDA memory with the rule of PyTorch's allocator: one that was left is dead."""
+
+    def __init__(self) -> None:
+        self.n_named = 0
+        self.n_alive: Counter[int] = Counter()  # graphs by name
+        self.used: list[int] = []
+
+    def graph_pool_handle(self) -> int:
+        self.n_named += 1
+        return self.n_named
+
+    def patch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pools = self
+
+        class CUDAGraph:
+            name = None
+
+            def __del__(self) -> None:
+                if self.name is not None:
+                    pools.n_alive[self.name] -= 1
+
+        @contextmanager
+        def graph(made: CUDAGraph, *, pool: int, stream: object, capture_error_mode: str):
+            assert pool not in pools.n_alive or pools.n_alive[pool] > 0, "INTERNAL ASSERT FAILED"
+            pools.n_alive[pool] += 1
+            pools.used.append(pool)
+            made.name = pool
+            yield
+
+        for name, value in {
+            "graph_pool_handle": self.graph_pool_handle,
+            "CUDAGraph": CUDAGraph,
+            "Stream": lambda device: None,
+            "graph": graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_graphs_share_memory_and_those_after_all_others_have_gone_get_their_own(monkeypatch):
+    pools = Pools()
+    pools.patch(monkeypatch)
+    make = cuda_graphs(torch.device("cuda"))
+    one, other = make(), make()
+    assert one.capture(lambda: 1) == 1 == other.capture(lambda: 1)
+    del one
+    third = make()
+    third.capture(lambda: 1)
+    assert len(set(pools.used)) == 1, "a graph is left whose memory the third takes, too"
+    del other, third  # as by the end of train(), or when somebody has loaded a state
+    make().capture(lambda: 1)
+    assert len(set(pools.used)) == 2
