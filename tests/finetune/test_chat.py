@@ -344,11 +344,42 @@ def test_conversation_that_the_template_refuses_is_named():
             encode_conversation(chat("a", "b", system="Be brief."), tiny_tokenizer(refusing))
 
 
-def test_a_list_of_parts_is_named_where_a_template_takes_text():
-    messages = chat("a", "b")
-    messages[0]["content"] = [{"type": "text", "text": "a"}]
-    with pytest.raises(ValueError, match=r"Contents are lists of parts.*: join their texts"):
-        encode_conversation(messages, tiny_tokenizer())
+@pytest.mark.parametrize("fault", ["1 / 0", "'a'.index('b')", "'{x}'.format()", "'x' * none"])
+def test_what_a_template_stumbles_over_is_said_of_the_conversation(fault):
+    """Python's own errors came out of it with a traceback."""
+    tokenizer = tiny_tokenizer(f"{{{{ {fault} }}}}{CHATML}")
+    with pytest.raises(RowError, match="the chat template refuses the conversation"):
+        encode_conversation(chat("a", "b"), tokenizer)
+
+
+PRINTS_NO_WORDS_BESIDE_A_CALL = CHATML.replace(
+    "message['content'] +", "('CALL' if message.tool_calls else message['content']) +"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "what"),
+    [
+        (CHATML, {"content": "b", "reasoning_content": "Let me think."}, "reasoning"),
+        (CHATML, {"content": "b", "thinking": "Let me think."}, "reasoning"),
+        (
+            PRINTS_NO_WORDS_BESIDE_A_CALL,
+            {"content": "I will look.", "tool_calls": [{"function": {"name": "f"}}]},
+            "assistant turns",
+        ),
+    ],
+    ids=["reasoning_content", "thinking", "words beside a call"],
+)
+def test_what_an_answer_says_is_not_left_out(template, answer, what):
+    messages = [*chat("a"), {"role": "assistant", **answer}, *chat("c", "d")]
+    with pytest.raises(RowError, match=f"the chat template leaves out {what}"):
+        encode_conversation(messages, tiny_tokenizer(template))
+    shows_all = template.replace(
+        "message['content']",
+        "(message.reasoning_content or message.thinking or '') + message['content']",
+    )
+    if what == "reasoning":
+        encode_conversation(messages, tiny_tokenizer(shows_all))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from qft_hf.hf.finetune.classification import Classification, MultiLabel, Regres
 from qft_hf.hf.finetune.data import prepare_data
 from qft_hf.hf.finetune.task import RowError
 from tests.finetune.chats import tiny_tokenizer
+from tests.finetune.flags import write_jsonl
 
 
 def config_of(*names):
@@ -24,8 +25,7 @@ def config_of(*names):
 
 def task_of(labels, *head, kind=Classification, declared=None):
     arguments = DataArguments(train_data="rows.jsonl", task="classification")
-    declared = ClassLabel(names=declared) if declared else None
-    return kind(arguments, tiny_tokenizer(), config_of(*head), labels, declared)
+    return kind(arguments, tiny_tokenizer(), config_of(*head), labels, declared or ())
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,10 @@ def task_of(labels, *head, kind=Classification, declared=None):
         (["bad"], ["good", "bad", "so so"], None, ["good", "bad", "so so"], [1]),
         ([" Pos", "neg", "pos"], ["NEG", "POS"], None, ["NEG", "POS"], [1, 0, 1]),
         ([0, 1], ["good", "bad"], None, ["good", "bad"], [0, 1]),
-        ([0, 1], ["neg", "pos"], ["pos", "neg"], ["neg", "pos"], [1, 0]),
+        (["pos", "neg"], ["neg", "pos"], ["pos", "neg"], ["neg", "pos"], [1, 0]),
         ([1, 2], ["1", "2", "3"], None, ["1", "2", "3"], [0, 1]),
         ([2, 0], ["LABEL_0", "LABEL_1", "LABEL_2"], None, None, [2, 0]),
-        ([1, 0], ["LABEL_0", "LABEL_1"], ["pos", "neg"], ["pos", "neg"], [1, 0]),
+        (["neg", "pos"], ["LABEL_0", "LABEL_1"], ["pos", "neg"], ["pos", "neg"], [1, 0]),
     ],
     ids=str,
 )
@@ -91,7 +91,7 @@ def test_a_row_without_a_label_is_no_class(label):
 def test_regression_takes_numbers():
     task = task_of([0.5, "2", 3], kind=Regression)
     assert [task.label(label) for label in (0.5, "2", 3, "1e-3")] == [0.5, 2.0, 3.0, 0.001]
-    for label in ("good", None, float("nan"), [1.0]):
+    for label in ("good", None, float("nan"), [1.0], 1e39):  # the last is beyond float32
         with pytest.raises(RowError, match="task 'regression' got the label"):
             task.label(label)
     with pytest.raises(ValueError, match="'regression' needs one output"):
@@ -128,6 +128,20 @@ def test_several_classes(labels, head, rows):
 def test_several_classes_are_lists(labels):
     with pytest.raises(ValueError, match=r"needs lists of classes .* One class a row is"):
         task_of(labels, kind=MultiLabel)
+
+
+def test_a_list_that_lacks_an_entry_does_not_turn_all_others_into_classes():
+    """With one list of another length, `[0, 1, 1]` was taken for the classes 0 and 1."""
+    task = task_of([[0, 1, 1], [1, 0]], kind=MultiLabel)
+    with pytest.raises(RowError, match=r"0 or 1 twice in a list of classes: got \[0, 1, 1\]"):
+        task.label([0, 1, 1])
+
+
+def test_a_list_has_an_entry_for_each_class_of_a_trained_head_or_none():
+    """Of few rows, all lists may have two numbers below two: they are classes all the same."""
+    task = task_of([[0, 1], [1, 0]], "x", "y", "z", kind=MultiLabel)
+    assert task.label([0, 1]) == [1, 1, 0]
+    assert task_of([[0, 1], [1, 0]], "x", "y", kind=MultiLabel).label([0, 1]) == [0, 1]
 
 
 def test_several_classes_have_one_separator():
@@ -217,3 +231,38 @@ def test_pairs_are_cut_to_length_and_batched(tmp_path):
     assert batch["labels"].tolist() == [[0, 0, 1], [1, 1, 0]]  # never, no, yes
     whole = tokenizer(rows["question"][1], rows["passage"][1])["input_ids"]
     assert data.train.counts.cut_tokens == len(whole) - 40
+
+
+@pytest.mark.parametrize("kind", ["classification", "multi_label"])
+def test_a_class_has_its_name_whatever_its_number_is_in_another_table(kind, tmp_path):
+    """Numbers of one table were read by the names of another: all of them wrong."""
+    task, wrap = ("classification", lambda x: x) if kind == "classification" else (kind, List)
+
+    def table(name, names):
+        features = Features({"text": Value("string"), "label": wrap(ClassLabel(names=names))})
+        rows = [
+            {"text": n, "label": i if kind == "classification" else [i]}
+            for i, n in enumerate(names)
+        ]
+        Dataset.from_list(rows, features=features).to_parquet(tmp_path / name)
+        return str(tmp_path / name)
+
+    paths = [table("a.parquet", ["neg", "pos"]), table("b.parquet", ["pos", "neg", "so so"])]
+    tokenizer = tiny_tokenizer()
+    for arguments in ({"train_data": paths}, {"train_data": paths[:1], "eval_data": paths[1:]}):
+        data = prepare_data(DataArguments(task=task, **arguments), tokenizer, config_of(), seed=0)
+        assert data.task.names == ["neg", "pos", "so so"]
+        for part in filter(None, (data.train, data.evaluation)):
+            for example in part.dataset:
+                said = data.task.describe(example["labels"])
+                assert said == tokenizer.decode(example["input_ids"])
+
+
+def test_a_text_of_no_token_is_left_out(tmp_path):
+    """A tokenizer without special tokens makes nothing of it, and a batch of it was no batch."""
+    rows = [{"text": text, "label": label} for text, label in [("", 0), ("x", 0), ("y", 1)]]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    arguments = DataArguments(task="classification", train_data=path)
+    data = prepare_data(arguments, tiny_tokenizer(), config_of(), seed=0)
+    assert data.train.counts.dropped == {"empty": 1}
+    assert data.train.dataset["labels"][:] == [0, 1]

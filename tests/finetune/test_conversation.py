@@ -49,8 +49,26 @@ def called(**changes):
             chat("Add.\n\n1 2", "3"),
         ),
         "alpaca without input": ({"instruction": "hi", "input": "", "output": "hello"}, ASKED),
+        "dolly": (
+            {"instruction": "Add.", "context": "1 2", "response": "3"},
+            chat("Add.\n\n1 2", "3"),
+        ),
         "question and answer": ({"question": "hi", "answer": "hello", "prompt": "-"}, ASKED),
         "system beside messages": ({"messages": ASKED, "system": "Be brief."}, SYSTEM),
+        "one system prompt twice": ({"messages": SYSTEM, "system_prompt": "Be brief."}, SYSTEM),
+        "OpenOrca": (
+            {"system_prompt": "Be brief.", "prompt": "hi", "response": "hello"},
+            SYSTEM,
+        ),
+        "parts": (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "h"}, "i"]},
+                    ASKED[1],
+                ]
+            },
+            ASKED,
+        ),
         "system beside columns": (
             {"query": "hi", "response": "hello", "system": "Be brief."},
             SYSTEM,
@@ -125,6 +143,7 @@ def test_tools_are_a_list_or_its_text(tools):
         ([{"train": True}, {"train": False}], {}, [True, False]),
         ([{"weight": 1.0}, {"weight": None}], {}, [True, True]),
         ([{}, {"weight": 1}], {"weight": 0}, [False, False]),
+        ([{}, {}], {"weight": "0", "train": "True"}, [False, False]),  # as in csv
     ],
     ids=str,
 )
@@ -189,6 +208,13 @@ def test_a_prompt_of_turns_is_given_not_learned():
             "more than one question",
         ),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "a history"),
+        ({"question": "a", "answer": "b", "context": "c"}, "a context"),
+        ({"instruction": "a", "output": "b", "input": ["c"]}, "no text: 'input' must be a text"),
+        ({"question": "a", "answer": "b", "system": 5}, "no text: 'system' must be a text, got 5"),
+        (
+            {"messages": [{"role": "user", "content": ["a", {"type": "image", "image": "b"}]}]},
+            "content that is no text: got {'type': 'image'",
+        ),
     ],
     ids=str,
 )

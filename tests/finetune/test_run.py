@@ -26,7 +26,7 @@ from qft_hf.hf.finetune import finetune, parse_arguments, prepare, train
 from qft_hf.hf.finetune.check import check
 from qft_hf.hf.finetune.evaluate import evaluate_checkpoint
 from qft_hf.hf.finetune.forecast import disk_bytes
-from qft_hf.hf.finetune.loading import load_config
+from qft_hf.hf.finetune.loading import load_config, load_tokenizer
 from qft_hf.hf.finetune.preparation import read
 from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, TURN, chat, tiny_tokenizer
@@ -534,6 +534,18 @@ def test_chat_template_from_a_file(chat_flags, tmp_path):
     template.write_text(CHATML_MARKED)
     run = prepare(parsed(chat_flags, chat_template=template))
     assert run.trainer.processing_class.chat_template == CHATML_MARKED
+
+
+def test_a_template_has_no_byte_order_mark_in_it(chat_flags, tmp_path):
+    """Every conversation began with it; and another encoding ended in a traceback."""
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML, encoding="utf-8-sig")
+    tokenizer = load_tokenizer(parsed(chat_flags, chat_template=template).model)
+    assert tokenizer.chat_template == CHATML
+
+    template.write_text(CHATML, encoding="utf-16")
+    with pytest.raises(ValueError, match=r"template\.jinja is not in UTF-8"):
+        load_tokenizer(parsed(chat_flags, chat_template=template).model)
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,11 @@
 
 import gzip
 import json
+import math
 
 import pyarrow as pa
 import pytest
-from datasets import Dataset, disable_progress_bars
+from datasets import ClassLabel, Dataset, Features, List, disable_progress_bars
 
 from qft_hf.hf.finetune import sources
 from qft_hf.hf.finetune.task import RowError
@@ -178,6 +179,9 @@ def test_configuration_of_a_dataset_with_several(tmp_path):
         ("rows.jsonl", '{"text": "a"}\n{"text": {"b": 1, "b": 2}}\n', "a field twice: 'b'"),
         ("rows.tsv", "text\tlabel\na\t1\nb\n", "no fields"),
         ("rows.json", '[{"text": "a"}, "b"]', "no fields"),
+        ("rows.jsonl", '{"text": "a"}\n' + "[" * 100_000, "no JSON: maximum recursion depth"),
+        ("rows.jsonl", '{"text": "a"}\n{"text": "b \\ud83d c"}\n', "half a character: .*emoji"),
+        ("rows.json", '[{"text": "a"}, {"x": ["\\udc4d"]}]', "half a character: .*emoji"),
     ],
 )
 def test_a_damaged_row_is_known_by_its_place(name, text, reason, tmp_path):
@@ -199,6 +203,41 @@ def test_damaged_file_is_named(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"cannot read .*{name}"):
         load_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.csv", 'x,text\n1,a\n2,"b\n3,c\n'),  # all that follows would be one text
+        ("rows.csv", 'x,text\n1,a\n2,"b" c\n3,d\n'),
+        ("rows.tsv", 'x\ttext\n1\ta\n2\t"b" c\n3\td\n'),  # it would lose its quotes
+    ],
+    ids=["no end", "text behind the end", "tsv"],
+)
+def test_quotes_that_say_nothing_clear_are_refused(name, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=r"rows\..sv: row 2: .* each is doubled"):
+        load_rows(tmp_path / name)
+
+
+def test_a_number_that_is_none_is_no_value(tmp_path):
+    """As pandas writes what is missing; it was the text "nan" of an instruction."""
+    (tmp_path / "a.jsonl").write_text('{"x": NaN, "y": [NaN, -Infinity], "z": "NaN"}\n')
+    assert load_rows(tmp_path / "a.jsonl") == [{"x": None, "y": [None, -math.inf], "z": "NaN"}]
+    Dataset.from_dict({"x": [float("nan"), 1.0]}).to_parquet(tmp_path / "a.parquet")
+    assert load_rows(tmp_path / "a.parquet") == [{"x": None}, {"x": 1.0}]
+
+
+def test_classes_of_a_table_have_the_names_that_it_declares(tmp_path):
+    kind = ClassLabel(names=["neg", "pos"])
+    features = Features({"one": kind, "several": List(kind)})
+    rows = [{"one": 1, "several": [1, 0]}, {"one": -1, "several": []}, {"one": None}]
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    assert load_rows(tmp_path / "a.parquet") == [
+        {"one": "pos", "several": ["pos", "neg"]},
+        {"one": None, "several": []},
+        {"one": None, "several": None},
+    ]
 
 
 @pytest.mark.parametrize("name", ["nowhere.jsonl", "nowhere.json.gz", "nowhere/at/all"])

@@ -32,7 +32,11 @@ from .task import Example, LanguageTask, NothingToLearn, Row, RowError
 
 logger = logging.getLogger(__name__)
 
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_TEMPLATE_FAULTS = (  # whatever Python raises in a template
+    TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # of a turn
 _GREETING = Conversation(
     [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}],
     learned=[True, True],
@@ -127,7 +131,7 @@ class ConversationEncoder:
                 from trl.chat_template_utils import get_training_chat_template
 
                 self.tokenizer.chat_template = get_training_chat_template(self.tokenizer)
-            except (ImportError, ValueError):
+            except (ImportError, *_TEMPLATE_FAULTS):
                 return  # the first row is refused, and says why
             self.marks_assistant = True
             logger.warning("TRL's training template takes the place of the model's: %s", refusal)
@@ -264,26 +268,29 @@ class ConversationEncoder:
         """Raise `RowError` if the template leaves out what it does not know.
 
         What is not found word by word is looked for by its effect: without it, the text must be
-        another one.
+        another one; of an answer, the text that ends with it.
         """
         text = self._render(conversation)
-        without: list[tuple[str, Conversation]] = []
+        without: list[tuple[str, Conversation, int | None]] = []
         if conversation.tools:
-            without.append(("tools", replace(conversation, tools=None)))
+            without.append(("tools", replace(conversation, tools=None), None))
         for index, turn in enumerate(conversation.turns):
             changed: dict[str, Turn] = {}
-            said = turn["content"]
-            if turn["role"] != "assistant" and not (isinstance(said, str) and said.strip() in text):
+            if turn["content"].strip() not in text:
                 changed[f"{turn['role']} turns"] = turn | {"content": "?"}
-            if "tool_calls" in turn:
-                bare = {name: turn[name] for name in turn if name != "tool_calls"}
-                changed["tool calls"] = bare | {"content": turn["content"] or "?"}
+            for name in ("tool_calls", *_REASONING):
+                if turn.get(name):
+                    bare = {key: turn[key] for key in turn if key != name}
+                    what = "tool calls" if name == "tool_calls" else "reasoning"
+                    changed[what] = bare | {"content": turn["content"] or "?"}
+            n_turns = index + 1 if turn["role"] == "assistant" else None
             for what, other_turn in changed.items():
                 turns = [*conversation.turns[:index], other_turn, *conversation.turns[index + 1 :]]
-                without.append((what, replace(conversation, turns=turns)))
-        for what, other in without:
+                without.append((what, replace(conversation, turns=turns), n_turns))
+        for what, other, n_turns in without:
             try:
-                is_left_out = self._render(other) == text
+                shown = self._render(conversation, n_turns=n_turns)
+                is_left_out = self._render(other, n_turns=n_turns) == shown
             except RowError:  # it has to be there
                 continue
             if is_left_out:
@@ -330,14 +337,11 @@ def _refusals(turns: list[Turn]) -> Iterator[None]:
             f"the chat template is no Jinja: {error.message}, line {error.lineno}. Correct it, or "
             "set chat_template to another one."
         ) from error
-    except (TemplateError, TypeError) as error:
+    except _TEMPLATE_FAULTS as error:
         roles = [turn["role"] for turn in turns]
-        parts = ""
-        if not all(isinstance(turn["content"], str) for turn in turns):
-            parts = " Contents are lists of parts, and it may take text alone: join their texts."
         raise RowError(
             "the chat template refuses the conversation",
-            f"{error}. Its roles are {', '.join(roles[:6])}{', ...' if roles[6:] else ''}.{parts} "
+            f"{error}. Its roles are {', '.join(roles[:6])}{', ...' if roles[6:] else ''}. "
             "Change the data, or set chat_template to one that takes them. It begins "
             f"{excerpt(turns[0])}.",
         ) from error

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any, ClassVar
 
-from datasets import ClassLabel, Features, List, Value
+import numpy as np
+from datasets import Features, List, Value
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -16,7 +17,7 @@ from transformers import (
 
 from .arguments import DataArguments
 from .evaluation import CLASSES, NUMBERS, SEVERAL_CLASSES, Scoring
-from .task import Example, Row, RowError, Task
+from .task import Example, NothingToLearn, Row, RowError, Task
 
 UNLABELLED = -1  # the convention of `datasets.ClassLabel`
 SEPARATORS = (",", ";", "|")  # of several classes in a cell of text
@@ -33,7 +34,7 @@ class Classification(Task):
         tokenizer: Has a padding token.
         config: The model's; read, not changed.
         labels: The labels of all rows, without repetition; None where a row has none.
-        declared: Class names that the data declare, in their order.
+        declared: Class names that the data declare, in their order; maybe none.
 
     Raises:
         ValueError: There are fewer than two classes, some of them are one with another spelling,
@@ -51,7 +52,7 @@ class Classification(Task):
         tokenizer: PreTrainedTokenizerBase,
         config: PreTrainedConfig,
         labels: Sequence[Any],
-        declared: ClassLabel | None = None,
+        declared: Sequence[str] = (),
     ) -> None:
         super().__init__(arguments, tokenizer)
         self.features = Features(
@@ -60,7 +61,8 @@ class Classification(Task):
         self.collator = DataCollatorWithPadding(tokenizer)
         self._begin, self._end = _tokens_around_texts(tokenizer)
         self._declared = declared
-        self.names = self._names(labels, config)
+        self._head = _names_of_head(config)
+        self.names = self._names(labels)
         self._index_of = {_key(name): index for index, name in enumerate(self.names)}
 
     def configure(self, config: PreTrainedConfig) -> None:
@@ -80,6 +82,8 @@ class Classification(Task):
         texts = [self._bare(text) for text in texts]
         label = self.label(self.field(row, self.arguments.label_field))
         encoded = self.tokenizer(*texts, verbose=False)
+        if not encoded["input_ids"]:
+            raise NothingToLearn("empty", "there is no text in it.")
         cut = max(0, len(encoded["input_ids"]) - self.arguments.max_length)
         if cut:
             length = self.arguments.max_length
@@ -131,15 +135,13 @@ class Classification(Task):
             return str(label)
         if isinstance(label, float) and (math.isnan(label) or label.is_integer()):
             label = None if math.isnan(label) else int(label)
-        if self._declared and isinstance(label, int) and 0 <= label < len(self._declared.names):
-            return self._declared.names[label]
         return label
 
     def _classes(self, labels: Sequence[Any]) -> Iterable[Any]:
         """Return the classes that stand in all labels."""
         return map(self._canonical, labels)
 
-    def _names(self, labels: Sequence[Any], config: PreTrainedConfig) -> list[str]:
+    def _names(self, labels: Sequence[Any]) -> list[str]:
         where = f"field {self.arguments.label_field!r}"
         values = [value for value in self._classes(labels) if value not in (None, UNLABELLED)]
         for value in values:
@@ -151,10 +153,9 @@ class Classification(Task):
                 )
         numbers = all(isinstance(value, int) for value in values)
         names = [str(value) for value in sorted(set(values), key=None if numbers else str)]
-        names = list(self._declared.names) if self._declared else names
-        head = _names_of_head(config)
-        if head is not None:
-            names = self._of_head(head, names, numbers=numbers)
+        names = list(self._declared) or names
+        if self._head is not None:
+            names = self._of_head(self._head, names, numbers=numbers)
         if len({_key(name) for name in names}) < len(names):
             raise ValueError(
                 f"some classes in {where} differ only in case or white space: {names}. Give each "
@@ -198,7 +199,7 @@ class Regression(Classification):
             number = float(value)
         except (TypeError, ValueError) as error:
             raise RowError("no number", f"task 'regression' got the label {value!r}.") from error
-        if not math.isfinite(number):
+        if not abs(number) <= float(np.finfo(np.float32).max):
             raise RowError("no finite number", f"task 'regression' got the label {value!r}.")
         return number
 
@@ -206,12 +207,11 @@ class Regression(Classification):
         """Return the number."""
         return str(label)
 
-    def _names(self, labels: Sequence[Any], config: PreTrainedConfig) -> list[str]:
-        head = _names_of_head(config)
-        if head is not None and len(head) != 1:
+    def _names(self, labels: Sequence[Any]) -> list[str]:
+        if self._head is not None and len(self._head) != 1:
             raise ValueError(
-                f"the model's head has the classes {head}, and task 'regression' needs one output. "
-                "Start from a model without a classification head."
+                f"the model's head has the classes {self._head}, and task 'regression' needs one "
+                "output. Start from a model without a classification head."
             )
         return []
 
@@ -231,8 +231,15 @@ class MultiLabel(Classification):
         entries = self._listed(value)
         if entries is None:
             raise RowError("no list of classes", f"task 'multi_label' got the label {value!r}.")
+        bits = [entry for entry in entries if entry in (0, 1)]
         if self._is_multi_hot:
             entries = [index for index, entry in enumerate(entries) if entry]
+        elif len(set(bits)) < len(bits):
+            raise RowError(
+                "0 or 1 twice in a list of classes",
+                f"got {value!r}. Where a list has an entry for each class, all have one length, "
+                "that of the model's head if it has been trained; these have not.",
+            )
         chosen = {self._class(entry) for entry in entries}
         return [float(index in chosen) for index in range(len(self.names))]
 
@@ -267,6 +274,7 @@ class MultiLabel(Classification):
         self._is_multi_hot = (
             len({len(entries) for entries in lists}) == 1
             and len(lists[0]) > 1
+            and (self._head is None or len(self._head) == len(lists[0]))
             and all(entry in (0, 1) for entries in lists for entry in entries)
         )
         if self._is_multi_hot:

@@ -5,7 +5,7 @@ a question and its answer. Nothing is guessed: what is not known here is refused
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,9 @@ ROLES = {
     "function_call": "function_call",  # the assistant, with a call as its value
 }
 MESSAGES = ("messages", "conversations", "conversation")  # columns
-QUESTION_AND_ANSWER = (  # columns; the first may have an `input` beside it, as alpaca has
+SYSTEM = ("system", "system_prompt")  # columns
+BESIDE_AN_INSTRUCTION = ("input", "context")  # columns, of alpaca and dolly
+QUESTION_AND_ANSWER = (  # columns
     ("instruction", "output"),
     ("instruction", "response"),
     ("prompt", "completion"),
@@ -29,6 +31,9 @@ QUESTION_AND_ANSWER = (  # columns; the first may have an `input` beside it, as 
     ("question", "answer"),
     ("query", "response"),
 )
+
+
+_FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1}  # csv has only text
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,7 @@ def read_conversation(
 ) -> Conversation:
     """Read a row.
 
-    `system` is a turn before the others, `tools` are the tools that the template shows. `weight`
+    `SYSTEM` is a turn before the others, `tools` are the tools that the template shows. `weight`
     and `train` of a message, or of the row, say whether the assistant's turns are learned.
 
     Args:
@@ -70,10 +75,13 @@ def read_conversation(
     read = [_read_message(message) for message in messages]
     turns = [turn for turn, _ in read]
     marks = [learned and is_learned for _, is_learned in read]
-    if system := row.get("system"):
+    for system in _texts(row, SYSTEM):
+        if turns[:1] == [{"role": "system", "content": system}]:
+            continue
         if turns and turns[0]["role"] == "system":
             raise RowError(
-                "two system prompts", "one in the field 'system', one in the messages. Keep one."
+                "two system prompts",
+                f"only one of the fields {', '.join(SYSTEM)} and the messages may have one.",
             )
         turns, marks = [{"role": "system", "content": system}, *turns], [False, *marks]
     return Conversation(turns, marks, _from_json(row.get("tools"), "tools") or None)
@@ -121,15 +129,29 @@ def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list
         if not isinstance(value, str | list | None):
             raise RowError("no text", f"{field!r} must be a text or messages, got {value!r}.")
     if isinstance(prompt, str):
-        if prompt_field == "instruction" and row.get("input"):
-            prompt = f"{prompt}\n\n{row['input']}"
-        if row.get("history"):
-            raise RowError("a history", "earlier turns belong into messages; this one is a prompt.")
+        beside = BESIDE_AN_INSTRUCTION if prompt_field == "instruction" else ()
+        for field in ("history", "context"):
+            if row.get(field) and field not in beside:
+                raise RowError(
+                    f"a {field}",
+                    f"where it belongs in {prompt_field!r} is not known. Write messages, or remove "
+                    "the field.",
+                )
+        prompt = "\n\n".join([prompt, *_texts(row, beside)])
         prompt = [{"role": "user", "content": prompt}]
     given = [{**message, "train": False} for message in _as_list(prompt, prompt_field)]
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     return [*given, *_as_list(answer, answer_field)]
+
+
+def _texts(row: Row, fields: Sequence[str]) -> list[str]:
+    """Return those of the fields of a row that say something."""
+    texts = [(field, row[field]) for field in fields if row.get(field)]
+    for field, value in texts:
+        if not isinstance(value, str):
+            raise RowError("no text", f"{field!r} must be a text, got {value!r}.")
+    return [value for _, value in texts]
 
 
 def _as_list(messages: Any, name: str) -> list[Any]:
@@ -171,9 +193,20 @@ def _read_message(message: Mapping[str, Any]) -> tuple[Turn, bool]:
             "each message needs `role` and `content` (or ShareGPT's `from` and `value`), got one "
             f"with the fields {sorted(turn)}.",
         )
-    if not isinstance(turn["content"], str | list):
-        raise RowError("content that is no text", f"got {turn['content']!r}. Write it as a text.")
+    turn["content"] = _text_of_parts(turn["content"])
     return turn, learned
+
+
+def _text_of_parts(content: Any) -> str:
+    """Return a text that may be written as a list of its parts."""
+    texts: list[str] = []
+    for part in content if isinstance(content, list) else [content]:
+        is_text = isinstance(part, Mapping) and str(part.get("type", "text")).endswith("text")
+        text = part.get("text") if is_text else part
+        if not isinstance(text, str):
+            raise RowError("content that is no text", f"got {str(part)[:60]}. Write it as a text.")
+        texts.append(text)
+    return "".join(texts)
 
 
 def _tool_calls(calls: Any) -> list[Any]:
@@ -206,6 +239,7 @@ def _is_learned(holder: Mapping[str, Any]) -> bool:
     """Read `weight` and `train`, of which templates know nothing."""
     for name in ("weight", "train"):
         value = holder.get(name)
+        value = _FLAGS.get(str(value).lower(), value)
         if value is not None and value not in (0, 1):
             raise RowError(
                 f"{name} {value!r}", "only 0 or false (masked) and 1 or true (learned) have a use."

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Value, concatenate_datasets
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...version import __version__
@@ -131,16 +131,14 @@ def _make_task(
     if arguments.task in LANGUAGE_TASKS:
         return LANGUAGE_TASKS[arguments.task](arguments, tokenizer)
     labels = []
+    declared = dict.fromkeys(n for rows in parts for n in rows.class_names(arguments.label_field))
     for rows in parts:
         for record in rows.table:
             try:
                 labels.append(rows.read(record).get(arguments.label_field))
             except RowError:
                 continue  # it is named or counted when it is encoded
-    feature = parts[0].table.features.get(arguments.label_field)
-    feature = feature.feature if isinstance(feature, List) else feature
-    declared = feature if isinstance(feature, ClassLabel) else None
-    return LABEL_TASKS[arguments.task](arguments, tokenizer, config, labels, declared)
+    return LABEL_TASKS[arguments.task](arguments, tokenizer, config, labels, list(declared))
 
 
 def _prepare_part(
@@ -218,5 +216,10 @@ def _repeat(examples: Dataset, weight: float, seed: int) -> Dataset:
     if weight == 1:
         return examples
     whole, n_more = divmod(round(len(examples) * weight), len(examples) or 1)
+    if not whole and not n_more and len(examples):
+        raise ValueError(
+            f"of {counted(len(examples), 'example')}, a weight of {weight:g} leaves none. Set "
+            "train_weights to more, or leave that file out of train_data."
+        )
     drawn = np.random.default_rng(seed).permutation(len(examples))[:n_more]
     return examples.select([*list(range(len(examples))) * whole, *sorted(drawn)])

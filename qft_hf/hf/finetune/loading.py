@@ -58,7 +58,10 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
                 f"no chat template {template} (looked from {Path.cwd()}). Set chat_template to a "
                 f"Jinja file, or to one that ships: {', '.join(shipped.chat_template_names())}."
             )
-        tokenizer.chat_template = template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{template} is not in UTF-8. Save it as UTF-8.") from error
     return tokenizer
 
 

@@ -9,6 +9,7 @@ import csv
 import glob
 import io
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Features, ReadInstruction, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, List, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from ...version import __version__
@@ -45,19 +46,28 @@ class Rows:
     weight: float = 1.0  # how often an epoch sees each of them
 
     def read(self, record: Row) -> Row:
-        """Return a row of the table as its source has it.
+        """Return a row of the table as its source has it, and the names of classes.
+
+        A number that is none, as pandas writes for what is missing, is no value.
 
         Raises:
-            RowError: It is no object with named fields.
+            RowError: It is no object with named fields, or has a text that is no Unicode.
         """
         if _TEXT not in record:
-            row = {name: _without_absent(value) for name, value in record.items()}
+            kinds = self.table.features
+            row = {name: _from_arrow(value, kinds[name]) for name, value in record.items()}
             del row[_NUMBER]
             return row
         try:
             value = _parsed(record[_TEXT])
-        except json.JSONDecodeError as error:
+            json.dumps(value, ensure_ascii=False).encode()
+        except (json.JSONDecodeError, RecursionError) as error:
             raise RowError("no JSON", f"{error}.") from error
+        except UnicodeEncodeError as error:
+            raise RowError(
+                "half a character",
+                f"{error}. A text was cut in the middle of an emoji, or the like. Cut it before.",
+            ) from error
         if isinstance(value, dict):
             return value
         advice = ""
@@ -68,6 +78,12 @@ class Rows:
             )
         text = record[_TEXT].strip()[:60]
         raise RowError("no fields", f"expected an object, got {text!r}.{advice}")
+
+    def class_names(self, name: str) -> list[str]:
+        """Return the classes that the data declare for a field, in their order; maybe none."""
+        kind = self.table.features.get(name)
+        kind = kind.feature if isinstance(kind, List) else kind
+        return list(kind.names) if isinstance(kind, ClassLabel) else []
 
     def place(self, record: Row) -> str:
         """Return where a row stands, for a message about it."""
@@ -208,11 +224,11 @@ def _rows_of_text(file: Any, suffix: str) -> Iterator[tuple[int, str]]:
     match suffix:
         case ".csv" | ".tsv":
             csv.field_size_limit(2**31 - 1)  # its default refuses long texts
-            rows = csv.reader(file, delimiter="," if suffix == ".csv" else "\t")
+            rows = csv.reader(file, delimiter="," if suffix == ".csv" else "\t", strict=True)
             header = next(rows, [])
             if twice := [name for name, n in Counter(header).items() if name and n > 1]:
                 raise ValueError(f"more than one column is called {twice[0]!r}")
-            for number, values in enumerate(rows, start=1):
+            for number, values in _numbered(rows):
                 cells: Any = [value or None for value in values]
                 if len(cells) == len(header):
                     cells = dict(zip(header, cells, strict=True))
@@ -233,8 +249,23 @@ def _rows_of_text(file: Any, suffix: str) -> Iterator[tuple[int, str]]:
                     yield number, line
 
 
+def _numbered(rows: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
+    number = 0
+    try:
+        for number, values in enumerate(rows, start=1):
+            yield number, values
+    except csv.Error as error:
+        raise ValueError(
+            f"row {number + 1}: {error}. A text that has quotes stands in quotes, and in it each "
+            'is doubled: "a ""b"" c"'
+        ) from error
+
+
 def _parsed(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_fields)
+    def constant(name: str) -> float | None:
+        return None if name == "NaN" else float(name)
+
+    return json.loads(text, object_pairs_hook=_fields, parse_constant=constant)
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -311,8 +342,19 @@ def _looks_like_a_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.count("/") > 1 or source.endswith(suffixes)
 
 
+def _from_arrow(value: Any, kind: Any) -> Any:
+    """Return a value of a column, the number of a class by its name."""
+    if isinstance(kind, List) and isinstance(kind.feature, ClassLabel) and value is not None:
+        return [_from_arrow(entry, kind.feature) for entry in value]
+    if isinstance(kind, ClassLabel) and value is not None:
+        return kind.names[value] if value >= 0 else None
+    return _without_absent(value)
+
+
 def _without_absent(value: Any) -> Any:
-    """Return a value of Arrow without the fields that only other rows have."""
+    """Return a value without the fields that only other rows have, and without NaN."""
+    if isinstance(value, float) and math.isnan(value):
+        return None
     if isinstance(value, dict):
         return {name: _without_absent(v) for name, v in value.items() if v is not None}
     return [_without_absent(entry) for entry in value] if isinstance(value, list) else value
