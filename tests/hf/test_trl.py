@@ -6,12 +6,18 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import (
+    DistillationConfig,
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
     RewardConfig,
     RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -27,6 +33,9 @@ from tests.models import tiny_llama
 LR, STEPS = 1e-3, 5
 TEXTS = ["The quick brown fox", "How are you doing today?", "the answer to the question"] * 4
 PAIRS = {"prompt": TEXTS, "chosen": [" I am fine."] * 12, "rejected": [" lazy dog"] * 12}
+LABELS = {"completion": [" I am fine.", " lazy dog"] * 6, "label": [True, False] * 6}
+TEACHER = tiny_llama(vocab_size=len(tiny_tokenizer()), max_position_embeddings=128, seed=1)
+SAMPLING = {"num_generations": 4, "max_completion_length": 6, "beta": 0.1}
 
 
 def variety(completions, **kwargs):
@@ -38,15 +47,20 @@ def variety(completions, **kwargs):
 TRAINERS = {
     "sft": (SFTTrainer, SFTConfig, {"max_length": 32}, {"text": TEXTS}, {}),
     "dpo": (DPOTrainer, DPOConfig, {}, PAIRS, {}),
+    "kto": (KTOTrainer, KTOConfig, {}, {"prompt": TEXTS, **LABELS}, {}),
     "reward": (RewardTrainer, RewardConfig, {}, PAIRS, {}),
-    "grpo": (
-        GRPOTrainer,
-        GRPOConfig,
-        {"num_generations": 4, "max_completion_length": 6, "beta": 0.1},
+    "grpo": (GRPOTrainer, GRPOConfig, SAMPLING, {"prompt": TEXTS}, {"reward_funcs": variety}),
+    "rloo": (RLOOTrainer, RLOOConfig, SAMPLING, {"prompt": TEXTS}, {"reward_funcs": variety}),
+    "distillation": (
+        DistillationTrainer,
+        DistillationConfig,
+        {"max_completion_length": 6},
         {"prompt": TEXTS},
-        {"reward_funcs": variety},
+        {"teacher_model": TEACHER},
     ),
 }
+# What they sample depends on the last digit of a logit.
+SAMPLERS = ("grpo", "rloo", "distillation")
 
 
 class FloatLion(torch.optim.Optimizer):
@@ -144,12 +158,12 @@ def test_a_fully_int8_model_trains_as_its_float_twin(kind, folder, tmp_path):
     int8 = losses(trainer)
 
     assert (head.codes != before).float().mean() > 0.5
-    if kind == "grpo":  # what it samples depends on the last digit of a logit: below
+    if kind in SAMPLERS:  # below
         assert all(torch.tensor(int8).isfinite())
         return
     optimizer = FloatLion(twin.parameters())
     beside = {"optimizers": (optimizer, None), "args": {"optim": "adamw_torch"}}
-    if kind == "dpo":
+    if kind in ("dpo", "kto"):
         beside["ref_model"] = dequantize_model_(
             quantize_model_(load(kind, folder), QFTConfig()), torch.float32
         )
@@ -160,41 +174,46 @@ def test_a_fully_int8_model_trains_as_its_float_twin(kind, folder, tmp_path):
     assert (int8[0] - int8[-1]) == pytest.approx(of_twin[0] - of_twin[-1], rel=0.1)
 
 
-def test_grpo_learns_from_the_same_completions_what_float_learns(folder, tmp_path):
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_what_is_learned_from_the_same_completions_is_what_float_learns(kind, folder, tmp_path):
     """Sampled and scored once, by the INT8 policy; its float twin is trained on what came of it."""
     scored = []
 
-    class Recording(GRPOTrainer):
+    class Recording(TRAINERS[kind][0]):
         def _generate_and_score_completions(self, inputs):
             scored.append(super()._generate_and_score_completions(inputs))
             return scored[-1]
 
-    class Replaying(GRPOTrainer):
+    class Replaying(TRAINERS[kind][0]):
         def _generate_and_score_completions(self, inputs):
             return next(recorded)
 
-    model = load("grpo", folder)
-    twin = dequantize_model_(quantize_model_(load("grpo", folder), QFTConfig()), torch.float32)
-    trainer = trainer_of("grpo", model, tmp_path, Recording)
+    model = load(kind, folder)
+    twin = dequantize_model_(quantize_model_(load(kind, folder), QFTConfig()), torch.float32)
+    trainer = trainer_of(kind, model, tmp_path, Recording)
     assert {type(p) for p in model.parameters() if p.ndim > 1} == {QFTWeight}
     int8 = losses(trainer)
     recorded = iter(scored)
     beside = {"optimizers": (FloatLion(twin.parameters()), None), "args": {"optim": "adamw_torch"}}
-    replayed = trainer_of("grpo", twin, tmp_path, Replaying, **beside)
+    replayed = trainer_of(kind, twin, tmp_path, Replaying, **beside)
 
     of_twin = losses(replayed)
 
     assert next(recorded, None) is None  # all of them were used
-    # What a policy has learned, its distance from the reference, is the same to a tenth. So are the
-    # losses, which have a tenth of it (beta) beside the rewards.
-    distance, of_float = (
-        [entry["kl"] for entry in run.state.log_history if "kl" in entry]
-        for run in (trainer, replayed)
-    )
-    assert distance[-1] == pytest.approx(of_float[-1], rel=0.1)
-    assert of_float[-1] > 100 * of_float[0]
-    assert int8 == pytest.approx(of_twin, rel=0, abs=0.1 * 0.1 * of_float[-1])
-    assert max(map(abs, of_twin)) > 0.1
+    start = dequantize_model_(quantize_model_(load(kind, folder), QFTConfig()), torch.float32)
+    moved = divergence(start, twin)
+    assert moved > 1e-3
+    assert divergence(start, model) == pytest.approx(moved, rel=0.1)
+    # RLOO's loss is that of the steps since the completions were scored: by the other policy.
+    assert kind == "rloo" or int8 == pytest.approx(of_twin, rel=1e-2, abs=1e-2 * moved)
+
+
+@torch.no_grad()
+def divergence(start, model):
+    """How far a policy has come, on texts: nats a token."""
+    ids = torch.tensor(tiny_tokenizer()(TEXTS[:1])["input_ids"])
+    of_start, of_model = (of.eval()(ids).logits.log_softmax(-1) for of in (start, model))
+    return float((of_start.exp() * (of_start - of_model)).sum(-1).mean())
 
 
 def test_the_policy_of_dpo_starts_at_its_reference(folder, tmp_path):
@@ -216,7 +235,7 @@ def test_qft_trainer_mixed_into_trls(kind, folder, tmp_path):
 
     mixed = losses(trainer)
 
-    if kind != "grpo":
+    if kind not in SAMPLERS:
         assert mixed == losses(trainer_of(kind, load(kind, folder), tmp_path / "stock"))
     assert trainer.ledger.n_quantized > 0.9 * trainer.ledger.n_parameters
     again = type(model).from_pretrained(tmp_path / f"checkpoint-{STEPS}")
