@@ -153,11 +153,16 @@ def given_options(args: TrainingArguments) -> dict[str, Any]:
 
     Raises:
         TypeError: A field has a value of the wrong type.
-        ValueError: An option is unknown or not one of this optimizer, given twice with two values,
-            cannot be read, or is NaN or infinite.
+        ValueError: The optimizer is not ours; an option is unknown or not one of this optimizer,
+            given twice with two values, cannot be read, or is NaN or infinite.
     """
-    name = optimizer_name(args)
-    taken = OPTIMIZERS[name].options
+    name, entry = optimizer_name(args), named_optimizer(args)
+    if entry is None:
+        raise ValueError(
+            f"INT8 weights are trained by {names()}, got optim={name!r}. Set one of these; a side "
+            "network beside a frozen model may have any optimizer."
+        )
+    taken = entry.options
     options: dict[str, Any] = {}
     for option, value in getattr(args, "optimizer_fields", {}).items():
         if option not in taken:

@@ -215,6 +215,39 @@ def test_key_without_a_value_is_refused(nothing, config):
         parse_arguments([config(f"max_length: {nothing}\n")])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: [1e-5, 2e-5]", r"'learning_rate' in .* takes one value, got \['1e-5'"),
+        ("modules_to_not_convert: []", "'modules_to_not_convert' in .* takes names or numbers"),
+        ("eval_data: [a, null]", r"'eval_data' in .* got \['a', 'null'\]"),
+        ("eval_data: [a, ~]", r"'eval_data' in .* got \['a', '~'\]"),  # all files of one's home
+        ("eval_data: [{path: a}]", r"'eval_data' in .* got \[{'path': 'a'}\]"),
+        ("eval_data: [[a]]", r"'eval_data' in .* got \[\['a'\]\]"),
+    ],
+)
+def test_a_list_is_of_names_and_where_one_is_wanted(text, message, config):
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([config(f"{text}\n")])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fine"),
+    [
+        ("dataloader_drop_last", "true", "false"),
+        ("prediction_loss_only", "true", "false"),
+        ("eval_do_concat_batches", "false", "true"),
+        ("batch_eval_metrics", "true", "false"),
+        ("bf16_full_eval", "true", "false"),
+    ],
+)
+def test_what_would_falsify_the_scores_is_refused(key, value, fine, config):
+    """Rows of the evaluation were left out, what is float became bf16, or a key was missing."""
+    with pytest.raises(ValueError, match=rf"{key} cannot be set: .* Leave it out\."):
+        parse_arguments([config(f"{key}: {value}\n")])
+    parse_arguments([config(f"{key}: {fine}\n")])
+
+
 def test_config_that_is_no_mapping_is_refused(tmp_path):
     path = tmp_path / "list.yaml"
     path.write_text("- a\n- b\n")
@@ -345,6 +378,8 @@ def test_what_the_trainer_refuses_reads_as_what_we_refuse(config):
     with pytest.raises(ValueError, match="warmup_steps >= 0") as refused:
         parse_arguments([config("warmup_steps: -1\n")])
     assert refused.traceback[-1].path.name == "parsing.py"
+    with pytest.raises(ValueError, match="deepspeed"):  # which is not installed
+        parse_arguments([config("deepspeed: ds.json\n")])
 
 
 @pytest.mark.parametrize("key", ["model_name_or_path", "chat_template", "train_data", "output_dir"])

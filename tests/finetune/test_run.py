@@ -351,7 +351,9 @@ def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, mo
         rows = [{"text": f"the fox {n}", "label": "abc"[n % 3]} for n in range(9)]
         write_jsonl(chat_flags["train_data"], rows)
         write_jsonl(chat_flags["eval_data"], rows[:2])  # of two of the classes
-    summary = finetune(parsed(chat_flags, task=task, train_weights=2, eval_split="train[:2]"))
+    smoothing = {"label_smoothing_factor": 0.2}  # which a classifier's loss on held-out data has
+    flags = chat_flags | {"task": task, "train_weights": 2, "eval_split": "train[:2]"} | smoothing
+    summary = finetune(parsed(flags))
     Path(chat_flags["train_data"]).unlink()
     monkeypatch.chdir(Path(chat_flags["output_dir"]))
 
@@ -359,6 +361,47 @@ def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, mo
 
     assert found.scores == pytest.approx(summary.after, rel=1e-5)  # of one batch and another
     assert found.data == summary.eval_data
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "greater"),
+    [
+        ("chat", "perplexity", False),
+        ("chat", "eval_loss", False),
+        ("regression", "rmse", False),
+        ("regression", "pearson", True),
+        ("classification", "accuracy", True),
+    ],
+)
+def test_the_best_model_has_the_smallest_error(task, metric, greater, chat_flags):
+    """The Trainer takes all but losses for a gain, so that the worst perplexity was the best."""
+    rows = [{"text": "the fox", "label": n, "messages": chat("a", "b")} for n in range(4)]
+    write_jsonl(chat_flags["train_data"], rows)
+    flags = chat_flags | {"eval_data": chat_flags["train_data"], "task": task}
+    flags |= {"metric_for_best_model": metric, "load_best_model_at_end": "true"}
+    arguments = parsed(flags, eval_strategy="steps", save_strategy="steps")
+    read(arguments)
+    assert arguments.training.greater_is_better is greater
+
+    asked = parsed(
+        flags, eval_strategy="steps", save_strategy="steps", greater_is_better=not greater
+    )
+    read(asked)
+    assert asked.training.greater_is_better is not greater
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"metric_for_best_model": "accuracy"}, "scores of task 'chat' are loss, perplexity"),
+        ({"task": "multi_label", "label_smoothing_factor": 0.1}, "not of task 'multi_label'"),
+        ({"optim": "adamw_torch"}, "trained by 'qft_lion' .* got optim='adamw_torch'"),
+    ],
+)
+def test_what_a_run_would_stumble_over_is_refused_by_a_check(flags, message, chat_flags):
+    """Some ended in a traceback, at the first score or when all was loaded."""
+    with pytest.raises(ValueError, match=message):
+        check(parsed(chat_flags, **flags))
 
 
 @pytest.mark.parametrize("earlier", [None, '{"steps": 2}', "{"])

@@ -96,6 +96,7 @@ def accuracy_of_several_classes(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(right.mean()), "exact_match": float(right.all(axis=1).mean())}
 
 
+ERRORS = ("loss", "perplexity", "rmse")  # of which less is better
 NEXT_TOKENS = Scoring(token_losses, perplexity_of_tokens, ("loss", "perplexity"))
 CLASSES = Scoring(predicted_classes, accuracy_of_examples, ("loss", "accuracy"))
 NUMBERS = Scoring(predicted_numbers, errors_of_numbers, ("loss", "rmse", "pearson"))

@@ -11,6 +11,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "chat_template": ("template", "chat_template_jinja", "conversation_template"),
     "dtype": ("torch_dtype", "precision"),
     "attn_implementation": ("flash_attention", "flash_attn", "use_flash_attention_2"),
+    "task": ("stage",),
     "train_data": (
         "dataset",
         "datasets",

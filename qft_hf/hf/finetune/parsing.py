@@ -25,6 +25,8 @@ GROUPS: tuple[Any, ...] = (
     OutputArguments,
     QFTTrainingArguments,
 )
+_LISTS = [field.name for group in GROUPS for field in fields(group) if "list" in str(field.type)]
+NOTHING = ("", "null", "~")  # of YAML
 CONFIG_SUFFIXES = (".yaml", ".yml")
 # Where nothing, or less, would be taken for what was not asked for, or fail later.
 _ABOVE_ZERO = (
@@ -41,6 +43,15 @@ _ABOVE_ZERO = (
     "save_steps",
     "save_total_limit",
 )
+# Of the Trainer, and what it would do to the scores that a run takes of all its tasks.
+_FALSIFIES = {
+    "batch_eval_metrics": "scores are taken of all held-out rows at once",
+    "bf16_full_eval": "the score before the first step would leave in bf16 what stays float",
+    "dataloader_drop_last": "rows of the evaluation would be left out, too",
+    "eval_do_concat_batches": "scores are taken of all held-out rows at once",
+    "label_names": "labels are always called `labels`",
+    "prediction_loss_only": "there would be no scores",
+}
 _INSTEAD_OF = {"eval_data": "eval_fraction", "eval_fraction": "eval_data"}
 
 
@@ -112,7 +123,7 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
         *groups, rest = parser.parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
-    except ValueError as error:  # some are of transformers, and all are for the user
+    except (ImportError, ValueError) as error:  # some are of transformers, all for the user
         raise ValueError(str(error)) from error
     if rest:
         raise ValueError(
@@ -150,6 +161,10 @@ def _require_possible(given: dict[str, Any]) -> None:
                 f"{name} must be above 0, got {value:g}. Leave it out for its default, which "
                 "`qft-hf finetune --help-all` tells."
             )
+    for name, reason in _FALSIFIES.items():
+        default = getattr(QFTTrainingArguments, name)
+        if given.get(name, default) != default:
+            raise ValueError(f"{name} cannot be set: {reason}. Leave it out.")
     if not 0 <= given.get("seed", 0) < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {given['seed']}. Take a smaller one.")
 
@@ -225,11 +240,15 @@ def flags_from_config(path: Path, *, without: Collection[str | None] = ()) -> li
 
 def _as_flags(key: str, value: Any, path: Path) -> list[str]:
     match value:
-        case "" | "null" | "~":
+        case str() if value in NOTHING:
             raise ValueError(
                 f"key {key!r} in {path} has no value. Give one, or leave the key out for its "
                 "default."
             )
+        case list() if key not in _LISTS:
+            raise ValueError(f"key {key!r} in {path} takes one value, got {value}.")
+        case list() if not value or not all(isinstance(v, str) and v not in NOTHING for v in value):
+            raise ValueError(f"key {key!r} in {path} takes names or numbers, got {value}.")
         case list():
             return [f"--{key}", *value]
         case dict():

@@ -15,7 +15,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..base import require_bitsandbytes
 from ..processes import by_first, of_first
-from .data import TaskData, prepare_data
+from .data import LABEL_TASKS, LANGUAGE_TASKS, TaskData, prepare_data
+from .evaluation import ERRORS
 from .forecast import disk_bytes, n_steps
 from .loading import load_model, load_tokenizer
 from .output_folder import (
@@ -193,6 +194,21 @@ def _check_evaluation(arguments: RunArguments) -> None:
             "%s is train_data and eval_data at once: the scores will tell what is remembered. Hold "
             "out rows by eval_fraction instead",
             ", ".join(again),
+        )
+    names = (LANGUAGE_TASKS | LABEL_TASKS)[data.task].scoring.names
+    if training.metric_for_best_model is not None:
+        best = training.metric_for_best_model.removeprefix("eval_")
+        if best not in names:
+            raise ValueError(
+                f"metric_for_best_model is {best!r}, and the scores of task {data.task!r} are "
+                f"{', '.join(names)}. Set one of them."
+            )
+        if "greater_is_better" not in arguments.given:  # the Trainer takes all but losses for so
+            training.greater_is_better = best not in ERRORS
+    if training.label_smoothing_factor and data.task in ("regression", "multi_label"):
+        raise ValueError(
+            f"label_smoothing_factor is of one class among several, not of task {data.task!r}. "
+            "Leave it out."
         )
     has_data = data.eval_data is not None or data.eval_fraction is not None
     if not has_data and (training.do_eval or training.eval_strategy != "no"):
