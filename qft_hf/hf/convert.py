@@ -1,17 +1,28 @@
 """A model in memory to INT8 and back, with what transformers wants to know about it."""
 
+import copy
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..nn import QuantizedModule, conversion_plan, dequantize_modules_, quantize_modules_
-from ..side import SideNetwork
+from ..config import PRODUCTS
+from ..nn import (
+    QuantizedModule,
+    conversion_plan,
+    dequantize_modules_,
+    product_choices,
+    quantize_modules_,
+)
+from ..side import SideNetwork, side_network_of
 from .config import QUANT_METHOD, QFTConfig
 from .coverage import check_coverage
 from .loading_faults import check_finite
+from .ours import has_quantized_weights, quantization_config_of
 from .quantizer import QFTQuantizer
+from .tensor_files import memory
+from .wording import and_more
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -78,27 +89,99 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
     return model
 
 
+def as_saved(model: Any, state: dict[str, Tensor] | None) -> Any:
+    """A transformers model as `save_pretrained` is to see it: so that it can be loaded again.
+
+    What a folder holds says its `config.json`, which has it from the model's configuration. A part
+    of an INT8 model says nothing there, and a float model that was made of the configuration of an
+    INT8 one says too much. A `state` that is passed is what is saved, where transformers saves what
+    a quantizer returns.
+
+    Args:
+        model: Of any kind; not modified. Returned as it is where all is right.
+        state: A state dict in the place of the model's own; None: that.
+
+    Raises:
+        ValueError: The weights are of several formats, or `state` lacks some of the tensors.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    is_recorded = isinstance(quantizer, QFTQuantizer)
+    if side_network_of(model) is not None or (quantizer is not None and not is_recorded):
+        return model
+    is_int8 = has_quantized_weights(model)
+    if is_int8 == is_recorded == _says_int8(model.config) and (state is None or not is_int8):
+        return model
+    saved = copy.copy(model)
+    saved.config = copy.copy(model.config)
+    if not is_int8:
+        vars(saved).pop("hf_quantizer", None)
+        vars(saved.config).pop("quantization_config", None)
+        return saved
+    config = copy.copy(quantization_config_of(model))
+    if config is None:
+        raise ValueError(
+            f"{type(model).__name__} has INT8 weights of several formats, and config.json can name "
+            "one. Save its parts, or call dequantize_model_(copy.deepcopy(model)) and save that."
+        )
+    if not is_recorded:
+        config.forget_absent(model)
+        config.int8_products = _products_held(model, config)
+    _mark(saved, config)
+    if state is not None:
+        _check_complete(model, state)
+        saved.hf_quantizer.state = state
+    return saved
+
+
+def _says_int8(config: Any) -> bool:
+    said: Any = getattr(config, "quantization_config", None) or {}
+    said = said if isinstance(said, dict) else vars(said)
+    return bool(said.get("quant_method") == QUANT_METHOD)
+
+
+def _products_held(model: nn.Module, config: QFTConfig) -> dict[str, list[str]] | None:
+    """`int8_products` that choose what the modules of a model hold."""
+    if config.matmul != "int8":
+        return None
+    plan = conversion_plan(model, config.modules_to_not_convert)
+    names = product_choices(model, plan, config)
+    return {
+        name: [product for product in PRODUCTS if getattr(module.products, product, False)]
+        for name, module in plan.modules.items()
+        if name in names and isinstance(module, QuantizedModule)
+    }
+
+
+def _check_complete(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Raise if a state dict that is to be saved lacks what an INT8 checkpoint has to have."""
+    own = model.state_dict()
+    there = {memory(own[name]) for name in state if name in own}  # a tied one has several names
+    if lacking := [name for name, tensor in own.items() if memory(tensor) not in there]:
+        raise ValueError(
+            f"state_dict lacks {and_more(lacking)}, and an INT8 checkpoint without them cannot be "
+            f"loaded. Pass all that {type(model).__name__}.state_dict() returns; to save float "
+            "values, load them into a model after dequantize_model_, and save that."
+        )
+
+
 def _refuse_other_quantization(model: nn.Module, config: QFTConfig) -> None:
     """Raise if `model` is quantized, unless with the same configuration."""
     quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, QFTQuantizer):
-        current = quantizer.quantization_config
-        if current != config:
-            raise ValueError(
-                f"The model is already quantized with {current}, and {config} was asked for. Keep "
-                "that configuration, or call dequantize_model_ first; dequantizing cannot bring "
-                "back what rounding lost, so rather quantize the float model anew."
-            )
-    elif quantizer is not None:
+    if quantizer is not None and not isinstance(quantizer, QFTQuantizer):
         method = getattr(model, "quantization_method", type(quantizer).__name__)
         raise ValueError(
             f"The model is quantized with {getattr(method, 'value', method)}. QFT starts from "
             "float weights: load the model without that quantization."
         )
-    elif any(isinstance(module, QuantizedModule) for module in model.modules()):
+    if not has_quantized_weights(model):
+        return
+    current = quantization_config_of(model)
+    if current != config:
         raise ValueError(
-            f"{type(model).__name__} has INT8 weights already, and no record of their QFTConfig. "
-            "Keep them, or call dequantize_model_ first."
+            f"{type(model).__name__} is already quantized with {current or 'several formats'}, and "
+            f"{config} was asked for. Keep that configuration, or call dequantize_model_ first; "
+            "dequantizing cannot bring back what rounding lost, so rather quantize the float model "
+            "anew."
         )
 
 

@@ -9,6 +9,7 @@ Two more know parameters by names that INT8 weights have not: Accelerate's loadi
 where it would leave a model as it was built, and the stock Trainer's warning of missing weights.
 """
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate import big_modeling
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from .convert import as_saved
 from .drafts import drafted
 from .loading_faults import int8_weights, refuse_int8
 from .ours import has_quantized_weights
@@ -102,13 +104,15 @@ def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:
 def _writing_whole(save: Any) -> Any:
     def guarded(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         folder = Path(save_directory)
-        is_int8 = isinstance(getattr(self, "hf_quantizer", None), QFTQuantizer)
+        given = inspect.signature(save).bind(self, save_directory, *args, **kwargs).arguments
+        model = as_saved(self, given.get("state_dict"))
+        is_int8 = isinstance(getattr(model, "hf_quantizer", None), QFTQuantizer)
         # A push reads the folder while it saves, and names the repository after it.
-        if kwargs.get("push_to_hub") or not (is_int8 or _holds_int8(folder)):
-            save(self, save_directory, *args, **kwargs)
+        if given.get("push_to_hub") or not (is_int8 or _holds_int8(folder)):
+            save(model, save_directory, *args, **kwargs)
             return
         with drafted(folder) as draft:
-            save(self, draft, *args, **kwargs)
+            save(model, draft, *args, **kwargs)
 
     return guarded
 

@@ -1,10 +1,13 @@
 """Which models and optimizers are ours, and which of them go together."""
 
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
 
+from ..config import QuantizationSpec
+from ..nn import QuantizedModule
 from ..quant import QFTWeight
 from ..side import SideNetwork, side_network_of
 from .config import QFTConfig
@@ -22,11 +25,29 @@ def trained_part(model: nn.Module) -> nn.Module:
 
 
 def quantization_config_of(model: Any) -> QFTConfig | None:
-    """The `QFTConfig` a model or side network was quantized with, if it carries one."""
+    """The `QFTConfig` of a model or side network: the one that it carries, or that of its modules.
+
+    None for a float model, and for one with weights of several formats that carries none.
+    """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(model, SideNetwork):
         config = model.quantization
+    elif not isinstance(config, QFTConfig) and side_network_of(model) is None:
+        config = _config_of_modules(model)
     return config if isinstance(config, QFTConfig) else None
+
+
+def _config_of_modules(model: nn.Module) -> QFTConfig | None:
+    """How the modules of a part of an INT8 model were quantized, or of a module around one."""
+    modules = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+    specs = {id(module.spec): module.spec for module in modules if module.spec is not None}
+    configs = [
+        QFTConfig(**{field.name: getattr(spec, field.name) for field in fields(QuantizationSpec)})
+        for spec in specs.values()
+    ]
+    for config in configs:
+        config.forget_absent(model)  # its names are those in the model that was quantized
+    return configs[0] if configs and all(config == configs[0] for config in configs) else None
 
 
 def unwrapped(optimizer: Any) -> Any:

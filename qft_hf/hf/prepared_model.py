@@ -11,12 +11,10 @@ has been loaded into it: one that is float there is refused.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
 
-from ..layout import outliers_per_row
 from ..nn import QFTLinear
 from ..quant import QFTWeight
 from .chunked_loss import chunk_loss_, refuse_computing
@@ -143,14 +141,18 @@ def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
     """
     wanted = dict(getattr(args, "format_fields", {}))
     current = quantization_config_of(model)
-    if current is not None:
-        found = {name: getattr(current, name) for name in wanted}
-        seed = given_options(args).get("seed", current.seed)
-        if current.matmul == "int8" and seed != current.seed:  # it rounds gradients there too
-            wanted["seed"], found["seed"] = seed, current.seed
-    else:
-        found = _visible_format(model, wanted)
-        wanted = {name: wanted[name] for name in found}
+    if current is None:
+        if wanted:
+            raise ValueError(
+                f"{', '.join(wanted)} was given, and {type(model).__name__} has INT8 weights of "
+                "several formats. Leave that out to train the model as it is; else start from the "
+                "float model."
+            )
+        return
+    found = {name: getattr(current, name) for name in wanted}
+    seed = given_options(args).get("seed", current.seed)
+    if current.matmul == "int8" and seed != current.seed:  # it rounds gradients there too
+        wanted["seed"], found["seed"] = seed, current.seed
     for values in (wanted, found):
         if "modules_to_not_convert" in values:
             values["modules_to_not_convert"] = sorted(values["modules_to_not_convert"] or [])
@@ -170,20 +172,3 @@ def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
         f"{asked} was asked for, and the model is INT8 already, with {has}. Leave that out to "
         f"train the model as it is; else {advice}."
     )
-
-
-def _visible_format(model: nn.Module, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What of `wanted` shows on a model that carries no record of its format."""
-    weights = [p for p in model.parameters() if isinstance(p, QFTWeight)]
-    fraction = wanted.get("outlier_fraction")
-    counts = {
-        weight.outlier_values.shape[1] == outliers_per_row(weight.codes.shape[1], fraction or 0.0)
-        for weight in weights
-    }
-    products = any(getattr(module, "products", None) for module in model.modules())
-    visible = {
-        "group_size": weights[0].group_size,
-        "outlier_fraction": fraction if counts == {True} else "another share",
-        "matmul": "int8" if products else "dequantize",
-    }
-    return {name: value for name, value in visible.items() if name in wanted}

@@ -124,6 +124,7 @@ class QFTQuantizer(HfQuantizer):
         self.faults: dict[str, str] = {}  # by name of the tensor
         self.missing_names: set[str] = set()  # the loader's own record, which it empties
         self.shapes: dict[str, torch.Size] = {}
+        self.state: dict[str, Tensor] | None = None  # to be saved in the place of the model's own
 
     @property
     def is_trainable(self) -> bool:
@@ -144,9 +145,9 @@ class QFTQuantizer(HfQuantizer):
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The tensors to save, and the check sums of all that the files will hold."""
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, not the model
-            return None, {}
+            return self.state, {}
         self._record_added(model)
-        state = model.state_dict()
+        state = model.state_dict() if self.state is None else self.state
         summed = dict(state)
         # A file may have the names and tensors of another layout, which the model was read from.
         # An empty list is tested here: transformers copies each name and tensor for it, too, which

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from ..nn import QuantizedModule, replace_
 from ..optim import fit_states
-from .config import QFTConfig
 from .wrapping import wrap_
 
 Resize = Callable[..., Any]
@@ -34,7 +33,7 @@ def _resizing_int8(original: Resize) -> Resize:
         stand_in = _float_copy(old)
         new: Any = original(model, stand_in, *args, **kwargs)
         if new is not stand_in or new.weight.shape != old.complete_weight().shape:
-            _take_rows_(old, new, model.config.quantization_config)
+            _take_rows_(old, new)
         for size in ("num_embeddings", "out_features", "padding_idx"):
             if hasattr(old, size):  # also where a tied weight has been resized already
                 setattr(old, size, getattr(new, size))
@@ -69,9 +68,9 @@ def _float_copy(module: QuantizedModule) -> nn.Module:
     return copy
 
 
-def _take_rows_(module: Any, resized: Any, config: QFTConfig) -> None:
+def _take_rows_(module: Any, resized: Any) -> None:
     """Give an INT8 module the number of rows of a float one, and the rows it has not itself."""
-    replace_(module.weight, module.weight.resized(resized.weight, config))
+    replace_(module.weight, module.weight.resized(resized.weight, module.spec))
     if getattr(module, "bias", None) is not None:
         module.bias.grad = None
         module.bias.data = resized.bias.detach()

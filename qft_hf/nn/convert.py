@@ -166,9 +166,11 @@ def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan
         kind = kind_of(module)
         if kind is not None and not isinstance(module, QuantizedModule):
             module.__class__ = quantized_class(type(module), kind)
-    for name, products in choices.items():
-        chosen: Any = plan.modules[name]
-        chosen.products = products
+    for name, module in plan.modules.items():
+        prepared: Any = module
+        prepared.spec = spec
+        if name in choices:
+            prepared.products = choices[name]
     mark_tables_(model)
     return plan
 
@@ -235,7 +237,8 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
         replace_(weight, weight.values().to(dtype))
     for module in model.modules():
         if isinstance(module, QuantizedModule):
-            module.__dict__.pop("products", None)
+            for name in ("products", "spec"):
+                module.__dict__.pop(name, None)
             quantized: Any = module
             quantized.__class__ = quantized.plain_class
     for module in model.modules():

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..config import QuantizationSpec
 from ..quant import QFTWeight
 from .attachments import attach_, attachments
 from .functional import embedding, linear
@@ -33,6 +34,7 @@ class QuantizedModule(nn.Module):
         weight_names: Names of the parameters that are quantized, where a module has them.
         replaces_forward: Whether the forward of the kind takes the place of that of `plain_class`.
         products: Which products are INT8; None: none is.
+        spec: What the model that the module was quantized with was to be.
     """
 
     plain_class: ClassVar[type[nn.Module]]
@@ -40,6 +42,7 @@ class QuantizedModule(nn.Module):
     weight_names: ClassVar[tuple[str, ...]] = ("weight",)
     replaces_forward: ClassVar[bool] = False
     products: Int8Products | None = None
+    spec: QuantizationSpec | None = None
 
     def __init_subclass__(cls) -> None:
         """A class that is written, and not made by `quantized_class`, is a kind."""

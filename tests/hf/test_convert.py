@@ -94,11 +94,13 @@ def test_other_configuration_is_refused():
         quantize_model_(model, QFTConfig(group_size=32))
 
 
-def test_quantized_plain_module_is_refused():
-    model = quantize_model_(plain_model(), QFTConfig())
+def test_a_plain_module_knows_its_configuration_too():
+    model = quantize_model_(plain_model(), QFTConfig(group_size=8))
+    before = copy.deepcopy(model)
 
-    with pytest.raises(ValueError, match="Sequential has INT8 weights already"):
-        quantize_model_(model, QFTConfig())
+    assert_same_state(quantize_model_(model, QFTConfig(group_size=8)), before)
+    with pytest.raises(ValueError, match=r"already quantized with .*group_size=8, .* asked for"):
+        quantize_model_(model, QFTConfig(group_size=16))
 
 
 def test_model_of_another_method_is_refused():

@@ -354,7 +354,7 @@ def test_a_format_that_is_not_that_of_an_int8_model_is_refused(
 
 
 class Plain(nn.Module):
-    """A model of no library: it carries no record of its format."""
+    """A model of no library: it carries no configuration."""
 
     def __init__(self) -> None:
         super().__init__()
