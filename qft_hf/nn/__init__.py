@@ -1,5 +1,6 @@
 """Modules with quantized weights, and the rule that says which modules get them."""
 
+from .attachments import replace_
 from .convert import (
     LISTED,
     ConversionPlan,
@@ -10,7 +11,6 @@ from .convert import (
     prepare_modules_,
     product_choices,
     quantize_modules_,
-    replace_,
 )
 from .experts import QFTExperts
 from .functional import embedding, linear

@@ -7,7 +7,8 @@ the gradient would be gone, and nobody would say so.
 
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 # Attributes of ours and of PyTorch that belong to the inside.
 INSIDE = ("stored", "arrangement", "pending", "is_table", "_is_param")
@@ -38,3 +39,14 @@ def attach_(parameter: Tensor, attached: Attachments) -> None:
         parameter._post_accumulate_grad_hooks = attached.accumulate_hooks
     for name, value in attached.attributes.items():
         setattr(parameter, name, value)
+
+
+def replace_(parameter: Tensor, tensor: Tensor) -> None:
+    """Put `tensor` in the place of a parameter's value; everybody who holds it sees the new one.
+
+    Hooks and attributes that others have put on the parameter stay.
+    """
+    attached = attachments(parameter)
+    parameter.grad = None
+    torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+    attach_(parameter, attached)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..config import QuantizationSpec, names_module
 from ..quant import Arrangement, QFTWeight
-from .attachments import attach_, attachments
+from .attachments import replace_
 from .kinds import arrangement_of, kind_of, own_weights
 from .modules import QuantizedModule, multiplies_by_ours, quantized_class
 from .products import Int8Products, int8_products
@@ -276,14 +276,3 @@ def _check_replaceable(parameters: Mapping[str, torch.Tensor]) -> None:
                 "torch.no_grad(), and convert then."
             ) from error
         torch.utils.swap_tensors(parameter, other)
-
-
-def replace_(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
-    """Put `tensor` in the place of a parameter's value; everybody who holds it sees the new one.
-
-    Hooks and attributes that others have put on the parameter stay.
-    """
-    attached = attachments(parameter)
-    parameter.grad = None
-    torch.utils.swap_tensors(parameter, nn.Parameter(tensor, requires_grad=parameter.requires_grad))
-    attach_(parameter, attached)

@@ -36,6 +36,33 @@ def _own(result: Tensor) -> Tensor:
     return owner
 
 
+def remember(ctx: Any, weight: QFTWeight) -> None:
+    """Keep a weight for backward.
+
+    It is no saved tensor: it is not copied, moved or offloaded with activations. What autograd
+    checks of those is checked here.
+    """
+    ctx.weight = weight
+    ctx.version = None if weight.is_inference() else weight._version
+
+
+def as_it_was(ctx: Any) -> QFTWeight:
+    """The weight that forward used, for backward.
+
+    Raises:
+        RuntimeError: The gradient of the first input needs its values, and they have changed.
+    """
+    weight: QFTWeight = ctx.weight
+    if ctx.needs_input_grad[0] and weight._version != ctx.version:
+        raise RuntimeError(
+            f"{weight!r} has changed since the forward pass whose gradient is computed now: an "
+            "optimizer has updated it, or a state was loaded. Run backward of every forward pass "
+            "before the step, or the forward pass again after it; with gradient='release' backward "
+            "itself updates, so add losses up and run backward once."
+        )
+    return weight
+
+
 class _Linear(torch.autograd.Function):
     """y[..., R] = x[..., C] W[R, C]^T + b[R], each of the three products as `products` says.
 
@@ -53,8 +80,8 @@ class _Linear(torch.autograd.Function):
         operand: kernels.Input | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        # The weight is no saved tensor: it is not copied, moved or offloaded with activations.
-        ctx.weight, ctx.products = weight, products
+        remember(ctx, weight)
+        ctx.products = products
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         y, kept = multiplied(
             x, weight, bias, products, operand, dtype, needs_weight=ctx.needs_input_grad[1]
@@ -65,7 +92,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        weight: QFTWeight = ctx.weight
+        weight = as_it_was(ctx)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_x, tiles = gradients(

@@ -18,7 +18,14 @@ from ..kernels.groups import TINY
 from ..layout import STATE_GROUP_SIZE, GroupLayout, matrices_of_a_tile
 from ..quant import QFTWeight, Tiles
 from . import dequantized, int8
-from .functional import gradients, multiplied, once_differentiable, product_dtype
+from .functional import (
+    as_it_was,
+    gradients,
+    multiplied,
+    once_differentiable,
+    product_dtype,
+    remember,
+)
 from .products import FLOAT, Int8Products
 
 # Grouped products on a GPU read 16 bytes at a time: rows of other lengths go one expert at a time.
@@ -125,8 +132,8 @@ class _Grouped(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         if x.dtype != dtype:
             x = x.to(dtype)
-        # The weight is no saved tensor: it is not copied, moved or offloaded with activations.
-        ctx.weight, ctx.groups, ctx.tiles = weight, groups, groups.tiles(weight)
+        remember(ctx, weight)
+        ctx.groups, ctx.tiles = groups, groups.tiles(weight)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         products = [
             tile.times(x, weight.dequantize_matrices(tile.hit, dtype).mT) for tile in ctx.tiles
@@ -136,7 +143,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight: QFTWeight = ctx.weight
+        weight = as_it_was(ctx)
         grad = grad.contiguous()
         grad_x = gradient = None
         if ctx.needs_input_grad[0]:
@@ -202,7 +209,8 @@ class _Int8Grouped(torch.autograd.Function):
         operands: list[kernels.Input | None],
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.weight, ctx.groups, ctx.products, ctx.x_dtype = weight, groups, products, x.dtype
+        remember(ctx, weight)
+        ctx.groups, ctx.products, ctx.x_dtype = groups, products, x.dtype
         ctx.n_kept = []
         keeps_codes = any(chosen.weight_gradient for chosen in products)
         outputs: list[Tensor] = []
@@ -223,7 +231,7 @@ class _Int8Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight: QFTWeight = ctx.weight
+        weight = as_it_was(ctx)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         kept = iter(ctx.saved_tensors)
         grads_x: list[Tensor] = []

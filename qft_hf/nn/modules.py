@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import QuantizationSpec
 from ..quant import QFTWeight
-from .attachments import attach_, attachments
+from .attachments import attach_, attachments, replace_
 from .functional import embedding, linear
 from .loss import DeferredLogits
 from .products import Int8Products
@@ -157,8 +157,10 @@ class QuantizedModule(nn.Module):
                     f"is {weight!r}: the checkpoint was written with another QFTConfig. Load the "
                     "model from that checkpoint with from_pretrained."
                 )
-            _load_(name, weight, fields[name], state_dict, missing_keys, error_msgs)
-            if not weight.pending and fields[name].keys() & state_dict.keys():
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            _load_(name, weight, fields[name], state_dict, missing_keys, error_msgs, assign=assign)
+            found = fields[name].keys() & state_dict.keys()
+            if found and not (weight.pending or weight.is_meta):
                 try:
                     check_values(name, weight)
                     if self.products is not None:
@@ -174,12 +176,18 @@ def _load_(
     state_dict: dict[str, Any],
     missing_keys: list[str],
     error_msgs: list[str],
+    *,
+    assign: bool,
 ) -> None:
-    """Copy what a state dict has of the weight `name` into its `fields`."""
+    """Put what a state dict has of the weight `name` into its `fields`, or in their place.
+
+    With `assign` the weight, which stays the same object, is made of the tensors of the state dict.
+    """
     if found := fields.keys() & state_dict.keys():
         # A shard may hold some fields of a weight and the next shard the others. Until the
         # last one has come the weight is a mixture, and the module refuses to compute.
         weight.pending = (weight.pending or frozenset(fields)) - found
+    taken: dict[str, Tensor] = {}
     for key, field in fields.items():
         loaded = state_dict.get(key)
         if loaded is None:
@@ -190,9 +198,28 @@ def _load_(
                 f"{loaded.dtype} of shape {tuple(loaded.shape)}: the checkpoint was written "
                 "for another model or with another QFTConfig."
             )
+        elif field.is_meta and not (assign or loaded.is_meta):
+            error_msgs.append(
+                f"{key} has no memory to be copied to: the model is on the meta device. Call "
+                "load_state_dict(..., assign=True), or model.to_empty(device=...) before."
+            )
         else:
-            field.copy_(loaded)
-    weight.fields_changed()
+            taken[key] = loaded
+    if not assign:
+        for key, loaded in taken.items():
+            fields[key].copy_(loaded)
+        weight.fields_changed()
+    elif taken:
+        names = state_names(name)
+        device = next(iter(taken.values())).device
+        made = {
+            # An empty one, of a format without outliers, is in no state dict.
+            own: taken.get(
+                names[own], field if field.numel() else torch.empty_like(field, device=device)
+            )
+            for own, field in weight.fields().items()
+        }
+        replace_(weight, weight.with_fields(made))
 
 
 class QFTLinear(QuantizedModule, nn.Linear):

@@ -90,6 +90,16 @@ class Readable(Tensor):
             f"values, only for codes and scales. {self.to_change}"
         )
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """The values as an array that cannot be written to: no memory would keep what is."""
+        array = self.dequantize().numpy(force=force)
+        array.flags.writeable = False
+        return array
+
+    def tolist(self) -> Any:
+        """The values as nested lists."""
+        return self.dequantize().tolist()
+
     def share_memory_(self) -> Self:
         """Move to memory that other processes see.
 

@@ -110,6 +110,8 @@ class QFTWeight(Int8Tensor):
     def fields_changed(self) -> None:
         """Drop what was prepared for other values; to be called after copying into fields."""
         self.stored.plans.clear()
+        if not self.is_inference():
+            torch.autograd.graph.increment_version(self)  # as any change of a tensor in place
 
     def _format(self) -> dict[str, Any]:
         return {"group_size": self.group_size, **super()._format()}

@@ -310,6 +310,40 @@ def test_fields_may_come_in_several_files():
     assert_same_bits(model.loss(batch()).detach(), source.loss(batch()).detach())
 
 
+@pytest.mark.parametrize("spec", [SPEC, NO_OUTLIERS], ids=["outliers", "none"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("place", ["meta", "cpu"])
+def test_with_assign_weights_are_made_of_the_tensors_of_the_state(place, tied, spec):
+    """Codes were copied to the meta device, where nothing is, and the values checked there."""
+    model, source = quantized(spec, tied=tied), quantized(spec, tied=tied, seed=1)
+    source.blocks[0].up.weight.requires_grad_(False)
+    model.blocks[0].up.weight.requires_grad_(False)
+    model.to(place)
+    weights = [module.weight for module in model.modules() if isinstance(module, QuantizedModule)]
+    state = source.state_dict()
+
+    model.load_state_dict(state, assign=True)
+
+    assert_same_tensors(model.state_dict(), state)
+    modules = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+    assert all(module.weight is weight for module, weight in zip(modules, weights, strict=True))
+    codes = model.blocks[1].down.weight.codes
+    assert codes.data_ptr() == state["blocks.1.down.weight_q"].data_ptr()
+    ids = batch()
+    loss = model.loss(ids)
+    loss.backward()
+    assert_same_bits(loss.detach(), source.loss(ids).detach())
+    assert model.blocks[0].up.weight.grad is None
+    assert isinstance(model.head.weight.grad, Int8Gradient)
+
+
+def test_a_skeleton_without_assign_says_what_to_do():
+    model = quantized().to("meta")
+    with pytest.raises(RuntimeError, match=r"head\.weight_q has no memory .* assign=True"):
+        model.load_state_dict(quantized().state_dict())
+    model.load_state_dict(quantized().to("meta").state_dict())  # nothing comes, nothing is lost
+
+
 def test_an_unknown_key_is_named():
     model = quantized()
 

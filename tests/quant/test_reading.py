@@ -3,6 +3,7 @@
 import copy
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -315,6 +316,29 @@ def test_the_data_of_another_weight_takes_the_place_of_its_own():
     assert weight.codes.data_ptr() == other.codes.data_ptr()
     weight.data = weight.data.to(torch.bfloat16)
     assert weight.dtype == weight.dequantize().dtype == torch.bfloat16
+
+
+READERS = {
+    "weight": lambda w: w,
+    "transpose": lambda w: w.t(),
+    "rows": lambda w: w[2:5],
+    "gradient": lambda w: quantized(w.dequantize(), w),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_numpy_and_lists_have_the_values_and_cannot_be_written_to(read):
+    """They failed, and with them histograms of weights and gradients in a callback."""
+    tensor = read(make_weight().detach())
+    values = tensor.dequantize()
+    for array in (tensor.numpy(), np.asarray(tensor), tensor.cpu().numpy(force=True)):
+        assert array.shape == tuple(tensor.shape)
+        assert_same_bits(torch.from_numpy(array.copy()), values)
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+    assert tensor.tolist() == values.tolist()
+    with pytest.raises(RuntimeError, match=r"requires grad. Use tensor\.detach\(\)\.numpy\(\)"):
+        make_weight().numpy()
 
 
 def test_a_weight_equals_its_values():
