@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
 
 from qft_hf import QFTWeight, load_side_network, side_parameters
 from qft_hf.hf.finetune import finetune, prepare
@@ -162,6 +162,34 @@ def test_resuming_ends_like_the_straight_run(flags):
     Path("run/summary.json").unlink()
     resumed = finetune(parsed(values, resume_from_checkpoint="run/checkpoint-2"))
     assert resumed.after == straight.after
+
+
+def test_packed_examples_see_each_other_neither_in_the_base_nor_beside_it(flags):
+    """The base runs without autograd, and the question whether they do ended in a traceback."""
+    run = prepare(parsed(flags, base="int8", packing="true"))
+    model, block = run.trainer.model, run.data.train.dataset[0]
+    with torch.no_grad():
+        model.side_network.upsample.normal_()
+    model.eval()
+    second = block["position_ids"].index(0, 1)
+
+    def logits(first_token):
+        ids = torch.tensor([[first_token, *block["input_ids"][1:]]])
+        positions = torch.tensor([block["position_ids"]])
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+
+    one, other = logits(5), logits(6)
+    assert not torch.equal(one[:second], other[:second])
+    assert torch.equal(one[second:], other[second:])
+    assert finetune(parsed(flags, packing="true", base="float")).steps == 4
+
+    OPTForCausalLM(
+        OPTConfig(vocab_size=320, hidden_size=64, ffn_dim=64, num_hidden_layers=2,
+                  num_attention_heads=2, word_embed_proj_dim=64, max_position_embeddings=64)
+    ).save_pretrained("opt")  # fmt: skip
+    tiny_tokenizer().save_pretrained("opt")
+    with pytest.raises(ValueError, match="OPTForCausalLM does not keep them apart"):
+        prepare(parsed(flags, model_name_or_path="opt", packing="true", output_dir="run-2"))
 
 
 def test_check_says_what_would_be_trained_and_what_it_takes(flags, capsys):

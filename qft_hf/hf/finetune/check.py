@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from ...memory import MemoryEstimate
 from ...side import attach_side_network
@@ -21,7 +20,7 @@ from .evidence import LEARNED, classes_of, example_text
 from .forecast import disk_bytes, n_steps, side_workload_of, workload_of
 from .loading import check_fit, require_weights
 from .output_folder import nearest_folder, refuse_small_disk
-from .packing import refuse_crossing, shortened
+from .packing import refuse_crossing_family
 from .parsing import RunArguments
 from .preparation import paths_read, read
 from .task import LanguageTask
@@ -138,7 +137,9 @@ def check(arguments: RunArguments) -> Check:
         refuse_before_loading(model, training)
     packing = "none: examples are padded"
     if arguments.data.packing:
-        packing = _try_packing(task.model_class, config, how, training.device)
+        packing = "in blocks; no example sees another"
+        if not refuse_crossing_family(task.model_class, config, training.device, **how):
+            packing = "in blocks; whether examples see each other is tried when the run begins"
     memory = None
     if arguments.method.side is not None:
         work = side_workload_of(arguments, config)
@@ -181,23 +182,3 @@ def check(arguments: RunArguments) -> Check:
         free_bytes=shutil.disk_usage(nearest_folder(output_dir)).free,
         memory=memory,
     )
-
-
-def _try_packing(
-    model_class: Any, config: PreTrainedConfig, how: dict[str, Any], device: torch.device
-) -> str:
-    """Refuse packing where examples would see each other, or say that only a run can tell.
-
-    Whether they do is a matter of the architecture, so that a short model with any weights tells.
-
-    Raises:
-        ValueError: They do.
-    """
-    try:
-        with device:
-            model = model_class.from_config(shortened(config), **how)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        # Layers of some architectures refer to each other, and no two of them are a model.
-        return "in blocks; whether examples see each other is tried when the run begins"
-    refuse_crossing(model)
-    return "in blocks; no example sees another"

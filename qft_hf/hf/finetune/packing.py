@@ -112,6 +112,32 @@ def refuse_crossing(model: PreTrainedModel) -> None:
         )
 
 
+def refuse_crossing_family(
+    model_class: Any, config: PreTrainedConfig, device: torch.device, **how: Any
+) -> bool:
+    """Check it for all models of an architecture, by a short one with any weights.
+
+    Args:
+        model_class: Makes models from a configuration.
+        config: Of the model that is meant.
+        device: To try it on.
+        **how: As `from_config` takes it.
+
+    Returns:
+        Whether a short model can be made: layers of some architectures refer to each other.
+
+    Raises:
+        ValueError: As `refuse_crossing`.
+    """
+    try:
+        with device:
+            model = model_class.from_config(shortened(config), **how)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return False
+    refuse_crossing(model)
+    return True
+
+
 def shortened(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config of a model that is small enough to be made for `refuse_crossing` alone.
 

@@ -73,6 +73,8 @@ def prepare(arguments: RunArguments) -> Run:
             data.task,
             max_length=arguments.data.max_length,
         )
+        if arguments.data.packing:
+            refuse_crossing(model)
     else:
         model = load_side_model(
             arguments.model,
@@ -81,8 +83,6 @@ def prepare(arguments: RunArguments) -> Run:
             data.task,
             max_length=arguments.data.max_length,
         )
-    if arguments.data.packing:
-        refuse_crossing(model)
     training.include_num_input_tokens_seen = "non_padding"  # logged, and told by the summary
     if training.device.type == "cpu":
         # It speeds up copies to a GPU, and warns where there is none.

@@ -17,6 +17,7 @@ from ..side_network import CONFIG_NAME, is_side_network, load_side_network
 from .arguments import MethodArguments, ModelArguments
 from .loading import load_config, load_model
 from .output_folder import RUN_CONFIG, told
+from .packing import refuse_crossing_family
 from .task import Task
 
 # What belongs to training every parameter, and why a side network has no use for it.
@@ -250,11 +251,17 @@ def load_side_model(
         )
     form = base_form(method, config, place)
     task.configure(config)
+    make, dtype = task.model_class, getattr(torch, arguments.dtype)
+    how = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
     with torch.device("meta"):
-        skeleton = task.model_class.from_config(
-            config,
-            dtype=getattr(torch, arguments.dtype),
-            trust_remote_code=arguments.trust_remote_code,
+        skeleton = make.from_config(config, **how)
+    # A base that runs without autograd cannot be asked itself.
+    if task.arguments.packing and not refuse_crossing_family(
+        make, config, torch.device("cpu"), **how
+    ):
+        raise ValueError(
+            f"whether packed examples see each other in a {type(skeleton).__name__} cannot be told "
+            "of a frozen base. Set packing to false."
         )
     if checkpoint is not None:
         arguments = replace(arguments, model_name_or_path=checkpoint.base)
