@@ -5,7 +5,9 @@ transformers, which takes seconds, and no help text should wait for them. So the
 them where a command begins to work.
 """
 
+import errno
 import os
+import re
 import select
 import sys
 import traceback
@@ -40,22 +42,41 @@ command has a result, `--json` prints it for programs.
 
 
 @contextmanager
-def _reader_may_leave() -> Iterator[None]:
-    """End quietly, with a shell's status of SIGPIPE, where nobody reads on, as in `| head -1`.
+def _output_may_fail() -> Iterator[None]:
+    """End without a traceback where nobody reads on, as in `| head -1`, or a disk is full.
 
     Raises:
-        SystemExit: With 141.
+        SystemExit: With a shell's status of SIGPIPE, 141; or with 1, after a line that says it.
     """
     try:
         try:
             yield
         finally:
-            sys.stdout.flush()  # else what is left fails when Python ends, which prints a fault
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _has_left():  # another pipe is broken, and whose it is has to be told
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()
         raise SystemExit(141) from None
+    except Exception as error:
+        if not _is_full_disk(error):
+            raise
+        _print_no_more()
+        notes = getattr(error, "__notes__", ["It is not done. Free some space."])
+        print(f"qft-hf: {error}. {' '.join(notes)}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _print_no_more() -> None:
+    """Drop what is printed: what is left would fail when Python ends, which prints a fault."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """Whether a file cannot grow; libraries that are not Python's say it in their text."""
+    said = re.search(r"os error (\d+)", str(error))
+    number = int(said[1]) if said else getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _has_left() -> bool:
@@ -66,7 +87,7 @@ def _has_left() -> bool:
     return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
-@_reader_may_leave()
+@_output_may_fail()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command.
 
@@ -90,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(_module(name), rest)
 
 
-@_reader_may_leave()
+@_output_may_fail()
 def run(command: ModuleType, argv: Sequence[str]) -> None:
     """Run a command; what qft_hf refuses is shown as the text that says why, without a traceback.
 
@@ -106,7 +127,7 @@ def run(command: ModuleType, argv: Sequence[str]) -> None:
     except BrokenPipeError:
         raise
     except (ImportError, OSError, TypeError, ValueError) as error:
-        if not _is_refusal(error):
+        if _is_full_disk(error) or not _is_refusal(error):
             raise
         print(f"qft-hf {name}: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -133,6 +133,40 @@ def test_a_reader_that_has_left_is_no_fault(words):
     assert command.wait() == 141
 
 
+def command_line(words, *, before="pass", **streams):
+    """A command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import qft_hf_cli; {before}; qft_hf_cli.main()", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        **streams,
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "llama-2-7b", "--json"]], ids=str)
+def test_a_full_disk_under_what_is_printed_is_told_in_a_line(words):
+    with open("/dev/full", "w") as full:
+        done = command_line(words, stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.endswith("No space left on device. It is not done. Free some space.\n")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_an_export_onto_a_full_disk_is_told_in_a_line_and_leaves_nothing(tmp_path):
+    """Of safetensors it is an error of its own, which ended in a traceback."""
+    qft_hf.quantize_model_(tiny_llama(), qft_hf.QFTConfig()).save_pretrained(tmp_path / "int8")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, -1))"
+    words = ["export", str(tmp_path / "int8"), str(tmp_path / "out" / "float")]
+    done = command_line(words, before=limit, stdout=subprocess.DEVNULL)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(r"qft-hf: .*File too large.* whole and was removed", done.stderr)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_another_pipe_that_breaks_is_told():
     """As one to a process that loads data, or to a service that logs."""
     reader, writer = os.pipe()
