@@ -5,8 +5,9 @@ transformers leaves out what it does not know in a file and fills in random weig
 whose `config.json` does not say so, and a folder with an INT8 model has it or the next one, whole.
 Both are methods of `PreTrainedModel`, wrapped here: nothing else is called for every model.
 
-Two more know parameters by names that INT8 weights have not: Accelerate's loading, which is refused
-where it would leave a model as it was built, and the stock Trainer's warning of missing weights.
+Two more know parameters by names that INT8 weights have not: Accelerate's loading, and the stock
+Trainer's of a checkpoint. They are refused where they would leave a model as it was built, and the
+Trainer's warning of missing weights knows tied ones.
 """
 
 import inspect
@@ -55,6 +56,13 @@ def _refusing_int8(load: Any) -> Any:
 
 def _knowing_tied_weights(warn: Any) -> Any:
     def knowing(self: Any, load_result: Any) -> None:
+        if found := int8_weights(load_result.unexpected_keys):
+            raise ValueError(
+                f"The checkpoint has INT8 weights, {and_more(found)}, and the Trainer would leave "
+                f"them out and go on with the weights that {type(self.model).__name__} has. Set "
+                "the optim=... that the checkpoint was trained with, or load the model from it by "
+                "from_pretrained and call dequantize_model_ to train float weights from there."
+            )
         missing = load_result.missing_keys
         state = self.model.state_dict() if missing and has_quantized_weights(self.model) else {}
         loaded = {memory(tensor) for name, tensor in state.items() if name not in missing}

@@ -737,6 +737,19 @@ def heard():
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_the_stock_trainer_leaves_no_int8_weights_out_of_a_float_model(sharded, runs, tmp_path):
+    """It trained the model as it was built, with a warning of unexpected keys."""
+    checkpoint = shutil.copytree(runs[sharded, True] / "checkpoint-2", tmp_path / "checkpoint-2")
+    for file in ("optimizer.pt", "scheduler.pt"):  # as with save_only_model
+        (checkpoint / file).unlink()
+    run = make(tmp_path, Trainer, optim="adamw_torch")
+
+    with pytest.raises(ValueError, match=r"has INT8 weights, .*_q .*Set the optim=.* dequantize_"):
+        run.train(resume_from_checkpoint=str(checkpoint))
+    assert run.state.global_step == 0
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 def test_the_stock_trainer_misses_no_weight_that_is_tied(sharded, tmp_path, heard):
     """A tied weight is saved under one of its names: each resume said that the other is missing."""
     straight = make(tmp_path / "straight", Trainer, sharded=sharded)
