@@ -228,12 +228,14 @@ def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None
             )
 
 
-def check_weights(model: nn.Module, checkpoint: Path) -> None:
+def check_weights(model: nn.Module, checkpoint: Path, *, names_differ: bool = False) -> None:
     """Raise unless a checkpoint has the tensors of a model, undamaged, all of them and no other.
 
     Args:
         model: Not changed. A tensor that is tied to another may be left out.
         checkpoint: The folder.
+        names_differ: Whether tensors have other names there than in the model, as whoever loads
+            them knows: only damage is looked for.
 
     Raises:
         ValueError: Tensors are missing, foreign or damaged (named), or files are.
@@ -247,6 +249,8 @@ def check_weights(model: nn.Module, checkpoint: Path) -> None:
         raise ValueError(f"No weights can be loaded from {checkpoint}: {error}") from error
     if found:
         raise ValueError(f"No weights can be loaded from {checkpoint}: {_some(found)}. {DAMAGED}")
+    if names_differ:
+        return
     state = model.state_dict()
     loaded = {memory(state[name]) for name in state.keys() & saved}
     never_saved = set(getattr(model, "_keys_to_ignore_on_save", None) or [])

@@ -105,13 +105,19 @@ class CheckpointTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Load weights, all of them or none."""
-        check_weights(self.model, Path(resume_from_checkpoint))
+        self._check_weights(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self) -> None:
         """Load the best weights, all of them or none."""
-        check_weights(self.model, Path(str(self.state.best_model_checkpoint)))
+        self._check_weights(Path(str(self.state.best_model_checkpoint)))
         super()._load_best_model()
+
+    def _check_weights(self, checkpoint: Path) -> None:
+        # A Trainer that is mixed in may save modules under names of its own, and load them itself.
+        load: Any = super()._load_from_checkpoint
+        is_transformers = load.__func__ is Trainer._load_from_checkpoint
+        check_weights(self.model, checkpoint, names_differ=not is_transformers)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """None: `check_weights` has raised for all but the names of tied weights."""
