@@ -33,8 +33,8 @@ class Int8Gradient(Int8Tensor):
 
     FIELDS = ("codes", "scales")
     to_change = (
-        "Multiplying in place by a number or a mask works; for other changes return the new "
-        "gradient from a hook, or assign it to .grad: it is quantized again."
+        "Multiplying in place by a number or a mask works, and clamping; for other changes return "
+        "the new gradient from a hook, or assign it to .grad: it is quantized again."
     )
 
     stored: kernels.Quantized
@@ -257,13 +257,24 @@ def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int
     )
     if is_per_row:
         operator(gradient.scales, factor)
-    else:  # as a hook does that masks elements: rounded to nearest, like a sum
-        values = kernels.dequantize(kernels.Weight.dense(gradient.stored), dtype=torch.float32)
-        scaled = operator(values, factor)
-        codes, scales = kernels.quantize(scaled, group_size=STATE_GROUP_SIZE)
-        gradient.codes.copy_(codes)
-        gradient.scales.copy_(scales)
+    else:  # as a hook does that masks elements
+        _change_(gradient, lambda values: operator(values, factor))
     return gradient
+
+
+@Int8Gradient.implements(aten.clamp_.default)
+def _clamp_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
+    gradient, *limits = args
+    _change_(gradient, lambda values: operator(values, *limits, **kwargs))
+    return gradient
+
+
+def _change_(gradient: Int8Gradient, change: Callable[[Tensor], Tensor]) -> None:
+    """Change the values of the matrix, in FP32; they are rounded to nearest, like a sum."""
+    values = kernels.dequantize(kernels.Weight.dense(gradient.stored), dtype=torch.float32)
+    codes, scales = kernels.quantize(change(values), group_size=STATE_GROUP_SIZE)
+    gradient.codes.copy_(codes)
+    gradient.scales.copy_(scales)
 
 
 @Int8Gradient.implements(*IN_PLACE)

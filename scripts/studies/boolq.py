@@ -49,9 +49,16 @@ MAKE: dict[str, Callable[[RunArguments], Trainer]] = {
     "QFT": lambda arguments: prepare(arguments).trainer,
     "QFT, INT8 products": lambda arguments: prepare(arguments).trainer,
     "QFT, release": lambda arguments: prepare(arguments).trainer,
+    "QFT AdamW": lambda arguments: prepare(arguments).trainer,
+    "QFT AdamW, INT8 products": lambda arguments: prepare(arguments).trainer,
 }
 SAME_BITS = {"QFT, release": "QFT"}
-FLAGS = {"QFT, INT8 products": ["--matmul=int8"], "QFT, release": ["--gradient=release"]}
+FLAGS = {
+    "QFT, INT8 products": ["--matmul=int8"],
+    "QFT, release": ["--gradient=release"],
+    "QFT AdamW": ["--optim=qft_adamw"],
+    "QFT AdamW, INT8 products": ["--optim=qft_adamw", "--matmul=int8"],
+}
 
 
 class Measured(TrainerCallback):
