@@ -204,19 +204,20 @@ def _trained(summary: Mapping[str, Any]) -> str:
 
 def _curve(runs: Sequence[ReportedRun], keys: Mapping[str, str], unit: str) -> str:
     """Return a chart of logged values against steps; the last key is drawn as points."""
-    lines = []
-    for number, run in enumerate(runs):
-        for key, label in keys.items():
+    lines, drawn = [], {}
+    for key, label in keys.items():
+        for number, run in enumerate(runs):
             if points := run.points(key):
                 is_last = len(keys) > 1 and key == [*keys][-1]
                 title = f"{run.name} {label}".strip()
                 lines.append((title, number, points, is_last))
+                drawn[label] = "Points" if is_last else "Lines"
     if not lines:
         return "<p>Nothing was logged.</p>"
     note = ""
     if len(keys) > 1:
-        note = f"<p class='note'>Lines: {', '.join([*keys.values()][:-1])}; points: evaluation."
-        note += f" In {unit}.</p>" if unit else "</p>"
+        note = "; ".join(f"{mark}: {label}" for label, mark in drawn.items())
+        note = f"<p class='note'>{note}. In {unit}.</p>"
     return f"{_legend(runs)}{_chart(lines)}{note}"
 
 

@@ -220,7 +220,7 @@ def test_a_loss_has_the_unit_of_its_task(tmp_path):
     chats, scores = (leave(tmp_path / task, task=task) for task in ("chat", "regression"))
     runs = {"chat": [chats], "regression": [scores], "both": [chats, scores]}
     units = {
-        name: re.search(r"points: evaluation\. In ([^.]*)\.<", page(list(map(read_run, folders))))[
+        name: re.search(r"Points: evaluation\. In ([^.]*)\.<", page(list(map(read_run, folders))))[
             1
         ]
         for name, folders in runs.items()
@@ -230,6 +230,16 @@ def test_a_loss_has_the_unit_of_its_task(tmp_path):
         "regression": "the squared unit of the labels",
         "both": "nats; regression: the squared unit of the labels",
     }
+
+
+@pytest.mark.parametrize(
+    ("key", "note"),
+    [("loss", "Lines: training. In nats."), ("eval_loss", "Points: evaluation. In nats.")],
+)
+def test_the_note_of_the_loss_names_what_is_drawn(key, note, tmp_path):
+    """It named points of an evaluation where there was none."""
+    run = leave(tmp_path / "run", history=[{"step": n, key: 4.0 - n} for n in (1, 2)])
+    assert f"<p class='note'>{note}</p>" in page([read_run(run)])
 
 
 def test_a_score_that_a_run_has_not_is_empty_and_one_that_is_no_number_is_called_so(tmp_path):
