@@ -106,7 +106,15 @@ class CheckpointTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """Load weights, all of them or none."""
         self._check_weights(Path(resume_from_checkpoint))
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        except RuntimeError as error:
+            if "loading state_dict" not in str(error):
+                raise
+            raise ValueError(
+                f"{resume_from_checkpoint} is of another model, or in another format than is asked "
+                f"for. Leave the change out, or start anew. {error}"
+            ) from error
 
     def _load_best_model(self) -> None:
         """Load the best weights, all of them or none."""

@@ -170,6 +170,13 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     refuse_unwritable(tmp_path / "new" / "run")
     assert contents(tmp_path) == ["file"]
 
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "good").symlink_to(tmp_path)
+    for place in ("link", "link/run"):
+        with pytest.raises(NotADirectoryError, match=r"and .*link is a link to nothing\. Choose"):
+            refuse_unwritable(tmp_path / place)
+    refuse_unwritable(tmp_path / "good" / "run")
+
 
 def test_a_folder_that_refuses_writing_is_refused(tmp_path, monkeypatch):
     """`os.access` is asked of the nearest folder; who is root may write where others may not."""

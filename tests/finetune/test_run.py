@@ -310,16 +310,22 @@ def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"learning_rate": 2e-3}, {"weight_decay": 0.1, "max_length": 32}]
+    ("changes", "message"),
+    [
+        ({"learning_rate": 2e-3}, "was given, and the optimizer goes by"),
+        ({"weight_decay": 0.1, "max_length": 32}, "was given, and the optimizer goes by"),
+        ({"group_size": 16}, "checkpoint-4 is of another model, or in another format than is ask"),
+        ({"optim": "qft_adamw"}, "state of parameter 0 must be a step and"),
+    ],
 )
-def test_a_resume_that_is_refused_changes_nothing(changes, chat_flags):
+def test_a_resume_that_is_refused_changes_nothing(changes, message, chat_flags):
     """`run.yaml` told the refused settings of steps that had gone by others."""
     values = chat_flags | {"save_strategy": "steps", "save_steps": 2, "weight_decay": 0.01}
     finetune(parsed(values))
     run = Path(chat_flags["output_dir"])
     before = contents(run)
 
-    with pytest.raises(ValueError, match="was given, and the optimizer goes by"):
+    with pytest.raises(ValueError, match=message):
         finetune(parsed(values | changes, max_steps=6, resume_from_checkpoint="true"))
 
     assert contents(run) == before

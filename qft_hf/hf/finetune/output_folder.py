@@ -174,13 +174,17 @@ def refuse_unwritable(output_dir: Path) -> None:
     """Raise if the folder cannot be made or written to. Changes nothing.
 
     Raises:
-        NotADirectoryError: A file is in its place, or in the place of a folder above it.
+        NotADirectoryError: A file, or a link to nothing, is in its place or in that of a folder
+            above it.
         PermissionError: The folder, or the nearest one above it that is there, refuses writing.
     """
     nearest = nearest_folder(output_dir)
-    if not nearest.is_dir():
+    above = (output_dir, *output_dir.parents)
+    found = [f"{at} is a link to nothing" for at in above if at.is_symlink() and not at.exists()]
+    if found or not nearest.is_dir():
+        found = found or [f"{nearest} is a file"]
         raise NotADirectoryError(
-            f"output_dir is {output_dir}, and {nearest} is a file. Choose another output_dir."
+            f"output_dir is {output_dir}, and {found[0]}. Choose another output_dir."
         )
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(
