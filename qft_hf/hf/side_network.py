@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, trainer
 
+from ..quant import QFTWeight
 from ..side import (
     NAME,
     QSTConfig,
@@ -223,7 +224,8 @@ def _base(model: Any) -> dict[str, Any]:
         "name": _name(model),
         "architecture": type(model).__name__,
         "config_hash": hashlib.sha256(text.encode()).hexdigest(),
-        "vectors_hash": _vectors_hash(model),
+        "vectors_hash": _hash(model, of_dimensions=1),
+        "rows_hash": _hash(model, of_dimensions=2),
         "quantization": None if method is None else str(getattr(method, "value", method)),
     }
 
@@ -234,14 +236,19 @@ def _name(model: Any) -> str:
     return Path(origin).resolve().name if origin and Path(origin).exists() else origin
 
 
-def _vectors_hash(model: Any) -> str:
-    """A hash of norms and biases of the base: the same in each format and dtype of its weights."""
+def _hash(model: Any, *, of_dimensions: int) -> str:
+    """A hash of the base, the same in each dtype: of norms and biases, or of rows of matrices.
+
+    That of norms and biases is the same in each format, too; of a matrix it is of its first row.
+    """
     trained = tuple(f"{name}." for name in (*trained_heads(model), NAME))
     digest = xxhash.xxh3_64()
     for name, parameter in sorted(model.named_parameters()):
-        if parameter.ndim == 1 and parameter.is_floating_point() and not name.startswith(trained):
+        is_float = parameter.is_floating_point() and not isinstance(parameter, QFTWeight)
+        if parameter.ndim == of_dimensions and is_float and not name.startswith(trained):
             digest.update(name.encode())
-            values = parameter.detach().to("cpu", torch.bfloat16).contiguous()
+            row = parameter.detach() if parameter.ndim == 1 else parameter.detach()[0]
+            values = row.to("cpu", torch.bfloat16).contiguous()
             digest.update(values.view(torch.int16).numpy())
     return digest.hexdigest()
 
@@ -287,6 +294,12 @@ def _refuse_another_base(model: Any, wanted: dict[str, Any], folder: Path) -> No
         raise ValueError(
             f"{folder} holds a side network of another version of {wanted['name'] or 'this base'}: "
             f"its norms and biases have other values. {advice}"
+        )
+    is_float = found["quantization"] is None and wanted["quantization"] is None
+    if is_float and found["rows_hash"] != wanted.get("rows_hash", found["rows_hash"]):
+        raise ValueError(
+            f"{folder} holds a side network of another version of {wanted['name'] or 'this base'}: "
+            f"its weights have other values. {advice}"
         )
     if found["quantization"] != wanted["quantization"]:
         logger.warning(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, BertForMaskedLM, OPTConfig, OPTForCausalLM
 
 from qft_hf import QFTWeight, load_side_network, side_parameters
 from qft_hf.hf.finetune import finetune, prepare
@@ -139,6 +139,20 @@ def test_a_classifier_keeps_its_classes_in_the_folder_of_its_side_network(flags,
     everything = json.loads(capsys.readouterr().out)["scores"]
     assert everything["loss"] == pytest.approx(summary.after["loss"], rel=1e-5)
     assert few["loss"] != everything["loss"]
+
+
+def test_weights_that_the_base_lacks_are_not_drawn_at_random_and_frozen(flags):
+    """A pooler was another one at each load, so that an evaluation scored another model."""
+    config = tiny_bert(vocab_size=320, num_attention_heads=2, hidden_size=64).config
+    BertForMaskedLM(config).save_pretrained("model")
+    rows = [{"text": f"word {n}", "label": "abc"[n % 3]} for n in range(9)]
+    write_jsonl("train.jsonl", rows)
+    values = {name: value for name, value in flags.items() if name != "eval_data"}
+    asked = parsed(values, task="classification", base="int8")
+    with pytest.raises(
+        ValueError, match=r"bert\.pooler\.dense\.bias and 1 more: .* Set method to full"
+    ):
+        prepare(asked)
 
 
 def test_a_side_network_in_int8_is_trained_by_an_optimizer_of_ours(flags):

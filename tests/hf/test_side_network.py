@@ -205,6 +205,14 @@ def another_version():
     return model
 
 
+def other_matrices():
+    """As LoRA leaves them when it is merged: norms are what they were."""
+    model = decoder("Llama")
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.add_(0.01)
+    return model
+
+
 def wider():
     config = decoder("Llama").config
     config.intermediate_size = 80
@@ -222,6 +230,7 @@ OTHERS = {
     ),
     "sizes": (wider, "another LlamaForCausalLM: .* Load the base that it was trained on"),
     "version": (another_version, "another version of .* Load the base that it was trained on"),
+    "matrices": (other_matrices, "another version of .*: its weights have other values"),
     "side network": (with_another_side, "Load the base anew, or attach one of that configuration"),
 }
 

@@ -13,11 +13,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ...side import trained_heads
 from .. import shipped
 from ..absent_model import refused_if_absent
 from ..checkpoint import weight_files
 from ..positions import n_positions
 from ..tensor_files import tensor_names
+from ..wording import and_more
 from .arguments import ModelArguments
 from .task import Task
 
@@ -86,6 +88,7 @@ def load_model(
     task: Task,
     *,
     max_length: int,
+    frozen: bool = False,
 ) -> PreTrainedModel:
     """Load a model with quantized weights: a float checkpoint is quantized tensor by tensor.
 
@@ -98,16 +101,18 @@ def load_model(
         config: The model's; the task's head is written into it.
         task: Says which class and head.
         max_length: Longest example in tokens.
+        frozen: Whether its head alone is trained, and saved.
 
     Raises:
-        ValueError: The model is too short for the examples or has fewer embeddings than tokens.
+        ValueError: The model is too short for the examples or has fewer embeddings than tokens; or
+            it is frozen, and the checkpoint lacks weights of it.
     """
     n_tokens = len(task.tokenizer)
     check_fit(config, arguments, max_length=max_length, n_tokens=n_tokens)
     task.configure(config)
     is_quantized = getattr(config, "quantization_config", None) is not None
     with refused_if_absent(arguments.model_name_or_path):
-        model: PreTrainedModel = task.model_class.from_pretrained(
+        model, found = task.model_class.from_pretrained(
             arguments.model_name_or_path,
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
@@ -115,6 +120,14 @@ def load_model(
             dtype=getattr(torch, arguments.dtype),
             attn_implementation=arguments.attn_implementation,
             quantization_config=None if is_quantized else quantization,
+            output_loading_info=True,
+        )
+    heads = tuple(f"{name}." for name in trained_heads(model)) if frozen else ("",)  # or all
+    if random := sorted(name for name in found["missing_keys"] if not name.startswith(heads)):
+        raise ValueError(
+            f"{arguments.model_name_or_path} has no {and_more(random)}: drawn at random, it would "
+            "neither be trained beside a side network nor be saved with it. Set method to full, "
+            "which trains it, or start from a checkpoint that has it."
         )
     if n_tokens > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(n_tokens)

@@ -267,7 +267,7 @@ def load_side_model(
         arguments = replace(arguments, model_name_or_path=checkpoint.base)
     stored = form_of(config) != "float"
     quantization = None if stored else base_format(form, skeleton)
-    model = load_model(arguments, quantization, config, task, max_length=max_length)
+    model = load_model(arguments, quantization, config, task, max_length=max_length, frozen=True)
     if checkpoint is not None:
         return load_side_network(model, checkpoint.folder)
     return attach_side_network(model, method.side)
