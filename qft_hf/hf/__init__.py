@@ -8,10 +8,11 @@ from .config import QFTConfig
 from .convert import dequantize_model_, quantize_model_
 from .estimate import estimate_memory, estimate_side_memory
 from .guards import install_guards
+from .optimizers import is_accumulating
 from .processes import install_processes
 from .recommendation import Recommendation, recommend
 from .reference_model import install_references
-from .registration import is_accumulating, register_optimizer
+from .registration import register_optimizer
 from .resizing import install_resizing
 from .side_network import install_side_networks, load_side_network, save_side_network
 from .sizes import install_sizes

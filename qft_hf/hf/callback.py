@@ -14,7 +14,13 @@ from ..optim.release import ACCUMULATION_IS_FORBIDDEN
 from ..side import side_network_of
 from .checkpoint import parameters_without_state, write_mark
 from .liger import refuse_experts
-from .optimizers import is_ours, named_optimizer, refuse_overruled, refuse_retries
+from .optimizers import (
+    is_ours,
+    join_trainer_,
+    named_optimizer,
+    refuse_overruled,
+    refuse_retries,
+)
 from .ours import (
     has_quantized_weights,
     refuse_foreign_optimizer,
@@ -77,14 +83,15 @@ class QFTCallback(TrainerCallback):
         Several processes make sure that they run the same, of the same model.
         """
         inner = unwrapped(optimizer)
+        before: dict[str, Any] = {}
         if model is not None:
             refuse_foreign_optimizer(model, optimizer)
             if is_ours(inner) or side_network_of(model) or has_quantized_weights(model):
                 start_together(inner, model, args, state, train_dataloader)
-                _say_other_batch(args, state)
+                before = _record(args, state)
         if not is_ours(inner):
             return
-        refuse_overruled(args, inner, is_resumed=state.global_step > 0)
+        refuse_overruled(args, inner, resumed_from=before if state.global_step > 0 else None)
         if self.writes_in_place and getattr(args, "cuda_graph", False):
             raise ValueError(
                 "cuda_graph=True was set, and transformers.Trainer captures nothing. Use "
@@ -99,6 +106,7 @@ class QFTCallback(TrainerCallback):
         if inner.gradient != "release":
             return
         refuse_retries(args)
+        join_trainer_(inner, args)
         if args.gradient_accumulation_steps > 1:
             if inner.accumulation == "forbid":
                 raise ValueError(ACCUMULATION_IS_FORBIDDEN)
@@ -158,12 +166,17 @@ class QFTCallback(TrainerCallback):
             inner.eval()
 
 
-def _say_other_batch(args: TrainingArguments, state: TrainerState) -> None:
-    """Note how many examples a step has, and warn if a run goes on with another number."""
+def _record(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    """Note what the run was given, and return the note of the run that it goes on with.
+
+    It warns if that one had another number of examples a step.
+    """
     n_examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     saved: Any = state.stateful_callbacks  # a dictionary that is saved and loaded
-    before = saved.get(SAVED, {}).get("examples_per_step", n_examples)
-    saved[SAVED] = {"examples_per_step": n_examples}
+    noted = saved.get(SAVED, {})
+    given = {name: getattr(args, name) for name in ("learning_rate", "weight_decay")}
+    saved[SAVED] = {**given, **noted, "examples_per_step": n_examples}
+    before = noted.get("examples_per_step", n_examples)
     if before != n_examples and state.is_world_process_zero:
         logger.warning(
             "The run goes on from step %d with %d examples a step, and had %d until then: it sees "
@@ -178,3 +191,4 @@ def _say_other_batch(args: TrainingArguments, state: TrainerState) -> None:
             args.gradient_accumulation_steps,
             before,
         )
+    return noted

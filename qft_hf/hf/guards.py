@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, Trainer
 from .convert import as_saved
 from .drafts import drafted
 from .loading_faults import int8_weights, refuse_int8
+from .optimizers import named_optimizer
 from .ours import has_quantized_weights
 from .quantizer import QFTQuantizer
 from .tensor_files import memory, tensor_names
@@ -56,7 +57,8 @@ def _refusing_int8(load: Any) -> Any:
 
 def _knowing_tied_weights(warn: Any) -> Any:
     def knowing(self: Any, load_result: Any) -> None:
-        if found := int8_weights(load_result.unexpected_keys):
+        found = int8_weights(load_result.unexpected_keys)
+        if found and named_optimizer(self.args) is None:  # ours ask for an INT8 model, by a text
             raise ValueError(
                 f"The checkpoint has INT8 weights, {and_more(found)}, and the Trainer would leave "
                 f"them out and go on with the weights that {type(self.model).__name__} has. Set "

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.state import GradientState
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from ..optim import QFTSGD, QFTAdamW, QFTLion, QFTOptimizer
-from ..optim.settings import LARGEST
+from ..optim.settings import LARGEST, check_settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,30 @@ def is_ours(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, QFTOptimizer)
 
 
+def is_accumulating() -> bool:
+    """Whether the Trainer, or a loop with Accelerate, has more micro-batches for this step."""
+    return not GradientState().sync_gradients
+
+
+def join_trainer_(optimizer: QFTOptimizer, args: TrainingArguments) -> None:
+    """Have an optimizer with released gradients, which the user has made, work in a Trainer.
+
+    Args:
+        optimizer: It asks for more micro-batches from now on, unless it asks somebody already.
+        args: Of the run.
+
+    Raises:
+        ValueError: `max_grad_norm` is set, and the optimizer clips nothing.
+    """
+    if optimizer.is_accumulating is None:
+        optimizer.is_accumulating = is_accumulating
+    if optimizer.clipping is None:
+        check_settings(
+            optimizer.gradient, optimizer.nonfinite, optimizer.accumulation,
+            None, args.max_grad_norm or None,
+        )  # fmt: skip
+
+
 def describe(option: str) -> str:
     """What an option does, and its default for each optimizer that takes it."""
     defaults: dict[str, list[str]] = {}
@@ -238,7 +263,9 @@ def refuse_retries(args: TrainingArguments) -> None:
         )
 
 
-def refuse_overruled(args: TrainingArguments, optimizer: Any, *, is_resumed: bool) -> None:
+def refuse_overruled(
+    args: TrainingArguments, optimizer: Any, *, resumed_from: dict[str, Any] | None
+) -> None:
     """Raise if the optimizer that trains goes by another value than the one that was given.
 
     A checkpoint's optimizer state brings its own values, as those of torch do.
@@ -246,8 +273,10 @@ def refuse_overruled(args: TrainingArguments, optimizer: Any, *, is_resumed: boo
     Args:
         args: Of the run.
         optimizer: One of ours, outside Accelerate's wrapper.
-        is_resumed: Whether it was loaded from a checkpoint. Then rate and decay are compared too,
-            where they are not the defaults, and where one value holds for all groups.
+        resumed_from: What `args` had when the run began that is resumed, as far as it is known;
+            None: none is. Rate and decay are compared then, where they are not the defaults, where
+            one value holds for all groups, and where it was that of `args` then: else it is from
+            who made the optimizer.
 
     Raises:
         ValueError: Names both values.
@@ -256,11 +285,12 @@ def refuse_overruled(args: TrainingArguments, optimizer: Any, *, is_resumed: boo
     if named_optimizer(args) is not None:
         for option, value in given_options(args).items():
             used.append((FIELDS[option], value, _in_use(optimizer, option)))
-    if is_resumed:
+    if resumed_from is not None:
         rates = {group.get("initial_lr", args.learning_rate) for group in optimizer.param_groups}
         decays = {group["weight_decay"] for group in optimizer.param_groups} - {0.0} or {0.0}
         for name, found in (("learning_rate", rates), ("weight_decay", decays)):
-            if getattr(args, name) != _stock_default(name) and len(found) == 1:
+            is_given = getattr(args, name) != _stock_default(name)
+            if is_given and len(found) == 1 and resumed_from.get(name, *found) in found:
                 used.append((name, getattr(args, name), list(found)))
     for name, value, values in used:
         if value not in values:

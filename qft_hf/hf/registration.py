@@ -6,13 +6,19 @@ to be extended from outside; both are extended here, at import.
 
 from typing import Any
 
-from accelerate.state import GradientState
 from transformers import trainer, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
 from ..optim import QFTOptimizer
 from .callback import QFTCallback
-from .optimizers import OPTIMIZERS, check_arguments, is_ours, optimizer_arguments, optimizer_name
+from .optimizers import (
+    OPTIMIZERS,
+    check_arguments,
+    is_accumulating,
+    is_ours,
+    optimizer_arguments,
+    optimizer_name,
+)
 from .ours import quantization_config_of, unwrapped
 from .prepared_model import require_prepared
 from .wrapping import wrap_
@@ -60,11 +66,6 @@ def _register(name: str) -> None:
     OptimizerNames._value2member_map_[name] = member
     type.__setattr__(OptimizerNames, member._name_, member)
     trainer_optimizer._OPTIMIZER_HANDLERS[member] = _class_and_arguments
-
-
-def is_accumulating() -> bool:
-    """Whether the Trainer, or a loop with Accelerate, has more micro-batches for this step."""
-    return not GradientState().sync_gradients
 
 
 def _class_and_arguments(context: Any) -> tuple[type[QFTOptimizer], dict[str, Any]]:

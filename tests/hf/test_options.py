@@ -548,6 +548,69 @@ def test_groups_of_ones_own_may_have_rates_of_their_own(tmp_path):
     assert resumed.state.global_step == 6
 
 
+@pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
+def test_a_run_with_an_optimizer_of_ones_own_can_be_resumed(cls, tmp_path):
+    """What the arguments have beside it was taken for a value that the checkpoint overrules."""
+
+    def trainer(**options):
+        model = quantize_model_(tiny_llama(), QFTConfig())
+        own = QFTLion(model.parameters(), lr=3e-3, weight_decay=0.03)
+        return cls(
+            model=model, optimizers=(own, None), train_dataset=sequences(),
+            args=arguments(tmp_path, save_strategy="steps", save_steps=2, **options),
+        )  # fmt: skip
+
+    straight, again = trainer(), trainer()
+    straight.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same_state(straight.model.state_dict(), again.model.state_dict())
+    trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))  # of the resumed one
+
+
+def test_a_rate_that_was_left_out_once_is_compared_with_the_first_one(tmp_path):
+    def trainer(**options):
+        options = {"save_strategy": "steps", "save_steps": 2, **options}
+        return trainer_on(tiny_llama(), tmp_path, QFTTrainer, **options)
+
+    default = arguments(tmp_path).__dataclass_fields__["learning_rate"].default
+    trainer().train()
+    trainer(learning_rate=default).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match=r"learning_rate=0\.002 was given, .* goes by 0\.001"):
+        trainer(learning_rate=2e-3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+# --- an optimizer with released gradients that the user has made ----------------------------
+
+
+@pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
+def test_released_gradients_of_ones_own_optimizer_accumulate(cls, tmp_path):
+    """The second micro-batch raised, when the first one had updated weights."""
+    states = []
+    for gradient in ("stack", "release"):
+        model = quantize_model_(tiny_llama(), QFTConfig())
+        own = QFTLion(model.parameters(), lr=1e-3, weight_decay=0.1, gradient=gradient)
+        args = arguments(tmp_path, gradient_accumulation_steps=2, max_grad_norm=0)
+        trainer = cls(model=model, args=args, optimizers=(own, None), train_dataset=sequences())
+        trainer.train()
+        states.append(model.state_dict())
+    assert_same_state(*states)
+
+
+@pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
+def test_a_norm_that_ones_own_optimizer_would_not_clip_to_is_refused(cls, tmp_path):
+    """1.0, the Trainer's default, clipped nothing and nobody said so."""
+
+    def trainer(**settings):
+        model = quantize_model_(tiny_llama(), QFTConfig())
+        own = QFTLion(model.parameters(), gradient="release", **settings)
+        args = arguments(tmp_path, max_steps=1)
+        return cls(model=model, args=args, optimizers=(own, None), train_dataset=sequences())
+
+    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0 needs a choice .*max_grad_norm=0 in"):
+        trainer().train()
+    trainer(clipping="previous", max_grad_norm=0.3).train()
+
+
 # --- what cannot be done over ---------------------------------------------------------------
 
 
