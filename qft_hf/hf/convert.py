@@ -15,6 +15,7 @@ from ..nn import (
     product_choices,
     quantize_modules_,
 )
+from ..optim import fit_states
 from ..side import SideNetwork, side_network_of
 from .config import QUANT_METHOD, QFTConfig
 from .coverage import check_coverage
@@ -54,6 +55,7 @@ def quantize_model_(model: Model, config: QFTConfig) -> Model:
         if not kept.parameter.is_meta:
             check_finite(kept.name, kept.parameter)
     quantize_modules_(model, config)
+    _fit_states(model)
     if isinstance(model, PreTrainedModel):
         _mark(model, config)
     elif isinstance(model, SideNetwork):
@@ -86,7 +88,14 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
         if isinstance(quantizer, QFTQuantizer):
             quantizer.dequantize(module, dtype=dtype)
     dequantize_modules_(model, dtype)
+    _fit_states(model)
     return model
+
+
+def _fit_states(model: nn.Module) -> None:
+    """Have optimizers of ours that train the model follow."""
+    for parameter in model.parameters():
+        fit_states(parameter)
 
 
 def as_saved(model: Any, state: dict[str, Tensor] | None) -> Any:

@@ -51,7 +51,7 @@ class QuantizedModule(nn.Module):
         # As `module.weight_q`: so torch.distributed finds what a state dict names.
         for weight in cls.weight_names:
             for field, name in state_names(weight).items():
-                setattr(cls, name, property(attrgetter(f"{weight}.{field}")))
+                setattr(cls, name, property(attrgetter(f"{weight}.{field}"), _refuse_setting))
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
@@ -167,6 +167,18 @@ class QuantizedModule(nn.Module):
                         check_shared_columns(name, weight)
                 except ValueError as error:
                     error_msgs.append(str(error))
+
+
+def _refuse_setting(module: nn.Module, value: Any) -> None:
+    """The setter of a field: `torch.func.functional_call` of a state dict sets them.
+
+    Raises:
+        AttributeError: Always.
+    """
+    raise AttributeError(
+        f"The fields of an INT8 weight of {type(module).__name__} cannot be set one by one. Call "
+        "load_state_dict; in functional_call pass dict(model.named_parameters()), not a state dict."
+    )
 
 
 def _load_(

@@ -131,6 +131,7 @@ class QFTOptimizer(Optimizer):
         self._quantized: dict[int, kernels.Quantized] = {}
         self._counters: dict[int, StepCounter] = {}
         self._has_stepped = False
+        self._n_begun_anew = 0  # states since the last step
         self._whole: dict[int, dict[str, Any]] | None = None  # what `consolidate` has brought
         # The numbers of this step, and what puts them there: see `capturable.py`.
         self.live: Tensor | None = None
@@ -355,6 +356,14 @@ class QFTOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._n_begun_anew:
+            logger.warning(
+                "%d weights have become float or INT8 since the last step: "
+                "their state in %s begins anew",
+                self._n_begun_anew,
+                type(self).__name__,
+            )
+            self._n_begun_anew = 0
         if self.write_numbers is None:
             self.check_groups()
         else:  # which checks them
@@ -472,13 +481,20 @@ class QFTOptimizer(Optimizer):
         return counter.next()
 
     def fit_state(self, parameter: Parameter) -> None:
-        """After a parameter was given or deprived of its last rows, do the same to its state.
+        """After the inside of a parameter was replaced, have its state fit the new one.
 
-        Rows that stay keep their state, new ones begin.
+        Rows that stay keep their state, new ones begin; and so do all of a weight that has become
+        float or INT8, which the next step says.
         """
-        state = self.state.get(parameter) or {}
+        state = self.state.get(parameter)
+        if not state:
+            return
         wanted = self._own_format(parameter)
-        if all(state[name].shape == form.shape for name, form in wanted.items() if name in state):
+        if wanted.keys() != state.keys() - {"step"}:
+            del self.state[parameter]  # made at the next step: after the last one there is none
+            self._n_begun_anew += 1
+            return
+        if all(state[name].shape == form.shape for name, form in wanted.items()):
             return
         if self.processes is not None and isinstance(parameter, QFTWeight):
             raise RuntimeError(

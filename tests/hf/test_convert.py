@@ -14,6 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from qft_hf.hf.config import QFTConfig
 from qft_hf.hf.convert import dequantize_model_, quantize_model_
 from qft_hf.nn import QFTEmbedding, QFTLinear
+from qft_hf.optim import QFTAdamW, QFTLion
 from qft_hf.quant import QFTWeight
 from tests.hf.checkpoints import IDS, assert_same_state
 from tests.models import tiny_bert, tiny_llama
@@ -128,6 +129,42 @@ def test_bad_value_is_named_and_the_model_stays(name):
     assert not any(isinstance(parameter, QFTWeight) for parameter in model.parameters())
     assert type(model.lm_head) is nn.Linear
     assert not any(hasattr(model.config, mark) for mark in CONFIG_MARKS)
+
+
+# Under an optimizer.
+
+
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+@pytest.mark.parametrize("rule", [QFTLion, QFTAdamW])
+def test_an_optimizer_goes_on_with_a_model_that_became_float_and_int8_again(rule, gradient, caplog):
+    """`KeyError: 'momentum'`."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    optimizer = rule(model.parameters(), lr=1e-3, gradient=gradient)
+
+    def step():
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    losses = [step()]
+    norm = optimizer.state[model.model.norm.weight]
+    for change in (
+        lambda: dequantize_model_(model, torch.float32),
+        lambda: quantize_model_(model, QFTConfig(group_size=9)),
+    ):
+        caplog.clear()
+        change()
+        assert model.lm_head.weight not in optimizer.state  # an export has no use for another one
+        assert caplog.text == ""
+        losses.append(step())
+        assert "16 weights have become float or INT8 since the last step" in caplog.text
+    assert losses == sorted(losses, reverse=True)
+    assert optimizer.state[model.lm_head.weight]["step"] == 1
+    assert optimizer.state[model.model.norm.weight] is norm
+    assert norm["step"] == 3
+    step()
+    assert optimizer.state[model.lm_head.weight]["step"] == 2
 
 
 # Back to float.

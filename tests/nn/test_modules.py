@@ -344,6 +344,19 @@ def test_a_skeleton_without_assign_says_what_to_do():
     model.load_state_dict(quantized().to("meta").state_dict())  # nothing comes, nothing is lost
 
 
+def test_a_functional_call_takes_parameters_and_no_state_dict():
+    model, other = quantized(tied=False), quantized(tied=False, seed=1)
+    ids = batch()
+
+    logits = torch.func.functional_call(model, dict(other.named_parameters()), (ids,))
+
+    assert_same_bits(logits, other(ids))
+    for state in (other.state_dict(), {"head.weight_q": other.head.weight_q}):
+        with pytest.raises(AttributeError, match=r"pass dict\(model\.named_parameters\(\)\)"):
+            torch.func.functional_call(model, state, (ids,))
+    assert_same_tensors(model.state_dict(), quantized(tied=False).state_dict())
+
+
 def test_an_unknown_key_is_named():
     model = quantized()
 
