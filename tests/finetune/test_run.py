@@ -410,6 +410,36 @@ def test_what_a_run_would_stumble_over_is_refused_by_a_check(flags, message, cha
         check(parsed(chat_flags, **flags))
 
 
+@pytest.mark.parametrize("task", ["classification", "regression", "multi_label"])
+def test_micro_batches_of_a_classifier_are_averaged(task, chat_flags):
+    """Their losses were summed up, as shares of one loss are, and so were their gradients."""
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    tiny_bert(vocab_size=VOCAB_SIZE, **still).base_model.save_pretrained(
+        chat_flags["model_name_or_path"]
+    )
+    labels = {"classification": "ab", "regression": [1.5, 0.5], "multi_label": [["a"], ["b"]]}
+    rows = [{"text": "the fox", "label": labels[task][n % 2]} for n in range(8)]
+    write_jsonl(chat_flags["train_data"], rows)
+    write_jsonl(chat_flags["eval_data"], rows[:3])
+    flags = chat_flags | {"task": task, "max_steps": 1}
+
+    logs = []
+    for micro_batches in (1, 2):
+        place = f"{chat_flags['output_dir']}-{micro_batches}"
+        asked = parsed(
+            flags,
+            output_dir=place,
+            per_device_train_batch_size=4 // micro_batches,
+            gradient_accumulation_steps=micro_batches,
+        )
+        finetune(asked)
+        history = json.loads((Path(place) / "trainer_state.json").read_text())["log_history"]
+        logs.append(next(entry for entry in history if "loss" in entry))
+
+    for name in ("loss", "grad_norm"):
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=0.02)  # of INT8 gradients
+
+
 @pytest.mark.parametrize("earlier", [None, '{"steps": 2}', "{"])
 def test_a_run_that_was_killed_before_its_report_gets_one(earlier, chat_flags):
     """Whatever is there was of fewer steps, or is damaged."""

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from qft_hf.hf.finetune import finetune, parse_arguments
+from qft_hf.hf.finetune.evaluate import evaluate_checkpoint
+from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import chat, tiny_tokenizer
 from tests.models import tiny_llama
 from tests.processes.launch import PATIENCE_SECONDS, REPOSITORY, free_port
@@ -49,14 +51,25 @@ def of_a_side_network(flags):
     return side | {"gradient_checkpointing": "true"}
 
 
+def of_a_classifier(flags, folder):
+    tiny_llama(vocab_size=320).model.save_pretrained(folder / "encoder")
+    tiny_tokenizer().save_pretrained(folder / "encoder")
+    rows = [{"text": f"the fox {n}", "label": "abc"[n % 3]} for n in range(N_ROWS)]
+    (folder / "labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = dict.fromkeys(("train_data", "eval_data"), folder / "labels.jsonl")
+    own = {"model_name_or_path": folder / "encoder", "task": "classification", "export_dtype": None}
+    return {name: value for name, value in (flags | places | own).items() if value is not None}
+
+
 @pytest.fixture(scope="module")
 def two(flags, tmp_path_factory):
-    """What two processes have written, and said: of a run, the same again, and a side network."""
+    """What two processes have written, and said: of runs of a model, the same again, and others."""
     folder = tmp_path_factory.mktemp("two")
     commands = [
         ["finetune", *words(flags, output_dir=folder / "run")],
         ["finetune", *words(flags, output_dir=folder / "run")],
         ["finetune", *words(of_a_side_network(flags), output_dir=folder / "side")],
+        ["finetune", *words(of_a_classifier(flags, folder), output_dir=folder / "classifier")],
     ]
     (folder / "commands.json").write_text(json.dumps(commands))
     done = subprocess.run(
@@ -127,6 +140,15 @@ def test_what_the_first_process_refuses_stops_all_and_destroys_nothing(two):
     assert "overwrite_output" in said[1][0]
     ended = (folder / "0-0.txt").stat().st_mtime_ns
     assert [path for path in (run, *run.rglob("*")) if path.stat().st_mtime_ns > ended] == []
+
+
+def test_the_loss_of_a_classifier_is_the_mean_of_all_processes(two):
+    """It was the sum, and one process that scored the model afterwards found half of it."""
+    folder, said = two
+    assert [text.splitlines()[-1] for text in said[3]] == ["exit status 0"] * 2, said[3]
+    after = json.loads((folder / "classifier" / "summary.json").read_text())["after"]
+    found = evaluate_checkpoint(parse_arguments(flags_of([str(folder / "classifier")])))
+    assert found.scores == pytest.approx(after, rel=1e-5)
 
 
 def test_a_side_network_learns_from_the_examples_of_all_processes(flags, two, tmp_path):

@@ -13,6 +13,7 @@ from .data import DataCounts, TaskData, prepare_data
 from .loading import load_model, load_tokenizer
 from .output_folder import told
 from .parsing import RunArguments
+from .run_trainer import take_means_for_means_
 from .side_tuning import base_config, load_side_model, side_checkpoint
 
 
@@ -107,5 +108,6 @@ def scores(model: Any, data: TaskData, training: TrainingArguments) -> dict[str,
             compute_metrics=task.scoring.compute_metrics,
             preprocess_logits_for_metrics=task.scoring.preprocess_logits,
         )
+        take_means_for_means_(trainer)
         metrics: dict[str, Any] = trainer.evaluate()
     return {name: metrics[f"eval_{name}"] for name in task.scoring.names}

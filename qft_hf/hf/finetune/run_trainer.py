@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import Trainer
 
 from ..trainer import QFTTrainer
 
@@ -26,6 +27,7 @@ class RunTrainer(QFTTrainer):
 
     def __init__(self, *, data_collator: Callable[[Any], dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(data_collator=partial(_counted, data_collator), **kwargs)
+        take_means_for_means_(self)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         of_model = {name: value for name, value in inputs.items() if name != N_TOKENS}
@@ -35,6 +37,17 @@ class RunTrainer(QFTTrainer):
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         n_tokens = inputs[N_TOKENS].sum().to(self.args.device)
         self.state.num_input_tokens_seen += int(self.accelerator.gather(n_tokens).sum())
+
+
+def take_means_for_means_(trainer: Trainer) -> None:
+    """Have the losses of a classifier averaged over processes and micro-batches.
+
+    Each is the mean of a batch. The Trainer takes the loss of a model that accepts any argument for
+    a share of one that is divided by all labels of a step, and sums them up.
+    """
+    model: Any = trainer.model
+    if not model.can_generate():
+        trainer.model_accepts_loss_kwargs = False
 
 
 def _counted(
