@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,6 +21,7 @@ from .optimizers import is_ours, named_optimizer, names, optimizer_name
 from .ours import refuse_optimizer, unwrapped
 from .peak_memory import PeakMemory
 from .prepared_model import prepare_model_
+from .trial_pass import trial_pass
 
 N_ITEMS = "num_items_in_batch"  # the Trainer's name, beside the model's inputs
 
@@ -87,14 +87,13 @@ class QFTTrainer(CheckpointTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """Forward and backward; twice where released gradients are clipped exactly.
 
-        The first pass finds the global norm and updates nothing. It starts from the same random
-        state, so that both drop the same activations.
+        The first pass finds the global norm and updates nothing; see `trial_pass`.
         """
         optimizer = unwrapped(self.optimizer)
         # Accumulated gradients are all alive at the end and are clipped there, in one pass.
         exact = is_ours(optimizer) and optimizer.clipping == "exact"
         if exact and self.current_gradient_accumulation_steps == 1:
-            with torch.random.fork_rng(), optimizer.measure_norm():
+            with trial_pass(model), optimizer.measure_norm():
                 super().training_step(model, inputs, *args)
         if self.make_graph is not None:
             return self._graphed_training_step(self.make_graph, model, inputs, *args)

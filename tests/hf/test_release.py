@@ -1,8 +1,12 @@
 """Gradient release through the Trainers: the bits of the stack, true norms, and what raises."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers import trainer as trainer_module
 
@@ -346,6 +350,39 @@ def test_a_norm_that_cannot_be_honoured_names_the_choices(tmp_path):
 def test_exact_clipping_in_the_stock_trainer_says_what_to_do(tmp_path):
     with pytest.raises(RuntimeError, match="as QFTTrainer does, or set clipping='previous'"):
         run(tmp_path, max_grad_norm=1.0, optim_args="gradient=release,clipping=exact")
+
+
+class Masked(nn.Module):
+    """Masks by NumPy and by Python, as SpecAugment does, and keeps statistics of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(131, 24)
+        self.norm = nn.BatchNorm1d(24)
+        self.head = nn.Linear(24, 131)
+
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids)
+        if self.training:
+            x = x * torch.from_numpy(np.random.rand(*x.shape) > 0.3) * random.choice([1.0, 5.0])
+        logits = self.head(self.norm(x.mT).mT)
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def test_exact_clipping_leaves_no_trace_of_its_first_pass(tmp_path):
+    """It measured under other masks, and counted each batch twice in the statistics."""
+    runs = []
+    for optim_args in (None, "gradient=release,clipping=exact"):
+        trainer = trainer_on(
+            Masked(), tmp_path, QFTTrainer, max_grad_norm=0.3, optim_args=optim_args
+        )
+        trainer.train()
+        runs.append(trainer)
+    assert_same_run(*runs)
+    assert runs[1].model.norm.num_batches_tracked == 6
+    norms = history(runs[0], "grad_norm")
+    assert min(norms) > 0.3  # all are clipped
 
 
 def test_dropout_is_the_same_in_both_passes_of_exact_clipping(tmp_path):
