@@ -709,7 +709,11 @@ def test_scores_on_what_is_learned_are_called_so(spelling, chat_flags, tmp_path,
     folder = Path(chat_flags["train_data"]).parent
     again = spelling.format(folder, folder.name) + "/" + Path(chat_flags["train_data"]).name
     read(parsed(chat_flags, eval_data=again))
-    assert f"{again} is train_data and eval_data at once" in caplog.text
+    assert f"8 rows of {again} are in train_data and eval_data at once" in caplog.text
+
+    caplog.clear()
+    read(parsed(chat_flags, eval_data=again, train_split="train[:5]", eval_split="train[3:]"))
+    assert f"2 rows of {again} are in train_data and eval_data at once" in caplog.text
 
     caplog.clear()
     split = {"train_split": "train[:1]", "eval_split": "train[1:]"}

@@ -14,7 +14,7 @@ from .arguments import DataArguments
 from .chat import Chat
 from .classification import Classification, MultiLabel, Regression
 from .packing import count_tokens, pack
-from .sources import Rows, load_rows, select_rows, split_rows
+from .sources import Rows, count_shared, load_rows, select_rows, split_rows
 from .task import Example, NothingToLearn, Row, RowError, Task, teaches
 from .text import Text
 
@@ -62,6 +62,7 @@ class TaskData:
     task: Task
     train: Examples
     evaluation: Examples | None
+    shared: dict[str, int]  # rows of a file that are learned and scored
 
 
 def prepare_data(
@@ -91,13 +92,14 @@ def prepare_data(
     examples = {
         name: _prepare_part(part, task, arguments, name, seed) for name, part in parts.items()
     }
-    return TaskData(task, examples["training data"], examples.get("evaluation data"))
+    shared = count_shared(parts["training data"], parts.get("evaluation data", []))
+    return TaskData(task, examples["training data"], examples.get("evaluation data"), shared)
 
 
 def _load_parts(arguments: DataArguments, seed: int) -> dict[str, list[Rows]]:
     """Return the rows of the training data and, if asked for, the evaluation data."""
     train = [
-        Rows(rows.table, rows.source, weight)
+        replace(rows, weight=weight)
         for source, weight in zip(arguments.train_data, arguments.weights, strict=True)
         for rows in load_rows(source, arguments.train_split, configuration=arguments.train_config)
     ]

@@ -4,7 +4,6 @@ import logging
 import time
 from dataclasses import dataclass
 from math import ceil
-from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..base import require_bitsandbytes
 from ..processes import by_first, of_first
+from ..wording import counted
 from .data import LABEL_TASKS, LANGUAGE_TASKS, TaskData, prepare_data
 from .evaluation import ERRORS
 from .forecast import disk_bytes, n_steps
@@ -145,6 +145,13 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
         )
     with training.main_process_first(desc="reading the data"):
         data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
+    for source, n_rows in data.shared.items():
+        logger.warning(
+            "%s of %s are in train_data and eval_data at once: the scores will tell what is "
+            "remembered. Hold out rows by eval_fraction instead",
+            counted(n_rows, "row"),
+            source,
+        )
     if "logging_steps" not in arguments.given:
         steps, _ = n_steps(training, len(data.train.dataset))
         training.logging_steps = ceil(steps / LOGS)
@@ -187,14 +194,6 @@ def _check_reporters(training: TrainingArguments) -> None:
 
 def _check_evaluation(arguments: RunArguments) -> None:
     data, training = arguments.data, arguments.training
-    learned = set(map(realpath, data.train_data))
-    again = [name for name in data.eval_data or [] if realpath(name) in learned]
-    if again and data.train_split == data.eval_split:
-        logger.warning(
-            "%s is train_data and eval_data at once: the scores will tell what is remembered. Hold "
-            "out rows by eval_fraction instead",
-            ", ".join(again),
-        )
     names = (LANGUAGE_TASKS | LABEL_TASKS)[data.task].scoring.names
     if training.metric_for_best_model is not None:
         best = training.metric_for_best_model.removeprefix("eval_")

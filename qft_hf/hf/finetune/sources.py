@@ -10,6 +10,7 @@ import glob
 import io
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,7 @@ class Rows:
     table: Dataset
     source: str
     weight: float = 1.0  # how often an epoch sees each of them
+    split: str = ""  # of a data set on the hub, whose rows are numbered in each
 
     def read(self, record: Row) -> Row:
         """Return a row of the table as its source has it, and the names of classes.
@@ -139,6 +141,17 @@ def select_rows(parts: Sequence[Rows], indices: Sequence[int]) -> list[Rows]:
     return [part for part in chosen if len(part.table)]
 
 
+def count_shared(parts: Sequence[Rows], others: Sequence[Rows]) -> dict[str, int]:
+    """Return how many rows of a source stand in both; none of sources that share none."""
+    counts = Counter[str]()
+    for rows in others:
+        for part in parts:
+            is_same = os.path.realpath(part.source) == os.path.realpath(rows.source)
+            if is_same and part.split == rows.split:
+                counts[rows.source] += len(np.intersect1d(part.table[_NUMBER], rows.table[_NUMBER]))
+    return {source: n for source, n in counts.items() if n}
+
+
 def split_rows(
     parts: Sequence[Rows], eval_fraction: float, seed: int
 ) -> tuple[list[Rows], list[Rows]]:
@@ -208,7 +221,7 @@ def _load_data_set(
         raise ValueError(f"cannot read {source}, split {split!r}: {error}") from error
     except DatasetGenerationError as error:
         raise ValueError(_unreadable(source, error)) from error
-    return Rows(table.add_column(_NUMBER, np.arange(1, len(table) + 1)), source)
+    return Rows(table.add_column(_NUMBER, np.arange(1, len(table) + 1)), source, split=split)
 
 
 def _read_text(path: str, suffix: str, version: Any) -> Iterator[Row]:
