@@ -58,6 +58,7 @@ class Health(TrainerCallback):
     def __init__(self) -> None:
         self.model: nn.Module | None = None
         self.optimizer: Any = None
+        self._trained: tuple[list[QFTWeight], list[Tensor]] = ([], [])
         self._first: Sample | None = None
         self._before: Tensor | None = None  # codes before the step that will be logged
         self._rate = 0.0  # of that step
@@ -75,14 +76,16 @@ class Health(TrainerCallback):
         """Take the sample that all later ones are compared with."""
         self.model, self.optimizer = model, unwrapped(optimizer)
         self._before = self._moved = None
-        self._first = None if model is None else sample(model)
+        if model is not None:
+            self._trained = _parameters(model)  # those now: some may be frozen later, others not
+            self._first = _sample(*self._trained)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the codes if this step will be logged."""
         if self.model is not None and _will_log(args, state):
-            self._before = _codes(self.model)
+            self._before = _codes(self._trained[0])
             # When the step is logged, the scheduler has set the rate of the next one already.
             self._rate = max(group["lr"] for group in self.optimizer.param_groups)
 
@@ -107,7 +110,7 @@ class Health(TrainerCallback):
             return {}
         if not len(self._before):  # a side network in float
             return {}
-        now, first = sample(self.model), self._first
+        now, first = _sample(*self._trained), self._first
         moved = torch.sign(now.codes.short() - self._before)  # short: a difference has 9 bits
         changed = torch.cat(
             [now.codes != first.codes, now.outliers != first.outliers, now.floats != first.floats]
@@ -141,10 +144,10 @@ class Health(TrainerCallback):
         """
         if self.model is None or self._first is None:
             return {}
-        codes, first = _codes(self.model), self._first.codes
+        codes, first = _codes(self._trained[0]), self._first.codes
         if not len(first):  # a side network in float
             return {}
-        weights = {id(weight) for weight in _parameters(self.model)[0]}
+        weights = {id(weight) for weight in self._trained[0]}
         named = [name for name, p in self.model.named_parameters() if id(p) in weights]
         moved = [part.float().mean() for part in (codes != first).split(self._first.sizes[0])]
         shares = torch.stack(moved).tolist() if moved else []
@@ -156,8 +159,11 @@ class Health(TrainerCallback):
 
 
 def sample(model: nn.Module) -> Sample:
-    """Copy some rows of each weight, and the beginning of each float parameter."""
-    weights, floats = _parameters(model)
+    """Copy some rows of each weight that is trained, and the beginning of each float parameter."""
+    return _sample(*_parameters(model))
+
+
+def _sample(weights: list[QFTWeight], floats: list[Tensor]) -> Sample:
     pairs = [(weight, _rows(weight, number)) for number, weight in enumerate(weights)]
     codes = [weight.codes[rows] for weight, rows in pairs]
     outliers = [weight.outlier_values[rows] for weight, rows in pairs]
@@ -184,8 +190,7 @@ def _unchanged(changed: Tensor, sizes: tuple[list[int], list[int], list[int]]) -
     return ((codes + outliers == 0).sum() + (floats == 0).sum()).float()
 
 
-def _codes(model: nn.Module) -> Tensor:
-    weights, _ = _parameters(model)
+def _codes(weights: list[QFTWeight]) -> Tensor:
     return _joined(weight.codes[_rows(weight, n)] for n, weight in enumerate(weights))
 
 

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from qft_hf import QFTConfig, QFTLion, QFTTrainer, QFTWeight, quantize_model_
 from qft_hf.hf.health import SAMPLED, SMALLEST_STEP, Health, sample
-from tests.hf.test_trainer import arguments, sequences
+from tests.hf.test_trainer import arguments, history, sequences, trainer_on
 from tests.models import tiny_llama
 
 OURS = (
@@ -126,6 +126,23 @@ def test_tensors_that_are_not_trained_are_counted(tmp_path):
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert entry["qft/tensors_unchanged"] == 4
+
+
+def test_layers_may_be_frozen_and_released_on_the_way(tmp_path):
+    """The sample of a step was then of other tensors than the first one, and the run died."""
+
+    class Freezing(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.lm_head.weight.requires_grad_(state.global_step % 2 == 0)
+
+    trainer = trainer_on(tiny_llama(), tmp_path, QFTTrainer, callbacks=[Freezing()])
+    trainer.train()
+
+    unchanged = history(trainer, "qft/tensors_unchanged")
+    assert len(unchanged) == 6
+    assert unchanged[-1] == 0
+    moved = trainer.health.journey()["changed"]
+    assert moved["lm_head.weight"] > 0.5  # by the steps in which it was trained
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(1e-2, 0.0), (1e-12, 1.0)])
