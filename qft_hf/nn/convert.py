@@ -118,6 +118,8 @@ def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | 
             return f"{own_name} of {kind} is a {type(weight).__name__}"
         if weight.dtype not in FLOATS:
             return f"{own_name} of {kind} is {weight.dtype}"
+        if not weight.numel():
+            return f"{own_name} of {kind} is empty"
     return None
 
 

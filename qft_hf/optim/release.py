@@ -212,8 +212,9 @@ class Release(Flow):
         self._forget()
         if waiting and not self._keeps:
             logger.warning(
-                "%d gradients waited for the step although they were to be released: moving a "
-                "model with .to(), or copying it, cuts its hooks, which are connected again now",
+                "%d gradients waited for the step although they were to be released: .to() and "
+                "copying a model cut its hooks, eval() and the end of a Trainer's run take them "
+                "off, and frozen parameters have none. They are connected again now",
                 len(waiting),
             )
             self.attach(parameters)

@@ -14,7 +14,7 @@ from qft_hf.nn import (
     quantize_modules_,
 )
 from qft_hf.optim import QFTLion
-from qft_hf.quant import QFTWeight
+from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.nn.small import SmallModel, batch
 from tests.tolerances import assert_same_bits
 
@@ -138,6 +138,19 @@ def test_embeddings_that_do_more_stay_float(arguments, reason):
     assert list(plan.modules) == ["1"]
     assert reason in {kept.name: kept.reason for kept in plan.kept}["0.weight"]
     model(torch.arange(5)).sum().backward()
+
+
+def test_a_weight_without_an_element_stays_float():
+    """It was met when others had been quantized, and left the model between float and INT8."""
+    model = nn.Sequential(nn.Linear(9, 0), nn.Linear(0, 7), nn.Linear(7, 5))
+
+    plan = quantize_modules_(model, SPEC)
+
+    assert list(plan.modules) == ["2"]
+    reasons = {kept.name: kept.reason for kept in plan.kept}
+    assert reasons["0.weight"] == reasons["1.weight"] == "weight of Linear is empty"
+    model(torch.ones(3, 9)).sum().backward()
+    assert isinstance(model[2].weight.grad, Int8Gradient)
 
 
 def test_convolutions_stay_float_and_are_listed():
