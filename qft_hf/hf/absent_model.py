@@ -20,11 +20,11 @@ def refused_if_absent(name: str | Path, *, advice: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # an attention kernel may be absent
         if other := _what_else(Path(name)):
             raise ValueError(f"{name} {other}") from error
         is_model = Path(name, "config.json").is_file()
-        if is_model or (isinstance(error, ValueError) and not Path(name).is_dir()):
+        if is_model or (not isinstance(error, OSError) and not Path(name).is_dir()):
             raise ValueError(f"{name} cannot be loaded: {error}{advice}") from error
         text = (
             f"No model {str(name)!r}: neither a folder with a config.json nor a model that the hub "

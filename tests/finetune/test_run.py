@@ -401,13 +401,16 @@ def test_the_best_model_has_the_smallest_error(task, metric, greater, chat_flags
     [
         ({"metric_for_best_model": "accuracy"}, "scores of task 'chat' are loss, perplexity"),
         ({"task": "multi_label", "label_smoothing_factor": 0.1}, "not of task 'multi_label'"),
+        ({"use_liger_kernel": "true"}, "use_liger_kernel is for a GPU"),
+        ({"eval_on_start": "true", "eval_data": None}, "evaluation is asked for"),
+        ({"attn_implementation": "flash_attention_2"}, "FlashAttention2 has been toggled on"),
         ({"optim": "adamw_torch"}, "trained by 'qft_lion' .* got optim='adamw_torch'"),
     ],
 )
 def test_what_a_run_would_stumble_over_is_refused_by_a_check(flags, message, chat_flags):
     """Some ended in a traceback, at the first score or when all was loaded."""
     with pytest.raises(ValueError, match=message):
-        check(parsed(chat_flags, **flags))
+        check(parsed({k: v for k, v in (chat_flags | flags).items() if v is not None}))
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "multi_label"])

@@ -117,17 +117,8 @@ def refuse_crossing_family(
 ) -> bool:
     """Check it for all models of an architecture, by a short one with any weights.
 
-    Args:
-        model_class: Makes models from a configuration.
-        config: Of the model that is meant.
-        device: To try it on.
-        **how: As `from_config` takes it.
-
-    Returns:
-        Whether a short model can be made: layers of some architectures refer to each other.
-
-    Raises:
-        ValueError: As `refuse_crossing`.
+    Returns whether one can be made, as by `model_class.from_config(config, **how)` on `device`:
+    layers of some architectures refer to each other. Raises as `refuse_crossing`.
     """
     try:
         with device:

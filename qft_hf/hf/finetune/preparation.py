@@ -1,6 +1,7 @@
 """What comes before a run: refuse what cannot work, and load. Nothing is written here."""
 
 import logging
+import os
 import time
 from dataclasses import dataclass
 from math import ceil
@@ -64,25 +65,13 @@ def prepare(arguments: RunArguments) -> Run:
     started = time.monotonic()
     checkpoint, config, data = read(arguments)
     training, tokenizer = arguments.training, data.task.tokenizer
-    model: Any
-    if arguments.method.side is None:
-        model = load_model(
-            arguments.model,
-            training.quantization_config,
-            config,
-            data.task,
-            max_length=arguments.data.max_length,
-        )
-        if arguments.data.packing:
-            refuse_crossing(model)
-    else:
-        model = load_side_model(
-            arguments.model,
-            arguments.method,
-            config,
-            data.task,
-            max_length=arguments.data.max_length,
-        )
+    is_whole = arguments.method.side is None
+    load: Any = load_model if is_whole else load_side_model
+    how = training.quantization_config if is_whole else arguments.method
+    length = arguments.data.max_length
+    model = load(arguments.model, how, config, data.task, max_length=length)
+    if arguments.data.packing and is_whole:
+        refuse_crossing(model)
     training.include_num_input_tokens_seen = "non_padding"  # logged, and told by the summary
     if training.device.type == "cpu":
         # It speeds up copies to a GPU, and warns where there is none.
@@ -131,7 +120,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
         checkpoint = _check_output(arguments) if is_first else None
     checkpoint = of_first(checkpoint)
     _check_evaluation(arguments)
-    _check_reporters(training)
+    _check_installed(training)
     set_seed(training.seed)
     tokenizer = load_tokenizer(arguments.model)
     config = base_config(arguments.model)
@@ -181,8 +170,11 @@ def _inputs(arguments: RunArguments) -> dict[str, str]:
     return inputs(vars(arguments.model) | vars(arguments.data))
 
 
-def _check_reporters(training: TrainingArguments) -> None:
-    """Raise for a reporter that the Trainer would stumble over when all is loaded."""
+def _check_installed(training: TrainingArguments) -> None:
+    """Raise for what the Trainer would stumble over when all is loaded."""
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if training.use_liger_kernel and training.device.type == "cpu" and not is_interpreted:
+        raise ValueError("use_liger_kernel is for a GPU, and there is none. Leave it out.")
     known = get_available_reporting_integrations()
     # These are not among them wherever they work.
     for name in {*(training.report_to or [])} - {*known, "azure_ml", "flyte"}:
@@ -210,7 +202,8 @@ def _check_evaluation(arguments: RunArguments) -> None:
             "Leave it out."
         )
     has_data = data.eval_data is not None or data.eval_fraction is not None
-    if not has_data and (training.do_eval or training.eval_strategy != "no"):
+    asked = training.do_eval or training.eval_on_start or training.eval_strategy != "no"
+    if asked and not has_data:
         strategy = IntervalStrategy(training.eval_strategy).value
         raise ValueError(
             f"evaluation is asked for (eval_strategy={strategy!r}), but nothing is held out. "
