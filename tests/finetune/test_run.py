@@ -401,7 +401,6 @@ def test_the_best_model_has_the_smallest_error(task, metric, greater, chat_flags
     [
         ({"metric_for_best_model": "accuracy"}, "scores of task 'chat' are loss, perplexity"),
         ({"task": "multi_label", "label_smoothing_factor": 0.1}, "not of task 'multi_label'"),
-        ({"use_liger_kernel": "true"}, "use_liger_kernel is for a GPU"),
         ({"eval_on_start": "true", "eval_data": None}, "evaluation is asked for"),
         ({"attn_implementation": "flash_attention_2"}, "FlashAttention2 has been toggled on"),
         ({"optim": "adamw_torch"}, "trained by 'qft_lion' .* got optim='adamw_torch'"),
@@ -411,6 +410,14 @@ def test_what_a_run_would_stumble_over_is_refused_by_a_check(flags, message, cha
     """Some ended in a traceback, at the first score or when all was loaded."""
     with pytest.raises(ValueError, match=message):
         check(parsed({k: v for k, v in (chat_flags | flags).items() if v is not None}))
+
+
+def test_a_gpus_kernels_are_refused_on_a_cpu_by_a_run_and_not_by_a_check(chat_flags):
+    """A dry run may be made on another machine."""
+    flags = chat_flags | {"use_liger_kernel": "true"}
+    with pytest.raises(ValueError, match="use_liger_kernel is for a GPU, and there is none"):
+        prepare(parsed(flags))
+    check(parsed(flags))
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "multi_label"])

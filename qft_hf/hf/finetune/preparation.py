@@ -62,9 +62,12 @@ def prepare(arguments: RunArguments) -> Run:
         OSError: The output folder cannot be written to, or the disk has no room for the run.
         ValueError: The arguments, the data and the model do not go together.
     """
-    started = time.monotonic()
+    started, training = time.monotonic(), arguments.training
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if training.use_liger_kernel and training.device.type == "cpu" and not is_interpreted:
+        raise ValueError("use_liger_kernel is for a GPU, and there is none. Leave it out.")
     checkpoint, config, data = read(arguments)
-    training, tokenizer = arguments.training, data.task.tokenizer
+    tokenizer = data.task.tokenizer
     is_whole = arguments.method.side is None
     load: Any = load_model if is_whole else load_side_model
     how = training.quantization_config if is_whole else arguments.method
@@ -120,7 +123,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
         checkpoint = _check_output(arguments) if is_first else None
     checkpoint = of_first(checkpoint)
     _check_evaluation(arguments)
-    _check_installed(training)
+    _check_reporters(training)
     set_seed(training.seed)
     tokenizer = load_tokenizer(arguments.model)
     config = base_config(arguments.model)
@@ -170,11 +173,8 @@ def _inputs(arguments: RunArguments) -> dict[str, str]:
     return inputs(vars(arguments.model) | vars(arguments.data))
 
 
-def _check_installed(training: TrainingArguments) -> None:
-    """Raise for what the Trainer would stumble over when all is loaded."""
-    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if training.use_liger_kernel and training.device.type == "cpu" and not is_interpreted:
-        raise ValueError("use_liger_kernel is for a GPU, and there is none. Leave it out.")
+def _check_reporters(training: TrainingArguments) -> None:
+    """Raise for a reporter that the Trainer would stumble over when all is loaded."""
     known = get_available_reporting_integrations()
     # These are not among them wherever they work.
     for name in {*(training.report_to or [])} - {*known, "azure_ml", "flyte"}:
