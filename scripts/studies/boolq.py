@@ -113,20 +113,26 @@ def best_rate(runs: Iterable[Run], way: str, seed: int) -> float:
 
 
 def table(runs: list[Run], first_seed: int) -> str:
-    """A line for each way at its best rate, and one for each run of the search for it."""
+    """A line for each way at its best rate, and one for each run of the search for it.
+
+    Seeds draw the head and the order of the data, and so much of what differs from run to run is
+    the same in all ways: they are compared by pairs.
+    """
     rows = []
+    compared: dict[int, float] = {}  # accuracy of the first way by seed
     for way in dict.fromkeys(run["way"] for run in runs):
         rate = best_rate(runs, way, first_seed)
         found = [run for run in runs if run["way"] == way and run["rate"] == rate]
-        accuracies = [100 * run["accuracy"] for run in found]
-        n_seeds = len(found)
+        accuracies = {run["seed"]: 100 * run["accuracy"] for run in found}
+        compared = compared or accuracies
+        differences = [accuracies[seed] - compared[seed] for seed in accuracies if seed in compared]
         rows.append(
             [
                 way,
                 f"{rate:g}",
-                n_seeds,
-                f"{mean(accuracies):.1f} %",
-                report.number(stdev(accuracies) / sqrt(n_seeds) if n_seeds > 1 else None, 1),
+                len(found),
+                f"{_with_error([*accuracies.values()])} %",
+                "" if accuracies is compared else _with_error(differences),
                 f"{mean(run['loss'] for run in found):.4f}",
                 f"{mean(run['state_bytes'] for run in found) / 1e6:.0f} MB",
                 f"{mean(run['cpu_seconds'] / run['steps'] for run in found):.2f} s",
@@ -137,7 +143,7 @@ def table(runs: list[Run], first_seed: int) -> str:
         "rate",
         "seeds",
         "accuracy",
-        "+- by seed",
+        f"less {runs[0]['way']} with the same seeds",
         "loss",
         "states",
         "CPU time of a step",
@@ -156,6 +162,13 @@ def table(runs: list[Run], first_seed: int) -> str:
         f"{report.table(head, rows)}\n\nAll rates, seed {first_seed}:\n\n"
         f"{report.table(['way', 'rate', 'accuracy', 'loss'], search)}"
     )
+
+
+def _with_error(values: list[float]) -> str:
+    """The mean and, of several, its standard error."""
+    if len(values) < 2:
+        return f"{mean(values):.1f}" if values else ""
+    return f"{mean(values):.1f} +- {stdev(values) / sqrt(len(values)):.1f}"
 
 
 def main() -> None:

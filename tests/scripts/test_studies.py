@@ -102,8 +102,9 @@ def test_the_study_of_boolq_tunes_every_way_and_goes_on_where_it_stopped(run, qu
     ]  # fmt: skip
     first, text = run(*flags, "--seeds", "0")
 
-    assert len(first["runs"]) == 2 + 4
-    assert len({run["loss"] for run in first["runs"]}) == 6 - 1
+    n_runs = 3 * 2 + 4  # AdamW's have two rates
+    assert len(first["runs"]) == n_runs
+    assert len({run["loss"] for run in first["runs"]}) == n_runs - 1
     found = {run["way"]: run for run in first["runs"]}
     assert found["QFT, release"]["loss"] == found["QFT"]["loss"]  # the same bits
     states = [found[way]["state_bytes"] for way in ("FP32 AdamW", "FP32 Lion", "QFT")]
@@ -113,13 +114,20 @@ def test_the_study_of_boolq_tunes_every_way_and_goes_on_where_it_stopped(run, qu
 
     second, text = run(*flags, "--seeds", "0", "3")
 
-    assert second["runs"][:6] == first["runs"]  # with their times, so they are not done again
-    new = second["runs"][6:]
+    assert second["runs"][:n_runs] == first["runs"]  # with their times, so they are not done again
+    new = second["runs"][n_runs:]
     searched = [way for way in found if way != "QFT, release"]  # which has the bits of QFT
     assert [(run["way"], run["seed"]) for run in new] == [(way, 3) for way in searched]
     assert new[0]["rate"] == 1e-2  # which ends lower than 1e-9
-    mean = sum(found[way]["accuracy"] for way in found if way == "QFT")
-    assert f"| QFT | 0.01 | 2 | {50 * (mean + new[2]['accuracy']):.1f} % |" in text
+    accuracies = [
+        [100 * run["accuracy"] for run in second["runs"] if (run["way"], run["rate"]) == tuned]
+        for tuned in (("QFT", 1e-2), ("FP32 AdamW", 1e-2))
+    ]
+    of_qft, of_adamw = accuracies
+    pairs = [a - b for a, b in zip(*accuracies, strict=True)]
+    shown = [f"{sum(v) / 2:.1f} +- {abs(v[0] - v[1]) / 2:.1f}" for v in (of_qft, pairs, of_adamw)]
+    assert f"| QFT | 0.01 | 2 | {shown[0]} % | {shown[1]} |" in text
+    assert f"| FP32 AdamW | 0.01 | 2 | {shown[2]} % |  |" in text
 
 
 def test_the_study_of_side_tuning_measures_every_way_on_the_same_batch(questions, tmp_path):
