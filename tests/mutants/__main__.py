@@ -123,7 +123,8 @@ def run_tests(tree: Path, tests: Sequence[str], numba_cache: Path) -> tuple[int,
             status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             file.seek(0)
             output = file.read()
-    failed = re.findall(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", output, re.MULTILINE)
+    # One space: what a test has logged begins with "ERROR" and several.
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", output, re.MULTILINE)
     return status, failed[0] if status == TESTS_FAILED and failed else output
 
 

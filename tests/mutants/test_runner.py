@@ -73,6 +73,16 @@ def test_all_caught_is_a_success(root):
     assert "| all | 1 | 1 |  |" in told
 
 
+def test_a_test_that_logs_an_error_is_known_by_its_name(root):
+    text = (root / "test_rule.py").read_text()
+    logs = "    logging.error('as it should')\n    assert step(2) == 1"
+    (root / "test_rule.py").write_text(
+        "import logging\n" + text.replace("    assert step(2) == 1", logs)
+    )
+
+    assert run(root, fault())[0] == 0
+
+
 @pytest.mark.parametrize(("old", "times"), [("y - 1", 0), ("x", 2)])
 def test_an_edit_whose_text_does_not_occur_once_is_stale(root, old, times):
     stale = Mutant("rules", "stale", "sign", "rule.py", old, "z", ("test_rule.py",))
