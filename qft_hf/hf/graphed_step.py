@@ -56,8 +56,8 @@ class Graph(Protocol):
 class CudaGraph:
     """`torch.cuda.CUDAGraph`; all of a run share a stream and, since they run in turn, memory."""
 
-    def __init__(self, stream: torch.cuda.Stream, memory: "SharedMemory") -> None:
-        self._stream, self._memory = stream, memory
+    def __init__(self, stream: torch.cuda.Stream, pool: "MemoryPool") -> None:
+        self._stream, self._pool = stream, pool
         self._graph = torch.cuda.CUDAGraph()
 
     def run(self, function: Callable[[], T]) -> T:
@@ -73,7 +73,7 @@ class CudaGraph:
         """Other threads may go on, such as one that pins the memory of batches."""
         with torch.cuda.graph(
             self._graph,
-            pool=self._memory.taken_by(self),
+            pool=self._pool.handle_for(self),
             stream=self._stream,
             capture_error_mode="thread_local",
         ):
@@ -84,29 +84,29 @@ class CudaGraph:
         self._graph.replay()
 
 
-class SharedMemory:
-    """Memory that graphs take together, by the name that PyTorch gives it.
+class MemoryPool:
+    """The memory pool that graphs share.
 
-    PyTorch takes no other graph under a name whose last graph is gone, as long as any tensor of
+    PyTorch takes no more graphs into a pool whose last graph is gone, as long as any tensor of
     those is left. So graphs that come after all others have gone get another.
     """
 
     def __init__(self) -> None:
         self._graphs: WeakSet[CudaGraph] = WeakSet()
-        self._name: Any = None
+        self._handle: Any = None
 
-    def taken_by(self, graph: CudaGraph) -> Any:
-        """The name for a graph that is about to be captured."""
+    def handle_for(self, graph: CudaGraph) -> Any:
+        """PyTorch's handle of the pool, for a graph that is about to be captured."""
         if not self._graphs:
-            self._name = torch.cuda.graph_pool_handle()
+            self._handle = torch.cuda.graph_pool_handle()
         self._graphs.add(graph)
-        return self._name
+        return self._handle
 
 
 def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
     """What makes the graphs of a run."""
-    stream, memory = torch.cuda.Stream(device), SharedMemory()
-    return lambda: CudaGraph(stream, memory)
+    stream, pool = torch.cuda.Stream(device), MemoryPool()
+    return lambda: CudaGraph(stream, pool)
 
 
 class _Part(NamedTuple):
