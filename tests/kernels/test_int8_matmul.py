@@ -84,13 +84,15 @@ def test_operands_may_be_stored_either_way(backend, a_form, b_form):
 @pytest.mark.parametrize("has_vnni", [True, False])
 @pytest.mark.parametrize("b_form", [Tensor.contiguous, other_order, inside])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (17, 64, 9), (3, 1030, 2)], ids=str)
-def test_both_products_of_a_cpu_are_exact(shape, b_form, has_vnni, monkeypatch):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_both_products_of_a_cpu_are_exact(shape, b_form, has_vnni, autocast, monkeypatch):
     """That of PyTorch, for VNNI and slow without it, and that of FP32 parts."""
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
     m, k, n = shape
     a, b, bias = codes(m, k), b_form(codes(k, n)), torch.linspace(-1, 1, n)
 
-    out = cpu.int8_matmul(a, b, scales(m), scales(n), bias=bias, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = cpu.int8_matmul(a, b, scales(m), scales(n), bias=bias, dtype=torch.bfloat16)
 
     expected = torch.from_numpy(product32(a, b, scales(m), scales(n), bias))
     assert_same_bits(out, expected.bfloat16())

@@ -27,6 +27,7 @@ def _accumulate(totals, sums):
         totals[i] += np.int32(sums[i])
 
 
+@torch.autocast("cpu", enabled=False)  # which would have products in BF16
 def exact_sums(a: Tensor, b: Tensor) -> Tensor:
     """`a @ b` of codes as FP32, rounded once, by FP32 products of at most 1024 codes."""
     summed = a.shape[1]
