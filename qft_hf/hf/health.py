@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ..kernels.groups import QMAX
+from ..kernels.groups import QMAX, TINY
 from ..optim import QFTSGD
 from ..quant import QFTWeight
 from .ours import unwrapped
@@ -103,8 +103,9 @@ class Health(TrainerCallback):
             rounding moves no code of theirs, unless a scale grows, which rounds its codes anew.
             Not of SGD, whose steps have the size of gradients.
             And: `tensors_unchanged`: tensors of which no sampled value changed since training
-            began; `scale_growth`: the mean of scales against their first values; `outlier_drift`:
-            the norm of the change of outliers against that of their first values.
+            began; `scale_growth`: the mean of scales against their first values, but for those that
+            had nothing to scale, as of a padding token; `outlier_drift`: the norm of the change of
+            outliers against that of their first values.
         """
         if self.model is None or self._first is None or self._before is None:
             return {}
@@ -120,7 +121,7 @@ class Health(TrainerCallback):
             "codes_saturated": (now.codes.abs() == QMAX).float().mean(),
             "parameters_changed": changed.sum() / (len(now.codes) + len(now.floats)),
             "tensors_unchanged": _unchanged(changed, now.sizes),
-            "scale_growth": (now.scales / first.scales).mean(),
+            "scale_growth": _growth(now.scales, first.scales),
         }
         if len(first.outliers):
             drift = torch.linalg.vector_norm(now.outliers - first.outliers)
@@ -188,6 +189,12 @@ def _unchanged(changed: Tensor, sizes: tuple[list[int], list[int], list[int]]) -
     of_each = counts[ends[1:].to(counts.device)] - counts[ends[:-1].to(counts.device)]
     codes, outliers, floats = of_each.split([len(of_kind) for of_kind in sizes])
     return ((codes + outliers == 0).sum() + (floats == 0).sum()).float()
+
+
+def _growth(now: Tensor, first: Tensor) -> Tensor:
+    """Return the mean of scales against their first values; 1 if none had anything to scale."""
+    counts = first > TINY
+    return (torch.where(counts, now / first - 1, 0).sum() / counts.sum().clamp(min=1)) + 1
 
 
 def _codes(weights: list[QFTWeight]) -> Tensor:
