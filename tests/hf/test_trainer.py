@@ -472,6 +472,22 @@ def test_unsupported_arguments_say_what_to_do(overrides, message, cls, tmp_path)
         cls(model=tiny_llama(), args=args)
 
 
+def test_the_compiler_of_the_launcher_is_refused_too(tmp_path, monkeypatch):
+    """By `accelerate launch --dynamo_backend inductor` Accelerate compiled the INT8 model."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
+    with pytest.raises(ValueError, match=r"DYNAMO_BACKEND=inductor.*Unset it"):
+        QFTTrainer(model=tiny_llama(), args=arguments(tmp_path))
+
+
+def test_a_compiler_that_is_refused_is_forgotten(tmp_path, monkeypatch):
+    """Arguments ask Accelerate for it by the environment: later ones without it had it, too."""
+    for name in ("BACKEND", "MODE"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")  # it is put back
+    with pytest.raises(ValueError, match="Leave it off"):
+        QFTTrainer(model=tiny_llama(), args=arguments(tmp_path, torch_compile=True))
+    QFTTrainer(model=tiny_llama(), args=arguments(tmp_path))
+
+
 def test_float16_of_the_launcher_is_refused_too(tmp_path, monkeypatch):
     """By `accelerate launch --mixed_precision fp16`."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
