@@ -6,7 +6,7 @@ import math
 
 import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, Features, List, disable_progress_bars
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, disable_progress_bars
 
 from qft_hf.hf.finetune import sources
 from qft_hf.hf.finetune.task import RowError
@@ -337,3 +337,13 @@ def test_split_is_disjoint_complete_and_the_same_for_a_seed(fraction, n_eval):
 def test_split_with_an_empty_part_is_refused(fraction):
     with pytest.raises(ValueError, match=r"both need at least one\. Change eval_fraction"):
         sources.split_rows(parts_of(10), fraction, seed=0)
+
+
+@pytest.mark.parametrize("kind", ["data set", "splits"])
+def test_what_save_to_disk_wrote_is_named(kind, tmp_path):
+    """Its JSON files were read as data, and a field was missing in them."""
+    rows = Dataset.from_list([{"text": "a"}])
+    saved = rows if kind == "data set" else DatasetDict({"train": rows})
+    saved.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"save_to_disk.* Write parquet: .*to_parquet"):
+        load_rows(str(tmp_path / "saved"))

@@ -308,6 +308,12 @@ def _slice(parts: list[Rows], split: str, source: str) -> list[Rows]:
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """Return the files of a split: those with its name, or all if none has the name of a split."""
+    if (folder / "dataset_dict.json").is_file() or any(folder.glob("data-*-of-*.arrow")):
+        raise ValueError(
+            f"{folder} was written by save_to_disk, and its JSON files are no data. Write parquet: "
+            f"datasets.load_from_disk({str(folder)!r}).to_parquet('train.parquet'), one file "
+            "for each split."
+        )
     files = [
         path
         for path in sorted(folder.rglob("*"))
