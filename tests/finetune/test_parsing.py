@@ -1,5 +1,7 @@
 """Config files and flags."""
 
+import math
+
 import pytest
 
 from qft_hf.hf import shipped
@@ -347,6 +349,7 @@ def test_a_config_may_have_the_encodings_of_editors(config, encoding):
         ("save_steps", "0"),
         ("save_total_limit", "0"),
         ("preprocessing_workers", "-1"),
+        ("eval_accumulation_steps", "0"),
     ],
 )
 def test_none_or_less_of_what_is_counted_is_refused(config, key, value):
@@ -359,6 +362,33 @@ def test_counts_may_be_small_and_shares(config):
     text = "max_steps: -1\nnum_train_epochs: 0.5\nsave_steps: 0.1\nmax_train_rows: 1\nseed: 0\n"
     training = parse_arguments([config(text)]).training
     assert (training.max_steps, training.num_train_epochs, training.save_steps) == (-1, 0.5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("save_steps", "inf", "save_steps must be a finite number, got inf"),
+        ("warmup_steps", "nan", "warmup_steps must be a finite number, got nan"),
+        ("num_train_epochs", "inf", "num_train_epochs must be a finite number"),
+        ("max_grad_norm", "nan", "max_grad_norm must be a finite number"),
+        ("dataloader_num_workers", "-1", "dataloader_num_workers must be 0 or more, got -1"),
+        ("label_smoothing_factor", "-0.1", r"in \[0, 1\), got -0\.1\. Leave it out"),
+        ("label_smoothing_factor", "1", r"in \[0, 1\), got 1\."),
+        ("lr_scheduler_kwargs", "abc", "takes names and values, got 'abc'. In a config"),
+        ("accelerator_config", "[1, 2]", "takes one value"),
+        ("accelerator_config", "nowhere.json", "takes names and values, got 'nowhere.json'"),
+        ("accelerator_config", "'{broken'", "takes names and values, got '{broken'"),
+        ("accelerator_config", "{nosuch: true}", "unexpected keyword argument 'nosuch'"),
+    ],
+)
+def test_numbers_that_are_none_and_words_for_mappings_are_refused(config, key, value, text):
+    """Some ended in a traceback, after loading even; a smoothing below 0 trained."""
+    with pytest.raises(ValueError, match=text):
+        parse_arguments([config(f"{key}: {value}\n")])
+
+
+def test_norms_may_be_measured_and_nothing_clipped(config):
+    assert parse_arguments([config("max_grad_norm: inf\n")]).training.max_grad_norm == math.inf
 
 
 @pytest.mark.parametrize(("key", "value"), [("seed", "-1"), ("seed", str(2**32))])

@@ -5,6 +5,7 @@ from argparse import SUPPRESS
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ _ABOVE_ZERO = (
     "per_device_train_batch_size",
     "per_device_eval_batch_size",
     "gradient_accumulation_steps",
+    "eval_accumulation_steps",
+    "dataloader_prefetch_factor",
+    "ddp_timeout",
     "num_train_epochs",
     "max_steps",
     "logging_steps",
@@ -112,26 +116,23 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
         _require_known(name, "flag")
     flags = [*side_flags(flags, _names(flags)), *flags]
 
-    parser = HfArgumentParser(
-        GROUPS,
-        prog="qft-hf finetune",
-        usage="%(prog)s [CONFIG.yaml] [--flag value ...]",
-        description=description,
-        allow_abbrev=False,
-    )
+    given = with_paths(_given(flags), expanded)
+    _require_possible(given)
     try:
-        *groups, rest = parser.parse_args_into_dataclasses(
+        *groups, rest = _parser(description=description).parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
-    except (ImportError, ValueError) as error:  # some are of transformers, all for the user
+    except (
+        ImportError,
+        TypeError,
+        ValueError,
+    ) as error:  # some are of transformers, all for the user
         raise ValueError(str(error)) from error
     if rest:
         raise ValueError(
             f"cannot place {' '.join(rest)!r} on the command line. Expected at most one config, "
             "first, then flags with their values: CONFIG.yaml --flag value ..."
         )
-    given = with_paths(_given(parser, flags), expanded)
-    _require_possible(given)
     for group in groups:
         for name, value in with_paths(vars(group), expanded).items():
             setattr(group, name, value)
@@ -144,11 +145,22 @@ def _names(flags: list[str]) -> list[str]:
     return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag[:2] == "--"]
 
 
-def _given(parser: HfArgumentParser, flags: list[str]) -> dict[str, Any]:
+def _parser(**settings: Any) -> HfArgumentParser:
+    return HfArgumentParser(
+        GROUPS,
+        prog="qft-hf finetune",
+        usage="%(prog)s [CONFIG.yaml] [--flag value ...]",
+        allow_abbrev=False,
+        **settings,
+    )
+
+
+def _given(flags: list[str]) -> dict[str, Any]:
     """Return the values of the flags alone, without defaults."""
+    parser = _parser(add_help=False)  # the other one has the defaults, which a help text tells
     for action in parser._actions:
         action.default, action.required = SUPPRESS, False
-    return vars(parser.parse_args(flags))
+    return vars(parser.parse_known_args(flags)[0])
 
 
 def _require_possible(given: dict[str, Any]) -> None:
@@ -161,12 +173,43 @@ def _require_possible(given: dict[str, Any]) -> None:
                 f"{name} must be above 0, got {value:g}. Leave it out for its default, which "
                 "`qft-hf finetune --help-all` tells."
             )
+    for name, value in given.items():
+        # PyTorch's way to have norms measured, and nothing clipped.
+        measures_alone = (name, value) == ("max_grad_norm", inf)
+        if isinstance(value, float) and not isfinite(value) and not measures_alone:
+            raise ValueError(
+                f"{name} must be a finite number, got {value}. Give one, or leave it out."
+            )
+    for name in ("dataloader_num_workers", "eval_delay", "neftune_noise_alpha"):
+        if given.get(name, 0) < 0:
+            raise ValueError(
+                f"{name} must be 0 or more, got {given[name]:g}. Leave it out for none."
+            )
+    if not 0 <= given.get("label_smoothing_factor", 0) < 1:
+        raise ValueError(
+            "label_smoothing_factor is the share of a label that is spread over all others, in "
+            f"[0, 1), got {given['label_smoothing_factor']:g}. Leave it out for none."
+        )
+    for name in QFTTrainingArguments._VALID_DICT_FIELDS:
+        value = given.get(name)
+        if value is not None and not _is_mapping(value) and not Path(value).is_file():
+            raise ValueError(
+                f"{name} takes names and values, got {value!r}. In a config write a mapping, "
+                f"and as a flag in JSON: --{name}='{{\"name\": 1}}'."
+            )
     for name, reason in _FALSIFIES.items():
         default = getattr(QFTTrainingArguments, name)
         if given.get(name, default) != default:
             raise ValueError(f"{name} cannot be set: {reason}. Leave it out.")
     if not 0 <= given.get("seed", 0) < 2**32:
         raise ValueError(f"seed must be in [0, 2**32), got {given['seed']}. Take a smaller one.")
+
+
+def _is_mapping(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def find_config(name: str) -> Path:
