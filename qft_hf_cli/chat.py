@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from math import inf
 from typing import Any
 
-from .command_line import parser
+from .command_line import add_trust, parser
 
 
 def main(argv: list[str]) -> None:
@@ -26,12 +26,15 @@ def main(argv: list[str]) -> None:
     arguments.add_argument("--temperature", type=float, default=0.0, help="default 0")
     arguments.add_argument("--max_new_tokens", type=int, default=256, help="default 256")
     arguments.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
+    add_trust(arguments)
     options = arguments.parse_args(argv)
     if options.max_new_tokens < 1:
         arguments.error(f"--max_new_tokens must be 1 or more, got {options.max_new_tokens}")
 
-    if options.temperature < 0:
+    if not 0 <= options.temperature < inf:
         arguments.error(f"--temperature must be 0 or more, got {options.temperature:g}")
+    if not 0 <= options.seed < 2**32:
+        arguments.error(f"--seed must be in [0, 2**32), got {options.seed}")
 
     model, tokenizer = _load(options)
     messages = [{"role": "system", "content": options.system}] if options.system else []
@@ -65,9 +68,10 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     from qft_hf.hf.finetune.side_tuning import checkpoint_config, load_checkpoint
 
     set_seed(options.seed)
-    config = checkpoint_config(options.checkpoint)
+    trust = {"trust_remote_code": options.trust_remote_code}
+    config = checkpoint_config(options.checkpoint, **trust)
     with refused_if_absent(options.checkpoint):
-        tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, **trust)
     for name in config.architectures or []:
         if name.endswith("ForSequenceClassification"):
             raise ValueError(
@@ -79,7 +83,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
             f"the tokenizer of {options.checkpoint} has no chat template, so a conversation cannot "
             "be written as the model knows it. Give a checkpoint that was tuned on chats."
         )
-    model: Any = load_checkpoint(options.checkpoint, AutoModelForCausalLM)
+    model: Any = load_checkpoint(options.checkpoint, AutoModelForCausalLM, **trust)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

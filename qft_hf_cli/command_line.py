@@ -23,6 +23,13 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Add the flag `--trust_remote_code`."""
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run Python code that comes with the model"
+    )
+
+
 def take(argv: list[str], *names: str) -> bool:
     """Remove a switch from a command line; return whether it was there."""
     found = any(name in argv for name in names)

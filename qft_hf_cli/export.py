@@ -5,7 +5,7 @@ qft-hf export runs/demo runs/demo-bf16 --dtype bfloat16
 
 from pathlib import Path
 
-from .command_line import parser
+from .command_line import add_trust, parser
 
 
 def main(argv: list[str]) -> None:
@@ -19,11 +19,17 @@ def main(argv: list[str]) -> None:
         choices=("bfloat16", "float16", "float32"),
         help="of all weights (default bfloat16)",
     )
+    add_trust(arguments)
     options = arguments.parse_args(argv)
 
     import torch
 
     from qft_hf.hf.finetune import export_checkpoint
 
-    export_checkpoint(options.checkpoint, options.target, dtype=getattr(torch, options.dtype))
+    export_checkpoint(
+        options.checkpoint,
+        options.target,
+        dtype=getattr(torch, options.dtype),
+        trust_remote_code=options.trust_remote_code,
+    )
     print(f"written to {options.target}")

@@ -10,7 +10,7 @@ that is rounding; of one that was trained it is rounding and learning together.
 from dataclasses import asdict
 from pathlib import Path
 
-from .command_line import add_json, parser, show_json, table
+from .command_line import add_json, add_trust, parser, show_json, table
 
 
 def main(argv: list[str]) -> None:
@@ -18,12 +18,15 @@ def main(argv: list[str]) -> None:
     arguments = parser(__name__)
     arguments.add_argument("checkpoint", type=Path, help="folder with INT8 weights")
     arguments.add_argument("--original", help="model to compare with: a folder or a hub name")
+    add_trust(arguments)
     add_json(arguments)
     options = arguments.parse_args(argv)
 
     from qft_hf.hf.inspection import inspect_checkpoint
 
-    weights = inspect_checkpoint(options.checkpoint, options.original)
+    weights = inspect_checkpoint(
+        options.checkpoint, options.original, trust_remote_code=options.trust_remote_code
+    )
     if options.json:
         show_json([asdict(weight) for weight in weights])
         return

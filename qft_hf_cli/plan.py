@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command_line import add_json, parser, show_json, table
+from .command_line import add_json, add_trust, parser, show_json, table
 
 if TYPE_CHECKING:
     from qft_hf import MemoryEstimate, MemoryLedger
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
         print("\n\n".join(_text(result) for result in results))
     if options.live:
         for name in options.models:
-            _compare(name)
+            _compare(name, trust_remote_code=options.trust_remote_code)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -68,7 +68,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments.add_argument(
         "--sequence_length", type=int, help=f"tokens (default {LENGTH}, or what the model takes)"
     )
-    arguments.add_argument("--method", help="full (default), or qst: a side network")
+    arguments.add_argument(
+        "--method", choices=("full", "qst"), help="full (default), or qst: a side network"
+    )
     arguments.add_argument("--side_r", type=int, help="of qst: the base is so many times as wide")
     arguments.add_argument("--base", help="of qst: nf4, int8 or float; default: all of them")
     arguments.add_argument("--optim", help="qft_lion (default), qft_adamw or qft_sgd")
@@ -79,6 +81,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments.add_argument(
         "--live", action="store_true", help="load the models, and compare with what a step takes"
     )
+    add_trust(arguments)
     add_json(arguments)
     options = arguments.parse_args(argv)
     if options.live and options.gpus not in (None, 1):
@@ -97,7 +100,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
     from qft_hf.hf import shipped
     from qft_hf.hf.finetune.arguments import MethodArguments
 
-    place = name
+    place, trust = name, options.trust_remote_code
     work: dict[str, Any] = {"batch_size": 1, "sequence_length": None, "config": QFTConfig()}
     if _is_config(name):
         from qft_hf.hf.finetune.data import LANGUAGE_TASKS
@@ -112,6 +115,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
                 "a few steps (--max_steps 3) measures its memory."
             )
         place, side = arguments.model.model_name_or_path, arguments.method.side
+        trust |= arguments.model.trust_remote_code
         if side is None:
             work = workload_of(arguments)
         else:
@@ -134,6 +138,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
         "chunked_loss": options.chunked_loss or None,
         "config": QFTConfig(matmul=options.matmul) if options.matmul else None,
         "n_processes": options.gpus,
+        "trust_remote_code": trust,
     }
     return place, work | {key: value for key, value in given.items() if value is not None}
 
@@ -156,7 +161,7 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
     from qft_hf.hf.estimate import skeleton
     from qft_hf.hf.positions import n_positions
 
-    source = skeleton(place)
+    source = skeleton(place, trust_remote_code=work.pop("trust_remote_code"))
     positions = n_positions(source.config)
     work["sequence_length"] = _sequence_length(place, work["sequence_length"], positions)
     base = work.get("base")
@@ -297,17 +302,20 @@ def _gb(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.1f} GB"
 
 
-def _compare(name: str) -> None:
+def _compare(name: str, *, trust_remote_code: bool) -> None:
     """Print estimated and measured bytes of all states in each mode."""
     from qft_hf import estimate_memory
+    from qft_hf.hf.estimate import skeleton
     from qft_hf.hf.optimizers import OPTIMIZERS
 
+    trust = {"trust_remote_code": trust_remote_code}
+    source = skeleton(name, **trust)
     ways: list[tuple[str, dict[str, int]]] = [(optim, {}) for optim in OPTIMIZERS]
     for gradient in ("stack", "release"):
         for optim, settings in [*ways, ("qft_lion", {"momentum_bits": 4})]:
             options: dict[str, Any] = {"gradient": gradient, "optimizer": optim, **settings}
-            estimated = estimate_memory(name, **options).state_bytes
-            measured = live_ledger(name, gradient, optim, **settings).total_bytes
+            estimated = estimate_memory(source, **options).state_bytes
+            measured = live_ledger(name, gradient, optim, trust, **settings).total_bytes
             print(
                 f"{', '.join(f'{key}={value}' for key, value in options.items())}: states "
                 f"{estimated:,} bytes by arithmetic, {measured:,} measured, "
@@ -315,7 +323,9 @@ def _compare(name: str) -> None:
             )
 
 
-def live_ledger(name: str | Path, gradient: str, optim: str, **settings: Any) -> "MemoryLedger":
+def live_ledger(
+    name: str | Path, gradient: str, optim: str, loading: dict[str, Any], **settings: Any
+) -> "MemoryLedger":
     """Load a model, and measure its states where they are largest: just before the second step."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -323,7 +333,7 @@ def live_ledger(name: str | Path, gradient: str, optim: str, **settings: Any) ->
     from qft_hf import QFTConfig, memory_ledger
     from qft_hf.hf.optimizers import OPTIMIZERS
 
-    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=QFTConfig())
+    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=QFTConfig(), **loading)
     make = OPTIMIZERS[optim].optimizer_class
     optimizer = make(model.parameters(), gradient=gradient, **settings)
     ids = torch.arange(8)[None]

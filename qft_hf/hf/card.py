@@ -200,39 +200,48 @@ def _weights(facts: CardFacts) -> list[str]:
 def _side_loading(facts: CardFacts, base: str) -> str:
     """Return how a base that is stored so and the side network come together."""
     form = _IN_CODE.get(base)
-    place = facts.base_model or "FOLDER_OF_THE_BASE"
+    place, loader, trust = facts.base_model or "FOLDER_OF_THE_BASE", *_loader(facts)
     imported = "BitsAndBytesConfig, " if form and form.startswith("Bits") else ""
-    loaded = f'"{place}"' + (f", quantization_config={form}" if form else "")
+    loaded = f'"{place}"' + (f", quantization_config={form}" if form else "") + trust
     lines = [
         "import qft_hf",
-        f"from transformers import {imported}{facts.architecture}\n",
-        f"model = {facts.architecture}.from_pretrained({loaded})",
+        f"from transformers import {imported}{loader}\n",
+        f"model = {loader}.from_pretrained({loaded})",
         f'qft_hf.load_side_network(model, "{facts.name}")  # a folder',
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
+def _loader(facts: CardFacts) -> tuple[str, str]:
+    """Return the class that loads the model, and what its arguments end with."""
+    if facts.auto_class is None:
+        return facts.architecture, ""
+    return facts.auto_class, ", trust_remote_code=True"
+
+
 def _loading(facts: CardFacts) -> str:
     if facts.side:
         return _side_loading(facts, facts.side["base"])
-    name, architecture = facts.name, facts.architecture
+    name, (loader, trust) = facts.name, _loader(facts)
     plain = f"{name.rpartition('/')[2]}-bf16"
     lines = [
         "As INT8, with qft_hf installed, to go on training or to save memory:",
         f'```python\nimport qft_hf  # registers the "qft" format\n'
-        f"from transformers import {architecture}\n\n"
-        f'model = {architecture}.from_pretrained("{name}")\n```',
+        f"from transformers import {loader}\n\n"
+        f'model = {loader}.from_pretrained("{name}"{trust})\n```',
         "To go on without qft_hf, convert that once to an ordinary bf16 checkpoint:",
         f'```python\nqft_hf.dequantize_model_(model).save_pretrained("{plain}")\n```',
         "The command does the same with a downloaded folder, tokenizer included:",
-        f"```sh\nqft-hf export FOLDER {shlex.quote(plain)} --dtype bfloat16\n```",
+        f"```sh\nqft-hf export FOLDER {shlex.quote(plain)} --dtype bfloat16"
+        + (" --trust_remote_code" if trust else "")
+        + "\n```",
     ]
     if facts.export_dtype:
         place = f'"{name}", subfolder="{facts.export_dtype}"'
         lines += [
             f"An ordinary {facts.export_dtype} checkpoint is here already, and needs no qft_hf:",
-            f"```python\nfrom transformers import {architecture}\n\n"
-            f"model = {architecture}.from_pretrained({place})\n```",
+            f"```python\nfrom transformers import {loader}\n\n"
+            f"model = {loader}.from_pretrained({place}{trust})\n```",
         ]
     return "\n\n".join(lines)
 

@@ -10,6 +10,7 @@ from ..memory.ledger import elements
 from ..version import __version__
 from .optimizers import is_ours
 from .ours import quantization_config_of, unwrapped
+from .own_code import auto_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class CardFacts:
     Attributes:
         name: Of the model: its repository on the Hub, or its folder.
         architecture: Class of the model.
+        auto_class: What loads a model whose code comes with it; None: its own class.
         base_model: Name on the Hub of the model that was tuned; None if it was a local one.
         datasets: Names on the Hub of what was learned.
         files: Names of local files of what was learned.
@@ -41,6 +43,7 @@ class CardFacts:
     name: str
     architecture: str
     parameters: tuple[int, int]
+    auto_class: str | None = None
     base_model: str | None = None
     datasets: Sequence[str] = ()
     files: Sequence[str] = ()
@@ -66,10 +69,12 @@ def facts_of_trainer(trainer: Any, **known: Any) -> CardFacts:
         **known: Fields of `CardFacts` that only its user knows, or knows better.
     """
     ledger = trainer.ledger
-    origin = getattr(getattr(trainer.model, "config", None), "_name_or_path", "")
+    config: Any = getattr(trainer.model, "config", None)
+    origin = getattr(config, "_name_or_path", "")
     facts: dict[str, Any] = {
         "name": trainer.args.hub_model_id or Path(str(trainer.args.output_dir)).resolve().name,
         "architecture": type(trainer.model).__name__,
+        "auto_class": None if config is None else auto_class(vars(config)),
         "parameters": parameters_of(trainer.model),
         "base_model": origin if origin and not Path(origin).exists() else None,
         "optimizer": optimizer_of(trainer),

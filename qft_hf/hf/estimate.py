@@ -90,8 +90,12 @@ def estimate_memory(
     )
 
 
-def skeleton(source: ModelSource) -> Any:
+def skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     """Return the model, or one without storage made from its configuration.
+
+    Args:
+        source: A model, its configuration, its folder, or its name on the hub.
+        trust_remote_code: Whether code that comes with it may run.
 
     Raises:
         FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
@@ -103,10 +107,12 @@ def skeleton(source: ModelSource) -> Any:
         with refused_if_absent(source):
             if folder.is_dir() and not (folder / "config.json").is_file():
                 raise FileNotFoundError(folder / "config.json")
-            source = AutoConfig.from_pretrained(source)
+            source = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     dtype = getattr(source, "dtype", None) or torch.float32
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(source, dtype=dtype)
+        return AutoModelForCausalLM.from_config(
+            source, dtype=dtype, trust_remote_code=trust_remote_code
+        )
 
 
 def estimate_side_memory(

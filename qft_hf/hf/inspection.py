@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -13,6 +12,7 @@ from ..kernels.groups import QMAX
 from ..quant import QFTWeight
 from .absent_model import refused_if_absent
 from .config import QUANT_METHOD
+from .own_code import loading_class
 from .side_network import is_side_network
 
 
@@ -51,7 +51,9 @@ class InspectedWeight:
     largest_error: float | None = None
 
 
-def inspect_checkpoint(folder: Path, original: str | None = None) -> list[InspectedWeight]:
+def inspect_checkpoint(
+    folder: Path, original: str | None = None, *, trust_remote_code: bool = False
+) -> list[InspectedWeight]:
     """Load an INT8 checkpoint and describe each of its INT8 weights.
 
     Args:
@@ -59,6 +61,7 @@ def inspect_checkpoint(folder: Path, original: str | None = None) -> list[Inspec
         original: A model of the same architecture, a folder or a name on the hub, to compare with:
             the float model that was quantized, or an INT8 one from before training. After training
             the difference is rounding and learning together.
+        trust_remote_code: Whether code that comes with them may run.
 
     Raises:
         FileNotFoundError: `folder` is not a checkpoint folder, or there is no such original.
@@ -74,7 +77,9 @@ def inspect_checkpoint(folder: Path, original: str | None = None) -> list[Inspec
             f"{folder} is not a checkpoint: it has no config.json. Give the output folder of a run "
             "or one of its checkpoint-<step> folders."
         )
-    config = AutoConfig.from_pretrained(folder)
+    trust = {"trust_remote_code": trust_remote_code}
+    with refused_if_absent(folder):
+        config = AutoConfig.from_pretrained(folder, **trust)
     quantization = getattr(config, "quantization_config", None) or {}
     if quantization.get("quant_method") != QUANT_METHOD:
         raise ValueError(
@@ -82,19 +87,19 @@ def inspect_checkpoint(folder: Path, original: str | None = None) -> list[Inspec
             f"{quantization.get('quant_method')!r}, not {QUANT_METHOD!r}). Give the output folder "
             "of a run."
         )
-    model_class = getattr(transformers, config.architectures[0])
-    model: nn.Module = model_class.from_pretrained(folder)
+    model_class = loading_class(config)
+    model: nn.Module = model_class.from_pretrained(folder, **trust)
     others: dict[str, Any] = {}
     if original is not None:
         with refused_if_absent(original):
-            family = AutoConfig.from_pretrained(original).model_type
+            family = AutoConfig.from_pretrained(original, **trust).model_type
         if family != config.model_type:
             raise ValueError(
                 f"{original} is a model of type {family!r}, and {folder} one of type "
                 f"{config.model_type!r}. Give the model that the checkpoint was made from."
             )
         with refused_if_absent(original):
-            others = dict(model_class.from_pretrained(original).named_parameters())
+            others = dict(model_class.from_pretrained(original, **trust).named_parameters())
     return [
         _inspected(name, weight, _counterpart(name, weight, others, original))
         for name, weight in model.named_parameters()

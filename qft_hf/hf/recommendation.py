@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any
 
 from ..memory import MemoryEstimate
@@ -126,8 +127,8 @@ def recommend(
         ValueError: `gpu_memory` is not positive, `side` is given with several processes, or as
             `estimate_memory` and `estimate_side_memory`.
     """
-    if gpu_memory <= 0:
-        raise ValueError(f"gpu_memory must be positive, in GB, got {gpu_memory}.")
+    if not 0 < gpu_memory < inf:
+        raise ValueError(f"gpu_memory must be positive and finite, in GB, got {gpu_memory}.")
     if side is not None and n_processes > 1:
         raise ValueError(
             f"n_processes={n_processes} and side were given. Processes share the gradients and the "

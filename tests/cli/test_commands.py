@@ -252,9 +252,13 @@ def test_an_answer_has_a_token_at_least(capsys):
     with pytest.raises(SystemExit):
         main(["chat", "anywhere", "--max_new_tokens", "0"])
     assert "--max_new_tokens must be 1 or more, got 0" in capsys.readouterr().err
+    for value in ("-0.5", "nan", "inf"):
+        with pytest.raises(SystemExit):
+            main(["chat", "anywhere", "--temperature", value])
+        assert f"--temperature must be 0 or more, got {value}" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(["chat", "anywhere", "--temperature", "-0.5"])
-    assert "--temperature must be 0 or more, got -0.5" in capsys.readouterr().err
+        main(["chat", "anywhere", "--seed", "-1"])
+    assert "--seed must be in [0, 2**32), got -1" in capsys.readouterr().err
 
 
 def test_what_nobody_refused_keeps_its_traceback(monkeypatch):

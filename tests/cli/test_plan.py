@@ -224,3 +224,16 @@ def test_a_config_that_is_too_long_for_its_model_is_refused(tmp_path, folder, ca
     with pytest.raises(SystemExit):
         plan(str(config), capsys=capsys)
     assert "has 4,096 positions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", ["0", "nan", "inf"])
+def test_a_card_has_some_memory(gpu, folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", folder, "--gpu", gpu])
+    assert "gpu_memory must be positive and finite, in GB, got" in capsys.readouterr().err
+
+
+def test_another_method_is_not_taken_for_training_all_parameters(folder, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", folder, "--method", "qlora"])
+    assert "invalid choice: 'qlora'" in capsys.readouterr().err

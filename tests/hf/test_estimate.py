@@ -297,7 +297,7 @@ def test_an_unknown_model_says_what_was_looked_for(source, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0,), "gpu_memory must be positive, in GB, got 0"),
+        ((0,), "gpu_memory must be positive and finite, in GB, got 0"),
         ((24, 0), "must be 1 or more, got 1 and 0"),
         ((24, 512, -1), "must be 1 or more, got -1 and 512"),
     ],
@@ -314,7 +314,7 @@ def test_states_of_a_real_model_are_those_that_were_estimated(gradient, optim):
     folder = ROOT / "data" / "smollm2"
     if not folder.exists():
         pytest.skip("data/smollm2 is not there: python scripts/fetch_demo.py smollm2")
-    live = live_ledger(folder, gradient, optim)
+    live = live_ledger(folder, gradient, optim, {})
 
     predicted = estimate_memory(folder, gradient=gradient, optimizer=optim)
     assert predicted.rows == live.rows

@@ -3,19 +3,25 @@
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoTokenizer
 
+from ..absent_model import refused_if_absent
 from ..config import QUANT_METHOD
 from ..convert import dequantize_model_
 from ..drafts import written_whole
 from ..loading_faults import refuse_int8
+from ..own_code import loading_class
 from ..side_network import is_side_network
 from ..tensor_files import tensor_names
 
 
 def export_checkpoint(
-    source: Path, target: Path, *, dtype: torch.dtype, replace: bool = False
+    source: Path,
+    target: Path,
+    *,
+    dtype: torch.dtype,
+    replace: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the model of an INT8 checkpoint with float weights, and its tokenizer.
 
@@ -24,6 +30,7 @@ def export_checkpoint(
         target: Folder to write: absent or empty. It appears when it is whole.
         dtype: Of all parameters.
         replace: Whether `target` may hold something, which is replaced when the new one is whole.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
 
     Raises:
         FileExistsError: `target` holds something.
@@ -43,7 +50,9 @@ def export_checkpoint(
         )
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not empty. Choose a folder that is not there yet.")
-    config = AutoConfig.from_pretrained(source)
+    trust = {"trust_remote_code": trust_remote_code}
+    with refused_if_absent(source):
+        config = AutoConfig.from_pretrained(source, **trust)
     quantization = getattr(config, "quantization_config", None) or {}
     if quantization.get("quant_method") != QUANT_METHOD:
         refuse_int8(
@@ -54,9 +63,8 @@ def export_checkpoint(
             f"{quantization.get('quant_method')!r}, not {QUANT_METHOD!r}). An ordinary checkpoint "
             "needs no export."
         )
-    model_class = getattr(transformers, config.architectures[0])
-    model = dequantize_model_(model_class.from_pretrained(source), dtype)
+    model = dequantize_model_(loading_class(config).from_pretrained(source, **trust), dtype)
     with written_whole(target) as draft:
         model.save_pretrained(draft)
         if (source / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(source).save_pretrained(draft)
+            AutoTokenizer.from_pretrained(source, **trust).save_pretrained(draft)

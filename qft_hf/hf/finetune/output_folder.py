@@ -22,6 +22,7 @@ from ..card import is_card
 from ..checkpoint import MARK, STATE_FILES, newest_whole_checkpoint, require_whole
 from ..config import QUANT_METHOD
 from ..drafts import MODEL_FILES, unsettled, written_whole
+from ..own_code import code_files
 from ..side_network import CONFIG_NAME, WEIGHTS_NAME
 from .arguments import EXPORT_DTYPES
 
@@ -64,8 +65,8 @@ _WRITTEN = (
     CARD,
     TRAINER_STATE_NAME,
 )
-# What a command was told of the folder, and not the run.
-_OF_A_PROCESS = ("resume_from_checkpoint", "overwrite_output")
+# What a command was told of the folder, and not the run; and what nobody else is to read.
+_OF_A_PROCESS = ("resume_from_checkpoint", "overwrite_output", "hub_token")
 _SHOWN = 3  # names in an error
 
 
@@ -313,8 +314,9 @@ def _foreign(output_dir: Path, written: list[Path], *, is_run: bool) -> Iterator
 
 def _strange_files(folder: Path) -> Iterator[Path]:
     """Yield what somebody has put into a checkpoint or an export."""
+    known = code_files(folder)
     for path in sorted(folder.iterdir()):
-        if not any(path.match(pattern) for pattern in _IN_CHECKPOINT):
+        if path not in known and not any(path.match(pattern) for pattern in _IN_CHECKPOINT):
             yield path
 
 

@@ -6,12 +6,13 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..card import is_card, write_card
 from ..card_facts import CardFacts
 from ..config import QFTConfig
+from ..own_code import auto_class
 from ..wording import counted
 from .output_folder import CARD, SUMMARY, told
 
@@ -52,9 +53,11 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
     """
     summary = read_json(output_dir / SUMMARY)
     side = summary.get("side")
-    form = None
+    form: QFTConfig | None = None
+    config: dict[str, Any] = {}
     if side is None:
-        form = QFTConfig.from_dict(AutoConfig.from_pretrained(output_dir).quantization_config)
+        config, _ = PreTrainedConfig.get_config_dict(output_dir)
+        form = QFTConfig.from_dict(config["quantization_config"])
     export = told(output_dir).get("export_dtype")
     counts = summary["train_data"]
     if "origin" not in summary:
@@ -67,6 +70,7 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
         "parameters": (summary["parameters"], summary["trained_parameters"]),
         **{name: summary[name] for name in _OF_SUMMARY},
         **summary["origin"],
+        "auto_class": auto_class(config),
         "format": form,
         "side": side,
         "history": read_json(output_dir / TRAINER_STATE_NAME)["log_history"],

@@ -179,7 +179,7 @@ def base_form(method: MethodArguments, config: PreTrainedConfig, model: str) -> 
     return stored
 
 
-def checkpoint_config(place: str) -> PreTrainedConfig:
+def checkpoint_config(place: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return the configuration of a folder or name on the Hub; of a side network, of its base.
 
     Raises:
@@ -188,34 +188,40 @@ def checkpoint_config(place: str) -> PreTrainedConfig:
     checkpoint = side_checkpoint(place)
     if checkpoint is None:
         with refused_if_absent(place):
-            config: PreTrainedConfig = AutoConfig.from_pretrained(place)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                place, trust_remote_code=trust_remote_code
+            )
         return config
     base = checkpoint.base
-    return _described(checkpoint, lambda: AutoConfig.from_pretrained(base))
+    return _described(
+        checkpoint, lambda: AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    )
 
 
-def load_checkpoint(place: str, model_class: Any) -> Any:
+def load_checkpoint(place: str, model_class: Any, *, trust_remote_code: bool = False) -> Any:
     """Load a model from a folder or the Hub; of a folder with a side network, with its base.
 
     Args:
         place: Folder, or name on the Hub.
         model_class: Of transformers, such as `AutoModelForCausalLM`.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         FileNotFoundError: The base of a side network is nowhere to be found.
         ImportError: It is to be stored in NF4, and bitsandbytes is not installed.
         ValueError: It is another one.
     """
+    trust = {"trust_remote_code": trust_remote_code}
     checkpoint = side_checkpoint(place)
     if checkpoint is None:
-        return model_class.from_pretrained(place)
-    config = checkpoint_config(place)
+        return model_class.from_pretrained(place, **trust)
+    config = checkpoint_config(place, **trust)
     quantization = None
     if form_of(config) == "float":
         with torch.device("meta"):
-            quantization = base_format(checkpoint.form, model_class.from_config(config))
+            quantization = base_format(checkpoint.form, model_class.from_config(config, **trust))
     model = model_class.from_pretrained(
-        checkpoint.base, config=config, quantization_config=quantization
+        checkpoint.base, config=config, quantization_config=quantization, **trust
     )
     return load_side_network(model, checkpoint.folder)
 
