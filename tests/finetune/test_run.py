@@ -1,5 +1,6 @@
 """Whole runs of tiny models, from arguments to what lies in the output folder."""
 
+import http.server
 import json
 import os
 import re
@@ -7,8 +8,10 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +22,7 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     TrainerCallback,
+    trainer,
 )
 
 from qft_hf import QFTWeight
@@ -31,6 +35,7 @@ from qft_hf.hf.finetune.preparation import read
 from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, TURN, chat, tiny_tokenizer
 from tests.finetune.flags import as_flags, parsed, write_jsonl
+from tests.hf.test_checkpoint import Refuses
 from tests.models import tiny_bert, tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -785,8 +790,42 @@ def test_a_dry_run_misses_weights_as_a_run_does(what, chat_flags):
         ({"attn_implementation": "flash"}, 'cannot be loaded: .*"flash".* is not supported'),
         ({"report_to": "wandbb"}, "report_to is 'wandbb', .* Install it, leave it out, or take"),
         ({"report_to": "mlflow"}, "report_to is 'mlflow', which is not installed"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr'.* does not go with .*min_lr"),
+        (
+            {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"cycles": 2}'},
+            "'cosine' does not go with .*'cycles'.*: .*unexpected keyword argument",
+        ),
     ],
 )
 def test_what_libraries_refuse_is_refused_by_us(command, changes, message, chat_flags):
     with pytest.raises(ValueError, match=message):
         command(parsed(chat_flags, **changes))
+
+
+def test_a_run_that_cannot_be_pushed_is_refused_before_it_trains(chat_flags):
+    with pytest.raises(ValueError, match=r"(?s)not give a repository: .*offline.* Log in with"):
+        finetune(parsed(chat_flags, push_to_hub="true"))
+    assert not chat_flags["output_dir"].exists()
+
+
+def test_a_hub_that_refuses_the_finished_run_costs_nothing(chat_flags, monkeypatch):
+    """It came before log, summary, export and card, and there was none of them."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(trainer, "hf_api", lambda: huggingface_hub.HfApi(url))
+    push = {"push_to_hub": "true", "hub_model_id": "someone/model", "hub_token": "hf_secret"}
+    with pytest.raises(ValueError, match=r"(?s)403.* Push it by `hf upload someone/model "):
+        finetune(parsed(chat_flags, export_dtype="bfloat16", **push))
+    server.shutdown()
+
+    folder = chat_flags["output_dir"]
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 4
+    for name in ("trainer_state.json", "README.md", "bfloat16/model.safetensors"):
+        assert (folder / name).is_file()
+    assert "perplexity" in (folder / "README.md").read_text()  # of the run, not of the Trainer
+    config = (folder / "run.yaml").read_text()
+    assert "someone/model" in config
+    assert "hf_secret" not in config  # a push takes it along

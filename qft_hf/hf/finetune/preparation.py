@@ -8,7 +8,9 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, TrainingArguments, set_seed
+import torch
+from torch.optim import SGD
+from transformers import PreTrainedConfig, TrainingArguments, get_scheduler, set_seed
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import disable_progress_bar
@@ -85,17 +87,18 @@ def prepare(arguments: RunArguments) -> Run:
         overwrite=arguments.output.overwrite_output,
     )
     clock = StepClock()
-    trainer = RunTrainer(
-        model=model,
-        args=training,
-        train_dataset=data.train.dataset,
-        eval_dataset=None if data.evaluation is None else data.evaluation.dataset,
-        data_collator=data.task.collator,
-        processing_class=tokenizer,
-        compute_metrics=data.task.scoring.compute_metrics,
-        preprocess_logits_for_metrics=data.task.scoring.preprocess_logits,
-        callbacks=[clock],
-    )
+    with by_first():  # who alone asks the Hub for a repository
+        trainer = RunTrainer(
+            model=model,
+            args=training,
+            train_dataset=data.train.dataset,
+            eval_dataset=None if data.evaluation is None else data.evaluation.dataset,
+            data_collator=data.task.collator,
+            processing_class=tokenizer,
+            compute_metrics=data.task.scoring.compute_metrics,
+            preprocess_logits_for_metrics=data.task.scoring.preprocess_logits,
+            callbacks=[clock],
+        )
     return Run(arguments, checkpoint, data, trainer, clock, started)
 
 
@@ -124,6 +127,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
     checkpoint = of_first(checkpoint)
     _check_evaluation(arguments)
     _check_reporters(training)
+    _check_schedule(training)
     set_seed(training.seed)
     tokenizer = load_tokenizer(arguments.model)
     config = base_config(arguments.model)
@@ -182,6 +186,24 @@ def _check_reporters(training: TrainingArguments) -> None:
             f"report_to is {name!r}, which is not installed or not known. Install it, leave it "
             f"out, or take what is installed: {', '.join(known) or 'nothing'}."
         )
+
+
+def _check_schedule(training: TrainingArguments) -> None:
+    """Raise for a schedule that the Trainer would stumble over when all is loaded."""
+    try:
+        get_scheduler(
+            training.lr_scheduler_type,
+            SGD([torch.zeros(1)]),
+            num_warmup_steps=1,
+            num_training_steps=3,
+            scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs or {}),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type {training.lr_scheduler_type.value!r} does not go with "
+            f"lr_scheduler_kwargs {training.lr_scheduler_kwargs or {}}: {error}. Correct one of "
+            "them."
+        ) from error
 
 
 def _check_evaluation(arguments: RunArguments) -> None:

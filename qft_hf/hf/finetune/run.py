@@ -64,7 +64,27 @@ def train(run: Run) -> RunSummary:
     with by_first() as is_first:
         if is_first:
             _report(run, summary, is_reported=is_reported)
+    if run.trainer.args.push_to_hub:
+        _push(run)
     return summary
+
+
+def _push(run: Run) -> None:
+    """Push the folder, which is finished.
+
+    Raises:
+        ValueError: The Hub did not take it.
+    """
+    output_dir, name = run.arguments.output_dir, run.trainer.hub_model_id
+    with by_first():
+        try:
+            run.trainer.push_to_hub()
+        except Exception as error:  # of the network, the Hub and its library alike
+            raise ValueError(
+                f"the run is finished, and {output_dir} has all of it, but the Hub did not take "
+                f"it: {error}. Push it by `hf upload {name} {shlex.quote(str(output_dir))} . "
+                "--exclude 'checkpoint-*'`."
+            ) from error
 
 
 class _TellWhenAccepted(TrainerCallback):
@@ -107,6 +127,7 @@ def _report(run: Run, summary: RunSummary, *, is_reported: bool) -> None:
             output_dir / output.export_dtype,
             dtype=getattr(torch, output.export_dtype),
             replace=True,  # one of this run, before it was resumed
+            trust_remote_code=run.arguments.model.trust_remote_code,
         )
     if output.export_dtype is not None or not is_reported:
         write_run_card(output_dir, license=_license(run))
@@ -138,7 +159,7 @@ def _is_reported_already(run: Run) -> bool:
 def _write_model(run: Run) -> None:
     """Write checkpoint and log."""
     with by_first() as is_first:
-        run.trainer.save_model()
+        run.trainer.save_model(_internal_call=True)  # it is pushed when all is there
         if is_first:
             with written_whole(run.arguments.output_dir / TRAINER_STATE_NAME) as draft:
                 run.trainer.state.save_to_json(str(draft))

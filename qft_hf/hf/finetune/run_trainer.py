@@ -29,6 +29,25 @@ class RunTrainer(QFTTrainer):
         super().__init__(data_collator=partial(_counted, data_collator), **kwargs)
         take_means_for_means_(self)
 
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Make the repository that the run is pushed to, or raise before anything is trained.
+
+        Raises:
+            ValueError: The Hub cannot be reached, or does not let us.
+        """
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of the network, the Hub and its library alike
+            raise ValueError(
+                f"push_to_hub is set, and the Hub does not give a repository: "
+                f"{str(error).rstrip('.')}. Log in with "
+                "`hf auth login`, correct hub_model_id, or leave push_to_hub out, and upload the "
+                "finished folder by `hf upload`."
+            ) from error
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the card of the run, which is there when it is pushed and tells more."""
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         of_model = {name: value for name, value in inputs.items() if name != N_TOKENS}
         prepared: dict[str, Any] = super()._prepare_inputs(of_model)
