@@ -190,19 +190,20 @@ def _check_reporters(training: TrainingArguments) -> None:
 
 def _check_schedule(training: TrainingArguments) -> None:
     """Raise for a schedule that the Trainer would stumble over when all is loaded."""
+    kind: Any = training.lr_scheduler_type
+    settings: Any = training.lr_scheduler_kwargs or {}
     try:
         get_scheduler(
-            training.lr_scheduler_type,
+            kind,
             SGD([torch.zeros(1)]),
             num_warmup_steps=1,
             num_training_steps=3,
-            scheduler_specific_kwargs=dict(training.lr_scheduler_kwargs or {}),
+            scheduler_specific_kwargs=dict(settings),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"lr_scheduler_type {training.lr_scheduler_type.value!r} does not go with "
-            f"lr_scheduler_kwargs {training.lr_scheduler_kwargs or {}}: {error}. Correct one of "
-            "them."
+            f"lr_scheduler_type {kind.value!r} does not go with lr_scheduler_kwargs {settings}: "
+            f"{error}. Correct one of them."
         ) from error
 
 

@@ -39,7 +39,7 @@ class RunTrainer(QFTTrainer):
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:  # of the network, the Hub and its library alike
             raise ValueError(
-                f"push_to_hub is set, and the Hub does not give a repository: "
+                "push_to_hub is set, and the Hub does not give a repository: "
                 f"{str(error).rstrip('.')}. Log in with "
                 "`hf auth login`, correct hub_model_id, or leave push_to_hub out, and upload the "
                 "finished folder by `hf upload`."
