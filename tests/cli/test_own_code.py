@@ -174,6 +174,16 @@ def test_the_run_goes_on_and_is_replaced(there, capsys):
     assert "holds bfloat16/notes.py, which no run" in capsys.readouterr().err
 
 
+def test_losses_of_micro_batches_are_averaged(there):
+    """The code takes any argument, so that the Trainer summed them: the loss was twice as high."""
+    own = ["finetune", "run/run.yaml", "--output_dir", "parts", "--logging_steps", "1"]
+    main([*own, "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2"])
+    before = json.loads((there / "parts/summary.json").read_text())["before"]["loss"]
+    history = json.loads((there / "parts/trainer_state.json").read_text())["log_history"]
+    first = next(entry["loss"] for entry in history if "loss" in entry)
+    assert first == pytest.approx(before, rel=0.2)  # of the same rows, weighted otherwise
+
+
 def test_the_card_loads_it_by_the_class_that_finds_its_code(there, capsys):
     main(["card", "run", "--license", "mit"])
     text = (there / "run/README.md").read_text()

@@ -59,14 +59,31 @@ class RunTrainer(QFTTrainer):
 
 
 def take_means_for_means_(trainer: Trainer) -> None:
-    """Have the losses of a classifier averaged over processes and micro-batches.
+    """Have losses that are means of a batch averaged over processes and micro-batches.
 
-    Each is the mean of a batch. The Trainer takes the loss of a model that accepts any argument for
-    a share of one that is divided by all labels of a step, and sums them up.
+    Those of classifiers are, and maybe those of a model whose code comes with it. The Trainer takes
+    the loss of a model that accepts any argument for a share of one that is divided by all labels
+    of a step, and sums them up.
     """
     model: Any = trainer.model
-    if not model.can_generate():
+    if trainer.model_accepts_loss_kwargs and not _divides_by_all_labels(model):
         trainer.model_accepts_loss_kwargs = False
+
+
+def _divides_by_all_labels(model: Any) -> bool:
+    """Whether the loss is divided by the number of labels of a step, where that is given."""
+    if type(model).__module__.startswith("transformers."):
+        return bool(model.can_generate())
+    was_training = model.training
+    model.eval()
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    with torch.no_grad():
+        of_one, of_two = (
+            model(input_ids=tokens, labels=tokens, num_items_in_batch=torch.tensor(n)).loss
+            for n in (1, 2)
+        )
+    model.train(was_training)
+    return not of_one.equal(of_two)
 
 
 def _counted(
