@@ -84,7 +84,8 @@ class Weight:
 
     Attributes:
         plans: What has been prepared for this weight and lives as long as it does, such as launches
-            that a backend has bound to its tensors, and to nobody else's. Copies have none.
+            that a backend has bound to its tensors, and to nobody else's. Others around the same
+            memory share it; copies have none.
 
     Raises:
         TypeError: A dtype is wrong.

@@ -58,6 +58,10 @@ class Int8Tensor(Readable):
         """A tensor of the same kind and format around other fields."""
         raise NotImplementedError
 
+    def aliased(self, fields: dict[str, Tensor]) -> Self:
+        """A tensor around `fields`, which share the memory of this one's."""
+        return self.with_fields(fields)
+
     def fields_changed(self) -> None:
         """Called after values were copied into the fields."""
 
@@ -115,7 +119,9 @@ def _each_field(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     # A clone is always contiguous: asking for another memory format has no meaning for codes.
     kwargs.pop("memory_format", None)
     fields = {name: operator(field) for name, field in tensor.fields().items()}
-    return return_and_correct_aliasing(operator, args, kwargs, tensor.with_fields(fields))
+    is_copy = operator is aten.clone.default
+    made = tensor.with_fields(fields) if is_copy else tensor.aliased(fields)
+    return return_and_correct_aliasing(operator, args, kwargs, made)
 
 
 @Int8Tensor.implements(aten._to_copy.default)
@@ -174,4 +180,4 @@ def _view(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor, shape = args
     if tuple(shape) != tuple(tensor.shape):
         return view(operator, args, kwargs)
-    return return_and_correct_aliasing(operator, args, kwargs, tensor.with_fields(tensor.fields()))
+    return return_and_correct_aliasing(operator, args, kwargs, tensor.aliased(tensor.fields()))

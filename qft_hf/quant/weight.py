@@ -107,6 +107,15 @@ class QFTWeight(Int8Tensor):
         """Columns per scale; None: whole rows."""
         return self.stored.group_size
 
+    def aliased(self, fields: dict[str, Tensor]) -> Self:
+        """A weight around `fields`, which share the memory of this one's, and so what is prepared.
+
+        Who writes to one of them, as `weight.data.copy_(other)` does, has changed the other.
+        """
+        weight = self.with_fields(fields)
+        weight.stored.plans = self.stored.plans
+        return weight
+
     def fields_changed(self) -> None:
         """Drop what was prepared for other values; to be called after copying into fields."""
         self.stored.plans.clear()
@@ -364,6 +373,41 @@ def _embedding(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     warn_of_memory(operator, weight)
     rows = weight.dequantize_rows(ids.reshape(-1).contiguous())
     return rows.view(*ids.shape, weight.shape[1])
+
+
+@QFTWeight.implements(
+    aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar
+)  # fmt: skip
+def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # RWKV divides weights by powers of two for inference, and multiplies them again for training.
+    weight, factor = args
+    is_number = not isinstance(factor, Tensor) or factor.numel() == 1
+    if not (isinstance(weight, QFTWeight) and is_number and 0 < float(factor) < float("inf")):
+        return read(operator, args, kwargs)  # raises
+    operator(weight.scales, factor)
+    operator(weight.outlier_values, factor)
+    weight.fields_changed()
+    return weight
+
+
+@QFTWeight.implements(aten.clamp_.default)
+def _clamp_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Values beyond a limit get the last code within it; all others keep theirs.
+
+    Gemma 3n does so in every forward pass.
+    """
+    weight, low, high = (*args, None, None)[:3]
+    low, high = (sign * float("inf") if x is None else x for sign, x in ((-1, low), (1, high)))
+    if not low <= 0 <= high:  # zeros stay: codes under outliers are 0
+        return read(operator, args, kwargs)  # raises
+    columns = weight.codes.shape[1]
+    scales = weight.scales.repeat_interleave(weight.group_size or columns, dim=1)[:, :columns]
+    lowest = (low / scales).ceil_().clamp_(min=-127)
+    highest = (high / scales).floor_().clamp_(max=127)
+    weight.codes.copy_(weight.codes.float().clamp_(lowest, highest))
+    weight.outlier_values.clamp_(low, high)
+    weight.fields_changed()
+    return weight
 
 
 def _quantized(

@@ -9,8 +9,12 @@ from torch import Tensor, nn
 from transformers import (
     DebertaV2Config,
     DebertaV2ForSequenceClassification,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     MambaConfig,
     MambaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from qft_hf import QFTConfig, QFTLion, dequantize_model_, quantize_model_
@@ -105,6 +109,58 @@ def test_release_equals_stack_and_the_loss_falls(twins):
         assert_same_bits(ours, theirs)
     assert losses[:5] == losses[5:]
     assert losses[4] < losses[0]
+
+
+def gemma3n() -> nn.Module:
+    """In training it clamps a weight in every forward pass, and another one's values."""
+    return Gemma3nForCausalLM(
+        Gemma3nTextConfig(
+            vocab_size=97,
+            vocab_size_per_layer_input=97,
+            hidden_size=32,
+            hidden_size_per_layer_input=8,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            num_kv_shared_layers=2,
+            altup_num_inputs=2,
+            laurel_rank=8,
+        )
+    )
+
+
+def rwkv() -> nn.Module:
+    """Its weights are divided by powers of two for inference, and multiplied for training."""
+    return RwkvForCausalLM(
+        RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=4, rescale_every=2)
+    )
+
+
+@pytest.mark.parametrize("make", [gemma3n, rwkv])
+def test_models_that_write_to_their_weights_in_forward_are_their_float_twins(make):
+    torch.manual_seed(0)
+    model = quantize_model_(make(), QFTConfig())
+    twin = dequantize_model_(copy.deepcopy(model), torch.float32)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = IDS + 1  # without padding, of which the gradient of Gemma 3n is NaN
+
+    for is_training in (True, False, True):
+        outputs = [m.train(is_training)(ids, labels=ids, use_cache=False) for m in (model, twin)]
+        assert_same_bits(*(output.logits.detach() for output in outputs))
+    for name, tensor in model.state_dict().items():
+        assert_same_bits(tensor, start[name])
+
+    for output in outputs:
+        output.loss.backward()
+    exact = dict(twin.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (exact[name].grad is None), name
+        if parameter.grad is not None and exact[name].grad.any():
+            assert snr_db(exact[name].grad, parameter.grad.dequantize()) > 25, name
+    QFTLion(model.parameters(), lr=1e-3).step()
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

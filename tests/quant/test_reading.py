@@ -265,7 +265,7 @@ def test_a_row_that_is_not_there_is_an_index_error():
 
 
 WRITES = {
-    "in place": lambda w: w.mul_(2),
+    "in place": lambda w: w.mul_(torch.full((ROWS, 1), 2.0)),
     "normal_": nn.init.normal_,
     "from float": lambda w: w.copy_(torch.zeros(ROWS, COLUMNS)),
     "from a gradient": lambda w: w.copy_(Int8Gradient.from_float(w.values(), dtype=w.dtype)),

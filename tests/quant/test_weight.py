@@ -316,6 +316,68 @@ def test_what_was_prepared_for_old_values_goes_with_them():
     assert torch.equal(target.stored.shared_columns, source.outlier_columns[0].long())
 
 
+ALIASES = {
+    "data": lambda weight: weight.data,
+    "detach": lambda weight: weight.detach(),
+    "view": lambda weight: weight.view(weight.shape),
+}
+
+
+@pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
+def test_what_is_written_through_an_alias_is_seen_by_the_weight(alias):
+    """`p.data.copy_(q.data)`, as averages and soups do it, left prepared columns of old values."""
+    spec = QuantizationSpec(outlier_fraction=0.02, matmul="int8")
+    target = QFTWeight.from_float(heavy_tailed(seed=1), spec)
+    source = QFTWeight.from_float(heavy_tailed(seed=2), spec)
+    assert not torch.equal(target.stored.shared_columns, source.stored.shared_columns)
+
+    alias(target).copy_(alias(source))
+
+    assert_same_weight(target, source)
+    assert torch.equal(target.stored.shared_columns, source.outlier_columns[0].long())
+    assert target.clone().stored.plans is not target.stored.plans
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_weight_is_scaled_in_place_by_a_number(spec):
+    weight = QFTWeight.from_float(heavy_tailed(), spec)
+    start, values = weight.clone(), weight.values()
+
+    weight.div_(8)
+
+    assert_same_bits(weight.values(), values / 8)  # a power of two: nothing is rounded
+    weight.mul_(torch.tensor(8.0))
+    assert_same_weight(weight, start)
+    for bad in (0, -1, float("inf"), float("nan"), torch.ones(9, 1)):
+        with pytest.raises(NotImplementedError, match=r"call dequantize_model_\(model"):
+            weight.mul_(bad)
+    assert_same_weight(weight, start)
+
+
+@pytest.mark.parametrize("limits", [(-0.03, 0.02), (None, 0.01), (-1.0, 1.0), (0.0, None)], ids=str)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_a_weight_is_clamped_in_place(spec, limits):
+    weight = QFTWeight.from_float(heavy_tailed(), spec)
+    values = weight.values()
+    exact = values.clamp(*limits)
+
+    weight.data.clamp_(*limits)
+
+    now = weight.values()
+    is_inside = values == exact
+    assert_same_bits(now[is_inside], values[is_inside])
+    # Toward zero by less than a code, and never beyond the limit.
+    within = (now.abs() <= exact.abs()) & ((exact - now).abs() < scales64(weight).expand_as(now))
+    assert bool(within[~is_inside].all())
+    assert bool((weight.codes.gather(1, weight.outlier_columns.long()) == 0).all())
+
+
+def test_a_weight_is_not_clamped_away_from_zero():
+    weight = QFTWeight.from_float(heavy_tailed(), SPECS[1])
+    with pytest.raises(NotImplementedError, match=r"call dequantize_model_\(model"):
+        weight.clamp_(0.01, 0.02)
+
+
 def test_weights_are_equal_whose_values_are():
     """As transformers asks it of weights that a checkpoint should have tied."""
     weight = QFTWeight.from_float(heavy_tailed(), SPECS[1])
