@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..optim.release import ACCUMULATION_IS_FORBIDDEN
 from ..side import side_network_of
 from .checkpoint import parameters_without_state, write_mark
+from .compiled_layers import compile_layers_, take_from_accelerate
 from .liger import refuse_experts
 from .optimizers import (
     is_ours,
@@ -42,9 +43,13 @@ class QFTCallback(TrainerCallback):
 
     Attributes:
         writes_in_place: Whether a checkpoint is there before it is whole; not with `QFTTrainer`.
+        compiler: What layers are compiled by; empty: they are not.
     """
 
     writes_in_place = True
+
+    def __init__(self) -> None:
+        self.compiler: dict[str, Any] = {}
 
     def on_init_end(
         self,
@@ -65,6 +70,7 @@ class QFTCallback(TrainerCallback):
         if named_optimizer(args) is not None and model is not None:
             refuse_optimizer(optimizer, args)
             prepare_model_(model, args)
+            self.compiler = take_from_accelerate(args)
         if args.use_liger_kernel and model is not None:
             refuse_experts(args, model)
 
@@ -103,6 +109,8 @@ class QFTCallback(TrainerCallback):
                 "saves leaves a broken one, and resume_from_checkpoint=True takes that, unchecked. "
                 "QFTTrainer writes them whole, and resumes from the newest whole one"
             )
+        if self.compiler and model is not None:
+            compile_layers_(model, self.compiler)
         if inner.gradient != "release":
             return
         refuse_retries(args)

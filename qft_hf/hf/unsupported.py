@@ -1,6 +1,5 @@
 """What cannot work with INT8 weights that are trained, refused before anything has happened."""
 
-import os
 from typing import Any
 
 import torch
@@ -9,14 +8,12 @@ from transformers import TrainingArguments
 
 from ..optim.processes import SEVERAL_GPUS
 from ..side import side_network_of
+from .compiled_layers import refuse_uncompilable
 from .liger import refuse_kernels
 from .optimizers import check_arguments, given_options, optimizer_name
 from .ours import trained_part
 from .uncapturable import refuse_uncapturable
 from .wording import and_more
-
-# By this the launcher tells Accelerate to compile every model.
-_COMPILER = "ACCELERATE_DYNAMO_BACKEND"
 
 
 def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
@@ -118,29 +115,9 @@ def _refuse_features(args: TrainingArguments, model: nn.Module) -> None:
             "sync_ref_model=True mixes the policy's values into those of the reference model, and "
             "INT8 weights cannot be mixed in place. Leave sync_ref_model off."
         )
-    _refuse_compiler(args)
+    refuse_uncompilable(args, model)
     if args.use_liger_kernel:
         refuse_kernels(args, model)
-
-
-def _refuse_compiler(args: TrainingArguments) -> None:
-    if args.torch_compile:
-        # The arguments have set it, for all that come after them.
-        os.environ.pop(_COMPILER, None)
-        asked, advice = "torch_compile=True", "Leave it off"
-    elif (backend := os.environ.get(_COMPILER, "no")).lower() != "no":
-        asked = f"{_COMPILER}={backend}"
-        advice = (
-            "Unset it, and do without --dynamo_backend of accelerate launch, or torch_compile=True "
-            "of earlier arguments in this process, which set it"
-        )
-    else:
-        return
-    raise ValueError(
-        f"{asked}: PyTorch's compiler stops at every product with an INT8 weight, and would "
-        f"compile, and check at each step, the few operations between. {advice}; on a GPU, "
-        "cuda_graph=True of QFTTrainingArguments spares the host the whole pass."
-    )
 
 
 def _refuse_model(args: TrainingArguments, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ Tensors that belong together are passed as `values.py` has them.
 from .adamw import adamw_step_
 from .dequantized_product import dequantized_matmul
 from .embedding import embedding_gradient_
+from .expanded_products import expand, expanded_input_gradient, expanded_linear
 from .floats import lion_step_floats_, step_floats_
 from .gradients import accumulate_, squared_norm
 from .int8_product import int8_matmul, requantized_matmul
@@ -34,6 +35,9 @@ __all__ = [
     "dequantize",
     "dequantized_matmul",
     "embedding_gradient_",
+    "expand",
+    "expanded_input_gradient",
+    "expanded_linear",
     "int8_linear",
     "int8_matmul",
     "lion_step_",

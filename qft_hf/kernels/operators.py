@@ -180,14 +180,17 @@ class Operator:
         hints = get_type_hints(self.reference)
         results = hints.pop("return")
         parameters = signature(self.reference).parameters
+        n_positional = sum(p.kind is not Parameter.KEYWORD_ONLY for p in parameters.values())
+        makers = [(name, *_maker(hints[name])) for name in parameters]
         schema = f"({', '.join(flat)}) -> {_result_schema(results)}"
         full_name = f"qft_hf::{self.name}"
 
         def whole(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            rest = iter(values)
-            made = {name: _made(hints[name], rest) for name in parameters}
-            first = [p.name for p in parameters.values() if p.kind is not Parameter.KEYWORD_ONLY]
-            return tuple(made.pop(name) for name in first), made
+            made, start = {}, 0
+            for name, make, n_fields in makers:
+                made[name] = make(*values[start : start + n_fields])
+                start += n_fields
+            return tuple(made.pop(name) for name in list(made)[:n_positional]), made
 
         def run(*values: Any) -> Any:
             arguments, options = whole(values)
@@ -214,6 +217,20 @@ class Operator:
         return flat
 
 
+class Composition(Operator):
+    """An operator to the compiler alone, which then sees one call and not what is in it.
+
+    To everybody else it is a function: whoever listens to PyTorch's operators hears those of the
+    reference.
+    """
+
+    def __call__(self, first: Any, *arguments: Any, **options: Any) -> Any:
+        """Run the reference, or leave a call of the operator in what is traced."""
+        if type(first) in PLAIN:
+            return self.reference(first, *arguments, **options)
+        return super().__call__(first, *arguments, **options)
+
+
 def operator(
     *, fake: Function | None = None, writes: tuple[str, ...] = (), composed: bool = False
 ) -> Callable[[Function], Operator]:
@@ -226,6 +243,11 @@ def operator(
         return Operator(reference, fake=fake, writes=writes, composed=composed)
 
     return make
+
+
+def composition(*, fake: Function) -> Callable[[Function], Composition]:
+    """Decorator: the function is a `Composition`; arguments as `operator` has them."""
+    return lambda reference: Composition(reference, fake=fake, writes=(), composed=True)
 
 
 def _first_tensor(value: Any) -> Tensor | None:
@@ -250,11 +272,15 @@ def _field_types(kind: Any) -> dict[str, Any]:
     return {name: hints[name] for name in kind._fields}
 
 
-def _made(kind: Any, parts: Any) -> Any:
-    """Take the parts of an argument of this type and put them together."""
+def _maker(kind: Any) -> tuple[Function, int]:
+    """What makes an argument of this type of its parts, and how many these are."""
     if not _is_value(kind):
-        return next(parts)
-    return kind(*(next(parts) for _ in _field_types(kind)))
+        return _itself, 1
+    return getattr(kind, "around", kind), len(_field_types(kind))
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _flat_arguments(function: Function, writes: tuple[str, ...]) -> list[str]:

@@ -5,12 +5,14 @@ Operators take them apart where a kernel is launched, and nowhere else.
 """
 
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, GroupLayout
+from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, TILE_ELEMENTS, GroupLayout
 from .checks import check_group_size, check_matrix, check_same, check_scales
 
 # Of each parameter, where a step finds its numbers in memory: lr, weight decay, number of the step,
@@ -71,7 +73,11 @@ class Quantized:
         return Quantized(self.codes[rows], self.scales[rows], self.group_size, self.bits)
 
 
-@dataclass(slots=True, eq=False)
+# The first of those that are alive and have the same codes, by the identity of the codes.
+_weights: WeakValueDictionary[int, "Weight"] = WeakValueDictionary()
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Weight:
     """A weight in the hybrid format: dense codes, and a few values of each row in FP32.
 
@@ -120,6 +126,19 @@ class Weight:
         if values.numel():
             check_matrix("outlier values", values, (torch.float32,))
             check_matrix("outlier columns", columns, (torch.int16, torch.int32))
+        _weights.setdefault(id(codes), self)
+
+    @classmethod
+    def around(cls, *fields: Any) -> "Weight":
+        """The weight of these fields that is alive, with its plans; without one, a new weight.
+
+        Compiled code hands over fields, and not what holds them.
+        """
+        codes = fields[0]
+        weight = _weights.get(id(codes))
+        if weight is not None and all(map(is_, fields, (*weight.tensors, weight.group_size))):
+            return weight
+        return cls(*fields)
 
     @classmethod
     def dense(cls, matrix: Quantized) -> "Weight":
@@ -136,6 +155,11 @@ class Weight:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Codes, scales, outlier values and outlier columns."""
         return self.codes, self.scales, self.outlier_values, self.outlier_columns
+
+    @property
+    def is_one_tile(self) -> bool:
+        """Whether `layout.row_tiles` has one range only: all rows are expanded at once."""
+        return self.codes.numel() <= TILE_ELEMENTS
 
     @property
     def shared_columns(self) -> Tensor:

@@ -8,7 +8,6 @@ weights of a single tile.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import kernels
@@ -32,18 +31,7 @@ def max_tokens(dtype: torch.dtype, device: torch.device) -> int:
 
 def forward(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
     """y[..., R] = x[..., C] W[R, C]^T + b[R], of the dtype of `x`."""
-    if weight.is_one_tile:
-        bias = None if bias is None else bias.to(x.dtype)
-        return F.linear(x, weight.matrix(x.dtype), bias)
-    tiles = [
-        F.linear(
-            x,
-            weight.dequantize_rows(rows, x.dtype),
-            None if bias is None else bias[rows].to(x.dtype),
-        )
-        for rows in weight.row_tiles()
-    ]
-    return torch.cat(tiles, dim=-1)
+    return kernels.expanded_linear(x, weight.stored, bias=bias, own_dtype=weight.dtype)
 
 
 def forward_few(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
@@ -56,15 +44,7 @@ def forward_few(x: Tensor, weight: QFTWeight, bias: Tensor | None) -> Tensor:
 
 def input_gradient(grad: Tensor, weight: QFTWeight) -> Tensor:
     """grad_x[N, C] = grad[N, R] W[R, C]; FP32 if it was added up from several tiles."""
-    if weight.is_one_tile:
-        return grad @ weight.matrix(grad.dtype)
-    total = None
-    for rows in weight.row_tiles():  # they add up in FP32: rounding partial sums would lose bits
-        product = (grad[:, rows] @ weight.dequantize_rows(rows, grad.dtype)).float()
-        total = product if total is None else total.add_(product)
-    if total is None:
-        raise ValueError(f"{weight!r} has no rows, and no gradient passes through it.")
-    return total
+    return kernels.expanded_input_gradient(grad, weight.stored, own_dtype=weight.dtype)
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tiles:

@@ -79,6 +79,7 @@ class QFTExperts(GroupedModule):
     post_expert_norm: Any
     _apply_gate: Any
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Add up what the experts of each token return, weighted.
 
@@ -162,6 +163,7 @@ class QFTBatchedExperts(GroupedModule):
         """Whether the matrices are `[C, R]`: the first makes a gate and a value of each input."""
         return bool(module.gate_up_proj.shape[2] == 2 * module.down_proj.shape[1])
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[E * T, H]`, the rows of the first expert first, to as much."""
         n_experts = self.down_proj.shape[0]
@@ -187,6 +189,7 @@ class QFTParallelExperts(GroupedModule):
             and list(signature(module.forward).parameters) == ["inputs", "expert_size"]
         )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
         """Tokens `[S, C]` in the order of their experts, so many of each, to `[S, R]`."""
         groups = Groups(list(accumulate(map(int, expert_size))), inputs.device)

@@ -1,6 +1,7 @@
 """Products with a quantized weight, and their gradients, as autograd functions."""
 
 from collections.abc import Callable
+from dataclasses import astuple
 from functools import wraps
 from typing import Any
 
@@ -12,6 +13,8 @@ from .. import kernels
 from ..quant import Int8Gradient, QFTWeight, Tiles
 from . import dequantized, int8
 from .products import FLOAT, Int8Products
+
+is_compiling = torch.compiler.is_compiling
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,17 +219,42 @@ def linear(
     Raises:
         TypeError: The dtype of `x` is not the weight's, and autocast is off.
     """
-    dtype = product_dtype(x, weight)
-    if not training and not torch.is_grad_enabled():
-        if 0 < x.numel() <= dequantized.max_tokens(dtype, x.device) * x.shape[-1]:
-            return _own(dequantized.forward_few(x.to(dtype), weight, bias))
-    if products is None or x.numel() < int8.MIN_TOKENS * x.shape[-1]:
+    dtype, records = product_dtype(x, weight), training or torch.is_grad_enabled()
+    if is_compiling():
+        return _linear_in_graph(x, weight, bias, dtype, records, *astuple(products or FLOAT))
+    return _linear(x, weight, bias, dtype, records, products or FLOAT)
+
+
+def _linear(
+    x: Tensor,
+    weight: QFTWeight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    records: bool,  # noqa: FBT001 of two callers
+    products: Int8Products,
+) -> Tensor:
+    if not records and 0 < x.numel() <= dequantized.max_tokens(dtype, x.device) * x.shape[-1]:
+        return _own(dequantized.forward_few(x.to(dtype), weight, bias))
+    if x.numel() < int8.MIN_TOKENS * x.shape[-1]:
         products = FLOAT
     operand = None
     if products.forward or (products.weight_gradient and torch.is_grad_enabled()):
         operand = int8.quantized_input(x, n_outliers=weight.outlier_values.shape[1])
     output: Tensor = _Linear.apply(x, weight, bias, products, operand, dtype)
     return output
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _linear_in_graph(
+    x: Tensor,
+    weight: QFTWeight,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    records: bool,  # noqa: FBT001
+    *products: Any,
+) -> Tensor:
+    """`_linear` as one call in what Dynamo traces, whose arguments are tensors and numbers."""
+    return _linear(x, weight, bias, dtype, records, Int8Products(*products))
 
 
 def product_dtype(x: Tensor, weight: QFTWeight) -> torch.dtype:
@@ -261,5 +289,10 @@ def embedding(ids: Tensor, weight: QFTWeight, padding_idx: int | None = None) ->
         IndexError: An id is not in [0, rows), on the CPU. On a GPU, where finding out would mean to
             wait, its values are NaN.
     """
+    return _embedding(ids, weight, padding_idx)
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _embedding(ids: Tensor, weight: QFTWeight, padding_idx: int | None) -> Tensor:
     output: Tensor = _Embedding.apply(ids, weight, padding_idx)
     return output

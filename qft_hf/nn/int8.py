@@ -90,7 +90,9 @@ def quantized_input(x: Tensor, *, n_outliers: int) -> Input:
     Layers that read the same tensor, such as query, key and value, share one result: the last is
     kept until its input dies, changes, or another input comes.
     """
-    if x.is_inference():  # has no version that would tell of a change
+    # Inference tensors have no version that would tell of a change, nor have those of a compiler,
+    # which finds by itself what is computed twice.
+    if x.is_inference() or type(x) is not Tensor:
         return quantize(x, n_outliers=n_outliers)
     slot = _slots.slot
     entry = slot.entry

@@ -417,6 +417,7 @@ class QFTOptimizer(Optimizer):
             group["seed"], self._next_step(state), stream, stochastic=group["stochastic_rounding"]
         )
         stored: kernels.Weight = parameter.stored  # type: ignore[attr-defined]  # a QFTWeight
+        codes = stored.codes
         own: slice | None = gradient.own_rows  # type: ignore[attr-defined]
         if own is not None:  # of several processes
             if not gradient.has_rows:  # type: ignore[attr-defined]  # of `own_rows.py`
@@ -427,8 +428,9 @@ class QFTOptimizer(Optimizer):
                 plan = stored.plans[OWN_ROWS] = stored.rows(own)
             stored = plan
             self._whole = None
-        # Autograd then refuses to read for backward what has moved on since it was used.
-        torch.autograd.graph.increment_version(parameter)
+        # Autograd then refuses to read for backward what has moved on since it was used. Compiled
+        # layers keep the codes for it, not the weight.
+        torch.autograd.graph.increment_version((parameter, codes))
         if isinstance(gradient, TiledGradient):
             return self.step_tiles(stored, gradient, state, group, rounding, factor)
         if isinstance(gradient, Int8Gradient):

@@ -67,6 +67,11 @@ class Readable(Tensor):
         """The values as a plain tensor of this tensor's dtype, without a gradient."""
         raise NotImplementedError
 
+    @property
+    def is_traced(self) -> bool:
+        """Whether it is of a compiler, which knows no views that make their values when read."""
+        return False
+
     def dequantize(self) -> Tensor:
         """The values as a plain tensor of this tensor's dtype; a gradient passes through it."""
         return torch.alias_copy(self)
@@ -204,6 +209,8 @@ def view(
         make: Makes the values of the view from less than all values of the tensor.
     """
     stored, *rest = args
+    if stored.is_traced:
+        return operator(stored.values(), *rest, **kwargs)
     like = torch.empty_strided(stored.shape, stored.stride(), dtype=stored.dtype, device="meta")
     likes = operator(like, *rest, **kwargs)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from .. import kernels
+from ..kernels.operators import PLAIN
 from .arrangement import Arrangement
 from .reading import Readable, aten, read, view
 
@@ -49,6 +50,11 @@ class Int8Tensor(Readable):
     def scales(self) -> Tensor:
         """fp32 `[rows, n_groups]`."""
         return self.stored.scales
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether its fields are tensors of a compiler."""
+        return any(type(field) not in PLAIN for field in self.fields().values())
 
     def fields(self) -> dict[str, Tensor]:
         """The stored tensors by name; they share memory with this one."""

@@ -235,7 +235,7 @@ class QFTWeight(Int8Tensor):
     @property
     def is_one_tile(self) -> bool:
         """Whether `row_tiles` has one range only: all rows."""
-        return self.stored.codes.numel() <= layout.TILE_ELEMENTS
+        return self.stored.is_one_tile
 
     def dequantize_rows(self, rows: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Values of some rows of the matrix, without a gradient: `[n, columns]`.
@@ -309,10 +309,7 @@ class QFTWeight(Int8Tensor):
         n_each: int = 1,
     ) -> Tensor:
         own = self.dtype
-        if own == torch.float32:  # it is rounded to `dtype` at once
-            own = dtype or own
-        values = kernels.dequantize(stored, rows=rows, n_each=n_each, dtype=own)
-        return values if dtype is None or dtype == own else values.to(dtype)
+        return kernels.expand(stored, own, dtype or own, rows=rows, n_each=n_each)
 
     @property
     def wants_tiles(self) -> bool:

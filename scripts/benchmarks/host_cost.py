@@ -42,6 +42,7 @@ from common.absent_gpu import CAPABILITY, MULTIPROCESSORS, AbsentGPU
 from common.command_line import command_line
 
 import qft_hf
+from qft_hf.hf.compiled_layers import repeated_layers
 from qft_hf.hf.graphed_step import N_EAGER, GraphedStep
 
 MS_PER_ADD, MS_PER_DEVICE_OPERATION = 0.00215, 0.0184  # fitted, see above
@@ -127,6 +128,10 @@ def training_step(mode: str, options: Namespace) -> Step:
         model = qft_hf.quantize_model_(model, qft_hf.QFTConfig(**settings))
         gradient = mode.removeprefix("int8-")
         optimizer = qft_hf.QFTLion(model.parameters(), lr=1e-5, gradient=gradient)
+    if options.compile:
+        model.config.use_cache = False  # as in a Trainer: code of a cache is another for each layer
+        for layer in repeated_layers(model):
+            layer.compile()
     ids = torch.randint(config.vocab_size, (1, options.sequence_length))
     losses: list[torch.Tensor] = []
 
@@ -237,6 +242,7 @@ def main() -> None:
     parser.add_argument("--profile", choices=MODES, help="this mode only, and where its time goes")
     parser.add_argument("--experts", type=int, default=0, help="of each layer (default none)")
     parser.add_argument("--graph", action="store_true", help="passes and steps by CUDA graphs")
+    parser.add_argument("--compile", action="store_true", help="layers by torch.compile")
     parser.add_argument("--rounds", type=int, default=40, help="tries of each mode (default 40)")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -461,7 +461,7 @@ def test_the_card_says_what_was_done_and_how_to_load_it(tmp_path):
     ("overrides", "message"),
     [
         ({"fp16": True, "use_cpu": True}, "Use bf16=True"),
-        ({"torch_compile": True}, "compiler stops at every product .* Leave it off"),
+        ({"torch_compile": True, "use_cache": True}, "Set use_cache=False.*leave the compiler off"),
     ],
 )
 def test_unsupported_arguments_say_what_to_do(overrides, message, cls, tmp_path):
@@ -470,22 +470,6 @@ def test_unsupported_arguments_say_what_to_do(overrides, message, cls, tmp_path)
         setattr(args, name, value)
     with pytest.raises(ValueError, match=message):
         cls(model=tiny_llama(), args=args)
-
-
-def test_the_compiler_of_the_launcher_is_refused_too(tmp_path, monkeypatch):
-    """By `accelerate launch --dynamo_backend inductor` Accelerate compiled the INT8 model."""
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "inductor")
-    with pytest.raises(ValueError, match=r"DYNAMO_BACKEND=inductor.*Unset it"):
-        QFTTrainer(model=tiny_llama(), args=arguments(tmp_path))
-
-
-def test_a_compiler_that_is_refused_is_forgotten(tmp_path, monkeypatch):
-    """Arguments ask Accelerate for it by the environment: later ones without it had it, too."""
-    for name in ("BACKEND", "MODE"):
-        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")  # it is put back
-    with pytest.raises(ValueError, match="Leave it off"):
-        QFTTrainer(model=tiny_llama(), args=arguments(tmp_path, torch_compile=True))
-    QFTTrainer(model=tiny_llama(), args=arguments(tmp_path))
 
 
 def test_float16_of_the_launcher_is_refused_too(tmp_path, monkeypatch):

@@ -56,6 +56,12 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "embedding_gradient_": (
             (coded(x, 256), torch.tensor([3, 0, 3]), torch.ones(3, 300)), {"padding_idx": 0}
         ),
+        "expanded_input_gradient": (
+            (random((3, 5), None), state.weight), {"own_dtype": torch.bfloat16}
+        ),
+        "expanded_linear": (
+            (random((2, 3, 300), None), state.weight), {"bias": bias, "own_dtype": torch.bfloat16}
+        ),
         "int8_linear": (
             (kernels.Input(*kernels.quantize_input(x, n_outliers=3)), x, shared),
             {"bias": bias, "dtype": torch.bfloat16},

@@ -130,3 +130,18 @@ def test_a_dense_weight_has_the_tensors_of_its_matrix_and_no_outliers():
     assert weight.group_size == matrix.group_size == 256
     assert weight.outlier_values.shape == weight.outlier_columns.shape == (6, 0)
     assert weight.device == matrix.device == torch.device("cpu")
+
+
+def test_around_fields_there_is_the_weight_that_is_alive():
+    """With what is prepared for it; other fields make another, and a dead one is not missed."""
+    weight = make().weight
+    fields = (*weight.tensors, weight.group_size)
+
+    assert Weight.around(*fields) is weight
+    other = Weight.around(weight.codes, weight.scales.clone(), *fields[2:])
+    assert other is not weight
+    assert other.scales is not weight.scales
+    assert Weight(*fields) is not weight
+    assert Weight.around(*fields) is weight  # the first of them
+    del weight
+    assert Weight.around(*fields).codes is fields[0]

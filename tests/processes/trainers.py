@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "exact": {"optim_args": "gradient=release,clipping=exact", "max_grad_norm": 0.5},
     "bf16": {"optim": "qft_adamw", "bf16": True, "gradient_checkpointing": True},
     "experts": {"family": "qwen3_moe", "optim_args": "gradient=release", "max_grad_norm": 0.0},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_grad_norm": 0.5},
     "ragged": {"n_examples": 31},  # an epoch ends with a batch that one process cannot fill
 }
 

@@ -19,6 +19,7 @@ OF_EXPERTS = ("stack", "release")
 RUNS = {
     "1 layer": ("--layers", "1", "--modes", *MODES),
     "2 layers": ("--layers", "2", "--modes", *MODES),
+    "2 compiled": ("--layers", "2", "--modes", "stack", "--compile"),
     "1 of experts": ("--layers", "1", "--experts", "16", "--modes", *OF_EXPERTS),
     "2 of experts": ("--layers", "2", "--experts", "16", "--modes", *OF_EXPERTS),
 }
@@ -93,6 +94,13 @@ def test_a_layer_starts_what_it_has_to_and_nothing_else(folder):
     assert of_a_layer("int8-release", "device_operations") <= 176
     # Views and allocations start nothing, and each takes the host as long as half a launch.
     assert of_a_layer("int8-release", "torch_operations") <= 606
+
+
+def test_compiled_layers_start_as_many_kernels_of_ours_and_fewer_others(folder):
+    eager, compiled = (figures(folder, run)["stack"] for run in ("2 layers", "2 compiled"))
+
+    assert compiled["launches"] == eager["launches"]
+    assert compiled["device_operations"] < eager["device_operations"] - compiled["launches"]
 
 
 def test_experts_start_what_two_linear_layers_do_however_many_they_are(folder):

@@ -1,0 +1,102 @@
+"""Products of float matrices with a weight that is expanded to float, a tile of rows at a time.
+
+Each is one call to a compiler. Were the expansion visible to it, it would find the same one in the
+forward and in the backward pass, and keep the float weight from one to the other.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layout import row_tiles
+from .operators import composition
+from .quantization import dequantize
+from .values import Weight
+
+
+def expand(
+    weight: Weight,
+    own_dtype: torch.dtype,
+    dtype: torch.dtype,
+    *,
+    rows: Tensor | None = None,
+    n_each: int = 1,
+) -> Tensor:
+    """The values of a weight, rounded to its own dtype and then to another.
+
+    Args:
+        weight: `[rows, columns]`.
+        own_dtype: The float type that it stands for. From FP32 values are rounded once.
+        dtype: Of the result.
+        rows: As `dequantize` has it, and `n_each` too.
+        n_each: Rows that each of these stands for.
+    """
+    if own_dtype == torch.float32:
+        own_dtype = dtype
+    values = dequantize(weight, rows=rows, n_each=n_each, dtype=own_dtype)
+    return values if dtype == own_dtype else values.to(dtype)
+
+
+def _fake_linear(
+    x: Tensor, weight: Weight, *, bias: Tensor | None, own_dtype: torch.dtype
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.codes.shape[0]))
+
+
+@composition(fake=_fake_linear)
+def expanded_linear(
+    x: Tensor, weight: Weight, *, bias: Tensor | None = None, own_dtype: torch.dtype
+) -> Tensor:
+    """`x W^T + b`.
+
+    Args:
+        x: Float `[..., C]`.
+        weight: `[R, C]`.
+        bias: Float `[R]` or None.
+        own_dtype: The dtype that the weight stands for; products are those of the dtype of `x`.
+
+    Returns:
+        `[..., R]` of the dtype of `x`.
+    """
+    if weight.is_one_tile:
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.linear(x, expand(weight, own_dtype, x.dtype), bias)
+    tiles = [
+        F.linear(
+            x,
+            expand(weight.rows(rows), own_dtype, x.dtype),
+            None if bias is None else bias[rows].to(x.dtype),
+        )
+        for rows in row_tiles(*weight.codes.shape)
+    ]
+    return torch.cat(tiles, dim=-1)
+
+
+def _fake_input_gradient(grad: Tensor, weight: Weight, *, own_dtype: torch.dtype) -> Tensor:
+    dtype = grad.dtype if weight.is_one_tile else torch.float32
+    return grad.new_empty((grad.shape[0], weight.codes.shape[1]), dtype=dtype)
+
+
+@composition(fake=_fake_input_gradient)
+def expanded_input_gradient(grad: Tensor, weight: Weight, *, own_dtype: torch.dtype) -> Tensor:
+    """`grad W`, the gradient of the input of `expanded_linear`.
+
+    Args:
+        grad: Float `[N, R]`.
+        weight: `[R, C]`.
+        own_dtype: The dtype that the weight stands for; products are those of the dtype of `grad`.
+
+    Returns:
+        `[N, C]` of the dtype of `grad`; FP32 if it was added up from several tiles.
+    """
+    if weight.is_one_tile:
+        return grad @ expand(weight, own_dtype, grad.dtype)
+    total = None
+    for rows in row_tiles(*weight.codes.shape):
+        # They add up in FP32: rounding partial sums would lose bits.
+        tile = expand(weight.rows(rows), own_dtype, grad.dtype)
+        product = (grad[:, rows] @ tile).float()
+        total = product if total is None else total.add_(product)
+    if total is None:
+        raise ValueError("A weight without rows has no gradient that would pass through it.")
+    return total
