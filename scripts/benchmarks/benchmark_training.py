@@ -3,6 +3,7 @@
     python scripts/benchmarks/benchmark_training.py               # small, on a CPU
     python scripts/benchmarks/benchmark_training.py --device cuda --config llama-1b \\
         --batch_size 1 --sequence_length 512 2048 8192
+    python scripts/benchmarks/benchmark_training.py --compile --only bf16 QFT
 
 Every way has the same model and the same batch, and all take turns: one step of each, round after
 round, so that what else the machine does falls on all alike. Reported are forward, backward and
@@ -36,6 +37,7 @@ from common.peers import MakeOptimizer, flash_peers
 from common.shapes import model_config
 
 from qft_hf import QFTConfig, QFTLion, quantize_model_
+from qft_hf.hf.compiled_layers import repeated_layers
 from qft_hf.nn import int8
 
 PHASES = ("forward", "backward", "step")
@@ -163,6 +165,9 @@ def measure(config: LlamaConfig, options: argparse.Namespace) -> Figures:
         if options.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         way = make(model)
+        if options.compile:
+            for layer in repeated_layers(way.model):
+                layer.compile()
         try:
             step(way, next(iter(batches.values())), clock)  # makes the states, compiles
         except (RuntimeError, NotImplementedError, TypeError) as error:
@@ -247,6 +252,9 @@ def main() -> None:
         help="CPU seconds of one thread instead of wall time, for a CPU that others use too",
     )
     parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument(
+        "--compile", action="store_true", help="layers of all ways by torch.compile, one by one"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -254,6 +262,7 @@ def main() -> None:
     has_bf16 = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
     options.dtype = options.dtype or ("bfloat16" if has_bf16 else "float32")
     config = model_config(options.config, options.layers)
+    config.use_cache = False  # as in a Trainer
     if device.type == "cpu" and not options.layers:
         config.num_hidden_layers = min(4, config.num_hidden_layers)
     if options.cpu_time and (device.type != "cpu" or options.threads != 1):

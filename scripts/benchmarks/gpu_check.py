@@ -88,7 +88,7 @@ def parts(folder: Path, *, real: bool) -> list[Part]:
     interpreted = {} if real else {"TRITON_INTERPRET": "1"}
 
     def benchmark(name: str, limit: float, script: str, *flags: str) -> Part:
-        output = folder / script
+        output = folder / name.replace(" ", "_").replace(",", "")
         command = [sys.executable, str(HERE / f"{script}.py"), *device, *flags]
         return Part(name, [*command, "--output", str(output)], limit, folder=output)
 
@@ -112,21 +112,25 @@ def parts(folder: Path, *, real: bool) -> list[Part]:
     training = ["--batch_size", "1", "--only", "bf16", "QFT", "FlashOptim"]
     memory = ["--compare", "--matmul", "dequantize", "int8"]
     lengths = ["--sequence_length", "512", "2048", "8192"]
+    compiled = ["--compile", "--batch_size", "1", "--only", "bf16", "QFT"]
     graphs = ["--sequence_length", "512"]
     if real:
         training += ["--config", "llama-1b", *lengths]
         memory += lengths
+        compiled += ["--config", "llama-1b", "--sequence_length", "2048"]
         graphs += ["--config", "llama-1b", "--layers", "4"]
     else:
         lengths = ["--sequence_length", "32"]
         graphs = ["--config", "tiny", "--steps", "7", *lengths]
         training += ["--config", "tiny", "--steps", "1", *lengths]
+        compiled += ["--config", "tiny", "--steps", "1", *lengths]
         memory += ["--config", "tiny", *lengths]
     return [
         memory_errors,
         bits,
         benchmark("steps as CUDA graphs", 80, "graph_check", *graphs),
         benchmark("kernel speed", 90, "benchmark_kernels", *kernels),
+        benchmark("training speed, compiled", 100, "benchmark_training", *compiled),
         benchmark("training speed", 130, "benchmark_training", *training),
         benchmark("memory", 230, "profile_memory", *memory),
     ]
