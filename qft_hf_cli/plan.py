@@ -64,9 +64,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments.add_argument(
         "--gpus", type=int, metavar="N", help="how many train together (default 1)"
     )
-    arguments.add_argument("--batch_size", type=int, help="of a micro-batch (default 1)")
     arguments.add_argument(
-        "--sequence_length", type=int, help=f"tokens (default {LENGTH}, or what the model takes)"
+        "--batch_size", type=int, metavar="N", help="of a micro-batch (default 1)"
+    )
+    arguments.add_argument(
+        "--sequence_length",
+        type=int,
+        metavar="N",
+        help=f"tokens (default {LENGTH}, or what the model takes)",
     )
     arguments.add_argument(
         "--method", choices=("full", "qst"), help="full (default), or qst: a side network"

@@ -12,7 +12,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, TILE_ELEMENTS, GroupLayout
+from .. import layout
+from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, GroupLayout
 from .checks import check_group_size, check_matrix, check_same, check_scales
 
 # Of each parameter, where a step finds its numbers in memory: lr, weight decay, number of the step,
@@ -126,7 +127,8 @@ class Weight:
         if values.numel():
             check_matrix("outlier values", values, (torch.float32,))
             check_matrix("outlier columns", columns, (torch.int16, torch.int32))
-        _weights.setdefault(id(codes), self)
+        if not torch.compiler.is_compiling():  # else it is made anew, and known to nobody
+            _weights.setdefault(id(codes), self)
 
     @classmethod
     def around(cls, *fields: Any) -> "Weight":
@@ -159,7 +161,7 @@ class Weight:
     @property
     def is_one_tile(self) -> bool:
         """Whether `layout.row_tiles` has one range only: all rows are expanded at once."""
-        return self.codes.numel() <= TILE_ELEMENTS
+        return self.codes.numel() <= layout.TILE_ELEMENTS
 
     @property
     def shared_columns(self) -> Tensor:

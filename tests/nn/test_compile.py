@@ -6,7 +6,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qft_hf import QFTConfig, QFTLion, layout, quantize_model_
-from qft_hf.kernels import values
 from tests.nn.small import randn
 from tests.tolerances import assert_same_bits
 
@@ -120,8 +119,7 @@ def test_without_a_gradient_few_tokens_are_multiplied_as_ever(tokens):
 
 def test_a_weight_of_several_tiles_is_expanded_tile_by_tile(monkeypatch):
     """A tile of the eager pass and one of the compiled pass have the same bits, and are as many."""
-    for module in (layout, values):
-        monkeypatch.setattr(module, "TILE_ELEMENTS", 10 * C)
+    monkeypatch.setattr(layout, "TILE_ELEMENTS", 10 * C)
     x = randn(N, C, seed=3)
     eager, other = (quantized("linear") for _ in range(2))
     assert not eager[0].weight.is_one_tile

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qft_hf.config import QuantizationSpec
+from qft_hf.kernels import expanded_products
 from qft_hf.nn import Int8Products, QFTLinear, dequantized, embedding, linear
 from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.nn.small import Largest, randn
@@ -203,7 +204,7 @@ def never_expanded(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a weight was expanded")
 
-    monkeypatch.setattr(QFTWeight, "_expand", refuse)
+    monkeypatch.setattr(expanded_products, "expand", refuse)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
@@ -251,12 +252,10 @@ def test_under_autocast_few_tokens_are_of_its_dtype(never_expanded):
 )
 def test_fewer_tokens_are_few_where_bf16_is_native(dtype, native_bf16, most, monkeypatch):
     expanded: list[int] = []
-    expand = QFTWeight._expand
+    expand = expanded_products.expand
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native_bf16)
     monkeypatch.setattr(
-        QFTWeight,
-        "_expand",
-        lambda *args, **dtype: expanded.append(tokens) or expand(*args, **dtype),
+        expanded_products, "expand", lambda *dtypes: expanded.append(tokens) or expand(*dtypes)
     )
 
     with torch.no_grad():
