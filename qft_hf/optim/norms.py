@@ -31,38 +31,6 @@ def squared_norms(gradients: list[Tensor]) -> list[Tensor]:
     return squares
 
 
-def clip_(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Clip gradients by their norm together, as `torch.nn.utils.clip_grad_norm_` does, in place.
-
-    On a GPU that starts eight operations for each INT8 gradient, and this five: the root of each
-    norm is not drawn, and all are scaled by one.
-
-    Args:
-        gradients: Float, or INT8, also of own rows.
-        max_norm: What larger norms are brought to.
-
-    Returns:
-        The norm before: fp32.
-    """
-    stored = [gradient for gradient in gradients if isinstance(gradient, Int8Gradient)]
-    floats = [gradient for gradient in gradients if not isinstance(gradient, Int8Gradient)]
-    norm = total_norm([g.squared_norm() for g in stored] + squared_norms(floats))
-    factor = clipping_factor(norm, max_norm)
-    scales = [gradient.scales for gradient in stored if gradient.own_rows is None]
-    for tensors in (floats, scales):  # of one dtype each, else PyTorch takes one after the other
-        for device, members in by_device(tensors).items():
-            torch._foreach_mul_(members, factor.to(device))
-    for gradient in stored:
-        if gradient.own_rows is not None:
-            gradient.mul_(factor)
-    return norm
-
-
-def clipping_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What clips by this norm, by the formula of `torch.nn.utils.clip_grad_norm_`."""
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
-
-
 def by_device(gradients: list[Tensor]) -> dict[torch.device, list[Tensor]]:
     """Gradients by where they are."""
     found: dict[torch.device, list[Tensor]] = {}

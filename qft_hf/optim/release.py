@@ -20,7 +20,6 @@ from .flow import Flow, Left, RunPart, Updates, run_directly
 from .norms import (
     are_finite,
     by_device,
-    clipping_factor,
     joined,
     squared_norm,
     squared_norms,
@@ -284,11 +283,11 @@ class Release(Flow):
             gradient.mul_(factor)
 
     def _factor(self, norm: Tensor | None, device: torch.device) -> Tensor | None:
-        """What clips a gradient by this norm."""
+        """What clips a gradient by this norm, by the formula of torch.nn.utils.clip_grad_norm_."""
         largest = self.optimizer.max_grad_norm
         if norm is None or largest is None:
             return None
-        return clipping_factor(norm, largest).to(device)
+        return (largest / (norm + 1e-6)).clamp(max=1.0).to(device)
 
     def _norm_of_all(self) -> Tensor | None:
         """The norm that all gradients of the step are clipped by, if it is known."""

@@ -34,7 +34,6 @@ from typing import Any
 
 import torch
 import triton
-from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
@@ -73,7 +72,7 @@ def redirect() -> None:
     All that this script knows about the inside of the package is in this function.
     """
     from qft_hf import kernels
-    from qft_hf.kernels import backend, gradients
+    from qft_hf.kernels import backend
     from qft_hf.kernels.triton import int8_product
     from qft_hf.optim import norms, release, stack
 
@@ -95,10 +94,6 @@ def redirect() -> None:
     properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
     torch.cuda.get_device_capability = lambda device: divmod(CAPABILITY, 10)
     torch.cuda.get_device_properties = lambda device: properties
-
-    # On a CPU a sum goes in parts, for its threads.
-    for sums in (gradients, norms):
-        sums.sum_in_order = torch.sum
 
     # Undefined gradients may be NaN, which would raise: they are looked at as ever, in vain.
     squared_norm, total, are_finite = norms.squared_norm, norms.total_square, norms.are_finite
@@ -143,11 +138,7 @@ def training_step(mode: str, options: Namespace) -> Step:
     def forward() -> None:
         losses.append(model(input_ids=ids, labels=ids).loss)
 
-    accelerator = Accelerator(cpu=True)
-
     def step() -> None:
-        if options.clip:
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -251,9 +242,6 @@ def main() -> None:
     parser.add_argument("--profile", choices=MODES, help="this mode only, and where its time goes")
     parser.add_argument("--experts", type=int, default=0, help="of each layer (default none)")
     parser.add_argument("--graph", action="store_true", help="passes and steps by CUDA graphs")
-    parser.add_argument(
-        "--clip", action="store_true", help="gradients that wait, as a Trainer does"
-    )
     parser.add_argument("--compile", action="store_true", help="layers by torch.compile")
     parser.add_argument("--rounds", type=int, default=40, help="tries of each mode (default 40)")
     options = parser.parse_args()
