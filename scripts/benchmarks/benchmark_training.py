@@ -37,7 +37,7 @@ from common.peers import MakeOptimizer, flash_peers
 from common.shapes import model_config
 
 from qft_hf import QFTConfig, QFTLion, quantize_model_
-from qft_hf.hf.compiled_layers import repeated_layers
+from qft_hf.hf.compiled_layers import compile_layers_
 from qft_hf.nn import int8
 
 PHASES = ("forward", "backward", "step")
@@ -166,8 +166,7 @@ def measure(config: LlamaConfig, options: argparse.Namespace) -> Figures:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         way = make(model)
         if options.compile:
-            for layer in repeated_layers(way.model):
-                layer.compile()
+            compile_layers_(way.model, {})
         try:
             step(way, next(iter(batches.values())), clock)  # makes the states, compiles
         except (RuntimeError, NotImplementedError, TypeError) as error:

@@ -42,7 +42,7 @@ from common.absent_gpu import CAPABILITY, MULTIPROCESSORS, AbsentGPU
 from common.command_line import command_line
 
 import qft_hf
-from qft_hf.hf.compiled_layers import repeated_layers
+from qft_hf.hf.compiled_layers import compile_layers_
 from qft_hf.hf.graphed_step import N_EAGER, GraphedStep
 
 MS_PER_ADD, MS_PER_DEVICE_OPERATION = 0.00215, 0.0184  # fitted, see above
@@ -130,8 +130,7 @@ def training_step(mode: str, options: Namespace) -> Step:
         optimizer = qft_hf.QFTLion(model.parameters(), lr=1e-5, gradient=gradient)
     if options.compile:
         model.config.use_cache = False  # as in a Trainer: code of a cache is another for each layer
-        for layer in repeated_layers(model):
-            layer.compile()
+        compile_layers_(model, {})
     ids = torch.randint(config.vocab_size, (1, options.sequence_length))
     losses: list[torch.Tensor] = []
 
