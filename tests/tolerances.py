@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FP32_EPS = 2.0**-24  # unit roundoff: the largest relative error of one FP32 operation
+FP64_EPS = 2.0**-53
 BF16_EPS = 2.0**-8
 FP16_EPS = 2.0**-11
 EPS = {torch.float32: FP32_EPS, torch.bfloat16: BF16_EPS, torch.float16: FP16_EPS}
@@ -89,6 +90,15 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
     if actual.is_floating_point():
         differ = (actual.signbit() != expected.signbit()) & ~actual.isnan()
         assert not differ.any(), f"{int(differ.sum())} zeros have another sign"
+
+
+def assert_same_norms(actual: Tensor, expected: Tensor, n_terms: int) -> None:
+    """Equal dtype and shape; each is a sum of so many terms in FP64, none below 0, in any order.
+
+    Each term has up to two roundings in either, each sum one for each further term.
+    """
+    rtol = 2 * (n_terms + 1) * FP64_EPS
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=0, equal_nan=True)
 
 
 Tensors = Mapping[str, Tensor] | Sequence[Tensor]

@@ -1,9 +1,9 @@
 """Operators on raw tensors: codes and scales in, codes and scales out. No classes, no modules.
 
 An operator is a documented function with its checks, whose body is its reference in plain PyTorch
-(`operators.py`); `cpu/` and `triton/` register what they do better, to the same bits but for
-`dequantized_matmul`, `int8_linear` and `outlier_products`, whose sums of floats have no order.
-Tensors that belong together are passed as `values.py` has them.
+(`operators.py`); `cpu/` and `triton/` register what they do better, to the same bits but for norms
+(the last bits of FP64), `dequantized_matmul`, `int8_linear` and `outlier_products`, whose sums of
+floats have no order. Tensors that belong together are passed as `values.py` has them.
 """
 
 from .adamw import adamw_step_
@@ -11,7 +11,7 @@ from .dequantized_product import dequantized_matmul
 from .embedding import embedding_gradient_
 from .expanded_products import expand, expanded_input_gradient, expanded_linear
 from .floats import lion_step_floats_, step_floats_
-from .gradients import accumulate_, squared_norm
+from .gradients import accumulate_, squared_norm, squared_norms
 from .int8_product import int8_matmul, requantized_matmul
 from .layer_input import quantize_input
 from .layer_output import int8_linear
@@ -49,6 +49,7 @@ __all__ = [
     "quantize_input",
     "requantized_matmul",
     "squared_norm",
+    "squared_norms",
     "step_floats_",
     "step_weight_",
 ]

@@ -42,15 +42,18 @@ def _(gradient: Quantized, other: Quantized) -> None:
         )
 
 
-@operator(fake=lambda gradient: gradient.codes.new_empty((), dtype=torch.float64))
-def squared_norm(gradient: Quantized) -> Tensor:
-    """Sum of squares of the dequantized gradient, without dequantizing it.
+@operator(
+    fake=lambda gradient: gradient.scales.new_empty(len(gradient.codes), dtype=torch.float64)
+)
+def squared_norms(gradient: Quantized) -> Tensor:
+    """Sum of squares of each row of the dequantized gradient, without dequantizing it.
 
     Args:
         gradient: `[rows, columns]`.
 
     Returns:
-        fp64 scalar; NaN or infinite if any scale is.
+        fp64 `[rows]`; NaN or infinite where a scale is. In which order the groups of a row are
+        added up is up to a backend.
 
     Raises:
         TypeError: Codes are not of 8 bits.
@@ -58,17 +61,17 @@ def squared_norm(gradient: Quantized) -> Tensor:
     # Sums of squared codes are integers, exact in FP64 for groups of any length.
     parts = group_parts(gradient.codes, gradient.group_size)
     squares = [part.float().square_().sum(dim=2, dtype=torch.float64) for part in parts]
-    return norm_of_sums(torch.cat(squares, dim=1), gradient.scales)
+    return (torch.cat(squares, dim=1) * gradient.scales.double().square()).sum(dim=1)
 
 
-@squared_norm.checks
+@squared_norms.checks
 def _(gradient: Quantized) -> None:
     check_bits("gradient", gradient.bits)
 
 
-def norm_of_sums(sums: Tensor, scales: Tensor) -> Tensor:
-    """The squared norm from fp64 sums of squared codes `[rows, n_groups]` and their scales."""
-    return sum_in_order((sums * scales.double().square()).view(-1))
+def squared_norm(gradient: Quantized) -> Tensor:
+    """Sum of squares of the dequantized gradient: fp64 scalar; arguments as of `squared_norms`."""
+    return sum_in_order(squared_norms(gradient))
 
 
 def sum_in_order(terms: Tensor) -> Tensor:

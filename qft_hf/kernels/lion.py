@@ -13,7 +13,7 @@ from .checks import (
     check_matrix,
     check_same,
 )
-from .gradients import squared_norm
+from .gradients import squared_norms
 from .groups import expanded, quantized
 from .nibbles import load_nibbles, round_to_nibbles
 from .operators import operator
@@ -166,7 +166,7 @@ def quantize_and_lion_step_(
     rounding: Rounding,
     live: Tensor | None = None,
 ) -> Tensor:
-    """`quantize` the gradient, take its squared norm and step by `lion_step_`: the same bits.
+    """`quantize` the gradient, take its `squared_norms` and step by `lion_step_`: the same bits.
 
     On a GPU that is one launch, and the codes of the gradient are never in memory. A row of the
     gradient with a NaN or infinity leaves its row of weight and momentum as it was and makes the
@@ -183,8 +183,8 @@ def quantize_and_lion_step_(
         live: As in `lion_step_`.
 
     Returns:
-        fp64 `[rows]`, whose sum is the sum of squares of the quantized gradient, without `factor`:
-        NaN or infinite if a row was left. How the sum is divided among them is up to a backend.
+        fp64 `[rows]`, the sums of squares of the quantized gradient, without `factor`: NaN or
+        infinite where a row was left.
 
     Raises:
         TypeError: The gradient is not one of the three float dtypes.
@@ -192,8 +192,7 @@ def quantize_and_lion_step_(
     """
     codes, scales = quantize(gradient, group_size=group_size)
     coded = Quantized(codes, scales, group_size)
-    squares = scales.new_zeros(len(codes), dtype=torch.float64)
-    squares[0] = squared_norm(coded)
+    norms = squared_norms(coded)
     if factor is not None:
         scales *= factor
     finite = scales.isfinite().all(dim=1)
@@ -204,7 +203,7 @@ def quantize_and_lion_step_(
     lion_step_(weight, momentum, coded, rule=rule, rounding=rounding, live=live)
     for tensor, rows in zip(state, kept, strict=False):
         tensor[~finite] = rows
-    return squares
+    return norms
 
 
 @quantize_and_lion_step_.checks

@@ -9,10 +9,14 @@ from ..quant import Int8Gradient
 from .flow import RunPart, run_directly
 
 
-def squared_norm(gradient: Tensor) -> Tensor:
-    """Sum of squares of a gradient: fp64 scalar."""
+def squares_of(gradient: Tensor) -> Tensor:
+    """Squares that add up to the squared norm of a gradient, by one kernel if it is INT8.
+
+    Returns:
+        fp64: `[rows]` of an INT8 gradient, else a scalar. All gradients are added up together.
+    """
     if isinstance(gradient, Int8Gradient):
-        return gradient.squared_norm()
+        return gradient.squared_norms()
     norm = torch.linalg.vector_norm(gradient, dtype=torch.float32).double()
     # Squares overflow in FP32 from 1e19 on.
     wide = torch.linalg.vector_norm(gradient, dtype=torch.float64)
@@ -31,6 +35,37 @@ def squared_norms(gradients: list[Tensor]) -> list[Tensor]:
     return squares
 
 
+def clip_(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """Clip gradients by the norm of all, as `torch.nn.utils.clip_grad_norm_` does, in place.
+
+    A GPU is given one operation for each INT8 gradient, and a few for all, in the place of five.
+
+    Args:
+        gradients: Float or INT8.
+        max_norm: What a larger norm is brought to.
+
+    Returns:
+        The norm before: fp32.
+    """
+    stored = [gradient for gradient in gradients if isinstance(gradient, Int8Gradient)]
+    floats = [gradient for gradient in gradients if not isinstance(gradient, Int8Gradient)]
+    norm = total_norm([squares_of(gradient) for gradient in stored] + squared_norms(floats))
+    factor = clipping_factor(norm, max_norm)
+    own_rows = [gradient for gradient in stored if gradient.own_rows is not None]
+    scales = [gradient.scales for gradient in stored if gradient.own_rows is None]
+    for together in (floats, scales):  # each of few dtypes: PyTorch takes mixed ones one by one
+        for device, members in by_device(together).items():
+            torch._foreach_mul_(members, factor.to(device))
+    for gradient in own_rows:
+        gradient.mul_(factor.to(gradient.device))
+    return norm
+
+
+def clipping_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What clips gradients of this norm, by the formula of `torch.nn.utils.clip_grad_norm_`."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
 def by_device(gradients: list[Tensor]) -> dict[torch.device, list[Tensor]]:
     """Gradients by where they are."""
     found: dict[torch.device, list[Tensor]] = {}
@@ -40,7 +75,7 @@ def by_device(gradients: list[Tensor]) -> dict[torch.device, list[Tensor]]:
 
 
 def total_square(squares: list[Tensor]) -> Tensor:
-    """The squared norm of gradients with these, each a scalar or one of each row: fp64."""
+    """The squared norm of gradients with these, as of `squares_of`: fp64."""
     return sum_in_order(joined(squares))
 
 

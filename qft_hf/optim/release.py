@@ -20,9 +20,10 @@ from .flow import Flow, Left, RunPart, Updates, run_directly
 from .norms import (
     are_finite,
     by_device,
+    clipping_factor,
     joined,
-    squared_norm,
     squared_norms,
+    squares_of,
     total_norm,
     total_square,
 )
@@ -108,7 +109,7 @@ class Release(Flow):
         """
         if self._is_measuring:
             if parameter.grad is not None:
-                self._squares.append(squared_norm(parameter.grad))
+                self._squares.append(squares_of(parameter.grad))
             parameter.grad = None
         elif self._is_accumulating():
             if self.optimizer.accumulation == "forbid":
@@ -145,10 +146,10 @@ class Release(Flow):
             self._squares.append(self._update(parameter, gradient, factor))
             self._n_updated = 0
         elif isinstance(gradient, Int8Gradient):
-            square = squared_norm(gradient)
+            squares = squares_of(gradient)
             self._take(parameter)
-            self._squares.append(square)
-            self._clip_(gradient, square)
+            self._squares.append(squares)
+            self._clip_(gradient, squares)
             gradient.drop_nonfinite_()
             self._n_updated = len(self._used)
             self._update(parameter, gradient)
@@ -156,9 +157,9 @@ class Release(Flow):
         elif gradient is not None:
             is_small = parameter.numel() <= SMALL
             if optimizer.clipping == "tensor" or not is_small:  # else the step takes all norms
-                square = squared_norm(gradient)
-                self._squares.append(square)
-                self._clip_(gradient, square)
+                squares = squares_of(gradient)
+                self._squares.append(squares)
+                self._clip_(gradient, squares)
             self._take(parameter)
             if is_small:
                 self._floats.append((parameter, gradient))
@@ -263,31 +264,31 @@ class Release(Flow):
         clipping, largest = self.optimizer.clipping, self.optimizer.max_grad_norm
         if clipping is None or largest is None or not gradients:
             return []
-        squares = [squared_norm(gradient) for gradient in gradients]
+        squares = [squares_of(gradient) for gradient in gradients]
         if clipping == "exact":
             total = total_norm(squares)
             if total <= largest * (1 + 1e-5):
                 return squares  # clipped already, up to rounding
             self._measured = total
-        for gradient, square in zip(gradients, squares, strict=True):
-            self._clip_(gradient, square)
+        for gradient, of_it in zip(gradients, squares, strict=True):
+            self._clip_(gradient, of_it)
         return squares
 
-    def _clip_(self, gradient: Tensor, square: Tensor) -> None:
-        """Scale a gradient with this squared norm in place."""
+    def _clip_(self, gradient: Tensor, squares: Tensor) -> None:
+        """Scale a gradient of these squares in place."""
         clipping = self.optimizer.clipping
         if clipping is None:
             return
-        norm = square.sqrt().float() if clipping == "tensor" else self._norm_of_all()
+        norm = total_norm([squares]) if clipping == "tensor" else self._norm_of_all()
         if (factor := self._factor(norm, gradient.device)) is not None:
             gradient.mul_(factor)
 
     def _factor(self, norm: Tensor | None, device: torch.device) -> Tensor | None:
-        """What clips a gradient by this norm, by the formula of torch.nn.utils.clip_grad_norm_."""
+        """What clips a gradient by this norm."""
         largest = self.optimizer.max_grad_norm
         if norm is None or largest is None:
             return None
-        return (largest / (norm + 1e-6)).clamp(max=1.0).to(device)
+        return clipping_factor(norm, largest).to(device)
 
     def _norm_of_all(self) -> Tensor | None:
         """The norm that all gradients of the step are clipped by, if it is known."""

@@ -101,6 +101,10 @@ class Int8Gradient(Int8Tensor):
         """Sum of squares of all values: fp64 scalar."""
         return kernels.squared_norm(self.stored)
 
+    def squared_norms(self) -> Tensor:
+        """Sums of squares of the rows of the stored matrix: fp64 `[rows]`."""
+        return kernels.squared_norms(self.stored)
+
 
 class Tiles(NamedTuple):
     """How a gradient is made, a range of its rows at a time.

@@ -84,6 +84,8 @@ class OwnRows(Int8Gradient):
         """Sum of squares of all rows of all processes: fp64 scalar."""
         return self.square_sum
 
+    squared_norms = squared_norm  # rows of others have none here
+
     def drop_nonfinite_(self) -> None:
         """Make groups of the own rows with a NaN or infinity zeros."""
         if self.has_rows:

@@ -127,7 +127,7 @@ def operators(
         "dequantize": (n, 3, [weight], bf16),
         "dequantized_matmul": (n, 1, [floats[:1], weight], {}),
         "accumulate_": (n, 3, [total, gradient], {}),
-        "squared_norm": (n, 1, [gradient], {}),
+        "squared_norms": (n, 1, [gradient], {}),
         "quantize_input": (n, 3, [floats], chosen),
         "int8_linear": (n, 1, [layer_input, few, int8_weight], bf16),
         "outlier_products": (n, 2, [floats, *factors], {}),

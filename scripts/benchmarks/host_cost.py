@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 import triton
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
@@ -95,10 +96,10 @@ def redirect() -> None:
     torch.cuda.get_device_capability = lambda device: divmod(CAPABILITY, 10)
     torch.cuda.get_device_properties = lambda device: properties
 
+    norms.sum_in_order = torch.sum  # on a CPU it takes parts, for its threads
     # Undefined gradients may be NaN, which would raise: they are looked at as ever, in vain.
-    squared_norm, total, are_finite = norms.squared_norm, norms.total_square, norms.are_finite
+    total, are_finite = norms.total_square, norms.are_finite
     for module in (norms, release):
-        module.squared_norm = lambda gradient: squared_norm(gradient).nan_to_num_(0.0, 0.0, 0.0)
         module.total_square = lambda squares: total(squares).nan_to_num_(0.0, 0.0, 0.0)
     for module in (stack, release):
         module.are_finite = lambda *arguments: are_finite(*arguments) or True
@@ -137,7 +138,11 @@ def training_step(mode: str, options: Namespace) -> Step:
     def forward() -> None:
         losses.append(model(input_ids=ids, labels=ids).loss)
 
+    accelerator = Accelerator(cpu=True)
+
     def step() -> None:
+        if options.clip:
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -241,6 +246,7 @@ def main() -> None:
     parser.add_argument("--profile", choices=MODES, help="this mode only, and where its time goes")
     parser.add_argument("--experts", type=int, default=0, help="of each layer (default none)")
     parser.add_argument("--graph", action="store_true", help="passes and steps by CUDA graphs")
+    parser.add_argument("--clip", action="store_true", help="gradients that wait, as Trainers do")
     parser.add_argument("--compile", action="store_true", help="layers by torch.compile")
     parser.add_argument("--rounds", type=int, default=40, help="tries of each mode (default 40)")
     options = parser.parse_args()

@@ -29,7 +29,7 @@ LANES = 4 * 32  # instructions of threads that a multiprocessor begins in a cloc
 SHAPE = 64, 4096  # rows are in no kernel
 KERNELS = (
     "lion_step_", "lion_step_ 4-bit", "quantize_and_lion_step_", "adamw_step_", "step_weight_",
-    "quantize", "dequantize", "accumulate_", "squared_norm",
+    "quantize", "dequantize", "accumulate_", "squared_norms",
 )  # fmt: skip
 
 

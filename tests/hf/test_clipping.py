@@ -5,8 +5,10 @@ import torch
 from accelerate import Accelerator
 
 from qft_hf import QFTConfig, QFTLion, QFTTrainer, QFTTrainingArguments, quantize_model_
+from qft_hf.quant import QFTWeight
 from tests.hf.checkpoints import IDS
 from tests.models import tiny_llama
+from tests.tolerances import FP32_EPS
 
 
 def prepared(**options):
@@ -28,6 +30,38 @@ def test_gradients_that_wait_are_clipped_by_their_norm():
     assert norm.item() == pytest.approx(expected.item(), rel=1e-5)
     clipped = torch.stack([p.grad.dequantize().norm() for p in model.parameters()]).norm()
     assert clipped.item() == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e9, float("inf")])
+def test_they_are_scaled_as_by_torch(max_norm):
+    """One by one; together they are scaled by one operation."""
+    (accelerator, model, _), (_, other, _) = prepared(), prepared()
+
+    norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+    expected = torch.nn.utils.clip_grad_norm_(other.parameters(), max_norm)
+
+    assert norm.dtype == expected.dtype == torch.float32
+    assert norm.item() == pytest.approx(expected.item(), rel=4 * FP32_EPS)
+    for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+        if isinstance(mine, QFTWeight):
+            assert torch.equal(mine.grad.codes, its.grad.codes)
+            mine, its = mine.grad.scales, its.grad.scales
+        else:
+            mine, its = mine.grad, its.grad
+        torch.testing.assert_close(mine, its, rtol=8 * FP32_EPS, atol=0)
+
+
+def test_of_other_norms_and_of_float_models_torch_clips():
+    accelerator, model, _ = prepared()
+    gradients = [p.grad.dequantize() for p in model.parameters()]
+    largest = max(gradient.abs().max().item() for gradient in gradients)
+    norm = accelerator.clip_grad_norm_(model.parameters(), 0.1, norm_type=float("inf"))
+    assert norm.item() == pytest.approx(largest)
+
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.tensor([3.0, 4.0, 0.0])
+    assert accelerator.clip_grad_norm_(parameter, 1.0).item() == pytest.approx(5.0)
+    assert parameter.grad.norm().item() == pytest.approx(1.0, rel=1e-5)
 
 
 @pytest.mark.parametrize("max_norm", [0.1, float("inf")])

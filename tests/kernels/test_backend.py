@@ -173,7 +173,7 @@ IMPLEMENTED = [
 def test_the_package_offers_operators_and_their_values():
     values = {"AdamW", "Input", "Lion", "Moments", "Quantized", "Rounding", "Weight"}
 
-    assert set(kernels.__all__) == set(OPERATORS) | values | {"expand"}
+    assert set(kernels.__all__) == set(OPERATORS) | values | {"expand", "squared_norm"}
     assert all(name == operator.name for name, operator in OPERATORS.items())
 
 
@@ -243,7 +243,7 @@ def test_all_parts_of_a_composition_run_on_the_backend_that_is_forced(calls):
             state.weight, state.momentum, gradient, group_size=256, **arguments()
         )
 
-    parts = ["quantize_and_lion_step_", "quantize", "squared_norm", "lion_step_"]
+    parts = ["quantize_and_lion_step_", "quantize", "squared_norms", "lion_step_"]
     assert calls == [("reference", part) for part in parts]
 
 
@@ -258,7 +258,7 @@ def test_a_composition_runs_with_the_backend_s_own_kernels(calls, caplog):
         )
 
     assert calls[0] == ("reference", "quantize_and_lion_step_")
-    assert calls[1:] == [("cpu", part) for part in ("quantize", "squared_norm", "lion_step_")]
+    assert calls[1:] == [("cpu", part) for part in ("quantize", "squared_norms", "lion_step_")]
     assert not caplog.records  # no loss worth a word
 
 
@@ -268,7 +268,7 @@ def test_an_operator_that_a_backend_has_not_runs_the_reference_and_tells_once(
     x = random((5, 300), None)
     expected = kernels.quantize(x, group_size=32)
     matrix = coded(x, 32)
-    for operator in (kernels.quantize, kernels.squared_norm):
+    for operator in (kernels.quantize, kernels.squared_norms):
         monkeypatch.delitem(operator._implementations, "cpu")
     backend.forget()
     calls.clear()
@@ -276,15 +276,15 @@ def test_an_operator_that_a_backend_has_not_runs_the_reference_and_tells_once(
     with caplog.at_level(logging.WARNING, logger="qft_hf"):
         for _ in range(3):
             found = kernels.quantize(x, group_size=32)
-        kernels.squared_norm(matrix)
+        kernels.squared_norms(matrix)
 
-    assert calls == 3 * [("reference", "quantize")] + [("reference", "squared_norm")]
+    assert calls == 3 * [("reference", "quantize")] + [("reference", "squared_norms")]
     for one, other in zip(found, expected, strict=True):
         assert_same_bits(one, other)
     assert [record.getMessage() for record in caplog.records] == [
         f"the cpu backend has no {name}: plain PyTorch runs instead, which gives the same bits and "
         "is slower"
-        for name in ("quantize", "squared_norm")
+        for name in ("quantize", "squared_norms")
     ]
 
 

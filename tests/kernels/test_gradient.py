@@ -99,9 +99,9 @@ def test_squared_norm_of_a_long_group_is_an_exact_sum(backend):
     codes = torch.full((1, 140_001), 127, dtype=torch.int8)
     codes[0, 70_000] = 1
 
-    norm = backend.squared_norm(Quantized(codes, torch.ones(1, 1), None))
+    norms = backend.squared_norms(Quantized(codes, torch.ones(1, 1), None))
 
-    assert norm.item() == 140_000 * 127**2 + 1
+    assert norms.item() == 140_000 * 127**2 + 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -93,7 +93,7 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "requantized_matmul": (
             (codes, codes.t(), scales), {"columns": columns, "values": values, "group_size": 2}
         ),
-        "squared_norm": ((coded(x, 256),), {}),
+        "squared_norms": ((coded(x, 256),), {}),
         "step_floats_": ((floats[0], floats[2]), step_float_arguments(2)),
         "step_weight_": ((state.weight, x), step_arguments()),
     }  # fmt: skip

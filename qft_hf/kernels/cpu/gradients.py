@@ -37,9 +37,10 @@ def _accumulate(codes, scales, other_codes, other_scales, group_size, n_ranges):
 
 
 @njit(nogil=True, cache=True)
-def _squared_norm_rows(codes, scales, sums, group_size, start, stop):
+def _squared_norms_rows(codes, scales, norms, group_size, start, stop):
     columns = codes.shape[1]
     for row in range(start, stop):
+        norms[row] = 0.0
         for group in range(scales.shape[1]):
             first = group * group_size
             last = min(first + group_size, columns)
@@ -47,13 +48,14 @@ def _squared_norm_rows(codes, scales, sums, group_size, start, stop):
             squares = np.int32(0)
             for j in range(last - first):
                 squares += np.int32(code[j]) * np.int32(code[j])
-            sums[row, group] = squares
+            scale = np.float64(scales[row, group])
+            norms[row] += np.float64(squares) * (scale * scale)
 
 
 @njit(nogil=True, cache=True)
-def _squared_norm(codes, scales, sums, group_size, n_ranges):
-    arguments = (codes, scales, sums, group_size)
-    for_each_row_range(_squared_norm_rows, arguments, codes.shape[0], n_ranges)
+def _squared_norms(codes, scales, norms, group_size, n_ranges):
+    arguments = (codes, scales, norms, group_size)
+    for_each_row_range(_squared_norms_rows, arguments, codes.shape[0], n_ranges)
 
 
 @operators.accumulate_.register("cpu")
@@ -63,10 +65,10 @@ def accumulate_(gradient: Quantized, other: Quantized) -> None:
     _accumulate(*arrays, gradient.group_size or columns, n_ranges(rows, columns))
 
 
-@operators.squared_norm.register("cpu")
-def squared_norm(gradient: Quantized) -> Tensor:
+@operators.squared_norms.register("cpu")
+def squared_norms(gradient: Quantized) -> Tensor:
     rows, columns = gradient.codes.shape
-    sums = torch.empty(gradient.scales.shape, dtype=torch.float64)
-    arrays = [tensor.numpy() for tensor in (*gradient.tensors, sums)]
-    _squared_norm(*arrays, gradient.group_size or columns, n_ranges(rows, columns))
-    return operators.norm_of_sums(sums, gradient.scales)
+    norms = torch.empty(rows, dtype=torch.float64)
+    arrays = [tensor.numpy() for tensor in (*gradient.tensors, norms)]
+    _squared_norms(*arrays, gradient.group_size or columns, n_ranges(rows, columns))
+    return norms

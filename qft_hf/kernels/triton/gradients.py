@@ -81,9 +81,10 @@ def _accumulate_kernel(
 
 
 @triton.jit
-def _sums_of_squares_kernel(
+def _squared_norms_kernel(
     codes_ptr,  # [rows, COLUMNS] int8
-    sums_ptr,  # [rows, N_GROUPS] fp64, written
+    scales_ptr,  # [rows, N_GROUPS] fp32
+    norms_ptr,  # [rows] fp64, written
     COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
     N_GROUPS: tl.constexpr,
@@ -95,7 +96,8 @@ def _sums_of_squares_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     codes_ptr += row * COLUMNS
-    sums_ptr += row * N_GROUPS
+    scales_ptr += row * N_GROUPS
+    norms = tl.zeros((GROUPS,), tl.float64)
     for group_tile in range(GROUP_TILES):
         first_group = group_tile * GROUPS
         sums = tl.zeros((GROUPS,), tl.int64)
@@ -107,11 +109,13 @@ def _sums_of_squares_kernel(
             of_units = tl.reshape(tl.sum(code * code, axis=1), (GROUPS, UNITS))
             sums += tl.sum(of_units.to(tl.int64), axis=1)
         group = first_group + tl.arange(0, GROUPS)
-        tl.store(sums_ptr + group, sums.to(tl.float64), mask=group < N_GROUPS)
+        scale = tl.load(scales_ptr + group, mask=group < N_GROUPS, other=0.0).to(tl.float64)
+        norms += sums.to(tl.float64) * (scale * scale)
+    tl.store(norms_ptr + row, tl.sum(norms, axis=0))
 
 
 _launch_accumulate = Launcher(_accumulate_kernel)
-_launch_sums_of_squares = Launcher(_sums_of_squares_kernel)
+_launch_squared_norms = Launcher(_squared_norms_kernel)
 
 
 @operators.accumulate_.register("triton")
@@ -121,10 +125,11 @@ def accumulate_(gradient: Quantized, other: Quantized) -> None:
     _launch_accumulate((rows,), constants, *gradient.tensors, *other.tensors)
 
 
-@operators.squared_norm.register("triton")
-def squared_norm(gradient: Quantized) -> Tensor:
+@operators.squared_norms.register("triton")
+def squared_norms(gradient: Quantized) -> Tensor:
     codes, scales = gradient.tensors
     rows, columns = codes.shape
-    sums = torch.empty_like(scales, dtype=torch.float64)
-    _launch_sums_of_squares((rows,), row_constants(columns, gradient.group_size), codes, sums)
-    return operators.norm_of_sums(sums, scales)
+    norms = scales.new_empty(rows, dtype=torch.float64)
+    constants = row_constants(columns, gradient.group_size)
+    _launch_squared_norms((rows,), constants, codes, scales, norms)
+    return norms
