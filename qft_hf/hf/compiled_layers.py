@@ -62,7 +62,6 @@ def refuse_uncompilable(args: TrainingArguments, model: nn.Module) -> None:
     if not repeated_layers(model):
         reasons.append(f"{type(model).__name__} has no list of layers of one class to compile")
     if reasons:
-        forget_compiler(args)
         raise ValueError(
             f"torch_compile=True, or {BACKEND}: {reasons[0]}; or leave the compiler off."
         )
@@ -85,11 +84,4 @@ def take_from_accelerate(args: TrainingArguments) -> dict[str, Any]:
     """What `compiler` says; Accelerate, which was told the same, compiles nothing then."""
     options = compiler(args)
     AcceleratorState().dynamo_plugin.backend = DynamoBackend.NO
-    forget_compiler(args)
     return options
-
-
-def forget_compiler(args: TrainingArguments) -> None:
-    """Undo what arguments have asked of Accelerate for all that come after them, too."""
-    if args.torch_compile:
-        os.environ.pop(BACKEND, None)
