@@ -42,9 +42,7 @@ def _(gradient: Quantized, other: Quantized) -> None:
         )
 
 
-@operator(
-    fake=lambda gradient: gradient.scales.new_empty(len(gradient.codes), dtype=torch.float64)
-)
+@operator(fake=lambda gradient: gradient.scales.new_empty(len(gradient.codes), dtype=torch.float64))
 def squared_norms(gradient: Quantized) -> Tensor:
     """Sum of squares of each row of the dequantized gradient, without dequantizing it.
 
