@@ -203,6 +203,7 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
         "parameters": estimate.n_parameters,
         "gpus": estimate.n_processes,
         "received_bytes": estimate.received_bytes,
+        "not_counted": estimate.not_counted,
         "batch_size": work["batch_size"],
         "sequence_length": work["sequence_length"],
         "positions": positions,
@@ -237,6 +238,7 @@ def _estimate(source: Any, work: dict[str, Any], way: dict[str, Any]) -> "Memory
 def _text(result: dict[str, Any]) -> str:
     """Return a table by way, and the choice for each card."""
     from qft_hf.hf.recommendation import USABLE
+    from qft_hf.memory.estimate import without_activations
 
     n, many = result["gpus"], f"{result['gpus']} x " if result["gpus"] > 1 else ""
     usable = {card["gb"]: USABLE * card["gb"] * 1e9 for card in result["cards"]}
@@ -260,6 +262,8 @@ def _text(result: dict[str, Any]) -> str:
         "",
         *(f"best on {many}{card['gb']:g} GB: {card['text']}" for card in result["cards"]),
     ]
+    if result["not_counted"]:
+        lines += ["", without_activations(result["not_counted"])]
     if n > 1:
         lines += [
             "",

@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 
 from ..layout import MOMENTUM_BITS
 from ..memory import Base, MemoryEstimate, Workload, estimate, estimate_side
@@ -53,13 +60,13 @@ def estimate_memory(
 
     Returns:
         Bytes by kind. States are exact to the byte; activations are arithmetic for a decoder
-        with gated MLP.
+        with gated MLP, without those of parts that read images or sound, which are named.
 
     Raises:
         FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
         ValueError: `gradient`, `momentum_bits` or `optimizer` is not supported, `batch_size`,
-            `sequence_length` or `n_processes` is below 1, or the configuration lacks a size of the
-            decoder.
+            `sequence_length` or `n_processes` is below 1, or the configuration is of no model that
+            learns next tokens, or lacks a size of the decoder.
     """
     for name, value, choices in (
         ("gradient", gradient, GRADIENTS),
@@ -87,6 +94,7 @@ def estimate_memory(
         momentum_bits=momentum_bits,
         optimizer=optimizer,
         n_processes=n_processes,
+        not_counted=_beside_text(model.config),
     )
 
 
@@ -99,6 +107,7 @@ def skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
 
     Raises:
         FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
+        ValueError: It is no model that learns next tokens.
     """
     if isinstance(source, nn.Module):
         return source
@@ -109,10 +118,36 @@ def skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
                 raise FileNotFoundError(folder / "config.json")
             source = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     dtype = getattr(source, "dtype", None) or torch.float32
+    auto = _auto_class(source)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            source, dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        return auto.from_config(source, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def _auto_class(config: Any) -> Any:
+    """What makes a model that learns next tokens of a configuration."""
+    own_code = getattr(config, "auto_map", None) or {}
+    for auto, known in (
+        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
+        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
+    ):
+        if type(config) in known or auto.__name__ in own_code:
+            return auto
+    raise ValueError(
+        f"Memory is computed for models that learn next tokens, and {type(config).__name__} is of "
+        "none that transformers knows. qft_hf.memory_ledger measures the states of any model, and "
+        "a run of a few steps (max_steps=3) measures its peak."
+    )
+
+
+def _beside_text(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The parts of a model that are no part of its decoder of text, such as `vision`."""
+    text = config.get_text_config()
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
+    return tuple(
+        name.removesuffix("_config")
+        for name, part in parts.items()
+        if part is not None and part is not text
+    )
 
 
 def estimate_side_memory(

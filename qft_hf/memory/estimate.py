@@ -152,6 +152,7 @@ class MemoryEstimate:
         n_parameters: Elements of all parameters, tied ones once.
         n_processes: How many train together; the bytes are those of one of them.
         received_bytes: What each process receives from the others in a step.
+        not_counted: Parts of the model whose activations are in no row.
     """
 
     rows: list[LedgerRow]
@@ -159,6 +160,7 @@ class MemoryEstimate:
     n_parameters: int
     n_processes: int = 1
     received_bytes: int = 0
+    not_counted: tuple[str, ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -196,10 +198,20 @@ class MemoryEstimate:
                 f"on each of {self.n_processes} processes, which receives "
                 f"{self.received_bytes / 1e9:.2f} GB from the others in a step"
             )
+        if self.not_counted:
+            lines.append(without_activations(self.not_counted))
         return "\n".join(lines)
 
     def _line(self, name: str, n_bytes: int) -> str:
         return f"{name:<26}{n_bytes / 1e9:>8.2f}{n_bytes / self.n_parameters:>13.3f}"
+
+
+def without_activations(parts: Iterable[str]) -> str:
+    """Say what a sum does not have in it."""
+    return (
+        f"without the activations of {' and '.join(parts)}, which depend on what is read; a run of "
+        "a few steps measures them"
+    )
 
 
 def estimate(
@@ -211,6 +223,7 @@ def estimate(
     momentum_bits: int,
     optimizer: str = "qft_lion",
     n_processes: int = 1,
+    not_counted: tuple[str, ...] = (),
 ) -> MemoryEstimate:
     """Predict the memory of training `model`.
 
@@ -222,6 +235,7 @@ def estimate(
         momentum_bits: Of Lion: 8 or 4; 0: none, as `qft_sgd` has it.
         optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`.
         n_processes: That train together; the bytes are those of the first, which owns most rows.
+        not_counted: Parts of the model that `workload` says nothing of.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
     workload = replace(
@@ -272,6 +286,7 @@ def estimate(
         n_parameters=sum(p.numel() for p in (*weights, *floats)),
         n_processes=n_processes,
         received_bytes=rows.received_bytes(shapes, [p.numel() for p in floats]),
+        not_counted=not_counted,
     )
 
 

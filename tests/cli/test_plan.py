@@ -10,6 +10,7 @@ from qft_hf import QFTConfig, QSTConfig, estimate_memory, estimate_side_memory, 
 from qft_hf.hf import shipped
 from qft_hf_cli import main
 from tests.models import tiny_llama
+from tests.scripts.commands import load
 
 
 @pytest.fixture
@@ -53,6 +54,19 @@ def test_the_text_says_which_card_holds_which_way(folder, capsys):
     ways = {tuple(line.split()[:2]): line.split()[-2:] for line in lines[3:7]}
     assert [way for way, fits in ways.items() if fits[0] == "fits"] == [("release", "on")]
     assert all(fits[1] == "fits" for fits in ways.values())
+
+
+def test_a_model_that_sees_is_planned_and_another_that_says_nothing_refused(tmp_path, capsys):
+    families = load("families").TINY
+    for name in ("Qwen2.5-VL", "ViT"):
+        families[name].config().save_pretrained(tmp_path / name)
+
+    main(["plan", str(tmp_path / "Qwen2.5-VL")])
+    assert "without the activations of vision" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path / "ViT")])
+    assert "qft-hf plan: Memory is computed for models that learn" in capsys.readouterr().err
 
 
 def test_an_architecture_that_ships_is_known_by_name_from_any_folder(tmp_path, monkeypatch, capsys):

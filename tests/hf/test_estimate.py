@@ -34,6 +34,7 @@ from qft_hf.hf.recommendation import LONGEST
 from qft_hf.optim.settings import GRADIENTS
 from qft_hf_cli.plan import live_ledger
 from tests.models import tiny_llama
+from tests.scripts.commands import load
 
 ROOT = Path(__file__).parents[2]
 
@@ -360,3 +361,28 @@ def test_a_model_without_decoder_sizes_says_what_measures_it():
         model = T5ForConditionalGeneration(T5Config(d_model=12, d_kv=6, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match=r"has no intermediate_size.*memory_ledger measures any"):
         estimate_memory(model)
+
+
+VISIBLE = load("families").OF_IMAGES_AND_SOUND
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "LLaVA", "Gemma 3, with images"])
+def test_a_model_that_sees_has_all_its_states_and_says_what_is_not_counted(name, tmp_path):
+    """By its configuration in a folder, which ended in a traceback."""
+    model = VISIBLE[name].model()
+    model.config.save_pretrained(tmp_path)
+    predicted = estimate_memory(tmp_path, sequence_length=24, batch_size=2)
+
+    live = memory_ledger(quantize_model_(model, QFTConfig()))
+
+    assert predicted.rows[:4] == live.rows[:4]  # of weights; some get no gradient from this batch
+    assert predicted.n_parameters == live.n_parameters
+    assert predicted.not_counted == ("vision",)
+    assert "without the activations of vision" in str(predicted)
+    assert estimate_memory(tiny_llama()).not_counted == ()
+
+
+@pytest.mark.parametrize("config", [VISIBLE["ViT"].config(), T5Config()], ids=["ViT", "T5"])
+def test_a_configuration_of_no_decoder_is_refused(config):
+    with pytest.raises(ValueError, match=f"{type(config).__name__} is of none.*memory_ledger"):
+        estimate_memory(config)
