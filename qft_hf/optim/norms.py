@@ -23,7 +23,7 @@ def squares_of(gradient: Tensor) -> Tensor:
     return torch.where(norm.isinf(), wide, norm).square()
 
 
-def squared_norms(gradients: list[Tensor]) -> list[Tensor]:
+def squares_of_floats(gradients: list[Tensor]) -> list[Tensor]:
     """Sums of squares of many float gradients, by few operators: fp64 `[n]` for each device."""
     squares = []
     for members in by_device(gradients).values():
@@ -49,7 +49,7 @@ def clip_(gradients: list[Tensor], max_norm: float) -> Tensor:
     """
     stored = [gradient for gradient in gradients if isinstance(gradient, Int8Gradient)]
     floats = [gradient for gradient in gradients if not isinstance(gradient, Int8Gradient)]
-    norm = total_norm([squares_of(gradient) for gradient in stored] + squared_norms(floats))
+    norm = total_norm([squares_of(gradient) for gradient in stored] + squares_of_floats(floats))
     factor = clipping_factor(norm, max_norm)
     own_rows = [gradient for gradient in stored if gradient.own_rows is not None]
     scales = [gradient.scales for gradient in stored if gradient.own_rows is None]

@@ -22,8 +22,8 @@ from .norms import (
     by_device,
     clipping_factor,
     joined,
-    squared_norms,
     squares_of,
+    squares_of_floats,
     total_norm,
     total_square,
 )
@@ -232,7 +232,7 @@ class Release(Flow):
         floats = self._unmeasured()
         if not self._squares and not floats:
             return []
-        return [run_part("squares", lambda: joined(self._squares + squared_norms(floats)))]
+        return [run_part("squares", lambda: joined(self._squares + squares_of_floats(floats)))]
 
     def _update_together(self, run_part: RunPart) -> None:
         """Clip and use the gradients that wait for each other, which are finite."""
