@@ -62,10 +62,11 @@ def _typed() -> Iterator[str]:
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoTokenizer, set_seed
 
     from qft_hf.hf.absent_model import refused_if_absent
     from qft_hf.hf.finetune.side_tuning import checkpoint_config, load_checkpoint
+    from qft_hf.hf.language_model import language_class
 
     set_seed(options.seed)
     trust = {"trust_remote_code": options.trust_remote_code}
@@ -83,7 +84,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
             f"the tokenizer of {options.checkpoint} has no chat template, so a conversation cannot "
             "be written as the model knows it. Give a checkpoint that was tuned on chats."
         )
-    model: Any = load_checkpoint(options.checkpoint, AutoModelForCausalLM, **trust)
+    model: Any = load_checkpoint(options.checkpoint, language_class(config), **trust)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

@@ -337,12 +337,14 @@ def live_ledger(
 ) -> "MemoryLedger":
     """Load a model, and measure its states where they are largest: just before the second step."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from qft_hf import QFTConfig, memory_ledger
+    from qft_hf.hf.language_model import language_class
     from qft_hf.hf.optimizers import OPTIMIZERS
 
-    model = AutoModelForCausalLM.from_pretrained(name, quantization_config=QFTConfig(), **loading)
+    loader = language_class(AutoConfig.from_pretrained(name, **loading))
+    model = loader.from_pretrained(name, quantization_config=QFTConfig(), **loading)
     make = OPTIMIZERS[optim].optimizer_class
     optimizer = make(model.parameters(), gradient=gradient, **settings)
     ids = torch.arange(8)[None]

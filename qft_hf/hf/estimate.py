@@ -5,14 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, PreTrainedConfig
 
 from ..layout import MOMENTUM_BITS
 from ..memory import Base, MemoryEstimate, Workload, estimate, estimate_side
@@ -22,6 +15,7 @@ from ..side import QSTConfig, attach_side_network, side_config
 from .absent_model import refused_if_absent
 from .base import BASES, nf4_weights
 from .config import QFTConfig
+from .language_model import language_class, parts_beside_text
 from .optimizers import OPTIMIZERS
 
 # A model, its configuration, or where that is: a folder with a config.json, or a name on the hub.
@@ -94,7 +88,7 @@ def estimate_memory(
         momentum_bits=momentum_bits,
         optimizer=optimizer,
         n_processes=n_processes,
-        not_counted=_beside_text(model.config),
+        not_counted=parts_beside_text(model.config),
     )
 
 
@@ -118,36 +112,9 @@ def skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
                 raise FileNotFoundError(folder / "config.json")
             source = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     dtype = getattr(source, "dtype", None) or torch.float32
-    auto = _auto_class(source)
+    make = language_class(source)
     with torch.device("meta"):
-        return auto.from_config(source, dtype=dtype, trust_remote_code=trust_remote_code)
-
-
-def _auto_class(config: Any) -> Any:
-    """What makes a model that learns next tokens of a configuration."""
-    own_code = getattr(config, "auto_map", None) or {}
-    for auto, known in (
-        (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
-        (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
-    ):
-        if type(config) in known or auto.__name__ in own_code:
-            return auto
-    raise ValueError(
-        f"Memory is computed for models that learn next tokens, and {type(config).__name__} is of "
-        "none that transformers knows. qft_hf.memory_ledger measures the states of any model, and "
-        "a run of a few steps (max_steps=3) measures its peak."
-    )
-
-
-def _beside_text(config: PreTrainedConfig) -> tuple[str, ...]:
-    """The parts of a model that are no part of its decoder of text, such as `vision`."""
-    text = config.get_text_config()
-    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
-    return tuple(
-        name.removesuffix("_config")
-        for name, part in parts.items()
-        if part is not None and part is not text
-    )
+        return make.from_config(source, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def estimate_side_memory(

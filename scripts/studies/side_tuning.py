@@ -133,7 +133,7 @@ class Bench:
         config = load_config(self.arguments.model)
         self.data.task.configure(config)
         with torch.device("meta"):
-            skeleton = self.data.task.model_class.from_config(config)
+            skeleton = self.data.task.model_class(config).from_config(config)
         heads = [n for n, _ in skeleton.named_children() if n in ("classifier", "score")]
         form = QFTConfig(seed=seed, modules_to_not_convert=heads if is_frozen else [])
         return load_model(

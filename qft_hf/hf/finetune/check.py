@@ -131,14 +131,15 @@ def check(arguments: RunArguments) -> Check:
         "trust_remote_code": arguments.model.trust_remote_code,
         "attn_implementation": arguments.model.attn_implementation,
     }
+    make = task.model_class(config)
     with torch.device("meta"), refused_if_absent(place):
-        model = task.model_class.from_config(config, **how)
+        model = make.from_config(config, **how)
     if arguments.method.side is None:
         refuse_before_loading(model, training)
     packing = "none: examples are padded"
     if arguments.data.packing:
         packing = "in blocks; no example sees another"
-        if not refuse_crossing_family(task.model_class, config, training.device, **how):
+        if not refuse_crossing_family(make, config, training.device, **how):
             packing = "in blocks; whether examples see each other is tried when the run begins"
     memory = None
     if arguments.method.side is not None:

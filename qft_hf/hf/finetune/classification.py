@@ -41,7 +41,6 @@ class Classification(Task):
             or the model's head does not know them.
     """
 
-    model_class = AutoModelForSequenceClassification
     scoring: ClassVar[Scoring] = CLASSES
     problem_type: ClassVar[Any] = "single_label_classification"
     label_type: ClassVar[Any] = Value("int64")
@@ -64,6 +63,10 @@ class Classification(Task):
         self._head = _names_of_head(config)
         self.names = self._names(labels)
         self._index_of = {_key(name): index for index, name in enumerate(self.names)}
+
+    def model_class(self, config: PreTrainedConfig) -> Any:
+        """Return what puts a new head on any model of text."""
+        return AutoModelForSequenceClassification
 
     def configure(self, config: PreTrainedConfig) -> None:
         """Give the head its size, its kind and the names of its outputs."""

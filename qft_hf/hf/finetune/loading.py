@@ -17,6 +17,7 @@ from ...side import trained_heads
 from .. import shipped
 from ..absent_model import refused_if_absent
 from ..checkpoint import weight_files
+from ..language_model import parts_beside_text
 from ..positions import n_positions
 from ..tensor_files import tensor_names
 from ..wording import and_more
@@ -112,7 +113,7 @@ def load_model(
     task.configure(config)
     is_quantized = getattr(config, "quantization_config", None) is not None
     with refused_if_absent(arguments.model_name_or_path):
-        model, found = task.model_class.from_pretrained(
+        model, found = task.model_class(config).from_pretrained(
             arguments.model_name_or_path,
             revision=arguments.model_revision,
             trust_remote_code=arguments.trust_remote_code,
@@ -122,6 +123,7 @@ def load_model(
             quantization_config=None if is_quantized else quantization,
             output_loading_info=True,
         )
+    _say_what_is_left_out(model, config)
     heads = tuple(f"{name}." for name in trained_heads(model)) if frozen else ("",)  # or all
     if random := sorted(name for name in found["missing_keys"] if not name.startswith(heads)):
         raise ValueError(
@@ -137,6 +139,18 @@ def load_model(
     if model.can_generate():
         _stop_at_end(model, task)
     return model
+
+
+def _say_what_is_left_out(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    parts = parts_beside_text(config)
+    if parts and not parts_beside_text(model.config):
+        logger.warning(
+            "the checkpoint is of a %s. For text transformers loads %s of it, which is what is "
+            "trained and saved: %s is left out",
+            (config.architectures or [type(config).__name__])[0],
+            type(model).__name__,
+            " and ".join(parts),
+        )
 
 
 def check_fit(

@@ -257,7 +257,7 @@ def load_side_model(
         )
     form = base_form(method, config, place)
     task.configure(config)
-    make, dtype = task.model_class, getattr(torch, arguments.dtype)
+    make, dtype = task.model_class(config), getattr(torch, arguments.dtype)
     how = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
     with torch.device("meta"):
         skeleton = make.from_config(config, **how)

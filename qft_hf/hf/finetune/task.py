@@ -6,14 +6,10 @@ from functools import partial
 from typing import Any, ClassVar
 
 from datasets import Features, List, Value
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorForSeq2Seq,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from transformers import DataCollatorForSeq2Seq, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...nn.loss import IGNORED
+from ..language_model import language_class
 from .arguments import DataArguments
 from .evaluation import NEXT_TOKENS, Scoring
 from .packing import collate_blocks
@@ -52,7 +48,6 @@ class Task(ABC):
         tokenizer: Has a padding token.
     """
 
-    model_class: ClassVar[Any]  # what loads the model
     scoring: ClassVar[Scoring]
     features: Features  # columns of an example
     end_token: int | None = None  # with which what the model says ends
@@ -70,6 +65,10 @@ class Task(ABC):
             RowError: It cannot be read.
             NothingToLearn: It can.
         """
+
+    @abstractmethod
+    def model_class(self, config: PreTrainedConfig) -> Any:
+        """Return the class of transformers that makes and loads the model of this config."""
 
     @abstractmethod
     def configure(self, config: PreTrainedConfig) -> None:
@@ -90,7 +89,6 @@ class Task(ABC):
 class LanguageTask(Task):
     """Next tokens are predicted; every example is tokens and the labels of those."""
 
-    model_class = AutoModelForCausalLM
     scoring = NEXT_TOKENS
     features = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
 
@@ -103,6 +101,10 @@ class LanguageTask(Task):
         self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
         if arguments.packing:
             self.collator = partial(collate_blocks, pad_token_id=tokenizer.pad_token_id)
+
+    def model_class(self, config: PreTrainedConfig) -> Any:
+        """Return `language_class` of it."""
+        return language_class(config)
 
     def configure(self, config: PreTrainedConfig) -> None:
         """Do nothing: the head of a language model knows all tokens."""

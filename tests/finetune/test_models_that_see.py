@@ -1,0 +1,95 @@
+"""Runs on text of models that see images besides."""
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+from qft_hf.hf.finetune import finetune
+from qft_hf.hf.finetune.check import check
+from qft_hf.hf.finetune.export import export_checkpoint
+from qft_hf.quant import QFTWeight
+from tests.finetune.chats import chat, tiny_tokenizer
+from tests.finetune.flags import parsed, write_jsonl
+from tests.scripts.commands import load
+
+TINY = load("families").TINY
+N_TOKENS = 330  # those above 320 stand for images
+TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+def flags(model, folder):
+    model.save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    rows = [{"messages": chat("how are you?", "fine, " * n)} for n in range(8)]
+    return {
+        "model_name_or_path": folder / "model",
+        "train_data": write_jsonl(folder / "train.jsonl", rows),
+        "eval_data": write_jsonl(folder / "eval.jsonl", rows[:3]),
+        "max_length": 48,
+        "output_dir": folder / "run",
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 2e-3,
+        "save_strategy": "no",
+        "use_cpu": "true",
+        "disable_tqdm": "true",
+    }
+
+
+def enlarged(config):
+    """The configuration for the tokens of the tiny tokenizer."""
+    config.get_text_config().vocab_size = N_TOKENS
+    for number, name in enumerate(TOKENS, start=1):
+        if hasattr(config, name):
+            setattr(config, name, N_TOKENS - number)
+    return config
+
+
+@pytest.mark.parametrize("name", ["Qwen2.5-VL", "LLaVA", "Gemma 3, with images"])
+def test_its_text_is_trained_and_what_sees_stays(name, tmp_path):
+    """Qwen2.5-VL and LLaVA ended in a list of two hundred other configurations."""
+    before = AutoModelForImageTextToText.from_config(enlarged(TINY[name].config()))
+    arguments = parsed(flags(before, tmp_path))
+    assert "learned" in str(check(arguments))
+
+    summary = finetune(arguments)
+
+    assert summary.after["loss"] < summary.before["loss"]
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
+    assert any(isinstance(p, QFTWeight) for p in after.parameters())
+    export_checkpoint(tmp_path / "run", tmp_path / "plain", dtype=torch.float32)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "plain").state_dict()
+    moved = {
+        key: float((plain[key] - value).norm() / value.norm())
+        for key, value in before.state_dict().items()
+        if value.ndim == 2
+    }
+    sees = {key for key in moved if "vis" in key or "projector" in key}
+    assert 0 < len(sees) < len(moved)
+    assert max(moved[key] for key in sees) < 0.02  # as INT8 has it
+    assert min(moved[key] for key in moved.keys() - sees if "layers" in key) > 0.02
+
+
+def test_a_part_that_is_left_out_is_named(tmp_path, caplog):
+    config = enlarged(
+        Qwen3_5Config(
+            vision_config=dict(
+                depth=1, hidden_size=32, intermediate_size=48, out_hidden_size=48, num_heads=2,
+                patch_size=4, num_position_embeddings=16,
+            ),
+            text_config=dict(
+                hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=12, linear_num_key_heads=2,
+                linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+                layer_types=["linear_attention", "full_attention"],
+                rope_parameters={
+                    "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2],
+                    "partial_rotary_factor": 1.0,
+                },
+            ),
+        )
+    )  # fmt: skip
+    finetune(parsed(flags(Qwen3_5ForConditionalGeneration(config), tmp_path), max_steps=1))
+
+    assert "transformers loads Qwen3_5ForCausalLM of it" in caplog.text
+    assert "vision is left out" in caplog.text
