@@ -46,7 +46,7 @@ def enlarged(config):
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "LLaVA", "Gemma 3, with images"])
-def test_its_text_is_trained_and_what_sees_stays(name, tmp_path):
+def test_its_text_is_trained_and_what_sees_stays(name, tmp_path, caplog):
     """Qwen2.5-VL and LLaVA ended in a list of two hundred other configurations."""
     before = AutoModelForImageTextToText.from_config(enlarged(TINY[name].config()))
     arguments = parsed(flags(before, tmp_path))
@@ -54,6 +54,8 @@ def test_its_text_is_trained_and_what_sees_stays(name, tmp_path):
 
     summary = finetune(arguments)
 
+    assert "vision of " in caplog.text
+    assert "get no gradient and stay as they are" in caplog.text
     assert summary.after["loss"] < summary.before["loss"]
     after = AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
     assert any(isinstance(p, QFTWeight) for p in after.parameters())

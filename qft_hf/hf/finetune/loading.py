@@ -123,7 +123,7 @@ def load_model(
             quantization_config=None if is_quantized else quantization,
             output_loading_info=True,
         )
-    _say_what_is_left_out(model, config)
+    _say_what_text_does_not_train(model, config)
     heads = tuple(f"{name}." for name in trained_heads(model)) if frozen else ("",)  # or all
     if random := sorted(name for name in found["missing_keys"] if not name.startswith(heads)):
         raise ValueError(
@@ -141,9 +141,16 @@ def load_model(
     return model
 
 
-def _say_what_is_left_out(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+def _say_what_text_does_not_train(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     parts = parts_beside_text(config)
-    if parts and not parts_beside_text(model.config):
+    if parts and parts_beside_text(model.config):
+        logger.warning(
+            "the rows are text, of which %s of %s reads nothing: its parameters get no gradient "
+            "and stay as they are. QFTTrainer trains them in Python, on what they read",
+            " and ".join(parts),
+            type(model).__name__,
+        )
+    elif parts:
         logger.warning(
             "the checkpoint is of a %s. For text transformers loads %s of it, which is what is "
             "trained and saved: %s is left out",
