@@ -22,6 +22,12 @@ def language_class(config: Any) -> Any:
     Raises:
         ValueError: It is of no such model.
     """
+    advice = "QFTTrainer trains others in Python, and qft_hf.memory_ledger measures their states."
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"A model that learns next tokens is wanted, and that of {type(config).__name__} has "
+            f"an encoder, which would read the answers that its decoder is to learn. {advice}"
+        )
     own_code = getattr(config, "auto_map", None) or {}
     for auto, known in (
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
@@ -31,8 +37,7 @@ def language_class(config: Any) -> Any:
             return auto
     raise ValueError(
         f"A model that learns next tokens is wanted, and {type(config).__name__} is of none that "
-        "transformers knows. QFTTrainer trains others in Python, and qft_hf.memory_ledger measures "
-        "their states."
+        f"transformers knows. {advice}"
     )
 
 
@@ -45,3 +50,16 @@ def parts_beside_text(config: PreTrainedConfig) -> tuple[str, ...]:
         for name, part in parts.items()
         if part is not None and part is not text
     )
+
+
+def freeze_beside_text(model: Any) -> None:
+    """Freeze what text does not reach: it would get no gradient, and count as trained.
+
+    Args:
+        model: Its head and its decoder of text, with the embeddings, stay as they are. Modified.
+    """
+    decoder = model.get_decoder()
+    read = {id(p) for part in (decoder, model.get_input_embeddings()) for p in part.parameters()}
+    for parameter in model.base_model.parameters():
+        if id(parameter) not in read:
+            parameter.requires_grad = False

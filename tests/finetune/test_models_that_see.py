@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    BartConfig,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    T5Config,
+)
 
 from qft_hf.hf.finetune import finetune
 from qft_hf.hf.finetune.check import check
@@ -17,8 +23,8 @@ N_TOKENS = 330  # those above 320 stand for images
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
-def flags(model, folder):
-    model.save_pretrained(folder / "model")
+def flags(folder):
+    """Of a run on the model that lies there; its tokenizer is written beside it."""
     tiny_tokenizer().save_pretrained(folder / "model")
     rows = [{"messages": chat("how are you?", "fine, " * n)} for n in range(8)]
     return {
@@ -45,18 +51,28 @@ def enlarged(config):
     return config
 
 
+def is_of_vision(name):
+    return "vis" in name or "projector" in name
+
+
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "LLaVA", "Gemma 3, with images"])
 def test_its_text_is_trained_and_what_sees_stays(name, tmp_path, caplog):
     """Qwen2.5-VL and LLaVA ended in a list of two hundred other configurations."""
     before = AutoModelForImageTextToText.from_config(enlarged(TINY[name].config()))
-    arguments = parsed(flags(before, tmp_path))
+    before.save_pretrained(tmp_path / "model")
+    arguments = parsed(flags(tmp_path))
     assert "learned" in str(check(arguments))
 
     summary = finetune(arguments)
 
     assert "vision of " in caplog.text
-    assert "get no gradient and stay as they are" in caplog.text
+    assert "are frozen" in caplog.text
     assert summary.after["loss"] < summary.before["loss"]
+    parameters = dict(before.named_parameters()).items()
+    assert summary.parameters == sum(p.numel() for _, p in parameters)
+    assert summary.trained_parameters == sum(
+        p.numel() for name, p in parameters if not is_of_vision(name)
+    )
     after = AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
     assert any(isinstance(p, QFTWeight) for p in after.parameters())
     export_checkpoint(tmp_path / "run", tmp_path / "plain", dtype=torch.float32)
@@ -66,7 +82,7 @@ def test_its_text_is_trained_and_what_sees_stays(name, tmp_path, caplog):
         for key, value in before.state_dict().items()
         if value.ndim == 2
     }
-    sees = {key for key in moved if "vis" in key or "projector" in key}
+    sees = {key for key in moved if is_of_vision(key)}
     assert 0 < len(sees) < len(moved)
     assert max(moved[key] for key in sees) < 0.02  # as INT8 has it
     assert min(moved[key] for key in moved.keys() - sees if "layers" in key) > 0.02
@@ -91,7 +107,22 @@ def test_a_part_that_is_left_out_is_named(tmp_path, caplog):
             ),
         )
     )  # fmt: skip
-    finetune(parsed(flags(Qwen3_5ForConditionalGeneration(config), tmp_path), max_steps=1))
+    Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    finetune(parsed(flags(tmp_path), max_steps=1))
 
     assert "transformers loads Qwen3_5ForCausalLM of it" in caplog.text
     assert "vision is left out" in caplog.text
+
+
+def test_a_model_with_an_encoder_of_text_is_refused_before_data_are_read(tmp_path):
+    """The answers would have gone to the encoder, and Bart's been left out without a word."""
+    for config in (
+        T5Config(d_model=12, d_kv=6, num_layers=1, num_heads=2),
+        BartConfig(d_model=12, encoder_layers=1, decoder_layers=1),
+        TINY["ViT"].config(),
+    ):
+        config.save_pretrained(tmp_path / "model")
+        told = flags(tmp_path) | {"train_data": write_jsonl(tmp_path / "bad.jsonl", [{}])}
+
+        with pytest.raises(ValueError, match="A model that learns next tokens is wanted"):
+            finetune(parsed(told))

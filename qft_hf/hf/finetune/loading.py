@@ -17,7 +17,7 @@ from ...side import trained_heads
 from .. import shipped
 from ..absent_model import refused_if_absent
 from ..checkpoint import weight_files
-from ..language_model import parts_beside_text
+from ..language_model import freeze_beside_text, parts_beside_text
 from ..positions import n_positions
 from ..tensor_files import tensor_names
 from ..wording import and_more
@@ -123,7 +123,7 @@ def load_model(
             quantization_config=None if is_quantized else quantization,
             output_loading_info=True,
         )
-    _say_what_text_does_not_train(model, config)
+    _leave_what_text_does_not_train(model, config)
     heads = tuple(f"{name}." for name in trained_heads(model)) if frozen else ("",)  # or all
     if random := sorted(name for name in found["missing_keys"] if not name.startswith(heads)):
         raise ValueError(
@@ -141,12 +141,13 @@ def load_model(
     return model
 
 
-def _say_what_text_does_not_train(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+def _leave_what_text_does_not_train(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     parts = parts_beside_text(config)
     if parts and parts_beside_text(model.config):
+        freeze_beside_text(model)
         logger.warning(
-            "the rows are text, of which %s of %s reads nothing: its parameters get no gradient "
-            "and stay as they are. QFTTrainer trains them in Python, on what they read",
+            "the rows are text, of which %s of %s reads nothing: its parameters are frozen. "
+            "QFTTrainer trains them in Python, on what they read",
             " and ".join(parts),
             type(model).__name__,
         )

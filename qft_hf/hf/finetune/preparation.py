@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from ..base import require_bitsandbytes
+from ..language_model import language_class
 from ..processes import by_first, of_first
 from ..wording import counted
 from .data import LABEL_TASKS, LANGUAGE_TASKS, TaskData, prepare_data
@@ -139,6 +140,8 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
             f"{arguments.model.model_name_or_path} holds a side network, and method 'full' trains "
             "every parameter of a model. Set method to qst, or name the base."
         )
+    if arguments.data.task in LANGUAGE_TASKS:
+        language_class(config)  # refuses others before the data take minutes
     with training.main_process_first(desc="reading the data"):
         data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
     for source, n_rows in data.shared.items():
