@@ -91,7 +91,10 @@ def interrupted_steps(n: int, seed: int) -> Iterator[dict]:
 
 
 def interrupted_loads(n: int, seed: int) -> Iterator[dict]:
-    """Interrupt `load_state_dict` of an optimizer that has trained on, `n` times."""
+    """Interrupt `load_state_dict` of an optimizer that has trained on, `n` times.
+
+    Every third time within the last twentieth of it: some of that is after the state was taken.
+    """
     chance = random.Random(seed)
     for number in range(n):
         kind, settings = SETTINGS[number % len(SETTINGS)]
@@ -106,7 +109,8 @@ def interrupted_loads(n: int, seed: int) -> Iterator[dict]:
         other = copy.deepcopy((model, optimizer))
         counter = Interrupter()
         counter.run(lambda other=other, told=told: other[1].load_state_dict(told[2]))
-        at = chance.randrange(1, counter.counted)
+        is_late = number // len(SETTINGS) % 3 == 2
+        at = chance.randrange(counter.counted * 19 // 20 if is_late else 1, counter.counted)
         Interrupter(at).run(lambda old=optimizer, told=told: old.load_state_dict(told[2]))
         now, outcome = everything(model, optimizer), "accepted half a state"
         if _equal(now, before):

@@ -6,6 +6,7 @@ Needs a process in which Triton does not interpret: the ordinary test run.
 
 import importlib
 import os
+from importlib.metadata import version
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,7 @@ from tests.scripts.commands import load
     )
 )
 
+TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 CAPABILITIES = [80, 86, 89, 90]
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # of one program
 ELEMENTS = 16  # of one thread
@@ -224,7 +226,7 @@ def test_weight_step(columns, group_size, n_outliers, live, capability):
     ("columns", "group_size", "n_outliers", "live", "capability"), in_turn(LION, LIVE)
 )
 def test_lion_step(columns, group_size, n_outliers, live, capability, request):
-    if columns == 11008 and capability in (86, 89) and not live:
+    if columns == 11008 and capability in (86, 89) and not live and TRITON >= (3, 9):
         reason = "two addresses are kept on the stack, outside of loops, beside a seed of 64 bits"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     compiled = compile_lion(capability, columns, group_size, n_outliers, live=live)
@@ -605,11 +607,11 @@ def test_no_launch_over_a_large_vocabulary_has_more_programs_than_a_gpu_takes():
 
 
 # Instructions of a thread for each of its elements, where a row goes in one tile. On an H100 a Lion
-# step is as near to its limit of instructions as to that of its memory.
+# step is as near to its limit of instructions as to that of its memory. By triton 3.7 and 3.9.
 MOST_INSTRUCTIONS = {
-    "lion_step_": 70,
+    "lion_step_": 70.5,
     "lion_step_ 4-bit": 100,
-    "quantize_and_lion_step_": 90,
+    "quantize_and_lion_step_": 90.5,
     "adamw_step_": 206,
     "step_weight_": 47,
     "quantize": 18,
