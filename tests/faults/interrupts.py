@@ -6,6 +6,7 @@ until `zero_grad()`. A state is loaded, or it is the one before.
 """
 
 import copy
+import inspect
 import random
 import signal
 import sys
@@ -54,6 +55,7 @@ class Interrupter:
         """Do some work; whether it was interrupted."""
         # Whoever started this process in the background may have it ignore the signal.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        inspect.currentframe().f_trace_opcodes = True  # else 3.12 counts none
         sys.settrace(self)
         try:
             work()
