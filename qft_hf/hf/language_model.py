@@ -52,14 +52,18 @@ def parts_beside_text(config: PreTrainedConfig) -> tuple[str, ...]:
     )
 
 
-def freeze_beside_text(model: Any) -> None:
+def freeze_beside_text(model: Any) -> int:
     """Freeze what text does not reach: it would get no gradient, and count as trained.
 
     Args:
         model: Its head and its decoder of text, with the embeddings, stay as they are. Modified.
+
+    Returns:
+        How many tensors are frozen; none where a decoder is not apart from what sees, as in GIT.
     """
     decoder = model.get_decoder()
     read = {id(p) for part in (decoder, model.get_input_embeddings()) for p in part.parameters()}
-    for parameter in model.base_model.parameters():
-        if id(parameter) not in read:
-            parameter.requires_grad = False
+    beside = [p for p in model.base_model.parameters() if id(p) not in read]
+    for parameter in beside:
+        parameter.requires_grad = False
+    return len(beside)

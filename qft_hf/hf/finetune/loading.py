@@ -144,12 +144,13 @@ def load_model(
 def _leave_what_text_does_not_train(model: PreTrainedModel, config: PreTrainedConfig) -> None:
     parts = parts_beside_text(config)
     if parts and parts_beside_text(model.config):
-        freeze_beside_text(model)
+        n_frozen = freeze_beside_text(model)
         logger.warning(
-            "the rows are text, of which %s of %s reads nothing: its parameters are frozen. "
-            "QFTTrainer trains them in Python, on what they read",
+            "the rows are text, of which %s of %s reads nothing: %d tensors of parameters are "
+            "frozen. QFTTrainer trains them in Python, on what they read",
             " and ".join(parts),
             type(model).__name__,
+            n_frozen,
         )
     elif parts:
         logger.warning(
