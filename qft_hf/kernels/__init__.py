@@ -1,9 +1,10 @@
-"""Operators on raw tensors: codes and scales in, codes and scales out. No classes, no modules.
+"""Operators on raw tensors: codes and scales in, codes and scales out.
 
 An operator is a documented function with its checks, whose body is its reference in plain PyTorch
-(`operators.py`); `cpu/` and `triton/` register what they do better, to the same bits but for norms
-(the last bits of FP64), `dequantized_matmul`, `int8_linear` and `outlier_products`, whose sums of
-floats have no order. Tensors that belong together are passed as `values.py` has them.
+(`operators.py`). `cpu/` and `triton/` register faster implementations, which return the same bits
+except for norms (the last bits of FP64), `dequantized_matmul`, `int8_linear` and
+`outlier_products`, whose sums of floats have no fixed order. Tensors that belong together are
+passed as one of the values of `values.py`. No operator knows tensor subclasses or modules.
 """
 
 from .adamw import adamw_step_

@@ -2,22 +2,23 @@
 
 Both moments are relative:
 
-* **root**: the second moment v as its eighth root, on 256 even levels `(code + 1/2) * scale`. The
-  highest and the lowest of a group are 511 apart, so those of sqrt(v) are 511**4 = 7e10 apart;
-  neighbours differ by 1.6 % at the top and by 17 % at 1/13,000 of it. No code means 0: what a step
-  divides by is never 0, and stays in proportion to what was stored.
-* **ratio**: the first moment m as m / sqrt(v). Its codes are even, for it is what the weight moves
-  by: the error is the same small part of a step for elements whose gradients are a thousand times
-  smaller than their neighbours', whose own code of m would be 0 or 1. It is rounded beside the v
-  that was not: where v is rounded down, m goes down with it, and no step is longer than the longest
-  of exact AdamW, `(1 - beta1) / sqrt((1 - beta2) * (1 - beta1^2 / beta2))` rates.
+* **root**: the second moment v as its eighth root, on 256 evenly spaced levels
+  `(code + 1/2) * scale`. The highest level of a group is 511 times the lowest, which for sqrt(v) is
+  a factor of 511**4 = 7e10; neighboring values of sqrt(v) differ by 1.6 % at the top and by 17 % at
+  1/13,000 of it. No code means 0, so a step never divides by 0.
+* **ratio**: the first moment m as m / sqrt(v), on evenly spaced levels. The weight moves by this
+  ratio, so the error is the same small part of a step even for elements whose gradients are a
+  thousand times smaller than their neighbors'; a code of m itself would be 0 or 1 for them. The
+  ratio is computed with v before rounding: if v is rounded down, the stored m shrinks with it, and
+  no step is longer than the longest of exact AdamW,
+  `(1 - beta1) / sqrt((1 - beta2) * (1 - beta1^2 / beta2))` times the learning rate.
 
 Both are rounded stochastically. A step changes v by a thousandth, which is a thirtieth of a code:
-to nearest, codes would freeze. A ratio would never decay below code 5, and drive for ever the
-weight of an input that has died.
+with rounding to nearest, root codes would freeze, and a ratio would never decay below code 5 and
+would move the weight of a dead input forever.
 
-All of v's arithmetic is in units of `1 / UNIT`, a power of two. Gradients from 1e-12 to 2e9 have
-all levels there, and no bit depends on what a device does with subnormal numbers.
+All arithmetic of v is in units of `1 / UNIT`, a power of two. In these units gradients from 1e-12
+to 2e9 use all levels, and no bit depends on how a device treats subnormal numbers.
 """
 
 import torch
@@ -32,19 +33,20 @@ from .values import AdamW, Moments, Quantized, Rounding, Weight, read_live
 from .weight import WRITES, check_weight_values, row_chunks, step_weight_
 
 ROOT_QMAX = 255  # unsigned: a root has no sign
-# The least scale of roots, and that of v = 0. The lowest code against it has v = 2**-96: a square
-# that is subnormal, and to some devices 0, is less than half of that one's last bit.
+# The least root scale, used for v = 0. Its lowest code stands for v = 2**-96. A squared gradient
+# that is subnormal, and 0 on some devices, is less than half of the last bit of that v.
 ROOT_TINY = 2.0**-11
-# What no scale of roots reaches: the fourth root of the largest gradient, over 255.5.
+# Above every root scale: the largest is the fourth root of the largest gradient, over 255.5.
 ROOT_LIMIT = 2.0**8
-# The least scale of ratios: 127 of it are a step of 1e-10 rates. With the one above, every m that
-# is stored is a normal number.
+# The least ratio scale: its code 127 is a step of 1e-10 times the learning rate. With ROOT_TINY,
+# it keeps every stored m a normal number.
 RATIO_TINY = 2.0**-40
 UNIT = 2.0**32
-# Largest gradient scale, in units: gradients are cut at 127 of it, 2e9, whose square is in FP32.
+# Largest gradient scale, in units: gradients are clamped to 127 times it, 2e9, whose square fits
+# FP32.
 GRADIENT_SCALE_MAX = 2.0**56
 
-GPU_CHUNK_ELEMENTS = 2**22  # a GPU wants more than what stays in a cache: 300 MB of temporaries
+GPU_CHUNK_ELEMENTS = 2**22  # at a time on a GPU, which needs large chunks: 300 MB of temporaries
 
 MOMENTS = (
     "moments.ratio_codes",
@@ -66,7 +68,7 @@ def adamw_step_(
 ) -> None:
     """Update weight and moments in place; AdamW with decoupled weight decay.
 
-    With g, r, s, w the gradient, ratio, root of v and weight as stored, t the number of the step:
+    With g, r, s, w the stored gradient, ratio, sqrt(v) and weight, and t the number of the step:
 
         m = beta1 * (r * s) + (1 - beta1) * g
         s' = sqrt(beta2 * s^2 + (1 - beta2) * g^2)
@@ -75,26 +77,26 @@ def adamw_step_(
         r <- Q(m / s')
         w <- SR(w - lr * (d + weight_decay * w))
 
-    SR, scales and outliers are those of `step_weight_`. The step takes moments before they are
-    rounded. Q rounds stochastically against a fresh absmax scale: the root with the low 24 bits of
-    the word whose high 24 round the weight, the ratio with its low 16. A second word would cost as
-    much again as the first. Each is uniform to its last bit and independent of earlier steps, so
-    each rounding is unbiased; two of them depend on each other only where the first 8 bits of one
-    have not decided, once in 256 times.
+    SR, scales and outliers are those of `step_weight_`. The step uses the moments before they are
+    rounded. Q rounds stochastically against a fresh absmax scale. One random word serves all three,
+    as a second would double the cost: its high 24 bits round the weight, its low 24 the root, and
+    its low 16 the ratio. Each is uniform to its last bit and independent of earlier steps, so each
+    rounding is unbiased. Two of them depend on each other only if the first 8 bits of one do not
+    decide its rounding, once in 256 times.
 
     Args:
         weight: `[rows, columns]`, modified.
-        moments: Of the same matrix in the groups of the gradient, modified.
-        gradient: `[rows, columns]` of 8 bits, with finite scales; those above 1.7e7 count as that.
+        moments: Moments of the same matrix, in the groups of the gradient; modified.
+        gradient: `[rows, columns]` of 8 bits, with finite scales, which are clamped to 1.7e7.
         rule: The numbers of the step.
-        rounding: The random numbers; its `step` counts from 1 and corrects the moments' start. Not
-            `stochastic` rounds moments to nearest too.
-        live: As in `step_weight_`, but fp64 `[5]`: the two corrections of that step come last.
+        rounding: The random numbers; its `step` counts from 1 and corrects the moments' start.
+            Without `stochastic` the moments are rounded to nearest too.
+        live: As in `step_weight_`, but fp64 `[5]`: the last two are the corrections of that step.
 
     Raises:
         ValueError: Shapes, groups or devices do not fit. On the CPU also: a scale is not finite, a
-            weight scale is not positive, a scale of roots is beyond all gradients, or an outlier
-            column does not exist. Nothing was written.
+            weight scale is not positive, a root scale is larger than any gradient can make it, or
+            an outlier column does not exist. Nothing was written.
 
     Source:
         Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
@@ -112,7 +114,7 @@ def adamw_step_(
 def _step_moments_(
     moments: Moments, gradient: Quantized, rows: slice, rule: AdamW, rounding: Rounding
 ) -> Tensor:
-    """Update the moments of some rows, of which `rounding` knows the first; their direction."""
+    """Update the moments of `rows` and return their direction; `rounding` is that of these rows."""
     ratio_codes, ratio_scales, root_codes, root_scales = moments.tensors
     group_size = moments.group_size
     unit_scales = (gradient.scales[rows] * UNIT).clamp_max_(GRADIENT_SCALE_MAX)
@@ -137,11 +139,11 @@ def _step_moments_(
 
 
 def exact_sqrt(x: Tensor) -> Tensor:
-    """The FP32 square root, correctly rounded; `Tensor.sqrt` is not.
+    """Return the correctly rounded FP32 square root, which `Tensor.sqrt` does not.
 
-    PyTorch's on a CPU is MKL's: a fifth of its FP32 results are off by their last bit. By way of
-    FP64 all are right: the root of a 24-bit number is at least 4 units of FP64's last place from
-    whatever lies half-way between two 24-bit numbers, and MKL's FP64 root is off by one at most.
+    On a CPU PyTorch uses MKL, a fifth of whose FP32 results are off by their last bit. Via FP64 all
+    are right: the root of a 24-bit number is at least 4 units of FP64's last place from any
+    midpoint of two 24-bit numbers, and MKL's FP64 root is off by one at most.
     """
     return x.double().sqrt_().float()
 
@@ -153,30 +155,30 @@ def stored_root(codes: Tensor, scales: Tensor, group_size: int) -> Tensor:
 
 
 def _quantized_root(root_v: Tensor, uniform: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of sqrt(v), by way of its own fourth root."""
+    """Return the codes and scales of the fourth root of sqrt(v)."""
     root = exact_sqrt(exact_sqrt(root_v))
     scales = (group_absmax(root, group_size) * (1.0 / (ROOT_QMAX + 0.5))).clamp_min_(ROOT_TINY)
     values = scale_groups_(root, torch.ones_like(scales) / scales, group_size).sub_(0.5)
     whole = values.floor()
     up = (values - whole).add_(uniform) >= 1
-    # Below the lowest level there is only the lowest.
+    # A value below the lowest level gets the lowest.
     return (whole + up).clamp_(0, ROOT_QMAX).to(torch.uint8), scales
 
 
 def _quantized_ratio(ratio: Tensor, uniform: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales of m / sqrt(v), which is modified; 0 has code 0 at any random number."""
+    """Codes and scales of m / sqrt(v), which is modified; 0 has code 0 for any random number."""
     scales = absmax_scale(group_absmax(ratio, group_size)).clamp_min_(RATIO_TINY)
     values = scale_groups_(ratio, torch.ones_like(scales) / scales, group_size)
     return stochastic_codes(values, uniform), scales
 
 
 def _moment_uniforms(like: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
-    """What rounds root and ratio, in [0, 1); halves round to nearest."""
+    """Uniforms in [0, 1) that round root and ratio; all 0.5 to round to nearest."""
     if not rounding.stochastic:
         half = torch.full_like(like, 0.5)
         return half, half
     n_rows, columns = like.shape
-    # The words that `step_weight_` draws again; a kernel draws them once.
+    # `step_weight_` draws the same words again; a kernel draws them once.
     words = random_words(
         slice(rounding.first_row, rounding.first_row + n_rows), columns, seed=rounding.seed,
         step=rounding.step, stream=rounding.stream, device=like.device,

@@ -1,7 +1,8 @@
 """Which implementation of the operators runs: one backend per device, chosen once.
 
 `QFT_BACKEND=reference`, `cpu` or `triton` overrides the choice, and so does `use` in a program.
-Another package adds a backend by an entry point of the group `qft_hf.backends` that is a `Backend`.
+Another package adds a backend by an entry point of the group `qft_hf.backends` that refers to a
+`Backend`.
 """
 
 import logging
@@ -21,7 +22,7 @@ REFERENCE = "reference"  # the operators' own bodies, in plain PyTorch; runs eve
 ENTRY_POINTS = "qft_hf.backends"
 
 MIN_TRITON = (3, 6)
-MIN_CAPABILITY = (8, 0)  # BF16 arithmetic; what the kernels are compiled and checked for
+MIN_CAPABILITY = (8, 0)  # has BF16 arithmetic; the kernels are compiled and checked for it
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class Backend:
     """Implementations of some operators for some kinds of devices.
 
     Attributes:
-        name: What `QFT_BACKEND` calls it.
-        module: Importing it registers the implementations, as `quantize.register(name)`.
-        devices: Types of the devices that it is chosen for, such as `"cuda"`.
+        name: The value of `QFT_BACKEND` that selects it.
+        module: A module whose import registers the implementations, by `quantize.register(name)`.
+        devices: Types of the devices that it is the default for, such as `"cuda"`.
         check: Raises if it cannot run on a device.
     """
 
@@ -50,7 +51,7 @@ def _check_cpu(device: torch.device) -> None:
 
 
 def _check_triton(device: torch.device) -> None:
-    """Raise unless Triton kernels run on `device`; the slow reference is never a silent resort."""
+    """Raise unless Triton kernels run on `device`: the slow reference is no silent fallback."""
     instead = "or set QFT_BACKEND=reference, which is many times slower and gives the same bits"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
@@ -89,24 +90,25 @@ OWN = (
     Backend("triton", f"{__package__}.triton", ("cuda",), _check_triton),
 )
 
-_forced: list[str] = []  # names that `use` has put in force, the last one counts
-_listeners: list[Callable[[], None]] = []  # told when a choice may have changed
+_forced: list[str] = []  # names set by `use`; the last one is in force
+_listeners: list[Callable[[], None]] = []  # called when a choice may have changed
 
 
 @cache
 def backends() -> dict[str, Backend]:
-    """All backends by name, those of other packages too."""
+    """All backends by name, including those of other packages."""
     others = [entry.load() for entry in entry_points(group=ENTRY_POINTS)]
     return {backend.name: backend for backend in (*OWN, *others)}
 
 
 @cache
 def backend_for(device: torch.device) -> str:
-    """The name of the backend for tensors on `device`, whose implementations are registered then.
+    """Return the name of the backend for tensors on `device`, and register its implementations.
 
     Raises:
         ValueError: `QFT_BACKEND` names no backend, or one for another device.
-        RuntimeError: The backend cannot run here: triton is missing or too old, or the GPU is.
+        RuntimeError: The backend cannot run here: triton is missing or too old, the GPU is too old,
+            or PyTorch is not a CUDA build.
     """
     asked = _forced[-1] if _forced else os.environ.get("QFT_BACKEND")
     name = asked or _default_for(device.type)
@@ -124,7 +126,7 @@ def backend_for(device: torch.device) -> str:
 
 
 def _default_for(device_type: str) -> str:
-    for backend in reversed(backends().values()):  # another package's goes before ours
+    for backend in reversed(backends().values()):  # those of other packages take precedence
         if device_type in backend.devices:
             return backend.name
     return REFERENCE
@@ -132,7 +134,7 @@ def _default_for(device_type: str) -> str:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Within, operators run on the backend of this name, whatever the device would choose."""
+    """Run the operators of a `with` block on the backend of this name, on every device."""
     _forced.append(name)
     forget()
     try:
@@ -143,7 +145,7 @@ def use(name: str) -> Iterator[None]:
 
 
 def forget() -> None:
-    """Choose anew at the next call, as after a change of `QFT_BACKEND`."""
+    """Choose again at the next call; needed after a change of `QFT_BACKEND`."""
     backend_for.cache_clear()
     for listener in _listeners:
         listener()

@@ -1,4 +1,4 @@
-"""What the operators demand of their arguments, checked before anything is written."""
+"""Checks of the operators' arguments, made before anything is written."""
 
 from math import isfinite
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Row and quad numbers are 32-bit words of the random counter and of GPU indices.
+# Row and quad numbers must fit 32 bits, in the random counter and in GPU indices.
 MAX_ELEMENTS = 2**31 - 1
 
 
@@ -66,7 +66,7 @@ def check_bits(name: str, bits: int) -> None:
 
 
 def check_codes(name: str, codes: Tensor) -> None:
-    """Raise unless `codes` is an int8 matrix, possibly empty, whose elements run along one side."""
+    """Raise unless `codes` is an int8 matrix, or empty, contiguous along its rows or columns."""
     if codes.dtype != torch.int8:
         raise TypeError(f"{name} must be torch.int8, got {codes.dtype}. Quantize it first.")
     if codes.ndim != 2:
@@ -149,7 +149,7 @@ def _out_of_range(numbers: Tensor, end: int) -> int | None:
 
 
 def check_float_dtype(name: str, dtype: torch.dtype) -> None:
-    """Raise unless `dtype`, which the operator `name` makes, is a float type."""
+    """Raise unless `dtype`, the result type of the operator `name`, is a float type."""
     if not dtype.is_floating_point:
         raise TypeError(f"{name} makes floats, got dtype={dtype}.")
 
@@ -164,12 +164,12 @@ def check_same(name: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def check_live(live: Tensor | None, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise unless `live`, if it is given, has the numbers of a step in memory of this device.
+    """Raise unless `live` is None or holds the numbers of a step on `device`.
 
     Args:
-        live: `lr`, `weight_decay` and the number of the step, fp64; or None.
-        shape: What it must have.
-        device: Of the weight.
+        live: fp64, beginning with `lr`, `weight_decay` and the number of the step; or None.
+        shape: The shape that it must have.
+        device: The device of the weight.
     """
     if live is not None and (
         live.dtype != torch.float64
@@ -199,7 +199,7 @@ def check_finite(name: str, tensor: Tensor, *, positive: bool = False) -> None:
     """Raise unless every value is finite, and above zero if `positive`. Reads values."""
     if tensor.numel() == 0:
         return
-    low, high = (float(value) for value in tensor.aminmax())  # NaN wins
+    low, high = (float(value) for value in tensor.aminmax())  # both NaN if any is
     if isfinite(low) and isfinite(high) and (low > 0 or not positive):
         return
     good = tensor.isfinite() & ((tensor > 0) | (not positive))
@@ -222,7 +222,7 @@ def check_column_values(columns: Tensor, codes: Tensor) -> None:
 
 
 def check_row_values(rows: Tensor, n_rows: int) -> None:
-    """Raise unless each of `rows` is one of as many. Reads values."""
+    """Raise unless each of `rows` is in [0, n_rows). Reads values."""
     wrong = _out_of_range(rows, n_rows)
     if wrong is not None:
         raise IndexError(

@@ -1,7 +1,7 @@
-"""Steps of float parameters: norms, biases, whatever is not quantized.
+"""Steps of float parameters: norms, biases and everything else that is not quantized.
 
-A BF16 parameter is rounded stochastically: a usual step is far below half a unit of a norm weight
-near 1, and rounding to nearest would freeze it.
+A BF16 parameter is rounded stochastically: for a norm weight near 1 a usual step is far below half
+a unit in the last place, and rounding to nearest would freeze it.
 """
 
 from collections.abc import Sequence
@@ -36,8 +36,7 @@ def step_floats_(
     updated by one launch: there are hundreds of them and each is tiny.
 
     Args:
-        parameters: fp32 or bf16 of any shape, on one device, modified. None may share memory with
-            another.
+        parameters: fp32 or bf16 of any shape, on one device, modified. No two may share memory.
         directions: fp32, bf16 or fp16, each of the shape of its parameter. An element whose
             direction is NaN or infinite stays as it is.
         lr: Step size.
@@ -47,13 +46,13 @@ def step_floats_(
         steps: Number of this step of each parameter; with the stream and the element's position it
             counts the random numbers.
         streams: Number of each parameter.
-        live: fp64 `[n, N_LIVE]` beside the parameters, or None: in row `streams[i]` lie `lr`,
-            `weight_decay` and the number of the step of parameter i, in the place of those that are
-            given, to be read when a kernel runs.
+        live: fp64 `[n, N_LIVE]` on the device of the parameters, or None. Row `streams[i]` begins
+            with `lr`, `weight_decay` and the number of the step of parameter i; they replace those
+            that are passed, and are read when a kernel runs.
 
     Raises:
         TypeError: A parameter is neither fp32 nor bf16, or a direction is of another dtype.
-        ValueError: Shapes, devices or numbers of entries differ, or a parameter comes twice.
+        ValueError: Shapes, devices or numbers of entries differ, or a parameter is passed twice.
             Nothing was written.
     """
     for parameter, given, step, stream in zip(parameters, directions, steps, streams, strict=True):
@@ -87,7 +86,7 @@ def lion_step_floats_(
         gradients: fp32, bf16 or fp16, each of the shape of its parameter. An element whose gradient
             is NaN or infinite stays as it is.
         rule: The numbers of the step.
-        seed: As in `step_floats_`, with all that follows.
+        seed: Key of the random numbers, in [0, 2**63).
         stochastic: False rounds BF16 to nearest.
         steps: Number of this step of each parameter.
         streams: Number of each parameter.
@@ -95,8 +94,8 @@ def lion_step_floats_(
 
     Raises:
         TypeError: What `step_floats_` refuses, or a momentum is not fp32.
-        ValueError: What `step_floats_` refuses. On the CPU also: a momentum is not finite; on a GPU
-            the caller has looked. Nothing was written.
+        ValueError: What `step_floats_` refuses. On the CPU also: a momentum is not finite; for a
+            GPU the caller checks that. Nothing was written.
 
     Source:
         Chen et al. 2023, algorithm 2 (arXiv:2302.06675).
@@ -124,7 +123,7 @@ def _step_(
     rule: Lion,
     rounding: Rounding,
 ) -> None:
-    """The step of one parameter where `is_finite`, stochastically to BF16."""
+    """Step the elements of one parameter that `is_finite` marks; BF16 rounds stochastically."""
     value = parameter.float()
     lr, shrink = rule.numbers[:2]
     change = (value * shrink).add_(direction * lr)
@@ -135,16 +134,16 @@ def _step_(
             stream=rounding.stream, device=value.device,
         )  # fmt: skip
         value = _round_to_bfloat16(value, words.view(value.shape))
-        # An element that no update touched keeps its bits, whatever the random number.
+        # An element whose change is 0 keeps its bits, whatever the random number.
         value = torch.where(change == 0, parameter.float(), value)
     parameter.copy_(torch.where(is_finite, value, parameter.float()))
 
 
 def _round_to_bfloat16(value: Tensor, words: Tensor) -> Tensor:
-    """Round FP32 to one of its two BF16 neighbours, the nearer with the higher probability.
+    """Round FP32 to one of its two BF16 neighbors, the nearer with the higher probability.
 
-    BF16 is FP32 without its low 16 bits: adding 16 random bits and cutting carries into the kept
-    half with exactly the probability of the part that is cut.
+    BF16 is FP32 without its low 16 bits. A sum with 16 random bits carries into the high half with
+    a probability equal to the fraction that is then cut off.
     """
     bits = value.contiguous().view(torch.int32)
     random = (words >> 16).to(torch.int32)

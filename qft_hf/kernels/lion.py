@@ -44,27 +44,26 @@ def lion_step_(
         m <- Q(beta2 * m + (1 - beta2) * g)
 
     SR, scales and outliers are those of `step_weight_`. Q rounds an 8-bit momentum to nearest with
-    a fresh absmax scale. A 4-bit momentum has a fresh absmax scale too, on levels that lie closer
-    near zero, and is rounded stochastically between neighbouring ones: to nearest, most steps would
-    be lost.
+    a fresh absmax scale. A 4-bit momentum gets a fresh absmax scale too. Its levels are closer
+    together near zero, and it is rounded stochastically to a neighboring one: with rounding to
+    nearest most steps would be lost.
 
     Args:
         weight: `[rows, columns]`, modified.
-        momentum: Of the same matrix, of 8 bits in the groups of the gradient, or of 4 bits;
+        momentum: Momentum of the same matrix: 8-bit in the groups of the gradient, or 4-bit;
             modified.
         gradient: `[rows, columns]` of 8 bits, with finite scales.
         rule: The numbers of the step.
-        rounding: The random numbers; not `stochastic` rounds a 4-bit momentum to nearest too.
-        live: fp64 `[3]` beside the weight, or None: `lr`, `weight_decay` and the number of the
-            step, in the place of those that are given. The kernel reads them when it runs: a CUDA
-            graph repeats numbers as they were when it was captured.
+        rounding: The random numbers; without `stochastic` a 4-bit momentum is rounded to nearest
+            too.
+        live: As in `step_weight_`.
 
     Raises:
         TypeError: Codes of the gradient are not of 8 bits.
         ValueError: Shapes, groups or devices do not fit. On the CPU also: a scale is not finite, a
-            weight scale is not positive, or an outlier column does not exist. On a GPU each look at
-            values would cost a transfer to the host, so there the caller has looked: the optimizer
-            at the gradients, once a step, loading at weights and momentum. Nothing was written.
+            weight scale is not positive, or an outlier column does not exist. Nothing was written.
+            On a GPU reading values would cost a transfer to the host, so the callers check them:
+            the optimizer checks the gradients once a step, loading checks weights and momentum.
 
     Source:
         Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2
@@ -103,7 +102,7 @@ def _nibble_words(packed: Tensor, rows: slice, rounding: Rounding) -> Tensor | N
 
 
 def _check_momentum(weight: Weight, momentum: Quantized, group_size: int | None) -> None:
-    """Raise unless this is a momentum of `weight` beside gradients in groups of `group_size`."""
+    """Raise unless `momentum` fits `weight` and gradients in groups of `group_size` columns."""
     codes = momentum.codes
     if momentum.bits == 8:
         check_same("momentum codes", codes, weight.codes)
@@ -166,17 +165,17 @@ def quantize_and_lion_step_(
     rounding: Rounding,
     live: Tensor | None = None,
 ) -> Tensor:
-    """`quantize` the gradient, take its `squared_norms` and step by `lion_step_`: the same bits.
+    """Do `quantize`, `squared_norms` and `lion_step_` with a float gradient: the same bits.
 
-    On a GPU that is one launch, and the codes of the gradient are never in memory. A row of the
-    gradient with a NaN or infinity leaves its row of weight and momentum as it was and makes the
-    norm not finite; other rows have taken the step by the time anyone can know.
+    On a GPU this is one launch, and the codes of the gradient are never in memory. If a row of the
+    gradient has a NaN or infinity, that row of weight and momentum stays as it was, and its norm is
+    not finite. The other rows take the step, before the caller can see the norm.
 
     Args:
         weight: `[rows, columns]`, modified.
         momentum: As `lion_step_` takes it; modified.
         gradient: fp32, bf16 or fp16 `[rows, columns]`, contiguous.
-        factor: fp32 scalar that the quantized gradient is multiplied by, as clipping does; or None.
+        factor: fp32 scalar that the quantized gradient is multiplied by, for clipping; or None.
         group_size: Columns per scale of the quantized gradient.
         rule: The numbers of the step.
         rounding: The random numbers.
@@ -184,11 +183,11 @@ def quantize_and_lion_step_(
 
     Returns:
         fp64 `[rows]`, the sums of squares of the quantized gradient, without `factor`: NaN or
-        infinite where a row was left.
+        infinite for rows that did not step.
 
     Raises:
         TypeError: The gradient is not one of the three float dtypes.
-        ValueError: What `lion_step_` refuses of weight and momentum. Nothing was written.
+        ValueError: `lion_step_` would refuse the weight or the momentum. Nothing was written.
     """
     codes, scales = quantize(gradient, group_size=group_size)
     coded = Quantized(codes, scales, group_size)
@@ -198,7 +197,7 @@ def quantize_and_lion_step_(
     finite = scales.isfinite().all(dim=1)
     state = (*weight.tensors, *momentum.tensors)
     kept = [] if bool(finite.all()) else [tensor[~finite] for tensor in state]
-    if kept:  # rows that must stay as they are: they step with zeros and are put back
+    if kept:  # these rows step with a gradient of zero and are then restored
         scales[~finite] = 0.0
     lion_step_(weight, momentum, coded, rule=rule, rounding=rounding, live=live)
     for tensor, rows in zip(state, kept, strict=False):

@@ -1,7 +1,7 @@
-"""What operators take together: quantized matrices, weights, update rules and rounding.
+"""Arguments of operators that belong together: quantized matrices, weights, rules and rounding.
 
-Each is checked when it is made, so an operator checks only whether its arguments fit each other.
-Operators take them apart where a kernel is launched, and nowhere else.
+Tensors are checked when they are put together here, so an operator checks only whether its
+arguments fit each other. Backends take these values apart only where they launch a kernel.
 """
 
 from dataclasses import dataclass, field
@@ -16,8 +16,8 @@ from .. import layout
 from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, GroupLayout
 from .checks import check_group_size, check_matrix, check_same, check_scales
 
-# Of each parameter, where a step finds its numbers in memory: lr, weight decay, number of the step,
-# and what the rule adds.
+# Columns of a `live` tensor, whose row holds the numbers of a step of one parameter: lr, weight
+# decay, the number of the step, and what the rule adds.
 N_LIVE = 8
 
 CODE_DTYPES = {8: torch.int8, 4: torch.uint8}  # by bits
@@ -28,15 +28,15 @@ class Quantized:
     """A matrix as codes with an FP32 scale for each row and group of columns.
 
     Args:
-        codes: int8 `[rows, columns]` in [-127, 127]; of 4 bits uint8 `[rows, ceil(columns / 2)]`,
-            of columns 2k (low half) and 2k + 1 in byte k; contiguous.
+        codes: int8 `[rows, columns]` in [-127, 127]; 4-bit codes are uint8
+            `[rows, ceil(columns / 2)]`, columns 2k (low half) and 2k + 1 in byte k. Contiguous.
         scales: fp32 `[rows, n_groups]`, contiguous, on the same device.
         group_size: Columns per scale; the last group of a row may be short. None: whole rows.
             Codes of 4 bits have groups of 64.
-        bits: Of one code: 8, or 4.
+        bits: Bits of one code: 8 or 4.
 
     Raises:
-        TypeError: Codes have another dtype than their bits.
+        TypeError: The dtype of the codes is not that of their bits.
         ValueError: Shapes or devices do not fit.
     """
 
@@ -61,7 +61,7 @@ class Quantized:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the codes."""
         return self.codes.device
 
     @property
@@ -70,11 +70,11 @@ class Quantized:
         return self.codes, self.scales
 
     def rows(self, rows: slice) -> "Quantized":
-        """Some of its rows; they share memory with it."""
+        """Return some of its rows; they share its memory."""
         return Quantized(self.codes[rows], self.scales[rows], self.group_size, self.bits)
 
 
-# The first of those that are alive and have the same codes, by the identity of the codes.
+# The first live weight made with each tensor of codes, by the id of that tensor.
 _weights: WeakValueDictionary[int, "Weight"] = WeakValueDictionary()
 
 
@@ -86,13 +86,13 @@ class Weight:
         codes: int8 `[rows, columns]`, contiguous; 0 under outliers.
         scales: fp32 `[rows, n_groups]`, positive.
         outlier_values: fp32 `[rows, n_outliers]`.
-        outlier_columns: int16 or int32 `[rows, n_outliers]`: which columns, each at most once.
+        outlier_columns: int16 or int32 `[rows, n_outliers]`: their columns, each at most once.
         group_size: Columns per scale; None: whole rows.
 
     Attributes:
-        plans: What has been prepared for this weight and lives as long as it does, such as launches
-            that a backend has bound to its tensors, and to nobody else's. Others around the same
-            memory share it; copies have none.
+        plans: Objects prepared for this weight that live as long as it does, such as launches that
+            a backend has bound to its tensors. Weights with the same memory may share them; copies
+            have none.
 
     Raises:
         TypeError: A dtype is wrong.
@@ -127,14 +127,14 @@ class Weight:
         if values.numel():
             check_matrix("outlier values", values, (torch.float32,))
             check_matrix("outlier columns", columns, (torch.int16, torch.int32))
-        if not torch.compiler.is_compiling():  # else it is made anew, and known to nobody
+        if not torch.compiler.is_compiling():  # a traced weight is no live one
             _weights.setdefault(id(codes), self)
 
     @classmethod
     def around(cls, *fields: Any) -> "Weight":
-        """The weight of these fields that is alive, with its plans; without one, a new weight.
+        """Return the live weight with these fields, and so its plans, or else a new weight.
 
-        Compiled code hands over fields, and not what holds them.
+        Compiled code passes the fields of a weight, not the weight.
         """
         codes = fields[0]
         weight = _weights.get(id(codes))
@@ -150,7 +150,7 @@ class Weight:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the codes."""
         return self.codes.device
 
     @property
@@ -160,7 +160,7 @@ class Weight:
 
     @property
     def is_one_tile(self) -> bool:
-        """Whether `layout.row_tiles` has one range only: all rows are expanded at once."""
+        """Whether `layout.row_tiles` yields one range, so that all rows are expanded at once."""
         return self.codes.numel() <= layout.TILE_ELEMENTS
 
     @property
@@ -175,22 +175,22 @@ class Weight:
         return Weight, (*self.tensors, self.group_size)
 
     def rows(self, rows: slice) -> "Weight":
-        """Some of its rows; they share memory with it."""
+        """Return some of its rows; they share its memory."""
         codes, scales, values, columns = (tensor[rows] for tensor in self.tensors)
         return Weight(codes, scales, values, columns, self.group_size)
 
 
 @dataclass(slots=True, eq=False)
 class Moments:
-    """Both moments of AdamW for a matrix as 8-bit codes; `adamw_step_` says what they stand for.
+    """Both moments of AdamW for a matrix as 8-bit codes; `kernels/adamw.py` explains them.
 
     Args:
         ratio_codes: int8 `[rows, columns]` in [-127, 127], contiguous: the first moment over the
-            root of the second.
+            square root of the second.
         ratio_scales: fp32 `[rows, n_groups]`, contiguous.
         root_codes: uint8 `[rows, columns]`, contiguous: the eighth root of the second moment.
         root_scales: fp32 `[rows, n_groups]`, contiguous.
-        group_size: Columns per scale, of both.
+        group_size: Columns per scale, for both moments.
 
     Raises:
         TypeError: A dtype is wrong.
@@ -220,13 +220,13 @@ class Moments:
 
 
 class Input(NamedTuple):
-    """An input `x[N, C]` of a layer as INT8 products take it; `quantize_input` makes the fields.
+    """An input `x[N, C]` of a layer as an operand of INT8 products, made by `quantize_input`.
 
     Attributes:
         codes: int8 `[N, C]`, 0 in outlier columns.
         scales: fp32 `[N, 1]`.
         columns: int64 `[k]`: the columns with the largest magnitudes, ascending.
-        values: `[N, k]` of the dtype of `x`: what it has there.
+        values: `[N, k]` of the dtype of `x`: the values of those columns.
     """
 
     codes: Tensor
@@ -236,15 +236,15 @@ class Input(NamedTuple):
 
 
 class Rounding(NamedTuple):
-    """The random numbers that round an update: Philox 4x32-7, counted, never drawn from a state.
+    """The random numbers that round an update: Philox 4x32-7, from a counter instead of a state.
 
     Attributes:
         seed: Key, in [0, 2**63).
-        step: Number of the step; with `stream` and the element's position it counts the numbers.
+        step: Number of the step; with `stream` and the element's position it is the counter.
         stream: Number of the parameter.
-        first_row: Number of the first row that is passed, where that is a part of a matrix: a step
-            of a weight in parts has the bits of a step of the whole.
-        stochastic: False rounds to nearest, for ablation: that does not train.
+        first_row: Number of the first row that is passed, if only some rows of a matrix are: a
+            weight that is updated in parts has the bits of one that is updated as a whole.
+        stochastic: False rounds to nearest, for ablation; models do not train that way.
     """
 
     seed: int
@@ -254,7 +254,7 @@ class Rounding(NamedTuple):
     stochastic: bool = True
 
     def of_rows(self, rows: slice) -> "Rounding":
-        """That of some of the rows."""
+        """Return the rounding of some of the rows."""
         if not rows.start:
             return self
         return self._replace(first_row=self.first_row + rows.start)
@@ -279,15 +279,15 @@ class Lion(NamedTuple):
 
     @classmethod
     def without_momentum(cls, lr: float, weight_decay: float) -> "Lion":
-        """Those of a step along a direction that is given."""
+        """Return the numbers of a step along a given direction."""
         return cls(lr=lr, beta1=0.0, beta2=0.0, weight_decay=weight_decay)
 
     @property
     def numbers(self) -> tuple[float, ...]:
-        """What kernels compute with, each to be rounded to FP32 once.
+        """The numbers that kernels compute with, each to be rounded to FP32 once.
 
-        The rate, the decay of a step, `beta1`, `1 - beta1`, `beta2`, `1 - beta2`, and the sign of
-        the gradient.
+        They are `lr`, `lr * weight_decay`, `beta1`, `1 - beta1`, `beta2`, `1 - beta2`, and the sign
+        of the gradient.
         """
         return (
             self.lr,
@@ -306,8 +306,8 @@ class AdamW(NamedTuple):
     Attributes:
         lr: Step size, in units of the weight.
         beta1: Decay of the first moment, the mean of gradients.
-        beta2: Decay of the second, the mean of their squares; above `beta1**2`: else no step has a
-            bound.
+        beta2: Decay of the second, the mean of their squares; above `beta1**2`, otherwise steps
+            have no bound.
         eps: Positive; added to the root of the second moment, in units of the gradient.
         weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
         maximize: Step along the gradient, not against it.
@@ -321,7 +321,7 @@ class AdamW(NamedTuple):
     maximize: bool = False
 
     def corrections(self, step: int) -> tuple[float, float]:
-        """What undoes the start from zero, of the first moment and of the root of the second."""
+        """Factors of the first moment and of the second's root that correct their start from 0."""
         return 1 / (1 - self.beta1**step), 1 / (1 - self.beta2**step) ** 0.5
 
 
@@ -329,14 +329,15 @@ Rule = TypeVar("Rule", Lion, AdamW)
 
 
 def read_live(live: Tensor | None, rule: Rule, rounding: Rounding) -> tuple[Rule, Rounding]:
-    """Put the numbers of a step that lie in memory in the place of those that are given.
+    """Return `rule` and `rounding` with the numbers of the step that `live` holds.
 
-    The host waits for them. Kernels of a GPU read them when they run.
+    The host waits for them. GPU kernels read `live` themselves, when they run.
 
     Args:
-        live: fp64: `lr`, `weight_decay` and the number of the step come first; None: nothing to do.
-        rule: Has the first two.
-        rounding: Has the third.
+        live: fp64, beginning with `lr`, `weight_decay` and the number of the step; None changes
+            nothing.
+        rule: Its `lr` and `weight_decay` are replaced.
+        rounding: Its `step` is replaced.
     """
     if live is None:
         return rule, rounding

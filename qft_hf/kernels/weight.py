@@ -1,7 +1,7 @@
 """A step of an INT8 weight in a direction that an optimizer has chosen.
 
-Weights are rounded stochastically (Philox) against the scale that is stored. All of the weight's
-arithmetic is in units of its code, so that an element whose update is zero keeps its code.
+Weights are rounded stochastically (Philox) against the stored scale. All arithmetic is in units of
+a code, so that an element whose update is zero keeps its code.
 """
 
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from .operators import operator
 from .philox import random_words, weight_uniform
 from .values import Lion, Rounding, Weight, read_live
 
-# A scale is sticky: it changes only when a value no longer fits the codes or when the whole group
-# has shrunk below RANGE_LOW, and then it is set so that the largest value gets code RANGE_TARGET,
-# well inside both limits.
+# A scale is sticky: it changes only when a value no longer fits the codes or when all codes of the
+# group have shrunk below RANGE_LOW. It is then set so that the largest value gets code
+# RANGE_TARGET, well inside both limits.
 RANGE_TARGET = 120.0
 RANGE_LOW = 60.0
 
-CHUNK_ELEMENTS = 2**16  # updated at a time: temporaries stay in the cache
+CHUNK_ELEMENTS = 2**16  # updated at a time, so that temporaries stay in the cache
 
 WRITES = ("weight.codes", "weight.scales", "weight.outlier_values")
 
@@ -40,11 +40,12 @@ def step_weight_(
 
     SR rounds stochastically against the stored scale: the expectation of the stored weight is the
     exact update. Scales are sticky: one changes only when a value no longer fits its codes, or when
-    the whole group has shrunk to less than half their range; an element whose update is zero keeps
-    its code otherwise. Outliers are FP32 and updated without rounding to codes; the codes under
-    them stay 0.
+    the whole group has shrunk to less than half their range. As long as the scale stays, an element
+    whose update is zero keeps its code. Outliers are FP32 and are not rounded to codes; the codes
+    under them stay 0.
 
-    This is all that an optimizer needs of the storage format: with g for the direction it is SGD.
+    An optimizer needs nothing else of the storage format: with the gradient as direction this is
+    SGD.
 
     Args:
         weight: `[rows, columns]`, modified.
@@ -52,9 +53,9 @@ def step_weight_(
         lr: Step size, in units of the weight for each unit of the direction.
         weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
         rounding: The random numbers.
-        live: fp64 `[3]` beside the weight, or None: `lr`, `weight_decay` and the number of the
-            step, in the place of those that are given. The kernel reads them when it runs: a CUDA
-            graph repeats numbers as they were when it was captured.
+        live: fp64 `[3]` on the weight's device, or None: `lr`, `weight_decay` and the number of the
+            step, which replace those that are passed. A kernel reads them when it runs, because a
+            CUDA graph repeats its other arguments as they were captured.
 
     Raises:
         TypeError: The direction is not fp32.
@@ -84,13 +85,13 @@ def _(weight: Weight, direction: Tensor, **_: object) -> None:
 
 
 def check_weight_values(weight: Weight) -> None:
-    """Raise for scales that are not positive and finite, and for outlier columns that are none."""
+    """Raise for scales that are not positive and finite, and outlier columns that do not exist."""
     check_finite("weight scales", weight.scales, positive=True)
     check_column_values(weight.outlier_columns, weight.codes)
 
 
 def row_chunks(codes: Tensor, *, elements: int | None = None) -> Iterator[slice]:
-    """Rows of `codes` in runs of `CHUNK_ELEMENTS`, or of so many `elements`, or one by one."""
+    """Yield runs of rows of at most `elements` (None: `CHUNK_ELEMENTS`), but at least one row."""
     n_rows, columns = codes.shape
     chunk = max(1, (elements or CHUNK_ELEMENTS) // columns)
     for start in range(0, n_rows, chunk):
@@ -105,7 +106,7 @@ def step_rows_(
     weight_decay: float,
     rounding: Rounding,
 ) -> None:
-    """The step of some rows; `direction` is theirs."""
+    """Step the rows `rows`; `direction` holds only these."""
     codes, scales, outlier_values, outlier_columns = weight.tensors
     columns, group_size = codes.shape[1], weight.group_size
     shrink = lr * weight_decay
