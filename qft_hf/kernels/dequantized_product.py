@@ -1,4 +1,4 @@
-"""Product of a few tokens with an INT8 weight that is expanded on the way, never in memory."""
+"""Product of a few tokens with an INT8 weight that is never expanded in memory."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,15 +14,15 @@ def dequantized_matmul(x: Tensor, weight: Weight, *, bias: Tensor | None = None)
     """`x W^T + bias` with the weight that `dequantize(weight, dtype=x.dtype)` returns.
 
     For few tokens the product takes the time of reading the weight: here one byte per element,
-    where expanding first writes and reads two or four more. With many tokens the expansion is
+    while expanding first writes and reads two or four more. With many tokens the expansion is
     repeated for every few of them, and `dequantize` with a float product is faster.
 
-    The one operator whose backends do not return the same bits: a sum of floats depends on its
-    order, and each backend sums in the order that suits its device. What is summed is the same
-    everywhere: elements of `W` and `bias` are rounded to the dtype of `x`, sums are FP32, and the
-    result is rounded to that dtype once. So it is off by at most `(columns + outliers + 1) *
-    2**-24` times the sum of the magnitudes of its terms and that rounding, and has the same bits
-    wherever FP32 holds all partial sums exactly.
+    Backends do not return the same bits: a sum of floats depends on its order, and each backend
+    sums in the order that suits its device. The terms are the same everywhere: elements of `W` and
+    `bias` are rounded to the dtype of `x`, sums are FP32, and the result is rounded to that dtype
+    once. So its error is at most `(columns + outliers + 1) * 2**-24` times the sum of the
+    magnitudes of its terms, plus that rounding, and the bits are the same if FP32 holds all partial
+    sums exactly.
 
     Args:
         x: `[tokens, columns]`, contiguous; fp32, bf16 or fp16.
@@ -34,8 +34,7 @@ def dequantized_matmul(x: Tensor, weight: Weight, *, bias: Tensor | None = None)
 
     Raises:
         TypeError: A dtype is wrong.
-        ValueError: Shapes or devices do not fit, or, found on the CPU only, an outlier column does
-            not exist.
+        ValueError: Shapes or devices do not fit. On the CPU also: an outlier column does not exist.
     """
     expanded = dequantize.reference(weight, dtype=x.dtype)
     bias = None if bias is None else bias.to(x.dtype).float()

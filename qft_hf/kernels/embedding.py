@@ -13,23 +13,23 @@ from .values import Quantized
 def embedding_gradient_(
     table: Quantized, ids: Tensor, gradient: Tensor, *, padding_idx: int | None = None
 ) -> None:
-    """Sum the gradients of the tokens of each row and quantize the sums into that row.
+    """Sum the gradients of all tokens that looked up a row, and store the sum, quantized, there.
 
     Sums are FP32 and in the order of the tokens, so their bits are the same on every device and in
-    every run. Neither a float table nor a list of float sums is made. Rows that no token looked up
-    are left as they are.
+    every run. Backends make neither a float table nor a list of float sums. Rows that no token
+    looked up are left as they are.
 
     Args:
         table: The table's gradient `[rows, columns]`, modified.
         ids: int32 or int64 `[n]`: the row that each token looked up.
-        gradient: `[n, columns]`, contiguous; fp32, bf16 or fp16: of the rows handed out.
-        padding_idx: A row whose tokens count for nothing, or None.
+        gradient: `[n, columns]`, contiguous; fp32, bf16 or fp16: the gradient of the rows returned.
+        padding_idx: A row whose tokens are ignored, or None.
 
     Raises:
         TypeError: A dtype is wrong.
         ValueError: Shapes or devices do not fit.
-        IndexError: One of `ids` is no row, on the CPU; on a GPU such tokens count for nothing,
-            after a lookup that gave NaN for them. Nothing was written.
+        IndexError: On the CPU only: one of `ids` is not a row. Nothing was written. On a GPU such
+            tokens are ignored here, after the lookup has returned NaN for them.
     """
     codes, scales = table.tensors
     order, used, counts = tokens_by_row(ids, codes.shape[0], padding_idx)
@@ -63,12 +63,12 @@ def _(table: Quantized, ids: Tensor, gradient: Tensor, *, padding_idx: int | Non
 
 
 def tokens_by_row(ids: Tensor, n_rows: int, padding_idx: int | None) -> tuple[Tensor, ...]:
-    """Tokens in the order of their rows, and of their positions within a row.
+    """Sort tokens by their row, and by their position within a row.
 
     Returns:
-        order: int64: positions in `ids` of all tokens that count.
+        order: int64: positions in `ids` of all tokens that are not ignored.
         used: The rows that they looked up, ascending.
-        counts: int64: how many looked up each; its tokens are neighbours in `order`.
+        counts: int64: how many tokens looked up each of these rows; they are adjacent in `order`.
     """
     counted = (ids >= 0) & (ids < n_rows)
     if padding_idx is not None:

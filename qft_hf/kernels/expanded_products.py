@@ -1,7 +1,7 @@
 """Products of float matrices with a weight that is expanded to float, a tile of rows at a time.
 
-Each is one call to a compiler. Were the expansion visible to it, it would find the same one in the
-forward and in the backward pass, and keep the float weight from one to the other.
+`torch.compile` sees each product as one call. If the expansion were visible, the compiler would
+find it in the forward and in the backward pass, and would keep the float weight between them.
 """
 
 import torch
@@ -26,10 +26,10 @@ def expand(
 
     Args:
         weight: `[rows, columns]`.
-        own_dtype: The float type that it stands for. From FP32 values are rounded once.
-        dtype: Of the result.
-        rows: As `dequantize` has it, and `n_each` too.
-        n_each: Rows that each of these stands for.
+        own_dtype: The float type that the weight stands for. If FP32, values are rounded only once.
+        dtype: The dtype of the result.
+        rows: As in `dequantize`.
+        n_each: As in `dequantize`.
     """
     if own_dtype == torch.float32:
         own_dtype = dtype
@@ -53,7 +53,7 @@ def expanded_linear(
         x: Float `[..., C]`.
         weight: `[R, C]`.
         bias: Float `[R]` or None.
-        own_dtype: The dtype that the weight stands for; products are those of the dtype of `x`.
+        own_dtype: The dtype that the weight stands for; the product is computed in that of `x`.
 
     Returns:
         `[..., R]` of the dtype of `x`.
@@ -84,16 +84,16 @@ def expanded_input_gradient(grad: Tensor, weight: Weight, *, own_dtype: torch.dt
     Args:
         grad: Float `[N, R]`.
         weight: `[R, C]`.
-        own_dtype: The dtype that the weight stands for; products are those of the dtype of `grad`.
+        own_dtype: The dtype that the weight stands for; products are computed in that of `grad`.
 
     Returns:
-        `[N, C]` of the dtype of `grad`; FP32 if it was added up from several tiles.
+        `[N, C]` of the dtype of `grad`, or FP32 if it is the sum over several tiles.
     """
     if weight.is_one_tile:
         return grad @ expand(weight, own_dtype, grad.dtype)
     total = None
     for rows in row_tiles(*weight.codes.shape):
-        # They add up in FP32: rounding partial sums would lose bits.
+        # Tiles are summed in FP32: rounding partial sums would lose bits.
         tile = expand(weight.rows(rows), own_dtype, grad.dtype)
         product = (grad[:, rows] @ tile).float()
         total = product if total is None else total.add_(product)

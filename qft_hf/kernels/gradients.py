@@ -8,7 +8,7 @@ from .groups import expanded, group_parts, quantized
 from .operators import operator
 from .values import Quantized
 
-SERIAL = 2**14  # terms that one thread adds up
+SERIAL = 2**14  # terms: a sum this short runs on one thread
 
 
 @operator(writes=("gradient.codes", "gradient.scales"))
@@ -17,7 +17,7 @@ def accumulate_(gradient: Quantized, other: Quantized) -> None:
 
     Args:
         gradient: `[rows, columns]`, modified.
-        other: Of the same shape and groups.
+        other: A gradient of the same shape and groups.
 
     Raises:
         TypeError: Codes are not of 8 bits.
@@ -50,8 +50,8 @@ def squared_norms(gradient: Quantized) -> Tensor:
         gradient: `[rows, columns]`.
 
     Returns:
-        fp64 `[rows]`; NaN or infinite where a scale is. In which order the groups of a row are
-        added up is up to a backend.
+        fp64 `[rows]`; NaN or infinite for a row with such a scale. The order in which the groups
+        of a row are added up depends on the backend.
 
     Raises:
         TypeError: Codes are not of 8 bits.
@@ -68,14 +68,14 @@ def _(gradient: Quantized) -> None:
 
 
 def squared_norm(gradient: Quantized) -> Tensor:
-    """Sum of squares of the dequantized gradient: fp64 scalar; arguments as of `squared_norms`."""
+    """Sum of squares of the dequantized gradient: fp64 scalar; see `squared_norms`."""
     return sum_in_order(squared_norms(gradient))
 
 
 def sum_in_order(terms: Tensor) -> Tensor:
-    """The sum of `[n]`, the same bits whatever the number of CPU threads.
+    """Return the sum of `terms` `[n]`, with the same bits for any number of CPU threads.
 
-    PyTorch gives each thread a part of a sum of 32,768 terms or more on a CPU.
+    On a CPU PyTorch splits a sum of 32,768 terms or more among its threads.
     """
     if terms.device.type != "cpu":
         return terms.sum()

@@ -1,4 +1,4 @@
-"""Groups of columns and their scales, in plain PyTorch: what all references are made of.
+"""Groups of columns and their scales in plain PyTorch: the building blocks of all references.
 
 Every backend returns the same bits, so each step uses only operations that round the same way
 everywhere: max, multiplication, true division, addition.
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 QMAX = 127  # symmetric: -128 is never produced, so every code can be negated
-# The least scale, and that of zeros: small beside every other, and with an inverse in FP32. What is
-# subnormal, and to some devices 0, gets code 0 against it on all of them, whatever the rounding:
-# 2**-126 / TINY is less than the 2**-25 that FP32 tells from a whole number.
+# The least scale, and that of a group of zeros. It is far below usual scales, and its inverse fits
+# FP32. A subnormal value, which is 0 on some devices, gets code 0 with it on all of them, however
+# it is rounded: 2**-126 / TINY is below 2**-25, and FP32 loses that when it is added to 1 - 2**-24.
 TINY = 1e-30
 # Adding and subtracting 1.5 * 2**23 rounds FP32 to the nearest integer, ties to even.
 MAGIC = 12582912.0
 
 
 def absmax_scale(absmax: Tensor) -> Tensor:
-    """The scale that maps `absmax` to code 127, and at least `TINY`.
+    """Return the scale that maps `absmax` to code 127, but at least `TINY`.
 
-    Multiplies by a constant: dividing by 127 would be a reciprocal multiplication on some devices.
+    Multiplies by a constant: some devices would turn a division by 127 into a multiplication.
     A NaN or infinite absmax gives a NaN or infinite scale.
     """
     return (absmax * (1.0 / QMAX)).clamp_min(TINY)
@@ -37,7 +37,7 @@ def group_parts(x: Tensor, group_size: int | None) -> list[Tensor]:
 
 
 def group_absmax(x: Tensor, group_size: int | None) -> Tensor:
-    """Largest magnitude in each group: `[rows, columns]` to `[rows, n_groups]`; NaN wins."""
+    """Largest magnitude in each group, NaN if it has one: fp32 `[rows, n_groups]`."""
     return torch.cat([part.abs().amax(dim=2) for part in group_parts(x, group_size)], dim=1)
 
 
@@ -60,11 +60,11 @@ def spread_groups(values: Tensor, columns: int, group_size: int | None) -> Tenso
 def quantized(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
     """Codes int8 and scales of an FP32 matrix, rounded to nearest; see `kernels.quantize`."""
     scales = absmax_scale(group_absmax(x, group_size))
-    # Division of a tensor by a tensor is IEEE division; a Python number on top may not be.
+    # Tensor / tensor is IEEE division; with a Python number as the numerator it may not be.
     inverse = torch.ones_like(scales) / scales
     values = scale_groups_(x.clone(), inverse, group_size)
     values = values.add_(MAGIC).sub_(MAGIC)
-    # A group that is not finite keeps its scale, which tells, and gets codes 0.
+    # A group with NaN or infinity gets codes 0; its non-finite scale marks it.
     return values.nan_to_num_(0.0).clamp_(-QMAX, QMAX).to(torch.int8), scales
 
 

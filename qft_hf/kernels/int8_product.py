@@ -16,7 +16,7 @@ from .checks import (
 from .operators import operator
 from .quantization import quantize
 
-# 2**17 products of two codes in [-127, 127] fit a signed 32-bit sum; a longer sum goes in parts.
+# 2**17 products of two codes in [-127, 127] fit a signed 32-bit sum; a longer one is split.
 MAX_SUMMED = 2**17
 
 
@@ -39,9 +39,8 @@ def int8_matmul(
 
         out = ((float(sum) * a_scales) * b_scales) + bias
 
-    where a missing factor or term is left out, and `out` is rounded to `dtype` once. A K above
-    131,072 is summed in parts of that length, each scaled so, and the parts are added in FP32 in
-    order.
+    A factor or term that is None is left out, and `out` is rounded to `dtype` once. If K is above
+    131,072, parts of that length are summed and scaled this way, and then added in order in FP32.
 
     With the codes of `quantize(x, group_size=None)` and `quantize_gradient` the three products of
     a linear layer, `x` `[N, C]` and `w` `[R, C]`, are
@@ -50,30 +49,30 @@ def int8_matmul(
         grad_x = int8_matmul(row_codes, w_codes, row_scales, None)
         grad_w = int8_matmul(column_codes, x_codes, column_scales, None)
 
-    Integer matrix units of GPUs want both operands contiguous along K, and rows of whole 16 bytes.
-    An operand that is not is copied first: `w_codes` and `x_codes` in the last two lines. That
-    moves two bytes for each of its elements and keeps one while the product runs. Who multiplies
-    by one matrix several times can turn it once, and pass `turned.t()`.
+    Integer matrix units of GPUs need both operands contiguous along K, with rows of a multiple of
+    16 bytes. Any other operand is copied first: `w_codes` and `x_codes` in the last two lines. The
+    copy moves two bytes per element, and holds one while the product runs. A caller that multiplies
+    by one matrix several times can transpose it once, and pass `transposed.t()`.
 
     Args:
-        a: int8 `[M, K]`, codes in [-127, 127]; contiguous or transposed, or rows or columns of
-            such a matrix: one stride must be 1.
+        a: int8 `[M, K]`, codes in [-127, 127]; contiguous or transposed, or a slice of rows or
+            columns of such a matrix: one stride must be 1.
         b: int8 `[K, N]`, likewise.
         a_scales: fp32 `[M, 1]`, as `quantize` returns them, or None.
         b_scales: fp32 `[N, 1]`, or None.
         bias: Float `[N]`, or None.
-        columns: int64 `[k]`, each at most once: columns of the result that are not products and
-            that `values` gives; or None.
-        values: Float `[M, k]`, what those columns hold; or None.
+        columns: int64 `[k]`, each at most once: columns of the result that are taken from `values`
+            instead of the product; or None.
+        values: Float `[M, k]`, the contents of those columns; or None.
         dtype: A float type.
 
     Returns:
-        `[M, N]` of `dtype`, contiguous. Zeros, or the bias, where K is 0.
+        `[M, N]` of `dtype`, contiguous. Zeros, or the bias, if K is 0.
 
     Raises:
         TypeError: Codes are not int8, or `dtype` is not a float type.
         ValueError: Shapes, strides or devices do not fit.
-        IndexError: One of `columns` does not exist, on the CPU.
+        IndexError: On the CPU only: one of `columns` does not exist.
 
     Source:
         Dettmers et al. 2022, "LLM.int8()", section 3.1, vector-wise quantization
@@ -98,7 +97,7 @@ def int8_matmul(
 
 @int8_matmul.backends_take
 def is_single(a: Tensor, b: Tensor, *_: object, **__: object) -> bool:
-    """Whether one sum of 32 bits holds each element of the product, and there is one at all."""
+    """Whether the product is not empty and a 32-bit sum can hold each of its elements."""
     rows, summed = a.shape
     return 0 < summed <= MAX_SUMMED and rows > 0 and b.shape[1] > 0
 
@@ -114,7 +113,7 @@ def _in_parts(
     values: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`int8_matmul` where it is not single: a sum, maybe empty, of products that are."""
+    """`int8_matmul` if not `is_single`: the sum of products over parts of K, possibly of none."""
     out = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
     if out.numel():
         for start in range(0, a.shape[1], MAX_SUMMED):
@@ -174,24 +173,24 @@ def requantized_matmul(
 ) -> tuple[Tensor, Tensor]:
     """`quantize(int8_matmul(a, b, a_scales, None, ...), group_size=group_size)`: the same bits.
 
-    On a CPU the float product is never in memory.
+    On a CPU the whole float product is never in memory.
 
     Args:
         a: int8 `[M, K]`, as `int8_matmul` takes it.
         b: int8 `[K, N]`, likewise.
         a_scales: fp32 `[M, 1]`, or None.
-        columns: int64 `[k]`: columns that `values` gives, as in `int8_matmul`; or None.
+        columns: int64 `[k]`: columns taken from `values`, as in `int8_matmul`; or None.
         values: Float `[M, k]`, or None.
         group_size: Columns per scale of the result.
 
     Returns:
         codes: int8 `[M, N]` in [-127, 127].
-        scales: fp32 `[M, n_groups]`, as `quantize` makes them.
+        scales: fp32 `[M, n_groups]`, as `quantize` returns them.
 
     Raises:
         TypeError: Codes are not int8.
         ValueError: Shapes, strides or devices do not fit.
-        IndexError: One of `columns` does not exist, on the CPU.
+        IndexError: On the CPU only: one of `columns` does not exist.
     """
     product = int8_matmul(a, b, a_scales, None, columns=columns, values=values, dtype=torch.float32)
     return quantize(product, group_size=group_size)

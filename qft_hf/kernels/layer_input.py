@@ -1,4 +1,4 @@
-"""An input of a layer as an INT8 operand: codes per token, and its largest columns in float."""
+"""A layer's input as an INT8 operand: one scale per token, and the largest columns in float."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from .checks import FLOATS, check_matrix
 from .groups import quantized
 from .operators import operator
 
-MAGNITUDE = 0x7FFFFFFF  # the bits of FP32 without the sign: integers of the same order
+MAGNITUDE = 0x7FFFFFFF  # FP32 bits without the sign: as integers in the order of the magnitudes
 
 
 def _fake(x: Tensor, *, n_outliers: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -22,31 +22,31 @@ def _fake(x: Tensor, *, n_outliers: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 @operator(fake=_fake)
 def quantize_input(x: Tensor, *, n_outliers: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantize `x` to INT8 with one scale per token, but for its `n_outliers` largest columns.
+    """Quantize `x` to INT8 with one scale per token, except for its `n_outliers` largest columns.
 
-    A few columns are a hundred times larger than the others in language models, and would set the
-    scale of every token. They are left in float; for the scales and codes of the others they count
-    as 0, whatever they hold, NaN too.
+    In language models a few columns are a hundred times larger than the others, and would set the
+    scale of every token. They stay in float, and count as 0 for the scales and codes, even if they
+    hold NaN.
 
     Args:
         x: `[N, C]`, contiguous; fp32, bf16 or fp16. Not modified.
-        n_outliers: How many columns, in [0, C]: those with the largest magnitudes, of equal ones
-            the first. NaN is larger than all others.
+        n_outliers: How many columns, in [0, C]: those with the largest magnitudes, and the first
+            ones of equal magnitude. NaN counts as the largest.
 
     Returns:
         codes: int8 `[N, C]` in [-127, 127], 0 in the outlier columns.
-        scales: fp32 `[N, 1]`; both as those of `quantize(..., group_size=None)`.
+        scales: fp32 `[N, 1]`; both as `quantize(..., group_size=None)` returns them.
         columns: int64 `[n_outliers]`, ascending.
-        values: `[N, n_outliers]` of the dtype of `x`, one column after the other in memory: what
-            `x` has there.
+        values: `[N, n_outliers]` of the dtype of `x`, stored column by column: `x[:, columns]`.
 
     Raises:
         TypeError: `x` is not one of the three float dtypes.
-        ValueError: `x` is not a contiguous, non-empty matrix, or has fewer columns.
+        ValueError: `x` is not a contiguous, non-empty matrix, or has fewer columns than
+            `n_outliers`.
 
     Source:
-        Dettmers et al. 2022, "LLM.int8()", section 3 (arXiv:2208.07339), where the columns are
-        chosen by a threshold.
+        Dettmers et al. 2022, "LLM.int8()", section 3 (arXiv:2208.07339), which chooses columns by
+        a threshold.
     """
     largest = (x.float().view(torch.int32) & MAGNITUDE).amax(dim=0)
     order = largest.sort(descending=True, stable=True).indices
@@ -65,5 +65,5 @@ def _(x: Tensor, *, n_outliers: int) -> None:
 
 
 def take_columns(x: Tensor, columns: Tensor) -> Tensor:
-    """`x[:, columns]`, one column after the other in memory: on a CPU in half the time."""
+    """Return `x[:, columns]` stored column by column, which takes half the time on a CPU."""
     return x.t().index_select(0, columns).t()

@@ -1,4 +1,4 @@
-"""Output of a linear layer by an INT8 product, with outlier columns of both sides beside it."""
+"""Output of a linear layer: an INT8 product plus float products of both operands' outliers."""
 
 import torch
 from torch import Tensor
@@ -20,28 +20,29 @@ def _fake(
 def int8_linear(
     x: Input, floats: Tensor, weight: Weight, *, bias: Tensor | None = None, dtype: torch.dtype
 ) -> Tensor:
-    """`x W^T + b` where `x` and `W` are INT8 but for outlier columns, which are float products.
+    """`x W^T + b`: an INT8 product of `x` and `W`, plus float products of their outlier columns.
 
-    Outlier columns of `W` `[R, C]` meet all of `x` `[N, C]`, and those of `x` the codes of `W`:
+    Outlier columns of `W` `[R, C]` are multiplied by the float input, `floats` `[N, C]`, and those
+    of `x` by the codes of `W`:
 
         y = int8_matmul(x.codes, W.codes^T, x.scales, W.scales, bias)
             + sum_j floats[:, c_j] W.outlier_values[:, j]
             + sum_i x.values[:, i] (W.codes[:, x.columns_i] * W.scales)
 
-    The factors of both sums are rounded to `dtype`. These sums of k = j + i terms have no order, so
-    backends agree to a bound only. With T the sum of the magnitudes of the integer sum times its
-    scales, of the bias and of the k products, and u half the distance from 1 to the next number of
-    `dtype`, the result is off by at most
+    The factors of both sums are rounded to `dtype`. The k terms of both sums have no fixed order,
+    so backends agree only to a bound. Let T be the sum of the magnitudes of the integer sum times
+    its scales, of the bias and of the k products, and u half the distance from 1 to the next number
+    of `dtype`. Then the result differs by at most
 
         (k + 3) 2**-23 T + 2 u T
 
-    of the sum of exact products of the rounded factors: each term passes through at most k + 3
-    roundings of FP32 (its own, those of the scales, and one for each sum that it is part of), and a
-    backend may round to `dtype` before the products are added and once more after it.
+    from the sum of exact products of the rounded factors: each term goes through at most k + 3
+    FP32 roundings (its own, those of the scales, and one for each sum that it is part of), and a
+    backend may round to `dtype` before the products are added and once more afterwards.
 
     Args:
-        x: The quantized input; its codes are 0 in its columns.
-        floats: `[N, C]`, contiguous: what was quantized.
+        x: The quantized input; its codes are 0 in its outlier columns.
+        floats: `[N, C]`, contiguous: the float input that `x` was quantized from.
         weight: `[R, C]`, with one scale per row, and outliers in the same columns of every row.
         bias: Float `[R]`, or None.
         dtype: A float type.

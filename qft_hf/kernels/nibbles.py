@@ -1,8 +1,8 @@
 """4-bit codes on uneven levels, two in a byte, in plain PyTorch. This file is the specification.
 
 Code n in [-7, 7] stands for `n * (|n| + 3)` units of its group's scale: 0, 4, 10, 18, 28, 40, 54
-and 70, closest where most values are. Columns 2k and 2k + 1 of a row share byte k, low and high
-half; a last odd column has a byte of its own.
+and 70, closest together where most values are. Byte k of a row holds column 2k in its low half and
+column 2k + 1 in its high half; the last of an odd number of columns has a byte of its own.
 """
 
 import torch
@@ -12,7 +12,7 @@ from ..layout import NIBBLE_GROUP_SIZE
 from .groups import TINY, group_absmax, scale_groups_
 
 NIBBLE_MAX = 7  # the largest code
-SLOPE = 3  # a code n has n * (|n| + SLOPE) units
+SLOPE = 3  # code n stands for n * (|n| + SLOPE) units
 TOP = NIBBLE_MAX * (NIBBLE_MAX + SLOPE)  # units of the largest code
 
 
@@ -25,24 +25,24 @@ def load_nibbles(packed: Tensor, scales: Tensor, columns: int) -> Tensor:
 
 
 def round_to_nibbles(values: Tensor, words: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Round to one of the two neighbouring levels, the nearer with the higher probability.
+    """Round to one of the two neighboring levels, the nearer with the higher probability.
 
     Args:
         values: fp32 `[rows, columns]`, finite.
-        words: Random words as int64 `[rows, ceil(columns / 2)]`: one rounds what shares a byte.
+        words: Random words as int64 `[rows, ceil(columns / 2)]`, one for both values of a byte.
             None rounds to the nearest level.
 
     Returns:
         packed: uint8 `[rows, ceil(columns / 2)]`.
         scales: fp32 `[rows, n_groups]`; the largest magnitude of a group has the largest code. At
-            least `TINY`, which is that of zeros.
+            least `TINY`, the scale of a group of zeros.
     """
     columns = values.shape[1]
     scales = (group_absmax(values, NIBBLE_GROUP_SIZE) * (1.0 / TOP)).clamp_min_(TINY)
     inverse = torch.ones_like(scales) / scales
     units = scale_groups_(values.abs(), inverse, NIBBLE_GROUP_SIZE)
-    # The level below, from n * (n + 3) = units. A root that is rounded across a level changes no
-    # result: `uniform` keeps further from 0 and 1 than that.
+    # The level below, from n * (n + 3) = units. If rounding moves the square root across a level,
+    # the result does not change: `uniform` is further from 0 and 1 than that error.
     lower = (units + SLOPE**2 / 4).sqrt_().sub_(SLOPE / 2).floor_()
     width = 2 * lower + (1 + SLOPE)
     uniform = 0.5 if words is None else _uniforms(words)[:, :columns]
@@ -53,6 +53,6 @@ def round_to_nibbles(values: Tensor, words: Tensor | None) -> tuple[Tensor, Tens
 
 
 def _uniforms(words: Tensor) -> Tensor:
-    """FP32 uniforms in (0, 1): of a word's low 16 bits for the even column, then its high ones."""
+    """Uniforms in (0, 1): a word's low 16 bits for an even column, its high ones for the next."""
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=2).flatten(1)
     return (halves.float() + 0.5) * 2.0**-16

@@ -1,4 +1,4 @@
-"""An operator is its own reference; backends register what they do better.
+"""An operator is its own reference; backends register faster implementations.
 
     @operator(fake=...)
     def quantize(x, *, group_size): ...        # documented; the body is the specification
@@ -9,8 +9,8 @@
     @quantize.register("cpu")                  # in kernels/cpu/: the same arguments and bits
     def quantize(x, *, group_size): ...
 
-A reference that calls other operators is a composition: a backend that registers nothing for it
-runs its own kernels through it.
+A reference that calls other operators is a composition: if a backend registers nothing for it, the
+reference runs and calls that backend's kernels.
 """
 
 import logging
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 
 is_compiling = torch.compiler.is_compiling
 
-PLAIN = {Tensor, torch.nn.Parameter}  # whose operators nobody listens to; FakeTensor is neither
+PLAIN = {Tensor, torch.nn.Parameter}  # types that intercept no operators, unlike FakeTensor
 
 Function = Callable[..., Any]
 
-# PyTorch's name of each type of an argument.
+# The name of each argument type in PyTorch's schema language.
 SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Sequence[Tensor]: "Tensor[]",
@@ -47,22 +47,23 @@ SCHEMA_TYPES: dict[Any, str] = {
 
 
 class Operator:
-    """A function on raw tensors that each backend may have an implementation of.
+    """A function on raw tensors of which each backend may have its own implementation.
 
     The first argument is a tensor, a list of tensors or one of `kernels.values`; its device decides
-    which backend runs. With an empty list there is nothing to do. Keyword arguments that are left
-    out get the reference's defaults, so that implementations need none.
+    which backend runs. A call with an empty list does nothing. Keyword arguments that are left out
+    get the reference's defaults, so implementations need none.
 
-    PyTorch knows it as `torch.ops.qft_hf.<name>`, with values taken apart into their fields. It is
-    called through PyTorch's dispatcher only where something may listen, such as `torch.compile`:
-    that takes as long as a small kernel does.
+    PyTorch knows it as `torch.ops.qft_hf.<name>`, with values taken apart into their fields. A call
+    goes through PyTorch's dispatcher only if something may intercept it, such as `torch.compile`:
+    the dispatcher takes as long as a small kernel.
 
     Args:
         reference: The specification in plain PyTorch.
-        fake: Makes the results, shapes and dtypes only, for `torch.compile`; None: there are none.
-        writes: Arguments that are modified, as `"codes"` or `"weight.codes"`.
-        composed: The reference calls other operators, or is a product of PyTorch's; running it is
-            no loss worth a word.
+        fake: Returns results with only the right shapes and dtypes, for `torch.compile`. None: the
+            operator returns nothing.
+        writes: Arguments that are modified, such as `"codes"` or `"weight.codes"`.
+        composed: The reference calls other operators or PyTorch's own products. A backend that has
+            no implementation then runs it without a warning.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Operator:
             for name, parameter in signature(reference).parameters.items()
             if parameter.default is not Parameter.empty
         }
-        # The fields of each argument that is a value; `torch.compile` traces what reads them.
+        # The field names of each argument that is a value; `torch.compile` traces code with them.
         self._members = {
             name: tuple(_field_types(kind)) if _is_value(kind) else ()
             for name, kind in get_type_hints(reference).items()
@@ -92,28 +93,28 @@ class Operator:
         self._declare(fake, writes)
 
     def checks(self, function: Function) -> Function:
-        """Decorator: what raises for arguments that do not fit each other."""
+        """Decorator: the function raises if the arguments do not fit each other."""
         self._check = function
         return function
 
     def checks_values(self, function: Function) -> Function:
-        """Decorator: what raises for values that would do harm, before anything is written.
+        """Decorator: the function raises for harmful values, before anything is written.
 
-        Called where tensors are on the CPU: on a GPU the answer would have to be waited for.
+        It is called for tensors on the CPU only: on a GPU the host would have to wait for it.
         """
         self._check_values = function
         return function
 
     def backends_take(self, function: Function) -> Function:
-        """Decorator: whether implementations take such arguments.
+        """Decorator: the function returns whether implementations accept these arguments.
 
-        Where they do not, the reference runs, a composition of calls that they take.
+        If not, the reference runs, which may call operators with arguments that they accept.
         """
         self._takes = function
         return function
 
     def register(self, backend_name: str) -> Callable[[Function], Function]:
-        """Decorator: the function is this operator on a backend: same arguments, same bits."""
+        """Decorator: the function implements this operator on a backend, with the same bits."""
 
         def add(function: Function) -> Function:
             self._implementations[backend_name] = function
@@ -123,18 +124,18 @@ class Operator:
         return add
 
     def __call__(self, first: Any, *arguments: Any, **options: Any) -> Any:
-        """Check the arguments and run them where they are."""
+        """Check the arguments and run the implementation for their device."""
         if self._defaults:
             options = {**self._defaults, **options}
         if self._check is not None:
             self._check(first, *arguments, **options)
         tensor = first.codes if self._takes_value else _first_tensor(first)
-        if tensor is None:  # a list of nothing
+        if tensor is None:  # an empty list
             return None
         if type(tensor) not in PLAIN or tensor.is_meta or is_compiling() or is_listened_to():
             operation = getattr(torch.ops.qft_hf, self.name).default
             return operation(*self.flatten(first, *arguments, **options))
-        # From here on as `_run`, without its call: small operators take as long as calls do.
+        # The rest repeats `_run`: its call would take as long as a small operator.
         device = tensor.device
         if self._check_values is not None and device.type == "cpu":
             self._check_values(first, *arguments, **options)
@@ -175,7 +176,7 @@ class Operator:
         return self.reference
 
     def _declare(self, fake: Function | None, writes: tuple[str, ...]) -> None:
-        """Tell PyTorch of the operator, with its arguments flat."""
+        """Declare the operator to PyTorch, with flat arguments."""
         flat = _flat_arguments(self.reference, writes)
         hints = get_type_hints(self.reference)
         results = hints.pop("return")
@@ -218,14 +219,14 @@ class Operator:
 
 
 class Composition(Operator):
-    """An operator to the compiler alone, which then sees one call and not what is in it.
+    """An operator only for `torch.compile`, which sees one call instead of the reference's body.
 
-    To everybody else it is a function: whoever listens to PyTorch's operators hears those of the
+    With plain tensors it is a plain function: a dispatch mode sees the PyTorch operators of the
     reference.
     """
 
     def __call__(self, first: Any, *arguments: Any, **options: Any) -> Any:
-        """Run the reference, or leave a call of the operator in what is traced."""
+        """Run the reference, or, if it is traced, record one call of the operator."""
         if type(first) in PLAIN:
             return self.reference(first, *arguments, **options)
         return super().__call__(first, *arguments, **options)
@@ -234,7 +235,7 @@ class Composition(Operator):
 def operator(
     *, fake: Function | None = None, writes: tuple[str, ...] = (), composed: bool = False
 ) -> Callable[[Function], Operator]:
-    """Decorator: the function is an operator and its reference; arguments as `Operator` has them.
+    """Decorator: make a function an operator and its reference; for arguments see `Operator`.
 
     Arguments without a default come first and may be passed by position; all others are keywords.
     """
@@ -246,12 +247,12 @@ def operator(
 
 
 def composition(*, fake: Function) -> Callable[[Function], Composition]:
-    """Decorator: the function is a `Composition`; arguments as `operator` has them."""
+    """Decorator: make a function a `Composition`; for `fake` see `Operator`."""
     return lambda reference: Composition(reference, fake=fake, writes=(), composed=True)
 
 
 def _first_tensor(value: Any) -> Tensor | None:
-    """None of an empty list: nothing to do, and no device to do it on."""
+    """Return the tensor whose device counts; None for an empty list."""
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (list, tuple)):
@@ -265,7 +266,7 @@ def _is_value(kind: Any) -> bool:
 
 
 def _field_types(kind: Any) -> dict[str, Any]:
-    """The fields that make a value, with their types."""
+    """Return the fields that a value is constructed from, with their types."""
     hints = get_type_hints(kind)
     if is_dataclass(kind):
         return {f.name: hints[f.name] for f in fields(kind) if f.init}
@@ -273,7 +274,7 @@ def _field_types(kind: Any) -> dict[str, Any]:
 
 
 def _maker(kind: Any) -> tuple[Function, int]:
-    """What makes an argument of this type of its parts, and how many these are."""
+    """Return the function that builds an argument of this type, and its number of parts."""
     if not _is_value(kind):
         return _itself, 1
     return getattr(kind, "around", kind), len(_field_types(kind))

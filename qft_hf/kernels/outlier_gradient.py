@@ -1,4 +1,4 @@
-"""The float columns beside the two INT8 products of a backward pass."""
+"""The float columns of a linear layer's two gradients, in addition to their INT8 products."""
 
 from torch import Tensor
 
@@ -19,24 +19,24 @@ def _fake(
 def outlier_products(
     gradient: Tensor, weight_outliers: Tensor | None, input_outliers: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Columns of `grad_x` and of `grad_w` that are float products: those of outlier columns.
+    """Return the outlier columns of `grad_x` and of `grad_w`, which are float products.
 
         of_x = gradient @ weight_outliers
         of_weight = gradient^T @ input_outliers
 
     Factors are rounded to the dtype of `gradient`, sums are FP32, and the results are rounded to
-    that dtype. Sums of floats have no order, so backends agree to a bound only: of K terms, by
-    `K * 2**-24` times the sum of their magnitudes and that rounding. One backend returns the same
-    bits at every call, whatever the number of threads.
+    that dtype. The order of the sums is not fixed, so backends agree only to a bound: a sum of K
+    terms to `K * 2**-24` times the sum of their magnitudes, plus that rounding. Each backend
+    returns the same bits at every call, with any number of threads.
 
     Args:
         gradient: Output gradient `[tokens, outputs]`, contiguous; fp32, bf16 or fp16.
-        weight_outliers: Float `[outputs, j]`, or None: `of_x` is not wanted.
-        input_outliers: Float `[tokens, k]`, or None: `of_weight` is not wanted.
+        weight_outliers: Float `[outputs, j]`, or None to leave out `of_x`.
+        input_outliers: Float `[tokens, k]`, or None to leave out `of_weight`.
 
     Returns:
-        of_x: `[tokens, j]` of the dtype of `gradient`; empty if not wanted.
-        of_weight: `[outputs, k]` of it, one column after the other in memory; empty if not wanted.
+        of_x: `[tokens, j]` of the dtype of `gradient`; empty if left out.
+        of_weight: `[outputs, k]` of that dtype, stored column by column; empty if left out.
 
     Raises:
         TypeError: `gradient` is not one of the three float dtypes.
@@ -50,7 +50,7 @@ def outlier_products(
     if input_outliers is None:
         of_weight = gradient.new_empty(0, 0)
     else:
-        # Half the time of gradient.t() @ input_outliers on a CPU.
+        # On a CPU this takes half the time of gradient.t() @ input_outliers.
         of_weight = (input_outliers.to(dtype).t() @ gradient).t()
     return of_x, of_weight
 

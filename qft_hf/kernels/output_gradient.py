@@ -10,7 +10,7 @@ from .philox import random_words, weight_uniform
 
 ROWS, COLUMNS = 0, 1  # streams of the random numbers
 
-CHUNK_ELEMENTS = 2**16  # rounded at a time: temporaries stay in the cache
+CHUNK_ELEMENTS = 2**16  # rounded at a time, so that temporaries stay in the cache
 
 
 def _fake(
@@ -43,34 +43,34 @@ def quantize_gradient(
         columns: g[n, r] * column_factors[n]  ~ column_codes[r, n] * column_scales[r]
 
     With the scales of the INT8 weight as row factors, `grad_x` is the product of the row codes with
-    the weight's codes; with those of the INT8 input as column factors, `grad_w` is the product of
-    the column codes with the input's codes: see `int8_matmul`. The column form is made transposed,
-    `[R, N]`, contiguous along what that product sums over.
+    the weight's codes. With the scales of the INT8 input as column factors, `grad_w` is the product
+    of the column codes with the input's codes; see `int8_matmul`. The column form is returned
+    transposed, `[R, N]`, so that it is contiguous along the dimension which that product sums over.
 
-    Rounding is stochastic against the scale that is returned: the expectation of `code * scale` is
-    the value, and a value that is a multiple of the scale stays. The random numbers are those of
-    `lion_step_`, Philox counted by the element's position in its codes, with the bits of the row's
-    largest magnitude for the step and 0 (rows) or 1 (columns) for the stream. They are a function
-    of the data, so that recomputing repeats them and nothing has to be saved.
+    Rounding is stochastic against the returned scale: the expectation of `code * scale` is the
+    value, and a value that is a multiple of the scale does not change. The random numbers are drawn
+    as in `lion_step_`: Philox counts them by the element's position in its codes, with the bits of
+    the row's largest magnitude as the step, and 0 (rows) or 1 (columns) as the stream. They are a
+    function of the data, so that recomputation repeats them and nothing has to be saved.
 
     Args:
         gradient: `[N, R]`, contiguous; fp32, bf16 or fp16. Arithmetic is fp32.
-        row_factors: fp32 `[R, 1]`; None: no row form.
-        column_factors: fp32 `[N, 1]`; None: no column form.
+        row_factors: fp32 `[R, 1]`, or None to leave out the row form.
+        column_factors: fp32 `[N, 1]`, or None to leave out the column form.
         stochastic: False rounds to nearest, as `quantize` does.
         seed: Key of the random numbers, in [0, 2**63).
 
     Returns:
-        row_codes: int8 `[N, R]` in [-127, 127]; empty without row factors, as the scales are.
-        row_scales: fp32 `[N, 1]`: the largest magnitude over 127, and at least 1e-30. Where a value
-            is NaN or infinite the scale is not finite and codes are 0.
-        column_codes: int8 `[R, N]`; empty without column factors.
-        column_scales: fp32 `[R, 1]`.
+        row_codes: int8 `[N, R]` in [-127, 127].
+        row_scales: fp32 `[N, 1]`: the largest magnitude over 127, but at least 1e-30. If a value of
+            a row is NaN or infinite, its scale is not finite and its codes are 0.
+        column_codes: int8 `[R, N]`.
+        column_scales: fp32 `[R, 1]`. The codes and scales of a form that is left out are empty.
 
     Raises:
         TypeError: `gradient` is not one of the three float dtypes.
         ValueError: `gradient` is not a contiguous, non-empty matrix, factors do not fit it, or
-            neither form was asked for.
+            both are None.
 
     Source:
         Chen et al. 2020, "A Statistical Framework for Low-bitwidth Training of Deep Neural
@@ -132,10 +132,10 @@ def _quantize_rows(
 def stochastic_codes(values: Tensor, uniform: Tensor) -> Tensor:
     """Round `values`, in units of a code, up with the probability of their fraction.
 
-    The fraction and the random number are added apart from the whole part: their FP32 sum has no
-    rounding that could move a whole number.
+    The fraction and the random number are added without the whole part, so that no FP32 rounding of
+    their sum can change a whole number.
     """
     whole = values.floor()
     up = (values - whole).add_(uniform) >= 1
-    # A row that is not finite keeps its scale, which tells, and gets codes 0.
+    # A row with NaN or infinity gets codes 0; its non-finite scale marks it.
     return (whole + up).nan_to_num_(0.0).clamp_(-QMAX, QMAX).to(torch.int8)

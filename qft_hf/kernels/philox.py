@@ -2,8 +2,8 @@
 
 Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", section 4.3 and table 2.
 The same counter and key give the same four words on every device and backend, so random numbers
-need no state, no order of evaluation and no saving. Seven rounds are the fewest that pass BigCrush;
-the usual ten add a margin, and with them random words are half of what it takes a CPU to round a
+need no state, no order of evaluation and no saving. Seven rounds are the fewest that pass BigCrush.
+The usual ten add a margin, but then random words take half of the time in which a CPU rounds a
 gradient.
 """
 
@@ -17,7 +17,7 @@ KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
 LANES = 4  # words that one counter yields
 
-# Word 3 of the counter: what the random number rounds.
+# Word 3 of the counter: what its random numbers round.
 WEIGHT, MOMENTUM = 0, 1
 
 
@@ -29,15 +29,15 @@ def philox(
     Args:
         counter: int64 `[n]`, values in [0, 2**32): word 0 of the 128-bit counter.
         seed: The 64-bit key.
-        step: Word 1 of the counter, one or int64 `[n]`; taken modulo 2**32.
+        step: Word 1 of the counter, one number or int64 `[n]`; taken modulo 2**32.
         stream: Word 2 of the counter, modulo 2**32.
         purpose: Word 3 of the counter.
 
     Returns:
         int64 `[n, 4]` with values in [0, 2**32).
     """
-    # Words live in int64, where a product of two of them wraps modulo 2**64: exact bits. Shifts
-    # are arithmetic, so the high word is masked after the exclusive-ors that follow it.
+    # Words are int64, in which a product of two words wraps modulo 2**64 and keeps its bits. Shifts
+    # are arithmetic, so the high half is masked after the exclusive-ors that follow.
     even = torch.stack((counter, torch.full_like(counter, stream & MASK)))  # words 0 and 2
     odd = torch.empty_like(even)  # words 1 and 3
     odd[0], odd[1] = step & MASK, purpose
@@ -67,8 +67,8 @@ def random_words(
 ) -> Tensor:
     """One random 32-bit word for each element of rows `rows` of a matrix.
 
-    Four neighbouring columns share a counter, `row * ceil(columns / 4) + column // 4`, and take its
-    four words in order. `step` is one number, or an int64 tensor of one for each of the rows.
+    Four neighboring columns share a counter, `row * ceil(columns / 4) + column // 4`, and use its
+    four words in order. `step` is one number, or an int64 tensor with one for each of the rows.
 
     Returns:
         int64 `[rows.stop - rows.start, columns]` with values in [0, 2**32).
@@ -82,9 +82,9 @@ def random_words(
 
 
 def weight_uniform(words: Tensor) -> Tensor:
-    """FP32 uniform in [0, 1) from the high 24 bits of each word: what rounds a weight.
+    """Return FP32 uniforms in [0, 1), which round a weight, from the high 24 bits of each word.
 
-    24 bits are what FP32 holds exactly. Sixteen would move an update of 1e-4 of a quantum, which
-    is what weight decay amounts to, by up to 7 %.
+    FP32 holds 24 bits exactly. With 16 bits an update of 1e-4 of a quantum, the usual size of
+    weight decay, would be off by up to 7 %.
     """
     return (words >> 8).float().mul_(2.0**-24)

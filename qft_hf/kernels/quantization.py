@@ -36,8 +36,8 @@ def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
 
     Returns:
         codes: int8 `[rows, columns]` in [-127, 127].
-        scales: fp32 `[rows, n_groups]` in units of `x`: `x ~= codes * scale`, with error at most
-            half a scale. At least 1e-30, which is that of a group of zeros.
+        scales: fp32 `[rows, n_groups]` in units of `x`: `x ~= codes * scale`, with an error of at
+            most half a scale. At least 1e-30, the scale of a group of zeros.
 
     Raises:
         TypeError: `x` is not one of the three float dtypes.
@@ -45,7 +45,7 @@ def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
 
     Source:
         Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization", section 2.1
-        (arXiv:2110.02861). Codes are linear here, dynamic there.
+        (arXiv:2110.02861), where codes are dynamic; here they are linear.
     """
     return quantized(x.float(), group_size)
 
@@ -74,21 +74,22 @@ def dequantize(
     """Expand INT8 codes to `codes * scale`, with outliers in their places.
 
     Args:
-        weight: The weight; of a matrix without outliers `Weight.dense` makes one.
-        rows: int32 or int64 `[n]`: the rows to expand, in this order and as often as they come, as
-            an embedding does with its ids; None: all of them, once.
-        n_each: How many rows each of these numbers stands for, as experts do that lie below each
-            other: number e is the rows from `e * n_each` on. They divide the rows of the weight.
+        weight: The weight; `Weight.dense` makes one from a matrix without outliers.
+        rows: int32 or int64 `[n]`: the rows to expand, in this order and with repetitions, such as
+            the ids of an embedding. None: each row once.
+        n_each: How many rows each of these numbers stands for, such as the rows of an expert:
+            number e stands for `n_each` rows from `e * n_each` on. Divides the rows of the weight.
         dtype: A float type. The product is FP32 and is rounded to nearest once.
 
     Returns:
         `[rows, columns]`, or `[n * n_each, columns]`, of `dtype`.
 
     Raises:
-        TypeError: `dtype` is no float type, or row numbers are not integers.
-        ValueError: Row numbers are not a list of them, or `n_each` does not divide the rows.
-        IndexError: One of `rows` does not exist, on the CPU. On a GPU that costs no waiting and
-            reads nothing it should not: the result has NaN there, which no loss hides.
+        TypeError: `dtype` is not a float type, or `rows` are neither int32 nor int64.
+        ValueError: `rows` is not contiguous, of shape `[n]` and on the device of the weight, or
+            `n_each` does not divide the rows.
+        IndexError: On the CPU only: one of `rows` does not exist. On a GPU the result has NaN in
+            that row, which the loss shows; the host does not wait, and no other memory is read.
     """
     codes, scales, outlier_values, outlier_columns = weight.tensors
     if rows is not None:
@@ -104,7 +105,7 @@ def dequantize(
 
 
 def each_row(numbers: Tensor, n_each: int) -> Tensor:
-    """The rows that numbers of runs of `n_each` rows stand for: int64."""
+    """Return all rows of the runs of `n_each` rows with these numbers: int64."""
     numbers = numbers.long()
     if n_each == 1:
         return numbers
