@@ -1,4 +1,4 @@
-"""The operators on CPUs, compiled by numba where that pays; importing registers them."""
+"""The operators on CPUs, compiled by numba where it is faster; the import registers them."""
 
 from . import (
     adamw,

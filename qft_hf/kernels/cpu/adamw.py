@@ -46,7 +46,7 @@ def _step_group(
     beta1, one_minus_beta1, beta2, one_minus_beta2, of_momentum, of_root, eps,
     root_uniform, ratio_uniform, ratio, root, direction,
 ):  # fmt: skip
-    """Codes and direction of one group, with its old scales; returns the new ones."""
+    """Write the codes and the direction of one group, and return its new scales."""
     for j in range(direction.shape[0]):
         g = _f32(gradient_code[j]) * gradient_scale
         eighth = (_f32(root_code[j]) + _HALF) * root_scale

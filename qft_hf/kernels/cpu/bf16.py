@@ -1,4 +1,4 @@
-"""BF16, which numpy lacks: its 16 bits, as int16, are the high half of those of an FP32 value."""
+"""BF16 in numpy, which has no such type: int16 with the high half of the bits of an FP32 value."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def float_array(x: Tensor) -> np.ndarray:
-    """FP32 as it is and BF16 as its bits, of the same memory; FP16 as an FP32 copy, to be read."""
+    """Return a view of FP32 values or of the bits of BF16; of FP16 an FP32 copy, for reading."""
     if x.dtype == torch.bfloat16:
         return x.view(torch.int16).numpy()
     return x.float().numpy()
@@ -45,7 +45,7 @@ def _store_row(values, row):
 
 
 def _round_row(values, row):
-    """To the nearest BF16, ties to even; NaN stays NaN."""
+    """Round to the nearest BF16, ties to even; NaN stays NaN."""
     bits = values.view(np.int32)
     for j in range(row.shape[0]):
         high, low = bits[j] >> 16, bits[j] & 0xFFFF

@@ -1,4 +1,4 @@
-"""Largest magnitudes of columns in numba, for what is quantized along them or chosen by them."""
+"""Largest magnitudes of columns in numba, to quantize along columns or to choose among them."""
 
 import numpy as np
 import torch
@@ -11,10 +11,10 @@ from .threads import for_each_row_range, n_ranges
 
 _ONE = np.float32(1.0)
 
-BLOCK = 64  # rows; what a thread takes, and has maxima of
+BLOCK = 64  # rows: the unit of work of a thread, with maxima of its own
 
 
-# A function of its own: within the loops over rows LLVM does not vectorize it.
+# A separate function: LLVM does not vectorize this loop inside the loops over rows.
 @njit(nogil=True, cache=True)
 def _enlarge(maxima, block, x, row, factor):
     largest, elements = maxima[block], x[row]
@@ -41,11 +41,11 @@ def column_maxima(x: Tensor, factors: Tensor) -> Tensor:
 
     Args:
         x: fp32, bf16 or fp16.
-        factors: fp32 `[rows]`, what each row is multiplied by; or empty.
+        factors: fp32 `[rows]`, which the rows are multiplied by first; or empty.
     """
     n_blocks = -(-x.shape[0] // BLOCK)
     maxima = torch.empty(n_blocks, x.shape[1], dtype=torch.int32)
     arrays = (float_array(x), factors.numpy(), maxima.numpy())
     _maxima(*arrays, n_ranges(n_blocks, BLOCK * x.shape[1]))
-    # As integers NaN is above all others: it comes through.
+    # As an integer NaN is larger than all numbers, so the maximum keeps it.
     return maxima.amax(dim=0)

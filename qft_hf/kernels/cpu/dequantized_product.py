@@ -1,7 +1,7 @@
 """Products with an INT8 weight in numba. Twin: `kernels/dequantized_product.py`.
 
-A row of the weight is expanded where it is multiplied, in registers, or, in groups, in a buffer of
-one row: loops over short groups would spend their time on adding up vectors.
+A row of the weight is expanded while it is multiplied: in registers if it has one scale, in a
+buffer of one row if it has groups, since loops over short groups would mostly add up vectors.
 """
 
 import numpy as np
@@ -15,25 +15,26 @@ from .threads import for_each_row_range, n_ranges
 
 _f32 = np.float32
 _ZERO, _ONE = _f32(0.0), _f32(1.0)
-# FP16 beside FP32: its least normal value, what rounds to its spacing below that, its largest.
+# FP16 in FP32: its least normal value, the number whose addition rounds smaller values to FP16's
+# spacing there, and its largest value.
 _NORMAL, _SUBNORMAL, _LARGEST = _f32(2.0**-14), _f32(0.75), _f32(65504.0)
 
-# What a dtype is called in kernels: loops are compiled once for each, as a branch of it.
+# Dtypes as integers in kernels: each loop is compiled once for each of them, in branches.
 _FP32, _BF16, _FP16 = 0, 1, 2
 KINDS = {torch.float32: _FP32, torch.bfloat16: _BF16, torch.float16: _FP16}
 
-# Of a thread: a quarter of a millisecond for one token. One thread reads smaller layers as fast,
+# Elements per thread, about 0.25 ms of work for one token. One thread is as fast on smaller layers,
 # and another would have to be woken.
 MIN_ELEMENTS = 2**20
 
-# Sums may be in any order, and LLVM vectorizes them then; the value of a term is not touched.
+# Sums may be in any order, so that LLVM vectorizes them; the values of the terms do not change.
 FASTMATH = {"reassoc", "contract", "nsz"}
 
 
-# Said aloud: left out, it would be inherited from whoever has this compiled first.
+# Passed explicitly: if omitted, it would be inherited from the first caller that compiles this.
 @njit(fastmath=False)
 def round_to(kind, value):
-    """FP32 rounded to the nearest value of a dtype, ties to even, as FP32. NaN stays NaN."""
+    """Round FP32 to the nearest value of a dtype, ties to even; returns FP32. NaN stays NaN."""
     bits = np.float32(value).view(np.int32)
     if kind == _FP32 or value != value:
         return value
@@ -55,7 +56,7 @@ def _dot(values, scale, kind, x):
 
 @njit(nogil=True, fastmath=FASTMATH)
 def _four_dots(values, scale, kind, x0, x1, x2, x3):
-    """Four tokens at a time: a value is expanded once for all of them."""
+    """Multiply four tokens at a time, so that a value is expanded once for all of them."""
     total0, total1, total2, total3 = _ZERO, _ZERO, _ZERO, _ZERO
     for j in range(values.shape[0]):
         value = round_to(kind, _f32(values[j]) * scale)
@@ -68,7 +69,7 @@ def _four_dots(values, scale, kind, x0, x1, x2, x3):
 
 @njit(nogil=True)
 def _multiply_row(values, scale, kind, x, y):
-    """Add the products of one row, `values * scale`, with all tokens to `y` `[tokens]`."""
+    """Add the products of one row, `values * scale`, and all tokens to `y` `[tokens]`."""
     n_tokens = x.shape[0]
     in_fours = n_tokens - n_tokens % 4
     for n in range(0, in_fours, 4):

@@ -15,7 +15,7 @@ from .philox import philox
 _f32, _i32 = np.float32, np.int32
 _WEIGHT = np.uint64(WEIGHT)
 _ZERO, _INFINITY = _f32(0.0), _f32(np.inf)
-_HIGH_HALF = _i32(-65536)  # the half of FP32's bits that BF16 keeps
+_HIGH_HALF = _i32(-65536)  # masks the bits of FP32 that BF16 keeps
 
 
 @njit(inline="always")
@@ -40,7 +40,7 @@ def _lion_elements(
 
 @njit(nogil=True, cache=True)
 def _round_to_bfloat16(bits, seed, step, stream):
-    """Round FP32, given by its bits, to a BF16 neighbour; what is BF16 already keeps its bits."""
+    """Round FP32, given by its bits, to a BF16 neighbor; BF16 values keep their bits."""
     n = bits.shape[0]
     for first in range(0, n, 4):
         w0, w1, w2, w3 = philox(np.uint64(first // 4), seed, step, stream, _WEIGHT)
@@ -72,7 +72,7 @@ def lion_step_floats_(
         own, rounding = read_live(
             None if live is None else live[stream], rule, Rounding(seed, step, stream)
         )
-        # What is FP32 and contiguous is written in place; else these are copies.
+        # Contiguous FP32 tensors are written in place; otherwise these are copies.
         values, moments = parameter.detach().float().flatten(), momentum.flatten()
         arrays = [tensor.numpy() for tensor in (values, moments, gradient.float().flatten())]
         _lion_elements(*arrays, *map(_f32, own.numbers))
@@ -85,5 +85,5 @@ def lion_step_floats_(
     torch.autograd.graph.increment_version([*parameters, *momenta])
 
 
-# Of few elements; plain PyTorch is as fast.
+# Float parameters have few elements: plain PyTorch is as fast.
 operators.step_floats_.register("cpu")(operators.step_floats_.reference)

@@ -27,9 +27,9 @@ def _accumulate(totals, sums):
         totals[i] += np.int32(sums[i])
 
 
-@torch.autocast("cpu", enabled=False)  # which would have products in BF16
+@torch.autocast("cpu", enabled=False)  # autocast would compute the products in BF16
 def exact_sums(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` of codes as FP32, rounded once, by FP32 products of at most 1024 codes."""
+    """Return `a @ b` of codes in FP32, rounded once, from FP32 products over at most 1024 codes."""
     summed = a.shape[1]
     sums = a[:, :EXACT].float() @ b[:EXACT].float()
     if summed <= EXACT:
@@ -52,7 +52,7 @@ def _scale_row(sums, a_scale, b_scales, bias, values):
 
 @njit(nogil=True, cache=True)
 def _place(values, columns, given, row, first_column):
-    """Write what is given of a row to its part from `first_column` on."""
+    """Write the given values of a row into `values`, its part from `first_column` on."""
     for k in range(columns.shape[0]):
         j = columns[k] - first_column
         if 0 <= j < values.shape[0]:
@@ -66,7 +66,7 @@ def _scale_rows(sums, a_scales, b_scales, bias, columns, given, out, first_colum
     for row in range(start, stop):
         _scale_row(sums[row], a_scales[row], b_scales, bias, values)
         _place(values, columns, given, row, first_column)
-        # Of whole rows, and not of a tile, numba knows that the columns are side by side.
+        # For whole rows, but not for a tile, numba knows that columns are contiguous.
         store_row(values, out[row, first_column:last_column])
 
 
@@ -153,7 +153,7 @@ def requantized_matmul(
     codes_array, scales_array = codes.numpy(), scales.numpy()
     factors = _factors(a_scales, rows)
     numbers, given = _given(columns, values)
-    # Tiles of whole groups.
+    # Each tile consists of whole groups.
     for tile_rows, tile_columns, sums in _tiles_of_sums(a, b, -(-TILE // group_size) * group_size):
         _quantize(
             sums,
@@ -170,8 +170,8 @@ def requantized_matmul(
 
 
 def _tiles_of_sums(a: Tensor, b: Tensor, width: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Rows, columns and sums of tiles of `a @ b`, `width` columns at a time."""
-    # Where AVX512-VNNI lacks, PyTorch's own product is fifty times slower than one in FP32.
+    """Yield rows, columns and sums of tiles of `a @ b`, `width` columns at a time."""
+    # Without AVX512-VNNI, PyTorch's own integer product is fifty times slower than an FP32 one.
     product = torch._int_mm if torch.cpu._is_vnni_supported() else exact_sums
     for first_row in range(0, a.shape[0], TILE):
         rows = slice(first_row, first_row + TILE)
@@ -181,12 +181,12 @@ def _tiles_of_sums(a: Tensor, b: Tensor, width: int) -> Iterator[tuple[slice, sl
 
 
 def _factors(scales: Tensor | None, size: int) -> np.ndarray:
-    """One for each row; a factor of 1 changes nothing."""
+    """One factor for each row; None becomes factors of 1, which change nothing."""
     return (torch.ones(size, dtype=torch.float32) if scales is None else scales.view(-1)).numpy()
 
 
 def _given(columns: Tensor | None, values: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers and values of the columns that are given, maybe none."""
+    """Numbers and values of the given columns, empty if there are none."""
     if columns is None or values is None:
         return np.empty(0, np.int64), np.empty((0, 0), np.float32)
     return columns.numpy(), float_array(values)

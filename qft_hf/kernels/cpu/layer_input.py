@@ -12,7 +12,7 @@ from .quantization import quantize_kept
 
 @njit(nogil=True, cache=True)
 def _choose(maxima, columns, is_outlier):
-    """Numbers of the columns with the largest maxima, ascending; of equal ones the first."""
+    """Write the numbers of the columns with the largest maxima, ascending; the first of equals."""
     n = columns.shape[0]
     least = np.partition(maxima, maxima.shape[0] - n)[maxima.shape[0] - n]
     n_equal = n - np.sum(maxima > least)

@@ -36,7 +36,7 @@ def _lion_rows(
 ):  # fmt: skip
     columns = codes.shape[1]
     row_direction = np.empty(columns, np.float32)
-    row_momentum = np.zeros(columns + 1, np.float32)  # packed columns are even in number
+    row_momentum = np.zeros(columns + 1, np.float32)  # a packed row has an even number of columns
     buffers = weight_buffers(columns)
     packed_quads = (momentum_codes.shape[1] + LANES - 1) // LANES if is_packed else 0
     words = np.empty((LANES, packed_quads), np.uint32)

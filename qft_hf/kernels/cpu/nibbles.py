@@ -17,7 +17,7 @@ _ULP16 = _f32(2.0**-16)
 
 @njit(inline="always")
 def _units(half):
-    """What a code stands for, given as its four bits."""
+    """Return the units that a code of four bits stands for."""
     code = _i32((half ^ 8) - 8)
     return _f32(code * (abs(code) + SLOPE))
 
@@ -47,7 +47,7 @@ def _code(value, inverse, uniform):
 
 @njit(inline="always")
 def round_to_nibbles(values, uniforms, packed, scales):
-    """Round one row of fp32 `values`; where columns are odd, `values` has a zero behind them."""
+    """Round one row of fp32 `values`, which has a zero after an odd number of columns."""
     for group in range(scales.shape[0]):
         first = group * (NIBBLE_GROUP_SIZE // 2)
         last = min(first + NIBBLE_GROUP_SIZE // 2, packed.shape[0])
@@ -66,10 +66,10 @@ def round_to_nibbles(values, uniforms, packed, scales):
 
 @njit(inline="always")
 def nibble_uniforms(words, uniforms):
-    """FP32 uniforms in (0, 1): of a word's low 16 bits for the even column, then its high ones.
+    """Uniforms in (0, 1): a word's low 16 bits for an even column, its high ones for the next.
 
     Args:
-        words: uint32 `[LANES, quads]` as `random_row` fills it; column k is byte k.
+        words: uint32 `[LANES, quads]` as `random_row` fills it, with a word for each packed byte.
         uniforms: fp32 `[LANES * quads * 2]`, written.
     """
     lanes, quads = words.shape

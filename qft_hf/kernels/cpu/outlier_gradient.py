@@ -1,10 +1,10 @@
-"""Float columns beside INT8 products in numba. Twin: `kernels/outlier_gradient.py`.
+"""Float columns of both gradients in numba. Twin: `kernels/outlier_gradient.py`.
 
-BLAS splits FP32 sums among threads where a result has few columns, so that their order, and the
-last bits, depend on the number of threads. Here a thread takes whole tokens, or whole blocks of
-outputs, and each sum is computed as it would be by one thread.
+BLAS splits FP32 sums among threads if a result has few columns, so that their order, and the last
+bits, depend on the number of threads. Here a thread computes whole tokens, or whole blocks of
+outputs, and each sum in the order of a single thread.
 
-PyTorch's products in BF16 and FP16, which are faster than loops, have shown no such dependence.
+PyTorch's products in BF16 and FP16 are faster than these loops, and showed no such dependence.
 """
 
 import numpy as np
@@ -17,12 +17,12 @@ from .threads import for_each_row_range, n_ranges
 
 _ZERO = np.float32(0.0)
 
-# Multiply and add may be fused. Where one vector sums all terms, so may their order change: by
-# LLVM, once and for all.
+# Multiply and add may be fused. In a dot product LLVM may also reorder the terms, once, when it
+# compiles.
 FUSED, FUSED_IN_LANES = {"contract"}, {"contract", "reassoc", "nsz"}
 
-BLOCK = 256  # outputs; what a thread takes
-TOKENS = 32  # of a block, 32 KB of the gradient: they stay in the cache for all outliers
+BLOCK = 256  # outputs: the unit of work of a thread
+TOKENS = 32  # at a time: with a block, 32 KB of the gradient stay in the cache for all outliers
 
 
 @njit(nogil=True, fastmath=FUSED_IN_LANES)
@@ -36,7 +36,7 @@ def _dot(gradient, token, outliers, k):
 
 @njit(nogil=True, fastmath=FUSED_IN_LANES)
 def _four_dots(gradient, token, outliers, k):
-    """Four outliers at a time: the gradient is read once for all of them."""
+    """Multiply four outliers at a time, so that the gradient is read once for all of them."""
     row = gradient[token]
     outlier0, outlier1 = outliers[k], outliers[k + 1]
     outlier2, outlier3 = outliers[k + 2], outliers[k + 3]
@@ -71,7 +71,7 @@ def _add_token(totals, gradient, token, first, factor):
 
 @njit(nogil=True, fastmath=FUSED)
 def _add_eight_tokens(totals, gradient, token, first, outlier):
-    """Eight tokens at a time, one after the other: the totals are loaded and stored once."""
+    """Add eight tokens in order, so that the totals are loaded and stored once for all of them."""
     last = first + totals.shape[0]
     row0, row1 = gradient[token, first:last], gradient[token + 1, first:last]
     row2, row3 = gradient[token + 2, first:last], gradient[token + 3, first:last]
@@ -141,5 +141,5 @@ def outlier_products(
 
 
 def _by_column(outliers: Tensor) -> Tensor:
-    """FP32 `[k, rows]`: contiguous, one column after the other."""
+    """Return the columns as the rows of a contiguous FP32 `[k, rows]`."""
     return outliers.float().t().contiguous()

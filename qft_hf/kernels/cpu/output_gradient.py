@@ -1,7 +1,7 @@
 """Output gradients as INT8 operands in numba. Twin: `kernels/output_gradient.py`.
 
-The row form goes token by token. The column form goes by blocks of tokens, one cache line of its
-transposed codes: first the maxima of all columns, then the codes.
+The row form is computed token by token. For the column form the maxima of all columns come first,
+then the codes by blocks of tokens, each as long as a cache line of the transposed codes.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ _ROWS, _COLUMNS, _WEIGHT = _u64(ROWS), _u64(COLUMNS), _u64(WEIGHT)
 
 BLOCK = 64  # tokens: one cache line of transposed codes
 QUADS = BLOCK // LANES
-CHUNK = 256  # outputs whose transposed codes are written together: they stay in the cache
+CHUNK = 256  # outputs whose transposed codes are written together, and so stay in the cache
 
 
 @njit(inline="always")
@@ -35,12 +35,12 @@ def _stochastic_code(value, word):
     """Round up with the probability of the fraction; twin: `stochastic_codes`."""
     whole = np.floor(value)
     value = whole + _ONE if (value - whole) + weight_uniform(word) >= _ONE else whole
-    return np.int8(min(max(-_QMAX, value), _QMAX))  # in this order NaN gives a number
+    return np.int8(min(max(-_QMAX, value), _QMAX))  # in this order NaN becomes a number
 
 
-# Functions of their own, here and below: in one body with the loops around them, or with the random
-# words, LLVM does not vectorize them as well. They take matrices and the number of a row: a view
-# made in the loops around them counts references, as costly as tens of elements.
+# Separate functions, here and below: LLVM vectorizes them less well in one body with the loops
+# around them or with the random words. They take matrices and a row number: a view made in the
+# loops around them would count references, which costs as much as tens of elements.
 @njit(nogil=True, cache=True)
 def _scale_row(gradient, token, factors, values):
     """Write a row times its factors to `values` and return its largest magnitude, as bits."""
@@ -55,7 +55,7 @@ def _scale_row(gradient, token, factors, values):
 
 @njit(nogil=True, cache=True)
 def _row_words(words, row, seed, step):
-    """Random words of a row; `words` is padded to whole quads."""
+    """Draw the random words of a row; `words` is padded to whole quads."""
     quads = words.shape[0] // LANES
     base = _u64(row) * _u64(quads)
     for quad in range(quads):
@@ -90,16 +90,16 @@ def _quantize_rows(gradient, factors, codes, scales, seed, start, stop):
 
 @njit(nogil=True, error_model="numpy", cache=True)
 def _invert_scales(bits, inverses):
-    """One over the scales of columns whose largest magnitudes have these bits."""
+    """Write the inverse scales of columns whose largest magnitudes have these bits."""
     for j in range(bits.shape[0]):
         inverse = _ONE / max(np.int32(bits[j]).view(np.float32) * _PER_QMAX, _TINY)
-        # An inverse of 0 marks a column that is not finite.
+        # An inverse of 0 marks a column with NaN or infinity.
         inverses[j] = inverse if bits[j] < _INFINITY else _ZERO
 
 
 @njit(nogil=True, cache=True)
 def _column_words(words, bits, first, quads, quad, seed):
-    """Random words of a quad of tokens in each column from `first` on."""
+    """Draw the random words of a quad of tokens, in each column from `first` on."""
     words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
     for j in range(bits.shape[0]):
         counter = _u64(first + j) * quads + quad
@@ -109,14 +109,14 @@ def _column_words(words, bits, first, quads, quad, seed):
 
 @njit(inline="always")
 def _column_byte(element, factor, inverse, word):
-    """The code of an element in its column, its bits in a uint32."""
+    """Return the code of an element in the column form, as the low byte of a uint32."""
     return _u32(np.uint8(_stochastic_code(widen(element) * factor * inverse, word)))
 
 
 @njit(nogil=True, cache=True)
 def _round_quad(gradient, factors, inverses, words, packed, quad, first, last):
-    """Codes of a quad of tokens in each column, as the bytes of a uint32, low byte first."""
-    # Past the end the last token is repeated: what becomes of it is cut off.
+    """Write the codes of a quad of tokens in each column as a uint32, low byte first."""
+    # Past the end the last token is repeated; the codes of the repetitions are cut off.
     end, token0 = gradient.shape[0] - 1, LANES * quad
     token1, token2, token3 = min(token0 + 1, end), min(token0 + 2, end), min(token0 + 3, end)
     factor0, factor1 = factors[token0], factors[token1]
@@ -133,15 +133,15 @@ def _round_quad(gradient, factors, inverses, words, packed, quad, first, last):
             | _column_byte(row2[j], factor2, inverse, words2[j]) << _u32(16)
             | _column_byte(row3[j], factor3, inverse, words3[j]) << _u32(24)
         )
-        # 0 where the column is not finite. A branch would end up around the loads, and 16 bits are
-        # loaded under a condition by AVX-512 only.
+        # 0 if the column has NaN or infinity. LLVM would move a branch around the loads, and only
+        # AVX-512 has conditional loads of 16 bits.
         packed_codes[j] = codes & (_u32(0) - _u32(inverse > _ZERO))
 
 
 @njit(nogil=True, cache=True)
 def _transpose(packed, packed_codes, first, last, first_quad):
     for j in range(first, last):
-        for quad in range(QUADS):  # a constant number: unrolled
+        for quad in range(QUADS):  # a constant, so that the loop is unrolled
             packed_codes[j, first_quad + quad] = packed[quad, j - first]
 
 

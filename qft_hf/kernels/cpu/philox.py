@@ -14,8 +14,8 @@ _W0, _W1 = _u32(KEY_INCREMENTS[0]), _u32(KEY_INCREMENTS[1])
 
 @njit(inline="always")
 def philox(counter, seed, step, stream, purpose):
-    """Four uint32 words for one counter; all arguments uint64."""
-    # Words are 32 bits wide and products 64: LLVM vectorizes that, and not 64-bit words.
+    """Return four uint32 words for one counter; all arguments are uint64."""
+    # LLVM vectorizes 32-bit words with 64-bit products, but not 64-bit words.
     c0, c1, c2, c3 = _u32(counter & _MASK), _u32(step & _MASK), _u32(stream & _MASK), _u32(purpose)
     k0, k1 = _u32(seed & _MASK), _u32(seed >> _SHIFT)
     for _ in range(ROUNDS):
@@ -30,7 +30,7 @@ def philox(counter, seed, step, stream, purpose):
 def random_row(words, row, seed, step, stream, purpose):
     """Fill uint32 `words` [LANES, quads]: column `LANES * quad + lane` of a row has `[lane, quad]`.
 
-    Lane by lane, the loop is vectorized.
+    With an array for each lane, LLVM vectorizes the loop.
     """
     quads = words.shape[1]
     words0, words1, words2, words3 = words[0], words[1], words[2], words[3]

@@ -16,7 +16,7 @@ _f32 = np.float32
 _MAGIC, _QMAX, _TINY, _PER_QMAX = _f32(MAGIC), _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
 _ONE = _f32(1.0)
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # FP32 without its sign: as an integer it orders magnitudes
-_INFINITY = np.int32(0x7F800000)  # and every NaN lies above this
+_INFINITY = np.int32(0x7F800000)  # as an integer; every NaN is larger
 
 
 @njit(inline="always", error_model="numpy")
@@ -37,10 +37,10 @@ def quantize_group(values, codes, bits_of_absmax):
 
 @njit(inline="always")
 def magnitude(value):
-    """The bits of an FP32 magnitude: integers of the same order, and NaN above all others.
+    """The bits of an FP32 magnitude: int32 in the same order, with NaN above all others.
 
-    LLVM vectorizes their maximum five times better than that of floats, and numba's int64, which
-    `&` makes of two int32, only half as well.
+    LLVM vectorizes a maximum of int32 five times better than one of floats, and twice as well as
+    one of int64, to which numba's `&` promotes two int32.
     """
     return np.int32(_f32(value).view(np.int32) & _MAGNITUDE)
 
@@ -68,7 +68,7 @@ def _quantize_rows(x, is_zero, codes, scales, group_size, start, stop):
     for row in range(start, stop):
         elements = x[row]
         if is_zero.shape[0] > 0:
-            # No branch: 16 bits are loaded under a condition by AVX-512 only.
+            # No branch: only AVX-512 has conditional loads of 16 bits.
             for j in range(columns):
                 bits = _f32(widen(elements[j])).view(np.int32)
                 row_bits[j] = bits & (np.int32(is_zero[j]) - np.int32(1))
@@ -120,7 +120,7 @@ def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
 
 
 def quantize_kept(x: Tensor, is_zero: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """`quantize`, where columns count as 0 that `is_zero`, bool `[columns]` or empty, says."""
+    """`quantize`, in which columns marked by `is_zero`, bool `[columns]` or empty, count as 0."""
     rows, columns = x.shape
     codes = torch.empty(rows, columns, dtype=torch.int8)
     n_groups = GroupLayout(rows, columns, group_size).n_groups

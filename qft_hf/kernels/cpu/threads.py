@@ -1,9 +1,9 @@
 """Row ranges of one matrix on PyTorch's own OpenMP threads.
 
-Threads of another pool would share the cores with those of PyTorch, which spin for a millisecond
-after each of its operators: on two cores a second thread gained nothing. And a thread that enters
-Python waits for the interpreter, longer than small kernels take. So a kernel is called from machine
-code, by a function that numba makes for each use of `for_each_row_range`.
+Threads of another pool would share the cores with PyTorch's threads, which spin for a millisecond
+after each operator: on two cores a second thread gained nothing. A thread that enters Python waits
+for the interpreter, for longer than a small kernel takes. So a kernel is called from machine code,
+by a function that numba compiles for each use of `for_each_row_range`.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-MIN_ELEMENTS = 2**15  # of a range: fewer are done sooner than a thread is woken
+MIN_ELEMENTS = 2**15  # per range: fewer take less time than waking a thread
 
 _Function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _Parallel = ctypes.CFUNCTYPE(None, _Function, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -24,15 +24,15 @@ _Parallel = ctypes.CFUNCTYPE(None, _Function, ctypes.c_void_p, ctypes.c_uint, ct
 
 @_Parallel
 def _serial(function: Any, argument: Any, n_threads: int, flags: int) -> None:
-    """What stands in for `GOMP_parallel` where there is none."""
+    """Replace `GOMP_parallel` if there is none: call the function once."""
     function(argument)
 
 
 def _openmp_parallel() -> Any:
-    """`GOMP_parallel(function, argument, n_threads, flags)` of the OpenMP that PyTorch has loaded.
+    """Return the `GOMP_parallel` of the OpenMP library that PyTorch has loaded.
 
-    GNU's and LLVM's libraries both have it. It calls `function(argument)` on each of at most
-    `n_threads` threads and waits for all.
+    GNU's and LLVM's libraries both have it. `GOMP_parallel(function, argument, n_threads, flags)`
+    calls `function(argument)` on each of at most `n_threads` threads and waits for all of them.
     """
     try:
         return ctypes.CDLL(torch._C.__file__).GOMP_parallel
@@ -45,7 +45,7 @@ def _openmp_parallel() -> Any:
         return _serial
 
 
-_parallel = _openmp_parallel()  # kept: machine code has its address, under this name
+_parallel = _openmp_parallel()  # kept alive: machine code calls its address by the name below
 _SYMBOL = "qft_hf_parallel"
 binding.add_symbol(_SYMBOL, ctypes.cast(_parallel, ctypes.c_void_p).value)
 
@@ -53,19 +53,19 @@ _POINTER, _COUNT = cgutils.voidptr_t, ir.IntType(32)
 
 
 def n_ranges(n_rows: int, row_elements: int, *, min_elements: int = MIN_ELEMENTS) -> int:
-    """Into how many ranges to split rows of so many elements."""
+    """Return into how many ranges to split `n_rows` rows of `row_elements` elements."""
     return max(1, min(torch.get_num_threads(), n_rows, n_rows * row_elements // min_elements))
 
 
-# The fields that the threads of a call share: the arguments, the number of rows, into how many
-# ranges they are split, how many of those are taken, and whether one failed.
+# The fields that the threads of a call share: the arguments, the number of rows, the number of
+# ranges, how many ranges are taken, and whether one failed.
 _N_FIELDS = 5
 _FAILED = 4
 
 
 @intrinsic
 def _run(typing_context, kernel, arguments, n_rows, n_ranges):
-    """`for_each_row_range`, which returns whether all ranges succeeded."""
+    """Do what `for_each_row_range` documents, and return whether all ranges succeeded."""
     signature = types.boolean(kernel, arguments, types.intp, types.intp)
     call = kernel.get_call_type(typing_context, (*arguments, types.intp, types.intp), {})
     compiled = kernel.dispatcher.get_compile_result(call)
@@ -92,9 +92,9 @@ def _run(typing_context, kernel, arguments, n_rows, n_ranges):
 
 
 def _take_ranges(context, caller, shared_type, kinds, kernel, call):
-    """The function that each thread runs: it takes ranges until none is left.
+    """Return the function that each thread runs: it takes ranges until none is left.
 
-    OpenMP may give fewer threads than there are ranges.
+    OpenMP may provide fewer threads than there are ranges.
     """
     function = ir.Function(
         caller.module, ir.FunctionType(ir.VoidType(), [_POINTER]), f"{caller.function.name}.range"
@@ -133,7 +133,7 @@ def _take_ranges(context, caller, shared_type, kinds, kernel, call):
 
 
 def _borrowed(context, builder, kind, value):
-    """An argument without its count of references, for which threads would wait at each row."""
+    """Drop the reference count of an array, for which threads would contend at each row."""
     if not isinstance(kind, types.Array):
         return value
     array = context.make_array(kind)(context, builder, value)
@@ -146,7 +146,7 @@ def _borrowed(context, builder, kind, value):
 def for_each_row_range(kernel, arguments, n_rows, n_ranges):
     """Call `kernel(*arguments, start, stop)` for ranges that cover `n_rows` rows once.
 
-    For use in kernels, with another kernel. Waits for all ranges.
+    It is called in a kernel, runs another kernel, and waits for all ranges.
     """
     if not _run(kernel, arguments, n_rows, n_ranges):
         raise MemoryError(

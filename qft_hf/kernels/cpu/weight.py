@@ -19,14 +19,14 @@ _LOW, _PER_TARGET = _f32(RANGE_LOW), _f32(1.0 / RANGE_TARGET)
 _ZERO, _HALF = _f32(0.0), _f32(0.5)
 _WEIGHT = np.uint64(WEIGHT)
 
-# Values are finite here, so a minimum need not look for NaN. Nothing else is relaxed: no fused
-# multiply-add and no reciprocal division, either of which would change bits.
+# Values are finite here, so a minimum need not handle NaN. Nothing else is relaxed: fused
+# multiply-add and division by reciprocals would change bits.
 FASTMATH = {"nnan", "ninf", "nsz"}
 
 
 @njit(inline="always")
 def weight_buffers(columns):
-    """What `step_weight_row` works in: two fp32 rows, uniforms that round to nearest, words."""
+    """Buffers of `step_weight_row`: two fp32 rows, uniforms that round to nearest, random words."""
     quads = (columns + LANES - 1) // LANES
     return (
         np.empty(columns, np.float32),
@@ -38,7 +38,7 @@ def weight_buffers(columns):
 
 @njit(inline="always")
 def draw_row(row, buffers, seed, step, stream, first_row):
-    """Draw the words of a row and what they round its weights with; without it, to nearest."""
+    """Draw a row's random words and set its uniforms; without this call it rounds to nearest."""
     _, _, row_uniform, words = buffers
     random_row(words, first_row + row, seed, step, stream, _WEIGHT)
     words0, words1, words2, words3 = words[0], words[1], words[2], words[3]
@@ -54,7 +54,7 @@ def step_weight_row(
     row, codes, scales, outlier_values, outlier_columns, row_direction, buffers,
     group_size, lr, shrink,
 ):  # fmt: skip
-    # Loops run from zero over slices: LLVM then sees no negative index and vectorizes them.
+    # Loops run from 0 over slices, so that LLVM sees no negative index and vectorizes them.
     row_decrease, row_target, row_uniform, _ = buffers
     columns = codes.shape[1]
     for k in range(outlier_values.shape[1]):
@@ -113,7 +113,7 @@ def _step(arrays, numbers, n_ranges):
 
 
 def rounding_numbers(rounding: Rounding) -> tuple[bool, np.uint64, np.uint64, np.uint64, int]:
-    """What kernels take of a rounding, in their order."""
+    """The fields of a rounding in the order of the kernels' arguments."""
     counter = (np.uint64(rounding.seed), np.uint64(rounding.step), np.uint64(rounding.stream))
     return rounding.stochastic, *counter, rounding.first_row
 
