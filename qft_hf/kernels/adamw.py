@@ -200,8 +200,8 @@ def _(
     check_same("ratio codes", moments.ratio_codes, weight.codes)
     if moments.group_size != gradient.group_size:
         raise ValueError(
-            f"AdamW's moments have the groups of the gradient, got {moments.group_size} columns "
-            f"beside {gradient.group_size}."
+            f"AdamW's moments must have the gradient's groups, got {moments.group_size} columns "
+            f"for groups of {gradient.group_size}."
         )
 
 

@@ -73,8 +73,8 @@ def _check_triton(device: torch.device) -> None:
         return
     if torch.version.cuda is None:
         raise RuntimeError(
-            f"The Triton kernels are checked on NVIDIA GPUs only, and this PyTorch is built for "
-            f"another kind: install a CUDA build of PyTorch, {instead}."
+            f"The Triton kernels are checked on NVIDIA GPUs only, and this PyTorch is not a CUDA "
+            f"build: install a CUDA build of PyTorch, {instead}."
         )
     capability = torch.cuda.get_device_capability(device)
     if capability < MIN_CAPABILITY:

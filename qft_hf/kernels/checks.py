@@ -61,7 +61,7 @@ def check_bits(name: str, bits: int) -> None:
     """Raise unless the codes of a quantized matrix are of 8 bits."""
     if bits != 8:
         raise TypeError(
-            f"{name} has codes of 8 bits, got {bits}: only a momentum is stored in fewer."
+            f"{name} must have codes of 8 bits, got {bits}: only a momentum can have fewer."
         )
 
 
@@ -124,8 +124,8 @@ def check_given_columns(
     if values.shape != wanted or not values.is_floating_point() or values.device != device:
         raise ValueError(
             f"values must be float of shape {wanted}, one column for each of columns, on {device}, "
-            f"got {values.dtype} of shape {tuple(values.shape)} on {values.device}. Pass what "
-            "those columns hold in every row of the result."
+            f"got {values.dtype} of shape {tuple(values.shape)} on {values.device}. Pass the "
+            "contents of those columns for every row of the result."
         )
 
 
@@ -151,7 +151,7 @@ def _out_of_range(numbers: Tensor, end: int) -> int | None:
 def check_float_dtype(name: str, dtype: torch.dtype) -> None:
     """Raise unless `dtype`, the result type of the operator `name`, is a float type."""
     if not dtype.is_floating_point:
-        raise TypeError(f"{name} makes floats, got dtype={dtype}.")
+        raise TypeError(f"{name} returns floats, got dtype={dtype}.")
 
 
 def check_same(name: str, tensor: Tensor, like: Tensor) -> None:
@@ -205,9 +205,9 @@ def check_finite(name: str, tensor: Tensor, *, positive: bool = False) -> None:
     good = tensor.isfinite() & ((tensor > 0) | (not positive))
     raise ValueError(
         f"{name} must be finite{' and positive' if positive else ''}, got "
-        f"{int((~good).sum())} of {tensor.numel()} that are not, the first {tensor[~good][0]}. "
-        "Nothing was written: drop this gradient, or reload the weights or the optimizer state "
-        "that it belongs to."
+        f"{int((~good).sum())} of {tensor.numel()} that are not; the first is {tensor[~good][0]}. "
+        "Nothing was written: drop the gradient, or reload the weights or the optimizer state, "
+        "whichever has these values."
     )
 
 
@@ -227,6 +227,6 @@ def check_row_values(rows: Tensor, n_rows: int) -> None:
     if wrong is not None:
         raise IndexError(
             f"Row numbers must be in [0, {n_rows}), got {wrong}. If "
-            "these are token ids, the tokenizer is not the model's, or a mask such as -100 is "
-            "among them."
+            "these are token ids, the tokenizer is not the model's, or they contain a mask value "
+            "such as -100."
         )

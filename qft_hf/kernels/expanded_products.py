@@ -98,5 +98,5 @@ def expanded_input_gradient(grad: Tensor, weight: Weight, *, own_dtype: torch.dt
         product = (grad[:, rows] @ tile).float()
         total = product if total is None else total.add_(product)
     if total is None:
-        raise ValueError("A weight without rows has no gradient that would pass through it.")
+        raise ValueError("A weight without rows has no input gradient.")
     return total

@@ -171,25 +171,25 @@ def _check(
         check_live(live, (n_rows, N_LIVE), parameters[0].device)
     if len({id(parameter) for parameter in parameters}) < len(parameters):
         raise ValueError(
-            "A parameter comes twice, and one step would write it twice at the same time. Add its "
-            "gradients and pass it once."
+            "A parameter was passed twice, and one step would write it twice at the same time. Add "
+            "up its gradients and pass it once."
         )
     for parameter, direction in zip(parameters, directions, strict=True):
         if parameter.dtype not in PARAMETER_DTYPES:
             raise TypeError(
-                "Float parameters that are trained beside INT8 weights are float32 or bfloat16, "
+                "Float parameters trained with INT8 weights must be float32 or bfloat16, "
                 f"got {parameter.dtype} for a parameter of shape {tuple(parameter.shape)}. Load "
                 "the model with dtype=torch.bfloat16."
             )
         if direction.dtype not in FLOATS:
             raise TypeError(
-                "The gradient of a float parameter is float32, bfloat16 or float16, got "
+                "The gradient of a float parameter must be float32, bfloat16 or float16, got "
                 f"{direction.dtype}. Call .float() first."
             )
         check_same("gradient", direction, parameter)
         if parameter.device != parameters[0].device:
             raise ValueError(
-                "The parameters of one call are on one device, got "
+                "The parameters of one call must be on one device, got "
                 f"{parameters[0].device} and {parameter.device}. Make one call for each device."
             )
 
@@ -209,7 +209,7 @@ def _(
     _check(parameters, gradients, **options)
     for parameter, momentum in zip(parameters, momenta, strict=True):
         if momentum.dtype != torch.float32:
-            raise TypeError(f"The momentum of a float parameter is float32, got {momentum.dtype}.")
+            raise TypeError(f"A float parameter's momentum must be float32, got {momentum.dtype}.")
         check_same("momentum", momentum, parameter)
 
 

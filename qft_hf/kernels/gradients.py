@@ -38,7 +38,7 @@ def _(gradient: Quantized, other: Quantized) -> None:
     if other.group_size != gradient.group_size:
         raise ValueError(
             f"other gradient must have groups of {gradient.group_size} columns, got "
-            f"{other.group_size}: both are rounded to one scale for each of them."
+            f"{other.group_size}: the sum has one scale for each group of both."
         )
 
 

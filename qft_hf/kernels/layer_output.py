@@ -80,9 +80,9 @@ def _(x: Input, floats: Tensor, weight: Weight, *, bias: Tensor | None, dtype: t
     rows, columns = weight.codes.shape
     if n_columns != columns or floats.shape != x.codes.shape or not floats.is_contiguous():
         raise ValueError(
-            f"x and the float input that it was quantized from, contiguous, must have the "
-            f"{columns} columns of the weight, got {tuple(x.codes.shape)} and "
-            f"{tuple(floats.shape)} of strides {floats.stride()}."
+            f"x and the float input that it was quantized from must have one shape, with the "
+            f"{columns} columns of the weight, and the float input must be contiguous, got "
+            f"{tuple(x.codes.shape)} and {tuple(floats.shape)} with strides {floats.stride()}."
         )
     check_float_dtype("int8_linear", dtype)
     device = weight.codes.device

@@ -108,21 +108,21 @@ def _check_momentum(weight: Weight, momentum: Quantized, group_size: int | None)
         check_same("momentum codes", codes, weight.codes)
         if momentum.group_size != group_size:
             raise ValueError(
-                f"An 8-bit momentum has the groups of the gradient, got {momentum.group_size} "
-                f"columns beside {group_size}."
+                f"An 8-bit momentum must have the gradient's groups, got {momentum.group_size} "
+                f"columns for groups of {group_size}."
             )
         return
     if group_size is None or group_size % NIBBLE_GROUP_SIZE:
         raise ValueError(
-            f"Beside a 4-bit momentum, gradient groups are multiples of its {NIBBLE_GROUP_SIZE} "
+            f"With a 4-bit momentum, gradient groups must be multiples of its {NIBBLE_GROUP_SIZE} "
             f"columns, got {group_size}. The usual value is {STATE_GROUP_SIZE}."
         )
     rows, columns = weight.codes.shape
     wanted, _ = momentum_shapes(rows, columns, 4)
     if codes.shape != wanted or codes.device != weight.device:
         raise ValueError(
-            f"A 4-bit momentum of a {tuple(weight.codes.shape)} weight has codes of shape {wanted} "
-            f"on {weight.device}, got {tuple(codes.shape)} on {codes.device}."
+            f"A 4-bit momentum of a {tuple(weight.codes.shape)} weight must have codes of shape "
+            f"{wanted} on {weight.device}, got {tuple(codes.shape)} on {codes.device}."
         )
 
 

@@ -120,7 +120,7 @@ def _(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch.dtype) -
     if n_each < 1 or weight.codes.shape[0] % n_each:
         raise ValueError(
             f"n_each must divide the {weight.codes.shape[0]} rows of the weight, got {n_each}: it "
-            "is how many rows a number stands for."
+            "is how many rows each of the row numbers stands for."
         )
 
 

@@ -52,7 +52,7 @@ class Quantized:
         if self.bits == 4:
             if group_size != NIBBLE_GROUP_SIZE:
                 raise ValueError(
-                    f"4-bit codes have groups of {NIBBLE_GROUP_SIZE} columns, got "
+                    f"4-bit codes must have groups of {NIBBLE_GROUP_SIZE} columns, got "
                     f"group_size={group_size}."
                 )
             group_size = NIBBLE_GROUP_SIZE // NIBBLES  # in bytes

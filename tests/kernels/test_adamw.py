@@ -403,5 +403,5 @@ def test_arguments_that_do_not_fit_each_other_are_refused():
     with pytest.raises(ValueError, match="ratio codes must have shape"):
         kernels.adamw_step_(weight, make_moments((5, 50)), gradient, **arguments)
     other = Quantized(gradient.codes, gradient.scales, 64)
-    with pytest.raises(ValueError, match="groups of the gradient, got 256 columns beside 64"):
+    with pytest.raises(ValueError, match="the gradient's groups, got 256 columns for groups of 64"):
         kernels.adamw_step_(weight, moments, other, **arguments)

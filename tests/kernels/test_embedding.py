@@ -213,7 +213,7 @@ def test_what_is_not_finite_stays_visible(backend, bad):
         (
             {"codes": torch.zeros(4, 6, dtype=torch.uint8), "group_size": 64, "bits": 4},
             TypeError,
-            "table has codes of 8 bits, got 4",
+            "table must have codes of 8 bits, got 4",
         ),
     ],
 )

@@ -125,7 +125,7 @@ def packed(rows, columns):
         # As many groups, of another size.
         (lambda c, s: Quantized(c, s, 200), ValueError, "groups of 256 columns, got 200"),
         (lambda c, s: Quantized(c, s[:, :1].contiguous(), None), ValueError, "columns, got None"),
-        (lambda c, s: packed(4, 64), TypeError, "other gradient has codes of 8 bits, got 4"),
+        (lambda c, s: packed(4, 64), TypeError, "other gradient must have codes of 8 bits, got 4"),
     ],
 )
 def test_gradients_that_do_not_fit_are_refused(change, error, match):
@@ -140,9 +140,9 @@ def test_gradients_that_do_not_fit_are_refused(change, error, match):
 
 
 def test_codes_of_four_bits_are_no_gradient():
-    with pytest.raises(TypeError, match="gradient has codes of 8 bits, got 4"):
+    with pytest.raises(TypeError, match="gradient must have codes of 8 bits, got 4"):
         kernels.accumulate_(packed(2, 64), packed(2, 64))
-    with pytest.raises(TypeError, match="gradient has codes of 8 bits, got 4"):
+    with pytest.raises(TypeError, match="gradient must have codes of 8 bits, got 4"):
         kernels.squared_norm(packed(2, 64))
 
 

@@ -117,7 +117,7 @@ def test_without_outlier_columns_it_is_the_integer_product():
         ({"floats": torch.ones(5, 32)}, ValueError, r"the 33 columns of the weight.*\(5, 32\)"),
         ({"floats": torch.ones(33, 5).t()}, ValueError, r"contiguous.*strides \(1, 5\)"),
         ({"bias": torch.ones(8)}, ValueError, r"bias must have shape \(7,\)"),
-        ({"dtype": torch.int8}, TypeError, "int8_linear makes floats"),
+        ({"dtype": torch.int8}, TypeError, "int8_linear returns floats"),
         ({"scales": torch.ones(4, 1)}, ValueError, r"scales of x must be float32 of shape \(5, 1"),
         ({"codes": torch.ones(5, 33)}, TypeError, "x must be torch.int8, got torch.float32"),
     ],

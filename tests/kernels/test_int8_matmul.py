@@ -231,7 +231,7 @@ ONES = torch.ones(2, 4, dtype=torch.int8)
         (ONES, ONES, {}, ValueError, r"\(2, 4\).*\(2, 4\).*Pass \.t\(\) of a matrix"),
         (ONES, ONES.t().to("meta"), {}, ValueError, "on one device, got .* on cpu and .* on meta"),
         (ONES, ONES.repeat(2, 2)[::2, ::2].t(), {}, ValueError, r"got strides .*\.contiguous\(\)"),
-        (ONES, ONES.t(), {"dtype": torch.int32}, TypeError, r"makes floats, got dtype=.*int32"),
+        (ONES, ONES.t(), {"dtype": torch.int32}, TypeError, r"returns floats, got dtype=.*int32"),
         (
             ONES,
             ONES.t(),

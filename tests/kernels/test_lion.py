@@ -342,19 +342,19 @@ ON_META = r"codes must have shape \(6, 50\) on cpu, got shape \(6, 50\) on meta"
             "momentum",
             (6, 50),
             {"state_group_size": 20},
-            "8-bit momentum has the groups of the gradient, got 20 columns beside 256",
+            "8-bit momentum must have the gradient's groups, got 20 columns for groups of 256",
         ),
         (
             "gradient",
             (6, 50),
             {"state_group_size": None},
-            "8-bit momentum has the groups of the gradient, got 256 columns beside None",
+            "8-bit momentum must have the gradient's groups, got 256 columns for groups of None",
         ),
         (
             "momentum",
             (6, 52),
             {"momentum_bits": 4},
-            r"4-bit momentum of a \(6, 50\) weight has codes of shape \(6, 25\).*got \(6, 26\)",
+            r"momentum of a \(6, 50\) weight must have codes of shape \(6, 25\).*got \(6, 26\)",
         ),
         (
             "momentum",
@@ -393,7 +393,7 @@ def test_a_gradient_of_4_bits_is_refused(backend):
     state = make_state((6, 50), group_size=16, momentum_bits=4)
     before = state.clone()
 
-    with pytest.raises(TypeError, match="gradient has codes of 8 bits, got 4"):
+    with pytest.raises(TypeError, match="gradient must have codes of 8 bits, got 4"):
         backend.lion_step_(state.weight, state.momentum, state.momentum, **arguments())
 
     assert_same_state(state, before)

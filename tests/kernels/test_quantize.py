@@ -159,7 +159,7 @@ def test_dequantize_puts_outliers_in_their_places(group_size, dtype, index_dtype
 def test_dequantize_refuses_other_dtypes():
     weight = Weight.dense(coded(torch.ones(2, 4), None))
 
-    with pytest.raises(TypeError, match=r"dequantize makes floats, got dtype=torch\.int32\."):
+    with pytest.raises(TypeError, match=r"dequantize returns floats, got dtype=torch\.int32\."):
         kernels.dequantize(weight, dtype=torch.int32)
 
 

@@ -166,7 +166,7 @@ def test_values_that_would_do_harm_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("momentum_bits", "group_size", "match"),
     [
-        (8, 128, "8-bit momentum has the groups of the gradient, got 256 columns beside 128"),
+        (8, 128, "must have the gradient's groups, got 256 columns for groups of 128"),
         (4, 100, "multiples of its 64 columns, got 100"),
         (8, 0, "at least one column, got group_size=0"),
     ],

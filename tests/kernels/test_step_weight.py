@@ -322,7 +322,7 @@ def test_float_refusals(backend):
         step_floats(backend, one, one.double())
     with pytest.raises(ValueError, match=r"gradient must have shape \(3,\) on cpu"):
         step_floats(backend, one, torch.ones(4))
-    with pytest.raises(ValueError, match=r"comes twice.*pass it once"):
+    with pytest.raises(ValueError, match=r"was passed twice.*pass it once"):
         backend.step_floats_([one, one], [one, one], **step_float_arguments(2))
     with pytest.raises(ValueError, match=r"for each float parameter, got \[1, 2, 1, 1\]"):
         backend.step_floats_([one], [one, one], **step_float_arguments())

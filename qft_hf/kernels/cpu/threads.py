@@ -38,8 +38,8 @@ def _openmp_parallel() -> Any:
         return ctypes.CDLL(torch._C.__file__).GOMP_parallel
     except (OSError, AttributeError) as error:
         warnings.warn(
-            "qft_hf uses one CPU thread: its kernels run on the threads of OpenMP, wanted is a "
-            f"PyTorch that is linked with GNU's or LLVM's OpenMP, and this one is not ({error}).",
+            "qft_hf uses one CPU thread: its kernels run on OpenMP threads, which need a PyTorch "
+            f"that is linked with GNU's or LLVM's OpenMP, and this one is not ({error}).",
             stacklevel=2,
         )
         return _serial
@@ -150,5 +150,5 @@ def for_each_row_range(kernel, arguments, n_rows, n_ranges):
     """
     if not _run(kernel, arguments, n_rows, n_ranges):
         raise MemoryError(
-            "A CPU kernel had no memory for its buffers: free some, or use smaller batches."
+            "A CPU kernel had no memory for its buffers: free memory, or use smaller batches."
         )
