@@ -415,7 +415,7 @@ def test_a_gradient_of_4_bits_is_refused(backend):
         (
             "weight.scales",
             0.0,
-            "weight scales must be finite and positive, got 1 of 24 .* first 0.0",
+            "weight scales must be finite and positive, got 1 of 24 .* first is 0.0",
         ),
         (
             "weight.scales",
