@@ -5,7 +5,7 @@ Both moments are relative:
 * **root**: the second moment v as its eighth root, on 256 evenly spaced levels
   `(code + 1/2) * scale`. The highest level of a group is 511 times the lowest, which for sqrt(v) is
   a factor of 511**4 = 7e10; neighboring values of sqrt(v) differ by 1.6 % at the top and by 17 % at
-  1/13,000 of it. No code means 0, so a step never divides by 0.
+  1/13,000 of it. No code means 0, so the divisor of a step is never 0 and keeps its proportion.
 * **ratio**: the first moment m as m / sqrt(v), on evenly spaced levels. The weight moves by this
   ratio, so the error is the same small part of a step even for elements whose gradients are a
   thousand times smaller than their neighbors'; a code of m itself would be 0 or 1 for them. The

@@ -127,7 +127,7 @@ class Weight:
         if values.numel():
             check_matrix("outlier values", values, (torch.float32,))
             check_matrix("outlier columns", columns, (torch.int16, torch.int32))
-        if not torch.compiler.is_compiling():  # a traced weight is no live one
+        if not torch.compiler.is_compiling():  # weights made while tracing are not kept
             _weights.setdefault(id(codes), self)
 
     @classmethod

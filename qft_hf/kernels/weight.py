@@ -1,7 +1,7 @@
 """A step of an INT8 weight in a direction that an optimizer has chosen.
 
-Weights are rounded stochastically (Philox) against the stored scale. All arithmetic is in units of
-a code, so that an element whose update is zero keeps its code.
+Weights are rounded stochastically (Philox) against the stored scale. All arithmetic of codes is in
+units of a code, so that an element whose update is zero keeps its code.
 """
 
 from collections.abc import Iterator
