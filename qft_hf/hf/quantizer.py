@@ -67,7 +67,7 @@ class _Operation(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Operation":
-        """Return this operation itself: the loader copies it per weight, but there is one report."""
+        """Return this operation itself: the loader copies it per weight, but faults are shared."""
         return self
 
 

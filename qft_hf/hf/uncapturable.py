@@ -1,4 +1,4 @@
-"""Which runs cannot have their steps captured as CUDA graphs, and what can."""
+"""Which runs cannot have their steps captured as CUDA graphs, and the alternatives."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from .optimizers import given_options
 
 
 def refuse_uncapturable(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise for what a run cannot have beside `cuda_graph=True`.
+    """Raise for options and models that do not work with `cuda_graph=True`.
 
     Raises:
-        ValueError: The text says what to do instead.
+        ValueError: The run cannot be captured; the text says what to do instead.
     """
     reasons = uncapturable(args, model)
     if args.device.type != "cuda":
@@ -25,7 +25,7 @@ def refuse_uncapturable(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def uncapturable(args: TrainingArguments, model: nn.Module) -> list[str]:
-    """Why passes of such a run cannot be captured on any device, and what can."""
+    """Return the reasons why a run cannot be captured on any device, each with an alternative."""
     reasons = []
     options = given_options(args)
     if options.get("gradient") == "release" and options.get("clipping") == "exact":
