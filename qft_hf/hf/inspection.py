@@ -114,10 +114,10 @@ def _counterpart(
         return None
     other: Tensor | None = others.get(name)
     if other is None or other.shape != weight.shape:
-        came = "no such parameter" if other is None else f"one of shape {tuple(other.shape)}"
+        came = "nothing" if other is None else f"a parameter of shape {tuple(other.shape)}"
         raise ValueError(
-            f"{original} has {came} for {name}, of shape {tuple(weight.shape)}. Give the model "
-            "that the checkpoint was made from."
+            f"{original} has {came} for {name}, which has shape {tuple(weight.shape)}. Give the "
+            "model that the checkpoint was made from."
         )
     return other
 

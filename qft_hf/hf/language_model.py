@@ -22,11 +22,11 @@ def language_class(config: Any) -> Any:
     Raises:
         ValueError: The configuration does not belong to a causal language model.
     """
-    advice = "QFTTrainer trains others in Python, and qft_hf.memory_ledger measures their states."
+    advice = "In Python, QFTTrainer trains other models, and qft_hf.memory_ledger measures them."
     if config.is_encoder_decoder:
         raise ValueError(
-            f"A model that learns next tokens is wanted, and that of {type(config).__name__} has "
-            f"an encoder, which would read the answers that its decoder is to learn. {advice}"
+            f"A causal language model is needed, and the model of {type(config).__name__} has an "
+            f"encoder, which would read the answers that its decoder should learn. {advice}"
         )
     own_code = getattr(config, "auto_map", None) or {}
     for auto, known in (
@@ -36,7 +36,7 @@ def language_class(config: Any) -> Any:
         if type(config) in known or auto.__name__ in own_code:
             return auto
     raise ValueError(
-        f"A model that learns next tokens is wanted, and {type(config).__name__} is of none that "
+        f"A causal language model is needed, and {type(config).__name__} belongs to none that "
         f"transformers knows. {advice}"
     )
 

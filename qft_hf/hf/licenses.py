@@ -30,6 +30,6 @@ def doubt(license: str) -> str | None:
     near = get_close_matches(license.lower().replace(" ", "-"), LICENSES, cutoff=0.5)
     advice = f"Is it {' or '.join(near)}? " if near else ""
     return (
-        f"the Hub is not known to take the license {license!r}, and refuses a card with one that "
-        f"it does not take. {advice}One without an identifier is called other."
+        f"the Hub is not known to accept the license {license!r}, and refuses a card with one that "
+        f"it does not accept. {advice}For a license without an identifier, give other."
     )

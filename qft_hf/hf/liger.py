@@ -30,7 +30,7 @@ _REASON = (
 )
 
 WITHOUT_FUSED = (
-    "With use_liger_kernel=True it takes the place of Liger's fused linear cross-entropy; "
+    "With use_liger_kernel=True a chunked loss replaces Liger's fused linear cross-entropy; "
     f"liger_kernel_config={{'{FUSED}': False}} leaves out both."
 )
 
@@ -54,8 +54,8 @@ def settle_loss_(args: "QFTTrainingArguments") -> None:
         )
     if kernels.get(WHOLE) and args.chunked_loss:
         raise ValueError(
-            f"liger_kernel_config={{'{WHOLE}': True}} is a kernel for logits that exist whole, and "
-            "with chunked_loss=True they do not. Leave one of them out."
+            f"liger_kernel_config={{'{WHOLE}': True}} needs all logits at once, which a run with "
+            "chunked_loss=True never has. Leave one of the two out."
         )
     if FUSED in kernels:
         return
@@ -86,7 +86,7 @@ def refuse_kernels(args: TrainingArguments, model: nn.Module) -> None:
     if kernels.get(FUSED, True) and side_network_of(model) is None:
         raise ValueError(
             f"use_liger_kernel=True: {_REASON}. Set liger_kernel_config={{'{FUSED}': False}}; "
-            "QFTTrainingArguments(use_liger_kernel=True) does, and takes a chunked loss instead."
+            "QFTTrainingArguments(use_liger_kernel=True) does so, and uses a chunked loss instead."
         )
     if not is_liger_kernel_available():
         return
@@ -147,7 +147,7 @@ def _kernels(args: TrainingArguments) -> dict[str, bool]:
     kernels: Any = args.liger_kernel_config or {}
     if not isinstance(kernels, dict) or not all(isinstance(v, bool) for v in kernels.values()):
         raise TypeError(
-            "liger_kernel_config must say True or False of names of kernels, as in "
+            "liger_kernel_config must map names of kernels to True or False, as in "
             f"{{'rope': False}}, got {kernels!r}."
         )
     return kernels

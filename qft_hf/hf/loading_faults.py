@@ -32,7 +32,7 @@ def check_files(files: list[str], *, pre_quantized: bool) -> None:
         if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
             raise ValueError(
                 f"{folder} has {SAFE_WEIGHTS_NAME} and {SAFE_WEIGHTS_INDEX_NAME}: two models, "
-                "one of an earlier run. Remove the one that is not wanted."
+                "one from an earlier run. Remove the one that you do not need."
             )
     names = set(tensor_names(files))
     if not pre_quantized:
@@ -40,15 +40,15 @@ def check_files(files: list[str], *, pre_quantized: bool) -> None:
     doubled = [name for name in names if weight_of(name) in names]
     if doubled:
         raise ValueError(
-            f"{min(doubled)} is in {files[0]} beside a float weight of the same module, one of "
-            f"{len(doubled)} such fields, so the checkpoint is a mixture of two. Save the "
+            f"{min(doubled)} is in {files[0]} next to a float weight of the same module (one of "
+            f"{len(doubled)} such fields), so the checkpoint is a mixture of two. Save the "
             "model again into an empty folder."
         )
     if pre_quantized and (found := damaged(files)):
         shown = "\n".join(f"- {fault}" for fault in found[:FAULTS_SHOWN])
         raise ValueError(
-            f"at fault in {folder}: {counted(len(found), 'tensor')}, the first {FAULTS_SHOWN} "
-            f"at most:\n{shown}\n{DAMAGED} QFT_CHECKSUMS=0 loads them as they are."
+            f"{folder} has faults in {counted(len(found), 'tensor')}, of which at most "
+            f"{FAULTS_SHOWN} are listed:\n{shown}\n{DAMAGED} QFT_CHECKSUMS=0 loads it unchecked."
         )
 
 
@@ -75,7 +75,7 @@ def refuse_int8(names: Iterable[str], *, of: str) -> None:
         raise ValueError(
             f"{of} has INT8 weights, {and_more(found)}, and its config.json has "
             "no quantization_config of qft_hf. Restore the config.json that was saved with them, "
-            "and leave out what you pass as quantization_config."
+            "and pass no quantization_config."
         )
 
 
@@ -117,7 +117,7 @@ def refuse_shards(skeleton: PreTrainedModel) -> None:
     if is_sharded and Processes.found() is not None:
         raise ValueError(
             "distributed_config splits weights among processes as float tensors, by rows or "
-            "columns, and INT8 weights cannot be held so. Load the model without it. "
+            "columns, and INT8 weights cannot be split that way. Load the model without it. "
             + SEVERAL_GPUS
         )
 
@@ -136,6 +136,6 @@ def refuse_several_devices(skeleton: PreTrainedModel, device_map: Any) -> None:
     if len(devices) > 1 and skeleton.all_tied_weights_keys:
         raise ValueError(
             f"{next(iter(skeleton.all_tied_weights_keys))} is tied to another weight, and an INT8 "
-            f"model with tied weights cannot lie on several devices, here {devices}. Use one, "
-            'such as device_map={"": 0}.'
+            f"model with tied weights cannot be split over several devices, got {devices}. Use one "
+            'device, such as device_map={"": 0}.'
         )

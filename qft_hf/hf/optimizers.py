@@ -36,10 +36,10 @@ class Option:
 OPTIONS = {
     "gradient": Option(
         str,
-        "Where a gradient goes. stack: INT8 gradients wait for the step, about 1 byte per "
+        "When a gradient is used. stack: INT8 gradients wait for the step, about 1 byte per "
         "parameter, and are clipped exactly at no cost. release: each weight is updated during "
-        "backward and its gradient freed; the same bits, and max_grad_norm needs a choice of "
-        "clipping.",
+        "backward and its gradient freed; results are the same bits, and max_grad_norm needs a "
+        "choice of clipping.",
     ),
     "accumulation": Option(
         str,
@@ -48,24 +48,24 @@ OPTIONS = {
     ),
     "clipping": Option(
         str,
-        "With gradient release, how max_grad_norm is honoured. exact: a second forward and "
+        "With gradient release, how max_grad_norm is honored. exact: a second forward and "
         "backward pass finds the norm first (QFTTrainer). previous: by the norm of the step "
         "before. tensor: each gradient by its own norm. Unset: max_grad_norm must be 0.",
     ),
     "nonfinite": Option(
         str,
-        "On a NaN or infinite gradient: raise, or skip the step and count it, which release "
-        "cannot.",
+        "On a NaN or infinite gradient: raise, or skip the step and count it, which is not "
+        "possible with release.",
     ),
     "stochastic_rounding": Option(
         bool,
-        "Whether updates are rounded stochastically; to nearest is for ablation and does not "
-        "train.",
+        "Whether updates are rounded stochastically; rounding to nearest is for ablations and does "
+        "not train.",
     ),
     "seed": Option(
         int,
-        "Key of the random numbers that round updates and gradients. Unset: that of the model, 0 "
-        "for a float one.",
+        "Key of the random numbers that round updates and gradients. Unset: the seed of the model, "
+        "or 0 for a float model.",
     ),
     "beta1": Option(
         float,
@@ -73,10 +73,10 @@ OPTIONS = {
         "read.",
     ),
     "beta2": Option(float, "Decay of qft_lion's momentum, or of qft_adamw's second moment."),
-    "eps": Option(float, "Term beside the root of the second moment, where there is one."),
+    "eps": Option(float, "Term added to the root of the second moment, if there is one."),
     "momentum_bits": Option(
         int,
-        "Bits of one momentum value: 8, or 4, experimental, which costs quality.",
+        "Bits of one momentum value: 8, or 4, which is experimental and costs quality.",
     ),
 }
 # Names of the options as fields of `QFTTrainingArguments`.
@@ -116,7 +116,7 @@ _UNREAD = {
     "adam_epsilon": "eps",
     "optim_target_modules": None,
 }
-_KINDS = {str: "a word", int: "an integer", float: "a number", bool: "true or false"}
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 _TRUTH = {"true": True, "false": False}
 
 
@@ -203,7 +203,7 @@ def given_options(args: TrainingArguments) -> dict[str, Any]:
         if options.setdefault(option, value) != value:
             raise ValueError(
                 f"optim_args has {option}={value}, and {FIELDS[option]}={options[option]} was "
-                "given beside it. Give one of them."
+                "given too. Give one of them."
             )
     return options
 
@@ -220,10 +220,12 @@ def check_arguments(args: TrainingArguments) -> None:
     for name in ("learning_rate", "weight_decay"):
         value = _checked(name, getattr(args, name), float)
         if not 0 <= value <= LARGEST:
-            raise ValueError(f"{name} must be in [0, {LARGEST:.2g}], what FP32 holds, got {value}.")
+            raise ValueError(
+                f"{name} must be in [0, {LARGEST:.2g}], the range of FP32, got {value}."
+            )
     norm = args.max_grad_norm
     if norm is not None and norm != math.inf and _checked("max_grad_norm", norm, float) < 0:
-        raise ValueError(f"max_grad_norm must not be negative, got {norm}. 0 clips nothing.")
+        raise ValueError(f"max_grad_norm must not be negative, got {norm}. 0 turns it off.")
     _refuse_unread(args)
     options = given_options(args)
     if not _releases(args, options) and options.get("accumulation") == "forbid":
@@ -298,10 +300,10 @@ def refuse_overruled(
     for name, value, values in used:
         if value not in values:
             raise ValueError(
-                f"{name}={value} was given, and the optimizer goes by {values[0]}, as the "
-                "checkpoint says that training resumes from, or who made the optimizer. Give "
-                f"{name}={values[0]} or leave it out; to train on with another value, start a new "
-                "run from the weights of the checkpoint."
+                f"{name}={value} was given, and the optimizer uses {values[0]}, which comes from "
+                "the checkpoint that training resumes from or from the code that made the "
+                f"optimizer. Give {name}={values[0]} or leave it out; to continue with another "
+                "value, start a new run from the weights of the checkpoint."
             )
 
 

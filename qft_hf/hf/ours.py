@@ -74,8 +74,9 @@ def refuse_optimizer(optimizer: Any, args: TrainingArguments) -> None:
         )
     if options := given_options(args):
         raise ValueError(
-            f"An optimizer was passed, and {', '.join(options)} were set for one that the Trainer "
-            f"makes. Pass no optimizer, or give {type(optimizer).__name__} these options yourself."
+            f"An optimizer was passed, and {', '.join(options)} were set, which only an optimizer "
+            f"made by the Trainer reads. Pass no optimizer, or give {type(optimizer).__name__} "
+            "these options yourself."
         )
 
 
@@ -100,8 +101,8 @@ def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
         )
         if hasattr(model, "peft_config"):
             advice = (
-                "Beside adapters only float modules can be trained: list those of modules_to_save "
-                "in modules_to_not_convert of the QFTConfig."
+                "In addition to adapters, only float modules can be trained: list the modules of "
+                "modules_to_save in modules_to_not_convert of the QFTConfig."
             )
         raise TypeError(
             f"{len(trained)} INT8 weights ({trained[0]}, ...) are to be trained, and the optimizer "

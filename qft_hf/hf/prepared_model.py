@@ -145,8 +145,8 @@ def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
         if wanted:
             raise ValueError(
                 f"{', '.join(wanted)} was given, and {type(model).__name__} has INT8 weights of "
-                "several formats. Leave that out to train the model as it is; else start from the "
-                "float model."
+                "several formats. Leave that out to train the model as it is; otherwise start from "
+                "the float model."
             )
         return
     found = {name: getattr(current, name) for name in wanted}
@@ -165,10 +165,10 @@ def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
     advice = "start from the float model"
     if not {"group_size", "outlier_fraction", "modules_to_not_convert"} & set(different):
         advice = (
-            "load it with quantization_config=QFTConfig(...) that says so, where INT8 products "
-            "need outliers in whole columns, or " + advice
+            "load it with a quantization_config=QFTConfig(...) that sets this, for which INT8 "
+            "products need outliers in whole columns, or " + advice
         )
     raise ValueError(
         f"{asked} was asked for, and the model is INT8 already, with {has}. Leave that out to "
-        f"train the model as it is; else {advice}."
+        f"train the model as it is; otherwise {advice}."
     )

@@ -170,8 +170,8 @@ class QFTQuantizer(HfQuantizer):
             config = replace(self.quantization_config, modules_to_not_convert=listed)
             self.quantization_config = model.config.quantization_config = config
             logger.warning(
-                "%s, added to the INT8 %s, saved as float: modules_to_not_convert lists it now. "
-                "quantize_model_ with the configuration of the model makes such modules INT8",
+                "%s, added to the INT8 %s, is saved as float: modules_to_not_convert lists it now. "
+                "To make it INT8, call quantize_model_ with the configuration of the model",
                 ", ".join(added),
                 type(model).__name__,
             )
@@ -191,8 +191,8 @@ class QFTQuantizer(HfQuantizer):
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
                 f"The device map puts modules on {sorted(places)}, and INT8 weights cannot be "
-                'offloaded. Use device_map="cpu" or devices that hold the model together; a larger '
-                "max_memory if it was set too low."
+                'offloaded. Use device_map="cpu", or devices that together can hold the model, and '
+                "a larger max_memory if it was set too low."
             )
 
     def param_needs_quantization(
@@ -274,7 +274,7 @@ class QFTQuantizer(HfQuantizer):
                 "The checkpoint's quantization_config names %s, which %s does not have: ignored%s",
                 ", ".join(dict.fromkeys(absent)),
                 type(model).__name__,
-                f"; {', '.join(kept)}, float in the checkpoint too, stays so" if kept else "",
+                f"; {', '.join(kept)} is float in the checkpoint and stays float" if kept else "",
             )
         if not self.pre_quantized or self.quantization_config.strict:
             plan = conversion_plan(model, self.quantization_config.modules_to_not_convert)
@@ -312,7 +312,7 @@ class QFTQuantizer(HfQuantizer):
             n_faults = counted(len(self.faults), "tensor")
             raise ValueError(
                 f"{n_faults} of {model.name_or_path or 'the state dict'} cannot be loaded "
-                f"into {type(model).__name__}, the first {FAULTS_SHOWN} at most:\n{shown}"
+                f"into {type(model).__name__}; at most {FAULTS_SHOWN} are listed:\n{shown}"
             )
         if not self.pre_quantized:
             # Weights that are not in the checkpoint, such as a new classifier's, are still float.

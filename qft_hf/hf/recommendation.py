@@ -85,9 +85,7 @@ class Recommendation:
                 f"{line}Sequences of up to {self.longest_sequence:,} tokens would fit, at batch "
                 f"size {self.batch_size}"
             )
-        line += (
-            f"The states alone take {self.estimate.state_bytes / 1e9:.1f} GB: take a larger card"
-        )
+        line += f"The states alone take {self.estimate.state_bytes / 1e9:.1f} GB: use a larger card"
         if self.base is not None:
             return f"{line} or a smaller model"
         return f"{line}, several of them or a smaller model, or train a side network: method qst"
@@ -133,9 +131,9 @@ def recommend(
         raise ValueError(f"gpu_memory must be positive and finite, in GB, got {gpu_memory}.")
     if side is not None and n_processes > 1:
         raise ValueError(
-            f"n_processes={n_processes} and side were given. Processes share the gradients and the "
-            "momentum of INT8 weights that are trained, and beside a side network none are: each "
-            "would take what one does. Leave n_processes out."
+            f"n_processes={n_processes} and side were given. Processes divide the gradients and "
+            "the momentum of trained INT8 weights, and the base of a side network is not trained: "
+            "each process would need as much memory as one alone. Leave n_processes out."
         )
     source, usable = skeleton(model), int(USABLE * gpu_memory * 1e9)
     ways = (

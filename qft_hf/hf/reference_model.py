@@ -63,6 +63,6 @@ def quantize_as_policy_(reference: nn.Module, policy: nn.Module) -> None:
     ):
         quantize_model_(reference, config)
         logger.warning(
-            "The reference model, a float %s, was quantized to INT8 as the policy is",
+            "The reference model, a float %s, was quantized to INT8, like the policy",
             type(reference).__name__,
         )

@@ -113,8 +113,8 @@ def read_run(folder: Path) -> ReportedRun:
     absent += [] if "log_history" in state else [f"{TRAINER_STATE_NAME} has no log_history"]
     if absent:
         raise ValueError(
-            f"{folder} was left by another program, or a version of qft_hf that noted less: "
-            f"{', '.join(absent)}. Leave this run out."
+            f"{folder} was written by another program, or by a version of qft_hf that recorded "
+            f"less: {', '.join(absent)}. Leave this run out."
         )
     history = state["log_history"]
     return ReportedRun(folder.resolve().name, read["summary.json"], history, read["run.yaml"])
@@ -128,8 +128,8 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> None:
     """
     if path.is_dir() or (path.is_file() and not _is_page(path)):
         raise FileExistsError(
-            f"{path} is there already, and is no report. Give --output the name of a file that is "
-            "not there yet."
+            f"{path} exists already and is not a report. Give --output the name of a file that "
+            "does not exist yet."
         )
     with written_whole(path) as draft:
         draft.write_text(page(runs), encoding="utf-8")
@@ -270,8 +270,8 @@ def _memory(runs: Sequence[ReportedRun]) -> str:
         f"<p class='legend'>{marks}</p>"
         f"<svg viewBox='0 0 {label + plot + 60} {row * len(bars)}' class='wide' role='img' "
         f"aria-label='bytes per parameter'>{''.join(drawn)}</svg>"
-        "<p class='note'>Bytes per parameter, without activations. Of the runs they were measured "
-        "just before a step; the pale ones are arithmetic, from the dtypes that each way keeps "
+        "<p class='note'>Bytes per parameter, without activations. Those of the runs were measured "
+        "just before a step; the pale bars are computed from the dtypes that each method stores "
         "(FlashOptim: arXiv:2602.23349).</p>"
     )
 
@@ -296,8 +296,8 @@ def _codes(runs: Sequence[ReportedRun]) -> str:
         return "<p>Nothing was sampled.</p>"
     return (
         f"<div class='grid'>{''.join(charts)}</div><p class='note'>Shares of codes from -127 to "
-        "127, as powers of ten. Points: before training; line: after. Of some rows of each "
-        "weight.</p>"
+        "127, as powers of ten. Points: before training; line: after. Sampled from some rows of "
+        "each weight.</p>"
     )
 
 
@@ -352,7 +352,7 @@ def _differences(runs: Sequence[ReportedRun]) -> str:
         if len({json.dumps(run.told.get(key), sort_keys=True) for run in runs}) > 1
     ]
     if not rows:
-        return "<p>None: all were told the same.</p>"
+        return "<p>None: all runs have the same options.</p>"
     return _table(["key", *(html.escape(run.name) for run in runs)], rows)
 
 

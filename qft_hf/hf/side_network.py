@@ -148,7 +148,7 @@ def _saving_alone(save: Any) -> Any:
             return
         if kwargs.get("push_to_hub"):
             raise ValueError(
-                "save_pretrained(push_to_hub=True) is not for a side network. Call "
+                "save_pretrained(push_to_hub=True) does not support a side network. Call "
                 f"model.push_to_hub({str(kwargs.get('repo_id') or save_directory)!r})."
             )
         if is_main_process:
@@ -269,8 +269,8 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG_NAME} cannot be read ({error}). {DAMAGED}") from error
     if known != 1:
         raise ValueError(
-            f"{folder / CONFIG_NAME} is of format {known}, written by qft_hf {said.get('qft_hf')}, "
-            f"and this is {__version__}. Install that version."
+            f"{folder / CONFIG_NAME} has format {known}, of qft_hf {said.get('qft_hf')}, which "
+            f"version {__version__} cannot read. Install that version."
         )
     if found := damaged([str(folder / WEIGHTS_NAME)]):
         raise ValueError(f"{found[0]}. {DAMAGED}")
@@ -320,13 +320,13 @@ def _refuse_another_network(
     if network.config != config:
         raise ValueError(
             f"The model has a side network with {network.config}, and {folder} holds one with "
-            f"{config}. Load the base anew, or attach one of that configuration."
+            f"{config}. Load the base again, or attach one of that configuration."
         )
     own = network.quantization
     if own is not None and own.to_dict() != quantization:
         raise ValueError(
             f"The side network of the model is INT8 with {own}, and {folder} holds one with "
-            f"{quantization or 'float weights'}. Load the base anew."
+            f"{quantization or 'float weights'}. Load the base again."
         )
 
 
@@ -339,8 +339,8 @@ def _refuse_other_sizes(model: Any, state: dict[str, Tensor], folder: Path) -> N
         if name not in own or own[name].shape != tensor.shape:
             shape = tuple(own[name].shape) if name in own else "none"
             raise ValueError(
-                f"{folder} has a head with {name} of shape {tuple(tensor.shape)}, and that of the "
-                f"model is {shape}. Load the base with num_labels as it was trained."
+                f"{folder} has a head with {name} of shape {tuple(tensor.shape)}, and its shape in "
+                f"the model is {shape}. Load the base with the num_labels of the trained head."
             )
 
 

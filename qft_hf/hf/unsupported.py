@@ -34,14 +34,14 @@ def _refuse_fp16(args: TrainingArguments) -> None:
     # The launcher can set it too, by an environment variable.
     if args.fp16 or args.mixed_precision == "fp16":
         raise ValueError(
-            "fp16=True, or --mixed_precision fp16 of accelerate launch, scales the loss and "
-            "unscales float gradients, which INT8 gradients are not. Use bf16=True, which needs no "
+            "fp16=True, or --mixed_precision fp16 of accelerate launch, scales the loss and then "
+            "unscales float gradients, and gradients here are INT8. Use bf16=True, which needs no "
             "scaling."
         )
     if args.fp16_full_eval:
         raise ValueError(
             "fp16_full_eval=True leaves the model in float16 after evaluation, whose range is too "
-            "narrow to train on from. Use bf16_full_eval=True, or leave it off."
+            "narrow to continue training. Use bf16_full_eval=True, or leave it off."
         )
 
 
@@ -78,8 +78,8 @@ def _refuse_of_several(args: TrainingArguments) -> None:
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
     if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise ValueError(
-            "Under use_reentrant=True backward passes lie inside of others, and several processes "
-            "cannot see when a step's gradients are complete. Set "
+            "With use_reentrant=True backward passes are nested, and several processes cannot "
+            "determine when a step's gradients are complete. Set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, which is the default."
         )
     if args.save_on_each_node:
@@ -90,8 +90,8 @@ def _refuse_of_several(args: TrainingArguments) -> None:
         )
     if args.auto_find_batch_size:
         raise ValueError(
-            "auto_find_batch_size=True tries a smaller batch where memory runs out, and other "
-            "processes would not know. Set auto_find_batch_size=False and a "
+            "auto_find_batch_size=True tries a smaller batch on the process whose memory runs out, "
+            "and the other processes would not follow. Set auto_find_batch_size=False and a "
             "per_device_train_batch_size that fits."
         )
 
