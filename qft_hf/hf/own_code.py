@@ -10,13 +10,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 
 def auto_class(config: Mapping[str, Any]) -> str | None:
-    """Return the name of the auto class that loads a model by the code in its checkpoint.
+    """Return the name of the auto class for a model whose code comes with it; None without code.
 
     Args:
         config: Contents of `config.json`.
-
-    Returns:
-        None if the class of the model does not come with the checkpoint.
     """
     (architecture, *_) = config.get("architectures") or [None]
     for name, place in (config.get("auto_map") or {}).items():
