@@ -1,10 +1,10 @@
-"""How training goes, in figures that the Trainer logs with the loss: `qft/...`.
+"""Figures about the health of INT8 training, which the Trainer logs with the loss as `qft/...`.
 
-INT8 weights can fail in ways that a loss shows late: codes that never move because a step is too
-small beside its scale, codes that pile up at the largest magnitude, scales and outliers that run
-away, tensors that are not trained at all. All of that is seen in a sample of some rows of each
-weight, which is copied when training begins, and twice on a step that is logged: a few launches
-for the whole model. A step that is not logged costs nothing.
+INT8 weights can fail in ways that the loss shows late: codes never move because a step is too
+small for the scale, codes pile up at the largest magnitude, scales and outliers run away, or
+tensors are not trained at all. A sample of some rows of each weight shows all of this. It is copied
+when training begins and twice on each logged step, which takes a few launches for the whole model.
+A step that is not logged costs nothing.
 """
 
 from collections.abc import Iterable
@@ -23,10 +23,10 @@ from ..optim import QFTSGD
 from ..quant import QFTWeight
 from .ours import unwrapped
 
-SAMPLED = 4096  # elements of each tensor, as whole rows, and one row at least
-# Rounding adds a random number of 16 bits: what is below its resolution never moves a code.
+SAMPLED = 4096  # elements of each tensor, in whole rows, with a minimum of one row
+# In scales. Rounding adds a 16-bit random number: a step below its resolution never moves a code.
 SMALLEST_STEP = 2.0**-16
-SPREAD = 0.618  # golden section: the rows of successive weights lie in different places
+SPREAD = 0.618  # golden ratio: the sampled rows of successive weights are in different places
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ class Sample:
     """Copies of some rows of all weights, and of the beginning of each float parameter.
 
     Attributes:
-        codes: int8 `[n]`.
-        scales: fp32 `[n_scales]`, of those rows.
-        outliers: fp32 `[n_outliers]`, likewise.
-        floats: fp32 `[n_floats]`.
-        sizes: How many codes each weight has here, how many outliers, and how many values each
-            float parameter.
+        codes: int8 `[n]`, the codes of the sampled rows.
+        scales: fp32 `[n_scales]`, the scales of the same rows.
+        outliers: fp32 `[n_outliers]`, the outliers of the same rows.
+        floats: fp32 `[n_floats]`, values of the float parameters.
+        sizes: Number of sampled codes of each weight, number of sampled outliers of each weight,
+            and number of sampled values of each float parameter.
     """
 
     codes: Tensor
@@ -50,9 +50,9 @@ class Sample:
 
 
 class Health(TrainerCallback):
-    """Samples a model when training begins and around steps that are logged.
+    """Samples a model when training begins and around each logged step.
 
-    `figures()` is to be asked when such a step is logged.
+    Call `figures()` when such a step is logged.
     """
 
     def __init__(self) -> None:
@@ -61,8 +61,8 @@ class Health(TrainerCallback):
         self._trained: tuple[list[QFTWeight], list[Tensor]] = ([], [])
         self._first: Sample | None = None
         self._before: Tensor | None = None  # codes before the step that will be logged
-        self._rate = 0.0  # of that step
-        self._moved: Tensor | None = None  # by the last step that was logged: -1, 0 or 1
+        self._rate = 0.0  # learning rate of that step
+        self._moved: Tensor | None = None  # sign of each code's change in the last logged step
 
     def on_train_begin(
         self,
@@ -77,35 +77,36 @@ class Health(TrainerCallback):
         self.model, self.optimizer = model, unwrapped(optimizer)
         self._before = self._moved = None
         if model is not None:
-            self._trained = _parameters(model)  # those now: some may be frozen later, others not
+            self._trained = _parameters(model)  # fixed here: later, others may be frozen or trained
             self._first = _sample(*self._trained)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the codes if this step will be logged."""
+        """Copy the sampled codes if this step will be logged."""
         if self.model is not None and _will_log(args, state):
             self._before = _codes(self._trained[0])
-            # When the step is logged, the scheduler has set the rate of the next one already.
+            # By the time this step is logged, the scheduler has set the rate of the next one.
             self._rate = max(group["lr"] for group in self.optimizer.param_groups)
 
     def figures(self) -> dict[str, float]:
-        """Return what the step that has just ended did; empty if it was not sampled.
+        """Return figures about the step that has just ended; empty if it was not sampled.
 
         Returns:
-            By name, shares in [0, 1]:
+            By name. Shares in [0, 1]:
             `codes_moved`: codes that this step changed.
-            `sign_flips`: of the codes that both this logged step and the one before moved, those
-            that they moved in opposite directions.
+            `sign_flips`: of the codes moved by both this logged step and the previous logged one,
+            those moved in opposite directions.
             `codes_saturated`: codes of magnitude 127.
-            `parameters_changed`: values that differ from when training began.
-            `updates_too_small`: groups whose scale is so large beside the learning rate that
-            rounding moves no code of theirs, unless a scale grows, which rounds its codes anew.
-            Not of SGD, whose steps have the size of gradients.
-            And: `tensors_unchanged`: tensors of which no sampled value changed since training
-            began; `scale_growth`: the mean of scales against their first values, but for those that
-            had nothing to scale, as of a padding token; `outlier_drift`: the norm of the change of
-            outliers against that of their first values.
+            `parameters_changed`: values that differ from those at the start of training.
+            `updates_too_small`: groups whose scale is so large relative to the learning rate that
+            rounding moves none of their codes, unless the scale grows and its codes are rounded
+            again. Left out for SGD, whose step size depends on the gradients.
+            Other figures:
+            `tensors_unchanged`: number of tensors without a sampled value that changed since the
+            start; `scale_growth`: mean ratio of scales to their first values, without groups that
+            were all zero, such as a padding token's; `outlier_drift`: norm of the change of the
+            outliers, relative to the norm of their first values.
         """
         if self.model is None or self._first is None or self._before is None:
             return {}
@@ -133,15 +134,15 @@ class Health(TrainerCallback):
             both = (moved * self._moved != 0).sum()
             found["sign_flips"] = (moved * self._moved < 0).sum() / both.clamp(min=1)
         self._moved, self._before = moved.to(torch.int8), None
-        # One transfer from the device for all.
+        # One transfer from the device for all figures.
         return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
 
     def journey(self) -> dict[str, Any]:
-        """Return what became of the sample since training began; empty without training.
+        """Return how the sample has changed since training began; empty if it has not begun.
 
         Returns:
-            `codes_before` and `codes_after`: how many codes have each value from -127 to 127;
-            `changed`: of each weight the share of sampled codes that differ from the first ones.
+            `codes_before` and `codes_after`: number of codes of each value from -127 to 127;
+            `changed`: for each weight, the share of sampled codes that differ from the first ones.
         """
         if self.model is None or self._first is None:
             return {}
@@ -183,7 +184,7 @@ def _sizes(parts: list[Tensor]) -> list[int]:
 
 
 def _unchanged(changed: Tensor, sizes: tuple[list[int], list[int], list[int]]) -> Tensor:
-    """Return how many tensors have no sampled value that changed; fp32, a scalar."""
+    """Return the number of tensors without a sampled value that changed, an fp32 scalar."""
     ends = torch.tensor([0, *chain(*sizes)]).cumsum(0)
     counts = torch.cat([changed.new_zeros(1, dtype=torch.int64), changed.cumsum(0)])
     of_each = counts[ends[1:].to(counts.device)] - counts[ends[:-1].to(counts.device)]
@@ -192,7 +193,7 @@ def _unchanged(changed: Tensor, sizes: tuple[list[int], list[int], list[int]]) -
 
 
 def _growth(now: Tensor, first: Tensor) -> Tensor:
-    """Return the mean of scales against their first values; 1 if none had anything to scale."""
+    """Return the mean ratio of scales to their first values; 1 if all groups were zero."""
     counts = first > TINY
     return (torch.where(counts, now / first - 1, 0).sum() / counts.sum().clamp(min=1)) + 1
 
@@ -202,7 +203,7 @@ def _codes(weights: list[QFTWeight]) -> Tensor:
 
 
 def _joined(parts: Iterable[Tensor]) -> Tensor:
-    """Join contiguous tensors of one dtype into one of one dimension: one launch for hundreds."""
+    """Join contiguous tensors of one dtype into a one-dimensional tensor, in one launch."""
     flat = [part.reshape(-1) for part in parts]
     return torch.cat(flat) if flat else torch.empty(0)
 
@@ -220,7 +221,7 @@ def _histogram(codes: Tensor) -> list[int]:
 
 
 def _rows(weight: QFTWeight, number: int) -> slice:
-    """Return a run of rows of about `SAMPLED` elements: contiguous, so that it is a view."""
+    """Return consecutive rows with about `SAMPLED` elements: indexing by a slice gives a view."""
     rows, columns = weight.codes.shape
     n_rows = min(rows, max(1, SAMPLED // columns))
     start = int((number * SPREAD % 1.0) * (rows - n_rows + 1))
@@ -228,7 +229,7 @@ def _rows(weight: QFTWeight, number: int) -> slice:
 
 
 def _will_log(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether the Trainer will log the step that begins."""
+    """Return whether the Trainer will log the step that begins."""
     step = state.global_step + 1
     if args.logging_first_step and step == 1:
         return True

@@ -1,4 +1,4 @@
-"""What an INT8 checkpoint holds, layer by layer, and how far it is from a float original."""
+"""Statistics of each weight of an INT8 checkpoint, and its difference from an original model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +21,20 @@ class InspectedWeight:
     """One INT8 weight.
 
     Attributes:
-        name: Of the parameter.
+        name: Name of the parameter.
         shape: Rows and columns.
-        stored_bytes: Codes, scales and outliers.
-        smallest_scale: The smallest scale of all groups.
-        median_scale: Their median.
-        largest_scale: Their largest.
-        zero_share: Of all codes, those that are 0; they include the places of outliers.
-        saturated_share: Of all codes, those of the largest magnitude: 127. Rounding to nearest
-            makes one in each group.
-        outlier_share: Of all values, those that are kept in FP32.
-        largest_outlier: The largest magnitude among them; 0 without any.
-        error: Against the original: the norm of the difference by that of the original. None
+        stored_bytes: Bytes of codes, scales and outliers.
+        smallest_scale: Smallest scale of all groups.
+        median_scale: Median scale of all groups.
+        largest_scale: Largest scale of all groups.
+        zero_share: Share of codes that are 0, including those in the places of outliers.
+        saturated_share: Share of codes of the largest magnitude, 127. Rounding to nearest produces
+            one in each group.
+        outlier_share: Share of values that are kept in FP32.
+        largest_outlier: Largest magnitude of the outliers; 0 if there are none.
+        error: Norm of the difference from the original, relative to the norm of the original. None
             without an original.
-        largest_error: The largest difference, in scales of its group. None without an original.
+        largest_error: Largest difference, in scales of its group. None without an original.
     """
 
     name: str
@@ -57,16 +57,16 @@ def inspect_checkpoint(
     """Load an INT8 checkpoint and describe each of its INT8 weights.
 
     Args:
-        folder: Of the checkpoint.
-        original: A model of the same architecture, a folder or a name on the hub, to compare with:
-            the float model that was quantized, or an INT8 one from before training. After training
-            the difference is rounding and learning together.
-        trust_remote_code: Whether code that comes with them may run.
+        folder: Folder of the checkpoint.
+        original: Folder, or name on the Hub, of a model of the same architecture to compare with:
+            the float model that was quantized, or an INT8 model from before training. After
+            training, the difference is the sum of rounding and learning.
+        trust_remote_code: Whether code that comes with the two models may run.
 
     Raises:
-        FileNotFoundError: `folder` is not a checkpoint folder, or there is no such original.
-        ValueError: It holds a side network, has no INT8 weights, or the original has other names
-            or shapes.
+        FileNotFoundError: `folder` is not a checkpoint folder, or `original` does not exist.
+        ValueError: The checkpoint holds a side network or has no INT8 weights, the original has
+            other names or shapes, or a model cannot be loaded.
     """
     if is_side_network(folder):
         raise ValueError(
@@ -114,10 +114,10 @@ def _counterpart(
         return None
     other: Tensor | None = others.get(name)
     if other is None or other.shape != weight.shape:
-        came = "no such parameter" if other is None else f"one of shape {tuple(other.shape)}"
+        came = "nothing" if other is None else f"a parameter of shape {tuple(other.shape)}"
         raise ValueError(
-            f"{original} has {came} for {name}, of shape {tuple(weight.shape)}. Give the model "
-            "that the checkpoint was made from."
+            f"{original} has {came} for {name}, which has shape {tuple(weight.shape)}. Give the "
+            "model that the checkpoint was made from."
         )
     return other
 

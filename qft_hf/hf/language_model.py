@@ -1,4 +1,4 @@
-"""Models that learn next tokens: what loads them, and what they have beside a decoder of text."""
+"""Causal language models: which class loads one, and which parts are outside the text decoder."""
 
 from typing import Any
 
@@ -12,21 +12,21 @@ from transformers import (
 
 
 def language_class(config: Any) -> Any:
-    """Return the class of transformers that makes and loads a model that learns next tokens.
+    """Return the auto class of transformers that makes and loads a causal language model.
 
-    Models that see images besides are trained on text alone by whoever gives them no image.
+    This includes models that also take images: without an image, they train on text alone.
 
     Args:
-        config: The model's.
+        config: Configuration of the model.
 
     Raises:
-        ValueError: It is of no such model.
+        ValueError: The configuration does not belong to a causal language model.
     """
-    advice = "QFTTrainer trains others in Python, and qft_hf.memory_ledger measures their states."
+    advice = "In Python, QFTTrainer trains other models, and qft_hf.memory_ledger measures them."
     if config.is_encoder_decoder:
         raise ValueError(
-            f"A model that learns next tokens is wanted, and that of {type(config).__name__} has "
-            f"an encoder, which would read the answers that its decoder is to learn. {advice}"
+            f"A causal language model is needed, and the model of {type(config).__name__} has an "
+            f"encoder, which would read the answers that its decoder should learn. {advice}"
         )
     own_code = getattr(config, "auto_map", None) or {}
     for auto, known in (
@@ -36,13 +36,13 @@ def language_class(config: Any) -> Any:
         if type(config) in known or auto.__name__ in own_code:
             return auto
     raise ValueError(
-        f"A model that learns next tokens is wanted, and {type(config).__name__} is of none that "
+        f"A causal language model is needed, and {type(config).__name__} belongs to none that "
         f"transformers knows. {advice}"
     )
 
 
 def parts_beside_text(config: PreTrainedConfig) -> tuple[str, ...]:
-    """Return the parts of a model that are no part of its decoder of text, such as `vision`."""
+    """Return the names of the parts outside the text decoder, such as `vision`."""
     text = config.get_text_config()
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
     return tuple(
@@ -53,13 +53,14 @@ def parts_beside_text(config: PreTrainedConfig) -> tuple[str, ...]:
 
 
 def freeze_beside_text(model: Any) -> int:
-    """Freeze what text does not reach: it would get no gradient, and count as trained.
+    """Freeze parameters that text does not reach: they get no gradient, but would count as trained.
 
     Args:
-        model: Its head and its decoder of text, with the embeddings, stay as they are. Modified.
+        model: Modified. Its head, its text decoder and its embeddings stay as they are.
 
     Returns:
-        How many tensors are frozen; none where a decoder is not apart from what sees, as in GIT.
+        Number of frozen tensors; 0 if the decoder is not separate from the vision encoder, as in
+        GIT.
     """
     decoder = model.get_decoder()
     read = {id(p) for part in (decoder, model.get_input_embeddings()) for p in part.parameters()}

@@ -1,7 +1,7 @@
-"""Identifiers of licences that the Hub takes in a model card.
+"""Identifiers of licenses that the Hub accepts in a model card.
 
-Source: docs/hub/repositories-licenses.md of github.com/huggingface/hub-docs, of August 2026. The
-Hub adds to them, so what is not among them is doubted and not refused.
+Source: docs/hub/repositories-licenses.md of github.com/huggingface/hub-docs, August 2026. The Hub
+adds identifiers, so an unknown one causes a warning and is not refused.
 """
 
 from difflib import get_close_matches
@@ -24,12 +24,12 @@ LICENSES = frozenset(
 
 
 def doubt(license: str) -> str | None:
-    """Return what to say of an identifier that is not known; None of one that is."""
+    """Return a warning about an unknown identifier; None for a known one."""
     if license in LICENSES:
         return None
     near = get_close_matches(license.lower().replace(" ", "-"), LICENSES, cutoff=0.5)
     advice = f"Is it {' or '.join(near)}? " if near else ""
     return (
-        f"the Hub is not known to take the license {license!r}, and refuses a card with one that "
-        f"it does not take. {advice}One without an identifier is called other."
+        f"the Hub is not known to accept the license {license!r}, and refuses a card with one that "
+        f"it does not accept. {advice}For a license without an identifier, give other."
     )

@@ -1,9 +1,9 @@
-"""Liger's kernels on a model with INT8 weights: all of them but two that multiply with weights.
+"""Liger's kernels on a model with INT8 weights: all except the two that multiply by weights.
 
-transformers binds them to the modules of a model when training begins. Norms, activations and
-rotations are of floats, whatever the weights are. Its fused linear cross-entropy multiplies with
-the head and makes a float gradient of all of it: `chunk_loss_` takes its place. Its kernel for
-experts reads their weights as floats, and is refused.
+transformers binds the kernels to the modules of a model when training begins. Norms, activations
+and rotary embeddings are computed on floats, whatever the format of the weights. The fused linear
+cross-entropy multiplies by the head and makes a float gradient of the whole head: `chunk_loss_`
+replaces it. The kernel for experts reads their weights as floats and is refused.
 """
 
 import inspect
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FUSED = "fused_linear_cross_entropy"  # keys of `liger_kernel_config`, which is on by default
-WHOLE = "cross_entropy"  # of logits that exist, off by default
+WHOLE = "cross_entropy"  # needs all logits in memory; off by default
 _REASON = (
     "Liger's fused linear cross-entropy makes a float gradient of the whole head, which with INT8 "
     "weights is the largest tensor of a step"
 )
 
 WITHOUT_FUSED = (
-    "With use_liger_kernel=True it takes the place of Liger's fused linear cross-entropy; "
+    "With use_liger_kernel=True a chunked loss replaces Liger's fused linear cross-entropy; "
     f"liger_kernel_config={{'{FUSED}': False}} leaves out both."
 )
 
 
 def settle_loss_(args: "QFTTrainingArguments") -> None:
-    """Have a chunked loss take the place of Liger's fused one, unless `args` says otherwise.
+    """Replace Liger's fused loss by a chunked loss, unless `args` says otherwise.
 
     Args:
-        args: Of a run with Liger's kernels and one of our optimizers; `chunked_loss` and
+        args: Arguments of a run with Liger's kernels and one of our optimizers. `chunked_loss` and
             `liger_kernel_config` are modified.
 
     Raises:
-        TypeError: A kernel is neither on nor off.
-        ValueError: The fused loss is asked for, or two kinds of loss are.
+        TypeError: A value of `liger_kernel_config` is not a bool.
+        ValueError: `args` asks for the fused loss, or for two kinds of loss.
     """
     kernels = _kernels(args)
     if kernels.get(FUSED):
@@ -54,8 +54,8 @@ def settle_loss_(args: "QFTTrainingArguments") -> None:
         )
     if kernels.get(WHOLE) and args.chunked_loss:
         raise ValueError(
-            f"liger_kernel_config={{'{WHOLE}': True}} is a kernel for logits that exist whole, and "
-            "with chunked_loss=True they do not. Leave one of them out."
+            f"liger_kernel_config={{'{WHOLE}': True}} needs all logits at once, which a run with "
+            "chunked_loss=True never has. Leave one of the two out."
         )
     if FUSED in kernels:
         return
@@ -72,21 +72,21 @@ def settle_loss_(args: "QFTTrainingArguments") -> None:
 
 
 def refuse_kernels(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise for what Liger cannot do, or would leave out without a word.
+    """Raise for options that Liger cannot honor or would silently ignore.
 
-    Where it is not installed nothing is known of its kernels, and transformers says so when
-    training begins.
+    If Liger is not installed, its kernels are not known here, and transformers raises when training
+    begins.
 
     Raises:
-        TypeError: A kernel is neither on nor off.
-        ValueError: It would compute the loss itself, it knows no model of this family, or the
-            family has no kernel of a name in `liger_kernel_config`.
+        TypeError: A value of `liger_kernel_config` is not a bool.
+        ValueError: Liger would compute the fused loss, has no kernels for this family of models, or
+            has none of a name in `liger_kernel_config` for it.
     """
     kernels = _kernels(args)
     if kernels.get(FUSED, True) and side_network_of(model) is None:
         raise ValueError(
             f"use_liger_kernel=True: {_REASON}. Set liger_kernel_config={{'{FUSED}': False}}; "
-            "QFTTrainingArguments(use_liger_kernel=True) does, and takes a chunked loss instead."
+            "QFTTrainingArguments(use_liger_kernel=True) does so, and uses a chunked loss instead."
         )
     if not is_liger_kernel_available():
         return
@@ -104,13 +104,14 @@ def refuse_kernels(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def refuse_experts(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise if Liger would multiply with experts that are INT8, whose weights it reads as floats.
+    """Raise if Liger would multiply by INT8 experts, whose weights it reads as floats.
 
-    It does so under `swiglu`; where Liger leaves a family's experts alone, that has to be off too.
+    The kernel's option is `swiglu`. It has to be off also for a family whose experts Liger leaves
+    alone.
 
     Raises:
-        TypeError: A kernel is neither on nor off.
-        ValueError: It would.
+        TypeError: A value of `liger_kernel_config` is not a bool.
+        ValueError: `swiglu` is on, and the model has INT8 experts.
     """
     if not is_liger_kernel_available():
         return
@@ -129,7 +130,7 @@ def _family(model: Any) -> str | None:
 
 
 def _kernels_of_family(model: nn.Module) -> dict[str, bool]:
-    """Names of the kernels that Liger has for a model, and whether each is on by default."""
+    """Return, by name, whether each kernel that Liger has for a model is on by default."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as OF_FAMILIES
 
     apply = OF_FAMILIES.get(_family(model))
@@ -138,15 +139,15 @@ def _kernels_of_family(model: nn.Module) -> dict[str, bool]:
 
 
 def _kernels(args: TrainingArguments) -> dict[str, bool]:
-    """Whether Liger's kernels are taken, by name, as far as `args` says.
+    """Return, by name, whether each kernel that `args` names is on.
 
     Raises:
-        TypeError: A value is no bool.
+        TypeError: A value is not a bool.
     """
     kernels: Any = args.liger_kernel_config or {}
     if not isinstance(kernels, dict) or not all(isinstance(v, bool) for v in kernels.values()):
         raise TypeError(
-            "liger_kernel_config must say True or False of names of kernels, as in "
+            "liger_kernel_config must map names of kernels to True or False, as in "
             f"{{'rope': False}}, got {kernels!r}."
         )
     return kernels

@@ -1,4 +1,4 @@
-"""Why a checkpoint cannot be loaded as an INT8 model: files, tensors, and where they are to lie."""
+"""Checks whether a checkpoint can be loaded as an INT8 model: its files, tensors and devices."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,25 +14,25 @@ from ..optim.processes import SEVERAL_GPUS, Processes
 from .tensor_files import DAMAGED, damaged, tensor_names
 from .wording import and_more, counted
 
-FAULTS_SHOWN = 10  # of an error that may concern every tensor of a model
+FAULTS_SHOWN = 10  # lines of an error that may concern every tensor of a model
 
 
 def check_files(files: list[str], *, pre_quantized: bool) -> None:
-    """Raise for what shows before anything is loaded: names of files, and their headers.
+    """Raise for faults that are visible before loading: in file names, headers and check sums.
 
     Args:
-        files: Of one checkpoint.
-        pre_quantized: Whether its weights are said to be INT8.
+        files: Paths of the files of one checkpoint.
+        pre_quantized: Whether its configuration says that its weights are INT8.
 
     Raises:
-        ValueError: Names the file, and the first tensor that is at fault.
+        ValueError: The text names the folder or file, and the tensors at fault.
     """
     folder = Path(files[0]).parent if files else Path()
     if pre_quantized and files == [str(folder / SAFE_WEIGHTS_NAME)]:
         if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
             raise ValueError(
                 f"{folder} has {SAFE_WEIGHTS_NAME} and {SAFE_WEIGHTS_INDEX_NAME}: two models, "
-                "one of an earlier run. Remove the one that is not wanted."
+                "one from an earlier run. Remove the one that you do not need."
             )
     names = set(tensor_names(files))
     if not pre_quantized:
@@ -40,20 +40,20 @@ def check_files(files: list[str], *, pre_quantized: bool) -> None:
     doubled = [name for name in names if weight_of(name) in names]
     if doubled:
         raise ValueError(
-            f"{min(doubled)} is in {files[0]} beside a float weight of the same module, one of "
-            f"{len(doubled)} such fields, so the checkpoint is a mixture of two. Save the "
+            f"{min(doubled)} is in {files[0]} next to a float weight of the same module (one of "
+            f"{len(doubled)} such fields), so the checkpoint is a mixture of two. Save the "
             "model again into an empty folder."
         )
     if pre_quantized and (found := damaged(files)):
         shown = "\n".join(f"- {fault}" for fault in found[:FAULTS_SHOWN])
         raise ValueError(
-            f"at fault in {folder}: {counted(len(found), 'tensor')}, the first {FAULTS_SHOWN} "
-            f"at most:\n{shown}\n{DAMAGED} QFT_CHECKSUMS=0 loads them as they are."
+            f"{folder} has faults in {counted(len(found), 'tensor')}, of which at most "
+            f"{FAULTS_SHOWN} are listed:\n{shown}\n{DAMAGED} QFT_CHECKSUMS=0 loads it unchecked."
         )
 
 
 def int8_weights(names: Iterable[str]) -> list[str]:
-    """Of names of tensors, those that are codes of an INT8 weight: its scales are there too."""
+    """Return the names that are codes of an INT8 weight, whose scales are among `names` too."""
     names = set(names)
     fields = [state_names(weight) for weight in {weight_of(name) for name in names} if weight]
     return sorted(of["codes"] for of in fields if {of["codes"], of["scales"]} <= names)
@@ -62,28 +62,28 @@ def int8_weights(names: Iterable[str]) -> list[str]:
 def refuse_int8(names: Iterable[str], *, of: str) -> None:
     """Raise if a checkpoint without a quantization_config has INT8 weights.
 
-    transformers would leave them out and go on with random ones.
+    transformers would ignore them and continue with random weights.
 
     Args:
-        names: Of the tensors in the checkpoint.
-        of: Where it is, for the error.
+        names: Names of the tensors in the checkpoint.
+        of: Path of the checkpoint, for the error.
 
     Raises:
-        ValueError: So it is; the text names one of them.
+        ValueError: It has INT8 weights; the text names one of them.
     """
     if found := int8_weights(names):
         raise ValueError(
             f"{of} has INT8 weights, {and_more(found)}, and its config.json has "
             "no quantization_config of qft_hf. Restore the config.json that was saved with them, "
-            "and leave out what you pass as quantization_config."
+            "and pass no quantization_config."
         )
 
 
 def check_finite(name: str, parameter: Tensor) -> None:
-    """Raise if a float parameter has values that no training can start from.
+    """Raise if a float parameter has non-finite values.
 
     Raises:
-        ValueError: Some are NaN or infinite.
+        ValueError: Some values are NaN or infinite.
     """
     finite = parameter.detach().isfinite()
     if not bool(finite.all()):
@@ -97,7 +97,7 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Raise if a tensor of a checkpoint has another shape than the model needs.
 
     Raises:
-        ValueError: It has.
+        ValueError: The shapes differ.
     """
     if tensor.shape != shape:
         raise ValueError(
@@ -108,34 +108,34 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def refuse_shards(skeleton: PreTrainedModel) -> None:
-    """Refuse what transformers does with a `distributed_config`: tensor parallelism and FSDP2.
+    """Refuse a `distributed_config`, by which transformers uses tensor parallelism or FSDP2.
 
     Raises:
-        ValueError: There is one, and several processes.
+        ValueError: The configuration has one, and there are several processes.
     """
     is_sharded = getattr(skeleton.config, "distributed_config", None) is not None
     if is_sharded and Processes.found() is not None:
         raise ValueError(
             "distributed_config splits weights among processes as float tensors, by rows or "
-            "columns, and INT8 weights cannot be held so. Load the model without it. "
+            "columns, and INT8 weights cannot be split that way. Load the model without it. "
             + SEVERAL_GPUS
         )
 
 
 def refuse_several_devices(skeleton: PreTrainedModel, device_map: Any) -> None:
-    """Refuse a tied model on several devices.
+    """Refuse a model with tied weights on several devices.
 
-    Accelerate, which moves its inputs between them, tells tied weights by their addresses. Those of
-    all INT8 weights are 0, and it would put one of them in the place of all.
+    Accelerate, which moves inputs between devices, recognizes tied weights by equal addresses. The
+    address of every INT8 weight is 0, so it would replace all of them by one.
 
     Raises:
-        ValueError: The model has tied weights, and the map several devices.
+        ValueError: The model has tied weights, and `device_map` has several devices.
     """
     places = device_map.values() if isinstance(device_map, dict) else ()
     devices = sorted({str(device) for device in places})
     if len(devices) > 1 and skeleton.all_tied_weights_keys:
         raise ValueError(
             f"{next(iter(skeleton.all_tied_weights_keys))} is tied to another weight, and an INT8 "
-            f"model with tied weights cannot lie on several devices, here {devices}. Use one, "
-            'such as device_map={"": 0}.'
+            f"model with tied weights cannot be split over several devices, got {devices}. Use one "
+            'device, such as device_map={"": 0}.'
         )

@@ -1,8 +1,8 @@
-"""The optimizers that the Trainer knows by name, and the options that each of them takes.
+"""The optimizers that the Trainer knows by name, and the options of each.
 
 An optimizer is a line of `OPTIMIZERS`. An option is a line of `OPTIONS` and a field of
-`QFTTrainingArguments`; its default and its range are those of the optimizer's constructor, which
-is asked for both, so that no number stands here.
+`QFTTrainingArguments`; its default and its range are read from the optimizer's constructor, so no
+number is repeated here.
 """
 
 import inspect
@@ -25,8 +25,8 @@ class Option:
     """One option of an optimizer.
 
     Attributes:
-        type: What its values are: str, int, float or bool.
-        help: What it does, for `--help` and the documentation.
+        type: Type of its values: str, int, float or bool.
+        help: Its effect, for `--help` and the documentation.
     """
 
     type: type
@@ -36,10 +36,10 @@ class Option:
 OPTIONS = {
     "gradient": Option(
         str,
-        "Where a gradient goes. stack: INT8 gradients wait for the step, about 1 byte per "
+        "When a gradient is used. stack: INT8 gradients wait for the step, about 1 byte per "
         "parameter, and are clipped exactly at no cost. release: each weight is updated during "
-        "backward and its gradient freed; the same bits, and max_grad_norm needs a choice of "
-        "clipping.",
+        "backward and its gradient freed; results are the same bits, and max_grad_norm needs a "
+        "choice of clipping.",
     ),
     "accumulation": Option(
         str,
@@ -48,24 +48,24 @@ OPTIONS = {
     ),
     "clipping": Option(
         str,
-        "With gradient release, how max_grad_norm is honoured. exact: a second forward and "
+        "With gradient release, how max_grad_norm is honored. exact: a second forward and "
         "backward pass finds the norm first (QFTTrainer). previous: by the norm of the step "
         "before. tensor: each gradient by its own norm. Unset: max_grad_norm must be 0.",
     ),
     "nonfinite": Option(
         str,
-        "On a NaN or infinite gradient: raise, or skip the step and count it, which release "
-        "cannot.",
+        "On a NaN or infinite gradient: raise, or skip the step and count it, which is not "
+        "possible with release.",
     ),
     "stochastic_rounding": Option(
         bool,
-        "Whether updates are rounded stochastically; to nearest is for ablation and does not "
-        "train.",
+        "Whether updates are rounded stochastically; rounding to nearest is for ablations and does "
+        "not train.",
     ),
     "seed": Option(
         int,
-        "Key of the random numbers that round updates and gradients. Unset: that of the model, 0 "
-        "for a float one.",
+        "Key of the random numbers that round updates and gradients. Unset: the seed of the model, "
+        "or 0 for a float model.",
     ),
     "beta1": Option(
         float,
@@ -73,13 +73,14 @@ OPTIONS = {
         "read.",
     ),
     "beta2": Option(float, "Decay of qft_lion's momentum, or of qft_adamw's second moment."),
-    "eps": Option(float, "Term beside the root of the second moment, where there is one."),
+    "eps": Option(float, "Term added to the root of the second moment, if there is one."),
     "momentum_bits": Option(
         int,
-        "Bits of one momentum value: 8, or 4, experimental, which costs quality.",
+        "Bits of one momentum value: 8, or 4, which is experimental and costs quality.",
     ),
 }
-FIELDS = {name: name for name in OPTIONS} | {"seed": "quantization_seed"}  # of the arguments
+# Names of the options as fields of `QFTTrainingArguments`.
+FIELDS = {name: name for name in OPTIONS} | {"seed": "quantization_seed"}
 
 _EVERY = ("gradient", "accumulation", "clipping", "nonfinite", "stochastic_rounding", "seed")
 
@@ -89,10 +90,10 @@ class NamedOptimizer:
     """An optimizer that `TrainingArguments(optim=...)` knows.
 
     Attributes:
-        optimizer_class: Its class, which takes the options by name and `betas` as a pair.
+        optimizer_class: Its class, which accepts the options by name and `betas` as a pair.
         options: Names in `OPTIONS`.
-        learning_rate: The rate where none is set; None for one that has to be. Every weight moves
-            by Lion's rate at each step, which is 3 to 10 times what AdamW does at the same rate
+        learning_rate: Default learning rate; None if the user has to set one. Lion moves every
+            weight by the learning rate at each step, 3 to 10 times as far as AdamW at the same rate
             (Chen et al. 2023, section 5).
     """
 
@@ -108,51 +109,52 @@ OPTIMIZERS = {
 }
 DEFAULT_OPTIMIZER = "qft_lion"
 
-# Fields of TrainingArguments that no optimizer of ours reads, and the option that says the same.
+# Fields of TrainingArguments that none of our optimizers reads, and the equivalent option.
 _UNREAD = {
     "adam_beta1": "beta1",
     "adam_beta2": "beta2",
     "adam_epsilon": "eps",
     "optim_target_modules": None,
 }
-_KINDS = {str: "a word", int: "an integer", float: "a number", bool: "true or false"}
+_KINDS = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 _TRUTH = {"true": True, "false": False}
 
 
 def optimizer_name(args: TrainingArguments) -> str:
-    """The name in `args.optim`, a string or a member of an enumeration."""
+    """Return the name in `args.optim`, which is a string or a member of an enumeration."""
     return str(getattr(args.optim, "value", args.optim))
 
 
 def named_optimizer(args: TrainingArguments) -> NamedOptimizer | None:
-    """The line of `OPTIMIZERS` that `args.optim` names; None for an optimizer of others."""
+    """Return the entry of `OPTIMIZERS` for `args.optim`; None for another library's optimizer."""
     return OPTIMIZERS.get(optimizer_name(args))
 
 
 def names() -> str:
-    """All names, for an error: `'qft_lion'`, or several with "or"."""
+    """Return all names, joined by "or", for an error."""
     return " or ".join(map(repr, OPTIMIZERS))
 
 
 def is_ours(optimizer: Optimizer) -> bool:
-    """Whether an optimizer, outside Accelerate's wrapper, updates INT8 weights."""
+    """Return whether an optimizer, without Accelerate's wrapper, updates INT8 weights."""
     return isinstance(optimizer, QFTOptimizer)
 
 
 def is_accumulating() -> bool:
-    """Whether the Trainer, or a loop with Accelerate, has more micro-batches for this step."""
+    """Return whether more micro-batches of this step follow, in the Trainer or with Accelerate."""
     return not GradientState().sync_gradients
 
 
 def join_trainer_(optimizer: QFTOptimizer, args: TrainingArguments) -> None:
-    """Have an optimizer with released gradients, which the user has made, work in a Trainer.
+    """Make an optimizer with released gradients, which the user has made, work in a Trainer.
 
     Args:
-        optimizer: It asks for more micro-batches from now on, unless it asks somebody already.
-        args: Of the run.
+        optimizer: Modified: `is_accumulating` tells it about further micro-batches, unless it has
+            such a function already.
+        args: Arguments of the run.
 
     Raises:
-        ValueError: `max_grad_norm` is set, and the optimizer clips nothing.
+        ValueError: `max_grad_norm` is set, but the optimizer does not clip.
     """
     if optimizer.is_accumulating is None:
         optimizer.is_accumulating = is_accumulating
@@ -164,22 +166,23 @@ def join_trainer_(optimizer: QFTOptimizer, args: TrainingArguments) -> None:
 
 
 def describe(option: str) -> str:
-    """What an option does, and its default for each optimizer that takes it."""
+    """Return the help of an option, with its default for each optimizer that has it."""
     defaults: dict[str, list[str]] = {}
     for name, entry in OPTIMIZERS.items():
-        if option in entry.options and option not in ("clipping", "seed"):  # the text tells
+        # The help texts of these two name their defaults.
+        if option in entry.options and option not in ("clipping", "seed"):
             defaults.setdefault(str(_default(entry, option)), []).append(name)
     shown = ", ".join(f"{value} ({', '.join(of)})" for value, of in defaults.items())
     return OPTIONS[option].help + (f" Default: {shown}." if shown else "")
 
 
 def given_options(args: TrainingArguments) -> dict[str, Any]:
-    """The options that fields of `QFTTrainingArguments` or `optim_args` give.
+    """Return the options that are set by fields of `QFTTrainingArguments` or by `optim_args`.
 
     Raises:
         TypeError: A field has a value of the wrong type.
-        ValueError: The optimizer is not ours; an option is unknown or not one of this optimizer,
-            given twice with two values, cannot be read, or is NaN or infinite.
+        ValueError: The optimizer is not ours; or an option is unknown, belongs to another
+            optimizer, has two different values, cannot be parsed, or is NaN or infinite.
     """
     name, entry = optimizer_name(args), named_optimizer(args)
     if entry is None:
@@ -200,27 +203,29 @@ def given_options(args: TrainingArguments) -> dict[str, Any]:
         if options.setdefault(option, value) != value:
             raise ValueError(
                 f"optim_args has {option}={value}, and {FIELDS[option]}={options[option]} was "
-                "given beside it. Give one of them."
+                "given too. Give one of them."
             )
     return options
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raise for values and combinations that an optimizer of ours cannot honour.
+    """Raise for values and combinations that our optimizers cannot honor.
 
-    Ranges are those of the optimizer's constructor, which is tried on one number.
+    The optimizer's constructor checks the ranges: it is called with a parameter of one element.
 
     Raises:
         TypeError: A value is of the wrong type.
-        ValueError: A value is out of its range, or has no effect beside the others.
+        ValueError: A value is out of its range, or has no effect in combination with the others.
     """
     for name in ("learning_rate", "weight_decay"):
         value = _checked(name, getattr(args, name), float)
         if not 0 <= value <= LARGEST:
-            raise ValueError(f"{name} must be in [0, {LARGEST:.2g}], what FP32 holds, got {value}.")
+            raise ValueError(
+                f"{name} must be in [0, {LARGEST:.2g}], the range of FP32, got {value}."
+            )
     norm = args.max_grad_norm
     if norm is not None and norm != math.inf and _checked("max_grad_norm", norm, float) < 0:
-        raise ValueError(f"max_grad_norm must not be negative, got {norm}. 0 clips nothing.")
+        raise ValueError(f"max_grad_norm must not be negative, got {norm}. 0 turns it off.")
     _refuse_unread(args)
     options = given_options(args)
     if not _releases(args, options) and options.get("accumulation") == "forbid":
@@ -236,7 +241,7 @@ def check_arguments(args: TrainingArguments) -> None:
 
 
 def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:
-    """What the constructor gets from `args`; what is not given keeps its default there."""
+    """Return the arguments of the constructor; options that are not set keep its defaults."""
     options = given_options(args)
     arguments: dict[str, Any] = {"lr": args.learning_rate}
     if _releases(args, options) and args.max_grad_norm:
@@ -250,7 +255,7 @@ def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def refuse_retries(args: TrainingArguments) -> None:
-    """Raise if a batch that does not fit is to be tried again although gradients are released.
+    """Raise if the Trainer would retry a batch that does not fit, after gradients were released.
 
     Raises:
         ValueError: `auto_find_batch_size` is set.
@@ -266,20 +271,20 @@ def refuse_retries(args: TrainingArguments) -> None:
 def refuse_overruled(
     args: TrainingArguments, optimizer: Any, *, resumed_from: dict[str, Any] | None
 ) -> None:
-    """Raise if the optimizer that trains goes by another value than the one that was given.
+    """Raise if the optimizer uses another value than the one that `args` sets.
 
-    A checkpoint's optimizer state brings its own values, as those of torch do.
+    Loading a checkpoint's optimizer state replaces the values of `args`, as in torch's optimizers.
 
     Args:
-        args: Of the run.
-        optimizer: One of ours, outside Accelerate's wrapper.
-        resumed_from: What `args` had when the run began that is resumed, as far as it is known;
-            None: none is. Rate and decay are compared then, where they are not the defaults, where
-            one value holds for all groups, and where it was that of `args` then: else it is from
-            who made the optimizer.
+        args: Arguments of the run.
+        optimizer: One of ours, without Accelerate's wrapper.
+        resumed_from: Arguments with which the resumed run began, as far as they are known; None if
+            no run is resumed. On resuming, learning rate and weight decay are compared too, if
+            `args` does not have the default, all groups have the same value, and that value was
+            the one in the resumed run's arguments: any other was set by the user's own code.
 
     Raises:
-        ValueError: Names both values.
+        ValueError: The values differ; the text names both.
     """
     used: list[tuple[str, Any, list[Any]]] = []
     if named_optimizer(args) is not None:
@@ -295,15 +300,15 @@ def refuse_overruled(
     for name, value, values in used:
         if value not in values:
             raise ValueError(
-                f"{name}={value} was given, and the optimizer goes by {values[0]}, as the "
-                "checkpoint says that training resumes from, or who made the optimizer. Give "
-                f"{name}={values[0]} or leave it out; to train on with another value, start a new "
-                "run from the weights of the checkpoint."
+                f"{name}={value} was given, and the optimizer uses {values[0]}, which comes from "
+                "the checkpoint that training resumes from or from the code that made the "
+                f"optimizer. Give {name}={values[0]} or leave it out; to continue with another "
+                "value, start a new run from the weights of the checkpoint."
             )
 
 
 def _in_use(optimizer: Any, option: str) -> list[Any]:
-    """The values of an option that an optimizer goes by."""
+    """Return the values of an option that an optimizer uses, one for each group."""
     if option in ("beta1", "beta2"):
         return [group["betas"][option == "beta2"] for group in optimizer.param_groups]
     if option in optimizer.param_groups[0]:
@@ -312,10 +317,10 @@ def _in_use(optimizer: Any, option: str) -> list[Any]:
 
 
 def _refuse_unread(args: TrainingArguments) -> None:
-    """Raise for what is set for optimizers of others.
+    """Raise for fields that are set and that only other libraries' optimizers read.
 
-    What equals the default cannot be told from what was not given, and other libraries copy all
-    arguments from one class to another; so `adam_beta2=0.999` passes, and is not read either.
+    A value that equals the default is accepted, and ignored: it may not have been set by the user,
+    since other libraries copy all arguments from one class to another.
     """
     name = optimizer_name(args)
     for field, option in _UNREAD.items():
@@ -336,9 +341,9 @@ def _releases(args: TrainingArguments, options: dict[str, Any]) -> bool:
 
 
 def _default(entry: NamedOptimizer, option: str) -> Any:
-    """The default of the constructor."""
+    """Return the default of an option in the optimizer's constructor."""
     parameters: dict[str, Any] = {}
-    for base in reversed(entry.optimizer_class.__mro__):  # each names its own, and passes on others
+    for base in reversed(entry.optimizer_class.__mro__):  # each class names its own options only
         if issubclass(base, QFTOptimizer):
             parameters.update(inspect.signature(base).parameters)
     if option in ("beta1", "beta2"):
@@ -351,7 +356,7 @@ def _stock_default(field: str) -> Any:
 
 
 def _read(text: str | None, name: str, taken: tuple[str, ...]) -> dict[str, Any]:
-    """The options in `optim_args`, a list such as `"beta2=0.98,nonfinite=skip"`."""
+    """Return the options in `optim_args`, a text such as `"beta2=0.98,nonfinite=skip"`."""
     options: dict[str, Any] = {}
     for entry in text.replace(" ", "").split(",") if text else ():
         option, _, value = entry.partition("=")
@@ -374,8 +379,8 @@ def _read(text: str | None, name: str, taken: tuple[str, ...]) -> dict[str, Any]
 
 
 def _checked(name: str, value: Any, kind: type) -> Any:
-    """A value of the right type; a number is finite."""
-    # bool is an int to Python and a slip to us.
+    """Return `value` if it is of the right type and, for a float, finite; raise otherwise."""
+    # In Python a bool is an int; here a bool in place of a number is a mistake.
     is_right = isinstance(value, (int, float) if kind is float else kind)
     if not is_right or (isinstance(value, bool) and kind is not bool):
         raise TypeError(f"{name} must be {_KINDS[kind]}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""Which models and optimizers are ours, and which of them go together."""
+"""Which models and optimizers belong to qft_hf, and which of them work together."""
 
 from dataclasses import fields
 from typing import Any
@@ -15,19 +15,21 @@ from .optimizers import OPTIMIZERS, given_options, is_ours, names, optimizer_nam
 
 
 def has_quantized_weights(model: nn.Module) -> bool:
-    """Whether any parameter of `model` is a `QFTWeight`."""
+    """Return whether any parameter of `model` is a `QFTWeight`."""
     return any(isinstance(parameter, QFTWeight) for parameter in model.parameters())
 
 
 def trained_part(model: nn.Module) -> nn.Module:
-    """What one of our optimizers trains in INT8: the side network of a model, or all of it."""
+    """Return the module that our optimizers train: the side network of a model, or the model."""
     return side_network_of(model) or model
 
 
 def quantization_config_of(model: Any) -> QFTConfig | None:
-    """The `QFTConfig` of a model or side network: the one that it carries, or that of its modules.
+    """Return the `QFTConfig` of a model or side network, or one derived from its modules.
 
-    None for a float model, and for one with weights of several formats that carries none.
+    Returns:
+        None for a float model, and for a model without a `QFTConfig` whose weights have several
+        formats.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(model, SideNetwork):
@@ -38,7 +40,7 @@ def quantization_config_of(model: Any) -> QFTConfig | None:
 
 
 def _config_of_modules(model: nn.Module) -> QFTConfig | None:
-    """How the modules of a part of an INT8 model were quantized, or of a module around one."""
+    """Return the format of the modules of a model, for a part of an INT8 model or its wrapper."""
     modules = [module for module in model.modules() if isinstance(module, QuantizedModule)]
     specs = {id(module.spec): module.spec for module in modules if module.spec is not None}
     configs = [
@@ -46,20 +48,20 @@ def _config_of_modules(model: nn.Module) -> QFTConfig | None:
         for spec in specs.values()
     ]
     for config in configs:
-        config.forget_absent(model)  # its names are those in the model that was quantized
+        config.forget_absent(model)  # it may name modules of the whole model that was quantized
     return configs[0] if configs and all(config == configs[0] for config in configs) else None
 
 
 def unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside Accelerate's wrapper, or itself."""
+    """Return the optimizer inside Accelerate's wrapper, or the optimizer itself."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def refuse_optimizer(optimizer: Any, args: TrainingArguments) -> None:
-    """Raise if an optimizer that the user passes to a Trainer cannot be what the run needs.
+    """Raise if an optimizer that the user passes to a Trainer contradicts the arguments.
 
     Raises:
-        ValueError: It is of another library, or `args` sets options that it would not see.
+        ValueError: The optimizer is not ours, or `args` sets options that would not reach it.
     """
     if optimizer is None:
         return
@@ -72,18 +74,19 @@ def refuse_optimizer(optimizer: Any, args: TrainingArguments) -> None:
         )
     if options := given_options(args):
         raise ValueError(
-            f"An optimizer was passed, and {', '.join(options)} were set for one that the Trainer "
-            f"makes. Pass no optimizer, or give {type(optimizer).__name__} these options yourself."
+            f"An optimizer was passed, and {', '.join(options)} were set, which only an optimizer "
+            f"made by the Trainer reads. Pass no optimizer, or give {type(optimizer).__name__} "
+            "these options yourself."
         )
 
 
 def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
-    """Raise unless INT8 weights that are trained and one of our optimizers go together.
+    """Raise unless a model with trained INT8 weights has one of our optimizers, and vice versa.
 
-    Frozen ones, such as those under adapters, may have any optimizer: it never sees them.
+    Frozen INT8 weights, such as those under adapters, allow any optimizer, which never sees them.
 
     Raises:
-        TypeError: INT8 weights under another optimizer, or a float model under one of ours.
+        TypeError: Trained INT8 weights have another optimizer, or a float model has one of ours.
     """
     inner = unwrapped(optimizer)
     trained = [
@@ -98,8 +101,8 @@ def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
         )
         if hasattr(model, "peft_config"):
             advice = (
-                "Beside adapters only float modules can be trained: list those of modules_to_save "
-                "in modules_to_not_convert of the QFTConfig."
+                "In addition to adapters, only float modules can be trained: list the modules of "
+                "modules_to_save in modules_to_not_convert of the QFTConfig."
             )
         raise TypeError(
             f"{len(trained)} INT8 weights ({trained[0]}, ...) are to be trained, and the optimizer "

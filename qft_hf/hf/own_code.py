@@ -1,4 +1,4 @@
-"""Models whose code comes with them, which runs where `trust_remote_code` is set."""
+"""Models whose code comes with the checkpoint and runs if `trust_remote_code` is set."""
 
 import json
 from collections.abc import Mapping
@@ -10,10 +10,10 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 
 def auto_class(config: Mapping[str, Any]) -> str | None:
-    """Return the auto class that loads a model whose code comes with it; None: it has none.
+    """Return the name of the auto class for a model whose code comes with it; None without code.
 
     Args:
-        config: What `config.json` holds.
+        config: Contents of `config.json`.
     """
     (architecture, *_) = config.get("architectures") or [None]
     for name, place in (config.get("auto_map") or {}).items():
@@ -26,10 +26,10 @@ def loading_class(config: Any) -> Any:
     """Return the class of transformers whose `from_pretrained` loads a checkpoint.
 
     Args:
-        config: The checkpoint's.
+        config: Configuration of the checkpoint.
 
     Raises:
-        ValueError: Its class is in no code that comes with it, and transformers does not know it.
+        ValueError: The class is neither in code that comes with the checkpoint nor in transformers.
     """
     said = vars(config)
     name = auto_class(said) or said["architectures"][0]
@@ -45,15 +45,15 @@ def loading_class(config: Any) -> Any:
 
 
 def code_files(folder: Path) -> set[Path]:
-    """Return the files of a checkpoint that hold the code which it names, and what that imports."""
+    """Return the files with the code that a checkpoint's configurations name, and their imports."""
     found = set()
     for name in ("config.json", "tokenizer_config.json"):
         try:
             places = json.loads((folder / name).read_text(encoding="utf-8"))["auto_map"].values()
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            continue  # absent or damaged, or without code
+            continue  # the file is absent or damaged, or names no code
         for place in places:
-            # Of a tokenizer there are two classes, of which one may be absent.
+            # A tokenizer has a list of two classes, one of which may be absent.
             for of_class in place if isinstance(place, list) else [place]:
                 module = folder / f"{str(of_class).rpartition('--')[2].partition('.')[0]}.py"
                 if module.is_file():

@@ -1,4 +1,4 @@
-"""The frame of the report: its style, in light and dark, and places for title and body."""
+"""HTML template of the report: light and dark style, and placeholders for title and body."""
 
 PAGE = """\
 <!doctype html>

@@ -1,4 +1,4 @@
-"""How long a sequence of a model may be, as its configuration tells."""
+"""The longest sequence of a model, derived from its configuration."""
 
 from typing import Any
 
@@ -6,27 +6,27 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig
 
-# Other names, such as `n_positions`, have the first as an alias.
+# Configurations with another name, such as `n_positions`, define the first one as an alias.
 NAMES = ("max_position_embeddings", "max_seq_len")
 
 
 def n_positions(config: PreTrainedConfig) -> int | None:
-    """Return the tokens of the longest sequences that a model takes, or was made for.
+    """Return the length in tokens of the longest sequence that a model supports.
 
-    Beyond them a table of positions has no row, and rotary positions are of lengths that were never
-    learned. Where those are scaled by a factor, they reach as many times as far as before, if that
-    is beyond what the configuration says. Models like RoBERTa number positions from behind the
-    padding token's number, and have so many fewer than their table has rows.
+    Beyond it, a position table has no row, and rotary positions were never learned. With a scaling
+    factor, rotary positions reach the original length times that factor, or the length in the
+    configuration if that is larger. Models like RoBERTa number positions from after the padding
+    token's index, so they support that many fewer positions than their table has rows.
 
     Args:
-        config: Of a model.
+        config: Configuration of the model.
 
     Returns:
-        Tokens; None if the configuration knows no limit.
+        Tokens; None if the configuration sets no limit.
     """
     text: Any = config.get_text_config()
     rows = next((n for name in NAMES if (n := getattr(text, name, None)) is not None), None)
-    if rows is None or rows < 1:  # XLNet says -1
+    if rows is None or rows < 1:  # XLNet has -1
         return None
     rotary = getattr(text, "rope_parameters", None)
     if rotary is None:
@@ -36,11 +36,11 @@ def n_positions(config: PreTrainedConfig) -> int | None:
 
 
 def _rows_before_the_first(config: PreTrainedConfig, rows: int) -> int:
-    """Return how many rows of a table of positions stand for no position of a token."""
+    """Return how many rows of the position table precede the first token's position."""
     try:
         with torch.device("meta"):
             model = AutoModel.from_config(config)
-    except (AttributeError, KeyError, TypeError, ValueError):  # not of transformers alone
+    except (AttributeError, KeyError, TypeError, ValueError):  # needs code outside transformers
         return 0
     tables = [
         m for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == rows

@@ -1,11 +1,11 @@
-"""A model becomes what a run trains: INT8, with the loss that its arguments ask for.
+"""Prepares a model for a run: makes it INT8, with the loss that the arguments ask for.
 
 `prepare_model_` is the one place that quantizes a model for training. Each Trainer calls it as soon
-as it has a model. `QFTTrainer`: on the model that it is given and on those that `model_init` makes,
-before they are moved, so that float weights never reach the device. The stock Trainer: in
-`on_init_end`, when it has moved the model, for it asks nobody earlier. A model that `model_init`
-makes in `train()` it shows to nobody before the optimizer is made, when a checkpoint to resume from
-has been loaded into it: one that is float there is refused.
+as it has a model. `QFTTrainer` calls it on the model that it is given and on those that
+`model_init` makes, before it moves them, so float weights never reach the device. In the stock
+Trainer, the callback calls it in `on_init_end`, the first event, after the model has been moved. A
+model that `model_init` makes in `train()` is not visible there before the optimizer is created; by
+then a checkpoint to resume from has been loaded into it, so a float model is refused.
 """
 
 import logging
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_model_(model: nn.Module, args: TrainingArguments) -> None:
-    """Make a model what a run trains: INT8, with the loss that `args` asks for. Idempotent.
+    """Make a model INT8 and give it the loss that `args` asks for. Idempotent.
 
     Raises:
         TypeError: An option has a value of the wrong type.
@@ -50,15 +50,15 @@ def prepare_model_(model: nn.Module, args: TrainingArguments) -> None:
 
 
 def refuse_before_loading(model: nn.Module, args: TrainingArguments) -> None:
-    """Raise for what `prepare_model_` will refuse, as far as a model without its weights tells.
+    """Raise what `prepare_model_` will raise, as far as a model without its weights shows it.
 
     Args:
-        model: Float, on any device; the meta device will do.
-        args: Of a run with one of our optimizers.
+        model: Float model on any device, for example the meta device.
+        args: Arguments of a run with one of our optimizers.
 
     Raises:
-        TypeError: As `prepare_model_` raises it.
-        ValueError: As `prepare_model_` raises it.
+        TypeError: As in `prepare_model_`.
+        ValueError: As in `prepare_model_`.
     """
     refuse_unsupported(args, model)
     if getattr(args, "chunked_loss", False):
@@ -68,7 +68,7 @@ def refuse_before_loading(model: nn.Module, args: TrainingArguments) -> None:
 
 @contextmanager
 def _liger_named(args: TrainingArguments) -> Iterator[None]:
-    """Say of a chunked loss that is refused where it comes from, if it was not asked for."""
+    """Add to the error about a chunked loss that Liger's kernels may have turned it on."""
     try:
         yield
     except ValueError as error:
@@ -78,10 +78,10 @@ def _liger_named(args: TrainingArguments) -> Iterator[None]:
 
 
 def require_prepared(model: nn.Module, args: TrainingArguments) -> None:
-    """Raise if `prepare_model_` has not seen a model that is to be trained.
+    """Raise if a model that is about to be trained is not prepared.
 
     Raises:
-        ValueError: The model is float, in another format, or has not the loss that was asked for.
+        ValueError: The model is float, in another format, or does not have the requested loss.
     """
     advice = (
         "transformers.Trainer prepares the model that it is given, and not what model_init makes "
@@ -104,12 +104,12 @@ def require_prepared(model: nn.Module, args: TrainingArguments) -> None:
 
 
 def _quantize_(model: nn.Module, args: TrainingArguments) -> None:
-    """Quantize a float model in place, with the format that `args` asks for, and log one line."""
+    """Quantize a float model in place, in the format that `args` asks for, and log one line."""
     config = getattr(args, "quantization_config", None)
     quantize_model_(model, config or QFTConfig(seed=given_options(args).get("seed", 0)))
     quantized = sum(p.numel() for p in model.parameters() if isinstance(p, QFTWeight))
     total = sum(p.numel() for p in model.parameters())
-    # A warning, because it is the one line a user of the stock Trainer must see.
+    # A warning, because it is the one line that a user of the stock Trainer must see.
     logger.warning(
         "optim=%s: quantized the float %s to INT8 before training, %s of %s parameters",
         optimizer_name(args),
@@ -134,10 +134,10 @@ def _quantize_added_(model: nn.Module, args: TrainingArguments) -> None:
 
 
 def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
-    """Raise if `args` sets another format than that of an INT8 model, which it cannot change.
+    """Raise if `args` asks for another format than an INT8 model has, which cannot be changed.
 
     Raises:
-        ValueError: Names what differs.
+        ValueError: The formats differ; the text names the differences.
     """
     wanted = dict(getattr(args, "format_fields", {}))
     current = quantization_config_of(model)
@@ -145,13 +145,13 @@ def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
         if wanted:
             raise ValueError(
                 f"{', '.join(wanted)} was given, and {type(model).__name__} has INT8 weights of "
-                "several formats. Leave that out to train the model as it is; else start from the "
-                "float model."
+                "several formats. Leave that out to train the model as it is; otherwise start from "
+                "the float model."
             )
         return
     found = {name: getattr(current, name) for name in wanted}
     seed = given_options(args).get("seed", current.seed)
-    if current.matmul == "int8" and seed != current.seed:  # it rounds gradients there too
+    if current.matmul == "int8" and seed != current.seed:  # the seed also rounds gradients there
         wanted["seed"], found["seed"] = seed, current.seed
     for values in (wanted, found):
         if "modules_to_not_convert" in values:
@@ -165,10 +165,10 @@ def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
     advice = "start from the float model"
     if not {"group_size", "outlier_fraction", "modules_to_not_convert"} & set(different):
         advice = (
-            "load it with quantization_config=QFTConfig(...) that says so, where INT8 products "
-            "need outliers in whole columns, or " + advice
+            "load it with a quantization_config=QFTConfig(...) that sets this, for which INT8 "
+            "products need outliers in whole columns, or " + advice
         )
     raise ValueError(
         f"{asked} was asked for, and the model is INT8 already, with {has}. Leave that out to "
-        f"train the model as it is; else {advice}."
+        f"train the model as it is; otherwise {advice}."
     )

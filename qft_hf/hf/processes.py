@@ -1,9 +1,9 @@
 """Several processes under the Trainer and Accelerate; `optim/processes.py` is how they train.
 
-A model whose INT8 weights are trained is not wrapped: `DistributedDataParallel` would exchange
-float gradients, and there the optimizer exchanges them all. One process writes checkpoints; before,
-the optimizer brings the state of all rows there. A process that leaves the training with an error
-tells the others.
+A model whose INT8 weights are trained is not wrapped in `DistributedDataParallel`, which would
+exchange float gradients: the optimizer exchanges all gradients instead. One process writes
+checkpoints; before that, the optimizer collects the state of all rows on it. A process that leaves
+the training with an error reports it to the others.
 """
 
 from collections.abc import Iterator
@@ -26,12 +26,12 @@ from .drafts import written_whole
 from .ours import unwrapped
 from .wrapping import wrap_
 
-# Of the arguments: what each process has for itself.
+# Arguments that may differ between processes.
 _OWN = {"local_rank", "logging_dir", "run_name", "disable_tqdm", "log_level", "log_level_replica"}
 
 
 def install_processes() -> None:
-    """Wrap what Accelerate does to a model, and what the Trainer saves. Idempotent."""
+    """Wrap how Accelerate prepares a model, and how the Trainer saves and trains. Idempotent."""
     wrap_(Accelerator, "prepare_model", _unwrapped_model)
     wrap_(Trainer, "_save_checkpoint", _consolidating)
     wrap_(Trainer, "train", _telling)
@@ -49,11 +49,11 @@ def _unwrapped_model(prepare: Any) -> Any:
         if int8:
             refuse_distribution(self.distributed_type)
         if any(parameter.requires_grad for parameter in int8.values()):
-            kwargs["evaluation_mode"] = True  # no wrapper: all else is done in this mode too
+            kwargs["evaluation_mode"] = True  # changes nothing except that no wrapper is added
             return prepare(self, model, *args, **kwargs)
         if self.num_processes > 1 and not kwargs.get("evaluation_mode"):
             _forget_evaluation(self, model)
-        # Frozen ones, as under adapters, are beyond the wrapper: only the start is shared.
+        # The wrapper ignores frozen INT8 weights, as under adapters: they are broadcast once.
         known = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
         model._ddp_params_and_buffers_to_ignore = [*known, *int8]
         prepared = prepare(self, model, *args, **kwargs)
@@ -67,10 +67,10 @@ def _unwrapped_model(prepare: Any) -> Any:
 
 
 def _forget_evaluation(accelerator: Accelerator, model: Any) -> None:
-    """Have a model that was scored before training prepared anew, and so wrapped.
+    """Have a model that was evaluated before training prepared again, and so wrapped.
 
-    Accelerate prepares a model once, and for `evaluate()` without `DistributedDataParallel`: each
-    process would then train by the gradients of its own examples alone.
+    Accelerate prepares a model only once, and for `evaluate()` without `DistributedDataParallel`:
+    each process would then train on the gradients of its own examples alone.
     """
     if vars(model).pop("_is_accelerate_prepared", False):
         accelerator._models = [known for known in accelerator._models if known is not model]
@@ -79,13 +79,13 @@ def _forget_evaluation(accelerator: Accelerator, model: Any) -> None:
 
 
 def refuse_distribution(kind: Any) -> None:
-    """Raise for a way to distribute a model that INT8 weights cannot go.
+    """Raise for a way to distribute a model that does not support INT8 weights.
 
     Args:
         kind: One of `accelerate.utils.DistributedType`.
 
     Raises:
-        ValueError: Names what does the like.
+        ValueError: The way is not supported; the text names an alternative.
     """
     refused = {
         DistributedType.FSDP: "FSDP shards float parameters and gathers them layer by layer",
@@ -103,7 +103,7 @@ def _consolidating(save: Any) -> Any:
             save(self, *args, **kwargs)
             return
         optimizer.consolidate()
-        with by_first():  # who writes little waits, and learns of a disk that is full
+        with by_first():  # the others wait, and fail too if writing fails
             save(self, *args, **kwargs)
 
     return _save_checkpoint
@@ -129,12 +129,12 @@ def start_together(
     state: TrainerState,
     train_dataloader: Any,
 ) -> None:
-    """Raise unless all processes run the same; then give all of them the model of process 0.
+    """Raise unless all processes run the same; then broadcast the model of process 0.
 
-    Under an optimizer of others `DistributedDataParallel` has given it to them.
+    With another library's optimizer, `DistributedDataParallel` has broadcast it already.
 
     Raises:
-        ValueError: Arguments, data or models are of different sizes or kinds.
+        ValueError: Arguments, sizes of the data or optimizer groups differ between processes.
     """
     ours = optimizer if isinstance(optimizer, QFTOptimizer) else None
     processes = Processes.found() if ours is None else ours.processes
@@ -161,13 +161,13 @@ def start_together(
 def _length(sized: Any) -> int | None:
     try:
         return len(sized)
-    except TypeError:  # of a stream nobody knows
+    except TypeError:  # the length of a data stream is unknown
         return None
 
 
 @contextmanager
 def by_first() -> Iterator[bool]:
-    """Give whether this is process 0; what is raised on one within is raised on all."""
+    """Yield whether this is process 0; an error in the block on one process is raised on all."""
     processes = Processes.found()
     if processes is None:
         yield True
@@ -177,17 +177,17 @@ def by_first() -> Iterator[bool]:
 
 
 def of_first(value: Any) -> Any:
-    """The value that process 0 has, which can be pickled."""
+    """Return the value that process 0 has, which must be picklable."""
     processes = Processes.found()
     return value if processes is None else processes.of_first(value)
 
 
 @contextmanager
 def written_by_all(path: Path) -> Iterator[Path]:
-    """`written_whole`, of a draft that all processes write into.
+    """Like `written_whole`, with a draft that all processes write into.
 
-    Process 0 makes the draft and brings it to its place. Whatever fails on one process is raised on
-    all, when they have come to the end of the block.
+    Process 0 creates the draft and moves it to its place. An error on one process is raised on all,
+    when they have reached the end of the block.
     """
     processes = Processes.found()
     if processes is None:

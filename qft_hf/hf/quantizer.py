@@ -1,8 +1,8 @@
 """The transformers plug-in: quantizes float checkpoints while they load, and reads INT8 ones.
 
-transformers turns what goes wrong with one tensor into a table on the screen: then it raises a text
-of its own, or fills in random values and goes on. So faults are collected while tensors come in and
-raised together, by name, when the last one has come.
+transformers reports an error with one tensor only in a printed table; then it raises a text of its
+own, or fills in random values and continues. So faults are collected while tensors are loaded, and
+raised together, by name, after the last one.
 """
 
 import logging
@@ -53,26 +53,26 @@ logger = logging.getLogger(__name__)
 
 
 def _patterns(weight_name: str) -> dict[str, str]:
-    """How the loader finds the fields of weights of this name, with the suffix of each.
+    """Return the patterns by which the loader finds the fields of a weight, and their suffixes.
 
-    Anchored at both ends: to transformers 5.17 a pattern matches wherever it occurs.
+    Patterns are anchored at both ends: transformers 5.17 matches a pattern anywhere in a name.
     """
     return {rf"\.{weight_name}{suffix}$": suffix for suffix in SUFFIXES.values()}
 
 
 class _Operation(ConversionOps):
-    """A step of loading that reports to its quantizer."""
+    """A loading step that reports faults to its quantizer."""
 
     def __init__(self, hf_quantizer: "QFTQuantizer") -> None:
         self.hf_quantizer = hf_quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Operation":
-        """This operation itself: the loader copies it for each weight, and there is one report."""
+        """Return this operation itself: the loader copies it per weight, but faults are shared."""
         return self
 
 
 class Quantize(_Operation):
-    """Float weights of a checkpoint to `QFTWeight`, one at a time."""
+    """Converts float weights of a checkpoint to `QFTWeight`, one at a time."""
 
     def convert(
         self,
@@ -81,7 +81,7 @@ class Quantize(_Operation):
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, list[Tensor]]:
-        """Quantize what the model holds as INT8; other tensors pass."""
+        """Quantize the weights that the model holds as INT8; return other tensors unchanged."""
         model = kwargs["model"]
         return {
             name: [self.hf_quantizer.quantize(model, name, _only(tensor))]
@@ -90,7 +90,7 @@ class Quantize(_Operation):
 
 
 class Assemble(_Operation):
-    """The fields of one weight, which may come from several files, to its `QFTWeight`."""
+    """Combines the fields of one weight, possibly from several files, into its `QFTWeight`."""
 
     def convert(
         self,
@@ -99,7 +99,7 @@ class Assemble(_Operation):
         target_patterns: list[str],
         **kwargs: Any,
     ) -> dict[str, list[Tensor]]:
-        """Check the fields and wrap them; a weight with a fault is left out."""
+        """Check the fields and wrap them; leave out a weight with a fault."""
         name = kwargs["full_layer_name"]
         self.hf_quantizer.missing_names = kwargs["missing_keys"]
         suffixes = _patterns(name.rpartition(".")[2])
@@ -114,7 +114,7 @@ class QFTQuantizer(HfQuantizer):
 
     Args:
         quantization_config: The storage format.
-        pre_quantized: Whether the checkpoint holds INT8 fields; else float weights.
+        pre_quantized: Whether the checkpoint holds INT8 fields, and not float weights.
     """
 
     quantization_config: QFTConfig
@@ -122,44 +122,45 @@ class QFTQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QFTConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.faults: dict[str, str] = {}  # by name of the tensor
-        self.missing_names: set[str] = set()  # the loader's own record, which it empties
+        self.missing_names: set[str] = set()  # the loader's own set, from which it removes names
         self.shapes: dict[str, torch.Size] = {}
-        self.state: dict[str, Tensor] | None = None  # to be saved in the place of the model's own
+        self.state: dict[str, Tensor] | None = None  # saved instead of the model's own state dict
 
     @property
     def is_trainable(self) -> bool:
-        """Yes, with the optimizers of this package."""
+        """True: with the optimizers of this package."""
         return True
 
     @property
     def is_qat_trainable(self) -> bool:
-        """Yes: without it the Trainer demands adapters on top of a quantized model."""
+        """True: otherwise the Trainer requires adapters on top of a quantized model."""
         return True
 
     def is_serializable(self) -> bool:
-        """Yes: `state_dict` holds the INT8 fields."""
+        """Return True: `state_dict` holds the INT8 fields."""
         return True
 
     def get_state_dict_and_metadata(
         self, model: Any
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """The tensors to save, and the check sums of all that the files will hold."""
+        """Return the tensors to save, and the check sums of all tensors in the files."""
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, not the model
             return self.state, {}
         self._record_added(model)
         state = model.state_dict() if self.state is None else self.state
         summed = dict(state)
-        # A file may have the names and tensors of another layout, which the model was read from.
-        # An empty list is tested here: transformers copies each name and tensor for it, too, which
+        # The files may get the names and tensors of another layout, from which the model was read.
+        # An empty list is tested here: even for it transformers copies each name and tensor, which
         # takes ten times as long as the check sums.
         if getattr(model, "_weight_conversions", None) != []:
             summed |= revert_weight_conversion(model, dict(state))
         return state, metadata(summed)
 
     def _record_added(self, model: Any) -> None:
-        """Have the configuration list float modules that were added, such as a new head.
+        """List float modules that were added, such as a new head, in the configuration.
 
-        A checkpoint is read as its configuration says, and else would miss their INT8 fields.
+        A checkpoint is read according to its configuration; otherwise loading would require INT8
+        fields of these modules.
         """
         modules = added_modules(model, self.quantization_config)
         weights = {name: own_weights(model.get_submodule(name)).values() for name in modules}
@@ -169,40 +170,40 @@ class QFTQuantizer(HfQuantizer):
             config = replace(self.quantization_config, modules_to_not_convert=listed)
             self.quantization_config = model.config.quantization_config = config
             logger.warning(
-                "%s, added to the INT8 %s, saved as float: modules_to_not_convert lists it now. "
-                "quantize_model_ with the configuration of the model makes such modules INT8",
+                "%s, added to the INT8 %s, is saved as float: modules_to_not_convert lists it now. "
+                "To make it INT8, call quantize_model_ with the configuration of the model",
                 ", ".join(added),
                 type(model).__name__,
             )
-        if modules != added:  # the others are tied to INT8 weights
+        if modules != added:  # the other modules are tied to INT8 weights
             prepare_modules_(model, self.quantization_config)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse to offload: its hooks exchange float tensors by name.
+        """Refuse offloading, whose hooks move float tensors by name.
 
         Raises:
-            ValueError: The device map leaves modules on disk, or on the CPU beside a GPU.
+            ValueError: The device map puts modules on disk, or on the CPU in addition to a GPU.
         """
         device_map = kwargs.get("device_map")
         if not isinstance(device_map, dict):
-            return  # such as "auto": comes again as a dictionary
+            return  # a string such as "auto" is resolved, and checked again as a dictionary
         places = {str(place) for place in device_map.values()}
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
                 f"The device map puts modules on {sorted(places)}, and INT8 weights cannot be "
-                'offloaded. Use device_map="cpu" or devices that hold the model together; a larger '
-                "max_memory if it was set too low."
+                'offloaded. Use device_map="cpu", or devices that together can hold the model, and '
+                "a larger max_memory if it was set too low."
             )
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
     ) -> bool:
-        """Whether the model holds the parameter as INT8."""
+        """Return whether the model holds the parameter as INT8."""
         module, name = _module_of(model, param_name)
         return isinstance(module, QuantizedModule) and name in module.weight_names
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """Bytes per element when loaded, for automatic device maps."""
+        """Return the bytes per element when loaded, for automatic device maps."""
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
         rows, columns = _arrangement(model, param_name).matrix_shape
@@ -212,11 +213,11 @@ class QFTQuantizer(HfQuantizer):
         return stored / param.numel()
 
     def get_quantize_ops(self) -> ConversionOps:
-        """What happens to a float weight."""
+        """Return the operation that quantizes a float weight."""
         return Quantize(self)
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        """What happens to the fields of an INT8 checkpoint."""
+        """Return the conversions of the fields in an INT8 checkpoint; none for a float one."""
         if not self.pre_quantized:
             return []
         return [
@@ -225,7 +226,7 @@ class QFTQuantizer(HfQuantizer):
         ]
 
     def quantize(self, model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:
-        """The `QFTWeight` of a float weight. One with a fault is reported and passes as it is."""
+        """Return the `QFTWeight` of a float weight; on a fault, record it and return `tensor`."""
         if not self.param_needs_quantization(model, name):
             return tensor
         try:
@@ -241,7 +242,7 @@ class QFTQuantizer(HfQuantizer):
     def assemble(
         self, model: PreTrainedModel, name: str, fields: dict[str, Tensor]
     ) -> QFTWeight | None:
-        """The weight `name` of its fields by their full names; None if it is at fault."""
+        """Return the weight `name`, made from its fields by full name; None if it has a fault."""
         parameter = model.get_parameter(name)
         try:
             if not self.param_needs_quantization(model, name):
@@ -273,7 +274,7 @@ class QFTQuantizer(HfQuantizer):
                 "The checkpoint's quantization_config names %s, which %s does not have: ignored%s",
                 ", ".join(dict.fromkeys(absent)),
                 type(model).__name__,
-                f"; {', '.join(kept)}, float in the checkpoint too, stays so" if kept else "",
+                f"; {', '.join(kept)} is float in the checkpoint and stays float" if kept else "",
             )
         if not self.pre_quantized or self.quantization_config.strict:
             plan = conversion_plan(model, self.quantization_config.modules_to_not_convert)
@@ -283,12 +284,13 @@ class QFTQuantizer(HfQuantizer):
         return model
 
     def _keep_floats(self, model: PreTrainedModel, files: list[str]) -> list[str]:
-        """Have the configuration list embeddings that are float in `files`; return their names.
+        """List embeddings that are float in `files` in the configuration; return their names.
 
-        They are where a head is listed that is tied to one, and `model` may have none.
+        An embedding is float if the configuration lists a head tied to it, and `model` may not have
+        that head.
         """
         config = self.quantization_config
-        prefix = f"{model.base_model_prefix}."  # which only one of model and checkpoint may have
+        prefix = f"{model.base_model_prefix}."  # possibly in only one of model and checkpoint
         held = {name.removeprefix(prefix) for name in tensor_names(files)}
         plan = conversion_plan(model, config.modules_to_not_convert)
         floats = [
@@ -310,31 +312,33 @@ class QFTQuantizer(HfQuantizer):
             n_faults = counted(len(self.faults), "tensor")
             raise ValueError(
                 f"{n_faults} of {model.name_or_path or 'the state dict'} cannot be loaded "
-                f"into {type(model).__name__}, the first {FAULTS_SHOWN} at most:\n{shown}"
+                f"into {type(model).__name__}; at most {FAULTS_SHOWN} are listed:\n{shown}"
             )
         if not self.pre_quantized:
-            # Weights that are not in the checkpoint, such as a new classifier, are float so far.
+            # Weights that are not in the checkpoint, such as a new classifier's, are still float.
             quantize_modules_(model, self.quantization_config)
-        mark_tables_(model)  # weights are in place and tied only now
+        mark_tables_(model)  # only now are weights in place and tied
         return model
 
     def save_as_held(self, model: Any) -> None:
-        """Have `save_pretrained` write what the modules hold, as long as the model is INT8.
+        """Make `save_pretrained` write tensors as the modules hold them, while the model is INT8.
 
-        It reverses what loading did: experts that came one by one are written one by one, which
-        INT8 fields cannot be. Parameters still get their names of the checkpoint back.
+        By default it reverses the conversions of loading: experts that were loaded one by one are
+        written one by one, and INT8 fields cannot be split so. Parameters still get the names of
+        the checkpoint.
         """
         used = getattr(model, "_weight_conversions", None)
-        if used is None:  # the model was not loaded: transformers would reverse these
+        if used is None:  # the model was not loaded: transformers would reverse those of its class
             of_class = get_model_conversion_mapping(model, add_legacy=False)
             used = [step for step in of_class if not isinstance(step, PrefixChange)]
         model._weight_conversions = [s for s in used if not isinstance(s, WeightConverter)]
 
     def _find_missing(self, model: PreTrainedModel) -> None:
-        """An INT8 checkpoint is complete: a weight that is not in it would be random."""
+        """Record weights that are not in an INT8 checkpoint: they would be random."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         loaded = {id(p) for name, p in parameters.items() if name not in self.missing_names}
-        known = self.faults.keys() | model.all_tied_weights_keys.keys()  # its source tells
+        # A tied weight is checked at its source.
+        known = self.faults.keys() | model.all_tied_weights_keys.keys()
         for name, parameter in parameters.items():
             quantized = self.param_needs_quantization(model, name)
             if isinstance(parameter, QFTWeight) or name in known:
@@ -354,7 +358,7 @@ class QFTQuantizer(HfQuantizer):
                 )
 
     def _find_bad_values(self, model: PreTrainedModel) -> None:
-        """Float parameters with a wrong shape, which transformers 5.17 lets pass, or with NaN."""
+        """Record wrong shapes, which transformers 5.17 accepts, and non-finite float parameters."""
         for name, parameter in model.named_parameters():
             if name in self.faults or parameter.is_meta:
                 continue
@@ -374,15 +378,15 @@ class QFTQuantizer(HfQuantizer):
         return model
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
-        """Take off every mark of a quantized model."""
+        """Remove all attributes that mark a model as quantized."""
         super().remove_quantization_config(model)
-        vars(model).pop("_weight_conversions", None)  # saving follows those of the class again
+        vars(model).pop("_weight_conversions", None)  # saving uses those of the class again
         for config in _configs(model):
-            config.__dict__.pop("_is_quantized", None)  # attention asks whether it is there
+            config.__dict__.pop("_is_quantized", None)  # attention checks whether it exists
 
 
 def _only(tensor: Any) -> Tensor:
-    """A tensor that the loader may have put into a list of one."""
+    """Return a tensor that the loader may have put into a list of one."""
     found: Tensor = tensor[0] if isinstance(tensor, list) else tensor
     return found
 
@@ -393,18 +397,18 @@ def _module_of(model: nn.Module, parameter_name: str) -> tuple[nn.Module, str]:
 
 
 def _arrangement(model: nn.Module, parameter_name: str) -> Arrangement:
-    """How a weight that is, or will be, quantized is a matrix."""
+    """Return how the values of a weight that is, or will be, quantized lie in its matrix."""
     module, name = _module_of(model, parameter_name)
     return arrangement_of(module, name)
 
 
 def _tie(skeleton: PreTrainedModel) -> None:
-    """Share what will be shared: the rule of conversion must see it, and loading ties last."""
+    """Tie weights in advance: the conversion plan must see ties, and loading ties weights last."""
     for target, source in skeleton.all_tied_weights_keys.items():
         module, name = _module_of(skeleton, target)
         setattr(module, name, skeleton.get_parameter_or_buffer(source))
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """Configurations of a model and of the models inside it."""
+    """Return the configurations of a model and of the models inside it."""
     return [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]

@@ -1,4 +1,4 @@
-"""`recommend`: how a model will fit a card, before anything is loaded."""
+"""`recommend`: how a model can be trained on a card, before anything is loaded."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -14,30 +14,30 @@ from .config import QFTConfig
 from .estimate import ModelSource, SideEstimator, estimate_memory, skeleton
 from .positions import n_positions
 
-# Of a card's memory, what is left for the run: the driver, the libraries and fragments of the
+# Share of a card's memory that a run can use: the driver, the libraries and fragmentation in the
 # allocator take the rest.
 USABLE = 0.92
 _FINEST_FIRST = ("float", "int8", "nf4")
-LONGEST = 2**20  # tokens of a sequence: longer ones are not looked for
+LONGEST = 2**20  # tokens: the search for the longest sequence ends here
 
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """How a model fits a card, or the nearest miss.
+    """The chosen way to train a model on a card; if none fits, the smallest one.
 
     Attributes:
-        gradient: The mode; stack where it fits, since it clips at no cost. Of a side network: its
-            own gradients always wait for the step.
-        gradient_checkpointing: Off where the activations fit.
-        momentum_bits: As asked for: fewer than 8 cost quality, which nothing here decides to pay.
-        optimizer: As asked for.
-        estimate: Of this choice.
-        usable_bytes: What the card has left for it.
-        batch_size: Sequences of one micro-batch, as asked for.
-        longest_sequence: Tokens of the longest sequences that fit with this choice and batch size;
-            0 if none does, and `LONGEST` also for longer ones.
+        gradient: The mode; stack if it fits, since it clips at no cost. Always stack for a side
+            network.
+        gradient_checkpointing: Off if the activations fit.
+        momentum_bits: As requested: fewer than 8 bits cost quality and are never chosen here.
+        optimizer: As requested.
+        estimate: Memory of this choice.
+        usable_bytes: Memory of the card that the run can use.
+        batch_size: Sequences of one micro-batch, as requested.
+        longest_sequence: Tokens of the longest sequence that fits with this choice and batch size;
+            0 if none fits, and at most `LONGEST`.
         positions: `n_positions` of the model.
-        base: Of a side network, how its frozen base is stored; None: every parameter is trained.
+        base: For a side network, how its frozen base is stored; None if every parameter is trained.
     """
 
     gradient: str
@@ -53,7 +53,7 @@ class Recommendation:
 
     @property
     def missing_bytes(self) -> int:
-        """What the card lacks; 0 if the estimate fits."""
+        """Bytes by which the estimate exceeds the usable memory; 0 if it fits."""
         return max(0, self.estimate.total_bytes - self.usable_bytes)
 
     @property
@@ -62,7 +62,7 @@ class Recommendation:
         return not self.missing_bytes
 
     def __str__(self) -> str:
-        """One line: the choice, whether it fits, and what would."""
+        """Return one line: the choice, whether it fits, and otherwise what would."""
         total, usable = self.estimate.total_bytes / 1e9, self.usable_bytes / 1e9
         way = f"gradient={self.gradient}" if self.base is None else f"method=qst, base={self.base}"
         each = f" of each of {n}" if (n := self.estimate.n_processes) > 1 else ""
@@ -85,9 +85,7 @@ class Recommendation:
                 f"{line}Sequences of up to {self.longest_sequence:,} tokens would fit, at batch "
                 f"size {self.batch_size}"
             )
-        line += (
-            f"The states alone take {self.estimate.state_bytes / 1e9:.1f} GB: take a larger card"
-        )
+        line += f"The states alone take {self.estimate.state_bytes / 1e9:.1f} GB: use a larger card"
         if self.base is not None:
             return f"{line} or a smaller model"
         return f"{line}, several of them or a smaller model, or train a side network: method qst"
@@ -107,33 +105,35 @@ def recommend(
     base: str | None = None,
     n_processes: int = 1,
 ) -> Recommendation:
-    """Choose the mode for a card: the fastest that fits, else the smallest.
+    """Choose the fastest way to train that fits a card, or the smallest if none fits.
 
     Args:
         model: As in `estimate_memory`; no weight is loaded.
-        gpu_memory: Of the card, in GB of 1e9 bytes, as it is sold.
+        gpu_memory: Nominal memory of the card, in GB of 1e9 bytes.
         sequence_length: Tokens of one sequence.
         batch_size: Sequences of one micro-batch.
-        config: The weight format; None: the default.
-        momentum_bits: As in `estimate_memory`; 4 and 0 are never chosen unasked.
+        config: The weight format; None for the default.
+        momentum_bits: As in `estimate_memory`; 4 and 0 are used only if requested here.
         optimizer: As in `estimate_memory`.
         chunked_loss: As in `estimate_memory`.
-        side: A side network, which alone is trained, with AdamW; None: every parameter is.
-        base: How the frozen base of `side` is stored; None: in as many bits as fit.
-        n_processes: That train together, each on such a card, as in `estimate_memory`.
+        side: A side network, the only part that is trained, with AdamW; None to train every
+            parameter.
+        base: How the frozen base of `side` is stored; None for as many bits as fit.
+        n_processes: Number of processes that train together, each on such a card, as in
+            `estimate_memory`.
 
     Raises:
-        FileNotFoundError: As `estimate_memory`.
-        ValueError: `gpu_memory` is not positive, `side` is given with several processes, or as
-            `estimate_memory` and `estimate_side_memory`.
+        FileNotFoundError: As in `estimate_memory`.
+        ValueError: `gpu_memory` is not positive and finite, `side` is given with several processes,
+            or as in `estimate_memory` and `estimate_side_memory`.
     """
     if not 0 < gpu_memory < inf:
         raise ValueError(f"gpu_memory must be positive and finite, in GB, got {gpu_memory}.")
     if side is not None and n_processes > 1:
         raise ValueError(
-            f"n_processes={n_processes} and side were given. Processes share the gradients and the "
-            "momentum of INT8 weights that are trained, and beside a side network none are: each "
-            "would take what one does. Leave n_processes out."
+            f"n_processes={n_processes} and side were given. Processes divide the gradients and "
+            "the momentum of trained INT8 weights, and the base of a side network is not trained: "
+            "each process would need as much memory as one alone. Leave n_processes out."
         )
     source, usable = skeleton(model), int(USABLE * gpu_memory * 1e9)
     ways = (
@@ -162,15 +162,16 @@ def recommend(
     )
 
 
-# A way to train, as fields of a `Recommendation`; and its memory by `sequence_length`.
+# A way to train, as fields of a `Recommendation`, and its memory as a function of
+# `sequence_length`.
 _Way = tuple[dict[str, Any], Callable[..., MemoryEstimate]]
 
 
 def _full_ways(source: Any, **asked: Any) -> Iterator[_Way]:
-    """Ways to train every parameter, from the fastest to the smallest.
+    """Yield the ways to train every parameter, from the fastest to the smallest.
 
-    Checkpointing costs a third more work, release costs none, but clipping by the exact norm then
-    takes a second backward pass.
+    Gradient checkpointing costs a third more work. Release costs nothing, except that clipping by
+    the exact norm then takes a second backward pass.
     """
     as_asked = {name: asked[name] for name in ("momentum_bits", "optimizer")}
     for checkpointing in (False, True):
@@ -185,7 +186,7 @@ def _full_ways(source: Any, **asked: Any) -> Iterator[_Way]:
 def _side_ways(
     source: Any, side: QSTConfig, base: str | None, config: QFTConfig, batch_size: int
 ) -> Iterator[_Way]:
-    """Ways to train a side network: of each base, the most bits first, the fastest first."""
+    """Yield the ways to train a side network: by bits of the base, most first, then by speed."""
     fixed = {"gradient": "stack", "momentum_bits": 8, "optimizer": "adamw_torch"}
     for name in [base] if base else _FINEST_FIRST:
         estimator = SideEstimator(source, side, name, config)
@@ -196,6 +197,6 @@ def _side_ways(
 
 
 def _longest(usable: int, of: Callable[..., MemoryEstimate]) -> int:
-    """Tokens of the longest sequence that fits: memory grows with length, so as many fit."""
+    """Return the tokens of the longest sequence that fits; memory grows with the length."""
     lengths = range(1, LONGEST + 1)
     return bisect_right(lengths, usable, key=lambda n: of(sequence_length=n).total_bytes)

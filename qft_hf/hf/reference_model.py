@@ -1,8 +1,8 @@
-"""The reference model that a run compares its policy with is INT8 where the policy is.
+"""Quantizes the reference model of a run if the policy that it is compared with is INT8.
 
-Trainers of preferences and rewards, such as TRL's, load the reference as float from the checkpoint
-that the policy came from, and have Accelerate move it to the device. Before that it is quantized
-here as the policy was: it takes a fourth of the memory, and has the policy's values at the start.
+Trainers for preferences and rewards, such as TRL's, load a float reference model from the
+policy's checkpoint, and have Accelerate move it to the device. Before that, the reference is
+quantized like the policy: it takes a fourth of the memory and has the policy's initial values.
 """
 
 import logging
@@ -23,13 +23,13 @@ TRAINER = "_qft_trainer"  # attribute of an accelerator: a weak reference
 
 
 def install_references() -> None:
-    """Have each Trainer's accelerator know the Trainer, and look for its reference. Idempotent."""
+    """Make each accelerator know its Trainer and quantize the reference model. Idempotent."""
     wrap_(Trainer, "create_accelerator_and_postprocess", _telling_the_trainer)
     wrap_(Accelerator, "prepare_model", _quantizing_references)
 
 
 def trainer_of(accelerator: Accelerator) -> Trainer | None:
-    """The Trainer that made an accelerator; None in a loop of the user's own."""
+    """Return the Trainer that made an accelerator; None in the user's own training loop."""
     trainer: Trainer | None = getattr(accelerator, TRAINER, lambda: None)()
     return trainer
 
@@ -54,7 +54,7 @@ def _quantizing_references(prepare: Any) -> Any:
 
 
 def quantize_as_policy_(reference: nn.Module, policy: nn.Module) -> None:
-    """Quantize a float reference of the same class as an INT8 policy, as that one is."""
+    """Quantize a float reference in the format of an INT8 policy, if both are of one class."""
     config = quantization_config_of(policy)
     if (
         config is not None
@@ -63,6 +63,6 @@ def quantize_as_policy_(reference: nn.Module, policy: nn.Module) -> None:
     ):
         quantize_model_(reference, config)
         logger.warning(
-            "The reference model, a float %s, was quantized to INT8 as the policy is",
+            "The reference model, a float %s, was quantized to INT8, like the policy",
             type(reference).__name__,
         )

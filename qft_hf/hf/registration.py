@@ -1,7 +1,7 @@
-"""Makes `TrainingArguments(optim="qft_lion")` and its like known to the stock Trainer.
+"""Makes the stock Trainer accept `TrainingArguments(optim="qft_lion")` and our other optimizers.
 
-transformers keeps optimizer names in an enumeration and their factories in a table, neither meant
-to be extended from outside; both are extended here, at import.
+transformers keeps optimizer names in an enumeration and their factories in a table. Neither is
+meant to be extended by other packages; both are extended here, at import.
 """
 
 from typing import Any
@@ -25,12 +25,12 @@ from .wrapping import wrap_
 
 
 def restore_optimizer_name(value: str) -> OptimizerNames:
-    """Unpickle the name: importing this module has registered it."""
+    """Return the member for a pickled name, which the import of this module has registered."""
     return OptimizerNames(value)
 
 
 def register_optimizer() -> None:
-    """Add each name of `OPTIMIZERS` with its handler, the callback, and the end. Idempotent."""
+    """Register the names of `OPTIMIZERS`, the callback, and the end of training. Idempotent."""
     for name in OPTIMIZERS:
         if name not in OptimizerNames._value2member_map_:
             _register(name)
@@ -41,7 +41,7 @@ def register_optimizer() -> None:
 
 
 def _leaving_no_hook(train: Any) -> Any:
-    """However training ends: no callback is told of an exception."""
+    """Detach the optimizer however training ends; callbacks are not called on an exception."""
 
     def training(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -58,8 +58,8 @@ def _register(name: str) -> None:
     member: Any = str.__new__(OptimizerNames, name)
     member._value_ = name
     member._name_ = name.upper()
-    # Enumeration members pickle by class and value, and a fresh process that reads
-    # training_args.bin would not know this value: pickled by a function of ours, it imports us.
+    # Enumeration members are pickled by class and value, and a new process that reads
+    # training_args.bin would not know this value. A function of ours makes it import this package.
     member.__reduce_ex__ = lambda protocol: (restore_optimizer_name, (name,))
     OptimizerNames._member_names_.append(member._name_)
     OptimizerNames._member_map_[member._name_] = member
@@ -69,7 +69,7 @@ def _register(name: str) -> None:
 
 
 def _class_and_arguments(context: Any) -> tuple[type[QFTOptimizer], dict[str, Any]]:
-    """What the Trainer makes an optimizer of ours by, for its arguments and model; changes nothing.
+    """Return the class and the arguments from which the Trainer makes one of our optimizers.
 
     Raises:
         TypeError: An option has a value of the wrong type.
@@ -77,7 +77,7 @@ def _class_and_arguments(context: Any) -> tuple[type[QFTOptimizer], dict[str, An
             arguments.
     """
     args, model = context.args, context.model
-    check_arguments(args)  # again: a search for hyperparameters changes them
+    check_arguments(args)  # again, since a hyperparameter search changes them
     arguments: dict[str, Any] = {"is_accumulating": is_accumulating}
     if model is not None:
         require_prepared(model, args)

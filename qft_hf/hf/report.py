@@ -1,6 +1,6 @@
 """One HTML page that shows runs side by side; it needs no network and no other file.
 
-Curves and bars are SVG that is drawn here, and colours follow the reader's light or dark scheme.
+Curves and bars are SVG that is drawn here, and colors follow the reader's light or dark scheme.
 """
 
 import html
@@ -20,8 +20,8 @@ from .drafts import written_whole
 from .page import PAGE
 from .wording import loss_unit
 
-# Bytes per parameter of weights, gradients and optimizer state of other ways to train.
-BNB_STATE = 2 * (1 + 4 / 256)  # two moments of a byte, an FP32 scale per 256 values
+# Bytes per parameter of weights, gradients and optimizer state in other ways to train.
+BNB_STATE = 2 * (1 + 4 / 256)  # two moments of one byte each, with an FP32 scale per 256 values
 OTHERS: dict[str, tuple[float, float, float]] = {
     "FP32 Adam": (4, 4, 8),
     "8-bit Adam, bf16 weights": (2, 2, BNB_STATE),
@@ -39,24 +39,24 @@ HEALTH = {
     "qft/updates_too_small": "groups that no step can move, share",
     "grad_norm": "norm of the gradient",
 }
-NEEDED = (  # of a summary
+NEEDED = (  # keys of a summary
     "model", "parameters", "steps", "trained_tokens", "tokens_per_second", "peak_memory",
     "state_bytes", "before", "after",
 )  # fmt: skip
-WIDTH, HEIGHT = 460, 240  # of a chart, with its margins
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30
-N_COLORS = 6  # of runs, in the page's style
+WIDTH, HEIGHT = 460, 240  # size of a chart, with its margins
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30  # margins
+N_COLORS = 6  # colors of runs in the page's style
 
 
 @dataclass(frozen=True, slots=True)
 class ReportedRun:
-    """What the page tells of a run.
+    """The data that the page shows about one run.
 
     Attributes:
-        name: That of the folder of the run.
-        summary: Its `summary.json`.
-        history: `log_history` of its Trainer.
-        told: Its `run.yaml`: what was set.
+        name: Name of the run's folder.
+        summary: Contents of `summary.json`.
+        history: `log_history` of the run's Trainer.
+        told: Contents of `run.yaml`: the options of the run.
     """
 
     name: str
@@ -65,7 +65,7 @@ class ReportedRun:
     told: Mapping[str, Any]
 
     def points(self, key: str) -> list[tuple[float, float]]:
-        """Return steps and values of what was logged under a key; those that are no numbers not."""
+        """Return the step and value of each log entry with this key and a finite number."""
         return [
             (entry["step"], entry[key])
             for entry in self.history
@@ -74,11 +74,11 @@ class ReportedRun:
 
 
 def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
-    """Read runs to show side by side; of folders that are called the same, the path is the name.
+    """Read runs to show side by side; runs whose folders have the same name are named by path.
 
     Raises:
-        FileNotFoundError: As `read_run` raises it.
-        ValueError: As `read_run` raises it.
+        FileNotFoundError: As in `read_run`.
+        ValueError: As in `read_run`.
     """
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
@@ -89,11 +89,11 @@ def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
 
 
 def read_run(folder: Path) -> ReportedRun:
-    """Read what a finished run has left.
+    """Read the files of a finished run.
 
     Raises:
         FileNotFoundError: The folder holds no finished run.
-        ValueError: A file is damaged, or of a version that noted less.
+        ValueError: A file is damaged, or was written by a version that recorded less.
     """
     read = {}
     for name in ("summary.json", TRAINER_STATE_NAME, "run.yaml"):
@@ -113,23 +113,23 @@ def read_run(folder: Path) -> ReportedRun:
     absent += [] if "log_history" in state else [f"{TRAINER_STATE_NAME} has no log_history"]
     if absent:
         raise ValueError(
-            f"{folder} was left by another program, or a version of qft_hf that noted less: "
-            f"{', '.join(absent)}. Leave this run out."
+            f"{folder} was written by another program, or by a version of qft_hf that recorded "
+            f"less: {', '.join(absent)}. Leave this run out."
         )
     history = state["log_history"]
     return ReportedRun(folder.resolve().name, read["summary.json"], history, read["run.yaml"])
 
 
 def write_report(runs: Sequence[ReportedRun], path: Path) -> None:
-    """Write the page; it takes the place of an earlier one.
+    """Write the page; an earlier one is replaced.
 
     Raises:
-        FileExistsError: Something else is there: a folder, which may be a run, or another file.
+        FileExistsError: `path` is a folder, which may be a run, or another kind of file.
     """
     if path.is_dir() or (path.is_file() and not _is_page(path)):
         raise FileExistsError(
-            f"{path} is there already, and is no report. Give --output the name of a file that is "
-            "not there yet."
+            f"{path} exists already and is not a report. Give --output the name of a file that "
+            "does not exist yet."
         )
     with written_whole(path) as draft:
         draft.write_text(page(runs), encoding="utf-8")
@@ -145,7 +145,7 @@ def page(runs: Sequence[ReportedRun]) -> str:
     """Return the page as HTML.
 
     Raises:
-        ValueError: There is no run.
+        ValueError: `runs` is empty.
     """
     if not runs:
         raise ValueError("a report needs at least one run. Give output folders of finished runs.")
@@ -166,7 +166,7 @@ def page(runs: Sequence[ReportedRun]) -> str:
 
 
 def _overview(runs: Sequence[ReportedRun]) -> str:
-    """Return a line of figures for each run."""
+    """Return a table with one row of figures for each run."""
     head = ["run", "model", "parameters", "steps", "tokens", "tokens/s", "peak memory"]
     scores = list(dict.fromkeys(name for run in runs for name in run.summary["after"] or {}))
     rows = []
@@ -189,12 +189,12 @@ def _overview(runs: Sequence[ReportedRun]) -> str:
 
 
 def _change(before: float | None, after: float | None) -> str:
-    """Return a score before and after; null is of what is no number."""
+    """Return a score before and after training; None stands for a score that was not a number."""
     return " → ".join("undefined" if s is None else _number(s) for s in (before, after))
 
 
 def _trained(summary: Mapping[str, Any]) -> str:
-    """Return how many parameters were trained, and of a side network beside which base."""
+    """Return the number of trained parameters and, for a side network, how its base is stored."""
     total, side = f"{summary['parameters'] / 1e6:,.1f} M", summary.get("side")
     if side is None:
         return total
@@ -237,7 +237,7 @@ def _health(runs: Sequence[ReportedRun]) -> str:
 
 
 def _memory(runs: Sequence[ReportedRun]) -> str:
-    """Return stacked bars of bytes per parameter: measured of the runs, arithmetic of others."""
+    """Return stacked bars of bytes per parameter: measured for the runs, computed for others."""
     bars: list[tuple[str, list[float], bool]] = []
     for run in runs:
         parts = dict.fromkeys(KINDS, 0.0)
@@ -270,8 +270,8 @@ def _memory(runs: Sequence[ReportedRun]) -> str:
         f"<p class='legend'>{marks}</p>"
         f"<svg viewBox='0 0 {label + plot + 60} {row * len(bars)}' class='wide' role='img' "
         f"aria-label='bytes per parameter'>{''.join(drawn)}</svg>"
-        "<p class='note'>Bytes per parameter, without activations. Of the runs they were measured "
-        "just before a step; the pale ones are arithmetic, from the dtypes that each way keeps "
+        "<p class='note'>Bytes per parameter, without activations. Those of the runs were measured "
+        "just before a step; the pale bars are computed from the dtypes that each method stores "
         "(FlashOptim: arXiv:2602.23349).</p>"
     )
 
@@ -296,13 +296,13 @@ def _codes(runs: Sequence[ReportedRun]) -> str:
         return "<p>Nothing was sampled.</p>"
     return (
         f"<div class='grid'>{''.join(charts)}</div><p class='note'>Shares of codes from -127 to "
-        "127, as powers of ten. Points: before training; line: after. Of some rows of each "
-        "weight.</p>"
+        "127, as powers of ten. Points: before training; line: after. Sampled from some rows of "
+        "each weight.</p>"
     )
 
 
 def _movement(runs: Sequence[ReportedRun]) -> str:
-    """Return a table for each run: layers down, modules across, shares of values that changed."""
+    """Return a table for each run: shares of changed values by layer (rows) and module."""
     tables = []
     for run in runs:
         changed = (run.summary.get("sampled") or {}).get("changed") or {}
@@ -326,7 +326,7 @@ def _movement(runs: Sequence[ReportedRun]) -> str:
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Cut a parameter's name after the number of its layer."""
+    """Split a parameter's name after its layer number."""
     parts = name.removesuffix(".weight").split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     if not numbers:
@@ -341,7 +341,7 @@ def _shade(share: float | None) -> str:
 
 
 def _differences(runs: Sequence[ReportedRun]) -> str:
-    """Return what was set differently; keys that are the same in all runs are left out."""
+    """Return a table of the options in which runs differ, or of all options of a single run."""
     if len(runs) == 1:
         rows = [[html.escape(key), _value(value)] for key, value in runs[0].told.items()]
         return _table(["key", html.escape(runs[0].name)], rows)
@@ -352,7 +352,7 @@ def _differences(runs: Sequence[ReportedRun]) -> str:
         if len({json.dumps(run.told.get(key), sort_keys=True) for run in runs}) > 1
     ]
     if not rows:
-        return "<p>None: all were told the same.</p>"
+        return "<p>None: all runs have the same options.</p>"
     return _table(["key", *(html.escape(run.name) for run in runs)], rows)
 
 
@@ -361,7 +361,7 @@ def _value(value: Any) -> str:
 
 
 def _chart(lines: Iterable[tuple[str, int, list[tuple[float, float]], bool]]) -> str:
-    """Draw lines, or points where the last field says so, in the colour of the run's number."""
+    """Draw each entry as a line, or as points if its last field is True, in the run's color."""
     lines = list(lines)
     xs = [x for _, _, points, _ in lines for x, _ in points]
     ys = [y for _, _, points, _ in lines for _, y in points]
@@ -378,7 +378,7 @@ def _chart(lines: Iterable[tuple[str, int, list[tuple[float, float]], bool]]) ->
         ends = f"x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{at:.1f}' y2='{at:.1f}'"
         drawn.append(f"<line class='rule' {ends}/>")
         drawn.append(f"<text x='{LEFT - 6}' y='{at + 4:.1f}' text-anchor='end'>{_number(y)}</text>")
-    for x in _ticks(x_low, x_high, apart=1):  # steps and codes are whole
+    for x in _ticks(x_low, x_high, apart=1):  # steps and codes are integers
         at, _ = place(x, y_low)
         middle = f"x='{at:.1f}' y='{HEIGHT - 8}' text-anchor='middle'"
         drawn.append(f"<text {middle}>{_number(x)}</text>")
@@ -401,14 +401,14 @@ def _chart(lines: Iterable[tuple[str, int, list[tuple[float, float]], bool]]) ->
 
 
 def _range(values: list[float]) -> tuple[float, float]:
-    """Return the ends of an axis, apart from each other also where all values are the same."""
+    """Return the ends of an axis, which differ even if all values are the same."""
     low, high = min(values), max(values)
     margin = 0.03 * (high - low) or 0.5 * abs(high) or 1.0
     return low - margin, high + margin
 
 
 def _ticks(low: float, high: float, apart: float = 0.0) -> list[float]:
-    """Return three to six round numbers within an axis, or fewer that are `apart`."""
+    """Return three to six round numbers within an axis, or fewer to keep them `apart`."""
     step = 10.0 ** floor(log10((high - low) / 3))
     step *= next(factor for factor in (5, 2, 1) if (high - low) / (factor * step) >= 3)
     step = max(step, apart)
@@ -434,7 +434,7 @@ def _legend(runs: Sequence[ReportedRun]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
-    """Return an HTML table; cells are HTML already."""
+    """Return an HTML table; the cells must be HTML."""
     lines = ["".join(f"<th>{cell}</th>" for cell in head)]
     lines += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
     body = "".join(f"<tr>{line}</tr>" for line in lines)

@@ -1,9 +1,9 @@
 """`resize_token_embeddings` on an INT8 model: old rows keep their bits, new ones are quantized.
 
-transformers makes a float table, fills in the rows that are new, and puts it in the place of the
-old one. Here it does so to a float stand-in of an INT8 embedding or head, whose new rows the INT8
-weight then takes over. The parameter stays the same object, so an optimizer that has it goes on,
-and rows that stay keep their momentum. A float module is resized as ever.
+transformers makes a float table, fills in the new rows, and replaces the old table by it. Here it
+does so with a float copy of an INT8 embedding or head, and the INT8 weight then takes over the new
+rows. The parameter stays the same object, so an optimizer continues to update it, and rows that
+stay keep their momentum. A float module is resized as usual.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Resize = Callable[..., Any]
 
 
 def install_resizing() -> None:
-    """Have every model of transformers resize INT8 embeddings and heads. Idempotent."""
+    """Make all models of transformers able to resize INT8 embeddings and heads. Idempotent."""
     wrap_(PreTrainedModel, "_get_resized_embeddings", _resizing_int8)
     wrap_(PreTrainedModel, "_get_resized_lm_head", _resizing_int8)
     wrap_(PreTrainedModel, "resize_token_embeddings", _fitting_states)
@@ -35,7 +35,7 @@ def _resizing_int8(original: Resize) -> Resize:
         if new is not stand_in or new.weight.shape != old.complete_weight().shape:
             _take_rows_(old, new)
         for size in ("num_embeddings", "out_features", "padding_idx"):
-            if hasattr(old, size):  # also where a tied weight has been resized already
+            if hasattr(old, size):  # also if the weight is tied and has been resized already
                 setattr(old, size, getattr(new, size))
         return old
 
@@ -45,7 +45,7 @@ def _resizing_int8(original: Resize) -> Resize:
 def _fitting_states(original: Resize) -> Resize:
     def resized(model: Any, *args: Any, **kwargs: Any) -> Any:
         embeddings = original(model, *args, **kwargs)
-        for parameter in model.parameters():  # biases too, which are resized where weights are tied
+        for parameter in model.parameters():  # biases too: tying weights resizes them
             fit_states(parameter)
         return embeddings
 
@@ -53,7 +53,7 @@ def _fitting_states(original: Resize) -> Resize:
 
 
 def _float_copy(module: QuantizedModule) -> nn.Module:
-    """A plain embedding or linear module with the values that an INT8 one has."""
+    """Return a float embedding or linear module with the values of an INT8 one."""
     weight = module.complete_weight()
     rows, columns = weight.shape
     copy: Any
@@ -69,7 +69,7 @@ def _float_copy(module: QuantizedModule) -> nn.Module:
 
 
 def _take_rows_(module: Any, resized: Any) -> None:
-    """Give an INT8 module the number of rows of a float one, and the rows it has not itself."""
+    """Give an INT8 module as many rows as a float one has, and copy the new rows from it."""
     replace_(module.weight, module.weight.resized(resized.weight, module.spec))
     if getattr(module, "bias", None) is not None:
         module.bias.grad = None

@@ -1,8 +1,8 @@
-"""A side network by itself: saved, checked and loaded; and what transformers has to know of it.
+"""Saves, checks and loads a side network without its base, and makes transformers do the same.
 
-A folder with a side network holds a few MB of tensors, what they were made for, and a card. The
-base is named there and is not in it. As with adapters, `save_pretrained` of a model with a side
-network writes that alone; so the checkpoints of every Trainer hold it and the optimizer's state.
+A folder with a side network holds a few MB of tensors, a description with the name of the base, and
+a card, but not the base itself. As with adapters, `save_pretrained` of a model with a side network
+writes only the side network, so the checkpoints of every Trainer hold it and the optimizer's state.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ WEIGHTS_NAME = "side_network.safetensors"
 CONFIG_NAME = "side_network.json"
 CARD_NAME = "README.md"
 
-# Of a configuration: what may differ between two uses of one base.
+# Fields of a configuration that may differ between two uses of one base.
 _OF_A_USE = {
     "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type",
     "quantization_config", "return_dict", "torch_dtype", "transformers_version", "use_cache",
@@ -57,9 +57,9 @@ def save_side_network(model: nn.Module, folder: str | Path) -> None:
     """Write the side network of a model, and its head if that is trained: all files or none.
 
     Args:
-        model: With a side network. Not changed.
-        folder: Created if need be; other files in it stay. A `README.md` that was not written here
-            stays too.
+        model: Model with a side network. Not modified.
+        folder: Created if it does not exist; other files in it stay, and so does a `README.md` that
+            was not written by qft_hf.
 
     Raises:
         ValueError: The model has no side network.
@@ -79,17 +79,17 @@ def load_side_network(model: Model, folder: str | Path) -> Model:
     """Give a model the side network in a folder, after checking that it was trained on this base.
 
     Args:
-        model: The base, as `from_pretrained` returns it; modified. One that has a side network of
-            the same configuration gets its values.
-        folder: As `save_side_network` wrote it.
+        model: The base, as `from_pretrained` returns it; modified. If it has a side network of the
+            same configuration already, only the values are loaded.
+        folder: Folder that `save_side_network` wrote.
 
     Returns:
         `model`.
 
     Raises:
         FileNotFoundError: There is no side network in the folder.
-        ValueError: It is of another base, or another version of it, is damaged, or the model has
-            one of another configuration. The model is unchanged.
+        ValueError: The side network belongs to another base or another version of it, or is
+            damaged, or the model has one of another configuration. The model is unchanged.
     """
     folder = Path(folder)
     said = _read(folder)
@@ -115,7 +115,7 @@ def load_side_network(model: Model, folder: str | Path) -> Model:
 
 
 def _attached(model: nn.Module, config: QSTConfig) -> SideNetwork:
-    """The side network that a model gets; no random number is drawn for values to be replaced."""
+    """Attach a side network and return it; the states of random numbers do not change."""
     with torch.random.fork_rng():
         attached: Any = attach_side_network(model, config)
     network: SideNetwork = getattr(attached, NAME)
@@ -123,12 +123,12 @@ def _attached(model: nn.Module, config: QSTConfig) -> SideNetwork:
 
 
 def is_side_network(folder: Path) -> bool:
-    """Whether a folder has a side network."""
+    """Return whether a folder holds a side network."""
     return (folder / CONFIG_NAME).is_file()
 
 
 def install_side_networks() -> None:
-    """Have models with a side network saved and loaded as that alone, and trained. Idempotent."""
+    """Make transformers save, load and train only the side network of a model. Idempotent."""
     wrap_(PreTrainedModel, "save_pretrained", _saving_alone)
     wrap_(Trainer, "_load_from_checkpoint", _loading_alone)
     wrap_(Trainer, "_load_best_model", _loading_best)
@@ -148,7 +148,7 @@ def _saving_alone(save: Any) -> Any:
             return
         if kwargs.get("push_to_hub"):
             raise ValueError(
-                "save_pretrained(push_to_hub=True) is not for a side network. Call "
+                "save_pretrained(push_to_hub=True) does not support a side network. Call "
                 f"model.push_to_hub({str(kwargs.get('repo_id') or save_directory)!r})."
             )
         if is_main_process:
@@ -180,14 +180,14 @@ def _loading_best(load: Any) -> Any:
 
 def _allowing_side_networks(validate: Any) -> Any:
     def validate_quantization_for_training(model: Any) -> None:
-        if side_network_of(model) is None:  # what is quantized is to be trained
+        if side_network_of(model) is None:  # with one, the quantized base stays frozen
             validate(model)
 
     return validate_quantization_for_training
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of what is trained, by full name."""
+    """Return the tensors of the trained modules, by full name."""
     return {
         f"{place}.{name}": tensor.detach().contiguous()
         for place, module in trained_modules(model).items()
@@ -196,7 +196,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _description(model: Any) -> dict[str, Any]:
-    """What `side_network.json` says."""
+    """Return the contents of `side_network.json`."""
     network: Any = side_network_of(model)
     quantization = network.quantization
     return {
@@ -210,8 +210,8 @@ def _description(model: Any) -> dict[str, Any]:
 
 
 def _base(model: Any) -> dict[str, Any]:
-    """What identifies the base of a model, with a side network or without."""
-    own = model.config.to_diff_dict()  # new defaults of a later version make no difference
+    """Return the facts that identify the base of a model, with or without a side network."""
+    own = model.config.to_diff_dict()  # new defaults of later versions make no difference
     config = {
         name: value
         for name, value in own.items()
@@ -231,15 +231,16 @@ def _base(model: Any) -> dict[str, Any]:
 
 
 def _name(model: Any) -> str:
-    """The name of the base on the Hub, or of its folder."""
+    """Return the name of the base on the Hub, or the name of its folder."""
     origin = str(getattr(model.config, "_name_or_path", ""))
     return Path(origin).resolve().name if origin and Path(origin).exists() else origin
 
 
 def _hash(model: Any, *, of_dimensions: int) -> str:
-    """A hash of the base, the same in each dtype: of norms and biases, or of rows of matrices.
+    """Return a hash of the base's float vectors (norms and biases), or of its float matrices.
 
-    That of norms and biases is the same in each format, too; of a matrix it is of its first row.
+    Of a matrix, only the first row is hashed. The hash does not depend on the dtype, and that of
+    the vectors does not depend on the format of the matrices either.
     """
     trained = tuple(f"{name}." for name in (*trained_heads(model), NAME))
     digest = xxhash.xxh3_64()
@@ -254,7 +255,7 @@ def _hash(model: Any, *, of_dimensions: int) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    """What `side_network.json` says, after a look at the tensors beside it."""
+    """Return the contents of `side_network.json`, after checking the tensors in the same folder."""
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -268,8 +269,8 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder / CONFIG_NAME} cannot be read ({error}). {DAMAGED}") from error
     if known != 1:
         raise ValueError(
-            f"{folder / CONFIG_NAME} is of format {known}, written by qft_hf {said.get('qft_hf')}, "
-            f"and this is {__version__}. Install that version."
+            f"{folder / CONFIG_NAME} has format {known}, of qft_hf {said.get('qft_hf')}, which "
+            f"version {__version__} cannot read. Install that version."
         )
     if found := damaged([str(folder / WEIGHTS_NAME)]):
         raise ValueError(f"{found[0]}. {DAMAGED}")
@@ -319,18 +320,18 @@ def _refuse_another_network(
     if network.config != config:
         raise ValueError(
             f"The model has a side network with {network.config}, and {folder} holds one with "
-            f"{config}. Load the base anew, or attach one of that configuration."
+            f"{config}. Load the base again, or attach one of that configuration."
         )
     own = network.quantization
     if own is not None and own.to_dict() != quantization:
         raise ValueError(
             f"The side network of the model is INT8 with {own}, and {folder} holds one with "
-            f"{quantization or 'float weights'}. Load the base anew."
+            f"{quantization or 'float weights'}. Load the base again."
         )
 
 
 def _refuse_other_sizes(model: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """Raise if the head in a folder is not of the sizes that the model's has."""
+    """Raise if the head in a folder has other sizes than the model's head."""
     own = dict(model.named_parameters())
     for name, tensor in state.items():
         if name.startswith(f"{NAME}."):
@@ -338,13 +339,13 @@ def _refuse_other_sizes(model: Any, state: dict[str, Tensor], folder: Path) -> N
         if name not in own or own[name].shape != tensor.shape:
             shape = tuple(own[name].shape) if name in own else "none"
             raise ValueError(
-                f"{folder} has a head with {name} of shape {tuple(tensor.shape)}, and that of the "
-                f"model is {shape}. Load the base with num_labels as it was trained."
+                f"{folder} has a head with {name} of shape {tuple(tensor.shape)}, and its shape in "
+                f"the model is {shape}. Load the base with the num_labels of the trained head."
             )
 
 
 def _card(model: Any) -> ModelCard:
-    """Metadata for the Hub, and how to load it."""
+    """Return a card with metadata for the Hub and an example of loading."""
     base, network = _base(model), side_network_of(model)
     on_hub = bool(base["name"]) and not Path(str(model.config._name_or_path)).exists()
     data = ModelCardData(

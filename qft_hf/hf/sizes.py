@@ -1,7 +1,7 @@
-"""Accelerate's sizes of modules, which `infer_auto_device_map` goes by, count what is stored.
+"""Makes Accelerate's module sizes, which `infer_auto_device_map` uses, count stored bytes.
 
-It multiplies the number of elements by the bytes of their dtype, and that of an INT8 weight is the
-float type it stands for.
+Accelerate multiplies the number of elements by the size of their dtype, and the dtype of an INT8
+weight is the float type that it represents.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from .wrapping import wrap_
 
 
 def install_sizes() -> None:
-    """Have Accelerate count INT8 weights by their fields. Idempotent."""
+    """Make Accelerate count INT8 weights by their stored fields. Idempotent."""
     for module in (utils, modeling):
         wrap_(module, "compute_module_sizes", _counting_fields)
 
@@ -31,7 +31,7 @@ def _counting_fields(compute: Any) -> Any:
         weights = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
         if buffers_only or not weights:
             return compute(model, dtype, special_dtypes, buffers_only)
-        codes = dict.fromkeys(weights, torch.int8)  # a byte each: what is left are scales, outliers
+        codes = dict.fromkeys(weights, torch.int8)  # a byte each; scales and outliers come below
         sizes = compute(model, dtype, {**(special_dtypes or {}), **codes}, buffers_only)
         for name, weight in weights.items():
             parts = name.split(".")

@@ -1,7 +1,7 @@
 """The safetensors files of a model: names of tensors, and check sums in the metadata.
 
-A flipped bit of a code makes another code: nothing but a check sum tells. Each file of a checkpoint
-has those of all tensors of the checkpoint, so that a shard of another one shows too.
+A flipped bit turns a code into another valid code, which only a check sum detects. Each file of a
+checkpoint has the check sums of all its tensors, so a shard of another checkpoint is detected too.
 """
 
 import json
@@ -17,8 +17,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-KEY = "qft_checksums"  # in the metadata: JSON, by name of the tensor
-SWITCH = "QFT_CHECKSUMS"  # environment variable; 0: read, and do not compare
+KEY = "qft_checksums"  # key in the metadata; the value is JSON, by name of the tensor
+SWITCH = "QFT_CHECKSUMS"  # environment variable; 0 loads without comparing check sums
 
 DAMAGED = (
     "It is damaged, or was cut off when it was copied or saved: copy it again, or load an earlier "
@@ -27,7 +27,7 @@ DAMAGED = (
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """XXH3 of bytes, dtype and shape of each tensor: 16 hexadecimal digits."""
+    """Return the XXH3 hash of bytes, dtype and shape of each tensor: 16 hexadecimal digits."""
     known: dict[Any, str] = {}  # a tied tensor is read once
     return {
         name: known.get(identity := memory(tensor)) or known.setdefault(identity, _sum(tensor))
@@ -36,23 +36,23 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What a file that holds some of these tensors says of all of them."""
+    """Return the metadata for each file that holds some of these tensors: check sums of all."""
     return {KEY: json.dumps(checksums(tensors))}
 
 
 def tensor_names(files: list[str]) -> list[str]:
-    """Names in the headers of safetensors files; other files have none.
+    """Return the names in the headers of safetensors files; other files are skipped.
 
     Raises:
-        ValueError: One cannot be read.
+        ValueError: A file cannot be read.
     """
     return [name for file in _safetensors(files) for name in _opened(file).keys()]
 
 
 def damaged(files: list[str]) -> list[str]:
-    """What is wrong with the tensors of the safetensors files of one checkpoint, each by name.
+    """Return the faults of the tensors in the safetensors files of one checkpoint, by name.
 
-    Files without check sums, as earlier versions wrote them, cannot be told.
+    Files without check sums, as written by earlier versions, cannot be checked.
 
     Raises:
         ValueError: A file cannot be read.
@@ -77,7 +77,7 @@ def damaged(files: list[str]) -> list[str]:
 
 
 def memory(tensor: Any) -> Any:
-    """What tied tensors have in common."""
+    """Return a key that tied tensors share."""
     if not isinstance(tensor, Tensor):
         return id(tensor)
     return tensor.data_ptr(), tensor.shape, tensor.dtype
@@ -102,7 +102,7 @@ def _opened(file: str) -> Any:
 
 
 def _listed(file: str) -> dict[str, str]:
-    """The check sums that a file has; none if it is of an earlier version."""
+    """Return the check sums in a file; empty if an earlier version wrote it."""
     text = (_opened(file).metadata() or {}).get(KEY, "{}")
     try:
         return dict(json.loads(text))

@@ -1,4 +1,4 @@
-"""`QFTTrainer`: the Trainer with conversion, memory ledger, safe checkpoints and model card."""
+"""`QFTTrainer`: a Trainer with conversion, memory ledger, safe checkpoints and model card."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,16 +23,17 @@ from .peak_memory import PeakMemory
 from .prepared_model import prepare_model_
 from .trial_pass import trial_pass
 
-N_ITEMS = "num_items_in_batch"  # the Trainer's name, beside the model's inputs
+N_ITEMS = "num_items_in_batch"  # the Trainer's name for it, used as a key next to the inputs
 
 
 class QFTTrainer(CheckpointTrainer):
-    """Trains every parameter of a model in INT8; takes what `transformers.Trainer` takes.
+    """Trains every parameter of a model in INT8; accepts the arguments of `transformers.Trainer`.
 
-    A float model is quantized in place before it is moved, also one of `model_init`; of a model
-    with a side network that alone, and only if the optimizer is one of ours. The memory
-    ledger is printed once gradients and momentum both exist, and stays in `ledger`. Checkpoints and
-    saved models appear whole or not at all, and a run goes on exactly from one or is refused.
+    A float model, also one made by `model_init`, is quantized in place before it is moved. In a
+    model with a side network, only the side network is quantized, and only with one of our
+    optimizers. The memory ledger is printed once gradients and momentum both exist, and is kept in
+    `ledger`. Checkpoints and saved models appear whole or not at all, and a run resumes exactly
+    from a checkpoint or is refused.
 
     Raises:
         ValueError: The optimizer is not one of ours, or the arguments or the model cannot work with
@@ -46,7 +47,7 @@ class QFTTrainer(CheckpointTrainer):
             args = QFTTrainingArguments(output_dir="trainer_output")
         if named_optimizer(args) is not None:
             refuse_optimizer((kwargs.get("optimizers") or (None, None))[0], args)
-            if isinstance(model, nn.Module):  # a Trainer that is mixed in may load one by its name
+            if isinstance(model, nn.Module):  # a Trainer that is mixed in may load a model by name
                 # Before the Trainer moves the model: the float weights never reach the device.
                 prepare_model_(model, args)
         elif side_network_of(model) is None:
@@ -66,13 +67,13 @@ class QFTTrainer(CheckpointTrainer):
         self.add_callback(self.health)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        """The model that `model_init` makes, prepared before the Trainer moves it."""
+        """Return the model that `model_init` makes, prepared before the Trainer moves it."""
         model: nn.Module = super().call_model_init(trial)
         prepare_model_(model, self.args)
         return model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `CheckpointTrainer` does, and free the memory of graphs."""
+        """Train as `CheckpointTrainer` does, and free the memory of CUDA graphs at the end."""
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -85,12 +86,12 @@ class QFTTrainer(CheckpointTrainer):
             self.accelerator.__dict__.pop("clip_grad_norm_", None)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
-        """Forward and backward; twice where released gradients are clipped exactly.
+        """Run forward and backward; twice if released gradients are clipped exactly.
 
         The first pass finds the global norm and updates nothing; see `trial_pass`.
         """
         optimizer = unwrapped(self.optimizer)
-        # Accumulated gradients are all alive at the end and are clipped there, in one pass.
+        # Accumulated gradients all exist after the last micro-batch: one pass is enough to clip.
         exact = is_ours(optimizer) and optimizer.clipping == "exact"
         if exact and self.current_gradient_accumulation_steps == 1:
             with trial_pass(model), optimizer.measure_norm():
@@ -112,7 +113,7 @@ class QFTTrainer(CheckpointTrainer):
             self._graphed_step = GraphedStep(optimizer, make_graph)
             if optimizer.gradient == "stack" and self.accelerator.scaler is None:
                 self._clip_by_graphs(self._graphed_step.run_part)
-        step = super().training_step  # of the Trainer, or of one that is mixed in
+        step = super().training_step  # the Trainer's, or that of a Trainer that is mixed in
         batch = dict(self._prepare_inputs(inputs))
         if num_items_in_batch is not None:
             batch[N_ITEMS] = num_items_in_batch
@@ -121,12 +122,12 @@ class QFTTrainer(CheckpointTrainer):
             inputs = dict(batch)
             return step(model, inputs, inputs.pop(N_ITEMS, None))
 
-        # What the Trainer and the optimizer decide by.
+        # Host values on which the control flow of the Trainer and the optimizer depends.
         kind = (self.accelerator.sync_gradients, self.current_gradient_accumulation_steps)
         return self._graphed_step(run, batch, kind=kind)
 
     def _clip_by_graphs(self, run_part: RunPart) -> None:
-        """The Trainer, or one that is mixed in, clips by this method of its accelerator."""
+        """Run clipping as part of the graphs: a Trainer clips by this method of its accelerator."""
         clip = self.accelerator.clip_grad_norm_
 
         def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
@@ -137,7 +138,7 @@ class QFTTrainer(CheckpointTrainer):
         self.accelerator.clip_grad_norm_ = clip_grad_norm_
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add figures of the INT8 run to training logs, for every reporter."""
+        """Add figures of the INT8 run to training logs, so that every reporter receives them."""
         if "loss" in logs and self.optimizer is not None:
             figures = self.health.figures()
             if is_ours(optimizer := unwrapped(self.optimizer)):
@@ -162,21 +163,21 @@ class QFTTrainer(CheckpointTrainer):
         dataset_args: str | list[str] | None = None,
         dataset_name: str | None = None,
     ) -> None:
-        """Write `README.md` for the Hub; it takes the place of the Trainer's card.
+        """Write `README.md` for the Hub, in place of the Trainer's card.
 
         Args:
-            language: Codes of languages.
-            license: Identifier that the Hub knows.
-            tags: Added to ours.
-            model_name: Of the model; default: its repository on the Hub, or its folder.
-            finetuned_from: Name on the Hub of the model that was tuned.
-            tasks: Not used: the model's class says its task.
-            dataset_tags: Names on the Hub of what was learned.
-            dataset: Likewise; a path is told as the name of a local file.
+            language: Language codes.
+            license: License identifier that the Hub knows.
+            tags: Tags to add to ours.
+            model_name: Name of the model; by default its repository on the Hub, or its folder.
+            finetuned_from: Name on the Hub of the model that was fine-tuned.
+            tasks: Not used: the task follows from the model's class.
+            dataset_tags: Names on the Hub of the training data.
+            dataset: Like `dataset_tags`; of a path, the card gives the file name.
             dataset_args: Not used.
-            dataset_name: As `dataset`; TRL's name for it.
+            dataset_name: Like `dataset`; TRL's name for it.
         """
-        # The folder of a side network has a card already.
+        # The folder of a side network already has a card.
         if not self.is_world_process_zero() or side_network_of(self.model) is not None:
             return
         sources = [*_listed(dataset_tags), *_listed(dataset), *_listed(dataset_name)]
@@ -201,7 +202,7 @@ def _listed(value: str | list[str] | None) -> list[str]:
 
 
 class _LedgerCallback(TrainerCallback):
-    """Measures the ledger while gradients are alive: just before a step, and between batches."""
+    """Measures the ledger while gradients exist: just before a step, and between micro-batches."""
 
     def __init__(self, trainer: QFTTrainer) -> None:
         self.trainer = trainer
@@ -226,7 +227,7 @@ class _LedgerCallback(TrainerCallback):
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure between micro-batches, where alone released gradients are alive."""
+        """Measure between micro-batches, the only time when released gradients exist."""
         if self.n_seen < 2:
             self._measure()
 

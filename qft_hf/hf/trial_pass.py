@@ -1,4 +1,4 @@
-"""A forward pass before the one that counts: the same again, and without a trace."""
+"""A trial pass before the pass of a step, with the same random numbers and without side effects."""
 
 import random
 from collections.abc import Iterator
@@ -11,10 +11,10 @@ from torch import nn
 
 @contextmanager
 def trial_pass(model: nn.Module) -> Iterator[None]:
-    """Afterwards random states and buffers of `model` are what they were.
+    """Restore the states of random numbers and the buffers of `model` after the block.
 
-    So the next pass drops the same activations and masks the same positions, which some models
-    choose by NumPy, and running statistics, as of a batch norm, count a batch once.
+    The next pass then drops the same activations and masks the same positions, for which some
+    models use NumPy, and running statistics, such as a batch norm's, count a batch once.
     """
     of_python, of_numpy = random.getstate(), np.random.get_state()
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]

@@ -1,4 +1,4 @@
-"""Which runs cannot have their steps captured as CUDA graphs, and what can."""
+"""Which runs cannot have their steps captured as CUDA graphs, and the alternatives."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from .optimizers import given_options
 
 
 def refuse_uncapturable(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise for what a run cannot have beside `cuda_graph=True`.
+    """Raise for options and models that do not work with `cuda_graph=True`.
 
     Raises:
-        ValueError: The text says what to do instead.
+        ValueError: The run cannot be captured; the text says what to do instead.
     """
     reasons = uncapturable(args, model)
     if args.device.type != "cuda":
@@ -25,20 +25,20 @@ def refuse_uncapturable(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def uncapturable(args: TrainingArguments, model: nn.Module) -> list[str]:
-    """Why passes of such a run cannot be captured on any device, and what can."""
+    """Return the reasons why a run cannot be captured on any device, each with an alternative."""
     reasons = []
     options = given_options(args)
     if options.get("gradient") == "release" and options.get("clipping") == "exact":
         reasons.append(
-            "clipping='exact' runs each pass twice. Take clipping='previous', or "
+            "clipping='exact' runs each pass twice. Use clipping='previous', or "
             "gradient='stack', which clips exactly at no cost"
         )
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
     if args.gradient_checkpointing and checkpointing.get("preserve_rng_state", True):
         reasons.append(
-            "gradient_checkpointing saves the state of random numbers on the host. Without dropout "
-            'in the model gradient_checkpointing_kwargs={"preserve_rng_state": False} gives the '
-            "same without"
+            "gradient_checkpointing saves the state of random numbers on the host. In a model "
+            'without dropout, gradient_checkpointing_kwargs={"preserve_rng_state": False} gives '
+            "the same results without it"
         )
     if args.use_liger_kernel and (args.liger_kernel_config or {}).get(WHOLE):
         reasons.append(
@@ -47,10 +47,10 @@ def uncapturable(args: TrainingArguments, model: nn.Module) -> list[str]:
     if args.torch_empty_cache_steps is not None:
         reasons.append("torch_empty_cache_steps frees memory in the pass. Leave it unset")
     if args.world_size > 1:
-        reasons.append("processes wait for each other in the pass. Start one process")
+        reasons.append("several processes wait for each other in the pass. Start one process")
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     if len(devices) > 1:
-        reasons.append(f"a graph is of one device, and the model is on {len(devices)}")
+        reasons.append(f"a graph runs on one device, and the model is on {len(devices)}")
     experts = [
         name
         for name, module in model.named_modules()

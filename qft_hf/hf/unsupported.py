@@ -1,4 +1,4 @@
-"""What cannot work with INT8 weights that are trained, refused before anything has happened."""
+"""Refuses arguments and models that cannot work with trained INT8 weights, before a run begins."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from .wording import and_more
 
 
 def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise for arguments and models that no run with one of our optimizers can have.
+    """Raise for arguments and models that do not work with our optimizers.
 
     Raises:
         TypeError: An option has a value of the wrong type.
@@ -31,22 +31,22 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def _refuse_fp16(args: TrainingArguments) -> None:
-    # The launcher says it too, by an environment variable.
+    # The launcher can set it too, by an environment variable.
     if args.fp16 or args.mixed_precision == "fp16":
         raise ValueError(
-            "fp16=True, or --mixed_precision fp16 of accelerate launch, scales the loss and "
-            "unscales float gradients, which INT8 gradients are not. Use bf16=True, which needs no "
+            "fp16=True, or --mixed_precision fp16 of accelerate launch, scales the loss and then "
+            "unscales float gradients, and gradients here are INT8. Use bf16=True, which needs no "
             "scaling."
         )
     if args.fp16_full_eval:
         raise ValueError(
             "fp16_full_eval=True leaves the model in float16 after evaluation, whose range is too "
-            "narrow to train on from. Use bf16_full_eval=True, or leave it off."
+            "narrow to continue training. Use bf16_full_eval=True, or leave it off."
         )
 
 
 def _refuse_distribution(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise for ways to use several devices other than a process for each."""
+    """Raise for ways to use several devices other than one process for each."""
     if args.deepspeed:
         raise ValueError(
             "DeepSpeed partitions float parameters and cannot hold INT8 weights. Remove deepspeed: "
@@ -74,12 +74,12 @@ def _refuse_distribution(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def _refuse_of_several(args: TrainingArguments) -> None:
-    """Raise for what works on one process and not on several."""
+    """Raise for options that work with one process and not with several."""
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
     if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
         raise ValueError(
-            "Under use_reentrant=True backward passes lie inside of others, and several processes "
-            "cannot see when a step's gradients are complete. Set "
+            "With use_reentrant=True backward passes are nested, and several processes cannot "
+            "determine when a step's gradients are complete. Set "
             "gradient_checkpointing_kwargs={'use_reentrant': False}, which is the default."
         )
     if args.save_on_each_node:
@@ -90,14 +90,14 @@ def _refuse_of_several(args: TrainingArguments) -> None:
         )
     if args.auto_find_batch_size:
         raise ValueError(
-            "auto_find_batch_size=True tries a smaller batch where memory runs out, and other "
-            "processes would not know. Set auto_find_batch_size=False and a "
+            "auto_find_batch_size=True tries a smaller batch on the process whose memory runs out, "
+            "and the other processes would not follow. Set auto_find_batch_size=False and a "
             "per_device_train_batch_size that fits."
         )
 
 
 def _refuse_features(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise for what else may be asked for, and does not go with INT8 or with something else."""
+    """Raise for other options that do not work with INT8 weights or with each other."""
     if side_network_of(model) is not None and given_options(args).get("gradient") == "release":
         raise ValueError(
             "gradient='release' is for training all parameters of a model, and only its side "
@@ -121,7 +121,7 @@ def _refuse_features(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def _refuse_model(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise for a model of which not every parameter can be trained."""
+    """Raise for a model with parameters that cannot be trained."""
     if hasattr(model, "peft_config"):
         raise ValueError(
             f"The model has PEFT adapters, and {optimizer_name(args)} trains every parameter. Set "

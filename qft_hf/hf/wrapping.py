@@ -1,6 +1,6 @@
-"""How a method of transformers or Accelerate is wrapped, where nothing else gives a way in.
+"""Wraps methods of transformers and Accelerate that offer no other way to extend them.
 
-Importing `qft_hf.hf` does so: see what `hf/__init__.py` installs.
+Importing `qft_hf.hf` installs the wrappers: see `hf/__init__.py`.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,12 @@ MARK = "_qft_wrappers"
 
 
 def wrap_(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-    """Put what `wrapper` makes of a method in its place; a second time nothing happens.
+    """Replace a method by `wrapper(method)`; a second call with the same wrapper does nothing.
 
     Args:
-        owner: The class or module that has it, modified.
-        name: Of the method, which may be static.
-        wrapper: Takes the method, and returns a function with the same arguments.
+        owner: Class or module that has the method. Modified.
+        name: Name of the method, which may be static.
+        wrapper: Function that takes the method and returns one with the same arguments.
     """
     method = getattr(owner, name)
     known = getattr(method, MARK, ())

@@ -64,7 +64,7 @@ def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
     [
         ("Apache 2.0", "Is it apache-2.0"),
         ("cc-by-4", "cc-by-4.0"),
-        ("nonsense", "One without an identifier is called other"),
+        ("nonsense", "For a license without an identifier, give other"),
         ("llama3.1", None),
         ("other", None),
     ],
@@ -78,5 +78,5 @@ def test_a_doubted_license_is_written_and_said(chat_flags, capsys):
     finetune(parsed(chat_flags))
     run = Path(chat_flags["output_dir"])
     main(["card", str(run), "--license", "llama5"])  # which may come
-    assert "not known to take the license 'llama5'" in capsys.readouterr().err
+    assert "not known to accept the license 'llama5'" in capsys.readouterr().err
     assert ModelCard.load(run / "README.md").data.license == "llama5"

@@ -66,7 +66,7 @@ def test_a_model_that_sees_is_planned_and_another_that_says_nothing_refused(tmp_
 
     with pytest.raises(SystemExit):
         main(["plan", str(tmp_path / "ViT")])
-    assert "qft-hf plan: A model that learns next tokens is wanted" in capsys.readouterr().err
+    assert "qft-hf plan: A causal language model is needed" in capsys.readouterr().err
 
 
 def test_an_architecture_that_ships_is_known_by_name_from_any_folder(tmp_path, monkeypatch, capsys):

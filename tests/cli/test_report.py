@@ -184,7 +184,7 @@ def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, capsys):
     before = {path: path.read_bytes() for path in second.iterdir()}
     with pytest.raises(SystemExit):
         main(words)
-    assert "is there already, and is no report. Give --output" in capsys.readouterr().err
+    assert "exists already and is not a report. Give --output" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in second.iterdir()} == before
 
 
@@ -194,7 +194,7 @@ def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, capsys):
         ("summary.json", "{", "summary.json cannot be read"),
         ("trainer_state.json", "", "trainer_state.json cannot be read"),
         ("run.yaml", "a: [", "run.yaml cannot be read"),
-        ("summary.json", "{}", "noted less: summary.json has no model, "),
+        ("summary.json", "{}", "recorded less: summary.json has no model, "),
         ("trainer_state.json", "{}", "trainer_state.json has no log_history"),
     ],
 )

@@ -125,5 +125,5 @@ def test_a_model_with_an_encoder_of_text_is_refused_before_data_are_read(tmp_pat
         config.save_pretrained(tmp_path / "model")
         told = flags(tmp_path) | {"train_data": write_jsonl(tmp_path / "bad.jsonl", [{}])}
 
-        with pytest.raises(ValueError, match="A model that learns next tokens is wanted"):
+        with pytest.raises(ValueError, match="A causal language model is needed"):
             finetune(parsed(told))

@@ -317,8 +317,8 @@ def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 2e-3}, "was given, and the optimizer goes by"),
-        ({"weight_decay": 0.1, "max_length": 32}, "was given, and the optimizer goes by"),
+        ({"learning_rate": 2e-3}, "was given, and the optimizer uses"),
+        ({"weight_decay": 0.1, "max_length": 32}, "was given, and the optimizer uses"),
         ({"group_size": 16}, "checkpoint-4 is of another model, or in another format than is ask"),
         ({"optim": "qft_adamw"}, "state of parameter 0 must be a step and"),
     ],

@@ -384,7 +384,7 @@ def test_a_model_that_sees_has_all_its_states_and_says_what_is_not_counted(name,
 
 @pytest.mark.parametrize(
     ("config", "fault"),
-    [(VISIBLE["ViT"].config(), "ViTConfig is of none"), (T5Config(), "T5Config has an encoder")],
+    [(VISIBLE["ViT"].config(), "ViTConfig belongs to"), (T5Config(), "T5Config has an encoder")],
     ids=["ViT", "T5"],
 )
 def test_a_configuration_of_no_decoder_is_refused(config, fault):

@@ -170,7 +170,7 @@ def test_the_model_that_is_asked_about_stays_as_it_is():
 
 
 def test_processes_share_nothing_beside_a_side_network():
-    with pytest.raises(ValueError, match=r"each would take what one does\. Leave n_processes out"):
+    with pytest.raises(ValueError, match=r"as much memory as one alone\. Leave n_processes out"):
         recommend(tiny_llama(), 24, side=QSTConfig(r=11), n_processes=2)
 
 

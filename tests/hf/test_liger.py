@@ -86,10 +86,10 @@ def test_without_liger_or_with_another_optimizer_the_loss_is_as_ever(tmp_path, c
         (
             {"liger_kernel_config": {"cross_entropy": True}, "chunked_loss": True},
             ValueError,
-            "for logits that exist whole.*Leave one of them out",
+            "needs all logits at once.*Leave one of the two out",
         ),
-        ({"liger_kernel_config": {"rope": "no"}}, TypeError, "must say True or False.*'no'"),
-        ({"liger_kernel_config": "[1]"}, TypeError, r"must say True or False.*got \[1\]"),
+        ({"liger_kernel_config": {"rope": "no"}}, TypeError, "to True or False.*'no'"),
+        ({"liger_kernel_config": "[1]"}, TypeError, r"to True or False.*got \[1\]"),
         ({"liger_kernel_config": "rope"}, ValueError, "must be a JSON dictionary such as .*'rope'"),
     ],
     ids=str,

@@ -414,7 +414,7 @@ def with_tensor(name, function):
         ),
         (
             with_tensor(DOWN + "weight", lambda t: torch.ones(44, 75)),
-            r"down_proj\.weight_outlier_column is in .* beside a float weight",
+            r"down_proj\.weight_outlier_column is in .* next to a float weight",
         ),
     ],
 )

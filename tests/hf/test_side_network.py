@@ -231,7 +231,7 @@ OTHERS = {
     "sizes": (wider, "another LlamaForCausalLM: .* Load the base that it was trained on"),
     "version": (another_version, "another version of .* Load the base that it was trained on"),
     "matrices": (other_matrices, "another version of .*: its weights have other values"),
-    "side network": (with_another_side, "Load the base anew, or attach one of that configuration"),
+    "side network": (with_another_side, "Load the base again, or attach one of that configuration"),
 }
 
 
@@ -255,7 +255,7 @@ def test_a_head_for_other_classes_is_refused(tmp_path):
     model = classifier("BERT")
     model.classifier = torch.nn.Linear(48, 7)
 
-    with pytest.raises(ValueError, match="Load the base with num_labels as it was trained"):
+    with pytest.raises(ValueError, match="Load the base with the num_labels of the trained head"):
         load_side_network(model, tmp_path)
 
     assert side_network_of(model) is None
@@ -282,7 +282,7 @@ def test_a_newer_format_is_refused(tmp_path):
     path = tmp_path / "side_network.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
 
-    with pytest.raises(ValueError, match=r"is of format 2, .* Install that version"):
+    with pytest.raises(ValueError, match=r"has format 2, .* Install that version"):
         load_side_network(decoder("Llama"), tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Share of right predictions.
+"""Share of correct predictions.
 
 An `evaluate` module: `evaluate.load("<this folder>")` works without a network.
 """
@@ -8,7 +8,7 @@ import evaluate
 import numpy as np
 
 _DESCRIPTION = """
-Accuracy is the share of predictions that equal their reference: (right) / (all), in [0, 1].
+Accuracy is the share of predictions that equal their reference: (correct) / (all), in [0, 1].
 """
 
 _INPUTS = """
@@ -17,12 +17,12 @@ Args:
     references: True class of each example, an integer.
 
 Returns:
-    accuracy: Share of equal pairs.
+    accuracy: Share of predictions that equal their reference.
 """
 
 
 class Accuracy(evaluate.Metric):
-    """Share of right predictions; see `inputs_description`."""
+    """Share of correct predictions; see `inputs_description`."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(

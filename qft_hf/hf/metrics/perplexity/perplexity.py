@@ -8,8 +8,8 @@ import evaluate
 import numpy as np
 
 _DESCRIPTION = """
-Perplexity is exp(mean negative log-likelihood), each predicted token counting once. A model that
-is always certain and right has 1; one that guesses has the size of its vocabulary.
+Perplexity is exp(mean negative log-likelihood), and each predicted token counts once. A model that
+is always certain and right has 1; one that guesses at random has the size of its vocabulary.
 """
 
 _INPUTS = """
@@ -18,9 +18,9 @@ Args:
         that take no part in the loss (padding, prompts).
 
 Returns:
-    perplexity: exp(loss); inf where that exceeds a double.
+    perplexity: exp(loss); inf if that exceeds a double.
     loss: Mean of `predictions` in nats per token.
-    tokens: How many were given.
+    tokens: Number of predicted tokens.
 """
 
 
@@ -40,6 +40,6 @@ class Perplexity(evaluate.Metric):
         if losses.size == 0:
             raise ValueError("perplexity needs the loss of at least one predicted token, got none.")
         mean = losses.mean()
-        with np.errstate(over="ignore"):  # a hopeless model has perplexity inf
+        with np.errstate(over="ignore"):  # a very large loss gives perplexity inf
             perplexity = np.exp(mean)
         return {"perplexity": float(perplexity), "loss": float(mean), "tokens": int(losses.size)}
