@@ -61,12 +61,18 @@ tile_columns, tiling = (
 
 OPERATORS = [value for value in vars(kernels).values() if isinstance(value, Operator)]
 
-# One column; odd; one over a momentum group; several tiles of groups.
-SHAPES = [(1, 1), (7, 33), (2, 257), (3, 1100)]
-GROUP_SIZES = [None, 3, 32, 100, 512, 5000]
+# One column; odd; one over a momentum group; several tiles of groups. Each with whole rows, and with
+# groups that divide its rows, that leave a shorter last one, and that are longer than a row.
+GROUP_SIZES = {
+    (1, 1): [None, 3],
+    (7, 33): [None, 3, 32, 5000],
+    (2, 257): [32, 100, 512],
+    (3, 1100): [None, 3, 32, 100, 512],
+}
+SHAPES = list(GROUP_SIZES)
 # Rows and groups that are longer than a tile of 8192 take two passes; a long row of many groups.
 LONG = [((2, 8500), None), ((2, 8500), 5000), ((1, 8500), 100)]
-CASES = [(shape, group_size) for shape in SHAPES for group_size in GROUP_SIZES] + LONG
+CASES = [(shape, size) for shape, sizes in GROUP_SIZES.items() for size in sizes] + LONG
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INPUTS = [random, ramp, ties]
 
