@@ -57,7 +57,7 @@ class Base:
         ]
 
     def expanded_bytes(self, compute_bytes: int) -> int:
-        """Bytes of a weight in float: a whole NF4 weight, or a tile of an INT8 one, also in FP32."""
+        """Bytes of a weight in float: a whole NF4 one, or a tile of an INT8 one, also in FP32."""
         if self.plan is not None:
             return largest_tile(self.plan) * (FP32_BYTES + compute_bytes)
         return max((weight.numel() for weight in self.nf4), default=0) * compute_bytes

@@ -1,4 +1,4 @@
-"""The one rule that lists the layers of a model."""
+"""The rule by which the layers of a model are found."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from torch import nn
 
 
 def layer_stack(model: Any) -> tuple[nn.Module, list[nn.Module]]:
-    """The module that runs the layers of a model, and the layers in the order that they run.
+    """Return the module that runs the layers of a model, and the layers in the order they run.
 
-    They are those of the only list that is as long as the configuration says, lists within lists
-    left aside.
+    They are in the only `nn.ModuleList` whose length is `num_hidden_layers`; lists inside another
+    one of this length do not count.
 
     Args:
-        model: Of transformers, on any device. Not changed.
+        model: A transformers model on any device; not modified.
 
     Raises:
         ValueError: There is no such list, or more than one.
