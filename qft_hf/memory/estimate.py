@@ -86,7 +86,7 @@ class Workload:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of one token's inputs of q, k, v; of o; of gate and up; and of down.
+        """Bytes of the inputs that linear modules save for one token: q/k/v, o, gate/up, down.
 
         Each expert of a token has its own copy of the output of the second norm.
         """
@@ -208,7 +208,7 @@ class MemoryEstimate:
 
 
 def without_activations(parts: Iterable[str]) -> str:
-    """Return the words for a sum without the activations of these parts."""
+    """Return the remark that a sum is without the activations of these parts."""
     return (
         f"without the activations of {' and '.join(parts)}, which depend on what is read; a run of "
         "a few steps measures them"
@@ -325,7 +325,7 @@ def _saves_codes(
 ) -> dict[str, bool]:
     """Return whether linear modules save codes, and whether experts do, instead of float inputs.
 
-    They do if all modules of the kind do, other than the output head. Tokens are assumed to be
+    A kind does if all its modules do; the output head does not count. Tokens are assumed to be
     spread evenly over experts, on a GPU, where small experts are multiplied in float.
     """
     head = output_head(model)

@@ -162,7 +162,7 @@ def _nf4_state(parameter: Tensor) -> Any:
 
 
 def _nf4_tensors(state: Any) -> list[Tensor]:
-    """All tensors of a `QuantState`, and of the one of its own scales, if any."""
+    """All tensors of a `QuantState`, and of the nested one of its scales, if any."""
     own = [value for value in vars(state).values() if isinstance(value, Tensor)]
     of_scales = getattr(state, "state2", None)  # absent after a CPU has repacked the weight
     return own if of_scales is None else own + _nf4_tensors(of_scales)

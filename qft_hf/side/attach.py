@@ -14,7 +14,7 @@ from .stack import layer_stack
 Model = TypeVar("Model", bound=nn.Module)
 
 NAME = "side_network"  # name of the module in its model
-# Arguments of layers that give positions in sizes of the base: a value for each head, or its width.
+# Layer arguments that encode positions in sizes of the base: a value for each head, or its width.
 FOR_THE_BASE = ("alibi", "rel_embeddings", "position_bias")
 
 
@@ -75,7 +75,7 @@ def side_network_of(model: Any) -> SideNetwork | None:
 
 
 def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that side tuning trains, by name: the side network, and a trained head.
+    """Return the modules that side tuning trains, by name: side network, and head if any.
 
     Raises:
         ValueError: The model has no side network.

@@ -105,10 +105,9 @@ class SideNetwork(nn.Module):
             self._state = self._replay = None
 
     def _forgets(self, arguments: list[Any]) -> bool:
-        """Return whether the base runs again in backward, for downsamples that are trained.
+        """Return whether the base runs again in backward, to train downsample modules.
 
-        It does if side layers are checkpointed too, but not with a cache in the arguments, to which
-        it would write twice.
+        It does if side layers are checkpointed, except with a cache: it would write to that twice.
         """
         return (
             self._learns

@@ -13,10 +13,10 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 def side_config(config: Any, side: QSTConfig) -> Any:
     """Return the configuration from which the base's own layer class builds a side layer.
 
-    It has as many layers, of width `hidden_size / r`. The number of heads is divided by `r` too, and
-    reduced to a divisor of the width, as some classes need. Heads keep their size, so the base's
-    rotary positions fit the side network as they are. A mixture of experts becomes dense: as wide
-    as the family's dense layers or, if it has none, as all experts of one token together.
+    It has as many layers, of width `hidden_size / r`. The number of heads is divided by `r` too,
+    and reduced to a divisor of the width, as some classes need. Heads keep their size, so the
+    base's rotary positions fit the side network as they are. A mixture of experts becomes dense: as
+    wide as the family's dense layers or, if it has none, as all experts of one token together.
 
     Args:
         config: The transformers configuration of the base; not modified.

@@ -1,8 +1,8 @@
 """The gradient of an embedding table in Triton. Twin: `kernels/embedding.py`.
 
 Tokens are sorted by row and keep their order within a row. There is a program for each token and
-tile. The one of a row's first token sums and writes that tile of the row; the others return at
-once. So the host need not know how many rows were looked up, and does not wait for the GPU.
+tile of a row. Only the program of a row's first token writes that tile; the others return at once.
+So the host need not know how many rows were looked up, and does not wait for the GPU.
 """
 
 import triton
@@ -47,7 +47,7 @@ def _embedding_gradient_kernel(
     codes_ptr,  # [n_rows, COLUMNS] int8, modified
     scales_ptr,  # [n_rows, N_GROUPS] fp32, modified
     sorted_ptr,  # [n] int32 or int64: rows, ascending
-    order_ptr,  # [n] int64: the token of each of these
+    order_ptr,  # [n] int64: the token of each entry of `sorted_ptr`
     gradient_ptr,  # [n, COLUMNS] fp32, bf16 or fp16
     n,
     n_rows,

@@ -77,7 +77,7 @@ def _lion_floats_kernel(
     value = old - change
     if STOCHASTIC:
         # BF16 is FP32 without its low 16 bits: adding 16 random bits carries into the high half
-        # with a probability of exactly the part that is cut off.
+        # with exactly the probability that the bits to be cut off stand for.
         words = random_words(tl.zeros((1, 1), tl.int64), start, BLOCK, seed, step, stream)
         bits = value.to(tl.int32, bitcast=True) + (words >> 16).to(tl.int32)
         rounded = (bits & -65536).to(tl.float32, bitcast=True)

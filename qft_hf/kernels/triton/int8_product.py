@@ -2,8 +2,8 @@
 
 Both operands are read along K, the only order in which matrix units take INT8. From an operand that
 is not contiguous along K the compiler gathers single bytes, in every program and every step of its
-loop, and on sm_80 it runs out of registers doing so. Copying such an operand once costs two bytes
-of traffic per element.
+loop, and on sm_80 it runs out of registers doing so. Copying such an operand into order once costs
+two bytes of traffic per element.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .numerics import magnitude_bits
 from .quantization import finite_codes, scale_of_bits
 
 ALIGNED = 16  # bytes of one asynchronous copy; rows along K must be a multiple of this
-GROUP = 8  # rows of tiles that run together, so that what they share of `b` stays in the cache
+GROUP = 8  # rows of tiles that run together, so that their common part of `b` stays in the cache
 COPY_TILE = 128
 COPY_WARPS = 8
 
@@ -67,7 +67,7 @@ def tiles_of(device: torch.device) -> tuple[Tile, ...]:
 
 
 def choose_tile(rows: int, columns: int, device: torch.device, width: int | None = None) -> Tile:
-    """Return the largest tile that occurs at least once per multiprocessor, or else the smallest.
+    """Return the largest tile of which every multiprocessor gets one, otherwise the smallest.
 
     Args:
         rows: Rows of the result.
@@ -121,7 +121,7 @@ def tile_of_sums(
 
 @triton.jit
 def scaled(sums, m, n, M, N, a_scales_ptr, b_scales_ptr, bias_ptr):
-    """Return the sums as FP32, times their scales, plus the bias; each of these may be None."""
+    """Return the sums as FP32, times their scales, plus the bias; scales and bias may be None."""
     out = sums.to(tl.float32)
     if a_scales_ptr is not None:
         out = out * tl.load(a_scales_ptr + m, mask=m < M, other=0.0)[:, None]
@@ -283,7 +283,7 @@ def product_tiles(
 
 
 def along_k(x: Tensor) -> Tensor:
-    """Return `x` `[rows, K]` if its rows are contiguous and whole 16 bytes, else a padded copy."""
+    """Return `x` `[rows, K]` or a zero-padded copy, with contiguous rows of whole 16 bytes."""
     rows, summed = x.shape
     row_stride, column_stride = x.stride()
     misaligned = summed % ALIGNED or row_stride % ALIGNED or x.data_ptr() % ALIGNED

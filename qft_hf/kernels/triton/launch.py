@@ -196,7 +196,7 @@ def specialization(arguments: Sequence[Any], is_specialized: Sequence[bool]) -> 
 
 
 def is_watched() -> bool:
-    """Whether Triton must launch: a profiler's hooks, debugging or compiler passes are active."""
+    """Whether Triton's JIT must launch: for hooks of profilers, debugging or other passes."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(

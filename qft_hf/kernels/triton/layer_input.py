@@ -49,10 +49,7 @@ def _maxima_kernel(
 
 @triton.jit
 def _count(bits_ptr, n_columns, limit, TILE: tl.constexpr):
-    """Return how many columns have bits above `limit`, which is at least 0.
-
-    Not "at least `limit`": the limit above a NaN with all bits set would overflow.
-    """
+    """Return how many columns have bits above `limit` >= 0; a NaN may have all 31 bits set."""
     found = tl.zeros((TILE,), tl.int32)
     for start in range(0, n_columns, TILE):
         column = start + tl.arange(0, TILE)

@@ -101,7 +101,7 @@ def _load_state(
     MOMENTUM_GROUP: tl.constexpr, STATE_GROUP: tl.constexpr, COLUMNS: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Load momentum and signed gradient of one tile in fp32; `start` and `exists` are by unit.
+    """Load momentum and signed gradient of one tile in fp32; `start` and `exists` are per unit.
 
     Without momentum, load zeros and the given direction.
     """

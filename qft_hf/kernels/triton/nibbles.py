@@ -89,7 +89,7 @@ def store_nibbles(
     packed_ptr, values, inverse, start, exists, row, seed, step, stream,
     STOCHASTIC: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Round a tile of fp32 `values` `[n_units, UNIT]` between neighbouring levels and store it.
+    """Round a tile of fp32 `values` `[n_units, UNIT]` between neighboring levels and store it.
 
     Args:
         packed_ptr: First byte of the row.

@@ -1,9 +1,9 @@
 """The tiles in which programs iterate over rows: arithmetic, and its twin inside the kernels.
 
-Most kernels that use it give a whole row to one program: groups do not extend over several rows, so
-programs share nothing. A row is cut into tiles of whole groups or, if groups are long, of parts of
-one. A tile is `[GROUPS * UNITS, UNIT]`: a unit is a run of columns that are in one weight group and
-in one momentum group, so a scale is loaded once per unit and not once per element.
+Most kernels that use these tiles give a whole row to one program: groups lie inside rows, so
+programs share nothing. A row is cut into tiles of whole groups or, if groups are long, into tiles
+of a part of one. A tile is `[GROUPS * UNITS, UNIT]`: a unit is a run of columns in one weight group
+and in one momentum group, so a scale is loaded once per unit and not once per element.
 """
 
 from dataclasses import asdict, dataclass
@@ -117,7 +117,7 @@ def tile_columns(
     UNITS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """First column of each unit of a tile, whether it exists, each column, whether it exists."""
+    """Return the first column of each unit and whether it exists, then the same of all columns."""
     unit = tl.arange(0, GROUPS * UNITS)
     place = (first_unit + unit % UNITS) * UNIT
     start = (first_group + unit // UNITS) * GROUP + place
