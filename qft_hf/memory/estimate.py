@@ -210,8 +210,8 @@ class MemoryEstimate:
 def without_activations(parts: Iterable[str]) -> str:
     """Return the remark that a sum is without the activations of these parts."""
     return (
-        f"without the activations of {' and '.join(parts)}, which depend on what is read; a run of "
-        "a few steps measures them"
+        f"without the activations of {' and '.join(parts)}, which depend on the data; a run of a "
+        "few steps measures them"
     )
 
 

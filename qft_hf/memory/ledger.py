@@ -86,7 +86,7 @@ class MemoryLedger:
         if self.n_processes > 1:
             lines.append(
                 f"on this process, one of {self.n_processes}: each owns some rows of every INT8 "
-                "weight, and holds gradients and momentum of those alone"
+                "weight, and holds gradients and momentum of these rows only"
             )
         for reason in sorted({kept.reason for kept in self.kept}):
             group = [kept for kept in self.kept if kept.reason == reason]

@@ -96,16 +96,16 @@ def estimate_side(
     kept = side_work.layers * layer
     activations = [
         (
-            "hidden states, made narrow",
+            "downsampled hidden states",
             side_work.layers + 1,
             _narrow_bytes(work, side_work, config),
         ),
         ("saved by the side layers", side_work.layers, 0 if side_work.checkpointing else kept),
         ("one layer computed again", 1, layer if side_work.checkpointing else 0),
         ("one layer of the base", 1, in_flight),
-        ("its weight as it multiplies", 1, base.expanded_bytes(work.compute_bytes)),
-        ("side weights as they multiply", len(side), copies),
-        ("last side state, normalised", 3, 3 * side_work.tokens * side_work.hidden * FP32_BYTES),
+        ("its weight in float", 1, base.expanded_bytes(work.compute_bytes)),
+        ("side weights, cast", len(side), copies),
+        ("last side state and norm", 3, 3 * side_work.tokens * side_work.hidden * FP32_BYTES),
         ("last hidden state", 1, work.tokens * work.hidden * work.compute_bytes),
         ("logits and their gradient", 3, work.logits_bytes),
     ]

@@ -114,22 +114,22 @@ def _refuse_heads(heads: dict[str, nn.Module]) -> None:
         for name, parameter in head.named_parameters():
             if not parameter.is_floating_point():
                 raise ValueError(
-                    f"{place}.{name} is {parameter.dtype}, and the head of a classifier is "
-                    f"trained. List {place!r} in llm_int8_skip_modules when the model is loaded."
+                    f"{place}.{name} is {parameter.dtype}, but the head of a classifier is trained "
+                    f"in float. List {place!r} in llm_int8_skip_modules when you load the model."
                 )
 
 
 def _refuse(model: Any) -> None:
     name = type(model).__name__
     if side_network_of(model) is not None:
-        raise ValueError(f"{name} has a side network already. Load the model anew for another.")
+        raise ValueError(f"{name} has a side network already. Load the model again for another.")
     if hasattr(model, "peft_config"):
         raise ValueError(
             f"{name} has PEFT adapters, which would have to be trained through the base. Merge "
             "them, or attach the side network to the model without them."
         )
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
-        raise ValueError(f"A side network is for models of transformers, got {name}.")
+        raise ValueError(f"A side network needs a model of transformers, got {name}.")
     if model.get_output_embeddings() is None and model.base_model is model:
         raise ValueError(
             f"{name} has no head. Load the model with AutoModelForCausalLM or "
@@ -155,15 +155,15 @@ def _refuse_labels(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         return
     name, shape = type(model).__name__, tuple(labels.shape)
     if model.get_output_embeddings() is not None:
-        wanted, fits = "one for each token", shape == tuple(ids.shape)
+        wanted, fits = "one label for each token", shape == tuple(ids.shape)
     elif name.endswith("ForSequenceClassification"):
-        wanted = f"one for each text, or {model.config.num_labels} numbers"
+        wanted = f"one label or {model.config.num_labels} numbers for each text"
         fits = shape in {(len(ids),), (len(ids), 1), (len(ids), model.config.num_labels)}
     else:
         return
     if not fits:
         raise ValueError(
-            f"The head of {name} takes labels of shape {wanted}, got {shape} for token ids of "
+            f"The head of {name} takes {wanted}, got labels of shape {shape} for token ids of "
             f"shape {tuple(ids.shape)}. Load the base with the head for this task: "
             "AutoModelForCausalLM or AutoModelForSequenceClassification."
         )
@@ -175,6 +175,6 @@ def _refuse_layers(layers: list[nn.Module], config: Any) -> None:
         found = [name for name in FOR_THE_BASE if name in wanted]
         if found and getattr(config, found[0], True):
             raise ValueError(
-                f"{type(layer).__name__} takes {found[0]}, made for the sizes of the base. "
-                "Choose a model with rotary or learned positions."
+                f"{type(layer).__name__} takes {found[0]}, which does not fit the sizes of a side "
+                "network. Choose a model with rotary or learned positions."
             )

@@ -29,8 +29,8 @@ def side_config(config: Any, side: QSTConfig) -> Any:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     if missing := [name for name in names if not getattr(config, name, None)]:
         raise ValueError(
-            f"{type(config).__name__} has no {', '.join(missing)}, which a side network is sized "
-            "by. Side tuning needs a transformer with attention in each layer."
+            f"{type(config).__name__} has no {', '.join(missing)}, from which a side network is "
+            "sized. Side tuning needs a transformer with attention in each layer."
         )
     width, heads = config.hidden_size, config.num_attention_heads
     if width % side.r:

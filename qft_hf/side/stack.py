@@ -26,8 +26,8 @@ def layer_stack(model: Any) -> tuple[nn.Module, list[nn.Module]]:
     outer = [place for place in lists if not any(place.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1 or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(model).__name__} has no stack of layers that can be told: its configuration "
-            f"says {n_layers} layers, and lists of that length are: {', '.join(outer) or 'none'}. "
+            f"{type(model).__name__} has no unique stack of layers: its configuration says "
+            f"{n_layers} layers, and lists of that length are: {', '.join(outer) or 'none'}. "
             "Side tuning needs a decoder, or an encoder with a head for classification."
         )
     return model.get_submodule(outer[0].rpartition(".")[0]), list(lists[outer[0]])

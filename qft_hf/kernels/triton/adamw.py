@@ -71,7 +71,7 @@ def _moments_kernel(
     GROUP_TILES: tl.constexpr,
     UNIT_TILES: tl.constexpr,
 ):
-    tl.static_assert(UNIT_TILES == 1, "a group of moments lies in one tile")
+    tl.static_assert(UNIT_TILES == 1, "a group of moments must fit in one tile")
     row = tl.program_id(0).to(tl.int64)
     ratio_codes_ptr += row * COLUMNS
     root_codes_ptr += row * COLUMNS

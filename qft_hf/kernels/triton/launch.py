@@ -62,7 +62,7 @@ class Launcher:
         if any(parameter.is_constexpr for parameter in kernel.params[:n_arguments]):
             raise ValueError(
                 f"The constexpr arguments of {kernel.__name__} must come after all others: a "
-                "launch hands both over as two runs. Reorder its parameters."
+                "launch passes them last. Reorder its parameters."
             )
         self._constant_names = [parameter.name for parameter in kernel.params[n_arguments:]]
         self._is_specialized = [
@@ -127,11 +127,11 @@ class Plan:
         places = [i for i, argument in enumerate(arguments) if argument is ...]
         if not places or places != list(range(places[0], places[0] + len(places))):
             raise ValueError(
-                "The arguments that a plan leaves open (`...`) must follow each other, got places "
+                "The arguments that a plan leaves open (`...`) must be consecutive, got positions "
                 f"{places}. Bind fewer, or reorder the kernel's parameters."
             )
         if places[0] == 0:
-            raise ValueError("The first argument of a plan is a tensor: it tells the device.")
+            raise ValueError("Bind a tensor as the first argument of a plan: it sets the device.")
         first, end = places[0], places[-1] + 1
         self._launcher, self._grid, self._constants = launcher, grid, constants
         self._before, self._after = arguments[:first], arguments[end:]
@@ -166,8 +166,8 @@ class Plan:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "A plan belongs to the tensors that it was made for and is not copied or saved with "
-            "their owner. Leave it out, and make one for the copy when that is first used."
+            "A plan is bound to its tensors and cannot be copied or saved with their owner. Leave "
+            "it out, and make one for the copy when that is first used."
         )
 
 
