@@ -1,4 +1,4 @@
-"""Where the bytes are: measured from live tensors, and predicted before anything is loaded."""
+"""Memory of a run: measured from live tensors, and predicted before anything is loaded."""
 
 from .estimate import MemoryEstimate, Workload, estimate
 from .ledger import LedgerRow, MemoryLedger, memory_ledger

@@ -1,8 +1,8 @@
-"""What a run will hold, from shapes alone: the ledger before anything is loaded.
+"""Predicts the memory of a run from shapes alone, before anything is loaded.
 
-States follow the storage format exactly. Activations are those of a decoder layer as transformers
-computes it: two norms in FP32, attention that saves no score matrix, and a gated MLP. Its linear
-modules save their four inputs as floats or, for INT8 weight gradients, as codes.
+The bytes of states follow exactly from the storage format. Activations are those of a decoder layer
+as in transformers: two norms in FP32, attention that saves no score matrix, and a gated MLP. Its
+linear modules save their four inputs as floats or, for INT8 weight gradients, as codes.
 """
 
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ from .processes import Rows
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What one forward and backward pass computes; sizes are elements.
+    """The sizes of one forward and backward pass, in elements, and how it saves activations.
 
     Attributes:
         tokens: Batch size times sequence length.
@@ -48,15 +48,16 @@ class Workload:
         hidden: Width of the residual stream.
         attention: Width of all query heads together.
         key_value: Width of all key heads together.
-        intermediate: Width of the MLP, of all experts of a token together.
+        intermediate: Width of the MLP, or of all experts of one token together.
         vocabulary: Rows of the output head.
-        compute_bytes: Of one activation: 2 for BF16, 4 for FP32.
-        checkpointing: Whether a layer keeps its input only and is computed again in backward.
-        chunked_loss: Whether logits exist for one run of the vocabulary at a time.
+        compute_bytes: Bytes of one activation: 2 for BF16, 4 for FP32.
+        checkpointing: Whether a layer keeps only its input and is computed again in backward.
+        chunked_loss: Whether logits exist for one chunk of the vocabulary at a time.
         int8_inputs: Whether linear modules save INT8 codes of their inputs.
-        int8_expert_inputs: Whether experts do.
+        int8_expert_inputs: Whether experts save INT8 codes of their inputs.
         outlier_fraction: Share of the columns of INT8 inputs that are saved as floats.
-        experts_per_token: Whose inputs and outputs are copies of their own; 0: no such layers.
+        experts_per_token: Experts of one token, which have copies of its inputs and outputs; 0:
+            the MLP has no experts.
     """
 
     tokens: int
@@ -76,18 +77,18 @@ class Workload:
 
     @property
     def layer_bytes(self) -> int:
-        """What one layer saves for its backward pass."""
+        """Bytes that one layer saves for its backward pass."""
         norms = 2 * self.hidden * FP32_BYTES
         others = 2 * self.hidden + self.attention + 2 * self.key_value + 3 * self.intermediate
-        if self.experts_per_token:  # what the router reads, and what each expert returns
+        if self.experts_per_token:  # the router's input and the output of each expert
             others += (1 + self.experts_per_token) * self.hidden
         return self.tokens * (norms + others * self.compute_bytes + self.input_bytes)
 
     @property
     def input_bytes(self) -> int:
-        """What linear modules save of one token: after both norms, of attention and of the MLP.
+        """Bytes of the inputs that linear modules save for one token: q/k/v, o, gate/up, down.
 
-        Each expert of a token has a copy of its own of what comes after the second norm.
+        Each expert of a token has its own copy of the output of the second norm.
         """
         copies = (self.hidden,) * max(1, self.experts_per_token)
         of_attention = self._input_bytes(self.hidden, self.attention, as_codes=self.int8_inputs)
@@ -112,7 +113,7 @@ class Workload:
 
     @property
     def gradient_operand_bytes(self) -> int:
-        """The gradient of a linear module in its two INT8 forms, with its scales."""
+        """Bytes of the largest output gradient in its two INT8 forms, with scales."""
         widths = [self.hidden, self.attention] if self.int8_inputs else []
         if self._mlp_saves_codes:
             widths += [self.hidden, self.intermediate]
@@ -123,17 +124,17 @@ class Workload:
 
     @property
     def saved_bytes(self) -> int:
-        """What all layers save."""
+        """Bytes that all layers save."""
         if not self.checkpointing:
             return self.layers * self.layer_bytes
         return self.layers * self.tokens * self.hidden * self.compute_bytes
 
     @property
     def logits_bytes(self) -> int:
-        """Logits, their log-probabilities in FP32, and the gradient of those.
+        """Bytes of logits, their log-probabilities in FP32, and the gradient of those.
 
-        Of a chunked loss: one run of each (its gradient takes the place of FP32 logits and is cast
-        for the products), and the FP32 gradient of the hidden states that all runs add up in.
+        A chunked loss holds one chunk of each (its gradient replaces the FP32 logits and is cast
+        for the products), and the FP32 gradient of hidden states, to which all chunks are added.
         """
         if not self.chunked_loss:
             return self.tokens * self.vocabulary * (self.compute_bytes + 2 * FP32_BYTES)
@@ -147,11 +148,11 @@ class MemoryEstimate:
     """Bytes by kind; `str()` draws the table.
 
     Attributes:
-        rows: States in the terms of `MemoryLedger`, at their largest: just before a step.
-        activation_rows: What forward and backward hold on top, at the same time at most.
-        n_parameters: Elements of all parameters, tied ones once.
-        n_processes: How many train together; the bytes are those of one of them.
-        received_bytes: What each process receives from the others in a step.
+        rows: States by the kinds of `MemoryLedger`, at their largest: just before a step.
+        activation_rows: What forward and backward hold in addition at the same time, at most.
+        n_parameters: Elements of all parameters; tied ones count once.
+        n_processes: Number of processes that train together; the bytes are those of one of them.
+        received_bytes: Bytes that each process receives from the others in a step.
         not_counted: Parts of the model whose activations are in no row.
     """
 
@@ -169,21 +170,21 @@ class MemoryEstimate:
 
     @property
     def activation_bytes(self) -> int:
-        """Bytes of what is not state."""
+        """Bytes of all activations."""
         return sum(row.bytes for row in self.activation_rows)
 
     @property
     def total_bytes(self) -> int:
-        """States and activations; the allocator and the libraries come on top."""
+        """Bytes of states and activations, without those of the allocator and libraries."""
         return self.state_bytes + self.activation_bytes
 
     @property
     def percent_of_fp32_adam(self) -> float:
-        """States against the 16 bytes per parameter of FP32 Adam, in percent."""
+        """States in percent of the 16 bytes per parameter of FP32 Adam."""
         return 100 * self.state_bytes / (FP32_ADAM_BYTES * self.n_parameters)
 
     def __str__(self) -> str:
-        """The table, marked as arithmetic."""
+        """Return the table, which says that it is arithmetic."""
         lines = [f"{'by arithmetic':<26}{'GB':>8}{'bytes/param':>13}"]
         for rows, name, total in (
             (self.rows, "states", self.state_bytes),
@@ -207,10 +208,10 @@ class MemoryEstimate:
 
 
 def without_activations(parts: Iterable[str]) -> str:
-    """Say what a sum does not have in it."""
+    """Return the remark that a sum is without the activations of these parts."""
     return (
-        f"without the activations of {' and '.join(parts)}, which depend on what is read; a run of "
-        "a few steps measures them"
+        f"without the activations of {' and '.join(parts)}, which depend on the data; a run of a "
+        "few steps measures them"
     )
 
 
@@ -229,13 +230,14 @@ def estimate(
 
     Args:
         model: Float or quantized, on any device; the meta device will do. Not modified.
-        workload: Of one micro-batch.
+        workload: The sizes of one micro-batch.
         spec: The weight format.
         gradient: `"stack"` or `"release"`, as `QFTLion` takes it.
-        momentum_bits: Of Lion: 8 or 4; 0: none, as `qft_sgd` has it.
+        momentum_bits: Bits of Lion's momentum: 8 or 4; 0 for no momentum. Others ignore it.
         optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`.
-        n_processes: That train together; the bytes are those of the first, which owns most rows.
-        not_counted: Parts of the model that `workload` says nothing of.
+        n_processes: Number of processes that train together; the bytes are those of the first one,
+            which owns the most rows.
+        not_counted: Parts of the model that `workload` does not cover.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
     workload = replace(
@@ -267,7 +269,7 @@ def estimate(
         ("buffers", *count(model.buffers())),
     ]
     whole = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in shapes]
-    waits = gradient == "stack" and n_processes == 1  # all of it, and is counted above
+    waits = gradient == "stack" and n_processes == 1  # for the step, and is counted above
     largest = 0 if waits else max(whole, default=0)
     tile = largest_tile(plan)
     activations = [
@@ -277,7 +279,7 @@ def estimate(
         ("largest gradient", 2, largest),
         ("rows under way", 6, rows.under_way_bytes(shapes, gradient=gradient)),
         ("INT8 gradient operands", 4, workload.gradient_operand_bytes),
-        # A tile of the weight in FP32 and as it multiplies, and one of its gradient.
+        # A tile of the weight in FP32 and in the compute dtype, and a tile of its gradient.
         ("float tiles", 3, tile * (FP32_BYTES + 2 * workload.compute_bytes)),
     ]
     return MemoryEstimate(
@@ -291,7 +293,7 @@ def estimate(
 
 
 def weight_kinds(plan: ConversionPlan, spec: QuantizationSpec) -> list[tuple[str, int, int]]:
-    """Kind, number of tensors and bytes of all that is stored of INT8 weights."""
+    """Return kind, number of tensors and bytes of everything that is stored of INT8 weights."""
     shapes = [arrangement.matrix_shape for arrangement in plan.arrangements.values()]
     codes = sum(rows * columns for rows, columns in shapes)
     stored = sum(GroupLayout(*shape, spec.group_size).stored_bytes for shape in shapes)
@@ -307,12 +309,12 @@ def weight_kinds(plan: ConversionPlan, spec: QuantizationSpec) -> list[tuple[str
 
 
 def largest_tile(plan: ConversionPlan) -> int:
-    """Elements of INT8 weights that are float at a time, at most."""
+    """Return the largest number of elements of INT8 weights that are float at the same time."""
     return max((_at_a_time(arrangement) for arrangement in plan.arrangements.values()), default=0)
 
 
 def _at_a_time(arrangement: Arrangement) -> int:
-    """Elements of a weight that are expanded to float together."""
+    """Return how many elements of a weight are expanded to float together."""
     rows, columns = arrangement.matrix_shape
     of_one = rows * columns // arrangement.n_matrices
     return max(min(TILE_ELEMENTS, rows * columns), of_one if arrangement.n_matrices > 1 else 0)
@@ -321,10 +323,10 @@ def _at_a_time(arrangement: Arrangement) -> int:
 def _saves_codes(
     model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec, workload: Workload
 ) -> dict[str, bool]:
-    """Whether linear modules save codes, and whether experts do; who does not saves its input.
+    """Return whether linear modules save codes, and whether experts do, instead of float inputs.
 
-    The head is not asked. All of a kind must. Tokens are taken to be spread evenly over experts,
-    on a GPU, where small experts are multiplied in float.
+    A kind does if all its modules do; the output head does not count. Tokens are assumed to be
+    spread evenly over experts, on a GPU, where small experts are multiplied in float.
     """
     head = output_head(model)
     tokens = workload.tokens * workload.experts_per_token
@@ -343,6 +345,6 @@ def _saves_codes(
 
 
 def count(tensors: Iterable[Tensor]) -> tuple[int, int]:
-    """How many tensors there are, and their bytes."""
+    """Return the number of tensors and their bytes."""
     stored = list(tensors)
     return len(stored), sum(tensor.nbytes for tensor in stored)

@@ -1,4 +1,4 @@
-"""Where the bytes of a model's training state are: measured from live tensors, row by row."""
+"""The bytes of a model's training state by kind, measured from live tensors."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -30,10 +30,11 @@ class MemoryLedger:
 
     Attributes:
         rows: Kinds of state; every stored tensor is in exactly one.
-        n_parameters: Elements of all parameters, tied ones once.
+        n_parameters: Elements of all parameters; tied ones count once.
         n_quantized: Elements that are stored as INT8.
         kept: Parameters that stay float, and why.
-        n_processes: That divide the state of INT8 weights; the bytes are those of this one.
+        n_processes: Number of processes that divide the state of INT8 weights; the bytes are those
+            of this process.
     """
 
     rows: list[LedgerRow]
@@ -49,7 +50,7 @@ class MemoryLedger:
 
     @property
     def bytes_by_kind(self) -> dict[str, int]:
-        """Bytes of `gradients`, of `momentum`, and of `weights`, with all that is neither."""
+        """Bytes of `gradients`, of `momentum`, and of all other rows as `weights`."""
         kinds = {"weights": 0, "gradients": 0, "momentum": 0}
         for row in self.rows:
             kinds[row.state if row.state in kinds else "weights"] += row.bytes
@@ -57,16 +58,16 @@ class MemoryLedger:
 
     @property
     def bytes_per_parameter(self) -> float:
-        """Total bytes for each parameter."""
+        """Total bytes per parameter."""
         return self.total_bytes / self.n_parameters
 
     @property
     def percent_of_fp32_adam(self) -> float:
-        """Total against the 16 bytes per parameter of FP32 Adam, in percent."""
+        """Total in percent of the 16 bytes per parameter of FP32 Adam."""
         return 100 * self.bytes_per_parameter / FP32_ADAM_BYTES
 
     def __str__(self) -> str:
-        """The table, and what stays float by reason."""
+        """Return the table, and the parameters that stay float by reason."""
         lines = [f"{'model state':<22}{'MB':>10}{'bytes/param':>13}{'tensors':>9}"]
         lines += [
             f"{row.state:<22}{row.bytes / 1e6:>10.1f}{row.bytes / self.n_parameters:>13.3f}"
@@ -85,7 +86,7 @@ class MemoryLedger:
         if self.n_processes > 1:
             lines.append(
                 f"on this process, one of {self.n_processes}: each owns some rows of every INT8 "
-                "weight, and holds gradients and momentum of those alone"
+                "weight, and holds gradients and momentum of these rows only"
             )
         for reason in sorted({kept.reason for kept in self.kept}):
             group = [kept for kept in self.kept if kept.reason == reason]
@@ -98,7 +99,7 @@ class MemoryLedger:
 
 
 def elements(parameter: Tensor) -> int:
-    """Values that a parameter stands for; bitsandbytes keeps two of NF4 in one byte."""
+    """Return the number of values in a parameter; bitsandbytes keeps two NF4 values in a byte."""
     state = _nf4_state(parameter)
     return parameter.numel() if state is None else prod(state.shape)
 
@@ -111,7 +112,7 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
         optimizer: A `torch.optim.Optimizer` (or Accelerate's wrapper) whose state is counted.
 
     Returns:
-        The ledger. Gradients are there between backward and step, momentum after the first step.
+        The ledger. Gradients exist between backward and step, momentum after the first step.
     """
     parameters = list(model.parameters())
     side = [] if side_network_of(model) is None else list(side_parameters(model).values())
@@ -156,14 +157,14 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
 
 
 def _nf4_state(parameter: Tensor) -> Any:
-    """What bitsandbytes reads a 4-bit parameter by; None of any other, and of one on no device."""
+    """The `QuantState` of a 4-bit parameter of bitsandbytes; None for others, and on `meta`."""
     return getattr(parameter, "quant_state", None)
 
 
 def _nf4_tensors(state: Any) -> list[Tensor]:
-    """All tensors of a `QuantState`, and of the one that its scales are read by, if any."""
+    """All tensors of a `QuantState`, and of the nested one of its scales, if any."""
     own = [value for value in vars(state).values() if isinstance(value, Tensor)]
-    of_scales = getattr(state, "state2", None)  # gone once a CPU has laid a weight out anew
+    of_scales = getattr(state, "state2", None)  # absent after a CPU has repacked the weight
     return own if of_scales is None else own + _nf4_tensors(of_scales)
 
 

@@ -1,7 +1,7 @@
-"""What each of several processes holds of the rows that it owns, and what travels between them.
+"""Predicts what each of several processes holds for its own rows, and what they exchange.
 
 The figures are those of the first process, which owns the most rows; `qft_hf/optim/processes.py`
-says what is exchanged.
+describes the exchange.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Rows:
     """The rows of weights that are divided among processes.
 
     Attributes:
-        n_processes: How many there are.
+        n_processes: Number of processes.
         spec: The format of the weights.
     """
 
@@ -34,27 +34,27 @@ class Rows:
     spec: QuantizationSpec
 
     def own(self, shape: Shape) -> Shape:
-        """The part of a weight that the first process owns."""
+        """Return the shape of the part of a weight that the first process owns."""
         rows, columns = shape
         return rows_of_process(rows, 0, self.n_processes).stop, columns
 
     def gradient_bytes(self, shape: Shape) -> int:
-        """What each process sends to the first one of the gradient of a weight."""
+        """Return the bytes of a weight's gradient that each process sends to the first one."""
         return HEADER_BYTES + GroupLayout(*self.own(shape), STATE_GROUP_SIZE).stored_bytes
 
     def updated_bytes(self, shape: Shape) -> int:
-        """What each process sends to all others of an updated weight."""
+        """Return the bytes of an updated weight that each process sends to all others."""
         rows, columns = self.own(shape)
         outliers = outliers_per_row(columns, self.spec.outlier_fraction) * OUTLIER_VALUE_BYTES
         return GroupLayout(rows, columns, self.spec.group_size).stored_bytes + rows * outliers
 
     def under_way_bytes(self, shapes: list[Shape], *, gradient: str) -> int:
-        """What is alive in backward of rows that are sent and received, at most.
+        """Return the most bytes of rows being sent and received that are alive in backward.
 
-        Those are the gradient of one weight, and in release the updated rows of the one before it.
+        These are the gradient of one weight, and in release the updated rows of the weight before.
 
         Args:
-            shapes: Of all weights, in the order of the forward pass.
+            shapes: Shapes of all weights, in the order of the forward pass.
             gradient: `"stack"` or `"release"`.
         """
         if self.n_processes == 1:
@@ -71,14 +71,14 @@ class Rows:
         return most
 
     def received_bytes(self, shapes: list[Shape], floats: list[int]) -> int:
-        """What the first process receives from others in a step.
+        """Return the bytes that the first process receives from others in a step.
 
         Args:
-            shapes: Of all weights.
+            shapes: Shapes of all weights.
             floats: Elements of each float parameter.
         """
         of_rows = sum(self.gradient_bytes(shape) + self.updated_bytes(shape) for shape in shapes)
-        # A flag and an FP32 gradient of each of the floats, an FP64 square of each of the others.
+        # An FP32 flag and gradient of each float parameter, and an FP64 square of each weight.
         reduced = FP32_BYTES * (len(floats) + sum(floats)) + FP64_BYTES * len(shapes)
         others = self.n_processes - 1
-        return others * of_rows + 2 * others * reduced // self.n_processes  # added up in a ring
+        return others * of_rows + 2 * others * reduced // self.n_processes  # reduced in a ring

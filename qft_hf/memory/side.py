@@ -1,7 +1,7 @@
-"""What side tuning will hold, from shapes alone: a frozen base, and a small trained network.
+"""Predicts the memory of side tuning from shapes alone: a frozen base and a small trained network.
 
-The base keeps no activation, no gradient and no optimizer state. What its layers hand over is kept
-by the modules that make it narrow, if these are trained.
+The base keeps no activations, gradients or optimizer state. The hidden states of its layers are
+kept by the downsample modules, if these are trained.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ from .estimate import (
 )
 from .ledger import LedgerRow
 
-ADAMW_STATES = 2  # in FP32, as the parameters of a side network are
-NF4_TENSORS = 5  # by which a weight is read: see `nf4_bytes`
+ADAMW_STATES = 2  # in FP32, like the parameters of a side network
+NF4_TENSORS = 5  # scales and tables of a weight: see `nf4_bytes`
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """How a frozen base is stored; without either, in float.
+    """How a frozen base is stored; in float, if neither `nf4` nor `plan` is given.
 
     Attributes:
-        nf4: Weights of 4 bits.
+        nf4: Weights that are stored as NF4.
         plan: Which weights are INT8.
-        spec: Their format.
+        spec: The format of the INT8 weights.
     """
 
     nf4: Sequence[Tensor] = ()
@@ -47,7 +47,7 @@ class Base:
 
     @property
     def kinds(self) -> list[tuple[str, int, int]]:
-        """Kind, number of tensors and bytes of all that is stored of them."""
+        """Kind, number of tensors and bytes of everything that is stored of these weights."""
         sizes = [nf4_bytes(weight.numel()) for weight in self.nf4]
         kinds = weight_kinds(self.plan, self.spec) if self.plan and self.spec else []
         return [
@@ -57,7 +57,7 @@ class Base:
         ]
 
     def expanded_bytes(self, compute_bytes: int) -> int:
-        """Bytes of a weight as it multiplies: of NF4 a whole one, of INT8 a tile, in FP32 too."""
+        """Bytes of a weight in float: a whole NF4 one, or a tile of an INT8 one, also in FP32."""
         if self.plan is not None:
             return largest_tile(self.plan) * (FP32_BYTES + compute_bytes)
         return max((weight.numel() for weight in self.nf4), default=0) * compute_bytes
@@ -73,7 +73,7 @@ def estimate_side(
         base: How its base is to be stored.
         work: One pass of the base.
         side_work: One pass of the side layers.
-        config: Of the side network.
+        config: Configuration of the side network.
     """
     side = list(side_parameters(model).values())
     others = {*map(id, side), *map(id, base.weights)}
@@ -87,7 +87,7 @@ def estimate_side(
         ("momentum", ADAMW_STATES * len(side), ADAMW_STATES * side_bytes),
         ("buffers", *count(model.buffers())),
     ]
-    # The copies in the dtype of the base that autocast multiplies with.
+    # Copies of the side weights in the dtype of the base, which autocast makes for products.
     copies = (
         0 if work.compute_bytes == FP32_BYTES else work.compute_bytes * side_bytes // FP32_BYTES
     )
@@ -96,16 +96,16 @@ def estimate_side(
     kept = side_work.layers * layer
     activations = [
         (
-            "hidden states, made narrow",
+            "downsampled hidden states",
             side_work.layers + 1,
             _narrow_bytes(work, side_work, config),
         ),
         ("saved by the side layers", side_work.layers, 0 if side_work.checkpointing else kept),
         ("one layer computed again", 1, layer if side_work.checkpointing else 0),
         ("one layer of the base", 1, in_flight),
-        ("its weight as it multiplies", 1, base.expanded_bytes(work.compute_bytes)),
-        ("side weights as they multiply", len(side), copies),
-        ("last side state, normalised", 3, 3 * side_work.tokens * side_work.hidden * FP32_BYTES),
+        ("its weight in float", 1, base.expanded_bytes(work.compute_bytes)),
+        ("side weights, cast", len(side), copies),
+        ("last side state and norm", 3, 3 * side_work.tokens * side_work.hidden * FP32_BYTES),
         ("last hidden state", 1, work.tokens * work.hidden * work.compute_bytes),
         ("logits and their gradient", 3, work.logits_bytes),
     ]
@@ -117,18 +117,18 @@ def estimate_side(
 
 
 def _layer_bytes(work: Workload) -> int:
-    """What a side layer saves: its residual stream is FP32, and each product casts its input."""
+    """Bytes that a side layer saves. Its residual stream is FP32; products cast their inputs."""
     wider = FP32_BYTES - work.compute_bytes
     casts = 3 * work.compute_bytes if wider else 0  # q, k and v share an input; gate and up another
     return work.layer_bytes + work.tokens * work.hidden * (2 * wider + casts)
 
 
 def _narrow_bytes(work: Workload, side_work: Workload, config: QSTConfig) -> int:
-    """What is saved, with checkpointing too, where hidden states of the base enter."""
+    """Bytes that are saved where hidden states of the base enter, with checkpointing too."""
     compute, width, rank = work.compute_bytes, side_work.hidden, config.rank
-    # Both that the gate mixes, and what comes of it.
+    # Both states that the gate mixes, and the mixture.
     mixed = width * (2 * FP32_BYTES + compute)
-    if side_work.checkpointing:  # the base runs again in backward, for what is learned from it
+    if side_work.checkpointing:  # the base runs again in backward to train the downsamples
         return work.tokens * side_work.layers * mixed
     of_module = {
         "adapter": (work.hidden + 2 * rank + width) * compute,

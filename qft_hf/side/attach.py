@@ -1,4 +1,4 @@
-"""`attach_side_network`: a model that trains a side network, and nothing of itself."""
+"""`attach_side_network`: freezes a model and makes it train a side network instead."""
 
 import inspect
 from typing import Any, TypeVar
@@ -13,32 +13,32 @@ from .stack import layer_stack
 
 Model = TypeVar("Model", bound=nn.Module)
 
-NAME = "side_network"  # of the module in its model
-# Arguments of layers by which a base tells positions, with a value for each head or of its width.
+NAME = "side_network"  # name of the module in its model
+# Layer arguments that encode positions in sizes of the base: a value for each head, or its width.
 FOR_THE_BASE = ("alibi", "rel_embeddings", "position_bias")
 
 
 def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
-    """Freeze a model and put a side network beside it, which alone is trained.
+    """Freeze a model and attach a side network, which is trained instead.
 
-    The model gives the same logits as before, bit for bit, until it has been trained. Its base may
-    be float, INT8 of ours, or 4-bit of bitsandbytes; it is always run as in evaluation, without
-    dropout. It keeps its class, `generate` and `config`; `save_pretrained` writes the side network
-    alone, as `save_side_network` does.
+    The model returns the same logits as before, bit for bit, until it has been trained. Its base
+    may be float, INT8 of this package, or 4-bit of bitsandbytes; the base always runs as in
+    evaluation, without dropout. The model keeps its class, `generate` and `config`;
+    `save_pretrained` writes only the trained modules, as `save_side_network` does.
 
     The head of a language model stays frozen. Any other head, such as that of a classifier, is
-    trained too, in the dtype that it has; one in INT8 is dequantized to `model.dtype`.
+    trained too, in its own dtype; an INT8 head is dequantized to `model.dtype`.
 
     Args:
-        model: Of transformers, with a head; modified. On one device, which may be meta.
-        config: None: the defaults.
+        model: A transformers model with a head, on one device, which may be meta; modified.
+        config: Configuration of the side network; None: the defaults.
 
     Returns:
         `model`, with the parameters of the side network in FP32.
 
     Raises:
-        ValueError: The model has no findable stack of layers, another side network or adapters, is
-            on several devices, or the sizes do not fit. The model is unchanged.
+        ValueError: No stack of layers is found, the model has a side network or adapters already,
+            is on several devices, or the sizes do not fit. The model is unchanged.
     """
     config = config or QSTConfig()
     any_model: Any = model
@@ -69,13 +69,13 @@ def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
 
 
 def side_network_of(model: Any) -> SideNetwork | None:
-    """The side network that a model has; None if it has none."""
+    """Return the side network of a model; None if it has none."""
     network = getattr(model, NAME, None)
     return network if isinstance(network, SideNetwork) else None
 
 
 def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a model that side tuning trains, by name: side network, and head if any.
+    """Return the modules that side tuning trains, by name: side network, and head if any.
 
     Raises:
         ValueError: The model has no side network.
@@ -89,7 +89,7 @@ def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def trained_heads(model: Any) -> dict[str, nn.Module]:
-    """All that a model has beside its base, if it is no language model, whose head stays frozen."""
+    """Return the children of a model other than its base; none for language models."""
     if model.get_output_embeddings() is not None:
         return {}
     beside = {name: child for name, child in model.named_children() if name != NAME}
@@ -97,7 +97,7 @@ def trained_heads(model: Any) -> dict[str, nn.Module]:
 
 
 def side_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a model that side tuning trains, by full name.
+    """Return the parameters of a model that side tuning trains, by full name.
 
     Raises:
         ValueError: The model has no side network.
@@ -114,22 +114,22 @@ def _refuse_heads(heads: dict[str, nn.Module]) -> None:
         for name, parameter in head.named_parameters():
             if not parameter.is_floating_point():
                 raise ValueError(
-                    f"{place}.{name} is {parameter.dtype}, and the head of a classifier is "
-                    f"trained. List {place!r} in llm_int8_skip_modules when the model is loaded."
+                    f"{place}.{name} is {parameter.dtype}, but the head of a classifier is trained "
+                    f"in float. List {place!r} in llm_int8_skip_modules when you load the model."
                 )
 
 
 def _refuse(model: Any) -> None:
     name = type(model).__name__
     if side_network_of(model) is not None:
-        raise ValueError(f"{name} has a side network already. Load the model anew for another.")
+        raise ValueError(f"{name} has a side network already. Load the model again for another.")
     if hasattr(model, "peft_config"):
         raise ValueError(
             f"{name} has PEFT adapters, which would have to be trained through the base. Merge "
             "them, or attach the side network to the model without them."
         )
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
-        raise ValueError(f"A side network is for models of transformers, got {name}.")
+        raise ValueError(f"A side network needs a model of transformers, got {name}.")
     if model.get_output_embeddings() is None and model.base_model is model:
         raise ValueError(
             f"{name} has no head. Load the model with AutoModelForCausalLM or "
@@ -144,25 +144,26 @@ def _refuse(model: Any) -> None:
 
 
 def _refuse_labels(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise for labels of a task that the head of a model has not; of their values it is silent.
+    """Raise if the shape of labels does not fit the head of a model; values are not checked.
 
     Raises:
-        ValueError: They have not the shape that a language model or a classifier of texts takes.
+        ValueError: The labels do not have the shape that this language model or text classifier
+            accepts.
     """
     labels, ids = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None)
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor):
         return
     name, shape = type(model).__name__, tuple(labels.shape)
     if model.get_output_embeddings() is not None:
-        wanted, fits = "one for each token", shape == tuple(ids.shape)
+        wanted, fits = "one label for each token", shape == tuple(ids.shape)
     elif name.endswith("ForSequenceClassification"):
-        wanted = f"one for each text, or {model.config.num_labels} numbers"
+        wanted = f"one label or {model.config.num_labels} numbers for each text"
         fits = shape in {(len(ids),), (len(ids), 1), (len(ids), model.config.num_labels)}
     else:
         return
     if not fits:
         raise ValueError(
-            f"The head of {name} takes labels of shape {wanted}, got {shape} for token ids of "
+            f"The head of {name} takes {wanted}, got labels of shape {shape} for token ids of "
             f"shape {tuple(ids.shape)}. Load the base with the head for this task: "
             "AutoModelForCausalLM or AutoModelForSequenceClassification."
         )
@@ -174,6 +175,6 @@ def _refuse_layers(layers: list[nn.Module], config: Any) -> None:
         found = [name for name in FOR_THE_BASE if name in wanted]
         if found and getattr(config, found[0], True):
             raise ValueError(
-                f"{type(layer).__name__} takes {found[0]}, made for the sizes of the base. "
-                "Choose a model with rotary or learned positions."
+                f"{type(layer).__name__} takes {found[0]}, which does not fit the sizes of a side "
+                "network. Choose a model with rotary or learned positions."
             )

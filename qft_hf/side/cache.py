@@ -1,8 +1,8 @@
-"""Room for the side network's keys and values, in the cache of the base.
+"""Room for the side network's keys and values in the cache of the base.
 
-A cache of transformers holds a list of layers, and each attention writes to the one of its number.
-The side network's layers are numbered on behind the base's: whatever reorders, repeats, selects or
-crops a cache does so for both.
+A transformers cache holds a list of layers, and each attention module writes to the one with its
+number. The side network's layers are numbered after the base's, so code that reorders, repeats,
+selects or crops a cache does so for both.
 """
 
 import copy
@@ -13,23 +13,23 @@ from torch import nn
 
 
 def shift_layer_numbers_(layer: nn.Module, by: int) -> None:
-    """Have the attention of a side layer write behind the layers of the base."""
+    """Make the attention of a side layer write to cache layers after those of the base."""
     for module in layer.modules():
         if isinstance(number := vars(module).get("layer_idx"), int):
             vars(module)["layer_idx"] = number + by
 
 
 def is_cache(argument: Any) -> bool:
-    """Whether something is a cache of transformers."""
+    """Return whether an argument is a transformers cache."""
     return hasattr(argument, "layers") and hasattr(argument, "get_seq_length")
 
 
 def make_room_(arguments: Iterable[Any], n_layers: int) -> None:
-    """Append layers for the side network to a cache that has been made for the base alone.
+    """Append layers for the side network to a cache that was created for the base alone.
 
     Args:
-        arguments: What a layer of the base is called with; a cache among them is modified.
-        n_layers: Of the base.
+        arguments: Arguments of a layer of the base; a cache among them is modified.
+        n_layers: Number of layers of the base.
 
     Raises:
         ValueError: The base has written to the cache without the side network.
@@ -38,7 +38,7 @@ def make_room_(arguments: Iterable[Any], n_layers: int) -> None:
         if not is_cache(cache):
             continue
         if len(cache.layers) >= 2 * n_layers or getattr(cache, "layer_class_to_replicate", None):
-            continue  # there is room, or there will be
+            continue  # it has these layers, or creates them when needed
         if cache.get_seq_length():
             raise ValueError(
                 f"The cache holds {cache.get_seq_length()} tokens of the base and none of the side "

@@ -1,4 +1,4 @@
-"""How wide a side network is and how hidden states enter it. Plain values: no tensors, no torch."""
+"""The width of a side network and how hidden states enter it: plain values, without torch."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,19 @@ class QSTConfig:
     """The side network of quantized side tuning (Zhang et al. 2024, arXiv 2401.07159, section 3).
 
     Args:
-        r: The base is this many times as wide as the side network. It has to divide the base's
-            hidden size; heads and intermediate width are divided likewise, and are 1 at least.
-        downsample: How a hidden state of the base gets the side network's width. `"adapter"`: a
-            low-rank product, SiLU, a second product and a layer norm. `"linear"`: one product.
-            Both learn from the hidden states, and so one of each layer is kept for backward; with
-            checkpointing none, and the base runs a second time instead. `"mean"` and `"max"`: of
-            each `r` neighbouring values, which learns and keeps nothing.
-        rank: Width between the two products of `"adapter"`; the others do not read it.
+        r: The base is this many times as wide as the side network. It must divide the base's
+            hidden size; the number of heads and the intermediate width are divided by it too, and
+            are at least 1.
+        downsample: How a hidden state of the base is reduced to the side network's width.
+            `"adapter"`: a low-rank product, SiLU, a second product and a layer norm. `"linear"`:
+            one product. Both are trained, so one hidden state per layer is kept for backward; with
+            checkpointing none is kept, and the base runs a second time instead. `"mean"` and
+            `"max"` of each `r` neighboring values have no parameters and keep nothing.
+        rank: Width between the two products of `"adapter"`; the others ignore it.
 
     Raises:
-        TypeError: `r` or `rank` is no integer.
-        ValueError: A value is out of its range; the text names the range.
+        TypeError: `r` or `rank` is not an integer.
+        ValueError: A value is out of its range; the message names the range.
     """
 
     r: int = 16

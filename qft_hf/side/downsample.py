@@ -1,4 +1,4 @@
-"""How a hidden state of the base gets the width of the side network."""
+"""Modules that reduce a hidden state of the base to the width of the side network."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ from .config import QSTConfig
 
 
 class Adapter(nn.Module):
-    """`[..., width]` to `[..., side_width]` by way of `rank` values: SiLU between, a norm after."""
+    """`[..., width]` to `[..., side_width]` through `rank` values, with SiLU and a layer norm."""
 
     def __init__(self, width: int, side_width: int, rank: int) -> None:
         super().__init__()
@@ -15,30 +15,30 @@ class Adapter(nn.Module):
         self.norm = nn.LayerNorm(side_width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`hidden [..., width]` to `[..., side_width]`."""
+        """Map `hidden` `[..., width]` to `[..., side_width]`."""
         narrow: Tensor = self.norm(self.up(nn.functional.silu(self.down(hidden))))
         return narrow
 
 
 class Pool(nn.Module):
-    """`[..., width]` to `[..., width / r]`: the mean or the largest of `r` neighbours."""
+    """`[..., width]` to `[..., width / r]`: the mean or maximum of `r` neighboring values."""
 
     def __init__(self, r: int, kind: str) -> None:
         super().__init__()
         self.r, self.kind = r, kind
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`hidden [..., width]` to `[..., width / r]`."""
+        """Map `hidden` `[..., width]` to `[..., width / r]`."""
         neighbours = hidden.unflatten(-1, (-1, self.r))
         return neighbours.mean(-1) if self.kind == "mean" else neighbours.amax(-1)
 
     def extra_repr(self) -> str:
-        """What it takes."""
+        """Return the kind of pooling and `r`."""
         return f"{self.kind} of {self.r}"
 
 
 def downsample(width: int, side_width: int, config: QSTConfig) -> nn.Module:
-    """A new module `[..., width]` to `[..., side_width]`, as `config.downsample` says."""
+    """Return a new module from `[..., width]` to `[..., side_width]`, by `config.downsample`."""
     if config.downsample == "adapter":
         return Adapter(width, side_width, config.rank)
     if config.downsample == "linear":

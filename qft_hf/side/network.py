@@ -1,13 +1,13 @@
-"""`SideNetwork`: narrow layers beside those of a frozen base, fed by its hidden states.
+"""`SideNetwork`: narrow layers that run next to those of a frozen base, on its hidden states.
 
     s_0 = D_0(embedding)
     s_i = layer_i((1 - g_i) D_i(h_i) + g_i s_{i-1}),   g_i = sigmoid(z_i)
     y   = h + U norm(s_L)
 
-`h_i` is what layer i of the base returns, and `h` its last hidden state as its head takes it. `U`
-starts at zero, so that the model starts as the base. Source: Zhang et al. 2024, arXiv 2401.07159,
-section 3. There it is `y = a h + (1 - a) U s_L` with a number `a` that starts at one: all of the
-side network then learns through one number that moves by the learning rate, and slowly.
+`h_i` is the output of layer i of the base, and `h` its last hidden state as the head reads it. `U`
+starts at zero, so the model starts as the base. Source: Zhang et al. 2024, arXiv 2401.07159,
+section 3. There `y = a h + (1 - a) U s_L` with a scalar `a` that starts at one: gradients of the
+side network then have the factor `1 - a`, which grows from zero, slowly, at the learning rate.
 """
 
 import inspect
@@ -25,24 +25,24 @@ from .downsample import downsample
 from .replay import Replay
 from .sizes import side_config
 
-FIRST_GATE = 0.5  # z, as the authors' code starts it
+FIRST_GATE = 0.5  # initial z, as in the authors' code
 
 
 class SideNetwork(nn.Module):
-    """What is trained. `follow` makes it run with a base, layer by layer.
+    """The trained network; `follow` makes it run with a base, layer by layer.
 
-    Parameters are FP32. Beside a base of half precision products are computed in the base's dtype,
-    as `torch.autocast` does it; else in that of the parameters, or as autocast that is on decides.
+    Parameters are FP32. With a half-precision base, products are computed in the base's dtype by
+    `torch.autocast`; otherwise in the dtype of the parameters, or as active autocast decides.
 
     Attributes:
-        config: What it was made from.
+        config: The configuration that it was built from.
         downsamples: `D_0` to `D_L`.
         gates: `z_1` to `z_L`, `[layers, side_width]`.
-        layers: Of the base's own classes.
-        norm: Of the last state.
-        upsample: `U`, `[width, side_width]`. It stays float where the layers are INT8: a row of
-            zeros tells no scale.
-        frozen: The modules of the model that are not trained, which are not below this one.
+        layers: The side layers, of the base's own classes.
+        norm: The norm of the last state.
+        upsample: `U`, `[width, side_width]`. It stays float if the layers are INT8: a row of zeros
+            determines no scale.
+        frozen: The modules of the model that are not trained; they are not submodules of this one.
         quantization: The `QFTConfig` of its weights; None while they are float.
     """
 
@@ -65,16 +65,16 @@ class SideNetwork(nn.Module):
         self.quantization: Any = None
         self._state: Any = None  # s_i, while the base runs
         self._learns = False  # whether autograd was on when the base was called
-        self._replay: Replay | None = None  # of the pass that is running
-        self._again: Replay | None = None  # that for which the base runs again
+        self._replay: Replay | None = None  # replay of the current forward pass
+        self._again: Replay | None = None  # replay for which the base is running again
 
     def follow(self, runner: Any, base_layers: Sequence[nn.Module]) -> None:
-        """Run with a base from now on.
+        """Attach to a base, so that this network runs whenever the base does.
 
         Args:
-            runner: The module that runs the layers; modified. It computes no gradients any more,
-                and to its last hidden state the side network is added.
-            base_layers: As this network was made for; modified.
+            runner: The module that runs the layers; modified. It no longer computes gradients, and
+                the output of the side network is added to its last hidden state.
+            base_layers: The layers that this network was built for; modified.
         """
         runner.forward = update_wrapper(partial(self._run, runner.forward), runner.forward)
         base_layers[0].register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -82,17 +82,17 @@ class SideNetwork(nn.Module):
             layer.register_forward_hook(partial(self._advance, number), with_kwargs=True)
 
     def train(self, mode: bool = True) -> "SideNetwork":  # noqa: FBT001, FBT002 torch's
-        """Set to training or evaluation; what is frozen has no dropout in either."""
+        """Set training or evaluation mode; frozen modules have no dropout in either."""
         super().train(mode)
         for module in self.frozen:
             for part in module.modules():
-                # Modules of weights alone stay in training: in evaluation on a CPU bitsandbytes
-                # stores its weights in another way, which costs digits.
+                # Leaf modules with parameters follow the mode: in evaluation on a CPU, bitsandbytes
+                # stores its weights in another way, which loses precision.
                 part.training = mode and bool(part._parameters) and not part._modules
         return self
 
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
-        """The forward of the base; the hooks on its layers run the side network meanwhile."""
+        """Run the forward of the base, while hooks on its layers run the side network."""
         self._learns = torch.is_grad_enabled()
         if self._forgets([*args, *kwargs.values()]):
             run_again = self._run_again(partial(forward, *args, **kwargs))
@@ -105,9 +105,9 @@ class SideNetwork(nn.Module):
             self._state = self._replay = None
 
     def _forgets(self, arguments: list[Any]) -> bool:
-        """Whether the base runs again in backward: where layers do, and somebody learns from it.
+        """Return whether the base runs again in backward, to train downsample modules.
 
-        A cache that is passed in would be written to twice.
+        It does if side layers are checkpointed, except with a cache: it would write to that twice.
         """
         return (
             self._learns
@@ -118,7 +118,7 @@ class SideNetwork(nn.Module):
         )
 
     def _run_again(self, forward: Callable[[], Any]) -> Callable[[Replay], None]:
-        """How to have the base run once more as it runs now, for a replay that learns from it."""
+        """Return a function that runs the base again under the current autocast, for a replay."""
         device = self.gates.device.type
         is_autocast, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -138,9 +138,9 @@ class SideNetwork(nn.Module):
         return self.downsamples[number](hidden)
 
     def _enter(self, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """The first layer of the base is about to run."""
+        """Hook before the first layer of the base: start the side network."""
         make_room_([*args, *kwargs.values()], len(self.layers))
-        # Detached: who trains adapters has embeddings require gradients.
+        # Detached: code that trains adapters makes the outputs of embeddings require gradients.
         hidden = (args[0] if args else kwargs["hidden_states"]).detach()
         with self._computing(hidden):
             if self._again is not None:
@@ -151,7 +151,7 @@ class SideNetwork(nn.Module):
     def _advance(
         self, number: int, layer: nn.Module, args: Any, kwargs: dict[str, Any], output: Any
     ) -> None:
-        """A layer of the base has run: so does the one beside it, with the same arguments."""
+        """Hook after a layer of the base: run its side layer with the same arguments."""
         hidden = _first(output)
         named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         with self._computing(hidden):
@@ -163,7 +163,7 @@ class SideNetwork(nn.Module):
             self._state = _first(self.layers[number](state, *args[1:], **named))
 
     def _leave(self, output: Any) -> Any:
-        """What the base returns, with the side network added to its last hidden state."""
+        """Return the output of the base, with the side network added to its last hidden state."""
         hidden = output[0]
         with self._computing(hidden):
             update = nn.functional.linear(self.norm(self._state), self.upsample)
@@ -175,7 +175,7 @@ class SideNetwork(nn.Module):
 
     @contextmanager
     def _computing(self, hidden: Tensor) -> Iterator[None]:
-        """Autograd as the model was called with, and the precision of the base."""
+        """Compute with the autograd mode of the model's call and in the precision of the base."""
         precision: Any = nullcontext()
         for dtype in (hidden.dtype, self.gates.dtype):
             if dtype in (torch.bfloat16, torch.float16):
@@ -186,10 +186,10 @@ class SideNetwork(nn.Module):
 
 
 def _side_layer(layer_class: type[nn.Module], sizes: Any, number: int) -> nn.Module:
-    """A layer of the base's own class at the side network's sizes.
+    """Return a layer of the base's own class at the side network's sizes.
 
     Raises:
-        ValueError: The class cannot be built so.
+        ValueError: The class cannot be built at these sizes.
     """
     wants_number = "layer_idx" in inspect.signature(layer_class).parameters
     try:
@@ -205,6 +205,6 @@ def _side_layer(layer_class: type[nn.Module], sizes: Any, number: int) -> nn.Mod
 
 
 def _first(output: Any) -> Tensor:
-    """The hidden state in what a layer returns."""
+    """Return the hidden state in the output of a layer."""
     state: Tensor = output[0] if isinstance(output, tuple) else output
     return state

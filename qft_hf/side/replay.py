@@ -1,9 +1,9 @@
-"""Hidden states that are not kept: the base runs again in backward, for what learns from them.
+"""Checkpointing of the base's hidden states: it runs again in backward to train downsample modules.
 
-A learned downsample module needs its input for its own gradient: a tensor as wide as the base in
-each layer. With checkpointing none is kept. Backward collects the gradients of what the modules
-returned, which are narrow; when the last one is there the base runs once more without autograd, and
-each module gets its gradient while its input passes by.
+A downsample module with parameters needs its input for their gradient: a tensor as wide as the base
+in each layer. With checkpointing none is kept. Backward collects the gradients of the modules'
+outputs, which are narrow. After the last one, the base runs once more without autograd, and each
+module computes its gradient when its input is available again.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ class Replay:
 
     Args:
         downsamples: `D_0` to `D_L`.
-        run: Runs the base again as it ran, and hands each hidden state to `learn`.
+        run: Runs the base again as it ran, and passes each hidden state to `learn`.
     """
 
     def __init__(self, downsamples: Sequence[nn.Module], run: Callable[["Replay"], None]) -> None:
@@ -27,17 +27,17 @@ class Replay:
         self.parameters = [p for module in downsamples for p in module.parameters()]
         self.token = _Begin.apply(self, *self.parameters)
         self.of_outputs: dict[int, Tensor] = {}
-        self.of_parameters: dict[int, Any] = {}  # by identity
+        self.of_parameters: dict[int, Any] = {}  # by id of the parameter
 
     def narrow(self, number: int, hidden: Tensor) -> Tensor:
-        """`D_number(hidden)`, of which `hidden` is not kept."""
+        """Return `D_number(hidden)` without keeping `hidden` for backward."""
         with torch.no_grad():
             value = self.downsamples[number](hidden)
         narrow: Tensor = _Narrow.apply(self, number, self.token, value)
         return narrow
 
     def learn(self, number: int, hidden: Tensor) -> None:
-        """The same hidden state again: `D_number` gets its gradient."""
+        """Compute the gradients of `D_number` from the same hidden state, computed again."""
         parameters = list(self.downsamples[number].parameters())
         with torch.enable_grad():
             value = self.downsamples[number](hidden)
@@ -45,13 +45,13 @@ class Replay:
         self.of_parameters |= dict(zip(map(id, parameters), gradients, strict=True))
 
     def gradients(self) -> list[Any]:
-        """Of all parameters, in their order."""
+        """Run the base again, and return the gradients of all parameters in their order."""
         self.run(self)
         return [self.of_parameters.pop(id(parameter)) for parameter in self.parameters]
 
 
 class _Begin(torch.autograd.Function):
-    """From parameters to a token: backward comes here when it has been through all `_Narrow`."""
+    """Maps parameters to a token; its backward runs after those of all `_Narrow`."""
 
     @staticmethod
     def forward(ctx: Any, replay: Replay, *parameters: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class _Begin(torch.autograd.Function):
 
 
 class _Narrow(torch.autograd.Function):
-    """A narrow state that came of a token, as far as autograd can tell."""
+    """Returns a narrow state that, to autograd, is a function of a token."""
 
     @staticmethod
     def forward(ctx: Any, replay: Replay, number: int, token: Tensor, value: Tensor) -> Tensor:

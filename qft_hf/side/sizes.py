@@ -5,32 +5,32 @@ from typing import Any
 
 from .config import QSTConfig
 
-# What transformers calls the width inside an MLP. Those of experts are handled by `_make_dense_`.
+# Names in transformers for the width inside an MLP. `_make_dense_` handles the widths of experts.
 INTERMEDIATE = ("intermediate_size", "ffn_dim", "n_inner")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 
 def side_config(config: Any, side: QSTConfig) -> Any:
-    """The configuration of which the base's own layer class makes a side layer.
+    """Return the configuration from which the base's own layer class builds a side layer.
 
-    As many layers, at width `hidden_size / r`. Heads are divided likewise and keep their size, so
-    that rotary positions of the base serve the side network as they are; classes whose heads are
-    `hidden_size / num_attention_heads` wide get a number of heads that divides the width. A mixture
-    of experts becomes dense, as wide as the experts that one token has together.
+    It has as many layers, of width `hidden_size / r`. The number of heads is divided by `r` too,
+    and reduced to a divisor of the width, as some classes need. Heads keep their size, so the
+    base's rotary positions fit the side network as they are. A mixture of experts becomes dense: as
+    wide as the family's dense layers or, if it has none, as all experts of one token together.
 
     Args:
-        config: Of the base, as transformers has it. Not changed.
-        side: The side network's.
+        config: The transformers configuration of the base; not modified.
+        side: The configuration of the side network.
 
     Raises:
-        ValueError: `r` does not divide the hidden size, or `config` lacks a size of the layers.
+        ValueError: `r` does not divide the hidden size, or `config` has no value for a layer size.
     """
     config = copy.deepcopy(config.get_text_config())
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     if missing := [name for name in names if not getattr(config, name, None)]:
         raise ValueError(
-            f"{type(config).__name__} has no {', '.join(missing)}, which a side network is sized "
-            "by. Side tuning needs a transformer with attention in each layer."
+            f"{type(config).__name__} has no {', '.join(missing)}, from which a side network is "
+            "sized. Side tuning needs a transformer with attention in each layer."
         )
     width, heads = config.hidden_size, config.num_attention_heads
     if width % side.r:
@@ -56,7 +56,7 @@ def side_config(config: Any, side: QSTConfig) -> Any:
 
 
 def _make_dense_(config: Any, r: int) -> None:
-    """Have layers of a mixture of experts be dense, or have one expert that all tokens take."""
+    """Make layers of a mixture of experts dense, or give them one expert for all tokens."""
     chosen = getattr(config, "num_experts_per_tok", None)
     if chosen is None:
         return
@@ -78,11 +78,11 @@ def _divided(value: int, r: int) -> int:
 
 
 def _largest_divisor(value: int, limit: int) -> int:
-    """The largest divisor of `value` up to `limit`; 1 at least."""
+    """Return the largest divisor of `value` up to `limit`, at least 1."""
     return next(n for n in range(max(1, min(limit, value)), 0, -1) if value % n == 0)
 
 
 def _nearest_divisor(value: int, r: int) -> int:
-    """The divisor of `value` above 1 that is nearest to `r`, the smaller of two."""
+    """Return the divisor of `value` above 1 that is nearest to `r`; the smaller one in a tie."""
     divisors = [n for n in range(2, value + 1) if value % n == 0]
     return min(divisors, key=lambda n: (abs(n - r), n))

@@ -1,4 +1,4 @@
-"""The one rule that lists the layers of a model."""
+"""The rule by which the layers of a model are found."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from torch import nn
 
 
 def layer_stack(model: Any) -> tuple[nn.Module, list[nn.Module]]:
-    """The module that runs the layers of a model, and the layers in the order that they run.
+    """Return the module that runs the layers of a model, and the layers in the order they run.
 
-    They are those of the only list that is as long as the configuration says, lists within lists
-    left aside.
+    They are in the only `nn.ModuleList` whose length is `num_hidden_layers`; lists inside another
+    one of this length do not count.
 
     Args:
-        model: Of transformers, on any device. Not changed.
+        model: A transformers model on any device; not modified.
 
     Raises:
         ValueError: There is no such list, or more than one.
@@ -26,8 +26,8 @@ def layer_stack(model: Any) -> tuple[nn.Module, list[nn.Module]]:
     outer = [place for place in lists if not any(place.startswith(f"{other}.") for other in lists)]
     if len(outer) != 1 or getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{type(model).__name__} has no stack of layers that can be told: its configuration "
-            f"says {n_layers} layers, and lists of that length are: {', '.join(outer) or 'none'}. "
+            f"{type(model).__name__} has no unique stack of layers: its configuration says "
+            f"{n_layers} layers, and lists of that length are: {', '.join(outer) or 'none'}. "
             "Side tuning needs a decoder, or an encoder with a head for classification."
         )
     return model.get_submodule(outer[0].rpartition(".")[0]), list(lists[outer[0]])

@@ -80,11 +80,11 @@ def test_activations_are_those_that_autograd_saves(dtype, checkpointing, downsam
         ).activation_rows
     }  # fmt: skip
     kept = (
-        "hidden states, made narrow", "saved by the side layers", "last side state, normalised",
+        "downsampled hidden states", "saved by the side layers", "last side state and norm",
     )  # fmt: skip
     predicted = sum(rows.get(name, 0) for name in kept)
     if not checkpointing:  # else they are cast again with the layer
-        predicted += rows.get("side weights as they multiply", 0)
+        predicted += rows.get("side weights, cast", 0)
     predicted += 128 * 131 * 4  # of the logits, only their log-probabilities are saved
     assert 0.9 < predicted / measured < 1.1
 

@@ -539,7 +539,7 @@ def test_a_plan_leaves_one_run_of_arguments_open(places):
     kernel, grid, options, arguments = lion_case()
     given = [... if i in places else value for i, value in enumerate(arguments)]
 
-    message = "tells the device" if 0 in places else "must follow each other"
+    message = "sets the device" if 0 in places else "must be consecutive"
     with pytest.raises(ValueError, match=message):
         Launcher(kernel).plan(grid, Constants(**options), *given)
 

@@ -1,6 +1,6 @@
-"""The operators on NVIDIA GPUs, in Triton; importing registers them.
+"""Triton implementations of the operators for NVIDIA GPUs, registered on import.
 
-Imported only when a tensor on such a device arrives.
+The package is imported when an operator gets its first tensor on such a device.
 """
 
 from . import (

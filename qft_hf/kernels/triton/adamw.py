@@ -1,7 +1,7 @@
 """The AdamW step on 8-bit state in Triton. Twin: `kernels/adamw.py`.
 
-Two launches: one on the moments, which leaves the direction in memory, and `step_weight_` along it.
-Groups of weight and moments need not share tiles then; random words are drawn in both.
+A step is two launches: one updates the moments and stores the direction, and `step_weight_` moves
+the weight along it. So groups of weight and moments need not share tiles. Both draw random words.
 """
 
 import triton
@@ -32,7 +32,7 @@ ULP16: tl.constexpr = tl.constexpr(2.0**-16)
 
 @triton.jit
 def _rounded(values, uniform, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Whole numbers of a code; fraction and random number are added apart from the whole part."""
+    """Integer codes; a value is rounded up if its fraction plus `uniform` is at least 1."""
     whole = tl.floor(values)
     up = tl.where((values - whole) + uniform >= 1.0, 1.0, 0.0)
     return tl.minimum(tl.maximum(whole + up, LOW), HIGH).to(tl.int32)
@@ -47,7 +47,7 @@ def _moments_kernel(
     gradient_codes_ptr,  # [rows, COLUMNS] int8
     gradient_scales_ptr,  # [rows, N_GROUPS] fp32
     direction_ptr,  # [rows, COLUMNS] fp32, written
-    live_ptr,  # [5] fp64: the number of the step and two corrections come last, in the place of
+    live_ptr,  # [5] fp64: the last three, the number of the step and two corrections, replace
     # those below; or None
     beta1,
     one_minus_beta1,
@@ -55,7 +55,7 @@ def _moments_kernel(
     one_minus_beta2,
     of_momentum,
     of_root,
-    eps,  # in units, as all that has to do with v
+    eps,  # in units of 1 / GRADIENT_UNIT, like all arithmetic on v
     gradient_sign,
     seed,
     step,
@@ -71,7 +71,7 @@ def _moments_kernel(
     GROUP_TILES: tl.constexpr,
     UNIT_TILES: tl.constexpr,
 ):
-    tl.static_assert(UNIT_TILES == 1, "a group of moments lies in one tile")
+    tl.static_assert(UNIT_TILES == 1, "a group of moments must fit in one tile")
     row = tl.program_id(0).to(tl.int64)
     ratio_codes_ptr += row * COLUMNS
     root_codes_ptr += row * COLUMNS
@@ -108,7 +108,7 @@ def _moments_kernel(
         tl.store(direction_ptr + column, direction, mask=mask)
 
         ratio = tl.div_rn(m, root_v)
-        # Padding has moments, too, which must not count.
+        # The roots of padding are not 0 and must not count in the maximum of their group.
         root = tl.where(mask, tl.sqrt_rn(tl.sqrt_rn(root_v)), 0.0)
         new_r_scale = tl.maximum(group_max(tl.abs(ratio), UNITS, GROUPS) * PER_QMAX, RATIO_TINY)
         new_s_scale = tl.maximum(group_max(root, UNITS, GROUPS) * PER_ROOT_QMAX, ROOT_TINY)
@@ -144,7 +144,7 @@ def adamw_step_(
     live: Tensor | None,
 ) -> None:
     n_rows, columns = weight.codes.shape
-    if tiling(columns, moments.group_size).UNIT_TILES > 1:  # longer than any that an optimizer has
+    if tiling(columns, moments.group_size).UNIT_TILES > 1:  # no optimizer has such long groups
         given = {"rule": rule, "rounding": rounding, "live": live}
         operators.adamw_step_.reference(weight, moments, gradient, **given)
         return

@@ -1,13 +1,13 @@
 """Products with an INT8 weight in Triton. Twin: `kernels/dequantized_product.py`.
 
-A program owns some rows of the weight and a few tokens, and walks along the columns. Codes are read
-16 bytes a thread and expanded in registers. Several BF16 or FP16 tokens go through matrix units,
-whose sums are FP32, padded to the 16 that these take; one token, and FP32, which has no such unit,
-is multiplied and added up.
+A program computes some rows of the weight for a few tokens in a loop over the columns. Each thread
+reads 16 bytes of codes at a time and expands them in registers. Several BF16 or FP16 tokens are
+padded to the 16 that matrix units take and multiplied on those, with FP32 sums. A single token, and
+FP32, for which there are no matrix units, are multiplied and summed by ordinary instructions.
 
-Such a product waits for memory: enough of the weight must be on its way at a time. Matrix units
-take 16 rows, so that a matrix of 4,096 rows makes 256 programs, two for each multiprocessor of an
-H100. Their warps walk along columns of their own, in parts, and add up at the end.
+Such a product is bound by memory: enough of the weight must be in flight at a time. Matrix units
+take 16 rows, so a matrix of 4,096 rows makes 256 programs, two per multiprocessor of an H100. Each
+warp of a program therefore has columns of its own, a part, and the parts are added at the end.
 """
 
 from functools import cache
@@ -23,8 +23,8 @@ from ..values import Weight
 from .launch import Constants, Launcher
 from .tiling import WIDE_UNIT
 
-MATRIX_TOKENS = 16  # least columns of a product on matrix units
-FP32_TOKENS = 4  # of one program: each costs as many registers as the weight
+MATRIX_TOKENS = 16  # of one program on matrix units: the fewest that these take
+FP32_TOKENS = 4  # of one program without them: each takes as many registers as the weight
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def _expanded(
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr, ROWS: tl.constexpr,
     PARTS: tl.constexpr, TILE: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """FP32 values `[PARTS, ROWS, TILE]` of the columns from `start` on; a scale for each `UNIT`."""
+    """FP32 values `[PARTS, ROWS, TILE]` of columns from `start`; `UNIT` columns share a scale."""
     first = start + tl.arange(0, PARTS)[:, None, None] * TILE
     column = first + tl.arange(0, TILE)[None, None, :]
     index = row[None, :, None] * COLUMNS + column
@@ -47,7 +47,7 @@ def _expanded(
 
 @triton.jit
 def _add_token(totals, products, t):
-    """Add the sums of the rows of `products` to the column `t` of `totals` `[ROWS, TOKENS]`."""
+    """Add the row sums of `products` to column `t` of `totals` `[ROWS, TOKENS]`."""
     is_token = tl.arange(0, totals.shape[1]) == t
     return totals + tl.where(is_token[None, :], tl.sum(products, axis=1)[:, None], 0.0)
 
@@ -55,7 +55,7 @@ def _add_token(totals, products, t):
 @triton.jit(do_not_specialize=["n_tokens", "n_rows"])
 def _dequantized_matmul_kernel(
     x_ptr,  # [n_tokens, COLUMNS] fp32, bf16 or fp16
-    turned_ptr,  # [COLUMNS, n_tokens] the same: whoever gathers columns has all tokens at once
+    turned_ptr,  # [COLUMNS, n_tokens]: x transposed, so the tokens of one column are contiguous
     codes_ptr,  # [n_rows, COLUMNS] int8
     scales_ptr,  # [n_rows, N_GROUPS] fp32
     outlier_values_ptr,  # [n_rows, N_OUTLIERS] fp32
@@ -70,21 +70,21 @@ def _dequantized_matmul_kernel(
     GROUP: tl.constexpr,
     N_GROUPS: tl.constexpr,
     ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,  # of one program, a power of two
+    TOKENS: tl.constexpr,  # tokens of one program, a power of two
     ON_MATRIX_UNITS: tl.constexpr,
-    PARTS: tl.constexpr,  # of a step along the columns, of a warp each; 1 without matrix units
+    PARTS: tl.constexpr,  # of one step along the columns, one per warp; 1 without matrix units
     TILE: tl.constexpr,  # columns of a part
     UNIT: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    # Programs of the same rows run together, so that all but one read codes from the cache. One
-    # axis holds them all: the others of a grid end at 65,535, and vocabularies are longer.
+    # Programs of the same rows run together, so all but one read codes from the cache. All are on
+    # the first axis of the grid: the others are limited to 65,535, and vocabularies are longer.
     token_tiles = tl.cdiv(n_tokens, TOKENS)
     first_token = tl.program_id(0) % token_tiles * TOKENS
     token = first_token + tl.arange(0, TOKENS)
     token_exists = token < n_tokens
     row = tl.program_id(0) // token_tiles * ROWS + tl.arange(0, ROWS)
-    # Rows past the end read the last one again; what comes of them is not stored.
+    # Rows past the end read the last row again; their results are not stored.
     here = tl.minimum(row, n_rows - 1).to(tl.int64)
     x_ptr += first_token.to(tl.int64) * COLUMNS
     left = n_tokens - first_token
@@ -138,12 +138,12 @@ def sizes(
 ) -> tuple[dict[str, Any], int]:
     """The constexpr arguments by name, and the warps of a program."""
     group = min(group_size or columns, columns)
-    # Columns that surely share a scale: a power of two that divides a group, if there are several.
+    # Aligned runs of `unit` columns share a scale: a row, or a power of two that divides groups.
     unit = columns if group == columns else group & -group
     on_matrix_units = dtype != torch.float32 and n_tokens > 1
     if on_matrix_units:
         tokens, rows, outliers = MATRIX_TOKENS, 16, 16
-        tile = 128 if unit >= WIDE_UNIT else 64  # scales of short units need registers of their own
+        tile = 128 if unit >= WIDE_UNIT else 64  # short units need more registers for scales
     else:
         tokens = min(FP32_TOKENS, triton.next_power_of_2(n_tokens))
         rows, outliers = 4, 64
@@ -170,7 +170,7 @@ def sizes(
 
 @cache
 def _constants(*shape: Any) -> tuple[int, int, Constants]:
-    """Tokens and rows of a program, and what a launch takes; `shape` is what `sizes` takes."""
+    """Tokens and rows of a program, and its constants; `shape` is the arguments of `sizes`."""
     constants, n_warps = sizes(*shape)
     tokens, rows = constants["TOKENS"], constants["ROWS"]
     return tokens, rows, Constants(**constants, num_warps=n_warps, enable_fp_fusion=False)

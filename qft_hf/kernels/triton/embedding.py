@@ -1,8 +1,8 @@
 """The gradient of an embedding table in Triton. Twin: `kernels/embedding.py`.
 
-Tokens are sorted by row, keeping their order within a row. A program owns one tile of the row that
-its token looked up, if it is the first of that row's tokens; the others end at once. So no number
-of rows has to be known by the host, which waits for nothing.
+Tokens are sorted by row and keep their order within a row. There is a program for each token and
+tile of a row. Only the program of a row's first token writes that tile; the others return at once.
+So the host need not know how many rows were looked up, and does not wait for the GPU.
 """
 
 import triton
@@ -16,7 +16,7 @@ from .numerics import magnitude_bits
 from .quantization import finite_codes, scale_of_bits
 from .tiling import group_max, over_units, row_constants, tile_columns, tiling
 
-TOKENS: tl.constexpr = tl.constexpr(4)  # loaded at a time, so that one need not wait for another
+TOKENS: tl.constexpr = tl.constexpr(4)  # loaded together, so that no load waits for another
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def _sum_tile(
             token = tl.load(order_ptr + position, mask=is_of_row, other=0)
             there = mask & (column < tl.where(is_of_row, COLUMNS, 0))
             value = tl.load(gradient_ptr + token * COLUMNS + column, mask=there, other=0.0)
-            total += value.to(tl.float32)  # adding 0 changes no sum: none that began at 0 is -0
+            total += value.to(tl.float32)  # adding 0 changes no sum: none is -0, as all start at 0
             position += 1
     return total, column, mask
 
@@ -47,7 +47,7 @@ def _embedding_gradient_kernel(
     codes_ptr,  # [n_rows, COLUMNS] int8, modified
     scales_ptr,  # [n_rows, N_GROUPS] fp32, modified
     sorted_ptr,  # [n] int32 or int64: rows, ascending
-    order_ptr,  # [n] int64: the token that each is of
+    order_ptr,  # [n] int64: the token of each entry of `sorted_ptr`
     gradient_ptr,  # [n, COLUMNS] fp32, bf16 or fp16
     n,
     n_rows,
@@ -69,7 +69,7 @@ def _embedding_gradient_kernel(
         return
     codes_ptr += row * COLUMNS
     scales_ptr += row * N_GROUPS
-    # The first tile of a group stays in registers; a long group sums its others twice.
+    # The first tile of a group stays in registers; other tiles of a long group are summed twice.
     total, column, mask = _sum_tile(
         gradient_ptr, order_ptr, sorted_ptr, position, n, row, first_group, 0,
         COLUMNS, GROUP, UNIT, UNITS, GROUPS,

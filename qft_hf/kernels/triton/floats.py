@@ -15,26 +15,25 @@ from ..values import Lion
 from .launch import Constants, Launcher
 from .numerics import INFINITY, magnitude_bits, random_words, sign
 
-# Parameter, momentum, gradient, step and stream of each.
+# Parameter, momentum, gradient, step and stream, for each parameter.
 Members = list[tuple[Tensor, Tensor, Tensor, int, int]]
 
 BLOCK = 1024
 N_WARPS = 4
 
-# What a row of the table holds: addresses of parameter, momentum and gradient, the number of
-# elements, step and stream, and the first of the programs that work on it. Without momentum the
-# address of the parameter stands in its place.
+# Numbers in a row of the table: addresses of parameter, momentum and gradient, number of elements,
+# step, stream, and the first program that works on the parameter. Without momentum, the address of
+# the parameter takes its place.
 FIELDS: tl.constexpr = tl.constexpr(7)
 N_LIVE: tl.constexpr = tl.constexpr(_N_LIVE)
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _lion_floats_kernel(
-    table_ptr,  # [n_tensors, FIELDS] int64; what the addresses of parameter and momentum tell is
-    # modified
+    table_ptr,  # [n_tensors, FIELDS] int64; parameters and momenta at its addresses are modified
     owners_ptr,  # [n_programs] int64: the row of the table that a program works on
-    live_ptr,  # [n_streams, N_LIVE] fp64: lr, weight_decay and step of a stream, in the place of
-    # those below and of the step in the table; or None
+    live_ptr,  # [n_streams, N_LIVE] fp64: lr, weight_decay and step of each stream, which replace
+    # those below and the step in the table; or None
     lr,
     shrink,  # lr * weight_decay
     beta1,
@@ -45,7 +44,7 @@ def _lion_floats_kernel(
     seed,
     PARAMETER: tl.constexpr,  # fp32 or bf16
     GRADIENT: tl.constexpr,  # fp32, bf16 or fp16
-    HAS_MOMENTUM: tl.constexpr,  # else the gradient is the direction
+    HAS_MOMENTUM: tl.constexpr,  # if false, the gradient is the direction
     STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -66,7 +65,7 @@ def _lion_floats_kernel(
     index = start[:, None] + tl.arange(0, BLOCK)[None, :]
     mask = index < n
     g = tl.load(gradient_ptr + index, mask=mask, other=0.0).to(tl.float32) * gradient_sign
-    mask &= magnitude_bits(g) < INFINITY  # NaN is not: such elements stay
+    mask &= magnitude_bits(g) < INFINITY  # elements with inf or NaN stay as they are
     old = tl.load(parameter_ptr + index, mask=mask, other=0.0).to(tl.float32)
     if HAS_MOMENTUM:
         m = tl.load(momentum_ptr + index, mask=mask, other=0.0)
@@ -77,8 +76,8 @@ def _lion_floats_kernel(
     change = old * shrink + direction * lr
     value = old - change
     if STOCHASTIC:
-        # BF16 is FP32 without its low 16 bits: the sum carries into the kept half with exactly the
-        # probability of the part that is cut.
+        # BF16 is FP32 without its low 16 bits: adding 16 random bits carries into the high half
+        # with exactly the probability that the bits to be cut off stand for.
         words = random_words(tl.zeros((1, 1), tl.int64), start, BLOCK, seed, step, stream)
         bits = value.to(tl.int32, bitcast=True) + (words >> 16).to(tl.int32)
         rounded = (bits & -65536).to(tl.float32, bitcast=True)
@@ -93,8 +92,8 @@ def _lion_floats_kernel(
     ]
 )  # fmt: skip
 def _row_kernel(
-    rows_ptr,  # [n_tensors, FIELDS] int64, of which a row is written
-    owners_ptr,  # [n_programs] int64, written where this row's programs are
+    rows_ptr,  # [n_tensors, FIELDS] int64; one row is written
+    owners_ptr,  # [n_programs] int64; the entries of this row's programs are written
     row,
     n_programs,
     parameter,
@@ -163,8 +162,8 @@ def launch(
     streams: Sequence[int],
     live: Tensor | None,
 ) -> None:
-    """Run the kernel once for each pair of dtypes; without momenta along the gradients."""
-    # The kernel sees flat memory; a parameter in another order is rare and takes a copy.
+    """Run the kernel once for each pair of dtypes; without momenta, step along the gradients."""
+    # The kernel works on flat memory; non-contiguous parameters are rare and are copied.
     written = [*parameters, *(momenta or [])]
     flat = [tensor.contiguous() for tensor in written]
     members = zip(
@@ -181,7 +180,7 @@ def launch(
     for (dtype, gradient_dtype), tensors in launches.items():
         table, owners = _table(tensors, by_launches=live is not None)
         if not len(owners):
-            continue  # nothing but empty tensors
+            continue  # all tensors are empty
         constants = _constants(
             dtype, gradient_dtype, has_momentum=momenta is not None, stochastic=stochastic
         )
@@ -192,7 +191,7 @@ def launch(
     for tensor, result in zip(written, flat, strict=True):
         if result is not tensor:
             tensor.copy_(result)
-    # Autograd must see that a value changed which an earlier forward pass may have saved.
+    # Autograd must notice the change, in case an earlier forward pass saved one of these tensors.
     torch.autograd.graph.increment_version(written)
 
 
@@ -220,10 +219,10 @@ def step_floats_(
 
 
 def _table(tensors: Members, *, by_launches: bool) -> tuple[Tensor, Tensor]:
-    """The kernel's table and owners, in one transfer to the device, which nobody waits for.
+    """Return the kernel's table and owners, copied to the device without waiting for the copy.
 
-    A graph would repeat that transfer from memory of the host that is another's by then. What
-    launches are handed over it keeps.
+    With `by_launches`, kernels write them: a CUDA graph keeps the arguments of launches, but would
+    repeat a copy from host memory that has other contents by then.
     """
     rows: list[tuple[int, ...]] = []
     owners: list[int] = []

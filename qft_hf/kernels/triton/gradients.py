@@ -28,7 +28,7 @@ def _sum_tile(
     code = tl.load(codes_ptr + column, mask=mask, other=0).to(tl.float32)
     other = tl.load(other_codes_ptr + column, mask=mask, other=0).to(tl.float32)
     total = code * scale[:, None] + other * other_scale[:, None]
-    # A scale that is not finite counts in the columns there are, not in the padding.
+    # A non-finite scale must show in the columns that exist, but not turn padding into NaN.
     return tl.where(mask, total, 0.0), column, mask
 
 

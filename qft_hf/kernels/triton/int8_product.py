@@ -1,9 +1,9 @@
 """INT8 products on integer matrix units. Twin: `kernels/int8_product.py`.
 
-Both operands are read along K, the only order that the matrix units take INT8 in. From an operand
-that lies the other way the compiler gathers single bytes, in every program and every step of its
-loop, and on sm_80 it runs out of registers over that; copying such an operand into order once
-costs two bytes of traffic for each of its elements.
+Both operands are read along K, the only order in which matrix units take INT8. From an operand that
+is not contiguous along K the compiler gathers single bytes, in every program and every step of its
+loop, and on sm_80 it runs out of registers doing so. Copying such an operand into order once costs
+two bytes of traffic per element.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from .launch import Constants, Launcher
 from .numerics import magnitude_bits
 from .quantization import finite_codes, scale_of_bits
 
-ALIGNED = 16  # bytes of one asynchronous copy: what rows along K must be a multiple of
-GROUP = 8  # rows of tiles that run together, so that what they read of `b` is still in the cache
+ALIGNED = 16  # bytes of one asynchronous copy; rows along K must be a multiple of this
+GROUP = 8  # rows of tiles that run together, so that their common part of `b` stays in the cache
 COPY_TILE = 128
 COPY_WARPS = 8
 
@@ -32,10 +32,10 @@ class Tile:
     Attributes:
         rows: Rows of the result.
         columns: Columns of the result.
-        summed: K of one matrix instruction sequence.
-        unrolled: Such sequences in one step of the loop.
-        n_warps: Warps.
-        n_stages: Steps in flight.
+        summed: Part of K that one `tl.dot` sums.
+        unrolled: Number of `tl.dot` in one step of the loop.
+        n_warps: Warps of the program.
+        n_stages: Steps of the loop in flight.
     """
 
     rows: int
@@ -46,9 +46,9 @@ class Tile:
     n_stages: int
 
 
-# Large first. Two products in a step keep the compiler from carrying operands around the loop as
-# single bytes, which it would unpack and pack again; sm_90 reads operands from shared memory.
-# Results in INT8 take those as wide as a group.
+# Large tiles first. Two products in a step keep the compiler from carrying operands around the loop
+# as single bytes, which it would unpack and pack again; sm_90 reads operands from shared memory.
+# INT8 results use the tiles that are as wide as a group.
 _AMPERE = (Tile(128, 256, 64, 2, 8, 3), Tile(128, 128, 64, 2, 8, 3), Tile(64, 64, 64, 2, 4, 4))
 _HOPPER = (
     Tile(128, 256, 128, 1, 8, 4),
@@ -60,20 +60,20 @@ OTHER_TILES = _AMPERE  # they need the least shared memory
 
 
 def tiles_of(device: torch.device) -> tuple[Tile, ...]:
-    """What a device may run."""
+    """Return the tiles that a device can run, large ones first."""
     if device.type != "cuda":  # in the interpreter
         return OTHER_TILES
     return TILES.get(torch.cuda.get_device_capability(device), OTHER_TILES)
 
 
 def choose_tile(rows: int, columns: int, device: torch.device, width: int | None = None) -> Tile:
-    """The largest tile that still gives every multiprocessor one, else the smallest.
+    """Return the largest tile of which every multiprocessor gets one, otherwise the smallest.
 
     Args:
-        rows: Of the result.
-        columns: Of the result.
-        device: Where it runs.
-        width: Columns that the tile has; None: any.
+        rows: Rows of the result.
+        columns: Columns of the result.
+        device: The device that runs the product.
+        width: Columns that the tile must have; None: any.
     """
     n_multiprocessors = 1
     if device.type == "cuda":
@@ -91,7 +91,7 @@ def tile_of_sums(
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, UNROLLED: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The exact sums of this program's tile of the result, its rows, and its first column."""
+    """Return the exact sums of this program's tile of the result, its rows and first column."""
     tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
     program = tl.program_id(0)
     first_m = program // (GROUP * tiles_n) * GROUP
@@ -101,7 +101,7 @@ def tile_of_sums(
     first_n = in_group // group * TILE_N
     n = first_n + tl.arange(0, TILE_N)
     k = tl.arange(0, TILE_K)
-    # Rows past the end read the last one again; what comes of them is not stored.
+    # Rows past the end read the last row again; their results are not stored.
     a_row = tl.minimum(m, M - 1).to(tl.int64) * a_stride
     b_row = tl.minimum(n, N - 1).to(tl.int64) * b_stride
     a_ptrs = a_ptr + a_row[:, None] + k[None, :]
@@ -121,7 +121,7 @@ def tile_of_sums(
 
 @triton.jit
 def scaled(sums, m, n, M, N, a_scales_ptr, b_scales_ptr, bias_ptr):
-    """The sums as FP32, times their scales, plus the bias; what is None is left out."""
+    """Return the sums as FP32, times their scales, plus the bias; scales and bias may be None."""
     out = sums.to(tl.float32)
     if a_scales_ptr is not None:
         out = out * tl.load(a_scales_ptr + m, mask=m < M, other=0.0)[:, None]
@@ -144,7 +144,7 @@ def _with_given(
     out, m, first_n, M, columns_ptr, values_ptr, row_stride, column_stride,
     N_GIVEN: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    """The tile with columns that are given in their places: of a hundred, few are in one tile."""
+    """Put given columns into the tile `out`; of a hundred given columns, few are in one tile."""
     n = first_n + tl.arange(0, TILE_N)
     for i in range(N_GIVEN):
         column = tl.load(columns_ptr + i)
@@ -163,7 +163,7 @@ def _int8_matmul_kernel(
     b_scales_ptr,  # [N] fp32, or None
     bias_ptr,  # [N] float, or None
     columns_ptr,  # [N_GIVEN] int64: columns of the result that are given; or None
-    values_ptr,  # [M, N_GIVEN] float with these strides: what they hold; or None
+    values_ptr,  # [M, N_GIVEN] float with the strides below: values of these columns; or None
     out_ptr,  # [M, N] float, written
     M,
     N,
@@ -197,7 +197,7 @@ def _requantized_matmul_kernel(
     b_ptr,  # [N, K] int8, contiguous along K: the second operand, transposed
     a_scales_ptr,  # [M] fp32, or None
     columns_ptr,  # [N_GIVEN] int64: columns of the result that are given; or None
-    values_ptr,  # [M, N_GIVEN] float with these strides: what they hold; or None
+    values_ptr,  # [M, N_GIVEN] float with the strides below: values of these columns; or None
     codes_ptr,  # [M, N] int8, written
     scales_ptr,  # [M, cdiv(N, TILE_N)] fp32, written
     M,
@@ -209,7 +209,7 @@ def _requantized_matmul_kernel(
     values_column,
     N_GIVEN: tl.constexpr,
     TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,  # a group of the result
+    TILE_N: tl.constexpr,  # also the group size of the result
     TILE_K: tl.constexpr,
     UNROLLED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -232,8 +232,8 @@ def _requantized_matmul_kernel(
 
 @triton.jit(do_not_specialize=["n_columns"])
 def _copy_kernel(
-    x_ptr,  # [n_rows, n_columns] int8 with these strides
-    out_ptr,  # [n_rows, out_columns] int8, written; zeros in the columns that x lacks
+    x_ptr,  # [n_rows, n_columns] int8 with the strides below
+    out_ptr,  # [n_rows, out_columns] int8, written; zeros in the columns beyond those of x
     n_rows,
     n_columns,
     row_stride,
@@ -272,18 +272,18 @@ def _constants(tile: Tile, **others: int) -> Constants:
     )
 
 
-@lru_cache(maxsize=1024)  # shapes; the number of tokens may differ from batch to batch
+@lru_cache(maxsize=1024)  # one entry per shape: the number of tokens differs between batches
 def product_tiles(
     rows: int, columns: int, device: torch.device, *, width: int | None = None, **others: int
 ) -> tuple[tuple[int], Constants]:
-    """Grid and constants of a product with a result of this shape; `others` come on top."""
+    """Return grid and constants of a product with this shape; `others` are more constants."""
     tile = choose_tile(rows, columns, device, width)
     n_tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
     return (n_tiles,), _constants(tile, **others)
 
 
 def along_k(x: Tensor) -> Tensor:
-    """`x` `[rows, K]` with rows contiguous and of whole 16 bytes, padded with zeros; or a copy."""
+    """Return `x` `[rows, K]` or a zero-padded copy, with contiguous rows of whole 16 bytes."""
     rows, summed = x.shape
     row_stride, column_stride = x.stride()
     misaligned = summed % ALIGNED or row_stride % ALIGNED or x.data_ptr() % ALIGNED
@@ -348,7 +348,7 @@ def requantized_matmul(
 
 
 def _given(columns: Tensor | None, values: Tensor | None) -> tuple[int, ...]:
-    """How many columns are given, and the strides of their values."""
+    """Return the number of given columns and the strides of their values."""
     if columns is None or values is None:
         return 0, 0, 0
     return values.shape[1], *values.stride()

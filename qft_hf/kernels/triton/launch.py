@@ -1,9 +1,9 @@
-"""How a kernel is launched: by Triton's JIT the first time, from a table of our own after that.
+"""Kernel launches: by Triton's JIT the first time, from a table of this module after that.
 
-`jit[grid](...)` finds out anew at each launch which compiled kernel its arguments mean, and looks
-at every global number of the source; that costs the host as much as 10 to 30 small PyTorch
-operations, and a step launches hundreds of kernels. A `Launcher` looks only at what a kernel is
-compiled for, and a `Plan` only at what changes from one launch to the next.
+`jit[grid](...)` determines at each launch which compiled kernel its arguments select, and checks
+every global number of the source. That costs the host as much as 10 to 30 small PyTorch operations,
+and a step launches hundreds of kernels. A `Launcher` checks only the properties that a kernel is
+compiled for, and a `Plan` only those of arguments that change from one launch to the next.
 """
 
 from collections.abc import Hashable, Sequence
@@ -14,22 +14,21 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-ALIGNED = 16  # bytes; and what integers are told to be multiples of
-INT32, INT64 = 2**31, 2**63  # the first that do not fit
+ALIGNED = 16  # Triton specializes for addresses and integers that are multiples of it
+INT32, INT64 = 2**31, 2**63  # the first numbers that do not fit
 
 
 class Constants:
     """Constexpr arguments and compile options (`num_warps`, ...) by name, as part of a key.
 
-    Make them once for a shape, in a function that is cached: to make them takes longer than to
-    launch.
+    Create them once per shape, in a cached function: creating them takes longer than a launch.
     """
 
     __slots__ = ("_hash", "_key", "values")
 
     def __init__(self, **values: Any) -> None:
         self.values = values
-        # With types: 1, 1.0 and True are equal, and compiled they are not.
+        # The key has types: 1, 1.0 and True are equal, but kernels compiled for them differ.
         self._key = tuple((name, type(value), value) for name, value in values.items())
         self._hash = hash(self._key)
 
@@ -41,13 +40,13 @@ class Constants:
 
 
 class _Compiled(NamedTuple):
-    """A kernel in the form in which it is launched."""
+    """A compiled kernel, and what its launches need."""
 
     run: Any  # Triton's launcher of this kernel
     function: int  # the driver's handle
     metadata: Any  # warps, shared memory
     constants: tuple[Any, ...]  # in the order of the kernel's arguments
-    kernel: Any  # its end would unload the function
+    kernel: Any  # kept alive: its destructor unloads the function
 
 
 class Launcher:
@@ -63,7 +62,7 @@ class Launcher:
         if any(parameter.is_constexpr for parameter in kernel.params[:n_arguments]):
             raise ValueError(
                 f"The constexpr arguments of {kernel.__name__} must come after all others: a "
-                "launch hands both over as two runs. Reorder its parameters."
+                "launch passes them last. Reorder its parameters."
             )
         self._constant_names = [parameter.name for parameter in kernel.params[n_arguments:]]
         self._is_specialized = [
@@ -90,7 +89,7 @@ class Launcher:
         compiled = self._compiled.get(key)
         if compiled is None or is_watched():
             kernel = self._kernel[grid](*arguments, **constants.values)
-            if kernel is not None and not is_watched():  # None: a hook of the compiler said no
+            if kernel is not None and not is_watched():  # None: a compiler hook refused
                 values = tuple(constants.values[name] for name in self._constant_names)
                 self._compiled[key] = _Compiled(
                     kernel.run, kernel.function, kernel.packed_metadata, values, kernel
@@ -103,23 +102,23 @@ class Launcher:
         )  # fmt: skip
 
     def plan(self, grid: tuple[int, ...], constants: Constants, *arguments: Any) -> "Plan":
-        """Bind what stays the same over many launches.
+        """Bind the arguments that stay the same over many launches.
 
         Args:
             grid: Programs along one to three axes.
             constants: The constexpr arguments and compile options.
             arguments: All other arguments, in the kernel's order, with `...` for each that is
-                given at the launch. These must follow each other. The first argument is not one.
+                passed at the launch. The `...` must be consecutive and cannot be first.
         """
         return Plan(self, grid, constants, arguments)
 
 
 class Plan:
-    """A launch of which only some arguments are left open; made by `Launcher.plan`.
+    """A launch with some arguments left open and the others bound; created by `Launcher.plan`.
 
-    It holds the tensors that are bound and reads their addresses at each launch. What it takes for
-    granted is that they stay on their device and as aligned as they were. So it belongs to whatever
-    owns them, is dropped where that replaces one, and does not follow into copies.
+    It holds the bound tensors and reads their addresses at each launch. It assumes that they stay
+    on their device and keep their alignment. So a plan belongs to the owner of these tensors, which
+    drops it when it replaces one of them, and copies of the owner do not get it.
     """
 
     def __init__(
@@ -128,11 +127,11 @@ class Plan:
         places = [i for i, argument in enumerate(arguments) if argument is ...]
         if not places or places != list(range(places[0], places[0] + len(places))):
             raise ValueError(
-                "The arguments that a plan leaves open (`...`) must follow each other, got places "
+                "The arguments that a plan leaves open (`...`) must be consecutive, got positions "
                 f"{places}. Bind fewer, or reorder the kernel's parameters."
             )
         if places[0] == 0:
-            raise ValueError("The first argument of a plan is a tensor: it tells the device.")
+            raise ValueError("Bind a tensor as the first argument of a plan: it sets the device.")
         first, end = places[0], places[-1] + 1
         self._launcher, self._grid, self._constants = launcher, grid, constants
         self._before, self._after = arguments[:first], arguments[end:]
@@ -143,7 +142,7 @@ class Plan:
             self._dimensions = (*grid, 1, 1)[:3]
 
     def __call__(self, *arguments: Any) -> None:
-        """Launch with these in the places that are open."""
+        """Launch with these values of the open arguments."""
         launcher, before, after = self._launcher, self._before, self._after
         if launcher._is_interpreted:
             launcher(self._grid, self._constants, *before, *arguments, *after)
@@ -167,17 +166,17 @@ class Plan:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "A plan belongs to the tensors that it was made for and is not copied or saved with "
-            "their owner. Leave it out, and make one for the copy when that is first used."
+            "A plan is bound to its tensors and cannot be copied or saved with their owner. Leave "
+            "it out, and make one for the copy when that is first used."
         )
 
 
 def specialization(arguments: Sequence[Any], is_specialized: Sequence[bool]) -> Hashable:
-    """What Triton compiles a kernel for, of arguments that are not constexpr.
+    """Return the properties of arguments, other than constexpr, that Triton compiles a kernel for.
 
     Args:
         arguments: In the kernel's order.
-        is_specialized: False for those that the kernel names in `do_not_specialize`.
+        is_specialized: False for arguments that the kernel lists in `do_not_specialize`.
     """
     key: list[Any] = []
     for argument, is_special in zip(arguments, is_specialized, strict=True):
@@ -197,7 +196,7 @@ def specialization(arguments: Sequence[Any], is_specialized: Sequence[bool]) -> 
 
 
 def is_watched() -> bool:
-    """Whether launches must be Triton's own: hooks that profilers set, debugging, other passes."""
+    """Whether Triton's JIT must launch: for hooks of profilers, debugging or other passes."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(

@@ -1,4 +1,4 @@
-"""Inputs as INT8 operands in Triton: maxima of columns, the choice, the codes.
+"""Layer inputs as INT8 operands in Triton: column maxima, choice of outlier columns, codes.
 
 Twin: `kernels/layer_input.py`.
 """
@@ -15,12 +15,12 @@ from .launch import Constants, Launcher
 from .numerics import magnitude_bits
 from .quantization import launch_quantize
 
-# Maxima are taken over blocks of rows, so many that all multiprocessors read, and so few that one
-# program can read the maxima of all of them.
+# Maxima are taken over blocks of rows: enough blocks that all multiprocessors read, and few enough
+# that one program can read the maxima of all blocks.
 MAX_BLOCKS = 16
 TILE_ROWS, TILE_COLUMNS = 32, 128
 N_WARPS = 8
-CHOICE_TILE, CHOICE_WARPS = 4096, 16  # of the one program that chooses
+CHOICE_TILE, CHOICE_WARPS = 4096, 16  # of the one program that chooses outlier columns
 
 
 @triton.jit(do_not_specialize=["n_rows", "block_rows"])
@@ -49,7 +49,7 @@ def _maxima_kernel(
 
 @triton.jit
 def _count(bits_ptr, n_columns, limit, TILE: tl.constexpr):
-    """How many columns have bits above a limit of 0 or more; a NaN may have all bits."""
+    """Return how many columns have bits above `limit` >= 0; a NaN may have all 31 bits set."""
     found = tl.zeros((TILE,), tl.int32)
     for start in range(0, n_columns, TILE):
         column = start + tl.arange(0, TILE)
@@ -60,7 +60,7 @@ def _count(bits_ptr, n_columns, limit, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_blocks"])
 def _choose_kernel(
-    bits_ptr,  # [n_blocks, n_columns] int32; the first row becomes the maxima of all
+    bits_ptr,  # [n_blocks, n_columns] int32; the first row becomes the maxima over all rows
     columns_ptr,  # [N] int64, written: the columns with the largest maxima, ascending
     is_outlier_ptr,  # [n_columns] int8, written: 1 or 0
     n_blocks,
@@ -75,16 +75,16 @@ def _choose_kernel(
             index = block * n_columns + column
             bits = tl.load(bits_ptr + index, mask=column < n_columns, other=0)
             largest = tl.maximum(largest, bits)
-        tl.debug_barrier()  # several threads load what one of them stores
+        tl.debug_barrier()  # several threads load an element that one of them stores
         tl.store(bits_ptr + column, largest, mask=column < n_columns)
     tl.debug_barrier()
-    # The largest number that N of the maxima reach, from its highest bit down: the N-th of them.
+    # The N-th largest maximum, from its highest bit down: the largest number that N maxima reach.
     least = 0
     for bit in range(31):
         candidate = least | (1 << (30 - bit))
         reached = _count(bits_ptr, n_columns, candidate - 1, TILE)
         least = tl.where(reached >= N, candidate, least)
-    n_equal = N - _count(bits_ptr, n_columns, least, TILE)  # that are still to be chosen
+    n_equal = N - _count(bits_ptr, n_columns, least, TILE)  # of columns that equal `least`
     n_chosen = 0
     for start in range(0, n_columns, TILE):
         column = start + tl.arange(0, TILE)

@@ -1,4 +1,4 @@
-"""Output of a linear layer in Triton: the float columns join the integer product in its program.
+"""Output of a linear layer in Triton: one kernel adds the float columns to the integer product.
 
 Twin: `kernels/layer_output.py`.
 """
@@ -13,18 +13,18 @@ from ..values import Input, Weight
 from .int8_product import along_k, product_tiles, scaled, store_tile, tile_of_sums
 from .launch import Launcher
 
-OUTLIER_TILE = 16  # float columns of one instruction sequence of the matrix units
+OUTLIER_TILE = 16  # float columns in one product on matrix units
 
 
 @triton.jit
 def _add_products(out, left, right, DTYPE: tl.constexpr):
-    """`out + left @ right` of factors that are rounded to `DTYPE`, summed in FP32."""
+    """Return `out + left @ right`, with factors rounded to `DTYPE` and sums in FP32."""
     return tl.dot(left.to(DTYPE), right.to(DTYPE), out)
 
 
 @triton.jit
 def _add_product(out, left, right):
-    """`out` plus one row of FP32 products, which matrix units would round to TF32."""
+    """Return `out` plus an outer product of FP32 factors, which matrix units round to TF32."""
     return out + left.to(tl.float32)[:, None] * right[None, :]
 
 
@@ -33,13 +33,13 @@ def _int8_linear_kernel(
     b_ptr,  # [N, K] int8, contiguous along K: the weight's codes
     b_scales_ptr,  # [N] fp32
     b_values_ptr,  # [N, N_OF_B] fp32: outliers of the weight
-    b_columns_ptr,  # [N_OF_B] int16 or int32: their columns
+    b_columns_ptr,  # [N_OF_B] int16 or int32: their columns, the same in every row
     bias_ptr,  # [N] float, or None
     a_ptr,  # [M, K] int8, contiguous along K: codes of the input
     a_scales_ptr,  # [M] fp32
     floats_ptr,  # [M, C] float: the input itself
     a_columns_ptr,  # [N_OF_A] int64: its outlier columns
-    a_values_ptr,  # [N_OF_A, M] float: what it has there
+    a_values_ptr,  # [N_OF_A, M] float: the values of these columns
     out_ptr,  # [M, N] float, written
     M,
     N,
@@ -123,7 +123,7 @@ def int8_linear(
             grid, constants, b, weight.scales, weight.outlier_values, weight.outlier_columns,
             *[...] * 7, n_tokens, rows, columns, columns, a.stride(0), b.stride(0),
         )  # fmt: skip
-        if b is weight.codes:  # and no copy, which the next step would not see
+        if b is weight.codes:  # not a copy, which would keep the codes of this step
             weight.plans["int8 linear", dtype] = key, plan
     plan(bias, a, x.scales, floats, x.columns, x.values, out)
     return out

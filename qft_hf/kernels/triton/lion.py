@@ -1,13 +1,12 @@
 """The Lion step on INT8 state in Triton, one launch per weight. Twin: `kernels/lion.py`.
 
-The same kernel without momentum is `step_weight_` (`weight.py`): it moves by a direction that is
-given in float, not by a sign.
+Without momentum the same kernel is `step_weight_` (`weight.py`), which moves the weight along a
+given float direction instead of a sign.
 
-A program owns a row, so no two programs touch the same element. Inside a program, elements are
-shared between threads in one place only, outliers: their old momentum is gathered and the codes
-under them are zeroed by other threads than those that write the tile. In each tile every load is
-before a barrier and every store after it, and the zeros follow one more barrier; that orders all
-of it.
+A program owns a row, so no two programs touch the same element. Within a program, threads share
+elements only at outliers: the threads that gather their old momentum and zero the codes under them
+are not the ones that write the tile. In each tile all loads come before a barrier and all stores
+after it, and the zeros are stored after one more barrier. That orders all accesses.
 """
 
 from functools import cache
@@ -47,7 +46,7 @@ PER_TARGET: tl.constexpr = tl.constexpr(1.0 / _RANGE_TARGET)
 
 @triton.jit
 def _load_gradient(gradient_codes_ptr, scale, gradient_sign, column, mask):
-    """Signed gradient in fp32: from codes, or from floats as their codes would give it."""
+    """Load the signed gradient in fp32 from codes, or from floats rounded as codes would be."""
     g = tl.load(gradient_codes_ptr + column, mask=mask, other=0).to(tl.float32)
     if gradient_codes_ptr.dtype.element_ty != tl.int8:
         g = nearest(g * inverse_scale(scale))
@@ -60,7 +59,7 @@ def _load_momentum(
     MOMENTUM_BITS: tl.constexpr, MOMENTUM_GROUP: tl.constexpr,
     COLUMNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Momentum of one tile in fp32."""
+    """Load the momentum of one tile in fp32."""
     scale = tl.load(momentum_scales_ptr + start // MOMENTUM_GROUP, mask=exists, other=1.0)
     if MOMENTUM_BITS == 4:
         m = load_nibbles(momentum_codes_ptr, start, exists, column, mask, COLUMNS, UNIT)
@@ -75,7 +74,7 @@ def _store_momentum(
     MOMENTUM_BITS: tl.constexpr, STOCHASTIC: tl.constexpr, COLUMNS: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Round and store a tile of momentum; `scale` is of its units, `[n_units, 1]`."""
+    """Round and store a tile of momentum; `scale` `[n_units, 1]` is that of each unit."""
     inverse = inverse_scale(scale)
     if MOMENTUM_BITS == 4:
         store_nibbles(
@@ -102,9 +101,9 @@ def _load_state(
     MOMENTUM_GROUP: tl.constexpr, STATE_GROUP: tl.constexpr, COLUMNS: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Momentum and signed gradient of one tile in fp32; `start` and `exists` are of its units.
+    """Load momentum and signed gradient of one tile in fp32; `start` and `exists` are per unit.
 
-    Without momentum the gradient is the direction itself.
+    Without momentum, load zeros and the given direction.
     """
     if MOMENTUM_BITS == 0:
         m = tl.zeros(column.shape, tl.float32)
@@ -121,7 +120,7 @@ def _load_state(
 
 @triton.jit
 def _direction(m, g, beta1, one_minus_beta1, MOMENTUM_BITS: tl.constexpr):
-    """What a weight moves by, before its sign is taken; without momentum it is given."""
+    """The direction of the step before its sign is taken; without momentum, the given one."""
     if MOMENTUM_BITS == 0:
         direction = g
     else:
@@ -131,7 +130,7 @@ def _direction(m, g, beta1, one_minus_beta1, MOMENTUM_BITS: tl.constexpr):
 
 @triton.jit
 def _step_by(size, direction, MOMENTUM_BITS: tl.constexpr):
-    """`size` along the sign of the direction; without momentum, times the direction."""
+    """`size * sign(direction)`; without momentum, `size * direction`."""
     if MOMENTUM_BITS == 0:
         by = direction * size
     else:
@@ -160,7 +159,7 @@ def _update_outliers(
         )
         value = tl.load(values_ptr + k, mask=exists, other=0.0)
         change = value * shrink + _step_by(lr, direction, MOMENTUM_BITS)
-        tl.debug_barrier()  # several threads load what one of them stores
+        tl.debug_barrier()  # several threads load an element that one of them stores
         tl.store(values_ptr + k, value - change, mask=exists)
 
 
@@ -171,7 +170,7 @@ def _quantize_gradient(
     UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_TILES: tl.constexpr,
     UNIT_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Scales of a float row, and the sum of its squares.
+    """Store the scales of a float row, and the sum of squares of its quantized values.
 
     Returns:
         The bits of the row's largest magnitude.
@@ -239,7 +238,7 @@ def _update_momentum(
     UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_TILES: tl.constexpr,
     UNIT_TILES: tl.constexpr,
 ):  # fmt: skip
-    """The momentum of a row on its own, where weight and momentum groups do not share tiles."""
+    """Update the momentum of a row in its own pass: its groups and the weight's share no tiles."""
     for group_tile in range(GROUP_TILES):
         first_group = group_tile * GROUPS
         m, start, exists, column, mask = _new_momentum(
@@ -283,14 +282,14 @@ def _lion_kernel(
     scales_ptr,  # [rows, N_GROUPS] fp32, modified
     outlier_values_ptr,  # [rows, N_OUTLIERS] fp32, modified
     outlier_columns_ptr,  # [rows, N_OUTLIERS] int16 or int32
-    momentum_codes_ptr,  # [rows, MOMENTUM_WIDTH] int8, or uint8 of two columns each; modified
+    momentum_codes_ptr,  # [rows, MOMENTUM_WIDTH] int8, or uint8 with two columns per byte; modified
     momentum_scales_ptr,  # [rows, N_MOMENTUM_GROUPS] fp32, modified
     gradient_codes_ptr,  # [rows, COLUMNS] int8; or the gradient itself in fp32, bf16 or fp16; or
     # the direction in fp32
     gradient_scales_ptr,  # [rows, N_STATE_GROUPS] fp32; written if the gradient is float
-    squares_ptr,  # [rows] fp64: of the quantized gradient, written if it is float
-    factor_ptr,  # one fp32, of the gradient; or None
-    live_ptr,  # [3] fp64: lr, weight_decay and step, in the place of those below; or None
+    squares_ptr,  # [rows] fp64: sums of squares of the quantized gradient, written if it is float
+    factor_ptr,  # one fp32 that multiplies the gradient; or None
+    live_ptr,  # [3] fp64: lr, weight_decay and step, which replace those below; or None
     lr,
     shrink,  # lr * weight_decay
     beta1,
@@ -315,17 +314,17 @@ def _lion_kernel(
     UNIT_TILES: tl.constexpr,
     STATE_GROUP: tl.constexpr,
     N_STATE_GROUPS: tl.constexpr,
-    STATE_UNIT: tl.constexpr,  # the tiling of a gradient that is float
+    STATE_UNIT: tl.constexpr,  # from here on the tiling of a float gradient
     STATE_UNITS: tl.constexpr,
     STATE_GROUPS: tl.constexpr,
     STATE_GROUP_TILES: tl.constexpr,
     STATE_UNIT_TILES: tl.constexpr,
-    MOMENTUM_BITS: tl.constexpr,  # 0: none, and the direction is given
+    MOMENTUM_BITS: tl.constexpr,  # 0: no momentum, and the direction is given
     MOMENTUM_WIDTH: tl.constexpr,  # bytes of a row
     MOMENTUM_GROUP: tl.constexpr,
     N_MOMENTUM_GROUPS: tl.constexpr,
     MOMENTUM_GROUP_IS_UNIT: tl.constexpr,  # the momentum of a tile can be rounded with the tile
-    MOMENTUM_UNIT: tl.constexpr,  # from here on the tiling of momentum that cannot
+    MOMENTUM_UNIT: tl.constexpr,  # from here on the tiling of momentum in a pass of its own
     MOMENTUM_UNITS: tl.constexpr,
     MOMENTUM_GROUPS: tl.constexpr,
     MOMENTUM_GROUP_TILES: tl.constexpr,
@@ -356,7 +355,7 @@ def _lion_kernel(
         )  # fmt: skip
         if factor_ptr is not None:
             gradient_sign *= tl.load(factor_ptr)
-        if largest >= INFINITY:  # NaN too: this row stays as it is, and the norm tells
+        if largest >= INFINITY:  # or NaN: the row stays as it is, and its square is NaN
             return
         tl.debug_barrier()  # every thread reads scales that others have written
 
@@ -420,9 +419,9 @@ def _lion_kernel(
                 uniform = weight_uniform(words)
             else:
                 uniform = tl.full(code.shape, 0.5, tl.float32)
-            # On GPUs floor takes subnormal inputs for 0; only an update below 1e-38 quanta is one.
+            # On GPUs, floor treats subnormals as 0; only updates below 1e-38 quanta are subnormal.
             new_code = code + tl.floor(uniform - decrease)
-            if tl.min(fits.to(tl.int32), axis=0) == 0:  # rare: most scales stay
+            if tl.min(fits.to(tl.int32), axis=0) == 0:  # rare: most scales do not change
                 ratio = over_units(tl.div_rn(scale, new_scale), UNITS, GROUPS)
                 rescaled = tl.floor(target * ratio + uniform)
                 keeps = over_units(fits.to(tl.int32), UNITS, GROUPS) != 0
@@ -458,7 +457,7 @@ def lion_constants(
     state_group_size: int | None,
     momentum_bits: int = 8,
 ) -> tuple[dict[str, int], int]:
-    """Constexpr arguments of the kernel but `STOCHASTIC`, and the warps of a program."""
+    """Return the constexpr arguments other than `STOCHASTIC`, and the warps of a program."""
     momentum_group_size = NIBBLE_GROUP_SIZE if momentum_bits == 4 else state_group_size
     tiles = tiling(columns, group_size, momentum_group_size)
     state, momentum = tiling(columns, state_group_size), tiling(columns, momentum_group_size)
@@ -490,8 +489,8 @@ def lion_constants(
 
 
 _launch_lion = Launcher(_lion_kernel)
-# Momentum, gradient and its scales, squares, factor, numbers in memory, and eleven that are handed
-# over: what differs from step to step, or belongs to somebody else than the weight.
+# Arguments that differ between steps or do not belong to the weight: momentum and gradient with
+# their scales, squares, factor, `live`, and eleven numbers.
 OPEN = (...,) * 18
 
 
@@ -521,7 +520,7 @@ def launch(
             STOCHASTIC=rounding.stochastic, **constants, num_warps=n_warps, enable_fp_fusion=False
         )
         plan = weight.plans[key] = _launch_lion.plan((rows,), compiled_for, *weight.tensors, *OPEN)
-    # Without momentum the kernel never touches what stands in its place.
+    # Without momentum the kernel never accesses its tensors; the weight's scales are placeholders.
     state = (weight.scales, weight.scales) if momentum is None else momentum.tensors
     plan(
         *state, *gradient, squares, factor, live,
@@ -540,7 +539,7 @@ def lion_step_(
     rounding: Rounding,
     live: Tensor | None,
 ) -> None:
-    # No squares are written; any tensor stands in their place.
+    # Squares of an INT8 gradient are not written; its scales are a placeholder for them.
     launch(
         weight, momentum, gradient.tensors, gradient.scales, None,
         group_size=gradient.group_size, rule=rule, rounding=rounding, live=live,
@@ -559,8 +558,8 @@ def quantize_and_lion_step_(
     rounding: Rounding,
     live: Tensor | None,
 ) -> Tensor:
-    # The kernel that steps quantizes first if it is handed floats. What stays in memory of the
-    # quantized gradient is its scales.
+    # Given a float gradient, the kernel of the step quantizes it first. Only the scales of the
+    # quantized gradient are stored.
     rows, columns = gradient.shape
     n_groups = tiling(columns, group_size).N_GROUPS
     scales = gradient.new_empty(rows, n_groups, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""4-bit codes on uneven levels, two in a byte, in Triton. Twin: `kernels/nibbles.py`."""
+"""4-bit codes on unevenly spaced levels, two in a byte, in Triton. Twin: `kernels/nibbles.py`."""
 
 import triton
 import triton.language as tl
@@ -20,15 +20,15 @@ ULP16: tl.constexpr = tl.constexpr(2.0**-16)
 
 @triton.jit
 def _units(half):
-    """What a code stands for, given as its four bits."""
+    """Return the value of a code before the scale; the code is given as its four bits."""
     code = (half ^ 8) - 8
     return (code * (tl.abs(code) + SLOPE)).to(tl.float32)
 
 
 @triton.jit
 def _bytes(start, exists, COLUMNS: tl.constexpr, UNIT: tl.constexpr):
-    """Place of each byte of a tile in its row, `[n_units, UNIT / 2]`, and whether it exists."""
-    # The compiler does not see that half of a unit's start is a multiple of half a unit.
+    """Index of each byte of a tile in its row, `[n_units, UNIT / 2]`, and whether it exists."""
+    # The compiler does not infer that half of a unit's start is a multiple of half a unit.
     first = tl.multiple_of(start // 2, UNIT // 2)
     place = first[:, None] + tl.arange(0, UNIT // 2)[None, :]
     return place, exists[:, None] & (place < (COLUMNS + 1) // 2)
@@ -38,18 +38,18 @@ def _bytes(start, exists, COLUMNS: tl.constexpr, UNIT: tl.constexpr):
 def load_nibbles(
     packed_ptr, start, exists, column, mask, COLUMNS: tl.constexpr, UNIT: tl.constexpr
 ):
-    """Units of one tile in fp32, before the scale.
+    """Load the values of one tile in fp32, before the scale.
 
     Args:
         packed_ptr: First byte of the row.
-        start: First column of each unit; even where `UNIT` is.
+        start: First column of each unit; even if `UNIT` is.
         exists: Which units exist.
-        column: Each column, `[n_units, UNIT]`.
-        mask: Which of them exist.
+        column: Number of each column, `[n_units, UNIT]`.
+        mask: Which columns exist.
         COLUMNS: Columns of the row.
         UNIT: Columns of a unit, a power of two.
     """
-    if UNIT == 1:  # neighbours may lie in different units: each loads the byte it shares
+    if UNIT == 1:  # the two columns of a byte may be in different units: each loads the byte
         byte = tl.load(packed_ptr + column // 2, mask=mask, other=0).to(tl.int32)
         units = _units((byte >> (column % 2 * 4).to(tl.int32)) & 15)
     else:
@@ -61,17 +61,17 @@ def load_nibbles(
 
 @triton.jit
 def nibble_scale(absmax):
-    """Scale of groups with these largest magnitudes."""
+    """Return the scales of groups with these largest magnitudes."""
     scale = absmax * PER_TOP
     return tl.where(scale < TINY, TINY, scale)
 
 
 @triton.jit
 def _code(value, inverse, uniform):
-    """Four bits as int32."""
+    """Return the four bits of the codes of `value` as int32."""
     units = tl.abs(value) * inverse
-    # This root is not correctly rounded. Where it lies on the other side of a level, `uniform`
-    # leads to the same code: it keeps further from 0 and 1 than the root errs.
+    # This root is not correctly rounded. If its error crosses a level, `uniform` still leads to the
+    # same code: it is further away from 0 and 1 than this error.
     lower = tl.floor(tl.sqrt(units + QUARTER_SQUARE) - HALF_SLOPE)
     width = lower + lower + (1 + SLOPE)
     up = uniform * width < units - lower * (lower + SLOPE)
@@ -89,11 +89,11 @@ def store_nibbles(
     packed_ptr, values, inverse, start, exists, row, seed, step, stream,
     STOCHASTIC: tl.constexpr, COLUMNS: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Round a tile of fp32 `values` `[n_units, UNIT]` between neighbouring levels and store it.
+    """Round a tile of fp32 `values` `[n_units, UNIT]` between neighboring levels and store it.
 
     Args:
         packed_ptr: First byte of the row.
-        values: 0 in columns that do not exist.
+        values: Values to round; 0 in columns that do not exist.
         inverse: One over the scale of each unit, `[n_units, 1]`.
         start: First column of each unit.
         exists: Which units exist.
@@ -101,7 +101,7 @@ def store_nibbles(
         seed: Key of the random numbers.
         step: Word 1 of their counter.
         stream: Word 2 of their counter.
-        STOCHASTIC: Else to the nearest level.
+        STOCHASTIC: False rounds to the nearest level.
         COLUMNS: Columns of the row.
         UNIT: Columns of a unit, a power of two of at least 2.
     """

@@ -19,8 +19,8 @@ QMAX: tl.constexpr = tl.constexpr(float(_QMAX))
 PER_QMAX: tl.constexpr = tl.constexpr(1.0 / _QMAX)
 TINY: tl.constexpr = tl.constexpr(_TINY)
 ULP24: tl.constexpr = tl.constexpr(2.0**-24)
-MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # FP32 without its sign
-INFINITY: tl.constexpr = tl.constexpr(0x7F800000)  # and every NaN lies above this
+MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # the bits of FP32 without the sign
+INFINITY: tl.constexpr = tl.constexpr(0x7F800000)  # the bits of infinity; those of NaN are above
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def signed(size, x):
 def nearest_code(values):
     """The nearest integer, ties to even, as int8; values must round into [-127, 127].
 
-    1.5 * 2**23 plus a value is rounded to an integer, whose two's complement the low bits hold.
+    Adding 1.5 * 2**23 rounds a value to an integer; the low bits hold its two's complement.
     """
     return (values + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
 
@@ -52,17 +52,17 @@ def nearest(values):
 
 @triton.jit
 def quantized(values, inverse):
-    """Codes of `values`; `inverse` is one over the absmax scale of their group.
+    """Return the codes of `values`; `inverse` is one over the absmax scale of their group.
 
-    The reference clamps here. With that scale no product exceeds 127 * (1 + 2**-21), which rounds
-    to 127.
+    The reference clamps them. With an absmax scale that is not needed: no product exceeds
+    127 * (1 + 2**-21), which rounds to 127.
     """
     return nearest_code(values * inverse)
 
 
 @triton.jit
 def absmax_scale(absmax):
-    """Twin: `absmax_scale` of the reference."""
+    """Return the scales of groups with these largest magnitudes, as `groups.absmax_scale` does."""
     scale = absmax * PER_QMAX
     return tl.where(scale < TINY, TINY, scale)
 
@@ -75,13 +75,13 @@ def inverse_scale(scale):
 
 @triton.jit
 def magnitude_bits(x):
-    """The bits of `abs(x)`: as integers they order magnitudes, and NaN is the largest."""
+    """Return the bits of `abs(x)`: integers in the order of magnitudes, with NaN the largest."""
     return x.to(tl.int32, bitcast=True) & MAGNITUDE
 
 
 @triton.jit
 def philox_words(counter, seed, step, stream, PURPOSE: tl.constexpr):
-    """Four words for each counter of a block; twin: `philox` of the reference."""
+    """Return four random words for each counter of a block; twin: `philox` of the reference."""
     c0 = counter.to(tl.uint32)
     zero = c0 * 0
     c1, c2 = zero + step.to(tl.uint32), zero + stream.to(tl.uint32)
@@ -92,7 +92,7 @@ def philox_words(counter, seed, step, stream, PURPOSE: tl.constexpr):
 def random_words(
     first_counter, start, UNIT: tl.constexpr, seed, step, stream, PURPOSE: tl.constexpr = _WEIGHT
 ):
-    """A 32-bit word for each element of a tile: `[n_units, UNIT]`; four columns share a counter.
+    """Return a 32-bit word per element of a tile: `[n_units, UNIT]`; four columns share a counter.
 
     Args:
         first_counter: Counter of the row's first four columns, int64.
@@ -104,7 +104,7 @@ def random_words(
         PURPOSE: Word 3.
     """
     if UNIT % 4 == 0:
-        # One call serves four neighbours; join puts its two sides into a new last axis.
+        # One call serves four neighboring columns; join stacks its arguments along a new last axis.
         quad = start[:, None] // 4 + tl.arange(0, UNIT // 4)[None, :]
         w0, w1, w2, w3 = philox_words(first_counter + quad, seed, step, stream, PURPOSE)
         words = tl.join(tl.join(w0, w2), tl.join(w1, w3))

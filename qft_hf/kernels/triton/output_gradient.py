@@ -1,7 +1,7 @@
 """Output gradients as INT8 operands in Triton. Twin: `kernels/output_gradient.py`.
 
-A scale needs the whole row or column, so the gradient is read twice: once for the maxima of both,
-once to round it to both forms.
+A scale needs a whole row or column, so the gradient is read twice: first for the maxima of rows and
+columns, then to round it to both forms.
 """
 
 import torch
@@ -19,14 +19,14 @@ from .quantization import scale_of_bits
 ROWS: tl.constexpr = tl.constexpr(_ROWS)
 COLUMNS: tl.constexpr = tl.constexpr(_COLUMNS)
 
-TILE = 64  # tokens, and outputs: whole sectors of codes in both forms, 16 elements a thread
+TILE = 64  # tokens and outputs: whole memory sectors of codes in both forms, 16 elements per thread
 N_WARPS = 8
 ALIGNED = 4  # maxima in 16 bytes
 
 
 @triton.jit
 def _load_tile(gradient_ptr, row_start, column_start, N, R, TILE: tl.constexpr):
-    """A tile of the gradient in fp32, its rows and columns, and which of them there are."""
+    """Load a tile of the gradient in fp32; also return the numbers of its rows and columns."""
     n, r = row_start + tl.arange(0, TILE), column_start + tl.arange(0, TILE)
     index = n.to(tl.int64)[:, None] * R + r[None, :]
     mask = (n < N)[:, None] & (r < R)[None, :]
@@ -38,7 +38,7 @@ def _maxima_kernel(
     gradient_ptr,  # [N, R] fp32, bf16 or fp16
     row_factors_ptr,  # [R] fp32, or None
     column_factors_ptr,  # [N] fp32, or None
-    row_bits_ptr,  # [N] int32, zeros; raised to the largest magnitude, as bits
+    row_bits_ptr,  # [N] int32, zeros; raised to the bits of the largest magnitude
     column_bits_ptr,  # [R] int32, likewise
     N,
     R,
@@ -47,7 +47,7 @@ def _maxima_kernel(
     gradient, n, r = _load_tile(
         gradient_ptr, tl.program_id(1) * TILE, tl.program_id(0) * TILE, N, R, TILE
     )
-    # The largest of some integers does not depend on the order in which they come.
+    # A maximum of integers does not depend on the order of the atomic operations.
     if row_factors_ptr is not None:
         factor = tl.load(row_factors_ptr + r, mask=r < R, other=0.0)
         largest = tl.max(magnitude_bits(gradient * factor[None, :]), axis=1)
@@ -63,10 +63,10 @@ def _codes(
     values, bits, row, column_start, columns, seed, STREAM: tl.constexpr,
     TILE: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
-    """Codes of a tile of a matrix with `columns` columns whose rows have maxima with these bits."""
+    """Return codes of a tile of a matrix of `columns` columns; `bits` are those of row maxima."""
     _, inverse = scale_of_bits(bits)
     inverse = inverse[:, None]
-    values = tl.where(inverse > 0, values, 0.0)  # else the row is not finite
+    values = tl.where(inverse > 0, values, 0.0)  # the inverse is 0 if the row is not finite
     if STOCHASTIC:
         first_counter = (row.to(tl.int64) * ((columns + 3) // 4))[:, None]
         start = tl.zeros((TILE,), tl.int32) + column_start
@@ -151,7 +151,7 @@ def quantize_gradient(
         gradient.new_empty(by_columns[0], 1, dtype=torch.float32),
     )
     first_column = -(-tokens // ALIGNED) * ALIGNED
-    row_bits = gradient.new_zeros(first_column + outputs, dtype=torch.int32)  # and of columns
+    row_bits = gradient.new_zeros(first_column + outputs, dtype=torch.int32)  # and column bits
     inputs = (gradient, row_factors, column_factors, row_bits, row_bits[first_column:])
     grid = (-(-outputs // TILE), -(-tokens // TILE))
     _launch_maxima(grid, _MAXIMA, *inputs, tokens, outputs)

@@ -23,12 +23,12 @@ from .tiling import group_max, over_units, row_constants, tile_columns, tiling
 
 @triton.jit
 def scale_of_bits(largest):
-    """Scale and inverse of groups whose largest magnitude has these bits; inverse 0 if not finite.
+    """Return scale and inverse of groups whose largest magnitude has these bits.
 
-    With an inverse of 0 and values that are set to 0, codes are 0 and the scale tells the fault.
+    If it is not finite, the inverse is 0: codes become 0, and the non-finite scale shows the fault.
     """
     scale = largest.to(tl.float32, bitcast=True) * PER_QMAX
-    scale = tl.where(scale < TINY, TINY, scale)  # NaN is not below anything
+    scale = tl.where(scale < TINY, TINY, scale)  # NaN stays: it is not below TINY
     return scale, tl.where(largest < INFINITY, inverse_scale(scale), 0.0)
 
 
@@ -48,7 +48,7 @@ def _load_kept(
     COLUMNS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """A tile with 0 in the columns that count as 0."""
+    """Load a tile with 0 in the columns that count as 0."""
     x, column, mask = load_tile(x_ptr, first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
     if zero_columns_ptr is not None:
         is_zero = tl.load(zero_columns_ptr + column, mask=mask, other=0)
@@ -58,7 +58,7 @@ def _load_kept(
 
 @triton.jit
 def finite_codes(x, inverse):
-    """Codes of `x`; 0 in a group whose inverse is 0, which is one that is not finite."""
+    """Return the codes of `x`; 0 in groups that are not finite, whose inverse is 0."""
     return quantized(tl.where(inverse > 0, x, 0.0), inverse)
 
 
@@ -66,7 +66,7 @@ def finite_codes(x, inverse):
 def _quantize_kernel(
     x_ptr,  # [n_rows, COLUMNS] fp32, bf16 or fp16
     zero_columns_ptr,  # [COLUMNS] int8: 1 for columns that count as 0; or None
-    columns_ptr,  # [N_TAKEN] int64: columns that are taken as they are
+    columns_ptr,  # [N_TAKEN] int64: columns that are copied as they are
     codes_ptr,  # [n_rows, COLUMNS] int8, written
     scales_ptr,  # [n_rows, N_GROUPS] fp32, written
     taken_ptr,  # [N_TAKEN, n_rows] of the dtype of x, written
@@ -93,7 +93,7 @@ def _quantize_kernel(
             tl.store(taken_ptr + k.to(tl.int64) * n_rows + row, taken, mask=k < N_TAKEN)
     for group_tile in range(GROUP_TILES):
         first_group = group_tile * GROUPS
-        # The first tile of a group stays in registers; a long group reads its others twice.
+        # The first tile of a group stays in registers; other tiles of a long group are read twice.
         x, column, mask = _load_kept(
             x_ptr, zero_columns_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS
         )
@@ -123,7 +123,7 @@ def _dequantize_kernel(
     scales_ptr,  # [n_rows, N_GROUPS] fp32
     outlier_values_ptr,  # [n_rows, N_OUTLIERS] fp32
     outlier_columns_ptr,  # [n_rows, N_OUTLIERS] int16 or int32
-    rows_ptr,  # [n] int32 or int64: which EACH rows as many programs expand, if GATHER; else theirs
+    rows_ptr,  # [n / EACH] int32 or int64, if GATHER: e stands for the EACH rows from e * EACH on
     x_ptr,  # [n, COLUMNS] fp32, bf16 or fp16, written
     n_rows,
     GATHER: tl.constexpr,
@@ -161,8 +161,8 @@ def _dequantize_kernel(
             x = code.to(tl.float32) * scale[:, None]
             tl.store(x_ptr + column, x.to(x_ptr.dtype.element_ty), mask=mask)
     if N_OUTLIERS > 0:
-        # This program wrote every element of its row; the barrier puts all of that before what
-        # follows, whichever of its threads wrote it.
+        # This program wrote every element of its row. The barrier orders the writes of all its
+        # threads before those of outliers.
         tl.debug_barrier()
         for tile in range((N_OUTLIERS + OUTLIER_TILE - 1) // OUTLIER_TILE):
             k = tile * OUTLIER_TILE + tl.arange(0, OUTLIER_TILE)
@@ -188,13 +188,13 @@ def launch_quantize(
     columns: Tensor | None = None,
     taken: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`quantize`, with columns that count as 0, and `columns` of `x` copied to the rows of `taken`.
+    """Run `quantize` with some columns counted as 0, and copy `columns` of `x` to rows of `taken`.
 
     Args:
-        x: As `quantize` takes it.
-        group_size: Likewise.
-        zero_columns: int8 `[columns]`, 1 or 0; or None.
-        columns: int64 `[n]`, or None.
+        x: As in `quantize`.
+        group_size: As in `quantize`.
+        zero_columns: int8 `[columns]`, 1 for columns that count as 0; or None.
+        columns: int64 `[n]`, the columns to copy; or None.
         taken: `[n, rows]` of the dtype of `x`, written; or None.
     """
     rows, n_columns = x.shape
@@ -215,7 +215,7 @@ def _constants(n_columns: int, group_size: int | None, n_taken: int) -> Constant
 
 @cache
 def outlier_tile(n_outliers: int) -> int:
-    """Outliers that a program handles at a time."""
+    """Return how many outliers a program handles at a time."""
     return min(256, triton.next_power_of_2(max(1, n_outliers)))
 
 
@@ -226,7 +226,7 @@ def dequantize(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch
     x = weight.codes.new_empty(n, columns, dtype=dtype)
     if n == 0:
         return x
-    # Of single rows, as an embedding looks them up, there is another number each time.
+    # An embedding looks up a different number of single rows each time: no plan is kept for them.
     is_kept = rows is None or n_each > 1
     key = dtype if rows is None else (dtype, n)
     plan = weight.plans.get(key) if is_kept else None

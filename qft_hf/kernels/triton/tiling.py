@@ -1,9 +1,9 @@
-"""How one program walks over one row of a matrix. Arithmetic, and its twin inside the kernels.
+"""The tiles in which programs iterate over rows: arithmetic, and its twin inside the kernels.
 
-Every kernel gives a whole row to one program: groups lie inside rows, so programs share nothing.
-A row is cut into tiles of whole groups, or, where a group is long, into tiles of a part of it. A
-tile is `[GROUPS * UNITS, UNIT]`: a unit is a run of columns that lie in one weight group and in one
-momentum group, so a scale is loaded once for a unit and not for each element.
+Most kernels that use these tiles give a whole row to one program: groups lie inside rows, so
+programs share nothing. A row is cut into tiles of whole groups or, if groups are long, into tiles
+of a part of one. A tile is `[GROUPS * UNITS, UNIT]`: a unit is a run of columns in one weight group
+and in one momentum group, so a scale is loaded once per unit and not once per element.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,13 +16,13 @@ import triton.language as tl
 
 from .launch import Constants
 
-MIN_UNIT = 2  # of a whole row: 4-bit codes of two columns share a byte
+MIN_UNIT = 2  # if a group is the whole row: 4-bit codes of two columns share a byte
 MAX_UNIT = 256
 MAX_TILE = 8192  # elements; more would spill registers
 TILES = (4096, 2048, 1024)
 WARP = 32
-# 16 INT8 codes make a 16-byte load, the widest there is. Units shorter than that load less and
-# need more registers for scales, so they go in small tiles on many threads.
+# 16 INT8 codes are one 16-byte load, the widest there is. Shorter units load less at once and need
+# more registers for scales, so they have small tiles on many threads.
 WIDE_UNIT = 16
 
 
@@ -32,10 +32,10 @@ class Tiling:
 
     Attributes:
         COLUMNS: Columns of the matrix.
-        GROUP: Columns of a group, rounded up to whole units where one group is the row.
+        GROUP: Columns of a group, rounded up to whole units if one group is the row.
         N_GROUPS: Groups in a row.
         UNIT: Columns of a unit: a power of two that divides `GROUP`.
-        UNITS: Units of a group that are in one tile, a power of two; the last may be empty.
+        UNITS: Units of one group in a tile, a power of two; the last may be empty.
         GROUPS: Groups in one tile, a power of two; the last may be empty.
         GROUP_TILES: Tiles that cover all groups.
         UNIT_TILES: Tiles that cover one group.
@@ -64,7 +64,7 @@ class Tiling:
 
 @cache
 def tiling(columns: int, group_size: int | None, other_group_size: int = 0) -> Tiling:
-    """Cut rows of `columns` into groups of `group_size`; no unit crosses another group's edge."""
+    """Cut rows of `columns` columns into groups; no unit crosses a group edge of either size."""
     if group_size is None or group_size >= columns:
         divisor = other_group_size or MAX_UNIT
         unit = min(divisor & -divisor, MAX_UNIT, max(MIN_UNIT, _power_of_two(columns)))
@@ -78,7 +78,7 @@ def tiling(columns: int, group_size: int | None, other_group_size: int = 0) -> T
     tiles = TILES if unit >= WIDE_UNIT else TILES[-1:]
     padded = _power_of_two(n_units)
     elements = padded * unit
-    # A group that would fill little of its tile is cheaper in two passes over smaller ones.
+    # A group that would fill little of its tile is cheaper in two passes over smaller tiles.
     if elements <= TILES[-1] or (
         unit >= WIDE_UNIT and elements <= MAX_TILE and 4 * group >= 3 * elements
     ):
@@ -92,7 +92,7 @@ def tiling(columns: int, group_size: int | None, other_group_size: int = 0) -> T
 
 @cache
 def row_constants(columns: int, group_size: int | None, **others: Any) -> Constants:
-    """What a kernel is compiled for that walks over rows in this tiling; `others` come on top."""
+    """Constants of a kernel that iterates over rows in this tiling; `others` are added to them."""
     tiles = tiling(columns, group_size)
     return Constants(**others, **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False)
 
@@ -102,7 +102,7 @@ def _power_of_two(n: int) -> int:
 
 
 def _least_waste(n: int, sizes: list[int]) -> int:
-    """Of `sizes`, cut down to what `n` needs: the one whose multiple exceeds `n` least."""
+    """Limit `sizes` to what `n` needs, and return the one whose multiple exceeds `n` least."""
     sizes = [min(size, _power_of_two(n)) for size in sizes]
     return min(sizes, key=lambda size: (triton.cdiv(n, size) * size, -size))
 
@@ -117,7 +117,7 @@ def tile_columns(
     UNITS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """First column of each unit of a tile, if it exists; each column, if that exists."""
+    """Return the first column of each unit and whether it exists, then the same of all columns."""
     unit = tl.arange(0, GROUPS * UNITS)
     place = (first_unit + unit % UNITS) * UNIT
     start = (first_group + unit // UNITS) * GROUP + place
@@ -134,5 +134,5 @@ def group_max(x, UNITS: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def over_units(x, UNITS: tl.constexpr, GROUPS: tl.constexpr):
-    """One entry for each row of the tile: `[GROUPS]` to `[GROUPS * UNITS, 1]`."""
+    """Repeat the entry of each group for its units: `[GROUPS]` to `[GROUPS * UNITS, 1]`."""
     return tl.reshape(tl.broadcast_to(x[:, None], (GROUPS, UNITS)), (GROUPS * UNITS,))[:, None]

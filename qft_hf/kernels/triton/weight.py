@@ -17,7 +17,7 @@ def step_weight_(
     rounding: Rounding,
     live: Tensor | None,
 ) -> None:
-    # Without momentum the kernel never touches what stands in the place of scales and squares.
+    # Without momentum the kernel never accesses the gradient scales and squares that it is passed.
     rule = Lion.without_momentum(lr, weight_decay)
     launch(
         weight, None, (direction, weight.scales), weight.scales, None,
