@@ -69,7 +69,7 @@ class Readable(Tensor):
 
     @property
     def is_traced(self) -> bool:
-        """Whether a compiler traces it; compilers do not support views that compute values late."""
+        """Whether a compiler traces it; compilers do not support views computed when read."""
         return False
 
     def dequantize(self) -> Tensor:
