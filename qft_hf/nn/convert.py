@@ -125,7 +125,7 @@ def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | 
 
 def _beside(parameter: nn.Parameter) -> str:
     """Return why a parameter stays float that is next to the quantized weights of a module."""
-    return "vector" if parameter.ndim < 2 else "beside the weight of its module"
+    return "vector" if parameter.ndim < 2 else "next to the weight of its module"
 
 
 def _check_names(model: nn.Module, excluded: list[str]) -> None:
@@ -274,8 +274,8 @@ def _check_replaceable(parameters: Mapping[str, torch.Tensor]) -> None:
             torch.utils.swap_tensors(parameter, other)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{name} cannot be converted in place while something holds on to it, such as the "
-                "graph of an earlier forward pass. Delete its outputs, or compute them under "
-                "torch.no_grad(), and convert then."
+                f"{name} cannot be converted in place while something refers to it, such as the "
+                "graph of an earlier forward pass. Delete the outputs of that pass, or run it "
+                "under torch.no_grad(), before you convert the model."
             ) from error
         torch.utils.swap_tensors(parameter, other)

@@ -60,8 +60,8 @@ def as_it_was(ctx: Any) -> QFTWeight:
         raise RuntimeError(
             f"{weight!r} has changed since the forward pass whose gradient is computed now: an "
             "optimizer has updated it, or a state was loaded. Run backward of every forward pass "
-            "before the step, or the forward pass again after it; with gradient='release' backward "
-            "itself updates, so add losses up and run backward once."
+            "before the step, or repeat the forward pass after it. With gradient='release', "
+            "backward itself updates weights: add the losses and run backward once."
         )
     return weight
 

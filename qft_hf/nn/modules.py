@@ -73,17 +73,17 @@ class QuantizedModule(nn.Module):
         weight = self._parameters.get(name)
         if weight is None:
             raise RuntimeError(
-                f"The {name} of {type(self).__name__} is no parameter any more: values that are "
-                "computed at each use have taken its place, as torch.nn.utils.parametrizations, "
-                "pruning and target_parameters of PEFT have them, and these need a float weight. "
+                f"The {name} of {type(self).__name__} is no longer a parameter: "
+                "torch.nn.utils.parametrizations, pruning or target_parameters of PEFT have "
+                "replaced it by values that are computed at each use, which needs a float weight. "
                 "List the module in modules_to_not_convert of the QFTConfig."
             )
         if not isinstance(weight, QFTWeight):
             raise RuntimeError(
                 f"The {name} of {self} is not quantized. Load the model with from_pretrained, or "
-                "call quantize_model_. If something put it in the place of an INT8 weight, such as "
-                "fully_shard or torch.func.grad, that takes float weights alone: leave it out, or "
-                "call dequantize_model_ before."
+                "call quantize_model_. If something replaced an INT8 weight by it, such as "
+                "fully_shard or torch.func.grad, that supports float weights only: do not use it, "
+                "or call dequantize_model_ before."
             )
         if weight.pending:
             raise RuntimeError(

@@ -70,16 +70,16 @@ def weight_from_fields(
         )
     if extra := fields.keys() - expected.keys():
         raise ValueError(
-            f"{listed(extra)} in the checkpoint, and its config.json has "
-            f"outlier_fraction={spec.outlier_fraction}, which makes no such field. Restore the "
-            "config.json that was saved with it."
+            f"{listed(extra)} found in the checkpoint, but its config.json has "
+            f"outlier_fraction={spec.outlier_fraction}, which is a format without these fields. "
+            "Restore the config.json that was saved with the checkpoint."
         )
     for key, field in expected.items():
         if fields[key].dtype != field.dtype or fields[key].shape != field.shape:
             raise ValueError(
                 f"{key} must be {field.dtype} of shape {tuple(field.shape)}, got "
-                f"{fields[key].dtype} of shape {tuple(fields[key].shape)}. The checkpoint is of "
-                "another model or of another QFTConfig than its config.json says."
+                f"{fields[key].dtype} of shape {tuple(fields[key].shape)}. The checkpoint was "
+                "written for another model or QFTConfig than its config.json describes."
             )
     names = state_names(name)
     device = fields[names["codes"]].device
@@ -108,7 +108,7 @@ def check_values(name: str, weight: QFTWeight) -> None:
     outlier_values, outlier_columns = weight.outlier_values, weight.outlier_columns
     ascending = outlier_columns[:, 1:] > outlier_columns[:, :-1]
     for field, problem, good in (
-        ("codes", "-128, which is no code", codes > -128),
+        ("codes", "-128, which is not a valid code", codes > -128),
         (
             "scales",
             "scales that are not positive, finite numbers",
@@ -139,9 +139,9 @@ def check_shared_columns(name: str, weight: QFTWeight) -> None:
     columns = weight.outlier_columns.unflatten(0, (-1, weight.arrangement.rows))
     if weight.group_size is not None or not bool((columns == columns[:, :1]).all()):
         raise ValueError(
-            f"{name} was quantized for matmul='dequantize': its outliers lie in other "
-            "columns in each row, or rows have several scales. Leave matmul='int8' out, or "
-            "dequantize the model, save it, and quantize it with QFTConfig(matmul='int8')."
+            f"{name} was quantized for matmul='dequantize': its rows have outliers in different "
+            "columns, or several scales each. Leave matmul='int8' out, or dequantize the model, "
+            "save it, and quantize it with QFTConfig(matmul='int8')."
         )
 
 

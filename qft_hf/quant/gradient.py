@@ -218,9 +218,9 @@ def _add_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return read(operator, args, kwargs)
     if gradient.shape != other.shape or kwargs.get("alpha", 1) != 1:
         raise NotImplementedError(
-            f"An INT8 gradient of shape {tuple(gradient.shape)} is added to in place by another of "
-            f"the same shape and alpha=1, got {tuple(other.shape)} and {kwargs}. In a hook, return "
-            "gradient + other instead."
+            f"In-place addition to an INT8 gradient of shape {tuple(gradient.shape)} needs a "
+            f"tensor of the same shape and alpha=1, got {tuple(other.shape)} and {kwargs}. In a "
+            "hook, return gradient + other instead."
         )
     kernels.accumulate_(gradient.stored, quantized(other, gradient).stored)
     return gradient

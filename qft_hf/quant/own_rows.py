@@ -71,8 +71,9 @@ class OwnRows(Int8Gradient):
             f"This process has rows {rows.start} to {rows.stop} of the gradient of a "
             f"{tuple(self.shape)} weight, as the mean over all processes: it can be clipped and "
             "scaled by numbers, and nothing else. Change gradients in a hook of the weight, "
-            "weight.register_hook(...), which sees those of its own process. A second backward "
-            "pass cannot be added to it: run all but the last under optimizer.accumulate()."
+            "weight.register_hook(...), which sees the gradient of its own process. A second "
+            "backward pass cannot be added to it: run all passes except the last one under "
+            "optimizer.accumulate()."
         )
 
     @property

@@ -21,9 +21,9 @@ Operator = Callable[..., Any]
 
 COLLECTIVE = (
     "{operator} of torch.distributed would exchange {stored!r} as a float tensor, which has no "
-    "memory for values, only for codes and scales: what arrived would be lost. An optimizer of "
-    "qft_hf that is made after init_process_group gives all processes the same weights by its "
-    "broadcast(), and averages gradients itself: leave collectives and wrappers out."
+    "memory for values, only for codes and scales: received values would be lost. Create the "
+    "optimizer of qft_hf after init_process_group: its broadcast() gives all processes the same "
+    "weights, and it averages gradients itself. Do not use collectives or wrappers."
 )
 
 
@@ -111,7 +111,7 @@ class Readable(Tensor):
         Raises:
             NotImplementedError: This is a view, which has no memory.
         """
-        raise NotImplementedError(f"{self!r} has no memory to share: share the whole model's.")
+        raise NotImplementedError(f"{self!r} has no memory to share: call model.share_memory().")
 
 
 @Readable.implements(aten.alias_copy.default)
@@ -235,9 +235,9 @@ def warn_of_memory(operator: Any, stored: Readable) -> None:
     if not _warned:
         _warned = True
         warnings.warn(
-            f"{operator} reads {stored!r}, whose values are then made in float: "
-            f"{stored.numel() * stored.dtype.itemsize / 1e6:.1f} MB for as long as the operator "
-            "runs. Where a weight that is trained is used so, outside of its module, its gradient "
-            "is whole in float too, until it is quantized. This is said once, of the first use.",
+            f"{operator} reads {stored!r}, whose values are expanded to float for this: "
+            f"{stored.numel() * stored.dtype.itemsize / 1e6:.1f} MB while the operator runs. The "
+            "gradient of a trained weight that is used outside of its module is a whole float "
+            "tensor too, until it is quantized. This warning is shown only for the first use.",
             stacklevel=4,  # the line that calls the operator
         )

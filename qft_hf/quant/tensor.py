@@ -136,8 +136,8 @@ def _to_copy(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     dtype = kwargs.get("dtype") or tensor.dtype
     if not dtype.is_floating_point:
         raise NotImplementedError(
-            f"{type(tensor).__name__} cannot become {dtype}: its dtype is the float type it stands "
-            "for. Its INT8 codes are in .codes."
+            f"{type(tensor).__name__} cannot be converted to {dtype}: its dtype is the float type "
+            "that it represents. Its INT8 codes are in .codes."
         )
     device = kwargs.get("device") or tensor.device
     non_blocking = kwargs.get("non_blocking", False)

@@ -47,9 +47,9 @@ class QFTWeight(Int8Tensor):
     to_change = (
         "To edit weights, call dequantize_model_(model), change them, and quantize_model_(model) "
         "again; to train them, use an optimizer of qft_hf, such as QFTLion; to compute with other "
-        "values, change those of .dequantize(), which are a copy; a running mean of them is float: "
+        "values, change the result of .dequantize(), a copy; for a running mean use a float model: "
         "AveragedModel(dequantize_model_(copy.deepcopy(model), model.dtype)). On several processes "
-        "leave DistributedDataParallel out: an optimizer of qft_hf averages gradients itself."
+        "do not use DistributedDataParallel: an optimizer of qft_hf averages gradients itself."
     )
 
     stored: kernels.Weight
@@ -71,11 +71,11 @@ class QFTWeight(Int8Tensor):
         """Make the outer tensor, on the device of the codes and without storage."""
         if dtype is None:
             raise TypeError(
-                f"A QFTWeight is made of codes, scales, outliers and a dtype, or by from_float; it "
-                f"was called with a {type(codes).__name__}. Accelerate does so where it moves a "
-                "parameter or offloads it (dispatch_model, cpu_offload, disk_offload), which INT8 "
-                "weights cannot: use from_pretrained(..., device_map=...) with devices that hold "
-                "the model together, or model.to(device)."
+                f"QFTWeight needs codes, scales, outliers and a dtype (from_float computes them), "
+                f"but got only a {type(codes).__name__}. Accelerate calls it this way to move or "
+                "offload a parameter (dispatch_model, cpu_offload, disk_offload), which INT8 "
+                "weights do not support: use from_pretrained(..., device_map=...) with devices "
+                "that together have room for the model, or model.to(device)."
             )
         return super().__new__(cls, codes, dtype=dtype, arrangement=arrangement)
 
@@ -171,8 +171,8 @@ class QFTWeight(Int8Tensor):
             count = weight.numel() - int(finite.sum())
             raise ValueError(
                 f"{name} has {count} of {weight.numel()} values that are NaN or infinite and "
-                "cannot be quantized. The checkpoint is damaged or its dtype too narrow: load a "
-                "good one, or list the module in modules_to_not_convert."
+                "cannot be quantized. The checkpoint is damaged or its dtype is too narrow: load "
+                "another one, or list the module in modules_to_not_convert."
             )
         for rows, matrix in arrangement.parts(weight):
             for field, part in zip(result.stored.tensors, _quantized(matrix, spec), strict=True):
