@@ -35,7 +35,7 @@ class OwnRows(Int8Gradient):
 
     @staticmethod
     def __new__(cls, *_: Any, like: Int8Tensor, **__: Any) -> Self:
-        """Make the outer tensor: that of the weight, no storage."""
+        """Make the outer tensor, in the shape of the weight and without storage."""
         return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
 
     def __init__(
@@ -132,7 +132,7 @@ class OwnTiles(TiledGradient):
 
     @staticmethod
     def __new__(cls, *_: Any, like: Int8Tensor, **__: Any) -> Self:
-        """Make the outer tensor: that of the weight, no storage."""
+        """Make the outer tensor, in the shape of the weight and without storage."""
         return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
 
     def __init__(
