@@ -1,6 +1,7 @@
 """Full-parameter fine-tuning with INT8 weights, gradients and optimizer state, in the Trainer.
 
-Importing the package registers `optim="qft_lion"` and the quantization method `"qft"`.
+Importing the package registers the optimizers `"qft_lion"`, `"qft_adamw"` and `"qft_sgd"` and the
+quantization method `"qft"`.
 """
 
 from .hf import (

@@ -8,7 +8,7 @@ PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 
 
 def names_module(entry: str, module: str) -> bool:
-    """Whether an entry of a `QuantizationSpec` is the name of a module, or components of it."""
+    """Whether `entry` is the full name of `module` or consecutive components of it."""
     return f".{entry}." in f".{module}."
 
 
@@ -18,27 +18,27 @@ class QuantizationSpec:
 
     Args:
         group_size: Consecutive inputs (columns) of one output row that share an FP32 scale. None
-            gives one scale per row. The last group of a row may be short.
-        outlier_fraction: Share of each row kept in FP32 beside the INT8 codes, largest magnitudes
-            first: `ceil(outlier_fraction * columns)` values a row, 0 for none. For INT8 products
-            also the share of the columns of inputs that stay float.
-        modules_to_not_convert: Names of modules that stay float, with everything below them; each
-            is a full module name or one component of it (`"lm_head"`, `"classifier"`).
+            means one scale per row. The last group of a row may be short.
+        outlier_fraction: Share of each row kept in FP32 in addition to the INT8 codes, largest
+            magnitudes first: `ceil(outlier_fraction * columns)` values per row, 0 for none. For
+            INT8 products it is also the share of input columns that stay float.
+        modules_to_not_convert: Names of modules that stay float, with all their submodules; each is
+            a full module name or consecutive components of one (`"lm_head"`, `"classifier"`).
         matmul: How products with the weight are computed. `"dequantize"` expands one tile of
             the weight at a time to the activation's dtype. `"int8"` quantizes activations and
             gradients and multiplies INT8 by INT8; its outliers are whole columns, the same
             in every row, and `group_size` must be None.
         int8_products: With `matmul="int8"`, which products of which modules are INT8: module names
             as in `modules_to_not_convert`, or `"*"` for all, each with a list of `"forward"`,
-            `"input_gradient"` and `"weight_gradient"`. Of several names that match a module the
-            longest decides. Not listed: all three, and none for the output head.
+            `"input_gradient"` and `"weight_gradient"`. If several names match a module, the longest
+            applies. Modules that are not listed use all three, the output head none.
         seed: Key of the counter-based random numbers that round updates.
-        strict: Whether a model is refused of which more than a tenth of the parameters would stay
-            float without being listed in `modules_to_not_convert`; else a warning says so. It is
-            asked of a conversion and is no part of the format: no checkpoint records it.
+        strict: Whether to refuse a model if more than a tenth of its parameters would stay float
+            without being listed in `modules_to_not_convert`; otherwise a warning is issued. It is
+            an option of the conversion, not part of the format: checkpoints do not record it.
 
     Raises:
-        ValueError: A value is out of its range; the text names the range.
+        ValueError: A value is out of range; the message names the range.
     """
 
     group_size: int | None = None

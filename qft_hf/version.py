@@ -1,3 +1,3 @@
-"""The version, where the build can read it without importing the package."""
+"""The version, in a file that the build can read without importing the package."""
 
 __version__ = "0.4.0"

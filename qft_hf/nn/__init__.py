@@ -1,4 +1,4 @@
-"""Modules with quantized weights, and the rule that says which modules get them."""
+"""Modules with quantized weights, and the rule that decides which modules are quantized."""
 
 from .attachments import replace_
 from .convert import (

@@ -1,8 +1,8 @@
-"""What others have put on a parameter survives when the inside of the parameter is replaced.
+"""Keeps a parameter's hooks and attributes when the tensor inside it is replaced.
 
-`quantize_model_`, `dequantize_model_` and `Module.to()` swap a parameter's inside, and autograd's
-hooks and Python attributes would go with the old one. Without them a mask that a user has put on
-the gradient would be gone, and nobody would say so.
+`quantize_model_`, `dequantize_model_` and `Module.to()` swap the tensor inside a parameter, and
+autograd's hooks and Python attributes would be lost with the old one. A user's hook that masks the
+gradient would then no longer run, without an error.
 """
 
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Attributes of ours and of PyTorch that belong to the inside.
+# Attributes of this package and of PyTorch that belong to the inner tensor.
 INSIDE = ("stored", "arrangement", "pending", "is_table", "_is_param")
 
 
@@ -23,7 +23,7 @@ class Attachments(NamedTuple):
 
 
 def attachments(parameter: Tensor) -> Attachments:
-    """What is attached to a parameter; handles of hooks refer to these dictionaries."""
+    """Return the hooks and attributes of a parameter; hook handles refer to these dictionaries."""
     return Attachments(
         parameter._backward_hooks,
         parameter._post_accumulate_grad_hooks,
@@ -32,7 +32,7 @@ def attachments(parameter: Tensor) -> Attachments:
 
 
 def attach_(parameter: Tensor, attached: Attachments) -> None:
-    """Connect hooks and attributes to a parameter that has a new inside."""
+    """Connect hooks and attributes to a parameter whose inner tensor was replaced."""
     if attached.backward_hooks:
         parameter._backward_hooks = attached.backward_hooks
     if attached.accumulate_hooks:
@@ -42,9 +42,9 @@ def attach_(parameter: Tensor, attached: Attachments) -> None:
 
 
 def replace_(parameter: Tensor, tensor: Tensor) -> None:
-    """Put `tensor` in the place of a parameter's value; everybody who holds it sees the new one.
+    """Replace a parameter's value by `tensor`; all references to the parameter see the new value.
 
-    Hooks and attributes that others have put on the parameter stay.
+    Hooks and attributes that other code has put on the parameter are kept.
     """
     attached = attachments(parameter)
     parameter.grad = None

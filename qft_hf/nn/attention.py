@@ -1,4 +1,4 @@
-"""PyTorch's own attention, which reads its weights itself."""
+"""PyTorch's own attention module, whose forward reads its weights directly."""
 
 from torch import nn
 
@@ -8,7 +8,7 @@ from .modules import QuantizedModule
 class QFTMultiheadAttention(QuantizedModule, nn.MultiheadAttention):
     """`nn.MultiheadAttention` whose input projections are `QFTWeight`; its forward reads them.
 
-    The output projection is a module of its own, whose weight is read here too.
+    The output projection is a separate module; this forward reads its weight too.
     """
 
     plain_class = nn.MultiheadAttention

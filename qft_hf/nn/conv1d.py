@@ -17,7 +17,7 @@ class QFTConv1D(QuantizedModule):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether a module is of the class `Conv1D` of transformers, or of one derived from it."""
+        """Whether the class of a module is `Conv1D` of transformers or derived from it."""
         names = [base.__name__ for base in type(module).__mro__]
         return "Conv1D" in names and hasattr(module, "nf")
 
@@ -27,6 +27,6 @@ class QFTConv1D(QuantizedModule):
         return True
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [..., inputs]` to `[..., outputs]`; see `functional.linear`."""
+        """Map `x [..., inputs]` to `[..., outputs]`; see `functional.linear`."""
         weight = self.complete_weight()
         return linear(x, weight, self.bias, products=self.products, training=self.training)

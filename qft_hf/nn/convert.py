@@ -1,6 +1,6 @@
-"""The one rule of what is quantized, and the conversion of a model there and back.
+"""The rule that decides what is quantized, and the conversion of a model in both directions.
 
-Loading, converting and estimating all ask `conversion_plan`, so they cannot disagree.
+Loading, converting and estimating all use `conversion_plan`, so they cannot disagree.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A parameter that stays float, and why."""
+    """A parameter that stays float, and the reason."""
 
     name: str
     parameter: nn.Parameter
@@ -33,13 +33,13 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """What of a model is quantized and what is not.
+    """Which parameters of a model are quantized and which stay float.
 
     Attributes:
         modules: Modules with weights that are or will be `QFTWeight`, by full name.
-        weights: These weights by full name, a tied one once.
-        arrangements: How each of them is a matrix.
-        kept: Parameters that stay float, each once.
+        weights: These weights by full name; a tied weight is listed once.
+        arrangements: How each of them is stored as a matrix, by the same names.
+        kept: Parameters that stay float, each listed once.
     """
 
     modules: dict[str, nn.Module]
@@ -49,13 +49,13 @@ class ConversionPlan:
 
 
 def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) -> ConversionPlan:
-    """Apply the rule: weights of modules of one of `KINDS` are quantized, if they can be.
+    """Apply the rule: weights of modules of one of `KINDS` are quantized, if possible.
 
     Works on float models, on models already quantized, and on the meta device; changes nothing.
 
     Raises:
-        ValueError: Of the modules that share a weight one holds it transposed, or a name in
-            `modules_to_not_convert` matches nothing.
+        ValueError: Modules share a weight that only some of them hold transposed, or a name in
+            `modules_to_not_convert` matches no module.
     """
     excluded = modules_to_not_convert or []
     modules = {}
@@ -67,7 +67,7 @@ def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) 
         else:
             reasons |= {id(parameter): reason for parameter in module.parameters(recurse=False)}
     _check_names(model, excluded)
-    # One float user of a tied weight keeps it float: it could not compute with codes.
+    # A tied weight stays float if one of its modules does: that module cannot compute with codes.
     modules = {
         name: module
         for name, module in modules.items()
@@ -84,7 +84,7 @@ def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) 
                     "them in modules_to_not_convert, which keeps the weight float."
                 )
     plan = ConversionPlan(modules, {}, {}, [])
-    for name, parameter in model.named_parameters():  # a tied one by its first name
+    for name, parameter in model.named_parameters():  # lists a tied one by its first name
         if id(parameter) in quantized:
             plan.weights[name], plan.arrangements[name] = parameter, quantized[id(parameter)]
         else:
@@ -94,7 +94,7 @@ def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) 
 
 
 def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | None:
-    """Why the parameters of a module stay float; None if its weights are quantized."""
+    """Return why the parameters of a module stay float; None if its weights are quantized."""
     if isinstance(module, QuantizedModule):
         return None
     kind = type(module).__name__
@@ -111,10 +111,10 @@ def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | 
         return f"parameter of {kind}"
     weights = own_weights(module)
     if not weights:
-        # Parametrizations, such as torch's weight_norm, compute it from parameters of theirs.
+        # Parametrizations, such as torch's weight_norm, compute the weight from other parameters.
         return f"parameter of {kind}, whose weight is computed from others"
     for own_name, weight in weights.items():
-        if type(weight) not in (nn.Parameter, QFTWeight):  # QFTWeight: tied to one since
+        if type(weight) not in (nn.Parameter, QFTWeight):  # QFTWeight: tied to a quantized module
             return f"{own_name} of {kind} is a {type(weight).__name__}"
         if weight.dtype not in FLOATS:
             return f"{own_name} of {kind} is {weight.dtype}"
@@ -124,8 +124,8 @@ def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | 
 
 
 def _beside(parameter: nn.Parameter) -> str:
-    """Why a parameter stays float that a module has beside its quantized weights."""
-    return "vector" if parameter.ndim < 2 else "beside the weight of its module"
+    """Return why a parameter stays float that is next to the quantized weights of a module."""
+    return "vector" if parameter.ndim < 2 else "next to the weight of its module"
 
 
 def _check_names(model: nn.Module, excluded: list[str]) -> None:
@@ -140,7 +140,7 @@ def _check_names(model: nn.Module, excluded: list[str]) -> None:
 
 
 def kept_parameters(model: nn.Module) -> list[Kept]:
-    """The float parameters of a converted model: a plain module left in it was excluded."""
+    """Return the float parameters of a converted model; its plain modules count as excluded."""
     plain = [
         name
         for name, module in model.named_modules()
@@ -150,13 +150,13 @@ def kept_parameters(model: nn.Module) -> list[Kept]:
 
 
 def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan:
-    """Give the modules of the plan their quantized classes and products; weights are not touched.
+    """Give the modules of the plan their quantized classes and products; weights are not changed.
 
-    The class changes in place, so hooks, references and names of the modules stay.
+    The class changes in place, so hooks, references and names of the modules stay valid.
 
     Raises:
-        ValueError: The rule refuses the model, `spec.int8_products` names no module of it, or a
-            weight was quantized for other products. The model is unchanged.
+        ValueError: The rule refuses the model, a name in `spec.int8_products` matches no module of
+            it, or a weight was quantized for other products. The model is unchanged.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
     choices = product_choices(model, plan, spec)
@@ -178,7 +178,7 @@ def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan
 
 
 def mark_tables_(model: nn.Module) -> None:
-    """Tell weights that embeddings look up; to be called when weights are in place and tied."""
+    """Set `is_table` on the weights of embeddings; call when weights are in place and tied."""
     for module in model.modules():
         if isinstance(module, nn.Embedding) and isinstance(module.weight, QFTWeight):
             module.weight.is_table = True
@@ -187,9 +187,9 @@ def mark_tables_(model: nn.Module) -> None:
 def product_choices(
     model: nn.Module, plan: ConversionPlan, spec: QuantizationSpec
 ) -> dict[str, Int8Products | None]:
-    """Which products of the linear modules and experts of `plan` are INT8; None: none is.
+    """Return which products of the linear modules and experts of `plan` are INT8; None: none.
 
-    Not listed are those that multiply by themselves, and so with the dequantized weight.
+    Modules whose own forward reads the weight are not listed: it uses the dequantized weight.
     """
     names = [
         name
@@ -200,18 +200,18 @@ def product_choices(
 
 
 def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan:
-    """Quantize a model in place: classes, then weights.
+    """Quantize a model in place: weights, then classes.
 
     Parameters keep their identity: tied weights stay tied, and an optimizer or a parameter group
     that already holds a parameter now holds its quantized form.
 
     Raises:
-        ValueError: A weight has NaN or infinite values (named), or the rule refuses the model. The
-            model is unchanged.
+        ValueError: A weight has NaN or infinite values (it is named), or the rule refuses the
+            model. The model is unchanged.
         RuntimeError: A weight is in use by a graph that is still alive. The model is unchanged.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
-    product_choices(model, plan, spec)  # raises, before anything has changed
+    product_choices(model, plan, spec)  # may raise, before anything has changed
     weights = {n: weight for n, weight in plan.weights.items() if not isinstance(weight, QFTWeight)}
     for name, parameter in weights.items():
         if not parameter.is_meta and not bool(parameter.detach().isfinite().all()):
@@ -226,7 +226,7 @@ def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPla
 
 
 def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
-    """Back to plain modules in place, with weights of `dtype`; float parameters are cast too.
+    """Restore plain modules in place, with weights of `dtype`; float parameters are cast too.
 
     Raises:
         ValueError: `dtype` is not a float type.
@@ -248,10 +248,10 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _cast_(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what a checkpoint of this module alone would hold, as loading it in `dtype` does.
+    """Cast the parameters and persistent buffers of this module, as loading it in `dtype` does.
 
-    Other buffers are tables that the model computes, such as rotary frequencies: a cast would cost
-    them digits that a reloaded model has.
+    Other buffers are tables that the model computes, such as rotary frequencies: a cast would
+    reduce their precision below that of a reloaded model.
     """
     for parameter in module.parameters(recurse=False):
         if parameter.is_floating_point():
@@ -262,10 +262,11 @@ def _cast_(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _check_replaceable(parameters: Mapping[str, torch.Tensor]) -> None:
-    """Raise if the value of a parameter cannot be replaced, before the first one is.
+    """Raise if the value of any parameter cannot be replaced, before one is replaced.
 
     Raises:
-        RuntimeError: Something beside the model holds on to the inside of a parameter (named).
+        RuntimeError: Something other than the model refers to the inner tensor of a parameter,
+            which is named.
     """
     for name, parameter in parameters.items():
         other = nn.Parameter(torch.empty(0, dtype=parameter.dtype))
@@ -273,8 +274,8 @@ def _check_replaceable(parameters: Mapping[str, torch.Tensor]) -> None:
             torch.utils.swap_tensors(parameter, other)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{name} cannot be converted in place while something holds on to it, such as the "
-                "graph of an earlier forward pass. Delete its outputs, or compute them under "
-                "torch.no_grad(), and convert then."
+                f"{name} cannot be converted in place while something refers to it, such as the "
+                "graph of an earlier forward pass. Delete the outputs of that pass, or run it "
+                "under torch.no_grad(), before you convert the model."
             ) from error
         torch.utils.swap_tensors(parameter, other)

@@ -1,7 +1,7 @@
 """Experts of a layer as transformers holds them: all in one parameter, `[E, R, C]`.
 
-Their classes are known by their form: the names and shapes of their parameters, and what forward
-takes. Tokens are brought into the order of their experts; see `grouped`.
+Their modules are recognized by the names and shapes of their parameters and by the arguments of
+forward, those of DBRX by their class. Tokens are sorted by expert; see `grouped`.
 """
 
 from inspect import signature
@@ -17,11 +17,11 @@ from .modules import QuantizedModule
 
 
 class _Reordered(torch.autograd.Function):
-    """Rows `index` of `x` `[N, H]`, of which each comes equally often: those of row 0 in `places`
-    first, then those of row 1, and so on.
+    """`x[index]` for `x` `[N, H]`, in which every row of `x` occurs equally often; `places` lists
+    the positions of row 0 in the result, then those of row 1, and so on.
 
-    PyTorch's own indexing adds their gradients up in an order that is left to chance on GPUs, and
-    what puts rows into places keeps them for a backward pass that does not read them.
+    PyTorch's own indexing sums gradients in a nondeterministic order on GPUs, and its scattering
+    operators keep the rows for a backward pass that does not read them.
     """
 
     @staticmethod
@@ -41,12 +41,12 @@ class _Reordered(torch.autograd.Function):
 
 
 class GroupedModule(QuantizedModule):
-    """A module with weights of several experts, each with tokens of its own."""
+    """A module with weights of several experts, each of which gets its own tokens."""
 
     replaces_forward = True
 
     def multiply(self, x: Tensor, name: str, groups: Groups) -> Tensor:
-        """`x`, sorted by expert, times a weight of this module; see `grouped.grouped_linear`."""
+        """Multiply `x`, sorted by expert, by the weight `name`; see `grouped.grouped_linear`."""
         weight = self.complete_weight(name)
         return grouped_linear(x, weight, groups, products=self.products, training=self.training)
 
@@ -54,47 +54,47 @@ class GroupedModule(QuantizedModule):
 class QFTExperts(GroupedModule):
     """Experts whose weights are `QFTWeight`; biases stay float.
 
-    They are of the form that `transformers.integrations.moe` describes, whose implementations this
-    one takes the place of: `gate_up_proj`, or `up_proj` without a gate, and `down_proj`, each with
-    the matrices of all experts, and `_apply_gate` between them. Those of LongCat-Flash are called
-    alike, and tokens that go to a number above those of `down_proj` return as they are.
+    They have the form that `transformers.integrations.moe` describes, and replace its
+    implementations: `gate_up_proj`, or `up_proj` without a gate, and `down_proj`, each with the
+    matrices of all experts, and `_apply_gate` between them. Those of LongCat-Flash have the same
+    names; a token sent to an expert number beyond those of `down_proj` is returned unchanged.
     """
 
     weight_names = ("gate_up_proj", "up_proj", "down_proj")
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether a module has the parameters of that form and its gate."""
+        """Whether a module has the parameters of this form, and its gate or identity experts."""
         return (hasattr(module, "_apply_gate") or hasattr(module, "identity_expert")) and (
             _are_3d(module, "gate_up_proj", "down_proj") or _are_3d(module, "up_proj", "down_proj")
         )
 
     @classmethod
     def holds_transposed(cls, module: Any) -> bool:
-        """Whether the matrices are `[C, R]`, as those of gpt-oss are."""
+        """Whether the matrices are `[C, R]`, as in gpt-oss."""
         return bool(getattr(module, "is_transposed", False))
 
-    down_proj: Any  # a QFTWeight; what follows is from the plain class
+    down_proj: Any  # a QFTWeight; the attributes below are those of the plain class
     act_fn: Any
     post_expert_norm: Any
     _apply_gate: Any
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Add up what the experts of each token return, weighted.
+        """Return the weighted sum of the outputs of each token's experts.
 
         Args:
             hidden_states: `[T, H]`.
-            top_k_index: int64 `[T, K]`: experts of each token. A number above theirs adds nothing
-                unless there are identity experts.
-            top_k_weights: `[T, K]`.
+            top_k_index: int64 `[T, K]`: experts of each token. A number beyond the last expert
+                adds nothing, or, with identity experts, the token itself.
+            top_k_weights: `[T, K]`: their weights.
 
         Returns:
             `[T, H]` of the dtype of `hidden_states`.
         """
         n_choices = top_k_index.shape[-1]
         chosen, order = top_k_index.reshape(-1).sort(stable=True)
-        # The one time that the host waits for the device: what is expanded depends on it.
+        # The only wait of the host for the device: which experts are expanded depends on `ends`.
         numbers = torch.arange(self.down_proj.shape[0], device=chosen.device)
         ends = torch.searchsorted(chosen, numbers, right=True).tolist()
         n = order.shape[0]
@@ -113,10 +113,10 @@ class QFTExperts(GroupedModule):
         return (y * top_k_weights[..., None]).sum(dim=-2).to(hidden_states.dtype)
 
     def _of_experts(self, x: Tensor, chosen: Tensor, ends: list[int]) -> Tensor:
-        """What the experts `chosen` return for rows `x` `[S, H]`, sorted by expert: `[S, H]`."""
+        """Return the outputs `[S, H]` of experts `chosen` for `x` `[S, H]`, sorted by expert."""
         up = "up_proj" if "up_proj" in self._parameters else "gate_up_proj"
         weight = self.complete_weight(up)
-        without_tokens = weight.shape[0] - len(ends)  # which identity experts have too
+        without_tokens = weight.shape[0] - len(ends)  # `weight` may include identity experts
         groups = Groups(ends + [ends[-1]] * without_tokens, chosen.device)
         y = self._product(up, x, chosen, groups)
         if up == "up_proj":
@@ -130,17 +130,17 @@ class QFTExperts(GroupedModule):
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
     def _product(self, name: str, x: Tensor, chosen: Tensor, groups: Groups) -> Tensor:
-        """`x`, sorted by expert, times a weight, and its bias if there is one."""
+        """Multiply `x`, sorted by expert, by the weight `name`, and add its bias if it has one."""
         y = self.multiply(x, name, groups)
         bias = self._parameters.get(f"{name}_bias")
         return y if bias is None else y + bias[chosen].to(y.dtype)
 
 
 class QFTBatchedExperts(GroupedModule):
-    """Experts that are called with as many rows each, in order, as those of Llama 4.
+    """Experts that all get the same number of rows, one expert after the other, as in Llama 4.
 
-    A token's row is zeros at an expert that it is not sent to. Such rows are left out: without
-    biases what comes of them is zero, and so is their gradient where a score of zero made them.
+    The row of a token is zeros at an expert that it is not sent to. These rows are left out:
+    without biases their output is zero, and so is their gradient if a score of zero made them.
     """
 
     weight_names = ("gate_up_proj", "down_proj")
@@ -150,7 +150,7 @@ class QFTBatchedExperts(GroupedModule):
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether a module has these parameters and takes nothing else."""
+        """Whether a module has these parameters and its forward only takes `hidden_states`."""
         return (
             _are_3d(module, *cls.weight_names)
             and hasattr(module, "act_fn")
@@ -160,12 +160,12 @@ class QFTBatchedExperts(GroupedModule):
 
     @classmethod
     def holds_transposed(cls, module: Any) -> bool:
-        """Whether the matrices are `[C, R]`: the first makes a gate and a value of each input."""
+        """Whether the matrices are `[C, R]`: two outputs of the first per input of the second."""
         return bool(module.gate_up_proj.shape[2] == 2 * module.down_proj.shape[1])
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """`[E * T, H]`, the rows of the first expert first, to as much."""
+        """Map `[E * T, H]`, the rows of the first expert first, to the same shape."""
         n_experts = self.down_proj.shape[0]
         n_rows = len(hidden_states) // n_experts
         sent = hidden_states.any(dim=-1).nonzero().squeeze(1)
@@ -178,11 +178,11 @@ class QFTBatchedExperts(GroupedModule):
 
 
 class QFTParallelExperts(GroupedModule):
-    """One product of all experts, called with tokens in their order, as those of JetMoe."""
+    """One product of all experts, called with tokens sorted by expert, as in JetMoe."""
 
     @classmethod
     def fits(cls, module: Any) -> bool:
-        """Whether a module has one parameter `[E, R, C]` and takes the tokens of each expert."""
+        """Whether a module has one parameter `[E, R, C]` and its forward takes `expert_size`."""
         return (
             _are_3d(module, "weight")
             and hasattr(module, "num_experts")
@@ -191,22 +191,22 @@ class QFTParallelExperts(GroupedModule):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, inputs: Tensor, expert_size: list[int]) -> Tensor:
-        """Tokens `[S, C]` in the order of their experts, so many of each, to `[S, R]`."""
+        """Map tokens `[S, C]`, sorted by expert, `expert_size` tokens of each, to `[S, R]`."""
         groups = Groups(list(accumulate(map(int, expert_size))), inputs.device)
         return self.multiply(inputs, "weight", groups)
 
 
 class QFTStackedExperts(QuantizedModule):
-    """Experts in three matrices, one expert below the other, as those of DBRX.
+    """Experts in three matrices, one expert below the other, as in DBRX.
 
-    The class keeps its forward, which reads the values of an expert at a time.
+    The class keeps its own forward, which reads the values of one expert at a time.
     """
 
     weight_names = ("w1", "v1", "w2")
 
     @classmethod
     def fits(cls, module: nn.Module) -> bool:
-        """Whether a module is of the class `DbrxExpertGLU`, or of one derived from it."""
+        """Whether the class of a module is `DbrxExpertGLU` or derived from it."""
         return "DbrxExpertGLU" in [base.__name__ for base in type(module).__mro__]
 
 

@@ -18,7 +18,7 @@ is_compiling = torch.compiler.is_compiling
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """PyTorch's decorator of the same name, whose cost is paid only where a graph is asked for."""
+    """PyTorch's decorator of the same name, whose cost is paid only with `create_graph=True`."""
     recorded = function.once_differentiable(backward)
 
     @wraps(backward)
@@ -29,9 +29,9 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _own(result: Tensor) -> Tensor:
-    """A result that is the only one to use its memory as a tensor that may be changed in place.
+    """Return a result, the only tensor that uses its memory, as a tensor that is not a view.
 
-    Autograd refuses that for a view that a function of ours has made.
+    Autograd refuses in-place changes of a view that a custom function returns.
     """
     if not result._is_view():
         return result
@@ -42,35 +42,35 @@ def _own(result: Tensor) -> Tensor:
 def remember(ctx: Any, weight: QFTWeight) -> None:
     """Keep a weight for backward.
 
-    It is no saved tensor: it is not copied, moved or offloaded with activations. What autograd
-    checks of those is checked here.
+    It is not a saved tensor, so it is not copied, moved or offloaded with activations. The version
+    that autograd checks for saved tensors is checked in `as_it_was`.
     """
     ctx.weight = weight
     ctx.version = None if weight.is_inference() else weight._version
 
 
 def as_it_was(ctx: Any) -> QFTWeight:
-    """The weight that forward used, for backward.
+    """Return the weight that forward used, for backward.
 
     Raises:
-        RuntimeError: The gradient of the first input needs its values, and they have changed.
+        RuntimeError: Its values have changed, and the gradient of the first input needs them.
     """
     weight: QFTWeight = ctx.weight
     if ctx.needs_input_grad[0] and weight._version != ctx.version:
         raise RuntimeError(
             f"{weight!r} has changed since the forward pass whose gradient is computed now: an "
             "optimizer has updated it, or a state was loaded. Run backward of every forward pass "
-            "before the step, or the forward pass again after it; with gradient='release' backward "
-            "itself updates, so add losses up and run backward once."
+            "before the step, or repeat the forward pass after it. With gradient='release', "
+            "backward itself updates weights: add the losses and run backward once."
         )
     return weight
 
 
 class _Linear(torch.autograd.Function):
-    """y[..., R] = x[..., C] W[R, C]^T + b[R], each of the three products as `products` says.
+    """y[..., R] = x[..., C] W[R, C]^T + b[R], with INT8 or float products as in `products`.
 
-    `operand` is the quantized `x` where an INT8 product needs it, and then `x` itself is not kept
-    for the weight's gradient.
+    `operand` is the quantized `x` if an INT8 product needs it. If the weight gradient is an INT8
+    product, `operand` is kept for it, and `x` is not.
     """
 
     @staticmethod
@@ -120,9 +120,9 @@ def multiplied(
     *,
     needs_weight: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The output `x W^T + b` as `products` says; and what the weight's gradient is computed from.
+    """Return the output `x W^T + b` and the tensors from which the weight gradient is computed.
 
-    That is the fields of `operand`, or `x` where that gradient is no INT8 product.
+    These are the fields of `operand`, or `x` if the weight gradient is not an INT8 product.
     """
     if not (products.forward and products.weight_gradient):
         x = x.to(dtype)
@@ -143,7 +143,7 @@ def gradients(
     needs_x: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tiles | None]:
-    """grad_x[N, C] and grad_W[R, C] of a product that has left `kept`, by grad[N, R]."""
+    """Return grad_x[N, C] and grad_W[R, C] for grad[N, R]; `kept` is from `multiplied`."""
     int8_x = needs_x and products.input_gradient
     operand = kernels.Input(*kept) if needs_weight and products.weight_gradient else None
     of_x = of_weight = None
@@ -180,7 +180,7 @@ class _Embedding(torch.autograd.Function):
         weight: QFTWeight = ctx.weight
         (ids,) = ctx.saved_tensors
         gradient = Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
-        # Only rows that were looked up have a gradient: a float table is never made.
+        # Only rows that were looked up have a gradient, so no float gradient of the table is made.
         kernels.embedding_gradient_(
             gradient.stored,
             ids.reshape(-1).contiguous(),
@@ -198,20 +198,20 @@ def linear(
     products: Int8Products | None = None,
     training: bool = False,
 ) -> Tensor:
-    """`x W^T + b` with a quantized weight; the weight's gradient is an `Int8Gradient`.
+    """Return `x W^T + b` for a quantized weight, whose gradient is an `Int8Gradient`.
 
     Args:
         x: Float `[..., C]`, of the weight's dtype; under autocast the products are computed in the
             autocast dtype.
-        weight: `[R, C]`, or transposed `[C, R]`; for INT8 products with one scale per row, and
-            outliers in the same columns of every row.
+        weight: `[R, C]`, or transposed `[C, R]`. INT8 products need one scale per row, and outliers
+            in the same columns of every row.
         bias: Float `[R]` or None.
-        products: Which products are INT8; None for none. With fewer than `int8.MIN_TOKENS` tokens
-            none is.
-        training: Whether a pass that records gradients repeats this one, as in checkpointed layers.
-            Outside training, and where no gradients are recorded, few tokens are multiplied without
-            expanding the weight (`dequantized.max_tokens`): a faster sum of the same terms, in
-            another order.
+        products: Which products are INT8; None: none. With fewer than `int8.MIN_TOKENS` tokens none
+            is INT8.
+        training: Whether this pass may be repeated by one that records gradients, as in
+            checkpointed layers. Outside training, and if no gradients are recorded, few tokens
+            (`dequantized.max_tokens`) are multiplied without expanding the weight. This is faster
+            and adds the same terms in another order.
 
     Returns:
         Float `[..., R]` of the dtype of `x`, or the autocast dtype.
@@ -253,12 +253,12 @@ def _linear_in_graph(
     records: bool,  # noqa: FBT001
     *products: Any,
 ) -> Tensor:
-    """`_linear` as one call in what Dynamo traces, whose arguments are tensors and numbers."""
+    """`_linear` as one call in Dynamo's graph, whose arguments must be tensors and numbers."""
     return _linear(x, weight, bias, dtype, records, Int8Products(*products))
 
 
 def product_dtype(x: Tensor, weight: QFTWeight) -> torch.dtype:
-    """The dtype that `x` and `weight` are multiplied in: that of autocast, or their own.
+    """Return the dtype in which `x` and `weight` are multiplied: that of autocast, or their own.
 
     Raises:
         TypeError: The dtype of `x` is not the weight's, and autocast is off.
@@ -275,19 +275,19 @@ def product_dtype(x: Tensor, weight: QFTWeight) -> torch.dtype:
 
 
 def embedding(ids: Tensor, weight: QFTWeight, padding_idx: int | None = None) -> Tensor:
-    """Rows `ids` of a quantized table; the table's gradient is an `Int8Gradient`.
+    """Return rows `ids` of a quantized table, whose gradient is an `Int8Gradient`.
 
     Args:
         ids: int32 or int64 of any shape, in [0, rows).
         weight: `[rows, C]`.
-        padding_idx: A row that gets no gradient, or None.
+        padding_idx: Number of a row that gets no gradient, or None.
 
     Returns:
         Float `[*ids.shape, C]` of the weight's dtype.
 
     Raises:
-        IndexError: An id is not in [0, rows), on the CPU. On a GPU, where finding out would mean to
-            wait, its values are NaN.
+        IndexError: An id is not in [0, rows), on the CPU. On a GPU, where a check would have to
+            wait for the device, the values of its row are NaN.
     """
     return _embedding(ids, weight, padding_idx)
 

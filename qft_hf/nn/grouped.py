@@ -1,9 +1,9 @@
-"""Products of many matrices below each other, the experts of a layer, each with tokens of its own.
+"""Products of the experts of a layer, matrices below each other that each have their own tokens.
 
-Shapes: S tokens in the order of their experts, E experts, R rows (outputs) and C columns (inputs)
-of each. Of an expert without tokens nothing is expanded, and its gradient is zero. Experts are
-expanded to float as many at a time as a tile of a linear layer has elements, and one at least.
-INT8 products are those of a linear layer, of one expert after the other.
+Shapes: S tokens, sorted by expert; E experts with R rows (outputs) and C columns (inputs) each.
+An expert without tokens is not expanded, and its gradient is zero. As many experts are expanded to
+float together as fit into a tile of a linear layer, at least one. INT8 products are computed as in
+a linear layer, for one expert after the other.
 """
 
 from itertools import chain, groupby, islice
@@ -28,19 +28,21 @@ from .functional import (
 )
 from .products import FLOAT, Int8Products
 
-# Grouped products on a GPU read 16 bytes at a time: rows of other lengths go one expert at a time.
+# Grouped products on a GPU read 16 bytes at a time: with rows of other lengths, experts are
+# multiplied one at a time.
 ALIGNED_COLUMNS = 8
 
 
 class Tile(NamedTuple):
-    """A run of experts of which those that got tokens are expanded together.
+    """A run of consecutive experts; those of them that got tokens are expanded together.
 
     Attributes:
         run: Numbers of the experts.
-        hit: Numbers of those that got tokens: int32 `[n]`.
-        tokens: The tokens of these, in the order of the experts; None: all tokens there are.
-        ends: Where the tokens of each of these end, counted from the first: int32 `[n]`.
-        all_ends: Where the tokens of each expert of the run end, of those without tokens too.
+        hit: Numbers of the experts that got tokens: int32 `[n]`.
+        tokens: Their tokens, sorted by expert; None: all tokens of the layer.
+        ends: End of the tokens of each expert in `hit`, relative to the first token of the run:
+            int32 `[n]`.
+        all_ends: The same for every expert of the run, including those without tokens.
     """
 
     run: range
@@ -50,16 +52,16 @@ class Tile(NamedTuple):
     all_ends: Tensor
 
     def of(self, x: Tensor) -> Tensor:
-        """The rows of these tokens."""
+        """Return the rows of `x` that belong to the tokens of this tile."""
         return x if self.tokens is None else x[self.tokens]
 
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
-        """The rows of each expert that got tokens, of `x` `[S, K]`, times its `[n, K, M]`."""
+        """Multiply the rows of `x` `[S, K]` by the matrices `[n, K, M]` of the experts in `hit`."""
         x = self.of(x)
         return x @ matrices[0] if len(matrices) == 1 else F.grouped_mm(x, matrices, offs=self.ends)
 
     def gradients(self, grad: Tensor, x: Tensor) -> Tensor:
-        """grad[of e]^T x[of e] of all experts of the run, below each other."""
+        """Return grad[of e]^T x[of e] of all experts e of the run, one below the other."""
         grad, x = self.of(grad).t(), self.of(x)
         if self.all_ends.shape[0] == 1:
             return grad @ x
@@ -67,30 +69,30 @@ class Tile(NamedTuple):
 
 
 class Groups:
-    """How many tokens each expert got; the products of one layer share it.
+    """The tokens of each expert; shared by the products of one layer.
 
     Args:
-        ends: Where the tokens of each expert end, in their order: one number an expert; a weight
-            may lack the last ones, which then have no tokens.
-        device: Where the tokens are.
+        ends: End of the tokens of each expert, in their order. A weight may have fewer experts if
+            the last ones have no tokens.
+        device: Device of the tokens.
     """
 
     def __init__(self, ends: list[int], device: torch.device) -> None:
-        self.ends = [0, *ends]  # of expert e: from ends[e] to ends[e + 1]
+        self.ends = [0, *ends]  # tokens of expert e: ends[e] to ends[e + 1]
         self.device = device
         self.hit = [e for e, end in enumerate(ends) if self.ends[e] < end]
         self._tiles: dict[tuple[int, int], list[Tile]] = {}
 
     def tokens(self, expert: int) -> slice:
-        """The tokens of an expert."""
+        """Return the tokens of an expert."""
         return slice(self.ends[expert], self.ends[expert + 1])
 
     def n_tokens(self, expert: int) -> int:
-        """How many tokens an expert has."""
+        """Return the number of tokens of an expert."""
         return self.ends[expert + 1] - self.ends[expert]
 
     def tiles(self, weight: QFTWeight) -> list[Tile]:
-        """All experts that got tokens, in tiles with room for as many as are expanded together."""
+        """Return the tiles that cover all experts that got tokens."""
         rows, columns = weight.arrangement.rows, weight.arrangement.columns
         n_experts, at_most = weight.arrangement.n_matrices, 1
         if rows % ALIGNED_COLUMNS == columns % ALIGNED_COLUMNS == 0:
@@ -108,7 +110,7 @@ class Groups:
             runs.append(run)
             lists.append(hit)
             lists += ([self.ends[e + 1] - self.ends[first] for e in of] for of in (hit, run))
-        # One transfer for all tiles, which the host does not wait for.
+        # All tiles use one transfer, for which the host does not wait.
         pinned = self.device.type == "cuda"
         numbers = torch.tensor(list(chain(*lists)), dtype=torch.int32, pin_memory=pinned)
         numbers = numbers.to(self.device, non_blocking=True)
@@ -123,7 +125,7 @@ class Groups:
 
 
 class _Grouped(torch.autograd.Function):
-    """y[S, R] = x[S, C] W[e]^T, with e the expert of the token."""
+    """y[S, R] = x[S, C] W[e]^T, where e is the expert of the token."""
 
     @staticmethod
     def forward(
@@ -162,7 +164,7 @@ class _Grouped(torch.autograd.Function):
 
 
 def _joined(products: list[Tensor], like: Tensor, columns: int) -> Tensor:
-    """The products of all tokens; none at all is an empty matrix."""
+    """Concatenate the products of all tokens; without any, return an empty matrix."""
     if len(products) == 1:
         return products[0]
     return torch.cat(products) if products else like.new_empty(0, columns)
@@ -171,7 +173,7 @@ def _joined(products: list[Tensor], like: Tensor, columns: int) -> Tensor:
 def _gradient(
     grad: Tensor, x: Tensor, weight: QFTWeight, groups: Groups, tiles: list[Tile], rows: slice
 ) -> Tensor:
-    """Rows of grad_W[e] = grad[of e]^T x[of e]: of whole experts, or of a part of one."""
+    """Return rows of grad_W[e] = grad[of e]^T x[of e]: whole experts, or a part of one."""
     n_rows, columns = weight.arrangement.rows, weight.arrangement.columns
     start, stop, _ = rows.indices(weight.codes.shape[0])
     first, last = start // n_rows, -(-stop // n_rows)
@@ -195,8 +197,8 @@ def _gradient(
 class _Int8Grouped(torch.autograd.Function):
     """y[S, R] = x[S, C] W[e]^T, one expert at a time.
 
-    Of each expert that got tokens `products` says which of them are INT8, and `operands` are its
-    quantized tokens where such a product needs them.
+    For each expert that got tokens, `products` says which products are INT8, and `operands` has its
+    quantized tokens if an INT8 product needs them.
     """
 
     @staticmethod
@@ -220,7 +222,7 @@ class _Int8Grouped(torch.autograd.Function):
                 x[groups.tokens(expert)], weight.one(expert), None, chosen, operand, dtype,
                 needs_weight=ctx.needs_input_grad[1],
             )  # fmt: skip
-            if keeps_codes and operand is None:  # else all of x would be kept by these
+            if keeps_codes and operand is None:  # otherwise these views would keep all of x
                 of_expert = tuple(tensor.clone() for tensor in of_expert)
             outputs.append(y)
             kept += of_expert
@@ -253,7 +255,7 @@ class _Int8Grouped(torch.autograd.Function):
 def _operands(
     x: Tensor, weight: QFTWeight, groups: Groups, products: list[Int8Products]
 ) -> list[kernels.Input | None]:
-    """The tokens of each expert as INT8 products take them, with outlier columns of their own."""
+    """Return the quantized tokens of each expert, with outlier columns chosen per expert."""
     n_outliers = weight.outlier_values.shape[1]
     recording = torch.is_grad_enabled()
     operands = []
@@ -265,11 +267,13 @@ def _operands(
 
 
 def _below_each_other(tiles: dict[int, Tiles], weight: QFTWeight) -> Tiles:
-    """The gradient of all experts, of those of some; it is zero for the others."""
+    """Return the gradient of all experts from those of some; it is zero for the others."""
     n_rows, columns = weight.arrangement.rows, weight.arrangement.columns
 
     def parts(rows: slice) -> tuple[int, list[tuple[Tiles, slice, slice]]]:
-        """How many rows these are; what makes some, of which of its own, and where they belong."""
+        """Return the number of rows, and for each expert in `tiles`: its `Tiles`, the rows in its
+        own matrix, and their place in the result.
+        """
         start, stop, _ = rows.indices(weight.codes.shape[0])
         found = []
         for expert in range(start // n_rows, -(-stop // n_rows)):
@@ -309,16 +313,16 @@ def grouped_linear(
     products: Int8Products | None = None,
     training: bool = False,
 ) -> Tensor:
-    """Each token times the weight of its expert; the weight's gradient is an `Int8Gradient`.
+    """Multiply each token by the weight of its expert, whose gradient is an `Int8Gradient`.
 
     Args:
-        x: Float `[S, C]`: the tokens of the first expert, then those of the second, ...; of the
-            weight's dtype, or under autocast.
-        weight: `[E, R, C]`, or transposed `[E, C, R]`; for INT8 products as `functional.linear`
-            wants it, each expert with outliers in columns of its own.
-        groups: Which of the S tokens are whose.
-        products: Which products are INT8, of experts with `int8.min_tokens_of_expert` tokens or
-            more.
+        x: Float `[S, C]`: the tokens of the first expert, then those of the second, and so on; of
+            the weight's dtype, or of any under autocast.
+        weight: `[E, R, C]`, or transposed `[E, C, R]`. For INT8 products the requirements of
+            `functional.linear` apply to each expert; outlier columns may differ between experts.
+        groups: The expert of each of the S tokens.
+        products: Which products are INT8, for experts with at least `int8.min_tokens_of_expert`
+            tokens; None: none.
         training: As in `functional.linear`.
 
     Returns:
@@ -344,7 +348,7 @@ def grouped_linear(
 
 
 def _few(x: Tensor, weight: QFTWeight, groups: Groups) -> Tensor:
-    """The products of few tokens, as in generation, without expanding a weight."""
+    """Return the products of few tokens, as in generation, without expanding a weight."""
     products = []
     for expert in groups.hit:
         stored = weight.one(expert).stored

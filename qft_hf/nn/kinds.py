@@ -1,4 +1,4 @@
-"""Which kinds of modules have quantized weights, and what these are called in a state dict."""
+"""Which kinds of modules have quantized weights, and the names of these in a state dict."""
 
 from typing import Any
 
@@ -24,14 +24,14 @@ KINDS: tuple[type[QuantizedModule], ...] = (
 
 
 def kind_of(module: nn.Module) -> type[QuantizedModule] | None:
-    """The kind that a module, plain or quantized, is of; None: none."""
+    """Return the kind of a module, plain or quantized; None if it is of none."""
     if isinstance(module, QuantizedModule):
         return module.kind
     return next((kind for kind in KINDS if kind.fits(module)), None)
 
 
 def own_weights(module: nn.Module) -> dict[str, Any]:
-    """The parameters of a module, plain or quantized, that are or will be `QFTWeight`, by name."""
+    """Return the parameters of a plain or quantized module that are or will be `QFTWeight`."""
     kind = kind_of(module)
     own = module._parameters
     names = () if kind is None else kind.weight_names
@@ -39,18 +39,18 @@ def own_weights(module: nn.Module) -> dict[str, Any]:
 
 
 def arrangement_of(module: nn.Module, name: str) -> Arrangement:
-    """How the weight `name` of a module is stored as a matrix."""
+    """Return how the weight `name` of a module is stored as a matrix."""
     kind: Any = kind_of(module)
     return Arrangement(tuple(own_weights(module)[name].shape), kind.holds_transposed(module))
 
 
 def weight_names() -> list[str]:
-    """Names that quantized weights have in their modules."""
+    """Return the names that quantized weights have in their modules."""
     return sorted({name for kind in KINDS for name in kind.weight_names})
 
 
 def weight_of(key: str) -> str | None:
-    """Full name of the weight that a name in a state dict is a field of; None if of none."""
+    """Return the full name of the weight that has `key` in a state dict as a field, or None."""
     prefix, dot, last = key.rpartition(".")
     for name in weight_names():
         if last in state_names(name).values():

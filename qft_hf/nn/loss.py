@@ -1,8 +1,8 @@
-"""Cross-entropy of a quantized output head, without its logits.
+"""Cross-entropy of a quantized output head, without all logits in memory.
 
 Logits of 2,048 tokens over 128,000 words take 0.5 GB in bf16, and 2 GB more in FP32 with their
-gradient: more than all activations of a checkpointed model. Here they exist for one run of words at
-a time and are computed again in backward, which costs one more product with the head.
+gradient: more than all activations of a checkpointed model. Here they exist for one chunk of words
+at a time and are computed again in backward, which costs one more product with the head.
 
 Shapes as in `functional`: N tokens, R words (rows of the head), C inputs.
 
@@ -20,9 +20,9 @@ from torch import Tensor
 from ..quant import Int8Gradient, QFTWeight
 from .functional import once_differentiable, product_dtype
 
-IGNORED = -100  # label of a token without a loss, as torch has it
+IGNORED = -100  # label of a token without a loss, as in torch
 
-# Logits at a time: 64 MB in FP32.
+# Logits that exist at a time, 64 MB in FP32.
 LOGITS_ELEMENTS = 2**24
 
 
@@ -33,10 +33,10 @@ COMPUTES = (
 
 
 class DeferredLogits:
-    """What the head of a model with a chunked loss returns in training: the logits' ingredients.
+    """The operands of the logits, which a head with a chunked loss returns in training.
 
-    Only the loss takes it. Whatever else would compute with logits raises, so that a model that
-    scales or caps them is not trained on the loss of others.
+    Only the loss accepts it. Any other computation with logits raises, so that a model that scales
+    or caps its logits is not trained with the loss of the original ones.
 
     Args:
         hidden: Float `[..., C]`, input of the head.
@@ -50,7 +50,7 @@ class DeferredLogits:
         self.bias = bias
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever a tensor has and this has not.
+        """Refuse the attributes of tensors.
 
         Raises:
             AttributeError: Always.
@@ -122,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _logits(
     x: Tensor, weight: QFTWeight, bias: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Runs of words: their rows, their part of the weight in x's dtype, and FP32 `[N, rows]`."""
+    """Yield chunks of words: rows, their weights in x's dtype, and FP32 logits `[N, rows]`."""
     for rows in weight.row_tiles(at_most=words_at_a_time(len(x))):
         tile = weight.dequantize_rows(rows, x.dtype)
         part = None if bias is None else bias[rows].to(x.dtype)
@@ -130,12 +130,12 @@ def _logits(
 
 
 def words_at_a_time(n_tokens: int) -> int:
-    """Words of one run of logits."""
+    """Return the number of words in one chunk of logits."""
     return max(1, LOGITS_ELEMENTS // max(1, n_tokens))
 
 
 def _places(labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Column of each label within `rows` `[N, 1]`, 0 where it is not there; and whether it is."""
+    """Return the column `[N, 1]` of each label in `rows`, 0 if not in it, and whether it is."""
     inside = (labels >= rows.start) & (labels < rows.stop)
     return torch.where(inside, labels - rows.start, 0)[:, None], inside
 
@@ -143,9 +143,9 @@ def _places(labels: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
 def linear_cross_entropy(
     x: Tensor, weight: QFTWeight, labels: Tensor, bias: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy of each token for logits `x W^T + b`, which never exist whole.
+    """Return the cross-entropy of each token for logits `x W^T + b`, computed in chunks.
 
-    Logits are computed in the dtype of `x` and go on in FP32, as the loss of transformers does it.
+    Logits are computed in the dtype of `x` and converted to FP32, as in the loss of transformers.
     The gradient of the weight is an `Int8Gradient`.
 
     Args:
@@ -159,8 +159,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: The dtype of `x` is not the weight's, and autocast is off.
-        ValueError: Shapes do not fit, or a label is out of range (found on the CPU only; on a GPU,
-            looking would make the host wait).
+        ValueError: Shapes do not fit, or a label is out of range (checked on the CPU only; on a
+            GPU, the check would make the host wait).
     """
     if x.ndim != 2 or labels.shape != x.shape[:1]:
         raise ValueError(

@@ -1,12 +1,12 @@
-"""`QFTLinear` and `QFTEmbedding`: the plain modules with a quantized weight, and those like them.
+"""`QFTLinear`, `QFTEmbedding` and quantized classes of modules derived from the plain ones.
 
-A class derived from `nn.Linear` or `nn.Embedding` keeps its own forward and the rest of what it
-adds: `quantized_class` derives from it and from ours at once, so that its `super().forward(...)`
-is ours, and where it reads `self.weight` it gets the quantized weight.
+A class derived from `nn.Linear` or `nn.Embedding` keeps its own forward and everything else that it
+adds: `quantized_class` creates a subclass of it and of the class here, so that its
+`super().forward(...)` calls the forward here, and `self.weight` is the quantized weight.
 
-In a state dict a weight is its INT8 fields under names of their own (`weight_q`, `weight_scale`,
-...), never `weight`: a program that does not know the format then misses a key, instead of taking
-raw codes for weights.
+In a state dict a weight is stored as its INT8 fields under their own names (`weight_q`,
+`weight_scale`, ...), never as `weight`: a program that does not know the format then reports a
+missing key, instead of using raw codes as weights.
 """
 
 from collections.abc import Iterator
@@ -30,11 +30,11 @@ class QuantizedModule(nn.Module):
 
     Attributes:
         plain_class: The class of the same module with float weights.
-        kind: The class of this package that it is one of.
-        weight_names: Names of the parameters that are quantized, where a module has them.
-        replaces_forward: Whether the forward of the kind takes the place of that of `plain_class`.
-        products: Which products are INT8; None: none is.
-        spec: What the model that the module was quantized with was to be.
+        kind: The class of this package that implements it.
+        weight_names: Names of the parameters that are quantized, if a module has them.
+        replaces_forward: Whether the forward of the kind replaces that of `plain_class`.
+        products: Which products are INT8; None: none.
+        spec: The specification that the model of this module was quantized with.
     """
 
     plain_class: ClassVar[type[nn.Module]]
@@ -45,10 +45,10 @@ class QuantizedModule(nn.Module):
     spec: QuantizationSpec | None = None
 
     def __init_subclass__(cls) -> None:
-        """A class that is written, and not made by `quantized_class`, is a kind."""
+        """Make each class a kind, except those that `quantized_class` creates."""
         super().__init_subclass__()
         cls.kind = cls.__dict__.get("kind", cls)
-        # As `module.weight_q`: so torch.distributed finds what a state dict names.
+        # `module.weight_q` exists because torch.distributed looks up the names of a state dict.
         for weight in cls.weight_names:
             for field, name in state_names(weight).items():
                 setattr(cls, name, property(attrgetter(f"{weight}.{field}"), _refuse_setting))
@@ -64,26 +64,26 @@ class QuantizedModule(nn.Module):
         return False
 
     def complete_weight(self, name: str = "weight") -> QFTWeight:
-        """A weight, for computing with it.
+        """Return a weight that is ready for computation.
 
         Raises:
-            RuntimeError: It is not quantized yet, or no parameter any more, or only some of its
-                fields were loaded.
+            RuntimeError: It is not quantized, is no longer a parameter, or only some of its fields
+                were loaded.
         """
         weight = self._parameters.get(name)
         if weight is None:
             raise RuntimeError(
-                f"The {name} of {type(self).__name__} is no parameter any more: values that are "
-                "computed at each use have taken its place, as torch.nn.utils.parametrizations, "
-                "pruning and target_parameters of PEFT have them, and these need a float weight. "
+                f"The {name} of {type(self).__name__} is no longer a parameter: "
+                "torch.nn.utils.parametrizations, pruning or target_parameters of PEFT have "
+                "replaced it by values that are computed at each use, which needs a float weight. "
                 "List the module in modules_to_not_convert of the QFTConfig."
             )
         if not isinstance(weight, QFTWeight):
             raise RuntimeError(
                 f"The {name} of {self} is not quantized. Load the model with from_pretrained, or "
-                "call quantize_model_. If something put it in the place of an INT8 weight, such as "
-                "fully_shard or torch.func.grad, that takes float weights alone: leave it out, or "
-                "call dequantize_model_ before."
+                "call quantize_model_. If something replaced an INT8 weight by it, such as "
+                "fully_shard or torch.func.grad, that supports float weights only: do not use it, "
+                "or call dequantize_model_ before."
             )
         if weight.pending:
             raise RuntimeError(
@@ -93,13 +93,13 @@ class QuantizedModule(nn.Module):
         return weight
 
     def _weights(self) -> Iterator[tuple[str, Any]]:
-        """The parameters that are to be quantized; plain ones while a skeleton waits for them."""
+        """Yield the parameters to quantize; they are plain in a model that is not loaded yet."""
         for name in self.weight_names:
             if (weight := self._parameters.get(name)) is not None:
                 yield name, weight
 
     def _apply(self, function: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 torch's
-        """Move or cast as any module does; hooks and attributes of the weights stay on them."""
+        """Move or cast like any module; hooks and attributes of the weights are kept."""
         attached = {name: attachments(weight) for name, weight in self._weights()}
         super()._apply(function, recurse)
         for name, weight in self._weights():
@@ -107,9 +107,9 @@ class QuantizedModule(nn.Module):
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as any object; a class that `quantized_class` made is found by its plain one."""
+        """Pickle as usual; a class made by `quantized_class` is pickled by its plain class."""
         reduced: Any = super().__reduce_ex__(protocol)
-        if type(self) is not quantized_class(self.plain_class, self.kind):  # a user's, of ours
+        if type(self) is not quantized_class(self.plain_class, self.kind):  # a user's subclass
             return reduced
         return _new, (self.plain_class, self.kind), *reduced[2:]
 
@@ -121,7 +121,7 @@ class QuantizedModule(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, weight in self._weights():
-            if isinstance(weight, QFTWeight):  # not while the skeleton waits for its weights
+            if isinstance(weight, QFTWeight):  # False in a model that is not loaded yet
                 del destination[prefix + name]
                 destination.update(state_fields(prefix + name, weight))
 
@@ -170,7 +170,7 @@ class QuantizedModule(nn.Module):
 
 
 def _refuse_setting(module: nn.Module, value: Any) -> None:
-    """The setter of a field: `torch.func.functional_call` of a state dict sets them.
+    """Setter of a field, which `torch.func.functional_call` calls if it is given a state dict.
 
     Raises:
         AttributeError: Always.
@@ -191,13 +191,13 @@ def _load_(
     *,
     assign: bool,
 ) -> None:
-    """Put what a state dict has of the weight `name` into its `fields`, or in their place.
+    """Copy the fields of the weight `name` from a state dict into `fields`.
 
-    With `assign` the weight, which stays the same object, is made of the tensors of the state dict.
+    With `assign` the tensors of the state dict replace them; the weight stays the same object.
     """
     if found := fields.keys() & state_dict.keys():
-        # A shard may hold some fields of a weight and the next shard the others. Until the
-        # last one has come the weight is a mixture, and the module refuses to compute.
+        # A shard may have some fields of a weight and the next shard the others. Until the last
+        # one is loaded, the weight is a mixture, and the module refuses to compute.
         weight.pending = (weight.pending or frozenset(fields)) - found
     taken: dict[str, Tensor] = {}
     for key, field in fields.items():
@@ -225,7 +225,7 @@ def _load_(
         names = state_names(name)
         device = next(iter(taken.values())).device
         made = {
-            # An empty one, of a format without outliers, is in no state dict.
+            # State dicts do not have empty fields, those of a format without outliers.
             own: taken.get(
                 names[own], field if field.numel() else torch.empty_like(field, device=device)
             )
@@ -238,7 +238,7 @@ class QFTLinear(QuantizedModule, nn.Linear):
     """`nn.Linear` with a `QFTWeight` `[out_features, in_features]`; the bias is float.
 
     Attributes:
-        defers_logits: Whether this is the head of a model with a chunked loss: in training it
+        defers_logits: Whether this is the head of a model with a chunked loss, which in training
             returns `DeferredLogits`.
     """
 
@@ -246,14 +246,14 @@ class QFTLinear(QuantizedModule, nn.Linear):
     defers_logits = False
 
     def forward(self, x: Tensor) -> Any:
-        """`x [..., in_features]` to `[..., out_features]`; see `functional.linear`."""
+        """Map `x [..., in_features]` to `[..., out_features]`; see `functional.linear`."""
         weight = self.complete_weight()
         if self.defers_logits and self.training and torch.is_grad_enabled():
             return DeferredLogits(x, weight, self.bias)
         return linear(x, weight, self.bias, products=self.products, training=self.training)
 
     def extra_repr(self) -> str:
-        """What `nn.Linear` shows, and the INT8 products."""
+        """Return the text of `nn.Linear` and the INT8 products."""
         shown = super().extra_repr()
         return shown if self.products is None else f"{shown}, int8=({self.products})"
 
@@ -264,24 +264,24 @@ class QFTEmbedding(QuantizedModule, nn.Embedding):
     plain_class = nn.Embedding
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Integers of any shape to `[*ids.shape, embedding_dim]`; see `functional.embedding`."""
+        """Map `ids` of any shape to `[*ids.shape, embedding_dim]`; see `functional.embedding`."""
         return embedding(ids, self.complete_weight(), self.padding_idx)
 
 
-# Classes that write out what nn.Linear computes. Ours does it without a float copy of the weight.
+# Classes whose forward repeats that of nn.Linear. Ours needs no float copy of the weight.
 SAME_FORWARD = ("FalconLinear",)
-# nn.MultiheadAttention reads the weight of this one, and does not call it.
+# nn.MultiheadAttention reads the weight of this class and does not call its forward.
 NEVER_CALLED = ("NonDynamicallyQuantizableLinear",)
 
 _MADE: dict[type[nn.Module], type[QuantizedModule]] = {}
 
 
 def quantized_class(plain: type[nn.Module], kind: type[QuantizedModule]) -> type[QuantizedModule]:
-    """The class of modules of class `plain` once their weights are quantized.
+    """Return the class that modules of class `plain` get when their weights are quantized.
 
-    For a class that is not itself the plain one of its kind it is made here, once. The class itself
-    comes first in its method resolution order, and its kind before their base; but a kind that
-    computes otherwise comes first.
+    If `plain` is not the plain class of its kind, a class is created once. In its method resolution
+    order `plain` comes first, then the kind, then their common base. A kind that replaces forward
+    comes before `plain`.
     """
     if plain is kind.__dict__.get("plain_class"):
         return kind
@@ -295,9 +295,9 @@ def quantized_class(plain: type[nn.Module], kind: type[QuantizedModule]) -> type
 
 
 def multiplies_by_ours(module: nn.Module) -> bool:
-    """Whether a linear module's products are those of `QFTLinear`, as far as its code shows.
+    """Whether a linear module uses the products of `QFTLinear`, judging by its code.
 
-    A forward that has `super` in it is taken to call ours; another one reads the weight itself.
+    A forward that contains `super` is assumed to call ours; any other reads the weight itself.
     """
     cls: Any = type(module)
     if not issubclass(cls, nn.Linear) or cls.__name__.removeprefix("QFT") in NEVER_CALLED:
@@ -308,6 +308,6 @@ def multiplies_by_ours(module: nn.Module) -> bool:
 
 
 def _new(plain: type[nn.Module], kind: type[QuantizedModule]) -> Any:
-    """An empty module of the quantized class of `plain`; for unpickling."""
+    """Return an uninitialized module of the quantized class of `plain`, for unpickling."""
     made: Any = quantized_class(plain, kind)
     return made.__new__(made)

@@ -10,13 +10,13 @@ from ..config import PRODUCTS, QuantizationSpec, names_module
 
 @dataclass(frozen=True, slots=True)
 class Int8Products:
-    """The choice of one module; products that are not INT8 use the dequantized weight.
+    """The INT8 products of one module; the others use the dequantized weight.
 
     Attributes:
         forward: y = x W^T.
         input_gradient: grad_x = grad_y W.
-        weight_gradient: grad_W = grad_y^T x; the layer then keeps INT8 codes of x and not x.
-        seed: Key of the random numbers that round gradients.
+        weight_gradient: grad_W = grad_y^T x; the layer then keeps INT8 codes of x instead of x.
+        seed: Key of the random numbers for rounding gradients.
     """
 
     forward: bool = True
@@ -25,7 +25,7 @@ class Int8Products:
     seed: int = 0
 
     def __str__(self) -> str:
-        """Names of the INT8 products."""
+        """Return the names of the INT8 products."""
         return ", ".join(name for name in PRODUCTS if getattr(self, name))
 
 
@@ -35,14 +35,14 @@ FLOAT = Int8Products(forward=False, input_gradient=False, weight_gradient=False)
 def int8_products(
     model: nn.Module, names: list[str], spec: QuantizationSpec
 ) -> dict[str, Int8Products | None]:
-    """The choice of `spec` for each of the modules `names` of `model`; None: none is INT8.
+    """Return the INT8 products that `spec` chooses for each module in `names`; None: none.
 
     The output head is what `model.get_output_embeddings()` returns, as transformers models define
-    it. It is left out unless it is listed: its gradient is skewed, few logits of a token have most
-    of it, and one scale a token rounds the others away.
+    it. It has no INT8 products unless it is listed: a few logits of a token have most of the
+    gradient, so with one scale per token the others would be rounded to zero.
 
     Raises:
-        ValueError: `spec.int8_products` has a name that matches none of the modules.
+        ValueError: A name in `spec.int8_products` matches none of the modules.
     """
     if spec.matmul != "int8":
         return dict.fromkeys(names)
@@ -60,7 +60,7 @@ def int8_products(
         matching = [entry for entry in listed if _matches(name, entry)]
         is_head = model.get_submodule(name) is head
         products = [] if is_head else list(PRODUCTS)
-        # What holds for all modules does not say that it holds for the head.
+        # "*" does not include the head.
         if named := [entry for entry in matching if entry != "*" or not is_head]:
             products = listed[max(named, key=len)]
         choices[name] = (
@@ -72,7 +72,7 @@ def int8_products(
 
 
 def output_head(model: Any) -> nn.Module | None:
-    """The module that makes the logits of a language model, if the model says which."""
+    """Return the module that computes the logits of a language model, if the model defines it."""
     find = getattr(model, "get_output_embeddings", None)
     return None if find is None else find()
 

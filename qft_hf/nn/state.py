@@ -1,8 +1,8 @@
-"""A quantized weight in a state dict: its INT8 fields under names of their own.
+"""A quantized weight in a state dict: its INT8 fields under their own names.
 
-A weight `lm_head.weight` is there as `lm_head.weight_q`, `lm_head.weight_scale`, ..., and never as
-`lm_head.weight`: a program that does not know the format then misses a key, instead of taking raw
-codes for weights.
+A weight `lm_head.weight` is stored as `lm_head.weight_q`, `lm_head.weight_scale`, ..., and never as
+`lm_head.weight`: a program that does not know the format then reports a missing key, instead of
+using raw codes as weights.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import QuantizationSpec
 from ..quant import Arrangement, QFTWeight
 
-# What follows the name of the weight, by field of `QFTWeight`.
+# Suffixes of the name of the weight, by field of `QFTWeight`.
 SUFFIXES = {
     "codes": "_q",
     "scales": "_scale",
@@ -23,12 +23,14 @@ SUFFIXES = {
 
 
 def state_names(name: str) -> dict[str, str]:
-    """Names in a state dict of all fields that the weight `name` may have, by field."""
+    """Return the names in a state dict of all fields that the weight `name` may have, by field."""
     return {field: name + suffix for field, suffix in SUFFIXES.items()}
 
 
 def state_fields(name: str, weight: QFTWeight) -> dict[str, Tensor]:
-    """The fields of the weight `name` by their names in a state dict; without outliers two."""
+    """Return the fields of the weight `name` by their names in a state dict; empty ones are left
+    out.
+    """
     names = state_names(name)
     return {
         names[field]: tensor.detach()
@@ -45,18 +47,18 @@ def weight_from_fields(
     arrangement: Arrangement,
     dtype: torch.dtype,
 ) -> QFTWeight:
-    """A `QFTWeight` around the fields of a checkpoint, once they are known to be sound.
+    """Check the fields of a checkpoint and return a `QFTWeight` of them.
 
     Args:
         fields: Tensors by full name in a state dict (`lm_head.weight_q`, ...).
-        spec: The format they must have.
+        spec: The format that they must have.
         name: Full name of the weight (`lm_head.weight`).
-        arrangement: How its values lie in the matrix that the fields are.
+        arrangement: How its values are placed in the stored matrix.
         dtype: The outer float dtype.
 
     Raises:
-        ValueError: A field is missing, not part of the format, of another shape or dtype, or has
-            values that no quantized weight has.
+        ValueError: A field is missing, is not part of the format, has a wrong shape or dtype, or
+            has values that no quantized weight can have.
     """
     wanted = QFTWeight.empty(arrangement, spec, dtype=dtype, device="meta")
     expected = state_fields(name, wanted)
@@ -68,16 +70,16 @@ def weight_from_fields(
         )
     if extra := fields.keys() - expected.keys():
         raise ValueError(
-            f"{listed(extra)} in the checkpoint, and its config.json has "
-            f"outlier_fraction={spec.outlier_fraction}, which makes no such field. Restore the "
-            "config.json that was saved with it."
+            f"{listed(extra)} found in the checkpoint, but its config.json has "
+            f"outlier_fraction={spec.outlier_fraction}, which is a format without these fields. "
+            "Restore the config.json that was saved with the checkpoint."
         )
     for key, field in expected.items():
         if fields[key].dtype != field.dtype or fields[key].shape != field.shape:
             raise ValueError(
                 f"{key} must be {field.dtype} of shape {tuple(field.shape)}, got "
-                f"{fields[key].dtype} of shape {tuple(fields[key].shape)}. The checkpoint is of "
-                "another model or of another QFTConfig than its config.json says."
+                f"{fields[key].dtype} of shape {tuple(fields[key].shape)}. The checkpoint was "
+                "written for another model or QFTConfig than its config.json describes."
             )
     names = state_names(name)
     device = fields[names["codes"]].device
@@ -95,18 +97,18 @@ def weight_from_fields(
 
 
 def check_values(name: str, weight: QFTWeight) -> None:
-    """Raise for values that quantizing never makes; they would train on in silence.
+    """Raise for values that quantization never produces; training would not notice them.
 
     Raises:
         ValueError: A code is -128, a scale is not a positive finite number, an outlier is not
-            finite, or its columns are out of range or out of order.
+            finite, or outlier columns are out of range or out of order.
     """
     columns = weight.codes.shape[1]
     codes, scales = weight.codes, weight.scales
     outlier_values, outlier_columns = weight.outlier_values, weight.outlier_columns
     ascending = outlier_columns[:, 1:] > outlier_columns[:, :-1]
     for field, problem, good in (
-        ("codes", "-128, which is no code", codes > -128),
+        ("codes", "-128, which is not a valid code", codes > -128),
         (
             "scales",
             "scales that are not positive, finite numbers",
@@ -116,7 +118,7 @@ def check_values(name: str, weight: QFTWeight) -> None:
         (
             "outlier_columns",
             f"columns outside [0, {columns})",
-            # Not `< columns`: 32,768 columns have 16-bit numbers, and among these it is negative.
+            # Not `< columns`: 32,768 columns have 16-bit indices, in which 32,768 is negative.
             (outlier_columns >= 0) & (outlier_columns <= columns - 1),
         ),
         ("outlier_columns", "columns that do not ascend", ascending),
@@ -129,21 +131,20 @@ def check_values(name: str, weight: QFTWeight) -> None:
 
 
 def check_shared_columns(name: str, weight: QFTWeight) -> None:
-    """Raise unless the outliers of `weight` can take part in INT8 products.
+    """Raise unless `weight` has the format that INT8 products need.
 
     Raises:
-        ValueError: They lie in other columns in each row of a matrix, or scales are not those of
-            whole rows.
+        ValueError: Rows of a matrix have outliers in different columns, or several scales per row.
     """
     columns = weight.outlier_columns.unflatten(0, (-1, weight.arrangement.rows))
     if weight.group_size is not None or not bool((columns == columns[:, :1]).all()):
         raise ValueError(
-            f"{name} was quantized for matmul='dequantize': its outliers lie in other "
-            "columns in each row, or rows have several scales. Leave matmul='int8' out, or "
-            "dequantize the model, save it, and quantize it with QFTConfig(matmul='int8')."
+            f"{name} was quantized for matmul='dequantize': its rows have outliers in different "
+            "columns, or several scales each. Leave matmul='int8' out, or dequantize the model, "
+            "save it, and quantize it with QFTConfig(matmul='int8')."
         )
 
 
 def listed(names: Iterable[str]) -> str:
-    """Names in order, for an error."""
+    """Return names in alphabetical order, for an error message."""
     return ", ".join(sorted(names))

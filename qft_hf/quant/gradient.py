@@ -1,7 +1,7 @@
 """`Int8Gradient`: what `.grad` of a quantized weight holds between backward and step.
 
-Where a gradient is used the moment it is complete, backward hands over a `TiledGradient` instead,
-which is float and is made a tile of rows at a time when it is used.
+If a gradient is used as soon as it is complete, backward returns a `TiledGradient` instead, which
+is computed in float, one tile of rows at a time, when it is used.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,14 +21,14 @@ class Int8Gradient(Int8Tensor):
     """A gradient as INT8 codes with an FP32 scale per 256 columns of a row.
 
     Autograd, gradient accumulation, hooks and `torch.nn.utils.clip_grad_norm_` use it like a float
-    tensor: adding rounds to nearest, so does scaling by more than one number for a row, and the
-    norm is that of the stored values.
+    tensor. Addition rounds to nearest, and so does multiplication by factors that differ within a
+    row. The norm is that of the stored values.
 
     Args:
         codes: int8 `[rows, columns]`.
-        scales: fp32 `[rows, n_groups]`; a group that was NaN or infinite has such a scale.
+        scales: fp32 `[rows, n_groups]`; NaN or infinite for a group with a NaN or infinite value.
         dtype: The outer float dtype, that of the weight.
-        arrangement: That of the weight; None: the weight is a matrix of these rows.
+        arrangement: That of the weight; None: the weight has the shape of `codes`.
     """
 
     FIELDS = ("codes", "scales")
@@ -38,7 +38,7 @@ class Int8Gradient(Int8Tensor):
     )
 
     stored: kernels.Quantized
-    own_rows: slice | None = None  # which rows it has; None: all (`own_rows.py`)
+    own_rows: slice | None = None  # the rows that it holds; None: all (`own_rows.py`)
 
     def __init__(
         self,
@@ -53,15 +53,15 @@ class Int8Gradient(Int8Tensor):
 
     @property
     def witness(self) -> Tensor:
-        """A tensor that is finite if the gradient is."""
+        """A tensor that is finite if and only if the gradient is."""
         return self.stored.scales
 
     def drop_nonfinite_(self) -> None:
-        """Make groups with a NaN or infinity zeros, as their codes are, without looking for any."""
+        """Zero non-finite scales (their codes are 0), without testing whether there are any."""
         self.scales.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
-        """A gradient around other fields."""
+        """Return a gradient with other fields."""
         return type(self)(**fields, dtype=dtype or self.dtype, arrangement=self.arrangement)
 
     @classmethod
@@ -78,7 +78,7 @@ class Int8Gradient(Int8Tensor):
     def zeros(
         cls, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device | str
     ) -> Self:
-        """A gradient of zeros. Beside codes of 0 any finite scale does."""
+        """Return a gradient of zeros: with codes of 0 any finite scale is valid."""
         n_groups = GroupLayout(rows, columns, STATE_GROUP_SIZE).n_groups
         return cls(
             torch.zeros(rows, columns, dtype=torch.int8, device=device),
@@ -93,55 +93,56 @@ class Int8Gradient(Int8Tensor):
         )
 
     def values(self) -> Tensor:
-        """The values as a plain tensor of this shape and dtype."""
+        """Return the values as a plain tensor of this shape and dtype."""
         values = kernels.dequantize(kernels.Weight.dense(self.stored), dtype=self.dtype)
         return self.arrangement.parameter(values)
 
     def squared_norm(self) -> Tensor:
-        """Sum of squares of all values: fp64 scalar."""
+        """Return the sum of squares of all values: fp64 scalar."""
         return kernels.squared_norm(self.stored)
 
     def squared_norms(self) -> Tensor:
-        """Sums of squares of the rows of the stored matrix: fp64 `[rows]`."""
+        """Return the sum of squares of each row of the stored matrix: fp64 `[rows]`."""
         return kernels.squared_norms(self.stored)
 
 
 class Tiles(NamedTuple):
-    """How a gradient is made, a range of its rows at a time.
+    """Functions that compute a gradient, one range of its rows at a time.
 
     Attributes:
-        make: Makes the float gradient `[n, columns]` of a range of rows.
-        make_quantized: Makes codes and scales of a range of rows, the bits of `kernels.quantize` of
-            `make`, where that takes no float gradient; None: by just that.
+        make: Computes the float gradient `[n, columns]` of a range of rows.
+        make_quantized: Computes codes and scales of a range of rows without a float gradient, with
+            the bits of `kernels.quantize` of the result of `make`; None: they are computed that
+            way.
     """
 
     make: Callable[[slice], Tensor]
     make_quantized: Callable[[slice], tuple[Tensor, Tensor]] | None = None
 
     def quantized(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Codes and scales of a range of rows."""
+        """Return the codes and scales of a range of rows."""
         if self.make_quantized is not None:
             return self.make_quantized(rows)
         return kernels.quantize(self.make(rows).contiguous(), group_size=STATE_GROUP_SIZE)
 
 
 class TiledGradient(Int8Tensor):
-    """A gradient that does not exist yet: made a tile of rows at a time, in float, when it is used.
+    """A deferred gradient, computed in float, one tile of rows at a time, when it is used.
 
-    Autograd may pass it on and add it to another; that, and whoever asks for its `quantized` form,
-    makes it at once.
+    Autograd may pass it on or add it to another gradient. An addition, and a call of `quantized`,
+    compute it at once.
 
     Args:
-        tiles: Makes them. What it refers to, inputs and output gradients of a layer, is alive until
-            then.
+        tiles: Computes the tiles. The input and output gradient of the layer, which it refers to,
+            stay alive as long as it does.
         rows: Ranges of rows that cover the gradient in order.
-        arrangement: That of the weight; `rows` and what is made are of its matrix.
+        arrangement: That of the weight; `rows` and tiles refer to the stored matrix.
         dtype: The outer float dtype, that of the weight.
-        device: Where the tiles are made.
+        device: Device of the tiles.
     """
 
     FIELDS = ()
-    own_rows: slice | None = None  # which rows it has; None: all (`own_rows.py`)
+    own_rows: slice | None = None  # the rows that it holds; None: all (`own_rows.py`)
 
     @staticmethod
     def __new__(
@@ -158,16 +159,16 @@ class TiledGradient(Int8Tensor):
         self.arrangement = arrangement
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Each range of rows with its contiguous float gradient."""
+        """Yield each range of rows with its contiguous float gradient."""
         for rows in self.rows:
             yield rows, self.made_by.make(rows).contiguous()
 
     def values(self) -> Tensor:
-        """The values that its INT8 form has, as a plain tensor of the outer dtype."""
+        """Return the values of its INT8 form, as a plain tensor of the outer dtype."""
         return self.quantized().values()
 
     def quantized(self) -> Int8Gradient:
-        """All of it in INT8; each tile is quantized as soon as it exists."""
+        """Return the whole gradient in INT8; each tile is quantized as soon as it exists."""
         if len(self.rows) == 1:
             codes, scales = self.made_by.quantized(self.rows[0])
         else:
@@ -183,8 +184,8 @@ class TiledGradient(Int8Tensor):
 @Int8Gradient.implements(aten.detach.default, aten.alias.default)
 @TiledGradient.implements(aten.detach.default, aten.clone.default, aten.alias.default)
 def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Autograd does this to every gradient that it puts into `.grad`: with what is in it as it is,
-    # which was checked and needs no detaching.
+    # Autograd calls this for every gradient that it puts into `.grad`. The contents are shared
+    # as they are: they have been checked and need no detaching.
     gradient = args[0]
     alias: Any = Tensor._make_wrapper_subclass(
         type(gradient), gradient.shape, dtype=gradient.dtype, device=gradient.device
@@ -194,11 +195,11 @@ def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def quantized(gradient: Tensor, like: Int8Tensor) -> Int8Gradient:
-    """A gradient of a quantized weight as INT8, whatever it is by now; the same if it is INT8.
+    """Return a gradient of a quantized weight in INT8; an `Int8Gradient` is returned unchanged.
 
     Args:
-        gradient: An `Int8Gradient`, a `TiledGradient`, or float as it comes from code that knows
-            nothing of INT8, in the shape of the weight.
+        gradient: An `Int8Gradient`, a `TiledGradient`, or a float tensor in the shape of the
+            weight, from code that does not know about INT8.
         like: The weight, or a gradient of it.
     """
     if isinstance(gradient, Int8Gradient):
@@ -217,9 +218,9 @@ def _add_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return read(operator, args, kwargs)
     if gradient.shape != other.shape or kwargs.get("alpha", 1) != 1:
         raise NotImplementedError(
-            f"An INT8 gradient of shape {tuple(gradient.shape)} is added to in place by another of "
-            f"the same shape and alpha=1, got {tuple(other.shape)} and {kwargs}. In a hook, return "
-            "gradient + other instead."
+            f"In-place addition to an INT8 gradient of shape {tuple(gradient.shape)} needs a "
+            f"tensor of the same shape and alpha=1, got {tuple(other.shape)} and {kwargs}. In a "
+            "hook, return gradient + other instead."
         )
     kernels.accumulate_(gradient.stored, quantized(other, gradient).stored)
     return gradient
@@ -261,7 +262,7 @@ def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int
     )
     if is_per_row:
         operator(gradient.scales, factor)
-    else:  # as a hook does that masks elements
+    else:  # for example by a hook that masks elements
         _change_(gradient, lambda values: operator(values, factor))
     return gradient
 
@@ -274,7 +275,7 @@ def _clamp_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int
 
 
 def _change_(gradient: Int8Gradient, change: Callable[[Tensor], Tensor]) -> None:
-    """Change the values of the matrix, in FP32; they are rounded to nearest, like a sum."""
+    """Apply `change` to the FP32 values of the stored matrix and round the result to nearest."""
     values = kernels.dequantize(kernels.Weight.dense(gradient.stored), dtype=torch.float32)
     codes, scales = kernels.quantize(change(values), group_size=STATE_GROUP_SIZE)
     gradient.codes.copy_(codes)
@@ -301,7 +302,7 @@ def _zero_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8
 
 @Int8Gradient.implements(aten.linalg_vector_norm.default)
 def vector_norm(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The 2-norm of a gradient, without its values; any other is of the values."""
+    """Return the norm of a gradient: the 2-norm without expanding it, any other from its values."""
     gradient, order = args[0], args[1] if len(args) > 1 else 2
     if order != 2 or len(args) > 2 or kwargs.get("dim") is not None:
         return read(operator, args, kwargs)

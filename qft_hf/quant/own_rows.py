@@ -1,6 +1,6 @@
-"""The mean of a gradient over several processes, of which each process has the rows it owns.
+"""The mean of a gradient over several processes; each process holds the rows that it owns.
 
-To autograd, clipping and the flow of gradients they are gradients of a whole weight.
+Autograd, clipping and the flow treat these as gradients of a whole weight.
 """
 
 from collections.abc import Callable
@@ -18,16 +18,16 @@ from .tensor import Int8Tensor
 
 
 class OwnRows(Int8Gradient):
-    """A gradient as INT8 codes and scales, of the own rows alone.
+    """A gradient as INT8 codes and scales of the own rows only.
 
-    Its norm is that of all rows, and multiplying it by a number scales them on every process that
-    does the same. Anything else that would look at values raises.
+    Its norm is that of all rows. Multiplying it by a number scales the own rows and the norm, so
+    every process has to do the same. Every other operation that reads values raises.
 
     Args:
         stored: Codes and scales of the own rows; None: this process owns none.
-        own_rows: Which rows of the matrix they are.
-        square_sum: fp64 scalar: the sum of squares of all rows, as soon as the processes have added
-            up theirs in this very tensor.
+        own_rows: Position of these rows in the matrix.
+        square_sum: fp64 scalar: the sum of squares of all rows, once the processes have added up
+            their sums in this tensor.
         like: The weight.
     """
 
@@ -35,7 +35,7 @@ class OwnRows(Int8Gradient):
 
     @staticmethod
     def __new__(cls, *_: Any, like: Int8Tensor, **__: Any) -> Self:
-        """Make the outer tensor: that of the weight, no storage."""
+        """Make the outer tensor, in the shape of the weight and without storage."""
         return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
 
     def __init__(
@@ -46,7 +46,7 @@ class OwnRows(Int8Gradient):
         square_sum: Tensor,
         like: Int8Tensor,
     ) -> None:
-        self.stored = stored  # type: ignore[assignment]  # who owns no rows does not update any
+        self.stored = stored  # type: ignore[assignment]  # without own rows nothing is updated
         self.own_rows = own_rows
         self.square_sum = square_sum
         self.arrangement = like.arrangement
@@ -57,11 +57,11 @@ class OwnRows(Int8Gradient):
         return self.stored is not None
 
     def fields(self) -> dict[str, Tensor]:
-        """The stored tensors by name; none if this process owns no rows."""
+        """Return the stored tensors by name; none if this process owns no rows."""
         return {} if self.stored is None else super().fields()
 
     def values(self) -> Tensor:
-        """Raise: they are on several processes.
+        """Raise, because the values are distributed over several processes.
 
         Raises:
             NotImplementedError: Always.
@@ -71,28 +71,29 @@ class OwnRows(Int8Gradient):
             f"This process has rows {rows.start} to {rows.stop} of the gradient of a "
             f"{tuple(self.shape)} weight, as the mean over all processes: it can be clipped and "
             "scaled by numbers, and nothing else. Change gradients in a hook of the weight, "
-            "weight.register_hook(...), which sees those of its own process. A second backward "
-            "pass cannot be added to it: run all but the last under optimizer.accumulate()."
+            "weight.register_hook(...), which sees the gradient of its own process. A second "
+            "backward pass cannot be added to it: run all passes except the last one under "
+            "optimizer.accumulate()."
         )
 
     @property
     def witness(self) -> Tensor:
-        """A tensor that is finite if the gradient is, on all processes."""
+        """A tensor that is finite if and only if the gradient is, on all processes."""
         return self.square_sum
 
     def squared_norm(self) -> Tensor:
-        """Sum of squares of all rows of all processes: fp64 scalar."""
+        """Return the sum of squares of all rows of all processes: fp64 scalar."""
         return self.square_sum
 
-    squared_norms = squared_norm  # rows of others have none here
+    squared_norms = squared_norm  # norms of single rows of other processes are unknown here
 
     def drop_nonfinite_(self) -> None:
-        """Make groups of the own rows with a NaN or infinity zeros."""
+        """Zero the groups of the own rows that have a NaN or infinity."""
         if self.has_rows:
             super().drop_nonfinite_()
 
 
-# Of all that an INT8 gradient does without its values, own rows do what follows alone.
+# Of the operators that an INT8 gradient implements, own rows keep only those registered below.
 OwnRows._operators.clear()
 OwnRows.implements(aten.linalg_vector_norm.default)(vector_norm)
 
@@ -105,7 +106,7 @@ def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if gradient.stored is not None:
         operator(gradient.stored.scales, factor)
     squared = factor.double().square() if isinstance(factor, Tensor) else factor * factor
-    # Another tensor: who has noted the norm has that before.
+    # Not in place: a norm that was recorded before holds the old tensor and must keep its value.
     is_product = operator in (aten.mul_.Tensor, aten.mul_.Scalar)
     gradient.square_sum = gradient.square_sum * (squared if is_product else 1 / squared)
     return gradient
@@ -117,12 +118,12 @@ def _refuse(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 class OwnTiles(TiledGradient):
-    """A gradient of the own rows in float, made a tile at a time when it is used.
+    """A deferred gradient of the own rows, computed in float one tile at a time when it is used.
 
     Args:
-        make: Makes the float gradient `[n, columns]` of a range of the own rows, counted from the
-            first of them.
-        own_rows: Which rows of the matrix they are.
+        make: Computes the float gradient `[n, columns]` of a range of the own rows, counted from
+            the first own row.
+        own_rows: Position of these rows in the matrix.
         square_sum: fp64 scalar, 0: `quantized` writes the sum of squares of the own rows into it.
         like: The weight.
     """
@@ -131,7 +132,7 @@ class OwnTiles(TiledGradient):
 
     @staticmethod
     def __new__(cls, *_: Any, like: Int8Tensor, **__: Any) -> Self:
-        """Make the outer tensor: that of the weight, no storage."""
+        """Make the outer tensor, in the shape of the weight and without storage."""
         return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
 
     def __init__(
@@ -155,7 +156,7 @@ class OwnTiles(TiledGradient):
         return bool(self.rows)
 
     def quantized(self) -> OwnRows:
-        """All own rows in INT8."""
+        """Return all own rows in INT8."""
         stored = None
         if self.rows:
             parts = [self.made_by.quantized(rows) for rows in self.rows]

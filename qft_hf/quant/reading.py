@@ -1,11 +1,11 @@
-"""A tensor that is stored in another form than float, and that any operator may read.
+"""A tensor that is not stored as float, and that any operator can read.
 
-Code that knows nothing of INT8 slices, multiplies or measures a weight as it does any tensor:
-`F.linear(x, weight[a:b])`. An operator that only reads computes with the values, which exist for as
-long as it runs; PyTorch's own derivative of it gives a float gradient, which is quantized where it
-arrives (`optim/flow.py`). A view, such as a slice or a transpose, makes its values whenever it is
-read, so autograd keeps no float copy of it. What would write values raises: they are no memory that
-could keep them.
+Code that does not know about INT8 slices, multiplies or measures a weight like any tensor:
+`F.linear(x, weight[a:b])`. An operator that only reads computes with the float values, which exist
+while it runs; PyTorch's own derivative of it returns a float gradient, which `optim/flow.py`
+quantizes when it arrives. A view, such as a slice or a transpose, computes its values each time it
+is read, so autograd keeps no float copy of it. An operator that would write values raises, because
+there is no memory to keep them.
 """
 
 import warnings
@@ -21,19 +21,19 @@ Operator = Callable[..., Any]
 
 COLLECTIVE = (
     "{operator} of torch.distributed would exchange {stored!r} as a float tensor, which has no "
-    "memory for values, only for codes and scales: what arrived would be lost. An optimizer of "
-    "qft_hf that is made after init_process_group gives all processes the same weights by its "
-    "broadcast(), and averages gradients itself: leave collectives and wrappers out."
+    "memory for values, only for codes and scales: received values would be lost. Create the "
+    "optimizer of qft_hf after init_process_group: its broadcast() gives all processes the same "
+    "weights, and it averages gradients itself. Do not use collectives or wrappers."
 )
 
 
 class Readable(Tensor):
-    """A float tensor to everybody who reads it, whatever it is stored as."""
+    """A tensor that reads as a float tensor, whatever form it is stored in."""
 
-    to_change: ClassVar[str] = ""  # in an error: what to do instead of writing
+    to_change: ClassVar[str] = ""  # part of error messages: what to do instead of writing
     _operators: ClassVar[dict[Any, Operator]] = {}
 
-    # Functions of torch see a plain tensor; what it is shows one level down, in dispatch.
+    # Functions of torch treat it as a plain tensor; `__torch_dispatch__` handles the operators.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __init_subclass__(cls) -> None:
@@ -60,28 +60,28 @@ class Readable(Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Run an operator of the table; any other reads values or raises."""
+        """Run the function registered for an operator; other operators read values or raise."""
         return cls._operators.get(operator, read)(operator, args, kwargs or {})
 
     def values(self) -> Tensor:
-        """The values as a plain tensor of this tensor's dtype, without a gradient."""
+        """Return the values as a plain tensor of this tensor's dtype, without a gradient."""
         raise NotImplementedError
 
     @property
     def is_traced(self) -> bool:
-        """Whether it is of a compiler, which knows no views that make their values when read."""
+        """Whether a compiler traces it; compilers do not support views computed when read."""
         return False
 
     def dequantize(self) -> Tensor:
-        """The values as a plain tensor of this tensor's dtype; a gradient passes through it."""
+        """Return the values as a plain tensor of this tensor's dtype; gradients pass through it."""
         return torch.alias_copy(self)
 
     @property
     def data(self) -> Tensor:
-        """The same tensor without its history, as of any tensor; another one of its kind is taken.
+        """The same tensor without its history; it can be set to another tensor of its class.
 
         Raises:
-            TypeError: It is set to a tensor of another kind.
+            TypeError: It is set to a tensor of another class.
         """
         return Tensor.data.__get__(self)  # type: ignore[attr-defined]
 
@@ -96,22 +96,22 @@ class Readable(Tensor):
         )
 
     def numpy(self, *, force: bool = False) -> Any:
-        """The values as an array that cannot be written to: no memory would keep what is."""
+        """Return the values as a read-only array: writes to it would not reach this tensor."""
         array = self.dequantize().numpy(force=force)
         array.flags.writeable = False
         return array
 
     def tolist(self) -> Any:
-        """The values as nested lists."""
+        """Return the values as nested lists."""
         return self.dequantize().tolist()
 
     def share_memory_(self) -> Self:
         """Move to memory that other processes see.
 
         Raises:
-            NotImplementedError: A view has no memory.
+            NotImplementedError: This is a view, which has no memory.
         """
-        raise NotImplementedError(f"{self!r} has no memory to share: share the whole model's.")
+        raise NotImplementedError(f"{self!r} has no memory to share: call model.share_memory().")
 
 
 @Readable.implements(aten.alias_copy.default)
@@ -126,21 +126,21 @@ def _alias_copy(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     aten.new_ones.default, aten.new_full.default,
 )  # fmt: skip
 def _another(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # A tensor of other values: none of these are made.
+    # The result has other values, so those of the stored tensor are not computed.
     stored, *others = args
     form = torch.empty((), dtype=stored.dtype, device=stored.device).expand(stored.shape)
     return operator(form, *others, **kwargs).contiguous()
 
 
 class View(Readable):
-    """What an operator that makes a view, `weight[a:b]` or `weight.t()`, has of a stored tensor.
+    """A view of a stored tensor, such as `weight[a:b]` or `weight.t()`.
 
-    It shows the values of the moment when it is read, as a view does.
+    Like any view it shows the values that the tensor has when the view is read.
 
     Args:
-        make: Makes the values.
-        like: A tensor, on the meta device, of its shape, strides and dtype.
-        of: What it is a view of.
+        make: Computes the values.
+        like: A tensor on the meta device with the shape, strides and dtype of the view.
+        of: The tensor that it is a view of.
     """
 
     @staticmethod
@@ -156,17 +156,17 @@ class View(Readable):
         self.to_change = of.to_change  # type: ignore[misc]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """The shape of the view, and what it is a view of."""
+        """Return the shape of the view and the tensor that it is a view of."""
         return f"View(shape={tuple(self.shape)}, of {self.of!r})"
 
 
 def read(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on values in the place of the tensors that store them.
+    """Run an operator on the values of stored tensors instead of on the tensors.
 
     Raises:
-        NotImplementedError: It would write to such a tensor, or exchange it among processes.
+        NotImplementedError: It would write to a stored tensor, or exchange it among processes.
     """
-    if operator.namespace == "c10d":  # collectives do not tell what they write
+    if operator.namespace == "c10d":  # the schemas of collectives do not say what they write
         stored = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Readable))
         raise NotImplementedError(COLLECTIVE.format(operator=operator, stored=stored))
     for stored, is_written in _aliased(operator, args, kwargs):
@@ -185,7 +185,7 @@ def read(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _aliased(
     operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Iterator[tuple[Readable, bool]]:
-    """Stored tensors that a result would share memory with, and whether they are written."""
+    """Yield stored tensors that a result would share memory with, and whether each is written."""
     for place, argument in enumerate(operator._schema.arguments):
         if argument.alias_info is not None:
             value = args[place] if place < len(args) else kwargs.get(argument.name)
@@ -200,13 +200,14 @@ def view(
     kwargs: dict[str, Any],
     make: Callable[[], Tensor] | None = None,
 ) -> Any:
-    """What `operator`, which makes a view of its first argument, makes of a stored tensor.
+    """Return the result of `operator`, which makes a view of its first argument, a stored tensor.
 
     Args:
-        operator: Makes one view, or a list of them.
-        args: Its arguments, the stored tensor first.
-        kwargs: Its arguments by name.
-        make: Makes the values of the view from less than all values of the tensor.
+        operator: An operator that returns a view or a list of views.
+        args: Its positional arguments, the stored tensor first.
+        kwargs: Its keyword arguments.
+        make: Computes the values of the view without those of the whole tensor; None: they are
+            taken from all values.
     """
     stored, *rest = args
     if stored.is_traced:
@@ -229,14 +230,14 @@ _warned = False
 
 
 def warn_of_memory(operator: Any, stored: Readable) -> None:
-    """Say once in a process what it costs to read values."""
+    """Warn, once per process, about the memory that reading values takes."""
     global _warned
     if not _warned:
         _warned = True
         warnings.warn(
-            f"{operator} reads {stored!r}, whose values are then made in float: "
-            f"{stored.numel() * stored.dtype.itemsize / 1e6:.1f} MB for as long as the operator "
-            "runs. Where a weight that is trained is used so, outside of its module, its gradient "
-            "is whole in float too, until it is quantized. This is said once, of the first use.",
-            stacklevel=4,  # the line that uses it
+            f"{operator} reads {stored!r}, whose values are expanded to float for this: "
+            f"{stored.numel() * stored.dtype.itemsize / 1e6:.1f} MB while the operator runs. The "
+            "gradient of a trained weight that is used outside of its module is a whole float "
+            "tensor too, until it is quantized. This warning is shown only for the first use.",
+            stacklevel=4,  # the line that calls the operator
         )

@@ -1,7 +1,7 @@
-"""Base of the INT8 tensors: a float tensor to autograd and the Trainer, INT8 fields in memory.
+"""Base of the INT8 tensors: autograd and the Trainer see a float tensor, memory has INT8 fields.
 
 Idea: wrapper subclasses as in torchao's quantized training, Apache/BSD-licensed. The operators here
-work on the fields; others read the values (`reading.py`).
+work on the fields; all others read the values (`reading.py`).
 """
 
 from typing import Any, ClassVar, Self
@@ -20,8 +20,8 @@ class Int8Tensor(Readable):
     """A tensor of a float `dtype` whose values are stored in INT8 `FIELDS`, as a matrix.
 
     Attributes:
-        stored: The fields as operators take them.
-        arrangement: How the values of this tensor lie in that matrix.
+        stored: The fields in the form that operators of `kernels` accept.
+        arrangement: How the values of this tensor are placed in the stored matrix.
     """
 
     FIELDS: ClassVar[tuple[str, ...]]
@@ -37,7 +37,7 @@ class Int8Tensor(Readable):
         arrangement: Arrangement | None = None,
         **__: Any,
     ) -> Self:
-        """Make the outer tensor: the device of the codes, no storage."""
+        """Make the outer tensor, on the device of the codes and without storage."""
         shape = codes.shape if arrangement is None else arrangement.shape
         return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
 
@@ -53,23 +53,23 @@ class Int8Tensor(Readable):
 
     @property
     def is_traced(self) -> bool:
-        """Whether its fields are tensors of a compiler."""
+        """Whether its fields are tensors that a compiler traces."""
         return any(type(field) not in PLAIN for field in self.fields().values())
 
     def fields(self) -> dict[str, Tensor]:
-        """The stored tensors by name; they share memory with this one."""
+        """Return the stored tensors by name; they share memory with this tensor."""
         return {name: getattr(self, name) for name in self.FIELDS}
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
-        """A tensor of the same kind and format around other fields."""
+        """Return a tensor of the same class and format with other fields."""
         raise NotImplementedError
 
     def aliased(self, fields: dict[str, Tensor]) -> Self:
-        """A tensor around `fields`, which share the memory of this one's."""
+        """Return a tensor with `fields`, which share the memory of this tensor's fields."""
         return self.with_fields(fields)
 
     def fields_changed(self) -> None:
-        """Called after values were copied into the fields."""
+        """Update what depends on the fields; to be called after values were copied into them."""
 
     @property
     def stored_bytes(self) -> int:
@@ -78,11 +78,11 @@ class Int8Tensor(Readable):
 
     @property
     def nbytes(self) -> int:  # type: ignore[override]
-        """`stored_bytes`: what torch would tell is the size of the values in float."""
+        """`stored_bytes`; torch itself would return the size of the values in float."""
         return self.stored_bytes
 
     def element_size(self) -> float:  # type: ignore[override]
-        """Bytes stored for each element, scales and outliers among them."""
+        """Return the mean number of bytes stored per element, including scales and outliers."""
         return self.stored_bytes / max(1, self.numel())
 
     def share_memory_(self) -> Self:
@@ -92,15 +92,15 @@ class Int8Tensor(Readable):
         return self
 
     def is_shared(self) -> bool:
-        """Whether other processes may see the fields."""
+        """Return whether the fields are in memory that other processes can see."""
         return all(field.is_shared() for field in self.fields().values())
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """Names of the inner tensors, and what else `__tensor_unflatten__` needs."""
+        """Return the names of the inner tensors and the metadata for `__tensor_unflatten__`."""
         return list(self.FIELDS), self._format()
 
     def _format(self) -> dict[str, Any]:
-        """What `__init__` takes beside the fields."""
+        """Return the arguments of `__init__` other than the fields."""
         format: dict[str, Any] = {"dtype": self.dtype}
         if not self.arrangement.is_plain:
             format["arrangement"] = self.arrangement
@@ -114,7 +114,7 @@ class Int8Tensor(Readable):
         return cls(**fields, **meta)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """Shape and format, not the values: printing would have to expand them."""
+        """Return shape and format without the values, which would have to be expanded."""
         details = ", ".join(f"{name}={value}" for name, value in self._format().items())
         return f"{type(self).__name__}(shape={tuple(self.shape)}, {details}, device={self.device})"
 
@@ -122,7 +122,7 @@ class Int8Tensor(Readable):
 @Int8Tensor.implements(aten.detach.default, aten.clone.default, aten.alias.default)
 def _each_field(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor = args[0]
-    # A clone is always contiguous: asking for another memory format has no meaning for codes.
+    # A clone is always contiguous: other memory formats have no meaning for codes.
     kwargs.pop("memory_format", None)
     fields = {name: operator(field) for name, field in tensor.fields().items()}
     is_copy = operator is aten.clone.default
@@ -136,8 +136,8 @@ def _to_copy(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     dtype = kwargs.get("dtype") or tensor.dtype
     if not dtype.is_floating_point:
         raise NotImplementedError(
-            f"{type(tensor).__name__} cannot become {dtype}: its dtype is the float type it stands "
-            "for. Its INT8 codes are in .codes."
+            f"{type(tensor).__name__} cannot be converted to {dtype}: its dtype is the float type "
+            "that it represents. Its INT8 codes are in .codes."
         )
     device = kwargs.get("device") or tensor.device
     non_blocking = kwargs.get("non_blocking", False)
@@ -153,7 +153,7 @@ def _copy_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target, source = args[:2]
     if type(target) is not type(source):
         return read(operator, args, kwargs)
-    # Field shapes too: copying field by field would broadcast, or stop half-way.
+    # Shapes of fields are compared too: copying field by field could broadcast, or fail half-way.
     shapes, source_shapes = (
         {name: tuple(field.shape) for name, field in tensor.fields().items()}
         for tensor in (target, source)
@@ -172,7 +172,7 @@ def _copy_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 @Int8Tensor.implements(aten.equal.default)
 def _equal(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    # transformers asks it of two weights that a checkpoint should have tied.
+    # transformers calls this for two weights that a checkpoint should have tied.
     tensor, other = args
     if type(tensor) is not type(other) or tensor._format() != other._format():
         return bool(read(operator, args, kwargs))
@@ -182,7 +182,7 @@ def _equal(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 
 @Int8Tensor.implements(aten.view.default)
 def _view(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # Torch views a parameter as itself to find its autograd node.
+    # Torch views a parameter in its own shape to find its autograd node.
     tensor, shape = args
     if tuple(shape) != tuple(tensor.shape):
         return view(operator, args, kwargs)

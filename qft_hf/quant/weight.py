@@ -1,4 +1,4 @@
-"""`QFTWeight`: a trainable weight stored as INT8 codes beside a few outliers in FP32."""
+"""`QFTWeight`: a trainable weight stored as INT8 codes and a few outliers in FP32."""
 
 from collections.abc import Iterator
 from typing import Any, Self
@@ -20,10 +20,10 @@ ALL_ROWS = slice(0, None)
 class QFTWeight(Int8Tensor):
     """A weight in the hybrid format: dense INT8 and sparse outliers.
 
-    What is stored is a matrix `[rows, columns]`, rows being outputs. The weight has the shape that
-    its module gives it, and `arrangement` says how the two belong together. Its dtype is the float
-    type it stands for (that of products and of the exported model); nothing of that type is stored.
-    The value of an element is its outlier where it has one and `codes * scale` elsewhere; codes
+    The weight is stored as a matrix `[rows, columns]` whose rows are outputs. It has the shape that
+    its module expects, and `arrangement` maps one to the other. Its dtype is the float type that it
+    represents, which is that of products and of the exported model; no value of that type is
+    stored. The value of an element is its outlier if it has one, otherwise `code * scale`; codes
     under outliers are 0.
 
     Args:
@@ -33,12 +33,13 @@ class QFTWeight(Int8Tensor):
         outlier_columns: int16 or int32 `[rows, n_outliers]`, ascending in each row.
         group_size: Columns per scale; None: whole rows.
         dtype: The outer float dtype.
-        arrangement: How the weight's values lie in that matrix; None: it is the weight.
+        arrangement: How the weight's values are placed in the matrix; None: the weight has its
+            shape.
 
     Source:
         Li et al. 2023, "QFT", section 3.3 (arXiv:2310.07147); dense-and-sparse split from Kim et
-        al. 2023, "SqueezeLLM", section 4.2 (arXiv:2306.07629). Theirs picks outliers per
-        tensor; here each row has the same number, so that rows stay independent. With
+        al. 2023, "SqueezeLLM", section 4.2 (arXiv:2306.07629), which chooses outliers per tensor.
+        Here each row has the same number of outliers, so that rows stay independent. With
         `matmul="int8"` all rows have them in the same columns.
     """
 
@@ -46,16 +47,16 @@ class QFTWeight(Int8Tensor):
     to_change = (
         "To edit weights, call dequantize_model_(model), change them, and quantize_model_(model) "
         "again; to train them, use an optimizer of qft_hf, such as QFTLion; to compute with other "
-        "values, change those of .dequantize(), which are a copy; a running mean of them is float: "
+        "values, change the result of .dequantize(), a copy; for a running mean use a float model: "
         "AveragedModel(dequantize_model_(copy.deepcopy(model), model.dtype)). On several processes "
-        "leave DistributedDataParallel out: an optimizer of qft_hf averages gradients itself."
+        "do not use DistributedDataParallel: an optimizer of qft_hf averages gradients itself."
     )
 
     stored: kernels.Weight
-    # Whether an embedding looks rows of it up, and maybe a head shares it: its gradient is then
-    # added up, and the logits' gradient must not wait for that.
+    # Whether an embedding looks up rows of it. An output head may share it; its gradient is then a
+    # sum, and the logits' gradient must not be kept until both terms exist.
     is_table: bool = False
-    # State-dict keys of fields that a partly loaded checkpoint still owes this weight.
+    # State-dict keys of the fields that a partly loaded checkpoint has not provided yet.
     pending: frozenset[str] = frozenset()
 
     @staticmethod
@@ -67,14 +68,14 @@ class QFTWeight(Int8Tensor):
         arrangement: Arrangement | None = None,
         **__: Any,
     ) -> Self:
-        """Make the outer tensor: the device of the codes, no storage."""
+        """Make the outer tensor, on the device of the codes and without storage."""
         if dtype is None:
             raise TypeError(
-                f"A QFTWeight is made of codes, scales, outliers and a dtype, or by from_float; it "
-                f"was called with a {type(codes).__name__}. Accelerate does so where it moves a "
-                "parameter or offloads it (dispatch_model, cpu_offload, disk_offload), which INT8 "
-                "weights cannot: use from_pretrained(..., device_map=...) with devices that hold "
-                "the model together, or model.to(device)."
+                f"QFTWeight needs codes, scales, outliers and a dtype (from_float computes them), "
+                f"but got only a {type(codes).__name__}. Accelerate calls it this way to move or "
+                "offload a parameter (dispatch_model, cpu_offload, disk_offload), which INT8 "
+                "weights do not support: use from_pretrained(..., device_map=...) with devices "
+                "that together have room for the model, or model.to(device)."
             )
         return super().__new__(cls, codes, dtype=dtype, arrangement=arrangement)
 
@@ -108,25 +109,25 @@ class QFTWeight(Int8Tensor):
         return self.stored.group_size
 
     def aliased(self, fields: dict[str, Tensor]) -> Self:
-        """A weight around `fields`, which share the memory of this one's, and so what is prepared.
+        """Return a weight with `fields`, which share the memory of this weight's fields.
 
-        Who writes to one of them, as `weight.data.copy_(other)` does, has changed the other.
+        It shares the plans too. Writing to one, as in `weight.data.copy_(other)`, changes both.
         """
         weight = self.with_fields(fields)
         weight.stored.plans = self.stored.plans
         return weight
 
     def fields_changed(self) -> None:
-        """Drop what was prepared for other values; to be called after copying into fields."""
+        """Drop the plans made for the old values; to be called after copying into fields."""
         self.stored.plans.clear()
         if not self.is_inference():
-            torch.autograd.graph.increment_version(self)  # as any change of a tensor in place
+            torch.autograd.graph.increment_version(self)  # like any in-place change of a tensor
 
     def _format(self) -> dict[str, Any]:
         return {"group_size": self.group_size, **super()._format()}
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
-        """A weight of the same format around other fields; a table stays one, pending keys too."""
+        """Return a weight with other fields and the same format, `is_table` and `pending`."""
         weight = type(self)(
             **fields,
             group_size=self.group_size,
@@ -146,16 +147,16 @@ class QFTWeight(Int8Tensor):
         name: str = "weight",
         transposed: bool = False,
     ) -> Self:
-        """Quantize a float weight: outliers first, the rest to nearest.
+        """Quantize a float weight: take out the outliers, then round the rest to nearest.
 
         Args:
-            weight: fp32, bf16 or fp16 `[R, C]`, or `[E, R, C]` of which one matrix after the other
-                is quantized; not modified. Its dtype becomes the outer dtype. On the meta device
-                only shapes are made.
+            weight: fp32, bf16 or fp16 `[R, C]`, or `[E, R, C]`, whose matrices are quantized one
+                after the other; not modified. Its dtype becomes the outer dtype. On the meta device
+                only shapes are set.
             spec: Group size, outlier fraction, and whether the outliers of a matrix are whole
                 columns, as INT8 products need them.
-            name: What to call the tensor in an error.
-            transposed: Whether it is `[C, R]` or `[E, C, R]`.
+            name: Name of the tensor in errors.
+            transposed: Whether `weight` is `[C, R]` or `[E, C, R]`.
 
         Raises:
             ValueError: A value is NaN or infinite.
@@ -170,8 +171,8 @@ class QFTWeight(Int8Tensor):
             count = weight.numel() - int(finite.sum())
             raise ValueError(
                 f"{name} has {count} of {weight.numel()} values that are NaN or infinite and "
-                "cannot be quantized. The checkpoint is damaged or its dtype too narrow: load a "
-                "good one, or list the module in modules_to_not_convert."
+                "cannot be quantized. The checkpoint is damaged or its dtype is too narrow: load "
+                "another one, or list the module in modules_to_not_convert."
             )
         for rows, matrix in arrangement.parts(weight):
             for field, part in zip(result.stored.tensors, _quantized(matrix, spec), strict=True):
@@ -187,7 +188,7 @@ class QFTWeight(Int8Tensor):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> Self:
-        """A weight with fields of the right shape and no defined values."""
+        """Return a weight whose fields have the right shapes and undefined values."""
         rows, columns = arrangement.matrix_shape
         layout = GroupLayout(rows, columns, spec.group_size)
         n_outliers = outliers_per_row(columns, spec.outlier_fraction)
@@ -203,10 +204,11 @@ class QFTWeight(Int8Tensor):
         )
 
     def resized(self, values: Tensor, spec: QuantizationSpec) -> Self:
-        """A weight of as many rows as `values`: this one's own, bit for bit, and then those.
+        """Return a weight with as many rows as `values`.
 
         Args:
-            values: Float `[rows, columns]`; what lies beyond the rows of this weight is quantized.
+            values: Float `[rows, columns]`. Rows that this weight has are taken from this weight,
+                bit for bit; the rows after them are quantized.
             spec: The format of this weight.
         """
         n_kept = min(len(self), len(values))
@@ -223,9 +225,9 @@ class QFTWeight(Int8Tensor):
         return weight
 
     def row_tiles(self, *, at_most: int | None = None) -> Iterator[slice]:
-        """Ranges of rows that are expanded to float at a time; see `layout.row_tiles`.
+        """Return the ranges of rows that are expanded to float at a time; see `layout.row_tiles`.
 
-        Those of experts do not cross from a part of one into another.
+        A range of experts has whole experts or a part of one.
         """
         n_matrices, rows = self.arrangement.n_matrices, self.arrangement.rows
         if n_matrices == 1:
@@ -234,38 +236,38 @@ class QFTWeight(Int8Tensor):
 
     @property
     def is_one_tile(self) -> bool:
-        """Whether `row_tiles` has one range only: all rows."""
+        """Whether `row_tiles` returns a single range: all rows."""
         return self.stored.is_one_tile
 
     def dequantize_rows(self, rows: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Values of some rows of the matrix, without a gradient: `[n, columns]`.
+        """Return the values of some rows of the matrix, without a gradient: `[n, columns]`.
 
         Args:
-            rows: Which: a slice or numbers `[n]`.
-            dtype: What the values are rounded to after the outer dtype, if it is another.
+            rows: A slice, or row numbers `[n]`.
+            dtype: Dtype that the values are rounded to after the outer dtype, if it differs.
         """
         if isinstance(rows, Tensor):
             return self._expand(self.stored, rows, dtype)
         return self._expand(self.stored.rows(rows), None, dtype)
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Values of all rows, as `dequantize_rows` makes them of some: `[rows, columns]`."""
+        """Return the values of all rows, as in `dequantize_rows`: `[rows, columns]`."""
         return self._expand(self.stored, None, dtype)
 
     def values(self) -> Tensor:
-        """All values as a plain tensor of this shape and dtype, without a gradient."""
+        """Return all values as a plain tensor of this shape and dtype, without a gradient."""
         return self.arrangement.parameter(self.matrix())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """All values as a plain tensor of this shape, rounded to `dtype` if one is given.
+        """Return all values as a plain tensor of this shape, rounded to `dtype` if one is given.
 
-        Where gradients are recorded, one that comes back passes to this weight, in INT8.
+        If gradients are recorded, the gradient of the result is passed on to this weight, in INT8.
         """
         values = super().dequantize()
         return values if dtype is None else values.to(dtype)
 
     def part(self, start: int, end: int) -> Tensor:
-        """Values of a range of the first dimension, rows or experts, without a gradient."""
+        """Return the values of a range of rows or experts (dimension 0), without a gradient."""
         shape, transposed = self.arrangement
         if len(shape) == 2 and transposed:  # a range of columns
             return self.values()[start:end]
@@ -274,9 +276,9 @@ class QFTWeight(Int8Tensor):
         return Arrangement((end - start, *shape[1:]), transposed).parameter(rows)
 
     def one(self, number: int) -> "QFTWeight":
-        """One of the matrices below each other, of an expert, around the same fields: `[R, C]`.
+        """Return the matrix of one expert as a weight `[R, C]` that shares this weight's memory.
 
-        It takes no part in autograd, and is kept with what is prepared for this weight.
+        It takes no part in autograd, and is kept with the plans of this weight.
         """
         key = ("matrix", number, self.dtype)
         matrix: QFTWeight | None = self.stored.plans.get(key)
@@ -287,10 +289,10 @@ class QFTWeight(Int8Tensor):
         return matrix
 
     def dequantize_matrices(self, numbers: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The values of some of the matrices below each other, of experts: `[n, R, C]`.
+        """Return the values of the matrices of some experts: `[n, R, C]`.
 
         Args:
-            numbers: Which: int32 or int64 `[n]`, ascending, each once.
+            numbers: Numbers of the experts: int32 or int64 `[n]`, ascending, each once.
             dtype: As in `dequantize_rows`.
         """
         rows = self.arrangement.rows
@@ -313,10 +315,10 @@ class QFTWeight(Int8Tensor):
 
     @property
     def wants_tiles(self) -> bool:
-        """Whether whoever waits for the gradient takes it in float, a tile of rows at a time.
+        """Whether the gradient may be passed on as a `TiledGradient`.
 
-        Who waits has put a hook on this parameter that says so by its own `wants_tiles`. A user's
-        hook, of either kind, sees the gradient too, and so it has to be whole.
+        It may if every hook on this parameter asks for tiles by its own `wants_tiles`. A user's
+        hook, before or after accumulation, needs the whole gradient.
         """
         hooks = self._post_accumulate_grad_hooks
         if not hooks or self.is_table or self._backward_hooks:
@@ -324,7 +326,7 @@ class QFTWeight(Int8Tensor):
         return all(getattr(hook, "wants_tiles", False) for hook in hooks.values())
 
     def gradient(self, tiles: Tiles) -> Int8Gradient | TiledGradient:
-        """The gradient of this weight, quantized tile by tile; left in tiles if that is wanted."""
+        """Return the gradient, quantized tile by tile, or in tiles if `wants_tiles`."""
         rows = [ALL_ROWS] if self.is_one_tile else list(self.row_tiles())
         wants_tiles = self.wants_tiles
         if not wants_tiles and len(rows) == 1:
@@ -358,7 +360,7 @@ def _select(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     weight, dim, index = args
     if dim % weight.ndim:
         return view(operator, args, kwargs)
-    index %= weight.shape[0]  # one that is out of range raises before this is read
+    index %= weight.shape[0]  # `view` raises for an index that is out of range
     return view(operator, args, kwargs, make=lambda: weight.part(index, index + 1)[0])
 
 
@@ -376,7 +378,7 @@ def _embedding(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     aten.mul_.Tensor, aten.mul_.Scalar, aten.div_.Tensor, aten.div_.Scalar
 )  # fmt: skip
 def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    # RWKV divides weights by powers of two for inference, and multiplies them again for training.
+    # RWKV divides weights by powers of two for inference, and multiplies them back for training.
     weight, factor = args
     is_number = not isinstance(factor, Tensor) or factor.numel() == 1
     if not (isinstance(weight, QFTWeight) and is_number and 0 < float(factor) < float("inf")):
@@ -389,13 +391,13 @@ def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 @QFTWeight.implements(aten.clamp_.default)
 def _clamp_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Values beyond a limit get the last code within it; all others keep theirs.
+    """Give values beyond a limit the last code within it; all others keep their codes.
 
-    Gemma 3n does so in every forward pass.
+    Gemma 3n clamps weights in every forward pass.
     """
     weight, low, high = (*args, None, None)[:3]
     low, high = (sign * float("inf") if x is None else x for sign, x in ((-1, low), (1, high)))
-    if not low <= 0 <= high:  # zeros stay: codes under outliers are 0
+    if not low <= 0 <= high:  # codes under outliers are 0 and must stay 0
         return read(operator, args, kwargs)  # raises
     columns = weight.codes.shape[1]
     scales = weight.scales.repeat_interleave(weight.group_size or columns, dim=1)[:, :columns]
@@ -410,12 +412,12 @@ def _clamp_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 def _quantized(
     matrix: Tensor, spec: QuantizationSpec, columns: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes, scales, outliers and their columns of a finite float matrix.
+    """Return codes, scales, outliers and outlier columns of a finite float matrix.
 
     Args:
         matrix: `[rows, columns]`.
         spec: The format.
-        columns: Where all rows have their outliers: int64 `[1, n_outliers]`; None: it is chosen.
+        columns: Outlier columns of all rows: int64 `[1, n_outliers]`; None: they are chosen here.
     """
     dense = matrix.contiguous().float()
     index = _outlier_columns(dense, spec) if columns is None else columns.expand(len(dense), -1)
@@ -427,11 +429,12 @@ def _quantized(
 
 
 def _outlier_columns(weight: Tensor, spec: QuantizationSpec) -> Tensor:
-    """Which columns of each row stay float: int64 `[rows, n_outliers]`, ascending.
+    """Return the columns of each row that stay float: int64 `[rows, n_outliers]`, ascending.
 
-    Each row's largest magnitudes; for INT8 products the same columns in every row, those with the
-    largest value relative to the norm of its row: what stands out most sets the scale of its row,
-    and a row with a large scale takes the codes of all others in its share of the input gradient.
+    They are those of each row's largest magnitudes. For INT8 products all rows have the same
+    columns: those with the largest value relative to the norm of its row. Such a value sets the
+    scale of its row, and the scales of the weight are folded into the output gradient before that
+    is quantized, so a row with a large scale leaves the others fewer codes.
     """
     rows, columns = weight.shape
     n_outliers = outliers_per_row(columns, spec.outlier_fraction)

@@ -203,7 +203,7 @@ def test_experts_that_are_computed_from_others_are_refused(name):
     experts = model.model.layers[0].mlp.experts
     nn.utils.parametrize.register_parametrization(experts, name, nn.Identity())
 
-    with pytest.raises(RuntimeError, match=f"The {name} of .* is no parameter any more"):
+    with pytest.raises(RuntimeError, match=f"The {name} of .* is no longer a parameter"):
         loss(model)
 
 

@@ -491,7 +491,7 @@ def test_outlier_fields_where_there_are_no_outliers(int8_folder):
     )
 
     with pytest.raises(
-        ValueError, match=r"weight_outlier_value in the .* outlier_fraction=0, which"
+        ValueError, match=r"weight_outlier_value found in the .* outlier_fraction=0, which"
     ):
         load(int8_folder)
 

@@ -181,7 +181,7 @@ def test_what_a_derived_class_has_beside_its_weight_stays_float_and_is_listed():
 
     assert {kept.name: kept.reason for kept in plan.kept} == {
         "0.bias": "vector",
-        "0.mix": "beside the weight of its module",
+        "0.mix": "next to the weight of its module",
     }
 
 

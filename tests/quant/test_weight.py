@@ -256,7 +256,7 @@ def test_an_integer_dtype_is_refused():
     weight = QFTWeight.from_float(heavy_tailed(), SPECS[2])
 
     with pytest.raises(
-        NotImplementedError, match=r"cannot become torch\.int32.*codes are in \.codes"
+        NotImplementedError, match=r"cannot be converted to torch\.int32.*codes are in \.codes"
     ):
         weight.to(torch.int32)
 
