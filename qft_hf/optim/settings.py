@@ -1,4 +1,4 @@
-"""What a user chooses: which words and numbers exist, and which of them go together."""
+"""Checks of what a user sets: which values are valid, and which can be combined."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ GRADIENTS = ("stack", "release")
 CLIPPINGS = ("exact", "previous", "tensor")
 ACCUMULATIONS = ("keep", "forbid")
 NONFINITE = ("raise", "skip")
-LARGEST = torch.finfo(torch.float32).max  # which kernels take; what is beyond is infinite to them
+LARGEST = torch.finfo(torch.float32).max  # for kernels, larger numbers are infinite
 
 
 def check_settings(
@@ -18,10 +18,10 @@ def check_settings(
     clipping: str | None,
     max_grad_norm: float | None,
 ) -> None:
-    """Raise for settings that do not exist or cannot be honoured together.
+    """Raise if a setting has an invalid value, or cannot be combined with another.
 
     Raises:
-        ValueError: The text names the choices.
+        ValueError: There is such a setting. The text names the choices.
     """
     for name, value, choices in (
         ("gradient", gradient, GRADIENTS),
@@ -63,14 +63,14 @@ def check_settings(
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise for options that every group has and that are out of their range.
+    """Raise if an option that every group has is out of range.
 
     Raises:
-        ValueError: The text names the option and its range.
+        ValueError: An option is out of range. The text names it and its range.
     """
     for name in ("lr", "weight_decay"):
         try:
-            if isinstance(group[name], bool | str):  # of which float() makes numbers, too
+            if isinstance(group[name], bool | str):  # float() takes these too
                 raise TypeError
             value = float(group[name])
         except (TypeError, ValueError, RuntimeError) as error:
