@@ -1,9 +1,9 @@
-"""Write the model card of a finished run anew, with what only you know.
+"""Rewrite the model card of a finished run, with facts that only you know.
 
     qft-hf card runs/demo --license apache-2.0 --language en
     qft-hf card runs/demo --name org/my-model --base_model org/model --dataset org/chats
 
-A run writes its card itself, of what it knows: results, data, hyperparameters, memory, format.
+Each run writes a card with all that it knows: results, data, hyperparameters, memory, format.
 """
 
 import sys
@@ -32,5 +32,5 @@ def main(argv: list[str]) -> None:
         print(f"qft-hf card: {doubtful}", file=sys.stderr)
     given = {key: value for key, value in known.items() if value is not None}
     if "datasets" in given:
-        given["files"] = []  # they were the same data, under names of this machine
+        given["files"] = []  # the same data, by their paths on this machine
     print(f"written to {write_run_card(run, **given)}")

@@ -1,11 +1,12 @@
 """Talk to a checkpoint, INT8 or float.
 
     qft-hf chat runs/demo
-    qft-hf chat runs/demo --prompt "Hi! How are you?"    one answer, and no more
+    qft-hf chat runs/demo --prompt "Hi! How are you?"    one answer only
 
-The folder of a side network brings its base with it, stored as it was in training.
+For the folder of a side network, its base is loaded as well, stored as it was in training.
 
-An empty line or Ctrl-D ends it. Answers are the most likely ones, unless --temperature is above 0.
+An empty line or Ctrl-D ends the chat. Each next token is the most likely one, unless --temperature
+is above 0.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from .command_line import add_trust, parser
 
 
 def main(argv: list[str]) -> None:
-    """Answer one prompt, or what is typed."""
+    """Answer one prompt, or each one that is typed."""
     arguments = parser(__name__)
     arguments.add_argument("checkpoint", help="folder, or name on the hub")
     arguments.add_argument("--prompt", help="answer this alone")
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
 
 
 def _typed() -> Iterator[str]:
-    """Yield what is typed, or comes by a pipe, until an empty line or the end of input."""
+    """Yield lines that are typed or piped, until an empty line or the end of input."""
     is_typed = sys.stdin.isatty()
     try:
         while prompt := input("\nyou: " if is_typed else ""):
@@ -91,7 +92,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
 def _answer(
     model: Any, tokenizer: Any, messages: list[dict[str, str]], options: argparse.Namespace
 ) -> str:
-    """Print an answer while it is made; return it."""
+    """Print an answer while it is generated; return it."""
     from transformers import TextStreamer
 
     from qft_hf.hf.positions import n_positions

@@ -1,12 +1,12 @@
 """Score a checkpoint, INT8 or float, on held-out data.
 
     qft-hf evaluate runs/demo                                the data that the run held out
-    qft-hf evaluate runs/demo --eval_data test.jsonl         others
+    qft-hf evaluate runs/demo --eval_data test.jsonl         other data
     qft-hf evaluate runs/demo-bf16 --eval_data test.jsonl    an exported or any other model
-    qft-hf evaluate my.yaml                                  the model that a config begins with
+    qft-hf evaluate my.yaml                                  the model that a config starts from
 
-Flags are those of `qft-hf finetune`; those of data, --per_device_eval_batch_size, --bf16 and
---use_cpu matter. --json prints the scores for programs.
+Flags are those of `qft-hf finetune`; flags of data, --per_device_eval_batch_size, --bf16 and
+--use_cpu have an effect. --json prints the scores as JSON.
 """
 
 import argparse
@@ -33,19 +33,19 @@ def main(argv: list[str]) -> None:
 
 
 def flags_of(argv: list[str]) -> list[str]:
-    """Return what `qft-hf finetune` takes: a folder becomes the model, and its run.yaml the config.
+    """Return flags of `qft-hf finetune`: a folder becomes the model, and its run.yaml the config.
 
-    Without a config the evaluation data stand for the training data, which nobody looks at.
+    Without a config, the evaluation data are also passed as training data, which scoring ignores.
 
     Raises:
-        FileNotFoundError: A path is named, and nothing is there.
-        ValueError: It is not the folder of a run, and no data are named.
+        FileNotFoundError: The path does not exist.
+        ValueError: The folder is not that of a run, and no data are given.
     """
     folder = Path(argv[0])
     if not folder.is_dir():
         from qft_hf.hf.shipped import config_file
 
-        # Else an absent folder would be called an absent config.
+        # Otherwise a missing folder would be reported as a missing config.
         is_path = not argv[0].startswith("-") and config_file(argv[0]) is None
         if is_path and not folder.exists() and folder.suffix not in {".yaml", ".yml"}:
             raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""Write an INT8 checkpoint as an ordinary one, which loads without qft_hf.
+"""Convert an INT8 checkpoint to an ordinary one, which loads without qft_hf.
 
 qft-hf export runs/demo runs/demo-bf16 --dtype bfloat16
 """

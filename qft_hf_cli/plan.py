@@ -1,14 +1,14 @@
-"""Will it fit? The memory of a run by arithmetic, before anything is loaded.
+"""Will it fit? Estimate the memory of a run before anything is loaded.
 
-    qft-hf plan org/model --gpu 24 48
-    qft-hf plan llama-2-13b --gpu 24 --gpus 2          two of them, that train together
+    qft-hf plan org/model --gpu 24 48                  GPUs of 24 and of 48 GB
+    qft-hf plan llama-2-13b --gpu 24 --gpus 2          two GPUs that train together
     qft-hf plan llama-2-7b --sequence_length 4096      an architecture that ships with qft_hf
-    qft-hf plan my.yaml                                what a config asks for
+    qft-hf plan my.yaml                                the run that a config describes
 
     qft-hf plan llama-2-70b --gpu 48 --method qst --side_r 32      a side network on a frozen base
 
-A model is a folder with a config.json, a name on the hub, the name of an architecture that ships,
-or a config of a run, which then also says how long, how many and by which optimizer.
+MODEL is a folder with a config.json, a name on the hub, an architecture that ships with qft_hf, or
+a config of a run, which then also sets the sequence length, batch size and optimizer.
 """
 
 import argparse
@@ -32,12 +32,12 @@ SIDE_WAYS = [
     for checkpointing in (False, True)
 ]
 SIDE = ("side", "base")
-LENGTH = 2048  # tokens of a sequence, where nothing else is asked for and the model takes as many
+LENGTH = 2048  # default tokens of a sequence, if the model has as many positions
 OF_FULL = ("gpus", "optim", "momentum_bits", "matmul", "chunked_loss", "live")
 
 
 def main(argv: list[str]) -> None:
-    """Print what each model takes in each mode, and how it fits each card."""
+    """Print the memory of each model in each mode, and whether it fits each card."""
     options = _parse(argv)
     results = [
         {"model": name, "command": _command(name, options.gpus or 1)}
@@ -100,7 +100,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Return a model's place and what the run is: of a config, overruled by the command line."""
+    """Return a model's place and the settings of a run; flags override those of a config."""
     from qft_hf import QFTConfig
     from qft_hf.hf import shipped
     from qft_hf.hf.finetune.arguments import MethodArguments
@@ -149,7 +149,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
 
 
 def _is_config(name: str) -> bool:
-    """Whether this is a config of a run, a file or one that ships."""
+    """Return whether this is a config of a run: a file, or one that ships with qft_hf."""
     from qft_hf.hf import shipped
 
     return Path(name).suffix in (".yaml", ".yml") or shipped.config_file(name) is not None
@@ -214,7 +214,11 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
 
 
 def _sequence_length(place: str, asked: int | None, positions: int | None) -> int:
-    """Return how long sequences are: as asked for, if the model takes such."""
+    """Return the sequence length: the one asked for, if the model has as many positions.
+
+    Raises:
+        ValueError: The model has fewer positions.
+    """
     if asked is None:
         return min(LENGTH, positions or LENGTH)
     if positions is not None and asked > positions:
@@ -226,7 +230,7 @@ def _sequence_length(place: str, asked: int | None, positions: int | None) -> in
 
 
 def _estimate(source: Any, work: dict[str, Any], way: dict[str, Any]) -> "MemoryEstimate":
-    """Return the arithmetic of one way to train."""
+    """Return the memory estimate of one way to train."""
     from qft_hf import estimate_memory, estimate_side_memory
 
     if work.get("side") is None:
@@ -274,14 +278,14 @@ def _text(result: dict[str, Any]) -> str:
 
 
 def _command(name: str, n: int) -> str:
-    """Return the command line that starts a run on several GPUs; of a model, with a config."""
+    """Return the command that starts a run on `n` GPUs; a model's has a placeholder config."""
     config = name if _is_config(name) else "my.yaml"
     launcher = f"accelerate launch --multi_gpu --num_processes {n} -m" if n > 1 else "python -m"
     return f"{launcher} qft_hf finetune {config}"
 
 
 def _markdown(results: list[dict[str, Any]]) -> str:
-    """Return one line a model, with gradient checkpointing."""
+    """Return a Markdown table of one line per model, with gradient checkpointing."""
     from qft_hf.memory.ledger import FP32_ADAM_BYTES
 
     lines: list[list[str]] = []
@@ -335,7 +339,7 @@ def _compare(name: str, *, trust_remote_code: bool) -> None:
 def live_ledger(
     name: str | Path, gradient: str, optim: str, loading: dict[str, Any], **settings: Any
 ) -> "MemoryLedger":
-    """Load a model, and measure its states where they are largest: just before the second step."""
+    """Load a model, and measure its states when they are largest: just before the second step."""
     import torch
     from transformers import AutoConfig
 

@@ -256,7 +256,7 @@ class RowsRelease(_Shared, Release):
         return self.optimizer.clipping == "tensor"
 
     def _join(self) -> None:
-        was_in_backward, self._is_in_backward = self._is_in_backward, True  # so no callback is queued
+        was_in_backward, self._is_in_backward = self._is_in_backward, True  # queues no callback
         super()._join()
         self._is_in_backward = was_in_backward
 
