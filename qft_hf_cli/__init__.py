@@ -36,8 +36,8 @@ usage: qft-hf COMMAND [...]
 
 {commands}
 
-`qft-hf COMMAND --help` explains a command, and `qft-hf --version` tells the version. Where a
-command has a result, `--json` prints it for programs.
+`qft-hf COMMAND --help` explains a command, and `qft-hf --version` prints the version. Commands
+that have a result print it as JSON with `--json`.
 """
 
 
@@ -62,7 +62,7 @@ def _output_may_fail() -> Iterator[None]:
         if not _is_full_disk(error):
             raise
         _print_no_more()
-        notes = getattr(error, "__notes__", ["It is not done. Free some space."])
+        notes = getattr(error, "__notes__", ["The command did not finish. Free some space."])
         print(f"qft-hf: {error}. {' '.join(notes)}", file=sys.stderr)
         raise SystemExit(1) from error
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif name == "--version":
         print(f"qft_hf {_version()}")
     elif name not in COMMANDS:
-        print(f"qft-hf: no command {name!r}. There are {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"qft-hf: no command {name!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         raise SystemExit(2)
     else:
         run(_module(name), rest)
@@ -144,7 +144,7 @@ def _library() -> Path:
     """Return the folder of qft_hf without importing it."""
     spec = find_spec("qft_hf")
     if spec is None or spec.origin is None:
-        raise RuntimeError("the package qft_hf is not installed beside qft_hf_cli.")
+        raise RuntimeError("the package qft_hf is not installed next to qft_hf_cli.")
     return Path(spec.origin).resolve().parent
 
 

@@ -17,11 +17,11 @@ def main(argv: list[str]) -> None:
     arguments = parser(__name__)
     arguments.add_argument("run", type=Path, help="output folder of a finished run")
     arguments.add_argument("--license", help="identifier that the Hub knows, such as apache-2.0")
-    arguments.add_argument("--name", help="of the model on the Hub: org/name")
-    arguments.add_argument("--base_model", help="name on the Hub of the model that was tuned")
+    arguments.add_argument("--name", help="name of the model on the Hub: org/name")
+    arguments.add_argument("--base_model", help="name on the Hub of the model that was fine-tuned")
     arguments.add_argument("--dataset", nargs="+", dest="datasets", help="names on the Hub")
-    arguments.add_argument("--language", nargs="+", help="codes such as en")
-    arguments.add_argument("--tags", nargs="+", help="beside ours")
+    arguments.add_argument("--language", nargs="+", help="language codes such as en")
+    arguments.add_argument("--tags", nargs="+", help="tags in addition to the usual ones")
     known = vars(arguments.parse_args(argv))
 
     from qft_hf.hf.finetune.run_card import write_run_card

@@ -22,11 +22,11 @@ def main(argv: list[str]) -> None:
     """Answer one prompt, or each one that is typed."""
     arguments = parser(__name__)
     arguments.add_argument("checkpoint", help="folder, or name on the hub")
-    arguments.add_argument("--prompt", help="answer this alone")
+    arguments.add_argument("--prompt", help="answer only this")
     arguments.add_argument("--system", help="system message")
     arguments.add_argument("--temperature", type=float, default=0.0, help="default 0")
     arguments.add_argument("--max_new_tokens", type=int, default=256, help="default 256")
-    arguments.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
+    arguments.add_argument("--seed", type=int, default=0, help="seed of sampling; default 0")
     add_trust(arguments)
     options = arguments.parse_args(argv)
     if options.max_new_tokens < 1:
@@ -56,8 +56,8 @@ def _typed() -> Iterator[str]:
             print()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"what comes by the pipe is not {sys.stdin.encoding} ({error}). Convert it first, as "
-            "by iconv, or set PYTHONIOENCODING to what it is."
+            f"the piped input is not {sys.stdin.encoding} ({error}). Convert it first, for example "
+            "by iconv, or set PYTHONIOENCODING to its encoding."
         ) from error
 
 
@@ -77,13 +77,13 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     for name in config.architectures or []:
         if name.endswith("ForSequenceClassification"):
             raise ValueError(
-                f"{options.checkpoint} is a {name}: it labels texts and says nothing. "
+                f"{options.checkpoint} is a {name}: it labels texts and does not chat. "
                 "`qft-hf evaluate` scores it."
             )
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {options.checkpoint} has no chat template, so a conversation cannot "
-            "be written as the model knows it. Give a checkpoint that was tuned on chats."
+            "be written in the form that the model knows. Use a checkpoint that was tuned on chats."
         )
     model: Any = load_checkpoint(options.checkpoint, language_class(config), **trust)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
@@ -104,7 +104,7 @@ def _answer(
     if n_tokens >= positions:
         raise ValueError(
             f"the conversation has {n_tokens:,} tokens, and the model has {positions:,} positions, "
-            "which leaves none for an answer. Begin a new one, or ask something shorter."
+            "which leaves none for an answer. Start a new conversation, or shorten the prompt."
         )
     drawn = {"do_sample": True, "temperature": options.temperature}
     output = model.generate(

@@ -62,8 +62,8 @@ def flags_of(argv: list[str]) -> list[str]:
     known, _ = reader.parse_known_args(flags)
     if not known.eval_data and not any(flag.startswith("--train_data") for flag in flags):
         raise ValueError(
-            f"{folder} has no {config.name}, which the folder of a run has, so there is no telling "
-            "what to evaluate on. Give --eval_data, and --task if it does not learn from chats."
+            f"{folder} has no {config.name}, so it is not the folder of a run, and the data to "
+            "evaluate on are unknown. Give --eval_data, and --task if the model is not for chats."
         )
     if known.eval_data:
         flags += ["--train_data", *known.eval_data, "--train_split", known.eval_split]

@@ -59,43 +59,47 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser(__name__)
     arguments.add_argument("models", nargs="+", metavar="MODEL")
     arguments.add_argument(
-        "--gpu", type=float, nargs="+", default=[24, 48, 80], help="cards, GB (default 24 48 80)"
+        "--gpu",
+        type=float,
+        nargs="+",
+        default=[24, 48, 80],
+        help="GPU memory in GB (default 24 48 80)",
     )
     arguments.add_argument(
-        "--gpus", type=int, metavar="N", help="how many train together (default 1)"
+        "--gpus", type=int, metavar="N", help="GPUs that train together (default 1)"
     )
     arguments.add_argument(
-        "--batch_size", type=int, metavar="N", help="of a micro-batch (default 1)"
+        "--batch_size", type=int, metavar="N", help="sequences per micro-batch (default 1)"
     )
     arguments.add_argument(
         "--sequence_length",
         type=int,
         metavar="N",
-        help=f"tokens (default {LENGTH}, or what the model takes)",
+        help=f"tokens (default {LENGTH}, or the model's positions if fewer)",
     )
     arguments.add_argument(
         "--method", choices=("full", "qst"), help="full (default), or qst: a side network"
     )
-    arguments.add_argument("--side_r", type=int, help="of qst: the base is so many times as wide")
-    arguments.add_argument("--base", help="of qst: nf4, int8 or float; default: all of them")
+    arguments.add_argument("--side_r", type=int, help="for qst: width of base over side network")
+    arguments.add_argument("--base", help="for qst: nf4, int8 or float; default: all of them")
     arguments.add_argument("--optim", help="qft_lion (default), qft_adamw or qft_sgd")
-    arguments.add_argument("--momentum_bits", type=int, help="of qft_lion: 8 (default) or 4")
+    arguments.add_argument("--momentum_bits", type=int, help="for qft_lion: 8 (default) or 4")
     arguments.add_argument("--matmul", help="dequantize (default) or int8")
-    arguments.add_argument("--chunked_loss", action="store_true", help="logits never exist whole")
+    arguments.add_argument("--chunked_loss", action="store_true", help="never store all logits")
     arguments.add_argument("--markdown", action="store_true", help="one table of all models")
     arguments.add_argument(
-        "--live", action="store_true", help="load the models, and compare with what a step takes"
+        "--live", action="store_true", help="load the models too, and measure the memory of states"
     )
     add_trust(arguments)
     add_json(arguments)
     options = arguments.parse_args(argv)
     if options.live and options.gpus not in (None, 1):
-        arguments.error("--live measures one process: leave --gpus out")
+        arguments.error("--live measures one process: omit --gpus")
     if options.momentum_bits is not None and options.optim not in (None, "qft_lion"):
-        arguments.error(f"--momentum_bits is of qft_lion, and {options.optim} was asked for")
+        arguments.error(f"--momentum_bits is for qft_lion, got --optim {options.optim}")
     given = [f"--{name}" for name in OF_FULL if getattr(options, name)]
     if options.method == "qst" and given:
-        arguments.error(f"{', '.join(given)} is of training every parameter, not of --method qst")
+        arguments.error(f"{', '.join(given)} is for training every parameter, not for --method qst")
     return options
 
 
@@ -115,9 +119,9 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
         arguments = parse_arguments([name])
         if (task := arguments.data.task) not in LANGUAGE_TASKS:
             raise ValueError(
-                f"{name} is of task {task!r}, and memory is computed for models that learn next "
-                "tokens. `qft-hf check` shows its data, its parameters and the disk, and a run of "
-                "a few steps (--max_steps 3) measures its memory."
+                f"{name} has task {task!r}, but memory is estimated only for causal language "
+                "models. `qft-hf check` shows its data, its parameters and the disk space, and a "
+                "run of a few steps (--max_steps 3) measures its memory."
             )
         place, side = arguments.model.model_name_or_path, arguments.method.side
         trust |= arguments.model.trust_remote_code
@@ -223,7 +227,7 @@ def _sequence_length(place: str, asked: int | None, positions: int | None) -> in
         return min(LENGTH, positions or LENGTH)
     if positions is not None and asked > positions:
         raise ValueError(
-            f"sequences of {asked:,} tokens are asked for, but {place} has {positions:,} "
+            f"sequences of {asked:,} tokens were requested, but {place} has {positions:,} "
             f"positions. Set --sequence_length, or max_length in a config, to {positions} or less."
         )
     return asked
@@ -272,7 +276,7 @@ def _text(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"each GPU receives {_gb(result['received_bytes'])} from the others in a step; start "
-            f"them by\n    {result['command']}",
+            f"them with\n    {result['command']}",
         ]
     return "\n".join(lines)
 

@@ -69,14 +69,15 @@ class QFTAdamW(QFTOptimizer):
         beta1, beta2 = group["betas"]
         if beta1**2 >= beta2:
             raise ValueError(
-                "The second of betas must be above the square of the first, or steps grow without "
-                f"bound where gradients end, got {group['betas']}. Usual are {ADAMW_BETAS}."
+                "The second of betas must be above the square of the first, got "
+                f"{group['betas']}: otherwise steps grow without bound when gradients become zero. "
+                f"The usual ones are {ADAMW_BETAS}."
             )
         eps = group["eps"]
         if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < inf:
             raise ValueError(
-                f"eps must be positive and finite, got {eps}: it is what an element "
-                "without gradients is divided by. Usual is 1e-8."
+                f"eps must be positive and finite, got {eps}: the update of an element without "
+                "gradients is divided by it. The usual value is 1e-8."
             )
 
     def state_format(self, parameter: Tensor) -> StateFormat:

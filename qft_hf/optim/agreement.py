@@ -22,7 +22,8 @@ def agree_on_settings(optimizer: Any, processes: Processes) -> None:
     if not processes.has_begun:
         processes.begin(next(optimizer.parameters()).device)
     processes.agree(
-        _facts(optimizer), "Give all the same settings, and the same parameters in the same order."
+        _facts(optimizer),
+        "Give all of them the same settings, and the same parameters in the same order.",
     )
 
 
@@ -34,11 +35,11 @@ def agree_on_values(optimizer: Any, processes: Processes) -> None:
     """
     processes.agree(
         {
-            f"the check sum of parameter {number} of shape {tuple(p.shape)}": _checksum(p)
+            f"the checksum of parameter {number} of shape {tuple(p.shape)}": _checksum(p)
             for number, p in enumerate(optimizer.parameters())
         },
-        "They would train different models. Load the same one on all, or copy that of process 0 "
-        "to them before the first step: optimizer.broadcast().",
+        "They would train different models. Load the same model on all processes, or copy that of "
+        "process 0 to the others before the first step: optimizer.broadcast().",
     )
 
 

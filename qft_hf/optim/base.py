@@ -206,7 +206,7 @@ class QFTOptimizer(Optimizer):
         Returns:
             Squared norms of the rows of the quantized gradient, without the factor: fp64 `[rows]`.
         """
-        raise NotImplementedError(f"{type(self).__name__} takes no gradients in tiles.")
+        raise NotImplementedError(f"{type(self).__name__} does not accept gradients in tiles.")
 
     def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
         """Return the numbers in `live` for a group at this step, up to `N_LIVE`."""
@@ -359,7 +359,7 @@ class QFTOptimizer(Optimizer):
         if self._n_begun_anew:
             logger.warning(
                 "%d weights have become float or INT8 since the last step: "
-                "their state in %s begins anew",
+                "their state in %s is reset",
                 self._n_begun_anew,
                 type(self).__name__,
             )
@@ -371,8 +371,9 @@ class QFTOptimizer(Optimizer):
         if not self._has_stepped:
             if self.processes is None and Processes.found() is not None:
                 raise RuntimeError(
-                    f"{type(self).__name__} was made before torch.distributed.init_process_group, "
-                    "and would train this process alone. Make it afterwards."
+                    f"{type(self).__name__} was created before "
+                    "torch.distributed.init_process_group, and would train on this process alone. "
+                    "Create it afterwards."
                 )
             self._has_stepped = True
             self._warn_without_int8()
@@ -501,8 +502,8 @@ class QFTOptimizer(Optimizer):
             return
         if self.processes is not None and isinstance(parameter, QFTWeight):
             raise RuntimeError(
-                "The number of rows of a weight was changed, and other processes own other rows "
-                "than before. Resize the model before training, or train on one process."
+                "The number of rows of a weight was changed, which changes the rows that each "
+                "process owns. Resize the model before training, or train on one process."
             )
         for name, fresh in initial_state(wanted, parameter.device).items():
             if fresh.ndim:  # not `step`, which is kept
@@ -558,7 +559,7 @@ class QFTOptimizer(Optimizer):
         if n := self.flow.n_taken:
             logger.warning(
                 "The optimizer's state is read while a step has taken the gradients of %d "
-                "parameters and has not ended: who resumes from it begins between two steps",
+                "parameters and has not ended: a run that resumes from it starts between two steps",
                 n,
             )
         state_dict = super().state_dict()
@@ -583,9 +584,9 @@ class QFTOptimizer(Optimizer):
         """
         if n := self.flow.n_taken:
             raise RuntimeError(
-                f"A step has taken the gradients of {n} parameters and has not ended, and a copy "
-                "would go on without the others. Copy the optimizer after step(), or give the step "
-                "up by zero_grad()."
+                f"A step has taken the gradients of {n} parameters and has not ended, so a copy "
+                "would continue without the rest of the step. Copy the optimizer after step(), or "
+                "give up the step with zero_grad()."
             )
         kept = {name: getattr(self, name) for name in (*self.SETTINGS, "skipped_steps")}
         return {**super().__getstate__(), **kept, PREVIOUS_NORM: self.flow.previous_norm}

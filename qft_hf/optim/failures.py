@@ -60,7 +60,7 @@ class Failures:
         if told is None:
             self.report(error)
         elif told not in str(error) and not told.startswith(f"Process {self.rank}:"):
-            error.add_note(f"The first process that failed was another. {told}")
+            error.add_note(f"Another process failed first. {told}")
 
     @contextmanager
     def reporting(self) -> Iterator[None]:

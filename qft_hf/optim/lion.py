@@ -66,7 +66,7 @@ class QFTLion(QFTOptimizer):
     ) -> None:
         if momentum_bits == 0:
             raise ValueError(
-                "momentum_bits=0 is no Lion but SGD: use QFTSGD, which is optim='qft_sgd' in "
+                "momentum_bits=0 is not Lion but SGD: use QFTSGD, which is optim='qft_sgd' in "
                 "TrainingArguments."
             )
         if momentum_bits not in MOMENTUM_BITS:
@@ -97,7 +97,7 @@ class QFTLion(QFTOptimizer):
             if bits != self.momentum_bits and fits:
                 return (
                     f"it was saved with momentum_bits={bits}, and this optimizer has "
-                    f"momentum_bits={self.momentum_bits}. Go on with momentum_bits={bits}, or "
+                    f"momentum_bits={self.momentum_bits}. Continue with momentum_bits={bits}, or "
                     "start without the saved optimizer state."
                 )
         return None

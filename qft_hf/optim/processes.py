@@ -58,7 +58,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 STOPS = "Process {rank} stops because another has failed. {failure}"
 SEVERAL_GPUS = (
     "On several GPUs start a process for each, as `accelerate launch --multi_gpu --num_processes "
-    "4 ...` does: each holds the INT8 weights, and gradients and optimizer state are divided."
+    "4 ...` does: each holds all INT8 weights, and a part of gradients and optimizer state."
 )
 
 _n_groups = 0  # process groups that `begin` has made; the same on all processes
@@ -248,8 +248,8 @@ class Processes:
                     raise RuntimeError(STOPS.format(rank=self.rank, failure=failure)) from error
                 if is_over:
                     raise RuntimeError(
-                        f"Process {self.rank} stops because another has ended, or has not come to "
-                        f"the same place within {self._timeout}: its own output says why. The "
+                        f"Process {self.rank} stops because another has ended, or has not reached "
+                        f"the same point within {self._timeout}: its own output says why. The "
                         "model may be between two steps: resume from the last checkpoint."
                     ) from error
 

@@ -40,9 +40,9 @@ ACCUMULATION_IS_FORBIDDEN = (
 )
 
 NOT_FINITE = (
-    "A gradient is NaN or infinite, and {n} weights had been handed theirs in this step when that "
-    "was known: these are updated by what is finite in them, and other weights are unchanged. "
-    "Reload a checkpoint, or call optimizer.zero_grad() to go on from here; gradient='stack' "
+    "A gradient is NaN or infinite, which was detected after {n} weights were updated in this "
+    "step: their updates used the finite part of the gradients, and other weights are unchanged. "
+    "Reload a checkpoint, or call optimizer.zero_grad() to continue from here; gradient='stack' "
     "checks all gradients before the first update."
 )
 
@@ -214,9 +214,9 @@ class Release(Flow):
         self._forget()
         if waiting and not self._keeps:
             logger.warning(
-                "%d gradients waited for the step although they were to be released: .to() and "
-                "copying a model cut its hooks, eval() and the end of a Trainer's run take them "
-                "off, and frozen parameters have none. They are connected again now",
+                "%d gradients waited for the step instead of being released: .to() and copying a "
+                "model disconnect its hooks, eval() and the end of a Trainer's run remove them, "
+                "and frozen parameters have none. The hooks are connected again now",
                 len(waiting),
             )
             self.attach(parameters)

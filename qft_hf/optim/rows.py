@@ -31,19 +31,19 @@ from .stack import Stack
 SECOND_PASS = (
     "A gradient arrived for a step whose gradients the {n} processes have exchanged already. Run "
     "all backward passes of a step but the last under optimizer.accumulate(). Under checkpointing "
-    "set use_reentrant=False: with True, backward passes lie inside of others and no end can be "
-    "seen. If a backward pass failed half-way, resume from the last checkpoint."
+    "set use_reentrant=False: with True, backward passes are nested, and the end of a pass cannot "
+    "be detected. If a backward pass failed half-way, resume from the last checkpoint."
 )
 
 HALF_A_PASS = (
-    "A backward pass failed while {n} processes exchanged its gradients, so they do not belong "
-    "together. Resume from the last checkpoint."
+    "A backward pass failed while {n} processes exchanged its gradients, so these are not from one "
+    "pass. Resume from the last checkpoint."
 )
 
 NOT_EXCHANGED = (
     "A weight of shape {shape} has a gradient that was set after the {n} processes had exchanged "
-    "theirs: this process would go on with weights of its own. Change gradients in a hook of the "
-    "weight, weight.register_hook(...)."
+    "theirs: the weights of this process would differ from those of the others. Change gradients "
+    "in a hook of the weight, weight.register_hook(...)."
 )
 
 

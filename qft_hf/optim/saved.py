@@ -173,7 +173,7 @@ def _checked_state(
             )
         if tensor.dtype == torch.int8 and bool((tensor == -128).any()):
             raise ValueError(
-                f"{key} of {name} has -128, which is no code: the optimizer state is damaged. "
+                f"{key} of {name} has -128, which is not a code: the optimizer state is damaged. "
                 "Resume from an earlier checkpoint, or without the optimizer's state."
             )
     try:
@@ -184,7 +184,7 @@ def _checked_state(
         is_counted = False
     if not is_counted:
         raise ValueError(
-            f"The step of {name} is {state['step']}, which no optimizer has counted: its state is "
+            f"The step of {name} is {state['step']}, which is not a valid count: its state is "
             "damaged. Resume from an earlier checkpoint."
         )
     tensors = {key: state[key].to(device, copy=True) for key in wanted}
@@ -206,7 +206,7 @@ def _checked_norm(norm: Any) -> Tensor | None:
         is_norm = False
     if not is_norm:
         raise ValueError(
-            f"The norm that clips the next step is {norm}, which no gradients have: the optimizer "
-            "state is damaged. Resume from an earlier checkpoint."
+            f"The norm that clips the next step is {norm}, which is not a valid norm: the "
+            "optimizer state is damaged. Resume from an earlier checkpoint."
         )
     return checked

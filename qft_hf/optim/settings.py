@@ -54,11 +54,11 @@ def check_settings(
     if (clipping is None) != (max_grad_norm is None):
         raise ValueError(
             "gradient='release' updates weights during backward, before the global norm is known, "
-            f"so max_grad_norm={max_grad_norm} needs a choice and clipping={clipping!r} a norm. "
-            "Set both: clipping='exact' (a second backward finds the norm), 'previous' (the norm "
-            "of the step before) or 'tensor' (each gradient by its own norm); or "
-            "max_grad_norm=0 in TrainingArguments (None in the optimizer); or use "
-            "gradient='stack', which clips exactly at no cost."
+            f"so max_grad_norm and clipping go together, got max_grad_norm={max_grad_norm} and "
+            f"clipping={clipping!r}. Set both: clipping='exact' (a second backward pass finds the "
+            "norm), 'previous' (the norm of the previous step) or 'tensor' (each gradient by its "
+            "own norm); or neither: max_grad_norm=0 in TrainingArguments (None in the optimizer); "
+            "or use gradient='stack', which clips exactly at no cost."
         )
 
 
@@ -77,7 +77,8 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be a number, got {group[name]!r}.") from error
         if not 0 <= value <= LARGEST:
             raise ValueError(
-                f"{name} must be finite and not negative, got {value}. To climb, set maximize=True."
+                f"{name} must be finite and not negative, got {value}. To ascend, set "
+                "maximize=True."
             )
     seed = group["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
