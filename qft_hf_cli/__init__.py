@@ -1,8 +1,8 @@
 """The command `qft-hf`; each of its sub-commands is the module of the same name.
 
-This package lies beside qft_hf and not in it: to import anything of qft_hf is to import PyTorch and
-transformers, which takes seconds, and no help text should wait for them. So the modules here import
-them where a command begins to work.
+This package is not part of qft_hf, because importing anything from qft_hf imports PyTorch and
+transformers, which takes seconds, and help texts should not wait for that. The modules here import
+qft_hf only when a command begins to work.
 """
 
 import errno
@@ -36,17 +36,17 @@ usage: qft-hf COMMAND [...]
 
 {commands}
 
-`qft-hf COMMAND --help` explains a command, and `qft-hf --version` tells the version. Where a
-command has a result, `--json` prints it for programs.
+`qft-hf COMMAND --help` explains a command, and `qft-hf --version` prints the version. Commands
+that have a result print it as JSON with `--json`.
 """
 
 
 @contextmanager
 def _output_may_fail() -> Iterator[None]:
-    """End without a traceback where nobody reads on, as in `| head -1`, or a disk is full.
+    """End without a traceback if the reader has left, as in `| head -1`, or a disk is full.
 
     Raises:
-        SystemExit: With a shell's status of SIGPIPE, 141; or with 1, after a line that says it.
+        SystemExit: With 141, a shell's status for SIGPIPE; or with 1, after printing the error.
     """
     try:
         try:
@@ -54,7 +54,7 @@ def _output_may_fail() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        if not _has_left():  # another pipe is broken, and whose it is has to be told
+        if not _has_left():  # another pipe is broken, and the traceback shows which
             raise
         _print_no_more()
         raise SystemExit(141) from None
@@ -62,25 +62,25 @@ def _output_may_fail() -> Iterator[None]:
         if not _is_full_disk(error):
             raise
         _print_no_more()
-        notes = getattr(error, "__notes__", ["It is not done. Free some space."])
+        notes = getattr(error, "__notes__", ["The command did not finish. Free some space."])
         print(f"qft-hf: {error}. {' '.join(notes)}", file=sys.stderr)
         raise SystemExit(1) from error
 
 
 def _print_no_more() -> None:
-    """Drop what is printed: what is left would fail when Python ends, which prints a fault."""
+    """Discard further output: flushing it when Python ends would fail and print an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_full_disk(error: Exception) -> bool:
-    """Whether a file cannot grow; libraries that are not Python's say it in their text."""
+    """Return whether a file cannot grow; other libraries give the error number only in the text."""
     said = re.search(r"os error (\d+)", str(error))
     number = int(said[1]) if said else getattr(error, "errno", None)
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _has_left() -> bool:
-    """Whether nobody reads what this process prints."""
+    """Return whether the reader of this process's output has left."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         poll.register(stream.fileno(), 0)
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run one command.
 
     Args:
-        argv: The command line without the program; None: that of the process.
+        argv: The command line without the program's name; None: that of the process.
 
     Raises:
         SystemExit: With 0 after a help text; with 1 after a text that says what to do, if the run
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif name == "--version":
         print(f"qft_hf {_version()}")
     elif name not in COMMANDS:
-        print(f"qft-hf: no command {name!r}. There are {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(f"qft-hf: no command {name!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         raise SystemExit(2)
     else:
         run(_module(name), rest)
@@ -113,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @_output_may_fail()
 def run(command: ModuleType, argv: Sequence[str]) -> None:
-    """Run a command; what qft_hf refuses is shown as the text that says why, without a traceback.
+    """Run a command; an error raised by qft_hf itself is shown as its text, without a traceback.
 
     Raises:
-        SystemExit: With 1: it was refused. With 130: Ctrl-C has stopped it.
+        SystemExit: With 1 if qft_hf refused the command, with 130 if Ctrl-C stopped it.
     """
     name = command.__name__.rpartition(".")[2]
     try:
@@ -134,17 +134,17 @@ def run(command: ModuleType, argv: Sequence[str]) -> None:
 
 
 def _is_refusal(error: BaseException) -> bool:
-    """Whether qft_hf itself raised it: its texts are for users, all others for developers."""
+    """Return whether qft_hf itself raised the error: only its texts are written for users."""
     frames = list(traceback.walk_tb(error.__traceback__))
     raised_in = Path(frames[-1][0].f_code.co_filename).resolve()
     return any(raised_in.is_relative_to(folder) for folder in (Path(__file__).parent, _library()))
 
 
 def _library() -> Path:
-    """Return the folder of qft_hf, which this does not import."""
+    """Return the folder of qft_hf without importing it."""
     spec = find_spec("qft_hf")
     if spec is None or spec.origin is None:
-        raise RuntimeError("the package qft_hf is not installed beside qft_hf_cli.")
+        raise RuntimeError("the package qft_hf is not installed next to qft_hf_cli.")
     return Path(spec.origin).resolve().parent
 
 

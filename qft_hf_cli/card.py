@@ -1,9 +1,9 @@
-"""Write the model card of a finished run anew, with what only you know.
+"""Rewrite the model card of a finished run, with facts that only you know.
 
     qft-hf card runs/demo --license apache-2.0 --language en
     qft-hf card runs/demo --name org/my-model --base_model org/model --dataset org/chats
 
-A run writes its card itself, of what it knows: results, data, hyperparameters, memory, format.
+Each run writes a card with all that it knows: results, data, hyperparameters, memory, format.
 """
 
 import sys
@@ -17,11 +17,11 @@ def main(argv: list[str]) -> None:
     arguments = parser(__name__)
     arguments.add_argument("run", type=Path, help="output folder of a finished run")
     arguments.add_argument("--license", help="identifier that the Hub knows, such as apache-2.0")
-    arguments.add_argument("--name", help="of the model on the Hub: org/name")
-    arguments.add_argument("--base_model", help="name on the Hub of the model that was tuned")
+    arguments.add_argument("--name", help="name of the model on the Hub: org/name")
+    arguments.add_argument("--base_model", help="name on the Hub of the model that was fine-tuned")
     arguments.add_argument("--dataset", nargs="+", dest="datasets", help="names on the Hub")
-    arguments.add_argument("--language", nargs="+", help="codes such as en")
-    arguments.add_argument("--tags", nargs="+", help="beside ours")
+    arguments.add_argument("--language", nargs="+", help="language codes such as en")
+    arguments.add_argument("--tags", nargs="+", help="tags in addition to the usual ones")
     known = vars(arguments.parse_args(argv))
 
     from qft_hf.hf.finetune.run_card import write_run_card
@@ -32,5 +32,5 @@ def main(argv: list[str]) -> None:
         print(f"qft-hf card: {doubtful}", file=sys.stderr)
     given = {key: value for key, value in known.items() if value is not None}
     if "datasets" in given:
-        given["files"] = []  # they were the same data, under names of this machine
+        given["files"] = []  # the same data, by their paths on this machine
     print(f"written to {write_run_card(run, **given)}")

@@ -1,11 +1,12 @@
 """Talk to a checkpoint, INT8 or float.
 
     qft-hf chat runs/demo
-    qft-hf chat runs/demo --prompt "Hi! How are you?"    one answer, and no more
+    qft-hf chat runs/demo --prompt "Hi! How are you?"    one answer only
 
-The folder of a side network brings its base with it, stored as it was in training.
+For the folder of a side network, its base is loaded as well, stored as it was in training.
 
-An empty line or Ctrl-D ends it. Answers are the most likely ones, unless --temperature is above 0.
+An empty line or Ctrl-D ends the chat. Each next token is the most likely one, unless --temperature
+is above 0.
 """
 
 import argparse
@@ -18,14 +19,14 @@ from .command_line import add_trust, parser
 
 
 def main(argv: list[str]) -> None:
-    """Answer one prompt, or what is typed."""
+    """Answer one prompt, or each one that is typed."""
     arguments = parser(__name__)
     arguments.add_argument("checkpoint", help="folder, or name on the hub")
-    arguments.add_argument("--prompt", help="answer this alone")
+    arguments.add_argument("--prompt", help="answer only this")
     arguments.add_argument("--system", help="system message")
     arguments.add_argument("--temperature", type=float, default=0.0, help="default 0")
     arguments.add_argument("--max_new_tokens", type=int, default=256, help="default 256")
-    arguments.add_argument("--seed", type=int, default=0, help="of what is drawn; default 0")
+    arguments.add_argument("--seed", type=int, default=0, help="seed of sampling; default 0")
     add_trust(arguments)
     options = arguments.parse_args(argv)
     if options.max_new_tokens < 1:
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> None:
 
 
 def _typed() -> Iterator[str]:
-    """Yield what is typed, or comes by a pipe, until an empty line or the end of input."""
+    """Yield lines that are typed or piped, until an empty line or the end of input."""
     is_typed = sys.stdin.isatty()
     try:
         while prompt := input("\nyou: " if is_typed else ""):
@@ -55,8 +56,8 @@ def _typed() -> Iterator[str]:
             print()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"what comes by the pipe is not {sys.stdin.encoding} ({error}). Convert it first, as "
-            "by iconv, or set PYTHONIOENCODING to what it is."
+            f"the piped input is not {sys.stdin.encoding} ({error}). Convert it first, for example "
+            "by iconv, or set PYTHONIOENCODING to its encoding."
         ) from error
 
 
@@ -76,13 +77,13 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     for name in config.architectures or []:
         if name.endswith("ForSequenceClassification"):
             raise ValueError(
-                f"{options.checkpoint} is a {name}: it labels texts and says nothing. "
+                f"{options.checkpoint} is a {name}: it labels texts and does not chat. "
                 "`qft-hf evaluate` scores it."
             )
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer of {options.checkpoint} has no chat template, so a conversation cannot "
-            "be written as the model knows it. Give a checkpoint that was tuned on chats."
+            "be written in the form that the model knows. Use a checkpoint that was tuned on chats."
         )
     model: Any = load_checkpoint(options.checkpoint, language_class(config), **trust)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
@@ -91,7 +92,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
 def _answer(
     model: Any, tokenizer: Any, messages: list[dict[str, str]], options: argparse.Namespace
 ) -> str:
-    """Print an answer while it is made; return it."""
+    """Print an answer while it is generated; return it."""
     from transformers import TextStreamer
 
     from qft_hf.hf.positions import n_positions
@@ -103,7 +104,7 @@ def _answer(
     if n_tokens >= positions:
         raise ValueError(
             f"the conversation has {n_tokens:,} tokens, and the model has {positions:,} positions, "
-            "which leaves none for an answer. Begin a new one, or ask something shorter."
+            "which leaves none for an answer. Start a new conversation, or shorten the prompt."
         )
     drawn = {"do_sample": True, "temperature": options.temperature}
     output = model.generate(

@@ -1,11 +1,11 @@
-"""A dry run of a config: what it reads, learns, writes and takes. Trains nothing.
+"""Dry run of a config: show what it reads, learns, writes and needs. Trains nothing.
 
     qft-hf check my.yaml
     qft-hf check demo --max_length 128 --json
 
-It takes what `qft-hf finetune` takes. Shown are whole paths, rows that are used, cut and dropped,
-the first example as the model sees it with what is learned in brackets, the steps, the room on the
-disk, and the memory by arithmetic. What a run would refuse is refused here.
+Arguments are those of `qft-hf finetune`. It shows absolute paths, the rows that are used, cut and
+dropped, the first example as the model sees it with the learned text in brackets, the steps, the
+disk space and an estimate of the memory. It refuses whatever a run would refuse.
 """
 
 from .command_line import output_for, show_help, show_json, take

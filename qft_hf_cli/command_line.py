@@ -1,4 +1,4 @@
-"""What the commands share: a parser whose help is the docstring of its module, and results."""
+"""Shared by the commands: a parser whose help is its module's docstring, and output of results."""
 
 import argparse
 import json
@@ -38,25 +38,25 @@ def take(argv: list[str], *names: str) -> bool:
 
 
 def show_help(text: str) -> NoReturn:
-    """Print a help text that argparse has not made, and end as argparse does."""
+    """Print a help text that is not from argparse, and exit as argparse does."""
     print(text, end="")
     raise SystemExit(0)
 
 
 def output_for(*, as_json: bool) -> AbstractContextManager[Any]:
-    """Keep standard output for the result: what libraries print goes to standard error."""
+    """If `as_json`, send what libraries print to standard error: stdout has only the result."""
     return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def show_json(result: Any) -> None:
-    """Print a result as JSON; a number that JSON does not know (inf, nan) becomes null."""
+    """Print a result as JSON; a number that JSON cannot express (inf, nan) becomes null."""
     from qft_hf.hf.finetune.summary import finite
 
     print(json.dumps(finite(result), indent=2))
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """Return columns below each other; the first begins at the left, others end at the right."""
+    """Return a text table; its first column is left-aligned, the others are right-aligned."""
     lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(

@@ -1,12 +1,12 @@
 """Score a checkpoint, INT8 or float, on held-out data.
 
     qft-hf evaluate runs/demo                                the data that the run held out
-    qft-hf evaluate runs/demo --eval_data test.jsonl         others
+    qft-hf evaluate runs/demo --eval_data test.jsonl         other data
     qft-hf evaluate runs/demo-bf16 --eval_data test.jsonl    an exported or any other model
-    qft-hf evaluate my.yaml                                  the model that a config begins with
+    qft-hf evaluate my.yaml                                  the model that a config starts from
 
-Flags are those of `qft-hf finetune`; those of data, --per_device_eval_batch_size, --bf16 and
---use_cpu matter. --json prints the scores for programs.
+Flags are those of `qft-hf finetune`; flags of data, --per_device_eval_batch_size, --bf16 and
+--use_cpu have an effect. --json prints the scores as JSON.
 """
 
 import argparse
@@ -33,19 +33,19 @@ def main(argv: list[str]) -> None:
 
 
 def flags_of(argv: list[str]) -> list[str]:
-    """Return what `qft-hf finetune` takes: a folder becomes the model, and its run.yaml the config.
+    """Return flags of `qft-hf finetune`: a folder becomes the model, and its run.yaml the config.
 
-    Without a config the evaluation data stand for the training data, which nobody looks at.
+    Without a config, the evaluation data are also passed as training data, which scoring ignores.
 
     Raises:
-        FileNotFoundError: A path is named, and nothing is there.
-        ValueError: It is not the folder of a run, and no data are named.
+        FileNotFoundError: The path does not exist.
+        ValueError: The folder is not that of a run, and no data are given.
     """
     folder = Path(argv[0])
     if not folder.is_dir():
         from qft_hf.hf.shipped import config_file
 
-        # Else an absent folder would be called an absent config.
+        # Otherwise a missing folder would be reported as a missing config.
         is_path = not argv[0].startswith("-") and config_file(argv[0]) is None
         if is_path and not folder.exists() and folder.suffix not in {".yaml", ".yml"}:
             raise FileNotFoundError(
@@ -62,8 +62,8 @@ def flags_of(argv: list[str]) -> list[str]:
     known, _ = reader.parse_known_args(flags)
     if not known.eval_data and not any(flag.startswith("--train_data") for flag in flags):
         raise ValueError(
-            f"{folder} has no {config.name}, which the folder of a run has, so there is no telling "
-            "what to evaluate on. Give --eval_data, and --task if it does not learn from chats."
+            f"{folder} has no {config.name}, so it is not the folder of a run, and the data to "
+            "evaluate on are unknown. Give --eval_data, and --task if the model is not for chats."
         )
     if known.eval_data:
         flags += ["--train_data", *known.eval_data, "--train_split", known.eval_split]

@@ -1,4 +1,4 @@
-"""Write an INT8 checkpoint as an ordinary one, which loads without qft_hf.
+"""Convert an INT8 checkpoint to an ordinary one, which loads without qft_hf.
 
 qft-hf export runs/demo runs/demo-bf16 --dtype bfloat16
 """
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> None:
         "--dtype",
         default="bfloat16",
         choices=("bfloat16", "float16", "float32"),
-        help="of all weights (default bfloat16)",
+        help="dtype of all weights (default bfloat16)",
     )
     add_trust(arguments)
     options = arguments.parse_args(argv)

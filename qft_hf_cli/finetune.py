@@ -1,18 +1,18 @@
-"""Train every parameter of a model in INT8, or a side network beside a frozen one.
+"""Train every parameter of a model in INT8, or a side network next to a frozen model.
 
-    qft-hf finetune demo                          a config that ships with qft_hf, by its name
+    qft-hf finetune demo                          the name of a config that ships with qft_hf
     qft-hf finetune my.yaml --learning_rate 5e-5 --output_dir runs/second
     qft-hf finetune --model_name_or_path org/model --train_data chats.jsonl --output_dir runs/first
 
-A config is a flat YAML file; each of its keys is a flag too, and flags win. See what a config
-would do, and train nothing: `qft-hf check my.yaml`.
+A config is a flat YAML file. Each of its keys is also a flag, and flags override the config.
+`qft-hf check my.yaml` shows what a config would do, and trains nothing.
 
 model     --model_name_or_path  --chat_template  --new_tokens  --dtype  --attn_implementation
 data      --train_data  --train_weights  --eval_data or --eval_fraction  --max_train_rows
           --task chat | text | classification | regression | multi_label  --max_length  --packing
           --messages_field or --prompt_field and --answer_field  --assistant_only_loss
           --text_field  --text_pair_field  --label_field  --max_eval_rows  --on_bad_row stop | skip
-method    --method full | qst  and of qst: --base nf4 | int8 | float  --side_r  --side_downsample
+method    --method full | qst  and with qst: --base nf4 | int8 | float  --side_r  --side_downsample
           --side_rank
 INT8      --optim qft_lion | qft_adamw | qft_sgd  --gradient stack | release  --clipping
           --matmul dequantize | int8  --group_size  --outlier_fraction  --chunked_loss
@@ -23,8 +23,8 @@ training  --learning_rate  --num_train_epochs  --max_steps  --per_device_train_b
 output    --output_dir  --overwrite_output  --resume_from_checkpoint  --export_dtype
           --logging_steps  --eval_strategy  --eval_steps  --save_strategy  --save_total_limit
 
---json prints the summary for programs. `--help-all` explains these and all that transformers'
-Trainer takes. Lion's learning rate is a third to a tenth of AdamW's.
+--json prints the summary as JSON. `--help-all` explains these flags and all others of transformers'
+Trainer. Lion's learning rate is a third to a tenth of AdamW's.
 """
 
 from dataclasses import asdict
@@ -33,7 +33,7 @@ from .command_line import output_for, show_help, show_json, take
 
 
 def main(argv: list[str]) -> None:
-    """Do one run as the command line says, and print what it came to."""
+    """Do the run that the command line describes, and print its summary."""
     if take(argv, "-h", "--help"):
         show_help(__doc__)
     as_json = take(argv, "--json")

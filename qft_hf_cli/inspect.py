@@ -1,10 +1,10 @@
-"""What an INT8 checkpoint holds: scales, saturation and outliers of each layer.
+"""Show scales, saturation and outliers of each layer of an INT8 checkpoint.
 
     qft-hf inspect runs/demo
-    qft-hf inspect runs/demo --original org/model    and how far it is from the float model
+    qft-hf inspect runs/demo --original org/model    also compares with the float model
 
-"error" is the norm of the difference by that of the original. Of a model that was only quantized
-that is rounding; of one that was trained it is rounding and learning together.
+"error" is the norm of the difference divided by that of the original. For a model that was only
+quantized it is due to rounding; for one that was trained, to rounding and learning together.
 """
 
 from dataclasses import asdict

@@ -1,14 +1,14 @@
-"""Will it fit? The memory of a run by arithmetic, before anything is loaded.
+"""Will it fit? Estimate the memory of a run before anything is loaded.
 
-    qft-hf plan org/model --gpu 24 48
-    qft-hf plan llama-2-13b --gpu 24 --gpus 2          two of them, that train together
+    qft-hf plan org/model --gpu 24 48                  GPUs of 24 and of 48 GB
+    qft-hf plan llama-2-13b --gpu 24 --gpus 2          two GPUs that train together
     qft-hf plan llama-2-7b --sequence_length 4096      an architecture that ships with qft_hf
-    qft-hf plan my.yaml                                what a config asks for
+    qft-hf plan my.yaml                                the run that a config describes
 
     qft-hf plan llama-2-70b --gpu 48 --method qst --side_r 32      a side network on a frozen base
 
-A model is a folder with a config.json, a name on the hub, the name of an architecture that ships,
-or a config of a run, which then also says how long, how many and by which optimizer.
+MODEL is a folder with a config.json, a name on the hub, an architecture that ships with qft_hf, or
+a config of a run, which then also sets the sequence length, batch size and optimizer.
 """
 
 import argparse
@@ -32,12 +32,12 @@ SIDE_WAYS = [
     for checkpointing in (False, True)
 ]
 SIDE = ("side", "base")
-LENGTH = 2048  # tokens of a sequence, where nothing else is asked for and the model takes as many
+LENGTH = 2048  # default tokens of a sequence, if the model has as many positions
 OF_FULL = ("gpus", "optim", "momentum_bits", "matmul", "chunked_loss", "live")
 
 
 def main(argv: list[str]) -> None:
-    """Print what each model takes in each mode, and how it fits each card."""
+    """Print the memory of each model in each mode, and whether it fits each card."""
     options = _parse(argv)
     results = [
         {"model": name, "command": _command(name, options.gpus or 1)}
@@ -59,48 +59,52 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments = parser(__name__)
     arguments.add_argument("models", nargs="+", metavar="MODEL")
     arguments.add_argument(
-        "--gpu", type=float, nargs="+", default=[24, 48, 80], help="cards, GB (default 24 48 80)"
+        "--gpu",
+        type=float,
+        nargs="+",
+        default=[24, 48, 80],
+        help="GPU memory in GB (default 24 48 80)",
     )
     arguments.add_argument(
-        "--gpus", type=int, metavar="N", help="how many train together (default 1)"
+        "--gpus", type=int, metavar="N", help="GPUs that train together (default 1)"
     )
     arguments.add_argument(
-        "--batch_size", type=int, metavar="N", help="of a micro-batch (default 1)"
+        "--batch_size", type=int, metavar="N", help="sequences per micro-batch (default 1)"
     )
     arguments.add_argument(
         "--sequence_length",
         type=int,
         metavar="N",
-        help=f"tokens (default {LENGTH}, or what the model takes)",
+        help=f"tokens (default {LENGTH}, or the model's positions if fewer)",
     )
     arguments.add_argument(
         "--method", choices=("full", "qst"), help="full (default), or qst: a side network"
     )
-    arguments.add_argument("--side_r", type=int, help="of qst: the base is so many times as wide")
-    arguments.add_argument("--base", help="of qst: nf4, int8 or float; default: all of them")
+    arguments.add_argument("--side_r", type=int, help="for qst: width of base over side network")
+    arguments.add_argument("--base", help="for qst: nf4, int8 or float; default: all of them")
     arguments.add_argument("--optim", help="qft_lion (default), qft_adamw or qft_sgd")
-    arguments.add_argument("--momentum_bits", type=int, help="of qft_lion: 8 (default) or 4")
+    arguments.add_argument("--momentum_bits", type=int, help="for qft_lion: 8 (default) or 4")
     arguments.add_argument("--matmul", help="dequantize (default) or int8")
-    arguments.add_argument("--chunked_loss", action="store_true", help="logits never exist whole")
+    arguments.add_argument("--chunked_loss", action="store_true", help="never store all logits")
     arguments.add_argument("--markdown", action="store_true", help="one table of all models")
     arguments.add_argument(
-        "--live", action="store_true", help="load the models, and compare with what a step takes"
+        "--live", action="store_true", help="load the models too, and measure the memory of states"
     )
     add_trust(arguments)
     add_json(arguments)
     options = arguments.parse_args(argv)
     if options.live and options.gpus not in (None, 1):
-        arguments.error("--live measures one process: leave --gpus out")
+        arguments.error("--live measures one process: omit --gpus")
     if options.momentum_bits is not None and options.optim not in (None, "qft_lion"):
-        arguments.error(f"--momentum_bits is of qft_lion, and {options.optim} was asked for")
+        arguments.error(f"--momentum_bits is for qft_lion, got --optim {options.optim}")
     given = [f"--{name}" for name in OF_FULL if getattr(options, name)]
     if options.method == "qst" and given:
-        arguments.error(f"{', '.join(given)} is of training every parameter, not of --method qst")
+        arguments.error(f"{', '.join(given)} is for training every parameter, not for --method qst")
     return options
 
 
 def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Return a model's place and what the run is: of a config, overruled by the command line."""
+    """Return a model's place and the settings of a run; flags override those of a config."""
     from qft_hf import QFTConfig
     from qft_hf.hf import shipped
     from qft_hf.hf.finetune.arguments import MethodArguments
@@ -115,9 +119,9 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
         arguments = parse_arguments([name])
         if (task := arguments.data.task) not in LANGUAGE_TASKS:
             raise ValueError(
-                f"{name} is of task {task!r}, and memory is computed for models that learn next "
-                "tokens. `qft-hf check` shows its data, its parameters and the disk, and a run of "
-                "a few steps (--max_steps 3) measures its memory."
+                f"{name} has task {task!r}, but memory is estimated only for causal language "
+                "models. `qft-hf check` shows its data, its parameters and the disk space, and a "
+                "run of a few steps (--max_steps 3) measures its memory."
             )
         place, side = arguments.model.model_name_or_path, arguments.method.side
         trust |= arguments.model.trust_remote_code
@@ -149,7 +153,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
 
 
 def _is_config(name: str) -> bool:
-    """Whether this is a config of a run, a file or one that ships."""
+    """Return whether this is a config of a run: a file, or one that ships with qft_hf."""
     from qft_hf.hf import shipped
 
     return Path(name).suffix in (".yaml", ".yml") or shipped.config_file(name) is not None
@@ -214,19 +218,23 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
 
 
 def _sequence_length(place: str, asked: int | None, positions: int | None) -> int:
-    """Return how long sequences are: as asked for, if the model takes such."""
+    """Return the sequence length: the one asked for, if the model has as many positions.
+
+    Raises:
+        ValueError: The model has fewer positions.
+    """
     if asked is None:
         return min(LENGTH, positions or LENGTH)
     if positions is not None and asked > positions:
         raise ValueError(
-            f"sequences of {asked:,} tokens are asked for, but {place} has {positions:,} "
+            f"sequences of {asked:,} tokens were requested, but {place} has {positions:,} "
             f"positions. Set --sequence_length, or max_length in a config, to {positions} or less."
         )
     return asked
 
 
 def _estimate(source: Any, work: dict[str, Any], way: dict[str, Any]) -> "MemoryEstimate":
-    """Return the arithmetic of one way to train."""
+    """Return the memory estimate of one way to train."""
     from qft_hf import estimate_memory, estimate_side_memory
 
     if work.get("side") is None:
@@ -268,20 +276,20 @@ def _text(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"each GPU receives {_gb(result['received_bytes'])} from the others in a step; start "
-            f"them by\n    {result['command']}",
+            f"them with\n    {result['command']}",
         ]
     return "\n".join(lines)
 
 
 def _command(name: str, n: int) -> str:
-    """Return the command line that starts a run on several GPUs; of a model, with a config."""
+    """Return the command that starts a run on `n` GPUs; a model's has a placeholder config."""
     config = name if _is_config(name) else "my.yaml"
     launcher = f"accelerate launch --multi_gpu --num_processes {n} -m" if n > 1 else "python -m"
     return f"{launcher} qft_hf finetune {config}"
 
 
 def _markdown(results: list[dict[str, Any]]) -> str:
-    """Return one line a model, with gradient checkpointing."""
+    """Return a Markdown table of one line per model, with gradient checkpointing."""
     from qft_hf.memory.ledger import FP32_ADAM_BYTES
 
     lines: list[list[str]] = []
@@ -335,7 +343,7 @@ def _compare(name: str, *, trust_remote_code: bool) -> None:
 def live_ledger(
     name: str | Path, gradient: str, optim: str, loading: dict[str, Any], **settings: Any
 ) -> "MemoryLedger":
-    """Load a model, and measure its states where they are largest: just before the second step."""
+    """Load a model, and measure its states when they are largest: just before the second step."""
     import torch
     from transformers import AutoConfig
 

@@ -1,10 +1,10 @@
-"""One HTML page that shows finished runs side by side.
+"""Write one HTML page that shows finished runs side by side.
 
     qft-hf report runs/demo
     qft-hf report runs/first runs/second --output compared.html
 
-It shows loss, learning rate, memory beside other ways to train, health, codes before and after,
-movement by layer and what was set differently; it needs no network and no other file.
+It shows loss, learning rate, memory compared with other ways to train, health, codes before and
+after training, movement by layer and settings that differ. It needs no network and no other file.
 """
 
 from pathlib import Path

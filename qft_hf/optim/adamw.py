@@ -22,18 +22,18 @@ ADAMW_BETAS = (0.9, 0.999)
 class QFTAdamW(QFTOptimizer):
     """AdamW with decoupled weight decay; both moments of a quantized weight have 8 bits.
 
-    A `QFTWeight` keeps 2.03 bytes of moments per parameter, twice those of `QFTLion`, in the form
-    of `kernels.adamw_step_`, and is rounded stochastically; any other parameter, fp32 or bf16, gets
-    ordinary AdamW with FP32 moments.
+    A `QFTWeight` keeps 2.03 bytes of moments per parameter, twice as many as with `QFTLion`, in the
+    form of `kernels.adamw_step_`, and is rounded stochastically. Any other parameter, fp32 or bf16,
+    gets ordinary AdamW with FP32 moments.
 
     Args:
         params: Parameters or parameter groups.
         lr: Step size, as for AdamW on float weights.
-        betas: Decays of the mean of gradients, and of the mean of their squares, which is above the
-            square of the other.
-        eps: Added to the root of the mean of squares.
-        weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
-        **settings: Those of `QFTOptimizer`: where gradients go, clipping, rounding.
+        betas: Decay rates of the mean of gradients and of the mean of their squares. The second
+            must be above the square of the first.
+        eps: Added to the square root of the mean of squares.
+        weight_decay: Decoupled: each step shrinks weights by a fraction `lr * weight_decay`.
+        **settings: Arguments of `QFTOptimizer`: gradient mode, clipping, rounding.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -63,24 +63,25 @@ class QFTAdamW(QFTOptimizer):
         super().__init__(params, defaults, **settings)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raise for a rate, a decay, betas or an eps that are out of their range."""
+        """Raise if the rate, weight decay, betas or eps are out of range."""
         super().check_group(group)
         check_betas(group["betas"], ADAMW_BETAS)
         beta1, beta2 = group["betas"]
         if beta1**2 >= beta2:
             raise ValueError(
-                "The second of betas must be above the square of the first, or steps grow without "
-                f"bound where gradients end, got {group['betas']}. Usual are {ADAMW_BETAS}."
+                "The second of betas must be above the square of the first, got "
+                f"{group['betas']}: otherwise steps grow without bound when gradients become zero. "
+                f"The usual ones are {ADAMW_BETAS}."
             )
         eps = group["eps"]
         if not isinstance(eps, int | float) or isinstance(eps, bool) or not 0 < eps < inf:
             raise ValueError(
-                f"eps must be positive and finite, got {eps}: it is what an element "
-                "without gradients is divided by. Usual is 1e-8."
+                f"eps must be positive and finite, got {eps}: the update of an element without "
+                "gradients is divided by it. The usual value is 1e-8."
             )
 
     def state_format(self, parameter: Tensor) -> StateFormat:
-        """Ratio and root of a weight in 8 bits, two FP32 moments of a float parameter."""
+        """Return 8-bit ratio and root for a weight, two FP32 moments for a float parameter."""
         if not isinstance(parameter, QFTWeight):
             shape = tuple(parameter.shape)
             return {
@@ -97,7 +98,7 @@ class QFTAdamW(QFTOptimizer):
         }
 
     def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """Rate, decay and step, and by what Adam corrects its moments at that step."""
+        """Return rate, weight decay, step and Adam's bias corrections at that step."""
         return (*super().numbers(group, step), *_rule(group).corrections(step))
 
     def step_weight(
@@ -108,7 +109,7 @@ class QFTAdamW(QFTOptimizer):
         group: dict[str, Any],
         rounding: kernels.Rounding,
     ) -> None:
-        """One call of the operator."""
+        """Update a weight and its moments by one call of `kernels.adamw_step_`."""
         moments = kernels.Moments(
             state["ratio_codes"], state["ratio_scales"], state["root_codes"], state["root_scales"],
             STATE_GROUP_SIZE,
@@ -127,7 +128,7 @@ class QFTAdamW(QFTOptimizer):
         steps: list[int],
         streams: list[int],
     ) -> None:
-        """AdamW with FP32 moments."""
+        """Update float parameters by AdamW with FP32 moments."""
         rule = _rule(group)
         directions = [
             _float_direction(
@@ -158,7 +159,10 @@ def _float_direction(
     rule: kernels.AdamW,
     corrections: tuple[float, float] | Tensor,
 ) -> Tensor:
-    """Update FP32 moments; NaN where the gradient, or its square, is not finite: that stays."""
+    """Update FP32 moments and return the direction.
+
+    Where the gradient or its square is not finite, moments stay and the direction is NaN.
+    """
     if rule.maximize:
         gradient = -gradient
     m = (momentum * rule.beta1).add_(gradient * (1 - rule.beta1))

@@ -1,4 +1,4 @@
-"""Several processes train one model: they have the same settings, parameters and values."""
+"""Checks that all processes of one model have the same settings, parameters and values."""
 
 from typing import Any
 
@@ -14,15 +14,16 @@ def agree_on_settings(optimizer: Any, processes: Processes) -> None:
 
     Args:
         optimizer: A `QFTOptimizer`.
-        processes: Begun, if they are not.
+        processes: `begin` is called if it has not been.
 
     Raises:
-        ValueError: Names the first differences.
+        ValueError: They differ. The text names the first differences.
     """
     if not processes.has_begun:
         processes.begin(next(optimizer.parameters()).device)
     processes.agree(
-        _facts(optimizer), "Give all the same settings, and the same parameters in the same order."
+        _facts(optimizer),
+        "Give all of them the same settings, and the same parameters in the same order.",
     )
 
 
@@ -30,20 +31,20 @@ def agree_on_values(optimizer: Any, processes: Processes) -> None:
     """Raise, on all processes, unless their parameters have the same values.
 
     Raises:
-        ValueError: Names the first differences.
+        ValueError: They differ. The text names the first differences.
     """
     processes.agree(
         {
-            f"the check sum of parameter {number} of shape {tuple(p.shape)}": _checksum(p)
+            f"the checksum of parameter {number} of shape {tuple(p.shape)}": _checksum(p)
             for number, p in enumerate(optimizer.parameters())
         },
-        "They would train different models. Load the same one on all, or copy that of process 0 "
-        "to them before the first step: optimizer.broadcast().",
+        "They would train different models. Load the same model on all processes, or copy that of "
+        "process 0 to the others before the first step: optimizer.broadcast().",
     )
 
 
 def _facts(optimizer: Any) -> dict[str, Any]:
-    """Settings, options of groups and forms of parameters, by name."""
+    """Return settings, options of groups and forms of parameters, by name."""
     facts: dict[str, Any] = {"the optimizer": optimizer.description}
     facts |= {
         name: getattr(optimizer, name) for name in optimizer.SETTINGS if name != "is_accumulating"
@@ -60,10 +61,10 @@ def _facts(optimizer: Any) -> dict[str, Any]:
 
 
 def _checksum(parameter: Tensor) -> int:
-    """A number that tells weights apart that were made or loaded otherwise, whatever the machine.
+    """Return a number that differs between weights made or loaded differently, on any machine.
 
-    It is of the sums of bytes of each row and their places: bytes that have changed places within a
-    row are not seen.
+    It combines the byte sum of each row with the row's position. Bytes that swap places within a
+    row go unnoticed.
     """
     total = 0
     stored = parameter.stored.tensors if isinstance(parameter, QFTWeight) else (parameter,)

@@ -1,9 +1,9 @@
-"""`QFTOptimizer`: all that the optimizers of INT8 weights have in common.
+"""`QFTOptimizer`: the common base of the optimizers of INT8 weights.
 
-A rule, such as Lion's (`lion.py`), says which state a parameter has and how one step goes. Here is
-the rest: parameters are numbered, each gradient that the flow (`flow.py`) hands over becomes an
-update, and steps are counted for the random numbers that round. What is saved and loaded is the
-state as it is stored (`saved.py`).
+A rule, such as Lion's (`lion.py`), defines the state of a parameter and how one step updates it.
+The base does the rest: it numbers parameters, turns each gradient that the flow (`flow.py`) hands
+over into an update, and counts the steps that index the random numbers for rounding. State is saved
+and loaded in its stored form (`saved.py`).
 """
 
 import logging
@@ -33,7 +33,7 @@ from .state import StateFormat, StepCounter, initial_state
 
 logger = logging.getLogger(__name__)
 
-OWN_ROWS = "own rows"  # key of the plans of a weight
+OWN_ROWS = "own rows"  # key in the `plans` of a weight
 
 _living: WeakSet["QFTOptimizer"] = WeakSet()
 
@@ -41,41 +41,41 @@ _living: WeakSet["QFTOptimizer"] = WeakSet()
 class QFTOptimizer(Optimizer):
     """Base of the optimizers whose weights, gradients and state are INT8.
 
-    Random numbers depend on `seed`, the number of the step, the position of the parameter among
-    all parameters and the position of the element, on nothing else: from the same gradients a step
-    makes the same bits on any device, with any number of threads and after a restart.
+    Random numbers depend only on `seed`, the number of the step, the position of the parameter
+    among all parameters and the position of the element. So a step on the same gradients makes the
+    same bits on any device, with any number of threads and after a restart.
 
-    A step consumes the gradients: each `.grad` is None afterwards, freed as its parameter is
-    updated.
+    A step consumes the gradients: each `.grad` is freed when its parameter is updated, and is None
+    afterwards.
 
     Args:
         params: Parameters or parameter groups, as any `torch.optim.Optimizer` takes them.
-        defaults: Options of a group beside those below, `lr` and `weight_decay` among them.
-        gradient: Where a gradient goes. `"stack"`: INT8 gradients wait for `step`. `"release"`:
-            each is used and freed the moment backward has completed it, so that only one is alive;
-            the results are the same bits. Any backward pass updates weights then, until `eval`.
+        defaults: Options of a group other than those below, including `lr` and `weight_decay`.
+        gradient: When gradients are used. `"stack"`: INT8 gradients wait for `step`. `"release"`:
+            each is used and freed as soon as backward has completed it, so only one is alive;
+            results are the same bits. Any backward pass then updates weights, until `eval`.
         maximize: Maximize the objective.
-        stochastic_rounding: False rounds weights to nearest, for ablation: that does not train.
-        nonfinite: What `step` does when a gradient has a NaN or infinity: `"raise"`, or `"skip"`
-            the step, drop the gradients, count in `skipped_steps` and log. Either way weights and
-            state are untouched. Release cannot skip, and raises when weights are updated, at the
-            step: backward does not wait for a GPU to tell.
+        stochastic_rounding: False rounds weights to nearest, for ablations: it does not train.
+        nonfinite: What `step` does if a gradient has a NaN or infinity: `"raise"`, or `"skip"` the
+            step, which drops the gradients, counts in `skipped_steps` and logs. Both leave weights
+            and state unchanged. Release cannot skip, and raises in `step`, after weights were
+            updated, because backward does not wait for a GPU.
         accumulation: With `gradient="release"`: `"keep"` the INT8 gradients of micro-batches until
-            the last one, or `"forbid"` more than one. See `accumulate`.
-        clipping: With `gradient="release"`, how `max_grad_norm` is honoured: `"exact"`,
-            `"previous"` or `"tensor"`; see `release.Release`. Waiting gradients are clipped as
-            usual, by `torch.nn.utils.clip_grad_norm_`.
+            the last one, or `"forbid"` more than one micro-batch. See `accumulate`.
+        clipping: With `gradient="release"`, how `max_grad_norm` is applied: `"exact"`, `"previous"`
+            or `"tensor"`; see `release.Release`. With `"stack"`, clip gradients as usual, by
+            `torch.nn.utils.clip_grad_norm_`.
         max_grad_norm: With `clipping`: the norm to clip to.
-        is_accumulating: With `gradient="release"`: whether the backward pass that is running is
-            followed by another of the same step. The Trainer's optimizer asks Accelerate; in a loop
-            of your own with Accelerate pass `qft_hf.hf.is_accumulating`, else use `accumulate`.
+        is_accumulating: With `gradient="release"`: returns whether another backward pass of the
+            same step follows the current one. The Trainer's optimizer asks Accelerate. In your own
+            loop pass `qft_hf.hf.is_accumulating` if it uses Accelerate, or use `accumulate`.
         seed: Key of the random numbers, in [0, 2**63).
 
     Raises:
         ValueError: An argument is out of its range.
     """
 
-    # Settings beside those of the groups: arguments of `__init__` and attributes.
+    # Settings of the whole optimizer: arguments of `__init__` that are also attributes.
     SETTINGS: ClassVar[tuple[str, ...]] = (
         "gradient",
         "nonfinite",
@@ -86,7 +86,7 @@ class QFTOptimizer(Optimizer):
     )
 
     takes_tiles = False
-    # Whether steps take their numbers from `live`, if it has any: else no graph may repeat one.
+    # Whether steps read their numbers from `live` if it is set; otherwise no graph may replay one.
     reads_live = False
 
     @property
@@ -123,17 +123,17 @@ class QFTOptimizer(Optimizer):
         self.train()
 
     def _prepare(self) -> None:
-        """Make what lives beside the state: where gradients go, and where parameters stand."""
+        """Create what is not part of the state: the flow, parameters' places and caches."""
         self.processes = Processes.found()
         self.flow = self._make_flow()
-        self._places: dict[int, tuple[int, int]] = {}  # number and group of each, by identity
-        # What is made of state tensors once, by their identity.
+        self._places: dict[int, tuple[int, int]] = {}  # number and group of each, by its id
+        # Objects made once from state tensors, by the ids of these.
         self._quantized: dict[int, kernels.Quantized] = {}
         self._counters: dict[int, StepCounter] = {}
         self._has_stepped = False
-        self._n_begun_anew = 0  # states since the last step
-        self._whole: dict[int, dict[str, Any]] | None = None  # what `consolidate` has brought
-        # The numbers of this step, and what puts them there: see `capturable.py`.
+        self._n_begun_anew = 0  # states reset since the last step
+        self._whole: dict[int, dict[str, Any]] | None = None  # state that `consolidate` gathered
+        # The numbers of this step, and the function that writes them: see `capturable.py`.
         self.live: Tensor | None = None
         self.write_numbers: Callable[[], None] | None = None
         _living.add(self)
@@ -147,10 +147,10 @@ class QFTOptimizer(Optimizer):
 
     @abstractmethod
     def state_format(self, parameter: Tensor) -> StateFormat:
-        """The form of each state tensor of a parameter, quantized or float."""
+        """Return the form of each state tensor of a parameter, quantized or float."""
 
     def state_hint(self, parameter: Tensor, state: dict[str, Any]) -> str | None:
-        """What a state that does not fit would fit, for an error; None: nothing known."""
+        """Return, for an error text, what a state that does not fit belongs to; None if unknown."""
         return None
 
     @abstractmethod
@@ -162,14 +162,14 @@ class QFTOptimizer(Optimizer):
         group: dict[str, Any],
         rounding: kernels.Rounding,
     ) -> None:
-        """One step of a quantized weight and its state, in place.
+        """Update a quantized weight and its state by one step, in place.
 
         Args:
             weight: Modified.
             gradient: Finite.
-            state: Its state tensors by name, modified.
-            group: Options of its group.
-            rounding: The random numbers; its `step` is the number of this step, from 1.
+            state: State tensors of the weight by name, modified.
+            group: Options of the weight's group.
+            rounding: The random numbers; `rounding.step` is the number of this step, from 1.
         """
 
     @abstractmethod
@@ -182,7 +182,7 @@ class QFTOptimizer(Optimizer):
         steps: list[int],
         streams: list[int],
     ) -> None:
-        """One step of float parameters of one group on one device, in place."""
+        """Update float parameters of one group on one device by one step, in place."""
 
     def step_tiles(
         self,
@@ -193,43 +193,43 @@ class QFTOptimizer(Optimizer):
         rounding: kernels.Rounding,
         factor: Tensor | None,
     ) -> Tensor:
-        """`step_weight` with a gradient in float tiles, where `takes_tiles` says so.
+        """Like `step_weight`, with a gradient in float tiles; called if `takes_tiles` is set.
 
         Args:
             weight: Modified.
-            gradient: Rows that are not finite leave theirs of weight and state alone.
+            gradient: A row with non-finite values leaves its row of weight and state unchanged.
             state: Modified.
-            group: Options of its group.
+            group: Options of the weight's group.
             rounding: The random numbers.
-            factor: What the quantized gradient is multiplied by: fp32 scalar or None.
+            factor: Multiplies the quantized gradient: fp32 scalar or None.
 
         Returns:
-            Sums of squares of the quantized gradient, without the factor: fp64, to be added up.
+            Squared norms of the rows of the quantized gradient, without the factor: fp64 `[rows]`.
         """
-        raise NotImplementedError(f"{type(self).__name__} takes no gradients in tiles.")
+        raise NotImplementedError(f"{type(self).__name__} does not accept gradients in tiles.")
 
     def numbers(self, group: dict[str, Any], step: int) -> tuple[float, ...]:
-        """What a parameter of this group finds in `live` at this step: up to `N_LIVE` numbers."""
+        """Return the numbers in `live` for a group at this step, up to `N_LIVE`."""
         return float(group["lr"]), float(group["weight_decay"]), step
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raise for options of a group that are out of their range.
+        """Raise if an option of a group is out of range.
 
         Raises:
-            ValueError: The text names the option and its range.
+            ValueError: An option is out of range. The text names it and its range.
         """
         check_group(group)
 
     # --- what a rule may use
 
     def live_of(self, stream: int, n_numbers: int = 3) -> Tensor | None:
-        """The first numbers in `live` of the parameter of this stream, if there are any."""
+        """Return the first numbers in `live` for the parameter of this stream, if it is set."""
         return None if self.live is None else self.live[stream, :n_numbers]
 
     def quantized(
         self, state: dict[str, Tensor], name: str, group_size: int | None, bits: int = 8
     ) -> kernels.Quantized:
-        """The state tensors `<name>_codes` and `<name>_scales` together; checked and made once."""
+        """Return state tensors `<name>_codes` and `<name>_scales` together, checked only once."""
         codes = state[f"{name}_codes"]
         found = self._quantized.get(id(codes))
         if found is None or found.codes is not codes:
@@ -240,7 +240,7 @@ class QFTOptimizer(Optimizer):
     # --- parameters
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; they are numbered in the order in which they come.
+        """Add parameters, which are numbered in the order in which they are added.
 
         Raises:
             TypeError: A parameter is neither quantized nor fp32 or bf16.
@@ -269,7 +269,7 @@ class QFTOptimizer(Optimizer):
             self._places[id(parameter)] = (len(self._places), group)
 
     def parameters(self) -> Iterator[Parameter]:
-        """All, in the order of their numbers."""
+        """Yield all parameters in the order of their numbers."""
         for group in self.param_groups:
             yield from group["params"]
 
@@ -278,44 +278,44 @@ class QFTOptimizer(Optimizer):
     def train(self) -> None:
         """Have backward hand over complete gradients; the Trainer calls this every step.
 
-        Another optimizer that had these parameters has them no longer.
+        Another optimizer that was attached to these parameters is detached from them.
         """
         self.flow.attach(self.parameters())
 
     def eval(self) -> None:
-        """Leave gradients where backward puts them, until `train` or the next step."""
+        """Leave gradients in `.grad` until `train`, or until a release step finds them there."""
         self.flow.detach(self.parameters())
 
     def accumulate(self) -> AbstractContextManager[None]:
-        """Backward passes within keep their gradients for the one that follows; release needs it.
+        """Return a context in which backward passes keep their gradients for a later pass.
 
-        The Trainer's optimizer knows without it; see `is_accumulating`.
+        Accumulation with release needs it, except in the Trainer; see `is_accumulating`.
         """
         return self.flow.accumulate()
 
     def measure_norm(self) -> AbstractContextManager[None]:
-        """A backward pass within only finds the norm that `clipping="exact"` then clips by.
+        """Return a context in which backward only measures the norm for `clipping="exact"`.
 
         Raises:
-            RuntimeError: Gradients wait for the step and can be clipped as usual.
+            RuntimeError: Gradients wait for the step, where they can be clipped as usual.
         """
         return self.flow.measure_norm()
 
     @property
     def n_released(self) -> int:
-        """How many gradients of the step that is under way have been used already."""
+        """Number of gradients that release has taken in the current step."""
         return self.flow.n_taken if self.gradient == "release" else 0
 
     @property
     def released_norm(self) -> Tensor | None:
         """Global norm, before clipping, of the gradients that the last step released: fp32.
 
-        None if it released none. Gradients that waited for the step are not in it: the norm of
-        those is what `torch.nn.utils.clip_grad_norm_` returned.
+        None if it released none. Gradients that waited for the step are not included:
+        `torch.nn.utils.clip_grad_norm_` returned their norm.
         """
         return self.flow.released_norm
 
-    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 as torch has it
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 as in torch
         """Drop all gradients, and give up a step that failed half-way."""
         super().zero_grad(set_to_none)
         self.flow.clear()
@@ -323,7 +323,7 @@ class QFTOptimizer(Optimizer):
     # --- a step
 
     def check_groups(self) -> None:
-        """`check_group` of all: a scheduler may have written anything since the last step."""
+        """Check all groups: a scheduler may have changed any option since the last step."""
         for group in self.param_groups:
             self.check_group(group)
 
@@ -337,8 +337,8 @@ class QFTOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient, and free each gradient.
 
-        INT8 weights go first; float parameters follow together. With `gradient="release"` INT8
-        weights were updated during backward, and the step ends here.
+        INT8 weights are updated first, then all float parameters together. With
+        `gradient="release"` INT8 weights were updated during backward, and this ends the step.
 
         Args:
             closure: Re-evaluates the model and returns the loss.
@@ -347,9 +347,9 @@ class QFTOptimizer(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            FloatingPointError: A gradient is not finite and `nonfinite="raise"`. If gradients have
-                waited, weights, state and gradients are as before.
-            RuntimeError: The step before was interrupted half-way.
+            FloatingPointError: A gradient is not finite and `nonfinite="raise"`. With
+                `gradient="stack"`, weights, state and gradients are unchanged.
+            RuntimeError: The previous step was interrupted half-way.
             ValueError: An option of a group is out of its range. Nothing was updated.
         """
         loss = None
@@ -359,20 +359,21 @@ class QFTOptimizer(Optimizer):
         if self._n_begun_anew:
             logger.warning(
                 "%d weights have become float or INT8 since the last step: "
-                "their state in %s begins anew",
+                "their state in %s is reset",
                 self._n_begun_anew,
                 type(self).__name__,
             )
             self._n_begun_anew = 0
         if self.write_numbers is None:
             self.check_groups()
-        else:  # which checks them
+        else:  # this checks the groups too
             self.write_numbers()
         if not self._has_stepped:
             if self.processes is None and Processes.found() is not None:
                 raise RuntimeError(
-                    f"{type(self).__name__} was made before torch.distributed.init_process_group, "
-                    "and would train this process alone. Make it afterwards."
+                    f"{type(self).__name__} was created before "
+                    "torch.distributed.init_process_group, and would train on this process alone. "
+                    "Create it afterwards."
                 )
             self._has_stepped = True
             self._warn_without_int8()
@@ -400,15 +401,16 @@ class QFTOptimizer(Optimizer):
     def update(
         self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None
     ) -> Tensor | None:
-        """Update one quantized weight and its state in place; the flow calls it.
+        """Update one quantized weight and its state in place; called by the flow.
 
         Args:
             parameter: A `QFTWeight`.
-            gradient: An `Int8Gradient`, or a `TiledGradient` where `takes_tiles` says so.
-            factor: What a gradient in tiles is multiplied by: fp32 scalar.
+            gradient: An `Int8Gradient`, or a `TiledGradient` if `takes_tiles` is set.
+            factor: Multiplies a gradient in tiles: fp32 scalar.
 
         Returns:
-            Squared norms of the rows of a gradient in tiles, without the factor: fp64. Else None.
+            For a gradient in tiles, the squared norms of its rows without the factor: fp64.
+            Otherwise None.
         """
         stream, number = self._places[id(parameter)]
         group = self.param_groups[number]
@@ -419,8 +421,8 @@ class QFTOptimizer(Optimizer):
         stored: kernels.Weight = parameter.stored  # type: ignore[attr-defined]  # a QFTWeight
         codes = stored.codes
         own: slice | None = gradient.own_rows  # type: ignore[attr-defined]
-        if own is not None:  # of several processes
-            if not gradient.has_rows:  # type: ignore[attr-defined]  # of `own_rows.py`
+        if own is not None:  # several processes train
+            if not gradient.has_rows:  # type: ignore[attr-defined]  # a class of `own_rows.py`
                 return None
             rounding = rounding._replace(first_row=own.start)
             plan = stored.plans.get(OWN_ROWS)
@@ -428,8 +430,8 @@ class QFTOptimizer(Optimizer):
                 plan = stored.plans[OWN_ROWS] = stored.rows(own)
             stored = plan
             self._whole = None
-        # Autograd then refuses to read for backward what has moved on since it was used. Compiled
-        # layers keep the codes for it, not the weight.
+        # Autograd then refuses a backward pass that saved the weight before this update. Compiled
+        # layers save the codes instead of the weight.
         torch.autograd.graph.increment_version((parameter, codes))
         if isinstance(gradient, TiledGradient):
             return self.step_tiles(stored, gradient, state, group, rounding, factor)
@@ -439,7 +441,7 @@ class QFTOptimizer(Optimizer):
 
     @torch.no_grad()
     def update_floats(self, pairs: list[tuple[Parameter, Tensor]]) -> None:
-        """Update float parameters and their states in place: one call a group and device."""
+        """Update float parameters and their states in place: one call per group and device."""
         calls: dict[tuple[int, torch.device], list[tuple[Parameter, Tensor]]] = {}
         for parameter, gradient in pairs:
             _, number = self._places[id(parameter)]
@@ -457,7 +459,7 @@ class QFTOptimizer(Optimizer):
             )
 
     def updated(self, parameters: Sequence[Parameter]) -> None:
-        """Do what updates do on the host, after a graph has repeated them on the device."""
+        """Do the host's part of updates after a graph has replayed them on the device."""
         for parameter in parameters:
             self._next_step(self.state[parameter])
         torch.autograd.graph.increment_version(parameters)
@@ -471,7 +473,7 @@ class QFTOptimizer(Optimizer):
         return state
 
     def _own_format(self, parameter: Parameter) -> StateFormat:
-        """The form of the state that this process has of a parameter."""
+        """Return the form of the state that this process keeps for a parameter."""
         wanted = self.state_format(parameter)
         return wanted if self.processes is None else self.processes.own_format(wanted, parameter)
 
@@ -483,28 +485,28 @@ class QFTOptimizer(Optimizer):
         return counter.next()
 
     def fit_state(self, parameter: Parameter) -> None:
-        """After the inside of a parameter was replaced, have its state fit the new one.
+        """Fit the state of a parameter to its data after the data were replaced.
 
-        Rows that stay keep their state, new ones begin; and so do all of a weight that has become
-        float or INT8, which the next step says.
+        Rows that remain keep their state, and new rows start with a fresh one. A weight that has
+        become float or INT8 starts with a fresh state, which the next step logs.
         """
         state = self.state.get(parameter)
         if not state:
             return
         wanted = self._own_format(parameter)
         if wanted.keys() != state.keys() - {"step"}:
-            del self.state[parameter]  # made at the next step: after the last one there is none
+            del self.state[parameter]  # the next step, if there is one, creates it again
             self._n_begun_anew += 1
             return
         if all(state[name].shape == form.shape for name, form in wanted.items()):
             return
         if self.processes is not None and isinstance(parameter, QFTWeight):
             raise RuntimeError(
-                "The number of rows of a weight was changed, and other processes own other rows "
-                "than before. Resize the model before training, or train on one process."
+                "The number of rows of a weight was changed, which changes the rows that each "
+                "process owns. Resize the model before training, or train on one process."
             )
         for name, fresh in initial_state(wanted, parameter.device).items():
-            if fresh.ndim:  # `step` counts on
+            if fresh.ndim:  # not `step`, which is kept
                 n_kept = min(len(fresh), len(state[name]))
                 fresh[:n_kept] = state[name][:n_kept]
                 state[name] = fresh
@@ -512,7 +514,7 @@ class QFTOptimizer(Optimizer):
     # --- saved, copied, and on several processes
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned; INT8 stays INT8. Hooks are called as torch does.
+        """Load what `state_dict` returned; INT8 stays INT8, and hooks are called as in PyTorch.
 
         `torch.optim.Optimizer` would cast every state tensor to the dtype of its parameter.
 
@@ -531,33 +533,33 @@ class QFTOptimizer(Optimizer):
         self._quantized.clear()
         self._counters.clear()
         self.flow.restart(previous_norm=found.previous_norm)
-        self.train()  # Accelerate loads the state after it has moved the model, which cuts hooks
+        self.train()  # Accelerate moves the model before this, which disconnects hooks
         for loaded_hook in self._optimizer_load_state_dict_post_hooks.values():
             loaded_hook(self)
 
     def consolidate(self) -> None:
-        """Bring the state of all rows to the host of process 0, which alone can save it then.
+        """Gather the state of all rows on the host of process 0, which alone can then save it.
 
-        Every process calls it, before the first of them calls `state_dict`; until the next step.
-        On one process there is nothing to bring.
+        Every process must call this before any of them calls `state_dict`. The result is valid
+        until the next step. On one process it does nothing.
         """
         if self.processes is not None:
             whole = whole_states(self, self.processes)
             self._whole = whole if self.processes.rank == 0 else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain tensors and numbers: state by parameter, groups, and the norm that clips next.
+        """Return plain tensors and numbers: state by parameter, groups, norm for the next clipping.
 
-        It is the same whether one process has trained or several.
+        The form is the same whether one process has trained or several.
 
         Raises:
-            RuntimeError: Several processes have the rows, and `consolidate` has not been called
-                since the last step, or this is not process 0.
+            RuntimeError: The rows are on several processes, and `consolidate` was not called since
+                the last step, or this is not process 0.
         """
         if n := self.flow.n_taken:
             logger.warning(
                 "The optimizer's state is read while a step has taken the gradients of %d "
-                "parameters and has not ended: who resumes from it begins between two steps",
+                "parameters and has not ended: a run that resumes from it starts between two steps",
                 n,
             )
         state_dict = super().state_dict()
@@ -575,22 +577,22 @@ class QFTOptimizer(Optimizer):
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles keep; `Optimizer` keeps its own three attributes only.
+        """Return what copies and pickles keep; `Optimizer` itself keeps only three attributes.
 
         Raises:
-            RuntimeError: A step has begun and not ended, and a copy would go on without the rest.
+            RuntimeError: A step has not ended, and a copy would miss its remaining gradients.
         """
         if n := self.flow.n_taken:
             raise RuntimeError(
-                f"A step has taken the gradients of {n} parameters and has not ended, and a copy "
-                "would go on without the others. Copy the optimizer after step(), or give the step "
-                "up by zero_grad()."
+                f"A step has taken the gradients of {n} parameters and has not ended, so a copy "
+                "would continue without the rest of the step. Copy the optimizer after step(), or "
+                "give up the step with zero_grad()."
             )
         kept = {name: getattr(self, name) for name in (*self.SETTINGS, "skipped_steps")}
         return {**super().__getstate__(), **kept, PREVIOUS_NORM: self.flow.previous_norm}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also called by `load_state_dict`, which keeps what lives beside the state."""
+        """Restore a copy or pickle; `load_state_dict` calls this too, and keeps the flow."""
         previous_norm = state.pop(PREVIOUS_NORM, None)
         super().__setstate__(state)
         if "flow" not in self.__dict__:  # unpickled or copied
@@ -600,10 +602,10 @@ class QFTOptimizer(Optimizer):
             self.flow.previous_norm = previous_norm
 
     def broadcast(self) -> None:
-        """Give all processes the parameters of process 0; each of them calls it.
+        """Copy the parameters of process 0 to all processes, each of which must call this.
 
         Raises:
-            ValueError: The processes have other settings or other parameters.
+            ValueError: The processes differ in settings or parameters.
         """
         if self.processes is not None:
             agree_on_settings(self, self.processes)
@@ -611,6 +613,6 @@ class QFTOptimizer(Optimizer):
 
 
 def fit_states(parameter: Parameter) -> None:
-    """`QFTOptimizer.fit_state` in every optimizer that is alive; others know nothing of it."""
+    """Call `fit_state` of every optimizer that is alive; those without the parameter ignore it."""
     for optimizer in _living:
         optimizer.fit_state(parameter)

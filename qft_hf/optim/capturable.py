@@ -1,8 +1,8 @@
-"""Backward passes and steps of an optimizer in a form that CUDA graphs may repeat.
+"""Backward passes and steps of an optimizer in a form that CUDA graphs can replay.
 
-A graph repeats kernels with the numbers and addresses that they had when it was captured, and none
-of the Python between them. So numbers that differ from step to step are in device memory, no pass
-waits for a value, and what the host does beside the kernels is done again after each replay.
+A graph replays kernels with the numbers and addresses that they had when it was captured, and none
+of the Python code between them. So numbers that differ from step to step are in device memory, no
+pass waits for a value, and the host's part of the work is done again after each replay.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ from .flow import Left, RunPart, run_directly
 class CapturableSteps:
     """Makes the steps of an optimizer capturable, from now on until `end`.
 
-    No kernel repeats a number of a step: `live` has them.
+    Kernels read the numbers of a step from `live`, so no graph replays those of another step.
 
     Args:
         optimizer: Modified. All its parameters are on one device.
-        run_part: Runs the parts of a step that wait for no value, and may repeat them by a graph.
+        run_part: Runs the parts of a step that wait for no value, or replays a graph of them.
     """
 
     def __init__(self, optimizer: QFTOptimizer, run_part: RunPart) -> None:
@@ -32,7 +32,7 @@ class CapturableSteps:
         self._numbers: Tensor | None = None
         parameters = list(optimizer.parameters())
         if optimizer.reads_live and parameters:
-            # Rows of 64 bytes: each begins at an address that kernels take as aligned.
+            # Rows of 64 bytes: each begins at an address that is aligned for kernels.
             shape = len(parameters), N_LIVE
             self._numbers = torch.zeros(shape, dtype=torch.float64, device=parameters[0].device)
         optimizer.write_numbers = self.write_numbers
@@ -44,9 +44,9 @@ class CapturableSteps:
         self.optimizer.flow.is_captured, self.optimizer.flow.run_part = False, run_directly
 
     def write_numbers(self) -> None:
-        """Put the numbers of the next step where captured kernels read them: one transfer.
+        """Write the numbers of the next step where captured kernels read them, in one transfer.
 
-        To be called before each pass; a step does so itself.
+        Must be called before each pass; a step calls it itself.
 
         Raises:
             ValueError: An option of a group is out of its range.
@@ -59,7 +59,7 @@ class CapturableSteps:
                 for group in optimizer.param_groups
                 for parameter in group["params"]
             ]
-            pinned = self._numbers.is_cuda  # then the host does not wait for the step before
+            pinned = self._numbers.is_cuda  # so the host does not wait for the previous step
             numbers = torch.tensor(rows, dtype=torch.float64, pin_memory=pinned)
             self._numbers[:, : len(rows[0])].copy_(numbers, non_blocking=True)
         optimizer.live = self._numbers
@@ -69,9 +69,10 @@ class CapturableSteps:
         return int(state["step"]) if state else 0
 
     def repeated(self) -> list[Any]:
-        """Addresses and numbers that a pass captured now would repeat; if they change, it is void.
+        """Return what a pass captured now would repeat: addresses and numbers.
 
-        Tensors that come and go with a pass are none of them.
+        If one of them changes, the graph is invalid. Tensors that live only during a pass are
+        not included.
         """
         optimizer = self.optimizer
         repeated: list[Any] = [
@@ -92,10 +93,10 @@ class CapturableSteps:
         return repeated
 
     def left(self) -> Left:
-        """What a pass that was captured has left on the host."""
+        """Return what a captured pass has left on the host."""
         return self.optimizer.flow.left(self.optimizer.parameters())
 
     def replayed(self, left: Left) -> None:
-        """The device has run that pass again: be as after it."""
+        """Bring the host to its state after that pass, which the device has replayed."""
         self.optimizer.flow.replayed(left)
         self.optimizer.updated(left.updated)

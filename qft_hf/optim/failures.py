@@ -1,7 +1,7 @@
-"""How a process that fails tells the others, and why they stop.
+"""How a process that fails tells the others why, so that they stop.
 
-It says so in the store of the launcher, and the others, while they wait for it, look there about
-once a second. So they raise soon, and name the process and its error.
+It writes a report to the store of the launcher. While the others wait for it, they check the store
+about once a second, so they soon raise an error that names the process and its error.
 """
 
 import logging
@@ -12,18 +12,19 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # how often a process that waits looks whether another has failed
+LOOK_SECONDS = 1.0  # interval at which a waiting process checks whether another has failed
 _KEY = "failure"
 
 
 class Failures:
-    """What processes that failed have told.
+    """Reports of processes that failed.
 
     Args:
         rank: Number of this process.
 
     Attributes:
-        store: A part of the launcher's store that no others use; None: nobody can be told yet.
+        store: A part of the launcher's store that nothing else uses; None: reports are not
+            possible yet.
     """
 
     def __init__(self, rank: int) -> None:
@@ -31,10 +32,10 @@ class Failures:
         self.store: Any = None
 
     def first(self, *, patience: float = 0.0) -> str | None:
-        """What the first process that failed has told; None: nobody has.
+        """Return the report of the first process that failed; None if there is none.
 
         Args:
-            patience: How many seconds to wait for somebody to tell.
+            patience: How many seconds to wait for a report.
         """
         deadline = time.monotonic() + patience
         with self._store_may_be_gone():
@@ -47,38 +48,38 @@ class Failures:
         return None
 
     def report(self, error: BaseException) -> None:
-        """Tell the others that this process fails, if nobody has failed before."""
+        """Report to the others that this process fails, unless there is a report already."""
         if self.store is None or self.first() is not None:
             return
         with self._store_may_be_gone():
             self.store.compare_set(_KEY, "", self.text(error))
 
     def tell(self, error: BaseException) -> None:
-        """`report`; or note at the error, if it is another's, what that one has reported."""
+        """Report the error; if another process has reported first, add its report as a note."""
         told = self.first(patience=LOOK_SECONDS if isinstance(error, RuntimeError) else 0.0)
         if told is None:
             self.report(error)
         elif told not in str(error) and not told.startswith(f"Process {self.rank}:"):
-            error.add_note(f"The first process that failed was another. {told}")
+            error.add_note(f"Another process failed first. {told}")
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """Within, an exception is reported to the others."""
+        """Within this context, an exception is reported to the other processes."""
         try:
             yield
-        except FloatingPointError:  # the mean of gradients is not finite on any of them
+        except FloatingPointError:  # all raise it: they share the mean of gradients
             raise
         except BaseException as error:
             self.report(error)
             raise
 
     def text(self, error: BaseException) -> str:
-        """What this process tells of its error."""
+        """Return the report of this process about its error."""
         return f"Process {self.rank}: {type(error).__name__}: {error}"
 
     @contextmanager
     def _store_may_be_gone(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # with the process that held it
+        except RuntimeError as error:  # the process that held it has ended
             logger.warning("The store of the processes cannot be reached: %s", error)

@@ -1,7 +1,7 @@
-"""From backward to the update: who owns each gradient once it is complete.
+"""The flow of gradients from backward to the update, by an object that owns them on the way.
 
 `Stack` (`stack.py`) leaves gradients in `.grad`, in INT8, until the step. `Release` (`release.py`)
-uses each one the moment backward has completed it and frees it.
+uses and frees each one as soon as backward has completed it.
 """
 
 import weakref
@@ -25,7 +25,7 @@ HALF_A_STEP = (
 
 
 class Updates(Protocol):
-    """The optimizer that a flow works for, with the settings that the flow goes by."""
+    """The optimizer of a flow: the settings and methods that the flow uses."""
 
     nonfinite: str
     accumulation: str
@@ -35,20 +35,20 @@ class Updates(Protocol):
     processes: Processes | None
 
     takes_tiles: bool  # whether `update` takes a `TiledGradient`
-    reads_live: bool  # whether a graph may repeat updates
+    reads_live: bool  # whether a graph may replay updates
 
     def parameters(self) -> Iterator[Parameter]:
-        """All that the flow is attached to, in the order of their numbers."""
+        """Yield all parameters of the flow in the order of their numbers."""
         ...
 
     def check_groups(self) -> None:
-        """Raise for options that are out of their range."""
+        """Raise if an option is out of range."""
         ...
 
     def update(
         self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None
     ) -> Tensor | None:
-        """Update a quantized weight; squared norms of the rows of a `TiledGradient`."""
+        """Update a quantized weight; return the squared norms of the rows of a `TiledGradient`."""
         ...
 
     def update_floats(self, pairs: list[tuple[Parameter, Tensor]]) -> None:
@@ -56,12 +56,12 @@ class Updates(Protocol):
         ...
 
     def updated(self, parameters: Sequence[Parameter]) -> None:
-        """Do what updates do on the host, after a graph has repeated them on the device."""
+        """Do the host's part of updates after a graph has replayed them on the device."""
         ...
 
 
 class RunPart(Protocol):
-    """Runs a part of a step that waits for no value; a graph may do it again."""
+    """Runs a part of a step that waits for no value; may replay a graph instead."""
 
     def __call__(
         self,
@@ -73,11 +73,11 @@ class RunPart(Protocol):
         """Run a part.
 
         Args:
-            name: Of the part, the same at every step.
-            part: What runs on the device depends on nothing but the gradients in `.grad` and on
-                what is in memory.
-            repeated: Does on the host what the part does there, after a graph has run instead of
-                it; None: nothing. A part with it updates parameters.
+            name: Name of the part, the same at every step.
+            part: Its work on the device depends only on the gradients in `.grad` and on values
+                in memory.
+            repeated: Does the part's work on the host after a graph was replayed in its place;
+                None: there is none. A part with this argument updates parameters.
 
         Returns:
             The part's result: a tensor or None.
@@ -91,7 +91,7 @@ def run_directly(
     *,
     repeated: Callable[[], None] | None = None,
 ) -> Result:
-    """Run a part of a step, and capture nothing; a `RunPart`."""
+    """Run a part of a step without capturing it; a `RunPart`."""
     return part()
 
 
@@ -99,9 +99,9 @@ class Left(NamedTuple):
     """What a backward pass leaves on the host until the step.
 
     Attributes:
-        updated: Parameters that it has updated.
-        squares: Squared norms of all gradients that it has taken but `floats`.
-        floats: Gradients that wait for each other.
+        updated: Parameters that the pass has updated.
+        squares: Squared norms of the gradients that the pass has measured.
+        floats: Small float gradients, which are used together in the step.
     """
 
     updated: tuple[Parameter, ...] = ()
@@ -112,55 +112,55 @@ class Left(NamedTuple):
 class Flow(ABC):
     """Owns the gradients of one optimizer from the end of backward to the update.
 
-    As a hook on its parameters it is told when a gradient is complete. A parameter obeys one flow,
-    the one that was attached last: two would both use, and free, one gradient. The flow does not
-    keep its optimizer alive; once that is gone it does nothing.
+    The flow is a hook on its parameters, called when a gradient is complete. A parameter has one
+    flow, the one attached last: two would both use and free the same gradient. The flow does not
+    keep its optimizer alive, and does nothing once the optimizer is gone.
 
     Args:
-        optimizer: What makes the updates.
+        optimizer: Makes the updates.
     """
 
-    # Whether gradients may come in float tiles now; see `QFTWeight.wants_tiles`.
+    # Whether backward may hand over float tiles now; see `QFTWeight.wants_tiles`.
     wants_tiles = False
     # Whether backward passes may be captured by a CUDA graph.
     is_captured = False
     run_part: RunPart = staticmethod(run_directly)
-    # Norms of the last step, before clipping: of the gradients that it released, and of all.
+    # Norms of the last step before clipping: of the released gradients, and of all gradients.
     released_norm: Tensor | None = None
     previous_norm: Tensor | None = None
 
     def __init__(self, optimizer: Updates) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._is_inside_accumulate = False
-        self._n_updated = 0  # parameters, by a step that has begun and not ended
+        self._n_updated = 0  # parameters updated by a step that has not ended
         self.is_attached = False
 
     @property
     def optimizer(self) -> Updates:
-        """The optimizer, which is alive while it steps; a hook asks `_optimizer` whether it is."""
+        """The optimizer, which is alive during a step; a hook has to check `_optimizer` first."""
         return self._optimizer()  # type: ignore[return-value]
 
     def __call__(self, parameter: Parameter) -> None:
-        """What autograd calls: the gradient of `parameter` is complete."""
+        """Handle the complete gradient of `parameter`; called by autograd."""
         if self._optimizer() is not None:
             quantize_gradient_(parameter)
             self.complete(parameter)
 
     @abstractmethod
     def listens_to(self, parameter: Parameter) -> bool:
-        """Whether to be told when the gradient of this parameter is complete."""
+        """Return whether the flow is called when the gradient of this parameter is complete."""
 
     @abstractmethod
     def complete(self, parameter: Parameter) -> None:
-        """A gradient is complete in `.grad`."""
+        """Handle a gradient that is complete in `.grad`."""
 
     @abstractmethod
     def step(self, parameters: list[Parameter]) -> bool:
-        """Update what waits; returns False if the step was skipped."""
+        """Update parameters whose gradients wait; return False if the step was skipped."""
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Within, backward passes keep their gradients for the one that follows outside."""
+        """Within this context, backward passes keep their gradients for a pass outside of it."""
         self._is_inside_accumulate = True
         try:
             yield
@@ -172,32 +172,32 @@ class Flow(ABC):
         return self._is_inside_accumulate or (ask is not None and ask())
 
     def measure_norm(self) -> AbstractContextManager[None]:
-        """A backward pass within only finds the norm that `clipping="exact"` then clips by."""
+        """Return a context in which backward only measures the norm for `clipping="exact"`."""
         raise RuntimeError(
             "measure_norm() is for gradient='release'. With gradient='stack', call "
             "torch.nn.utils.clip_grad_norm_ between backward and step."
         )
 
     def clear(self) -> None:
-        """Give up a step that was begun."""
+        """Give up a step that has begun."""
         self._n_updated = 0
 
     def restart(self, *, previous_norm: Tensor | None) -> None:
-        """Go on from a checkpoint, whatever state a failed step has left."""
+        """Continue from a checkpoint, whatever state a failed step has left."""
         self.clear()
         self.previous_norm = previous_norm
         self.released_norm = None
 
     @abstractmethod
     def left(self, parameters: Iterable[Parameter]) -> Left:
-        """What a backward pass that was captured has left of these parameters."""
+        """Return what a captured backward pass of these parameters has left on the host."""
 
     @abstractmethod
     def replayed(self, left: Left) -> None:
-        """The device has run that pass again: be as after it."""
+        """Bring the flow to its state after that pass, which the device has replayed."""
 
     def attach(self, parameters: Iterable[Parameter]) -> None:
-        """Take the place of another flow on these parameters; hooks of others stay."""
+        """Replace any other flow on these parameters; hooks that are no flows stay."""
         self.is_attached = True
         for parameter in parameters:
             hooks = _hooks_of(parameter)
@@ -208,12 +208,12 @@ class Flow(ABC):
                 continue
             if self not in hooks.values():
                 parameter.register_post_accumulate_grad_hook(self)
-            # `Module.to()` replaces the inside of a parameter: it still lists its hooks then, but
-            # autograd does not call them. Setting the list again connects them.
+            # `Module.to()` replaces the data of a parameter, which still lists its hooks then, but
+            # autograd does not call them. Assigning the list again connects them.
             parameter._post_accumulate_grad_hooks = _hooks_of(parameter)
 
     def detach(self, parameters: Iterable[Parameter]) -> None:
-        """Leave these parameters alone from now on."""
+        """Remove the flow from these parameters."""
         self.is_attached = False
         for parameter in parameters:
             hooks = _hooks_of(parameter)
@@ -222,20 +222,20 @@ class Flow(ABC):
                     del hooks[key]
 
     def _waiting(self, parameters: list[Parameter]) -> list[Parameter]:
-        """The parameters that have a gradient; that of an INT8 weight is in INT8 from now on."""
+        """Return the parameters that have a gradient, after quantizing those of INT8 weights."""
         waiting = []
         for parameter in parameters:
             if (gradient := parameter.grad) is None:
                 continue
-            if isinstance(gradient, TiledGradient):  # whoever wanted tiles did not take them
+            if isinstance(gradient, TiledGradient):  # was requested but not used in backward
                 parameter.grad = gradient.quantized()
-            quantize_gradient_(parameter)  # set by hand, or while no hook was there
+            quantize_gradient_(parameter)  # set by hand, or while there was no hook
             waiting.append(parameter)
         return waiting
 
     @property
     def n_taken(self) -> int:
-        """Parameters whose gradient was taken by a step that has not ended."""
+        """Number of parameters whose gradient was taken by a step that has not ended."""
         return self._n_updated
 
     def _refuse_half_a_step(self) -> None:
@@ -243,18 +243,18 @@ class Flow(ABC):
             raise RuntimeError(HALF_A_STEP.format(n=n))
 
     def _n_half_done(self) -> int:
-        """Parameters that took part in a step which did not come to its end; 0: none is open."""
+        """Return the number of parameters in an interrupted step; 0 if there is no such step."""
         return self._n_updated
 
     def _update_all(self, waiting: list[Parameter]) -> None:
-        """Update parameters and free their gradients, newest first; float ones together."""
+        """Update parameters and free their gradients, newest first; float parameters together."""
         floats = []
         for number, parameter in enumerate(reversed(waiting), start=1):
-            self._n_updated = number  # first: an interrupt may come between any two lines
+            self._n_updated = number  # set first: an interrupt may come between any two lines
             gradient, parameter.grad = parameter.grad, None
             if isinstance(gradient, Int8Gradient):
                 self._update(parameter, gradient)
-            elif gradient is not None:  # norms and biases: tiny, so they go together
+            elif gradient is not None:  # norms and biases, small enough to update together
                 floats.append((parameter, gradient))
         self.optimizer.update_floats(floats)
         self._settle()
@@ -264,11 +264,11 @@ class Flow(ABC):
         return self.optimizer.update(parameter, gradient, factor)
 
     def _settle(self) -> None:  # noqa: B027 there is nothing to wait for
-        """Wait for what updates have begun and not ended: nothing on one process."""
+        """Wait for transfers that updates have begun; on one process there are none."""
 
 
 def quantize_gradient_(parameter: Parameter) -> None:
-    """Make the gradient of a weight INT8 that came in float, as by use outside of its module."""
+    """Quantize a weight's gradient if it is float, as after use outside of its module."""
     if not isinstance(parameter, QFTWeight):
         return
     gradient = parameter.grad

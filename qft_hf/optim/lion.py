@@ -1,4 +1,4 @@
-"""`QFTLion`: Lion on INT8 weights, gradients and momentum, and on float parameters beside them."""
+"""`QFTLion`: Lion on INT8 weights, gradients and momentum, and on the float parameters as well."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -21,19 +21,19 @@ MOMENTUM_BITS = (8, 4)
 class QFTLion(QFTOptimizer):
     """Lion with decoupled weight decay; every state of a quantized weight is INT8.
 
-    A `QFTWeight` keeps INT8 momentum (1.02 bytes per parameter) and is rounded stochastically; any
+    A `QFTWeight` keeps INT8 momentum (1.02 bytes per parameter) and is rounded stochastically. Any
     other parameter, fp32 or bf16, gets ordinary Lion with FP32 momentum.
 
     Args:
         params: Parameters or parameter groups.
-        lr: Step size. Lion wants 1/3 to 1/10 of an AdamW rate.
-        betas: Weight of the momentum in the direction, and decay of the momentum.
-        weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
-        momentum_bits: Bits of one momentum value of a quantized weight: 8, or, experimental, 4: on
+        lr: Step size. Lion needs 1/3 to 1/10 of an AdamW rate.
+        betas: Weight of the momentum in the direction, and decay rate of the momentum.
+        weight_decay: Decoupled: each step shrinks weights by a fraction `lr * weight_decay`.
+        momentum_bits: Bits per momentum value of a quantized weight: 8 or 4. 4 is experimental:
             uneven levels in groups of 64 columns, rounded stochastically (0.56 bytes per
-            parameter); a small Llama learned 96 % of what it learned with FP32 momentum, and
-            `studies/momentum_bits.py` measures that. To go without momentum, use `QFTSGD`.
-        **settings: Those of `QFTOptimizer`: where gradients go, clipping, rounding.
+            parameter). A small Llama learned 96 % of what it learned with FP32 momentum
+            (`scripts/studies/momentum_bits.py`). For no momentum, use `QFTSGD`.
+        **settings: Arguments of `QFTOptimizer`: gradient mode, clipping, rounding.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -66,7 +66,7 @@ class QFTLion(QFTOptimizer):
     ) -> None:
         if momentum_bits == 0:
             raise ValueError(
-                "momentum_bits=0 is no Lion but SGD: use QFTSGD, which is optim='qft_sgd' in "
+                "momentum_bits=0 is not Lion but SGD: use QFTSGD, which is optim='qft_sgd' in "
                 "TrainingArguments."
             )
         if momentum_bits not in MOMENTUM_BITS:
@@ -77,18 +77,18 @@ class QFTLion(QFTOptimizer):
         super().__init__(params, defaults, **settings)
 
     def check_group(self, group: dict[str, Any]) -> None:
-        """Raise for a rate, a decay or betas that are out of their range."""
+        """Raise if the rate, weight decay or betas are out of range."""
         super().check_group(group)
         check_betas(group["betas"], LION_BETAS)
 
     def state_format(self, parameter: Tensor) -> StateFormat:
-        """An INT8 or 4-bit momentum of a weight, an FP32 one of a float parameter."""
+        """Return INT8 or 4-bit momentum for a weight, FP32 momentum for a float parameter."""
         return _state_format(parameter, self.momentum_bits)
 
     def state_hint(self, parameter: Tensor, state: dict[str, Any]) -> str | None:
-        """Whether a state would fit another `momentum_bits`."""
+        """Return an error text if the state fits another `momentum_bits`, otherwise None."""
         if not isinstance(parameter, QFTWeight):
-            return None  # of which all have the same
+            return None  # its state does not depend on `momentum_bits`
         for bits in MOMENTUM_BITS:
             wanted = _state_format(parameter, bits)
             fits = wanted.keys() <= state.keys() and all(
@@ -97,7 +97,7 @@ class QFTLion(QFTOptimizer):
             if bits != self.momentum_bits and fits:
                 return (
                     f"it was saved with momentum_bits={bits}, and this optimizer has "
-                    f"momentum_bits={self.momentum_bits}. Go on with momentum_bits={bits}, or "
+                    f"momentum_bits={self.momentum_bits}. Continue with momentum_bits={bits}, or "
                     "start without the saved optimizer state."
                 )
         return None
@@ -110,7 +110,7 @@ class QFTLion(QFTOptimizer):
         group: dict[str, Any],
         rounding: kernels.Rounding,
     ) -> None:
-        """One launch on a GPU."""
+        """Update a weight and its momentum by one launch on a GPU."""
         kernels.lion_step_(
             weight,
             self._momentum(state),
@@ -129,7 +129,7 @@ class QFTLion(QFTOptimizer):
         rounding: kernels.Rounding,
         factor: Tensor | None,
     ) -> Tensor:
-        """One launch a tile, which quantizes on the way."""
+        """Quantize each tile and update its rows in the same launch."""
         momentum, rule = self._momentum(state), _rule(group)
         is_whole = len(gradient.rows) == 1
         squares = [
@@ -156,7 +156,7 @@ class QFTLion(QFTOptimizer):
         steps: list[int],
         streams: list[int],
     ) -> None:
-        """Lion with FP32 momentum; one launch on a GPU."""
+        """Update float parameters by Lion with FP32 momentum, in one launch on a GPU."""
         kernels.lion_step_floats_(
             parameters,
             [state["momentum"] for state in states],

@@ -1,34 +1,34 @@
 """Several processes train one model: each holds all weights, and owns a block of rows of each.
 
-On n processes, block k of `ceil(rows / n)` rows of every INT8 weight belongs to process k: the mean
-of its gradient over all processes, its optimizer state and its update are made there and nowhere
-else. Once a step, for each weight:
+On n processes, block k of `ceil(rows / n)` rows of every INT8 weight belongs to process k. Only
+process k computes the mean of the block's gradient over all processes, keeps its optimizer state
+and updates it. Once a step, for each weight:
 
-1. every process sends each other one the rows that it owns of its own gradient, in INT8 with their
-   scales (`send`, `receive`); codes are sent from where they lie;
-2. the owner adds them up in FP32 in the order of processes, divides by n, and takes the step;
+1. every process sends each owner that owner's rows of its gradient, as INT8 codes with scales
+   (`send`, `receive`); codes are sent without a copy;
+2. the owner adds them up in FP32 in the order of processes, divides by n, and updates its rows;
    random numbers are counted by the row in the whole weight, so the step is that of one process;
 3. every process sends its updated rows to all: codes, scales and the values of outliers (`gather`).
 
-Float parameters, which are small, have the mean of their gradients on every process, which all
-update alike. So after each step the weights are equal on all processes, bit for bit.
+Float parameters are small: every process gets the mean of their gradients, and all make the same
+update. So after each step the weights are equal on all processes, bit for bit.
 
-Bytes that a process holds and receives, for each parameter of large matrices, with n processes:
+Bytes that each of n processes holds and receives, per parameter of large matrices:
 
     weights                              1.065
     gradients that wait for the step     1.016 / n; none in release
-    gradients of micro-batches before    1.016, in both modes
+    gradients of earlier micro-batches   1.016, in both modes
     optimizer state of Lion              1.016 / n
-    received a step, 1. and 3.           (1.016 + 1.055) (n - 1) / n
+    received per step, in 1. and 3.      (1.016 + 1.055) (n - 1) / n
 
-All of it goes through `torch.distributed`: who starts the processes and chooses the backend is up
-to the launcher. Everything travels as bytes, for not every backend carries every dtype. Collectives
-have a group of their own, and the same order on all processes (`rows.py`).
+All communication uses `torch.distributed`; the launcher starts the processes and chooses the
+backend. Tensors are sent as bytes, except in sums, because not every backend supports every dtype.
+Collectives have their own process group, and the same order on all processes (`rows.py`).
 
 Source:
     Rajbhandari et al. 2020, "ZeRO" (arXiv:1910.02054), stage 2: gradients and optimizer state are
-    divided, weights are not. There gradients are summed as they travel, in float; here each is
-    rounded to INT8 once before it travels, and once more where accumulation rounds too.
+    divided, weights are not. ZeRO sums gradients in float while it sends them; here each is
+    rounded to INT8 once before it is sent, and once more if accumulation rounds it too.
 """
 
 import time
@@ -50,28 +50,28 @@ from ..quant.own_rows import OwnTiles
 from .failures import LOOK_SECONDS, Failures
 from .state import StateFormat
 
-HEADER_BYTES = 4  # before the scales of a gradient: whether there is one
+HEADER_BYTES = 4  # before the scales of a gradient: whether the sender has one
 
-# PyTorch 2.13 has given it a new name, and warns of the old one.
+# PyTorch 2.13 renamed it and warns about the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 STOPS = "Process {rank} stops because another has failed. {failure}"
 SEVERAL_GPUS = (
     "On several GPUs start a process for each, as `accelerate launch --multi_gpu --num_processes "
-    "4 ...` does: each holds the INT8 weights, and gradients and optimizer state are divided."
+    "4 ...` does: each holds all INT8 weights, and a part of gradients and optimizer state."
 )
 
-_n_groups = 0  # that this process has joined; the same on all
+_n_groups = 0  # process groups that `begin` has made; the same on all processes
 
 
 @dataclass(slots=True)
 class Transfer:
-    """Bytes that are on their way.
+    """Bytes in transit.
 
     Attributes:
         sent: uint8, kept until it has arrived.
         received: uint8 `[n_processes, bytes]`: from each process.
-        work: What to wait for.
+        work: Handle of the collective, to wait for.
     """
 
     sent: Tensor
@@ -81,13 +81,13 @@ class Transfer:
 
 @dataclass(slots=True)
 class Exchange:
-    """Rows of the gradients of one weight that are on their way to their owners.
+    """Gradient rows of one weight in transit to their owners.
 
     Attributes:
-        weight: Whose gradients they are.
-        is_used: Whether it has a gradient on this process.
-        scales: Behind a header that says so.
-        codes: Sent from where they lie.
+        weight: The weight.
+        is_used: Whether the weight has a gradient on this process.
+        scales: Scales behind a header, which holds `is_used` of the sender.
+        codes: Codes, sent without a copy.
     """
 
     weight: Any
@@ -98,31 +98,31 @@ class Exchange:
 
 @dataclass(slots=True)
 class Gathering:
-    """Updated rows of one weight that are on their way to all."""
+    """Updated rows of one weight in transit to all processes."""
 
     fields: list[Tensor]
     rows: Transfer
 
 
 class Processes:
-    """This process among those that train one model.
+    """This process as one of those that train one model.
 
     Attributes:
         rank: Number of this process.
-        n: How many there are.
-        failures: What those that failed have told.
+        n: Number of processes.
+        failures: Reports of processes that failed.
     """
 
     def __init__(self) -> None:
         self.rank, self.n = dist.get_rank(), dist.get_world_size()
         self._group: Any = None
         self._timeout = timedelta()
-        self._host_waits = True  # for collectives: on a GPU its stream does
+        self._host_waits = True  # for collectives; on a GPU only its stream waits
         self.failures = Failures(self.rank)
 
     @classmethod
     def found(cls) -> "Processes | None":
-        """The processes that the launcher has started; None if this is the only one."""
+        """Return the processes that the launcher has started; None if this is the only one."""
         is_one_of_several = (
             dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         )
@@ -131,11 +131,11 @@ class Processes:
     # --- together
 
     def begin(self, device: torch.device, *, timeout: timedelta | None = None) -> None:
-        """Make a group of our own: other collectives may be under way beside ours.
+        """Make a process group of our own, because other collectives may run at the same time.
 
         Args:
             device: Where the parameters are.
-            timeout: How long to wait for another process; None: as long as others do.
+            timeout: How long to wait for another process; None: that of the default group.
         """
         global _n_groups
         self._host_waits = device.type == "cpu"
@@ -152,14 +152,14 @@ class Processes:
         return self._group is not None
 
     def agree(self, values: dict[str, Any], advice: str) -> None:
-        """Raise, on all processes, unless they all have the same.
+        """Raise, on all processes, unless they all have the same values.
 
         Args:
-            values: By name, anything that can be pickled and compared.
-            advice: What to do about a difference.
+            values: Values by name, which can be pickled and compared.
+            advice: What the user can do about a difference.
 
         Raises:
-            ValueError: Names the first differences.
+            ValueError: They differ. The text names the first differences.
         """
         everyones: list[Any] = [None] * self.n
         dist.all_gather_object(everyones, values, group=self._group)
@@ -177,7 +177,7 @@ class Processes:
             )
 
     def broadcast_(self, tensors: Iterable[Tensor]) -> None:
-        """Give all processes the values of process 0, INT8 weights as they are stored."""
+        """Copy the values of process 0 to all processes, INT8 weights in their stored form."""
         for tensor in tensors:
             if isinstance(tensor, QFTWeight):
                 self.broadcast_(tensor.stored.tensors)
@@ -189,24 +189,24 @@ class Processes:
                 tensor.detach().copy_(flat.view(tensor.shape))
 
     def agreed(self, numbers: list[int], device: torch.device) -> list[int]:
-        """The numbers that process 0 has, which are as many as here."""
+        """Return the numbers of process 0; every process must pass as many."""
         tensor = torch.tensor(numbers, dtype=torch.int64, device=device)
         self.broadcast_([tensor])
         numbers = tensor.tolist()
         return numbers
 
     def of_first(self, value: Any) -> Any:
-        """The value that process 0 has, which can be pickled."""
+        """Return the value of process 0, which must be picklable."""
         values = [value]
         dist.broadcast_object_list(values, 0, group=self._group)
         return values[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Within, what is raised on one process is raised on all, when they come to the end.
+        """Within this context, an error on one process is raised on all when they reach its end.
 
         Raises:
-            RuntimeError: Another process has failed within.
+            RuntimeError: Another process has failed within the context.
         """
         failure: Exception | None = None
         try:
@@ -223,15 +223,15 @@ class Processes:
                 raise RuntimeError(STOPS.format(rank=self.rank, failure=text))
 
     def sum_(self, values: Tensor) -> None:
-        """Add up those of all processes in place."""
+        """Add up the values of all processes in place."""
         self.wait(dist.all_reduce(values, group=self._group, async_op=True))
 
     def wait(self, work: Any) -> None:
-        """Wait for a collective; on a GPU the stream does, and the host goes on.
+        """Wait for a collective; on a GPU only the stream waits, and the host continues.
 
         Raises:
-            RuntimeError: Another process has failed, ended, or did not come within the timeout of
-                the process group.
+            RuntimeError: Another process has failed, has ended, or has not joined the collective
+                within the timeout of the process group.
         """
         if not self._host_waits:
             work.wait()
@@ -248,27 +248,27 @@ class Processes:
                     raise RuntimeError(STOPS.format(rank=self.rank, failure=failure)) from error
                 if is_over:
                     raise RuntimeError(
-                        f"Process {self.rank} stops because another has ended, or has not come to "
-                        f"the same place within {self._timeout}: its own output says why. The "
+                        f"Process {self.rank} stops because another has ended, or has not reached "
+                        f"the same point within {self._timeout}: its own output says why. The "
                         "model may be between two steps: resume from the last checkpoint."
                     ) from error
 
     # --- rows
 
     def block(self, n_rows: int) -> int:
-        """Rows of a block; the last blocks may be short or empty."""
+        """Return the number of rows of a block; the last blocks may be shorter or empty."""
         return -(-n_rows // self.n)
 
     def rows_of(self, rank: int, n_rows: int) -> slice:
-        """The rows that process `rank` owns of a matrix of `n_rows`."""
+        """Return the rows that process `rank` owns of a matrix of `n_rows`."""
         return rows_of_process(n_rows, rank, self.n)
 
     def own_rows(self, weight: Any) -> slice:
-        """The rows of the matrix of a `QFTWeight` that this process owns."""
+        """Return the rows of the matrix of a `QFTWeight` that this process owns."""
         return self.rows_of(self.rank, weight.arrangement.matrix_shape[0])
 
     def own_format(self, wanted: StateFormat, parameter: Tensor) -> StateFormat:
-        """The form of the state that this process has of a parameter: of own rows, if INT8."""
+        """Return the form of the state that this process keeps: of own rows, if INT8."""
         if not isinstance(parameter, QFTWeight):
             return wanted
         own = self.own_rows(parameter)
@@ -278,7 +278,7 @@ class Processes:
         }
 
     def own_state(self, whole: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
-        """What this process has of a whole state, as `own_format` says."""
+        """Return the part of a whole state that this process keeps, in the form of `own_format`."""
         if not isinstance(parameter, QFTWeight):
             return whole
         own = self.own_rows(parameter)
@@ -287,7 +287,7 @@ class Processes:
         }
 
     def send(self, weight: Any) -> Exchange:
-        """Begin to send each process its rows of the gradient in `.grad`, which is taken there."""
+        """Begin to send each process its rows of the gradient in `.grad`, which becomes None."""
         n_rows, columns = weight.arrangement.matrix_shape
         given, weight.grad = weight.grad, None
         if given is None:
@@ -311,7 +311,7 @@ class Processes:
         )
 
     def _exchange(self, sent: Tensor, sizes: list[int]) -> Transfer:
-        """Begin to send each process its part of some bytes, one after the other in `sent`."""
+        """Begin to send each process its part of `sent`, where the parts are in process order."""
         own = sizes[self.rank]
         received = sent.new_empty(self.n, own)
         work = dist.all_to_all_single(
@@ -320,16 +320,16 @@ class Processes:
         return Transfer(sent, received, work)
 
     def receive(self, exchange: Exchange, square: Tensor) -> OwnTiles | None:
-        """The mean of the gradients that `send` has sent; None if no process had one.
+        """Return the mean of the gradients that `send` has sent; None if no process had one.
 
         Args:
             exchange: What `send` returned.
-            square: fp64 scalar, 0: where the sum of squares of the own rows is to go.
+            square: fp64 scalar of 0, later set to the sum of squares of the own rows.
         """
         for transfer in (exchange.scales, exchange.codes):
             self.wait(transfer.work)
         weight, received = exchange.weight, exchange.scales.received
-        # Only who has none itself has to look whether others had, and to wait for a GPU.
+        # Only a process without a gradient has to check the others, which waits for the GPU.
         if not exchange.is_used and not bool(received[:, 0].any()):
             return None
         own = self.own_rows(weight)
@@ -338,7 +338,7 @@ class Processes:
         n_groups = GroupLayout(1, columns, STATE_GROUP_SIZE).n_groups
         scales = scales.view(self.n, n_own, n_groups)
         codes = exchange.codes.received.view(torch.int8).view(self.n, n_own, columns)
-        n = scales.new_full((1,), self.n)  # by a number, CUDA multiplies by its reciprocal
+        n = scales.new_full((1,), self.n)  # for a number, CUDA multiplies by its reciprocal
 
         def mean(rows: slice) -> Tensor:
             total, *others = (
@@ -353,9 +353,9 @@ class Processes:
         return OwnTiles(mean, own_rows=own, square_sum=square, like=weight)
 
     def mean_(self, parameters: list[Parameter]) -> None:
-        """Put the mean of float gradients over all processes into `.grad`; small ones together.
+        """Put the mean of float gradients over all processes into `.grad`, by one collective.
 
-        A parameter that has none on any process keeps none.
+        A parameter that has no gradient on any process still has none afterwards.
         """
         if not parameters:
             return
@@ -377,11 +377,11 @@ class Processes:
                 parameter.grad = total.div_(n).view(parameter.shape).to(parameter.dtype)
 
     def gather(self, weight: Any) -> Gathering:
-        """Begin to send the own rows of a weight to all; `finish` puts in those of the others."""
+        """Begin to send the own rows of a weight to all; `finish` stores those of the others."""
         n_rows = weight.arrangement.matrix_shape[0]
         own, block = self.own_rows(weight), self.block(n_rows)
         n_own = own.stop - own.start
-        # Columns of outliers stay what they are.
+        # Outlier columns do not change.
         fields = [weight.codes, weight.scales, weight.outlier_values]
         parts = []
         for field in map(bytes_of, fields):
@@ -393,7 +393,7 @@ class Processes:
         return Gathering(fields, Transfer(sent, received, work))
 
     def finish(self, gathering: Gathering) -> None:
-        """Put the rows that have arrived into the weight."""
+        """Wait for the rows of all processes and copy them into the weight."""
         self.wait(gathering.rows.work)
         begin = 0
         for field in map(bytes_of, gathering.fields):
@@ -403,11 +403,11 @@ class Processes:
             begin = end
 
     def whole(self, rows: Tensor, n_rows: int) -> Tensor | None:
-        """Rows of a tensor of the state of all processes, on the host of process 0; None elsewhere.
+        """Gather the rows of a state tensor on the host of process 0; return None on the others.
 
         Args:
-            rows: The own ones, `[n_own, ...]`.
-            n_rows: Of all.
+            rows: The own rows, `[n_own, ...]`.
+            n_rows: Number of rows of all processes together.
         """
         block = self.block(n_rows)
         padded = rows.new_zeros(block, *rows.shape[1:])
@@ -427,7 +427,7 @@ def _values(rows: kernels.Quantized) -> Tensor:
 
 
 def bytes_of(matrix: Tensor) -> Tensor:
-    """A contiguous matrix as uint8 `[rows, bytes]`, in the same memory."""
+    """Return a contiguous matrix as uint8 `[rows, bytes]`, in the same memory."""
     return matrix.contiguous().view(torch.uint8)
 
 

@@ -1,10 +1,11 @@
-"""Gradients that are used during backward and freed.
+"""`Release`: gradients are used during backward and freed.
 
 Source:
     Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with Limited Resources"
-    (LOMO), section 3.2 (arXiv:2306.09782). There gradients of micro-batches are used one by one,
-    clipping runs backward twice or not at all, and there is no momentum; here results are those of
-    gradients that wait for the step, and whatever cannot give them raises.
+    (LOMO), section 3.2 (arXiv:2306.09782). LOMO uses gradients of micro-batches one by one, clips
+    by a second backward pass or not at all, and has no momentum. Here results are those of
+    gradients that wait for the step, unless `clipping` is "previous" or "tensor"; settings that
+    cannot give them raise.
 """
 
 import logging
@@ -30,7 +31,7 @@ from .norms import (
 
 logger = logging.getLogger(__name__)
 
-# Float parameters up to this size, norms and biases, wait for each other and are updated together.
+# Gradients of float parameters with up to so many elements (norms, biases) wait for the step.
 SMALL = 2**16
 
 ACCUMULATION_IS_FORBIDDEN = (
@@ -39,45 +40,45 @@ ACCUMULATION_IS_FORBIDDEN = (
 )
 
 NOT_FINITE = (
-    "A gradient is NaN or infinite, and {n} weights had been handed theirs in this step when that "
-    "was known: these are updated by what is finite in them, and other weights are unchanged. "
-    "Reload a checkpoint, or call optimizer.zero_grad() to go on from here; gradient='stack' "
+    "A gradient is NaN or infinite, which was detected after {n} weights were updated in this "
+    "step: their updates used the finite part of the gradients, and other weights are unchanged. "
+    "Reload a checkpoint, or call optimizer.zero_grad() to continue from here; gradient='stack' "
     "checks all gradients before the first update."
 )
 
 
 class Release(Flow):
-    """Each gradient is used and freed the moment backward has completed it.
+    """Each gradient is used and freed as soon as backward has completed it.
 
-    Nobody looks at a gradient before it is used, so a GPU never waits for the host in backward:
-    kernels that take one in float leave alone what is not finite, of one that is INT8 that counts
-    as 0, and the step looks at all norms at once. Norms and biases wait for the step, where they
-    are updated together.
+    No gradient is checked before it is used, so a GPU never waits for the host in backward. Kernels
+    leave rows unchanged whose float gradient is not finite, non-finite groups of an INT8 gradient
+    count as 0, and the step checks all norms at once. Norms and biases wait for the step, where
+    they are updated together.
 
-    The optimizer's `clipping` says how its `max_grad_norm` is honoured although the first weight is
-    updated before the last gradient exists; None: not at all. `"exact"`: by the norm that a first
-    backward pass under `measure_norm` has found; accumulated gradients wait for the step and need
-    none. `"previous"`: by the global norm of the step before (the first step is not clipped).
+    The optimizer's `clipping` says how `max_grad_norm` is applied although the first weight is
+    updated before the last gradient exists; None: not at all. `"exact"`: by the norm from a first
+    backward pass under `measure_norm`; accumulated gradients wait for the step and need no such
+    pass. `"previous"`: by the global norm of the previous step (the first step is not clipped).
     `"tensor"`: each gradient by its own norm.
     """
 
     def __init__(self, optimizer: Updates) -> None:
         super().__init__(optimizer)
-        self._measured: Tensor | None = None  # of the step to come, by `measure_norm`
-        self._squares: list[Tensor] = []  # fp64, of the gradients of this step; added up once
-        self._used: set[int] = set()  # parameters whose gradient this step has taken
-        self._is_in_backward = False  # and stays so after a pass that failed
-        self._floats: list[tuple[Parameter, Tensor]] = []  # gradients that wait for each other
+        self._measured: Tensor | None = None  # norm of the next step, by `measure_norm`
+        self._squares: list[Tensor] = []  # fp64, of this step's gradients; added up once
+        self._used: set[int] = set()  # ids of parameters whose gradient this step has taken
+        self._is_in_backward = False  # stays True after a pass that failed
+        self._floats: list[tuple[Parameter, Tensor]] = []  # small ones, used together in the step
         self._is_measuring = False
-        self._keeps = False  # whether gradients have been kept for a later micro-batch, ever
+        self._keeps = False  # whether gradients were ever kept for a later micro-batch
 
     def listens_to(self, parameter: Parameter) -> bool:
-        """Whether to be told of it: always, for float gradients are released too."""
+        """Return True: float gradients are released too."""
         return True
 
     @property
     def wants_tiles(self) -> bool:  # type: ignore[override]
-        """Whether a gradient that is complete now is used at once, by a kernel that quantizes."""
+        """Whether a gradient completed now is used at once, by a kernel that quantizes it."""
         optimizer = self._optimizer()
         return (
             optimizer is not None
@@ -90,12 +91,12 @@ class Release(Flow):
 
     @property
     def n_taken(self) -> int:
-        """Parameters whose gradient a step that has not ended, or its backward, has taken."""
+        """Number of parameters whose gradient a step or its backward has taken before its end."""
         return max(self._n_updated, len(self._used))
 
     @property
     def n_used(self) -> int:
-        """Parameters updated in this step."""
+        """Number of parameters updated in this step."""
         return len(self._used) - len(self._floats)
 
     def complete(self, parameter: Parameter) -> None:
@@ -104,8 +105,8 @@ class Release(Flow):
         Raises:
             RuntimeError: The parameter was updated in this step already, or the norm that exact
                 clipping needs was not measured.
-            ValueError: It belongs to an earlier micro-batch, and `accumulation` is `"forbid"`; or
-                an option of a group is out of its range, and nothing was updated.
+            ValueError: The micro-batch is not the last one and `accumulation` is `"forbid"`; or an
+                option of a group is out of range, and nothing was updated.
         """
         if self._is_measuring:
             if parameter.grad is not None:
@@ -116,8 +117,8 @@ class Release(Flow):
                 raise ValueError(ACCUMULATION_IS_FORBIDDEN)
             self._keeps = True
         elif self.optimizer.clipping == "exact" and self._measured is None:
-            # A run that accumulates has room for all gradients: a last window of one micro-batch
-            # may wait for the step as the others do.
+            # A run that accumulates has memory for all gradients, so those of a last step of one
+            # micro-batch may wait for the step, as in other steps.
             if not self._keeps:
                 raise RuntimeError(
                     "clipping='exact' needs the global norm before the first update. Run backward "
@@ -142,7 +143,7 @@ class Release(Flow):
         if isinstance(gradient, TiledGradient):
             self._take(parameter)
             factor = self._factor(self._norm_of_all(), gradient.device)
-            self._n_updated = len(self._used)  # until the update has come to its end
+            self._n_updated = len(self._used)  # until the update has ended
             self._squares.append(self._update(parameter, gradient, factor))
             self._n_updated = 0
         elif isinstance(gradient, Int8Gradient):
@@ -156,7 +157,7 @@ class Release(Flow):
             self._n_updated = 0
         elif gradient is not None:
             is_small = parameter.numel() <= SMALL
-            if optimizer.clipping == "tensor" or not is_small:  # else the step takes all norms
+            if optimizer.clipping == "tensor" or not is_small:  # else `step` takes all norms
                 squares = squares_of(gradient)
                 self._squares.append(squares)
                 self._clip_(gradient, squares)
@@ -169,7 +170,7 @@ class Release(Flow):
     def _take(self, parameter: Parameter) -> None:
         if not self._is_in_backward:
             self._is_in_backward = True
-            # Autograd calls it when the pass ends, and not after an error or an interrupt.
+            # Autograd calls it at the end of the pass, but not after an error or an interrupt.
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
         self._used.add(id(parameter))
         parameter.grad = None
@@ -178,7 +179,7 @@ class Release(Flow):
         self._is_in_backward = False
 
     def _n_half_done(self) -> int:
-        """Parameters that took part in a step, or in a backward pass, that was interrupted."""
+        """Return the number of parameters in an interrupted step or backward pass."""
         return self._n_updated or (len(self._used) if self._is_in_backward else 0)
 
     def _update_floats(self, floats: list[tuple[Parameter, Tensor]]) -> None:
@@ -187,18 +188,18 @@ class Release(Flow):
         self._n_updated = 0
 
     def step(self, parameters: list[Parameter]) -> bool:
-        """End the step: clip and use the gradients that wait for it, and note its norm.
+        """End the step: clip and use the gradients that wait for it, and record its norm.
 
-        Gradients wait after exact accumulation, where the Trainer has clipped them by now; where
-        the last micro-batch had none for a weight; and where hooks were lost.
+        Gradients wait after accumulation with exact clipping, when the Trainer has clipped them
+        already; if the last micro-batch had none for a weight; and if hooks were lost.
 
         Raises:
-            FloatingPointError: A gradient has a NaN or infinity. Those that waited were not used.
-            RuntimeError: The step before was interrupted half-way.
+            FloatingPointError: A gradient has a NaN or infinity. Waiting gradients were not used.
+            RuntimeError: The previous step was interrupted half-way.
         """
         self._refuse_half_a_step()
         waiting = self._waiting(parameters)
-        # Other gradients than those of a pass may wait, and no graph has seen them.
+        # Waiting gradients may be from outside a captured pass; no graph covers them.
         run_part = run_directly if waiting else self.run_part
         released = self._released_squares(run_part)
         total = total_square(released) if released else None
@@ -213,31 +214,31 @@ class Release(Flow):
         self._forget()
         if waiting and not self._keeps:
             logger.warning(
-                "%d gradients waited for the step although they were to be released: .to() and "
-                "copying a model cut its hooks, eval() and the end of a Trainer's run take them "
-                "off, and frozen parameters have none. They are connected again now",
+                "%d gradients waited for the step instead of being released: .to() and copying a "
+                "model disconnect its hooks, eval() and the end of a Trainer's run remove them, "
+                "and frozen parameters have none. The hooks are connected again now",
                 len(waiting),
             )
             self.attach(parameters)
         return True
 
     def _unmeasured(self) -> list[Tensor]:
-        """Gradients that wait for each other and have been neither measured nor clipped."""
+        """Return the small float gradients, if they have been neither measured nor clipped."""
         if self.optimizer.clipping == "tensor":
             return []
         return [gradient for _, gradient in self._floats]
 
     def _released_squares(self, run_part: RunPart) -> list[Tensor]:
-        """Squared norms of all gradients that passes have released: one tensor, or none at all."""
+        """Return the squared norms of all released gradients: one tensor, or an empty list."""
         floats = self._unmeasured()
         if not self._squares and not floats:
             return []
         return [run_part("squares", lambda: joined(self._squares + squares_of_floats(floats)))]
 
     def _update_together(self, run_part: RunPart) -> None:
-        """Clip and use the gradients that wait for each other, which are finite."""
+        """Clip and use the small float gradients, which are finite."""
         floats = self._unmeasured()
-        self._n_updated = len(self._used)  # first: an interrupt may come between any two lines
+        self._n_updated = len(self._used)  # set first: an interrupt may come between any two lines
         together, self._floats = self._floats, []
 
         def update() -> None:
@@ -251,7 +252,7 @@ class Release(Flow):
         self._n_updated = 0
 
     def _remember(self, norm: Tensor | None) -> None:
-        """For `clipping="previous"`; always in the same place, if captured."""
+        """Keep the norm for `clipping="previous"`, always in the same memory if captured."""
         if norm is None or not self.is_captured:
             self.previous_norm = norm
         elif self.previous_norm is None:
@@ -260,7 +261,7 @@ class Release(Flow):
             self.previous_norm.copy_(norm)
 
     def _clip_waiting(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Clip gradients that have waited for the step; returns their squared norms before that."""
+        """Clip gradients that waited for the step; return their squared norms before clipping."""
         clipping, largest = self.optimizer.clipping, self.optimizer.max_grad_norm
         if clipping is None or largest is None or not gradients:
             return []
@@ -275,7 +276,7 @@ class Release(Flow):
         return squares
 
     def _clip_(self, gradient: Tensor, squares: Tensor) -> None:
-        """Scale a gradient of these squares in place."""
+        """Clip a gradient with these squared norms, in place."""
         clipping = self.optimizer.clipping
         if clipping is None:
             return
@@ -284,21 +285,21 @@ class Release(Flow):
             gradient.mul_(factor)
 
     def _factor(self, norm: Tensor | None, device: torch.device) -> Tensor | None:
-        """What clips a gradient by this norm."""
+        """Return the factor that clips a gradient by this norm; None if nothing is clipped."""
         largest = self.optimizer.max_grad_norm
         if norm is None or largest is None:
             return None
         return clipping_factor(norm, largest).to(device)
 
     def _norm_of_all(self) -> Tensor | None:
-        """The norm that all gradients of the step are clipped by, if it is known."""
+        """Return the norm that all gradients of the step are clipped by, if it is known."""
         clipping = self.optimizer.clipping
         if clipping == "exact":
             return self._measured
         return self.previous_norm if clipping == "previous" else None
 
     def measure_norm(self) -> AbstractContextManager[None]:
-        """Within, gradients are measured and dropped; afterwards exact clipping knows the norm.
+        """Return a context that measures and drops gradients, to get the norm for exact clipping.
 
         Raises:
             FloatingPointError: A gradient has a NaN or infinity. Nothing was updated.
@@ -331,7 +332,7 @@ class Release(Flow):
         self._measured = total.sqrt().float()
 
     def clear(self) -> None:
-        """Forget a step that was begun."""
+        """Give up a step that has begun."""
         super().clear()
         self._forget()
 
@@ -341,12 +342,12 @@ class Release(Flow):
         self._is_in_backward = False
 
     def left(self, parameters: Iterable[Parameter]) -> Left:
-        """Norms, gradients that wait for the step, and parameters that were updated."""
+        """Return norms, gradients that wait for the step, and parameters that were updated."""
         wait = {id(parameter) for parameter, _ in self._floats}
         updated = tuple(p for p in parameters if id(p) in self._used - wait)
         return Left(updated, tuple(self._squares), tuple(self._floats))
 
     def replayed(self, left: Left) -> None:
-        """Have the norms and gradients that the pass had left wait again, in the same places."""
+        """Restore the norms and waiting gradients that the pass has left, in the same memory."""
         self._used = {id(p) for p in (*left.updated, *(p for p, _ in left.floats))}
         self._squares, self._floats = list(left.squares), list(left.floats)

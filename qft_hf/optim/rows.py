@@ -1,13 +1,14 @@
 """Flows on several processes: a gradient is complete when it is the mean over all of them.
 
-Backward completes gradients in an order that may differ between processes, as where a layer is left
-out, and collectives must not. So weights are exchanged in an agreed order: each as soon as it and
-all before it have their gradients, and those that got none when the pass ends. The order is the one
-in which process 0 completed them in the first pass.
+Backward may complete gradients in another order on another process, for example if that skips a
+layer, but collectives need the same order. So gradients are exchanged in an agreed order of
+weights: each as soon as it and all before it are complete, and missing ones when the pass ends. The
+order is the one in which process 0 completed them in the first pass.
 
-While the gradient of one weight travels, backward computes the next. When that is there, the rows
-of the first are used, and in release sent on, and then those of the next are sent. So rows of two
-weights are under way at most, and nothing small waits behind something large that was sent later.
+While the gradient of one weight is in transit, backward computes the next. When the next one is
+complete, the rows of the first are used (in release, the updated rows are sent), and then rows of
+the next are sent. So rows of at most two weights are in transit, and nothing small waits behind
+something large that was sent later.
 """
 
 from collections.abc import Iterator
@@ -30,19 +31,19 @@ from .stack import Stack
 SECOND_PASS = (
     "A gradient arrived for a step whose gradients the {n} processes have exchanged already. Run "
     "all backward passes of a step but the last under optimizer.accumulate(). Under checkpointing "
-    "set use_reentrant=False: with True, backward passes lie inside of others and no end can be "
-    "seen. If a backward pass failed half-way, resume from the last checkpoint."
+    "set use_reentrant=False: with True, backward passes are nested, and the end of a pass cannot "
+    "be detected. If a backward pass failed half-way, resume from the last checkpoint."
 )
 
 HALF_A_PASS = (
-    "A backward pass failed while {n} processes exchanged its gradients, so they do not belong "
-    "together. Resume from the last checkpoint."
+    "A backward pass failed while {n} processes exchanged its gradients, so these are not from one "
+    "pass. Resume from the last checkpoint."
 )
 
 NOT_EXCHANGED = (
     "A weight of shape {shape} has a gradient that was set after the {n} processes had exchanged "
-    "theirs: this process would go on with weights of its own. Change gradients in a hook of the "
-    "weight, weight.register_hook(...)."
+    "theirs: the weights of this process would differ from those of the others. Change gradients "
+    "in a hook of the weight, weight.register_hook(...)."
 )
 
 
@@ -51,11 +52,11 @@ class Pass:
     """One backward pass whose gradients are exchanged.
 
     Attributes:
-        squares: fp64 `[n_weights]`: sums of squares of the mean gradients, of own rows until all
-            have arrived and of all rows afterwards.
-        arrived: Parameters whose gradient is complete here, by identity, in order.
-        n_sent: Weights whose exchange has begun.
-        under_way: Of one weight at most.
+        squares: fp64 `[n_weights]`: sums of squares of the mean gradients, of own rows during the
+            pass and of all rows afterwards.
+        arrived: Ids of parameters whose gradient is complete on this process, in order.
+        n_sent: Number of weights whose exchange has begun.
+        under_way: The exchange in transit, of one weight at most.
         is_done: Whether all gradients have been exchanged.
     """
 
@@ -67,28 +68,28 @@ class Pass:
 
 
 class _Shared(Flow):
-    """What `RowsStack` and `RowsRelease` have in common; it stands before a flow of one process."""
+    """Common base of `RowsStack` and `RowsRelease`, listed before a flow of one process."""
 
-    wants_tiles = False  # gradients travel in INT8
-    # Whether each is clipped by its own norm, which is needed when its rows have come and before
-    # they are used: the one case of a collective more for each weight.
+    wants_tiles = False  # gradients are sent in INT8
+    # Whether each gradient is clipped by its own norm, which is needed after its rows have arrived
+    # and before they are used. Only this case needs one more collective per weight.
     _clips_by_own_norm = False
 
     def __init__(self, optimizer: Updates) -> None:
         super().__init__(optimizer)
-        self.processes: Processes = optimizer.processes  # type: ignore[assignment]  # there are some
+        self.processes: Processes = optimizer.processes  # type: ignore[assignment]  # not None
         self._weights: list[Any] = []  # in the agreed order
-        self._places: dict[int, int] = {}  # of each in it, by identity
-        self._is_agreed = False  # whether it is that of a first pass
+        self._places: dict[int, int] = {}  # index of each in `_weights`, by its id
+        self._is_agreed = False  # whether the order is that of a first pass
         self._pass: Pass | None = None
         self._gathering: Gathering | None = None
 
     def listens_to(self, parameter: Parameter) -> bool:
-        """Whether to be told of it: always, for float gradients are exchanged too."""
+        """Return True: float gradients are exchanged too."""
         return True
 
     def __call__(self, parameter: Parameter) -> None:
-        """A gradient is complete on this process."""
+        """Handle a gradient that is complete on this process."""
         if self._optimizer() is None:
             return
         with self.processes.failures.reporting():
@@ -103,7 +104,7 @@ class _Shared(Flow):
         current = self._pass
         if current is None:
             current = self._begin()
-            # Autograd calls it when the pass ends, and not after an error.
+            # Autograd calls it at the end of the pass, but not after an error.
             torch.autograd.Variable._execution_engine.queue_callback(self._end_pass)
         elif current.is_done or id(parameter) in current.arrived:
             raise RuntimeError(SECOND_PASS.format(n=self.processes.n))
@@ -138,7 +139,7 @@ class _Shared(Flow):
         current.under_way = self.processes.send(weight)
 
     def _receive(self, current: Pass) -> None:
-        """Use the gradient that is under way, when updated rows sent before are in place."""
+        """Wait for updated rows sent earlier, then use the gradient in transit."""
         exchange, current.under_way = current.under_way, None
         if exchange is None:
             return
@@ -146,14 +147,14 @@ class _Shared(Flow):
         weight = exchange.weight
         square = current.squares[self._places[id(weight)]]
         gradient = self.processes.receive(exchange, square)
-        del exchange  # what was sent
+        del exchange  # frees what was sent
         if gradient is None:
             return
         if super().wants_tiles:
             weight.grad = gradient
         else:
             weight.grad = own = gradient.quantized()
-            del gradient  # what was received
+            del gradient  # frees what was received
             if self._clips_by_own_norm:
                 own.square_sum = square.clone()
                 self.processes.sum_(own.square_sum)
@@ -163,7 +164,7 @@ class _Shared(Flow):
     @torch.no_grad()
     def _end_pass(self) -> None:
         current = self._pass
-        if current is None:  # given up
+        if current is None:  # the step was given up
             return
         with self.processes.failures.reporting():
             while current.n_sent < len(self._weights):
@@ -185,7 +186,7 @@ class _Shared(Flow):
             current.is_done = True
 
     def _agree_on_order(self, current: Pass) -> None:
-        """From now on the order in which process 0 has completed gradients."""
+        """Adopt the order in which process 0 has completed gradients."""
         places = [self._places[number] for number in current.arrived if number in self._places]
         places += sorted(set(range(len(self._weights))) - set(places))
         agreed = self.processes.agreed(places, current.squares.device)
@@ -193,7 +194,7 @@ class _Shared(Flow):
         self._is_agreed = True
 
     def _join(self) -> None:
-        """Take part in the exchange although no gradient has come here."""
+        """Take part in the exchange even if this process has no gradient."""
         if self._pass is None:
             self._begin()
         elif not self._pass.is_done:
@@ -202,15 +203,15 @@ class _Shared(Flow):
             self._end_pass()
 
     def step(self, parameters: list[Parameter]) -> bool:
-        """The step of the flow, with gradients that are the mean over all processes."""
+        """Do the step of the flow, with gradients that are means over all processes."""
         with self.processes.failures.reporting():
             self._join()
-        is_taken = super().step(parameters)  # type: ignore[safe-super]  # a flow stands behind
+        is_taken = super().step(parameters)  # type: ignore[safe-super]  # a flow is next in the MRO
         self._pass = None
         return is_taken
 
     def clear(self) -> None:
-        """Give up a step that was begun."""
+        """Give up a step that has begun."""
         super().clear()
         self._pass = None
 
@@ -224,44 +225,44 @@ class _Shared(Flow):
         return waiting
 
     def _update(self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None) -> Any:
-        """Update the own rows and begin to send them to all."""
+        """Update the own rows and begin to send them to all processes."""
         with self.processes.failures.reporting():
             squares = super()._update(parameter, gradient, factor)
             if isinstance(gradient, OwnTiles):
                 if squares is not None:
                     gradient.square_sum.copy_(squares.sum())
-                squares = gradient.square_sum  # of all rows, when the pass has ended
+                squares = gradient.square_sum  # of all rows once the pass has ended
             begun = self.processes.gather(parameter)
             self._settle()
             self._gathering = begun
         return squares
 
     def _settle(self) -> None:
-        """Wait for the rows that are on their way to this process."""
+        """Wait for the updated rows that are in transit to this process."""
         begun, self._gathering = self._gathering, None
         if begun is not None:
             self.processes.finish(begun)
 
 
 class RowsStack(_Shared, Stack):
-    """`Stack` on several processes: what waits are the own rows of mean gradients."""
+    """`Stack` on several processes: the own rows of mean gradients wait for the step."""
 
 
 class RowsRelease(_Shared, Release):
-    """`Release` on several processes: own rows are used the moment the mean of them is there."""
+    """`Release` on several processes: own rows are used as soon as their mean is complete."""
 
     @property
     def _clips_by_own_norm(self) -> bool:  # type: ignore[override]
         return self.optimizer.clipping == "tensor"
 
     def _join(self) -> None:
-        was_in_backward, self._is_in_backward = self._is_in_backward, True  # it has no end to await
+        was_in_backward, self._is_in_backward = self._is_in_backward, True  # queues no callback
         super()._join()
         self._is_in_backward = was_in_backward
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        """Within, gradients are exchanged, measured and dropped."""
+        """Within this context, gradients are exchanged, measured and dropped."""
         with super()._measuring():
             yield
             self._join()

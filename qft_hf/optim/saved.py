@@ -1,7 +1,7 @@
 """The saved form of an optimizer's state: plain tensors and numbers.
 
-It is the same whether one process has trained or several: `whole_states` puts the rows of all
-together, and `loaded` takes the own ones. All that is loaded is checked before anything changes.
+It is the same whether one process has trained or several: `whole_states` gathers the rows of all
+processes, and `loaded` selects the own ones. Everything is checked before anything changes.
 """
 
 import copy
@@ -17,16 +17,16 @@ from ..quant import QFTWeight
 from .processes import Processes
 from .state import StateFormat
 
-PREVIOUS_NORM = "previous_norm"  # key of the norm that `clipping="previous"` goes by
-LAST_STEP = 2**62  # no run comes there, and a count beyond 2**63 overflows
+PREVIOUS_NORM = "previous_norm"  # key of the norm that `clipping="previous"` clips by
+LAST_STEP = 2**62  # no run gets this far, and a count beyond 2**63 overflows
 
 
 class Loaded(NamedTuple):
-    """What a state dict has for an optimizer.
+    """Contents of a state dict, made for an optimizer.
 
     Attributes:
-        states: By parameter: copies of tensors on its device, of the own rows.
-        groups: Options, with the parameters of the optimizer.
+        states: State by parameter: copies of the own rows, on the parameter's device.
+        groups: Options of each group, with the parameters of the optimizer.
         previous_norm: fp32 scalar, or None.
     """
 
@@ -74,9 +74,9 @@ def loaded(state_dict: dict[str, Any], optimizer: Any) -> Loaded:
 
 
 def whole_states(optimizer: Any, processes: Processes) -> dict[int, dict[str, Tensor | None]]:
-    """State tensors of all rows of INT8 weights, by number, on the host of process 0.
+    """Gather the state tensors of INT8 weights, by parameter number, on the host of process 0.
 
-    Every process calls it; others than process 0 get None for each tensor.
+    Every process must call this; processes other than 0 get None for each tensor.
     """
     return {
         number: {
@@ -89,10 +89,10 @@ def whole_states(optimizer: Any, processes: Processes) -> dict[int, dict[str, Te
 
 
 def check_form(state_dict: Any) -> None:
-    """Raise unless this is what `state_dict` of an optimizer returns, whatever it says.
+    """Raise unless this has the structure of an optimizer's `state_dict`; values may be any.
 
     Raises:
-        ValueError: It is something else.
+        ValueError: It has another structure.
     """
     is_state = isinstance(state_dict, Mapping) and {"state", "param_groups"} <= state_dict.keys()
     if is_state:
@@ -111,7 +111,7 @@ def check_form(state_dict: Any) -> None:
 
 
 def _loaded_groups(saved: list[dict[str, Any]], optimizer: Any) -> list[dict[str, Any]]:
-    """Copies of groups of a state dict, checked, with the parameters of this optimizer."""
+    """Return checked copies of the groups of a state dict, with this optimizer's parameters."""
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if (theirs := [len(group["params"]) for group in saved]) != sizes:
         raise ValueError(
@@ -120,7 +120,7 @@ def _loaded_groups(saved: list[dict[str, Any]], optimizer: Any) -> list[dict[str
         )
     groups = []
     for own, group in zip(optimizer.param_groups, saved, strict=True):
-        # Options that an older version did not save have their defaults.
+        # Options that an older version did not save get their defaults.
         kept = {name: own[name] for name in ("params", "param_names") if name in own}
         options = {name: value for name, value in group.items() if name != "params"}
         groups.append(optimizer.defaults | kept | copy.deepcopy(options))
@@ -136,17 +136,17 @@ def _checked_state(
     name: str,
     hint: str | None,
 ) -> dict[str, Tensor]:
-    """Copies of a loaded state on the parameter's device.
+    """Return copies of a loaded state on the parameter's device.
 
     Args:
         state: Tensors by name, and the number of the step.
-        wanted: Their form.
-        device: That of the parameter.
-        name: What to call it in an error.
-        hint: What to do if the state does not fit; None: the usual advice.
+        wanted: Form of each tensor.
+        device: Device of the parameter.
+        name: Name of the parameter in an error text.
+        hint: Advice for a state that does not fit; None: the usual advice.
 
     Raises:
-        ValueError: It does not fit the parameter, or is not finite.
+        ValueError: The state does not fit the parameter, or has invalid values.
     """
     found = {
         key: (value.dtype, tuple(value.shape))
@@ -173,7 +173,7 @@ def _checked_state(
             )
         if tensor.dtype == torch.int8 and bool((tensor == -128).any()):
             raise ValueError(
-                f"{key} of {name} has -128, which is no code: the optimizer state is damaged. "
+                f"{key} of {name} has -128, which is not a code: the optimizer state is damaged. "
                 "Resume from an earlier checkpoint, or without the optimizer's state."
             )
     try:
@@ -184,7 +184,7 @@ def _checked_state(
         is_counted = False
     if not is_counted:
         raise ValueError(
-            f"The step of {name} is {state['step']}, which no optimizer has counted: its state is "
+            f"The step of {name} is {state['step']}, which is not a valid count: its state is "
             "damaged. Resume from an earlier checkpoint."
         )
     tensors = {key: state[key].to(device, copy=True) for key in wanted}
@@ -192,10 +192,10 @@ def _checked_state(
 
 
 def _checked_norm(norm: Any) -> Tensor | None:
-    """The norm of the step before, which `clipping="previous"` goes by: fp32 scalar, or None.
+    """Return the previous step's norm, for `clipping="previous"`: fp32 scalar or None.
 
     Raises:
-        ValueError: It is no norm.
+        ValueError: It is not a finite number of at least 0.
     """
     if norm is None:
         return None
@@ -206,7 +206,7 @@ def _checked_norm(norm: Any) -> Tensor | None:
         is_norm = False
     if not is_norm:
         raise ValueError(
-            f"The norm that clips the next step is {norm}, which no gradients have: the optimizer "
-            "state is damaged. Resume from an earlier checkpoint."
+            f"The norm that clips the next step is {norm}, which is not a valid norm: the "
+            "optimizer state is damaged. Resume from an earlier checkpoint."
         )
     return checked

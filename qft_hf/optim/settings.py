@@ -1,4 +1,4 @@
-"""What a user chooses: which words and numbers exist, and which of them go together."""
+"""Checks of what a user sets: which values are valid, and which can be combined."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ GRADIENTS = ("stack", "release")
 CLIPPINGS = ("exact", "previous", "tensor")
 ACCUMULATIONS = ("keep", "forbid")
 NONFINITE = ("raise", "skip")
-LARGEST = torch.finfo(torch.float32).max  # which kernels take; what is beyond is infinite to them
+LARGEST = torch.finfo(torch.float32).max  # for kernels, larger numbers are infinite
 
 
 def check_settings(
@@ -18,10 +18,10 @@ def check_settings(
     clipping: str | None,
     max_grad_norm: float | None,
 ) -> None:
-    """Raise for settings that do not exist or cannot be honoured together.
+    """Raise if a setting has an invalid value, or cannot be combined with another.
 
     Raises:
-        ValueError: The text names the choices.
+        ValueError: There is such a setting. The text names the choices.
     """
     for name, value, choices in (
         ("gradient", gradient, GRADIENTS),
@@ -54,30 +54,31 @@ def check_settings(
     if (clipping is None) != (max_grad_norm is None):
         raise ValueError(
             "gradient='release' updates weights during backward, before the global norm is known, "
-            f"so max_grad_norm={max_grad_norm} needs a choice and clipping={clipping!r} a norm. "
-            "Set both: clipping='exact' (a second backward finds the norm), 'previous' (the norm "
-            "of the step before) or 'tensor' (each gradient by its own norm); or "
-            "max_grad_norm=0 in TrainingArguments (None in the optimizer); or use "
-            "gradient='stack', which clips exactly at no cost."
+            f"so max_grad_norm and clipping go together, got max_grad_norm={max_grad_norm} and "
+            f"clipping={clipping!r}. Set both: clipping='exact' (a second backward pass finds the "
+            "norm), 'previous' (the norm of the previous step) or 'tensor' (each gradient by its "
+            "own norm); or neither: max_grad_norm=0 in TrainingArguments (None in the optimizer); "
+            "or use gradient='stack', which clips exactly at no cost."
         )
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise for options that every group has and that are out of their range.
+    """Raise if an option that every group has is out of range.
 
     Raises:
-        ValueError: The text names the option and its range.
+        ValueError: An option is out of range. The text names it and its range.
     """
     for name in ("lr", "weight_decay"):
         try:
-            if isinstance(group[name], bool | str):  # of which float() makes numbers, too
+            if isinstance(group[name], bool | str):  # float() takes these too
                 raise TypeError
             value = float(group[name])
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{name} must be a number, got {group[name]!r}.") from error
         if not 0 <= value <= LARGEST:
             raise ValueError(
-                f"{name} must be finite and not negative, got {value}. To climb, set maximize=True."
+                f"{name} must be finite and not negative, got {value}. To ascend, set "
+                "maximize=True."
             )
     seed = group["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:

@@ -1,4 +1,4 @@
-"""`QFTSGD`: SGD on INT8 weights and gradients, without any state: LOMO's update."""
+"""`QFTSGD`: stateless SGD on INT8 weights and gradients, which is LOMO's update."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -15,21 +15,22 @@ from .state import StateFormat
 class QFTSGD(QFTOptimizer):
     """`w <- w - lr * (g + weight_decay * w)`; weights are rounded stochastically.
 
-    Rates are 10 to 1000 times Lion's, and steps are as large as gradients: clip them. It learns
-    what FP32 SGD learns, which was a sixth of what Lion did in `studies/momentum_bits.py`.
+    Use 10 to 1000 times Lion's learning rate, and clip gradients: steps are proportional to them.
+    The optimizer learns as much as FP32 SGD, which in `scripts/studies/momentum_bits.py` was a
+    sixth of what Lion learned.
 
     Args:
         params: Parameters or parameter groups.
-        lr: Step size, in units of the weight for each unit of gradient.
-        weight_decay: Weights shrink by `lr * weight_decay` a step.
-        **settings: Those of `QFTOptimizer`.
+        lr: Step size, in units of the weight per unit of gradient.
+        weight_decay: Each step shrinks weights by a fraction `lr * weight_decay`.
+        **settings: Arguments of `QFTOptimizer`.
 
     Raises:
         ValueError: An argument is out of its range.
 
     Source:
         Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with Limited
-        Resources" (LOMO), section 3 (arXiv:2306.09782), on float weights there.
+        Resources" (LOMO), section 3 (arXiv:2306.09782), which trains float weights.
     """
 
     reads_live = True
@@ -45,7 +46,7 @@ class QFTSGD(QFTOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, **settings)
 
     def state_format(self, parameter: Tensor) -> StateFormat:
-        """Empty: SGD keeps no state."""
+        """Return no tensors: SGD keeps no state."""
         return {}
 
     def step_weight(

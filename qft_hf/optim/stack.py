@@ -1,4 +1,4 @@
-"""Gradients that wait for the step.
+"""`Stack`: gradients wait for the step.
 
 Source:
     Li et al. 2023, "QFT", section 3.4 (arXiv:2310.07147).
@@ -14,17 +14,17 @@ from .norms import are_finite
 
 
 class Stack(Flow):
-    """Gradients wait for the step, in INT8: exact clipping, and a step may be refused."""
+    """Gradients wait for the step in INT8, so clipping is exact and a step can be refused."""
 
     def listens_to(self, parameter: Parameter) -> bool:
-        """Whether to be told of it: of an INT8 weight, for its gradient may come in float."""
+        """Return whether it is an INT8 weight: its gradient may be float and is then quantized."""
         return isinstance(parameter, QFTWeight)
 
     def complete(self, parameter: Parameter) -> None:
-        """Let it wait in `.grad`."""
+        """Leave the gradient in `.grad`."""
 
     def left(self, parameters: Iterable[Parameter]) -> Left:
-        """Nothing: gradients are in `.grad`."""
+        """Return an empty `Left`: gradients are in `.grad`."""
         return Left()
 
     def replayed(self, left: Left) -> None:
@@ -35,7 +35,7 @@ class Stack(Flow):
 
         Raises:
             FloatingPointError: A gradient is not finite. Nothing was updated.
-            RuntimeError: The step before was interrupted half-way.
+            RuntimeError: The previous step was interrupted half-way.
         """
         self._refuse_half_a_step()
         waiting = self._waiting(parameters)
@@ -59,7 +59,7 @@ class Stack(Flow):
         return True
 
     def _repeated(self, waiting: list[Parameter]) -> None:
-        """What `_update_all` does on the host."""
+        """Do the host's part of `_update_all`."""
         for parameter in waiting:
             parameter.grad = None
         self.optimizer.updated(waiting)

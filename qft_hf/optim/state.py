@@ -1,4 +1,4 @@
-"""The optimizer's state of one parameter: which tensors, of which form."""
+"""The optimizer's state of one parameter: its tensors and their forms."""
 
 from typing import NamedTuple
 
@@ -10,10 +10,10 @@ class StateTensor(NamedTuple):
     """The form of one tensor.
 
     Attributes:
-        dtype: That of its elements; int8 has codes in [-127, 127].
-        shape: That of the tensor.
-        fill: What it is full of before the first step. Beside codes of 0 any scale does; 1 is easy
-            to read.
+        dtype: Dtype of the elements; int8 codes are in [-127, 127].
+        shape: Shape of the tensor.
+        fill: Value of all elements before the first step. With codes of 0 any scale is correct; 1
+            is easy to read.
         is_signed: Whether values may be negative.
     """
 
@@ -27,19 +27,19 @@ StateFormat = dict[str, StateTensor]  # by name
 
 
 def initial_state(wanted: StateFormat, device: torch.device) -> dict[str, Tensor]:
-    """What each tensor is full of, and no step yet."""
+    """Return each tensor filled with its initial value, and a step number of 0."""
     tensors = {
         name: torch.full(form.shape, form.fill, dtype=form.dtype, device=device)
         for name, form in wanted.items()
     }
-    # On the host, which counts: asking a GPU for its number would mean to wait.
+    # On the host, which counts steps: reading the number from a GPU would wait for the GPU.
     return {"step": torch.zeros((), dtype=torch.int64), **tensors}
 
 
 class StepCounter:
     """Counts the steps of one parameter in its state: the tensor `step`, int64, on the host.
 
-    Through numpy, which shares the tensor's memory: that takes a tenth of an operator's time.
+    NumPy shares the tensor's memory and counts in a tenth of the time of a PyTorch operator.
     """
 
     __slots__ = ("_array", "tensor")

@@ -89,7 +89,7 @@ def test_an_unknown_command_lists_those_that_there_are(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["tune"])
     assert ended.value.code == 2
-    assert "no command 'tune'. There are plan, " in capsys.readouterr().err
+    assert "no command 'tune'. Commands: plan, " in capsys.readouterr().err
 
 
 def test_what_is_refused_is_said_without_a_traceback(capsys):
@@ -150,7 +150,9 @@ def test_a_full_disk_under_what_is_printed_is_told_in_a_line(words):
     with open("/dev/full", "w") as full:
         done = command_line(words, stdout=full)
     assert done.returncode == 1
-    assert done.stderr.endswith("No space left on device. It is not done. Free some space.\n")
+    assert done.stderr.endswith(
+        "No space left on device. The command did not finish. Free some space.\n"
+    )
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
 
@@ -236,7 +238,7 @@ def test_what_is_no_text_is_said_to_be_none(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(b"caf\xe9\n"), encoding="utf-8"))
     with pytest.raises(SystemExit):
         main(["chat", str(tmp_path)])
-    assert "what comes by the pipe is not utf-8" in capsys.readouterr().err
+    assert "the piped input is not utf-8" in capsys.readouterr().err
 
 
 def test_a_run_that_has_not_finished_is_called_so(tmp_path, capsys):

@@ -116,7 +116,7 @@ def test_a_config_of_labelled_texts_is_refused(folder, tmp_path, capsys):
     config.write_text(f"model_name_or_path: {folder}\ntrain_data: x.jsonl\ntask: regression\n")
     with pytest.raises(SystemExit):
         main(["plan", str(config)])
-    assert "is of task 'regression', and memory is computed for" in capsys.readouterr().err
+    assert "has task 'regression', but memory is estimated only for" in capsys.readouterr().err
 
 
 def test_several_gpus_have_the_bytes_of_each_and_the_command_that_starts_them(folder, capsys):
@@ -155,7 +155,7 @@ def test_the_command_names_the_config_that_was_asked_about(folder, tmp_path, cap
 def test_live_measures_one_process(folder, capsys):
     with pytest.raises(SystemExit):
         main(["plan", folder, "--live", "--gpus=2"])
-    assert "--live measures one process: leave --gpus out" in capsys.readouterr().err
+    assert "--live measures one process: omit --gpus" in capsys.readouterr().err
 
 
 def test_a_side_network_is_planned_for_each_way_to_store_its_base(folder, tmp_path, capsys):
@@ -194,7 +194,7 @@ def test_a_side_network_is_planned_for_each_way_to_store_its_base(folder, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--method=qst", "--optim=qft_lion"], "--optim is of training every parameter"),
+        (["--method=qst", "--optim=qft_lion"], "--optim is for training every parameter"),
         (["--side_r=4"], "side_r is of side tuning"),
         (["--method=qst", "--base=int4"], "base must be 'nf4' or 'int8' or 'float', got 'int4'"),
     ],

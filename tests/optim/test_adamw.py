@@ -114,7 +114,7 @@ def test_a_scheduler_and_groups_set_the_rates():
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\).*\(0\.9, 0\.999\)"),
         ({"betas": (0.9, 0.81)}, "second of betas must be above the square of the first"),
         ({"betas": (0.0, 0.0)}, "second of betas must be above the square of the first"),
-        ({"eps": 0.0}, "eps must be positive and finite, got 0.0.*Usual is 1e-8"),
+        ({"eps": 0.0}, "eps must be positive and finite, got 0.0.*The usual value is 1e-8"),
         ({"eps": float("nan")}, "eps must be positive and finite"),
         ({"lr": -1.0}, "lr must be finite and not negative"),
     ],
@@ -300,7 +300,7 @@ def test_an_optimizer_may_decide_what_fits():
         (set_tensor(1, "ratio_scales", lambda t: -t), "ratio_scales of parameter 1 .*damaged"),
         (set_tensor(1, "root_scales", lambda t: t * float("nan")), "root_scales of parameter 1"),
         (set_tensor(1, "root_scales", lambda t: -t), "root_scales of parameter 1 .*negative"),
-        (set_tensor(0, "ratio_codes", lambda t: t.fill_(-128)), "-128, which is no code"),
+        (set_tensor(0, "ratio_codes", lambda t: t.fill_(-128)), "-128, which is not a code"),
         (set_tensor(0, "root_codes", lambda t: t.char()), "must be a step and .*torch.uint8"),
         (
             set_tensor(6, "second_moment", lambda t: t - 1),

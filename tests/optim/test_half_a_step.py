@@ -106,7 +106,7 @@ def test_copies_and_states_do_not_hide_it(monkeypatch, gradient, copied, method,
     with pytest.raises(RuntimeError, match=r"\d+ parameters and has not ended.*or .*zero_grad\(\)"):
         copied((model, optimizer))
     optimizer.state_dict()  # whoever was interrupted may want to save what there is
-    assert "who resumes from it begins between two steps" in caplog.text
+    assert "a run that resumes from it starts between two steps" in caplog.text
 
     caplog.clear()
     optimizer.zero_grad()

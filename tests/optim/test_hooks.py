@@ -130,7 +130,7 @@ def test_hooks_that_were_lost_are_noticed_and_cost_one_step_only(caplog):
     assert model.up.weight.grad is not None  # autograd does not call the hooks
     with caplog.at_level(logging.WARNING):
         optimizer.step()
-    assert "waited for the step although they were to be released" in caplog.text
+    assert "waited for the step instead of being released" in caplog.text
 
     caplog.clear()
     loss_of(model, batches(2)[1]).backward()

@@ -372,7 +372,7 @@ def test_a_copy_goes_on_like_the_original(copy_it):
     [
         ({"gradient": "heap"}, "gradient must be 'stack'.*got 'heap'"),
         ({"momentum_bits": 3}, "momentum_bits must be 8 or 4, got 3"),
-        ({"momentum_bits": 0}, "momentum_bits=0 is no Lion but SGD: use QFTSGD.*'qft_sgd'"),
+        ({"momentum_bits": 0}, "momentum_bits=0 is not Lion but SGD: use QFTSGD.*'qft_sgd'"),
         ({"nonfinite": "ignore"}, "nonfinite must be 'raise' or 'skip', got 'ignore'"),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
         ({"seed": 2**63}, r"seed must be in \[0, 2\*\*63\)"),

@@ -588,7 +588,7 @@ def test_a_gradient_that_is_nowhere_finite_is_none_if_it_is_clipped_by_its_own_n
         optimizer = make_optimizer(model, "release", clipping="tensor", max_grad_norm=1.0)
         (loss_of(model, batches(1)[0]) * factor).backward()
         if factor:
-            with pytest.raises(FloatingPointError, match="had been handed theirs"):
+            with pytest.raises(FloatingPointError, match="detected after"):
                 optimizer.step()
         runs.append([p.detach().clone() for p in model.up.weight.fields().values()])
     assert_same_tensors(*runs)
@@ -614,7 +614,7 @@ def test_a_nonfinite_gradient_that_was_kept_says_that_others_were_updated():
     model.up.weight.grad.scales[0] = float("inf")
     model.up.requires_grad_(False)  # the last micro-batch has no gradient for it
     loss_of(model, batches(1)[0]).backward()
-    with pytest.raises(FloatingPointError, match=r"and \d weights had been handed theirs"):
+    with pytest.raises(FloatingPointError, match=r"after \d weights were updated"):
         optimizer.step()
 
 

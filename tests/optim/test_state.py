@@ -198,7 +198,7 @@ def spoiled_states():
         ),
         (
             set_tensor(1, "momentum_codes", lambda t: t.index_fill(0, torch.tensor([5]), -128)),
-            "momentum_codes of parameter 1 has -128, which is no code.*Resume from an earlier",
+            "momentum_codes of parameter 1 has -128, which is not a code.*Resume from an earlier",
         ),
         (set_tensor(0, "momentum_codes", lambda t: t.tolist()), rf"parameter 0 .*{another}"),
         (set_tensor(6, "momentum", lambda t: t[:-1]), rf"parameter 6 .*{another}"),

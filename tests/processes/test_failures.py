@@ -18,7 +18,7 @@ from tests.processes.test_training import different
         ("nan-previous", r"^FloatingPointError: .*updated by what is finite"),
         ("nan-tensor", r"^FloatingPointError: .*updated by what is finite"),
         ("nan-adamw", r"^FloatingPointError: .*updated by what is finite"),
-        ("other-weights", r"check sum of parameter 0 .*optimizer\.broadcast\(\)"),
+        ("other-weights", r"checksum of parameter 0 .*optimizer\.broadcast\(\)"),
         ("other-rate", r"lr of group 0 is 0\.001 on process 0 and 0\.002 on 1"),
         ("second-pass", r"under optimizer\.accumulate\(\)"),
         ("reentrant", r"use_reentrant=False"),
