@@ -1,4 +1,4 @@
-"""A model that is not there: one text for it, wherever a model is loaded by its name."""
+"""One error text for a model that cannot be found, wherever a model is loaded by its name."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,20 +7,20 @@ from pathlib import Path
 
 @contextmanager
 def refused_if_absent(name: str | Path, *, advice: str = "") -> Iterator[None]:
-    """Say what to do where a model cannot be loaded in this block.
+    """Raise an error that says what to do if a model cannot be loaded in this block.
 
     Args:
         name: Folder, or name on the hub.
-        advice: What else may help where it is there and cannot be loaded.
+        advice: Appended to the error if the model exists and cannot be loaded.
 
     Raises:
-        FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
-        ValueError: The folder lacks a file or holds something else, or what is there cannot be
-            loaded.
+        FileNotFoundError: Neither a folder with a config.json nor a model visible on the hub has
+            this name.
+        ValueError: The model cannot be loaded, or the path holds something other than a model.
     """
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:  # an attention kernel may be absent
+    except (ImportError, OSError, ValueError) as error:  # an attention kernel may be missing
         if other := _what_else(Path(name)):
             raise ValueError(f"{name} {other}") from error
         is_model = Path(name, "config.json").is_file()
@@ -39,7 +39,7 @@ def refused_if_absent(name: str | Path, *, advice: str = "") -> Iterator[None]:
 
 
 def _what_else(place: Path) -> str | None:
-    """Return what a path is that people take for a model, and what to do; None if it may be one."""
+    """Return what a path mistaken for a model is, and what to do; None if it may be a model."""
     if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
         return (
             "holds an adapter of PEFT and no model. Merge it into its base, by merge_and_unload() "

@@ -1,4 +1,4 @@
-"""The callback that every Trainer gets; it acts on runs with our optimizers and on INT8 weights."""
+"""The callback in every Trainer; it acts on runs with our optimizers or with INT8 weights."""
 
 import logging
 import math
@@ -33,17 +33,17 @@ from .processes import by_first, start_together
 
 logger = logging.getLogger(__name__)
 
-SAVED = "qft_hf"  # in a checkpoint's trainer_state.json, beside the states of callbacks
+SAVED = "qft_hf"  # key in a checkpoint's trainer_state.json, next to the states of callbacks
 
 
 class QFTCallback(TrainerCallback):
     """Converts a float model when the Trainer is built, and checks the optimizer when it trains.
 
-    Converting this early means that a checkpoint to resume from finds INT8 weights to load into.
+    Because the model is converted this early, resuming loads a checkpoint into INT8 weights.
 
     Attributes:
-        writes_in_place: Whether a checkpoint is there before it is whole; not with `QFTTrainer`.
-        compiler: What layers are compiled by; empty: they are not.
+        writes_in_place: Whether a checkpoint is visible before it is whole; not with `QFTTrainer`.
+        compiler: Options of `torch.compile` for layers; empty if they are not compiled.
     """
 
     writes_in_place = True
@@ -84,9 +84,9 @@ class QFTCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse INT8 weights under another optimizer, and options that have no effect on it.
+        """Refuse INT8 weights with another optimizer, and options that the optimizer ignores.
 
-        Several processes make sure that they run the same, of the same model.
+        Several processes check that their arguments and data agree, and then share one model.
         """
         inner = unwrapped(optimizer)
         before: dict[str, Any] = {}
@@ -133,10 +133,10 @@ class QFTCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Log the true global norm: the Trainer's lacks the gradients that were released.
+        """Log the true global norm: the Trainer's omits the gradients that were released.
 
-        Reporters come after this callback, and so do all that the Trainer was built with; a
-        `Trainer.log` that reads the logs before it calls `super().log` comes before.
+        Reporters, and callbacks that were passed to the Trainer, run after this one. An override of
+        `Trainer.log` that reads the logs before it calls `super().log` sees the Trainer's norm.
         """
         released = getattr(unwrapped(optimizer), "released_norm", None)
         if released is not None and logs is not None and "grad_norm" in logs:
@@ -152,12 +152,12 @@ class QFTCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Mark a checkpoint that the stock Trainer has written, so that damage shows later."""
+        """Mark a checkpoint that the stock Trainer wrote, so that later damage is detected."""
         inner = unwrapped(optimizer)
         checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.writes_in_place and is_ours(inner) and model is not None:
             with by_first() as is_first:
-                if is_first and checkpoint.is_dir():  # not in a search for hyperparameters
+                if is_first and checkpoint.is_dir():  # a hyperparameter search has another
                     write_mark(checkpoint, without_state=parameters_without_state(model, inner))
 
     def on_train_end(
@@ -168,19 +168,19 @@ class QFTCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """From now on a backward pass of the user's own updates no weight."""
+        """Ensure that backward passes after the training update no weights."""
         inner = unwrapped(optimizer)
         if is_ours(inner):
             inner.eval()
 
 
 def _record(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """Note what the run was given, and return the note of the run that it goes on with.
+    """Record hyperparameters of the run in `state`; return the record of the run it resumes.
 
-    It warns if that one had another number of examples a step.
+    Warn if the resumed run had another number of examples per step.
     """
     n_examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    saved: Any = state.stateful_callbacks  # a dictionary that is saved and loaded
+    saved: Any = state.stateful_callbacks  # a dictionary, saved with the state
     noted = saved.get(SAVED, {})
     given = {name: getattr(args, name) for name in ("learning_rate", "weight_decay")}
     saved[SAVED] = {**given, **noted, "examples_per_step": n_examples}

@@ -1,6 +1,6 @@
-"""The model card: `README.md` for the Hub, of figures that are known and of nothing else.
+"""The model card: `README.md` for the Hub, which states known facts only.
 
-A local path means nothing to a reader, so names of files stand here without their folders.
+A local path means nothing to a reader, so files are named without their folders.
 """
 
 import shlex
@@ -64,12 +64,12 @@ _PIPELINES = {"ForCausalLM": "text-generation", "ForSequenceClassification": "te
 
 
 def is_card(path: Path) -> bool:
-    """Whether a `README.md` is a card that was written here."""
+    """Return whether a `README.md` is a card that this package wrote."""
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def write_card(path: Path, facts: CardFacts) -> None:
-    """Write a card; it takes the place of what is there."""
+    """Write a card, replacing an existing file."""
     with written_whole(path) as draft:
         card(facts).save(draft)
 
@@ -78,7 +78,7 @@ def card(facts: CardFacts) -> ModelCard:
     """Make the card: metadata for the Hub, and the text."""
     results, relation = _results(facts), "adapter" if facts.side else "finetune"
     data = ModelCardData(
-        model_name=facts.name if results else None,  # it heads the results
+        model_name=facts.name if results else None,  # the heading of the results
         eval_results=results or None,
         base_model=facts.base_model,
         base_model_relation=relation if facts.base_model else None,
@@ -145,7 +145,7 @@ def _text(facts: CardFacts) -> str:
 
 
 def _evaluations(history: Sequence[Mapping[str, Any]]) -> str:
-    """Return every evaluation of the log, or the training loss where there is none."""
+    """Return the section on results: all evaluations of the log, and the training loss."""
     logged = [entry for entry in history if "eval_loss" in entry]
     names = [
         name
@@ -171,7 +171,7 @@ def _evaluations(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _results(facts: CardFacts) -> list[EvalResult]:
-    """Return the last evaluation for the Hub, if what it was made on has a name there."""
+    """Return the last evaluation for the Hub, if all data is one dataset that is named there."""
     logged = [entry for entry in facts.history if "eval_loss" in entry]
     if not logged or len(facts.datasets) != 1 or facts.files:
         return []
@@ -191,14 +191,14 @@ def _results(facts: CardFacts) -> list[EvalResult]:
 
 
 def _weights(facts: CardFacts) -> list[str]:
-    """Return the section of what was trained and how it was stored."""
+    """Return the section on the trained weights and how they are stored."""
     if not facts.side:
         return ["### Weights", _format_table(facts.format)]
     return ["### Side network", _table(("what", "value"), facts.side.items())]
 
 
 def _side_loading(facts: CardFacts, base: str) -> str:
-    """Return how a base that is stored so and the side network come together."""
+    """Return code that loads a base in the format `base`, and the side network into it."""
     form = _IN_CODE.get(base)
     place, loader, trust = facts.base_model or "FOLDER_OF_THE_BASE", *_loader(facts)
     imported = "BitsAndBytesConfig, " if form and form.startswith("Bits") else ""
@@ -213,7 +213,7 @@ def _side_loading(facts: CardFacts, base: str) -> str:
 
 
 def _loader(facts: CardFacts) -> tuple[str, str]:
-    """Return the class that loads the model, and what its arguments end with."""
+    """Return the class that loads the model, and the end of its argument list."""
     if facts.auto_class is None:
         return facts.architecture, ""
     return facts.auto_class, ", trust_remote_code=True"
