@@ -110,23 +110,23 @@ class QFTTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "With matmul int8: INT8 products by module, as in "
-            """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all, and none of the head."""
+            """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all but those of the head."""
         },
     )
     chunked_loss: bool = field(
         default=None,  # type: ignore[assignment]  # `__post_init__` sets it
         metadata={
-            "help": "Compute the next-token loss run by run of the vocabulary, so that logits "
-            "never exist whole; costs one more product with the output head. Unset: only in place "
+            "help": "Compute the next-token loss in chunks of the vocabulary, so that logits never "
+            "exist all at once; costs one more product with the output head. Unset: only in place "
             "of the fused loss of use_liger_kernel."
         },
     )
     liger_kernel_config: dict[str, bool] | str | None = field(  # type: ignore[assignment]  # as text
         default=None,
         metadata={
-            "help": "With use_liger_kernel: kernels that are left out, or taken, as in "
+            "help": "With use_liger_kernel: kernels that are switched off or on, as in "
             """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy work """
-            "with INT8 weights; chunked_loss takes the place of that one."
+            "with INT8 weights; chunked_loss replaces that one."
         },
     )
     cuda_graph: bool = field(
@@ -188,7 +188,7 @@ class QFTTrainingArguments(TrainingArguments):
             self.learning_rate = TrainingArguments.learning_rate
         elif optimizer.learning_rate is None:
             raise ValueError(
-                f"optim={optimizer_name(self)!r} has no rate of its own. Set learning_rate."
+                f"optim={optimizer_name(self)!r} has no default rate. Set learning_rate."
             )
         else:
             self.learning_rate = optimizer.learning_rate

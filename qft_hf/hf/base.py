@@ -69,8 +69,8 @@ def require_bitsandbytes() -> None:
     except ImportError as error:
         raise ImportError(
             "base='nf4' stores the frozen base with bitsandbytes, which is not installed. "
-            "`pip install 'bitsandbytes>=0.50'`; or set base to 'int8', which needs nothing more "
-            "and twice the bytes, or to 'float'."
+            "`pip install 'bitsandbytes>=0.50'`; or set base to 'int8', which needs no other "
+            "package and twice the bytes, or to 'float'."
         ) from error
 
 

@@ -64,8 +64,8 @@ class QFTCallback(TrainerCallback):
         if args.n_gpu > 1 and side_network_of(model) is not None:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible and the Trainer would copy the model to each by "
-                "nn.DataParallel, which a side network does not follow. Set CUDA_VISIBLE_DEVICES "
-                "to one GPU."
+                "nn.DataParallel, which side networks do not support. Set CUDA_VISIBLE_DEVICES to "
+                "one GPU."
             )
         if named_optimizer(args) is not None and model is not None:
             refuse_optimizer(optimizer, args)
@@ -100,14 +100,14 @@ class QFTCallback(TrainerCallback):
         refuse_overruled(args, inner, resumed_from=before if state.global_step > 0 else None)
         if self.writes_in_place and getattr(args, "cuda_graph", False):
             raise ValueError(
-                "cuda_graph=True was set, and transformers.Trainer captures nothing. Use "
+                "cuda_graph=True was set, and transformers.Trainer captures no graphs. Use "
                 "qft_hf.QFTTrainer, or leave cuda_graph off."
             )
         if self.writes_in_place and args.save_strategy != "no":
             logger.warning(
                 "transformers.Trainer writes checkpoints in place: a run that is killed while it "
-                "saves leaves a broken one, and resume_from_checkpoint=True takes that, unchecked. "
-                "QFTTrainer writes them whole, and resumes from the newest whole one"
+                "saves leaves a broken one, and resume_from_checkpoint=True does not check it. "
+                "QFTTrainer writes whole checkpoints, and resumes from the newest whole one"
             )
         if self.compiler and model is not None:
             compile_layers_(model, self.compiler)
@@ -187,10 +187,10 @@ def _record(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
     before = noted.get("examples_per_step", n_examples)
     if before != n_examples and state.is_world_process_zero:
         logger.warning(
-            "The run goes on from step %d with %d examples a step, and had %d until then: it sees "
-            "other examples than it would have seen, and is not the run that it would have been. "
-            "Processes (%d) times per_device_train_batch_size (%d) times "
-            "gradient_accumulation_steps (%d) must be %d for that",
+            "The run resumes from step %d with %d examples per step, and had %d before. It sees "
+            "other examples than without the change, and its results differ. To avoid that, "
+            "processes (%d) times per_device_train_batch_size (%d) times "
+            "gradient_accumulation_steps (%d) must be %d",
             state.global_step,
             n_examples,
             before,

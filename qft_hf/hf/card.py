@@ -133,10 +133,10 @@ def _text(facts: CardFacts) -> str:
         *_weights(facts),
         "### Memory of the training state",
         _memory_table(facts.state_bytes, total),
-        "## Licence",
+        "## License",
         f"`{facts.license}`"
         if facts.license
-        else "None is stated here; that of the model it was tuned from may bind this one, too.",
+        else "None is stated here; that of the model it was tuned from may apply to this one, too.",
         "## Citation",
         *([SIDE_CITATION] if facts.side else []),
         CITATIONS,
@@ -225,11 +225,11 @@ def _loading(facts: CardFacts) -> str:
     name, (loader, trust) = facts.name, _loader(facts)
     plain = f"{name.rpartition('/')[2]}-bf16"
     lines = [
-        "As INT8, with qft_hf installed, to go on training or to save memory:",
+        "As INT8, with qft_hf installed, to continue training or to save memory:",
         f'```python\nimport qft_hf  # registers the "qft" format\n'
         f"from transformers import {loader}\n\n"
         f'model = {loader}.from_pretrained("{name}"{trust})\n```',
-        "To go on without qft_hf, convert that once to an ordinary bf16 checkpoint:",
+        "To use it without qft_hf, convert that once to an ordinary bf16 checkpoint:",
         f'```python\nqft_hf.dequantize_model_(model).save_pretrained("{plain}")\n```',
         "The command does the same with a downloaded folder, tokenizer included:",
         f"```sh\nqft-hf export FOLDER {shlex.quote(plain)} --dtype bfloat16"
@@ -239,7 +239,7 @@ def _loading(facts: CardFacts) -> str:
     if facts.export_dtype:
         place = f'"{name}", subfolder="{facts.export_dtype}"'
         lines += [
-            f"An ordinary {facts.export_dtype} checkpoint is here already, and needs no qft_hf:",
+            f"An ordinary {facts.export_dtype} checkpoint is also here, which needs no qft_hf:",
             f"```python\nfrom transformers import {loader}\n\n"
             f"model = {loader}.from_pretrained({place}{trust})\n```",
         ]
@@ -271,8 +271,8 @@ def _memory_table(state_bytes: Mapping[str, int], parameters: int) -> str:
         for state, n_bytes in everything.items()
     ]
     return (
-        "Measured just before an optimizer step, without activations; FP32 Adam keeps 16 bytes a "
-        "parameter.\n\n" + _table(("state", "MB", "bytes a parameter"), rows)
+        "Measured just before an optimizer step, without activations; FP32 Adam keeps 16 bytes per "
+        "parameter.\n\n" + _table(("state", "MB", "bytes per parameter"), rows)
     )
 
 

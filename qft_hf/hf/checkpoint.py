@@ -76,13 +76,13 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
             say = logger.warning if damaged else logger.info
             say("Resuming from %s, the newest checkpoint that is whole", checkpoint)
             return checkpoint
-        logger.warning("%s is not whole and is passed over: %s", checkpoint, "; ".join(found))
+        logger.warning("%s is not whole and is skipped: %s", checkpoint, "; ".join(found))
         damaged.append(f"- {checkpoint.name}: {'; '.join(found)}")
     if damaged:
         listed = "\n".join(damaged)
         raise ValueError(
             f"None of the {len(damaged)} checkpoints in {folder} is whole:\n{listed}\nCopy one "
-            "again, or start anew without resume_from_checkpoint; weights that are whole can be "
+            "again, or start a new run without resume_from_checkpoint; undamaged weights can be "
             "loaded with from_pretrained."
         )
     return None
@@ -172,7 +172,7 @@ def weight_files(checkpoint: Path) -> list[str]:
     sets = [name for name in WEIGHTS if (checkpoint / name).is_file()]
     if len(sets) > 1:
         raise ValueError(
-            f"{' and '.join(sets)} are two sets of weights, and only one can be of this run: "
+            f"{' and '.join(sets)} are two sets of weights, and only one can belong to this run: "
             "remove the other"
         )
     if not sets or sets[0] in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
@@ -192,7 +192,7 @@ def weight_files(checkpoint: Path) -> list[str]:
         if held != (listed := {name for name, file in index.items() if file == shard}):
             raise ValueError(
                 f"{shard} holds other tensors than {SAFE_WEIGHTS_INDEX_NAME} says, such as "
-                f"{min(held ^ listed)}: it is a shard of another place or of another run"
+                f"{min(held ^ listed)}: it is a misplaced shard or belongs to another run"
             )
     return [SAFE_WEIGHTS_INDEX_NAME, *shards]
 
@@ -220,8 +220,8 @@ def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None
             shutil.rmtree(path)
         except OSError as error:
             logger.warning(
-                "save_total_limit=%d: %s should make room and cannot be removed (%s), so there are "
-                "more checkpoints than that. Remove it by hand, or its space stays taken",
+                "save_total_limit=%d: the old checkpoint %s cannot be removed (%s), so there are "
+                "more checkpoints than the limit. Remove it by hand to free its space",
                 limit,
                 path,
                 error,

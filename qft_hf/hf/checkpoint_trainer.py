@@ -112,8 +112,8 @@ class CheckpointTrainer(Trainer):
             if "loading state_dict" not in str(error):
                 raise
             raise ValueError(
-                f"{resume_from_checkpoint} is of another model, or in another format than is asked "
-                f"for. Leave the change out, or start anew. {error}"
+                f"{resume_from_checkpoint} is of another model, or in another format than the run "
+                f"asks for. Undo the change, or start a new run. {error}"
             ) from error
 
     def _load_best_model(self) -> None:

@@ -54,7 +54,7 @@ def chunk_loss_(model: Model) -> Model:
     loss = causal.loss_function
     if loss not in (ForCausalLMLoss, _loss):
         raise ValueError(
-            f"A chunked loss is the next-token cross-entropy, and {type(model).__name__} has "
+            f"A chunked loss is the next-token cross-entropy, and {type(model).__name__} uses "
             f"{getattr(loss, '__name__', loss)}. Leave chunked_loss off."
         )
     refuse_computing(causal)
@@ -131,7 +131,7 @@ def _loss(
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
         )
     if kwargs.get("label_smoothing") or kwargs.get("weight") is not None:
-        raise ValueError(f"A chunked loss knows no {sorted(kwargs)}. Leave chunked_loss off.")
+        raise ValueError(f"A chunked loss supports no {sorted(kwargs)}. Leave chunked_loss off.")
     if shift_labels is None:  # each token but the last predicts the next one
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(logits.hidden.device)

@@ -51,11 +51,11 @@ def refuse_uncompilable(args: TrainingArguments, model: nn.Module) -> None:
         return
     reasons = []
     if getattr(args, "cuda_graph", False):
-        reasons.append("cuda_graph=True captures what runs eagerly. Take one of the two")
+        reasons.append("cuda_graph=True captures only code that runs eagerly. Set one of the two")
     if (mode := options.get("mode")) in CAPTURING_MODES:
         reasons.append(
             f"in the mode {mode!r} the compiler captures CUDA graphs, whose gradients the next "
-            "pass overwrites. Take 'default' or 'max-autotune-no-cudagraphs'"
+            "pass overwrites. Set 'default' or 'max-autotune-no-cudagraphs'"
         )
     if args.use_cache:
         reasons.append("use_cache=True needs other code for each layer. Set use_cache=False")

@@ -91,8 +91,8 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
         unknown = sorted(values.keys() - names)
         if unknown:
             raise ValueError(
-                f"QFTConfig has no {', '.join(unknown)}; its names are {', '.join(names)}. If a "
-                "checkpoint says so, it was written by a newer qft_hf: install that version."
+                f"QFTConfig has no {', '.join(unknown)}; its names are {', '.join(names)}. If the "
+                "name is from a checkpoint, a newer qft_hf wrote that: install that version."
             )
         values |= {name: kwargs.pop(name) for name in names if name in kwargs}
         config = cls(**values)

@@ -129,8 +129,9 @@ def as_saved(model: Any, state: dict[str, Tensor] | None) -> Any:
     config = copy.copy(quantization_config_of(model))
     if config is None:
         raise ValueError(
-            f"{type(model).__name__} has INT8 weights of several formats, and config.json can name "
-            "one. Save its parts, or call dequantize_model_(copy.deepcopy(model)) and save that."
+            f"{type(model).__name__} has INT8 weights of several formats, and config.json can hold "
+            "only one. Save its parts separately, or save the result of "
+            "dequantize_model_(copy.deepcopy(model))."
         )
     if not is_recorded:
         config.forget_absent(model)
@@ -188,9 +189,8 @@ def _refuse_other_quantization(model: nn.Module, config: QFTConfig) -> None:
     if current != config:
         raise ValueError(
             f"{type(model).__name__} is already quantized with {current or 'several formats'}, and "
-            f"{config} was asked for. Keep that configuration, or call dequantize_model_ first; "
-            "dequantizing cannot bring back what rounding lost, so rather quantize the float model "
-            "anew."
+            f"{config} was asked for. Keep that configuration, or call dequantize_model_ first. "
+            "That does not undo rounding, so it is better to quantize the float model again."
         )
 
 

@@ -42,8 +42,8 @@ def check_coverage(model: nn.Module, plan: ConversionPlan, config: QFTConfig) ->
     ]
     if config.matmul == "int8" and own:
         logger.warning(
-            "matmul='int8' has no effect on %d modules of %s (%s, ...): their classes multiply by "
-            "themselves, with the dequantized weight",
+            "matmul='int8' has no effect on %d modules of %s (%s, ...): their classes compute the "
+            "product themselves, with the dequantized weight",
             len(own),
             type(model).__name__,
             own[0],
@@ -56,7 +56,7 @@ def check_coverage(model: nn.Module, plan: ConversionPlan, config: QFTConfig) ->
     text = (
         f"{share:.1%} of the parameters of {type(model).__name__} stay float, as do their "
         f"gradients and momentum: {'; '.join(_by_reason(unasked, total))}. List their modules in "
-        "modules_to_not_convert if that is meant."
+        "modules_to_not_convert if that is intended."
     )
     if config.strict:
         raise ValueError(f"{text} strict=True refuses it; the model is unchanged.")

@@ -77,7 +77,7 @@ def drafted(folder: Path) -> Iterator[Path]:
         reason = error.strerror or error
         raise type(error)(
             f"nothing can be written to {folder} ({reason}), and nothing was. Choose another "
-            "folder, or have its owner let you write there."
+            "folder, or ask its owner for permission to write."
         ) from error
     try:
         new = draft / NEW
@@ -88,7 +88,7 @@ def drafted(folder: Path) -> Iterator[Path]:
             os.rename(new, draft / WHOLE)
         except BaseException as error:
             error.add_note(
-                f"What was being written to {folder} could not be written whole and was removed; "
+                f"Writing to {folder} did not finish, and its incomplete files were removed; "
                 "everything there is as it was. If the disk is full, free some space."
             )
             raise
@@ -107,7 +107,7 @@ def settle(folder: Path) -> None:
         if lock is None:
             continue
         try:
-            logger.warning("%s was left by a process that was killed: settling it", draft)
+            logger.warning("%s was left by a killed process: finishing or removing it", draft)
             _finish(draft)
         finally:
             os.close(lock)

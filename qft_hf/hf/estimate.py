@@ -211,8 +211,8 @@ def _workload(
     if intermediate is None:
         lacking = ", ".join(missing or ["intermediate_size"])
         raise ValueError(
-            f"{type(config).__name__} has no {lacking}, which the activations are computed from. "
-            "Give the configuration of a decoder; memory_ledger measures any model."
+            f"{type(config).__name__} has no {lacking}, which activations are computed from. Pass "
+            "the configuration of a decoder; memory_ledger measures any model."
         )
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -159,15 +159,15 @@ class GraphedStep:
         self.optimizer = optimizer
         if not optimizer.reads_live and optimizer.gradient == "release":
             raise ValueError(
-                f"cuda_graph=True: a graph would repeat the rate of {type(optimizer).__name__} and "
-                "the number of its step, which does not read them from `live`. Take "
-                "gradient='stack', or leave cuda_graph off."
+                f"cuda_graph=True: {type(optimizer).__name__} does not read rate and step number "
+                "from `live`, so a graph would repeat those of its capture. Set gradient='stack', "
+                "or leave cuda_graph off."
             )
         self._steps = CapturableSteps(optimizer, self.run_part)
         if not optimizer.reads_live:
             logger.warning(
                 "cuda_graph=True: updates by %s run without a graph, which would repeat their rate "
-                "and the number of their step. Passes and clipping have graphs",
+                "and step number. Passes and clipping run as graphs",
                 type(optimizer).__name__,
             )
         self._parameters = list(optimizer.parameters())
@@ -264,15 +264,15 @@ class GraphedStep:
     def _takes(self, batch: dict[str, Any]) -> bool:
         """Return whether graphs can run the batch: it has no mask, and the form of the first."""
         if not all(isinstance(value, Tensor) for value in batch.values()):
-            self._warn("has values that are no tensors", batch)
+            self._warn("has values other than tensors", batch)
             return False
         if "attention_mask" in batch:  # transformers drops one of ones: a check by the host
-            self._warn("has an attention_mask, and what it holds decides what runs", batch)
+            self._warn("has an attention_mask, whose values decide which kernels run", batch)
             return False
         if not self._inputs:
             self._inputs = {name: value.clone() for name, value in batch.items()}
         if _form(batch) != _form(self._inputs):
-            self._warn(f"is unlike the first one, {_form(self._inputs)}", batch)
+            self._warn(f"differs from the first one, {_form(self._inputs)}", batch)
             return False
         return True
 
@@ -280,7 +280,7 @@ class GraphedStep:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "cuda_graph=True: a batch %s: %s. It runs without a graph, and so does every one "
+                "cuda_graph=True: a batch %s: %s. It runs without a graph, and so do all batches "
                 "like it. Pack the data into rows of one length, without a mask",
                 reason,
                 _form(batch),
@@ -348,6 +348,6 @@ def _refuse_hooks(parameter: Parameter) -> None:
     if any(not isinstance(hook, Flow) for hook in hooks):
         raise ValueError(
             f"cuda_graph=True: a parameter of shape {tuple(parameter.shape)} has a hook for its "
-            "gradient, which would be called once and never again. Remove the hook, or leave "
+            "gradient, which would be called at capture and never again. Remove the hook, or leave "
             "cuda_graph off."
         )

@@ -60,9 +60,9 @@ def _knowing_tied_weights(warn: Any) -> Any:
         found = int8_weights(load_result.unexpected_keys)
         if found and named_optimizer(self.args) is None:  # ours raise for a float model
             raise ValueError(
-                f"The checkpoint has INT8 weights, {and_more(found)}, and the Trainer would leave "
-                f"them out and go on with the weights that {type(self.model).__name__} has. Set "
-                "the optim=... that the checkpoint was trained with, or load the model from it by "
+                f"The checkpoint has INT8 weights, {and_more(found)}, and the Trainer would ignore "
+                f"them and keep the weights that {type(self.model).__name__} has. Set the "
+                "optim=... that the checkpoint was trained with, or load the model from it with "
                 "from_pretrained and call dequantize_model_ to train float weights from there."
             )
         missing = load_result.missing_keys
@@ -100,14 +100,14 @@ def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:
         files = sorted(folder.glob("*.safetensors"))
     if found := int8_weights(tensor_names([str(file) for file in files])):
         happens = (
-            "with a device_map finds no parameter for them"
+            "finds no parameters for them with a device_map"
             if is_int8
-            else "would leave this float model with the values that it was built with"
+            else "would leave this float model with its initial values"
         )
         raise ValueError(
-            f"{checkpoint} has INT8 weights, {and_more(found)}, and Accelerate, "
-            f"which loads parameters by their names, {happens}. Load it by from_pretrained of the "
-            'model\'s class, with device_map={"": device} for a device of your choice.'
+            f"{checkpoint} has INT8 weights, {and_more(found)}, and Accelerate, which loads "
+            f"parameters by their names, {happens}. Load it with from_pretrained of the model's "
+            'class, with device_map={"": device} for a device of your choice.'
         )
 
 
