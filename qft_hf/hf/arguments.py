@@ -47,8 +47,8 @@ class QFTTrainingArguments(TrainingArguments):
 
     They are also the keys of a config file and the flags of a command line. With an unset field
     (None), the optimizer uses its own default, and a model that is INT8 already keeps the format
-    that it was quantized with. A field that is set takes effect or raises an error. Errors are an
-    option of another optimizer, a format other than the model's, and clipping without release.
+    that it was quantized with. A field that is set takes effect, or raises an error if it has none:
+    an option of another optimizer, a format other than the model's, or clipping without release.
 
     In the stock arguments, `optim_args="gradient=release,beta2=0.98"` sets the same options of the
     optimizer, with `seed` for `quantization_seed`, and they are checked in the same way; both may

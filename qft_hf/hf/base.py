@@ -90,7 +90,7 @@ def nf4_weights(model: Any) -> list[Tensor]:
 
 
 def _kept(model: Any) -> list[str]:
-    """Return names of linear modules that stay float: those outside layers, as heads and poolers.
+    """Return names of linear modules outside layers, such as heads and poolers; they stay float.
 
     They come after the side network and pass gradients back to it, which bitsandbytes' CPU kernels
     cannot do. The default of transformers would also store a new classifier in 4 bits.

@@ -157,7 +157,7 @@ class QFTCallback(TrainerCallback):
         checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.writes_in_place and is_ours(inner) and model is not None:
             with by_first() as is_first:
-                if is_first and checkpoint.is_dir():  # a hyperparameter search has another
+                if is_first and checkpoint.is_dir():  # a hyperparameter search uses another folder
                     write_mark(checkpoint, without_state=parameters_without_state(model, inner))
 
     def on_train_end(

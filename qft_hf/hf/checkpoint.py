@@ -151,7 +151,7 @@ def _state_files(checkpoint: Path) -> list[str]:
 
 
 def read_mark(checkpoint: Path) -> dict[str, Any]:
-    """Return what `write_mark` wrote; without a mark, a dictionary with no `files`.
+    """Return what `write_mark` wrote; without a mark, `files` is empty.
 
     Raises:
         ValueError: The mark cannot be read, or its `files` is not a dictionary.
@@ -200,8 +200,8 @@ def weight_files(checkpoint: Path) -> list[str]:
 def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None:
     """Remove the checkpoints that were written first, until `limit` are left.
 
-    `rotate_checkpoints` of transformers keeps the one with the newest modification time, which may
-    be an old one if clocks differ, and treats everything named `checkpoint-*` as a checkpoint, such
+    `rotate_checkpoints` of transformers keeps the folder with the newest modification time, which
+    may be an old checkpoint if clocks differ. It also counts everything named `checkpoint-*`, such
     as a copy that was set aside. A checkpoint that cannot be removed stays, with a warning.
 
     Args:

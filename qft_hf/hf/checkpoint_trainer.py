@@ -47,7 +47,7 @@ class CheckpointTrainer(Trainer):
     def __init__(
         self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any
     ) -> None:
-        self._draft: Path | None = None  # folder of the checkpoint that is being written
+        self._draft: Path | None = None  # parent folder of the checkpoint being written
         # The Trainer turns `use_cache` off for training; a saved model gets its original value.
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", _ABSENT)
         super().__init__(model=model, args=args, **kwargs)
@@ -190,7 +190,7 @@ class CheckpointTrainer(Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002 the Trainer's signature
-        """Write the model; of another model in the folder, all files are replaced or none.
+        """Write the model; of an earlier model in the folder, all files are replaced or none.
 
         Args:
             output_dir: Folder; default: that of the run.
