@@ -1,4 +1,4 @@
-"""A model that is not there: one text for it, wherever a model is loaded by its name."""
+"""One error text for a model that cannot be found, wherever a model is loaded by its name."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,54 +7,55 @@ from pathlib import Path
 
 @contextmanager
 def refused_if_absent(name: str | Path, *, advice: str = "") -> Iterator[None]:
-    """Say what to do where a model cannot be loaded in this block.
+    """Raise an error that says what to do if a model cannot be loaded in this block.
 
     Args:
         name: Folder, or name on the hub.
-        advice: What else may help where it is there and cannot be loaded.
+        advice: Appended to the error if the model exists and cannot be loaded.
 
     Raises:
-        FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
-        ValueError: The folder lacks a file or holds something else, or what is there cannot be
-            loaded.
+        FileNotFoundError: Neither a folder with a config.json nor a model visible on the hub has
+            this name.
+        ValueError: The model cannot be loaded, or the path holds something other than a model.
     """
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:  # an attention kernel may be absent
+    except (ImportError, OSError, ValueError) as error:  # an attention kernel may be missing
         if other := _what_else(Path(name)):
             raise ValueError(f"{name} {other}") from error
         is_model = Path(name, "config.json").is_file()
         if is_model or (not isinstance(error, OSError) and not Path(name).is_dir()):
             raise ValueError(f"{name} cannot be loaded: {error}{advice}") from error
         text = (
-            f"No model {str(name)!r}: neither a folder with a config.json nor a model that the hub "
-            "shows. Check the path, or log in with `hf auth login` if it is gated."
+            f"No model {str(name)!r}: neither a folder with a config.json nor a model visible on "
+            "the hub. Check the path, or log in with `hf auth login` if it is gated."
         )
         if str(name).startswith("data/"):
             text += (
-                " Configs that ship read models and data from the folder data, which `python "
-                "scripts/fetch_demo.py smollm2 chitchat minilm boolq` fills in a clone of qft_hf."
+                " Configs that ship with qft_hf read the folder data, which `python scripts/"
+                "fetch_demo.py smollm2 chitchat minilm boolq` fills in a clone of qft_hf."
             )
         raise FileNotFoundError(text) from error
 
 
 def _what_else(place: Path) -> str | None:
-    """Return what a path is that people take for a model, and what to do; None if it may be one."""
+    """Return what a path mistaken for a model is, and what to do; None if it may be a model."""
     if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
         return (
-            "holds an adapter of PEFT and no model. Merge it into its base, by merge_and_unload() "
-            "and save_pretrained(), and give that folder."
+            "holds a PEFT adapter and no model. Merge it into its base with merge_and_unload() and "
+            "save_pretrained(), and pass that folder."
         )
     if place.suffix == ".gguf" or (
         next(place.glob("*.gguf"), None) and not any(place.glob("*.safetensors"))
     ):
         return (
-            "is in GGUF, of which training knows nothing. Convert it once: from_pretrained(FOLDER, "
-            "gguf_file=NAME) of AutoModelForCausalLM and of AutoTokenizer, and save_pretrained()."
+            "is in GGUF, which cannot be trained. Convert it once: load it with from_pretrained("
+            "FOLDER, gguf_file=NAME) of AutoModelForCausalLM and of AutoTokenizer, and call "
+            "save_pretrained()."
         )
     if (place / "run.yaml").is_file() and not (place / "config.json").is_file():
         return (
-            "is of a run that has not finished, and has no model yet. Go on with it, by "
-            "--resume_from_checkpoint true, or give one of its checkpoint-<step> folders."
+            "is of a run that has not finished, and has no model yet. Resume the run with "
+            "--resume_from_checkpoint true, or pass one of its checkpoint-<step> folders."
         )
-    return "is a file. Give the folder that it lies in." if place.is_file() else None
+    return "is a file. Pass the folder that it is in." if place.is_file() else None

@@ -1,4 +1,4 @@
-"""`QFTTrainingArguments`: the Trainer's arguments with the INT8 options beside them."""
+"""`QFTTrainingArguments`: the Trainer's arguments and the options of INT8 training."""
 
 import json
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ _FORMAT = (
     "matmul",
     "int8_products",
 )
-# Fields that a command line gives as JSON, with an example.
+# Fields that are JSON on a command line, each with an example.
 _DICTIONARIES = {
     "int8_products": '{"lm_head": ["forward"]}',
     "liger_kernel_config": '{"rope": false}',
@@ -37,7 +37,7 @@ _DICTIONARIES = {
 
 
 def _option(name: str) -> Any:
-    """The field of an optimizer's option; unset, the optimizer's own default holds."""
+    """Return the field of an optimizer's option; if unset, the optimizer's own default applies."""
     return field(default=None, metadata={"help": describe(name)})
 
 
@@ -45,23 +45,22 @@ def _option(name: str) -> Any:
 class QFTTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the options of INT8 training as fields.
 
-    They are also the keys of a config file and the flags of a command line. A field that is unset
-    (None) leaves the choice to whom it belongs: the optimizer has its own defaults, and a model
-    that is INT8 already keeps the format it was quantized with. A field that is set takes effect
-    or raises: an option of another optimizer, a format that is not the model's, clipping without
-    release.
+    They are also the keys of a config file and the flags of a command line. With an unset field
+    (None), the optimizer uses its own default, and a model that is INT8 already keeps the format
+    that it was quantized with. A field that is set takes effect, or raises an error if it has none:
+    an option of another optimizer, a format other than the model's, or clipping without release.
 
-    In the stock arguments `optim_args="gradient=release,beta2=0.98"` gives the same options of the
-    optimizer, with `seed` for `quantization_seed`, and the same checks; both may be used together
-    as long as they agree. `adam_beta1`, `adam_beta2` and `adam_epsilon` are not read, and refused
-    unless they have Adam's defaults.
+    In the stock arguments, `optim_args="gradient=release,beta2=0.98"` sets the same options of the
+    optimizer, with `seed` for `quantization_seed`, and they are checked in the same way; both may
+    be used together as long as they agree. `adam_beta1`, `adam_beta2` and `adam_epsilon` are not
+    read, and raise an error unless they have Adam's defaults.
 
-    With `use_liger_kernel=True` Liger's kernels act on INT8 weights, but for its fused loss: unless
-    `liger_kernel_config` or `chunked_loss` says otherwise, `chunked_loss=True` takes its place.
+    With `use_liger_kernel=True`, Liger's kernels work with INT8 weights, except its fused loss:
+    `chunked_loss=True` replaces that, unless `liger_kernel_config` or `chunked_loss` is set.
 
     Raises:
         TypeError: A value is of the wrong type.
-        ValueError: A value is out of its range, or has no effect beside the others.
+        ValueError: A value is out of its range, or has no effect together with the others.
     """
 
     optim: str = field(
@@ -111,23 +110,23 @@ class QFTTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "With matmul int8: INT8 products by module, as in "
-            """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all, and none of the head."""
+            """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all but those of the head."""
         },
     )
     chunked_loss: bool = field(
         default=None,  # type: ignore[assignment]  # `__post_init__` sets it
         metadata={
-            "help": "Compute the next-token loss run by run of the vocabulary, so that logits "
-            "never exist whole; costs one more product with the output head. Unset: only in place "
+            "help": "Compute the next-token loss in chunks of the vocabulary, so that logits never "
+            "exist all at once; costs one more product with the output head. Unset: only in place "
             "of the fused loss of use_liger_kernel."
         },
     )
     liger_kernel_config: dict[str, bool] | str | None = field(  # type: ignore[assignment]  # as text
         default=None,
         metadata={
-            "help": "With use_liger_kernel: kernels that are left out, or taken, as in "
+            "help": "With use_liger_kernel: kernels that are switched off or on, as in "
             """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy work """
-            "with INT8 weights; chunked_loss takes the place of that one."
+            "with INT8 weights; chunked_loss replaces that one."
         },
     )
     cuda_graph: bool = field(
@@ -141,26 +140,26 @@ class QFTTrainingArguments(TrainingArguments):
 
     @property
     def optimizer_fields(self) -> dict[str, Any]:
-        """The optimizer's options that are set here, by the names that optimizers give them."""
+        """The optimizer's options that are set here, under the names that optimizers use."""
         values = {option: getattr(self, name) for option, name in FIELDS.items()}
         return {option: value for option, value in values.items() if value is not None}
 
     @property
     def format_fields(self) -> dict[str, Any]:
-        """The values of the format that are set here."""
+        """The options of the storage format that are set here, by name."""
         values = {name: getattr(self, name) for name in _FORMAT}
         return {name: value for name, value in values.items() if value is not None}
 
     @property
     def quantization_config(self) -> QFTConfig:
-        """The format a float model gets."""
+        """The format that a float model is quantized to."""
         seed = self.quantization_seed
         if named_optimizer(self) is not None:
-            seed = given_options(self).get("seed")  # also by optim_args
+            seed = given_options(self).get("seed")  # optim_args may set it, too
         return QFTConfig(**self.format_fields, seed=_DEFAULTS.seed if seed is None else seed)
 
     def __post_init__(self) -> Any:
-        """Check options and format at once, before a model is loaded."""
+        """Check options and format immediately, before a model is loaded."""
         for name, example in _DICTIONARIES.items():
             if isinstance(value := getattr(self, name), str):  # of a command line or a config file
                 try:
@@ -181,7 +180,7 @@ class QFTTrainingArguments(TrainingArguments):
         _ = self.quantization_config
 
     def _set_learning_rate(self) -> None:
-        """Take the optimizer's own rate where none is set."""
+        """Use the optimizer's own rate if none is set."""
         if self.learning_rate is not None:
             return
         optimizer = named_optimizer(self)
@@ -189,7 +188,7 @@ class QFTTrainingArguments(TrainingArguments):
             self.learning_rate = TrainingArguments.learning_rate
         elif optimizer.learning_rate is None:
             raise ValueError(
-                f"optim={optimizer_name(self)!r} has no rate of its own. Set learning_rate."
+                f"optim={optimizer_name(self)!r} has no default rate. Set learning_rate."
             )
         else:
             self.learning_rate = optimizer.learning_rate

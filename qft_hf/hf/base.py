@@ -1,4 +1,4 @@
-"""The frozen base of a side network: how it is stored, and what loads it so."""
+"""The frozen base of a side network: the formats that it is stored and loaded in."""
 
 from typing import Any
 
@@ -15,21 +15,21 @@ FORMS = {"bitsandbytes": "nf4", QUANT_METHOD: "int8", None: "float"}  # by quant
 
 
 def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> Any:
-    """Return what `from_pretrained` takes as `quantization_config` to store a base so.
+    """Return the `quantization_config` with which `from_pretrained` loads a base in a format.
 
     Args:
-        base: `"nf4"`: 4 bits a weight with double quantization, by bitsandbytes (Dettmers et al.
+        base: `"nf4"`: 4 bits per weight with double quantization, by bitsandbytes (Dettmers et al.
             2023, "QLoRA"); `"int8"`: this package's weights; `"float"`.
-        model: Of the class that will be loaded, on any device; the meta device will do. Its dtype
-            is the one that NF4 weights are multiplied in.
-        config: The format with `"int8"`; None: the default.
+        model: A model of the class that will be loaded, on any device, including meta. NF4 weights
+            are multiplied in its dtype.
+        config: The format for `"int8"`; None for the default.
 
     Returns:
         A configuration; None with `"float"`.
 
     Raises:
-        ImportError: `"nf4"` was asked for, and bitsandbytes is not installed.
-        ValueError: `base` is none of these.
+        ImportError: `base` is `"nf4"`, and bitsandbytes is not installed.
+        ValueError: `base` is not one of `BASES`.
     """
     if base not in BASES:
         raise ValueError(f"base must be {' or '.join(map(repr, BASES))}, got {base!r}.")
@@ -43,16 +43,16 @@ def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> An
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=model.dtype,
-        llm_int8_skip_modules=_kept(model),  # also of 4 bits
+        llm_int8_skip_modules=_kept(model),  # for 4 bits, too
     )
 
 
 def form_of(config: Any) -> str:
-    """Return how the model of a configuration is stored: one of `BASES`, or another method."""
+    """Return how a configuration's model is stored: one of `BASES`, or another method's name."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return "float"
-    if not isinstance(quantization, dict):  # of a configuration that was read, it is one
+    if not isinstance(quantization, dict):  # a configuration read from a file has a dict
         quantization = quantization.to_dict()
     method = quantization.get("quant_method")
     return FORMS.get(getattr(method, "value", method), str(method))
@@ -69,8 +69,8 @@ def require_bitsandbytes() -> None:
     except ImportError as error:
         raise ImportError(
             "base='nf4' stores the frozen base with bitsandbytes, which is not installed. "
-            "`pip install 'bitsandbytes>=0.50'`; or set base to 'int8', which needs nothing more "
-            "and twice the bytes, or to 'float'."
+            "`pip install 'bitsandbytes>=0.50'`; or set base to 'int8', which needs no other "
+            "package and twice the bytes, or to 'float'."
         ) from error
 
 
@@ -78,7 +78,7 @@ def nf4_weights(model: Any) -> list[Tensor]:
     """Return the weights that `base_format` has bitsandbytes store in 4 bits; others stay float.
 
     Args:
-        model: Of transformers, float, on any device; the meta device will do.
+        model: A float model of transformers, on any device, including meta.
     """
     kept = [*_kept(model), *(model._keep_in_fp32_modules or [])]
     return [
@@ -90,10 +90,10 @@ def nf4_weights(model: Any) -> list[Tensor]:
 
 
 def _kept(model: Any) -> list[str]:
-    """Linear modules that stay float: those that are in no layer, such as heads and poolers.
+    """Return names of linear modules outside layers, such as heads and poolers; they stay float.
 
-    They come after the side network and pass gradients on to it, which the kernels of bitsandbytes
-    for CPUs do not; and transformers' own choice would put a new classifier into 4 bits.
+    They come after the side network and pass gradients back to it, which bitsandbytes' CPU kernels
+    cannot do. The default of transformers would also store a new classifier in 4 bits.
     """
     _, layers = layer_stack(model)
     inside = {id(module) for layer in layers for module in layer.modules()}

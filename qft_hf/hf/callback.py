@@ -1,4 +1,4 @@
-"""The callback that every Trainer gets; it acts on runs with our optimizers and on INT8 weights."""
+"""The callback in every Trainer; it acts on runs with our optimizers or with INT8 weights."""
 
 import logging
 import math
@@ -33,17 +33,17 @@ from .processes import by_first, start_together
 
 logger = logging.getLogger(__name__)
 
-SAVED = "qft_hf"  # in a checkpoint's trainer_state.json, beside the states of callbacks
+SAVED = "qft_hf"  # key in a checkpoint's trainer_state.json, next to the states of callbacks
 
 
 class QFTCallback(TrainerCallback):
     """Converts a float model when the Trainer is built, and checks the optimizer when it trains.
 
-    Converting this early means that a checkpoint to resume from finds INT8 weights to load into.
+    Because the model is converted this early, resuming loads a checkpoint into INT8 weights.
 
     Attributes:
-        writes_in_place: Whether a checkpoint is there before it is whole; not with `QFTTrainer`.
-        compiler: What layers are compiled by; empty: they are not.
+        writes_in_place: Whether a checkpoint is visible before it is whole; not with `QFTTrainer`.
+        compiler: Options of `torch.compile` for layers; empty if they are not compiled.
     """
 
     writes_in_place = True
@@ -64,8 +64,8 @@ class QFTCallback(TrainerCallback):
         if args.n_gpu > 1 and side_network_of(model) is not None:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible and the Trainer would copy the model to each by "
-                "nn.DataParallel, which a side network does not follow. Set CUDA_VISIBLE_DEVICES "
-                "to one GPU."
+                "nn.DataParallel, which side networks do not support. Set CUDA_VISIBLE_DEVICES to "
+                "one GPU."
             )
         if named_optimizer(args) is not None and model is not None:
             refuse_optimizer(optimizer, args)
@@ -84,9 +84,9 @@ class QFTCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Refuse INT8 weights under another optimizer, and options that have no effect on it.
+        """Refuse INT8 weights with another optimizer, and options that the optimizer ignores.
 
-        Several processes make sure that they run the same, of the same model.
+        Several processes check that their arguments and data agree, and then share one model.
         """
         inner = unwrapped(optimizer)
         before: dict[str, Any] = {}
@@ -100,14 +100,14 @@ class QFTCallback(TrainerCallback):
         refuse_overruled(args, inner, resumed_from=before if state.global_step > 0 else None)
         if self.writes_in_place and getattr(args, "cuda_graph", False):
             raise ValueError(
-                "cuda_graph=True was set, and transformers.Trainer captures nothing. Use "
+                "cuda_graph=True was set, and transformers.Trainer captures no graphs. Use "
                 "qft_hf.QFTTrainer, or leave cuda_graph off."
             )
         if self.writes_in_place and args.save_strategy != "no":
             logger.warning(
                 "transformers.Trainer writes checkpoints in place: a run that is killed while it "
-                "saves leaves a broken one, and resume_from_checkpoint=True takes that, unchecked. "
-                "QFTTrainer writes them whole, and resumes from the newest whole one"
+                "saves leaves a broken one, and resume_from_checkpoint=True does not check it. "
+                "QFTTrainer writes whole checkpoints, and resumes from the newest whole one"
             )
         if self.compiler and model is not None:
             compile_layers_(model, self.compiler)
@@ -133,10 +133,10 @@ class QFTCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Log the true global norm: the Trainer's lacks the gradients that were released.
+        """Log the true global norm: the Trainer's omits the gradients that were released.
 
-        Reporters come after this callback, and so do all that the Trainer was built with; a
-        `Trainer.log` that reads the logs before it calls `super().log` comes before.
+        Reporters, and callbacks that were passed to the Trainer, run after this one. An override of
+        `Trainer.log` that reads the logs before it calls `super().log` sees the Trainer's norm.
         """
         released = getattr(unwrapped(optimizer), "released_norm", None)
         if released is not None and logs is not None and "grad_norm" in logs:
@@ -152,12 +152,12 @@ class QFTCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Mark a checkpoint that the stock Trainer has written, so that damage shows later."""
+        """Mark a checkpoint that the stock Trainer wrote, so that later damage is detected."""
         inner = unwrapped(optimizer)
         checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.writes_in_place and is_ours(inner) and model is not None:
             with by_first() as is_first:
-                if is_first and checkpoint.is_dir():  # not in a search for hyperparameters
+                if is_first and checkpoint.is_dir():  # a hyperparameter search uses another folder
                     write_mark(checkpoint, without_state=parameters_without_state(model, inner))
 
     def on_train_end(
@@ -168,29 +168,29 @@ class QFTCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """From now on a backward pass of the user's own updates no weight."""
+        """Ensure that backward passes after the training update no weights."""
         inner = unwrapped(optimizer)
         if is_ours(inner):
             inner.eval()
 
 
 def _record(args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-    """Note what the run was given, and return the note of the run that it goes on with.
+    """Record hyperparameters of the run in `state`; return the record of the run it resumes.
 
-    It warns if that one had another number of examples a step.
+    Warn if the resumed run had another number of examples per step.
     """
     n_examples = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    saved: Any = state.stateful_callbacks  # a dictionary that is saved and loaded
+    saved: Any = state.stateful_callbacks  # a dictionary, saved with the state
     noted = saved.get(SAVED, {})
     given = {name: getattr(args, name) for name in ("learning_rate", "weight_decay")}
     saved[SAVED] = {**given, **noted, "examples_per_step": n_examples}
     before = noted.get("examples_per_step", n_examples)
     if before != n_examples and state.is_world_process_zero:
         logger.warning(
-            "The run goes on from step %d with %d examples a step, and had %d until then: it sees "
-            "other examples than it would have seen, and is not the run that it would have been. "
-            "Processes (%d) times per_device_train_batch_size (%d) times "
-            "gradient_accumulation_steps (%d) must be %d for that",
+            "The run resumes from step %d with %d examples per step, and had %d before. It sees "
+            "other examples than without the change, and its results differ. To avoid that, "
+            "processes (%d) times per_device_train_batch_size (%d) times "
+            "gradient_accumulation_steps (%d) must be %d",
             state.global_step,
             n_examples,
             before,

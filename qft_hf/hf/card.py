@@ -1,6 +1,6 @@
-"""The model card: `README.md` for the Hub, of figures that are known and of nothing else.
+"""The model card: `README.md` for the Hub, which states known facts only.
 
-A local path means nothing to a reader, so names of files stand here without their folders.
+A local path means nothing to a reader, so files are named without their folders.
 """
 
 import shlex
@@ -64,12 +64,12 @@ _PIPELINES = {"ForCausalLM": "text-generation", "ForSequenceClassification": "te
 
 
 def is_card(path: Path) -> bool:
-    """Whether a `README.md` is a card that was written here."""
+    """Return whether a `README.md` is a card that this package wrote."""
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def write_card(path: Path, facts: CardFacts) -> None:
-    """Write a card; it takes the place of what is there."""
+    """Write a card, replacing an existing file."""
     with written_whole(path) as draft:
         card(facts).save(draft)
 
@@ -78,7 +78,7 @@ def card(facts: CardFacts) -> ModelCard:
     """Make the card: metadata for the Hub, and the text."""
     results, relation = _results(facts), "adapter" if facts.side else "finetune"
     data = ModelCardData(
-        model_name=facts.name if results else None,  # it heads the results
+        model_name=facts.name if results else None,  # the heading of the results
         eval_results=results or None,
         base_model=facts.base_model,
         base_model_relation=relation if facts.base_model else None,
@@ -133,10 +133,10 @@ def _text(facts: CardFacts) -> str:
         *_weights(facts),
         "### Memory of the training state",
         _memory_table(facts.state_bytes, total),
-        "## Licence",
+        "## License",
         f"`{facts.license}`"
         if facts.license
-        else "None is stated here; that of the model it was tuned from may bind this one, too.",
+        else "None is stated here; that of the model it was tuned from may apply to this one, too.",
         "## Citation",
         *([SIDE_CITATION] if facts.side else []),
         CITATIONS,
@@ -145,7 +145,7 @@ def _text(facts: CardFacts) -> str:
 
 
 def _evaluations(history: Sequence[Mapping[str, Any]]) -> str:
-    """Return every evaluation of the log, or the training loss where there is none."""
+    """Return the section on results: all evaluations of the log, and the training loss."""
     logged = [entry for entry in history if "eval_loss" in entry]
     names = [
         name
@@ -171,7 +171,7 @@ def _evaluations(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _results(facts: CardFacts) -> list[EvalResult]:
-    """Return the last evaluation for the Hub, if what it was made on has a name there."""
+    """Return the last evaluation for the Hub, if all data is one dataset that is named there."""
     logged = [entry for entry in facts.history if "eval_loss" in entry]
     if not logged or len(facts.datasets) != 1 or facts.files:
         return []
@@ -191,14 +191,14 @@ def _results(facts: CardFacts) -> list[EvalResult]:
 
 
 def _weights(facts: CardFacts) -> list[str]:
-    """Return the section of what was trained and how it was stored."""
+    """Return the section on the trained weights and how they are stored."""
     if not facts.side:
         return ["### Weights", _format_table(facts.format)]
     return ["### Side network", _table(("what", "value"), facts.side.items())]
 
 
 def _side_loading(facts: CardFacts, base: str) -> str:
-    """Return how a base that is stored so and the side network come together."""
+    """Return code that loads a base in the format `base`, and the side network into it."""
     form = _IN_CODE.get(base)
     place, loader, trust = facts.base_model or "FOLDER_OF_THE_BASE", *_loader(facts)
     imported = "BitsAndBytesConfig, " if form and form.startswith("Bits") else ""
@@ -213,7 +213,7 @@ def _side_loading(facts: CardFacts, base: str) -> str:
 
 
 def _loader(facts: CardFacts) -> tuple[str, str]:
-    """Return the class that loads the model, and what its arguments end with."""
+    """Return the class that loads the model, and the end of its argument list."""
     if facts.auto_class is None:
         return facts.architecture, ""
     return facts.auto_class, ", trust_remote_code=True"
@@ -225,11 +225,11 @@ def _loading(facts: CardFacts) -> str:
     name, (loader, trust) = facts.name, _loader(facts)
     plain = f"{name.rpartition('/')[2]}-bf16"
     lines = [
-        "As INT8, with qft_hf installed, to go on training or to save memory:",
+        "As INT8, with qft_hf installed, to continue training or to save memory:",
         f'```python\nimport qft_hf  # registers the "qft" format\n'
         f"from transformers import {loader}\n\n"
         f'model = {loader}.from_pretrained("{name}"{trust})\n```',
-        "To go on without qft_hf, convert that once to an ordinary bf16 checkpoint:",
+        "To use it without qft_hf, convert that once to an ordinary bf16 checkpoint:",
         f'```python\nqft_hf.dequantize_model_(model).save_pretrained("{plain}")\n```',
         "The command does the same with a downloaded folder, tokenizer included:",
         f"```sh\nqft-hf export FOLDER {shlex.quote(plain)} --dtype bfloat16"
@@ -239,7 +239,7 @@ def _loading(facts: CardFacts) -> str:
     if facts.export_dtype:
         place = f'"{name}", subfolder="{facts.export_dtype}"'
         lines += [
-            f"An ordinary {facts.export_dtype} checkpoint is here already, and needs no qft_hf:",
+            f"An ordinary {facts.export_dtype} checkpoint is also here, which needs no qft_hf:",
             f"```python\nfrom transformers import {loader}\n\n"
             f"model = {loader}.from_pretrained({place}{trust})\n```",
         ]
@@ -271,8 +271,8 @@ def _memory_table(state_bytes: Mapping[str, int], parameters: int) -> str:
         for state, n_bytes in everything.items()
     ]
     return (
-        "Measured just before an optimizer step, without activations; FP32 Adam keeps 16 bytes a "
-        "parameter.\n\n" + _table(("state", "MB", "bytes a parameter"), rows)
+        "Measured just before an optimizer step, without activations; FP32 Adam keeps 16 bytes per "
+        "parameter.\n\n" + _table(("state", "MB", "bytes per parameter"), rows)
     )
 
 

@@ -1,4 +1,4 @@
-"""What is known of a model that was trained, for its card and for the summary of its run."""
+"""Facts about a trained model, for its card and for the summary of its run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,29 +15,29 @@ from .own_code import auto_class
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What a card tells; what is None or empty is not told.
+    """The facts in a model card; it omits those that are None or empty.
 
     Attributes:
-        name: Of the model: its repository on the Hub, or its folder.
+        name: The model's repository on the Hub, or the name of its folder.
         architecture: Class of the model.
-        auto_class: What loads a model whose code comes with it; None: its own class.
+        auto_class: Auto class that loads a model with code of its own; None: `architecture` does.
         base_model: Name on the Hub of the model that was tuned; None if it was a local one.
-        datasets: Names on the Hub of what was learned.
-        files: Names of local files of what was learned.
-        parameters: All, and those of them that were trained.
+        datasets: Names on the Hub of the training data.
+        files: Names of local files with training data.
+        parameters: Number of all parameters, and of the trained ones.
         optimizer: The rule and how its state was stored; None without training.
-        hyperparameters: By name.
-        format: Of the weights.
-        side: The fields of a side network's `QSTConfig`, and `base`: how the frozen model beside it
-            is stored; None where every parameter was trained.
-        state_bytes: Of the training state, by kind.
+        hyperparameters: Values by name.
+        format: Storage format of the weights.
+        side: Fields of a side network's `QSTConfig`, and `base`: how its frozen base is stored.
+            None without a side network.
+        state_bytes: Bytes of the training state, by kind.
         history: `log_history` of the Trainer.
-        counts: Of the training data, in a line.
-        export_dtype: Of an ordinary checkpoint in the sub-folder of that name.
-        license: Identifier of the Hub.
-        language: Codes of languages.
-        tags: Beside ours.
-        versions: By package.
+        counts: Amount of training data, in one line.
+        export_dtype: Dtype of an ordinary checkpoint, which is in the subfolder of that name.
+        license: Identifier on the Hub.
+        language: Language codes.
+        tags: Tags other than those of this package.
+        versions: Versions by package.
     """
 
     name: str
@@ -62,11 +62,11 @@ class CardFacts:
 
 
 def facts_of_trainer(trainer: Any, **known: Any) -> CardFacts:
-    """Return what a Trainer knows.
+    """Return the facts that a Trainer knows.
 
     Args:
         trainer: A `QFTTrainer`, trained or not.
-        **known: Fields of `CardFacts` that only its user knows, or knows better.
+        **known: Fields of `CardFacts` that the caller knows; they replace those of the Trainer.
     """
     ledger = trainer.ledger
     config: Any = getattr(trainer.model, "config", None)
@@ -95,7 +95,7 @@ def parameters_of(model: Any) -> tuple[int, int]:
 
 
 def optimizer_of(trainer: Any) -> str | None:
-    """Return what the optimizer says of itself, or the class of one of others; None without one."""
+    """Return the optimizer's description, or its class if it is not ours; None without one."""
     optimizer: Any = unwrapped(trainer.optimizer)
     if optimizer is None:
         return None

@@ -1,9 +1,9 @@
-"""What a checkpoint needs so that a run goes on from it exactly, and how that is checked.
+"""Checks that a checkpoint has everything that a run needs to resume from it exactly.
 
-A checkpoint is whole if every file that a resume reads is there and can be read. One that was
-written by `QFTTrainer`, or by the stock Trainer with `qft_lion`, also has a mark: sizes and check
-sums of those files, and which parameters have no optimizer state yet. Without a mark its contents
-alone decide.
+A checkpoint is whole if every file that a resume reads exists and can be read. A checkpoint written
+by `QFTTrainer`, or by the stock Trainer with one of our optimizers, also has a mark: sizes and
+checksums of those files, and the parameters that have no optimizer state yet. Without a mark, only
+the contents of the files are checked.
 """
 
 import json
@@ -45,7 +45,7 @@ MARK = "qft_checkpoint.json"
 RNG_STATE_NAME = "rng_state.pth"
 RNG_STATES = "rng_state_*.pth"
 STATE_FILES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_STATE_NAME)
-# Any of them is a set of weights of its own.
+# Each of these files is, or indexes, a complete set of weights.
 WEIGHTS = (
     SAFE_WEIGHTS_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
@@ -54,20 +54,20 @@ WEIGHTS = (
     SIDE_WEIGHTS_NAME,
 )
 
-SHOWN = 5  # names in an error that may concern every tensor of a model
-CHUNK_BYTES = 1 << 20  # stays in a core's cache
+SHOWN = 5  # most names in an error that may concern every tensor of a model
+CHUNK_BYTES = 1 << 20  # fits in a core's cache
 
 
 def newest_whole_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint of the most steps in `folder`; logs those that are passed over.
+    """Return the whole checkpoint with the most steps in `folder`; log those that are skipped.
 
-    Finishes or removes what a killed process has left there.
+    Drafts that a killed process has left there are finished or removed first.
 
     Returns:
-        None if there is no checkpoint at all.
+        The checkpoint's folder; None if there is no checkpoint at all.
 
     Raises:
-        ValueError: None of them is whole.
+        ValueError: There are checkpoints, and none of them is whole.
     """
     settle(folder)
     damaged: list[str] = []
@@ -76,13 +76,13 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
             say = logger.warning if damaged else logger.info
             say("Resuming from %s, the newest checkpoint that is whole", checkpoint)
             return checkpoint
-        logger.warning("%s is not whole and is passed over: %s", checkpoint, "; ".join(found))
+        logger.warning("%s is not whole and is skipped: %s", checkpoint, "; ".join(found))
         damaged.append(f"- {checkpoint.name}: {'; '.join(found)}")
     if damaged:
         listed = "\n".join(damaged)
         raise ValueError(
             f"None of the {len(damaged)} checkpoints in {folder} is whole:\n{listed}\nCopy one "
-            "again, or start anew without resume_from_checkpoint; weights that are whole can be "
+            "again, or start a new run without resume_from_checkpoint; undamaged weights can be "
             "loaded with from_pretrained."
         )
     return None
@@ -103,12 +103,12 @@ def require_whole(checkpoint: Path) -> None:
 
 
 def faults(checkpoint: Path) -> list[str]:
-    """What is missing or damaged, each with the file's name; none if it is whole."""
+    """Return what is missing or damaged, with names of files; nothing if it is whole."""
     if not checkpoint.is_dir():
         return ["there is no such folder"]
     found: list[str] = []
     names, saved = {*_state_files(checkpoint)}, {}
-    if (checkpoint / CONFIG_NAME).is_file():  # its text is not compared: it may be edited
+    if (checkpoint / CONFIG_NAME).is_file():  # not compared: users may edit it
         names.add(CONFIG_NAME)
     try:
         names |= {*weight_files(checkpoint)}
@@ -127,11 +127,11 @@ def faults(checkpoint: Path) -> list[str]:
 
 
 def write_mark(checkpoint: Path, *, without_state: Iterable[str]) -> None:
-    """Note the sizes and check sums of what a resume reads; the last file of a checkpoint.
+    """Write sizes and checksums of the files that a resume reads; the last file of a checkpoint.
 
     Args:
-        checkpoint: With all its files; `MARK` is added.
-        without_state: Parameters that have no optimizer state, such as those never used.
+        checkpoint: Folder with all files of the checkpoint; `MARK` is added.
+        without_state: Names of parameters without optimizer state, such as those never used.
     """
     names = [*weight_files(checkpoint), *_state_files(checkpoint), SCALER_NAME]
     mark = {
@@ -145,16 +145,16 @@ def write_mark(checkpoint: Path, *, without_state: Iterable[str]) -> None:
 
 
 def _state_files(checkpoint: Path) -> list[str]:
-    """What a resume reads beside the weights; several processes have saved random numbers each."""
+    """Return the files other than weights that a resume reads; each process has its RNG state."""
     of_each = [path.name for path in checkpoint.glob(RNG_STATES)]
     return [name for name in STATE_FILES if name != RNG_STATE_NAME or not of_each] + of_each
 
 
 def read_mark(checkpoint: Path) -> dict[str, Any]:
-    """What `write_mark` noted; empty if it never did.
+    """Return what `write_mark` wrote; without a mark, `files` is empty.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: The mark cannot be read, or its `files` is not a dictionary.
     """
     path = checkpoint / MARK
     mark = _json(path) if path.is_file() else {}
@@ -164,15 +164,15 @@ def read_mark(checkpoint: Path) -> dict[str, Any]:
 
 
 def weight_files(checkpoint: Path) -> list[str]:
-    """Names of the files that hold the weights, with the index of shards.
+    """Return the names of the files that hold the weights, with the index of shards.
 
     Raises:
-        ValueError: There are none, there are two sets, or the index and its shards do not agree.
+        ValueError: There are none, there are two sets, or the index and its shards do not match.
     """
     sets = [name for name in WEIGHTS if (checkpoint / name).is_file()]
     if len(sets) > 1:
         raise ValueError(
-            f"{' and '.join(sets)} are two sets of weights, and only one can be of this run: "
+            f"{' and '.join(sets)} are two sets of weights, and only one can belong to this run: "
             "remove the other"
         )
     if not sets or sets[0] in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
@@ -192,22 +192,22 @@ def weight_files(checkpoint: Path) -> list[str]:
         if held != (listed := {name for name, file in index.items() if file == shard}):
             raise ValueError(
                 f"{shard} holds other tensors than {SAFE_WEIGHTS_INDEX_NAME} says, such as "
-                f"{min(held ^ listed)}: it is a shard of another place or of another run"
+                f"{min(held ^ listed)}: it is a misplaced shard or belongs to another run"
             )
     return [SAFE_WEIGHTS_INDEX_NAME, *shards]
 
 
 def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None:
-    """Remove checkpoints until `limit` are left, those first that were written first.
+    """Remove the checkpoints that were written first, until `limit` are left.
 
-    transformers' `rotate_checkpoints` keeps the one that the file system calls the newest, which is
-    an old one where clocks differ, and takes for a checkpoint whatever is named `checkpoint-*`,
-    such as a copy that somebody has set aside. What cannot be removed stays, with a warning.
+    `rotate_checkpoints` of transformers keeps the folder with the newest modification time, which
+    may be an old checkpoint if clocks differ. It also counts everything named `checkpoint-*`, such
+    as a copy that was set aside. A checkpoint that cannot be removed stays, with a warning.
 
     Args:
-        folder: Of the run.
-        limit: How many may be there; None or 0: any number.
-        keep: Those that stay in any case, of `folder` or not.
+        folder: Folder of the run.
+        limit: Number of checkpoints that may stay; None or 0 for any number.
+        keep: Checkpoints that are never removed, in `folder` or elsewhere.
     """
     if not limit or limit < 0:
         return
@@ -220,8 +220,8 @@ def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None
             shutil.rmtree(path)
         except OSError as error:
             logger.warning(
-                "save_total_limit=%d: %s should make room and cannot be removed (%s), so there are "
-                "more checkpoints than that. Remove it by hand, or its space stays taken",
+                "save_total_limit=%d: the old checkpoint %s cannot be removed (%s), so there are "
+                "more checkpoints than the limit. Remove it by hand to free its space",
                 limit,
                 path,
                 error,
@@ -229,19 +229,19 @@ def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None
 
 
 def check_weights(model: nn.Module, checkpoint: Path, *, names_differ: bool = False) -> None:
-    """Raise unless a checkpoint has the tensors of a model, undamaged, all of them and no other.
+    """Raise unless a checkpoint has exactly the tensors of a model, all of them undamaged.
 
     Args:
-        model: Not changed. A tensor that is tied to another may be left out.
+        model: Not modified. The checkpoint may omit a tensor that is tied to another.
         checkpoint: The folder.
-        names_differ: Whether tensors have other names there than in the model, as whoever loads
-            them knows: only damage is looked for.
+        names_differ: Whether the checkpoint has other tensor names than the model, which the code
+            that loads it translates. Only damage is checked then.
 
     Raises:
-        ValueError: Tensors are missing, foreign or damaged (named), or files are.
+        ValueError: Tensors or files are missing, unexpected or damaged (named).
     """
     if side_network_of(model) is not None:
-        return  # `load_side_network` checks it
+        return  # `load_side_network` checks its weights
     try:
         files = [str(checkpoint / name) for name in weight_files(checkpoint)]
         saved, found = set(tensor_names(files)), damaged(files)
@@ -274,12 +274,12 @@ def check_momentum(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
     """Raise if a parameter lost the optimizer state that it had when the checkpoint was written.
 
     Args:
-        model: Whose names are told.
-        optimizer: After its state was loaded.
-        checkpoint: Where from.
+        model: The model, for the names of parameters.
+        optimizer: The optimizer, after its state was loaded.
+        checkpoint: The checkpoint that the state was loaded from.
 
     Raises:
-        ValueError: Parameters would go on with fresh momentum (named).
+        ValueError: Parameters (named) would continue with fresh momentum.
     """
     known = set(read_mark(checkpoint).get("without_state", ()))
     lost = [name for name in parameters_without_state(model, optimizer) if name not in known]
@@ -292,7 +292,7 @@ def check_momentum(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
 
 
 def parameters_without_state(model: nn.Module, optimizer: Any) -> list[str]:
-    """Names of the parameters that the optimizer has never updated."""
+    """Return the names of the parameters that the optimizer has never updated."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [
         names.get(id(parameter), "a parameter outside of the model")
@@ -303,7 +303,7 @@ def parameters_without_state(model: nn.Module, optimizer: Any) -> list[str]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders by number of steps, as `get_last_checkpoint` recognises them."""
+    """Return the folders that `get_last_checkpoint` recognizes, sorted by number of steps."""
     steps = {
         int(step): path
         for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -314,9 +314,9 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _written(checkpoint: Path) -> float:
-    """When a checkpoint was written, in seconds; 0, before all others, if its removal had begun.
+    """Return when a checkpoint was written, in seconds; 0, to sort first, if its removal had begun.
 
-    The folder itself changes when a file in it is removed or added.
+    The folder's own time changes when a file in it is added or removed.
     """
     try:
         return (checkpoint / TRAINER_STATE_NAME).stat().st_mtime
@@ -325,7 +325,7 @@ def _written(checkpoint: Path) -> float:
 
 
 def _unreadable(path: Path) -> list[str]:
-    """What is wrong with the contents of a file that no mark tells of."""
+    """Return what is wrong with the contents of a file that no mark lists."""
     if path.suffix == ".json":
         try:
             content = _json(path)
@@ -340,7 +340,7 @@ def _unreadable(path: Path) -> list[str]:
             if type(step := content.get("global_step")) is not int or step < 0:
                 return [f"{path.name} has no global_step"]
             try:
-                TrainerState.load_from_json(str(path))  # likewise
+                TrainerState.load_from_json(str(path))  # as the Trainer reads it
             except (TypeError, AttributeError) as error:
                 return [f"{path.name} cannot be read ({error})"]
     elif path.suffix == ".safetensors":
@@ -348,7 +348,7 @@ def _unreadable(path: Path) -> list[str]:
             return damaged([str(path)])
         except ValueError as error:
             return [str(error)]
-    else:  # of torch.save: a zip archive with a check sum of each tensor
+    else:  # by torch.save: a zip archive with a checksum for each tensor
         try:
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
@@ -370,14 +370,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _is_crc32(noted: Any) -> bool:
-    """Whether a mark is of version 0.2.0, whose check sums are numbers."""
+    """Return whether a mark was written by version 0.2.0, whose checksums are numbers."""
     return isinstance(noted, list) and all(isinstance(part, int) for part in noted)
 
 
 def _digest(path: Path, *, crc32: bool = False) -> list[int | str]:
-    """Size in bytes and XXH3 or CRC-32; XXH3 takes no longer than reading the file."""
+    """Return size in bytes and XXH3 or CRC-32; XXH3 takes no longer than reading the file."""
     size, xxh3, crc = 0, xxhash.xxh3_64(), 0
-    buffer = memoryview(bytearray(CHUNK_BYTES))  # one: fresh memory for each chunk takes longer
+    buffer = memoryview(bytearray(CHUNK_BYTES))  # reused: allocating one per chunk takes longer
     with path.open("rb", buffering=0) as file:
         while n_bytes := file.readinto(buffer):
             size += n_bytes

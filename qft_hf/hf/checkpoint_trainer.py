@@ -1,7 +1,7 @@
 """`CheckpointTrainer`: the Trainer with checkpoints that are whole and resumes that are exact.
 
-The Trainer writes a checkpoint file by file into its place, takes the last folder when it resumes,
-and where that lacks weights or momentum goes on with those of a fresh model.
+The stock Trainer writes a checkpoint file by file in place and resumes from the last folder. If
+weights or momentum are missing from it, training continues with those of a fresh model.
 """
 
 import json
@@ -33,13 +33,13 @@ from .processes import by_first, of_first, written_by_all
 
 logger = logging.getLogger(__name__)
 
-_ABSENT: Any = object()  # of a configuration without `use_cache`
+_ABSENT: Any = object()  # stands for `use_cache` in a configuration without it
 
 
 class CheckpointTrainer(Trainer):
     """Writes checkpoints and models whole or not at all, and resumes exactly or not at all.
 
-    What can fail without harm, pushing to the Hub and removing old checkpoints, comes after.
+    Pushing to the Hub and removing old checkpoints, which can fail without harm, come last.
     """
 
     model: Any
@@ -47,8 +47,8 @@ class CheckpointTrainer(Trainer):
     def __init__(
         self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any
     ) -> None:
-        self._draft: Path | None = None  # of the checkpoint that is being written
-        # The Trainer switches it off for training, and it belongs to the model that is saved.
+        self._draft: Path | None = None  # parent folder of the checkpoint being written
+        # The Trainer turns `use_cache` off for training; a saved model gets its original value.
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", _ABSENT)
         super().__init__(model=model, args=args, **kwargs)
         for callback in self.callback_handler.callbacks:
@@ -65,12 +65,12 @@ class CheckpointTrainer(Trainer):
 
         Args:
             resume_from_checkpoint: A folder, or True for the newest whole checkpoint in
-                `output_dir`; others are passed over, with a warning.
+                `output_dir`; newer ones that are not whole are skipped with a warning.
             *args: As in `Trainer.train`.
-            **kwargs: Likewise.
+            **kwargs: As in `Trainer.train`.
 
         Raises:
-            ValueError: The checkpoint is not whole, or not of this model; nothing was trained.
+            ValueError: The checkpoint is not whole, or of another model; nothing was trained.
         """
         output_dir = Path(str(self.args.output_dir))
         checkpoint: Path | None = None
@@ -86,7 +86,7 @@ class CheckpointTrainer(Trainer):
         steps_before = -1
         if checkpoint is not None:
             resume_from_checkpoint = str(checkpoint)
-            steps_before = _steps_of(checkpoint)  # now: it may be removed as an old one
+            steps_before = _steps_of(checkpoint)  # now: training may remove it as an old one
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if output.global_step == steps_before:
             logger.warning(
@@ -97,7 +97,7 @@ class CheckpointTrainer(Trainer):
         return output
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Take no step beyond the last: the Trainer would train one batch before it stops."""
+        """Take no step after the last: the Trainer would train one more batch before it stops."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -112,8 +112,8 @@ class CheckpointTrainer(Trainer):
             if "loading state_dict" not in str(error):
                 raise
             raise ValueError(
-                f"{resume_from_checkpoint} is of another model, or in another format than is asked "
-                f"for. Leave the change out, or start anew. {error}"
+                f"{resume_from_checkpoint} is of another model, or in another format than the run "
+                f"asks for. Undo the change, or start a new run. {error}"
             ) from error
 
     def _load_best_model(self) -> None:
@@ -122,13 +122,13 @@ class CheckpointTrainer(Trainer):
         super()._load_best_model()
 
     def _check_weights(self, checkpoint: Path) -> None:
-        # A Trainer that is mixed in may save modules under names of its own, and load them itself.
+        # Another Trainer among the bases may save and load modules under names of its own.
         load: Any = super()._load_from_checkpoint
         is_transformers = load.__func__ is Trainer._load_from_checkpoint
         check_weights(self.model, checkpoint, names_differ=not is_transformers)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """None: `check_weights` has raised for all but the names of tied weights."""
+        """Issue none: `check_weights` has raised for all but the names of tied weights."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load the momentum of all parameters, or raise."""
@@ -137,14 +137,14 @@ class CheckpointTrainer(Trainer):
             check_momentum(self.model, unwrapped(self.optimizer), Path(checkpoint))
 
     def _get_output_dir(self, trial: Any) -> str:
-        """The folder of checkpoints; while one is written, that of its draft."""
+        """Return the folder of checkpoints; while one is being written, its draft's folder."""
         return super()._get_output_dir(trial) if self._draft is None else str(self._draft)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write a checkpoint whole or not at all; then push it, and remove old ones.
 
         Raises:
-            OSError: Whatever the file system said; the checkpoint of this step is as it was.
+            OSError: The file system refused; an earlier checkpoint of this step is unchanged.
         """
         run_dir = self._get_output_dir(trial=trial)
         folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -153,7 +153,7 @@ class CheckpointTrainer(Trainer):
             self._draft = draft.parent
             try:
                 with by_first() as is_first:
-                    # It has no other checkpoints beside it to remove.
+                    # The Trainer finds no old checkpoints to remove in the draft's folder.
                     super()._save_checkpoint(model, trial)
                 if self.state.best_model_checkpoint == str(draft):
                     best = folder
@@ -172,11 +172,11 @@ class CheckpointTrainer(Trainer):
             remove_old(Path(run_dir), limit=self.args.save_total_limit, keep=keep)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """End training, and keep what `_save_checkpoint` has kept.
+        """End training, and keep the checkpoints that `_save_checkpoint` has kept.
 
-        With `save_total_limit=1` and a best checkpoint the Trainer removes all others: the newest,
-        without which a finished run that is resumed trains on from the best one, and whatever is
-        named `checkpoint-*`.
+        With `save_total_limit=1` and a best checkpoint, the Trainer would remove everything else
+        that is named `checkpoint-*`. Without the newest checkpoint, a finished run that is resumed
+        would train on from the best one.
         """
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -185,16 +185,16 @@ class CheckpointTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push what is whole, not a draft: a push that fails must not cost the checkpoint."""
+        """Push a whole checkpoint, never a draft: a failed push must not cost the checkpoint."""
         if self._draft is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:  # noqa: FBT001, FBT002 the Trainer's signature
-        """Write the model; a folder that held another has all of its files replaced, or none.
+        """Write the model; of an earlier model in the folder, all files are replaced or none.
 
         Args:
             output_dir: Folder; default: that of the run.
-            _internal_call: Whether not to push.
+            _internal_call: True to skip the push to the Hub.
         """
         if self._draft is not None:
             super().save_model(output_dir, _internal_call=True)
@@ -206,14 +206,14 @@ class CheckpointTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        """Write weights, tokenizer and arguments, and `use_cache` as the model came with it."""
+        """Write weights, tokenizer, arguments, and the `use_cache` that the model came with."""
         with self._original_use_cache():
             super()._save(*args, **kwargs)
 
     @contextmanager
     def _original_use_cache(self) -> Iterator[None]:
         config: Any = getattr(self.model, "config", None)
-        if config is None or self.model_init is not None:  # a model made anew is as it came
+        if config is None or self.model_init is not None:  # model_init makes a fresh model
             yield
             return
         in_training = getattr(config, "use_cache", _ABSENT)
@@ -229,5 +229,5 @@ class CheckpointTrainer(Trainer):
 
 
 def _steps_of(checkpoint: Path) -> int:
-    """Optimizer steps taken when it was written."""
+    """Return the number of optimizer steps before the checkpoint was written."""
     return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"])

@@ -1,4 +1,4 @@
-"""`chunk_loss_`: a causal language model whose training never holds all of its logits."""
+"""`chunk_loss_`: training of a causal language model that never holds all logits at once."""
 
 from typing import Any, TypeVar
 
@@ -16,11 +16,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def chunk_loss_(model: Model) -> Model:
-    """Have `model(input_ids=..., labels=...)` compute its loss run by run of the vocabulary.
+    """Have `model(input_ids=..., labels=...)` compute its loss in chunks of the vocabulary.
 
     It saves the memory of the logits, `tokens * vocabulary * 10` bytes in bf16, and costs one more
-    product with the head. In training the output's `logits` then cannot be used; in evaluation and
-    generation everything is as before.
+    product with the head. In training, the output's `logits` cannot be used; evaluation and
+    generation do not change.
 
     Args:
         model: A causal language model of transformers with an INT8 head; modified.
@@ -29,8 +29,8 @@ def chunk_loss_(model: Model) -> Model:
         `model`.
 
     Raises:
-        ValueError: The model has no INT8 output head, one with INT8 products, or a loss of another
-            kind, or computes with its logits.
+        ValueError: The model has no INT8 output head, a head with INT8 products or a forward of its
+            own, or another loss than next-token cross-entropy, or it computes with its logits.
     """
     causal: Any = model
     head = output_head(model)
@@ -54,7 +54,7 @@ def chunk_loss_(model: Model) -> Model:
     loss = causal.loss_function
     if loss not in (ForCausalLMLoss, _loss):
         raise ValueError(
-            f"A chunked loss is the next-token cross-entropy, and {type(model).__name__} has "
+            f"A chunked loss is the next-token cross-entropy, and {type(model).__name__} uses "
             f"{getattr(loss, '__name__', loss)}. Leave chunked_loss off."
         )
     refuse_computing(causal)
@@ -64,16 +64,17 @@ def chunk_loss_(model: Model) -> Model:
 
 
 def refuse_computing(model: Any) -> None:
-    """Raise if a model does more with its logits than hand them to its loss.
+    """Raise if a model does more with its logits than pass them to its loss.
 
-    One forward tells, in which the decoder returns two tokens of zeros at once and the head defers:
-    nothing is computed. Where a model wants more of its decoder than that, the first step tells.
+    The check is a forward pass in which stand-ins for decoder and head compute nothing: the decoder
+    returns zeros for two tokens. If a model reads more from its decoder than the stand-in returns,
+    only the first training step detects a computation with logits.
 
     Args:
-        model: A causal language model, float or INT8, on any device; left as it was.
+        model: A causal language model, float or INT8, on any device; unchanged afterward.
 
     Raises:
-        ValueError: It does.
+        ValueError: The model computes with its logits.
     """
     base, head, loss = model.base_model, model.get_output_embeddings(), model.loss_function
     if base is model or head is None:
@@ -108,7 +109,7 @@ def refuse_computing(model: Any) -> None:
 
 
 class _OfDecoder(BaseModelOutputWithPast):
-    """What a decoder returns; whatever else is looked for there is None."""
+    """The output of a stand-in for a decoder; all other attributes are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -124,14 +125,14 @@ def _loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """`ForCausalLMLoss` of transformers for logits that are deferred."""
+    """Compute `ForCausalLMLoss` of transformers, also for deferred logits."""
     if not isinstance(logits, DeferredLogits):  # evaluation
         return ForCausalLMLoss(
             logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs
         )
     if kwargs.get("label_smoothing") or kwargs.get("weight") is not None:
-        raise ValueError(f"A chunked loss knows no {sorted(kwargs)}. Leave chunked_loss off.")
-    if shift_labels is None:  # each token is to predict the next, the last one nothing
+        raise ValueError(f"A chunked loss supports no {sorted(kwargs)}. Leave chunked_loss off.")
+    if shift_labels is None:  # each token but the last predicts the next one
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.reshape(-1).to(logits.hidden.device)
     targets = torch.where(targets == ignore_index, IGNORED, targets)

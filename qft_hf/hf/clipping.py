@@ -1,8 +1,8 @@
-"""What `accelerator.clip_grad_norm_` and `clip_grad_value_` do with gradients of INT8 weights.
+"""Support for INT8 weights in `accelerator.clip_grad_norm_` and `clip_grad_value_`.
 
-INT8 gradients that wait are clipped together. Released ones they would not find: they would clip
-nothing, and the norm of none is 0. So they say it; in a Trainer they are left alone, for there the
-optimizer clips, and the callback logs the norm.
+`clip_grad_norm_` clips INT8 gradients in `.grad` together with float ones. Released gradients no
+longer exist: both methods would clip nothing, with a norm of 0, so they raise an error instead. In
+a Trainer they do not raise, because the optimizer clips there, and the callback logs the norm.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ from .wrapping import wrap_
 
 
 def install_clipping() -> None:
-    """Have each accelerator look for INT8 gradients, and for released ones. Idempotent."""
+    """Have all accelerators clip INT8 gradients, and refuse released ones. Idempotent."""
     wrap_(Accelerator, "clip_grad_norm_", _clipping_together)
     wrap_(Accelerator, "clip_grad_value_", _refusing_released)
 
@@ -52,10 +52,10 @@ def _refuse_released(accelerator: Accelerator) -> None:
 
 
 def refuse_released(optimizer: Any) -> None:
-    """Raise if an optimizer has used gradients of this step already.
+    """Raise if an optimizer has already used gradients of this step.
 
     Raises:
-        RuntimeError: So it is.
+        RuntimeError: Gradients were released during backward.
     """
     if isinstance(optimizer, QFTOptimizer) and optimizer.n_released:
         raise RuntimeError(

@@ -1,7 +1,7 @@
-"""`torch_compile=True`: the layers of a model compiled one by one, all by the code of the first.
+"""`torch_compile=True`: the layers of a model are compiled one by one, and share compiled code.
 
-Accelerate would compile the model whole. Its backward pass would then hand all gradients over at
-once, and `gradient="release"` save nothing. Of a layer it hands over those of the layer.
+Accelerate would compile the whole model. Its backward pass would then return all gradients at once,
+and `gradient="release"` would save nothing. A compiled layer returns only its own gradients.
 """
 
 import os
@@ -12,23 +12,23 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import TrainingArguments
 
-# By this the launcher has Accelerate compile every model; `TrainingArguments` sets it too.
+# By this variable the launcher has Accelerate compile models; `TrainingArguments` sets it, too.
 BACKEND = "ACCELERATE_DYNAMO_BACKEND"
-# Those of Inductor that capture CUDA graphs.
+# Modes of Inductor that capture CUDA graphs.
 CAPTURING_MODES = ("reduce-overhead", "max-autotune")
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The modules of each list of several of one class; of lists in lists, those of the outer."""
+    """Return the layers in each list of several of one class; of nested lists, the outer counts."""
     if isinstance(model, nn.ModuleList) and len({type(layer) for layer in model}) == 1 < len(model):
         return list(model)
     return [layer for child in model.children() for layer in repeated_layers(child)]
 
 
 def compiler(args: TrainingArguments) -> dict[str, Any]:
-    """How the arguments or the launcher want the model compiled, as `torch.compile` takes it.
+    """Return the options of `torch.compile` that the arguments or the launcher set.
 
-    Empty: not at all.
+    They are empty if the model is not to be compiled.
     """
     if args.torch_compile:
         backend, mode = args.torch_compile_backend, args.torch_compile_mode
@@ -41,21 +41,21 @@ def compiler(args: TrainingArguments) -> dict[str, Any]:
 
 
 def refuse_uncompilable(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise for what a run cannot have beside `torch_compile=True`.
+    """Raise if other options or the model rule out `torch_compile=True`.
 
     Raises:
-        ValueError: The text says what to do instead.
+        ValueError: One of them does; the text says what to do instead.
     """
     options = compiler(args)
     if not options:
         return
     reasons = []
     if getattr(args, "cuda_graph", False):
-        reasons.append("cuda_graph=True captures what runs eagerly. Take one of the two")
+        reasons.append("cuda_graph=True captures only code that runs eagerly. Set one of the two")
     if (mode := options.get("mode")) in CAPTURING_MODES:
         reasons.append(
             f"in the mode {mode!r} the compiler captures CUDA graphs, whose gradients the next "
-            "pass overwrites. Take 'default' or 'max-autotune-no-cudagraphs'"
+            "pass overwrites. Set 'default' or 'max-autotune-no-cudagraphs'"
         )
     if args.use_cache:
         reasons.append("use_cache=True needs other code for each layer. Set use_cache=False")
@@ -68,20 +68,20 @@ def refuse_uncompilable(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def compile_layers_(model: nn.Module, options: dict[str, Any]) -> None:
-    """Have the layers of a model compiled when they first run.
+    """Compile each layer of a model when it first runs.
 
-    Names of modules and states stay as they are.
+    The names of modules and of tensors in the state dict do not change.
 
     Args:
         model: Modified.
-        options: What `torch.compile` takes.
+        options: Arguments of `torch.compile`.
     """
     for layer in repeated_layers(model):
         layer.compile(**options)
 
 
 def take_from_accelerate(args: TrainingArguments) -> dict[str, Any]:
-    """What `compiler` says; Accelerate, which was told the same, compiles nothing then."""
+    """Return the options of `compiler`, and keep Accelerate from compiling the model as well."""
     options = compiler(args)
     AcceleratorState().dynamo_plugin.backend = DynamoBackend.NO
     return options

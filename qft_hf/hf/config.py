@@ -26,7 +26,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
     """
 
     quant_method: Any
-    _products_are_users: bool = False  # of a checkpoint's configuration: whether they were passed
+    _products_are_users: bool = False  # whether the user passed `int8_products`
 
     def __post_init__(self) -> None:
         """Check types before ranges: values also come from JSON, YAML and command lines."""
@@ -39,7 +39,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
             ("seed", (int,), "an integer"),
         ):
             value = getattr(self, name)
-            # bool is an int to Python and a slip to us.
+            # Python accepts bool as an int; here it is a mistake.
             if not isinstance(value, types) or isinstance(value, bool):
                 raise TypeError(f"{name} must be {wanted}, got {value!r}.")
         if not isinstance(self.strict, bool):
@@ -70,15 +70,15 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
         return_unused_kwargs: bool = False,  # noqa: FBT001, FBT002 transformers' signature
         **kwargs: Any,
     ) -> Any:
-        """The configuration of a dictionary such as `to_dict` returns.
+        """Return the configuration that a dictionary, such as `to_dict` returns, describes.
 
         Args:
             config_dict: Values by name; names left out keep their defaults.
-            return_unused_kwargs: Whether to return the ignored `kwargs` beside the configuration.
-            kwargs: Values that win over those of the dictionary; other names are ignored.
+            return_unused_kwargs: Whether to also return the ignored `kwargs`.
+            kwargs: Values that override those of the dictionary; other names are ignored.
 
         Raises:
-            ValueError: A name is unknown, or the dictionary is of another quantization method.
+            ValueError: A name is unknown, or the dictionary is for another quantization method.
         """
         values = dict(config_dict)
         method = values.pop("quant_method", QUANT_METHOD)
@@ -91,15 +91,15 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
         unknown = sorted(values.keys() - names)
         if unknown:
             raise ValueError(
-                f"QFTConfig has no {', '.join(unknown)}; its names are {', '.join(names)}. If a "
-                "checkpoint says so, it was written by a newer qft_hf: install that version."
+                f"QFTConfig has no {', '.join(unknown)}; its names are {', '.join(names)}. If the "
+                "name is from a checkpoint, a newer qft_hf wrote that: install that version."
             )
         values |= {name: kwargs.pop(name) for name in names if name in kwargs}
         config = cls(**values)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """What `config.json` records."""
+        """Return the values that `config.json` records."""
         names = ["quant_method", *(field.name for field in fields(self) if field.compare)]
         return {name: copy.deepcopy(getattr(self, name)) for name in names}
 
@@ -107,7 +107,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
         """Drop names of the checkpoint that match no module of `model`, and return them.
 
         A classifier or a bare encoder has no `lm_head`, which its checkpoint may name. Names that
-        the user passed stay, and raise later.
+        the user passed are kept and raise an error later.
         """
         names = [name for name, _ in model.named_modules()]
 
@@ -128,8 +128,8 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
     def storage_format(self) -> dict[str, Any]:
         """The values that decide which tensors a checkpoint holds.
 
-        Assigning another format raises: this is how transformers hands a checkpoint's configuration
-        the one that the user passed to `from_pretrained` beside it.
+        Assigning another format raises an error. transformers assigns to a checkpoint's
+        configuration the format of the configuration that the user passed to `from_pretrained`.
         """
         return {
             "group_size": self.group_size,
@@ -149,11 +149,11 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
                 "Leave quantization_config out to read it as it is; for another format load it, "
                 "call dequantize_model_, save, and quantize the float checkpoint."
             )
-        self._products_are_users = True  # `get_loading_attributes` says what comes next
+        self._products_are_users = True  # assigned next: see `get_loading_attributes`
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What of a configuration passed by the user applies to an INT8 checkpoint."""
-        # The format comes first, so that nothing is taken over when it does not fit.
+        """Return the attributes of a user's configuration that apply to an INT8 checkpoint."""
+        # The format comes first, so that nothing else is assigned if it is another one.
         return {
             "storage_format": self.storage_format,
             "matmul": self.matmul,
@@ -163,8 +163,8 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
         }
 
 
-# Only these classes are asked for loading attributes. For others transformers drops the user's
-# configuration with a warning, whatever it says.
+# transformers reads loading attributes of these classes only. For others it drops the user's
+# configuration with a warning, whatever its values are.
 auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (  # type: ignore[assignment]
     *auto.LOADING_ATTRIBUTES_CONFIG_TYPES,
     QFTConfig,

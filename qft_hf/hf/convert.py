@@ -1,4 +1,4 @@
-"""A model in memory to INT8 and back, with what transformers wants to know about it."""
+"""Convert a model in memory to INT8 and back, with the attributes that transformers reads."""
 
 import copy
 from typing import Any, TypeVar
@@ -31,10 +31,10 @@ Model = TypeVar("Model", bound=nn.Module)
 def quantize_model_(model: Model, config: QFTConfig) -> Model:
     """Quantize every `nn.Linear` and `nn.Embedding` of a model in place.
 
-    Tied weights stay tied and parameters keep their identity. A transformers model then is what
-    `from_pretrained(..., quantization_config=config)` returns: `save_pretrained` writes INT8. One
-    that is quantized with the same `config` already keeps its weights; float modules that were
-    added to it since are quantized.
+    Tied weights stay tied and parameters keep their identity. A transformers model becomes what
+    `from_pretrained(..., quantization_config=config)` returns: `save_pretrained` writes INT8. A
+    model that is already quantized with the same `config` keeps its weights; float modules that
+    were added to it since are quantized.
 
     Args:
         model: Any module; modified.
@@ -64,13 +64,13 @@ def quantize_model_(model: Model, config: QFTConfig) -> Model:
 
 
 def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Model:
-    """Give a model plain modules again, in place.
+    """Replace quantized modules of a model by plain float modules, in place.
 
-    `save_pretrained` then writes an ordinary checkpoint, for programs without qft_hf too.
+    `save_pretrained` then writes an ordinary checkpoint, which programs can load without qft_hf.
 
     Args:
         model: Any module with quantized weights; modified.
-        dtype: Of all parameters afterwards, float ones included.
+        dtype: Dtype of all parameters afterward, including those that were float.
 
     Returns:
         `model`.
@@ -82,7 +82,7 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
         raise ValueError(
             f"{type(model).__name__} has no INT8 weights. To cast it, call model.to({dtype})."
         )
-    # Those that carry a record of it, also inside another module, such as one with adapters.
+    # Models that record their quantization, also inside another module such as one with adapters.
     for module in [m for m in model.modules() if "hf_quantizer" in vars(m)]:
         quantizer: Any = module.hf_quantizer
         if isinstance(quantizer, QFTQuantizer):
@@ -93,25 +93,25 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
 
 
 def _fit_states(model: nn.Module) -> None:
-    """Have optimizers of ours that train the model follow."""
+    """Fit the states of our optimizers that train the model."""
     for parameter in model.parameters():
         fit_states(parameter)
 
 
 def as_saved(model: Any, state: dict[str, Tensor] | None) -> Any:
-    """A transformers model as `save_pretrained` is to see it: so that it can be loaded again.
+    """Return a transformers model in a form that `save_pretrained` saves so that it can be loaded.
 
-    What a folder holds says its `config.json`, which has it from the model's configuration. A part
-    of an INT8 model says nothing there, and a float model that was made of the configuration of an
-    INT8 one says too much. A `state` that is passed is what is saved, where transformers saves what
-    a quantizer returns.
+    `config.json`, which is written from the model's configuration, declares whether weights are
+    INT8. For a part of an INT8 model, the declaration is missing; for a float model that was made
+    from an INT8 model's configuration, it is wrong. transformers saves the state dict that a
+    quantizer returns, so the quantizer of the returned model returns `state` if that is passed.
 
     Args:
-        model: Of any kind; not modified. Returned as it is where all is right.
-        state: A state dict in the place of the model's own; None: that.
+        model: Any transformers model; not modified. It is returned itself if nothing is wrong.
+        state: A state dict to save instead of the model's own; None for its own.
 
     Raises:
-        ValueError: The weights are of several formats, or `state` lacks some of the tensors.
+        ValueError: The weights have several formats, or tensors are missing from `state`.
     """
     quantizer = getattr(model, "hf_quantizer", None)
     is_recorded = isinstance(quantizer, QFTQuantizer)
@@ -129,8 +129,9 @@ def as_saved(model: Any, state: dict[str, Tensor] | None) -> Any:
     config = copy.copy(quantization_config_of(model))
     if config is None:
         raise ValueError(
-            f"{type(model).__name__} has INT8 weights of several formats, and config.json can name "
-            "one. Save its parts, or call dequantize_model_(copy.deepcopy(model)) and save that."
+            f"{type(model).__name__} has INT8 weights of several formats, and config.json can hold "
+            "only one. Save its parts separately, or save the result of "
+            "dequantize_model_(copy.deepcopy(model))."
         )
     if not is_recorded:
         config.forget_absent(model)
@@ -149,7 +150,7 @@ def _says_int8(config: Any) -> bool:
 
 
 def _products_held(model: nn.Module, config: QFTConfig) -> dict[str, list[str]] | None:
-    """`int8_products` that choose what the modules of a model hold."""
+    """Return `int8_products` that select the products which a model's modules are set to."""
     if config.matmul != "int8":
         return None
     plan = conversion_plan(model, config.modules_to_not_convert)
@@ -162,7 +163,7 @@ def _products_held(model: nn.Module, config: QFTConfig) -> dict[str, list[str]] 
 
 
 def _check_complete(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Raise if a state dict that is to be saved lacks what an INT8 checkpoint has to have."""
+    """Raise if tensors of an INT8 model are missing from a state dict that is to be saved."""
     own = model.state_dict()
     there = {memory(own[name]) for name in state if name in own}  # a tied one has several names
     if lacking := [name for name, tensor in own.items() if memory(tensor) not in there]:
@@ -174,7 +175,7 @@ def _check_complete(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _refuse_other_quantization(model: nn.Module, config: QFTConfig) -> None:
-    """Raise if `model` is quantized, unless with the same configuration."""
+    """Raise if `model` is quantized, unless the configuration is the same."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not isinstance(quantizer, QFTQuantizer):
         method = getattr(model, "quantization_method", type(quantizer).__name__)
@@ -188,14 +189,13 @@ def _refuse_other_quantization(model: nn.Module, config: QFTConfig) -> None:
     if current != config:
         raise ValueError(
             f"{type(model).__name__} is already quantized with {current or 'several formats'}, and "
-            f"{config} was asked for. Keep that configuration, or call dequantize_model_ first; "
-            "dequantizing cannot bring back what rounding lost, so rather quantize the float model "
-            "anew."
+            f"{config} was asked for. Keep that configuration, or call dequantize_model_ first. "
+            "That does not undo rounding, so it is better to quantize the float model again."
         )
 
 
 def _mark(model: Any, config: QFTConfig) -> None:
-    """Set what `from_pretrained` sets on a quantized model."""
+    """Set the attributes that `from_pretrained` sets on a quantized model."""
     model.hf_quantizer = QFTQuantizer(config, pre_quantized=False)
     model.hf_quantizer.save_as_held(model)
     model.is_quantized = True

@@ -1,4 +1,4 @@
-"""How much of a model becomes or is INT8: said, or refused, before the model changes."""
+"""How much of a model is or becomes INT8: reported or refused before the model changes."""
 
 import logging
 from typing import Any
@@ -18,16 +18,16 @@ from .wording import and_more
 
 logger = logging.getLogger(__name__)
 
-MOST_FLOAT = 0.1  # of a model's parameters, without a word
+MOST_FLOAT = 0.1  # largest share of float parameters without a warning
 
 
 def check_coverage(model: nn.Module, plan: ConversionPlan, config: QFTConfig) -> None:
     """Warn if more than a tenth of the parameters stays float; with `config.strict` raise.
 
-    What is listed in `modules_to_not_convert` is meant to stay float and is not counted.
+    Modules listed in `modules_to_not_convert` are meant to stay float and are not counted.
 
     Raises:
-        ValueError: So it is, or no weight at all is quantized.
+        ValueError: Too much stays float with `config.strict`, or no weight at all is quantized.
     """
     if not plan.weights:
         raise ValueError(
@@ -42,8 +42,8 @@ def check_coverage(model: nn.Module, plan: ConversionPlan, config: QFTConfig) ->
     ]
     if config.matmul == "int8" and own:
         logger.warning(
-            "matmul='int8' has no effect on %d modules of %s (%s, ...): their classes multiply by "
-            "themselves, with the dequantized weight",
+            "matmul='int8' has no effect on %d modules of %s (%s, ...): their classes compute the "
+            "product themselves, with the dequantized weight",
             len(own),
             type(model).__name__,
             own[0],
@@ -56,7 +56,7 @@ def check_coverage(model: nn.Module, plan: ConversionPlan, config: QFTConfig) ->
     text = (
         f"{share:.1%} of the parameters of {type(model).__name__} stay float, as do their "
         f"gradients and momentum: {'; '.join(_by_reason(unasked, total))}. List their modules in "
-        "modules_to_not_convert if that is meant."
+        "modules_to_not_convert if that is intended."
     )
     if config.strict:
         raise ValueError(f"{text} strict=True refuses it; the model is unchanged.")
@@ -64,9 +64,9 @@ def check_coverage(model: nn.Module, plan: ConversionPlan, config: QFTConfig) ->
 
 
 def added_modules(model: nn.Module, config: QFTConfig) -> list[str]:
-    """Names of the plain modules of an INT8 model that its own format calls INT8: they are new.
+    """Return names of plain modules that were added to an INT8 model and that its format quantizes.
 
-    Their weights are float, or INT8 where they are tied to one that was there.
+    Their weights are float, or INT8 if they are tied to a weight that was there before.
     """
     plan = conversion_plan(model, config.modules_to_not_convert)
     return [
@@ -75,7 +75,7 @@ def added_modules(model: nn.Module, config: QFTConfig) -> list[str]:
 
 
 def _by_reason(kept: list[Kept], total: int) -> list[str]:
-    """One line for each reason, the largest first: share, names, reason."""
+    """Return share, names and reason in a line for each reason, the largest share first."""
     groups: dict[str, list[Kept]] = {}
     for parameter in kept:
         groups.setdefault(parameter.reason, []).append(parameter)

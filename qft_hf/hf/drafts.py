@@ -1,15 +1,15 @@
 """Files and folders that appear whole or not at all, whatever ends the process that writes them.
 
-A draft is a fresh folder, private to its writer, beside the place of what is written. It passes
-through three states, each begun by one rename:
+A draft is a fresh folder, private to its writer, in the folder that is written to. It passes
+through three states; one rename leads from each to the next:
 
-    new      is being written; whatever happens, it is removed
-    whole    is on the disk and counts; what stands in its place is moved into the draft
-    moving   goes to its place, name by name; a model's config.json last, so that no folder has a
-             config.json beside weights that are not its own
+    new      its contents are being written; if the process ends now, they are removed
+    whole    all contents are on the disk; files they replace are being moved into the draft
+    moving   contents are moved to their place, name by name; a model's config.json last, so that
+             no folder has a config.json with weights of another model
 
-A draft is locked by its process. One that is not locked was left by a process that was killed:
-whoever writes to the folder next, or resumes from it, finishes what counts and removes the rest.
+A draft is locked by its process. An unlocked draft was left by a process that was killed: the next
+process that writes to the folder, or resumes from it, finishes whole contents and removes the rest.
 """
 
 import errno
@@ -25,7 +25,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 logger = logging.getLogger(__name__)
 
-# Rotation and `get_last_checkpoint` look for `checkpoint-*`; pushes to the Hub leave out `_*`.
+# Rotation and `get_last_checkpoint` look for `checkpoint-*`; pushes to the Hub skip `_*`.
 PREFIX = "_qft-draft-"
 NEW, WHOLE, MOVING = "new", "whole", "moving"
 MODEL_FILES = (
@@ -38,16 +38,16 @@ MODEL_FILES = (
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Give a place to write to; it becomes `path` when the block ends well.
+    """Yield a path in a draft, which is moved to `path` when the block ends without an error.
 
-    It takes the place of what is there; a link is replaced, not followed. On an error it is
-    removed, and `path` is as it was.
+    It replaces an existing file or folder; a link is replaced, not followed. On an error the draft
+    is removed, and `path` does not change.
 
     Args:
-        path: File or folder to be. Its parent is created.
+        path: File or folder to write. Its parent is created.
 
     Yields:
-        The place in the draft: on the same file system, named as `path`, not there yet.
+        A path on the same file system, with the name of `path`. It does not exist yet.
     """
     with drafted(path.parent) as draft:
         yield draft / path.name
@@ -55,19 +55,19 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def drafted(folder: Path) -> Iterator[Path]:
-    """Give an empty draft; when the block ends well, all that it holds takes its place in `folder`.
+    """Yield an empty draft; its contents move to `folder` when the block ends without an error.
 
-    On an error it is removed, and `folder` is as it was. Of a model, which has a `config.json`, all
-    files are replaced: weights in other files would be taken for its own.
+    On an error they are removed, and `folder` does not change. A model, which has a `config.json`,
+    replaces all files of an earlier one: weights in other files would be loaded as its own.
 
     Args:
-        folder: Created if need be. Files of other names stay.
+        folder: Created if necessary. Files with other names stay.
 
     Yields:
         The draft's folder, on the same file system.
 
     Raises:
-        OSError: It cannot be created, or not be written to.
+        OSError: `folder` cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def drafted(folder: Path) -> Iterator[Path]:
         reason = error.strerror or error
         raise type(error)(
             f"nothing can be written to {folder} ({reason}), and nothing was. Choose another "
-            "folder, or have its owner let you write there."
+            "folder, or ask its owner for permission to write."
         ) from error
     try:
         new = draft / NEW
@@ -88,7 +88,7 @@ def drafted(folder: Path) -> Iterator[Path]:
             os.rename(new, draft / WHOLE)
         except BaseException as error:
             error.add_note(
-                f"What was being written to {folder} could not be written whole and was removed; "
+                f"Writing to {folder} did not finish, and its incomplete files were removed; "
                 "everything there is as it was. If the disk is full, free some space."
             )
             raise
@@ -101,20 +101,20 @@ def drafted(folder: Path) -> Iterator[Path]:
 
 
 def settle(folder: Path) -> None:
-    """Finish or remove the drafts in `folder` whose process is gone. It may be absent."""
+    """Finish or remove the drafts in `folder` whose process is gone. `folder` may be missing."""
     for draft in sorted(folder.glob(f"{PREFIX}*")):
         lock = _locked(draft)
         if lock is None:
             continue
         try:
-            logger.warning("%s was left by a process that was killed: settling it", draft)
+            logger.warning("%s was left by a killed process: finishing or removing it", draft)
             _finish(draft)
         finally:
             os.close(lock)
 
 
 def unsettled(folder: Path) -> list[Path]:
-    """Drafts in `folder` that hold something whole, which has not come to its place yet."""
+    """Return the drafts in `folder` with whole contents that are not all in their place yet."""
     return [
         draft
         for draft in sorted(folder.glob(f"{PREFIX}*"))
@@ -123,30 +123,30 @@ def unsettled(folder: Path) -> list[Path]:
 
 
 def _create(folder: Path) -> tuple[Path, int]:
-    """Make a draft and lock it: its path and an open file descriptor."""
+    """Make and lock a draft; return its path and an open file descriptor."""
     while True:
         draft = Path(tempfile.mkdtemp(prefix=PREFIX, dir=folder))  # exclusive, mode 0700
         lock = _locked(draft, needed=False)
-        # Another process may have taken it for a left one before it was locked.
+        # Before it was locked, another process may have settled it as an abandoned draft.
         if lock is not None and draft.exists():
             return draft, lock
 
 
 def _locked(draft: Path, *, needed: bool = True) -> int | None:
-    """Lock a draft and return its open file descriptor; None if it is not ours to touch.
+    """Lock a draft and return its open file descriptor; None if it belongs to another process.
 
     Args:
         draft: The folder.
-        needed: Whether a file system without locks counts as locked: nobody can tell then.
+        needed: Whether a draft counts as locked on a file system that does not support locks.
     """
     import fcntl  # Unix only
 
-    try:  # not through a link
+    try:  # without following a link
         descriptor = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return None
     try:
-        if os.fstat(descriptor).st_uid == os.geteuid():  # else somebody put it there
+        if os.fstat(descriptor).st_uid == os.geteuid():  # otherwise it is another user's
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return descriptor
     except OSError as error:
@@ -157,7 +157,7 @@ def _locked(draft: Path, *, needed: bool = True) -> int | None:
 
 
 def _finish(draft: Path) -> None:
-    """Bring what counts to its place, and remove the draft."""
+    """Move whole contents to their place, and remove the draft."""
     try:
         if (draft / WHOLE).exists():
             _clear_places(draft)
@@ -165,13 +165,13 @@ def _finish(draft: Path) -> None:
         if (draft / MOVING).exists():
             _move_in(draft)
     finally:
-        # If moving failed, what counts has to stay.
+        # If moving failed, whole contents have to stay.
         if not (draft / WHOLE).exists() and not (draft / MOVING).exists():
             _remove(draft)
 
 
 def _clear_places(draft: Path) -> None:
-    """Move away what cannot be replaced by one rename: folders, and the files of a model."""
+    """Move folders and files of a model, which one rename cannot replace, into the draft."""
     folder, names = draft.parent, set(os.listdir(draft / WHOLE))
     away = Path(tempfile.mkdtemp(prefix="earlier-", dir=draft))
     in_place = {path.name: path for name in names if (path := folder / name).is_dir()}
@@ -182,10 +182,10 @@ def _clear_places(draft: Path) -> None:
 
 
 def _move_in(draft: Path) -> None:
-    """Rename all that the draft holds to its place; done again, it goes on."""
+    """Rename all contents to their place; a second call continues an interrupted one."""
     folder, moving = draft.parent, draft / MOVING
     for name in sorted(os.listdir(moving), key=lambda name: name == CONFIG_NAME):
-        if (moving / name).is_dir() and os.path.lexists(folder / name):  # a link, or new since
+        if (moving / name).is_dir() and os.path.lexists(folder / name):  # a link, or a new folder
             os.rename(folder / name, Path(tempfile.mkdtemp(prefix="earlier-", dir=draft)) / name)
         os.replace(moving / name, folder / name)
     _sync(folder)
@@ -200,7 +200,7 @@ def _remove(draft: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    """Have everything in a folder on the disk, names included."""
+    """Flush everything in a folder to the disk, including names."""
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             if not (path := Path(root) / name).is_symlink():
@@ -213,7 +213,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system whose folders need none
+        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
             raise
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""`estimate_memory` and `estimate_side_memory`: what a run will hold, before anything is loaded."""
+"""`estimate_memory` and `estimate_side_memory`: predict the memory of a run, loading no weights."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .config import QFTConfig
 from .language_model import language_class, parts_beside_text
 from .optimizers import OPTIMIZERS
 
-# A model, its configuration, or where that is: a folder with a config.json, or a name on the hub.
+# A model, its configuration, a folder with a config.json, or a name on the hub.
 ModelSource = nn.Module | PreTrainedConfig | str | Path
 
 
@@ -39,28 +39,29 @@ def estimate_memory(
 
     Args:
         model_or_config: A model, on any device; or its configuration, a folder with a config.json
-            or a name on the hub, of which a skeleton without storage is made, in the dtype that the
-            configuration names (else FP32).
-        config: The weight format; None: the default.
+            or a name on the hub. From these a skeleton without storage is made, in the dtype that
+            the configuration names or, without one, FP32.
+        config: The weight format; None for the default.
         gradient: `"stack"` or `"release"`.
-        momentum_bits: Of Lion: 8 or 4; 0: none, as `qft_sgd` has it.
-        optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`, as `TrainingArguments.optim`.
-        batch_size: Sequences of one micro-batch.
-        sequence_length: Tokens of one sequence.
-        gradient_checkpointing: Whether layers keep their input only.
-        chunked_loss: Whether logits never exist whole; see `chunk_loss_`.
-        n_processes: That train together, a GPU each. The bytes are those of the first, which owns
-            the most rows; `batch_size` is that of each.
+        momentum_bits: Bits of Lion's momentum: 8, 4, or 0 for no momentum, as in `qft_sgd`.
+        optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`, as in `TrainingArguments.optim`.
+        batch_size: Sequences per micro-batch.
+        sequence_length: Tokens per sequence.
+        gradient_checkpointing: Whether layers keep only their input.
+        chunked_loss: Whether logits never exist all at once; see `chunk_loss_`.
+        n_processes: Processes that train together, with one GPU each. The bytes are those of the
+            first, which owns the most rows; `batch_size` is per process.
 
     Returns:
-        Bytes by kind. States are exact to the byte; activations are arithmetic for a decoder
-        with gated MLP, without those of parts that read images or sound, which are named.
+        Bytes by kind. States are exact to the byte; activations are computed for a decoder with a
+        gated MLP. Those of parts for images or sound are not counted, and the parts are named.
 
     Raises:
-        FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
+        FileNotFoundError: Neither a folder with a config.json nor a model visible on the hub has
+            this name.
         ValueError: `gradient`, `momentum_bits` or `optimizer` is not supported, `batch_size`,
-            `sequence_length` or `n_processes` is below 1, or the configuration is of no model that
-            learns next tokens, or lacks a size of the decoder.
+            `sequence_length` or `n_processes` is below 1, or the configuration is not that of a
+            causal language model, or does not have a size of the decoder.
     """
     for name, value, choices in (
         ("gradient", gradient, GRADIENTS),
@@ -97,11 +98,11 @@ def skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
 
     Args:
         source: A model, its configuration, its folder, or its name on the hub.
-        trust_remote_code: Whether code that comes with it may run.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        FileNotFoundError: There is no such folder, and no such model that the hub lets us see.
-        ValueError: It is no model that learns next tokens.
+        FileNotFoundError: As in `estimate_memory`.
+        ValueError: It is not a causal language model.
     """
     if isinstance(source, nn.Module):
         return source
@@ -131,21 +132,21 @@ def estimate_side_memory(
 
     Args:
         model_or_config: As in `estimate_memory`.
-        side: The side network; None: the default.
-        base: How the frozen base is stored: `"nf4"`, `"int8"` or `"float"`, which is the dtype that
-            the configuration names (else FP32).
-        config: The format of a base in INT8; None: the default.
-        batch_size: Sequences of one micro-batch.
-        sequence_length: Tokens of one sequence.
-        gradient_checkpointing: Whether side layers keep their input only.
+        side: The side network; None for the default.
+        base: How the frozen base is stored: `"nf4"`, `"int8"` or `"float"`, which means the dtype
+            that the configuration names or, without one, FP32.
+        config: The format of an INT8 base; None for the default.
+        batch_size: Sequences per micro-batch.
+        sequence_length: Tokens per sequence.
+        gradient_checkpointing: Whether side layers keep only their input.
 
     Returns:
-        Bytes by kind. States are exact to the byte; activations are arithmetic for a decoder
-        with gated MLP.
+        Bytes by kind. States are exact to the byte; activations are computed for a decoder with a
+        gated MLP.
 
     Raises:
-        FileNotFoundError: As `estimate_memory`.
-        ValueError: `base` is none of these, the side network does not fit the model, or as
+        FileNotFoundError: As in `estimate_memory`.
+        ValueError: `base` is not supported, the side network does not fit the model, or as in
             `estimate_memory`.
     """
     estimator = SideEstimator(model_or_config, side or QSTConfig(), base, config or QFTConfig())
@@ -157,13 +158,13 @@ def estimate_side_memory(
 
 
 class SideEstimator:
-    """The arithmetic of one side network on one base; the models it takes are made once."""
+    """Predicts the memory of one side network on one base; the skeletons are made only once."""
 
     def __init__(self, source: ModelSource, side: QSTConfig, base: str, config: QFTConfig) -> None:
         if base not in BASES:
             raise ValueError(f"base must be {' or '.join(map(repr, BASES))}, got {base!r}.")
         origin = skeleton(source)
-        with torch.device("meta"):  # another one, to attach to
+        with torch.device("meta"):  # a second one, to modify
             model = type(origin)._from_config(origin.config, dtype=origin.dtype)
         self.base = Base()
         if base == "nf4":
@@ -178,7 +179,7 @@ class SideEstimator:
     def __call__(
         self, *, batch_size: int, sequence_length: int, gradient_checkpointing: bool
     ) -> MemoryEstimate:
-        """The memory with these sizes, as `estimate_side_memory` predicts it."""
+        """Return the memory with these sizes, as in `estimate_side_memory`."""
         _refuse_sizes(batch_size, sequence_length)
         work, side_work = (
             _workload(
@@ -210,8 +211,8 @@ def _workload(
     if intermediate is None:
         lacking = ", ".join(missing or ["intermediate_size"])
         raise ValueError(
-            f"{type(config).__name__} has no {lacking}, which the activations are computed from. "
-            "Give the configuration of a decoder; memory_ledger measures any model."
+            f"{type(config).__name__} has no {lacking}, which activations are computed from. Pass "
+            "the configuration of a decoder; memory_ledger measures any model."
         )
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -231,7 +232,7 @@ def _workload(
 
 
 def _mlp(config: Any) -> tuple[int | None, int]:
-    """Width of all that a token passes between the products of a layer's MLP; how many experts."""
+    """Return the width of one token's activations in a layer's MLP, and how many experts it has."""
     width = getattr(config, "intermediate_size", None)
     if width is None and hasattr(config, "n_inner"):  # GPT-2
         width = config.n_inner or 4 * config.hidden_size
@@ -240,4 +241,4 @@ def _mlp(config: Any) -> tuple[int | None, int]:
     if width is None or not choices:
         return width, 0
     of_expert = getattr(config, "moe_intermediate_size", None) or width
-    return max(width, (choices + shared) * of_expert), choices  # of some models not all layers
+    return max(width, (choices + shared) * of_expert), choices  # some layers may have none

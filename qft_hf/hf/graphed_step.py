@@ -1,11 +1,11 @@
 """The parts of a training step as CUDA graphs, replayed at every step.
 
-With few tokens a GPU is done with a kernel before the host has started the next. A graph holds all
-kernels of a pass, with their numbers and the addresses of their tensors, and one call starts them
-all. What the host does between them it does once, while the graph is captured: batches are copied
-to where the captured one was, and gradients lie where the captured ones were. So clipping and the
-update can be captured too, in graphs of their own: between them the host looks whether gradients
-are finite.
+With few tokens, a GPU finishes a kernel before the host has launched the next one. A graph holds
+all kernels of a pass, with their numbers and the addresses of their tensors, and one call launches
+them all. Host code between the kernels runs only once, during capture: each batch is copied to the
+addresses of the captured one, and gradients are at the addresses of the captured ones. So clipping
+and the update can be captured too, in graphs of their own: between them the host checks whether
+gradients are finite.
 
 Source:
     "CUDA Graphs" in PyTorch's notes on CUDA semantics, whole-network capture.
@@ -31,37 +31,40 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-N_EAGER = 2  # passes of a kind before it is captured: kernels are compiled, states and plans made
+N_EAGER = 2  # passes of a kind before capture, which compile kernels and make states and plans
 
 Batch = dict[str, Tensor]
 Pass = Callable[[Batch], Tensor]  # forward and backward; returns the loss
 
 
 class Graph(Protocol):
-    """What a pass starts on the device, to be started again."""
+    """The kernels that a function launches on the device, to be launched again."""
 
     def run(self, function: Callable[[], T]) -> T:
-        """Call the function as `capture` would, on the same stream, and capture nothing."""
+        """Call the function on the same stream as `capture` does, and capture nothing."""
         ...
 
     def capture(self, function: Callable[[], T]) -> T:
-        """Call the function and hold what it starts, which does not run: results are undefined."""
+        """Call the function and record its kernels without running them: results are undefined."""
         ...
 
     def replay(self) -> None:
-        """Run what is held: the results of `capture` get their values."""
+        """Run the recorded kernels: the results of `capture` get their values."""
         ...
 
 
 class CudaGraph:
-    """`torch.cuda.CUDAGraph`; all of a run share a stream and, since they run in turn, memory."""
+    """A `torch.cuda.CUDAGraph`; those of a run share a stream and, as they run in turn, memory."""
 
     def __init__(self, stream: torch.cuda.Stream, pool: "MemoryPool") -> None:
         self._stream, self._pool = stream, pool
         self._graph = torch.cuda.CUDAGraph()
 
     def run(self, function: Callable[[], T]) -> T:
-        """Beside the main stream, on which a capture could not begin: autograd keeps streams."""
+        """Call the function on the stream of captures, not the main one.
+
+        Autograd reuses the stream of earlier passes, and no capture can begin on the main stream.
+        """
         main = torch.cuda.current_stream()
         self._stream.wait_stream(main)
         with torch.cuda.stream(self._stream):
@@ -70,7 +73,7 @@ class CudaGraph:
         return result
 
     def capture(self, function: Callable[[], T]) -> T:
-        """Other threads may go on, such as one that pins the memory of batches."""
+        """Capture the function; other threads, such as one that pins batches, may go on."""
         with torch.cuda.graph(
             self._graph,
             pool=self._pool.handle_for(self),
@@ -80,15 +83,15 @@ class CudaGraph:
             return function()
 
     def replay(self) -> None:
-        """On the current stream."""
+        """Launch the graph on the current stream."""
         self._graph.replay()
 
 
 class MemoryPool:
     """The memory pool that graphs share.
 
-    PyTorch takes no more graphs into a pool whose last graph is gone, as long as any tensor of
-    those is left. So graphs that come after all others have gone get another.
+    If all graphs of a pool are gone and a tensor of theirs is still alive, PyTorch accepts no new
+    graph into that pool. So the next graph gets a new pool when all others are gone.
     """
 
     def __init__(self) -> None:
@@ -96,7 +99,7 @@ class MemoryPool:
         self._handle: Any = None
 
     def handle_for(self, graph: CudaGraph) -> Any:
-        """PyTorch's handle of the pool, for a graph that is about to be captured."""
+        """Return PyTorch's handle of the pool, for a graph that is about to be captured."""
         if not self._graphs:
             self._handle = torch.cuda.graph_pool_handle()
         self._graphs.add(graph)
@@ -104,13 +107,13 @@ class MemoryPool:
 
 
 def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
-    """What makes the graphs of a run."""
+    """Return a function that makes the graphs of a run."""
     stream, pool = torch.cuda.Stream(device), MemoryPool()
     return lambda: CudaGraph(stream, pool)
 
 
 class _Part(NamedTuple):
-    """A graph of what follows a pass, and its result."""
+    """The graph of a part of the step that follows a pass, and its result."""
 
     graph: Graph
     result: Any  # a tensor or None
@@ -118,15 +121,15 @@ class _Part(NamedTuple):
 
 @dataclass
 class _Captured:
-    """A graph, and the tensors that lie where it reads and writes.
+    """The graph of a pass, and the tensors that it reads and writes.
 
     Attributes:
-        graph: Of one pass.
+        graph: The graph.
         before: Gradients of all parameters before the pass.
-        gradients: And after it.
-        left: What else it has left on the host.
-        loss: Of the pass.
-        parts: What was captured of the gradients' way from there, by name.
+        gradients: Gradients of all parameters after the pass.
+        left: Everything else that the pass leaves on the host.
+        loss: Loss of the pass.
+        parts: Captured parts of the step that follow the pass, by name.
     """
 
     graph: Graph
@@ -138,17 +141,17 @@ class _Captured:
 
 
 class GraphedStep:
-    """Runs passes over batches of one shape by graphs: one for each kind of pass.
+    """Runs passes over batches of one shape as graphs: one for each kind of pass.
 
-    What comes after a pass that was replayed, clipping and the update of gradients that wait, finds
-    them where they were before, and is replayed too: `run_part`.
+    After a replayed pass, gradients are at the same addresses as before. So clipping, and the
+    update with gradients that wait, are replayed too: see `run_part`.
 
-    The first passes of a kind run eagerly, and so does every batch that is unlike the first one,
-    which is said once. Gradients, norms and counters are after a pass what they would be after an
-    eager one, so all that comes after it need not know.
+    The first passes of a kind run eagerly, and so does every batch of another form than the first,
+    with one warning. After a replayed pass, gradients, norms and counters are the same as after an
+    eager one, so later code need not distinguish the two.
 
     Args:
-        optimizer: Of the parameters that get gradients.
+        optimizer: The optimizer of the parameters that get gradients.
         make_graph: Makes an empty graph.
     """
 
@@ -156,38 +159,38 @@ class GraphedStep:
         self.optimizer = optimizer
         if not optimizer.reads_live and optimizer.gradient == "release":
             raise ValueError(
-                f"cuda_graph=True: a graph would repeat the rate of {type(optimizer).__name__} and "
-                "the number of its step, which does not read them from `live`. Take "
-                "gradient='stack', or leave cuda_graph off."
+                f"cuda_graph=True: {type(optimizer).__name__} does not read rate and step number "
+                "from `live`, so a graph would repeat those of its capture. Set gradient='stack', "
+                "or leave cuda_graph off."
             )
         self._steps = CapturableSteps(optimizer, self.run_part)
         if not optimizer.reads_live:
             logger.warning(
                 "cuda_graph=True: updates by %s run without a graph, which would repeat their rate "
-                "and the number of their step. Passes and clipping have graphs",
+                "and step number. Passes and clipping run as graphs",
                 type(optimizer).__name__,
             )
         self._parameters = list(optimizer.parameters())
         self._make_graph = make_graph
         self._eager = make_graph()
-        self._inputs: Batch = {}  # where graphs read a batch
+        self._inputs: Batch = {}  # tensors that graphs read batches from
         self._n_run: dict[Hashable, int] = {}  # eager passes by kind
         self._captured: dict[Hashable, _Captured] = {}
         self._latest: _Captured | None = None  # the last pass, if it was replayed
-        self._repeated: list[Any] = []  # by all graphs
+        self._repeated: list[Any] = []  # addresses and numbers that all graphs repeat
         self._has_warned = False
 
     def __call__(self, run: Pass, batch: dict[str, Any], *, kind: Hashable) -> Tensor:
-        """One pass; returns its loss and leaves gradients in `.grad`.
+        """Run one pass; return its loss and leave gradients in `.grad`.
 
         Args:
             run: The pass, which may be called with another batch of the same shape.
-            batch: On the device. Other values than tensors cannot be captured.
-            kind: All that decides what the pass does, beside the batch and whether gradients of
-                an earlier micro-batch are there.
+            batch: On the device. With values other than tensors, it runs eagerly.
+            kind: Everything that determines what the pass does, except the batch and whether there
+                are gradients of an earlier micro-batch.
 
         Raises:
-            RuntimeError: The pass does what cannot be captured. Nothing was updated.
+            RuntimeError: The pass cannot be captured. Nothing was updated.
         """
         self._latest = None
         self._steps.write_numbers()
@@ -202,7 +205,7 @@ class GraphedStep:
             if n_run <= N_EAGER:
                 return self._eager.run(lambda: run(batch))
             captured = self._captured[kind] = self._capture_pass(run, before)
-            self._replay(captured, batch)  # capturing did what the host does, and only that
+            self._replay(captured, batch)  # the capture ran the host code, and no kernel
         elif any(a is not b for a, b in zip(before, captured.before, strict=True)):
             return self._eager.run(lambda: run(batch))  # after a micro-batch that ran eagerly
         else:
@@ -220,10 +223,10 @@ class GraphedStep:
         *,
         repeated: Callable[[], None] | None = None,
     ) -> T:
-        """Run a part of what follows a pass, by a graph if that was replayed; a `RunPart`.
+        """Run a part of the step after a pass, as a graph if the pass was replayed; a `RunPart`.
 
         Raises:
-            RuntimeError: The part does what cannot be captured. Nothing was updated.
+            RuntimeError: The part cannot be captured. Nothing was updated.
         """
         captured = self._latest
         if repeated is not None:
@@ -232,13 +235,13 @@ class GraphedStep:
             return part()
         gradients = zip(self._parameters, captured.gradients, strict=True)
         if any(parameter.grad is not gradient for parameter, gradient in gradients):
-            return part()  # somebody has put others in their place
+            return part()  # other code has replaced them
         found = captured.parts.get(name)
         if found is None:
             graph = self._make_graph()
             result = self._capture(graph, part, "what follows the backward pass")
             found = captured.parts[name] = _Part(graph, result)
-            found.graph.replay()  # capturing did what the host does, and only that
+            found.graph.replay()  # the capture ran the host code, and no kernel
         else:
             found.graph.replay()
             if repeated is not None:
@@ -251,7 +254,7 @@ class GraphedStep:
         self._steps.end()
 
     def _forget_what_has_moved(self) -> None:
-        """Drop all graphs if somebody has moved the model, or loaded a state."""
+        """Drop all graphs if the model was moved, a state was loaded, or an option changed."""
         repeated = self._steps.repeated()
         if self._repeated != repeated:
             self._captured.clear()
@@ -259,17 +262,17 @@ class GraphedStep:
             self._repeated = repeated
 
     def _takes(self, batch: dict[str, Any]) -> bool:
-        """Whether the batch has the form of the first one."""
+        """Return whether graphs can run the batch: it has no mask, and the form of the first."""
         if not all(isinstance(value, Tensor) for value in batch.values()):
-            self._warn("has values that are no tensors", batch)
+            self._warn("has values other than tensors", batch)
             return False
-        if "attention_mask" in batch:  # transformers leaves it out where all is 1: the host looks
-            self._warn("has an attention_mask, and what it holds decides what runs", batch)
+        if "attention_mask" in batch:  # transformers drops one of ones: a check by the host
+            self._warn("has an attention_mask, whose values decide which kernels run", batch)
             return False
         if not self._inputs:
             self._inputs = {name: value.clone() for name, value in batch.items()}
         if _form(batch) != _form(self._inputs):
-            self._warn(f"is unlike the first one, {_form(self._inputs)}", batch)
+            self._warn(f"differs from the first one, {_form(self._inputs)}", batch)
             return False
         return True
 
@@ -277,7 +280,7 @@ class GraphedStep:
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "cuda_graph=True: a batch %s: %s. It runs without a graph, and so does every one "
+                "cuda_graph=True: a batch %s: %s. It runs without a graph, and so do all batches "
                 "like it. Pack the data into rows of one length, without a mask",
                 reason,
                 _form(batch),
@@ -321,11 +324,11 @@ def _form(batch: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _documents_as_in_eager_passes(batch: Batch) -> Iterator[None]:
-    """Rows without `position_ids` are one document each, and attention needs no mask.
+    """Have transformers treat rows without `position_ids` as one document each, without a mask.
 
-    transformers finds so by a look at the positions that it has made, and makes a mask, which takes
-    another kernel, where it may not look. Of its versions 5.17 makes one whenever it sees that
-    a graph is captured.
+    In an eager pass, transformers finds this by reading the positions that it has made. Where it
+    cannot read them, it makes a mask, which leads to another attention kernel. Version 5.17 makes
+    one whenever it detects that a graph is being captured.
     """
     known = {"find_packed_sequence_indices": lambda _: None, "is_tracing": lambda _=None: False}
     before = {name: getattr(masking_utils, name) for name in known}
@@ -345,6 +348,6 @@ def _refuse_hooks(parameter: Parameter) -> None:
     if any(not isinstance(hook, Flow) for hook in hooks):
         raise ValueError(
             f"cuda_graph=True: a parameter of shape {tuple(parameter.shape)} has a hook for its "
-            "gradient, which would be called once and never again. Remove the hook, or leave "
+            "gradient, which would be called at capture and never again. Remove the hook, or leave "
             "cuda_graph off."
         )

@@ -1,13 +1,13 @@
-"""What importing this package adds to loading and saving models with transformers.
+"""Guards that importing this package adds to loading and saving models with transformers.
 
-transformers leaves out what it does not know in a file and fills in random weights; and it writes
-`config.json` first, then weights over those that were there. So a model is refused that is INT8 and
-whose `config.json` does not say so, and a folder with an INT8 model has it or the next one, whole.
-Both are methods of `PreTrainedModel`, wrapped here: nothing else is called for every model.
+transformers ignores tensors in a file that it does not know, and fills in random weights. It writes
+`config.json` first, and then overwrites earlier weights. Therefore loading refuses an INT8 model
+whose `config.json` does not declare it, and saving into a folder with an INT8 model replaces all of
+it or nothing. Both wrap methods of `PreTrainedModel`: nothing else is called for every model.
 
-Two more know parameters by names that INT8 weights have not: Accelerate's loading, and the stock
-Trainer's of a checkpoint. They are refused where they would leave a model as it was built, and the
-Trainer's warning of missing weights knows tied ones.
+Two more functions look for parameters by names that INT8 weights do not have: Accelerate's loading,
+and the stock Trainer's loading of a checkpoint. They raise an error where they would leave a model
+as it was built, and the Trainer's warning about missing weights takes tied ones into account.
 """
 
 import inspect
@@ -35,7 +35,7 @@ def install_guards() -> None:
     wrap_(PreTrainedModel, "_load_pretrained_model", _refusing_int8)
     wrap_(PreTrainedModel, "save_pretrained", _writing_whole)
     wrap_(Trainer, "_issue_warnings_after_load", _knowing_tied_weights)
-    # A program that imports the function before us has it as it was.
+    # A program that imported the function before this package has the original.
     for module in (accelerate, accelerate.utils, big_modeling):
         wrap_(module, "load_checkpoint_in_model", _refusing_by_name)
 
@@ -44,11 +44,11 @@ def _refusing_int8(load: Any) -> Any:
     def guarded(
         model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any
     ) -> Any:
-        if isinstance(load_config.hf_quantizer, QFTQuantizer):  # it looks itself
+        if isinstance(load_config.hf_quantizer, QFTQuantizer):  # it checks the files
             return load(model, state_dict, files, load_config, *args)
         refuse_int8(state_dict or tensor_names(files or []), of=model.name_or_path)
         loaded = load(model, state_dict, files, load_config, *args)
-        # Of pickled files, whose names are not known before they are read.
+        # In pickled files, names of tensors are not known before they are read.
         refuse_int8(loaded[0].unexpected_keys, of=model.name_or_path)
         return loaded
 
@@ -58,17 +58,17 @@ def _refusing_int8(load: Any) -> Any:
 def _knowing_tied_weights(warn: Any) -> Any:
     def knowing(self: Any, load_result: Any) -> None:
         found = int8_weights(load_result.unexpected_keys)
-        if found and named_optimizer(self.args) is None:  # ours ask for an INT8 model, by a text
+        if found and named_optimizer(self.args) is None:  # ours raise for a float model
             raise ValueError(
-                f"The checkpoint has INT8 weights, {and_more(found)}, and the Trainer would leave "
-                f"them out and go on with the weights that {type(self.model).__name__} has. Set "
-                "the optim=... that the checkpoint was trained with, or load the model from it by "
+                f"The checkpoint has INT8 weights, {and_more(found)}, and the Trainer would ignore "
+                f"them and keep the weights that {type(self.model).__name__} has. Set the "
+                "optim=... that the checkpoint was trained with, or load the model from it with "
                 "from_pretrained and call dequantize_model_ to train float weights from there."
             )
         missing = load_result.missing_keys
         state = self.model.state_dict() if missing and has_quantized_weights(self.model) else {}
         loaded = {memory(tensor) for name, tensor in state.items() if name not in missing}
-        # What is tied is saved once, under the first of its names.
+        # A tied weight is saved once, under the first of its names.
         missing = [name for name in missing if memory(state.get(name)) not in loaded]
         warn(self, load_result._replace(missing_keys=missing))
 
@@ -91,7 +91,7 @@ def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:
     """Raise if a checkpoint that Accelerate is to load has INT8 weights.
 
     Raises:
-        ValueError: It has (one is named).
+        ValueError: The checkpoint has INT8 weights (one is named).
     """
     if checkpoint.suffix == ".safetensors":
         files = [checkpoint]
@@ -100,14 +100,14 @@ def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:
         files = sorted(folder.glob("*.safetensors"))
     if found := int8_weights(tensor_names([str(file) for file in files])):
         happens = (
-            "with a device_map finds no parameter for them"
+            "finds no parameters for them with a device_map"
             if is_int8
-            else "would leave this float model with the values that it was built with"
+            else "would leave this float model with its initial values"
         )
         raise ValueError(
-            f"{checkpoint} has INT8 weights, {and_more(found)}, and Accelerate, "
-            f"which loads parameters by their names, {happens}. Load it by from_pretrained of the "
-            'model\'s class, with device_map={"": device} for a device of your choice.'
+            f"{checkpoint} has INT8 weights, {and_more(found)}, and Accelerate, which loads "
+            f"parameters by their names, {happens}. Load it with from_pretrained of the model's "
+            'class, with device_map={"": device} for a device of your choice.'
         )
 
 
@@ -117,7 +117,7 @@ def _writing_whole(save: Any) -> Any:
         given = inspect.signature(save).bind(self, save_directory, *args, **kwargs).arguments
         model = as_saved(self, given.get("state_dict"))
         is_int8 = isinstance(getattr(model, "hf_quantizer", None), QFTQuantizer)
-        # A push reads the folder while it saves, and names the repository after it.
+        # With `push_to_hub`, saving also reads the folder, and names the repository after it.
         if given.get("push_to_hub") or not (is_int8 or _holds_int8(folder)):
             save(model, save_directory, *args, **kwargs)
             return
@@ -132,5 +132,5 @@ def _holds_int8(folder: Path) -> bool:
         return bool(
             int8_weights(tensor_names([str(file) for file in folder.glob("*.safetensors")]))
         )
-    except ValueError:  # damaged: it is to be replaced
+    except ValueError:  # a damaged file may be INT8
         return True

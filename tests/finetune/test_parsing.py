@@ -303,7 +303,7 @@ def test_every_optimizer_has_its_own_rate(optim, rate, config):
 
 
 def test_sgd_has_no_rate_that_suits_all(config):
-    with pytest.raises(ValueError, match=r"'qft_sgd' has no rate of its own\. Set learning_rate"):
+    with pytest.raises(ValueError, match=r"'qft_sgd' has no default rate\. Set learning_rate"):
         parse_arguments([config("optim: qft_sgd\n")])
 
 

@@ -319,7 +319,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
     [
         ({"learning_rate": 2e-3}, "was given, and the optimizer uses"),
         ({"weight_decay": 0.1, "max_length": 32}, "was given, and the optimizer uses"),
-        ({"group_size": 16}, "checkpoint-4 is of another model, or in another format than is ask"),
+        ({"group_size": 16}, "checkpoint-4 is of another model, or in another format than the ru"),
         ({"optim": "qft_adamw"}, "state of parameter 0 must be a step and"),
     ],
 )
@@ -485,7 +485,7 @@ def test_a_broken_checkpoint_is_passed_over_or_refused(chat_flags, caplog):
     resumed = finetune(parsed(values, resume_from_checkpoint="true"))
 
     assert resumed.after == straight.after
-    assert "checkpoint-4 is not whole and is passed over" in caplog.text
+    assert "checkpoint-4 is not whole and is skipped" in caplog.text
 
 
 def test_what_is_written_has_the_use_cache_of_the_base(chat_flags):
@@ -739,7 +739,7 @@ def test_scores_on_what_is_learned_are_called_so(spelling, chat_flags, tmp_path,
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"adapter_config.json": b"{}"}, "holds an adapter of PEFT .* merge_and_unload"),
+        ({"adapter_config.json": b"{}"}, "holds a PEFT adapter .* merge_and_unload"),
         ({"model-q4.gguf": b"GGUF"}, "is in GGUF, .* gguf_file=NAME"),
         ({"rows.jsonl": b"{}"}, "neither a folder with a config.json nor"),
     ],
@@ -760,7 +760,7 @@ def test_a_folder_that_is_no_model_is_named_for_what_it_is(
 
 def test_a_file_is_no_model(chat_flags):
     file = Path(chat_flags["model_name_or_path"]) / "model.safetensors"
-    with pytest.raises(ValueError, match=r"is a file\. Give the folder that it lies in"):
+    with pytest.raises(ValueError, match=r"is a file\. Pass the folder that it is in"):
         read(parsed(chat_flags, model_name_or_path=file))
 
 

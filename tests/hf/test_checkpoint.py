@@ -122,7 +122,7 @@ def test_rotation_says_what_it_cannot_remove(tmp_path, caplog):
     make(run, max_steps=8, save_total_limit=1).train(resume_from_checkpoint=True)
     assert names(run) == ["checkpoint-2", "checkpoint-8"]
     assert faults(elsewhere) == []
-    assert f"{run / 'checkpoint-2'} should make room and cannot be removed" in caplog.text
+    assert f"the old checkpoint {run / 'checkpoint-2'} cannot be removed" in caplog.text
 
 
 def test_rotation_goes_by_when_checkpoints_were_written_and_not_by_their_steps(tmp_path):
@@ -623,7 +623,7 @@ def test_what_was_passed_over_is_said(runs, tmp_path, caplog):
     run.train(resume_from_checkpoint=True)
 
     assert run.state.global_step == 4
-    assert "checkpoint-4 is not whole and is passed over: optimizer.pt is missing" in caplog.text
+    assert "checkpoint-4 is not whole and is skipped: optimizer.pt is missing" in caplog.text
     assert "checkpoint-2, the newest checkpoint that is whole" in caplog.text
     finished = runs[False, True] / "checkpoint-4" / "model.safetensors"
     again = load_file(tmp_path / "checkpoint-4" / "model.safetensors")

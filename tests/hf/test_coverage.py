@@ -37,7 +37,7 @@ def test_one_warning_says_the_share_the_names_and_the_reason(caplog):
     assert warnings_of(caplog) == [
         "13.8% of the parameters of Sequential stay float, as do their gradients and momentum: "
         "13.8% 1.weight and 1 more (parameter of Conv1d). List their modules in "
-        "modules_to_not_convert if that is meant."
+        "modules_to_not_convert if that is intended."
     ]
 
 

@@ -204,7 +204,7 @@ def test_other_shapes_run_eagerly_and_are_named_once(options, tmp_path, caplog):
     assert_same_run(eager, replayed)
     said = [record.message for record in caplog.records if "cuda_graph" in record.message]
     assert len(said) == 1
-    assert "unlike the first one" in said[0]
+    assert "differs from the first one" in said[0]
     assert "(4, 11)" in said[0]
     assert replayed.n_replays >= 24
 
@@ -378,7 +378,7 @@ def test_an_optimizer_that_reads_no_live_numbers_updates_eagerly_and_says_so(
 def test_released_updates_of_such_an_optimizer_are_refused():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = Unread([weight], lr=1.0, gradient="release")
-    with pytest.raises(ValueError, match=r"rate of Unread .* Take gradient='stack'"):
+    with pytest.raises(ValueError, match=r"Unread does not read rate .* Set gradient='stack'"):
         GraphedStep(optimizer, RecordedGraph)
 
 

@@ -298,7 +298,7 @@ def test_accelerate_dispatches_an_int8_checkpoint_without_a_device_map_only(tmp_
     before = int8_llama(seed=2)
 
     for device_map in ("auto", {"": "cpu"}):
-        with pytest.raises(ValueError, match=r"with a device_map finds no .* from_pretrained of"):
+        with pytest.raises(ValueError, match=r"finds no parameters for them .* from_pretrained of"):
             accelerate.load_checkpoint_and_dispatch(other, tmp_path, device_map=device_map)
         assert_same_state(other, before)
 

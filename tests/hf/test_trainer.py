@@ -375,7 +375,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
     )  # fmt: skip
 
     assert run.returncode != 0
-    assert "could not be written whole and was removed; everything there is as it was" in run.stderr
+    assert "incomplete files were removed; everything there is as it was" in run.stderr
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     trainer = trainer_on(tiny_llama(), tmp_path)
     trainer.train(resume_from_checkpoint=True)

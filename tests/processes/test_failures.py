@@ -66,7 +66,7 @@ def test_the_model_of_the_first_process_is_given_to_all(case, runs):
 def test_a_checkpoint_that_the_first_process_cannot_write_is_an_error_on_all(case, runs):
     first, second = (found[f"bad:{case}"] for found in runs.two)
 
-    assert re.search("could not be written whole|File too large|too large", first["text"])
+    assert re.search("did not finish|File too large|too large", first["text"])
     assert second["text"].startswith("RuntimeError: Process 1 stops because another has failed.")
     assert first["text"] in second["text"]
     for found in (first, second):
@@ -80,11 +80,11 @@ def test_a_checkpoint_that_the_first_process_cannot_write_is_an_error_on_all(cas
 def test_a_run_that_goes_on_with_another_batch_says_so_and_goes_on(runs):
     first, second = (found["bad:trainer-batch"] for found in runs.two)
 
-    said = [line for line in first["text"].splitlines() if "examples a step" in line]
+    said = [line for line in first["text"].splitlines() if "examples per step" in line]
     assert len(said) == 1
-    assert re.search(r"from step 2 with 6 examples a step, and had 12 until then", said[0])
+    assert re.search(r"from step 2 with 6 examples per step, and had 12 before", said[0])
     assert re.search(r"Processes \(2\) times .* \(3\) times .* \(1\) must be 12", said[0])
-    assert "examples a step" not in second["text"]  # one process says it
+    assert "examples per step" not in second["text"]  # one process says it
     assert first["steps"] == trainers.N_STEPS
     assert different(first["weights"], second["weights"]) == []
 
