@@ -95,11 +95,14 @@ def parameters_of(model: Any) -> tuple[int, int]:
 
 
 def optimizer_of(trainer: Any) -> str | None:
-    """Return the optimizer's description, or its class if it is not ours; None without one."""
+    """Return the optimizer's description, or its class and package if it is not ours, or None."""
     optimizer: Any = unwrapped(trainer.optimizer)
     if optimizer is None:
         return None
-    return optimizer.description if is_ours(optimizer) else f"PyTorch's {type(optimizer).__name__}"
+    if is_ours(optimizer):
+        return optimizer.description
+    package, name = type(optimizer).__module__.partition(".")[0], type(optimizer).__name__
+    return f"PyTorch's {name}" if package == "torch" else f"{name} of {package}"
 
 
 def hyperparameters_of(trainer: Any) -> dict[str, Any]:

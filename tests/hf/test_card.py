@@ -8,10 +8,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from transformers import Trainer
 
 from qft_hf import QFTConfig, QFTTrainer
 from qft_hf.hf.card import card, is_card, write_card
-from qft_hf.hf.card_facts import CardFacts
+from qft_hf.hf.card_facts import CardFacts, optimizer_of
 from tests.hf.test_trainer import arguments, sequences
 from tests.models import tiny_llama
 
@@ -144,6 +145,17 @@ def test_the_trainer_s_card_has_no_path_and_the_optimizer_s_own_values(tmp_path)
     assert found.data.license == "mit"
     assert found.data.datasets == ["org/chats"]
     assert found.data.base_model is None
+
+
+@pytest.mark.parametrize(
+    ("optim", "named"),
+    [("adamw_torch", "PyTorch's AdamW"), ("adafactor", "Adafactor of transformers")],
+)
+def test_another_optimizer_is_named_with_the_package_that_it_is_from(optim, named, tmp_path):
+    trainer = Trainer(model=tiny_llama(), args=arguments(tmp_path, optim=optim))
+    trainer.create_optimizer()
+
+    assert optimizer_of(trainer) == named
 
 
 def test_a_card_of_ours_is_known_from_somebody_s_page(tmp_path):
