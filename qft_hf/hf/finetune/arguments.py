@@ -1,7 +1,7 @@
-"""What a fine-tuning run is told: the model, the method, the data and the output.
+"""The settings of a fine-tuning run: the model, the method, the data and the output.
 
-Training itself is told by `QFTTrainingArguments`. The field names are the keys of a config file and
-the command's flags.
+The settings of training itself are in `QFTTrainingArguments`. The field names are the keys of a
+config file and the command's flags.
 """
 
 import math
@@ -57,7 +57,7 @@ _SIDE = QSTConfig()
 
 @dataclass
 class MethodArguments:
-    """What of the model is trained: every parameter, or a side network (docs/side-tuning.md)."""
+    """What is trained: every parameter of the model, or a side network (docs/side-tuning.md)."""
 
     _argument_group_name: ClassVar[str] = "method"
 
@@ -95,11 +95,11 @@ class MethodArguments:
 
     @property
     def side(self) -> QSTConfig | None:
-        """The side network that is trained; None if every parameter is."""
+        """The side network to train; None if every parameter is trained."""
         return None if self.method == "full" else QSTConfig(**self._side_fields)
 
     def asks_for_another(self, side: QSTConfig) -> bool:
-        """Whether the fields of the side network that are set say something else than `side`."""
+        """Whether a field of the side network is set and differs from `side`."""
         return any(getattr(side, name) != value for name, value in self._side_fields.items())
 
     @property
@@ -206,7 +206,7 @@ class DataArguments:
 
     @property
     def weights(self) -> list[float]:
-        """One weight for each of `train_data`."""
+        """One weight for each entry of `train_data`."""
         return self.train_weights or [1.0] * len(self.train_data)
 
     def __post_init__(self) -> None:
@@ -249,7 +249,7 @@ class DataArguments:
 
 @dataclass
 class OutputArguments:
-    """What a run writes beside what the Trainer writes."""
+    """What a run writes in addition to the Trainer's files."""
 
     _argument_group_name: ClassVar[str] = "output"
 
