@@ -1,4 +1,4 @@
-"""An INT8 checkpoint as an ordinary one, which programs without qft_hf can load."""
+"""Exports an INT8 checkpoint as an ordinary one, which programs without qft_hf can load."""
 
 from pathlib import Path
 
@@ -27,13 +27,13 @@ def export_checkpoint(
 
     Args:
         source: Folder of the INT8 checkpoint; not changed.
-        target: Folder to write: absent or empty. It appears when it is whole.
-        dtype: Of all parameters.
-        replace: Whether `target` may hold something, which is replaced when the new one is whole.
+        target: Folder to write: absent or empty. It appears only when it is complete.
+        dtype: Dtype of all parameters.
+        replace: Whether `target` may hold files; they are replaced when the export is complete.
         trust_remote_code: Whether code that comes with the checkpoint may run.
 
     Raises:
-        FileExistsError: `target` holds something.
+        FileExistsError: `target` is not empty, and `replace` is false.
         FileNotFoundError: `source` is not a checkpoint folder.
         ValueError: `source` is not INT8, or its config.json does not say so; or it holds a side
             network.

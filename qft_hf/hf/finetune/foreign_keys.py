@@ -1,6 +1,6 @@
-"""What other tools call our keys: a config that comes from one of them gets the right suggestion.
+"""Names of our keys in other tools: a config that was written for one gets the right suggestion.
 
-The names are those of axolotl, LLaMA-Factory, torchtune, TRL, unsloth and the example scripts of
+The tools are axolotl, LLaMA-Factory, torchtune, TRL, unsloth and the example scripts of
 transformers.
 """
 
@@ -90,7 +90,7 @@ OURS = {name: f"{ours!r}" for ours, names in _NAMES.items() for name in names} |
 
 
 def suggestion(name: str) -> str | None:
-    """Return what to do with a key that another tool knows, None for one that none of them has."""
+    """Return what to do with a key of another tool, None for a key that none of them has."""
     if name in _NO_ADAPTERS:
         return (
             "Leave it out: every parameter is trained, in INT8, so there is no adapter. A small "

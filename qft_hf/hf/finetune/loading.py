@@ -1,4 +1,4 @@
-"""The tokenizer and the model of a run, checked against the data they will see."""
+"""Loads the tokenizer and the model of a run, and checks that they fit the data."""
 
 import logging
 from pathlib import Path
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; give it a padding token and, if asked for, another chat template.
+    """Load the tokenizer; set a padding token and, if asked for, new tokens and a chat template.
 
     Raises:
-        FileNotFoundError: There is no such model, or no such template file.
-        ValueError: It has neither a padding token nor an end-of-text token to pad with.
+        FileNotFoundError: The model or the template file does not exist.
+        ValueError: The tokenizer has neither a padding token nor an end-of-text token to pad with.
     """
     name = arguments.tokenizer_name_or_path or arguments.model_name_or_path
     elsewhere = " If its tokenizer is another model's, set tokenizer_name_or_path to that."
@@ -50,7 +50,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
                 f"the tokenizer of {tokenizer.name_or_path!r} has neither pad_token nor eos_token, "
                 "so batches cannot be padded. Set pad_token in its tokenizer_config.json."
             )
-        # Padding is masked by position, so learning to end a text is not disturbed.
+        # Padding is masked by position, so the end-of-text token of a text is still learned.
         tokenizer.pad_token = tokenizer.eos_token
     if arguments.chat_template is not None:
         template = Path(arguments.chat_template)
@@ -69,10 +69,10 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """Load what the model says about itself.
+    """Load the configuration of the model.
 
     Raises:
-        FileNotFoundError: There is no such model.
+        FileNotFoundError: The model does not exist.
     """
     with refused_if_absent(arguments.model_name_or_path):
         return AutoConfig.from_pretrained(
@@ -99,14 +99,14 @@ def load_model(
         arguments: Which model.
         quantization: Format of the weights, as `from_pretrained` takes it; None: a float checkpoint
             stays float.
-        config: The model's; the task's head is written into it.
-        task: Says which class and head.
+        config: Configuration of the model; the task's head is written into it.
+        task: Determines the class of the model and its head.
         max_length: Longest example in tokens.
-        frozen: Whether its head alone is trained, and saved.
+        frozen: Whether only the head of the model is trained and saved.
 
     Raises:
-        ValueError: The model is too short for the examples or has fewer embeddings than tokens; or
-            it is frozen, and the checkpoint lacks weights of it.
+        ValueError: The model has too few positions for the examples or too few embeddings for the
+            tokens; or it is frozen, and frozen weights are missing from the checkpoint.
     """
     n_tokens = len(task.tokenizer)
     check_fit(config, arguments, max_length=max_length, n_tokens=n_tokens)
@@ -124,7 +124,7 @@ def load_model(
             output_loading_info=True,
         )
     _leave_what_text_does_not_train(model, config)
-    heads = tuple(f"{name}." for name in trained_heads(model)) if frozen else ("",)  # or all
+    heads = tuple(f"{name}." for name in trained_heads(model)) if frozen else ("",)  # all
     if random := sorted(name for name in found["missing_keys"] if not name.startswith(heads)):
         raise ValueError(
             f"{arguments.model_name_or_path} has no {and_more(random)}: drawn at random, it would "
@@ -133,8 +133,8 @@ def load_model(
         )
     if n_tokens > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(n_tokens)
-    # A classifier looks for the last token that is not padding, also before training begins. In the
-    # config that a model is made of, it would keep this token's embedding from being learned.
+    # A classifier looks for the last token that is not padding, also before training begins. It is
+    # set after the model is created: earlier, it would keep the token's embedding from learning.
     model.config.get_text_config().pad_token_id = task.tokenizer.pad_token_id
     if model.can_generate():
         _stop_at_end(model, task)
@@ -165,10 +165,10 @@ def _leave_what_text_does_not_train(model: PreTrainedModel, config: PreTrainedCo
 def check_fit(
     config: PreTrainedConfig, arguments: ModelArguments, *, max_length: int, n_tokens: int
 ) -> None:
-    """Raise if a model is too short for the examples or has fewer embeddings than tokens.
+    """Check that a model has enough positions for the examples, and embeddings for the tokens.
 
     Raises:
-        ValueError: It is.
+        ValueError: It has too few of either.
     """
     text_config = config.get_text_config()
     positions = n_positions(config)
@@ -185,20 +185,20 @@ def check_fit(
 
 
 def require_weights(folder: Path) -> None:
-    """Raise if a folder lacks weights that loading would look for. Reads heads of files alone.
+    """Check that a folder has the weights that loading needs. Only headers of files are read.
 
     Raises:
-        ValueError: It does, or a file is damaged; it is named.
+        ValueError: A file is missing or damaged; the text names it.
     """
     if any(folder.glob("pytorch_model*.bin")):
-        return  # pickled: only loading tells
+        return  # pickled weights: only loading can check them
     with refused_if_absent(folder):
         files = [str(folder / name) for name in weight_files(folder)]
         tensor_names([name for name in files if name.endswith(".safetensors")])
 
 
 def _stop_at_end(model: PreTrainedModel, task: Task) -> None:
-    """Let generation stop at the token with which the model learns to end what it says."""
+    """Make generation stop at the token with which the model learns to end an answer or text."""
     settings: Any = model.generation_config
     stops = settings.eos_token_id
     stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
