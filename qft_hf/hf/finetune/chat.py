@@ -95,7 +95,7 @@ class ConversationEncoder:
         if assistant_only and not tokenizer.is_fast:
             raise ValueError(
                 "finding the assistant's tokens needs a fast tokenizer, which knows where each "
-                f"token lies in the text; got {type(tokenizer).__name__}. Set assistant_only_loss "
+                f"token is in the text; got {type(tokenizer).__name__}. Set assistant_only_loss "
                 "to false, or use a model that comes with a tokenizer.json."
             )
         self.assistant_only = assistant_only
@@ -135,7 +135,7 @@ class ConversationEncoder:
             except (ImportError, *_TEMPLATE_FAULTS):
                 return  # the first row is refused with the reason
             self.marks_assistant = True
-            logger.warning("TRL's training template takes the place of the model's: %s", refusal)
+            logger.warning("TRL's training template is used instead of the model's: %s", refusal)
 
     def encode(
         self, conversation: Conversation, *, max_length: int | None = None
@@ -162,8 +162,8 @@ class ConversationEncoder:
         if not self.assistant_only:
             if not all(conversation.learned):
                 raise RowError(
-                    "weight or train beside assistant_only_loss=false",
-                    "every token is learned then. Set assistant_only_loss to true.",
+                    "weight or train with assistant_only_loss=false",
+                    "this setting learns every token. Set assistant_only_loss to true.",
                 )
             encoded = self._tokenize(self._render(conversation))
             return [(list(encoded["input_ids"]), list(encoded["input_ids"]))]
@@ -188,7 +188,7 @@ class ConversationEncoder:
         if len(blocks) != len(answers):
             raise RowError(
                 f"the chat template marks {len(blocks)} answers of {len(answers)}",
-                "it takes other roles for the assistant's, or some of the assistant's for others. "
+                "it marks turns of other roles, too, or leaves out some of the assistant's. "
                 "Use another chat_template.",
             )
         spans = [
@@ -212,15 +212,15 @@ class ConversationEncoder:
             if index == 0:
                 raise RowError(
                     "begins with the assistant",
-                    "nothing asks for its turn, so the template cannot tell where it starts. Drop "
+                    "no turn comes before it, so the template does not show where it starts. Drop "
                     f"the turn or put a user or system turn before it. It says {excerpt(turn)}.",
                 )
             prompt = self._render(conversation, n_turns=index, add_generation_prompt=True)
             answered = self._render(conversation, n_turns=index + 1)
             if not answered.startswith(prompt):
                 raise RowError(
-                    "the chat template renders an answer differently when it is asked for",
-                    "its tokens cannot be told from the rest. Use a template with {% generation "
+                    "the chat template renders a prompt differently once its answer is added",
+                    "the answer's tokens cannot be located. Use a template with {% generation "
                     f"%}}, or set assistant_only_loss to false. The turn says {excerpt(turn)}.",
                 )
             if answered.startswith(rendered[-1].text):
@@ -297,7 +297,7 @@ class ConversationEncoder:
             if is_left_out:
                 raise RowError(
                     f"the chat template leaves out {what}",
-                    "they would not be learned from. Use a chat_template that shows them, or "
+                    "the model would not see them. Use a chat_template that shows them, or "
                     "remove them from the data.",
                 )
 
@@ -335,15 +335,15 @@ def _refusals(turns: list[Turn]) -> Iterator[None]:
         yield
     except TemplateSyntaxError as error:
         raise ValueError(
-            f"the chat template is no Jinja: {error.message}, line {error.lineno}. Correct it, or "
-            "set chat_template to another one."
+            f"the chat template is not valid Jinja: {error.message}, line {error.lineno}. Correct "
+            "it, or set chat_template to another one."
         ) from error
     except _TEMPLATE_FAULTS as error:
         roles = [turn["role"] for turn in turns]
         raise RowError(
             "the chat template refuses the conversation",
             f"{error}. Its roles are {', '.join(roles[:6])}{', ...' if roles[6:] else ''}. "
-            "Change the data, or set chat_template to one that takes them. It begins "
+            "Change the data, or set chat_template to one that accepts them. The first turn says "
             f"{excerpt(turns[0])}.",
         ) from error
 

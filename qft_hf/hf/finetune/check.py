@@ -97,13 +97,13 @@ class Check:
             f"{'steps':<24}{self.steps:,}; an epoch has {self.steps_per_epoch:,}",
             f"{'packing':<24}{self.packing}",
             f"{'output_dir':<24}{self.output_dir}",
-            f"{'goes on from':<24}{self.checkpoint or 'the model: a fresh start'}",
+            f"{'starts from':<24}{self.checkpoint or 'the model: a fresh start'}",
             f"{'disk':<24}up to {self.disk_bytes / 1e9:.2f} GB of {self.free_bytes / 1e9:.1f} free",
-            f"\nThe first example; what is learned stands in {LEARNED[0]}brackets{LEARNED[1]}:\n",
+            f"\nThe first example, with the learned parts in {LEARNED[0]}brackets{LEARNED[1]}:\n",
             self.example,
             "",
-            "memory is not estimated: it is for decoders that learn next tokens, and whose "
-            "configuration has the usual sizes"
+            "memory is not estimated: the estimate is for decoders that learn next tokens and have "
+            "a configuration with the usual sizes"
             if self.memory is None
             else str(self.memory),
         ]
@@ -141,7 +141,7 @@ def check(arguments: RunArguments) -> Check:
     if arguments.data.packing:
         packing = "in blocks; no example sees another"
         if not refuse_crossing_family(make, config, training.device, **how):
-            packing = "in blocks; whether examples see each other is tried when the run begins"
+            packing = "in blocks; whether examples see each other is checked when the run begins"
     memory = None
     if arguments.method.side is not None:
         work = side_workload_of(arguments, config)

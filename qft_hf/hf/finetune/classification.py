@@ -81,7 +81,7 @@ class Classification(Task):
         names = [self.arguments.text_field, self.arguments.text_pair_field]
         texts = [self.field(row, name) for name in names if name is not None]
         if not all(isinstance(text, str) for text in texts):
-            raise RowError("no text", f"expected a string in each of {names}, got {texts!r}.")
+            raise RowError("not a text", f"expected a string in each of {names}, got {texts!r}.")
         texts = [self._bare(text) for text in texts]
         label = self.label(self.field(row, self.arguments.label_field))
         encoded = self.tokenizer(*texts, verbose=False)
@@ -120,8 +120,8 @@ class Classification(Task):
         if value is None or value == UNLABELLED:
             raise RowError(
                 f"no label ({value})",
-                "such a row can neither be learned nor scored. Remove it, or set on_bad_row to "
-                f"skip; give a class that is stored as {UNLABELLED} a name.",
+                "a row without a label cannot be learned or scored. Remove it, or set on_bad_row "
+                f"to skip; give a class that is stored as {UNLABELLED} a name.",
             )
         index = self._index_of.get(_key(value))
         if index is None and isinstance(value, int) and 0 <= value < len(self.names):
@@ -150,7 +150,7 @@ class Classification(Task):
         for value in values:
             if not isinstance(value, int | str):
                 raise ValueError(
-                    f"{where} holds {value!r}, which is no class. Set task to regression for "
+                    f"{where} holds {value!r}, which is not a class. Set task to regression for "
                     "numbers with a fraction and to multi_label for lists, or store classes as "
                     "names or whole numbers."
                 )
@@ -183,8 +183,8 @@ class Classification(Task):
         if numbers and unknown == names and all(0 <= int(name) < len(head) for name in names):
             return head
         raise ValueError(
-            f"the model's head has the classes {head}, and nothing says which of them "
-            f"{unknown} of the data are. Rename the labels, write their names into id2label of "
+            f"the model's head has the classes {head}, and it is not known which of them the "
+            f"labels {unknown} mean. Rename the labels, write their names into id2label of "
             "the model's config.json, or start from a model without a classification head."
         )
 
@@ -201,9 +201,9 @@ class Regression(Classification):
         try:
             number = float(value)
         except (TypeError, ValueError) as error:
-            raise RowError("no number", f"task 'regression' got the label {value!r}.") from error
+            raise RowError("not a number", f"task 'regression' got the label {value!r}.") from error
         if not abs(number) <= float(np.finfo(np.float32).max):
-            raise RowError("no finite number", f"task 'regression' got the label {value!r}.")
+            raise RowError("not a finite number", f"task 'regression' got the label {value!r}.")
         return number
 
     def describe(self, label: Any) -> str:
@@ -213,7 +213,7 @@ class Regression(Classification):
     def _names(self, labels: Sequence[Any]) -> list[str]:
         if self._head is not None and len(self._head) != 1:
             raise ValueError(
-                f"the model's head has the classes {self._head}, and task 'regression' needs one "
+                f"the model's head has the classes {self._head}, but task 'regression' needs one "
                 "output. Start from a model without a classification head."
             )
         return []
@@ -234,15 +234,15 @@ class MultiLabel(Classification):
         """Return 1 for each class that applies, and 0 for the others."""
         entries = self._listed(value)
         if entries is None:
-            raise RowError("no list of classes", f"task 'multi_label' got the label {value!r}.")
+            raise RowError("not a list of classes", f"task 'multi_label' got the label {value!r}.")
         bits = [entry for entry in entries if entry in (0, 1)]
         if self._is_multi_hot:
             entries = [index for index, entry in enumerate(entries) if entry]
         elif len(set(bits)) < len(bits):
             raise RowError(
                 "0 or 1 twice in a list of classes",
-                f"got {value!r}. Where a list has an entry for each class, all have one length, "
-                "that of the model's head if it has been trained; these have not.",
+                f"got {value!r}. Lists with a 0 or 1 for each class must all have the same length, "
+                "that of the model's head if it has been trained; the lists of these data do not.",
             )
         chosen = {self._class(entry) for entry in entries}
         return [float(index in chosen) for index in range(len(self.names))]
@@ -271,8 +271,8 @@ class MultiLabel(Classification):
         if not lists:
             raise ValueError(
                 f"task 'multi_label' needs lists of classes in field "
-                f"{self.arguments.label_field!r}, got {labels[0]!r}. Is label_field right? One "
-                "class a row is task classification."
+                f"{self.arguments.label_field!r}, got {labels[0]!r}. Is label_field right? For one "
+                "class per row, set task to classification."
             )
         # Multi-hot lists: read as lists of classes, they would give every row the same label.
         self._is_multi_hot = (
@@ -292,7 +292,7 @@ class MultiLabel(Classification):
         if len(found) > 1:
             raise ValueError(
                 f"field {self.arguments.label_field!r} has {' and '.join(map(repr, found))} in its "
-                "texts, so that it is not clear where one class ends. Separate classes by one of "
+                "texts, so it is not clear where one class ends. Separate classes by one of "
                 'them, or write lists: ["a", "b"].'
             )
         return found[0] if found else SEPARATORS[0]

@@ -110,7 +110,7 @@ def _messages(row: Row, messages_field: str | None) -> list[Any]:
             "more than one question or answer", f"{fields} Set prompt_field and answer_field."
         )
     other = (
-        "labelled texts are task classification" if "label" in row else "plain text is task text"
+        "labeled texts need task classification" if "label" in row else "plain text needs task text"
     )
     raise RowError(
         f"no field {names[0]!r}",
@@ -127,15 +127,15 @@ def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list
     prompt, answer = row[prompt_field], row[answer_field]
     for field, value in ((prompt_field, prompt), (answer_field, answer)):
         if not isinstance(value, str | list | None):
-            raise RowError("no text", f"{field!r} must be a text or messages, got {value!r}.")
+            raise RowError("not a text", f"{field!r} must be a text or messages, got {value!r}.")
     if isinstance(prompt, str):
         beside = BESIDE_AN_INSTRUCTION if prompt_field == "instruction" else ()
         for field in ("history", "context"):
             if row.get(field) and field not in beside:
                 raise RowError(
                     f"a {field}",
-                    f"where it belongs in {prompt_field!r} is not known. Write messages, or remove "
-                    "the field.",
+                    f"its place in {prompt_field!r} is not known. Write messages, or remove the "
+                    "field.",
                 )
         prompt = "\n\n".join([prompt, *_texts(row, beside)])
         prompt = [{"role": "user", "content": prompt}]
@@ -150,7 +150,7 @@ def _texts(row: Row, fields: Sequence[str]) -> list[str]:
     texts = [(field, row[field]) for field in fields if row.get(field)]
     for field, value in texts:
         if not isinstance(value, str):
-            raise RowError("no text", f"{field!r} must be a text, got {value!r}.")
+            raise RowError("not a text", f"{field!r} must be a text, got {value!r}.")
     return [value for _, value in texts]
 
 
@@ -161,7 +161,7 @@ def _as_list(messages: Any, name: str) -> list[Any]:
         messages = _from_json(messages, name)
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise RowError(
-            "no list of messages",
+            "not a list of messages",
             f"{name} must be a list of messages with `role` and `content`, got "
             f"{excerpt(messages)}. Is messages_field right?",
         )
@@ -204,7 +204,7 @@ def _text_of_parts(content: Any) -> str:
         is_text = isinstance(part, Mapping) and str(part.get("type", "text")).endswith("text")
         text = part.get("text") if is_text else part
         if not isinstance(text, str):
-            raise RowError("content that is no text", f"got {str(part)[:60]}. Write it as a text.")
+            raise RowError("content is not text", f"got {str(part)[:60]}. Write it as a text.")
         texts.append(text)
     return "".join(texts)
 
@@ -219,7 +219,9 @@ def _tool_calls(calls: Any) -> list[Any]:
             raise RowError("tool call without a name", f"got {excerpt(call)}.")
         arguments = _from_json(function.get("arguments") or {}, "arguments of a tool call")
         if not isinstance(arguments, Mapping):
-            raise RowError("arguments of a tool call are no object", f"got {excerpt(arguments)}.")
+            raise RowError(
+                "arguments of a tool call are not an object", f"got {excerpt(arguments)}."
+            )
         rest = {"type": "function"} | (dict(call) if "function" in call else {})
         named.append({**rest, "function": {**function, "arguments": arguments}})
     return named
@@ -232,7 +234,7 @@ def _from_json(value: Any, what: str) -> Any:
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise RowError(f"{what} are no JSON", f"{error} in {excerpt(value)}.") from error
+        raise RowError(f"invalid JSON in {what}", f"{error} in {excerpt(value)}.") from error
 
 
 def _is_learned(holder: Mapping[str, Any]) -> bool:
@@ -242,7 +244,7 @@ def _is_learned(holder: Mapping[str, Any]) -> bool:
         value = _FLAGS.get(str(value).lower(), value)
         if value is not None and value not in (0, 1):
             raise RowError(
-                f"{name} {value!r}", "only 0 or false (masked) and 1 or true (learned) have a use."
+                f"{name} {value!r}", "expected 0 or false (masked), or 1 or true (learned)."
             )
         if value is not None and not value:
             return False

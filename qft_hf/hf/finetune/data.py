@@ -172,7 +172,7 @@ def _prepare_part(
         raise ValueError(
             f"nothing can be learned from the {counted(counts.rows, 'row')} of the {name}. Dropped "
             f"are: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items())}. Raise "
-            "max_length if answers begin later; else check the roles and fields of the data."
+            "max_length if answers begin later; otherwise check the roles and fields of the data."
         )
     return Examples(used, counts)
 
@@ -220,8 +220,8 @@ def _repeat(examples: Dataset, weight: float, seed: int) -> Dataset:
     whole, n_more = divmod(round(len(examples) * weight), len(examples) or 1)
     if not whole and not n_more and len(examples):
         raise ValueError(
-            f"of {counted(len(examples), 'example')}, a weight of {weight:g} leaves none. Set "
-            "train_weights to more, or leave that file out of train_data."
+            f"a weight of {weight:g} leaves none of {counted(len(examples), 'example')}. Increase "
+            "train_weights, or leave that file out of train_data."
         )
     drawn = np.random.default_rng(seed).permutation(len(examples))[:n_more]
     return examples.select([*list(range(len(examples))) * whole, *sorted(drawn)])

@@ -22,7 +22,7 @@ def evidence(data: TaskData) -> str:
         counts.append(f"{'evaluation data':<24}{data.evaluation.counts}")
     if classes := classes_of(data):
         counts.append(f"{'classes':<24}{', '.join(classes)}")
-    head = f"The first example; what is learned stands in {LEARNED[0]}brackets{LEARNED[1]}:"
+    head = f"The first example, with the learned parts in {LEARNED[0]}brackets{LEARNED[1]}:"
     return "\n".join([*counts, "", head, "", example_text(data)])
 
 

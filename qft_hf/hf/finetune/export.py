@@ -40,8 +40,8 @@ def export_checkpoint(
     """
     if is_side_network(source):
         raise ValueError(
-            f"{source} holds a side network, which is no part of the weights of its base, so there "
-            "is no ordinary checkpoint of both. Load it with qft_hf.load_side_network."
+            f"{source} holds a side network, which is not part of its base's weights, so there is "
+            "no ordinary checkpoint of both. Load it with qft_hf.load_side_network."
         )
     if not (source / "config.json").is_file():
         raise FileNotFoundError(
@@ -49,7 +49,7 @@ def export_checkpoint(
             "or one of its checkpoint-<step> folders."
         )
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not empty. Choose a folder that is not there yet.")
+        raise FileExistsError(f"{target} is not empty. Choose a folder that does not exist yet.")
     trust = {"trust_remote_code": trust_remote_code}
     with refused_if_absent(source):
         config = AutoConfig.from_pretrained(source, **trust)

@@ -69,7 +69,7 @@ _REMARKS = {
     "train_on_inputs": "'assistant_only_loss', which is its opposite",
     "train_on_prompt": "'assistant_only_loss', which is its opposite",
     "completion_only_loss": "'assistant_only_loss'",
-    "validation_split_percentage": "'eval_fraction', which is a share: 0.05, and not 5",
+    "validation_split_percentage": "'eval_fraction', which is a share: 0.05, not 5",
 }
 _NO_ADAPTERS = (
     "adapter",
@@ -93,9 +93,9 @@ def suggestion(name: str) -> str | None:
     """Return what to do with a key of another tool, None for a key that none of them has."""
     if name in _NO_ADAPTERS:
         return (
-            "Leave it out: every parameter is trained, in INT8, so there is no adapter. A small "
-            "network beside a frozen base is method qst, and base says how that is stored."
+            "Leave it out: every parameter is trained, in INT8, so there is no adapter. To train a "
+            "small network on a frozen base, set method to qst; base says how the base is stored."
         )
     if name == "streaming":
         return "Leave it out: rows are kept on disk, not in memory, and all are read and counted."
-    return f"Here it is {OURS[name]}." if name in OURS else None
+    return f"Here it is called {OURS[name]}." if name in OURS else None

@@ -127,9 +127,9 @@ def load_model(
     heads = tuple(f"{name}." for name in trained_heads(model)) if frozen else ("",)  # all
     if random := sorted(name for name in found["missing_keys"] if not name.startswith(heads)):
         raise ValueError(
-            f"{arguments.model_name_or_path} has no {and_more(random)}: drawn at random, it would "
-            "neither be trained beside a side network nor be saved with it. Set method to full, "
-            "which trains it, or start from a checkpoint that has it."
+            f"{arguments.model_name_or_path} has no {and_more(random)}. A side network is trained "
+            "and saved without these weights, so they would stay random. Set method to full, which "
+            "trains them, or start from a checkpoint that has them."
         )
     if n_tokens > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(n_tokens)
@@ -146,16 +146,16 @@ def _leave_what_text_does_not_train(model: PreTrainedModel, config: PreTrainedCo
     if parts and parts_beside_text(model.config):
         n_frozen = freeze_beside_text(model)
         logger.warning(
-            "the rows are text, of which %s of %s reads nothing: %d tensors of parameters are "
-            "frozen. QFTTrainer trains them in Python, on what they read",
+            "the rows are text, which %s of %s does not read: %d tensors of its parameters are "
+            "frozen. To train them on data that they read, use QFTTrainer in Python",
             " and ".join(parts),
             type(model).__name__,
             n_frozen,
         )
     elif parts:
         logger.warning(
-            "the checkpoint is of a %s. For text transformers loads %s of it, which is what is "
-            "trained and saved: %s is left out",
+            "the checkpoint is a %s. For text, transformers loads only its %s, which is trained "
+            "and saved; %s is left out",
             (config.architectures or [type(config).__name__])[0],
             type(model).__name__,
             " and ".join(parts),
@@ -179,8 +179,8 @@ def check_fit(
         )
     if n_tokens > text_config.vocab_size and not arguments.new_tokens:
         raise ValueError(
-            f"the tokenizer knows {n_tokens} tokens and the model has {text_config.vocab_size} "
-            "embeddings. Use the model's own tokenizer, and name what it lacks in new_tokens."
+            f"the tokenizer knows {n_tokens} tokens, but the model has {text_config.vocab_size} "
+            "embeddings. Use the model's own tokenizer, and list additional tokens in new_tokens."
         )
 
 
@@ -204,16 +204,16 @@ def _stop_at_end(model: PreTrainedModel, task: Task) -> None:
     stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
     if task.end_token is None:
         logger.warning(
-            "the chat template ends answers with no special token of the tokenizer, so generation "
-            "will not stop at their end. If it has one for it, add it by new_tokens; or use a "
-            "template that ends answers with %s.",
+            "the chat template does not end answers with a special token of the tokenizer, so "
+            "generation will not stop there. If the template has an end token, add it with "
+            "new_tokens; or use a template that ends answers with %s.",
             task.tokenizer.eos_token,
         )
     elif task.end_token not in [*stops, task.tokenizer.eos_token_id]:
         settings.eos_token_id = [*stops, task.end_token]
         logger.warning(
-            "the model learns to end what it says with %s, so that generation now stops there, "
-            "and not at %s alone: see generation_config.json.",
+            "the model learns to end its texts with %s, so generation now stops there, and not "
+            "only at %s: see generation_config.json.",
             task.tokenizer.decode([task.end_token]),
             task.tokenizer.eos_token,
         )

@@ -98,7 +98,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | None, output_dir: Path) -
     if newest is None:
         raise FileNotFoundError(
             f"resume_from_checkpoint is true, but {output_dir} holds no {PREFIX_CHECKPOINT_DIR}-"
-            "<step> folder. Correct output_dir, or leave resume_from_checkpoint out to start anew."
+            "<step> folder. Correct output_dir, or leave resume_from_checkpoint out to start again."
         )
     return newest
 
@@ -132,7 +132,7 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
         raise FileExistsError(
             f"{output_dir} holds {', '.join(foreign[:_SHOWN])}, which no run of qft_hf is known to "
             "have written, and which this run would replace. Choose another output_dir, or move "
-            "them away: overwrite_output replaces runs alone."
+            "them away: overwrite_output replaces only runs."
         )
     if written and not overwrite and not resumes_here:
         raise FileExistsError(
@@ -162,12 +162,12 @@ def refuse_inputs_inside(output_dir: Path, inputs: Mapping[str, str]) -> None:
         if place == home:
             raise ValueError(
                 f"output_dir is the folder of {key} itself, {name}. Choose another one, so that "
-                "what you start from stays as it is."
+                "the run does not replace its input."
             )
         if place.is_relative_to(home) and _is_written(place.relative_to(home).parts[0]):
             raise ValueError(
-                f"{key}={name} lies in output_dir ({output_dir}), where a run replaces files of "
-                "that name. Choose another output_dir, or copy it to another place first."
+                f"{key}={name} is inside output_dir ({output_dir}), where a run replaces files of "
+                "that name. Choose another output_dir, or copy the input to another place first."
             )
 
 
@@ -180,7 +180,7 @@ def refuse_unwritable(output_dir: Path) -> None:
     """
     nearest = nearest_folder(output_dir)
     above = (output_dir, *output_dir.parents)
-    found = [f"{at} is a link to nothing" for at in above if at.is_symlink() and not at.exists()]
+    found = [f"{at} is a broken link" for at in above if at.is_symlink() and not at.exists()]
     if found or not nearest.is_dir():
         found = found or [f"{nearest} is a file"]
         raise NotADirectoryError(
@@ -253,15 +253,15 @@ def claim(output_dir: Path, given: Mapping[str, Any]) -> None:
     if before:
         changed = [key for key in before | values if before.get(key) != values.get(key)]
         logger.warning(
-            "%s goes on with other settings than it was told before, and is not the run that it "
-            "would have been: %s. %s has the new ones",
+            "the run in %s continues with other settings than before: %s. Its result is not that "
+            "of a run with one set of settings. %s has the new ones",
             output_dir,
             "; ".join(f"{key} {_shown(values, key)}, was {_shown(before, key)}" for key in changed),
             RUN_CONFIG,
         )
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     with written_whole(path) as draft:
-        draft.write_text(f"# qft_hf {__version__}: what this run was told.\n{text}", "utf-8")
+        draft.write_text(f"# qft_hf {__version__}: the settings of this run.\n{text}", "utf-8")
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:

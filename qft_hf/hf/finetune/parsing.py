@@ -49,10 +49,10 @@ _ABOVE_ZERO = (
 )
 # Arguments of the Trainer that would falsify the scores of a run, and how.
 _FALSIFIES = {
-    "batch_eval_metrics": "scores are taken of all held-out rows at once",
-    "bf16_full_eval": "the score before the first step would leave in bf16 what stays float",
+    "batch_eval_metrics": "scores are computed from all held-out rows at once",
+    "bf16_full_eval": "the score before the first step would leave float parameters in bf16",
     "dataloader_drop_last": "rows of the evaluation would be left out, too",
-    "eval_do_concat_batches": "scores are taken of all held-out rows at once",
+    "eval_do_concat_batches": "scores are computed from all held-out rows at once",
     "label_names": "labels are always called `labels`",
     "prediction_loss_only": "there would be no scores",
 }
@@ -112,7 +112,7 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
     elif (late := [word for word in flags if word.endswith(CONFIG_SUFFIXES)]) and (
         "model_name_or_path" not in _names(flags)
     ):
-        raise ValueError(f"a config comes first, then flags: {late[0]} {flags[0]} ...")
+        raise ValueError(f"the config must come first, then flags: {late[0]} {flags[0]} ...")
     for name in _names(flags):
         _require_known(name, "flag")
     flags = [*side_flags(flags, _names(flags)), *flags]
@@ -172,7 +172,7 @@ def _require_possible(given: dict[str, Any]) -> None:
         if value is not None and value <= 0 and (name, value) != ("max_steps", -1):
             raise ValueError(
                 f"{name} must be above 0, got {value:g}. Leave it out for its default, which "
-                "`qft-hf finetune --help-all` tells."
+                "`qft-hf finetune --help-all` shows."
             )
     for name, value in given.items():
         # With an infinite limit, PyTorch measures the norm and clips nothing.
@@ -195,15 +195,15 @@ def _require_possible(given: dict[str, Any]) -> None:
         value = given.get(name)
         if value is not None and not _is_mapping(value) and not Path(value).is_file():
             raise ValueError(
-                f"{name} takes names and values, got {value!r}. In a config write a mapping, "
-                f"and as a flag in JSON: --{name}='{{\"name\": 1}}'."
+                f"{name} takes a mapping of names to values, got {value!r}. Write it in JSON as a "
+                f"flag: --{name}='{{\"name\": 1}}'; in a config write a YAML mapping."
             )
     for name, reason in _FALSIFIES.items():
         default = getattr(QFTTrainingArguments, name)
         if given.get(name, default) != default:
             raise ValueError(f"{name} cannot be set: {reason}. Leave it out.")
     if not 0 <= given.get("seed", 0) < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {given['seed']}. Take a smaller one.")
+        raise ValueError(f"seed must be in [0, 2**32), got {given['seed']}. Choose another.")
 
 
 def _is_mapping(text: str) -> bool:
@@ -241,10 +241,12 @@ class _Loader(yaml.BaseLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key is no name", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem="a key is not a name", problem_mark=key.start_mark
+                )
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} stands there more than once",
+                    problem=f"{key.value!r} occurs more than once",
                     problem_mark=key.start_mark,
                 )
             seen.add(key.value)
@@ -267,12 +269,12 @@ def flags_from_config(path: Path, *, without: Collection[str | None] = ()) -> li
             config = yaml.load(file, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(
-            f"{path} cannot be read: {error}. Expected YAML: one `key: value` a line, each key "
-            "once, a space behind the colon, and no tabs."
+            f"{path} cannot be read: {error}. Expected YAML: one `key: value` per line, each key "
+            "once, a space after the colon, and no tabs."
         ) from error
     if not isinstance(config, dict):
         raise ValueError(
-            f"{path} must hold keys and values, one `key: value` a line, got "
+            f"{path} must hold keys and values, one `key: value` per line, got "
             f"{type(config).__name__}."
         )
     flags: list[str] = []

@@ -33,7 +33,7 @@ def expanded(path: str) -> str:
     found = os.path.expanduser(os.path.expandvars(path))
     if absent := re.search(r"\$(\w+|\{.*?\})", found):
         raise ValueError(
-            f"the path {path!r} has the environment variable {absent[0]}, which is not set. Set "
+            f"the path {path!r} uses the environment variable {absent[0]}, which is not set. Set "
             "it, or write the path out."
         )
     return found

@@ -68,7 +68,7 @@ def prepare(arguments: RunArguments) -> Run:
     started, training = time.monotonic(), arguments.training
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if training.use_liger_kernel and training.device.type == "cpu" and not is_interpreted:
-        raise ValueError("use_liger_kernel is for a GPU, and there is none. Leave it out.")
+        raise ValueError("use_liger_kernel needs a GPU, and there is none. Leave it out.")
     checkpoint, config, data = read(arguments)
     tokenizer = data.task.tokenizer
     is_whole = arguments.method.side is None
@@ -137,7 +137,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
             require_bitsandbytes()
     elif side_checkpoint(arguments.model.model_name_or_path) is not None:
         raise ValueError(
-            f"{arguments.model.model_name_or_path} holds a side network, and method 'full' trains "
+            f"{arguments.model.model_name_or_path} holds a side network, but method 'full' trains "
             "every parameter of a model. Set method to qst, or name the base."
         )
     if arguments.data.task in LANGUAGE_TASKS:
@@ -146,8 +146,8 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
         data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
     for source, n_rows in data.shared.items():
         logger.warning(
-            "%s of %s are in train_data and eval_data at once: the scores will tell what is "
-            "remembered. Hold out rows by eval_fraction instead",
+            "%s of %s are both in train_data and in eval_data, so the scores will measure what is "
+            "memorized. Hold out rows by eval_fraction instead",
             counted(n_rows, "row"),
             source,
         )
@@ -187,7 +187,7 @@ def _check_reporters(training: TrainingArguments) -> None:
     for name in {*(training.report_to or [])} - {*known, "azure_ml", "flyte"}:
         raise ValueError(
             f"report_to is {name!r}, which is not installed or not known. Install it, leave it "
-            f"out, or take what is installed: {', '.join(known) or 'nothing'}."
+            f"out, or use one that is installed: {', '.join(known) or 'none'}."
         )
 
 
@@ -205,7 +205,7 @@ def _check_schedule(training: TrainingArguments) -> None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"lr_scheduler_type {kind.value!r} does not go with lr_scheduler_kwargs {settings}: "
+            f"lr_scheduler_type {kind.value!r} does not accept lr_scheduler_kwargs {settings}: "
             f"{error}. Correct one of them."
         ) from error
 
@@ -217,7 +217,7 @@ def _check_evaluation(arguments: RunArguments) -> None:
         best = training.metric_for_best_model.removeprefix("eval_")
         if best not in names:
             raise ValueError(
-                f"metric_for_best_model is {best!r}, and the scores of task {data.task!r} are "
+                f"metric_for_best_model is {best!r}, but the scores of task {data.task!r} are "
                 f"{', '.join(names)}. Set one of them."
             )
         if (
@@ -226,8 +226,8 @@ def _check_evaluation(arguments: RunArguments) -> None:
             training.greater_is_better = best not in ERRORS
     if training.label_smoothing_factor and data.task in ("regression", "multi_label"):
         raise ValueError(
-            f"label_smoothing_factor is of one class among several, not of task {data.task!r}. "
-            "Leave it out."
+            "label_smoothing_factor needs labels of one class among several, which task "
+            f"{data.task!r} does not have. Leave it out."
         )
     has_data = data.eval_data is not None or data.eval_fraction is not None
     asked = training.do_eval or training.eval_on_start or training.eval_strategy != "no"

@@ -55,7 +55,7 @@ def train(run: Run) -> RunSummary:
     is_reported = of_first(_is_reported_already(run))
     if is_reported:
         logger.warning(
-            "%s holds what this finished run came to, and it stays as it is; no step was taken",
+            "%s already holds the results of this finished run, which are kept; no step was taken",
             output_dir,
         )
     else:
@@ -81,8 +81,8 @@ def _push(run: Run) -> None:
             run.trainer.push_to_hub()
         except Exception as error:  # errors of the network, the Hub and its library
             raise ValueError(
-                f"the run is finished, and {output_dir} has all of it, but the Hub did not take "
-                f"it: {error}. Push it by `hf upload {name} {shlex.quote(str(output_dir))} . "
+                f"the run is finished and complete in {output_dir}, but the Hub did not accept "
+                f"it: {error}. Push it with `hf upload {name} {shlex.quote(str(output_dir))} . "
                 "--exclude 'checkpoint-*'`."
             ) from error
 
@@ -138,8 +138,8 @@ def _license(run: Run) -> str | None:
     license = license_of(run.arguments.model.model_name_or_path)
     if license is None:
         logger.warning(
-            "the model card names no licence, because that of the model is not known. Give it by "
-            "`qft-hf card %s --license apache-2.0`, or what it is",
+            "the model card names no license, because that of the model is not known. Set it, for "
+            "example with `qft-hf card %s --license apache-2.0`",
             shlex.quote(str(run.arguments.output_dir)),
         )
     return license

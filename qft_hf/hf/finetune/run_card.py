@@ -64,8 +64,8 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
     counts = summary["train_data"]
     if "origin" not in summary:
         raise ValueError(
-            f"{output_dir / SUMMARY} is of qft_hf {summary['versions'].get('qft_hf')}, which noted "
-            "less than a card tells. Its own card stays as it is."
+            f"{output_dir / SUMMARY} is from qft_hf {summary['versions'].get('qft_hf')}, which "
+            "recorded less than a card needs. The card of the run stays as it is."
         )
     return {
         "name": told(output_dir).get("hub_model_id") or output_dir.resolve().name,

@@ -38,10 +38,10 @@ class RunTrainer(QFTTrainer):
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:  # errors of the network, the Hub and its library
             raise ValueError(
-                "push_to_hub is set, and the Hub does not give a repository: "
+                "push_to_hub is set, but the Hub does not provide a repository: "
                 f"{str(error).rstrip('.')}. Log in with "
                 "`hf auth login`, correct hub_model_id, or leave push_to_hub out, and upload the "
-                "finished folder by `hf upload`."
+                "finished folder with `hf upload`."
             ) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -28,12 +28,12 @@ _OF_FULL = {
     ),
     **dict.fromkeys(
         ("group_size", "outlier_fraction", "modules_to_not_convert", "matmul", "int8_products"),
-        "a base of int8 has the default format; for another one quantize the model, save it, and "
+        "an int8 base has the default format; for another format quantize the model, save it, and "
         "give its folder",
     ),
     "chunked_loss": "the head belongs to the frozen base",
     "new_tokens": "the embeddings of the base are frozen, so new ones would learn nothing",
-    "export_dtype": "a side network is no part of the weights of its base",
+    "export_dtype": "a side network is not part of its base's weights",
 }
 DEFAULTS = {"optim": "adamw_torch", "learning_rate": "1e-3"}
 DEFAULT_BASE = "nf4"
@@ -56,15 +56,15 @@ def side_flags(flags: list[str], names: Collection[str]) -> list[str]:
     for name in names:
         if name in _OF_FULL:
             raise ValueError(
-                f"{name} is of training every parameter, and method qst trains a side network: "
-                f"{_OF_FULL[name]}. Leave {name} out, or set method to full."
+                f"{name} is only for training every parameter, but method qst trains a side "
+                f"network: {_OF_FULL[name]}. Leave {name} out, or set method to full."
             )
     if "optim" not in names:
         return [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in names]
     if "learning_rate" not in names:
         raise ValueError(
-            "a side network begins at random, so the rate of an optimizer for trained weights is "
-            f"not its own. Set learning_rate; that of {DEFAULTS['optim']} is "
+            "a side network starts from random weights, which the default rate, meant for trained "
+            f"weights, does not suit. Set learning_rate; that of {DEFAULTS['optim']} is "
             f"{DEFAULTS['learning_rate']}."
         )
     return []
@@ -146,9 +146,9 @@ def _described(
         config = load()
     except OSError as error:
         raise FileNotFoundError(
-            f"{checkpoint.folder} holds a side network of {checkpoint.base or 'a nameless model'}, "
+            f"{checkpoint.folder} holds a side network of {checkpoint.base or 'an unnamed model'}, "
             f"which is neither here (looked from {Path.cwd()}) nor on the hub. Work in the folder "
-            "where the run was started, or write where the base is into model_name_or_path of "
+            "where the run was started, or set model_name_or_path to the base in "
             f"{checkpoint.folder / RUN_CONFIG}."
         ) from error
     config.architectures = [checkpoint.architecture]
@@ -178,7 +178,7 @@ def base_form(method: MethodArguments, config: PreTrainedConfig, model: str) -> 
         return method.base or (checkpoint.form if checkpoint else DEFAULT_BASE)
     if method.base not in (None, stored):
         raise ValueError(
-            f"base={method.base} was asked for, and {model} is stored in {stored} already. Leave "
+            f"base={method.base} was asked for, but {model} is already stored in {stored}. Leave "
             "base out, or start from the float model."
         )
     return stored
@@ -257,8 +257,8 @@ def load_side_model(
     checkpoint = side_checkpoint(place)
     if checkpoint is not None and method.asks_for_another(checkpoint.config):
         raise ValueError(
-            f"{method.side} was asked for, and {place} holds {checkpoint.config}. Leave side_r, "
-            "side_downsample and side_rank out, or name the base to begin anew."
+            f"{method.side} was asked for, but {place} holds {checkpoint.config}. Leave side_r, "
+            "side_downsample and side_rank out, or name the base to start a new side network."
         )
     form = base_form(method, config, place)
     task.configure(config)
@@ -271,8 +271,8 @@ def load_side_model(
         make, config, torch.device("cpu"), **how
     ):
         raise ValueError(
-            f"whether packed examples see each other in a {type(skeleton).__name__} cannot be told "
-            "of a frozen base. Set packing to false."
+            f"whether packed examples see each other in a {type(skeleton).__name__} cannot be "
+            "checked with a frozen base. Set packing to false."
         )
     if checkpoint is not None:
         arguments = replace(arguments, model_name_or_path=checkpoint.base)

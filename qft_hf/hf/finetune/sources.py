@@ -64,19 +64,19 @@ class Rows:
             value = _parsed(record[_TEXT])
             json.dumps(value, ensure_ascii=False).encode()
         except (json.JSONDecodeError, RecursionError) as error:
-            raise RowError("no JSON", f"{error}.") from error
+            raise RowError("invalid JSON", f"{error}.") from error
         except UnicodeEncodeError as error:
             raise RowError(
                 "half a character",
-                f"{error}. A text was cut in the middle of an emoji, or the like. Cut it before.",
+                f"{error}. A text was cut inside a character such as an emoji. Cut it before that.",
             ) from error
         if isinstance(value, dict):
             return value
         advice = ""
         if isinstance(value, list):
             advice = (
-                " In csv and tsv a row has a cell for each column of the header, and a text with "
-                "separators, quotes or line breaks stands in quotes."
+                " In csv and tsv a row needs a cell for each column of the header, and a text with "
+                "separators, quotes or line breaks must be in quotes."
             )
         text = record[_TEXT].strip()[:60]
         raise RowError("no fields", f"expected an object, got {text!r}.{advice}")
@@ -113,7 +113,7 @@ def load_rows(source: str, split: str = "train", *, configuration: str | None = 
     if source.startswith(GLOB):
         files = [Path(name) for name in sorted(glob.glob(source[len(GLOB) :], recursive=True))]
         if not files:
-            raise FileNotFoundError(f"no file is like {source} (looked from {Path.cwd()}).")
+            raise FileNotFoundError(f"no file matches {source} (looked from {Path.cwd()}).")
         rows = [_load_file(file) for file in files]
     elif path.is_dir() and configuration is None and not _declares_its_files(path):
         rows = [_load_file(file) for file in _files_of_split(path, split)]
@@ -178,8 +178,8 @@ def _load_file(path: Path) -> Rows:
     if plain.suffix not in FORMATS or (plain != path and plain.suffix == ".parquet"):
         raise ValueError(
             f"a data file must be one of {', '.join(FORMATS)}, the first {len(TEXT_FORMATS)} also "
-            f"with {' or '.join(COMPRESSIONS)} behind it, got {path}. Convert it to jsonl: one "
-            "JSON object a line."
+            f"with {' or '.join(COMPRESSIONS)} after it, got {path}. Convert it to jsonl: one "
+            "JSON object per line."
         )
     if plain.suffix == ".parquet":
         return _load_data_set("parquet", "train", None, file=path)
@@ -269,8 +269,8 @@ def _numbered(rows: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
             yield number, values
     except csv.Error as error:
         raise ValueError(
-            f"row {number + 1}: {error}. A text that has quotes stands in quotes, and in it each "
-            'is doubled: "a ""b"" c"'
+            f"row {number + 1}: {error}. A text that has quotes must be in quotes, and its own are "
+            'doubled: "a ""b"" c"'
         ) from error
 
 
@@ -286,7 +286,7 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise RowError("a field twice", f"{twice!r} stands in one object more than once.")
+        raise RowError("a field twice", f"{twice!r} occurs more than once in one object.")
     return fields
 
 
@@ -302,7 +302,7 @@ def _slice(parts: list[Rows], split: str, source: str) -> list[Rows]:
         ) from error
     rows = select_rows(parts, [row for part in ranges for row in range(part.from_, part.to)])
     if not rows:
-        raise ValueError(f"split {split!r} of {source} has no rows. Expected one row an example.")
+        raise ValueError(f"split {split!r} of {source} has no rows. Expected one row per example.")
     return rows
 
 
@@ -310,7 +310,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     """Return the files of a split: those with its name; if no file names a split, all are train."""
     if (folder / "dataset_dict.json").is_file() or any(folder.glob("data-*-of-*.arrow")):
         raise ValueError(
-            f"{folder} was written by save_to_disk, and its JSON files are no data. Write parquet: "
+            f"{folder} was written by save_to_disk, so its JSON files are not data. Write parquet: "
             f"datasets.load_from_disk({str(folder)!r}).to_parquet('train.parquet'), one file "
             "for each split."
         )
@@ -330,7 +330,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     else:
         without = ", ".join(path.name for path, name in named.items() if not name)
         raise ValueError(
-            f"some files of the folder {folder} have the name of a split and some have not "
+            f"some files of the folder {folder} have a split in their names, and some do not "
             f"({without}). List the files themselves: train_data: [A, B]."
         )
     if not chosen:
@@ -383,6 +383,6 @@ def _unreadable(source: Path | str, error: Exception) -> str:
     if isinstance(error.__cause__, UnicodeDecodeError):
         return f"cannot read {source}: it is not in UTF-8. Save it as UTF-8."
     return (
-        f"cannot read {source}: {error.__cause__}. Expected one row an example, all with the same "
-        "fields; jsonl has one JSON object a line."
+        f"cannot read {source}: {error.__cause__}. Expected one row per example, all with the same "
+        "fields; jsonl has one JSON object per line."
     )

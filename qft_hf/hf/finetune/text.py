@@ -27,7 +27,7 @@ class Text(LanguageTask):
         text = self.field(row, self.arguments.text_field)
         if not isinstance(text, str | None):
             raise RowError(
-                "no text",
+                "not a text",
                 f"task 'text' needs strings in field {self.arguments.text_field!r}, got {text!r}. "
                 "Is text_field right?",
             )
