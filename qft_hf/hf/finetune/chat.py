@@ -70,7 +70,7 @@ class _Rendered:
     """A rendered text, and the positions of the answers in it."""
 
     text: str
-    answers: list[tuple[Turn, int, int]] = field(default_factory=list)  # first, last + 1 character
+    answers: list[tuple[Turn, int, int]] = field(default_factory=list)  # each: turn, begin, end
 
 
 class ConversationEncoder:

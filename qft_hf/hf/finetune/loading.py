@@ -133,8 +133,8 @@ def load_model(
         )
     if n_tokens > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(n_tokens)
-    # A classifier looks for the last token that is not padding, also before training begins. It is
-    # set after the model is created: earlier, it would keep the token's embedding from learning.
+    # A classifier looks for the last token that is not padding, also before training begins. If it
+    # were set before the model is created, this token's embedding would not be learned.
     model.config.get_text_config().pad_token_id = task.tokenizer.pad_token_id
     if model.can_generate():
         _stop_at_end(model, task)

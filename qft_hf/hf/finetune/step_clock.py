@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class StepClock(TrainerCallback):
-    """Measures seconds in training steps, and notes the steps and tokens before the first one."""
+    """Measures seconds in training steps, and notes the steps and tokens before a resume."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
