@@ -19,7 +19,7 @@ def test_the_card_of_a_run_takes_what_only_its_user_knows(chat_flags, capsys, ca
     run = Path(chat_flags["output_dir"])
     first = ModelCard.load(run / "README.md")
     assert first.data.license is None
-    assert "the model card names no licence" in caplog.text
+    assert "the model card names no license" in caplog.text
 
     flags = ["--license=mit", "--base_model=org/base", "--dataset", "org/chats", "--name=org/mine"]
     main(["card", str(run), *flags, "--language", "en", "de"])

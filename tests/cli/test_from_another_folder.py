@@ -163,7 +163,7 @@ def test_what_a_run_refuses_check_refuses(home, capsys):
         ("--output_dir=base",): "output_dir is the folder of model_name_or_path itself",
         ("--train_data=nowhere.jsonl",): "nowhere.jsonl",
         ("--eval_strategy=steps", "--eval_data", "none.jsonl"): "none.jsonl",
-        ("--lr=1",): "Here it is 'learning_rate'",
+        ("--lr=1",): "Here it is called 'learning_rate'",
         ("--model_name_or_path=no/such-model",): "No model 'no/such-model': neither a folder",
         ("--model_name_or_path=/no/such/folder",): "No model '/no/such/folder': neither a folder",
         ("--tokenizer_name_or_path=no/such-model",): "No model 'no/such-model': neither a folder",

@@ -195,7 +195,7 @@ def test_a_side_network_is_planned_for_each_way_to_store_its_base(folder, tmp_pa
     ("flags", "message"),
     [
         (["--method=qst", "--optim=qft_lion"], "--optim is for training every parameter"),
-        (["--side_r=4"], "side_r is of side tuning"),
+        (["--side_r=4"], "side_r can only be set for side tuning"),
         (["--method=qst", "--base=int4"], "base must be 'nf4' or 'int8' or 'float', got 'int4'"),
     ],
 )

@@ -261,7 +261,7 @@ def test_the_training_template_of_trl_is_used_where_answers_cannot_be_told(caplo
 
     answers = "".join(f"<think></think>{said}<|im_end|>" for said in ("hello", "yes"))
     assert learned_text(tokenizer, input_ids, labels) == answers
-    assert "TRL's training template takes the place of the model's" in caplog.text
+    assert "TRL's training template is used instead of the model's" in caplog.text
     assert tokenizer.chat_template == template  # what is saved with the model stays its own
 
 
@@ -339,7 +339,7 @@ def test_conversation_that_the_template_refuses_is_named():
     check = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
     for refusing in (check + CHATML, check + CHATML_MARKED):
         with pytest.raises(
-            ValueError, match=r"user first\. .*roles are system, user.* begins 'Be brief"
+            ValueError, match=r"user first\. .*roles are system, user.* turn says 'Be brief"
         ):
             encode_conversation(chat("a", "b", system="Be brief."), tiny_tokenizer(refusing))
 
@@ -387,7 +387,7 @@ def test_what_an_answer_says_is_not_left_out(template, answer, what):
 )
 def test_a_template_that_is_no_jinja_is_refused_before_the_first_row(template):
     """Each row was said to be bad, and with `on_bad_row: skip` all were left out."""
-    with pytest.raises(ValueError, match=r"no Jinja: .*, line [14]\. Correct it, or") as refused:
+    with pytest.raises(ValueError, match=r"valid Jinja: .*, line [14]\. Correct it, or") as refused:
         ConversationEncoder(tiny_tokenizer(template), assistant_only=True).end_of_turn()
     assert not isinstance(refused.value, RowError)
 

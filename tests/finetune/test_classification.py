@@ -66,12 +66,12 @@ def test_order_of_the_classes(labels, head, declared, names, indices):
     [
         (["a", "a"], [], r"at least two classes.*\['a'\]"),
         (["pos", " pos", "Pos"], [], r"differ only in case or white space: \[' pos', 'Pos', 'pos'"),
-        ([0.5, 1.0], [], "holds 0.5, which is no class. Set task to regression"),
-        ([["a"], ["b"]], [], r"holds \['a'\], which is no class.* multi_label for lists"),
-        (["good", "fine"], ["good", "bad"], r"\['good', 'bad'\], and nothing says .* \['fine'\]"),
+        ([0.5, 1.0], [], "holds 0.5, which is not a class. Set task to regression"),
+        ([["a"], ["b"]], [], r"holds \['a'\], which is not a class.* multi_label for lists"),
+        (["good", "fine"], ["good", "bad"], r"\['good', 'bad'\], and it is not .* \['fine'\]"),
         (["bad", "good"], ["LABEL_0", "LABEL_1"], "write their names into id2label"),
         ([0, 1, 2], ["good", "bad"], "start from a model without a classification head"),
-        ([0, 1], ["1", "2", "3"], r"nothing says which of them \['0'\]"),
+        ([0, 1], ["1", "2", "3"], r"which of them the labels \['0'\] mean"),
     ],
     ids=str,
 )
@@ -120,13 +120,13 @@ def test_several_classes(labels, head, rows):
     task = task_of(labels, *head, kind=MultiLabel)
     assert [task.label(label) for label in labels] == rows
     for label in (None, 0.5, "['a'"):
-        with pytest.raises(RowError, match=r"no list of classes: .* got the label"):
+        with pytest.raises(RowError, match=r"not a list of classes: .* got the label"):
             task.label(label)
 
 
 @pytest.mark.parametrize("labels", [[1, 2], [None, True], [0.5]])
 def test_several_classes_are_lists(labels):
-    with pytest.raises(ValueError, match=r"needs lists of classes .* One class a row is"):
+    with pytest.raises(ValueError, match=r"needs lists of classes .* For one class per row"):
         task_of(labels, kind=MultiLabel)
 
 

@@ -75,7 +75,7 @@ def test_filled_target_is_refused_and_left_alone(checkpoint, tmp_path):
     target = tmp_path / "plain"
     target.mkdir()
     (target / "notes.txt").write_text("x")
-    with pytest.raises(FileExistsError, match=r"is not empty\. Choose a folder that is not there"):
+    with pytest.raises(FileExistsError, match=r"is not empty\. Choose a folder that does not"):
         export_checkpoint(checkpoint, target, dtype=torch.bfloat16)
     assert [path.name for path in target.iterdir()] == ["notes.txt"]
 

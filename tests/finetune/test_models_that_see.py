@@ -69,7 +69,7 @@ def test_its_text_is_trained_and_what_sees_stays(name, tmp_path, caplog):
     assert summary.after["loss"] < summary.before["loss"]
     parameters = dict(before.named_parameters()).items()
     n_frozen = sum(is_of_vision(name) for name, _ in parameters)
-    assert f"reads nothing: {n_frozen} tensors of parameters are frozen" in caplog.text
+    assert f"does not read: {n_frozen} tensors of its parameters are frozen" in caplog.text
     assert summary.parameters == sum(p.numel() for _, p in parameters)
     assert summary.trained_parameters == sum(
         p.numel() for name, p in parameters if not is_of_vision(name)

@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     (tmp_path / "good").symlink_to(tmp_path)
     for place in ("link", "link/run"):
-        with pytest.raises(NotADirectoryError, match=r"and .*link is a link to nothing\. Choose"):
+        with pytest.raises(NotADirectoryError, match=r"and .*link is a broken link\. Choose"):
             refuse_unwritable(tmp_path / place)
     refuse_unwritable(tmp_path / "good" / "run")
 
@@ -256,8 +256,8 @@ def test_a_run_that_goes_on_with_other_settings_says_which(tmp_path, caplog):
     claim(tmp_path, after)
 
     assert (
-        "not the run that it would have been: max_length 512, was 256; seed by default, was 3; "
-        "learning_rate 0.0001, was by default. run.yaml has the new ones"
+        "with other settings than before: max_length 512, was 256; seed by default, was 3; "
+        "learning_rate 0.0001, was by default. Its result is not"
     ) in caplog.text
     assert told(tmp_path) == after
 

@@ -184,13 +184,13 @@ def test_unknown_names_suggest_the_nearest(key, nearest, config):
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("cutoff_len", "Here it is 'max_length'"),
-        ("sequence_len", "Here it is 'max_length'"),
-        ("dataset", "Here it is 'train_data'"),
-        ("lr", "Here it is 'learning_rate'"),
-        ("val_size", "Here it is 'eval_fraction'"),
-        ("micro_batch_size", "Here it is 'per_device_train_batch_size'"),
-        ("train_on_inputs", "Here it is 'assistant_only_loss', which is its opposite"),
+        ("cutoff_len", "Here it is called 'max_length'"),
+        ("sequence_len", "Here it is called 'max_length'"),
+        ("dataset", "Here it is called 'train_data'"),
+        ("lr", "Here it is called 'learning_rate'"),
+        ("val_size", "Here it is called 'eval_fraction'"),
+        ("micro_batch_size", "Here it is called 'per_device_train_batch_size'"),
+        ("train_on_inputs", "Here it is called 'assistant_only_loss', which is its opposite"),
         ("lora_r", "Leave it out: every parameter is trained"),
         ("streaming", "Leave it out: rows are kept on disk"),
     ],
@@ -253,7 +253,7 @@ def test_what_would_falsify_the_scores_is_refused(key, value, fine, config):
 def test_config_that_is_no_mapping_is_refused(tmp_path):
     path = tmp_path / "list.yaml"
     path.write_text("- a\n- b\n")
-    with pytest.raises(ValueError, match="one `key: value` a line, got list"):
+    with pytest.raises(ValueError, match="one `key: value` per line, got list"):
         parse_arguments([str(path)])
 
 
@@ -311,11 +311,11 @@ def test_sgd_has_no_rate_that_suits_all(config):
     ("text", "what"),
     [
         ("learning_rate: 1e-4\nseed: 3\nlearning_rate: 1e-3\n", "'learning_rate' .* line 7"),
-        ("lr_scheduler_kwargs:\n  min_lr: 1\n  min_lr: 2\n", "'min_lr' stands there more than"),
+        ("lr_scheduler_kwargs:\n  min_lr: 1\n  min_lr: 2\n", "'min_lr' occurs more than"),
         ("seed:\t3\n", "line 5"),
         ("seed:3\n", "line 5"),
-        ("run_name: {{ name }}\n", "a key is no name.*line 5"),
-        ("[seed, data_seed]: 3\n", "a key is no name.*line 5"),
+        ("run_name: {{ name }}\n", "a key is not a name.*line 5"),
+        ("[seed, data_seed]: 3\n", "a key is not a name.*line 5"),
     ],
 )
 def test_what_is_no_yaml_is_refused_with_its_line(config, text, what):
@@ -374,10 +374,10 @@ def test_counts_may_be_small_and_shares(config):
         ("dataloader_num_workers", "-1", "dataloader_num_workers must be 0 or more, got -1"),
         ("label_smoothing_factor", "-0.1", r"in \[0, 1\), got -0\.1\. Leave it out"),
         ("label_smoothing_factor", "1", r"in \[0, 1\), got 1\."),
-        ("lr_scheduler_kwargs", "abc", "takes names and values, got 'abc'. In a config"),
+        ("lr_scheduler_kwargs", "abc", "takes a mapping of names to values, got 'abc'. Write it"),
         ("accelerator_config", "[1, 2]", "takes one value"),
-        ("accelerator_config", "nowhere.json", "takes names and values, got 'nowhere.json'"),
-        ("accelerator_config", "'{broken'", "takes names and values, got '{broken'"),
+        ("accelerator_config", "nowhere.json", "of names to values, got 'nowhere.json'"),
+        ("accelerator_config", "'{broken'", "takes a mapping of names to values, got '{broken'"),
         ("accelerator_config", "{nosuch: true}", "unexpected keyword argument 'nosuch'"),
     ],
 )
@@ -460,7 +460,7 @@ def test_a_flag_replaces_what_a_config_says_in_another_way(config, key, flag):
 @pytest.mark.parametrize("flags", [["--seed=1", "my.yaml"], ["--use_cpu", "true", "a/b.yml"]])
 def test_a_config_behind_the_flags_is_named(flags):
     """Its keys were said to be missing."""
-    with pytest.raises(ValueError, match=f"a config comes first, then flags: {flags[-1]} --"):
+    with pytest.raises(ValueError, match=f"the config must come first, then flags: {flags[-1]} --"):
         parse_arguments(flags)
 
 

@@ -304,7 +304,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
     assert (again.trained_tokens > 0, again.train_seconds) == (True, 0)
     assert not {"speed", "model state"} & {line[:30].strip() for line in str(again).splitlines()}
     assert contents(run) == before
-    assert "holds what this finished run came to, and it stays as it is" in caplog.text
+    assert "already holds the results of this finished run, which are kept" in caplog.text
 
     finetune(parsed(values, resume_from_checkpoint="true", export_dtype="bfloat16"))
     after = {path: at for path, at in contents(run).items() if path.parts[0] != "bfloat16"}
@@ -405,7 +405,7 @@ def test_the_best_model_has_the_smallest_error(task, metric, greater, chat_flags
     ("flags", "message"),
     [
         ({"metric_for_best_model": "accuracy"}, "scores of task 'chat' are loss, perplexity"),
-        ({"task": "multi_label", "label_smoothing_factor": 0.1}, "not of task 'multi_label'"),
+        ({"task": "multi_label", "label_smoothing_factor": 0.1}, "task 'multi_label' does not"),
         ({"eval_on_start": "true", "eval_data": None}, "evaluation is asked for"),
         ({"attn_implementation": "flash_attention_2"}, "FlashAttention2 has been toggled on"),
         ({"optim": "adamw_torch"}, "trained by 'qft_lion' .* got optim='adamw_torch'"),
@@ -420,7 +420,7 @@ def test_what_a_run_would_stumble_over_is_refused_by_a_check(flags, message, cha
 def test_a_gpus_kernels_are_refused_on_a_cpu_by_a_run_and_not_by_a_check(chat_flags):
     """A dry run may be made on another machine."""
     flags = chat_flags | {"use_liger_kernel": "true"}
-    with pytest.raises(ValueError, match="use_liger_kernel is for a GPU, and there is none"):
+    with pytest.raises(ValueError, match="use_liger_kernel needs a GPU, and there is none"):
         prepare(parsed(flags))
     check(parsed(flags))
 
@@ -587,7 +587,7 @@ def test_model_is_not_overwritten_by_its_own_run(chat_flags):
         ({"do_eval": "true"}, "evaluation is asked for"),
         (
             {"model_name_or_path": "{small}"},
-            "321 tokens and the model has 131 embeddings.* new_tokens",
+            "321 tokens, but the model has 131 embeddings.* new_tokens",
         ),
     ],
     ids=str,
@@ -646,8 +646,8 @@ def test_a_template_has_no_byte_order_mark_in_it(chat_flags, tmp_path):
     ("template", "stops", "said"),
     [
         (CHATML, None, None),  # ends answers with the end-of-text token
-        (CHATML.replace(END, "<end>"), [2, 320], "learns to end what it says with <end>"),
-        (CHATML.replace(END, "(end)"), None, "no special token .* ends answers with <.im_end.>"),
+        (CHATML.replace(END, "<end>"), [2, 320], "learns to end its texts with <end>"),
+        (CHATML.replace(END, "(end)"), None, "a special token .* ends answers with <.im_end.>"),
     ],
     ids=["eos", "another", "text"],
 )
@@ -724,11 +724,11 @@ def test_scores_on_what_is_learned_are_called_so(spelling, chat_flags, tmp_path,
     folder = Path(chat_flags["train_data"]).parent
     again = spelling.format(folder, folder.name) + "/" + Path(chat_flags["train_data"]).name
     read(parsed(chat_flags, eval_data=again))
-    assert f"8 rows of {again} are in train_data and eval_data at once" in caplog.text
+    assert f"8 rows of {again} are both in train_data and in eval_data" in caplog.text
 
     caplog.clear()
     read(parsed(chat_flags, eval_data=again, train_split="train[:5]", eval_split="train[3:]"))
-    assert f"2 rows of {again} are in train_data and eval_data at once" in caplog.text
+    assert f"2 rows of {again} are both in train_data and in eval_data" in caplog.text
 
     caplog.clear()
     split = {"train_split": "train[:1]", "eval_split": "train[1:]"}
@@ -788,12 +788,12 @@ def test_a_dry_run_misses_weights_as_a_run_does(what, chat_flags):
     ("changes", "message"),
     [
         ({"attn_implementation": "flash"}, 'cannot be loaded: .*"flash".* is not supported'),
-        ({"report_to": "wandbb"}, "report_to is 'wandbb', .* Install it, leave it out, or take"),
+        ({"report_to": "wandbb"}, "report_to is 'wandbb', .* Install it, leave it out, or use"),
         ({"report_to": "mlflow"}, "report_to is 'mlflow', which is not installed"),
-        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr'.* does not go with .*min_lr"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr'.* does not accept .*min_lr"),
         (
             {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": '{"cycles": 2}'},
-            "'cosine' does not go with .*'cycles'.*: .*unexpected keyword argument",
+            "'cosine' does not accept .*'cycles'.*: .*unexpected keyword argument",
         ),
     ],
 )
@@ -803,7 +803,7 @@ def test_what_libraries_refuse_is_refused_by_us(command, changes, message, chat_
 
 
 def test_a_run_that_cannot_be_pushed_is_refused_before_it_trains(chat_flags):
-    with pytest.raises(ValueError, match=r"(?s)not give a repository: .*offline.* Log in with"):
+    with pytest.raises(ValueError, match=r"(?s)not provide a repository: .*offline.* Log in with"):
         finetune(parsed(chat_flags, push_to_hub="true"))
     assert not chat_flags["output_dir"].exists()
 
@@ -817,7 +817,7 @@ def test_a_hub_that_refuses_the_finished_run_costs_nothing(chat_flags, monkeypat
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
     monkeypatch.setattr(trainer, "hf_api", lambda: huggingface_hub.HfApi(url))
     push = {"push_to_hub": "true", "hub_model_id": "someone/model", "hub_token": "hf_secret"}
-    with pytest.raises(ValueError, match=r"(?s)403.* Push it by `hf upload someone/model "):
+    with pytest.raises(ValueError, match=r"(?s)403.* Push it with `hf upload someone/model "):
         finetune(parsed(chat_flags, export_dtype="bfloat16", **push))
     server.shutdown()
 

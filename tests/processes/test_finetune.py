@@ -127,7 +127,7 @@ def test_the_summary_is_of_all_processes(two, one):
 
 def test_one_process_speaks(two):
     _, said = two
-    for text in ("on this process, one of 2", "names no licence", "tokens/s", "The first example"):
+    for text in ("on this process, one of 2", "names no license", "tokens/s", "The first example"):
         assert "".join(said[0]).count(text) == 1, text
 
 

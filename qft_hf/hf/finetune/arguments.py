@@ -1,7 +1,7 @@
-"""What a fine-tuning run is told: the model, the method, the data and the output.
+"""The settings of a fine-tuning run: the model, the method, the data and the output.
 
-Training itself is told by `QFTTrainingArguments`. The field names are the keys of a config file and
-the command's flags.
+The settings of training itself are in `QFTTrainingArguments`. The field names are the keys of a
+config file and the command's flags.
 """
 
 import math
@@ -31,7 +31,7 @@ class ModelArguments:
     )
     new_tokens: list[str] | None = field(
         default=None,
-        metadata={"help": "Special tokens to add, as of a chat template; embeddings grow by them."},
+        metadata={"help": "Special tokens to add, with embeddings, such as a chat template's."},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run Python code that comes with the model."}
@@ -40,12 +40,14 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Jinja file that replaces the tokenizer's chat template, or the name of "
-            "one that ships: vicuna."
+            "one that ships, such as vicuna."
         },
     )
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32",
-        metadata={"help": "Of what stays float (norms, biases) and of the activations."},
+        metadata={
+            "help": "Dtype of activations and of parameters that stay float (norms, biases)."
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention kernel, as in `from_pretrained`."}
@@ -57,7 +59,7 @@ _SIDE = QSTConfig()
 
 @dataclass
 class MethodArguments:
-    """What of the model is trained: every parameter, or a side network (docs/side-tuning.md)."""
+    """What is trained: every parameter of the model, or a side network (docs/side-tuning.md)."""
 
     _argument_group_name: ClassVar[str] = "method"
 
@@ -71,8 +73,8 @@ class MethodArguments:
     base: Literal["nf4", "int8", "float"] | None = field(
         default=None,
         metadata={
-            "help": "qst: how the frozen base is stored: 4 bits by bitsandbytes, INT8, or as it "
-            "is. Unset: nf4, and a model that is quantized already stays as it is."
+            "help": "qst: how the frozen base is stored: 4 bits by bitsandbytes, INT8, or float. "
+            "Unset: nf4, but a model that is already quantized stays as it is."
         },
     )
     side_r: int | None = field(
@@ -85,21 +87,21 @@ class MethodArguments:
     side_downsample: str | None = field(
         default=None,
         metadata={
-            "help": f"qst: how hidden states get narrow: {', '.join(DOWNSAMPLES)}. Unset: "
+            "help": f"qst: how hidden states are narrowed: {', '.join(DOWNSAMPLES)}. Unset: "
             f"{_SIDE.downsample}."
         },
     )
     side_rank: int | None = field(
-        default=None, metadata={"help": f"qst: of the adapter. Unset: {_SIDE.rank}."}
+        default=None, metadata={"help": f"qst: rank of the adapter. Unset: {_SIDE.rank}."}
     )
 
     @property
     def side(self) -> QSTConfig | None:
-        """The side network that is trained; None if every parameter is."""
+        """The side network to train; None if every parameter is trained."""
         return None if self.method == "full" else QSTConfig(**self._side_fields)
 
     def asks_for_another(self, side: QSTConfig) -> bool:
-        """Whether the fields of the side network that are set say something else than `side`."""
+        """Whether a field of the side network is set and differs from `side`."""
         return any(getattr(side, name) != value for name, value in self._side_fields.items())
 
     @property
@@ -111,13 +113,13 @@ class MethodArguments:
         given = [f"side_{name}" for name in self._side_fields] + ["base"] * (self.base is not None)
         if self.method == "full" and given:
             raise ValueError(
-                f"{', '.join(given)} is of side tuning, and method 'full' trains every parameter. "
-                "Set method to qst, or leave it out."
+                f"{', '.join(given)} can only be set for side tuning, but method 'full' trains "
+                "every parameter. Set method to qst, or leave these out."
             )
         side = self.side
         if side is not None and self.side_rank is not None and side.downsample != "adapter":
             raise ValueError(
-                f"side_rank={side.rank} is of side_downsample 'adapter', got {side.downsample!r}. "
+                f"side_rank={side.rank} needs side_downsample 'adapter', got {side.downsample!r}. "
                 "Leave one of them out."
             )
 
@@ -136,16 +138,16 @@ class DataArguments:
     )
     train_weights: list[float] | None = field(
         default=None,
-        metadata={"help": "How often an epoch sees each of train_data: 2 twice, 0.5 half of it."},
+        metadata={"help": "How often an epoch has each of train_data: 2 is twice, 0.5 half of it."},
     )
     train_split: str = field(
-        default="train", metadata={"help": "Split of train_data. A file is all `train`."}
+        default="train", metadata={"help": "Split of train_data. A file has only `train`."}
     )
     train_config: str | None = field(
         default=None, metadata={"help": "Configuration of train_data, if the hub has several."}
     )
     eval_data: list[str] | None = field(
-        default=None, metadata={"help": "Like train_data, held out: evaluated, never learned."}
+        default=None, metadata={"help": "Held-out data, like train_data: scored, never learned."}
     )
     eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
     eval_config: str | None = field(
@@ -153,7 +155,7 @@ class DataArguments:
     )
     eval_fraction: float | None = field(
         default=None,
-        metadata={"help": "Instead of eval_data: hold out this share of train_data by seed."},
+        metadata={"help": "Instead of eval_data: hold out this share of train_data, by seed."},
     )
     max_train_rows: int | None = field(
         default=None, metadata={"help": "Use only the first rows of the training data."}
@@ -169,29 +171,31 @@ class DataArguments:
         },
     )
     messages_field: str | None = field(
-        default=None, metadata={"help": "chat: the messages, where they are not called as usual."}
+        default=None, metadata={"help": "chat: field of the messages, if its name is unusual."}
     )
     prompt_field: str | None = field(
         default=None,
-        metadata={"help": "chat: the question, where it is not called as usual; see answer_field."},
+        metadata={"help": "chat: field of the question, if its name is unusual; see answer_field."},
     )
-    answer_field: str | None = field(default=None, metadata={"help": "chat: the answer."})
-    text_field: str = field(default="text", metadata={"help": "All but chat: the (first) text."})
+    answer_field: str | None = field(default=None, metadata={"help": "chat: field of the answer."})
+    text_field: str = field(
+        default="text", metadata={"help": "All tasks but chat: field of the (first) text."}
+    )
     text_pair_field: str | None = field(
-        default=None, metadata={"help": "Labelled texts: the second text, if there is one."}
+        default=None, metadata={"help": "Labeled texts: field of the second text, if any."}
     )
     label_field: str = field(
-        default="label", metadata={"help": "Labelled texts: the class, number or list of classes."}
+        default="label", metadata={"help": "Labeled texts: field of the class, number or classes."}
     )
     on_bad_row: Literal["stop", "skip"] = field(
         default="stop",
-        metadata={"help": "A row that cannot be read is named, or left out and counted."},
+        metadata={"help": "Whether an unreadable row stops the run, or is left out and counted."},
     )
     assistant_only_loss: bool = field(
-        default=True, metadata={"help": "chat: learn what the assistant says and nothing else."}
+        default=True, metadata={"help": "chat: learn only the assistant's turns."}
     )
     max_length: int = field(
-        default=1024, metadata={"help": "Tokens an example is cut at, or a packed block holds."}
+        default=1024, metadata={"help": "Most tokens in an example; tokens in a packed block."}
     )
     packing: bool = field(
         default=False,
@@ -201,12 +205,12 @@ class DataArguments:
         },
     )
     preprocessing_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize. Default: this one."}
+        default=None, metadata={"help": "Processes that tokenize. Default: only this one."}
     )
 
     @property
     def weights(self) -> list[float]:
-        """One weight for each of `train_data`."""
+        """One weight for each entry of `train_data`."""
         return self.train_weights or [1.0] * len(self.train_data)
 
     def __post_init__(self) -> None:
@@ -249,12 +253,12 @@ class DataArguments:
 
 @dataclass
 class OutputArguments:
-    """What a run writes beside what the Trainer writes."""
+    """What a run writes in addition to the Trainer's files."""
 
     _argument_group_name: ClassVar[str] = "output"
 
     overwrite_output: bool = field(
-        default=False, metadata={"help": "Replace the run that output_dir holds, if it holds one."}
+        default=False, metadata={"help": "Replace the run in output_dir, if there is one."}
     )
     export_dtype: ExportDtype | None = field(
         default=None,

@@ -1,15 +1,16 @@
-"""A conversation as token ids, with the loss on what the assistant says.
+"""Conversations as token ids, with the loss on the assistant's turns.
 
-Two ways lead to the assistant's characters, and to their tokens; both are exact or raise:
+The assistant's characters, and then their tokens, are found in one of two ways. Both are exact or
+raise:
 
-- the template marks them itself with `{% generation %}` ... `{% endgeneration %}`;
-- otherwise the conversation is rendered up to each assistant turn and up to its end. Each of these
-  texts must begin the text of the whole, so their lengths say where the turn lies. Where a template
-  rewrites earlier turns (Qwen3 drops their reasoning), an answer that is rewritten later makes an
-  example of its own, which ends with it: the model is trained on what it will see and say when it
-  is asked.
+- The template marks them with `{% generation %}` ... `{% endgeneration %}`.
+- Otherwise the conversation is rendered up to the start and up to the end of each assistant turn.
+  The first text must be a prefix of the second, so their lengths give the position of the turn. If
+  a template rewrites earlier turns (Qwen3 drops their reasoning), an answer that is rewritten later
+  becomes an example of its own that ends with this answer: the model is trained on the prompt that
+  it sees, and the answer that it writes, during generation.
 
-A token that reaches across the border of a turn is refused.
+A conversation in which a token spans the boundary of a turn is refused.
 """
 
 import copy
@@ -33,10 +34,10 @@ from .task import Example, LanguageTask, NothingToLearn, Row, RowError
 logger = logging.getLogger(__name__)
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_TEMPLATE_FAULTS = (  # whatever Python raises in a template
+_TEMPLATE_FAULTS = (  # errors that rendering a template can raise
     TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
 )  # fmt: skip
-_REASONING = ("reasoning_content", "reasoning", "thinking")  # of a turn
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a turn
 _GREETING = Conversation(
     [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}],
     learned=[True, True],
@@ -45,7 +46,7 @@ _GREETING = Conversation(
 
 
 class Chat(LanguageTask):
-    """The assistant's turns of a conversation are learned, or all of it."""
+    """Learns the assistant's turns of a conversation, or the whole conversation."""
 
     def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(arguments, tokenizer)
@@ -53,7 +54,7 @@ class Chat(LanguageTask):
         self.end_token = self.encoder.end_of_turn()
 
     def encode(self, row: Row) -> list[Example]:
-        """Render and tokenize; several examples where the template rewrites earlier turns."""
+        """Return one example, or several if the template rewrites earlier turns."""
         conversation = read_conversation(
             row,
             messages_field=self.arguments.messages_field,
@@ -66,22 +67,22 @@ class Chat(LanguageTask):
 
 @dataclass(slots=True)
 class _Rendered:
-    """A text that ends with an answer, and where in it answers lie."""
+    """A rendered text, and the positions of the answers in it."""
 
     text: str
-    answers: list[tuple[Turn, int, int]] = field(default_factory=list)  # first, last + 1 character
+    answers: list[tuple[Turn, int, int]] = field(default_factory=list)  # each: turn, begin, end
 
 
 class ConversationEncoder:
-    """Renders conversations with a tokenizer's chat template and labels what is to be learned.
+    """Renders conversations with a tokenizer's chat template and labels the tokens to learn.
 
     Args:
-        tokenizer: A fast one, with a chat template. It is copied, not kept.
+        tokenizer: Has a chat template, and is a fast one if `assistant_only`. It is not changed.
         assistant_only: Learn only the assistant turns, each with its end-of-turn token.
             Otherwise learn every token.
 
     Raises:
-        ValueError: There is no chat template, or the tokenizer is not a fast one.
+        ValueError: There is no chat template, or a fast tokenizer is needed and this is none.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, assistant_only: bool) -> None:
@@ -94,7 +95,7 @@ class ConversationEncoder:
         if assistant_only and not tokenizer.is_fast:
             raise ValueError(
                 "finding the assistant's tokens needs a fast tokenizer, which knows where each "
-                f"token lies in the text; got {type(tokenizer).__name__}. Set assistant_only_loss "
+                f"token is in the text; got {type(tokenizer).__name__}. Set assistant_only_loss "
                 "to false, or use a model that comes with a tokenizer.json."
             )
         self.assistant_only = assistant_only
@@ -104,18 +105,18 @@ class ConversationEncoder:
         self.special_ids = {token for token, added_token in added.items() if added_token.special}
         self.special_ids.update(tokenizer.all_special_ids)
         if assistant_only:
-            # Many post-processors cut white space off a token's offsets, which then no longer say
-            # where it begins. Their other work, adding special tokens, is the template's here.
+            # Many post-processors trim white space from a token's offsets, which then no longer
+            # give its start. Their other task, adding special tokens, is done by the template.
             self.tokenizer = copy.deepcopy(tokenizer)
             self.tokenizer.backend_tokenizer.post_processor = None
             if not self.marks_assistant:
                 self._use_training_template()
 
     def end_of_turn(self) -> int | None:
-        """Return the special token that ends an answer, None if it ends in text."""
+        """Return the special token that ends an answer, None if an answer ends in text."""
         try:
             ((_, labels),) = self.encode(_GREETING)
-        except RowError:  # the data may have another form, or are refused for the same reason
+        except RowError:  # the template may accept the data; otherwise each row is refused
             return None
         learned = [label for label in labels if label != IGNORED]
         while learned and str(self.tokenizer.decode(learned[-1:])).isspace():
@@ -123,7 +124,7 @@ class ConversationEncoder:
         return learned[-1] if learned and learned[-1] in self.special_ids else None
 
     def _use_training_template(self) -> None:
-        """Take the marked template that TRL has for this one, if ours cannot tell its answers."""
+        """Use TRL's marked version of the template if the prefixes do not locate its answers."""
         try:
             self.encode(_GREETING)
         except RowError as refusal:
@@ -132,9 +133,9 @@ class ConversationEncoder:
 
                 self.tokenizer.chat_template = get_training_chat_template(self.tokenizer)
             except (ImportError, *_TEMPLATE_FAULTS):
-                return  # the first row is refused, and says why
+                return  # the first row is refused with the reason
             self.marks_assistant = True
-            logger.warning("TRL's training template takes the place of the model's: %s", refusal)
+            logger.warning("TRL's training template is used instead of the model's: %s", refusal)
 
     def encode(
         self, conversation: Conversation, *, max_length: int | None = None
@@ -143,17 +144,17 @@ class ConversationEncoder:
 
         Args:
             conversation: Turns in order.
-            max_length: Where the caller will cut. Turns that begin later are not looked for, which
-                saves most of the time in long conversations; their labels are `IGNORED`.
+            max_length: Number of tokens that the caller keeps. Later turns are not searched for,
+                which saves most of the time in long conversations; their labels are `IGNORED`.
 
         Returns:
-            Pairs, one unless the template rewrites earlier turns:
-            input_ids: The rendered conversation, not cut.
-            labels: Same length: the token itself where it is learned, `IGNORED` elsewhere.
+            One pair, or several if the template rewrites earlier turns:
+            input_ids: Tokens of the rendered conversation, not cut.
+            labels: Same length; the token id if the token is learned, otherwise `IGNORED`.
 
         Raises:
-            RowError: The template refuses the conversation or leaves a part of it out, or the
-                assistant turns cannot be told from the rest.
+            RowError: The template refuses the conversation or leaves out a part of it, or the
+                assistant turns cannot be located.
         """
         if not conversation.turns:
             raise NothingToLearn("empty", "there are no messages.")
@@ -161,8 +162,8 @@ class ConversationEncoder:
         if not self.assistant_only:
             if not all(conversation.learned):
                 raise RowError(
-                    "weight or train beside assistant_only_loss=false",
-                    "every token is learned then. Set assistant_only_loss to true.",
+                    "weight or train with assistant_only_loss=false",
+                    "this setting learns every token. Set assistant_only_loss to true.",
                 )
             encoded = self._tokenize(self._render(conversation))
             return [(list(encoded["input_ids"]), list(encoded["input_ids"]))]
@@ -187,7 +188,7 @@ class ConversationEncoder:
         if len(blocks) != len(answers):
             raise RowError(
                 f"the chat template marks {len(blocks)} answers of {len(answers)}",
-                "it takes other roles for the assistant's, or some of the assistant's for others. "
+                "it marks turns of other roles, too, or leaves out some of the assistant's. "
                 "Use another chat_template.",
             )
         spans = [
@@ -211,15 +212,15 @@ class ConversationEncoder:
             if index == 0:
                 raise RowError(
                     "begins with the assistant",
-                    "nothing asks for its turn, so the template cannot tell where it starts. Drop "
+                    "no turn comes before it, so the template does not show where it starts. Drop "
                     f"the turn or put a user or system turn before it. It says {excerpt(turn)}.",
                 )
             prompt = self._render(conversation, n_turns=index, add_generation_prompt=True)
             answered = self._render(conversation, n_turns=index + 1)
             if not answered.startswith(prompt):
                 raise RowError(
-                    "the chat template renders an answer differently when it is asked for",
-                    "its tokens cannot be told from the rest. Use a template with {% generation "
+                    "the chat template renders a prompt differently once its answer is added",
+                    "the answer's tokens cannot be located. Use a template with {% generation "
                     f"%}}, or set assistant_only_loss to false. The turn says {excerpt(turn)}.",
                 )
             if answered.startswith(rendered[-1].text):
@@ -235,7 +236,7 @@ class ConversationEncoder:
         return [example for example in rendered if example.answers] or rendered[-1:]
 
     def _locate(self, example: _Rendered) -> tuple[list[int], list[int]]:
-        """Return the tokens of a text, and the labels of its answers."""
+        """Return the tokens and labels of a text; only its answers are learned."""
         encoded = self._tokenize(example.text)
         input_ids, offsets = encoded["input_ids"], encoded["offsets"]
         labels = [IGNORED] * len(input_ids)
@@ -253,7 +254,7 @@ class ConversationEncoder:
         return input_ids, labels
 
     def _end_of_turn(self, input_ids: list[int], start: int, stop: int) -> int:
-        """Return where the turn in `input_ids[start:stop]` ends, its end-of-turn token included.
+        """Return the end of the turn in `input_ids[start:stop]`, after its end-of-turn token.
 
         White space after a special token separates turns (ChatML writes a line break); generation
         stops before it, so it is not learned. Without a special token, white space may itself be
@@ -265,10 +266,10 @@ class ConversationEncoder:
         return end if end > start and input_ids[end - 1] in self.special_ids else stop
 
     def _require_shown(self, conversation: Conversation) -> None:
-        """Raise `RowError` if the template leaves out what it does not know.
+        """Raise `RowError` if the template leaves out a part of the conversation.
 
-        What is not found word by word is looked for by its effect: without it, the text must be
-        another one; of an answer, the text that ends with it.
+        A part that is not found verbatim is checked by its effect: the rendered text must change
+        when the part is removed. For a part of an answer, the text up to that answer is compared.
         """
         text = self._render(conversation)
         without: list[tuple[str, Conversation, int | None]] = []
@@ -291,12 +292,12 @@ class ConversationEncoder:
             try:
                 shown = self._render(conversation, n_turns=n_turns)
                 is_left_out = self._render(other, n_turns=n_turns) == shown
-            except RowError:  # it has to be there
+            except RowError:  # the template does not render without the part
                 continue
             if is_left_out:
                 raise RowError(
                     f"the chat template leaves out {what}",
-                    "they would not be learned from. Use a chat_template that shows them, or "
+                    "the model would not see them. Use a chat_template that shows them, or "
                     "remove them from the data.",
                 )
 
@@ -329,20 +330,20 @@ class ConversationEncoder:
 
 @contextmanager
 def _refusals(turns: list[Turn]) -> Iterator[None]:
-    """Say of what a template raises that it is about these turns, unless it is no template."""
+    """Raise errors of a template as `RowError` about these turns, syntax errors as `ValueError`."""
     try:
         yield
     except TemplateSyntaxError as error:
         raise ValueError(
-            f"the chat template is no Jinja: {error.message}, line {error.lineno}. Correct it, or "
-            "set chat_template to another one."
+            f"the chat template is not valid Jinja: {error.message}, line {error.lineno}. Correct "
+            "it, or set chat_template to another one."
         ) from error
     except _TEMPLATE_FAULTS as error:
         roles = [turn["role"] for turn in turns]
         raise RowError(
             "the chat template refuses the conversation",
             f"{error}. Its roles are {', '.join(roles[:6])}{', ...' if roles[6:] else ''}. "
-            "Change the data, or set chat_template to one that takes them. It begins "
+            "Change the data, or set chat_template to one that accepts them. The first turn says "
             f"{excerpt(turns[0])}.",
         ) from error
 
@@ -356,7 +357,7 @@ def _answers(conversation: Conversation) -> list[int]:
 
 
 def _token_at(character: int, offsets: Sequence[tuple[int, int]]) -> int | None:
-    """Return the index of the token that begins at `character`, None if one reaches across it."""
+    """Return the index of the token that begins at `character`, None if a token spans it."""
     index = bisect_right(offsets, character, key=lambda offset: offset[1])
     reaches_across = index < len(offsets) and offsets[index][0] < character
     return None if reaches_across else index

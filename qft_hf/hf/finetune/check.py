@@ -1,4 +1,4 @@
-"""What a run would do, found out without loading a weight: a dry run of its config."""
+"""A dry run of a config, which reports what the run would do without loading any weights."""
 
 import shutil
 from contextlib import suppress
@@ -28,25 +28,26 @@ from .task import LanguageTask
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a run would read, write and take.
+    """What a run would read, write and need.
 
     Attributes:
-        paths: Whole paths of what is read from this machine, by the key that names it.
-        output_dir: Whole path of the output folder.
-        checkpoint: Whole path of what the run goes on from; None for a fresh start.
+        paths: Absolute paths of the local files and folders that are read, by key of the config.
+        output_dir: Absolute path of the output folder.
+        checkpoint: Absolute path of the checkpoint to resume from; None for a fresh start.
         architecture: Class of the model.
-        parameters: Of the model.
-        trained_parameters: Those of them that are trained.
-        train_data: What became of the rows.
-        eval_data: Likewise; None if nothing is held out.
-        classes: Names of the outputs in their order, where a class is learned.
-        steps: Of the optimizer.
-        steps_per_epoch: Likewise.
-        packing: Whether examples share blocks, and what is known of whether they stay apart there.
-        example: The first example as text; what is learned stands in brackets.
-        disk_bytes: That the run has on the disk at one time, at most.
-        free_bytes: On that disk.
-        memory: By arithmetic; None of what is no decoder, has not its usual sizes, or gets labels.
+        parameters: Number of parameters of the model.
+        trained_parameters: Number of those that are trained.
+        train_data: Counts of the training rows.
+        eval_data: Counts of the evaluation rows; None if nothing is held out.
+        classes: Names of the outputs in order; empty if no class is learned.
+        steps: Optimizer steps of the run.
+        steps_per_epoch: Optimizer steps of an epoch.
+        packing: Whether examples share blocks, and if so, whether they are known to stay apart.
+        example: The first example as text, with the learned part in brackets.
+        disk_bytes: Largest number of bytes that the run has on the disk at one time.
+        free_bytes: Free bytes on that disk.
+        memory: Estimate by arithmetic; None if the task has labels, the model is not a decoder, or
+            its configuration lacks the usual sizes.
     """
 
     paths: dict[str, str]
@@ -67,7 +68,7 @@ class Check:
     memory: MemoryEstimate | None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all fields, and the sums of the memory."""
+        """Return all fields and the sums of the memory estimate."""
         sums = {}
         if self.memory is not None:
             sums = {
@@ -84,7 +85,7 @@ class Check:
         return f"a side network of {self.trained_parameters:,} parameters"
 
     def __str__(self) -> str:
-        """Return the findings, a line each, the example, and the table of the memory."""
+        """Return the findings, one per line, the example, and the memory table."""
         lines = [f"{key:<24}{path}" for key, path in self.paths.items()]
         classes = [f"{'classes':<24}{', '.join(self.classes)}"] if self.classes else []
         lines += [
@@ -96,13 +97,13 @@ class Check:
             f"{'steps':<24}{self.steps:,}; an epoch has {self.steps_per_epoch:,}",
             f"{'packing':<24}{self.packing}",
             f"{'output_dir':<24}{self.output_dir}",
-            f"{'goes on from':<24}{self.checkpoint or 'the model: a fresh start'}",
+            f"{'starts from':<24}{self.checkpoint or 'the model: a fresh start'}",
             f"{'disk':<24}up to {self.disk_bytes / 1e9:.2f} GB of {self.free_bytes / 1e9:.1f} free",
-            f"\nThe first example; what is learned stands in {LEARNED[0]}brackets{LEARNED[1]}:\n",
+            f"\nThe first example, with the learned parts in {LEARNED[0]}brackets{LEARNED[1]}:\n",
             self.example,
             "",
-            "memory is not estimated: it is for decoders that learn next tokens, and whose "
-            "configuration has the usual sizes"
+            "memory is not estimated: the estimate is for decoders that learn next tokens and have "
+            "a configuration with the usual sizes"
             if self.memory is None
             else str(self.memory),
         ]
@@ -110,10 +111,10 @@ class Check:
 
 
 def check(arguments: RunArguments) -> Check:
-    """Read what a run would read, but for the weights of its model. Writes and trains nothing.
+    """Read what a run would read, except the model's weights. Writes and trains nothing.
 
     Raises:
-        FileExistsError: As `prepare`, and so all others.
+        FileExistsError: As `prepare`.
         FileNotFoundError: Likewise.
         OSError: Likewise.
         ValueError: Likewise.
@@ -140,7 +141,7 @@ def check(arguments: RunArguments) -> Check:
     if arguments.data.packing:
         packing = "in blocks; no example sees another"
         if not refuse_crossing_family(make, config, training.device, **how):
-            packing = "in blocks; whether examples see each other is tried when the run begins"
+            packing = "in blocks; whether examples see each other is checked when the run begins"
     memory = None
     if arguments.method.side is not None:
         work = side_workload_of(arguments, config)
@@ -151,7 +152,7 @@ def check(arguments: RunArguments) -> Check:
                     config, gradient_checkpointing=bool(training.gradient_checkpointing), **work
                 )
     elif isinstance(task, LanguageTask):
-        # A run does without the estimate where the configuration lacks a size that it needs.
+        # The estimate is optional: a configuration may lack a size that it needs.
         with suppress(ValueError):
             memory = estimate_memory(
                 model,

@@ -1,4 +1,4 @@
-"""A text, or a pair of texts, and its label: a class, a number, or several classes."""
+"""Tasks that predict a label of a text or text pair: a class, a number, or several classes."""
 
 import ast
 import math
@@ -20,25 +20,25 @@ from .evaluation import CLASSES, NUMBERS, SEVERAL_CLASSES, Scoring
 from .task import Example, NothingToLearn, Row, RowError, Task
 
 UNLABELLED = -1  # the convention of `datasets.ClassLabel`
-SEPARATORS = (",", ";", "|")  # of several classes in a cell of text
+SEPARATORS = (",", ";", "|")  # between several classes in a text cell
 
 
 class Classification(Task):
-    """One class of several.
+    """Classification into one of several classes.
 
-    The order of the classes is the order of the model's head if that has been trained, else the
-    one that the data declare, else the sorted one.
+    The classes are in the order of the model's head if it has been trained, otherwise in the order
+    that the data declare, otherwise sorted.
 
     Args:
-        arguments: Names of the fields, and the length of examples.
+        arguments: Names of the fields, and the maximum length of examples.
         tokenizer: Has a padding token.
-        config: The model's; read, not changed.
-        labels: The labels of all rows, without repetition; None where a row has none.
-        declared: Class names that the data declare, in their order; maybe none.
+        config: Configuration of the model; not changed.
+        labels: The labels of all rows; None for a row without a label.
+        declared: Class names that the data declare, in order; may be empty.
 
     Raises:
-        ValueError: There are fewer than two classes, some of them are one with another spelling,
-            or the model's head does not know them.
+        ValueError: There are fewer than two classes, some differ only in case or white space, or
+            the model's head does not have them.
     """
 
     scoring: ClassVar[Scoring] = CLASSES
@@ -65,11 +65,11 @@ class Classification(Task):
         self._index_of = {_key(name): index for index, name in enumerate(self.names)}
 
     def model_class(self, config: PreTrainedConfig) -> Any:
-        """Return what puts a new head on any model of text."""
+        """Return the class that adds a new head to any text model."""
         return AutoModelForSequenceClassification
 
     def configure(self, config: PreTrainedConfig) -> None:
-        """Give the head its size, its kind and the names of its outputs."""
+        """Set the head's size, problem type and output names in `config`."""
         config.problem_type = self.problem_type
         config.num_labels = max(1, len(self.names))
         if self.names:
@@ -77,11 +77,11 @@ class Classification(Task):
             config.label2id = {name: index for index, name in enumerate(self.names)}
 
     def encode(self, row: Row) -> list[Example]:
-        """Tokenize, cutting the longer text of a pair first; special tokens around stand once."""
+        """Tokenize; the longer text of a pair is cut first, and special tokens are not doubled."""
         names = [self.arguments.text_field, self.arguments.text_pair_field]
         texts = [self.field(row, name) for name in names if name is not None]
         if not all(isinstance(text, str) for text in texts):
-            raise RowError("no text", f"expected a string in each of {names}, got {texts!r}.")
+            raise RowError("not a text", f"expected a string in each of {names}, got {texts!r}.")
         texts = [self._bare(text) for text in texts]
         label = self.label(self.field(row, self.arguments.label_field))
         encoded = self.tokenizer(*texts, verbose=False)
@@ -94,19 +94,19 @@ class Classification(Task):
         return [{**encoded, "labels": label, "cut": cut}]
 
     def label(self, value: Any) -> Any:
-        """Return what the loss takes for a stored label.
+        """Return a stored label in the form that the loss takes.
 
         Raises:
-            RowError: There is none, or it is none of the classes.
+            RowError: The label is missing, or is not one of the classes.
         """
         return self._class(value)
 
     def describe(self, label: Any) -> str:
-        """Return what a label of an example says: the name of its class."""
+        """Return the label of an example as text: the name of its class."""
         return str(self.names[label])
 
     def _bare(self, text: str) -> str:
-        """Return a text without the special tokens that the tokenizer sets around it anyway."""
+        """Return a text without the special tokens that the tokenizer adds around it anyway."""
         for token in self._begin:
             while (rest := text.lstrip()).startswith(token):
                 text = rest.removeprefix(token).lstrip()
@@ -120,8 +120,8 @@ class Classification(Task):
         if value is None or value == UNLABELLED:
             raise RowError(
                 f"no label ({value})",
-                "such a row can neither be learned nor scored. Remove it, or set on_bad_row to "
-                f"skip; give a class that is stored as {UNLABELLED} a name.",
+                "a row without a label cannot be learned or scored. Remove it, or set on_bad_row "
+                f"to skip; give a class that is stored as {UNLABELLED} a name.",
             )
         index = self._index_of.get(_key(value))
         if index is None and isinstance(value, int) and 0 <= value < len(self.names):
@@ -131,7 +131,7 @@ class Classification(Task):
         return index
 
     def _canonical(self, label: Any) -> Any:
-        """Return a name or a number: csv has only text, and pandas makes 1.0 of 1."""
+        """Return a name, a number or None: CSV holds only text, and pandas turns 1 into 1.0."""
         if isinstance(label, str):
             label = _number(label) if label.strip() else None
         if isinstance(label, bool):
@@ -141,7 +141,7 @@ class Classification(Task):
         return label
 
     def _classes(self, labels: Sequence[Any]) -> Iterable[Any]:
-        """Return the classes that stand in all labels."""
+        """Return the classes that occur in the labels."""
         return map(self._canonical, labels)
 
     def _names(self, labels: Sequence[Any]) -> list[str]:
@@ -150,7 +150,7 @@ class Classification(Task):
         for value in values:
             if not isinstance(value, int | str):
                 raise ValueError(
-                    f"{where} holds {value!r}, which is no class. Set task to regression for "
+                    f"{where} holds {value!r}, which is not a class. Set task to regression for "
                     "numbers with a fraction and to multi_label for lists, or store classes as "
                     "names or whole numbers."
                 )
@@ -183,14 +183,14 @@ class Classification(Task):
         if numbers and unknown == names and all(0 <= int(name) < len(head) for name in names):
             return head
         raise ValueError(
-            f"the model's head has the classes {head}, and nothing says which of them "
-            f"{unknown} of the data are. Rename the labels, write their names into id2label of "
+            f"the model's head has the classes {head}, and it is not known which of them the "
+            f"labels {unknown} mean. Rename the labels, write their names into id2label of "
             "the model's config.json, or start from a model without a classification head."
         )
 
 
 class Regression(Classification):
-    """A number; the loss is the squared error."""
+    """Prediction of a number; the loss is the squared error."""
 
     scoring = NUMBERS
     problem_type = "regression"
@@ -201,9 +201,9 @@ class Regression(Classification):
         try:
             number = float(value)
         except (TypeError, ValueError) as error:
-            raise RowError("no number", f"task 'regression' got the label {value!r}.") from error
+            raise RowError("not a number", f"task 'regression' got the label {value!r}.") from error
         if not abs(number) <= float(np.finfo(np.float32).max):
-            raise RowError("no finite number", f"task 'regression' got the label {value!r}.")
+            raise RowError("not a finite number", f"task 'regression' got the label {value!r}.")
         return number
 
     def describe(self, label: Any) -> str:
@@ -213,16 +213,17 @@ class Regression(Classification):
     def _names(self, labels: Sequence[Any]) -> list[str]:
         if self._head is not None and len(self._head) != 1:
             raise ValueError(
-                f"the model's head has the classes {self._head}, and task 'regression' needs one "
+                f"the model's head has the classes {self._head}, but task 'regression' needs one "
                 "output. Start from a model without a classification head."
             )
         return []
 
 
 class MultiLabel(Classification):
-    """Any number of classes: a list of them, or a list of 0 and 1 with one entry a class.
+    """Classification into any number of classes.
 
-    A list may stand in a cell of text, as in csv: `a, b`, `a;b`, `a|b` or `["a", "b"]`.
+    A label is a list of classes, or a list of 0 and 1 with one entry per class. It may be written
+    as text, as in CSV: `a, b`, `a;b`, `a|b` or `["a", "b"]`.
     """
 
     scoring = SEVERAL_CLASSES
@@ -230,18 +231,18 @@ class MultiLabel(Classification):
     label_type = List(Value("float32"))
 
     def label(self, value: Any) -> list[float]:
-        """Return 1 for each class that applies."""
+        """Return 1 for each class that applies, and 0 for the others."""
         entries = self._listed(value)
         if entries is None:
-            raise RowError("no list of classes", f"task 'multi_label' got the label {value!r}.")
+            raise RowError("not a list of classes", f"task 'multi_label' got the label {value!r}.")
         bits = [entry for entry in entries if entry in (0, 1)]
         if self._is_multi_hot:
             entries = [index for index, entry in enumerate(entries) if entry]
         elif len(set(bits)) < len(bits):
             raise RowError(
                 "0 or 1 twice in a list of classes",
-                f"got {value!r}. Where a list has an entry for each class, all have one length, "
-                "that of the model's head if it has been trained; these have not.",
+                f"got {value!r}. Lists with a 0 or 1 for each class must all have the same length, "
+                "that of the model's head if it has been trained; the lists of these data do not.",
             )
         chosen = {self._class(entry) for entry in entries}
         return [float(index in chosen) for index in range(len(self.names))]
@@ -252,7 +253,7 @@ class MultiLabel(Classification):
         return ", ".join(names) or "none"
 
     def _listed(self, label: Any) -> list[Any] | None:
-        """Return the entries of a list, also of one that is written out; None of what is none."""
+        """Return the entries of a list, which may be written as text; None if it is not a list."""
         if isinstance(label, list | tuple):
             return list(label)
         if not isinstance(label, str):
@@ -270,10 +271,10 @@ class MultiLabel(Classification):
         if not lists:
             raise ValueError(
                 f"task 'multi_label' needs lists of classes in field "
-                f"{self.arguments.label_field!r}, got {labels[0]!r}. Is label_field right? One "
-                "class a row is task classification."
+                f"{self.arguments.label_field!r}, got {labels[0]!r}. Is label_field right? For one "
+                "class per row, set task to classification."
             )
-        # Lists of classes with these lengths and values would say the same of every row.
+        # Multi-hot lists: read as lists of classes, they would give every row the same label.
         self._is_multi_hot = (
             len({len(entries) for entries in lists}) == 1
             and len(lists[0]) > 1
@@ -285,20 +286,20 @@ class MultiLabel(Classification):
         return (self._canonical(entry) for entries in lists for entry in entries)
 
     def _separator_of(self, labels: Sequence[Any]) -> str:
-        """Return what stands between classes in cells of text; all must have the same."""
+        """Return the separator of classes in text cells; all cells must use the same one."""
         texts = [label for label in labels if isinstance(label, str) and label.strip()[:1] != "["]
         found = [separator for separator in SEPARATORS if any(separator in t for t in texts)]
         if len(found) > 1:
             raise ValueError(
                 f"field {self.arguments.label_field!r} has {' and '.join(map(repr, found))} in its "
-                "texts, so that it is not clear where one class ends. Separate classes by one of "
+                "texts, so it is not clear where one class ends. Separate classes by one of "
                 'them, or write lists: ["a", "b"].'
             )
         return found[0] if found else SEPARATORS[0]
 
 
 def _number(text: str) -> int | float | str:
-    """Return the number that a text writes out, as `str` would, else the text."""
+    """Return the number that `str` writes as this text; the text itself if there is none."""
     for number in (int, float):
         try:
             value = number(text)
@@ -310,7 +311,7 @@ def _number(text: str) -> int | float | str:
 
 
 def _tokens_around_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
-    """Return the special tokens that a tokenizer sets before a text, and those after it."""
+    """Return the special tokens that a tokenizer adds before a text, and those after it."""
     ids, special = tokenizer("x")["input_ids"], set(tokenizer.all_special_ids)
     before, after = (
         [str(tokenizer.convert_ids_to_tokens(id)) for id in takewhile(special.__contains__, run)]

@@ -1,7 +1,7 @@
-"""What people write down as a conversation, brought to one form: turns, tools, what is learned.
+"""Reads the usual formats of conversations into one form: turns, tools, and which turns to learn.
 
-Read are lists of messages (`role` and `content`, or ShareGPT's `from` and `value`), and columns of
-a question and its answer. Nothing is guessed: what is not known here is refused by its name.
+The formats are lists of messages (`role` and `content`, or ShareGPT's `from` and `value`), and
+columns with a question and its answer. Nothing is guessed: an unknown role or value is refused.
 """
 
 import json
@@ -18,11 +18,11 @@ ROLES = {
     **dict.fromkeys(["user", "human", "prompter"], "user"),
     **dict.fromkeys(["assistant", "gpt", "chatgpt", "bing", "bard", "model", "bot"], "assistant"),
     **dict.fromkeys(["tool", "observation", "function", "tool_response", "ipython"], "tool"),
-    "function_call": "function_call",  # the assistant, with a call as its value
+    "function_call": "function_call",  # the assistant, with a tool call as the content
 }
 MESSAGES = ("messages", "conversations", "conversation")  # columns
 SYSTEM = ("system", "system_prompt")  # columns
-BESIDE_AN_INSTRUCTION = ("input", "context")  # columns, of alpaca and dolly
+BESIDE_AN_INSTRUCTION = ("input", "context")  # columns of Alpaca and Dolly
 QUESTION_AND_ANSWER = (  # columns
     ("instruction", "output"),
     ("instruction", "response"),
@@ -33,15 +33,15 @@ QUESTION_AND_ANSWER = (  # columns
 )
 
 
-_FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1}  # csv has only text
+_FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1}  # CSV holds only text
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """Turns with the roles system, user, assistant and tool."""
 
-    turns: list[Turn]  # `role`, `content`, and what else a template may read
-    learned: list[bool]  # of each turn: whether it is learned, if it is the assistant's
+    turns: list[Turn]  # `role`, `content`, and other keys that a template may read
+    learned: list[bool]  # for each turn: whether it is learned; used for assistant turns only
     tools: list[Any] | None  # JSON schemas
 
 
@@ -52,20 +52,20 @@ def read_conversation(
     prompt_field: str | None = None,
     answer_field: str | None = None,
 ) -> Conversation:
-    """Read a row.
+    """Read the conversation in a row.
 
-    `SYSTEM` is a turn before the others, `tools` are the tools that the template shows. `weight`
-    and `train` of a message, or of the row, say whether the assistant's turns are learned.
+    A field of `SYSTEM` becomes the first turn, and `tools` are the tools that the template shows.
+    `weight` and `train`, in a message or in the row, say whether assistant turns are learned.
 
     Args:
         row: Holds messages, or a question and an answer.
-        messages_field: Field of the messages; None for one that is known: `MESSAGES`.
-        prompt_field: Field of the question, with `answer_field`; both None for those that are
-            known: `QUESTION_AND_ANSWER`.
+        messages_field: Field of the messages; None: one of `MESSAGES`.
+        prompt_field: Field of the question, given together with `answer_field`; both None: a pair
+            of `QUESTION_AND_ANSWER`.
         answer_field: Field of the answer.
 
     Raises:
-        RowError: The row is no conversation, or has a role or a value that is not known.
+        RowError: The row is not a conversation, or has an unknown role or value.
     """
     if prompt_field is not None and answer_field is not None:
         messages = _question_and_answer(row, prompt_field, answer_field)
@@ -88,13 +88,13 @@ def read_conversation(
 
 
 def excerpt(turn: Any) -> str:
-    """Return the beginning of what a turn says, for a message about it."""
+    """Return the beginning of a turn's content, for an error message."""
     text = str(turn.get("content", turn) if isinstance(turn, Mapping) else turn)
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def _messages(row: Row, messages_field: str | None) -> list[Any]:
-    """Return the messages of a row, or those that its question and its answer are."""
+    """Return the messages of a row, or its question and answer as messages."""
     names = MESSAGES if messages_field is None else (messages_field,)
     found = [name for name in names if name in row]
     pairs = [pair for pair in QUESTION_AND_ANSWER if set(pair) <= set(row)]
@@ -110,7 +110,7 @@ def _messages(row: Row, messages_field: str | None) -> list[Any]:
             "more than one question or answer", f"{fields} Set prompt_field and answer_field."
         )
     other = (
-        "labelled texts are task classification" if "label" in row else "plain text is task text"
+        "labeled texts need task classification" if "label" in row else "plain text needs task text"
     )
     raise RowError(
         f"no field {names[0]!r}",
@@ -120,22 +120,22 @@ def _messages(row: Row, messages_field: str | None) -> list[Any]:
 
 
 def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list[Any]:
-    """Return messages; a prompt of messages is not learned, as it is given."""
+    """Return messages; those of the prompt are not learned, because they are given."""
     for field in (prompt_field, answer_field):
         if field not in row:
             raise RowError(f"no field {field!r}", f"the fields are {', '.join(map(repr, row))}.")
     prompt, answer = row[prompt_field], row[answer_field]
     for field, value in ((prompt_field, prompt), (answer_field, answer)):
         if not isinstance(value, str | list | None):
-            raise RowError("no text", f"{field!r} must be a text or messages, got {value!r}.")
+            raise RowError("not a text", f"{field!r} must be a text or messages, got {value!r}.")
     if isinstance(prompt, str):
         beside = BESIDE_AN_INSTRUCTION if prompt_field == "instruction" else ()
         for field in ("history", "context"):
             if row.get(field) and field not in beside:
                 raise RowError(
                     f"a {field}",
-                    f"where it belongs in {prompt_field!r} is not known. Write messages, or remove "
-                    "the field.",
+                    f"its place in {prompt_field!r} is not known. Write messages, or remove the "
+                    "field.",
                 )
         prompt = "\n\n".join([prompt, *_texts(row, beside)])
         prompt = [{"role": "user", "content": prompt}]
@@ -146,22 +146,22 @@ def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list
 
 
 def _texts(row: Row, fields: Sequence[str]) -> list[str]:
-    """Return those of the fields of a row that say something."""
+    """Return the texts of those fields that are present and not empty."""
     texts = [(field, row[field]) for field in fields if row.get(field)]
     for field, value in texts:
         if not isinstance(value, str):
-            raise RowError("no text", f"{field!r} must be a text, got {value!r}.")
+            raise RowError("not a text", f"{field!r} must be a text, got {value!r}.")
     return [value for _, value in texts]
 
 
 def _as_list(messages: Any, name: str) -> list[Any]:
     if messages is None:
         return []
-    if isinstance(messages, str) and messages.lstrip().startswith("["):  # a cell of csv
+    if isinstance(messages, str) and messages.lstrip().startswith("["):  # a CSV cell
         messages = _from_json(messages, name)
     if not isinstance(messages, list) or not all(isinstance(m, Mapping) for m in messages):
         raise RowError(
-            "no list of messages",
+            "not a list of messages",
             f"{name} must be a list of messages with `role` and `content`, got "
             f"{excerpt(messages)}. Is messages_field right?",
         )
@@ -169,7 +169,7 @@ def _as_list(messages: Any, name: str) -> list[Any]:
 
 
 def _read_message(message: Mapping[str, Any]) -> tuple[Turn, bool]:
-    """Return a turn and whether it may be learned; an absent field may be None."""
+    """Return a turn and whether it may be learned; a field that is None counts as absent."""
     turn = {name: value for name, value in message.items() if value is not None}
     learned = _is_learned(turn)
     turn = {name: value for name, value in turn.items() if name not in ("weight", "train")}
@@ -186,7 +186,7 @@ def _read_message(message: Mapping[str, Any]) -> tuple[Turn, bool]:
         turn["tool_calls"] = [call]
     if calls := turn.pop("tool_calls", None):
         turn["tool_calls"] = _tool_calls(calls)
-        turn.setdefault("content", "")  # with a call, nothing need be said
+        turn.setdefault("content", "")  # a turn with a call needs no text
     if "content" not in turn:
         raise RowError(
             "message without content",
@@ -198,19 +198,19 @@ def _read_message(message: Mapping[str, Any]) -> tuple[Turn, bool]:
 
 
 def _text_of_parts(content: Any) -> str:
-    """Return a text that may be written as a list of its parts."""
+    """Return a text, which may be given as a list of its parts."""
     texts: list[str] = []
     for part in content if isinstance(content, list) else [content]:
         is_text = isinstance(part, Mapping) and str(part.get("type", "text")).endswith("text")
         text = part.get("text") if is_text else part
         if not isinstance(text, str):
-            raise RowError("content that is no text", f"got {str(part)[:60]}. Write it as a text.")
+            raise RowError("content is not text", f"got {str(part)[:60]}. Write it as a text.")
         texts.append(text)
     return "".join(texts)
 
 
 def _tool_calls(calls: Any) -> list[Any]:
-    """Return calls in the form of OpenAI, arguments as objects: templates write them as JSON."""
+    """Return calls in OpenAI's format, with arguments as objects: templates write them as JSON."""
     calls = _from_json(calls, "tool calls")
     named = []
     for call in calls if isinstance(calls, list) else [calls]:
@@ -219,30 +219,32 @@ def _tool_calls(calls: Any) -> list[Any]:
             raise RowError("tool call without a name", f"got {excerpt(call)}.")
         arguments = _from_json(function.get("arguments") or {}, "arguments of a tool call")
         if not isinstance(arguments, Mapping):
-            raise RowError("arguments of a tool call are no object", f"got {excerpt(arguments)}.")
+            raise RowError(
+                "arguments of a tool call are not an object", f"got {excerpt(arguments)}."
+            )
         rest = {"type": "function"} | (dict(call) if "function" in call else {})
         named.append({**rest, "function": {**function, "arguments": arguments}})
     return named
 
 
 def _from_json(value: Any, what: str) -> Any:
-    """Return a value that may have been stored as its JSON text."""
+    """Return a value, which is parsed if it is stored as JSON text."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        raise RowError(f"{what} are no JSON", f"{error} in {excerpt(value)}.") from error
+        raise RowError(f"invalid JSON in {what}", f"{error} in {excerpt(value)}.") from error
 
 
 def _is_learned(holder: Mapping[str, Any]) -> bool:
-    """Read `weight` and `train`, of which templates know nothing."""
+    """Return what `weight` and `train` say; templates do not know these keys."""
     for name in ("weight", "train"):
         value = holder.get(name)
         value = _FLAGS.get(str(value).lower(), value)
         if value is not None and value not in (0, 1):
             raise RowError(
-                f"{name} {value!r}", "only 0 or false (masked) and 1 or true (learned) have a use."
+                f"{name} {value!r}", "expected 0 or false (masked), or 1 or true (learned)."
             )
         if value is not None and not value:
             return False

@@ -1,4 +1,4 @@
-"""From data arguments to what the Trainer takes: examples, the task that made them, counts."""
+"""Turns data arguments into examples for the Trainer, the task that encodes them, and counts."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -24,18 +24,18 @@ LABEL_TASKS = {
     "regression": Regression,
     "multi_label": MultiLabel,
 }
-DROPPED = "dropped"  # column of encoded rows: why one is left out
+DROPPED = "dropped"  # column of encoded rows: the reason why a row is left out
 
 
 @dataclass(frozen=True, slots=True)
 class DataCounts:
-    """What became of the rows. Whatever is left out is counted here."""
+    """Counts of the rows that were read, of what they became, and of everything left out."""
 
-    rows: int  # read
+    rows: int  # that were read
     examples: int  # rows or packed blocks that are used
     tokens: int  # in the examples, without padding
-    cut_tokens: int  # of these, beyond max_length
-    dropped: dict[str, int]  # rows and packed blocks, by the reason
+    cut_tokens: int  # cut off the examples, beyond max_length
+    dropped: dict[str, int]  # rows and packed blocks that are left out, by reason
 
     def __str__(self) -> str:
         """Return the counts in one line."""
@@ -49,7 +49,7 @@ class DataCounts:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Examples ready for the Trainer, and where the rows went."""
+    """Examples ready for the Trainer, and the counts of their rows."""
 
     dataset: Dataset
     counts: DataCounts
@@ -62,7 +62,7 @@ class TaskData:
     task: Task
     train: Examples
     evaluation: Examples | None
-    shared: dict[str, int]  # rows of a file that are learned and scored
+    shared: dict[str, int]  # by source: number of rows that are both learned and scored
 
 
 def prepare_data(
@@ -72,18 +72,18 @@ def prepare_data(
     *,
     seed: int,
 ) -> TaskData:
-    """Load, split, tokenize, bring to length, and drop what teaches nothing.
+    """Load, split and tokenize rows, cut or pack them, and drop those with nothing to learn.
 
     Args:
         arguments: What to read and how.
         tokenizer: Has a padding token.
-        config: The model's; a trained head says what its classes are.
-        seed: Draws the rows of `eval_fraction`, and those of a weight with a fraction.
+        config: Configuration of the model; a trained head defines the classes.
+        seed: Seed that draws the rows of `eval_fraction` and of fractional weights.
 
     Raises:
-        FileNotFoundError: A data file is not there.
-        ValueError: No rows, or none with a learned token; a row cannot be read, named by its file
-            and number; labels and model do not go together.
+        FileNotFoundError: A data file does not exist.
+        ValueError: There are no rows, or none with a learned token; a row cannot be read (the text
+            gives its file and number); or the labels do not fit the model.
     """
     parts = _load_parts(arguments, seed)
     task = _make_task(
@@ -139,14 +139,14 @@ def _make_task(
             try:
                 labels.append(rows.read(record).get(arguments.label_field))
             except RowError:
-                continue  # it is named or counted when it is encoded
+                continue  # it is reported or counted when it is encoded
     return LABEL_TASKS[arguments.task](arguments, tokenizer, config, labels, list(declared))
 
 
 def _prepare_part(
     parts: list[Rows], task: Task, arguments: DataArguments, name: str, seed: int
 ) -> Examples:
-    """Turn rows into examples of the right length that teach something."""
+    """Turn rows into examples of the right length that have something to learn."""
     weighted, dropped, cut_tokens = [], Counter[str](), 0
     for rows in parts:
         encoded = _encode(rows, task, arguments)
@@ -172,13 +172,13 @@ def _prepare_part(
         raise ValueError(
             f"nothing can be learned from the {counted(counts.rows, 'row')} of the {name}. Dropped "
             f"are: {', '.join(f'{count:,} {reason}' for reason, count in dropped.items())}. Raise "
-            "max_length if answers begin later; else check the roles and fields of the data."
+            "max_length if answers begin later; otherwise check the roles and fields of the data."
         )
     return Examples(used, counts)
 
 
 def _encode(rows: Rows, task: Task, arguments: DataArguments) -> Dataset:
-    """Make examples of rows; a row that is left out has a reason in the column `DROPPED`."""
+    """Encode rows as examples; the column `DROPPED` has the reason if a row is left out."""
     features = Features({**task.features, "cut": Value("int64"), DROPPED: Value("string")})
 
     def encode(records: dict[str, list[Any]], version: str) -> dict[str, list[Any]]:
@@ -205,7 +205,7 @@ def _encode(rows: Rows, task: Task, arguments: DataArguments) -> Dataset:
     return rows.table.map(
         encode,
         batched=True,
-        fn_kwargs={"version": __version__},  # another one makes other examples, and no cache tells
+        fn_kwargs={"version": __version__},  # part of the cache key: versions may differ
         features=features,
         remove_columns=rows.table.column_names,
         num_proc=arguments.preprocessing_workers,
@@ -214,14 +214,14 @@ def _encode(rows: Rows, task: Task, arguments: DataArguments) -> Dataset:
 
 
 def _repeat(examples: Dataset, weight: float, seed: int) -> Dataset:
-    """Return every example `weight` times; of a fraction, as many are drawn by seed."""
+    """Return every example `weight` times; the examples of a fraction are drawn by seed."""
     if weight == 1:
         return examples
     whole, n_more = divmod(round(len(examples) * weight), len(examples) or 1)
     if not whole and not n_more and len(examples):
         raise ValueError(
-            f"of {counted(len(examples), 'example')}, a weight of {weight:g} leaves none. Set "
-            "train_weights to more, or leave that file out of train_data."
+            f"a weight of {weight:g} leaves none of {counted(len(examples), 'example')}. Increase "
+            "train_weights, or leave that file out of train_data."
         )
     drawn = np.random.default_rng(seed).permutation(len(examples))[:n_more]
     return examples.select([*list(range(len(examples))) * whole, *sorted(drawn)])

@@ -1,4 +1,4 @@
-"""A checkpoint scored on held-out data, INT8 or float, without training anything."""
+"""Scores a checkpoint, INT8 or float, on held-out data, without training anything."""
 
 import tempfile
 from dataclasses import dataclass, replace
@@ -22,9 +22,9 @@ class Evaluation:
     """Scores of a model.
 
     Attributes:
-        model: Its folder or name.
-        scores: By name: the loss and what the task is scored by.
-        data: What became of the rows.
+        model: Folder or name of the model.
+        scores: The loss and the metrics of the task, by name.
+        data: Counts of the evaluation rows.
     """
 
     model: str
@@ -38,13 +38,13 @@ class Evaluation:
 
 
 def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
-    """Score a model on the evaluation data of its arguments.
+    """Score a model on the evaluation data that its arguments name.
 
-    A float checkpoint is scored as it is, an INT8 one as INT8, and a side network on its base.
+    A float checkpoint is scored in float, an INT8 one in INT8, and a side network with its base.
 
     Raises:
-        FileNotFoundError: A data file or the model is not there.
-        ValueError: Nothing is held out, or data and model do not go together.
+        FileNotFoundError: A data file or the model does not exist.
+        ValueError: Nothing is held out, or the data do not fit the model.
     """
     training = arguments.training
     tokenizer = load_tokenizer(arguments.model)
@@ -56,7 +56,7 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
     if side_checkpoint(arguments.model.model_name_or_path) is None:
         model = load_model(arguments.model, None, config, data.task, max_length=length)
     else:
-        # What the run was told of its base and side network is in the folder.
+        # The folder holds the settings of the base and of the side network.
         method = MethodArguments(method="qst")
         model = load_side_model(arguments.model, method, config, data.task, max_length=length)
     found = scores(model, data, training)
@@ -64,7 +64,7 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
 
 
 def _data_of(arguments: RunArguments) -> DataArguments:
-    """Return which data are read: of a finished run, which knows its classes, none to train on."""
+    """Return the data to read; a finished run knows its classes without its training data."""
     data = arguments.data
     if data.eval_data is None or not told(Path(arguments.model.model_name_or_path)):
         return data
@@ -79,12 +79,12 @@ def _data_of(arguments: RunArguments) -> DataArguments:
 
 
 def scores(model: Any, data: TaskData, training: TrainingArguments) -> dict[str, float]:
-    """Return the scores of a model on data that are held out, by name.
+    """Return the scores of a model on held-out data, by name.
 
     Args:
-        model: Moved to the device of `training`.
+        model: The model; it is moved to the device of `training`.
         data: Has held-out data.
-        training: Says where, how many at a time, and whether under bf16 autocast.
+        training: Gives the device, the batch size, and whether bf16 autocast is used.
     """
     if data.evaluation is None:
         raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")

@@ -1,7 +1,7 @@
 """How a model is scored on held-out data, with the metric modules that the package ships.
 
-Logits never leave the batch they belong to: a language model hands on one loss a token, a
-classifier one class an example. The rest of the vocabulary would be gigabytes.
+Logits are reduced batch by batch: to one loss per token for a language model, to one class per
+example for a classifier. Logits of the whole vocabulary would take gigabytes.
 """
 
 from collections.abc import Callable
@@ -21,26 +21,26 @@ from ..metrics.perplexity.perplexity import Perplexity
 
 @dataclass(frozen=True, slots=True)
 class Scoring:
-    """The two functions that a Trainer scores with."""
+    """The two functions that a Trainer scores with, and the names of the scores."""
 
     preprocess_logits: Callable[
         [Any, Tensor], Tensor
     ]  # the Trainer's preprocess_logits_for_metrics
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
-    names: tuple[str, ...]  # of the scores, without the Trainer's `eval_`
+    names: tuple[str, ...]  # without the Trainer's prefix `eval_`
 
 
 def token_losses(logits: Any, labels: Tensor) -> Tensor:
     """Return the negative log-likelihood of each next token.
 
-    One sequence at a time, so that no second copy of the batch's logits is made.
+    Sequences are processed one at a time, so that the batch's logits are not copied as a whole.
 
     Args:
-        logits: Float, `[batch, tokens, vocabulary]`, or a tuple that begins with it.
-        labels: int64, `[batch, tokens]`; `IGNORED` where there is no loss.
+        logits: Float, `[batch, tokens, vocabulary]`, or a tuple whose first entry they are.
+        labels: int64, `[batch, tokens]`; `IGNORED` at tokens without a loss.
 
     Returns:
-        fp32, `[batch, tokens - 1]`, in nats; 0 where there is no loss.
+        fp32, `[batch, tokens - 1]`, in nats; 0 at tokens without a loss.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     losses = [
@@ -51,10 +51,10 @@ def token_losses(logits: Any, labels: Tensor) -> Tensor:
 
 
 def perplexity_of_tokens(prediction: EvalPrediction) -> dict[str, float]:
-    """Score token losses; every learned token counts once.
+    """Return the mean loss and the perplexity; every learned token counts once.
 
-    The `loss` returned takes the place of the Trainer's own `eval_loss`, which is a mean of batch
-    means and so weighs a token by the batch it happens to be in.
+    The returned `loss` replaces the Trainer's own `eval_loss`, a mean of batch means in which the
+    weight of a token depends on its batch.
     """
     losses, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     learned = labels[:, 1:] != IGNORED
@@ -69,20 +69,20 @@ def predicted_classes(logits: Any, labels: Tensor) -> Tensor:
 
 
 def accuracy_of_examples(prediction: EvalPrediction) -> dict[str, float]:
-    """Score predicted classes."""
+    """Return the accuracy of predicted classes."""
     return Accuracy(keep_in_memory=True).compute(
         predictions=prediction.predictions, references=prediction.label_ids
     )
 
 
 def predicted_numbers(logits: Any, labels: Tensor) -> Tensor:
-    """Return the outputs of the head: float, one an example, or one a class."""
+    """Return the outputs of the head: FP32, one per example, or one per class of each example."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     return logits.float()
 
 
 def errors_of_numbers(prediction: EvalPrediction) -> dict[str, float]:
-    """Score numbers by the root of the mean squared error and by the correlation."""
+    """Return the root mean squared error and the Pearson correlation of predicted numbers."""
     predicted, labels = np.ravel(prediction.predictions), np.ravel(prediction.label_ids)
     varies = len(labels) > 1 and predicted.std() > 0 and labels.std() > 0
     correlation = np.corrcoef(predicted, labels)[0, 1] if varies else float("nan")
@@ -91,12 +91,12 @@ def errors_of_numbers(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def accuracy_of_several_classes(prediction: EvalPrediction) -> dict[str, float]:
-    """Score yes and no for each class; `exact_match` is the share of examples right in all."""
+    """Return the accuracy over all classes, and the share of examples with every class right."""
     right = (np.asarray(prediction.predictions) > 0) == (np.asarray(prediction.label_ids) > 0)
     return {"accuracy": float(right.mean()), "exact_match": float(right.all(axis=1).mean())}
 
 
-ERRORS = ("loss", "perplexity", "rmse")  # of which less is better
+ERRORS = ("loss", "perplexity", "rmse")  # scores of which lower is better
 NEXT_TOKENS = Scoring(token_losses, perplexity_of_tokens, ("loss", "perplexity"))
 CLASSES = Scoring(predicted_classes, accuracy_of_examples, ("loss", "accuracy"))
 NUMBERS = Scoring(predicted_numbers, errors_of_numbers, ("loss", "rmse", "pearson"))

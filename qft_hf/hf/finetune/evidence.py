@@ -1,4 +1,4 @@
-"""What a run is about to learn: its rows in numbers, and one example as the model sees it."""
+"""Shows what a run is about to learn: counts of its rows, and one example as the model sees it."""
 
 import sys
 from itertools import groupby
@@ -11,28 +11,28 @@ from ..drafts import written_whole
 from .classification import Classification
 from .data import TaskData
 
-LEARNED = ("\u27e6", "\u27e7")  # white brackets, which hardly any text has
+LEARNED = ("\u27e6", "\u27e7")  # white square brackets, which are rare in text
 SHOWN_CHARACTERS = 4000
 
 
 def evidence(data: TaskData) -> str:
-    """Return the counts of rows, examples, tokens, what is cut and dropped, and an example."""
+    """Return counts of rows, examples, tokens, cut tokens and dropped rows, and an example."""
     counts = [f"{'training data':<24}{data.train.counts}"]
     if data.evaluation is not None:
         counts.append(f"{'evaluation data':<24}{data.evaluation.counts}")
     if classes := classes_of(data):
         counts.append(f"{'classes':<24}{', '.join(classes)}")
-    head = f"The first example; what is learned stands in {LEARNED[0]}brackets{LEARNED[1]}:"
+    head = f"The first example, with the learned parts in {LEARNED[0]}brackets{LEARNED[1]}:"
     return "\n".join([*counts, "", head, "", example_text(data)])
 
 
 def classes_of(data: TaskData) -> list[str]:
-    """Return the names of the outputs in their order; none where no class is learned."""
+    """Return the names of the outputs in order; none if no class is learned."""
     return data.task.names if isinstance(data.task, Classification) else []
 
 
 def show(data: TaskData, path: Path) -> None:
-    """Write the evidence to the screen, where progress is shown too, and into a file."""
+    """Write the evidence to stderr, in a way that keeps progress bars intact, and to a file."""
     text = f"{evidence(data)}\n"
     tqdm.write(text, file=sys.stderr)
     if path.is_file() and path.read_text(encoding="utf-8") == text:
@@ -42,10 +42,10 @@ def show(data: TaskData, path: Path) -> None:
 
 
 def example_text(data: TaskData) -> str:
-    """Return the first training example as text; what is learned stands in brackets.
+    """Return the first training example as text, with the learned parts in brackets.
 
-    Of a packed block it is the first example in it. A text of more than `SHOWN_CHARACTERS` is cut
-    in the middle.
+    Of a packed block, only its first example is shown. The middle of a text longer than
+    `SHOWN_CHARACTERS` is left out.
     """
     example, tokenizer = data.train.dataset[0], data.task.tokenizer
     ids, labels = example["input_ids"], example["labels"]

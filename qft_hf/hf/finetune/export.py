@@ -1,4 +1,4 @@
-"""An INT8 checkpoint as an ordinary one, which programs without qft_hf can load."""
+"""Exports an INT8 checkpoint as an ordinary one, which programs without qft_hf can load."""
 
 from pathlib import Path
 
@@ -27,21 +27,21 @@ def export_checkpoint(
 
     Args:
         source: Folder of the INT8 checkpoint; not changed.
-        target: Folder to write: absent or empty. It appears when it is whole.
-        dtype: Of all parameters.
-        replace: Whether `target` may hold something, which is replaced when the new one is whole.
+        target: Folder to write: absent or empty. It appears only when it is complete.
+        dtype: Dtype of all parameters.
+        replace: Whether `target` may hold files; they are replaced when the export is complete.
         trust_remote_code: Whether code that comes with the checkpoint may run.
 
     Raises:
-        FileExistsError: `target` holds something.
+        FileExistsError: `target` is not empty, and `replace` is false.
         FileNotFoundError: `source` is not a checkpoint folder.
         ValueError: `source` is not INT8, or its config.json does not say so; or it holds a side
             network.
     """
     if is_side_network(source):
         raise ValueError(
-            f"{source} holds a side network, which is no part of the weights of its base, so there "
-            "is no ordinary checkpoint of both. Load it with qft_hf.load_side_network."
+            f"{source} holds a side network, which is not part of its base's weights, so there is "
+            "no ordinary checkpoint of both. Load it with qft_hf.load_side_network."
         )
     if not (source / "config.json").is_file():
         raise FileNotFoundError(
@@ -49,7 +49,7 @@ def export_checkpoint(
             "or one of its checkpoint-<step> folders."
         )
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is not empty. Choose a folder that is not there yet.")
+        raise FileExistsError(f"{target} is not empty. Choose a folder that does not exist yet.")
     trust = {"trust_remote_code": trust_remote_code}
     with refused_if_absent(source):
         config = AutoConfig.from_pretrained(source, **trust)

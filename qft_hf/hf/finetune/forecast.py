@@ -1,4 +1,4 @@
-"""What a run will take, before a weight is loaded."""
+"""Predicts the memory workload, disk space and steps of a run, before any weight is loaded."""
 
 from math import ceil
 from typing import Any
@@ -29,7 +29,7 @@ _NO_WORK = Workload(
 
 
 def workload_of(arguments: RunArguments) -> dict[str, Any]:
-    """Return what `estimate_memory` and `recommend` take of a run, but for the mode."""
+    """Return the arguments of `estimate_memory` and `recommend` for a run, except the mode."""
     training = arguments.training
     return {
         "batch_size": training.per_device_train_batch_size,
@@ -42,11 +42,11 @@ def workload_of(arguments: RunArguments) -> dict[str, Any]:
 
 
 def side_workload_of(arguments: RunArguments, config: PreTrainedConfig) -> dict[str, Any]:
-    """Return what `estimate_side_memory` and `recommend` take of a run that trains a side network.
+    """Return the arguments of `estimate_side_memory` and `recommend` for a run of side tuning.
 
     Args:
-        arguments: Of the run.
-        config: Of the base.
+        arguments: Arguments of the run.
+        config: Configuration of the base.
     """
     place = arguments.model.model_name_or_path
     checkpoint = side_checkpoint(place)
@@ -59,13 +59,13 @@ def side_workload_of(arguments: RunArguments, config: PreTrainedConfig) -> dict[
 
 
 def disk_bytes(arguments: RunArguments, model: nn.Module, n_examples: int) -> int:
-    """Return the most that a run has on the disk at one time: checkpoints, model and export.
+    """Return the most bytes that a run has on the disk at one time: checkpoints, model and export.
 
     Args:
-        arguments: Of the run.
-        model: Float or INT8, on any device; the meta device will do. Of one with a side network
-            that alone is written, and of the states of its optimizer two floats a parameter.
-        n_examples: Of an epoch.
+        arguments: Arguments of the run.
+        model: A float or INT8 model on any device, also meta. If it has a side network, only that
+            is written, with two floats of optimizer state per parameter.
+        n_examples: Examples in an epoch.
     """
     training = arguments.training
     if side_network_of(model) is not None:
@@ -100,18 +100,18 @@ def n_steps(training: Any, n_examples: int) -> tuple[int, int]:
 
 
 def n_checkpoints(training: Any, n_examples: int) -> int:
-    """Return how many checkpoints are on the disk at one time, at most."""
+    """Return the largest number of checkpoints that are on the disk at one time."""
     steps, of_epoch = n_steps(training, n_examples)
-    match training.save_strategy:  # an enumeration that equals these
+    match training.save_strategy:  # an enumeration whose members equal these strings
         case "no":
             return 0
         case "steps":
             every = training.save_steps
             saved = ceil(steps / (every if every >= 1 else ceil(every * steps)))
-        case _:  # "epoch"; "best" saves at evaluations, of which it may be any
+        case _:  # "epoch"; or "best", which may save at any evaluation: one an epoch is assumed
             saved = ceil(steps / of_epoch)
     if training.save_total_limit is None:
         return saved
-    # An old one is removed when the new one is whole, and the best one stays.
+    # An old checkpoint is removed only when the new one is complete, and the best one stays.
     best = 1 if training.load_best_model_at_end else 0
     return int(min(saved, training.save_total_limit + 1 + best))

@@ -1,6 +1,6 @@
-"""What other tools call our keys: a config that comes from one of them gets the right suggestion.
+"""Names of our keys in other tools: a config that was written for one gets the right suggestion.
 
-The names are those of axolotl, LLaMA-Factory, torchtune, TRL, unsloth and the example scripts of
+The tools are axolotl, LLaMA-Factory, torchtune, TRL, unsloth and the example scripts of
 transformers.
 """
 
@@ -69,7 +69,7 @@ _REMARKS = {
     "train_on_inputs": "'assistant_only_loss', which is its opposite",
     "train_on_prompt": "'assistant_only_loss', which is its opposite",
     "completion_only_loss": "'assistant_only_loss'",
-    "validation_split_percentage": "'eval_fraction', which is a share: 0.05, and not 5",
+    "validation_split_percentage": "'eval_fraction', which is a share: 0.05, not 5",
 }
 _NO_ADAPTERS = (
     "adapter",
@@ -90,12 +90,12 @@ OURS = {name: f"{ours!r}" for ours, names in _NAMES.items() for name in names} |
 
 
 def suggestion(name: str) -> str | None:
-    """Return what to do with a key that another tool knows, None for one that none of them has."""
+    """Return what to do with a key of another tool, None for a key that none of them has."""
     if name in _NO_ADAPTERS:
         return (
-            "Leave it out: every parameter is trained, in INT8, so there is no adapter. A small "
-            "network beside a frozen base is method qst, and base says how that is stored."
+            "Leave it out: every parameter is trained, in INT8, so there is no adapter. To train a "
+            "small network on a frozen base, set method to qst; base says how the base is stored."
         )
     if name == "streaming":
         return "Leave it out: rows are kept on disk, not in memory, and all are read and counted."
-    return f"Here it is {OURS[name]}." if name in OURS else None
+    return f"Here it is called {OURS[name]}." if name in OURS else None

@@ -1,4 +1,4 @@
-"""The tokenizer and the model of a run, checked against the data they will see."""
+"""Loads the tokenizer and the model of a run, and checks that they fit the data."""
 
 import logging
 from pathlib import Path
@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; give it a padding token and, if asked for, another chat template.
+    """Load the tokenizer; set a padding token and, if asked for, new tokens and a chat template.
 
     Raises:
-        FileNotFoundError: There is no such model, or no such template file.
-        ValueError: It has neither a padding token nor an end-of-text token to pad with.
+        FileNotFoundError: The model or the template file does not exist.
+        ValueError: The tokenizer has neither a padding token nor an end-of-text token to pad with.
     """
     name = arguments.tokenizer_name_or_path or arguments.model_name_or_path
     elsewhere = " If its tokenizer is another model's, set tokenizer_name_or_path to that."
@@ -50,7 +50,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
                 f"the tokenizer of {tokenizer.name_or_path!r} has neither pad_token nor eos_token, "
                 "so batches cannot be padded. Set pad_token in its tokenizer_config.json."
             )
-        # Padding is masked by position, so learning to end a text is not disturbed.
+        # Padding is masked by position, so the end-of-text token of a text is still learned.
         tokenizer.pad_token = tokenizer.eos_token
     if arguments.chat_template is not None:
         template = Path(arguments.chat_template)
@@ -69,10 +69,10 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
 
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """Load what the model says about itself.
+    """Load the configuration of the model.
 
     Raises:
-        FileNotFoundError: There is no such model.
+        FileNotFoundError: The model does not exist.
     """
     with refused_if_absent(arguments.model_name_or_path):
         return AutoConfig.from_pretrained(
@@ -99,14 +99,14 @@ def load_model(
         arguments: Which model.
         quantization: Format of the weights, as `from_pretrained` takes it; None: a float checkpoint
             stays float.
-        config: The model's; the task's head is written into it.
-        task: Says which class and head.
+        config: Configuration of the model; the task's head is written into it.
+        task: Determines the class of the model and its head.
         max_length: Longest example in tokens.
-        frozen: Whether its head alone is trained, and saved.
+        frozen: Whether only the head of the model is trained and saved.
 
     Raises:
-        ValueError: The model is too short for the examples or has fewer embeddings than tokens; or
-            it is frozen, and the checkpoint lacks weights of it.
+        ValueError: The model has too few positions for the examples or too few embeddings for the
+            tokens; or it is frozen, and frozen weights are missing from the checkpoint.
     """
     n_tokens = len(task.tokenizer)
     check_fit(config, arguments, max_length=max_length, n_tokens=n_tokens)
@@ -124,17 +124,17 @@ def load_model(
             output_loading_info=True,
         )
     _leave_what_text_does_not_train(model, config)
-    heads = tuple(f"{name}." for name in trained_heads(model)) if frozen else ("",)  # or all
+    heads = tuple(f"{name}." for name in trained_heads(model)) if frozen else ("",)  # all
     if random := sorted(name for name in found["missing_keys"] if not name.startswith(heads)):
         raise ValueError(
-            f"{arguments.model_name_or_path} has no {and_more(random)}: drawn at random, it would "
-            "neither be trained beside a side network nor be saved with it. Set method to full, "
-            "which trains it, or start from a checkpoint that has it."
+            f"{arguments.model_name_or_path} has no {and_more(random)}. A side network is trained "
+            "and saved without these weights, so they would stay random. Set method to full, which "
+            "trains them, or start from a checkpoint that has them."
         )
     if n_tokens > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(n_tokens)
-    # A classifier looks for the last token that is not padding, also before training begins. In the
-    # config that a model is made of, it would keep this token's embedding from being learned.
+    # A classifier looks for the last token that is not padding, also before training begins. If it
+    # were set before the model is created, this token's embedding would not be learned.
     model.config.get_text_config().pad_token_id = task.tokenizer.pad_token_id
     if model.can_generate():
         _stop_at_end(model, task)
@@ -146,16 +146,16 @@ def _leave_what_text_does_not_train(model: PreTrainedModel, config: PreTrainedCo
     if parts and parts_beside_text(model.config):
         n_frozen = freeze_beside_text(model)
         logger.warning(
-            "the rows are text, of which %s of %s reads nothing: %d tensors of parameters are "
-            "frozen. QFTTrainer trains them in Python, on what they read",
+            "the rows are text, which %s of %s does not read: %d tensors of its parameters are "
+            "frozen. To train them on data that they read, use QFTTrainer in Python",
             " and ".join(parts),
             type(model).__name__,
             n_frozen,
         )
     elif parts:
         logger.warning(
-            "the checkpoint is of a %s. For text transformers loads %s of it, which is what is "
-            "trained and saved: %s is left out",
+            "the checkpoint is a %s. For text, transformers loads only its %s, which is trained "
+            "and saved; %s is left out",
             (config.architectures or [type(config).__name__])[0],
             type(model).__name__,
             " and ".join(parts),
@@ -165,10 +165,10 @@ def _leave_what_text_does_not_train(model: PreTrainedModel, config: PreTrainedCo
 def check_fit(
     config: PreTrainedConfig, arguments: ModelArguments, *, max_length: int, n_tokens: int
 ) -> None:
-    """Raise if a model is too short for the examples or has fewer embeddings than tokens.
+    """Check that a model has enough positions for the examples, and embeddings for the tokens.
 
     Raises:
-        ValueError: It is.
+        ValueError: It has too few of either.
     """
     text_config = config.get_text_config()
     positions = n_positions(config)
@@ -179,41 +179,41 @@ def check_fit(
         )
     if n_tokens > text_config.vocab_size and not arguments.new_tokens:
         raise ValueError(
-            f"the tokenizer knows {n_tokens} tokens and the model has {text_config.vocab_size} "
-            "embeddings. Use the model's own tokenizer, and name what it lacks in new_tokens."
+            f"the tokenizer knows {n_tokens} tokens, but the model has {text_config.vocab_size} "
+            "embeddings. Use the model's own tokenizer, and list additional tokens in new_tokens."
         )
 
 
 def require_weights(folder: Path) -> None:
-    """Raise if a folder lacks weights that loading would look for. Reads heads of files alone.
+    """Check that a folder has the weights that loading needs. Only headers of files are read.
 
     Raises:
-        ValueError: It does, or a file is damaged; it is named.
+        ValueError: A file is missing or damaged; the text names it.
     """
     if any(folder.glob("pytorch_model*.bin")):
-        return  # pickled: only loading tells
+        return  # pickled weights: only loading can check them
     with refused_if_absent(folder):
         files = [str(folder / name) for name in weight_files(folder)]
         tensor_names([name for name in files if name.endswith(".safetensors")])
 
 
 def _stop_at_end(model: PreTrainedModel, task: Task) -> None:
-    """Let generation stop at the token with which the model learns to end what it says."""
+    """Make generation stop at the token with which the model learns to end an answer or text."""
     settings: Any = model.generation_config
     stops = settings.eos_token_id
     stops = stops if isinstance(stops, list) else [stops] if stops is not None else []
     if task.end_token is None:
         logger.warning(
-            "the chat template ends answers with no special token of the tokenizer, so generation "
-            "will not stop at their end. If it has one for it, add it by new_tokens; or use a "
-            "template that ends answers with %s.",
+            "the chat template does not end answers with a special token of the tokenizer, so "
+            "generation will not stop there. If the template has an end token, add it with "
+            "new_tokens; or use a template that ends answers with %s.",
             task.tokenizer.eos_token,
         )
     elif task.end_token not in [*stops, task.tokenizer.eos_token_id]:
         settings.eos_token_id = [*stops, task.end_token]
         logger.warning(
-            "the model learns to end what it says with %s, so that generation now stops there, "
-            "and not at %s alone: see generation_config.json.",
+            "the model learns to end its texts with %s, so generation now stops there, and not "
+            "only at %s: see generation_config.json.",
             task.tokenizer.decode([task.end_token]),
             task.tokenizer.eos_token,
         )

@@ -1,4 +1,4 @@
-"""The picture of a run: training and evaluation loss against the optimizer step."""
+"""Plots the training and evaluation loss of a run against the optimizer step."""
 
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,16 @@ def draw_loss_curve(
     """Write the curve as a PNG.
 
     Args:
-        log_history: `trainer.state.log_history`; either loss may be absent. Without both, the
-            picture shows the mean of the training loss, or says that no loss was logged.
-        path: Of the PNG; replaced when the new one is whole.
-        title: Above the curve.
-        unit: Of the loss.
+        log_history: `trainer.state.log_history`; either loss may be absent. Without training
+            losses their mean is drawn if it was logged. Without any loss the plot says so.
+        path: The PNG file; replaced when the new one is complete.
+        title: Title above the curve.
+        unit: Unit of the loss.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     steps, losses = loss_points(log_history, "loss")
-    # A line of one point is invisible.
+    # A line through a single point is invisible.
     style = "o" if len(steps) == 1 else "-"
     if steps:
         axes.plot(steps, losses, style, color=TRAIN_COLOR, label="training")

@@ -1,7 +1,7 @@
-"""The folder a run writes to: what it may hold before, and what is there when training begins.
+"""Checks and prepares the output folder of a run.
 
-A run replaces files and never asks twice, so it must know them for its own. Whatever has a name
-that a run writes and is not known to be of a run is foreign, and refused.
+A run replaces files without asking, so it must know that a run wrote them. A file or folder that
+has a name that a run writes, but is not known to come from a run, is foreign and refused.
 """
 
 import fnmatch
@@ -41,7 +41,7 @@ _MODEL = (
     *SIDE_FILES,
     TRAINING_ARGS_NAME,
     "generation_config.json",
-    # Of tokenizers, whatever their kind.
+    # Files of tokenizers of all kinds.
     "added_tokens.json",
     "chat_template.jinja",
     "merges.txt",
@@ -52,8 +52,8 @@ _MODEL = (
     "vocab.*",
 )
 _IN_CHECKPOINT = (*_MODEL, *STATE_FILES, "scaler.pt", "rng_state_*.pth", CARD, MARK)
-# What a run writes, and what says that one wrote here: what it ends with, and what it leaves when
-# it is stopped.
+# Names of the files and folders that a run writes. They show that a run wrote here, whether it has
+# finished or was stopped.
 _WRITTEN = (
     *_MODEL,
     *EXPORT_DTYPES,
@@ -65,22 +65,22 @@ _WRITTEN = (
     CARD,
     TRAINER_STATE_NAME,
 )
-# What a command was told of the folder, and not the run; and what nobody else is to read.
+# Settings that run.yaml leaves out: two that belong to one start of a run, and a secret.
 _OF_A_PROCESS = ("resume_from_checkpoint", "overwrite_output", "hub_token")
-_SHOWN = 3  # names in an error
+_SHOWN = 3  # most names in an error
 
 
 def checkpoint_to_resume(resume_from_checkpoint: str | None, output_dir: Path) -> Path | None:
-    """Return the checkpoint that a run goes on from, None for a fresh start.
+    """Return the checkpoint that a run resumes from, None for a fresh start.
 
     Args:
-        resume_from_checkpoint: A folder, "true" for the newest whole checkpoint in `output_dir`, or
-            None.
-        output_dir: Of the run.
+        resume_from_checkpoint: A folder; "true" for the newest complete checkpoint in `output_dir`;
+            "false" or None.
+        output_dir: Output folder of the run.
 
     Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: It is not whole, or none in `output_dir` is; the text names what is missing.
+        FileNotFoundError: The checkpoint does not exist.
+        ValueError: It, or every one in `output_dir`, is incomplete; the text names what is missing.
     """
     if resume_from_checkpoint is None or resume_from_checkpoint.lower() == "false":
         return None
@@ -98,7 +98,7 @@ def checkpoint_to_resume(resume_from_checkpoint: str | None, output_dir: Path) -
     if newest is None:
         raise FileNotFoundError(
             f"resume_from_checkpoint is true, but {output_dir} holds no {PREFIX_CHECKPOINT_DIR}-"
-            "<step> folder. Correct output_dir, or leave resume_from_checkpoint out to start anew."
+            "<step> folder. Correct output_dir, or leave resume_from_checkpoint out to start again."
         )
     return newest
 
@@ -107,12 +107,12 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
     """Raise if writing to the folder would destroy something. Changes nothing.
 
     Args:
-        output_dir: May be absent.
-        checkpoint: What the run goes on from; one in `output_dir` makes it the same run.
-        overwrite: The run there may be replaced.
+        output_dir: Output folder; may be absent.
+        checkpoint: Checkpoint to resume from; one in `output_dir` makes it the same run.
+        overwrite: Whether a run in the folder may be replaced.
 
     Raises:
-        FileExistsError: It holds a run that would be lost, or files that no run has written.
+        FileExistsError: The folder holds a run that would be lost, or foreign files.
         ValueError: Both resuming and replacing were asked for.
     """
     resumes_here = checkpoint is not None and checkpoint.resolve().parent == output_dir.resolve()
@@ -125,14 +125,14 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
     foreign = [
         str(path.relative_to(output_dir))
         for path in _foreign(output_dir, written, is_run=resumes_here or _is_run(output_dir))
-        # Whoever resumes from a checkpoint without a mark knows it for his own.
+        # A user who resumes here knows that the checkpoints are from this run, even without a mark.
         if not (resumes_here and path.match(CHECKPOINTS))
     ]
     if foreign:
         raise FileExistsError(
             f"{output_dir} holds {', '.join(foreign[:_SHOWN])}, which no run of qft_hf is known to "
             "have written, and which this run would replace. Choose another output_dir, or move "
-            "them away: overwrite_output replaces runs alone."
+            "them away: overwrite_output replaces only runs."
         )
     if written and not overwrite and not resumes_here:
         raise FileExistsError(
@@ -144,14 +144,14 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
 
 
 def refuse_inputs_inside(output_dir: Path, inputs: Mapping[str, str]) -> None:
-    """Raise if what a run reads lies where it writes: there it would be replaced.
+    """Raise if an input of a run is at a place where the run would replace it.
 
     Args:
-        output_dir: Of the run.
-        inputs: What is read, by the key that names it. Those that are no paths are passed over.
+        output_dir: Output folder of the run.
+        inputs: Names of what is read, by key of the config. Names that are not paths are skipped.
 
     Raises:
-        ValueError: One does; it is named by its key.
+        ValueError: An input would be replaced; the text names its key.
     """
     home = output_dir.resolve()
     for key, name in inputs.items():
@@ -162,26 +162,25 @@ def refuse_inputs_inside(output_dir: Path, inputs: Mapping[str, str]) -> None:
         if place == home:
             raise ValueError(
                 f"output_dir is the folder of {key} itself, {name}. Choose another one, so that "
-                "what you start from stays as it is."
+                "the run does not replace its input."
             )
         if place.is_relative_to(home) and _is_written(place.relative_to(home).parts[0]):
             raise ValueError(
-                f"{key}={name} lies in output_dir ({output_dir}), where a run replaces files of "
-                "that name. Choose another output_dir, or copy it to another place first."
+                f"{key}={name} is inside output_dir ({output_dir}), where a run replaces files of "
+                "that name. Choose another output_dir, or copy the input to another place first."
             )
 
 
 def refuse_unwritable(output_dir: Path) -> None:
-    """Raise if the folder cannot be made or written to. Changes nothing.
+    """Raise if the folder cannot be created or written to. Changes nothing.
 
     Raises:
-        NotADirectoryError: A file, or a link to nothing, is in its place or in that of a folder
-            above it.
-        PermissionError: The folder, or the nearest one above it that is there, refuses writing.
+        NotADirectoryError: The folder, or a folder above it, is a file or a broken link.
+        PermissionError: The folder, or the nearest existing one above it, is not writable.
     """
     nearest = nearest_folder(output_dir)
     above = (output_dir, *output_dir.parents)
-    found = [f"{at} is a link to nothing" for at in above if at.is_symlink() and not at.exists()]
+    found = [f"{at} is a broken link" for at in above if at.is_symlink() and not at.exists()]
     if found or not nearest.is_dir():
         found = found or [f"{nearest} is a file"]
         raise NotADirectoryError(
@@ -195,7 +194,7 @@ def refuse_unwritable(output_dir: Path) -> None:
 
 
 def nearest_folder(output_dir: Path) -> Path:
-    """Return the folder, or the first one above it that is there."""
+    """Return the folder, or the nearest existing one above it."""
     path = output_dir.resolve()
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -206,13 +205,13 @@ def refuse_small_disk(output_dir: Path, needed_bytes: int, *, overwrite: bool) -
     """Raise if what a run will write does not fit on the disk. Changes nothing.
 
     Args:
-        output_dir: May be absent.
-        needed_bytes: At most, at one time.
-        overwrite: What is there is removed first. Checkpoints of a resumed run count as if they
-            were to be removed, too: they are of those that the estimate has.
+        output_dir: Output folder; may be absent.
+        needed_bytes: Most bytes that the run has on the disk at one time.
+        overwrite: Whether the run in the folder is removed first. Checkpoints of a resumed run
+            count as free space in any case, because `needed_bytes` includes them.
 
     Raises:
-        OSError: There is less room; the text says how much.
+        OSError: Less space is free; the text says how much.
     """
     free = shutil.disk_usage(nearest_folder(output_dir)).free
     there = _written(output_dir) if overwrite else list(output_dir.glob(CHECKPOINTS))
@@ -226,7 +225,7 @@ def refuse_small_disk(output_dir: Path, needed_bytes: int, *, overwrite: bool) -
 
 
 def clear_run(output_dir: Path) -> None:
-    """Remove what a run wrote. Other files in the folder stay."""
+    """Remove the files and folders that a run wrote. Other files in the folder stay."""
     for path in _written(output_dir):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -235,16 +234,16 @@ def clear_run(output_dir: Path) -> None:
 
 
 def claim(output_dir: Path, given: Mapping[str, Any]) -> None:
-    """Write what the run was told, `run.yaml`, as the first file; makes the folder.
+    """Write the settings of the run to `run.yaml`, which is its first file.
 
-    `qft-hf finetune <output_dir>/run.yaml` does the run again.
+    `qft-hf finetune <output_dir>/run.yaml` repeats the run.
 
     Args:
-        output_dir: Made if it is not there.
-        given: Keys and values that were set; all others had their defaults.
+        output_dir: Output folder; created if it does not exist.
+        given: Keys and values that were set; all others have their defaults.
 
     Raises:
-        OSError: Nothing can be written there.
+        OSError: The folder cannot be written to.
     """
     values = {key: _plain(value) for key, value in given.items() if key not in _OF_A_PROCESS}
     path = output_dir / RUN_CONFIG
@@ -254,15 +253,15 @@ def claim(output_dir: Path, given: Mapping[str, Any]) -> None:
     if before:
         changed = [key for key in before | values if before.get(key) != values.get(key)]
         logger.warning(
-            "%s goes on with other settings than it was told before, and is not the run that it "
-            "would have been: %s. %s has the new ones",
+            "the run in %s continues with other settings than before: %s. Its result is not that "
+            "of a run with one set of settings. %s has the new ones",
             output_dir,
             "; ".join(f"{key} {_shown(values, key)}, was {_shown(before, key)}" for key in changed),
             RUN_CONFIG,
         )
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     with written_whole(path) as draft:
-        draft.write_text(f"# qft_hf {__version__}: what this run was told.\n{text}", "utf-8")
+        draft.write_text(f"# qft_hf {__version__}: the settings of this run.\n{text}", "utf-8")
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
@@ -270,7 +269,7 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as YAML knows it: names of enumerations as text."""
+    """Return a value in types that YAML has: members of enumerations become text."""
     if isinstance(value, dict):
         return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -284,13 +283,13 @@ def _is_written(name: str) -> bool:
 
 
 def _written(output_dir: Path) -> list[Path]:
-    """Return what is there by the names that a run writes."""
+    """Return the files and folders with names that a run writes, and drafts of them."""
     there = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
     return [path for path in there if _is_written(path.name)] + unsettled(output_dir)
 
 
 def _foreign(output_dir: Path, written: list[Path], *, is_run: bool) -> Iterator[Path]:
-    """Yield what has a name that a run writes, and is not known to be of a run."""
+    """Yield the paths of `written`, or in them, that are not known to come from a run."""
     drafts = unsettled(output_dir)
     config = output_dir / "config.json"
     for path in written:
@@ -313,7 +312,7 @@ def _foreign(output_dir: Path, written: list[Path], *, is_run: bool) -> Iterator
 
 
 def _strange_files(folder: Path) -> Iterator[Path]:
-    """Yield what somebody has put into a checkpoint or an export."""
+    """Yield the files in a checkpoint or an export that no run writes there."""
     known = code_files(folder)
     for path in sorted(folder.iterdir()):
         if path not in known and not any(path.match(pattern) for pattern in _IN_CHECKPOINT):
@@ -321,7 +320,7 @@ def _strange_files(folder: Path) -> Iterator[Path]:
 
 
 def _is_run(output_dir: Path) -> bool:
-    """Whether a run has left its config, its summary or a checkpoint of its own."""
+    """Whether the folder holds a run's config, its summary or a checkpoint with a mark."""
     return (
         (output_dir / RUN_CONFIG).is_file()
         or "qft_hf" in _json(output_dir / SUMMARY).get("versions", {})
@@ -335,7 +334,7 @@ def _is_int8(config: Path) -> bool:
 
 
 def told(output_dir: Path) -> dict[str, Any]:
-    """Return what the run there was told, nothing if that is absent or damaged."""
+    """Return the settings in the folder's `run.yaml`, none if it is absent or damaged."""
     try:
         read = yaml.safe_load((output_dir / RUN_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -344,7 +343,7 @@ def told(output_dir: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Return what a JSON file holds, nothing if it is absent or damaged."""
+    """Return the object in a JSON file, an empty one if the file is absent or damaged."""
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

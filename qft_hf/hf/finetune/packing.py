@@ -1,8 +1,8 @@
-"""Examples of all lengths laid end to end in blocks of one length, and kept apart there.
+"""Packs examples of all lengths into blocks of one length, where no example sees another.
 
-A block has `position_ids` that begin anew with each example, and no attention mask: transformers
-then builds a mask by which no token sees another example. Not every family does; `refuse_crossing`
-asks the model itself.
+A block has `position_ids` that restart at 0 with each example, and no attention mask: transformers
+then builds a mask by which no token sees another example. Not every model family does this;
+`refuse_crossing` tests the model itself.
 """
 
 import copy
@@ -21,11 +21,11 @@ from ...nn.loss import IGNORED
 
 
 def pack(examples: Dataset, block_tokens: int) -> Dataset:
-    """Concatenate the examples in order and cut the stream into blocks; only the last is shorter.
+    """Concatenate the examples in order and cut them into blocks; only the last one is shorter.
 
-    An example that reaches over the end of a block goes on in the next one as if it began there.
-    The first token of an example has no label: nothing of its own comes before it to predict it
-    from. The stream is held in memory once, at 24 bytes a token.
+    An example that crosses the end of a block continues in the next one as if it began there. The
+    first token of an example has no label, because no token of the example precedes it. All tokens
+    are held in memory once, at 24 bytes per token.
 
     Args:
         examples: Columns `input_ids` and `labels`, lists of equal length in each row.
@@ -53,7 +53,7 @@ def pack(examples: Dataset, block_tokens: int) -> Dataset:
 
 
 def collate_blocks(blocks: Sequence[dict[str, Any]], *, pad_token_id: int) -> dict[str, Tensor]:
-    """Batch blocks: int64, `[batch, longest]`. Padding is an example of its own without labels."""
+    """Batch blocks: int64, `[batch, longest]`. Padding forms its own example, without labels."""
     longest = max(len(block["input_ids"]) for block in blocks)
 
     def filled(name: str, padding: Sequence[int]) -> Tensor:
@@ -71,14 +71,14 @@ def collate_blocks(blocks: Sequence[dict[str, Any]], *, pad_token_id: int) -> di
 def refuse_crossing(model: PreTrainedModel) -> None:
     """Check that a packed example does not see the one before it.
 
-    The outputs of an example must have no derivative by the embeddings of the one before: a weight
-    of attention that a mask rules out is zero, and so is every product with it, in any dtype. The
-    values alone would not tell: experts of a mixture multiply as many tokens at a time as chose
-    them, of all examples, which moves the last bits. One pass of 16 tokens; the model is left as
-    it was.
+    The outputs of an example must have zero derivatives by the embeddings of the one before: a
+    masked attention weight is zero, and so is every product with it, in any dtype. Comparing output
+    values would not work: an expert of a mixture multiplies the tokens of all examples that chose
+    it in one product, whose size affects the last bits. The check is one pass of 16 tokens; the
+    model is left as it was.
 
     Raises:
-        ValueError: It does. Some families read neither positions nor a mask made of them.
+        ValueError: An example does, as in families that use neither positions nor a mask of them.
     """
     ids = torch.arange(16, device=model.device)[None] + 2
     positions = torch.arange(8, device=model.device).repeat(2)[None]
@@ -91,14 +91,14 @@ def refuse_crossing(model: PreTrainedModel) -> None:
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
     hook = model.get_input_embeddings().register_forward_hook(keep)
-    model.eval().requires_grad_(requires_grad=False)  # only the derivative by embeddings is wanted
+    model.eval().requires_grad_(requires_grad=False)  # only embeddings need a derivative
     try:
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, 8:].float()
-        # A direction that no layer before it is blind to, as a norm is to a sum.
+        # Weighted, because a norm before it may make the plain sum constant.
         seen = (logits * torch.linspace(-1, 1, logits.shape[-1], device=logits.device)).sum()
         (gradient,) = torch.autograd.grad(seen, embeddings[:1])
         crosses = bool(gradient[0, :8].any())
-    except TypeError:  # it takes no position_ids
+    except TypeError:  # the model takes no position_ids
         crosses = True
     finally:
         hook.remove()
@@ -115,10 +115,10 @@ def refuse_crossing(model: PreTrainedModel) -> None:
 def refuse_crossing_family(
     model_class: Any, config: PreTrainedConfig, device: torch.device, **how: Any
 ) -> bool:
-    """Check it for all models of an architecture, by a short one with any weights.
+    """Run `refuse_crossing` for an architecture, on a shortened model with random weights.
 
-    Returns whether one can be made, as by `model_class.from_config(config, **how)` on `device`:
-    layers of some architectures refer to each other. Raises as `refuse_crossing`.
+    Returns whether `model_class.from_config(..., **how)` can create that model on `device`: some
+    architectures cannot be shortened, as their layers refer to others. Raises as `refuse_crossing`.
     """
     try:
         with device:
@@ -130,10 +130,10 @@ def refuse_crossing_family(
 
 
 def shortened(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of a model that is small enough to be made for `refuse_crossing` alone.
+    """Return the config of a model that is small enough to be created for `refuse_crossing` alone.
 
-    It has a layer of each type, or the first two, of the same width but with a narrow MLP, which
-    sees one token at a time; and as many tokens as the check needs.
+    It has one layer of each type, or the first two layers, of full width but with a narrow MLP,
+    which sees one token at a time. Its vocabulary is as large as the check needs.
     """
     short = copy.deepcopy(config)
     text: Any = short.get_text_config()
@@ -147,15 +147,15 @@ def shortened(config: PreTrainedConfig) -> PreTrainedConfig:
             setattr(text, name, min(value, 64))
     text.num_hidden_layers = len(kept)
     text.vocab_size = 32
-    text.pad_token_id = None  # it may be beyond them
+    text.pad_token_id = None  # it may be outside the vocabulary
     return short
 
 
 def count_tokens(examples: Dataset) -> int:
-    """Return the tokens in all examples."""
+    """Return the number of tokens in all examples."""
     return pc.sum(pc.list_value_length(_table(examples)["input_ids"])).as_py() or 0
 
 
 def _table(examples: Dataset) -> pa.Table:
-    """Return the rows as they are after every filter and selection, unlike `examples.data`."""
+    """Return the rows with every filter and selection applied, unlike `examples.data`."""
     return examples.with_format("arrow")[:]

@@ -1,4 +1,4 @@
-"""Arguments of a run from a config file and flags: a config is a list of flags, and flags win."""
+"""Reads the arguments of a run: a config file is turned into flags, and later flags override it."""
 
 import json
 from argparse import SUPPRESS
@@ -27,9 +27,9 @@ GROUPS: tuple[Any, ...] = (
     QFTTrainingArguments,
 )
 _LISTS = [field.name for group in GROUPS for field in fields(group) if "list" in str(field.type)]
-NOTHING = ("", "null", "~")  # of YAML
+NOTHING = ("", "null", "~")  # how YAML writes no value
 CONFIG_SUFFIXES = (".yaml", ".yml")
-# Where nothing, or less, would be taken for what was not asked for, or fail later.
+# Settings for which 0 or less would be misread, or would fail later.
 _ABOVE_ZERO = (
     "max_train_rows",
     "max_eval_rows",
@@ -47,12 +47,12 @@ _ABOVE_ZERO = (
     "save_steps",
     "save_total_limit",
 )
-# Of the Trainer, and what it would do to the scores that a run takes of all its tasks.
+# Arguments of the Trainer that would falsify the scores of a run, and how.
 _FALSIFIES = {
-    "batch_eval_metrics": "scores are taken of all held-out rows at once",
-    "bf16_full_eval": "the score before the first step would leave in bf16 what stays float",
+    "batch_eval_metrics": "scores are computed from all held-out rows at once",
+    "bf16_full_eval": "the score before the first step would leave float parameters in bf16",
     "dataloader_drop_last": "rows of the evaluation would be left out, too",
-    "eval_do_concat_batches": "scores are taken of all held-out rows at once",
+    "eval_do_concat_batches": "scores are computed from all held-out rows at once",
     "label_names": "labels are always called `labels`",
     "prediction_loss_only": "there would be no scores",
 }
@@ -61,15 +61,15 @@ _INSTEAD_OF = {"eval_data": "eval_fraction", "eval_fraction": "eval_data"}
 
 @dataclass(frozen=True, slots=True)
 class RunArguments:
-    """Everything that one run is told.
+    """All settings of one run.
 
     Attributes:
-        model: Which model, and how it is loaded.
-        method: What of it is trained.
+        model: Which model is tuned, and how it is loaded.
+        method: What is trained.
         data: What is learned and what is held out.
-        output: What is written beside what the Trainer writes.
-        training: The Trainer's.
-        given: What config and flags have set, by name; all else has its default.
+        output: What is written in addition to the Trainer's files.
+        training: Arguments of the Trainer.
+        given: Values that the config and flags have set, by name; all others are defaults.
     """
 
     model: ModelArguments
@@ -81,12 +81,12 @@ class RunArguments:
 
     @property
     def output_dir(self) -> Path:
-        """Where everything is written; the Trainer has filled in its default."""
+        """The folder that everything is written to; the Trainer has filled in its default."""
         return Path(str(self.training.output_dir))
 
     @property
     def told(self) -> dict[str, Any]:
-        """What config and flags have set, so that it means the same in any folder."""
+        """Values that the config and flags have set, with absolute paths."""
         output_dir = {"output_dir": str(self.output_dir.absolute())}
         return with_paths(self.given, whole) | (output_dir if "output_dir" in self.given else {})
 
@@ -100,9 +100,10 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
         description: Text for `--help`.
 
     Raises:
-        FileNotFoundError: There is no such config.
-        ValueError: A key or flag is unknown (names the nearest ones), or a value is not possible.
-        SystemExit: `--help`, or argparse refused a value; it has printed why.
+        FileNotFoundError: The config does not exist.
+        ValueError: A key or flag is unknown (the text names the nearest ones), or a value is
+            invalid.
+        SystemExit: `--help` was given, or argparse refused a value and has printed why.
     """
     flags = list(argv)
     if flags and not flags[0].startswith("-"):
@@ -111,7 +112,7 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
     elif (late := [word for word in flags if word.endswith(CONFIG_SUFFIXES)]) and (
         "model_name_or_path" not in _names(flags)
     ):
-        raise ValueError(f"a config comes first, then flags: {late[0]} {flags[0]} ...")
+        raise ValueError(f"the config must come first, then flags: {late[0]} {flags[0]} ...")
     for name in _names(flags):
         _require_known(name, "flag")
     flags = [*side_flags(flags, _names(flags)), *flags]
@@ -126,7 +127,7 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
         ImportError,
         TypeError,
         ValueError,
-    ) as error:  # some are of transformers, all for the user
+    ) as error:  # from transformers, too; all are meant for the user
         raise ValueError(str(error)) from error
     if rest:
         raise ValueError(
@@ -157,24 +158,24 @@ def _parser(**settings: Any) -> HfArgumentParser:
 
 def _given(flags: list[str]) -> dict[str, Any]:
     """Return the values of the flags alone, without defaults."""
-    parser = _parser(add_help=False)  # the other one has the defaults, which a help text tells
+    parser = _parser(add_help=False)  # not the main one, whose help shows the defaults
     for action in parser._actions:
         action.default, action.required = SUPPRESS, False
     return vars(parser.parse_known_args(flags)[0])
 
 
 def _require_possible(given: dict[str, Any]) -> None:
-    """Raise for a number that transformers would take for another one, or stumble over."""
+    """Raise for a value that transformers would misread, fail on later, or falsify scores by."""
     for name in _ABOVE_ZERO:
         value = given.get(name)
-        # transformers' way to say that epochs count
+        # -1 is how transformers writes that the number of epochs determines the length
         if value is not None and value <= 0 and (name, value) != ("max_steps", -1):
             raise ValueError(
                 f"{name} must be above 0, got {value:g}. Leave it out for its default, which "
-                "`qft-hf finetune --help-all` tells."
+                "`qft-hf finetune --help-all` shows."
             )
     for name, value in given.items():
-        # PyTorch's way to have norms measured, and nothing clipped.
+        # With an infinite limit, PyTorch measures the norm and clips nothing.
         measures_alone = (name, value) == ("max_grad_norm", inf)
         if isinstance(value, float) and not isfinite(value) and not measures_alone:
             raise ValueError(
@@ -194,15 +195,15 @@ def _require_possible(given: dict[str, Any]) -> None:
         value = given.get(name)
         if value is not None and not _is_mapping(value) and not Path(value).is_file():
             raise ValueError(
-                f"{name} takes names and values, got {value!r}. In a config write a mapping, "
-                f"and as a flag in JSON: --{name}='{{\"name\": 1}}'."
+                f"{name} takes a mapping of names to values, got {value!r}. Write it in JSON as a "
+                f"flag: --{name}='{{\"name\": 1}}'; in a config write a YAML mapping."
             )
     for name, reason in _FALSIFIES.items():
         default = getattr(QFTTrainingArguments, name)
         if given.get(name, default) != default:
             raise ValueError(f"{name} cannot be set: {reason}. Leave it out.")
     if not 0 <= given.get("seed", 0) < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {given['seed']}. Take a smaller one.")
+        raise ValueError(f"seed must be in [0, 2**32), got {given['seed']}. Choose another.")
 
 
 def _is_mapping(text: str) -> bool:
@@ -213,10 +214,10 @@ def _is_mapping(text: str) -> bool:
 
 
 def find_config(name: str) -> Path:
-    """Return the YAML file that is meant: one that is there, else one that ships by this name.
+    """Return the YAML file of this name: an existing one, otherwise one that ships.
 
     Raises:
-        FileNotFoundError: Neither is there.
+        FileNotFoundError: There is neither.
     """
     path = Path(name)
     if path.suffix in CONFIG_SUFFIXES and path.is_file():
@@ -231,19 +232,21 @@ def find_config(name: str) -> Path:
 
 
 class _Loader(yaml.BaseLoader):
-    """Every scalar stays text, and its field gives it a type.
+    """Loads every scalar as text, which gets its type from its field.
 
-    YAML itself would take `no` for false, 1e-4 for a string, and the last of two equal keys.
+    YAML itself would read `no` as false and 1e-4 as a string, and keep the last of two equal keys.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key is no name", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem="a key is not a name", problem_mark=key.start_mark
+                )
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} stands there more than once",
+                    problem=f"{key.value!r} occurs more than once",
                     problem_mark=key.start_mark,
                 )
             seen.add(key.value)
@@ -251,14 +254,14 @@ class _Loader(yaml.BaseLoader):
 
 
 def flags_from_config(path: Path, *, without: Collection[str | None] = ()) -> list[str]:
-    """Return a flat YAML file as flags.
+    """Return the settings in a flat YAML file as flags.
 
     Args:
         path: The file, in UTF-8 or UTF-16.
         without: Keys to leave out.
 
     Raises:
-        ValueError: It is no YAML or not a mapping, a key is unknown or stands there twice, or a
+        ValueError: The file is not YAML or not a mapping, a key is unknown or occurs twice, or a
             value is empty.
     """
     try:
@@ -266,12 +269,12 @@ def flags_from_config(path: Path, *, without: Collection[str | None] = ()) -> li
             config = yaml.load(file, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(
-            f"{path} cannot be read: {error}. Expected YAML: one `key: value` a line, each key "
-            "once, a space behind the colon, and no tabs."
+            f"{path} cannot be read: {error}. Expected YAML: one `key: value` per line, each key "
+            "once, a space after the colon, and no tabs."
         ) from error
     if not isinstance(config, dict):
         raise ValueError(
-            f"{path} must hold keys and values, one `key: value` a line, got "
+            f"{path} must hold keys and values, one `key: value` per line, got "
             f"{type(config).__name__}."
         )
     flags: list[str] = []
@@ -301,13 +304,13 @@ def _as_flags(key: str, value: Any, path: Path) -> list[str]:
 
 
 def _typed(value: Any) -> Any:
-    """Return a value in a mapping, which no field gives a type: a number, true, or text."""
+    """Return a value in a mapping, for which no field declares a type: a number, true, or text."""
     match value:
         case dict():
             return {name: _typed(entry) for name, entry in value.items()}
         case list():
             return [_typed(entry) for entry in value]
-    for read in (json.loads, float):  # JSON knows neither .5 nor 1.
+    for read in (json.loads, float):  # JSON accepts neither .5 nor 1.
         try:
             return read(value)
         except ValueError:
@@ -317,7 +320,7 @@ def _typed(value: Any) -> Any:
 
 def _require_known(name: str, what: str) -> None:
     known = [field.name for group in GROUPS for field in fields(group) if field.init]
-    # argparse knows `--help` and, for a switch that is on by default, `--no_<switch>`.
+    # argparse adds `--help` and, for a switch that is on by default, `--no_<switch>`.
     if name.removeprefix("no_") in known or name in (*known, "help"):
         return
     nearest = get_close_matches(name, known, n=3, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""What of a run's settings may be a path, and where on this machine that is."""
+"""Which settings of a run may be paths, and where on this machine they lead."""
 
 import os
 import re
@@ -14,15 +14,15 @@ INPUTS = (
     "eval_data",
 )
 PATHS = (*INPUTS, "output_dir", "resume_from_checkpoint")
-GLOB = "glob:"  # before a pattern; a path without it is a path, whatever its characters are
+GLOB = "glob:"  # prefix of a pattern; a path without it is never read as one
 
 
 def expanded(path: str) -> str:
-    """Return a path with `~` and `$NAME` in place, as a shell does it; what is there is left alone.
+    """Return a path with `~` and `$NAME` expanded as in a shell; an existing path stays as it is.
 
     Raises:
-        ValueError: There is no such variable: a folder of its name would be made. Or it is empty,
-            and would be the folder that one works in.
+        ValueError: A variable is not set, so that a folder of its name would be created; or the
+            path is empty, and would mean the working directory.
     """
     if path.startswith(GLOB):
         return GLOB + expanded(path.removeprefix(GLOB))
@@ -33,21 +33,21 @@ def expanded(path: str) -> str:
     found = os.path.expanduser(os.path.expandvars(path))
     if absent := re.search(r"\$(\w+|\{.*?\})", found):
         raise ValueError(
-            f"the path {path!r} has the environment variable {absent[0]}, which is not set. Set "
+            f"the path {path!r} uses the environment variable {absent[0]}, which is not set. Set "
             "it, or write the path out."
         )
     return found
 
 
 def whole(path: str) -> str:
-    """Return a path that means the same in any folder, or a name on the hub as it is."""
+    """Return an existing path or a pattern as an absolute one; other names, as on the hub, stay."""
     if path.startswith(GLOB):
         return GLOB + os.path.abspath(path.removeprefix(GLOB))
     return os.path.abspath(path) if Path(path).exists() else path
 
 
 def with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """Return settings with those that may be paths changed, one or a list of them."""
+    """Return settings, with `change` applied to those that may be paths or lists of paths."""
     return {
         name: value
         if name not in PATHS or value is None
@@ -59,7 +59,7 @@ def with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[
 
 
 def inputs(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return what may be a path of what is read, by its key, numbered if there are several."""
+    """Return the inputs that may be paths, by key; several of one key are numbered."""
     found = {}
     for key in INPUTS:
         value = values.get(key) or []

@@ -1,4 +1,4 @@
-"""What comes before a run: refuse what cannot work, and load. Nothing is written here."""
+"""Prepares a run: refuses what cannot work, and loads the rest. Nothing is written here."""
 
 import logging
 import os
@@ -39,15 +39,15 @@ from .step_clock import StepClock
 
 logger = logging.getLogger(__name__)
 
-LOGS = 50  # in a run, where nothing else was asked for
+LOGS = 50  # log entries of a run, unless logging_steps is set
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that is loaded and checked, and not yet trained."""
+    """A run that is loaded and checked, but not yet trained."""
 
     arguments: RunArguments
-    checkpoint: Path | None  # resumed from
+    checkpoint: Path | None  # to resume from
     data: TaskData
     trainer: RunTrainer
     clock: StepClock
@@ -55,20 +55,20 @@ class Run:
 
 
 def prepare(arguments: RunArguments) -> Run:
-    """Check the output folder, load data and model, and see that the disk has room. Writes nothing.
+    """Check the output folder, load data and model, and check the disk space. Writes nothing.
 
-    To resume, it first finishes or removes what a killed process has left in the folder.
+    When resuming, it first finishes or removes the drafts that a killed process left in the folder.
 
     Raises:
         FileExistsError: The output folder already holds a run.
-        FileNotFoundError: A data file, template or checkpoint is not there.
-        OSError: The output folder cannot be written to, or the disk has no room for the run.
-        ValueError: The arguments, the data and the model do not go together.
+        FileNotFoundError: A model, data file, template or checkpoint does not exist.
+        OSError: The output folder cannot be written to, or the disk has no space for the run.
+        ValueError: The arguments, the data and the model do not fit together.
     """
     started, training = time.monotonic(), arguments.training
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if training.use_liger_kernel and training.device.type == "cpu" and not is_interpreted:
-        raise ValueError("use_liger_kernel is for a GPU, and there is none. Leave it out.")
+        raise ValueError("use_liger_kernel needs a GPU, and there is none. Leave it out.")
     checkpoint, config, data = read(arguments)
     tokenizer = data.task.tokenizer
     is_whole = arguments.method.side is None
@@ -78,9 +78,9 @@ def prepare(arguments: RunArguments) -> Run:
     model = load(arguments.model, how, config, data.task, max_length=length)
     if arguments.data.packing and is_whole:
         refuse_crossing(model)
-    training.include_num_input_tokens_seen = "non_padding"  # logged, and told by the summary
+    training.include_num_input_tokens_seen = "non_padding"  # for the log and the summary
     if training.device.type == "cpu":
-        # It speeds up copies to a GPU, and warns where there is none.
+        # Pinned memory speeds up copies to a GPU, and causes a warning without one.
         training.dataloader_pin_memory = False
     refuse_small_disk(
         arguments.output_dir,
@@ -88,7 +88,7 @@ def prepare(arguments: RunArguments) -> Run:
         overwrite=arguments.output.overwrite_output,
     )
     clock = StepClock()
-    with by_first():  # who alone asks the Hub for a repository
+    with by_first():  # process 0 alone creates a repository on the Hub; all raise if that fails
         trainer = RunTrainer(
             model=model,
             args=training,
@@ -104,14 +104,14 @@ def prepare(arguments: RunArguments) -> Run:
 
 
 def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskData]:
-    """Check the output folder, and read all but the weights of the model. Writes nothing.
+    """Check the output folder, and read everything except the model's weights. Writes nothing.
 
-    Where nothing says how often to log, it is 50 times in a run.
+    If `logging_steps` is not given, it is set to log `LOGS` times in a run.
 
     Returns:
-        checkpoint: What the run goes on from; None for a fresh start.
-        config: The model's.
-        data: Ready for the Trainer.
+        checkpoint: Checkpoint to resume from; None for a fresh start.
+        config: Configuration of the model.
+        data: Data, ready for the Trainer.
 
     Raises:
         FileExistsError: As `prepare`.
@@ -120,7 +120,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
         ValueError: As `prepare`.
     """
     training = arguments.training
-    if training.process_index > 0:  # the first one says it
+    if training.process_index > 0:  # only process 0 logs and shows progress
         logging.getLogger("qft_hf").setLevel(logging.ERROR)
         disable_progress_bar()
     with by_first() as is_first:
@@ -137,17 +137,17 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
             require_bitsandbytes()
     elif side_checkpoint(arguments.model.model_name_or_path) is not None:
         raise ValueError(
-            f"{arguments.model.model_name_or_path} holds a side network, and method 'full' trains "
+            f"{arguments.model.model_name_or_path} holds a side network, but method 'full' trains "
             "every parameter of a model. Set method to qst, or name the base."
         )
     if arguments.data.task in LANGUAGE_TASKS:
-        language_class(config)  # refuses others before the data take minutes
+        language_class(config)  # refuses other models before reading the data takes minutes
     with training.main_process_first(desc="reading the data"):
         data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
     for source, n_rows in data.shared.items():
         logger.warning(
-            "%s of %s are in train_data and eval_data at once: the scores will tell what is "
-            "remembered. Hold out rows by eval_fraction instead",
+            "%s of %s are both in train_data and in eval_data, so the scores will measure what is "
+            "memorized. Hold out rows by eval_fraction instead",
             counted(n_rows, "row"),
             source,
         )
@@ -158,7 +158,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
 
 
 def _check_output(arguments: RunArguments) -> Path | None:
-    """Refuse what would destroy something; return the checkpoint to resume from."""
+    """Raise if the run would destroy something; return the checkpoint to resume from."""
     output_dir = arguments.output_dir
     refuse_unwritable(output_dir)
     refuse_inputs_inside(output_dir, _inputs(arguments))
@@ -168,7 +168,7 @@ def _check_output(arguments: RunArguments) -> Path | None:
 
 
 def paths_read(arguments: RunArguments) -> dict[str, str]:
-    """Return whole paths of what is read from this machine, by the key that names it."""
+    """Return absolute paths of the local files and folders that are read, by key of the config."""
     return {
         key: str(Path(name).resolve())
         for key, name in _inputs(arguments).items()
@@ -181,18 +181,18 @@ def _inputs(arguments: RunArguments) -> dict[str, str]:
 
 
 def _check_reporters(training: TrainingArguments) -> None:
-    """Raise for a reporter that the Trainer would stumble over when all is loaded."""
+    """Raise for a reporter for which the Trainer would fail, but only after loading everything."""
     known = get_available_reporting_integrations()
-    # These are not among them wherever they work.
+    # These two may work without being listed.
     for name in {*(training.report_to or [])} - {*known, "azure_ml", "flyte"}:
         raise ValueError(
             f"report_to is {name!r}, which is not installed or not known. Install it, leave it "
-            f"out, or take what is installed: {', '.join(known) or 'nothing'}."
+            f"out, or use one that is installed: {', '.join(known) or 'none'}."
         )
 
 
 def _check_schedule(training: TrainingArguments) -> None:
-    """Raise for a schedule that the Trainer would stumble over when all is loaded."""
+    """Raise for a schedule for which the Trainer would fail, but only after loading everything."""
     kind: Any = training.lr_scheduler_type
     settings: Any = training.lr_scheduler_kwargs or {}
     try:
@@ -205,7 +205,7 @@ def _check_schedule(training: TrainingArguments) -> None:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"lr_scheduler_type {kind.value!r} does not go with lr_scheduler_kwargs {settings}: "
+            f"lr_scheduler_type {kind.value!r} does not accept lr_scheduler_kwargs {settings}: "
             f"{error}. Correct one of them."
         ) from error
 
@@ -217,15 +217,17 @@ def _check_evaluation(arguments: RunArguments) -> None:
         best = training.metric_for_best_model.removeprefix("eval_")
         if best not in names:
             raise ValueError(
-                f"metric_for_best_model is {best!r}, and the scores of task {data.task!r} are "
+                f"metric_for_best_model is {best!r}, but the scores of task {data.task!r} are "
                 f"{', '.join(names)}. Set one of them."
             )
-        if "greater_is_better" not in arguments.given:  # the Trainer takes all but losses for so
+        if (
+            "greater_is_better" not in arguments.given
+        ):  # the Trainer assumes true for all but losses
             training.greater_is_better = best not in ERRORS
     if training.label_smoothing_factor and data.task in ("regression", "multi_label"):
         raise ValueError(
-            f"label_smoothing_factor is of one class among several, not of task {data.task!r}. "
-            "Leave it out."
+            "label_smoothing_factor needs labels of one class among several, which task "
+            f"{data.task!r} does not have. Leave it out."
         )
     has_data = data.eval_data is not None or data.eval_fraction is not None
     asked = training.do_eval or training.eval_on_start or training.eval_strategy != "no"

@@ -1,4 +1,4 @@
-"""One fine-tuning run that is prepared: score, train, score again, and report."""
+"""Carries out a prepared fine-tuning run: score, train, score again, and report."""
 
 import json
 import logging
@@ -32,12 +32,12 @@ logger = logging.getLogger(__name__)
 
 
 def finetune(arguments: RunArguments) -> RunSummary:
-    """Do a whole run: prepare it and train."""
+    """Do a complete run: prepare it and train."""
     return train(prepare(arguments))
 
 
 def train(run: Run) -> RunSummary:
-    """Write what the run was told, then score, train, score, and write checkpoint and report.
+    """Write the settings of the run; score, train and score again; write checkpoint and report.
 
     The scores before training are those of the model that was loaded, also when resuming.
     """
@@ -49,13 +49,13 @@ def train(run: Run) -> RunSummary:
     before = _scores(run)
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     after = _scores_of_last_step(run) or _scores(run)
-    if before is not None:  # train() has started the log anew
+    if before is not None:  # train() has cleared the log
         start = {"epoch": 0.0, "step": 0} | {f"eval_{name}": s for name, s in before.items()}
         trainer.state.log_history.insert(0, start)
     is_reported = of_first(_is_reported_already(run))
     if is_reported:
         logger.warning(
-            "%s holds what this finished run came to, and it stays as it is; no step was taken",
+            "%s already holds the results of this finished run, which are kept; no step was taken",
             output_dir,
         )
     else:
@@ -70,25 +70,25 @@ def train(run: Run) -> RunSummary:
 
 
 def _push(run: Run) -> None:
-    """Push the folder, which is finished.
+    """Push the finished folder to the Hub.
 
     Raises:
-        ValueError: The Hub did not take it.
+        ValueError: The Hub did not accept it.
     """
     output_dir, name = run.arguments.output_dir, run.trainer.hub_model_id
     with by_first():
         try:
             run.trainer.push_to_hub()
-        except Exception as error:  # of the network, the Hub and its library alike
+        except Exception as error:  # errors of the network, the Hub and its library
             raise ValueError(
-                f"the run is finished, and {output_dir} has all of it, but the Hub did not take "
-                f"it: {error}. Push it by `hf upload {name} {shlex.quote(str(output_dir))} . "
+                f"the run is finished and complete in {output_dir}, but the Hub did not accept "
+                f"it: {error}. Push it with `hf upload {name} {shlex.quote(str(output_dir))} . "
                 "--exclude 'checkpoint-*'`."
             ) from error
 
 
 class _TellWhenAccepted(TrainerCallback):
-    """Tells when the checkpoint is taken: `run.yaml` is that of its steps, if it is refused."""
+    """Writes the settings when the checkpoint is accepted; otherwise `run.yaml` stays as it is."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -96,16 +96,16 @@ class _TellWhenAccepted(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write."""
+        """Write the settings of the run."""
         _tell(self.run)
 
 
 def _tell(run: Run) -> None:
-    """Write what the run was told, and what it is about to learn."""
+    """Write the settings of the run, and the evidence of what it is about to learn."""
     output_dir, overwrite = run.arguments.output_dir, run.arguments.output.overwrite_output
     with by_first() as is_first:
         if is_first:
-            # Another run may have begun there since it was looked at.
+            # Another run may have begun in the folder since it was checked.
             refuse_other_run(output_dir, checkpoint=run.checkpoint, overwrite=overwrite)
             if overwrite:
                 clear_run(output_dir)
@@ -114,19 +114,19 @@ def _tell(run: Run) -> None:
 
 
 def _report(run: Run, summary: RunSummary, *, is_reported: bool) -> None:
-    """Write report, export and model card; what an earlier process has reported stays."""
+    """Write report, export and model card; the report of an earlier process stays."""
     output, output_dir = run.arguments.output, run.arguments.output_dir
     if not is_reported:
         history = run.trainer.state.log_history
         unit = loss_unit([summary.task])
         draw_loss_curve(history, output_dir / LOSS_CURVE, title=summary.title, unit=unit)
-        summary.write(output_dir / SUMMARY)  # last: it tells that all is there
+        summary.write(output_dir / SUMMARY)  # last: it marks the report as complete
     if output.export_dtype is not None:
         export_checkpoint(
             output_dir,
             output_dir / output.export_dtype,
             dtype=getattr(torch, output.export_dtype),
-            replace=True,  # one of this run, before it was resumed
+            replace=True,  # an export of this run from before it was resumed
             trust_remote_code=run.arguments.model.trust_remote_code,
         )
     if output.export_dtype is not None or not is_reported:
@@ -134,12 +134,12 @@ def _report(run: Run, summary: RunSummary, *, is_reported: bool) -> None:
 
 
 def _license(run: Run) -> str | None:
-    """Return the license of the model that was tuned, as its own card says, and warn without."""
+    """Return the license on the card of the model that was tuned; warn if it names none."""
     license = license_of(run.arguments.model.model_name_or_path)
     if license is None:
         logger.warning(
-            "the model card names no licence, because that of the model is not known. Give it by "
-            "`qft-hf card %s --license apache-2.0`, or what it is",
+            "the model card names no license, because that of the model is not known. Set it, for "
+            "example with `qft-hf card %s --license apache-2.0`",
             shlex.quote(str(run.arguments.output_dir)),
         )
     return license
@@ -157,9 +157,9 @@ def _is_reported_already(run: Run) -> bool:
 
 
 def _write_model(run: Run) -> None:
-    """Write checkpoint and log."""
+    """Write the model and the state of the Trainer, which has the log."""
     with by_first() as is_first:
-        run.trainer.save_model(_internal_call=True)  # it is pushed when all is there
+        run.trainer.save_model(_internal_call=True)  # does not push: `_push` does it at the end
         if is_first:
             with written_whole(run.arguments.output_dir / TRAINER_STATE_NAME) as draft:
                 run.trainer.state.save_to_json(str(draft))
@@ -173,7 +173,7 @@ def _scores(run: Run) -> dict[str, float] | None:
 
 
 def _scores_of_last_step(run: Run) -> dict[str, float] | None:
-    """Return the scores that the Trainer itself took of the final weights, None if it did not."""
+    """Return the Trainer's own scores of the final weights, None if it has not evaluated them."""
     state = run.trainer.state
     logged = [entry for entry in state.log_history if "eval_loss" in entry]
     if run.trainer.args.load_best_model_at_end or not logged:

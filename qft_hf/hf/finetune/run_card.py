@@ -1,4 +1,4 @@
-"""The card of a run, made of what lies in its output folder."""
+"""Writes the model card of a run from the files in its output folder."""
 
 import json
 from pathlib import Path
@@ -24,16 +24,17 @@ def write_run_card(output_dir: Path, **known: Any) -> Path:
     """Write `README.md` into the output folder of a finished run.
 
     Args:
-        output_dir: Of the run.
-        **known: Fields of `CardFacts` that the run does not know, or that are to be others: its
-            license, say, or the name on the Hub of the model that it began with.
+        output_dir: Output folder of the run.
+        **known: Fields of `CardFacts` that the run does not know or that override what it knows,
+            such as its license, or the Hub name of the model that it started from.
 
     Returns:
-        The file.
+        The path of the card.
 
     Raises:
         FileNotFoundError: The folder holds no finished run.
-        FileExistsError: Its `README.md` is somebody's own.
+        FileExistsError: Its `README.md` was not written by qft_hf.
+        ValueError: The run is from a version of qft_hf whose summary has too little for a card.
     """
     path = output_dir / CARD
     if path.exists() and not is_card(path):
@@ -46,10 +47,11 @@ def write_run_card(output_dir: Path, **known: Any) -> Path:
 
 
 def facts_of_run(output_dir: Path) -> dict[str, Any]:
-    """Return the fields of `CardFacts` that a run has left.
+    """Return the fields of `CardFacts` that the files of a run contain.
 
     Raises:
         FileNotFoundError: The folder holds no finished run.
+        ValueError: As `write_run_card`.
     """
     summary = read_json(output_dir / SUMMARY)
     side = summary.get("side")
@@ -62,8 +64,8 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
     counts = summary["train_data"]
     if "origin" not in summary:
         raise ValueError(
-            f"{output_dir / SUMMARY} is of qft_hf {summary['versions'].get('qft_hf')}, which noted "
-            "less than a card tells. Its own card stays as it is."
+            f"{output_dir / SUMMARY} is from qft_hf {summary['versions'].get('qft_hf')}, which "
+            "recorded less than a card needs. The card of the run stays as it is."
         )
     return {
         "name": told(output_dir).get("hub_model_id") or output_dir.resolve().name,
@@ -80,10 +82,10 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return what a finished run has left under this name.
+    """Return the contents of a JSON file that a finished run has written.
 
     Raises:
-        FileNotFoundError: It is not there.
+        FileNotFoundError: The file does not exist.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -98,7 +100,7 @@ def license_of(model: str) -> str | None:
     """Return the license that the card of a model names, None if it names none.
 
     Args:
-        model: A folder, or a name on the Hub, which is asked unless the Hub is offline.
+        model: A folder, or a name on the Hub, which is queried unless it is in offline mode.
     """
     try:
         path = Path(model) / CARD
@@ -106,7 +108,7 @@ def license_of(model: str) -> str | None:
             data = ModelCard.load(path).data if path.is_file() else None
         else:
             data = ModelCard.load(model).data
-    except (OSError, ValueError, HfHubHTTPError):  # not there, not readable, or not to be reached
+    except (OSError, ValueError, HfHubHTTPError):  # absent, not readable, or not reachable
         return None
     named = getattr(data, "license", None)
     return named if isinstance(named, str) else None

@@ -1,8 +1,7 @@
-"""The Trainer of a run: it counts the tokens of the examples themselves.
+"""The Trainer of a run, which counts tokens in the examples themselves.
 
-A batch does not tell how many it has. Blocks of packed examples have no mask, and neither have the
-batches of some tokenizers; and where padding is the end-of-text token, the end of a text is no
-padding.
+A batch does not show its number of tokens. Packed blocks, and the batches of some tokenizers, have
+no mask; and if padding is the end-of-text token, the end of a text cannot be told from padding.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from transformers import Trainer
 
 from ..trainer import QFTTrainer
 
-N_TOKENS = "n_tokens"  # of each example, beside the model's inputs: int64, `[batch]`
+N_TOKENS = "n_tokens"  # key in a batch: tokens of each example, int64, `[batch]`
 
 
 class RunTrainer(QFTTrainer):
@@ -22,7 +21,7 @@ class RunTrainer(QFTTrainer):
 
     Args:
         data_collator: Makes a batch of examples, which have `input_ids`.
-        **kwargs: As of `QFTTrainer`.
+        **kwargs: As for `QFTTrainer`.
     """
 
     def __init__(self, *, data_collator: Callable[[Any], dict[str, Any]], **kwargs: Any) -> None:
@@ -30,23 +29,23 @@ class RunTrainer(QFTTrainer):
         take_means_for_means_(self)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Make the repository that the run is pushed to, or raise before anything is trained.
+        """Create the repository that the run is pushed to, or raise before anything is trained.
 
         Raises:
-            ValueError: The Hub cannot be reached, or does not let us.
+            ValueError: The Hub cannot be reached, or denies access.
         """
         try:
             super().init_hf_repo(*args, **kwargs)
-        except Exception as error:  # of the network, the Hub and its library alike
+        except Exception as error:  # errors of the network, the Hub and its library
             raise ValueError(
-                "push_to_hub is set, and the Hub does not give a repository: "
+                "push_to_hub is set, but the Hub does not provide a repository: "
                 f"{str(error).rstrip('.')}. Log in with "
                 "`hf auth login`, correct hub_model_id, or leave push_to_hub out, and upload the "
-                "finished folder by `hf upload`."
+                "finished folder with `hf upload`."
             ) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the card of the run, which is there when it is pushed and tells more."""
+        """Keep the card of the run, which is written before the push and says more."""
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         of_model = {name: value for name, value in inputs.items() if name != N_TOKENS}
@@ -59,11 +58,11 @@ class RunTrainer(QFTTrainer):
 
 
 def take_means_for_means_(trainer: Trainer) -> None:
-    """Have losses that are means of a batch averaged over processes and micro-batches.
+    """Make the Trainer average losses that are batch means over processes and micro-batches.
 
-    Those of classifiers are, and maybe those of a model whose code comes with it. The Trainer takes
-    the loss of a model that accepts any argument for a share of one that is divided by all labels
-    of a step, and sums them up.
+    Classifiers return such losses, and so may models with their own code. If a model accepts any
+    keyword argument, the Trainer assumes that its loss is divided by the number of labels of the
+    whole step, and sums the losses.
     """
     model: Any = trainer.model
     if trainer.model_accepts_loss_kwargs and not _divides_by_all_labels(model):
@@ -71,7 +70,7 @@ def take_means_for_means_(trainer: Trainer) -> None:
 
 
 def _divides_by_all_labels(model: Any) -> bool:
-    """Whether the loss is divided by the number of labels of a step, where that is given."""
+    """Whether the loss is divided by the number of labels of a step if that is passed."""
     if type(model).__module__.startswith("transformers."):
         return bool(model.can_generate())
     was_training = model.training
@@ -89,5 +88,5 @@ def _divides_by_all_labels(model: Any) -> bool:
 def _counted(
     collate: Callable[[Any], dict[str, Any]], examples: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    n_tokens = torch.tensor([len(example["input_ids"]) for example in examples])  # they may change
+    n_tokens = torch.tensor([len(example["input_ids"]) for example in examples])  # before `collate`
     return {**collate(examples), N_TOKENS: n_tokens}

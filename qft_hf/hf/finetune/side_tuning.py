@@ -1,4 +1,4 @@
-"""A run that trains a side network: what it takes and refuses, and the model that it trains."""
+"""Side tuning in a run: the flags that it adds and refuses, and the model that it trains."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from .output_folder import RUN_CONFIG, told
 from .packing import refuse_crossing_family
 from .task import Task
 
-# What belongs to training every parameter, and why a side network has no use for it.
+# Settings for training every parameter, and why a side network has no use for them.
 _OF_FULL = {
     **dict.fromkeys(
         ("gradient", "clipping", "accumulation"),
@@ -28,12 +28,12 @@ _OF_FULL = {
     ),
     **dict.fromkeys(
         ("group_size", "outlier_fraction", "modules_to_not_convert", "matmul", "int8_products"),
-        "a base of int8 has the default format; for another one quantize the model, save it, and "
+        "an int8 base has the default format; for another format quantize the model, save it, and "
         "give its folder",
     ),
     "chunked_loss": "the head belongs to the frozen base",
     "new_tokens": "the embeddings of the base are frozen, so new ones would learn nothing",
-    "export_dtype": "a side network is no part of the weights of its base",
+    "export_dtype": "a side network is not part of its base's weights",
 }
 DEFAULTS = {"optim": "adamw_torch", "learning_rate": "1e-3"}
 DEFAULT_BASE = "nf4"
@@ -44,10 +44,10 @@ def side_flags(flags: list[str], names: Collection[str]) -> list[str]:
 
     Args:
         flags: A command line.
-        names: Of its flags.
+        names: Names of its flags.
 
     Raises:
-        ValueError: One of them is of training every parameter, or another optimizer has no rate.
+        ValueError: A flag is for training every parameter, or an optimizer has no learning rate.
     """
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     reader.add_argument("--method")
@@ -56,15 +56,15 @@ def side_flags(flags: list[str], names: Collection[str]) -> list[str]:
     for name in names:
         if name in _OF_FULL:
             raise ValueError(
-                f"{name} is of training every parameter, and method qst trains a side network: "
-                f"{_OF_FULL[name]}. Leave {name} out, or set method to full."
+                f"{name} is only for training every parameter, but method qst trains a side "
+                f"network: {_OF_FULL[name]}. Leave {name} out, or set method to full."
             )
     if "optim" not in names:
         return [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in names]
     if "learning_rate" not in names:
         raise ValueError(
-            "a side network begins at random, so the rate of an optimizer for trained weights is "
-            f"not its own. Set learning_rate; that of {DEFAULTS['optim']} is "
+            "a side network starts from random weights, which the default rate, meant for trained "
+            f"weights, does not suit. Set learning_rate; that of {DEFAULTS['optim']} is "
             f"{DEFAULTS['learning_rate']}."
         )
     return []
@@ -75,11 +75,11 @@ class SideCheckpoint:
     """A folder with a side network.
 
     Attributes:
-        folder: Where it is.
-        base: Folder or name on the Hub of the model that it was trained beside.
-        form: How that was stored, as `MethodArguments.base` says it.
-        config: Of the side network.
-        architecture: Class of its base.
+        folder: The folder.
+        base: Folder or name on the Hub of the base.
+        form: How the base was stored; one of the values of `MethodArguments.base`.
+        config: Configuration of the side network.
+        architecture: Class of the base.
         labels: Names of the outputs of the head that was trained with it; None without one.
     """
 
@@ -92,24 +92,26 @@ class SideCheckpoint:
 
 
 def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
-    """Return what a folder says of its side network; None if it has none, or is no folder.
+    """Return the description of the side network in a folder; None if there is none.
 
     Raises:
-        ValueError: It is of a base whose format is not known here.
+        ValueError: The format of the base is unknown.
     """
     folder = Path(place)
     if not is_side_network(folder):
         return None
     said = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     name, method = said["base"]["name"], said["base"]["quantization"]
-    runs = [told(home) for home in (folder, folder.resolve().parent)]  # a run, or a checkpoint
+    runs = [
+        told(home) for home in (folder, folder.resolve().parent)
+    ]  # of a run, or of a checkpoint in it
     base = next((run["model_name_or_path"] for run in runs if "model_name_or_path" in run), name)
     if method not in FORMS:
         raise ValueError(
             f"{folder} holds a side network of a base that {method} has quantized. Load the base "
             f"yourself, and call qft_hf.load_side_network(model, {str(folder)!r})."
         )
-    earlier = side_checkpoint(base)  # a run that went on from another one
+    earlier = side_checkpoint(base)  # if the run started from a side network
     labels = said.get("labels")
     return SideCheckpoint(
         folder,
@@ -122,12 +124,12 @@ def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
 
 
 def base_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """Return what the model, or the base of a side network, says about itself.
+    """Return the configuration of the model, or of the base of a side network.
 
     The classes of a trained head are those of the side network's folder.
 
     Raises:
-        FileNotFoundError: The base of a side network is nowhere to be found.
+        FileNotFoundError: The model, or the base of a side network, is not found.
     """
     checkpoint = side_checkpoint(arguments.model_name_or_path)
     if checkpoint is None:
@@ -139,14 +141,14 @@ def base_config(arguments: ModelArguments) -> PreTrainedConfig:
 def _described(
     checkpoint: SideCheckpoint, load: Callable[[], PreTrainedConfig]
 ) -> PreTrainedConfig:
-    """Return the configuration of a base with the classes of the head that was trained."""
+    """Return the configuration of a base, with the classes of the head that was trained."""
     try:
         config = load()
     except OSError as error:
         raise FileNotFoundError(
-            f"{checkpoint.folder} holds a side network of {checkpoint.base or 'a nameless model'}, "
+            f"{checkpoint.folder} holds a side network of {checkpoint.base or 'an unnamed model'}, "
             f"which is neither here (looked from {Path.cwd()}) nor on the hub. Work in the folder "
-            "where the run was started, or write where the base is into model_name_or_path of "
+            "where the run was started, or set model_name_or_path to the base in "
             f"{checkpoint.folder / RUN_CONFIG}."
         ) from error
     config.architectures = [checkpoint.architecture]
@@ -157,12 +159,15 @@ def _described(
 
 
 def base_form(method: MethodArguments, config: PreTrainedConfig, model: str) -> str:
-    """Return how the base of a side network is stored: as asked for, else as it is, else NF4.
+    """Return how the base of a side network is to be stored.
+
+    A quantized base stays as it is. A float base is stored as `method` says, otherwise as the side
+    network's folder says, otherwise in NF4.
 
     Args:
-        method: Of the run.
-        config: Of the base.
-        model: Where the base, or a side network beside it, is.
+        method: Method of the run.
+        config: Configuration of the base.
+        model: Folder or name on the Hub of the base, or folder of a side network.
 
     Raises:
         ValueError: The base is quantized already, in another format than was asked for.
@@ -173,17 +178,17 @@ def base_form(method: MethodArguments, config: PreTrainedConfig, model: str) -> 
         return method.base or (checkpoint.form if checkpoint else DEFAULT_BASE)
     if method.base not in (None, stored):
         raise ValueError(
-            f"base={method.base} was asked for, and {model} is stored in {stored} already. Leave "
+            f"base={method.base} was asked for, but {model} is already stored in {stored}. Leave "
             "base out, or start from the float model."
         )
     return stored
 
 
 def checkpoint_config(place: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return the configuration of a folder or name on the Hub; of a side network, of its base.
+    """Return the configuration of a model in a folder or on the Hub; of a side network, its base's.
 
     Raises:
-        FileNotFoundError: The base of a side network is nowhere to be found.
+        FileNotFoundError: The model, or the base of a side network, is not found.
     """
     checkpoint = side_checkpoint(place)
     if checkpoint is None:
@@ -199,17 +204,17 @@ def checkpoint_config(place: str, *, trust_remote_code: bool = False) -> PreTrai
 
 
 def load_checkpoint(place: str, model_class: Any, *, trust_remote_code: bool = False) -> Any:
-    """Load a model from a folder or the Hub; of a folder with a side network, with its base.
+    """Load a model from a folder or the Hub; a side network is loaded together with its base.
 
     Args:
         place: Folder, or name on the Hub.
-        model_class: Of transformers, such as `AutoModelForCausalLM`.
+        model_class: A class of transformers, such as `AutoModelForCausalLM`.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        FileNotFoundError: The base of a side network is nowhere to be found.
-        ImportError: It is to be stored in NF4, and bitsandbytes is not installed.
-        ValueError: It is another one.
+        FileNotFoundError: The base of a side network is not found.
+        ImportError: The base is to be stored in NF4, and bitsandbytes is not installed.
+        ValueError: The side network was trained on another base.
     """
     trust = {"trust_remote_code": trust_remote_code}
     checkpoint = side_checkpoint(place)
@@ -234,26 +239,26 @@ def load_side_model(
     *,
     max_length: int,
 ) -> PreTrainedModel:
-    """Load a base, and put a side network beside it: a new one, or that of the folder named.
+    """Load a base, and attach a side network: a new one, or the one in the folder that is named.
 
     Args:
         arguments: Which model: a base, or a folder with a side network.
         method: The side network, and how the base is stored.
         config: As `base_config` returns it; the task's head is written into it.
-        task: Says which class and head.
+        task: Determines the class of the model and its head.
         max_length: Longest example in tokens.
 
     Raises:
-        ImportError: NF4 was asked for, and bitsandbytes is not installed.
-        ValueError: As `load_model`, `attach_side_network` and `load_side_network`; or the folder
-            has a side network of another configuration than was asked for.
+        ImportError: The base is to be stored in NF4, and bitsandbytes is not installed.
+        ValueError: As `load_model`, `attach_side_network` and `load_side_network`; or the side
+            network in the folder has another configuration than was asked for.
     """
     place = arguments.model_name_or_path
     checkpoint = side_checkpoint(place)
     if checkpoint is not None and method.asks_for_another(checkpoint.config):
         raise ValueError(
-            f"{method.side} was asked for, and {place} holds {checkpoint.config}. Leave side_r, "
-            "side_downsample and side_rank out, or name the base to begin anew."
+            f"{method.side} was asked for, but {place} holds {checkpoint.config}. Leave side_r, "
+            "side_downsample and side_rank out, or name the base to start a new side network."
         )
     form = base_form(method, config, place)
     task.configure(config)
@@ -261,13 +266,13 @@ def load_side_model(
     how = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
     with torch.device("meta"):
         skeleton = make.from_config(config, **how)
-    # A base that runs without autograd cannot be asked itself.
+    # The base itself runs without autograd, which `refuse_crossing` needs.
     if task.arguments.packing and not refuse_crossing_family(
         make, config, torch.device("cpu"), **how
     ):
         raise ValueError(
-            f"whether packed examples see each other in a {type(skeleton).__name__} cannot be told "
-            "of a frozen base. Set packing to false."
+            f"whether packed examples see each other in a {type(skeleton).__name__} cannot be "
+            "checked with a frozen base. Set packing to false."
         )
     if checkpoint is not None:
         arguments = replace(arguments, model_name_or_path=checkpoint.base)

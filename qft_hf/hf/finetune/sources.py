@@ -1,8 +1,8 @@
-"""Rows of files, folders and hub data sets, each with the place it stands at.
+"""Loads rows of files, folders and hub data sets, each with its position in the source.
 
-Rows of text files (json, jsonl, csv, tsv, txt) are kept as JSON text and read when they are used:
+Rows of text files (json, jsonl, csv, tsv, txt) are kept as JSON text and parsed when they are used:
 Arrow would give each row the fields of all others, and guess types. Parquet and hub data sets are
-Arrow already; what it has filled in inside of a field is taken out again.
+Arrow already; the empty entries that Arrow has filled in inside a field are removed again.
 """
 
 import csv
@@ -32,7 +32,7 @@ TEXT_FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 FORMATS = (*TEXT_FORMATS, ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 
-_TEXT, _NUMBER = "json text", "number in its source"  # columns
+_TEXT, _NUMBER = "json text", "number in its source"  # names of columns
 _SPLIT_IN_NAME = re.compile(
     r"(?:^|[^a-z])(?:(train)(?:ing)?|(test)(?:ing)?|(val)(?:id(?:ation)?)?|(dev)|(eval))(?:$|[^a-z])"
 )
@@ -44,16 +44,16 @@ class Rows:
 
     table: Dataset
     source: str
-    weight: float = 1.0  # how often an epoch sees each of them
-    split: str = ""  # of a data set on the hub, whose rows are numbered in each
+    weight: float = 1.0  # how often each row occurs in an epoch
+    split: str = ""  # of a hub data set, whose rows are numbered within each split
 
     def read(self, record: Row) -> Row:
-        """Return a row of the table as its source has it, and the names of classes.
+        """Return a row of the table as in its source; a class number becomes the class name.
 
-        A number that is none, as pandas writes for what is missing, is no value.
+        NaN, which pandas writes for a missing value, becomes None.
 
         Raises:
-            RowError: It is no object with named fields, or has a text that is no Unicode.
+            RowError: The row is not an object with named fields, or has invalid Unicode text.
         """
         if _TEXT not in record:
             kinds = self.table.features
@@ -64,31 +64,31 @@ class Rows:
             value = _parsed(record[_TEXT])
             json.dumps(value, ensure_ascii=False).encode()
         except (json.JSONDecodeError, RecursionError) as error:
-            raise RowError("no JSON", f"{error}.") from error
+            raise RowError("invalid JSON", f"{error}.") from error
         except UnicodeEncodeError as error:
             raise RowError(
                 "half a character",
-                f"{error}. A text was cut in the middle of an emoji, or the like. Cut it before.",
+                f"{error}. A text was cut inside a character such as an emoji. Cut it before that.",
             ) from error
         if isinstance(value, dict):
             return value
         advice = ""
         if isinstance(value, list):
             advice = (
-                " In csv and tsv a row has a cell for each column of the header, and a text with "
-                "separators, quotes or line breaks stands in quotes."
+                " In csv and tsv a row needs a cell for each column of the header, and a text with "
+                "separators, quotes or line breaks must be in quotes."
             )
         text = record[_TEXT].strip()[:60]
         raise RowError("no fields", f"expected an object, got {text!r}.{advice}")
 
     def class_names(self, name: str) -> list[str]:
-        """Return the classes that the data declare for a field, in their order; maybe none."""
+        """Return the classes that the data declare for a field, in order; may be empty."""
         kind = self.table.features.get(name)
         kind = kind.feature if isinstance(kind, List) else kind
         return list(kind.names) if isinstance(kind, ClassLabel) else []
 
     def place(self, record: Row) -> str:
-        """Return where a row stands, for a message about it."""
+        """Return the source and the number of a row, for an error message."""
         return f"{self.source}, row {record[_NUMBER]}"
 
 
@@ -96,24 +96,24 @@ def load_rows(source: str, split: str = "train", *, configuration: str | None = 
     """Load one split of a data set.
 
     Args:
-        source: A file of one of `FORMATS`, maybe with a suffix of `COMPRESSIONS`; a folder of such
+        source: A file of one of `FORMATS`, also with a suffix of `COMPRESSIONS`; a folder of these
             files; `GLOB` and a pattern of files; or a data set's hub name.
         split: Split, or slice of one (`train[:1000]`). The rows of a file are `train`; files of a
             folder belong to the split in their names.
-        configuration: Which of its parts, if a data set on the hub has several.
+        configuration: Which configuration, if a data set on the hub has several.
 
     Returns:
-        One entry a file, together at least one row.
+        One entry per file, with at least one row in all.
 
     Raises:
-        FileNotFoundError: `source` looks like a path and is not there.
+        FileNotFoundError: `source` does not exist.
         ValueError: There are no rows, or a file cannot be read.
     """
     path = Path(source)
     if source.startswith(GLOB):
         files = [Path(name) for name in sorted(glob.glob(source[len(GLOB) :], recursive=True))]
         if not files:
-            raise FileNotFoundError(f"no file is like {source} (looked from {Path.cwd()}).")
+            raise FileNotFoundError(f"no file matches {source} (looked from {Path.cwd()}).")
         rows = [_load_file(file) for file in files]
     elif path.is_dir() and configuration is None and not _declares_its_files(path):
         rows = [_load_file(file) for file in _files_of_split(path, split)]
@@ -142,7 +142,7 @@ def select_rows(parts: Sequence[Rows], indices: Sequence[int]) -> list[Rows]:
 
 
 def count_shared(parts: Sequence[Rows], others: Sequence[Rows]) -> dict[str, int]:
-    """Return how many rows of a source stand in both; none of sources that share none."""
+    """Return the number of rows that are in both, by source; sources without any are left out."""
     counts = Counter[str]()
     for rows in others:
         for part in parts:
@@ -155,7 +155,7 @@ def count_shared(parts: Sequence[Rows], others: Sequence[Rows]) -> dict[str, int
 def split_rows(
     parts: Sequence[Rows], eval_fraction: float, seed: int
 ) -> tuple[list[Rows], list[Rows]]:
-    """Cut rows into training and evaluation: each row in exactly one, the same rows for a seed.
+    """Split rows into training and evaluation: each row in exactly one, the same rows for a seed.
 
     Raises:
         ValueError: A part would be empty.
@@ -178,8 +178,8 @@ def _load_file(path: Path) -> Rows:
     if plain.suffix not in FORMATS or (plain != path and plain.suffix == ".parquet"):
         raise ValueError(
             f"a data file must be one of {', '.join(FORMATS)}, the first {len(TEXT_FORMATS)} also "
-            f"with {' or '.join(COMPRESSIONS)} behind it, got {path}. Convert it to jsonl: one "
-            "JSON object a line."
+            f"with {' or '.join(COMPRESSIONS)} after it, got {path}. Convert it to jsonl: one "
+            "JSON object per line."
         )
     if plain.suffix == ".parquet":
         return _load_data_set("parquet", "train", None, file=path)
@@ -191,13 +191,13 @@ def _load_file(path: Path) -> Rows:
             gen_kwargs={
                 "path": str(path.resolve()),
                 "suffix": plain.suffix,
-                # What is cached is of this file, as this version reads it.
+                # Part of the cache key: a changed file, or another version, is read again.
                 "version": (status.st_mtime_ns, status.st_size, __version__),
             },
         )
     except DatasetGenerationError as error:
         raise ValueError(_unreadable(path, error)) from error
-    except ValueError as error:  # what `datasets` says of a table without rows
+    except ValueError as error:  # `datasets` raises it for a table without rows
         raise ValueError(f"{path} has no rows: it is empty. Remove it or fill it.") from error
     return Rows(table, str(path))
 
@@ -205,7 +205,7 @@ def _load_file(path: Path) -> Rows:
 def _load_data_set(
     name: str, split: str, configuration: str | None, *, file: Path | None = None
 ) -> Rows:
-    # A path is taken for a pattern there.
+    # `load_dataset` reads a path as a pattern.
     files = {} if file is None else {"data_files": glob.escape(str(file))}
     source = str(file or name)
     try:
@@ -217,7 +217,7 @@ def _load_data_set(
             f"no file or folder {source!r} (looked from {Path.cwd()}), and no data set of this "
             f"name was found on the hub: {error}. Correct it in train_data or eval_data."
         ) from error
-    except ValueError as error:  # of the split: unknown, or it has no rows at all
+    except ValueError as error:  # the split is unknown, or has no rows at all
         raise ValueError(f"cannot read {source}, split {split!r}: {error}") from error
     except DatasetGenerationError as error:
         raise ValueError(_unreadable(source, error)) from error
@@ -225,9 +225,9 @@ def _load_data_set(
 
 
 def _read_text(path: str, suffix: str, version: Any) -> Iterator[Row]:
-    """Yield the rows of a text file as JSON, each with its line (csv, lists: its number)."""
+    """Yield the rows of a text file as JSON, each with its line (CSV and JSON lists: its row)."""
     newline = "" if suffix in (".csv", ".tsv") else "\n"
-    stream = pa.input_stream(path)  # which decompresses
+    stream = pa.input_stream(path)  # it decompresses
     with io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline) as file:
         for number, text in _rows_of_text(file, suffix):
             yield {_NUMBER: number, _TEXT: text}
@@ -269,8 +269,8 @@ def _numbered(rows: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
             yield number, values
     except csv.Error as error:
         raise ValueError(
-            f"row {number + 1}: {error}. A text that has quotes stands in quotes, and in it each "
-            'is doubled: "a ""b"" c"'
+            f"row {number + 1}: {error}. A text that has quotes must be in quotes, and its own are "
+            'doubled: "a ""b"" c"'
         ) from error
 
 
@@ -282,11 +282,11 @@ def _parsed(text: str) -> Any:
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object of JSON, of which Python itself would take the last of two equal fields."""
+    """Return a JSON object; raise for two equal fields, of which Python would keep the last one."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise RowError("a field twice", f"{twice!r} stands in one object more than once.")
+        raise RowError("a field twice", f"{twice!r} occurs more than once in one object.")
     return fields
 
 
@@ -302,15 +302,15 @@ def _slice(parts: list[Rows], split: str, source: str) -> list[Rows]:
         ) from error
     rows = select_rows(parts, [row for part in ranges for row in range(part.from_, part.to)])
     if not rows:
-        raise ValueError(f"split {split!r} of {source} has no rows. Expected one row an example.")
+        raise ValueError(f"split {split!r} of {source} has no rows. Expected one row per example.")
     return rows
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """Return the files of a split: those with its name, or all if none has the name of a split."""
+    """Return the files of a split: those with its name; if no file names a split, all are train."""
     if (folder / "dataset_dict.json").is_file() or any(folder.glob("data-*-of-*.arrow")):
         raise ValueError(
-            f"{folder} was written by save_to_disk, and its JSON files are no data. Write parquet: "
+            f"{folder} was written by save_to_disk, so its JSON files are not data. Write parquet: "
             f"datasets.load_from_disk({str(folder)!r}).to_parquet('train.parquet'), one file "
             "for each split."
         )
@@ -330,7 +330,7 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     else:
         without = ", ".join(path.name for path, name in named.items() if not name)
         raise ValueError(
-            f"some files of the folder {folder} have the name of a split and some have not "
+            f"some files of the folder {folder} have a split in their names, and some do not "
             f"({without}). List the files themselves: train_data: [A, B]."
         )
     if not chosen:
@@ -362,7 +362,7 @@ def _looks_like_a_path(source: str) -> bool:
 
 
 def _from_arrow(value: Any, kind: Any) -> Any:
-    """Return a value of a column, the number of a class by its name."""
+    """Return a value of a column; the number of a class becomes its name."""
     if isinstance(kind, List) and isinstance(kind.feature, ClassLabel) and value is not None:
         return [_from_arrow(entry, kind.feature) for entry in value]
     if isinstance(kind, ClassLabel) and value is not None:
@@ -383,6 +383,6 @@ def _unreadable(source: Path | str, error: Exception) -> str:
     if isinstance(error.__cause__, UnicodeDecodeError):
         return f"cannot read {source}: it is not in UTF-8. Save it as UTF-8."
     return (
-        f"cannot read {source}: {error.__cause__}. Expected one row an example, all with the same "
-        "fields; jsonl has one JSON object a line."
+        f"cannot read {source}: {error.__cause__}. Expected one row per example, all with the same "
+        "fields; jsonl has one JSON object per line."
     )

@@ -1,4 +1,4 @@
-"""How long the steps of a run take."""
+"""Measures how long the steps of a run take."""
 
 import time
 from typing import Any
@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class StepClock(TrainerCallback):
-    """Seconds spent in training steps, and the steps and tokens before the first of them."""
+    """Measures seconds in training steps, and notes the steps and tokens before a resume."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -18,7 +18,7 @@ class StepClock(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Note where a resumed run goes on."""
+        """Note the steps and tokens that a resumed run has already done."""
         self.steps_before = state.global_step
         self.tokens_before = state.num_input_tokens_seen
 

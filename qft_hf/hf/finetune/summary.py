@@ -1,4 +1,4 @@
-"""What a run has come to, in numbers: `summary.json` and the lines printed at the end."""
+"""The results of a run in numbers: `summary.json` and the lines printed at the end."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from .data import DataCounts
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where model and training data came from: names that mean something elsewhere, too."""
+    """Where the model and the training data came from, in names that other machines know, too."""
 
     base_model: str | None  # on the Hub; None for a local one
     datasets: list[str]  # on the Hub
@@ -30,7 +30,7 @@ class Origin:
 
     @classmethod
     def of(cls, model: str, sources: Iterable[str]) -> "Origin":
-        """Tell local names from those on the Hub, as loading does: what is there is local."""
+        """Separate local names from Hub names, as loading does: existing paths are local."""
         local = {source: Path(source).exists() or ":" in source for source in sources}
         return cls(
             base_model=None if Path(model).exists() else model,
@@ -49,34 +49,34 @@ class RunSummary:
     task: str
     parameters: int
     trained_parameters: int
-    side: dict[str, Any] | None  # `QSTConfig`, and how the base is stored; None: all are trained
-    optimizer: str | None  # what it says of itself
+    side: dict[str, Any] | None  # `QSTConfig`, and how the base is stored; None: all parameters
+    optimizer: str | None  # its description
     hyperparameters: dict[str, Any]
     steps: int
     before: dict[str, float] | None  # scores on the evaluation data; None if there is none
     after: dict[str, float] | None
-    trained_tokens: int  # of every epoch, without padding
+    trained_tokens: int  # in all epochs, without padding
     train_seconds: float  # in training steps since the last resume: no loading, evaluation, saving
-    tokens_per_second: float  # in these seconds, of all processes together
+    tokens_per_second: float  # during `train_seconds`, of all processes together
     wall_seconds: float  # whole run
-    peak_memory: PeakMemory  # of the process that held the most
+    peak_memory: PeakMemory  # of the process that used the most
     peak_bytes: list[int]  # of each process
-    state_bytes: dict[str, int]  # by kind, of the first process, just before an optimizer step
+    state_bytes: dict[str, int]  # by kind, in process 0, just before an optimizer step
     bytes_per_parameter: float
     percent_of_fp32_adam: float
-    sampled: dict[str, Any]  # of the weights: `Health.journey`
+    sampled: dict[str, Any]  # a sample of the weights: `Health.journey`
     train_data: DataCounts
     eval_data: DataCounts | None
     versions: dict[str, str]
 
     def write(self, path: Path) -> None:
-        """Write as JSON; a number that JSON does not know (inf, nan) becomes null."""
+        """Write as JSON; inf and NaN, which JSON does not have, become null."""
         with written_whole(path) as draft:
             draft.write_text(json.dumps(finite(asdict(self)), indent=2) + "\n", encoding="utf-8")
 
     @property
     def title(self) -> str:
-        """The model, and what of it was trained how."""
+        """The name of the model, what was trained, and in which format."""
         name = Path(self.model).name
         if self.side is None:
             return f"{name}: {self.parameters / 1e6:,.1f} M parameters, INT8"
@@ -90,7 +90,7 @@ class RunSummary:
         return f"{self.trained_parameters:,} of {self.parameters:,} parameters"
 
     def __str__(self) -> str:
-        """Return the scores before and after, and what the run took."""
+        """Return the scores before and after, and the time and memory that the run took."""
         n = len(self.peak_bytes)
         together, each = (f" of {n} processes", f" on each of {n}") if n > 1 else ("", "")
         peaks = ", ".join(f"{n_bytes / 1e9:.2f}" for n_bytes in self.peak_bytes)
@@ -105,7 +105,7 @@ class RunSummary:
             f"{'trained':<30}{self._trained}, {counted(self.steps, 'step')}, "
             f"{counted(self.trained_tokens, 'token')}"
         )
-        if self.train_seconds:  # else a finished run was resumed, and nothing was measured
+        if self.train_seconds:  # 0 if a finished run was resumed: nothing was measured
             lines.append(
                 f"{'speed':<30}{self.tokens_per_second:,.0f} tokens/s{together} in "
                 f"{self.train_seconds:,.0f} s of training; {self.wall_seconds:,.0f} s in all"
@@ -134,7 +134,7 @@ def versions() -> dict[str, str]:
 
 
 def finite(value: Any) -> Any:
-    """Return a result as JSON knows it: a number that is none to it (inf, nan) becomes None."""
+    """Return a value with None for inf and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What a run learns from its rows: one object that knows examples, batches, scores and the head."""
+"""The task of a run: one object that defines examples, batches, scores and the model's head."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from .arguments import DataArguments
 from .evaluation import NEXT_TOKENS, Scoring
 from .packing import collate_blocks
 
-Row = dict[str, Any]  # field -> value, as the file has it
+Row = dict[str, Any]  # field -> value, as in the file
 Example = dict[str, Any]  # the columns of a `Task`, and `cut`: how many tokens were cut off
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
@@ -32,25 +32,25 @@ class RowError(ValueError):
         self.reason = reason
 
     def __str__(self) -> str:
-        """Return both in one sentence."""
+        """Return reason and detail in one sentence."""
         return ": ".join(self.args)
 
 
 class NothingToLearn(RowError):
-    """A row that can be read and has no part in the loss. It is left out and counted."""
+    """A row that can be read but has nothing to learn. It is left out and counted."""
 
 
 class Task(ABC):
     """One kind of fine-tuning, from a row to the scores.
 
     Args:
-        arguments: Names of the fields, and the length of examples.
+        arguments: Names of the fields, and the maximum length of examples.
         tokenizer: Has a padding token.
     """
 
     scoring: ClassVar[Scoring]
     features: Features  # columns of an example
-    end_token: int | None = None  # with which what the model says ends
+    end_token: int | None = None  # token that ends an answer or a text
     collator: Collator
 
     def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -62,20 +62,20 @@ class Task(ABC):
         """Return the examples of a row, each with the columns of `features` and `cut`.
 
         Raises:
-            RowError: It cannot be read.
-            NothingToLearn: It can.
+            RowError: The row cannot be read.
+            NothingToLearn: The row can be read but has nothing to learn.
         """
 
     @abstractmethod
     def model_class(self, config: PreTrainedConfig) -> Any:
-        """Return the class of transformers that makes and loads the model of this config."""
+        """Return the class of transformers that creates and loads the model of this config."""
 
     @abstractmethod
     def configure(self, config: PreTrainedConfig) -> None:
-        """Tell the model's config about the head that the task needs."""
+        """Write the head that the task needs into the model's config."""
 
     def field(self, row: Row, name: str) -> Any:
-        """Return a field of a row; raise `RowError` if it has none of that name."""
+        """Return a field of a row; raise `RowError` if there is no field of that name."""
         if name not in row:
             raise RowError(
                 f"no field {name!r}",
@@ -87,27 +87,27 @@ class Task(ABC):
 
 
 class LanguageTask(Task):
-    """Next tokens are predicted; every example is tokens and the labels of those."""
+    """Prediction of next tokens; an example is a sequence of tokens and their labels."""
 
     scoring = NEXT_TOKENS
     features = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
 
     def __init__(self, arguments: DataArguments, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(arguments, tokenizer)
-        # Packing cuts the stream of all examples, not each of them.
+        # Packing cuts the concatenation of all examples, not each example.
         self.max_length = None if arguments.packing else arguments.max_length
-        # Labels are padded by position, not by token: where the padding token is also the
-        # end-of-turn token, the end of a turn is still learned.
+        # Labels are padded by position, not by token: if the padding token is also the end-of-turn
+        # token, the end of a turn is still learned.
         self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
         if arguments.packing:
             self.collator = partial(collate_blocks, pad_token_id=tokenizer.pad_token_id)
 
     def model_class(self, config: PreTrainedConfig) -> Any:
-        """Return `language_class` of it."""
+        """Return `language_class(config)`."""
         return language_class(config)
 
     def configure(self, config: PreTrainedConfig) -> None:
-        """Do nothing: the head of a language model knows all tokens."""
+        """Do nothing: the head of a language model already has all tokens."""
 
     def example(self, input_ids: list[int], labels: list[int]) -> Example:
         """Return tokens and labels cut to `max_length`.
@@ -127,5 +127,5 @@ class LanguageTask(Task):
 
 
 def teaches(labels: Sequence[int]) -> bool:
-    """Say whether anything is learned. The first token has no predecessor, so it never is."""
+    """Whether any token is learned. The first one has no predecessor, so it never is."""
     return any(label != IGNORED for label in labels[1:])

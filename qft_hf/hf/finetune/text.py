@@ -23,11 +23,11 @@ class Text(LanguageTask):
             )
 
     def encode(self, row: Row) -> list[Example]:
-        """Tokenize one text; its first and last special tokens stand there once."""
+        """Tokenize one text; its first and last special tokens are not doubled."""
         text = self.field(row, self.arguments.text_field)
         if not isinstance(text, str | None):
             raise RowError(
-                "no text",
+                "not a text",
                 f"task 'text' needs strings in field {self.arguments.text_field!r}, got {text!r}. "
                 "Is text_field right?",
             )
@@ -35,7 +35,7 @@ class Text(LanguageTask):
             raise NothingToLearn("empty", "there is no text in it.")
         input_ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         begin, end = self.tokenizer.bos_token_id, self.end_token
-        if input_ids[:2] == [begin, begin]:  # the text says it, and the tokenizer adds it
+        if input_ids[:2] == [begin, begin]:  # in the text, and added by the tokenizer
             del input_ids[0]
         while input_ids[-2:] == [end, end]:
             del input_ids[-1]
