@@ -171,12 +171,15 @@ def _evaluations(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _results(facts: CardFacts) -> list[EvalResult]:
-    """Return the last evaluation for the Hub, if all data is one dataset that is named there."""
+    """Return the last evaluation for the Hub, if it was made on one dataset that is named there."""
     logged = [entry for entry in facts.history if "eval_loss" in entry]
-    if not logged or len(facts.datasets) != 1 or facts.files:
+    datasets = facts.evaluated
+    if datasets is None:  # a part of the training data
+        datasets = [] if facts.files else facts.datasets
+    if not logged or len(datasets) != 1:
         return []
     ends = {"eval_loss": "loss", "eval_perplexity": "perplexity", "eval_accuracy": "accuracy"}
-    (dataset,) = facts.datasets
+    (dataset,) = datasets
     return [
         EvalResult(
             task_type=_pipeline(facts.architecture) or "other",

@@ -24,6 +24,8 @@ class CardFacts:
         base_model: Name on the Hub of the model that was tuned; None if it was a local one.
         datasets: Names on the Hub of the training data.
         files: Names of local files with training data.
+        evaluated: Names on the Hub of the evaluation data, none if any of it is local. None if it
+            was held out from the training data.
         parameters: Number of all parameters, and of the trained ones.
         optimizer: The rule and how its state was stored; None without training.
         hyperparameters: Values by name.
@@ -47,6 +49,7 @@ class CardFacts:
     base_model: str | None = None
     datasets: Sequence[str] = ()
     files: Sequence[str] = ()
+    evaluated: Sequence[str] | None = None
     optimizer: str | None = None
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     format: QuantizationSpec | None = None

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from qft_hf.hf.checkpoint import MARK
 from qft_hf.hf.drafts import written_whole
 from qft_hf.hf.finetune import parse_arguments
+from qft_hf.hf.finetune.arguments import DataArguments
 from qft_hf.hf.finetune.data import DataCounts
 from qft_hf.hf.finetune.loss_curve import draw_loss_curve, loss_points
 from qft_hf.hf.finetune.output_folder import (
@@ -388,11 +390,31 @@ def test_the_picture_is_never_an_empty_frame(history, tmp_path):
     assert drawn.sum() > 50
 
 
+@pytest.mark.parametrize(
+    ("eval_data", "evaluated"),
+    [
+        (None, None),
+        (["org/held-out"], ["org/held-out"]),
+        (["rows.jsonl"], []),
+        (["org/held-out", "rows.jsonl"], []),  # no name says what was scored
+    ],
+    ids=str,
+)
+def test_an_origin_names_the_data_that_were_scored(eval_data, evaluated, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").touch()
+
+    origin = Origin.of("m", DataArguments(train_data=["org/chats"], eval_data=eval_data))
+
+    assert origin.datasets == ["org/chats"]
+    assert origin.evaluated == evaluated
+
+
 def test_summary_is_valid_json_even_when_a_loss_is_not_finite(tmp_path):
     counts = DataCounts(rows=9, examples=8, tokens=100, cut_tokens=3, dropped={"empty": 1})
     summary = RunSummary(
         model="m",
-        origin=Origin.of("m", ["org/chats"]),
+        origin=Origin.of("m", DataArguments(train_data=["org/chats"])),
         architecture="LlamaForCausalLM",
         task="chat",
         parameters=1_000,

@@ -541,7 +541,18 @@ def test_a_disk_without_room_is_found_before_training(chat_flags, monkeypatch):
     assert not Path(chat_flags["output_dir"]).exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"save_total_limit": 1}, {"optim": "qft_adamw"}], ids=str)
+# The loss falls from each step to the next, so that each evaluation is the best one so far.
+BEST = {
+    "save_strategy": "best",
+    "metric_for_best_model": "loss",
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"save_total_limit": 1}, {"optim": "qft_adamw"}, BEST], ids=str
+)
 def test_the_room_on_the_disk_is_what_the_run_takes(changes, chat_flags):
     """To the byte, but for the headers of files; a draft is there while it is written."""
     values = chat_flags | {"save_strategy": "steps", "save_steps": 1, "export_dtype": "float32"}

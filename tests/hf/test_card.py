@@ -147,6 +147,14 @@ def test_the_trainer_s_card_has_no_path_and_the_optimizer_s_own_values(tmp_path)
     assert found.data.base_model is None
 
 
+def test_a_result_is_that_of_the_data_that_were_scored():
+    """It was said to be that of the training data, whatever `eval_data` was."""
+    other = read(replace(FACTS, evaluated=["org/other"], files=["train.jsonl"])).data
+    assert {result.dataset_type for result in other.eval_results} == {"org/other"}
+    assert other.datasets == ["org/chats"]
+    assert read(replace(FACTS, evaluated=[])).data.eval_results is None
+
+
 @pytest.mark.parametrize(
     ("optim", "named"),
     [("adamw_torch", "PyTorch's AdamW"), ("adafactor", "Adafactor of transformers")],

@@ -61,8 +61,8 @@ tile_columns, tiling = (
 
 OPERATORS = [value for value in vars(kernels).values() if isinstance(value, Operator)]
 
-# One column; odd; one over a momentum group; several tiles of groups. Each with whole rows, and with
-# groups that divide its rows, that leave a shorter last one, and that are longer than a row.
+# One column; odd; one over a momentum group; several tiles of groups. The groups are whole rows,
+# divide a row, leave a shorter last group, or are longer than a row.
 GROUP_SIZES = {
     (1, 1): [None, 3],
     (7, 33): [None, 3, 32, 5000],

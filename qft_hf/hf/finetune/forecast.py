@@ -102,13 +102,15 @@ def n_steps(training: Any, n_examples: int) -> tuple[int, int]:
 def n_checkpoints(training: Any, n_examples: int) -> int:
     """Return the largest number of checkpoints that are on the disk at one time."""
     steps, of_epoch = n_steps(training, n_examples)
-    match training.save_strategy:  # an enumeration whose members equal these strings
+    strategy, every = training.save_strategy, training.save_steps
+    if strategy == "best":  # any evaluation may be the best one so far
+        strategy, every = training.eval_strategy, training.eval_steps
+    match strategy:  # an enumeration whose members equal these strings
         case "no":
             return 0
         case "steps":
-            every = training.save_steps
             saved = ceil(steps / (every if every >= 1 else ceil(every * steps)))
-        case _:  # "epoch"; or "best", which may save at any evaluation: one an epoch is assumed
+        case _:
             saved = ceil(steps / of_epoch)
     if training.save_total_limit is None:
         return saved

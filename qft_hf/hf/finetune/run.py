@@ -195,7 +195,7 @@ def _summarize(
     peaks: list[PeakMemory] = gather_object([PeakMemory.measured(run.trainer.args.device)])
     return RunSummary(
         model=run.arguments.model.model_name_or_path,
-        origin=Origin.of(run.arguments.model.model_name_or_path, run.arguments.data.train_data),
+        origin=Origin.of(run.arguments.model.model_name_or_path, run.arguments.data),
         architecture=type(model).__name__,
         task=run.arguments.data.task,
         parameters=parameters,

@@ -3,7 +3,6 @@
 import json
 import math
 import platform
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,36 @@ from ...version import __version__
 from ..drafts import written_whole
 from ..peak_memory import PeakMemory
 from ..wording import counted, score_text
+from .arguments import DataArguments
 from .data import DataCounts
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where the model and the training data came from, in names that other machines know, too."""
+    """Where the model and the data came from, in names that other machines know, too."""
 
     base_model: str | None  # on the Hub; None for a local one
-    datasets: list[str]  # on the Hub
-    files: list[str]  # names of local files and folders
+    datasets: list[str]  # training data on the Hub
+    files: list[str]  # names of local files and folders with training data
+    evaluated: list[str] | None  # as in `CardFacts`
 
     @classmethod
-    def of(cls, model: str, sources: Iterable[str]) -> "Origin":
+    def of(cls, model: str, data: DataArguments) -> "Origin":
         """Separate local names from Hub names, as loading does: existing paths are local."""
-        local = {source: Path(source).exists() or ":" in source for source in sources}
+        evaluated = data.eval_data
+        if evaluated is not None and any(map(_is_local, evaluated)):
+            evaluated = []
         return cls(
             base_model=None if Path(model).exists() else model,
-            datasets=[source for source, is_local in local.items() if not is_local],
-            files=[Path(source).name for source, is_local in local.items() if is_local],
+            datasets=[source for source in data.train_data if not _is_local(source)],
+            files=[Path(source).name for source in data.train_data if _is_local(source)],
+            evaluated=evaluated,
         )
+
+
+def _is_local(source: str) -> bool:
+    """Return whether an entry of the data is a path or a URL, and not a name on the Hub."""
+    return Path(source).exists() or ":" in source
 
 
 @dataclass(frozen=True, slots=True)
