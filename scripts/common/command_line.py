@@ -1,4 +1,4 @@
-"""One name, one meaning and one default place for every flag that several commands have."""
+"""The command-line flags that several commands share: one name and one meaning for each."""
 
 import argparse
 import sys
@@ -35,11 +35,11 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 def command_line(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with `--output` and the named flags of `FLAGS`.
+    """Return a parser with `--output` and the flags of `FLAGS` that are named in `defaults`.
 
     Args:
         description: The script's docstring.
-        defaults: By flag. A list of values lets the flag take several.
+        defaults: Default by flag. A list means that the flag accepts several values.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,10 +60,10 @@ def command_line(description: str, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def default_device() -> str:
-    """The GPU where there is one."""
+    """Return "cuda" if there is a GPU, otherwise "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def chosen(ways: Mapping[str, T], words: Iterable[str] | None) -> dict[str, T]:
-    """Those whose name has one of the words; all, if there are no words."""
+    """Return the ways whose name contains one of the words; all if no words are given."""
     return {n: way for n, way in ways.items() if not words or any(word in n for word in words)}
