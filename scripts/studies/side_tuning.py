@@ -129,7 +129,7 @@ class Bench:
         self.data: TaskData = prepare_data(self.arguments.data, tokenizer, config, seed=0)
 
     def load(self, base: str, seed: int, *, is_frozen: bool = True) -> Any:
-        """Return the model with weights of the kind `base`; if it is frozen, a new head stays float."""
+        """Return the model in the format `base`; if it is frozen, a new head stays float."""
         set_seed(seed)
         config = load_config(self.arguments.model)
         self.data.task.configure(config)
