@@ -46,8 +46,8 @@ def main() -> None:
     print(f"{'exported, plain transformers':<30}loss {plain_loss:.4f}, live INT8 model {loss:.4f}")
     if abs(plain_loss - loss) > BF16_STEP * loss:
         raise RuntimeError(
-            f"the exported checkpoint has loss {plain_loss} and the live model {loss}: more apart "
-            "than rounding the weights to bf16 explains."
+            f"the exported checkpoint has loss {plain_loss} and the live model {loss}: they differ "
+            "by more than rounding the weights to bf16 explains."
         )
     print(f"{'written to':<30}{run.arguments.output_dir}: checkpoint, loss_curve.png, summary.json")
     print(f"{'whole demo':<30}{(time.monotonic() - started) / 60:.1f} minutes")

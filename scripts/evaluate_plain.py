@@ -30,9 +30,9 @@ def main() -> None:
     )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
-            f"{arguments.checkpoint} lacks {missing[0]} and {len(missing) - 1} more tensors, which "
-            "would be random. Give an ordinary checkpoint; INT8 weights are exported first, with "
-            "`qft-hf export`."
+            f"{arguments.checkpoint} has no values for {missing[0]} and {len(missing) - 1} more "
+            "tensors, which would be random. Pass an ordinary checkpoint; export INT8 weights with "
+            "`qft-hf export` first."
         )
     model.eval()
     total, n_tokens = 0.0, 0

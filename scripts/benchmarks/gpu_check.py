@@ -97,7 +97,7 @@ def parts(folder: Path, *, real: bool) -> list[Part]:
     if real:
         command = [str(sanitizer), "--error-exitcode", "1", *every_kernel, "cuda"]
         memory_errors = Part("memory errors, by compute-sanitizer", command, 60)
-        memory_errors.missing = "" if sanitizer else "compute-sanitizer is not here"
+        memory_errors.missing = "" if sanitizer else "compute-sanitizer is not found"
     else:
         variables = interpreted | {"QFT_BACKEND": "triton"}
         memory_errors = Part("every kernel, interpreted", [*every_kernel, "cpu"], 240, variables)
@@ -148,7 +148,7 @@ def main() -> None:
     options = command_line(__doc__, device="cuda").parse_args()
     real = options.device == "cuda"
     if real and not torch.cuda.is_available():
-        raise SystemExit("gpu_check needs a CUDA device; --device cpu rehearses it at toy size.")
+        raise SystemExit("gpu_check needs a CUDA device; --device cpu runs it at toy size.")
     options.output = options.output.resolve()
     paths = [str(report.ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

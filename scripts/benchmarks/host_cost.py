@@ -242,12 +242,12 @@ def print_profile(parts: Step) -> None:
 def main() -> None:
     """Measure each mode, and write the report after each."""
     parser = command_line(__doc__, layers=12, hidden=32, sequence_length=32)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="which")
-    parser.add_argument("--profile", choices=MODES, help="this mode only, and where its time goes")
-    parser.add_argument("--experts", type=int, default=0, help="of each layer (default none)")
-    parser.add_argument("--graph", action="store_true", help="passes and steps by CUDA graphs")
-    parser.add_argument("--clip", action="store_true", help="gradients that wait, as Trainers do")
-    parser.add_argument("--compile", action="store_true", help="layers by torch.compile")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="modes")
+    parser.add_argument("--profile", choices=MODES, help="measure and profile this mode only")
+    parser.add_argument("--experts", type=int, default=0, help="experts per layer (default 0)")
+    parser.add_argument("--graph", action="store_true", help="run passes and steps as CUDA graphs")
+    parser.add_argument("--clip", action="store_true", help="clip gradients, as a Trainer does")
+    parser.add_argument("--compile", action="store_true", help="compile layers by torch.compile")
     parser.add_argument("--rounds", type=int, default=40, help="tries of each mode (default 40)")
     options = parser.parse_args()
     torch.set_num_threads(1)

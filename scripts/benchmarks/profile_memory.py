@@ -209,11 +209,11 @@ def main() -> None:
     parser.add_argument(
         "--gradient", choices=("stack", "release"), nargs="+", default=["stack", "release"]
     )
-    parser.add_argument("--full_logits", action="store_true", help="no chunked loss")
+    parser.add_argument("--full_logits", action="store_true", help="do not chunk the loss")
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="also bf16 AdamW, both at the layers that fit it, and FlashOptim at those",
+        help="also bf16 AdamW, FlashOptim and QFT, with as many layers as fit bf16 AdamW",
     )
     options = parser.parse_args()
     device = torch.device(options.device)

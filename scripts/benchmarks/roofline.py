@@ -57,7 +57,7 @@ def instructions(call: partial[Any], capability: int, n_elements: int) -> float:
     total = 0.0
     for launch in launches(operator._implementations["triton"], *call.args, **options):
         if any(launch.constants.get(name, 1) > 1 for name in ("GROUP_TILES", "UNIT_TILES")):
-            raise ValueError("A row of so many columns goes in several tiles. Give fewer columns.")
+            raise ValueError("A row of this many columns takes several tiles. Use fewer columns.")
         opcodes = compile_launch(launch, capability).opcodes
         n_threads = launch.grid[0] * 32 * launch.n_warps
         # The code ends with NOPs as padding.

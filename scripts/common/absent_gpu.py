@@ -34,7 +34,7 @@ LIBCUDA = """
 #include <string.h>
 long launches, unloads;
 static long functions;
-void *recorded;  // the function of which parameters are seen: this many, of these sizes
+void *recorded;  // the function whose first n_parameters are recorded, with their sizes in bytes
 int n_parameters, sizes[64];
 struct { unsigned dimensions[7]; void *stream, *function; char parameters[512]; } seen;
 

@@ -22,17 +22,17 @@ def float_peers() -> dict[str, MakeOptimizer]:
             p, lr=1e-4, weight_decay=0.1
         )
     else:
-        print("bitsandbytes is not installed and not measured: pip install bitsandbytes")
+        print("bitsandbytes is not installed, so it is not measured: pip install bitsandbytes")
     return peers
 
 
 def flash_peers() -> dict[str, MakeOptimizer]:
     """Return FlashOptim's optimizers for bf16 weights by name; they run on a GPU only."""
     if not torch.cuda.is_available():
-        print("FlashOptim runs on a GPU only and is not measured")
+        print("FlashOptim runs on a GPU only, so it is not measured")
         return {}
     if not importlib.util.find_spec("flashoptim"):
-        print("FlashOptim is not installed and not measured: pip install flashoptim")
+        print("FlashOptim is not installed, so it is not measured: pip install flashoptim")
         return {}
     import flashoptim
 

@@ -96,7 +96,7 @@ def main() -> None:
         learning_rate=[3e-4, 1e-3, 3e-3], hidden=Size().hidden, layers=Size().layers, threads=1,
     )  # fmt: skip
     parser.add_argument(
-        "--adamw_learning_rate", type=float, nargs="+", default=[1e-3, 3e-3, 6e-3], help="of AdamW"
+        "--adamw_learning_rate", type=float, nargs="+", default=[1e-3, 3e-3, 6e-3], help="AdamW's"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

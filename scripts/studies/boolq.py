@@ -157,7 +157,7 @@ def table(runs: list[Run], first_seed: int) -> str:
     ]
     return (
         f"{first['steps']:,} steps. {100 * first['majority']:.1f} % of {first['held_out']:,} "
-        "held-out questions are of one class; to have drawn these questions and no others is a "
+        "held-out questions are of one class; an accuracy on a sample of this size has a "
         f"standard error of {error:.1f} points.\n\n"
         f"{report.table(head, rows)}\n\nAll rates, seed {first_seed}:\n\n"
         f"{report.table(['way', 'rate', 'accuracy', 'loss'], search)}"
@@ -179,7 +179,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument(
         "--adamw_learning_rate", type=float, nargs="+", default=[1.5e-5, 5e-5, 1.5e-4],
-        help="of AdamW (default 1.5e-05 5e-05 0.00015)",
+        help="learning rates of AdamW (default 1.5e-05 5e-05 0.00015)",
     )  # fmt: skip
     options, flags = parser.parse_known_args()  # the others are flags of qft-hf finetune
     torch.set_num_threads(options.threads)

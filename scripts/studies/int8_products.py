@@ -114,7 +114,7 @@ def main() -> None:
         __doc__, seeds=[0, 1, 2], steps=250, pretraining_steps=500, learning_rate=3e-4,
         hidden=Size().hidden, threads=1, only=None,
     )  # fmt: skip
-    parser.add_argument("--held_out", type=int, default=256, help="sequences that are scored")
+    parser.add_argument("--held_out", type=int, default=256, help="held-out sequences to score")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size = Size(hidden=options.hidden)

@@ -224,7 +224,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         error = report.number(group[0].get("error"), 2)
         rows.append([kind, f"{lr:g}", f"{mean(shares):.1f} %", by_seed, error])
     head = ["momentum", "lr", "recovered", "by seed", "relative error"]
-    about = "Rates that FP32 Lion did not run are compared with its best."
+    about = "Learning rates without a run of FP32 Lion are compared with its best."
     return f"{report.table(head, rows)}\n\n{about}"
 
 
@@ -235,9 +235,9 @@ def main() -> None:
         hidden=Size().hidden, layers=Size().layers, threads=1,
     )  # fmt: skip
     parser.add_argument(
-        "--sgd_learning_rate", type=float, nargs="+", default=[3e-3], help="without momentum"
+        "--sgd_learning_rate", type=float, nargs="+", default=[3e-3], help="learning rates of SGD"
     )
-    parser.add_argument("--variants", action="store_true", help="also the formats that were tried")
+    parser.add_argument("--variants", action="store_true", help="also run formats that were tried")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     study = Study(

@@ -85,7 +85,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         for way, reductions in found.items()
         if reductions
     ]
-    return report.table(["way", "loss reduction", "of FP32 Lion's", "+- points, a seed"], rows)
+    return report.table(["way", "loss reduction", "of FP32 Lion's", "+- points over seeds"], rows)
 
 
 def main() -> None:

@@ -378,7 +378,7 @@ def _spread(values: list[float]) -> str | None:
 def main() -> None:
     """Do the selected measurements and runs that are missing; write the report after each."""
     parser = command_line(__doc__, seeds=[0, 1, 2], only=None, threads=1)
-    parser.add_argument("--measure", action="store_true", help="train nothing")
+    parser.add_argument("--measure", action="store_true", help="do not train")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)
