@@ -63,8 +63,7 @@ def measure(
         extra.append(peak_bytes(CPU) - start_bytes)
     return {
         "ns_per_parameter": 1e9 * min(seconds) / n_parameters,
-        "extra_megabytes": max(0, *extra)
-        / 1e6,  # freed gradients can leave less in use than before
+        "extra_megabytes": max(0, *extra) / 1e6,  # freed gradients can leave less than before
     }
 
 

@@ -58,7 +58,7 @@ class Way:
 
 
 def adamw(model: nn.Module, *, autocast: bool = False) -> Way:
-    """Return AdamW with states of the model's dtype."""
+    """Return AdamW with weights and states of the model's dtype."""
     return Way(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), autocast)
 
 
@@ -194,7 +194,7 @@ def measure(config: LlamaConfig, options: argparse.Namespace) -> Figures:
 
 
 def device_work(events: Iterable[FunctionEvent]) -> dict[str, float]:
-    """Return the seconds that the device was busy in recorded events, and its operations."""
+    """Return the seconds of device work in recorded events, and its number of operations."""
     work = [
         event.time_range.elapsed_us()
         for event in events

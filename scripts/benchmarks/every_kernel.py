@@ -3,7 +3,7 @@
     compute-sanitizer python scripts/benchmarks/every_kernel.py cuda
 
 The calls are those of the kernel benchmark at odd sizes. Added are cases that it does not have:
-ids that are out of range, several tokens, FP32 products, and products with given columns.
+ids that are out of range, several tokens, FP32 products, and products with outlier columns.
 """
 
 import sys

@@ -25,7 +25,7 @@ from common.command_line import command_line
 
 from tests.offline.compiling import compile_launch, launches
 
-LANES = 4 * 32  # most instructions of threads that a multiprocessor issues per clock
+LANES = 4 * 32  # thread instructions that a multiprocessor issues per clock, at most
 SHAPE = 64, 4096  # no kernel depends on the number of rows
 KERNELS = (
     "lion_step_", "lion_step_ 4-bit", "quantize_and_lion_step_", "adamw_step_", "step_weight_",

@@ -1,4 +1,4 @@
-"""Make the tables of docs/families.md: which model families train in INT8, and how much of them.
+"""Make the tables of docs/families.md: which model families train in INT8, and how much of each.
 
     python scripts/studies/families.py
 
