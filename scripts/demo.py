@@ -3,9 +3,9 @@
     python scripts/demo.py                       # minutes on 2 CPU cores
     python scripts/demo.py --max_steps 100       # any flag of qft-hf finetune
 
-Fetches SmolLM2-135M-Instruct and the dialogues, does the run of the config `demo` (which replaces
-an earlier one), and shows the model's answers, its loss and its memory before and after. At the end
-a process without qft_hf loads the exported checkpoint and has to find the same loss.
+Fetches SmolLM2-135M-Instruct and the dialogues, runs the config `demo` (overwriting an earlier run)
+and shows the model's answers and loss before and after, and its memory. At the end a process
+without qft_hf loads the exported checkpoint and has to find the same loss.
 """
 
 import os
@@ -20,14 +20,14 @@ from qft_hf.hf.finetune import Run, parse_arguments, prepare, train
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("Hi! How are you doing today?", "Did you see any good movies lately?")
-BF16_STEP = 2**-8  # between neighbouring bf16 numbers, relative
+BF16_STEP = 2**-8  # relative distance between neighboring bf16 numbers
 
 
 def main() -> None:
     """Fetch, tune, compare, export, check."""
     started = time.monotonic()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.chdir(ROOT)  # the paths in the config start here
+    os.chdir(ROOT)  # paths in the config are relative to it
     flags = ["demo", "--overwrite_output", "--export_dtype=bfloat16", *sys.argv[1:]]
     arguments = parse_arguments(flags, description=__doc__)
     for asset in DEMO_ASSETS:
@@ -46,8 +46,8 @@ def main() -> None:
     print(f"{'exported, plain transformers':<30}loss {plain_loss:.4f}, live INT8 model {loss:.4f}")
     if abs(plain_loss - loss) > BF16_STEP * loss:
         raise RuntimeError(
-            f"the exported checkpoint has loss {plain_loss} and the live model {loss}: more apart "
-            "than rounding the weights to bf16 explains."
+            f"the exported checkpoint has loss {plain_loss} and the live model {loss}: they differ "
+            "by more than rounding the weights to bf16 explains."
         )
     print(f"{'written to':<30}{run.arguments.output_dir}: checkpoint, loss_curve.png, summary.json")
     print(f"{'whole demo':<30}{(time.monotonic() - started) / 60:.1f} minutes")
@@ -71,7 +71,7 @@ def answers(run: Run) -> list[str]:
 
 
 def loss_without_qft_hf(run: Run) -> float:
-    """Return the loss of the exported checkpoint on the same examples, found by another process."""
+    """Return the loss of the exported checkpoint on the same examples, from another process."""
     output_dir = run.arguments.output_dir
     examples = output_dir / "eval_examples.jsonl"
     run.data.evaluation.dataset.to_json(examples)

@@ -1,4 +1,4 @@
-"""Will it fit? The memory of full-parameter INT8 training, by arithmetic: `qft-hf plan`."""
+"""Estimate the memory of full-parameter INT8 training by arithmetic: the same as `qft-hf plan`."""
 
 import sys
 

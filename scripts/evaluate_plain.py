@@ -1,8 +1,9 @@
-"""Print the loss of an ordinary checkpoint, with plain transformers and nothing of qft_hf.
+"""Print the loss of an ordinary checkpoint, computed by plain transformers without qft_hf.
 
     python scripts/evaluate_plain.py runs/demo/bfloat16 runs/demo/eval_examples.jsonl
 
-The examples hold `input_ids` and `labels` (-100: not scored), one a line. Arithmetic is FP32.
+Each line of the examples is a JSON object with `input_ids` and `labels` (-100: not scored).
+Arithmetic is FP32.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    """Print the mean loss of all scored tokens in nats."""
+    """Print the mean loss over all scored tokens, in nats."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -29,9 +30,9 @@ def main() -> None:
     )
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(
-            f"{arguments.checkpoint} lacks {missing[0]} and {len(missing) - 1} more tensors, which "
-            "would be random. Give an ordinary checkpoint; INT8 weights are exported first, with "
-            "`qft-hf export`."
+            f"{arguments.checkpoint} has no values for {missing[0]} and {len(missing) - 1} more "
+            "tensors, which would be random. Pass an ordinary checkpoint; export INT8 weights with "
+            "`qft-hf export` first."
         )
     model.eval()
     total, n_tokens = 0.0, 0

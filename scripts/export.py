@@ -1,4 +1,4 @@
-"""Write the model of an INT8 checkpoint as an ordinary checkpoint: `qft-hf export`."""
+"""Write the model of an INT8 checkpoint as an ordinary checkpoint: the same as `qft-hf export`."""
 
 import sys
 

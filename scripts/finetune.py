@@ -1,4 +1,4 @@
-"""Fine-tune every parameter of a model in INT8: `qft-hf finetune`, for launchers that want a file.
+"""Fine-tune every parameter in INT8: `qft-hf finetune` as a file, for launchers that need one.
 
 accelerate launch scripts/finetune.py demo
 """

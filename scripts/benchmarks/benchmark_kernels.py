@@ -1,13 +1,13 @@
-"""Speed of each operator on one device: nanoseconds per element, and bandwidth beside a copy.
+"""Speed of each operator on one device: nanoseconds per element, and bandwidth relative to a copy.
 
-The reference runs the same operators in the same process, as the baseline, and other optimizers
-step on an FP32 weight of the same shape. On a GPU, times are of CUDA events around calls that do
-not fit its cache; the copy is `torch.Tensor.copy_` of as many bytes. Products of INT8 codes are
-timed beside PyTorch's: of INT8, which leaves INT32 without scales, of BF16 and of FP32. Products of
-few tokens with a weight that is expanded on the way are timed beside expanding it first and beside
-a float weight; on a GPU as a graph, because such a product takes less time than its launch. Whole
-optimizer steps beside other optimizers: `benchmark_step.py` (CPU) and
-`profile_memory.py` (GPU).
+The baseline of an operator is its reference in the same process; other optimizers are timed on an
+FP32 weight of the same shape. On a GPU, each call is timed by CUDA events; by default the tensors
+of most operators exceed its cache. The copy is `torch.Tensor.copy_` of as many bytes as a Lion step
+moves. Products of INT8 codes are compared with PyTorch's products of INT8 (to INT32, without
+scales), BF16 and FP32. Products of few tokens with an INT8 weight are compared with dequantizing it
+first and with a float weight; on a GPU they run as a graph, because such a product takes less time
+than its launch. For whole optimizer steps compared with other optimizers, see `benchmark_step.py`
+(CPU) and `profile_memory.py` (GPU).
 """
 
 import sys
@@ -44,27 +44,28 @@ RULE = kernels.Lion(lr=1e-5, beta1=0.9, beta2=0.99, weight_decay=0.1)
 ADAMW = kernels.AdamW(lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 ROUNDING = kernels.Rounding(seed=1, step=1, stream=0)
 
-N_TOKENS = 2048  # of an embedding
-FEWEST_TOKENS = 32  # that are multiplied in INT8
-N_FLOATS = 65  # norms of a model of 32 layers
+N_TOKENS = 2048  # looked up in an embedding
+FEWEST_TOKENS = 32  # smallest number of tokens that is multiplied in INT8
+N_FLOATS = 65  # number of norms in a model of 32 layers
 FEW_TOKENS = (1, 4, 16)
-N_WEIGHTS = {"cuda": 8, "cpu": 1}  # multiplied in turn: together they do not fit a GPU's cache
+N_WEIGHTS = {"cuda": 8, "cpu": 1}  # multiplied in turn; together they exceed a GPU's cache
 
-TABLES = {  # of the report, and what a row of each is
+TABLES = {  # tables of the report, with the heading of their row names
     "operators": "operator",
     "products": "INT8 product",
     "few_tokens": "few tokens",
     "peers": "step of another optimizer",
 }
 
-# By name: elements, bytes that must move for each, and a call; `products` has the other operators.
+# By name: number of elements, bytes that must move per element, and a call. Products of codes are
+# in `products`.
 Calls = dict[str, tuple[int, float, partial[object]]]
 
 
 def operators(
     rows: int, columns: int, group_size: int | None, device: torch.device, n_tokens: int = N_TOKENS
 ) -> Calls:
-    """Each operator on one weight of this shape, one batch of tokens or one set of norms."""
+    """Return calls of each operator on a weight of this shape, a batch of tokens or norms."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -142,7 +143,7 @@ def operators(
 def products(
     tokens: int, rows: int, columns: int, device: torch.device
 ) -> dict[str, partial[object]]:
-    """The three products of a linear layer with a `[rows, columns]` weight, to BF16 or INT8."""
+    """Return the products of a linear layer with a `[rows, columns]` weight, to BF16 or INT8."""
     generator = torch.Generator(device).manual_seed(0)
     x, w, g = (
         torch.randn(size, generator=generator, device=device)
@@ -166,7 +167,7 @@ def products(
 
 
 def seconds(call: Callable[[], object], device: torch.device, n_calls: int) -> float:
-    """The fastest of `n_calls` calls, after one that compiles."""
+    """Return the time of the fastest of `n_calls` calls, after one that compiles."""
     call()
     times = []
     for _ in range(n_calls):
@@ -187,7 +188,7 @@ def seconds(call: Callable[[], object], device: torch.device, n_calls: int) -> f
 def peer_seconds(
     make: MakeOptimizer, rows: int, columns: int, device: torch.device, n_calls: int
 ) -> float:
-    """A step of another optimizer on one FP32 weight."""
+    """Return the time of a step of another optimizer on one FP32 weight."""
     weight = torch.nn.Parameter(torch.randn(rows, columns, device=device) * 0.02)
     weight.grad = torch.randn(rows, columns, device=device) * 3e-3
     return seconds(make([weight]).step, device, n_calls)
@@ -196,7 +197,7 @@ def peer_seconds(
 def measure(
     rows: int, columns: int, group_size: int | None, device: torch.device, n_calls: int
 ) -> dict[str, Any]:
-    """Figures of every operator for one shape of weight."""
+    """Return the figures of every operator for one shape of weight."""
     n = rows * columns
     source = torch.ones(n * 5 // 2, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
@@ -226,13 +227,13 @@ def measure(
 def measure_product(
     product: partial[object], device: torch.device, n_calls: int
 ) -> dict[str, float]:
-    """Figures of one product; what the backend copies first counts."""
+    """Return the figures of one product, including any copies that the backend makes first."""
     a, b = product.args[:2]
     own = seconds(product, device, n_calls)
     figures = {"tera_operations_per_second": 2 * a.numel() * b.shape[1] / own / 1e12}
-    # On a CPU without VNNI it would take minutes.
+    # On a CPU without VNNI, `torch._int_mm` would take minutes.
     if device.type == "cuda" or torch.cpu._is_vnni_supported():
-        in_order = b.t().contiguous().t()  # what it is fastest with
+        in_order = b.t().contiguous().t()  # the memory order with which it is fastest
         vendor = seconds(lambda: torch._int_mm(a, in_order), device, n_calls)
         figures["percent_of_int_mm"] = 100 * vendor / own
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -245,7 +246,7 @@ def measure_product(
 def seconds_of_each(
     call: Callable[[Any], object], weights: Sequence[Any], device: torch.device, n_calls: int
 ) -> float:
-    """The time of `call(weight)`, of calls with all `weights` one after the other."""
+    """Return the mean time of `call(weight)` over all `weights`, called one after the other."""
 
     def all_calls() -> None:
         for weight in weights:
@@ -265,7 +266,7 @@ def seconds_of_each(
 def measure_few_tokens(
     rows: int, columns: int, group_size: int | None, device: torch.device, n_calls: int
 ) -> dict[str, dict[str, float]]:
-    """Figures of products of few tokens, by number and dtype of these."""
+    """Return the figures of products of few tokens, by number and dtype of the tokens."""
     generator = torch.Generator(device).manual_seed(0)
     config = QFTConfig(group_size=group_size)
     figures = {}
@@ -300,7 +301,7 @@ def measure_few_tokens(
 
 
 def tables(shapes: dict[str, Any]) -> str:
-    """The figures of all shapes."""
+    """Return the tables of all shapes."""
     parts = []
     for shape, figures in shapes.items():
         parts.append(f"{shape}, copy {figures['copy_gigabytes_per_second']:.0f} GB/s")
@@ -309,17 +310,17 @@ def tables(shapes: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure, and write the report after each shape."""
+    """Measure each shape, and write the report after each."""
     parser = command_line(__doc__, device=default_device(), threads=1)
     parser.add_argument(
         "--shapes",
         nargs="+",
         metavar="RxC",
-        help="weights (default: of a 7B model; of 135M on CPU)",
+        help="shapes of weights (default: of a 7B model; on a CPU of a 135M one)",
     )
     parser.add_argument("--tokens", type=int, help="rows of activations (default 4096; 512 on CPU)")
-    parser.add_argument("--group_size", type=int, help="columns per weight scale (default: a row)")
-    parser.add_argument("--calls", type=int, default=20, help="timed calls; the fastest counts")
+    parser.add_argument("--group_size", type=int, help="columns per weight scale (default: all)")
+    parser.add_argument("--calls", type=int, default=20, help="timed calls; the fastest is used")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)

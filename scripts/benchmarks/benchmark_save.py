@@ -1,8 +1,8 @@
-"""What check sums cost when a checkpoint is saved: their share of the whole, and of a model alone.
+"""Cost of checksums when a checkpoint or a model is saved, as a share of the time of the save.
 
-A model of random weights takes one step and is saved by `QFTTrainer`, momentum and all, and by
-`save_pretrained`, as often as asked. Both write to the page cache and wait for the disk. Medians
-are told: single times differ by half where others use the disk, too.
+A model with random weights takes one step. It is then saved repeatedly by `QFTTrainer`, including
+the optimizer's momentum, and by `save_pretrained`. Both write to the page cache and wait for the
+disk. Reported are medians: single times differ by half if other programs use the disk, too.
 """
 
 import sys
@@ -26,7 +26,7 @@ from common.shapes import model_config
 from qft_hf import QFTConfig, QFTTrainer, QFTTrainingArguments, quantize_model_
 from qft_hf.hf import checkpoint, drafts, quantizer
 
-# What is timed within a save: where it is looked up, its name there, and what the report calls it.
+# Functions that are timed within a save: module, name there, and name in the report.
 PARTS = (
     (quantizer, "metadata", "sums_of_tensors"),
     (checkpoint, "_digest", "sums_of_files"),
@@ -36,7 +36,7 @@ PARTS = (
 
 @contextmanager
 def timed(milliseconds: dict[str, float]) -> Iterator[None]:
-    """Add the time that each of `PARTS` takes."""
+    """Within the context, add the time of each call of `PARTS` to `milliseconds`."""
 
     def wrapped(function: Callable[..., Any], part: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -59,7 +59,7 @@ def timed(milliseconds: dict[str, float]) -> Iterator[None]:
 
 
 def measure(save: Callable[[], object], folder: Path, *, n_saves: int) -> dict[str, float]:
-    """Medians in milliseconds, shares of the whole in percent, and what was written."""
+    """Return medians in milliseconds, shares of the whole in percent, and megabytes written."""
     rows = []
     for _ in range(n_saves + 1):
         row = {"whole": 0.0} | {part: 0.0 for *_, part in PARTS}
@@ -78,7 +78,7 @@ def measure(save: Callable[[], object], folder: Path, *, n_saves: int) -> dict[s
 
 
 def trained(config: str, layers: int | None, folder: Path) -> QFTTrainer:
-    """A trainer that has taken one step on one short sequence."""
+    """Return a trainer that has taken one step on copies of one short sequence."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(model_config(config, layers))
     tokens = list(range(16))
@@ -100,7 +100,7 @@ def main() -> None:
         __doc__, config="smollm2-135m", layers=None, repeats=10, threads=1
     ).parse_args()
     torch.set_num_threads(options.threads)
-    with tempfile.TemporaryDirectory(dir=".") as name:  # on the disk, which /tmp may not be
+    with tempfile.TemporaryDirectory(dir=".") as name:  # /tmp may be in memory, not on a disk
         folder = Path(name)
         trainer = trained(options.config, options.layers, folder / "run")
         model: Any = trainer.model

@@ -1,7 +1,7 @@
-"""Time and memory of one optimizer step on a model of SmolLM2-135M's shapes, beside its peers.
+"""Time and memory of an optimizer step of QFT and of its peers, on the shapes of SmolLM2-135M.
 
-Every optimizer steps on the same random weights and gradients in one process, on one thread unless
-asked otherwise. Times are ratios to the first row that ran: machines differ and are noisy.
+All optimizers step on the same random weights and gradients in one process, by default on one
+thread. Machines differ and are noisy, so the report has the ratio of each time to the first row's.
 """
 
 import gc
@@ -30,13 +30,13 @@ CPU = torch.device("cpu")
 
 
 def build(layers: int) -> LlamaForCausalLM:
-    """A float model of SmolLM2's shapes with random weights."""
+    """Return a float model with SmolLM2's shapes and random weights."""
     torch.manual_seed(0)
     return LlamaForCausalLM(model_config("smollm2-135m", layers))
 
 
 def set_gradients(model: nn.Module) -> None:
-    """Give every parameter a random gradient of its own kind."""
+    """Give every parameter a random gradient: INT8 for an INT8 weight, otherwise float."""
     for parameter in model.parameters():
         if isinstance(parameter, QFTWeight):
             gradient = Int8Gradient.zeros(*parameter.shape, dtype=parameter.dtype, device=CPU)
@@ -49,7 +49,7 @@ def set_gradients(model: nn.Module) -> None:
 def measure(
     model: nn.Module, optimizer: Optimizer, *, n_steps: int, before: Callable[[], None]
 ) -> dict[str, float]:
-    """Nanoseconds per parameter (fastest step) and peak bytes above what was there before it."""
+    """Return nanoseconds per parameter in the fastest step, and peak megabytes added by a step."""
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     before()
     optimizer.step()  # makes the state, compiles
@@ -68,7 +68,7 @@ def measure(
 
 
 def measure_qft(name: str, *, layers: int, n_steps: int) -> dict[str, float]:
-    """The INT8 step with one backend."""
+    """Return the figures of the INT8 step with one backend."""
     model = quantize_model_(build(layers), QFTConfig())
     optimizer = QFTLion(model.parameters(), lr=1e-4, weight_decay=0.1)
     with backend.use(name):
@@ -76,14 +76,14 @@ def measure_qft(name: str, *, layers: int, n_steps: int) -> dict[str, float]:
 
 
 def measure_peer(make: MakeOptimizer, *, layers: int, n_steps: int) -> dict[str, float]:
-    """The step of a float optimizer on FP32 weights and gradients."""
+    """Return the figures of a step of a float optimizer on FP32 weights and gradients."""
     model = build(layers)
     optimizer = make(list(model.parameters()))
     return measure(model, optimizer, n_steps=n_steps, before=lambda: set_gradients(model))
 
 
 def main() -> None:
-    """Measure all, and write the report after each."""
+    """Measure all optimizers, and write the report after each."""
     options = command_line(__doc__, layers=30, steps=3, threads=1).parse_args()
     torch.set_num_threads(options.threads)
     sizes = {"layers": options.layers, "n_steps": options.steps}

@@ -5,13 +5,13 @@
         --batch_size 1 --sequence_length 512 2048 8192
     python scripts/benchmarks/benchmark_training.py --compile --only bf16 QFT
 
-Every way has the same model and the same batch, and all take turns: one step of each, round after
-round, so that what else the machine does falls on all alike. Reported are forward, backward and
-optimizer step of the step of median length, and the whole against AdamW. On a GPU, PyTorch's
-profiler adds what the device did in one more step: how long it was busy and with how many
-operations; a step that is much longer than that waits for the host. Absolute times mean little on a
-machine that others use; the ratios hold for this device only. Where matplotlib is installed, the
-report has a picture, `steps.png`, of the first sequence length.
+All ways use the same model and the same batch, and take turns: one step of each, round after round,
+so that other load on the machine affects all alike. Reported are the times of forward, backward and
+optimizer in the step of median length, and the ratio of the whole step to AdamW's. On a GPU,
+PyTorch's profiler adds how long the device was busy in one more step, and with how many operations;
+a step that takes much longer than that waits for the host. Absolute times mean little on a machine
+that others use, and the ratios hold for this device only. If matplotlib is installed, the report
+has a picture, `steps.png`, of the first sequence length.
 """
 
 import argparse
@@ -44,7 +44,7 @@ PHASES = ("forward", "backward", "step")
 FP32_ADAMW, AUTOCAST_ADAMW, BF16_ADAMW = "FP32 AdamW", "bf16 autocast AdamW", "bf16 AdamW"
 BASELINES = (FP32_ADAMW, AUTOCAST_ADAMW, BF16_ADAMW)
 
-# By sequence length and way: seconds of each phase, and what the device did.
+# By sequence length and way: seconds of each phase, and the work of the device.
 Figures = dict[int, dict[str, dict[str, float]]]
 
 
@@ -58,18 +58,18 @@ class Way:
 
 
 def adamw(model: nn.Module, *, autocast: bool = False) -> Way:
-    """Weights and states of the model's dtype."""
+    """Return AdamW with weights and states of the model's dtype."""
     return Way(model, torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), autocast)
 
 
 def qft(model: nn.Module, dtype: torch.dtype, gradient: str = "stack", **config) -> Way:
-    """INT8 weights, gradients and momentum; activations of `dtype`."""
+    """Return Lion with INT8 weights, gradients and momentum; activations are of `dtype`."""
     model = quantize_model_(model.to(dtype), QFTConfig(**config))
     return Way(model, QFTLion(model.parameters(), lr=1e-5, weight_decay=0.1, gradient=gradient))
 
 
 def torchao_mixed(model: nn.Module, dtype: torch.dtype) -> Way:
-    """Float weights, quantized for each product."""
+    """Return torchao's mixed precision: float weights that are quantized for each product."""
     from torchao import quantize_
     from torchao.prototype.quantized_training import int8_mixed_precision_training
 
@@ -79,7 +79,7 @@ def torchao_mixed(model: nn.Module, dtype: torch.dtype) -> Way:
 
 
 def torchao_quantized(model: nn.Module, dtype: torch.dtype) -> Way:
-    """INT8 weights, with the optimizer that torchao has for them."""
+    """Return torchao's INT8 weights, with the optimizer that torchao has for them."""
     from torchao import quantize_
     from torchao.optim import _AdamW
     from torchao.prototype.quantized_training import int8_weight_only_quantized_training
@@ -99,7 +99,7 @@ def _is_inner_linear(module: nn.Module, name: str) -> bool:
 
 
 def ways(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Way]]:
-    """How each way is made of the float model."""
+    """Return, by name, the function that makes each way from a float model."""
     made: dict[str, Callable[[nn.Module], Way]] = {
         FP32_ADAMW: adamw,
         AUTOCAST_ADAMW: lambda model: adamw(model, autocast=True),
@@ -118,12 +118,12 @@ def ways(dtype: torch.dtype) -> dict[str, Callable[[nn.Module], Way]]:
         made["torchao INT8 mixed precision"] = lambda model: torchao_mixed(model, dtype)
         made["torchao INT8 quantized"] = lambda model: torchao_quantized(model, dtype)
     else:
-        print("torchao is not installed and not measured: pip install torchao")
+        print("torchao is not installed, so it is not measured: pip install torchao")
     return made
 
 
 def step(way: Way, ids: Tensor, clock: Callable[[], float]) -> dict[str, float]:
-    """Seconds of each phase of one training step, by `clock`."""
+    """Take one training step, and return the seconds of each phase by `clock`."""
     device = ids.device
 
     def now() -> float:
@@ -144,10 +144,10 @@ def step(way: Way, ids: Tensor, clock: Callable[[], float]) -> dict[str, float]:
 
 
 def measure(config: LlamaConfig, options: argparse.Namespace) -> Figures:
-    """The median step, by sequence length, way and phase. Peers that cannot run are named.
+    """Return the median step by sequence length, way and phase; print which peers cannot run.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         options: The command line.
     """
     device = torch.device(options.device)
@@ -168,18 +168,18 @@ def measure(config: LlamaConfig, options: argparse.Namespace) -> Figures:
         if options.compile:
             compile_layers_(way.model, {})
         try:
-            step(way, next(iter(batches.values())), clock)  # makes the states, compiles
+            step(way, next(iter(batches.values())), clock)  # creates the states, and compiles
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            if name.startswith(("QFT", *BASELINES)):  # a peer may not run here; these must
+            if name.startswith(("QFT", *BASELINES)):  # these must run; a peer may fail
                 raise
-            print(f"{name} does not run on {device} and is not measured: {error}")
+            print(f"{name} does not run on {device}, so it is not measured: {error}")
             continue
         made[name] = way
     figures: Figures = {}
     for length, ids in batches.items():
         seconds: dict[str, list[dict[str, float]]] = {name: [] for name in made}
         for way in made.values():
-            step(way, ids, clock)  # what is compiled or cached for this size
+            step(way, ids, clock)  # compiles and fills caches for this size
         for number in range(options.steps):
             for name, way in made.items():
                 seconds[name].append(step(way, ids, clock))
@@ -194,7 +194,7 @@ def measure(config: LlamaConfig, options: argparse.Namespace) -> Figures:
 
 
 def device_work(events: Iterable[FunctionEvent]) -> dict[str, float]:
-    """How long a device was busy in recorded events, in seconds, and with how many operations."""
+    """Return the seconds of device work in recorded events, and its number of operations."""
     work = [
         event.time_range.elapsed_us()
         for event in events
@@ -204,13 +204,13 @@ def device_work(events: Iterable[FunctionEvent]) -> dict[str, float]:
 
 
 def _median_step(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The step of median length, so that its phases add up."""
+    """Return the step of median length: unlike medians of phases, its phases add up."""
     wholes = [step | {"whole": sum(step.values())} for step in steps]
     return sorted(wholes, key=lambda step: step["whole"])[(len(wholes) - 1) // 2]
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """Milliseconds, ratios, and what the device did."""
+    """Return a table of milliseconds, ratios, and the work of the device."""
     rows = {}
     for name, way in figures.items():
         row = {f"{phase}, ms": 1e3 * way[phase] for phase in PHASES}
@@ -225,22 +225,22 @@ def table(figures: dict[str, dict[str, float]]) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, as PyTorch does on GPUs, and not return it.
+    """Make the C library keep freed memory, as PyTorch does on GPUs, instead of returning it.
 
-    Returned blocks are mapped again page by page, which takes up to half of a step, by chance and
-    for every way: it would hide what is compared.
+    Memory that was returned is mapped again page by page. This takes up to half of a step, varies
+    at random and affects every way, so it would hide the differences between them.
     """
     trim_threshold, mmap_max = -1, -4  # from glibc's malloc.h
     library = ctypes.CDLL(None)
     if not hasattr(library, "mallopt"):
-        print("This C library has no mallopt: times include mapping memory again and again.")
+        print("This C library has no mallopt: times include mapping freed memory again.")
         return
-    library.mallopt(trim_threshold, -1)  # never; any number would be below what large models free
+    library.mallopt(trim_threshold, -1)  # never trim; large models free more than any threshold
     library.mallopt(mmap_max, 0)
 
 
 def main() -> None:
-    """Measure, and write the report with a picture."""
+    """Measure all ways, and write the report with a picture."""
     parser = command_line(
         __doc__, device="cpu", config="smollm2-135m", layers=None, batch_size=2,
         sequence_length=[256], steps=5, threads=1, only=None, dtype=None,
@@ -248,11 +248,11 @@ def main() -> None:
     parser.add_argument(
         "--cpu_time",
         action="store_true",
-        help="CPU seconds of one thread instead of wall time, for a CPU that others use too",
+        help="CPU seconds of one thread instead of wall time, for a CPU shared with other programs",
     )
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument(
-        "--compile", action="store_true", help="layers of all ways by torch.compile, one by one"
+        "--compile", action="store_true", help="compile the layers of all ways, one by one"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -286,7 +286,7 @@ def main() -> None:
         unit = f"time of a training step, {first} = 1"
         bars.draw(shares, options.output / "steps.png", title=title, unit=unit)
     else:
-        print("matplotlib is not installed and there is no picture: pip install matplotlib")
+        print("matplotlib is not installed, so there is no picture: pip install matplotlib")
     report.finish(options, text)
 
 

@@ -1,12 +1,12 @@
-"""The demo's run in four ways: FP32 AdamW, FP32 Lion, and QFT with each kind of product.
+"""Train the demo in four ways: FP32 AdamW, FP32 Lion, and QFT with each kind of product.
 
     python scripts/fetch_demo.py smollm2 chitchat
     python scripts/benchmarks/compare_demo.py                # minutes for each on 2 CPU cores
     python scripts/benchmarks/compare_demo.py --only int8    # adds to the figures that are there
 
 All start from the same weights and see the same dialogues in the same order (the config `demo`).
-Lion steps at the rate of the config, AdamW at `--adamw_learning_rate`. Reported is the loss on
-held-out dialogues before and after.
+Lion uses the learning rate of the config, AdamW that of `--adamw_learning_rate`. Reported is the
+loss on held-out dialogues before and after training.
 """
 
 import json
@@ -25,10 +25,10 @@ from qft_hf.hf.finetune import RunArguments, parse_arguments, prepare
 
 
 def ways(flags: list[str], adamw_lr: float) -> dict[str, Callable[[], Trainer]]:
-    """How the Trainer of each way is made."""
+    """Return, by name, the function that makes the Trainer of each way."""
 
     def arguments(*more: str) -> RunArguments:
-        # Scored before and after only, and nothing is written that others would miss.
+        # No scores or checkpoints during training: only the losses before and after are compared.
         fixed = ["--eval_strategy=no", "--save_strategy=no", "--overwrite_output"]
         return parse_arguments(["demo", *fixed, *flags, *more])
 
@@ -41,7 +41,7 @@ def ways(flags: list[str], adamw_lr: float) -> dict[str, Callable[[], Trainer]]:
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
-    """Losses, and the share of FP32 Lion's reduction where that was run."""
+    """Return a table of losses, with the share of FP32 Lion's reduction if Lion was run."""
     baseline = figures.get("FP32 Lion")
     rows = []
     for name, way in figures.items():
@@ -54,10 +54,10 @@ def table(figures: dict[str, dict[str, float]]) -> str:
 
 
 def main() -> None:
-    """Do the runs that were asked for."""
+    """Train in the ways that `--only` selects, and write the report after each."""
     parser = command_line(__doc__, data=report.ROOT / "data", only=None)
     parser.add_argument(
-        "--adamw_learning_rate", type=float, default=3e-4, help="Lion's times 3 to 10"
+        "--adamw_learning_rate", type=float, default=3e-4, help="3 to 10 times that of Lion"
     )
     options, flags = parser.parse_known_args()  # the others are flags of qft-hf finetune
     path = options.output / "figures.json"

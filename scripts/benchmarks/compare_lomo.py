@@ -1,10 +1,10 @@
-"""The same run by the Trainer's `optim="lomo"` and by `optim="qft_lion"`, side by side, on a CPU.
+"""Compare the Trainer's `optim="lomo"` with `optim="qft_lion"` in the same run, on a CPU.
 
     python scripts/benchmarks/compare_lomo.py               # SmolLM2-135M, a few minutes
     python scripts/benchmarks/compare_lomo.py --layers 4    # its first layers only: quick
 
-Every cell of the table is measured in this run, on a real model and real dialogues, which are
-fetched if they are not there. Needs the package `lomo-optim`: pip install lomo-optim
+Every cell of the table is measured by this script, on a real model and real dialogues, which are
+downloaded if they are missing. Needs the package `lomo-optim`: pip install lomo-optim
 """
 
 import gc
@@ -40,8 +40,8 @@ from common.command_line import command_line
 from qft_hf import QFTTrainer, memory_ledger
 from qft_hf.quant import Int8Tensor, TiledGradient
 
-WINDOW = 4  # micro-batches of one step
-STEPS = 2  # of the straight run; the resumed one starts after the first
+WINDOW = 4  # micro-batches per step
+STEPS = 2  # in the uninterrupted run; the resumed run starts after the first
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Contestant:
     """One way to train.
 
     Attributes:
-        optim_args: Beside `optim`.
-        clipping: What clipping by norm needs on top.
-        learning_rate: LOMO's is a rate of SGD, ours one of Lion.
+        optim_args: The Trainer's `optim_args`.
+        clipping: Further `optim_args` that clipping by norm needs.
+        learning_rate: For LOMO and `qft_sgd` a learning rate of SGD, otherwise one of Lion.
     """
 
     optim: str
@@ -75,12 +75,12 @@ CONTESTANTS = {
 
 
 def stored(tensor: Tensor) -> Iterable[Tensor]:
-    """The plain tensors that hold a tensor's values."""
+    """Return the plain tensors that hold a tensor's values."""
     return tensor.fields().values() if isinstance(tensor, Int8Tensor) else (tensor,)
 
 
 def n_bytes(tensor: Tensor) -> int:
-    """Bytes of those; of a gradient that is made in float tile by tile, those of a tile."""
+    """Return the bytes that hold a tensor; those of the largest tile if it is computed by tiles."""
     if isinstance(tensor, TiledGradient):
         largest = max(len(range(*rows.indices(tensor.shape[0]))) for rows in tensor.rows)
         return largest * tensor.shape[1] * tensor.dtype.itemsize
@@ -88,7 +88,7 @@ def n_bytes(tensor: Tensor) -> int:
 
 
 def fingerprint(model: nn.Module, optimizer: Any = None) -> str:
-    """Hash of all weights and of the optimizer's tensors, bit for bit."""
+    """Return a hash of the bits of all weights and of the optimizer's tensors."""
     states = {} if optimizer is None else optimizer.state_dict()["state"]
     tensors = list(model.parameters())
     for key in sorted(states):
@@ -102,12 +102,13 @@ def fingerprint(model: nn.Module, optimizer: Any = None) -> str:
 
 @dataclass
 class Watch(TrainerCallback):
-    """Looks at a run from outside, the same way for every optimizer.
+    """Observes a run from outside, in the same way for every optimizer.
 
     Attributes:
-        peak_gradient_bytes: Of all gradients in `.grad` and the one that backward has just made.
-        kept_gradient_bytes: Of those in `.grad` between two micro-batches.
-        updates: Micro-batches of the first step after which weights are not what they were.
+        progress: Bar that counts micro-batches.
+        peak_gradient_bytes: Peak of the gradients in `.grad` and the one just computed, together.
+        kept_gradient_bytes: Peak of the gradients in `.grad` between two micro-batches.
+        updates: Number of micro-batches of the first step that changed the weights.
         after_first_step: Fingerprint of weights and optimizer.
         states: Bytes by kind after the last step.
     """
@@ -123,7 +124,8 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:  # noqa: D102
         self._before = fingerprint(model)
         self._parameters = list(model.parameters())
-        # Where gradients arrive. A hook on the parameter would have release make them whole.
+        # The nodes that receive gradients. With a hook on the parameter, release would compute
+        # whole gradients instead of tiles.
         self._nodes = [get_gradient_edge(parameter).node for parameter in self._parameters]
         for node in self._nodes:
             node.register_prehook(self._look)
@@ -154,7 +156,7 @@ class Watch(TrainerCallback):
 
 @dataclass(frozen=True)
 class Setting:
-    """What all contestants share: the model, the data, and where to write."""
+    """The model, data, output folder and progress bar that all contestants share."""
 
     load: Callable[[], nn.Module]
     examples: list[dict[str, Tensor]]
@@ -164,7 +166,7 @@ class Setting:
     def run(
         self, contestant: Contestant, *, resume: str | None = None, **overrides: Any
     ) -> tuple[Trainer, Watch]:
-        """Train, and return what came of it."""
+        """Train, and return the trainer and the callback that observed it."""
         watch = Watch(self.progress)
         arguments = {
             "optim": contestant.optim,
@@ -189,25 +191,25 @@ class Setting:
             train_dataset=self.examples,
             callbacks=[watch],
         )
-        with redirect_stdout(StringIO()):  # the logs; the table holds what matters of them
+        with redirect_stdout(StringIO()):  # hides the logs; the table has the figures that matter
             trainer.train(resume_from_checkpoint=resume)
         gc.collect()
         return trainer, watch
 
 
 def first_norm(trainer: Trainer) -> float:
-    """The `grad_norm` that the Trainer logged for the first step."""
+    """Return the `grad_norm` that the Trainer logged for the first step."""
     return next(row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row)
 
 
 def true_norm(setting: Setting) -> float:
-    """Global gradient norm of the first step, by plain PyTorch on the float model."""
+    """Return the global gradient norm of the first step, by PyTorch's SGD on the float model."""
     trainer, _ = setting.run(Contestant("sgd", 0.0), max_steps=1)
     return first_norm(trainer)
 
 
 def measure(contestant: Contestant, setting: Setting, norm: float) -> dict[str, Any]:
-    """All figures of one contestant; `norm` is that of the first step."""
+    """Return all figures of one contestant; `norm` is the gradient norm of the first step."""
     straight, watch = setting.run(contestant, save_strategy="steps", save_steps=1)
     end = fingerprint(straight.model, straight.optimizer)
     logged = first_norm(straight)
@@ -236,7 +238,7 @@ def measure(contestant: Contestant, setting: Setting, norm: float) -> dict[str, 
 
 
 def table(figures: dict[str, Any]) -> str:
-    """One column for each contestant."""
+    """Return a table with one column for each contestant."""
     results = figures["contestants"]
     kinds = list(dict.fromkeys(kind for row in results.values() for kind in row["states_bytes"]))
 
@@ -274,7 +276,7 @@ def table(figures: dict[str, Any]) -> str:
 def compare(
     load: Callable[[], nn.Module], examples: list[dict[str, Tensor]], folder: Path
 ) -> dict[str, Any]:
-    """Measure every contestant on the same model and data; `folder` takes the checkpoints."""
+    """Measure every contestant on the same model and data; `folder` is for checkpoints."""
     n_parameters = sum(p.numel() for p in load().parameters())
     per_contestant = WINDOW * STEPS + WINDOW * (STEPS - 1) + WINDOW + 1
     total = WINDOW + per_contestant * len(CONTESTANTS)
@@ -289,8 +291,8 @@ def compare(
 
 
 def main() -> None:
-    """Fetch what is missing, compare, print the table."""
-    # CPUs without bf16 units crawl in bfloat16.
+    """Fetch missing assets, compare, and write the report."""
+    # FP32 by default, because bfloat16 is very slow on CPUs without bf16 units.
     parser = command_line(__doc__, layers=None, sequence_length=32, dtype="float32")
     options = parser.parse_args()
     if importlib.util.find_spec("lomo_optim") is None:

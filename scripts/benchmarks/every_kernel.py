@@ -1,9 +1,9 @@
-"""Calls of every kernel, small enough for the slowness of compute-sanitizer.
+"""Call every kernel on shapes small enough for compute-sanitizer, which is slow.
 
     compute-sanitizer python scripts/benchmarks/every_kernel.py cuda
 
-The calls are those of the kernel benchmark at odd sizes, with what it has not: ids that are no
-rows, several tokens, products to FP32, and given columns.
+The calls are those of the kernel benchmark at odd sizes. Added are cases that it does not have:
+ids that are out of range, several tokens, FP32 products, and products with outlier columns.
 """
 
 import sys
@@ -16,7 +16,7 @@ from qft_hf import kernels
 device = torch.device(sys.argv[1])
 x = torch.randn(5, 577, device=device)
 columns = torch.tensor([0, 5, 576], dtype=torch.int16, device=device).repeat(5, 1)
-# Two ids that are no rows; on a CPU they raise.
+# Two ids that are out of range; on a CPU they would raise.
 ids = torch.tensor([4, 0, 4, *([5, -1] if device.type == "cuda" else [1, 4])], device=device)
 for size in (None, 100, 64):
     for _, _, call in operators(*x.shape, size, device, len(ids)).values():

@@ -1,12 +1,12 @@
-"""Everything that needs a GPU, in one command: memory errors, bits, speed, the 7B run.
+"""Run every check that needs a GPU: memory errors, equal bits, speed, and the 7B run.
 
     python scripts/benchmarks/gpu_check.py
     python scripts/benchmarks/gpu_check.py --device cpu    # the same paths at toy size, interpreted
 
-Runs from a checkout with torch, triton, transformers and accelerate; pytest, pytest-xdist and
-compute-sanitizer are used where they are, and nothing is installed. The parts run from the shortest
-to the longest, each with its own time limit, nine minutes in all, and the report is written after
-each. Exits with 1 if a part failed.
+Runs from a checkout with torch, triton, transformers and accelerate. pytest, pytest-xdist and
+compute-sanitizer are used if available; nothing is installed. Each part has its own time limit, and
+all together take nine minutes at most; the report is written after each. Exits with 1 if a part
+failed.
 """
 
 import importlib.util
@@ -34,12 +34,12 @@ class Part:
     """One command of the check.
 
     Attributes:
-        name: For the report.
-        command: What is run; none: it cannot run here.
-        limit: Seconds.
-        variables: Of the environment, beside what there is.
-        folder: Where it writes a `table.md`; None: its result is its exit status.
-        missing: Why it cannot run here.
+        name: Name in the report.
+        command: Command line; not run if `missing` is set.
+        limit: Time limit in seconds.
+        variables: Environment variables to add.
+        folder: Folder in which it writes a `table.md`; None if its only result is its exit status.
+        missing: Why it cannot run here; empty if it can.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Part:
     missing: str = ""
 
     def run(self, seconds_left: float) -> dict[str, Any]:
-        """Run it; its time, exit status, table and the end of what it printed."""
+        """Run the command; return its status, time and table, and the end of its output."""
         print(f"== {self.name} {self.missing}", flush=True)
         if self.missing:
             return {"status": f"not run: {self.missing}", "seconds": 0.0, "output": "", "table": ""}
@@ -83,7 +83,7 @@ class Part:
 
 
 def parts(folder: Path, *, real: bool) -> list[Part]:
-    """The parts from the shortest to the longest; `real`: on a GPU, not at toy size."""
+    """Return the parts in order; `real` is on a GPU, otherwise they run at toy size on a CPU."""
     device = ["--device", "cuda" if real else "cpu"]
     interpreted = {} if real else {"TRITON_INTERPRET": "1"}
 
@@ -97,7 +97,7 @@ def parts(folder: Path, *, real: bool) -> list[Part]:
     if real:
         command = [str(sanitizer), "--error-exitcode", "1", *every_kernel, "cuda"]
         memory_errors = Part("memory errors, by compute-sanitizer", command, 60)
-        memory_errors.missing = "" if sanitizer else "compute-sanitizer is not here"
+        memory_errors.missing = "" if sanitizer else "compute-sanitizer is not found"
     else:
         variables = interpreted | {"QFT_BACKEND": "triton"}
         memory_errors = Part("every kernel, interpreted", [*every_kernel, "cpu"], 240, variables)
@@ -137,18 +137,18 @@ def parts(folder: Path, *, real: bool) -> list[Part]:
 
 
 def markdown(results: dict[str, dict[str, Any]]) -> str:
-    """Which part passed, and the tables of all."""
+    """Return a table of which parts passed, followed by the tables of all parts."""
     rows = [[name, part["status"], part["seconds"]] for name, part in results.items()]
     tables = [f"## {name}\n\n{part['table']}" for name, part in results.items() if part["table"]]
     return "\n\n".join([report.table(["check", "result", "seconds"], rows), *tables])
 
 
 def main() -> None:
-    """Run all parts, write the report after each."""
+    """Run all parts, and write the report after each."""
     options = command_line(__doc__, device="cuda").parse_args()
     real = options.device == "cuda"
     if real and not torch.cuda.is_available():
-        raise SystemExit("gpu_check needs a CUDA device; --device cpu rehearses it at toy size.")
+        raise SystemExit("gpu_check needs a CUDA device; --device cpu runs it at toy size.")
     options.output = options.output.resolve()
     paths = [str(report.ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))

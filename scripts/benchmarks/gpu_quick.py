@@ -1,13 +1,13 @@
-"""Did one change help on a GPU? A training step beside AdamW, and beside another checkout: 90 s.
+"""Compare a training step on a GPU with AdamW's and with another checkout's, in 90 seconds.
 
     python scripts/benchmarks/gpu_quick.py
     python scripts/benchmarks/gpu_quick.py --against ../before    # a checkout without the change
     python scripts/benchmarks/gpu_quick.py --device cpu           # the same path at toy size
 
-Twelve layers of a 1B Llama, one sequence of 512 tokens and one of 4,096, by
-`benchmark_training.py`. With `--against`, the package of the other folder is measured too, by the
-benchmark of this one, and the last table shows how this package's figures compare with that: below
-1 is faster. AdamW's row is no change of anybody's: it shows what the ratios are worth.
+`benchmark_training.py` trains twelve layers of a 1B Llama on one sequence of 512 tokens and on one
+of 4,096. With `--against`, the package in the other folder is measured too, by this checkout's
+benchmark, and the last table has this package's figures divided by the other's: below 1 is faster.
+AdamW is the same in both, so its rows show the noise of the ratios.
 """
 
 import json
@@ -31,10 +31,10 @@ Figures = dict[str, dict[str, dict[str, float]]]
 
 
 def measure(package: Path, device: str, output: Path) -> Figures:
-    """Run the benchmark with the package that lies in the folder `package`.
+    """Run the benchmark with the `qft_hf` in the folder `package`.
 
     Raises:
-        subprocess.CalledProcessError: The benchmark failed; it has printed why.
+        subprocess.CalledProcessError: The benchmark failed and has printed why.
     """
     command = [sys.executable, str(BENCHMARK), "--device", device, *SIZES[device]]
     command += ["--batch_size", "1", "--only", "bf16", "QFT", "--output", str(output)]
@@ -47,7 +47,7 @@ def measure(package: Path, device: str, output: Path) -> Figures:
 
 
 def ratios(now: Figures, before: Figures) -> dict[str, dict[str, float]]:
-    """Each figure of each way by what it was, of those that both have and that are not zero."""
+    """Return the ratio of each figure to its value before, if both have it and it was not zero."""
     return {
         f"{way}, {length} tokens": {
             name: value / before[length][way][name]
@@ -61,7 +61,7 @@ def ratios(now: Figures, before: Figures) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Measure one package, or two, and write the report."""
+    """Measure one or two packages, and write the report."""
     parser = command_line(__doc__, device="cuda")
     parser.add_argument("--against", type=Path, help="a checkout to compare with")
     options = parser.parse_args()

@@ -1,14 +1,14 @@
-"""Do steps by CUDA graphs have the bits of eager ones, and how long does each take?
+"""Check that steps by CUDA graphs have the same bits as eager steps, and measure both.
 
     python scripts/benchmarks/graph_check.py --config llama-1b --layers 12
     python scripts/benchmarks/graph_check.py --device cpu    # the same path, with recorded graphs
 
-The same model and batches, one sequence a step, are trained by `QFTTrainer` twice, eagerly and with
-`cuda_graph=True`, in each mode; half-way a tensor moves, and graphs are captured anew. All weights,
-losses and norms of the two must be equal, or the script exits with 1. Times are medians of the
-steps after those that are captured first, from one begin of a step to the next, so all that the
-Trainer does is in them. On a CPU they mean nothing: there `tests/recorded_graph.py` stands in for
-the graph.
+In each mode, `QFTTrainer` trains the same model on the same batches of one sequence twice: eagerly
+and with `cuda_graph=True`. Halfway a tensor moves, so that graphs are captured again. All weights,
+losses and norms of the two runs must be equal, otherwise the script exits with 1. Times are medians
+over the steps after the first captures, from the start of a step to the start of the next, so they
+include everything that the Trainer does. They mean nothing on a CPU, where
+`tests/recorded_graph.py` stands in for the graph.
 """
 
 import gc
@@ -39,29 +39,29 @@ MODES: dict[str, dict[str, Any]] = {
     "stack, int8": {"max_grad_norm": 1.0, "matmul": "int8"},
     "release, int8": {"gradient": "release", "max_grad_norm": 0.0, "matmul": "int8"},
 }
-N_BEFORE = 5  # steps that are not timed: eager ones, and those that are captured
+N_BEFORE = 5  # steps that are not timed: the eager ones and those that capture graphs
 
 
 class _Clock(TrainerCallback):
-    """When each step began, as the host sees it; the first waits for the device."""
+    """Times at which the host began each step; the first timed step waits for the device."""
 
     def __init__(self) -> None:
         self.begun: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time."""
+        """Record the time."""
         if args.device.type == "cuda" and len(self.begun) == N_BEFORE:
             torch.cuda.synchronize(args.device)
         self.begun.append(time.perf_counter())
 
 
 class _Moves(TrainerCallback):
-    """Puts a tensor of the optimizer's state elsewhere, as loading a checkpoint does with all."""
+    """Moves one tensor of the optimizer's state, as loading a checkpoint moves all of them."""
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        """Do it half-way."""
+        """Replace the tensor by a copy, halfway through training."""
         if state.global_step == state.max_steps // 2:
             tensors = next(iter(optimizer.state.values()))
             name = next(name for name, tensor in tensors.items() if tensor.ndim)
@@ -69,7 +69,7 @@ class _Moves(TrainerCallback):
 
 
 def train(mode: dict[str, Any], options: Namespace, *, graphed: bool) -> dict[str, Any]:
-    """Weights, logs, seconds of a step and peak bytes of a run."""
+    """Train, and return the weights, logs, seconds per step and peak bytes of the run."""
     device = torch.device(options.device)
     torch.manual_seed(0)
     config = model_config(options.config, options.layers)
@@ -90,7 +90,7 @@ def train(mode: dict[str, Any], options: Namespace, *, graphed: bool) -> dict[st
             from tests.recorded_graph import RecordedGraph
 
             trainer.make_graph = RecordedGraph
-        gc.collect()  # the run before, whose trainer refers to itself
+        gc.collect()  # frees the previous run, whose trainer is in a reference cycle
         before = reset_peak(device)
         trainer.train()
     keys = ("loss", "grad_norm")
@@ -105,7 +105,7 @@ def train(mode: dict[str, Any], options: Namespace, *, graphed: bool) -> dict[st
 
 
 def compared(eager: dict[str, Any], graphed: dict[str, Any]) -> dict[str, float]:
-    """Milliseconds and memory of both, and what is not equal."""
+    """Return times and memory of both runs, and counts of what differs between them."""
     ours, theirs = graphed["weights"], eager["weights"]
     different = [name for name in theirs if not torch.equal(ours[name], theirs[name])]
     logs = [a != b for a, b in zip(eager["logs"], graphed["logs"], strict=True)]
@@ -121,7 +121,7 @@ def compared(eager: dict[str, Any], graphed: dict[str, Any]) -> dict[str, float]
 
 
 def main() -> None:
-    """Train twice in each mode, write the report."""
+    """Train twice in each mode, and write the report."""
     parser = command_line(
         __doc__, device="cuda", config="tiny", layers=None, sequence_length=512, steps=20,
         dtype="bfloat16", only=None,

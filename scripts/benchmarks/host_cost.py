@@ -1,23 +1,23 @@
-"""What the host pays for a training step on a GPU, measured on a machine that has none.
+"""Measure the host's cost of a training step on a GPU, on a machine without one.
 
-The Triton kernels run as on an H100, but for the last call: a library that stands in for NVIDIA's
-driver takes launches and does nothing. Tensors are on the CPU and so small that arithmetic costs
-nothing. Left is what the host does: Python, PyTorch's dispatch, Triton's way to a launch. Results
-are undefined memory: nothing here says anything about values.
+Triton kernels are launched as on an H100 up to the call of the driver: a library that stands in for
+NVIDIA's accepts launches and does nothing. Tensors are on the CPU and so small that arithmetic
+costs nothing. The work of the host remains: Python, PyTorch's dispatch, and Triton's launch code.
+Results are undefined memory, so the script says nothing about values.
 
-Costs are in adds: CPU time by that of `torch.add` of two small tensors, each the least of many
-tries, which are made beside each other; so a slow or busy machine gives the same to about 5 %.
-Launches are Triton's; torch operations are those that are no part of another; device operations
-are launches and torch operations that would start something on a GPU.
+Costs are in adds: CPU time divided by that of a `torch.add` of two small tensors. Both are minima
+over many tries that alternate, so that slow and busy machines agree to about 5 %. Launches are
+Triton's; torch operations are those that are not part of another one; device operations are
+launches plus the torch operations that would start work on a GPU.
 
-The milliseconds are a fit: 0.00215 for each add and 0.0184 for each device operation, which give
-the steps of four modes that one NVIDIA H100 80GB HBM3 on a host with slow cores took (46, 113, 129
-and 228 ms of host time, 2026-11-28) to 10 %. An add is 1.3 to 2 us of dispatch on a CPU; a host
-that starts kernels pays more for the start and less for Python.
+The milliseconds are a fit, 0.00215 for each add and 0.0184 for each device operation. It reproduces
+to 10 % the host time of a step in four modes on one NVIDIA H100 80GB HBM3 with slow CPU cores (46,
+113, 129 and 228 ms, 2026-11-28). An add is 1.3 to 2 us of dispatch on a CPU; a host that starts
+kernels spends more on the start and less on Python.
 
     python scripts/benchmarks/host_cost.py
-    python scripts/benchmarks/host_cost.py --profile release   # and where its time goes
-    python scripts/benchmarks/host_cost.py --modes stack release --graph   # what graphs leave
+    python scripts/benchmarks/host_cost.py --profile release   # profile by Python function
+    python scripts/benchmarks/host_cost.py --modes stack release --graph   # cost left by graphs
 """
 
 import cProfile
@@ -56,7 +56,7 @@ MODES: dict[str, dict[str, Any] | None] = {
     "int8-release": {"matmul": "int8"},
 }
 
-# What starts nothing on a device, or does so only through others, which are counted.
+# Operations that start nothing on a device, or only through other operations, which are counted.
 NO_KERNEL = frozenset(
     """_local_scalar_dense _unsafe_view alias as_strided chunk contiguous detach detach_ empty
     empty_like empty_strided expand expand_as flatten is_nonzero item lift_fresh linear mT
@@ -68,9 +68,9 @@ Step = dict[str, Callable[[], Any]]
 
 
 def redirect() -> None:
-    """Send tensors on the CPU to the Triton kernels, by the way that tensors on a GPU take.
+    """Dispatch CPU tensors to the Triton kernels, as tensors on a GPU are.
 
-    All that this script knows about the inside of the package is in this function.
+    Only this function depends on internals of the package.
     """
     from qft_hf import kernels
     from qft_hf.kernels import backend
@@ -82,12 +82,12 @@ def redirect() -> None:
     )
     backend.backends.cache_clear()
     backend.forget()
-    # Looks at values are for CPUs only.
+    # Operators check values on CPUs only.
     for name in kernels.__all__:
         if isinstance(found := getattr(kernels, name), kernels.operators.Operator):
             found._check_values = None
 
-    # The tiles of products depend on the device.
+    # The tile of a product depends on the device.
     choose_tile, device = int8_product.choose_tile, torch.device("cuda", 0)
     int8_product.choose_tile = lambda rows, columns, _, width=None: choose_tile(
         rows, columns, device, width
@@ -96,8 +96,8 @@ def redirect() -> None:
     torch.cuda.get_device_capability = lambda device: divmod(CAPABILITY, 10)
     torch.cuda.get_device_properties = lambda device: properties
 
-    norms.sum_in_order = torch.sum  # on a CPU it takes parts, for its threads
-    # Undefined gradients may be NaN, which would raise: they are looked at as ever, in vain.
+    norms.sum_in_order = torch.sum  # on a CPU it sums in parts, whatever the number of threads
+    # Undefined gradients may be NaN, which would raise: the check is run, and its result ignored.
     total, are_finite = norms.total_square, norms.are_finite
     for module in (norms, release):
         module.total_square = lambda squares: total(squares).nan_to_num_(0.0, 0.0, 0.0)
@@ -106,7 +106,7 @@ def redirect() -> None:
 
 
 def training_step(mode: str, options: Namespace) -> Step:
-    """Forward, backward and step of a Llama, or Qwen3-MoE, of many layers and little arithmetic."""
+    """Return forward, backward and step of a Llama or Qwen3-MoE with narrow layers."""
     shape = {
         "hidden_size": options.hidden,
         "intermediate_size": 2 * options.hidden,
@@ -120,7 +120,7 @@ def training_step(mode: str, options: Namespace) -> Step:
         width = options.hidden // 2
         experts = {"num_experts": options.experts, "moe_intermediate_size": width}
         config = Qwen3MoeConfig(**shape, **experts, num_experts_per_tok=2, head_dim=8)
-    # In FP32: a CPU takes four times as long to begin a product in BF16.
+    # In FP32: a CPU takes four times as long to start a product in BF16.
     model, settings = AutoModelForCausalLM.from_config(config).train(), MODES[mode]
     optimizer: torch.optim.Optimizer
     if settings is None:
@@ -130,7 +130,7 @@ def training_step(mode: str, options: Namespace) -> Step:
         gradient = mode.removeprefix("int8-")
         optimizer = qft_hf.QFTLion(model.parameters(), lr=1e-5, gradient=gradient)
     if options.compile:
-        model.config.use_cache = False  # as in a Trainer: code of a cache is another for each layer
+        model.config.use_cache = False  # as in a Trainer: cache code would compile for each layer
         compile_layers_(model, {})
     ids = torch.randint(config.vocab_size, (1, options.sequence_length))
     losses: list[torch.Tensor] = []
@@ -156,7 +156,7 @@ def training_step(mode: str, options: Namespace) -> Step:
 
         batch = {"input_ids": ids, "labels": ids}
         parts = {"pass": lambda: graphed(run, batch, kind="all"), "step": step}
-        for _ in range(N_EAGER + 2):  # the first makes states, the last is captured
+        for _ in range(N_EAGER + 2):  # the first creates states, the last is captured
             for part in parts.values():
                 part()
         return parts
@@ -164,7 +164,7 @@ def training_step(mode: str, options: Namespace) -> Step:
 
 
 class _SilentGraph:
-    """In the place of CUDA's: a replay costs one call more than nothing."""
+    """Stands in for a CUDA graph: a replay costs the host a single empty call."""
 
     def run(self, function: Callable[[], Any]) -> Any:
         return function()
@@ -177,7 +177,7 @@ class _SilentGraph:
 
 
 def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
-    """CPU time of one call."""
+    """Return the CPU time of one call."""
     begin = time.thread_time()
     for _ in range(repeats):
         function()
@@ -185,13 +185,13 @@ def seconds(function: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def seconds_of_an_add() -> float:
-    """The unit."""
+    """Return the CPU time of one small `torch.add`, the unit of costs."""
     x = torch.ones(8, 8)
     return seconds(lambda: torch.add(x, x), 300)
 
 
 def measure(parts: Step, gpu: AbsentGPU, rounds: int) -> dict[str, float]:
-    """Adds of a step and of its parts, and what it starts."""
+    """Return the cost of a step and its parts in adds, and the operations that the step starts."""
     for part in parts.values():  # Triton compiles
         part()
     tries = [(seconds_of_an_add(), *map(seconds, parts.values())) for _ in range(rounds)]
@@ -215,7 +215,7 @@ def measure(parts: Step, gpu: AbsentGPU, rounds: int) -> dict[str, float]:
 
 
 def outer_operations(recorded: torch.autograd.profiler.profile) -> Counter[str]:
-    """Torch operations by name, without those that are part of one that starts something."""
+    """Return counts of torch operations by name, without parts of one that starts something."""
     names: Counter[str] = Counter()
     for event in recorded.function_events:
         outer = event.cpu_parent
@@ -231,7 +231,7 @@ def _starts_something(name: str) -> bool:
 
 
 def print_profile(parts: Step) -> None:
-    """Where the time goes, by function of Python; the backward pass in this thread too."""
+    """Print the time by Python function; backward runs in this thread to be included."""
     with torch.autograd.set_multithreading_enabled(mode=False), cProfile.Profile() as profiler:
         for _ in range(5):
             for part in parts.values():
@@ -240,14 +240,14 @@ def print_profile(parts: Step) -> None:
 
 
 def main() -> None:
-    """Measure, print, and write the report."""
+    """Measure each mode, and write the report after each."""
     parser = command_line(__doc__, layers=12, hidden=32, sequence_length=32)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="which")
-    parser.add_argument("--profile", choices=MODES, help="this mode only, and where its time goes")
-    parser.add_argument("--experts", type=int, default=0, help="of each layer (default none)")
-    parser.add_argument("--graph", action="store_true", help="passes and steps by CUDA graphs")
-    parser.add_argument("--clip", action="store_true", help="gradients that wait, as Trainers do")
-    parser.add_argument("--compile", action="store_true", help="layers by torch.compile")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="modes")
+    parser.add_argument("--profile", choices=MODES, help="measure and profile this mode only")
+    parser.add_argument("--experts", type=int, default=0, help="experts per layer (default 0)")
+    parser.add_argument("--graph", action="store_true", help="run passes and steps as CUDA graphs")
+    parser.add_argument("--clip", action="store_true", help="clip gradients, as a Trainer does")
+    parser.add_argument("--compile", action="store_true", help="compile layers by torch.compile")
     parser.add_argument("--rounds", type=int, default=40, help="tries of each mode (default 40)")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,15 +1,15 @@
-"""Peak memory of each phase and tokens per second of full training steps, beside the prediction.
+"""Peak memory per phase and tokens per second of full training steps, with predicted memory.
 
-The model is built from its configuration with random INT8 weights, made in INT8 on the device: it
-never exists in float. Each step is forward, backward with gradient checkpointing, clipping and the
-optimizer. The first step makes the optimizer's state and compiles, so the last one is reported.
-On a GPU the figures are `torch.cuda.max_memory_allocated`; on a CPU, where this serves as a test of
-itself at `--config tiny`, they are resident memory and say little.
+The model is built from its configuration with random INT8 weights that are generated on the device:
+it never exists in float. Each step is forward, backward with gradient checkpointing, clipping and
+the optimizer. The first step creates the optimizer's state and compiles, so the last one is
+reported. On a GPU the figures are `torch.cuda.max_memory_allocated`; on a CPU they are resident
+memory and say little: a run there with `--config tiny` only tests the script.
 
-Gradients wait for the step in one run and are released during backward in another; released ones
-are not clipped, which would take a second backward pass. The INT8 model has a chunked loss, so that
-logits do not set the peak; `--full_logits` leaves it off. The bf16 AdamW beside it is plain
-transformers, and so are FlashOptim's optimizers, which run beside it where they are installed.
+One run has `gradient="stack"`, another `"release"`. Released gradients are not clipped, because
+exact clipping takes a second backward pass. The INT8 model has a chunked loss, so that logits do
+not set the peak; `--full_logits` turns it off. With `--compare`, plain transformers are trained in
+bf16 by AdamW, and by FlashOptim's optimizers if they are installed.
 """
 
 import gc
@@ -38,14 +38,14 @@ WEIGHT_STD = 0.02
 
 
 def config_of(name: str, layers: int | None) -> LlamaConfig:
-    """The configuration of a bf16 model whose head is its own."""
+    """Return the configuration of a bf16 model whose head is not tied to its embedding."""
     config = model_config(name, layers)
     config.tie_word_embeddings, config.dtype = False, torch.bfloat16
     return config
 
 
 def random_weight(rows: int, columns: int, spec: QFTConfig, device: torch.device) -> QFTWeight:
-    """Uniform codes, scales that give the usual deviation, outliers three times that."""
+    """Return uniform codes of deviation `WEIGHT_STD`, and normal outliers of three times that."""
     weight = QFTWeight.empty(
         Arrangement((rows, columns)), spec, dtype=torch.bfloat16, device=device
     )
@@ -60,7 +60,7 @@ def random_weight(rows: int, columns: int, spec: QFTConfig, device: torch.device
 
 
 def build(config: LlamaConfig, device: torch.device, spec: QFTConfig | None) -> LlamaForCausalLM:
-    """The model on `device`, with INT8 weights as `spec` has them, or bf16; ready to train."""
+    """Return the model on `device`, ready to train, with INT8 weights by `spec`, or bf16 ones."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     if spec is not None:
@@ -74,7 +74,7 @@ def build(config: LlamaConfig, device: torch.device, spec: QFTConfig | None) -> 
                 value = value.fill_(1.0) if value.ndim < 2 else value.normal_(std=WEIGHT_STD)
                 setattr(module, name, nn.Parameter(value))
     rotary = model.model.rotary_emb
-    with torch.device(device):  # its tables are computed, not loaded
+    with torch.device(device):  # its buffers are computed, so they cannot stay on meta
         model.model.rotary_emb = type(rotary)(config)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -88,7 +88,7 @@ def train_steps(
     sequence_length: int,
     n_steps: int,
 ) -> dict[str, Any]:
-    """Peaks by phase and time of the last of `n_steps` steps on random tokens."""
+    """Return peaks by phase and the time of the last of `n_steps` steps on random tokens."""
     ids = torch.randint(model.config.vocab_size, (1, sequence_length), device=device)
     for _ in range(n_steps):
         peaks, begin = {}, time.perf_counter()
@@ -100,7 +100,7 @@ def train_steps(
         peaks["backward"] = peak_bytes(device)
         ledger = memory_ledger(model, optimizer)
         reset_peak(device)
-        if any(parameter.grad is not None for parameter in model.parameters()):  # none is released
+        if any(parameter.grad is not None for parameter in model.parameters()):  # not released
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -128,15 +128,15 @@ def profile(
     """Build one model and train it at each sequence length.
 
     Args:
-        config: Of the model.
-        training: `"stack"` or `"release"` for INT8; the optimizer of a bf16 model.
-        spec: Of INT8 weights; None for bf16.
-        device: Where it trains.
-        lengths: Tokens of one step.
+        config: Configuration of the model.
+        training: `"stack"` or `"release"` for INT8; makes the optimizer of a bf16 model.
+        spec: Configuration of INT8 weights; None for bf16.
+        device: Device of the model.
+        lengths: Sequence lengths; each step has one sequence.
         n_steps: Steps at each length.
-        chunked_loss: Of the INT8 model.
+        chunked_loss: Whether the INT8 model computes its loss in chunks.
     """
-    gc.collect()  # an optimizer and its hooks refer to each other
+    gc.collect()  # the previous optimizer and its hooks are in a reference cycle
     if device.type == "cuda":
         torch.cuda.empty_cache()
     reset_peak(device)
@@ -172,7 +172,7 @@ def profile(
 
 
 def layers_that_fit(config: LlamaConfig, device: torch.device) -> int:
-    """Layers of a bf16 AdamW model, 8 bytes per parameter, in 80 % of the device."""
+    """Return how many layers fit in 80 % of the device with bf16 AdamW, 8 bytes per parameter."""
     if device.type != "cuda":
         return config.num_hidden_layers
     head = config.num_attention_heads
@@ -185,7 +185,7 @@ def layers_that_fit(config: LlamaConfig, device: torch.device) -> int:
 
 
 def table(runs: dict[str, Any]) -> str:
-    """Peaks in GB by phase, and speed: one row for each run and sequence length."""
+    """Return a table of peaks in GB by phase and speed, a row for each run and length."""
     rows = []
     for name, figures in runs.items():
         for length, row in figures["sequence_lengths"].items():
@@ -201,7 +201,7 @@ def table(runs: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Profile INT8, and bf16 AdamW if asked; write the report after each run."""
+    """Profile INT8, and with `--compare` bf16 AdamW; write the report after each run."""
     parser = command_line(
         __doc__, device=default_device(), config="llama-2-7b", layers=None,
         sequence_length=[512, 2048], steps=3, matmul=["dequantize"],
@@ -209,11 +209,11 @@ def main() -> None:
     parser.add_argument(
         "--gradient", choices=("stack", "release"), nargs="+", default=["stack", "release"]
     )
-    parser.add_argument("--full_logits", action="store_true", help="no chunked loss")
+    parser.add_argument("--full_logits", action="store_true", help="do not chunk the loss")
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="also bf16 AdamW, both at the layers that fit it, and FlashOptim at those",
+        help="also bf16 AdamW, FlashOptim and QFT, with as many layers as fit bf16 AdamW",
     )
     options = parser.parse_args()
     device = torch.device(options.device)

@@ -1,13 +1,13 @@
-"""What memory and instructions allow each kernel on a GPU, by arithmetic: nothing runs on one.
+"""Least time of each kernel on a GPU by its memory traffic and instructions; needs no GPU.
 
     python scripts/benchmarks/roofline.py
 
-Instructions are those of the machine code that Triton and ptxas make for each architecture, of a
-row of so many columns that a thread goes through the kernel once; what a rare branch has is
-counted too, so that they are an upper bound. Bytes are those of the tensors. A kernel takes at
-least the longer of two times: its bytes at the bandwidth of the data sheet, and its instructions
-at one for each scheduler and clock (four schedulers of 32 lanes a multiprocessor, boost clock). It
-knows no latency, no occupancy and no unit that takes more clocks than one.
+Instructions are counted in the machine code that Triton and ptxas generate for each architecture,
+for rows of a length at which each thread passes through the kernel once. Rare branches are counted
+as well, so the count is an upper bound. Bytes are those of the tensors. A kernel takes at least the
+longer of two times: its bytes at the bandwidth of the data sheet, and its instructions at one per
+scheduler and clock (four schedulers of 32 lanes per multiprocessor, boost clock). Latency,
+occupancy and units that take more than one clock per instruction are ignored.
 """
 
 import sys
@@ -25,8 +25,8 @@ from common.command_line import command_line
 
 from tests.offline.compiling import compile_launch, launches
 
-LANES = 4 * 32  # instructions of threads that a multiprocessor begins in a clock, at most
-SHAPE = 64, 4096  # rows are in no kernel
+LANES = 4 * 32  # thread instructions that a multiprocessor issues per clock, at most
+SHAPE = 64, 4096  # no kernel depends on the number of rows
 KERNELS = (
     "lion_step_", "lion_step_ 4-bit", "quantize_and_lion_step_", "adamw_step_", "step_weight_",
     "quantize", "dequantize", "accumulate_", "squared_norms",
@@ -34,7 +34,7 @@ KERNELS = (
 
 
 class Device(NamedTuple):
-    """Of NVIDIA's data sheets."""
+    """Figures of NVIDIA's data sheets."""
 
     capability: int
     bytes_per_second: float
@@ -51,22 +51,22 @@ DEVICES = {
 
 
 def instructions(call: partial[Any], capability: int, n_elements: int) -> float:
-    """Of a thread, for each of its elements, over all launches of an operator."""
+    """Return the thread instructions per element, summed over all launches of an operator."""
     operator: Any = call.func
     options = {**operator._defaults, **call.keywords}
     total = 0.0
     for launch in launches(operator._implementations["triton"], *call.args, **options):
         if any(launch.constants.get(name, 1) > 1 for name in ("GROUP_TILES", "UNIT_TILES")):
-            raise ValueError("A row of so many columns goes in several tiles. Give fewer columns.")
+            raise ValueError("A row of this many columns takes several tiles. Use fewer columns.")
         opcodes = compile_launch(launch, capability).opcodes
         n_threads = launch.grid[0] * 32 * launch.n_warps
-        # Behind the end there is padding.
+        # The code ends with NOPs as padding.
         total += sum(not opcode.startswith("NOP") for opcode in opcodes) * n_threads / n_elements
     return total
 
 
 def roofline(rows: int, columns: int) -> dict[str, dict[str, float]]:
-    """Bytes, instructions and least nanoseconds for an element, by kernel."""
+    """Return the bytes, instructions and least nanoseconds per element, by kernel."""
     calls = operators(rows, columns, None, torch.device("cpu"), 1)
     found: dict[str, dict[str, float]] = {}
     for name in KERNELS:
@@ -85,7 +85,7 @@ def roofline(rows: int, columns: int) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Compile, compute, write the report."""
+    """Compile the kernels, compute the bounds, and write the report."""
     options = command_line(__doc__).parse_args()
     figures = roofline(*SHAPE)
     table = report.figures_table("kernel", figures)

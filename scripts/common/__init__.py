@@ -1,1 +1,1 @@
-"""What benchmarks and studies share. They put `scripts/` on the path and import from here."""
+"""Code shared by benchmarks and studies, which put `scripts/` on the path to import it."""

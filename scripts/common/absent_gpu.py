@@ -1,8 +1,9 @@
-"""A GPU for Triton on a machine that has none: it takes every launch and does nothing.
+"""A stand-in for a GPU that lets Triton run without one: it accepts launches and does nothing.
 
-Triton's own compiler, driver and launcher run, as on an H100, on a library that stands in for
-NVIDIA's libcuda: its functions return at once. Kernels are really compiled, and launches count;
-who asks for it sees what they hand over. Tensors are on the CPU and are never touched.
+Triton's own compiler, driver and launcher run as on an H100, on top of a library that replaces
+NVIDIA's libcuda and whose functions return at once. Kernels are really compiled and launches are
+counted; the parameters of one kernel's launches can be recorded. Tensors are on the CPU and are
+never touched.
 
 Needs a C compiler, as Triton does on any GPU.
 """
@@ -22,7 +23,7 @@ CAPABILITY = 90  # of an H100
 MULTIPROCESSORS = 132
 COMPILERS = ("cc", "gcc", "clang")
 
-# What Triton's driver links to or looks up, beside the functions below. 0 is CUDA_SUCCESS.
+# Functions that Triton's driver links to or looks up, other than those below. 0 is CUDA_SUCCESS.
 SILENT = """cuInit cuGetErrorString cuCtxGetCurrent cuCtxSetCurrent cuCtxGetDevice cuCtxGetLimit
 cuCtxSetLimit cuDeviceGet cuDeviceGetCount cuDevicePrimaryCtxRetain cuDriverGetVersion
 cuModuleLoadData cuFuncSetAttribute cuFuncSetCacheConfig cuLaunchKernel
@@ -33,7 +34,7 @@ LIBCUDA = """
 #include <string.h>
 long launches, unloads;
 static long functions;
-void *recorded;  // the function of which parameters are seen: this many, of these sizes
+void *recorded;  // the function whose first n_parameters are recorded, with their sizes in bytes
 int n_parameters, sizes[64];
 struct { unsigned dimensions[7]; void *stream, *function; char parameters[512]; } seen;
 
@@ -58,13 +59,14 @@ int cuPointerGetAttribute(void **value, int which, void *pointer) { *value = poi
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launch handed to the driver.
+    """Arguments that a launch passed to the driver.
 
     Attributes:
         dimensions: Grid and block along three axes, and bytes of shared memory.
-        stream: The driver's handle.
-        function: The driver's handle: no two kernels have the same.
-        parameters: The kernel's parameters, one after the other; zeros unless `record` was asked.
+        stream: The driver's handle of the stream.
+        function: The driver's handle of the kernel, different for each kernel.
+        parameters: The recorded parameters, concatenated: empty before `record` was called, zeros
+            if the launch was of another function.
     """
 
     dimensions: tuple[int, ...]
@@ -83,14 +85,14 @@ class _Seen(ctypes.Structure):
 
 
 class AbsentGPU:
-    """What Triton takes for an H100 from now on; `TRITON_CACHE_DIR` and the driver are changed.
+    """A device that Triton treats as an H100; changes `TRITON_CACHE_DIR` and the active driver.
 
     Attributes:
-        driver: Triton's driver, of which `get_current_device` and `get_current_stream` answer 0.
+        driver: Triton's driver; its `get_current_device` and `get_current_stream` return 0.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Compile the stand-in to `folder`, where kernels are cached too.
+        """Compile the stand-in into `folder`, which is also the cache of kernels.
 
         Raises:
             RuntimeError: There is no C compiler.
@@ -102,7 +104,7 @@ class AbsentGPU:
         (folder / "cuda.c").write_text(LIBCUDA)
         options = "-shared -fPIC -w -O1 -Wl,-soname,libcuda.so.1 cuda.c -o libcuda.so.1"
         subprocess.run([compiler, *options.split()], cwd=folder, check=True)
-        # Not the usual cache: what is linked to the stand-in must never run on a GPU.
+        # A cache of its own: code that is linked to the stand-in must never run on a GPU.
         os.environ["TRITON_LIBCUDA_PATH"] = os.environ["TRITON_CACHE_DIR"] = str(folder)
         self._library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
         self._launches = ctypes.c_long.in_dll(self._library, "launches")
@@ -110,7 +112,7 @@ class AbsentGPU:
         self._seen = _Seen.in_dll(self._library, "seen")
         self._n_recorded = 0
 
-        # Loads the library. All but what a driver asks PyTorch, which may have no CUDA here.
+        # The import loads the library. Not `CudaDriver()`: it asks PyTorch, which may lack CUDA.
         from triton.backends.nvidia import driver as nvidia
 
         self.driver = object.__new__(nvidia.CudaDriver)
@@ -122,16 +124,16 @@ class AbsentGPU:
 
     @property
     def launches(self) -> int:
-        """Kernels that were launched so far."""
+        """Number of kernels launched so far."""
         return self._launches.value
 
     @property
     def unloads(self) -> int:
-        """Kernels that were unloaded so far."""
+        """Number of kernels unloaded so far."""
         return self._unloads.value
 
     def record(self, function: int, sizes: Sequence[int]) -> None:
-        """Record this many bytes of each of the first parameters of launches of `function`."""
+        """Record the first parameters of each launch of `function`; `sizes` are in bytes."""
         ctypes.c_void_p.in_dll(self._library, "recorded").value = function
         ctypes.c_int.in_dll(self._library, "n_parameters").value = len(sizes)
         (ctypes.c_int * 64).in_dll(self._library, "sizes")[: len(sizes)] = sizes
@@ -150,6 +152,6 @@ class AbsentGPU:
 
 
 def c_compiler() -> str | None:
-    """The command of a C compiler, if there is one."""
+    """Return the command of a C compiler, or None if there is none."""
     found = (shutil.which(name) for name in (os.environ.get("CC", ""), *COMPILERS) if name)
     return next(filter(None, found), None)

@@ -1,4 +1,4 @@
-"""Stacked bars: what each way takes, part by part."""
+"""Charts of stacked horizontal bars."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +10,11 @@ COLORS = ("#2e86ab", "#7f8fa6", "#c0392b")
 def draw(
     bars: Mapping[str, Mapping[str, float]], path: Path, *, title: str, unit: str, dpi: int = 150
 ) -> None:
-    """Draw a bar for each name, from the first on top, with its sum.
+    """Draw a bar for each name, the first on top, labeled with the sum of its parts.
 
-    Bars of more than four times the median are cut; their numbers say how long they are.
+    Bars longer than four times the median are cut off there; their labels still show the sum.
     """
-    from matplotlib.figure import Figure  # the only need for it; GPU machines may lack it
+    from matplotlib.figure import Figure  # only used here, and may be missing on GPU machines
 
     figure = Figure(figsize=(8, 1.2 + 0.4 * len(bars)), layout="constrained")
     axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""One name, one meaning and one default place for every flag that several commands have."""
+"""The command-line flags that several commands share: one name and one meaning for each."""
 
 import argparse
 import sys
@@ -19,27 +19,27 @@ FLAGS: dict[str, dict[str, Any]] = {
     "config": {"choices": list(MODELS), "help": "the model's shapes"},
     "layers": {"type": int, "help": "cut the model to this many layers"},
     "hidden": {"type": int, "help": "width of the model"},
-    "batch_size": {"type": int, "help": "sequences of a batch"},
-    "sequence_length": {"type": int, "help": "tokens of a sequence"},
-    "steps": {"type": int, "help": "steps of training"},
-    "repeats": {"type": int, "help": "how often each is measured"},
+    "batch_size": {"type": int, "help": "sequences per batch"},
+    "sequence_length": {"type": int, "help": "tokens per sequence"},
+    "steps": {"type": int, "help": "training steps"},
+    "repeats": {"type": int, "help": "number of measurements of each"},
     "pretraining_steps": {"type": int, "help": "steps before tuning"},
-    "seeds": {"type": int, "nargs": "+", "help": "orders of the data"},
+    "seeds": {"type": int, "nargs": "+", "help": "seeds, each an order of the data"},
     "learning_rate": {"type": float, "help": "learning rate of Lion"},
-    "dtype": {"help": "of what is not INT8, as torch names it"},
+    "dtype": {"help": "torch's name of the dtype of all that is not INT8"},
     "matmul": {"choices": MATMULS, "help": "how linear layers multiply"},
-    "threads": {"type": int, "help": "threads of a CPU"},
-    "data": {"type": Path, "help": "folder of what was fetched"},
-    "only": {"nargs": "+", "metavar": "WORD", "help": "what has one of these words in its name"},
+    "threads": {"type": int, "help": "CPU threads"},
+    "data": {"type": Path, "help": "folder of the fetched assets"},
+    "only": {"nargs": "+", "metavar": "WORD", "help": "run only those with a word in the name"},
 }
 
 
 def command_line(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with `--output` and the named flags of `FLAGS`.
+    """Return a parser with `--output` and the flags of `FLAGS` that are named in `defaults`.
 
     Args:
         description: The script's docstring.
-        defaults: By flag. A list of values lets the flag take several.
+        defaults: Default by flag. A list means that the flag accepts several values.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -60,10 +60,10 @@ def command_line(description: str, **defaults: Any) -> argparse.ArgumentParser:
 
 
 def default_device() -> str:
-    """The GPU where there is one."""
+    """Return "cuda" if there is a GPU, otherwise "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def chosen(ways: Mapping[str, T], words: Iterable[str] | None) -> dict[str, T]:
-    """Those whose name has one of the words; all, if there are no words."""
+    """Return the ways whose name contains one of the words; all if no words are given."""
     return {n: way for n, way in ways.items() if not words or any(word in n for word in words)}

@@ -1,4 +1,4 @@
-"""The run of a config as it would be without INT8: FP32 weights in the stock Trainer."""
+"""The FP32 baseline of a config: the same run with FP32 weights in the stock Trainer."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ from qft_hf.hf.finetune.preparation import read
 
 
 class Lion(torch.optim.Optimizer):
-    """Chen et al. 2023, algorithm 2 (arXiv:2302.06675), in FP32; no weight decay."""
+    """Lion in FP32 without weight decay: Chen et al. 2023, algorithm 2 (arXiv:2302.06675)."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
@@ -33,12 +33,12 @@ class Lion(torch.optim.Optimizer):
 
 
 def float_trainer(arguments: RunArguments, optimizer: str, **more: Any) -> Trainer:
-    """Make the stock Trainer of a run; model, data and seed are those that `prepare` would take.
+    """Return the stock Trainer of a run, with the model, data and seed that `prepare` would use.
 
     Args:
-        arguments: Of the run; `optim` is not read.
-        optimizer: "AdamW" or "Lion", at the rate of the run.
-        more: What the Trainer takes besides.
+        arguments: Arguments of the run; its `optim` is ignored.
+        optimizer: "AdamW" or "Lion", with the learning rate of the run.
+        more: Further arguments of the Trainer.
     """
     _, config, data = read(arguments)
     training = arguments.training

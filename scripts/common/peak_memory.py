@@ -1,4 +1,4 @@
-"""The most memory that was in use since a moment: of a GPU, or of this process."""
+"""Peak memory of a GPU or of this process since the last reset."""
 
 import gc
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 
 def reset_peak(device: torch.device) -> int:
-    """Start to watch; return what is in use now."""
+    """Reset the peak, and return the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -18,7 +18,7 @@ def reset_peak(device: torch.device) -> int:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that was in use since `reset_peak`: allocated on a GPU, resident on a CPU."""
+    """Return the peak bytes since `reset_peak`: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)

@@ -1,4 +1,4 @@
-"""The optimizers that benchmarks compare with: the same for a kernel, a step and every script."""
+"""The other optimizers that benchmarks compare with, the same in every script."""
 
 import importlib.util
 from collections.abc import Callable
@@ -11,7 +11,7 @@ MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 
 
 def float_peers() -> dict[str, MakeOptimizer]:
-    """By name: optimizers of FP32 weights. Those that are not installed are named and left out."""
+    """Return optimizers for FP32 weights by name; print which are left out as not installed."""
     peers: dict[str, MakeOptimizer] = {
         "torch AdamW fused, FP32": lambda p: torch.optim.AdamW(p, lr=1e-4, fused=True)
     }
@@ -22,17 +22,17 @@ def float_peers() -> dict[str, MakeOptimizer]:
             p, lr=1e-4, weight_decay=0.1
         )
     else:
-        print("bitsandbytes is not installed and not measured: pip install bitsandbytes")
+        print("bitsandbytes is not installed, so it is not measured: pip install bitsandbytes")
     return peers
 
 
 def flash_peers() -> dict[str, MakeOptimizer]:
-    """By name: FlashOptim's optimizers of bf16 weights, which run on a GPU only."""
+    """Return FlashOptim's optimizers for bf16 weights by name; they run on a GPU only."""
     if not torch.cuda.is_available():
-        print("FlashOptim runs on a GPU only and is not measured")
+        print("FlashOptim runs on a GPU only, so it is not measured")
         return {}
     if not importlib.util.find_spec("flashoptim"):
-        print("FlashOptim is not installed and not measured: pip install flashoptim")
+        print("FlashOptim is not installed, so it is not measured: pip install flashoptim")
         return {}
     import flashoptim
 

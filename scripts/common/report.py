@@ -1,4 +1,4 @@
-"""What every measuring command leaves: `figures.json` and `table.md` in its output folder."""
+"""The report of a measuring command: `figures.json` and `table.md` in its output folder."""
 
 import datetime
 import json
@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table; None is an empty cell, for what was not measured."""
+    """Return a Markdown table; None is an empty cell, for a figure that was not measured."""
     head = list(head)
     lines = [head, ["---"] * len(head), *rows]
     cells = (["" if cell is None else str(cell) for cell in line] for line in lines)
@@ -34,12 +34,12 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def number(value: float | None, digits: int) -> str | None:
-    """A cell with this many digits after the point."""
+    """Return a cell with this many digits after the decimal point."""
     return None if value is None else f"{value:.{digits}f}"
 
 
 def figures_table(what: str, figures: Mapping[str, Mapping[str, float]]) -> str:
-    """A row for each name, with three digits of its figures; `what` heads the names."""
+    """Return a table with a row of figures per name, to three digits; `what` heads the names."""
     keys = dict.fromkeys(key for row in figures.values() for key in row)
 
     def shown(value: float | None) -> str | None:
@@ -50,7 +50,7 @@ def figures_table(what: str, figures: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """What runs, and on a CPU whether it multiplies INT8 and BF16 natively."""
+    """Return the device's name; for a CPU also its INT8 and BF16 instructions and threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -63,7 +63,7 @@ def device_name(device: torch.device) -> str:
 
 
 def machine(device: torch.device | str) -> dict[str, str]:
-    """Device, versions, commit and date: what a figure is worth nothing without."""
+    """Return device, versions, commit and date, without which a figure is worth nothing."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -87,12 +87,12 @@ def machine(device: torch.device | str) -> dict[str, str]:
 
 
 def write(options: Namespace, figures: Mapping[str, Any], text: str) -> None:
-    """Write the figures and their tables; call it whenever there are more, a run may be cut short.
+    """Write the figures and their tables. Call it after each result: a run may be cut short.
 
     Args:
         options: The command line, with `output`, the folder, and perhaps `device`.
-        figures: What was measured, for `figures.json`, beside settings and machine.
-        text: What `table.md` holds below the device and the versions.
+        figures: Measurements, written to `figures.json` together with settings and machine.
+        text: Content of `table.md` below the device and the versions.
     """
     about = machine(getattr(options, "device", "cpu"))
     settings = {name: str(value) for name, value in vars(options).items()}
@@ -104,5 +104,5 @@ def write(options: Namespace, figures: Mapping[str, Any], text: str) -> None:
 
 
 def finish(options: Namespace, text: str) -> None:
-    """Show the tables and where they are."""
+    """Print the tables and the folder that they are in."""
     print(f"\n{text}\n\nwritten to {options.output}")

@@ -1,4 +1,4 @@
-"""The models and matrices that are measured: one list for every command."""
+"""The shapes of models and matrices that all commands measure."""
 
 import json
 from typing import Any
@@ -40,7 +40,7 @@ MODELS |= {
     for path in sorted(ROOT.glob("qft_hf/configs/architectures/*/config.json"))
 }
 
-# Rows and columns of weights, and rows of activations, by the kind of device.
+# Shapes of weights and number of rows of activations, by device type.
 MATRICES = {
     "cuda": (["4096x4096", "11008x4096", "4096x11008"], 4096),
     "cpu": (["1536x576"], 512),
@@ -48,7 +48,7 @@ MATRICES = {
 
 
 def model_config(name: str, layers: int | None = None) -> LlamaConfig:
-    """The configuration, cut to `layers` if given."""
+    """Return the configuration of a model, cut to `layers` if given."""
     config = LlamaConfig(**{"tie_word_embeddings": False} | MODELS[name])
     if layers:
         config.num_hidden_layers = layers

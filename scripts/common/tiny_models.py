@@ -1,4 +1,4 @@
-"""Tiny models of the families that people train, each with a batch: of text, images and sound."""
+"""Tiny models of commonly trained families of text, image and sound models, each with a batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import transformers as hf
 from torch import Tensor
 
 VOCABULARY = 131
-IMAGE = 130  # stands where a token of an image goes
+IMAGE = 130  # placeholder token of an image
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -39,13 +39,13 @@ Causal, Masked, Seq2Seq = (
 
 
 def ids(length: int = 24) -> Tensor:
-    """Two sequences of tokens; of 24, as many as INT8 products want."""
+    """Return two sequences of token ids; the default length is enough tokens for INT8 products."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(3, 120, (2, length), generator=generator)
 
 
 def values(*shape: int) -> Tensor:
-    """Two of what a camera or a microphone gives."""
+    """Return two random images or recordings, each of this shape."""
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(2))
 
 
@@ -53,23 +53,23 @@ Batch = dict[str, Any]
 
 
 def text() -> Batch:
-    """Sequences that are their own labels."""
+    """Return sequences that are their own labels."""
     return {"input_ids": ids(), "labels": ids()}
 
 
 def beginning() -> Batch:
-    """Of the sequences of `text`."""
+    """Return the first five tokens of the sequences of `text`."""
     return {"input_ids": ids()[:, :5]}
 
 
 class Tiny(NamedTuple):
-    """A model of some ten thousand parameters.
+    """A model with tens of thousands of parameters.
 
     Attributes:
-        auto: The class of transformers that makes and loads it.
-        config: Makes its configuration.
-        batch: Makes what its forward pass takes to give a loss.
-        prompt: Makes what `generate` takes; None: it makes no text.
+        auto: The auto class of transformers that builds and loads it.
+        config: Returns its configuration.
+        batch: Returns the arguments of a forward pass that computes a loss.
+        prompt: Returns the arguments of `generate`; None for a model that generates no text.
     """
 
     auto: Any
@@ -78,14 +78,14 @@ class Tiny(NamedTuple):
     prompt: Callable[[], Batch] | None = beginning
 
     def model(self) -> Any:
-        """It, in training mode; the same values at every call."""
+        """Return the model in training mode, with the same values at every call."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return self.auto.from_config(self.config(), dtype=torch.float32).train()
 
 
 def reader(auto: Any, config: Any, beside: dict[str, Any]) -> Tiny:
-    """A model of text: its sizes are `SIZES` but for those beside."""
+    """Return a text model with the sizes `SIZES`, overridden and extended by `beside`."""
     prompt = None if auto is Masked else beginning
     return Tiny(auto, lambda: config(**SIZES | beside), prompt=prompt)
 
@@ -143,12 +143,12 @@ OF_TEXT = {
     }.items()
 }  # fmt: skip
 
-SIDE = 32  # of an image, in pixels
+SIDE = 32  # height and width of an image in pixels
 LAYERS: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-# Of patches: 16 of an image.
+# A vision transformer that sees an image as 16 patches.
 VISION: dict[str, Any] = {**LAYERS, "intermediate_size": 72, "image_size": SIDE, "patch_size": 8}
 LANGUAGE = {name: size for name, size in SIZES.items() if name != "max_position_embeddings"}
-# A transformer of Qwen's sees patches of 4 by 4 pixels, and joins 4 of them to a token.
+# Qwen's vision transformer takes patches of 4 by 4 pixels and merges 4 of them into one token.
 QWEN_VISION: dict[str, Any] = {
     "depth": 2, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 48, "num_heads": 2,
     "patch_size": 4,
@@ -171,35 +171,35 @@ SPEECH: dict[str, Any] = {
 
 
 def pictures(side: int = SIDE) -> Tensor:
-    """Two images."""
+    """Return two images."""
     return values(3, side, side)
 
 
 def classes() -> Tensor:
-    """What the two are."""
+    """Return the class labels of two images or recordings."""
     return torch.tensor([0, 1])
 
 
 def boxes() -> Batch:
-    """Two images with a thing in each."""
+    """Return two images with one labeled object in each."""
     thing = {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}
     return {"pixel_values": pictures(64), "labels": [thing, thing]}
 
 
 def pairs() -> Batch:
-    """Two images and what is said of them."""
+    """Return two images with captions."""
     return {"pixel_values": pictures(), "input_ids": ids(), "return_loss": True}
 
 
 def about_pictures(n_tokens: int, **more: Any) -> Batch:
-    """Text with an image in it, of so many tokens."""
+    """Return text with an image of `n_tokens` tokens in each sequence."""
     tokens = ids()
     tokens[:, 1 : 1 + n_tokens] = IMAGE
     return {"input_ids": tokens, "labels": tokens, "pixel_values": pictures()} | more
 
 
 def about_patches() -> Batch:
-    """As `about_pictures`, in the form that Qwen's models take: two images of 4 by 4 patches."""
+    """Return text about two images of 4 by 4 patches, in the form that Qwen's models take."""
     batch = about_pictures(4, pixel_values=values(16, 2 * 3 * 4 * 4).flatten(0, 1))
     grid = torch.tensor([[1, 4, 4], [1, 4, 4]])
     kinds = (batch["input_ids"] == IMAGE).int()
@@ -207,17 +207,17 @@ def about_patches() -> Batch:
 
 
 def question(batch: Batch) -> Batch:
-    """The batch without its answer."""
+    """Return the batch without its labels."""
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def watcher(auto: Any, config: Callable[[], Any], batch: Callable[[], Batch]) -> Tiny:
-    """A model that says nothing."""
+    """Return a model that generates no text."""
     return Tiny(auto, config, batch, None)
 
 
 def teller(config: Callable[[], Any], batch: Callable[[], Batch]) -> Tiny:
-    """A model that sees images and speaks of them."""
+    """Return a model that generates text about images."""
     return Tiny(hf.AutoModelForImageTextToText, config, batch, lambda: question(batch()))
 
 

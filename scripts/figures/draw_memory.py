@@ -1,8 +1,9 @@
-"""Draw bytes per parameter of ways to train as stacked bars: arithmetic, no measurement.
+"""Draw the bytes per parameter of several ways to train as stacked bars, by arithmetic.
 
     python scripts/figures/draw_memory.py    # writes docs/memory.png
 
-QFT's are those of LLaMA-2-7B, as `estimate_memory` has them; the others follow from their dtypes.
+QFT's figures are those of `estimate_memory` for LLaMA-2-7B; the others follow from dtypes. Nothing
+is measured.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from common.shapes import model_config
 from qft_hf import estimate_memory
 
 PARTS = ("weights", "gradients", "optimizer state")
-BNB_STATE = 2 * (1 + 4 / 256)  # two moments of a byte, an FP32 scale per 256 values
+BNB_STATE = 2 * (1 + 4 / 256)  # two moments of one byte, with an FP32 scale per 256 values
 OTHERS = {
     "FP32 Adam": (4, 4, 8),
     "bf16 AdamW": (2, 2, 4),
@@ -27,7 +28,7 @@ OTHERS = {
 
 
 def bytes_per_parameter() -> dict[str, dict[str, float]]:
-    """Weights, gradients and states of each way, the largest sum first."""
+    """Return the bytes of weights, gradients and states of each way, the largest sum first."""
     ways = {name: dict(zip(PARTS, parts, strict=True)) for name, parts in OTHERS.items()}
     for mode in ("stack", "release"):
         figures = estimate_memory(model_config("llama-2-7b"), gradient=mode)
@@ -39,7 +40,7 @@ def bytes_per_parameter() -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """Draw and print the numbers."""
+    """Draw the picture and print its numbers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

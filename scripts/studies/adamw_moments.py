@@ -1,11 +1,11 @@
-"""What do 8-bit moments cost AdamW, and what does AdamW bring? Loss of a small Llama.
+"""Loss of a small Llama tuned by AdamW with 8-bit and FP32 moments, and by Lion.
 
     python scripts/studies/adamw_moments.py
 
-The byte-level Llama of `byte_llama.py` knows source code and is tuned on prose by AdamW and by
-Lion, each on FP32 weights and in INT8, from the same start and with the same data; a seed is an
-order of the data. The table has the loss reduction of each at each rate, and its best as a share of
-what FP32 AdamW gains at its best.
+The byte-level Llama of `byte_llama.py` is pretrained on source code and tuned on prose by AdamW and
+by Lion, each with FP32 weights and in INT8, from the same start and on the same data; a seed is an
+order of the data. The table has the loss reduction of each optimizer at each learning rate, also as
+a share of FP32 AdamW's at its best rate.
 """
 
 import copy
@@ -30,8 +30,8 @@ from qft_hf import QFTAdamW, QFTConfig, QFTLion, quantize_model_
 WEIGHT_DECAY = 0.1
 N_HELD_OUT = 256  # sequences that are scored
 
-# By its name in the table: the optimizer, and whether weights are INT8. On float weights `QFTLion`
-# is FP32 Lion.
+# By name in the table: the optimizer, and whether weights are INT8. On float weights `QFTLion` is
+# FP32 Lion.
 KINDS: dict[str, tuple[Callable[..., Optimizer], bool]] = {
     "FP32 AdamW": (AdamW, False),
     "QFTAdamW": (QFTAdamW, True),
@@ -41,12 +41,12 @@ KINDS: dict[str, tuple[Callable[..., Optimizer], bool]] = {
 
 
 class Study:
-    """Runs from one start; each gives a loss reduction.
+    """Tunes copies of one pretrained model and returns their loss reductions.
 
     Args:
-        size: Of the model and a batch.
-        pretraining_steps: On source code, once.
-        steps: On prose, in every run.
+        size: Size of the model and of a batch.
+        pretraining_steps: Steps on source code, taken once.
+        steps: Steps on prose in every run.
     """
 
     def __init__(self, size: Size, *, pretraining_steps: int, steps: int) -> None:
@@ -55,11 +55,11 @@ class Study:
         self.before = self.loss(self.model)
 
     def loss(self, model: nn.Module) -> float:
-        """On held-out prose."""
+        """Return the loss on held-out prose."""
         return held_out_loss(model, self.prose, self.size, n=N_HELD_OUT)
 
     def run(self, kind: str, *, seed: int, lr: float) -> float:
-        """Tune a copy; the loss reduction."""
+        """Tune a copy of the model, and return its loss reduction."""
         make, is_quantized = KINDS[kind]
         model = copy.deepcopy(self.model)
         arguments: dict[str, Any] = {"lr": lr, "weight_decay": WEIGHT_DECAY}
@@ -75,7 +75,7 @@ class Study:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """One line for each kind and rate, seeds side by side."""
+    """Return a table with a row for each kind and rate, seeds side by side."""
     reductions: dict[tuple[str, float], list[float]] = {}
     for run in runs:
         reductions.setdefault((run["kind"], run["lr"]), []).append(run["reduction"])
@@ -90,13 +90,13 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Run everything; write the report after each run."""
+    """Run all kinds, rates and seeds, and write the report after each run."""
     parser = command_line(
         __doc__, seeds=[0, 1, 2], steps=250, pretraining_steps=500,
         learning_rate=[3e-4, 1e-3, 3e-3], hidden=Size().hidden, layers=Size().layers, threads=1,
     )  # fmt: skip
     parser.add_argument(
-        "--adamw_learning_rate", type=float, nargs="+", default=[1e-3, 3e-3, 6e-3], help="of AdamW"
+        "--adamw_learning_rate", type=float, nargs="+", default=[1e-3, 3e-3, 6e-3], help="AdamW's"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

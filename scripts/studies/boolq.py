@@ -1,18 +1,18 @@
-"""Does INT8 cost accuracy? A model on yes/no questions, tuned in FP32 and in INT8.
+"""Accuracy of a model on yes/no questions (BoolQ), tuned in FP32 and in INT8.
 
     python scripts/fetch_demo.py minilm smollm2 boolq
     python scripts/studies/boolq.py                          # the config `boolq_minilm`: hours
-    python scripts/studies/boolq.py --max_train_rows 2000    # less of it: flags of qft-hf finetune
+    python scripts/studies/boolq.py --max_train_rows 2000    # with any flags of qft-hf finetune
     python scripts/studies/boolq.py --model_name_or_path data/smollm2   # another model
 
-Every way is tuned at each of its learning rates with the first seed. The rate that ends at the
-lowest held-out loss is then run with the other seeds, which draw the head, dropout and the order of
-the data. Nothing is clipped, so `release` computes what `stack` does: it is run once, at the rate
-that `stack` has found.
+Every way is tuned at each of its learning rates with the first seed. The rate with the lowest
+held-out loss is then run with the other seeds; a seed sets the initial head, dropout and the order
+of the data. Nothing is clipped, so `release` has the same bits as `stack`: it is run once, with the
+first seed at the best rate of `stack`.
 
-A run that is over is a line in `runs.jsonl` of the output folder, and is not done again: stop the
-study whenever you like and start it again. Time is that of the process on the CPU, which other
-programs on the machine change little.
+A finished run is a line in `runs.jsonl` of the output folder and is not repeated, so the study can
+be stopped at any time and started again. Times are CPU times of the process, which other programs
+on the machine affect little.
 """
 
 import json
@@ -36,7 +36,7 @@ from common.float_trainer import float_trainer
 from qft_hf.hf.finetune import RunArguments, parse_arguments, prepare
 from qft_hf.memory import memory_ledger
 
-Run = dict[str, Any]  # way, rate, seed and flags; then what came of it
+Run = dict[str, Any]  # way, rate, seed and flags, followed by the results
 FIXED = [
     "--eval_strategy=no",  # scored once, at the end
     "--save_strategy=no",
@@ -62,7 +62,7 @@ FLAGS = {
 
 
 class Measured(TrainerCallback):
-    """Bytes of the states before the second step, when all of them exist; CPU seconds of steps."""
+    """Records bytes of states before the second step, when all exist, and CPU seconds of steps."""
 
     def __init__(self) -> None:
         self.state_bytes = 0
@@ -70,21 +70,21 @@ class Measured(TrainerCallback):
         self._began = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start."""
+        """Start timing."""
         self._began = time.process_time()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at what is alive."""
+        """Record the bytes of all states."""
         if state.global_step == 1:
             self.state_bytes = memory_ledger(kwargs["model"], kwargs["optimizer"]).total_bytes
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop."""
+        """Stop timing."""
         self.seconds += time.process_time() - self._began
 
 
 def tune(way: str, rate: float, seed: int, flags: list[str]) -> Run:
-    """Train and score once."""
+    """Train and score once, and return the results."""
     flags = [*flags, f"--learning_rate={rate}", f"--seed={seed}", *FLAGS.get(way, [])]
     if way.startswith("QFT"):
         flags.append(f"--quantization_seed={seed}")
@@ -107,16 +107,16 @@ def tune(way: str, rate: float, seed: int, flags: list[str]) -> Run:
 
 
 def best_rate(runs: Iterable[Run], way: str, seed: int) -> float:
-    """Return the rate at which a way ends at the lowest loss with a seed."""
+    """Return the learning rate at which a way has the lowest loss with a seed."""
     tried = [run for run in runs if run["way"] == way and run["seed"] == seed]
     return min(tried, key=lambda run: run["loss"])["rate"]
 
 
 def table(runs: list[Run], first_seed: int) -> str:
-    """A line for each way at its best rate, and one for each run of the search for it.
+    """Return a table of the ways at their best rates, and one of the search for these rates.
 
-    Seeds draw the head and the order of the data, and so much of what differs from run to run is
-    the same in all ways: they are compared by pairs.
+    Ways are compared in pairs of runs with the same seed: it sets the head and the order of the
+    data, which cause much of the variation between runs.
     """
     rows = []
     compared: dict[int, float] = {}  # accuracy of the first way by seed
@@ -157,7 +157,7 @@ def table(runs: list[Run], first_seed: int) -> str:
     ]
     return (
         f"{first['steps']:,} steps. {100 * first['majority']:.1f} % of {first['held_out']:,} "
-        "held-out questions are of one class; to have drawn these questions and no others is a "
+        "held-out questions are of one class; an accuracy on a sample of this size has a "
         f"standard error of {error:.1f} points.\n\n"
         f"{report.table(head, rows)}\n\nAll rates, seed {first_seed}:\n\n"
         f"{report.table(['way', 'rate', 'accuracy', 'loss'], search)}"
@@ -165,21 +165,21 @@ def table(runs: list[Run], first_seed: int) -> str:
 
 
 def _with_error(values: list[float]) -> str:
-    """The mean and, of several, its standard error."""
+    """Return the mean and, of several values, its standard error."""
     if len(values) < 2:
         return f"{mean(values):.1f}" if values else ""
     return f"{mean(values):.1f} +- {stdev(values) / sqrt(len(values)):.1f}"
 
 
 def main() -> None:
-    """Do the runs that are missing."""
+    """Do the runs that are missing, and write the report after each."""
     parser = command_line(
         __doc__, learning_rate=[1e-5, 3e-5, 1e-4], seeds=[0, 1, 2], threads=1,
         data=report.ROOT / "data", only=None,
     )  # fmt: skip
     parser.add_argument(
         "--adamw_learning_rate", type=float, nargs="+", default=[1.5e-5, 5e-5, 1.5e-4],
-        help="of AdamW (default 1.5e-05 5e-05 0.00015)",
+        help="learning rates of AdamW (default 1.5e-05 5e-05 0.00015)",
     )  # fmt: skip
     options, flags = parser.parse_known_args()  # the others are flags of qft-hf finetune
     torch.set_num_threads(options.threads)

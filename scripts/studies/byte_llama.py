@@ -1,8 +1,8 @@
-"""What the studies train: a small Llama on bytes, first on source code, then on prose.
+"""The model and data of the studies: a small Llama on bytes, of source code and then of prose.
 
-Both texts come with Python: modules of its standard library, and its language reference as
-`pydoc_data` holds it. A study starts from one model that knows source code and tunes copies of it
-on prose, one in each of its ways.
+Both texts come with Python: modules of its standard library, and its language reference from
+`pydoc_data`. A study pretrains one model on source code and tunes copies of it on prose, one for
+each way that it compares.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ HELD_OUT = 0.1  # the last tenth of each text
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Of the model and of a batch; `hidden` in whole heads of 32."""
+    """Sizes of the model and of a batch; `hidden` is a multiple of the head size, 32."""
 
     hidden: int = 64
     layers: int = 2
@@ -38,7 +38,7 @@ class Size:
 
 
 def build(size: Size, *, seed: int = 0) -> LlamaForCausalLM:
-    """An untrained model; its head is not tied to its embedding."""
+    """Return an untrained model whose head is not tied to its embedding."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(
@@ -56,13 +56,13 @@ def build(size: Size, *, seed: int = 0) -> LlamaForCausalLM:
 
 
 def source_code() -> Tensor:
-    """Some modules of the standard library: uint8 `[n]`."""
+    """Return the text of some modules of the standard library: uint8 `[n]`."""
     paths = [importlib.util.find_spec(name).origin for name in MODULES]
     return _bytes("\n".join(Path(path).read_text("utf-8") for path in paths))
 
 
 def prose() -> Tensor:
-    """The language reference of Python: uint8 `[n]`."""
+    """Return the language reference of Python: uint8 `[n]`."""
     return _bytes("\n".join(topics[name] for name in sorted(topics)))
 
 
@@ -71,20 +71,20 @@ def _bytes(text: str) -> Tensor:
 
 
 def parts(text: Tensor) -> tuple[Tensor, Tensor]:
-    """What is learned, and what is held out."""
+    """Return the training part and the held-out part of a text."""
     cut = int(len(text) * (1 - HELD_OUT))
     return text[:cut], text[cut:]
 
 
 def windows(text: Tensor, size: Size, n: int, generator: torch.Generator) -> Tensor:
-    """`n` random sequences of `text`: int64 `[n, sequence]`."""
+    """Return `n` random sequences of `text`: int64 `[n, sequence]`."""
     start = torch.randint(len(text) - size.sequence, (n, 1), generator=generator)
     return text[start + torch.arange(size.sequence)].long()
 
 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, text: Tensor, size: Size, *, n: int) -> float:
-    """Mean loss in nats a byte on `n` sequences of the held-out part, the same at every call."""
+    """Return the mean loss in nats per byte on `n` held-out sequences, the same at every call."""
     ids = windows(parts(text)[1], size, n, torch.Generator().manual_seed(99))
     model.eval()
     losses = [model(input_ids=part, labels=part).loss * len(part) for part in ids.split(64)]
@@ -103,16 +103,16 @@ def train(
     max_grad_norm: float | None = None,
     after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """`n_steps` at the rate of the optimizer, falling to a tenth along a half cosine.
+    """Train for `n_steps`; the learning rate falls to a tenth along a half cosine.
 
     Args:
-        model: Modified.
-        optimizer: Of its parameters.
-        text: Its learned part gives the batches, their order is that of `seed`.
-        size: Of a batch.
-        n_steps: Batches, one a step.
-        seed: Of the data; the same for every way of training that is compared.
-        max_grad_norm: What gradients are clipped to; None: not at all.
+        model: Model to train, modified in place.
+        optimizer: Optimizer of its parameters, with the initial learning rate.
+        text: Text whose training part the batches are drawn from.
+        size: Size of a batch.
+        n_steps: Number of steps, each with one batch.
+        seed: Seed of the batches; the same for all ways of training that are compared.
+        max_grad_norm: Norm to which gradients are clipped; None for no clipping.
         after_step: Called with the number of steps done and the loss of the last batch.
     """
     batches = torch.Generator().manual_seed(seed)
@@ -134,7 +134,7 @@ def train(
 
 
 def pretrained(size: Size, *, n_steps: int) -> LlamaForCausalLM:
-    """The model that every way of a study starts from: FP32 AdamW on source code."""
+    """Return the start of every way of a study: a model trained by FP32 AdamW on source code."""
     model = build(size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     report = counter(f"pretraining, {sum(p.numel() for p in model.parameters()):,} parameters")
@@ -143,7 +143,7 @@ def pretrained(size: Size, *, n_steps: int) -> LlamaForCausalLM:
 
 
 def counter(name: str) -> Callable[[int, float], None]:
-    """A line on the screen that counts steps."""
+    """Return an `after_step` function that counts steps on one line of the terminal."""
 
     def report(step: int, loss: float) -> None:
         if step % 10 == 0 and sys.stderr.isatty():

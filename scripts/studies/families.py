@@ -1,10 +1,10 @@
-"""Which families of models train in INT8, and how much of each: the tables of docs/families.md.
+"""Make the tables of docs/families.md: which model families train in INT8, and how much of each.
 
     python scripts/studies/families.py
 
-Tiny models of each family are quantized, trained, saved, loaded and exported; of real ones the
-parameters are counted, from their configuration, without a weight. A test compares them with the
-page.
+A tiny model of each family is quantized, trained, saved, loaded and exported. The parameters of
+real models are counted from their configurations, without weights. A test compares the tables with
+the page.
 """
 
 import copy
@@ -29,7 +29,7 @@ from qft_hf.nn import conversion_plan
 
 STEPS, LR = 6, 2e-3
 
-# Shapes of models that people train, from their configurations; other numbers do not matter here.
+# Shapes of commonly trained models, from their configurations; other settings do not matter here.
 REAL: dict[str, tuple[Any, Any]] = {
     "Falcon-7B": (Causal, hf.FalconConfig(
         vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71,
@@ -88,18 +88,18 @@ REAL: dict[str, tuple[Any, Any]] = {
 
 @dataclass(frozen=True)
 class Family:
-    """What a family can do, a column each."""
+    """Whether each feature works for a family; one table column per field."""
 
     learns: bool
     release: bool
     int8_products: bool
     reload: bool
     export: bool
-    generate: bool | None  # None: it makes no text
+    generate: bool | None  # None: it generates no text
 
 
 def measured(name: str) -> Family:
-    """Try all of it on a tiny model."""
+    """Try every feature on a tiny model of a family."""
     family = TINY[name]
     stack, release = (trained(family, gradient=gradient) for gradient in ("stack", "release"))
     products = trained(family, matmul="int8")
@@ -127,11 +127,11 @@ class Run:
 
 
 def trained(family: Tiny, *, gradient: str = "stack", matmul: str = "dequantize") -> Run:
-    """The model in INT8 after some steps on one batch."""
+    """Return the INT8 model after `STEPS` steps on one batch, with its losses."""
     model = quantize_model_(family.model(), QFTConfig(matmul=matmul))
     optimizer = QFTLion(model.parameters(), lr=LR, gradient=gradient)
     losses = []
-    torch.manual_seed(0)  # of what drops out, layers included
+    torch.manual_seed(0)  # seeds dropout, of layers as well
     for _ in range(STEPS):
         loss = model(**family.batch()).loss
         loss.backward()
@@ -142,14 +142,14 @@ def trained(family: Tiny, *, gradient: str = "stack", matmul: str = "dequantize"
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two models have the same bits."""
+    """Return whether two models have the same bits."""
     state = other.state_dict()
     own = one.state_dict()
     return own.keys() == state.keys() and all(torch.equal(own[n], state[n]) for n in state)
 
 
 def reloaded(family: Tiny, model: Any) -> Any:
-    """What a checkpoint of the model is read as."""
+    """Save the model, and return the model loaded from that checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return family.auto.from_pretrained(folder)
@@ -157,7 +157,7 @@ def reloaded(family: Tiny, model: Any) -> Any:
 
 @torch.no_grad()
 def exported(family: Tiny, model: Any) -> bool:
-    """Whether the plain checkpoint of the model computes what the model does."""
+    """Return whether the dequantized model and its plain checkpoint have equal outputs."""
     dequantize_model_(model, torch.float32)
     plain = reloaded(family, model).eval()
     one, other = (
@@ -169,7 +169,7 @@ def exported(family: Tiny, model: Any) -> bool:
 
 
 def float_share(model: nn.Module) -> tuple[float, dict[str, float]]:
-    """Share of the parameters that stays float, in percent, and of it by reason."""
+    """Return the percentage of parameters that stay float, in total and by reason."""
     plan = conversion_plan(model, None)
     total = sum(p.numel() for p in model.parameters())
     reasons: dict[str, float] = {}
@@ -180,20 +180,20 @@ def float_share(model: nn.Module) -> tuple[float, dict[str, float]]:
 
 
 def real(name: str) -> nn.Module:
-    """A model of real size, without storage."""
+    """Return a model of real size on the meta device."""
     auto, config = REAL[name]
     with torch.device("meta"):
         return auto.from_config(config)
 
 
 def row(name: str, family: Family) -> list[str]:
-    """A line of the table of families."""
+    """Return a row of the table of families."""
     cells = [getattr(family, column) for column in Family.__dataclass_fields__]
     return [name, *({True: "yes", False: "no", None: ""}[cell] for cell in cells)]
 
 
 def real_row(name: str) -> list[str]:
-    """A line of the table of real sizes."""
+    """Return a row of the table of real models."""
     model = real(name)
     share, reasons = float_share(model)
     largest = max(reasons, key=lambda reason: reasons[reason])
@@ -206,7 +206,7 @@ REAL_HEAD = ["model", "billion parameters", "float", "most of it"]
 
 
 def main() -> None:
-    """Write the tables."""
+    """Make both tables, and write the report."""
     options = command_line(__doc__, only=None).parse_args()
     families = {name: measured(name) for name in chosen(TINY, options.only)}
     text = "\n\n".join(

@@ -1,11 +1,11 @@
-"""What INT8 products cost in quality: a small byte-level Llama tuned in each way, on the same data.
+"""Cost of INT8 products in quality: a small byte-level Llama tuned in each way on the same data.
 
     python scripts/studies/int8_products.py                 # the table; minutes on one core
     python scripts/studies/int8_products.py --seeds 0 --only int8 float
 
 Each way starts from the same weights (pretrained on source code in FP32) and tunes them on prose.
-The table has the held-out loss and the share of FP32 Lion's loss reduction that a way recovers,
-its mean over seeds; a seed is an order of the data. Figures are written after each run.
+The table has the held-out loss of each way, and the share of FP32 Lion's loss reduction that it
+recovers, as a mean over seeds. A seed is an order of the data. Figures are written after each run.
 """
 
 import argparse
@@ -34,7 +34,7 @@ BASELINE = "FP32 Lion"
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How weights and products are computed; no configuration: FP32."""
+    """How weights are stored and products computed; without a configuration, in FP32."""
 
     name: str
     config: QFTConfig | None = None
@@ -42,7 +42,7 @@ class Way:
 
 
 def int8(name: str, everywhere: list[str], head: list[str], **options) -> Way:
-    """A way with these INT8 products in all modules and in the head."""
+    """Return a way whose INT8 products are `everywhere` in all modules, and `head` in the head."""
     fraction = options.pop("outlier_fraction", 0.01)
     config = QFTConfig(
         matmul="int8",
@@ -67,7 +67,7 @@ WAYS = (
 
 
 def tune(way: Way, start: torch.nn.Module, size: Size, options: argparse.Namespace, seed: int):
-    """Tune a copy of `start` in one way; returns its figures."""
+    """Tune a copy of `start` in one way, and return its figures."""
     model = copy.deepcopy(start)
     if way.config is not None:
         quantize_model_(model, way.config)
@@ -90,7 +90,7 @@ def tune(way: Way, start: torch.nn.Module, size: Size, options: argparse.Namespa
 
 
 def table(before: float, runs: list[dict]) -> str:
-    """The runs so far."""
+    """Return a table of the runs so far."""
     baseline = {run["seed"]: run["loss"] for run in runs if run["way"] == BASELINE}
     rows = []
     for name in dict.fromkeys(run["way"] for run in runs):
@@ -109,12 +109,12 @@ def table(before: float, runs: list[dict]) -> str:
 
 
 def main() -> None:
-    """Tune in every way and write figures and table."""
+    """Tune in every way, and write the report after each run."""
     parser = command_line(
         __doc__, seeds=[0, 1, 2], steps=250, pretraining_steps=500, learning_rate=3e-4,
         hidden=Size().hidden, threads=1, only=None,
     )  # fmt: skip
-    parser.add_argument("--held_out", type=int, default=256, help="sequences that are scored")
+    parser.add_argument("--held_out", type=int, default=256, help="held-out sequences to score")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size = Size(hidden=options.hidden)

@@ -1,11 +1,12 @@
-"""What do fewer momentum bits cost? Loss of a small Llama, fine-tuned with each kind of momentum.
+"""Cost of fewer momentum bits: loss of a small Llama tuned with each kind of momentum.
 
     python scripts/studies/momentum_bits.py
 
-The byte-level Llama of `byte_llama.py` knows source code and is tuned on prose. The table shows how
-much of FP32 Lion's loss reduction each kind of momentum recovers; a seed is an order of the data.
-`--variants` adds formats of 4-bit momentum that were tried, simulated on the same INT8 weights, for
-the first seed and rate, with the error of the momentum against an exact one of the same gradients.
+The byte-level Llama of `byte_llama.py` is pretrained on source code and tuned on prose. The table
+shows how much of FP32 Lion's loss reduction each kind of momentum recovers; a seed is an order of
+the data. `--variants` adds formats of 4-bit and 5-bit momentum that were tried, simulated on INT8
+weights with the first seed and learning rate, and the relative error of their momentum against one
+that is not rounded.
 """
 
 import copy
@@ -30,21 +31,21 @@ from qft_hf import QFTSGD, QFTConfig, QFTLion, kernels, quantize_model_
 from qft_hf.optim.state import StateTensor
 
 WEIGHT_DECAY = 0.1
-MAX_GRAD_NORM = 1.0  # of the rows without momentum, which diverge otherwise
+MAX_GRAD_NORM = 1.0  # for SGD, which diverges otherwise
 N_HELD_OUT = 256  # sequences that are scored
 
 
 @dataclass(frozen=True)
 class Format:
-    """A format of momentum: `n_levels` positive levels, `n * (n + slope)` apart, in groups.
+    """A format of momentum: positive levels proportional to `n * (n + slope)`, scaled by group.
 
     Attributes:
-        n_levels: 7 for 4 bits, 15 for 5.
-        slope: The larger, the more even; None: even levels.
+        n_levels: Number of positive levels: 7 for 4 bits, 15 for 5.
+        slope: Larger values make the levels more even; None for even levels.
         group_size: Columns per scale.
-        rounding: 1: stochastic. 0: to nearest. Between them, sharper than stochastic.
+        rounding: 1 is stochastic, 0 is to nearest; values between them are less random than 1.
         clip: The scale is this many root mean squares of the group, at most its largest value.
-        keep: The scale stays until the largest value is outside this share of it and 1.
+        keep: The old scale is kept if the new one is in `[keep * old, old]`; None: never.
     """
 
     n_levels: int = 7
@@ -56,13 +57,13 @@ class Format:
 
     @property
     def levels(self) -> Tensor:
-        """Levels from 0 to 1."""
+        """Return the levels, from 0 to 1."""
         n = torch.arange(self.n_levels + 1.0)
         levels = n if self.slope is None else n * (n + self.slope)
         return levels / levels[-1]
 
     def rounded(self, momentum: Tensor, state: dict[str, Any]) -> Tensor:
-        """Momentum as it would be stored."""
+        """Return the momentum after rounding to this format; `state` keeps scale and generator."""
         rows, columns = momentum.shape
         size = min(self.group_size, columns)
         values = nn.functional.pad(momentum, (0, -columns % size)).view(rows, -1, size)
@@ -100,16 +101,16 @@ VARIANTS = {
 
 
 class SimulatedLion(QFTLion):
-    """`QFTLion` whose momentum is rounded by a `Format` and kept in FP32 beside an exact one."""
+    """`QFTLion` with FP32 momentum rounded by a `Format`, next to an exact one for comparison."""
 
     def __init__(self, *arguments: Any, form: Format, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.form = form
         self.errors: list[float] = []
-        self._own: dict[int, dict[str, Any]] = {}  # what the format keeps, by stream
+        self._own: dict[int, dict[str, Any]] = {}  # state of the format by stream
 
     def state_format(self, parameter: Tensor) -> dict[str, Any]:
-        """FP32, also of weights."""
+        """Return FP32 states for every parameter, INT8 weights included."""
         form = StateTensor(torch.float32, tuple(parameter.shape))
         return {"momentum": form, "exact": form}
 
@@ -121,7 +122,7 @@ class SimulatedLion(QFTLion):
         group: dict[str, Any],
         rounding: kernels.Rounding,
     ) -> None:
-        """Lion on INT8 weights by the operator that takes any direction."""
+        """Take Lion's step by `step_weight_`, which accepts any direction."""
         generator = torch.Generator().manual_seed(rounding.stream + 1000 * rounding.seed)
         own = self._own.setdefault(rounding.stream, {"generator": generator})
         beta1, beta2 = group["betas"]
@@ -136,12 +137,12 @@ class SimulatedLion(QFTLion):
 
 
 class Study:
-    """Runs from one start; each gives a loss reduction.
+    """Tunes copies of one pretrained model and returns their loss reductions.
 
     Args:
-        size: Of the model and a batch.
-        pretraining_steps: On source code, once.
-        steps: On prose, in every run.
+        size: Size of the model and of a batch.
+        pretraining_steps: Steps on source code, taken once.
+        steps: Steps on prose in every run.
     """
 
     def __init__(self, size: Size, *, pretraining_steps: int, steps: int) -> None:
@@ -150,7 +151,7 @@ class Study:
         self.before = self.loss(self.model)
 
     def loss(self, model: nn.Module) -> float:
-        """On held-out prose."""
+        """Return the loss on held-out prose."""
         return held_out_loss(model, self.prose, self.size, n=N_HELD_OUT)
 
     def run(
@@ -161,7 +162,7 @@ class Study:
         quantize: bool,
         max_grad_norm: float | None = None,
     ) -> tuple[float, Any]:
-        """Tune with the optimizer that `make` makes; the loss reduction and the optimizer."""
+        """Tune a copy by the optimizer of `make`; return the loss reduction and the optimizer."""
         model = copy.deepcopy(self.model)
         if quantize:
             quantize_model_(model, QFTConfig())
@@ -173,7 +174,7 @@ class Study:
         return self.before - self.loss(model), optimizer
 
     def lion(self, seed: int, lr: float, momentum_bits: int | None) -> float:
-        """Loss reduction of `QFTLion`; None: on float weights, where it is FP32 Lion."""
+        """Return the loss reduction of `QFTLion`; with None bits, of FP32 Lion on float weights."""
         bits = {} if momentum_bits is None else {"momentum_bits": momentum_bits}
         arguments = {"lr": lr, "weight_decay": WEIGHT_DECAY, "seed": seed, **bits}
         return self.run(
@@ -183,7 +184,7 @@ class Study:
         )[0]
 
     def sgd(self, seed: int, lr: float, *, quantize: bool) -> float:
-        """Loss reduction of SGD, clipped; on float weights it is PyTorch's."""
+        """Return the loss reduction of SGD with clipping; on float weights it is PyTorch's SGD."""
         arguments = {"lr": lr, "weight_decay": WEIGHT_DECAY}
         return self.run(
             seed,
@@ -197,7 +198,7 @@ class Study:
         )[0]
 
     def simulated(self, seed: int, lr: float, form: Format) -> tuple[float, float]:
-        """Loss reduction and mean relative error of the momentum in the second half."""
+        """Return the loss reduction, and the momentum's mean relative error in the second half."""
         arguments = {"lr": lr, "weight_decay": WEIGHT_DECAY, "seed": seed}
         reduction, optimizer = self.run(
             seed,
@@ -209,7 +210,7 @@ class Study:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """One line for each kind and rate, seeds side by side."""
+    """Return a table with a row for each kind and rate, seeds side by side."""
     floats = {(run["lr"], run["seed"]): run["reduction"] for run in runs if run["kind"] == "float"}
     best = {seed: max(floats[key] for key in floats if key[1] == seed) for _, seed in floats}
     rows = []
@@ -223,20 +224,20 @@ def table(runs: list[dict[str, Any]]) -> str:
         error = report.number(group[0].get("error"), 2)
         rows.append([kind, f"{lr:g}", f"{mean(shares):.1f} %", by_seed, error])
     head = ["momentum", "lr", "recovered", "by seed", "relative error"]
-    about = "Rates that FP32 Lion did not run are compared with its best."
+    about = "Learning rates without a run of FP32 Lion are compared with its best."
     return f"{report.table(head, rows)}\n\n{about}"
 
 
 def main() -> None:
-    """Run everything; write the report after each run."""
+    """Run all kinds, rates and seeds, and write the report after each run."""
     parser = command_line(
         __doc__, seeds=[0, 1, 2], steps=250, pretraining_steps=500, learning_rate=[1e-4, 3e-4],
         hidden=Size().hidden, layers=Size().layers, threads=1,
     )  # fmt: skip
     parser.add_argument(
-        "--sgd_learning_rate", type=float, nargs="+", default=[3e-3], help="without momentum"
+        "--sgd_learning_rate", type=float, nargs="+", default=[3e-3], help="learning rates of SGD"
     )
-    parser.add_argument("--variants", action="store_true", help="also the formats that were tried")
+    parser.add_argument("--variants", action="store_true", help="also run formats that were tried")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     study = Study(

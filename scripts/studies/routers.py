@@ -1,11 +1,11 @@
-"""Should routers be INT8? Loss of a small mixture of experts whose routers are, and are not.
+"""Loss of a small mixture of experts with INT8 routers, compared with float routers.
 
     python scripts/studies/routers.py
 
-A byte-level Qwen3-MoE learns source code in FP32 and is tuned on prose by Lion: in FP32, in INT8
-with float routers, as it is by default, and with INT8 routers; from the same start and with the
-same data, whose order a seed is. A router has a row for each expert, so that its bytes do not
-count; what it decides does.
+A byte-level Qwen3-MoE is pretrained on source code in FP32 and tuned on prose by Lion: in FP32, in
+INT8 with float routers (the default), and in INT8 with INT8 routers, all from the same start and on
+the same data. A seed is an order of the data. A router has one row for each expert, so its bytes do
+not matter, but its decisions do.
 """
 
 import copy
@@ -31,7 +31,7 @@ WAYS = ("FP32 Lion", "QFT, float routers", "QFT, INT8 routers")
 
 
 def build(size: Size, *, seed: int = 0) -> Qwen3MoeForCausalLM:
-    """Sixteen experts a layer, of which a token is sent to four."""
+    """Return an untrained model with 16 experts per layer, of which each token is sent to 4."""
     config = Qwen3MoeConfig(
         vocab_size=256,
         hidden_size=size.hidden,
@@ -51,7 +51,7 @@ def build(size: Size, *, seed: int = 0) -> Qwen3MoeForCausalLM:
 
 
 def quantize_routers_(model: nn.Module) -> None:
-    """Routers multiply by their weight as by any, so that it may be an INT8 one."""
+    """Make routers INT8: they multiply by `F.linear`, so their weight may be a `QFTWeight`."""
     for name, parameter in list(model.named_parameters()):
         if name.endswith(".mlp.gate.weight"):
             module = model.get_submodule(name.removesuffix(".weight"))
@@ -59,7 +59,7 @@ def quantize_routers_(model: nn.Module) -> None:
 
 
 def tuned(start: nn.Module, way: str, size: Size, *, seed: int, lr: float, steps: int) -> Any:
-    """A copy, tuned on prose."""
+    """Return a copy of `start`, tuned on prose in one way."""
     model: Any = copy.deepcopy(start)
     if way != "FP32 Lion":
         quantize_model_(model, QFTConfig())
@@ -72,7 +72,7 @@ def tuned(start: nn.Module, way: str, size: Size, *, seed: int, lr: float, steps
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """One line for each way."""
+    """Return a table with a row for each way."""
     found = {way: [run["reduction"] for run in runs if run["way"] == way] for way in WAYS}
     whole = mean(found["FP32 Lion"])
     rows = [
@@ -85,11 +85,11 @@ def table(runs: list[dict[str, Any]]) -> str:
         for way, reductions in found.items()
         if reductions
     ]
-    return report.table(["way", "loss reduction", "of FP32 Lion's", "+- points, a seed"], rows)
+    return report.table(["way", "loss reduction", "of FP32 Lion's", "+- points over seeds"], rows)
 
 
 def main() -> None:
-    """Run everything; write the report after each run."""
+    """Run all ways and seeds, and write the report after each run."""
     parser = command_line(
         __doc__, seeds=[0, 1, 2, 3], steps=250, pretraining_steps=500, learning_rate=1e-3,
         hidden=Size().hidden, layers=Size().layers, threads=1,

@@ -1,15 +1,15 @@
-"""What does a side network cost and reach, beside QLoRA, LoRA on INT8 and training everything?
+"""Cost and loss of a side network, compared with QLoRA, LoRA on INT8 and full fine-tuning.
 
-    python scripts/fetch_demo.py smollm2 chitchat minilm boolq       what it learns from, once
+    python scripts/fetch_demo.py smollm2 chitchat minilm boolq       # models and data, once
     python scripts/studies/side_tuning.py
     python scripts/studies/side_tuning.py --only dialogues/QLoRA dialogues/QST --seeds 0
 
-Every way learns the same batches, in the same order for the same seed. First all ways of a task are
-built side by side and measured on one batch: what autograd keeps for backward, the ledger just
-before a step, and seconds of the processor a step, taken in turns so that all see the same machine.
-Then each is trained at each of its learning rates with the first seed, and with the other seeds at
-the rate whose held-out loss was lowest; `--measure` stops before that. What is done is a line in
-`runs.jsonl` of the output folder, and is not done again: stop it whenever you like.
+All ways train on the same batches, in the same order for the same seed. First all ways of a task
+are built and measured on one batch: bytes that autograd saves for backward, the ledger just before
+a step, and CPU seconds per step, with steps in turns so that load on the machine affects all alike.
+Then each way is trained at each of its learning rates with the first seed, and with the other seeds
+at the rate with the lowest held-out loss; `--measure` skips the training. Finished work is a line
+in `runs.jsonl` of the output folder and is not repeated, so the study can be stopped at any time.
 """
 
 import gc
@@ -42,23 +42,24 @@ from qft_hf.hf.finetune.evaluate import scores
 from qft_hf.hf.finetune.loading import load_config, load_model, load_tokenizer
 from qft_hf.side import QSTConfig, attach_side_network
 
-Line = dict[str, Any]  # of `runs.jsonl`: measurements of a task, or a run and its scores
+Line = dict[str, Any]  # a line of `runs.jsonl`: measurements of a task, or a run and its scores
 MAX_GRAD_NORM = 1.0
 WARMUP = 0.06  # share of all steps
-TIMED = 3  # steps of each way; the median counts
+TIMED = 3  # timed steps of each way, of which the median is reported
 LORA_RANK = 16
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model and what it learns.
+    """A model and the data that it is trained on.
 
     Attributes:
-        flags: Of `qft-hf finetune`.
-        steps: Of training.
-        batch_size: Examples of a step.
-        score: What decides, of the scores that the task has.
-        rates: To try, of Lion on all weights and of AdamW on adapters and on side networks.
+        flags: Flags of `qft-hf finetune`.
+        steps: Training steps.
+        batch_size: Examples per step.
+        score: Name of the score in the table, in addition to the loss.
+        rates: Learning rates to try: of Lion on all weights ("full"), of AdamW on adapters ("lora")
+            and on side networks ("side").
     """
 
     flags: dict[str, Any]
@@ -111,7 +112,7 @@ TASKS = {
 
 
 class Bench:
-    """One task: its data, and models that are loaded for it."""
+    """The data of one task, and a loader of its models."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -128,7 +129,7 @@ class Bench:
         self.data: TaskData = prepare_data(self.arguments.data, tokenizer, config, seed=0)
 
     def load(self, base: str, seed: int, *, is_frozen: bool = True) -> Any:
-        """Return the model with weights of this kind; of a frozen one a new head stays float."""
+        """Return the model in the format `base`; if it is frozen, a new head stays float."""
         set_seed(seed)
         config = load_config(self.arguments.model)
         self.data.task.configure(config)
@@ -145,7 +146,7 @@ class Bench:
         )
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Yield batches of training data without end, in the order of the seed."""
+        """Yield batches of training data endlessly, in the order that `seed` determines."""
         loader: Any = DataLoader(
             self.data.train.dataset,  # type: ignore[arg-type]
             batch_size=self.task.batch_size,
@@ -158,28 +159,28 @@ class Bench:
             yield from loader
 
     def scores(self, model: Any) -> dict[str, float]:
-        """Return the scores on held-out data, as `qft-hf evaluate` has them."""
+        """Return the scores on held-out data, as `qft-hf evaluate` computes them."""
         return scores(model, self.data, self.arguments.training)
 
 
-Build = Callable[[Bench, int, float], tuple[Any, Any]]  # and seed, rate; model and optimizer
+Build = Callable[[Bench, int, float], tuple[Any, Any]]  # (bench, seed, rate) to model, optimizer
 
 
 class Way(NamedTuple):
-    """How a model is made and trained, and whose rates are tried."""
+    """How a model and its optimizer are built, and which of `Task.rates` are tried."""
 
     build: Build
     rates: str
 
 
 def full(bench: Bench, seed: int, rate: float) -> tuple[Any, Any]:
-    """Every parameter in INT8, by Lion."""
+    """Build a model with all parameters trained in INT8 by Lion."""
     model = bench.load("int8", seed, is_frozen=False)
     return model, QFTLion(model.parameters(), lr=rate, seed=seed)
 
 
 def lora(base: str) -> Way:
-    """Adapters on every linear layer of a frozen base; with NF4 that is QLoRA."""
+    """Return the way of adapters on every linear layer of a frozen base; QLoRA if it is NF4."""
 
     def build(bench: Bench, seed: int, rate: float) -> tuple[Any, Any]:
         model = bench.load(base, seed)
@@ -196,7 +197,7 @@ def lora(base: str) -> Way:
 
 
 def linears(model: Any) -> list[str]:
-    """Names of all linear layers but the heads, whatever they store their weights in."""
+    """Return the names of all linear layers except the heads, in any format of weights."""
     layers = getattr(model, model.base_model_prefix)
     return [
         f"{model.base_model_prefix}.{name}"
@@ -206,7 +207,7 @@ def linears(model: Any) -> list[str]:
 
 
 def side(base: str, downsample: str) -> Way:
-    """A side network on a frozen base."""
+    """Return the way of a side network on a frozen base."""
 
     def build(bench: Bench, seed: int, rate: float) -> tuple[Any, Any]:
         model = bench.load(base, seed)
@@ -218,7 +219,7 @@ def side(base: str, downsample: str) -> Way:
 
 
 def adamw(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """Of all that is trained."""
+    """Return AdamW for all parameters that are trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
 
@@ -248,9 +249,9 @@ def step(model: Any, optimizer: Any, batch: dict[str, Tensor]) -> float:
 
 
 def kept_bytes(model: Any, batch: dict[str, Tensor]) -> int:
-    """Return what autograd keeps of one batch for backward, parameters and buffers not counted."""
+    """Return the bytes that autograd saves for backward, without parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in stored(model)}
-    kept: dict[int, Tensor] = {}  # by storage; keeping them keeps addresses apart
+    kept: dict[int, Tensor] = {}  # by address; while they are alive, no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor, QFTWeight):
@@ -265,7 +266,7 @@ def kept_bytes(model: Any, batch: dict[str, Tensor]) -> int:
 
 
 def stored(model: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters and buffers that have a storage of their own, and what NF4 is read by."""
+    """Yield parameters and buffers with a storage of their own, and the state of NF4 weights."""
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, QFTWeight):
             yield tensor
@@ -276,7 +277,7 @@ def stored(model: nn.Module) -> Iterator[Tensor]:
 
 
 def measured(bench: Bench, ways: dict[str, Way]) -> dict[str, dict[str, Any]]:
-    """Return bytes and times of all ways, which stand side by side."""
+    """Return bytes and times of all ways, which are in memory at the same time."""
     batch = next(bench.batches(0))
     built, found = {}, {}
     for name, way in ways.items():
@@ -286,7 +287,7 @@ def measured(bench: Bench, ways: dict[str, Way]) -> dict[str, dict[str, Any]]:
         step(model, optimizer, batch)
         kept = kept_bytes(model, batch)
         optimizer.zero_grad()
-        model(**batch).loss.backward()  # just before the second step: gradients and states exist
+        model(**batch).loss.backward()  # before the second step, gradients and states exist
         ledger = memory_ledger(model, optimizer).total_bytes
         found[name] = {"trained": n_trained, "kept_bytes": kept, "ledger_bytes": ledger}
         built[name] = (model, optimizer)
@@ -319,13 +320,13 @@ def trained(
 
 
 def best_rate(done: list[Line], task: str, way: str, seed: int) -> float | None:
-    """Return the rate at which a way ends at the lowest loss with a seed; None before that."""
+    """Return the learning rate with the lowest loss of a way and seed; None without runs."""
     tried = [r for r in done if (r["task"], r.get("way"), r.get("seed")) == (task, way, seed)]
     return min(tried, key=lambda run: run["scores"]["loss"])["rate"] if tried else None
 
 
 def tables(done: list[Line], first_seed: int) -> str:
-    """Return a table of the ways of each task, and one of the search for their rates."""
+    """Return for each task a table of its ways, and one of the search for their learning rates."""
     head = ["way", "rate", "seeds", "loss, held out", "score", "trained", "kept for backward, MB"]
     head += ["ledger, MB", "CPU seconds a step"]
     parts = []
@@ -368,16 +369,16 @@ def tables(done: list[Line], first_seed: int) -> str:
 
 
 def _spread(values: list[float]) -> str | None:
-    """Return the mean and, of several, the standard deviation."""
+    """Return the mean and, of several values, the standard deviation."""
     if len(values) < 2:
         return report.number(values[0], 4) if values else None
     return f"{statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}"
 
 
 def main() -> None:
-    """Measure and train what was asked for and is not done; write the report after each run."""
+    """Do the selected measurements and runs that are missing; write the report after each."""
     parser = command_line(__doc__, seeds=[0, 1, 2], only=None, threads=1)
-    parser.add_argument("--measure", action="store_true", help="train nothing")
+    parser.add_argument("--measure", action="store_true", help="do not train")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -643,7 +643,7 @@ def test_the_roofline_is_of_these_kernels_and_of_rows_in_one_tile(calls):
     assert list(MOST_INSTRUCTIONS) == list(roofline.KERNELS)
     long = load("benchmark_kernels").operators(4, 11008, None, torch.device("cpu"), 1)
     n_elements, _, call = long["lion_step_"]
-    with pytest.raises(ValueError, match=r"goes in several tiles\. Give fewer columns"):
+    with pytest.raises(ValueError, match=r"takes several tiles\. Use fewer columns"):
         roofline.instructions(call, 80, n_elements)
 
 
