@@ -111,7 +111,7 @@ def test_evaluate_names_a_folder_that_is_not_there(place, capsys):
 
 
 def test_evaluate_asks_for_data_where_there_is_no_run(tmp_path, capsys):
-    """It once asked for --train_data, with the usage of another program."""
+    """The command once asked for --train_data, with the usage of another program."""
     with pytest.raises(SystemExit):
         main(["evaluate", str(tmp_path), "--use_cpu"])
     assert "has no run.yaml" in (error := capsys.readouterr().err)
@@ -216,7 +216,7 @@ def test_a_chat_ends_with_an_empty_line_or_with_its_input(typed, tmp_path, monke
 
 
 def test_a_conversation_that_is_too_long_for_the_model_is_refused(tmp_path, capsys):
-    """It once got an empty answer after minutes, or an IndexError from a table of positions."""
+    """The answer was once empty, after minutes, or an IndexError from a table of positions."""
     config = GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2, n_positions=40)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)

@@ -229,7 +229,7 @@ def test_a_model_without_a_template_is_refused_for_chat(home, capsys):
 
 
 def test_a_classifier_is_refused_for_chat(home, capsys):
-    """Its body would be loaded under an untrained head and would answer."""
+    """The classifier's body would be loaded under an untrained head and would answer."""
     LlamaForSequenceClassification.from_pretrained("base").save_pretrained("labels")
     tiny_tokenizer().save_pretrained("labels")
     with pytest.raises(SystemExit):

@@ -199,7 +199,7 @@ def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, capsys):
     ],
 )
 def test_a_run_that_cannot_be_read_is_named(name, text, said, runs, capsys):
-    """It once ended in a traceback."""
+    """Such a run once ended the command in a traceback."""
     (runs[1] / name).write_text(text)
     with pytest.raises(SystemExit):
         main(["report", *map(str, runs)])
@@ -237,13 +237,13 @@ def test_a_loss_has_the_unit_of_its_task(tmp_path):
     [("loss", "Lines: training. In nats."), ("eval_loss", "Points: evaluation. In nats.")],
 )
 def test_the_note_of_the_loss_names_what_is_drawn(key, note, tmp_path):
-    """It once mentioned points of an evaluation if there was none."""
+    """The note once mentioned points of an evaluation if there was none."""
     run = leave(tmp_path / "run", history=[{"step": n, key: 4.0 - n} for n in (1, 2)])
     assert f"<p class='note'>{note}</p>" in page([read_run(run)])
 
 
 def test_a_score_that_a_run_has_not_is_empty_and_one_that_is_no_number_is_called_so(tmp_path):
-    """Both were once shown as "- → -"."""
+    """Both scores were once shown as "- → -"."""
     folders = [
         leave(tmp_path / "chat", before={"loss": 4.0}, after={"loss": 3.0}),
         leave(

@@ -262,7 +262,7 @@ def test_the_training_template_of_trl_is_used_where_answers_cannot_be_told(caplo
     answers = "".join(f"<think></think>{said}<|im_end|>" for said in ("hello", "yes"))
     assert learned_text(tokenizer, input_ids, labels) == answers
     assert "TRL's training template takes the place of the model's" in caplog.text
-    assert tokenizer.chat_template == template  # saved with the model unchanged
+    assert tokenizer.chat_template == template  # the template saved with the model is unchanged
 
 
 def test_no_messages_give_no_example():

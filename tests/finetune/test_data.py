@@ -31,7 +31,7 @@ def chats_file(tmp_path):
 
 
 def test_padding_is_never_learned_and_the_end_of_a_turn_always_is(chats_file):
-    """Both are one token: if labels were masked by token, the model would not learn to stop."""
+    """Padding and the end of a turn are one token: masking by token would unlearn stopping."""
     tokenizer = tiny_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 

@@ -160,7 +160,7 @@ def test_a_document_changes_no_loss_of_another_by_a_bit(family, sizes):
 
 @pytest.mark.parametrize("matmul", [None, "dequantize", "int8"])
 def test_experts_that_documents_share_are_no_reason_to_refuse(matmul):
-    """Experts multiply tokens of all documents together, and last bits depend on their number."""
+    """Experts multiply tokens of all documents together; last bits depend on how many tokens."""
     sizes = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 64}
     mixture = {"num_experts": 32, "num_experts_per_tok": 8}
     model = tiny("Qwen3Moe", SIZES | sizes | mixture)

@@ -244,7 +244,7 @@ def test_a_list_is_of_names_and_where_one_is_wanted(text, message, config):
     ],
 )
 def test_what_would_falsify_the_scores_is_refused(key, value, fine, config):
-    """They once left out rows of the evaluation, cast float values to BF16, or dropped a key."""
+    """These options once left out evaluation rows, cast floats to BF16, or dropped a key."""
     with pytest.raises(ValueError, match=rf"{key} cannot be set: .* Leave it out\."):
         parse_arguments([config(f"{key}: {value}\n")])
     parse_arguments([config(f"{key}: {fine}\n")])
@@ -353,7 +353,7 @@ def test_a_config_may_have_the_encodings_of_editors(config, encoding):
     ],
 )
 def test_none_or_less_of_what_is_counted_is_refused(config, key, value):
-    """Some once divided by zero, and `max_steps: 0` trained for three epochs."""
+    """Some values once caused a division by zero, and `max_steps: 0` trained for three epochs."""
     with pytest.raises(ValueError, match=f"{key} must be above 0, got {value}. Leave it out"):
         parse_arguments([config(f"{key}: {value}\n")])
 
@@ -382,7 +382,7 @@ def test_counts_may_be_small_and_shares(config):
     ],
 )
 def test_numbers_that_are_none_and_words_for_mappings_are_refused(config, key, value, text):
-    """Some once ended in a traceback, even after loading, and a smoothing below 0 was used."""
+    """Some values once ended in a traceback, even after loading; a smoothing below 0 was used."""
     with pytest.raises(ValueError, match=text):
         parse_arguments([config(f"{key}: {value}\n")])
 

@@ -292,7 +292,7 @@ def test_resuming_ends_like_the_straight_run(chat_flags, tmp_path):
 
 
 def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
-    """It once took one more step and overwrote the run's summary with one of 0 tokens."""
+    """The resumed run once took one more step and overwrote the summary with one of 0 tokens."""
     values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
     finetune(parsed(values))
     run = Path(chat_flags["output_dir"])
@@ -338,7 +338,7 @@ def test_a_resume_that_is_refused_changes_nothing(changes, message, chat_flags):
 
 @pytest.mark.parametrize("overwrites", [False, True])
 def test_of_two_runs_that_begin_at_once_one_has_the_folder(overwrites, chat_flags):
-    """Both once found it empty, and each overwrote what the other had written."""
+    """Both runs once found the folder empty, and each overwrote what the other had written."""
     first, second = (prepare(parsed(chat_flags, overwrite_output=overwrites)) for _ in range(2))
     train(first)
     before = contents(Path(chat_flags["output_dir"]))
@@ -412,7 +412,7 @@ def test_the_best_model_has_the_smallest_error(task, metric, greater, chat_flags
     ],
 )
 def test_what_a_run_would_stumble_over_is_refused_by_a_check(flags, message, chat_flags):
-    """Some once ended in a traceback, at the first score or after everything was loaded."""
+    """Some settings once ended in a traceback, at the first score or when all was loaded."""
     with pytest.raises(ValueError, match=message):
         check(parsed({k: v for k, v in (chat_flags | flags).items() if v is not None}))
 
@@ -457,7 +457,7 @@ def test_micro_batches_of_a_classifier_are_averaged(task, chat_flags):
 
 @pytest.mark.parametrize("earlier", [None, '{"steps": 2}', "{"])
 def test_a_run_that_was_killed_before_its_report_gets_one(earlier, chat_flags):
-    """Any existing report has fewer steps or is damaged."""
+    """An existing summary has fewer steps or is damaged."""
     values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
     first = finetune(parsed(values))
     run = Path(chat_flags["output_dir"])
@@ -543,7 +543,7 @@ def test_a_disk_without_room_is_found_before_training(chat_flags, monkeypatch):
 
 @pytest.mark.parametrize("changes", [{}, {"save_total_limit": 1}, {"optim": "qft_adamw"}], ids=str)
 def test_the_room_on_the_disk_is_what_the_run_takes(changes, chat_flags):
-    """It is exact to the byte except for file headers; a draft needs room while it is written."""
+    """The number is exact except for file headers; a draft needs room while it is written."""
     values = chat_flags | {"save_strategy": "steps", "save_steps": 1, "export_dtype": "float32"}
     run = prepare(parsed(values, **changes))
     needed = disk_bytes(run.arguments, run.trainer.model, len(run.data.train.dataset))

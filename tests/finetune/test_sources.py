@@ -71,7 +71,7 @@ def test_every_format_gives_the_same_rows(suffix, tmp_path):
 
 
 def test_a_row_has_its_own_fields_and_no_others(tmp_path):
-    """Arrow gives every row the fields of all as null, which a row's own null looks like, too."""
+    """Arrow fills a row's absent fields with null, which cannot be told from its own null."""
     rows = [
         {"call": {"city": "Oslo"}, "content": "x"},
         {"call": {"zone": None, "days": [1, "two"]}, "content": ["y"], "id": "007"},
@@ -271,7 +271,7 @@ def test_another_encoding_is_refused_with_what_to_do(name, encoding, tmp_path):
 
 @pytest.mark.parametrize("name", ["chats", "folder/chats", "a.jsonl "])
 def test_what_is_neither_here_nor_on_the_hub_is_refused(name, tmp_path, monkeypatch):
-    """It once ended in a traceback from `datasets`."""
+    """Such a name once ended in a traceback from `datasets`."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"no file or folder '{name}' .looked.*Correct it"):
         sources.load_rows(name)
@@ -341,7 +341,7 @@ def test_split_with_an_empty_part_is_refused(fraction):
 
 @pytest.mark.parametrize("kind", ["data set", "splits"])
 def test_what_save_to_disk_wrote_is_named(kind, tmp_path):
-    """Its JSON files were once read as data and refused for a missing field."""
+    """The folder's JSON files were once read as data and refused for a missing field."""
     rows = Dataset.from_list([{"text": "a"}])
     saved = rows if kind == "data set" else DatasetDict({"train": rows})
     saved.save_to_disk(tmp_path / "saved")

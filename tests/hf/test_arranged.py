@@ -177,7 +177,7 @@ def test_the_size_that_a_device_map_is_made_from_is_what_is_stored(family):
 
 
 def test_eager_code_that_picks_an_expert_gets_its_values_and_passes_its_gradient_on():
-    """Calls the class's own eager forward; a user's module may compute in the same way."""
+    """The class's own forward does this, and a user's module may."""
     model = quantized("qwen3_moe")
     experts = model.model.layers[0].mlp.experts
     hidden = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))

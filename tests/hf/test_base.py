@@ -67,7 +67,7 @@ def test_the_weights_that_are_counted_are_those_that_transformers_stores_in_nf4(
 
 
 def test_a_new_classifier_on_a_base_of_nf4_is_made_in_float(tmp_path):
-    """It once became a 4-bit weight that was never quantized, and the first forward raised."""
+    """The classifier once became an unquantized 4-bit weight, and the first forward raised."""
     tiny_bert().base_model.save_pretrained(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, quantization_config=base_format("nf4", tiny_bert())

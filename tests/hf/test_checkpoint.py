@@ -738,7 +738,7 @@ def heard():
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 def test_the_stock_trainer_leaves_no_int8_weights_out_of_a_float_model(sharded, runs, tmp_path):
-    """It once trained the weights that the model was built with, and warned of unexpected keys."""
+    """The Trainer once trained the model as built, with a warning of unexpected keys."""
     checkpoint = shutil.copytree(runs[sharded, True] / "checkpoint-2", tmp_path / "checkpoint-2")
     for file in ("optimizer.pt", "scheduler.pt"):  # as with save_only_model
         (checkpoint / file).unlink()

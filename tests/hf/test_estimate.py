@@ -238,7 +238,7 @@ def test_the_recommendation_is_the_first_mode_that_fits():
 
 
 def test_two_cards_of_24_gb_train_a_13b_that_one_does_not():
-    """This needs release; with 4-bit momentum even 2,048 tokens fit."""
+    """Two cards fit it with release, and with 4-bit momentum even at 2,048 tokens."""
     config = skeleton(shipped.architecture("llama-2-13b"))
     of = partial(recommend, config, 24, chunked_loss=True)
     assert not of(512).fits

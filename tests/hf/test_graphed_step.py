@@ -191,7 +191,7 @@ def test_a_run_that_is_resumed_by_graphs_equals_the_straight_eager_one(options, 
 
 @pytest.mark.parametrize("options", [{}, PREVIOUS], ids=["stack", "release"])
 def test_other_shapes_run_eagerly_and_are_named_once(options, tmp_path, caplog):
-    """Shorter are batch 3, a window's second micro-batch, and batch 12, another window's first."""
+    """Batches 3 and 12, a window's second and another one's first micro-batch, are shorter."""
     rows = [
         {name: value[:11] for name, value in row.items()} if i // 4 in (3, 12) else row
         for i, row in enumerate(packed())

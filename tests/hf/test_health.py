@@ -130,7 +130,7 @@ def test_tensors_that_are_not_trained_are_counted(tmp_path):
 
 
 def test_layers_may_be_frozen_and_released_on_the_way(tmp_path):
-    """Two steps then sampled different tensors, and the run once failed."""
+    """Steps then sample different tensors, which once made the run fail."""
 
     class Freezing(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -219,7 +219,7 @@ def test_only_steps_that_are_logged_are_sampled(strategy, tmp_path, monkeypatch)
 
 
 def test_a_model_of_many_weights_is_sampled_in_few_operations(tmp_path):
-    """It takes two operations, each a GPU launch, per kind of tensor for any number of weights."""
+    """Sampling takes two operations per kind of tensor, for any number; each is a GPU launch."""
     model = quantize_model_(tiny_llama(num_hidden_layers=12), QFTConfig())
     health = Health()
     health.model = model

@@ -74,7 +74,7 @@ def test_checkpoint_survives_loading_saving_and_loading(tied, dtype, config, tmp
 
 
 def test_small_shards_split_the_fields_of_a_weight(tmp_path):
-    """The premise of the test above."""
+    """Checks the premise of the test above."""
     quantize_model_(tiny_llama(), QFTConfig()).save_pretrained(tmp_path, max_shard_size="3KB")
 
     files = defaultdict(set)
@@ -631,7 +631,7 @@ def test_names_of_a_checkpoint_that_this_class_has_not_are_ignored_and_said_once
 
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
 def test_a_table_that_an_absent_head_keeps_float_stays_so(shards, tmp_path, caplog):
-    """It was once refused: the table is float in the file, and only the head's name said so."""
+    """Loading was once refused: only the ignored name of the head says that the table is float."""
     config = QFTConfig(modules_to_not_convert=["lm_head"])
     causal = quantize_model_(tiny_llama(tied=True), config)
     causal.save_pretrained(tmp_path / "causal", **shards)

@@ -377,7 +377,7 @@ def steps(model: nn.Module, kind, settings) -> list[Tensor]:
 @pytest.mark.parametrize("matmul", ["dequantize", "int8"])
 @pytest.mark.parametrize("kind", [QFTLion, QFTAdamW])
 def test_the_default_dtype_changes_nothing(kind, matmul, settings, request):
-    """Neither while a model is quantized nor while it trains: the model's own dtype counts."""
+    """Only the model's own dtype counts, while it is quantized and while it trains."""
     model = tiny_llama()
     config = QFTConfig(matmul=matmul)
     quantized = quantize_model_(copy.deepcopy(model), config)

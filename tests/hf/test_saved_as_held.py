@@ -76,7 +76,7 @@ def test_half_a_state_dict_is_refused_and_the_folder_is_as_it_was(tmp_path):
 
 
 def test_the_encoder_of_an_int8_model_of_two_is_a_model(tmp_path):
-    """Its config.json once did not mention INT8, and nothing could load the folder."""
+    """The encoder's config.json once did not mention INT8, and nothing could load the folder."""
     whole = EncoderDecoderModel(
         encoder=tiny_part(BertModel),
         decoder=tiny_part(BertLMHeadModel, is_decoder=True, add_cross_attention=True),
@@ -145,7 +145,7 @@ def test_parts_of_two_formats_are_refused_before_anything_is_written(tmp_path):
 
 
 def test_a_float_model_of_an_int8_configuration_is_saved_as_float(tmp_path):
-    """Its config.json once claimed INT8, and nothing could load the folder."""
+    """The model's config.json once claimed INT8, and nothing could load the folder."""
     int8 = quantize_model_(tiny_llama(), QFTConfig())
     model = type(int8)(int8.config)
 

@@ -102,7 +102,7 @@ def test_an_export_refuses_it(tmp_path):
 
 @pytest.mark.parametrize("has_sums", [True, False], ids=["with sums", "without"])
 def test_a_shard_of_another_checkpoint_is_refused(has_sums, tmp_path):
-    """Its names and shapes fit the model, and its own check sums are correct."""
+    """The shard's names and shapes fit the model, and its own check sums are correct."""
     save(tmp_path / "one", shards="9KB")
     save(tmp_path / "other", shards="9KB", seed=1)
     shard = file_of(tmp_path / "other", UP + "weight_q")

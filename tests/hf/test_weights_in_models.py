@@ -28,7 +28,7 @@ MOST_USES = 4
 
 
 def mamba() -> nn.Module:
-    """Its code uses `dt_proj.weight @ ...` instead of the module; the head is tied to the table."""
+    """Mamba uses `dt_proj.weight @ ...` instead of the module; the head is tied to the table."""
     return MambaForCausalLM(
         MambaConfig(
             vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=6
@@ -37,7 +37,7 @@ def mamba() -> nn.Module:
 
 
 def deberta() -> nn.Module:
-    """Its code normalizes `rel_embeddings.weight` and projects it by the weights for tokens."""
+    """DeBERTa normalizes `rel_embeddings.weight` and projects it by the weights for tokens."""
     return DebertaV2ForSequenceClassification(
         DebertaV2Config(
             vocab_size=97,
@@ -133,7 +133,7 @@ def gemma3n() -> nn.Module:
 
 
 def rwkv() -> nn.Module:
-    """Its weights are divided by powers of two for inference and multiplied back for training."""
+    """RWKV divides weights by powers of two for inference and multiplies them back for training."""
     return RwkvForCausalLM(
         RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=4, rescale_every=2)
     )

@@ -222,7 +222,7 @@ def mean_gradient(rank: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def compile_kernels() -> None:
-    """Compile now: later, a process that owns no rows would wait for those that compile."""
+    """Compile before the processes meet, so that one without rows does not wait for the others."""
     for way in WAYS.values():
         ledger(way, rank=0)
 

@@ -113,7 +113,7 @@ def test_rows_travel_while_backward_makes_the_next_gradient(gradient, of_each):
 
 @pytest.mark.parametrize("name", WAYS)
 def test_norms_and_finite_flags_of_all_weights_travel_together(name, of_each):
-    """Each weight takes three collectives; float gradients take one, and the squares of all one."""
+    """There are three collectives per weight, one for float gradients, and one for all squares."""
     n_weights = sum(p.ndim > 1 for p in tiny_llama(**UNEVEN).parameters())
     wanted = {"all_to_all_single": 2 * n_weights, "all_gather": n_weights, "all_reduce": 2}
 
@@ -142,7 +142,7 @@ def float_gradients(model, *shares):
 
 
 def test_the_mean_in_int8_has_at_most_twice_the_noise_of_one_process(of_each):
-    """Rounding errors are even, up to half a scale: their power is a twelfth of the scale squared.
+    """Rounding errors are uniform up to half a scale; their power is a twelfth of its square.
 
     The mean has its own rounding noise, equal to that of one process, and the mean of n earlier
     errors, whose power is 1/n of theirs. If the gradients of shares are `sqrt(n)` times as large as

@@ -143,7 +143,7 @@ def test_what_the_first_process_refuses_stops_all_and_destroys_nothing(two):
 
 
 def test_the_loss_of_a_classifier_is_the_mean_of_all_processes(two):
-    """It was once the sum, and one process that scored the model afterwards found half of it."""
+    """The loss was once the sum, and one process that scored the model later found half of it."""
     folder, said = two
     assert [text.splitlines()[-1] for text in said[3]] == ["exit status 0"] * 2, said[3]
     after = json.loads((folder / "classifier" / "summary.json").read_text())["after"]

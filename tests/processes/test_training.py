@@ -43,7 +43,7 @@ def test_the_first_process_has_the_state_of_all_rows_to_save(name, runs):
 
 @pytest.mark.parametrize("name", [name for name in training.SCENARIOS if "no-floats" in name])
 def test_three_processes_train_as_one_does_with_all_gradients(name, runs):
-    """There are no float parameters, whose sum a backend may compute in any order."""
+    """These scenarios have no float parameters, whose sum a backend may compute in any order."""
     found = runs.three[0][f"optimizer:{name}"]
 
     assert different(found["weights"], alone(name, 3)["weights"]) == []
