@@ -1,4 +1,4 @@
-"""`qft-hf card`: what a run knows, and what only its user knows."""
+"""`qft-hf card`: facts that a run knows, and facts that only its user knows."""
 
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
     ],
 )
 def test_a_license_that_the_hub_does_not_know_is_doubted(license, said):
-    """`nonsense` was written into the card without a word, and the Hub refuses such a card."""
+    """`nonsense` was once written into the card silently, and the Hub refuses such a card."""
     assert said is None if (found := doubt(license)) is None else said in found
 
 

@@ -1,4 +1,4 @@
-"""`qft-hf` explains itself at once, and says what it refuses in a sentence."""
+"""`qft-hf` shows its help at once, and refuses input in one sentence."""
 
 import os
 import re
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def help_text(*words, capsys):
-    with suppress(SystemExit):  # argparse ends so
+    with suppress(SystemExit):  # how argparse ends
         main([*words, "--help"])
     return capsys.readouterr().out
 
@@ -111,7 +111,7 @@ def test_evaluate_names_a_folder_that_is_not_there(place, capsys):
 
 
 def test_evaluate_asks_for_data_where_there_is_no_run(tmp_path, capsys):
-    """It asked for --train_data, with the usage of another program."""
+    """The command once asked for --train_data, with the usage of another program."""
     with pytest.raises(SystemExit):
         main(["evaluate", str(tmp_path), "--use_cpu"])
     assert "has no run.yaml" in (error := capsys.readouterr().err)
@@ -120,7 +120,7 @@ def test_evaluate_asks_for_data_where_there_is_no_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("words", [["--help"], ["plan", "llama-2-7b"]], ids=str)
 def test_a_reader_that_has_left_is_no_fault(words):
-    """`| head -1` ended in "Broken pipe", or in what Python says of a stream it cannot flush."""
+    """`| head -1` once ended in "Broken pipe", or in Python's error about an unflushed stream."""
     command = subprocess.Popen(
         [sys.executable, "-c", "import qft_hf_cli; qft_hf_cli.main()", *words],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -134,7 +134,7 @@ def test_a_reader_that_has_left_is_no_fault(words):
 
 
 def command_line(words, *, before="pass", **streams):
-    """A command in a process of its own."""
+    """Run a command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", f"import qft_hf_cli; {before}; qft_hf_cli.main()", *words],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -158,7 +158,7 @@ def test_a_full_disk_under_what_is_printed_is_told_in_a_line(words):
 
 
 def test_an_export_onto_a_full_disk_is_told_in_a_line_and_leaves_nothing(tmp_path):
-    """Of safetensors it is an error of its own, which ended in a traceback."""
+    """Safetensors raises an error of its own, which once ended in a traceback."""
     qft_hf.quantize_model_(tiny_llama(), qft_hf.QFTConfig()).save_pretrained(tmp_path / "int8")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, -1))"
     words = ["export", str(tmp_path / "int8"), str(tmp_path / "out" / "float")]
@@ -170,7 +170,7 @@ def test_an_export_onto_a_full_disk_is_told_in_a_line_and_leaves_nothing(tmp_pat
 
 
 def test_another_pipe_that_breaks_is_told():
-    """As one to a process that loads data, or to a service that logs."""
+    """One such pipe leads to a process that loads data, or to a service that logs."""
     reader, writer = os.pipe()
     os.close(reader)
     command = SimpleNamespace(__name__="finetune", main=lambda argv: os.write(writer, b"x"))
@@ -181,7 +181,7 @@ def test_another_pipe_that_breaks_is_told():
 
 @pytest.mark.parametrize("command", ["finetune", "check"])
 def test_ctrl_c_is_no_fault(command, monkeypatch, capsys):
-    """It ended in forty lines of traceback."""
+    """Ctrl-C once ended in forty lines of traceback."""
 
     def interrupted(arguments):
         raise KeyboardInterrupt
@@ -203,7 +203,7 @@ class Typed(StringIO):
 
 @pytest.mark.parametrize("typed", ["", "\n", "how are you?\n", "how are you?\n\nnever read\n"])
 def test_a_chat_ends_with_an_empty_line_or_with_its_input(typed, tmp_path, monkeypatch, capsys):
-    """Ctrl-D ended in a traceback; a pipe got "you: " before what the model said."""
+    """Ctrl-D once ended in a traceback, and with piped input "you: " preceded the answers."""
     tiny_llama(vocab_size=320).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     words = ["chat", str(tmp_path), "--max_new_tokens", "2"]
@@ -218,7 +218,7 @@ def test_a_chat_ends_with_an_empty_line_or_with_its_input(typed, tmp_path, monke
 
 
 def test_a_conversation_that_is_too_long_for_the_model_is_refused(tmp_path, capsys):
-    """It was answered by nothing, after minutes; a table of positions raised IndexError."""
+    """The answer was once empty, after minutes, or an IndexError from a table of positions."""
     config = GPT2Config(vocab_size=320, n_embd=32, n_layer=1, n_head=2, n_positions=40)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -242,7 +242,7 @@ def test_what_is_no_text_is_said_to_be_none(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_that_has_not_finished_is_called_so(tmp_path, capsys):
-    """The hub was said not to show it."""
+    """The error once said that the Hub does not have it."""
     (tmp_path / "run.yaml").write_text("train_data: x.jsonl\noutput_dir: .\n")
     for command in ("chat", "evaluate"):
         with pytest.raises(SystemExit):
@@ -264,7 +264,7 @@ def test_an_answer_has_a_token_at_least(capsys):
 
 
 def test_what_nobody_refused_keeps_its_traceback(monkeypatch):
-    """A ValueError of somebody else's is a fault to be found, not a text for users."""
+    """A ValueError of other code is a fault to be found, not a text for users."""
     monkeypatch.setattr("qft_hf.hf.finetune.finetune", lambda arguments: int("x"))
     with pytest.raises(ValueError, match="invalid literal"):
         main(["finetune", "demo", "--use_cpu=true"])

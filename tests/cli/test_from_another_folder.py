@@ -39,7 +39,7 @@ disable_tqdm: true
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A folder with a model, chats and a config, which is where the commands are called."""
+    """The current folder, with a model, chats and a config."""
     monkeypatch.chdir(tmp_path)
     tiny_llama(vocab_size=320, tied=True).save_pretrained("base")
     tiny_tokenizer().save_pretrained("base")
@@ -54,7 +54,7 @@ def test_from_plan_to_a_model_without_qft_hf(home, capsys):
     def command(*words):
         capsys.readouterr()
         main([*words, "--json"])
-        return json.loads(capsys.readouterr().out)  # and nothing else is printed there
+        return json.loads(capsys.readouterr().out)  # stdout has nothing else
 
     (plan,) = command("plan", "my.yaml", "--gpu", "24")
     assert plan["cards"][0]["fits"] is True
@@ -81,7 +81,7 @@ def test_from_plan_to_a_model_without_qft_hf(home, capsys):
     assert scores == summary["after"]
     assert command("evaluate", "my.yaml")["scores"]["loss"] == pytest.approx(
         summary["before"]["loss"], rel=0.01
-    )  # of the float model, which was not rounded
+    )  # scores of the float model, which was not rounded
 
     main(["report", "runs/first"])
     page = Path("report.html").read_text()
@@ -175,7 +175,7 @@ def test_what_a_run_refuses_check_refuses(home, capsys):
 
 
 def test_check_refuses_a_loss_that_the_model_has_not_before_it_is_loaded(home, capsys):
-    """A Trainer refused it, or its first step, when all was loaded and scored."""
+    """Only a Trainer or its first step once refused it, after everything was loaded and scored."""
     main(["check", "my.yaml", "--chunked_loss"])
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
     config = Gemma2Config(vocab_size=320, intermediate_size=40, num_key_value_heads=1, **sizes)
@@ -229,7 +229,7 @@ def test_a_model_without_a_template_is_refused_for_chat(home, capsys):
 
 
 def test_a_classifier_is_refused_for_chat(home, capsys):
-    """Its body would be loaded under a head that was never trained, and answer."""
+    """The classifier's body would be loaded under an untrained head and would answer."""
     LlamaForSequenceClassification.from_pretrained("base").save_pretrained("labels")
     tiny_tokenizer().save_pretrained("labels")
     with pytest.raises(SystemExit):

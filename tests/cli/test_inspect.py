@@ -16,7 +16,7 @@ NAME = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.fixture
 def folders(tmp_path):
-    """The float model and the INT8 one that was made of it, with groups of 16 columns."""
+    """A float model and its INT8 version with groups of 16 columns."""
     tiny_llama().save_pretrained(tmp_path / "float")
     model = quantize_model_(tiny_llama(), QFTConfig(group_size=16, outlier_fraction=0.05))
     model.save_pretrained(tmp_path / "int8")
@@ -42,7 +42,7 @@ def test_figures_are_those_of_the_stored_tensors(folders, capsys):
     assert found["largest_outlier"] == weight.outlier_values.abs().max()
     assert found["smallest_scale"] == weight.scales.min()
     assert found["largest_scale"] == weight.scales.max()
-    # Rounding to nearest leaves one code of 127 in each of 44 x 5 groups, more by coincidence.
+    # Rounding to nearest makes one code 127 in each of 44 x 5 groups, and more by coincidence.
     assert 220 <= found["saturated_share"] * 44 * 75 < 240
     assert found["zero_share"] == (weight.codes == 0).float().mean()
     assert found["error"] is None
@@ -58,7 +58,7 @@ def test_the_error_against_the_original_is_rounding_and_no_more(folders, capsys)
             difference = weight.dequantize().double() - plain[name].double()
             expected = difference.norm() / plain[name].double().norm()
             assert weights[name]["error"] == pytest.approx(expected.item(), rel=1e-5)
-            # To nearest: half a scale, and the FP32 error of two products.
+            # Rounding to nearest errs by half a scale, plus the FP32 error of two products.
             assert 0.4 < weights[name]["largest_error"] <= 0.5 + 128 * 2**-23
 
 
@@ -71,7 +71,7 @@ def test_an_original_of_another_shape_is_refused(folders, capsys):
 
 @pytest.mark.parametrize("as_int8", [False, True])
 def test_an_original_of_another_family_is_refused_before_it_is_loaded(as_int8, folders, capsys):
-    """In INT8 it was called damaged, tensor by tensor."""
+    """An INT8 original was once reported as damaged, tensor by tensor."""
     other = tiny_bert()
     if as_int8:
         quantize_model_(other, QFTConfig())

@@ -1,4 +1,4 @@
-"""Models whose code comes with them: a whole run, and every command on what it has written."""
+"""Models that come with their own code: a whole run, and every command on its output."""
 
 import json
 import re
@@ -26,7 +26,7 @@ class OddConfig(PreTrainedConfig):
     max_position_embeddings: int = 64
     tie_word_embeddings: bool = True
 """
-# Half of its layers read their weights themselves.
+# Half of the model's layers read their weights directly.
 MODELING = """
 import torch
 from torch import nn
@@ -81,7 +81,7 @@ class OddForCausalLM(PreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return CausalLMOutput(loss=loss, logits=logits)
 """
-COMMANDS = {  # what a reader of the folder may ask for
+COMMANDS = {  # commands that read such a folder
     "chat": ["chat", "run", "--prompt", "hi", "--max_new_tokens", "3"],
     "chat with the export": ["chat", "run/bfloat16", "--prompt", "hi", "--max_new_tokens", "3"],
     "export": ["export", "run", "plain"],
@@ -136,7 +136,7 @@ def there(folder, monkeypatch):
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_commands_run_code_that_is_trusted_and_no_other(words, there, capsys):
-    """There was no way to allow it but by a terminal, and no class of that name was found."""
+    """Trust could once be given only at a terminal, and no class of that name was found."""
     with pytest.raises(SystemExit):
         main(words)
     assert "pass the argument `trust_remote_code=True`" in capsys.readouterr().err
@@ -145,7 +145,7 @@ def test_commands_run_code_that_is_trusted_and_no_other(words, there, capsys):
 
 
 def test_a_run_exports_what_it_has_trained(there):
-    """It raised when it had trained, and wrote neither export nor card."""
+    """The run once raised after training, and wrote neither export nor card."""
     trust = {"trust_remote_code": True}
     trained = AutoModelForCausalLM.from_pretrained(there / "run", **trust)
     plain = AutoModelForCausalLM.from_pretrained(there / "run/bfloat16", **trust)
@@ -162,7 +162,7 @@ def test_the_scores_of_the_run_are_found_again(there, capsys):
 
 
 def test_the_run_goes_on_and_is_replaced(there, capsys):
-    """Code in checkpoints and in the export was not known to be of the run."""
+    """Code files in checkpoints and in the export were once not recognized as the run's."""
     capsys.readouterr()
     own = ["finetune", "run/run.yaml", "--output_dir", "again"]
     main(own)
@@ -175,13 +175,13 @@ def test_the_run_goes_on_and_is_replaced(there, capsys):
 
 
 def test_losses_of_micro_batches_are_averaged(there):
-    """The code takes any argument, so that the Trainer summed them: the loss was twice as high."""
+    """The model accepts any argument, so the Trainer once summed losses to twice the value."""
     own = ["finetune", "run/run.yaml", "--output_dir", "parts", "--logging_steps", "1"]
     main([*own, "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2"])
     before = json.loads((there / "parts/summary.json").read_text())["before"]["loss"]
     history = json.loads((there / "parts/trainer_state.json").read_text())["log_history"]
     first = next(entry["loss"] for entry in history if "loss" in entry)
-    assert first == pytest.approx(before, rel=0.2)  # of the same rows, weighted otherwise
+    assert first == pytest.approx(before, rel=0.2)  # the same rows, weighted differently
 
 
 def test_the_card_loads_it_by_the_class_that_finds_its_code(there, capsys):

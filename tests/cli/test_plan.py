@@ -1,4 +1,4 @@
-"""`qft-hf plan`: what the estimate says, for each way and each card."""
+"""`qft-hf plan` reports the estimate for each way and each card."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_every_way_has_the_bytes_of_the_estimate(folder, capsys):
 
 
 def test_the_text_says_which_card_holds_which_way(folder, capsys):
-    """0.003 GB hold release with checkpointing and nothing else."""
+    """Only release with checkpointing fits 0.003 GB."""
     sizes = sorted(way["total_bytes"] for way in plan(folder, capsys=capsys)[0]["ways"])
     between = (sizes[0] + sizes[1]) / 2 / 0.92 / 1e9
     main(["plan", folder, "--gpu", str(between), "80"])
@@ -111,7 +111,7 @@ def test_a_model_that_is_nowhere_says_what_was_looked_for(capsys, monkeypatch):
 
 
 def test_a_config_of_labelled_texts_is_refused(folder, tmp_path, capsys):
-    """By the head of a language model it would be too much by all logits."""
+    """Computed for a language model, the memory would be too large by all the logits."""
     config = tmp_path / "labels.yaml"
     config.write_text(f"model_name_or_path: {folder}\ntrain_data: x.jsonl\ntask: regression\n")
     with pytest.raises(SystemExit):
@@ -217,7 +217,7 @@ def test_flags_of_the_other_method_are_refused(flags, message, folder, capsys):
     ids=["positions", "scaled", "gpt2"],
 )
 def test_more_tokens_than_the_model_has_positions_do_not_fit_any_card(config, tmp_path, capsys):
-    """It said "fits", and the run was refused; so it did of the default, 2,048 tokens."""
+    """The plan once said "fits", also of the default 2,048 tokens, and the run was refused."""
     config.save_pretrained(tmp_path)
     (unasked,) = plan(str(tmp_path), capsys=capsys)
     (longest,) = plan(str(tmp_path), "--sequence_length=512", capsys=capsys)

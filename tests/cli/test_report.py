@@ -1,4 +1,4 @@
-"""`qft-hf report`: one page that needs nothing else, with the figures that the runs have left."""
+"""`qft-hf report` writes one self-contained page with the figures that runs have recorded."""
 
 import json
 import re
@@ -21,7 +21,7 @@ HISTORY = [
 
 
 class Tags(HTMLParser):
-    """The tags of a page, and whether each is closed in its turn."""
+    """Collect the tags of a page, and assert that they are closed in order."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +40,7 @@ class Tags(HTMLParser):
 
 
 def leave(folder, history=HISTORY, told=None, **changes):
-    """What a finished run leaves, of 1,000 parameters."""
+    """Write what a finished run of 1,000 parameters leaves."""
     folder.mkdir(parents=True)
     codes = [0] * 255
     codes[127], codes[254] = 90, 10
@@ -105,7 +105,7 @@ def test_curves_have_a_point_for_each_number_that_was_logged(runs):
     losses = text[text.index("<h2>Loss") : text.index("<h2>Learning rate")]
     (points,) = re.findall(r"<polyline class='run0' points='([^']*)'", losses)
     xs, ys = zip(*(map(float, point.split(",")) for point in points.split()), strict=True)
-    assert len(xs) == 8  # without the one that is no number
+    assert len(xs) == 8  # without the one that is not a number
     assert list(xs) == sorted(xs)
     assert list(ys) == sorted(ys)  # the loss falls, and down is up in SVG
     assert losses.count("<circle") == 2
@@ -132,7 +132,7 @@ def test_bars_are_as_long_as_the_bytes(runs):
     assert [value for _, _, mark, value in bars if not mark] == ["1.06", "1.02", "1.02"]
     assert len([mark for _, _, mark, _ in bars if mark == " arithmetic"]) == 3 * len(OTHERS)
     for (_, value), width in widths.items():
-        # A label has two digits, and a width one.
+        # A label has two decimals, and a width has one.
         assert width / 460 * 16 == pytest.approx(float(value), abs=0.005 + 0.05 / 460 * 16)
     assert ">16.00<" in memory
 
@@ -172,7 +172,7 @@ def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
 
 @pytest.mark.parametrize("taken", ["folder of a run", "summary of a run", "page"])
 def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, capsys):
-    """A run whose folder was named as the output was gone."""
+    """A run whose folder was named as the output was once lost."""
     first, second = runs
     output = {"folder of a run": second, "summary of a run": second / "summary.json"}.get(taken)
     words = ["report", str(first), "--output", str(output or first / "page.html")]
@@ -199,7 +199,7 @@ def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, capsys):
     ],
 )
 def test_a_run_that_cannot_be_read_is_named(name, text, said, runs, capsys):
-    """It was a traceback."""
+    """Such a run once ended the command in a traceback."""
     (runs[1] / name).write_text(text)
     with pytest.raises(SystemExit):
         main(["report", *map(str, runs)])
@@ -216,7 +216,7 @@ def test_runs_whose_folders_are_called_the_same_are_told_apart(tmp_path):
 
 
 def test_a_loss_has_the_unit_of_its_task(tmp_path):
-    """Squared errors were called nats."""
+    """Squared errors were once shown in nats."""
     chats, scores = (leave(tmp_path / task, task=task) for task in ("chat", "regression"))
     runs = {"chat": [chats], "regression": [scores], "both": [chats, scores]}
     units = {
@@ -237,13 +237,13 @@ def test_a_loss_has_the_unit_of_its_task(tmp_path):
     [("loss", "Lines: training. In nats."), ("eval_loss", "Points: evaluation. In nats.")],
 )
 def test_the_note_of_the_loss_names_what_is_drawn(key, note, tmp_path):
-    """It named points of an evaluation where there was none."""
+    """The note once mentioned points of an evaluation if there was none."""
     run = leave(tmp_path / "run", history=[{"step": n, key: 4.0 - n} for n in (1, 2)])
     assert f"<p class='note'>{note}</p>" in page([read_run(run)])
 
 
 def test_a_score_that_a_run_has_not_is_empty_and_one_that_is_no_number_is_called_so(tmp_path):
-    """Both read "- → -"."""
+    """Both scores were once shown as "- → -"."""
     folders = [
         leave(tmp_path / "chat", before={"loss": 4.0}, after={"loss": 3.0}),
         leave(

@@ -37,7 +37,7 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # As in GPT-2 and its heirs: the offsets of " word" are those of "word".
+    # As in GPT-2 and models derived from it, the offsets of " word" are those of "word".
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     trainer = trainers.BpeTrainer(
         vocab_size=320,
@@ -54,7 +54,7 @@ def tiny_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
 
 
 def chat(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    """Messages by user and assistant in turn."""
+    """Return messages of user and assistant in turn."""
     turns = [
         {"role": ("user", "assistant")[index % 2], "content": content}
         for index, content in enumerate(contents)

@@ -1,4 +1,4 @@
-"""The loss lies on exactly what the assistant says, its end-of-turn token included."""
+"""The loss covers exactly what the assistant says, including its end-of-turn token."""
 
 import re
 from pathlib import Path
@@ -30,7 +30,7 @@ def encode_conversation(messages, tokenizer, **options):
 
 
 def learned_text(tokenizer, input_ids, labels):
-    """What is learned, after checking that a label is its own token or ignored."""
+    """Return the learned text, after checking that each label is its own token or ignored."""
     assert len(input_ids) == len(labels)
     assert all(label in (IGNORED, token) for token, label in zip(input_ids, labels, strict=True))
     return tokenizer.decode([label for label in labels if label != IGNORED])
@@ -47,7 +47,7 @@ def test_exactly_the_assistant_turns_are_learned(messages, template):
     assert learned_text(tokenizer, input_ids, labels) == "".join(spoken)
     assert tokenizer.decode(input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
     assert input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
-    # Nothing before the first answer: the same words of a user are not taken for the assistant's.
+    # Nothing before the first answer is learned, even if a user says the same words.
     prompt = tokenizer.apply_chat_template(
         messages[: [turn["role"] for turn in messages].index("assistant")],
         add_generation_prompt=True,
@@ -102,7 +102,7 @@ def test_a_limit_changes_no_label_before_it(max_length):
 
 
 def test_white_space_that_ends_a_turn_is_learned():
-    """Without a special token the line break is all that tells generation to stop."""
+    """Without a special token, only the line break tells generation to stop."""
     template = (
         "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
@@ -133,7 +133,7 @@ TOOL_USE = [
 
 
 def tokenizer_for(template):
-    """One that knows the special tokens of a template."""
+    """Return a tokenizer that knows the special tokens of a template."""
     tokenizer = tiny_tokenizer(template)
     found = set(re.findall(r"<\|\w+\|>|<\w+_of_turn>|\[/?INST\]", template))
     tokenizer.add_tokens(sorted(found), special_tokens=True)
@@ -197,7 +197,7 @@ def test_shipped_templates_take_no_role_for_another(name, role):
 
 @pytest.mark.parametrize("name", ["llama3", "gemma", "qwen3"])
 def test_shipped_templates_write_what_the_models_read(name):
-    """TRL has the templates as the models' authors published them."""
+    """TRL contains the templates that the models' authors published."""
     folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
     published = (folder / {"gemma": "gemma3.jinja"}.get(name, f"{name}.jinja")).read_text()
     ours, theirs = shipped_tokenizer(name), shipped_tokenizer(name)
@@ -262,7 +262,7 @@ def test_the_training_template_of_trl_is_used_where_answers_cannot_be_told(caplo
     answers = "".join(f"<think></think>{said}<|im_end|>" for said in ("hello", "yes"))
     assert learned_text(tokenizer, input_ids, labels) == answers
     assert "TRL's training template is used instead of the model's" in caplog.text
-    assert tokenizer.chat_template == template  # what is saved with the model stays its own
+    assert tokenizer.chat_template == template  # the template saved with the model is unchanged
 
 
 def test_no_messages_give_no_example():
@@ -280,7 +280,7 @@ def test_assistant_first_is_refused():
         encode_conversation([{"role": "assistant", "content": "hello"}], tiny_tokenizer())
 
 
-# Qwen3's way: the answer that is asked for last is shown with its thoughts, those before without.
+# As in Qwen3, answers after the last user turn show their thoughts, and earlier answers do not.
 FORGETFUL = CHATML.replace(
     "message['content'] +",
     "('<thought>' if message['role'] == 'assistant' and loop.index0 > ns.user else '') "
@@ -300,7 +300,7 @@ def test_an_answer_that_is_rewritten_later_is_learned_as_it_is_said(max_length):
     examples = encode_row({"messages": messages}, tokenizer, max_length=max_length)
 
     texts = [learned_text(tokenizer, *example) for example in examples]
-    # The last two follow each other without a user between, and keep their thoughts together.
+    # The last two answers have no user turn between them, and both keep their thoughts.
     assert texts == [f"<thought>{said}{END}" for said in "bd"] + [f"<thought>g{END}<thought>h{END}"]
     for (input_ids, labels), n_before in zip(examples, (1, 3, 5), strict=True):
         prompt = tokenizer.apply_chat_template(
@@ -346,7 +346,7 @@ def test_conversation_that_the_template_refuses_is_named():
 
 @pytest.mark.parametrize("fault", ["1 / 0", "'a'.index('b')", "'{x}'.format()", "'x' * none"])
 def test_what_a_template_stumbles_over_is_said_of_the_conversation(fault):
-    """Python's own errors came out of it with a traceback."""
+    """Python's own errors in a template once ended in a traceback."""
     tokenizer = tiny_tokenizer(f"{{{{ {fault} }}}}{CHATML}")
     with pytest.raises(RowError, match="the chat template refuses the conversation"):
         encode_conversation(chat("a", "b"), tokenizer)
@@ -386,7 +386,7 @@ def test_what_an_answer_says_is_not_left_out(template, answer, what):
     "template", ["{% for m in messages %}{{ m.content }", CHATML_MARKED + "{%"]
 )
 def test_a_template_that_is_no_jinja_is_refused_before_the_first_row(template):
-    """Each row was said to be bad, and with `on_bad_row: skip` all were left out."""
+    """Each row was once reported as bad, and with `on_bad_row: skip` all were left out."""
     with pytest.raises(ValueError, match=r"valid Jinja: .*, line [14]\. Correct it, or") as refused:
         ConversationEncoder(tiny_tokenizer(template), assistant_only=True).end_of_turn()
     assert not isinstance(refused.value, RowError)

@@ -1,4 +1,4 @@
-"""Labels mean what the model's head says they mean."""
+"""Labels have the meaning that the model's head gives them."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from tests.finetune.flags import write_jsonl
 
 
 def config_of(*names):
-    """The config of a checkpoint with a trained head, or with none."""
+    """Return the config of a checkpoint with a trained head; without names, of one with no head."""
     if not names:
         return BertConfig(architectures=["BertModel"])
     return BertConfig(
@@ -31,14 +31,14 @@ def task_of(labels, *head, kind=Classification, declared=None):
 @pytest.mark.parametrize(
     ("labels", "head", "declared", "names", "indices"),
     [
-        # A new head: as the data declare, else sorted; numbers as numbers.
+        # A new head: classes in declared order, otherwise sorted; numbers by value.
         (["good", "bad"], [], None, ["bad", "good"], [1, 0]),
         ([10, 9, 2], [], None, ["2", "9", "10"], [2, 1, 0]),
         (["10", "9", "2"], [], None, ["2", "9", "10"], [2, 1, 0]),  # csv knows only text
         ([1.0, 0.0], [], None, ["0", "1"], [1, 0]),  # pandas, where a label is missing
         ([True, False], [], None, ["False", "True"], [1, 0]),
         ([0, 1], [], ["pos", "neg"], ["pos", "neg"], [0, 1]),
-        # A trained head has its own order, and spelling.
+        # A trained head has its own order and spelling.
         (["good", "bad"], ["good", "bad"], None, ["good", "bad"], [0, 1]),
         (["bad"], ["good", "bad", "so so"], None, ["good", "bad", "so so"], [1]),
         ([" Pos", "neg", "pos"], ["NEG", "POS"], None, ["NEG", "POS"], [1, 0, 1]),
@@ -105,7 +105,7 @@ def test_regression_takes_numbers():
         ([["b"], ["a", "c"]], ["c", "b", "a"], [[0, 1, 0], [1, 0, 1]]),
         ([[0, 1, 1], [0, 0, 1]], ["x", "y", "z"], [[0, 1, 1], [0, 0, 1]]),  # one entry a class
         ([[2], [0, 1]], ["x", "y", "z"], [[0, 0, 1], [1, 1, 0]]),
-        # csv has only text.
+        # Labels in CSV are text.
         (["b", "a, c", ""], [], [[0, 1, 0], [1, 0, 1], [0, 0, 0]]),
         (["b", "so so;a"], [], [[0, 1, 0], [1, 0, 1]]),
         (["c |b", "a|c"], ["c", "b", "a"], [[1, 1, 0], [1, 0, 1]]),
@@ -131,14 +131,14 @@ def test_several_classes_are_lists(labels):
 
 
 def test_a_list_that_lacks_an_entry_does_not_turn_all_others_into_classes():
-    """With one list of another length, `[0, 1, 1]` was taken for the classes 0 and 1."""
+    """With one list of another length, `[0, 1, 1]` was once read as the classes 0 and 1."""
     task = task_of([[0, 1, 1], [1, 0]], kind=MultiLabel)
     with pytest.raises(RowError, match=r"0 or 1 twice in a list of classes: got \[0, 1, 1\]"):
         task.label([0, 1, 1])
 
 
 def test_a_list_has_an_entry_for_each_class_of_a_trained_head_or_none():
-    """Of few rows, all lists may have two numbers below two: they are classes all the same."""
+    """With a head of three classes, lists of two numbers are classes and not an entry per class."""
     task = task_of([[0, 1], [1, 0]], "x", "y", "z", kind=MultiLabel)
     assert task.label([0, 1]) == [1, 1, 0]
     assert task_of([[0, 1], [1, 0]], "x", "y", kind=MultiLabel).label([0, 1]) == [0, 1]
@@ -159,7 +159,7 @@ def test_several_classes_have_one_separator():
     ],
 )
 def test_special_tokens_around_a_text_stand_there_once(template, pair_template):
-    """Rows that were written with them are what they are without."""
+    """Rows that contain the special tokens are encoded like rows without them."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
     ids = [("[CLS]", tokenizer.cls_token_id), ("[SEP]", tokenizer.sep_token_id)]
@@ -179,7 +179,7 @@ def test_special_tokens_around_a_text_stand_there_once(template, pair_template):
         (expected,) = task.encode(row)
         assert task.encode(marked) == [expected]
         assert expected["input_ids"].count(tokenizer.cls_token_id) == bool(before)
-        # The token in the middle is the user's own.
+        # The token in the middle belongs to the user's text.
         text = tokenizer(*[row["text"], row["other"]][: 1 + (pair is not None)])
         assert expected["input_ids"] == text["input_ids"]
 
@@ -235,7 +235,7 @@ def test_pairs_are_cut_to_length_and_batched(tmp_path):
 
 @pytest.mark.parametrize("kind", ["classification", "multi_label"])
 def test_a_class_has_its_name_whatever_its_number_is_in_another_table(kind, tmp_path):
-    """Numbers of one table were read by the names of another: all of them wrong."""
+    """Numbers of one table were once read by the names of another, all of them wrongly."""
     task, wrap = ("classification", lambda x: x) if kind == "classification" else (kind, List)
 
     def table(name, names):
@@ -259,7 +259,7 @@ def test_a_class_has_its_name_whatever_its_number_is_in_another_table(kind, tmp_
 
 
 def test_a_text_of_no_token_is_left_out(tmp_path):
-    """A tokenizer without special tokens makes nothing of it, and a batch of it was no batch."""
+    """Without special tokens an empty text has no tokens, and a batch of such texts once failed."""
     rows = [{"text": text, "label": label} for text, label in [("", 0), ("x", 0), ("y", 1)]]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     arguments = DataArguments(task="classification", train_data=path)

@@ -1,4 +1,4 @@
-"""One conversation, however it is written down; what is not known is refused by its name."""
+"""All notations of a conversation are read alike, and unknown parts are refused by name."""
 
 import json
 
@@ -154,16 +154,16 @@ def test_weight_and_train_say_what_is_learned(marks, row_marks, learned):
     conversation = read({"messages": messages} | row_marks)
 
     assert conversation.learned[1::2] == learned
-    assert conversation.turns == turns  # a template knows nothing of them
+    assert conversation.turns == turns  # templates do not see the marks
 
 
 @pytest.mark.parametrize("name", ["messages", "conversations"])
 def test_messages_may_be_a_text_as_in_csv(name):
-    """A column of csv holds text alone, and a list written out there was called no list."""
+    """A CSV column holds only text, and a list written as text was once refused."""
     turns = chat("a", 'b, "c"\n', "d", "e")
     assert read({name: " " + json.dumps(turns)}) == read({name: turns})
     assert read({"prompt": json.dumps(turns[:1]), "completion": "b"}).turns[0]["content"] == (
-        json.dumps(turns[:1])  # a prompt is a text
+        json.dumps(turns[:1])  # a prompt is read as text
     )
 
 

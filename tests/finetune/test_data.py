@@ -1,4 +1,4 @@
-"""From rows to batches: what is learned, what is masked, what is counted, what is refused."""
+"""From rows to batches: labels, masks, counts, and refused rows."""
 
 import re
 
@@ -31,7 +31,7 @@ def chats_file(tmp_path):
 
 
 def test_padding_is_never_learned_and_the_end_of_a_turn_always_is(chats_file):
-    """Padding and the end of a turn are one token: masking by token would unlearn to stop."""
+    """Padding and the end of a turn are one token: masking by token would unlearn stopping."""
     tokenizer = tiny_tokenizer()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
@@ -213,7 +213,7 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path):
 
 
 def test_data_sets_are_mixed_by_their_weights(tmp_path):
-    """Files of different fields, which Arrow would not put into one table."""
+    """The files have different fields, which Arrow would not put into one table."""
     rows = {
         "a": [{"messages": chat(f"a{n}", "x")} for n in range(4)],
         "b": [{"prompt": f"b{n}", "completion": "x"} for n in range(4)],
@@ -241,12 +241,12 @@ def test_data_sets_are_mixed_by_their_weights(tmp_path):
         asked(0, train_weights=[1, 1, 0.1])
 
     held_out = asked(0, train_weights=[3, 3, 3], eval_fraction=0.5)[1]
-    assert held_out.evaluation.counts.examples == 6  # each once
+    assert held_out.evaluation.counts.examples == 6  # each example once
     assert held_out.train.counts.examples == 18
 
 
 def test_text_begins_and_ends_once(tmp_path):
-    """Where the tokenizer adds them, and the text has them already."""
+    """The tokenizer adds these tokens, and some texts have them already."""
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{TURN} $A {END}", special_tokens=[(TURN, 0), (END, 1)]

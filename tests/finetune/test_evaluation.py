@@ -1,4 +1,4 @@
-"""Scores against their definitions, and through a Trainer."""
+"""Scores agree with their definitions, also in a Trainer."""
 
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def test_token_losses_are_log_probabilities_of_the_next_token(dtype):
 
 
 def test_eval_loss_is_a_mean_over_tokens_not_over_batches(tmp_path):
-    """The Trainer averages batch means: one learned token alone in a batch would weigh as eight."""
+    """The Trainer averages batch means, so one learned token could weigh as much as eight."""
     tokenizer, model = tiny_tokenizer(), tiny_llama(vocab_size=320)
     examples = []
     for seed, (length, n_learned) in enumerate([(9, 8), (5, 1), (12, 3)]):

@@ -1,4 +1,4 @@
-"""What is shown before the first step is what is learned."""
+"""The text that is shown before the first step is the text that is learned."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""An exported checkpoint is the INT8 model with float weights, and no trace of INT8."""
+"""An exported checkpoint is the INT8 model with float weights, without a trace of INT8."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_an_export_takes_the_place_of_an_earlier_one_when_it_is_whole(
 
 
 def test_a_left_draft_of_the_old_name_is_not_taken_over(checkpoint, tmp_path):
-    """Its files would have been in the export."""
+    """The files in such a draft would end up in the export."""
     left = tmp_path / f".plain.{os.getpid()}"
     left.mkdir()
     (left / "adapter_config.json").write_text("{}")
@@ -132,7 +132,7 @@ def test_a_left_draft_of_the_old_name_is_not_taken_over(checkpoint, tmp_path):
 
 
 def test_int8_weights_without_their_config_are_refused(checkpoint, tmp_path):
-    """The text said that an ordinary checkpoint needs no export."""
+    """The error once said that an ordinary checkpoint needs no export."""
     edit_config(checkpoint, lambda config: config.pop("quantization_config"))
     with pytest.raises(ValueError, match=r"has INT8 weights, .* Restore the config\.json"):
         export_checkpoint(checkpoint, tmp_path / "plain", dtype=torch.bfloat16)
@@ -140,7 +140,7 @@ def test_int8_weights_without_their_config_are_refused(checkpoint, tmp_path):
 
 
 def test_weights_of_two_runs_are_refused(checkpoint, tmp_path):
-    """The file was taken, whatever the shards were."""
+    """The single file was once exported, whatever the shards were."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="9KB")
     for path in (tmp_path / "sharded").glob("model*"):
@@ -152,7 +152,7 @@ def test_weights_of_two_runs_are_refused(checkpoint, tmp_path):
 
 
 def plain_loss(folder, tmp_path):
-    """What scripts/evaluate_plain.py says, without qft_hf."""
+    """Run scripts/evaluate_plain.py, which does not need qft_hf."""
     examples = tmp_path / "examples.jsonl"
     ids = list(range(9))
     examples.write_text(json.dumps({"input_ids": ids, "labels": ids}) + "\n")

@@ -1,4 +1,4 @@
-"""Runs on text of models that see images besides."""
+"""Runs on text of models that also have a vision encoder."""
 
 import pytest
 import torch
@@ -19,12 +19,12 @@ from tests.finetune.flags import parsed, write_jsonl
 from tests.scripts.commands import load
 
 TINY = load("families").TINY
-N_TOKENS = 330  # those above 320 stand for images
+N_TOKENS = 330  # those from 320 on stand for images
 TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 
 
 def flags(folder):
-    """Of a run on the model that lies there; its tokenizer is written beside it."""
+    """Write a tokenizer and data for the model in `folder`, and return the flags of a run on it."""
     tiny_tokenizer().save_pretrained(folder / "model")
     rows = [{"messages": chat("how are you?", "fine, " * n)} for n in range(8)]
     return {
@@ -43,7 +43,7 @@ def flags(folder):
 
 
 def enlarged(config):
-    """The configuration for the tokens of the tiny tokenizer."""
+    """Set a configuration's vocabulary to the tiny tokenizer's tokens and some for images."""
     config.get_text_config().vocab_size = N_TOKENS
     for number, name in enumerate(TOKENS, start=1):
         if hasattr(config, name):
@@ -57,7 +57,7 @@ def is_of_vision(name):
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "LLaVA", "Gemma 3, with images"])
 def test_its_text_is_trained_and_what_sees_stays(name, tmp_path, caplog):
-    """Qwen2.5-VL and LLaVA ended in a list of two hundred other configurations."""
+    """Qwen2.5-VL and LLaVA once ended in a list of two hundred other configurations."""
     before = AutoModelForImageTextToText.from_config(enlarged(TINY[name].config()))
     before.save_pretrained(tmp_path / "model")
     arguments = parsed(flags(tmp_path))
@@ -85,7 +85,7 @@ def test_its_text_is_trained_and_what_sees_stays(name, tmp_path, caplog):
     }
     sees = {key for key in moved if is_of_vision(key)}
     assert 0 < len(sees) < len(moved)
-    assert max(moved[key] for key in sees) < 0.02  # as INT8 has it
+    assert max(moved[key] for key in sees) < 0.02  # rounding to INT8
     assert min(moved[key] for key in moved.keys() - sees if "layers" in key) > 0.02
 
 
@@ -116,7 +116,7 @@ def test_a_part_that_is_left_out_is_named(tmp_path, caplog):
 
 
 def test_a_model_with_an_encoder_of_text_is_refused_before_data_are_read(tmp_path):
-    """The answers would have gone to the encoder, and Bart's been left out without a word."""
+    """The answers would go to T5's encoder, and Bart's encoder would silently be left out."""
     for config in (
         T5Config(d_model=12, d_kv=6, num_layers=1, num_heads=2),
         BartConfig(d_model=12, encoder_layers=1, decoder_layers=1),

@@ -1,4 +1,4 @@
-"""Nothing that a run wrote is lost unless that was asked for."""
+"""Nothing that a run wrote is lost unless the user asked for it."""
 
 import json
 import os
@@ -33,7 +33,7 @@ TRACES = ["run.yaml", "model.safetensors", "model-00001-of-00002.safetensors", "
 
 
 def leave(folder, trace):
-    """Leave what a run of ours leaves; a checkpoint has our mark."""
+    """Create what a run of ours leaves; a checkpoint has our mark."""
     path = folder / trace
     if trace.endswith("/"):
         path.mkdir(parents=True)
@@ -159,7 +159,7 @@ def test_what_a_run_reads_must_not_lie_where_it_writes(key, name, tmp_path):
 
     with pytest.raises(ValueError, match=key):
         refuse_inputs_inside(run, {key: str(run / name)})
-    # A name on the hub, and files that a run has no name for, are in nobody's way.
+    # A name on the Hub, and files whose names a run does not use, are allowed.
     refuse_inputs_inside(run, {"a": "org/model", "b": str(run / "data" / "rows.jsonl")})
     refuse_inputs_inside(run, {"c": str(tmp_path)})
 
@@ -181,7 +181,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 
 
 def test_a_folder_that_refuses_writing_is_refused(tmp_path, monkeypatch):
-    """`os.access` is asked of the nearest folder; who is root may write where others may not."""
+    """`os.access` is asked about the nearest folder, and replaced because root may always write."""
     asked = []
     monkeypatch.setattr("os.access", lambda path, mode: asked.append((path, mode)))
     with pytest.raises(PermissionError, match=r"nothing can be written to .* change its permis"):
@@ -191,7 +191,7 @@ def test_a_folder_that_refuses_writing_is_refused(tmp_path, monkeypatch):
 
 def test_a_disk_that_is_too_small_is_refused(tmp_path):
     free = shutil.disk_usage(tmp_path).free
-    margin = 10**9  # others write, too
+    margin = 10**9  # other processes write, too
     refuse_small_disk(tmp_path / "new", free - margin, overwrite=False)
     with pytest.raises(
         OSError, match=r"will write up to .* are free there\. Choose .*save_total_l"
@@ -203,7 +203,7 @@ def test_what_will_be_removed_counts_as_free(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     leave(tmp_path, "checkpoint-7/")
     with (tmp_path / "checkpoint-7" / "model.safetensors").open("wb") as file:
-        file.truncate(4 * 10**9)  # no block of it is on the disk
+        file.truncate(4 * 10**9)  # a sparse file takes no room
     for overwrite in (True, False):  # a resumed run rotates its checkpoints
         refuse_small_disk(tmp_path, free + 3 * 10**9, overwrite=overwrite)
     with pytest.raises(OSError, match="are free there"):
@@ -226,7 +226,7 @@ def test_the_config_in_force_does_the_run_again(tmp_path):
 
 
 def test_the_config_in_force_does_the_run_again_from_any_folder(tmp_path, monkeypatch):
-    """It had the paths as they were given, which mean other files in another folder."""
+    """run.yaml once had paths as they were given, which mean other files in another folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.jsonl").write_text("{}\n")
     (tmp_path / "model").mkdir()
@@ -248,7 +248,7 @@ def test_the_config_in_force_does_the_run_again_from_any_folder(tmp_path, monkey
 
 
 def test_a_run_that_goes_on_with_other_settings_says_which(tmp_path, caplog):
-    """`run.yaml` was written anew without a word, and told nothing of the steps before."""
+    """`run.yaml` was once rewritten silently and no longer described the earlier steps."""
     before = {"max_length": 256, "train_data": ["a.jsonl"], "seed": 3}
     claim(tmp_path, before)
     claim(tmp_path, before | {"resume_from_checkpoint": "true"})
@@ -265,7 +265,7 @@ def test_a_run_that_goes_on_with_other_settings_says_which(tmp_path, caplog):
 
 
 def leave_whole(folder, step):
-    """A checkpoint with all that a resume reads."""
+    """Write a checkpoint with all files that a resume reads."""
     checkpoint = folder / f"checkpoint-{step}"
     checkpoint.mkdir(parents=True)
     save_file({"weight": torch.ones(2)}, checkpoint / "model.safetensors")
@@ -292,7 +292,7 @@ def test_which_checkpoint_is_resumed(tmp_path):
 
 
 def test_what_a_killed_run_had_written_whole_is_a_run(tmp_path):
-    """It was killed before its first checkpoint came to its place, and that one counts."""
+    """The run was killed before its first checkpoint was moved to its place, but it counts."""
     draft = tmp_path / "_qft-draft-abcd"
     (draft / "whole").mkdir(parents=True)
     leave_whole(draft / "whole", 2)
@@ -382,7 +382,7 @@ def test_the_picture_is_never_an_empty_frame(history, tmp_path):
     draw_loss_curve(history, path, title="", unit="nats")
     assert os.listdir(tmp_path) == ["loss_curve.png"]
 
-    # Left out are 15 % at each side: labels, ticks, frame. Grid and ground are grey.
+    # 15 % at each side are left out: labels, ticks and frame. Grid and background are gray.
     pixels = imread(path)[..., :3]
     height, width, _ = pixels.shape
     inner = pixels[int(0.15 * height) : int(0.85 * height), int(0.15 * width) : int(0.85 * width)]

@@ -1,4 +1,4 @@
-"""Packed examples keep every token, and nothing of each other."""
+"""Packed examples keep every token and do not affect each other."""
 
 import random
 
@@ -129,7 +129,7 @@ def tiny(family, sizes):
 
 @pytest.mark.parametrize(("family", "sizes"), APART.items(), ids=APART)
 def test_a_document_changes_no_loss_of_another_by_a_bit(family, sizes):
-    """In evaluation, in training, and with checkpointing, which takes other ways."""
+    """This holds in evaluation, in training, and with checkpointing, whose code paths differ."""
     model = tiny(family, sizes)
     refuse_crossing(model)
     lengths, generator = [9, 14, 1, 6], torch.Generator().manual_seed(0)
@@ -147,7 +147,7 @@ def test_a_document_changes_no_loss_of_another_by_a_bit(family, sizes):
 
     for mode in ("evaluation", "training", "checkpointing"):
         first = losses(documents, mode)
-        assert (first != 0).sum() == sum(lengths) - 5  # all but where documents and blocks begin
+        assert (first != 0).sum() == sum(lengths) - 5  # all but the first of documents and blocks
         for index, changed in enumerate(documents):
             other = [*documents[:index], [(t + 7) % 64 for t in changed], *documents[index + 1 :]]
             start = sum(lengths[:index])
@@ -160,7 +160,7 @@ def test_a_document_changes_no_loss_of_another_by_a_bit(family, sizes):
 
 @pytest.mark.parametrize("matmul", [None, "dequantize", "int8"])
 def test_experts_that_documents_share_are_no_reason_to_refuse(matmul):
-    """They multiply tokens of all documents at a time, and last bits move with how many."""
+    """Experts multiply tokens of all documents together; last bits depend on how many tokens."""
     sizes = {"hidden_size": 64, "head_dim": 16, "moe_intermediate_size": 64}
     mixture = {"num_experts": 32, "num_experts_per_tok": 8}
     model = tiny("Qwen3Moe", SIZES | sizes | mixture)
@@ -171,7 +171,7 @@ def test_experts_that_documents_share_are_no_reason_to_refuse(matmul):
 
     refuse_crossing(model.train())
 
-    # The model is as it was.
+    # The model is unchanged.
     assert {name for name, p in model.named_parameters() if p.requires_grad} == learned
     assert 0 < len(learned) < len(list(model.parameters()))
     assert model.training
@@ -184,7 +184,7 @@ LONG = {"num_hidden_layers": 7, "n_layer": 7, "n_layers": 7, "vocab_size": 4096}
 
 @pytest.mark.parametrize(("family", "sizes"), (APART | CROSSING).items(), ids=APART | CROSSING)
 def test_a_short_model_of_the_family_answers_for_a_long_one(family, sizes):
-    """What a dry run makes: no layer type is missing, and no weight of the long one is needed."""
+    """A dry run builds a short model, which has all layer types and needs no weights."""
     long = config_of(family, {name: LONG.get(name, size) for name, size in sizes.items()})
     if "pad_token_id" not in sizes:
         long.pad_token_id = 4000

@@ -15,7 +15,7 @@ REQUIRED = "model_name_or_path: model\ntrain_data: rows.jsonl\nuse_cpu: true\n"
 
 @pytest.fixture
 def config(tmp_path):
-    """Write a config with the required keys and some more."""
+    """Return a function that writes a config with the required keys and further text."""
 
     def write(text=""):
         path = tmp_path / "run.yaml"
@@ -27,7 +27,7 @@ def config(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_of_the_project_is_valid(path):
-    # bf16 is refused where there is no GPU, unless the CPU is asked for.
+    # BF16 is refused without a GPU unless the CPU is requested.
     arguments = parse_arguments([str(path), "--use_cpu", "true"])
 
     assert arguments.training.optim == "qft_lion"
@@ -244,7 +244,7 @@ def test_a_list_is_of_names_and_where_one_is_wanted(text, message, config):
     ],
 )
 def test_what_would_falsify_the_scores_is_refused(key, value, fine, config):
-    """Rows of the evaluation were left out, what is float became bf16, or a key was missing."""
+    """These options once left out evaluation rows, cast floats to BF16, or dropped a key."""
     with pytest.raises(ValueError, match=rf"{key} cannot be set: .* Leave it out\."):
         parse_arguments([config(f"{key}: {value}\n")])
     parse_arguments([config(f"{key}: {fine}\n")])
@@ -296,7 +296,7 @@ def test_help_lists_every_group(capsys):
     ("optim", "rate"), [("qft_lion", 1e-5), ("qft_adamw", 5e-5), ("adamw_torch", 5e-5)]
 )
 def test_every_optimizer_has_its_own_rate(optim, rate, config):
-    """AdamW's moves a weight by far less than Lion's of the same number."""
+    """AdamW moves a weight by far less than Lion at the same rate."""
     assert parse_arguments([config(f"optim: {optim}\n")]).training.learning_rate == rate
     given = parse_arguments([config(f"optim: {optim}\nlearning_rate: 5e-5\n")])
     assert given.training.learning_rate == 5e-5
@@ -319,7 +319,7 @@ def test_sgd_has_no_rate_that_suits_all(config):
     ],
 )
 def test_what_is_no_yaml_is_refused_with_its_line(config, text, what):
-    """The last of two equal keys counted; a tab, and a placeholder, ended in a traceback."""
+    """Once, the last of two equal keys counted, and a tab or a placeholder ended in a traceback."""
     with pytest.raises(ValueError, match=rf"(?s){what}.*no tabs"):
         parse_arguments([config(text)])
 
@@ -353,7 +353,7 @@ def test_a_config_may_have_the_encodings_of_editors(config, encoding):
     ],
 )
 def test_none_or_less_of_what_is_counted_is_refused(config, key, value):
-    """Some divided by zero, and `max_steps: 0` trained for three epochs."""
+    """Some values once caused a division by zero, and `max_steps: 0` trained for three epochs."""
     with pytest.raises(ValueError, match=f"{key} must be above 0, got {value}. Leave it out"):
         parse_arguments([config(f"{key}: {value}\n")])
 
@@ -382,7 +382,7 @@ def test_counts_may_be_small_and_shares(config):
     ],
 )
 def test_numbers_that_are_none_and_words_for_mappings_are_refused(config, key, value, text):
-    """Some ended in a traceback, after loading even; a smoothing below 0 trained."""
+    """Some values once ended in a traceback, even after loading; a smoothing below 0 was used."""
     with pytest.raises(ValueError, match=text):
         parse_arguments([config(f"{key}: {value}\n")])
 
@@ -404,7 +404,7 @@ def test_a_share_of_the_rows_is_between_none_and_all(config, share):
 
 
 def test_what_the_trainer_refuses_reads_as_what_we_refuse(config):
-    """The command shows the text of what qft_hf raises, and a traceback of all else."""
+    """The command shows errors of qft_hf as text, and a traceback for all others."""
     with pytest.raises(ValueError, match="warmup_steps >= 0") as refused:
         parse_arguments([config("warmup_steps: -1\n")])
     assert refused.traceback[-1].path.name == "parsing.py"
@@ -414,7 +414,7 @@ def test_what_the_trainer_refuses_reads_as_what_we_refuse(config):
 
 @pytest.mark.parametrize("key", ["model_name_or_path", "chat_template", "train_data", "output_dir"])
 def test_paths_are_read_as_a_shell_reads_them(key, tmp_path, monkeypatch):
-    """A folder `${DISK}` was made for `output_dir: ${DISK}/runs`, and `~` was a name on the hub."""
+    """`output_dir: ${DISK}/runs` once made a folder `${DISK}`, and `~` was a name on the Hub."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("DISK", "/disk")
     values = {"model_name_or_path": "m", "train_data": "t.jsonl", "output_dir": "out"}
@@ -447,7 +447,7 @@ def test_a_pattern_begins_at_home_too(monkeypatch):
     [("eval_fraction: 0.5", "--eval_data=t.jsonl"), ("eval_data: t.jsonl", "--eval_fraction=0.5")],
 )
 def test_a_flag_replaces_what_a_config_says_in_another_way(config, key, flag):
-    """`qft-hf evaluate RUN --eval_data FILE` was refused where the run had held out a share."""
+    """`qft-hf evaluate RUN --eval_data FILE` was once refused if the run had held out a share."""
     data = parse_arguments([config(f"{key}\n"), flag]).data
     assert (data.eval_data is None) == flag.startswith("--eval_fraction")
     assert (data.eval_fraction is None) == flag.startswith("--eval_data")
@@ -459,13 +459,13 @@ def test_a_flag_replaces_what_a_config_says_in_another_way(config, key, flag):
 
 @pytest.mark.parametrize("flags", [["--seed=1", "my.yaml"], ["--use_cpu", "true", "a/b.yml"]])
 def test_a_config_behind_the_flags_is_named(flags):
-    """Its keys were said to be missing."""
+    """The error once said that its keys were missing."""
     with pytest.raises(ValueError, match=f"the config must come first, then flags: {flags[-1]} --"):
         parse_arguments(flags)
 
 
 @pytest.mark.parametrize("key", ["output_dir", "train_data", "model_name_or_path"])
 def test_an_empty_path_is_no_folder(key, config):
-    """`--output_dir "$OUT"` wrote into the folder that one stood in."""
+    """`--output_dir "$OUT"` with an empty variable once wrote into the current folder."""
     with pytest.raises(ValueError, match=r"a path is empty\. Is it a variable"):
         parse_arguments([config(), f"--{key}="])

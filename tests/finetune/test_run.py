@@ -1,4 +1,4 @@
-"""Whole runs of tiny models, from arguments to what lies in the output folder."""
+"""Whole runs of tiny models, from arguments to the contents of the output folder."""
 
 import http.server
 import json
@@ -107,7 +107,7 @@ def test_a_run_leaves_checkpoint_curve_and_summary(chat_flags, capsys):
     lengths = [
         len(tokenizer.apply_chat_template(row["messages"], return_dict=False)) for row in rows
     ]
-    assert len(lengths) == 4 * 2  # steps x conversations: each is seen once
+    assert len(lengths) == 4 * 2  # steps x batch size: each conversation is seen once
     assert summary.trained_tokens == sum(min(length, 48) for length in lengths)
     assert summary.tokens_per_second == summary.trained_tokens / summary.train_seconds
     assert set(summary.state_bytes) > {"INT8 weights", "gradients", "momentum"}
@@ -131,7 +131,7 @@ def test_scores_before_training_are_those_of_the_loaded_model(chat_flags):
         )
     )
 
-    # INT8 to INT8: nothing is rounded on the way.
+    # The model stays INT8, so nothing is rounded in between.
     assert again.before == first.after
 
 
@@ -152,7 +152,7 @@ def test_last_scores_are_of_the_final_weights_and_not_taken_twice(chat_flags):
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_every_token_counts_once_and_padding_does_not(packing, batch_size, chat_flags, tmp_path):
-    """The last packed batch has padding, its blocks no mask; the end of a text is its token."""
+    """The last packed batch has padding and no mask, and the padding token also ends texts."""
     said = ["the quick brown fox " * (1 + n % 3) for n in range(26)]
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": text} for text in said])
     values = chat_flags | {"train_data": texts, "task": "text", "packing": packing}
@@ -192,7 +192,7 @@ def test_every_token_counts_once_and_padding_does_not(packing, batch_size, chat_
 
 
 def test_packing_changes_no_score(chat_flags):
-    """Every answer is scored as it stands alone; in the last block of two there is padding."""
+    """Every answer is scored as if alone, and the last of two blocks has padding."""
     chats = [chat("hi", said) for said in ("a", "b", "c", "d", "e")]
     write_jsonl(chat_flags["eval_data"], [{"messages": messages} for messages in chats])
     block = 3 * len(tiny_tokenizer().apply_chat_template(chats[0], return_dict=False))
@@ -203,7 +203,7 @@ def test_packing_changes_no_score(chat_flags):
         for packing in ("true", "false")
     ]
 
-    # The same products in other shapes: fp32 sums in another order.
+    # The same products have other shapes, so FP32 sums have another order.
     assert scores[0]["eval_loss"] == pytest.approx(scores[1]["eval_loss"], rel=1e-5)
 
 
@@ -216,7 +216,7 @@ def test_packing_is_refused_where_documents_would_cross(chat_flags):
 
 @pytest.mark.parametrize("tiny_model", [tiny_bert, tiny_llama], ids=["encoder", "decoder"])
 def test_classification_run(tiny_model, tmp_path):
-    """A decoder needs to know the padding token, also for the scores before training."""
+    """A decoder needs the padding token, also for the scores before training."""
     model = tiny_model(vocab_size=VOCAB_SIZE, pad_token_id=None)
     model.base_model.save_pretrained(tmp_path / "encoder")
     tiny_tokenizer().save_pretrained(tmp_path / "encoder")
@@ -292,7 +292,7 @@ def test_resuming_ends_like_the_straight_run(chat_flags, tmp_path):
 
 
 def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
-    """It took one step more, and wrote a summary of 0 tokens over that of the run."""
+    """The resumed run once took one more step and overwrote the summary with one of 0 tokens."""
     values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
     finetune(parsed(values))
     run = Path(chat_flags["output_dir"])
@@ -324,7 +324,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
     ],
 )
 def test_a_resume_that_is_refused_changes_nothing(changes, message, chat_flags):
-    """`run.yaml` told the refused settings of steps that had gone by others."""
+    """`run.yaml` once had the refused settings, though steps had been trained with others."""
     values = chat_flags | {"save_strategy": "steps", "save_steps": 2, "weight_decay": 0.01}
     finetune(parsed(values))
     run = Path(chat_flags["output_dir"])
@@ -338,12 +338,12 @@ def test_a_resume_that_is_refused_changes_nothing(changes, message, chat_flags):
 
 @pytest.mark.parametrize("overwrites", [False, True])
 def test_of_two_runs_that_begin_at_once_one_has_the_folder(overwrites, chat_flags):
-    """Both had found it empty, and each wrote over what the other had written."""
+    """Both runs once found the folder empty, and each overwrote what the other had written."""
     first, second = (prepare(parsed(chat_flags, overwrite_output=overwrites)) for _ in range(2))
     train(first)
     before = contents(Path(chat_flags["output_dir"]))
     if overwrites:
-        train(second)  # as it was told to
+        train(second)  # as overwrite_output says
         return
 
     with pytest.raises(FileExistsError, match="already holds a run"):
@@ -354,7 +354,7 @@ def test_of_two_runs_that_begin_at_once_one_has_the_folder(overwrites, chat_flag
 
 @pytest.mark.parametrize("task", ["chat", "classification"])
 def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, monkeypatch):
-    """All of them were read and tokenized, and had to be where they were."""
+    """The training data once had to exist, and all of it was read and tokenized."""
     if task == "classification":
         tiny_bert(vocab_size=VOCAB_SIZE).base_model.save_pretrained(
             chat_flags["model_name_or_path"]
@@ -370,7 +370,7 @@ def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, mo
 
     found = evaluate_checkpoint(parse_arguments(flags_of([chat_flags["output_dir"].as_posix()])))
 
-    assert found.scores == pytest.approx(summary.after, rel=1e-5)  # of one batch and another
+    assert found.scores == pytest.approx(summary.after, rel=1e-5)  # other batches
     assert found.data == summary.eval_data
 
 
@@ -385,7 +385,7 @@ def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, mo
     ],
 )
 def test_the_best_model_has_the_smallest_error(task, metric, greater, chat_flags):
-    """The Trainer takes all but losses for a gain, so that the worst perplexity was the best."""
+    """The Trainer maximizes all scores but losses, so the worst perplexity was once the best."""
     rows = [{"text": "the fox", "label": n, "messages": chat("a", "b")} for n in range(4)]
     write_jsonl(chat_flags["train_data"], rows)
     flags = chat_flags | {"eval_data": chat_flags["train_data"], "task": task}
@@ -412,7 +412,7 @@ def test_the_best_model_has_the_smallest_error(task, metric, greater, chat_flags
     ],
 )
 def test_what_a_run_would_stumble_over_is_refused_by_a_check(flags, message, chat_flags):
-    """Some ended in a traceback, at the first score or when all was loaded."""
+    """Some settings once ended in a traceback, at the first score or when all was loaded."""
     with pytest.raises(ValueError, match=message):
         check(parsed({k: v for k, v in (chat_flags | flags).items() if v is not None}))
 
@@ -427,7 +427,7 @@ def test_a_gpus_kernels_are_refused_on_a_cpu_by_a_run_and_not_by_a_check(chat_fl
 
 @pytest.mark.parametrize("task", ["classification", "regression", "multi_label"])
 def test_micro_batches_of_a_classifier_are_averaged(task, chat_flags):
-    """Their losses were summed up, as shares of one loss are, and so were their gradients."""
+    """Their losses and gradients were once summed, as if each were a share of one loss."""
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     tiny_bert(vocab_size=VOCAB_SIZE, **still).base_model.save_pretrained(
         chat_flags["model_name_or_path"]
@@ -452,12 +452,12 @@ def test_micro_batches_of_a_classifier_are_averaged(task, chat_flags):
         logs.append(next(entry for entry in history if "loss" in entry))
 
     for name in ("loss", "grad_norm"):
-        assert logs[1][name] == pytest.approx(logs[0][name], rel=0.02)  # of INT8 gradients
+        assert logs[1][name] == pytest.approx(logs[0][name], rel=0.02)  # INT8 gradients are rounded
 
 
 @pytest.mark.parametrize("earlier", [None, '{"steps": 2}', "{"])
 def test_a_run_that_was_killed_before_its_report_gets_one(earlier, chat_flags):
-    """Whatever is there was of fewer steps, or is damaged."""
+    """An existing summary has fewer steps or is damaged."""
     values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
     first = finetune(parsed(values))
     run = Path(chat_flags["output_dir"])
@@ -530,7 +530,7 @@ def test_what_the_run_was_told_is_there_before_anything_is_computed(chat_flags, 
 
 
 def test_a_disk_without_room_is_found_before_training(chat_flags, monkeypatch):
-    """It trained, and then the model was lost."""
+    """The run once trained, and then the model was lost."""
     usage = shutil.disk_usage(chat_flags["output_dir"].parent)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=60_000))
     values = chat_flags | {"save_strategy": "steps", "save_steps": 1}
@@ -554,7 +554,7 @@ BEST = {
     "changes", [{}, {"save_total_limit": 1}, {"optim": "qft_adamw"}, BEST], ids=str
 )
 def test_the_room_on_the_disk_is_what_the_run_takes(changes, chat_flags):
-    """To the byte, but for the headers of files; a draft is there while it is written."""
+    """The number is exact except for file headers; a draft needs room while it is written."""
     values = chat_flags | {"save_strategy": "steps", "save_steps": 1, "export_dtype": "float32"}
     run = prepare(parsed(values, **changes))
     needed = disk_bytes(run.arguments, run.trainer.model, len(run.data.train.dataset))
@@ -564,7 +564,7 @@ def test_the_room_on_the_disk_is_what_the_run_takes(changes, chat_flags):
     checkpoints = sorted(folder.glob("checkpoint-*"))
     assert len(checkpoints) == changes.get("save_total_limit", 4)
     if len(checkpoints) == 1:
-        checkpoints *= 2  # two of them were there for a moment
+        checkpoints *= 2  # an old and a new one exist for a moment
     weights = [path / "model.safetensors" for path in (*checkpoints, folder, folder / "float32")]
     tensors = [tensor for path in weights for tensor in load_file(path).values()]
     for checkpoint in checkpoints:
@@ -642,7 +642,7 @@ def test_chat_template_from_a_file(chat_flags, tmp_path):
 
 
 def test_a_template_has_no_byte_order_mark_in_it(chat_flags, tmp_path):
-    """Every conversation began with it; and another encoding ended in a traceback."""
+    """Every conversation once began with it, and another encoding ended in a traceback."""
     template = tmp_path / "template.jinja"
     template.write_text(CHATML, encoding="utf-8-sig")
     tokenizer = load_tokenizer(parsed(chat_flags, chat_template=template).model)
@@ -672,13 +672,13 @@ def test_generation_stops_where_answers_end(template, stops, said, chat_flags, c
     run = prepare(parsed(chat_flags))
 
     assert run.trainer.model.generation_config.eos_token_id == (stops or 2)
-    run.trainer.train()  # where the Trainer aligns its tokens
+    run.trainer.train()  # aligns special tokens
     assert set(run.trainer.model.generation_config.eos_token_id) == {1, 2, *(stops or [])}
     assert bool(re.search(said or "answers", caplog.text)) == (said is not None)
 
 
 def test_new_tokens_get_embeddings(chat_flags):
-    """Those of ChatML, on a tokenizer that has neither and a model that has no room for them."""
+    """The template's tokens for turns are in neither the tokenizer nor the embeddings."""
     tokens = ["<|turn|>", "<|done|>"]
     template = Path(chat_flags["model_name_or_path"]) / "turns.jinja"
     template.write_text(CHATML.replace(TURN, tokens[0]).replace(END, tokens[1]))
@@ -783,7 +783,7 @@ def test_a_model_without_a_tokenizer_says_which_key_names_one(chat_flags, tmp_pa
 
 @pytest.mark.parametrize("what", ["gone", "cut off"])
 def test_a_dry_run_misses_weights_as_a_run_does(what, chat_flags):
-    """It reads none of them, and said of a folder without that all would be well."""
+    """A dry run reads no weights and once accepted a folder without them."""
     weights = Path(chat_flags["model_name_or_path"]) / "model.safetensors"
     content = weights.read_bytes()
     weights.unlink()
@@ -820,7 +820,7 @@ def test_a_run_that_cannot_be_pushed_is_refused_before_it_trains(chat_flags):
 
 
 def test_a_hub_that_refuses_the_finished_run_costs_nothing(chat_flags, monkeypatch):
-    """It came before log, summary, export and card, and there was none of them."""
+    """The push once came before log, summary, export and card, which were then missing."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"

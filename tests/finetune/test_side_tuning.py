@@ -1,4 +1,4 @@
-"""Runs that train a side network: from arguments to what lies in the output folder, and back."""
+"""Runs that train a side network: from arguments to the output folder, and back."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from tests.finetune.chats import chat, tiny_tokenizer
 from tests.finetune.flags import as_flags, parsed, write_jsonl
 from tests.models import tiny_bert, tiny_llama
 
-# bitsandbytes computes on a CPU where rows are a multiple of 32 and columns one of 64.
+# On a CPU bitsandbytes needs rows in multiples of 32 and columns in multiples of 64.
 SIZES = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2,
     "num_key_value_heads": 1, "tie_word_embeddings": True,
@@ -26,7 +26,7 @@ SIZES = {
 
 @pytest.fixture
 def flags(tmp_path, monkeypatch):
-    """Flags of a run of four steps on a few conversations, from within its folder."""
+    """Flags of a run of four steps on a few conversations, relative to the current folder."""
     monkeypatch.chdir(tmp_path)
     tiny_llama(**SIZES).save_pretrained("model")
     tiny_tokenizer().save_pretrained("model")
@@ -129,7 +129,7 @@ def test_a_classifier_keeps_its_classes_in_the_folder_of_its_side_network(flags,
     assert summary.architecture == "BertForSequenceClassification"
     assert set(summary.after) == {"loss", "accuracy"}
 
-    # Held out are rows of two classes only: their numbers are still those of the head.
+    # The held-out rows have two of the classes, whose numbers are still those of the head.
     write_jsonl(Path("few.jsonl"), [row for row in rows if row["label"] != "bad"])
     capsys.readouterr()
     main(["evaluate", "run", "--eval_data", "few.jsonl", "--json"])
@@ -142,7 +142,7 @@ def test_a_classifier_keeps_its_classes_in_the_folder_of_its_side_network(flags,
 
 
 def test_weights_that_the_base_lacks_are_not_drawn_at_random_and_frozen(flags):
-    """A pooler was another one at each load, so that an evaluation scored another model."""
+    """A pooler was once drawn again at each load, so an evaluation scored another model."""
     config = tiny_bert(vocab_size=320, num_attention_heads=2, hidden_size=64).config
     BertForMaskedLM(config).save_pretrained("model")
     rows = [{"text": f"word {n}", "label": "abc"[n % 3]} for n in range(9)]
@@ -179,7 +179,7 @@ def test_resuming_ends_like_the_straight_run(flags):
 
 
 def test_packed_examples_see_each_other_neither_in_the_base_nor_beside_it(flags):
-    """The base runs without autograd, and the question whether they do ended in a traceback."""
+    """The base runs without autograd, where the check for crossing once ended in a traceback."""
     run = prepare(parsed(flags, base="int8", packing="true"))
     model, block = run.trainer.model, run.data.train.dataset[0]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Rows are what their files say, each with its place, and the files are those that were named."""
+"""Rows are exactly what the named files contain, each with its place."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ ROWS = [{"text": f"text {index}, with a comma", "label": index % 3} for index in
 
 
 def load_rows(source, split="train", **options):
-    """The rows of all parts."""
+    """Return the rows of all parts."""
     parts = sources.load_rows(str(source), split, **options)
     return [part.read(record) for part in parts for record in part.table]
 
@@ -27,7 +27,7 @@ def places(source, split="train"):
 
 
 def write(path, rows=ROWS):
-    """Write rows as the suffix says."""
+    """Write rows in the format of the suffix, and return the path."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     match path.suffixes[-1] if path.suffix not in (".gz", ".zst") else path.suffixes[-2]:
         case ".json":
@@ -71,7 +71,7 @@ def test_every_format_gives_the_same_rows(suffix, tmp_path):
 
 
 def test_a_row_has_its_own_fields_and_no_others(tmp_path):
-    """Arrow gives every row the fields of all, as null; it can't tell them from a null of one."""
+    """Arrow fills a row's absent fields with null, which cannot be told from its own null."""
     rows = [
         {"call": {"city": "Oslo"}, "content": "x"},
         {"call": {"zone": None, "days": [1, "two"]}, "content": ["y"], "id": "007"},
@@ -221,7 +221,7 @@ def test_quotes_that_say_nothing_clear_are_refused(name, text, tmp_path):
 
 
 def test_a_number_that_is_none_is_no_value(tmp_path):
-    """As pandas writes what is missing; it was the text "nan" of an instruction."""
+    """Pandas writes missing values so; one once became the text "nan" of an instruction."""
     (tmp_path / "a.jsonl").write_text('{"x": NaN, "y": [NaN, -Infinity], "z": "NaN"}\n')
     assert load_rows(tmp_path / "a.jsonl") == [{"x": None, "y": [None, -math.inf], "z": "NaN"}]
     Dataset.from_dict({"x": [float("nan"), 1.0]}).to_parquet(tmp_path / "a.parquet")
@@ -250,7 +250,7 @@ def test_missing_file_is_not_taken_for_a_hub_name(name, tmp_path):
     ("name", "text"), [("a.csv", "x,y,x\n1,2,3\n"), ("a.json", '[{"x": 1, "y": 2, "x": 3}]')]
 )
 def test_of_two_equal_names_none_is_chosen(name, text, tmp_path):
-    """The last one counted, and the column that was meant was never read."""
+    """The last one was once used, and the column that was meant was never read."""
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=r"cannot read .*'x'"):
         load_rows(tmp_path / name)
@@ -271,7 +271,7 @@ def test_another_encoding_is_refused_with_what_to_do(name, encoding, tmp_path):
 
 @pytest.mark.parametrize("name", ["chats", "folder/chats", "a.jsonl "])
 def test_what_is_neither_here_nor_on_the_hub_is_refused(name, tmp_path, monkeypatch):
-    """It ended in a traceback of `datasets`."""
+    """Such a name once ended in a traceback from `datasets`."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"no file or folder '{name}' .looked.*Correct it"):
         sources.load_rows(name)
@@ -341,7 +341,7 @@ def test_split_with_an_empty_part_is_refused(fraction):
 
 @pytest.mark.parametrize("kind", ["data set", "splits"])
 def test_what_save_to_disk_wrote_is_named(kind, tmp_path):
-    """Its JSON files were read as data, and a field was missing in them."""
+    """The folder's JSON files were once read as data and refused for a missing field."""
     rows = Dataset.from_list([{"text": "a"}])
     saved = rows if kind == "data set" else DatasetDict({"train": rows})
     saved.save_to_disk(tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""Comparing models bit for bit, and damaging checkpoints on purpose."""
+"""Helpers that compare models bit for bit and damage checkpoints on purpose."""
 
 import json
 from collections.abc import Callable
@@ -17,14 +17,14 @@ State = nn.Module | dict[str, Tensor]
 
 
 def assert_same_state(actual: State, expected: State) -> None:
-    """Same names, dtypes and bits, of models or of state dicts."""
+    """Assert that two models or state dicts have the same names, dtypes and bits."""
     assert_same_tensors(
         *(x.state_dict() if isinstance(x, nn.Module) else x for x in (actual, expected))
     )
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
-    """Rewrite `model.safetensors` with what `change` did to its tensors."""
+    """Apply `change` to the tensors of `model.safetensors` and rewrite the file."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -32,7 +32,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> N
 
 
 def edit_config(folder: Path, change: Callable[[dict], None]) -> None:
-    """Rewrite `config.json` with what `change` did to it."""
+    """Apply `change` to `config.json` and rewrite the file."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
     change(config)

@@ -1,4 +1,4 @@
-"""What several tests of models set up."""
+"""Fixtures that several tests of models share."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def default_bf16():
-    """PyTorch makes BF16 tensors where no dtype is asked for."""
+    """Make BF16 the default dtype of PyTorch."""
     torch.set_default_dtype(torch.bfloat16)
     yield
     torch.set_default_dtype(torch.float32)

@@ -1,4 +1,4 @@
-"""Mixtures of experts, and GPT-2, which holds its weights transposed: what every model can do."""
+"""Mixtures of experts, and GPT-2 with its transposed weights, can do what every model can."""
 
 import copy
 import subprocess
@@ -46,7 +46,7 @@ def test_all_matrices_are_int8_but_those_with_a_row_for_each_expert(family):
     for name, parameter in tiny(family).named_parameters():
         assert parameter.ndim < 3 or name in weights
     kept = [kept for kept in memory_ledger(model).kept if kept.parameter.ndim > 1]
-    # Routers, and biases of gpt-oss.
+    # Only routers, and the biases of gpt-oss, stay float.
     assert all(kept.parameter.shape[0] == model.config.num_local_experts for kept in kept)
 
 
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_the_float_model(family):
         if not isinstance(parameter, QFTWeight):
             continue
         gradient = parameter.grad.dequantize()
-        assert snr_db(exact.grad, gradient) > 38, name  # 256 values a scale, half a code of error
+        assert snr_db(exact.grad, gradient) > 38, name  # 256 values a scale, errors of half a code
         if parameter.ndim == 3:  # experts
             without = (exact.grad == 0).flatten(1).all(dim=1)
             assert not gradient[without].any(), name
@@ -84,7 +84,7 @@ def trained(family: str, gradient: str, steps: int = 3):
     optimizer = QFTLion(model.parameters(), lr=1e-3, weight_decay=0.1, gradient=gradient)
     optimizer.train()
     for step in range(steps):
-        loss(model, batch(step, (1, 3))).backward()  # so few tokens that experts get none
+        loss(model, batch(step, (1, 3))).backward()  # so few tokens that some experts get none
         optimizer.step()
     return model
 
@@ -98,7 +98,7 @@ def test_release_has_the_bits_of_stack(family):
         assert not torch.equal(weight, before[name]), name
 
 
-MANY = (8, 24)  # sequences and tokens, so many that an expert has more than INT8 products want
+MANY = (8, 24)  # sequences, tokens: enough tokens per expert for INT8 products
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -111,8 +111,8 @@ def test_int8_products_have_the_gradients_of_the_float_model(family):
     exact = dict(twin.named_parameters())
     for name, weight in arranged(model).items():
         assert model.get_submodule(name.rpartition(".")[0]).products is not None
-        # Rounded are both operands and a result, each to 127 steps of a maximum; and a token of
-        # which a router is in doubt may go to other experts. Above 38 would be float products.
+        # Both operands and the result are rounded, each to 127 steps of a maximum, and a token with
+        # similar router scores may go to other experts. Float products would be above 38 dB.
         assert 15 < snr_db(exact[name].grad, weight.grad.dequantize()) < 36, name
 
 
@@ -143,7 +143,7 @@ def test_products_of_experts_are_chosen_by_name():
 
 
 def test_experts_of_dbrx_are_int8_and_get_the_gradients_of_the_float_model(tmp_path):
-    """They lie below each other in matrices, of which its own code reads one at a time."""
+    """DBRX stacks its experts by rows in one matrix, and its code reads one expert at a time."""
     config = DbrxConfig(
         d_model=48, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=VOCAB_SIZE,
         attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
@@ -177,7 +177,7 @@ def test_the_size_that_a_device_map_is_made_from_is_what_is_stored(family):
 
 
 def test_eager_code_that_picks_an_expert_gets_its_values_and_passes_its_gradient_on():
-    """The forward that the class itself has, and a module of one's own may have."""
+    """The class's own forward does this, and a user's module may."""
     model = quantized("qwen3_moe")
     experts = model.model.layers[0].mlp.experts
     hidden = torch.randn(7, 48, generator=torch.Generator().manual_seed(0))
@@ -198,7 +198,7 @@ def test_eager_code_that_picks_an_expert_gets_its_values_and_passes_its_gradient
 
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
 def test_experts_that_are_computed_from_others_are_refused(name):
-    """So does PEFT with `target_parameters`."""
+    """PEFT with `target_parameters` parametrizes experts in the same way."""
     model = quantized("qwen3_moe")
     experts = model.model.layers[0].mlp.experts
     nn.utils.parametrize.register_parametrization(experts, name, nn.Identity())
@@ -240,7 +240,7 @@ def test_a_saved_model_reloads_with_its_bits(tmp_path, family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_float_checkpoint_is_quantized_after_its_experts_are_merged(tmp_path, family):
     plain = tiny(family)
-    plain.save_pretrained(tmp_path)  # in the layout of the family: many one expert after the other
+    plain.save_pretrained(tmp_path)  # in the family's own layout: many store experts one by one
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QFTConfig())
     assert_same_state(loaded, quantized(family))
 
@@ -262,9 +262,10 @@ SOURCES = ["instance", "float", "int8"]
 
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory):
-    """Each family exported from each source: folders, with what plain transformers makes of them.
+    """Export each family from each source: `{(family, source): export}`.
 
-    Beside it is the model that was exported, the float twin's names of tensors, and INT8 logits.
+    An export is its folder, which has the result of plain transformers, the exported model, the
+    tensor names of the float checkpoint, and the INT8 model's logits.
     """
     ids, made = batch(), {}
     for family in FAMILIES:

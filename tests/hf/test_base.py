@@ -1,4 +1,4 @@
-"""The frozen base of a side network: what is stored in NF4, and how many bytes that is."""
+"""The frozen base of a side network: which weights are stored in NF4, and in how many bytes."""
 
 import sys
 
@@ -18,7 +18,7 @@ from qft_hf.hf.base import base_format, nf4_weights
 from qft_hf.layout import nf4_bytes
 from tests.models import tiny_bert, tiny_llama
 
-# Odd; a scale over 64; a scale of scales over 256 * 64 = 16,384 elements.
+# Odd sizes; NF4 has a scale for 64 elements and a scale of scales for 256 * 64 = 16,384.
 SHAPES = [(3, 5), (1, 64), (5, 13), (129, 127), (130, 129), (300, 211)]
 
 
@@ -31,7 +31,7 @@ def test_the_bytes_of_nf4_are_those_of_a_layer_of_bitsandbytes(shape):
     codes, scales = nf4_bytes(shape[0] * shape[1])
     rows = {row.state: row.bytes for row in memory_ledger(layer).rows}
     assert rows == {"NF4 weights": codes, "NF4 scales": scales}
-    # An independent count: the tensors with which bitsandbytes saves the layer.
+    # An independent count: the tensors that bitsandbytes saves for the layer.
     saved = layer.state_dict()
     packed = {name for name in saved if "quant_state" in name}  # JSON that names shape and kind
     assert sum(saved[name].nbytes for name in saved.keys() - packed) + 4 == codes + scales
@@ -67,7 +67,7 @@ def test_the_weights_that_are_counted_are_those_that_transformers_stores_in_nf4(
 
 
 def test_a_new_classifier_on_a_base_of_nf4_is_made_in_float(tmp_path):
-    """It stayed a weight of 4 bits that nothing had quantized, and raised in the first forward."""
+    """The classifier once became an unquantized 4-bit weight, and the first forward raised."""
     tiny_bert().base_model.save_pretrained(tmp_path)
     model = AutoModelForSequenceClassification.from_pretrained(
         tmp_path, quantization_config=base_format("nf4", tiny_bert())

@@ -1,4 +1,4 @@
-"""A model card is read by programs of the Hub, and everything that it says is so."""
+"""The Hub can parse a model card, and everything in the card is true."""
 
 import ast
 import re
@@ -41,7 +41,7 @@ FACTS = CardFacts(
 
 
 def read(facts):
-    """Read a card as the Hub does: metadata that are not valid raise."""
+    """Parse a card as the Hub does; invalid metadata raise."""
     return ModelCard(str(card(facts)), ignore_metadata_errors=False)
 
 
@@ -66,7 +66,7 @@ def test_metadata_are_those_that_the_hub_knows():
 
 
 def test_all_evaluations_are_in_one_table_whatever_each_has():
-    """Transformers' card raises KeyError: only the first one has `model_preparation_time`."""
+    """Transformers' card raises KeyError, as only the first one has `model_preparation_time`."""
     text = read(FACTS).text
     assert "| step | loss | accuracy |" in text
     assert "| 0 | 4.2500 |  |" in text

@@ -1,4 +1,4 @@
-"""Checkpoints of QFTTrainer: whole or not there, and a resume that is exact or refused."""
+"""Checkpoints of QFTTrainer are whole or absent, and a resume is exact or refused."""
 
 import functools
 import http.server
@@ -40,7 +40,7 @@ def make(folder: Path, cls: type = QFTTrainer, *, sharded=False, tied=True, **ov
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of finished runs, by whether their checkpoints are sharded and marked."""
+    """Folders of finished runs, by whether their checkpoints are sharded and have marks."""
     folders = {}
     for sharded in (False, True):
         folder = tmp_path_factory.mktemp("run")
@@ -75,7 +75,7 @@ def test_old_checkpoints_are_removed(tmp_path):
 
 
 def test_drafts_are_not_pushed(tmp_path, monkeypatch):
-    """A push runs in the background, while the next checkpoint may be written beside it."""
+    """A push runs in the background, and the next checkpoint may be written at the same time."""
     ignored = []
 
     class Api:
@@ -93,7 +93,7 @@ def test_drafts_are_not_pushed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("clock", ["ahead", "stands still"])
 def test_rotation_keeps_the_newest_whatever_clocks_say(clock, tmp_path, monkeypatch):
-    """The oldest by the time of its last change went first: with a file server ahead, the new."""
+    """Rotation once went by modification times, and removed the new one if a clock was ahead."""
     make(tmp_path, max_steps=8, save_total_limit=8).train()
     now = (tmp_path / "checkpoint-8").stat().st_mtime
     for step in (2, 4, 6, 8):
@@ -106,7 +106,7 @@ def test_rotation_keeps_the_newest_whatever_clocks_say(clock, tmp_path, monkeypa
 
 
 def test_rotation_leaves_what_is_no_checkpoint_of_the_run(tmp_path):
-    """A copy that was set aside went as the oldest, though no resume takes it for a checkpoint."""
+    """A copy that was set aside was once removed as the oldest, though no resume would use it."""
     make(tmp_path).train()
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-4-good")
     make(tmp_path, max_steps=8, save_total_limit=1).train(resume_from_checkpoint=True)
@@ -114,7 +114,7 @@ def test_rotation_leaves_what_is_no_checkpoint_of_the_run(tmp_path):
 
 
 def test_rotation_says_what_it_cannot_remove(tmp_path, caplog):
-    """A checkpoint that was moved to another disk, with a link in its place."""
+    """The checkpoint was moved to another disk and replaced by a symbolic link."""
     run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     make(run).train()
     shutil.move(run / "checkpoint-2", elsewhere)
@@ -126,7 +126,7 @@ def test_rotation_says_what_it_cannot_remove(tmp_path, caplog):
 
 
 def test_rotation_goes_by_when_checkpoints_were_written_and_not_by_their_steps(tmp_path):
-    """Checkpoints of an earlier, longer run: the new ones have fewer steps."""
+    """After an earlier, longer run the new checkpoints have lower step numbers."""
     make(tmp_path, max_steps=8).train()
     make(tmp_path, max_steps=4, save_total_limit=3).train()
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-8"]
@@ -134,7 +134,7 @@ def test_rotation_goes_by_when_checkpoints_were_written_and_not_by_their_steps(t
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "optimizer.pt"])
 def test_rotation_ends_a_removal_that_was_interrupted(name, runs, tmp_path):
-    """What was left of it had changed last, so it stayed, and a whole checkpoint went."""
+    """The remains had changed last, so rotation once kept them and removed a whole checkpoint."""
     shutil.copytree(runs[False, True], tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-2" / name).unlink()
     remove_old(tmp_path, limit=1, keep=())
@@ -142,7 +142,7 @@ def test_rotation_ends_a_removal_that_was_interrupted(name, runs, tmp_path):
 
 
 def test_training_again_into_the_same_folder_keeps_a_checkpoint(tmp_path):
-    """The old one was set aside under a name that rotation counted: none was left."""
+    """Rotation once counted the old checkpoint, which was set aside, and none was left."""
     for _ in range(2):
         make(tmp_path, save_total_limit=1, max_steps=2).train()
         assert names(tmp_path) == ["checkpoint-2"]
@@ -150,7 +150,7 @@ def test_training_again_into_the_same_folder_keeps_a_checkpoint(tmp_path):
 
 
 def test_a_checkpoint_is_not_there_before_it_is_whole(tmp_path):
-    """Looked at whenever a file is saved: what get_last_checkpoint finds is whole."""
+    """Whenever a file is saved, the checkpoint that get_last_checkpoint finds is whole."""
     seen = []
 
     class Watched(QFTTrainer):
@@ -185,7 +185,7 @@ def test_a_save_that_fails_leaves_what_was_there(where, error, tmp_path, monkeyp
 
 
 class Fails:
-    """Stands for a step after the new checkpoint is there."""
+    """Call `real` until checkpoint-4 exists; then remove checkpoint-2 and raise."""
 
     def __init__(self, real, folder):
         self.real, self.folder = real, folder
@@ -199,7 +199,7 @@ class Fails:
 
 @pytest.mark.parametrize("step", ["rotation", "push"])
 def test_what_comes_after_a_checkpoint_cannot_cost_it(step, tmp_path, monkeypatch):
-    """A Ctrl-C while old checkpoints are removed, or a push that fails, deleted the new one."""
+    """A Ctrl-C during rotation, or a push that failed, once deleted the new checkpoint."""
     run = make(tmp_path, save_total_limit=1)
     if step == "rotation":
         module = "qft_hf.hf.checkpoint_trainer"
@@ -215,7 +215,7 @@ def test_what_comes_after_a_checkpoint_cannot_cost_it(step, tmp_path, monkeypatc
 
 
 class Refuses(http.server.BaseHTTPRequestHandler):
-    """A Hub that has the repository, and takes no file."""
+    """A Hub that has the repository and refuses every file."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -258,7 +258,7 @@ def test_a_push_gets_the_checkpoint_in_its_place(tmp_path, monkeypatch):
 
 
 def test_the_best_checkpoint_is_known_by_its_place_and_the_newest_stays_beside_it(tmp_path):
-    """The end of training left the best one alone, and a resume trained on from there again."""
+    """Training once ended with only the best one, and a resume trained the later steps again."""
     settings = {
         "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
         "save_total_limit": 1, "learning_rate": 0.05,  # too high: the first is the best
@@ -300,7 +300,7 @@ def test_a_checkpoint_that_is_a_link_is_replaced_and_not_followed(kind, tmp_path
 
 @pytest.mark.parametrize("what", ["file", "empty folder", "locked folder", "foreign folder"])
 def test_what_lies_in_the_place_of_a_checkpoint_blocks_no_run(what, tmp_path):
-    """A folder that could not be replaced ended every later run at the same step."""
+    """A folder that could not be replaced once made every later run fail at the same step."""
     place = tmp_path / "checkpoint-2"
     if what == "file":
         place.write_text("not a checkpoint")
@@ -356,7 +356,7 @@ def as_folder(path: Path) -> None:
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle of the file."""
+    """Flip one bit in the middle of the file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -386,7 +386,7 @@ def test_a_mark_finds_a_single_bit(name, runs, tmp_path):
 
 
 def test_a_mark_of_0_2_0_is_understood(runs, tmp_path, monkeypatch):
-    """Its check sums were CRC-32; a checkpoint that the last version wrote must be resumed."""
+    """Version 0.2.0 wrote CRC-32 check sums, and its checkpoints must be resumed."""
     monkeypatch.setattr("qft_hf.hf.checkpoint.CHUNK_BYTES", 100)
     shutil.copytree(runs[False, True] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
     mark = json.loads((tmp_path / MARK).read_text())
@@ -402,7 +402,7 @@ def test_a_mark_of_0_2_0_is_understood(runs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_a_mark_knows_files_of_many_chunks(name, runs, tmp_path, monkeypatch):
-    """The files here are shorter than a chunk: as if they were longer, with a bit in the first."""
+    """The files here are short, so chunks are made shorter; the flipped bit is in the first one."""
     monkeypatch.setattr("qft_hf.hf.checkpoint.CHUNK_BYTES", 100)
     shutil.copytree(runs[False, True] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
     assert faults(tmp_path) == []
@@ -428,7 +428,7 @@ def test_without_a_mark_archives_tell_by_themselves(name, runs, tmp_path):
     ids=str,
 )
 def test_without_a_mark_a_state_that_the_trainer_would_not_take_is_named(change, runs, tmp_path):
-    """A run went on from step -4, or ended with the names of a constructor's arguments."""
+    """A run once went on from step -4, or failed with an error about constructor arguments."""
     shutil.copytree(runs[False, False] / "checkpoint-4", tmp_path, dirs_exist_ok=True)
     path = tmp_path / "trainer_state.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -564,7 +564,7 @@ def add_bias(tensors) -> str:
 
 @pytest.mark.parametrize("change", [lose_layer, lose_field, lose_norm, lose_tied, add_bias])
 def test_other_weights_than_the_models_are_refused_by_name(change, runs, tmp_path):
-    """The Trainer went on with the weights that the model was built with."""
+    """The Trainer once went on with the weights that the model was built with."""
     shutil.copytree(runs[False, False], tmp_path, dirs_exist_ok=True)
     problem = []
     edit_weights(tmp_path / "checkpoint-2", lambda tensors: problem.append(change(tensors)))
@@ -608,7 +608,7 @@ def unused(model):
 
 @pytest.mark.parametrize("cls", [QFTTrainer, Trainer])
 def test_a_parameter_that_never_had_momentum_needs_none(cls, tmp_path):
-    """Written by either Trainer, whose marks tell; resumed exactly."""
+    """The marks that both Trainers write list such parameters, and the resume is exact."""
     straight = trainer_on(unused(tiny_llama()), tmp_path, cls, **STEPS)
     straight.train()
     resumed = trainer_on(unused(tiny_llama()), tmp_path, **STEPS, cls=QFTTrainer)
@@ -668,7 +668,7 @@ def test_what_a_killed_process_finished_is_resumed_from(runs, tmp_path):
 @pytest.mark.parametrize("examples", [32, 16, 8])  # within an epoch, at its end, after two
 @pytest.mark.parametrize("scheduler", ["linear", "constant"])
 def test_resuming_a_finished_run_takes_no_step(scheduler, examples, tmp_path, caplog):
-    """Every resume took one step beyond the last, and saved it."""
+    """Every resume once took one step beyond the last and saved it."""
     first = make(tmp_path, lr_scheduler_type=scheduler)
     first.train_dataset = sequences(examples)
     first.train()
@@ -708,7 +708,7 @@ def test_the_stock_trainer_says_once_that_it_writes_in_place(tmp_path, caplog):
 
 
 def test_the_stock_trainers_checkpoints_are_marked_too(tmp_path):
-    for _ in range(2):  # the second run overwrites those of the first, which are marked
+    for _ in range(2):  # the second run overwrites the marked checkpoints of the first
         make(tmp_path, Trainer).train()
         for checkpoint in tmp_path.iterdir():
             assert faults(checkpoint) == []
@@ -718,7 +718,7 @@ def test_the_stock_trainers_checkpoints_are_marked_too(tmp_path):
 
 
 class Heard(logging.Handler):
-    """What a logger was told, whether or not it hands it on."""
+    """Record the messages of a logger, even if it does not propagate them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -738,7 +738,7 @@ def heard():
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 def test_the_stock_trainer_leaves_no_int8_weights_out_of_a_float_model(sharded, runs, tmp_path):
-    """It trained the model as it was built, with a warning of unexpected keys."""
+    """The Trainer once trained the model as built, with a warning of unexpected keys."""
     checkpoint = shutil.copytree(runs[sharded, True] / "checkpoint-2", tmp_path / "checkpoint-2")
     for file in ("optimizer.pt", "scheduler.pt"):  # as with save_only_model
         (checkpoint / file).unlink()
@@ -751,7 +751,7 @@ def test_the_stock_trainer_leaves_no_int8_weights_out_of_a_float_model(sharded, 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
 def test_the_stock_trainer_misses_no_weight_that_is_tied(sharded, tmp_path, heard):
-    """A tied weight is saved under one of its names: each resume said that the other is missing."""
+    """A tied weight is saved under one name; every resume once reported the other as missing."""
     straight = make(tmp_path / "straight", Trainer, sharded=sharded)
     straight.train()
     run = make(tmp_path, Trainer, sharded=sharded)
@@ -765,7 +765,7 @@ def test_the_stock_trainer_misses_no_weight_that_is_tied(sharded, tmp_path, hear
 
 @pytest.mark.parametrize("kind", ["bias", "float table"])
 def test_nor_what_is_tied_and_float(kind, tmp_path, heard):
-    """A bias beside a tied weight, and a table that a listed head keeps float."""
+    """A bias next to a tied weight, and a table that is float because of its listed head."""
 
     def run(folder):
         if kind == "bias":
@@ -785,7 +785,7 @@ def test_nor_what_is_tied_and_float(kind, tmp_path, heard):
 
 
 def test_the_stock_trainer_still_tells_what_is_missing(tmp_path, heard):
-    """A weight that is tied and in the file under no name, and one that is not tied."""
+    """One weight is tied and the file has neither of its names; the other is not tied."""
     make(tmp_path, Trainer).train()
     lost = ("model.embed_tokens.weight_scale", "model.layers.1.mlp.up_proj.weight_q")
     edit_tensors(tmp_path / "checkpoint-2", lambda tensors: [tensors.pop(name) for name in lost])
@@ -803,7 +803,7 @@ def test_the_stock_trainer_still_tells_what_is_missing(tmp_path, heard):
 
 
 class Breaks(TrainerCallback):
-    """Raises when a step begins."""
+    """Raise KeyboardInterrupt at the start of the third step."""
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if state.global_step == 2:
@@ -813,7 +813,7 @@ class Breaks(TrainerCallback):
 @pytest.mark.parametrize("cls", [QFTTrainer, Trainer])
 @pytest.mark.parametrize("gradient", ["release", "stack"])
 def test_hooks_do_not_outlive_training_that_failed(gradient, cls, tmp_path):
-    """A backward pass of the user's own moved the weights."""
+    """A later backward pass of the user's own once updated the weights."""
     run = make(tmp_path, cls, optim_args=f"gradient={gradient}")
     run.add_callback(Breaks())
     with pytest.raises(KeyboardInterrupt):

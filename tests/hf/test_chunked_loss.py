@@ -1,4 +1,4 @@
-"""A chunked loss in models and Trainers: the same training, and what it refuses."""
+"""A chunked loss in models and Trainers: training stays the same, and some models are refused."""
 
 import pytest
 import torch
@@ -73,7 +73,7 @@ def test_training_takes_the_same_course(accumulation, bf16, tmp_path):
     )
     for trainer in (plain, chunked):
         trainer.train()
-    # A last bit can flip the sign of an update; losses fall from 4.9 by far more than they differ.
+    # A last bit can flip the sign of an update; losses differ by far less than they fall from 4.9.
     assert history(chunked, "loss") == pytest.approx(history(plain, "loss"), rel=3e-3)
     assert history(chunked, "loss")[-1] < history(chunked, "loss")[0] - 0.1
     assert chunked.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=3e-3)
@@ -108,7 +108,7 @@ def model_of(family, options):
 def test_a_model_that_computes_with_its_logits_is_refused_where_the_trainer_is_built(
     family, options, tmp_path
 ):
-    """The first step said it, after all was loaded, tokenized and scored."""
+    """The first step once refused it, after everything was loaded, tokenized and scored."""
     args = arguments(tmp_path, QFTTrainingArguments, chunked_loss=True)
     with pytest.raises(ValueError, match=rf"{family}ForCausalLM scales or caps .* Leave chunked_"):
         QFTTrainer(model=model_of(family, options), args=args)
@@ -138,7 +138,7 @@ def test_asking_whether_a_model_computes_with_its_logits_leaves_no_trace(family,
     assert torch.equal(torch.random.get_rng_state(), random)
     ids = IDS % 61
     loss = model.eval()(input_ids=ids, labels=ids).loss
-    model.lm_head.train()  # it alone defers
+    model.lm_head.train()  # only its mode decides whether logits are deferred
     chunked = chunk_loss_(model)(input_ids=ids, labels=ids).loss
     # The same sums over the vocabulary in another order.
     torch.testing.assert_close(chunked, loss, rtol=1e-6, atol=0)

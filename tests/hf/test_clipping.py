@@ -1,4 +1,4 @@
-"""Clipping by an accelerator in a loop of the user's own."""
+"""Gradient clipping by an Accelerator in the user's own training loop."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_gradients_that_wait_are_clipped_by_their_norm():
 
 @pytest.mark.parametrize("max_norm", [0.1, 1e9, float("inf")])
 def test_they_are_scaled_as_by_torch(max_norm):
-    """One by one; together they are scaled by one operation."""
+    """PyTorch scales gradients one by one, the accelerator scales them with one operation."""
     (accelerator, model, _), (_, other, _) = prepared(), prepared()
 
     norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
@@ -66,19 +66,19 @@ def test_of_other_norms_and_of_float_models_torch_clips():
 
 @pytest.mark.parametrize("max_norm", [0.1, float("inf")])
 def test_gradients_that_were_released_are_said_to_be(max_norm):
-    """It returned 0.0 and clipped nothing."""
+    """`clip_grad_norm_` once returned 0.0 and clipped nothing."""
     accelerator, model, optimizer = prepared(gradient="release")
 
     with pytest.raises(RuntimeError, match=r"has used 21 gradients .* Give QFTLion max_grad_norm"):
         accelerator.clip_grad_norm_(model.parameters(), max_norm)
 
-    optimizer.step()  # the step itself is whole
+    optimizer.step()  # the step itself can still be completed
     assert optimizer.optimizer.released_norm > 0
-    accelerator.clip_grad_norm_(model.parameters(), max_norm)  # and nothing is under way
+    accelerator.clip_grad_norm_(model.parameters(), max_norm)  # nothing is released now
 
 
 def test_clipping_released_gradients_by_value_is_refused():
-    """It was an error of PyTorch's own, of a list that is empty."""
+    """PyTorch once raised its own error about an empty list."""
     accelerator, model, _ = prepared(gradient="release")
 
     with pytest.raises(RuntimeError, match=r"has used 21 gradients .* Give QFTLion max_grad_norm"):

@@ -1,4 +1,4 @@
-"""Runs with `torch_compile=True`: the bits of eager ones, by code that all layers share."""
+"""Runs with `torch_compile=True` have the bits of eager runs, and all layers share one graph."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from tests.hf.checkpoints import assert_same_state
 from tests.hf.test_trainer import arguments, history, sequences
 from tests.models import tiny_llama
 
-# What AOTAutograd traces, run by PyTorch's own kernels: those of an eager pass.
+# AOTAutograd traces graphs, and PyTorch's own kernels run them, as in an eager pass.
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 3}
 N_LAYERS = 3
@@ -30,7 +30,7 @@ def _fresh(monkeypatch):
 
 
 def data():
-    """Rows of one length."""
+    """Rows of one length, without masks."""
     return [{key: row[key] for key in ("input_ids", "labels")} for row in sequences(24)]
 
 
@@ -47,7 +47,7 @@ def run(folder, *, cls=QFTTrainer, args=QFTTrainingArguments, resume=None, **ove
 
 
 def graphs():
-    """How many were compiled, and why some are not whole."""
+    """Return the number of compiled graphs and the reasons of graph breaks."""
     counters = torch._dynamo.utils.counters
     return counters["stats"]["unique_graphs"], list(counters["graph_break"])
 
@@ -69,7 +69,7 @@ def test_a_run_has_the_bits_of_an_eager_one(options, tmp_path):
     eager = run(tmp_path / "eager", **options)
     compiled = run(tmp_path / "compiled", **COMPILED, **options)
 
-    # One for all layers; evaluation has its own, without a gradient.
+    # One graph serves all layers; evaluation has its own, without gradients.
     assert graphs() == (2 if options == EVALUATED else 1, [])
     assert_same_state(compiled.model.state_dict(), eager.model.state_dict())
     for name in ("loss", "grad_norm", "eval_loss"):
@@ -96,7 +96,7 @@ def test_a_compiled_run_is_resumed(tmp_path):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt2"])
 def test_other_layers_train_as_eager_ones(family):
-    """Experts run eagerly inside of layers that are compiled."""
+    """Experts run eagerly inside compiled layers."""
     models = [quantize_model_(tiny(family), QFTConfig()).train() for _ in range(2)]
     for model in models:
         model.config.use_cache = False
@@ -105,7 +105,7 @@ def test_other_layers_train_as_eager_ones(family):
     ids = torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(1))
     for _ in range(2):
         for model, optimizer in zip(models, optimizers, strict=True):
-            torch.manual_seed(0)  # of dropout
+            torch.manual_seed(0)  # for dropout
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
 
@@ -144,7 +144,7 @@ def test_layers_are_those_of_the_outer_list():
 
 @pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
 def test_by_the_launcher_layers_are_compiled_too(cls, tmp_path, monkeypatch):
-    """By `accelerate launch --dynamo_backend aot_eager`; Accelerate does not compile the whole."""
+    """`accelerate launch --dynamo_backend aot_eager` compiles the layers, not the whole model."""
     monkeypatch.setenv(BACKEND, "aot_eager")
     kinds = {"cls": cls, "args": TrainingArguments, "optim": "qft_lion"}
     trainer = run(tmp_path, **kinds)

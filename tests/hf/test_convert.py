@@ -1,4 +1,4 @@
-"""`quantize_model_` and `dequantize_model_`: what they leave behind, and what they refuse."""
+"""`quantize_model_` and `dequantize_model_`: their results, and the models that they refuse."""
 
 import copy
 import json
@@ -19,7 +19,7 @@ from qft_hf.quant import QFTWeight
 from tests.hf.checkpoints import IDS, assert_same_state
 from tests.models import tiny_bert, tiny_llama
 
-# What transformers sets on a quantized model and on its configuration.
+# Attributes that transformers sets on a quantized model and on its configuration.
 MODEL_MARKS = ("hf_quantizer", "is_quantized", "quantization_method")
 CONFIG_MARKS = ("quantization_config", "_is_quantized")
 
@@ -33,7 +33,7 @@ def state(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-# To INT8.
+# Conversion to INT8.
 
 
 def test_any_module_is_quantized_in_place_and_returned():
@@ -43,7 +43,7 @@ def test_any_module_is_quantized_in_place_and_returned():
     assert quantize_model_(model, QFTConfig()) is model
 
     assert [type(layer) for layer in model] == [QFTEmbedding, QFTLinear, nn.LayerNorm, QFTLinear]
-    assert model[1].weight is weight  # an optimizer that holds it holds the INT8 weight now
+    assert model[1].weight is weight  # an optimizer that holds it now holds the INT8 weight
     assert isinstance(weight, QFTWeight)
 
 
@@ -131,13 +131,13 @@ def test_bad_value_is_named_and_the_model_stays(name):
     assert not any(hasattr(model.config, mark) for mark in CONFIG_MARKS)
 
 
-# Under an optimizer.
+# Conversion under an optimizer.
 
 
 @pytest.mark.parametrize("gradient", ["stack", "release"])
 @pytest.mark.parametrize("rule", [QFTLion, QFTAdamW])
 def test_an_optimizer_goes_on_with_a_model_that_became_float_and_int8_again(rule, gradient, caplog):
-    """`KeyError: 'momentum'`."""
+    """The optimizer once raised `KeyError: 'momentum'`."""
     model = quantize_model_(tiny_llama(), QFTConfig())
     optimizer = rule(model.parameters(), lr=1e-3, gradient=gradient)
 
@@ -155,7 +155,7 @@ def test_an_optimizer_goes_on_with_a_model_that_became_float_and_int8_again(rule
     ):
         caplog.clear()
         change()
-        assert model.lm_head.weight not in optimizer.state  # an export has no use for another one
+        assert model.lm_head.weight not in optimizer.state  # a model to export needs no new state
         assert caplog.text == ""
         losses.append(step())
         assert "16 weights have become float or INT8 since the last step" in caplog.text
@@ -167,14 +167,14 @@ def test_an_optimizer_goes_on_with_a_model_that_became_float_and_int8_again(rule
     assert optimizer.state[model.lm_head.weight]["step"] == 2
 
 
-# Back to float.
+# Conversion back to float.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_dequantized_model_is_plain_and_equal(tied, dtype):
     model = quantize_model_(tiny_llama(tied=tied, dtype=dtype), QFTConfig(group_size=16))
-    # Where gradients are recorded few tokens are multiplied by the expanded weight too.
+    # With gradients recorded, even few tokens are multiplied by the expanded weight.
     expected = model(IDS).logits.detach()
     weights = {n: p.dequantize() for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
 
@@ -202,7 +202,7 @@ def test_plain_module_comes_back():
 
 
 def test_saved_tensors_are_cast_and_computed_tables_are_not():
-    """Rotary frequencies in BF16 moved the logits away from those of the reloaded export."""
+    """Rotary frequencies cast to BF16 once made logits differ from those of the reloaded export."""
     model = quantize_model_(tiny_llama(), QFTConfig())
     table = model.model.rotary_emb.inv_freq.clone()
     model.register_buffer("saved", torch.ones(2))

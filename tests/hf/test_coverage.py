@@ -1,4 +1,4 @@
-"""What is said, or refused, of a model of which much would stay float."""
+"""Warnings and errors about models of which a large share would stay float."""
 
 import json
 import logging
@@ -15,14 +15,14 @@ from tests.models import tiny_llama
 
 
 def convolutional(n_convolutions=2):
-    """300 INT8 parameters and 2 vectors; 25 more of each convolution."""
+    """300 INT8 parameters, and 24 float parameters in each convolution."""
     torch.manual_seed(0)
     layers = [nn.Conv1d(4, 6, 1, bias=False) for _ in range(n_convolutions)]
     return nn.Sequential(nn.Linear(100, 3, bias=False), *layers)
 
 
 def tiny_mamba():
-    """Its convolutions and state matrices are no linear layers."""
+    """A Mamba, whose convolutions and state matrices are not linear layers."""
     config = MambaConfig(vocab_size=31, hidden_size=12, state_size=40, num_hidden_layers=1)
     return MambaForCausalLM(config)
 
@@ -42,7 +42,7 @@ def test_one_warning_says_the_share_the_names_and_the_reason(caplog):
 
 
 def test_a_tenth_or_less_is_not_worth_a_word(caplog):
-    quantize_model_(convolutional(n_convolutions=1), QFTConfig(strict=True))  # 24 of 324
+    quantize_model_(convolutional(n_convolutions=1), QFTConfig(strict=True))  # 24 of 324 stay float
 
     assert warnings_of(caplog) == []
 
@@ -118,7 +118,7 @@ def test_a_model_with_nothing_to_quantize_says_so_and_not_that_it_should_be_quan
 
 
 class Reads(nn.Linear):
-    """Multiplies by itself."""
+    """A linear layer whose own forward multiplies by its weight."""
 
     def forward(self, x):
         return x @ self.weight.T

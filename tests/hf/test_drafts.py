@@ -1,4 +1,4 @@
-"""A draft becomes what it should be, whole, or nothing; and nothing of it stays."""
+"""A draft becomes its target as a whole or not at all, and leaves nothing behind."""
 
 import fcntl
 import itertools
@@ -15,7 +15,7 @@ from qft_hf.hf.drafts import drafted, settle, unsettled, written_whole
 
 
 def contents(folder: Path) -> dict[str, str | None]:
-    """Text of every file under a folder, None for a folder."""
+    """Return the text of every file under a folder, and None for every folder."""
     return {
         str(path.relative_to(folder)): None if path.is_dir() else path.read_text()
         for path in sorted(folder.rglob("*"))
@@ -23,7 +23,7 @@ def contents(folder: Path) -> dict[str, str | None]:
 
 
 def write(path: Path, text: str = "new") -> None:
-    """A file, or a folder with one if the name has no dot."""
+    """Write a file, or, if the name has no dot, a folder with one file."""
     if "." not in path.name:
         path.mkdir(parents=True)
         path = path / "file.txt"
@@ -76,7 +76,7 @@ def test_an_error_changes_nothing_and_says_so(name, tmp_path):
 
 @pytest.mark.parametrize("below", ["", "deeper"])
 def test_a_file_in_the_way_is_named_and_stays(below, tmp_path):
-    """It was a traceback of Python's own."""
+    """The user once saw Python's own traceback."""
     write(tmp_path / "file.txt", "precious")
     place = tmp_path / "file.txt" / below / "new.txt"
     with pytest.raises((FileExistsError, NotADirectoryError), match=r"nothing can be .* Choose an"):
@@ -94,7 +94,7 @@ def test_files_have_the_permissions_that_others_have(tmp_path):
 
 
 def test_a_draft_is_fresh_and_nobody_elses(tmp_path, monkeypatch):
-    """The name was predictable, and what stood there was written to, or through."""
+    """Draft names were once predictable, and an existing folder or link was written to."""
     victim = tmp_path / "victim"
     victim.mkdir()
     names = itertools.chain(["taken", "linked", "fresh"], map(str, itertools.count()))
@@ -112,7 +112,7 @@ def test_a_draft_is_fresh_and_nobody_elses(tmp_path, monkeypatch):
 
 
 def test_a_draft_is_no_checkpoint_to_the_trainer(tmp_path):
-    """Rotation counted what was set aside, and removed the checkpoint itself."""
+    """Rotation once counted the copy that was set aside and removed the checkpoint itself."""
     with written_whole(tmp_path / "checkpoint-4") as draft:
         write(draft)
         assert sort_checkpoints(str(tmp_path)) == sort_checkpoints(str(tmp_path), use_mtime=True)
@@ -121,7 +121,7 @@ def test_a_draft_is_no_checkpoint_to_the_trainer(tmp_path):
 
 
 def left(folder: Path, state: str, name: str = "checkpoint-4") -> Path:
-    """What a killed process leaves."""
+    """Create what a killed process leaves, and return the draft."""
     draft = folder / f"{drafts.PREFIX}abcd"
     write(draft / state / name)
     return draft
@@ -202,7 +202,7 @@ def test_a_model_replaces_all_files_of_another_and_no_others(files, tmp_path):
 
 
 def killed_before_rename(n: int, folder: Path) -> bool:
-    """Write a model in a process that is killed before rename number n; False if it had less."""
+    """Write a model in a process killed before rename n; return False if it has fewer renames."""
     pid = os.fork()
     if pid:
         return os.waitpid(pid, 0)[1] == signal.SIGKILL
@@ -223,7 +223,7 @@ def killed_before_rename(n: int, folder: Path) -> bool:
 
 
 def test_no_moment_has_a_config_beside_weights_that_are_not_its_own(tmp_path):
-    """Killed before each rename: old, no config at all, or new; and the next writer ends it."""
+    """Killed before any rename, config.json is old, absent or new; the next writer finishes."""
     for n in itertools.count():
         folder = tmp_path / str(n)
         folder.mkdir()
@@ -239,7 +239,7 @@ def test_no_moment_has_a_config_beside_weights_that_are_not_its_own(tmp_path):
         assert contents(folder) == (MODEL if n == 0 else settled)
         if not killed:
             break
-    assert n == 1 + 2 + 1 + 3  # commit, two old files away, the next state, three files in
+    assert n == 1 + 2 + 1 + 3  # commit, 2 old files out, the next state, 3 new files in
 
 
 def test_files_and_folders_reach_the_disk_before_they_count(tmp_path, monkeypatch):

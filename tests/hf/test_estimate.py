@@ -1,4 +1,4 @@
-"""Estimates against what they predict: live ledgers, and the tensors that autograd saves."""
+"""Estimates agree with live ledgers and with the tensors that autograd saves."""
 
 from dataclasses import replace
 from functools import partial
@@ -68,7 +68,7 @@ def test_states_equal_the_ledger_of_a_live_model(tied, dtype, config, gradient, 
     live = memory_ledger(model, optimizer)
 
     assert predicted.rows == live.rows
-    # Without a model, rotary tables are as from_pretrained makes them: FP32 in every model.
+    # Without a model, rotary tables count as FP32, which from_pretrained gives every model.
     assert from_config.rows[:-1] == live.rows[:-1]
     assert predicted.n_parameters == live.n_parameters
     assert predicted.percent_of_fp32_adam == pytest.approx(live.percent_of_fp32_adam, rel=1e-12)
@@ -87,7 +87,7 @@ def test_activations_are_those_that_autograd_saves(dtype, checkpointing, matmul)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     own = {p.data_ptr() for p in model.parameters() if not isinstance(p, QFTWeight)}
-    saved: dict[int, torch.Tensor] = {}  # by storage; keeping them keeps addresses apart
+    saved: dict[int, torch.Tensor] = {}  # by storage; kept alive so that addresses stay distinct
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         address = None if isinstance(tensor, QFTWeight) else tensor.untyped_storage().data_ptr()
@@ -107,7 +107,7 @@ def test_activations_are_those_that_autograd_saves(dtype, checkpointing, matmul)
             gradient_checkpointing=checkpointing,
         ).activation_rows
     }  # fmt: skip
-    # Of the logits, only the log-probabilities are saved; what no layer owns is the final norm.
+    # Autograd saves only log-probabilities of the logits. The final norm belongs to no layer.
     predicted = rows["saved by the layers"] + 128 * 131 * 4
     assert predicted < measured < 1.1 * predicted + 128 * 96 * (4 + 2 * dtype.itemsize)
 
@@ -125,7 +125,7 @@ def test_int8_inputs_are_counted_where_all_modules_save_them():
     # 2048 tokens.
     assert floats - codes == 2 * 2048 * (3 * (44 + 44 + 44 + 75) - 4 * 4 - 4 * 4)
     assert saved(matmul="int8", int8_products={"*": ["forward", "input_gradient"]}) == floats
-    # One module that saves its float input may share it with others: counted as if all did.
+    # A module that saves its float input may share it with others, so all count as saving it.
     assert saved(matmul="int8", int8_products={"down_proj": []}) == floats
 
 
@@ -139,10 +139,10 @@ def test_experts_save_codes_from_as_many_tokens_each_as_a_gpu_wants():
         ).activation_rows  # fmt: skip
         return next(row.bytes for row in rows if row.state == "saved by the layers")
 
-    def by_codes(width: int) -> int:  # bytes less: a code for bf16, but for a scale and outliers
+    def by_codes(width: int) -> int:  # bytes saved: codes for BF16, less scale and outliers
         return 2 * width - (width + 4 + 2 * -(-width // 100))
 
-    # Two of eight experts a token, so 256 and 512 tokens each. The second weight wants 293.
+    # Each expert gets a quarter of the tokens, 256 or 512; the second weight needs 293 for INT8.
     of_attention = 2 * by_codes(4096)
     of_experts = 2 * by_codes(4096) + by_codes(2 * 14_336)
     assert saved(1024) - saved(1024, matmul="int8") == 2 * 1024 * of_attention
@@ -162,10 +162,10 @@ def test_a_chunked_loss_holds_one_run_of_logits_whatever_the_vocabulary():
     row = "logits and their gradient"
     whole = [activations(words)[row] for words in (32_000, 64_000)]
     chunked = [activations(words, chunked_loss=True)[row] for words in (32_000, 64_000)]
-    # bf16 logits, their FP32 log-probabilities, and the gradient of those.
+    # BF16 logits, their FP32 log-probabilities, and the FP32 gradient of those.
     assert whole == [2048 * 32_000 * (2 + 4 + 4), 2048 * 64_000 * (2 + 4 + 4)]
     assert chunked[0] == chunked[1]
-    # FP32 logits of as many words as a tile of the head has rows, and FP32 sums of hidden states.
+    # FP32 logits of as many words as a tile of the head has rows; FP32 sums of hidden states.
     assert 2048 * (4096 + 4096) * 4 <= chunked[0] < whole[0] / 5
 
 
@@ -175,9 +175,9 @@ def test_a_gradient_at_a_time_is_counted_with_release_and_operands_with_int8_pro
     assert release["largest gradient"] == 32_000 * 4096 * (1 + 4 / 256)  # of the embedding
     int8 = activations(config=QFTConfig(matmul="int8"))
     assert "INT8 gradient operands" not in stack
-    # The gradient of the widest output, 11,008 elements, by tokens and by outputs.
+    # The gradient of the widest output, 11,008 elements, quantized by tokens and by outputs.
     assert int8["INT8 gradient operands"] == 2 * 2048 * 11_008 + 4 * (2048 + 11_008)
-    # At most 2**24 elements of a weight are float at a time: in FP32, in bf16, and its gradient.
+    # At most 2**24 elements of a weight are float at a time: in FP32, in BF16, and its gradient.
     assert stack["float tiles"] == release["float tiles"] == 2**24 * (4 + 2 + 2)
 
 
@@ -196,7 +196,7 @@ def test_a_large_configuration_takes_no_memory_and_has_the_known_size():
     assert {row.state for row in release.rows} - {row.state for row in lomo.rows} == {"momentum"}
 
 
-MIXTURES = {  # states with release in GB, and the float share in percent: both at most
+MIXTURES = {  # upper bounds of the states with release, in GB
     "qwen3-30b-a3b": (
         Qwen3MoeConfig(
             vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
@@ -238,7 +238,7 @@ def test_the_recommendation_is_the_first_mode_that_fits():
 
 
 def test_two_cards_of_24_gb_train_a_13b_that_one_does_not():
-    """In release; with momentum of 4 bits at the whole length that the model takes."""
+    """Two cards fit it with release, and with 4-bit momentum even at 2,048 tokens."""
     config = skeleton(shipped.architecture("llama-2-13b"))
     of = partial(recommend, config, 24, chunked_loss=True)
     assert not of(512).fits
@@ -261,7 +261,7 @@ def test_the_longest_sequence_fits_and_one_token_more_does_not(batch_size):
     )
     assert recommend(config, 24, longest, batch_size).fits
     longer = recommend(config, 24, longest + 1, batch_size)
-    assert 0 < longer.missing_bytes < 10e6  # what one token takes
+    assert 0 < longer.missing_bytes < 10e6  # the memory of one token
 
 
 def test_a_card_that_is_too_small_for_the_states_says_so():
@@ -368,14 +368,14 @@ VISIBLE = load("families").OF_IMAGES_AND_SOUND
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL", "LLaVA", "Gemma 3, with images"])
 def test_a_model_that_sees_has_all_its_states_and_says_what_is_not_counted(name, tmp_path):
-    """By its configuration in a folder, which ended in a traceback."""
+    """The estimate from a configuration in a folder once ended in a traceback."""
     model = VISIBLE[name].model()
     model.config.save_pretrained(tmp_path)
     predicted = estimate_memory(tmp_path, sequence_length=24, batch_size=2)
 
     live = memory_ledger(quantize_model_(model, QFTConfig()))
 
-    assert predicted.rows[:4] == live.rows[:4]  # of weights; some get no gradient from this batch
+    assert predicted.rows[:4] == live.rows[:4]  # the weights: the live model has no gradients yet
     assert predicted.n_parameters == live.n_parameters
     assert predicted.not_counted == ("vision",)
     assert "without the activations of vision" in str(predicted)

@@ -1,4 +1,4 @@
-"""Estimates of side tuning against live ledgers, and against the tensors that autograd saves."""
+"""Estimates of side tuning agree with live ledgers and with the tensors that autograd saves."""
 
 import pytest
 import torch
@@ -35,8 +35,8 @@ def test_states_equal_the_ledger_of_a_live_model(tied, dtype, base, tmp_path):
     form = base_format(base, model, config=config)
     live_model = type(model).from_pretrained(tmp_path, quantization_config=form)
     for module in live_model.modules():
-        # On a CPU that has BF16, bitsandbytes would lay weights out anew at the first evaluation,
-        # with scales of two bytes.
+        # On a CPU with BF16 support, bitsandbytes would repack weights at the first evaluation,
+        # with two-byte scales.
         module.support_avx512bf16_for_cpu = False
     attach_side_network(live_model, side)
     optimizer = torch.optim.AdamW(p for p in live_model.parameters() if p.requires_grad)
@@ -60,7 +60,7 @@ def test_activations_are_those_that_autograd_saves(dtype, checkpointing, downsam
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, torch.Tensor] = {}  # by storage; keeping them keeps addresses apart
+    saved: dict[int, torch.Tensor] = {}  # by storage; kept alive so that addresses stay distinct
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if (address := tensor.untyped_storage().data_ptr()) not in own:
@@ -83,14 +83,14 @@ def test_activations_are_those_that_autograd_saves(dtype, checkpointing, downsam
         "downsampled hidden states", "saved by the side layers", "last side state and norm",
     )  # fmt: skip
     predicted = sum(rows.get(name, 0) for name in kept)
-    if not checkpointing:  # else they are cast again with the layer
+    if not checkpointing:  # otherwise they are cast again when the layer is recomputed
         predicted += rows.get("side weights, cast", 0)
     predicted += 128 * 131 * 4  # of the logits, only their log-probabilities are saved
     assert 0.9 < predicted / measured < 1.1
 
 
 def test_the_ledger_counts_nf4_weights_that_a_cpu_has_laid_out_anew(tmp_path):
-    """It looked for the scales of scales, which are gone then."""
+    """The ledger once looked for the scales of scales, which repacking removes."""
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2}
     model = tiny_llama(**sizes, num_key_value_heads=1)
     model.save_pretrained(tmp_path)

@@ -1,7 +1,7 @@
 """Every class of transformers that holds experts in one parameter, or derives from nn.Embedding.
 
-They are built alone, of toy sizes and without storage: whether one is found by its form is asked of
-its parameters and its forward.
+Each is built alone, with toy sizes and without storage: conversion recognizes a module by its
+parameters and its forward.
 """
 
 import ast
@@ -17,18 +17,18 @@ from torch import nn
 from qft_hf.nn import conversion_plan
 
 MODELS = Path(transformers.__file__).parent / "models"
-# Two experts beside 256 others, that every token meets: 0.8 % of them. Aria's have the usual form
-# in newer versions of transformers; those of 5.17 stay float, and a warning says so.
+# Inkling's two shared experts, used by every token next to 256 others, are 0.8 % of all experts.
+# Aria's have the usual form in newer transformers; in 5.17 they stay float, with a warning.
 OF_OTHER_FORM = {"InklingSharedExperts", "AriaGroupedExpertsGemm"}
 
 
 def size(name: str) -> float:
-    """Of what is called so; 0 for probabilities and for tokens."""
+    """Return the toy size of an argument; 0 for probabilities and for token numbers."""
     return 0 if "drop" in name or "pad" in name else 8
 
 
 class Sizes:
-    """A configuration in which whatever is asked for is there."""
+    """A configuration that has every attribute."""
 
     def __getattr__(self, name: str):
         if name.startswith("__"):
@@ -37,7 +37,7 @@ class Sizes:
 
 
 def classes(*names: str, base: str = "") -> list[type[nn.Module]]:
-    """Those whose name has one of `names` in it, or that derive from `base`, of all models."""
+    """Return the classes of all models with one of `names` in their name or with base `base`."""
     found = []
     for path in sorted(MODELS.glob("*/modeling_*.py")):
         tree = ast.parse(path.read_text())
@@ -57,7 +57,7 @@ def classes(*names: str, base: str = "") -> list[type[nn.Module]]:
 
 
 def built(cls: type[nn.Module]) -> nn.Module:
-    """A module of toy sizes on the meta device."""
+    """Build a module with toy sizes on the meta device."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     needed = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     arguments = [Sizes() if p.name == "config" else size(p.name) for p in needed]
@@ -72,7 +72,7 @@ def test_all_experts_of_transformers_are_int8_but_for_those_that_are_listed():
     for cls in found:
         try:
             module = built(cls)
-        except (TypeError, AttributeError):  # no experts: blocks that hold some, and mixins
+        except (TypeError, AttributeError):  # blocks that contain experts, and mixins
             continue
         three = {name for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
         if three:
@@ -80,7 +80,7 @@ def test_all_experts_of_transformers_are_int8_but_for_those_that_are_listed():
             if three - conversion_plan(module, None).weights.keys():
                 left.add(cls.__name__)
 
-    assert len(n_folders) >= 55  # 59 in 5.17, and more since
+    assert len(n_folders) >= 55  # 59 in transformers 5.17, and more since
     assert left == OF_OTHER_FORM & {cls.__name__ for cls in found}
 
 

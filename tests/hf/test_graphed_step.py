@@ -1,7 +1,7 @@
-"""Steps by graphs have the bits of eager ones; on a CPU a recorder stands in for CUDA's graphs.
+"""Steps run by graphs have the bits of eager steps; on a CPU a recorder stands in for CUDA graphs.
 
-The recorder refuses each look of the host at a value, so a wait that is added to forward, backward
-or release fails here.
+The recorder refuses every read of a value by the host, so a synchronization that is added to
+forward, backward or release fails here.
 """
 
 import logging
@@ -28,19 +28,20 @@ from tests.recorded_graph import RecordedGraph
 RELEASE = {"gradient": "release", "max_grad_norm": 0}
 PREVIOUS = {"gradient": "release", "clipping": "previous", "max_grad_norm": 0.3}
 N_STEPS = 20
-# The first step makes states and a norm, whose addresses are new.
+# One replay fewer: the first step creates states and a norm, whose addresses are new.
 N_REPLAYED = N_STEPS - N_EAGER - 1
-# An epoch has 16 batches: five windows of three, and one of one. First, middle and last.
+# An epoch's 16 batches are five windows of three and one of one: of 20 windows, 17 have a first,
+# a middle and a last pass, and three have a single pass.
 N_ACCUMULATED = 3 * (17 - N_EAGER - 1) + 3 - N_EAGER
 
 
 def packed(n: int = 64) -> list[dict[str, torch.Tensor]]:
-    """Rows of one length, and so without a mask."""
+    """Rows of one length, which need no mask."""
     return [{key: row[key] for key in ("input_ids", "labels")} for row in sequences(n)]
 
 
 class Graphed(QFTTrainer):
-    """Steps by recorded graphs, and keeps these."""
+    """A QFTTrainer that runs steps by recorded graphs and keeps the graphs."""
 
     def __init__(self, **arguments) -> None:
         super().__init__(**arguments)
@@ -71,7 +72,7 @@ def run(cls, folder, *, resume=None, **options) -> QFTTrainer:
 
 
 def assert_same_run(one: QFTTrainer, other: QFTTrainer) -> None:
-    """Weights, optimizer state, the norm that clips next, and logs: no bit differs."""
+    """Assert equal bits of weights, optimizer state, the norm for the next clipping, and logs."""
     assert_same_state(one.model.state_dict(), other.model.state_dict())
     states = [made.optimizer.state_dict() for made in (one, other)]
     assert states[0]["state"].keys() == states[1]["state"].keys()
@@ -92,7 +93,7 @@ CHECKPOINTED = {
 @pytest.mark.parametrize(
     ("options", "accumulation", "n_replays"),
     [
-        # The pass, clipping, the look whether gradients are finite, and the update.
+        # Graphs of the pass, clipping, the check for finite gradients, and the update.
         pytest.param({"max_grad_norm": 0.3}, 1, 4 * N_REPLAYED, id="stack"),
         pytest.param(
             {"max_grad_norm": 0.3}, 3, N_ACCUMULATED + 3 * (14 + 1), id="accumulated"
@@ -114,7 +115,7 @@ CHECKPOINTED = {
             {"matmul": "int8", "momentum_bits": 4, "max_grad_norm": 0}, 1, 4 * N_REPLAYED,
             id="int8-4-bit",
         ),
-        # The pass, the norms, and the update of what waits for the step.
+        # Graphs of the pass, the norms, and the update of parameters that wait for the step.
         pytest.param(RELEASE, 1, 3 * N_REPLAYED, id="release"),
         pytest.param(PREVIOUS, 1, 3 * N_REPLAYED, id="previous"),
         pytest.param(PREVIOUS, 3, N_ACCUMULATED + 2 * (14 + 1), id="previous-accumulated"),
@@ -134,7 +135,7 @@ CHECKPOINTED = {
     ],
 )  # fmt: skip
 def test_a_replayed_run_has_the_bits_of_an_eager_one(options, accumulation, n_replays, tmp_path):
-    """With a schedule, dropout, clipping, accumulation and evaluation."""
+    """Covers a schedule, dropout, clipping, accumulation and evaluation."""
     options = options | EVALUATED | {"gradient_accumulation_steps": accumulation}
 
     eager, replayed = (run(cls, tmp_path, **options) for cls in (QFTTrainer, Graphed))
@@ -152,7 +153,7 @@ def documents(n: int = 64) -> list[dict[str, torch.Tensor]]:
 OTHERS = {
     "tied": ({"tied": True}, {}),
     "checkpointed": ({}, CHECKPOINTED),
-    # Larger than those float parameters that wait for each other.
+    # The table exceeds the size up to which float parameters wait for each other.
     "float table": ({"vocab_size": 1601}, {"modules_to_not_convert": ["embed_tokens"]}),
     "packed, in bf16": ({}, {"data": documents(), "bf16": True}),
 }
@@ -190,7 +191,7 @@ def test_a_run_that_is_resumed_by_graphs_equals_the_straight_eager_one(options, 
 
 @pytest.mark.parametrize("options", [{}, PREVIOUS], ids=["stack", "release"])
 def test_other_shapes_run_eagerly_and_are_named_once(options, tmp_path, caplog):
-    """Batch 3, of a window's second micro-batch, and 12, of another's first, are shorter."""
+    """Batches 3 and 12, a window's second and another one's first micro-batch, are shorter."""
     rows = [
         {name: value[:11] for name, value in row.items()} if i // 4 in (3, 12) else row
         for i, row in enumerate(packed())
@@ -210,7 +211,7 @@ def test_other_shapes_run_eagerly_and_are_named_once(options, tmp_path, caplog):
 
 
 def test_a_loss_that_the_trainer_divides_is_divided_by_its_own_window(tmp_path):
-    """8 batches are windows of three, three and two, of a model that takes no count of tokens."""
+    """The 8 batches are windows of three, three and two; the model accepts no count of tokens."""
     options = EVALUATED | {"gradient_accumulation_steps": 3, "max_steps": 14, "data": packed(32)}
     runs = []
     for cls in (QFTTrainer, Graphed):
@@ -223,7 +224,7 @@ def test_a_loss_that_the_trainer_divides_is_divided_by_its_own_window(tmp_path):
 
 
 def test_batches_with_a_mask_run_eagerly_and_are_named(tmp_path, caplog):
-    """What a mask holds decides which kernel attention takes."""
+    """The values of a mask decide which kernel attention uses."""
     options = EVALUATED | {"max_steps": 7, "data": sequences()}
     replayed = run(Graphed, tmp_path, **options)
 
@@ -233,7 +234,7 @@ def test_batches_with_a_mask_run_eagerly_and_are_named(tmp_path, caplog):
 
 
 def test_a_state_that_is_loaded_in_between_is_captured_anew(tmp_path):
-    """Other tensors stand in the place of those whose addresses a graph has."""
+    """Loading replaces the tensors whose addresses a graph has recorded."""
     runs = []
     for cls in (QFTTrainer, Graphed):
         made = trainer(cls, tmp_path, **PREVIOUS)
@@ -313,7 +314,7 @@ def load_the_state(made: QFTTrainer) -> None:
 
 @pytest.mark.parametrize("change", [change_the_rate, replace_a_gradient, load_the_state])
 def test_what_changes_between_the_parts_of_a_step_counts(change, tmp_path):
-    """After clipping, before the update, where the steps before and after are replayed."""
+    """The change comes after clipping and before the update; steps around it are replayed."""
     runs = []
     for cls in (QFTTrainer, Graphed):
         made = trainer(cls, tmp_path, max_grad_norm=0.3)
@@ -337,7 +338,7 @@ class Between(TrainerCallback):
 
 
 def test_what_a_replayed_update_leaves_is_what_an_eager_one_leaves(tmp_path):
-    """Gradients are gone and weights have another version: autograd reads no old one."""
+    """Gradients are None, and weights have new versions, so autograd rejects old saved tensors."""
     seen = []
 
     class Watching(TrainerCallback):
@@ -356,7 +357,7 @@ def test_what_a_replayed_update_leaves_is_what_an_eager_one_leaves(tmp_path):
 
 
 class Unread(qft_hf.QFTSGD):
-    """An optimizer of somebody who knows nothing of graphs."""
+    """A third-party optimizer that was written without knowledge of graphs."""
 
     reads_live = False
 
@@ -449,7 +450,7 @@ def _look(gradient):
 
 @pytest.mark.parametrize("options", [{}, PREVIOUS], ids=["stack", "release"])
 def test_a_host_that_looks_at_a_value_is_refused_when_captured(options, tmp_path):
-    """At the end of backward, when Python has been through all updates of release."""
+    """The host reads at the end of backward, after Python has run all updates of release."""
     made = trainer(Graphed, tmp_path, **options)
     made.model.model.embed_tokens.register_forward_hook(
         lambda module, inputs, output: (output.register_hook(_look), None)[1]
@@ -531,11 +532,11 @@ def test_experts_are_refused_by_name_before_and_after_conversion(tmp_path):
 
 
 class Pools:
-    """Names of CUDA memory with the rule of PyTorch's allocator: one that was left is dead."""
+    """Handles of CUDA memory pools: as in PyTorch's allocator, a pool dies with its last graph."""
 
     def __init__(self) -> None:
         self.n_named = 0
-        self.n_alive: Counter[int] = Counter()  # graphs by name
+        self.n_alive: Counter[int] = Counter()  # graphs by handle
         self.used: list[int] = []
 
     def graph_pool_handle(self) -> int:
@@ -579,6 +580,6 @@ def test_graphs_share_memory_and_those_after_all_others_have_gone_get_their_own(
     third = make()
     third.capture(lambda: 1)
     assert len(set(pools.used)) == 1, "a graph is left whose memory the third takes, too"
-    del other, third  # as by the end of train(), or when somebody has loaded a state
+    del other, third  # as at the end of train(), or when a state is loaded
     make().capture(lambda: 1)
     assert len(set(pools.used)) == 2

@@ -1,4 +1,4 @@
-"""What loading and saving with transformers does once qft_hf is imported."""
+"""Loading and saving with transformers once qft_hf is imported."""
 
 import errno
 
@@ -31,7 +31,7 @@ def contents(folder):
 @pytest.mark.parametrize("model_class", [AutoModelForCausalLM, AutoModel, LlamaForCausalLM])
 @pytest.mark.parametrize("shards", [None, "9KB"], ids=["one file", "shards"])
 def test_int8_weights_without_their_config_are_refused(shards, model_class, arguments, tmp_path):
-    """Transformers filled in random weights."""
+    """Transformers alone would fill in random weights."""
     model = quantize_model_(tiny_llama(), QFTConfig())
     model.save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
     edit_config(tmp_path, lambda config: config.pop("quantization_config"))
@@ -79,7 +79,7 @@ def test_models_of_others_load_as_ever(tmp_path):
 
 
 def disk_full(monkeypatch, after):
-    """Writing weights fails half-way, when the file is there and cut off."""
+    """Make the writing of weights fail half-way and leave a truncated file."""
     from transformers import modeling_utils
 
     write = modeling_utils.safe_save_file
@@ -96,7 +96,7 @@ def disk_full(monkeypatch, after):
 @pytest.mark.parametrize("after", [0, 9000])
 @pytest.mark.parametrize("saved", ["float over INT8", "INT8 over INT8", "INT8 over float"])
 def test_a_full_disk_leaves_the_model_that_was_there(saved, after, int8_folder, monkeypatch):
-    """A new config.json stood beside what was left of the weights."""
+    """A new config.json was once left next to truncated weights."""
     if saved == "INT8 over float":
         tiny_llama().save_pretrained(int8_folder)
     before = contents(int8_folder)

@@ -1,5 +1,4 @@
-"""The `qft/` figures of a log, against whole copies of a model that is small enough to be sampled
-whole."""
+"""The logged `qft/` figures agree with copies of a model so small that samples hold all of it."""
 
 import time
 
@@ -30,7 +29,7 @@ def codes(model):
 
 
 class Copies(TrainerCallback):
-    """The codes before each step and after it."""
+    """Keep the codes before and after each step."""
 
     def __init__(self):
         self.before, self.after = {}, {}
@@ -43,9 +42,9 @@ class Copies(TrainerCallback):
 
 
 def trained(tmp_path, **overrides):
-    """A model whose every tensor is smaller than a sample, trained for six steps."""
+    """Train a model whose tensors are all smaller than a sample for six steps."""
     model = tiny_llama()
-    assert max(p.numel() for p in model.parameters()) > SAMPLED  # the table, which is too large
+    assert max(p.numel() for p in model.parameters()) > SAMPLED  # the table is too large
     model = tiny_llama(vocab_size=90)
     assert max(p.numel() for p in model.parameters()) <= SAMPLED
     data = [{k: v % 90 for k, v in row.items()} for row in sequences()]
@@ -110,7 +109,7 @@ def test_bytes_by_state_are_those_of_the_ledger(run):
 
 
 def test_tensors_that_are_not_trained_are_counted(tmp_path):
-    """Such as those of which a hook of the user's makes the gradient zero."""
+    """One case is a parameter whose gradient a user's callback removes."""
 
     class Zero(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -131,7 +130,7 @@ def test_tensors_that_are_not_trained_are_counted(tmp_path):
 
 
 def test_layers_may_be_frozen_and_released_on_the_way(tmp_path):
-    """The sample of a step was then of other tensors than the first one, and the run died."""
+    """Steps then sample different tensors, which once made the run fail."""
 
     class Freezing(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -156,7 +155,7 @@ def test_a_rate_that_moves_no_code_is_seen(rate, expected, tmp_path):
 
 
 def test_the_rate_is_that_of_the_step_and_not_of_the_next_one(tmp_path):
-    """A schedule that ends at zero set the rate of the step after the last one before the log."""
+    """The log once used the next step's rate, which is zero at the end of a schedule."""
     _, logs, _, _ = trained(tmp_path, learning_rate=1e-2, lr_scheduler_type="linear")
     assert logs[6]["learning_rate"] > 0
     assert logs[6]["qft/updates_too_small"] == 0
@@ -177,11 +176,11 @@ def test_the_journey_of_the_codes_is_that_of_the_first_and_the_last_ones(run):
 
 @pytest.mark.parametrize("factor", [0.99, 64.0])
 def test_the_step_where_rounding_ends_is_that_of_the_rounding(factor):
-    """Just below it a step of Lion moves no code of a group, and above it moves some."""
+    """Just below that step size Lion changes no code of a group; above it Lion changes some."""
     model = quantize_model_(tiny_llama(), QFTConfig())
     weights = [p for p in model.parameters() if isinstance(p, QFTWeight)]
     scales = torch.cat([weight.scales.flatten() for weight in weights])
-    # The table's row of the padding token is all zeros, and its scale means nothing.
+    # The padding token's row of the table is all zeros, so its scale means nothing.
     smallest = scales.sort().values[1].item()
     before = [(weight.codes.clone(), weight.scales.clone()) for weight in weights]
     optimizer = QFTLion(model.parameters(), lr=factor * smallest * SMALLEST_STEP)
@@ -191,7 +190,7 @@ def test_the_step_where_rounding_ends_is_that_of_the_rounding(factor):
 
     moved = 0
     for weight, (codes_before, scales_before) in zip(weights, before, strict=True):
-        # A scale that grows rounds all codes of its row anew.
+        # When a scale grows, all codes of its row are rounded again.
         kept = (weight.scales == scales_before).squeeze(1)
         assert kept.any()
         moved += (weight.codes != codes_before)[kept].sum().item()
@@ -220,7 +219,7 @@ def test_only_steps_that_are_logged_are_sampled(strategy, tmp_path, monkeypatch)
 
 
 def test_a_model_of_many_weights_is_sampled_in_few_operations(tmp_path):
-    """Two for each kind of tensor, whatever their number: on a GPU each is a launch."""
+    """Sampling takes two operations per kind of tensor, for any number; each is a GPU launch."""
     model = quantize_model_(tiny_llama(num_hidden_layers=12), QFTConfig())
     health = Health()
     health.model = model
@@ -236,7 +235,7 @@ def test_a_model_of_many_weights_is_sampled_in_few_operations(tmp_path):
 
 
 def test_what_begins_at_zero_does_not_count_as_growth(tmp_path):
-    """Tied to a head, the embedding of a padding token moves, and its scale grew by 1e22."""
+    """The zero embedding of a padding token moves with a tied head; its scale once grew by 1e22."""
     model = tiny_llama(tied=True)
     args = arguments(tmp_path, learning_rate=2e-3, logging_steps=2)
     trainer = QFTTrainer(model=model, args=args, train_dataset=sequences())

@@ -1,4 +1,4 @@
-"""Runs on images and sound: trainers and collators of their own kinds, and models that hear."""
+"""Runs on images and sound: other trainers and collators, and speech models."""
 
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ N_ROWS = 8
 
 
 class Rows(Dataset):
-    """The batch of a family, again and again."""
+    """Repeats the batch of a family."""
 
     def __init__(self, name: str) -> None:
         self.batch = TINY[name].batch()
@@ -45,15 +45,15 @@ def losses(trainer):
 
 @dataclass
 class SpeechArguments(QFTTrainingArguments, Seq2SeqTrainingArguments):
-    """Options of both."""
+    """The options of both classes."""
 
 
 class SpeechTrainer(QFTTrainer, Seq2SeqTrainer):
-    """It learns in INT8 and is scored by what it says."""
+    """Trains in INT8 and is scored by generated tokens."""
 
 
 def spoken(prediction):
-    """Tokens, not logits."""
+    """Score a prediction, which has tokens rather than logits."""
     tokens, labels = prediction
     assert tokens.dtype == np.int64
     assert len(tokens) == len(labels) == N_ROWS

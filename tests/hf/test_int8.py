@@ -1,4 +1,4 @@
-"""INT8 products through the Trainers, checkpoints and configurations."""
+"""INT8 products in Trainers, checkpoints and configurations."""
 
 import json
 
@@ -72,7 +72,7 @@ def test_arguments_cannot_give_int8_products_to_a_model_quantized_without(tmp_pa
     args = arguments(tmp_path, QFTTrainingArguments, matmul="int8")
     with pytest.raises(ValueError, match=r"INT8 already, with matmul='dequantize'.* load it with"):
         QFTTrainer(model=int8_llama(QFTConfig()), args=args)
-    # One that has them keeps them unless the arguments say otherwise.
+    # A model that has INT8 products keeps them unless the arguments say otherwise.
     kept = QFTTrainer(model=int8_llama(), args=arguments(tmp_path, QFTTrainingArguments)).model
     assert kept.model.layers[0].mlp.up_proj.products == Int8Products(seed=4)
 

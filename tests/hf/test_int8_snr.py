@@ -24,7 +24,7 @@ PRODUCTS = ("output", "input gradient", "weight gradient")
 def passes(
     model: nn.Module, inputs: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-    """Of each inner linear module: name, FP32 weight, input `[N, C]`, output gradient `[N, R]`."""
+    """Yield name, FP32 weight, input `[N, C]`, output gradient `[N, R]` of inner linear modules."""
     inner = {
         module: name
         for name, module in model.named_modules()
@@ -50,7 +50,7 @@ def passes(
 
 
 def ratios(weight: Tensor, x: Tensor, grad_y: Tensor, config: QFTConfig = CONFIG) -> list[float]:
-    """Decibels of output, input gradient and weight gradient."""
+    """Return the SNR of output, input gradient and weight gradient in dB."""
     quantized = nn.Parameter(QFTWeight.from_float(weight, config))
     leaf = x.clone().requires_grad_()
     products = Int8Products() if config.matmul == "int8" else None
@@ -103,9 +103,9 @@ def test_smollm2_on_dialogues_has_20_db_in_every_product_of_every_module(smollm2
 
 @pytest.mark.slow
 def test_a_step_of_smollm2_descends_nearly_as_far_as_the_exact_one(smollm2):
-    """Noise adds up through 30 layers. What Lion makes of it: the sum of |gradient| it descends.
+    """Noise adds up through 30 layers; the measure is how much of sum |gradient| Lion descends.
 
-    Without float columns for the large channels of activations the share is 90 %.
+    Without outlier columns for the large columns of activations the share is 90 %.
     """
     inputs = dialogues(4)
 

@@ -1,4 +1,4 @@
-"""Liger's kernels as options: which of them a run takes, and what it refuses."""
+"""Options for Liger's kernels: which of them a run uses, and what is refused."""
 
 import re
 
@@ -50,7 +50,7 @@ def with_liger(folder, cls=QFTTrainingArguments, **overrides):
 def test_a_chunked_loss_stands_for_the_fused_one_unless_told_otherwise(
     options, chunked, kernels, tmp_path, caplog
 ):
-    """What was asked for by name needs no word; what takes the place of a default does."""
+    """A warning appears if the chunked loss replaces a default, not if a kernel was set by name."""
     args = with_liger(tmp_path, **options)
     assert args.chunked_loss is chunked
     assert args.liger_kernel_config == kernels
@@ -113,7 +113,7 @@ def test_the_stock_arguments_have_to_leave_the_fused_loss_out(kernels, cls, tmp_
 @installed
 @pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
 def test_a_family_or_a_kernel_that_liger_does_not_know_is_refused_by_name(cls, tmp_path):
-    """Liger itself leaves both as they are."""
+    """Liger itself silently leaves both unpatched."""
     args = with_liger(tmp_path, liger_kernel_config={FUSED: False})
     model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=131))
     with pytest.raises(ValueError, match=r"no kernels for models of type 'gpt2'\. Leave use_liger"):
@@ -126,7 +126,7 @@ def test_a_family_or_a_kernel_that_liger_does_not_know_is_refused_by_name(cls, t
 @installed
 @pytest.mark.parametrize("optim", ["qft_lion", "adamw_torch"])
 def test_experts_in_int8_are_refused_by_name_also_where_they_are_frozen(optim, tmp_path):
-    """Liger's kernel would read codes as floats; experts that stay float it may have."""
+    """Liger's kernel would read codes as floats; it may be used for experts that stay float."""
     config = Qwen3MoeConfig(
         vocab_size=131, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, head_dim=16,
         num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, num_experts=3,

@@ -1,4 +1,4 @@
-"""Liger's own kernels on INT8 models, in Triton's interpreter, which takes a process of its own:
+"""Liger's own kernels on INT8 models in Triton's interpreter, which needs a separate process:
 `TRITON_INTERPRET=1 pytest tests/hf/test_liger_kernels.py`.
 """
 
@@ -56,8 +56,8 @@ SIZES = {
 EXPERTS = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 19}
 IDS = torch.tensor([[5, 60, 17, 8, 33], [9, 2, 41, 41, 7]])
 
-# Kernels that one forward and backward pass of two layers launches, by family: of each layer's
-# norms, of the last one, of each MLP and of each rotation.
+# Kernel launches in one forward and backward pass of two layers, by family: for each layer's
+# norms, the last norm, each MLP and each rotation.
 KERNELS = {
     "llama": {"_rms_norm": 2 * 2 + 1, "_swiglu": 2, "_triton_rope": 2 * 2},
     "gemma": {"_rms_norm": 2 * 2 + 1, "_geglu_tanh": 2, "_triton_rope": 2 * 2},
@@ -84,18 +84,18 @@ def build(family: str) -> Any:
 
 @pytest.fixture(autouse=True)
 def _as_compiled(monkeypatch):
-    """What compiled kernels have, and Triton's interpreter has not."""
+    """Give Triton's interpreter what only compiled kernels have."""
     as_tensor = interpreter._implicit_cvt
 
     def convert(argument: Any) -> Any:
-        """Python's floats are FP32; the interpreter leaves them as they are."""
+        """Convert Python floats to FP32 as the compiler does; the interpreter does not."""
         if not isinstance(argument, float):
             return as_tensor(argument)
         handle = interpreter.TensorHandle(np.array([argument], np.float32), tl.float32)
         return tl.tensor(handle, tl.float32)
 
     def elementwise(function: Any) -> Any:
-        """A function of CUDA's library, of which the interpreter has the names alone."""
+        """Implement a function of CUDA's library, for which the interpreter has only the name."""
 
         def call(x: Any) -> Any:
             handle = interpreter.TensorHandle(function(x.handle.data), x.handle.dtype)
@@ -111,7 +111,7 @@ def _as_compiled(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _restored(monkeypatch):
-    """Liger also replaces functions and classes of modules, for all models to come."""
+    """Restore functions and classes of modules, which Liger replaces for all later models."""
     families = ("llama", "gemma", "qwen3", "qwen3_moe")
     modules = [
         importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in families
@@ -124,7 +124,7 @@ def _restored(monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch) -> Counter:
-    """Launches of kernels, by name."""
+    """Count launches of kernels by name."""
     counts: Counter = Counter()
     run = interpreter.GridExecutor.__call__
 
@@ -137,7 +137,7 @@ def launched(monkeypatch) -> Counter:
 
 
 def pass_over(model: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Loss, and gradients by name, of one pass; they are gone from the model."""
+    """Return the loss and the gradients by name of one pass, and clear the model's gradients."""
     labels = IDS.clone()
     labels[0, :2] = -100
     loss = model(input_ids=IDS, labels=labels).loss
@@ -147,14 +147,14 @@ def pass_over(model: Any) -> tuple[torch.Tensor, dict[str, Any]]:
     return loss.detach(), gradients
 
 
-# With and without Liger all is FP32 and the same, but for the order of sums. On its way from the
-# embeddings to the loss and back a value goes through 2 layers of at most 20 operations, twice; the
-# longest sums have 61 terms. This is the share of rounding in the largest value of a tensor.
+# With and without Liger all arithmetic is FP32 and differs only in the order of sums. Between
+# embeddings and loss a value passes 2 layers of at most 20 operations, twice; the longest sums
+# have 61 terms. SHARE bounds the rounding error, relative to the largest value of a tensor.
 SHARE = 2 * 2 * 20 * 61 * FP32_EPS
 
 
 def assert_close(found: tuple, expected: tuple) -> None:
-    """The same but for rounding, by which an INT8 code may be the next one."""
+    """Assert equality up to rounding, which may change an INT8 code by one."""
     torch.testing.assert_close(found[0], expected[0], rtol=SHARE, atol=0)
     assert found[1].keys() == expected[1].keys()
     for name, wanted in expected[1].items():
@@ -199,12 +199,12 @@ def test_its_loss_of_whole_logits_is_that_without_it(launched):
 @pytest.mark.parametrize("kernels", [None, WITHOUT_FUSED], ids=["fused", "whole"])
 @pytest.mark.parametrize("base", ["float", "int8"])
 def test_a_side_network_learns_the_same_beside_a_base_with_liger(base, kernels, launched):
-    """Its head is frozen, so that Liger's fused loss makes no gradient of it."""
+    """The head is frozen, so Liger's fused loss computes no gradient for it."""
     model = build("llama")
     if base == "int8":
         quantize_model_(model, QFTConfig())
     attach_side_network(model, QSTConfig(r=2)).train()
-    with torch.no_grad():  # at its start it has no effect
+    with torch.no_grad():  # a new side network has no effect
         model.side_network.upsample.copy_(torch.linspace(-1, 1, 28)[:, None])
     expected = pass_over(model)
     apply_liger_kernel(model, kernels)
@@ -243,10 +243,10 @@ def test_a_run_takes_the_course_of_one_without_and_trains_all(matmul, tmp_path, 
         trainer = run(tmp_path, use_liger_kernel=True, **options)
     assert trainer.model.lm_head.defers_logits
     assert caplog.text.count("chunked_loss=True takes its place") == 1
-    # Three steps, and forward is done again for backward, but for the last norm.
+    # Three steps; checkpointing repeats the forward pass of all but the last norm.
     assert launched["_swiglu_forward_kernel"] == 3 * 2 * 2
     assert launched["_swiglu_backward_kernel"] == 3 * 2
-    # A last bit can flip the sign of an update; losses fall by far more than they differ.
+    # A last bit can flip the sign of an update; losses differ by far less than they fall.
     losses = history(trainer, "loss")
     assert losses == pytest.approx(history(plain, "loss"), rel=3e-3)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=3e-3)

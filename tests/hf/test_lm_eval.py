@@ -1,4 +1,4 @@
-"""The command that docs/other-tools.md has for lm_eval, on a task of three rows."""
+"""The lm_eval command in docs/other-tools.md runs on a task of three rows."""
 
 import json
 import re

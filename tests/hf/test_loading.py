@@ -58,7 +58,7 @@ def test_checkpoint_survives_loading_saving_and_loading(tied, dtype, config, tmp
     tiny_llama(tied=tied, dtype=dtype).save_pretrained(tmp_path / "float", max_shard_size="20KB")
 
     model = load(tmp_path / "float", quantization_config=config)
-    # So small that the fields of one weight go to several files.
+    # Shards are so small that the fields of one weight go to several files.
     model.save_pretrained(tmp_path / "int8", max_shard_size="3KB")
     again, info = load(tmp_path / "int8", output_loading_info=True)
 
@@ -74,7 +74,7 @@ def test_checkpoint_survives_loading_saving_and_loading(tied, dtype, config, tmp
 
 
 def test_small_shards_split_the_fields_of_a_weight(tmp_path):
-    """The premise of the test above."""
+    """Checks the premise of the test above."""
     quantize_model_(tiny_llama(), QFTConfig()).save_pretrained(tmp_path, max_shard_size="3KB")
 
     files = defaultdict(set)
@@ -143,7 +143,7 @@ def test_saving_into_the_folder_it_was_loaded_from(int8_folder):
 @pytest.mark.parametrize("is_int8", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_tables_are_known_after_loading(tied, is_int8, tmp_path):
-    """Their gradient is never left in tiles, which would keep the gradient of the logits alive."""
+    """A table's gradient never waits in tiles, which would keep the logits' gradient alive."""
     model = tiny_llama(tied=tied)
     if is_int8:
         quantize_model_(model, QFTConfig())
@@ -239,7 +239,7 @@ def test_excluded_modules_stay_float_and_are_recorded(tmp_path):
 
 
 def test_tied_weight_with_one_excluded_user_stays_float(tmp_path):
-    """The skeleton that weights are loaded into is not tied yet, and the rule must know."""
+    """The empty model is not tied yet when the rule for excluded modules is applied."""
     config = QFTConfig(modules_to_not_convert=["lm_head"])
     tiny_llama(tied=True).save_pretrained(tmp_path / "float")
 
@@ -317,7 +317,7 @@ def test_without_qft_hf_every_int8_weight_is_reported_missing(int8_folder):
     assert set(run.stdout.split()) == weights
 
 
-# A configuration beside an INT8 checkpoint.
+# A quantization config that is passed with an INT8 checkpoint.
 
 
 def test_same_format_is_accepted_and_the_users_seed_taken(int8_folder):
@@ -562,7 +562,7 @@ def test_bad_value_in_a_float_checkpoint_is_named(name, value, tmp_path):
 
 @pytest.mark.parametrize("cut", [lambda w: w[:, :-1], torch.flatten], ids=["narrow", "flat"])
 def test_wrong_shape_in_a_float_checkpoint_is_named(cut, tmp_path):
-    """Transformers 5.17 checks no shapes when a quantizer is there."""
+    """Transformers 5.17 does not check shapes when a quantizer is used."""
     tiny_llama().save_pretrained(tmp_path)
     edit_tensors(tmp_path, with_tensor(DOWN + "weight", lambda t: cut(t[DOWN + "weight"])))
 
@@ -586,7 +586,7 @@ def test_offloading_is_refused(device_map, int8_folder, tmp_path):
 
 
 def test_a_tied_model_on_several_devices_is_refused(tmp_path):
-    """Accelerate's hooks put the table in the place of every other weight there."""
+    """Accelerate finds ties by equal addresses and would replace all INT8 weights by the table."""
     quantize_model_(tiny_llama(tied=True), QFTConfig()).save_pretrained(tmp_path)
 
     with pytest.raises(ValueError, match=r"lm_head\.weight is tied .*\['0', '1'\].* Use one"):
@@ -606,7 +606,7 @@ NAMING = [
 def test_names_of_a_checkpoint_that_this_class_has_not_are_ignored_and_said_once(
     config, tmp_path, caplog
 ):
-    """The rule that catches a user's slip also refused every checkpoint with a named head."""
+    """The check for misspelled names once also refused every checkpoint that names its head."""
     causal = quantize_model_(tiny_llama(), config)
     causal.save_pretrained(tmp_path / "causal")
     with caplog.at_level(logging.WARNING, logger="qft_hf"):
@@ -631,7 +631,7 @@ def test_names_of_a_checkpoint_that_this_class_has_not_are_ignored_and_said_once
 
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
 def test_a_table_that_an_absent_head_keeps_float_stays_so(shards, tmp_path, caplog):
-    """It was refused: the checkpoint has it in float, and nothing was left that says so."""
+    """Loading was once refused: only the ignored name of the head says that the table is float."""
     config = QFTConfig(modules_to_not_convert=["lm_head"])
     causal = quantize_model_(tiny_llama(tied=True), config)
     causal.save_pretrained(tmp_path / "causal", **shards)

@@ -1,4 +1,4 @@
-"""Momentum of 4 bits, and none, through the Trainers: the name, resume, the ledger, the card."""
+"""4-bit momentum, and none, in the Trainers: optimizer name, resume, ledger and card."""
 
 import pytest
 from transformers import Trainer

@@ -1,4 +1,4 @@
-"""Options by field, by flag and by `optim_args`: each takes effect where it is given, or raises."""
+"""An option given by field, by flag or by `optim_args` takes effect or raises."""
 
 import math
 import pickle
@@ -22,7 +22,7 @@ from qft_hf.hf.optimizers import FIELDS, OPTIMIZERS, OPTIONS
 from tests.hf.test_trainer import arguments, assert_same_state, history, sequences, trainer_on
 from tests.models import tiny_llama
 
-# A value of each option that is not its default, and what has to stand beside it.
+# A non-default value of each option, and the other options that it requires.
 VALUES = {
     "gradient": ("release", {}),
     "accumulation": ("forbid", {"gradient": "release"}),
@@ -205,7 +205,7 @@ def test_the_seed_is_that_of_model_and_optimizer(make, tmp_path):
     trainer = Trainer(model=tiny_llama(), args=make(tmp_path, {"seed": 11}))
     assert trainer.model.config.quantization_config.seed == 11
     assert trainer.create_optimizer().defaults["seed"] == 11
-    # A model that is INT8 already has one of its own, unless another is given.
+    # A model that is INT8 already keeps its own seed unless another one is given.
     for given, seed in (({}, 4), ({"seed": 11}, 11)):
         model = quantize_model_(tiny_llama(), QFTConfig(seed=4))
         optimizer = Trainer(model=model, args=make(tmp_path, given)).create_optimizer()
@@ -219,7 +219,7 @@ def test_the_seed_is_that_of_model_and_optimizer(make, tmp_path):
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "max_grad_norm"])
 def test_impossible_numbers_are_refused_by_name(name, bad, tmp_path):
     if (name, bad) == ("max_grad_norm", math.inf):
-        return  # clips nothing, as torch has it
+        return  # no clipping, as in torch
     with pytest.raises(ValueError, match=rf"{name} must .*, got {bad}"):
         arguments(tmp_path, QFTTrainingArguments, **{name: bad})
     for cls in (Trainer, QFTTrainer):
@@ -242,7 +242,7 @@ def test_a_norm_that_is_a_word_is_refused_by_name(tmp_path):
 
 def test_a_rate_that_is_set_later_is_checked_when_the_optimizer_is_made(tmp_path):
     trainer = trainer_on(tiny_llama(), tmp_path)
-    trainer.args.learning_rate = math.nan  # as a search for hyperparameters might
+    trainer.args.learning_rate = math.nan  # as a hyperparameter search might
     with pytest.raises(ValueError, match="learning_rate must be a finite number, got nan"):
         trainer.train()
 
@@ -354,7 +354,7 @@ def test_a_format_that_is_not_that_of_an_int8_model_is_refused(
 
 
 class Plain(nn.Module):
-    """A model of no library: it carries no configuration."""
+    """A model of no library, without a configuration."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -463,7 +463,7 @@ def test_the_stock_trainer_trains_what_model_init_has_quantized(tmp_path):
     trainer = model_init_trainer(tmp_path, Trainer, make, group_size=11)
     trainer.train()
     assert history(trainer, "loss")[-1] < history(trainer, "loss")[0]
-    # Its first model agrees with the arguments and the next does not.
+    # The first model of `make` agrees with the arguments, and the next one does not.
     configs = iter([QFTConfig(group_size=11), QFTConfig(group_size=12)])
     changing = model_init_trainer(
         tmp_path, Trainer, lambda: quantize_model_(tiny_llama(), next(configs)), group_size=11
@@ -550,7 +550,7 @@ def test_groups_of_ones_own_may_have_rates_of_their_own(tmp_path):
 
 @pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
 def test_a_run_with_an_optimizer_of_ones_own_can_be_resumed(cls, tmp_path):
-    """What the arguments have beside it was taken for a value that the checkpoint overrules."""
+    """The arguments' unused values were once taken for values that the checkpoint overrides."""
 
     def trainer(**options):
         model = quantize_model_(tiny_llama(), QFTConfig())
@@ -584,7 +584,7 @@ def test_a_rate_that_was_left_out_once_is_compared_with_the_first_one(tmp_path):
 
 @pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
 def test_released_gradients_of_ones_own_optimizer_accumulate(cls, tmp_path):
-    """The second micro-batch raised, when the first one had updated weights."""
+    """The second micro-batch once raised, after the first one had updated weights."""
     states = []
     for gradient in ("stack", "release"):
         model = quantize_model_(tiny_llama(), QFTConfig())
@@ -598,7 +598,7 @@ def test_released_gradients_of_ones_own_optimizer_accumulate(cls, tmp_path):
 
 @pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
 def test_a_norm_that_ones_own_optimizer_would_not_clip_to_is_refused(cls, tmp_path):
-    """1.0, the Trainer's default, clipped nothing and nobody said so."""
+    """The Trainer's default, 1.0, once clipped nothing without an error."""
 
     def trainer(**settings):
         model = quantize_model_(tiny_llama(), QFTConfig())
@@ -665,7 +665,7 @@ def test_stacked_gradients_are_tried_again_with_a_smaller_batch(tmp_path):
 
 
 class Adapter(nn.Module):
-    """What an adapter is to us: float parameters beside a frozen INT8 layer."""
+    """Stands for an adapter: float parameters next to a frozen INT8 layer."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

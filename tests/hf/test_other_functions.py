@@ -1,4 +1,4 @@
-"""What functions of PyTorch, transformers and Accelerate that know no INT8 do with such a model."""
+"""Functions of PyTorch, transformers and Accelerate that know nothing of INT8, on INT8 models."""
 
 import copy
 
@@ -55,7 +55,7 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def test_sizes_are_what_is_stored():
-    """They were those of the float weights, three to four times as large."""
+    """Sizes were once those of the float weights, three to four times as large."""
     model = int8_llama()
     stored = sum(tensor.untyped_storage().nbytes() for tensor in model.state_dict().values())
 
@@ -65,7 +65,7 @@ def test_sizes_are_what_is_stored():
     assert weight.nbytes == sum(field.nbytes for field in weight.fields().values())
     assert weight.element_size() * weight.numel() == pytest.approx(weight.nbytes)
     assert 1 < weight.element_size() < 1.5
-    assert weight[:3].nbytes == 3 * weight.shape[1] * 4  # a view is of values
+    assert weight[:3].nbytes == 3 * weight.shape[1] * 4  # a view has float values
 
 
 @pytest.mark.parametrize("arguments", [{}, {"dtype": torch.float16}, {"special_dtypes": {}}])
@@ -73,7 +73,7 @@ def test_sizes_are_what_is_stored():
     "make", [tiny_llama, lambda: tiny_llama(tied=True), lambda: tiny("qwen3_moe")]
 )
 def test_accelerate_counts_what_is_stored(make, arguments):
-    """Devices are filled by these sizes, which were those of float weights."""
+    """Accelerate fills devices by these sizes, which were once those of float weights."""
     model = quantize_model_(make(), QFTConfig(group_size=16))
     named = arguments | {
         key: dict.fromkeys(["lm_head.weight"], torch.float32)
@@ -124,7 +124,7 @@ def test_the_distributed_state_dict_of_a_model_is_its_own(options):
 @pytest.mark.parametrize("kind", [QFTLion, QFTAdamW])
 @pytest.mark.parametrize("is_fresh", [True, False])
 def test_a_distributed_checkpoint_restores_weights_state_and_step(kind, is_fresh, tmp_path):
-    """The step too, which random numbers are counted by: the next one makes the same bits."""
+    """The step, which counts random numbers, is restored too: the next step has the same bits."""
     model, optimizer = trained(kind)
     state = get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)
     dcp.save(dict(zip(("model", "optimizer"), state, strict=True)), checkpoint_id=tmp_path)
@@ -181,7 +181,7 @@ COLLECTIVES = {
 @pytest.mark.parametrize("collective", COLLECTIVES.values(), ids=COLLECTIVES)
 @pytest.mark.parametrize("of", ["weight", "gradient"])
 def test_a_collective_that_would_be_lost_is_refused(of, collective, one_process):
-    """Sums and broadcasts went into values that nobody kept; a scatter was a crash."""
+    """Sums and broadcasts once went into temporary values, and a scatter crashed."""
     model = int8_llama()
     model(IDS, labels=IDS).loss.backward()
     weight = model.lm_head.weight
@@ -211,7 +211,7 @@ def differentiated_by_torch_func() -> None:
 
 @pytest.mark.parametrize("use", [fully_sharded, differentiated_by_torch_func])
 def test_who_puts_float_weights_in_the_place_of_int8_ones_is_named(use, one_process):
-    """A user who had called quantize_model_ was told to call it."""
+    """The error once told a user who had called quantize_model_ to call it."""
     with pytest.raises(RuntimeError, match=r"fully_shard or torch\.func.*dequantize_model_ before"):
         use()
 
@@ -220,7 +220,7 @@ def test_who_puts_float_weights_in_the_place_of_int8_ones_is_named(use, one_proc
 
 
 def test_shared_memory_is_seen_by_another_process():
-    """`share_memory()` was a segmentation fault."""
+    """`share_memory()` once caused a segmentation fault."""
     model = int8_llama().share_memory()
     weight = model.lm_head.weight
     assert weight.is_shared()
@@ -282,7 +282,7 @@ def test_a_checkpoint_is_loaded_into_an_int8_model_by_accelerate(tmp_path):
 @pytest.mark.parametrize("load", ["load_checkpoint_and_dispatch", "load_checkpoint_in_model"])
 @pytest.mark.parametrize("shards", [None, "9KB"], ids=["one file", "shards"])
 def test_accelerate_loads_no_int8_checkpoint_into_a_float_model(load, shards, tmp_path):
-    """It said that weights were not used, and the model kept its random values."""
+    """Accelerate alone only warns of unused weights, and the model keeps its random values."""
     int8_llama(seed=1).save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
     index = "model.safetensors.index.json" if shards else "model.safetensors"
     for checkpoint in (tmp_path, str(tmp_path), tmp_path / index):
@@ -330,7 +330,7 @@ def test_a_running_mean_is_kept_by_a_float_copy(arguments):
     mean.update_parameters(model)
 
     second = dequantize_model_(copy.deepcopy(model), torch.float32).state_dict()
-    share = 0.25 if arguments else 0.5  # of the second of two models
+    share = 0.25 if arguments else 0.5  # weight of the second of two models
     for name, value in mean.module.state_dict().items():
         expected = (1 - share) * first[name].double() + share * second[name].double()
         assert ((value - expected).abs() <= 4 * FP32_EPS * expected.abs().max()).all()
@@ -340,7 +340,7 @@ def test_a_running_mean_is_kept_by_a_float_copy(arguments):
 def test_a_running_mean_in_an_int8_copy_is_refused_and_says_what_to_do():
     model = int8_llama()
     mean = AveragedModel(model)
-    mean.update_parameters(model)  # the first is a copy
+    mean.update_parameters(model)  # the first update is a copy
 
     with pytest.raises(
         NotImplementedError, match=r"running mean.*dequantize_model_\(copy\.deepcopy\(model\)"
@@ -377,7 +377,7 @@ def steps(model: nn.Module, kind, settings) -> list[Tensor]:
 @pytest.mark.parametrize("matmul", ["dequantize", "int8"])
 @pytest.mark.parametrize("kind", [QFTLion, QFTAdamW])
 def test_the_default_dtype_changes_nothing(kind, matmul, settings, request):
-    """Neither while a model is quantized nor while it trains: the model's own dtype counts."""
+    """Only the model's own dtype counts, while it is quantized and while it trains."""
     model = tiny_llama()
     config = QFTConfig(matmul=matmul)
     quantized = quantize_model_(copy.deepcopy(model), config)

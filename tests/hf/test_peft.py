@@ -1,4 +1,4 @@
-"""Adapters of PEFT on frozen INT8 weights."""
+"""PEFT adapters on frozen INT8 weights."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_an_optimizer_of_ours_is_for_all_weights_and_says_so(tmp_path):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_a_module_that_is_trained_whole_beside_adapters_has_to_be_float(tied, tmp_path):
-    """The advice was to take an optimizer of ours, which refuses adapters."""
+    """The error once advised one of our optimizers, which refuse adapters."""
     lora = LoraConfig(target_modules=["q_proj"], r=4, modules_to_save=["lm_head"])
     with pytest.raises(TypeError, match=r"lm_head.*only float modules .* in modules_to_not_conve"):
         trained(adapted(lora, tied=tied), tmp_path)
@@ -105,7 +105,7 @@ def test_merging_into_int8_weights_says_how_and_changes_nothing(merge, safe_merg
 
 
 def test_the_way_to_merge_works(tmp_path):
-    """Dequantize, merge, quantize: what the error says."""
+    """The error advises to dequantize, merge and quantize."""
     model = adapted()
     trained(model, tmp_path)
     expected = logits(model)

@@ -1,4 +1,4 @@
-"""How long sequences may be is what models take, whatever their configurations call it."""
+"""The maximum sequence length is what a model accepts, whatever its configuration calls it."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ TABLES = {
     ("family", "options", "n"), [(k, *v) for k, v in TABLES.items()], ids=TABLES
 )
 def test_a_model_takes_as_many_tokens_and_not_one_more(family, options, n):
-    """RoBERTa passed with two tokens more, and died in its first batch of that length."""
+    """RoBERTa was once allowed two tokens more and failed in its first batch of that length."""
     config = getattr(transformers, f"{family}Config")(**options)
     assert n_positions(config) == n
 

@@ -1,4 +1,4 @@
-"""Gradient release through the Trainers: the bits of the stack, true norms, and what raises."""
+"""Gradient release in the Trainers: the bits of the stack, correct norms, and errors."""
 
 import random
 
@@ -37,7 +37,7 @@ def run(folder, cls=Trainer, *, resume=None, tied=True, callbacks=None, **overri
 
 
 def assert_same_run(one: Trainer, other: Trainer) -> None:
-    """Weights, optimizer state and logs, bit for bit; norms are summed in another order."""
+    """Assert equal bits of weights, optimizer state and logs; norms are summed in another order."""
     assert_same_state(one.model.state_dict(), other.model.state_dict())
     states = [trainer.optimizer.state_dict()["state"] for trainer in (one, other)]
     assert states[0].keys() == states[1].keys()
@@ -51,7 +51,7 @@ def assert_same_run(one: Trainer, other: Trainer) -> None:
     assert history(other, "grad_norm") == pytest.approx(history(one, "grad_norm"), rel=1e-6)
 
 
-# The rate differs at each step: released weights need the one of the step that is running.
+# The rate differs at each step, and released weights need that of the current step.
 SCHEDULE = {"max_steps": 4, "lr_scheduler_type": "cosine", "warmup_steps": 2}
 
 
@@ -135,7 +135,7 @@ def test_forbidden_accumulation_raises_before_the_first_batch(tmp_path):
 
 
 def test_two_trainers_on_one_model_do_not_meet(tmp_path):
-    """In one notebook: the first trainer is still there when the second one trains."""
+    """As in a notebook, the first trainer still exists when the second one trains."""
     models = [tiny_llama(), tiny_llama()]
     kept = []
     for model, modes in zip(models, ((None, None), (RELEASE, RELEASE)), strict=True):
@@ -156,7 +156,7 @@ def test_after_training_a_backward_pass_updates_nothing(tmp_path):
 
 
 class AtTheEnd(TrainerCallback):
-    """Looks at gradients of the model that training has made."""
+    """Run a backward pass on the trained model at the end of training."""
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
         self.before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -172,7 +172,7 @@ def test_a_backward_pass_of_a_callback_at_the_end_of_training_updates_nothing(tm
 
 
 class Interrupted(TrainerCallback):
-    """Breaks the backward pass of one step when half of the layers are updated."""
+    """Interrupt the backward pass of one step after half of the layers are updated."""
 
     def __init__(self, at_step: int) -> None:
         self.at_step = at_step
@@ -238,7 +238,7 @@ def test_a_loop_with_accelerate_accumulates(tmp_path):
 
 
 class Reporter(TrainerCallback):
-    """What a reporter to TensorBoard or the like gets to see."""
+    """Record the norms that a reporter such as TensorBoard's receives."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
@@ -265,9 +265,9 @@ def test_every_reporter_gets_the_true_norm(cls, tmp_path, monkeypatch):
 @pytest.mark.parametrize("clipping", ["exact", "previous", "tensor"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_logged_norm_is_that_of_all_gradients_before_clipping(accumulation, clipping, tmp_path):
-    """Eight micro-batches an epoch: of three windows the last has two, and in the second case one.
+    """An epoch has eight or seven micro-batches, so the last window of three has two or one.
 
-    A norm too large to clip: the run has to be the unclipped one, whatever the way of clipping.
+    The norm is too large to clip, so every kind of clipping must equal the unclipped run.
     """
     for examples in (32, 28):
         trainers = []
@@ -284,7 +284,7 @@ def test_the_logged_norm_is_that_of_all_gradients_before_clipping(accumulation, 
 
 @pytest.mark.parametrize(("cls", "examples"), [(Trainer, 28), (QFTTrainer, 28), (QFTTrainer, 4)])
 def test_exact_clipping_of_a_last_window_of_one_micro_batch(cls, examples, tmp_path):
-    """Seven micro-batches in windows of three: the third has one. Or one micro-batch in all."""
+    """Seven micro-batches are windows of three, three and one; 4 examples are one micro-batch."""
     trainers = []
     for optim_args in (None, "gradient=release,clipping=exact"):
         trainer = trainer_on(
@@ -300,7 +300,7 @@ def test_exact_clipping_of_a_last_window_of_one_micro_batch(cls, examples, tmp_p
 
 
 class Freeze(TrainerCallback):
-    """Leaves a layer without a gradient in the last micro-batch of each step."""
+    """Leave a layer without a gradient in the last micro-batch of each step."""
 
     def on_substep_end(self, args, state, control, model=None, **kwargs) -> None:
         model.model.layers[1].requires_grad_(False)
@@ -353,7 +353,7 @@ def test_exact_clipping_in_the_stock_trainer_says_what_to_do(tmp_path):
 
 
 class Masked(nn.Module):
-    """Masks by NumPy and by Python, as SpecAugment does, and keeps statistics of its inputs."""
+    """Masks by NumPy's and Python's random numbers, as SpecAugment does, and has a batch norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ class Masked(nn.Module):
 
 
 def test_exact_clipping_leaves_no_trace_of_its_first_pass(tmp_path):
-    """It measured under other masks, and counted each batch twice in the statistics."""
+    """The first pass once used other masks and counted each batch twice in the statistics."""
     runs = []
     for optim_args in (None, "gradient=release,clipping=exact"):
         trainer = trainer_on(

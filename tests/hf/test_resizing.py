@@ -51,7 +51,7 @@ def tables(model):
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 def test_old_rows_keep_their_bits_and_new_ones_are_as_transformers_makes_them(size, tied, config):
     model = quantize_model_(tiny_llama(tied=tied), config)
-    # The same values in float: what transformers does to them is what the new rows are.
+    # The same values in float, which transformers resizes: new rows must equal those of this twin.
     twin = dequantize_model_(copy.deepcopy(model), torch.float32)
     before = [fields(weight) for weight in tables(model)]
     parameters = tables(model)
@@ -70,7 +70,7 @@ def test_old_rows_keep_their_bits_and_new_ones_are_as_transformers_makes_them(si
         for name, tensor in weight.fields().items():
             assert_same_bits(tensor[:n_kept], old[name][:n_kept])
         assert_same_bits(weight.values()[:n_kept], of_twin.detach()[:n_kept])
-        # Nearest rounding moves a value by half a step at most.
+        # Nearest rounding moves a value by at most half a scale.
         groups = weight.scales.repeat_interleave(weight.group_size or 44, dim=1)[:, :44]
         error = (weight.values() - of_twin.detach()).abs()
         assert (error[n_kept:] <= 0.5001 * groups[n_kept:]).all()
@@ -224,7 +224,7 @@ def test_an_optimizer_without_any_int8_weight_says_so_once(make, caplog):
 
 def test_one_int8_weight_is_enough_to_say_nothing(caplog):
     model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Linear(3, 2))
-    optimizer = QFTLion(model.parameters(), lr=1e-3)  # made before
+    optimizer = QFTLion(model.parameters(), lr=1e-3)  # made before quantization
     quantize_model_(model, QFTConfig(modules_to_not_convert=["0"]))
     model(torch.ones(2, 5)).sum().backward()
     optimizer.step()

@@ -1,4 +1,4 @@
-"""What `save_pretrained` writes can be loaded, whatever part of which model it is called on."""
+"""`save_pretrained` writes a loadable checkpoint of any model and any part of one."""
 
 import copy
 
@@ -28,7 +28,7 @@ def tiny_part(cls: type, **overrides):
 
 
 class Around(nn.Module):
-    """A model of the user's around one of transformers."""
+    """A user's module that contains a transformers model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Around(nn.Module):
 @pytest.mark.parametrize("by_name", [True, False])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_state_dict_that_is_passed_is_what_is_saved(tied, by_name, tmp_path):
-    """Of INT8 models it was ignored, and the present weights were written instead of the best."""
+    """INT8 models once ignored it and saved the current weights instead of the best ones."""
     model = quantize_model_(tiny_llama(tied=tied), QFTConfig(group_size=9))
     best = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = QFTLion(model.parameters(), lr=1e-2)
@@ -76,7 +76,7 @@ def test_half_a_state_dict_is_refused_and_the_folder_is_as_it_was(tmp_path):
 
 
 def test_the_encoder_of_an_int8_model_of_two_is_a_model(tmp_path):
-    """Its config.json did not say INT8, and nothing could read the folder."""
+    """The encoder's config.json once did not mention INT8, and nothing could load the folder."""
     whole = EncoderDecoderModel(
         encoder=tiny_part(BertModel),
         decoder=tiny_part(BertLMHeadModel, is_decoder=True, add_cross_attention=True),
@@ -97,7 +97,7 @@ def test_a_model_inside_of_a_module_is_a_model(tmp_path):
 
 
 def test_a_part_lists_what_of_it_is_float(tmp_path):
-    """It has other names than in the model, where the layer was listed."""
+    """The float layer's name in the part differs from its listed name in the whole model."""
     model = quantize_model_(tiny_llama(), QFTConfig(modules_to_not_convert=["model.layers.0"]))
 
     model.model.save_pretrained(tmp_path)
@@ -145,7 +145,7 @@ def test_parts_of_two_formats_are_refused_before_anything_is_written(tmp_path):
 
 
 def test_a_float_model_of_an_int8_configuration_is_saved_as_float(tmp_path):
-    """Its config.json said INT8, and nothing could read the folder."""
+    """The model's config.json once claimed INT8, and nothing could load the folder."""
     int8 = quantize_model_(tiny_llama(), QFTConfig())
     model = type(int8)(int8.config)
 

@@ -1,4 +1,4 @@
-"""Trainers of Sentence Transformers, whose models are no transformers models but hold some."""
+"""Trainers of Sentence Transformers, whose models contain transformers models."""
 
 from pathlib import Path
 
@@ -98,7 +98,7 @@ def test_a_model_of_sentence_transformers_trains_in_int8(kind, folder, tmp_path)
     int8 = losses(trainer)
 
     assert {type(p) for p in trainer.model.parameters() if p.ndim > 1} == {QFTWeight}
-    assert int8[0] == pytest.approx(beside[0], rel=0.02)  # what rounding the weights has changed
+    assert int8[0] == pytest.approx(beside[0], rel=0.02)  # the effect of rounding the weights
     assert int8[-1] < 0.5 * beside[-1]
     trainer.save_model(tmp_path / "saved")
     again = type(trainer.model)(str(tmp_path / "saved"), device="cpu")
@@ -106,7 +106,7 @@ def test_a_model_of_sentence_transformers_trains_in_int8(kind, folder, tmp_path)
 
 
 class Mixed(QFTTrainer, SentenceTransformerTrainer):
-    """What each has: whole checkpoints, and modules that are saved by their own names."""
+    """Combines whole checkpoints with Sentence Transformers' saving of modules by their names."""
 
 
 def test_a_mixed_trainer_resumes_exactly_and_ends_with_the_best_model(folder, tmp_path):
@@ -125,7 +125,7 @@ def test_a_mixed_trainer_resumes_exactly_and_ends_with_the_best_model(folder, tm
 
 
 class Damages(TrainerCallback):
-    """Changes a bit of the checkpoint that is the best one, when the last is written."""
+    """Flip a bit of the best checkpoint when the last one is written."""
 
     def on_save(self, args, state, control, **kwargs):
         if state.global_step == args.max_steps:
@@ -136,7 +136,7 @@ class Damages(TrainerCallback):
 
 
 def test_a_mixed_trainer_does_not_go_on_without_the_best_model(folder, tmp_path):
-    """Its own loading would log an error, and leave the last one."""
+    """Sentence Transformers alone would log an error and keep the last weights."""
     trainer = trainer_of("embedding", folder, tmp_path, Mixed, **TOO_LONG)
     trainer.add_callback(Damages())
 

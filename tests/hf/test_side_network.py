@@ -33,7 +33,7 @@ CONFIG = QSTConfig(r=4, rank=4)
 
 @pytest.fixture(scope="module")
 def base_folder(tmp_path_factory):
-    """A saved float base, in sizes that bitsandbytes takes."""
+    """A saved float base, in sizes that bitsandbytes supports."""
     folder = tmp_path_factory.mktemp("models") / "tiny-base"
     wide_decoder().save_pretrained(folder)
     return folder
@@ -49,7 +49,7 @@ def base_of(kind, folder):
 
 
 def frozen_bits(model):
-    """Copies of what the base stores, whatever its format."""
+    """Return copies of the tensors that the base stores, whatever its format."""
     own = side_parameters(model).keys()
     return {
         name: tensor.clone()
@@ -70,7 +70,7 @@ def arguments(folder, kind=TrainingArguments, **settings):
 
 
 def rows(n=16):
-    """The same two texts again and again, so that four steps learn them."""
+    """Return two texts again and again, so that four steps learn them."""
     ids = texts(2, 12, seed=3)
     return [{"input_ids": row, "labels": row} for row in ids] * (n // 2)
 
@@ -206,7 +206,7 @@ def another_version():
 
 
 def other_matrices():
-    """As LoRA leaves them when it is merged: norms are what they were."""
+    """Return a model with other matrices and the same norms, as after merging a LoRA."""
     model = decoder("Llama")
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.add_(0.01)
@@ -332,7 +332,7 @@ def qlora(model):
 def test_less_is_kept_for_backward_than_by_qlora_and_by_full_training(
     downsample, checkpointing, base_folder
 ):
-    """The same batch on NF4, and full training in float; bytes that autograd keeps."""
+    """Compare the bytes that autograd keeps of one batch; QLoRA and the side network are on NF4."""
     inputs = {"input_ids": texts(4, 32), "labels": texts(4, 32)}
     models = {
         "full": base_of("float", base_folder),
@@ -349,7 +349,7 @@ def test_less_is_kept_for_backward_than_by_qlora_and_by_full_training(
                 model.enable_input_require_grads()
         kept[name], _ = bytes_saved(model.train(), **inputs)
 
-    factor = 1.5 if checkpointing else 3  # what the loss keeps of the logits is part of all three
+    factor = 1.5 if checkpointing else 3  # all three include what the loss keeps of the logits
     assert kept["side"] * factor < min(kept["qlora"], kept["full"])
 
 

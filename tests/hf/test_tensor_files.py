@@ -1,4 +1,4 @@
-"""Check sums of tensors: one flipped bit is refused by name on every road into a model."""
+"""Check sums of tensors: every way to load a model refuses a flipped bit and names the tensor."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ def load(folder):
 @pytest.mark.parametrize("shards", [None, "9KB"], ids=["one file", "shards"])
 @pytest.mark.parametrize("name", NAMES)
 def test_one_flipped_bit_is_refused_by_name(name, shards, tmp_path):
-    """A code that lost a bit is another code, a scale another scale, and trained on."""
+    """A flipped bit turns a code or a scale into another valid one, which would be trained on."""
     save(tmp_path, shards=shards)
     load(tmp_path)
     flip_bit(file_of(tmp_path, name), name, byte=40)
@@ -102,7 +102,7 @@ def test_an_export_refuses_it(tmp_path):
 
 @pytest.mark.parametrize("has_sums", [True, False], ids=["with sums", "without"])
 def test_a_shard_of_another_checkpoint_is_refused(has_sums, tmp_path):
-    """Names and shapes are those of the model, and so are the sums within the shard."""
+    """The shard's names and shapes fit the model, and its own check sums are correct."""
     save(tmp_path / "one", shards="9KB")
     save(tmp_path / "other", shards="9KB", seed=1)
     shard = file_of(tmp_path / "other", UP + "weight_q")
@@ -145,7 +145,7 @@ def test_sums_that_cannot_be_read_are_named(text, tmp_path):
 
 
 def test_tensors_that_are_stored_in_another_layout_have_sums_too(tmp_path):
-    """Files of mixtures of experts have a matrix for each expert, and the model has one tensor."""
+    """Files of mixtures of experts have one matrix per expert; the model has one tensor for all."""
     config = MixtralConfig(
         vocab_size=131, hidden_size=44, intermediate_size=75, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, num_local_experts=3,
@@ -165,7 +165,7 @@ def test_tensors_that_are_stored_in_another_layout_have_sums_too(tmp_path):
 def test_a_model_that_is_saved_as_it_is_held_is_not_laid_out_anew_for_its_sums(
     tmp_path, monkeypatch
 ):
-    """That would compile a pattern for each name and take ten times as long as the sums."""
+    """A conversion would compile a pattern for each name and take ten times as long as the sums."""
     save(tmp_path)
     model = load(tmp_path)
     called = []

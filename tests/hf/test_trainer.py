@@ -1,4 +1,4 @@
-"""The stock Trainer and QFTTrainer on tiny real models: what users do, and what raises."""
+"""The stock Trainer and QFTTrainer on tiny real models: typical uses, and errors."""
 
 import copy
 import logging
@@ -198,7 +198,7 @@ def test_clipping_and_logged_norm_are_those_of_the_dequantized_gradients(max_gra
 
 
 class OfRows(Trainer):
-    """Its loss is of rows of the table, read beside the module."""
+    """The loss reads rows of the table's weight directly, not through the module."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         rows = model.get_input_embeddings().weight[inputs["input_ids"]]
@@ -208,7 +208,7 @@ class OfRows(Trainer):
 @pytest.mark.parametrize("gradient", ["stack", "release"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_loss_of_embeddings_alone_has_its_gradient_and_falls(tied, gradient, tmp_path):
-    """The logged norm was 0, and no weight moved."""
+    """The logged norm was once 0, and no weight moved."""
     model = quantize_model_(tiny_llama(tied=tied), QFTConfig())
     twin = dequantize_model_(copy.deepcopy(model), torch.float32)
     trainer = trainer_on(
@@ -222,12 +222,12 @@ def test_a_loss_of_embeddings_alone_has_its_gradient_and_falls(tied, gradient, t
     trainer.train()
 
     norms, losses = history(trainer, "grad_norm"), history(trainer, "loss")
-    # Each element that is not zero is off by half a code of its row's largest at most.
+    # A nonzero element is off by at most half a quantum, which the largest of its row determines.
     sizes = exact.abs()[exact.any(dim=1)]
     error = (sizes.amax(dim=1, keepdim=True) / 254 / sizes).max().item()
     assert error < 0.01
     assert norms[0] == pytest.approx(exact.norm().item(), rel=error + 1e-5)
-    # Lion moves each element by the rate towards 1, from values near 0.
+    # Lion moves each element toward 1 by the rate, starting near 0.
     assert losses[0] - losses[-1] == pytest.approx(2 * 3 * 1e-3, rel=0.1)
 
 
@@ -418,7 +418,7 @@ def test_the_ledger_accounts_for_every_stored_byte(tmp_path, capsys):
     ]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                 for t in (*tensors, *state, *model.buffers())}  # fmt: skip
-    # After the step no gradient is left; with them, the ledger printed during training is larger.
+    # After the step no gradient is left; the ledger printed during training includes gradients.
     ledger = memory_ledger(model, trainer.optimizer)
     assert ledger.total_bytes == sum(storages.values())
     live = {row.state: row.bytes for row in trainer.ledger.rows}
@@ -473,7 +473,7 @@ def test_unsupported_arguments_say_what_to_do(overrides, message, cls, tmp_path)
 
 
 def test_float16_of_the_launcher_is_refused_too(tmp_path, monkeypatch):
-    """By `accelerate launch --mixed_precision fp16`."""
+    """`accelerate launch --mixed_precision fp16` sets this variable."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
     with pytest.raises(ValueError, match=r"accelerate launch.*Use bf16=True"):
         QFTTrainer(model=tiny_llama(), args=arguments(tmp_path))

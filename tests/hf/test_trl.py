@@ -1,4 +1,4 @@
-"""TRL's own trainers with a model that is INT8 from the embedding to the head."""
+"""TRL's own trainers with models that are INT8 from the embedding to the head."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def variety(completions, **kwargs):
     return [float(len(set(completion))) for completion in completions]
 
 
-# Trainer, its arguments, data, and what is passed to it beside.
+# Trainer, class of its arguments, arguments, data, and further arguments of the Trainer.
 TRAINERS = {
     "sft": (SFTTrainer, SFTConfig, {"max_length": 32}, {"text": TEXTS}, {}),
     "dpo": (DPOTrainer, DPOConfig, {}, PAIRS, {}),
@@ -59,7 +59,7 @@ TRAINERS = {
         {"teacher_model": TEACHER},
     ),
 }
-# What they sample depends on the last digit of a logit.
+# Trainers whose samples depend on the last digit of a logit.
 SAMPLERS = ("grpo", "rloo", "distillation")
 
 
@@ -144,7 +144,7 @@ def head_of(model):
 
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_a_fully_int8_model_trains_as_its_float_twin(kind, folder, tmp_path):
-    """All weights, the head too, in the trainer that TRL has; the reference is INT8."""
+    """All weights, including the head, and the reference model are INT8 in TRL's own trainer."""
     model = load(kind, folder)
     twin = dequantize_model_(quantize_model_(load(kind, folder), QFTConfig()), torch.float32)
     trainer = trainer_of(kind, model, tmp_path)
@@ -158,7 +158,7 @@ def test_a_fully_int8_model_trains_as_its_float_twin(kind, folder, tmp_path):
     int8 = losses(trainer)
 
     assert (head.codes != before).float().mean() > 0.5
-    if kind in SAMPLERS:  # below
+    if kind in SAMPLERS:  # compared in the next test
         assert all(torch.tensor(int8).isfinite())
         return
     optimizer = FloatLion(twin.parameters())
@@ -168,15 +168,15 @@ def test_a_fully_int8_model_trains_as_its_float_twin(kind, folder, tmp_path):
             quantize_model_(load(kind, folder), QFTConfig()), torch.float32
         )
     of_twin = losses(trainer_of(kind, twin, tmp_path, **beside))
-    # The same weights at first, and the same arithmetic in another order.
+    # At first the weights are the same, and the arithmetic differs only in order.
     assert int8[0] == pytest.approx(of_twin[0], rel=1e-4)
-    # Then INT8 rounds gradients and updates: what it learns is what float Lion learns, to a tenth.
+    # Later, INT8 rounds gradients and updates; the decrease of the loss agrees to a tenth.
     assert (int8[0] - int8[-1]) == pytest.approx(of_twin[0] - of_twin[-1], rel=0.1)
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
 def test_what_is_learned_from_the_same_completions_is_what_float_learns(kind, folder, tmp_path):
-    """Sampled and scored once, by the INT8 policy; its float twin is trained on what came of it."""
+    """The INT8 policy samples and scores once; its float twin trains on the same completions."""
     scored = []
 
     class Recording(TRAINERS[kind][0]):
@@ -199,25 +199,25 @@ def test_what_is_learned_from_the_same_completions_is_what_float_learns(kind, fo
 
     of_twin = losses(replayed)
 
-    assert next(recorded, None) is None  # all of them were used
+    assert next(recorded, None) is None  # all completions were used
     start = dequantize_model_(quantize_model_(load(kind, folder), QFTConfig()), torch.float32)
     moved = divergence(start, twin)
     assert moved > 1e-3
     assert divergence(start, model) == pytest.approx(moved, rel=0.1)
-    # RLOO's loss is that of the steps since the completions were scored: by the other policy.
+    # RLOO's loss compares the policy with the one that sampled, which is INT8 for both.
     assert kind == "rloo" or int8 == pytest.approx(of_twin, rel=1e-2, abs=1e-2 * moved)
 
 
 @torch.no_grad()
 def divergence(start, model):
-    """How far a policy has come, on texts: nats a token."""
+    """Return the KL divergence from a policy's start to the policy on a text, in nats per token."""
     ids = torch.tensor(tiny_tokenizer()(TEXTS[:1])["input_ids"])
     of_start, of_model = (of.eval()(ids).logits.log_softmax(-1) for of in (start, model))
     return float((of_start.exp() * (of_start - of_model)).sum(-1).mean())
 
 
 def test_the_policy_of_dpo_starts_at_its_reference(folder, tmp_path):
-    """With a float reference the first loss was 0.6935: the rounding of the weights."""
+    """With a float reference the first loss was 0.6935, due to the rounding of the weights."""
     first = losses(trainer_of("dpo", load("dpo", folder), tmp_path, args={"max_steps": 1}))[0]
 
     assert first == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)

@@ -1,4 +1,4 @@
-"""Models whose own code computes with a weight beside its module, or instead of it."""
+"""Models whose own code uses a weight directly, in addition to its module or instead of it."""
 
 import copy
 import math
@@ -23,12 +23,12 @@ from tests.tolerances import assert_same_bits, snr_db
 
 IDS = torch.arange(40).view(2, 20) * 7 % 90
 
-# Uses of one weight: so many gradients are rounded to INT8, and so are sums of them.
+# The most uses of one weight: the gradient of each is rounded to INT8, and so are their sums.
 MOST_USES = 4
 
 
 def mamba() -> nn.Module:
-    """`dt_proj.weight @ ...` instead of the module; a head tied to the table."""
+    """Mamba uses `dt_proj.weight @ ...` instead of the module; the head is tied to the table."""
     return MambaForCausalLM(
         MambaConfig(
             vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2, time_step_rank=6
@@ -37,7 +37,7 @@ def mamba() -> nn.Module:
 
 
 def deberta() -> nn.Module:
-    """Layer norm of `rel_embeddings.weight`, and projections used for it and for the tokens."""
+    """DeBERTa normalizes `rel_embeddings.weight` and projects it by the weights for tokens."""
     return DebertaV2ForSequenceClassification(
         DebertaV2Config(
             vocab_size=97,
@@ -69,7 +69,7 @@ def twins(request):
 
 
 def test_loss_and_gradients_are_those_of_the_float_twin(twins):
-    """The loss in every bit; of gradients is lost what rounding to INT8 loses."""
+    """Logits have equal bits, and gradients lose only what rounding to INT8 loses."""
     model, twin, labels = twins
     optimizer = QFTLion(model.parameters(), lr=1e-3)
 
@@ -112,7 +112,7 @@ def test_release_equals_stack_and_the_loss_falls(twins):
 
 
 def gemma3n() -> nn.Module:
-    """In training it clamps a weight in every forward pass, and another one's values."""
+    """In training each forward pass clamps one weight in place, and a copy of another one."""
     return Gemma3nForCausalLM(
         Gemma3nTextConfig(
             vocab_size=97,
@@ -133,7 +133,7 @@ def gemma3n() -> nn.Module:
 
 
 def rwkv() -> nn.Module:
-    """Its weights are divided by powers of two for inference, and multiplied for training."""
+    """RWKV divides weights by powers of two for inference and multiplies them back for training."""
     return RwkvForCausalLM(
         RwkvConfig(vocab_size=97, hidden_size=32, num_hidden_layers=4, rescale_every=2)
     )
@@ -145,7 +145,7 @@ def test_models_that_write_to_their_weights_in_forward_are_their_float_twins(mak
     model = quantize_model_(make(), QFTConfig())
     twin = dequantize_model_(copy.deepcopy(model), torch.float32)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    ids = IDS + 1  # without padding, of which the gradient of Gemma 3n is NaN
+    ids = IDS + 1  # without padding, for which Gemma 3n's gradient is NaN
 
     for is_training in (True, False, True):
         outputs = [m.train(is_training)(ids, labels=ids, use_cache=False) for m in (model, twin)]
@@ -165,7 +165,7 @@ def test_models_that_write_to_their_weights_in_forward_are_their_float_twins(mak
 
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_a_transformer_layer_of_pytorch_is_its_float_twin_on_the_fast_path(norm_first, monkeypatch):
-    """In eval mode it hands all its weights to one operator."""
+    """In eval mode the layer passes all its weights to one operator."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(
         36, 4, 50, batch_first=True, norm_first=norm_first, activation="gelu"

@@ -27,14 +27,14 @@ def test_one_is_not_many(n, said):
     ],
 )
 def test_a_small_score_is_not_0_and_none_is_nan(score, said):
-    """A loss of 6e-6 read 0.0000."""
+    """A loss of 6e-6 was once shown as 0.0000."""
     assert score_text(score) == said
     line = f"loss              {said}"
     assert str(Evaluation("m", {"loss": score}, DataCounts(1, 1, 1, 0, {}))).startswith(line)
 
 
 def test_a_name_alone_has_none_beside_it():
-    """It read "a and 0 more"."""
+    """The text was once "a and 0 more"."""
     assert [and_more(names) for names in (["a"], ["a", "b"], ["a", "b", "c"])] == [
         "a",
         "a and 1 more",

@@ -1,4 +1,4 @@
-"""What each of several processes holds and receives, counted where it is."""
+"""Count, on each of several processes, what it holds and receives."""
 
 import weakref
 from collections import Counter
@@ -17,7 +17,7 @@ from qft_hf.optim import processes
 from qft_hf.optim.processes import Processes, Transfer
 from tests.models import tiny_llama
 
-# One word: two matrices of one row, of which the second process owns none; others have 75 rows.
+# One word: two matrices have one row, and the second process owns none; others have 75 rows.
 UNEVEN: dict[str, Any] = {"vocab_size": 1, "bos_token_id": 0, "eos_token_id": 0}
 # Layers of SmolLM2-135M, and a part of its vocabulary.
 REAL: dict[str, Any] = {
@@ -54,14 +54,14 @@ def backward(model: Any, rank: int, rows: int = 1) -> None:
 
 
 def share(rank: int, rows: int) -> Tensor:
-    """What a process sees: as many words as all others."""
+    """Return the tokens of one process, as many as every other process has."""
     return torch.randint(2**31, (rows, 32), generator=torch.Generator().manual_seed(rank))
 
 
 def ledger(way: dict[str, Any], rank: int) -> dict[str, Any]:
-    """The states at their largest, just before the second step; and the printed table.
+    """Return the ledger, and its text, just before the second step, when states are largest.
 
-    Also the collectives of that backward pass and step.
+    Also return the calls of collectives during that backward pass and step.
     """
     model = model_of(UNEVEN)
     optimizer = optimizer_of(model, **way)
@@ -78,7 +78,7 @@ def ledger(way: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 class Collectives:
-    """Calls, and bytes that come in from others, while this is active; an all-reduce is a ring."""
+    """Counts calls and bytes received from others while active; an all-reduce counts as a ring."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -106,12 +106,12 @@ class Collectives:
 
 
 class UnderWay:
-    """Rows that are sent and received, while this is active.
+    """Records rows that are being sent and received, while active.
 
     Attributes:
-        most: Bytes that are alive at one time.
-        copied: Bytes of gradients that were not sent from where they lie.
-        events: What was begun and waited for in turn, with the identity of its weight.
+        most: The largest number of bytes that were alive at one time.
+        copied: Bytes of gradients that were not sent from where they are stored.
+        events: Transfers in the order in which they began and ended, with the identity of a weight.
     """
 
     METHODS = ("send", "receive", "gather", "finish")
@@ -119,7 +119,7 @@ class UnderWay:
     def __init__(self) -> None:
         self.bytes = self.most = self.copied = 0
         self.events: list[tuple[str, int]] = []
-        self._gathered: dict[int, int] = {}  # weights, by the identity of what is under way
+        self._gathered: dict[int, int] = {}  # ids of weights, by the id of a gathering under way
 
     def __enter__(self) -> "UnderWay":
         self._originals = {name: getattr(Processes, name) for name in self.METHODS}
@@ -134,7 +134,7 @@ class UnderWay:
 
     @property
     def most_weights(self) -> int:
-        """Of which rows are under way at one time."""
+        """The largest number of weights whose rows are under way at one time."""
         under_way: set[tuple[str, int]] = set()
         most = 0
         for event, weight in self.events:
@@ -146,7 +146,7 @@ class UnderWay:
         return most
 
     def made(self, weight: int, gradient: Tensor) -> None:
-        """A hook: backward has the gradient of a weight."""
+        """Record, as a hook, that backward has computed the gradient of a weight."""
         self.events.append(("made", weight))
 
     def _send(self, processes: Processes, weight: Any) -> Any:
@@ -184,7 +184,7 @@ class UnderWay:
 
 
 def traffic(gradient: str, rank: int, n: int) -> dict[str, Any]:
-    """Of a step of real shapes, when the order of weights has been agreed."""
+    """Count one step with real shapes, after the processes have agreed on the order of weights."""
     model = model_of(REAL)
     optimizer = optimizer_of(model, gradient=gradient, optimizer="qft_lion", momentum_bits=8)
     backward(model, rank)
@@ -201,13 +201,13 @@ def traffic(gradient: str, rank: int, n: int) -> dict[str, Any]:
             optimizer.step()
     return {
         "received": collectives.received, "weights": rows.most_weights, "copied": rows.copied,
-        # The least: a thread of gloo may let go of a tensor some time after the work is done.
+        # The minimum, as a thread of gloo may free a tensor some time after the work is done.
         "under way": min(in_backward), "events": rows.events,
     }  # fmt: skip
 
 
 def mean_gradient(rank: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """Codes and scales of the own rows of the mean over all processes."""
+    """Return codes and scales of the own rows of the mean gradient over all processes."""
     model = model_of(BROAD)
     optimizer = optimizer_of(model, gradient="stack", optimizer="qft_lion", momentum_bits=8)
     backward(model, rank, rows=8)
@@ -222,7 +222,7 @@ def mean_gradient(rank: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def compile_kernels() -> None:
-    """While a process that owns no rows need not wait for those that do."""
+    """Compile before the processes meet, so that one without rows does not wait for the others."""
     for way in WAYS.values():
         ledger(way, rank=0)
 

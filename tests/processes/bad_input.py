@@ -1,4 +1,4 @@
-"""What goes wrong on one process, or is not the same on all: each case returns what it came to."""
+"""Faults on one process, and differences between processes; each case returns its outcome."""
 
 import logging
 import resource
@@ -22,7 +22,7 @@ from tests.processes import trainers, training
 
 
 def outcome(act: Callable[[], Any]) -> str:
-    """The kind and the text of the error of an act; empty without one."""
+    """Return the type and the text of the error that `act` raises; empty without one."""
     try:
         act()
     except Exception as error:  # noqa: BLE001 it is what is looked for
@@ -35,9 +35,9 @@ def backward(model: SmallModel, rank: int, n: int, *, step: int = 0, factor: flo
 
 
 def nan_on_one(rank: int, n: int, *, in_one_row: bool = False, **settings: Any) -> dict[str, Any]:
-    """The second step has a NaN on the last process; then a step that has none.
+    """Do a second step with a NaN on the last process, and then a step without one.
 
-    In one row, only the process that owns the row has one in the mean.
+    With `in_one_row`, only the mean on the process that owns the row has a NaN.
     """
     model = make_model(tied=False)
     optimizer = make_optimizer(model, **settings)
@@ -97,7 +97,7 @@ def second_pass(rank: int, n: int) -> dict[str, Any]:
 
 
 def reentrant(rank: int, n: int) -> dict[str, Any]:
-    """Checkpointing whose inner passes end before the outer: the head and the norm are frozen."""
+    """Reentrant checkpointing, whose inner passes end first: the head and the norm are frozen."""
     model = make_model(tied=False, reentrant=True)
     for frozen in (model.head, model.norm):
         frozen.requires_grad_(False)
@@ -121,7 +121,7 @@ def trainer_case(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
 
 
 def adapters(folder: Path, rank: int, n: int, **changes: Any) -> dict[str, Any]:
-    """Adapters on a frozen INT8 model, which another optimizer trains under DDP."""
+    """Train adapters on a frozen INT8 model by another optimizer, under DDP."""
     from peft import LoraConfig, get_peft_model  # takes seconds
 
     model = get_peft_model(
@@ -134,7 +134,7 @@ def adapters(folder: Path, rank: int, n: int, **changes: Any) -> dict[str, Any]:
 
 
 def side_network(folder: Path, rank: int, n: int, **changes: Any) -> dict[str, Any]:
-    """A side network in float, which another optimizer trains under DDP."""
+    """Train a side network in float by another optimizer, under DDP."""
     model = quantize_model_(tiny_llama(seed=rank), QFTConfig())
     torch.manual_seed(rank)
     attach_side_network(model, QSTConfig(r=4))
@@ -142,7 +142,7 @@ def side_network(folder: Path, rank: int, n: int, **changes: Any) -> dict[str, A
 
 
 class FullDisk(TrainerCallback):
-    """Of one process, from the step on that is saved: no file can grow beyond a few bytes."""
+    """On one process, no file can grow beyond 2,000 bytes from the saved step on."""
 
     def __init__(self, *, is_full: bool) -> None:
         self.is_full = is_full
@@ -163,7 +163,7 @@ def full_disk(kind: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     ended = [folder / f"full-{kind}-has-ended-on-{process}" for process in range(n)]
     ended[rank].touch()
-    while not all(path.exists() for path in ended):  # nothing that comes next must tell the other
+    while not all(path.exists() for path in ended):  # no later event may tell the other process
         time.sleep(0.1)
     return {
         "text": text, "seconds": seconds,
@@ -172,7 +172,7 @@ def full_disk(kind: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
 
 
 def other_batch(folder: Path, n: int) -> dict[str, Any]:
-    """A run goes on from one process's checkpoint with half as many examples a step."""
+    """Continue from one process's checkpoint with half as many examples per step."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -191,7 +191,7 @@ def other_batch(folder: Path, n: int) -> dict[str, Any]:
 
 
 def loaded_into_shards(folder: Path, n: int) -> dict[str, Any]:
-    """An INT8 checkpoint, by the way on which transformers has FSDP2 divide a model."""
+    """Load an INT8 checkpoint in the way in which transformers has FSDP2 divide a model."""
     path = folder / "int8"
     quantize_model_(tiny_llama(), QFTConfig()).save_pretrained(path)  # the first process writes
     dist.barrier()

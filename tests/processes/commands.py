@@ -1,9 +1,9 @@
-"""Does several commands of `qft-hf`, one after the other, on this process of several.
+"""Run several commands of `qft-hf`, one after the other, on one of several processes.
 
 accelerate launch --multi_gpu --num_processes=2 -m tests.processes.commands FOLDER
 
-The words of each are in `FOLDER/commands.json`; what process R has said and come to in command N is
-in `N-R.txt`, with its exit status or error last.
+`FOLDER/commands.json` has the words of each command. `N-R.txt` gets the output of command N on
+process R, with its exit status or error last.
 """
 
 import json
@@ -16,7 +16,7 @@ from qft_hf_cli import main
 
 
 def do(words: list[str], said: Path) -> None:
-    """Run a command as a process of its own would end it."""
+    """Run a command, and print the exit status that a process of its own would have."""
     with said.open("w") as file:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

@@ -1,4 +1,4 @@
-"""Runs on two, three and four processes; to start them takes the longest, so each starts once."""
+"""Runs on two, three and four processes; starting them takes the longest, so each starts once."""
 
 import os
 from pathlib import Path
@@ -14,9 +14,9 @@ from tests.processes.launch import launch_forked, results
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
-    """What every process has found, by their number and the run, and the folder of all runs.
+    """Results of every process, by number of processes and run, and the folder of all runs.
 
-    Under xdist one worker starts them for all.
+    Under xdist one worker starts the processes for all workers.
     """
     base: Path = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "processes"

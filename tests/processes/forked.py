@@ -1,6 +1,6 @@
-"""Two, three and four processes, forked from this one, which has imported what they need.
+"""Fork two, three and four processes from this one, which has imported what they need.
 
-No launcher is there that would end the others when one of them fails or is killed.
+There is no launcher that would end the others when one of them fails or is killed.
 
 python -m tests.processes.forked FOLDER
 """
@@ -42,7 +42,7 @@ FAILS_AT = 3  # the step after the one that is saved
 
 
 class Failing(TrainerCallback):
-    """On one process something happens in a step: before it, or in the midst of its backward."""
+    """Raises before a step of one process, or kills the process during the backward pass."""
 
     def __init__(self, *, is_killed: bool) -> None:
         self.is_killed = is_killed
@@ -62,7 +62,7 @@ class Failing(TrainerCallback):
 
 
 def fail(folder: Path) -> None:
-    """The last process raises, and in another run is killed: the error of each, and its weights."""
+    """Let the last process raise, and in another run be killed; save all errors and weights."""
     begin()
     rank, n = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     for name in ENDS:
@@ -76,12 +76,12 @@ def fail(folder: Path) -> None:
         found = {"text": text, "seconds": time.monotonic() - began}
         torch.save({**found, "weights": model_tensors(trainer.model)}, folder / f"{name}-{rank}.pt")
         others = [folder / f"failed-{other}.pt" for other in range(n)]
-        while not all(path.exists() for path in others):  # no end of a process must tell the others
+        while not all(path.exists() for path in others):  # no end of a process may tell the others
             time.sleep(0.1)
 
 
 def forked(n: int, work: Callable[[], None]) -> list[int]:
-    """How each of `n` processes has ended that do the same."""
+    """Run `work` on `n` forked processes, and return the exit code of each."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     os.environ["WORLD_SIZE"] = os.environ["LOCAL_WORLD_SIZE"] = str(n)
     children = []
@@ -97,13 +97,13 @@ def forked(n: int, work: Callable[[], None]) -> list[int]:
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
-                os._exit(status)  # a group that has lost a member cannot be taken down in order
+                os._exit(status)  # a group that has lost a member cannot shut down in order
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 def main() -> None:
-    """All runs, those on two last: some go on from checkpoints of three."""
+    """Do all runs; those on two processes come last, as some resume from checkpoints of three."""
     folder = Path(sys.argv[1])
     ends = [
         forked(4, lambda: do(folder, ON_FOUR)),

@@ -1,4 +1,4 @@
-"""Starts processes, and collects what scenarios on them have found."""
+"""Start processes, and collect the results of the scenarios on them."""
 
 import socket
 import subprocess
@@ -16,7 +16,7 @@ PATIENCE_SECONDS = 600  # of all scenarios together, on a busy machine
 
 
 def launch_forked(folder: str) -> None:
-    """`tests/processes/forked.py`, in a process of its own."""
+    """Run `tests/processes/forked.py` in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.processes.forked", folder],
         cwd=REPOSITORY,
@@ -29,13 +29,13 @@ def launch_forked(folder: str) -> None:
 
 
 def results(folder: Path, name: str, n: int) -> list[dict[str, Any] | None]:
-    """What each process has saved; None: it ended before."""
+    """Return what each process has saved, and None for a process that ended before."""
     paths = [folder / f"{name}-{rank}.pt" for rank in range(n)]
     return [torch.load(path, weights_only=False) if path.exists() else None for path in paths]
 
 
 def begin() -> None:
-    """Meet the other processes, as the environment says where."""
+    """Join the other processes at the address that the environment has."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT_SECONDS))
 
 

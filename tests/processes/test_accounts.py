@@ -43,7 +43,7 @@ def test_processes_divide_gradients_and_momentum_and_nothing_else(name, of_each)
     model = tiny_llama(**UNEVEN)
     alone = {row.state: row.bytes for row in estimate_memory(model, **WAYS[name]).rows}
     first, second = (table(found[name]["rows"]) for found in of_each)
-    # Gradients and state of floats are on both: 4 bytes each of one value, or of two.
+    # Both hold the gradients and the state of floats: one or two values of 4 bytes for each.
     floats = 4 * sum(p.numel() for p in model.parameters() if p.ndim < 2)
     twice = {"gradients": floats, "momentum": floats * (2 if "adamw" in name else 1)}
 
@@ -88,7 +88,7 @@ def test_rows_under_way_are_those_of_two_weights_at_most(gradient, of_each):
 
 @pytest.mark.parametrize("gradient", ["stack", "release"])
 def test_rows_travel_while_backward_makes_the_next_gradient(gradient, of_each):
-    """In release updated rows have until the gradient after the next, and are in place then."""
+    """With release, the updated rows of a weight are in place once two more gradients are made."""
     for found in of_each:
         events = found[f"traffic of {gradient}"]["events"]
         order = [weight for event, weight in events if event == "made"]
@@ -113,7 +113,7 @@ def test_rows_travel_while_backward_makes_the_next_gradient(gradient, of_each):
 
 @pytest.mark.parametrize("name", WAYS)
 def test_norms_and_finite_flags_of_all_weights_travel_together(name, of_each):
-    """Three collectives for a weight; one for float gradients, and one for the squares of all."""
+    """There are three collectives per weight, one for float gradients, and one for all squares."""
     n_weights = sum(p.ndim > 1 for p in tiny_llama(**UNEVEN).parameters())
     wanted = {"all_to_all_single": 2 * n_weights, "all_gather": n_weights, "all_reduce": 2}
 
@@ -130,7 +130,7 @@ def values(codes, scales):
 
 
 def float_gradients(model, *shares):
-    """FP32 gradients of the mean loss of some processes' shares, by name."""
+    """Return the FP32 gradients of the mean loss over some processes' shares, by name."""
     model = copy.deepcopy(model)
     for rank in shares:
         backward(model, rank, rows=8)
@@ -142,11 +142,11 @@ def float_gradients(model, *shares):
 
 
 def test_the_mean_in_int8_has_at_most_twice_the_noise_of_one_process(of_each):
-    """Rounding errs by up to half a scale, evenly: its power is a twelfth of the scale's square.
+    """Rounding errors are uniform up to half a scale; their power is a twelfth of its square.
 
-    The mean has the noise of its own rounding, as that of one process, and the mean of n errors
-    made before, which is 1/n of theirs. If shares of a batch have gradients of `sqrt(n)` times the
-    size of their mean, as independent ones do, that is as much again: 3.01 dB.
+    The mean has its own rounding noise, equal to that of one process, and the mean of n earlier
+    errors, whose power is 1/n of theirs. If the gradients of shares are `sqrt(n)` times as large as
+    their mean, as independent ones are, this is as much again: 3.01 dB.
     """
     model = dequantize_model_(model_of(BROAD), torch.float32)
     exact = float_gradients(model, *range(N_PROCESSES))

@@ -1,4 +1,4 @@
-"""What fails on one process, or differs between them, is an error on all, and soon."""
+"""A failure on one process, or a difference between processes, is soon an error on all."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Whole runs on two processes, by the command and the launcher of a user."""
+"""Whole runs on two processes, with the command and the launcher that a user has."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ def of_a_classifier(flags, folder):
 
 @pytest.fixture(scope="module")
 def two(flags, tmp_path_factory):
-    """What two processes have written, and said: of runs of a model, the same again, and others."""
+    """Files and output of two processes: a run, the same run again, and runs of other kinds."""
     folder = tmp_path_factory.mktemp("two")
     commands = [
         ["finetune", *words(flags, output_dir=folder / "run")],
@@ -88,7 +88,7 @@ def two(flags, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(flags, tmp_path_factory):
-    """The same steps, whose micro-batches one process accumulates."""
+    """The same run on one process, which accumulates the micro-batches of both."""
     folder = tmp_path_factory.mktemp("one") / "run"
     changes = {"output_dir": folder, "gradient_accumulation_steps": 2}
     return folder, finetune(parse_arguments(words(flags, **changes)))
@@ -132,7 +132,7 @@ def test_one_process_speaks(two):
 
 
 def test_what_the_first_process_refuses_stops_all_and_destroys_nothing(two):
-    """That all is there, and as it was, is also seen by what looks at the files afterwards."""
+    """Later tests read the files, too, and need all of them unchanged."""
     folder, said = two
     run = folder / "run"
 
@@ -143,7 +143,7 @@ def test_what_the_first_process_refuses_stops_all_and_destroys_nothing(two):
 
 
 def test_the_loss_of_a_classifier_is_the_mean_of_all_processes(two):
-    """It was the sum, and one process that scored the model afterwards found half of it."""
+    """The loss was once the sum, and one process that scored the model later found half of it."""
     folder, said = two
     assert [text.splitlines()[-1] for text in said[3]] == ["exit status 0"] * 2, said[3]
     after = json.loads((folder / "classifier" / "summary.json").read_text())["after"]
@@ -152,7 +152,7 @@ def test_the_loss_of_a_classifier_is_the_mean_of_all_processes(two):
 
 
 def test_a_side_network_learns_from_the_examples_of_all_processes(flags, two, tmp_path):
-    """Though the model is scored before training, which Accelerate prepares it for otherwise."""
+    """The model is scored before training, for which Accelerate prepares it in another way."""
     folder, said = two
     assert [text.splitlines()[-1] for text in said[2]] == ["exit status 0"] * 2, said[2]
     side = of_a_side_network(flags)

@@ -1,4 +1,4 @@
-"""The Trainers on several processes: the bits of one that accumulates, and any resume."""
+"""Trainers on several processes have the bits of one that accumulates, and can be resumed."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tests.processes import trainers
 from tests.processes.test_training import different
 
 
-# A batch that is filled up has other examples.
+# A batch that is filled up has other examples, so "ragged" is left out.
 @pytest.mark.parametrize("kind", sorted(trainers.KINDS.keys() - {"ragged"}))
 def test_two_processes_train_as_one_that_accumulates(kind, runs):
     found, alone = runs.two[0][f"trainer:{kind}"], runs.alone[kind]

@@ -1,4 +1,4 @@
-"""Several processes make what one would that is told the gradients of all, bit for bit."""
+"""Several processes have the bits of one process that gets the gradients of all."""
 
 from functools import cache
 
@@ -15,7 +15,7 @@ def alone(name, n):
 
 
 def different(one, other):
-    """Names of tensors that are not the same bits."""
+    """Return the names of tensors whose bits differ."""
     return [
         name
         for name in one.keys() | other.keys()
@@ -43,7 +43,7 @@ def test_the_first_process_has_the_state_of_all_rows_to_save(name, runs):
 
 @pytest.mark.parametrize("name", [name for name in training.SCENARIOS if "no-floats" in name])
 def test_three_processes_train_as_one_does_with_all_gradients(name, runs):
-    """Without float parameters, whose sum a backend may add up in any order."""
+    """These scenarios have no float parameters, whose sum a backend may compute in any order."""
     found = runs.three[0][f"optimizer:{name}"]
 
     assert different(found["weights"], alone(name, 3)["weights"]) == []
@@ -66,7 +66,7 @@ def test_all_processes_end_with_the_same_weights(run, runs):
 
 @pytest.mark.parametrize(("n", "named"), [(3, "three"), (4, "four")])
 def test_a_process_may_own_no_row_and_leave_out_a_layer(n, named, runs):
-    """The head has three rows, so the fourth process owns none; release is the stack."""
+    """The head has three rows, so the fourth process owns none; release equals the stack."""
     found = [of_one[run] for of_one in vars(runs)[named] for run in ON_FOUR]
 
     assert len(found) == 2 * n

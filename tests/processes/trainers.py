@@ -18,9 +18,9 @@ from tests.processes.launch import TIMEOUT_SECONDS
 N_STEPS = 4
 SAVED_AT = 2
 GLOBAL_BATCH = 12  # examples of a step, on one, two and three processes
-N_EXAMPLES = 3 * GLOBAL_BATCH  # of an epoch: a second one begins
+N_EXAMPLES = 3 * GLOBAL_BATCH  # per epoch, so that a second epoch begins
 
-# A run is `KIND` or `KIND/FROM`: from the checkpoint of a run, which is in the folder as FROM.
+# A run is `KIND`, or `KIND/FROM`: it resumes from the checkpoint of the run in the folder FROM.
 KINDS: dict[str, dict[str, Any]] = {
     "stack": {"max_grad_norm": 0.5},
     "stock": {"trainer": Trainer, "max_grad_norm": 0.5, "tied": True},
@@ -34,7 +34,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class Examples(torch.utils.data.Dataset):
-    """Rows of tokens, of which some labels are left out: as many as the row says."""
+    """Rows of tokens; in row `index` the labels of the first `index % 7` tokens are left out."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -51,14 +51,14 @@ class Examples(torch.utils.data.Dataset):
 
 
 def make(kind: str, output_dir: Path, *, n: int, n_parts: int = 1, **changes: Any) -> Trainer:
-    """A Trainer whose step has the examples of a batch on `n` processes.
+    """Return a Trainer whose step has the examples of a batch, divided among `n` processes.
 
     Args:
         kind: One of `KINDS`.
-        output_dir: Of the run.
-        n: Processes.
-        n_parts: Micro-batches on each.
-        changes: What differs from the kind: arguments.
+        output_dir: Folder of the run.
+        n: Number of processes.
+        n_parts: Micro-batches on each process.
+        changes: Arguments that differ from those of the kind.
     """
     settings = {**KINDS[kind], **changes}
     trainer_class = settings.pop("trainer", QFTTrainer)
@@ -92,7 +92,7 @@ def make(kind: str, output_dir: Path, *, n: int, n_parts: int = 1, **changes: An
 
 
 def run(name: str, folder: Path, *, n: int, n_parts: int = 1, **changes: Any) -> dict[str, Any]:
-    """Train, from the start or from a checkpoint; what has come of it."""
+    """Train from the start or from a checkpoint, and return the results."""
     kind, _, source = name.partition("/")
     output_dir = folder / f"{name.replace('/', '-from-')}-on-{n}"
     trainer = make(kind, output_dir, n=n, n_parts=n_parts, **changes)

@@ -1,4 +1,4 @@
-"""The small model, trained by several processes, and by one that is told all gradients."""
+"""The small model, trained by several processes, and by one with the gradients of all."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +18,7 @@ from tests.optim.common import make_optimizer, model_tensors
 
 KINDS = {"lion": QFTLion, "adamw": QFTAdamW, "sgd": QFTSGD}
 
-# What differs from Lion on the stack, an untied model, one micro-batch each, no clipping.
+# Differences from Lion on the stack, an untied model, one micro-batch each, and no clipping.
 SCENARIOS: dict[str, dict[str, Any]] = {
     "stack": {},
     "release": {"gradient": "release"},
@@ -49,7 +49,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "uneven-release": {"uneven": True, "gradient": "release"},
 }  # fmt: skip
 LONG = ("stack", "release", "clipped", "accumulated", "int8")  # of 20 steps
-# The same without float parameters, whose sum over three a backend may add up in any order.
+# The same without float parameters, whose sum over three processes may have any order.
 NO_FLOATS = ("norm.weight", "norm.bias", "up.bias", "down.bias")
 SCENARIOS |= {f"{name}-no-floats": {**SCENARIOS[name], "frozen": NO_FLOATS} for name in LONG}
 MODEL = ("uneven", "tied", "reentrant", "dtype", "matmul", "frozen")
@@ -61,7 +61,7 @@ def n_steps(name: str) -> int:
 
 
 class Uneven(SmallModel):
-    """A head of three rows, a layer that one process leaves out, and one that nobody uses."""
+    """Has a head of three rows, a layer that one process leaves out, and one that nobody uses."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -80,7 +80,7 @@ class Uneven(SmallModel):
 
 
 def make(name: str) -> tuple[SmallModel, Any, dict[str, Any]]:
-    """Model, optimizer and the settings of the loop of a scenario."""
+    """Return model, optimizer and loop settings of a scenario."""
     settings = dict(SCENARIOS[name])
     of_model = {key: settings.pop(key) for key in MODEL if key in settings}
     of_loop = {key: settings.pop(key) for key in LOOP if key in settings}
@@ -108,7 +108,7 @@ def train(
     n_parts: int = 1,
     clip: float | None = None,
 ) -> list[float]:
-    """Steps on this process's share of each batch; returns the norms."""
+    """Train on this process's share of each batch; return the norms."""
     norms = []
     model.rank = rank
     for step in steps:
@@ -130,7 +130,7 @@ def train(
 
 
 def shares(step: int, n: int) -> tuple[Tensor, ...]:
-    """The share of a batch of each of `n` processes; of all the same number of rows."""
+    """Divide a batch into the shares of `n` processes, with the same number of rows in each."""
     return batch(step, (12, 12)).chunk(n)
 
 
@@ -145,7 +145,7 @@ def train_alone(
     n_parts: int = 1,
     clip: float | None = None,
 ) -> list[float]:
-    """The same on one process, which adds up the gradients of all shares in FP32 itself."""
+    """Train on one process, which adds up the gradients of all shares in FP32 itself."""
     norms: list[float] = []
     parameters = [p for p in model.parameters() if p.requires_grad]
     for step in steps:
@@ -181,14 +181,14 @@ def train_alone(
 
 
 def square(gradient: Tensor) -> Tensor:
-    """Sum of squares in FP64, by the formula of torch for what is float."""
+    """Return the sum of squares in FP64; for float gradients by torch's formula."""
     if isinstance(gradient, Int8Gradient):
         return gradient.squared_norm()
     return torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
 
 
 def mean(parameter: Tensor, gradients: tuple[Any, ...]) -> Tensor | None:
-    """FP32 sum in the order of processes, divided by their number; INT8 if it was."""
+    """Add in FP32 in the order of processes, and divide by their number; INT8 stays INT8."""
     if all(gradient is None for gradient in gradients):
         return None
     if not isinstance(parameter, QFTWeight):
@@ -207,14 +207,14 @@ def values(gradient: Int8Gradient) -> Tensor:
 
 
 def run(name: str, rank: int, n: int) -> dict[str, Any]:
-    """A scenario on this process."""
+    """Run a scenario on this process."""
     model, optimizer, loop = make(name)
     norms = train(model, optimizer, range(n_steps(name)), rank=rank, n=n, **loop)
     return found(model, optimizer, norms, is_first=rank == 0)
 
 
 def run_alone(name: str, n: int) -> dict[str, Any]:
-    """The same on one process, always on the stack: release has the same bits."""
+    """Run it on one process, always on the stack, because release has the same bits."""
     model, given, loop = make(name)
     bits = {"momentum_bits": given.momentum_bits} if isinstance(given, QFTLion) else {}
     optimizer = make_optimizer(model, type(given), lr=given.param_groups[0]["lr"], **bits)
@@ -228,7 +228,7 @@ def run_alone(name: str, n: int) -> dict[str, Any]:
 def found(
     model: nn.Module, optimizer: Any, norms: list[float], *, is_first: bool = True
 ) -> dict[str, Any]:
-    """Everything that is stored, as a checkpoint has it."""
+    """Return everything that is stored, in the form of a checkpoint."""
     optimizer.consolidate()
     state = optimizer.state_dict()["state"] if is_first else None
     return {"weights": model_tensors(model), "state": state, "norms": norms}

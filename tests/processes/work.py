@@ -1,4 +1,4 @@
-"""What one of several processes does, whoever has started it."""
+"""The work of one of several processes, whatever has started it."""
 
 import gc
 from pathlib import Path
@@ -13,8 +13,8 @@ NAMES = {2: "two", 3: "three", 4: "four"}
 
 
 def do(folder: Path, runs: tuple[str, ...]) -> None:
-    """Runs such as `optimizer:stack`; what each has found is in `FOLDER/two-RANK.pt`."""
-    gc.freeze()  # each run ends with a search for garbage: not among all that was imported
+    """Do runs such as `optimizer:stack`, and save their results to `FOLDER/NAME-RANK.pt`."""
+    gc.freeze()  # each run collects garbage, and need not search all that was imported
     accounts.compile_kernels()
     begin()
     rank, n = dist.get_rank(), dist.get_world_size()

@@ -1,4 +1,4 @@
-"""Scripts as `python scripts/<folder>/<name>.py` finds them: beside their neighbours."""
+"""Load scripts as `python scripts/<folder>/<name>.py` does, with their folder on the path."""
 
 import importlib
 import runpy
@@ -31,12 +31,12 @@ def load(name: str) -> ModuleType:
 
 @cache
 def help_of(name: str) -> str:
-    """What `--help` prints. A process of its own for each command would take seconds."""
+    """Return what `--help` prints. A process of its own for each command would take seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "200")
         patch.setenv("HF_HUB_OFFLINE", "1")  # so that it is as it was when the demo has set it
         patch.chdir(SCRIPTS.parent)
-        # As in a process of its own: of all scripts only the own folder is on the path.
+        # As in a process of its own, only the script's own folder is on the path.
         path = [entry for entry in sys.path if not Path(entry).is_relative_to(SCRIPTS)]
         patch.setattr(sys, "path", [str(COMMANDS[name].parent), *path])
         for module in [*sys.modules]:

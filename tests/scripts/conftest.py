@@ -1,4 +1,4 @@
-"""What several tests of scripts need."""
+"""A fixture that several tests of scripts need."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The measuring scripts run on a CPU at toy size; what they measure there means nothing."""
+"""The measuring scripts run on a CPU at toy size, where their figures mean nothing."""
 
 import importlib.util
 import runpy
@@ -56,7 +56,7 @@ def test_training_steps_are_profiled(memory_figures):
             assert set(row["peak_bytes"]) == {"forward", "backward", "step", "all"}
             assert row["tokens_per_second"] > 0
         ledgers[name] = rows["40"]["ledger_bytes"]
-    # 3.1 and 2.1 against 8 bytes per parameter, small float parts on top.
+    # 3.1 and 2.1 bytes per parameter against 8, plus small float parts.
     assert ledgers["release"] < 0.75 * ledgers["stack"]
     assert ledgers["stack"] < ledgers["AdamW"] / 2
     assert ledgers["int8"] == ledgers["stack"]
@@ -71,7 +71,7 @@ def test_random_int8_weights_have_the_usual_deviation():
 
 
 def has_kernels(value):
-    """Whether it is an operator that backends may have something for."""
+    """Return whether a value is an operator that backends may implement."""
     return isinstance(value, Operator) and not isinstance(value, Composition)
 
 
@@ -260,7 +260,7 @@ def test_the_gpu_check_has_all_parts_in_files_that_exist(real, tmp_path):
     folders = [part.folder for part in parts if part.folder]
     assert len(set(folders)) == len(folders)
     limits = [part.limit for part in parts if part.folder]
-    assert limits == sorted(limits)  # a GPU that goes away leaves as many parts as it can
+    assert limits == sorted(limits)  # if the GPU is lost, most parts are done
     assert ["-n", "auto"] == parts[1].command[parts[1].command.index("-n") :][:2]
     for part in parts:
         files = [word for word in part.command if word.endswith(".py")]

@@ -1,4 +1,4 @@
-"""All commands explain themselves, and a flag is spelled the same way wherever it is."""
+"""All commands have a help text, and a flag is spelled the same way in all of them."""
 
 import re
 from importlib import import_module

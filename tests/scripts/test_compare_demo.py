@@ -1,4 +1,4 @@
-"""The demo's run in four ways, at toy size."""
+"""The comparison of the demo's run in four ways, at toy size."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The comparison with LOMO runs at toy size, and what it says of our side holds."""
+"""The comparison with LOMO runs at toy size, and its statements about our side hold."""
 
 import importlib.util
 

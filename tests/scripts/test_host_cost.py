@@ -1,6 +1,6 @@
-"""What the host pays is measured at toy size; the figures mean nothing there.
+"""The host's cost is measured at toy size, where the figures mean nothing.
 
-In a process of its own: Triton takes the machine's driver for an H100's from then on.
+It runs in a process of its own, because Triton takes the driver for an H100's from then on.
 """
 
 import json
@@ -13,7 +13,7 @@ import torch
 
 from tests.scripts.commands import COMMANDS, SCRIPTS, load
 
-LINEARS = 7  # of a layer of Llama
+LINEARS = 7  # linear layers in a layer of Llama
 MODES = ("float", "stack", "release", "int8-release")
 OF_EXPERTS = ("stack", "release")
 RUNS = {
@@ -23,7 +23,7 @@ RUNS = {
     "1 of experts": ("--layers", "1", "--experts", "16", "--modes", *OF_EXPERTS),
     "2 of experts": ("--layers", "2", "--experts", "16", "--modes", *OF_EXPERTS),
 }
-# Imports what the script needs once, and does each run in a fork.
+# Imports the script once, and forks a process for each run.
 PROGRAM = """
 import json, os, runpy, sys
 script, folder, runs = sys.argv[1:]
@@ -40,7 +40,7 @@ for name, flags in json.loads(runs).items():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the script finds out about models of so many layers, in a folder for each run."""
+    """Results of the script for models of one and two layers, in a folder for each run."""
     load("host_cost")  # for its neighbours
     from common.absent_gpu import COMPILERS, c_compiler
 
@@ -76,23 +76,23 @@ def test_every_mode_is_measured_on_an_absent_gpu(folder):
 
 
 def test_a_layer_starts_what_it_has_to_and_nothing_else(folder):
-    """Each launch that a step makes more, and each operation around it, is paid in every layer."""
+    """Every additional launch or operation of a step is paid in each layer."""
     one, two = figures(folder, "1 layer"), figures(folder, "2 layers")
 
     def of_a_layer(mode: str, figure: str) -> float:
         return two[mode][figure] - one[mode][figure]
 
-    # Dequantize twice and quantize, then step; with release these two are one.
+    # Dequantize twice, quantize, step; with release the last two are one.
     assert of_a_layer("stack", "launches") == 4 * LINEARS
     assert of_a_layer("release", "launches") == 3 * LINEARS
-    # Beside them a step has no operation that a float model's has not.
+    # Other than these, a step has the device operations of a float model.
     for mode in ("stack", "release"):
         own = of_a_layer(mode, "device_operations") - of_a_layer("float", "device_operations")
         assert own == of_a_layer(mode, "launches")
-    # Of INT8 products there are many; there may be fewer, and not more.
+    # INT8 products start many: these are upper bounds.
     assert of_a_layer("int8-release", "launches") <= 70
     assert of_a_layer("int8-release", "device_operations") <= 176
-    # Views and allocations start nothing, and each takes the host as long as half a launch.
+    # Views and allocations start nothing, and each costs the host half as much as a launch.
     assert of_a_layer("int8-release", "torch_operations") <= 606
 
 
@@ -108,5 +108,5 @@ def test_experts_start_what_two_linear_layers_do_however_many_they_are(folder):
 
     launches = {mode: two[mode]["launches"] - one[mode]["launches"] for mode in OF_EXPERTS}
 
-    # Four of attention, and both weights of all experts, in as many launches each as above.
+    # Four weights of attention and both weights of all experts start as many each as above.
     assert launches == {"stack": 4 * (4 + 2), "release": 3 * (4 + 2)}

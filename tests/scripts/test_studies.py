@@ -1,4 +1,4 @@
-"""The studies run at toy size; what they measure there means nothing."""
+"""The studies run at toy size, where their figures mean nothing."""
 
 import json
 
@@ -20,11 +20,11 @@ def test_every_way_of_the_study_is_tuned(run):
 
     losses = {run["way"]: run["loss"] for run in figures["runs"]}
     assert len(losses) == 10
-    # Each way computes in its own way, and all learn nearly the same in two steps.
+    # All ways differ in their arithmetic, and all learn nearly the same in two steps.
     assert len(set(losses.values())) == 10
     assert max(losses.values()) < figures["loss_before"]
     assert "| FP32 Lion | " in text
-    assert kernels.quantize_gradient is quantize_gradient  # the ablation is over
+    assert kernels.quantize_gradient is quantize_gradient  # the ablation is undone
 
 
 def test_the_study_of_momentum_runs_every_kind():
@@ -74,7 +74,7 @@ def test_the_study_of_routers_tunes_every_way(run):
 
 @pytest.fixture
 def questions(tmp_path):
-    """A tiny encoder, and questions that are answered by their first word."""
+    """A tiny encoder, and questions whose first word determines the answer."""
     tokenizer = tiny_tokenizer()
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(vocab_size=len(tokenizer), intermediate_size=48, **sizes)
@@ -102,7 +102,7 @@ def test_the_study_of_boolq_tunes_every_way_and_goes_on_where_it_stopped(run, qu
     ]  # fmt: skip
     first, text = run(*flags, "--seeds", "0")
 
-    n_runs = 3 * 2 + 4  # AdamW's have two rates
+    n_runs = 3 * 2 + 4  # the AdamW ways have two rates
     assert len(first["runs"]) == n_runs
     assert len({run["loss"] for run in first["runs"]}) == n_runs - 1
     found = {run["way"]: run for run in first["runs"]}
@@ -132,7 +132,7 @@ def test_the_study_of_boolq_tunes_every_way_and_goes_on_where_it_stopped(run, qu
 
 def test_the_study_of_side_tuning_measures_every_way_on_the_same_batch(questions, tmp_path):
     script = load("side_tuning")
-    # bitsandbytes computes on a CPU where rows are a multiple of 32 and columns one of 64.
+    # On a CPU bitsandbytes needs rows in multiples of 32 and columns in multiples of 64.
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     BertModel(
         BertConfig(vocab_size=len(tiny_tokenizer()), intermediate_size=128, **sizes)
