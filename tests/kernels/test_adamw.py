@@ -328,7 +328,7 @@ def test_without_gradient_moments_and_decay_nothing_changes(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_weight_stops_after_its_gradient_has(name):
-    """An input dies. With rounding to nearest, the ratio would stay at code 5 and move it on."""
+    """An input dies. Rounded to nearest, the ratio would stay at code 5 and keep moving weights."""
     steps = Directions((4, 512))
     draw = generator(4)
     with backend.use(name):
