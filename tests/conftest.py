@@ -14,8 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only get 
 def _no_search_for_garbage_in_what_stays():
     """Exclude imported objects from garbage collection.
 
-    Every training run ends with a collection, which would visit a million objects of modules. Done
-    again for each test file, since earlier files have imported more modules.
+    Every training run ends with a collection, which would visit a million objects of modules. This
+    runs again for each test file, since earlier files have imported more modules.
     """
     gc.collect()
     gc.freeze()

@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Return the results of each run on CPU and device, which a process cannot remove again."""
+    """Run all on CPU and device in another process, since a process cannot remove the device."""
     file = tmp_path_factory.mktemp("device") / "runs.pt"
     done = subprocess.run(
         [sys.executable, "-m", "tests.device", file], cwd=REPOSITORY, capture_output=True, text=True

@@ -177,7 +177,7 @@ def prepare_inputs(work: Path) -> None:
 
 
 def problems(entry: str, work: Path, seed: int, expected: list, again: dict) -> list[str]:
-    """Resume the run after a kill, killing it `again` first, and return what is wrong then."""
+    """Return what is wrong after a kill, also of a resumed run, which `again` kills once more."""
     folder, report = work / "run", work / "report.json"
     found = []
     last = get_last_checkpoint(folder) if folder.exists() else None

@@ -43,7 +43,7 @@ def header_bit(path: Path, chance: Chance) -> None:
 
 
 def bit_of(suffix: str) -> Damage:
-    """Return a damage that flips a bit of one of the tensors whose names end so."""
+    """Return a damage that flips a bit of one of the tensors whose names end in `suffix`."""
 
     def damage(path: Path, chance: Chance) -> None:
         content = bytearray(path.read_bytes())

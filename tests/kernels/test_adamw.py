@@ -300,7 +300,7 @@ def test_nearest_needs_no_random_numbers(name):
     assert (stored_root(*draws.moments.tensors[2:], 256) != root).any()
 
 
-# --- what stays -----------------------------------------------------------------------------------
+# --- elements that do not change ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -342,7 +342,7 @@ def test_a_weight_stops_after_its_gradient_has(name):
     assert (direction[:, 1::2] != 0).all()
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def moments_with(**changes: Tensor) -> Moments:

@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def token_ids(n, dtype=torch.int64):
-    """Return ids with frequent rows, in runs and far apart, the first and last row, and gaps."""
+    """Return ids: some rows often, in runs and far apart, the first and the last, others never."""
     ids = torch.randint(0, 9, (n,), generator=torch.Generator().manual_seed(n)) * 2
     ids[n // 2 :: 3] = ROWS - 1
     return ids.to(dtype)

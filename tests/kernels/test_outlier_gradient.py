@@ -10,8 +10,8 @@ from tests.tolerances import EPS, FP32_EPS, assert_same_bits, matmul_bound
 
 BACKENDS = [reference, cpu]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Tokens, outputs, outliers of the weight and of the input. The CPU works in blocks of 32 tokens, 8
-# of them at a time, of 256 outputs, and on four outliers at a time.
+# Tokens, outputs, outliers of the weight and of the input. The CPU works in blocks of 32 tokens,
+# eight tokens at a time, in blocks of 256 outputs, and on four outliers at a time.
 SIZES = [(1, 1, 1, 1), (7, 33, 3, 0), (33, 257, 4, 5), (203, 600, 9, 14)]
 
 

@@ -4,8 +4,8 @@
     python -m tests.mutants --only 'lion|maximize'
 
 The faults are in the `.toml` files next to this one, a file for each area. A fault is an edit: in
-`file`, the text `old`, which occurs once, becomes `new`; then one of `tests`, in a process of its
-own, must fail, which passes without the fault. Exits with 1 if a fault survives, if `old` is not
+`file`, the text `old`, which occurs once, becomes `new`. With it, one of `tests` must fail, in a
+process of its own; without it, they must pass. Exits with 1 if a fault survives, if `old` is not
 there or not unique, or if tests do not run or also fail without the fault.
 """
 

@@ -56,7 +56,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 )
 @pytest.mark.parametrize("matmul", ["dequantize", "int8"])
 def test_a_layer_s_result_may_be_changed_in_place(matmul, shape, bias):
-    """As with nn.Linear. Ours was once a view, which autograd does not let anyone change."""
+    """As with nn.Linear. Ours was once a view, whose change in place autograd forbids."""
     torch.manual_seed(1)
     in_place = nn.Sequential(nn.Linear(64, 70, bias=bias), nn.ReLU(inplace=True))
     quantize_modules_(in_place, QuantizationSpec(matmul=matmul))

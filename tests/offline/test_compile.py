@@ -126,7 +126,7 @@ def lion_launch(
     rounding: Rounding = ROUNDING,
     live: bool = False,
 ) -> Launch:
-    """Return that of `lion_step_`, `quantize_and_lion_step_` (floats), `step_weight_` (0 bits)."""
+    """Return the launch of `lion_step_`, `quantize_and_lion_step_` or (0 bits) `step_weight_`."""
     stepped = make_weight(columns, group_size, n_outliers)
     arguments = {"rounding": rounding, "live": tensor(3, dtype=torch.float64) if live else None}
     if momentum_bits == 0:

@@ -124,7 +124,7 @@ def test_options_out_of_range_are_refused(arguments, match):
         QFTAdamW([nn.Parameter(torch.zeros(3))], **arguments)
 
 
-# --- decay, and what stays ------------------------------------------------------------------------
+# --- decay, and elements that do not change -------------------------------------------------------
 
 
 @pytest.mark.parametrize(

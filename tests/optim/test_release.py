@@ -168,7 +168,7 @@ def kinds(monkeypatch) -> dict[tuple[int, ...], list[type]]:
 
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_the_logits_gradient_of_a_tied_head_is_not_kept_for_the_table(kinds, is_tied, monkeypatch):
-    """A tiled gradient of the head would keep the logits' gradient until that of the table."""
+    """A tiled gradient of the head would keep the logits' gradient until the table's is made."""
     monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", 22 * 20)
     model = network(is_tied=is_tied)
     assert model.embed.weight.is_table
@@ -347,7 +347,7 @@ def test_exact_clipping_of_accumulated_gradients_needs_no_second_pass():
 
 
 def test_accumulated_gradients_that_the_trainer_has_clipped_are_not_clipped_again():
-    """Their norm is the limit up to rounding; clipping must not even change their last bits."""
+    """Their norm is the limit up to rounding; a second clipping must not change even a last bit."""
     runs = []
     for gradient, settings in (("stack", {}), ("release", {"clipping": "exact"})):
         limit = {"max_grad_norm": 0.05} if settings else {}

@@ -109,7 +109,7 @@ def test_a_hook_sees_the_whole_gradient_in_int8(gradient, name):
 
 @pytest.mark.parametrize("is_first", [False, True])
 def test_an_accumulate_hook_sees_the_whole_gradient_too(is_first):
-    """True for a hook before the flow's; after that one no gradient is left, only the update."""
+    """If it comes before the flow's hook: after that one no gradient is left, only the update."""
     model = network(is_tied=False)
     seen: list[type] = []
 

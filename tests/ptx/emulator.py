@@ -278,7 +278,7 @@ class Kernel:
     # ---- operands: functions of the machine state
 
     def reader(self, text, bits, kind="u"):
-        """Return a function that reads the operand as uint array (or scalar) of `bits`."""
+        """Return a reader of the operand as uint array (or scalar) of `bits`; `kind` f, s or u."""
         dtype = {"u": UINT, "s": SINT, "f": FLOAT}[kind].get(bits) if bits != 1 else bool
         m = REG.match(text)
         T = self.T
