@@ -66,7 +66,7 @@ def test_exact_sums_have_no_order(backend, shape, dtype, group_size, outlier_fra
 def test_the_weight_is_that_of_dequantize(backend, dtype, group_size, index_dtype):
     """Each token selects one column, and a bias of minus that column leaves exactly 0.
 
-    If elements were rounded only with the result, a rest would be left. Most of them are below
+    If elements were rounded only with the result, a remainder would be left. Most of them are below
     FP16's normal numbers; the token scales them above.
     """
     product = make_product(

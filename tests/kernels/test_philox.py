@@ -39,7 +39,7 @@ def exact_philox(counter: list[int], key: list[int], *, rounds: int = 7) -> list
     ],
 )
 def test_the_integer_version_gives_the_published_vectors(rounds, counter, key, words):
-    """Random123's kat_vectors. The package cannot run them: its last counter word is a purpose."""
+    """Random123's kat_vectors check the integer version, to which the package is compared."""
     assert exact_philox(counter, key, rounds=rounds) == [int(word, 16) for word in words.split()]
 
 

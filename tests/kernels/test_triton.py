@@ -181,7 +181,7 @@ def test_dequantize_rows(columns, group_size, outlier_fraction, id_dtype, n_each
 
 # --- products with an expanded weight -------------------------------------------------------------
 
-# One token, and tokens in one program and several; rows in one program and several, the last part.
+# One token, tokens in one program and several; rows in one program and several, the last not full.
 N_TOKENS = [1, 3, 18]
 PRODUCTS = [
     ((7, 33), None, 0.0),
