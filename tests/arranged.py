@@ -1,4 +1,4 @@
-"""Tiny models whose weights are no plain matrices, one of each way that transformers holds them."""
+"""Tiny models with weights that are not plain matrices, one for each arrangement they come in."""
 
 from typing import Any
 
@@ -73,14 +73,14 @@ CONFIGS: dict[str, Any] = {
 
 
 def tiny(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A model of two layers in eval mode, the same values at every call, no weight too small."""
+    """Return a small model in eval mode, equal at every call; all matrices have std 0.1."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(CONFIGS[family]())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:  # zeros of a router or a bias would hide what is lost
+            if parameter.ndim > 1:  # zeros would hide a router or bias that is lost
                 parameter.normal_(0, 0.1, generator=generator)
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
@@ -92,6 +92,6 @@ def batch(seed: int = 0, shape: tuple[int, int] = (2, 11)) -> torch.Tensor:
 
 
 def arranged(model: nn.Module) -> dict[str, QFTWeight]:
-    """The weights that are no plain matrices: experts, and those held transposed."""
+    """Return the weights that are not plain matrices: experts and transposed weights."""
     weights = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
     return {name: weight for name, weight in weights.items() if not weight.arrangement.is_plain}

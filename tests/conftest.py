@@ -1,4 +1,4 @@
-"""Settings that every test shares, made before torch or transformers is imported."""
+"""Settings that all tests share, made before torch or transformers is imported."""
 
 import gc
 import os
@@ -12,9 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only get 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_search_for_garbage_in_what_stays():
-    """Every training run ends with such a search, which would visit a million objects of modules.
+    """Exclude imported objects from garbage collection.
 
-    Each file of tests begins so, as earlier ones have imported more.
+    Every training run ends with a collection, which would visit a million objects of modules. This
+    runs again for each test file, since earlier files have imported more modules.
     """
     gc.collect()
     gc.freeze()

@@ -54,7 +54,7 @@ def tiny_bert(
     seed: int = 0,
     **overrides: Any,
 ) -> BertForSequenceClassification:
-    """A BERT classifier of two layers in eval mode, with biases; else as `tiny_llama`."""
+    """A BERT classifier of two layers in eval mode, with biases; otherwise as `tiny_llama`."""
     config = BertConfig(
         **{
             "vocab_size": VOCAB_SIZE,

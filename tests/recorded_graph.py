@@ -1,8 +1,8 @@
-"""A CUDA graph's stand-in on a CPU: holds what a function starts, with its numbers and addresses.
+"""A CPU stand-in for a CUDA graph: records operations with their numbers and memory addresses.
 
-What a graph does, it does: capturing changes nothing, a replay runs the same operations with the
-same numbers on the same memory, without the Python between them, and a look of the host at a value
-raises. So a number that Python would change from step to step keeps the value it was captured with.
+Like a graph, capturing changes nothing, a replay runs the same operations with the same numbers on
+the same memory, without the Python between them, and reading a value on the host raises. A number
+that Python would change from step to step therefore keeps its captured value.
 """
 
 from collections.abc import Callable
@@ -16,21 +16,21 @@ from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 LOOKS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default}
-CONSTANT = aten.lift_fresh.default  # what `torch.tensor` ends in: a copy from the host, on a GPU
+CONSTANT = aten.lift_fresh.default  # the end of `torch.tensor`: a copy from the host, on a GPU
 
 
 class RecordedGraph(TorchDispatchMode):
-    """Captures once, replays often; each method as `qft_hf.hf.graphed_step.CudaGraph` has it."""
+    """Capture once, replay often, with the methods of `qft_hf.hf.graphed_step.CudaGraph`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
         self.replays = 0
-        self._own: dict[int, Tensor] = {}  # memory that was made while capturing, by address
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # of other memory that is written to
+        self._own: dict[int, Tensor] = {}  # memory allocated while capturing, by address
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # other memory that is written, copied
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
-        # As in a process whose CUDA stream is capturing.
+        # transformers must believe that a CUDA stream is capturing.
         capturing = patch("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
         try:
             with torch.random.fork_rng(), capturing, self:
@@ -59,7 +59,7 @@ class RecordedGraph(TorchDispatchMode):
         kwargs = kwargs or {}
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if any(type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in leaves):
-            return NotImplemented  # an INT8 tensor takes itself apart, and what it does comes here
+            return NotImplemented  # an INT8 tensor unwraps itself; its operations arrive here
         if operation in LOOKS or (operation is CONSTANT and args[0].numel()):
             raise RuntimeError(f"operation not permitted when stream is capturing: {operation}")
         self._keep_what_is_written(operation, args, kwargs)
@@ -70,7 +70,7 @@ class RecordedGraph(TorchDispatchMode):
         if not is_view or operation._schema.is_mutable:
             self.operations.append((operation, args, kwargs, results))
         for x in results:
-            self._own.setdefault(_address(x), x)  # kept, so that its address stays its own
+            self._own.setdefault(_address(x), x)  # kept alive, so that its address is not reused
         return result
 
     def _keep_what_is_written(self, operation: Any, args: Any, kwargs: Any) -> None:

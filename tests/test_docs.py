@@ -1,4 +1,4 @@
-"""The pages for users are run: the quickstart's commands, the texts of refusals, the arithmetic."""
+"""Checks of the user documentation: quickstart commands, quoted error messages, memory figures."""
 
 import ast
 import json
@@ -57,7 +57,7 @@ def test_the_quickstart_does_what_it_says(tmp_path, monkeypatch, capsys):
 
 
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
-    """Its cells in order, on a tiny model under the name of the real one."""
+    """Run its cells in order, on a tiny model saved under the name of the real one."""
     monkeypatch.chdir(tmp_path)
     tiny_llama(vocab_size=320, tied=True).save_pretrained(MODEL)
     tiny_tokenizer().save_pretrained(MODEL)
@@ -77,7 +77,7 @@ def test_the_notebook_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_notebook_is_saved_as_it_ran_through():
-    """Small, with the real model's answers, and nothing of the machine that it ran on."""
+    """It is small, has the real model's answers and names nothing of the machine it ran on."""
     cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
     outputs = "".join(line for c in cells for out in c["outputs"] for line in out["text"])
@@ -88,7 +88,7 @@ def test_the_notebook_is_saved_as_it_ran_through():
 
 
 def test_the_quickstart_explains_every_figure_of_health():
-    """Those of `Health.figures`, and those that the Trainer adds."""
+    """Checks the figures of `Health.figures` and those that the Trainer adds."""
     source = ast.parse(Path(ROOT / "qft_hf" / "hf" / "health.py").read_text())
     (figures,) = [
         node
@@ -106,7 +106,7 @@ def test_the_quickstart_explains_every_figure_of_health():
 
 
 def texts() -> str:
-    """All texts of the package; what is filled in is a star."""
+    """Return all string literals of the package, with `*` for each placeholder."""
     found = []
     for folder in ("qft_hf", "qft_hf_cli"):
         for path in sorted((ROOT / folder).rglob("*.py")):

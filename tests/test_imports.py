@@ -23,7 +23,7 @@ DOCUMENTED = ["qft_hf"] + [
 
 
 def modules_imported(path: Path) -> set[str]:
-    """Absolute names of all modules that a file imports, wherever in it."""
+    """Return the absolute names of all modules that a file imports, at any place in it."""
     package = ["qft_hf", *path.relative_to(PACKAGE).parent.parts]
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -67,7 +67,7 @@ def test_no_file_imports_from_a_later_package():
 
 
 def test_the_check_sees_every_form_of_import(tmp_path, monkeypatch):
-    """A file with each form, in the place of `qft_hf/nn/x.py`."""
+    """Each form of import, in a file that stands in for `qft_hf/nn/x.py`."""
     monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
     (tmp_path / "nn").mkdir()
     path = tmp_path / "nn" / "x.py"
@@ -129,7 +129,7 @@ def backends_imported(path: Path) -> set[str]:
 
 
 def test_backends_are_imported_by_nobody_and_not_by_each_other():
-    """They build on the operators, and `kernels/backend.py` loads by its name the one that runs."""
+    """Backends import the operators; `kernels/backend.py` imports the chosen backend by name."""
     found = [
         f"{path.relative_to(PACKAGE)} imports {backend}"
         for path in sorted(PACKAGE.rglob("*.py"))
@@ -158,7 +158,7 @@ def test_the_check_of_backends_sees_every_form_of_import(tmp_path, monkeypatch):
 
 
 def test_a_backend_registers_where_the_operator_of_the_same_module_is():
-    """What `kernels/cpu/quantization.py` registers are operators of `kernels/quantization.py`."""
+    """For example, `kernels/cpu/quantization.py` registers those of `kernels/quantization.py`."""
     found = []
     for path in sorted((PACKAGE / "kernels").glob("*/*.py")):
         registers = re.findall(r"^@?(\w+)\.(\w+)\.register\(\"(\w+)\"\)", path.read_text(), re.M)
@@ -174,14 +174,14 @@ def test_a_backend_registers_where_the_operator_of_the_same_module_is():
 
     assert len(found) == len(set(found))
     operators = {name for name in kernels.__all__ if isinstance(getattr(kernels, name), Operator)}
-    # What is left runs as it is written, of other operators: there is nothing to warn of.
+    # Operators without an implementation run other operators, so there is nothing to warn of.
     for backend in BACKENDS:
         missing = operators - {name for registered, name in found if registered == backend}
         assert {name for name in missing if not getattr(kernels, name)._composed} == set()
 
 
 def test_the_lower_packages_load_without_transformers():
-    """Their own imports, not those of `qft_hf/__init__.py`, which may register things."""
+    """Checks their own imports: `qft_hf/__init__.py`, which may register things, is bypassed."""
     code = (
         "import sys, types\n"
         "package = types.ModuleType('qft_hf')\n"

@@ -1,4 +1,4 @@
-"""The README and the pages of docs/ are run: their Python, their paths, links and options."""
+"""Checks of the README and docs/: Python blocks run, and paths, links and options exist."""
 
 import re
 import sys
@@ -31,14 +31,14 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """Shell lines of blocks, and what stands between backticks, perhaps over two lines."""
+    """Return lines of shell blocks and code between backticks, which may span two lines."""
     lines = [line.split("#")[0] for block in blocks(text, "sh") for line in block.splitlines()]
     inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     return lines + [" ".join(part.split()) for part in inline]
 
 
 def anchors(text: str) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Return the anchors that GitHub derives from headings."""
     headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -50,7 +50,7 @@ def test_the_python_blocks_run_in_order_on_a_small_model(tmp_path, monkeypatch):
     names = {"dataset": sequences()}
     for number, block in enumerate(blocks(README, "python")):
         here = block.replace(MODEL, str(model))
-        if not torch.cuda.is_available():  # transformers wants to be told
+        if not torch.cuda.is_available():  # transformers needs `use_cpu`
             here = here.replace("bf16=True", "bf16=True, use_cpu=True")
         exec(compile(here, f"README block {number}", "exec"), names)
 
@@ -69,7 +69,7 @@ def test_the_python_blocks_of_a_page_run(page, tmp_path, monkeypatch):
     names = {"qft_hf": qft_hf, "model": model, "tokenizer": tokenizer, "dataset": dataset}
     for number, block in enumerate(blocks(DOCS[page], "python")):
         here = block
-        if not torch.cuda.is_available():  # transformers wants to be told
+        if not torch.cuda.is_available():  # transformers needs `use_cpu`
             here = block.replace('"runs/sft"', '"runs/sft", use_cpu=True')
         exec(compile(here, f"{page} block {number}", "exec"), names)
 

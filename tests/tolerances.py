@@ -15,18 +15,18 @@ EPS = {torch.float32: FP32_EPS, torch.bfloat16: BF16_EPS, torch.float16: FP16_EP
 
 
 def rounding_bound(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Nearest rounding to `codes * scale`: half a step.
+    """Error of rounding to the nearest `codes * scale`: half a scale.
 
-    FP32 noise on top comes from the scale, its inverse and three products, each relative to the
-    value; the code of the largest value can so be up to 127 (1 + 4 eps) before it is clamped.
+    FP32 noise is added by the scale, its inverse and three products, each relative to the value;
+    the code of the largest value can therefore reach 127 (1 + 4 eps) before it is clamped.
     """
     return 0.5 * scale + 8 * FP32_EPS * np.abs(x)
 
 
 def stochastic_bound(scale: np.ndarray) -> np.ndarray:
-    """Stochastic rounding moves a value by less than one stored scale.
+    """Error of stochastic rounding: less than one stored scale.
 
-    FP32 noise on top: four operations on values of up to 128 codes.
+    FP32 noise is added by four operations on values of up to 128 codes.
     """
     return scale * (1 + 4 * 128 * FP32_EPS)
 
@@ -56,9 +56,9 @@ def dequantized_matmul_bound(
 ) -> Tensor:
     """Elementwise error of FP32 sums of `x W^T + bias`, in any order, rounded once to x's dtype.
 
-    A sum of n terms has n - 1 roundings, and one more for each product; outliers are summed
-    beside the zeros under them, so there are at most twice as many terms as columns. Rounding the
-    result: half a step of it, which below FP16's normal numbers is 2**-25, or all of it if `cut`.
+    A sum of n terms has n - 1 roundings, plus one for each product. Outliers are summed in addition
+    to the zeros in their places, so there are at most twice as many terms as columns. Rounding the
+    result adds half its spacing, 2**-25 below FP16's normal numbers, or a whole spacing if `cut`.
     """
     size = x.double().abs() @ weight.double().abs().t()
     if bias is not None:
@@ -85,7 +85,7 @@ def snr_db(exact: Tensor, approximate: Tensor) -> float:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal dtype, shape and every bit, that of a zero's sign too; NaN equals NaN."""
+    """Assert equal dtype, shape and bits, including the sign of zeros; NaN equals NaN."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     if actual.is_floating_point():
         differ = (actual.signbit() != expected.signbit()) & ~actual.isnan()
@@ -93,9 +93,9 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_same_norms(actual: Tensor, expected: Tensor, n_terms: int) -> None:
-    """Equal dtype and shape; each is a sum of so many terms in FP64, none below 0, in any order.
+    """Assert equal dtype, shape and sums: FP64, of `n_terms` terms >= 0, added in any order.
 
-    Each term has up to two roundings in either, each sum one for each further term.
+    In both tensors each term has up to two roundings, and each sum one for each further term.
     """
     rtol = 2 * (n_terms + 1) * FP64_EPS
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=0, equal_nan=True)
@@ -105,7 +105,7 @@ Tensors = Mapping[str, Tensor] | Sequence[Tensor]
 
 
 def assert_same_tensors(actual: Tensors, expected: Tensors) -> None:
-    """The same names, or as many, and under each the same bits."""
+    """Assert the same names, or the same number of tensors, and the same bits of each tensor."""
     actual, expected = (
         dict(x if isinstance(x, Mapping) else enumerate(x)) for x in (actual, expected)
     )
@@ -121,11 +121,11 @@ def int8_linear_bound(terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) ->
     """Error of `int8_linear`, as its docstring derives it.
 
     Args:
-        terms: Pairs of factors whose products are added: of codes, then of floats.
-        dtype: Of the result.
+        terms: Pairs of factors whose products are added: codes first, then floats.
+        dtype: Dtype of the result.
     """
     size = sum(left.double().abs() @ right.double().abs() for left, right in terms)
     n_products = sum(left.shape[1] for left, _ in terms[1:])
-    # Below the least normal number the distance to the next does not shrink any more.
+    # Below the smallest normal number, the spacing of floats no longer shrinks.
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     return ((n_products + 3) * FP32_EPS + torch.finfo(dtype).eps) * size + least

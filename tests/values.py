@@ -1,4 +1,4 @@
-"""What INT8 tensors stand for, in float64, by an arithmetic that is not the package's."""
+"""Values of INT8 tensors in float64, computed independently of the package."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def scales64(stored: Any) -> Tensor:
     """The scale of each element of 8-bit codes: float64 `[rows, columns]`.
 
     Args:
-        stored: A weight or a gradient, or one of `qft_hf.kernels`: `Quantized` or `Weight`.
+        stored: A weight or gradient (`Int8Tensor`), or a `Quantized` or `Weight` of the kernels.
     """
     matrix = stored.stored if isinstance(stored, Int8Tensor) else stored
     columns = matrix.codes.shape[1]
@@ -21,7 +21,7 @@ def scales64(stored: Any) -> Tensor:
 
 
 def values64(stored: Any) -> Tensor:
-    """What is stored, outliers in their places: float64, of a float tensor its values."""
+    """Return the stored values in float64, outliers included; for a float tensor, its values."""
     if isinstance(stored, Tensor) and not isinstance(stored, Int8Tensor):
         return stored.detach().double()
     values = stored.codes.double() * scales64(stored)

@@ -1,4 +1,4 @@
-"""Do all runs on the CPU and on the device, and save what each has come to.
+"""Run everything on the CPU and on the device, and save the results.
 
 python -m tests.device FILE [NAME ...]
 """
@@ -15,13 +15,13 @@ from tests.device.scenarios import RUNS
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gc.freeze()  # each run ends with a search for garbage: not among all that was imported
+    gc.freeze()  # each run ends with a garbage collection, which need not visit imported objects
     found: dict[str, Any] = {}
     for name in sys.argv[2:] or RUNS:
         run = RUNS[name]
         found[name] = {"cpu": run(CPU)}
         try:
             found[name]["device"] = run(DEVICE)
-        except Exception:  # noqa: BLE001 whatever it is: a test tells
+        except Exception:  # noqa: BLE001 a test reports any error
             found[name]["error"] = traceback.format_exc()
     torch.save(found, sys.argv[1])

@@ -1,9 +1,9 @@
-"""A device that is not the CPU, on a machine that has no other.
+"""A device other than the CPU, on a machine that has none.
 
-A tensor on it holds one on the CPU, and operators compute with that: a run there has the bits of
-the same run on the CPU. But as on a GPU an operator refuses tensors of two devices, and whatever
-hands a value to the host makes the host wait, which is noted in `waits`. PyTorch keeps a device for
-backends in Python (`torch.utils.backend_registration`); a process has one, for good.
+A tensor on it holds a CPU tensor, with which operators compute, so a run there has the bits of the
+same run on the CPU. As on a GPU, an operator refuses tensors of two devices, and an operation that
+passes a value to the host makes the host wait, which is recorded in `waits`. PyTorch reserves a
+device for backends in Python (`torch.utils.backend_registration`); a process cannot remove it.
 """
 
 import sys
@@ -19,7 +19,7 @@ from torch.utils.backend_registration import (
 
 
 class _Module(_DummyBackendModule):
-    """`torch.absent`: random numbers are the CPU's."""
+    """`torch.absent`, with the random numbers of the CPU."""
 
     def get_rng_state(self, device: Any = None) -> Tensor:
         return torch.get_rng_state()
@@ -42,7 +42,7 @@ INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 
 
 class Wait(NamedTuple):
-    """The host waits for a value: what has asked, and in which module."""
+    """A wait of the host for a value: the operator that needs it, and the module that calls it."""
 
     operator: str
     module: str
@@ -106,7 +106,7 @@ class Absent(Tensor):
 
 
 def held(tensor: Any) -> Any:
-    """What a tensor on the device holds; anything else as it is."""
+    """Return the CPU tensor that a tensor on the device holds, and anything else as it is."""
     return tensor.held if isinstance(tensor, Absent) else tensor
 
 
@@ -128,7 +128,7 @@ def _run(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     ours = [tensor for tensor in tensors if isinstance(tensor, Absent)]
     packet, target = operator.overloadpacket, kwargs.get("device")
     is_copy = packet is aten.copy_
-    # Indices may be on the host, and so may tensors that are a number.
+    # Indices and zero-dimensional tensors may be on the host.
     together = (args[0], *args[2:]) if packet in INDEXING else (args, kwargs)
     members = [t for t in tree_leaves(together) if isinstance(t, Tensor) and t.ndim]
     if not is_copy and len({isinstance(t, Absent) for t in members}) > 1:
@@ -145,7 +145,7 @@ def _run(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     kwargs.pop("pin_memory", None)
 
     def outer(result: Tensor) -> Tensor:
-        owner = owners.get(id(result))  # what was changed in place is itself
+        owner = owners.get(id(result))  # a tensor that is changed in place stays the same object
         return owner if owner is not None else Absent(result) if stays else result
 
     return tree_map_only(Tensor, outer, operator(*args, **kwargs))

@@ -1,4 +1,4 @@
-"""What is run on the CPU and on the device; each run returns what it has come to, by name."""
+"""Runs for the CPU and the device; each returns its results by name."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -29,8 +29,8 @@ from tests.models import VOCAB_SIZE, tiny_llama
 Run = Callable[[torch.device], dict[str, Any]]
 RUNS: dict[str, Run] = {}
 
-# GELU and attention in single operators: PyTorch has others for the backward pass of SiLU, and for
-# attention, on a CPU than on a device in Python.
+# GELU and eager attention: for attention and the backward pass of SiLU, PyTorch has other operators
+# on a CPU than on a device in Python.
 PLAIN = {"hidden_act": "gelu", "attn_implementation": "eager"}
 N_STEPS = 3
 
@@ -61,7 +61,7 @@ def batch(number: int, device: torch.device) -> Tensor:
 def train(
     model: nn.Module, optimizer: Any, device: torch.device, *, n_parts: int = 1, max_norm: float = 0
 ) -> dict[str, Any]:
-    """Steps; and where the host has waited in the passes of the last one, and in the step."""
+    """Train; also return where the host waited in the passes of the last step, and in the step."""
     losses, found = [], {}
     for number in range(N_STEPS):
         waits.clear()
@@ -201,7 +201,7 @@ def adapters_on_int8(device: torch.device) -> dict[str, Any]:
 
 @contextmanager
 def runs_on(device: torch.device) -> Iterator[None]:
-    """The Trainer and Accelerate choose this device."""
+    """Make the Trainer and Accelerate choose this device."""
     AcceleratorState._reset_state(reset_partial_state=True)
     theirs: Any = TrainingArguments.device
 
@@ -233,7 +233,7 @@ def training(
     build: Callable[[], nn.Module] = int8_llama,
     **options: Any,
 ) -> Run:
-    """Four steps; and the last two of them again, resumed."""
+    """Train four steps, and the last two again, resumed from a checkpoint."""
 
     def run(device: torch.device) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder, runs_on(device):

@@ -1,4 +1,4 @@
-"""Runs on a device that is not the CPU: the same bits, nothing left behind, no needless waiting."""
+"""Runs on a device other than the CPU: the same bits, one device only, no needless waiting."""
 
 import subprocess
 import sys
@@ -13,17 +13,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """By run, what it has come to on the CPU and on the device, which a process has for good."""
+    """Run all on CPU and device in another process, since a process cannot remove the device."""
     file = tmp_path_factory.mktemp("device") / "runs.pt"
     done = subprocess.run(
         [sys.executable, "-m", "tests.device", file], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return torch.load(file)  # nothing that imports the device into this process
+    return torch.load(file)  # contains nothing that imports the device into this process
 
 
 def of(runs, *words):
-    """Those with such a word in their names, of which there is one at least."""
+    """Return the runs with one of the words in their names; there must be one."""
     found = {name: run for name, run in runs.items() if any(word in name for word in words)}
     assert found
     return found
@@ -50,7 +50,7 @@ def test_a_run_that_is_resumed_there_ends_at_the_same_bits(runs):
 
 
 def test_a_pass_waits_for_nothing_but_the_tokens_of_experts(runs):
-    """Of two layers each: how many tokens each expert gets decides the shapes of products."""
+    """With two layers each: the number of tokens of each expert decides the shapes of products."""
     expected = {"Qwen3-MoE": 2, "Mixtral, release": 2}
     for name, run in of(runs, "lion", "adamw", "sgd", "INT8", "bf16", "M", "G").items():
         waits = run["device"]["waits"]["pass"]

@@ -1,4 +1,4 @@
-"""Runs the campaigns and prints their table.
+"""Run the campaigns and print their table.
 
 python -m tests.faults --models 1000 --resumes 500 --interrupts 240 --values 600 --kills 100
 """
@@ -24,7 +24,7 @@ GOOD = damage.GOOD | interrupts.GOOD | {"exact"}
 
 
 def campaigns(options: argparse.Namespace, work: Path) -> Iterator[dict]:
-    """Every damage of every campaign, with what came of it."""
+    """Yield every damage of every campaign, with its outcome."""
     for name in ("models", "resumes"):
         (work / name).mkdir()
     yield from damage.damaged_models(work / "models", options.models, options.seed)
@@ -46,7 +46,7 @@ def campaigns(options: argparse.Namespace, work: Path) -> Iterator[dict]:
 
 
 def main() -> None:
-    """Print bad outcomes as they come, then the table."""
+    """Print bad outcomes as they occur, then the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

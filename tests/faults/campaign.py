@@ -1,11 +1,11 @@
-"""Kills runs while they write, resumes them, and compares with the run that was left alone.
+"""Kill runs while they write, resume them, and compare them with an uninterrupted run.
 
     python -m tests.faults.campaign QFTTrainer --kills 100 --seed 7
 
-Each line printed is one kill: how, and what is wrong afterwards (nothing). A process is killed
-before its n-th change of names or n-th opening of a file to write, wherever that is in the run; or
-when a file grows beyond n bytes, which is within what safetensors and torch write by themselves. On
-a full disk such a write fails, and the process may go on.
+Each printed line is one kill: how it was done, and what is wrong afterwards (nothing). A process is
+killed before its n-th change of a file name or n-th opening of a file to write, at any place of the
+run; or when a file grows beyond n bytes, which is inside a write of safetensors or torch. On a full
+disk that write fails, and the process may continue.
 One process imports everything and forks for each run.
 """
 
@@ -38,7 +38,7 @@ from tests.models import tiny_llama
 STEPS, EVERY = 4, 2
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink"}
-# A kill at the end of the file limit makes no core file.
+# A kill at the limit of file sizes must not write a core file.
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -59,7 +59,7 @@ class Killer:
         if event == "open":
             path, _, flags = arguments
             return self._inside(path) and bool((flags or 0) & WRITING)
-        # Relative to an open folder: shutil.rmtree.
+        # shutil.rmtree passes names relative to an open folder.
         return event in CHANGES and (self._inside(arguments[0]) or arguments[-1] not in (-1, None))
 
     def _inside(self, path: object) -> bool:
@@ -69,11 +69,11 @@ class Killer:
 
 
 def in_child(work: Callable[[], object], report: Path, *, kill: str = "", n: int = 0) -> int:
-    """Do some work in a fork: its exit status. What it raises or returns goes to `report`."""
+    """Do some work in a fork, write its result or error to `report`, and return its exit status."""
     report.unlink(missing_ok=True)
     if pid := os.fork():
         return os.waitpid(pid, 0)[1]
-    gc.freeze()  # a run ends with a search for garbage: not among all that was imported
+    gc.freeze()  # a run ends with a garbage collection, which need not visit imported objects
     faulthandler.disable()
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
@@ -95,7 +95,7 @@ def in_child(work: Callable[[], object], report: Path, *, kill: str = "", n: int
 
 
 def digest(state: dict) -> float:
-    """One number of all tensors and their places: equal bits give equal numbers."""
+    """Return one number for all tensors and their places; equal bits give equal numbers."""
     total = 0.0
     for name, tensor in sorted(state.items()):
         flat = torch.as_tensor(tensor).flatten().double()
@@ -105,7 +105,7 @@ def digest(state: dict) -> float:
 
 
 def finished(trainer: QFTTrainer) -> list:
-    """What a run came to, to be compared exactly."""
+    """Return the results of a run, to be compared exactly."""
     optimizer = trainer.optimizer.optimizer.state_dict()["state"]
     momentum = {f"{i}.{name}": value for i, s in optimizer.items() for name, value in s.items()}
     log = [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e]
@@ -114,7 +114,7 @@ def finished(trainer: QFTTrainer) -> list:
 
 
 def settings(folder: Path, seed: int) -> dict:
-    """One configuration of many, by a number."""
+    """Return one of several configurations, chosen by a number."""
     release = bool(seed & 1)
     return {
         "output_dir": str(folder), "max_steps": STEPS, "save_strategy": "steps",
@@ -135,7 +135,7 @@ def run_trainer(work: Path, folder: Path, seed: int, resume: bool) -> list:
 
 
 def run_finetune(work: Path, folder: Path, seed: int, resume: bool) -> list:
-    """Do the whole of `qft-hf finetune`."""
+    """Run all of `qft-hf finetune`."""
     values = settings(folder, seed) | {
         "model_name_or_path": work / "model", "train_data": work / "train.jsonl",
         "max_length": 48, "use_cpu": "true", "disable_tqdm": "true", "report_to": "none",
@@ -154,7 +154,7 @@ def run_finetune(work: Path, folder: Path, seed: int, resume: bool) -> list:
 
 
 def run_export(work: Path, folder: Path, seed: int, resume: bool) -> list:
-    """Export, over an earlier export or into nothing."""
+    """Export into an empty folder, or over an earlier export."""
     folder.mkdir(exist_ok=True)
     target = folder / "plain"
     export_checkpoint(work / "int8", target, dtype=torch.float32, replace=True)
@@ -165,7 +165,7 @@ ENTRIES = {"QFTTrainer": run_trainer, "finetune": run_finetune, "export": run_ex
 
 
 def prepare_inputs(work: Path) -> None:
-    """A model, its tokenizer, conversations, and an INT8 checkpoint."""
+    """Write a model, its tokenizer, conversations, and an INT8 checkpoint."""
     tokenizer = tiny_tokenizer()
     model = tiny_llama(vocab_size=len(tokenizer), tied=True)
     for folder in ("model", "int8"):
@@ -177,7 +177,7 @@ def prepare_inputs(work: Path) -> None:
 
 
 def problems(entry: str, work: Path, seed: int, expected: list, again: dict) -> list[str]:
-    """What is wrong after a kill; resumes the run to find out, and kills that one too first."""
+    """Return what is wrong after a kill, also of a resumed run, which `again` kills once more."""
     folder, report = work / "run", work / "report.json"
     found = []
     last = get_last_checkpoint(folder) if folder.exists() else None
@@ -199,7 +199,7 @@ def problems(entry: str, work: Path, seed: int, expected: list, again: dict) -> 
 
 
 def can_resume(folder: Path) -> bool:
-    """Whether there is a checkpoint, in its place or on its way there."""
+    """Whether there is a checkpoint, in its final place or still in a draft."""
     if not folder.exists():
         return False
     drafts = unsettled(folder)
@@ -228,7 +228,7 @@ def main() -> None:
 def kill_runs(
     entry: str, work: Path, *, kills: int, seed: int, full: bool = False
 ) -> Iterator[dict]:
-    """Kill one entry many times, or fill its disk, all over its run, in several settings."""
+    """Kill one entry, or fill its disk, at places all over its run and in several settings."""
     chance = random.Random(seed)
     references: dict[int, tuple[list, int, int]] = {}
     folder, report = work / "run", work / "report.json"
@@ -248,12 +248,12 @@ def kill_runs(
         expected, count, largest = references[setting]
         kill = "full" if full else "bytes" if number % 3 == 2 else "call"
         whole = count if kill == "call" else largest
-        # One part of the run for each kill of the campaign, at random within it.
+        # Each kill of the campaign is at a random place in its own part of the run.
         n = 1 + int((number + chance.random()) / kills * whole)
         line = {"entry": entry, "kill": kill, "n": n, "of": whole, "setting": setting}
         line["status"] = in_child(start, report, kill=kill, n=n)
         line["after"] = layout(folder)
-        # Half of the resumed runs are killed as well: nothing may pile up.
+        # Half of the resumed runs are killed as well: leftovers must not pile up.
         again = {"kill": kill, "n": n} if number % 2 else {}
         line["problems"] = problems(entry, work, setting, expected, again)
         yield line
@@ -261,7 +261,7 @@ def kill_runs(
 
 
 def layout(folder: Path) -> list[str]:
-    """What a kill left, in short."""
+    """Return the names of the files that a kill left."""
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 

@@ -1,9 +1,9 @@
-"""Damages models and checkpoints in one place each, and loads or resumes them.
+"""Damage models and checkpoints in one place each, and load or resume them.
 
-What may come of it: `refused` by an error that names the file or the tensor; `same`, the bits of
-the undamaged one, where the damage hit what nobody reads or was undone by reading; `told`, by a
-warning that names what was left out. Else it is a fault of ours: `different` bits without a word,
-or a `raw` error that names nothing.
+Good outcomes: `refused` by an error that names the file or the tensor; `same`, the bits of the
+undamaged one, if the damaged part is never read or was repaired by reading; `told`, by a warning
+that names what was left out. All others are faults of ours: `different` bits without a warning, or
+a `raw` error that names nothing.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ Damage = Callable[[Path, Chance], None]
 
 
 def header_bit(path: Path, chance: Chance) -> None:
-    """A bit of names, types, shapes, offsets and check sums."""
+    """Flip a bit of the header: names, types, shapes, offsets and checksums."""
     content = bytearray(path.read_bytes())
     size = int.from_bytes(content[:8], "little")
     content[chance.randrange(8 + size)] ^= 1 << chance.randrange(8)
@@ -43,7 +43,7 @@ def header_bit(path: Path, chance: Chance) -> None:
 
 
 def bit_of(suffix: str) -> Damage:
-    """A bit of one of the tensors with such a name."""
+    """Return a damage that flips a bit of one of the tensors whose names end in `suffix`."""
 
     def damage(path: Path, chance: Chance) -> None:
         content = bytearray(path.read_bytes())
@@ -60,19 +60,19 @@ def bit_of(suffix: str) -> Damage:
 
 
 def any_bit(path: Path, chance: Chance) -> None:
-    """A bit anywhere."""
+    """Flip a bit anywhere."""
     content = bytearray(path.read_bytes())
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
     path.write_bytes(content)
 
 
 def truncate(path: Path, chance: Chance) -> None:
-    """The rest is missing."""
+    """Cut off the end of the file."""
     path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
 
 
 def hole(path: Path, chance: Chance) -> None:
-    """512 bytes are 0, as after a lost block of a disk."""
+    """Set 512 bytes to 0, as after the loss of a disk block."""
     content = bytearray(path.read_bytes())
     start = chance.randrange(max(1, len(content) - 512))
     content[start : start + 512] = bytes(len(content[start : start + 512]))
@@ -80,7 +80,7 @@ def hole(path: Path, chance: Chance) -> None:
 
 
 def remove(path: Path, chance: Chance) -> None:
-    """Gone."""
+    """Delete the file."""
     path.unlink()
 
 
@@ -88,19 +88,19 @@ def remove(path: Path, chance: Chance) -> None:
 
 
 def of_weights(damage: Damage) -> Damage:
-    """In one of the files of weights."""
+    """Return the same damage for one of the weight files of a model."""
     return lambda folder, chance: damage(
         chance.choice(sorted(folder.glob("*.safetensors"))), chance
     )
 
 
 def of_config(damage: Damage) -> Damage:
-    """In config.json."""
+    """Return the same damage for the config.json of a model."""
     return lambda folder, chance: damage(folder / "config.json", chance)
 
 
 def edit_config(folder: Path, chance: Chance) -> None:
-    """A value that decides which tensors there are."""
+    """Change a value that decides which tensors a model has."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     storage = config["quantization_config"]
@@ -122,7 +122,7 @@ def edit_config(folder: Path, chance: Chance) -> None:
 
 
 def swap_shards(folder: Path, chance: Chance) -> None:
-    """Two shards have changed names."""
+    """Swap the names of two shards."""
     one, other = chance.sample(sorted(folder.glob("model-*")), 2)
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
@@ -130,19 +130,19 @@ def swap_shards(folder: Path, chance: Chance) -> None:
 
 
 def foreign_shard(folder: Path, chance: Chance) -> None:
-    """A shard of another checkpoint of the same model."""
+    """Replace a shard by that of another checkpoint of the same model."""
     shard = chance.choice(sorted(folder.glob("model-*")))
     shutil.copy(folder.parent / "foreign" / shard.name, shard)
 
 
 def second_copy(folder: Path, chance: Chance) -> None:
-    """A shard takes the place of another."""
+    """Replace a shard by a copy of another one."""
     one, other = chance.sample(sorted(folder.glob("model-*")), 2)
     shutil.copy(one, other)
 
 
 def edit_index(folder: Path, chance: Chance) -> None:
-    """An entry of the index is gone, or names another shard."""
+    """Delete an entry of the index, or make it name another shard."""
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     name = chance.choice(sorted(index["weight_map"]))
@@ -202,7 +202,7 @@ def _loaded(folder: Path, expected: dict) -> tuple[str, str]:
     logger.addHandler(handler)
     try:
         state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
-    except Exception as error:  # noqa: BLE001 it is what is looked at
+    except Exception as error:  # noqa: BLE001 the error is what is judged
         return _judged(error, folder, told)
     finally:
         logger.removeHandler(handler)
@@ -213,7 +213,7 @@ def _loaded(folder: Path, expected: dict) -> tuple[str, str]:
 
 
 def _judged(error: BaseException, folder: Path, told: Iterable[str] = ()) -> tuple[str, str]:
-    """Whether an error says what is wrong."""
+    """Return whether an error says what is wrong, and its text."""
     text = f"{type(error).__name__}: {error}"
     names = [path.name for path in folder.rglob("*")] + ["config.json", "model.layers", "lm_head"]
     names += ["embed_tokens", "model.norm", "safetensors", folder.name]
@@ -280,7 +280,7 @@ def damaged_resumes(work: Path, n: int, seed: int) -> Iterator[dict]:
 def _resumed(folder: Path, checkpoint: Path, expected: list) -> tuple[str, str]:
     try:
         trainer = _run(folder, checkpoint, save_strategy="no")
-    except Exception as error:  # noqa: BLE001 it is what is looked at
+    except Exception as error:  # noqa: BLE001 the error is what is judged
         return _judged(error, folder)
     log, tensors = _end(trainer)
     is_same = log == expected[0] and len(tensors) == len(expected[1])

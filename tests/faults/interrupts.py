@@ -1,8 +1,8 @@
-"""Interrupts backward passes, steps and the loading of a state between any two instructions.
+"""Interrupt backward passes, steps and the loading of a state between any two instructions.
 
-A signal is raised at a random instruction of the package, as Ctrl-C is delivered there. After it
-the model has to be as before, as after the whole step, or marked: then the next batch is refused,
-until `zero_grad()`. A state is loaded, or it is the one before.
+A signal is raised at a random instruction of the package, as Ctrl-C would be. Afterwards the model
+must be as before, as after the whole step, or marked, which makes the next batch fail until
+`zero_grad()` is called. A state must be the loaded one or the one before.
 """
 
 import copy
@@ -36,7 +36,7 @@ SETTINGS: list[tuple[Any, dict[str, Any]]] = [
 
 
 class Interrupter:
-    """Counts the instructions of the package, and raises the signal at the n-th."""
+    """Counts the instructions of the package, and raises the signal at the n-th one."""
 
     def __init__(self, n: int | None = None) -> None:
         self.n, self.counted = n, 0
@@ -52,10 +52,10 @@ class Interrupter:
         return self
 
     def run(self, work: Callable[[], object]) -> bool:
-        """Do some work; whether it was interrupted."""
-        # Whoever started this process in the background may have it ignore the signal.
+        """Do some work and return whether it was interrupted."""
+        # A process that was started in the background may ignore the signal.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        inspect.currentframe().f_trace_opcodes = True  # else 3.12 counts none
+        inspect.currentframe().f_trace_opcodes = True  # otherwise Python 3.12 counts none
         sys.settrace(self)
         try:
             work()
@@ -93,9 +93,9 @@ def interrupted_steps(n: int, seed: int) -> Iterator[dict]:
 
 
 def interrupted_loads(n: int, seed: int) -> Iterator[dict]:
-    """Interrupt `load_state_dict` of an optimizer that has trained on, `n` times.
+    """Interrupt `load_state_dict` of an optimizer that has trained further, `n` times.
 
-    Every third time within the last twentieth of it: some of that is after the state was taken.
+    Every third interrupt is in the last twentieth of it, in part after the state was replaced.
     """
     chance = random.Random(seed)
     for number in range(n):
@@ -126,10 +126,10 @@ def interrupted_loads(n: int, seed: int) -> Iterator[dict]:
 def _run(
     kind: Any, settings: dict, is_tied: bool, numbers: list[int], at: int | None = None
 ) -> tuple[int, list, str]:
-    """Train on some batches, the second of them watched.
+    """Train on some batches, and count the instructions of the second one.
 
     Returns:
-        Instructions of the second batch, what came of all, and why the last was refused.
+        The number of instructions, the final tensors, and why the last batch was refused.
     """
     model, data = network(is_tied=is_tied), batches(3)
     optimizer = make_optimizer(model, kind=kind, **settings)

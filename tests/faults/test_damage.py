@@ -1,6 +1,6 @@
-"""What is damaged, interrupted or given bad numbers is refused by name, or makes no difference.
+"""Damage, interrupts and bad numbers are refused by a message with a name, or make no difference.
 
-Each kind a few times here; `make faults` many times.
+Each kind runs a few times here, and many times in `make faults`.
 """
 
 import collections

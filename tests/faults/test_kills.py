@@ -1,6 +1,6 @@
-"""A process that is killed or cannot write leaves what a run goes on from, to the same bits.
+"""A process that is killed or cannot write leaves files from which a run resumes to the same bits.
 
-A few here; `make faults` runs many.
+A few kills are done here, many by `make faults`.
 """
 
 import json
@@ -14,7 +14,7 @@ from tests.faults.campaign import ENTRIES
 
 @pytest.fixture(scope="module")
 def lines():
-    """What came of each, as the campaign prints it."""
+    """Return the outcome of each kill, as the campaign prints it."""
     command = [sys.executable, "-m", "tests.faults.campaign", *ENTRIES]
     run = subprocess.run(
         [*command, "--kills", "3", "--full-disks", "1"], capture_output=True, text=True, check=False

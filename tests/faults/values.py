@@ -1,4 +1,4 @@
-"""Gives optimizers numbers that are none, wherever numbers enter, and looks whether a bit moves."""
+"""Give optimizers invalid numbers, wherever numbers enter, and check that no bit changes."""
 
 import copy
 import random
@@ -33,7 +33,7 @@ KINDS = (QFTLion, QFTAdamW, QFTSGD)
 
 
 def bad_values(n: int, seed: int) -> Iterator[dict]:
-    """Give `n` bad values, each of which has to be refused before anything moves."""
+    """Give `n` bad values, each of which must be refused before anything changes."""
     chance = random.Random(seed)
     places = [_constructor, _group, _added_group, _loaded_group, _loaded_state, _arguments]
     data = batches(3)
@@ -60,7 +60,7 @@ def bad_values(n: int, seed: int) -> Iterator[dict]:
             told = str(error)
             names = (name, FIELDS.get(name, name), "learning_rate", "beta", "state", "parameter")
             outcome = "refused" if any(one in told for one in names) else f"raw: {told[:80]}"
-        except Exception as error:  # noqa: BLE001 it is what is looked at
+        except Exception as error:  # noqa: BLE001 the error is what is judged
             outcome = f"raw: {type(error).__name__} {error}"[:120]
         else:
             outcome = "accepted"
@@ -76,7 +76,7 @@ def _constructor(optimizer: Any, name: str, value: Any, chance: Any, train: Any)
 
 
 def _group(optimizer: Any, name: str, value: Any, chance: Any, train: Any) -> None:
-    """As a scheduler writes it."""
+    """Set the value as a scheduler does."""
     optimizer.param_groups[0][name] = value
     train()
 

@@ -1,8 +1,8 @@
-"""Short training runs whose every bit is known: what a rewrite of the code must not move.
+"""Short training runs with known bits, which a rewrite of the code must not change.
 
-Two models. `integers` has layers that see small integers only, so that the float products of its
-gradients are exact in any order: its bits are the same on every machine. `llama` is a real model;
-its float sums depend on the CPU and on PyTorch, so its bits belong to one environment.
+There are two models. The layers of `integers` see small integers only, so the float products of its
+gradients are exact in any order, and its bits are the same on every machine. `llama` is a real
+model; its float sums depend on the CPU and on PyTorch, so its bits belong to one environment.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ FORMATS = {
     "groups": QuantizationSpec(group_size=40, outlier_fraction=0.02, seed=5),
     "int8": QuantizationSpec(matmul="int8", outlier_fraction=0.02, seed=5),
 }
-# Settings of the optimizer; `parts` micro-batches a step; `clip` as `clip_grad_norm_` does it.
+# Settings of the optimizer; `parts`: micro-batches of a step; `clip`: limit of `clip_grad_norm_`.
 MODES: dict[str, dict[str, Any]] = {
     "stack": {},
     "release": {"gradient": "release"},
@@ -50,7 +50,7 @@ Batch = Callable[[int], Iterator[Callable[[], Tensor]]]
 
 
 class Integers(nn.Module):
-    """Linear layers, a table tied to a head, and a norm-like vector, none behind another."""
+    """Linear layers, a table that may be tied to a head, and a norm-like vector, side by side."""
 
     def __init__(self, *, tied: bool) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ class Integers(nn.Module):
 
 def _integers(generator: torch.Generator, *shape: int) -> Tensor:
     x = torch.randint(-3, 4, shape, generator=generator).float()
-    # Largest magnitudes of columns that differ: which are outliers then depends on no sort.
+    # Columns differ in their largest magnitudes, so the choice of outliers depends on no sort.
     x[0] = 4.0 + torch.randperm(shape[1], generator=generator)
     return x
 
 
 def integers_model(spec: QuantizationSpec, *, tied: bool) -> tuple[nn.Module, Batch]:
-    """The model of integers, and what makes the micro-batches of a step."""
+    """Return the model of integers, and a function that yields the micro-batches of a step."""
     model = Integers(tied=tied)
     quantize_modules_(model, spec)
     model.train()
@@ -105,7 +105,7 @@ def integers_model(spec: QuantizationSpec, *, tied: bool) -> tuple[nn.Module, Ba
 def llama_model(
     spec: QuantizationSpec, *, tied: bool, dtype: torch.dtype = torch.float32
 ) -> tuple[nn.Module, Batch]:
-    """A Llama of two layers; with biases where it is tied."""
+    """Return a Llama of two layers, with biases if it is tied, and its micro-batches."""
     model = tiny_llama(tied=tied, attention_bias=tied, mlp_bias=tied, dtype=dtype)
     quantize_modules_(model, spec)
     model.train()
@@ -126,7 +126,7 @@ def llama_model(
 
 
 def run(model: nn.Module, parts: Any, mode: str) -> str:
-    """Train for `N_STEPS` steps; the SHA-256 of losses, weights and optimizer state."""
+    """Train for `N_STEPS` steps; return the SHA-256 of losses, weights and optimizer state."""
     settings = dict(MODES[mode])
     n_parts, clip = settings.pop("parts", 1), settings.pop("clip", None)
     optimizer = settings.pop("optimizer", QFTLion)(
@@ -161,7 +161,7 @@ def run(model: nn.Module, parts: Any, mode: str) -> str:
 
 
 def cases() -> Iterator[tuple[str, Callable[[], str]]]:
-    """Each run by its name, and what runs it."""
+    """Yield the name of each run, and a function that runs it."""
     for format_name, spec in FORMATS.items():
         for tied in (True, False):
             for mode in MODES:
@@ -187,7 +187,7 @@ def cases() -> Iterator[tuple[str, Callable[[], str]]]:
 
 
 def environment() -> str:
-    """What the bits of `llama` depend on."""
+    """Return what the bits of `llama` depend on."""
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}" + (
         ", native bf16" if torch.cpu._is_avx512_bf16_supported() else ""
     )

@@ -1,8 +1,8 @@
-"""Runs end in the bits that were written down when the behaviour was last changed on purpose.
+"""Runs end in the bits that were recorded when the behavior was last changed on purpose.
 
     python -m tests.golden.test_golden    # write the bits of this machine to hashes.json
 
-is for such a purpose only, or to add the bits of `llama` in another environment.
+Run this only after such a change, or to add the bits of `llama` in another environment.
 """
 
 import json
@@ -35,7 +35,7 @@ def expected(name: str) -> str:
 
 @pytest.fixture
 def one_thread():
-    """Float products are split among threads, and so are their sums."""
+    """Use one thread: with several, float sums are split among them."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,7 +56,7 @@ def test_the_reference_ends_in_the_same_bits(name):
 
 
 def write() -> None:
-    """Write the bits of this machine beside those of others."""
+    """Write the bits of this machine next to those of others."""
     torch.set_num_threads(1)
     found = {"any machine": {}, environment(): {}}
     for name, run in CASES.items():

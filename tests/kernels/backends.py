@@ -1,4 +1,4 @@
-"""The operators on one backend, whatever the device would choose."""
+"""The operators on a fixed backend, whichever one the device would choose."""
 
 from collections.abc import Callable
 from typing import Any

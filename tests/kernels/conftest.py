@@ -1,4 +1,4 @@
-"""What several tests of kernels need."""
+"""Fixtures and hooks that kernel tests share."""
 
 import os
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(params=[1, 3])
 def n_threads(request):
-    """Runs the test on one thread and on several."""
+    """Run the test on one thread and on several."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
@@ -16,7 +16,7 @@ def n_threads(request):
 
 
 def pytest_collection_modifyitems(config, items):
-    """On emulated PTX, where a launch takes seconds, the first, middle and last case of a test."""
+    """Keep the first, middle and last case of a test on emulated PTX: a launch takes seconds."""
     if "QFT_PTX" not in os.environ:
         return
     by_test: dict[str, list] = {}

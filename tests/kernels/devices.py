@@ -1,6 +1,6 @@
 """Where tests of the Triton kernels run: on a GPU, in Triton's interpreter, or on emulated PTX.
 
-The last two are chosen before kernels are imported, so each takes a process of its own:
+The last two must be chosen before kernels are imported, so each needs a process of its own:
 `TRITON_INTERPRET=1`, or `QFT_PTX=86` for a GPU of compute capability 8.6.
 """
 
@@ -13,7 +13,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = os.environ.get("QFT_PTX")
 DEVICE = torch.device("cpu" if INTERPRETED or EMULATED else "cuda")
 
-# Where no GPU is needed the mark would deselect the tests.
+# The mark deselects tests on machines without a GPU, so it is set only if a GPU is needed.
 MARKS = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 if DEVICE.type == "cuda" and not torch.cuda.is_available():
@@ -26,7 +26,7 @@ if EMULATED:
 
 
 def capability() -> tuple[int, int]:
-    """Of the GPU, there or emulated."""
+    """Return the compute capability of the GPU, real or emulated."""
     if EMULATED:
         return divmod(int(EMULATED), 10)
     return torch.cuda.get_device_capability()

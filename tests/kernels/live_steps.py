@@ -1,4 +1,4 @@
-"""Each operator that steps, with its numbers handed over or in memory, where a graph reads them."""
+"""Each step operator, with its numbers as arguments or in memory, where a CUDA graph reads them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +21,7 @@ from tests.kernels.states import (
 )
 from tests.kernels.test_adamw import coded, make_moments
 
-# A rate and a decay whose product is another number if FP32 multiplies, and a step beyond int32.
+# A learning rate and decay whose product differs if FP32 multiplies them, and a step beyond int32.
 NUMBERS = [
     {"lr": 0.0123, "weight_decay": 0.13, "step": 2**40 + 3},
     {"lr": 0.05, "weight_decay": 0.013, "step": 2},
@@ -30,7 +30,7 @@ _lr, _decay = np.float32(NUMBERS[0]["lr"]), np.float32(NUMBERS[0]["weight_decay"
 assert _lr * _decay != np.float32(NUMBERS[0]["lr"] * NUMBERS[0]["weight_decay"])
 OTHERS = {"lr": 7.0, "weight_decay": 0.5, "step": 1}  # not to be used
 
-# What is modified, and what runs a step with these numbers, or with those in memory.
+# The modified tensors, and a function that runs a step with given numbers or those in memory.
 Step = tuple[list[Tensor], Callable[..., Any]]
 
 SHAPE = 3, 600
@@ -93,7 +93,7 @@ def adamw_step(device: str | torch.device) -> Step:
 
 
 def float_steps(*, has_momentum: bool, device: str | torch.device) -> Step:
-    """A scalar, more than a block, and one of the other dtype; each at a step of its own."""
+    """Step a scalar, more than a block, and one of another dtype, each with its own step number."""
     shapes = [((), torch.bfloat16), ((2, 701), torch.bfloat16), ((1500,), torch.float32)]
     parameters = [random((1, 1402), None).flatten()[: torch.Size(s).numel()] for s, _ in shapes[:2]]
     parameters.append(random((1, 1500), None))
@@ -128,7 +128,7 @@ STEPS: dict[str, Callable[[str | torch.device], Step]] = {
 
 
 def in_memory(name: str, numbers: dict[str, Any], device: str | torch.device) -> Tensor:
-    """The numbers as this operator reads them."""
+    """Return the numbers in the form in which this operator reads them from memory."""
     values = [*numbers.values()]
     assert list(numbers) == ["lr", "weight_decay", "step"]
     if name == "adamw":

@@ -1,4 +1,4 @@
-"""Inputs for the operators: the state of one quantized weight, and matrices that tell faults."""
+"""Inputs for the operators: the state of one quantized weight, and matrices that reveal faults."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ def random(shape: tuple[int, int], group_size: int | None) -> Tensor:
 
 
 def ramp(shape: tuple[int, int], group_size: int | None) -> Tensor:
-    """Grow all the way, so that reading past the end of a group always changes its scale."""
+    """Grow from start to end, so that reading past the end of a group always changes its scale."""
     return torch.arange(1.0, torch.Size(shape).numel() + 1).view(shape)
 
 
 def ties(shape: tuple[int, int], group_size: int | None) -> Tensor:
-    """Every value half-way between two codes, so that any change of rounding shows."""
+    """Return values half-way between two codes, so that any change of rounding shows."""
     x = (torch.arange(torch.Size(shape).numel()) % 126 + 0.5).view(shape)
     x[:, 1::2] *= -1
     x[:, :: group_size or shape[1]] = 127.0  # one per group: the scale is then exactly 1
@@ -36,7 +36,7 @@ def ties(shape: tuple[int, int], group_size: int | None) -> Tensor:
 
 
 def coded(x: Tensor, group_size: int | None) -> Quantized:
-    """`x` in INT8."""
+    """Return `x` quantized to INT8."""
     return Quantized(*kernels.quantize(x, group_size=group_size), group_size)
 
 
@@ -52,7 +52,7 @@ class LionState:
         return self.weight, self.momentum, self.gradient
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the names that `operator(writes=...)` gives them."""
+        """Return the tensors by the names that `operator(writes=...)` uses."""
         weight, momentum, gradient = self.arguments()
         return {
             "weight.codes": weight.codes,
@@ -66,7 +66,7 @@ class LionState:
         }
 
     def of(self, tensors: dict[str, Tensor]) -> "LionState":
-        """The same of other tensors, which are checked."""
+        """Return a state of the same form with other tensors, which the constructors check."""
         momentum, gradient = self.momentum, self.gradient
         parts = iter(tensors.values())
         return LionState(
@@ -95,12 +95,12 @@ class LionState:
         return mask.scatter_(1, self.weight.outlier_columns.long(), True).numpy()
 
     def set_gradient(self, gradient: Tensor) -> None:
-        """Another gradient, in the groups of the one before."""
+        """Replace the gradient, keeping its group size."""
         self.gradient = coded(gradient, self.gradient.group_size)
 
 
 def assert_same_state(actual: LionState, expected: LionState) -> None:
-    """Every bit of every tensor."""
+    """Assert that all tensors have the same bits."""
     assert_same_tensors(actual.tensors(), expected.tensors())
 
 
@@ -144,15 +144,15 @@ class Product:
     bias: Tensor | None
 
     def run(self, backend: Backend) -> Tensor:
-        """The product by a backend."""
+        """Compute the product on a backend."""
         return backend.dequantized_matmul(self.x, self.weight, bias=self.bias)
 
     def expanded(self, backend: Backend, dtype: torch.dtype) -> Tensor:
-        """The weight that the product is with."""
+        """Return the dequantized weight that `x` is multiplied with."""
         return backend.dequantize(self.weight, dtype=dtype)
 
     def to(self, device: torch.device) -> "Product":
-        """The same on another device."""
+        """Return the same product on another device."""
         tensors = (tensor.to(device) for tensor in self.weight.tensors)
         bias = None if self.bias is None else self.bias.to(device)
         return Product(self.x.to(device), Weight(*tensors, self.weight.group_size), bias)
@@ -168,7 +168,7 @@ def make_product(
     index_dtype: torch.dtype = torch.int16,
     exact: bool = False,
 ) -> Product:
-    """Some tokens and a weight; with `exact` FP32 holds all sums, in any order, and `dtype` theirs.
+    """Some tokens and a weight; with `exact`, sums fit FP32 in any order, and results fit `dtype`.
 
     With `exact`, tokens, codes and outliers are small integers and scales powers of two, and
     each token has at most 16 elements that are not 0.
@@ -195,7 +195,7 @@ def make_product(
 
 
 def spread(scales: Tensor, columns: int, group_size: int | None) -> np.ndarray:
-    """The scale of each element, float64 `[rows, columns]`, of scales that are by themselves."""
+    """Return the scale of each element, float64 `[rows, columns]`, from a tensor of scales."""
     group = np.arange(columns) // (group_size or columns)
     return scales.numpy().astype(np.float64)[:, group]
 
@@ -206,16 +206,16 @@ def values64(codes: Tensor, scales: Tensor, group_size: int | None) -> np.ndarra
 
 
 def stored64(matrix: Quantized | Weight) -> np.ndarray:
-    """What 8-bit codes stand for in float64, without outliers."""
+    """Return the float64 values of 8-bit codes, without outliers."""
     return values64(matrix.codes, matrix.scales, matrix.group_size)
 
 
-# What a 4-bit code stands for, in the order of its four bits, written out.
+# Values of the 16 4-bit codes, in the order of their bits, written out.
 NIBBLE_UNITS = np.array([0, 4, 10, 18, 28, 40, 54, 70, 0, -70, -54, -40, -28, -18, -10, -4.0])
 
 
 def momentum64(state: LionState) -> np.ndarray:
-    """The exact momentum, of 8 or 4 bits."""
+    """Return the exact values of the momentum, of 8 or 4 bits."""
     if state.momentum.bits == 8:
         return stored64(state.momentum)
     packed, columns = state.momentum.codes.numpy(), state.weight.codes.shape[1]
@@ -236,7 +236,7 @@ def guards_are_intact(buffer: Tensor) -> bool:
     return bool((buffer[:GUARD] == 77).all() and (buffer[-GUARD:] == 77).all())
 
 
-# Never neutral: decay, odd seed above 32 bits, a stream, a step and a first row other than 0.
+# No neutral values: nonzero decay, stream, step and first row, and an odd seed above 32 bits.
 RULE = Lion(lr=3e-4, beta1=0.9, beta2=0.99, weight_decay=0.1)
 ROUNDING = Rounding(seed=0x1234_5678_9ABC_DEF1, step=7, stream=3, first_row=11)
 
@@ -248,21 +248,21 @@ def arguments(**changes: Any) -> dict[str, Any]:
 
 
 def lion_step_(backend: Any, state: LionState, **changes: Any) -> None:
-    """One step of a backend, with the usual arguments but for `changes`."""
+    """Run one step on a backend, with the usual arguments except for `changes`."""
     backend.lion_step_(*state.arguments(), **arguments(**changes))
 
 
 def step_arguments(**changes: Any) -> dict[str, Any]:
-    """The same for `step_weight_`, which has no betas."""
+    """Return `arguments` for `step_weight_`, which has no betas."""
     given = arguments(**changes)
     rule = given.pop("rule")
     return {"lr": rule.lr, "weight_decay": rule.weight_decay, **given}
 
 
 def float_arguments(n: int = 1, **changes: Any) -> dict[str, Any]:
-    """The same for `lion_step_floats_` on `n` parameters, each at a step and stream of its own.
+    """Return `arguments` for `lion_step_floats_` on `n` parameters, each with its step and stream.
 
-    The first has those of `ROUNDING`.
+    The first parameter has those of `ROUNDING`.
     """
     rule, rounding = arguments(**changes).values()
     return {
@@ -275,7 +275,7 @@ def float_arguments(n: int = 1, **changes: Any) -> dict[str, Any]:
 
 
 def step_float_arguments(n: int = 1, **changes: Any) -> dict[str, Any]:
-    """The same for `step_floats_`, which has no betas."""
+    """Return `float_arguments` for `step_floats_`, which has no betas."""
     given = float_arguments(n, **changes)
     rule = given.pop("rule")
     return {"lr": rule.lr, "weight_decay": rule.weight_decay, **given}

@@ -16,10 +16,10 @@ from tests.values import values64
 
 BACKENDS = ["reference", "cpu"]
 SHAPES = [(1, 1), (3, 5), (7, 33), (13, 257), (40, 600), (130, 1025)]
-# Never neutral: decay, odd seed above 32 bits, a stream other than 0.
+# No neutral values: nonzero decay and stream, and an odd seed above 32 bits.
 RULE = AdamW(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 ROUNDING = Rounding(seed=0x1234_5678_9ABC_DEF1, step=1, stream=3)
-# Adam's |m| / sqrt(v) is at most this, by Cauchy and Schwarz.
+# Upper bound of Adam's |m| / sqrt(v), by the Cauchy-Schwarz inequality.
 BOUND = 0.1 / sqrt(0.001) / sqrt(1 - 0.81 / 0.999)
 
 
@@ -54,7 +54,7 @@ def coded(x: Tensor, group_size: int = 256) -> Quantized:
 
 
 class Directions:
-    """Steps a weight of outliers only, which are FP32: what it moves by is seen exactly."""
+    """Steps a weight that has only outliers, which are FP32, so that its moves are exact."""
 
     def __init__(self, shape: tuple[int, int], **rule: Any) -> None:
         columns = torch.arange(shape[1], dtype=torch.int16).repeat(shape[0], 1)
@@ -82,7 +82,7 @@ class Directions:
 @pytest.mark.parametrize("group_size", [None, 3, 40])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cpu_equals_reference_bit_for_bit(shape, group_size, n_outliers, changes, n_threads):
-    """Gradients of all sizes, zeros among them; steps of up to many quanta change scales."""
+    """Gradients of all magnitudes, zeros included; steps of up to many quanta change scales."""
     states = {}
     for name in BACKENDS:
         weight, moments = make_weight(shape, group_size, n_outliers), make_moments(shape)
@@ -107,7 +107,7 @@ def test_cpu_equals_reference_bit_for_bit(shape, group_size, n_outliers, changes
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_rows_in_parts_get_the_bits_of_the_whole(name, monkeypatch):
-    """A weight may come in tiles, and the reference takes as many rows at a time as it likes."""
+    """A weight may be stepped in tiles, and the reference may take any number of rows at a time."""
     states = []
     for chunk, parts in ((2**16, [slice(0, 40)]), (1000, [slice(0, 13), slice(13, 40)])):
         monkeypatch.setattr("qft_hf.kernels.weight.CHUNK_ELEMENTS", chunk)
@@ -128,7 +128,7 @@ def test_rows_in_parts_get_the_bits_of_the_whole(name, monkeypatch):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_bits_do_not_depend_on_subnormal_numbers(name):
-    """Some devices take them for 0, and so does a CPU that is told to."""
+    """Some devices flush them to 0, as does a CPU after `set_flush_denormal`."""
     states = []
     for flush in (False, True):
         steps = Directions((4, 300))
@@ -139,7 +139,7 @@ def test_bits_do_not_depend_on_subnormal_numbers(name):
                     draw = generator(step)
                     x = torch.exp(2 * torch.randn(4, 300, generator=draw))
                     x *= torch.randn(4, 300, generator=draw)
-                    # One thread: only the calling one flushes.
+                    # One thread, since only the calling thread flushes.
                     steps.step(coded(x * [1e-20, 1e-24, 1e-30, 1e-6, 1e-38, 0.0][step % 6]))
         finally:
             torch.set_flush_denormal(False)
@@ -149,7 +149,7 @@ def test_bits_do_not_depend_on_subnormal_numbers(name):
 
 
 def test_the_root_is_correctly_rounded():
-    """`Tensor.sqrt` is not, on a CPU: a fifth of its results differ from numpy's."""
+    """`Tensor.sqrt` on a CPU is not: a fifth of its results differ from numpy's."""
     x = torch.rand(100_000, generator=generator(0)) * 1e-3
     exact = torch.from_numpy(np.sqrt(x.double().numpy()).astype(np.float32))
     assert_same_bits(exact_sqrt(x), exact)
@@ -161,24 +161,24 @@ def test_the_root_is_correctly_rounded():
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize(("size", "eps"), [(1e-7, 1e-8), (1e-12, 1e-13), (1e9, 1e8)])
 def test_the_first_step_is_exact(size, eps, maximize):
-    """No moments yet: the direction is g / (|g| + eps), but for FP32 rounding."""
+    """Without moments the direction is g / (|g| + eps), up to FP32 rounding."""
     gradient = coded(torch.randn(5, 600, generator=generator(0)) * size)
-    gradient.scales.clamp_(max=2.0**24)  # larger ones count as that
+    gradient.scales.clamp_(max=2.0**24)  # the step clamps larger scales to this one
     g = values64(gradient).numpy()
 
     direction = Directions((5, 600), maximize=maximize, eps=eps).step(gradient).double().numpy()
 
     exact = (-g if maximize else g) / (np.abs(g) + eps)
-    # Some ten operations, and the least v, 1e-11 of the least of these.
+    # About ten operations, and the least stored v, at most 1e-11 of the smallest v here.
     assert (np.abs(direction - exact) <= 16 * FP32_EPS * np.abs(exact)).all()
-    assert np.abs(exact[g != 0]).max() < 0.999  # eps counts
+    assert np.abs(exact[g != 0]).max() < 0.999  # eps matters
 
 
 @pytest.mark.parametrize(("spread", "error"), [(0.5, 0.08), (1.5, 0.12), (2.5, 0.14)])
 def test_directions_stay_those_of_float64_adamw(spread, error):
-    """After hundreds of steps, with gradients of elements `exp(spread)` apart, as in a row.
+    """Directions stay close over hundreds of steps; log sizes in a row have deviation `spread`.
 
-    Relative root mean square; errors of many steps do not add up, since rounding has no bias.
+    `error` is a relative root mean square. Errors do not add up, since rounding has no bias.
     """
     shape = (8, 512)
     draw = generator(1)
@@ -205,13 +205,13 @@ def test_directions_stay_those_of_float64_adamw(spread, error):
 
 
 def test_small_elements_beside_large_ones_step_as_far():
-    """Fifty times smaller: a code of v itself would be 0, and of m no more than 2 or 3."""
+    """For elements fifty times smaller, codes of v itself would be 0, and codes of m at most 3."""
     shape = (4, 256)
     size = torch.where(torch.arange(256) % 2 == 0, 1.0, 0.02) * 1e-3
     steps = Directions(shape)
     for _ in range(100):
         direction = steps.step(coded(size * torch.ones(shape)))
-    # A constant gradient: m is g and v is g^2.
+    # With a constant gradient, m is g and v is g^2.
     small, large = direction[:, 1::2].double(), direction[:, ::2].double()
     assert abs(small.mean() - 1) < 0.05
     assert abs(large.mean() - 1) < 0.05
@@ -232,7 +232,7 @@ def test_directions_are_finite_and_bounded_at_all_sizes(name, size):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_no_code_of_the_second_moment_means_zero(name):
-    """Gradients that come once in a while, 1e-8 of their neighbours': v has its lowest codes."""
+    """Rare gradients of 1e-8 of their neighbors': v has its lowest codes."""
     steps = Directions((4, 256), eps=1e-30)
     with backend.use(name):
         for t in range(60):
@@ -266,7 +266,7 @@ def test_roots_and_ratios_are_rounded_without_bias():
 
 
 def test_weight_root_and_ratio_are_rounded_by_independent_numbers():
-    """Windows of one word: correlations within five standard errors of none."""
+    """All three are bits of one word; correlations are within five standard errors of zero."""
     words = kernels.adamw.random_words(
         slice(0, 100), 1000, seed=1, step=2, stream=3, device=torch.device("cpu")
     )
@@ -300,12 +300,12 @@ def test_nearest_needs_no_random_numbers(name):
     assert (stored_root(*draws.moments.tensors[2:], 256) != root).any()
 
 
-# --- what stays -----------------------------------------------------------------------------------
+# --- elements that do not change ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_without_gradient_moments_and_decay_nothing_changes(name):
-    """Elements of zeros, alone in their rows or between busy ones."""
+    """Elements with zero gradients, in a row of their own or between active ones."""
     shape = (8, 600)
     weight, moments = make_weight(shape, None), make_moments(shape)
     weight.codes.clamp_(-100, 100)[:, 0] = 127  # scales stay
@@ -328,7 +328,7 @@ def test_without_gradient_moments_and_decay_nothing_changes(name):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_weight_stops_after_its_gradient_has(name):
-    """An input that has died: to nearest, the ratio would stay at code 5 and drive for ever."""
+    """An input dies. Rounded to nearest, the ratio would stay at code 5 and keep moving weights."""
     steps = Directions((4, 512))
     draw = generator(4)
     with backend.use(name):
@@ -342,7 +342,7 @@ def test_a_weight_stops_after_its_gradient_has(name):
     assert (direction[:, 1::2] != 0).all()
 
 
-# --- what is refused ------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def moments_with(**changes: Tensor) -> Moments:

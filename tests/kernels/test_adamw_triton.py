@@ -14,7 +14,7 @@ pytestmark = MARKS
 
 GUARD = 64  # elements before and after a tensor that no kernel may write
 
-# One column; odd; one over a group; several groups; more than a tile of them, or a longer one.
+# One column; odd; one over a group; several groups; more groups than a tile; a group beyond a tile.
 CASES = [
     ((1, 1), 256, None),
     ((3, 33), 256, 40),
@@ -37,7 +37,7 @@ def guarded(tensor: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("changes", [{}, {"maximize": True, "stochastic": False}], ids=str)
 @pytest.mark.parametrize(("shape", "state_group_size", "group_size"), CASES, ids=str)
 def test_adamw_step(shape, state_group_size, group_size, changes, monkeypatch):
-    """Tile by tile, in guard regions; gradients of all sizes, zeros among them."""
+    """Step tile by tile inside guard regions, with gradients of all magnitudes, zeros included."""
     monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", 2 * shape[1])
     weight, moments = make_weight(shape, group_size, 3), make_moments(shape, state_group_size)
     tensors = [tensor.to(DEVICE) for tensor in (*weight.tensors, *moments.tensors)]

@@ -1,4 +1,4 @@
-"""Which backend runs where, and what runs where it has no implementation."""
+"""Which backend runs on which device, and what runs if it does not implement an operator."""
 
 import importlib
 import importlib.metadata
@@ -22,7 +22,7 @@ from tests.tolerances import assert_same_bits
 OPERATORS: dict[str, Operator] = {
     name: value for name, value in vars(kernels).items() if isinstance(value, Operator)
 }
-# What a backend may have. A composition is run by whoever calls it, from operators.
+# Operators that a backend may implement. A composition always runs its reference.
 LAUNCHED = [value for value in OPERATORS.values() if not isinstance(value, Composition)]
 BACKENDS = ["cpu"]
 importlib.import_module("qft_hf.kernels.cpu")
@@ -102,7 +102,7 @@ def test_a_program_overrides_the_environment_and_programs_nest(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine on which everything is new enough; each test spoils one thing."""
+    """Fake a machine on which everything is recent enough; each test changes one thing."""
     monkeypatch.setattr(backend, "version", lambda name: "3.6.0")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -155,7 +155,7 @@ def test_the_reference_runs_on_a_gpu_if_asked_for(gpu):
 
 # --- implementations ------------------------------------------------------------------------------
 
-# What a backend leaves to the reference or to a composition of its own kernels, and may.
+# Operators that a backend may leave to the reference or to a composition of its own kernels.
 LEFT = {
     "cpu": {"int8_linear", "quantize_and_lion_step_"},
     "triton": {"outlier_products"},
@@ -187,7 +187,7 @@ def test_every_backend_has_every_operator_that_is_worth_it(name):
 
 @pytest.mark.parametrize(("name", "operator"), IMPLEMENTED)
 def test_backends_take_the_operator_s_arguments(name, operator):
-    """Same names; a backend may take them as `*` and `**` and pass them on."""
+    """Argument names agree; a backend may also accept `*` and `**` and pass them on."""
     kinds = inspect.Parameter
     wanted = list(inspect.signature(operator).parameters)
     own = inspect.signature(operator._implementations[name]).parameters.values()
@@ -201,7 +201,7 @@ def test_backends_take_the_operator_s_arguments(name, operator):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """`(backend, operator)` of each implementation that runs."""
+    """List `(backend, operator)` of each implementation that runs."""
     heard = []
 
     def spy(name: str, operator: Operator, function: Any) -> Any:
@@ -259,7 +259,7 @@ def test_a_composition_runs_with_the_backend_s_own_kernels(calls, caplog):
 
     assert calls[0] == ("reference", "quantize_and_lion_step_")
     assert calls[1:] == [("cpu", part) for part in ("quantize", "squared_norms", "lion_step_")]
-    assert not caplog.records  # no loss worth a word
+    assert not caplog.records  # too small a loss for a warning
 
 
 def test_an_operator_that_a_backend_has_not_runs_the_reference_and_tells_once(
@@ -300,9 +300,9 @@ def test_the_reference_is_no_resort_where_it_was_asked_for(caplog):
 
 @pytest.fixture
 def other_package(monkeypatch):
-    """Another package that is installed: its entry point, and a module that registers `quantize`.
+    """Fake an installed package: its entry point, and a module that registers `quantize`.
 
-    It quantizes to codes 7. The `devices` of its `Backend` are those of the test.
+    Its `quantize` returns codes of 7. Tests set the `devices` of its `Backend`.
     """
     module = ModuleType("other_package_kernels")
     found = SimpleNamespace(devices=("cpu",), checked=[], module=module)

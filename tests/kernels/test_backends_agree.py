@@ -13,13 +13,13 @@ from tests.tolerances import assert_same_bits, assert_same_norms
 
 BACKENDS = [cpu]
 
-SHAPES = [(1, 1), (1, 128), (3, 129), (7, 33), (5, 300), (70, 1100)]  # the last is cut by threads
+SHAPES = [(1, 1), (1, 128), (3, 129), (7, 33), (5, 300), (70, 1100)]  # the last is split by threads
 GROUP_SIZES = [None, 1, 32, 100, 256, 5000]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def extremes(shape, group_size):
-    """Every order of magnitude, both signs, zeros, whole rows of zeros, NaN and infinities."""
+    """Return all orders of magnitude, both signs, zeros, rows of zeros, NaN and infinities."""
     generator = torch.Generator().manual_seed(5)
     x = 10 ** (torch.rand(shape, generator=generator) * 80 - 42)  # 0 and infinity at the ends
     x *= torch.randint(-1, 2, shape, generator=generator)
@@ -47,7 +47,7 @@ def test_quantize_and_back(backend, make_input, shape, dtype, group_size, n_thre
     weight = Weight.dense(Quantized(codes, scales, group_size))
     values = backend.dequantize(weight)
 
-    # Zero tolerance: every operation of all of them is correctly rounded, and in the same order.
+    # Zero tolerance: all backends round every operation correctly, and in the same order.
     expected_codes, expected_scales = reference.quantize(x, group_size=group_size)
     assert_same_bits(codes, expected_codes)
     assert_same_bits(scales, expected_scales)

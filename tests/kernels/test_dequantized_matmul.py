@@ -1,6 +1,6 @@
-"""Products with an INT8 weight that is expanded on the way: which terms are summed, and how well.
+"""Products with an INT8 weight that is dequantized on the fly: which terms are summed, how exactly.
 
-Sums of floats have no order, so backends agree to a bound, and in every bit where sums are exact.
+Float sums have no fixed order, so backends agree within a bound, and bit for bit on exact sums.
 """
 
 import pytest
@@ -15,8 +15,8 @@ from tests.tolerances import BF16_EPS, assert_same_bits, dequantized_matmul_boun
 
 BACKENDS = [reference, cpu]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOKENS = [1, 2, 4, 7, 16]  # alone, in fours, and both
-# One element; odd; more than one vector of every kind; cut by threads.
+TOKENS = [1, 2, 4, 7, 16]  # one, groups of four, and both
+# One element; odd; more than one vector of every kind; split by threads.
 SHAPES = [(1, 1), (7, 33), (5, 300), (70, 1100)]
 GROUP_SIZES = [None, 3, 32, 100, 5000]
 
@@ -64,10 +64,10 @@ def test_exact_sums_have_no_order(backend, shape, dtype, group_size, outlier_fra
 @pytest.mark.parametrize("group_size", [None, 3, 32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_weight_is_that_of_dequantize(backend, dtype, group_size, index_dtype):
-    """A token reads a column, and a bias of minus that column leaves exactly 0.
+    """Each token selects one column, and a bias of minus that column leaves exactly 0.
 
-    Were elements rounded with the result alone, something would be left. Most of them are below
-    FP16's normal numbers, and the token takes them above.
+    If elements were rounded only with the result, a remainder would be left. Most of them are below
+    FP16's normal numbers; the token scales them above.
     """
     product = make_product(
         1, (9, 45), group_size, dtype=dtype, outlier_fraction=0.05, index_dtype=index_dtype
@@ -84,7 +84,7 @@ def test_the_weight_is_that_of_dequantize(backend, dtype, group_size, index_dtyp
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_the_bias_is_rounded_to_the_dtype_of_the_tokens_before_it_is_added(backend):
-    """1 + 0.75 eps rounds to 1; twice that, after an exact sum, would not round to 2."""
+    """1 + 0.75 eps rounds to 1, so that the outputs are 1 and 127 + 1."""
     product = make_product(3, (4, 20), None, dtype=torch.bfloat16)
     product.x.zero_()
     product.bias = torch.full((4,), 1 + 0.75 * BF16_EPS)
@@ -98,7 +98,7 @@ def test_the_bias_is_rounded_to_the_dtype_of_the_tokens_before_it_is_added(backe
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounding_on_the_cpu_is_that_of_pytorch(dtype):
-    """Ties to both sides, numbers below the normal ones, overflow, infinities and every NaN."""
+    """Ties in both directions, subnormal numbers, overflow, infinities and NaN."""
     generator = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (4000,), generator=generator).int()
     special = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7F800000, -(2**23)]).int()
@@ -120,7 +120,7 @@ def test_rounding_on_the_cpu_is_that_of_pytorch(dtype):
 @pytest.mark.parametrize("group_size", [None, 32])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_what_is_not_finite_stays_visible(backend, dtype, group_size):
-    """In its token alone, or in its row."""
+    """A non-finite input shows in its token only, a non-finite scale in its row only."""
     product = make_product(6, (5, 70), group_size, dtype=dtype, outlier_fraction=0.03)
     product.x[1, 3] = float("nan")
     product.x[4, 69] = float("inf")

@@ -1,4 +1,4 @@
-"""Lookup of rows and the gradient of a table, against float64 and between backends."""
+"""Lookup of rows and the gradient of an embedding table, against float64 and between backends."""
 
 import numpy as np
 import pytest
@@ -25,20 +25,20 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def token_ids(n, dtype=torch.int64):
-    """Some rows often, in runs and far apart; the first and last row; others never."""
+    """Return ids: some rows often, in runs and far apart, the first and the last, others never."""
     ids = torch.randint(0, 9, (n,), generator=torch.Generator().manual_seed(n)) * 2
     ids[n // 2 :: 3] = ROWS - 1
     return ids.to(dtype)
 
 
 def token_gradients(n, columns, dtype=torch.float32):
-    """Of sizes that differ by row, so that the order of a sum shows in its bits."""
+    """Return values whose size differs by row, so that the order of a sum shows in its bits."""
     values = random((n, columns), None) * torch.logspace(-3, 3, n)[:, None]
     return values.to(dtype)
 
 
 def table(columns, group_size):
-    """Codes and scales that are no zeros: what is not looked up must stay."""
+    """Return nonzero codes and scales, so that a change of rows that are not looked up shows."""
     return coded(random((ROWS, columns), None), group_size)
 
 
@@ -111,7 +111,7 @@ def test_an_id_that_is_no_row_says_so(bad, shown):
 
 
 def test_where_nobody_looks_an_id_that_is_no_row_gives_nan_and_no_gradient():
-    """On a GPU: no value is read by the host. The reference shows what must come out."""
+    """On a GPU the host does not read ids to check them. The reference defines the result."""
     weight = make_state((ROWS, 40), group_size=16, outlier_fraction=0.1).weight
     ids = torch.tensor([3, -100, ROWS, 5, 2**31])
 
@@ -154,7 +154,7 @@ def test_each_row_is_the_sum_over_its_tokens(backend, n, group_size, padding_idx
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_sums_are_in_the_order_of_the_tokens(backend):
-    """In FP32, 1e8 + 1 - 1e8 is 0 and 1e8 - 1e8 + 1 is 1: another order is another row."""
+    """In FP32, 1e8 + 1 - 1e8 is 0 and 1e8 - 1e8 + 1 is 1: another order gives another row."""
     ids = torch.tensor([7, 2, 7, 2, 7, 2])
     gradient = torch.tensor([[1e8], [1e8], [1.0], [-1e8], [-1e8], [1.0]])
     matrix = table(1, 256)

@@ -95,7 +95,7 @@ def test_squared_norm_of_the_largest_codes():
 
 @pytest.mark.parametrize("backend", [cpu, reference], ids=str)
 def test_squared_norm_of_a_long_group_is_an_exact_sum(backend):
-    """140,000 codes of 127 and one of 1: above 2**31, and odd, which FP32 is not above 2**24."""
+    """140,000 codes of 127 and one of 1: the sum is above 2**31 and odd, so that FP32 rounds it."""
     codes = torch.full((1, 140_001), 127, dtype=torch.int8)
     codes[0, 70_000] = 1
 
@@ -112,7 +112,7 @@ def test_squared_norm_tells_what_is_not_finite(bad):
 
 
 def packed(rows, columns):
-    """Of 4 bits, which only a momentum has."""
+    """Return 4-bit codes, which only a momentum may have."""
     return Quantized(torch.zeros(rows, columns // 2).byte(), torch.ones(rows, 1), 64, bits=4)
 
 
@@ -122,7 +122,7 @@ def packed(rows, columns):
         (lambda c, s: Quantized(c.float(), s, 256), TypeError, r"codes must be torch\.int8"),
         (lambda c, s: Quantized(c, s.half(), 256), ValueError, "scales must be float32"),
         (lambda c, s: Quantized(c[:-1], s[:-1], 256), ValueError, r"must have shape \(4, 300\)"),
-        # As many groups, of another size.
+        # The same number of groups, of another size.
         (lambda c, s: Quantized(c, s, 200), ValueError, "groups of 256 columns, got 200"),
         (lambda c, s: Quantized(c, s[:, :1].contiguous(), None), ValueError, "columns, got None"),
         (lambda c, s: packed(4, 64), TypeError, "other gradient must have codes of 8 bits, got 4"),

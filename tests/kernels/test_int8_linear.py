@@ -1,4 +1,4 @@
-"""The output of a linear layer by an INT8 product and its outlier columns, on a CPU's backends."""
+"""`int8_linear`: an INT8 product and its outlier columns, on the backends of a CPU."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ SIZES = [(1, 1, 1, 0, 0), (5, 7, 33, 1, 0), (5, 7, 33, 0, 2), (70, 40, 300, 20, 
 def make_case(
     sizes: tuple[int, ...], dtype: torch.dtype, *, exact: bool
 ) -> tuple[Input, Tensor, Weight, Tensor]:
-    """An input, what it was quantized from, a weight and a bias.
+    """Return an input, the floats it was quantized from, a weight and a bias.
 
     With `exact` all of them are small integers, so that every sum of them is exact in any order and
     fits the shortest dtype.
@@ -76,7 +76,7 @@ def terms(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_small_integers_give_the_exact_sum(backend, sizes, dtype, has_bias):
-    """Nothing is rounded: a term that is left out, taken twice or misplaced would show."""
+    """Nothing is rounded, so that a missing, repeated or misplaced term shows."""
     x, floats, weight, bias = make_case(sizes, dtype, exact=True)
     bias = bias if has_bias else None
     exact = sum(left @ right for left, right in terms(x, floats, weight, bias, dtype))

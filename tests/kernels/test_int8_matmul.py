@@ -13,7 +13,7 @@ from tests.kernels.backends import cpu, reference
 from tests.tolerances import assert_same_bits, matmul_bound
 
 BACKENDS = [reference, cpu]
-# [M, K, N]: least; odd; K at and over the 1024 codes that FP32 sums exactly; more than one tile.
+# [M, K, N]: smallest; odd; K at and over the 1024 codes that FP32 sums exactly; more than one tile.
 SHAPES = [(1, 1, 1), (3, 33, 7), (17, 1024, 5), (5, 1025, 33), (2, 3000, 9), (2060, 20, 2100)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -86,7 +86,7 @@ def test_operands_may_be_stored_either_way(backend, a_form, b_form):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (17, 64, 9), (3, 1030, 2)], ids=str)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_both_products_of_a_cpu_are_exact(shape, b_form, has_vnni, autocast, monkeypatch):
-    """That of PyTorch, for VNNI and slow without it, and that of FP32 parts."""
+    """PyTorch's own product, which is slow without VNNI, and the one that sums in FP32 parts."""
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
     m, k, n = shape
     a, b, bias = codes(m, k), b_form(codes(k, n)), torch.linspace(-1, 1, n)
@@ -101,7 +101,7 @@ def test_both_products_of_a_cpu_are_exact(shape, b_form, has_vnni, autocast, mon
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_is_rounded_once(backend, dtype):
-    """Bias included: it is added in FP32, whatever its own dtype."""
+    """The bias, of any dtype, is added in FP32 before that rounding."""
     a, b, bias = codes(9, 70), codes(70, 8), torch.linspace(-1, 1, 8).bfloat16()
 
     out = backend.int8_matmul(a, b, scales(9), scales(8), bias=bias, dtype=dtype)
@@ -114,7 +114,7 @@ def test_the_result_is_rounded_once(backend, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (9, 70, 8), (2050, 3, 2100)], ids=str)
 def test_columns_that_are_given_take_the_place_of_products(backend, shape, dtype):
-    """In any order, in every tile, of their own dtype, and nothing of a product is left."""
+    """Given columns may be in any order, tile and dtype, and nothing of the product is left."""
     m, k, n = shape
     a, b = codes(m, k), codes(n, k).t()
     columns = torch.tensor([0, 2099, 2047, 2048, 100])
@@ -135,7 +135,7 @@ def test_columns_that_are_given_take_the_place_of_products(backend, shape, dtype
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_the_largest_sum_fits(backend, sign):
-    """Every code at the end of its range, over the longest K that one call of a backend takes."""
+    """All codes at the end of their range, with the longest K of one call of a backend."""
     k = MAX_SUMMED
     a = torch.full((2, k), 127, dtype=torch.int8)
     b = torch.full((k, 3), 127 * sign, dtype=torch.int8)
@@ -178,7 +178,7 @@ def test_an_empty_operand_gives_zeros_or_the_bias(m, k, n):
 
 
 def test_the_three_products_of_a_linear_layer():
-    """The recipe of the docstring against float products of the dequantized operands."""
+    """The recipe in the docstring against float products of the dequantized operands."""
     generator = torch.Generator().manual_seed(0)
     x, w, g = (torch.randn(size, generator=generator) for size in [(13, 40), (24, 40), (13, 24)])
     x_codes, x_scales = kernels.quantize(x, group_size=None)
@@ -198,7 +198,7 @@ def test_the_three_products_of_a_linear_layer():
     ]:
         error = (out.double() - left.double() @ right.double()).abs()
         assert (error <= matmul_bound(left, right)).all()
-    # One step of each operand's grid for each product in the sum.
+    # Errors: half a scale of each operand of `y`, one scale of the stochastic gradient codes.
     assert ((y - x @ w.t()).abs() <= _step_bound(x, x_scales, w.t(), w_scales.t())).all()
     exact = (g * w_scales.t()).double()
     bound = row_scales.double() * w_codes.double().abs().sum(0) * 1.001

@@ -54,7 +54,7 @@ def new_gradient(state: LionState, step: int) -> None:
 def test_cpu_equals_reference_bit_for_bit(
     shape, group_size, outlier_fraction, changes, momentum_bits
 ):
-    """Five steps with steps of 2 to 300 quanta: scales stick, grow and shrink on the way."""
+    """Five steps of up to 300 quanta, during which scales stay, grow and shrink."""
     expected = make_state(
         shape,
         group_size=group_size,
@@ -68,7 +68,7 @@ def test_cpu_equals_reference_bit_for_bit(
         new_gradient(actual, step)
         lion_step_(reference, expected, **{"step": step, "lr": lr, **changes})
         lion_step_(cpu, actual, **{"step": step, "lr": lr, **changes})
-        # Zero tolerance: every operation of both is correctly rounded, and in the same order.
+        # Zero tolerance: both round every operation correctly, and in the same order.
         assert_same_state(actual, expected)
 
 
@@ -95,7 +95,7 @@ def test_cpu_equals_reference_for_other_state_groups(state_group_size, index_dty
 @pytest.mark.parametrize("momentum_bits", [8, 4])
 @pytest.mark.parametrize("group_size", [None, 16])
 def test_rows_of_zeros_give_the_same_bits(group_size, momentum_bits):
-    """A weight of zeros, which leaves the least scale, and a momentum of zeros, which gets it."""
+    """A row of zeros in the weight leaves the smallest scale; one in the momentum gets it."""
     expected = make_state((4, 40), group_size=group_size, momentum_bits=momentum_bits)
     codes, scales = reference.quantize(torch.zeros(1, 40), group_size=group_size)
     expected.weight.codes[1], expected.weight.scales[1] = codes[0], scales[0]
@@ -113,7 +113,7 @@ def test_rows_of_zeros_give_the_same_bits(group_size, momentum_bits):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_designed_row_gives_the_same_bits(backend):
-    """Ramps in codes, momentum and gradient: reading one column or group aside shows."""
+    """Ramps in codes, momentum and gradient show the read of a neighboring column or group."""
     state = make_state((4, 70), group_size=16, state_group_size=20, outlier_fraction=0.03)
     weight, momentum, gradient = state.arguments()
     ramp = (torch.arange(280) % 127).view(4, 70).to(torch.int8)
@@ -175,7 +175,7 @@ def test_result_does_not_depend_on_the_chunk_size(monkeypatch, chunk_elements):
 
 @pytest.mark.parametrize("n_threads", [2, 3, 8])
 def test_result_does_not_depend_on_the_number_of_threads(n_threads):
-    """Large enough to be cut, and in 8 ranges of 101 rows none is equal to another."""
+    """Large enough to be split; 101 rows do not divide evenly into 8 ranges."""
     expected = make_state((101, 2600), group_size=100, outlier_fraction=0.01)
     actual = expected.clone()
     before = torch.get_num_threads()
@@ -206,7 +206,7 @@ def assert_is_a_lion_step(
         before: The state that went in.
         after: The state that came out.
         quantum: How far rounding may move a weight, in units of its scale.
-        changes: What differs from `RULE` and `ROUNDING`.
+        changes: Fields that differ from `RULE` and `ROUNDING`.
     """
     lr, beta1, beta2, weight_decay, maximize = arguments(**changes)["rule"]
     columns, group_size = before.weight.codes.shape[1], before.weight.group_size
@@ -221,12 +221,12 @@ def assert_is_a_lion_step(
 
     old, new = beta1 * momentum, (1 - beta1) * gradient
     decided = sign_is_decided(old, new)
-    assert decided.mean() > 0.99  # else the comparison below says little
+    assert decided.mean() > 0.99  # otherwise the comparison below says little
     exact = weight - lr * (np.sign(old + new) + weight_decay * weight)
     bound = quantum * stochastic_bound(spread(after.weight.scales, columns, group_size))
     error = np.abs(stored64(after.weight) - exact)
     assert (error <= bound)[decided & ~outliers].all()
-    # Where the sign is a coin toss, the other side and the middle are right too.
+    # If rounding decides the sign, the opposite sign and 0 are correct too.
     assert (error <= bound + 2 * lr)[~outliers].all()
     assert after.weight.codes.abs().max() <= 127
     assert (after.weight.codes.numpy()[outliers] == 0).all()
@@ -445,7 +445,7 @@ def test_values_that_would_do_harm_are_refused_before_anything_is_written(
 
 
 def test_a_gradient_may_have_scales_of_zero_or_below():
-    """Clipping to nothing and a negative factor make them."""
+    """Clipping to zero and a negative factor produce them."""
     state = make_state((6, 50), group_size=16)
     state.gradient.scales[0], state.gradient.scales[1] = 0.0, -1e-3
     expected = state.clone()

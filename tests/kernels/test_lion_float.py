@@ -20,7 +20,7 @@ SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 11)]
 
 
 def step_(parameter, momentum, gradient, **changes):
-    """One parameter on its own."""
+    """Step one parameter."""
     kernels.lion_step_floats_([parameter], [momentum], [gradient], **float_arguments(**changes))
 
 
@@ -71,7 +71,7 @@ def test_the_gradient_may_have_another_float_dtype(dtype):
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.7, -300.0])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_bf16_is_unbiased_and_moves_by_one_unit_at_most(value, weight_decay):
-    """A norm weight near 1 with lr 1e-5: 780 times less than a BF16 unit, and yet it moves."""
+    """A norm weight near 1 moves on average, although lr 1e-5 is 1/780 of a BF16 unit."""
     n = 400_000
     lr = 1e-5 * abs(value)
     start = torch.full((n,), value, dtype=torch.bfloat16)
@@ -95,7 +95,7 @@ def test_bf16_is_unbiased_and_moves_by_one_unit_at_most(value, weight_decay):
 
 
 def test_bf16_to_nearest_does_not_move():
-    """The control of the test above."""
+    """Control for the test above."""
     parameter = torch.ones(1000, dtype=torch.bfloat16)
 
     step_(parameter, torch.zeros(1000), torch.ones(1000), lr=1e-5, stochastic=False)
@@ -154,7 +154,7 @@ def test_shapes_must_agree(name, shapes):
 
 
 def many():
-    """Norms and biases of both dtypes, of every shape, an empty one and a large one among them."""
+    """Return norms and biases of both dtypes and every shape, an empty and a large one included."""
     members = [make(shape, dtype) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
     members += [make((0,)), make((2500,), torch.bfloat16)]
     members += [(*make((9,))[:2], torch.linspace(-1, 1, 9, dtype=torch.bfloat16))]
@@ -184,7 +184,7 @@ def test_many_are_stepped_as_each_alone_by_the_reference(changes):
 
 @pytest.mark.parametrize("n", range(1, 10))
 def test_the_last_elements_are_rounded_at_random_too(n):
-    """Four elements share a counter; 40 parameters, as a rounding to nearest may well agree."""
+    """Four elements share a counter. With fewer than 40 parameters, nearest may agree by chance."""
     results = []
     for backend in (cpu, reference):
         members = [make((n,), torch.bfloat16) for _ in range(40)]
@@ -237,7 +237,7 @@ def test_each_parameter_needs_one_of_each():
 
 
 def test_a_parameter_that_comes_twice_is_refused():
-    """On a GPU both would be read before either is written."""
+    """On a GPU both copies would be read before either is written."""
     parameter, momentum, gradient = make((5,))
 
     with pytest.raises(ValueError, match=r"was passed twice.*pass it once"):

@@ -15,7 +15,7 @@ SCALE = 3.1e-3  # not a power of two
 
 
 def uniform_state(shape: tuple[int, int], *, code: int, top: int = 127) -> LionState:
-    """All codes `code` except the first of each row, `top`; no momentum, gradient +1 everywhere."""
+    """Codes are `code`, but `top` first in each row; zero momentum, gradient +1 everywhere."""
     state = make_state(shape, group_size=None)
     state.weight.codes.fill_(code)
     state.weight.codes[:, 0] = top
@@ -65,10 +65,10 @@ def test_mean_of_100000_roundings_against_a_new_scale(backend, code, quanta):
 
 @pytest.mark.parametrize("quanta", [1e-3, 0.4 * 2.0**-16])
 def test_tiny_steps_are_unbiased(quanta):
-    """Decay moves a weight by 1e-3 quanta and less.
+    """Weight decay moves a weight by 1e-3 quanta or less.
 
-    Eight random bits would move it by 4e-3 or not at all, sixteen could not tell 0.4 * 2**-16 from
-    2**-16. Eight million draws, so on the fast backend only.
+    Eight random bits would move it by 4e-3 or not at all; sixteen could not tell 0.4 * 2**-16 from
+    2**-16. Only the fast backend runs this, as it takes eight million draws.
     """
     state = uniform_state((2000, 4097), code=50)
 
@@ -95,16 +95,16 @@ def test_decay_is_unbiased_for_every_code(backend):
     mean = state.weight.codes.double().mean(dim=0)
     part = exact - exact.floor()
     error = (part * (1 - part) / 2000).sqrt()
-    # Five standard errors for one value; a family of 255 goes out once in 7,000 seeds.
+    # Five standard errors for each value: one of 255 exceeds them once in 7,000 seeds.
     assert ((mean - exact).abs() <= 5 * error + 1e-9).all()
-    # And together, where single means cannot see a bias.
+    # The sum shows a bias that is too small for the means of single values.
     total = (exact.sign() * (mean - exact)).sum()
     assert abs(total) <= 5 * sqrt(float(error.square().sum()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_neighbours_and_steps_round_independently(backend):
-    """Draws of one lane at four lags, of one element over steps, of one element over streams."""
+    """Compare draws at four lags and in the next row, and under another step, stream and seed."""
     first = uniform_state((100, 1001), code=0)
     lion_step_(backend, first, lr=0.5 * SCALE, weight_decay=0.0)
     a = first.weight.codes[:, 1:].double() + 0.5  # +-1/2 with equal probability
@@ -121,7 +121,7 @@ def test_neighbours_and_steps_round_independently(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nearest_loses_small_updates(backend):
-    """The control of the tests above: rounding to nearest returns to where it was."""
+    """Control for the tests above: rounding to nearest leaves every code where it was."""
     state = uniform_state((10, 101), code=40)
 
     lion_step_(backend, state, lr=0.4 * SCALE, weight_decay=0.0, stochastic=False)
@@ -179,7 +179,7 @@ def test_an_element_without_update_keeps_its_code_beside_others_that_move(backen
     ],
 )
 def test_a_scale_changes_only_when_it_must(backend, top, quanta, new_top):
-    """`quanta` moves the largest code up; each row has its own largest value."""
+    """The largest code of each row moves up by `quanta`; `new_top` is its code in a new scale."""
     state = uniform_state((20, 33), code=0, top=top)
     state.gradient.codes[:, 0] = -1
     state.gradient.codes[:, 1:] = 0
@@ -224,7 +224,7 @@ def test_groups_of_a_row_follow_their_own_range(backend):
 @pytest.mark.parametrize("group_size", [None, 16])
 @pytest.mark.parametrize("lr", [1e-5, 1e-2])
 def test_a_row_of_zeros_starts_to_train(lr, group_size, backend):
-    """Its scale is the least there is; the first step finds the right one."""
+    """It starts with the smallest scale; the first step finds the right one."""
     state = make_state((4, 40), group_size=group_size)
     codes, scales = backend.quantize(torch.zeros(1, 40), group_size=group_size)
     state.weight.codes[1], state.weight.scales[1] = codes[0], scales[0]
@@ -246,7 +246,7 @@ def test_a_row_of_zeros_starts_to_train(lr, group_size, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_group_that_decays_to_nothing_stays_finite(backend):
-    """Lr * weight_decay = 1 removes the weight at once; the scale must not become zero or NaN."""
+    """With lr * weight_decay = 1 the weight is 0 at once; the scale must not become zero or NaN."""
     state = make_state((4, 40), group_size=None)
     state.momentum.codes.zero_()
     state.gradient.codes.zero_()

@@ -1,4 +1,4 @@
-"""Numbers of a step that lie in memory act as the same numbers do that are handed over."""
+"""A step whose numbers are in memory equals a step with the same numbers as arguments."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from tests.tolerances import assert_same_bits
 @pytest.mark.parametrize("backend", [reference, cpu, kernels], ids=["reference", "cpu", "chosen"])
 @pytest.mark.parametrize("name", STEPS)
 def test_they_take_the_place_of_those_that_are_given(name, backend):
-    """The second step gets others by a write to that memory, as a replayed graph does."""
+    """The second step's numbers are written to the same memory, as before a graph's replay."""
     (expected, given), (actual, read) = STEPS[name]("cpu"), STEPS[name]("cpu")
     live = in_memory(name, NUMBERS[0], "cpu")
     for numbers in NUMBERS:

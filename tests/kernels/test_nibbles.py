@@ -1,4 +1,4 @@
-"""4-bit codes: their levels, their place in a byte, and rounding that is unbiased."""
+"""4-bit codes: their levels, their place in a byte, and unbiased rounding."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_each_group_of_64_columns_has_its_scale():
 @pytest.mark.parametrize("words", ["random", "lowest", "highest"])
 @pytest.mark.parametrize("columns", [1, 15, 64, 100])
 def test_what_lies_on_a_level_stays(columns, words):
-    """Whatever the random number: FP32 noise of the quotient is less than its distance from 0."""
+    """For any random number, as FP32 noise of the quotient is less than its distance from 0."""
     rows = 50
     generator = torch.Generator().manual_seed(0)
     units = LEVELS[torch.randint(15, (rows, columns), generator=generator)].float()
@@ -72,16 +72,16 @@ def test_what_lies_on_a_level_stays(columns, words):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("units", [0.02, 1.0, 3.9, 4.1, 13.0, 69.0, -0.5, -47.0])
 def test_mean_of_100000_roundings_is_the_value(backend, units):
-    """Between two levels: within five standard errors, and 16 random bits resolve 2**-17 of a gap.
+    """Values between levels: five standard errors, and 2**-17 of a gap for 16 random bits.
 
-    A momentum of zeros takes `0.25 * g`; the first column of each group of 64 sets the scale.
+    A momentum of zeros becomes `0.25 * g`; the first column of each group of 64 sets the scale.
     """
     state = make_state((200, 512), group_size=None, momentum_bits=4)
     state.momentum.codes.zero_()
     gradient = torch.full((200, 512), units * SCALE * 4)
     gradient[:, ::64] = 70 * SCALE * 4
     state.set_gradient(gradient)
-    # What 8 bits have made of it, so that nothing but the rounding of momentum is measured.
+    # The gradient as 8 bits store it, so that only the rounding of the momentum is measured.
     exact = state.gradient.codes[0, 1].double() * state.gradient.scales[0, 0].double() * 0.25
     exact /= state.momentum.scales.new_tensor(SCALE).double()
 
@@ -99,7 +99,7 @@ def test_mean_of_100000_roundings_is_the_value(backend, units):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decay_moves_the_scale_and_no_code(backend):
-    """The largest value keeps the largest code, so what only decays stays on its level."""
+    """The largest value keeps the largest code, so values that only decay keep their level."""
     state = make_state((1000, 16), group_size=None, momentum_bits=4)
     codes = torch.tensor([7, *range(-7, 8)]) & 15
     state.momentum.codes[:] = (codes[::2] | codes[1::2] << 4).to(torch.uint8)
@@ -114,7 +114,7 @@ def test_decay_moves_the_scale_and_no_code(backend):
 
 
 def test_nearest_takes_the_nearer_level():
-    """The control: without random numbers most small steps are lost."""
+    """Control: without random numbers most small steps are lost."""
     values = torch.tensor([[70.0, 1.9, 2.1, -46.9, -47.1]])
 
     packed, scales = round_to_nibbles(values, None)
@@ -146,7 +146,7 @@ def test_weight_and_momentum_draw_different_numbers():
 
 def test_neighbours_and_steps_round_independently():
     values = torch.full((100, 1000), 2.0)  # half-way between levels 0 and 4
-    values[:, ::40] = 70.0  # one in each group of 64 at least
+    values[:, ::40] = 70.0  # at least one in each group of 64
     is_free = torch.arange(1000) % 40 > 0
     first, other = (
         torch.where(load_nibbles(*round_to_nibbles(values, words), 1000) > 2, 0.5, -0.5).double()
@@ -160,7 +160,7 @@ def test_neighbours_and_steps_round_independently():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_momentum_moves_by_one_level_at_most_beyond_its_exact_value(backend):
-    """Against Lion in float64, on ragged shapes, over steps that move scales up and down."""
+    """Compare with Lion in float64 on ragged shapes, over steps that raise and lower scales."""
     state = make_state((13, 257), group_size=100, outlier_fraction=0.03, momentum_bits=4)
     for step, size in enumerate([3e-3, 3e-2, 1e-4], start=1):
         gradient = torch.randn(13, 257, generator=torch.Generator().manual_seed(step)) * size

@@ -29,7 +29,7 @@ OPERATORS: dict[str, Operator] = {
 
 
 def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Arguments of each operator."""
+    """Return arguments for each operator."""
     state = make_state((5, 300), group_size=32, outlier_fraction=0.02)
     packed = make_state((5, 300), group_size=32, momentum_bits=4)
     x = random((5, 300), None)
@@ -100,7 +100,7 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
 
 
 def case(name: str) -> tuple[Operator, tuple[Any, ...], dict[str, Any]]:
-    """The operator of a case, and the arguments."""
+    """Return the operator of a case, and its arguments."""
     return OPERATORS[name.split()[0]], *cases()[name]
 
 
@@ -119,7 +119,7 @@ def test_opcheck(name):
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """All tensors of arguments or results, in order."""
+    """Return all tensors of arguments or results, in order."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, (list, tuple)):
@@ -128,7 +128,7 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def written(operator: Operator, values: Any, options: Any) -> list[bool]:
-    """Which of the flat tensors a call has changed."""
+    """Return which of the flat tensors a call changes."""
     flat = tensors_in(operator.flatten(*values, **options))
     before = [tensor.clone() for tensor in flat]
     operator(*values, **options)
@@ -137,7 +137,7 @@ def written(operator: Operator, values: Any, options: Any) -> list[bool]:
 
 @pytest.mark.parametrize("name", cases())
 def test_the_schema_says_what_is_written(name):
-    """Each tensor that it names as written is, and no other."""
+    """A call writes each tensor that the schema declares as written, and no other."""
     operator, values, options = case(name)
     schema = getattr(torch.ops.qft_hf, operator.name).default._schema
     flat = operator.flatten(*values, **options)
@@ -156,7 +156,7 @@ def test_the_schema_says_what_is_written(name):
 
 @pytest.mark.parametrize("name", cases())
 def test_through_the_dispatcher_an_operator_has_the_bits_of_a_call(name):
-    """With the reference's defaults for what is left out."""
+    """Omitted arguments have the reference's defaults."""
     operator, values, options = case(name)
     _, other_values, other_options = case(name)
     flat = operator.flatten(*other_values, **other_options)
@@ -193,7 +193,7 @@ def test_fake_results_have_the_shapes_of_real_ones(name):
 
 
 def test_an_operator_compiles_into_one_graph():
-    """Written tensors stay the same tensors, and what follows sees the new values."""
+    """Written tensors stay the same objects, and later operations see their new values."""
     eager, compiled = (make_state((5, 300), group_size=32, outlier_fraction=0.02) for _ in range(2))
 
     def step(codes: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
@@ -209,7 +209,7 @@ def test_an_operator_compiles_into_one_graph():
 
 
 def test_values_may_be_made_inside_and_outside_of_what_is_compiled():
-    """Codes go in, are quantized, stepped and expanded in one graph."""
+    """Floats are quantized, stepped and dequantized in one graph."""
     x = random((5, 300), None)
 
     def run(x: torch.Tensor) -> torch.Tensor:
@@ -225,7 +225,7 @@ def test_values_may_be_made_inside_and_outside_of_what_is_compiled():
 
 
 class Listener(TorchDispatchMode):
-    """Writes down which of the package's operators are called."""
+    """Records which of the package's operators are called."""
 
     def __init__(self) -> None:
         super().__init__()

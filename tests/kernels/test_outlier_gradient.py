@@ -1,4 +1,4 @@
-"""The float columns beside INT8 products of a backward pass, on every backend that a CPU runs."""
+"""Float columns next to the INT8 products of a backward pass, on every backend that a CPU runs."""
 
 import pytest
 import torch
@@ -10,15 +10,15 @@ from tests.tolerances import EPS, FP32_EPS, assert_same_bits, matmul_bound
 
 BACKENDS = [reference, cpu]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Tokens, outputs, outliers of the weight and of the input: around the CPU's blocks of 32 tokens, 8
-# of them at a time, and 256 outputs, and its four outliers at a time.
+# Tokens, outputs, outliers of the weight and of the input. The CPU works in blocks of 32 tokens,
+# eight tokens at a time, in blocks of 256 outputs, and on four outliers at a time.
 SIZES = [(1, 1, 1, 1), (7, 33, 3, 0), (33, 257, 4, 5), (203, 600, 9, 14)]
 
 
 def make_case(
     sizes: tuple[int, ...], dtype: torch.dtype, *, exact: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A gradient, outliers of a weight and of an input, one column after the other in memory.
+    """Return a gradient and the outliers of a weight and an input, the latter column by column.
 
     With `exact` all are small integers, whose sums are exact in any order and in each dtype.
     """
@@ -84,7 +84,7 @@ def test_what_is_not_wanted_is_empty_and_the_other_the_same(backend):
     assert nothing.numel() == 0
 
 
-# PyTorch's own FP32 products return other bits on two, three or eight threads for all of these.
+# For all of these, PyTorch's FP32 products return other bits on two, three or eight threads.
 @pytest.mark.parametrize(
     "sizes", [(48, 64, 0, 5), (192, 576, 0, 5), (1000, 192, 0, 5), (33, 11008, 41, 5)], ids=str
 )

@@ -1,4 +1,4 @@
-"""The random numbers are Philox 4x32-7, word for word, wherever and in whatever order they run."""
+"""Random numbers equal Philox 4x32-7 word for word, on any device and in any order."""
 
 from itertools import pairwise
 
@@ -39,7 +39,7 @@ def exact_philox(counter: list[int], key: list[int], *, rounds: int = 7) -> list
     ],
 )
 def test_the_integer_version_gives_the_published_vectors(rounds, counter, key, words):
-    """Random123's kat_vectors; the package cannot be asked directly, its last word is always 0."""
+    """Random123's kat_vectors check the integer version, to which the package is compared."""
     assert exact_philox(counter, key, rounds=rounds) == [int(word, 16) for word in words.split()]
 
 
@@ -100,7 +100,7 @@ def test_the_cpu_twin_gives_the_same_words(purpose):
 
 @pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 7, 8, 127])
 def test_words_of_a_matrix_follow_the_element(columns):
-    """Four neighbours share a counter and take its words in order; rows start a new counter."""
+    """Four neighbors share a counter and use its words in order; each row starts a new counter."""
     words = random_words(slice(0, 6), columns, seed=9, step=2, stream=4, device=CPU)
 
     quads = -(-columns // 4)

@@ -18,7 +18,7 @@ LEAST_SCALE = float(np.float32(1e-30))
 
 
 def quantize64(x: np.ndarray, group_size: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The definition, group by group, in float64."""
+    """The definition of quantization, group by group, in float64."""
     rows, columns = x.shape
     size = group_size or columns
     codes = np.zeros(x.shape)
@@ -60,7 +60,7 @@ def test_equals_the_definition_in_float64(make_input, shape, dtype, group_size):
 
 @pytest.mark.parametrize("group_size", [None, 5, 8])
 def test_ties_go_to_the_even_code(group_size):
-    """With a scale of exactly 1, in FP32 as in the definition, there is nothing to excuse."""
+    """With a scale of exactly 1, in FP32 and in the definition, all codes must agree."""
     x = ties((6, 24), group_size)
 
     codes, scales = kernels.quantize(x, group_size=group_size)
@@ -73,7 +73,7 @@ def test_ties_go_to_the_even_code(group_size):
 @pytest.mark.parametrize("group_size", [None, 3, 4])
 def test_a_group_of_zeros_has_the_least_scale_and_codes_zero(group_size):
     x = torch.zeros(3, 10)
-    x[1] = 5.0  # neighbours of the zero rows must not leak into them
+    x[1] = 5.0  # neighbors of the zero rows must not leak into them
 
     codes, scales = kernels.quantize(x, group_size=group_size)
 
@@ -98,7 +98,7 @@ def test_tiny_and_huge_values_give_finite_results(magnitude):
 
 @pytest.mark.parametrize("backend", [reference, cpu], ids=str)
 def test_what_some_devices_take_for_zero_counts_as_zero(backend):
-    """Subnormal values; whether a product with one is subnormal or 0 must not show in a code."""
+    """Subnormal values: codes must not depend on whether a device flushes their products to 0."""
     x = torch.tensor([[2.0**-127, -(2.0**-149), 0.0, -(2.0**-126)]])
 
     codes, scales = backend.quantize(x, group_size=None)
@@ -143,7 +143,7 @@ def test_dequantize_is_one_fp32_product(shape, group_size):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group_size", [None, 10, 32])
 def test_dequantize_puts_outliers_in_their_places(group_size, dtype, index_dtype):
-    """Other columns in each row, the first and the last among them; one rounding to `dtype`."""
+    """Outlier columns differ by row and include the first and last; one rounding to `dtype`."""
     dense = coded(ramp((3, 33), group_size), group_size)
     columns = torch.tensor([[0, 7], [8, 32], [31, 32]])
     values = torch.tensor([[1.1, -2.2], [3e4, 1e-3], [0.0, -0.7]])

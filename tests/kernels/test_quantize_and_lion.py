@@ -1,4 +1,4 @@
-"""Quantization of a gradient and the step with it at once: the bits of the two in turn."""
+"""The fused quantization of a gradient and Lion step has the bits of the two operators in turn."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def start(columns: int = 300, group_size: int | None = 32, momentum_bits: int = 
 
 
 def run(backend, state: LionState, gradient: torch.Tensor, **changes) -> torch.Tensor:
-    """The fused step with a float gradient, and its squared norm; the state's own is not used."""
+    """Run the fused step with a float gradient, not the state's own; return its squared norm."""
     given = {name: changes.pop(name) for name in ("factor", "group_size") if name in changes}
     squares = backend.quantize_and_lion_step_(
         state.weight,

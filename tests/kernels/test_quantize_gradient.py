@@ -1,4 +1,4 @@
-"""One gradient, quantized by rows and by columns: what rounding promises, on every CPU backend."""
+"""One gradient quantized by rows and by columns: properties of rounding, on every CPU backend."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tests.kernels.test_philox import exact_philox
 from tests.tolerances import assert_same_bits, mean_error, stochastic_bound
 
 SEED = 0x1234_5678_9ABC_DEF1
-# Least; odd; one over a quad and over a block of 64 tokens; several chunks of 256 outputs.
+# Smallest; odd; one over a quad and over a block of 64 tokens; several blocks of 256 outputs.
 SHAPES = [(1, 1), (7, 33), (5, 8), (65, 129), (130, 600)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -25,7 +25,7 @@ def factors(rows: int) -> Tensor:
 
 
 def forms(results: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Codes and scales by rows, and those by columns."""
+    """Return codes and scales by rows, and codes and scales by columns."""
     row_codes, row_scales, column_codes, column_scales = results
     return (row_codes, row_scales), (column_codes, column_scales)
 
@@ -72,7 +72,7 @@ def test_every_code_follows_from_the_definition():
 
 @pytest.mark.parametrize("form", [0, 1])
 def test_rounding_is_unbiased(form):
-    """Mean over seeds against the value; five standard errors, and the FP32 noise of a value."""
+    """The mean over seeds is the value, within five standard errors and a value's FP32 noise."""
     n_seeds = 400
     gradient = torch.linspace(-1, 1, 12).view(3, 4) ** 3
     gradient[0] *= 1e-3  # most of a row far below one code of its column
@@ -88,7 +88,7 @@ def test_rounding_is_unbiased(form):
     scales = [rows[1], columns[1].t()][form].double()
     bound = scales * (5 * mean_error(0.5, n_seeds) + 128 * 2.0**-22)
     assert ((sums[form] / n_seeds - exact).abs() <= bound).all()
-    # The bound tells: nearest rounding breaks it.
+    # The bound is tight enough: nearest rounding exceeds it.
     results = kernels.quantize_gradient(gradient, factors(4), factors(3), stochastic=False, seed=0)
     nearest = forms(results)[form]
     values = nearest[0].double() * nearest[1].double()
@@ -114,7 +114,7 @@ def test_rounding_moves_a_value_by_less_than_a_scale(make_input):
 
 @pytest.mark.parametrize("backend", [reference, cpu], ids=str)
 def test_values_on_the_grid_stay(backend):
-    """A multiple of the scale has nothing to round, whatever the random number."""
+    """A multiple of the scale needs no rounding, so it stays for every random number."""
     gradient = torch.arange(-127.0, 128.0).repeat(40, 1)
     ones = torch.ones(255, 1), torch.ones(40, 1)
 
@@ -130,7 +130,7 @@ def test_values_on_the_grid_stay(backend):
 
 @pytest.mark.parametrize("backend", [cpu, reference], ids=str)
 def test_a_column_is_scaled_by_its_largest_value_wherever_it_stands(backend):
-    """One value in each column, each at another token."""
+    """Each column has one nonzero value, each at another token."""
     _, _, codes, scales = backend.quantize_gradient(
         torch.eye(130), None, torch.ones(130, 1), seed=3
     )
@@ -182,7 +182,7 @@ def test_zeros_stay_zero_and_do_not_touch_their_neighbours(stochastic):
 
 @pytest.mark.parametrize("backend", [reference, cpu], ids=str)
 def test_what_some_devices_take_for_zero_counts_as_zero(backend):
-    """Against the least scale no random number rounds a subnormal value up or down."""
+    """With the smallest scale, no random number rounds a subnormal value away from 0."""
     gradient = torch.tensor([2.0**-127, -(2.0**-149), -(2.0**-126)]).repeat(3000, 1)
     ones = torch.ones(3, 1), torch.ones(3000, 1)
 
@@ -200,7 +200,7 @@ def test_what_some_devices_take_for_zero_counts_as_zero(backend):
 @pytest.mark.parametrize("stochastic", [True, False])
 @pytest.mark.parametrize("backend", [reference, cpu], ids=str)
 def test_factors_of_zeros_take_no_codes_from_the_others(backend, stochastic):
-    """Tokens and rows of the weight that are zeros have the least scale, and are folded with it."""
+    """Tokens and weight rows of zeros have the smallest scale, which becomes their factor."""
     gradient = random((30, 40), None)
     row_factors, column_factors = factors(40) * 1e-3, factors(30) * 1e-3
     row_factors[::7], column_factors[::5] = 1e-30, 1e-30

@@ -1,4 +1,4 @@
-"""Inputs as INT8 operands, on every backend that a CPU runs: which columns are float, and codes."""
+"""Inputs as INT8 operands on every backend that a CPU runs: their outlier columns and codes."""
 
 import numpy as np
 import pytest
@@ -12,24 +12,24 @@ from tests.tolerances import assert_same_bits
 
 BACKENDS = [reference, cpu]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# One; fewer rows than a block of the CPU's; more, with more columns than are side by side.
+# One; fewer rows than a block of the CPU; more rows, with more columns than run side by side.
 SHAPES = [(1, 1), (3, 300), (64, 7), (65, 33), (700, 130)]
 
 
 def largest_columns(x: Tensor, n: int) -> list[int]:
-    """By a sort of all, in plain Python."""
+    """Return the `n` largest columns, by sorting all of them in plain Python."""
     maxima = np.abs(x.double().numpy()).max(axis=0)
     keys = [(-np.inf if np.isnan(m) else -m, not np.isnan(m), c) for c, m in enumerate(maxima)]
     return sorted(c for _, _, c in sorted(keys)[:n])
 
 
 def assert_is_split(x: Tensor, n: int, results: tuple[Tensor, ...]) -> None:
-    """`results` are what `quantize_input` promises: from numpy, and `quantize` of what is left."""
+    """Check the promises of `quantize_input` with numpy, and with `quantize` of other columns."""
     codes, scales, columns, values = results
     assert columns.dtype == torch.int64
     assert columns.tolist() == largest_columns(x, n)
     assert_same_bits(values, x[:, columns])
-    assert values.stride() == (1, x.shape[0])  # on all backends: a compiler is told so
+    assert values.stride() == (1, x.shape[0])  # on all backends, as compilers are told
     others = x.float().index_fill(1, columns, 0.0)
     expected = kernels.quantize(others, group_size=None)
     for found, wanted in zip((codes, scales), expected, strict=True):
@@ -53,7 +53,7 @@ def test_the_largest_columns_are_float_and_the_others_are_quantized(backend, sha
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("n", range(8))
 def test_of_equal_columns_the_first_are_taken(backend, n):
-    """In BF16 a hundred columns may share a largest magnitude, of either sign and in any row."""
+    """In BF16 a hundred columns may share the largest magnitude, with either sign, in any row."""
     x = torch.full((70, 7), 0.25)
     for row, column, value in ((69, 1, 3.0), (0, 2, -2.0), (3, 4, 2.0), (68, 5, -2.0), (9, 6, -3)):
         x[row, column] = value
@@ -75,7 +75,7 @@ def test_what_is_not_finite_is_largest_and_spoils_no_code(backend, dtype):
     assert_is_split(x, 3, results)
     assert results[2].tolist() == [1, 2, 3]
     assert results[1].isfinite().all()
-    # A NaN is larger than infinity, and of two of those the first is taken.
+    # NaN is larger than infinity, and of two infinite columns the first one is chosen.
     assert backend.quantize_input(x, n_outliers=2)[2].tolist() == [1, 3]
 
 

@@ -1,4 +1,4 @@
-"""Products of INT8 codes that are quantized again have the bits of the two operators in turn."""
+"""Requantized products of INT8 codes have the bits of the two operators in turn."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ WIDE = TILE + 300
 
 
 def given(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Numbers and values of some columns, on both sides of a tile's edge if there is one."""
+    """Return numbers and values of given columns, on both sides of a tile's edge if one exists."""
     numbers = torch.tensor([columns - 1, 0, TILE - 1, TILE, 5]).unique()
     numbers = numbers[numbers < columns]
     generator = torch.Generator().manual_seed(rows + columns)

@@ -1,6 +1,6 @@
-"""Steps in a direction that an optimizer chose: backends against each other, and against float64.
+"""Steps in a direction chosen by an optimizer: backends against each other and against float64.
 
-With the gradient for the direction that is SGD; `maximize` is then the caller's, as `-direction`.
+With the gradient as the direction, a step is SGD; a caller that maximizes passes `-direction`.
 """
 
 import numpy as np
@@ -29,12 +29,12 @@ BACKENDS = [reference, cpu]
 
 
 def direction_of(state: LionState) -> Tensor:
-    """The gradient in FP32."""
+    """Return the gradient in FP32."""
     return reference.dequantize(Weight.dense(state.gradient))
 
 
 def run(backend, state: LionState, direction: Tensor | None = None, **changes) -> None:
-    """One step in the direction, or else that of the gradient."""
+    """Run one step in `direction`, which defaults to the gradient."""
     direction = direction_of(state) if direction is None else direction
     backend.step_weight_(state.weight, direction, **step_arguments(**changes))
 
@@ -46,7 +46,7 @@ def run(backend, state: LionState, direction: Tensor | None = None, **changes) -
 @pytest.mark.parametrize("group_size", [None, 3, 100])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 33), (13, 257), (40, 600)], ids=str)
 def test_cpu_equals_reference_bit_for_bit(shape, group_size, outlier_fraction, sign, changes):
-    """Steps of 0.1 to 300 quanta, in guard regions: scales stick, grow and shrink on the way."""
+    """Steps of 0.1 to 300 quanta in guard regions, during which scales stay, grow and shrink."""
     expected = make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
     actual, buffers = expected.guarded()
     direction, buffer = guarded(sign * direction_of(expected))
@@ -71,7 +71,7 @@ def test_cpu_equals_reference_bit_for_bit(shape, group_size, outlier_fraction, s
 def test_equals_a_float64_step_within_one_quantum(
     backend, shape, group_size, outlier_fraction, lr, sign
 ):
-    """The direction is that of the gradient, of any size; against it is `maximize`."""
+    """The direction is the gradient, of any magnitude, or its negative, which maximizes."""
     state = make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
     before = state.clone()
     weight = stored64(before.weight)
@@ -103,7 +103,7 @@ def test_equals_a_float64_step_within_one_quantum(
 def test_with_the_sign_for_the_direction_it_is_the_weight_s_half_of_a_lion_step(
     backend, group_size, maximize, momentum_bits
 ):
-    """The same arithmetic and the same random numbers; the momentum of zeros leaves the sign."""
+    """Arithmetic and random numbers agree; with zero momentum, Lion's direction is the sign."""
     whole = make_state(
         (13, 257), group_size=group_size, outlier_fraction=0.03, momentum_bits=momentum_bits
     )
@@ -135,7 +135,7 @@ def test_a_step_in_parts_by_rows_has_the_bits_of_the_whole(backend):
 
 @pytest.mark.parametrize("n_threads", [2, 3, 8])
 def test_result_does_not_depend_on_the_number_of_threads(n_threads):
-    """Large enough to be cut, and in 8 ranges of 101 rows none is equal to another."""
+    """Large enough to be split; 101 rows do not divide evenly into 8 ranges."""
     expected = make_state((101, 2600), group_size=100, outlier_fraction=0.01)
     actual, direction = expected.clone(), direction_of(expected)
     before = torch.get_num_threads()
@@ -169,7 +169,7 @@ def test_the_step_is_in_proportion_to_the_gradient_and_unbiased(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_of_zeros_starts_to_train(backend):
-    """From the least scale to that of the first step, at once."""
+    """The first step replaces the smallest scale by the right one at once."""
     state = make_state((4, 40), group_size=None)
     codes, scales = backend.quantize(torch.zeros(1, 40), group_size=None)
     state.weight.codes[1], state.weight.scales[1] = codes[0], scales[0]
@@ -285,7 +285,7 @@ def test_bf16_parameters_are_rounded_without_bias(backend):
 
 @pytest.mark.parametrize("changes", [{}, {"stochastic": False}], ids=str)
 def test_many_are_stepped_as_each_alone_by_the_reference(changes):
-    """Of both dtypes and every shape, in guard regions; an empty one and a large one among them."""
+    """Parameters of both dtypes and every shape, also empty and large ones, in guard regions."""
     generator = torch.Generator().manual_seed(3)
     shapes = [(), (1,), (7,), (3, 5), (2, 3, 11), (0,), (2500,)]
     cases = [(shape, dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]

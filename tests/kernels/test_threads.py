@@ -92,7 +92,7 @@ def test_no_rows_are_no_work():
 
 @pytest.mark.usefixtures("three_threads")
 def test_the_ranges_run_at_the_same_time():
-    """Each waits for the others: on fewer threads the first would wait in vain."""
+    """Each range waits for the others: on fewer threads the first would wait in vain."""
     met = np.zeros(3, np.bool_)
 
     meet(np.zeros(3, np.int64), 10**9, met, 3)
@@ -107,7 +107,7 @@ def test_what_fails_in_a_range_is_told(failing):
 
 
 def test_arrays_live_on_and_are_written_whatever_their_layout():
-    """Kernels get them without a count of references."""
+    """Kernels receive arrays without counting a reference to them."""
     x, y = np.arange(20.0).reshape(10, 2), np.ones((10, 4))
 
     for _ in range(3):
@@ -151,7 +151,7 @@ def test_few_rows_and_few_elements_are_split_less(n_rows, row_elements, wanted):
 
 
 def test_without_openmp_one_thread_does_it_and_says_so():
-    """In another process, for this one has bound its machine code to OpenMP."""
+    """Runs in another process, since this one has already bound its machine code to OpenMP."""
     code = """
 import ctypes, numba, torch, warnings
 import numpy as np

@@ -1,6 +1,6 @@
 """Triton kernels against the reference, bit for bit: on a GPU, or in Triton's interpreter on CPU.
 
-The interpreter is chosen when kernels are imported, so it takes a run of its own:
+The interpreter is chosen when kernels are imported, so it needs a run of its own:
 `TRITON_INTERPRET=1 pytest tests/kernels/test_triton.py`.
 """
 
@@ -79,20 +79,20 @@ INPUTS = [random, ramp, ties]
 
 @pytest.fixture(autouse=True)
 def _nobody_looks_at_values(monkeypatch):
-    """As on a GPU, where an answer would have to be waited for."""
+    """Disable checks of values, as on a GPU, where each would wait for the device."""
     for operator in OPERATORS:
         monkeypatch.setattr(operator, "_check_values", None)
 
 
 def stored(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """FP32 as a kernel stores it: rounded to nearest; the interpreter cuts BF16 instead."""
+    """Round FP32 as a kernel stores it: to nearest, but the interpreter truncates to BF16."""
     if INTERPRETED and dtype == torch.bfloat16:
         value = (value.contiguous().view(torch.int32) & ~0xFFFF).view(torch.float32)
     return value.to(dtype)
 
 
 def guarded_matrix(matrix: Quantized) -> tuple[Quantized, list[torch.Tensor]]:
-    """A copy between guards, and their buffers."""
+    """Return a copy between guards, and the buffers around it."""
     pairs = [guarded(tensor) for tensor in matrix.tensors]
     return Quantized(*(inner for inner, _ in pairs), matrix.group_size), [b for _, b in pairs]
 
@@ -163,7 +163,7 @@ def test_dequantize(shape, group_size, outlier_fraction):
 @pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
 @pytest.mark.parametrize(("columns", "group_size"), [(33, None), (33, 4), (1100, 256)], ids=str)
 def test_dequantize_rows(columns, group_size, outlier_fraction, id_dtype, n_each):
-    """Rows, or runs of them, in any order; numbers of none read nothing and give NaN."""
+    """Rows, or runs of them, in any order; invalid row numbers read nothing and give NaN."""
     shape = (7 * n_each, columns)
     state = make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
     weight = state.to(DEVICE).weight
@@ -174,14 +174,14 @@ def test_dequantize_rows(columns, group_size, outlier_fraction, id_dtype, n_each
     assert_same_bits(x, reference.dequantize(weight, rows=rows, n_each=n_each))
     exists = [True, True, False, True, True, False, False]
     assert (~x.isnan()).all(dim=1).view(7, n_each).all(dim=1).tolist() == exists
-    again = backend.dequantize(weight, rows=rows[[1, 3]], n_each=n_each)  # as bound as before
+    again = backend.dequantize(weight, rows=rows[[1, 3]], n_each=n_each)  # by the same plan
     assert_same_bits(again, x.view(7, n_each, columns)[[1, 3]].flatten(0, 1))
     assert len(backend.dequantize(weight, rows=rows[:0])) == 0
 
 
 # --- products with an expanded weight -------------------------------------------------------------
 
-# Tokens alone, in one program and in several; rows in one program and several, the last not full.
+# One token, tokens in one program and several; rows in one program and several, the last not full.
 N_TOKENS = [1, 3, 18]
 PRODUCTS = [
     ((7, 33), None, 0.0),
@@ -210,7 +210,7 @@ def product_cases() -> list[Any]:
     ("n_tokens", "shape", "group_size", "outlier_fraction", "dtype"), product_cases()
 )
 def test_dequantized_matmul(n_tokens, shape, group_size, outlier_fraction, dtype):
-    """Sums to a bound, and in every bit where their order does not matter."""
+    """Sums agree within a bound, and in every bit if they are exact in any order."""
     index_dtype = torch.int32 if shape[1] % 2 else torch.int16
     for exact in (False, True):
         product = make_product(
@@ -234,7 +234,7 @@ def test_dequantized_matmul(n_tokens, shape, group_size, outlier_fraction, dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("n_tokens", [1, 5])
 def test_dequantized_matmul_stays_inside(n_tokens, dtype, monkeypatch):
-    """What lies around its inputs is not read, and what lies around its result not written."""
+    """Memory around the inputs is not read, and memory around the result is not written."""
     product = make_product(n_tokens, (7, 45), 8, dtype=dtype, outlier_fraction=0.05).to(DEVICE)
     product.bias = None
     expected = product.run(backend)
@@ -242,7 +242,7 @@ def test_dequantized_matmul_stays_inside(n_tokens, dtype, monkeypatch):
     inside = []
     for tensor in (product.x, *product.weight.tensors):
         inner, buffer = guarded(tensor)
-        # Among columns a 0 is harmless; elsewhere a code of 127 or a NaN would be seen.
+        # Around column numbers a 0 is harmless; elsewhere a code of 127 or a NaN would show.
         fill = {torch.int8: 127, torch.int16: 0}.get(buffer.dtype, float("nan"))
         buffer[:GUARD] = buffer[-GUARD:] = fill
         buffers.append((buffer, buffer.clone()))
@@ -269,7 +269,7 @@ def test_dequantized_matmul_stays_inside(n_tokens, dtype, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_dequantized_matmul_rounds_the_weight_and_the_bias_first(dtype):
-    """A token reads a column, and a bias of minus that column leaves exactly 0."""
+    """Each token selects one column, and a bias of minus that column leaves exactly 0."""
     product = make_product(1, (9, 45), 8, dtype=dtype, outlier_fraction=0.05)
     product.weight.scales /= 300
     weight = product.expanded(reference, dtype)
@@ -294,7 +294,7 @@ def test_dequantized_matmul_rounds_the_weight_and_the_bias_first(dtype):
     ids=str,
 )
 def test_embedding_gradient(columns, group_size, n, padding_idx):
-    """Rows looked up once and often, ids that are no rows, long rows; guards around the table."""
+    """Rows looked up once and often, invalid ids, long rows; guards around the table."""
     dtype = DTYPES[(columns + n) % 3]
     generator = torch.Generator().manual_seed(n)
     ids = torch.randint(0, 5, (n,), generator=generator) * 2
@@ -314,7 +314,7 @@ def test_embedding_gradient(columns, group_size, n, padding_idx):
 
 
 def test_embedding_gradient_stops_at_the_last_token(monkeypatch):
-    """What lies behind the sorted tokens in memory looks like one more of the last row."""
+    """Memory after the sorted tokens looks like another token of the last row."""
     sort = torch.Tensor.sort
 
     def sort_in_a_larger_buffer(tensor: torch.Tensor, **options: Any) -> list[torch.Tensor]:
@@ -388,7 +388,7 @@ def test_squared_norms(shape, group_size):
 # --- lion -----------------------------------------------------------------------------------------
 
 
-# Each pair of a case, a share of outliers and a width of momentum, in half as many as all of them.
+# Half of all combinations: every pair of a case, an outlier fraction and a momentum width occurs.
 LION_CASES = [
     (*case, (0.0, 0.03)[(number + place) % 2], bits)
     for number, case in enumerate(CASES)
@@ -400,7 +400,7 @@ LION_CASES = [
     ("shape", "group_size", "outlier_fraction", "momentum_bits"), LION_CASES, ids=str
 )
 def test_lion_step(shape, group_size, outlier_fraction, momentum_bits):
-    """Steps of 2 to 300 quanta: scales stick, grow and shrink; guards around all that is there."""
+    """Steps of 2 to 300 quanta: scales stay, grow and shrink; guards surround all tensors."""
     expected = make_state(
         shape,
         group_size=group_size,
@@ -442,9 +442,9 @@ def _count_bytes(
 
 @pytest.mark.parametrize(("columns", "group_size"), [(1100, 192), (193, 192), (65, None), (7, 64)])
 def test_each_byte_of_a_packed_row_is_written_once(columns, group_size):
-    """Groups of three units fill tiles of four; the fourth is the next group's, not theirs.
+    """Groups of three units fill tiles of four; the fourth unit belongs to the next group.
 
-    Comparing results cannot show it: of two writes the right one came last, here.
+    Comparing results cannot show a double write if the right value happens to be written last.
     """
     counts, buffer = guarded(torch.zeros((columns + 1) // 2, dtype=torch.int32, device=DEVICE))
 
@@ -457,7 +457,7 @@ def test_each_byte_of_a_packed_row_is_written_once(columns, group_size):
 @pytest.mark.parametrize("outlier_fraction", [0.0, 0.03])
 @pytest.mark.parametrize(("shape", "group_size"), CASES[::3] + LONG[:2], ids=str)
 def test_step_weight(shape, group_size, outlier_fraction):
-    """Steps of 0.1 to 100 quanta in guard regions; the same kernel without momentum."""
+    """Steps of 0.1 to 100 quanta in guard regions, by Lion's kernel without momentum."""
     expected = make_state(shape, group_size=group_size, outlier_fraction=outlier_fraction)
     expected = expected.to(DEVICE)
     actual, buffers = expected.guarded()
@@ -501,7 +501,7 @@ def test_lion_step_with_other_momentum_groups(group_size, state_group_size, inde
     "counter", [{"step": 2**32 + 5}, {"stream": 2**31}, {"seed": 3}, {"first_row": 0}], ids=str
 )
 def test_lion_step_takes_any_counter(counter):
-    """Integers of 32 and of 64 bits: a launch passes them as different types."""
+    """Integers of 32 and of 64 bits, which a launch passes as different types."""
     expected = make_state((3, 40), group_size=None).to(DEVICE)
     actual = expected.clone()
 
@@ -514,7 +514,7 @@ def test_lion_step_takes_any_counter(counter):
 @pytest.mark.parametrize("momentum_bits", [8, 4])
 @pytest.mark.parametrize("group_size", [None, 16])
 def test_lion_step_of_a_row_of_zeros(group_size, momentum_bits):
-    """From the least scale to that of a step of 1e-5, and momentum from nothing."""
+    """Weights grow from the smallest scale to that of a step of 1e-5, momentum from zero."""
     expected = make_state((4, 40), group_size=group_size, momentum_bits=momentum_bits).to(DEVICE)
     codes, scales = backend.quantize(torch.zeros(1, 40, device=DEVICE), group_size=group_size)
     expected.weight.codes[1], expected.weight.scales[1] = codes[0], scales[0]
@@ -595,7 +595,7 @@ def quantize_and_step_(
     ids=str,
 )
 def test_quantize_and_lion_step(shape, group_size, state_group_size, momentum_bits):
-    """Floats of each type; twice, so that the momentum of the first is the start of the second."""
+    """Gradients of each dtype; two steps, so that the second starts from the first's momentum."""
     dtype = DTYPES[(shape[1] + (group_size or 0)) % 3]
     outlier_fraction = 0.0 if group_size == 512 else 0.03
     expected = make_state(
@@ -633,7 +633,7 @@ def test_quantize_and_lion_step(shape, group_size, state_group_size, momentum_bi
 
 @pytest.mark.parametrize("name", STEPS)
 def test_numbers_in_memory_are_read_when_the_kernel_runs(name):
-    """The second step gets others by a write to that memory, as a replayed graph does."""
+    """The second step's numbers are written to the same memory, as before a graph's replay."""
     (expected, given), (actual, read) = STEPS[name](DEVICE), STEPS[name](DEVICE)
     live = in_memory(name, NUMBERS[0], DEVICE)
     for numbers in NUMBERS:
@@ -678,8 +678,8 @@ def test_quantize_and_lion_step_leaves_rows_that_are_not_finite(
 
 int8_product = importlib.import_module("qft_hf.kernels.triton.int8_product")
 
-# The loop over K, which is the number of tokens in one product, is the one whose bound is not a
-# constant of the kernel: that would compile anew for each batch.
+# Only the loop over K, which is the number of tokens in one product, has a bound that is not a
+# constant of the kernel: a constant would compile the kernel again for each batch.
 loops = pytest.mark.skipif(
     INTERPRETED
     and tuple(int(part) for part in version("triton").split(".")[:2]) < (3, 9)
@@ -690,13 +690,13 @@ loops = pytest.mark.skipif(
 
 @pytest.fixture
 def buffers(monkeypatch):
-    """Tensors that a launcher makes with `new_empty` lie between guards; their buffers."""
+    """Put guards around tensors that a launcher makes with `new_empty`; return the buffers."""
     made = []
     new_empty = torch.Tensor.new_empty
 
     def guarded_empty(self, *size, **options):
         plain = new_empty(self, *size, **options)
-        if plain.numel() == 0:  # the interpreter makes those
+        if plain.numel() == 0:  # the interpreter makes empty tensors
             return plain
         inner, buffer = guarded(plain)
         made.append(buffer)
@@ -707,7 +707,7 @@ def buffers(monkeypatch):
 
 
 def int8_operand(rows: int, columns: int, form: str) -> torch.Tensor:
-    """Codes `[rows, columns]` stored in one of the ways that operands may be stored."""
+    """Return codes `[rows, columns]`, stored in one of the forms that operands may have."""
     generator = torch.Generator().manual_seed(rows * 1009 + columns)
     x = torch.randint(-127, 128, (rows, columns), generator=generator, dtype=torch.int8).to(DEVICE)
     if form == "transposed":
@@ -776,7 +776,7 @@ def test_columns_of_a_product_that_are_given(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 300, 256), (130, 33, 530)], ids=str)
 def test_requantized_matmul(shape, dtype, buffers):
-    """Groups in a tile, the last of them short; with scales and given columns, and without."""
+    """Groups in a tile, the last one short; with and without scales and given columns."""
     m, k, n = shape
     a, b = int8_operand(m, k, "contiguous"), int8_operand(k, n, "transposed")
     scales = torch.rand(m, 1, device=DEVICE) + 0.01
@@ -809,7 +809,7 @@ def test_requantized_matmul_in_groups_that_no_tile_has():
 @loops
 @pytest.mark.parametrize("tile", sorted({t for ts in int8_product.TILES.values() for t in ts}))
 def test_int8_matmul_in_each_tile(tile, monkeypatch, buffers):
-    """Sizes that no tile divides, in rows, columns and steps; on a GPU only if the tile fits it."""
+    """Rows, columns and K that the tile does not divide; on a GPU, only tiles that it can use."""
     if not INTERPRETED and tile not in int8_product.TILES[capability()]:
         pytest.skip("a tile of another GPU")
     monkeypatch.setattr(int8_product, "choose_tile", lambda *_: tile)
@@ -826,7 +826,7 @@ def test_int8_matmul_in_each_tile(tile, monkeypatch, buffers):
 
 @loops
 def test_int8_matmul_visits_every_tile_of_the_result(monkeypatch):
-    """More rows of tiles than one group of programs takes, and not a multiple of it."""
+    """More rows of tiles than one group of programs covers, and not a multiple of it."""
     tile = int8_product.Tile(16, 16, 32, 1, 1, 2)
     monkeypatch.setattr(int8_product, "choose_tile", lambda *_: tile)
     rows = 16 * (int8_product.GROUP * 2 + 3)
@@ -839,7 +839,7 @@ def test_int8_matmul_visits_every_tile_of_the_result(monkeypatch):
 
 # --- inputs for INT8 products ---------------------------------------------------------------------
 
-# One of each; rows in one block and several, columns in one tile and several; in two passes.
+# One by one; rows in one block and several, columns in one tile and several; in two passes.
 INPUT_SHAPES = [((1, 1), 1), ((7, 33), 0), ((33, 257), 3), ((130, 130), 40), ((2, 8500), 300)]
 
 
@@ -872,7 +872,7 @@ def test_quantize_input_keeps_the_first_of_equal_columns_and_what_is_not_finite(
     x = torch.full((70, 40), 0.25, device=DEVICE, dtype=dtype)
     x[66, 3::4] = -2.0
     x[0, 7], x[69, 20], x[1, 30], x[2, 31] = -float("nan"), float("inf"), float("-inf"), 2.0
-    if dtype == torch.float32:  # the largest number that a magnitude may be, as integers
+    if dtype == torch.float32:  # the largest integer that the bits of a magnitude may be
         x[0, 7] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(dtype)
 
     for n_outliers in counts:
@@ -899,14 +899,14 @@ def output_cases() -> list[Any]:
 @loops
 @pytest.mark.parametrize(("sizes", "dtype"), output_cases())
 def test_int8_linear(sizes, dtype, buffers):
-    """Sums to a bound, and in every bit where their order does not matter."""
+    """Sums agree within a bound, and in every bit if they are exact in any order."""
     for exact in (True, False):
         x, floats, weight, bias = make_output_case(sizes, dtype, exact=exact)
         pairs = output_terms(x, floats, weight, bias, dtype)
         sums = sum(left @ right for left, right in pairs)
         x, floats = Input(*(tensor.to(DEVICE) for tensor in x)), floats.to(DEVICE)
         weight = Weight(*(tensor.to(DEVICE) for tensor in weight.tensors), None)
-        for _ in range(2):  # by a new plan, and by the one that is there
+        for _ in range(2):  # with a new plan, then with the existing one
             y = backend.int8_linear(x, floats, weight, bias=bias.to(DEVICE), dtype=dtype)
 
             if exact:
@@ -919,7 +919,7 @@ def test_int8_linear(sizes, dtype, buffers):
 
 @loops
 def test_int8_linear_of_other_tokens_and_biases_by_one_weight():
-    """What is bound to a weight is made anew for another number of tokens, and for no bias."""
+    """The plan bound to a weight is rebuilt for another number of tokens, and for no bias."""
     x, floats, weight, bias = make_output_case((40, 9, 32, 2, 3), torch.float32, exact=True)
     weight = Weight(*(tensor.to(DEVICE) for tensor in weight.tensors), None)
     for tokens, given in ((40, bias), (17, bias), (17, None), (40, 2 * bias)):
@@ -943,7 +943,7 @@ def gradient_factors(rows: int) -> torch.Tensor:
     return (torch.rand(rows, 1, generator=torch.Generator().manual_seed(rows)) + 0.1).to(DEVICE)
 
 
-# Less than a tile, exactly one, ragged; several tiles each way.
+# Less than a tile, exactly one, ragged; several tiles in each dimension.
 GRADIENTS = [(1, 1), (7, 33), (64, 64), (65, 130), (200, 67)]
 
 
@@ -1024,7 +1024,7 @@ FLOAT_SHAPES = [(), (), (7,), (7,), (0,), (0,), (1024,), (1024,), (5, 205), (5, 
 @pytest.mark.parametrize("changes", [{}, {"maximize": True}, {"stochastic": False}], ids=str)
 @pytest.mark.parametrize("shapes", [[(3, 5)], FLOAT_SHAPES], ids=["one", "many"])
 def test_lion_step_floats(shapes, changes):
-    """Each has a step and a stream of its own, and its neighbours in the table are guarded."""
+    """Each parameter has its own step and stream, and its neighbors in memory are guarded."""
     expected, momenta, gradients = floats(shapes)
     pairs = [[guarded(tensor) for tensor in tensors] for tensors in (expected, momenta)]
     inside = [[inner for inner, _ in tensors] for tensors in pairs]
@@ -1047,7 +1047,7 @@ def test_lion_step_floats(shapes, changes):
     ("sign", "changes"), [(1, {}), (-1, {}), (1, {"stochastic": False})], ids=str
 )
 def test_step_floats(sign, changes):
-    """Lion's kernel without momentum."""
+    """Lion's kernel, run without momentum."""
     expected, _, gradients = floats(FLOAT_SHAPES)
     pairs = [guarded(tensor) for tensor in expected]
     gradients = [sign * gradient for gradient in gradients]

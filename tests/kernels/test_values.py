@@ -1,4 +1,4 @@
-"""What operators take together is checked when it is made."""
+"""Values that operators take together are checked when they are constructed."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def test_a_weight_that_does_not_fit_is_refused(name, change, error, match):
 
 
 def test_outliers_for_another_number_of_rows_are_refused():
-    """Compiled code does not check bounds: too few rows of outliers wrote beyond the tensor."""
+    """Compiled code does not check bounds: with too few rows of outliers it wrote out of bounds."""
     codes, scales, values, columns = make().weight.tensors
 
     with pytest.raises(ValueError, match="one row for each of the 6 rows"):
@@ -133,7 +133,7 @@ def test_a_dense_weight_has_the_tensors_of_its_matrix_and_no_outliers():
 
 
 def test_around_fields_there_is_the_weight_that_is_alive():
-    """With what is prepared for it; other fields make another, and a dead one is not missed."""
+    """The live weight keeps its plans; other fields, or a weight that is dead, make a new one."""
     weight = make().weight
     fields = (*weight.tensors, weight.group_size)
 
@@ -142,6 +142,6 @@ def test_around_fields_there_is_the_weight_that_is_alive():
     assert other is not weight
     assert other.scales is not weight.scales
     assert Weight(*fields) is not weight
-    assert Weight.around(*fields) is weight  # the first of them
+    assert Weight.around(*fields) is weight  # the first one made
     del weight
     assert Weight.around(*fields).codes is fields[0]

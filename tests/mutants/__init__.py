@@ -1,1 +1,1 @@
-"""Faults to plant in the package, and what plants them: does a test see each?"""
+"""Faults to plant in the package, and a runner that checks whether a test detects each one."""

@@ -1,12 +1,12 @@
-"""Plant faults, one at a time, in a copy of the tree, and see whether the tests named for it fail.
+"""Plant faults, one at a time, in a copy of the tree, and check that the tests of each fault fail.
 
     make mutants
     python -m tests.mutants --only 'lion|maximize'
 
-The faults are in the `.toml` files beside this one, one for each area. A fault is an edit: in
-`file` the text `old`, which occurs once, becomes `new`; one of `tests` must fail then, in a process
-of its own, and pass without the fault. Exits with 1 if a fault survives, if `old` is not there or
-not unique, or if tests do not run or fail in any case.
+The faults are in the `.toml` files next to this one, a file for each area. A fault is an edit: in
+`file`, the text `old`, which occurs once, becomes `new`. With it, one of `tests` must fail, in a
+process of its own; without it, they must pass. Exits with 1 if a fault survives, if `old` is not
+there or not unique, or if tests do not run or also fail without the fault.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import pytest
 import tests.conftest  # noqa: F401 settings that libraries read when they are imported
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 600  # of the tests of one fault
+SECONDS = 600  # limit for the tests of one fault
 LIBRARIES = ("torch", "numba", "transformers.trainer", "accelerate", "datasets", "peft")
 TESTS_FAILED = 1  # of pytest's exit statuses; others say that tests did not run
 
@@ -41,12 +41,12 @@ class Mutant:
     """One fault.
 
     Attributes:
-        area: The list that it stands in.
+        area: The list that contains it.
         name: What is wrong, in a few words.
-        kind: What faults of its like have in common.
-        file: That it is planted in, from the root.
+        kind: What it has in common with similar faults.
+        file: The file that is edited, relative to the root.
         old: Text that occurs once there.
-        new: What takes its place.
+        new: Text that replaces it.
         tests: Files or tests, of which one must fail.
     """
 
@@ -63,15 +63,15 @@ class Mutant:
 
     @property
     def is_compiled_in(self) -> bool:
-        """Whether numba's machine code has it, whose cache does not notice edits of other files.
+        """Whether numba's machine code contains it; its cache ignores edits of other files.
 
-        Of what is outside of `kernels/cpu/` it has constants.
+        From files outside `kernels/cpu/`, machine code contains constants only.
         """
         is_constant = re.match(r"[A-Z_, ]+ = ", self.old) is not None
         return "kernels/cpu/" in self.file or is_constant
 
     def apply(self, tree: Path) -> None:
-        """Edit the file; ValueError unless the old text occurs once."""
+        """Edit the file; raise ValueError unless the old text occurs once."""
         path = tree / self.file
         text = path.read_text()
         if text.count(self.old) != 1:
@@ -83,7 +83,7 @@ class Mutant:
 
 
 def load(folder: Path) -> list[Mutant]:
-    """All faults of the lists in `folder`."""
+    """Return all faults of the lists in `folder`."""
     return [
         Mutant(area=path.stem, **{**fault, "tests": tuple(fault["tests"])})
         for path in sorted(folder.glob("*.toml"))
@@ -107,9 +107,9 @@ def copy_tracked(root: Path, tree: Path) -> None:
 
 
 def run_tests(tree: Path, tests: Sequence[str], numba_cache: Path) -> tuple[int, str]:
-    """Pytest's exit status at the first failure, and the test that failed or what was printed.
+    """Return pytest's exit status at the first failure, and the failed test or the output.
 
-    Triton's kernels have a process of their own, as the interpreter is chosen at import.
+    Triton's kernels run in a process of their own, as the interpreter is chosen at import.
     """
     interpreted = [test for test in tests if test.partition("::")[0].endswith("_triton.py")]
     status, output = 0, ""
@@ -123,7 +123,7 @@ def run_tests(tree: Path, tests: Sequence[str], numba_cache: Path) -> tuple[int,
             status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             file.seek(0)
             output = file.read()
-    # One space: what a test has logged begins with "ERROR" and several.
+    # One space: lines that a test has logged begin with "ERROR" and several spaces.
     failed = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", output, re.MULTILINE)
     return status, failed[0] if status == TESTS_FAILED and failed else output
 
@@ -131,10 +131,10 @@ def run_tests(tree: Path, tests: Sequence[str], numba_cache: Path) -> tuple[int,
 def _be_pytest(
     tree: Path, tests: Sequence[str], numba_cache: Path, output: int, *, interprets: bool
 ) -> NoReturn:
-    """In a fork, which has imported nothing of the tree yet: run tests, and end with their status.
+    """Run tests in a fork that has imported nothing of the tree, and exit with their status.
 
-    Libraries that this process has imported are there already, which is most of the time that a
-    few tests take. Triton is not: it decides at its import whether it interprets.
+    The fork has the libraries that this process imported, which saves most of the time of a few
+    tests. Triton is not among them: it decides at its import whether it interprets.
     """
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -162,22 +162,22 @@ def _be_pytest(
 
 
 def plant(mutant: Mutant, root: Path, tree: Path, numba_cache: Path) -> tuple[int, str]:
-    """Run the tests of one fault with it; `tree` is a copy of `root` before and after."""
+    """Plant one fault and run its tests; `tree` is a copy of `root` before and after."""
     compiled = Path(cache_from_source(tree / mutant.file))
     mutant.apply(tree)
-    compiled.unlink(missing_ok=True)  # it goes by seconds and sizes, which may be equal
+    compiled.unlink(missing_ok=True)  # Python compares seconds and sizes, which may be equal
     try:
         if not mutant.is_compiled_in:
             return run_tests(tree, mutant.tests, numba_cache)
         with tempfile.TemporaryDirectory() as empty_cache:
             return run_tests(tree, mutant.tests, Path(empty_cache))
-    finally:  # with the old time, which caches go by
+    finally:  # with the old modification time, which caches compare
         shutil.copy2(root / mutant.file, tree / mutant.file)
         compiled.unlink(missing_ok=True)
 
 
 def campaign(mutants: Sequence[Mutant], root: Path) -> int:
-    """Plant each fault, print progress and a table; 0 if every one was caught, else 1."""
+    """Plant each fault, print progress and a table; return 0 if all were caught, otherwise 1."""
     caught: dict[Mutant, str] = {}
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree, numba_cache = Path(folder) / "tree", Path(folder) / "numba"
@@ -206,7 +206,7 @@ def campaign(mutants: Sequence[Mutant], root: Path) -> int:
 
 
 def table(mutants: Sequence[Mutant], survivors: Sequence[Mutant]) -> str:
-    """Faults planted, caught and not, by area, in Markdown."""
+    """Return the numbers of faults planted and caught, and the survivors, by area, in Markdown."""
     lines = ["| area | planted | caught | survived |", "| --- | ---: | ---: | --- |"]
     for area in [*dict.fromkeys(mutant.area for mutant in mutants), None]:
         planted = [m for m in mutants if area in (m.area, None)]
@@ -218,7 +218,7 @@ def table(mutants: Sequence[Mutant], survivors: Sequence[Mutant]) -> str:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.mutants",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""The runner of planted faults, on a tree of two files."""
+"""The runner of planted faults, tested on a tree of two files."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 from tests.mutants.__main__ import ROOT, Mutant, campaign, load
 
-# In a process of its own, as runs are: it forks.
+# Runs in a process of its own, as in practice, because it forks.
 RUN = """
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ tests = ["test_rule.py::{test}"]
 
 @pytest.fixture
 def root(tmp_path):
-    """A repository with a rule, a test that sees its faults, and one that sees half of them."""
+    """Make a repository of a rule, a test that sees its faults, and one that sees half of them."""
     files = {
         "rule.py": "def step(x):\n    return x - 1\n",
         "test_rule.py": "from rule import step\n\n\n"
@@ -46,7 +46,7 @@ def root(tmp_path):
 
 
 def run(root: Path, *faults: str) -> tuple[int, str]:
-    """The exit status of a campaign and what it prints."""
+    """Return the exit status of a campaign and its output."""
     (root / "lists").mkdir()
     (root / "lists" / "rules.toml").write_text("".join(faults))
     command = [sys.executable, "-c", RUN, str(root)]
@@ -92,7 +92,7 @@ def test_an_edit_whose_text_does_not_occur_once_is_stale(root, old, times):
 
 
 def test_every_edit_of_the_lists_finds_its_text_once():
-    """Who changes a line that a fault stands in mends the fault with it."""
+    """A change of a line that a fault edits must change the fault too."""
     mutants = load(ROOT / "tests" / "mutants")
 
     assert len(mutants) > 300

@@ -1,4 +1,4 @@
-"""A small model with all that matters: odd sizes, biases, a norm, a head that may be tied."""
+"""A small model with odd sizes, biases, a norm, and a head that may be tied."""
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +61,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 class Largest(TorchDispatchMode):
-    """Elements of the largest plain float tensor that any operator makes."""
+    """Records the number of elements of the largest plain float tensor that any operator makes."""
 
     elements = 0
 

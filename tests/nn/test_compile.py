@@ -1,4 +1,4 @@
-"""Modules under `torch.compile`: the bits of eager ones, in one graph, and no float weight kept."""
+"""Modules under `torch.compile`: the bits of eager ones, one graph, and no float weight kept."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from qft_hf import QFTConfig, QFTLion, layout, quantize_model_
 from tests.nn.small import randn
 from tests.tolerances import assert_same_bits
 
-# What AOTAutograd traces, run by PyTorch's own kernels: those of an eager pass.
+# Runs the graph that AOTAutograd traces with PyTorch's own kernels, those of an eager pass.
 BACKEND = "aot_eager"
 N, R, C = 37, 48, 300  # all differ; enough tokens for INT8 products, and no multiple of a group
 
@@ -27,7 +27,7 @@ class Lookup(nn.Module):
 
 
 class Rows(nn.Module):
-    """A product with some rows of a weight, and with all of them turned."""
+    """A product with some rows of a weight, and one with the transposed weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def compiled(model, **options):
 
 
 def passed(run, model, x):
-    """Output, gradient of the input, and those of the parameters, of a pass."""
+    """Run a pass; return the output and the gradients of the input and of the parameters."""
     x = x.clone().requires_grad_()
     y = run(x)
     y.backward(randn(*y.shape, seed=5, dtype=y.dtype))
@@ -118,7 +118,7 @@ def test_without_a_gradient_few_tokens_are_multiplied_as_ever(tokens):
 
 
 def test_a_weight_of_several_tiles_is_expanded_tile_by_tile(monkeypatch):
-    """A tile of the eager pass and one of the compiled pass have the same bits, and are as many."""
+    """The eager and the compiled pass have equally many tiles, with the same bits."""
     monkeypatch.setattr(layout, "TILE_ELEMENTS", 10 * C)
     x = randn(N, C, seed=3)
     eager, other = (quantized("linear") for _ in range(2))
@@ -142,7 +142,7 @@ def test_weights_that_are_updated_are_read_anew():
 
 
 def test_backward_after_a_step_is_refused():
-    """The gradient of the input would be that of the new values."""
+    """The input gradient would be computed with the new values."""
     model = quantized("linear")
     run, optimizer = compiled(model), QFTLion(model.parameters(), lr=1e-2)
     x = randn(N, C, seed=3).requires_grad_()
@@ -171,7 +171,7 @@ def test_a_hook_on_a_weight_acts():
 
 @pytest.mark.parametrize("matmul", ["dequantize", "int8"])
 def test_no_float_weight_is_kept_for_backward(matmul):
-    """The partitioner joins what forward and backward both compute, and keeps it in between."""
+    """The partitioner would keep for backward whatever forward and backward both compute."""
     model = quantized("no bias", matmul=matmul)
     run = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True)
     x = randn(N, C, seed=3).requires_grad_()

@@ -1,4 +1,4 @@
-"""The one rule of what is quantized, and conversion in place."""
+"""The rule that decides what is quantized, and conversion in place."""
 
 import pytest
 import torch
@@ -100,7 +100,7 @@ def test_part_of_a_component_is_no_name(name):
 
 @pytest.mark.parametrize("name", ["head", "embed"])
 def test_a_tied_weight_stays_float_if_one_of_its_modules_is_excluded(name):
-    """The other module was converted, and the excluded one then could not compute with codes."""
+    """Its other module was once converted, and the excluded one could not compute with codes."""
     model = SmallModel(tied=True)
 
     plan = quantize_modules_(model, excluding(name))
@@ -141,7 +141,7 @@ def test_embeddings_that_do_more_stay_float(arguments, reason):
 
 
 def test_a_weight_without_an_element_stays_float():
-    """It was met when others had been quantized, and left the model between float and INT8."""
+    """It was once found after others were quantized: the model stayed between float and INT8."""
     model = nn.Sequential(nn.Linear(9, 0), nn.Linear(0, 7), nn.Linear(7, 5))
 
     plan = quantize_modules_(model, SPEC)

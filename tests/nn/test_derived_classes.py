@@ -1,4 +1,4 @@
-"""Classes derived from nn.Linear and nn.Embedding: quantized, and otherwise what they were."""
+"""Classes derived from nn.Linear and nn.Embedding: quantized, and otherwise unchanged."""
 
 import copy
 import io
@@ -35,7 +35,7 @@ VECTORS = torch.randn(2, 4, 21, generator=torch.Generator().manual_seed(1))
 
 
 class Scaled(nn.Linear):
-    """A user's own: twice the values that nn.Linear computes, and a matrix beside the weight."""
+    """A user's class: doubles the output of nn.Linear, and has a second matrix."""
 
     def __init__(self):
         super().__init__(21, 30)
@@ -68,14 +68,14 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def case(request):
-    """A model of one module, and its input."""
+    """Return a model of one module, and its input."""
     make, x = CASES[request.param]
     torch.manual_seed(0)
     return nn.Sequential(make()), x
 
 
 def quantized_twins(model):
-    """The model in INT8, and a float one with the values that its INT8 weights have."""
+    """Return the model in INT8, and a float one with the values of its INT8 weights."""
     quantize_modules_(model, SPEC)
     return model, dequantized(model)
 
@@ -231,7 +231,7 @@ def test_what_cannot_be_quantized_stays_as_it_is_with_the_true_reason(make, reas
 
 
 class Reads(nn.Linear):
-    """Multiplies by itself, as some classes of models do."""
+    """Computes the product itself, as some model classes do."""
 
     def forward(self, x):
         return x @ self.weight.T + self.bias
@@ -294,7 +294,7 @@ def as_tuple(output):
 
 @pytest.mark.parametrize("make", [attention, encoder_layer])
 def test_evaluation_of_attention_is_that_of_the_values(make):
-    """Where no gradient is recorded PyTorch has a function of its own for it."""
+    """Without gradients, PyTorch has a function of its own for attention."""
     model = make().eval()
     quantize_modules_(model, SPEC)
     twin = dequantized(model)

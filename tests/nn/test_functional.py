@@ -86,7 +86,7 @@ def test_row_tiles_agree_with_the_whole(monkeypatch, tile_elements):
     (y, grad_x, gradient, grad_bias), (tiled_y, tiled_grad_x, tiled, tiled_grad_bias) = results
 
     dense = make_weight().dequantize()
-    # Another order of the same sums: both are within the bound of the exact value.
+    # The same sums in another order: both are within the bound of the exact value.
     y_bound = matmul_bound(x, dense.t()) + 2 * FP32_EPS * (y.abs() + bias.abs())
     assert ((y - tiled_y).abs() <= 2 * y_bound).all()
     assert ((grad_x - tiled_grad_x).abs() <= 2 * matmul_bound(grad_y, dense)).all()
@@ -97,7 +97,7 @@ def test_row_tiles_agree_with_the_whole(monkeypatch, tile_elements):
 
 @pytest.mark.parametrize("tile_elements", [10**9, 700])
 def test_tiles_of_a_bf16_weight_add_up_in_fp32(monkeypatch, tile_elements):
-    """A first tile of 256 and 64 of a half: BF16 has steps of 2 at 256, and would lose them all."""
+    """A tile adds 256, 64 others 0.5 each; BF16, with a spacing of 2 at 256, would lose those."""
     monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", tile_elements)
     weight = nn.Parameter(
         QFTWeight.from_float(torch.ones(130, COLUMNS, dtype=torch.bfloat16), SPECS[1])
@@ -180,8 +180,8 @@ def test_gradients_of_two_backward_passes_add():
     linear(torch.cat([randn(4, COLUMNS, seed=seed) for seed in (1, 2)]), once).sum().backward()
 
     error = (weight.grad.dequantize() - once.grad.dequantize()).abs().double()
-    # Rounded: each part, their sum, and the whole. Scales of the parts are at most twice as large
-    # as those of their sum here.
+    # Each part, their sum and the whole are rounded. Here, scales of the parts are at most twice as
+    # large as those of their sum.
     assert (error <= 3 * scales64(once.grad)).all()
 
 
@@ -199,7 +199,7 @@ def test_a_gradient_that_is_not_finite_arrives_as_such():
 
 @pytest.fixture
 def never_expanded(monkeypatch):
-    """No weight is expanded while this holds."""
+    """Make every expansion of a weight fail."""
 
     def refuse(*_, **__):
         raise AssertionError("a weight was expanded")
@@ -267,7 +267,7 @@ def test_fewer_tokens_are_few_where_bf16_is_native(dtype, native_bf16, most, mon
 
 @pytest.mark.parametrize("tokens", [0, 1, dequantized.MAX_TOKENS + 1])
 def test_in_training_and_with_more_tokens_the_product_is_as_ever(tokens):
-    """Bits that pass through a checkpointed layer are those that its repetition finds."""
+    """A checkpointed layer must compute the same bits again when backward repeats it."""
     weight, x = make_weight(), randn(tokens, COLUMNS, seed=1)
     layer = QFTLinear(COLUMNS, ROWS, bias=False)
     layer.weight = weight

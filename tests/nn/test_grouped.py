@@ -12,7 +12,7 @@ from tests.nn.small import randn
 from tests.tolerances import BF16_EPS, FP32_EPS, assert_same_bits, matmul_bound
 from tests.values import scales64, values64
 
-SHAPES = [(24, 264), (19, 261)]  # of one expert; rows that grouped products can read, and not
+SHAPES = [(24, 264), (19, 261)]  # of one expert; with rows that grouped products can read or not
 COUNTS = [3, 0, 5, 1, 0, 2]  # tokens of each expert
 E, S = len(COUNTS), sum(COUNTS)
 # Elements of a tile: all experts, three of the first shape, parts of one.
@@ -27,7 +27,7 @@ def experts(shape=SHAPES[0], *, transposed=False, dtype=torch.float32) -> nn.Par
 
 
 def matrices(weight: Tensor) -> Tensor:
-    """`[E, R, C]` in float."""
+    """Return the float matrices `[E, R, C]`."""
     values = weight.dequantize()
     return values.mT if weight.arrangement.transposed else values
 
@@ -107,7 +107,7 @@ def test_a_few_of_the_matrices_are_those_of_the_whole():
 
 @pytest.mark.parametrize("tile_elements", TILES)
 def test_a_weight_may_lack_the_last_experts_if_they_have_no_tokens(monkeypatch, tile_elements):
-    """As the second weight of LongCat-Flash lacks its identity experts."""
+    """The second weight of LongCat-Flash lacks its identity experts."""
     monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", tile_elements)
     results = []
     for counts in (COUNTS, [*COUNTS, 0, 0]):
@@ -164,7 +164,7 @@ MICRO_BATCHES = [COUNTS, [0, 0, 1, 0, 6, 4]]
 
 
 def trained(optimizer_class, mode: str, steps: int = 3, **settings) -> nn.Parameter:
-    """Steps of two micro-batches that meet other experts each."""
+    """Train with steps of two micro-batches that use different experts."""
     weight = experts(transposed=True)
     optimizer = optimizer_class([weight], lr=1e-3, weight_decay=0.1, gradient=mode, **settings)
     optimizer.train()
@@ -177,7 +177,7 @@ def trained(optimizer_class, mode: str, steps: int = 3, **settings) -> nn.Parame
             grouped_linear(x, weight, groups(MICRO_BATCHES[0])).backward(grad_y)
         grouped_linear(x, weight, groups(MICRO_BATCHES[1])).backward(grad_y)
         optimizer.step()
-        grouped_linear(x, weight, groups(MICRO_BATCHES[1])).backward(grad_y)  # one alone, as tiles
+        grouped_linear(x, weight, groups(MICRO_BATCHES[1])).backward(grad_y)  # alone, in tiles
         optimizer.step()
     return weight
 
@@ -220,6 +220,6 @@ def test_an_expert_without_tokens_steps_as_lion_does_with_a_gradient_of_zero(mod
     scale = state["momentum_scales"][rows].max()
     assert ((momentum() - beta2 * before).abs() <= 0.5 * scale * (1 + 8 * FP32_EPS)).all()
     expected = values - lr * (before.sign() + decay * values)
-    # Rounded to nearest, in the codes; outliers are FP32.
+    # Codes are rounded to nearest; outliers are FP32.
     allowed = 0.5 * weight.scales[rows] + 8 * FP32_EPS * (values.abs() + lr)
     assert ((matrices(weight)[1] - expected).abs() <= allowed).all()

@@ -1,4 +1,4 @@
-"""INT8 products of experts: each is a linear layer of its own tokens, and has its bits."""
+"""INT8 products of experts: each has the bits of a linear layer on its own tokens."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.nn.small import randn
 from tests.tolerances import assert_same_bits, snr_db
 
 ROWS, COLUMNS = 19, 261  # of one expert; nothing divides anything
-COUNTS = [40, 0, 33, 5, 0, 31, 64]  # tokens of each expert: 32 are the fewest of an INT8 product
+COUNTS = [40, 0, 33, 5, 0, 31, 64]  # tokens of each expert; an INT8 product needs at least 32
 E, S = len(COUNTS), sum(COUNTS)
 SPEC = QuantizationSpec(matmul="int8", outlier_fraction=0.02)
 ALL = Int8Products(seed=5)
@@ -28,7 +28,7 @@ TILES = [10**9, 3 * ROWS * COLUMNS, 1000]
 
 
 def dense(dtype=torch.float32) -> Tensor:
-    """`[E, R, C]`, an outlier column of its own for each expert."""
+    """Return values `[E, R, C]` with another outlier column for each expert."""
     values = randn(E, ROWS, COLUMNS, seed=7) * torch.logspace(-3, 0, ROWS)[:, None]
     for expert in range(E):
         values[expert, :, 10 * expert] *= 8
@@ -43,7 +43,7 @@ def experts(*, transposed=False, dtype=torch.float32) -> nn.Parameter:
 
 
 def tokens(dtype=torch.float32, seed=1) -> Tensor:
-    """`[S, C]`, in other columns of each expert a hundred times as large."""
+    """Return tokens `[S, C]`, a hundred times as large in one column, another for each expert."""
     x = randn(S, COLUMNS, seed=seed)
     for expert, run in enumerate(runs()):
         x[run, 30 * expert + 7] *= 100
@@ -60,7 +60,7 @@ def runs() -> list[slice]:
 
 
 def run(weight, x, grad_y, products=ALL) -> tuple[Tensor, Tensor, Int8Gradient]:
-    """Output, input gradient and weight gradient."""
+    """Return the output, the input gradient and the weight gradient."""
     x = x.clone().requires_grad_()
     weight.grad = None
     y = grouped_linear(x, weight, groups(), products=products)
@@ -89,7 +89,7 @@ def test_each_expert_is_a_linear_layer_of_its_tokens(
             continue
         alone = nn.Parameter(QFTWeight.from_float(dense(dtype)[expert], SPEC))
         own = x.clone().requires_grad_()
-        own_y = linear(own[part], alone, products=products)  # as aligned: sums of floats differ
+        own_y = linear(own[part], alone, products=products)  # alignment changes float sums
         own_y.backward(grad_y[part])
         assert_same_bits(y[part], own_y.detach())
         assert_same_bits(grad_x[part], own.grad[part])
@@ -98,7 +98,7 @@ def test_each_expert_is_a_linear_layer_of_its_tokens(
 
 
 def test_they_are_near_the_float_products_and_not_equal():
-    """Outlier columns are chosen by each expert's own tokens, else this had 20 dB less."""
+    """Outlier columns are chosen by each expert's own tokens; otherwise this had 20 dB less."""
     weight = experts()
     x, grad_y = tokens(), randn(S, ROWS, seed=3)
     found = run(weight, x, grad_y)

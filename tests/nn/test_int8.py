@@ -29,7 +29,7 @@ def make_weight(spec=SPEC, dtype=torch.float32, rows=ROWS):
 
 
 def run(weight, x, grad_y, *, products=ALL, bias=None) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, input gradient, and weight gradient as it is stored."""
+    """Return the output, the input gradient, and the weight gradient as it is stored."""
     x = x.clone().requires_grad_()
     weight.grad = None
     y = linear(x, weight, bias, products=products)
@@ -42,7 +42,7 @@ def quantized_input(x, weight) -> int8.kernels.Input:
 
 
 def used(x, weight) -> Tensor:
-    """The input as it was quantized, in float64."""
+    """Return the input as it was quantized, in float64."""
     operand = quantized_input(x, weight)
     values = operand.codes.double() * operand.scales.double()
     values[:, operand.columns] = operand.values.double()
@@ -57,7 +57,7 @@ def used(x, weight) -> Tensor:
 def test_the_output_is_off_by_the_rounding_of_the_input_alone(leading, spec):
     weight = make_weight(spec)
     x, bias = randn(*leading, COLUMNS, seed=1), randn(ROWS, seed=2)
-    x[..., 7] *= 100  # a channel as language models have them
+    x[..., 7] *= 100  # an outlier column, as in language models
 
     y = linear(x, weight, bias, products=ALL)
 
@@ -80,7 +80,7 @@ def test_gradients_are_off_by_less_than_one_code_of_each_term(spec):
 
     _, grad_x, _ = run(weight, x, grad_y)
 
-    # grad_x: the gradient, times the weight's scales, is rounded to one of two neighbouring codes.
+    # grad_x: the gradient, times the weight's scales, is rounded to one of two neighboring codes.
     g, dense = grad_y.double(), weight.dequantize().double()
     scale = (g * weight.scales.double().t()).abs().amax(dim=1, keepdim=True) / 127
     bound = scale * weight.codes.double().abs().sum(dim=0) + ROWS * FP32_EPS * (
@@ -88,7 +88,7 @@ def test_gradients_are_off_by_less_than_one_code_of_each_term(spec):
     )
     assert ((grad_x.double() - g @ dense).abs() <= bound * (1 + 8 * FP32_EPS)).all()
 
-    # grad_W: that of the input as it was quantized, then rounded again to be stored.
+    # grad_W: the product with the input as it was quantized, rounded again to be stored.
     codes, scales = quantized_input(x, weight)[:2]
     x_used = used(x, weight)
     scale = (g * scales.double()).abs().amax(dim=0)[:, None] / 127
@@ -99,7 +99,7 @@ def test_gradients_are_off_by_less_than_one_code_of_each_term(spec):
 
 
 def test_gradients_are_unbiased():
-    """The mean over seeds approaches the exact gradient as one over the root of their number."""
+    """The mean over seeds approaches the exact gradient with one over the root of their number."""
     weight, x, grad_y = make_weight(SPECS[1]), randn(TOKENS, COLUMNS, seed=1), randn(TOKENS, ROWS)
     n_seeds = 400
     g = grad_y.double()
@@ -170,7 +170,7 @@ def test_autocast_quantizes_the_input_as_it_came(dtype):
     assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32, dtype)
     reference = make_weight(dtype=dtype).float()
     full = linear(x.detach(), reference, products=ALL)
-    # The same integers; in bf16 the outlier columns are rounded, and so is the sum, twice.
+    # The integers are the same; BF16 rounds the outlier columns once and the sum twice.
     size = x.detach().double().abs() @ weight.dequantize().double().abs().t()
     assert ((y.double() - full.double()).abs() <= 4 * BF16_EPS * size).all()
 
@@ -187,7 +187,7 @@ def test_the_same_step_gives_the_same_bits_and_another_seed_does_not():
     assert not torch.equal(gradient, first[2])
 
 
-# --- who needs what -------------------------------------------------------------------------------
+# --- which gradients are needed -------------------------------------------------------------------
 
 
 def test_a_frozen_weight_gets_no_gradient_and_keeps_nothing():
@@ -272,7 +272,7 @@ def test_an_input_whose_codes_are_kept_is_freed():
 
 
 def test_tokens_and_weights_of_zeros_take_no_codes_from_the_others():
-    """Folded into the gradient, a scale that is large takes the codes; theirs is the least."""
+    """A large scale, multiplied into the gradient, takes up the codes; theirs is the smallest."""
     x, grad_y = randn(TOKENS, COLUMNS, seed=1), randn(TOKENS, ROWS)
     x *= 1e-4  # as small against 1 as real scales are
     x[4] = 0
@@ -296,7 +296,7 @@ def test_a_token_that_is_not_finite_shows_and_leaves_the_others_alone():
 
     y = linear(x, weight, products=ALL).detach()
 
-    # Its column is an outlier column now; the others are rounded anew and stay what they were.
+    # Its column is now an outlier column; the others are rounded again, near their old values.
     assert not y[3].isfinite().any()
     others = torch.arange(TOKENS) != 3
     assert snr_db(clean[others], y[others]) > 30
@@ -319,7 +319,7 @@ def test_a_gradient_that_is_not_finite_arrives_as_such(value):
 
 @pytest.fixture
 def quantized(monkeypatch) -> list[Tensor]:
-    """Every tensor that is quantized as an input."""
+    """Record every tensor that is quantized as an input."""
     seen: list[Tensor] = []
     quantize = int8.quantize
 
@@ -366,7 +366,7 @@ def test_weights_with_other_numbers_of_outlier_columns_do_not_share(quantized):
 
 
 def test_the_largest_channels_of_the_input_stay_float():
-    """They set the scale of every token, and the others had no codes left."""
+    """They would set the scale of every token, and the others would have no codes left."""
     weight, x, grad_y = make_weight(), randn(TOKENS, COLUMNS, seed=1), randn(TOKENS, ROWS)
     x[:, [7, 200]] *= 300
     x[5, 30] = -500.0

@@ -1,4 +1,4 @@
-"""Cross-entropy by runs of the vocabulary, against float64 on all logits at once."""
+"""Cross-entropy by chunks of the vocabulary, against float64 on all logits at once."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def problem(dtype=torch.float32, *, with_bias=True):
 
 
 def exact_loss(x, weight, bias, labels):
-    """The same in float64, with the gradients of x, dense weight and bias."""
+    """Return the losses in float64, and the leaves for gradients: x, dense weight and bias."""
     x, dense = (
         x.detach().double().requires_grad_(),
         weight.detach().dequantize().double().requires_grad_(),
@@ -54,8 +54,8 @@ def test_loss_and_gradients_equal_those_of_whole_logits(
     exact, exact_x, exact_weight, exact_bias = exact_loss(x, weight, bias, labels)
     exact.backward(grad_loss.double())
 
-    # Logits are summed in FP32, with the bias once more, and rounded to dtype; a log-sum of them is
-    # as wrong as the worst of them, and so is the exponent of a probability twice.
+    # Logits are FP32 sums plus the bias, rounded to dtype. Their log-sum is off by at most the
+    # largest error of a logit, and the exponent of a probability by at most twice that error.
     eps, dense = EPS[dtype], weight.dequantize().double()
     logits = F.linear(exact_x, exact_weight, exact_bias).detach()
     magnitude = (x.detach().double().abs() @ dense.abs().t()).max() + 1
@@ -85,7 +85,7 @@ def test_loss_and_gradients_equal_those_of_whole_logits(
 
 
 def test_runs_of_words_agree_with_all_words_to_the_code(monkeypatch):
-    """What a run computes does not depend on the others but for the last bits of the log-sum."""
+    """Results of a chunk depend on the others only through the last bits of the log-sum."""
     results = []
     for words in (10**6, 7):
         monkeypatch.setattr(loss_module, "LOGITS_ELEMENTS", words * N)
@@ -113,9 +113,9 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch):
 
 
 def test_gradients_of_runs_add_up_in_fp32(monkeypatch):
-    """A first word of almost 1 and 1,023 of 1/1024: BF16 has steps of 1/128 at 1, and loses them.
+    """One word adds almost 1, 1,023 add 1/1024: BF16 has a spacing of 1/128 at 1, and loses them.
 
-    All words are as likely; what is learned is the first, whose row is the others' negative.
+    All words are equally likely; the label is the first, whose row is the negative of the others'.
     """
     monkeypatch.setattr(loss_module, "LOGITS_ELEMENTS", 1)
     rows = torch.ones(1024, 8, dtype=torch.bfloat16)

@@ -34,7 +34,7 @@ def quantized(spec: QuantizationSpec = SPEC, **arguments) -> SmallModel:
 
 
 def float_twin(model: SmallModel, dtype: torch.dtype = torch.float32) -> SmallModel:
-    """The same weights in plain modules."""
+    """Return a copy with the same weights in plain modules."""
     twin = copy.deepcopy(model)
     dequantize_modules_(twin, dtype)
     return twin
@@ -56,7 +56,7 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 )
 @pytest.mark.parametrize("matmul", ["dequantize", "int8"])
 def test_a_layer_s_result_may_be_changed_in_place(matmul, shape, bias):
-    """As that of nn.Linear may: before, it was a view that autograd guards."""
+    """As with nn.Linear. Ours was once a view, whose change in place autograd forbids."""
     torch.manual_seed(1)
     in_place = nn.Sequential(nn.Linear(64, 70, bias=bias), nn.ReLU(inplace=True))
     quantize_modules_(in_place, QuantizationSpec(matmul=matmul))
@@ -75,7 +75,7 @@ def test_a_layer_s_result_may_be_changed_in_place(matmul, shape, bias):
     for training in (
         True,
         False,
-    ):  # and what was computed without gradients, when they are on again
+    ):  # also results computed without gradients, when gradients are on again
         with torch.no_grad():
             y = in_place.train(training)[0](x)
         y.mul_(torch.ones(70, requires_grad=True))
@@ -122,7 +122,7 @@ def test_loss_and_gradients_are_those_of_the_float_model(tied):
 
 @pytest.mark.parametrize(("n_batches", "rows"), [(1, 8), (2, 4), (8, 1)])
 def test_accumulation_agrees_with_the_float_gradient_to_int8_rounding(n_batches, rows):
-    """All of a batch at once or in parts: 30 dB in every tensor, the tied table included."""
+    """A batch at once or in parts: 30 dB in every tensor, the tied table included."""
     model = quantized()
     twin = float_twin(model)
     twin.loss(batch()).backward()
@@ -238,7 +238,7 @@ def test_a_state_dict_restores_another_model_bit_for_bit(tied, spec):
 
 
 def test_a_state_dict_holds_fields_under_names_of_their_own():
-    """An int8 tensor named `weight` would be taken for weights by a program that does not know."""
+    """Programs that do not know the format would take an INT8 tensor named `weight` for weights."""
     model = quantized(tied=False)
     state = model.state_dict()
 
@@ -314,7 +314,7 @@ def test_fields_may_come_in_several_files():
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("place", ["meta", "cpu"])
 def test_with_assign_weights_are_made_of_the_tensors_of_the_state(place, tied, spec):
-    """Codes were copied to the meta device, where nothing is, and the values checked there."""
+    """Codes were once copied to the meta device, which has no memory, and values checked there."""
     model, source = quantized(spec, tied=tied), quantized(spec, tied=tied, seed=1)
     source.blocks[0].up.weight.requires_grad_(False)
     model.blocks[0].up.weight.requires_grad_(False)
@@ -365,7 +365,7 @@ def test_an_unknown_key_is_named():
 
 
 def test_outliers_for_a_model_without_them_are_refused():
-    """Non-strict loading would drop them, and a percent of the weights, in silence."""
+    """Non-strict loading would silently drop them, and with them a percent of the weights."""
     state = quantized(tied=False).state_dict()
     model = quantized(QuantizationSpec(group_size=40, outlier_fraction=0.0), tied=False)
 
@@ -434,7 +434,7 @@ PARAMETRIZATIONS = {
 
 @pytest.mark.parametrize("put", PARAMETRIZATIONS.values(), ids=PARAMETRIZATIONS)
 def test_a_weight_that_is_computed_from_others_is_refused_and_says_where_it_works(put):
-    """It was a KeyError that named nothing but "weight"."""
+    """It was once a KeyError that named nothing but "weight"."""
     model = quantized()
     put(model.head)
 

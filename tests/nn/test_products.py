@@ -1,4 +1,4 @@
-"""Which products of which modules are INT8: names, the head, and what is refused."""
+"""Which products of which modules are INT8: names, the head, and refusals."""
 
 import copy
 import pickle
@@ -18,7 +18,7 @@ FORWARD = Int8Products(input_gradient=False, weight_gradient=False, seed=3)
 
 
 class WithHead(SmallModel):
-    """Says what makes its logits, as transformers models do."""
+    """Names the module that computes its logits, as transformers models do."""
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -101,7 +101,7 @@ def test_weights_with_outliers_of_each_row_are_refused():
     quantize_modules_(source, spec(outlier_fraction=0.1))
     with pytest.raises(RuntimeError, match=r"up\.weight was quantized.*Leave matmul='int8' out"):
         source.load_state_dict(model.state_dict())
-    # The other way round they fit: whole columns are outliers like any others.
+    # The other way round works: whole outlier columns are outliers like any others.
     fitting = WithHead()
     quantize_modules_(fitting, spec(outlier_fraction=0.1))
     model.load_state_dict(fitting.state_dict())

@@ -1,4 +1,4 @@
-"""Compile what a launch compiles, for a GPU that is not there, and read what came out."""
+"""Compile what a launch compiles, for a GPU that is absent, and read the machine code."""
 
 import re
 import subprocess
@@ -40,13 +40,13 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Launch:
-    """A call of a kernel, with all that Triton compiles it from.
+    """A call of a kernel, with everything that Triton compiles it from.
 
     Attributes:
         kernel: A `triton.jit` function.
         grid: Programs along each axis.
-        arguments: Those by position.
-        options: Those by name: constexpr arguments, warps and other options.
+        arguments: Positional arguments.
+        options: Keyword arguments: constexpr arguments, warps and other options.
     """
 
     kernel: JITFunction
@@ -55,7 +55,7 @@ class Launch:
     options: dict[str, Any]
 
     def packed(self, capability: int = 80, **changes: Any) -> tuple[Any, dict, dict, dict]:
-        """Options, types by name, constants and attributes, as Triton takes them from the call."""
+        """Return options, types by name, constants and attributes, as Triton derives them."""
         backend = make_backend(target(capability))
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         options = {**self.options, **changes}
@@ -84,9 +84,9 @@ def target(capability: int) -> GPUTarget:
 
 
 def launches(operator: Callable[..., Any], *arguments: Any, **options: Any) -> list[Launch]:
-    """What an operator of the Triton backend launches, without doing it.
+    """Return what an operator of the Triton backend would launch, without launching it.
 
-    Tensors may be on the meta device: nothing is read, and pointers are multiples of 16, as those
+    Tensors may be on the meta device: nothing is read, and pointers are multiples of 16, like those
     that PyTorch allocates.
     """
     found = []
@@ -103,7 +103,7 @@ def launches(operator: Callable[..., Any], *arguments: Any, **options: Any) -> l
 
 
 def compile_launch(launch: Launch, capability: int, **changes: Any) -> Compiled:
-    """Compile for `sm_<capability>`; `changes` are options that a launch does not have."""
+    """Compile for `sm_<capability>`; `changes` are options that the launch does not set."""
     options, types, constants, attributes = launch.packed(capability, **changes)
     compiled = triton.compile(
         ASTSource(fn=launch.kernel, signature=types, constexprs=constants, attrs=attributes),

@@ -41,10 +41,10 @@ def test_the_step_of_the_moments(columns, is_live, capability):
     assert compiled.stack_bytes == compiled.local_bytes == 0
     assert compiled.count("LDL|STL") == 0
     assert compiled.registers <= 128
-    # Codes of three matrices come in 16 bytes a thread; two go so, and directions in four parts.
+    # A thread loads codes of three matrices by 16 bytes; it stores two so, and directions in four.
     assert compiled.count(r"LDG.*\.128") == 3
     assert compiled.count(r"STG.*\.128") == 6
-    # What is fused, divisions and roots have made of themselves; they are correctly rounded.
+    # Only divisions and roots contain fused operations; they are correctly rounded.
     assert "fma.rn.f32" not in compiled.ptx
     assert "approx" not in compiled.ptx
     assert compiled.ptx.count("sqrt.rn.f32") == 3 * 16

@@ -1,7 +1,7 @@
 """The Triton kernels compile for each supported GPU, without spills; no GPU is needed.
 
-What is compiled is what the operators launch: types, constants and all. Tensors have no memory.
-Needs a process in which Triton does not interpret: the ordinary test run.
+The tests compile what the operators launch, types and constants included; tensors have no memory.
+Needs a process without Triton's interpreter, which is the ordinary test run.
 """
 
 import importlib
@@ -60,7 +60,7 @@ SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}  #
 ELEMENTS = 16  # of one thread
 
 # Columns, group size, outliers: a row in one tile, a row in two passes, groups that are momentum
-# groups too, finer ones, and groups that no tile of momentum groups fits.
+# groups too, finer ones, and groups that do not fit any tile of momentum groups.
 LION = [
     (4096, None, 41),
     (11008, None, 111),
@@ -72,7 +72,7 @@ LIVE = [(False,), (True,)]  # whether numbers of a step are in memory
 
 
 def in_turn(cases: list[tuple], forms: list[tuple]) -> list[tuple]:
-    """Each case for each GPU in one of the forms; each form of each case, and for each GPU."""
+    """Return each case for each GPU in one form, so that each case and each GPU has every form."""
     return [
         (*case, *forms[(number + place) % len(forms)], capability)
         for number, case in enumerate(cases)
@@ -82,7 +82,7 @@ def in_turn(cases: list[tuple], forms: list[tuple]) -> list[tuple]:
 
 RULE = Lion(lr=3e-4, beta1=0.9, beta2=0.99, weight_decay=0.1)
 ROUNDING = Rounding(seed=0x1234_5678_9ABC_DEF1, step=7, stream=3, first_row=64)
-ROWS = 512  # in no kernel: each has a program for a row
+ROWS = 512  # compiled into no kernel: a program handles one row
 FLOATS = [torch.bfloat16, torch.float32]
 
 
@@ -111,7 +111,7 @@ def make_momentum(columns: int, bits: int) -> Quantized:
 
 
 def only(found: list[Launch]) -> Launch:
-    """The launch, where an operator is one."""
+    """Return the launch of an operator that has only one."""
     (launch,) = found
     return launch
 
@@ -126,7 +126,7 @@ def lion_launch(
     rounding: Rounding = ROUNDING,
     live: bool = False,
 ) -> Launch:
-    """Of `lion_step_`; of `quantize_and_lion_step_`, of floats; of `step_weight_`, of 0 bits."""
+    """Return the launch of `lion_step_`, `quantize_and_lion_step_` or (0 bits) `step_weight_`."""
     stepped = make_weight(columns, group_size, n_outliers)
     arguments = {"rounding": rounding, "live": tensor(3, dtype=torch.float64) if live else None}
     if momentum_bits == 0:
@@ -156,7 +156,7 @@ def assert_fits_registers(compiled: Compiled) -> None:
 @pytest.mark.parametrize("seed", [0, 2**31 - 1, 2**62], ids=["small", "int32", "int64"])
 @pytest.mark.parametrize("bits", [8, 4, 0])
 def test_what_counts_random_numbers_is_an_integer_of_any_value(bits, seed):
-    """Of no value of its own: a step, or a row to begin at, is no reason to compile anew."""
+    """No value is compiled in: another step or first row is no reason to compile again."""
     types = [
         lion_launch(
             4096, None, 41, momentum_bits=bits,
@@ -172,7 +172,7 @@ def test_what_counts_random_numbers_is_an_integer_of_any_value(bits, seed):
 
 
 def test_the_forms_of_the_lion_step_differ_in_what_they_are_handed():
-    """Codes, floats that are quantized on the way, or a direction in place of all that."""
+    """They get codes, floats that the kernel quantizes, or a direction instead of both."""
     coded = lion_launch(4096, None, 41)
     packed = lion_launch(4096, None, 41, momentum_bits=4)
     given = lion_launch(4096, None, 41, gradient=torch.bfloat16)
@@ -198,7 +198,7 @@ def test_packed_lion_step(columns, group_size, n_outliers, capability):
     compiled = compile_lion(capability, columns, group_size, n_outliers, momentum_bits=4)
 
     assert_fits_registers(compiled)
-    # Weights and gradients come in 16 bytes a thread, and momenta, two in a byte, in 8.
+    # A thread loads weights and gradients by 16 bytes, and momenta, two in a byte, by 8.
     if group_size != 100:
         assert compiled.count(r"LDG.*\.128") >= 2
         assert compiled.count(r"LDG.*\.64") >= 1
@@ -211,12 +211,12 @@ def test_packed_lion_step(columns, group_size, n_outliers, capability):
     ("columns", "group_size", "n_outliers", "live", "capability"), in_turn(LION, LIVE)
 )
 def test_weight_step(columns, group_size, n_outliers, live, capability):
-    """The kernel of Lion without momentum: codes of the weight and the direction are all."""
+    """Lion's kernel without momentum loads only the weight's codes and the direction."""
     compiled = compile_lion(capability, columns, group_size, n_outliers, momentum_bits=0, live=live)
 
     assert_fits_registers(compiled)
     if group_size != 100:
-        passes = 2 if columns == 11008 else 1  # the range of a long row first
+        passes = 2 if columns == 11008 else 1  # a long row needs a first pass for its range
         assert compiled.count(r"LDG.*\.128") == passes * (1 + 4)
         assert compiled.count(r"STG.*\.128") == 1
         assert compiled.count(r"STG.*\.(U8|S8)") <= (2 if n_outliers else 0)
@@ -234,10 +234,10 @@ def test_lion_step(columns, group_size, n_outliers, live, capability, request):
     assert_fits_registers(compiled)
     assert compiled.count(r"FADD|FMUL") >= 10 * ELEMENTS  # the listing was understood
     if group_size != 100:  # a multiple of four columns only
-        # Codes of weight, momentum and gradient come in 16 bytes a thread; two of them go so too.
+        # A thread loads codes of weight, momentum and gradient by 16 bytes, and stores two so.
         assert compiled.count(r"LDG.*\.128") >= 3
         assert compiled.count(r"STG.*\.128") == 2
-        # Else only scales, outliers and the zeros under them.
+        # The other stores are scales, outliers and the zeros in their places.
         assert compiled.count(r"STG.*\.(U8|S8)") <= (2 if n_outliers else 0)
     if capability == 90:
         assert ".target sm_90" in compiled.ptx
@@ -247,7 +247,7 @@ def test_lion_step(columns, group_size, n_outliers, live, capability, request):
     ("columns", "group_size", "n_outliers", "live", "capability"), in_turn(LION, LIVE)
 )
 def test_quantize_and_lion_step(columns, group_size, n_outliers, live, capability):
-    # The wider where registers are scarcest.
+    # The wider dtype is used where registers are scarcest.
     gradient = torch.float32 if columns == 11008 else torch.bfloat16
     launch = lion_launch(columns, group_size, n_outliers, gradient=gradient, live=live)
     assert launch.types["live_ptr"] == ("*fp64" if live else "constexpr")
@@ -255,7 +255,7 @@ def test_quantize_and_lion_step(columns, group_size, n_outliers, live, capabilit
 
     assert_fits_registers(compiled)
     if group_size != 100:
-        # Weight and momentum, and the floats twice: for their scales, and to step.
+        # Loads of weight and momentum, and of the floats twice: for their scales and for the step.
         assert compiled.count(r"LDG.*\.128") >= 2 + 2 * (4 if gradient == torch.float32 else 2)
         assert compiled.count(r"STG.*\.128") == 2
 
@@ -312,7 +312,7 @@ def test_gradient_kernels(columns, capability):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("dtype", "columns"), [(torch.bfloat16, 4096), (torch.float32, 11008)])
 def test_quantize_input(dtype, columns, capability):
-    """The mask comes in 16 bytes a thread, as the values do; the longer row goes in two passes."""
+    """A thread loads mask and values by 16 bytes; the longer row takes two passes."""
     x = tensor(ROWS, columns, dtype=dtype)
     found = launches(layer_input.quantize_input, x, n_outliers=columns // 100)
 
@@ -326,7 +326,7 @@ def test_quantize_input(dtype, columns, capability):
     loads = 1 if columns == 4096 else 3  # of a tile: the first once, all others in both passes
     of_one = 1 + (2 if dtype == torch.bfloat16 else 4)
     assert codes.count(r"LDG.*\.128") >= loads * of_one
-    # Numbers of columns and what is taken there are loaded too, and that and the scale stored.
+    # Column numbers and outliers are loaded too, and outliers and the scale are stored.
     assert codes.count("LDG") <= loads * of_one + 3
     assert codes.count(r"STG.*\.128") >= codes.count("STG") - 3
 
@@ -363,7 +363,7 @@ def test_dequantize(dtype, n_each, capability):
     assert_fits_registers(compiled)
     assert compiled.count(r"LDG.*\.128") >= 1
     assert compiled.count(r"STG.*\.128") >= 1
-    if dtype == torch.bfloat16:  # to nearest, which the interpreter does not show
+    if dtype == torch.bfloat16:  # rounded to nearest, unlike in the interpreter
         assert "cvt.rn.bf16" in compiled.ptx
 
 
@@ -387,27 +387,27 @@ def test_dequantized_matmul(columns, group_size, n_outliers, dtype, n_tokens, ca
     assert compiled.count(r"(LDG|LDGSTS).*\.128") >= 2  # codes and tokens
     assert compiled.count(r"(LDS|STS)\.(U8|S8)") == 0  # codes move in words there too
     if constants["ON_MATRIX_UNITS"]:
-        # Warps share the columns, and none expands or multiplies what another does: one warp alone
-        # would wait for most of its loads, and leave half of a GPU without work.
+        # Warps split the columns, and none repeats work of another: a single warp would wait for
+        # most of its loads and leave half of a GPU idle.
         assert constants["PARTS"] == launch.n_warps == 4
         assert compiled.count("HMMA") == constants["TILE"] // 16 * 2
         assert compiled.count("I2F") <= constants["ROWS"] * constants["TILE"] // 32 + 1
     else:
-        # Each code is turned into a float in one thread only.
+        # Each code is converted to float in one thread only.
         codes = constants["ROWS"] * constants["TILE"] // (32 * launch.n_warps)
         assert compiled.count(r"I2F\.S(8|16)") <= codes
-        # The number of the program is divided, by way of a float, into rows and tokens.
+        # The program number is also converted, to be divided into rows and tokens.
         assert compiled.count("I2F") <= compiled.count(r"I2F\.S(8|16)") + 1
 
 
 def test_multiply_and_add_are_not_fused():
-    """What is left is the division by Newton's method, as many as with nothing else to fuse."""
+    """The remaining FFMAs are divisions by Newton's method, as many as with nothing to fuse."""
     launch = lion_launch(4096, None, 0)
 
     plain = compile_launch(launch, 80)
     fused = compile_launch(launch, 80, enable_fp_fusion=True)
 
-    # Direction, momentum, decrease: three pairs for each element at least.
+    # Direction, momentum, decrease: at least three pairs for each element.
     assert fused.count("FFMA") >= plain.count("FFMA") + 3 * ELEMENTS
     assert plain.count("FFMA") <= 3 * ELEMENTS
     assert "fma.rn.f32" not in plain.ptx
@@ -416,7 +416,7 @@ def test_multiply_and_add_are_not_fused():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("i", range(3))
 def test_int8_matmul(i, capability, monkeypatch):
-    """On integer matrix units, from whole words: no byte is loaded, stored or moved alone."""
+    """The product runs on integer matrix units and moves whole words, no single bytes."""
     tile = int8_product.TILES[divmod(capability, 10)][i]
     monkeypatch.setattr(int8_product, "choose_tile", lambda *_: tile)
     int8_product.product_tiles.cache_clear()
@@ -447,7 +447,7 @@ def test_int8_matmul(i, capability, monkeypatch):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("requantizes", [False, True])
 def test_products_with_given_columns(requantizes, capability, monkeypatch):
-    """One launch each; a result in INT8 is rounded in the tile and leaves it in whole words."""
+    """Each is one launch; an INT8 result is rounded in the tile and stored in whole words."""
     properties = SimpleNamespace(multi_processor_count=84)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: divmod(capability, 10))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
@@ -484,7 +484,7 @@ def test_products_with_given_columns(requantizes, capability, monkeypatch):
     ids=str,
 )
 def test_int8_linear(i, dtype, capability, monkeypatch):
-    """Float columns after the integer loop, on matrix units in 16 bits, and not as TF32."""
+    """Float columns follow the integer loop: on matrix units in 16 bits, and never as TF32."""
     tile = int8_product.TILES[divmod(capability, 10)][i]
     monkeypatch.setattr(int8_product, "choose_tile", lambda *_: tile)
     int8_product.product_tiles.cache_clear()
@@ -522,7 +522,7 @@ def test_quantize_gradient(i, capability):
     assert compiled.count(r"LDG.*\.128") >= 2
     assert launch.kernel is (output_gradient._maxima_kernel, output_gradient._round_kernel)[i]
     if i == 1:
-        # Codes leave in 16 bytes a thread in both orders; only scales are stored otherwise.
+        # A thread stores codes by 16 bytes in both orders; the only other stores are scales.
         n_stores = output_gradient.TILE**2 // (16 * 32 * output_gradient.N_WARPS)
         assert compiled.count(r"STG.*\.128") == 2 * n_stores
         assert compiled.count("STG") == 2 * n_stores + 2
@@ -548,7 +548,7 @@ def test_int8_matmul_gives_every_multiprocessor_a_tile(capability, shape, tile, 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_int8_matmul_turns_an_operand(capability):
-    """Read along one side and written along the other, both in 16 bytes a thread."""
+    """A thread reads along one dimension and writes along the other, both by 16 bytes."""
     x = tensor(4096, 2048, dtype=torch.int8).t()
     launch = only(launches(int8_product.along_k, x))
 
@@ -564,7 +564,7 @@ VOCABULARY = 300_000
 
 
 def test_no_launch_over_a_large_vocabulary_has_more_programs_than_a_gpu_takes():
-    """2**31 - 1 along the first axis of a grid, and 65,535 along the others."""
+    """The limit is 2**31 - 1 along the first axis of a grid, and 65,535 along the others."""
     table, columns = make_weight(4096, None, 41, rows=VOCABULARY), 4096
     codes = tensor(VOCABULARY, columns, dtype=torch.int8)
     found = []
@@ -606,8 +606,8 @@ def test_no_launch_over_a_large_vocabulary_has_more_programs_than_a_gpu_takes():
     assert max(launch.grid[0] for launch in found) >= VOCABULARY
 
 
-# Instructions of a thread for each of its elements, where a row goes in one tile. On an H100 a Lion
-# step is as near to its limit of instructions as to that of its memory. By triton 3.7 and 3.9.
+# Instructions of a thread for each of its elements, if a row fits one tile. On an H100, a Lion step
+# is as close to its limit of instructions as to that of its memory. With triton 3.7 and 3.9.
 MOST_INSTRUCTIONS = {
     "lion_step_": 70.5,
     "lion_step_ 4-bit": 100,
@@ -635,7 +635,7 @@ def test_an_element_takes_so_many_instructions_and_no_more(name, capability, cal
     count = roofline.instructions(call, capability, n_elements)
 
     most = MOST_INSTRUCTIONS[name]
-    assert 0.84 * most < count <= most  # fewer: then this is the time to say so
+    assert 0.84 * most < count <= most  # if fewer, lower the limit in the table
 
 
 def test_the_roofline_is_of_these_kernels_and_of_rows_in_one_tile(calls):
@@ -648,7 +648,7 @@ def test_the_roofline_is_of_these_kernels_and_of_rows_in_one_tile(calls):
 
 
 def test_a_time_is_the_longer_of_memory_and_instructions(monkeypatch):
-    """By hand, for a device on which each of two kernels is bound by another of them."""
+    """Computed by hand, for a device on which memory limits one kernel, instructions the other."""
     roofline = load("roofline")
     device = roofline.Device(80, 1e12, 100, 1e9)
     monkeypatch.setattr(roofline, "DEVICES", {"some": device})

@@ -1,6 +1,6 @@
-"""A launch from our own table hands the driver exactly what Triton's JIT would; no GPU is needed.
+"""A launch from our own table passes the driver exactly what Triton's JIT would, without a GPU.
 
-Needs a process in which Triton does not interpret: the ordinary test run.
+Needs a process without Triton's interpreter, which is the ordinary test run.
 """
 
 import copy
@@ -39,7 +39,7 @@ int8_product, lion, floats, quantization = (
     for name in ("int8_product", "lion", "floats", "quantization")
 )
 
-ROWS, COLUMNS, N_OUTLIERS = 6, 100, 3  # 100: from row to row of codes alignment changes
+ROWS, COLUMNS, N_OUTLIERS = 6, 100, 3  # with 100 columns, rows of codes differ in alignment
 FORMATS = {"i32": "i", "i64": "q", "u64": "Q", "fp32": "f"}  # as Python's struct names them
 
 
@@ -57,7 +57,7 @@ def gpu(tmp_path_factory):
 
 
 def dequantize_case(first_row=0, dtype=torch.bfloat16, outliers=True):
-    """Expand all rows but some first ones."""
+    """Expand all rows from `first_row` on."""
     tiles = tiling(COLUMNS, None)
     rows = slice(first_row, None)
     codes, scales = torch.ones(ROWS, COLUMNS, dtype=torch.int8)[rows], torch.ones(ROWS, 1)[rows]
@@ -221,14 +221,14 @@ OPEN = {  # the arguments that a plan leaves open; the others are bound
 
 
 class Forbidden:
-    """In the place of a kernel: the JIT is not to be asked again."""
+    """Replaces a kernel, to show that the JIT is not used again."""
 
     def __getitem__(self, grid):
         raise AssertionError("launched by the JIT, not from the table")
 
 
 def bind(launcher, grid, constants, arguments):
-    """A plan, and what it leaves open."""
+    """Return a plan, and the arguments that it leaves open."""
     places = OPEN[launcher._kernel.__name__]
     bound = [... if place in places else value for place, value in enumerate(arguments)]
     return launcher.plan(grid, constants, *bound), [arguments[place] for place in places]
@@ -252,7 +252,7 @@ def test_every_way_hands_over_the_same_bytes(name, gpu):
     kernel[grid](*arguments, **options)
     expected = gpu.last
 
-    # What the JIT itself hands over, read in one more way: a recorder that sees nothing fails here.
+    # Parameters of the JIT itself, read in another way: a recorder that sees nothing fails here.
     given = [
         x.data_ptr() if isinstance(x, torch.Tensor) else x
         for x, type in zip(arguments, compiled.src.signature.values(), strict=False)
@@ -275,7 +275,7 @@ def test_every_way_hands_over_the_same_bytes(name, gpu):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernels_are_told_apart_as_the_jit_does(kernel, gpu):
-    """One launcher has all cases of its kernel before it meets each of them again."""
+    """One launcher gets all cases of its kernel before it gets each of them again."""
     cases = [case for case in CASES.values() if case[0].__name__ == kernel]
     launcher = Launcher(KERNELS[kernel])
     functions = []
@@ -293,7 +293,7 @@ def test_kernels_are_told_apart_as_the_jit_does(kernel, gpu):
 
 @triton.jit(do_not_specialize=["free"])
 def _small_kernel(x_ptr, y_ptr, z_ptr, n, free, factor, SIZE: triton.language.constexpr):
-    """Compiled in no time, and not for nothing: all arguments are used."""
+    """Compiles fast and uses all of its arguments."""
     index = triton.language.arange(0, SIZE)
     x = triton.language.load(x_ptr + index) * factor + n + free
     if y_ptr is not None:
@@ -302,7 +302,7 @@ def _small_kernel(x_ptr, y_ptr, z_ptr, n, free, factor, SIZE: triton.language.co
 
 
 FEW = [torch.ones(64) for _ in range(3)]
-OTHERS = {  # by the place of the argument: what takes its place
+OTHERS = {  # by the position of an argument: values that replace it
     0: [FEW[0][1:], FEW[0].bfloat16(), FEW[0].bfloat16()[1:], FEW[0].half(), FEW[0].int()],
     1: [None, FEW[1][3:], FEW[1][4:], FEW[1].double()],
     2: [FEW[2][2:], FEW[2].bfloat16()],
@@ -313,7 +313,7 @@ OTHERS = {  # by the place of the argument: what takes its place
 
 
 def test_whatever_a_kernel_is_compiled_for_is_in_the_key(gpu):
-    """The launcher and the plan meet all kinds of each argument before they meet them again."""
+    """The launcher and the plan get all kinds of each argument before they get them again."""
     arguments, options, grid = (*FEW, 3, 5, 0.5), {"SIZE": 16}, (2,)
     launcher, constants = Launcher(_small_kernel), Constants(**options)
     plan = launcher.plan(grid, constants, arguments[0], *[...] * 5)
@@ -330,7 +330,7 @@ def test_whatever_a_kernel_is_compiled_for_is_in_the_key(gpu):
         if given[0] is arguments[0]:
             plan(*given[1:])
             assert gpu.last.function == functions[-1]
-    assert len(set(functions)) == 1 + 5 + 3 + 2 + 6 + 3 + 2  # place by place
+    assert len(set(functions)) == 1 + 5 + 3 + 2 + 6 + 3 + 2  # then by position
 
     launcher._kernel = Forbidden()
     for given, function in zip(calls, functions, strict=True):
@@ -355,7 +355,7 @@ def test_constants_are_told_apart_by_value_and_type(gpu):
     assert gpu.last.function != first.function
 
     launcher._kernel = Forbidden()
-    launcher(grid, Constants(**options), *arguments)  # made anew, equal
+    launcher(grid, Constants(**options), *arguments)  # another instance, equal
     assert gpu.last == first
     assert Constants(GATHER=True) != Constants(GATHER=1)
     assert Constants(GATHER=True) == Constants(GATHER=True)
@@ -375,14 +375,14 @@ def test_launch_is_on_the_stream_of_the_moment(gpu, monkeypatch):
 
 
 class OnDevice:
-    """What Triton needs of a tensor, on the device with this number."""
+    """The attributes of a tensor that Triton needs, on the device with this number."""
 
     def __init__(self, tensor, device):
         self.dtype, self.data_ptr, self.get_device = tensor.dtype, tensor.data_ptr, lambda: device
 
 
 def test_another_device_is_current_for_the_launch_only(gpu, monkeypatch):
-    """With kernels and streams of its own: handles of one device mean nothing to another."""
+    """Each device has its own kernels and streams: handles of one mean nothing to another."""
     current, entered = [0], []
 
     class device:  # as torch.cuda.device, which needs CUDA
@@ -398,7 +398,7 @@ def test_another_device_is_current_for_the_launch_only(gpu, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(gpu.driver, "get_current_device", lambda: current[-1])
-    # A stream that tells what was current when it was asked for, right before the launch.
+    # The stream tells which device was current when it was requested, right before the launch.
     stream_of = lambda index: 100 + 10 * current[-1] + index  # noqa: E731
     monkeypatch.setattr(gpu.driver, "get_current_stream", stream_of)
     kernel, grid, options, arguments = dequantize_case()
@@ -421,7 +421,7 @@ def test_another_device_is_current_for_the_launch_only(gpu, monkeypatch):
 
 
 def test_launch_hooks_are_called_and_then_forgotten(gpu):
-    """Profilers set them in the middle of a run and see each launch by Triton's own way."""
+    """Profilers set them in the middle of a run and see each launch, which Triton then makes."""
     kernel, grid, options, arguments = dequantize_case()
     launcher, constants = Launcher(kernel), Constants(**options)
     plan, changing = bind(launcher, grid, constants, arguments)
@@ -476,12 +476,12 @@ def test_whoever_watches_launches_gets_those_of_triton(group, name, value, monke
     monkeypatch.setattr(getattr(knobs, group), name, value)
     assert is_watched()
     if name.startswith("launch"):
-        monkeypatch.setattr(knobs.runtime, name, None)  # as hooks are taken away
+        monkeypatch.setattr(knobs.runtime, name, None)  # as when hooks are removed
         assert not is_watched()
 
 
 def test_a_plan_finds_memory_that_was_exchanged(gpu):
-    """The tensor is the same, where its values lie is not: no old address is used."""
+    """The tensor is the same, but its memory is not; the old address must not be used."""
     kernel, grid, options, arguments = dequantize_case()
     record(gpu, kernel[grid](*arguments, **options))
     plan, changing = bind(Launcher(kernel), grid, Constants(**options), arguments)
@@ -511,7 +511,7 @@ def test_a_plan_keeps_what_it_points_to(gpu):
 
 
 def test_a_compiled_kernel_outlives_the_cache_of_the_jit(gpu):
-    """Triton 3.9 unloads a kernel that nobody holds: its handle would then mean nothing."""
+    """Triton 3.9 unloads a kernel that nothing references, and its handle becomes invalid."""
     launcher, constants = Launcher(_small_kernel), Constants(SIZE=32)
     arguments = (*FEW, 3, 5, 0.5)
     launcher((2,), constants, *arguments)
@@ -555,7 +555,7 @@ def test_constexpr_arguments_come_last():
 
 
 class Interpreted:
-    """A kernel that Triton interprets, as far as launches go."""
+    """A fake interpreted kernel that records its launches."""
 
     def __init__(self):
         self.calls: list[Any] = []

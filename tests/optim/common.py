@@ -21,7 +21,7 @@ def make_model(*, dtype: torch.dtype = torch.float32, seed: int = 0, **arguments
 
 
 def make_optimizer(model: nn.Module, kind: type[QFTOptimizer] = QFTLion, **arguments: Any) -> Any:
-    """Two groups, one with and one without decay; never the neutral values."""
+    """Return an optimizer of two groups, one with and one without decay; no value is neutral."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -32,7 +32,7 @@ def make_optimizer(model: nn.Module, kind: type[QFTOptimizer] = QFTLion, **argum
 
 
 def backward(model: SmallModel, step: int, n_parts: int = 1) -> Tensor:
-    """Gradients of batch number `step`, in `n_parts` micro-batches; returns the mean loss."""
+    """Compute gradients of batch number `step` in `n_parts` micro-batches; return the mean loss."""
     losses = []
     for part in batch(step).chunk(n_parts):
         loss = model.loss(part) / n_parts
@@ -50,7 +50,7 @@ def train(model, optimizer, steps, *, n_parts: int = 1) -> list[Tensor]:
 
 
 def spoil(model: SmallModel, where: str) -> None:
-    """Make a gradient not finite, of an `"int8"` weight or of a `"float"` parameter."""
+    """Make the gradient of an `"int8"` weight or of a `"float"` parameter non-finite."""
     if where == "int8":
         model.blocks[1].up.weight.grad.scales[7, 0] = float("nan")
     else:
@@ -58,7 +58,7 @@ def spoil(model: SmallModel, where: str) -> None:
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of everything a model stores."""
+    """Return copies of everything a model stores."""
     tensors = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, QFTWeight):
@@ -70,7 +70,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def state_tensors(optimizer: QFTOptimizer) -> dict[str, Tensor]:
-    """Copies of the state of every parameter, by position and name."""
+    """Return copies of the state of every parameter, by position and name."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return {
         f"{index}.{name}": torch.as_tensor(value).clone()

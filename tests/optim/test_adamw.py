@@ -1,4 +1,4 @@
-"""`QFTAdamW`: against AdamW on floats; clipping, its state, and what it learns."""
+"""`QFTAdamW`: comparison with AdamW on floats, clipping, state, and training results."""
 
 from math import sqrt
 from statistics import mean
@@ -40,7 +40,7 @@ def make_optimizer(model: nn.Module, **arguments) -> QFTAdamW:
 
 @pytest.mark.parametrize("maximize", [False, True])
 def test_float_parameters_are_those_of_torch(maximize):
-    """The same operations, but for the order of two factors: FP32 rounding, step after step."""
+    """Operations are the same but for the order of two factors, so only FP32 rounding differs."""
     draw = torch.Generator().manual_seed(0)
     ours = nn.Parameter(torch.randn(7, 11, generator=draw))
     theirs = nn.Parameter(ours.detach().clone())
@@ -52,7 +52,7 @@ def test_float_parameters_are_those_of_torch(maximize):
         theirs.grad = ours.grad.clone()
         optimizer.step()
         other.step()
-    # A step is lr at most a few times, and each has some ten roundings of it and three of w.
+    # A step is at most a few times lr, with about ten roundings of that size and three of size w.
     bound = 50 * (30 * 1e-2 + 3 * theirs.detach().abs()) * FP32_EPS
     assert ((ours - theirs).abs() <= bound).all()
 
@@ -60,7 +60,7 @@ def test_float_parameters_are_those_of_torch(maximize):
 def test_what_is_not_finite_leaves_a_float_element_as_it_is():
     parameter = nn.Parameter(torch.ones(4))
     optimizer = QFTAdamW([parameter], lr=0.25, weight_decay=0.5)
-    large = torch.tensor([1.0, 1e30, -1e30, 0.0])  # the squares are not in FP32
+    large = torch.tensor([1.0, 1e30, -1e30, 0.0])  # the squares overflow FP32
     parameter.grad = large.clone()
     optimizer.step()
 
@@ -124,7 +124,7 @@ def test_options_out_of_range_are_refused(arguments, match):
         QFTAdamW([nn.Parameter(torch.zeros(3))], **arguments)
 
 
-# --- decay, and what stays ------------------------------------------------------------------------
+# --- decay, and elements that do not change -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_options_out_of_range_are_refused(arguments, match):
     ids=str,
 )
 def test_decay_alone_shrinks_the_norm_by_the_exact_factor(spec):
-    """Within five standard errors, as `test_decay.py` derives them: no scale changes here."""
+    """Within five standard errors, as derived in `test_decay.py`; no scale changes here."""
     n_steps, shrink = 300, 1e-4
     x = torch.randn(96, 200, generator=torch.Generator().manual_seed(0)) * 0.02
     parameter = nn.Parameter(QFTWeight.from_float(x, spec))
@@ -171,7 +171,7 @@ def run(gradient: str, **arguments) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("clipping", ["previous", "tensor"])
 def test_release_clips_by_what_it_knows(clipping):
-    """`tensor` by hand: each gradient is scaled to its own norm, in the stack."""
+    """For `tensor`, the expected run scales each gradient to its own norm, in stack mode."""
     settings = {"clipping": clipping, "max_grad_norm": 0.05}
     released = run("release", **settings)
     assert any(bool((released[n] != t).any()) for n, t in run("release").items())
@@ -217,7 +217,7 @@ def test_exact_clipping_in_release_is_that_of_the_stack():
 
 
 def test_a_clipped_step_is_a_step_on_smaller_gradients():
-    """A factor of 1/8 is exact in scales, in FP32 gradients and in the step: eps is nothing."""
+    """A factor of 1/8 is exact in scales, in FP32 gradients and in the step; eps is negligible."""
     states = []
     for clips in (True, False):
         model = make_model()

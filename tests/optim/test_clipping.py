@@ -58,7 +58,7 @@ def test_the_norm_is_that_of_the_stored_gradients(dtype, n_parts):
 
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=1e9)
 
-    # Float gradients have a norm each, rounded to their dtype; the squares are summed in FP32.
+    # Each float gradient has a norm rounded to its dtype; the squares are summed in FP32.
     eps = FP32_EPS if dtype == torch.float32 else 2.0**-8
     assert norm.item() == pytest.approx(exact, rel=16 * eps)
     if dtype == torch.float32:
@@ -108,7 +108,7 @@ def test_a_clipped_step_is_the_reference_step_on_clipped_gradients():
     nn.utils.clip_grad_norm_(model.parameters(), max_norm=limit)
     optimizer.step()
 
-    # The same by hand: scale every gradient by the factor, then call the specification.
+    # The expected run scales every gradient by the factor, then calls the reference.
     factor = torch.tensor(limit) / (torch.tensor(exact_norm(expected)) + 1e-6)
     streams = {id(p): i for i, p in enumerate(p for g in other.param_groups for p in g["params"])}
     for group in other.param_groups:
@@ -138,7 +138,7 @@ def test_a_clipped_step_is_the_reference_step_on_clipped_gradients():
                         streams=[stream],
                     )
 
-    # The factor is known to FP32 rounding only; it moves momentum by as much, and no sign here.
+    # The factor has an FP32 rounding error, which shifts momentum by as much, and no sign here.
     assert_same_tensors(model_tensors(model), model_tensors(expected))
     for name, tensor in state_tensors(optimizer).items():
         wanted = state_tensors(other)[name]
@@ -150,7 +150,7 @@ def test_a_clipped_step_is_the_reference_step_on_clipped_gradients():
 
 
 def test_clipping_changes_the_step():
-    """The control: what clipping does must be seen in the weights."""
+    """Control: clipping must have an effect on the weights."""
     results = []
     for limit in (1e9, 1e-4):
         model = make_model()
@@ -202,7 +202,7 @@ def test_another_norm_is_of_the_stored_gradients_too():
 def test_a_loss_whose_squares_overflow_trains_alike_in_both_modes(
     dtype, factor, limit, monkeypatch
 ):
-    """Release called gradients of norms and biases infinite, when all weights were updated."""
+    """Release once called gradients of norms and biases infinite, after it updated all weights."""
     monkeypatch.setattr(release, "SMALL", limit)
     ends = {}
     for gradient in ("stack", "release"):
@@ -221,7 +221,7 @@ def test_a_loss_whose_squares_overflow_trains_alike_in_both_modes(
 
 @pytest.mark.parametrize("factor", [7.0, 1e30])
 def test_a_loss_whose_squares_overflow_is_clipped_by_its_norm(factor):
-    """By the formula of `clip_grad_norm_`, which itself makes it 0 from 1e19 on."""
+    """The expected factor is that of `clip_grad_norm_`, whose own result is 0 from 1e19 on."""
     model, other = make_model(), make_model()
     optimizer = make_optimizer(model, gradient="release", clipping="exact", max_grad_norm=0.25)
     stack = make_optimizer(other)

@@ -23,11 +23,11 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decay_alone_shrinks_the_norm_by_the_exact_factor(dtype, spec, lr, n_steps):
-    """(1 - lr wd)^n within five standard errors; scales stored in BF16 would lose all of it.
+    """(1 - lr wd)^n within five standard errors; BF16 scales would lose all of the decay.
 
-    A rounding of code k by k * shrink < 1 has the variance k * shrink of a code at most, and a new
-    scale adds a rounding of at most 1/4. Dense values are independent, so the variance of their
-    part of `<w_n, w_0>` is the sum over elements of `w_0^2 scale^2 (n k shrink + 1/4 changes)`.
+    Rounding code k after it shrinks by k * shrink < 1 has a variance of at most k * shrink, and a
+    new scale adds at most 1/4. Dense values are independent, so the variance of their part of
+    `<w_n, w_0>` is the sum over elements of `w_0^2 scale^2 (n k shrink + 1/4 changes)`.
     """
     weight_decay = 0.1
     shrink = lr * weight_decay
@@ -50,9 +50,9 @@ def test_decay_alone_shrinks_the_norm_by_the_exact_factor(dtype, spec, lr, n_ste
     variance = scale**2 * (n_steps * codes * shrink + (0.25 if scale_has_changed else 0.0))
     square = (start**2).sum()
     error = sqrt((start**2 * variance).sum()) / square
-    assert 50 * error < 1 - factor  # sharp: five errors are a tenth of the decay
+    assert 50 * error < 1 - factor  # five errors are less than a tenth of the decay
     assert abs((start * end).sum() / square - factor) <= 5 * error
-    # The norm itself: rounding noise adds its variance to the square.
+    # In the norm itself, rounding noise adds its variance to the square.
     norm = sqrt((end**2).sum() / square)
     assert factor - 5 * error <= norm <= sqrt(factor**2 + variance.sum() / square) + 5 * error
     # Outliers decay in FP32, one rounding of two operations a step.
@@ -75,7 +75,7 @@ def test_without_decay_zero_gradients_change_nothing_in_1000_steps():
 
 
 def test_decay_is_decoupled_from_the_gradient_and_the_momentum():
-    """The direction is a sign: coupled decay would change it, and the momentum, not the size."""
+    """The direction is a sign, so coupled decay would change it and the momentum, not the size."""
     x = torch.full((5, 60), 3.0)
     x[:, 0] = 3.2  # the largest value of the row
     parameter = nn.Parameter(QFTWeight.from_float(x, SPECS[0]))

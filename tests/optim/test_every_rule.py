@@ -1,4 +1,4 @@
-"""What holds for every rule: the flows agree, runs resume, and nothing harms in silence."""
+"""Properties of every rule: the flows agree, runs resume, and no damage goes unnoticed."""
 
 import copy
 import pickle
@@ -25,7 +25,7 @@ from tests.optim.common import (
 from tests.optim.test_state import through_a_file
 from tests.tolerances import assert_same_tensors
 
-# A rate at which codes move, and what else the rule takes.
+# A learning rate at which codes move, and further arguments of the rule.
 RULES = {
     "lion": (QFTLion, 1e-3, {}),
     "lion-4": (QFTLion, 1e-3, {"momentum_bits": 4}),
@@ -107,7 +107,7 @@ def test_raise_leaves_everything_as_it_was(rule, where):
 
     assert_same_tensors(snapshot(model, optimizer), before)
     assert all(p.grad is not None for p in model.parameters())
-    # What is still there can be dropped, and training goes on.
+    # The remaining gradients can be dropped, and training continues.
     optimizer.zero_grad()
     train(model, optimizer, [3])
     assert optimizer.state[model.embed.weight]["step"] == 3
@@ -115,7 +115,7 @@ def test_raise_leaves_everything_as_it_was(rule, where):
 
 @every_rule
 def test_rows_that_never_had_a_gradient_stay(rule):
-    """Of a vocabulary, most words are in no batch: no noise of rounding may reach them."""
+    """Most words of a vocabulary are in no batch; rounding noise must not reach their rows."""
     kind, rate, own = RULES[rule]
     weight = nn.Parameter(QFTWeight.from_float(torch.randn(20, 300), SPEC))
     optimizer = kind([weight], lr=10 * rate, **own)
@@ -146,7 +146,7 @@ def test_the_backends_train_alike(rule, stochastic):
     for name in ("reference", "cpu"):
         model, optimizer = make(rule, stochastic_rounding=stochastic)
         for step in range(3):
-            backward(model, step)  # on one backend: sums of products have no order
+            backward(model, step)  # on one backend, since float sums depend on their order
             with backend.use(name):
                 optimizer.step()
         results.append(snapshot(model, optimizer))

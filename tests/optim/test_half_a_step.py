@@ -1,4 +1,4 @@
-"""A step that was interrupted half-way is refused until someone has chosen a way back."""
+"""After a step was interrupted half-way, steps are refused until the caller chooses a way back."""
 
 import copy
 import pickle
@@ -25,11 +25,11 @@ BETWEEN = r"interrupted after .* gradients of \d+ parameters: the model is betwe
 
 
 class Interruption(BaseException):
-    """What nobody catches by accident."""
+    """An exception that no `except Exception` catches by accident."""
 
 
 def interrupt(monkeypatch, method: str, at: int) -> None:
-    """Have call number `at` of an update raise, once."""
+    """Make call number `at` of an update method raise, once."""
     calls = [0]
     update = getattr(QFTLion, method)
 
@@ -67,7 +67,7 @@ def test_the_next_step_is_refused_until_zero_grad(monkeypatch, gradient, method,
     after = everything(model, optimizer)
     before = copy.deepcopy(after)
 
-    for _ in range(2):  # it does not give way to patience
+    for _ in range(2):  # a second attempt is refused too
         with pytest.raises(RuntimeError, match=BETWEEN):
             optimizer.step()
     assert_same_tensors(before, everything(model, optimizer))
@@ -82,7 +82,7 @@ def test_the_next_step_is_refused_until_zero_grad(monkeypatch, gradient, method,
 @pytest.mark.parametrize("gradient", MODES)
 @pytest.mark.parametrize(("method", "at"), [("update", 2), ("step_floats", 1)])
 def test_more_gradients_do_not_hide_it(monkeypatch, gradient, method, at):
-    """A loop that catches everything goes on with the next batch."""
+    """A loop that catches all exceptions continues with the next batch."""
     model = network()
     optimizer = make_optimizer(model, gradient)
     interrupt(monkeypatch, method, at)
@@ -105,7 +105,7 @@ def test_copies_and_states_do_not_hide_it(monkeypatch, gradient, copied, method,
 
     with pytest.raises(RuntimeError, match=r"\d+ parameters and has not ended.*or .*zero_grad\(\)"):
         copied((model, optimizer))
-    optimizer.state_dict()  # whoever was interrupted may want to save what there is
+    optimizer.state_dict()  # an interrupted program may want to save its state
     assert "a run that resumes from it starts between two steps" in caplog.text
 
     caplog.clear()
@@ -116,7 +116,7 @@ def test_copies_and_states_do_not_hide_it(monkeypatch, gradient, copied, method,
 
 
 def test_a_released_step_cannot_be_copied_before_it_ends():
-    """Gradients of norms and biases wait, and the copy's step left them out."""
+    """Gradients of norms and biases are still pending; the step of a copy once left them out."""
     model = network()
     optimizer = make_optimizer(model, "release")
     loss_of(model, batches(1)[0]).backward()
@@ -193,7 +193,7 @@ def test_a_step_that_ended_is_no_half_step(gradient):
 
 @pytest.mark.parametrize("limit", [0, 2**16])
 def test_large_float_parameters_do_not_wait_for_the_step(monkeypatch, limit):
-    """Small ones go together in one call a group; the bits are the same."""
+    """Small ones are updated in one call per group; the bits are the same."""
     monkeypatch.setattr(release, "SMALL", limit)
     calls: list[int] = []
     step_floats = QFTLion.step_floats
@@ -223,7 +223,7 @@ def test_large_float_parameters_do_not_wait_for_the_step(monkeypatch, limit):
 @pytest.mark.parametrize("kind", [QFTLion, QFTSGD])
 @pytest.mark.parametrize("clipping", [None, "previous", "tensor"])
 def test_a_step_after_a_backward_pass_that_failed_is_refused(clipping, kind):
-    """Weights behind the failure were updated, the others not, and the step ended in peace."""
+    """Weights that backward had passed were updated, others not, and the step raised no error."""
     model = network(is_tied=False)
     limit = None if clipping is None else 0.5
     optimizer = make_optimizer(model, "release", kind, clipping=clipping, max_grad_norm=limit)
@@ -259,7 +259,7 @@ def test_a_backward_pass_that_fails_before_the_first_update_leaves_all_as_it_was
 
 
 def test_several_backward_passes_of_one_step_end_it_together():
-    """Each updates what it reaches."""
+    """Each backward pass updates the weights that it reaches."""
     model, other = network(is_tied=False), network(is_tied=False)
     optimizer, stack = make_optimizer(model, "release"), make_optimizer(other, "stack")
     for number in range(2):

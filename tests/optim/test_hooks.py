@@ -63,7 +63,7 @@ def test_a_deleted_optimizer_frees_its_state_and_leaves_gradients_alone(gradient
     optimizer = make_optimizer(model, gradient)
     take_steps(model, optimizer, 1)
     gone = weakref.ref(optimizer)
-    gc.disable()  # it has to go at once, not when a cycle is found
+    gc.disable()  # it must be freed at once, not when a cycle is collected
     try:
         del optimizer
         assert gone() is None

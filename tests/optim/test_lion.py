@@ -40,7 +40,7 @@ from tests.values import scales64, values64
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("maximize", [False, True])
 def test_the_first_step_moves_every_weight_by_lr_against_its_gradient(maximize, dtype):
-    """No momentum yet: the direction is the sign of the gradient, which is known exactly."""
+    """Without momentum the direction is the sign of the gradient, which is known exactly."""
     model = make_model(dtype=dtype)
     optimizer = make_optimizer(model, maximize=maximize)
     backward(model, 0)
@@ -62,7 +62,7 @@ def test_the_first_step_moves_every_weight_by_lr_against_its_gradient(maximize, 
         noise = float_update_bound(before[name], lr, decay)
         if isinstance(parameter, QFTWeight):
             bound = stochastic_bound(scales64(parameter).numpy())
-        elif dtype == torch.bfloat16:  # to one of two neighbours: a whole unit, 2**-7 at most
+        elif dtype == torch.bfloat16:  # to one of two neighbors: at most a whole unit, 2**-7
             bound = 2.0**-7 * np.abs(exact) + noise
         else:
             bound = noise
@@ -113,7 +113,7 @@ def test_the_rate_may_be_a_tensor():
 
 
 def test_groups_decay_by_their_own_rates():
-    """Zero gradients: what moves is decay alone."""
+    """With zero gradients, decay alone moves parameters."""
     model = make_model(tied=False)
     decayed, plain = model.blocks[0].up.weight, model.blocks[1].up.weight
     norm, bias = model.norm.weight, model.blocks[0].up.bias
@@ -135,7 +135,7 @@ def test_groups_decay_by_their_own_rates():
     after = [values64(p).numpy() for p in (decayed, norm, plain, bias)]
     assert (after[2] == before[2]).all()
     assert (after[3] == before[3]).all()
-    # 0.95 of norm weights that are all 1.
+    # Norm weights are all 1 and become 0.95.
     np.testing.assert_allclose(after[1], 0.95 * before[1], rtol=2 * FP32_EPS)
     assert np.linalg.norm(after[0]) / np.linalg.norm(before[0]) == pytest.approx(0.95, abs=1e-3)
 
@@ -195,7 +195,7 @@ def test_the_step_frees_each_gradient_newest_first(monkeypatch):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     weights = [names[id(p)] for p in parameters if isinstance(p, QFTWeight)]
     assert (weights[0], weights[-1]) == ("embed.weight", "head.weight")
-    assert updated == weights[::-1]  # as backward would: it ends at the embedding
+    assert updated == weights[::-1]  # in the order of backward, which ends at the embedding
     assert waiting == list(range(len(weights) - 1, -1, -1))
     assert all(p.grad is None for p in model.parameters())
 
@@ -236,7 +236,7 @@ def test_zero_grad_between_backward_and_step_drops_the_step():
 @pytest.mark.parametrize("is_restarted", [False, True])
 @pytest.mark.parametrize("change", ["to", "quantize"])
 def test_hooks_stay_when_the_inside_of_a_parameter_is_replaced(change, is_restarted, caplog):
-    """Parameters still listed hooks that autograd no longer called: gradients waited."""
+    """Parameters once still listed hooks that autograd no longer called, so gradients waited."""
     if change == "to":
         model = make_model()
         optimizer = make_optimizer(model, gradient="release")
@@ -269,7 +269,7 @@ def test_hooks_are_not_doubled():
 
 
 def test_gradients_that_wait_need_hooks_on_weights_alone():
-    """There a gradient that is float, of code that knows nothing of INT8, is quantized at once."""
+    """On weights, a float gradient, from code that does not know INT8, is quantized at once."""
     model = make_model()
     make_optimizer(model).train()
 
@@ -279,7 +279,7 @@ def test_gradients_that_wait_need_hooks_on_weights_alone():
 
 
 def test_a_second_optimizer_takes_the_parameters_over():
-    """Hooks of the first are not mistaken for its own, and those of the user stay."""
+    """It does not mistake hooks of the first one for its own, and hooks of the user stay."""
     model = make_model()
     calls = []
     model.norm.weight.register_post_accumulate_grad_hook(calls.append)
@@ -310,7 +310,7 @@ def test_skip_drops_the_gradients_counts_and_logs(where, caplog):
     assert all(p.grad is None for p in model.parameters())
     assert optimizer.skipped_steps == 1
     assert "Step skipped: a gradient is not finite (1 so far)" in caplog.text
-    # A skipped step does not count: the next one is the one a run without it would take.
+    # A skipped step does not count: the next step equals that of a run without it.
     train(model, optimizer, [3])
     train(other, reference, [0, 1, 3])
     assert_same_tensors(snapshot(model, optimizer), snapshot(other, reference))

@@ -30,7 +30,7 @@ RATES = {8: 1e-3, 4: 1e-3, 0: 0.3}
 
 def make(bits: int, *, model: nn.Module | None = None, **arguments):
     model = model or make_model()
-    # Both groups have a rate of their own.
+    # Both groups get the rate of the rule in place of their own.
     if bits:
         optimizer = make_optimizer(model, momentum_bits=bits, **arguments)
     else:
@@ -111,7 +111,7 @@ def test_a_state_of_other_bits_is_refused_and_nothing_changes(saved, own, match)
 
 
 def test_sgd_follows_sgd_in_float64_for_many_steps():
-    """The noise of rounding adds up as a walk does; a bias would add up to 60 quanta."""
+    """Rounding noise adds up like a random walk; a bias would add up to 60 quanta."""
     generator = torch.Generator().manual_seed(4)
     parameter = nn.Parameter(QFTWeight.from_float(torch.randn(40, 130, generator=generator), SPEC))
     optimizer = QFTSGD([parameter], lr=0.05, weight_decay=0.02, seed=3)
@@ -123,7 +123,7 @@ def test_sgd_follows_sgd_in_float64_for_many_steps():
         optimizer.step()
 
     error = (values64(parameter) - exact).numpy() / scales64(parameter).numpy()
-    # A rounding has a variance of at most a quarter; scales that grow cost as much again.
+    # A rounding has a variance of at most a quarter; growing scales add as much again.
     assert error.std() < (2 * n_steps / 4) ** 0.5
     assert abs(error.mean()) < 6 * (2 * n_steps / 4 / error.size) ** 0.5
     outlying = parameter.outlier_columns.long().numpy()
@@ -133,7 +133,7 @@ def test_sgd_follows_sgd_in_float64_for_many_steps():
 
 @pytest.mark.parametrize("tile_elements", [1, 700])
 def test_tiles_of_a_weight_step_as_the_whole(monkeypatch, tile_elements):
-    """From the same gradients: their tiles are float sums in another order."""
+    """Both runs step with the same gradients, since tiles sum floats in another order."""
     results = []
     for elements in (10**9, tile_elements):
         model, optimizer = make(0)
@@ -148,7 +148,7 @@ def test_tiles_of_a_weight_step_as_the_whole(monkeypatch, tile_elements):
 
 @pytest.mark.parametrize("limit", [None, 0.01])
 def test_sgd_clipped_by_the_previous_norm_equals_the_clipped_stack(limit):
-    """For SGD a factor is the length of the step."""
+    """For SGD, the clipping factor scales the length of the step."""
     settings = {"gradient": "release"}
     if limit:
         settings |= {"clipping": "previous", "max_grad_norm": limit}

@@ -1,4 +1,4 @@
-"""Weights that code outside of their modules computes with: the gradient is INT8 and trains."""
+"""Weights that are used outside their modules: the gradient becomes INT8 and trains them."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -26,7 +26,7 @@ MODES = ["stack", "release"]
 
 
 class FusedHead(torch.autograd.Function):
-    """Logits in runs of words, and a gradient of the weight that is float, as others write them."""
+    """Logits in runs of words and a float gradient of the weight, as in other packages."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -43,10 +43,10 @@ class FusedHead(torch.autograd.Function):
 
 
 class Outsider(Network):
-    """A network that uses its weights in other ways beside their modules.
+    """A network that also uses its weights outside their modules.
 
-    The table by its module, by a fused head and row by row; `up` by its module and in a penalty;
-    `down` by its module and transposed; `lone` only from outside.
+    The table is used by its module, by a fused head and row by row; `up` by its module and in a
+    penalty; `down` by its module and transposed; `lone` only outside its module.
     """
 
     def __init__(self, *, is_tied: bool = True) -> None:
@@ -109,7 +109,7 @@ def test_release_equals_stack_bit_for_bit(kind, accumulation, is_checkpointed, i
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_exact_clipping_counts_what_comes_from_outside(accumulation):
-    """By the norm of all gradients as the stack has them, of which outside use makes the most."""
+    """The norm is that of all gradients in stack mode, most of which come from outside use."""
     norms, models = [], []
     for gradient in MODES:
         model = outsider()
@@ -183,7 +183,7 @@ def step_by(factor: float, model: Outsider, gradient: str) -> dict[str, Any]:
 
 
 def test_a_float_gradient_that_is_not_finite_is_refused():
-    """By `stack` before anything changes; by release at the step, and it has counted as zeros."""
+    """`stack` refuses it before anything changes; release at the step, counting it as zeros."""
     for gradient in MODES:
         model, other = outsider(), outsider()
         with pytest.raises(FloatingPointError, match="NaN or infinite"):
@@ -195,7 +195,7 @@ def test_a_float_gradient_that_is_not_finite_is_refused():
 
 
 def test_outside_use_and_the_module_have_the_same_gradient():
-    """Both within what rounding to INT8 and FP32 sums allow, of the exact one."""
+    """Both differ from the exact one by no more than INT8 rounding and FP32 sums allow."""
     x = torch.randn(29, 22, generator=torch.Generator().manual_seed(2))
     grad = torch.randn(29, 301, generator=torch.Generator().manual_seed(3))
     exact = (grad.double().t() @ x.double()).numpy()
@@ -215,7 +215,7 @@ def test_outside_use_and_the_module_have_the_same_gradient():
 
 @pytest.mark.parametrize("write", ["dequantize", "pow"])
 def test_a_penalty_moves_weights_as_it_moves_float_ones(write):
-    """`weight.dequantize()` in a loss had no effect, though an error text advised it."""
+    """`weight.dequantize()` in a loss once had no effect, although an error text advised it."""
     for gradient in MODES:
         weight = outsider().up.weight
         before = weight.detach().dequantize().double()
@@ -224,7 +224,7 @@ def test_a_penalty_moves_weights_as_it_moves_float_ones(write):
         (values.pow(2).sum() / 2).backward()
         optimizer.step()
 
-        # w - lr * w, of a gradient within half its quantum, rounded stochastically by one quantum.
+        # w - lr * w: the gradient is off by half its quantum, stochastic rounding by one quantum.
         quantum = before.abs().amax(dim=1, keepdim=True) / 127
         bound = 0.25 * 0.5 * quantum + weight.scales.double() + 8 * FP32_EPS * before.abs()
         after = weight.detach().dequantize().double()
@@ -245,10 +245,10 @@ def test_frozen_weights_are_read_and_get_no_gradient():
 
 
 def test_release_never_shows_backward_a_weight_that_has_moved_on():
-    """Through `detach` a weight is read after its own gradient was complete, and used, already."""
+    """Through `detach`, a weight is read after its own gradient was completed and used already."""
     model = outsider()
     optimizer = make_optimizer(model, "release")
-    # Of `up` the product with the weight comes last, so backward completes its gradient first.
+    # The product with `up.weight` comes last, so backward completes its gradient first.
     x = model.lone(torch.ones(2, 22)) @ model.up.weight.detach().t()
     loss = (x @ model.up.weight).sum()
 

@@ -1,4 +1,4 @@
-"""Gradient release against gradients that wait: the same bits, less memory, or an error."""
+"""Gradient release against gradients that wait (stack): the same bits, less memory, or an error."""
 
 import copy
 import gc
@@ -20,7 +20,7 @@ N_WORDS = 37
 
 
 class Network(nn.Module):
-    """Embedding, two layers with biases and a norm, and a head tied to the embedding, or not."""
+    """Embedding, two layers with biases and a norm, and a head that may share the embedding."""
 
     def __init__(self, *, is_tied: bool = True) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def everything(model: nn.Module, optimizer: QFTOptimizer) -> list[Tensor]:
 
 
 def all_but_steps(model: nn.Module, optimizer: QFTOptimizer) -> list[Tensor]:
-    """A step that could not be refused in time counts, as its random numbers are spent."""
+    """Leave out step numbers: a step refused too late counts, as its random numbers are spent."""
     return [tensor for tensor in everything(model, optimizer) if tensor.dtype != torch.int64]
 
 
@@ -106,7 +106,7 @@ def test_release_equals_stack_bit_for_bit(accumulation, reentrant):
 
 
 def count_calls(monkeypatch, name: str) -> list[tuple[int, ...]]:
-    """Shapes of the weights that an operator was called for."""
+    """Record the shapes of the weights that an operator is called for."""
     calls: list[tuple[int, ...]] = []
     operator = getattr(kernels, name)
 
@@ -153,7 +153,7 @@ def test_weights_of_several_tiles_get_the_bits_of_the_stack(monkeypatch, momentu
 
 @pytest.fixture
 def kinds(monkeypatch) -> dict[tuple[int, ...], list[type]]:
-    """What kinds of gradients layers have made, by the shape of their weight."""
+    """Record the types of gradients that layers make, by the shape of their weight."""
     seen: dict[tuple[int, ...], list[type]] = {}
     make = QFTWeight.gradient
 
@@ -168,7 +168,7 @@ def kinds(monkeypatch) -> dict[tuple[int, ...], list[type]]:
 
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_the_logits_gradient_of_a_tied_head_is_not_kept_for_the_table(kinds, is_tied, monkeypatch):
-    """In tiles, the gradient of a head would keep what it is made of until that of the table."""
+    """A tiled gradient of the head would keep the logits' gradient until the table's is made."""
     monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", 22 * 20)
     model = network(is_tied=is_tied)
     assert model.embed.weight.is_table
@@ -197,7 +197,7 @@ def test_gradients_that_wait_are_int8():
 
 
 def test_who_does_not_release_gets_int8():
-    """A run may change its mode: the last optimizer to start decides."""
+    """A run may change its mode: the optimizer that started last decides."""
     model = network()
     first = make_optimizer(model, "release")
     optimizer = make_optimizer(model, "stack")
@@ -213,17 +213,17 @@ def test_who_does_not_release_gets_int8():
 
 @pytest.fixture
 def live_elements(monkeypatch) -> list[int]:
-    """Elements of all gradients that are alive, noted whenever one more has been made."""
-    gc.freeze()  # looks find only what is made from now on: not a million objects, nor others' own
+    """Record the number of elements of all live gradients whenever another one is made."""
+    gc.freeze()  # so that `look` finds only objects made from now on, not a million others
     seen: list[int] = []
 
     def look() -> None:
-        alive: dict[int, int] = {}  # by memory: one gradient is several objects to autograd
+        alive: dict[int, int] = {}  # by address, as autograd has several objects of one gradient
         for found in gc.get_objects():
             if type(found) is Int8Gradient and "stored" in vars(found):
                 alive[found.codes.data_ptr()] = found.numel()
             elif type(found) is TiledGradient and "made_by" in vars(found):
-                alive[id(found.made_by)] = found.numel()  # as large as it will be once it is made
+                alive[id(found.made_by)] = found.numel()  # its size once it is made
         seen.append(sum(alive.values()))
 
     for kind in (Int8Gradient, TiledGradient):
@@ -240,8 +240,8 @@ def live_elements(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_only_one_gradient_is_alive_beside_those_of_tied_weights(is_tied, reentrant, live_elements):
-    """A tied weight has its gradient from the head while all layers make theirs, and for the time
-    of one addition its gradient from the embedding and their sum."""
+    """A tied weight keeps its gradient from the head while all layers make theirs and, during one
+    addition, also its gradient from the embedding and their sum."""
     model = network(is_tied=is_tied)
     weights = {id(p): p for p in model.parameters() if isinstance(p, QFTWeight)}.values()
     sizes = [weight.numel() for weight in weights]
@@ -275,19 +275,19 @@ def test_a_run_may_change_its_mode_at_a_checkpoint():
 
 @pytest.mark.parametrize("small", [0, 22, 10**9])
 def test_the_released_norm_is_the_global_norm(small, monkeypatch):
-    """Of float parameters that are updated at once, and of those that wait for each other."""
+    """With float parameters that are updated at once, and with those that wait for each other."""
     monkeypatch.setattr("qft_hf.optim.release.SMALL", small)
     model = network()
     loss_of(model, batches(1)[0]).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
 
     _, optimizer = train("release", steps=1)
-    # Summed in another order: a few roundings of FP32.
+    # The order of the sum differs: a few FP32 roundings.
     assert optimizer.released_norm.item() == pytest.approx(norm.item(), rel=1e-6)
 
 
 def test_gradients_that_waited_are_not_in_the_released_norm():
-    """The Trainer knows the norm of those, and adds the two up."""
+    """The Trainer computes the norm of those and combines the two."""
     model, other = network(), network()
     loss_of(model, batches(1)[0]).backward()
     total = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
@@ -322,7 +322,7 @@ def test_exact_clipping_equals_the_clipped_stack():
         assert released.released_norm.item() == pytest.approx(norm.item(), rel=1e-5)
     for name, value in model.state_dict().items():
         difference = (value.double() - other.state_dict()[name].double()).abs().max()
-        # The norms differ by roundings of FP32, which may turn a stochastic rounding: one code.
+        # The norms differ by FP32 roundings, which may flip a stochastic rounding: one code.
         assert difference <= (1 if name.endswith("_q") else 1e-4), name
 
 
@@ -342,12 +342,12 @@ def test_exact_clipping_of_accumulated_gradients_needs_no_second_pass():
     assert norm > 0.05
     for name, value in model.state_dict().items():
         difference = (value.double() - other.state_dict()[name].double()).abs().max()
-        # The two norms are summed in different orders; a rounding may turn: one code.
+        # The two norms are summed in different orders, which may flip a rounding: one code.
         assert difference <= (1 if name.endswith("_q") else 1e-4), name
 
 
 def test_accumulated_gradients_that_the_trainer_has_clipped_are_not_clipped_again():
-    """By a limit that they reach but for rounding: not even their last bits change."""
+    """Their norm is the limit up to rounding; a second clipping must not change even a last bit."""
     runs = []
     for gradient, settings in (("stack", {}), ("release", {"clipping": "exact"})):
         limit = {"max_grad_norm": 0.05} if settings else {}
@@ -364,9 +364,9 @@ def test_accumulated_gradients_that_the_trainer_has_clipped_are_not_clipped_agai
 
 @pytest.mark.parametrize("clipping", ["tensor", "previous"])
 def test_clipping_holds_where_hooks_were_lost(clipping):
-    """Gradients that reach the step unused are clipped there, as they would have been.
+    """Gradients that reach the step unreleased are clipped there, as release would have done.
 
-    Half of them were released by then. A step later both halves are in the norm of this one.
+    Half of them were released before. The next step's previous norm includes both halves.
     """
     states = []
     for lose_hooks in (False, True):
@@ -387,7 +387,7 @@ def test_clipping_holds_where_hooks_were_lost(clipping):
 
 @pytest.mark.parametrize("tile_elements", [10**9, 22 * 30])
 def test_tensor_and_previous_clipping_follow_their_definition(monkeypatch, tile_elements):
-    """Over steps enough to tell the norm of the step before from that of any other."""
+    """There are enough steps to tell the norm of the step before from that of any other."""
     monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", tile_elements)
     ids = batches(4)
     for clipping in ("tensor", "previous"):
@@ -427,7 +427,7 @@ def test_a_limit_that_no_norm_reaches_changes_no_bit(clipping):
 
 
 def test_the_norm_of_bf16_gradients_is_that_of_float64():
-    """Norms that are BF16 themselves are off by up to a part in 256."""
+    """Norms computed in BF16 would be off by up to a part in 256."""
     parameters = [nn.Parameter(torch.zeros(n, dtype=torch.bfloat16)) for n in (1000, 37, 5)]
     optimizer = QFTLion(parameters, gradient="release")
     factors = [torch.linspace(0.1, 1, len(p)).bfloat16() for p in parameters]
@@ -485,7 +485,7 @@ def test_accumulation_can_be_forbidden():
 
 
 class Failure(nn.Module):
-    """Raises in backward, once."""
+    """Raises in backward."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
@@ -642,7 +642,7 @@ def test_a_gradient_that_is_finite_in_some_rows_says_that_these_were_updated():
 
 
 class Identity(torch.autograd.Function):
-    """Passes its input on and its gradient through a function."""
+    """Returns its input and passes its gradient through a function."""
 
     @staticmethod
     def forward(ctx, x, change):
@@ -680,7 +680,7 @@ def test_measuring_would_drop_gradients_that_wait():
 
 
 def test_a_shared_layer_under_reentrant_checkpointing_says_what_to_do():
-    """Each use is a backward pass of its own there, and completes a gradient of its own."""
+    """There each use is a separate backward pass, which completes a gradient of its own."""
     model = network()
     x = model.embed(batches(1)[0])
     for _ in range(2):
@@ -713,7 +713,7 @@ def test_a_shared_layer_is_updated_once(reentrant):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_weights_that_are_frozen_or_not_used_in_some_batches(accumulation):
-    """The last micro-batch of each second step has no gradient for the layers."""
+    """The last micro-batch of every second step has no gradient for the layers."""
     states = []
     for gradient in ("stack", "release"):
         model = network()

@@ -1,4 +1,4 @@
-"""Which random numbers round a step: of every optimizer, of INT8 weights and of BF16 parameters."""
+"""Which random numbers round a step, for every optimizer, INT8 weights and BF16 parameters."""
 
 import pytest
 import torch
@@ -23,12 +23,12 @@ def make_parameter(kind: str) -> nn.Parameter:
 
 
 def stored(parameter: nn.Parameter) -> Tensor:
-    """What rounding decides."""
+    """Return a copy of the tensor that is rounded."""
     return (parameter.codes if isinstance(parameter, QFTWeight) else parameter.detach()).clone()
 
 
 def step(optimizer, n_steps: int = 1, without: nn.Parameter | None = None) -> list[Tensor]:
-    """Step by gradients of 1, but for one parameter; what is stored then."""
+    """Step with gradients of 1 for all but one parameter; return the stored tensors."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for _ in range(n_steps):
         for parameter in parameters:
@@ -62,7 +62,7 @@ def test_to_nearest_small_steps_are_lost_and_at_random_they_are_not(rule, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", RULES)
 def test_equal_parameters_are_rounded_differently(rule, kind, n_groups):
-    """The stream is the position among all parameters: equal ones would correlate the noise."""
+    """The stream is the position among all parameters; equal streams would correlate the noise."""
     parameters = [make_parameter(kind) for _ in range(2)]
     groups = [parameters] if n_groups == 1 else [[parameter] for parameter in parameters]
 
@@ -86,7 +86,7 @@ def test_a_parameter_is_rounded_by_its_number_whatever_is_stepped_beside_it(rule
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", RULES)
 def test_steps_of_a_parameter_are_rounded_differently(rule, kind):
-    """The same numbers again would move the same elements at each step, and no others."""
+    """Repeated numbers would move the same elements at each step, and no others."""
     parameter = make_parameter(kind)
     optimizer = rule([parameter], lr=LR)
     before = stored(parameter)

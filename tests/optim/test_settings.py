@@ -1,4 +1,4 @@
-"""Options of groups are looked at wherever they may come from, before anything moves."""
+"""Options of groups are checked wherever they come from, before any parameter changes."""
 
 import copy
 import math
@@ -98,7 +98,7 @@ def test_a_group_that_is_added_is_refused_and_the_optimizer_unchanged(kind, name
 def test_what_is_written_into_a_group_is_refused_before_anything_moves(
     kind, name, value, match, gradient
 ):
-    """In the last group, so that the others would have moved; in release by backward already."""
+    """In the last group, so that others would have moved already; release raises in backward."""
     model = network()
     parameters = list(model.parameters())
     groups = [{"params": parameters[:3]}, {"params": parameters[3:]}]

@@ -22,7 +22,7 @@ from tests.tolerances import assert_same_bits, assert_same_tensors
 
 
 def through_a_file(state: dict) -> dict:
-    """As the Trainer reads `optimizer.pt`: plain tensors only."""
+    """Save and load as the Trainer does with `optimizer.pt`: plain tensors only."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -41,7 +41,7 @@ def test_state_is_int8_and_survives_a_file():
     dtypes = {name.split(".")[1]: t.dtype for name, t in state_tensors(other).items()}
     assert dtypes["momentum_codes"] == torch.int8
     assert dtypes["momentum_scales"] == dtypes["momentum"] == torch.float32
-    # Rates, decays and the seed come with it.
+    # Learning rates, decays and the seed are loaded too.
     for group, saved in zip(other.param_groups, optimizer.param_groups, strict=True):
         for name in ("lr", "betas", "weight_decay", "seed", "stochastic_rounding", "maximize"):
             assert group[name] == saved[name]
@@ -125,7 +125,7 @@ def test_a_parameter_that_had_no_gradient_yet_resumes_without_state():
 
 
 def set_tensor(index, name, change):
-    """A change of one tensor of a state dict."""
+    """Return a function that changes one tensor of a state dict."""
 
     def apply(state):
         state["state"][index][name] = change(state["state"][index][name])
@@ -134,7 +134,7 @@ def set_tensor(index, name, change):
 
 
 def assert_refused(spoil, match, kind=QFTLion, **settings):
-    """A state dict that was valid is refused after a change, and the optimizer stays as it is."""
+    """Assert that a valid state dict is refused after a change and the optimizer stays as it is."""
     model = make_model()
     optimizer = make_optimizer(model, kind, **settings)
     train(model, optimizer, range(2))
@@ -152,7 +152,7 @@ def assert_refused(spoil, match, kind=QFTLion, **settings):
 
 
 def spoiled_states():
-    """A change of a valid state dict, and what the error says."""
+    """Return changes of a valid state dict, each with the error message that it must cause."""
 
     def drop(index, name):
         return lambda state: state["state"][index].pop(name)
@@ -234,7 +234,7 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_changes(spoil, match):
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf"), -1.0, "2", [1.0, 2.0]])
 def test_a_previous_norm_that_is_none_is_refused_and_nothing_changes(norm):
-    """A negative one turned every gradient around."""
+    """A negative norm once reversed every gradient."""
     norm = norm if isinstance(norm, str) else torch.tensor(norm)
     assert_refused(
         lambda state: state.update(previous_norm=norm),
@@ -256,7 +256,7 @@ def test_steps_are_counted_on_the_host_in_a_tensor(gradient):
         assert isinstance(step, torch.Tensor)
         assert (step.dtype, step.shape, step.device.type) == (torch.int64, (), "cpu")
         assert step == 3
-    # Each counts for itself.
+    # Each parameter has a counter of its own.
     assert len({state["step"].data_ptr() for state in optimizer.state.values()}) == 11
 
 
@@ -321,7 +321,7 @@ def test_a_copy_clips_by_the_previous_norm_bit_for_bit(copy_it):
         assert all(p.grad is None for p in other.parameters())  # released
         copied.step()
         assert_same_tensors(snapshot(other, copied), snapshot(model, optimizer))
-    # It is the norm that does it: without, the next bits are others.
+    # The norm is the reason: without it, the next bits differ.
     copied.flow.previous_norm = None
     train(model, optimizer, [4])
     train(other, copied, [4])
@@ -350,7 +350,7 @@ def test_groups_cut_differently_are_refused_and_nothing_changes():
 
 
 def test_adamw_state_of_a_float_model_is_refused():
-    """Resume from a checkpoint of an ordinary run: as many parameters, another state."""
+    """A checkpoint of an ordinary run has as many parameters, but another state."""
     model = make_model()
     optimizer = make_optimizer(model)
     float_parameters = [nn.Parameter(torch.zeros(p.shape)) for p in model.parameters()]

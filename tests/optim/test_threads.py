@@ -1,4 +1,4 @@
-"""The number of CPU threads moves no bit of a training run."""
+"""The number of CPU threads changes no bit of a training run."""
 
 import os
 import subprocess
@@ -56,9 +56,9 @@ for n_threads in (1, 2, 3):
 
 
 def test_runs_on_one_two_and_three_threads_end_in_the_same_bits():
-    """In FP32 the columns of outliers came from products that PyTorch splits among threads.
+    """In FP32, outlier columns once came from products that PyTorch splits among threads.
 
-    Tests ran on one thread, or compared kernels, and not what is between them.
+    Other tests ran on one thread, or compared kernels and not the code between them.
     """
     result = subprocess.run(
         [sys.executable, "-c", RUNS],
@@ -71,14 +71,14 @@ def test_runs_on_one_two_and_three_threads_end_in_the_same_bits():
     counts, digests = [first for first, *_ in printed], [others for _, *others in printed]
 
     assert counts == ["1", "2", "3"]
-    assert len(set(digests[0])) == 8  # each run its own
+    assert len(set(digests[0])) == 8  # all runs differ
     assert digests[1] == digests[0]
     assert digests[2] == digests[0]
 
 
 @pytest.fixture
 def on_threads():
-    """Calls a function on one, two, three and four threads, and returns its results."""
+    """Call a function on one, two, three and four threads, and return its results."""
     before = torch.get_num_threads()
 
     def call(function):

@@ -1,7 +1,7 @@
-"""What PyTorch's own suite demands of an optimizer, over ours on float parameters.
+"""Requirements of PyTorch's own optimizer tests, applied to ours with float parameters.
 
-The bodies follow `TestOptimRenewed` of PyTorch's `test/test_optim.py`, in our words. Those that do
-not apply, and why:
+The bodies follow `TestOptimRenewed` of PyTorch's `test/test_optim.py`, rewritten. These do not
+apply:
 
 - foreach, fused, capturable, differentiable, maximize for tensors on several GPUs: there are no
   such arguments; float parameters of a group are always updated together.
@@ -47,7 +47,7 @@ INPUT = torch.linspace(-1.5, 2.0, 5)
 
 
 class Regression(nn.Module):
-    """`|weight @ input + bias|^2`, to be brought to 0."""
+    """A loss of `|weight @ input + bias|^2`, whose minimum is 0."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The claim itself: INT8 weights with stochastic rounding train like float, nearest does not.
+"""The main claim: INT8 weights with stochastic rounding train like float, with nearest they do not.
 
-The same for SGD without momentum; a momentum of 4 bits costs a little.
+The same holds for SGD without momentum; a momentum of 4 bits costs a little.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SEEDS = (0, 1, 2)
 
 
 class NextByte(nn.Module):
-    """A byte from the eight before it: embedding, two hidden layers, norm, head."""
+    """Predicts a byte from the eight before it: embedding, two hidden layers, norm, head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def windows(text: Tensor, generator: torch.Generator, count: int) -> tuple[Tenso
 
 
 def loss_reduction(kind: str, text: Tensor, *, seed: int, lr: float) -> float:
-    """Held-out loss before training minus after; data and start depend on the seed alone."""
+    """Return held-out loss before training minus after; data and start depend on the seed only."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = NextByte()
@@ -112,7 +112,7 @@ def loss_reduction(kind: str, text: Tensor, *, seed: int, lr: float) -> float:
     return before - evaluate()
 
 
-# Half a quantum of these weights is 3.5e-4 and more: more than a step.
+# Half a quantum of these weights is at least 3.5e-4, which is more than a step.
 @pytest.mark.parametrize("lr", [2e-4, 3e-4])
 def test_int8_recovers_what_float_learns_and_nearest_rounding_does_not(text, lr):
     reductions = {
@@ -125,7 +125,7 @@ def test_int8_recovers_what_float_learns_and_nearest_rounding_does_not(text, lr)
         for kind in ("qft", "4 bits", "nearest")
     }
 
-    # It learns something worth recovering: from 5 nats to about 3, and not to nothing.
+    # The float run learns enough to compare with: from 5 nats to about 3, not to 0.
     assert all(1.5 < reduction < 3 for reduction in learned)
     assert recovered["qft"] >= 0.995, reductions
     assert recovered["4 bits"] >= 0.97, reductions
@@ -133,7 +133,7 @@ def test_int8_recovers_what_float_learns_and_nearest_rounding_does_not(text, lr)
 
 
 def test_sgd_without_state_recovers_what_float_sgd_learns(text):
-    """A rate 100 times Lion's; from 0.3 on, float SGD is unstable here."""
+    """The learning rate is 100 times Lion's; from 0.3 on, float SGD is unstable here."""
     learned, recovered = (
         [loss_reduction(kind, text, seed=seed, lr=0.03) for seed in SEEDS]
         for kind in ("float sgd", "sgd")

@@ -1,4 +1,4 @@
-"""What a user has put on a parameter stays there and has effect: hooks that mask, attributes."""
+"""Hooks and attributes that a user puts on a parameter stay there and have effect."""
 
 import copy
 from contextlib import nullcontext
@@ -41,7 +41,7 @@ def step(model: nn.Module, optimizer, ids: Tensor, n_parts: int = 1) -> None:
 
 
 def moved_rows(before: dict[str, Tensor], model: nn.Module, name: str) -> list[int]:
-    """Rows of which any stored value differs."""
+    """Return the rows of which any stored value differs."""
     after = model.state_dict()
     moved = torch.zeros(len(after[f"{name}_q"]), dtype=torch.bool)
     for key, old in before.items():
@@ -51,7 +51,7 @@ def moved_rows(before: dict[str, Tensor], model: nn.Module, name: str) -> list[i
 
 
 def masking(mask: Tensor, form: str):
-    """Four ways to write the same hook."""
+    """Return the same hook in one of four forms."""
 
     def in_place(gradient: Tensor) -> None:
         gradient.mul_(mask)
@@ -69,7 +69,7 @@ def masking(mask: Tensor, form: str):
 @pytest.mark.parametrize("gradient", MODES)
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_a_row_mask_trains_the_new_tokens_only(is_tied, gradient, n_parts, form):
-    """Without decay, which moves every row as it does in any optimizer."""
+    """Weight decay is 0, since it moves every row, as in any optimizer."""
     model = network(is_tied=is_tied)
     optimizer = make_optimizer(model, gradient, lr=0.05, weight_decay=0.0)
     model.head.weight.register_hook(masking(row_mask(), form))
@@ -109,7 +109,7 @@ def test_a_hook_sees_the_whole_gradient_in_int8(gradient, name):
 
 @pytest.mark.parametrize("is_first", [False, True])
 def test_an_accumulate_hook_sees_the_whole_gradient_too(is_first):
-    """One that was there first; after the flow's there is no gradient left, only the update."""
+    """If it comes before the flow's hook: after that one no gradient is left, only the update."""
     model = network(is_tied=False)
     seen: list[type] = []
 
@@ -170,7 +170,7 @@ def test_a_hook_that_returns_none_changes_no_bit(gradient):
 
 @pytest.mark.parametrize("gradient", MODES)
 def test_half_a_gradient_moves_half_as_far_and_its_siblings_as_ever(gradient):
-    """SGD to nearest, with steps of many quanta: the way is the gradient."""
+    """SGD with nearest rounding and steps of many quanta moves in proportion to the gradient."""
     moves, scales = [], []
     for factor in (1.0, 0.5):
         model = network(is_tied=False)
@@ -188,13 +188,13 @@ def test_half_a_gradient_moves_half_as_far_and_its_siblings_as_ever(gradient):
     (whole, sibling), (half, same_sibling) = moves
     assert torch.equal(sibling, same_sibling)
     assert whole.abs().max() > 20 * scales[0].max()
-    # Each end was rounded to the nearest of its quanta; the beginnings were exact.
+    # Values after each step are rounded to the nearest quantum; those before are exact.
     bound = 0.25 * scales[0] + 0.5 * scales[1] + 8 * FP32_EPS * whole.abs()
     assert ((half - whole / 2).abs() <= bound).all()
 
 
 def masked_hook_moves_only(model: nn.Module, kept: slice) -> None:
-    """A training step with a mask that is there already moves these rows of `up` alone."""
+    """Assert that a training step with the existing mask moves only these rows of `up`."""
     for gradient in MODES:
         trained = copy_with_hooks(model)
         optimizer = make_optimizer(trained, gradient, lr=0.05, weight_decay=0.0)
@@ -204,7 +204,7 @@ def masked_hook_moves_only(model: nn.Module, kept: slice) -> None:
 
 
 def copy_with_hooks(model: nn.Module) -> nn.Module:
-    """A deep copy, on whose parameters torch has left the hooks out, with them."""
+    """Return a deep copy with hooks, which torch drops when it copies parameters."""
     other = copy.deepcopy(model)
     for old, new in zip(model.parameters(), other.parameters(), strict=True):
         for hook in (old._backward_hooks or {}).values():
@@ -291,7 +291,7 @@ def test_attributes_survive(change):
     assert model.embed.weight.tags == ["embedding"]  # the same parameter
     assert model.norm.weight.lr_scale == 2.0
     assert not hasattr(model.down.weight, "lr_scale")
-    # What belongs to the inside is that of the new one.
+    # Attributes of the storage are those of the new parameter.
     assert model.up.weight.stored.codes.dtype == torch.int8
     assert model.embed.weight.is_table
     assert not model.up.weight.is_table

@@ -16,7 +16,7 @@ SINCE = r"has changed since the forward pass .* Run backward of every forward pa
 
 
 class Experts(nn.Module):
-    """Three experts; six tokens."""
+    """Three experts for six tokens."""
 
     def __init__(self, products: Int8Products | None) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ def few_tokens_are_enough(monkeypatch):
 @pytest.mark.parametrize("rule", [QFTLion, QFTAdamW])
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_a_step(kind, rule, gradient):
-    """It went on in silence, with the input gradient of another weight than the output was of."""
+    """It once continued silently, with an input gradient of another weight than the forward's."""
     model = make(kind)
     optimizer = rule(model.parameters(), lr=1e-2, gradient=gradient)
     x = randn(6, 20, seed=2).requires_grad_()
@@ -63,7 +63,7 @@ def test_after_a_step(kind, rule, gradient):
     with pytest.raises(RuntimeError, match=SINCE):
         second.backward()
     assert x.grad is None
-    model(x).sum().backward()  # a new pass is right
+    model(x).sum().backward()  # a new forward pass is valid
 
 
 @pytest.mark.parametrize("kind", ["linear", "linear, int8"])

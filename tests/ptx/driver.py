@@ -1,7 +1,7 @@
 """Triton's driver of an emulated GPU: kernels are compiled for it, and their PTX is executed.
 
-Triton's own way to a launch runs as on a device: what arguments specialize a kernel for, its
-constants, the keys of its caches. Only the last step, machine code and its launch, is replaced.
+Triton's own path to a launch runs as on a device: specialization for arguments, constants, keys of
+its caches. Only the last step, machine code and its launch, is replaced.
 """
 
 import os
@@ -28,7 +28,7 @@ _kernels: dict[str, emulator.Kernel] = {}  # by their PTX
 
 
 class Launcher:
-    """What Triton calls in the place of its C function."""
+    """Launches a kernel in place of Triton's C function."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.source = source
@@ -63,7 +63,7 @@ class Launcher:
         kernel.launch(grid, values, emulator.Memory(regions))
 
     def addressed(self, table: Tensor) -> Iterator[tuple[int, int, str]]:
-        """Memory that the table of `lion_step_floats_` holds the addresses of."""
+        """Yield the memory whose addresses are in the table of `lion_step_floats_`."""
         names = self.source.fn.arg_names
         constants = {names[key[0]]: value for key, value in self.source.constants.items()}
         sizes = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -76,7 +76,7 @@ class Launcher:
 
 
 def extent(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
+    """Return the bytes from the first element to the end of the last."""
     if tensor.numel() == 0:
         return 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -136,7 +136,7 @@ class Driver(DriverBase):
 
 
 def install(capability: int) -> None:
-    """From now on Triton compiles for this GPU, and tensors on the CPU may take its kernels."""
+    """Make Triton compile for this GPU, and let tensors on the CPU use its kernels."""
     os.environ["TRITON_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "qft_hf-ptx")
     CUDABackend.make_cubin = lambda self, source, *_: source.encode()
     triton.runtime.driver.set_active(Driver(capability))
@@ -147,7 +147,7 @@ def install(capability: int) -> None:
     backend.backends.cache_clear()
     from qft_hf.kernels.triton import int8_product
 
-    # The smallest is the quickest here.
+    # The smallest tile is the fastest here.
     tiles = int8_product.OTHER_TILES = int8_product.TILES[divmod(capability, 10)]
     int8_product.choose_tile = lambda rows, columns, device, width=None: [
         tile for tile in tiles if width in (None, tile.columns)

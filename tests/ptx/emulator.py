@@ -1,9 +1,9 @@
-"""Execute PTX, as Triton writes it, on a CPU: numpy over all threads of a block.
+"""Execute Triton's PTX on a CPU, with numpy over all threads of a block.
 
-Follows the PTX ISA for the subset that occurs in these kernels. What is checked besides values:
-every global access must lie inside a tensor that was passed (exact bounds), be aligned, and no two
-threads may touch the same byte without a barrier between, unless both read or write the same.
-cp.async is performed at the latest moment that its waits allow. Shared memory starts as garbage.
+Implements the PTX ISA for the subset that occurs in these kernels. In addition to values it checks
+that every global access is aligned and inside a tensor that was passed (exact bounds), and that no
+two threads touch the same byte without a barrier in between, unless both read or write the same.
+cp.async runs at the latest moment that its waits allow. Shared memory starts as garbage.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Region:
 
 
 class Shadow:
-    """Who touched each byte since the last barrier."""
+    """Which thread touched each byte since the last barrier."""
 
     def __init__(self, n):
         self.wt = np.full(n, -1, np.int32)  # thread that wrote
@@ -69,7 +69,7 @@ class Memory:
         self.ends = np.array([r.base + r.size for r in self.regions], dtype=np.int64)
 
     def locate(self, address, width, what):
-        """[(region, positions within address, byte offset in window)]."""
+        """Return [(region, positions within address, byte offset in window)]."""
         a = address.astype(np.int64)
         if len(a) == 0:
             return []
@@ -103,7 +103,7 @@ class Memory:
 
 
 def canon32(x):
-    """float32 array to bits, NaN made the one that the hardware writes."""
+    """Return the bits of a float32 array, with the NaN that the hardware writes."""
     bits = x.view(U32)
     nan = x != x
     if nan.any():
@@ -120,7 +120,7 @@ def ftz_in(x):
 
 
 def fma32(a, b, c):
-    """Exact: the product of two float32 is exact in float64; round to odd before narrowing."""
+    """Exact: the product of two float32 is exact in float64, and narrowing rounds to odd first."""
     p = a.astype(np.float64) * b.astype(np.float64)
     c = c.astype(np.float64)
     s = p + c
@@ -278,7 +278,7 @@ class Kernel:
     # ---- operands: functions of the machine state
 
     def reader(self, text, bits, kind="u"):
-        """A function giving the operand as uint array (or scalar) of `bits`; `kind` f, s, u."""
+        """Return a reader of the operand as uint array (or scalar) of `bits`; `kind` f, s or u."""
         dtype = {"u": UINT, "s": SINT, "f": FLOAT}[kind].get(bits) if bits != 1 else bool
         m = REG.match(text)
         T = self.T
@@ -330,7 +330,7 @@ class Kernel:
         raise Fault(f"special register {text}")
 
     def writer(self, text):
-        """A function(S, mask or None, uint array) storing into a register."""
+        """Return a function(S, mask or None, uint array) that stores into a register."""
         if text == "_":
             return lambda S, mask, v: None
         m = REG.match(text)
@@ -1226,7 +1226,7 @@ class Kernel:
             turned_a, turned_b = False, ins.args[-1] == "1"
 
         def values(bits):
-            """fp64 values of elements that lie along the last axis as bytes."""
+            """Return the FP64 values of elements whose bytes are along the last axis."""
             if is_integer:
                 return bits.view(np.int8).astype(np.float64)
             halves = np.ascontiguousarray(bits).view(U16)
@@ -1470,7 +1470,7 @@ class State:
             sh.wt[p], sh.we[p], sh.wb[p], sh.wv[p] = lanes, self.epoch, self.block, flat[:, b]
 
     def warp_sync(self, mask):
-        # Counted as a barrier of the block, also where warps go on by themselves.
+        # Counts as a barrier of the block, even if warps continue independently.
         self.epoch += 1
 
     # ---- asynchronous copies
@@ -1525,7 +1525,7 @@ class State:
                     by[pc] = by[pc] | m if pc in by else m
                 ready = [[pc, m] for pc, m in by.items()]
                 waiting = []
-            # The earliest code first, so that paths join again.
+            # Run the earliest code first, so that paths join again.
             ready.sort(key=lambda x: x[0])
             pc, mask = ready.pop(0)
             while ready and ready[0][0] == pc:

@@ -1,4 +1,4 @@
-"""The emulated device sees the faults that it is there for: planted in real kernels."""
+"""The emulated device detects the faults that it checks for, planted in real kernels."""
 
 import importlib
 import os
@@ -24,7 +24,7 @@ quantization = importlib.import_module("qft_hf.kernels.triton.quantization")
 
 @pytest.fixture
 def plant(monkeypatch):
-    """Edits the PTX of what is launched from now on."""
+    """Edit the PTX of kernels that are launched from now on."""
 
     def edit(pattern: str, text: str) -> None:
         kernel = emulator.Kernel
@@ -41,7 +41,7 @@ def plant(monkeypatch):
 
 
 def dequantize() -> torch.Tensor:
-    """Outliers are stored over the codes of other threads, behind a barrier."""
+    """Dequantize: outliers are stored over results of other threads, after a barrier."""
     weight = make_state((2, 1100), group_size=None, outlier_fraction=0.03).weight
     return backend.dequantize(Weight(*weight.tensors, None))
 
@@ -81,7 +81,7 @@ def test_a_grid_that_no_device_launches():
 
 
 def test_a_result_that_is_off_by_its_last_bit(plant):
-    """What a fused multiplication and addition would do is seen by the tests of bits."""
+    """Tests that compare bits detect what a fused multiplication and addition would change."""
     plant(r"mul\.rn\.f32( *\t*)(%\w+), (%\w+), (%\w+);", r"fma.rn.f32\1\2, \3, \4, 0f1E3CE508;")
     weight = make_state((2, 1100), group_size=None, outlier_fraction=0.03).weight
 

@@ -1,6 +1,6 @@
-"""Weights of other shapes than `[rows, columns]`: experts, and modules that hold theirs transposed.
+"""Weights of other shapes than `[rows, columns]`: experts, and weights that are held transposed.
 
-What is stored is a matrix whose rows are outputs, so each matrix has the bits that it has alone.
+They are stored as a matrix whose rows are outputs, so each matrix has the bits that it has alone.
 """
 
 import copy
@@ -14,7 +14,7 @@ from qft_hf.config import QuantizationSpec
 from qft_hf.quant import Arrangement, Int8Gradient, QFTWeight
 from tests.tolerances import FP32_EPS, assert_same_bits
 
-E, R, C = 3, 10, 300  # with 256 columns a scale, groups of gradients are short at the end
+E, R, C = 3, 10, 300  # gradients have a scale per 256 columns, so their last group is short
 SPECS = {
     "rows": QuantizationSpec(),
     "groups": QuantizationSpec(group_size=64),
@@ -24,7 +24,7 @@ SPECS = {
 
 def experts(*, transposed: bool = False, dtype=torch.float32) -> torch.Tensor:
     x = torch.randn(E, R, C, generator=torch.Generator().manual_seed(0)) * 0.02
-    x[1] *= 30  # of another size than its neighbours
+    x[1] *= 30  # of another magnitude than its neighbors
     return (x.transpose(1, 2).contiguous() if transposed else x).to(dtype)
 
 
@@ -144,7 +144,7 @@ def test_a_factor_of_each_expert_scales_its_own(transposed):
 
     scaled = gradient * factors
 
-    # Codes are rounded again, to scales that are the old ones times the factor but for FP32.
+    # Codes are rounded again, to the old scales times the factor, up to FP32 rounding.
     expected = gradient.dequantize() * factors
     torch.testing.assert_close(scaled.dequantize(), expected, rtol=4 * FP32_EPS, atol=0)
     assert torch.equal(scaled.codes[: E * R : 2 * R], gradient.codes[: E * R : 2 * R])
@@ -159,7 +159,7 @@ def test_a_mask_of_the_shape_of_the_weight_masks_its_own_elements(transposed):
 
     masked = gradient * mask
 
-    # Groups have other maxima now, and are rounded again: by half a scale.
+    # Groups have other maxima now and are rounded again, by at most half a scale.
     error = (masked.dequantize() - gradient.dequantize() * mask).abs()
     scales = arrangement.parameter(masked.scales[:, torch.arange(C) // 256])
     assert (error <= 0.5 * scales * (1 + 127 * 4 * FP32_EPS)).all()

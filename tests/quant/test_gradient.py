@@ -1,4 +1,4 @@
-"""`Int8Gradient`: what autograd, accumulation and clipping do with it."""
+"""`Int8Gradient` under autograd, accumulation and clipping."""
 
 import copy
 
@@ -55,7 +55,7 @@ def test_rows_may_come_in_any_order_and_form(dtype):
 
 
 def tiled(x: torch.Tensor, n_rows: int, made_by: Tiles | None = None) -> TiledGradient:
-    """`x` in tiles of `n_rows` rows, as if they were made when they are asked for."""
+    """Return `x` in tiles of `n_rows` rows, as if each were made when it is requested."""
     rows = [slice(i, min(i + n_rows, len(x))) for i in range(0, len(x), n_rows)]
     return TiledGradient(
         made_by or Tiles(lambda part: x[part]),
@@ -127,7 +127,7 @@ def test_tiles_that_are_made_quantized_are_never_float(n_rows):
     ],
 )
 def test_gradients_in_tiles_add_as_int8_ones_do(add):
-    """Autograd sums the gradients of a weight that is used twice, and accumulates."""
+    """Autograd sums the gradients of a weight that is used twice, and of several passes."""
     one, other = random(seed=1), random(seed=2) * 5
     expected = gradient_of(one) + gradient_of(other)
 
@@ -289,7 +289,7 @@ def test_a_factor_for_each_element_is_rounded_to_nearest(shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_mask_of_elements_leaves_the_codes_of_the_others(dtype):
-    """The values are stored exactly, so no rounding to the outer dtype may move them."""
+    """Stored values are exact, so no rounding to the outer dtype may move them."""
     x = random(rows=400, dtype=dtype)
     gradient = gradient_of(x)
     mask = torch.ones(400, 300)
@@ -305,7 +305,7 @@ def test_a_mask_of_elements_leaves_the_codes_of_the_others(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_clipping_by_value_clamps_each_value(dtype):
-    """To half a step of the new scales: of 300 columns the second group has fewer, and its own."""
+    """Within half a new scale; of the 300 columns, the second group is shorter, with its scale."""
     parameter = nn.Parameter(torch.zeros(7, 300, dtype=dtype))
     gradient = parameter.grad = gradient_of(random(dtype=dtype))
     before = values64(gradient).numpy()

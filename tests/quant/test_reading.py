@@ -1,4 +1,4 @@
-"""Code that knows nothing of INT8 reads a weight as it does any tensor, and cannot write to it."""
+"""Code that does not know INT8 reads a weight as it reads any tensor, and cannot write to it."""
 
 import copy
 import warnings
@@ -151,7 +151,7 @@ def test_autocast_reads_in_its_dtype():
 
 
 def test_a_gradient_of_the_module_and_one_from_outside_add_up_in_int8():
-    """In whatever order autograd adds them, and over two passes; once rounded each."""
+    """Autograd may add them in either order and over two passes; each is rounded once."""
     weight = make_weight()
     parts = [torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(s)) for s in (1, 2)]
     ours, theirs = Int8Gradient.from_float(parts[0], dtype=torch.float32), parts[1]
@@ -165,7 +165,7 @@ def test_a_gradient_of_the_module_and_one_from_outside_add_up_in_int8():
     assert type(other) is Int8Gradient
     bound = (ours.scales + expected.scales + other.scales).amax()
     assert ((other.dequantize() - expected.dequantize()).abs() <= bound).all()
-    weight.grad = theirs.clone()  # and a float gradient that was there first takes an INT8 one
+    weight.grad = theirs.clone()  # an INT8 gradient may be added to an earlier float one
     weight.grad += ours
     assert_same_bits(weight.grad, theirs + ours.dequantize())
 
@@ -175,7 +175,7 @@ def test_a_gradient_of_the_module_and_one_from_outside_add_up_in_int8():
 
 @pytest.fixture
 def rows_made(monkeypatch):
-    """How many rows are made float, a number for each time."""
+    """Record how many rows are dequantized each time."""
     made: list[int] = []
     expand = QFTWeight._expand
 
@@ -298,7 +298,7 @@ def test_writing_raises_and_says_what_to_do(write):
 
 
 def test_float_data_is_refused():
-    """It was lost without a word."""
+    """It was once lost silently."""
     weight = make_weight()
     for tensor in (weight, weight[0]):
         with pytest.raises(
@@ -328,7 +328,7 @@ READERS = {
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
 def test_numpy_and_lists_have_the_values_and_cannot_be_written_to(read):
-    """They failed, and with them histograms of weights and gradients in a callback."""
+    """They once failed, and with them callbacks that plot histograms of weights and gradients."""
     tensor = read(make_weight().detach())
     values = tensor.dequantize()
     for array in (tensor.numpy(), np.asarray(tensor), tensor.cpu().numpy(force=True)):

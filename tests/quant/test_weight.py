@@ -1,4 +1,4 @@
-"""`QFTWeight`: the hybrid quantizer, and what a parameter must survive."""
+"""`QFTWeight`: the hybrid quantizer, and operations that a parameter must support."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ SPECS = [
 
 
 def heavy_tailed(rows=9, columns=101, dtype=torch.float32, seed=0):
-    """Gaussian with a few values ten times larger in each row, as real weights have."""
+    """Return Gaussian values, some ten times larger in each row, as in real weights."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, columns, generator=generator) * 0.02
     x[torch.rand(rows, columns, generator=generator) < 0.01] *= 10
@@ -76,7 +76,7 @@ def test_outliers_are_the_largest_of_each_row(spec):
 
 
 def test_outliers_for_int8_products_are_whole_columns():
-    """Those that stand out most from their row, whatever the scale of the row."""
+    """They are the columns that stand out most from a row, whatever the scale of that row."""
     x = torch.randn(9, 101, generator=torch.Generator().manual_seed(0)) * 0.02
     x[2, 40] = 0.5
     x[5] *= 1000  # its largest values are the largest of the matrix, and ordinary in their row
@@ -91,7 +91,7 @@ def test_outliers_for_int8_products_are_whole_columns():
     assert_same_bits(weight.outlier_values, x[:, [40, 99]])
     assert (weight.codes[:, [40, 99]] == 0).all()
     whole_rows = QFTWeight.from_float(x, QuantizationSpec(outlier_fraction=0.0))
-    for row in (2, 7):  # the others keep their codes for themselves
+    for row in (2, 7):  # the other columns have all codes for themselves
         assert weight.scales[row] < whole_rows.scales[row] / 5
 
 
@@ -105,7 +105,7 @@ def test_relative_error_falls_with_outliers_and_with_groups():
     by_fraction = [error(outlier_fraction=fraction) for fraction in (0.0, 0.005, 0.02)]
     assert by_fraction[0] > 1.2 * by_fraction[1] > 1.2**2 * by_fraction[2]
     assert error(outlier_fraction=0.0, group_size=64) < by_fraction[0] / 1.2
-    # Uniform noise of one quantum, from the scales themselves: within 5 % of what is measured.
+    # Uniform noise of one quantum, predicted from the scales, is within 5 % of the measured error.
     weight = QFTWeight.from_float(x, QuantizationSpec(outlier_fraction=0.02))
     predicted = (weight.scales.square() * (512 - 11) / 12).sum().sqrt() / x.norm()
     assert by_fraction[2] == pytest.approx(predicted.item(), rel=0.05)
@@ -325,7 +325,7 @@ ALIASES = {
 
 @pytest.mark.parametrize("alias", ALIASES.values(), ids=ALIASES)
 def test_what_is_written_through_an_alias_is_seen_by_the_weight(alias):
-    """`p.data.copy_(q.data)`, as averages and soups do it, left prepared columns of old values."""
+    """`p.data.copy_(q.data)`, as in weight averaging, once left prepared columns of old values."""
     spec = QuantizationSpec(outlier_fraction=0.02, matmul="int8")
     target = QFTWeight.from_float(heavy_tailed(seed=1), spec)
     source = QFTWeight.from_float(heavy_tailed(seed=2), spec)
@@ -379,7 +379,7 @@ def test_a_weight_is_not_clamped_away_from_zero():
 
 
 def test_weights_are_equal_whose_values_are():
-    """As transformers asks it of weights that a checkpoint should have tied."""
+    """In transformers, this compares weights that a checkpoint should have tied."""
     weight = QFTWeight.from_float(heavy_tailed(), SPECS[1])
     fields = {name: field.clone() for name, field in weight.fields().items()}
     assert torch.equal(weight, weight.clone())
@@ -401,7 +401,7 @@ def test_copy_between_group_sizes_is_refused():
 
 
 def test_copy_between_outlier_fractions_is_refused():
-    """Group sizes agree, the numbers of outliers do not: codes were copied all the same."""
+    """Group sizes agree, the numbers of outliers do not; codes were once copied nevertheless."""
     target = QFTWeight.from_float(heavy_tailed(seed=1), SPECS[0])
     before = copy.deepcopy(target)
 

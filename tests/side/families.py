@@ -42,7 +42,7 @@ DECODERS: dict[str, Any] = {
 
 
 def decoder(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A causal language model in eval mode, the same values at every call."""
+    """Return a causal language model in eval mode, with the same values at every call."""
     return _built(hf.AutoModelForCausalLM, DECODERS[family], seed, dtype)
 
 
@@ -53,7 +53,7 @@ def wide_decoder() -> Any:
 
 
 def classifier(family: str = "BERT", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """A classifier of three classes; likewise."""
+    """Return a classifier of three classes, made in the same way."""
     if family == "BERT":
         sizes = {name: SIZES[name] for name in SIZES if "key_value" not in name}
         config = hf.BertConfig(**sizes, num_labels=3)
@@ -66,7 +66,7 @@ def _built(auto: Any, config: Any, seed: int, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = auto.from_config(copy.deepcopy(config), dtype=dtype)
-    # Initial values of 0.02 make tiny models almost linear: then little that is wrong would show.
+    # Initial values of 0.02 make tiny models almost linear, which would hide many errors.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -75,6 +75,6 @@ def _built(auto: Any, config: Any, seed: int, dtype: torch.dtype) -> Any:
 
 
 def texts(rows: int = 3, tokens: int = 14, *, seed: int = 1) -> torch.Tensor:
-    """Token ids `[rows, tokens]`, none of them special."""
+    """Return token ids `[rows, tokens]`, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, tokens), generator=generator)

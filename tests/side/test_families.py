@@ -16,14 +16,14 @@ def logits(model, **inputs):
 
 
 def disturbed_(model):
-    """A model whose side network says something, as if it had been trained."""
+    """Make the side network change the logits, as if it had been trained."""
     with torch.no_grad():
         side_network_of(model).upsample.normal_(generator=torch.Generator().manual_seed(7))
     return model
 
 
 def trained_(model, steps=3, **inputs):
-    """Some steps of AdamW; returns the losses."""
+    """Train with some steps of AdamW; return the losses."""
     model.train()
     optimizer = torch.optim.AdamW(side_parameters(model).values(), lr=0.02)
     losses = []
@@ -37,7 +37,7 @@ def trained_(model, steps=3, **inputs):
 
 
 def left_padded():
-    """Ids, mask and positions of three texts of unequal length."""
+    """Return ids and mask of three texts of unequal length, padded on the left."""
     ids = texts()
     mask = torch.ones_like(ids)
     mask[0, :5] = mask[1, :2] = 0
@@ -70,13 +70,13 @@ def test_the_logits_are_those_of_the_base_until_it_is_trained_and_then_learn(fam
         assert after[name].grad is None
     assert all(parameter.dtype == torch.float32 for parameter in own.values())
     still = {name for name, value in first.items() if torch.equal(value, own[name].detach())}
-    # One expert gets all tokens, whatever its router says.
+    # The only expert gets all tokens, whatever its router computes.
     assert {name for name in still if "mlp.gate" not in name} == set()
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_generation_with_caches_equals_that_without(family):
-    """Greedy and beams, left padding. Masks of 0 keys add zeros: only the order of sums differs."""
+    """Greedy and beam search, left padding. Masked keys add zeros: only sums change their order."""
     model = disturbed_(attach_side_network(decoder(family), CONFIG))
     for settings in ({"num_beams": 1}, {"num_beams": 3}):
         with_cache, without = (

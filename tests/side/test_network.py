@@ -1,4 +1,4 @@
-"""What a side network computes, what it keeps, and what it leaves alone."""
+"""What a side network computes, what it keeps for backward, and what it leaves unchanged."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ DOWNSAMPLES = ["adapter", "linear", "mean", "max"]
 
 
 def narrowed(network, number, hidden):
-    """A hidden state at the side network's width, as `downsample` says, written out."""
+    """Return a hidden state at the side network's width, by the definition of `downsample`."""
     module = network.downsamples[number]
     if network.config.downsample == "adapter":
         middle = nn.functional.silu(hidden @ module.down.weight.T)
@@ -76,15 +76,15 @@ def test_it_starts_as_published():
 
 
 def bytes_saved(model, **inputs):
-    """Of one forward pass: bytes that autograd keeps, each storage once, and those as wide as
-    the base."""
+    """Return the bytes that autograd keeps of a forward pass, counting each storage once, and the
+    number of kept tensors that are as wide as the base."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = (tensor, storage.nbytes())  # alive: its address is its own
+            kept[storage.data_ptr()] = (tensor, storage.nbytes())  # alive: no reused addresses
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -103,7 +103,7 @@ def deep(n_layers, **arguments):
 @pytest.mark.parametrize("gradients_at_embeddings", [False, True])
 @pytest.mark.parametrize(("downsample", "a_layer"), [("mean", 0), ("max", 0), ("linear", 1)])
 def test_no_activation_of_the_base_is_kept(downsample, a_layer, gradients_at_embeddings):
-    """Of what is as wide as the base only what D learns from, one hidden state a layer."""
+    """Of tensors as wide as the base, only inputs of a learned D are kept, one for each layer."""
     wide = {}
     for n_layers in (2, 5):
         model = attach_side_network(deep(n_layers), QSTConfig(r=4, downsample=downsample))
@@ -129,7 +129,7 @@ def test_a_fraction_of_what_full_training_keeps_is_kept():
 
     side, _ = bytes_saved(attach_side_network(deep(5), QSTConfig(r=4, downsample="mean")), **inputs)
 
-    # All but what the loss keeps of the logits is at least r times as narrow.
+    # Except for the logits that the loss keeps, all tensors are at least r times narrower.
     of_loss = 2 * texts().numel() * SIZES["vocab_size"] * 4
     assert side - of_loss < (full - of_loss) / 3
 
