@@ -54,7 +54,7 @@ def _output_may_fail() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        if not _has_left():  # another pipe is broken, and the traceback shows which
+        if not _reader_has_left():  # another pipe is broken, and the traceback shows which
             raise
         _print_no_more()
         raise SystemExit(141) from None
@@ -79,7 +79,7 @@ def _is_full_disk(error: Exception) -> bool:
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def _has_left() -> bool:
+def _reader_has_left() -> bool:
     """Return whether the reader of this process's output has left."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):

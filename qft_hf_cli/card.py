@@ -25,10 +25,10 @@ def main(argv: list[str]) -> None:
     known = vars(arguments.parse_args(argv))
 
     from qft_hf.hf.finetune.run_card import write_run_card
-    from qft_hf.hf.licenses import doubt
+    from qft_hf.hf.licenses import license_warning
 
     run = known.pop("run")
-    if known["license"] is not None and (doubtful := doubt(known["license"])):
+    if known["license"] is not None and (doubtful := license_warning(known["license"])):
         print(f"qft-hf card: {doubtful}", file=sys.stderr)
     given = {key: value for key, value in known.items() if value is not None}
     if "datasets" in given:

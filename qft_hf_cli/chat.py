@@ -65,14 +65,14 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer, set_seed
 
-    from qft_hf.hf.absent_model import refused_if_absent
     from qft_hf.hf.finetune.side_tuning import checkpoint_config, load_checkpoint
     from qft_hf.hf.language_model import language_class
+    from qft_hf.hf.missing_model import explain_loading_errors
 
     set_seed(options.seed)
     trust = {"trust_remote_code": options.trust_remote_code}
     config = checkpoint_config(options.checkpoint, **trust)
-    with refused_if_absent(options.checkpoint):
+    with explain_loading_errors(options.checkpoint):
         tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, **trust)
     for name in config.architectures or []:
         if name.endswith("ForSequenceClassification"):

@@ -47,7 +47,7 @@ def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> An
     )
 
 
-def form_of(config: Any) -> str:
+def stored_format(config: Any) -> str:
     """Return how a configuration's model is stored: one of `BASES`, or another method's name."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:

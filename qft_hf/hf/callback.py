@@ -13,23 +13,23 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..optim.release import ACCUMULATION_IS_FORBIDDEN
 from ..side import side_network_of
 from .checkpoint import parameters_without_state, write_mark
-from .compiled_layers import compile_layers_, take_from_accelerate
-from .liger import refuse_experts
-from .optimizers import (
-    is_ours,
-    join_trainer_,
-    named_optimizer,
-    refuse_overruled,
-    refuse_retries,
-)
-from .ours import (
+from .compatibility import (
     has_quantized_weights,
     refuse_foreign_optimizer,
     refuse_optimizer,
     unwrapped,
 )
+from .compiled_layers import compile_layers_, disable_accelerate_compile
+from .liger import refuse_experts
+from .optimizers import (
+    connect_to_trainer_,
+    is_ours,
+    named_optimizer,
+    refuse_conflicting_options,
+    refuse_retries,
+)
 from .prepared_model import prepare_model_
-from .processes import by_first, start_together
+from .processes import first_process_writes, start_together
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class QFTCallback(TrainerCallback):
         if named_optimizer(args) is not None and model is not None:
             refuse_optimizer(optimizer, args)
             prepare_model_(model, args)
-            self.compiler = take_from_accelerate(args)
+            self.compiler = disable_accelerate_compile(args)
         if args.use_liger_kernel and model is not None:
             refuse_experts(args, model)
 
@@ -97,7 +97,9 @@ class QFTCallback(TrainerCallback):
                 before = _record(args, state)
         if not is_ours(inner):
             return
-        refuse_overruled(args, inner, resumed_from=before if state.global_step > 0 else None)
+        refuse_conflicting_options(
+            args, inner, resumed_from=before if state.global_step > 0 else None
+        )
         if self.writes_in_place and getattr(args, "cuda_graph", False):
             raise ValueError(
                 "cuda_graph=True was set, and transformers.Trainer captures no graphs. Use "
@@ -114,7 +116,7 @@ class QFTCallback(TrainerCallback):
         if inner.gradient != "release":
             return
         refuse_retries(args)
-        join_trainer_(inner, args)
+        connect_to_trainer_(inner, args)
         if args.gradient_accumulation_steps > 1:
             if inner.accumulation == "forbid":
                 raise ValueError(ACCUMULATION_IS_FORBIDDEN)
@@ -156,7 +158,7 @@ class QFTCallback(TrainerCallback):
         inner = unwrapped(optimizer)
         checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if self.writes_in_place and is_ours(inner) and model is not None:
-            with by_first() as is_first:
+            with first_process_writes() as is_first:
                 if is_first and checkpoint.is_dir():  # a hyperparameter search uses another folder
                     write_mark(checkpoint, without_state=parameters_without_state(model, inner))
 

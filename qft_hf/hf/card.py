@@ -12,8 +12,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import QuantizationSpec
 from ..version import __version__
+from .atomic_writes import atomic_path
 from .card_facts import CardFacts
-from .drafts import written_whole
 from .wording import score_text
 
 TAGS = ["full-parameter-fine-tuning", "int8", "qft"]
@@ -70,7 +70,7 @@ def is_card(path: Path) -> bool:
 
 def write_card(path: Path, facts: CardFacts) -> None:
     """Write a card, replacing an existing file."""
-    with written_whole(path) as draft:
+    with atomic_path(path) as draft:
         card(facts).save(draft)
 
 

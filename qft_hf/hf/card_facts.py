@@ -8,9 +8,9 @@ from typing import Any
 from ..config import QuantizationSpec
 from ..memory.ledger import elements
 from ..version import __version__
+from .compatibility import quantization_config_of, unwrapped
 from .optimizers import is_ours
-from .ours import quantization_config_of, unwrapped
-from .own_code import auto_class
+from .remote_code import auto_class
 
 
 @dataclass(frozen=True, slots=True)

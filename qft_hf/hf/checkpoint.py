@@ -34,7 +34,7 @@ from transformers.utils import (
 )
 
 from ..side import side_network_of
-from .drafts import settle, written_whole
+from .atomic_writes import atomic_path, recover_drafts
 from .side_network import CONFIG_NAME as SIDE_CONFIG_NAME
 from .side_network import WEIGHTS_NAME as SIDE_WEIGHTS_NAME
 from .tensor_files import DAMAGED, damaged, memory, tensor_names
@@ -69,7 +69,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
     Raises:
         ValueError: There are checkpoints, and none of them is whole.
     """
-    settle(folder)
+    recover_drafts(folder)
     damaged: list[str] = []
     for checkpoint in reversed(_checkpoints(folder)):
         if not (found := faults(checkpoint)):
@@ -140,7 +140,7 @@ def write_mark(checkpoint: Path, *, without_state: Iterable[str]) -> None:
         },
         "without_state": sorted(without_state),
     }
-    with written_whole(checkpoint / MARK) as draft:
+    with atomic_path(checkpoint / MARK) as draft:
         draft.write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
 
 

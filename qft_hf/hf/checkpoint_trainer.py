@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from .atomic_writes import atomic_folder, recover_drafts
 from .callback import QFTCallback
 from .checkpoint import (
     check_momentum,
@@ -27,9 +28,8 @@ from .checkpoint import (
     require_whole,
     write_mark,
 )
-from .drafts import drafted, settle
-from .ours import unwrapped
-from .processes import by_first, of_first, written_by_all
+from .compatibility import unwrapped
+from .processes import broadcast_from_first, first_process_writes, written_by_all
 
 logger = logging.getLogger(__name__)
 
@@ -74,15 +74,15 @@ class CheckpointTrainer(Trainer):
         """
         output_dir = Path(str(self.args.output_dir))
         checkpoint: Path | None = None
-        with by_first() as is_first:
+        with first_process_writes() as is_first:
             if is_first:
-                settle(output_dir)
+                recover_drafts(output_dir)
                 if resume_from_checkpoint is True:
                     checkpoint = newest_whole_checkpoint(output_dir)
                 elif resume_from_checkpoint:
                     checkpoint = Path(resume_from_checkpoint)
                     require_whole(checkpoint)
-        checkpoint = of_first(checkpoint)
+        checkpoint = broadcast_from_first(checkpoint)
         steps_before = -1
         if checkpoint is not None:
             resume_from_checkpoint = str(checkpoint)
@@ -152,7 +152,7 @@ class CheckpointTrainer(Trainer):
         with written_by_all(Path(folder)) as draft:
             self._draft = draft.parent
             try:
-                with by_first() as is_first:
+                with first_process_writes() as is_first:
                     # The Trainer finds no old checkpoints to remove in the draft's folder.
                     super()._save_checkpoint(model, trial)
                 if self.state.best_model_checkpoint == str(draft):
@@ -200,7 +200,7 @@ class CheckpointTrainer(Trainer):
             super().save_model(output_dir, _internal_call=True)
             return
         if self.args.should_save:
-            with drafted(Path(str(output_dir or self.args.output_dir))) as draft:
+            with atomic_folder(Path(str(output_dir or self.args.output_dir))) as draft:
                 super().save_model(str(draft), _internal_call=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

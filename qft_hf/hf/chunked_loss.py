@@ -57,13 +57,13 @@ def chunk_loss_(model: Model) -> Model:
             f"A chunked loss is the next-token cross-entropy, and {type(model).__name__} uses "
             f"{getattr(loss, '__name__', loss)}. Leave chunked_loss off."
         )
-    refuse_computing(causal)
+    refuse_logit_transforms(causal)
     head.defers_logits = True
     causal.loss_function = _loss
     return model
 
 
-def refuse_computing(model: Any) -> None:
+def refuse_logit_transforms(model: Any) -> None:
     """Raise if a model does more with its logits than pass them to its loss.
 
     The check is a forward pass in which stand-ins for decoder and head compute nothing: the decoder

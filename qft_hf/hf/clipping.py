@@ -13,7 +13,7 @@ from torch import Tensor
 from ..optim import QFTOptimizer
 from ..optim.norms import clip_
 from ..quant import Int8Gradient
-from .ours import unwrapped
+from .compatibility import unwrapped
 from .reference_model import trainer_of
 from .wrapping import wrap_
 

@@ -80,7 +80,7 @@ def compile_layers_(model: nn.Module, options: dict[str, Any]) -> None:
         layer.compile(**options)
 
 
-def take_from_accelerate(args: TrainingArguments) -> dict[str, Any]:
+def disable_accelerate_compile(args: TrainingArguments) -> dict[str, Any]:
     """Return the options of `compiler`, and keep Accelerate from compiling the model as well."""
     options = compiler(args)
     AcceleratorState().dynamo_plugin.backend = DynamoBackend.NO

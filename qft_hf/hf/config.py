@@ -26,7 +26,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
     """
 
     quant_method: Any
-    _products_are_users: bool = False  # whether the user passed `int8_products`
+    _user_set_products: bool = False  # whether the user passed `int8_products`
 
     def __post_init__(self) -> None:
         """Check types before ranges: values also come from JSON, YAML and command lines."""
@@ -118,7 +118,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
         if absent:
             kept = [name for name in self.modules_to_not_convert or [] if name not in absent]
             self.modules_to_not_convert = kept or None
-        if self.int8_products is not None and not self._products_are_users:
+        if self.int8_products is not None and not self._user_set_products:
             chosen = {n: p for n, p in self.int8_products.items() if not is_absent(n)}
             absent += [name for name in self.int8_products if name not in chosen]
             self.int8_products = chosen or None
@@ -149,7 +149,7 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
                 "Leave quantization_config out to read it as it is; for another format load it, "
                 "call dequantize_model_, save, and quantize the float checkpoint."
             )
-        self._products_are_users = True  # assigned next: see `get_loading_attributes`
+        self._user_set_products = True  # assigned next: see `get_loading_attributes`
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return the attributes of a user's configuration that apply to an INT8 checkpoint."""

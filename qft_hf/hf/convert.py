@@ -17,10 +17,10 @@ from ..nn import (
 )
 from ..optim import fit_states
 from ..side import SideNetwork, side_network_of
+from .compatibility import has_quantized_weights, quantization_config_of
 from .config import QUANT_METHOD, QFTConfig
 from .coverage import check_coverage
 from .loading_faults import check_finite
-from .ours import has_quantized_weights, quantization_config_of
 from .quantizer import QFTQuantizer
 from .tensor_files import memory
 from .wording import and_more
@@ -98,7 +98,7 @@ def _fit_states(model: nn.Module) -> None:
         fit_states(parameter)
 
 
-def as_saved(model: Any, state: dict[str, Tensor] | None) -> Any:
+def prepared_for_saving(model: Any, state: dict[str, Tensor] | None) -> Any:
     """Return a transformers model in a form that `save_pretrained` saves so that it can be loaded.
 
     `config.json`, which is written from the model's configuration, declares whether weights are

@@ -11,7 +11,7 @@ from ..nn import (
     Kept,
     QuantizedModule,
     conversion_plan,
-    multiplies_by_ours,
+    uses_our_forward,
 )
 from .config import QFTConfig
 from .wording import and_more
@@ -38,7 +38,7 @@ def check_coverage(model: nn.Module, plan: ConversionPlan, config: QFTConfig) ->
     own = [
         name
         for name, module in plan.modules.items()
-        if isinstance(module, nn.Linear | nn.MultiheadAttention) and not multiplies_by_ours(module)
+        if isinstance(module, nn.Linear | nn.MultiheadAttention) and not uses_our_forward(module)
     ]
     if config.matmul == "int8" and own:
         logger.warning(

@@ -12,10 +12,10 @@ from ..memory import Base, MemoryEstimate, Workload, estimate, estimate_side
 from ..nn import conversion_plan
 from ..optim.settings import GRADIENTS
 from ..side import QSTConfig, attach_side_network, side_config
-from .absent_model import refused_if_absent
 from .base import BASES, nf4_weights
 from .config import QFTConfig
-from .language_model import language_class, parts_beside_text
+from .language_model import language_class, non_text_parts
+from .missing_model import explain_loading_errors
 from .optimizers import OPTIMIZERS
 
 # A model, its configuration, a folder with a config.json, or a name on the hub.
@@ -89,7 +89,7 @@ def estimate_memory(
         momentum_bits=momentum_bits,
         optimizer=optimizer,
         n_processes=n_processes,
-        not_counted=parts_beside_text(model.config),
+        not_counted=non_text_parts(model.config),
     )
 
 
@@ -108,7 +108,7 @@ def skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
         return source
     if isinstance(source, str | Path):
         folder = Path(source)
-        with refused_if_absent(source):
+        with explain_loading_errors(source):
             if folder.is_dir() and not (folder / "config.json").is_file():
                 raise FileNotFoundError(folder / "config.json")
             source = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)

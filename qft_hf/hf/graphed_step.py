@@ -25,7 +25,7 @@ from transformers import masking_utils
 
 from ..optim import QFTOptimizer
 from ..optim.capturable import CapturableSteps
-from ..optim.flow import Flow, Left
+from ..optim.flow import Flow, PassResult
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class _Captured:
         graph: The graph.
         before: Gradients of all parameters before the pass.
         gradients: Gradients of all parameters after the pass.
-        left: Everything else that the pass leaves on the host.
+        result: Everything else that the pass leaves on the host.
         loss: Loss of the pass.
         parts: Captured parts of the step that follow the pass, by name.
     """
@@ -135,7 +135,7 @@ class _Captured:
     graph: Graph
     before: list[Tensor | None]
     gradients: list[Tensor | None]
-    left: Left
+    result: PassResult
     loss: Tensor
     parts: dict[Hashable, _Part] = field(default_factory=dict)
 
@@ -210,7 +210,7 @@ class GraphedStep:
             return self._eager.run(lambda: run(batch))  # after a micro-batch that ran eagerly
         else:
             self._replay(captured, batch)
-            self._steps.replayed(captured.left)
+            self._steps.after_replay(captured.result)
             for parameter, gradient in zip(self._parameters, captured.gradients, strict=True):
                 parameter.grad = gradient
         self._latest = captured
@@ -298,7 +298,7 @@ class GraphedStep:
         with _documents_as_in_eager_passes(self._inputs):
             loss = self._capture(graph, lambda: run(self._inputs), "this forward and backward pass")
         gradients = [parameter.grad for parameter in self._parameters]
-        return _Captured(graph, before, gradients, self._steps.left(), loss)
+        return _Captured(graph, before, gradients, self._steps.pass_result(), loss)
 
     def _capture(self, graph: Graph, function: Callable[[], T], name: str) -> T:
         steps = [(state["step"], int(state["step"])) for state in self.optimizer.state.values()]

@@ -19,11 +19,11 @@ from accelerate import big_modeling
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from .convert import as_saved
-from .drafts import drafted
+from .atomic_writes import atomic_folder
+from .compatibility import has_quantized_weights
+from .convert import prepared_for_saving
 from .loading_faults import int8_weights, refuse_int8
 from .optimizers import named_optimizer
-from .ours import has_quantized_weights
 from .quantizer import QFTQuantizer
 from .tensor_files import memory, tensor_names
 from .wording import and_more
@@ -34,10 +34,10 @@ def install_guards() -> None:
     """Wrap loading and saving. Idempotent."""
     wrap_(PreTrainedModel, "_load_pretrained_model", _refusing_int8)
     wrap_(PreTrainedModel, "save_pretrained", _writing_whole)
-    wrap_(Trainer, "_issue_warnings_after_load", _knowing_tied_weights)
+    wrap_(Trainer, "_issue_warnings_after_load", _warn_except_tied)
     # A program that imported the function before this package has the original.
     for module in (accelerate, accelerate.utils, big_modeling):
-        wrap_(module, "load_checkpoint_in_model", _refusing_by_name)
+        wrap_(module, "load_checkpoint_in_model", _check_accelerate_load)
 
 
 def _refusing_int8(load: Any) -> Any:
@@ -55,7 +55,7 @@ def _refusing_int8(load: Any) -> Any:
     return guarded
 
 
-def _knowing_tied_weights(warn: Any) -> Any:
+def _warn_except_tied(warn: Any) -> Any:
     def knowing(self: Any, load_result: Any) -> None:
         found = int8_weights(load_result.unexpected_keys)
         if found and named_optimizer(self.args) is None:  # ours raise for a float model
@@ -75,7 +75,7 @@ def _knowing_tied_weights(warn: Any) -> Any:
     return knowing
 
 
-def _refusing_by_name(load: Any) -> Any:
+def _check_accelerate_load(load: Any) -> Any:
     def guarded(
         model: nn.Module, checkpoint: Any, device_map: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -115,13 +115,13 @@ def _writing_whole(save: Any) -> Any:
     def guarded(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         folder = Path(save_directory)
         given = inspect.signature(save).bind(self, save_directory, *args, **kwargs).arguments
-        model = as_saved(self, given.get("state_dict"))
+        model = prepared_for_saving(self, given.get("state_dict"))
         is_int8 = isinstance(getattr(model, "hf_quantizer", None), QFTQuantizer)
         # With `push_to_hub`, saving also reads the folder, and names the repository after it.
         if given.get("push_to_hub") or not (is_int8 or _holds_int8(folder)):
             save(model, save_directory, *args, **kwargs)
             return
-        with drafted(folder) as draft:
+        with atomic_folder(folder) as draft:
             save(model, draft, *args, **kwargs)
 
     return guarded

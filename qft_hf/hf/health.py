@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 from ..kernels.groups import QMAX, TINY
 from ..optim import QFTSGD
 from ..quant import QFTWeight
-from .ours import unwrapped
+from .compatibility import unwrapped
 
 SAMPLED = 4096  # elements of each tensor, in whole rows, with a minimum of one row
 # In scales. Rounding adds a 16-bit random number: a step below its resolution never moves a code.
@@ -137,7 +137,7 @@ class Health(TrainerCallback):
         # One transfer from the device for all figures.
         return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True))
 
-    def journey(self) -> dict[str, Any]:
+    def sample_changes(self) -> dict[str, Any]:
         """Return how the sample has changed since training began; empty if it has not begun.
 
         Returns:

@@ -10,9 +10,9 @@ from transformers import AutoConfig
 
 from ..kernels.groups import QMAX
 from ..quant import QFTWeight
-from .absent_model import refused_if_absent
 from .config import QUANT_METHOD
-from .own_code import loading_class
+from .missing_model import explain_loading_errors
+from .remote_code import loading_class
 from .side_network import is_side_network
 
 
@@ -78,7 +78,7 @@ def inspect_checkpoint(
             "or one of its checkpoint-<step> folders."
         )
     trust = {"trust_remote_code": trust_remote_code}
-    with refused_if_absent(folder):
+    with explain_loading_errors(folder):
         config = AutoConfig.from_pretrained(folder, **trust)
     quantization = getattr(config, "quantization_config", None) or {}
     if quantization.get("quant_method") != QUANT_METHOD:
@@ -91,14 +91,14 @@ def inspect_checkpoint(
     model: nn.Module = model_class.from_pretrained(folder, **trust)
     others: dict[str, Any] = {}
     if original is not None:
-        with refused_if_absent(original):
+        with explain_loading_errors(original):
             family = AutoConfig.from_pretrained(original, **trust).model_type
         if family != config.model_type:
             raise ValueError(
                 f"{original} is a model of type {family!r}, and {folder} one of type "
                 f"{config.model_type!r}. Give the model that the checkpoint was made from."
             )
-        with refused_if_absent(original):
+        with explain_loading_errors(original):
             others = dict(model_class.from_pretrained(original, **trust).named_parameters())
     return [
         _inspected(name, weight, _counterpart(name, weight, others, original))

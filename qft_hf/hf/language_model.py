@@ -28,12 +28,12 @@ def language_class(config: Any) -> Any:
             f"A causal language model is needed, and the model of {type(config).__name__} has an "
             f"encoder, which would read the answers that its decoder should learn. {advice}"
         )
-    own_code = getattr(config, "auto_map", None) or {}
+    remote_code = getattr(config, "auto_map", None) or {}
     for auto, known in (
         (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
         (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
     ):
-        if type(config) in known or auto.__name__ in own_code:
+        if type(config) in known or auto.__name__ in remote_code:
             return auto
     raise ValueError(
         f"A causal language model is needed, and {type(config).__name__} belongs to none that "
@@ -41,7 +41,7 @@ def language_class(config: Any) -> Any:
     )
 
 
-def parts_beside_text(config: PreTrainedConfig) -> tuple[str, ...]:
+def non_text_parts(config: PreTrainedConfig) -> tuple[str, ...]:
     """Return the names of the parts outside the text decoder, such as `vision`."""
     text = config.get_text_config()
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
@@ -52,7 +52,7 @@ def parts_beside_text(config: PreTrainedConfig) -> tuple[str, ...]:
     )
 
 
-def freeze_beside_text(model: Any) -> int:
+def freeze_non_text_parameters(model: Any) -> int:
     """Freeze parameters that text does not reach: they get no gradient, but would count as trained.
 
     Args:

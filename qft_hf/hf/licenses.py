@@ -23,7 +23,7 @@ LICENSES = frozenset(
 )
 
 
-def doubt(license: str) -> str | None:
+def license_warning(license: str) -> str | None:
     """Return a warning about an unknown identifier; None for a known one."""
     if license in LICENSES:
         return None

@@ -145,7 +145,7 @@ def is_accumulating() -> bool:
     return not GradientState().sync_gradients
 
 
-def join_trainer_(optimizer: QFTOptimizer, args: TrainingArguments) -> None:
+def connect_to_trainer_(optimizer: QFTOptimizer, args: TrainingArguments) -> None:
     """Make an optimizer with released gradients, which the user has made, work in a Trainer.
 
     Args:
@@ -268,7 +268,7 @@ def refuse_retries(args: TrainingArguments) -> None:
         )
 
 
-def refuse_overruled(
+def refuse_conflicting_options(
     args: TrainingArguments, optimizer: Any, *, resumed_from: dict[str, Any] | None
 ) -> None:
     """Raise if the optimizer uses another value than the one that `args` sets.

@@ -17,13 +17,13 @@ from transformers import TrainingArguments
 
 from ..nn import QFTLinear
 from ..quant import QFTWeight
-from .chunked_loss import chunk_loss_, refuse_computing
+from .chunked_loss import chunk_loss_, refuse_logit_transforms
+from .compatibility import has_quantized_weights, quantization_config_of, trained_part
 from .config import QFTConfig
 from .convert import quantize_model_
 from .coverage import added_modules
 from .liger import WITHOUT_FUSED
 from .optimizers import given_options, optimizer_name
-from .ours import has_quantized_weights, quantization_config_of, trained_part
 from .unsupported import refuse_unsupported
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def refuse_before_loading(model: nn.Module, args: TrainingArguments) -> None:
     refuse_unsupported(args, model)
     if getattr(args, "chunked_loss", False):
         with _liger_named(args):
-            refuse_computing(model)
+            refuse_logit_transforms(model)
 
 
 @contextmanager

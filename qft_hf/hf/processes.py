@@ -22,8 +22,8 @@ from ..optim import QFTOptimizer
 from ..optim.processes import SEVERAL_GPUS, Processes
 from ..quant import QFTWeight
 from ..side import side_network_of
-from .drafts import written_whole
-from .ours import unwrapped
+from .atomic_writes import atomic_path
+from .compatibility import unwrapped
 from .wrapping import wrap_
 
 # Arguments that may differ between processes.
@@ -33,8 +33,8 @@ _OWN = {"local_rank", "logging_dir", "run_name", "disable_tqdm", "log_level", "l
 def install_processes() -> None:
     """Wrap how Accelerate prepares a model, and how the Trainer saves and trains. Idempotent."""
     wrap_(Accelerator, "prepare_model", _unwrapped_model)
-    wrap_(Trainer, "_save_checkpoint", _consolidating)
-    wrap_(Trainer, "train", _telling)
+    wrap_(Trainer, "_save_checkpoint", _consolidating_state)
+    wrap_(Trainer, "train", _reporting_failures)
 
 
 def _unwrapped_model(prepare: Any) -> Any:
@@ -96,20 +96,20 @@ def refuse_distribution(kind: Any) -> None:
         raise ValueError(f"{refused[kind]}, and cannot hold INT8 weights. {SEVERAL_GPUS}")
 
 
-def _consolidating(save: Any) -> Any:
+def _consolidating_state(save: Any) -> Any:
     def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
         optimizer = unwrapped(self.optimizer)
         if not isinstance(optimizer, QFTOptimizer):
             save(self, *args, **kwargs)
             return
         optimizer.consolidate()
-        with by_first():  # the others wait, and fail too if writing fails
+        with first_process_writes():  # the others wait, and fail too if writing fails
             save(self, *args, **kwargs)
 
     return _save_checkpoint
 
 
-def _telling(train: Any) -> Any:
+def _reporting_failures(train: Any) -> Any:
     def telling(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return train(self, *args, **kwargs)
@@ -166,7 +166,7 @@ def _length(sized: Any) -> int | None:
 
 
 @contextmanager
-def by_first() -> Iterator[bool]:
+def first_process_writes() -> Iterator[bool]:
     """Yield whether this is process 0; an error in the block on one process is raised on all."""
     processes = Processes.found()
     if processes is None:
@@ -176,29 +176,29 @@ def by_first() -> Iterator[bool]:
         yield processes.rank == 0
 
 
-def of_first(value: Any) -> Any:
+def broadcast_from_first(value: Any) -> Any:
     """Return the value that process 0 has, which must be picklable."""
     processes = Processes.found()
-    return value if processes is None else processes.of_first(value)
+    return value if processes is None else processes.broadcast_from_first(value)
 
 
 @contextmanager
 def written_by_all(path: Path) -> Iterator[Path]:
-    """Like `written_whole`, with a draft that all processes write into.
+    """Like `atomic_path`, with a draft that all processes write into.
 
     Process 0 creates the draft and moves it to its place. An error on one process is raised on all,
     when they have reached the end of the block.
     """
     processes = Processes.found()
     if processes is None:
-        with written_whole(path) as draft:
+        with atomic_path(path) as draft:
             yield draft
         return
     with processes.together(), ExitStack() as stack:
         own = None
         with processes.together():
             if processes.rank == 0:
-                own = stack.enter_context(written_whole(path))
-        draft = processes.of_first(own)
+                own = stack.enter_context(atomic_path(path))
+        draft = processes.broadcast_from_first(own)
         with processes.together():
             yield draft

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import Trainer
 
+from .compatibility import has_quantized_weights, quantization_config_of
 from .convert import quantize_model_
-from .ours import has_quantized_weights, quantization_config_of
 from .wrapping import wrap_
 
 logger = logging.getLogger(__name__)

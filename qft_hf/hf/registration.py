@@ -11,6 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from ..optim import QFTOptimizer
 from .callback import QFTCallback
+from .compatibility import quantization_config_of, unwrapped
 from .optimizers import (
     OPTIMIZERS,
     check_arguments,
@@ -19,7 +20,6 @@ from .optimizers import (
     optimizer_arguments,
     optimizer_name,
 )
-from .ours import quantization_config_of, unwrapped
 from .prepared_model import require_prepared
 from .wrapping import wrap_
 

@@ -16,7 +16,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from ..kernels.groups import QMAX
 from ..version import __version__
-from .drafts import written_whole
+from .atomic_writes import atomic_path
 from .page import PAGE
 from .wording import loss_unit
 
@@ -56,13 +56,13 @@ class ReportedRun:
         name: Name of the run's folder.
         summary: Contents of `summary.json`.
         history: `log_history` of the run's Trainer.
-        told: Contents of `run.yaml`: the options of the run.
+        options: Contents of `run.yaml`: the options of the run.
     """
 
     name: str
     summary: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
-    told: Mapping[str, Any]
+    options: Mapping[str, Any]
 
     def points(self, key: str) -> list[tuple[float, float]]:
         """Return the step and value of each log entry with this key and a finite number."""
@@ -131,7 +131,7 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> None:
             f"{path} exists already and is not a report. Give --output the name of a file that "
             "does not exist yet."
         )
-    with written_whole(path) as draft:
+    with atomic_path(path) as draft:
         draft.write_text(page(runs), encoding="utf-8")
 
 
@@ -343,13 +343,13 @@ def _shade(share: float | None) -> str:
 def _differences(runs: Sequence[ReportedRun]) -> str:
     """Return a table of the options in which runs differ, or of all options of a single run."""
     if len(runs) == 1:
-        rows = [[html.escape(key), _value(value)] for key, value in runs[0].told.items()]
+        rows = [[html.escape(key), _value(value)] for key, value in runs[0].options.items()]
         return _table(["key", html.escape(runs[0].name)], rows)
-    keys = dict.fromkeys(key for run in runs for key in run.told)
+    keys = dict.fromkeys(key for run in runs for key in run.options)
     rows = [
-        [html.escape(key), *(_value(run.told.get(key)) for run in runs)]
+        [html.escape(key), *(_value(run.options.get(key)) for run in runs)]
         for key in keys
-        if len({json.dumps(run.told.get(key), sort_keys=True) for run in runs}) > 1
+        if len({json.dumps(run.options.get(key), sort_keys=True) for run in runs}) > 1
     ]
     if not rows:
         return "<p>None: all runs have the same options.</p>"

@@ -31,10 +31,10 @@ from ..side import (
     trained_modules,
 )
 from ..version import __version__
+from .atomic_writes import atomic_folder
 from .card import MARK, is_card
 from .config import QFTConfig
 from .convert import quantize_model_
-from .drafts import drafted
 from .tensor_files import DAMAGED, damaged, metadata
 from .wrapping import wrap_
 
@@ -66,7 +66,7 @@ def save_side_network(model: nn.Module, folder: str | Path) -> None:
     """
     state = _state(model)
     folder = Path(folder)
-    with drafted(folder) as draft:
+    with atomic_folder(folder) as draft:
         save_file(state, draft / WEIGHTS_NAME, {"format": "pt", **metadata(state)})
         text = json.dumps(_description(model), indent=2, sort_keys=True)
         (draft / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")

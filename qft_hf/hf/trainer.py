@@ -15,10 +15,10 @@ from .arguments import QFTTrainingArguments
 from .card import write_card
 from .card_facts import facts_of_trainer
 from .checkpoint_trainer import CheckpointTrainer
+from .compatibility import refuse_optimizer, unwrapped
 from .graphed_step import Graph, GraphedStep, cuda_graphs
 from .health import Health
 from .optimizers import is_ours, named_optimizer, names, optimizer_name
-from .ours import refuse_optimizer, unwrapped
 from .peak_memory import PeakMemory
 from .prepared_model import prepare_model_
 from .trial_pass import trial_pass

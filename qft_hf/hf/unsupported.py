@@ -8,10 +8,10 @@ from transformers import TrainingArguments
 
 from ..optim.processes import SEVERAL_GPUS
 from ..side import side_network_of
+from .compatibility import trained_part
 from .compiled_layers import refuse_uncompilable
 from .liger import refuse_kernels
 from .optimizers import check_arguments, given_options, optimizer_name
-from .ours import trained_part
 from .uncapturable import refuse_uncapturable
 from .wording import and_more
 

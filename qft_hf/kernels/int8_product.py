@@ -78,7 +78,7 @@ def int8_matmul(
         Dettmers et al. 2022, "LLM.int8()", section 3.1, vector-wise quantization
         (arXiv:2208.07339).
     """
-    if not is_single(a, b):
+    if not fits_one_int32_sum(a, b):
         return _in_parts(
             a, b, a_scales, b_scales, bias=bias, columns=columns, values=values, dtype=dtype
         )
@@ -95,8 +95,8 @@ def int8_matmul(
     return out.to(dtype)
 
 
-@int8_matmul.backends_take
-def is_single(a: Tensor, b: Tensor, *_: object, **__: object) -> bool:
+@int8_matmul.supported_by_backends
+def fits_one_int32_sum(a: Tensor, b: Tensor, *_: object, **__: object) -> bool:
     """Whether the product is not empty and a 32-bit sum can hold each of its elements."""
     rows, summed = a.shape
     return 0 < summed <= MAX_SUMMED and rows > 0 and b.shape[1] > 0
@@ -113,7 +113,7 @@ def _in_parts(
     values: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """`int8_matmul` if not `is_single`: the sum of products over parts of K, possibly of none."""
+    """`int8_matmul` beyond `fits_one_int32_sum`: the sum of products over parts of K."""
     out = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
     if out.numel():
         for start in range(0, a.shape[1], MAX_SUMMED):
@@ -196,7 +196,7 @@ def requantized_matmul(
     return quantize(product, group_size=group_size)
 
 
-requantized_matmul.backends_take(is_single)
+requantized_matmul.supported_by_backends(fits_one_int32_sum)
 
 
 @requantized_matmul.checks

@@ -68,7 +68,7 @@ def int8_linear(
     return y
 
 
-@int8_linear.backends_take
+@int8_linear.supported_by_backends
 def _(x: Input, floats: Tensor, weight: Weight, **_: object) -> bool:
     return x.codes.shape[1] <= MAX_SUMMED and x.codes.numel() > 0
 

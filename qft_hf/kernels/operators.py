@@ -22,7 +22,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode as is_listened_to
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode as dispatch_mode_is_active
 
 from . import backend
 
@@ -105,7 +105,7 @@ class Operator:
         self._check_values = function
         return function
 
-    def backends_take(self, function: Function) -> Function:
+    def supported_by_backends(self, function: Function) -> Function:
         """Decorator: the function returns whether implementations accept these arguments.
 
         If not, the reference runs, which may call operators with arguments that they accept.
@@ -132,7 +132,12 @@ class Operator:
         tensor = first.codes if self._takes_value else _first_tensor(first)
         if tensor is None:  # an empty list
             return None
-        if type(tensor) not in PLAIN or tensor.is_meta or is_compiling() or is_listened_to():
+        if (
+            type(tensor) not in PLAIN
+            or tensor.is_meta
+            or is_compiling()
+            or dispatch_mode_is_active()
+        ):
             operation = getattr(torch.ops.qft_hf, self.name).default
             return operation(*self.flatten(first, *arguments, **options))
         # The rest repeats `_run`: its call would take as long as a small operator.

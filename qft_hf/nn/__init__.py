@@ -17,7 +17,7 @@ from .functional import embedding, linear
 from .grouped import Groups, grouped_linear
 from .kinds import arrangement_of, own_weights, weight_names, weight_of
 from .loss import DeferredLogits, linear_cross_entropy
-from .modules import QFTEmbedding, QFTLinear, QuantizedModule, multiplies_by_ours
+from .modules import QFTEmbedding, QFTLinear, QuantizedModule, uses_our_forward
 from .products import Int8Products
 from .state import state_fields, state_names
 
@@ -40,7 +40,6 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "mark_tables_",
-    "multiplies_by_ours",
     "own_weights",
     "prepare_modules_",
     "product_choices",
@@ -48,6 +47,7 @@ __all__ = [
     "replace_",
     "state_fields",
     "state_names",
+    "uses_our_forward",
     "weight_names",
     "weight_of",
 ]

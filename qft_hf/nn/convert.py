@@ -14,7 +14,7 @@ from ..config import QuantizationSpec, names_module
 from ..quant import Arrangement, QFTWeight
 from .attachments import replace_
 from .kinds import arrangement_of, kind_of, own_weights
-from .modules import QuantizedModule, multiplies_by_ours, quantized_class
+from .modules import QuantizedModule, quantized_class, uses_our_forward
 from .products import Int8Products, int8_products
 from .state import check_shared_columns
 
@@ -194,7 +194,7 @@ def product_choices(
     names = [
         name
         for name, module in plan.modules.items()
-        if multiplies_by_ours(module) or ((kind := kind_of(module)) and kind.replaces_forward)
+        if uses_our_forward(module) or ((kind := kind_of(module)) and kind.replaces_forward)
     ]
     return int8_products(model, names, spec)
 

@@ -39,17 +39,17 @@ def _own(result: Tensor) -> Tensor:
     return owner
 
 
-def remember(ctx: Any, weight: QFTWeight) -> None:
+def save_weight(ctx: Any, weight: QFTWeight) -> None:
     """Keep a weight for backward.
 
     It is not a saved tensor, so it is not copied, moved or offloaded with activations. The version
-    that autograd checks for saved tensors is checked in `as_it_was`.
+    that autograd checks for saved tensors is checked in `saved_weight`.
     """
     ctx.weight = weight
     ctx.version = None if weight.is_inference() else weight._version
 
 
-def as_it_was(ctx: Any) -> QFTWeight:
+def saved_weight(ctx: Any) -> QFTWeight:
     """Return the weight that forward used, for backward.
 
     Raises:
@@ -83,7 +83,7 @@ class _Linear(torch.autograd.Function):
         operand: kernels.Input | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        remember(ctx, weight)
+        save_weight(ctx, weight)
         ctx.products = products
         ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
         y, kept = multiplied(
@@ -95,7 +95,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        weight = as_it_was(ctx)
+        weight = saved_weight(ctx)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_x, tiles = gradients(

@@ -19,12 +19,12 @@ from ..layout import STATE_GROUP_SIZE, GroupLayout, matrices_of_a_tile
 from ..quant import QFTWeight, Tiles
 from . import dequantized, int8
 from .functional import (
-    as_it_was,
     gradients,
     multiplied,
     once_differentiable,
     product_dtype,
-    remember,
+    save_weight,
+    saved_weight,
 )
 from .products import FLOAT, Int8Products
 
@@ -38,15 +38,15 @@ class Tile(NamedTuple):
 
     Attributes:
         run: Numbers of the experts.
-        hit: Numbers of the experts that got tokens: int32 `[n]`.
+        active: Numbers of the experts that got tokens: int32 `[n]`.
         tokens: Their tokens, sorted by expert; None: all tokens of the layer.
-        ends: End of the tokens of each expert in `hit`, relative to the first token of the run:
+        ends: End of the tokens of each expert in `active`, relative to the first token of the run:
             int32 `[n]`.
         all_ends: The same for every expert of the run, including those without tokens.
     """
 
     run: range
-    hit: Tensor
+    active: Tensor
     tokens: slice | None
     ends: Tensor
     all_ends: Tensor
@@ -56,7 +56,7 @@ class Tile(NamedTuple):
         return x if self.tokens is None else x[self.tokens]
 
     def times(self, x: Tensor, matrices: Tensor) -> Tensor:
-        """Multiply the rows of `x` `[S, K]` by the matrices `[n, K, M]` of the experts in `hit`."""
+        """Multiply the rows of `x` `[S, K]` by the matrices `[n, K, M]` of the `active` experts."""
         x = self.of(x)
         return x @ matrices[0] if len(matrices) == 1 else F.grouped_mm(x, matrices, offs=self.ends)
 
@@ -80,7 +80,7 @@ class Groups:
     def __init__(self, ends: list[int], device: torch.device) -> None:
         self.ends = [0, *ends]  # tokens of expert e: ends[e] to ends[e + 1]
         self.device = device
-        self.hit = [e for e, end in enumerate(ends) if self.ends[e] < end]
+        self.active = [e for e, end in enumerate(ends) if self.ends[e] < end]
         self._tiles: dict[tuple[int, int], list[Tile]] = {}
 
     def tokens(self, expert: int) -> slice:
@@ -104,12 +104,12 @@ class Groups:
 
     def _make(self, at_most: int, n_experts: int) -> list[Tile]:
         runs, lists = [], []
-        for number, experts in groupby(self.hit, lambda e: e // at_most):
-            hit, first = list(experts), number * at_most
+        for number, experts in groupby(self.active, lambda e: e // at_most):
+            active, first = list(experts), number * at_most
             run = range(first, min(first + at_most, n_experts))
             runs.append(run)
-            lists.append(hit)
-            lists += ([self.ends[e + 1] - self.ends[first] for e in of] for of in (hit, run))
+            lists.append(active)
+            lists += ([self.ends[e + 1] - self.ends[first] for e in of] for of in (active, run))
         # All tiles use one transfer, for which the host does not wait.
         pinned = self.device.type == "cuda"
         numbers = torch.tensor(list(chain(*lists)), dtype=torch.int32, pin_memory=pinned)
@@ -119,8 +119,8 @@ class Groups:
         for run in runs:
             tokens = slice(self.ends[run.start], self.ends[run.stop])
             has_all = tokens == slice(0, self.ends[-1])
-            hit, ends, all_ends = islice(on_device, 3)
-            tiles.append(Tile(run, hit, None if has_all else tokens, ends, all_ends))
+            active, ends, all_ends = islice(on_device, 3)
+            tiles.append(Tile(run, active, None if has_all else tokens, ends, all_ends))
         return tiles
 
 
@@ -134,23 +134,23 @@ class _Grouped(torch.autograd.Function):
         ctx.x_dtype = x.dtype
         if x.dtype != dtype:
             x = x.to(dtype)
-        remember(ctx, weight)
+        save_weight(ctx, weight)
         ctx.groups, ctx.tiles = groups, groups.tiles(weight)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         products = [
-            tile.times(x, weight.dequantize_matrices(tile.hit, dtype).mT) for tile in ctx.tiles
+            tile.times(x, weight.dequantize_matrices(tile.active, dtype).mT) for tile in ctx.tiles
         ]
         return _joined(products, x, weight.arrangement.rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight = as_it_was(ctx)
+        weight = saved_weight(ctx)
         grad = grad.contiguous()
         grad_x = gradient = None
         if ctx.needs_input_grad[0]:
             products = [
-                tile.times(grad, weight.dequantize_matrices(tile.hit, grad.dtype))
+                tile.times(grad, weight.dequantize_matrices(tile.active, grad.dtype))
                 for tile in ctx.tiles
             ]
             grad_x = _joined(products, grad, weight.arrangement.columns).to(ctx.x_dtype)
@@ -211,13 +211,13 @@ class _Int8Grouped(torch.autograd.Function):
         operands: list[kernels.Input | None],
         dtype: torch.dtype,
     ) -> Tensor:
-        remember(ctx, weight)
+        save_weight(ctx, weight)
         ctx.groups, ctx.products, ctx.x_dtype = groups, products, x.dtype
         ctx.n_kept = []
         keeps_codes = any(chosen.weight_gradient for chosen in products)
         outputs: list[Tensor] = []
         kept: list[Tensor] = []
-        for expert, chosen, operand in zip(groups.hit, products, operands, strict=True):
+        for expert, chosen, operand in zip(groups.active, products, operands, strict=True):
             y, of_expert = multiplied(
                 x[groups.tokens(expert)], weight.one(expert), None, chosen, operand, dtype,
                 needs_weight=ctx.needs_input_grad[1],
@@ -233,12 +233,12 @@ class _Int8Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight = as_it_was(ctx)
+        weight = saved_weight(ctx)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         kept = iter(ctx.saved_tensors)
         grads_x: list[Tensor] = []
         made: dict[int, Tiles] = {}
-        for expert, chosen, n_kept in zip(ctx.groups.hit, ctx.products, ctx.n_kept, strict=True):
+        for expert, chosen, n_kept in zip(ctx.groups.active, ctx.products, ctx.n_kept, strict=True):
             grad_x, tiles = gradients(
                 grad[ctx.groups.tokens(expert)], tuple(islice(kept, n_kept)), weight.one(expert),
                 chosen, needs_x=needs_x, needs_weight=needs_weight,
@@ -259,7 +259,7 @@ def _operands(
     n_outliers = weight.outlier_values.shape[1]
     recording = torch.is_grad_enabled()
     operands = []
-    for expert, chosen in zip(groups.hit, products, strict=True):
+    for expert, chosen in zip(groups.active, products, strict=True):
         wanted = chosen.forward or (chosen.weight_gradient and recording)
         tokens = x.detach()[groups.tokens(expert)]
         operands.append(int8.quantize(tokens, n_outliers=n_outliers) if wanted else None)
@@ -338,10 +338,10 @@ def grouped_linear(
     output: Tensor
     rows, columns = weight.arrangement.rows, weight.arrangement.columns
     fewest = int8.min_tokens_of_expert(rows, columns, groups.device.type)
-    if products is None or max(map(groups.n_tokens, groups.hit), default=0) < fewest:
+    if products is None or max(map(groups.n_tokens, groups.active), default=0) < fewest:
         output = _Grouped.apply(x, weight, groups, dtype)
         return output
-    of_each = [products if groups.n_tokens(e) >= fewest else FLOAT for e in groups.hit]
+    of_each = [products if groups.n_tokens(e) >= fewest else FLOAT for e in groups.active]
     operands = _operands(x, weight, groups, of_each)
     output = _Int8Grouped.apply(x, weight, groups, of_each, operands, dtype)
     return output
@@ -350,7 +350,7 @@ def grouped_linear(
 def _few(x: Tensor, weight: QFTWeight, groups: Groups) -> Tensor:
     """Return the products of few tokens, as in generation, without expanding a weight."""
     products = []
-    for expert in groups.hit:
+    for expert in groups.active:
         stored = weight.one(expert).stored
         products.append(kernels.dequantized_matmul(x[groups.tokens(expert)], stored, bias=None))
     return _joined(products, x, weight.arrangement.rows)

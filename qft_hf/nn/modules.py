@@ -294,7 +294,7 @@ def quantized_class(plain: type[nn.Module], kind: type[QuantizedModule]) -> type
     return _MADE[plain]
 
 
-def multiplies_by_ours(module: nn.Module) -> bool:
+def uses_our_forward(module: nn.Module) -> bool:
     """Whether a linear module uses the products of `QFTLinear`, judging by its code.
 
     A forward that contains `super` is assumed to call ours; any other reads the weight itself.

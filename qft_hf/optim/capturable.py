@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from ..kernels.values import N_LIVE
 from ..quant import QFTWeight
 from .base import QFTOptimizer
-from .flow import Left, RunPart, run_directly
+from .flow import PassResult, RunPart, run_directly
 
 
 class CapturableSteps:
@@ -92,11 +92,11 @@ class CapturableSteps:
             repeated += [value for name, value in group.items() if name not in changing]
         return repeated
 
-    def left(self) -> Left:
+    def pass_result(self) -> PassResult:
         """Return what a captured pass has left on the host."""
-        return self.optimizer.flow.left(self.optimizer.parameters())
+        return self.optimizer.flow.pass_result(self.optimizer.parameters())
 
-    def replayed(self, left: Left) -> None:
+    def after_replay(self, result: PassResult) -> None:
         """Bring the host to its state after that pass, which the device has replayed."""
-        self.optimizer.flow.replayed(left)
-        self.optimizer.updated(left.updated)
+        self.optimizer.flow.after_replay(result)
+        self.optimizer.updated(result.updated)

@@ -18,7 +18,7 @@ from .processes import Processes
 
 Result = TypeVar("Result", bound=Tensor | None)
 
-HALF_A_STEP = (
+INTERRUPTED_STEP = (
     "An earlier step was interrupted after it had taken the gradients of {n} parameters: the model "
     "is between two steps. Reload a checkpoint, or call optimizer.zero_grad() to go on from here."
 )
@@ -95,7 +95,7 @@ def run_directly(
     return part()
 
 
-class Left(NamedTuple):
+class PassResult(NamedTuple):
     """What a backward pass leaves on the host until the step.
 
     Attributes:
@@ -189,11 +189,11 @@ class Flow(ABC):
         self.released_norm = None
 
     @abstractmethod
-    def left(self, parameters: Iterable[Parameter]) -> Left:
+    def pass_result(self, parameters: Iterable[Parameter]) -> PassResult:
         """Return what a captured backward pass of these parameters has left on the host."""
 
     @abstractmethod
-    def replayed(self, left: Left) -> None:
+    def after_replay(self, result: PassResult) -> None:
         """Bring the flow to its state after that pass, which the device has replayed."""
 
     def attach(self, parameters: Iterable[Parameter]) -> None:
@@ -238,11 +238,11 @@ class Flow(ABC):
         """Number of parameters whose gradient was taken by a step that has not ended."""
         return self._n_updated
 
-    def _refuse_half_a_step(self) -> None:
-        if n := self._n_half_done():
-            raise RuntimeError(HALF_A_STEP.format(n=n))
+    def _refuse_interrupted_step(self) -> None:
+        if n := self._n_interrupted():
+            raise RuntimeError(INTERRUPTED_STEP.format(n=n))
 
-    def _n_half_done(self) -> int:
+    def _n_interrupted(self) -> int:
         """Return the number of parameters in an interrupted step; 0 if there is no such step."""
         return self._n_updated
 

@@ -94,7 +94,7 @@ def total_norm(squares: list[Tensor]) -> Tensor:
 def are_finite(parameters: list[Parameter], run_part: RunPart = run_directly) -> bool:
     """Return whether all gradients are finite, with one transfer to the host."""
     gradients = [g for p in parameters if (g := p.grad) is not None and g.numel()]
-    tensors = [g.witness if isinstance(g, Int8Gradient) else g for g in gradients]
+    tensors = [g.finite_probe if isinstance(g, Int8Gradient) else g for g in gradients]
     if not tensors:
         return True
 

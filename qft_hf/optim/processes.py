@@ -195,7 +195,7 @@ class Processes:
         numbers = tensor.tolist()
         return numbers
 
-    def of_first(self, value: Any) -> Any:
+    def broadcast_from_first(self, value: Any) -> Any:
         """Return the value of process 0, which must be picklable."""
         values = [value]
         dist.broadcast_object_list(values, 0, group=self._group)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..quant import Int8Gradient, TiledGradient
-from .flow import Flow, Left, RunPart, Updates, run_directly
+from .flow import Flow, PassResult, RunPart, Updates, run_directly
 from .norms import (
     are_finite,
     by_device,
@@ -178,7 +178,7 @@ class Release(Flow):
     def _end_backward(self) -> None:
         self._is_in_backward = False
 
-    def _n_half_done(self) -> int:
+    def _n_interrupted(self) -> int:
         """Return the number of parameters in an interrupted step or backward pass."""
         return self._n_updated or (len(self._used) if self._is_in_backward else 0)
 
@@ -197,7 +197,7 @@ class Release(Flow):
             FloatingPointError: A gradient has a NaN or infinity. Waiting gradients were not used.
             RuntimeError: The previous step was interrupted half-way.
         """
-        self._refuse_half_a_step()
+        self._refuse_interrupted_step()
         waiting = self._waiting(parameters)
         # Waiting gradients may be from outside a captured pass; no graph covers them.
         run_part = run_directly if waiting else self.run_part
@@ -341,13 +341,13 @@ class Release(Flow):
         self._squares, self._used, self._floats = [], set(), []
         self._is_in_backward = False
 
-    def left(self, parameters: Iterable[Parameter]) -> Left:
+    def pass_result(self, parameters: Iterable[Parameter]) -> PassResult:
         """Return norms, gradients that wait for the step, and parameters that were updated."""
         wait = {id(parameter) for parameter, _ in self._floats}
         updated = tuple(p for p in parameters if id(p) in self._used - wait)
-        return Left(updated, tuple(self._squares), tuple(self._floats))
+        return PassResult(updated, tuple(self._squares), tuple(self._floats))
 
-    def replayed(self, left: Left) -> None:
+    def after_replay(self, result: PassResult) -> None:
         """Restore the norms and waiting gradients that the pass has left, in the same memory."""
-        self._used = {id(p) for p in (*left.updated, *(p for p, _ in left.floats))}
-        self._squares, self._floats = list(left.squares), list(left.floats)
+        self._used = {id(p) for p in (*result.updated, *(p for p, _ in result.floats))}
+        self._squares, self._floats = list(result.squares), list(result.floats)

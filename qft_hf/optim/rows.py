@@ -67,7 +67,7 @@ class Pass:
     is_done: bool = False
 
 
-class _Shared(Flow):
+class _MultiProcessFlow(Flow):
     """Common base of `RowsStack` and `RowsRelease`, listed before a flow of one process."""
 
     wants_tiles = False  # gradients are sent in INT8
@@ -244,11 +244,11 @@ class _Shared(Flow):
             self.processes.finish(begun)
 
 
-class RowsStack(_Shared, Stack):
+class RowsStack(_MultiProcessFlow, Stack):
     """`Stack` on several processes: the own rows of mean gradients wait for the step."""
 
 
-class RowsRelease(_Shared, Release):
+class RowsRelease(_MultiProcessFlow, Release):
     """`Release` on several processes: own rows are used as soon as their mean is complete."""
 
     @property

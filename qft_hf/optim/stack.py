@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch.nn import Parameter
 
 from ..quant import QFTWeight
-from .flow import Flow, Left
+from .flow import Flow, PassResult
 from .norms import are_finite
 
 
@@ -23,11 +23,11 @@ class Stack(Flow):
     def complete(self, parameter: Parameter) -> None:
         """Leave the gradient in `.grad`."""
 
-    def left(self, parameters: Iterable[Parameter]) -> Left:
-        """Return an empty `Left`: gradients are in `.grad`."""
-        return Left()
+    def pass_result(self, parameters: Iterable[Parameter]) -> PassResult:
+        """Return an empty `PassResult`: gradients are in `.grad`."""
+        return PassResult()
 
-    def replayed(self, left: Left) -> None:
+    def after_replay(self, result: PassResult) -> None:
         """Do nothing: gradients are in `.grad`."""
 
     def step(self, parameters: list[Parameter]) -> bool:
@@ -37,7 +37,7 @@ class Stack(Flow):
             FloatingPointError: A gradient is not finite. Nothing was updated.
             RuntimeError: The previous step was interrupted half-way.
         """
-        self._refuse_half_a_step()
+        self._refuse_interrupted_step()
         waiting = self._waiting(parameters)
         if not are_finite(waiting, self.run_part):
             if self.optimizer.nonfinite == "raise":

@@ -52,7 +52,7 @@ class Int8Gradient(Int8Tensor):
         self.arrangement = arrangement or Arrangement(tuple(codes.shape))
 
     @property
-    def witness(self) -> Tensor:
+    def finite_probe(self) -> Tensor:
         """A tensor that is finite if and only if the gradient is."""
         return self.stored.scales
 
@@ -154,14 +154,14 @@ class TiledGradient(Int8Tensor):
     def __init__(
         self, tiles: Tiles, rows: list[slice], *, arrangement: Arrangement, **_: Any
     ) -> None:
-        self.made_by = tiles
+        self.tile_source = tiles
         self.rows = rows
         self.arrangement = arrangement
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield each range of rows with its contiguous float gradient."""
         for rows in self.rows:
-            yield rows, self.made_by.make(rows).contiguous()
+            yield rows, self.tile_source.make(rows).contiguous()
 
     def values(self) -> Tensor:
         """Return the values of its INT8 form, as a plain tensor of the outer dtype."""
@@ -170,14 +170,14 @@ class TiledGradient(Int8Tensor):
     def quantized(self) -> Int8Gradient:
         """Return the whole gradient in INT8; each tile is quantized as soon as it exists."""
         if len(self.rows) == 1:
-            codes, scales = self.made_by.quantized(self.rows[0])
+            codes, scales = self.tile_source.quantized(self.rows[0])
         else:
             n_rows, columns = self.arrangement.matrix_shape
             n_groups = GroupLayout(n_rows, columns, STATE_GROUP_SIZE).n_groups
             codes = torch.empty(n_rows, columns, dtype=torch.int8, device=self.device)
             scales = torch.empty(n_rows, n_groups, dtype=torch.float32, device=self.device)
             for rows in self.rows:
-                codes[rows], scales[rows] = self.made_by.quantized(rows)
+                codes[rows], scales[rows] = self.tile_source.quantized(rows)
         return Int8Gradient(codes, scales, dtype=self.dtype, arrangement=self.arrangement)
 
 

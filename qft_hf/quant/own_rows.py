@@ -77,7 +77,7 @@ class OwnRows(Int8Gradient):
         )
 
     @property
-    def witness(self) -> Tensor:
+    def finite_probe(self) -> Tensor:
         """A tensor that is finite if and only if the gradient is, on all processes."""
         return self.square_sum
 
@@ -159,7 +159,7 @@ class OwnTiles(TiledGradient):
         """Return all own rows in INT8."""
         stored = None
         if self.rows:
-            parts = [self.made_by.quantized(rows) for rows in self.rows]
+            parts = [self.tile_source.quantized(rows) for rows in self.rows]
             codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
             stored = kernels.Quantized(codes, scales, STATE_GROUP_SIZE)
             self.square_sum.copy_(kernels.squared_norm(stored))

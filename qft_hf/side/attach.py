@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 NAME = "side_network"  # name of the module in its model
 # Layer arguments that encode positions in sizes of the base: a value for each head, or its width.
-FOR_THE_BASE = ("alibi", "rel_embeddings", "position_bias")
+BASE_SIZED_ARGUMENTS = ("alibi", "rel_embeddings", "position_bias")
 
 
 def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
@@ -172,7 +172,7 @@ def _refuse_labels(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
 def _refuse_layers(layers: list[nn.Module], config: Any) -> None:
     for layer in layers:
         wanted = inspect.signature(type(layer).forward).parameters
-        found = [name for name in FOR_THE_BASE if name in wanted]
+        found = [name for name in BASE_SIZED_ARGUMENTS if name in wanted]
         if found and getattr(config, found[0], True):
             raise ValueError(
                 f"{type(layer).__name__} takes {found[0]}, which does not fit the sizes of a side "

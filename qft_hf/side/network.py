@@ -94,7 +94,7 @@ class SideNetwork(nn.Module):
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the base, while hooks on its layers run the side network."""
         self._learns = torch.is_grad_enabled()
-        if self._forgets([*args, *kwargs.values()]):
+        if self._recomputes_base([*args, *kwargs.values()]):
             run_again = self._run_again(partial(forward, *args, **kwargs))
             self._replay = Replay(list(self.downsamples), run_again)
         try:
@@ -104,7 +104,7 @@ class SideNetwork(nn.Module):
         finally:
             self._state = self._replay = None
 
-    def _forgets(self, arguments: list[Any]) -> bool:
+    def _recomputes_base(self, arguments: list[Any]) -> bool:
         """Return whether the base runs again in backward, to train downsample modules.
 
         It does if side layers are checkpointed, except with a cache: it would write to that twice.

@@ -26,7 +26,7 @@ class Replay:
         self.run = run
         self.parameters = [p for module in downsamples for p in module.parameters()]
         self.token = _Begin.apply(self, *self.parameters)
-        self.of_outputs: dict[int, Tensor] = {}
+        self.output_gradients: dict[int, Tensor] = {}
         self.of_parameters: dict[int, Any] = {}  # by id of the parameter
 
     def narrow(self, number: int, hidden: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class Replay:
         parameters = list(self.downsamples[number].parameters())
         with torch.enable_grad():
             value = self.downsamples[number](hidden)
-        gradients = torch.autograd.grad(value, parameters, self.of_outputs.pop(number))
+        gradients = torch.autograd.grad(value, parameters, self.output_gradients.pop(number))
         self.of_parameters |= dict(zip(map(id, parameters), gradients, strict=True))
 
     def gradients(self) -> list[Any]:
@@ -74,5 +74,5 @@ class _Narrow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        ctx.replay.of_outputs[ctx.number] = gradient
+        ctx.replay.output_gradients[ctx.number] = gradient
         return None, None, ctx.token, None

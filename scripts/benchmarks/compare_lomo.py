@@ -45,7 +45,7 @@ STEPS = 2  # in the uninterrupted run; the resumed run starts after the first
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Candidate:
     """One way to train.
 
     Attributes:
@@ -62,13 +62,13 @@ class Contestant:
 
 
 SGD_RATE, LION_RATE = 1e-2, 1e-4
-CONTESTANTS = {
-    "lomo": Contestant("lomo", SGD_RATE),
-    "qft_lion, stack": Contestant("qft_lion", LION_RATE),
-    "qft_lion, release": Contestant(
+CANDIDATES = {
+    "lomo": Candidate("lomo", SGD_RATE),
+    "qft_lion, stack": Candidate("qft_lion", LION_RATE),
+    "qft_lion, release": Candidate(
         "qft_lion", LION_RATE, "gradient=release", "clipping=exact", QFTTrainer
     ),
-    "qft_sgd, release": Contestant(
+    "qft_sgd, release": Candidate(
         "qft_sgd", SGD_RATE, "gradient=release", "clipping=exact", QFTTrainer
     ),
 }
@@ -164,14 +164,14 @@ class Setting:
     progress: tqdm
 
     def run(
-        self, contestant: Contestant, *, resume: str | None = None, **overrides: Any
+        self, candidate: Candidate, *, resume: str | None = None, **overrides: Any
     ) -> tuple[Trainer, Watch]:
         """Train, and return the trainer and the callback that observed it."""
         watch = Watch(self.progress)
         arguments = {
-            "optim": contestant.optim,
-            "optim_args": contestant.optim_args or None,
-            "learning_rate": contestant.learning_rate,
+            "optim": candidate.optim,
+            "optim_args": candidate.optim_args or None,
+            "learning_rate": candidate.learning_rate,
             "max_steps": STEPS,
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": WINDOW,
@@ -185,7 +185,7 @@ class Setting:
             "disable_tqdm": True,
             "seed": 1,
         }
-        trainer = contestant.trainer(
+        trainer = candidate.trainer(
             model=self.load(),
             args=TrainingArguments(str(self.folder), **arguments | overrides),
             train_dataset=self.examples,
@@ -204,28 +204,28 @@ def first_norm(trainer: Trainer) -> float:
 
 def true_norm(setting: Setting) -> float:
     """Return the global gradient norm of the first step, by PyTorch's SGD on the float model."""
-    trainer, _ = setting.run(Contestant("sgd", 0.0), max_steps=1)
+    trainer, _ = setting.run(Candidate("sgd", 0.0), max_steps=1)
     return first_norm(trainer)
 
 
-def measure(contestant: Contestant, setting: Setting, norm: float) -> dict[str, Any]:
-    """Return all figures of one contestant; `norm` is the gradient norm of the first step."""
-    straight, watch = setting.run(contestant, save_strategy="steps", save_steps=1)
+def measure(candidate: Candidate, setting: Setting, norm: float) -> dict[str, Any]:
+    """Return all figures of one candidate; `norm` is the gradient norm of the first step."""
+    straight, watch = setting.run(candidate, save_strategy="steps", save_steps=1)
     end = fingerprint(straight.model, straight.optimizer)
     logged = first_norm(straight)
     del straight
 
     checkpoint = setting.folder / "checkpoint-1"
-    resumed, _ = setting.run(contestant, resume=str(checkpoint))
+    resumed, _ = setting.run(candidate, resume=str(checkpoint))
     resumed_end = fingerprint(resumed.model, resumed.optimizer)
     del resumed
 
-    with_clipping = ",".join(filter(None, (contestant.optim_args, contestant.clipping)))
-    clipped_contestant = Contestant(
-        contestant.optim, contestant.learning_rate, with_clipping, trainer=contestant.trainer
+    with_clipping = ",".join(filter(None, (candidate.optim_args, candidate.clipping)))
+    clipped_candidate = Candidate(
+        candidate.optim, candidate.learning_rate, with_clipping, trainer=candidate.trainer
     )
-    _, clipped = setting.run(clipped_contestant, max_steps=1, max_grad_norm=norm / 4)
-    _, single = setting.run(contestant, max_steps=1, gradient_accumulation_steps=1)
+    _, clipped = setting.run(clipped_candidate, max_steps=1, max_grad_norm=norm / 4)
+    _, single = setting.run(candidate, max_steps=1, gradient_accumulation_steps=1)
     return {
         "states_bytes": watch.states,
         "peak_gradient_bytes": single.peak_gradient_bytes,
@@ -238,7 +238,7 @@ def measure(contestant: Contestant, setting: Setting, norm: float) -> dict[str, 
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Return a table with one column for each contestant."""
+    """Return a table with one column for each candidate."""
     results = figures["contestants"]
     kinds = list(dict.fromkeys(kind for row in results.values() for kind in row["states_bytes"]))
 
@@ -276,17 +276,17 @@ def table(figures: dict[str, Any]) -> str:
 def compare(
     load: Callable[[], nn.Module], examples: list[dict[str, Tensor]], folder: Path
 ) -> dict[str, Any]:
-    """Measure every contestant on the same model and data; `folder` is for checkpoints."""
+    """Measure every candidate on the same model and data; `folder` is for checkpoints."""
     n_parameters = sum(p.numel() for p in load().parameters())
-    per_contestant = WINDOW * STEPS + WINDOW * (STEPS - 1) + WINDOW + 1
-    total = WINDOW + per_contestant * len(CONTESTANTS)
+    per_candidate = WINDOW * STEPS + WINDOW * (STEPS - 1) + WINDOW + 1
+    total = WINDOW + per_candidate * len(CANDIDATES)
     with tqdm(total=total, unit="micro-batch") as progress:
         setting = Setting(load, examples, folder, progress)
         norm = true_norm(setting)
         results = {}
-        for name, contestant in CONTESTANTS.items():
+        for name, candidate in CANDIDATES.items():
             progress.set_description(name)
-            results[name] = measure(contestant, setting, norm)
+            results[name] = measure(candidate, setting, norm)
     return {"n_parameters": n_parameters, "true_grad_norm": norm, "contestants": results}
 
 

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from qft_hf.hf.finetune import finetune
-from qft_hf.hf.licenses import doubt
+from qft_hf.hf.licenses import license_warning
 from qft_hf_cli import main
 from tests.finetune.test_run import chat_flags, parsed
 
@@ -71,7 +71,7 @@ def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
 )
 def test_a_license_that_the_hub_does_not_know_is_doubted(license, said):
     """`nonsense` was once written into the card silently, and the Hub refuses such a card."""
-    assert said is None if (found := doubt(license)) is None else said in found
+    assert said is None if (found := license_warning(license)) is None else said in found
 
 
 def test_a_doubted_license_is_written_and_said(chat_flags, capsys):

@@ -39,7 +39,7 @@ class Tags(HTMLParser):
         self.seen.append((tag, dict(attrs)))
 
 
-def leave(folder, history=HISTORY, told=None, **changes):
+def leave(folder, history=HISTORY, options=None, **changes):
     """Write what a finished run of 1,000 parameters leaves."""
     folder.mkdir(parents=True)
     codes = [0] * 255
@@ -73,7 +73,7 @@ def leave(folder, history=HISTORY, told=None, **changes):
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (folder / "run.yaml").write_text(
-        yaml.safe_dump(told or {"learning_rate": 1e-4, "task": "chat"})
+        yaml.safe_dump(options or {"learning_rate": 1e-4, "task": "chat"})
     )
     return folder
 
@@ -81,7 +81,7 @@ def leave(folder, history=HISTORY, told=None, **changes):
 @pytest.fixture
 def runs(tmp_path):
     other = {"learning_rate": 3e-4, "task": "chat", "packing": True}
-    return [leave(tmp_path / "first"), leave(tmp_path / "<b>&", told=other)]
+    return [leave(tmp_path / "first"), leave(tmp_path / "<b>&", options=other)]
 
 
 def test_the_page_needs_nothing_else_and_is_whole(runs, tmp_path):

@@ -28,8 +28,8 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from qft_hf import QFTConfig, QFTTrainer, quantize_model_
+from qft_hf.hf.atomic_writes import PREFIX, pending_drafts
 from qft_hf.hf.checkpoint import faults
-from qft_hf.hf.drafts import PREFIX, unsettled
 from qft_hf.hf.finetune import export_checkpoint, parse_arguments, prepare, train
 from tests.finetune.chats import CHATS, tiny_tokenizer
 from tests.hf.test_trainer import trainer_on
@@ -202,7 +202,7 @@ def can_resume(folder: Path) -> bool:
     """Whether there is a checkpoint, in its final place or still in a draft."""
     if not folder.exists():
         return False
-    drafts = unsettled(folder)
+    drafts = pending_drafts(folder)
     return bool(get_last_checkpoint(folder) or any(list(d.glob("*/checkpoint-*")) for d in drafts))
 
 

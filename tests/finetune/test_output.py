@@ -10,21 +10,21 @@ import torch
 from matplotlib.image import imread
 from safetensors.torch import save_file
 
+from qft_hf.hf.atomic_writes import atomic_path
 from qft_hf.hf.checkpoint import MARK
-from qft_hf.hf.drafts import written_whole
 from qft_hf.hf.finetune import parse_arguments
 from qft_hf.hf.finetune.arguments import DataArguments
 from qft_hf.hf.finetune.data import DataCounts
 from qft_hf.hf.finetune.loss_curve import draw_loss_curve, loss_points
 from qft_hf.hf.finetune.output_folder import (
     checkpoint_to_resume,
-    claim,
     clear_run,
+    record_settings,
+    recorded_settings,
     refuse_inputs_inside,
     refuse_other_run,
     refuse_small_disk,
     refuse_unwritable,
-    told,
 )
 from qft_hf.hf.finetune.summary import Origin, RunSummary, versions
 from qft_hf.hf.peak_memory import PeakMemory
@@ -217,7 +217,7 @@ def test_the_config_in_force_does_the_run_again(tmp_path):
     flags += ["--lr_scheduler_type=cosine", "--save_strategy=no"]
     first = parse_arguments(flags)
 
-    claim(first.output_dir, first.told)
+    record_settings(first.output_dir, first.settings)
 
     again = parse_arguments([str(tmp_path / "run" / "run.yaml")])
     assert again.given == first.given
@@ -234,8 +234,8 @@ def test_the_config_in_force_does_the_run_again_from_any_folder(tmp_path, monkey
     flags += ["--output_dir=run", "--tokenizer_name_or_path=org/tokenizer", "--use_cpu"]
     first = parse_arguments(flags)
 
-    claim(first.output_dir, first.told)
-    again = told(tmp_path / "run")
+    record_settings(first.output_dir, first.settings)
+    again = recorded_settings(tmp_path / "run")
 
     assert again["model_name_or_path"] == str(tmp_path / "model")
     assert again["train_data"] == [
@@ -250,18 +250,18 @@ def test_the_config_in_force_does_the_run_again_from_any_folder(tmp_path, monkey
 def test_a_run_that_goes_on_with_other_settings_says_which(tmp_path, caplog):
     """`run.yaml` was once rewritten silently and no longer described the earlier steps."""
     before = {"max_length": 256, "train_data": ["a.jsonl"], "seed": 3}
-    claim(tmp_path, before)
-    claim(tmp_path, before | {"resume_from_checkpoint": "true"})
+    record_settings(tmp_path, before)
+    record_settings(tmp_path, before | {"resume_from_checkpoint": "true"})
     assert caplog.text == ""
 
     after = {"max_length": 512, "train_data": ["a.jsonl"], "learning_rate": 1e-4}
-    claim(tmp_path, after)
+    record_settings(tmp_path, after)
 
     assert (
         "with other settings than before: max_length 512, was 256; seed by default, was 3; "
         "learning_rate 0.0001, was by default. Its result is not"
     ) in caplog.text
-    assert told(tmp_path) == after
+    assert recorded_settings(tmp_path) == after
 
 
 def leave_whole(folder, step):
@@ -324,14 +324,14 @@ def test_missing_checkpoints_are_refused(tmp_path):
 
 
 def fail_half_way(path, write):
-    with written_whole(path) as draft:
+    with atomic_path(path) as draft:
         write(draft)
         raise OSError("disk full")
 
 
 def test_file_that_fails_half_way_leaves_the_old_one(tmp_path):
     path = tmp_path / "new" / "summary.json"
-    with written_whole(path) as draft:
+    with atomic_path(path) as draft:
         draft.write_text("old")
 
     with pytest.raises(OSError, match="disk full"):
@@ -347,7 +347,7 @@ def test_folder_that_fails_half_way_is_not_there(tmp_path):
         fail_half_way(path, lambda draft: leave(draft, "half"))
     assert contents(tmp_path) == []
 
-    with written_whole(path) as draft:
+    with atomic_path(path) as draft:
         leave(draft, "whole")
     assert contents(tmp_path) == ["export", "export/whole"]
 

@@ -14,7 +14,7 @@ from qft_hf.hf.finetune.packing import (
     collate_blocks,
     count_tokens,
     pack,
-    refuse_crossing,
+    refuse_leaky_packing,
     shortened,
 )
 from qft_hf.nn.loss import IGNORED
@@ -131,7 +131,7 @@ def tiny(family, sizes):
 def test_a_document_changes_no_loss_of_another_by_a_bit(family, sizes):
     """This holds in evaluation, in training, and with checkpointing, whose code paths differ."""
     model = tiny(family, sizes)
-    refuse_crossing(model)
+    refuse_leaky_packing(model)
     lengths, generator = [9, 14, 1, 6], torch.Generator().manual_seed(0)
     documents = [torch.randint(2, 64, (n,), generator=generator).tolist() for n in lengths]
 
@@ -169,7 +169,7 @@ def test_experts_that_documents_share_are_no_reason_to_refuse(matmul):
         quantize_model_(model, QFTConfig(matmul=matmul))
     learned = {name for name, p in model.named_parameters() if p.requires_grad}
 
-    refuse_crossing(model.train())
+    refuse_leaky_packing(model.train())
 
     # The model is unchanged.
     assert {name for name, p in model.named_parameters() if p.requires_grad} == learned
@@ -199,9 +199,9 @@ def test_a_short_model_of_the_family_answers_for_a_long_one(family, sizes):
     assert types is None or set(config.layer_types) == set(types)
     if family in CROSSING:
         with pytest.raises(ValueError, match="does not keep them apart"):
-            refuse_crossing(short)
+            refuse_leaky_packing(short)
     else:
-        refuse_crossing(short)
+        refuse_leaky_packing(short)
 
 
 @pytest.mark.parametrize(("family", "sizes"), CROSSING.items(), ids=CROSSING)
@@ -210,5 +210,5 @@ def test_families_that_do_not_keep_documents_apart_are_refused(family, sizes):
     with pytest.raises(
         ValueError, match=f"{family}.* does not keep them apart .* Set packing to f"
     ):
-        refuse_crossing(model.train())
+        refuse_leaky_packing(model.train())
     assert model.training

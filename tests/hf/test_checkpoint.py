@@ -21,8 +21,8 @@ from transformers import BertForMaskedLM, Trainer, TrainerCallback, trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from qft_hf import QFTConfig, QFTTrainer, quantize_model_
+from qft_hf.hf.atomic_writes import PREFIX
 from qft_hf.hf.checkpoint import MARK, faults, newest_whole_checkpoint, remove_old
-from qft_hf.hf.drafts import PREFIX
 from tests.hf.checkpoints import edit_tensors
 from tests.hf.test_trainer import assert_same_state, sequences, trainer_on
 from tests.models import tiny_bert, tiny_llama

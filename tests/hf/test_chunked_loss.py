@@ -6,7 +6,7 @@ import transformers
 from transformers import AutoModelForCausalLM, Trainer
 
 from qft_hf import QFTConfig, QFTTrainer, QFTTrainingArguments, chunk_loss_, quantize_model_
-from qft_hf.hf.chunked_loss import refuse_computing
+from qft_hf.hf.chunked_loss import refuse_logit_transforms
 from qft_hf.nn import loss as loss_module
 from qft_hf.quant import Int8Gradient
 from tests.hf.test_trainer import arguments, history, sequences, trainer_on
@@ -131,7 +131,7 @@ def test_asking_whether_a_model_computes_with_its_logits_leaves_no_trace(family,
     attributes = [dict(vars(module)) for module in model.modules()]
     random = torch.random.get_rng_state()
 
-    refuse_computing(model)
+    refuse_logit_transforms(model)
 
     for module, before in zip(model.modules(), attributes, strict=True):
         assert {**vars(module), "_loss_function": None} == {**before, "_loss_function": None}

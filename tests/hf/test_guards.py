@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from qft_hf import QFTConfig, dequantize_model_, quantize_model_
-from qft_hf.hf.drafts import PREFIX
+from qft_hf.hf.atomic_writes import PREFIX
 from qft_hf.hf.guards import install_guards
 from tests.hf.checkpoints import assert_same_state, edit_config
 from tests.models import tiny_bert, tiny_llama

@@ -142,7 +142,7 @@ def test_layers_may_be_frozen_and_released_on_the_way(tmp_path):
     unchanged = history(trainer, "qft/tensors_unchanged")
     assert len(unchanged) == 6
     assert unchanged[-1] == 0
-    moved = trainer.health.journey()["changed"]
+    moved = trainer.health.sample_changes()["changed"]
     assert moved["lm_head.weight"] > 0.5  # by the steps in which it was trained
 
 
@@ -163,7 +163,7 @@ def test_the_rate_is_that_of_the_step_and_not_of_the_next_one(tmp_path):
 
 def test_the_journey_of_the_codes_is_that_of_the_first_and_the_last_ones(run):
     trainer, _, copies, _ = run
-    found = trainer.health.journey()
+    found = trainer.health.sample_changes()
     first, last = copies.before[1], copies.after[6]
     for when, values in (("before", first), ("after", last)):
         assert found[f"codes_{when}"] == [(values == code).sum() for code in range(-127, 128)]

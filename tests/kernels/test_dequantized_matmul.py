@@ -84,11 +84,11 @@ def test_the_weight_is_that_of_dequantize(backend, dtype, group_size, index_dtyp
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 def test_the_bias_is_rounded_to_the_dtype_of_the_tokens_before_it_is_added(backend):
-    """1 + 0.75 eps rounds to 1, so that the outputs are 1 and 127 + 1."""
+    """127.5 + 1 is a tie between BF16 numbers; with a bias that is not rounded it is above it."""
     product = make_product(3, (4, 20), None, dtype=torch.bfloat16)
     product.x.zero_()
     product.bias = torch.full((4,), 1 + 0.75 * BF16_EPS)
-    product.x[1, 0], product.weight.codes[:, 0], product.weight.scales[:] = 1.0, 127, 1.0
+    product.x[1, 0], product.weight.codes[:, 0], product.weight.scales[:] = 1.0, 51, 2.5
 
     y = product.run(backend)
 

@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton import knobs
 
-from qft_hf.kernels.triton.launch import Constants, Launcher, is_watched
+from qft_hf.kernels.triton.launch import Constants, Launcher, needs_triton_launch
 from qft_hf.kernels.triton.tiling import tiling
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
@@ -143,7 +143,7 @@ def matmul_case(
     b = torch.ones(columns, summed, dtype=torch.int8)
     tile = int8_product.OTHER_TILES[2]
     constants = {
-        "N_GIVEN": 1 if given else 0,
+        "N_OVERWRITTEN": 1 if given else 0,
         "TILE_M": tile.rows,
         "TILE_N": tile.columns,
         "TILE_K": tile.summed,
@@ -472,12 +472,12 @@ def test_hooks_that_are_there_from_the_start_are_called_each_time(gpu):
     ],
 )
 def test_whoever_watches_launches_gets_those_of_triton(group, name, value, monkeypatch):
-    assert not is_watched()
+    assert not needs_triton_launch()
     monkeypatch.setattr(getattr(knobs, group), name, value)
-    assert is_watched()
+    assert needs_triton_launch()
     if name.startswith("launch"):
         monkeypatch.setattr(knobs.runtime, name, None)  # as when hooks are removed
-        assert not is_watched()
+        assert not needs_triton_launch()
 
 
 def test_a_plan_finds_memory_that_was_exchanged(gpu):

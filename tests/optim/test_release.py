@@ -222,8 +222,8 @@ def live_elements(monkeypatch) -> list[int]:
         for found in gc.get_objects():
             if type(found) is Int8Gradient and "stored" in vars(found):
                 alive[found.codes.data_ptr()] = found.numel()
-            elif type(found) is TiledGradient and "made_by" in vars(found):
-                alive[id(found.made_by)] = found.numel()  # its size once it is made
+            elif type(found) is TiledGradient and "tile_source" in vars(found):
+                alive[id(found.tile_source)] = found.numel()  # its size once it is made
         seen.append(sum(alive.values()))
 
     for kind in (Int8Gradient, TiledGradient):

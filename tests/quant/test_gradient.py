@@ -54,11 +54,11 @@ def test_rows_may_come_in_any_order_and_form(dtype):
     assert_same_bits(whole.dequantize(), (whole.codes * scales64(whole).float()).to(dtype))
 
 
-def tiled(x: torch.Tensor, n_rows: int, made_by: Tiles | None = None) -> TiledGradient:
+def tiled(x: torch.Tensor, n_rows: int, tile_source: Tiles | None = None) -> TiledGradient:
     """Return `x` in tiles of `n_rows` rows, as if each were made when it is requested."""
     rows = [slice(i, min(i + n_rows, len(x))) for i in range(0, len(x), n_rows)]
     return TiledGradient(
-        made_by or Tiles(lambda part: x[part]),
+        tile_source or Tiles(lambda part: x[part]),
         rows,
         arrangement=Arrangement(tuple(x.shape)),
         dtype=x.dtype,

@@ -10,17 +10,17 @@ import torch
 
 from ...memory import MemoryEstimate
 from ...side import attach_side_network
-from ..absent_model import refused_if_absent
 from ..card_facts import parameters_of
 from ..estimate import estimate_memory, estimate_side_memory
+from ..missing_model import explain_loading_errors
 from ..optimizers import given_options
 from ..prepared_model import refuse_before_loading
 from .data import DataCounts
-from .evidence import LEARNED, classes_of, example_text
+from .data_preview import LEARNED, classes_of, example_text
 from .forecast import disk_bytes, n_steps, side_workload_of, workload_of
 from .loading import check_fit, require_weights
 from .output_folder import nearest_folder, refuse_small_disk
-from .packing import refuse_crossing_family
+from .packing import refuse_leaky_packing_family
 from .parsing import RunArguments
 from .preparation import paths_read, read
 from .task import LanguageTask
@@ -133,14 +133,14 @@ def check(arguments: RunArguments) -> Check:
         "attn_implementation": arguments.model.attn_implementation,
     }
     make = task.model_class(config)
-    with torch.device("meta"), refused_if_absent(place):
+    with torch.device("meta"), explain_loading_errors(place):
         model = make.from_config(config, **how)
     if arguments.method.side is None:
         refuse_before_loading(model, training)
     packing = "none: examples are padded"
     if arguments.data.packing:
         packing = "in blocks; no example sees another"
-        if not refuse_crossing_family(make, config, training.device, **how):
+        if not refuse_leaky_packing_family(make, config, training.device, **how):
             packing = "in blocks; whether examples see each other is checked when the run begins"
     memory = None
     if arguments.method.side is not None:

@@ -11,9 +11,9 @@ from ..wording import score_text
 from .arguments import DataArguments, MethodArguments
 from .data import DataCounts, TaskData, prepare_data
 from .loading import load_model, load_tokenizer
-from .output_folder import told
+from .output_folder import recorded_settings
 from .parsing import RunArguments
-from .run_trainer import take_means_for_means_
+from .run_trainer import average_batch_mean_losses_
 from .side_tuning import base_config, load_side_model, side_checkpoint
 
 
@@ -66,7 +66,7 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
 def _data_of(arguments: RunArguments) -> DataArguments:
     """Return the data to read; a finished run knows its classes without its training data."""
     data = arguments.data
-    if data.eval_data is None or not told(Path(arguments.model.model_name_or_path)):
+    if data.eval_data is None or not recorded_settings(Path(arguments.model.model_name_or_path)):
         return data
     return replace(
         data,
@@ -108,6 +108,6 @@ def scores(model: Any, data: TaskData, training: TrainingArguments) -> dict[str,
             compute_metrics=task.scoring.compute_metrics,
             preprocess_logits_for_metrics=task.scoring.preprocess_logits,
         )
-        take_means_for_means_(trainer)
+        average_batch_mean_losses_(trainer)
         metrics: dict[str, Any] = trainer.evaluate()
     return {name: metrics[f"eval_{name}"] for name in task.scoring.names}

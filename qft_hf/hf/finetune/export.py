@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from ..absent_model import refused_if_absent
+from ..atomic_writes import atomic_path
 from ..config import QUANT_METHOD
 from ..convert import dequantize_model_
-from ..drafts import written_whole
 from ..loading_faults import refuse_int8
-from ..own_code import loading_class
+from ..missing_model import explain_loading_errors
+from ..remote_code import loading_class
 from ..side_network import is_side_network
 from ..tensor_files import tensor_names
 
@@ -51,7 +51,7 @@ def export_checkpoint(
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not empty. Choose a folder that does not exist yet.")
     trust = {"trust_remote_code": trust_remote_code}
-    with refused_if_absent(source):
+    with explain_loading_errors(source):
         config = AutoConfig.from_pretrained(source, **trust)
     quantization = getattr(config, "quantization_config", None) or {}
     if quantization.get("quant_method") != QUANT_METHOD:
@@ -64,7 +64,7 @@ def export_checkpoint(
             "needs no export."
         )
     model = dequantize_model_(loading_class(config).from_pretrained(source, **trust), dtype)
-    with written_whole(target) as draft:
+    with atomic_path(target) as draft:
         model.save_pretrained(draft)
         if (source / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(source, **trust).save_pretrained(draft)

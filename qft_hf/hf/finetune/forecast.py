@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig
 from ...memory import Workload, estimate
 from ...memory.side import ADAMW_STATES
 from ...side import side_network_of, side_parameters
+from ..compatibility import quantization_config_of
 from ..optimizers import given_options, optimizer_name
-from ..ours import quantization_config_of
 from .parsing import RunArguments
 from .side_tuning import base_form, side_checkpoint
 

@@ -15,9 +15,9 @@ from transformers import (
 
 from ...side import trained_heads
 from .. import shipped
-from ..absent_model import refused_if_absent
 from ..checkpoint import weight_files
-from ..language_model import freeze_beside_text, parts_beside_text
+from ..language_model import freeze_non_text_parameters, non_text_parts
+from ..missing_model import explain_loading_errors
 from ..positions import n_positions
 from ..tensor_files import tensor_names
 from ..wording import and_more
@@ -36,7 +36,7 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """
     name = arguments.tokenizer_name_or_path or arguments.model_name_or_path
     elsewhere = " If its tokenizer is another model's, set tokenizer_name_or_path to that."
-    with refused_if_absent(name, advice=elsewhere):
+    with explain_loading_errors(name, advice=elsewhere):
         tokenizer = AutoTokenizer.from_pretrained(
             name,
             revision=arguments.model_revision,
@@ -74,7 +74,7 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     Raises:
         FileNotFoundError: The model does not exist.
     """
-    with refused_if_absent(arguments.model_name_or_path):
+    with explain_loading_errors(arguments.model_name_or_path):
         return AutoConfig.from_pretrained(
             arguments.model_name_or_path,
             revision=arguments.model_revision,
@@ -112,7 +112,7 @@ def load_model(
     check_fit(config, arguments, max_length=max_length, n_tokens=n_tokens)
     task.configure(config)
     is_quantized = getattr(config, "quantization_config", None) is not None
-    with refused_if_absent(arguments.model_name_or_path):
+    with explain_loading_errors(arguments.model_name_or_path):
         model, found = task.model_class(config).from_pretrained(
             arguments.model_name_or_path,
             revision=arguments.model_revision,
@@ -123,7 +123,7 @@ def load_model(
             quantization_config=None if is_quantized else quantization,
             output_loading_info=True,
         )
-    _leave_what_text_does_not_train(model, config)
+    _freeze_non_text_parts(model, config)
     heads = tuple(f"{name}." for name in trained_heads(model)) if frozen else ("",)  # all
     if random := sorted(name for name in found["missing_keys"] if not name.startswith(heads)):
         raise ValueError(
@@ -141,10 +141,10 @@ def load_model(
     return model
 
 
-def _leave_what_text_does_not_train(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    parts = parts_beside_text(config)
-    if parts and parts_beside_text(model.config):
-        n_frozen = freeze_beside_text(model)
+def _freeze_non_text_parts(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    parts = non_text_parts(config)
+    if parts and non_text_parts(model.config):
+        n_frozen = freeze_non_text_parameters(model)
         logger.warning(
             "the rows are text, which %s of %s does not read: %d tensors of its parameters are "
             "frozen. To train them on data that they read, use QFTTrainer in Python",
@@ -192,7 +192,7 @@ def require_weights(folder: Path) -> None:
     """
     if any(folder.glob("pytorch_model*.bin")):
         return  # pickled weights: only loading can check them
-    with refused_if_absent(folder):
+    with explain_loading_errors(folder):
         files = [str(folder / name) for name in weight_files(folder)]
         tensor_names([name for name in files if name.endswith(".safetensors")])
 

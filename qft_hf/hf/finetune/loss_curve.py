@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..drafts import written_whole
+from ..atomic_writes import atomic_path
 
 TRAIN_COLOR, EVAL_COLOR = "#7f8fa6", "#c0392b"
 
@@ -60,5 +60,5 @@ def draw_loss_curve(
         axes.legend(frameon=False)
     else:
         axes.text(0.5, 0.5, "no loss was logged", transform=axes.transAxes, ha="center")
-    with written_whole(path) as draft:
+    with atomic_path(path) as draft:
         figure.savefig(draft, format="png", dpi=150)

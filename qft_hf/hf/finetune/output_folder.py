@@ -18,11 +18,11 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...version import __version__
+from ..atomic_writes import MODEL_FILES, atomic_path, pending_drafts
 from ..card import is_card
 from ..checkpoint import MARK, STATE_FILES, newest_whole_checkpoint, require_whole
 from ..config import QUANT_METHOD
-from ..drafts import MODEL_FILES, unsettled, written_whole
-from ..own_code import code_files
+from ..remote_code import code_files
 from ..side_network import CONFIG_NAME, WEIGHTS_NAME
 from .arguments import EXPORT_DTYPES
 
@@ -233,7 +233,7 @@ def clear_run(output_dir: Path) -> None:
             path.unlink()
 
 
-def claim(output_dir: Path, given: Mapping[str, Any]) -> None:
+def record_settings(output_dir: Path, given: Mapping[str, Any]) -> None:
     """Write the settings of the run to `run.yaml`, which is its first file.
 
     `qft-hf finetune <output_dir>/run.yaml` repeats the run.
@@ -247,7 +247,7 @@ def claim(output_dir: Path, given: Mapping[str, Any]) -> None:
     """
     values = {key: _plain(value) for key, value in given.items() if key not in _OF_A_PROCESS}
     path = output_dir / RUN_CONFIG
-    before = told(output_dir)
+    before = recorded_settings(output_dir)
     if before == values:
         return  # a resumed run
     if before:
@@ -260,7 +260,7 @@ def claim(output_dir: Path, given: Mapping[str, Any]) -> None:
             RUN_CONFIG,
         )
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    with written_whole(path) as draft:
+    with atomic_path(path) as draft:
         draft.write_text(f"# qft_hf {__version__}: the settings of this run.\n{text}", "utf-8")
 
 
@@ -285,12 +285,12 @@ def _is_written(name: str) -> bool:
 def _written(output_dir: Path) -> list[Path]:
     """Return the files and folders with names that a run writes, and drafts of them."""
     there = sorted(output_dir.iterdir()) if output_dir.is_dir() else []
-    return [path for path in there if _is_written(path.name)] + unsettled(output_dir)
+    return [path for path in there if _is_written(path.name)] + pending_drafts(output_dir)
 
 
 def _foreign(output_dir: Path, written: list[Path], *, is_run: bool) -> Iterator[Path]:
     """Yield the paths of `written`, or in them, that are not known to come from a run."""
-    drafts = unsettled(output_dir)
+    drafts = pending_drafts(output_dir)
     config = output_dir / "config.json"
     for path in written:
         if path in drafts:
@@ -300,7 +300,7 @@ def _foreign(output_dir: Path, written: list[Path], *, is_run: bool) -> Iterator
         elif path.match(CHECKPOINTS):
             known = path.is_symlink() or (path / MARK).is_file()
         elif path.name in EXPORT_DTYPES:
-            known = path.name == told(output_dir).get("export_dtype")
+            known = path.name == recorded_settings(output_dir).get("export_dtype")
         elif any(path.match(pattern) for pattern in MODEL_FILES):
             known = is_run and (not config.is_file() or _is_int8(config))
         else:
@@ -333,7 +333,7 @@ def _is_int8(config: Path) -> bool:
     return bool(quantization.get("quant_method") == QUANT_METHOD)
 
 
-def told(output_dir: Path) -> dict[str, Any]:
+def recorded_settings(output_dir: Path) -> dict[str, Any]:
     """Return the settings in the folder's `run.yaml`, none if it is absent or damaged."""
     try:
         read = yaml.safe_load((output_dir / RUN_CONFIG).read_text(encoding="utf-8"))

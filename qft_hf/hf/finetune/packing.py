@@ -2,7 +2,7 @@
 
 A block has `position_ids` that restart at 0 with each example, and no attention mask: transformers
 then builds a mask by which no token sees another example. Not every model family does this;
-`refuse_crossing` tests the model itself.
+`refuse_leaky_packing` tests the model itself.
 """
 
 import copy
@@ -68,7 +68,7 @@ def collate_blocks(blocks: Sequence[dict[str, Any]], *, pad_token_id: int) -> di
     }
 
 
-def refuse_crossing(model: PreTrainedModel) -> None:
+def refuse_leaky_packing(model: PreTrainedModel) -> None:
     """Check that a packed example does not see the one before it.
 
     The outputs of an example must have zero derivatives by the embeddings of the one before: a
@@ -112,25 +112,26 @@ def refuse_crossing(model: PreTrainedModel) -> None:
         )
 
 
-def refuse_crossing_family(
+def refuse_leaky_packing_family(
     model_class: Any, config: PreTrainedConfig, device: torch.device, **how: Any
 ) -> bool:
-    """Run `refuse_crossing` for an architecture, on a shortened model with random weights.
+    """Run `refuse_leaky_packing` for an architecture, on a shortened model with random weights.
 
     Returns whether `model_class.from_config(..., **how)` can create that model on `device`: some
-    architectures cannot be shortened, as their layers refer to others. Raises as `refuse_crossing`.
+    architectures cannot be shortened, as their layers refer to others. Raises what
+    `refuse_leaky_packing` raises.
     """
     try:
         with device:
             model = model_class.from_config(shortened(config), **how)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         return False
-    refuse_crossing(model)
+    refuse_leaky_packing(model)
     return True
 
 
 def shortened(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Return the config of a model that is small enough to be created for `refuse_crossing` alone.
+    """Return the config of a model that is small enough to be created for this test alone.
 
     It has one layer of each type, or the first two layers, of full width but with a narrow MLP,
     which sees one token at a time. Its vocabulary is as large as the check needs.

@@ -85,7 +85,7 @@ class RunArguments:
         return Path(str(self.training.output_dir))
 
     @property
-    def told(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Values that the config and flags have set, with absolute paths."""
         output_dir = {"output_dir": str(self.output_dir.absolute())}
         return with_paths(self.given, whole) | (output_dir if "output_dir" in self.given else {})

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..base import require_bitsandbytes
 from ..language_model import language_class
-from ..processes import by_first, of_first
+from ..processes import broadcast_from_first, first_process_writes
 from ..wording import counted
 from .data import LABEL_TASKS, LANGUAGE_TASKS, TaskData, prepare_data
 from .evaluation import ERRORS
@@ -30,7 +30,7 @@ from .output_folder import (
     refuse_small_disk,
     refuse_unwritable,
 )
-from .packing import refuse_crossing
+from .packing import refuse_leaky_packing
 from .parsing import RunArguments
 from .paths import inputs
 from .run_trainer import RunTrainer
@@ -77,7 +77,7 @@ def prepare(arguments: RunArguments) -> Run:
     length = arguments.data.max_length
     model = load(arguments.model, how, config, data.task, max_length=length)
     if arguments.data.packing and is_whole:
-        refuse_crossing(model)
+        refuse_leaky_packing(model)
     training.include_num_input_tokens_seen = "non_padding"  # for the log and the summary
     if training.device.type == "cpu":
         # Pinned memory speeds up copies to a GPU, and causes a warning without one.
@@ -88,7 +88,9 @@ def prepare(arguments: RunArguments) -> Run:
         overwrite=arguments.output.overwrite_output,
     )
     clock = StepClock()
-    with by_first():  # process 0 alone creates a repository on the Hub; all raise if that fails
+    with (
+        first_process_writes()
+    ):  # process 0 alone creates a repository on the Hub; all raise if that fails
         trainer = RunTrainer(
             model=model,
             args=training,
@@ -123,9 +125,9 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
     if training.process_index > 0:  # only process 0 logs and shows progress
         logging.getLogger("qft_hf").setLevel(logging.ERROR)
         disable_progress_bar()
-    with by_first() as is_first:
+    with first_process_writes() as is_first:
         checkpoint = _check_output(arguments) if is_first else None
-    checkpoint = of_first(checkpoint)
+    checkpoint = broadcast_from_first(checkpoint)
     _check_evaluation(arguments)
     _check_reporters(training)
     _check_schedule(training)

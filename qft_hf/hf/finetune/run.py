@@ -13,16 +13,23 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ...side import side_network_of
-from ..base import form_of
+from ..atomic_writes import atomic_path
+from ..base import stored_format
 from ..card_facts import hyperparameters_of, optimizer_of, parameters_of
-from ..drafts import written_whole
 from ..peak_memory import PeakMemory
-from ..processes import by_first, of_first
+from ..processes import broadcast_from_first, first_process_writes
 from ..wording import loss_unit
-from .evidence import show
+from .data_preview import show
 from .export import export_checkpoint
 from .loss_curve import draw_loss_curve
-from .output_folder import EVIDENCE, LOSS_CURVE, SUMMARY, claim, clear_run, refuse_other_run
+from .output_folder import (
+    EVIDENCE,
+    LOSS_CURVE,
+    SUMMARY,
+    clear_run,
+    record_settings,
+    refuse_other_run,
+)
 from .parsing import RunArguments
 from .preparation import Run, prepare
 from .run_card import license_of, write_run_card
@@ -43,16 +50,16 @@ def train(run: Run) -> RunSummary:
     """
     trainer, output_dir = run.trainer, run.arguments.output_dir
     if run.checkpoint is not None and run.checkpoint.resolve().parent == output_dir.resolve():
-        trainer.add_callback(_TellWhenAccepted(run))
+        trainer.add_callback(_WriteSettingsWhenAccepted(run))
     else:
-        _tell(run)
+        _write_settings(run)
     before = _scores(run)
     trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     after = _scores_of_last_step(run) or _scores(run)
     if before is not None:  # train() has cleared the log
         start = {"epoch": 0.0, "step": 0} | {f"eval_{name}": s for name, s in before.items()}
         trainer.state.log_history.insert(0, start)
-    is_reported = of_first(_is_reported_already(run))
+    is_reported = broadcast_from_first(_is_reported_already(run))
     if is_reported:
         logger.warning(
             "%s already holds the results of this finished run, which are kept; no step was taken",
@@ -61,7 +68,7 @@ def train(run: Run) -> RunSummary:
     else:
         _write_model(run)
     summary = _summarize(run, before, after)
-    with by_first() as is_first:
+    with first_process_writes() as is_first:
         if is_first:
             _report(run, summary, is_reported=is_reported)
     if run.trainer.args.push_to_hub:
@@ -76,7 +83,7 @@ def _push(run: Run) -> None:
         ValueError: The Hub did not accept it.
     """
     output_dir, name = run.arguments.output_dir, run.trainer.hub_model_id
-    with by_first():
+    with first_process_writes():
         try:
             run.trainer.push_to_hub()
         except Exception as error:  # errors of the network, the Hub and its library
@@ -87,7 +94,7 @@ def _push(run: Run) -> None:
             ) from error
 
 
-class _TellWhenAccepted(TrainerCallback):
+class _WriteSettingsWhenAccepted(TrainerCallback):
     """Writes the settings when the checkpoint is accepted; otherwise `run.yaml` stays as it is."""
 
     def __init__(self, run: Run) -> None:
@@ -97,19 +104,19 @@ class _TellWhenAccepted(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the settings of the run."""
-        _tell(self.run)
+        _write_settings(self.run)
 
 
-def _tell(run: Run) -> None:
-    """Write the settings of the run, and the evidence of what it is about to learn."""
+def _write_settings(run: Run) -> None:
+    """Write the settings of the run, and a preview of what it is about to learn."""
     output_dir, overwrite = run.arguments.output_dir, run.arguments.output.overwrite_output
-    with by_first() as is_first:
+    with first_process_writes() as is_first:
         if is_first:
             # Another run may have begun in the folder since it was checked.
             refuse_other_run(output_dir, checkpoint=run.checkpoint, overwrite=overwrite)
             if overwrite:
                 clear_run(output_dir)
-            claim(output_dir, run.arguments.told)
+            record_settings(output_dir, run.arguments.settings)
             show(run.data, output_dir / EVIDENCE)
 
 
@@ -158,10 +165,10 @@ def _is_reported_already(run: Run) -> bool:
 
 def _write_model(run: Run) -> None:
     """Write the model and the state of the Trainer, which has the log."""
-    with by_first() as is_first:
+    with first_process_writes() as is_first:
         run.trainer.save_model(_internal_call=True)  # does not push: `_push` does it at the end
         if is_first:
-            with written_whole(run.arguments.output_dir / TRAINER_STATE_NAME) as draft:
+            with atomic_path(run.arguments.output_dir / TRAINER_STATE_NAME) as draft:
                 run.trainer.state.save_to_json(str(draft))
 
 
@@ -215,7 +222,7 @@ def _summarize(
         state_bytes={row.state: row.bytes for row in ledger.rows} if ledger else {},
         bytes_per_parameter=ledger.bytes_per_parameter if ledger else 0.0,
         percent_of_fp32_adam=ledger.percent_of_fp32_adam if ledger else 0.0,
-        sampled=run.trainer.health.journey(),
+        sampled=run.trainer.health.sample_changes(),
         train_data=run.data.train.counts,
         eval_data=run.data.evaluation.counts if run.data.evaluation else None,
         versions=versions(),
@@ -227,4 +234,4 @@ def _side_of(model: Any) -> dict[str, Any] | None:
     network = side_network_of(model)
     if network is None:
         return None
-    return {**asdict(network.config), "base": form_of(model.config)}
+    return {**asdict(network.config), "base": stored_format(model.config)}

@@ -12,9 +12,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..card import is_card, write_card
 from ..card_facts import CardFacts
 from ..config import QFTConfig
-from ..own_code import auto_class
+from ..remote_code import auto_class
 from ..wording import counted
-from .output_folder import CARD, SUMMARY, told
+from .output_folder import CARD, SUMMARY, recorded_settings
 
 _COUNTED = ("row", "example", "token")
 _OF_SUMMARY = ("architecture", "optimizer", "hyperparameters", "state_bytes", "versions")
@@ -60,7 +60,7 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
     if side is None:
         config, _ = PreTrainedConfig.get_config_dict(output_dir)
         form = QFTConfig.from_dict(config["quantization_config"])
-    export = told(output_dir).get("export_dtype")
+    export = recorded_settings(output_dir).get("export_dtype")
     counts = summary["train_data"]
     if "origin" not in summary:
         raise ValueError(
@@ -68,7 +68,7 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
             "recorded less than a card needs. The card of the run stays as it is."
         )
     return {
-        "name": told(output_dir).get("hub_model_id") or output_dir.resolve().name,
+        "name": recorded_settings(output_dir).get("hub_model_id") or output_dir.resolve().name,
         "parameters": (summary["parameters"], summary["trained_parameters"]),
         **{name: summary[name] for name in _OF_SUMMARY},
         **summary["origin"],

@@ -26,7 +26,7 @@ class RunTrainer(QFTTrainer):
 
     def __init__(self, *, data_collator: Callable[[Any], dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(data_collator=partial(_counted, data_collator), **kwargs)
-        take_means_for_means_(self)
+        average_batch_mean_losses_(self)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """Create the repository that the run is pushed to, or raise before anything is trained.
@@ -57,7 +57,7 @@ class RunTrainer(QFTTrainer):
         self.state.num_input_tokens_seen += int(self.accelerator.gather(n_tokens).sum())
 
 
-def take_means_for_means_(trainer: Trainer) -> None:
+def average_batch_mean_losses_(trainer: Trainer) -> None:
     """Make the Trainer average losses that are batch means over processes and micro-batches.
 
     Classifiers return such losses, and so may models with their own code. If a model accepts any

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ...side import QSTConfig, attach_side_network
-from ..absent_model import refused_if_absent
-from ..base import FORMS, base_format, form_of
+from ..base import FORMS, base_format, stored_format
+from ..missing_model import explain_loading_errors
 from ..side_network import CONFIG_NAME, is_side_network, load_side_network
 from .arguments import MethodArguments, ModelArguments
 from .loading import load_config, load_model
-from .output_folder import RUN_CONFIG, told
-from .packing import refuse_crossing_family
+from .output_folder import RUN_CONFIG, recorded_settings
+from .packing import refuse_leaky_packing_family
 from .task import Task
 
 # Settings for training every parameter, and why a side network has no use for them.
@@ -103,7 +103,7 @@ def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
     said = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     name, method = said["base"]["name"], said["base"]["quantization"]
     runs = [
-        told(home) for home in (folder, folder.resolve().parent)
+        recorded_settings(home) for home in (folder, folder.resolve().parent)
     ]  # of a run, or of a checkpoint in it
     base = next((run["model_name_or_path"] for run in runs if "model_name_or_path" in run), name)
     if method not in FORMS:
@@ -173,7 +173,7 @@ def base_form(method: MethodArguments, config: PreTrainedConfig, model: str) -> 
         ValueError: The base is quantized already, in another format than was asked for.
     """
     checkpoint = side_checkpoint(model)
-    stored = form_of(config)
+    stored = stored_format(config)
     if stored == "float":
         return method.base or (checkpoint.form if checkpoint else DEFAULT_BASE)
     if method.base not in (None, stored):
@@ -192,7 +192,7 @@ def checkpoint_config(place: str, *, trust_remote_code: bool = False) -> PreTrai
     """
     checkpoint = side_checkpoint(place)
     if checkpoint is None:
-        with refused_if_absent(place):
+        with explain_loading_errors(place):
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 place, trust_remote_code=trust_remote_code
             )
@@ -222,7 +222,7 @@ def load_checkpoint(place: str, model_class: Any, *, trust_remote_code: bool = F
         return model_class.from_pretrained(place, **trust)
     config = checkpoint_config(place, **trust)
     quantization = None
-    if form_of(config) == "float":
+    if stored_format(config) == "float":
         with torch.device("meta"):
             quantization = base_format(checkpoint.form, model_class.from_config(config, **trust))
     model = model_class.from_pretrained(
@@ -266,8 +266,8 @@ def load_side_model(
     how = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
     with torch.device("meta"):
         skeleton = make.from_config(config, **how)
-    # The base itself runs without autograd, which `refuse_crossing` needs.
-    if task.arguments.packing and not refuse_crossing_family(
+    # The base itself runs without autograd, which `refuse_leaky_packing` needs.
+    if task.arguments.packing and not refuse_leaky_packing_family(
         make, config, torch.device("cpu"), **how
     ):
         raise ValueError(
@@ -276,7 +276,7 @@ def load_side_model(
         )
     if checkpoint is not None:
         arguments = replace(arguments, model_name_or_path=checkpoint.base)
-    stored = form_of(config) != "float"
+    stored = stored_format(config) != "float"
     quantization = None if stored else base_format(form, skeleton)
     model = load_model(arguments, quantization, config, task, max_length=max_length, frozen=True)
     if checkpoint is not None:

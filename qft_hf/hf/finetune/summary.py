@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from ...version import __version__
-from ..drafts import written_whole
+from ..atomic_writes import atomic_path
 from ..peak_memory import PeakMemory
 from ..wording import counted, score_text
 from .arguments import DataArguments
@@ -73,14 +73,14 @@ class RunSummary:
     state_bytes: dict[str, int]  # by kind, in process 0, just before an optimizer step
     bytes_per_parameter: float
     percent_of_fp32_adam: float
-    sampled: dict[str, Any]  # a sample of the weights: `Health.journey`
+    sampled: dict[str, Any]  # a sample of the weights: `Health.sample_changes`
     train_data: DataCounts
     eval_data: DataCounts | None
     versions: dict[str, str]
 
     def write(self, path: Path) -> None:
         """Write as JSON; inf and NaN, which JSON does not have, become null."""
-        with written_whole(path) as draft:
+        with atomic_path(path) as draft:
             draft.write_text(json.dumps(finite(asdict(self)), indent=2) + "\n", encoding="utf-8")
 
     @property

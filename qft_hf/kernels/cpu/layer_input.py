@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import layer_input as operators
 from .columns import column_maxima
-from .quantization import quantize_kept
+from .quantization import quantize_without_columns
 
 
 @njit(nogil=True, cache=True)
@@ -35,5 +35,5 @@ def quantize_input(x: Tensor, *, n_outliers: int) -> tuple[Tensor, Tensor, Tenso
     if n_outliers:
         maxima = column_maxima(x, torch.empty(0, dtype=torch.float32))
         _choose(*(tensor.numpy() for tensor in (maxima, columns, is_outlier)))
-    codes, scales = quantize_kept(x, is_outlier, None)
+    codes, scales = quantize_without_columns(x, is_outlier, None)
     return codes, scales, columns, operators.take_columns(x, columns)

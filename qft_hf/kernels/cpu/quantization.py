@@ -116,10 +116,12 @@ def _dequantize(codes, scales, rows, outlier_values, outlier_columns, x, group_s
 
 @operators.quantize.register("cpu")
 def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
-    return quantize_kept(x, torch.empty(0, dtype=torch.bool), group_size)
+    return quantize_without_columns(x, torch.empty(0, dtype=torch.bool), group_size)
 
 
-def quantize_kept(x: Tensor, is_zero: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+def quantize_without_columns(
+    x: Tensor, is_zero: Tensor, group_size: int | None
+) -> tuple[Tensor, Tensor]:
     """`quantize`, in which columns marked by `is_zero`, bool `[columns]` or empty, count as 0."""
     rows, columns = x.shape
     codes = torch.empty(rows, columns, dtype=torch.int8)

@@ -140,13 +140,13 @@ def store_tile(out_ptr, out, m, n, M, N):
 
 
 @triton.jit
-def _with_given(
+def _with_overwritten_columns(
     out, m, first_n, M, columns_ptr, values_ptr, row_stride, column_stride,
-    N_GIVEN: tl.constexpr, TILE_N: tl.constexpr,
+    N_OVERWRITTEN: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
     """Put given columns into the tile `out`; of a hundred given columns, few are in one tile."""
     n = first_n + tl.arange(0, TILE_N)
-    for i in range(N_GIVEN):
+    for i in range(N_OVERWRITTEN):
         column = tl.load(columns_ptr + i)
         if (column >= first_n) & (column < first_n + TILE_N):
             index = m.to(tl.int64) * row_stride + i * column_stride
@@ -162,8 +162,8 @@ def _int8_matmul_kernel(
     a_scales_ptr,  # [M] fp32, or None
     b_scales_ptr,  # [N] fp32, or None
     bias_ptr,  # [N] float, or None
-    columns_ptr,  # [N_GIVEN] int64: columns of the result that are given; or None
-    values_ptr,  # [M, N_GIVEN] float with the strides below: values of these columns; or None
+    columns_ptr,  # [N_OVERWRITTEN] int64: columns of the result that are given; or None
+    values_ptr,  # [M, N_OVERWRITTEN] float with the strides below: values of these columns; or None
     out_ptr,  # [M, N] float, written
     M,
     N,
@@ -172,7 +172,7 @@ def _int8_matmul_kernel(
     b_stride,
     values_row,
     values_column,
-    N_GIVEN: tl.constexpr,
+    N_OVERWRITTEN: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
@@ -184,9 +184,18 @@ def _int8_matmul_kernel(
     )
     n = first_n + tl.arange(0, TILE_N)
     out = scaled(sums, m, n, M, N, a_scales_ptr, b_scales_ptr, bias_ptr)
-    if N_GIVEN > 0:
-        out = _with_given(
-            out, m, first_n, M, columns_ptr, values_ptr, values_row, values_column, N_GIVEN, TILE_N
+    if N_OVERWRITTEN > 0:
+        out = _with_overwritten_columns(
+            out,
+            m,
+            first_n,
+            M,
+            columns_ptr,
+            values_ptr,
+            values_row,
+            values_column,
+            N_OVERWRITTEN,
+            TILE_N,
         )
     store_tile(out_ptr, out, m, n, M, N)
 
@@ -196,8 +205,8 @@ def _requantized_matmul_kernel(
     a_ptr,  # [M, K] int8, contiguous along K
     b_ptr,  # [N, K] int8, contiguous along K: the second operand, transposed
     a_scales_ptr,  # [M] fp32, or None
-    columns_ptr,  # [N_GIVEN] int64: columns of the result that are given; or None
-    values_ptr,  # [M, N_GIVEN] float with the strides below: values of these columns; or None
+    columns_ptr,  # [N_OVERWRITTEN] int64: columns of the result that are given; or None
+    values_ptr,  # [M, N_OVERWRITTEN] float with the strides below: values of these columns; or None
     codes_ptr,  # [M, N] int8, written
     scales_ptr,  # [M, cdiv(N, TILE_N)] fp32, written
     M,
@@ -207,7 +216,7 @@ def _requantized_matmul_kernel(
     b_stride,
     values_row,
     values_column,
-    N_GIVEN: tl.constexpr,
+    N_OVERWRITTEN: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,  # also the group size of the result
     TILE_K: tl.constexpr,
@@ -219,9 +228,18 @@ def _requantized_matmul_kernel(
     )
     n = first_n + tl.arange(0, TILE_N)
     out = scaled(sums, m, n, M, N, a_scales_ptr, None, None)
-    if N_GIVEN > 0:
-        out = _with_given(
-            out, m, first_n, M, columns_ptr, values_ptr, values_row, values_column, N_GIVEN, TILE_N
+    if N_OVERWRITTEN > 0:
+        out = _with_overwritten_columns(
+            out,
+            m,
+            first_n,
+            M,
+            columns_ptr,
+            values_ptr,
+            values_row,
+            values_column,
+            N_OVERWRITTEN,
+            TILE_N,
         )
     out = tl.where((n < N)[None, :], out, 0.0)
     scale, inverse = scale_of_bits(tl.max(magnitude_bits(out), axis=1))
@@ -310,7 +328,7 @@ def int8_matmul(
 ) -> Tensor:
     rows, n_columns = a.shape[0], b.shape[1]
     n_given, *strides = _given(columns, values)
-    grid, constants = product_tiles(rows, n_columns, a.device, N_GIVEN=n_given)
+    grid, constants = product_tiles(rows, n_columns, a.device, N_OVERWRITTEN=n_given)
     out = a.new_empty(rows, n_columns, dtype=dtype)
     a, b = along_k(a), along_k(b.t())
     _launch_int8_matmul(
@@ -336,7 +354,7 @@ def requantized_matmul(
         )
     rows, n_columns = a.shape[0], b.shape[1]
     n_given, *strides = _given(columns, values)
-    tiles = product_tiles(rows, n_columns, a.device, width=group_size, N_GIVEN=n_given)
+    tiles = product_tiles(rows, n_columns, a.device, width=group_size, N_OVERWRITTEN=n_given)
     codes = a.new_empty(rows, n_columns)
     scales = a.new_empty(rows, -(-n_columns // group_size), dtype=torch.float32)
     a, b = along_k(a), along_k(b.t())

@@ -87,9 +87,9 @@ class Launcher:
             return
         key = (device, constants, specialization(arguments, self._is_specialized))
         compiled = self._compiled.get(key)
-        if compiled is None or is_watched():
+        if compiled is None or needs_triton_launch():
             kernel = self._kernel[grid](*arguments, **constants.values)
-            if kernel is not None and not is_watched():  # None: a compiler hook refused
+            if kernel is not None and not needs_triton_launch():  # None: a compiler hook refused
                 values = tuple(constants.values[name] for name in self._constant_names)
                 self._compiled[key] = _Compiled(
                     kernel.run, kernel.function, kernel.packed_metadata, values, kernel
@@ -150,7 +150,7 @@ class Plan:
         device, active = self._device, driver.active
         key = specialization(arguments, self._is_specialized)
         compiled = self._compiled.get(key)
-        if compiled is None or active.get_current_device() != device >= 0 or is_watched():
+        if compiled is None or active.get_current_device() != device >= 0 or needs_triton_launch():
             arguments = (*before, *arguments, *after)
             launcher(self._grid, self._constants, *arguments)
             whole = specialization(arguments, launcher._is_specialized)
@@ -195,7 +195,7 @@ def specialization(arguments: Sequence[Any], is_specialized: Sequence[bool]) -> 
     return tuple(key)
 
 
-def is_watched() -> bool:
+def needs_triton_launch() -> bool:
     """Whether Triton's JIT must launch: for hooks of profilers, debugging or other passes."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook

@@ -491,7 +491,7 @@ def lion_constants(
 _launch_lion = Launcher(_lion_kernel)
 # Arguments that differ between steps or do not belong to the weight: momentum and gradient with
 # their scales, squares, factor, `live`, and eleven numbers.
-OPEN = (...,) * 18
+OPEN_ARGUMENTS = (...,) * 18
 
 
 def launch(
@@ -519,7 +519,9 @@ def launch(
         compiled_for = Constants(
             STOCHASTIC=rounding.stochastic, **constants, num_warps=n_warps, enable_fp_fusion=False
         )
-        plan = weight.plans[key] = _launch_lion.plan((rows,), compiled_for, *weight.tensors, *OPEN)
+        plan = weight.plans[key] = _launch_lion.plan(
+            (rows,), compiled_for, *weight.tensors, *OPEN_ARGUMENTS
+        )
     # Without momentum the kernel never accesses its tensors; the weight's scales are placeholders.
     state = (weight.scales, weight.scales) if momentum is None else momentum.tensors
     plan(

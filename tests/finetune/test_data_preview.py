@@ -4,7 +4,7 @@ import pytest
 
 from qft_hf.hf.finetune.arguments import DataArguments
 from qft_hf.hf.finetune.data import prepare_data
-from qft_hf.hf.finetune.evidence import SHOWN_CHARACTERS, evidence
+from qft_hf.hf.finetune.data_preview import SHOWN_CHARACTERS, data_preview
 from tests.finetune.chats import END, TURN, chat, tiny_tokenizer
 from tests.finetune.flags import write_jsonl
 from tests.finetune.test_classification import config_of
@@ -15,7 +15,7 @@ def shown(folder, *rows, **arguments):
     data = prepare_data(
         DataArguments(train_data=path, **arguments), tiny_tokenizer(), config_of(), seed=0
     )
-    return evidence(data)
+    return data_preview(data)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ...nn.loss import IGNORED
-from ..drafts import written_whole
+from ..atomic_writes import atomic_path
 from .classification import Classification
 from .data import TaskData
 
@@ -15,7 +15,7 @@ LEARNED = ("\u27e6", "\u27e7")  # white square brackets, which are rare in text
 SHOWN_CHARACTERS = 4000
 
 
-def evidence(data: TaskData) -> str:
+def data_preview(data: TaskData) -> str:
     """Return counts of rows, examples, tokens, cut tokens and dropped rows, and an example."""
     counts = [f"{'training data':<24}{data.train.counts}"]
     if data.evaluation is not None:
@@ -32,12 +32,12 @@ def classes_of(data: TaskData) -> list[str]:
 
 
 def show(data: TaskData, path: Path) -> None:
-    """Write the evidence to stderr, in a way that keeps progress bars intact, and to a file."""
-    text = f"{evidence(data)}\n"
+    """Write the preview to stderr, in a way that keeps progress bars intact, and to a file."""
+    text = f"{data_preview(data)}\n"
     tqdm.write(text, file=sys.stderr)
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return  # a resumed run
-    with written_whole(path) as draft:
+    with atomic_path(path) as draft:
         draft.write_text(text, encoding="utf-8")
 
 

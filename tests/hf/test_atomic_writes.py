@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from qft_hf.hf import drafts
-from qft_hf.hf.drafts import drafted, settle, unsettled, written_whole
+from qft_hf.hf import atomic_writes
+from qft_hf.hf.atomic_writes import atomic_folder, atomic_path, pending_drafts, recover_drafts
 
 
 def contents(folder: Path) -> dict[str, str | None]:
@@ -47,7 +47,7 @@ def test_whatever_is_there_is_replaced(before, name, tmp_path):
     elif before != "nothing":
         place.symlink_to(outside if before == "a link" else tmp_path / "absent")
 
-    with written_whole(place) as draft:
+    with atomic_path(place) as draft:
         write(draft)
 
     expected = {name: "new"} if "." in name else {name: None, f"{name}/file.txt": "new"}
@@ -57,7 +57,7 @@ def test_whatever_is_there_is_replaced(before, name, tmp_path):
 
 
 def fail_half_way(path: Path) -> None:
-    with written_whole(path) as draft:
+    with atomic_path(path) as draft:
         write(draft)
         raise OSError("disk full")
 
@@ -85,7 +85,7 @@ def test_a_file_in_the_way_is_named_and_stays(below, tmp_path):
 
 
 def test_files_have_the_permissions_that_others_have(tmp_path):
-    with written_whole(tmp_path / "new") as draft:
+    with atomic_path(tmp_path / "new") as draft:
         write(draft)
     write(tmp_path / "plain")
     for name in ("", "file.txt"):
@@ -98,13 +98,13 @@ def test_a_draft_is_fresh_and_nobody_elses(tmp_path, monkeypatch):
     victim = tmp_path / "victim"
     victim.mkdir()
     names = itertools.chain(["taken", "linked", "fresh"], map(str, itertools.count()))
-    (tmp_path / f"{drafts.PREFIX}taken").mkdir()
-    (tmp_path / f"{drafts.PREFIX}linked").symlink_to(victim)
+    (tmp_path / f"{atomic_writes.PREFIX}taken").mkdir()
+    (tmp_path / f"{atomic_writes.PREFIX}linked").symlink_to(victim)
     monkeypatch.setattr("tempfile._get_candidate_names", lambda: names)
-    monkeypatch.setattr(drafts, "settle", lambda folder: None)
+    monkeypatch.setattr(atomic_writes, "recover_drafts", lambda folder: None)
 
-    with written_whole(tmp_path / "x.json") as draft:
-        assert draft.parent.parent.name == f"{drafts.PREFIX}fresh"
+    with atomic_path(tmp_path / "x.json") as draft:
+        assert draft.parent.parent.name == f"{atomic_writes.PREFIX}fresh"
         assert draft.parent.parent.stat().st_mode & 0o077 == 0
         draft.write_text("x")
 
@@ -113,7 +113,7 @@ def test_a_draft_is_fresh_and_nobody_elses(tmp_path, monkeypatch):
 
 def test_a_draft_is_no_checkpoint_to_the_trainer(tmp_path):
     """Rotation once counted the copy that was set aside and removed the checkpoint itself."""
-    with written_whole(tmp_path / "checkpoint-4") as draft:
+    with atomic_path(tmp_path / "checkpoint-4") as draft:
         write(draft)
         assert sort_checkpoints(str(tmp_path)) == sort_checkpoints(str(tmp_path), use_mtime=True)
         assert list(tmp_path.glob("checkpoint*")) == []
@@ -122,66 +122,66 @@ def test_a_draft_is_no_checkpoint_to_the_trainer(tmp_path):
 
 def left(folder: Path, state: str, name: str = "checkpoint-4") -> Path:
     """Create what a killed process leaves, and return the draft."""
-    draft = folder / f"{drafts.PREFIX}abcd"
+    draft = folder / f"{atomic_writes.PREFIX}abcd"
     write(draft / state / name)
     return draft
 
 
-@pytest.mark.parametrize("state", [drafts.NEW, drafts.WHOLE, drafts.MOVING])
+@pytest.mark.parametrize("state", [atomic_writes.NEW, atomic_writes.WHOLE, atomic_writes.MOVING])
 @pytest.mark.parametrize("old", [False, True])
 def test_what_a_killed_process_left_is_finished_if_it_counts(old, state, tmp_path):
     if old:
         write(tmp_path / "checkpoint-4", "old")
     left(tmp_path, state)
-    assert bool(unsettled(tmp_path)) == (state != drafts.NEW)
+    assert bool(pending_drafts(tmp_path)) == (state != atomic_writes.NEW)
 
-    settle(tmp_path)
+    recover_drafts(tmp_path)
 
-    counts = state != drafts.NEW
+    counts = state != atomic_writes.NEW
     expected = {"checkpoint-4": None, "checkpoint-4/file.txt": "new" if counts else "old"}
     assert contents(tmp_path) == (expected if counts or old else {})
 
 
 def test_the_next_writer_settles_what_was_left(tmp_path):
-    left(tmp_path, drafts.WHOLE)
-    with written_whole(tmp_path / "x.json") as draft:
+    left(tmp_path, atomic_writes.WHOLE)
+    with atomic_path(tmp_path / "x.json") as draft:
         assert (tmp_path / "checkpoint-4").exists()
         write(draft)
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-4", "x.json"]
 
 
 def test_a_draft_of_a_living_process_is_left_alone(tmp_path):
-    draft = left(tmp_path, drafts.WHOLE)
+    draft = left(tmp_path, atomic_writes.WHOLE)
     before = contents(tmp_path)
     descriptor = os.open(draft, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    settle(tmp_path)
+    recover_drafts(tmp_path)
     assert contents(tmp_path) == before
     os.close(descriptor)
-    settle(tmp_path)
+    recover_drafts(tmp_path)
     assert "checkpoint-4/file.txt" in contents(tmp_path)
 
 
 def test_a_link_that_looks_like_a_draft_is_not_followed(tmp_path):
     elsewhere = tmp_path / "elsewhere"
-    left(elsewhere, drafts.WHOLE).rename(elsewhere / "draft")
+    left(elsewhere, atomic_writes.WHOLE).rename(elsewhere / "draft")
     before = contents(elsewhere)
     run = tmp_path / "run"
     run.mkdir()
-    (run / f"{drafts.PREFIX}link").symlink_to(elsewhere / "draft")
+    (run / f"{atomic_writes.PREFIX}link").symlink_to(elsewhere / "draft")
 
-    assert unsettled(run) == []
-    settle(run)
+    assert pending_drafts(run) == []
+    recover_drafts(run)
 
     assert contents(elsewhere) == before
     assert not (run / "checkpoint-4").exists()
 
 
 def test_a_draft_of_another_user_is_left_alone(tmp_path, monkeypatch):
-    left(tmp_path, drafts.WHOLE)
+    left(tmp_path, atomic_writes.WHOLE)
     before = contents(tmp_path)
     monkeypatch.setattr("os.geteuid", lambda: -1)
-    settle(tmp_path)
+    recover_drafts(tmp_path)
     assert contents(tmp_path) == before
 
 
@@ -195,7 +195,7 @@ SHARDED = ["config.json", "model-00001-of-00001.safetensors", "model.safetensors
 def test_a_model_replaces_all_files_of_another_and_no_others(files, tmp_path):
     for name, text in MODEL.items():
         (tmp_path / name).write_text(text)
-    with drafted(tmp_path) as draft:
+    with atomic_folder(tmp_path) as draft:
         for name in files:
             (draft / name).write_text("new")
     assert contents(tmp_path) == {"notes.txt": "mine"} | dict.fromkeys(files, "new")
@@ -216,7 +216,7 @@ def killed_before_rename(n: int, folder: Path) -> bool:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(count)
-    with drafted(folder) as draft:
+    with atomic_folder(folder) as draft:
         for name in SHARDED:
             (draft / name).write_text("new")
     os._exit(0)
@@ -234,7 +234,7 @@ def test_no_moment_has_a_config_beside_weights_that_are_not_its_own(tmp_path):
         if "config.json" in visible:
             weights = {text for name, text in visible.items() if "safetensors" in name}
             assert weights == {visible["config.json"]}
-        settle(folder)
+        recover_drafts(folder)
         settled = {"notes.txt": "mine"} | dict.fromkeys(SHARDED, "new")
         assert contents(folder) == (MODEL if n == 0 else settled)
         if not killed:
@@ -245,10 +245,10 @@ def test_no_moment_has_a_config_beside_weights_that_are_not_its_own(tmp_path):
 def test_files_and_folders_reach_the_disk_before_they_count(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr("os.fsync", lambda fd: synced.append(os.readlink(f"/proc/self/fd/{fd}")))
-    with written_whole(tmp_path / "folder") as draft:
+    with atomic_path(tmp_path / "folder") as draft:
         write(draft / "inner")
     names = [Path(path).name for path in synced]
-    assert names[:4] == ["file.txt", "inner", "folder", drafts.NEW]
+    assert names[:4] == ["file.txt", "inner", "folder", atomic_writes.NEW]
     assert names[-1] == tmp_path.name
 
 
@@ -259,9 +259,9 @@ def test_a_moved_away_folder_that_cannot_be_removed_blocks_nothing(tmp_path, mon
     write(tmp_path / "export", "old")
     with monkeypatch.context() as patched:
         patched.setattr("shutil.rmtree", refuse)
-        with written_whole(tmp_path / "export") as draft:
+        with atomic_path(tmp_path / "export") as draft:
             write(draft)
     assert (tmp_path / "export" / "file.txt").read_text() == "new"
     assert "could not be removed and stays" in caplog.text
-    settle(tmp_path)
+    recover_drafts(tmp_path)
     assert os.listdir(tmp_path) == ["export"]

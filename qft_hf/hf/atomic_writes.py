@@ -37,7 +37,7 @@ MODEL_FILES = (
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a path in a draft, which is moved to `path` when the block ends without an error.
 
     It replaces an existing file or folder; a link is replaced, not followed. On an error the draft
@@ -49,12 +49,12 @@ def written_whole(path: Path) -> Iterator[Path]:
     Yields:
         A path on the same file system, with the name of `path`. It does not exist yet.
     """
-    with drafted(path.parent) as draft:
+    with atomic_folder(path.parent) as draft:
         yield draft / path.name
 
 
 @contextmanager
-def drafted(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty draft; its contents move to `folder` when the block ends without an error.
 
     On an error they are removed, and `folder` does not change. A model, which has a `config.json`,
@@ -71,7 +71,7 @@ def drafted(folder: Path) -> Iterator[Path]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        settle(folder)
+        recover_drafts(folder)
         draft, lock = _create(folder)
     except OSError as error:
         reason = error.strerror or error
@@ -100,7 +100,7 @@ def drafted(folder: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def settle(folder: Path) -> None:
+def recover_drafts(folder: Path) -> None:
     """Finish or remove the drafts in `folder` whose process is gone. `folder` may be missing."""
     for draft in sorted(folder.glob(f"{PREFIX}*")):
         lock = _locked(draft)
@@ -113,7 +113,7 @@ def settle(folder: Path) -> None:
             os.close(lock)
 
 
-def unsettled(folder: Path) -> list[Path]:
+def pending_drafts(folder: Path) -> list[Path]:
     """Return the drafts in `folder` with whole contents that are not all in their place yet."""
     return [
         draft

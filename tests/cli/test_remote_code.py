@@ -93,7 +93,7 @@ COMMANDS = {  # commands that read such a folder
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A float model in `base`, and a run with an export in `run`."""
-    folder = tmp_path_factory.mktemp("own_code")
+    folder = tmp_path_factory.mktemp("remote_code")
     package = folder / "odd_package"
     package.mkdir()
     for name, code in (("__init__", ""), ("configuration_odd", CONFIGURATION),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 @contextmanager
-def refused_if_absent(name: str | Path, *, advice: str = "") -> Iterator[None]:
+def explain_loading_errors(name: str | Path, *, advice: str = "") -> Iterator[None]:
     """Raise an error that says what to do if a model cannot be loaded in this block.
 
     Args:
