@@ -105,10 +105,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """Return a model's place and the settings of a run; flags override those of a config."""
+    import torch
+
     from qft_hf import QFTConfig
     from qft_hf.hf import shipped
     from qft_hf.hf.finetune.arguments import MethodArguments
 
+    dtype: torch.dtype | None = None  # that of the model's configuration
     place, trust = name, options.trust_remote_code
     work: dict[str, Any] = {"batch_size": 1, "sequence_length": None, "config": QFTConfig()}
     if _is_config(name):
@@ -124,6 +127,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
                 "run of a few steps (--max_steps 3) measures its memory."
             )
         place, side = arguments.model.model_name_or_path, arguments.method.side
+        dtype = getattr(torch, arguments.model.dtype)
         trust |= arguments.model.trust_remote_code
         if side is None:
             work = workload_of(arguments)
@@ -148,6 +152,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
         "config": QFTConfig(matmul=options.matmul) if options.matmul else None,
         "n_processes": options.gpus,
         "trust_remote_code": trust,
+        "dtype": dtype,
     }
     return place, work | {key: value for key, value in given.items() if value is not None}
 
@@ -170,7 +175,9 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
     from qft_hf.hf.estimate import skeleton
     from qft_hf.hf.positions import n_positions
 
-    source = skeleton(place, trust_remote_code=work.pop("trust_remote_code"))
+    source = skeleton(
+        place, trust_remote_code=work.pop("trust_remote_code"), dtype=work.pop("dtype", None)
+    )
     positions = n_positions(source.config)
     work["sequence_length"] = _sequence_length(place, work["sequence_length"], positions)
     base = work.get("base")

@@ -93,12 +93,15 @@ def estimate_memory(
     )
 
 
-def skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+def skeleton(
+    source: ModelSource, *, trust_remote_code: bool = False, dtype: torch.dtype | None = None
+) -> Any:
     """Return the model, or one without storage made from its configuration.
 
     Args:
         source: A model, its configuration, its folder, or its name on the hub.
         trust_remote_code: Whether code that comes with the model may run.
+        dtype: Dtype of what stays float; None for the one that the configuration names, or FP32.
 
     Raises:
         FileNotFoundError: As in `estimate_memory`.
@@ -112,7 +115,7 @@ def skeleton(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
             if folder.is_dir() and not (folder / "config.json").is_file():
                 raise FileNotFoundError(folder / "config.json")
             source = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    dtype = getattr(source, "dtype", None) or torch.float32
+    dtype = dtype or getattr(source, "dtype", None) or torch.float32
     make = language_class(source)
     with torch.device("meta"):
         return make.from_config(source, dtype=dtype, trust_remote_code=trust_remote_code)

@@ -23,7 +23,7 @@ from ..optim.processes import SEVERAL_GPUS, Processes
 from ..quant import QFTWeight
 from ..side import side_network_of
 from .atomic_writes import atomic_path
-from .compatibility import unwrapped
+from .compatibility import has_quantized_weights, unwrapped
 from .wrapping import wrap_
 
 # Arguments that may differ between processes.
@@ -32,9 +32,21 @@ _OWN = {"local_rank", "logging_dir", "run_name", "disable_tqdm", "log_level", "l
 
 def install_processes() -> None:
     """Wrap how Accelerate prepares a model, and how the Trainer saves and trains. Idempotent."""
+    wrap_(Accelerator, "prepare", _without_other_distribution)
     wrap_(Accelerator, "prepare_model", _unwrapped_model)
     wrap_(Trainer, "_save_checkpoint", _consolidating_state)
     wrap_(Trainer, "train", _reporting_failures)
+
+
+def _without_other_distribution(prepare: Any) -> Any:
+    def prepare_objects(self: Any, *objects: Any, **kwargs: Any) -> Any:
+        # Accelerate prepares models for DeepSpeed, Megatron-LM and FSDP2 without `prepare_model`.
+        for model in objects:
+            if isinstance(model, nn.Module) and has_quantized_weights(model):
+                refuse_distribution(self.distributed_type)
+        return prepare(self, *objects, **kwargs)
+
+    return prepare_objects
 
 
 def _unwrapped_model(prepare: Any) -> Any:

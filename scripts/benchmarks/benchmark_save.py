@@ -24,13 +24,13 @@ from common.command_line import command_line
 from common.shapes import model_config
 
 from qft_hf import QFTConfig, QFTTrainer, QFTTrainingArguments, quantize_model_
-from qft_hf.hf import checkpoint, drafts, quantizer
+from qft_hf.hf import atomic_writes, checkpoint, quantizer
 
 # Functions that are timed within a save: module, name there, and name in the report.
 PARTS = (
     (quantizer, "metadata", "sums_of_tensors"),
     (checkpoint, "_digest", "sums_of_files"),
-    (drafts, "_sync", "waiting_for_the_disk"),
+    (atomic_writes, "_sync", "waiting_for_the_disk"),
 )
 
 

@@ -2,8 +2,10 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
+import torch
 from transformers import GPT2Config, LlamaConfig
 
 from qft_hf import QFTConfig, QSTConfig, estimate_memory, estimate_side_memory, recommend
@@ -101,6 +103,35 @@ def test_a_config_says_how_long_and_how_many(folder, tmp_path, capsys):
     assert plan(str(config), capsys=capsys)[0]["ways"][0]["total_bytes"] == expected.total_bytes
     (longer,) = plan(str(config), "--sequence_length=64", capsys=capsys)
     assert longer["sequence_length"] == 64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("keys", "estimate"),
+    [
+        ("", estimate_memory),
+        ("method: qst\nside_r: 4\n", partial(estimate_side_memory, side=QSTConfig(r=4))),
+    ],
+    ids=["full", "qst"],
+)
+def test_the_dtype_is_that_of_the_run(keys, estimate, dtype, tmp_path, capsys):
+    """It was that of the model's configuration, though a run loads what it is told, or FP32."""
+    model = tiny_llama(max_position_embeddings=64).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {tmp_path}/model\ntrain_data: t.jsonl\nmax_length: 32\n"
+        f"use_cpu: true\n{keys}" + ("dtype: bfloat16\n" if dtype == "bfloat16" else "")
+    )
+    (result,) = plan(str(config), capsys=capsys)
+
+    model.config.dtype = getattr(torch, dtype)
+    for way in result["ways"]:
+        names = {"gradient", "base", "gradient_checkpointing"} & way.keys()
+        of_way = {name: way[name] for name in names}
+        expected = estimate(model.config, batch_size=8, sequence_length=32, **of_way)
+        assert way["activation_bytes"] == expected.activation_bytes
+        assert way["state_bytes"] == expected.state_bytes
 
 
 def test_a_model_that_is_nowhere_says_what_was_looked_for(capsys, monkeypatch):

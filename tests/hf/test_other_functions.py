@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate.utils import load_checkpoint_in_model
+from accelerate.utils import DistributedType, load_checkpoint_in_model
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -167,6 +167,26 @@ def one_process():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (DistributedType.DEEPSPEED, "DeepSpeed partitions.*`accelerate launch"),
+        (DistributedType.FSDP, "FSDP shards.*`accelerate launch"),
+        (DistributedType.MEGATRON_LM, "Megatron-LM splits.*`accelerate launch"),
+    ],
+)
+def test_ways_of_accelerate_to_divide_a_model_are_refused_by_name(kind, message, monkeypatch):
+    """Only FSDP was: the others, and FSDP2, have a preparation of their own in Accelerate."""
+    model, optimizer = trained()
+    accelerator = accelerate.Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "distributed_type", kind)
+
+    with pytest.raises(ValueError, match=message):
+        accelerator.prepare(optimizer, model)
+    with pytest.raises(ValueError, match=message):
+        accelerator.prepare_model(model)
 
 
 COLLECTIVES = {
