@@ -38,7 +38,7 @@ def squares_of_floats(gradients: list[Tensor]) -> list[Tensor]:
 def clip_(gradients: list[Tensor], max_norm: float) -> Tensor:
     """Clip gradients by their global norm, as `torch.nn.utils.clip_grad_norm_` does, in place.
 
-    A GPU gets one operation per INT8 gradient and a few for all, instead of five per gradient.
+    A GPU gets one operation per INT8 gradient and a few for all, instead of eight per gradient.
 
     Args:
         gradients: Float or INT8.

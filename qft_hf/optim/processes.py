@@ -15,11 +15,11 @@ update. So after each step the weights are equal on all processes, bit for bit.
 
 Bytes that each of n processes holds and receives, per parameter of large matrices:
 
-    weights                              1.065
+    weights                              1.061
     gradients that wait for the step     1.016 / n; none in release
     gradients of earlier micro-batches   1.016, in both modes
     optimizer state of Lion              1.016 / n
-    received per step, in 1. and 3.      (1.016 + 1.055) (n - 1) / n
+    received per step, in 1. and 3.      (1.016 + 1.041) (n - 1) / n
 
 All communication uses `torch.distributed`; the launcher starts the processes and chooses the
 backend. Tensors are sent as bytes, except in sums, because not every backend supports every dtype.

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 SUMMARY = "summary.json"
 LOSS_CURVE = "loss_curve.png"
 RUN_CONFIG = "run.yaml"
-EVIDENCE = "data.txt"
+DATA_PREVIEW = "data.txt"
 SIDE_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 CARD = "README.md"
 CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
@@ -61,7 +61,7 @@ _WRITTEN = (
     SUMMARY,
     LOSS_CURVE,
     RUN_CONFIG,
-    EVIDENCE,
+    DATA_PREVIEW,
     CARD,
     TRAINER_STATE_NAME,
 )

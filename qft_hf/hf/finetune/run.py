@@ -23,7 +23,7 @@ from .data_preview import show
 from .export import export_checkpoint
 from .loss_curve import draw_loss_curve
 from .output_folder import (
-    EVIDENCE,
+    DATA_PREVIEW,
     LOSS_CURVE,
     SUMMARY,
     clear_run,
@@ -117,7 +117,7 @@ def _write_settings(run: Run) -> None:
             if overwrite:
                 clear_run(output_dir)
             record_settings(output_dir, run.arguments.settings)
-            show(run.data, output_dir / EVIDENCE)
+            show(run.data, output_dir / DATA_PREVIEW)
 
 
 def _report(run: Run, summary: RunSummary, *, is_reported: bool) -> None:
