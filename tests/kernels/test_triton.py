@@ -65,7 +65,7 @@ OPERATORS = [value for value in vars(kernels).values() if isinstance(value, Oper
 # divide a row, leave a shorter last group, or are longer than a row.
 GROUP_SIZES = {
     (1, 1): [None, 3],
-    (7, 33): [None, 3, 32, 5000],
+    (3, 33): [None, 3, 32, 5000],
     (2, 257): [32, 100, 512],
     (3, 1100): [None, 3, 32, 100, 512],
 }
@@ -199,10 +199,10 @@ def product_cases() -> list[Any]:
     """Products in every dtype; the interpreter cannot multiply BF16 as matrix units do."""
     return [
         pytest.param(n_tokens, *case, dtype, id=f"{n_tokens}-{case}-{dtype}")
-        for n_tokens in N_TOKENS
-        for case in PRODUCTS
-        for dtype in DTYPES
-        if n_tokens == 1 or dtype != torch.bfloat16 or not INTERPRETED
+        for place, n_tokens in enumerate(N_TOKENS)
+        for number, case in enumerate(PRODUCTS)
+        for turn, dtype in enumerate(DTYPES[::2] if INTERPRETED and n_tokens > 1 else DTYPES)
+        if not INTERPRETED or n_tokens == 1 or (place + number + turn) % 2  # each pair of two
     ]
 
 
@@ -393,6 +393,7 @@ LION_CASES = [
     (*case, (0.0, 0.03)[(number + place) % 2], bits)
     for number, case in enumerate(CASES)
     for place, bits in enumerate((8, 4))
+    if case not in LONG or number % 2 == place  # these take long: one momentum width each
 ]
 
 
@@ -413,7 +414,7 @@ def test_lion_step(shape, group_size, outlier_fraction, momentum_bits):
         [(3e-4, {}), (0.05, {"maximize": True}), (3e-4, {"stochastic": False}), (0.0, {})], start=1
     ):
         gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step)) * 3e-3
-        gradient[0] = 0.0  # a row whose elements only decay
+        gradient[1:2] = 0.0  # a row whose elements only decay, if there is more than one
         new = reference.quantize(gradient.to(DEVICE), group_size=256)
         for state in (actual, expected):
             for tensor, value in zip(state.gradient.tensors, new, strict=True):
@@ -862,7 +863,7 @@ def test_quantize_input(shape, n_outliers, make_input, buffers, monkeypatch):
 @pytest.mark.parametrize(
     ("dtype", "counts"),
     [
-        (torch.float32, (1, 2, 3, 6, 12, 13, 20, 40)),
+        (torch.float32, (1, 12, 40)),
         (torch.bfloat16, (1, 3, 13)),
         (torch.float16, (2, 6, 20)),
     ],

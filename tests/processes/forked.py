@@ -105,6 +105,7 @@ def forked(n: int, work: Callable[[], None]) -> list[int]:
 def main() -> None:
     """Do all runs; those on two processes come last, as some resume from checkpoints of three."""
     folder = Path(sys.argv[1])
+    accounts.compile_kernels()  # once, and before the processes meet: their forks have them then
     ends = [
         forked(4, lambda: do(folder, ON_FOUR)),
         forked(3, lambda: do(folder, ON_THREE)),

@@ -1,5 +1,6 @@
 """Start processes, and collect the results of the scenarios on them."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ def launch_forked(folder: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.processes.forked", folder],
         cwd=REPOSITORY,
+        # Autograd refuses to run in forks of a process that has used it, if a GPU is visible.
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,

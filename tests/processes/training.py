@@ -48,7 +48,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "uneven": {"uneven": True},
     "uneven-release": {"uneven": True, "gradient": "release"},
 }  # fmt: skip
-LONG = ("stack", "release", "clipped", "accumulated", "int8")  # of 20 steps
+LONG = ("stack", "release", "clipped", "accumulated", "int8")  # of 10 steps
 # The same without float parameters, whose sum over three processes may have any order.
 NO_FLOATS = ("norm.weight", "norm.bias", "up.bias", "down.bias")
 SCENARIOS |= {f"{name}-no-floats": {**SCENARIOS[name], "frozen": NO_FLOATS} for name in LONG}
@@ -57,7 +57,7 @@ LOOP = ("clip", "n_parts")
 
 
 def n_steps(name: str) -> int:
-    return 20 if name.removesuffix("-no-floats") in LONG else 4
+    return 10 if name.removesuffix("-no-floats") in LONG else 4
 
 
 class Uneven(SmallModel):

@@ -15,7 +15,6 @@ NAMES = {2: "two", 3: "three", 4: "four"}
 def do(folder: Path, runs: tuple[str, ...]) -> None:
     """Do runs such as `optimizer:stack`, and save their results to `FOLDER/NAME-RANK.pt`."""
     gc.freeze()  # each run collects garbage, and need not search all that was imported
-    accounts.compile_kernels()
     begin()
     rank, n = dist.get_rank(), dist.get_world_size()
     found = {}
