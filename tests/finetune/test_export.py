@@ -43,24 +43,6 @@ def test_export_is_the_dequantized_model(dtype, checkpoint, tmp_path):
     )
 
 
-def test_export_loads_where_qft_hf_was_never_imported(checkpoint, tmp_path):
-    export_checkpoint(checkpoint, tmp_path / "plain", dtype=torch.float32)
-    program = (
-        "import sys, torch, transformers\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'plain')!r})\n"
-        "assert not any(name.startswith('qft') for name in sys.modules)\n"
-        "ids = torch.arange(9)[None]\n"
-        "print(model(ids, labels=ids).loss.item())\n"
-    )
-    printed = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path
-    ).stdout
-
-    ids = torch.arange(9)[None]
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    assert float(printed) == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-6)
-
-
 def test_classifier_keeps_its_class(tmp_path):
     quantize_model_(tiny_bert(), QFTConfig()).save_pretrained(tmp_path / "int8")
 

@@ -26,9 +26,10 @@ def run(folder, cls=Trainer, *, config=CONFIG, resume=None, tied=True, **overrid
     return trainer
 
 
-@pytest.mark.parametrize("config", [CONFIG, HEAD_IN], ids=["default", "head in"])
 @pytest.mark.parametrize(
-    "overrides", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str
+    ("overrides", "config"),
+    [({}, CONFIG), ({"bf16": True}, HEAD_IN), ({"gradient_accumulation_steps": 2}, HEAD_IN)],
+    ids=["default", "head in, bf16", "head in, accumulation"],
 )
 def test_it_learns_what_dequantizing_does(overrides, config, tmp_path):
     settings = {"max_steps": 30, "learning_rate": 3e-3} | overrides
