@@ -165,7 +165,7 @@ def test_an_export_onto_a_full_disk_is_told_in_a_line_and_leaves_nothing(tmp_pat
     done = command_line(words, before=limit, stdout=subprocess.DEVNULL)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert re.search(r"qft-hf: .*File too large.* whole and was removed", done.stderr)
+    assert re.search(r"qft-hf: .*File too large.* incomplete files were removed", done.stderr)
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -167,7 +167,7 @@ def test_what_a_run_refuses_check_refuses(home, capsys):
         ("--model_name_or_path=no/such-model",): "No model 'no/such-model': neither a folder",
         ("--model_name_or_path=/no/such/folder",): "No model '/no/such/folder': neither a folder",
         ("--tokenizer_name_or_path=no/such-model",): "No model 'no/such-model': neither a folder",
-        ("--model_name_or_path=data/absent",): "from the folder data, which `python scripts/fetch",
+        ("--model_name_or_path=data/absent",): "read the folder data, which `python scripts/fetch",
     }.items():
         with pytest.raises(SystemExit):
             main(["check", "my.yaml", *flags])
