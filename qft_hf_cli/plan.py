@@ -19,19 +19,8 @@ from typing import TYPE_CHECKING, Any
 from .command_line import add_json, add_trust, parser, show_json, table
 
 if TYPE_CHECKING:
-    from qft_hf import MemoryEstimate, MemoryLedger
+    from qft_hf import MemoryLedger
 
-WAYS = [
-    {"gradient": gradient, "gradient_checkpointing": checkpointing}
-    for checkpointing in (False, True)
-    for gradient in ("stack", "release")
-]
-SIDE_WAYS = [
-    {"base": base, "gradient_checkpointing": checkpointing}
-    for base in ("float", "int8", "nf4")
-    for checkpointing in (False, True)
-]
-SIDE = ("side", "base")
 LENGTH = 2048  # default tokens of a sequence, if the model has as many positions
 OF_FULL = ("gpus", "optim", "momentum_bits", "matmul", "chunked_loss", "live")
 
@@ -174,18 +163,16 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
     from qft_hf import recommend
     from qft_hf.hf.estimate import skeleton
     from qft_hf.hf.positions import n_positions
+    from qft_hf.hf.recommendation import ways_to_train
 
     source = skeleton(
         place, trust_remote_code=work.pop("trust_remote_code"), dtype=work.pop("dtype", None)
     )
     positions = n_positions(source.config)
-    work["sequence_length"] = _sequence_length(place, work["sequence_length"], positions)
-    base = work.get("base")
+    length = _sequence_length(place, work.pop("sequence_length"), positions)
     ways = []
-    for way in WAYS if work.get("side") is None else SIDE_WAYS:
-        if base not in (None, way.get("base")):
-            continue
-        estimate = _estimate(source, work, way)
+    for way, of in ways_to_train(source, **work):
+        estimate = of(sequence_length=length)
         ways.append(
             {
                 **way,
@@ -196,7 +183,7 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
         )
     cards = []
     for gpu in gpus:
-        choice = recommend(source, gpu, **work)
+        choice = recommend(source, gpu, length, **work)
         cards.append(
             {
                 "gb": gpu,
@@ -216,7 +203,7 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
         "received_bytes": estimate.received_bytes,
         "not_counted": estimate.not_counted,
         "batch_size": work["batch_size"],
-        "sequence_length": work["sequence_length"],
+        "sequence_length": length,
         "positions": positions,
         "rows": [asdict(row) for row in (*estimate.rows, *estimate.activation_rows)],
         "ways": ways,
@@ -238,16 +225,6 @@ def _sequence_length(place: str, asked: int | None, positions: int | None) -> in
             f"positions. Set --sequence_length, or max_length in a config, to {positions} or less."
         )
     return asked
-
-
-def _estimate(source: Any, work: dict[str, Any], way: dict[str, Any]) -> "MemoryEstimate":
-    """Return the memory estimate of one way to train."""
-    from qft_hf import estimate_memory, estimate_side_memory
-
-    if work.get("side") is None:
-        return estimate_memory(source, **{k: v for k, v in work.items() if k not in SIDE} | way)
-    names = ("side", "config", "batch_size", "sequence_length")
-    return estimate_side_memory(source, **{name: work[name] for name in names} | way)
 
 
 def _text(result: dict[str, Any]) -> str:

@@ -136,25 +136,26 @@ def recommend(
             "each process would need as much memory as one alone. Leave n_processes out."
         )
     source, usable = skeleton(model), int(USABLE * gpu_memory * 1e9)
-    ways = (
-        _full_ways(
-            source,
-            config=config,
-            momentum_bits=momentum_bits,
-            optimizer=optimizer,
-            batch_size=batch_size,
-            chunked_loss=chunked_loss,
-            n_processes=n_processes,
-        )
-        if side is None
-        else _side_ways(source, side, base, config or QFTConfig(), batch_size)
+    fixed: dict[str, Any] = {"momentum_bits": momentum_bits, "optimizer": optimizer}
+    ways = ways_to_train(
+        source,
+        batch_size,
+        config=config,
+        chunked_loss=chunked_loss,
+        side=side,
+        base=base,
+        n_processes=n_processes,
+        **fixed,
     )
+    if side is not None:
+        fixed = {"gradient": "stack", "momentum_bits": 8, "optimizer": "adamw_torch"}
     for way, of in ways:
         way["estimate"] = estimate = of(sequence_length=sequence_length)
         if estimate.total_bytes <= usable:
             break
     return Recommendation(
         **way,
+        **fixed,
         usable_bytes=usable,
         batch_size=batch_size,
         longest_sequence=_longest(usable, of),
@@ -162,38 +163,46 @@ def recommend(
     )
 
 
-# A way to train, as fields of a `Recommendation`, and its memory as a function of
-# `sequence_length`.
-_Way = tuple[dict[str, Any], Callable[..., MemoryEstimate]]
-
-
-def _full_ways(source: Any, **asked: Any) -> Iterator[_Way]:
-    """Yield the ways to train every parameter, from the fastest to the smallest.
+def ways_to_train(
+    source: Any,
+    batch_size: int = 1,
+    *,
+    config: QFTConfig | None = None,
+    side: QSTConfig | None = None,
+    base: str | None = None,
+    **of_full: Any,
+) -> Iterator[tuple[dict[str, Any], Callable[..., MemoryEstimate]]]:
+    """Yield the ways to train a model, from the fastest to the smallest.
 
     Gradient checkpointing costs a third more work. Release costs nothing, except that clipping by
-    the exact norm then takes a second backward pass.
+    the exact norm then takes a second backward pass. Of a side network, a base with more bits comes
+    first.
+
+    Args:
+        source: The model, or one without storage.
+        batch_size: Sequences of one micro-batch.
+        config: As in `recommend`.
+        side: As in `recommend`.
+        base: As in `recommend`.
+        **of_full: Other arguments of `estimate_memory`, which a side network does not have.
+
+    Yields:
+        The choices of a way, as fields of a `Recommendation`, and its memory as a function of
+        `sequence_length`.
     """
-    as_asked = {name: asked[name] for name in ("momentum_bits", "optimizer")}
-    for checkpointing in (False, True):
-        for gradient in GRADIENTS:
-            chosen: dict[str, Any] = {
-                "gradient": gradient,
-                "gradient_checkpointing": checkpointing,
-            }
-            yield chosen | as_asked, partial(estimate_memory, source, **asked, **chosen)
-
-
-def _side_ways(
-    source: Any, side: QSTConfig, base: str | None, config: QFTConfig, batch_size: int
-) -> Iterator[_Way]:
-    """Yield the ways to train a side network: by bits of the base, most first, then by speed."""
-    fixed = {"gradient": "stack", "momentum_bits": 8, "optimizer": "adamw_torch"}
-    for name in [base] if base else _FINEST_FIRST:
-        estimator = SideEstimator(source, side, name, config)
+    way: dict[str, Any]
+    if side is None:
+        of_full |= {"batch_size": batch_size, "config": config}
         for checkpointing in (False, True):
-            chosen = {"gradient_checkpointing": checkpointing}
-            of = partial(estimator, batch_size=batch_size, **chosen)
-            yield chosen | fixed | {"base": name}, of
+            for gradient in GRADIENTS:
+                way = {"gradient": gradient, "gradient_checkpointing": checkpointing}
+                yield way, partial(estimate_memory, source, **of_full, **way)
+        return
+    for name in [base] if base else _FINEST_FIRST:
+        estimator = SideEstimator(source, side, name, config or QFTConfig())
+        for checkpointing in (False, True):
+            way = {"gradient_checkpointing": checkpointing}
+            yield {"base": name, **way}, partial(estimator, batch_size=batch_size, **way)
 
 
 def _longest(usable: int, of: Callable[..., MemoryEstimate]) -> int:
