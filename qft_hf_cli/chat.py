@@ -65,13 +65,15 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from transformers import AutoTokenizer, set_seed
 
-    from qft_hf.hf.finetune.side_tuning import checkpoint_config, load_checkpoint
+    from qft_hf.hf.finetune.arguments import ModelArguments
+    from qft_hf.hf.finetune.side_tuning import base_config, load_checkpoint
     from qft_hf.hf.language_model import language_class
     from qft_hf.hf.missing_model import explain_loading_errors
 
     set_seed(options.seed)
     trust = {"trust_remote_code": options.trust_remote_code}
-    config = checkpoint_config(options.checkpoint, **trust)
+    arguments = ModelArguments(options.checkpoint, **trust)
+    config = base_config(arguments)
     with explain_loading_errors(options.checkpoint):
         tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, **trust)
     for name in config.architectures or []:
@@ -85,7 +87,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
             f"the tokenizer of {options.checkpoint} has no chat template, so a conversation cannot "
             "be written in the form that the model knows. Use a checkpoint that was tuned on chats."
         )
-    model: Any = load_checkpoint(options.checkpoint, language_class(config), **trust)
+    model: Any = load_checkpoint(arguments, config, language_class(config))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

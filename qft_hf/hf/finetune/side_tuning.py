@@ -2,17 +2,16 @@
 
 import argparse
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...side import QSTConfig, attach_side_network
 from ..base import FORMS, base_format, stored_format
-from ..missing_model import explain_loading_errors
 from ..side_network import CONFIG_NAME, is_side_network, load_side_network
 from .arguments import MethodArguments, ModelArguments
 from .loading import load_config, load_model
@@ -134,16 +133,8 @@ def base_config(arguments: ModelArguments) -> PreTrainedConfig:
     checkpoint = side_checkpoint(arguments.model_name_or_path)
     if checkpoint is None:
         return load_config(arguments)
-    base = replace(arguments, model_name_or_path=checkpoint.base)
-    return _described(checkpoint, lambda: load_config(base))
-
-
-def _described(
-    checkpoint: SideCheckpoint, load: Callable[[], PreTrainedConfig]
-) -> PreTrainedConfig:
-    """Return the configuration of a base, with the classes of the head that was trained."""
     try:
-        config = load()
+        config = load_config(replace(arguments, model_name_or_path=checkpoint.base))
     except OSError as error:
         raise FileNotFoundError(
             f"{checkpoint.folder} holds a side network of {checkpoint.base or 'an unnamed model'}, "
@@ -184,43 +175,22 @@ def base_form(method: MethodArguments, config: PreTrainedConfig, model: str) -> 
     return stored
 
 
-def checkpoint_config(place: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return the configuration of a model in a folder or on the Hub; of a side network, its base's.
-
-    Raises:
-        FileNotFoundError: The model, or the base of a side network, is not found.
-    """
-    checkpoint = side_checkpoint(place)
-    if checkpoint is None:
-        with explain_loading_errors(place):
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                place, trust_remote_code=trust_remote_code
-            )
-        return config
-    base = checkpoint.base
-    return _described(
-        checkpoint, lambda: AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    )
-
-
-def load_checkpoint(place: str, model_class: Any, *, trust_remote_code: bool = False) -> Any:
+def load_checkpoint(arguments: ModelArguments, config: PreTrainedConfig, model_class: Any) -> Any:
     """Load a model from a folder or the Hub; a side network is loaded together with its base.
 
     Args:
-        place: Folder, or name on the Hub.
+        arguments: Which model, and whether code that comes with it may run.
+        config: As `base_config` returns it.
         model_class: A class of transformers, such as `AutoModelForCausalLM`.
-        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        FileNotFoundError: The base of a side network is not found.
         ImportError: The base is to be stored in NF4, and bitsandbytes is not installed.
         ValueError: The side network was trained on another base.
     """
-    trust = {"trust_remote_code": trust_remote_code}
+    place, trust = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
     checkpoint = side_checkpoint(place)
     if checkpoint is None:
         return model_class.from_pretrained(place, **trust)
-    config = checkpoint_config(place, **trust)
     quantization = None
     if stored_format(config) == "float":
         with torch.device("meta"):
