@@ -15,7 +15,6 @@ from .reference_model import install_references
 from .registration import register_optimizer
 from .resizing import install_resizing
 from .side_network import install_side_networks, load_side_network, save_side_network
-from .sizes import install_sizes
 from .trainer import QFTTrainer
 
 register_optimizer()
@@ -23,7 +22,6 @@ install_guards()
 install_resizing()
 install_references()
 install_clipping()
-install_sizes()
 install_side_networks()
 install_processes()
 
