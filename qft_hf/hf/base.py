@@ -8,7 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ..side import layer_stack
-from .config import QUANT_METHOD, QFTConfig
+from .config import QUANT_METHOD, QFTConfig, quantization_method
 
 BASES = ("nf4", "int8", "float")
 FORMS = {"bitsandbytes": "nf4", QUANT_METHOD: "int8", None: "float"}  # by quantization method
@@ -49,13 +49,8 @@ def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> An
 
 def stored_format(config: Any) -> str:
     """Return how a configuration's model is stored: one of `BASES`, or another method's name."""
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return "float"
-    if not isinstance(quantization, dict):  # a configuration read from a file has a dict
-        quantization = quantization.to_dict()
-    method = quantization.get("quant_method")
-    return FORMS.get(getattr(method, "value", method), str(method))
+    method = quantization_method(config)
+    return FORMS.get(method, str(method))
 
 
 def require_bitsandbytes() -> None:

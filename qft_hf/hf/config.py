@@ -14,6 +14,15 @@ from ..config import QuantizationSpec, names_module
 QUANT_METHOD = "qft"
 
 
+def quantization_method(config: Any) -> Any:
+    """Return the quantization method that a model's configuration names; None if it names none."""
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict):  # of a configuration that was read from a file
+        return quantization.get("quant_method")
+    method = getattr(quantization, "quant_method", None)
+    return getattr(method, "value", method)
+
+
 @register_quantization_config(QUANT_METHOD)
 class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
     """INT8 weights for `from_pretrained(quantization_config=...)` and `quantize_model_`.

@@ -18,7 +18,7 @@ from ..nn import (
 from ..optim import fit_states
 from ..side import SideNetwork, side_network_of
 from .compatibility import has_quantized_weights, quantization_config_of
-from .config import QUANT_METHOD, QFTConfig
+from .config import QUANT_METHOD, QFTConfig, quantization_method
 from .coverage import check_coverage
 from .loading_faults import check_finite
 from .quantizer import QFTQuantizer
@@ -118,7 +118,8 @@ def prepared_for_saving(model: Any, state: dict[str, Tensor] | None) -> Any:
     if side_network_of(model) is not None or (quantizer is not None and not is_recorded):
         return model
     is_int8 = has_quantized_weights(model)
-    if is_int8 == is_recorded == _says_int8(model.config) and (state is None or not is_int8):
+    says_int8 = quantization_method(model.config) == QUANT_METHOD
+    if is_int8 == is_recorded == says_int8 and (state is None or not is_int8):
         return model
     saved = copy.copy(model)
     saved.config = copy.copy(model.config)
@@ -141,12 +142,6 @@ def prepared_for_saving(model: Any, state: dict[str, Tensor] | None) -> Any:
         _check_complete(model, state)
         saved.hf_quantizer.state = state
     return saved
-
-
-def _says_int8(config: Any) -> bool:
-    said: Any = getattr(config, "quantization_config", None) or {}
-    said = said if isinstance(said, dict) else vars(said)
-    return bool(said.get("quant_method") == QUANT_METHOD)
 
 
 def _products_held(model: nn.Module, config: QFTConfig) -> dict[str, list[str]] | None:

@@ -10,10 +10,12 @@ from transformers import AutoConfig
 
 from ..kernels.groups import QMAX
 from ..quant import QFTWeight
-from .config import QUANT_METHOD
+from .config import QUANT_METHOD, quantization_method
+from .loading_faults import refuse_int8
 from .missing_model import explain_loading_errors
 from .remote_code import loading_class
 from .side_network import is_side_network
+from .tensor_files import tensor_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +74,8 @@ def inspect_checkpoint(
         raise ValueError(
             f"{folder} holds a side network, and not the weights of its base. Inspect the base."
         )
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a checkpoint: it has no config.json. Give the output folder of a run "
-            "or one of its checkpoint-<step> folders."
-        )
-    trust = {"trust_remote_code": trust_remote_code}
-    with explain_loading_errors(folder):
-        config = AutoConfig.from_pretrained(folder, **trust)
-    quantization = getattr(config, "quantization_config", None) or {}
-    if quantization.get("quant_method") != QUANT_METHOD:
-        raise ValueError(
-            f"{folder} does not hold INT8 weights of qft_hf (quant_method is "
-            f"{quantization.get('quant_method')!r}, not {QUANT_METHOD!r}). Give the output folder "
-            "of a run."
-        )
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = int8_config(folder, **trust)
     model_class = loading_class(config)
     model: nn.Module = model_class.from_pretrained(folder, **trust)
     others: dict[str, Any] = {}
@@ -105,6 +94,33 @@ def inspect_checkpoint(
         for name, weight in model.named_parameters()
         if isinstance(weight, QFTWeight)
     ]
+
+
+def int8_config(
+    folder: Path, *, advice: str = "Give the output folder of a run.", **loading: Any
+) -> Any:
+    """Return the configuration of an INT8 checkpoint, loaded with these arguments.
+
+    Raises:
+        FileNotFoundError: `folder` is not a checkpoint folder.
+        ValueError: The checkpoint is not INT8, or its config.json does not say so.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a checkpoint: it has no config.json. Give the output folder of a run "
+            "or one of its checkpoint-<step> folders."
+        )
+    with explain_loading_errors(folder):
+        config = AutoConfig.from_pretrained(folder, **loading)
+    method = quantization_method(config)
+    if method != QUANT_METHOD:
+        files = [str(file) for file in folder.glob("*.safetensors")]
+        refuse_int8(tensor_names(files), of=str(folder))
+        raise ValueError(
+            f"{folder} does not hold INT8 weights of qft_hf (quant_method is {method!r}, not "
+            f"{QUANT_METHOD!r}). {advice}"
+        )
+    return config
 
 
 def _counterpart(

@@ -3,16 +3,13 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from ..atomic_writes import atomic_path
-from ..config import QUANT_METHOD
 from ..convert import dequantize_model_
-from ..loading_faults import refuse_int8
-from ..missing_model import explain_loading_errors
+from ..inspection import int8_config
 from ..remote_code import loading_class
 from ..side_network import is_side_network
-from ..tensor_files import tensor_names
 
 
 def export_checkpoint(
@@ -43,26 +40,10 @@ def export_checkpoint(
             f"{source} holds a side network, which is not part of its base's weights, so there is "
             "no ordinary checkpoint of both. Load it with qft_hf.load_side_network."
         )
-    if not (source / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{source} is not a checkpoint: it has no config.json. Give the output folder of a run "
-            "or one of its checkpoint-<step> folders."
-        )
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not empty. Choose a folder that does not exist yet.")
     trust = {"trust_remote_code": trust_remote_code}
-    with explain_loading_errors(source):
-        config = AutoConfig.from_pretrained(source, **trust)
-    quantization = getattr(config, "quantization_config", None) or {}
-    if quantization.get("quant_method") != QUANT_METHOD:
-        refuse_int8(
-            tensor_names([str(file) for file in source.glob("*.safetensors")]), of=str(source)
-        )
-        raise ValueError(
-            f"{source} does not hold INT8 weights of qft_hf (quant_method is "
-            f"{quantization.get('quant_method')!r}, not {QUANT_METHOD!r}). An ordinary checkpoint "
-            "needs no export."
-        )
+    config = int8_config(source, advice="An ordinary checkpoint needs no export.", **trust)
     model = dequantize_model_(loading_class(config).from_pretrained(source, **trust), dtype)
     with atomic_path(target) as draft:
         model.save_pretrained(draft)
