@@ -15,16 +15,11 @@ from ..optim.norms import clip_
 from ..quant import Int8Gradient
 from .compatibility import unwrapped
 from .reference_model import trainer_of
-from .wrapping import wrap_
 
 
-def install_clipping() -> None:
-    """Have all accelerators clip INT8 gradients, and refuse released ones. Idempotent."""
-    wrap_(Accelerator, "clip_grad_norm_", _clipping_together)
-    wrap_(Accelerator, "clip_grad_value_", _refusing_released)
+def clipping_together(clip: Any) -> Any:
+    """Make clipping by the norm count INT8 gradients, and refuse released ones."""
 
-
-def _clipping_together(clip: Any) -> Any:
     def clipping(self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         _refuse_released(self)
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
@@ -37,7 +32,9 @@ def _clipping_together(clip: Any) -> Any:
     return clipping
 
 
-def _refusing_released(clip: Any) -> Any:
+def refusing_released(clip: Any) -> Any:
+    """Make clipping by the value refuse released gradients."""
+
     def refusing(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
         _refuse_released(self)
         return clip(self, *args, **kwargs)

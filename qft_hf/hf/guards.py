@@ -14,10 +14,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import accelerate
-from accelerate import big_modeling
 from torch import nn
-from transformers import PreTrainedModel, Trainer
 
 from .atomic_writes import atomic_folder
 from .compatibility import has_quantized_weights
@@ -27,20 +24,11 @@ from .optimizers import named_optimizer
 from .quantizer import QFTQuantizer
 from .tensor_files import memory, tensor_names
 from .wording import and_more
-from .wrapping import wrap_
 
 
-def install_guards() -> None:
-    """Wrap loading and saving. Idempotent."""
-    wrap_(PreTrainedModel, "_load_pretrained_model", _refusing_int8)
-    wrap_(PreTrainedModel, "save_pretrained", _writing_whole)
-    wrap_(Trainer, "_issue_warnings_after_load", _warn_except_tied)
-    # A program that imported the function before this package has the original.
-    for module in (accelerate, accelerate.utils, big_modeling):
-        wrap_(module, "load_checkpoint_in_model", _check_accelerate_load)
+def refusing_int8(load: Any) -> Any:
+    """Make loading refuse INT8 weights whose `config.json` does not declare them."""
 
-
-def _refusing_int8(load: Any) -> Any:
     def guarded(
         model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any
     ) -> Any:
@@ -55,7 +43,9 @@ def _refusing_int8(load: Any) -> Any:
     return guarded
 
 
-def _warn_except_tied(warn: Any) -> Any:
+def warn_except_tied(warn: Any) -> Any:
+    """Make the stock Trainer refuse INT8 weights that it would ignore, and miss no tied weights."""
+
     def knowing(self: Any, load_result: Any) -> None:
         found = int8_weights(load_result.unexpected_keys)
         if found and named_optimizer(self.args) is None:  # ours raise for a float model
@@ -75,7 +65,9 @@ def _warn_except_tied(warn: Any) -> Any:
     return knowing
 
 
-def _check_accelerate_load(load: Any) -> Any:
+def check_accelerate_load(load: Any) -> Any:
+    """Make loading by names of parameters refuse INT8 weights."""
+
     def guarded(
         model: nn.Module, checkpoint: Any, device_map: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
@@ -111,7 +103,9 @@ def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:
         )
 
 
-def _writing_whole(save: Any) -> Any:
+def writing_whole(save: Any) -> Any:
+    """Make saving replace an INT8 model in a folder as a whole."""
+
     def guarded(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         folder = Path(save_directory)
         given = inspect.signature(save).bind(self, save_directory, *args, **kwargs).arguments

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from ..optim import QFTOptimizer
 from ..optim.processes import SEVERAL_GPUS, Processes
@@ -24,21 +24,14 @@ from ..quant import QFTWeight
 from ..side import side_network_of
 from .atomic_writes import atomic_path
 from .compatibility import has_quantized_weights, unwrapped
-from .wrapping import wrap_
 
 # Arguments that may differ between processes.
 _OWN = {"local_rank", "logging_dir", "run_name", "disable_tqdm", "log_level", "log_level_replica"}
 
 
-def install_processes() -> None:
-    """Wrap how Accelerate prepares a model, and how the Trainer saves and trains. Idempotent."""
-    wrap_(Accelerator, "prepare", _without_other_distribution)
-    wrap_(Accelerator, "prepare_model", _unwrapped_model)
-    wrap_(Trainer, "_save_checkpoint", _consolidating_state)
-    wrap_(Trainer, "train", _reporting_failures)
+def without_other_distribution(prepare: Any) -> Any:
+    """Refuse INT8 weights where another library would divide the model."""
 
-
-def _without_other_distribution(prepare: Any) -> Any:
     def prepare_objects(self: Any, *objects: Any, **kwargs: Any) -> Any:
         # Accelerate prepares models for DeepSpeed, Megatron-LM and FSDP2 without `prepare_model`.
         for model in objects:
@@ -49,7 +42,9 @@ def _without_other_distribution(prepare: Any) -> Any:
     return prepare_objects
 
 
-def _unwrapped_model(prepare: Any) -> Any:
+def unwrapped_model(prepare: Any) -> Any:
+    """Keep a model whose INT8 weights are trained out of `DistributedDataParallel`."""
+
     def prepare_model(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         int8 = {
             name: parameter
@@ -108,7 +103,9 @@ def refuse_distribution(kind: Any) -> None:
         raise ValueError(f"{refused[kind]}, and cannot hold INT8 weights. {SEVERAL_GPUS}")
 
 
-def _consolidating_state(save: Any) -> Any:
+def consolidating_state(save: Any) -> Any:
+    """Collect the state of all rows before one process writes it."""
+
     def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
         optimizer = unwrapped(self.optimizer)
         if not isinstance(optimizer, QFTOptimizer):
@@ -121,7 +118,9 @@ def _consolidating_state(save: Any) -> Any:
     return _save_checkpoint
 
 
-def _reporting_failures(train: Any) -> Any:
+def reporting_failures(train: Any) -> Any:
+    """Report the error of a process to the others."""
+
     def telling(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return train(self, *args, **kwargs)

@@ -15,17 +15,10 @@ from transformers import Trainer
 
 from .compatibility import has_quantized_weights, quantization_config_of
 from .convert import quantize_model_
-from .wrapping import wrap_
 
 logger = logging.getLogger(__name__)
 
 TRAINER = "_qft_trainer"  # attribute of an accelerator: a weak reference
-
-
-def install_references() -> None:
-    """Make each accelerator know its Trainer and quantize the reference model. Idempotent."""
-    wrap_(Trainer, "create_accelerator_and_postprocess", _telling_the_trainer)
-    wrap_(Accelerator, "prepare_model", _quantizing_references)
 
 
 def trainer_of(accelerator: Accelerator) -> Trainer | None:
@@ -34,7 +27,9 @@ def trainer_of(accelerator: Accelerator) -> Trainer | None:
     return trainer
 
 
-def _telling_the_trainer(create: Any) -> Any:
+def telling_the_trainer(create: Any) -> Any:
+    """Make each accelerator know its Trainer."""
+
     def create_accelerator_and_postprocess(self: Trainer) -> None:
         create(self)
         setattr(self.accelerator, TRAINER, ref(self))
@@ -42,7 +37,9 @@ def _telling_the_trainer(create: Any) -> Any:
     return create_accelerator_and_postprocess
 
 
-def _quantizing_references(prepare: Any) -> Any:
+def quantizing_references(prepare: Any) -> Any:
+    """Quantize a reference model before it is moved to the device."""
+
     def prepare_model(self: Accelerator, model: Any, *args: Any, **kwargs: Any) -> Any:
         trainer: Any = trainer_of(self)
         reference = getattr(trainer, "ref_model", None)

@@ -21,7 +21,6 @@ from .optimizers import (
     optimizer_name,
 )
 from .prepared_model import require_prepared
-from .wrapping import wrap_
 
 
 def restore_optimizer_name(value: str) -> OptimizerNames:
@@ -30,17 +29,16 @@ def restore_optimizer_name(value: str) -> OptimizerNames:
 
 
 def register_optimizer() -> None:
-    """Register the names of `OPTIMIZERS`, the callback, and the end of training. Idempotent."""
+    """Register the names of `OPTIMIZERS`, and the callback. Idempotent."""
     for name in OPTIMIZERS:
         if name not in OptimizerNames._value2member_map_:
             _register(name)
     callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
     if QFTCallback not in callbacks:
         callbacks.append(QFTCallback)
-    wrap_(trainer.Trainer, "train", _leaving_no_hook)
 
 
-def _leaving_no_hook(train: Any) -> Any:
+def leaving_no_hook(train: Any) -> Any:
     """Detach the optimizer however training ends; callbacks are not called on an exception."""
 
     def training(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -10,23 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..nn import QuantizedModule, replace_
 from ..optim import fit_states
-from .wrapping import wrap_
 
 Resize = Callable[..., Any]
 
 
-def install_resizing() -> None:
-    """Make all models of transformers able to resize INT8 embeddings and heads. Idempotent."""
-    wrap_(PreTrainedModel, "_get_resized_embeddings", _resizing_int8)
-    wrap_(PreTrainedModel, "_get_resized_lm_head", _resizing_int8)
-    wrap_(PreTrainedModel, "resize_token_embeddings", _fitting_states)
+def resizing_int8(original: Resize) -> Resize:
+    """Make resizing an INT8 embedding or head keep its rows."""
 
-
-def _resizing_int8(original: Resize) -> Resize:
     def resized(model: Any, old: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(old, QuantizedModule):
             return original(model, old, *args, **kwargs)
@@ -42,7 +35,9 @@ def _resizing_int8(original: Resize) -> Resize:
     return resized
 
 
-def _fitting_states(original: Resize) -> Resize:
+def fitting_states(original: Resize) -> Resize:
+    """Make optimizers follow the new number of rows."""
+
     def resized(model: Any, *args: Any, **kwargs: Any) -> Any:
         embeddings = original(model, *args, **kwargs)
         for parameter in model.parameters():  # biases too: tying weights resizes them

@@ -17,7 +17,6 @@ import xxhash
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, trainer
 
 from ..quant import QFTWeight
 from ..side import (
@@ -36,7 +35,6 @@ from .card import MARK, is_card
 from .config import QFTConfig
 from .convert import quantize_model_
 from .tensor_files import DAMAGED, damaged, metadata
-from .wrapping import wrap_
 
 logger = logging.getLogger(__name__)
 
@@ -127,15 +125,9 @@ def is_side_network(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file()
 
 
-def install_side_networks() -> None:
-    """Make transformers save, load and train only the side network of a model. Idempotent."""
-    wrap_(PreTrainedModel, "save_pretrained", _saving_alone)
-    wrap_(Trainer, "_load_from_checkpoint", _loading_alone)
-    wrap_(Trainer, "_load_best_model", _loading_best)
-    wrap_(trainer, "validate_quantization_for_training", _allowing_side_networks)
+def saving_alone(save: Any) -> Any:
+    """Make saving write only the side network of a model that has one."""
 
-
-def _saving_alone(save: Any) -> Any:
     def save_pretrained(
         self: Any,
         save_directory: Any,
@@ -157,7 +149,9 @@ def _saving_alone(save: Any) -> Any:
     return save_pretrained
 
 
-def _loading_alone(load: Any) -> Any:
+def loading_alone(load: Any) -> Any:
+    """Make resuming load only the side network of a model that has one."""
+
     def load_from_checkpoint(self: Any, checkpoint: str, model: Any = None) -> None:
         wanted = self.model if model is None else model
         if side_network_of(wanted) is None:
@@ -168,7 +162,9 @@ def _loading_alone(load: Any) -> Any:
     return load_from_checkpoint
 
 
-def _loading_best(load: Any) -> Any:
+def loading_best(load: Any) -> Any:
+    """Make the end of training load only the best side network."""
+
     def load_best_model(self: Any) -> None:
         if side_network_of(self.model) is None:
             load(self)
@@ -178,7 +174,9 @@ def _loading_best(load: Any) -> Any:
     return load_best_model
 
 
-def _allowing_side_networks(validate: Any) -> Any:
+def allowing_side_networks(validate: Any) -> Any:
+    """Allow a side network on a quantized base, which stays frozen."""
+
     def validate_quantization_for_training(model: Any) -> None:
         if side_network_of(model) is None:  # with one, the quantized base stays frozen
             validate(model)

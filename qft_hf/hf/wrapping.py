@@ -1,28 +1,53 @@
 """Wraps methods of transformers and Accelerate that offer no other way to extend them.
 
-Importing `qft_hf.hf` installs the wrappers: see `hf/__init__.py`.
+Importing `qft_hf.hf` imports this module, which installs the wrappers.
 """
 
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-MARK = "_qft_wrappers"
+import accelerate
+from accelerate import Accelerator, big_modeling
+from transformers import PreTrainedModel, Trainer, trainer
+
+from . import clipping, guards, processes, reference_model, registration, resizing, side_network
+
+# The owner and name of a method, and its wrapper, which takes the method and returns one with the
+# same arguments. If a method has several wrappers, a later one contains the earlier ones.
+WRAPPERS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+    (PreTrainedModel, "_load_pretrained_model", guards.refusing_int8),
+    (PreTrainedModel, "save_pretrained", guards.writing_whole),
+    (PreTrainedModel, "save_pretrained", side_network.saving_alone),
+    (PreTrainedModel, "_get_resized_embeddings", resizing.resizing_int8),
+    (PreTrainedModel, "_get_resized_lm_head", resizing.resizing_int8),
+    (PreTrainedModel, "resize_token_embeddings", resizing.fitting_states),
+    (Trainer, "create_accelerator_and_postprocess", reference_model.telling_the_trainer),
+    (Trainer, "train", registration.leaving_no_hook),
+    (Trainer, "train", processes.reporting_failures),
+    (Trainer, "_save_checkpoint", processes.consolidating_state),
+    (Trainer, "_load_from_checkpoint", side_network.loading_alone),
+    (Trainer, "_load_best_model", side_network.loading_best),
+    (Trainer, "_issue_warnings_after_load", guards.warn_except_tied),
+    (trainer, "validate_quantization_for_training", side_network.allowing_side_networks),
+    (Accelerator, "prepare", processes.without_other_distribution),
+    (Accelerator, "prepare_model", reference_model.quantizing_references),
+    (Accelerator, "prepare_model", processes.unwrapped_model),
+    (Accelerator, "clip_grad_norm_", clipping.clipping_together),
+    (Accelerator, "clip_grad_value_", clipping.refusing_released),
+    # A program that imported the function before this package has the original.
+    (accelerate, "load_checkpoint_in_model", guards.check_accelerate_load),
+    (accelerate.utils, "load_checkpoint_in_model", guards.check_accelerate_load),
+    (big_modeling, "load_checkpoint_in_model", guards.check_accelerate_load),
+)
 
 
-def wrap_(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
-    """Replace a method by `wrapper(method)`; a second call with the same wrapper does nothing.
-
-    Args:
-        owner: Class or module that has the method. Modified.
-        name: Name of the method, which may be static.
-        wrapper: Function that takes the method and returns one with the same arguments.
-    """
+def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
     method = getattr(owner, name)
-    known = getattr(method, MARK, ())
-    if wrapper.__qualname__ in known:
-        return
-    wrapped: Any = wraps(method)(wrapper(method))
-    setattr(wrapped, MARK, (*known, wrapper.__qualname__))
+    wrapped = wraps(method)(wrapper(method))
     is_static = isinstance(vars(owner)[name], staticmethod)
     setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
+
+
+for row in WRAPPERS:
+    _wrap(*row)

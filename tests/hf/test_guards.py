@@ -8,7 +8,6 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from qft_hf import QFTConfig, dequantize_model_, quantize_model_
 from qft_hf.hf.atomic_writes import PREFIX
-from qft_hf.hf.guards import install_guards
 from tests.hf.checkpoints import assert_same_state, edit_config
 from tests.models import tiny_bert, tiny_llama
 
@@ -136,12 +135,3 @@ def test_a_folder_that_is_a_file_is_left_alone(tmp_path):
     with pytest.raises((NotADirectoryError, FileExistsError)):
         model.save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious"
-
-
-def test_guards_are_put_once():
-    before = LlamaForCausalLM.save_pretrained, LlamaForCausalLM._load_pretrained_model
-    install_guards()
-    assert before == (
-        LlamaForCausalLM.save_pretrained,
-        LlamaForCausalLM._load_pretrained_model,
-    )

@@ -17,7 +17,6 @@ from transformers import (
 
 from qft_hf.hf.config import QFTConfig
 from qft_hf.hf.convert import dequantize_model_, quantize_model_
-from qft_hf.hf.resizing import install_resizing
 from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from qft_hf.quant import QFTWeight
 from tests.models import VOCAB_SIZE, tiny_llama
@@ -198,14 +197,6 @@ def test_modules_that_are_float_are_resized_as_ever():
 
     assert type(model.lm_head) is torch.nn.Linear
     assert model(IDS).logits.shape[-1] == 150
-
-
-def test_installing_twice_wraps_once():
-    method = type(tiny_llama())._get_resized_embeddings
-
-    install_resizing()
-
-    assert type(tiny_llama())._get_resized_embeddings is method
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
