@@ -152,11 +152,10 @@ class Health(TrainerCallback):
         weights = {id(weight) for weight in self._trained[0]}
         named = [name for name, p in self.model.named_parameters() if id(p) in weights]
         moved = [part.float().mean() for part in (codes != first).split(self._first.sizes[0])]
-        shares = torch.stack(moved).tolist() if moved else []
         return {
             "codes_before": _histogram(first),
             "codes_after": _histogram(codes),
-            "changed": dict(zip(named, shares, strict=True)),
+            "changed": dict(zip(named, torch.stack(moved).tolist(), strict=True)),
         }
 
 

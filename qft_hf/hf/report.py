@@ -5,7 +5,7 @@ Curves and bars are SVG that is drawn here, and colors follow the reader's light
 
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor, isfinite, log10
 from pathlib import Path
@@ -95,7 +95,7 @@ def read_run(folder: Path) -> ReportedRun:
         FileNotFoundError: The folder holds no finished run.
         ValueError: A file is damaged, or was written by a version that recorded less.
     """
-    read = {}
+    read: list[Any] = []
     for name in ("summary.json", TRAINER_STATE_NAME, "run.yaml"):
         path = folder / name
         if not path.is_file():
@@ -105,10 +105,10 @@ def read_run(folder: Path) -> ReportedRun:
             )
         text = path.read_text(encoding="utf-8")
         try:
-            read[name] = yaml.safe_load(text) if name == "run.yaml" else json.loads(text)
+            read.append(yaml.safe_load(text) if name == "run.yaml" else json.loads(text))
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path} cannot be read: {error}. Leave this run out.") from error
-    summary, state = read["summary.json"], read[TRAINER_STATE_NAME]
+    summary, state, options = read
     absent = [f"summary.json has no {key}" for key in NEEDED if key not in summary]
     absent += [] if "log_history" in state else [f"{TRAINER_STATE_NAME} has no log_history"]
     if absent:
@@ -116,8 +116,7 @@ def read_run(folder: Path) -> ReportedRun:
             f"{folder} was written by another program, or by a version of qft_hf that recorded "
             f"less: {', '.join(absent)}. Leave this run out."
         )
-    history = state["log_history"]
-    return ReportedRun(folder.resolve().name, read["summary.json"], history, read["run.yaml"])
+    return ReportedRun(folder.resolve().name, summary, state["log_history"], options)
 
 
 def write_report(runs: Sequence[ReportedRun], path: Path) -> None:
@@ -360,9 +359,8 @@ def _value(value: Any) -> str:
     return "<i>default</i>" if value is None else html.escape(str(value))
 
 
-def _chart(lines: Iterable[tuple[str, int, list[tuple[float, float]], bool]]) -> str:
+def _chart(lines: Sequence[tuple[str, int, list[tuple[float, float]], bool]]) -> str:
     """Draw each entry as a line, or as points if its last field is True, in the run's color."""
-    lines = list(lines)
     xs = [x for _, _, points, _ in lines for x, _ in points]
     ys = [y for _, _, points, _ in lines for _, y in points]
     (x_low, x_high), (y_low, y_high) = _range(xs), _range(ys)
