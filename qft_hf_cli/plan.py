@@ -309,7 +309,7 @@ def _compare(name: str, *, trust_remote_code: bool) -> None:
     from qft_hf.hf.estimate import skeleton
     from qft_hf.hf.optimizers import OPTIMIZERS
 
-    trust = {"trust_remote_code": trust_remote_code}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     source = skeleton(name, **trust)
     ways: list[tuple[str, dict[str, int]]] = [(optim, {}) for optim in OPTIMIZERS]
     for gradient in ("stack", "release"):

@@ -150,7 +150,7 @@ def test_weights_that_the_base_lacks_are_not_drawn_at_random_and_frozen(flags):
     values = {name: value for name, value in flags.items() if name != "eval_data"}
     asked = parsed(values, task="classification", base="int8")
     with pytest.raises(
-        ValueError, match=r"bert\.pooler\.dense\.bias and 1 more: .* Set method to full"
+        ValueError, match=r"bert\.pooler\.dense\.bias and 1 more\. .* Set method to full"
     ):
         prepare(asked)
 
