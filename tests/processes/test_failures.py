@@ -14,10 +14,10 @@ from tests.processes.test_training import different
     [
         ("nan-stack", r"^FloatingPointError: .*weights and optimizer state are unchanged"),
         ("nan-skip", r"^$"),
-        ("nan-release", r"^FloatingPointError: .*updated by what is finite"),
-        ("nan-previous", r"^FloatingPointError: .*updated by what is finite"),
-        ("nan-tensor", r"^FloatingPointError: .*updated by what is finite"),
-        ("nan-adamw", r"^FloatingPointError: .*updated by what is finite"),
+        ("nan-release", r"^FloatingPointError: .*used the finite part"),
+        ("nan-previous", r"^FloatingPointError: .*used the finite part"),
+        ("nan-tensor", r"^FloatingPointError: .*used the finite part"),
+        ("nan-adamw", r"^FloatingPointError: .*used the finite part"),
         ("other-weights", r"checksum of parameter 0 .*optimizer\.broadcast\(\)"),
         ("other-rate", r"lr of group 0 is 0\.001 on process 0 and 0\.002 on 1"),
         ("second-pass", r"under optimizer\.accumulate\(\)"),
@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_with_another_batch_says_so_and_goes_on(runs):
     said = [line for line in first["text"].splitlines() if "examples per step" in line]
     assert len(said) == 1
     assert re.search(r"from step 2 with 6 examples per step, and had 12 before", said[0])
-    assert re.search(r"Processes \(2\) times .* \(3\) times .* \(1\) must be 12", said[0])
+    assert re.search(r"processes \(2\) times .* \(3\) times .* \(1\) must be 12", said[0])
     assert "examples per step" not in second["text"]  # one process says it
     assert first["steps"] == trainers.N_STEPS
     assert different(first["weights"], second["weights"]) == []
