@@ -91,7 +91,7 @@ def quantize_case(zero_columns=False, first_row=0):
 
 
 def lion_case(gradient=torch.int8, factor=False, seed=1, step=1, first_row=0, live=False):
-    constants, n_warps = lion.lion_constants(COLUMNS, N_OUTLIERS, None, 256)
+    constants = lion.lion_constants(COLUMNS, N_OUTLIERS, None, 256, 8, stochastic=True).values
     rows = slice(first_row, None)
     codes, momentum, other = (torch.ones(ROWS, COLUMNS, dtype=torch.int8)[rows] for _ in range(3))
     scales, momentum_scales, gradient_scales = (torch.ones(ROWS, 1)[rows] for _ in range(3))
@@ -102,7 +102,6 @@ def lion_case(gradient=torch.int8, factor=False, seed=1, step=1, first_row=0, li
         torch.ones(1) if factor else None, torch.ones(3, dtype=torch.float64) if live else None,
         1e-3, 1e-4, 0.9, 1 - 0.9, 0.99, 1 - 0.99, -1.0, seed, step, 3, first_row,
     )  # fmt: skip
-    constants |= {"STOCHASTIC": True, "num_warps": n_warps, "enable_fp_fusion": False}
     return lion._lion_kernel, (len(codes),), constants, arguments
 
 
