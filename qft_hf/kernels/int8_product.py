@@ -11,7 +11,7 @@ from .checks import (
     check_given_column_values,
     check_given_columns,
     check_group_size,
-    check_row_scales,
+    check_scales,
 )
 from .operators import operator
 from .quantization import quantize
@@ -120,7 +120,7 @@ def _(
     _check_operands(a, b, a_scales, columns, values)
     check_float_dtype("int8_matmul", dtype)
     if b_scales is not None:
-        check_row_scales("b_scales", b_scales, b.shape[1], a.device)
+        check_scales("b_scales", b_scales, (b.shape[1], 1), a.device)
     check_bias(bias, b.shape[1], a.device)
 
 
@@ -203,5 +203,5 @@ def _check_operands(
             "other way round."
         )
     if a_scales is not None:
-        check_row_scales("a_scales", a_scales, a.shape[0], a.device)
+        check_scales("a_scales", a_scales, (a.shape[0], 1), a.device)
     check_given_columns(columns, values, a.shape[0], a.device)
