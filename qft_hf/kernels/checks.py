@@ -42,18 +42,18 @@ def check_group_size(group_size: int | None) -> None:
         )
 
 
-def check_scales(scales: Tensor, codes: Tensor, n_groups: int) -> None:
-    """Raise unless there is a scale for each row and group of `codes`."""
-    wanted = (codes.shape[0], n_groups)
-    if scales.dtype != torch.float32 or scales.shape != wanted:
+def check_scales(name: str, scales: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    """Raise unless `scales` are FP32 `shape`: `[rows, n_groups]`, or `[rows, 1]` for whole rows."""
+    if scales.dtype != torch.float32 or scales.shape != shape:
         raise ValueError(
-            f"scales must be float32 of shape {wanted}, one per row and group of the codes, got "
-            f"{scales.dtype} of shape {tuple(scales.shape)}."
+            f"{name} must be float32 of shape {shape}, as quantize returns scales (one per row and "
+            f"group, or with group_size=None one per row), got {scales.dtype} of shape "
+            f"{tuple(scales.shape)}."
         )
-    if not scales.is_contiguous() or scales.device != codes.device:
+    if not scales.is_contiguous() or scales.device != device:
         raise ValueError(
-            f"scales must be contiguous and on {codes.device} like the codes, got strides "
-            f"{scales.stride()} on {scales.device}."
+            f"{name} must be contiguous and on {device}, got strides {scales.stride()} on "
+            f"{scales.device}."
         )
 
 
@@ -78,20 +78,6 @@ def check_codes(name: str, codes: Tensor) -> None:
         raise ValueError(
             f"{name} must be contiguous along its rows or its columns, got strides "
             f"{codes.stride()} for shape {tuple(codes.shape)}. Call .contiguous() first."
-        )
-
-
-def check_row_scales(name: str, scales: Tensor, rows: int, device: torch.device) -> None:
-    """Raise unless `scales` holds one FP32 scale for each of `rows` rows, as `[rows, 1]`."""
-    if scales.dtype != torch.float32 or scales.shape != (rows, 1):
-        raise ValueError(
-            f"{name} must be float32 of shape {(rows, 1)}, as quantize(..., group_size=None) "
-            f"returns scales, got {scales.dtype} of shape {tuple(scales.shape)}."
-        )
-    if not scales.is_contiguous() or scales.device != device:
-        raise ValueError(
-            f"{name} must be contiguous and on {device}, got strides {scales.stride()} on "
-            f"{scales.device}."
         )
 
 

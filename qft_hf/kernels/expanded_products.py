@@ -17,7 +17,7 @@ from .values import Weight
 def expand(
     weight: Weight,
     own_dtype: torch.dtype,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     *,
     rows: Tensor | None = None,
     n_each: int = 1,
@@ -27,10 +27,11 @@ def expand(
     Args:
         weight: `[rows, columns]`.
         own_dtype: The float type that the weight stands for. If FP32, values are rounded only once.
-        dtype: The dtype of the result.
+        dtype: The dtype of the result; None: `own_dtype`.
         rows: As in `dequantize`.
         n_each: As in `dequantize`.
     """
+    dtype = dtype or own_dtype
     if own_dtype == torch.float32:
         own_dtype = dtype
     values = dequantize(weight, rows=rows, n_each=n_each, dtype=own_dtype)

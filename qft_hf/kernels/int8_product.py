@@ -11,7 +11,7 @@ from .checks import (
     check_given_column_values,
     check_given_columns,
     check_group_size,
-    check_row_scales,
+    check_scales,
 )
 from .operators import operator
 from .quantization import quantize
@@ -78,16 +78,19 @@ def int8_matmul(
         Dettmers et al. 2022, "LLM.int8()", section 3.1, vector-wise quantization
         (arXiv:2208.07339).
     """
-    if not fits_one_int32_sum(a, b):
-        return _in_parts(
-            a, b, a_scales, b_scales, bias=bias, columns=columns, values=values, dtype=dtype
-        )
-    # Sums of products of codes are integers below 2**53: FP64 holds them exactly in any order.
-    out = (a.double() @ b.double()).float()
-    if a_scales is not None:
-        out.mul_(a_scales)
-    if b_scales is not None:
-        out.mul_(b_scales.t())
+    if fits_one_int32_sum(a, b):
+        # Sums of products of codes are integers below 2**53: FP64 holds them exactly in any order.
+        out = (a.double() @ b.double()).float()
+        if a_scales is not None:
+            out.mul_(a_scales)
+        if b_scales is not None:
+            out.mul_(b_scales.t())
+    else:
+        out = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
+        if out.numel():
+            for start in range(0, a.shape[1], MAX_SUMMED):
+                part = slice(start, start + MAX_SUMMED)
+                out += int8_matmul(a[:, part], b[part], a_scales, b_scales, dtype=torch.float32)
     if bias is not None:
         out.add_(bias.float())
     if columns is not None and values is not None:
@@ -102,30 +105,6 @@ def fits_one_int32_sum(a: Tensor, b: Tensor, *_: object, **__: object) -> bool:
     return 0 < summed <= MAX_SUMMED and rows > 0 and b.shape[1] > 0
 
 
-def _in_parts(
-    a: Tensor,
-    b: Tensor,
-    a_scales: Tensor | None,
-    b_scales: Tensor | None,
-    *,
-    bias: Tensor | None,
-    columns: Tensor | None,
-    values: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """`int8_matmul` beyond `fits_one_int32_sum`: the sum of products over parts of K."""
-    out = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
-    if out.numel():
-        for start in range(0, a.shape[1], MAX_SUMMED):
-            part = slice(start, start + MAX_SUMMED)
-            out += int8_matmul(a[:, part], b[part], a_scales, b_scales, dtype=torch.float32)
-    if bias is not None:
-        out += bias
-    if columns is not None and values is not None:
-        out.index_copy_(1, columns, values.float())
-    return out.to(dtype)
-
-
 @int8_matmul.checks
 def _(
     a: Tensor,
@@ -138,19 +117,11 @@ def _(
     values: Tensor | None,
     dtype: torch.dtype,
 ) -> None:
-    _check_operands(a, b)
+    _check_operands(a, b, a_scales, columns, values)
     check_float_dtype("int8_matmul", dtype)
-    if a_scales is not None:
-        check_row_scales("a_scales", a_scales, a.shape[0], a.device)
     if b_scales is not None:
-        check_row_scales("b_scales", b_scales, b.shape[1], a.device)
+        check_scales("b_scales", b_scales, (b.shape[1], 1), a.device)
     check_bias(bias, b.shape[1], a.device)
-    check_given_columns(columns, values, a.shape[0], a.device)
-
-
-@int8_matmul.checks_values
-def _(a: Tensor, b: Tensor, *_: Tensor | None, columns: Tensor | None, **__: object) -> None:
-    check_given_column_values(columns, b.shape[1])
 
 
 def _fake_requantized(
@@ -209,20 +180,20 @@ def _(
     values: Tensor | None,
     group_size: int,
 ) -> None:
-    _check_operands(a, b)
+    _check_operands(a, b, a_scales, columns, values)
     check_group_size(group_size)
-    if a_scales is not None:
-        check_row_scales("a_scales", a_scales, a.shape[0], a.device)
-    check_given_columns(columns, values, a.shape[0], a.device)
 
 
+@int8_matmul.checks_values
 @requantized_matmul.checks_values
 def _(a: Tensor, b: Tensor, *_: Tensor | None, columns: Tensor | None, **__: object) -> None:
     check_given_column_values(columns, b.shape[1])
 
 
-def _check_operands(a: Tensor, b: Tensor) -> None:
-    """Raise unless `a` and `b` are codes that can be multiplied."""
+def _check_operands(
+    a: Tensor, b: Tensor, a_scales: Tensor | None, columns: Tensor | None, values: Tensor | None
+) -> None:
+    """Raise unless `a` and `b` can be multiplied, and the scales and given columns fit them."""
     check_codes("a", a)
     check_codes("b", b)
     if a.shape[1] != b.shape[0] or a.device != b.device:
@@ -231,3 +202,6 @@ def _check_operands(a: Tensor, b: Tensor) -> None:
             f"{a.device} and {tuple(b.shape)} on {b.device}. Pass .t() of a matrix stored the "
             "other way round."
         )
+    if a_scales is not None:
+        check_scales("a_scales", a_scales, (a.shape[0], 1), a.device)
+    check_given_columns(columns, values, a.shape[0], a.device)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import check_bias, check_codes, check_float_dtype, check_row_scales
+from .checks import check_bias, check_codes, check_float_dtype, check_scales
 from .int8_product import MAX_SUMMED, int8_matmul
 from .layer_input import take_columns
 from .operators import operator
@@ -86,6 +86,6 @@ def _(x: Input, floats: Tensor, weight: Weight, *, bias: Tensor | None, dtype: t
         )
     check_float_dtype("int8_linear", dtype)
     device = weight.codes.device
-    check_row_scales("the scales of x", x.scales, n_tokens, device)
-    check_row_scales("the scales of the weight", weight.scales, rows, device)
+    check_scales("the scales of x", x.scales, (n_tokens, 1), device)
+    check_scales("the scales of the weight", weight.scales, (rows, 1), device)
     check_bias(bias, rows, device)

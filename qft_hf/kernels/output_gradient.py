@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .checks import FLOATS, check_matrix, check_row_scales
+from .checks import FLOATS, check_matrix, check_scales
 from .groups import QMAX, absmax_scale, quantized
 from .operators import operator
 from .philox import random_words, weight_uniform
@@ -103,9 +103,9 @@ def _(
     if row_factors is None and column_factors is None:
         raise ValueError("quantize_gradient needs row factors, column factors, or both; got none.")
     if row_factors is not None:
-        check_row_scales("row_factors", row_factors, outputs, gradient.device)
+        check_scales("row_factors", row_factors, (outputs, 1), gradient.device)
     if column_factors is not None:
-        check_row_scales("column_factors", column_factors, tokens, gradient.device)
+        check_scales("column_factors", column_factors, (tokens, 1), gradient.device)
 
 
 def _quantize_rows(

@@ -57,7 +57,8 @@ class Quantized:
                 )
             group_size = NIBBLE_GROUP_SIZE // NIBBLES  # in bytes
         rows, width = self.codes.shape
-        check_scales(self.scales, self.codes, GroupLayout(rows, width, group_size).n_groups)
+        n_groups = GroupLayout(rows, width, group_size).n_groups
+        check_scales("scales", self.scales, (rows, n_groups), self.codes.device)
 
     @property
     def device(self) -> torch.device:
@@ -111,7 +112,8 @@ class Weight:
         check_matrix("weight codes", codes, (torch.int8,))
         check_group_size(self.group_size)
         rows, width = codes.shape
-        check_scales(self.scales, codes, GroupLayout(rows, width, self.group_size).n_groups)
+        n_groups = GroupLayout(rows, width, self.group_size).n_groups
+        check_scales("scales", self.scales, (rows, n_groups), codes.device)
         if (
             values.ndim != 2
             or values.shape[0] != codes.shape[0]
@@ -209,9 +211,9 @@ class Moments:
         check_same("root codes", self.root_codes, self.ratio_codes)
         check_group_size(self.group_size)
         rows, columns = self.ratio_codes.shape
-        n_groups = GroupLayout(rows, columns, self.group_size).n_groups
-        check_scales(self.ratio_scales, self.ratio_codes, n_groups)
-        check_scales(self.root_scales, self.root_codes, n_groups)
+        shape = rows, GroupLayout(rows, columns, self.group_size).n_groups
+        check_scales("ratio scales", self.ratio_scales, shape, self.ratio_codes.device)
+        check_scales("root scales", self.root_scales, shape, self.ratio_codes.device)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,9 +17,10 @@ from .. import kernels
 from ..kernels.groups import TINY
 from ..layout import STATE_GROUP_SIZE, GroupLayout, matrices_of_a_tile
 from ..quant import QFTWeight, Tiles
-from . import dequantized, int8
+from . import int8
 from .functional import (
     gradients,
+    max_tokens,
     multiplied,
     once_differentiable,
     product_dtype,
@@ -333,7 +334,7 @@ def grouped_linear(
     """
     dtype = product_dtype(x, weight)
     if not training and not torch.is_grad_enabled():
-        if 0 < len(x) <= dequantized.max_tokens(dtype, x.device):
+        if 0 < len(x) <= max_tokens(dtype, x.device):
             return _few(x.to(dtype), weight, groups)
     output: Tensor
     rows, columns = weight.arrangement.rows, weight.arrangement.columns

@@ -1,6 +1,6 @@
 """The three products of a linear layer on INT8 operands, for integer matrix units.
 
-Shapes are as in `dequantized`. Every operand is quantized along the dimension that a product sums
+Shapes are as in `functional`. Every operand is quantized along the dimension that a product sums
 over, with one scale for each of its rows or columns, so that scales can be taken out of the integer
 sum: `x` per token, the gradient per token (with the scales of the weight folded in) and per output
 (with the scales of `x` folded in). Outliers are whole columns of the weight and of `x`, about one

@@ -422,7 +422,7 @@ class QFTOptimizer(Optimizer):
         codes = stored.codes
         own: slice | None = gradient.own_rows  # type: ignore[attr-defined]
         if own is not None:  # several processes train
-            if not gradient.has_rows:  # type: ignore[attr-defined]  # a class of `own_rows.py`
+            if own.start == own.stop:
                 return None
             rounding = rounding._replace(first_row=own.start)
             plan = stored.plans.get(OWN_ROWS)

@@ -6,83 +6,26 @@ uses and frees each one as soon as backward has completed it.
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..quant import Int8Gradient, Int8Tensor, QFTWeight, TiledGradient, quantized
-from .processes import Processes
+
+if TYPE_CHECKING:
+    from .base import QFTOptimizer
 
 Result = TypeVar("Result", bound=Tensor | None)
+# Runs a part of a step that waits for no value, as `run_directly` does, or replays a graph instead.
+RunPart = Callable[..., Any]
 
 INTERRUPTED_STEP = (
     "An earlier step was interrupted after it had taken the gradients of {n} parameters: the model "
     "is between two steps. Reload a checkpoint, or call optimizer.zero_grad() to go on from here."
 )
-
-
-class Updates(Protocol):
-    """The optimizer of a flow: the settings and methods that the flow uses."""
-
-    nonfinite: str
-    accumulation: str
-    clipping: str | None
-    max_grad_norm: float | None
-    is_accumulating: Callable[[], bool] | None
-    processes: Processes | None
-
-    takes_tiles: bool  # whether `update` takes a `TiledGradient`
-    reads_live: bool  # whether a graph may replay updates
-
-    def parameters(self) -> Iterator[Parameter]:
-        """Yield all parameters of the flow in the order of their numbers."""
-        ...
-
-    def check_groups(self) -> None:
-        """Raise if an option is out of range."""
-        ...
-
-    def update(
-        self, parameter: Parameter, gradient: Tensor, factor: Tensor | None = None
-    ) -> Tensor | None:
-        """Update a quantized weight; return the squared norms of the rows of a `TiledGradient`."""
-        ...
-
-    def update_floats(self, pairs: list[tuple[Parameter, Tensor]]) -> None:
-        """Update float parameters together."""
-        ...
-
-    def updated(self, parameters: Sequence[Parameter]) -> None:
-        """Do the host's part of updates after a graph has replayed them on the device."""
-        ...
-
-
-class RunPart(Protocol):
-    """Runs a part of a step that waits for no value; may replay a graph instead."""
-
-    def __call__(
-        self,
-        name: Hashable,
-        part: Callable[[], Result],
-        *,
-        repeated: Callable[[], None] | None = None,
-    ) -> Result:
-        """Run a part.
-
-        Args:
-            name: Name of the part, the same at every step.
-            part: Its work on the device depends only on the gradients in `.grad` and on values
-                in memory.
-            repeated: Does the part's work on the host after a graph was replayed in its place;
-                None: there is none. A part with this argument updates parameters.
-
-        Returns:
-            The part's result: a tensor or None.
-        """
-        ...
 
 
 def run_directly(
@@ -91,7 +34,18 @@ def run_directly(
     *,
     repeated: Callable[[], None] | None = None,
 ) -> Result:
-    """Run a part of a step without capturing it; a `RunPart`."""
+    """Run a part of a step without capturing it; a `RunPart`.
+
+    Args:
+        name: Name of the part, the same at every step.
+        part: Its work on the device depends only on the gradients in `.grad` and on values in
+            memory.
+        repeated: Does the part's work on the host after a graph was replayed in its place; None:
+            there is none. A part with this argument updates parameters.
+
+    Returns:
+        The part's result: a tensor or None.
+    """
     return part()
 
 
@@ -129,14 +83,14 @@ class Flow(ABC):
     released_norm: Tensor | None = None
     previous_norm: Tensor | None = None
 
-    def __init__(self, optimizer: Updates) -> None:
+    def __init__(self, optimizer: "QFTOptimizer") -> None:
         self._optimizer = weakref.ref(optimizer)
         self._is_inside_accumulate = False
         self._n_updated = 0  # parameters updated by a step that has not ended
         self.is_attached = False
 
     @property
-    def optimizer(self) -> Updates:
+    def optimizer(self) -> "QFTOptimizer":
         """The optimizer, which is alive during a step; a hook has to check `_optimizer` first."""
         return self._optimizer()  # type: ignore[return-value]
 

@@ -11,13 +11,14 @@ Source:
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..quant import Int8Gradient, TiledGradient
-from .flow import Flow, PassResult, RunPart, Updates, run_directly
+from .flow import Flow, PassResult, RunPart, run_directly
 from .norms import (
     are_finite,
     by_device,
@@ -28,6 +29,9 @@ from .norms import (
     total_norm,
     total_square,
 )
+
+if TYPE_CHECKING:
+    from .base import QFTOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +66,7 @@ class Release(Flow):
     `"tensor"`: each gradient by its own norm.
     """
 
-    def __init__(self, optimizer: Updates) -> None:
+    def __init__(self, optimizer: "QFTOptimizer") -> None:
         super().__init__(optimizer)
         self._measured: Tensor | None = None  # norm of the next step, by `measure_norm`
         self._squares: list[Tensor] = []  # fp64, of this step's gradients; added up once

@@ -14,7 +14,7 @@ something large that was sent later.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,13 @@ from torch.nn import Parameter
 from ..quant import QFTWeight
 from ..quant.own_rows import OwnRows, OwnTiles
 from .agreement import agree_on_settings, agree_on_values
-from .flow import Flow, Updates, quantize_gradient_
+from .flow import Flow, quantize_gradient_
 from .processes import Exchange, Gathering, Processes
 from .release import Release
 from .stack import Stack
+
+if TYPE_CHECKING:
+    from .base import QFTOptimizer
 
 SECOND_PASS = (
     "A gradient arrived for a step whose gradients the {n} processes have exchanged already. Run "
@@ -75,7 +78,7 @@ class _MultiProcessFlow(Flow):
     # and before they are used. Only this case needs one more collective per weight.
     _clips_by_own_norm = False
 
-    def __init__(self, optimizer: Updates) -> None:
+    def __init__(self, optimizer: "QFTOptimizer") -> None:
         super().__init__(optimizer)
         self.processes: Processes = optimizer.processes  # type: ignore[assignment]  # not None
         self._weights: list[Any] = []  # in the agreed order

@@ -60,10 +60,6 @@ class Int8Gradient(Int8Tensor):
         """Zero non-finite scales (their codes are 0), without testing whether there are any."""
         self.scales.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
-    def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
-        """Return a gradient with other fields."""
-        return type(self)(**fields, dtype=dtype or self.dtype, arrangement=self.arrangement)
-
     @classmethod
     def from_float(
         cls, gradient: Tensor, *, dtype: torch.dtype, arrangement: Arrangement | None = None

@@ -51,11 +51,6 @@ class OwnRows(Int8Gradient):
         self.square_sum = square_sum
         self.arrangement = like.arrangement
 
-    @property
-    def has_rows(self) -> bool:
-        """Whether there are rows for this process to update."""
-        return self.stored is not None
-
     def fields(self) -> dict[str, Tensor]:
         """Return the stored tensors by name; none if this process owns no rows."""
         return {} if self.stored is None else super().fields()
@@ -89,7 +84,7 @@ class OwnRows(Int8Gradient):
 
     def drop_nonfinite_(self) -> None:
         """Zero the groups of the own rows that have a NaN or infinity."""
-        if self.has_rows:
+        if self.stored is not None:
             super().drop_nonfinite_()
 
 
@@ -149,11 +144,6 @@ class OwnTiles(TiledGradient):
         self.own_rows = own_rows
         self.square_sum = square_sum
         self.like = like
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether there are rows for this process to update."""
-        return bool(self.rows)
 
     def quantized(self) -> OwnRows:
         """Return all own rows in INT8."""

@@ -62,7 +62,8 @@ class Int8Tensor(Readable):
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
         """Return a tensor of the same class and format with other fields."""
-        raise NotImplementedError
+        arguments: dict[str, Any] = {**fields, **self._format(), "dtype": dtype or self.dtype}
+        return type(self)(**arguments)
 
     def aliased(self, fields: dict[str, Tensor]) -> Self:
         """Return a tensor with `fields`, which share the memory of this tensor's fields."""

@@ -128,12 +128,7 @@ class QFTWeight(Int8Tensor):
 
     def with_fields(self, fields: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> Self:
         """Return a weight with other fields and the same format, `is_table` and `pending`."""
-        weight = type(self)(
-            **fields,
-            group_size=self.group_size,
-            dtype=dtype or self.dtype,
-            arrangement=self.arrangement,
-        )
+        weight = super().with_fields(fields, dtype=dtype)
         weight.pending = self.pending
         weight.is_table = self.is_table
         return weight
@@ -234,11 +229,6 @@ class QFTWeight(Int8Tensor):
             return layout.row_tiles(rows, self.arrangement.columns, at_most=at_most)
         return layout.matrix_tiles(n_matrices, rows, self.arrangement.columns)
 
-    @property
-    def is_one_tile(self) -> bool:
-        """Whether `row_tiles` returns a single range: all rows."""
-        return self.stored.is_one_tile
-
     def dequantize_rows(self, rows: slice | Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Return the values of some rows of the matrix, without a gradient: `[n, columns]`.
 
@@ -247,12 +237,12 @@ class QFTWeight(Int8Tensor):
             dtype: Dtype that the values are rounded to after the outer dtype, if it differs.
         """
         if isinstance(rows, Tensor):
-            return self._expand(self.stored, rows, dtype)
-        return self._expand(self.stored.rows(rows), None, dtype)
+            return kernels.expand(self.stored, self.dtype, dtype, rows=rows)
+        return kernels.expand(self.stored.rows(rows), self.dtype, dtype)
 
     def matrix(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the values of all rows, as in `dequantize_rows`: `[rows, columns]`."""
-        return self._expand(self.stored, None, dtype)
+        return kernels.expand(self.stored, self.dtype, dtype)
 
     def values(self) -> Tensor:
         """Return all values as a plain tensor of this shape and dtype, without a gradient."""
@@ -299,19 +289,8 @@ class QFTWeight(Int8Tensor):
         if len(numbers) == self.arrangement.n_matrices:
             values = self.matrix(dtype)
         else:
-            values = self._expand(self.stored, numbers, dtype, n_each=rows)
+            values = kernels.expand(self.stored, self.dtype, dtype, rows=numbers, n_each=rows)
         return values.view(-1, rows, self.arrangement.columns)
-
-    def _expand(
-        self,
-        stored: kernels.Weight,
-        rows: Tensor | None,
-        dtype: torch.dtype | None,
-        *,
-        n_each: int = 1,
-    ) -> Tensor:
-        own = self.dtype
-        return kernels.expand(stored, own, dtype or own, rows=rows, n_each=n_each)
 
     @property
     def wants_tiles(self) -> bool:
@@ -327,7 +306,7 @@ class QFTWeight(Int8Tensor):
 
     def gradient(self, tiles: Tiles) -> Int8Gradient | TiledGradient:
         """Return the gradient, quantized tile by tile, or in tiles if `wants_tiles`."""
-        rows = [ALL_ROWS] if self.is_one_tile else list(self.row_tiles())
+        rows = [ALL_ROWS] if self.stored.is_one_tile else list(self.row_tiles())
         wants_tiles = self.wants_tiles
         if not wants_tiles and len(rows) == 1:
             codes, scales = tiles.quantized(ALL_ROWS)

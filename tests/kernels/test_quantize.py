@@ -229,10 +229,10 @@ def test_what_cannot_be_quantized_is_refused(x, error, match):
     [
         (torch.ones(2, 4), torch.ones(2, 1), TypeError, r"codes must be torch\.int8"),
         (torch.ones(2, 4).byte(), torch.ones(2, 1), TypeError, r"codes must be torch\.int8"),
-        (torch.ones(2, 4).char(), torch.ones(2, 2), ValueError, r"shape \(2, 1\), one per row and"),
+        (torch.ones(2, 4).char(), torch.ones(2, 2), ValueError, r"\(2, 1\), .*one per row and"),
         (torch.ones(2, 4).char(), torch.ones(2, 1).half(), ValueError, r"scales must be float32"),
         (torch.ones(2, 4).char(), torch.ones(1, 2).t(), None, ""),  # one column: contiguous
-        (torch.ones(2, 4).char(), torch.ones(2, 1, device="meta"), ValueError, "on cpu like"),
+        (torch.ones(2, 4).char(), torch.ones(2, 1, device="meta"), ValueError, "on cpu, got"),
     ],
 )
 def test_codes_and_scales_must_fit_each_other(codes, scales, error, match):

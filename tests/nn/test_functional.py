@@ -8,7 +8,8 @@ from torch import nn
 
 from qft_hf.config import QuantizationSpec
 from qft_hf.kernels import expanded_products
-from qft_hf.nn import Int8Products, QFTLinear, dequantized, embedding, linear
+from qft_hf.nn import Int8Products, QFTLinear, embedding, linear
+from qft_hf.nn.functional import MAX_TOKENS
 from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.nn.small import Largest, randn
 from tests.tolerances import (
@@ -211,7 +212,7 @@ def never_expanded(monkeypatch):
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("leading", [*LEADING, (1, dequantized.MAX_TOKENS)], ids=str)
+@pytest.mark.parametrize("leading", [*LEADING, (1, MAX_TOKENS)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_few_tokens_leave_the_weight_in_int8(dtype, leading, context, with_bias, spec, request):
     weight = make_weight(spec, dtype)
@@ -265,7 +266,7 @@ def test_fewer_tokens_are_few_where_bf16_is_native(dtype, native_bf16, most, mon
     assert expanded == [most + 1]
 
 
-@pytest.mark.parametrize("tokens", [0, 1, dequantized.MAX_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [0, 1, MAX_TOKENS + 1])
 def test_in_training_and_with_more_tokens_the_product_is_as_ever(tokens):
     """A checkpointed layer must compute the same bits again when backward repeats it."""
     weight, x = make_weight(), randn(tokens, COLUMNS, seed=1)

@@ -91,7 +91,7 @@ def quantize_case(zero_columns=False, first_row=0):
 
 
 def lion_case(gradient=torch.int8, factor=False, seed=1, step=1, first_row=0, live=False):
-    constants, n_warps = lion.lion_constants(COLUMNS, N_OUTLIERS, None, 256)
+    constants = lion.lion_constants(COLUMNS, N_OUTLIERS, None, 256, 8, stochastic=True).values
     rows = slice(first_row, None)
     codes, momentum, other = (torch.ones(ROWS, COLUMNS, dtype=torch.int8)[rows] for _ in range(3))
     scales, momentum_scales, gradient_scales = (torch.ones(ROWS, 1)[rows] for _ in range(3))
@@ -102,7 +102,6 @@ def lion_case(gradient=torch.int8, factor=False, seed=1, step=1, first_row=0, li
         torch.ones(1) if factor else None, torch.ones(3, dtype=torch.float64) if live else None,
         1e-3, 1e-4, 0.9, 1 - 0.9, 0.99, 1 - 0.99, -1.0, seed, step, 3, first_row,
     )  # fmt: skip
-    constants |= {"STOCHASTIC": True, "num_warps": n_warps, "enable_fp_fusion": False}
     return lion._lion_kernel, (len(codes),), constants, arguments
 
 
@@ -137,7 +136,7 @@ def row_case(n=700, step=0):
 
 
 def matmul_case(
-    rows=1, columns=1, summed=32, scales="ab", bias=False, given=False, dtype=torch.bfloat16
+    rows=1, columns=1, summed=32, scales="ab", bias=False, given=False, requantizes=False
 ):
     a = torch.ones(rows, summed, dtype=torch.int8)
     b = torch.ones(columns, summed, dtype=torch.int8)
@@ -159,7 +158,8 @@ def matmul_case(
         torch.ones(columns) if "b" in scales else None,
         torch.ones(columns) if bias else None,
         torch.tensor([3]) if given else None, torch.ones(rows, 1) if given else None,
-        torch.empty(rows, columns, dtype=dtype),
+        torch.empty(rows, columns, dtype=torch.int8 if requantizes else torch.bfloat16),
+        torch.empty(rows, 1) if requantizes else None,
         rows, columns, summed, a.stride(0), b.stride(0), *((1, 1) if given else (0, 0)),
     )  # fmt: skip
     return int8_product._int8_matmul_kernel, (1,), constants, arguments
@@ -201,6 +201,7 @@ CASES = {
     "matmul, scales of rows": matmul_case(columns=32, scales="a"),
     "matmul, scales of columns": matmul_case(columns=32, scales="b"),
     "matmul, given columns": matmul_case(columns=32, scales="a", given=True),
+    "matmul, requantized": matmul_case(columns=32, scales="a", requantizes=True),
     "copy": copy_case(),
     "copy, turned": copy_case(strides=(1, 16)),
     "copy, one row": copy_case(rows=1),
@@ -215,7 +216,7 @@ OPEN = {  # the arguments that a plan leaves open; the others are bound
     "_lion_kernel": range(4, 21),
     "_lion_floats_kernel": range(1, 11),
     "_row_kernel": range(1, 11),
-    "_int8_matmul_kernel": range(1, 15),
+    "_int8_matmul_kernel": range(1, 16),
     "_copy_kernel": range(1, 3),
 }
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from qft_hf.config import QuantizationSpec
 from qft_hf.layout import GroupLayout, outlier_bytes
-from qft_hf.quant import Int8Tensor, QFTWeight
+from qft_hf.quant import QFTWeight
 from tests.tolerances import BF16_EPS, assert_same_bits, rounding_bound
 from tests.values import scales64
 
@@ -408,11 +408,6 @@ def test_copy_between_outlier_fractions_is_refused():
     with pytest.raises(ValueError, match="formats differ"):
         target.copy_(QFTWeight.from_float(heavy_tailed(seed=2), SPECS[1]))
     assert_same_weight(target, before)
-
-
-def test_the_base_class_leaves_the_format_to_its_subclasses():
-    with pytest.raises(NotImplementedError):
-        Int8Tensor.with_fields(torch.zeros(1), {})
 
 
 def test_flatten_and_unflatten_are_inverse():

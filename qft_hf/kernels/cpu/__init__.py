@@ -1,6 +1,6 @@
 """The operators on CPUs, compiled by numba where it is faster; the import registers them."""
 
-from . import (
+from . import (  # noqa: F401 importing them registers the operators
     adamw,
     dequantized_product,
     embedding,
@@ -14,18 +14,3 @@ from . import (
     quantization,
     weight,
 )
-
-__all__ = [
-    "adamw",
-    "dequantized_product",
-    "embedding",
-    "floats",
-    "gradients",
-    "int8_product",
-    "layer_input",
-    "lion",
-    "outlier_gradient",
-    "output_gradient",
-    "quantization",
-    "weight",
-]

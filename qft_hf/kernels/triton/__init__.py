@@ -3,7 +3,7 @@
 The package is imported when an operator gets its first tensor on such a device.
 """
 
-from . import (
+from . import (  # noqa: F401 importing them registers the operators
     adamw,
     dequantized_product,
     embedding,
@@ -17,18 +17,3 @@ from . import (
     quantization,
     weight,
 )
-
-__all__ = [
-    "adamw",
-    "dequantized_product",
-    "embedding",
-    "floats",
-    "gradients",
-    "int8_product",
-    "layer_input",
-    "layer_output",
-    "lion",
-    "output_gradient",
-    "quantization",
-    "weight",
-]

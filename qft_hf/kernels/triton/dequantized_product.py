@@ -11,7 +11,6 @@ warp of a program therefore has columns of its own, a part, and the parts are ad
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -133,10 +132,11 @@ def _dequantized_matmul_kernel(
     tl.store(y_ptr + place, totals.to(dtype), mask=token_exists[None, :] & (row < n_rows)[:, None])
 
 
-def sizes(
+@cache
+def _constants(
     n_tokens: int, columns: int, group_size: int | None, n_outliers: int, dtype: torch.dtype
-) -> tuple[dict[str, Any], int]:
-    """The constexpr arguments by name, and the warps of a program."""
+) -> tuple[int, int, Constants]:
+    """Tokens and rows of a program, and its constants."""
     group = min(group_size or columns, columns)
     # Aligned runs of `unit` columns share a scale: a row, or a power of two that divides groups.
     unit = columns if group == columns else group & -group
@@ -152,28 +152,22 @@ def sizes(
     n_warps = 4
     if on_matrix_units:
         n_warps = min(n_warps, triton.next_power_of_2(triton.cdiv(columns, tile)))
-    constants = {
-        "N_OUTLIERS": n_outliers,
-        "OUTLIER_TILE": min(outliers, triton.next_power_of_2(max(1, n_outliers))),
-        "COLUMNS": columns,
-        "GROUP": group,
-        "N_GROUPS": triton.cdiv(columns, group),
-        "ROWS": rows,
-        "TOKENS": tokens,
-        "ON_MATRIX_UNITS": on_matrix_units,
-        "PARTS": n_warps if on_matrix_units else 1,
-        "TILE": tile,
-        "UNIT": tile if group == columns else min(tile, unit),
-    }
-    return constants, n_warps
-
-
-@cache
-def _constants(*shape: Any) -> tuple[int, int, Constants]:
-    """Tokens and rows of a program, and its constants; `shape` is the arguments of `sizes`."""
-    constants, n_warps = sizes(*shape)
-    tokens, rows = constants["TOKENS"], constants["ROWS"]
-    return tokens, rows, Constants(**constants, num_warps=n_warps, enable_fp_fusion=False)
+    constants = Constants(
+        N_OUTLIERS=n_outliers,
+        OUTLIER_TILE=min(outliers, triton.next_power_of_2(max(1, n_outliers))),
+        COLUMNS=columns,
+        GROUP=group,
+        N_GROUPS=triton.cdiv(columns, group),
+        ROWS=rows,
+        TOKENS=tokens,
+        ON_MATRIX_UNITS=on_matrix_units,
+        PARTS=n_warps if on_matrix_units else 1,
+        TILE=tile,
+        UNIT=tile if group == columns else min(tile, unit),
+        num_warps=n_warps,
+        enable_fp_fusion=False,
+    )
+    return tokens, rows, constants
 
 
 _launch_dequantized_matmul = Launcher(_dequantized_matmul_kernel)

@@ -141,11 +141,7 @@ def _constants(
     )
 
 
-@cache
-def _row_constants() -> Constants:
-    return Constants(BLOCK=BLOCK, num_warps=N_WARPS, enable_fp_fusion=False)
-
-
+_ROW = Constants(BLOCK=BLOCK, num_warps=N_WARPS, enable_fp_fusion=False)
 _launch_lion_floats = Launcher(_lion_floats_kernel)
 _launch_row = Launcher(_row_kernel)
 
@@ -239,5 +235,5 @@ def _table(tensors: Members, *, by_launches: bool) -> tuple[Tensor, Tensor]:
     of_programs = torch.empty(len(owners), dtype=torch.int64, device=device)
     for row, numbers in enumerate(rows):
         n_programs = -(-numbers[3] // BLOCK)
-        _launch_row((1,), _row_constants(), table, of_programs, row, n_programs, *numbers)
+        _launch_row((1,), _ROW, table, of_programs, row, n_programs, *numbers)
     return table, of_programs

@@ -164,7 +164,8 @@ def _int8_matmul_kernel(
     bias_ptr,  # [N] float, or None
     columns_ptr,  # [N_OVERWRITTEN] int64: columns of the result that are given; or None
     values_ptr,  # [M, N_OVERWRITTEN] float with the strides below: values of these columns; or None
-    out_ptr,  # [M, N] float, written
+    out_ptr,  # [M, N] float, or int8 if the next argument is given; written
+    out_scales_ptr,  # [M, cdiv(N, TILE_N)] fp32, written; or None
     M,
     N,
     K,
@@ -174,7 +175,7 @@ def _int8_matmul_kernel(
     values_column,
     N_OVERWRITTEN: tl.constexpr,
     TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
+    TILE_N: tl.constexpr,  # also the group size of an int8 result
     TILE_K: tl.constexpr,
     UNROLLED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -197,55 +198,13 @@ def _int8_matmul_kernel(
             N_OVERWRITTEN,
             TILE_N,
         )
+    if out_scales_ptr is not None:
+        out = tl.where((n < N)[None, :], out, 0.0)
+        scale, inverse = scale_of_bits(tl.max(magnitude_bits(out), axis=1))
+        index = m.to(tl.int64) * tl.cdiv(N, TILE_N) + first_n // TILE_N
+        tl.store(out_scales_ptr + index, scale, mask=m < M)
+        out = finite_codes(out, inverse[:, None])
     store_tile(out_ptr, out, m, n, M, N)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _requantized_matmul_kernel(
-    a_ptr,  # [M, K] int8, contiguous along K
-    b_ptr,  # [N, K] int8, contiguous along K: the second operand, transposed
-    a_scales_ptr,  # [M] fp32, or None
-    columns_ptr,  # [N_OVERWRITTEN] int64: columns of the result that are given; or None
-    values_ptr,  # [M, N_OVERWRITTEN] float with the strides below: values of these columns; or None
-    codes_ptr,  # [M, N] int8, written
-    scales_ptr,  # [M, cdiv(N, TILE_N)] fp32, written
-    M,
-    N,
-    K,
-    a_stride,
-    b_stride,
-    values_row,
-    values_column,
-    N_OVERWRITTEN: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,  # also the group size of the result
-    TILE_K: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    sums, m, first_n = tile_of_sums(
-        a_ptr, b_ptr, M, N, K, a_stride, b_stride, TILE_M, TILE_N, TILE_K, UNROLLED, GROUP
-    )
-    n = first_n + tl.arange(0, TILE_N)
-    out = scaled(sums, m, n, M, N, a_scales_ptr, None, None)
-    if N_OVERWRITTEN > 0:
-        out = _with_overwritten_columns(
-            out,
-            m,
-            first_n,
-            M,
-            columns_ptr,
-            values_ptr,
-            values_row,
-            values_column,
-            N_OVERWRITTEN,
-            TILE_N,
-        )
-    out = tl.where((n < N)[None, :], out, 0.0)
-    scale, inverse = scale_of_bits(tl.max(magnitude_bits(out), axis=1))
-    store_tile(codes_ptr, finite_codes(out, inverse[:, None]), m, n, M, N)
-    index = m.to(tl.int64) * tl.cdiv(N, TILE_N) + first_n // TILE_N
-    tl.store(scales_ptr + index, scale, mask=m < M)
 
 
 @triton.jit(do_not_specialize=["n_columns"])
@@ -271,7 +230,6 @@ def _copy_kernel(
 
 
 _launch_copy, _launch_int8_matmul = Launcher(_copy_kernel), Launcher(_int8_matmul_kernel)
-_launch_requantized_matmul = Launcher(_requantized_matmul_kernel)
 _COPY = Constants(TILE=COPY_TILE, num_warps=COPY_WARPS)
 
 
@@ -332,7 +290,7 @@ def int8_matmul(
     out = a.new_empty(rows, n_columns, dtype=dtype)
     a, b = along_k(a), along_k(b.t())
     _launch_int8_matmul(
-        grid, constants, a, b, a_scales, b_scales, bias, columns, values, out,
+        grid, constants, a, b, a_scales, b_scales, bias, columns, values, out, None,
         rows, n_columns, a.shape[1], a.stride(0), b.stride(0), *strides,
     )  # fmt: skip
     return out
@@ -358,8 +316,8 @@ def requantized_matmul(
     codes = a.new_empty(rows, n_columns)
     scales = a.new_empty(rows, -(-n_columns // group_size), dtype=torch.float32)
     a, b = along_k(a), along_k(b.t())
-    _launch_requantized_matmul(
-        *tiles, a, b, a_scales, columns, values, codes, scales,
+    _launch_int8_matmul(
+        *tiles, a, b, a_scales, None, None, columns, values, codes, scales,
         rows, n_columns, a.shape[1], a.stride(0), b.stride(0), *strides,
     )  # fmt: skip
     return codes, scales

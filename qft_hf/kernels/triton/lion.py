@@ -455,37 +455,40 @@ def lion_constants(
     n_outliers: int,
     group_size: int | None,
     state_group_size: int | None,
-    momentum_bits: int = 8,
-) -> tuple[dict[str, int], int]:
-    """Return the constexpr arguments other than `STOCHASTIC`, and the warps of a program."""
+    momentum_bits: int,
+    *,
+    stochastic: bool,
+) -> Constants:
     momentum_group_size = NIBBLE_GROUP_SIZE if momentum_bits == 4 else state_group_size
     tiles = tiling(columns, group_size, momentum_group_size)
     state, momentum = tiling(columns, state_group_size), tiling(columns, momentum_group_size)
     one_group = momentum.N_GROUPS == 1 and columns <= tiles.UNIT
-    constants = {
-        "N_OUTLIERS": n_outliers,
-        "OUTLIER_TILE": outlier_tile(n_outliers),
+    return Constants(
+        STOCHASTIC=stochastic,
+        N_OUTLIERS=n_outliers,
+        OUTLIER_TILE=outlier_tile(n_outliers),
         **tiles.constants(),
-        "STATE_GROUP": state.GROUP,
-        "N_STATE_GROUPS": state.N_GROUPS,
-        "STATE_UNIT": state.UNIT,
-        "STATE_UNITS": state.UNITS,
-        "STATE_GROUPS": state.GROUPS,
-        "STATE_GROUP_TILES": state.GROUP_TILES,
-        "STATE_UNIT_TILES": state.UNIT_TILES,
-        "MOMENTUM_BITS": momentum_bits,
-        "MOMENTUM_WIDTH": -(-columns // 2) if momentum_bits == 4 else columns,
-        "MOMENTUM_GROUP": momentum.GROUP,
-        "N_MOMENTUM_GROUPS": momentum.N_GROUPS,
-        "MOMENTUM_GROUP_IS_UNIT": momentum_bits > 0
+        STATE_GROUP=state.GROUP,
+        N_STATE_GROUPS=state.N_GROUPS,
+        STATE_UNIT=state.UNIT,
+        STATE_UNITS=state.UNITS,
+        STATE_GROUPS=state.GROUPS,
+        STATE_GROUP_TILES=state.GROUP_TILES,
+        STATE_UNIT_TILES=state.UNIT_TILES,
+        MOMENTUM_BITS=momentum_bits,
+        MOMENTUM_WIDTH=-(-columns // 2) if momentum_bits == 4 else columns,
+        MOMENTUM_GROUP=momentum.GROUP,
+        N_MOMENTUM_GROUPS=momentum.N_GROUPS,
+        MOMENTUM_GROUP_IS_UNIT=momentum_bits > 0
         and (tiles.UNIT == momentum_group_size or one_group),
-        "MOMENTUM_UNIT": momentum.UNIT,
-        "MOMENTUM_UNITS": momentum.UNITS,
-        "MOMENTUM_GROUPS": momentum.GROUPS,
-        "MOMENTUM_GROUP_TILES": momentum.GROUP_TILES,
-        "MOMENTUM_UNIT_TILES": momentum.UNIT_TILES,
-    }
-    return constants, tiles.n_warps
+        MOMENTUM_UNIT=momentum.UNIT,
+        MOMENTUM_UNITS=momentum.UNITS,
+        MOMENTUM_GROUPS=momentum.GROUPS,
+        MOMENTUM_GROUP_TILES=momentum.GROUP_TILES,
+        MOMENTUM_UNIT_TILES=momentum.UNIT_TILES,
+        num_warps=tiles.n_warps,
+        enable_fp_fusion=False,
+    )
 
 
 _launch_lion = Launcher(_lion_kernel)
@@ -513,14 +516,11 @@ def launch(
     if plan is None:
         rows, columns = weight.codes.shape
         n_outliers = weight.outlier_values.shape[1]
-        constants, n_warps = lion_constants(
-            columns, n_outliers, weight.group_size, group_size, bits
-        )
-        compiled_for = Constants(
-            STOCHASTIC=rounding.stochastic, **constants, num_warps=n_warps, enable_fp_fusion=False
+        constants = lion_constants(
+            columns, n_outliers, weight.group_size, group_size, bits, stochastic=rounding.stochastic
         )
         plan = weight.plans[key] = _launch_lion.plan(
-            (rows,), compiled_for, *weight.tensors, *OPEN_ARGUMENTS
+            (rows,), constants, *weight.tensors, *OPEN_ARGUMENTS
         )
     # Without momentum the kernel never accesses its tensors; the weight's scales are placeholders.
     state = (weight.scales, weight.scales) if momentum is None else momentum.tensors
