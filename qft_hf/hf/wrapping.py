@@ -9,9 +9,19 @@ from typing import Any
 
 import accelerate
 from accelerate import Accelerator, big_modeling
+from accelerate.utils import modeling
 from transformers import PreTrainedModel, Trainer, trainer
 
-from . import clipping, guards, processes, reference_model, registration, resizing, side_network
+from . import (
+    clipping,
+    guards,
+    processes,
+    reference_model,
+    registration,
+    resizing,
+    side_network,
+    sizes,
+)
 
 # The owner and name of a method, and its wrapper, which takes the method and returns one with the
 # same arguments. If a method has several wrappers, a later one contains the earlier ones.
@@ -39,6 +49,8 @@ WRAPPERS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
     (accelerate, "load_checkpoint_in_model", guards.check_accelerate_load),
     (accelerate.utils, "load_checkpoint_in_model", guards.check_accelerate_load),
     (big_modeling, "load_checkpoint_in_model", guards.check_accelerate_load),
+    (accelerate.utils, "compute_module_sizes", sizes.counting_fields),
+    (modeling, "compute_module_sizes", sizes.counting_fields),
 )
 
 

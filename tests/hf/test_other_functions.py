@@ -21,6 +21,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from qft_hf import QFTConfig, dequantize_model_, quantize_model_
 from qft_hf.optim import QFTAdamW, QFTLion
+from qft_hf.quant import QFTWeight
+from tests.arranged import tiny
 from tests.hf.checkpoints import assert_same_state
 from tests.models import tiny_llama
 from tests.tolerances import FP32_EPS, assert_same_tensors
@@ -64,6 +66,40 @@ def test_sizes_are_what_is_stored():
     assert weight.element_size() * weight.numel() == pytest.approx(weight.nbytes)
     assert 1 < weight.element_size() < 1.5
     assert weight[:3].nbytes == 3 * weight.shape[1] * 4  # a view has float values
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dtype": torch.float16}, {"special_dtypes": {}}])
+@pytest.mark.parametrize(
+    "make", [tiny_llama, lambda: tiny_llama(tied=True), lambda: tiny("qwen3_moe")]
+)
+def test_accelerate_counts_what_is_stored(make, arguments):
+    """Accelerate fills devices by these sizes, which were once those of float weights."""
+    model = quantize_model_(make(), QFTConfig(group_size=16))
+    named = arguments | {
+        key: dict.fromkeys(["lm_head.weight"], torch.float32)
+        for key in arguments.keys() & {"special_dtypes"}
+    }
+
+    sizes = accelerate.utils.modeling.compute_module_sizes(model, **named)
+
+    for name in ("model.layers.1", "model.embed_tokens", "model.layers.0.mlp", ""):
+        parameters = dict(model.get_submodule(name).named_parameters())
+        int8 = [p.nbytes for p in parameters.values() if isinstance(p, QFTWeight)]
+        others = [*model.get_submodule(name).buffers(), *parameters.values()]
+        n_float = sum(x.numel() for x in others if not isinstance(x, QFTWeight))
+        assert sizes[name] == sum(int8) + n_float * (2 if "dtype" in arguments else 4), name
+    assert sizes["model.embed_tokens.weight"] == model.model.embed_tokens.weight.nbytes
+    assert accelerate.utils.compute_module_sizes(model, **named) == sizes
+    fits = {0: 10 * sizes[""], "cpu": 10 * sizes[""]}
+    assert accelerate.infer_auto_device_map(model, fits, **named) == {"": 0}
+
+
+def test_accelerate_counts_float_models_as_ever():
+    model = tiny_llama()
+    compute = accelerate.utils.compute_module_sizes
+
+    assert compute(model)["lm_head"] == 4 * model.lm_head.weight.numel()
+    assert compute(int8_llama(), buffers_only=True) == compute(model, buffers_only=True)
 
 
 # --- the state-dict functions of torch.distributed ------------------------------------------------
