@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import triton
 from triton import knobs
 
-from qft_hf.kernels.triton.launch import Constants, Launcher, needs_triton_launch
+from qft_hf.kernels.triton.launch import Constants, Launcher, Plan, needs_triton_launch
 from qft_hf.kernels.triton.tiling import tiling
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts"))
@@ -232,7 +232,7 @@ def bind(launcher, grid, constants, arguments):
     """Return a plan, and the arguments that it leaves open."""
     places = OPEN[launcher._kernel.__name__]
     bound = [... if place in places else value for place, value in enumerate(arguments)]
-    return launcher.plan(grid, constants, *bound), [arguments[place] for place in places]
+    return Plan(launcher, grid, constants, *bound), [arguments[place] for place in places]
 
 
 def record(gpu, compiled):
@@ -317,7 +317,7 @@ def test_whatever_a_kernel_is_compiled_for_is_in_the_key(gpu):
     """The launcher and the plan get all kinds of each argument before they get them again."""
     arguments, options, grid = (*FEW, 3, 5, 0.5), {"SIZE": 16}, (2,)
     launcher, constants = Launcher(_small_kernel), Constants(**options)
-    plan = launcher.plan(grid, constants, arguments[0], *[...] * 5)
+    plan = Plan(launcher, grid, constants, arguments[0], *[...] * 5)
     calls = [arguments] + [
         (*arguments[:place], other, *arguments[place + 1 :])
         for place, others in OTHERS.items()
@@ -542,7 +542,7 @@ def test_a_plan_leaves_one_run_of_arguments_open(places):
 
     message = "sets the device" if 0 in places else "must be consecutive"
     with pytest.raises(ValueError, match=message):
-        Launcher(kernel).plan(grid, Constants(**options), *given)
+        Plan(Launcher(kernel), grid, Constants(**options), *given)
 
 
 @triton.jit
@@ -571,6 +571,6 @@ def test_an_interpreted_kernel_is_launched_by_triton():
     x = torch.ones(2)
 
     launcher((2,), constants, x, 1, None)
-    launcher.plan((2,), constants, x, ..., None)(1)
+    Plan(launcher, (2,), constants, x, ..., None)(1)
 
     assert kernel.calls == [((2,), (x, 1, None), {"SIZE": 3, "num_warps": 1})] * 2

@@ -101,28 +101,24 @@ class Launcher:
             None, None, None, *arguments, *values,
         )  # fmt: skip
 
-    def plan(self, grid: tuple[int, ...], constants: Constants, *arguments: Any) -> "Plan":
-        """Bind the arguments that stay the same over many launches.
-
-        Args:
-            grid: Programs along one to three axes.
-            constants: The constexpr arguments and compile options.
-            arguments: All other arguments, in the kernel's order, with `...` for each that is
-                passed at the launch. The `...` must be consecutive and cannot be first.
-        """
-        return Plan(self, grid, constants, arguments)
-
 
 class Plan:
-    """A launch with some arguments left open and the others bound; created by `Launcher.plan`.
+    """A launch with some arguments left open, and the others the same over many launches.
 
     It holds the bound tensors and reads their addresses at each launch. It assumes that they stay
     on their device and keep their alignment. So a plan belongs to the owner of these tensors, which
     drops it when it replaces one of them, and copies of the owner do not get it.
+
+    Args:
+        launcher: Launches the kernel.
+        grid: Programs along one to three axes.
+        constants: The constexpr arguments and compile options.
+        arguments: All other arguments, in the kernel's order, with `...` for each that is passed at
+            the launch. The `...` must be consecutive and cannot be first.
     """
 
     def __init__(
-        self, launcher: Launcher, grid: tuple[int, ...], constants: Constants, arguments: Any
+        self, launcher: Launcher, grid: tuple[int, ...], constants: Constants, *arguments: Any
     ) -> None:
         places = [i for i, argument in enumerate(arguments) if argument is ...]
         if not places or places != list(range(places[0], places[0] + len(places))):

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import layer_output as operators
 from ..values import Input, Weight
 from .int8_product import along_k, product_tiles, scaled, store_tile, tile_of_sums
-from .launch import Launcher
+from .launch import Launcher, Plan
 
 OUTLIER_TILE = 16  # float columns in one product on matrix units
 
@@ -119,8 +119,9 @@ def int8_linear(
             n_tokens, rows, codes.device,
             N_OF_A=len(x.columns), N_OF_B=n_outliers, OUTLIER_TILE=OUTLIER_TILE,
         )  # fmt: skip
-        plan = _launch_int8_linear.plan(
-            grid, constants, b, weight.scales, weight.outlier_values, weight.outlier_columns,
+        plan = Plan(
+            _launch_int8_linear, grid, constants,
+            b, weight.scales, weight.outlier_values, weight.outlier_columns,
             *[...] * 7, n_tokens, rows, columns, columns, a.stride(0), b.stride(0),
         )  # fmt: skip
         if b is weight.codes:  # not a copy, which would keep the codes of this step

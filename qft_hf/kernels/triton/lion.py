@@ -21,7 +21,7 @@ from .. import lion as operators
 from ..values import Lion, Quantized, Rounding, Weight
 from ..weight import RANGE_LOW as _RANGE_LOW
 from ..weight import RANGE_TARGET as _RANGE_TARGET
-from .launch import Constants, Launcher
+from .launch import Constants, Launcher, Plan
 from .nibbles import load_nibbles, nibble_scale, store_nibbles
 from .numerics import (
     INFINITY,
@@ -519,8 +519,8 @@ def launch(
         constants = lion_constants(
             columns, n_outliers, weight.group_size, group_size, bits, stochastic=rounding.stochastic
         )
-        plan = weight.plans[key] = _launch_lion.plan(
-            (rows,), constants, *weight.tensors, *OPEN_ARGUMENTS
+        plan = weight.plans[key] = Plan(
+            _launch_lion, (rows,), constants, *weight.tensors, *OPEN_ARGUMENTS
         )
     # Without momentum the kernel never accesses its tensors; the weight's scales are placeholders.
     state = (weight.scales, weight.scales) if momentum is None else momentum.tensors

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import quantization as operators
 from ..values import Weight
-from .launch import Constants, Launcher
+from .launch import Constants, Launcher, Plan
 from .numerics import (
     INFINITY,
     PER_QMAX,
@@ -237,7 +237,7 @@ def dequantize(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch
             N_OUTLIERS=n_outliers, OUTLIER_TILE=outlier_tile(n_outliers),
         )  # fmt: skip
         numbers = weight.scales if rows is None else ...  # unused without rows
-        plan = _launch_dequantize.plan((n,), constants, *weight.tensors, numbers, ..., n_rows)
+        plan = Plan(_launch_dequantize, (n,), constants, *weight.tensors, numbers, ..., n_rows)
         if is_kept:
             weight.plans[key] = plan
     if rows is None:
