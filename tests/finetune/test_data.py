@@ -237,7 +237,7 @@ def test_data_sets_are_mixed_by_their_weights(tmp_path):
     assert data.train.counts.examples == 14
     assert len({tuple(asked(seed, train_weights=[1, 1, 0.5])[0]) for seed in range(5)}) > 1
 
-    with pytest.raises(ValueError, match=r"of 4 examples, a weight of 0\.1 leaves none"):
+    with pytest.raises(ValueError, match=r"a weight of 0\.1 leaves none of 4 examples"):
         asked(0, train_weights=[1, 1, 0.1])
 
     held_out = asked(0, train_weights=[3, 3, 3], eval_fraction=0.5)[1]

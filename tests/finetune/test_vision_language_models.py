@@ -111,7 +111,7 @@ def test_a_part_that_is_left_out_is_named(tmp_path, caplog):
     Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path / "model")
     finetune(parsed(flags(tmp_path), max_steps=1))
 
-    assert "transformers loads Qwen3_5ForCausalLM of it" in caplog.text
+    assert "transformers loads only its Qwen3_5ForCausalLM" in caplog.text
     assert "vision is left out" in caplog.text
 
 

@@ -93,7 +93,7 @@ def test_sgd_moves_every_weight_by_its_gradient(maximize, dtype):
 @pytest.mark.parametrize(
     ("saved", "own", "match"),
     [
-        (saved, own, rf"saved with momentum_bits={saved}.* has momentum_bits={own}\. Go on with")
+        (saved, own, rf"saved with momentum_bits={saved}.* has momentum_bits={own}\. Continue with")
         for saved, own in ((8, 4), (4, 8))
     ],
 )
