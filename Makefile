@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 SOURCES := qft_hf qft_hf_cli tests scripts
 
-# A machine without an NVIDIA GPU takes the CPU build of PyTorch.
+# Without an NVIDIA GPU, a pinned PyTorch: its CPU build, if the package index has one.
 ifeq ($(shell command -v nvidia-smi),)
 CONSTRAINTS := -c .ci/constraints-cpu.txt
 endif
