@@ -206,10 +206,12 @@ def test_packed_examples_see_each_other_neither_in_the_base_nor_beside_it(flags)
         prepare(parsed(flags, model_name_or_path="opt", packing="true", output_dir="run-2"))
 
 
-def test_check_says_what_would_be_trained_and_what_it_takes(flags, capsys):
-    main(["check", *as_flags(flags | {"base": "int8"}), "--json"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_check_says_what_would_be_trained_and_what_it_takes(dtype, flags, capsys):
+    """The configuration of the base names float32: what counts is the dtype of the run."""
+    main(["check", *as_flags(flags | {"base": "int8", "dtype": dtype}), "--json"])
     found = json.loads(capsys.readouterr().out)
-    summary = finetune(parsed(flags, base="int8"))
+    summary = finetune(parsed(flags, base="int8", dtype=dtype))
     assert found["parameters"] == summary.parameters
     assert found["trained_parameters"] == summary.trained_parameters
     rows = {row["state"]: row["bytes"] for row in found["memory"]["rows"]}

@@ -145,12 +145,12 @@ def check(arguments: RunArguments) -> Check:
     memory = None
     if arguments.method.side is not None:
         work = side_workload_of(arguments, config)
+        attach_side_network(model, work["side"])
         if isinstance(task, LanguageTask):
             with suppress(ValueError):  # as below
                 memory = estimate_side_memory(
-                    model, gradient_checkpointing=bool(training.gradient_checkpointing), **work
+                    config, gradient_checkpointing=bool(training.gradient_checkpointing), **work
                 )
-        attach_side_network(model, work["side"])
     elif isinstance(task, LanguageTask):
         # The estimate is optional: a configuration may lack a size that it needs.
         with suppress(ValueError):
