@@ -12,17 +12,14 @@ a config of a run, which then also sets the sequence length, batch size and opti
 """
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .command_line import add_json, add_trust, parser, show_json, table
 
-if TYPE_CHECKING:
-    from qft_hf import MemoryLedger
-
 LENGTH = 2048  # default tokens of a sequence, if the model has as many positions
-OF_FULL = ("gpus", "optim", "momentum_bits", "matmul", "chunked_loss", "live")
+OF_FULL = ("gpus", "optim", "momentum_bits", "matmul", "chunked_loss")
 
 
 def main(argv: list[str]) -> None:
@@ -39,9 +36,6 @@ def main(argv: list[str]) -> None:
         print(_markdown(results))
     else:
         print("\n\n".join(_text(result) for result in results))
-    if options.live:
-        for name in options.models:
-            _compare(name, trust_remote_code=options.trust_remote_code)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -76,19 +70,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     arguments.add_argument("--matmul", help="dequantize (default) or int8")
     arguments.add_argument("--chunked_loss", action="store_true", help="never store all logits")
     arguments.add_argument("--markdown", action="store_true", help="one table of all models")
-    arguments.add_argument(
-        "--live", action="store_true", help="load the models too, and measure the memory of states"
-    )
     add_trust(arguments)
     add_json(arguments)
     options = arguments.parse_args(argv)
-    if options.live and options.gpus not in (None, 1):
-        arguments.error("--live measures one process: omit --gpus")
     if options.momentum_bits is not None and options.optim not in (None, "qft_lion"):
         arguments.error(f"--momentum_bits is for qft_lion, got --optim {options.optim}")
-    given = [f"--{name}" for name in OF_FULL if getattr(options, name)]
-    if options.method == "qst" and given:
-        arguments.error(f"{', '.join(given)} is for training every parameter, not for --method qst")
     return options
 
 
@@ -132,13 +118,19 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
     if options.method is not None or _side_fields(options):
         method = MethodArguments(method=options.method or "full", **_side_fields(options))
         work |= {"side": method.side, "base": method.base}
+    of_full = [f"--{field}" for field in OF_FULL if getattr(options, field)]
+    if work.get("side") is not None and of_full:
+        raise ValueError(
+            f"{', '.join(of_full)} is for training every parameter, and {name} is planned with a "
+            "side network (method qst). Omit the flag, or the method."
+        )
     given = {
         "batch_size": options.batch_size,
         "sequence_length": options.sequence_length,
         "optimizer": options.optim,
         "momentum_bits": options.momentum_bits,
         "chunked_loss": options.chunked_loss or None,
-        "config": QFTConfig(matmul=options.matmul) if options.matmul else None,
+        "config": replace(work["config"], matmul=options.matmul) if options.matmul else None,
         "n_processes": options.gpus,
         "trust_remote_code": trust,
         "dtype": dtype,
@@ -301,46 +293,3 @@ def _markdown(results: list[dict[str, Any]]) -> str:
 
 def _gb(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.1f} GB"
-
-
-def _compare(name: str, *, trust_remote_code: bool) -> None:
-    """Print estimated and measured bytes of all states in each mode."""
-    from qft_hf import estimate_memory
-    from qft_hf.hf.estimate import skeleton
-    from qft_hf.hf.optimizers import OPTIMIZERS
-
-    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    source = skeleton(name, **trust)
-    ways: list[tuple[str, dict[str, int]]] = [(optim, {}) for optim in OPTIMIZERS]
-    for gradient in ("stack", "release"):
-        for optim, settings in [*ways, ("qft_lion", {"momentum_bits": 4})]:
-            options: dict[str, Any] = {"gradient": gradient, "optimizer": optim, **settings}
-            estimated = estimate_memory(source, **options).state_bytes
-            measured = live_ledger(name, gradient, optim, trust, **settings).total_bytes
-            print(
-                f"{', '.join(f'{key}={value}' for key, value in options.items())}: states "
-                f"{estimated:,} bytes by arithmetic, {measured:,} measured, "
-                f"{100 * (estimated / measured - 1):+.2f} %"
-            )
-
-
-def live_ledger(
-    name: str | Path, gradient: str, optim: str, loading: dict[str, Any], **settings: Any
-) -> "MemoryLedger":
-    """Load a model, and measure its states when they are largest: just before the second step."""
-    import torch
-    from transformers import AutoConfig
-
-    from qft_hf import QFTConfig, memory_ledger
-    from qft_hf.hf.language_model import language_class
-    from qft_hf.hf.optimizers import OPTIMIZERS
-
-    loader = language_class(AutoConfig.from_pretrained(name, **loading))
-    model = loader.from_pretrained(name, quantization_config=QFTConfig(), **loading)
-    make = OPTIMIZERS[optim].optimizer_class
-    optimizer = make(model.parameters(), gradient=gradient, **settings)
-    ids = torch.arange(8)[None]
-    for _ in range(2):
-        optimizer.step()
-        model(input_ids=ids, labels=ids).loss.backward()
-    return memory_ledger(model, optimizer)

@@ -1,5 +1,6 @@
 """HTML template of the report: light and dark style, and placeholders for title and body."""
 
+WRITTEN_BY = "Written by qft_hf "  # marks a report, which a later one may replace
 PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -66,7 +67,7 @@ i.run4 {{ background: var(--c4); }} i.run5 {{ background: var(--c5); }}
 <h1>{title}</h1>
 <p class="note">Fine-tuning of all parameters in INT8.</p>
 {body}
-<footer><p>Written by qft_hf {version}.</p></footer>
+<footer><p>{written_by}{version}.</p></footer>
 </body>
 </html>
 """

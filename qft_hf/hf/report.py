@@ -17,7 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..kernels.groups import QMAX
 from ..version import __version__
 from .atomic_writes import atomic_path
-from .page import PAGE
+from .page import PAGE, WRITTEN_BY
 from .wording import loss_unit
 
 # Bytes per parameter of weights, gradients and optimizer state in other ways to train.
@@ -105,9 +105,12 @@ def read_run(folder: Path) -> ReportedRun:
             )
         text = path.read_text(encoding="utf-8")
         try:
-            read.append(yaml.safe_load(text) if name == "run.yaml" else json.loads(text))
+            value = yaml.safe_load(text) if name == "run.yaml" else json.loads(text)
+            if not isinstance(value, dict):
+                raise ValueError(f"it has {type(value).__name__} instead of keys with values")
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path} cannot be read: {error}. Leave this run out.") from error
+        read.append(value)
     summary, state, options = read
     absent = [f"summary.json has no {key}" for key in NEEDED if key not in summary]
     absent += [] if "log_history" in state else [f"{TRAINER_STATE_NAME} has no log_history"]
@@ -135,9 +138,7 @@ def write_report(runs: Sequence[ReportedRun], path: Path) -> None:
 
 
 def _is_page(path: Path) -> bool:
-    start = PAGE.partition("\n")[0]
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return file.read(len(start)) == start
+    return f"<footer><p>{WRITTEN_BY}" in path.read_text(encoding="utf-8", errors="replace")
 
 
 def page(runs: Sequence[ReportedRun]) -> str:
@@ -161,7 +162,7 @@ def page(runs: Sequence[ReportedRun]) -> str:
     ]
     body = "\n".join(f"<section><h2>{head}</h2>{text}</section>" for head, text in sections)
     title = ", ".join(html.escape(run.name) for run in runs)
-    return PAGE.format(title=title, body=body, version=__version__)
+    return PAGE.format(title=title, body=body, written_by=WRITTEN_BY, version=__version__)
 
 
 def _overview(runs: Sequence[ReportedRun]) -> str:

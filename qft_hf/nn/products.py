@@ -50,10 +50,11 @@ def int8_products(
     listed = spec.int8_products or {}
     unknown = [entry for entry in listed if not any(_matches(name, entry) for name in names)]
     if unknown:
+        example = f" such as {names[-1].rpartition('.')[2]!r}" if names else ""
         raise ValueError(
             f"int8_products names {unknown}, which match no quantized linear module of "
-            f"{type(model).__name__}. Give full module names, single components of them such as "
-            f"{names[-1].rpartition('.')[2]!r}, or '*'."
+            f"{type(model).__name__}. Give full module names, single components of them{example}, "
+            "or '*'."
         )
     choices: dict[str, Int8Products | None] = {}
     for name in names:

@@ -105,6 +105,23 @@ def test_a_config_says_how_long_and_how_many(folder, tmp_path, capsys):
     assert longer["sequence_length"] == 64
 
 
+def test_a_flag_overrides_its_own_key_of_a_config_and_no_other(folder, tmp_path, capsys):
+    """--matmul once replaced the whole format of the weights."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {folder}\ntrain_data: t.jsonl\nmax_length: 48\nuse_cpu: true\n"
+        "outlier_fraction: 0.1\nmodules_to_not_convert: [lm_head]\n"
+    )
+    (result,) = plan(str(config), "--matmul=int8", capsys=capsys)
+
+    config = QFTConfig(outlier_fraction=0.1, modules_to_not_convert=["lm_head"], matmul="int8")
+    for way in result["ways"]:
+        mode = {key: way[key] for key in ("gradient", "gradient_checkpointing")}
+        expected = estimate_memory(folder, batch_size=8, sequence_length=48, config=config, **mode)
+        assert way["state_bytes"] == expected.state_bytes
+        assert way["total_bytes"] == expected.total_bytes
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("keys", "estimate"),
@@ -181,12 +198,6 @@ def test_the_command_names_the_config_that_was_asked_about(folder, tmp_path, cap
     config.write_text(f"model_name_or_path: {folder}\ntrain_data: t.jsonl\nuse_cpu: true\n")
     (result,) = plan(str(config), "--gpus=2", capsys=capsys)
     assert result["command"].endswith(f"--num_processes 2 -m qft_hf finetune {config}")
-
-
-def test_live_measures_one_process(folder, capsys):
-    with pytest.raises(SystemExit):
-        main(["plan", folder, "--live", "--gpus=2"])
-    assert "--live measures one process: omit --gpus" in capsys.readouterr().err
 
 
 def test_a_side_network_is_planned_for_each_way_to_store_its_base(folder, tmp_path, capsys):
@@ -276,6 +287,23 @@ def test_a_card_has_some_memory(gpu, folder, capsys):
     with pytest.raises(SystemExit):
         main(["plan", folder, "--gpu", gpu])
     assert "gpu_memory must be positive and finite, in GB, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--optim=qft_sgd", "--matmul=int8", "--gpus=2", "--chunked_loss"])
+def test_flags_of_full_training_are_refused_for_a_config_with_a_side_network(
+    flag, folder, tmp_path, capsys
+):
+    """They were ignored."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {folder}\ntrain_data: t.jsonl\nuse_cpu: true\n"
+        "method: qst\nside_r: 4\n"
+    )
+    with pytest.raises(SystemExit):
+        main(["plan", str(config), flag])
+    error = capsys.readouterr().err
+    assert f"{flag.partition('=')[0]} is for training every parameter" in error
+    assert "run.yaml is planned with a side network" in error
 
 
 def test_another_method_is_not_taken_for_training_all_parameters(folder, capsys):

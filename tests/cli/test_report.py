@@ -170,11 +170,15 @@ def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
     assert "holds no finished run: it has no summary.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("taken", ["folder of a run", "summary of a run", "page"])
+@pytest.mark.parametrize(
+    "taken", ["folder of a run", "summary of a run", "page of another program", "page"]
+)
 def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, capsys):
     """A run whose folder was named as the output was once lost."""
     first, second = runs
-    output = {"folder of a run": second, "summary of a run": second / "summary.json"}.get(taken)
+    (second / "index.html").write_text('<!doctype html>\n<html lang="en">\n<p>my notes')
+    names = {"folder of a run": "", "summary of a run": "summary.json"}
+    output = None if taken == "page" else second / names.get(taken, "index.html")
     words = ["report", str(first), "--output", str(output or first / "page.html")]
     if taken == "page":
         main(["report", str(second), "--output", words[-1]])
@@ -194,6 +198,8 @@ def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, capsys):
         ("summary.json", "{", "summary.json cannot be read"),
         ("trainer_state.json", "", "trainer_state.json cannot be read"),
         ("run.yaml", "a: [", "run.yaml cannot be read"),
+        ("run.yaml", "", "run.yaml cannot be read: it has NoneType instead of keys"),
+        ("summary.json", "[]", "summary.json cannot be read: it has list instead of keys"),
         ("summary.json", "{}", "recorded less: summary.json has no model, "),
         ("trainer_state.json", "{}", "trainer_state.json has no log_history"),
     ],

@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     DeepseekV3Config,
     GptOssConfig,
     Llama4TextConfig,
@@ -32,7 +33,6 @@ from qft_hf.hf.estimate import skeleton
 from qft_hf.hf.optimizers import OPTIMIZERS
 from qft_hf.hf.recommendation import LONGEST
 from qft_hf.optim.settings import GRADIENTS
-from qft_hf_cli.plan import live_ledger
 from tests.models import tiny_llama
 from tests.scripts.commands import load
 
@@ -315,7 +315,13 @@ def test_states_of_a_real_model_are_those_that_were_estimated(gradient, optim):
     folder = ROOT / "data" / "smollm2"
     if not folder.exists():
         pytest.skip("data/smollm2 is not there: python scripts/fetch_demo.py smollm2")
-    live = live_ledger(folder, gradient, optim, {})
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=QFTConfig())
+    optimizer = OPTIMIZERS[optim].optimizer_class(model.parameters(), gradient=gradient)
+    ids = torch.arange(8)[None]
+    for _ in range(2):  # states are largest just before the second step
+        optimizer.step()
+        model(input_ids=ids, labels=ids).loss.backward()
+    live = memory_ledger(model, optimizer)
 
     predicted = estimate_memory(folder, gradient=gradient, optimizer=optim)
     assert predicted.rows == live.rows

@@ -666,6 +666,13 @@ def test_names_that_the_user_gives_still_have_to_match(tmp_path):
     for folder in ("int8", "float"):
         with pytest.raises(ValueError, match=r"int8_products names \['lm_haed'\]"):
             LlamaForCausalLM.from_pretrained(tmp_path / folder, quantization_config=slip)
+    nothing = QFTConfig(
+        matmul="int8",
+        int8_products={"x": ["forward"]},
+        modules_to_not_convert=["layers", "lm_head"],
+    )
+    with pytest.raises(ValueError, match=r"match no quantized linear .* components of them, or"):
+        quantize_model_(tiny_llama(), nothing)
     slip = QFTConfig(modules_to_not_convert=["lm_haed"])
     with pytest.raises(ValueError, match=r"names \['lm_haed'\], which match no module"):
         LlamaForCausalLM.from_pretrained(tmp_path / "float", quantization_config=slip)

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...side import QSTConfig, attach_side_network
 from ..base import FORMS, base_format, stored_format
+from ..missing_model import explain_loading_errors
 from ..side_network import CONFIG_NAME, is_side_network, load_side_network
 from .arguments import MethodArguments, ModelArguments
 from .loading import load_config, load_model
@@ -185,19 +186,21 @@ def load_checkpoint(arguments: ModelArguments, config: PreTrainedConfig, model_c
 
     Raises:
         ImportError: The base is to be stored in NF4, and bitsandbytes is not installed.
-        ValueError: The side network was trained on another base.
+        ValueError: The model cannot be loaded, or the side network was trained on another base.
     """
     place, trust = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
     checkpoint = side_checkpoint(place)
     if checkpoint is None:
-        return model_class.from_pretrained(place, **trust)
+        with explain_loading_errors(place):
+            return model_class.from_pretrained(place, **trust)
     quantization = None
     if stored_format(config) == "float":
         with torch.device("meta"):
             quantization = base_format(checkpoint.form, model_class.from_config(config, **trust))
-    model = model_class.from_pretrained(
-        checkpoint.base, config=config, quantization_config=quantization, **trust
-    )
+    with explain_loading_errors(checkpoint.base):
+        model = model_class.from_pretrained(
+            checkpoint.base, config=config, quantization_config=quantization, **trust
+        )
     return load_side_network(model, checkpoint.folder)
 
 
