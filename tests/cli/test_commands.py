@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import fields
 from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
+from runpy import run_module
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from qft_hf.hf.finetune.parsing import GROUPS
 from qft_hf_cli import COMMANDS, main, run
 from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import tiny_tokenizer
+from tests.full_disk import files_of_at_most
 from tests.models import tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -133,10 +135,10 @@ def test_a_reader_that_has_left_is_no_fault(words):
     assert command.wait() == 141
 
 
-def command_line(words, *, before="pass", **streams):
+def command_line(words, **streams):
     """Run a command in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", f"import qft_hf_cli; {before}; qft_hf_cli.main()", *words],
+        [sys.executable, "-c", "import qft_hf_cli; qft_hf_cli.main()", *words],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
@@ -157,15 +159,17 @@ def test_a_full_disk_under_what_is_printed_is_told_in_a_line(words):
     assert "Exception ignored" not in done.stderr
 
 
-def test_an_export_onto_a_full_disk_is_told_in_a_line_and_leaves_nothing(tmp_path):
+def test_an_export_onto_a_full_disk_is_told_in_a_line_and_leaves_nothing(
+    tmp_path, monkeypatch, capsys
+):
     """Safetensors raises an error of its own, which once ended in a traceback."""
     qft_hf.quantize_model_(tiny_llama(), qft_hf.QFTConfig()).save_pretrained(tmp_path / "int8")
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, -1))"
-    words = ["export", str(tmp_path / "int8"), str(tmp_path / "out" / "float")]
-    done = command_line(words, before=limit, stdout=subprocess.DEVNULL)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert re.search(r"qft-hf: .*File too large.* incomplete files were removed", done.stderr)
+    monkeypatch.setattr(qft_hf_cli, "_print_no_more", lambda: None)  # it ends the output of pytest
+    with files_of_at_most(5000), pytest.raises(SystemExit) as stopped:
+        main(["export", str(tmp_path / "int8"), str(tmp_path / "out" / "float")])
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert re.search(r"qft-hf: .*File too large.* incomplete files were removed", error)
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -284,12 +288,7 @@ def test_what_nobody_refused_keeps_its_traceback(monkeypatch):
         main(["finetune", "demo", "--use_cpu=true"])
 
 
-def test_python_m_is_the_same_command():
-    finished = subprocess.run(
-        [sys.executable, "-m", "qft_hf", "--version"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert finished.stdout == f"qft_hf {qft_hf.__version__}\n"
+def test_python_m_is_the_same_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["-m", "--version"])
+    run_module("qft_hf", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out == f"qft_hf {qft_hf.__version__}\n"

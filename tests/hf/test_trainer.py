@@ -4,6 +4,7 @@ import copy
 import logging
 import subprocess
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from qft_hf import (
     quantize_model_,
 )
 from qft_hf.quant import Int8Gradient
+from tests.full_disk import files_of_at_most
 from tests.hf.checkpoints import assert_same_state
 from tests.models import VOCAB_SIZE, tiny_bert, tiny_llama
 
@@ -351,31 +353,28 @@ def test_resume_from_another_model_raises(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from tests.hf.test_trainer import *
-from tests.models import tiny_llama
+class FullDisk(TrainerCallback):
+    """Fills the disk after step 4."""
 
-folder = Path(sys.argv[1])
-class Full(TrainerCallback):
+    def __init__(self, held):
+        self.held = held
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 4:  # from now on no file can grow beyond this
-            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
-
-trainer = trainer_on(tiny_llama(), folder, QFTTrainer, callbacks=[Full()],
-                     save_strategy="steps", save_steps=2, save_total_limit=1, max_steps=8)
-trainer.train()
-"""
+        if state.global_step == 4:
+            self.held.enter_context(files_of_at_most(30_000))
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, tmp_path], capture_output=True, text=True
-    )  # fmt: skip
+    with ExitStack() as held:
+        trainer = trainer_on(
+            tiny_llama(), tmp_path, QFTTrainer, callbacks=[FullDisk(held)],
+            save_strategy="steps", save_steps=2, save_total_limit=1, max_steps=8,
+        )  # fmt: skip
+        with pytest.raises(Exception, match="File too large") as error:
+            trainer.train()
 
-    assert run.returncode != 0
-    assert "incomplete files were removed; everything there is as it was" in run.stderr
+    note = "incomplete files were removed; everything there is as it was"
+    assert any(note in text for text in error.value.__notes__)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     trainer = trainer_on(tiny_llama(), tmp_path)
     trainer.train(resume_from_checkpoint=True)

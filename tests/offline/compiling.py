@@ -3,8 +3,9 @@
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -30,8 +31,17 @@ class Compiled:
     stack_bytes: int
     local_bytes: int
     shared_bytes: int
-    opcodes: list[str]
-    ptx: str
+    asm: Mapping[str, Any]  # "sass" is disassembled when it is read
+
+    @property
+    def ptx(self) -> str:
+        """The code for NVIDIA's assembler."""
+        return self.asm["ptx"]
+
+    @cached_property
+    def opcodes(self) -> list[str]:
+        """The instructions of the machine code, without operands."""
+        return OPCODE.findall(self.asm["sass"])
 
     def count(self, pattern: str) -> int:
         """Instructions whose opcode starts with a match of `pattern`."""
@@ -125,6 +135,5 @@ def compile_launch(launch: Launch, capability: int, **changes: Any) -> Compiled:
         stack_bytes=usage["STACK"],
         local_bytes=usage["LOCAL"],
         shared_bytes=compiled.metadata.shared,
-        opcodes=OPCODE.findall(compiled.asm["sass"]),
-        ptx=compiled.asm["ptx"],
+        asm=compiled.asm,
     )

@@ -19,7 +19,7 @@ def matrix(columns: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(64, columns, dtype=dtype, device="meta")
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize("capability", [80, 86, 90])
 @pytest.mark.parametrize("is_live", [False, True], ids=["numbers", "live"])
 @pytest.mark.parametrize("columns", [4096, 11008])
 def test_the_step_of_the_moments(columns, is_live, capability):
