@@ -25,6 +25,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "repeats": {"type": int, "help": "number of measurements of each"},
     "pretraining_steps": {"type": int, "help": "steps before tuning"},
     "seeds": {"type": int, "nargs": "+", "help": "seeds, each an order of the data"},
+    "held_out": {"type": int, "help": "held-out sequences to score"},
     "learning_rate": {"type": float, "help": "learning rate of Lion"},
     "dtype": {"help": "torch's name of the dtype of all that is not INT8"},
     "matmul": {"choices": MATMULS, "help": "how linear layers multiply"},

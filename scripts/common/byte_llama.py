@@ -1,8 +1,7 @@
 """The model and data of the studies: a small Llama on bytes, of source code and then of prose.
 
 Both texts come with Python: modules of its standard library, and its language reference from
-`pydoc_data`. A study pretrains one model on source code and tunes copies of it on prose, one for
-each way that it compares.
+`pydoc_data`.
 """
 
 import importlib.util
@@ -11,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 MODULES = (
     "argparse", "ast", "calendar", "configparser", "copy", "dataclasses", "datetime", "decimal",
@@ -37,22 +37,28 @@ class Size:
     batch: int = 8
 
 
-def build(size: Size, *, seed: int = 0) -> LlamaForCausalLM:
-    """Return an untrained model whose head is not tied to its embedding."""
+def build(size: Size, kind: Any = LlamaForCausalLM, **more: Any) -> Any:
+    """Return an untrained model whose head is not tied to its embedding.
+
+    Args:
+        size: Size of the model.
+        kind: Its class in transformers.
+        more: Further fields of its configuration.
+    """
+    config = kind.config_class(
+        vocab_size=256,
+        hidden_size=size.hidden,
+        intermediate_size=size.hidden * 8 // 3,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden // 32,
+        num_key_value_heads=size.hidden // 32,
+        max_position_embeddings=size.sequence,
+        tie_word_embeddings=False,
+        **more,
+    )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=256,
-                hidden_size=size.hidden,
-                intermediate_size=size.hidden * 8 // 3,
-                num_hidden_layers=size.layers,
-                num_attention_heads=size.hidden // 32,
-                num_key_value_heads=size.hidden // 32,
-                max_position_embeddings=size.sequence,
-                tie_word_embeddings=False,
-            )
-        )
+        torch.manual_seed(0)
+        return kind(config)
 
 
 def source_code() -> Tensor:
@@ -83,7 +89,7 @@ def windows(text: Tensor, size: Size, n: int, generator: torch.Generator) -> Ten
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, text: Tensor, size: Size, *, n: int) -> float:
+def held_out_loss(model: nn.Module, text: Tensor, size: Size, *, n: int) -> float:
     """Return the mean loss in nats per byte on `n` held-out sequences, the same at every call."""
     ids = windows(parts(text)[1], size, n, torch.Generator().manual_seed(99))
     model.eval()
@@ -93,7 +99,7 @@ def held_out_loss(model: LlamaForCausalLM, text: Tensor, size: Size, *, n: int) 
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: nn.Module,
     optimizer: Optimizer,
     text: Tensor,
     size: Size,
@@ -133,13 +139,11 @@ def train(
         after_step(step + 1, loss.item())
 
 
-def pretrained(size: Size, *, n_steps: int) -> LlamaForCausalLM:
-    """Return the start of every way of a study: a model trained by FP32 AdamW on source code."""
-    model = build(size)
+def pretrain_(model: nn.Module, size: Size, *, n_steps: int) -> None:
+    """Train a model by FP32 AdamW on source code: the start of every way of a study."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
     report = counter(f"pretraining, {sum(p.numel() for p in model.parameters()):,} parameters")
     train(model, optimizer, source_code(), size, n_steps=n_steps, seed=1234, after_step=report)
-    return model
 
 
 def counter(name: str) -> Callable[[int, float], None]:
