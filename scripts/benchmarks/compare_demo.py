@@ -34,10 +34,7 @@ def table(figures: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     """Train in the ways that `--only` selects, and write the report after each."""
-    parser = command_line(__doc__, data=report.ROOT / "data", only=None)
-    parser.add_argument(
-        "--adamw_learning_rate", type=float, default=3e-4, help="3 to 10 times that of Lion"
-    )
+    parser = command_line(__doc__, data=report.ROOT / "data", only=None, adamw_learning_rate=3e-4)
     options, flags = parser.parse_known_args()  # the others are flags of qft-hf finetune
     path = options.output / "figures.json"
     figures = json.loads(path.read_text())["ways"] if path.exists() else {}

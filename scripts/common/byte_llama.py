@@ -6,7 +6,6 @@ Both texts come with Python: modules of its standard library, and its language r
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -107,7 +106,7 @@ def train(
     n_steps: int,
     seed: int,
     max_grad_norm: float | None = None,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
+    name: str,
 ) -> None:
     """Train for `n_steps`; the learning rate falls to a tenth along a half cosine.
 
@@ -119,7 +118,7 @@ def train(
         n_steps: Number of steps, each with one batch.
         seed: Seed of the batches; the same for all ways of training that are compared.
         max_grad_norm: Norm to which gradients are clipped; None for no clipping.
-        after_step: Called with the number of steps done and the loss of the last batch.
+        name: What is trained, shown on the terminal beside the step and the loss.
     """
     batches = torch.Generator().manual_seed(seed)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -136,21 +135,13 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        after_step(step + 1, loss.item())
+        if (step + 1) % 10 == 0 and sys.stderr.isatty():
+            shown = f"\r{name}: step {step + 1}, loss {loss.item():.3f} "
+            print(shown, end="", file=sys.stderr, flush=True)
 
 
 def pretrain_(model: nn.Module, size: Size, *, n_steps: int) -> None:
     """Train a model by FP32 AdamW on source code: the start of every way of a study."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    report = counter(f"pretraining, {sum(p.numel() for p in model.parameters()):,} parameters")
-    train(model, optimizer, source_code(), size, n_steps=n_steps, seed=1234, after_step=report)
-
-
-def counter(name: str) -> Callable[[int, float], None]:
-    """Return an `after_step` function that counts steps on one line of the terminal."""
-
-    def report(step: int, loss: float) -> None:
-        if step % 10 == 0 and sys.stderr.isatty():
-            print(f"\r{name}: step {step}, loss {loss:.3f} ", end="", file=sys.stderr, flush=True)
-
-    return report
+    name = f"pretraining, {sum(p.numel() for p in model.parameters()):,} parameters"
+    train(model, optimizer, source_code(), size, n_steps=n_steps, seed=1234, name=name)

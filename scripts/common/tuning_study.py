@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from qft_hf import QFTConfig, QFTLion, quantize_model_
 
 from . import report
-from .byte_llama import Size, build, counter, held_out_loss, pretrain_, prose, train
+from .byte_llama import Size, build, held_out_loss, pretrain_, prose, train
 from .command_line import command_line
 
 WEIGHT_DECAY = 0.1
@@ -77,7 +77,7 @@ class Study:
         optimizer = way.optimizer(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, **seeded)
         way.train(
             model, optimizer, self.text, self.size, n_steps=self.options.steps, seed=seed,
-            max_grad_norm=way.max_grad_norm, after_step=counter(f"{name}, seed {seed}"),
+            max_grad_norm=way.max_grad_norm, name=f"{name}, seed {seed}",
         )  # fmt: skip
         loss = self.loss(model)
         figures = {"loss": loss, "reduction": self.loss_before - loss} | way.figures(optimizer)

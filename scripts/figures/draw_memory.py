@@ -6,12 +6,12 @@ QFT's figures are those of `estimate_memory` for LLaMA-2-7B; the others follow f
 is measured.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
 from common import bars
+from common.command_line import command_line
 from common.report import ROOT, figures_table
 from common.shapes import model_config
 
@@ -36,11 +36,7 @@ def bytes_per_parameter() -> dict[str, dict[str, float]]:
 
 def main() -> None:
     """Draw the picture and print its numbers."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=ROOT / "docs", help="folder of the picture")
-    options = parser.parse_args()
+    options = command_line(__doc__, output=ROOT / "docs").parse_args()
     ways = bytes_per_parameter()
     title = "Training state by arithmetic: bytes per parameter, without activations"
     bars.draw(ways, options.output / "memory.png", title=title, unit="bytes", dpi=110)

@@ -43,11 +43,8 @@ def table(runs: list[Run]) -> str:
 
 def main() -> None:
     """Tune by every optimizer at every rate and seed."""
-    parser = study_line(__doc__, learning_rate=[3e-4, 1e-3, 3e-3])
-    parser.add_argument(
-        "--adamw_learning_rate", type=float, nargs="+", default=[1e-3, 3e-3, 6e-3], help="AdamW's"
-    )
-    options = parser.parse_args()
+    rates = {"learning_rate": [3e-4, 1e-3, 3e-3], "adamw_learning_rate": [1e-3, 3e-3, 6e-3]}
+    options = study_line(__doc__, **rates).parse_args()
     order = [
         (way, lr, seed)
         for way in WAYS

@@ -148,30 +148,25 @@ def table(runs: list[Run], first_seed: int) -> str:
 def main() -> None:
     """Do the runs that are missing, and write the report after each."""
     parser = command_line(
-        __doc__, learning_rate=[1e-5, 3e-5, 1e-4], seeds=[0, 1, 2], threads=1,
-        data=report.ROOT / "data", only=None,
-    )  # fmt: skip
-    parser.add_argument(
-        "--adamw_learning_rate", type=float, nargs="+", default=[1.5e-5, 5e-5, 1.5e-4],
-        help="learning rates of AdamW (default 1.5e-05 5e-05 0.00015)",
+        __doc__, learning_rate=[1e-5, 3e-5, 1e-4], adamw_learning_rate=[1.5e-5, 5e-5, 1.5e-4],
+        seeds=[0, 1, 2], threads=1, data=report.ROOT / "data", only=None,
     )  # fmt: skip
     options, flags = parser.parse_known_args()  # the others are flags of qft-hf finetune
     torch.set_num_threads(options.threads)
+    first, *others = options.seeds
     log, runs = RunLog(options.output), []
     folders = asset_flags(options, "minilm", "boolq")
 
     def do(way: str, rate: float, seed: int) -> None:
         key = {"way": way, "rate": rate, "seed": seed, "flags": flags}
         runs.append(log.run(key, lambda: tune(way, rate, seed, [*folders, *flags])))
-        report.write(options, {"runs": runs}, table(runs, options.seeds[0]))
-
-    ways = chosen(WAYS, options.only)
-    repeated = {way for way in ways if SAME_BITS.get(way) in ways}
-    first, *others = options.seeds
+        report.write(options, {"runs": runs}, table(runs, first))
 
     def best(way: str) -> float:
         return best_rate(runs, {"way": way, "seed": first})
 
+    ways = chosen(WAYS, options.only)
+    repeated = {way for way in ways if SAME_BITS.get(way) in ways}
     for way in ways:
         rates = options.adamw_learning_rate if "AdamW" in way else options.learning_rate
         for rate in [best(SAME_BITS[way])] if way in repeated else rates:
@@ -180,7 +175,7 @@ def main() -> None:
         for way in ways:
             if way not in repeated:
                 do(way, best(way), seed)
-    report.finish(options, table(runs, options.seeds[0]))
+    report.finish(options, table(runs, first))
 
 
 if __name__ == "__main__":

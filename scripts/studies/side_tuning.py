@@ -183,27 +183,16 @@ def lora(base: str) -> Way:
     """Return the way of adapters on every linear layer of a frozen base; QLoRA if it is NF4."""
 
     def build(bench: Bench, seed: int, rate: float) -> tuple[Any, Any]:
-        model = bench.load(base, seed)
         config = LoraConfig(
             r=LORA_RANK,
             lora_alpha=2 * LORA_RANK,
-            target_modules=linears(model),
+            target_modules="all-linear",  # except the heads
             task_type="SEQ_CLS" if bench.task.score == "accuracy" else "CAUSAL_LM",
         )
-        model = get_peft_model(model, config)
+        model = get_peft_model(bench.load(base, seed), config)
         return model, adamw(model, rate)
 
     return Way(build, "lora")
-
-
-def linears(model: Any) -> list[str]:
-    """Return the names of all linear layers except the heads, in any format of weights."""
-    layers = getattr(model, model.base_model_prefix)
-    return [
-        f"{model.base_model_prefix}.{name}"
-        for name, module in layers.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
 
 
 def side(base: str, downsample: str) -> Way:
