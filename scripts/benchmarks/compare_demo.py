@@ -11,33 +11,12 @@ loss on held-out dialogues before and after training.
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-
-from transformers import Trainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
 from common import report
 from common.command_line import chosen, command_line
-from common.float_trainer import float_trainer
-
-from qft_hf.hf.finetune import RunArguments, parse_arguments, prepare
-
-
-def ways(flags: list[str], adamw_lr: float) -> dict[str, Callable[[], Trainer]]:
-    """Return, by name, the function that makes the Trainer of each way."""
-
-    def arguments(*more: str) -> RunArguments:
-        # No scores or checkpoints during training: only the losses before and after are compared.
-        fixed = ["--eval_strategy=no", "--save_strategy=no", "--overwrite_output"]
-        return parse_arguments(["demo", *fixed, *flags, *more])
-
-    return {
-        "FP32 AdamW": lambda: float_trainer(arguments(f"--learning_rate={adamw_lr}"), "AdamW"),
-        "FP32 Lion": lambda: float_trainer(arguments(), "Lion"),
-        "QFT, dequantize": lambda: prepare(arguments()).trainer,
-        "QFT, int8": lambda: prepare(arguments("--matmul=int8")).trainer,
-    }
+from common.trainers import asset_flags, compared_trainer
 
 
 def table(figures: dict[str, dict[str, float]]) -> str:
@@ -55,23 +34,20 @@ def table(figures: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     """Train in the ways that `--only` selects, and write the report after each."""
-    parser = command_line(__doc__, data=report.ROOT / "data", only=None)
-    parser.add_argument(
-        "--adamw_learning_rate", type=float, default=3e-4, help="3 to 10 times that of Lion"
-    )
+    parser = command_line(__doc__, data=report.ROOT / "data", only=None, adamw_learning_rate=3e-4)
     options, flags = parser.parse_known_args()  # the others are flags of qft-hf finetune
     path = options.output / "figures.json"
     figures = json.loads(path.read_text())["ways"] if path.exists() else {}
-    flags = [
-        f"--model_name_or_path={options.data / 'smollm2'}",
-        f"--train_data={options.data / 'chitchat' / 'train.jsonl'}",
-        f"--eval_data={options.data / 'chitchat' / 'eval.jsonl'}",
-        f"--output_dir={options.output / 'trainer'}",
-        *flags,
-    ]
-    for name, make in chosen(ways(flags, options.adamw_learning_rate), options.only).items():
+    flags = [*asset_flags(options, "smollm2", "chitchat"), *flags]
+    ways = {
+        "FP32 AdamW": [f"--learning_rate={options.adamw_learning_rate}"],
+        "FP32 Lion": [],
+        "QFT, dequantize": [],
+        "QFT, int8": ["--matmul=int8"],
+    }
+    for name, more in chosen(ways, options.only).items():
         print(f"== {name}", flush=True)
-        trainer = make()
+        trainer = compared_trainer(name, "demo", [*flags, *more])
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         after = trainer.evaluate()["eval_loss"]

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -221,9 +221,7 @@ def measure(candidate: Candidate, setting: Setting, norm: float) -> dict[str, An
     del resumed
 
     with_clipping = ",".join(filter(None, (candidate.optim_args, candidate.clipping)))
-    clipped_candidate = Candidate(
-        candidate.optim, candidate.learning_rate, with_clipping, trainer=candidate.trainer
-    )
+    clipped_candidate = replace(candidate, optim_args=with_clipping)
     _, clipped = setting.run(clipped_candidate, max_steps=1, max_grad_norm=norm / 4)
     _, single = setting.run(candidate, max_steps=1, gradient_accumulation_steps=1)
     return {

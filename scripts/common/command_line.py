@@ -25,12 +25,15 @@ FLAGS: dict[str, dict[str, Any]] = {
     "repeats": {"type": int, "help": "number of measurements of each"},
     "pretraining_steps": {"type": int, "help": "steps before tuning"},
     "seeds": {"type": int, "nargs": "+", "help": "seeds, each an order of the data"},
+    "held_out": {"type": int, "help": "held-out sequences to score"},
     "learning_rate": {"type": float, "help": "learning rate of Lion"},
+    "adamw_learning_rate": {"type": float, "help": "AdamW's, 3 to 10 times that of Lion"},
     "dtype": {"help": "torch's name of the dtype of all that is not INT8"},
     "matmul": {"choices": MATMULS, "help": "how linear layers multiply"},
     "threads": {"type": int, "help": "CPU threads"},
     "data": {"type": Path, "help": "folder of the fetched assets"},
     "only": {"nargs": "+", "metavar": "WORD", "help": "run only those with a word in the name"},
+    "output": {"type": Path, "help": "folder of the report"},
 }
 
 
@@ -44,7 +47,8 @@ def command_line(description: str, **defaults: Any) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in defaults.items():
+    output = {"output": Path("runs") / Path(sys.argv[0]).stem}
+    for name, default in (output | defaults).items():
         options = {**FLAGS[name], "default": default}
         if isinstance(default, list):
             options["nargs"] = "+"
@@ -52,10 +56,6 @@ def command_line(description: str, **defaults: Any) -> argparse.ArgumentParser:
             shown = " ".join(map(str, default)) if isinstance(default, list) else default
             options["help"] += f" (default {shown})"
         parser.add_argument(f"--{name}", **options)
-    output = Path("runs") / Path(sys.argv[0]).stem
-    parser.add_argument(
-        "--output", type=Path, default=output, help=f"folder of the report (default {output})"
-    )
     return parser
 
 

@@ -7,8 +7,9 @@ import subprocess
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from math import floor, log10
+from math import floor, log10, sqrt
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -36,6 +37,17 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 def number(value: float | None, digits: int) -> str | None:
     """Return a cell with this many digits after the decimal point."""
     return None if value is None else f"{value:.{digits}f}"
+
+
+def spread(values: list[float], digits: int, *, of_mean: bool = False) -> str | None:
+    """Return a cell with the mean and, of several values, the standard deviation.
+
+    `of_mean` takes the standard error of the mean instead.
+    """
+    if len(values) < 2:
+        return number(values[0], digits) if values else None
+    deviation = stdev(values) / (sqrt(len(values)) if of_mean else 1)
+    return f"{mean(values):.{digits}f} +- {deviation:.{digits}f}"
 
 
 def figures_table(what: str, figures: Mapping[str, Mapping[str, float]]) -> str:

@@ -15,50 +15,36 @@ be stopped at any time and started again. Times are CPU times of the process, wh
 on the machine affect little.
 """
 
-import json
 import sys
 import time
-from collections.abc import Callable, Iterable
 from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
 from common import report
 from common.command_line import chosen, command_line
-from common.float_trainer import float_trainer
+from common.run_log import Run, RunLog, best_rate, matching
+from common.trainers import asset_flags, compared_trainer
 
-from qft_hf.hf.finetune import RunArguments, parse_arguments, prepare
 from qft_hf.memory import memory_ledger
 
-Run = dict[str, Any]  # way, rate, seed and flags, followed by the results
-FIXED = [
-    "--eval_strategy=no",  # scored once, at the end
-    "--save_strategy=no",
-    "--overwrite_output",
-    "--max_grad_norm=0",
-]
-MAKE: dict[str, Callable[[RunArguments], Trainer]] = {
-    "FP32 AdamW": lambda arguments: float_trainer(arguments, "AdamW"),
-    "FP32 Lion": lambda arguments: float_trainer(arguments, "Lion"),
-    "QFT": lambda arguments: prepare(arguments).trainer,
-    "QFT, INT8 products": lambda arguments: prepare(arguments).trainer,
-    "QFT, release": lambda arguments: prepare(arguments).trainer,
-    "QFT AdamW": lambda arguments: prepare(arguments).trainer,
-    "QFT AdamW, INT8 products": lambda arguments: prepare(arguments).trainer,
-}
-SAME_BITS = {"QFT, release": "QFT"}
-FLAGS = {
+# By name, the flags of `qft-hf finetune`.
+WAYS = {
+    "FP32 AdamW": [],
+    "FP32 Lion": [],
+    "QFT": [],
     "QFT, INT8 products": ["--matmul=int8"],
     "QFT, release": ["--gradient=release"],
     "QFT AdamW": ["--optim=qft_adamw"],
     "QFT AdamW, INT8 products": ["--optim=qft_adamw", "--matmul=int8"],
 }
+SAME_BITS = {"QFT, release": "QFT"}
 
 
 class Measured(TrainerCallback):
@@ -85,10 +71,11 @@ class Measured(TrainerCallback):
 
 def tune(way: str, rate: float, seed: int, flags: list[str]) -> Run:
     """Train and score once, and return the results."""
-    flags = [*flags, f"--learning_rate={rate}", f"--seed={seed}", *FLAGS.get(way, [])]
+    print(f"== {way}, rate {rate:g}, seed {seed}", flush=True)
+    flags = ["--max_grad_norm=0", *flags, f"--learning_rate={rate}", f"--seed={seed}", *WAYS[way]]
     if way.startswith("QFT"):
         flags.append(f"--quantization_seed={seed}")
-    trainer = MAKE[way](parse_arguments(["boolq_minilm", *FIXED, *flags]))
+    trainer = compared_trainer(way, "boolq_minilm", flags)
     measured = Measured()
     trainer.add_callback(measured)
     trainer.train()
@@ -106,12 +93,6 @@ def tune(way: str, rate: float, seed: int, flags: list[str]) -> Run:
     }
 
 
-def best_rate(runs: Iterable[Run], way: str, seed: int) -> float:
-    """Return the learning rate at which a way has the lowest loss with a seed."""
-    tried = [run for run in runs if run["way"] == way and run["seed"] == seed]
-    return min(tried, key=lambda run: run["loss"])["rate"]
-
-
 def table(runs: list[Run], first_seed: int) -> str:
     """Return a table of the ways at their best rates, and one of the search for these rates.
 
@@ -121,8 +102,8 @@ def table(runs: list[Run], first_seed: int) -> str:
     rows = []
     compared: dict[int, float] = {}  # accuracy of the first way by seed
     for way in dict.fromkeys(run["way"] for run in runs):
-        rate = best_rate(runs, way, first_seed)
-        found = [run for run in runs if run["way"] == way and run["rate"] == rate]
+        rate = best_rate(runs, {"way": way, "seed": first_seed})
+        found = matching(runs, {"way": way, "rate": rate})
         accuracies = {run["seed"]: 100 * run["accuracy"] for run in found}
         compared = compared or accuracies
         differences = [accuracies[seed] - compared[seed] for seed in accuracies if seed in compared]
@@ -131,8 +112,8 @@ def table(runs: list[Run], first_seed: int) -> str:
                 way,
                 f"{rate:g}",
                 len(found),
-                f"{_with_error([*accuracies.values()])} %",
-                "" if accuracies is compared else _with_error(differences),
+                f"{report.spread([*accuracies.values()], 1, of_mean=True)} %",
+                None if accuracies is compared else report.spread(differences, 1, of_mean=True),
                 f"{mean(run['loss'] for run in found):.4f}",
                 f"{mean(run['state_bytes'] for run in found) / 1e6:.0f} MB",
                 f"{mean(run['cpu_seconds'] / run['steps'] for run in found):.2f} s",
@@ -164,59 +145,37 @@ def table(runs: list[Run], first_seed: int) -> str:
     )
 
 
-def _with_error(values: list[float]) -> str:
-    """Return the mean and, of several values, its standard error."""
-    if len(values) < 2:
-        return f"{mean(values):.1f}" if values else ""
-    return f"{mean(values):.1f} +- {stdev(values) / sqrt(len(values)):.1f}"
-
-
 def main() -> None:
     """Do the runs that are missing, and write the report after each."""
     parser = command_line(
-        __doc__, learning_rate=[1e-5, 3e-5, 1e-4], seeds=[0, 1, 2], threads=1,
-        data=report.ROOT / "data", only=None,
-    )  # fmt: skip
-    parser.add_argument(
-        "--adamw_learning_rate", type=float, nargs="+", default=[1.5e-5, 5e-5, 1.5e-4],
-        help="learning rates of AdamW (default 1.5e-05 5e-05 0.00015)",
+        __doc__, learning_rate=[1e-5, 3e-5, 1e-4], adamw_learning_rate=[1.5e-5, 5e-5, 1.5e-4],
+        seeds=[0, 1, 2], threads=1, data=report.ROOT / "data", only=None,
     )  # fmt: skip
     options, flags = parser.parse_known_args()  # the others are flags of qft-hf finetune
     torch.set_num_threads(options.threads)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "runs.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    runs: list[Run] = []
-    folders = [
-        f"--model_name_or_path={options.data / 'minilm'}",
-        f"--train_data={options.data / 'boolq' / 'train.jsonl'}",
-        f"--eval_data={options.data / 'boolq' / 'eval.jsonl'}",
-        f"--output_dir={options.output / 'trainer'}",
-    ]
+    first, *others = options.seeds
+    log, runs = RunLog(options.output), []
+    folders = asset_flags(options, "minilm", "boolq")
 
     def do(way: str, rate: float, seed: int) -> None:
         key = {"way": way, "rate": rate, "seed": seed, "flags": flags}
-        run = next((run for run in done if key.items() <= run.items()), None)
-        if run is None:
-            print(f"== {way}, rate {rate:g}, seed {seed}", flush=True)
-            run = key | tune(way, rate, seed, [*folders, *flags])
-            with path.open("a") as file:
-                file.write(f"{json.dumps(run)}\n")
-        runs.append(run)
-        report.write(options, {"runs": runs}, table(runs, options.seeds[0]))
+        runs.append(log.run(key, lambda: tune(way, rate, seed, [*folders, *flags])))
+        report.write(options, {"runs": runs}, table(runs, first))
 
-    ways = chosen(MAKE, options.only)
+    def best(way: str) -> float:
+        return best_rate(runs, {"way": way, "seed": first})
+
+    ways = chosen(WAYS, options.only)
     repeated = {way for way in ways if SAME_BITS.get(way) in ways}
-    first, *others = options.seeds
     for way in ways:
         rates = options.adamw_learning_rate if "AdamW" in way else options.learning_rate
-        for rate in [best_rate(runs, SAME_BITS[way], first)] if way in repeated else rates:
+        for rate in [best(SAME_BITS[way])] if way in repeated else rates:
             do(way, rate, first)
     for seed in others:
         for way in ways:
             if way not in repeated:
-                do(way, best_rate(runs, way, first), seed)
-    report.finish(options, table(runs, options.seeds[0]))
+                do(way, best(way), seed)
+    report.finish(options, table(runs, first))
 
 
 if __name__ == "__main__":

@@ -2,37 +2,31 @@
 
     python scripts/studies/momentum_bits.py
 
-The byte-level Llama of `byte_llama.py` is pretrained on source code and tuned on prose. The table
-shows how much of FP32 Lion's loss reduction each kind of momentum recovers; a seed is an order of
-the data. `--variants` adds formats of 4-bit and 5-bit momentum that were tried, simulated on INT8
-weights with the first seed and learning rate, and the relative error of their momentum against one
-that is not rounded.
+The byte-level Llama of `common/byte_llama.py` is pretrained on source code and tuned on prose. The
+table shows how much of FP32 Lion's loss reduction each kind of momentum recovers; a seed is an
+order of the data. `--variants` adds formats of 4-bit and 5-bit momentum that were tried, simulated
+on INT8 weights with the first seed and learning rate, and the relative error of their momentum
+against one that is not rounded.
 """
 
-import copy
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from byte_llama import Size, counter, held_out_loss, pretrained, prose, train
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
 from common import report
-from common.command_line import command_line
+from common.tuning_study import Run, Study, Way, grouped, study_line
 
-from qft_hf import QFTSGD, QFTConfig, QFTLion, kernels, quantize_model_
+from qft_hf import QFTSGD, QFTConfig, QFTLion, kernels
 from qft_hf.optim.state import StateTensor
 
-WEIGHT_DECAY = 0.1
 MAX_GRAD_NORM = 1.0  # for SGD, which diverges otherwise
-N_HELD_OUT = 256  # sequences that are scored
 
 
 @dataclass(frozen=True)
@@ -136,138 +130,62 @@ class SimulatedLion(QFTLion):
         self.errors.append(float((momentum - exact).norm() / exact.norm()))
 
 
-class Study:
-    """Tunes copies of one pretrained model and returns their loss reductions.
+class Simulated(Way):
+    """Lion with a simulated format of momentum."""
 
-    Args:
-        size: Size of the model and of a batch.
-        pretraining_steps: Steps on source code, taken once.
-        steps: Steps on prose in every run.
-    """
-
-    def __init__(self, size: Size, *, pretraining_steps: int, steps: int) -> None:
-        self.size, self.steps, self.prose = size, steps, prose()
-        self.model = pretrained(size, n_steps=pretraining_steps)
-        self.before = self.loss(self.model)
-
-    def loss(self, model: nn.Module) -> float:
-        """Return the loss on held-out prose."""
-        return held_out_loss(model, self.prose, self.size, n=N_HELD_OUT)
-
-    def run(
-        self,
-        seed: int,
-        make: Callable[[nn.Module], Optimizer],
-        *,
-        quantize: bool,
-        max_grad_norm: float | None = None,
-    ) -> tuple[float, Any]:
-        """Tune a copy by the optimizer of `make`; return the loss reduction and the optimizer."""
-        model = copy.deepcopy(self.model)
-        if quantize:
-            quantize_model_(model, QFTConfig())
-        optimizer = make(model)
-        train(
-            model, optimizer, self.prose, self.size, n_steps=self.steps, seed=seed,
-            max_grad_norm=max_grad_norm, after_step=counter(f"seed {seed}"),
-        )  # fmt: skip
-        return self.before - self.loss(model), optimizer
-
-    def lion(self, seed: int, lr: float, momentum_bits: int | None) -> float:
-        """Return the loss reduction of `QFTLion`; with None bits, of FP32 Lion on float weights."""
-        bits = {} if momentum_bits is None else {"momentum_bits": momentum_bits}
-        arguments = {"lr": lr, "weight_decay": WEIGHT_DECAY, "seed": seed, **bits}
-        return self.run(
-            seed,
-            lambda model: QFTLion(model.parameters(), **arguments),
-            quantize=momentum_bits is not None,
-        )[0]
-
-    def sgd(self, seed: int, lr: float, *, quantize: bool) -> float:
-        """Return the loss reduction of SGD with clipping; on float weights it is PyTorch's SGD."""
-        arguments = {"lr": lr, "weight_decay": WEIGHT_DECAY}
-        return self.run(
-            seed,
-            lambda model: (
-                QFTSGD(model.parameters(), seed=seed, **arguments)
-                if quantize
-                else torch.optim.SGD(model.parameters(), **arguments)
-            ),
-            quantize=quantize,
-            max_grad_norm=MAX_GRAD_NORM,
-        )[0]
-
-    def simulated(self, seed: int, lr: float, form: Format) -> tuple[float, float]:
-        """Return the loss reduction, and the momentum's mean relative error in the second half."""
-        arguments = {"lr": lr, "weight_decay": WEIGHT_DECAY, "seed": seed}
-        reduction, optimizer = self.run(
-            seed,
-            lambda model: SimulatedLion(model.parameters(), form=form, **arguments),
-            quantize=True,
-        )
-        errors = optimizer.errors
-        return reduction, mean(errors[len(errors) // 2 :])
+    def figures(self, optimizer: SimulatedLion) -> dict[str, float]:
+        """Return the momentum's mean relative error in the second half of the run."""
+        return {"error": mean(optimizer.errors[len(optimizer.errors) // 2 :])}
 
 
-def table(runs: list[dict[str, Any]]) -> str:
-    """Return a table with a row for each kind and rate, seeds side by side."""
-    floats = {(run["lr"], run["seed"]): run["reduction"] for run in runs if run["kind"] == "float"}
+INT8 = QFTConfig()
+LION = {
+    "float": Way(),
+    "8 bits": Way(INT8, partial(QFTLion, momentum_bits=8)),
+    "4 bits": Way(INT8, partial(QFTLion, momentum_bits=4)),
+}
+SGD = {
+    "float SGD": Way(None, torch.optim.SGD, MAX_GRAD_NORM),
+    "0 bits (SGD)": Way(INT8, QFTSGD, MAX_GRAD_NORM),
+}
+TRIED = {
+    name: Simulated(INT8, partial(SimulatedLion, form=form)) for name, form in VARIANTS.items()
+}
+
+
+def table(runs: list[Run]) -> str:
+    """Return a table with a row for each way and rate, seeds side by side."""
+    floats = {(run["lr"], run["seed"]): run["reduction"] for run in runs if run["way"] == "float"}
     best = {seed: max(floats[key] for key in floats if key[1] == seed) for _, seed in floats}
     rows = []
-    for kind, lr in dict.fromkeys((run["kind"], run["lr"]) for run in runs):
-        group = [run for run in runs if (run["kind"], run["lr"]) == (kind, lr)]
+    for (way, lr), group in grouped(runs).items():
         shares = [
             100 * run["reduction"] / floats.get((lr, run["seed"]), best[run["seed"]])
             for run in group
         ]
         by_seed = ", ".join(f"{share:.1f}" for share in shares)
         error = report.number(group[0].get("error"), 2)
-        rows.append([kind, f"{lr:g}", f"{mean(shares):.1f} %", by_seed, error])
+        rows.append([way, f"{lr:g}", f"{mean(shares):.1f} %", by_seed, error])
     head = ["momentum", "lr", "recovered", "by seed", "relative error"]
     about = "Learning rates without a run of FP32 Lion are compared with its best."
     return f"{report.table(head, rows)}\n\n{about}"
 
 
 def main() -> None:
-    """Run all kinds, rates and seeds, and write the report after each run."""
-    parser = command_line(
-        __doc__, seeds=[0, 1, 2], steps=250, pretraining_steps=500, learning_rate=[1e-4, 3e-4],
-        hidden=Size().hidden, layers=Size().layers, threads=1,
-    )  # fmt: skip
+    """Tune with every kind of momentum at every rate and seed."""
+    parser = study_line(__doc__, learning_rate=[1e-4, 3e-4])
     parser.add_argument(
         "--sgd_learning_rate", type=float, nargs="+", default=[3e-3], help="learning rates of SGD"
     )
     parser.add_argument("--variants", action="store_true", help="also run formats that were tried")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    study = Study(
-        Size(hidden=options.hidden, layers=options.layers),
-        pretraining_steps=options.pretraining_steps,
-        steps=options.steps,
-    )
-    runs: list[dict[str, Any]] = []
-    start = time.perf_counter()
-
-    def note(**run: Any) -> None:
-        runs.append(run)
-        print(f"{time.perf_counter() - start:6.0f} s  {run}", flush=True)
-        report.write(options, {"runs": runs}, table(runs))
-
+    order = []
     for seed in options.seeds:
-        for lr in options.learning_rate:
-            note(kind="float", lr=lr, seed=seed, reduction=study.lion(seed, lr, None))
-            for bits in (8, 4):
-                note(kind=f"{bits} bits", lr=lr, seed=seed, reduction=study.lion(seed, lr, bits))
-        for lr in options.sgd_learning_rate:
-            for kind, quantize in (("float SGD", False), ("0 bits (SGD)", True)):
-                reduction = study.sgd(seed, lr, quantize=quantize)
-                note(kind=kind, lr=lr, seed=seed, reduction=reduction)
+        order += [(way, lr, seed) for lr in options.learning_rate for way in LION]
+        order += [(way, lr, seed) for lr in options.sgd_learning_rate for way in SGD]
     if options.variants:
-        seed, lr = options.seeds[0], options.learning_rate[0]
-        for name, form in VARIANTS.items():
-            reduction, error = study.simulated(seed, lr, form)
-            note(kind=name, lr=lr, seed=seed, reduction=reduction, error=error)
-    report.finish(options, table(runs))
+        order += [(way, options.learning_rate[0], options.seeds[0]) for way in TRIED]
+    Study(options).run(LION | SGD | TRIED, order, table)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ in `runs.jsonl` of the output folder and is not repeated, so the study can be st
 """
 
 import gc
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, where common/ is
 from common import report
 from common.command_line import chosen, command_line
+from common.run_log import Run, RunLog, best_rate, matching
 
 from qft_hf import QFTConfig, QFTLion, QFTWeight, memory_ledger
 from qft_hf.hf.base import base_format
@@ -42,7 +43,6 @@ from qft_hf.hf.finetune.evaluate import scores
 from qft_hf.hf.finetune.loading import load_config, load_model, load_tokenizer
 from qft_hf.side import QSTConfig, attach_side_network
 
-Line = dict[str, Any]  # a line of `runs.jsonl`: measurements of a task, or a run and its scores
 MAX_GRAD_NORM = 1.0
 WARMUP = 0.06  # share of all steps
 TIMED = 3  # timed steps of each way, of which the median is reported
@@ -183,27 +183,16 @@ def lora(base: str) -> Way:
     """Return the way of adapters on every linear layer of a frozen base; QLoRA if it is NF4."""
 
     def build(bench: Bench, seed: int, rate: float) -> tuple[Any, Any]:
-        model = bench.load(base, seed)
         config = LoraConfig(
             r=LORA_RANK,
             lora_alpha=2 * LORA_RANK,
-            target_modules=linears(model),
+            target_modules="all-linear",  # except the heads
             task_type="SEQ_CLS" if bench.task.score == "accuracy" else "CAUSAL_LM",
         )
-        model = get_peft_model(model, config)
+        model = get_peft_model(bench.load(base, seed), config)
         return model, adamw(model, rate)
 
     return Way(build, "lora")
-
-
-def linears(model: Any) -> list[str]:
-    """Return the names of all linear layers except the heads, in any format of weights."""
-    layers = getattr(model, model.base_model_prefix)
-    return [
-        f"{model.base_model_prefix}.{name}"
-        for name, module in layers.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
 
 
 def side(base: str, downsample: str) -> Way:
@@ -245,7 +234,7 @@ def step(model: Any, optimizer: Any, batch: dict[str, Tensor]) -> float:
     trained = [p for p in model.parameters() if p.grad is not None]
     torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
     optimizer.step()
-    return float(loss)
+    return loss.item()
 
 
 def kept_bytes(model: Any, batch: dict[str, Tensor]) -> int:
@@ -319,33 +308,31 @@ def trained(
     return bench.scores(model)
 
 
-def best_rate(done: list[Line], task: str, way: str, seed: int) -> float | None:
-    """Return the learning rate with the lowest loss of a way and seed; None without runs."""
-    tried = [r for r in done if (r["task"], r.get("way"), r.get("seed")) == (task, way, seed)]
-    return min(tried, key=lambda run: run["scores"]["loss"])["rate"] if tried else None
+def measurements(runs: list[Run], task: str) -> dict[str, dict[str, Any]]:
+    """Return the bytes and times of all ways of a task that were measured."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in matching(runs, {"task": task}):
+        found |= run.get("measured", {})
+    return found
 
 
-def tables(done: list[Line], first_seed: int) -> str:
+def tables(runs: list[Run], first_seed: int) -> str:
     """Return for each task a table of its ways, and one of the search for their learning rates."""
     head = ["way", "rate", "seeds", "loss, held out", "score", "trained", "kept for backward, MB"]
     head += ["ledger, MB", "CPU seconds a step"]
     parts = []
     for name, task in TASKS.items():
-        figures = {}
-        for line in done:
-            if line["task"] == name and "measured" in line:
-                figures.update(line["measured"])
         rows = []
-        for way, found in figures.items():
-            rate = best_rate(done, name, way, first_seed)
-            best = {"task": name, "way": way, "rate": rate}
-            runs = [line for line in done if line.items() >= best.items()]
-            cells = [_spread([run["scores"][key] for run in runs]) for key in ("loss", task.score)]
+        for way, found in measurements(runs, name).items():
+            key = {"task": name, "way": way}
+            rate = best_rate(runs, key | {"seed": first_seed})
+            scores = [run["scores"] for run in matching(runs, key | {"rate": rate})]
+            cells = [report.spread([s[n] for s in scores], 4) for n in ("loss", task.score)]
             rows.append(
                 [
                     way,
                     report.number(rate, 5),
-                    len(runs),
+                    len(scores),
                     *cells,
                     f"{found['trained']:,}",
                     f"{found['kept_bytes'] / 1e6:.1f}",
@@ -356,8 +343,7 @@ def tables(done: list[Line], first_seed: int) -> str:
         if rows:
             head[4] = task.score
             parts.append(f"{name}\n\n{report.table(head, rows)}")
-        first = {"task": name, "seed": first_seed}
-        searched = [line for line in done if line.items() >= first.items()]
+        searched = matching(runs, {"task": name, "seed": first_seed})
         search = [
             [run["way"], f"{run['rate']:g}", *(f"{s:.4f}" for s in run["scores"].values())]
             for run in searched
@@ -368,39 +354,18 @@ def tables(done: list[Line], first_seed: int) -> str:
     return "\n\n".join(parts)
 
 
-def _spread(values: list[float]) -> str | None:
-    """Return the mean and, of several values, the standard deviation."""
-    if len(values) < 2:
-        return report.number(values[0], 4) if values else None
-    return f"{statistics.mean(values):.4f} +- {statistics.stdev(values):.4f}"
-
-
 def main() -> None:
     """Do the selected measurements and runs that are missing; write the report after each."""
     parser = command_line(__doc__, seeds=[0, 1, 2], only=None, threads=1)
     parser.add_argument("--measure", action="store_true", help="do not train")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.output.mkdir(parents=True, exist_ok=True)
-    log = options.output / "runs.jsonl"
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    log = RunLog(options.output)
     began = time.perf_counter()
     first_seed = options.seeds[0]
 
-    def say(text: str) -> None:
-        print(f"{time.perf_counter() - began:6.0f} s  {text}", flush=True)
-
-    def note(line: dict[str, Any]) -> None:
-        done.append(line)
-        with log.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        report.write(options, {"runs": done}, tables(done, first_seed))
-        say(str(line))
-
-    def run(bench: Bench, key: Line, way: Way) -> None:
-        if not any(line.items() >= key.items() for line in done):
-            words = lambda text: say(f"{[*key.values()]}: {text}")  # noqa: E731
-            note(key | {"scores": trained(bench, way.build, key["seed"], key["rate"], words)})
+    def say(*words: object) -> None:
+        print(f"{time.perf_counter() - began:6.0f} s ", *words, flush=True)
 
     benches: dict[str, tuple[Bench, dict[str, Way]]] = {}
     for name, task in TASKS.items():
@@ -409,17 +374,23 @@ def main() -> None:
         if ways:
             benches[name] = (Bench(task), ways)
     for name, (bench, ways) in benches.items():
-        if not any(line["task"] == name and "measured" in line for line in done):
-            note({"task": name, "measured": measured(bench, ways)})
+        known = measurements(log.runs, name)
+        if missing := {label: way for label, way in ways.items() if label not in known}:
+            log.add({"task": name, "measured": measured(bench, missing)})
+            say("measured", log.runs[-1])
+            report.write(options, {"runs": log.runs}, tables(log.runs, first_seed))
             gc.collect()
     for seed in [] if options.measure else options.seeds:
         for name, (bench, ways) in benches.items():
             for label, way in ways.items():
-                best = best_rate(done, name, label, first_seed)
-                rates = bench.task.rates[way.rates] if seed == first_seed else [best]
-                for rate in rates:
-                    run(bench, {"task": name, "way": label, "rate": rate, "seed": seed}, way)
-    report.finish(options, tables(done, first_seed))
+                key = {"task": name, "way": label}
+                best = best_rate(log.runs, key | {"seed": first_seed})
+                for rate in bench.task.rates[way.rates] if seed == first_seed else [best]:
+                    run = key | {"rate": rate, "seed": seed}
+                    train = partial(trained, bench, way.build, seed, rate, partial(say, run))
+                    say("finished", log.run(run, lambda train=train: {"scores": train()}))
+                    report.write(options, {"runs": log.runs}, tables(log.runs, first_seed))
+    report.finish(options, tables(log.runs, first_seed))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 COMMANDS = {
     path.stem: path
     for path in sorted(SCRIPTS.rglob("*.py"))
-    if path.parent.name != "common" and path.stem not in ("byte_llama", "every_kernel")
+    if path.parent.name != "common" and path.stem != "every_kernel"
 }
 
 
@@ -40,7 +40,7 @@ def help_of(name: str) -> str:
         path = [entry for entry in sys.path if not Path(entry).is_relative_to(SCRIPTS)]
         patch.setattr(sys, "path", [str(COMMANDS[name].parent), *path])
         for module in [*sys.modules]:
-            if module.partition(".")[0] in ("common", "byte_llama", *COMMANDS):
+            if module.partition(".")[0] in ("common", *COMMANDS):
                 patch.delitem(sys.modules, module)
         patch.setattr(sys, "argv", [str(COMMANDS[name]), "--help"])
         with redirect_stdout(StringIO()) as printed, pytest.raises(SystemExit) as stopped:

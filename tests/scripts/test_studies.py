@@ -1,6 +1,7 @@
 """The studies run at toy size, where their figures mean nothing."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from transformers import BertConfig, BertModel
@@ -27,27 +28,21 @@ def test_every_way_of_the_study_is_tuned(run):
     assert kernels.quantize_gradient is quantize_gradient  # the ablation is undone
 
 
-def test_the_study_of_momentum_runs_every_kind():
-    script = load("momentum_bits")
-    study = script.Study(script.Size(hidden=32, layers=1), pretraining_steps=2, steps=2)
-    rows = [{"kind": "float", "lr": 1e-3, "seed": 0, "reduction": study.lion(0, 1e-3, None)}]
-    for kind, reduction in (
-        ("float SGD", study.sgd(0, 1e-3, quantize=False)),
-        ("0 bits (SGD)", study.sgd(0, 1e-3, quantize=True)),
-        ("8 bits", study.lion(0, 1e-3, 8)),
-        ("4 bits", study.lion(0, 1e-3, 4)),
-    ):
-        rows.append({"kind": kind, "lr": 1e-3, "seed": 0, "reduction": reduction})
-    assert len({row["reduction"] for row in rows}) == len(rows)  # each is another optimizer
-    for name in ("as shipped: slope 3, groups of 64", "to nearest", "sticky scale"):
-        reduction, error = study.simulated(0, 1e-3, script.VARIANTS[name])
-        assert 0 < error < 1
-        rows.append({"kind": name, "lr": 1e-3, "seed": 0, "reduction": reduction, "error": error})
+def test_the_study_of_momentum_runs_every_kind(run):
+    figures, text = run(
+        "momentum_bits", "--seeds", "0", "--steps", "2", "--pretraining_steps", "2",
+        "--hidden", "32", "--layers", "1", "--learning_rate", "1e-3", "--held_out", "8",
+        "--variants",
+    )  # fmt: skip
 
-    text = script.table(rows)
-
+    ways = [run["way"] for run in figures["runs"]]
+    assert ways[:5] == ["float", "8 bits", "4 bits", "float SGD", "0 bits (SGD)"]
+    assert len({run["reduction"] for run in figures["runs"][:5]}) == 5  # each is another optimizer
+    errors = {run["way"]: run["error"] for run in figures["runs"][5:]}
+    assert [*errors] == [*load("momentum_bits").VARIANTS]
+    assert all(0 < error < 1 for error in errors.values())
     assert "| float | 0.001 | 100.0 % |" in text
-    assert all(f"| {row['kind']} |" in text for row in rows)
+    assert all(f"| {way} |" in text for way in ways)
 
 
 def test_the_study_of_adamw_runs_every_kind(run):
@@ -57,7 +52,7 @@ def test_the_study_of_adamw_runs_every_kind(run):
         "--adamw_learning_rate", "1e-3", "2e-3",
     )  # fmt: skip
 
-    reductions = {(row["kind"], row["lr"]): row["reduction"] for row in figures["runs"]}
+    reductions = {(row["way"], row["lr"]): row["reduction"] for row in figures["runs"]}
     assert len(set(reductions.values())) == len(reductions) == 2 * 3
     assert "| QFTAdamW | 0.002 | " in text
 
@@ -169,3 +164,32 @@ def test_the_study_of_side_tuning_measures_every_way_on_the_same_batch(questions
         done.append(key | {"scores": found})
     mean = (scores[1e-2, 1]["loss"] + scores[1e-2, 2]["loss"]) / 2
     assert f"| QST, INT8 base | 0.01000 | 2 | {mean:.4f} +- " in script.tables(done, 1)
+
+
+def test_the_study_of_side_tuning_goes_on_where_it_stopped(run, monkeypatch):
+    """Of a second part with `--only`, the ways were trained, but not measured and not shown."""
+    script = load("side_tuning")
+    rates = {"full": (), "lora": (1e-3, 1e-2), "side": (1e-2,)}
+    task = script.Task({}, steps=1, batch_size=1, score="accuracy", rates=rates)
+    bytes_and_times = {"trained": 10, "kept_bytes": 1, "ledger_bytes": 1, "cpu_seconds": 1.0}
+    calls = []
+
+    def trained(bench, build, seed, rate, say):
+        calls.append((seed, rate))
+        return {"loss": 1 - rate + seed / 10, "accuracy": 0.5}
+
+    monkeypatch.setattr(script, "TASKS", {"toy": task})
+    monkeypatch.setattr(script, "Bench", lambda task: SimpleNamespace(task=task))
+    monkeypatch.setattr(script, "trained", trained)
+    monkeypatch.setattr(script, "measured", lambda _, ways: dict.fromkeys(ways, bytes_and_times))
+    run("side_tuning", "--only", "QLoRA", "--seeds", "1")
+    assert calls == [(1, 1e-3), (1, 1e-2)]
+
+    figures, text = run("side_tuning", "--only", "QLoRA", "toy/QST, INT8", "--seeds", "1", "2")
+
+    assert calls[2:] == [(1, 1e-2), (2, 1e-2), (2, 1e-2)]  # first of the side network
+    assert [[*run.get("measured", ())] for run in figures["runs"]] == [
+        ["QLoRA"], [], [], ["QST, INT8 base"], [], [], [],
+    ]  # fmt: skip
+    for way in ("QLoRA", "QST, INT8 base"):
+        assert f"| {way} | 0.01000 | 2 | 1.1400 +- 0.0707 | 0.5000 +- 0.0000 | 10 |" in text

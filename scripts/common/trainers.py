@@ -1,13 +1,13 @@
-"""The FP32 baseline of a config: the same run with FP32 weights in the stock Trainer."""
+"""Trainers of runs that are compared: ours, and the stock one with FP32 weights as the baseline."""
 
+from argparse import Namespace
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
 
-from qft_hf.hf.finetune import RunArguments
+from qft_hf.hf.finetune import RunArguments, parse_arguments, prepare
 from qft_hf.hf.finetune.loading import load_model
 from qft_hf.hf.finetune.preparation import read
 
@@ -32,14 +32,34 @@ class Lion(torch.optim.Optimizer):
                 momentum.lerp_(parameter.grad, 0.01)
 
 
-def float_trainer(arguments: RunArguments, optimizer: str, **more: Any) -> Trainer:
-    """Return the stock Trainer of a run, with the model, data and seed that `prepare` would use.
+def compared_trainer(way: str, config: str, flags: list[str]) -> Trainer:
+    """Return the Trainer of a run that is not scored while it trains, and writes no checkpoints.
 
     Args:
-        arguments: Arguments of the run; its `optim` is ignored.
-        optimizer: "AdamW" or "Lion", with the learning rate of the run.
-        more: Further arguments of the Trainer.
+        way: "FP32 AdamW" or "FP32 Lion" for the stock Trainer; by any other name it is ours.
+        config: Name of a shipped config.
+        flags: Flags of `qft-hf finetune`, which override the config.
     """
+    fixed = ["--eval_strategy=no", "--save_strategy=no", "--overwrite_output"]
+    arguments = parse_arguments([config, *fixed, *flags])
+    precision, _, optimizer = way.partition(" ")
+    if precision == "FP32":
+        return _float_trainer(arguments, optimizer)
+    return prepare(arguments).trainer
+
+
+def asset_flags(options: Namespace, model: str, data: str) -> list[str]:
+    """Return the flags for fetched assets in `options.data`, and for the folder of the run."""
+    return [
+        f"--model_name_or_path={options.data / model}",
+        f"--train_data={options.data / data / 'train.jsonl'}",
+        f"--eval_data={options.data / data / 'eval.jsonl'}",
+        f"--output_dir={options.output / 'trainer'}",
+    ]
+
+
+def _float_trainer(arguments: RunArguments, optimizer: str) -> Trainer:
+    """Return the stock Trainer, with the model, data and seed that `prepare` would use."""
     _, config, data = read(arguments)
     training = arguments.training
     model = load_model(
@@ -57,5 +77,4 @@ def float_trainer(arguments: RunArguments, optimizer: str, **more: Any) -> Train
         compute_metrics=data.task.scoring.compute_metrics,
         preprocess_logits_for_metrics=data.task.scoring.preprocess_logits,
         optimizers=(lion, None),
-        **more,
     )

@@ -1,21 +1,20 @@
 """The model and data of the studies: a small Llama on bytes, of source code and then of prose.
 
 Both texts come with Python: modules of its standard library, and its language reference from
-`pydoc_data`. A study pretrains one model on source code and tunes copies of it on prose, one for
-each way that it compares.
+`pydoc_data`.
 """
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 MODULES = (
     "argparse", "ast", "calendar", "configparser", "copy", "dataclasses", "datetime", "decimal",
@@ -37,22 +36,28 @@ class Size:
     batch: int = 8
 
 
-def build(size: Size, *, seed: int = 0) -> LlamaForCausalLM:
-    """Return an untrained model whose head is not tied to its embedding."""
+def build(size: Size, kind: Any = LlamaForCausalLM, **more: Any) -> Any:
+    """Return an untrained model whose head is not tied to its embedding.
+
+    Args:
+        size: Size of the model.
+        kind: Its class in transformers.
+        more: Further fields of its configuration.
+    """
+    config = kind.config_class(
+        vocab_size=256,
+        hidden_size=size.hidden,
+        intermediate_size=size.hidden * 8 // 3,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden // 32,
+        num_key_value_heads=size.hidden // 32,
+        max_position_embeddings=size.sequence,
+        tie_word_embeddings=False,
+        **more,
+    )
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=256,
-                hidden_size=size.hidden,
-                intermediate_size=size.hidden * 8 // 3,
-                num_hidden_layers=size.layers,
-                num_attention_heads=size.hidden // 32,
-                num_key_value_heads=size.hidden // 32,
-                max_position_embeddings=size.sequence,
-                tie_word_embeddings=False,
-            )
-        )
+        torch.manual_seed(0)
+        return kind(config)
 
 
 def source_code() -> Tensor:
@@ -83,7 +88,7 @@ def windows(text: Tensor, size: Size, n: int, generator: torch.Generator) -> Ten
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, text: Tensor, size: Size, *, n: int) -> float:
+def held_out_loss(model: nn.Module, text: Tensor, size: Size, *, n: int) -> float:
     """Return the mean loss in nats per byte on `n` held-out sequences, the same at every call."""
     ids = windows(parts(text)[1], size, n, torch.Generator().manual_seed(99))
     model.eval()
@@ -93,7 +98,7 @@ def held_out_loss(model: LlamaForCausalLM, text: Tensor, size: Size, *, n: int) 
 
 
 def train(
-    model: LlamaForCausalLM,
+    model: nn.Module,
     optimizer: Optimizer,
     text: Tensor,
     size: Size,
@@ -101,7 +106,7 @@ def train(
     n_steps: int,
     seed: int,
     max_grad_norm: float | None = None,
-    after_step: Callable[[int, float], None] = lambda step, loss: None,
+    name: str,
 ) -> None:
     """Train for `n_steps`; the learning rate falls to a tenth along a half cosine.
 
@@ -113,7 +118,7 @@ def train(
         n_steps: Number of steps, each with one batch.
         seed: Seed of the batches; the same for all ways of training that are compared.
         max_grad_norm: Norm to which gradients are clipped; None for no clipping.
-        after_step: Called with the number of steps done and the loss of the last batch.
+        name: What is trained, shown on the terminal beside the step and the loss.
     """
     batches = torch.Generator().manual_seed(seed)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
@@ -130,23 +135,13 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        after_step(step + 1, loss.item())
+        if (step + 1) % 10 == 0 and sys.stderr.isatty():
+            shown = f"\r{name}: step {step + 1}, loss {loss.item():.3f} "
+            print(shown, end="", file=sys.stderr, flush=True)
 
 
-def pretrained(size: Size, *, n_steps: int) -> LlamaForCausalLM:
-    """Return the start of every way of a study: a model trained by FP32 AdamW on source code."""
-    model = build(size)
+def pretrain_(model: nn.Module, size: Size, *, n_steps: int) -> None:
+    """Train a model by FP32 AdamW on source code: the start of every way of a study."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
-    report = counter(f"pretraining, {sum(p.numel() for p in model.parameters()):,} parameters")
-    train(model, optimizer, source_code(), size, n_steps=n_steps, seed=1234, after_step=report)
-    return model
-
-
-def counter(name: str) -> Callable[[int, float], None]:
-    """Return an `after_step` function that counts steps on one line of the terminal."""
-
-    def report(step: int, loss: float) -> None:
-        if step % 10 == 0 and sys.stderr.isatty():
-            print(f"\r{name}: step {step}, loss {loss:.3f} ", end="", file=sys.stderr, flush=True)
-
-    return report
+    name = f"pretraining, {sum(p.numel() for p in model.parameters()):,} parameters"
+    train(model, optimizer, source_code(), size, n_steps=n_steps, seed=1234, name=name)
