@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ...side import side_network_of
@@ -100,9 +100,7 @@ class _WriteSettingsWhenAccepted(TrainerCallback):
     def __init__(self, run: Run) -> None:
         self.run = run
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Write the settings of the run."""
         _write_settings(self.run)
 
