@@ -181,11 +181,7 @@ class QFTTrainer(CheckpointTrainer):
         if not self.is_world_process_zero() or side_network_of(self.model) is not None:
             return
         sources = [*_listed(dataset_tags), *_listed(dataset), *_listed(dataset_name)]
-        known = {
-            "name": model_name,
-            "base_model": finetuned_from,
-            "license": license,
-        }
+        known = {"name": model_name, "base_model": finetuned_from, "license": license}
         facts = facts_of_trainer(
             self,
             **{key: value for key, value in known.items() if value is not None},
