@@ -77,14 +77,12 @@ def _forget_evaluation(accelerator: Accelerator, model: Any) -> None:
             model.forward = forward
 
 
-def refuse_distribution(kind: Any) -> None:
-    """Raise for a way to distribute a model that does not support INT8 weights.
+def refuse_distribution(kind: Any, *, advice: str = "") -> None:
+    """Raise ValueError for a way to distribute a model that does not support INT8 weights.
 
     Args:
         kind: One of `accelerate.utils.DistributedType`.
-
-    Raises:
-        ValueError: The way is not supported; the text names an alternative.
+        advice: What to do, in addition to starting several processes.
     """
     refused = {
         DistributedType.FSDP: "FSDP shards float parameters and gathers them layer by layer",
@@ -92,7 +90,8 @@ def refuse_distribution(kind: Any) -> None:
         DistributedType.MEGATRON_LM: "Megatron-LM splits float weights",
     }
     if kind in refused:
-        raise ValueError(f"{refused[kind]}, and cannot hold INT8 weights. {SEVERAL_GPUS}")
+        known = f"{refused[kind]}, and cannot hold INT8 weights."
+        raise ValueError(" ".join(filter(None, (known, advice, SEVERAL_GPUS))))
 
 
 def consolidating_state(save: Any, self: Any, *args: Any, **kwargs: Any) -> None:
