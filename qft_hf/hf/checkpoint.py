@@ -35,6 +35,7 @@ from transformers.utils import (
 
 from ..side import side_network_of
 from .atomic_writes import atomic_path, recover_drafts
+from .json_object import json_object
 from .side_network import CONFIG_NAME as SIDE_CONFIG_NAME
 from .side_network import WEIGHTS_NAME as SIDE_WEIGHTS_NAME
 from .tensor_files import DAMAGED, damaged, memory, tensor_names
@@ -157,7 +158,7 @@ def read_mark(checkpoint: Path) -> dict[str, Any]:
         ValueError: The mark cannot be read, or its `files` is not a dictionary.
     """
     path = checkpoint / MARK
-    mark = _json(path) if path.is_file() else {}
+    mark = json_object(path) if path.is_file() else {}
     if not isinstance(mark.setdefault("files", {}), dict):
         raise ValueError(f"{MARK} lists no files")
     return mark
@@ -181,7 +182,7 @@ def weight_files(checkpoint: Path) -> list[str]:
         return sets
     if sets == [SIDE_WEIGHTS_NAME]:
         return [SIDE_WEIGHTS_NAME, SIDE_CONFIG_NAME]
-    index = _json(checkpoint / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+    index = json_object(checkpoint / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
     if not isinstance(index, dict) or {type(name) for name in index.values()} != {str}:
         raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} has no weight_map")
     shards = sorted(set(index.values()))
@@ -328,7 +329,7 @@ def _unreadable(path: Path) -> list[str]:
     """Return what is wrong with the contents of a file that no mark lists."""
     if path.suffix == ".json":
         try:
-            content = _json(path)
+            content = json_object(path)
         except ValueError as error:
             return [str(error)]
         if path.name == CONFIG_NAME:
@@ -357,16 +358,6 @@ def _unreadable(path: Path) -> list[str]:
         if bad is not None:
             return [f"{path.name} is damaged at {bad}"]
     return []
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
-        raise ValueError(f"{path.name} cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    return content
 
 
 def _is_crc32(noted: Any) -> bool:

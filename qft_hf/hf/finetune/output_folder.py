@@ -5,7 +5,6 @@ has a name that a run writes, but is not known to come from a run, is foreign an
 """
 
 import fnmatch
-import json
 import logging
 import os
 import shutil
@@ -22,6 +21,7 @@ from ..atomic_writes import MODEL_FILES, atomic_path, pending_drafts
 from ..card import is_card
 from ..checkpoint import MARK, STATE_FILES, newest_whole_checkpoint, require_whole
 from ..config import QUANT_METHOD
+from ..json_object import json_object
 from ..remote_code import code_files
 from ..side_network import CONFIG_NAME, WEIGHTS_NAME
 from .arguments import EXPORT_DTYPES
@@ -323,13 +323,13 @@ def _is_run(output_dir: Path) -> bool:
     """Whether the folder holds a run's config, its summary or a checkpoint with a mark."""
     return (
         (output_dir / RUN_CONFIG).is_file()
-        or "qft_hf" in _json(output_dir / SUMMARY).get("versions", {})
+        or "qft_hf" in _object_in(output_dir / SUMMARY, "versions")
         or any((path / MARK).is_file() for path in output_dir.glob(CHECKPOINTS))
     )
 
 
 def _is_int8(config: Path) -> bool:
-    quantization = _json(config).get("quantization_config") or {}
+    quantization = _object_in(config, "quantization_config")
     return bool(quantization.get("quant_method") == QUANT_METHOD)
 
 
@@ -342,10 +342,10 @@ def recorded_settings(output_dir: Path) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, an empty one if the file is absent or damaged."""
+def _object_in(path: Path, name: str) -> dict[str, Any]:
+    """Return the object of this name in a JSON file, an empty one if it is absent or damaged."""
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json_object(path).get(name)
+    except ValueError:
         return {}
-    return read if isinstance(read, dict) else {}
+    return found if isinstance(found, dict) else {}

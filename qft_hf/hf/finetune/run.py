@@ -1,6 +1,5 @@
 """Carries out a prepared fine-tuning run: score, train, score again, and report."""
 
-import json
 import logging
 import shlex
 import time
@@ -16,6 +15,7 @@ from ...side import side_network_of
 from ..atomic_writes import atomic_path
 from ..base import stored_format
 from ..card_facts import hyperparameters_of, optimizer_of, parameters_of
+from ..json_object import json_object
 from ..peak_memory import PeakMemory
 from ..processes import broadcast_from_first, first_process_writes
 from ..wording import loss_unit
@@ -155,10 +155,10 @@ def _is_reported_already(run: Run) -> bool:
     if run.trainer.state.global_step > run.clock.steps_before:
         return False
     try:
-        text = (run.arguments.output_dir / SUMMARY).read_text(encoding="utf-8")
-        return bool(json.loads(text)["steps"] == run.trainer.state.global_step)
-    except (OSError, ValueError, KeyError, TypeError):
+        reported = json_object(run.arguments.output_dir / SUMMARY).get("steps")
+    except ValueError:
         return False
+    return bool(reported == run.trainer.state.global_step)
 
 
 def _write_model(run: Run) -> None:
