@@ -90,11 +90,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def require_whole(checkpoint: Path) -> None:
-    """Raise unless a run can go on from this checkpoint exactly.
-
-    Raises:
-        ValueError: Something is missing or damaged (named).
-    """
+    """Raise ValueError unless a run can go on from this checkpoint exactly."""
     if found := faults(checkpoint):
         raise ValueError(
             f"{checkpoint} is not whole: {'; '.join(found)}. Copy it again, name an earlier one, "
@@ -230,16 +226,13 @@ def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None
 
 
 def check_weights(model: nn.Module, checkpoint: Path, *, names_differ: bool = False) -> None:
-    """Raise unless a checkpoint has exactly the tensors of a model, all of them undamaged.
+    """Raise ValueError unless a checkpoint has exactly the tensors of a model, all undamaged.
 
     Args:
         model: Not modified. The checkpoint may omit a tensor that is tied to another.
         checkpoint: The folder.
         names_differ: Whether the checkpoint has other tensor names than the model, which the code
             that loads it translates. Only damage is checked then.
-
-    Raises:
-        ValueError: Tensors or files are missing, unexpected or damaged (named).
     """
     if side_network_of(model) is not None:
         return  # `load_side_network` checks its weights
@@ -272,15 +265,12 @@ def check_weights(model: nn.Module, checkpoint: Path, *, names_differ: bool = Fa
 
 
 def check_momentum(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
-    """Raise if a parameter lost the optimizer state that it had when the checkpoint was written.
+    """Raise ValueError if a parameter lost the optimizer state that it had in the checkpoint.
 
     Args:
         model: The model, for the names of parameters.
         optimizer: The optimizer, after its state was loaded.
         checkpoint: The checkpoint that the state was loaded from.
-
-    Raises:
-        ValueError: Parameters (named) would continue with fresh momentum.
     """
     known = set(read_mark(checkpoint).get("without_state", ()))
     lost = [name for name in parameters_without_state(model, optimizer) if name not in known]

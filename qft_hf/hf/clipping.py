@@ -43,11 +43,7 @@ def _refuse_released(accelerator: Accelerator) -> None:
 
 
 def refuse_released(optimizer: Any) -> None:
-    """Raise if an optimizer has already used gradients of this step.
-
-    Raises:
-        RuntimeError: Gradients were released during backward.
-    """
+    """Raise RuntimeError if an optimizer has already used gradients of this step."""
     if isinstance(optimizer, QFTOptimizer) and optimizer.n_released:
         raise RuntimeError(
             f"gradient='release' has used {optimizer.n_released} gradients during backward, so "

@@ -68,11 +68,7 @@ def check_accelerate_load(
 
 
 def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:
-    """Raise if a checkpoint that Accelerate is to load has INT8 weights.
-
-    Raises:
-        ValueError: The checkpoint has INT8 weights (one is named).
-    """
+    """Raise ValueError if a checkpoint that Accelerate is to load has INT8 weights."""
     if checkpoint.suffix == ".safetensors":
         files = [checkpoint]
     else:

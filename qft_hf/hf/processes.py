@@ -123,12 +123,9 @@ def start_together(
     state: TrainerState,
     train_dataloader: Any,
 ) -> None:
-    """Raise unless all processes run the same; then broadcast the model of process 0.
+    """Raise ValueError unless all processes run the same; then broadcast the model of process 0.
 
     With another library's optimizer, `DistributedDataParallel` has broadcast it already.
-
-    Raises:
-        ValueError: Arguments, sizes of the data or optimizer groups differ between processes.
     """
     ours = optimizer if isinstance(optimizer, QFTOptimizer) else None
     processes = Processes.found() if ours is None else ours.processes

@@ -19,12 +19,7 @@ from .wording import and_more
 
 
 def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise for arguments and models that do not work with our optimizers.
-
-    Raises:
-        TypeError: An option has a value of the wrong type.
-        ValueError: An argument or the model is not supported; the text says what to do instead.
-    """
+    """Raise TypeError or ValueError for what does not work with our optimizers."""
     check_arguments(args)
     _refuse_fp16(args)
     _refuse_distribution(args, model)

@@ -144,14 +144,11 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
 
 
 def refuse_inputs_inside(output_dir: Path, inputs: Mapping[str, str]) -> None:
-    """Raise if an input of a run is at a place where the run would replace it.
+    """Raise ValueError if an input of a run is at a place where the run would replace it.
 
     Args:
         output_dir: Output folder of the run.
         inputs: Names of what is read, by key of the config. Names that are not paths are skipped.
-
-    Raises:
-        ValueError: An input would be replaced; the text names its key.
     """
     home = output_dir.resolve()
     for key, name in inputs.items():
@@ -172,12 +169,7 @@ def refuse_inputs_inside(output_dir: Path, inputs: Mapping[str, str]) -> None:
 
 
 def refuse_unwritable(output_dir: Path) -> None:
-    """Raise if the folder cannot be created or written to. Changes nothing.
-
-    Raises:
-        NotADirectoryError: The folder, or a folder above it, is a file or a broken link.
-        PermissionError: The folder, or the nearest existing one above it, is not writable.
-    """
+    """Raise OSError if the folder cannot be created or written to. Changes nothing."""
     nearest = nearest_folder(output_dir)
     above = (output_dir, *output_dir.parents)
     found = [f"{at} is a broken link" for at in above if at.is_symlink() and not at.exists()]
@@ -202,16 +194,13 @@ def nearest_folder(output_dir: Path) -> Path:
 
 
 def refuse_small_disk(output_dir: Path, needed_bytes: int, *, overwrite: bool) -> None:
-    """Raise if what a run will write does not fit on the disk. Changes nothing.
+    """Raise OSError if what a run will write does not fit on the disk. Changes nothing.
 
     Args:
         output_dir: Output folder; may be absent.
         needed_bytes: Most bytes that the run has on the disk at one time.
         overwrite: Whether the run in the folder is removed first. Checkpoints of a resumed run
             count as free space in any case, because `needed_bytes` includes them.
-
-    Raises:
-        OSError: Less space is free; the text says how much.
     """
     free = shutil.disk_usage(nearest_folder(output_dir)).free
     there = _written(output_dir) if overwrite else list(output_dir.glob(CHECKPOINTS))

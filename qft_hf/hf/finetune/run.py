@@ -77,11 +77,7 @@ def train(run: Run) -> RunSummary:
 
 
 def _push(run: Run) -> None:
-    """Push the finished folder to the Hub.
-
-    Raises:
-        ValueError: The Hub did not accept it.
-    """
+    """Push the finished folder to the Hub; raise ValueError if the Hub does not accept it."""
     output_dir, name = run.arguments.output_dir, run.trainer.hub_model_id
     with first_process_writes():
         try:
