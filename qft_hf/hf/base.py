@@ -54,11 +54,7 @@ def stored_format(config: Any) -> str:
 
 
 def require_bitsandbytes() -> None:
-    """Raise if NF4 weights cannot be made here.
-
-    Raises:
-        ImportError: bitsandbytes is not installed.
-    """
+    """Raise ImportError if bitsandbytes, which makes NF4 weights, is not installed."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:

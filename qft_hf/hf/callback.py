@@ -5,9 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..optim.release import ACCUMULATION_IS_FORBIDDEN
@@ -52,13 +50,7 @@ class QFTCallback(TrainerCallback):
         self.compiler: dict[str, Any] = {}
 
     def on_init_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Optimizer | None = None,
-        **kwargs: Any,
+        self, args: Any, *_: Any, model: Any = None, optimizer: Any = None, **__: Any
     ) -> None:
         """Prepare the model of a run with one of our optimizers, or raise if that cannot work."""
         if args.n_gpu > 1 and side_network_of(model) is not None:
@@ -75,14 +67,7 @@ class QFTCallback(TrainerCallback):
             refuse_experts(args, model)
 
     def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        train_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, *_: Any, model: Any = None, optimizer: Any = None, **more: Any
     ) -> None:
         """Refuse INT8 weights with another optimizer, and options that the optimizer ignores.
 
@@ -93,7 +78,7 @@ class QFTCallback(TrainerCallback):
         if model is not None:
             refuse_foreign_optimizer(model, optimizer)
             if is_ours(inner) or side_network_of(model) or has_quantized_weights(model):
-                start_together(inner, model, args, state, train_dataloader)
+                start_together(inner, model, args, state, more.get("train_dataloader"))
                 before = _record(args, state)
         if not is_ours(inner):
             return
@@ -127,13 +112,7 @@ class QFTCallback(TrainerCallback):
             )
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, *_: Any, logs: Any = None, optimizer: Any = None, **__: Any
     ) -> None:
         """Log the true global norm: the Trainer's omits the gradients that were released.
 
@@ -146,13 +125,7 @@ class QFTCallback(TrainerCallback):
             logs["grad_norm"] = state.log_history[-1]["grad_norm"] = norm
 
     def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: Any, *_: Any, model: Any = None, optimizer: Any = None, **__: Any
     ) -> None:
         """Mark a checkpoint that the stock Trainer wrote, so that later damage is detected."""
         inner = unwrapped(optimizer)
@@ -162,14 +135,7 @@ class QFTCallback(TrainerCallback):
                 if is_first and checkpoint.is_dir():  # a hyperparameter search uses another folder
                     write_mark(checkpoint, without_state=parameters_without_state(model, inner))
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         """Ensure that backward passes after the training update no weights."""
         inner = unwrapped(optimizer)
         if is_ours(inner):

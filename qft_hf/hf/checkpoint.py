@@ -35,6 +35,7 @@ from transformers.utils import (
 
 from ..side import side_network_of
 from .atomic_writes import atomic_path, recover_drafts
+from .json_object import json_object
 from .side_network import CONFIG_NAME as SIDE_CONFIG_NAME
 from .side_network import WEIGHTS_NAME as SIDE_WEIGHTS_NAME
 from .tensor_files import DAMAGED, damaged, memory, tensor_names
@@ -89,11 +90,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
 
 
 def require_whole(checkpoint: Path) -> None:
-    """Raise unless a run can go on from this checkpoint exactly.
-
-    Raises:
-        ValueError: Something is missing or damaged (named).
-    """
+    """Raise ValueError unless a run can go on from this checkpoint exactly."""
     if found := faults(checkpoint):
         raise ValueError(
             f"{checkpoint} is not whole: {'; '.join(found)}. Copy it again, name an earlier one, "
@@ -157,7 +154,7 @@ def read_mark(checkpoint: Path) -> dict[str, Any]:
         ValueError: The mark cannot be read, or its `files` is not a dictionary.
     """
     path = checkpoint / MARK
-    mark = _json(path) if path.is_file() else {}
+    mark = json_object(path) if path.is_file() else {}
     if not isinstance(mark.setdefault("files", {}), dict):
         raise ValueError(f"{MARK} lists no files")
     return mark
@@ -181,7 +178,7 @@ def weight_files(checkpoint: Path) -> list[str]:
         return sets
     if sets == [SIDE_WEIGHTS_NAME]:
         return [SIDE_WEIGHTS_NAME, SIDE_CONFIG_NAME]
-    index = _json(checkpoint / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
+    index = json_object(checkpoint / SAFE_WEIGHTS_INDEX_NAME).get("weight_map")
     if not isinstance(index, dict) or {type(name) for name in index.values()} != {str}:
         raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} has no weight_map")
     shards = sorted(set(index.values()))
@@ -229,16 +226,13 @@ def remove_old(folder: Path, *, limit: int | None, keep: Iterable[Path]) -> None
 
 
 def check_weights(model: nn.Module, checkpoint: Path, *, names_differ: bool = False) -> None:
-    """Raise unless a checkpoint has exactly the tensors of a model, all of them undamaged.
+    """Raise ValueError unless a checkpoint has exactly the tensors of a model, all undamaged.
 
     Args:
         model: Not modified. The checkpoint may omit a tensor that is tied to another.
         checkpoint: The folder.
         names_differ: Whether the checkpoint has other tensor names than the model, which the code
             that loads it translates. Only damage is checked then.
-
-    Raises:
-        ValueError: Tensors or files are missing, unexpected or damaged (named).
     """
     if side_network_of(model) is not None:
         return  # `load_side_network` checks its weights
@@ -271,15 +265,12 @@ def check_weights(model: nn.Module, checkpoint: Path, *, names_differ: bool = Fa
 
 
 def check_momentum(model: nn.Module, optimizer: Any, checkpoint: Path) -> None:
-    """Raise if a parameter lost the optimizer state that it had when the checkpoint was written.
+    """Raise ValueError if a parameter lost the optimizer state that it had in the checkpoint.
 
     Args:
         model: The model, for the names of parameters.
         optimizer: The optimizer, after its state was loaded.
         checkpoint: The checkpoint that the state was loaded from.
-
-    Raises:
-        ValueError: Parameters (named) would continue with fresh momentum.
     """
     known = set(read_mark(checkpoint).get("without_state", ()))
     lost = [name for name in parameters_without_state(model, optimizer) if name not in known]
@@ -328,7 +319,7 @@ def _unreadable(path: Path) -> list[str]:
     """Return what is wrong with the contents of a file that no mark lists."""
     if path.suffix == ".json":
         try:
-            content = _json(path)
+            content = json_object(path)
         except ValueError as error:
             return [str(error)]
         if path.name == CONFIG_NAME:
@@ -357,16 +348,6 @@ def _unreadable(path: Path) -> list[str]:
         if bad is not None:
             return [f"{path.name} is damaged at {bad}"]
     return []
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:  # UnicodeDecodeError is a ValueError
-        raise ValueError(f"{path.name} cannot be read ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    return content
 
 
 def _is_crc32(noted: Any) -> bool:

@@ -64,7 +64,7 @@ def chunk_loss_(model: Model) -> Model:
 
 
 def refuse_logit_transforms(model: Any) -> None:
-    """Raise if a model does more with its logits than pass them to its loss.
+    """Raise ValueError if a model does more with its logits than pass them to its loss.
 
     The check is a forward pass in which stand-ins for decoder and head compute nothing: the decoder
     returns zeros for two tokens. If a model reads more from its decoder than the stand-in returns,
@@ -72,9 +72,6 @@ def refuse_logit_transforms(model: Any) -> None:
 
     Args:
         model: A causal language model, float or INT8, on any device; unchanged afterward.
-
-    Raises:
-        ValueError: The model computes with its logits.
     """
     base, head, loss = model.base_model, model.get_output_embeddings(), model.loss_function
     if base is model or head is None:

@@ -17,29 +17,23 @@ from .compatibility import unwrapped
 from .reference_model import trainer_of
 
 
-def clipping_together(clip: Any) -> Any:
+def clipping_together(
+    clip: Any, self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2
+) -> Any:
     """Make clipping by the norm count INT8 gradients, and refuse released ones."""
-
-    def clipping(self: Accelerator, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        _refuse_released(self)
-        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        if norm_type != 2 or not any(isinstance(g, Int8Gradient) for g in gradients):
-            return clip(self, parameters, max_norm, norm_type)
-        self.unscale_gradients()
-        return clip_(gradients, max_norm)
-
-    return clipping
+    _refuse_released(self)
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if norm_type != 2 or not any(isinstance(g, Int8Gradient) for g in gradients):
+        return clip(self, parameters, max_norm, norm_type)
+    self.unscale_gradients()
+    return clip_(gradients, max_norm)
 
 
-def refusing_released(clip: Any) -> Any:
+def refusing_released(clip: Any, self: Accelerator, *args: Any, **kwargs: Any) -> Any:
     """Make clipping by the value refuse released gradients."""
-
-    def refusing(self: Accelerator, *args: Any, **kwargs: Any) -> Any:
-        _refuse_released(self)
-        return clip(self, *args, **kwargs)
-
-    return refusing
+    _refuse_released(self)
+    return clip(self, *args, **kwargs)
 
 
 def _refuse_released(accelerator: Accelerator) -> None:
@@ -49,11 +43,7 @@ def _refuse_released(accelerator: Accelerator) -> None:
 
 
 def refuse_released(optimizer: Any) -> None:
-    """Raise if an optimizer has already used gradients of this step.
-
-    Raises:
-        RuntimeError: Gradients were released during backward.
-    """
+    """Raise RuntimeError if an optimizer has already used gradients of this step."""
     if isinstance(optimizer, QFTOptimizer) and optimizer.n_released:
         raise RuntimeError(
             f"gradient='release' has used {optimizer.n_released} gradients during backward, so "

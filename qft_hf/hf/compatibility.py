@@ -58,11 +58,7 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def refuse_optimizer(optimizer: Any, args: TrainingArguments) -> None:
-    """Raise if an optimizer that the user passes to a Trainer contradicts the arguments.
-
-    Raises:
-        ValueError: The optimizer is not ours, or `args` sets options that would not reach it.
-    """
+    """Raise ValueError if an optimizer that was passed to a Trainer contradicts the arguments."""
     if optimizer is None:
         return
     name = optimizer_name(args)
@@ -81,12 +77,9 @@ def refuse_optimizer(optimizer: Any, args: TrainingArguments) -> None:
 
 
 def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
-    """Raise unless a model with trained INT8 weights has one of our optimizers, and vice versa.
+    """Raise TypeError unless a model has one of our optimizers exactly if it trains INT8 weights.
 
     Frozen INT8 weights, such as those under adapters, allow any optimizer, which never sees them.
-
-    Raises:
-        TypeError: Trained INT8 weights have another optimizer, or a float model has one of ours.
     """
     inner = unwrapped(optimizer)
     trained = [

@@ -41,11 +41,7 @@ def compiler(args: TrainingArguments) -> dict[str, Any]:
 
 
 def refuse_uncompilable(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise if other options or the model rule out `torch_compile=True`.
-
-    Raises:
-        ValueError: One of them does; the text says what to do instead.
-    """
+    """Raise ValueError if other options or the model rule out `torch_compile=True`."""
     options = compiler(args)
     if not options:
         return

@@ -26,65 +26,49 @@ from .tensor_files import memory, tensor_names
 from .wording import and_more
 
 
-def refusing_int8(load: Any) -> Any:
+def refusing_int8(
+    load: Any, model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any
+) -> Any:
     """Make loading refuse INT8 weights whose `config.json` does not declare them."""
-
-    def guarded(
-        model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any
-    ) -> Any:
-        if isinstance(load_config.hf_quantizer, QFTQuantizer):  # it checks the files
-            return load(model, state_dict, files, load_config, *args)
-        refuse_int8(state_dict or tensor_names(files or []), of=model.name_or_path)
-        loaded = load(model, state_dict, files, load_config, *args)
-        # In pickled files, names of tensors are not known before they are read.
-        refuse_int8(loaded[0].unexpected_keys, of=model.name_or_path)
-        return loaded
-
-    return guarded
+    if isinstance(load_config.hf_quantizer, QFTQuantizer):  # it checks the files
+        return load(model, state_dict, files, load_config, *args)
+    refuse_int8(state_dict or tensor_names(files or []), of=model.name_or_path)
+    loaded = load(model, state_dict, files, load_config, *args)
+    # In pickled files, names of tensors are not known before they are read.
+    refuse_int8(loaded[0].unexpected_keys, of=model.name_or_path)
+    return loaded
 
 
-def warn_except_tied(warn: Any) -> Any:
+def warn_except_tied(warn: Any, self: Any, load_result: Any) -> None:
     """Make the stock Trainer refuse INT8 weights that it would ignore, and miss no tied weights."""
-
-    def knowing(self: Any, load_result: Any) -> None:
-        found = int8_weights(load_result.unexpected_keys)
-        if found and named_optimizer(self.args) is None:  # ours raise for a float model
-            raise ValueError(
-                f"The checkpoint has INT8 weights, {and_more(found)}, and the Trainer would ignore "
-                f"them and keep the weights that {type(self.model).__name__} has. Set the "
-                "optim=... that the checkpoint was trained with, or load the model from it with "
-                "from_pretrained and call dequantize_model_ to train float weights from there."
-            )
-        missing = load_result.missing_keys
-        state = self.model.state_dict() if missing and has_quantized_weights(self.model) else {}
-        loaded = {memory(tensor) for name, tensor in state.items() if name not in missing}
-        # A tied weight is saved once, under the first of its names.
-        missing = [name for name in missing if memory(state.get(name)) not in loaded]
-        warn(self, load_result._replace(missing_keys=missing))
-
-    return knowing
+    found = int8_weights(load_result.unexpected_keys)
+    if found and named_optimizer(self.args) is None:  # ours raise for a float model
+        raise ValueError(
+            f"The checkpoint has INT8 weights, {and_more(found)}, and the Trainer would ignore "
+            f"them and keep the weights that {type(self.model).__name__} has. Set the "
+            "optim=... that the checkpoint was trained with, or load the model from it with "
+            "from_pretrained and call dequantize_model_ to train float weights from there."
+        )
+    missing = load_result.missing_keys
+    state = self.model.state_dict() if missing and has_quantized_weights(self.model) else {}
+    loaded = {memory(tensor) for name, tensor in state.items() if name not in missing}
+    # A tied weight is saved once, under the first of its names.
+    missing = [name for name in missing if memory(state.get(name)) not in loaded]
+    warn(self, load_result._replace(missing_keys=missing))
 
 
-def check_accelerate_load(load: Any) -> Any:
+def check_accelerate_load(
+    load: Any, model: nn.Module, checkpoint: Any, device_map: Any = None, *args: Any, **kwargs: Any
+) -> Any:
     """Make loading by names of parameters refuse INT8 weights."""
-
-    def guarded(
-        model: nn.Module, checkpoint: Any, device_map: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        is_int8 = has_quantized_weights(model)
-        if device_map is not None or not is_int8:
-            refuse_by_name(Path(checkpoint), is_int8=is_int8)
-        return load(model, checkpoint, device_map, *args, **kwargs)
-
-    return guarded
+    is_int8 = has_quantized_weights(model)
+    if device_map is not None or not is_int8:
+        refuse_by_name(Path(checkpoint), is_int8=is_int8)
+    return load(model, checkpoint, device_map, *args, **kwargs)
 
 
 def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:
-    """Raise if a checkpoint that Accelerate is to load has INT8 weights.
-
-    Raises:
-        ValueError: The checkpoint has INT8 weights (one is named).
-    """
+    """Raise ValueError if a checkpoint that Accelerate is to load has INT8 weights."""
     if checkpoint.suffix == ".safetensors":
         files = [checkpoint]
     else:
@@ -103,22 +87,18 @@ def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:
         )
 
 
-def writing_whole(save: Any) -> Any:
+def writing_whole(save: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
     """Make saving replace an INT8 model in a folder as a whole."""
-
-    def guarded(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        folder = Path(save_directory)
-        given = inspect.signature(save).bind(self, save_directory, *args, **kwargs).arguments
-        model = prepared_for_saving(self, given.get("state_dict"))
-        is_int8 = isinstance(getattr(model, "hf_quantizer", None), QFTQuantizer)
-        # With `push_to_hub`, saving also reads the folder, and names the repository after it.
-        if given.get("push_to_hub") or not (is_int8 or _holds_int8(folder)):
-            save(model, save_directory, *args, **kwargs)
-            return
-        with atomic_folder(folder) as draft:
-            save(model, draft, *args, **kwargs)
-
-    return guarded
+    folder = Path(save_directory)
+    given = inspect.signature(save).bind(self, save_directory, *args, **kwargs).arguments
+    model = prepared_for_saving(self, given.get("state_dict"))
+    is_int8 = isinstance(getattr(model, "hf_quantizer", None), QFTQuantizer)
+    # With `push_to_hub`, saving also reads the folder, and names the repository after it.
+    if given.get("push_to_hub") or not (is_int8 or _holds_int8(folder)):
+        save(model, save_directory, *args, **kwargs)
+        return
+    with atomic_folder(folder) as draft:
+        save(model, draft, *args, **kwargs)
 
 
 def _holds_int8(folder: Path) -> bool:

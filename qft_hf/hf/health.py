@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ..kernels.groups import QMAX, TINY
@@ -64,15 +64,7 @@ class Health(TrainerCallback):
         self._rate = 0.0  # learning rate of that step
         self._moved: Tensor | None = None  # sign of each code's change in the last logged step
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, *_: Any, model: Any = None, optimizer: Any = None, **__: Any) -> None:
         """Take the sample that all later ones are compared with."""
         self.model, self.optimizer = model, unwrapped(optimizer)
         self._before = self._moved = None
@@ -80,9 +72,7 @@ class Health(TrainerCallback):
             self._trained = _parameters(model)  # fixed here: later, others may be frozen or trained
             self._first = _sample(*self._trained)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Copy the sampled codes if this step will be logged."""
         if self.model is not None and _will_log(args, state):
             self._before = _codes(self._trained[0])

@@ -18,14 +18,11 @@ FAULTS_SHOWN = 10  # lines of an error that may concern every tensor of a model
 
 
 def check_files(files: list[str], *, pre_quantized: bool) -> None:
-    """Raise for faults that are visible before loading: in file names, headers and check sums.
+    """Raise ValueError for faults visible before loading: in names, headers and check sums.
 
     Args:
         files: Paths of the files of one checkpoint.
         pre_quantized: Whether its configuration says that its weights are INT8.
-
-    Raises:
-        ValueError: The text names the folder or file, and the tensors at fault.
     """
     folder = Path(files[0]).parent if files else Path()
     if pre_quantized and files == [str(folder / SAFE_WEIGHTS_NAME)]:
@@ -60,16 +57,13 @@ def int8_weights(names: Iterable[str]) -> list[str]:
 
 
 def refuse_int8(names: Iterable[str], *, of: str) -> None:
-    """Raise if a checkpoint without a quantization_config has INT8 weights.
+    """Raise ValueError if a checkpoint without a quantization_config has INT8 weights.
 
     transformers would ignore them and continue with random weights.
 
     Args:
         names: Names of the tensors in the checkpoint.
         of: Path of the checkpoint, for the error.
-
-    Raises:
-        ValueError: It has INT8 weights; the text names one of them.
     """
     if found := int8_weights(names):
         raise ValueError(
@@ -80,11 +74,7 @@ def refuse_int8(names: Iterable[str], *, of: str) -> None:
 
 
 def check_finite(name: str, parameter: Tensor) -> None:
-    """Raise if a float parameter has non-finite values.
-
-    Raises:
-        ValueError: Some values are NaN or infinite.
-    """
+    """Raise ValueError if a float parameter has NaN or infinite values."""
     finite = parameter.detach().isfinite()
     if not bool(finite.all()):
         raise ValueError(
@@ -94,11 +84,7 @@ def check_finite(name: str, parameter: Tensor) -> None:
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise if a tensor of a checkpoint has another shape than the model needs.
-
-    Raises:
-        ValueError: The shapes differ.
-    """
+    """Raise ValueError if a tensor of a checkpoint has another shape than the model needs."""
     if tensor.shape != shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)} in the checkpoint, and the model needs "
@@ -108,11 +94,7 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def refuse_shards(skeleton: PreTrainedModel) -> None:
-    """Refuse a `distributed_config`, by which transformers uses tensor parallelism or FSDP2.
-
-    Raises:
-        ValueError: The configuration has one, and there are several processes.
-    """
+    """Raise ValueError for a `distributed_config`, by which transformers divides a model."""
     is_sharded = getattr(skeleton.config, "distributed_config", None) is not None
     if is_sharded and Processes.found() is not None:
         raise ValueError(
@@ -123,13 +105,10 @@ def refuse_shards(skeleton: PreTrainedModel) -> None:
 
 
 def refuse_several_devices(skeleton: PreTrainedModel, device_map: Any) -> None:
-    """Refuse a model with tied weights on several devices.
+    """Raise ValueError for a model with tied weights on several devices.
 
     Accelerate, which moves inputs between devices, recognizes tied weights by equal addresses. The
     address of every INT8 weight is 0, so it would replace all of them by one.
-
-    Raises:
-        ValueError: The model has tied weights, and `device_map` has several devices.
     """
     places = device_map.values() if isinstance(device_map, dict) else ()
     devices = sorted({str(device) for device in places})

@@ -209,13 +209,9 @@ def given_options(args: TrainingArguments) -> dict[str, Any]:
 
 
 def check_arguments(args: TrainingArguments) -> None:
-    """Raise for values and combinations that our optimizers cannot honor.
+    """Raise TypeError or ValueError for values and combinations that our optimizers cannot honor.
 
     The optimizer's constructor checks the ranges: it is called with a parameter of one element.
-
-    Raises:
-        TypeError: A value is of the wrong type.
-        ValueError: A value is out of its range, or has no effect in combination with the others.
     """
     for name in ("learning_rate", "weight_decay"):
         value = _checked(name, getattr(args, name), float)
@@ -255,11 +251,7 @@ def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def refuse_retries(args: TrainingArguments) -> None:
-    """Raise if the Trainer would retry a batch that does not fit, after gradients were released.
-
-    Raises:
-        ValueError: `auto_find_batch_size` is set.
-    """
+    """Raise ValueError if the Trainer would retry a batch after gradients were released."""
     if args.auto_find_batch_size:
         raise ValueError(
             "auto_find_batch_size=True tries a smaller batch when memory runs out, and "
@@ -271,7 +263,7 @@ def refuse_retries(args: TrainingArguments) -> None:
 def refuse_conflicting_options(
     args: TrainingArguments, optimizer: Any, *, resumed_from: dict[str, Any] | None
 ) -> None:
-    """Raise if the optimizer uses another value than the one that `args` sets.
+    """Raise ValueError if the optimizer uses another value than the one that `args` sets.
 
     Loading a checkpoint's optimizer state replaces the values of `args`, as in torch's optimizers.
 
@@ -282,9 +274,6 @@ def refuse_conflicting_options(
             no run is resumed. On resuming, learning rate and weight decay are compared too, if
             `args` does not have the default, all groups have the same value, and that value was
             the one in the resumed run's arguments: any other was set by the user's own code.
-
-    Raises:
-        ValueError: The values differ; the text names both.
     """
     used: list[tuple[str, Any, list[Any]]] = []
     if named_optimizer(args) is not None:

@@ -55,10 +55,6 @@ def refuse_before_loading(model: nn.Module, args: TrainingArguments) -> None:
     Args:
         model: Float model on any device, for example the meta device.
         args: Arguments of a run with one of our optimizers.
-
-    Raises:
-        TypeError: As in `prepare_model_`.
-        ValueError: As in `prepare_model_`.
     """
     refuse_unsupported(args, model)
     if getattr(args, "chunked_loss", False):
@@ -78,11 +74,7 @@ def _liger_named(args: TrainingArguments) -> Iterator[None]:
 
 
 def require_prepared(model: nn.Module, args: TrainingArguments) -> None:
-    """Raise if a model that is about to be trained is not prepared.
-
-    Raises:
-        ValueError: The model is float, in another format, or does not have the requested loss.
-    """
+    """Raise ValueError if a model that is about to be trained is not prepared."""
     advice = (
         "transformers.Trainer prepares the model that it is given, and not what model_init makes "
         "in train()"
@@ -134,11 +126,7 @@ def _quantize_added_(model: nn.Module, args: TrainingArguments) -> None:
 
 
 def refuse_other_format(model: nn.Module, args: TrainingArguments) -> None:
-    """Raise if `args` asks for another format than an INT8 model has, which cannot be changed.
-
-    Raises:
-        ValueError: The formats differ; the text names the differences.
-    """
+    """Raise ValueError if `args` asks for another format than an INT8 model has: it is fixed."""
     wanted = dict(getattr(args, "format_fields", {}))
     current = quantization_config_of(model)
     if current is None:

@@ -29,48 +29,40 @@ from .compatibility import has_quantized_weights, unwrapped
 _OWN = {"local_rank", "logging_dir", "run_name", "disable_tqdm", "log_level", "log_level_replica"}
 
 
-def without_other_distribution(prepare: Any) -> Any:
+def without_other_distribution(prepare: Any, self: Any, *objects: Any, **kwargs: Any) -> Any:
     """Refuse INT8 weights where another library would divide the model."""
-
-    def prepare_objects(self: Any, *objects: Any, **kwargs: Any) -> Any:
-        # Accelerate prepares models for DeepSpeed, Megatron-LM and FSDP2 without `prepare_model`.
-        for model in objects:
-            if isinstance(model, nn.Module) and has_quantized_weights(model):
-                refuse_distribution(self.distributed_type)
-        return prepare(self, *objects, **kwargs)
-
-    return prepare_objects
-
-
-def unwrapped_model(prepare: Any) -> Any:
-    """Keep a model whose INT8 weights are trained out of `DistributedDataParallel`."""
-
-    def prepare_model(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        int8 = {
-            name: parameter
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if isinstance(parameter, QFTWeight)
-        }
-        if not int8 and side_network_of(model) is None:
-            return prepare(self, model, *args, **kwargs)
-        if int8:
+    # Accelerate prepares models for DeepSpeed, Megatron-LM and FSDP2 without `prepare_model`.
+    for model in objects:
+        if isinstance(model, nn.Module) and has_quantized_weights(model):
             refuse_distribution(self.distributed_type)
-        if any(parameter.requires_grad for parameter in int8.values()):
-            kwargs["evaluation_mode"] = True  # changes nothing except that no wrapper is added
-            return prepare(self, model, *args, **kwargs)
-        if self.num_processes > 1 and not kwargs.get("evaluation_mode"):
-            _forget_evaluation(self, model)
-        # The wrapper ignores frozen INT8 weights, as under adapters: they are broadcast once.
-        known = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
-        model._ddp_params_and_buffers_to_ignore = [*known, *int8]
-        prepared = prepare(self, model, *args, **kwargs)
-        processes = Processes.found()
-        if processes is not None:
-            processes.begin(self.device)
-            processes.broadcast_(p for p in model.parameters() if isinstance(p, QFTWeight))
-        return prepared
+    return prepare(self, *objects, **kwargs)
 
-    return prepare_model
+
+def unwrapped_model(prepare: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Keep a model whose INT8 weights are trained out of `DistributedDataParallel`."""
+    int8 = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if isinstance(parameter, QFTWeight)
+    }
+    if not int8 and side_network_of(model) is None:
+        return prepare(self, model, *args, **kwargs)
+    if int8:
+        refuse_distribution(self.distributed_type)
+    if any(parameter.requires_grad for parameter in int8.values()):
+        kwargs["evaluation_mode"] = True  # changes nothing except that no wrapper is added
+        return prepare(self, model, *args, **kwargs)
+    if self.num_processes > 1 and not kwargs.get("evaluation_mode"):
+        _forget_evaluation(self, model)
+    # The wrapper ignores frozen INT8 weights, as under adapters: they are broadcast once.
+    known = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
+    model._ddp_params_and_buffers_to_ignore = [*known, *int8]
+    prepared = prepare(self, model, *args, **kwargs)
+    processes = Processes.found()
+    if processes is not None:
+        processes.begin(self.device)
+        processes.broadcast_(p for p in model.parameters() if isinstance(p, QFTWeight))
+    return prepared
 
 
 def _forget_evaluation(accelerator: Accelerator, model: Any) -> None:
@@ -85,14 +77,12 @@ def _forget_evaluation(accelerator: Accelerator, model: Any) -> None:
             model.forward = forward
 
 
-def refuse_distribution(kind: Any) -> None:
-    """Raise for a way to distribute a model that does not support INT8 weights.
+def refuse_distribution(kind: Any, *, advice: str = "") -> None:
+    """Raise ValueError for a way to distribute a model that does not support INT8 weights.
 
     Args:
         kind: One of `accelerate.utils.DistributedType`.
-
-    Raises:
-        ValueError: The way is not supported; the text names an alternative.
+        advice: What to do, in addition to starting several processes.
     """
     refused = {
         DistributedType.FSDP: "FSDP shards float parameters and gathers them layer by layer",
@@ -100,37 +90,30 @@ def refuse_distribution(kind: Any) -> None:
         DistributedType.MEGATRON_LM: "Megatron-LM splits float weights",
     }
     if kind in refused:
-        raise ValueError(f"{refused[kind]}, and cannot hold INT8 weights. {SEVERAL_GPUS}")
+        known = f"{refused[kind]}, and cannot hold INT8 weights."
+        raise ValueError(" ".join(filter(None, (known, advice, SEVERAL_GPUS))))
 
 
-def consolidating_state(save: Any) -> Any:
+def consolidating_state(save: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Collect the state of all rows before one process writes it."""
-
-    def _save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> None:
-        optimizer = unwrapped(self.optimizer)
-        if not isinstance(optimizer, QFTOptimizer):
-            save(self, *args, **kwargs)
-            return
-        optimizer.consolidate()
-        with first_process_writes():  # the others wait, and fail too if writing fails
-            save(self, *args, **kwargs)
-
-    return _save_checkpoint
+    optimizer = unwrapped(self.optimizer)
+    if not isinstance(optimizer, QFTOptimizer):
+        save(self, *args, **kwargs)
+        return
+    optimizer.consolidate()
+    with first_process_writes():  # the others wait, and fail too if writing fails
+        save(self, *args, **kwargs)
 
 
-def reporting_failures(train: Any) -> Any:
+def reporting_failures(train: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Report the error of a process to the others."""
-
-    def telling(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return train(self, *args, **kwargs)
-        except BaseException as error:
-            processes = getattr(unwrapped(self.optimizer), "processes", None)
-            if processes is not None:
-                processes.failures.tell(error)
-            raise
-
-    return telling
+    try:
+        return train(self, *args, **kwargs)
+    except BaseException as error:
+        processes = getattr(unwrapped(self.optimizer), "processes", None)
+        if processes is not None:
+            processes.failures.tell(error)
+        raise
 
 
 def start_together(
@@ -140,12 +123,9 @@ def start_together(
     state: TrainerState,
     train_dataloader: Any,
 ) -> None:
-    """Raise unless all processes run the same; then broadcast the model of process 0.
+    """Raise ValueError unless all processes run the same; then broadcast the model of process 0.
 
     With another library's optimizer, `DistributedDataParallel` has broadcast it already.
-
-    Raises:
-        ValueError: Arguments, sizes of the data or optimizer groups differ between processes.
     """
     ours = optimizer if isinstance(optimizer, QFTOptimizer) else None
     processes = Processes.found() if ours is None else ours.processes

@@ -27,27 +27,21 @@ def trainer_of(accelerator: Accelerator) -> Trainer | None:
     return trainer
 
 
-def telling_the_trainer(create: Any) -> Any:
+def telling_the_trainer(create: Any, self: Trainer) -> None:
     """Make each accelerator know its Trainer."""
-
-    def create_accelerator_and_postprocess(self: Trainer) -> None:
-        create(self)
-        setattr(self.accelerator, TRAINER, ref(self))
-
-    return create_accelerator_and_postprocess
+    create(self)
+    setattr(self.accelerator, TRAINER, ref(self))
 
 
-def quantizing_references(prepare: Any) -> Any:
+def quantizing_references(
+    prepare: Any, self: Accelerator, model: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Quantize a reference model before it is moved to the device."""
-
-    def prepare_model(self: Accelerator, model: Any, *args: Any, **kwargs: Any) -> Any:
-        trainer: Any = trainer_of(self)
-        reference = getattr(trainer, "ref_model", None)
-        if reference is not None and model is reference:
-            quantize_as_policy_(reference, trainer.model)
-        return prepare(self, model, *args, **kwargs)
-
-    return prepare_model
+    trainer: Any = trainer_of(self)
+    reference = getattr(trainer, "ref_model", None)
+    if reference is not None and model is reference:
+        quantize_as_policy_(reference, trainer.model)
+    return prepare(self, model, *args, **kwargs)
 
 
 def quantize_as_policy_(reference: nn.Module, policy: nn.Module) -> None:

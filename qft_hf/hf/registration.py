@@ -38,18 +38,14 @@ def register_optimizer() -> None:
         callbacks.append(QFTCallback)
 
 
-def leaving_no_hook(train: Any) -> Any:
+def leaving_no_hook(train: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Detach the optimizer however training ends; callbacks are not called on an exception."""
-
-    def training(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return train(self, *args, **kwargs)
-        finally:
-            optimizer = unwrapped(self.optimizer)
-            if is_ours(optimizer):
-                optimizer.eval()
-
-    return training
+    try:
+        return train(self, *args, **kwargs)
+    finally:
+        optimizer = unwrapped(self.optimizer)
+        if is_ours(optimizer):
+            optimizer.eval()
 
 
 def _register(name: str) -> None:

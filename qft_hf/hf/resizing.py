@@ -6,7 +6,6 @@ rows. The parameter stays the same object, so an optimizer continues to update i
 stay keep their momentum. A float module is resized as usual.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -14,37 +13,27 @@ from torch import nn
 from ..nn import QuantizedModule, replace_
 from ..optim import fit_states
 
-Resize = Callable[..., Any]
 
-
-def resizing_int8(original: Resize) -> Resize:
+def resizing_int8(resize: Any, model: Any, old: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Make resizing an INT8 embedding or head keep its rows."""
-
-    def resized(model: Any, old: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(old, QuantizedModule):
-            return original(model, old, *args, **kwargs)
-        stand_in = _float_copy(old)
-        new: Any = original(model, stand_in, *args, **kwargs)
-        if new is not stand_in or new.weight.shape != old.complete_weight().shape:
-            _take_rows_(old, new)
-        for size in ("num_embeddings", "out_features", "padding_idx"):
-            if hasattr(old, size):  # also if the weight is tied and has been resized already
-                setattr(old, size, getattr(new, size))
-        return old
-
-    return resized
+    if not isinstance(old, QuantizedModule):
+        return resize(model, old, *args, **kwargs)
+    stand_in = _float_copy(old)
+    new: Any = resize(model, stand_in, *args, **kwargs)
+    if new is not stand_in or new.weight.shape != old.complete_weight().shape:
+        _take_rows_(old, new)
+    for size in ("num_embeddings", "out_features", "padding_idx"):
+        if hasattr(old, size):  # also if the weight is tied and has been resized already
+            setattr(old, size, getattr(new, size))
+    return old
 
 
-def fitting_states(original: Resize) -> Resize:
+def fitting_states(resize: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Make optimizers follow the new number of rows."""
-
-    def resized(model: Any, *args: Any, **kwargs: Any) -> Any:
-        embeddings = original(model, *args, **kwargs)
-        for parameter in model.parameters():  # biases too: tying weights resizes them
-            fit_states(parameter)
-        return embeddings
-
-    return resized
+    embeddings = resize(model, *args, **kwargs)
+    for parameter in model.parameters():  # biases too: tying weights resizes them
+        fit_states(parameter)
+    return embeddings
 
 
 def _float_copy(module: QuantizedModule) -> nn.Module:

@@ -125,63 +125,48 @@ def is_side_network(folder: Path) -> bool:
     return (folder / CONFIG_NAME).is_file()
 
 
-def saving_alone(save: Any) -> Any:
+def saving_alone(
+    save: Any,
+    self: Any,
+    save_directory: Any,
+    is_main_process: bool = True,  # noqa: FBT001, FBT002 transformers' signature
+    *args: Any,
+    **kwargs: Any,
+) -> None:
     """Make saving write only the side network of a model that has one."""
-
-    def save_pretrained(
-        self: Any,
-        save_directory: Any,
-        is_main_process: bool = True,  # noqa: FBT001, FBT002 transformers' signature
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        if side_network_of(self) is None:
-            save(self, save_directory, is_main_process, *args, **kwargs)
-            return
-        if kwargs.get("push_to_hub"):
-            raise ValueError(
-                "save_pretrained(push_to_hub=True) does not support a side network. Call "
-                f"model.push_to_hub({str(kwargs.get('repo_id') or save_directory)!r})."
-            )
-        if is_main_process:
-            save_side_network(self, save_directory)
-
-    return save_pretrained
+    if side_network_of(self) is None:
+        save(self, save_directory, is_main_process, *args, **kwargs)
+        return
+    if kwargs.get("push_to_hub"):
+        raise ValueError(
+            "save_pretrained(push_to_hub=True) does not support a side network. Call "
+            f"model.push_to_hub({str(kwargs.get('repo_id') or save_directory)!r})."
+        )
+    if is_main_process:
+        save_side_network(self, save_directory)
 
 
-def loading_alone(load: Any) -> Any:
+def loading_alone(load: Any, self: Any, checkpoint: str, model: Any = None) -> None:
     """Make resuming load only the side network of a model that has one."""
-
-    def load_from_checkpoint(self: Any, checkpoint: str, model: Any = None) -> None:
-        wanted = self.model if model is None else model
-        if side_network_of(wanted) is None:
-            load(self, checkpoint, model)
-        else:
-            load_side_network(wanted, checkpoint)
-
-    return load_from_checkpoint
+    wanted = self.model if model is None else model
+    if side_network_of(wanted) is None:
+        load(self, checkpoint, model)
+    else:
+        load_side_network(wanted, checkpoint)
 
 
-def loading_best(load: Any) -> Any:
+def loading_best(load: Any, self: Any) -> None:
     """Make the end of training load only the best side network."""
-
-    def load_best_model(self: Any) -> None:
-        if side_network_of(self.model) is None:
-            load(self)
-        else:
-            load_side_network(self.model, self.state.best_model_checkpoint)
-
-    return load_best_model
+    if side_network_of(self.model) is None:
+        load(self)
+    else:
+        load_side_network(self.model, self.state.best_model_checkpoint)
 
 
-def allowing_side_networks(validate: Any) -> Any:
+def allowing_side_networks(validate: Any, model: Any) -> None:
     """Allow a side network on a quantized base, which stays frozen."""
-
-    def validate_quantization_for_training(model: Any) -> None:
-        if side_network_of(model) is None:  # with one, the quantized base stays frozen
-            validate(model)
-
-    return validate_quantization_for_training
+    if side_network_of(model) is None:
+        validate(model)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from ..memory import MemoryLedger, memory_ledger
 from ..optim.flow import RunPart
@@ -181,11 +181,7 @@ class QFTTrainer(CheckpointTrainer):
         if not self.is_world_process_zero() or side_network_of(self.model) is not None:
             return
         sources = [*_listed(dataset_tags), *_listed(dataset), *_listed(dataset_name)]
-        known = {
-            "name": model_name,
-            "base_model": finetuned_from,
-            "license": license,
-        }
+        known = {"name": model_name, "base_model": finetuned_from, "license": license}
         facts = facts_of_trainer(
             self,
             **{key: value for key, value in known.items() if value is not None},
@@ -208,15 +204,11 @@ class _LedgerCallback(TrainerCallback):
         self.trainer = trainer
         self.n_seen = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Start over: a second `train()` has a new optimizer."""
         self.n_seen = 0
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Measure at the first two steps; momentum exists from the second on."""
         self.n_seen += 1
         if self.n_seen <= 2:
@@ -224,9 +216,7 @@ class _LedgerCallback(TrainerCallback):
         if self.n_seen == 2 and state.is_world_process_zero:
             tqdm.write(str(self.trainer.ledger))
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Measure between micro-batches, the only time when released gradients exist."""
         if self.n_seen < 2:
             self._measure()

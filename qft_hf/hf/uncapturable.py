@@ -12,11 +12,7 @@ from .optimizers import given_options
 
 
 def refuse_uncapturable(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise for options and models that do not work with `cuda_graph=True`.
-
-    Raises:
-        ValueError: The run cannot be captured; the text says what to do instead.
-    """
+    """Raise ValueError for options and models that do not work with `cuda_graph=True`."""
     reasons = uncapturable(args, model)
     if args.device.type != "cuda":
         reasons.insert(0, f"it needs an NVIDIA GPU, and this run is on {args.device}")

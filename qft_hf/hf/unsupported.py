@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainingArguments
 
@@ -12,17 +13,13 @@ from .compatibility import trained_part
 from .compiled_layers import refuse_uncompilable
 from .liger import refuse_kernels
 from .optimizers import check_arguments, given_options, optimizer_name
+from .processes import refuse_distribution
 from .uncapturable import refuse_uncapturable
 from .wording import and_more
 
 
 def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
-    """Raise for arguments and models that do not work with our optimizers.
-
-    Raises:
-        TypeError: An option has a value of the wrong type.
-        ValueError: An argument or the model is not supported; the text says what to do instead.
-    """
+    """Raise TypeError or ValueError for what does not work with our optimizers."""
     check_arguments(args)
     _refuse_fp16(args)
     _refuse_distribution(args, model)
@@ -48,15 +45,10 @@ def _refuse_fp16(args: TrainingArguments) -> None:
 def _refuse_distribution(args: TrainingArguments, model: nn.Module) -> None:
     """Raise for ways to use several devices other than one process for each."""
     if args.deepspeed:
-        raise ValueError(
-            "DeepSpeed partitions float parameters and cannot hold INT8 weights. Remove deepspeed: "
-            "the INT8 model needs a fifth of the memory of FP32 Adam on one device. " + SEVERAL_GPUS
-        )
+        advice = "the INT8 model needs a fifth of the memory of FP32 Adam on one device."
+        refuse_distribution(DistributedType.DEEPSPEED, advice=f"Remove deepspeed: {advice}")
     if args.fsdp:
-        raise ValueError(
-            "FSDP shards float parameters and gathers them layer by layer, and cannot hold INT8 "
-            "weights. Remove fsdp. " + SEVERAL_GPUS
-        )
+        refuse_distribution(DistributedType.FSDP, advice="Remove fsdp.")
     parallelism = getattr(args, "parallelism_config", None)
     if (getattr(model, "_tp_size", None) or 1) > 1 or getattr(parallelism, "tp_enabled", False):
         raise ValueError(

@@ -23,9 +23,9 @@ from . import (
     sizes,
 )
 
-# The owner and name of a method, and its wrapper, which takes the method and returns one with the
-# same arguments. If a method has several wrappers, a later one contains the earlier ones.
-WRAPPERS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
+# The owner and name of a method, and its wrapper, which takes the method and then the arguments of
+# a call. If a method has several wrappers, a later one contains the earlier ones.
+WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (PreTrainedModel, "_load_pretrained_model", guards.refusing_int8),
     (PreTrainedModel, "save_pretrained", guards.writing_whole),
     (PreTrainedModel, "save_pretrained", side_network.saving_alone),
@@ -54,9 +54,13 @@ WRAPPERS: tuple[tuple[Any, str, Callable[[Any], Any]], ...] = (
 )
 
 
-def _wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     method = getattr(owner, name)
-    wrapped = wraps(method)(wrapper(method))
+
+    @wraps(method)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(method, *args, **kwargs)
+
     is_static = isinstance(vars(owner)[name], staticmethod)
     setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
 

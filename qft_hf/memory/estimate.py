@@ -245,29 +245,12 @@ def estimate(
         **_saves_codes(model, plan, spec, workload),
         outlier_fraction=spec.outlier_fraction,
     )
-    weights = list(plan.weights.values())
-    floats = [kept.parameter for kept in plan.kept]
+    floats = [kept.parameter.numel() for kept in plan.kept]
     shapes = [arrangement.matrix_shape for arrangement in plan.arrangements.values()]
-
     rows = Rows(n_processes, spec)
-    own = [rows.own(shape) for shape in shapes]
-
-    of_gradients = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in own]
-    gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if gradient == "stack" else 0
-    bits_of_state = state_bits(optimizer, momentum_bits)
-    of_floats = len(bits_of_state) * sum(FP32_BYTES * p.numel() for p in floats)
-    kinds = [
-        *weight_kinds(plan, spec),
-        ("float parameters", len(floats), sum(p.nbytes for p in floats)),
-        ("gradients", 2 * len(weights) + len(floats), gradients),
-        (
-            "momentum",
-            len(bits_of_state) * (2 * len(weights) + len(floats)),
-            sum(momentum_bytes(*shape, bits) for shape in own for bits in bits_of_state)
-            + of_floats,
-        ),
-        ("buffers", *count(model.buffers())),
-    ]
+    bits = state_bits(optimizer, momentum_bits)
+    states = state_kinds(plan, rows, gradient=gradient, bits_of_state=bits)
+    kinds = [*states, ("buffers", *count(model.buffers()))]
     whole = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in shapes]
     waits = gradient == "stack" and n_processes == 1  # for the step, and is counted above
     largest = 0 if waits else max(whole, default=0)
@@ -285,11 +268,37 @@ def estimate(
     return MemoryEstimate(
         rows=[LedgerRow(*kind) for kind in kinds if kind[2]],
         activation_rows=[LedgerRow(*kind) for kind in activations if kind[2]],
-        n_parameters=sum(p.numel() for p in (*weights, *floats)),
+        n_parameters=sum(weight.numel() for weight in plan.weights.values()) + sum(floats),
         n_processes=n_processes,
-        received_bytes=rows.received_bytes(shapes, [p.numel() for p in floats]),
+        received_bytes=rows.received_bytes(shapes, floats),
         not_counted=not_counted,
     )
+
+
+def state_kinds(
+    plan: ConversionPlan, rows: Rows, *, gradient: str, bits_of_state: tuple[int, ...]
+) -> list[tuple[str, int, int]]:
+    """Return kind, number of tensors and bytes of parameters, gradients and optimizer states.
+
+    Args:
+        plan: Which parameters are quantized.
+        rows: How they are stored, and divided among processes.
+        gradient: `"stack"` or `"release"`.
+        bits_of_state: Bits of each state of a weight, as `state_bits` returns them.
+    """
+    floats = [kept.parameter for kept in plan.kept]
+    own = [rows.own(arrangement.matrix_shape) for arrangement in plan.arrangements.values()]
+    n_tensors = 2 * len(own) + len(floats)
+    of_gradients = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in own]
+    gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if gradient == "stack" else 0
+    momentum = sum(momentum_bytes(*shape, bits) for shape in own for bits in bits_of_state)
+    momentum += len(bits_of_state) * sum(FP32_BYTES * p.numel() for p in floats)
+    return [
+        *weight_kinds(plan, rows.spec),
+        ("float parameters", len(floats), sum(p.nbytes for p in floats)),
+        ("gradients", n_tensors, gradients),
+        ("momentum", len(bits_of_state) * n_tensors, momentum),
+    ]
 
 
 def weight_kinds(plan: ConversionPlan, spec: QuantizationSpec) -> list[tuple[str, int, int]]:

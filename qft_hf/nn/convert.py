@@ -262,12 +262,7 @@ def _cast_(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _check_replaceable(parameters: Mapping[str, torch.Tensor]) -> None:
-    """Raise if the value of any parameter cannot be replaced, before one is replaced.
-
-    Raises:
-        RuntimeError: Something other than the model refers to the inner tensor of a parameter,
-            which is named.
-    """
+    """Raise RuntimeError if any parameter cannot be replaced, before one is replaced."""
     for name, parameter in parameters.items():
         other = nn.Parameter(torch.empty(0, dtype=parameter.dtype))
         try:

@@ -170,11 +170,7 @@ class QuantizedModule(nn.Module):
 
 
 def _refuse_setting(module: nn.Module, value: Any) -> None:
-    """Setter of a field, which `torch.func.functional_call` calls if it is given a state dict.
-
-    Raises:
-        AttributeError: Always.
-    """
+    """Raise AttributeError: `torch.func.functional_call` sets a field if given a state dict."""
     raise AttributeError(
         f"The fields of an INT8 weight of {type(module).__name__} cannot be set one by one. Call "
         "load_state_dict; in functional_call pass dict(model.named_parameters()), not a state dict."

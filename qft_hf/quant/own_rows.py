@@ -56,11 +56,7 @@ class OwnRows(Int8Gradient):
         return {} if self.stored is None else super().fields()
 
     def values(self) -> Tensor:
-        """Raise, because the values are distributed over several processes.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Raise NotImplementedError, because the values are distributed over several processes."""
         rows = self.own_rows
         raise NotImplementedError(
             f"This process has rows {rows.start} to {rows.stop} of the gradient of a "

@@ -144,12 +144,7 @@ def _refuse(model: Any) -> None:
 
 
 def _refuse_labels(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise if the shape of labels does not fit the head of a model; values are not checked.
-
-    Raises:
-        ValueError: The labels do not have the shape that this language model or text classifier
-            accepts.
-    """
+    """Raise ValueError if the shape of labels does not fit the head; values are not checked."""
     labels, ids = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None)
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor):
         return

@@ -26,6 +26,8 @@ from qft_hf.hf.finetune.output_folder import (
     refuse_small_disk,
     refuse_unwritable,
 )
+from qft_hf.hf.finetune.run_card import write_run_card
+from qft_hf.hf.finetune.side_tuning import side_checkpoint
 from qft_hf.hf.finetune.summary import Origin, RunSummary, versions
 from qft_hf.hf.peak_memory import PeakMemory
 
@@ -327,6 +329,35 @@ def fail_half_way(path, write):
     with atomic_path(path) as draft:
         write(draft)
         raise OSError("disk full")
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", "{", "{}", '{"versions": null}'])
+def test_a_damaged_summary_is_that_of_no_run(text, tmp_path):
+    """An entry that was null, and a file that held a list, once ended in a TypeError here."""
+    (tmp_path / "summary.json").write_text(text)
+
+    with pytest.raises(FileExistsError, match=r"summary\.json, which no run .* Choose another"):
+        refuse_other_run(tmp_path, checkpoint=None, overwrite=True)
+    with pytest.raises(ValueError, match=r"summary\.json .* The card of the run stays as it is"):
+        write_run_card(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]", '{"quantization_config": []}'])
+def test_a_damaged_configuration_is_that_of_no_int8_model(text, tmp_path):
+    """A `quantization_config` that was no object once ended in an AttributeError."""
+    (tmp_path / "run.yaml").write_text("seed: 1\n")
+    (tmp_path / "config.json").write_text(text)
+
+    with pytest.raises(FileExistsError, match=r"config\.json, which no run .* Choose another"):
+        refuse_other_run(tmp_path, checkpoint=None, overwrite=True)
+
+
+@pytest.mark.parametrize("text", ["", "null", "[]"])
+def test_a_damaged_description_of_a_side_network_names_its_file(text, tmp_path):
+    (tmp_path / "side_network.json").write_text(text)
+
+    with pytest.raises(ValueError, match=r"side_network\.json .*copy it again"):
+        side_checkpoint(tmp_path)
 
 
 def test_file_that_fails_half_way_leaves_the_old_one(tmp_path):

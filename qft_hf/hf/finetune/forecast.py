@@ -7,25 +7,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ...memory import Workload, estimate
+from ...layout import state_bits
+from ...memory.estimate import state_kinds
+from ...memory.processes import Rows
 from ...memory.side import ADAMW_STATES
+from ...nn import conversion_plan
 from ...side import side_network_of, side_parameters
 from ..compatibility import quantization_config_of
 from ..optimizers import given_options, optimizer_name
 from .parsing import RunArguments
 from .side_tuning import base_form, side_checkpoint
-
-_NO_WORK = Workload(
-    tokens=0,
-    layers=0,
-    hidden=1,
-    attention=1,
-    key_value=1,
-    intermediate=1,
-    vocabulary=1,
-    compute_bytes=1,
-    checkpointing=False,
-)
 
 
 def workload_of(arguments: RunArguments) -> dict[str, Any]:
@@ -72,21 +63,22 @@ def disk_bytes(arguments: RunArguments, model: nn.Module, n_examples: int) -> in
         side_bytes = sum(parameter.nbytes for parameter in side_parameters(model).values())
         states_bytes = 0 if training.save_only_model else ADAMW_STATES * side_bytes
         return n_checkpoints(training, n_examples) * (side_bytes + states_bytes) + side_bytes
-    states = estimate(
-        model,
-        _NO_WORK,
-        quantization_config_of(model) or training.quantization_config,
+    spec = quantization_config_of(model) or training.quantization_config
+    bits = state_bits(optimizer_name(training), given_options(training).get("momentum_bits", 8))
+    # Without buffers, which are small, and which most models do not save.
+    states = state_kinds(
+        conversion_plan(model, spec.modules_to_not_convert),
+        Rows(1, spec),  # a checkpoint has the rows of all processes
         gradient="release",  # gradients are never written
-        momentum_bits=given_options(training).get("momentum_bits", 8),
-        optimizer=optimizer_name(training),
+        bits_of_state=bits,
     )
-    # Buffers are small, and most models do not save theirs.
-    sizes = {row.state: row.bytes for row in states.rows if row.state != "buffers"}
-    momentum = sizes.pop("momentum", 0)
+    sizes = {kind: n_bytes for kind, _, n_bytes in states}
+    momentum = sizes.pop("momentum")
     model_bytes = sum(sizes.values())
     checkpoint_bytes = model_bytes + (0 if training.save_only_model else momentum)
     export = arguments.output.export_dtype
-    export_bytes = states.n_parameters * getattr(torch, export).itemsize if export else 0
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    export_bytes = n_parameters * getattr(torch, export).itemsize if export else 0
     return n_checkpoints(training, n_examples) * checkpoint_bytes + model_bytes + export_bytes
 
 

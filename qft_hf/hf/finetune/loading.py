@@ -165,11 +165,7 @@ def _freeze_non_text_parts(model: PreTrainedModel, config: PreTrainedConfig) -> 
 def check_fit(
     config: PreTrainedConfig, arguments: ModelArguments, *, max_length: int, n_tokens: int
 ) -> None:
-    """Check that a model has enough positions for the examples, and embeddings for the tokens.
-
-    Raises:
-        ValueError: It has too few of either.
-    """
+    """Raise ValueError if a model has too few positions for the examples, or embeddings."""
     text_config = config.get_text_config()
     positions = n_positions(config)
     if positions is not None and max_length > positions:
@@ -185,11 +181,7 @@ def check_fit(
 
 
 def require_weights(folder: Path) -> None:
-    """Check that a folder has the weights that loading needs. Only headers of files are read.
-
-    Raises:
-        ValueError: A file is missing or damaged; the text names it.
-    """
+    """Raise ValueError unless a folder has the weights that loading needs. Reads only headers."""
     if any(folder.glob("pytorch_model*.bin")):
         return  # pickled weights: only loading can check them
     with explain_loading_errors(folder):

@@ -5,7 +5,6 @@ has a name that a run writes, but is not known to come from a run, is foreign an
 """
 
 import fnmatch
-import json
 import logging
 import os
 import shutil
@@ -22,6 +21,7 @@ from ..atomic_writes import MODEL_FILES, atomic_path, pending_drafts
 from ..card import is_card
 from ..checkpoint import MARK, STATE_FILES, newest_whole_checkpoint, require_whole
 from ..config import QUANT_METHOD
+from ..json_object import json_object
 from ..remote_code import code_files
 from ..side_network import CONFIG_NAME, WEIGHTS_NAME
 from .arguments import EXPORT_DTYPES
@@ -144,14 +144,11 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
 
 
 def refuse_inputs_inside(output_dir: Path, inputs: Mapping[str, str]) -> None:
-    """Raise if an input of a run is at a place where the run would replace it.
+    """Raise ValueError if an input of a run is at a place where the run would replace it.
 
     Args:
         output_dir: Output folder of the run.
         inputs: Names of what is read, by key of the config. Names that are not paths are skipped.
-
-    Raises:
-        ValueError: An input would be replaced; the text names its key.
     """
     home = output_dir.resolve()
     for key, name in inputs.items():
@@ -172,12 +169,7 @@ def refuse_inputs_inside(output_dir: Path, inputs: Mapping[str, str]) -> None:
 
 
 def refuse_unwritable(output_dir: Path) -> None:
-    """Raise if the folder cannot be created or written to. Changes nothing.
-
-    Raises:
-        NotADirectoryError: The folder, or a folder above it, is a file or a broken link.
-        PermissionError: The folder, or the nearest existing one above it, is not writable.
-    """
+    """Raise OSError if the folder cannot be created or written to. Changes nothing."""
     nearest = nearest_folder(output_dir)
     above = (output_dir, *output_dir.parents)
     found = [f"{at} is a broken link" for at in above if at.is_symlink() and not at.exists()]
@@ -202,16 +194,13 @@ def nearest_folder(output_dir: Path) -> Path:
 
 
 def refuse_small_disk(output_dir: Path, needed_bytes: int, *, overwrite: bool) -> None:
-    """Raise if what a run will write does not fit on the disk. Changes nothing.
+    """Raise OSError if what a run will write does not fit on the disk. Changes nothing.
 
     Args:
         output_dir: Output folder; may be absent.
         needed_bytes: Most bytes that the run has on the disk at one time.
         overwrite: Whether the run in the folder is removed first. Checkpoints of a resumed run
             count as free space in any case, because `needed_bytes` includes them.
-
-    Raises:
-        OSError: Less space is free; the text says how much.
     """
     free = shutil.disk_usage(nearest_folder(output_dir)).free
     there = _written(output_dir) if overwrite else list(output_dir.glob(CHECKPOINTS))
@@ -323,13 +312,13 @@ def _is_run(output_dir: Path) -> bool:
     """Whether the folder holds a run's config, its summary or a checkpoint with a mark."""
     return (
         (output_dir / RUN_CONFIG).is_file()
-        or "qft_hf" in _json(output_dir / SUMMARY).get("versions", {})
+        or "qft_hf" in _object_in(output_dir / SUMMARY, "versions")
         or any((path / MARK).is_file() for path in output_dir.glob(CHECKPOINTS))
     )
 
 
 def _is_int8(config: Path) -> bool:
-    quantization = _json(config).get("quantization_config") or {}
+    quantization = _object_in(config, "quantization_config")
     return bool(quantization.get("quant_method") == QUANT_METHOD)
 
 
@@ -342,10 +331,10 @@ def recorded_settings(output_dir: Path) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, an empty one if the file is absent or damaged."""
+def _object_in(path: Path, name: str) -> dict[str, Any]:
+    """Return the object of this name in a JSON file, an empty one if it is absent or damaged."""
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json_object(path).get(name)
+    except ValueError:
         return {}
-    return read if isinstance(read, dict) else {}
+    return found if isinstance(found, dict) else {}

@@ -69,16 +69,13 @@ def collate_blocks(blocks: Sequence[dict[str, Any]], *, pad_token_id: int) -> di
 
 
 def refuse_leaky_packing(model: PreTrainedModel) -> None:
-    """Check that a packed example does not see the one before it.
+    """Raise ValueError if a packed example sees the one before it.
 
     The outputs of an example must have zero derivatives by the embeddings of the one before: a
     masked attention weight is zero, and so is every product with it, in any dtype. Comparing output
     values would not work: an expert of a mixture multiplies the tokens of all examples that chose
     it in one product, whose size affects the last bits. The check is one pass of 16 tokens; the
     model is left as it was.
-
-    Raises:
-        ValueError: An example does, as in families that use neither positions nor a mask of them.
     """
     ids = torch.arange(16, device=model.device)[None] + 2
     positions = torch.arange(8, device=model.device).repeat(2)[None]

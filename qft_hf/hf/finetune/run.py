@@ -1,6 +1,5 @@
 """Carries out a prepared fine-tuning run: score, train, score again, and report."""
 
-import json
 import logging
 import shlex
 import time
@@ -9,13 +8,14 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ...side import side_network_of
 from ..atomic_writes import atomic_path
 from ..base import stored_format
 from ..card_facts import hyperparameters_of, optimizer_of, parameters_of
+from ..json_object import json_object
 from ..peak_memory import PeakMemory
 from ..processes import broadcast_from_first, first_process_writes
 from ..wording import loss_unit
@@ -77,11 +77,7 @@ def train(run: Run) -> RunSummary:
 
 
 def _push(run: Run) -> None:
-    """Push the finished folder to the Hub.
-
-    Raises:
-        ValueError: The Hub did not accept it.
-    """
+    """Push the finished folder to the Hub; raise ValueError if the Hub does not accept it."""
     output_dir, name = run.arguments.output_dir, run.trainer.hub_model_id
     with first_process_writes():
         try:
@@ -100,9 +96,7 @@ class _WriteSettingsWhenAccepted(TrainerCallback):
     def __init__(self, run: Run) -> None:
         self.run = run
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Write the settings of the run."""
         _write_settings(self.run)
 
@@ -157,10 +151,10 @@ def _is_reported_already(run: Run) -> bool:
     if run.trainer.state.global_step > run.clock.steps_before:
         return False
     try:
-        text = (run.arguments.output_dir / SUMMARY).read_text(encoding="utf-8")
-        return bool(json.loads(text)["steps"] == run.trainer.state.global_step)
-    except (OSError, ValueError, KeyError, TypeError):
+        reported = json_object(run.arguments.output_dir / SUMMARY).get("steps")
+    except ValueError:
         return False
+    return bool(reported == run.trainer.state.global_step)
 
 
 def _write_model(run: Run) -> None:

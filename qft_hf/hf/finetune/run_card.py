@@ -1,6 +1,5 @@
 """Writes the model card of a run from the files in its output folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..card import is_card, write_card
 from ..card_facts import CardFacts
 from ..config import QFTConfig
+from ..json_object import json_object
 from ..remote_code import auto_class
 from ..wording import counted
 from .output_folder import CARD, SUMMARY, recorded_settings
@@ -34,7 +34,8 @@ def write_run_card(output_dir: Path, **known: Any) -> Path:
     Raises:
         FileNotFoundError: The folder holds no finished run.
         FileExistsError: Its `README.md` was not written by qft_hf.
-        ValueError: The run is from a version of qft_hf whose summary has too little for a card.
+        ValueError: A file of the run is damaged, or from a version of qft_hf whose summary has too
+            little for a card.
     """
     path = output_dir / CARD
     if path.exists() and not is_card(path):
@@ -53,7 +54,13 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
         FileNotFoundError: The folder holds no finished run.
         ValueError: As `write_run_card`.
     """
-    summary = read_json(output_dir / SUMMARY)
+    summary = _read(output_dir / SUMMARY)
+    if "origin" not in summary:
+        version = (summary.get("versions") or {}).get("qft_hf")
+        raise ValueError(
+            f"{output_dir / SUMMARY} is from qft_hf {version}, which recorded less than a card "
+            "needs. The card of the run stays as it is."
+        )
     side = summary.get("side")
     form: QFTConfig | None = None
     config: dict[str, Any] = {}
@@ -62,11 +69,6 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
         form = QFTConfig.from_dict(config["quantization_config"])
     export = recorded_settings(output_dir).get("export_dtype")
     counts = summary["train_data"]
-    if "origin" not in summary:
-        raise ValueError(
-            f"{output_dir / SUMMARY} is from qft_hf {summary['versions'].get('qft_hf')}, which "
-            "recorded less than a card needs. The card of the run stays as it is."
-        )
     return {
         "name": recorded_settings(output_dir).get("hub_model_id") or output_dir.resolve().name,
         "parameters": (summary["parameters"], summary["trained_parameters"]),
@@ -75,25 +77,23 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
         "auto_class": auto_class(config),
         "format": form,
         "side": side,
-        "history": read_json(output_dir / TRAINER_STATE_NAME)["log_history"],
+        "history": _read(output_dir / TRAINER_STATE_NAME)["log_history"],
         "counts": ", ".join(counted(counts[f"{noun}s"], noun) for noun in _COUNTED),
         "export_dtype": export if export and (output_dir / export).is_dir() else None,
     }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the contents of a JSON file that a finished run has written.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-    """
+def _read(path: Path) -> dict[str, Any]:
+    """Return the contents of a JSON file that a finished run has written."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.parent} holds no finished run: it has no {path.name}. Give the output folder "
             "of `qft-hf finetune`."
         )
-    read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return read
+    try:
+        return json_object(path)
+    except ValueError as error:
+        raise ValueError(f"{path.parent}: {error}. The card of the run stays as it is.") from error
 
 
 def license_of(model: str) -> str | None:

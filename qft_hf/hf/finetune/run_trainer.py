@@ -29,11 +29,7 @@ class RunTrainer(QFTTrainer):
         average_batch_mean_losses_(self)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Create the repository that the run is pushed to, or raise before anything is trained.
-
-        Raises:
-            ValueError: The Hub cannot be reached, or denies access.
-        """
+        """Create the repository that the run is pushed to, or raise ValueError before it trains."""
         try:
             super().init_hf_repo(*args, **kwargs)
         except Exception as error:  # errors of the network, the Hub and its library

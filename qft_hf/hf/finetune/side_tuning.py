@@ -1,7 +1,6 @@
 """Side tuning in a run: the flags that it adds and refuses, and the model that it trains."""
 
 import argparse
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...side import QSTConfig, attach_side_network
 from ..base import FORMS, base_format, stored_format
+from ..json_object import json_object
 from ..missing_model import explain_loading_errors
 from ..side_network import CONFIG_NAME, is_side_network, load_side_network
+from ..tensor_files import DAMAGED
 from .arguments import MethodArguments, ModelArguments
 from .loading import load_config, load_model
 from .output_folder import RUN_CONFIG, recorded_settings
@@ -95,12 +96,15 @@ def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
     """Return the description of the side network in a folder; None if there is none.
 
     Raises:
-        ValueError: The format of the base is unknown.
+        ValueError: The description is damaged, or the format of the base is unknown.
     """
     folder = Path(place)
     if not is_side_network(folder):
         return None
-    said = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    try:
+        said = json_object(folder / CONFIG_NAME)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}. {DAMAGED}") from error
     name, method = said["base"]["name"], said["base"]["quantization"]
     runs = [
         recorded_settings(home) for home in (folder, folder.resolve().parent)
