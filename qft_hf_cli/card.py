@@ -4,6 +4,7 @@
     qft-hf card runs/demo --name org/my-model --base_model org/model --dataset org/chats
 
 Each run writes a card with all that it knows: results, data, hyperparameters, memory, format.
+What an earlier command has added stays, except the name.
 """
 
 import sys

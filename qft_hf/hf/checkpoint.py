@@ -43,6 +43,7 @@ from .tensor_files import DAMAGED, damaged, memory, tensor_names
 logger = logging.getLogger(__name__)
 
 MARK = "qft_checkpoint.json"
+SAMPLE_NAME = "qft_sample.pt"  # values before training, which figures of a resumed run refer to
 RNG_STATE_NAME = "rng_state.pth"
 RNG_STATES = "rng_state_*.pth"
 STATE_FILES = (TRAINER_STATE_NAME, OPTIMIZER_NAME, SCHEDULER_NAME, RNG_STATE_NAME)
@@ -130,7 +131,7 @@ def write_mark(checkpoint: Path, *, without_state: Iterable[str]) -> None:
         checkpoint: Folder with all files of the checkpoint; `MARK` is added.
         without_state: Names of parameters without optimizer state, such as those never used.
     """
-    names = [*weight_files(checkpoint), *_state_files(checkpoint), SCALER_NAME]
+    names = [*weight_files(checkpoint), *_state_files(checkpoint), SCALER_NAME, SAMPLE_NAME]
     mark = {
         "files": {
             name: _digest(checkpoint / name) for name in names if (checkpoint / name).is_file()

@@ -8,9 +8,10 @@ A step that is not logged costs nothing.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,17 +61,26 @@ class Health(TrainerCallback):
         self.optimizer: Any = None
         self._trained: tuple[list[QFTWeight], list[Tensor]] = ([], [])
         self._first: Sample | None = None
+        self._saved: dict[str, Any] | None = None  # from the checkpoint that training resumes
         self._before: Tensor | None = None  # codes before the step that will be logged
         self._rate = 0.0  # learning rate of that step
         self._moved: Tensor | None = None  # sign of each code's change in the last logged step
 
     def on_train_begin(self, *_: Any, model: Any = None, optimizer: Any = None, **__: Any) -> None:
-        """Take the sample that all later ones are compared with."""
+        """Take the sample that all later ones are compared with, or that of the checkpoint."""
         self.model, self.optimizer = model, unwrapped(optimizer)
         self._before = self._moved = None
-        if model is not None:
-            self._trained = _parameters(model)  # fixed here: later, others may be frozen or trained
-            self._first = _sample(*self._trained)
+        if model is None:
+            return
+        self._trained = _parameters(model)  # fixed here: later, others may be frozen or trained
+        self._first = _sample(*self._trained)
+        saved, self._saved = self._saved, None
+        if saved is not None and saved["first"]["sizes"] == self._first.sizes:
+            parts, device = saved["first"], self._first.codes.device
+            self._first = Sample(
+                **{k: v if k == "sizes" else v.to(device) for k, v in parts.items()}
+            )
+            self._moved = saved["moved"] if saved["moved"] is None else saved["moved"].to(device)
 
     def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Copy the sampled codes if this step will be logged."""
@@ -78,6 +88,15 @@ class Health(TrainerCallback):
             self._before = _codes(self._trained[0])
             # By the time this step is logged, the scheduler has set the rate of the next one.
             self._rate = max(group["lr"] for group in self.optimizer.param_groups)
+
+    def save(self, path: Path) -> None:
+        """Write the first sample into a checkpoint, for the run that resumes from it."""
+        if self._first is not None:
+            torch.save({"first": asdict(self._first), "moved": self._moved}, path)
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote, before training resumes; without it, a new sample is taken."""
+        self._saved = torch.load(path, "cpu") if path.is_file() else None
 
     def figures(self) -> dict[str, float]:
         """Return figures about the step that has just ended; empty if it was not sampled.

@@ -14,6 +14,7 @@ from ..side import side_network_of
 from .arguments import QFTTrainingArguments
 from .card import write_card
 from .card_facts import facts_of_trainer
+from .checkpoint import SAMPLE_NAME
 from .checkpoint_trainer import CheckpointTrainer
 from .compatibility import refuse_optimizer, unwrapped
 from .graphed_step import Graph, GraphedStep, cuda_graphs
@@ -136,6 +137,16 @@ class QFTTrainer(CheckpointTrainer):
             )
 
         self.accelerator.clip_grad_norm_ = clip_grad_norm_
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.health.save(Path(output_dir, SAMPLE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.health.load(Path(checkpoint, SAMPLE_NAME))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add figures of the INT8 run to training logs, so that every reporter receives them."""

@@ -35,6 +35,26 @@ def test_the_card_of_a_run_takes_what_only_its_user_knows(chat_flags, capsys, ca
     for text in (str(card), str(first)):
         assert str(base.parent) not in text
 
+    main(["card", str(run), "--language", "fr", "--tags", "chat"])
+    second = ModelCard.load(run / "README.md")
+    assert (second.data.license, second.data.base_model) == ("mit", "org/base")
+    assert second.data.language == ["fr"]
+    assert "on [org/chats]" in second.text
+    main(["card", str(run), "--license=apache-2.0"])
+    third = ModelCard.load(run / "README.md").data
+    assert (third.license, third.language) == ("apache-2.0", ["fr"])
+    assert third.tags.count("chat") == 1
+
+
+def test_a_resumed_run_keeps_what_its_card_was_told(chat_flags):
+    finetune(parsed(chat_flags, save_strategy="steps", save_steps=2))
+    run = Path(chat_flags["output_dir"])
+    main(["card", str(run), "--license=mit", "--language", "de"])
+    finetune(parsed(chat_flags, max_steps=6, resume_from_checkpoint="true"))
+    card = ModelCard.load(run / "README.md")
+    assert (card.data.license, card.data.language) == ("mit", ["de"])
+    assert "| 6 |" in card.text
+
 
 def test_the_license_is_that_of_the_base(chat_flags):
     page = Path(chat_flags["model_name_or_path"]) / "README.md"
@@ -80,3 +100,23 @@ def test_a_doubted_license_is_written_and_said(chat_flags, capsys):
     main(["card", str(run), "--license", "llama5"])  # which may come
     assert "not known to accept the license 'llama5'" in capsys.readouterr().err
     assert ModelCard.load(run / "README.md").data.license == "llama5"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("summary.json", "{}", "summary.json (qft_hf of another program) or"),
+        ("summary.json", "[]", "summary.json is not a JSON object"),
+        ("trainer_state.json", "{}", "records less than a card needs ('log_history')"),
+        ("config.json", "{", "cannot be loaded: It looks like the config file"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(name, text, said, chat_flags, capsys):
+    finetune(parsed(chat_flags))
+    run = Path(chat_flags["output_dir"])
+    before = (run / "README.md").read_bytes()
+    (run / name).write_text(text)
+    with pytest.raises(SystemExit):
+        main(["card", str(run)])
+    assert said in capsys.readouterr().err
+    assert (run / "README.md").read_bytes() == before

@@ -31,6 +31,7 @@ from qft_hf.hf.finetune.check import check
 from qft_hf.hf.finetune.evaluate import evaluate_checkpoint
 from qft_hf.hf.finetune.forecast import disk_bytes
 from qft_hf.hf.finetune.loading import load_config, load_tokenizer
+from qft_hf.hf.finetune.output_folder import sole_run
 from qft_hf.hf.finetune.preparation import read
 from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, TURN, chat, tiny_tokenizer
@@ -350,6 +351,38 @@ def test_of_two_runs_that_begin_at_once_one_has_the_folder(overwrites, chat_flag
         train(second)
 
     assert contents(Path(chat_flags["output_dir"])) == before
+
+
+@pytest.mark.parametrize("how", ["resume_from_checkpoint", "overwrite_output"])
+def test_no_run_begins_in_the_folder_of_one_that_goes_on(how, chat_flags):
+    """A second process that resumed the run once wrote into its folder at the same time."""
+    flags = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    finetune(parsed(flags))
+    run = Path(flags["output_dir"])
+    before = contents(run)
+    second = parsed(flags, **{how: "true"}, max_steps=5)
+    with (
+        sole_run(run),
+        pytest.raises(FileExistsError, match=f"another process is training in {run}"),
+    ):
+        finetune(second)
+    assert contents(run) == before
+    assert finetune(second).steps == 5
+
+
+@pytest.mark.parametrize("second", ["float16", None])
+def test_an_export_from_before_a_resume_does_not_stay(second, chat_flags, caplog):
+    """It kept the weights of the earlier step, and the folder could not be used again."""
+    flags = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    run = Path(flags["output_dir"])
+    finetune(parsed(flags, export_dtype="bfloat16"))
+    more = {"resume_from_checkpoint": "true"} | ({"export_dtype": second} if second else {})
+    finetune(parsed(flags, max_steps=6, **more))
+    assert not (run / "bfloat16").exists()
+    assert f"{run / 'bfloat16'} is removed" in caplog.text
+    assert second is None or (run / second / "model.safetensors").is_file()
+    finetune(parsed(flags, max_steps=8, **more))
+    finetune(parsed(flags, overwrite_output="true"))
 
 
 @pytest.mark.parametrize("task", ["chat", "classification"])

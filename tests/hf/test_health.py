@@ -174,6 +174,27 @@ def test_the_journey_of_the_codes_is_that_of_the_first_and_the_last_ones(run):
     )
 
 
+def test_figures_of_a_resumed_run_are_those_of_the_straight_one(tmp_path):
+    """They once referred to the values at the resume, though they say: since the start."""
+    straight, logs, *_ = trained(tmp_path / "straight", save_strategy="steps", save_steps=4)
+
+    model = tiny_llama(vocab_size=90)
+    data = [{k: v % 90 for k, v in row.items()} for row in sequences()]
+    args = arguments(tmp_path / "resumed", learning_rate=2e-3, logging_steps=2)
+    resumed = QFTTrainer(model=model, args=args, train_dataset=data)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-4"))
+
+    assert resumed.health.sample_changes() == straight.health.sample_changes()
+    found = {entry["step"]: entry for entry in resumed.state.log_history if "loss" in entry}
+    assert found[6].keys() == logs[6].keys() >= {"qft/sign_flips", "qft/outlier_drift"}
+    for name in found[6].keys() - {"qft/peak_memory_gb"}:
+        assert found[6][name] == logs[6][name], name
+
+    resumed.train()  # not resumed: the sample is that of the weights of now
+    journeys = [trainer.health.sample_changes() for trainer in (straight, resumed)]
+    assert journeys[1]["codes_before"] == journeys[0]["codes_after"]
+
+
 @pytest.mark.parametrize("factor", [0.99, 64.0])
 def test_the_step_where_rounding_ends_is_that_of_the_rounding(factor):
     """Just below that step size Lion changes no code of a group; above it Lion changes some."""

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ...version import __version__
 from ..atomic_writes import MODEL_FILES, atomic_path, pending_drafts
 from ..card import is_card
-from ..checkpoint import MARK, STATE_FILES, newest_whole_checkpoint, require_whole
+from ..checkpoint import MARK, SAMPLE_NAME, STATE_FILES, newest_whole_checkpoint, require_whole
 from ..config import QUANT_METHOD
 from ..json_object import json_object
 from ..remote_code import code_files
@@ -51,7 +52,7 @@ _MODEL = (
     "tokenizer.model",
     "vocab.*",
 )
-_IN_CHECKPOINT = (*_MODEL, *STATE_FILES, "scaler.pt", "rng_state_*.pth", CARD, MARK)
+_IN_CHECKPOINT = (*_MODEL, *STATE_FILES, "scaler.pt", "rng_state_*.pth", SAMPLE_NAME, CARD, MARK)
 # Names of the files and folders that a run writes. They show that a run wrote here, whether it has
 # finished or was stopped.
 _WRITTEN = (
@@ -143,6 +144,32 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
         )
 
 
+@contextmanager
+def sole_run(output_dir: Path) -> Iterator[None]:
+    """Keep other runs out of the folder, which is created, until the block or the process ends.
+
+    Raises:
+        FileExistsError: Another process is training in the folder.
+    """
+    import fcntl  # Unix only
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(output_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"another process is training in {output_dir}. Wait until it has ended, stop it, "
+                "or choose another output_dir."
+            ) from error
+        except OSError as error:
+            logger.warning("a second run in %s would not be noticed: %s", output_dir, error)
+        yield
+    finally:
+        os.close(folder)
+
+
 def refuse_inputs_inside(output_dir: Path, inputs: Mapping[str, str]) -> None:
     """Raise ValueError if an input of a run is at a place where the run would replace it.
 
@@ -220,6 +247,20 @@ def clear_run(output_dir: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def clear_earlier_export(output_dir: Path, export_dtype: str | None) -> None:
+    """Remove the export of a run that goes on, unless one in the same dtype will replace it."""
+    earlier = recorded_settings(output_dir).get("export_dtype")
+    if earlier not in EXPORT_DTYPES or earlier == export_dtype:
+        return
+    if (folder := output_dir / earlier).is_dir():
+        logger.warning(
+            "%s is removed: it has the weights from before the run was resumed, and export_dtype "
+            "is %s now, was %s",
+            folder, export_dtype or "not set", earlier,
+        )  # fmt: skip
+        shutil.rmtree(folder)
 
 
 def record_settings(output_dir: Path, given: Mapping[str, Any]) -> None:

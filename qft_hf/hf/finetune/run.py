@@ -3,6 +3,7 @@
 import logging
 import shlex
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -23,16 +24,19 @@ from .data_preview import show
 from .export import export_checkpoint
 from .loss_curve import draw_loss_curve
 from .output_folder import (
+    CARD,
     DATA_PREVIEW,
     LOSS_CURVE,
     SUMMARY,
+    clear_earlier_export,
     clear_run,
     record_settings,
     refuse_other_run,
+    sole_run,
 )
 from .parsing import RunArguments
 from .preparation import Run, prepare
-from .run_card import license_of, write_run_card
+from .run_card import facts_of_card, license_of, write_run_card
 from .summary import Origin, RunSummary, versions
 
 logger = logging.getLogger(__name__)
@@ -47,7 +51,18 @@ def train(run: Run) -> RunSummary:
     """Write the settings of the run; score, train and score again; write checkpoint and report.
 
     The scores before training are those of the model that was loaded, also when resuming.
+
+    Raises:
+        FileExistsError: Another process is training in the output folder.
     """
+    with ExitStack() as held:
+        with first_process_writes() as is_first:
+            if is_first:
+                held.enter_context(sole_run(run.arguments.output_dir))
+        return _train(run)
+
+
+def _train(run: Run) -> RunSummary:
     trainer, output_dir = run.trainer, run.arguments.output_dir
     if run.checkpoint is not None and run.checkpoint.resolve().parent == output_dir.resolve():
         trainer.add_callback(_WriteSettingsWhenAccepted(run))
@@ -110,6 +125,7 @@ def _write_settings(run: Run) -> None:
             refuse_other_run(output_dir, checkpoint=run.checkpoint, overwrite=overwrite)
             if overwrite:
                 clear_run(output_dir)
+            clear_earlier_export(output_dir, run.arguments.output.export_dtype)
             record_settings(output_dir, run.arguments.settings)
             show(run.data, output_dir / DATA_PREVIEW)
 
@@ -135,8 +151,9 @@ def _report(run: Run, summary: RunSummary, *, is_reported: bool) -> None:
 
 
 def _license(run: Run) -> str | None:
-    """Return the license on the card of the model that was tuned; warn if it names none."""
-    license = license_of(run.arguments.model.model_name_or_path)
+    """Return the license that an earlier card or the tuned model's has; warn if none has."""
+    earlier = facts_of_card(run.arguments.output_dir / CARD)
+    license = earlier.get("license") or license_of(run.arguments.model.model_name_or_path)
     if license is None:
         logger.warning(
             "the model card names no license, because that of the model is not known. Set it, for "

@@ -8,10 +8,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..card import is_card, write_card
+from ..card import SIDE_TAGS, TAGS, is_card, write_card
 from ..card_facts import CardFacts
 from ..config import QFTConfig
 from ..json_object import json_object
+from ..missing_model import explain_loading_errors
 from ..remote_code import auto_class
 from ..wording import counted
 from .output_folder import CARD, SUMMARY, recorded_settings
@@ -26,7 +27,8 @@ def write_run_card(output_dir: Path, **known: Any) -> Path:
     Args:
         output_dir: Output folder of the run.
         **known: Fields of `CardFacts` that the run does not know or that override what it knows,
-            such as its license, or the Hub name of the model that it started from.
+            such as its license, or the Hub name of the model that it started from. Those that an
+            earlier card of the run has, and the run does not know, stay.
 
     Returns:
         The path of the card.
@@ -43,8 +45,22 @@ def write_run_card(output_dir: Path, **known: Any) -> Path:
             f"{path} was not written by qft_hf, and stays as it is. Move it away first."
         )
     facts = facts_of_run(output_dir)
-    write_card(path, CardFacts(**{**facts, **known}))
+    added = {key: value for key, value in facts_of_card(path).items() if not facts.get(key)}
+    if "datasets" in added:
+        added["files"] = []  # the same data, by their paths on this machine
+    given = {key: value for key, value in known.items() if value is not None}
+    write_card(path, CardFacts(**{**facts, **added, **given}))
     return path
+
+
+def facts_of_card(path: Path) -> dict[str, Any]:
+    """Return the fields of `CardFacts` in a card that its user may have added; none without it."""
+    if not path.is_file():
+        return {}
+    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    found = {key: data.get(key) for key in ("license", "language", "base_model", "datasets")}
+    found["tags"] = [tag for tag in data.get("tags") or [] if tag not in (*TAGS, *SIDE_TAGS)]
+    return {key: value for key, value in found.items() if value}
 
 
 def facts_of_run(output_dir: Path) -> dict[str, Any]:
@@ -54,18 +70,24 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
         FileNotFoundError: The folder holds no finished run.
         ValueError: As `write_run_card`.
     """
-    summary = _read(output_dir / SUMMARY)
-    if "origin" not in summary:
-        version = (summary.get("versions") or {}).get("qft_hf")
+    summary, state = _read(output_dir / SUMMARY), _read(output_dir / TRAINER_STATE_NAME)
+    try:
+        return _facts(output_dir, summary, state)
+    except (KeyError, TypeError) as error:
+        version = (summary.get("versions") or {}).get("qft_hf", "of another program")
         raise ValueError(
-            f"{output_dir / SUMMARY} is from qft_hf {version}, which recorded less than a card "
-            "needs. The card of the run stays as it is."
-        )
+            f"{output_dir / SUMMARY} (qft_hf {version}) or {TRAINER_STATE_NAME} records less than "
+            f"a card needs ({error}). The card of the run stays as it is."
+        ) from error
+
+
+def _facts(output_dir: Path, summary: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     side = summary.get("side")
     form: QFTConfig | None = None
     config: dict[str, Any] = {}
     if side is None:
-        config, _ = PreTrainedConfig.get_config_dict(output_dir)
+        with explain_loading_errors(output_dir):
+            config, _ = PreTrainedConfig.get_config_dict(output_dir)
         form = QFTConfig.from_dict(config["quantization_config"])
     export = recorded_settings(output_dir).get("export_dtype")
     counts = summary["train_data"]
@@ -77,7 +99,7 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
         "auto_class": auto_class(config),
         "format": form,
         "side": side,
-        "history": _read(output_dir / TRAINER_STATE_NAME)["log_history"],
+        "history": state["log_history"],
         "counts": ", ".join(counted(counts[f"{noun}s"], noun) for noun in _COUNTED),
         "export_dtype": export if export and (output_dir / export).is_dir() else None,
     }
