@@ -640,7 +640,7 @@ def test_numbers_in_memory_are_read_when_the_kernel_runs(name):
     for numbers in NUMBERS:
         live.copy_(in_memory(name, numbers, DEVICE))
         given(reference, **numbers)
-        read(backend, live, **OTHERS)
+        read(backend, live=live, **OTHERS)
         for one, other in zip(actual, expected, strict=True):
             assert_same_bits(one, other)
 
@@ -1033,7 +1033,8 @@ def test_lion_step_floats(shapes, changes):
     for step in (1, 2, 3):
         given = float_arguments(len(shapes), lr=0.01, step=step, **changes)
         backend.lion_step_floats_(*inside, gradients, **given)
-        values = expected if given["stochastic"] else [value.float() for value in expected]
+        is_random = given["roundings"].stochastic
+        values = expected if is_random else [value.float() for value in expected]
         reference.lion_step_floats_(values, momenta, gradients, **given)
         for value, parameter in zip(values, expected, strict=True):
             parameter.copy_(stored(value.float(), parameter.dtype))
@@ -1056,7 +1057,8 @@ def test_step_floats(sign, changes):
 
     backend.step_floats_([inner for inner, _ in pairs], gradients, **given)
 
-    values = expected if given["stochastic"] else [value.float() for value in expected]
+    is_random = given["roundings"].stochastic
+    values = expected if is_random else [value.float() for value in expected]
     reference.step_floats_(values, gradients, **given)
     for (inner, buffer), value in zip(pairs, values, strict=True):
         assert_same_bits(inner, stored(value.float(), inner.dtype))
@@ -1075,7 +1077,8 @@ def test_lion_step_floats_without_update_keeps_bits():
 
 
 def test_lion_step_floats_takes_any_counter():
-    given = {**float_arguments(2, lr=0.01), "steps": [2**32 + 5, 1], "streams": [0, 2**31]}
+    given = float_arguments(2, lr=0.01)
+    given["roundings"] = given["roundings"]._replace(steps=[2**32 + 5, 1], streams=[0, 2**31])
     results = []
     for package in (backend, reference):
         tensors = [
