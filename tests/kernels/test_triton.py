@@ -179,6 +179,20 @@ def test_dequantize_rows(columns, group_size, outlier_fraction, id_dtype, n_each
     assert len(backend.dequantize(weight, rows=rows[:0])) == 0
 
 
+def test_dequantize_as_many_rows_in_longer_runs():
+    """A plan was found again by the number of rows, although their runs have another length.
+
+    No test asked one weight for runs of two lengths.
+    """
+    weight = make_state((12, 33), group_size=4, outlier_fraction=0.03).to(DEVICE).weight
+    for numbers, n_each in (([5, 2], 2), ([1], 4)):
+        rows = torch.tensor(numbers, device=DEVICE)
+
+        x = backend.dequantize(weight, rows=rows, n_each=n_each)
+
+        assert_same_bits(x, reference.dequantize(weight, rows=rows, n_each=n_each))
+
+
 # --- products with an expanded weight -------------------------------------------------------------
 
 # One token, tokens in one program and several; rows in one program and several, the last not full.
