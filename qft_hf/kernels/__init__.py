@@ -20,7 +20,7 @@ from .lion import lion_step_, quantize_and_lion_step_
 from .outlier_gradient import outlier_products
 from .output_gradient import quantize_gradient
 from .quantization import dequantize, quantize
-from .values import AdamW, Input, Lion, Moments, Quantized, Rounding, Weight
+from .values import AdamW, Input, Lion, Moments, Quantized, Rounding, Roundings, Weight
 from .weight import step_weight_
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Moments",
     "Quantized",
     "Rounding",
+    "Roundings",
     "Weight",
     "accumulate_",
     "adamw_step_",

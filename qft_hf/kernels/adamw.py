@@ -29,7 +29,7 @@ from .groups import absmax_scale, expanded, group_absmax, scale_groups_
 from .operators import operator
 from .output_gradient import stochastic_codes
 from .philox import random_words
-from .values import AdamW, Moments, Quantized, Rounding, Weight, read_live
+from .values import N_LIVE, AdamW, Moments, Quantized, Rounding, Weight, read_live
 from .weight import WRITES, check_weight_values, row_chunks, step_weight_
 
 ROOT_QMAX = 255  # unsigned: a root has no sign
@@ -64,7 +64,6 @@ def adamw_step_(
     *,
     rule: AdamW,
     rounding: Rounding,
-    live: Tensor | None = None,
 ) -> None:
     """Update weight and moments in place; AdamW with decoupled weight decay.
 
@@ -90,8 +89,8 @@ def adamw_step_(
         gradient: `[rows, columns]` of 8 bits, with finite scales, which are clamped to 1.7e7.
         rule: The numbers of the step.
         rounding: The random numbers; its `step` counts from 1 and corrects the moments' start.
-            Without `stochastic` the moments are rounded to nearest too.
-        live: As in `step_weight_`, but fp64 `[5]`: the last two are the corrections of that step.
+            Without `stochastic` the moments are rounded to nearest too. After the number of the
+            step, its `live` has the corrections c1 and c2 of that step.
 
     Raises:
         ValueError: Shapes, groups or devices do not fit. On the CPU also: a scale is not finite, a
@@ -101,7 +100,7 @@ def adamw_step_(
     Source:
         Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
     """
-    rule, rounding = read_live(live, rule, rounding)
+    rule, rounding = read_live(rule, rounding)
     elements = None if weight.device.type == "cpu" else GPU_CHUNK_ELEMENTS
     for rows in row_chunks(weight.codes, elements=elements):
         part = rounding.of_rows(rows)
@@ -192,10 +191,10 @@ def _(
     moments: Moments,
     gradient: Quantized,
     *,
-    live: Tensor | None,
+    rounding: Rounding,
     **_: object,
 ) -> None:
-    check_live(live, (5,), weight.device)
+    check_live(rounding.live, (N_LIVE,), weight.device)
     check_same("gradient codes", gradient.codes, weight.codes)
     check_same("ratio codes", moments.ratio_codes, weight.codes)
     if moments.group_size != gradient.group_size:

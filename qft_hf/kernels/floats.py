@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import FLOATS, check_finite, check_live, check_same
 from .operators import operator
 from .philox import random_words
-from .values import N_LIVE, Lion, Rounding, read_live
+from .values import N_LIVE, Lion, Rounding, Roundings, read_live
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -24,15 +24,11 @@ def step_floats_(
     *,
     lr: float,
     weight_decay: float,
-    seed: int,
-    stochastic: bool = True,
-    steps: Sequence[int],
-    streams: Sequence[int],
-    live: Tensor | None = None,
+    roundings: Roundings,
 ) -> None:
     """Update float parameters in place: `w <- w - lr * (direction + weight_decay * w)`.
 
-    All sequences have one entry for each parameter. On a GPU all parameters of one dtype are
+    There is a direction and a rounding for each parameter. On a GPU all parameters of one dtype are
     updated by one launch: there are hundreds of them and each is tiny.
 
     Args:
@@ -41,28 +37,17 @@ def step_floats_(
             direction is NaN or infinite stays as it is.
         lr: Step size.
         weight_decay: Values shrink by `lr * weight_decay` a step.
-        seed: Key of the random numbers, in [0, 2**63).
-        stochastic: False rounds BF16 to nearest, for ablation.
-        steps: Number of this step of each parameter; with the stream and the element's position it
-            counts the random numbers.
-        streams: Number of each parameter.
-        live: fp64 `[n, N_LIVE]` on the device of the parameters, or None. Row `streams[i]` begins
-            with `lr`, `weight_decay` and the number of the step of parameter i; they replace those
-            that are passed, and are read when a kernel runs.
+        roundings: The random numbers of each; FP32 is not rounded.
 
     Raises:
         TypeError: A parameter is neither fp32 nor bf16, or a direction is of another dtype.
         ValueError: Shapes, devices or numbers of entries differ, or a parameter is passed twice.
             Nothing was written.
     """
-    for parameter, given, step, stream in zip(parameters, directions, steps, streams, strict=True):
+    rule, of_each = Lion.without_momentum(lr, weight_decay), roundings.of_each()
+    for parameter, given, rounding in zip(parameters, directions, of_each, strict=True):
         direction = given.float()
-        rule, rounding = read_live(
-            None if live is None else live[stream],
-            Lion.without_momentum(lr, weight_decay),
-            Rounding(seed, step, stream, stochastic=stochastic),
-        )
-        _step_(parameter, direction, direction.isfinite(), rule, rounding)
+        _step_(parameter, direction, direction.isfinite(), *read_live(rule, rounding))
 
 
 @operator(writes=("parameters", "momenta"))
@@ -72,11 +57,7 @@ def lion_step_floats_(
     gradients: Sequence[Tensor],
     *,
     rule: Lion,
-    seed: int,
-    stochastic: bool = True,
-    steps: Sequence[int],
-    streams: Sequence[int],
-    live: Tensor | None = None,
+    roundings: Roundings,
 ) -> None:
     """Update float parameters and their FP32 momenta in place; Lion with decoupled weight decay.
 
@@ -86,11 +67,7 @@ def lion_step_floats_(
         gradients: fp32, bf16 or fp16, each of the shape of its parameter. An element whose gradient
             is NaN or infinite stays as it is.
         rule: The numbers of the step.
-        seed: Key of the random numbers, in [0, 2**63).
-        stochastic: False rounds BF16 to nearest.
-        steps: Number of this step of each parameter.
-        streams: Number of each parameter.
-        live: As in `step_floats_`.
+        roundings: As in `step_floats_`.
 
     Raises:
         TypeError: What `step_floats_` refuses, or a momentum is not fp32.
@@ -100,20 +77,15 @@ def lion_step_floats_(
     Source:
         Chen et al. 2023, algorithm 2 (arXiv:2302.06675).
     """
-    for parameter, momentum, given, step, stream in zip(
-        parameters, momenta, gradients, steps, streams, strict=True
+    for parameter, momentum, given, rounding in zip(
+        parameters, momenta, gradients, roundings.of_each(), strict=True
     ):
         gradient = given.float().neg() if rule.maximize else given.float()
-        own, rounding = read_live(
-            None if live is None else live[stream],
-            rule,
-            Rounding(seed, step, stream, stochastic=stochastic),
-        )
         direction = (momentum * rule.beta1).add_(gradient * (1 - rule.beta1)).sign_()
         new_momentum = (momentum * rule.beta2).add_(gradient * (1 - rule.beta2))
         is_finite = gradient.isfinite()
         momentum.copy_(torch.where(is_finite, new_momentum, momentum))
-        _step_(parameter, direction, is_finite, own, rounding)
+        _step_(parameter, direction, is_finite, *read_live(rule, rounding))
 
 
 def _step_(
@@ -155,20 +127,18 @@ def _check(
     parameters: Sequence[Tensor],
     directions: Sequence[Tensor],
     *,
-    steps: Sequence[int],
-    streams: Sequence[int],
-    live: Tensor | None,
+    roundings: Roundings,
     **_: object,
 ) -> None:
-    lengths = [len(x) for x in (parameters, directions, steps, streams)]
+    lengths = [len(x) for x in (parameters, directions, roundings.steps, roundings.streams)]
     if len(set(lengths)) > 1:
         raise ValueError(
             "A step needs a gradient, a step number and a stream for each float parameter, got "
             f"{lengths} parameters, gradients, steps and streams."
         )
-    if live is not None:
-        n_rows = max(len(live), 1 + max(streams, default=0))
-        check_live(live, (n_rows, N_LIVE), parameters[0].device)
+    if roundings.live is not None:
+        n_rows = max(len(roundings.live), 1 + max(roundings.streams, default=0))
+        check_live(roundings.live, (n_rows, N_LIVE), parameters[0].device)
     if len({id(parameter) for parameter in parameters}) < len(parameters):
         raise ValueError(
             "A parameter was passed twice, and one step would write it twice at the same time. Add "

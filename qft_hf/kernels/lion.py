@@ -19,7 +19,7 @@ from .nibbles import load_nibbles, round_to_nibbles
 from .operators import operator
 from .philox import MOMENTUM, random_words
 from .quantization import quantize
-from .values import Lion, Quantized, Rounding, Weight, read_live
+from .values import N_LIVE, Lion, Quantized, Rounding, Weight, read_live
 from .weight import WRITES, check_weight_values, row_chunks, step_rows_
 
 LION_WRITES = (*WRITES, "momentum.codes", "momentum.scales")
@@ -33,7 +33,6 @@ def lion_step_(
     *,
     rule: Lion,
     rounding: Rounding,
-    live: Tensor | None = None,
 ) -> None:
     """Update weight and momentum in place; Lion with decoupled weight decay.
 
@@ -56,7 +55,6 @@ def lion_step_(
         rule: The numbers of the step.
         rounding: The random numbers; without `stochastic` a 4-bit momentum is rounded to nearest
             too.
-        live: As in `step_weight_`.
 
     Raises:
         TypeError: Codes of the gradient are not of 8 bits.
@@ -70,7 +68,7 @@ def lion_step_(
         (arXiv:2302.06675); Li et al. 2023, "QFT", section 3 (arXiv:2310.07147), which rounds to
         nearest.
     """
-    rule, rounding = read_live(live, rule, rounding)
+    rule, rounding = read_live(rule, rounding)
     columns = weight.codes.shape[1]
     for rows in row_chunks(weight.codes):
         g = expanded(gradient.codes[rows], gradient.scales[rows], gradient.group_size)
@@ -134,12 +132,11 @@ def _(
     *,
     rule: Lion,
     rounding: Rounding,
-    live: Tensor | None,
 ) -> None:
     check_bits("gradient", gradient.bits)
     check_same("gradient codes", gradient.codes, weight.codes)
     _check_momentum(weight, momentum, gradient.group_size)
-    check_live(live, (3,), weight.device)
+    check_live(rounding.live, (N_LIVE,), weight.device)
 
 
 @lion_step_.checks_values
@@ -163,7 +160,6 @@ def quantize_and_lion_step_(
     group_size: int,
     rule: Lion,
     rounding: Rounding,
-    live: Tensor | None = None,
 ) -> Tensor:
     """Do `quantize`, `squared_norms` and `lion_step_` with a float gradient: the same bits.
 
@@ -179,7 +175,6 @@ def quantize_and_lion_step_(
         group_size: Columns per scale of the quantized gradient.
         rule: The numbers of the step.
         rounding: The random numbers.
-        live: As in `lion_step_`.
 
     Returns:
         fp64 `[rows]`, the sums of squares of the quantized gradient, without `factor`: NaN or
@@ -199,7 +194,7 @@ def quantize_and_lion_step_(
     kept = [] if bool(finite.all()) else [tensor[~finite] for tensor in state]
     if kept:  # these rows step with a gradient of zero and are then restored
         scales[~finite] = 0.0
-    lion_step_(weight, momentum, coded, rule=rule, rounding=rounding, live=live)
+    lion_step_(weight, momentum, coded, rule=rule, rounding=rounding)
     for tensor, rows in zip(state, kept, strict=False):
         tensor[~finite] = rows
     return norms
@@ -215,7 +210,6 @@ def _(
     group_size: int,
     rule: Lion,
     rounding: Rounding,
-    live: Tensor | None,
 ) -> None:
     check_matrix("gradient", gradient, FLOATS)
     check_group_size(group_size)
@@ -228,4 +222,4 @@ def _(
             f"factor must be one float32 number on {weight.device}, got {factor.dtype} of shape "
             f"{tuple(factor.shape)} on {factor.device}."
         )
-    check_live(live, (3,), weight.device)
+    check_live(rounding.live, (N_LIVE,), weight.device)

@@ -4,6 +4,7 @@ Tensors are checked when they are put together here, so an operator checks only 
 arguments fit each other. Backends take these values apart only where they launch a kernel.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any, NamedTuple, TypeVar
@@ -247,6 +248,10 @@ class Rounding(NamedTuple):
         first_row: Number of the first row that is passed, if only some rows of a matrix are: a
             weight that is updated in parts has the bits of one that is updated as a whole.
         stochastic: False rounds to nearest, for ablation; models do not train that way.
+        live: fp64 `[N_LIVE]` on the weight's device, or None. It begins with the learning rate, the
+            weight decay and the number of the step, which replace those that are passed. A kernel
+            reads them when it runs, because a CUDA graph repeats its other arguments as they were
+            captured.
     """
 
     seed: int
@@ -254,12 +259,45 @@ class Rounding(NamedTuple):
     stream: int
     first_row: int = 0
     stochastic: bool = True
+    live: Tensor | None = None
 
     def of_rows(self, rows: slice) -> "Rounding":
         """Return the rounding of some of the rows."""
         if not rows.start:
             return self
         return self._replace(first_row=self.first_row + rows.start)
+
+
+class Roundings(NamedTuple):
+    """The random numbers of several float parameters, each with its step and stream.
+
+    Attributes:
+        seed: Key, in [0, 2**63).
+        steps: Number of this step of each parameter.
+        streams: Number of each parameter.
+        stochastic: False rounds to nearest.
+        live: fp64 `[n, N_LIVE]` on the device of the parameters, or None: row `streams[i]` has the
+            `live` of parameter i.
+    """
+
+    seed: int
+    steps: Sequence[int]
+    streams: Sequence[int]
+    stochastic: bool = True
+    live: Tensor | None = None
+
+    def of_each(self) -> list[Rounding]:
+        """Return the rounding of each parameter."""
+        return [
+            Rounding(
+                self.seed,
+                step,
+                stream,
+                stochastic=self.stochastic,
+                live=None if self.live is None else self.live[stream],
+            )
+            for step, stream in zip(self.steps, self.streams, strict=True)
+        ]
 
 
 class Lion(NamedTuple):
@@ -330,19 +368,13 @@ class AdamW(NamedTuple):
 Rule = TypeVar("Rule", Lion, AdamW)
 
 
-def read_live(live: Tensor | None, rule: Rule, rounding: Rounding) -> tuple[Rule, Rounding]:
-    """Return `rule` and `rounding` with the numbers of the step that `live` holds.
+def read_live(rule: Rule, rounding: Rounding) -> tuple[Rule, Rounding]:
+    """Return both with the numbers that `rounding.live` holds, and the rounding without `live`.
 
     The host waits for them. GPU kernels read `live` themselves, when they run.
-
-    Args:
-        live: fp64, beginning with `lr`, `weight_decay` and the number of the step; None changes
-            nothing.
-        rule: Its `lr` and `weight_decay` are replaced.
-        rounding: Its `step` is replaced.
     """
-    if live is None:
+    if rounding.live is None:
         return rule, rounding
-    lr, weight_decay, step = live[:3].tolist()
+    lr, weight_decay, step = rounding.live[:3].tolist()
     rule = rule._replace(lr=lr, weight_decay=weight_decay)
-    return rule, rounding._replace(step=int(step))
+    return rule, rounding._replace(step=int(step), live=None)

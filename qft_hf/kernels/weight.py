@@ -13,7 +13,7 @@ from .checks import check_column_values, check_finite, check_live, check_matrix,
 from .groups import QMAX, TINY, group_absmax, scale_groups_, spread_groups
 from .operators import operator
 from .philox import random_words, weight_uniform
-from .values import Lion, Rounding, Weight, read_live
+from .values import N_LIVE, Lion, Rounding, Weight, read_live
 
 # A scale is sticky: it changes only when a value no longer fits the codes or when all codes of the
 # group have shrunk below RANGE_LOW. It is then set so that the largest value gets code
@@ -34,7 +34,6 @@ def step_weight_(
     lr: float,
     weight_decay: float,
     rounding: Rounding,
-    live: Tensor | None = None,
 ) -> None:
     """Update a weight in place: `w <- SR(w - lr * (direction + weight_decay * w))`.
 
@@ -53,9 +52,6 @@ def step_weight_(
         lr: Step size, in units of the weight for each unit of the direction.
         weight_decay: Decoupled: weights shrink by `lr * weight_decay` a step.
         rounding: The random numbers.
-        live: fp64 `[3]` on the weight's device, or None: `lr`, `weight_decay` and the number of the
-            step, which replace those that are passed. A kernel reads them when it runs, because a
-            CUDA graph repeats its other arguments as they were captured.
 
     Raises:
         TypeError: The direction is not fp32.
@@ -66,16 +62,16 @@ def step_weight_(
     Source:
         Li et al. 2023, "QFT", section 3 (arXiv:2310.07147), which rounds to nearest.
     """
-    rule, rounding = read_live(live, Lion.without_momentum(lr, weight_decay), rounding)
+    rule, rounding = read_live(Lion.without_momentum(lr, weight_decay), rounding)
     for rows in row_chunks(weight.codes):
         step_rows_(weight, direction[rows], rows, rule.lr, rule.weight_decay, rounding)
 
 
 @step_weight_.checks
-def _(weight: Weight, direction: Tensor, *, live: Tensor | None, **_: object) -> None:
+def _(weight: Weight, direction: Tensor, *, rounding: Rounding, **_: object) -> None:
     check_matrix("direction", direction, (torch.float32,))
     check_same("direction", direction, weight.codes)
-    check_live(live, (3,), weight.device)
+    check_live(rounding.live, (N_LIVE,), weight.device)
 
 
 @step_weight_.checks_values

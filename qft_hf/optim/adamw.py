@@ -114,10 +114,7 @@ class QFTAdamW(QFTOptimizer):
             state["ratio_codes"], state["ratio_scales"], state["root_codes"], state["root_scales"],
             STATE_GROUP_SIZE,
         )  # fmt: skip
-        kernels.adamw_step_(
-            weight, moments, gradient, rule=_rule(group), rounding=rounding,
-            live=self.live_of(rounding.stream, 5),
-        )  # fmt: skip
+        kernels.adamw_step_(weight, moments, gradient, rule=_rule(group), rounding=rounding)
 
     def step_floats(
         self,
@@ -125,30 +122,23 @@ class QFTAdamW(QFTOptimizer):
         gradients: list[Tensor],
         states: list[dict[str, Tensor]],
         group: dict[str, Any],
-        steps: list[int],
-        streams: list[int],
+        roundings: kernels.Roundings,
     ) -> None:
         """Update float parameters by AdamW with FP32 moments."""
         rule = _rule(group)
         directions = [
             _float_direction(
                 gradient.float(), state["momentum"], state["second_moment"], rule,
-                rule.corrections(step) if self.live is None else self.live[stream, 3:5].float(),
+                rule.corrections(own.step) if own.live is None else own.live[3:5].float(),
             )
-            for gradient, state, step, stream in zip(
-                gradients, states, steps, streams, strict=True
-            )
+            for gradient, state, own in zip(gradients, states, roundings.of_each(), strict=True)
         ]  # fmt: skip
         kernels.step_floats_(
             parameters,
             directions,
             lr=rule.lr,
             weight_decay=rule.weight_decay,
-            seed=group["seed"],
-            stochastic=group["stochastic_rounding"],
-            steps=steps,
-            streams=streams,
-            live=self.live,
+            roundings=roundings,
         )
 
 

@@ -86,7 +86,8 @@ class QFTOptimizer(Optimizer):
     )
 
     takes_tiles = False
-    # Whether steps read their numbers from `live` if it is set; otherwise no graph may replay one.
+    # Whether steps take rate, decay and step number from the `live` of their rounding if it is set;
+    # otherwise no graph may replay one.
     reads_live = False
 
     @property
@@ -179,8 +180,7 @@ class QFTOptimizer(Optimizer):
         gradients: list[Tensor],
         states: list[dict[str, Tensor]],
         group: dict[str, Any],
-        steps: list[int],
-        streams: list[int],
+        roundings: kernels.Roundings,
     ) -> None:
         """Update float parameters of one group on one device by one step, in place."""
 
@@ -221,10 +221,6 @@ class QFTOptimizer(Optimizer):
         check_group(group)
 
     # --- what a rule may use
-
-    def live_of(self, stream: int, n_numbers: int = 3) -> Tensor | None:
-        """Return the first numbers in `live` for the parameter of this stream, if it is set."""
-        return None if self.live is None else self.live[stream, :n_numbers]
 
     def quantized(
         self, state: dict[str, Tensor], name: str, group_size: int | None, bits: int = 8
@@ -416,7 +412,11 @@ class QFTOptimizer(Optimizer):
         group = self.param_groups[number]
         state = self._state_of(parameter)
         rounding = kernels.Rounding(
-            group["seed"], self._next_step(state), stream, stochastic=group["stochastic_rounding"]
+            group["seed"],
+            self._next_step(state),
+            stream,
+            stochastic=group["stochastic_rounding"],
+            live=None if self.live is None else self.live[stream],
         )
         stored: kernels.Weight = parameter.stored  # type: ignore[attr-defined]  # a QFTWeight
         codes = stored.codes
@@ -449,14 +449,15 @@ class QFTOptimizer(Optimizer):
         for (number, _), members in calls.items():
             parameters, gradients = (list(part) for part in zip(*members, strict=True))
             states = [self._state_of(parameter) for parameter in parameters]
-            self.step_floats(
-                parameters,
-                gradients,
-                states,
-                self.param_groups[number],
+            group = self.param_groups[number]
+            roundings = kernels.Roundings(
+                group["seed"],
                 [self._next_step(state) for state in states],
                 [self._places[id(parameter)][0] for parameter in parameters],
+                stochastic=group["stochastic_rounding"],
+                live=self.live,
             )
+            self.step_floats(parameters, gradients, states, group, roundings)
 
     def updated(self, parameters: Sequence[Parameter]) -> None:
         """Do the host's part of updates after a graph has replayed them on the device."""

@@ -117,7 +117,6 @@ class QFTLion(QFTOptimizer):
             gradient,
             rule=_rule(group),
             rounding=rounding,
-            live=self.live_of(rounding.stream),
         )
 
     def step_tiles(
@@ -141,7 +140,6 @@ class QFTLion(QFTOptimizer):
                 group_size=STATE_GROUP_SIZE,
                 rule=rule,
                 rounding=rounding.of_rows(rows),
-                live=self.live_of(rounding.stream),
             )
             for rows, tile in gradient.tiles()
         ]
@@ -153,8 +151,7 @@ class QFTLion(QFTOptimizer):
         gradients: list[Tensor],
         states: list[dict[str, Tensor]],
         group: dict[str, Any],
-        steps: list[int],
-        streams: list[int],
+        roundings: kernels.Roundings,
     ) -> None:
         """Update float parameters by Lion with FP32 momentum, in one launch on a GPU."""
         kernels.lion_step_floats_(
@@ -162,11 +159,7 @@ class QFTLion(QFTOptimizer):
             [state["momentum"] for state in states],
             gradients,
             rule=_rule(group),
-            seed=group["seed"],
-            stochastic=group["stochastic_rounding"],
-            steps=steps,
-            streams=streams,
-            live=self.live,
+            roundings=roundings,
         )
 
     def _momentum(self, state: dict[str, Tensor]) -> kernels.Quantized:

@@ -67,7 +67,6 @@ class QFTSGD(QFTOptimizer):
                 lr=float(group["lr"]),
                 weight_decay=float(group["weight_decay"]),
                 rounding=rounding.of_rows(rows),
-                live=self.live_of(rounding.stream),
             )
 
     def step_floats(
@@ -76,8 +75,7 @@ class QFTSGD(QFTOptimizer):
         gradients: list[Tensor],
         states: list[dict[str, Tensor]],
         group: dict[str, Any],
-        steps: list[int],
-        streams: list[int],
+        roundings: kernels.Roundings,
     ) -> None:
         """Move float parameters against their gradients."""
         kernels.step_floats_(
@@ -85,9 +83,5 @@ class QFTSGD(QFTOptimizer):
             [-gradient for gradient in gradients] if group["maximize"] else gradients,
             lr=float(group["lr"]),
             weight_decay=float(group["weight_decay"]),
-            seed=group["seed"],
-            stochastic=group["stochastic_rounding"],
-            steps=steps,
-            streams=streams,
-            live=self.live,
+            roundings=roundings,
         )

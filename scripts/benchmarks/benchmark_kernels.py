@@ -108,7 +108,7 @@ def operators(
     )
     step = {"rule": RULE, "rounding": ROUNDING}
     rate = {"lr": RULE.lr, "weight_decay": RULE.weight_decay}
-    counted = {"seed": 1, "steps": [1] * N_FLOATS, "streams": list(range(N_FLOATS))}
+    of_each = {"roundings": kernels.Roundings(1, [1] * N_FLOATS, list(range(N_FLOATS)))}
     n, n_norms, n_rows = rows * columns, N_FLOATS * columns, n_tokens * columns
     found = {
         "lion_step_": (n, 5, [weight, momentum, gradient], step),
@@ -118,9 +118,9 @@ def operators(
             n, 7, [weight, moments, gradient], {"rule": ADAMW, "rounding": ROUNDING}
         ),
         "step_weight_": (n, 6, [weight, direction], rate | {"rounding": ROUNDING}),
-        "step_floats_": (n_norms, 6, [norms, norm_gradients], rate | counted),
+        "step_floats_": (n_norms, 6, [norms, norm_gradients], rate | of_each),
         "lion_step_floats_": (
-            n_norms, 14, [norms, norm_momenta, norm_gradients], counted | {"rule": RULE}
+            n_norms, 14, [norms, norm_momenta, norm_gradients], of_each | {"rule": RULE}
         ),
         "dequantize rows": (n_rows, 3, [weight], bf16 | {"rows": ids}),
         "embedding_gradient_": (n_rows, 3, [total, ids, floats[ids]], {}),

@@ -42,8 +42,8 @@ def lion_step(momentum_bits: int, device: str | torch.device) -> Step:
         SHAPE, group_size=None, momentum_bits=momentum_bits, outlier_fraction=0.02
     ).to(device)
 
-    def run(package: Any, live: Tensor | None = None, **numbers: Any) -> None:
-        package.lion_step_(*state.arguments(), **arguments(**numbers), live=live)
+    def run(package: Any, **numbers: Any) -> None:
+        package.lion_step_(*state.arguments(), **arguments(**numbers))
 
     return list(state.tensors().values()), run
 
@@ -54,13 +54,12 @@ def quantize_and_lion_step(momentum_bits: int, device: str | torch.device) -> St
     ).to(device)
     gradient = (random(SHAPE, None) * 1e-3).to(device, torch.bfloat16)
 
-    def run(package: Any, live: Tensor | None = None, **numbers: Any) -> None:
+    def run(package: Any, **numbers: Any) -> None:
         package.quantize_and_lion_step_(
             state.weight,
             state.momentum,
             gradient,
             group_size=256,
-            live=live,
             **arguments(**numbers),
         )
 
@@ -71,8 +70,8 @@ def step_weight(device: str | torch.device) -> Step:
     state = make_state(SHAPE, group_size=32, outlier_fraction=0.02).to(device)
     direction = random(SHAPE, None).to(device)
 
-    def run(package: Any, live: Tensor | None = None, **numbers: Any) -> None:
-        package.step_weight_(state.weight, direction, **step_arguments(**numbers), live=live)
+    def run(package: Any, **numbers: Any) -> None:
+        package.step_weight_(state.weight, direction, **step_arguments(**numbers))
 
     return list(state.tensors().values()), run
 
@@ -84,10 +83,9 @@ def adamw_step(device: str | torch.device) -> Step:
     moments = type(moments)(*tensors, moments.group_size)
     gradient = coded((random(SHAPE, None) * 1e-3).to(device))
 
-    def run(package: Any, live: Tensor | None = None, **numbers: Any) -> None:
-        rule = AdamW(numbers["lr"], 0.9, 0.99, 1e-8, numbers["weight_decay"])
-        rounding = ROUNDING._replace(step=numbers["step"])
-        package.adamw_step_(weight, moments, gradient, rule=rule, rounding=rounding, live=live)
+    def run(package: Any, *, lr: float, weight_decay: float, **counted: Any) -> None:
+        rule, rounding = AdamW(lr, 0.9, 0.99, 1e-8, weight_decay), ROUNDING._replace(**counted)
+        package.adamw_step_(weight, moments, gradient, rule=rule, rounding=rounding)
 
     return [*weight.tensors, *tensors], run
 
@@ -104,13 +102,13 @@ def float_steps(*, has_momentum: bool, device: str | torch.device) -> Step:
     gradients = [parameter.flip(0) if parameter.ndim else -parameter for parameter in parameters]
     momenta = [0.1 * parameter.float() for parameter in parameters]
 
-    def run(package: Any, live: Tensor | None = None, **numbers: Any) -> None:
+    def run(package: Any, **numbers: Any) -> None:
         if has_momentum:
-            given = float_arguments(3, **numbers)
-            package.lion_step_floats_(parameters, momenta, gradients, **given, live=live)
+            package.lion_step_floats_(
+                parameters, momenta, gradients, **float_arguments(3, **numbers)
+            )
         else:
-            given = step_float_arguments(3, **numbers)
-            package.step_floats_(parameters, gradients, **given, live=live)
+            package.step_floats_(parameters, gradients, **step_float_arguments(3, **numbers))
 
     return [*parameters, *momenta], run
 
@@ -134,9 +132,10 @@ def in_memory(name: str, numbers: dict[str, Any], device: str | torch.device) ->
     if name == "adamw":
         rule = AdamW(RULE.lr, 0.9, 0.99, 1e-8, 0.1)
         values += rule.corrections(numbers["step"])
-    if "floats" not in name:
-        return torch.tensor(values, dtype=torch.float64, device=device)
     rows = torch.full((STREAMS[-1] + 1, N_LIVE), torch.nan, dtype=torch.float64)
+    if "floats" not in name:
+        rows[0, : len(values)] = torch.tensor(values, dtype=torch.float64)
+        return rows[0].to(device)
     for i, stream in enumerate(STREAMS):  # the steps of `float_arguments`
         rows[stream, :3] = torch.tensor([*values[:2], values[2] + 2 * i], dtype=torch.float64)
     return rows.to(device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qft_hf import kernels
-from qft_hf.kernels import Lion, Quantized, Rounding, Weight
+from qft_hf.kernels import Lion, Quantized, Rounding, Roundings, Weight
 from qft_hf.kernels.nibbles import round_to_nibbles
 from tests.kernels.backends import Backend
 from tests.tolerances import assert_same_tensors
@@ -265,13 +265,17 @@ def float_arguments(n: int = 1, **changes: Any) -> dict[str, Any]:
     The first parameter has those of `ROUNDING`.
     """
     rule, rounding = arguments(**changes).values()
-    return {
-        "rule": rule,
-        "seed": rounding.seed,
-        "stochastic": rounding.stochastic,
-        "steps": [rounding.step + 2 * i for i in range(n)],
-        "streams": [rounding.stream + 5 * i for i in range(n)],
-    }
+    steps = [rounding.step + 2 * i for i in range(n)]
+    streams = [rounding.stream + 5 * i for i in range(n)]
+    roundings = Roundings(rounding.seed, steps, streams, rounding.stochastic, rounding.live)
+    return {"rule": rule, "roundings": roundings}
+
+
+def of_one(given: dict[str, Any], i: int) -> dict[str, Any]:
+    """Return those of `float_arguments` for parameter `i` alone."""
+    every = given["roundings"]
+    steps, streams = every.steps[i : i + 1], every.streams[i : i + 1]
+    return {**given, "roundings": every._replace(steps=steps, streams=streams)}
 
 
 def step_float_arguments(n: int = 1, **changes: Any) -> dict[str, Any]:

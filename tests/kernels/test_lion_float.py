@@ -6,7 +6,7 @@ import torch
 
 from qft_hf import kernels
 from tests.kernels.backends import cpu, reference
-from tests.kernels.states import arguments, float_arguments, guarded, guards_are_intact
+from tests.kernels.states import arguments, float_arguments, guarded, guards_are_intact, of_one
 from tests.tolerances import (
     FP32_EPS,
     assert_same_bits,
@@ -167,9 +167,7 @@ def test_many_are_stepped_as_each_alone_by_the_reference(changes):
     given = float_arguments(len(parameters), lr=0.01, **changes)
     expected = many()
     for i, tensors in enumerate(zip(*expected, strict=True)):
-        one = {**given, "steps": given["steps"][i : i + 1]}
-        one["streams"] = given["streams"][i : i + 1]
-        reference.lion_step_floats_(*([tensor] for tensor in tensors), **one)
+        reference.lion_step_floats_(*([tensor] for tensor in tensors), **of_one(given, i))
     kept = [gradient.clone() for gradient in gradients]
     pairs = [[guarded(tensor) for tensor in tensors] for tensors in (parameters, momenta)]
     inside = [[inner for inner, _ in tensors] for tensors in pairs]
@@ -213,7 +211,8 @@ def test_step_and_stream_choose_the_random_numbers_of_each_parameter():
         parameters = [torch.ones(500, dtype=torch.bfloat16) for _ in range(2)]
         momenta = [torch.zeros(500) for _ in range(2)]
         gradients = [torch.ones(500) for _ in range(2)]
-        given = {**float_arguments(lr=1e-3), "steps": steps, "streams": streams}
+        given = float_arguments(lr=1e-3)
+        given["roundings"] = given["roundings"]._replace(steps=steps, streams=streams)
         kernels.lion_step_floats_(parameters, momenta, gradients, **given)
         results.append(torch.equal(*parameters))
 

@@ -20,7 +20,7 @@ def test_they_take_the_place_of_those_that_are_given(name, backend):
         before = [tensor.clone() for tensor in actual]
         given(reference, **numbers)
 
-        read(backend, live, **OTHERS)
+        read(backend, live=live, **OTHERS)
 
         for one, other in zip(actual, expected, strict=True):
             assert_same_bits(one, other)
@@ -40,7 +40,7 @@ def test_those_of_another_form_are_refused(name, damage):
     tensors, run = STEPS[name]("cpu")
     before = [tensor.clone() for tensor in tensors]
     with pytest.raises(ValueError, match=r"live must be float64 numbers of shape .* on cpu, begin"):
-        run(kernels, DAMAGED[damage](in_memory(name, NUMBERS[0], "cpu")), **OTHERS)
+        run(kernels, live=DAMAGED[damage](in_memory(name, NUMBERS[0], "cpu")), **OTHERS)
     for one, other in zip(tensors, before, strict=True):
         assert_same_bits(one, other)
 
@@ -49,4 +49,4 @@ def test_those_of_another_form_are_refused(name, damage):
 def test_a_parameter_without_a_row_of_numbers_is_refused(name):
     _, run = STEPS[name]("cpu")
     with pytest.raises(ValueError, match=r"live must be float64 numbers of shape \(14, 8\)"):
-        run(kernels, in_memory(name, NUMBERS[0], "cpu")[:-1], **OTHERS)
+        run(kernels, live=in_memory(name, NUMBERS[0], "cpu")[:-1], **OTHERS)

@@ -44,6 +44,7 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     bias, columns, values = torch.ones(5), torch.tensor([3]), torch.ones(5, 1)
     shared = Weight(codes, scales, x[:, 4:6].contiguous(), torch.tensor([[4, 5]] * 5).short(), None)
     fused = {"group_size": 256, **arguments()}
+    memory = torch.tensor([[0.01, 0.1, 5.0, 1.0, 1.0, 0.0, 0.0, 0.0]] * 9, dtype=torch.float64)
     return {
         "accumulate_": ((coded(x, 256), coded(x.flip(1), 256)), {}),
         "adamw_step_": (
@@ -95,7 +96,13 @@ def cases() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         ),
         "squared_norms": ((coded(x, 256),), {}),
         "step_floats_": ((floats[0], floats[2]), step_float_arguments(2)),
+        "step_floats_ with numbers in memory": (
+            (floats[0], floats[2]), step_float_arguments(2, live=memory)
+        ),
         "step_weight_": ((state.weight, x), step_arguments()),
+        "step_weight_ with numbers in memory": (
+            (state.weight, x), step_arguments(live=memory[3])
+        ),
     }  # fmt: skip
 
 

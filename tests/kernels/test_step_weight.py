@@ -17,6 +17,7 @@ from tests.kernels.states import (
     guarded,
     guards_are_intact,
     make_state,
+    of_one,
     random,
     spread,
     step_arguments,
@@ -299,8 +300,7 @@ def test_many_are_stepped_as_each_alone_by_the_reference(changes):
     given = step_float_arguments(len(cases), lr=0.01, **changes)
     expected = [parameter.clone() for parameter in parameters]
     for i, (parameter, direction) in enumerate(zip(expected, directions, strict=True)):
-        one = {**given, "steps": given["steps"][i : i + 1], "streams": given["streams"][i : i + 1]}
-        reference.step_floats_([parameter], [direction], **one)
+        reference.step_floats_([parameter], [direction], **of_one(given, i))
     pairs = [guarded(parameter) for parameter in parameters]
     kept = [direction.clone() for direction in directions]
 

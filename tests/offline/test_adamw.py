@@ -12,6 +12,7 @@ import torch
 
 from qft_hf.kernels import AdamW, Moments, Quantized, Rounding, Weight
 from qft_hf.kernels.triton.adamw import adamw_step_
+from qft_hf.kernels.values import N_LIVE
 from tests.offline.compiling import compile_launch, launches
 
 
@@ -27,13 +28,12 @@ def test_the_step_of_the_moments(columns, is_live, capability):
     weight = Weight.dense(Quantized(codes, matrix(1, torch.float32), None))
     moments = Moments(codes, scales, matrix(columns, torch.uint8), scales, 256)
     rule = AdamW(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
-    rounding = Rounding(seed=2**40 + 1, step=7, stream=3)
+    live = torch.empty(N_LIVE, dtype=torch.float64, device="meta") if is_live else None
+    rounding = Rounding(seed=2**40 + 1, step=7, stream=3, live=live)
 
-    live = torch.empty(5, dtype=torch.float64, device="meta") if is_live else None
     of_moments, of_weight = launches(
-        adamw_step_, weight, moments, Quantized(codes, scales, 256), rule=rule, rounding=rounding,
-        live=live,
-    )  # fmt: skip
+        adamw_step_, weight, moments, Quantized(codes, scales, 256), rule=rule, rounding=rounding
+    )
     for launch in (of_moments, of_weight):
         assert launch.types["live_ptr"] == ("*fp64" if is_live else "constexpr")
     compiled = compile_launch(of_moments, capability)

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed: Linux only")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("nothing is compiled under TRITON_INTERPRET=1", allow_module_level=True)
 
-from qft_hf.kernels import Input, Lion, Quantized, Rounding, Weight
+from qft_hf.kernels import Input, Lion, Quantized, Rounding, Roundings, Weight
 from qft_hf.kernels.values import N_LIVE
 from qft_hf.layout import momentum_shapes
 from tests.offline.compiling import Compiled, Launch, compile_launch, launches
@@ -129,7 +129,8 @@ def lion_launch(
 ) -> Launch:
     """Return the launch of `lion_step_`, `quantize_and_lion_step_` or (0 bits) `step_weight_`."""
     stepped = make_weight(columns, group_size, n_outliers)
-    arguments = {"rounding": rounding, "live": tensor(3, dtype=torch.float64) if live else None}
+    memory = tensor(N_LIVE, dtype=torch.float64) if live else None
+    arguments: dict[str, Any] = {"rounding": rounding._replace(live=memory)}
     if momentum_bits == 0:
         direction = tensor(ROWS, columns)
         arguments |= {"lr": RULE.lr, "weight_decay": RULE.weight_decay}
@@ -269,13 +270,7 @@ def test_quantize_and_lion_step(columns, group_size, n_outliers, live, capabilit
 def test_float_steps(dtype, has_momentum, is_live, capability):
     live = torch.ones(3, N_LIVE, dtype=torch.float64) if is_live else None
     parameters, gradients = [torch.ones(3, 700, dtype=dtype)], [torch.ones(3, 700, dtype=dtype)]
-    options = {
-        "seed": ROUNDING.seed,
-        "stochastic": True,
-        "steps": [1],
-        "streams": [2],
-        "live": live,
-    }
+    options = {"roundings": Roundings(ROUNDING.seed, steps=[1], streams=[2], live=live)}
     if has_momentum:
         momenta = [torch.ones(3, 700)]
         found = launches(
@@ -597,7 +592,7 @@ def test_no_launch_over_a_large_vocabulary_has_more_programs_than_a_gpu_takes():
         (codes, tensor(columns, 4096, dtype=torch.int8)),  # grad_w
     ):
         found += launches(int8_product.int8_matmul, a, b, None, None, **options)
-    arguments = {"lr": 0.1, "weight_decay": 0.1, "rounding": ROUNDING, "live": None}
+    arguments = {"lr": 0.1, "weight_decay": 0.1, "rounding": ROUNDING}
     found += launches(weight.step_weight_, table, tensor(VOCABULARY, columns), **arguments)
 
     for launch in found:

@@ -99,7 +99,7 @@ def lion_case(gradient=torch.int8, factor=False, seed=1, step=1, first_row=0, li
         codes, scales, torch.ones(ROWS, N_OUTLIERS)[rows],
         torch.ones(ROWS, N_OUTLIERS, dtype=torch.int16)[rows], momentum, momentum_scales,
         other.to(gradient), gradient_scales, torch.ones(ROWS, 1, dtype=torch.float64)[rows],
-        torch.ones(1) if factor else None, torch.ones(3, dtype=torch.float64) if live else None,
+        torch.ones(1) if factor else None, torch.ones(8, dtype=torch.float64) if live else None,
         1e-3, 1e-4, 0.9, 1 - 0.9, 0.99, 1 - 0.99, -1.0, seed, step, 3, first_row,
     )  # fmt: skip
     return lion._lion_kernel, (len(codes),), constants, arguments

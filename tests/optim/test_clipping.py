@@ -10,6 +10,7 @@ from qft_hf.kernels import (
     Lion,
     Quantized,
     Rounding,
+    Roundings,
     Weight,
     backend,
     lion_step_,
@@ -133,9 +134,7 @@ def test_a_clipped_step_is_the_reference_step_on_clipped_gradients():
                         [state["momentum"]],
                         [parameter.grad * factor],
                         rule=rule,
-                        seed=11,
-                        steps=[3],
-                        streams=[stream],
+                        roundings=Roundings(seed=11, steps=[3], streams=[stream]),
                     )
 
     # The factor has an FP32 rounding error, which shifts momentum by as much, and no sign here.

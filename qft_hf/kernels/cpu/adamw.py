@@ -2,7 +2,6 @@
 
 import numpy as np
 from numba import njit
-from torch import Tensor
 
 from .. import adamw as operators
 from ..adamw import GRADIENT_SCALE_MAX, RATIO_TINY, ROOT_QMAX, ROOT_TINY, UNIT
@@ -123,9 +122,8 @@ def adamw_step_(
     *,
     rule: AdamW,
     rounding: Rounding,
-    live: Tensor | None,
 ) -> None:
-    rule, rounding = read_live(live, rule, rounding)
+    rule, rounding = read_live(rule, rounding)
     rows, columns = weight.codes.shape
     of_momentum, of_root = rule.corrections(rounding.step)
     tensors = (*weight.tensors, *moments.tensors, *gradient.tensors)

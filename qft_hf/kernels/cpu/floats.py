@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import floats as operators
 from ..philox import WEIGHT
-from ..values import Lion, Rounding, read_live
+from ..values import Lion, Roundings, read_live
 from .philox import philox
 
 _f32, _i32 = np.float32, np.int32
@@ -60,24 +60,18 @@ def lion_step_floats_(
     gradients: Sequence[Tensor],
     *,
     rule: Lion,
-    seed: int,
-    stochastic: bool,
-    steps: Sequence[int],
-    streams: Sequence[int],
-    live: Tensor | None,
+    roundings: Roundings,
 ) -> None:
-    for parameter, momentum, gradient, step, stream in zip(
-        parameters, momenta, gradients, steps, streams, strict=True
+    for parameter, momentum, gradient, given in zip(
+        parameters, momenta, gradients, roundings.of_each(), strict=True
     ):
-        own, rounding = read_live(
-            None if live is None else live[stream], rule, Rounding(seed, step, stream)
-        )
+        own, rounding = read_live(rule, given)
         # Contiguous FP32 tensors are written in place; otherwise these are copies.
         values, moments = parameter.detach().float().flatten(), momentum.flatten()
         arrays = [tensor.numpy() for tensor in (values, moments, gradient.float().flatten())]
         _lion_elements(*arrays, *map(_f32, own.numbers))
-        if stochastic and parameter.dtype == torch.bfloat16:
-            words = map(np.uint64, (seed, rounding.step, stream))
+        if rounding.stochastic and parameter.dtype == torch.bfloat16:
+            words = map(np.uint64, (rounding.seed, rounding.step, rounding.stream))
             _round_to_bfloat16(arrays[0].view(np.int32), *words)
         for tensor, result in ((parameter, values), (momentum, moments)):
             if result.data_ptr() != tensor.data_ptr():

@@ -2,7 +2,6 @@
 
 import numpy as np
 from numba import njit
-from torch import Tensor
 
 from .. import lion as operators
 from ..groups import MAGIC, QMAX, TINY
@@ -101,9 +100,8 @@ def lion_step_(
     *,
     rule: Lion,
     rounding: Rounding,
-    live: Tensor | None,
 ) -> None:
-    rule, rounding = read_live(live, rule, rounding)
+    rule, rounding = read_live(rule, rounding)
     rows, columns = weight.codes.shape
     tensors = (*weight.tensors, *momentum.tensors, *gradient.tensors)
     numbers = (

@@ -126,9 +126,8 @@ def step_weight_(
     lr: float,
     weight_decay: float,
     rounding: Rounding,
-    live: Tensor | None,
 ) -> None:
-    rule, rounding = read_live(live, Lion.without_momentum(lr, weight_decay), rounding)
+    rule, rounding = read_live(Lion.without_momentum(lr, weight_decay), rounding)
     rows, columns = weight.codes.shape
     numbers = (
         weight.group_size or columns,

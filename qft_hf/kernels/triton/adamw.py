@@ -6,7 +6,6 @@ the weight along it. So groups of weight and moments need not share tiles. Both 
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...layout import row_tiles
 from .. import adamw as operators
@@ -47,8 +46,8 @@ def _moments_kernel(
     gradient_codes_ptr,  # [rows, COLUMNS] int8
     gradient_scales_ptr,  # [rows, N_GROUPS] fp32
     direction_ptr,  # [rows, COLUMNS] fp32, written
-    live_ptr,  # [5] fp64: the last three, the number of the step and two corrections, replace
-    # those below; or None
+    live_ptr,  # [N_LIVE] fp64: after two others the number of the step and two corrections, which
+    # replace those below; or None
     beta1,
     one_minus_beta1,
     beta2,
@@ -141,12 +140,10 @@ def adamw_step_(
     *,
     rule: AdamW,
     rounding: Rounding,
-    live: Tensor | None,
 ) -> None:
     n_rows, columns = weight.codes.shape
     if tiling(columns, moments.group_size).UNIT_TILES > 1:  # no optimizer has such long groups
-        given = {"rule": rule, "rounding": rounding, "live": live}
-        operators.adamw_step_.reference(weight, moments, gradient, **given)
+        operators.adamw_step_.reference(weight, moments, gradient, rule=rule, rounding=rounding)
         return
     constants = row_constants(columns, moments.group_size, STOCHASTIC=rounding.stochastic)
     of_momentum, of_root = rule.corrections(rounding.step)
@@ -156,7 +153,7 @@ def adamw_step_(
         part = rounding.of_rows(rows)
         direction = weight.scales.new_empty(rows.stop - rows.start, columns)
         _launch_moments(
-            (len(direction),), constants, *(tensor[rows] for tensor in state), direction, live,
+            (len(direction),), constants, *(tensor[rows] for tensor in state), direction, part.live,
             rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2, of_momentum, of_root,
             rule.eps * operators.UNIT, -1.0 if rule.maximize else 1.0,
             part.seed, part.step, part.stream, part.first_row,
@@ -164,5 +161,4 @@ def adamw_step_(
         step_weight_(
             weight if is_whole else weight.rows(rows), direction,
             lr=rule.lr, weight_decay=rule.weight_decay, rounding=part,
-            live=None if live is None else live[:3],
         )  # fmt: skip

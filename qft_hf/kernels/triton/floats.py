@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from .. import floats as operators
 from ..values import N_LIVE as _N_LIVE
-from ..values import Lion
+from ..values import Lion, Roundings
 from .launch import Constants, Launcher
 from .numerics import INFINITY, magnitude_bits, random_words, sign
 
@@ -152,11 +151,7 @@ def launch(
     gradients: Sequence[Tensor],
     *,
     rule: Lion,
-    seed: int,
-    stochastic: bool,
-    steps: Sequence[int],
-    streams: Sequence[int],
-    live: Tensor | None,
+    roundings: Roundings,
 ) -> None:
     """Run the kernel once for each pair of dtypes; without momenta, step along the gradients."""
     # The kernel works on flat memory; non-contiguous parameters are rare and are copied.
@@ -166,24 +161,26 @@ def launch(
         flat[: len(parameters)],
         flat[-len(parameters) :],
         [gradient.contiguous() for gradient in gradients],
-        steps,
-        streams,
+        roundings.steps,
+        roundings.streams,
         strict=True,
     )
     launches: dict[tuple[torch.dtype, torch.dtype], Members] = {}
     for member in members:
         launches.setdefault((member[0].dtype, member[2].dtype), []).append(member)
     for (dtype, gradient_dtype), tensors in launches.items():
-        table, owners = _table(tensors, by_launches=live is not None)
+        table, owners = _table(tensors, by_launches=roundings.live is not None)
         if not len(owners):
             continue  # all tensors are empty
         constants = _constants(
-            dtype, gradient_dtype, has_momentum=momenta is not None, stochastic=stochastic
+            dtype,
+            gradient_dtype,
+            has_momentum=momenta is not None,
+            stochastic=roundings.stochastic,
         )
         _launch_lion_floats(
-            (len(owners),), constants, table, owners, live,
-            *rule.numbers, seed,
-        )  # fmt: skip
+            (len(owners),), constants, table, owners, roundings.live, *rule.numbers, roundings.seed
+        )
     for tensor, result in zip(written, flat, strict=True):
         if result is not tensor:
             tensor.copy_(result)
@@ -196,9 +193,11 @@ def lion_step_floats_(
     parameters: Sequence[Tensor],
     momenta: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    **arguments: Any,
+    *,
+    rule: Lion,
+    roundings: Roundings,
 ) -> None:
-    launch(parameters, momenta, gradients, **arguments)
+    launch(parameters, momenta, gradients, rule=rule, roundings=roundings)
 
 
 @operators.step_floats_.register("triton")
@@ -208,10 +207,10 @@ def step_floats_(
     *,
     lr: float,
     weight_decay: float,
-    **arguments: Any,
+    roundings: Roundings,
 ) -> None:
     rule = Lion.without_momentum(lr, weight_decay)
-    launch(parameters, None, directions, rule=rule, **arguments)
+    launch(parameters, None, directions, rule=rule, roundings=roundings)
 
 
 def _table(tensors: Members, *, by_launches: bool) -> tuple[Tensor, Tensor]:

@@ -289,7 +289,7 @@ def _lion_kernel(
     gradient_scales_ptr,  # [rows, N_STATE_GROUPS] fp32; written if the gradient is float
     squares_ptr,  # [rows] fp64: sums of squares of the quantized gradient, written if it is float
     factor_ptr,  # one fp32 that multiplies the gradient; or None
-    live_ptr,  # [3] fp64: lr, weight_decay and step, which replace those below; or None
+    live_ptr,  # [N_LIVE] fp64: lr, weight_decay and step, which replace those below; or None
     lr,
     shrink,  # lr * weight_decay
     beta1,
@@ -507,7 +507,6 @@ def launch(
     group_size: int | None,
     rule: Lion,
     rounding: Rounding,
-    live: Tensor | None,
 ) -> None:
     """Run the kernel; `group_size` is that of the gradient."""
     bits = 0 if momentum is None else momentum.bits
@@ -525,7 +524,7 @@ def launch(
     # Without momentum the kernel never accesses its tensors; the weight's scales are placeholders.
     state = (weight.scales, weight.scales) if momentum is None else momentum.tensors
     plan(
-        *state, *gradient, squares, factor, live,
+        *state, *gradient, squares, factor, rounding.live,
         *rule.numbers,
         rounding.seed, rounding.step, rounding.stream, rounding.first_row,
     )  # fmt: skip
@@ -539,12 +538,11 @@ def lion_step_(
     *,
     rule: Lion,
     rounding: Rounding,
-    live: Tensor | None,
 ) -> None:
     # Squares of an INT8 gradient are not written; its scales are a placeholder for them.
     launch(
         weight, momentum, gradient.tensors, gradient.scales, None,
-        group_size=gradient.group_size, rule=rule, rounding=rounding, live=live,
+        group_size=gradient.group_size, rule=rule, rounding=rounding,
     )  # fmt: skip
 
 
@@ -558,7 +556,6 @@ def quantize_and_lion_step_(
     group_size: int,
     rule: Lion,
     rounding: Rounding,
-    live: Tensor | None,
 ) -> Tensor:
     # Given a float gradient, the kernel of the step quantizes it first. Only the scales of the
     # quantized gradient are stored.
@@ -568,6 +565,6 @@ def quantize_and_lion_step_(
     squares = gradient.new_empty(rows, dtype=torch.float64)
     launch(
         weight, momentum, (gradient, scales), squares, factor,
-        group_size=group_size, rule=rule, rounding=rounding, live=live,
+        group_size=group_size, rule=rule, rounding=rounding,
     )  # fmt: skip
     return squares

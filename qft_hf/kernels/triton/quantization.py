@@ -228,7 +228,7 @@ def dequantize(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch
         return x
     # An embedding looks up a different number of single rows each time: no plan is kept for them.
     is_kept = rows is None or n_each > 1
-    key = dtype if rows is None else (dtype, n)
+    key = dtype if rows is None else (dtype, n, n_each)
     plan = weight.plans.get(key) if is_kept else None
     if plan is None:
         n_outliers = weight.outlier_values.shape[1]

@@ -15,11 +15,10 @@ def step_weight_(
     lr: float,
     weight_decay: float,
     rounding: Rounding,
-    live: Tensor | None,
 ) -> None:
     # Without momentum the kernel never accesses the gradient scales and squares that it is passed.
     rule = Lion.without_momentum(lr, weight_decay)
     launch(
         weight, None, (direction, weight.scales), weight.scales, None,
-        group_size=weight.group_size, rule=rule, rounding=rounding, live=live,
+        group_size=weight.group_size, rule=rule, rounding=rounding,
     )  # fmt: skip
