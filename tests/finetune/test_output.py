@@ -335,10 +335,10 @@ def fail_half_way(path, write):
 def test_a_damaged_summary_is_that_of_no_run(text, tmp_path):
     """An entry that was null, and a file that held a list, once ended in a TypeError here."""
     (tmp_path / "summary.json").write_text(text)
-    (tmp_path / "trainer_state.json").write_text("{}")
 
     with pytest.raises(FileExistsError, match=r"summary\.json, which no run .* Choose another"):
         refuse_other_run(tmp_path, checkpoint=None, overwrite=True)
+    (tmp_path / "trainer_state.json").write_text("{}")
     with pytest.raises(ValueError, match=r"summary\.json .* The card of the run stays as it is"):
         write_run_card(tmp_path)
 
