@@ -1,9 +1,11 @@
 """Tasks that predict a label of a text or text pair: a class, a number, or several classes."""
 
 import ast
+import io
 import math
+import tokenize
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, ClassVar
 
 import numpy as np
@@ -234,7 +236,10 @@ class MultiLabel(Classification):
         """Return 1 for each class that applies, and 0 for the others."""
         entries = self._listed(value)
         if entries is None:
-            raise RowError("not a list of classes", f"task 'multi_label' got the label {value!r}.")
+            raise RowError(
+                "not a list of classes",
+                f"task 'multi_label' got the label {value!r}.{_advice_on_list(value)}",
+            )
         bits = [entry for entry in entries if entry in (0, 1)]
         if self._is_multi_hot:
             entries = [index for index, entry in enumerate(entries) if entry]
@@ -260,9 +265,10 @@ class MultiLabel(Classification):
             return None
         if label.strip().startswith("["):
             try:
-                return list(ast.literal_eval(label.strip()))
+                entries = list(ast.literal_eval(label.strip()))
             except (SyntaxError, TypeError, ValueError):
                 return None
+            return None if _joins_texts(label.strip()) else entries
         return [_number(entry.strip()) for entry in label.split(self._separator) if entry.strip()]
 
     def _classes(self, labels: Sequence[Any]) -> Iterable[Any]:
@@ -272,7 +278,7 @@ class MultiLabel(Classification):
             raise ValueError(
                 f"task 'multi_label' needs lists of classes in field "
                 f"{self.arguments.label_field!r}, got {labels[0]!r}. Is label_field right? For one "
-                "class per row, set task to classification."
+                f"class per row, set task to classification.{_advice_on_list(labels[0])}"
             )
         # Multi-hot lists: read as lists of classes, they would give every row the same label.
         self._is_multi_hot = (
@@ -308,6 +314,23 @@ def _number(text: str) -> int | float | str:
         if str(value) == text.strip():
             return value
     return text
+
+
+def _joins_texts(text: str) -> bool:
+    """Return whether Python would join texts in a list, as in `['a' 'b']`, which NumPy prints."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    kinds = [token.type for token in tokens if token.type != tokenize.NL]
+    return (tokenize.STRING, tokenize.STRING) in pairwise(kinds)
+
+
+def _advice_on_list(label: Any) -> str:
+    """Return how to write a list, for a text that begins like one and is none."""
+    if not isinstance(label, str) or not label.strip().startswith("["):
+        return ""
+    return (
+        ' Separate the entries of a list by commas, as in ["a", "b"]. A NumPy array in a table has '
+        "none: call tolist() before you write the table."
+    )
 
 
 def _tokens_around_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
