@@ -21,7 +21,10 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
+    GraniteConfig,
+    MambaConfig,
     TrainerCallback,
+    ViTConfig,
     trainer,
 )
 
@@ -448,6 +451,19 @@ def test_what_a_run_would_stumble_over_is_refused_by_a_check(flags, message, cha
     """Some settings once ended in a traceback, at the first score or when all was loaded."""
     with pytest.raises(ValueError, match=message):
         check(parsed({k: v for k, v in (chat_flags | flags).items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    "config", [MambaConfig(), GraniteConfig(), ViTConfig()], ids=lambda c: c.model_type
+)
+@pytest.mark.parametrize("task", ["classification", "multi_label"])
+def test_a_model_that_has_no_classifier_is_refused_before_data_are_read(config, task, chat_flags):
+    """A list of over a hundred configurations was once printed, when all rows had been read."""
+    config.save_pretrained(chat_flags["model_name_or_path"])
+    write_jsonl(chat_flags["train_data"], [{}])
+    name = type(config).__name__
+    with pytest.raises(ValueError, match=f"classification head, and {name} belongs to none. Choo"):
+        read(parsed(chat_flags, task=task))
 
 
 def test_a_gpus_kernels_are_refused_on_a_cpu_by_a_run_and_not_by_a_check(chat_flags):

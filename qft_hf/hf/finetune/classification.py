@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 from datasets import Features, List, Value
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedConfig,
@@ -23,6 +24,23 @@ from .task import Example, NothingToLearn, Row, RowError, Task
 
 UNLABELLED = -1  # the convention of `datasets.ClassLabel`
 SEPARATORS = (",", ";", "|")  # between several classes in a text cell
+
+
+def classifier_class(config: PreTrainedConfig) -> Any:
+    """Return the auto class of transformers that adds a head for labels to a text model.
+
+    Raises:
+        ValueError: transformers has no classifier of texts for this configuration.
+    """
+    auto = AutoModelForSequenceClassification
+    is_known = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if is_known or auto.__name__ in (getattr(config, "auto_map", None) or {}):
+        return auto
+    raise ValueError(
+        f"Labeled texts need a model that transformers can give a classification head, and "
+        f"{type(config).__name__} belongs to none. Choose a model of another family, or task "
+        "'chat' or 'text'."
+    )
 
 
 class Classification(Task):
@@ -67,8 +85,8 @@ class Classification(Task):
         self._index_of = {_key(name): index for index, name in enumerate(self.names)}
 
     def model_class(self, config: PreTrainedConfig) -> Any:
-        """Return the class that adds a new head to any text model."""
-        return AutoModelForSequenceClassification
+        """Return `classifier_class(config)`."""
+        return classifier_class(config)
 
     def configure(self, config: PreTrainedConfig) -> None:
         """Set the head's size, problem type and output names in `config`."""

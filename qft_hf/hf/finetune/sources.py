@@ -241,6 +241,11 @@ def _rows_of_text(file: Any, suffix: str) -> Iterator[tuple[int, str]]:
             header = next(rows, [])
             if twice := [name for name, n in Counter(header).items() if name and n > 1]:
                 raise ValueError(f"more than one column is called {twice[0]!r}")
+            if len(header) == 1 and {";", "\t"} & set(header[0]):
+                raise ValueError(
+                    f"the header is one column, {header[0]!r}. Separate columns by commas in csv, "
+                    "and by tabs in tsv"
+                )
             for number, values in _numbered(rows):
                 cells: Any = [value or None for value in values]
                 if len(cells) == len(header):
