@@ -410,6 +410,39 @@ def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, mo
     assert found.data == summary.eval_data
 
 
+@pytest.mark.parametrize("change", ["more rows", "other rows", "a limit", "other data", "none"])
+def test_rows_that_a_run_has_learned_are_not_scored_as_held_out(change, chat_flags):
+    """`eval_fraction` once drew other rows from data that had changed, without a word."""
+    place = Path(chat_flags["train_data"])
+    flags = {name: value for name, value in chat_flags.items() if name != "eval_data"}
+    summary = finetune(parsed(flags, eval_fraction=0.5, max_steps=1))
+    assert summary.eval_data.held_out is not None
+    lines = place.read_text().splitlines(keepends=True)
+    flags = [chat_flags["output_dir"].as_posix()]
+    if change == "more rows":
+        place.write_text("".join([*lines, lines[0]]))
+    elif change == "other rows":
+        place.write_text("".join(reversed(lines)))
+    elif change == "a limit":
+        flags.append("--max_eval_rows=2")
+    elif change == "other data":
+        other = place.with_name("other.jsonl")
+        other.write_text("".join(lines[:4]))
+        flags.append(f"--train_data={other}")
+
+    if change.endswith("rows"):
+        counts = r"\(8 rows then, 9 now\)" if change == "more rows" else r"\(8 rows then, 8 now\)"
+        with pytest.raises(ValueError, match=f"held out cannot be drawn again.*{counts}.*--eval_d"):
+            evaluate_checkpoint(parse_arguments(flags_of(flags)))
+        return
+    found = evaluate_checkpoint(parse_arguments(flags_of(flags)))
+    assert found.data.rows == (4 if change == "none" else 2)
+    if change == "none":
+        assert found.data == summary.eval_data
+        place.touch()
+        assert evaluate_checkpoint(parse_arguments(flags_of(flags))).scores == found.scores
+
+
 @pytest.mark.parametrize(
     ("task", "metric", "greater"),
     [

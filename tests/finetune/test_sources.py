@@ -353,6 +353,23 @@ def test_split_is_disjoint_complete_and_the_same_for_a_seed(fraction, n_eval):
     assert any(split(seed)[1] != evaluation for seed in range(9))
 
 
+def test_a_fingerprint_is_of_contents(tmp_path):
+    rows = [{"text": "a"}, {"text": "b", "n": 1.5}]
+    known = {
+        name: sources.fingerprint(sources.load_rows(str(write(tmp_path / name, some))))
+        for name, some in {
+            "a.jsonl": rows,
+            "b.jsonl": rows,
+            "c.jsonl": rows[::-1],
+            "d.jsonl": rows[:1],
+            "e.jsonl": [rows[0], rows[1] | {"n": 1.0}],
+            "f.parquet": rows,
+        }.items()
+    }
+    assert known["a.jsonl"] == known["b.jsonl"]
+    assert len(set(known.values())) == 5
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.99, 1.0, -0.5])
 def test_split_with_an_empty_part_is_refused(fraction):
     with pytest.raises(ValueError, match=r"both need at least one\. Change eval_fraction"):

@@ -15,7 +15,7 @@ from .arguments import DataArguments
 from .chat import Chat
 from .classification import Classification, MultiLabel, Regression
 from .packing import count_tokens, pack
-from .sources import Rows, count_shared, load_rows, select_rows, split_rows
+from .sources import Rows, count_shared, fingerprint, load_rows, select_rows, split_rows
 from .task import Example, NothingToLearn, Row, RowError, Task, teaches
 from .text import Text
 
@@ -39,6 +39,7 @@ class DataCounts:
     tokens: int  # in the examples, without padding
     cut_tokens: int  # cut off the examples, beyond max_length
     dropped: dict[str, int]  # rows and packed blocks that are left out, by reason
+    held_out: str | None = None  # fingerprint of the rows of eval_fraction, before max_eval_rows
 
     def __str__(self) -> str:
         """Return the counts in one line."""
@@ -88,25 +89,30 @@ def prepare_data(
         ValueError: There are no rows, or none with a learned token; a row cannot be read (the text
             gives its file and number); or the labels do not fit the model.
     """
-    parts = _load_parts(arguments, seed)
+    parts, held_out = _load_parts(arguments, seed)
     task = _make_task(
         arguments, tokenizer, config, [rows for part in parts.values() for rows in part]
     )
     examples = {
         name: _prepare_part(part, task, arguments, name, seed) for name, part in parts.items()
     }
+    if held_out is not None:
+        drawn = examples["evaluation data"]
+        examples["evaluation data"] = replace(
+            drawn, counts=replace(drawn.counts, held_out=held_out)
+        )
     shared = count_shared(parts["training data"], parts.get("evaluation data", []))
     return TaskData(task, examples["training data"], examples.get("evaluation data"), shared)
 
 
-def _load_parts(arguments: DataArguments, seed: int) -> dict[str, list[Rows]]:
-    """Return the rows of the training data and, if asked for, the evaluation data."""
+def _load_parts(arguments: DataArguments, seed: int) -> tuple[dict[str, list[Rows]], str | None]:
+    """Return the rows of training and evaluation data, and the fingerprint of a drawn fraction."""
     train = [
         replace(rows, weight=weight)
         for source, weight in zip(arguments.train_data, arguments.weights, strict=True)
         for rows in load_rows(source, arguments.train_split, configuration=arguments.train_config)
     ]
-    parts = {"training data": train}
+    parts, drawn = {"training data": train}, None
     if arguments.eval_data is not None:
         parts["evaluation data"] = [
             rows
@@ -116,11 +122,12 @@ def _load_parts(arguments: DataArguments, seed: int) -> dict[str, list[Rows]]:
     elif arguments.eval_fraction is not None:
         parts["training data"], held_out = split_rows(train, arguments.eval_fraction, seed)
         parts["evaluation data"] = [replace(rows, weight=1.0) for rows in held_out]
+        drawn = fingerprint(held_out)
     limits = {
         "training data": arguments.max_train_rows,
         "evaluation data": arguments.max_eval_rows,
     }
-    return {name: _limited(rows, limits[name]) for name, rows in parts.items()}
+    return {name: _limited(rows, limits[name]) for name, rows in parts.items()}, drawn
 
 
 def _limited(parts: list[Rows], n_rows: int | None) -> list[Rows]:

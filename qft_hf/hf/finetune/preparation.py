@@ -133,8 +133,8 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
     _check_reporters(training)
     _check_schedule(training)
     set_seed(training.seed)
-    tokenizer = load_tokenizer(arguments.model)
     config = base_config(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     if arguments.method.side is not None:
         if base_form(arguments.method, config, arguments.model.model_name_or_path) == "nf4":
             require_bitsandbytes()

@@ -7,6 +7,7 @@ Arrow already; the empty entries that Arrow has filled in inside a field are rem
 
 import csv
 import glob
+import hashlib
 import io
 import json
 import math
@@ -150,6 +151,16 @@ def count_shared(parts: Sequence[Rows], others: Sequence[Rows]) -> dict[str, int
             if is_same and part.split == rows.split:
                 counts[rows.source] += len(np.intersect1d(part.table[_NUMBER], rows.table[_NUMBER]))
     return {source: n for source, n in counts.items() if n}
+
+
+def fingerprint(parts: Sequence[Rows]) -> str:
+    """Return a checksum of the contents of rows in their order; their places have no effect."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for record in part.table:
+            row = {name: value for name, value in record.items() if name != _NUMBER}
+            digest.update(json.dumps(row, default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def split_rows(
