@@ -63,19 +63,18 @@ def _typed() -> Iterator[str]:
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoTokenizer, set_seed
+    from transformers import set_seed
 
     from qft_hf.hf.finetune.arguments import ModelArguments
+    from qft_hf.hf.finetune.loading import read_tokenizer
     from qft_hf.hf.finetune.side_tuning import base_config, load_checkpoint
     from qft_hf.hf.language_model import language_class
-    from qft_hf.hf.missing_model import explain_loading_errors
 
     set_seed(options.seed)
     trust = {"trust_remote_code": options.trust_remote_code}
     arguments = ModelArguments(options.checkpoint, **trust)
     config = base_config(arguments)
-    with explain_loading_errors(options.checkpoint):
-        tokenizer = AutoTokenizer.from_pretrained(options.checkpoint, **trust)
+    tokenizer = read_tokenizer(options.checkpoint, **trust)
     for name in config.architectures or []:
         if name.endswith("ForSequenceClassification"):
             raise ValueError(

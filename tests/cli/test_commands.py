@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import qft_hf
 import qft_hf_cli
+from qft_hf import QFTConfig, quantize_model_
 from qft_hf.hf.finetune.parsing import GROUPS
 from qft_hf_cli import COMMANDS, main, run
 from qft_hf_cli.evaluate import flags_of
@@ -248,6 +249,43 @@ def test_damaged_weights_are_named_before_a_chat(tmp_path, capsys):
     assert f"{tmp_path} cannot be loaded: " in error
     assert "copy it again" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", ["chat", "evaluate", "export"])
+@pytest.mark.parametrize(
+    ("name", "length", "said"),
+    [
+        (
+            "tokenizer.json",
+            None,
+            "its tokenizer cannot be read (KeyError: 'added_tokens'). It is d",
+        ),
+        ("tokenizer.json", 500, "its tokenizer cannot be read (JSONDecodeError: "),
+        ("tokenizer_config.json", 2, "its tokenizer cannot be read (JSONDecodeError: "),
+        ("config.json", 20, "config.json' is not a valid JSON file."),
+    ],
+)
+def test_a_damaged_tokenizer_is_named(command, name, length, said, tmp_path, capsys):
+    """It once ended in a traceback, and a damaged config.json in advice about tokenizers."""
+    source = tmp_path / "int8"
+    quantize_model_(tiny_llama(vocab_size=320), QFTConfig()).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    text = (source / name).read_text()
+    (source / name).write_text("{}" if length is None else text[:length])
+    words = {
+        "chat": ["--prompt=a"],
+        "evaluate": ["--eval_data=absent.jsonl", "--use_cpu"],
+        "export": [str(tmp_path / "plain")],
+    }
+    with pytest.raises(SystemExit):
+        main([command, str(source), *words[command]])
+    error = capsys.readouterr().err
+    assert f"{source} cannot be loaded: " in error
+    assert said in error
+    assert ("tokenizer_name_or_path" in error) == (command == "evaluate" and "config" not in said)
+    assert "Traceback" not in error
+    assert "disk" not in error
+    assert not (tmp_path / "plain").exists()
 
 
 def test_what_is_no_text_is_said_to_be_none(tmp_path, monkeypatch, capsys):

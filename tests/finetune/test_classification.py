@@ -1,5 +1,7 @@
 """Labels have the meaning that the model's head gives them."""
 
+import ast
+
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, List, Value
@@ -122,6 +124,21 @@ def test_several_classes(labels, head, rows):
     for label in (None, 0.5, "['a'"):
         with pytest.raises(RowError, match=r"not a list of classes: .* got the label"):
             task.label(label)
+
+
+@pytest.mark.parametrize("cell", ["['x' 'y']", "['x'\n 'y', 'z']", "[0 1]"])
+def test_an_array_as_numpy_prints_it_is_no_list(cell):
+    """Python joins texts without a comma between them, so `['x' 'y']` was once the class `xy`."""
+    with pytest.raises(RowError, match=r"not a list of classes: .* entries of a list by com"):
+        task_of(["x, y", cell], kind=MultiLabel).label(cell)
+    with pytest.raises(ValueError, match=r"needs lists of classes .* call tolist\(\) before"):
+        task_of([cell, cell], kind=MultiLabel)
+
+
+@pytest.mark.parametrize("cell", ["['x']", '["it\'s", "a \' b"]', "['x',\n 'y']", "[]"])
+def test_a_list_with_commas_is_one_whatever_is_in_its_texts(cell):
+    task = task_of(['["x", "y"]', cell], kind=MultiLabel)
+    assert sum(task.label(cell)) == len(ast.literal_eval(cell))
 
 
 @pytest.mark.parametrize("labels", [[1, 2], [None, True], [0.5]])

@@ -167,6 +167,11 @@ def test_messages_may_be_a_text_as_in_csv(name):
     )
 
 
+def test_a_context_may_be_the_prompt_itself():
+    row = {"context": "a", "response": "b"}
+    assert read(row, prompt_field="context", answer_field="response").turns == chat("a", "b")
+
+
 def test_a_prompt_of_turns_is_given_not_learned():
     turns = chat("a", "b", "c", "d")
     assert read({"prompt": turns[:3], "completion": turns[3:]}).learned == [False] * 3 + [True]
@@ -207,8 +212,11 @@ def test_a_prompt_of_turns_is_given_not_learned():
             {"prompt": "a", "response": "b", "question": "c", "answer": "d"},
             "more than one question",
         ),
-        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "a history"),
-        ({"question": "a", "answer": "b", "context": "c"}, "a context"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "field 'history'"),
+        ({"question": "a", "answer": "b", "context": "c"}, "field 'context': its place in 'quest"),
+        ({"prompt": ASKED[:1], "completion": "b", "context": "c"}, "field 'context'"),
+        ({"prompt": ASKED[:1], "response": "b", "history": [["c", "d"]]}, "field 'history'"),
+        ({"instruction": ASKED[:1], "output": "b", "input": "c"}, "field 'input'"),
         ({"instruction": "a", "output": "b", "input": ["c"]}, "not a text: 'input' must be a text"),
         ({"question": "a", "answer": "b", "system": 5}, "not a text: 'system' must .* text, got 5"),
         (

@@ -1,6 +1,7 @@
 """From rows to batches: labels, masks, counts, and refused rows."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from tokenizers import processors
@@ -108,6 +109,58 @@ def test_limits_take_the_first_rows(chats_file):
     assert data.evaluation.counts.rows == 3
 
 
+@pytest.mark.parametrize(
+    ("sizes", "limit", "taken"),
+    [
+        ([6, 3, 3], 4, [2, 1, 1]),
+        ([2, 40, 3], 9, [0, 8, 1]),
+        ([3, 3, 3, 3], 2, [1, 0, 1, 0]),
+        ([5, 2], 6, [4, 2]),
+        ([5, 2], 7, [5, 2]),
+        ([5], 3, [3]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_a_limit_keeps_the_mixture(part, sizes, limit, taken, tmp_path, chats_file, caplog):
+    """It took the first rows of all files together, so later files were left out silently."""
+    paths = [
+        write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n}{row}"} for row in range(size)])
+        for n, size in enumerate(sizes)
+    ]
+    rows = {"train_data": paths, f"{part}_data": paths, f"max_{part}_rows": limit}
+    tokenizer = tiny_tokenizer()
+    data = prepare_data(DataArguments(**rows, task="text"), tokenizer)
+
+    examples = (data.train if part == "train" else data.evaluation).dataset
+    texts = [tokenizer.decode(ids)[:2] for ids in examples["input_ids"]]
+    assert texts == [f"{n}{row}" for n, size in enumerate(taken) for row in range(size)]
+    assert ("leaves none of" in caplog.text) == (0 in taken)
+    if 0 in taken:
+        more = " and 1 more" if taken.count(0) == 2 else ""
+        assert f"leaves none of {paths[taken.index(0)]}{more}: rows" in caplog.text
+
+
+def test_weights_apply_to_the_rows_of_a_limit(tmp_path):
+    paths = [
+        write_jsonl(tmp_path / f"{n}.jsonl", [{"text": f"{n}"}] * size)
+        for n, size in enumerate([8, 4])
+    ]
+    arguments = DataArguments(
+        train_data=paths, train_weights=[0.5, 3], max_train_rows=6, task="text"
+    )
+    tokenizer = tiny_tokenizer()
+    data = prepare_data(arguments, tokenizer)
+    texts = [tokenizer.decode(ids)[:1] for ids in data.train.dataset["input_ids"]]
+    assert texts == ["0"] * 2 + ["1"] * 6
+    assert data.train.counts.rows == 6
+
+    with pytest.raises(
+        ValueError, match=r"leaves none of 1 example\. .* max_train_rows if it is set"
+    ):
+        prepare_data(replace(arguments, max_train_rows=1), tokenizer)
+
+
 def test_held_out_fraction_is_not_trained_on(chats_file):
     arguments = DataArguments(train_data=chats_file, eval_fraction=0.34)
     data = prepare_data(arguments, tiny_tokenizer())
@@ -210,6 +263,16 @@ def test_a_bad_row_is_named_or_skipped_and_counted(tmp_path):
     only_bad = write_jsonl(tmp_path / "bad.jsonl", bad)
     with pytest.raises(ValueError, match=r"nothing can be learned .* 2 unknown role 'narrator'"):
         prepare_data(DataArguments(train_data=only_bad, on_bad_row="skip"), tokenizer)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "multi_label"])
+def test_labels_of_another_field_are_asked_for(task, tmp_path):
+    """The error was once that `label` holds only [], which is fewer than two classes."""
+    path = write_jsonl(tmp_path / "c.jsonl", [{"text": "a", "stars": n} for n in range(2)])
+    arguments = DataArguments(train_data=path, task=task, on_bad_row="skip")
+    message = "no row has a field 'label': the fields are 'text', 'stars'. Set label_field"
+    with pytest.raises(ValueError, match=message):
+        prepare_data(arguments, tiny_tokenizer())
 
 
 def test_data_sets_are_mixed_by_their_weights(tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 from qft_hf.hf.finetune.arguments import DataArguments
 from qft_hf.hf.finetune.data import prepare_data
-from qft_hf.hf.finetune.data_preview import SHOWN_CHARACTERS, data_preview
+from qft_hf.hf.finetune.data_preview import SHOWN_CHARACTERS, data_preview, show
 from tests.finetune.chats import END, TURN, chat, tiny_tokenizer
 from tests.finetune.flags import write_jsonl
 from tests.finetune.test_classification import config_of
@@ -55,6 +55,26 @@ def test_labels_are_shown_by_name(task, labels, said, tmp_path):
     text = shown(tmp_path, *rows, task=task)
     assert text.endswith(f"the fox\n\u27e6{said}\u27e7")
     assert ("classes" in text) == (task != "regression")
+
+
+@pytest.mark.parametrize("change", ["more rows", "other rows", "none"])
+def test_other_data_than_before_are_reported(change, tmp_path, caplog):
+    """A resumed run drew other rows by eval_fraction, some of which it had learned."""
+    rows = [{"text": f"the fox {n}"} for n in range(6)]
+    path = tmp_path / "rows.jsonl"
+    for index in range(2):
+        if index:
+            rows += rows[:2] if change == "more rows" else []
+            rows = rows[::-1] if change == "other rows" else rows
+        arguments = DataArguments(
+            train_data=write_jsonl(path, rows), task="text", eval_fraction=0.5
+        )
+        data = prepare_data(arguments, tiny_tokenizer(), config_of(), seed=0)
+        show(data, tmp_path / "data.txt")
+
+    assert ("continues with other data than before" in caplog.text) == (change != "none")
+    assert ("training data           4 rows" in caplog.text) == (change == "more rows")
+    assert caplog.text.count("held-out rows           fingerprint ") == 2 * (change != "none")
 
 
 def test_a_long_example_is_cut_in_the_middle(tmp_path):

@@ -457,6 +457,19 @@ def test_a_flag_replaces_what_a_config_says_in_another_way(config, key, flag):
         parse_arguments([config(other)])
 
 
+def test_other_held_out_data_have_their_own_split_and_no_limit(config):
+    """`qft-hf evaluate RUN --eval_data FILE` once scored as many rows as the run had held out."""
+    place = config("eval_data: a\neval_split: validation\neval_config: b\nmax_eval_rows: 3\n")
+    data = parse_arguments([place, "--eval_data=t.jsonl"]).data
+    assert (data.eval_split, data.eval_config, data.max_eval_rows) == ("train", None, None)
+
+    data = parse_arguments([place, "--eval_data", "c", "--max-eval-rows=2", "--eval_config=d"]).data
+    assert (data.eval_split, data.eval_config, data.max_eval_rows) == ("train", "d", 2)
+
+    data = parse_arguments([place, "--eval_split=test"]).data
+    assert (data.eval_split, data.eval_config, data.max_eval_rows) == ("test", "b", 3)
+
+
 @pytest.mark.parametrize("flags", [["--seed=1", "my.yaml"], ["--use_cpu", "true", "a/b.yml"]])
 def test_a_config_behind_the_flags_is_named(flags):
     """The error once said that its keys were missing."""

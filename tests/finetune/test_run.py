@@ -21,7 +21,10 @@ from transformers import (
     AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
+    GraniteConfig,
+    MambaConfig,
     TrainerCallback,
+    ViTConfig,
     trainer,
 )
 
@@ -407,6 +410,39 @@ def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, mo
     assert found.data == summary.eval_data
 
 
+@pytest.mark.parametrize("change", ["more rows", "other rows", "a limit", "other data", "none"])
+def test_rows_that_a_run_has_learned_are_not_scored_as_held_out(change, chat_flags):
+    """`eval_fraction` once drew other rows from data that had changed, without a word."""
+    place = Path(chat_flags["train_data"])
+    flags = {name: value for name, value in chat_flags.items() if name != "eval_data"}
+    summary = finetune(parsed(flags, eval_fraction=0.5, max_steps=1))
+    assert summary.eval_data.held_out is not None
+    lines = place.read_text().splitlines(keepends=True)
+    flags = [chat_flags["output_dir"].as_posix()]
+    if change == "more rows":
+        place.write_text("".join([*lines, lines[0]]))
+    elif change == "other rows":
+        place.write_text("".join(reversed(lines)))
+    elif change == "a limit":
+        flags.append("--max_eval_rows=2")
+    elif change == "other data":
+        other = place.with_name("other.jsonl")
+        other.write_text("".join(lines[:4]))
+        flags.append(f"--train_data={other}")
+
+    if change.endswith("rows"):
+        counts = r"\(8 rows then, 9 now\)" if change == "more rows" else r"\(8 rows then, 8 now\)"
+        with pytest.raises(ValueError, match=f"held out cannot be drawn again.*{counts}.*--eval_d"):
+            evaluate_checkpoint(parse_arguments(flags_of(flags)))
+        return
+    found = evaluate_checkpoint(parse_arguments(flags_of(flags)))
+    assert found.data.rows == (4 if change == "none" else 2)
+    if change == "none":
+        assert found.data == summary.eval_data
+        place.touch()
+        assert evaluate_checkpoint(parse_arguments(flags_of(flags))).scores == found.scores
+
+
 @pytest.mark.parametrize(
     ("task", "metric", "greater"),
     [
@@ -448,6 +484,19 @@ def test_what_a_run_would_stumble_over_is_refused_by_a_check(flags, message, cha
     """Some settings once ended in a traceback, at the first score or when all was loaded."""
     with pytest.raises(ValueError, match=message):
         check(parsed({k: v for k, v in (chat_flags | flags).items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    "config", [MambaConfig(), GraniteConfig(), ViTConfig()], ids=lambda c: c.model_type
+)
+@pytest.mark.parametrize("task", ["classification", "multi_label"])
+def test_a_model_that_has_no_classifier_is_refused_before_data_are_read(config, task, chat_flags):
+    """A list of over a hundred configurations was once printed, when all rows had been read."""
+    config.save_pretrained(chat_flags["model_name_or_path"])
+    write_jsonl(chat_flags["train_data"], [{}])
+    name = type(config).__name__
+    with pytest.raises(ValueError, match=f"classification head, and {name} belongs to none. Choo"):
+        read(parsed(chat_flags, task=task))
 
 
 def test_a_gpus_kernels_are_refused_on_a_cpu_by_a_run_and_not_by_a_check(chat_flags):

@@ -220,6 +220,26 @@ def test_quotes_that_say_nothing_clear_are_refused(name, text, tmp_path):
         load_rows(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "header"),
+    [("a.csv", "text;label"), ("a.csv", "text\tlabel"), ("a.tsv", "text;label")],
+)
+def test_another_separator_is_named(name, header, tmp_path):
+    """Such a table once had one column, and `label` held fewer than two classes."""
+    (tmp_path / name).write_text(f"{header}\nthe fox, 2{header[4]}good\n")
+    with pytest.raises(
+        ValueError, match=r"is one column, 'text[;\\].*by commas in csv, and by tabs"
+    ):
+        load_rows(tmp_path / name)
+
+
+def test_separators_may_stand_in_names_and_texts(tmp_path):
+    (tmp_path / "a.csv").write_text("a;b,c\n1;2,3\n")
+    (tmp_path / "b.csv").write_text("text\n1;2\n")
+    assert load_rows(tmp_path / "a.csv") == [{"a;b": "1;2", "c": "3"}]
+    assert load_rows(tmp_path / "b.csv") == [{"text": "1;2"}]
+
+
 def test_a_number_that_is_none_is_no_value(tmp_path):
     """Pandas writes missing values so; one once became the text "nan" of an instruction."""
     (tmp_path / "a.jsonl").write_text('{"x": NaN, "y": [NaN, -Infinity], "z": "NaN"}\n')
@@ -331,6 +351,23 @@ def test_split_is_disjoint_complete_and_the_same_for_a_seed(fraction, n_eval):
     assert sorted([*train, *evaluation]) == list(range(10))
     assert split(3) == [train, evaluation]
     assert any(split(seed)[1] != evaluation for seed in range(9))
+
+
+def test_a_fingerprint_is_of_contents(tmp_path):
+    rows = [{"text": "a"}, {"text": "b", "n": 1.5}]
+    known = {
+        name: sources.fingerprint(sources.load_rows(str(write(tmp_path / name, some))))
+        for name, some in {
+            "a.jsonl": rows,
+            "b.jsonl": rows,
+            "c.jsonl": rows[::-1],
+            "d.jsonl": rows[:1],
+            "e.jsonl": [rows[0], rows[1] | {"n": 1.0}],
+            "f.parquet": rows,
+        }.items()
+    }
+    assert known["a.jsonl"] == known["b.jsonl"]
+    assert len(set(known.values())) == 5
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.99, 1.0, -0.5])

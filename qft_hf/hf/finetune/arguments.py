@@ -158,10 +158,11 @@ class DataArguments:
         metadata={"help": "Instead of eval_data: hold out this share of train_data, by seed."},
     )
     max_train_rows: int | None = field(
-        default=None, metadata={"help": "Use only the first rows of the training data."}
+        default=None,
+        metadata={"help": "Most rows of the training data: the first of each file, in proportion."},
     )
     max_eval_rows: int | None = field(
-        default=None, metadata={"help": "Use only the first rows of the evaluation data."}
+        default=None, metadata={"help": "Most rows of the evaluation data, likewise."}
     )
     task: Literal["chat", "text", "classification", "regression", "multi_label"] = field(
         default="chat",

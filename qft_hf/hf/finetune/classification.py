@@ -1,14 +1,17 @@
 """Tasks that predict a label of a text or text pair: a class, a number, or several classes."""
 
 import ast
+import io
 import math
+import tokenize
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Features, List, Value
 from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedConfig,
@@ -21,6 +24,23 @@ from .task import Example, NothingToLearn, Row, RowError, Task
 
 UNLABELLED = -1  # the convention of `datasets.ClassLabel`
 SEPARATORS = (",", ";", "|")  # between several classes in a text cell
+
+
+def classifier_class(config: PreTrainedConfig) -> Any:
+    """Return the auto class of transformers that adds a head for labels to a text model.
+
+    Raises:
+        ValueError: transformers has no classifier of texts for this configuration.
+    """
+    auto = AutoModelForSequenceClassification
+    is_known = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    if is_known or auto.__name__ in (getattr(config, "auto_map", None) or {}):
+        return auto
+    raise ValueError(
+        f"Labeled texts need a model that transformers can give a classification head, and "
+        f"{type(config).__name__} belongs to none. Choose a model of another family, or task "
+        "'chat' or 'text'."
+    )
 
 
 class Classification(Task):
@@ -65,8 +85,8 @@ class Classification(Task):
         self._index_of = {_key(name): index for index, name in enumerate(self.names)}
 
     def model_class(self, config: PreTrainedConfig) -> Any:
-        """Return the class that adds a new head to any text model."""
-        return AutoModelForSequenceClassification
+        """Return `classifier_class(config)`."""
+        return classifier_class(config)
 
     def configure(self, config: PreTrainedConfig) -> None:
         """Set the head's size, problem type and output names in `config`."""
@@ -234,7 +254,10 @@ class MultiLabel(Classification):
         """Return 1 for each class that applies, and 0 for the others."""
         entries = self._listed(value)
         if entries is None:
-            raise RowError("not a list of classes", f"task 'multi_label' got the label {value!r}.")
+            raise RowError(
+                "not a list of classes",
+                f"task 'multi_label' got the label {value!r}.{_advice_on_list(value)}",
+            )
         bits = [entry for entry in entries if entry in (0, 1)]
         if self._is_multi_hot:
             entries = [index for index, entry in enumerate(entries) if entry]
@@ -260,9 +283,10 @@ class MultiLabel(Classification):
             return None
         if label.strip().startswith("["):
             try:
-                return list(ast.literal_eval(label.strip()))
+                entries = list(ast.literal_eval(label.strip()))
             except (SyntaxError, TypeError, ValueError):
                 return None
+            return None if _joins_texts(label.strip()) else entries
         return [_number(entry.strip()) for entry in label.split(self._separator) if entry.strip()]
 
     def _classes(self, labels: Sequence[Any]) -> Iterable[Any]:
@@ -272,7 +296,7 @@ class MultiLabel(Classification):
             raise ValueError(
                 f"task 'multi_label' needs lists of classes in field "
                 f"{self.arguments.label_field!r}, got {labels[0]!r}. Is label_field right? For one "
-                "class per row, set task to classification."
+                f"class per row, set task to classification.{_advice_on_list(labels[0])}"
             )
         # Multi-hot lists: read as lists of classes, they would give every row the same label.
         self._is_multi_hot = (
@@ -308,6 +332,23 @@ def _number(text: str) -> int | float | str:
         if str(value) == text.strip():
             return value
     return text
+
+
+def _joins_texts(text: str) -> bool:
+    """Return whether Python would join texts in a list, as in `['a' 'b']`, which NumPy prints."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    kinds = [token.type for token in tokens if token.type != tokenize.NL]
+    return (tokenize.STRING, tokenize.STRING) in pairwise(kinds)
+
+
+def _advice_on_list(label: Any) -> str:
+    """Return how to write a list, for a text that begins like one and is none."""
+    if not isinstance(label, str) or not label.strip().startswith("["):
+        return ""
+    return (
+        ' Separate the entries of a list by commas, as in ["a", "b"]. A NumPy array in a table has '
+        "none: call tolist() before you write the table."
+    )
 
 
 def _tokens_around_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:

@@ -128,15 +128,15 @@ def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list
     for field, value in ((prompt_field, prompt), (answer_field, answer)):
         if not isinstance(value, str | list | None):
             raise RowError("not a text", f"{field!r} must be a text or messages, got {value!r}.")
+    beside = BESIDE_AN_INSTRUCTION if prompt_field == "instruction" else ()
+    read = {prompt_field, answer_field, *(beside if isinstance(prompt, str) else ())}
+    for field in ("history", "context", *beside):
+        if row.get(field) and field not in read:
+            raise RowError(
+                f"field {field!r}",
+                f"its place in {prompt_field!r} is not known. Write messages, or remove the field.",
+            )
     if isinstance(prompt, str):
-        beside = BESIDE_AN_INSTRUCTION if prompt_field == "instruction" else ()
-        for field in ("history", "context"):
-            if row.get(field) and field not in beside:
-                raise RowError(
-                    f"a {field}",
-                    f"its place in {prompt_field!r} is not known. Write messages, or remove the "
-                    "field.",
-                )
         prompt = "\n\n".join([prompt, *_texts(row, beside)])
         prompt = [{"role": "user", "content": prompt}]
     given = [{**message, "train": False} for message in _as_list(prompt, prompt_field)]

@@ -1,5 +1,6 @@
 """Turns data arguments into examples for the Trainer, the task that encodes them, and counts."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,14 +10,16 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...version import __version__
-from ..wording import counted
+from ..wording import and_more, counted
 from .arguments import DataArguments
 from .chat import Chat
 from .classification import Classification, MultiLabel, Regression
 from .packing import count_tokens, pack
-from .sources import Rows, count_shared, load_rows, select_rows, split_rows
+from .sources import Rows, count_shared, fingerprint, load_rows, select_rows, split_rows
 from .task import Example, NothingToLearn, Row, RowError, Task, teaches
 from .text import Text
+
+logger = logging.getLogger(__name__)
 
 LANGUAGE_TASKS = {"chat": Chat, "text": Text}
 LABEL_TASKS = {
@@ -36,6 +39,7 @@ class DataCounts:
     tokens: int  # in the examples, without padding
     cut_tokens: int  # cut off the examples, beyond max_length
     dropped: dict[str, int]  # rows and packed blocks that are left out, by reason
+    held_out: str | None = None  # fingerprint of the rows of eval_fraction, before max_eval_rows
 
     def __str__(self) -> str:
         """Return the counts in one line."""
@@ -85,25 +89,30 @@ def prepare_data(
         ValueError: There are no rows, or none with a learned token; a row cannot be read (the text
             gives its file and number); or the labels do not fit the model.
     """
-    parts = _load_parts(arguments, seed)
+    parts, held_out = _load_parts(arguments, seed)
     task = _make_task(
         arguments, tokenizer, config, [rows for part in parts.values() for rows in part]
     )
     examples = {
         name: _prepare_part(part, task, arguments, name, seed) for name, part in parts.items()
     }
+    if held_out is not None:
+        drawn = examples["evaluation data"]
+        examples["evaluation data"] = replace(
+            drawn, counts=replace(drawn.counts, held_out=held_out)
+        )
     shared = count_shared(parts["training data"], parts.get("evaluation data", []))
     return TaskData(task, examples["training data"], examples.get("evaluation data"), shared)
 
 
-def _load_parts(arguments: DataArguments, seed: int) -> dict[str, list[Rows]]:
-    """Return the rows of the training data and, if asked for, the evaluation data."""
+def _load_parts(arguments: DataArguments, seed: int) -> tuple[dict[str, list[Rows]], str | None]:
+    """Return the rows of training and evaluation data, and the fingerprint of a drawn fraction."""
     train = [
         replace(rows, weight=weight)
         for source, weight in zip(arguments.train_data, arguments.weights, strict=True)
         for rows in load_rows(source, arguments.train_split, configuration=arguments.train_config)
     ]
-    parts = {"training data": train}
+    parts, drawn = {"training data": train}, None
     if arguments.eval_data is not None:
         parts["evaluation data"] = [
             rows
@@ -113,15 +122,30 @@ def _load_parts(arguments: DataArguments, seed: int) -> dict[str, list[Rows]]:
     elif arguments.eval_fraction is not None:
         parts["training data"], held_out = split_rows(train, arguments.eval_fraction, seed)
         parts["evaluation data"] = [replace(rows, weight=1.0) for rows in held_out]
+        drawn = fingerprint(held_out)
     limits = {
         "training data": arguments.max_train_rows,
         "evaluation data": arguments.max_eval_rows,
     }
-    return {name: _first(rows, limits[name]) for name, rows in parts.items()}
+    return {name: _limited(rows, limits[name]) for name, rows in parts.items()}, drawn
 
 
-def _first(parts: list[Rows], n_rows: int | None) -> list[Rows]:
-    return parts if n_rows is None else select_rows(parts, range(n_rows))
+def _limited(parts: list[Rows], n_rows: int | None) -> list[Rows]:
+    """Return the first rows of each part, as many as is its share of the limit."""
+    ends = np.cumsum([0, *(len(rows.table) for rows in parts)])
+    if n_rows is None or n_rows >= ends[-1]:
+        return parts
+    shares = np.diff((ends * n_rows + ends[-1] // 2) // ends[-1])  # rounded; their sum is the limit
+    without = [rows.source for rows, n in zip(parts, shares, strict=True) if n == 0]
+    if without:
+        logger.warning(
+            "a limit of %s leaves none of %s: rows are taken from each file in proportion to its "
+            "size. Raise max_train_rows or max_eval_rows to include all",
+            counted(n_rows, "row"),
+            and_more(without),
+        )
+    begun = zip(ends[:-1], shares, strict=True)
+    return select_rows(parts, [row for begin, n in begun for row in range(begin, begin + n)])
 
 
 def _make_task(
@@ -132,14 +156,21 @@ def _make_task(
 ) -> Task:
     if arguments.task in LANGUAGE_TASKS:
         return LANGUAGE_TASKS[arguments.task](arguments, tokenizer)
-    labels = []
+    labels, row, has_labels = [], {}, False
     declared = dict.fromkeys(n for rows in parts for n in rows.class_names(arguments.label_field))
     for rows in parts:
         for record in rows.table:
             try:
-                labels.append(rows.read(record).get(arguments.label_field))
+                row = rows.read(record)
             except RowError:
                 continue  # it is reported or counted when it is encoded
+            labels.append(row.get(arguments.label_field))
+            has_labels = has_labels or arguments.label_field in row
+    if labels and not has_labels:
+        raise ValueError(
+            f"no row has a field {arguments.label_field!r}: the fields are "
+            f"{', '.join(map(repr, row))}. Set label_field to the one that holds the labels."
+        )
     return LABEL_TASKS[arguments.task](arguments, tokenizer, config, labels, list(declared))
 
 
@@ -221,7 +252,7 @@ def _repeat(examples: Dataset, weight: float, seed: int) -> Dataset:
     if not whole and not n_more and len(examples):
         raise ValueError(
             f"a weight of {weight:g} leaves none of {counted(len(examples), 'example')}. Increase "
-            "train_weights, or leave that file out of train_data."
+            "train_weights, or max_train_rows if it is set, or leave that file out of train_data."
         )
     drawn = np.random.default_rng(seed).permutation(len(examples))[:n_more]
     return examples.select([*list(range(len(examples))) * whole, *sorted(drawn)])

@@ -1,5 +1,6 @@
 """Shows what a run is about to learn: counts of its rows, and one example as the model sees it."""
 
+import logging
 import sys
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +12,8 @@ from ..atomic_writes import atomic_path
 from .classification import Classification
 from .data import TaskData
 
+logger = logging.getLogger(__name__)
+
 LEARNED = ("\u27e6", "\u27e7")  # white square brackets, which are rare in text
 SHOWN_CHARACTERS = 4000
 
@@ -20,6 +23,8 @@ def data_preview(data: TaskData) -> str:
     counts = [f"{'training data':<24}{data.train.counts}"]
     if data.evaluation is not None:
         counts.append(f"{'evaluation data':<24}{data.evaluation.counts}")
+        if data.evaluation.counts.held_out is not None:
+            counts.append(f"{'held-out rows':<24}fingerprint {data.evaluation.counts.held_out}")
     if classes := classes_of(data):
         counts.append(f"{'classes':<24}{', '.join(classes)}")
     head = f"The first example, with the learned parts in {LEARNED[0]}brackets{LEARNED[1]}:"
@@ -35,8 +40,19 @@ def show(data: TaskData, path: Path) -> None:
     """Write the preview to stderr, in a way that keeps progress bars intact, and to a file."""
     text = f"{data_preview(data)}\n"
     tqdm.write(text, file=sys.stderr)
-    if path.is_file() and path.read_text(encoding="utf-8") == text:
+    before = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if before == text:
         return  # a resumed run
+    if before:
+        was, now = (about.partition("\n\n")[0].splitlines() for about in (before, text))
+        logger.warning(
+            "the run in %s continues with other data than before: %s; was: %s. It has learned from "
+            "the earlier rows, and with eval_fraction some of them may now be scored as held out. "
+            "Restore the data, or start again with overwrite_output",
+            path.parent,
+            "; ".join(line for line in now if line not in was) or "another first example",
+            "; ".join(line for line in was if line not in now) or "the same counts",
+        )
     with atomic_path(path) as draft:
         draft.write_text(text, encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """Scores a checkpoint, INT8 or float, on held-out data, without training anything."""
 
+import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,11 +8,11 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from ..wording import score_text
+from ..wording import counted, score_text
 from .arguments import DataArguments, MethodArguments
 from .data import DataCounts, TaskData, prepare_data
 from .loading import load_model, load_tokenizer
-from .output_folder import recorded_settings
+from .output_folder import SUMMARY, recorded_settings
 from .parsing import RunArguments
 from .run_trainer import average_batch_mean_losses_
 from .side_tuning import base_config, load_side_model, side_checkpoint
@@ -44,14 +45,16 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
 
     Raises:
         FileNotFoundError: A data file or the model does not exist.
-        ValueError: Nothing is held out, or the data do not fit the model.
+        ValueError: Nothing is held out, the rows that the run held out cannot be drawn again, or
+            the data do not fit the model.
     """
     training = arguments.training
-    tokenizer = load_tokenizer(arguments.model)
     config = base_config(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     data = prepare_data(_data_of(arguments), tokenizer, config, seed=training.seed)
     if data.evaluation is None:
         raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
+    _refuse_learned_rows(arguments, data)
     length = arguments.data.max_length
     if side_checkpoint(arguments.model.model_name_or_path) is None:
         model = load_model(arguments.model, None, config, data.task, max_length=length)
@@ -75,6 +78,27 @@ def _data_of(arguments: RunArguments) -> DataArguments:
         train_config=data.eval_config,
         train_weights=None,
         max_train_rows=data.max_eval_rows,
+    )
+
+
+def _refuse_learned_rows(arguments: RunArguments, data: TaskData) -> None:
+    """Raise if a run's `eval_fraction` now draws other rows than those that the run held out."""
+    folder = Path(arguments.model.model_name_or_path)
+    try:
+        before = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        n_before = before["train_data"]["rows"] + before["eval_data"]["rows"]
+        held_out = before["eval_data"]["held_out"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # not a finished run, or nothing was held out
+    counts = [part.counts for part in (data.train, data.evaluation) if part is not None]
+    is_its_data = arguments.settings["train_data"] == recorded_settings(folder).get("train_data")
+    if held_out is None or counts[-1].held_out in (None, held_out) or not is_its_data:
+        return
+    n_rows = sum(count.rows for count in counts)
+    raise ValueError(
+        f"the rows that {folder} held out cannot be drawn again, so rows that it has learned would "
+        f"be scored: its data or eval_fraction or seed have changed ({counted(n_before, 'row')} "
+        f"then, {n_rows:,} now). Restore them, or name other rows with --eval_data."
     )
 
 

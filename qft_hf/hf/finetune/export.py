@@ -1,15 +1,16 @@
 """Exports an INT8 checkpoint as an ordinary one, which programs without qft_hf can load."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from ..atomic_writes import atomic_path
 from ..convert import dequantize_model_
 from ..inspection import int8_config
 from ..remote_code import loading_class
 from ..side_network import is_side_network
+from .loading import read_tokenizer
 
 
 def export_checkpoint(
@@ -33,7 +34,7 @@ def export_checkpoint(
         FileExistsError: `target` is not empty, and `replace` is false.
         FileNotFoundError: `source` is not a checkpoint folder.
         ValueError: `source` is not INT8, or its config.json does not say so; or it holds a side
-            network.
+            network; or its tokenizer cannot be loaded.
     """
     if is_side_network(source):
         raise ValueError(
@@ -42,10 +43,12 @@ def export_checkpoint(
         )
     if not replace and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not empty. Choose a folder that does not exist yet.")
-    trust = {"trust_remote_code": trust_remote_code}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     config = int8_config(source, advice="An ordinary checkpoint needs no export.", **trust)
+    has_tokenizer = (source / "tokenizer_config.json").is_file()
+    tokenizer = read_tokenizer(source, **trust) if has_tokenizer else None
     model = dequantize_model_(loading_class(config).from_pretrained(source, **trust), dtype)
     with atomic_path(target) as draft:
         model.save_pretrained(draft)
-        if (source / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(source, **trust).save_pretrained(draft)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)

@@ -1,5 +1,6 @@
 """Loads the tokenizer and the model of a run, and checks that they fit the data."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..checkpoint import weight_files
 from ..language_model import freeze_non_text_parameters, non_text_parts
 from ..missing_model import explain_loading_errors
 from ..positions import n_positions
-from ..tensor_files import tensor_names
+from ..tensor_files import DAMAGED, tensor_names
 from ..wording import and_more
 from .arguments import ModelArguments
 from .task import Task
@@ -34,14 +35,12 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         FileNotFoundError: The model or the template file does not exist.
         ValueError: The tokenizer has neither a padding token nor an end-of-text token to pad with.
     """
-    name = arguments.tokenizer_name_or_path or arguments.model_name_or_path
-    elsewhere = " If its tokenizer is another model's, set tokenizer_name_or_path to that."
-    with explain_loading_errors(name, advice=elsewhere):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            revision=arguments.model_revision,
-            trust_remote_code=arguments.trust_remote_code,
-        )
+    tokenizer = read_tokenizer(
+        arguments.tokenizer_name_or_path or arguments.model_name_or_path,
+        advice=" If its tokenizer is another model's, set tokenizer_name_or_path to that.",
+        revision=arguments.model_revision,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     if arguments.new_tokens:
         tokenizer.add_tokens(arguments.new_tokens, special_tokens=True)
     if tokenizer.pad_token is None:
@@ -66,6 +65,30 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
         except UnicodeDecodeError as error:
             raise ValueError(f"{template} is not in UTF-8. Save it as UTF-8.") from error
     return tokenizer
+
+
+def read_tokenizer(name: str | Path, *, advice: str = "", **loading: Any) -> Any:
+    """Return the tokenizer of a model as it is stored, loaded with these arguments.
+
+    Args:
+        name: Folder, or name on the hub.
+        advice: Appended to the error if the tokenizer cannot be loaded.
+        **loading: Arguments of `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: The model does not exist.
+        ValueError: The tokenizer cannot be loaded.
+    """
+    with explain_loading_errors(name, advice=advice):
+        try:
+            return AutoTokenizer.from_pretrained(name, **loading)
+        except Exception as error:  # damaged files cause a KeyError, a bare Exception, and others
+            is_said = isinstance(error, ImportError | OSError | ValueError)
+            if is_said and not isinstance(error, json.JSONDecodeError):
+                raise
+            raise ValueError(
+                f"its tokenizer cannot be read ({type(error).__name__}: {error}). {DAMAGED}"
+            ) from error
 
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:

@@ -56,7 +56,11 @@ _FALSIFIES = {
     "label_names": "labels are always called `labels`",
     "prediction_loss_only": "there would be no scores",
 }
-_INSTEAD_OF = {"eval_data": "eval_fraction", "eval_fraction": "eval_data"}
+# What a flag overrules in a config, in addition to its own key.
+_INSTEAD_OF = {
+    "eval_data": ("eval_fraction", "eval_split", "eval_config", "max_eval_rows"),
+    "eval_fraction": ("eval_data",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +111,7 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
     """
     flags = list(argv)
     if flags and not flags[0].startswith("-"):
-        overruled = {_INSTEAD_OF.get(name) for name in _names(flags[1:])}
+        overruled = {key for name in _names(flags[1:]) for key in _INSTEAD_OF.get(name, ())}
         flags = [*flags_from_config(find_config(flags[0]), without=overruled), *flags[1:]]
     elif (late := [word for word in flags if word.endswith(CONFIG_SUFFIXES)]) and (
         "model_name_or_path" not in _names(flags)
@@ -253,7 +257,7 @@ class _Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def flags_from_config(path: Path, *, without: Collection[str | None] = ()) -> list[str]:
+def flags_from_config(path: Path, *, without: Collection[str] = ()) -> list[str]:
     """Return the settings in a flat YAML file as flags.
 
     Args:

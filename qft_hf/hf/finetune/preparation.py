@@ -19,6 +19,7 @@ from ..base import require_bitsandbytes
 from ..language_model import language_class
 from ..processes import broadcast_from_first, first_process_writes
 from ..wording import counted
+from .classification import classifier_class
 from .data import LABEL_TASKS, LANGUAGE_TASKS, TaskData, prepare_data
 from .evaluation import ERRORS
 from .forecast import disk_bytes, n_steps
@@ -132,8 +133,8 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
     _check_reporters(training)
     _check_schedule(training)
     set_seed(training.seed)
-    tokenizer = load_tokenizer(arguments.model)
     config = base_config(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     if arguments.method.side is not None:
         if base_form(arguments.method, config, arguments.model.model_name_or_path) == "nf4":
             require_bitsandbytes()
@@ -144,6 +145,8 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
         )
     if arguments.data.task in LANGUAGE_TASKS:
         language_class(config)  # refuses other models before reading the data takes minutes
+    else:
+        classifier_class(config)  # likewise
     with training.main_process_first(desc="reading the data"):
         data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
     for source, n_rows in data.shared.items():

@@ -7,6 +7,7 @@ Arrow already; the empty entries that Arrow has filled in inside a field are rem
 
 import csv
 import glob
+import hashlib
 import io
 import json
 import math
@@ -152,6 +153,16 @@ def count_shared(parts: Sequence[Rows], others: Sequence[Rows]) -> dict[str, int
     return {source: n for source, n in counts.items() if n}
 
 
+def fingerprint(parts: Sequence[Rows]) -> str:
+    """Return a checksum of the contents of rows in their order; their places have no effect."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for record in part.table:
+            row = {name: value for name, value in record.items() if name != _NUMBER}
+            digest.update(json.dumps(row, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
 def split_rows(
     parts: Sequence[Rows], eval_fraction: float, seed: int
 ) -> tuple[list[Rows], list[Rows]]:
@@ -241,6 +252,11 @@ def _rows_of_text(file: Any, suffix: str) -> Iterator[tuple[int, str]]:
             header = next(rows, [])
             if twice := [name for name, n in Counter(header).items() if name and n > 1]:
                 raise ValueError(f"more than one column is called {twice[0]!r}")
+            if len(header) == 1 and {";", "\t"} & set(header[0]):
+                raise ValueError(
+                    f"the header is one column, {header[0]!r}. Separate columns by commas in csv, "
+                    "and by tabs in tsv"
+                )
             for number, values in _numbered(rows):
                 cells: Any = [value or None for value in values]
                 if len(cells) == len(header):
