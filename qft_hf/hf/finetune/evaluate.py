@@ -7,9 +7,10 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from ..language_model import language_class
 from ..wording import score_text
 from .arguments import DataArguments, MethodArguments
-from .data import DataCounts, TaskData, prepare_data
+from .data import LANGUAGE_TASKS, DataCounts, TaskData, prepare_data
 from .loading import load_model, load_tokenizer
 from .output_folder import recorded_settings
 from .parsing import RunArguments
@@ -49,6 +50,8 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
     training = arguments.training
     tokenizer = load_tokenizer(arguments.model)
     config = base_config(arguments.model)
+    if arguments.data.task in LANGUAGE_TASKS:
+        language_class(config)  # refuses other models before the data are read
     data = prepare_data(_data_of(arguments), tokenizer, config, seed=training.seed)
     if data.evaluation is None:
         raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
