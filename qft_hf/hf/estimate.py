@@ -18,6 +18,9 @@ from .language_model import language_class, non_text_parts
 from .missing_model import explain_loading_errors
 from .optimizers import OPTIMIZERS
 
+# Names of the width of a layer's MLP. BLOOM, GPT and GPT-Neo have 4 times the hidden size instead.
+_MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+
 # A model, its configuration, a folder with a config.json, or a name on the hub.
 ModelSource = nn.Module | PreTrainedConfig | str | Path
 
@@ -54,14 +57,16 @@ def estimate_memory(
 
     Returns:
         Bytes by kind. States are exact to the byte; activations are computed for a decoder with a
-        gated MLP. Those of parts for images or sound are not counted, and the parts are named.
+        gated MLP, with the widest layer's sizes for all layers if they differ. Those of parts for
+        images or sound are not counted, and the parts are named.
 
     Raises:
         FileNotFoundError: Neither a folder with a config.json nor a model visible on the hub has
             this name.
         ValueError: `gradient`, `momentum_bits` or `optimizer` is not supported, `batch_size`,
             `sequence_length` or `n_processes` is below 1, or the configuration is not that of a
-            causal language model, or does not have a size of the decoder.
+            causal language model, or does not have a size of the decoder, or transformers cannot
+            build the model.
     """
     for name, value, choices in (
         ("gradient", gradient, GRADIENTS),
@@ -105,7 +110,7 @@ def skeleton(
 
     Raises:
         FileNotFoundError: As in `estimate_memory`.
-        ValueError: It is not a causal language model.
+        ValueError: It is not a causal language model, or transformers cannot build it.
     """
     if isinstance(source, nn.Module):
         return source
@@ -117,8 +122,32 @@ def skeleton(
             source = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     dtype = dtype or getattr(source, "dtype", None) or torch.float32
     make = language_class(source)
-    with torch.device("meta"):
-        return make.from_config(source, dtype=dtype, trust_remote_code=trust_remote_code)
+    return without_storage(make, source, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def without_storage(make: Any, config: Any, **how: Any) -> Any:
+    """Return `make.from_config(config, **how)` without storage.
+
+    Raises:
+        ValueError: transformers cannot build the model.
+    """
+    try:
+        with torch.device("meta"):
+            return make.from_config(config, **how)
+    except (
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"transformers cannot build the model of {type(config).__name__}: "
+            f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}. Install the "
+            "package that this names, or correct the config.json."
+        ) from error
 
 
 def estimate_side_memory(
@@ -209,22 +238,23 @@ def _workload(
     config: Any, *, compute_bytes: int, tokens: int, checkpointing: bool, chunked_loss: bool
 ) -> Workload:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [name for name in names if getattr(config, name, None) is None]
+    missing = [name for name in names if _largest(config, name) is None]
     intermediate, choices = (None, 0) if missing else _mlp(config)
     if intermediate is None:
         lacking = ", ".join(missing or ["intermediate_size"])
         raise ValueError(
-            f"{type(config).__name__} has no {lacking}, which activations are computed from. Pass "
-            "the configuration of a decoder; memory_ledger measures any model."
+            f"{type(config).__name__} has no {lacking}, so its activations cannot be computed. A "
+            "run of a few steps (--max_steps 3) measures its memory; in Python, memory_ledger "
+            "measures any model."
         )
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads = _largest(config, "num_attention_heads") or 1
+    width = _largest(config, "head_dim") or config.hidden_size // heads
     return Workload(
         tokens=tokens,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         attention=heads * width,
-        key_value=(getattr(config, "num_key_value_heads", None) or heads) * width,
+        key_value=(_largest(config, "num_key_value_heads") or heads) * width,
         intermediate=intermediate,
         vocabulary=config.vocab_size,
         compute_bytes=compute_bytes,
@@ -236,12 +266,32 @@ def _workload(
 
 def _mlp(config: Any) -> tuple[int | None, int]:
     """Return the width of one token's activations in a layer's MLP, and how many experts it has."""
-    width = getattr(config, "intermediate_size", None)
-    if width is None and hasattr(config, "n_inner"):  # GPT-2
-        width = config.n_inner or 4 * config.hidden_size
+    of_expert = _largest(config, "moe_intermediate_size")
+    width = _largest(config, *_MLP_WIDTHS) or of_expert
+    if width is None and (
+        hasattr(config, "n_inner") or config.model_type in ("bloom", "gpt_neo", "openai-gpt")
+    ):
+        width = 4 * config.hidden_size
     choices = getattr(config, "num_experts_per_tok", None) or 0
     shared = getattr(config, "n_shared_experts", None) or 0
     if width is None or not choices:
         return width, 0
-    of_expert = getattr(config, "moe_intermediate_size", None) or width
-    return max(width, (choices + shared) * of_expert), choices  # some layers may have none
+    beside = _largest(config, "shared_expert_intermediate_size") or 0  # Qwen's shared expert
+    # Some layers may have no experts.
+    return max(width, (choices + shared) * (of_expert or width) + beside), choices
+
+
+def _largest(config: Any, *names: str) -> int | None:
+    """Return the first of these sizes that is set; if layers differ, that of the widest one."""
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    for name in names:
+        values = [getattr(layer, name, None) for layer in layers]
+        sizes = [
+            size
+            for value in values
+            for size in (value if isinstance(value, list | tuple) else [value])
+            if size is not None
+        ]
+        if sizes:
+            return int(max(sizes))
+    return None

@@ -1,14 +1,22 @@
 """Causal language models: which class loads one, and which parts are outside the text decoder."""
 
+import inspect
 from typing import Any
 
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     PreTrainedConfig,
 )
+
+# Families whose loss compares the output at a token with that token, which the model has read.
+_UNSHIFTED = ("cpmant", "trocr", "whisper", "xlm", "xlnet")
+# Families that fail without an image or its processor's inputs, which their signatures do not say.
+_NEED_IMAGES = ("git", "idefics", "kosmos-2", "molmo2")
 
 
 def language_class(config: Any) -> Any:
@@ -20,7 +28,8 @@ def language_class(config: Any) -> Any:
         config: Configuration of the model.
 
     Raises:
-        ValueError: The configuration does not belong to a causal language model.
+        ValueError: The configuration does not belong to a causal language model, or to one that
+            would see the tokens that it has to predict, or that needs an image with each text.
     """
     advice = "In Python, QFTTrainer trains other models, and qft_hf.memory_ledger measures them."
     if config.is_encoder_decoder:
@@ -34,11 +43,50 @@ def language_class(config: Any) -> Any:
         (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
     ):
         if type(config) in known or auto.__name__ in remote_code:
+            if type(config) in known:
+                _refuse_copying(config)
+                _refuse_images(known[type(config)], config)
             return auto
     raise ValueError(
         f"A causal language model is needed, and {type(config).__name__} belongs to none that "
         f"transformers knows. {advice}"
     )
+
+
+def _refuse_copying(config: PreTrainedConfig) -> None:
+    """Raise for a family that would learn to copy: it sees the tokens that it has to predict."""
+    is_half = type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and (
+        hasattr(config, "is_decoder")  # Bart and its like; a decoder of its own has none
+    )
+    if is_half or config.model_type in _UNSHIFTED:
+        raise ValueError(
+            f"A causal language model is needed, and the loss of the model of "
+            f"{type(config).__name__} compares its output at each token with that token, not with "
+            "the next one, so it would learn to copy. Train it in Python, with QFTTrainer and "
+            "labels that are moved by one token."
+        )
+    is_encoder = type(config) in MODEL_FOR_MASKED_LM_MAPPING or (
+        config.model_type == "bert-generation"
+    )
+    if is_encoder and not getattr(config, "is_decoder", False):
+        raise ValueError(
+            f"A causal language model is needed, and the model of {type(config).__name__} is an "
+            "encoder: each token sees the ones after it, which it would have to predict. Train it "
+            "as a classifier (task classification, regression or multi_label), or as what it is "
+            "in Python, with QFTTrainer and AutoModelForMaskedLM."
+        )
+
+
+def _refuse_images(model_class: Any, config: PreTrainedConfig) -> None:
+    """Raise for a family whose forward pass needs an image."""
+    parameters = inspect.signature(model_class.forward).parameters
+    pixels = parameters.get("pixel_values")
+    is_required = pixels is not None and pixels.default is inspect.Parameter.empty
+    if is_required or config.model_type in _NEED_IMAGES:
+        raise ValueError(
+            f"{model_class.__name__} needs an image with each example; qft-hf finetune reads text "
+            "only. Train it in Python with QFTTrainer and your own collator."
+        )
 
 
 def non_text_parts(config: PreTrainedConfig) -> tuple[str, ...]:

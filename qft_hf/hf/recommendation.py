@@ -18,7 +18,7 @@ from .positions import n_positions
 # allocator take the rest.
 USABLE = 0.92
 _FINEST_FIRST = ("float", "int8", "nf4")
-LONGEST = 2**20  # tokens: the search for the longest sequence ends here
+LONGEST = 2**20  # tokens: without positions, the search for the longest sequence ends here
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Recommendation:
         usable_bytes: Memory of the card that the run can use.
         batch_size: Sequences of one micro-batch, as requested.
         longest_sequence: Tokens of the longest sequence that fits with this choice and batch size;
-            0 if none fits, and at most `LONGEST`.
+            0 if none fits, and at most `positions`, or `LONGEST` without them.
         positions: `n_positions` of the model.
         base: For a side network, how its frozen base is stored; None if every parameter is trained.
     """
@@ -153,13 +153,14 @@ def recommend(
         way["estimate"] = estimate = of(sequence_length=sequence_length)
         if estimate.total_bytes <= usable:
             break
+    positions = n_positions(source.config)
     return Recommendation(
         **way,
         **fixed,
         usable_bytes=usable,
         batch_size=batch_size,
-        longest_sequence=_longest(usable, of),
-        positions=n_positions(source.config),
+        longest_sequence=_longest(usable, of, positions or LONGEST),
+        positions=positions,
     )
 
 
@@ -205,7 +206,7 @@ def ways_to_train(
             yield {"base": name, **way}, partial(estimator, batch_size=batch_size, **way)
 
 
-def _longest(usable: int, of: Callable[..., MemoryEstimate]) -> int:
+def _longest(usable: int, of: Callable[..., MemoryEstimate], limit: int) -> int:
     """Return the tokens of the longest sequence that fits; memory grows with the length."""
-    lengths = range(1, LONGEST + 1)
+    lengths = range(1, limit + 1)
     return bisect_right(lengths, usable, key=lambda n: of(sequence_length=n).total_bytes)

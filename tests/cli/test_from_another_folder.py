@@ -10,11 +10,16 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BlipConfig,
     BloomConfig,
     BloomForCausalLM,
+    DbrxConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma4TextConfig,
     LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 
 from qft_hf import QFTTrainer
@@ -235,3 +240,73 @@ def test_a_classifier_is_refused_for_chat(home, capsys):
     with pytest.raises(SystemExit):
         main(["chat", "labels", "--prompt", "hi"])
     assert "labels is a LlamaForSequenceClassification: it labels texts" in capsys.readouterr().err
+
+
+COMMANDS = [
+    ["plan", "base"],
+    ["plan", "my.yaml"],
+    ["check", "my.yaml"],
+    ["finetune", "my.yaml"],
+    ["evaluate", "my.yaml"],
+    ["chat", "base", "--prompt", "hi"],
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_an_encoder_is_refused_before_the_data_are_read(command, home, capsys):
+    """RoBERTa was tuned on answers that it saw, and its loss fell to nearly zero."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=320, intermediate_size=40, pad_token_id=1, **sizes)
+    RobertaForMaskedLM(config).save_pretrained("base")
+    for name in ("train", "eval"):
+        Path(f"{name}.jsonl").write_text("no JSON\n")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "the model of RobertaConfig is an encoder: each token" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_an_encoder_classifies(home, capsys):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = RobertaConfig(vocab_size=320, intermediate_size=40, pad_token_id=1, **sizes)
+    RobertaForMaskedLM(config).save_pretrained("base")
+    Path("train.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n')
+    main(["check", "my.yaml", "--task=classification", "--eval_data=train.jsonl"])
+    assert "RobertaForSequenceClassification" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["check", "finetune"])
+def test_a_model_that_needs_images_is_refused_before_the_data_are_read(command, home, capsys):
+    """It was loaded, and its first step ended in a TypeError."""
+    BlipConfig().save_pretrained("base")
+    Path("train.jsonl").write_text("no JSON\n")
+    with pytest.raises(SystemExit):
+        main([command, "my.yaml"])
+    assert "BlipForConditionalGeneration needs an image with each" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_configuration_that_cannot_be_built_is_named(home, capsys):
+    """It was a traceback of transformers."""
+    DbrxConfig().save_pretrained("base")
+    with pytest.raises(SystemExit):
+        main(["plan", "base"])
+    said = capsys.readouterr().err
+    assert "transformers cannot build the model of DbrxConfig: AttributeError" in said
+
+
+def test_layers_of_many_sizes_are_checked_and_planned(home, capsys):
+    """Gemma 4 was refused by both, although it trains."""
+    config = Gemma4TextConfig(
+        vocab_size=320, vocab_size_per_layer_input=320, hidden_size=32, intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        global_head_dim=16, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+        layer_types=["sliding_attention", "full_attention"], max_position_embeddings=64,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained("base")
+    main(["check", "my.yaml", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    main(["plan", "my.yaml", "--json"])
+    (planned,) = json.loads(capsys.readouterr().out)
+    assert found["total_bytes"] == planned["ways"][0]["total_bytes"]
+    assert {card["longest_sequence"] for card in planned["cards"]} == {64}

@@ -266,6 +266,7 @@ def test_more_tokens_than_the_model_has_positions_do_not_fit_any_card(config, tm
     assert unasked == longest
     assert (longest["sequence_length"], longest["positions"]) == (512, 512)
     assert "fits, with sequences of up to the model's 512 tokens" in longest["cards"][0]["text"]
+    assert {card["longest_sequence"] for card in longest["cards"]} == {512}
 
     with pytest.raises(SystemExit):
         plan(str(tmp_path), "--sequence_length=513", capsys=capsys)

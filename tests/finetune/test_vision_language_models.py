@@ -61,7 +61,7 @@ def test_its_text_is_trained_and_what_sees_stays(name, tmp_path, caplog):
     before = AutoModelForImageTextToText.from_config(enlarged(TINY[name].config()))
     before.save_pretrained(tmp_path / "model")
     arguments = parsed(flags(tmp_path))
-    assert "learned" in str(check(arguments))
+    found = check(arguments)
 
     summary = finetune(arguments)
 
@@ -74,6 +74,10 @@ def test_its_text_is_trained_and_what_sees_stays(name, tmp_path, caplog):
     assert summary.trained_parameters == sum(
         p.numel() for name, p in parameters if not is_of_vision(name)
     )
+    assert found.trained_parameters == summary.trained_parameters
+    trained = f"{summary.trained_parameters:,} of"
+    assert f"trained                 {trained} them, in INT8" in str(found)
+    assert f"{trained} {summary.parameters:,} parameters, 12 steps" in str(summary)
     after = AutoModelForImageTextToText.from_pretrained(tmp_path / "run")
     assert any(isinstance(p, QFTWeight) for p in after.parameters())
     export_checkpoint(tmp_path / "run", tmp_path / "plain", dtype=torch.float32)

@@ -9,15 +9,26 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    DbrxConfig,
     DeepseekV3Config,
+    Ernie4_5_VLMoeTextConfig,
+    FastVlmConfig,
+    Gemma3nTextConfig,
+    Gemma4TextConfig,
+    GPTNeoConfig,
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
+    OPTConfig,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
     T5Config,
     T5ForConditionalGeneration,
+    XGLMConfig,
 )
+from transformers.utils import is_timm_available
 
 from qft_hf import (
     QFTSGD,
@@ -29,7 +40,7 @@ from qft_hf import (
     quantize_model_,
 )
 from qft_hf.hf import recommend, shipped
-from qft_hf.hf.estimate import skeleton
+from qft_hf.hf.estimate import _workload, skeleton
 from qft_hf.hf.optimizers import OPTIMIZERS
 from qft_hf.hf.recommendation import LONGEST
 from qft_hf.optim.settings import GRADIENTS
@@ -252,7 +263,7 @@ def test_two_cards_of_24_gb_train_a_13b_that_one_does_not():
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_longest_sequence_fits_and_one_token_more_does_not(batch_size):
-    config = LlamaConfig(dtype="bfloat16")
+    config = LlamaConfig(dtype="bfloat16", max_position_embeddings=LONGEST)
     nearest = recommend(config, 24, 65536, batch_size)
     assert not nearest.fits
     longest = nearest.longest_sequence
@@ -272,9 +283,9 @@ def test_a_card_that_is_too_small_for_the_states_says_so():
 
 def test_no_length_is_named_that_the_model_does_not_take():
     choice = recommend(LlamaConfig(dtype="bfloat16"), 80)
-    assert 2048 < choice.longest_sequence < LONGEST
+    assert choice.longest_sequence == 2048
     assert str(choice).endswith("fits, with sequences of up to the model's 2,048 tokens")
-    choice = replace(recommend(tiny_llama(), 1000), positions=None)
+    choice = replace(recommend(tiny_llama(), 1000), positions=None, longest_sequence=LONGEST)
     assert str(choice).endswith("GB of 920.0 usable, fits, with sequences of any length")
 
 
@@ -386,6 +397,88 @@ def test_a_model_that_sees_has_all_its_states_and_says_what_is_not_counted(name,
     assert predicted.not_counted == ("vision",)
     assert "without the activations of vision" in str(predicted)
     assert estimate_memory(tiny_llama()).not_counted == ()
+
+
+def sizes_of(config):
+    """Return the widths of all layers that the activations are computed from."""
+    work = _workload(config, compute_bytes=4, tokens=1, checkpointing=False, chunked_loss=False)
+    return (work.hidden, work.attention, work.key_value, work.intermediate)
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+PER_LAYER = {"num_key_value_heads": 2, "head_dim": 8, "hidden_size_per_layer_input": 8, **SMALL}
+OTHER_NAMES = {
+    "OPT": (OPTConfig(ffn_dim=72, word_embed_proj_dim=32, **SMALL), 72),
+    "XGLM": (XGLMConfig(d_model=32, ffn_dim=72, num_layers=3, attention_heads=4), 72),
+    "BLOOM": (BloomConfig(hidden_size=32, n_layer=3, n_head=4), 128),
+    "GPT-Neo": (GPTNeoConfig(attention_types=[[["global"], 3]], num_layers=3, hidden_size=32), 128),
+}
+
+
+@pytest.mark.parametrize(("config", "width"), OTHER_NAMES.values(), ids=OTHER_NAMES)
+def test_the_width_of_an_mlp_has_many_names(config, width):
+    """They are decoders, and were refused with the advice to pass the configuration of one."""
+    config.vocab_size = 50
+    assert sizes_of(config)[-1] == width
+    linear = [m for m in skeleton(config).modules() if isinstance(m, torch.nn.Linear)]
+    assert sum(m.out_features == width for m in linear) == 3
+    assert estimate_memory(config, sequence_length=16).activation_bytes > 0
+
+
+def test_a_mixture_may_have_no_width_but_that_of_its_experts():
+    config = Qwen3_5MoeTextConfig(
+        moe_intermediate_size=24, num_experts_per_tok=4, shared_expert_intermediate_size=40, **SMALL
+    )
+    assert sizes_of(config)[-1] == 4 * 24 + 40
+
+
+def test_layers_of_many_widths_count_as_the_widest():
+    """Their sizes are lists, or raise when they are asked of the whole configuration."""
+    types = ["sliding_attention", "sliding_attention", "full_attention"]
+    gemma3n = Gemma3nTextConfig(
+        intermediate_size=[64, 96, 80],
+        layer_types=types,
+        num_kv_shared_layers=0,
+        activation_sparsity_pattern=[0.0] * 3,
+        vocab_size=50,
+        vocab_size_per_layer_input=50,
+        laurel_rank=4,
+        **PER_LAYER,
+    )
+    gemma4 = Gemma4TextConfig(
+        intermediate_size=64,
+        layer_types=types,
+        global_head_dim=16,
+        vocab_size=50,
+        vocab_size_per_layer_input=50,
+        num_kv_shared_layers=0,
+        **PER_LAYER,
+    )
+    assert sizes_of(gemma3n) == (32, 4 * 8, 2 * 8, 96)
+    assert sizes_of(gemma4) == (32, 4 * 16, 2 * 16, 64)
+    ernie = Ernie4_5_VLMoeTextConfig(intermediate_size=20, moe_intermediate_size=[16, 12], **SMALL)
+    assert sizes_of(ernie)[-1] == ernie.num_experts_per_tok * 16 > 20
+    for config in (gemma3n, gemma4):
+        assert recommend(config, 24, 16).fits
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (DbrxConfig(), "of DbrxConfig: AttributeError"),
+        pytest.param(
+            FastVlmConfig(),
+            "of FastVlmConfig: ImportError: TimmWrapperModel .*pip install timm",
+            marks=pytest.mark.skipif(is_timm_available(), reason="timm is there"),
+        ),
+        (LlamaConfig(hidden_act="no such"), "of LlamaConfig: KeyError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_model_that_cannot_be_built_is_named_with_the_reason(config, why):
+    """It was a traceback of transformers."""
+    with pytest.raises(ValueError, match=f"cannot build the model {why}.*correct the config.json"):
+        estimate_memory(config)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ import torch
 from ...memory import MemoryEstimate
 from ...side import attach_side_network
 from ..card_facts import parameters_of
-from ..estimate import estimate_memory, estimate_side_memory
+from ..estimate import estimate_memory, estimate_side_memory, without_storage
 from ..missing_model import explain_loading_errors
 from ..optimizers import given_options
 from ..prepared_model import refuse_before_loading
 from .data import DataCounts
 from .data_preview import LEARNED, classes_of, example_text
 from .forecast import disk_bytes, n_steps, side_workload_of, workload_of
-from .loading import check_fit, require_weights
+from .loading import check_fit, freeze_non_text_parts, require_weights
 from .output_folder import nearest_folder, refuse_small_disk
 from .packing import refuse_leaky_packing_family
 from .parsing import RunArguments
@@ -37,6 +37,7 @@ class Check:
         architecture: Class of the model.
         parameters: Number of parameters of the model.
         trained_parameters: Number of those that are trained.
+        method: `full`, or `qst` for a side network.
         train_data: Counts of the training rows.
         eval_data: Counts of the evaluation rows; None if nothing is held out.
         classes: Names of the outputs in order; empty if no class is learned.
@@ -56,6 +57,7 @@ class Check:
     architecture: str
     parameters: int
     trained_parameters: int
+    method: str
     train_data: DataCounts
     eval_data: DataCounts | None
     classes: list[str]
@@ -80,9 +82,11 @@ class Check:
 
     @property
     def _trained(self) -> str:
+        if self.method == "qst":
+            return f"a side network of {self.trained_parameters:,} parameters"
         if self.trained_parameters == self.parameters:
             return "all of them, in INT8"
-        return f"a side network of {self.trained_parameters:,} parameters"
+        return f"{self.trained_parameters:,} of them, in INT8"
 
     def __str__(self) -> str:
         """Return the findings, one per line, the example, and the memory table."""
@@ -133,8 +137,9 @@ def check(arguments: RunArguments) -> Check:
         "attn_implementation": arguments.model.attn_implementation,
     }
     make = task.model_class(config)
-    with torch.device("meta"), explain_loading_errors(place):
-        model = make.from_config(config, **how)
+    with explain_loading_errors(place):
+        model = without_storage(make, config, **how)
+    freeze_non_text_parts(model, config)
     if arguments.method.side is None:
         refuse_before_loading(model, training)
     packing = "none: examples are padded"
@@ -173,6 +178,7 @@ def check(arguments: RunArguments) -> Check:
         architecture=type(model).__name__,
         parameters=parameters,
         trained_parameters=trained,
+        method=arguments.method.method,
         train_data=data.train.counts,
         eval_data=data.evaluation.counts if data.evaluation else None,
         classes=classes_of(data),

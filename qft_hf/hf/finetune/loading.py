@@ -146,7 +146,7 @@ def load_model(
             quantization_config=None if is_quantized else quantization,
             output_loading_info=True,
         )
-    _freeze_non_text_parts(model, config)
+    freeze_non_text_parts(model, config)
     heads = tuple(f"{name}." for name in trained_heads(model)) if frozen else ("",)  # all
     if random := sorted(name for name in found["missing_keys"] if not name.startswith(heads)):
         raise ValueError(
@@ -164,7 +164,13 @@ def load_model(
     return model
 
 
-def _freeze_non_text_parts(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+def freeze_non_text_parts(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """Freeze parts that do not read text, and say which; or say which parts were not loaded.
+
+    Args:
+        model: The model, also one without storage; modified.
+        config: Configuration of the checkpoint.
+    """
     parts = non_text_parts(config)
     if parts and non_text_parts(model.config):
         n_frozen = freeze_non_text_parameters(model)

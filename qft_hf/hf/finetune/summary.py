@@ -94,7 +94,7 @@ class RunSummary:
 
     @property
     def _trained(self) -> str:
-        if self.side is None:
+        if self.trained_parameters == self.parameters:
             return f"{self.parameters:,} parameters"
         return f"{self.trained_parameters:,} of {self.parameters:,} parameters"
 
