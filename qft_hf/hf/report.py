@@ -196,9 +196,10 @@ def _change(before: float | None, after: float | None) -> str:
 def _trained(summary: Mapping[str, Any]) -> str:
     """Return the number of trained parameters and, for a side network, how its base is stored."""
     total, side = f"{summary['parameters'] / 1e6:,.1f} M", summary.get("side")
-    trained = f"{summary['trained_parameters'] / 1e6:,.2f} of {total}"
+    n_trained = summary.get("trained_parameters", summary["parameters"])
+    trained = f"{n_trained / 1e6:,.2f} of {total}"
     if side is None:
-        return total if summary["trained_parameters"] == summary["parameters"] else trained
+        return total if n_trained == summary["parameters"] else trained
     return f"{trained}: a side network, base in {html.escape(side['base'])}"
 
 

@@ -266,3 +266,14 @@ def test_a_score_that_a_run_has_not_is_empty_and_one_that_is_no_number_is_called
         ["2 → 1.5", "undefined → 0.25"],
         ["", ""],
     ]
+
+
+def test_a_run_that_trained_a_part_of_its_model_says_which_share(tmp_path):
+    """A vision-language model was shown as if all of it had been trained."""
+    sizes = {"parameters": 3_000_000}
+    for name, n_trained in (("whole", 3_000_000), ("part", 2_120_000)):
+        leave(tmp_path / name, trained_parameters=n_trained, **sizes)
+    leave(tmp_path / "old", **sizes)
+    text = page([read_run(tmp_path / name) for name in ("whole", "part", "old")])
+    assert text.count(">3.0 M<") == 2
+    assert text.count(">2.12 of 3.0 M<") == 1

@@ -152,11 +152,12 @@ def test_the_base_is_stored_in_as_many_bits_as_fit():
         ("nf4", True),
         ("nf4", False),
     ]
-    asked = recommend(LLAMA_2_7B, 24, side=QSTConfig(), base="nf4")
+    config = LlamaConfig(dtype="bfloat16", max_position_embeddings=2**20)
+    asked = recommend(config, 24, side=QSTConfig(), base="nf4")
     assert asked.base == "nf4"
     longest = asked.longest_sequence
-    assert recommend(LLAMA_2_7B, 24, longest, side=QSTConfig(), base="nf4").fits
-    assert recommend(LLAMA_2_7B, 24, 2**16, side=QSTConfig(), base="nf4").longest_sequence > longest
+    assert recommend(config, 24, longest, side=QSTConfig(), base="nf4").fits
+    assert recommend(config, 24, 2**16, side=QSTConfig(), base="nf4").longest_sequence > longest
 
 
 def test_the_model_that_is_asked_about_stays_as_it_is():
