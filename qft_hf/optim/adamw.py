@@ -110,10 +110,13 @@ class QFTAdamW(QFTOptimizer):
         rounding: kernels.Rounding,
     ) -> None:
         """Update a weight and its moments by one call of `kernels.adamw_step_`."""
-        moments = kernels.Moments(
-            state["ratio_codes"], state["ratio_scales"], state["root_codes"], state["root_scales"],
-            STATE_GROUP_SIZE,
-        )  # fmt: skip
+        codes, scales = state["ratio_codes"], state["ratio_scales"]
+        moments = self.kept(
+            codes,
+            lambda: kernels.Moments(
+                codes, scales, state["root_codes"], state["root_scales"], STATE_GROUP_SIZE
+            ),
+        )
         kernels.adamw_step_(weight, moments, gradient, rule=_rule(group), rounding=rounding)
 
     def step_floats(

@@ -10,7 +10,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, TypeVar, overload
 from weakref import WeakSet
 
 import torch
@@ -33,6 +33,7 @@ from .state import StateFormat, StepCounter, initial_state
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 OWN_ROWS = "own rows"  # key in the `plans` of a weight
 
 _living: WeakSet["QFTOptimizer"] = WeakSet()
@@ -129,7 +130,7 @@ class QFTOptimizer(Optimizer):
         self.flow = self._make_flow()
         self._places: dict[int, tuple[int, int]] = {}  # number and group of each, by its id
         # Objects made once from state tensors, by the ids of these.
-        self._quantized: dict[int, kernels.Quantized] = {}
+        self._kept: dict[int, tuple[Tensor, Any]] = {}
         self._counters: dict[int, StepCounter] = {}
         self._has_stepped = False
         self._n_begun_anew = 0  # states reset since the last step
@@ -226,12 +227,16 @@ class QFTOptimizer(Optimizer):
         self, state: dict[str, Tensor], name: str, group_size: int | None, bits: int = 8
     ) -> kernels.Quantized:
         """Return state tensors `<name>_codes` and `<name>_scales` together, checked only once."""
-        codes = state[f"{name}_codes"]
-        found = self._quantized.get(id(codes))
-        if found is None or found.codes is not codes:
-            found = kernels.Quantized(codes, state[f"{name}_scales"], group_size, bits)
-            self._quantized[id(codes)] = found
-        return found
+        codes, scales = state[f"{name}_codes"], state[f"{name}_scales"]
+        return self.kept(codes, lambda: kernels.Quantized(codes, scales, group_size, bits))
+
+    def kept(self, codes: Tensor, make: Callable[[], T]) -> T:
+        """Return what `make` has made of a state tensor and others: it is made and checked once."""
+        found = self._kept.get(id(codes))
+        if found is None or found[0] is not codes:
+            found = self._kept[id(codes)] = codes, make()
+        made: T = found[1]
+        return made
 
     # --- parameters
 
@@ -531,7 +536,7 @@ class QFTOptimizer(Optimizer):
             state_dict = state_dict if changed is None else changed
         found = loaded(state_dict, self)
         self.__setstate__({"state": found.states, "param_groups": found.groups})
-        self._quantized.clear()
+        self._kept.clear()
         self._counters.clear()
         self.flow.restart(previous_norm=found.previous_norm)
         self.train()  # Accelerate moves the model before this, which disconnects hooks
