@@ -78,3 +78,17 @@ def test_an_r_that_does_not_divide_the_width_is_refused_with_the_nearest_that_do
 def test_a_model_without_attention_is_refused_by_the_name_of_its_configuration():
     with pytest.raises(ValueError, match="MambaConfig has no num_attention_heads"):
         side_config(hf.MambaConfig(hidden_size=64), QSTConfig(r=4))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.Gemma4TextConfig(num_hidden_layers=6),  # heads of two sizes
+        hf.Gemma3nTextConfig(num_hidden_layers=2, intermediate_size=[64, 128]),
+    ],
+    ids=["heads", "widths"],
+)
+def test_layers_of_different_sizes_are_refused(config):
+    """An AmbiguousGlobalPerLayerAttributeError, or a TypeError of a division, once came instead."""
+    with pytest.raises(ValueError, match=r"TextConfig differ in size.* \(method full\)"):
+        side_config(config, QSTConfig(r=4))
