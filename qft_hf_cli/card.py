@@ -25,13 +25,11 @@ def main(argv: list[str]) -> None:
     arguments.add_argument("--tags", nargs="+", help="tags in addition to the usual ones")
     known = vars(arguments.parse_args(argv))
 
-    from qft_hf.hf.finetune.run_card import write_run_card
+    from qft_hf.hf.finetune.run_card import facts_of_card, write_run_card
     from qft_hf.hf.licenses import license_warning
 
     run = known.pop("run")
     if known["license"] is not None and (doubtful := license_warning(known["license"])):
         print(f"qft-hf card: {doubtful}", file=sys.stderr)
     given = {key: value for key, value in known.items() if value is not None}
-    if "datasets" in given:
-        given["files"] = []  # the same data, by their paths on this machine
-    print(f"written to {write_run_card(run, **given)}")
+    print(f"written to {write_run_card(run, facts_of_card(run) | given)}")

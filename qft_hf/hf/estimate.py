@@ -145,8 +145,12 @@ def without_storage(make: Any, config: Any, **how: Any) -> Any:
     ) as error:
         raise ValueError(
             f"transformers cannot build the model of {type(config).__name__}: "
-            f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}. Install the "
-            "package that this names, or correct the config.json."
+            f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}. "
+            + (
+                "Install the package that this names."
+                if isinstance(error, ImportError)
+                else "Correct the config.json, or the setting that this names."
+            )
         ) from error
 
 

@@ -94,9 +94,9 @@ class Health(TrainerCallback):
         if self._first is not None:
             torch.save({"first": asdict(self._first), "moved": self._moved}, path)
 
-    def load(self, path: Path) -> None:
+    def load(self, path: Path | None) -> None:
         """Read what `save` wrote, before training resumes; without it, a new sample is taken."""
-        self._saved = torch.load(path, "cpu") if path.is_file() else None
+        self._saved = torch.load(path, "cpu") if path is not None and path.is_file() else None
 
     def figures(self) -> dict[str, float]:
         """Return figures about the step that has just ended; empty if it was not sampled.

@@ -75,6 +75,7 @@ class QFTTrainer(CheckpointTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as `CheckpointTrainer` does, and free the memory of CUDA graphs at the end."""
+        self.health.load(None)  # no checkpoint yet
         try:
             return super().train(*args, **kwargs)
         finally:

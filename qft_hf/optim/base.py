@@ -500,6 +500,8 @@ class QFTOptimizer(Optimizer):
         if not state:
             return
         wanted = self._own_format(parameter)
+        for tensor in state.values():
+            self._kept.pop(id(tensor), None)
         if wanted.keys() != state.keys() - {"step"}:
             del self.state[parameter]  # the next step, if there is one, creates it again
             self._n_begun_anew += 1

@@ -24,15 +24,15 @@ def side_config(config: Any, side: QSTConfig) -> Any:
 
     Raises:
         ValueError: `r` does not divide the hidden size, `config` has no value for a layer size, or
-            the layers of the base differ in size.
+            gives each layer sizes of its own.
     """
     config = copy.deepcopy(config.get_text_config())
     if getattr(config, "is_heterogeneous", False) or any(
         isinstance(getattr(config, name, None), list) for name in INTERMEDIATE
     ):
         raise ValueError(
-            f"the layers of {type(config).__name__} differ in size, and those of a side network do "
-            "not. Train all parameters (method full), or choose another model."
+            f"{type(config).__name__} gives each layer sizes of its own, and the layers of a side "
+            "network have one size. Train all parameters (method full), or choose another model."
         )
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     if missing := [name for name in names if not getattr(config, name, None)]:

@@ -46,14 +46,35 @@ def test_the_card_of_a_run_takes_what_only_its_user_knows(chat_flags, capsys, ca
     assert third.tags.count("chat") == 1
 
 
-def test_a_resumed_run_keeps_what_its_card_was_told(chat_flags):
-    finetune(parsed(chat_flags, save_strategy="steps", save_steps=2))
-    run = Path(chat_flags["output_dir"])
-    main(["card", str(run), "--license=mit", "--language", "de"])
-    finetune(parsed(chat_flags, max_steps=6, resume_from_checkpoint="true"))
+@pytest.mark.parametrize("method", [{}, {"method": "qst", "side_r": 2, "base": "int8"}])
+def test_a_resumed_run_keeps_what_its_card_was_told(method, chat_flags):
+    flags = chat_flags | method | {"save_strategy": "steps", "save_steps": 2}
+    finetune(parsed(flags))
+    run = Path(flags["output_dir"])
+    assert "qft_hf" not in ModelCard.load(run / "README.md").data.tags
+    main(["card", str(run), "--license=mit", "--language", "de", "--dataset", "org/chats"])
+    finetune(parsed(flags, max_steps=6, resume_from_checkpoint="true"))
     card = ModelCard.load(run / "README.md")
     assert (card.data.license, card.data.language) == ("mit", ["de"])
+    assert "on [org/chats]" in card.text
     assert "| 6 |" in card.text
+
+
+@pytest.mark.parametrize(
+    ("front", "language"),
+    [("language: en\ntags: chat\nbase_model: [a, b]", ["en"]), ("language: [en", None)],
+)
+def test_a_card_that_was_edited_by_hand_is_read_as_far_as_it_can_be(
+    front, language, chat_flags, caplog
+):
+    finetune(parsed(chat_flags))
+    page = Path(chat_flags["output_dir"]) / "README.md"
+    text = page.read_text()
+    page.write_text(f"---\n{front}\n---\n{text[text.index('<!--') :]}")
+    main(["card", str(page.parent), "--license=mit"])
+    card = ModelCard.load(page).data
+    assert (card.license, card.language, card.base_model) == ("mit", language, None)
+    assert ("cannot be read, so nothing of it is kept" in caplog.text) == (language is None)
 
 
 def test_the_license_is_that_of_the_base(chat_flags):

@@ -340,7 +340,7 @@ def test_a_damaged_summary_is_that_of_no_run(text, tmp_path):
         refuse_other_run(tmp_path, checkpoint=None, overwrite=True)
     (tmp_path / "trainer_state.json").write_text("{}")
     with pytest.raises(ValueError, match=r"summary\.json .* The card of the run stays as it is"):
-        write_run_card(tmp_path)
+        write_run_card(tmp_path, {})
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", '{"quantization_config": []}'])

@@ -6,9 +6,11 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -386,6 +388,37 @@ def test_an_export_from_before_a_resume_does_not_stay(second, chat_flags, caplog
     assert second is None or (run / second / "model.safetensors").is_file()
     finetune(parsed(flags, max_steps=8, **more))
     finetune(parsed(flags, overwrite_output="true"))
+
+
+@pytest.mark.parametrize("second", ["float16", None])
+def test_the_export_of_a_finished_run_is_kept_if_no_other_is_asked_for(second, chat_flags):
+    flags = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    run = Path(flags["output_dir"])
+    finetune(parsed(flags, export_dtype="bfloat16"))
+    before = contents(run)
+    again = {"resume_from_checkpoint": "true"} | ({"export_dtype": second} if second else {})
+    finetune(parsed(flags, **again))
+    if second is None:
+        assert contents(run) == before
+    else:
+        assert not (run / "bfloat16").exists()
+        assert f"An ordinary {second} checkpoint" in (run / "README.md").read_text()
+    finetune(parsed(flags, overwrite_output="true"))
+
+
+def test_the_lock_of_a_run_ends_with_it_though_others_have_copies(tmp_path):
+    """Processes that load data inherit it, and may live on after an error."""
+    with sole_run(tmp_path):
+        child = os.fork()
+        if child == 0:  # it has a copy of the descriptor
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with sole_run(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("task", ["chat", "classification"])

@@ -4,9 +4,11 @@ import gzip
 import json
 import math
 
+import datasets
 import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, List, disable_progress_bars
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, disable_progress_bars
+from PIL import Image
 
 from qft_hf.hf.finetune import sources
 from qft_hf.hf.finetune.task import RowError
@@ -368,6 +370,17 @@ def test_a_fingerprint_is_of_contents(tmp_path):
     }
     assert known["a.jsonl"] == known["b.jsonl"]
     assert len(set(known.values())) == 5
+
+
+def test_a_fingerprint_of_rows_with_images_is_always_the_same(tmp_path):
+    """It once had the address of each decoded image in memory."""
+    images = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    columns = {"text": ["a", "b"], "image": images}
+    features = Features({"text": Value("string"), "image": datasets.Image()})
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "rows.parquet")
+    first, second = (sources.load_rows(str(tmp_path / "rows.parquet")) for _ in range(2))
+    assert sources.fingerprint(first) == sources.fingerprint(second)
+    assert isinstance(first[0].table[0]["image"], Image.Image)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.01, 0.99, 1.0, -0.5])

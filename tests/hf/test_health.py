@@ -190,6 +190,7 @@ def test_figures_of_a_resumed_run_are_those_of_the_straight_one(tmp_path):
     for name in found[6].keys() - {"qft/peak_memory_gb"}:
         assert found[6][name] == logs[6][name], name
 
+    resumed.health.load(tmp_path / "straight" / "checkpoint-4" / "qft_sample.pt")  # then it failed
     resumed.train()  # not resumed: the sample is that of the weights of now
     journeys = [trainer.health.sample_changes() for trainer in (straight, resumed)]
     assert journeys[1]["codes_before"] == journeys[0]["codes_after"]

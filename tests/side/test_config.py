@@ -90,5 +90,5 @@ def test_a_model_without_attention_is_refused_by_the_name_of_its_configuration()
 )
 def test_layers_of_different_sizes_are_refused(config):
     """An AmbiguousGlobalPerLayerAttributeError, or a TypeError of a division, once came instead."""
-    with pytest.raises(ValueError, match=r"TextConfig differ in size.* \(method full\)"):
+    with pytest.raises(ValueError, match=r"TextConfig gives each layer sizes.* \(method full\)"):
         side_config(config, QSTConfig(r=4))

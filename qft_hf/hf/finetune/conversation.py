@@ -129,7 +129,7 @@ def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list
         if not isinstance(value, str | list | None):
             raise RowError("not a text", f"{field!r} must be a text or messages, got {value!r}.")
     beside = BESIDE_AN_INSTRUCTION if prompt_field == "instruction" else ()
-    read = {prompt_field, answer_field, *(beside if isinstance(prompt, str) else ())}
+    read = {prompt_field, answer_field, *(() if isinstance(prompt, list) else beside)}
     for field in ("history", "context", *beside):
         if row.get(field) and field not in read:
             raise RowError(

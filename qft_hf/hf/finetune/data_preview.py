@@ -40,21 +40,36 @@ def show(data: TaskData, path: Path) -> None:
     """Write the preview to stderr, in a way that keeps progress bars intact, and to a file."""
     text = f"{data_preview(data)}\n"
     tqdm.write(text, file=sys.stderr)
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if before == text:
+    before = path.read_bytes() if path.is_file() else b""
+    if before == text.encode():
         return  # a resumed run
-    if before:
-        was, now = (about.partition("\n\n")[0].splitlines() for about in (before, text))
+    if before and (changed := _changes(before.decode(errors="replace"), text)):
         logger.warning(
-            "the run in %s continues with other data than before: %s; was: %s. It has learned from "
-            "the earlier rows, and with eval_fraction some of them may now be scored as held out. "
+            "the run in %s continues with other data than before: %s. It has learned from the "
+            "earlier rows, and with eval_fraction some of them may now be scored as held out. "
             "Restore the data, or start again with overwrite_output",
             path.parent,
-            "; ".join(line for line in now if line not in was) or "another first example",
-            "; ".join(line for line in was if line not in now) or "the same counts",
+            "; ".join(changed),
         )
     with atomic_path(path) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def _changes(before: str, now: str) -> list[str]:
+    """Return how previews differ; a line that only one of two versions writes does not count."""
+    (counts_before, _, example_before), (counts_now, _, example_now) = (
+        text.partition("\n\n") for text in (before, now)
+    )
+    was, of_now = (
+        {line[:24].strip(): line[24:] for line in counts.splitlines()}
+        for counts in (counts_before, counts_now)
+    )
+    changed = [
+        f"{name} {of_now[name]}, was {was[name]}"
+        for name in of_now
+        if was.get(name, of_now[name]) != of_now[name]
+    ]
+    return changed or ["another first example"] * (example_before != example_now)
 
 
 def example_text(data: TaskData) -> str:

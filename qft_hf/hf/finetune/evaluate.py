@@ -94,14 +94,17 @@ def _refuse_learned_rows(arguments: RunArguments, data: TaskData) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return  # not a finished run, or nothing was held out
     counts = [part.counts for part in (data.train, data.evaluation) if part is not None]
-    is_its_data = arguments.settings["train_data"] == recorded_settings(folder).get("train_data")
+    is_its_data = arguments.settings.get("train_data") == recorded_settings(folder).get(
+        "train_data"
+    )
     if held_out is None or counts[-1].held_out in (None, held_out) or not is_its_data:
         return
     n_rows = sum(count.rows for count in counts)
     raise ValueError(
         f"the rows that {folder} held out cannot be drawn again, so rows that it has learned would "
-        f"be scored: its data or eval_fraction or seed have changed ({counted(n_before, 'row')} "
-        f"then, {n_rows:,} now). Restore them, or name other rows with --eval_data."
+        f"be scored: its data, eval_fraction or seed changed ({counted(n_before, 'row')} then, "
+        f"{n_rows:,} now). Restore them, take fewer of its held-out rows with --max_eval_rows, or "
+        "name other rows with --eval_data."
     )
 
 

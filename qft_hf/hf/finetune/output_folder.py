@@ -164,9 +164,14 @@ def sole_run(output_dir: Path) -> Iterator[None]:
                 "or choose another output_dir."
             ) from error
         except OSError as error:
-            logger.warning("a second run in %s would not be noticed: %s", output_dir, error)
+            logger.warning(
+                "%s cannot be locked (%s), so a second run in it would not be refused",
+                output_dir,
+                error,
+            )
         yield
     finally:
+        fcntl.flock(folder, fcntl.LOCK_UN)  # processes that load data have copies of `folder`
         os.close(folder)
 
 
@@ -243,24 +248,28 @@ def refuse_small_disk(output_dir: Path, needed_bytes: int, *, overwrite: bool) -
 def clear_run(output_dir: Path) -> None:
     """Remove the files and folders that a run wrote. Other files in the folder stay."""
     for path in _written(output_dir):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def clear_earlier_export(output_dir: Path, export_dtype: str | None) -> None:
-    """Remove the export of a run that goes on, unless one in the same dtype will replace it."""
+    """Remove the export of a resumed run, unless one in the same dtype will replace it."""
     earlier = recorded_settings(output_dir).get("export_dtype")
     if earlier not in EXPORT_DTYPES or earlier == export_dtype:
         return
     if (folder := output_dir / earlier).is_dir():
         logger.warning(
-            "%s is removed: it has the weights from before the run was resumed, and export_dtype "
-            "is %s now, was %s",
+            "%s, the export from before the run was resumed, is removed: export_dtype is %s now, "
+            "was %s",
             folder, export_dtype or "not set", earlier,
         )  # fmt: skip
-        shutil.rmtree(folder)
+        _remove(folder)
 
 
 def record_settings(output_dir: Path, given: Mapping[str, Any]) -> None:

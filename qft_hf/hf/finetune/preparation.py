@@ -30,6 +30,7 @@ from .output_folder import (
     refuse_other_run,
     refuse_small_disk,
     refuse_unwritable,
+    sole_run,
 )
 from .packing import refuse_leaky_packing
 from .parsing import RunArguments
@@ -169,6 +170,9 @@ def _check_output(arguments: RunArguments) -> Path | None:
     refuse_inputs_inside(output_dir, _inputs(arguments))
     checkpoint = checkpoint_to_resume(arguments.training.resume_from_checkpoint, output_dir)
     refuse_other_run(output_dir, checkpoint=checkpoint, overwrite=arguments.output.overwrite_output)
+    if output_dir.is_dir():
+        with sole_run(output_dir):  # so that a second run ends before it loads anything
+            pass
     return checkpoint
 
 

@@ -3,6 +3,7 @@
 import logging
 import shlex
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +25,6 @@ from .data_preview import show
 from .export import export_checkpoint
 from .loss_curve import draw_loss_curve
 from .output_folder import (
-    CARD,
     DATA_PREVIEW,
     LOSS_CURVE,
     SUMMARY,
@@ -80,12 +80,13 @@ def _train(run: Run) -> RunSummary:
             "%s already holds the results of this finished run, which are kept; no step was taken",
             output_dir,
         )
-    else:
+    told = facts_of_card(output_dir)  # now: the files of a side network have a card of their own
+    if not is_reported:
         _write_model(run)
     summary = _summarize(run, before, after)
     with first_process_writes() as is_first:
         if is_first:
-            _report(run, summary, is_reported=is_reported)
+            _report(run, summary, told, is_reported=is_reported)
     if run.trainer.args.push_to_hub:
         _push(run)
     return summary
@@ -111,9 +112,11 @@ class _WriteSettingsWhenAccepted(TrainerCallback):
     def __init__(self, run: Run) -> None:
         self.run = run
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Write the settings of the run."""
-        _write_settings(self.run)
+    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Write the settings of the run; those of a finished run stay, for they led to it."""
+        is_finished = state.global_step >= state.max_steps
+        if not is_finished or self.run.arguments.output.export_dtype is not None:
+            _write_settings(self.run)
 
 
 def _write_settings(run: Run) -> None:
@@ -130,8 +133,15 @@ def _write_settings(run: Run) -> None:
             show(run.data, output_dir / DATA_PREVIEW)
 
 
-def _report(run: Run, summary: RunSummary, *, is_reported: bool) -> None:
-    """Write report, export and model card; the report of an earlier process stays."""
+def _report(run: Run, summary: RunSummary, told: Mapping[str, Any], *, is_reported: bool) -> None:
+    """Write report, export and model card; the report of an earlier process stays.
+
+    Args:
+        run: The run, whose steps are done.
+        summary: Its numbers.
+        told: What the user has added to an earlier card of the run.
+        is_reported: Whether an earlier process has reported on the same steps.
+    """
     output, output_dir = run.arguments.output, run.arguments.output_dir
     if not is_reported:
         history = run.trainer.state.log_history
@@ -147,13 +157,13 @@ def _report(run: Run, summary: RunSummary, *, is_reported: bool) -> None:
             trust_remote_code=run.arguments.model.trust_remote_code,
         )
     if output.export_dtype is not None or not is_reported:
-        write_run_card(output_dir, license=_license(run))
+        known = told if "license" in told else {**told, "license": _license(run)}
+        write_run_card(output_dir, known)
 
 
 def _license(run: Run) -> str | None:
-    """Return the license that an earlier card or the tuned model's has; warn if none has."""
-    earlier = facts_of_card(run.arguments.output_dir / CARD)
-    license = earlier.get("license") or license_of(run.arguments.model.model_name_or_path)
+    """Return the license on the card of the model that was tuned; warn if it names none."""
+    license = license_of(run.arguments.model.model_name_or_path)
     if license is None:
         logger.warning(
             "the model card names no license, because that of the model is not known. Set it, for "

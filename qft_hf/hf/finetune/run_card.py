@@ -1,8 +1,11 @@
 """Writes the model card of a run from the files in its output folder."""
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedConfig
@@ -17,18 +20,20 @@ from ..remote_code import auto_class
 from ..wording import counted
 from .output_folder import CARD, SUMMARY, recorded_settings
 
+logger = logging.getLogger(__name__)
+
+_OUR_TAGS = {*TAGS, *SIDE_TAGS, "qft_hf"}
 _COUNTED = ("row", "example", "token")
 _OF_SUMMARY = ("architecture", "optimizer", "hyperparameters", "state_bytes", "versions")
 
 
-def write_run_card(output_dir: Path, **known: Any) -> Path:
+def write_run_card(output_dir: Path, known: Mapping[str, Any]) -> Path:
     """Write `README.md` into the output folder of a finished run.
 
     Args:
         output_dir: Output folder of the run.
-        **known: Fields of `CardFacts` that the run does not know or that override what it knows,
-            such as its license, or the Hub name of the model that it started from. Those that an
-            earlier card of the run has, and the run does not know, stay.
+        known: Fields of `CardFacts` that the run does not know or that override what it knows, such
+            as its license, or the Hub name of the model that it started from; None is left out.
 
     Returns:
         The path of the card.
@@ -45,22 +50,40 @@ def write_run_card(output_dir: Path, **known: Any) -> Path:
             f"{path} was not written by qft_hf, and stays as it is. Move it away first."
         )
     facts = facts_of_run(output_dir)
-    added = {key: value for key, value in facts_of_card(path).items() if not facts.get(key)}
-    if "datasets" in added:
-        added["files"] = []  # the same data, by their paths on this machine
-    given = {key: value for key, value in known.items() if value is not None}
-    write_card(path, CardFacts(**{**facts, **added, **given}))
+    facts |= {key: value for key, value in known.items() if value is not None}
+    if known.get("datasets"):
+        facts["files"] = []  # the same data, by their paths on this machine
+    write_card(path, CardFacts(**facts))
     return path
 
 
-def facts_of_card(path: Path) -> dict[str, Any]:
-    """Return the fields of `CardFacts` in a card that its user may have added; none without it."""
+def facts_of_card(output_dir: Path) -> dict[str, Any]:
+    """Return the fields of `CardFacts` that the user has added to the card of a run."""
+    path = output_dir / CARD
     if not path.is_file():
         return {}
-    data = ModelCard.load(path, ignore_metadata_errors=True).data
-    found = {key: data.get(key) for key in ("license", "language", "base_model", "datasets")}
-    found["tags"] = [tag for tag in data.get("tags") or [] if tag not in (*TAGS, *SIDE_TAGS)]
-    return {key: value for key, value in found.items() if value}
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except (ValueError, yaml.YAMLError) as error:
+        logger.warning("%s cannot be read, so nothing of it is kept: %s", path, error)
+        return {}
+    try:
+        own = json_object(output_dir / SUMMARY)["origin"]
+    except (ValueError, KeyError):
+        own = {}
+    found: dict[str, Any] = {}
+    for key in ("license", "base_model"):
+        value = data.get(key)
+        if isinstance(value, str) and value != own.get(key):
+            found[key] = value
+    for key in ("language", "datasets", "tags"):
+        values = data.get(key) or []
+        values = [values] if isinstance(values, str) else list(values)
+        if key == "tags":
+            values = [tag for tag in values if tag not in _OUR_TAGS]
+        if values and values != own.get(key):
+            found[key] = values
+    return found
 
 
 def facts_of_run(output_dir: Path) -> dict[str, Any]:
@@ -73,8 +96,10 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
     summary, state = _read(output_dir / SUMMARY), _read(output_dir / TRAINER_STATE_NAME)
     try:
         return _facts(output_dir, summary, state)
-    except (KeyError, TypeError) as error:
-        version = (summary.get("versions") or {}).get("qft_hf", "of another program")
+    except (KeyError, TypeError, AttributeError) as error:
+        versions = summary.get("versions")
+        known = versions.get("qft_hf") if isinstance(versions, dict) else None
+        version = known or "of another program"
         raise ValueError(
             f"{output_dir / SUMMARY} (qft_hf {version}) or {TRAINER_STATE_NAME} records less than "
             f"a card needs ({error}). The card of the run stays as it is."
@@ -82,12 +107,17 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
 
 
 def _facts(output_dir: Path, summary: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    side = summary.get("side")
+    origin, side = summary["origin"], summary.get("side")
     form: QFTConfig | None = None
     config: dict[str, Any] = {}
     if side is None:
         with explain_loading_errors(output_dir):
             config, _ = PreTrainedConfig.get_config_dict(output_dir)
+        if "quantization_config" not in config:
+            raise ValueError(
+                f"{output_dir} holds no INT8 weights: its config.json has no quantization_config. "
+                "The card of the run stays as it is."
+            )
         form = QFTConfig.from_dict(config["quantization_config"])
     export = recorded_settings(output_dir).get("export_dtype")
     counts = summary["train_data"]
@@ -95,7 +125,7 @@ def _facts(output_dir: Path, summary: dict[str, Any], state: dict[str, Any]) -> 
         "name": recorded_settings(output_dir).get("hub_model_id") or output_dir.resolve().name,
         "parameters": (summary["parameters"], summary["trained_parameters"]),
         **{name: summary[name] for name in _OF_SUMMARY},
-        **summary["origin"],
+        **origin,
         "auto_class": auto_class(config),
         "format": form,
         "side": side,
@@ -130,7 +160,8 @@ def license_of(model: str) -> str | None:
             data = ModelCard.load(path).data if path.is_file() else None
         else:
             data = ModelCard.load(model).data
-    except (OSError, ValueError, HfHubHTTPError):  # absent, not readable, or not reachable
+    except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError):
+        # Absent, not readable, or not reachable.
         return None
     named = getattr(data, "license", None)
     return named if isinstance(named, str) else None
