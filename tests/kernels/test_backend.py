@@ -171,7 +171,7 @@ IMPLEMENTED = [
 
 
 def test_the_package_offers_operators_and_their_values():
-    values = {"AdamW", "Input", "Lion", "Moments", "Quantized", "Rounding", "Weight"}
+    values = {"AdamW", "Input", "Lion", "Moments", "Quantized", "Rounding", "Roundings", "Weight"}
 
     assert set(kernels.__all__) == set(OPERATORS) | values | {"expand", "squared_norm"}
     assert all(name == operator.name for name, operator in OPERATORS.items())
