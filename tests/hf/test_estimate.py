@@ -465,19 +465,19 @@ def test_layers_of_many_widths_count_as_the_widest():
 @pytest.mark.parametrize(
     ("config", "why"),
     [
-        (DbrxConfig(), "of DbrxConfig: AttributeError"),
+        (DbrxConfig(), "of DbrxConfig: AttributeError.* Correct the config"),
         pytest.param(
             FastVlmConfig(),
-            "of FastVlmConfig: ImportError: TimmWrapperModel .*pip install timm",
+            "of FastVlmConfig: ImportError: Timm.*pip install timm.* Install the package",
             marks=pytest.mark.skipif(is_timm_available(), reason="timm is there"),
         ),
-        (LlamaConfig(hidden_act="no such"), "of LlamaConfig: KeyError"),
+        (LlamaConfig(hidden_act="no such"), "of LlamaConfig: KeyError.* Correct the config"),
     ],
     ids=lambda value: type(value).__name__,
 )
 def test_a_model_that_cannot_be_built_is_named_with_the_reason(config, why):
     """It was a traceback of transformers."""
-    with pytest.raises(ValueError, match=f"cannot build the model {why}.*correct the config.json"):
+    with pytest.raises(ValueError, match=f"cannot build the model {why}"):
         estimate_memory(config)
 
 
