@@ -4,10 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from .tensor_files import DAMAGED
-
 
 @contextmanager
 def explain_loading_errors(name: str | Path, *, advice: str = "") -> Iterator[None]:
@@ -24,12 +20,9 @@ def explain_loading_errors(name: str | Path, *, advice: str = "") -> Iterator[No
     """
     try:
         yield
-    except (ImportError, OSError, SafetensorError, ValueError) as error:
-        # An ImportError: a kernel for attention is not installed.
+    except (ImportError, OSError, ValueError) as error:  # an attention kernel may be missing
         if other := _what_else(Path(name)):
             raise ValueError(f"{name} {other}") from error
-        if isinstance(error, SafetensorError):
-            advice = f". {DAMAGED}"
         is_model = Path(name, "config.json").is_file()
         if is_model or (not isinstance(error, OSError) and not Path(name).is_dir()):
             raise ValueError(f"{name} cannot be loaded: {error}{advice}") from error

@@ -238,7 +238,6 @@ def test_a_conversation_that_is_too_long_for_the_model_is_refused(tmp_path, caps
 
 
 def test_damaged_weights_are_named_before_a_chat(tmp_path, capsys):
-    """The error of safetensors once ended in a traceback."""
     tiny_llama(vocab_size=320).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
@@ -246,7 +245,7 @@ def test_damaged_weights_are_named_before_a_chat(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["chat", str(tmp_path), "--prompt", "how are you?"])
     error = capsys.readouterr().err
-    assert f"{tmp_path} cannot be loaded: " in error
+    assert str(weights) in error
     assert "copy it again" in error
     assert "Traceback" not in error
 

@@ -365,14 +365,16 @@ def test_no_run_begins_in_the_folder_of_one_that_goes_on(how, chat_flags):
     finetune(parsed(flags))
     run = Path(flags["output_dir"])
     before = contents(run)
-    second = parsed(flags, **{how: "true"}, max_steps=5)
-    with (
-        sole_run(run),
-        pytest.raises(FileExistsError, match=f"another process is training in {run}"),
-    ):
-        finetune(second)
+    arguments = parsed(flags, **{how: "true"}, max_steps=5)
+    second = prepare(arguments)  # before the other process begins
+    for begin in (lambda: finetune(arguments), lambda: train(second)):
+        with (
+            sole_run(run),
+            pytest.raises(FileExistsError, match=f"another process is training in {run}"),
+        ):
+            begin()
     assert contents(run) == before
-    assert finetune(second).steps == 5
+    assert train(second).steps == 5
 
 
 @pytest.mark.parametrize("second", ["float16", None])
