@@ -449,11 +449,6 @@ class QFTOptimizer(Optimizer):
         """Update float parameters and their states in place: one call per group and device."""
         calls: dict[tuple[int, torch.device], list[tuple[Parameter, Tensor]]] = {}
         for parameter, gradient in pairs:
-            if gradient.is_sparse:
-                raise TypeError(
-                    f"{type(self).__name__} needs dense gradients, got a sparse one of shape "
-                    f"{tuple(gradient.shape)}. Make its nn.Embedding with sparse=False."
-                )
             _, number = self._places[id(parameter)]
             calls.setdefault((number, parameter.device), []).append((parameter, gradient))
         for (number, _), members in calls.items():

@@ -176,13 +176,18 @@ class Flow(ABC):
                     del hooks[key]
 
     def _waiting(self, parameters: list[Parameter]) -> list[Parameter]:
-        """Return the parameters that have a gradient, after quantizing those of INT8 weights."""
+        """Return the parameters that have a gradient, after quantizing those of INT8 weights.
+
+        Raises:
+            TypeError: A gradient is sparse. Nothing was updated.
+        """
         waiting = []
         for parameter in parameters:
             if (gradient := parameter.grad) is None:
                 continue
             if isinstance(gradient, TiledGradient):  # was requested but not used in backward
                 parameter.grad = gradient.quantized()
+            refuse_sparse(gradient)
             quantize_gradient_(parameter)  # set by hand, or while there was no hook
             waiting.append(parameter)
         return waiting
@@ -219,6 +224,15 @@ class Flow(ABC):
 
     def _settle(self) -> None:  # noqa: B027 there is nothing to wait for
         """Wait for transfers that updates have begun; on one process there are none."""
+
+
+def refuse_sparse(gradient: Tensor) -> None:
+    """Raise TypeError if a gradient is sparse: some versions of PyTorch compute with it by rows."""
+    if type(gradient) is Tensor and gradient.is_sparse:
+        raise TypeError(
+            f"Optimizers of INT8 weights need dense gradients, got a sparse one of shape "
+            f"{tuple(gradient.shape)}. Make its nn.Embedding with sparse=False."
+        )
 
 
 def quantize_gradient_(parameter: Parameter) -> None:

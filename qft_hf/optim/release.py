@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..quant import Int8Gradient, TiledGradient
-from .flow import Flow, PassResult, RunPart, run_directly
+from .flow import Flow, PassResult, RunPart, refuse_sparse, run_directly
 from .norms import (
     are_finite,
     by_device,
@@ -109,6 +109,7 @@ class Release(Flow):
         Raises:
             RuntimeError: The parameter was updated in this step already, or the norm that exact
                 clipping needs was not measured.
+            TypeError: The gradient is sparse.
             ValueError: The micro-batch is not the last one and `accumulation` is `"forbid"`; or an
                 option of a group is out of range, and nothing was updated.
         """
@@ -160,6 +161,7 @@ class Release(Flow):
             self._update(parameter, gradient)
             self._n_updated = 0
         elif gradient is not None:
+            refuse_sparse(gradient)
             is_small = parameter.numel() <= SMALL
             if optimizer.clipping == "tensor" or not is_small:  # else `step` takes all norms
                 squares = squares_of(gradient)

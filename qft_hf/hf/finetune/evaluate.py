@@ -1,6 +1,5 @@
 """Scores a checkpoint, INT8 or float, on held-out data, without training anything."""
 
-import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from ..json_object import json_object
 from ..language_model import language_class
 from ..wording import counted, score_text
 from .arguments import DataArguments, MethodArguments
@@ -88,10 +88,10 @@ def _refuse_learned_rows(arguments: RunArguments, data: TaskData) -> None:
     """Raise if a run's `eval_fraction` now draws other rows than those that the run held out."""
     folder = Path(arguments.model.model_name_or_path)
     try:
-        before = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        before = json_object(folder / SUMMARY)
         n_before = before["train_data"]["rows"] + before["eval_data"]["rows"]
         held_out = before["eval_data"]["held_out"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return  # not a finished run, or nothing was held out
     counts = [part.counts for part in (data.train, data.evaluation) if part is not None]
     is_its_data = arguments.settings.get("train_data") == recorded_settings(folder).get(
