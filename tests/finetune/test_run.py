@@ -1,5 +1,7 @@
 """Whole runs of tiny models, from arguments to the contents of the output folder."""
 
+import errno
+import fcntl
 import http.server
 import json
 import os
@@ -406,6 +408,17 @@ def test_the_export_of_a_finished_run_is_kept_if_no_other_is_asked_for(second, c
         assert not (run / "bfloat16").exists()
         assert f"An ordinary {second} checkpoint" in (run / "README.md").read_text()
     finetune(parsed(flags, overwrite_output="true"))
+
+
+def test_a_run_goes_on_with_a_warning_where_folders_cannot_be_locked(tmp_path, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with sole_run(tmp_path):
+        pass
+    assert "cannot be locked ([Errno" in caplog.text
+    assert "a second run in it would not be refused" in caplog.text
 
 
 def test_the_lock_of_a_run_ends_with_it_though_others_have_copies(tmp_path):

@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +155,12 @@ def sole_run(output_dir: Path) -> Iterator[None]:
 
     output_dir.mkdir(parents=True, exist_ok=True)
     folder = os.open(output_dir, os.O_RDONLY)
-    try:
+    with ExitStack() as held:
+        held.callback(os.close, folder)
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Closing is not enough: processes that load data have copies of `folder`.
+            held.callback(fcntl.flock, folder, fcntl.LOCK_UN)
         except BlockingIOError as error:
             raise FileExistsError(
                 f"another process is training in {output_dir}. Wait until it has ended, stop it, "
@@ -166,13 +169,9 @@ def sole_run(output_dir: Path) -> Iterator[None]:
         except OSError as error:
             logger.warning(
                 "%s cannot be locked (%s), so a second run in it would not be refused",
-                output_dir,
-                error,
-            )
+                output_dir, error,
+            )  # fmt: skip
         yield
-    finally:
-        fcntl.flock(folder, fcntl.LOCK_UN)  # processes that load data have copies of `folder`
-        os.close(folder)
 
 
 def refuse_inputs_inside(output_dir: Path, inputs: Mapping[str, str]) -> None:
