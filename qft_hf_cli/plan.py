@@ -12,7 +12,7 @@ a config of a run, which then also sets the sequence length, batch size and opti
 """
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,12 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
     """Return a model's place and the settings of a run; flags override those of a config."""
     import torch
 
-    from qft_hf import QFTConfig
     from qft_hf.hf import shipped
     from qft_hf.hf.finetune.arguments import MethodArguments
 
     dtype: torch.dtype | None = None  # that of the model's configuration
     place, trust = name, options.trust_remote_code
-    work: dict[str, Any] = {"batch_size": 1, "sequence_length": None, "config": QFTConfig()}
+    work: dict[str, Any] = {"batch_size": 1, "sequence_length": None, "asked": {}}
     if _is_config(name):
         from qft_hf.hf.finetune.data import LANGUAGE_TASKS
         from qft_hf.hf.finetune.forecast import workload_of
@@ -105,7 +104,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
         dtype = getattr(torch, arguments.model.dtype)
         trust |= arguments.model.trust_remote_code
         if side is None:
-            work = workload_of(arguments)
+            work = {**workload_of(arguments), "asked": arguments.training.format_fields}
         else:
             work |= {
                 "batch_size": arguments.training.per_device_train_batch_size,
@@ -130,7 +129,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
         "optimizer": options.optim,
         "momentum_bits": options.momentum_bits,
         "chunked_loss": options.chunked_loss or None,
-        "config": replace(work["config"], matmul=options.matmul) if options.matmul else None,
+        "asked": {**work["asked"], "matmul": options.matmul} if options.matmul else None,
         "n_processes": options.gpus,
         "trust_remote_code": trust,
         "dtype": dtype,
@@ -153,13 +152,17 @@ def _side_fields(options: argparse.Namespace) -> dict[str, Any]:
 def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]:
     """Return the bytes of each way to train, and the choice for each card."""
     from qft_hf import recommend
+    from qft_hf.hf.compatibility import format_with
     from qft_hf.hf.estimate import skeleton
+    from qft_hf.hf.finetune.loading import freeze_non_text_parts
     from qft_hf.hf.positions import n_positions
     from qft_hf.hf.recommendation import ways_to_train
 
     source = skeleton(
         place, trust_remote_code=work.pop("trust_remote_code"), dtype=work.pop("dtype", None)
     )
+    freeze_non_text_parts(source, source.config)  # as a run does
+    work["config"] = format_with(source, work.pop("asked"))
     positions = n_positions(source.config)
     length = _sequence_length(place, work.pop("sequence_length"), positions)
     ways = []

@@ -42,12 +42,14 @@ class QFTCallback(TrainerCallback):
     Attributes:
         writes_in_place: Whether a checkpoint is visible before it is whole; not with `QFTTrainer`.
         compiler: Options of `torch.compile` for layers; empty if they are not compiled.
+        max_grad_norm: That of the arguments at the start of a run with released gradients.
     """
 
     writes_in_place = True
 
     def __init__(self) -> None:
         self.compiler: dict[str, Any] = {}
+        self.max_grad_norm: float | None = None
 
     def on_init_end(
         self, args: Any, *_: Any, model: Any = None, optimizer: Any = None, **__: Any
@@ -102,6 +104,7 @@ class QFTCallback(TrainerCallback):
             return
         refuse_retries(args)
         connect_to_trainer_(inner, args)
+        self.max_grad_norm = args.max_grad_norm
         if args.gradient_accumulation_steps > 1:
             if inner.accumulation == "forbid":
                 raise ValueError(ACCUMULATION_IS_FORBIDDEN)
@@ -109,6 +112,19 @@ class QFTCallback(TrainerCallback):
                 "gradient=release with %d micro-batches a step: their INT8 gradients are kept "
                 "until the last one, about 1 byte for each parameter, as gradient=stack does",
                 args.gradient_accumulation_steps,
+            )
+
+    def on_pre_optimizer_step(self, args: Any, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        """Refuse a `max_grad_norm` that was changed after released gradients were clipped."""
+        inner = unwrapped(optimizer)
+        if not is_ours(inner) or inner.gradient != "release":
+            return
+        if args.max_grad_norm != self.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm of the arguments was {self.max_grad_norm} at the start of the run "
+                f"and is {args.max_grad_norm} now. With gradient='release' backward has clipped by "
+                "the first. Change optimizer.max_grad_norm instead, before backward; or use "
+                "gradient='stack'."
             )
 
     def on_log(

@@ -1,6 +1,6 @@
 """Which models and optimizers belong to qft_hf, and which of them work together."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,7 @@ from ..config import QuantizationSpec
 from ..nn import QuantizedModule
 from ..quant import QFTWeight
 from ..side import SideNetwork, side_network_of
-from .config import QFTConfig
+from .config import QUANT_METHOD, QFTConfig
 from .optimizers import OPTIMIZERS, given_options, is_ours, names, optimizer_name
 
 
@@ -32,11 +32,18 @@ def quantization_config_of(model: Any) -> QFTConfig | None:
         formats.
     """
     config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD:
+        config = QFTConfig.from_dict(config)  # of a model without storage, made from a config.json
     if isinstance(model, SideNetwork):
         config = model.quantization
     elif not isinstance(config, QFTConfig) and side_network_of(model) is None:
         config = _config_of_modules(model)
     return config if isinstance(config, QFTConfig) else None
+
+
+def format_with(model: nn.Module, asked: dict[str, Any]) -> QFTConfig:
+    """Return the format of an INT8 model, or the default, with the fields that are asked for."""
+    return replace(quantization_config_of(model) or QFTConfig(), **asked)
 
 
 def _config_of_modules(model: nn.Module) -> QFTConfig | None:

@@ -1,5 +1,6 @@
 """`estimate_memory` and `estimate_side_memory`: predict the memory of a run, loading no weights."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..nn import conversion_plan
 from ..optim.settings import GRADIENTS
 from ..side import QSTConfig, attach_side_network, side_config
 from .base import BASES, nf4_weights
+from .compatibility import quantization_config_of
 from .config import QFTConfig
 from .language_model import language_class, non_text_parts
 from .missing_model import explain_loading_errors
@@ -41,10 +43,11 @@ def estimate_memory(
     """Predict the memory of training a decoder model; no weight is loaded.
 
     Args:
-        model_or_config: A model, on any device; or its configuration, a folder with a config.json
-            or a name on the hub. From these a skeleton without storage is made, in the dtype that
-            the configuration names or, without one, FP32.
-        config: The weight format; None for the default.
+        model_or_config: A model, on any device, whose frozen parameters have no gradients; or its
+            configuration, a folder with a config.json or a name on the hub. From these a skeleton
+            without storage is made, in the dtype that the configuration names or, without one,
+            FP32.
+        config: The weight format; None for that of the model if it is INT8, or the default.
         gradient: `"stack"` or `"release"`.
         momentum_bits: Bits of Lion's momentum: 8, 4, or 0 for no momentum, as in `qft_sgd`.
         optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`, as in `TrainingArguments.optim`.
@@ -64,9 +67,9 @@ def estimate_memory(
         FileNotFoundError: Neither a folder with a config.json nor a model visible on the hub has
             this name.
         ValueError: `gradient`, `momentum_bits` or `optimizer` is not supported, `batch_size`,
-            `sequence_length` or `n_processes` is below 1, or the configuration is not that of a
-            causal language model, or does not have a size of the decoder, or transformers cannot
-            build the model.
+            `sequence_length` or `n_processes` is below 1, or the model is INT8 in another format
+            than `config`, or the configuration is not that of a causal language model, or does not
+            have a size of the decoder, or transformers cannot build the model.
     """
     for name, value, choices in (
         ("gradient", gradient, GRADIENTS),
@@ -89,13 +92,28 @@ def estimate_memory(
     return estimate(
         model,
         workload,
-        config or QFTConfig(),
+        _storage_format(model, config),
         gradient=gradient,
         momentum_bits=momentum_bits,
         optimizer=optimizer,
         n_processes=n_processes,
         not_counted=non_text_parts(model.config),
     )
+
+
+def _storage_format(model: nn.Module, wanted: QFTConfig | None) -> QFTConfig:
+    """Return the format of an INT8 model, with the products that are wanted; or the one wanted.
+
+    Raises:
+        ValueError: The model is INT8 in another format.
+    """
+    own = quantization_config_of(model)
+    if own is None or wanted is None:
+        return own or wanted or QFTConfig()
+    own = deepcopy(own)
+    for name, value in wanted.get_loading_attributes().items():
+        setattr(own, name, value)
+    return own
 
 
 def skeleton(
@@ -113,6 +131,7 @@ def skeleton(
         ValueError: It is not a causal language model, or transformers cannot build it.
     """
     if isinstance(source, nn.Module):
+        language_class(source.config)
         return source
     if isinstance(source, str | Path):
         folder = Path(source)
@@ -171,7 +190,7 @@ def estimate_side_memory(
         side: The side network; None for the default.
         base: How the frozen base is stored: `"nf4"`, `"int8"` or `"float"`, which means the dtype
             that the configuration names or, without one, FP32.
-        config: The format of an INT8 base; None for the default.
+        config: The format of an INT8 base, as in `estimate_memory`.
         batch_size: Sequences per micro-batch.
         sequence_length: Tokens per sequence.
         gradient_checkpointing: Whether side layers keep only their input.
@@ -185,7 +204,7 @@ def estimate_side_memory(
         ValueError: `base` is not supported, the side network does not fit the model, or as in
             `estimate_memory`.
     """
-    estimator = SideEstimator(model_or_config, side or QSTConfig(), base, config or QFTConfig())
+    estimator = SideEstimator(model_or_config, side or QSTConfig(), base, config)
     return estimator(
         batch_size=batch_size,
         sequence_length=sequence_length,
@@ -196,7 +215,9 @@ def estimate_side_memory(
 class SideEstimator:
     """Predicts the memory of one side network on one base; the skeletons are made only once."""
 
-    def __init__(self, source: ModelSource, side: QSTConfig, base: str, config: QFTConfig) -> None:
+    def __init__(
+        self, source: ModelSource, side: QSTConfig, base: str, config: QFTConfig | None
+    ) -> None:
         if base not in BASES:
             raise ValueError(f"base must be {' or '.join(map(repr, BASES))}, got {base!r}.")
         origin = skeleton(source)
@@ -206,8 +227,9 @@ class SideEstimator:
         if base == "nf4":
             self.base = Base(nf4=nf4_weights(model))
         elif base == "int8":
-            plan = conversion_plan(model, config.modules_to_not_convert)
-            self.base = Base(plan=plan, spec=config)
+            spec = _storage_format(origin, config)
+            plan = conversion_plan(model, spec.modules_to_not_convert)
+            self.base = Base(plan=plan, spec=spec)
         self.side = side
         self.sizes = (model.config.get_text_config(), side_config(model.config, side))
         self.model = attach_side_network(model, side)

@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..layout import GroupLayout, outlier_bytes
 from ..nn import (
+    FLOATS,
     QuantizedModule,
     arrangement_of,
     conversion_plan,
@@ -194,6 +195,19 @@ class QFTQuantizer(HfQuantizer):
                 'offloaded. Use device_map="cpu", or devices that together can hold the model, and '
                 "a larger max_memory if it was set too low."
             )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype that INT8 weights stand for, which was asked for.
+
+        Raises:
+            ValueError: There is no kernel for it.
+        """
+        if dtype not in FLOATS:
+            raise ValueError(
+                f"An INT8 model was to be loaded with dtype={dtype}. Its weights stand for "
+                f"{', '.join(map(str, FLOATS))}: load it with one of these."
+            )
+        return dtype
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any

@@ -112,7 +112,7 @@ def recommend(
         gpu_memory: Nominal memory of the card, in GB of 1e9 bytes.
         sequence_length: Tokens of one sequence.
         batch_size: Sequences of one micro-batch.
-        config: The weight format; None for the default.
+        config: As in `estimate_memory`.
         momentum_bits: As in `estimate_memory`; 4 and 0 are used only if requested here.
         optimizer: As in `estimate_memory`.
         chunked_loss: As in `estimate_memory`.
@@ -127,8 +127,8 @@ def recommend(
         ValueError: `gpu_memory` is not positive and finite, `side` is given with several processes,
             or as in `estimate_memory` and `estimate_side_memory`.
     """
-    if not 0 < gpu_memory < inf:
-        raise ValueError(f"gpu_memory must be positive and finite, in GB, got {gpu_memory}.")
+    if not isinstance(gpu_memory, int | float) or not 0 < gpu_memory < inf:
+        raise ValueError(f"gpu_memory must be a positive, finite number of GB, got {gpu_memory!r}.")
     if side is not None and n_processes > 1:
         raise ValueError(
             f"n_processes={n_processes} and side were given. Processes divide the gradients and "
@@ -200,7 +200,7 @@ def ways_to_train(
                 yield way, partial(estimate_memory, source, **of_full, **way)
         return
     for name in [base] if base else _FINEST_FIRST:
-        estimator = SideEstimator(source, side, name, config or QFTConfig())
+        estimator = SideEstimator(source, side, name, config)
         for checkpointing in (False, True):
             way = {"gradient_checkpointing": checkpointing}
             yield {"base": name, **way}, partial(estimator, batch_size=batch_size, **way)

@@ -1,12 +1,13 @@
 """`QFTTrainer`: a Trainer with conversion, memory ledger, safe checkpoints and model card."""
 
 from collections.abc import Callable
+from inspect import formatannotation, signature
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..memory import MemoryLedger, memory_ledger
 from ..optim.flow import RunPart
@@ -30,6 +31,8 @@ N_ITEMS = "num_items_in_batch"  # the Trainer's name for it, used as a key next 
 class QFTTrainer(CheckpointTrainer):
     """Trains every parameter of a model in INT8; accepts the arguments of `transformers.Trainer`.
 
+    In a class that another Trainer is mixed into, the arguments are those of that Trainer, by name.
+
     A float model, also one made by `model_init`, is quantized in place before it is moved. In a
     model with a side network, only the side network is quantized, and only with one of our
     optimizers. The memory ledger is printed once gradients and momentum both exist, and is kept in
@@ -37,13 +40,19 @@ class QFTTrainer(CheckpointTrainer):
     from a checkpoint or is refused.
 
     Raises:
+        TypeError: A Trainer that is mixed in takes other `args`, or arguments in another order.
         ValueError: The optimizer is not one of ours, or the arguments or the model cannot work with
             INT8 weights; the text says what to do instead.
     """
 
     def __init__(
-        self, model: nn.Module | None = None, args: TrainingArguments | None = None, **kwargs: Any
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *others: Any,
+        **kwargs: Any,
     ) -> None:
+        kwargs = _by_name(type(self), args, others, kwargs)
         if args is None:
             args = QFTTrainingArguments(output_dir="trainer_output")
         if named_optimizer(args) is not None:
@@ -96,11 +105,20 @@ class QFTTrainer(CheckpointTrainer):
         # Accumulated gradients all exist after the last micro-batch: one pass is enough to clip.
         exact = is_ours(optimizer) and optimizer.clipping == "exact"
         if exact and self.current_gradient_accumulation_steps == 1:
-            with trial_pass(model), optimizer.measure_norm():
+            model.train()  # as the Trainer does before it prepares inputs
+            inputs = _Prepared(self._prepare_inputs(inputs))
+            with trial_pass(model, self), optimizer.measure_norm():
                 super().training_step(model, inputs, *args)
         if self.make_graph is not None:
             return self._graphed_training_step(self.make_graph, model, inputs, *args)
         return super().training_step(model, inputs, *args)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Prepare inputs once: trainers of TRL sample completions here, and count their calls."""
+        if isinstance(inputs, _Prepared):
+            return dict(inputs)  # a loss function may remove some
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared
 
     def _graphed_training_step(
         self,
@@ -116,16 +134,21 @@ class QFTTrainer(CheckpointTrainer):
             if optimizer.gradient == "stack" and self.accelerator.scaler is None:
                 self._clip_by_graphs(self._graphed_step.run_part)
         step = super().training_step  # the Trainer's, or that of a Trainer that is mixed in
+        model.train()
         batch = dict(self._prepare_inputs(inputs))
         if num_items_in_batch is not None:
             batch[N_ITEMS] = num_items_in_batch
 
         def run(batch: dict[str, Any]) -> Tensor:
-            inputs = dict(batch)
+            inputs = _Prepared(batch)
             return step(model, inputs, inputs.pop(N_ITEMS, None))
 
         # Host values on which the control flow of the Trainer and the optimizer depends.
-        kind = (self.accelerator.sync_gradients, self.current_gradient_accumulation_steps)
+        kind = (
+            self.accelerator.sync_gradients,
+            self.current_gradient_accumulation_steps,
+            optimizer.max_grad_norm,
+        )
         return self._graphed_step(run, batch, kind=kind)
 
     def _clip_by_graphs(self, run_part: RunPart) -> None:
@@ -203,6 +226,44 @@ class QFTTrainer(CheckpointTrainer):
             tags=_listed(tags),
         )
         write_card(Path(str(self.args.output_dir)) / "README.md", facts)
+
+
+class _Prepared(dict[str, Any]):
+    """Inputs that `_prepare_inputs` has returned."""
+
+
+def _by_name(
+    cls: type, args: Any, others: tuple[Any, ...], named: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a Trainer after `model` and `args` by name.
+
+    Raises:
+        TypeError: One is given twice, `args` is not what the Trainer takes, or a Trainer that is
+            mixed in, whose arguments have another order, gets some by position.
+    """
+    bases = cls.__mro__[cls.__mro__.index(CheckpointTrainer) + 1 :]
+    theirs = next(base for base in bases if "__init__" in vars(base))
+    parameter = signature(theirs).parameters.get("args")
+    annotation = "" if parameter is None else formatannotation(parameter.annotation)
+    wanted = annotation.split("|")[0].strip(" '").rpartition(".")[2]
+    own = wanted.endswith(("Config", "Arguments")) and wanted != TrainingArguments.__name__
+    is_own = wanted in (base.__name__ for base in type(args).__mro__)
+    if own and not is_own and isinstance(args, QFTTrainingArguments | None):
+        got = "none" if args is None else type(args).__name__
+        raise TypeError(
+            f"{cls.__name__} is a {theirs.__name__}, which needs args={wanted}(...), got {got}. "
+            f"Give it one with optim={names()}; options of INT8 training go into optim_args, such "
+            "as optim_args='gradient=release'."
+        )
+    if not isinstance(args, TrainingArguments | None) or (others and theirs is not Trainer):
+        raise TypeError(
+            f"{cls.__name__} takes a model and TrainingArguments by position, and the other "
+            f"arguments of {theirs.__name__} by name, since their order may differ."
+        )
+    given = dict(zip(list(signature(Trainer).parameters)[2:], others, strict=False))
+    if twice := sorted(given.keys() & named.keys()):
+        raise TypeError(f"{cls.__name__} got {', '.join(twice)} by position and by name.")
+    return given | named
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

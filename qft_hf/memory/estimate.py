@@ -245,8 +245,8 @@ def estimate(
         **_saves_codes(model, plan, spec, workload),
         outlier_fraction=spec.outlier_fraction,
     )
-    floats = [kept.parameter.numel() for kept in plan.kept]
-    shapes = [arrangement.matrix_shape for arrangement in plan.arrangements.values()]
+    floats = [kept.parameter.numel() for kept in plan.kept if kept.parameter.requires_grad]
+    shapes = trained_shapes(plan)
     rows = Rows(n_processes, spec)
     bits = state_bits(optimizer, momentum_bits)
     states = state_kinds(plan, rows, gradient=gradient, bits_of_state=bits)
@@ -268,7 +268,7 @@ def estimate(
     return MemoryEstimate(
         rows=[LedgerRow(*kind) for kind in kinds if kind[2]],
         activation_rows=[LedgerRow(*kind) for kind in activations if kind[2]],
-        n_parameters=sum(weight.numel() for weight in plan.weights.values()) + sum(floats),
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         n_processes=n_processes,
         received_bytes=rows.received_bytes(shapes, floats),
         not_counted=not_counted,
@@ -280,14 +280,17 @@ def state_kinds(
 ) -> list[tuple[str, int, int]]:
     """Return kind, number of tensors and bytes of parameters, gradients and optimizer states.
 
+    Frozen parameters have neither gradients nor states.
+
     Args:
         plan: Which parameters are quantized.
         rows: How they are stored, and divided among processes.
         gradient: `"stack"` or `"release"`.
         bits_of_state: Bits of each state of a weight, as `state_bits` returns them.
     """
-    floats = [kept.parameter for kept in plan.kept]
-    own = [rows.own(arrangement.matrix_shape) for arrangement in plan.arrangements.values()]
+    every_float = [kept.parameter for kept in plan.kept]
+    floats = [parameter for parameter in every_float if parameter.requires_grad]
+    own = [rows.own(shape) for shape in trained_shapes(plan)]
     n_tensors = 2 * len(own) + len(floats)
     of_gradients = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in own]
     gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if gradient == "stack" else 0
@@ -295,9 +298,18 @@ def state_kinds(
     momentum += len(bits_of_state) * sum(FP32_BYTES * p.numel() for p in floats)
     return [
         *weight_kinds(plan, rows.spec),
-        ("float parameters", len(floats), sum(p.nbytes for p in floats)),
+        ("float parameters", *count(every_float)),
         ("gradients", n_tensors, gradients),
         ("momentum", len(bits_of_state) * n_tensors, momentum),
+    ]
+
+
+def trained_shapes(plan: ConversionPlan) -> list[tuple[int, int]]:
+    """Return the shapes of the INT8 matrices that are not frozen."""
+    return [
+        arrangement.matrix_shape
+        for name, arrangement in plan.arrangements.items()
+        if plan.weights[name].requires_grad
     ]
 
 

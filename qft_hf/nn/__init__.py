@@ -2,6 +2,7 @@
 
 from .attachments import replace_
 from .convert import (
+    FLOATS,
     LISTED,
     ConversionPlan,
     Kept,
@@ -22,6 +23,7 @@ from .products import Int8Products
 from .state import state_fields, state_names
 
 __all__ = [
+    "FLOATS",
     "LISTED",
     "ConversionPlan",
     "DeferredLogits",

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import function
 
 from .. import kernels
 from ..quant import ALL_ROWS, Int8Gradient, QFTWeight, Tiles
@@ -40,12 +39,22 @@ def max_tokens(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """PyTorch's decorator of the same name, whose cost is paid only with `create_graph=True`."""
-    recorded = function.once_differentiable(backward)
+    """Decorator: a backward pass that is itself recorded, with `create_graph=True`, raises.
+
+    PyTorch's decorator of the same name raises only if the second derivative is taken by
+    `backward()`; `torch.autograd.grad` leaves out the paths through the function without a word.
+    """
 
     @wraps(backward)
     def once(ctx: Any, *grads: Any) -> Any:
-        return (recorded if torch.is_grad_enabled() else backward)(ctx, *grads)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "A backward pass with create_graph=True, as for second derivatives and gradient "
+                "penalties, reached a quantized weight, whose gradients cannot be differentiated "
+                "again. Leave create_graph out, or use a float model: "
+                "qft_hf.dequantize_model_(model)."
+            )
+        return backward(ctx, *grads)
 
     return once
 

@@ -317,7 +317,10 @@ class QFTOptimizer(Optimizer):
         return self.flow.released_norm
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: FBT001, FBT002 as in torch
-        """Drop all gradients, and give up a step that failed half-way."""
+        """Drop all gradients, and give up a step that has begun.
+
+        With `gradient="release"` weights that backward has updated stay so, which is logged.
+        """
         super().zero_grad(set_to_none)
         self.flow.clear()
 

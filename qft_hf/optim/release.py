@@ -11,7 +11,7 @@ Source:
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -51,6 +51,11 @@ NOT_FINITE = (
 )
 
 
+def options_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a copy of parameter groups without the parameters."""
+    return [{name: group[name] for name in group if name != "params"} for group in groups]
+
+
 class Release(Flow):
     """Each gradient is used and freed as soon as backward has completed it.
 
@@ -71,9 +76,11 @@ class Release(Flow):
         self._measured: Tensor | None = None  # norm of the next step, by `measure_norm`
         self._squares: list[Tensor] = []  # fp64, of this step's gradients; added up once
         self._used: set[int] = set()  # ids of parameters whose gradient this step has taken
+        self._options: list[dict[str, Any]] | None = None  # of all groups, when the step began
         self._is_in_backward = False  # stays True after a pass that failed
         self._floats: list[tuple[Parameter, Tensor]] = []  # small ones, used together in the step
         self._is_measuring = False
+        self._seen: set[int] = set()  # ids of parameters whose gradient was measured
         self._keeps = False  # whether gradients were ever kept for a later micro-batch
 
     def listens_to(self, parameter: Parameter) -> bool:
@@ -114,9 +121,7 @@ class Release(Flow):
                 option of a group is out of range, and nothing was updated.
         """
         if self._is_measuring:
-            if parameter.grad is not None:
-                self._squares.append(squares_of(parameter.grad))
-            parameter.grad = None
+            self._measure(parameter)
         elif self._is_accumulating():
             if self.optimizer.accumulation == "forbid":
                 raise ValueError(ACCUMULATION_IS_FORBIDDEN)
@@ -133,6 +138,19 @@ class Release(Flow):
         elif parameter.grad is not None:
             self._use(parameter)
 
+    def _measure(self, parameter: Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        if id(parameter) in self._seen:
+            raise RuntimeError(
+                "A second gradient arrived for a weight under measure_norm(), and the norm of "
+                "their sum is not known from theirs; nothing was updated. Run one backward pass. "
+                "If the loss itself runs several, set gradient='stack'."
+            )
+        self._seen.add(id(parameter))
+        self._squares.append(squares_of(gradient))
+
     def _use(self, parameter: Parameter) -> None:
         if id(parameter) in self._used:
             raise RuntimeError(
@@ -140,11 +158,13 @@ class Release(Flow):
                 f"{self.n_used}. If a backward pass failed half-way, the model is between two "
                 "steps: reload a checkpoint, or call optimizer.zero_grad() to go on from here. To "
                 "accumulate, run the earlier backward passes under optimizer.accumulate(). If "
-                "layers share the weight under checkpointing, set use_reentrant=False."
+                "layers share the weight under checkpointing, set use_reentrant=False. If the loss "
+                "itself runs several backward passes, set gradient='stack'."
             )
         gradient, optimizer = parameter.grad, self.optimizer
         if not self._used:  # the first of this step
             optimizer.check_groups()
+            self._options = options_of(optimizer.param_groups)
         if isinstance(gradient, TiledGradient):
             self._take(parameter)
             factor = self._factor(self._norm_of_all(), gradient.device)
@@ -201,9 +221,11 @@ class Release(Flow):
 
         Raises:
             FloatingPointError: A gradient has a NaN or infinity. Waiting gradients were not used.
-            RuntimeError: The previous step was interrupted half-way.
+            RuntimeError: The previous step was interrupted half-way, or an option of a group has
+                changed since backward updated the first weight. Waiting gradients were not used.
         """
         self._refuse_interrupted_step()
+        self._refuse_changed_options()
         waiting = self._waiting(parameters)
         # Waiting gradients may be from outside a captured pass; no graph covers them.
         run_part = run_directly if waiting else self.run_part
@@ -227,6 +249,21 @@ class Release(Flow):
             )
             self.attach(parameters)
         return True
+
+    def _refuse_changed_options(self) -> None:
+        if self._options is None:
+            return
+        now = options_of(self.optimizer.param_groups)
+        for number, (before, after) in enumerate(zip(self._options, now, strict=False)):
+            for name in before.keys() & after.keys():
+                if before[name] != after[name]:
+                    raise RuntimeError(
+                        f"{name} of parameter group {number} was {before[name]} when backward "
+                        f"updated the {self.n_used} weights of this step, and is {after[name]} "
+                        "now. With gradient='release' set it before backward, as a scheduler does "
+                        "that steps after the optimizer; or use gradient='stack'. Reload a "
+                        "checkpoint, or call optimizer.zero_grad() to go on from here."
+                    )
 
     def _unmeasured(self) -> list[Tensor]:
         """Return the small float gradients, if they have been neither measured nor clipped."""
@@ -254,7 +291,8 @@ class Release(Flow):
             self.optimizer.update_floats(together)
 
         parameters = [parameter for parameter, _ in together]
-        run_part("update", update, repeated=lambda: self.optimizer.updated(parameters))
+        name = ("update", self.optimizer.max_grad_norm)
+        run_part(name, update, repeated=lambda: self.optimizer.updated(parameters))
         self._n_updated = 0
 
     def _remember(self, norm: Tensor | None) -> None:
@@ -309,7 +347,7 @@ class Release(Flow):
 
         Raises:
             FloatingPointError: A gradient has a NaN or infinity. Nothing was updated.
-            RuntimeError: Gradients wait for the step.
+            RuntimeError: Gradients wait for the step, or a weight got two. Nothing was updated.
         """
         if any(parameter.grad is not None for parameter in self.optimizer.parameters()):
             raise RuntimeError(
@@ -326,7 +364,7 @@ class Release(Flow):
             squares = self._squares
         finally:
             self._is_measuring = False
-            self._squares = []
+            self._squares, self._seen = [], set()
         if not squares:
             return  # no gradient came: the norm is not known
         total = total_square(squares)
@@ -338,13 +376,21 @@ class Release(Flow):
         self._measured = total.sqrt().float()
 
     def clear(self) -> None:
-        """Give up a step that has begun."""
+        """Give up a step that has begun; a warning says if backward has updated weights for it."""
+        if self.n_used:
+            logger.warning(
+                "backward has updated %d weights of the step that is given up, and they stay as "
+                "they are. To skip a batch because of its loss, do so before backward, or use "
+                "gradient='stack'",
+                self.n_used,
+            )
         super().clear()
         self._forget()
 
     def _forget(self) -> None:
         self._measured = None
         self._squares, self._used, self._floats = [], set(), []
+        self._options = None
         self._is_in_backward = False
 
     def pass_result(self, parameters: Iterable[Parameter]) -> PassResult:

@@ -2,14 +2,23 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from qft_hf import QFTConfig, QSTConfig, estimate_memory, estimate_side_memory, recommend
+from qft_hf import (
+    QFTConfig,
+    QSTConfig,
+    estimate_memory,
+    estimate_side_memory,
+    quantize_model_,
+    recommend,
+)
 from qft_hf.hf import shipped
+from qft_hf.hf.language_model import freeze_non_text_parameters
 from qft_hf_cli import main
 from tests.models import tiny_llama
 from tests.scripts.commands import load
@@ -287,7 +296,7 @@ def test_a_config_that_is_too_long_for_its_model_is_refused(tmp_path, folder, ca
 def test_a_card_has_some_memory(gpu, folder, capsys):
     with pytest.raises(SystemExit):
         main(["plan", folder, "--gpu", gpu])
-    assert "gpu_memory must be positive and finite, in GB, got" in capsys.readouterr().err
+    assert "gpu_memory must be a positive, finite number of GB, got" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--optim=qft_sgd", "--matmul=int8", "--gpus=2", "--chunked_loss"])
@@ -311,3 +320,35 @@ def test_another_method_is_not_taken_for_training_all_parameters(folder, capsys)
     with pytest.raises(SystemExit):
         main(["plan", folder, "--method", "qlora"])
     assert "invalid choice: 'qlora'" in capsys.readouterr().err
+
+
+def test_an_int8_folder_is_planned_in_its_own_format(folder, tmp_path, capsys):
+    """The default format was once assumed."""
+    config = QFTConfig(outlier_fraction=0.1, modules_to_not_convert=["lm_head"])
+    saved = str(tmp_path / "int8")
+    quantize_model_(tiny_llama(tied=False), config).save_pretrained(saved)
+    (tmp_path / "my.yaml").write_text(
+        f"model_name_or_path: {saved}\ntrain_data: t\nuse_cpu: true\n"
+    )
+
+    for matmul in ([], ["--matmul=int8"]):
+        (of_folder,) = plan(saved, *matmul, "--sequence_length=32", capsys=capsys)
+        words = [str(tmp_path / "my.yaml"), *matmul, "--sequence_length=32"]
+        (of_config,) = plan(*words, "--batch_size=1", capsys=capsys)
+        form = replace(config, matmul="int8") if matmul else config
+        expected = estimate_memory(
+            saved, config=form, sequence_length=32, gradient_checkpointing=False
+        )
+        assert of_folder["ways"][0]["total_bytes"] == expected.total_bytes
+        assert of_config["ways"] == of_folder["ways"]
+
+
+def test_parts_that_text_does_not_reach_are_planned_as_a_run_trains_them(tmp_path, capsys):
+    model = load("families").OF_IMAGES_AND_SOUND["LLaVA"].model()
+    model.config.save_pretrained(tmp_path)
+    (result,) = plan(str(tmp_path), "--sequence_length=32", capsys=capsys)
+
+    freeze_non_text_parameters(model)
+    expected = estimate_memory(model, sequence_length=32, gradient_checkpointing=False)
+    everything = estimate_memory(model.config, sequence_length=32, gradient_checkpointing=False)
+    assert result["ways"][0]["total_bytes"] == expected.total_bytes < everything.total_bytes

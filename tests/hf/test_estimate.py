@@ -21,6 +21,8 @@ from transformers import (
     Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
+    MptConfig,
+    MptForCausalLM,
     OPTConfig,
     Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
@@ -35,7 +37,9 @@ from qft_hf import (
     QFTConfig,
     QFTLion,
     QFTWeight,
+    QSTConfig,
     estimate_memory,
+    estimate_side_memory,
     memory_ledger,
     quantize_model_,
 )
@@ -44,7 +48,7 @@ from qft_hf.hf.estimate import _workload, skeleton
 from qft_hf.hf.optimizers import OPTIMIZERS
 from qft_hf.hf.recommendation import LONGEST
 from qft_hf.optim.settings import GRADIENTS
-from tests.models import tiny_llama
+from tests.models import tiny_bert, tiny_llama
 from tests.scripts.commands import load
 
 ROOT = Path(__file__).parents[2]
@@ -309,7 +313,8 @@ def test_an_unknown_model_says_what_was_looked_for(source, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0,), "gpu_memory must be positive and finite, in GB, got 0"),
+        ((0,), "gpu_memory must be a positive, finite number of GB, got 0"),
+        (("24",), "gpu_memory must be a positive, finite number of GB, got '24'"),
         ((24, 0), "must be 1 or more, got 1 and 0"),
         ((24, 512, -1), "must be 1 or more, got -1 and 512"),
     ],
@@ -375,7 +380,7 @@ def test_unsupported_modes_are_refused(arguments, message):
 
 def test_a_model_without_decoder_sizes_says_what_measures_it():
     with torch.device("meta"):
-        model = T5ForConditionalGeneration(T5Config(d_model=12, d_kv=6, num_layers=1, num_heads=2))
+        model = MptForCausalLM(MptConfig(d_model=12, n_layers=1, n_heads=2))
     with pytest.raises(ValueError, match=r"has no intermediate_size.*memory_ledger measures any"):
         estimate_memory(model)
 
@@ -489,3 +494,57 @@ def test_a_model_that_cannot_be_built_is_named_with_the_reason(config, why):
 def test_a_configuration_of_no_decoder_is_refused(config, fault):
     with pytest.raises(ValueError, match=f"{fault}.*memory_ledger"):
         estimate_memory(config)
+
+
+@pytest.mark.parametrize("source", ["model", "configuration", "folder"])
+@pytest.mark.parametrize("config", FORMATS[1:], ids=["other", "int8"])
+def test_an_int8_model_is_estimated_in_its_own_format(config, source, tmp_path):
+    """The default format was once assumed, and named a third too little."""
+    model = quantize_model_(tiny_llama(tied=False), config)
+    expected = estimate_memory(tiny_llama(tied=False), config=config)
+    model.save_pretrained(tmp_path)
+    of = {"model": model, "configuration": model.config, "folder": tmp_path}[source]
+
+    found = estimate_memory(of)
+    assert found.rows[:4] == expected.rows[:4]
+    assert found.activation_rows == expected.activation_rows
+    assert found != estimate_memory(tiny_llama(tied=False))
+    assert recommend(of, 1) == recommend(of, 1, config=config)
+    side = QSTConfig(r=4)
+    assert estimate_side_memory(of, side, base="int8") == estimate_side_memory(
+        of, side, base="int8", config=config
+    )
+
+    if config.matmul == "int8":
+        other = replace(config, int8_products={"down_proj": ["forward"]})
+        assert estimate_memory(of, config=other).activation_rows == (
+            estimate_memory(tiny_llama(tied=False), config=other).activation_rows
+        )
+    with pytest.raises(ValueError, match=r"already quantized with outlier_fraction=.*=0\.3 was"):
+        estimate_memory(of, config=replace(config, outlier_fraction=0.3))
+
+
+@pytest.mark.parametrize("part", ["the table", "the first layer", "the layers"])
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_frozen_parameters_have_neither_gradient_nor_momentum(part, gradient):
+    model = tiny_llama(tied=False)
+    of = {"the table": model.model.embed_tokens, "the first layer": model.model.layers[0]}
+    of.get(part, model.model.layers).requires_grad_(False)
+    predicted = estimate_memory(model, gradient=gradient)
+
+    quantize_model_(model, QFTConfig())
+    optimizer = QFTLion(model.parameters(), gradient=gradient)
+    ids = torch.arange(12)[None]
+    for _ in range(2):
+        optimizer.step()
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    assert predicted.rows == memory_ledger(model, optimizer).rows
+    assert predicted.n_parameters == memory_ledger(model).n_parameters
+
+
+def test_a_model_that_is_no_decoder_is_refused_as_its_configuration_is():
+    """A classifier was once charged logits over all words."""
+    for model in (tiny_bert(), T5ForConditionalGeneration(T5Config(num_layers=1, d_model=12))):
+        with pytest.raises(ValueError, match="A causal language model is needed"):
+            estimate_memory(model)

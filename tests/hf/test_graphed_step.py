@@ -326,6 +326,25 @@ def test_what_changes_between_the_parts_of_a_step_counts(change, tmp_path):
     assert runs[1].n_replays >= 3 * N_REPLAYED - 2
 
 
+def test_another_norm_to_clip_by_counts_from_the_next_pass_on(tmp_path):
+    runs = []
+    for cls in (QFTTrainer, Graphed):
+        made = trainer(cls, tmp_path, **PREVIOUS, optim="qft_sgd")
+        made.add_callback(Between(made, clip_to_less))
+        made.train()
+        runs.append(made)
+
+    assert_same_run_without_evaluation(*runs)
+    plain = run(QFTTrainer, tmp_path, **PREVIOUS, optim="qft_sgd")
+    losses = [[entry.get("loss") for entry in made.state.log_history] for made in (plain, runs[0])]
+    assert losses[0][:10] == losses[1][:10]
+    assert losses[0][12] != losses[1][12]
+
+
+def clip_to_less(made: QFTTrainer) -> None:
+    made.optimizer.optimizer.max_grad_norm = 0.1
+
+
 class Between(TrainerCallback):
     """Changes something before the update of step 9."""
 

@@ -317,6 +317,16 @@ def test_without_qft_hf_every_int8_weight_is_reported_missing(int8_folder):
     assert set(run.stdout.split()) == weights
 
 
+def test_a_dtype_that_int8_weights_do_not_have_is_refused(int8_folder, tmp_path):
+    """The error once blamed modules_to_not_convert."""
+    tiny_llama().save_pretrained(tmp_path / "float")
+    message = r"dtype=torch\.float64\. Its weights stand for torch\.float32"
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "float", dtype=torch.float64, quantization_config=QFTConfig())
+    with pytest.raises(ValueError, match=message):
+        load(int8_folder, dtype=torch.float64)
+
+
 # A quantization config that is passed with an INT8 checkpoint.
 
 

@@ -403,3 +403,32 @@ def test_dropout_is_the_same_in_both_passes_of_exact_clipping(tmp_path):
         trainer.train()
         norms.append(history(trainer, "grad_norm")[0])
     assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+
+
+class SetNorm(TrainerCallback):
+    """Sets a norm to clip by before step 3."""
+
+    def __init__(self, holder) -> None:
+        self.holder = holder
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
+        if state.global_step == 2:
+            holder = args if self.holder == "arguments" else optimizer.optimizer
+            holder.max_grad_norm = 0.05
+
+
+def test_a_norm_that_changes_counts_or_is_refused(tmp_path):
+    """That of the arguments, by which stack clips at each step, once had no effect."""
+    callback = SetNorm("arguments")
+    for clipping in ("exact", "previous"):
+        release = {"optim_args": f"gradient=release,clipping={clipping}", "max_grad_norm": 0.5}
+        with pytest.raises(ValueError, match=r"was 0\.5 at the start .* is 0\.05 now.*optimizer\."):
+            run(tmp_path, QFTTrainer, callbacks=[callback], **release)
+
+    sgd = {"optim": "qft_sgd", "learning_rate": 0.1, "max_grad_norm": 0.5}
+    stack = run(tmp_path, QFTTrainer, callbacks=[callback], **sgd)
+    plain = run(tmp_path, QFTTrainer, **sgd)
+    modes = {**sgd, "optim_args": "gradient=release,clipping=exact"}
+    release = run(tmp_path, QFTTrainer, callbacks=[SetNorm("optimizer")], **modes)
+    assert history(release, "loss") == pytest.approx(history(stack, "loss"), rel=1e-3)
+    assert history(release, "loss") != pytest.approx(history(plain, "loss"), rel=1e-3)

@@ -15,6 +15,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
 from qft_hf import (
@@ -544,3 +545,17 @@ def test_a_foreign_optimizer_beside_the_name_is_refused(tmp_path):
 def test_qft_trainer_refuses_another_optimizer(tmp_path):
     with pytest.raises(ValueError, match=r"Set optim='qft_lion' or .* or use"):
         trainer_on(tiny_llama(), tmp_path, QFTTrainer, optim="adamw_torch")
+
+
+def test_arguments_are_taken_in_the_order_of_the_stock_trainer(tmp_path):
+    """From the third on they were once refused."""
+    args = QFTTrainingArguments(tmp_path, use_cpu=True, report_to="none")
+    rows = sequences(4)
+    for cls in (Trainer, QFTTrainer):
+        trainer = cls(tiny_llama(), args, default_data_collator, rows)
+        assert trainer.data_collator is default_data_collator
+        assert trainer.train_dataset is rows
+    with pytest.raises(TypeError, match="got train_dataset by position and by name"):
+        QFTTrainer(tiny_llama(), args, default_data_collator, rows, train_dataset=rows)
+    with pytest.raises(TypeError, match="takes a model and TrainingArguments by position"):
+        QFTTrainer(tiny_llama(), rows)

@@ -22,6 +22,7 @@ from trl import (
     SFTTrainer,
 )
 
+from qft_hf.hf.arguments import QFTTrainingArguments
 from qft_hf.hf.config import QFTConfig
 from qft_hf.hf.convert import dequantize_model_, quantize_model_
 from qft_hf.hf.trainer import QFTTrainer
@@ -281,3 +282,48 @@ def test_release_gives_the_bits_of_stack(folder, tmp_path):
         trainer_of("sft", models[-1], tmp_path / mode, args=args).train()
 
     assert_same_state(*models)
+
+
+SEVERAL = {"steps_per_generation": 2}  # one generation, whose completions are several batches
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("sft", {}), ("grpo", SEVERAL), ("rloo", SEVERAL), ("distillation", {})]
+)
+def test_exact_clipping_samples_and_counts_as_the_stack_does(kind, options, folder, tmp_path):
+    """Its first pass once sampled, and counted steps and tokens: other completions were trained."""
+
+    class Mixed(QFTTrainer, TRAINERS[kind][0]):
+        pass
+
+    runs = []
+    for modes in ("gradient=stack", "gradient=release,clipping=exact"):
+        args = {**options, "max_grad_norm": 0.01, "optim_args": modes}
+        trainer = trainer_of(kind, load(kind, folder), tmp_path, Mixed, args=args)
+        trainer.train()
+        runs.append(trainer)
+
+    stack, exact = (run.state.log_history for run in runs)
+    assert len(stack) == STEPS + 1
+    for waited, released in zip(stack, exact, strict=True):
+        for name in waited.keys() & {"loss", "num_tokens", "reward", "completions/mean_length"}:
+            assert released[name] == pytest.approx(waited[name], rel=1e-4, abs=1e-6), name
+    if options:
+        assert {run._step for run in runs} == {STEPS}
+    assert min(entry["grad_norm"] for entry in stack[:-1]) > 0.01  # all steps are clipped
+
+
+def test_a_class_with_trls_trainer_says_what_its_arguments_are(folder, tmp_path):
+    """It was a TypeError about a keyword that the user had not written."""
+
+    class Mixed(QFTTrainer, DPOTrainer):
+        pass
+
+    for args, got in ((None, "none"), (QFTTrainingArguments(tmp_path), "QFTTrainingArguments")):
+        with pytest.raises(TypeError, match=rf"needs args=DPOConfig\(.*got {got}.*into optim_args"):
+            Mixed(model=load("dpo", folder), args=args)
+    config = DPOConfig(tmp_path, optim="qft_lion", use_cpu=True, bf16=False)
+    with pytest.raises(TypeError, match="other arguments of DPOTrainer by name"):
+        Mixed(load("dpo", folder), load("dpo", folder), config)  # the order of DPOTrainer
+    with pytest.raises(TypeError, match="other arguments of DPOTrainer by name"):
+        Mixed(load("dpo", folder), config, Dataset.from_dict(PAIRS))

@@ -10,6 +10,7 @@ from qft_hf.config import QuantizationSpec
 from qft_hf.kernels import expanded_products
 from qft_hf.nn import Int8Products, QFTLinear, embedding, linear
 from qft_hf.nn.functional import MAX_TOKENS
+from qft_hf.nn.loss import linear_cross_entropy
 from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.nn.small import Largest, randn
 from tests.tolerances import (
@@ -350,3 +351,28 @@ def test_ids_may_be_int32():
 
     assert_same_bits(y.detach(), weight.dequantize()[[1, 4]])
     assert np.flatnonzero(weight.grad.codes.any(dim=1)).tolist() == [1, 4]
+
+
+CREATED = {
+    "linear": lambda x, ids, weight: linear(x, weight),
+    "INT8 products": lambda x, ids, weight: linear(x, weight, products=Int8Products()),
+    "embedding": lambda x, ids, weight: embedding(ids, weight),
+    "loss": lambda x, ids, weight: linear_cross_entropy(x, weight, ids),
+}
+
+
+@pytest.mark.parametrize("of", ["x", "weight"])
+@pytest.mark.parametrize("name", CREATED)
+def test_gradients_that_would_be_differentiated_again_are_refused(name, of):
+    """`torch.autograd.grad` left out all that goes through the weight: zeros instead of H v."""
+    weight = make_weight(QuantizationSpec(), rows=64, columns=64)
+    x, ids = randn(32, 64).requires_grad_(), torch.arange(32)
+    leaf = weight if of == "weight" or name == "embedding" else x
+
+    def gradient(**how):
+        y = CREATED[name](x, ids, weight).square().sum()
+        return torch.autograd.grad(y, [leaf], **how)
+
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*reached a quantized weight"):
+        gradient(create_graph=True)
+    assert gradient()[0].shape == leaf.shape

@@ -131,6 +131,13 @@ def test_no_token_at_all_gives_a_gradient_of_zeros():
     assert not weight.grad.codes.any()
 
 
+def test_gradients_that_would_be_differentiated_again_are_refused():
+    x = randn(S, 264).requires_grad_()
+    y = grouped_linear(x, experts(), groups(COUNTS)).square().sum()
+    with pytest.raises(RuntimeError, match=r"create_graph=True.*reached a quantized weight"):
+        torch.autograd.grad(y, [x], create_graph=True)
+
+
 def test_few_tokens_are_multiplied_without_expanding_outside_training(monkeypatch):
     weight = experts()
     x = randn(S, 264, seed=1)

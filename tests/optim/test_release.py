@@ -747,3 +747,62 @@ def test_float_parameters_are_released_too():
     assert not isinstance(model.norm.weight, QFTWeight)
     assert not isinstance(model.norm.weight.grad, Int8Gradient | Tensor)
     assert not torch.equal(model.norm.weight, torch.ones(22))
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+def test_an_option_that_changes_between_backward_and_step_is_refused(name):
+    """Norms once took the new rate, and the INT8 weights had taken the old one."""
+    model = network()
+    optimizer = QFTLion(model.parameters(), lr=1e-3, gradient="release")
+    (ids,) = batches(1)
+    loss_of(model, ids).backward()
+    before = copy.deepcopy(model.state_dict())
+    value = optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = 0.01
+    with pytest.raises(
+        RuntimeError, match=rf"{name} of parameter group 0 was {value} .* 0\.01 now"
+    ):
+        optimizer.step()
+    assert_same_tensors(model.state_dict(), before)
+
+    optimizer.param_groups[0][name] = value
+    optimizer.step()
+    optimizer.param_groups[0][name] = 0.01  # between two steps it may change
+    loss_of(model, ids).backward()
+    optimizer.step()
+
+
+def test_a_batch_that_is_given_up_after_backward_is_told(caplog):
+    """A loop that skips a batch by zero_grad() once kept its updates without a word."""
+    model = network()
+    optimizer = QFTLion(model.parameters(), gradient="release")
+    (ids,) = batches(1)
+    optimizer.zero_grad()
+    loss_of(model, ids).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert caplog.text == ""
+
+    loss_of(model, ids).backward()
+    optimizer.zero_grad()
+    n_weights = sum(isinstance(parameter, QFTWeight) for parameter in model.parameters())
+    assert f"backward has updated {n_weights} weights of the step that is given up" in caplog.text
+
+
+def test_a_norm_of_two_backward_passes_is_not_measured():
+    """It was the root of the sum of their squares, not the norm of their sum."""
+    model = network()
+    optimizer = QFTLion(model.parameters(), gradient="release", clipping="exact", max_grad_norm=1.0)
+    before = copy.deepcopy(model.state_dict())
+    (ids,) = batches(1)
+    with optimizer.measure_norm():
+        loss_of(model, ids).backward()
+        with pytest.raises(RuntimeError, match=r"second gradient .* under measure_norm.*'stack'"):
+            loss_of(model, ids).backward()
+    assert_same_tensors(model.state_dict(), before)
+
+    for _ in range(2):
+        with optimizer.measure_norm():
+            loss_of(model, ids).backward()
+        loss_of(model, ids).backward()
+        optimizer.step()

@@ -11,6 +11,7 @@ import torch
 from ...memory import MemoryEstimate
 from ...side import attach_side_network
 from ..card_facts import parameters_of
+from ..compatibility import format_with
 from ..estimate import estimate_memory, estimate_side_memory, without_storage
 from ..missing_model import explain_loading_errors
 from ..optimizers import given_options
@@ -161,6 +162,7 @@ def check(arguments: RunArguments) -> Check:
         with suppress(ValueError):
             memory = estimate_memory(
                 model,
+                config=format_with(model, training.format_fields),
                 gradient=given_options(training).get("gradient", "stack"),
                 gradient_checkpointing=bool(training.gradient_checkpointing),
                 **workload_of(arguments),

@@ -20,12 +20,11 @@ from .side_tuning import base_form, side_checkpoint
 
 
 def workload_of(arguments: RunArguments) -> dict[str, Any]:
-    """Return the arguments of `estimate_memory` and `recommend` for a run, except the mode."""
+    """Return arguments of `estimate_memory` and `recommend` for a run: not the mode and format."""
     training = arguments.training
     return {
         "batch_size": training.per_device_train_batch_size,
         "sequence_length": arguments.data.max_length,
-        "config": training.quantization_config,
         "optimizer": optimizer_name(training),
         "momentum_bits": given_options(training).get("momentum_bits", 8),
         "chunked_loss": training.chunked_loss,
