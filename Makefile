@@ -15,7 +15,7 @@ endif
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test test-ptx faults mutants demo bench clean
+.PHONY: help install format lint types test test-interpreted test-compiled no-stale-kernels test-ptx faults mutants demo bench clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,10 +40,16 @@ lint: $(INSTALLED)  ## Report what `make format` would change; change nothing
 types: $(INSTALLED)  ## Check types
 	$(BIN)/mypy
 
-test: $(INSTALLED)  ## Run all tests that need no GPU
-	@find qft_hf -name '*.nb[ci]' -delete  # numba's cache does not notice changes in other files
+test: test-interpreted test-compiled  ## Run all tests that need no GPU
+
+test-interpreted: $(INSTALLED) no-stale-kernels
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_adamw_triton.py tests/hf/test_liger_kernels.py
+
+test-compiled: $(INSTALLED) no-stale-kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
+
+no-stale-kernels:  # numba's cache does not notice changes in other files
+	@find qft_hf -name '*.nb[ci]' -delete
 
 test-ptx: $(INSTALLED)  ## Test Triton's kernels as compiled for a GPU, executed on the CPU; takes minutes
 	for capability in 86 90; do \

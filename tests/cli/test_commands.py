@@ -121,11 +121,10 @@ def test_evaluate_asks_for_data_where_there_is_no_run(tmp_path, capsys):
     assert "Give --eval_data" in error
 
 
-@pytest.mark.parametrize("words", [["--help"], ["plan", "llama-2-7b"]], ids=str)
-def test_a_reader_that_has_left_is_no_fault(words):
+def test_a_reader_that_has_left_is_no_fault():
     """`| head -1` once ended in "Broken pipe", or in Python's error about an unflushed stream."""
     command = subprocess.Popen(
-        [sys.executable, "-c", "import qft_hf_cli; qft_hf_cli.main()", *words],
+        [sys.executable, "-c", "import qft_hf_cli; qft_hf_cli.main()", "--help"],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

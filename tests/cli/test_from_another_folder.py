@@ -1,8 +1,6 @@
 """All commands on a tiny model, one after the other, from a folder of the user's own."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +23,7 @@ from transformers import (
 from qft_hf import QFTTrainer
 from qft_hf_cli import main
 from tests.finetune.chats import chat, tiny_tokenizer
+from tests.fresh import run_fresh
 from tests.models import tiny_llama
 
 CONFIG = """\
@@ -104,7 +103,7 @@ def test_from_plan_to_a_model_without_qft_hf(home, capsys):
         "torch.save(M.from_pretrained('plain')(ids).logits, 'logits.pt')\n"
         "assert 'qft_hf' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", program], cwd=home, check=True, capture_output=True)
+    run_fresh(program, folder=home)
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained("runs/first")(torch.arange(20)[None]).logits
     torch.testing.assert_close(torch.load("logits.pt"), logits, rtol=1e-4, atol=1e-4)

@@ -4,7 +4,6 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qft_hf import QFTConfig, dequantize_model_, quantize_model_
 from qft_hf.hf.finetune import export_checkpoint
 from tests.finetune.chats import tiny_tokenizer
+from tests.fresh import try_fresh
 from tests.hf.checkpoints import assert_same_state, edit_config
 from tests.models import tiny_bert, tiny_llama
 
@@ -138,10 +138,7 @@ def plain_loss(folder, tmp_path):
     examples = tmp_path / "examples.jsonl"
     ids = list(range(9))
     examples.write_text(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
-    return subprocess.run(
-        [sys.executable, str(SCRIPT.with_name("evaluate_plain.py")), str(folder), str(examples)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return try_fresh(SCRIPT.with_name("evaluate_plain.py"), folder, examples)
 
 
 def test_the_plain_evaluation_takes_exports_and_refuses_random_weights(checkpoint, tmp_path):

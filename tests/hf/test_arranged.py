@@ -1,8 +1,6 @@
 """Mixtures of experts, and GPT-2 with its transposed weights, can do what every model can."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from qft_hf import (
 )
 from qft_hf.quant import QFTWeight
 from tests.arranged import CONFIGS, arranged, batch, tiny
+from tests.fresh import run_fresh
 from tests.hf.checkpoints import assert_same_state
 from tests.models import VOCAB_SIZE
 from tests.tolerances import snr_db
@@ -287,9 +286,7 @@ def exports(tmp_path_factory):
             dequantize_model_(model, torch.float32).eval().save_pretrained(root / source)
             made[family, source] = root / source, model, tensor_names(root / "plain"), logits
     torch.save(ids, root / "ids.pt")
-    folders = [str(folder) for folder, *_ in made.values()]
-    command = [sys.executable, "-c", PLAIN, str(root / "ids.pt"), *folders]
-    subprocess.run(command, check=True, capture_output=True)
+    run_fresh(PLAIN, root / "ids.pt", *(folder for folder, *_ in made.values()))
     return made
 
 

@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ from qft_hf.hf.convert import dequantize_model_, quantize_model_
 from qft_hf.nn import QFTEmbedding, QFTLinear
 from qft_hf.optim import QFTAdamW, QFTLion
 from qft_hf.quant import QFTWeight
+from tests.fresh import try_fresh
 from tests.hf.checkpoints import IDS, assert_same_state
 from tests.models import tiny_bert, tiny_llama
 
@@ -254,9 +253,7 @@ _, info = AutoModelForCausalLM.from_pretrained(folder + "/int8", output_loading_
 assert "model.layers.1.mlp.down_proj.weight" in info["missing_keys"], info
 assert "qft_hf" not in sys.modules
 """
-    result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    result = try_fresh(program, tmp_path)
 
     assert result.returncode == 0, result.stderr
     assert "Unknown quantization type, got qft" in result.stderr

@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from qft_hf.hf.config import QFTConfig
 from qft_hf.hf.convert import quantize_model_
 from tests.finetune.chats import tiny_tokenizer
+from tests.fresh import try_fresh
 from tests.models import tiny_llama
 
 ROWS = [
@@ -57,13 +56,10 @@ def test_the_documented_command_evaluates_an_int8_folder(tmp_path):
         for part in command[1:]
     ]
 
-    result = subprocess.run(
-        [
-            sys.executable, *command, "--include_path", str(tmp_path), "--device", "cpu",
-            "--output_path", str(tmp_path / "out"),
-        ],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+    option, program, *words = command
+    assert option == "-c"
+    words += ["--include_path", tmp_path, "--device", "cpu", "--output_path", tmp_path / "out"]
+    result = try_fresh(program, *words, folder=tmp_path)
 
     assert result.returncode == 0, result.stderr[-3000:]
     (report,) = (tmp_path / "out").rglob("results_*.json")

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from collections import defaultdict
 
 import pytest
@@ -26,6 +24,7 @@ from qft_hf.hf.convert import quantize_model_
 from qft_hf.hf.quantizer import QFTQuantizer
 from qft_hf.nn import QFTEmbedding, QFTLinear, QuantizedModule
 from qft_hf.quant import QFTWeight
+from tests.fresh import try_fresh
 from tests.hf.checkpoints import IDS, assert_same_state, edit_config, edit_tensors
 from tests.models import tiny_bert, tiny_llama
 
@@ -307,8 +306,7 @@ print(*info["missing_keys"])
 
 
 def test_without_qft_hf_every_int8_weight_is_reported_missing(int8_folder):
-    command = [sys.executable, "-c", WITHOUT_QFT_HF, str(int8_folder)]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    run = try_fresh(WITHOUT_QFT_HF, int8_folder)
 
     model = load(int8_folder)
     weights = {

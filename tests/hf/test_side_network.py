@@ -1,8 +1,6 @@
 """Side networks in Trainers, in files, and in other processes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +21,7 @@ from qft_hf import (
 from qft_hf.quant import QFTWeight
 from qft_hf.side import QSTConfig, attach_side_network, side_network_of, side_parameters
 from tests.finetune.chats import TEXTS, tiny_tokenizer
+from tests.fresh import run_fresh
 from tests.side.families import classifier, decoder, texts, wide_decoder
 from tests.side.test_families import disturbed_, logits
 from tests.side.test_network import bytes_saved
@@ -159,8 +158,7 @@ def test_a_fresh_process_computes_the_same(base_folder, tmp_path):
     model = disturbed_(attach_side_network(base_of("float", base_folder), CONFIG))
 
     model.save_pretrained(tmp_path / "side")
-    command = [sys.executable, "-c", RELOAD, str(base_folder), tmp_path / "side", tmp_path / "out"]
-    subprocess.run(command, check=True)
+    run_fresh(RELOAD, base_folder, tmp_path / "side", tmp_path / "out")
 
     expected = logits(model, input_ids=torch.tensor([[5, 9, 33, 70]]))
     assert_same_bits(torch.load(tmp_path / "out").detach(), expected)

@@ -2,8 +2,6 @@
 
 import copy
 import logging
-import subprocess
-import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from qft_hf import (
     quantize_model_,
 )
 from qft_hf.quant import Int8Gradient
+from tests.fresh import try_fresh
 from tests.full_disk import files_of_at_most
 from tests.hf.checkpoints import assert_same_state
 from tests.models import VOCAB_SIZE, tiny_bert, tiny_llama
@@ -149,10 +148,7 @@ def test_arguments_unpickle_in_a_process_that_never_heard_of_us(tmp_path):
         "import sys, torch; args = torch.load(sys.argv[1], weights_only=False); "
         "print(args.optim.value, 'qft_hf' in sys.modules)"
     )
-    output = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "training_args.bin"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    output = try_fresh(script, tmp_path / "training_args.bin")
     assert output.stdout.split() == ["qft_lion", "True"]
 
 
