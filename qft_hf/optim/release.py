@@ -256,7 +256,8 @@ class Release(Flow):
         now = options_of(self.optimizer.param_groups)
         for number, (before, after) in enumerate(zip(self._options, now, strict=False)):
             for name in before.keys() & after.keys():
-                if before[name] != after[name]:
+                # A tensor is the same object, and comparing it would wait for the device.
+                if before[name] is not after[name] and before[name] != after[name]:
                     raise RuntimeError(
                         f"{name} of parameter group {number} was {before[name]} when backward "
                         f"updated the {self.n_used} weights of this step, and is {after[name]} "
