@@ -969,4 +969,6 @@ def test_a_hub_that_refuses_the_finished_run_costs_nothing(chat_flags, monkeypat
     assert "perplexity" in (folder / "README.md").read_text()  # of the run, not of the Trainer
     config = (folder / "run.yaml").read_text()
     assert "someone/model" in config
-    assert "hf_secret" not in config  # a push takes it along
+    pushed = [path for path in folder.rglob("*") if path.is_file()]
+    assert "training_args.bin" in {path.name for path in pushed}
+    assert [path for path in pushed if b"hf_secret" in path.read_bytes()] == []
