@@ -377,8 +377,11 @@ class Release(Flow):
         self._measured = total.sqrt().float()
 
     def clear(self) -> None:
-        """Give up a step that has begun; a warning says if backward has updated weights for it."""
-        if self.n_used:
+        """Give up a step that has begun.
+
+        A warning says if backward has updated weights for it, unless an error has said so.
+        """
+        if self.n_used and not self._n_interrupted():
             logger.warning(
                 "backward has updated %d weights of the step that is given up, and they stay as "
                 "they are. To skip a batch because of its loss, do so before backward, or use "
