@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from .atomic_writes import atomic_folder, recover_drafts
@@ -95,6 +97,14 @@ class CheckpointTrainer(Trainer):
                 checkpoint, output.global_step, self.state.max_steps,
             )  # fmt: skip
         return output
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the Trainer's sampler, with an order that a resumed run can repeat."""
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.data_seed
+            return _GroupedByLength(sampler, seed=self.args.seed if seed is None else seed)
+        return sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Take no step after the last: the Trainer would train one more batch before it stops."""
@@ -226,6 +236,23 @@ class CheckpointTrainer(Trainer):
         finally:
             if in_training is not _ABSENT:
                 config.use_cache = in_training
+
+
+class _GroupedByLength(LengthGroupedSampler):
+    """The Trainer's sampler, with an order that follows from seed and epoch alone.
+
+    The Trainer's draws from PyTorch's random numbers, which a run that resumes in a later epoch
+    has at another place.
+    """
+
+    def __init__(self, like: LengthGroupedSampler, *, seed: int) -> None:
+        super().__init__(like.batch_size, lengths=like.lengths, generator=torch.Generator())
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the order of this epoch next; the Trainer calls this."""
+        self.generator.manual_seed(self._seed + epoch)
 
 
 def _steps_of(checkpoint: Path) -> int:

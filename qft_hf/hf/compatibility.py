@@ -37,7 +37,7 @@ def quantization_config_of(model: Any) -> QFTConfig | None:
     if isinstance(model, SideNetwork):
         config = model.quantization
     elif not isinstance(config, QFTConfig) and side_network_of(model) is None:
-        config = _config_of_modules(model)
+        config = config_of_modules(model)
     return config if isinstance(config, QFTConfig) else None
 
 
@@ -46,7 +46,7 @@ def format_with(model: nn.Module, asked: dict[str, Any]) -> QFTConfig:
     return replace(quantization_config_of(model) or QFTConfig(), **asked)
 
 
-def _config_of_modules(model: nn.Module) -> QFTConfig | None:
+def config_of_modules(model: nn.Module) -> QFTConfig | None:
     """Return the format of the modules of a model, for a part of an INT8 model or its wrapper."""
     modules = [module for module in model.modules() if isinstance(module, QuantizedModule)]
     specs = {id(module.spec): module.spec for module in modules if module.spec is not None}

@@ -133,6 +133,10 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
             self.int8_products = chosen or None
         return absent
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field, or a default; transformers reads a passed `config` in this way."""
+        return getattr(self, name, default)
+
     @property
     def storage_format(self) -> dict[str, Any]:
         """The values that decide which tensors a checkpoint holds.

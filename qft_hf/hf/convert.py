@@ -17,7 +17,7 @@ from ..nn import (
 )
 from ..optim import fit_states
 from ..side import SideNetwork, side_network_of
-from .compatibility import has_quantized_weights, quantization_config_of
+from .compatibility import config_of_modules, has_quantized_weights, quantization_config_of
 from .config import QUANT_METHOD, QFTConfig, quantization_method
 from .coverage import check_coverage
 from .loading_faults import check_finite
@@ -58,8 +58,7 @@ def quantize_model_(model: Model, config: QFTConfig) -> Model:
     _fit_states(model)
     if isinstance(model, PreTrainedModel):
         _mark(model, config)
-    elif isinstance(model, SideNetwork):
-        model.quantization = config
+    _record_side_formats(model)
     return model
 
 
@@ -89,7 +88,15 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
             quantizer.dequantize(module, dtype=dtype)
     dequantize_modules_(model, dtype)
     _fit_states(model)
+    _record_side_formats(model)
     return model
+
+
+def _record_side_formats(model: nn.Module) -> None:
+    """Record the formats of side networks, with which they are saved."""
+    for module in model.modules():
+        if isinstance(module, SideNetwork):
+            module.quantization = config_of_modules(module)
 
 
 def _fit_states(model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from ..config import names_module
 from ..layout import GroupLayout, outlier_bytes
 from ..nn import (
     FLOATS,
@@ -163,16 +164,22 @@ class QFTQuantizer(HfQuantizer):
         A checkpoint is read according to its configuration; otherwise loading would require INT8
         fields of these modules.
         """
-        modules = added_modules(model, self.quantization_config)
+        config = self.quantization_config
+        names = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
+        listed = config.modules_to_not_convert or []
+        floats = [entry for entry in listed if not any(names_module(entry, n) for n in names)]
+        if floats != listed:  # some were float at an earlier save, and are INT8 now
+            config = replace(config, modules_to_not_convert=floats)
+            self.quantization_config = model.config.quantization_config = config
+        modules = added_modules(model, config)
         weights = {name: own_weights(model.get_submodule(name)).values() for name in modules}
         added = [n for n in modules if any(type(weight) is nn.Parameter for weight in weights[n])]
         if added:
-            listed = [*(self.quantization_config.modules_to_not_convert or []), *added]
-            config = replace(self.quantization_config, modules_to_not_convert=listed)
+            config = replace(config, modules_to_not_convert=[*floats, *added])
             self.quantization_config = model.config.quantization_config = config
             logger.warning(
                 "%s, added to the INT8 %s, is saved as float: modules_to_not_convert lists it now. "
-                "To make it INT8, call quantize_model_ with the configuration of the model",
+                "To make it INT8, call quantize_model_ on the module itself",
                 ", ".join(added),
                 type(model).__name__,
             )

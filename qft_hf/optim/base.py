@@ -26,7 +26,7 @@ from .flow import Flow
 from .processes import Processes
 from .release import Release
 from .rows import RowsRelease, RowsStack
-from .saved import PREVIOUS_NORM, check_form, loaded, whole_states
+from .saved import PREVIOUS_NORM, SKIPPED_STEPS, check_form, loaded, whole_states
 from .settings import check_group, check_settings
 from .stack import Stack
 from .state import StateFormat, StepCounter, initial_state
@@ -327,9 +327,20 @@ class QFTOptimizer(Optimizer):
     # --- a step
 
     def check_groups(self) -> None:
-        """Check all groups: a scheduler may have changed any option since the last step."""
+        """Check all groups: a scheduler may have changed any option since the last step.
+
+        Raises:
+            ValueError: An option is out of its range, or a group has a parameter that was not given
+                to the optimizer.
+        """
         for group in self.param_groups:
             self.check_group(group)
+            if not all(id(parameter) in self._places for parameter in group["params"]):
+                raise ValueError(
+                    "A group has a parameter that was put into param_groups directly, for which "
+                    f"{type(self).__name__} has no stream of random numbers. Give it to "
+                    "add_param_group, or make a new optimizer."
+                )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -540,6 +551,7 @@ class QFTOptimizer(Optimizer):
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         found = loaded(state_dict, self)
+        self.skipped_steps = found.skipped_steps
         self.__setstate__({"state": found.states, "param_groups": found.groups})
         self._kept.clear()
         self._counters.clear()
@@ -585,6 +597,8 @@ class QFTOptimizer(Optimizer):
                 state_dict["state"][number] = {**state_dict["state"][number], **tensors}
         if self.flow.previous_norm is not None:
             state_dict[PREVIOUS_NORM] = self.flow.previous_norm
+        if self.skipped_steps:
+            state_dict[SKIPPED_STEPS] = self.skipped_steps
         return state_dict
 
     def __getstate__(self) -> dict[str, Any]:

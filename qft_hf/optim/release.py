@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..quant import Int8Gradient, TiledGradient
+from ..quant import Int8Gradient, QFTWeight, TiledGradient
 from .flow import Flow, PassResult, RunPart, refuse_sparse, run_directly
 from .norms import (
     are_finite,
@@ -52,8 +52,15 @@ NOT_FINITE = (
 
 
 def options_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a copy of parameter groups without the parameters."""
-    return [{name: group[name] for name in group if name != "params"} for group in groups]
+    """Return copies of parameter groups without the parameters."""
+    return [
+        {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in group.items()
+            if name != "params"
+        }
+        for group in groups
+    ]
 
 
 class Release(Flow):
@@ -226,6 +233,7 @@ class Release(Flow):
         """
         self._refuse_interrupted_step()
         self._refuse_changed_options()
+        self._drop_converted()
         waiting = self._waiting(parameters)
         # Waiting gradients may be from outside a captured pass; no graph covers them.
         run_part = run_directly if waiting else self.run_part
@@ -256,8 +264,7 @@ class Release(Flow):
         now = options_of(self.optimizer.param_groups)
         for number, (before, after) in enumerate(zip(self._options, now, strict=False)):
             for name in before.keys() & after.keys():
-                # A tensor is the same object, and comparing it would wait for the device.
-                if before[name] is not after[name] and before[name] != after[name]:
+                if before[name] != after[name]:
                     raise RuntimeError(
                         f"{name} of parameter group {number} was {before[name]} when backward "
                         f"updated the {self.n_used} weights of this step, and is {after[name]} "
@@ -265,6 +272,12 @@ class Release(Flow):
                         "that steps after the optimizer; or use gradient='stack'. Reload a "
                         "checkpoint, or call optimizer.zero_grad() to go on from here."
                     )
+
+    def _drop_converted(self) -> None:
+        """Drop gradients of parameters that have become INT8, as a conversion drops `.grad`."""
+        converted = {id(pair[0]) for pair in self._floats if isinstance(pair[0], QFTWeight)}
+        self._used -= converted
+        self._floats = [pair for pair in self._floats if id(pair[0]) not in converted]
 
     def _unmeasured(self) -> list[Tensor]:
         """Return the small float gradients, if they have been neither measured nor clipped."""

@@ -18,6 +18,7 @@ from .processes import Processes
 from .state import StateFormat
 
 PREVIOUS_NORM = "previous_norm"  # key of the norm that `clipping="previous"` clips by
+SKIPPED_STEPS = "skipped_steps"  # key of their number, if there are any
 LAST_STEP = 2**62  # no run gets this far, and a count beyond 2**63 overflows
 
 
@@ -28,11 +29,13 @@ class Loaded(NamedTuple):
         states: State by parameter: copies of the own rows, on the parameter's device.
         groups: Options of each group, with the parameters of the optimizer.
         previous_norm: fp32 scalar, or None.
+        skipped_steps: Number of steps that were skipped because a gradient was not finite.
     """
 
     states: defaultdict[Tensor, dict[str, Tensor]]
     groups: list[dict[str, Any]]
     previous_norm: Tensor | None
+    skipped_steps: int
 
 
 def loaded(state_dict: dict[str, Any], optimizer: Any) -> Loaded:
@@ -70,7 +73,7 @@ def loaded(state_dict: dict[str, Any], optimizer: Any) -> Loaded:
             if optimizer.processes is not None:
                 state = optimizer.processes.own_state(state, parameter)
             states[parameter] = state
-    return Loaded(states, groups, previous_norm)
+    return Loaded(states, groups, previous_norm, int(state_dict.get(SKIPPED_STEPS, 0)))
 
 
 def whole_states(optimizer: Any, processes: Processes) -> dict[int, dict[str, Tensor | None]]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import kernels, layout
 from ..config import QuantizationSpec
@@ -58,6 +58,13 @@ class QFTWeight(Int8Tensor):
     is_table: bool = False
     # State-dict keys of the fields that a partly loaded checkpoint has not provided yet.
     pending: frozenset[str] = frozenset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy; that of a parameter has no gradient, as that of any `nn.Parameter`."""
+        copied: Self = super().__deepcopy__(memo)
+        if isinstance(copied, nn.Parameter):
+            copied.grad = None
+        return copied
 
     @staticmethod
     def __new__(
@@ -358,9 +365,11 @@ def _embedding(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 )  # fmt: skip
 def _scale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # RWKV divides weights by powers of two for inference, and multiplies them back for training.
+    # A weight with a gradient is being updated by an optimizer that decays it first: not ours.
     weight, factor = args
     is_number = not isinstance(factor, Tensor) or factor.numel() == 1
-    if not (isinstance(weight, QFTWeight) and is_number and 0 < float(factor) < float("inf")):
+    takes = isinstance(weight, QFTWeight) and weight.grad is None and is_number
+    if not (takes and 0 < float(factor) < float("inf")):
         return read(operator, args, kwargs)  # raises
     operator(weight.scales, factor)
     operator(weight.outlier_values, factor)

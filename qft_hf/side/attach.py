@@ -21,10 +21,11 @@ BASE_SIZED_ARGUMENTS = ("alibi", "rel_embeddings", "position_bias")
 def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
     """Freeze a model and attach a side network, which is trained instead.
 
-    The model returns the same logits as before, bit for bit, until it has been trained. Its base
-    may be float, INT8 of this package, or 4-bit of bitsandbytes; the base always runs as in
-    evaluation, without dropout. The model keeps its class, `generate` and `config`;
-    `save_pretrained` writes only the trained modules, as `save_side_network` does.
+    The model returns the same logits as before until it has been trained: bit for bit, or up to
+    rounding if the head of a classifier was INT8. Its base may be float, INT8 of this package, or
+    4-bit of bitsandbytes; the base always runs as in evaluation, without dropout. The model keeps
+    its class, `generate` and `config`; `save_pretrained` writes only the trained modules, as
+    `save_side_network` does.
 
     The head of a language model stays frozen. Any other head, such as that of a classifier, is
     trained too, in its own dtype; an INT8 head is dequantized to `model.dtype`.

@@ -272,3 +272,19 @@ def test_dtype_that_is_not_float_is_refused():
 
     assert isinstance(model.lm_head.weight, QFTWeight)
     assert model.config.quantization_config == QFTConfig()
+
+
+def test_a_part_that_was_float_at_an_earlier_save_is_int8_in_a_later_one(tmp_path):
+    """The first save lists it in modules_to_not_convert, which once made the second unreadable."""
+    model = quantize_model_(tiny_llama(), QFTConfig(modules_to_not_convert=["o_proj"]))
+    layer = model.model.layers[0].mlp
+    dequantize_model_(layer, torch.float32)
+    model.save_pretrained(tmp_path)
+    quantize_model_(layer, QFTConfig())
+    model.save_pretrained(tmp_path)
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert_same_state(again, model)
+    assert again.config.quantization_config.modules_to_not_convert == ["o_proj"]
+    assert type(again.model.layers[0].mlp.up_proj.weight) is QFTWeight

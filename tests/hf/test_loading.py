@@ -328,6 +328,12 @@ def test_a_dtype_that_int8_weights_do_not_have_is_refused(int8_folder, tmp_path)
 # A quantization config that is passed with an INT8 checkpoint.
 
 
+def test_the_configuration_of_a_model_may_be_passed(int8_folder):
+    """Transformers asks the format in it for `get`, and ended in an AttributeError."""
+    model = load(int8_folder)
+    assert_same_state(load(int8_folder, config=model.config), model)
+
+
 def test_same_format_is_accepted_and_the_users_seed_taken(int8_folder):
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         model = load(int8_folder, quantization_config=QFTConfig(seed=17))

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from qft_hf import QFTConfig, dequantize_model_, quantize_model_
 from qft_hf.optim import QFTAdamW, QFTLion
-from qft_hf.quant import QFTWeight
+from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.arranged import tiny
 from tests.hf.checkpoints import assert_same_state
 from tests.models import tiny_llama
@@ -408,3 +408,32 @@ def test_the_default_dtype_changes_nothing(kind, matmul, settings, request):
 
     assert_same_tensors(list(again.state_dict().values()), list(quantized.state_dict().values()))
     assert_same_tensors(steps(again, kind, settings), expected)
+
+
+def test_a_copy_of_a_model_has_no_gradients_as_any_copy_has_none():
+    """Copies once had the INT8 gradients, to which their next backward pass added."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+
+    copied = copy.deepcopy(model)
+
+    assert {parameter.grad for parameter in copied.parameters()} == {None}
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    copied(input_ids=IDS, labels=IDS).loss.backward()
+    for one, other in zip(model.parameters(), copied.parameters(), strict=True):
+        first, second = (
+            grad.dequantize() if isinstance(grad, Int8Gradient) else grad
+            for grad in (one.grad, other.grad)
+        )
+        assert torch.equal(first, second)
+
+
+def test_the_decay_of_another_optimizer_is_refused_before_it_changes_anything():
+    """The scales had been multiplied by 1 - lr * weight_decay when the update was refused."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, foreach=False)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    with pytest.raises(NotImplementedError, match=r"aten\.mul_.*would write to QFTWeight"):
+        optimizer.step()
+    assert_same_tensors(model.state_dict(), before)

@@ -14,6 +14,7 @@ from qft_hf import (
     QFTConfig,
     QFTTrainer,
     QFTTrainingArguments,
+    dequantize_model_,
     load_side_network,
     quantize_model_,
     save_side_network,
@@ -378,3 +379,26 @@ def test_trl_trains_it_on_packed_texts(base, tmp_path):
         base_of(base, tmp_path / "base"), Path(tmp_path / "run" / "checkpoint-4")
     )
     assert_same_bits(logits(again, input_ids=texts() % 40), logits(model, input_ids=texts() % 40))
+
+
+@pytest.mark.parametrize("converted", ["the model", "back to float"])
+def test_a_side_network_that_was_converted_is_saved_in_its_own_format(
+    converted, base_folder, tmp_path
+):
+    """The folder once said the other format than that of its tensors, and nothing could load it."""
+    model = attach_side_network(base_of("float", base_folder), CONFIG)
+    if converted == "the model":
+        quantize_model_(model, QFTConfig(group_size=5))
+    else:
+        quantize_model_(side_network_of(model), QFTConfig(group_size=5))
+        dequantize_model_(side_network_of(model), torch.float32)
+    disturbed_(model)
+    save_side_network(model, tmp_path)
+
+    base = base_of("float", base_folder)
+    if converted == "the model":
+        quantize_model_(base, QFTConfig(group_size=5))
+    again = load_side_network(base, tmp_path)
+
+    ids = torch.tensor([[5, 9, 33, 70]])
+    assert_same_bits(logits(again, input_ids=ids), logits(model, input_ids=ids))

@@ -806,3 +806,63 @@ def test_a_norm_of_two_backward_passes_is_not_measured():
             loss_of(model, ids).backward()
         loss_of(model, ids).backward()
         optimizer.step()
+
+
+def test_a_rate_in_memory_that_changes_between_backward_and_step_is_refused():
+    """Schedulers write to a rate that is a tensor, so it is the same object afterwards."""
+    model = network()
+    optimizer = QFTLion(model.parameters(), lr=torch.tensor(1e-3), gradient="release")
+    (ids,) = batches(1)
+    for _ in range(2):
+        loss_of(model, ids).backward()
+        optimizer.step()
+    loss_of(model, ids).backward()
+    optimizer.param_groups[0]["lr"].fill_(0.5)
+    with pytest.raises(RuntimeError, match=r"lr of parameter group 0 was 0\.001.* is 0\.5 now"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("optimizer_class", [QFTLion, QFTAdamW, QFTSGD])
+def test_a_model_may_be_quantized_between_backward_and_step(optimizer_class):
+    """It was a KeyError in the middle of the step. A conversion drops the gradients of weights."""
+    states = []
+    for mode in ("stack", "release"):
+        torch.manual_seed(0)
+        model = Network()
+        optimizer = optimizer_class(model.parameters(), lr=1e-3, gradient=mode)
+        for quantizes, ids in zip((True, False), batches(2), strict=True):
+            loss_of(model, ids).backward()
+            if quantizes:
+                quantize_model_(model, QFTConfig())
+            optimizer.step()
+        states.append(model.state_dict())
+
+    assert_same_tensors(*states)
+
+
+@pytest.mark.parametrize("mode", ["stack", "release"])
+def test_a_parameter_that_was_put_into_a_group_is_refused_before_anything_changes(mode):
+    """It was a KeyError after all INT8 weights had been updated."""
+    model = network()
+    optimizer = QFTLion(model.parameters(), gradient=mode)
+    optimizer.param_groups[0]["params"].append(nn.Parameter(torch.ones(3)))
+    before = copy.deepcopy(model.state_dict())
+    loss = loss_of(model, batches(1)[0])
+    if mode == "stack":
+        loss.backward()
+    first = optimizer.step if mode == "stack" else loss.backward
+    with pytest.raises(ValueError, match=r"put into param_groups directly.*add_param_group"):
+        first()
+    assert_same_tensors(model.state_dict(), before)
+
+
+def test_skipped_steps_are_counted_on_after_a_checkpoint():
+    model = network()
+    optimizer = QFTLion(model.parameters(), nonfinite="skip")
+    (loss_of(model, batches(1)[0]) * float("nan")).backward()
+    optimizer.step()
+    again = QFTLion(model.parameters(), nonfinite="skip")
+    again.load_state_dict(optimizer.state_dict())
+    assert (optimizer.skipped_steps, again.skipped_steps) == (1, 1)
+    again.load_state_dict(QFTLion(model.parameters()).state_dict())
+    assert again.skipped_steps == 0
