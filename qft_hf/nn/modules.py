@@ -83,7 +83,8 @@ class QuantizedModule(nn.Module):
                 f"The {name} of {self} is not quantized. Load the model with from_pretrained, or "
                 "call quantize_model_. If something replaced an INT8 weight by it, such as "
                 "fully_shard or torch.func.grad, that supports float weights only: do not use it, "
-                "or call dequantize_model_ before."
+                "or call dequantize_model_ before. If a module that shares the weight was "
+                "dequantized, call dequantize_model_ on this one too."
             )
         if weight.pending:
             raise RuntimeError(

@@ -288,3 +288,16 @@ def test_a_part_that_was_float_at_an_earlier_save_is_int8_in_a_later_one(tmp_pat
     assert_same_state(again, model)
     assert again.config.quantization_config.modules_to_not_convert == ["o_proj"]
     assert type(again.model.layers[0].mlp.up_proj.weight) is QFTWeight
+
+
+def test_a_tied_weight_that_was_dequantized_in_one_place_says_what_the_other_needs():
+    model = quantize_model_(tiny_llama(tied=True), QFTConfig())
+    expected = dequantize_model_(copy.deepcopy(model), torch.float32)(IDS).logits
+    for part in (model.lm_head, model.model.layers):
+        dequantize_model_(part, torch.float32)
+    with pytest.raises(RuntimeError, match=r"shares the weight was dequantized, call dequantize_m"):
+        model(IDS)
+
+    dequantize_model_(model.model.embed_tokens, torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model(IDS).logits, expected)
