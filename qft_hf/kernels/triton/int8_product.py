@@ -230,7 +230,7 @@ def _copy_kernel(
 
 
 _launch_copy, _launch_int8_matmul = Launcher(_copy_kernel), Launcher(_int8_matmul_kernel)
-_COPY = Constants(TILE=COPY_TILE, num_warps=COPY_WARPS)
+_COPY = Constants(TILE=COPY_TILE, num_warps=COPY_WARPS, enable_fp_fusion=False)
 
 
 @cache
