@@ -23,9 +23,9 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ..config import names_module
+from ..kernels.checks import FLOATS
 from ..layout import GroupLayout, outlier_bytes
 from ..nn import (
-    FLOATS,
     QuantizedModule,
     arrangement_of,
     conversion_plan,

@@ -2,7 +2,6 @@
 
 from .attachments import replace_
 from .convert import (
-    FLOATS,
     LISTED,
     ConversionPlan,
     Kept,
@@ -23,7 +22,6 @@ from .products import Int8Products
 from .state import state_fields, state_names
 
 __all__ = [
-    "FLOATS",
     "LISTED",
     "ConversionPlan",
     "DeferredLogits",

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..config import QuantizationSpec, names_module
+from ..kernels.checks import FLOATS
 from ..quant import Arrangement, QFTWeight
 from .attachments import replace_
 from .kinds import arrangement_of, kind_of, own_weights
@@ -19,7 +20,6 @@ from .products import Int8Products, int8_products
 from .state import check_shared_columns
 
 LISTED = "listed in modules_to_not_convert"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)

@@ -420,3 +420,4 @@ class Release(Flow):
         """Restore the norms and waiting gradients that the pass has left, in the same memory."""
         self._used = {id(p) for p in (*result.updated, *(p for p, _ in result.floats))}
         self._squares, self._floats = list(result.squares), list(result.floats)
+        self._options = options_of(self.optimizer.param_groups)  # the pass has read them

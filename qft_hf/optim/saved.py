@@ -60,6 +60,12 @@ def loaded(state_dict: dict[str, Any], optimizer: Any) -> Loaded:
         )
     groups = _loaded_groups(state_dict["param_groups"], optimizer)
     previous_norm = _checked_norm(state_dict.get(PREVIOUS_NORM))
+    skipped_steps = state_dict.get(SKIPPED_STEPS, 0)
+    if not isinstance(skipped_steps, int) or skipped_steps < 0:
+        raise ValueError(
+            f"The number of skipped steps is {skipped_steps!r}, which is no number: the optimizer "
+            "state is damaged. Resume from an earlier checkpoint."
+        )
     states: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
     for key, parameter in zip(saved, own, strict=True):
         if key in state_dict["state"]:
@@ -73,7 +79,7 @@ def loaded(state_dict: dict[str, Any], optimizer: Any) -> Loaded:
             if optimizer.processes is not None:
                 state = optimizer.processes.own_state(state, parameter)
             states[parameter] = state
-    return Loaded(states, groups, previous_norm, int(state_dict.get(SKIPPED_STEPS, 0)))
+    return Loaded(states, groups, previous_norm, skipped_steps)
 
 
 def whole_states(optimizer: Any, processes: Processes) -> dict[int, dict[str, Tensor | None]]:

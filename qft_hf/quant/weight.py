@@ -59,13 +59,6 @@ class QFTWeight(Int8Tensor):
     # State-dict keys of the fields that a partly loaded checkpoint has not provided yet.
     pending: frozenset[str] = frozenset()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Return a copy; that of a parameter has no gradient, as that of any `nn.Parameter`."""
-        copied: Self = super().__deepcopy__(memo)
-        if isinstance(copied, nn.Parameter):
-            copied.grad = None
-        return copied
-
     @staticmethod
     def __new__(
         cls,
@@ -85,6 +78,18 @@ class QFTWeight(Int8Tensor):
                 "that together have room for the model, or model.to(device)."
             )
         return super().__new__(cls, codes, dtype=dtype, arrangement=arrangement)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return a copy; that of a parameter has no gradient, as that of any `nn.Parameter`."""
+        gradient = None
+        if isinstance(self, nn.Parameter):
+            gradient, self.grad = self.grad, None  # else it is copied, and `memo` keeps it
+        try:
+            copied: Self = super().__deepcopy__(memo)
+        finally:
+            if gradient is not None:
+                self.grad = gradient
+        return copied
 
     def __init__(
         self,

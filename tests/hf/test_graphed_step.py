@@ -326,6 +326,15 @@ def test_what_changes_between_the_parts_of_a_step_counts(change, tmp_path):
     assert runs[1].n_replays >= 3 * N_REPLAYED - 2
 
 
+@pytest.mark.parametrize("cls", [QFTTrainer, Graphed])
+def test_a_rate_that_changes_after_released_weights_took_it_is_refused(cls, tmp_path):
+    made = trainer(cls, tmp_path, gradient="release", max_grad_norm=0)
+    made.add_callback(Between(made, change_the_rate))
+    with pytest.raises(RuntimeError, match=r"lr of parameter group 0 was .* and is .* now"):
+        made.train()
+    assert made.state.global_step == 9  # the step that would have been the tenth
+
+
 def test_another_norm_to_clip_by_counts_from_the_next_pass_on(tmp_path):
     runs = []
     for cls in (QFTTrainer, Graphed):
