@@ -179,10 +179,6 @@ class QFTTrainingArguments(TrainingArguments):
         self.chunked_loss = bool(self.chunked_loss)
         _ = self.quantization_config
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is saved, as in `training_args.bin`, which is pushed too: no secret."""
-        return {**vars(self), "hub_token": None}
-
     def _set_learning_rate(self) -> None:
         """Use the optimizer's own rate if none is set."""
         if self.learning_rate is not None:

@@ -53,6 +53,8 @@ class CheckpointTrainer(Trainer):
         # The Trainer turns `use_cache` off for training; a saved model gets its original value.
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", _ABSENT)
         super().__init__(model=model, args=args, **kwargs)
+        if self.args.hub_token is not None:
+            self.args.hub_token = _Secret(self.args.hub_token)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, QFTCallback):
                 callback.writes_in_place = False
@@ -236,6 +238,16 @@ class CheckpointTrainer(Trainer):
         finally:
             if in_training is not _ABSENT:
                 config.use_cache = in_training
+
+
+class _Secret(str):
+    """A text that copies keep and pickles lose: the Trainer pushes its pickled arguments."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Secret":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 class _GroupedByLength(LengthGroupedSampler):

@@ -110,8 +110,10 @@ def prepared_for_saving(model: Any, state: dict[str, Tensor] | None) -> Any:
 
     `config.json`, which is written from the model's configuration, declares whether weights are
     INT8. For a part of an INT8 model, the declaration is missing; for a float model that was made
-    from an INT8 model's configuration, it is wrong. transformers saves the state dict that a
-    quantizer returns, so the quantizer of the returned model returns `state` if that is passed.
+    from an INT8 model's configuration, it is wrong. The same is true of embeddings that were tied
+    by assigning one weight to both modules: only one is written. transformers saves the state dict
+    that a quantizer returns, so the quantizer of the returned model returns `state` if that is
+    passed.
 
     Args:
         model: Any transformers model; not modified. It is returned itself if nothing is wrong.
@@ -125,11 +127,13 @@ def prepared_for_saving(model: Any, state: dict[str, Tensor] | None) -> Any:
     if side_network_of(model) is not None or (quantizer is not None and not is_recorded):
         return model
     is_int8 = has_quantized_weights(model)
+    if is_int8 and _is_tied(model) and not getattr(model.config, "tie_word_embeddings", True):
+        model = _with_own_config(model)
+        model.config.tie_word_embeddings = True
     says_int8 = quantization_method(model.config) == QUANT_METHOD
     if is_int8 == is_recorded == says_int8 and (state is None or not is_int8):
         return model
-    saved = copy.copy(model)
-    saved.config = copy.copy(model.config)
+    saved = _with_own_config(model)
     if not is_int8:
         vars(saved).pop("hf_quantizer", None)
         vars(saved.config).pop("quantization_config", None)
@@ -149,6 +153,20 @@ def prepared_for_saving(model: Any, state: dict[str, Tensor] | None) -> Any:
         _check_complete(model, state)
         saved.hf_quantizer.state = state
     return saved
+
+
+def _is_tied(model: Any) -> bool:
+    """Return whether the weight of the output embeddings is that of another module, too."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    owners = [module for module in model.modules() if module._parameters.get("weight") is weight]
+    return weight is not None and len(owners) > 1
+
+
+def _with_own_config(model: Any) -> Any:
+    """Return a model with the same modules and a copy of the configuration."""
+    copied = copy.copy(model)
+    copied.config = copy.copy(model.config)
+    return copied
 
 
 def _products_held(model: nn.Module, config: QFTConfig) -> dict[str, list[str]] | None:

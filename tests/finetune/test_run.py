@@ -491,6 +491,20 @@ def test_rows_that_a_run_has_learned_are_not_scored_as_held_out(change, chat_fla
         assert evaluate_checkpoint(parse_arguments(flags_of(flags))).scores == found.scores
 
 
+@pytest.mark.parametrize("had_other_data", [True, False])
+def test_a_run_that_has_learned_all_its_rows_holds_out_none_of_them(had_other_data, chat_flags):
+    flags = dict(chat_flags)
+    other = flags["eval_data"] if had_other_data else flags.pop("eval_data")
+    finetune(parsed(flags, max_steps=1))
+    run = [flags["output_dir"].as_posix()]
+    with pytest.raises(ValueError, match=r"learned all rows of its train_data.* --eval_data"):
+        evaluate_checkpoint(parse_arguments(flags_of([*run, "--eval_fraction=0.5"])))
+    found = evaluate_checkpoint(parse_arguments(flags_of([*run, f"--eval_data={other}"])))
+    assert found.data.rows > 0
+    rest = [f"--train_data={other}", "--eval_fraction=0.5"]
+    assert evaluate_checkpoint(parse_arguments(flags_of([*run, *rest]))).data.rows > 0
+
+
 @pytest.mark.parametrize(
     ("task", "metric", "greater"),
     [

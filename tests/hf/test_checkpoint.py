@@ -1,5 +1,6 @@
 """Checkpoints of QFTTrainer are whole or absent, and a resume is exact or refused."""
 
+import copy
 import functools
 import http.server
 import json
@@ -248,7 +249,7 @@ def test_a_hub_that_refuses_all_files_costs_none_here(strategy, tmp_path, monkey
     monkeypatch.setattr(trainer, "hf_api", lambda: HfApi(url))
     run = make(
         tmp_path, save_total_limit=1, push_to_hub=True, hub_strategy=strategy,
-        hub_model_id="someone/model", hub_token="none", hub_always_push=True,
+        hub_model_id="someone/model", hub_token="hf_secret", hub_always_push=True,
     )  # fmt: skip
     run.train()
     with pytest.raises(HfHubHTTPError, match="403"):
@@ -259,6 +260,11 @@ def test_a_hub_that_refuses_all_files_costs_none_here(strategy, tmp_path, monkey
     assert faults(tmp_path / "checkpoint-4") == []
     kept = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert_same_state(load_file(tmp_path / "model.safetensors"), kept)
+    saved = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert tmp_path / "training_args.bin" in saved
+    assert [path for path in saved if b"hf_secret" in path.read_bytes()] == []
+    for copied in (copy.copy(run.args), copy.deepcopy(run.args)):
+        assert copied.hub_token == "hf_secret"
 
 
 def test_a_push_gets_the_checkpoint_in_its_place(tmp_path, monkeypatch):

@@ -75,6 +75,23 @@ def test_converted_model_saves_and_loads(tied, tmp_path):
     assert_same_state(copy.deepcopy(again), model)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_embeddings_that_were_tied_by_hand_are_saved_as_tied(when, tmp_path):
+    """One of two INT8 weights was written, and nothing could load the folder."""
+    model = tiny_llama(tied=False)
+    if when == "after":
+        quantize_model_(model, QFTConfig())
+    model.lm_head.weight = model.model.embed_tokens.weight
+    quantize_model_(model, QFTConfig())
+
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert_same_state(again, model)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is False  # saving changes nothing
+
+
 def test_same_configuration_again_changes_nothing_but_new_modules():
     model = quantize_model_(tiny_bert(), QFTConfig(seed=3))
     before = state(model)

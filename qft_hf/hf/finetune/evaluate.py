@@ -85,20 +85,26 @@ def _data_of(arguments: RunArguments) -> DataArguments:
 
 
 def _refuse_learned_rows(arguments: RunArguments, data: TaskData) -> None:
-    """Raise if a run's `eval_fraction` now draws other rows than those that the run held out."""
+    """Raise if `eval_fraction` draws rows of a run's data that the run has not held out."""
     folder = Path(arguments.model.model_name_or_path)
     try:
         before = json_object(folder / SUMMARY)
-        n_before = before["train_data"]["rows"] + before["eval_data"]["rows"]
-        held_out = before["eval_data"]["held_out"]
+        parts = [part for part in (before["train_data"], before["eval_data"]) if part is not None]
+        n_before = sum(part["rows"] for part in parts)
+        held_out = parts[-1]["held_out"]
     except (ValueError, KeyError, TypeError):
-        return  # not a finished run, or nothing was held out
+        return  # not a finished run
     counts = [part.counts for part in (data.train, data.evaluation) if part is not None]
     is_its_data = arguments.settings.get("train_data") == recorded_settings(folder).get(
         "train_data"
     )
-    if held_out is None or counts[-1].held_out in (None, held_out) or not is_its_data:
+    if counts[-1].held_out in (None, held_out) or not is_its_data:
         return
+    if held_out is None:
+        raise ValueError(
+            f"{folder} has learned all rows of its train_data, so eval_fraction would score rows "
+            "that it has learned. Leave it out, or name other rows with --eval_data."
+        )
     n_rows = sum(count.rows for count in counts)
     raise ValueError(
         f"the rows that {folder} held out cannot be drawn again, so rows that it has learned would "
