@@ -81,7 +81,7 @@ def mean_error(probability: float, n_draws: int) -> float:
 def snr_db(exact: Tensor, approximate: Tensor) -> float:
     """Signal-to-noise ratio: power of `exact` over power of the difference, in decibels."""
     noise = (exact.double() - approximate.double()).square().sum()
-    return 10 * math.log10(float(exact.double().square().sum() / noise))
+    return 10 * math.log10((exact.double().square().sum() / noise).item())
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:

@@ -57,7 +57,7 @@ def test_gradients_are_those_of_the_float_model(family):
     mine.backward()
     its.backward()
 
-    assert float(mine) == pytest.approx(float(its), rel=1e-6)
+    assert mine.item() == pytest.approx(its.item(), rel=1e-6)
     for (name, parameter), (_, exact) in zip(
         model.named_parameters(), twin.named_parameters(), strict=True
     ):

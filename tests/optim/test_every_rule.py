@@ -60,7 +60,7 @@ def test_release_equals_stack_bit_for_bit(rule, n_parts):
 
 
 @every_rule
-@pytest.mark.parametrize("modes", permutations(["stack", "release"]), ids=" then ".join)
+@pytest.mark.parametrize("modes", [*permutations(["stack", "release"])], ids=" then ".join)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resuming_in_the_other_mode_equals_the_straight_run(rule, modes, dtype):
     straight, optimizer = make(rule, make_model(dtype=dtype))

@@ -115,14 +115,14 @@ def test_sgd_follows_sgd_in_float64_for_many_steps():
     generator = torch.Generator().manual_seed(4)
     parameter = nn.Parameter(QFTWeight.from_float(torch.randn(40, 130, generator=generator), SPEC))
     optimizer = QFTSGD([parameter], lr=0.05, weight_decay=0.02, seed=3)
-    exact, n_steps = values64(parameter).numpy(), 60
+    exact, n_steps = values64(parameter), 60
     for _ in range(n_steps):
         parameter.grad = zero_gradient(parameter)
         parameter.grad.set_rows_(slice(0, 40), torch.randn(40, 130, generator=generator) * 0.3)
-        exact = exact - 0.05 * (values64(parameter.grad).numpy() + 0.02 * exact)
+        exact = exact - 0.05 * (values64(parameter.grad) + 0.02 * exact)
         optimizer.step()
 
-    error = (values64(parameter) - exact).numpy() / scales64(parameter).numpy()
+    error = ((values64(parameter) - exact) / scales64(parameter)).numpy()
     # A rounding has a variance of at most a quarter; growing scales add as much again.
     assert error.std() < (2 * n_steps / 4) ** 0.5
     assert abs(error.mean()) < 6 * (2 * n_steps / 4 / error.size) ** 0.5
