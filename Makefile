@@ -52,7 +52,7 @@ no-stale-kernels:  # numba's cache does not notice changes in other files
 	@find qft_hf -name '*.nb[ci]' -delete
 
 test-ptx: $(INSTALLED)  ## Test Triton's kernels as compiled for a GPU, executed on the CPU; takes minutes
-	for capability in 86 90; do \
+	for capability in 86 90 120; do \
 		OMP_NUM_THREADS=1 QFT_PTX=$$capability $(BIN)/python -m pytest $(PARALLEL) \
 			tests/ptx tests/kernels/test_triton.py tests/kernels/test_adamw_triton.py || exit; \
 	done

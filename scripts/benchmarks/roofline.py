@@ -45,6 +45,7 @@ class Device(NamedTuple):
 DEVICES = {
     "A6000": Device(86, 768e9, 84, 1.80e9),
     "RTX 4090": Device(89, 1008e9, 128, 2.52e9),
+    "RTX 5090": Device(120, 1792e9, 170, 2.41e9),
     "A100 80GB SXM": Device(80, 2039e9, 108, 1.41e9),
     "H100 SXM": Device(90, 3350e9, 132, 1.98e9),
 }

@@ -102,6 +102,17 @@ class Memory:
 # ---------------------------------------------------------------- float helpers
 
 
+def half_to_float(bits):
+    return bits.view(np.float16).astype(np.float32)
+
+
+def bfloat_to_float(bits):
+    return (bits.astype(U32) << U32(16)).view(np.float32)
+
+
+TO_FLOAT = {"f16": half_to_float, "bf16": bfloat_to_float}
+
+
 def canon32(x):
     """Return the bits of a float32 array, with the NaN that the hardware writes."""
     bits = x.view(U32)
@@ -424,10 +435,22 @@ class Kernel:
                 return f_int(*lanes).view(U32)
 
             return self.simple(ins, f, d, rs)
+        if "ftz" in parts or "sat" in parts:
+            raise Fault(ins.text)
+        if parts[-2:] in (["f32", "f16"], ["f32", "bf16"]):  # the first operand has 16 bits
+            narrow, wide = self.reader(ins.args[1], 16), self.reader(ins.args[2], 32, "f")
+            to_float = TO_FLOAT[parts[-1]]
+            return self.simple(ins, lambda a, b: canon32(f_float(to_float(a), b)), d, [narrow, wide])
+        if parts[-1] == "f32x2":
+            rs = [self.reader(a, 64) for a in ins.args[1:]]
+
+            def f(*xs):
+                lanes = [np.ascontiguousarray(x).view(np.float32) for x in xs]
+                return canon32(f_float(*lanes)).view(U64)
+
+            return self.simple(ins, f, d, rs)
         kind, bits = self.ty(parts[-1])
         if kind == "f":
-            if "ftz" in parts or "sat" in parts:
-                raise Fault(ins.text)
             rs = [self.reader(a, bits, "f") for a in ins.args[1:]]
             if bits == 32:
                 return self.simple(ins, lambda *xs: canon32(f_float(*xs)), d, rs)
@@ -463,10 +486,10 @@ class Kernel:
         return self.simple(ins, lambda a: np.abs(a).view(UINT[bits]), ins.args[0], [r])
 
     def op_mul(self, ins, parts):
+        if parts[-1][0] == "f":
+            return self.arith(ins, parts, None, lambda a, b: a * b)
         kind, bits = self.ty(parts[-1])
         d = ins.args[0]
-        if kind == "f":
-            return self.arith(ins, parts, None, lambda a, b: a * b)
         mode = parts[1]
         k = "s" if kind == "s" else "u"
         rs = [self.reader(a, bits, k) for a in ins.args[1:]]
@@ -516,11 +539,9 @@ class Kernel:
         raise Fault(ins.text)
 
     def op_fma(self, ins, parts):
-        _kind, bits = self.ty(parts[-1])
-        if bits != 32 or "ftz" in parts:
+        if parts[-1] not in ("f32", "f32x2"):
             raise Fault(ins.text)
-        rs = [self.reader(x, 32, "f") for x in ins.args[1:]]
-        return self.simple(ins, lambda a, b, c: canon32(fma32(a, b, c)), ins.args[0], rs)
+        return self.arith(ins, parts, None, fma32)
 
     def op_div(self, ins, parts):
         kind, bits = self.ty(parts[-1])
@@ -573,7 +594,13 @@ class Kernel:
             if parts[1] not in ("f32",):
                 raise Fault(ins.text)
             rs = [self.reader(x, 32, "f") for x in ins.args[1:]]
-            return self.simple(ins, lambda a, b: fmax32(a, b, sign), ins.args[0], rs)
+
+            def of_all(first, *others):  # two or three
+                for other in others:
+                    first = fmax32(first.view(np.float32), other, sign)
+                return first
+
+            return self.simple(ins, of_all, ins.args[0], rs)
         rs = [self.reader(x, bits, kind) for x in ins.args[1:]]
         f = np.maximum if sign > 0 else np.minimum
         return self.simple(ins, lambda a, b: f(a, b).view(UINT[bits]), ins.args[0], rs)
@@ -793,14 +820,14 @@ class Kernel:
         if dt == "f32" and st == "bf16" and not mods:
             return self.simple(
                 ins,
-                lambda a: canon32((a.astype(U32) << U32(16)).view(np.float32)),
+                lambda a: canon32(bfloat_to_float(a)),
                 d,
                 [self.reader(s, 16)],
             )
         if dt == "f32" and st == "f16" and not mods:
             return self.simple(
                 ins,
-                lambda a: canon32(a.view(np.float16).astype(np.float32)),
+                lambda a: canon32(half_to_float(a)),
                 d,
                 [self.reader(s, 16)],
             )
@@ -1177,13 +1204,10 @@ class Kernel:
             shape == "m16n8k16" and parts[-4:] == ["f32", "f16", "f16", "f32"]
         ):
             C = [self.reader(x, 32, "f") for x in lists[3]]
-            half = parts[-2]
+            to_float = TO_FLOAT[parts[-2]]
 
             def values(x):
-                h = x.view(U16).reshape(self.W, 32, 2)
-                if half == "bf16":
-                    return (h.astype(U32) << U32(16)).view(np.float32)
-                return h.view(np.float16).astype(np.float32)
+                return to_float(x.view(U16).reshape(self.W, 32, 2))
 
             def run(S, mask):
                 self.whole_warps(S, mask, ins)
@@ -1229,10 +1253,7 @@ class Kernel:
             """Return the FP64 values of elements whose bytes are along the last axis."""
             if is_integer:
                 return bits.view(np.int8).astype(np.float64)
-            halves = np.ascontiguousarray(bits).view(U16)
-            if element == "bf16":
-                return (halves.astype(U32) << U32(16)).view(np.float32).astype(np.float64)
-            return halves.view(np.float16).astype(np.float64)
+            return TO_FLOAT[element](np.ascontiguousarray(bits).view(U16)).astype(np.float64)
 
         ds = [x.strip() for x in ins.args[0].strip("{} ").split(",")]
         puts = [self.writer(x) for x in ds]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 if "QFT_PTX" not in os.environ:
-    pytest.skip("needs QFT_PTX=86 or 90: a process of its own", allow_module_level=True)
+    pytest.skip("needs QFT_PTX=86, 90 or 120: a process of its own", allow_module_level=True)
 
 from qft_hf.kernels import Weight
 from tests.kernels.backends import reference

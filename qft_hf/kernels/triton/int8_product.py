@@ -48,6 +48,7 @@ class Tile:
 
 # Large tiles first. Two products in a step keep the compiler from carrying operands around the loop
 # as single bytes, which it would unpack and pack again; sm_90 reads operands from shared memory.
+# sm_120 has the instructions of sm_80 for these products, and the shared memory of sm_86.
 # INT8 results use the tiles that are as wide as a group.
 _AMPERE = (Tile(128, 256, 64, 2, 8, 3), Tile(128, 128, 64, 2, 8, 3), Tile(64, 64, 64, 2, 4, 4))
 _HOPPER = (
@@ -55,7 +56,7 @@ _HOPPER = (
     Tile(128, 128, 128, 1, 8, 4),
     Tile(64, 128, 128, 1, 4, 4),
 )
-TILES = {(8, 0): _AMPERE, (8, 6): _AMPERE, (8, 9): _AMPERE, (9, 0): _HOPPER}
+TILES = {(8, 0): _AMPERE, (8, 6): _AMPERE, (8, 9): _AMPERE, (9, 0): _HOPPER, (12, 0): _AMPERE}
 OTHER_TILES = _AMPERE  # they need the least shared memory
 
 
