@@ -50,7 +50,7 @@ class QFTTrainingArguments(TrainingArguments):
     that it was quantized with. A field that is set takes effect, or raises an error if it has none:
     an option of another optimizer, a format other than the model's, or clipping without release.
 
-    In the stock arguments, `optim_args="gradient=release,beta2=0.98"` sets the same options of the
+    In the stock arguments, `optim_args="nonfinite=skip,beta2=0.98"` sets the same options of the
     optimizer, with `seed` for `quantization_seed`, and they are checked in the same way; both may
     be used together as long as they agree. `adam_beta1`, `adam_beta2` and `adam_epsilon` are not
     read, and raise an error unless they have Adam's defaults.
@@ -132,9 +132,9 @@ class QFTTrainingArguments(TrainingArguments):
     cuda_graph: bool = field(
         default=False,
         metadata={
-            "help": "Capture forward and backward as a CUDA graph and replay it at every step, for "
-            "batches of one shape: with few tokens the host takes longer than the GPU. "
-            "Experimental; QFTTrainer only."
+            "help": "Capture forward and backward, clipping and the update as CUDA graphs, and "
+            "replay them at every step, for batches of one shape: with few tokens the host takes "
+            "longer than the GPU. Experimental; QFTTrainer only."
         },
     )
 
