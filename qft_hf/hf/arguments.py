@@ -65,13 +65,13 @@ class QFTTrainingArguments(TrainingArguments):
 
     optim: str = field(
         default=DEFAULT_OPTIMIZER,
-        metadata={"help": f"The optimizer: {', '.join(OPTIMIZERS)} trains INT8 weights."},
+        metadata={"help": f"The optimizer: {' or '.join(OPTIMIZERS)} trains INT8 weights."},
     )
     learning_rate: float = field(
         default=None,  # type: ignore[assignment]  # `__post_init__` sets it
         metadata={
             "help": "The highest rate of the schedule. Unset: "
-            + ", ".join(f"{o.learning_rate} for {name}" for name, o in OPTIMIZERS.items())
+            + ", ".join(f"{o.learning_rate or 'an error'} for {n}" for n, o in OPTIMIZERS.items())
             + "."
         },
     )
