@@ -59,10 +59,11 @@ def refuse_before_loading(model: nn.Module, args: TrainingArguments) -> None:
         args: Arguments of a run with one of our optimizers.
     """
     refuse_unsupported(args, model)
-    own = quantization_config_of(model)
+    part = trained_part(model)
+    own = quantization_config_of(part)
     if own is not None:
-        refuse_other_format(model, args)
-    converted = quantize_model_(copy.deepcopy(model), own or _format(args))
+        refuse_other_format(part, args)
+    converted = quantize_model_(copy.deepcopy(part), own or _format(args))
     if getattr(args, "chunked_loss", False):
         with _liger_named(args):
             chunk_loss_(converted)
