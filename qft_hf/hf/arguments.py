@@ -125,8 +125,8 @@ class QFTTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "With use_liger_kernel: kernels that are switched off or on, as in "
-            """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy work """
-            "with INT8 weights; chunked_loss replaces that one."
+            """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy, """
+            "which chunked_loss replaces, and swiglu of experts work with INT8 weights."
         },
     )
     cuda_graph: bool = field(
