@@ -29,9 +29,9 @@ class QuantizationSpec:
             gradients and multiplies INT8 by INT8; its outliers are whole columns, the same
             in every row, and `group_size` must be None.
         int8_products: With `matmul="int8"`, which products of which modules are INT8: module names
-            as in `modules_to_not_convert`, or `"*"` for all, each with a list of `"forward"`,
-            `"input_gradient"` and `"weight_gradient"`. If several names match a module, the longest
-            applies. Modules that are not listed use all three, the output head none.
+            as in `modules_to_not_convert`, or `"*"` for all but the output head, each with a list
+            of `"forward"`, `"input_gradient"` and `"weight_gradient"`. If several names match a
+            module, the longest applies. Modules that are not listed use all three, the head none.
         seed: Key of the counter-based random numbers that round updates.
         strict: Whether to refuse a model if more than a tenth of its parameters would stay float
             without being listed in `modules_to_not_convert`; otherwise a warning is issued. It is

@@ -5,7 +5,8 @@
 
 Arguments are those of `qft-hf finetune`. It shows absolute paths, the rows that are used, cut and
 dropped, the first example as the model sees it with the learned text in brackets, the steps, the
-disk space and an estimate of the memory. It refuses whatever a run would refuse.
+disk space and an estimate of the memory. It refuses what a run would refuse, as far as that shows
+without the weights.
 """
 
 from .command_line import output_for, show_help, show_json, take

@@ -5,8 +5,8 @@
     qft-hf evaluate runs/demo-bf16 --eval_data test.jsonl    an exported or any other model
     qft-hf evaluate my.yaml                                  the model that a config starts from
 
-Flags are those of `qft-hf finetune`; flags of data, --per_device_eval_batch_size, --bf16 and
---use_cpu have an effect. --json prints the scores as JSON.
+Flags are those of `qft-hf finetune`; flags of model and data, --seed, --per_device_eval_batch_size,
+--label_smoothing_factor, --bf16 and --use_cpu have an effect. --json prints the scores as JSON.
 """
 
 import argparse

@@ -8,7 +8,7 @@
     qft-hf plan llama-2-70b --gpu 48 --method qst --side_r 32      a side network on a frozen base
 
 MODEL is a folder with a config.json, a name on the hub, an architecture that ships with qft_hf, or
-a config of a run, which then also sets the sequence length, batch size and optimizer.
+a config of a run, whose settings apply as far as flags do not set others.
 """
 
 import argparse

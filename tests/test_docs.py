@@ -187,10 +187,12 @@ def test_the_page_of_several_gpus_has_models_on_one_and_more():
     rows = re.findall(GPUS, DOCS["processes.md"], re.MULTILINE)
     assert {n for _, n, *_ in rows} == {"1", "2", "4", "8"}
     assert len(rows) == 16
-    two = recommend(
-        skeleton(shipped.architecture("llama-2-13b")), 24, chunked_loss=True, n_processes=2
+    source, two = skeleton(shipped.architecture("llama-2-13b")), {"n_processes": 2}
+    eight, four = (
+        recommend(source, 24, chunked_loss=True, momentum_bits=bits, **two) for bits in (8, 4)
     )
-    assert f"up to {two.longest_sequence:,} tokens" in DOCS["processes.md"]
+    assert f"up to {eight.longest_sequence:,} tokens" in DOCS["processes.md"]
+    assert f"up to its {four.longest_sequence:,} positions" in DOCS["processes.md"]
 
 
 def test_the_map_of_hf_has_every_file():

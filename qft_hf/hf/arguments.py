@@ -50,7 +50,7 @@ class QFTTrainingArguments(TrainingArguments):
     that it was quantized with. A field that is set takes effect, or raises an error if it has none:
     an option of another optimizer, a format other than the model's, or clipping without release.
 
-    In the stock arguments, `optim_args="gradient=release,beta2=0.98"` sets the same options of the
+    In the stock arguments, `optim_args="nonfinite=skip,beta2=0.98"` sets the same options of the
     optimizer, with `seed` for `quantization_seed`, and they are checked in the same way; both may
     be used together as long as they agree. `adam_beta1`, `adam_beta2` and `adam_epsilon` are not
     read, and raise an error unless they have Adam's defaults.
@@ -65,13 +65,13 @@ class QFTTrainingArguments(TrainingArguments):
 
     optim: str = field(
         default=DEFAULT_OPTIMIZER,
-        metadata={"help": f"The optimizer: {', '.join(OPTIMIZERS)} trains INT8 weights."},
+        metadata={"help": f"The optimizer: {' or '.join(OPTIMIZERS)} trains INT8 weights."},
     )
     learning_rate: float = field(
         default=None,  # type: ignore[assignment]  # `__post_init__` sets it
         metadata={
             "help": "The highest rate of the schedule. Unset: "
-            + ", ".join(f"{o.learning_rate} for {name}" for name, o in OPTIMIZERS.items())
+            + ", ".join(f"{o.learning_rate or 'an error'} for {n}" for n, o in OPTIMIZERS.items())
             + "."
         },
     )
@@ -125,16 +125,16 @@ class QFTTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "With use_liger_kernel: kernels that are switched off or on, as in "
-            """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy work """
-            "with INT8 weights; chunked_loss replaces that one."
+            """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy, """
+            "which chunked_loss replaces, and swiglu of experts work with INT8 weights."
         },
     )
     cuda_graph: bool = field(
         default=False,
         metadata={
-            "help": "Capture forward and backward as a CUDA graph and replay it at every step, for "
-            "batches of one shape: with few tokens the host takes longer than the GPU. "
-            "Experimental; QFTTrainer only."
+            "help": "Capture forward and backward, clipping and the update as CUDA graphs, and "
+            "replay them at every step, for batches of one shape: with few tokens the host takes "
+            "longer than the GPU. Experimental; QFTTrainer only."
         },
     )
 

@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantize_model_(model: Model, config: QFTConfig) -> Model:
-    """Quantize every `nn.Linear` and `nn.Embedding` of a model in place.
+    """Quantize linear layers, embeddings and experts of a model in place; see docs/families.md.
 
     Tied weights stay tied and parameters keep their identity. A transformers model becomes what
     `from_pretrained(..., quantization_config=config)` returns: `save_pretrained` writes INT8. A
@@ -47,6 +47,8 @@ def quantize_model_(model: Model, config: QFTConfig) -> Model:
         ValueError: The model is quantized in another way, has NaN or infinite values (named), holds
             matrices in a class that is not supported, has no weight that can be INT8, or, with
             `config.strict`, too few. The model is unchanged.
+        RuntimeError: The graph of a forward pass that is still alive uses a weight. The model is
+            unchanged.
     """
     _refuse_other_quantization(model, config)
     plan = conversion_plan(model, config.modules_to_not_convert)
@@ -76,6 +78,8 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
 
     Raises:
         ValueError: Nothing is quantized, or `dtype` is not a float type.
+        RuntimeError: The graph of a forward pass that is still alive uses a weight. The model is
+            unchanged.
     """
     if not any(isinstance(module, QuantizedModule) for module in model.modules()):
         raise ValueError(

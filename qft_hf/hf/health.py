@@ -25,8 +25,9 @@ from ..quant import QFTWeight
 from .compatibility import unwrapped
 
 SAMPLED = 4096  # elements of each tensor, in whole rows, with a minimum of one row
-# In scales. Rounding adds a 16-bit random number: a step below its resolution never moves a code.
-SMALLEST_STEP = 2.0**-16
+# In scales. The random number that rounds a code is a multiple of it (`kernels/philox.py`): a
+# smaller step moves at most one code in 2**24.
+SMALLEST_STEP = 2.0**-24
 SPREAD = 0.618  # golden ratio: the sampled rows of successive weights are in different places
 
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from ..optim import QFTSGD, QFTAdamW, QFTLion, QFTOptimizer
+from ..optim.release import ACCUMULATION_IS_FORBIDDEN
 from ..optim.settings import LARGEST, check_settings
 
 
@@ -224,11 +225,14 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ValueError(f"max_grad_norm must not be negative, got {norm}. 0 turns it off.")
     _refuse_unread(args)
     options = given_options(args)
-    if not _releases(args, options) and options.get("accumulation") == "forbid":
+    forbids = options.get("accumulation") == "forbid"
+    if forbids and not _releases(args, options):
         raise ValueError(
             "accumulation='forbid' is for gradient='release'; gradients on the stack wait for the "
             "step in any case. Set gradient='release', or leave accumulation out."
         )
+    if forbids and args.gradient_accumulation_steps > 1:
+        raise ValueError(ACCUMULATION_IS_FORBIDDEN)
     if _releases(args, options):
         refuse_retries(args)
     named = OPTIMIZERS[optimizer_name(args)]

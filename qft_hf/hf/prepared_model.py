@@ -8,6 +8,7 @@ model that `model_init` makes in `train()` is not visible there before the optim
 then a checkpoint to resume from has been loaded into it, so a float model is refused.
 """
 
+import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from transformers import TrainingArguments
 
 from ..nn import QFTLinear
 from ..quant import QFTWeight
-from .chunked_loss import chunk_loss_, refuse_logit_transforms
+from .chunked_loss import chunk_loss_
 from .compatibility import has_quantized_weights, quantization_config_of, trained_part
 from .config import QFTConfig
 from .convert import quantize_model_
@@ -53,13 +54,19 @@ def refuse_before_loading(model: nn.Module, args: TrainingArguments) -> None:
     """Raise what `prepare_model_` will raise, as far as a model without its weights shows it.
 
     Args:
-        model: Float model on any device, for example the meta device.
+        model: Model without storage, made from the configuration of a float or INT8 checkpoint; not
+            modified.
         args: Arguments of a run with one of our optimizers.
     """
     refuse_unsupported(args, model)
+    part = trained_part(model)
+    own = quantization_config_of(part)
+    if own is not None:
+        refuse_other_format(part, args)
+    converted = quantize_model_(copy.deepcopy(part), own or _format(args))
     if getattr(args, "chunked_loss", False):
         with _liger_named(args):
-            refuse_logit_transforms(model)
+            chunk_loss_(converted)
 
 
 @contextmanager
@@ -97,8 +104,7 @@ def require_prepared(model: nn.Module, args: TrainingArguments) -> None:
 
 def _quantize_(model: nn.Module, args: TrainingArguments) -> None:
     """Quantize a float model in place, in the format that `args` asks for, and log one line."""
-    config = getattr(args, "quantization_config", None)
-    quantize_model_(model, config or QFTConfig(seed=given_options(args).get("seed", 0)))
+    quantize_model_(model, _format(args))
     quantized = sum(p.numel() for p in model.parameters() if isinstance(p, QFTWeight))
     total = sum(p.numel() for p in model.parameters())
     # A warning, because it is the one line that a user of the stock Trainer must see.
@@ -109,6 +115,12 @@ def _quantize_(model: nn.Module, args: TrainingArguments) -> None:
         f"{quantized:,}",
         f"{total:,}",
     )
+
+
+def _format(args: TrainingArguments) -> QFTConfig:
+    """Return the format that a float model is quantized to."""
+    config: QFTConfig | None = getattr(args, "quantization_config", None)
+    return config or QFTConfig(seed=given_options(args).get("seed", 0))
 
 
 def _quantize_added_(model: nn.Module, args: TrainingArguments) -> None:

@@ -252,8 +252,8 @@ def _by_name(
         got = "none" if args is None else type(args).__name__
         raise TypeError(
             f"{cls.__name__} is a {theirs.__name__}, which needs args={wanted}(...), got {got}. "
-            f"Give it one with optim={names()}; options of INT8 training go into optim_args, such "
-            "as optim_args='gradient=release'."
+            f"Give it one with optim={names()}; options of the optimizer go into optim_args, such "
+            "as optim_args='gradient=release,clipping=previous'."
         )
     if not isinstance(args, TrainingArguments | None) or (others and theirs is not Trainer):
         raise TypeError(

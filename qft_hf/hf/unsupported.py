@@ -68,11 +68,13 @@ def _refuse_distribution(args: TrainingArguments, model: nn.Module) -> None:
 def _refuse_of_several(args: TrainingArguments) -> None:
     """Raise for options that work with one process and not with several."""
     checkpointing: Any = args.gradient_checkpointing_kwargs or {}
-    if args.gradient_checkpointing and checkpointing.get("use_reentrant"):
+    # PyTorch's default is True; transformers sets False if it has no arguments to pass to PyTorch.
+    passed = checkpointing.keys() - {"every_n_layers", "offload"}
+    if args.gradient_checkpointing and checkpointing.get("use_reentrant", bool(passed)):
         raise ValueError(
-            "With use_reentrant=True backward passes are nested, and several processes cannot "
-            "determine when a step's gradients are complete. Set "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}, which is the default."
+            "With use_reentrant=True, the default next to other gradient_checkpointing_kwargs, "
+            "backward passes are nested, and several processes cannot determine when a step's "
+            "gradients are complete. Add 'use_reentrant': False to gradient_checkpointing_kwargs."
         )
     if args.save_on_each_node:
         raise ValueError(

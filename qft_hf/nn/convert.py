@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config import QuantizationSpec, names_module
-from ..kernels.checks import FLOATS
+from ..kernels.checks import FLOATS, MAX_ELEMENTS
 from ..quant import Arrangement, QFTWeight
 from .attachments import replace_
 from .kinds import arrangement_of, kind_of, own_weights
@@ -206,15 +206,16 @@ def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPla
     that already holds a parameter now holds its quantized form.
 
     Raises:
-        ValueError: A weight has NaN or infinite values (it is named), or the rule refuses the
-            model. The model is unchanged.
+        ValueError: A weight has NaN or infinite values, or too many (it is named), or the rule
+            refuses the model. The model is unchanged.
         RuntimeError: A weight is in use by a graph that is still alive. The model is unchanged.
     """
     plan = conversion_plan(model, spec.modules_to_not_convert)
     product_choices(model, plan, spec)  # may raise, before anything has changed
     weights = {n: weight for n, weight in plan.weights.items() if not isinstance(weight, QFTWeight)}
     for name, parameter in weights.items():
-        if not parameter.is_meta and not bool(parameter.detach().isfinite().all()):
+        fits = parameter.numel() <= MAX_ELEMENTS
+        if not fits or not (parameter.is_meta or bool(parameter.detach().isfinite().all())):
             QFTWeight.from_float(parameter, spec, name=name)  # raises, before anything has changed
     _check_replaceable(weights)
     for name, parameter in weights.items():

@@ -131,13 +131,14 @@ def check_values(name: str, weight: QFTWeight) -> None:
 
 
 def check_shared_columns(name: str, weight: QFTWeight) -> None:
-    """Raise unless `weight` has the format that INT8 products need.
+    """Raise unless `weight` has the format that INT8 products need; on meta, columns are unknown.
 
     Raises:
         ValueError: Rows of a matrix have outliers in different columns, or several scales per row.
     """
     columns = weight.outlier_columns.unflatten(0, (-1, weight.arrangement.rows))
-    if weight.group_size is not None or not bool((columns == columns[:, :1]).all()):
+    are_shared = weight.is_meta or bool((columns == columns[:, :1]).all())
+    if weight.group_size is not None or not are_shared:
         raise ValueError(
             f"{name} was quantized for matmul='dequantize': its rows have outliers in different "
             "columns, or several scales each. Leave matmul='int8' out, or dequantize the model, "

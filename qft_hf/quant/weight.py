@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .. import kernels, layout
 from ..config import QuantizationSpec
+from ..kernels.checks import MAX_ELEMENTS
 from ..layout import INT16_COLUMNS, GroupLayout, outliers_per_row
 from .arrangement import Arrangement
 from .gradient import Int8Gradient, TiledGradient, Tiles
@@ -166,9 +167,15 @@ class QFTWeight(Int8Tensor):
             transposed: Whether `weight` is `[C, R]` or `[E, C, R]`.
 
         Raises:
-            ValueError: A value is NaN or infinite.
+            ValueError: A value is NaN or infinite, or there are too many for the kernels.
         """
         weight = weight.detach()
+        if weight.numel() > MAX_ELEMENTS:
+            raise ValueError(
+                f"{name} has {weight.numel():,} values, and an INT8 weight can have "
+                f"{MAX_ELEMENTS:,} at most. List its module in modules_to_not_convert, which keeps "
+                "it float."
+            )
         arrangement = Arrangement(tuple(weight.shape), transposed)
         result = cls.empty(arrangement, spec, dtype=weight.dtype, device=weight.device)
         if weight.is_meta:

@@ -32,7 +32,7 @@ from transformers import (
     trainer,
 )
 
-from qft_hf import QFTWeight
+from qft_hf import QFTConfig, QFTWeight, quantize_model_
 from qft_hf.hf.finetune import finetune, parse_arguments, prepare, train
 from qft_hf.hf.finetune.check import check
 from qft_hf.hf.finetune.evaluate import evaluate_checkpoint
@@ -48,6 +48,7 @@ from tests.models import tiny_bert, tiny_llama
 
 ROOT = Path(__file__).parents[2]
 VOCAB_SIZE = 320  # of the tiny tokenizer
+INT8 = {"matmul": "int8"}
 
 
 @pytest.fixture
@@ -540,12 +541,56 @@ def test_the_best_model_has_the_smallest_error(task, metric, greater, chat_flags
         ({"eval_on_start": "true", "eval_data": None}, "evaluation is asked for"),
         ({"attn_implementation": "flash_attention_2"}, "FlashAttention2 has been toggled on"),
         ({"optim": "adamw_torch"}, "trained by 'qft_lion' .* got optim='adamw_torch'"),
+        (
+            {
+                "gradient": "release", "max_grad_norm": 0, "accumulation": "forbid",
+                "gradient_accumulation_steps": 2,
+            },
+            "Set gradient_accumulation_steps=1",
+        ),
+        (INT8 | {"int8_products": '{"nothing": []}'}, "'nothing'.*match no quantized linear"),
+        (
+            INT8 | {"int8_products": '{"lm_head": ["forward"]}', "chunked_loss": "true"},
+            "Take the head out of int8_products",
+        ),
+        (
+            {"modules_to_not_convert": "lm_head", "chunked_loss": "true"},
+            "needs an INT8 output head",
+        ),
+        ({"modules_to_not_convert": "model"}, "No weight of .* can be INT8"),
     ],
-)
+)  # fmt: skip
 def test_what_a_run_would_stumble_over_is_refused_by_a_check(flags, message, chat_flags):
-    """Some settings once ended in a traceback, at the first score or when all was loaded."""
+    """Some settings once ended in a traceback, at the first score or when all was loaded.
+
+    Others, of the format, were refused by a run alone.
+    """
     with pytest.raises(ValueError, match=message):
         check(parsed({k: v for k, v in (chat_flags | flags).items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, None),
+        ({"outlier_fraction": 0.02}, None),
+        ({"group_size": 8}, "group_size=8 was asked for.*with group_size=None"),
+        (INT8, "matmul='int8' was asked for"),
+        ({"chunked_loss": "true"}, "needs an INT8 output head"),
+    ],
+)
+def test_a_check_knows_the_format_of_an_int8_model(flags, message, chat_flags):
+    """It once accepted another format, which a run refuses."""
+    format = QFTConfig(outlier_fraction=0.02, modules_to_not_convert=["lm_head"])
+    model = quantize_model_(tiny_llama(vocab_size=VOCAB_SIZE), format)
+    model.save_pretrained(chat_flags["model_name_or_path"])
+    for act in (check, prepare):
+        arguments = parsed(chat_flags | flags)
+        if message is None:
+            act(arguments)
+        else:
+            with pytest.raises(ValueError, match=message):
+                act(arguments)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BertForMaskedLM, OPTConfig, OPTFo
 
 from qft_hf import QFTWeight, load_side_network, side_parameters
 from qft_hf.hf.finetune import finetune, prepare
+from qft_hf.hf.finetune.check import check
 from qft_hf.hf.report import page, read_run
 from qft_hf_cli import main
 from tests.finetune.chats import chat, tiny_tokenizer
@@ -252,11 +253,16 @@ def test_another_optimizer_needs_a_rate_of_its_own(flags):
     assert parsed(flags).training.optim == "adamw_torch"
     with pytest.raises(ValueError, match=r"starts from random.*Set learning_rate"):
         parsed(flags, optim="qft_lion")
+
+
+@pytest.mark.parametrize("act", [check, finetune])
+def test_what_our_optimizers_cannot_do_is_refused_by_a_check_too(act, flags):
+    ours = {"optim": "qft_lion", "learning_rate": 1e-3, "base": "float"}
+    act(parsed(flags, **ours, output_dir="other"))
     with pytest.raises(ValueError, match="gradient='release' is for training all parameters"):
-        finetune(
-            parsed(flags, optim="qft_lion", learning_rate=1e-3, optim_args="gradient=release",
-                   max_grad_norm=0, base="float")
-        )  # fmt: skip
+        act(parsed(flags, **ours, optim_args="gradient=release", max_grad_norm=0))
+    with pytest.raises(ValueError, match=r"fp16=True.*Use bf16=True"):
+        act(parsed(flags, **ours, fp16="true"))
 
 
 def test_nf4_without_bitsandbytes_is_refused_before_anything_is_read(flags, monkeypatch, capsys):

@@ -528,7 +528,7 @@ def test_the_stock_trainer_captures_nothing_and_says_so(tmp_path, monkeypatch):
     ("options", "text"),
     [
         (PREVIOUS | {"clipping": "exact"}, "clipping='exact' runs each pass twice. Use clipping="),
-        ({"gradient_checkpointing": True}, r'kwargs=\{"preserve_rng_state": False\} gives'),
+        ({"gradient_checkpointing": True}, r'"use_reentrant": False, "preserve_rng_state": False'),
         ({"torch_empty_cache_steps": 3}, "torch_empty_cache_steps .* Leave it unset"),
     ],
 )  # fmt: skip

@@ -242,15 +242,28 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_converted():
     assert type(model.embed) is nn.Embedding
 
 
-def test_a_meta_model_is_converted_without_values():
+def test_a_weight_of_too_many_values_is_named_and_nothing_is_converted():
+    with torch.device("meta"):
+        model = SmallModel(tied=False)
+        model.head = nn.Linear(2**16, 2**15)
+
+    with pytest.raises(ValueError, match=r"head\.weight has 2,147,483,648 values"):
+        quantize_modules_(model, SPEC)
+
+    assert not any(isinstance(p, QFTWeight) for p in model.parameters())
+
+
+@pytest.mark.parametrize(("spec", "n_scales"), [(SPEC, 2), (QuantizationSpec(matmul="int8"), 1)])
+def test_a_meta_model_is_converted_without_values(spec, n_scales):
+    """INT8 products once looked at the columns of the outliers, which have no values here."""
     with torch.device("meta"):
         model = SmallModel()
 
-    quantize_modules_(model, SPEC)
+    quantize_modules_(model, spec)
 
     assert model.embed.weight.is_meta
     assert isinstance(model.embed.weight, QFTWeight)
-    assert tuple(model.blocks[0].up.weight.scales.shape) == (300, 2)
+    assert tuple(model.blocks[0].up.weight.scales.shape) == (300, n_scales)
 
 
 # --- and back -------------------------------------------------------------------------------------

@@ -201,6 +201,11 @@ def loaded_into_shards(folder: Path, n: int) -> dict[str, Any]:
     }
 
 
+def checkpointed(folder: Path, n: int, **kwargs: Any) -> dict[str, Any]:
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    return {"text": outcome(lambda: trainers.make("stack", folder / "bad", n=n, **settings))}
+
+
 def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
     cases: dict[str, Callable[[], dict[str, Any]]] = {
         "nan-stack": lambda: nan_on_one(rank, n),
@@ -231,14 +236,8 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
         "stock-full": lambda: full_disk("stock", folder, rank, n),
         "trainer-batch": lambda: other_batch(folder, n),
         "shards": lambda: loaded_into_shards(folder, n),
-        "trainer-reentrant": lambda: {
-            "text": outcome(
-                lambda: trainers.make(
-                    "stack", folder / "bad", n=n, gradient_checkpointing=True,
-                    gradient_checkpointing_kwargs={"use_reentrant": True},
-                )
-            )
-        },
+        "trainer-reentrant": lambda: checkpointed(folder, n, use_reentrant=True),
+        "trainer-reentrant-unsaid": lambda: checkpointed(folder, n, preserve_rng_state=False),
     }  # fmt: skip
     return cases[name]()
 
@@ -248,5 +247,6 @@ CASES = (
     "other-weights", "other-rate",
     "second-pass", "no-consolidation", "trainer-model", "trainer-rate", "trainer-data",
     "trainer-adapters", "trainer-adapters-data", "trainer-side", "trainer-side-seed",
-    "trainer-full", "stock-full", "trainer-batch", "shards", "trainer-reentrant", "reentrant",
+    "trainer-full", "stock-full", "trainer-batch", "shards", "trainer-reentrant",
+    "trainer-reentrant-unsaid", "reentrant",
 )  # fmt: skip

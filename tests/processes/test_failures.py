@@ -29,6 +29,7 @@ from tests.processes.test_training import different
         ("trainer-side-seed", r"seed is 5 on process 0 and 6 on 1.* same arguments"),
         ("shards", r"^ValueError: distributed_config splits .*accelerate launch --multi_gpu"),
         ("trainer-reentrant", r"'use_reentrant': False"),
+        ("trainer-reentrant-unsaid", r"'use_reentrant': False"),
     ],
 )
 def test_every_process_says_what_is_wrong(case, text, runs):

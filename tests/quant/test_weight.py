@@ -159,6 +159,13 @@ def test_a_weight_that_is_not_finite_is_named(bad):
         QFTWeight.from_float(x, SPECS[1], name="layers.3.weight")
 
 
+def test_a_weight_of_too_many_values_is_named():
+    """The error once named only the operand of a kernel."""
+    x = torch.empty(4, 2**15, 2**14, device="meta")
+    with pytest.raises(ValueError, match=r"experts has 2,147,483,648 values.*List its module in"):
+        QFTWeight.from_float(x, SPECS[0], name="experts")
+
+
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_on_the_meta_device_only_shapes_are_made(spec):
     real = QFTWeight.from_float(heavy_tailed(dtype=torch.bfloat16), spec)

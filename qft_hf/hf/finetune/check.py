@@ -14,7 +14,7 @@ from ..card_facts import parameters_of
 from ..compatibility import format_with
 from ..estimate import estimate_memory, estimate_side_memory, without_storage
 from ..missing_model import explain_loading_errors
-from ..optimizers import given_options
+from ..optimizers import given_options, named_optimizer
 from ..prepared_model import refuse_before_loading
 from .data import DataCounts
 from .data_preview import LEARNED, classes_of, example_text
@@ -152,6 +152,8 @@ def check(arguments: RunArguments) -> Check:
     if arguments.method.side is not None:
         work = side_workload_of(arguments, config)
         attach_side_network(model, work["side"])
+        if named_optimizer(training) is not None:
+            refuse_before_loading(model, training)
         if isinstance(task, LanguageTask):
             with suppress(ValueError):  # as below
                 memory = estimate_side_memory(
