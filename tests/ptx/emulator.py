@@ -440,7 +440,9 @@ class Kernel:
         if parts[-2:] in (["f32", "f16"], ["f32", "bf16"]):  # the first operand has 16 bits
             narrow, wide = self.reader(ins.args[1], 16), self.reader(ins.args[2], 32, "f")
             to_float = TO_FLOAT[parts[-1]]
-            return self.simple(ins, lambda a, b: canon32(f_float(to_float(a), b)), d, [narrow, wide])
+            return self.simple(
+                ins, lambda a, b: canon32(f_float(to_float(a), b)), d, [narrow, wide]
+            )
         if parts[-1] == "f32x2":
             rs = [self.reader(a, 64) for a in ins.args[1:]]
 
