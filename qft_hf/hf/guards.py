@@ -27,13 +27,21 @@ from .wording import and_more
 
 
 def refusing_int8(
-    load: Any, model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any
+    load: Any,
+    model: Any,
+    state_dict: Any,
+    checkpoint_files: list[str] | None,
+    load_config: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Make loading refuse INT8 weights whose `config.json` does not declare them."""
+    # Loading a model passes these arguments by position, and loading an adapter by name.
+    arguments = (model, state_dict, checkpoint_files, load_config, *args)
     if isinstance(load_config.hf_quantizer, QFTQuantizer):  # it checks the files
-        return load(model, state_dict, files, load_config, *args)
-    refuse_int8(state_dict or tensor_names(files or []), of=model.name_or_path)
-    loaded = load(model, state_dict, files, load_config, *args)
+        return load(*arguments, **kwargs)
+    refuse_int8(state_dict or tensor_names(checkpoint_files or []), of=model.name_or_path)
+    loaded = load(*arguments, **kwargs)
     # In pickled files, names of tensors are not known before they are read.
     refuse_int8(loaded[0].unexpected_keys, of=model.name_or_path)
     return loaded
