@@ -5,6 +5,7 @@ own, or fills in random values and continues. So faults are collected while tens
 raised together, by name, after the last one.
 """
 
+import copy
 import logging
 from dataclasses import replace
 from typing import Any
@@ -164,12 +165,13 @@ class QFTQuantizer(HfQuantizer):
         A checkpoint is read according to its configuration; otherwise loading would require INT8
         fields of these modules.
         """
-        config = self.quantization_config
+        config = copy.copy(self.quantization_config)
+        absent = config.forget_absent(model)  # such as modules of a layer that was removed
         names = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
         listed = config.modules_to_not_convert or []
         floats = [entry for entry in listed if not any(names_module(entry, n) for n in names)]
-        if floats != listed:  # some were float at an earlier save, and are INT8 now
-            config = replace(config, modules_to_not_convert=floats)
+        if absent or floats != listed:  # some were float at an earlier save, and are INT8 now
+            config = replace(config, modules_to_not_convert=floats or None)
             self.quantization_config = model.config.quantization_config = config
         modules = added_modules(model, config)
         weights = {name: own_weights(model.get_submodule(name)).values() for name in modules}
