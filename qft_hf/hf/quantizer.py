@@ -37,7 +37,7 @@ from ..nn import (
     quantize_modules_,
     weight_names,
 )
-from ..nn.state import SUFFIXES, listed, weight_from_fields
+from ..nn.state import SUFFIXES, listed, state_names, weight_from_fields
 from ..quant import Arrangement, QFTWeight
 from .config import QUANT_METHOD, QFTConfig
 from .coverage import added_modules, check_coverage
@@ -289,7 +289,7 @@ class QFTQuantizer(HfQuantizer):
         self.faults, self.missing_names = {}, set()
         check_files(kwargs.get("checkpoint_files") or [], pre_quantized=self.pre_quantized)
         refuse_shards(model)
-        _tie(model)
+        _tie(model, kwargs.get("checkpoint_files") or [])
         refuse_several_devices(model, kwargs.get("device_map"))
         if self.pre_quantized and (absent := self.quantization_config.forget_absent(model)):
             kept = self._keep_floats(model, kwargs.get("checkpoint_files") or [])
@@ -425,9 +425,17 @@ def _arrangement(model: nn.Module, parameter_name: str) -> Arrangement:
     return arrangement_of(module, name)
 
 
-def _tie(skeleton: PreTrainedModel) -> None:
-    """Tie weights in advance: the conversion plan must see ties, and loading ties weights last."""
+def _tie(skeleton: PreTrainedModel, files: list[str]) -> None:
+    """Tie weights in advance: the conversion plan must see ties, and loading ties weights last.
+
+    Two weights of which `files` have one in INT8 and the other in float stay apart: the model that
+    was saved had one of them replaced, and transformers ties no weights that it finds to differ.
+    """
+    held = set(tensor_names(files))
     for target, source in skeleton.all_tied_weights_keys.items():
+        pairs = (target, source), (source, target)
+        if any({a_float, state_names(an_int8)["codes"]} <= held for a_float, an_int8 in pairs):
+            continue
         module, name = _module_of(skeleton, target)
         setattr(module, name, skeleton.get_parameter_or_buffer(source))
 
