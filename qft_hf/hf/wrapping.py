@@ -21,6 +21,7 @@ from . import (
     resizing,
     side_network,
     sizes,
+    unsupported,
 )
 
 # The owner and name of a method, and its wrapper, which takes the method and then the arguments of
@@ -41,6 +42,7 @@ WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (Trainer, "_issue_warnings_after_load", guards.warn_except_tied),
     (trainer, "validate_quantization_for_training", side_network.allowing_side_networks),
     (Accelerator, "prepare", processes.without_other_distribution),
+    (Accelerator, "prepare_optimizer", unsupported.refusing_scaler),
     (Accelerator, "prepare_model", reference_model.quantizing_references),
     (Accelerator, "prepare_model", processes.unwrapped_model),
     (Accelerator, "clip_grad_norm_", clipping.clipping_together),
