@@ -40,7 +40,14 @@ def refusing_int8(
     arguments = (model, state_dict, checkpoint_files, load_config, *args)
     if isinstance(load_config.hf_quantizer, QFTQuantizer):  # it checks the files
         return load(*arguments, **kwargs)
-    refuse_int8(state_dict or tensor_names(checkpoint_files or []), of=model.name_or_path)
+    names = list(state_dict or tensor_names(checkpoint_files or []))
+    if has_quantized_weights(model) and (found := int8_weights(names)):
+        raise ValueError(
+            f"The adapter has INT8 weights, {and_more(found)}, such as embeddings that were "
+            "resized, and transformers finds no parameters for them. Load it with "
+            "peft.PeftModel.from_pretrained(model, folder)."
+        )
+    refuse_int8(names, of=model.name_or_path)
     loaded = load(*arguments, **kwargs)
     # In pickled files, names of tensors are not known before they are read.
     refuse_int8(loaded[0].unexpected_keys, of=model.name_or_path)
