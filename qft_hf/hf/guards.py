@@ -5,9 +5,10 @@ transformers ignores tensors in a file that it does not know, and fills in rando
 whose `config.json` does not declare it, and saving into a folder with an INT8 model replaces all of
 it or nothing. Both wrap methods of `PreTrainedModel`: nothing else is called for every model.
 
-Two more functions look for parameters by names that INT8 weights do not have: Accelerate's loading,
-and the stock Trainer's loading of a checkpoint. They raise an error where they would leave a model
-as it was built, and the Trainer's warning about missing weights takes tied ones into account.
+Three more functions look for parameters by names that INT8 weights do not have: Accelerate's
+loading, that of safetensors, and the stock Trainer's loading of a checkpoint. They raise an error
+where they would leave a model as it was built, and the Trainer's warning about missing weights
+takes tied ones into account.
 """
 
 import inspect
@@ -80,6 +81,20 @@ def check_accelerate_load(
     if device_map is not None or not is_int8:
         refuse_by_name(Path(checkpoint), is_int8=is_int8)
     return load(model, checkpoint, device_map, *args, **kwargs)
+
+
+def check_safetensors_load(
+    load: Any, model: nn.Module, filename: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Make loading INT8 weights into a float model raise; `PyTorchModelHubMixin` is not strict."""
+    found = int8_weights(tensor_names([str(filename)]))
+    if found and not has_quantized_weights(model):
+        raise ValueError(
+            f"{filename} has INT8 weights, {and_more(found)}, and {type(model).__name__} is float "
+            "and would keep its initial values. Call quantize_model_(model, QFTConfig(...)) with "
+            "the configuration of the saved model, and then safetensors.torch.load_model."
+        )
+    return load(model, filename, *args, **kwargs)
 
 
 def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:

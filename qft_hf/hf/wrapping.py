@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import accelerate
+import safetensors.torch
 from accelerate import Accelerator, big_modeling
 from accelerate.utils import modeling
 from transformers import PreTrainedModel, Trainer, trainer
@@ -51,6 +52,7 @@ WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (accelerate, "load_checkpoint_in_model", guards.check_accelerate_load),
     (accelerate.utils, "load_checkpoint_in_model", guards.check_accelerate_load),
     (big_modeling, "load_checkpoint_in_model", guards.check_accelerate_load),
+    (safetensors.torch, "load_model", guards.check_safetensors_load),
     (accelerate.utils, "compute_module_sizes", sizes.counting_fields),
     (modeling, "compute_module_sizes", sizes.counting_fields),
 )
