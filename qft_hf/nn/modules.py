@@ -86,7 +86,7 @@ class QuantizedModule(nn.Module):
                 "or call dequantize_model_ before. If a module that shares the weight was "
                 "dequantized, call dequantize_model_ on this one too."
             )
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise RuntimeError(
                 "torch.jit.trace records operators of PyTorch, and INT8 weights are multiplied by "
                 "kernels that it does not see. Use torch.export, or trace a float model: "
