@@ -1,5 +1,6 @@
 """How much of a model is or becomes INT8: reported or refused before the model changes."""
 
+import copy
 import logging
 from typing import Any
 
@@ -68,6 +69,8 @@ def added_modules(model: nn.Module, config: QFTConfig) -> list[str]:
 
     Their weights are float, or INT8 if they are tied to a weight that was there before.
     """
+    config = copy.copy(config)
+    config.forget_absent(model)  # such as modules of a layer that was removed since
     plan = conversion_plan(model, config.modules_to_not_convert)
     return [
         name for name, module in plan.modules.items() if not isinstance(module, QuantizedModule)

@@ -5,9 +5,10 @@ transformers ignores tensors in a file that it does not know, and fills in rando
 whose `config.json` does not declare it, and saving into a folder with an INT8 model replaces all of
 it or nothing. Both wrap methods of `PreTrainedModel`: nothing else is called for every model.
 
-Two more functions look for parameters by names that INT8 weights do not have: Accelerate's loading,
-and the stock Trainer's loading of a checkpoint. They raise an error where they would leave a model
-as it was built, and the Trainer's warning about missing weights takes tied ones into account.
+Three more functions look for parameters by names that INT8 weights do not have: Accelerate's
+loading, that of safetensors, and the stock Trainer's loading of a checkpoint. They raise an error
+where they would leave a model as it was built, and the Trainer's warning about missing weights
+takes tied ones into account.
 """
 
 import inspect
@@ -27,13 +28,28 @@ from .wording import and_more
 
 
 def refusing_int8(
-    load: Any, model: Any, state_dict: Any, files: list[str] | None, load_config: Any, *args: Any
+    load: Any,
+    model: Any,
+    state_dict: Any,
+    checkpoint_files: list[str] | None,
+    load_config: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """Make loading refuse INT8 weights whose `config.json` does not declare them."""
+    # Loading a model passes these arguments by position, and loading an adapter by name.
+    arguments = (model, state_dict, checkpoint_files, load_config, *args)
     if isinstance(load_config.hf_quantizer, QFTQuantizer):  # it checks the files
-        return load(model, state_dict, files, load_config, *args)
-    refuse_int8(state_dict or tensor_names(files or []), of=model.name_or_path)
-    loaded = load(model, state_dict, files, load_config, *args)
+        return load(*arguments, **kwargs)
+    names = list(state_dict or tensor_names(checkpoint_files or []))
+    if has_quantized_weights(model) and (found := int8_weights(names)):
+        raise ValueError(
+            f"The adapter has INT8 weights, {and_more(found)}, such as embeddings that were "
+            "resized, and transformers finds no parameters for them. Load it with "
+            "peft.PeftModel.from_pretrained(model, folder)."
+        )
+    refuse_int8(names, of=model.name_or_path)
+    loaded = load(*arguments, **kwargs)
     # In pickled files, names of tensors are not known before they are read.
     refuse_int8(loaded[0].unexpected_keys, of=model.name_or_path)
     return loaded
@@ -65,6 +81,20 @@ def check_accelerate_load(
     if device_map is not None or not is_int8:
         refuse_by_name(Path(checkpoint), is_int8=is_int8)
     return load(model, checkpoint, device_map, *args, **kwargs)
+
+
+def check_safetensors_load(
+    load: Any, model: nn.Module, filename: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Make loading INT8 weights into a float model raise; `PyTorchModelHubMixin` is not strict."""
+    names = tensor_names([str(filename)]) if Path(filename).is_file() else []
+    if (found := int8_weights(names)) and not has_quantized_weights(model):
+        raise ValueError(
+            f"{filename} has INT8 weights, {and_more(found)}, and {type(model).__name__} is float "
+            "and would keep its initial values. Call quantize_model_(model, QFTConfig(...)) with "
+            "the configuration of the saved model, and then safetensors.torch.load_model."
+        )
+    return load(model, filename, *args, **kwargs)
 
 
 def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:

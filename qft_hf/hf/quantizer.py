@@ -5,6 +5,7 @@ own, or fills in random values and continues. So faults are collected while tens
 raised together, by name, after the last one.
 """
 
+import copy
 import logging
 from dataclasses import replace
 from typing import Any
@@ -36,7 +37,7 @@ from ..nn import (
     quantize_modules_,
     weight_names,
 )
-from ..nn.state import SUFFIXES, listed, weight_from_fields
+from ..nn.state import SUFFIXES, listed, state_names, weight_from_fields
 from ..quant import Arrangement, QFTWeight
 from .config import QUANT_METHOD, QFTConfig
 from .coverage import added_modules, check_coverage
@@ -164,12 +165,13 @@ class QFTQuantizer(HfQuantizer):
         A checkpoint is read according to its configuration; otherwise loading would require INT8
         fields of these modules.
         """
-        config = self.quantization_config
+        config = copy.copy(self.quantization_config)
+        absent = config.forget_absent(model)  # such as modules of a layer that was removed
         names = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
         listed = config.modules_to_not_convert or []
         floats = [entry for entry in listed if not any(names_module(entry, n) for n in names)]
-        if floats != listed:  # some were float at an earlier save, and are INT8 now
-            config = replace(config, modules_to_not_convert=floats)
+        if absent or floats != listed:  # some were float at an earlier save, and are INT8 now
+            config = replace(config, modules_to_not_convert=floats or None)
             self.quantization_config = model.config.quantization_config = config
         modules = added_modules(model, config)
         weights = {name: own_weights(model.get_submodule(name)).values() for name in modules}
@@ -287,7 +289,7 @@ class QFTQuantizer(HfQuantizer):
         self.faults, self.missing_names = {}, set()
         check_files(kwargs.get("checkpoint_files") or [], pre_quantized=self.pre_quantized)
         refuse_shards(model)
-        _tie(model)
+        _tie(model, kwargs.get("checkpoint_files") or [])
         refuse_several_devices(model, kwargs.get("device_map"))
         if self.pre_quantized and (absent := self.quantization_config.forget_absent(model)):
             kept = self._keep_floats(model, kwargs.get("checkpoint_files") or [])
@@ -423,9 +425,17 @@ def _arrangement(model: nn.Module, parameter_name: str) -> Arrangement:
     return arrangement_of(module, name)
 
 
-def _tie(skeleton: PreTrainedModel) -> None:
-    """Tie weights in advance: the conversion plan must see ties, and loading ties weights last."""
+def _tie(skeleton: PreTrainedModel, files: list[str]) -> None:
+    """Tie weights in advance: the conversion plan must see ties, and loading ties weights last.
+
+    Two weights of which `files` have one in INT8 and the other in float stay apart: the model that
+    was saved had one of them replaced, and transformers ties no weights that it finds to differ.
+    """
+    held = set(tensor_names(files))
     for target, source in skeleton.all_tied_weights_keys.items():
+        pairs = (target, source), (source, target)
+        if any({a_float, state_names(an_int8)["codes"]} <= held for a_float, an_int8 in pairs):
+            continue
         module, name = _module_of(skeleton, target)
         setattr(module, name, skeleton.get_parameter_or_buffer(source))
 

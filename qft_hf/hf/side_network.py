@@ -146,13 +146,13 @@ def saving_alone(
         save_side_network(self, save_directory)
 
 
-def loading_alone(load: Any, self: Any, checkpoint: str, model: Any = None) -> None:
+def loading_alone(load: Any, self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
     """Make resuming load only the side network of a model that has one."""
     wanted = self.model if model is None else model
     if side_network_of(wanted) is None:
-        load(self, checkpoint, model)
+        load(self, resume_from_checkpoint, model)
     else:
-        load_side_network(wanted, checkpoint)
+        load_side_network(wanted, resume_from_checkpoint)
 
 
 def loading_best(load: Any, self: Any) -> None:

@@ -78,6 +78,9 @@ class QFTTrainer(CheckpointTrainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return the model that `model_init` makes, prepared before the Trainer moves it."""
+        if trial is not None:
+            # The arguments of a trial decide the format; the Trainer sets them after this.
+            self._hp_search_setup(trial)
         model: nn.Module = super().call_model_init(trial)
         prepare_model_(model, self.args)
         return model

@@ -9,10 +9,10 @@ from transformers import TrainingArguments
 
 from ..optim.processes import SEVERAL_GPUS
 from ..side import side_network_of
-from .compatibility import trained_part
+from .compatibility import trained_part, unwrapped
 from .compiled_layers import refuse_uncompilable
 from .liger import refuse_kernels
-from .optimizers import check_arguments, given_options, optimizer_name
+from .optimizers import check_arguments, given_options, is_ours, optimizer_name
 from .processes import refuse_distribution
 from .uncapturable import refuse_uncapturable
 from .wording import and_more
@@ -25,6 +25,17 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
     _refuse_distribution(args, model)
     _refuse_features(args, model)
     _refuse_model(args, model)
+
+
+def refusing_scaler(prepare: Any, self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    """Make an Accelerator that scales losses refuse our optimizers."""
+    if self.scaler is not None and is_ours(unwrapped(optimizer)):
+        raise ValueError(
+            f"An Accelerator with mixed_precision={self.mixed_precision!r} scales the loss and "
+            "then unscales float gradients, and gradients here are INT8. Use "
+            "mixed_precision='bf16', which needs no scaling."
+        )
+    return prepare(self, optimizer, *args, **kwargs)
 
 
 def _refuse_fp16(args: TrainingArguments) -> None:

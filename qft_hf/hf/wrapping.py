@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any
 
 import accelerate
+import safetensors.torch
 from accelerate import Accelerator, big_modeling
 from accelerate.utils import modeling
 from transformers import PreTrainedModel, Trainer, trainer
@@ -21,6 +22,7 @@ from . import (
     resizing,
     side_network,
     sizes,
+    unsupported,
 )
 
 # The owner and name of a method, and its wrapper, which takes the method and then the arguments of
@@ -41,6 +43,7 @@ WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (Trainer, "_issue_warnings_after_load", guards.warn_except_tied),
     (trainer, "validate_quantization_for_training", side_network.allowing_side_networks),
     (Accelerator, "prepare", processes.without_other_distribution),
+    (Accelerator, "prepare_optimizer", unsupported.refusing_scaler),
     (Accelerator, "prepare_model", reference_model.quantizing_references),
     (Accelerator, "prepare_model", processes.unwrapped_model),
     (Accelerator, "clip_grad_norm_", clipping.clipping_together),
@@ -49,6 +52,7 @@ WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (accelerate, "load_checkpoint_in_model", guards.check_accelerate_load),
     (accelerate.utils, "load_checkpoint_in_model", guards.check_accelerate_load),
     (big_modeling, "load_checkpoint_in_model", guards.check_accelerate_load),
+    (safetensors.torch, "load_model", guards.check_safetensors_load),
     (accelerate.utils, "compute_module_sizes", sizes.counting_fields),
     (modeling, "compute_module_sizes", sizes.counting_fields),
 )

@@ -68,7 +68,7 @@ class QuantizedModule(nn.Module):
 
         Raises:
             RuntimeError: It is not quantized, is no longer a parameter, or only some of its fields
-                were loaded.
+                were loaded; or `torch.jit.trace` runs.
         """
         weight = self._parameters.get(name)
         if weight is None:
@@ -85,6 +85,12 @@ class QuantizedModule(nn.Module):
                 "fully_shard or torch.func.grad, that supports float weights only: do not use it, "
                 "or call dequantize_model_ before. If a module that shares the weight was "
                 "dequantized, call dequantize_model_ on this one too."
+            )
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise RuntimeError(
+                "torch.jit.trace records operators of PyTorch, and INT8 weights are multiplied by "
+                "kernels that it does not see. Use torch.export, or trace a float model: "
+                "dequantize_model_(copy.deepcopy(model))."
             )
         if weight.pending:
             raise RuntimeError(

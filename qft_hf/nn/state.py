@@ -101,12 +101,14 @@ def check_values(name: str, weight: QFTWeight) -> None:
 
     Raises:
         ValueError: A code is -128, a scale is not a positive finite number, an outlier is not
-            finite, or outlier columns are out of range or out of order.
+            finite, outlier columns are out of range or out of order, or a code under an outlier is
+            not 0, as in a mixture of two models.
     """
     columns = weight.codes.shape[1]
     codes, scales = weight.codes, weight.scales
     outlier_values, outlier_columns = weight.outlier_values, weight.outlier_columns
     ascending = outlier_columns[:, 1:] > outlier_columns[:, :-1]
+    under_outliers = codes.gather(1, outlier_columns.long().clamp(0, columns - 1))
     for field, problem, good in (
         ("codes", "-128, which is not a valid code", codes > -128),
         (
@@ -122,6 +124,11 @@ def check_values(name: str, weight: QFTWeight) -> None:
             (outlier_columns >= 0) & (outlier_columns <= columns - 1),
         ),
         ("outlier_columns", "columns that do not ascend", ascending),
+        (
+            "codes",
+            "codes other than 0 under outliers (to average models, dequantize them first)",
+            under_outliers == 0,
+        ),
     ):
         if not bool(good.all()):
             raise ValueError(

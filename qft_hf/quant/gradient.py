@@ -288,6 +288,14 @@ def _scale(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8
     return _scale_(IN_PLACE[operator], (gradient.clone(), factor), kwargs)
 
 
+@Int8Gradient.implements(aten._amp_foreach_non_finite_check_and_unscale_.default)
+def _unscale_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    raise NotImplementedError(
+        "A GradScaler unscales float gradients, and gradients of INT8 weights are INT8. Use "
+        "bfloat16, which needs no scaling, in place of float16 and the GradScaler."
+    )
+
+
 @Int8Gradient.implements(aten.zero_.default)
 def _zero_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int8Gradient:
     gradient = args[0]

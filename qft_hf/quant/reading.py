@@ -105,6 +105,10 @@ class Readable(Tensor):
         """Return the values as nested lists."""
         return self.dequantize().tolist()
 
+    def __dlpack__(self, **options: Any) -> Any:
+        """Return the values for another library, as a copy: writes would not reach this tensor."""
+        return self.dequantize().__dlpack__(**options)
+
     def share_memory_(self) -> Self:
         """Move to memory that other processes see.
 

@@ -64,6 +64,22 @@ def test_training_leaves_float_what_the_models_configuration_lists(tmp_path):
     assert type(model.classifier) is nn.Linear
 
 
+def test_a_model_without_a_layer_that_its_configuration_names_trains_and_is_saved(tmp_path):
+    """Both once raised an error about modules_to_not_convert, and the model could not be saved."""
+    listed = ["model.layers.1.mlp.up_proj", "k_proj"]
+    model = quantize_model_(tiny_llama(), QFTConfig(modules_to_not_convert=listed))
+    del model.model.layers[1]
+    model.config.num_hidden_layers = 1
+
+    args = QFTTrainingArguments(output_dir=tmp_path, report_to="none", use_cpu=True)
+    QFTTrainer(model=model, args=args)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert_same_state(again, model)
+    assert again.config.quantization_config.modules_to_not_convert == ["k_proj"]
+
+
 def test_a_new_head_that_is_tied_to_an_int8_table_is_int8(tmp_path):
     model = quantize_model_(tiny_llama(tied=True), QFTConfig())
     model.lm_head = nn.Linear(44, 131, bias=False)
@@ -78,3 +94,22 @@ def test_a_new_head_that_is_tied_to_an_int8_table_is_int8(tmp_path):
     assert isinstance(again.lm_head, QFTLinear)
     with torch.no_grad():
         torch.testing.assert_close(again(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("replaced", ["lm_head", "model.embed_tokens"])
+def test_a_module_that_takes_the_place_of_a_tied_one_is_loaded_beside_the_int8_one(
+    replaced, tmp_path
+):
+    """The saved folder once could not be loaded: its `tie_word_embeddings` tied both again."""
+    model = quantize_model_(tiny_llama(tied=True), QFTConfig())
+    torch.manual_seed(0)
+    new = nn.Linear(44, 131, bias=False) if replaced == "lm_head" else nn.Embedding(131, 44)
+    model.set_submodule(replaced, new)
+
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert_same_state(again, model)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    weights = again.lm_head.weight, again.model.embed_tokens.weight
+    assert sum(isinstance(weight, QFTWeight) for weight in weights) == 1

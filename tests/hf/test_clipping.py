@@ -95,6 +95,30 @@ def test_gradients_that_wait_are_clipped_by_value():
     assert largest.max() == pytest.approx(0.01, rel=1e-6)
 
 
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+def test_an_accelerator_that_scales_losses_is_refused(gradient):
+    """With release, scaled gradients once moved weights before any error."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")  # as mixed_precision="fp16" on a GPU makes it
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    accelerator.prepare(torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0))
+
+    with pytest.raises(ValueError, match="Use mixed_precision='bf16', which needs no scaling"):
+        accelerator.prepare(model, QFTLion(model.parameters(), lr=1e-3, gradient=gradient))
+
+
+def test_a_scaler_of_ones_own_is_refused_and_changes_nothing():
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    optimizer = QFTLion(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(input_ids=IDS, labels=IDS).loss).backward()
+
+    for use in (scaler.unscale_, scaler.step):
+        with pytest.raises(NotImplementedError, match="Use bfloat16, which needs no scaling"):
+            use(optimizer)
+    assert not optimizer.state
+
+
 def test_a_trainer_is_left_alone(tmp_path):
     args = QFTTrainingArguments(
         tmp_path, gradient="release", clipping="previous", max_steps=2, report_to="none",

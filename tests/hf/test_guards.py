@@ -3,7 +3,10 @@
 import errno
 
 import pytest
+import safetensors.torch
 import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from qft_hf import QFTConfig, dequantize_model_, quantize_model_
@@ -135,3 +138,31 @@ def test_a_folder_that_is_a_file_is_left_alone(tmp_path):
     with pytest.raises((NotADirectoryError, FileExistsError)):
         model.save_pretrained(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "precious"
+
+
+class OfHub(nn.Module, PyTorchModelHubMixin):
+    """A model of a user's own, which loads without being strict by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(9, 5)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_int8_weights_are_not_left_out_of_a_float_model_by_the_hub_s_mixin(tmp_path):
+    """Such a model once kept its random weights, without an error."""
+    model = quantize_model_(OfHub(), QFTConfig())
+    model.save_pretrained(tmp_path)
+
+    for load in (OfHub.from_pretrained, lambda folder: OfHub.from_pretrained(folder, strict=True)):
+        with pytest.raises(ValueError, match=r"and OfHub is float .* Call quantize_model_"):
+            load(tmp_path)
+
+    again = quantize_model_(OfHub(), QFTConfig())
+    safetensors.torch.load_model(again, tmp_path / "model.safetensors")
+    assert_same_state(again, model)
+    model = dequantize_model_(model, torch.float32)
+    model.save_pretrained(tmp_path)
+    assert_same_state(OfHub.from_pretrained(tmp_path), model)

@@ -419,6 +419,13 @@ def with_tensor(name, function):
         (with_value(DOWN + "weight_outlier_column", 3, 75), r"has columns outside \[0, 75\): 1 of"),
         (with_value(DOWN + "weight_outlier_column", 3, -1), r"has columns outside \[0, 75\): 1 of"),
         (
+            with_tensor(
+                DOWN + "weight_outlier_column",
+                lambda t: (t[DOWN + "weight_outlier_column"] + 1) % 75,
+            ),
+            r"weight_q has codes other than 0 under outliers .* \d+ of 44",
+        ),
+        (
             with_value("model.norm.weight", 5, float("nan")),
             r"model\.norm\.weight has 1 of 44 values",
         ),

@@ -3,11 +3,13 @@
 import math
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 from transformers.training_args import OptimizerNames
 
 from qft_hf import (
@@ -490,6 +492,21 @@ def test_a_chunked_loss_of_a_model_that_model_init_makes(tmp_path):
     )
     with pytest.raises(ValueError, match=r"have model_init return chunk_loss_\(model\)"):
         stock.train()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("outlier_fraction", 0.1), ("matmul", "int8"), ("chunked_loss", True)]
+)
+def test_a_trial_of_a_search_has_a_model_of_its_own_format(name, value, tmp_path):
+    """Its model was made in the format of the trial before, and then refused."""
+    trainer = model_init_trainer(tmp_path, QFTTrainer, lambda: tiny_llama())
+    trainer.hp_search_backend = HPSearchBackend.OPTUNA  # which need not be installed
+    trainer.hp_space = lambda trial: trial.params
+
+    model = trainer.call_model_init(SimpleNamespace(params={name: value}))
+
+    of_head = {"chunked_loss": model.lm_head.defers_logits}
+    assert (vars(model.config.quantization_config) | of_head)[name] == value
 
 
 # --- resuming -------------------------------------------------------------------------------

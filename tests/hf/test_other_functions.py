@@ -102,6 +102,25 @@ def test_accelerate_counts_float_models_as_ever():
     assert compute(int8_llama(), buffers_only=True) == compute(model, buffers_only=True)
 
 
+def test_an_average_of_two_models_is_computed_in_float_and_refused_in_int8():
+    """Averaged codes and column numbers once made a model of neither, without an error."""
+    models = [int8_llama(seed=seed) for seed in (1, 2)]
+    one, other = (model.state_dict() for model in models)
+    average = {
+        name: tensor.float().lerp(other[name].float(), 0.5).to(tensor.dtype)
+        for name, tensor in one.items()
+    }
+
+    with pytest.raises(RuntimeError, match=r"codes other than 0 under outliers .* dequantize"):
+        int8_llama().load_state_dict(average)
+
+    floats = [dict(model.named_parameters()) for model in models]
+    average = {name: (tensor + floats[1][name]) / 2 for name, tensor in floats[0].items()}
+    tiny_llama().load_state_dict(average)
+    wanted = [dequantize_model_(model, torch.float32).lm_head.weight for model in models]
+    assert torch.equal(average["lm_head.weight"], (wanted[0] + wanted[1]) / 2)
+
+
 # --- the state-dict functions of torch.distributed ------------------------------------------------
 
 

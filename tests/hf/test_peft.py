@@ -91,6 +91,46 @@ def test_adapters_are_saved_and_loaded_onto_the_int8_checkpoint(tmp_path):
     assert_same_bits(logits(again), logits(model))
 
 
+@pytest.mark.parametrize("is_int8", [True, False])
+def test_transformers_itself_loads_adapters(is_int8, tmp_path):
+    """It calls the loading of models with arguments by name, which once raised a TypeError.
+
+    Loading of float models was affected too; no test loaded an adapter without PEFT.
+    """
+    model = tiny_llama()
+    (quantize_model_(model, QFTConfig()) if is_int8 else model).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=False)
+    model = get_peft_model(base, lora)
+    model.save_pretrained(tmp_path / "adapter")
+
+    of_adapter = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    of_base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    assert not torch.equal(logits(of_base), logits(model))
+    of_base.load_adapter(str(tmp_path / "adapter"))
+
+    assert_same_bits(logits(of_adapter), logits(model))
+    assert_same_bits(logits(of_base), logits(model))
+    assert isinstance(of_adapter.lm_head.weight, QFTWeight) == is_int8
+
+
+def test_an_adapter_with_resized_int8_embeddings_says_what_loads_it(tmp_path):
+    quantize_model_(tiny_llama(), QFTConfig()).save_pretrained(tmp_path / "base")
+
+    def resized():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(140, mean_resizing=False)  # new rows are random
+        return model
+
+    model = get_peft_model(resized(), LORA)
+    model.save_pretrained(tmp_path / "adapter")
+
+    with pytest.raises(ValueError, match=r"Load it with peft\.PeftModel\.from_pretrained"):
+        resized().load_adapter(str(tmp_path / "adapter"))
+    again = PeftModel.from_pretrained(resized(), tmp_path / "adapter")
+    assert_same_bits(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merging_into_int8_weights_says_how_and_changes_nothing(merge, safe_merge, tmp_path):

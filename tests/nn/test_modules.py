@@ -442,6 +442,20 @@ def test_a_weight_that_is_computed_from_others_is_refused_and_says_where_it_work
         model.loss(batch())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("layer", [nn.Linear(9, 5), nn.Embedding(9, 5)])
+def test_a_trace_that_would_not_see_the_kernels_is_refused(layer):
+    """Compiled kernels were called with sizes that are tensors, and numba failed to compile."""
+    module = nn.Sequential(copy.deepcopy(layer))
+    quantize_modules_(module, SPEC)
+    x = torch.ones(3, dtype=torch.int64) if isinstance(layer, nn.Embedding) else torch.ones(3, 9)
+
+    with pytest.raises(RuntimeError, match=r"Use torch\.export, or trace a float model"):
+        torch.jit.trace(module, x)
+    exported = torch.export.export(module, (x,)).module()
+    assert_same_bits(exported(x), module(x))
+
+
 def test_quantized_modules_are_told_from_plain_ones():
     model = quantized()
 

@@ -214,7 +214,7 @@ def test_packed_lion_step(columns, group_size, n_outliers, capability):
 )
 def test_weight_step(columns, group_size, n_outliers, live, capability, request):
     """Lion's kernel without momentum loads only the weight's codes and the direction."""
-    if group_size == 100 and capability == 120 and live and TRITON >= (3, 9):
+    if group_size == 100 and capability == 120 and live and TRITON >= (3, 8):
         reason = "an address is kept on the stack, outside of loops"
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     compiled = compile_lion(capability, columns, group_size, n_outliers, momentum_bits=0, live=live)
@@ -612,7 +612,7 @@ MOST_INSTRUCTIONS = {
     "lion_step_ 4-bit": 100,
     "quantize_and_lion_step_": 90.5,
     "adamw_step_": 206,
-    "step_weight_": 47,
+    "step_weight_": 47.1,
     "quantize": 18,
     "dequantize": 8.5,
     "accumulate_": 23,

@@ -342,6 +342,17 @@ def test_numpy_and_lists_have_the_values_and_cannot_be_written_to(read):
         make_weight().numpy()
 
 
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_other_libraries_get_a_copy_of_the_values(read):
+    """PyTorch passes the address of the memory, of which there is none: NumPy read anything."""
+    tensor = read(make_weight().detach())
+    values = tensor.dequantize()
+    assert_same_bits(torch.from_numpy(np.from_dlpack(tensor).copy()), values)
+    assert_same_bits(torch.from_dlpack(tensor), values)
+    with pytest.raises(BufferError, match=r"use tensor\.detach"):
+        np.from_dlpack(make_weight())
+
+
 def test_a_weight_equals_its_values():
     weight = make_weight()
 
