@@ -94,13 +94,27 @@ def _answer(
     model: Any, tokenizer: Any, messages: list[dict[str, str]], options: argparse.Namespace
 ) -> str:
     """Print an answer while it is generated; return it."""
+    from jinja2.exceptions import TemplateError
     from transformers import TextStreamer
 
     from qft_hf.hf.positions import n_positions
 
-    inputs = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+    try:
+        for message in messages:
+            message["content"].encode()
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        ).to(model.device)
+    except UnicodeEncodeError as error:  # Python keeps bytes that it cannot decode as surrogates
+        raise ValueError(
+            f"the text is not in UTF-8 ({error}). Convert it first, for example by iconv."
+        ) from error
+    except TemplateError as error:
+        raise ValueError(
+            f"the chat template refuses the conversation: {error}. Its roles are "
+            f"{', '.join(message['role'] for message in messages[:3])}; many templates accept no "
+            "system message (--system)."
+        ) from error
     n_tokens, positions = inputs["input_ids"].shape[1], n_positions(model.config) or inf
     if n_tokens >= positions:
         raise ValueError(

@@ -20,7 +20,7 @@ from qft_hf import QFTConfig, quantize_model_
 from qft_hf.hf.finetune.parsing import GROUPS
 from qft_hf_cli import COMMANDS, main, run
 from qft_hf_cli.evaluate import flags_of
-from tests.finetune.chats import tiny_tokenizer
+from tests.finetune.chats import CHATML, tiny_tokenizer
 from tests.full_disk import files_of_at_most
 from tests.models import tiny_llama
 
@@ -234,6 +234,26 @@ def test_a_conversation_that_is_too_long_for_the_model_is_refused(tmp_path, caps
         with pytest.raises(SystemExit):
             main(words)
         assert "the model has 40 positions, which leaves none" in capsys.readouterr().err
+
+
+def test_a_text_that_no_template_can_show_is_refused(tmp_path, capsys, monkeypatch):
+    """Bytes that are not UTF-8, and a refused system message, once ended in tracebacks."""
+    tiny_llama(vocab_size=320).save_pretrained(tmp_path)
+    refusing = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    )
+    tiny_tokenizer(refusing + CHATML).save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.stdin", StringIO("caf\udce9\n"))
+    for words, text in (
+        ([], "is not in UTF-8"),
+        (["--prompt", "caf\udce9"], "for example by iconv"),
+        (["--prompt", "a", "--system", "\udce9"], "is not in UTF-8"),
+        (["--prompt", "a", "--system", "b"], "no system. Its roles are system, user; many"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["chat", str(tmp_path), "--max_new_tokens", "2", *words])
+        assert stop.value.code == 1
+        assert text in capsys.readouterr().err
 
 
 def test_damaged_weights_are_named_before_a_chat(tmp_path, capsys):

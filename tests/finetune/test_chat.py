@@ -90,6 +90,26 @@ def test_every_token_is_learned_when_asked_for(messages):
     assert labels is not input_ids
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": chat("a", "x", "c"), "completion": "d"},
+        {"instruction": "a", "input": "c", "output": "b"},
+        {"messages": chat("a", "b"), "system": "Be brief."},
+    ],
+    ids=str,
+)
+def test_every_token_of_every_form_is_learned_when_asked_for(row):
+    """Prompts and system columns, which are not learned otherwise, used to count as masked."""
+    ((input_ids, labels),) = encode_row(row, tiny_tokenizer(), assistant_only=False)
+    assert labels == input_ids
+
+    marked = row | {"weight": 0}
+    with pytest.raises(RowError, match="Set assistant_only_loss to true"):
+        encode_row(marked, tiny_tokenizer(), assistant_only=False)
+
+
 @pytest.mark.parametrize("max_length", [1, 20, 30, 31, 32, 100, 150, 500])
 def test_a_limit_changes_no_label_before_it(max_length):
     messages, tokenizer = chat(*["how are you", "fine"] * 5), tiny_tokenizer()

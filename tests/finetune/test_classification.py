@@ -67,7 +67,8 @@ def test_order_of_the_classes(labels, head, declared, names, indices):
     ("labels", "head", "message"),
     [
         (["a", "a"], [], r"at least two classes.*\['a'\]"),
-        (["pos", " pos", "Pos"], [], r"differ only in case or white space: \[' pos', 'Pos', 'pos'"),
+        (["pos", " pos", "Pos"], [], r"differ only in case, .* accents: \[' pos', 'Pos', 'pos'"),
+        (["caf\u00e9", "cafe\u0301", "tea"], [], r"the Unicode form of accents.* one spelling"),
         ([0.5, 1.0], [], "holds 0.5, which is not a class. Set task to regression"),
         ([["a"], ["b"]], [], r"holds \['a'\], which is not a class.* multi_label for lists"),
         (["good", "fine"], ["good", "bad"], r"\['good', 'bad'\], and it is not .* \['fine'\]"),
@@ -80,6 +81,12 @@ def test_order_of_the_classes(labels, head, declared, names, indices):
 def test_labels_that_mean_nothing_to_the_model_are_refused(labels, head, message):
     with pytest.raises(ValueError, match=message):
         task_of(labels, *head)
+
+
+def test_accents_of_a_class_may_have_either_unicode_form():
+    """A label in the other form used to be a class of its own, or none that the head has."""
+    task = task_of(["cafe\u0301", "tea"], "tea", "caf\u00e9")
+    assert [task.label(label) for label in ("cafe\u0301", "caf\u00e9", "tea")] == [1, 1, 0]
 
 
 @pytest.mark.parametrize("label", [-1, "-1", None, float("nan"), "", " "])

@@ -42,6 +42,17 @@ def called(**changes):
             SYSTEM,
         ),
         "one conversation": ({"conversation": ASKED, "text": "-"}, ASKED),
+        "fields of other rows": (
+            {"messages": None, "prompt": "hi", "completion": "hello", "query": None},
+            ASKED,
+        ),
+        "messages of other rows": ({"messages": None, "conversation": ASKED}, ASKED),
+        "a pair of other rows": (
+            {"prompt": "hi", "completion": "hello", "question": "-", "answer": None},
+            ASKED,
+        ),
+        "messages without a value": ({"messages": None, "prompt": None}, []),
+        "a question without an answer": ({"prompt": "hi", "completion": None}, ASKED[:1]),
         "prompt and completion": ({"prompt": "hi", "completion": "hello", "id": 7}, ASKED),
         "turns as prompt": ({"prompt": SYSTEM[:2], "completion": SYSTEM[2:]}, SYSTEM),
         "alpaca": (
@@ -132,7 +143,8 @@ def test_tool_calls_have_one_form_and_keep_what_is_null(row):
 @pytest.mark.parametrize("tools", ['[{"name": "weather"}]', [{"name": "weather"}]], ids=str)
 def test_tools_are_a_list_or_its_text(tools):
     assert read({"messages": ASKED, "tools": tools}).tools == [{"name": "weather"}]
-    assert read({"messages": ASKED, "tools": "[]"}).tools is None
+    for nothing in ("[]", "", None):
+        assert read({"messages": ASKED, "tools": nothing}).tools is None
 
 
 @pytest.mark.parametrize(
@@ -144,6 +156,9 @@ def test_tools_are_a_list_or_its_text(tools):
         ([{"weight": 1.0}, {"weight": None}], {}, [True, True]),
         ([{}, {"weight": 1}], {"weight": 0}, [False, False]),
         ([{}, {}], {"weight": "0", "train": "True"}, [False, False]),  # as in csv
+        ([{"training": False}, {"training": True}], {}, [False, True]),  # Axolotl's
+        ([{"loss": True}, {"loss": False}], {"loss": 2.5}, [True, False]),  # ms-swift's
+        ([{"train_detail": []}, {}], {}, [True, True]),
     ],
     ids=str,
 )
@@ -154,6 +169,7 @@ def test_weight_and_train_say_what_is_learned(marks, row_marks, learned):
     conversation = read({"messages": messages} | row_marks)
 
     assert conversation.learned[1::2] == learned
+    assert conversation.is_masked is not all(learned)
     assert conversation.turns == turns  # templates do not see the marks
 
 
@@ -195,6 +211,12 @@ def test_a_prompt_of_turns_is_given_not_learned():
         ({"messages": SYSTEM, "system": "Be long."}, "two system prompts"),
         ({"messages": [ASKED[0], ASKED[1] | {"weight": 0.5}]}, "weight 0.5"),
         ({"messages": ASKED, "tools": "weather"}, "invalid JSON in tools"),
+        ({"messages": ASKED, "tools": ["weather"]}, "tools are not a list of objects: write a lis"),
+        ({"messages": ASKED, "tools": {"name": "weather"}}, "tools are not a list of objects"),
+        (
+            {"messages": [ASKED[0], ASKED[1] | {"train_detail": [{"begin_offset": 0}]}]},
+            "train_detail: parts of a message cannot be masked",
+        ),
         (called(tool_calls=[{"arguments": {}}]), "tool call without a name"),
         (
             called(tool_calls=[{"name": "f", "arguments": "{"}]),

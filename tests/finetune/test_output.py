@@ -182,6 +182,13 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     refuse_unwritable(tmp_path / "good" / "run")
 
 
+def test_a_name_that_is_not_in_utf_8_is_refused(tmp_path):
+    """The run once trained, and lost the model when it was saved: safetensors needs UTF-8."""
+    with pytest.raises(OSError, match=r"caf.udce9', which is not a name in UTF-8.* Choose another"):
+        refuse_unwritable(tmp_path / "caf\udce9")
+    refuse_unwritable(tmp_path / "café")
+
+
 def test_a_folder_that_refuses_writing_is_refused(tmp_path, monkeypatch):
     """`os.access` is asked about the nearest folder, and replaced because root may always write."""
     asked = []

@@ -6,6 +6,7 @@ import math
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, disable_progress_bars
 from PIL import Image
@@ -172,6 +173,30 @@ def test_configuration_of_a_dataset_with_several(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "card",
+    [
+        "größe\n".encode("latin-1"),
+        b"# Chats\n\nconfigs: none\n",
+        b"---\nlicense: mit\n---\nconfigs:\n",
+    ],
+    ids=["another encoding", "no front matter", "text after it"],
+)
+def test_a_card_that_declares_no_files_changes_nothing(card, tmp_path):
+    """A card in Latin-1 ended in a traceback, and its text was taken for a declaration."""
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}.jsonl", [{name: 1}])
+    (tmp_path / "README.md").write_bytes(card)
+    assert load_rows(tmp_path) == [{"a": 1}, {"b": 1}]
+
+
+def test_a_card_that_cannot_be_read_says_so(tmp_path):
+    write(tmp_path / "a.jsonl")
+    (tmp_path / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(ValueError, match=r"(?s)its README\.md is not valid YAML .* list the files"):
+        load_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
         ("rows.jsonl", '{"text": "a"}\n{"text": \n', "invalid JSON: Expecting value"),
@@ -314,6 +339,13 @@ def test_file_without_rows_is_refused(name, text, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=r"has no rows: it is empty\. Remove it"):
         load_rows(tmp_path / name)
+
+
+def test_a_table_without_rows_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    with pytest.raises(ValueError, match=r"a\.parquet, .*: it has no rows\. Remove it"):
+        load_rows(path)
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ class ConversationEncoder:
             raise NothingToLearn("empty", "there are no messages.")
         self._require_shown(conversation)
         if not self.assistant_only:
-            if not all(conversation.learned):
+            if conversation.is_masked:
                 raise RowError(
                     "weight or train with assistant_only_loss=false",
                     "this setting learns every token. Set assistant_only_loss to true.",

@@ -4,6 +4,7 @@ import ast
 import io
 import math
 import tokenize
+import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import pairwise, takewhile
 from typing import Any, ClassVar
@@ -57,8 +58,8 @@ class Classification(Task):
         declared: Class names that the data declare, in order; may be empty.
 
     Raises:
-        ValueError: There are fewer than two classes, some differ only in case or white space, or
-            the model's head does not have them.
+        ValueError: There are fewer than two classes, some differ only in case, white space or the
+            Unicode form of accents, or the model's head does not have them.
     """
 
     scoring: ClassVar[Scoring] = CLASSES
@@ -181,8 +182,8 @@ class Classification(Task):
             names = self._of_head(self._head, names, numbers=numbers)
         if len({_key(name) for name in names}) < len(names):
             raise ValueError(
-                f"some classes in {where} differ only in case or white space: {names}. Give each "
-                "class one spelling."
+                f"some classes in {where} differ only in case, in white space or in the Unicode "
+                f"form of accents: {names}. Give each class one spelling."
             )
         if len(names) < 2:
             raise ValueError(
@@ -362,7 +363,7 @@ def _tokens_around_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[list[str],
 
 
 def _key(name: Any) -> str:
-    return str(name).strip().casefold()
+    return unicodedata.normalize("NFC", str(name)).strip().casefold()
 
 
 def _names_of_head(config: PreTrainedConfig) -> list[str] | None:

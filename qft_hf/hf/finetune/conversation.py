@@ -31,8 +31,9 @@ QUESTION_AND_ANSWER = (  # columns
     ("question", "answer"),
     ("query", "response"),
 )
-
-
+_ROW_MARKS = ("weight", "train")  # columns
+# Keys of a message, also of Axolotl (`training`) and ms-swift (`loss`).
+_MESSAGE_MARKS = (*_ROW_MARKS, "training", "loss")
 _FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1}  # CSV holds only text
 
 
@@ -43,6 +44,7 @@ class Conversation:
     turns: list[Turn]  # `role`, `content`, and other keys that a template may read
     learned: list[bool]  # for each turn: whether it is learned; used for assistant turns only
     tools: list[Any] | None  # JSON schemas
+    is_masked: bool = False  # whether a mark in the data says that something is not learned
 
 
 def read_conversation(
@@ -55,7 +57,8 @@ def read_conversation(
     """Read the conversation in a row.
 
     A field of `SYSTEM` becomes the first turn, and `tools` are the tools that the template shows.
-    `weight` and `train`, in a message or in the row, say whether assistant turns are learned.
+    `weight` and `train`, in a message or in the row, and `training` and `loss` in a message, say
+    whether assistant turns are learned. Turns of a prompt are not learned, because they are given.
 
     Args:
         row: Holds messages, or a question and an answer.
@@ -68,13 +71,15 @@ def read_conversation(
         RowError: The row is not a conversation, or has an unknown role or value.
     """
     if prompt_field is not None and answer_field is not None:
-        messages = _question_and_answer(row, prompt_field, answer_field)
+        messages, n_given = _question_and_answer(row, prompt_field, answer_field)
     else:
-        messages = _messages(row, messages_field)
-    learned = _is_learned(row)
+        messages, n_given = _messages(row, messages_field)
+    learned = _is_learned(row, _ROW_MARKS)
     read = [_read_message(message) for message in messages]
     turns = [turn for turn, _ in read]
     marks = [learned and is_learned for _, is_learned in read]
+    is_masked = not learned or not all(marks)
+    marks[:n_given] = [False] * n_given
     for system in _texts(row, SYSTEM):
         if turns[:1] == [{"role": "system", "content": system}]:
             continue
@@ -84,7 +89,7 @@ def read_conversation(
                 f"only one of the fields {', '.join(SYSTEM)} and the messages may have one.",
             )
         turns, marks = [{"role": "system", "content": system}, *turns], [False, *marks]
-    return Conversation(turns, marks, _from_json(row.get("tools"), "tools") or None)
+    return Conversation(turns, marks, _tools(row.get("tools")), is_masked)
 
 
 def excerpt(turn: Any) -> str:
@@ -93,16 +98,26 @@ def excerpt(turn: Any) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-def _messages(row: Row, messages_field: str | None) -> list[Any]:
-    """Return the messages of a row, or its question and answer as messages."""
+def _messages(row: Row, messages_field: str | None) -> tuple[list[Any], int]:
+    """Return the messages of a row, or its question and answer as messages.
+
+    A field without a value is one that only other rows have, unless there is no field with one.
+
+    Returns:
+        messages: As they are in the row.
+        n_given: How many of them, from the first, are a prompt.
+    """
     names = MESSAGES if messages_field is None else (messages_field,)
-    found = [name for name in names if name in row]
-    pairs = [pair for pair in QUESTION_AND_ANSWER if set(pair) <= set(row)]
+    for present in ({name for name, value in row.items() if value is not None}, set(row)):
+        found = [name for name in names if name in present]
+        pairs = [pair for pair in QUESTION_AND_ANSWER if present.issuperset(pair)]
+        if found or pairs:
+            break
     fields = f"the fields are {', '.join(map(repr, row))}."
     if len(found) > 1:
         raise RowError(f"both {found[0]!r} and {found[1]!r}", f"{fields} Set messages_field.")
     if found:
-        return _as_list(row[found[0]], f"field {found[0]!r}")
+        return _as_list(row[found[0]], f"field {found[0]!r}"), 0
     if len(pairs) == 1:
         return _question_and_answer(row, *pairs[0])
     if pairs:
@@ -119,8 +134,8 @@ def _messages(row: Row, messages_field: str | None) -> list[Any]:
     )
 
 
-def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list[Any]:
-    """Return messages; those of the prompt are not learned, because they are given."""
+def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> tuple[list[Any], int]:
+    """Return messages, and how many of them are the prompt."""
     for field in (prompt_field, answer_field):
         if field not in row:
             raise RowError(f"no field {field!r}", f"the fields are {', '.join(map(repr, row))}.")
@@ -139,10 +154,10 @@ def _question_and_answer(row: Row, prompt_field: str, answer_field: str) -> list
     if isinstance(prompt, str):
         prompt = "\n\n".join([prompt, *_texts(row, beside)])
         prompt = [{"role": "user", "content": prompt}]
-    given = [{**message, "train": False} for message in _as_list(prompt, prompt_field)]
+    given = _as_list(prompt, prompt_field)
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
-    return [*given, *_as_list(answer, answer_field)]
+    return [*given, *_as_list(answer, answer_field)], len(given)
 
 
 def _texts(row: Row, fields: Sequence[str]) -> list[str]:
@@ -171,8 +186,12 @@ def _as_list(messages: Any, name: str) -> list[Any]:
 def _read_message(message: Mapping[str, Any]) -> tuple[Turn, bool]:
     """Return a turn and whether it may be learned; a field that is None counts as absent."""
     turn = {name: value for name, value in message.items() if value is not None}
-    learned = _is_learned(turn)
-    turn = {name: value for name, value in turn.items() if name not in ("weight", "train")}
+    learned = _is_learned(turn, _MESSAGE_MARKS)
+    if turn.pop("train_detail", None):
+        raise RowError(
+            "train_detail", "parts of a message cannot be masked, only all of it: `train: false`."
+        )
+    turn = {name: value for name, value in turn.items() if name not in _MESSAGE_MARKS}
     if "from" in turn and "value" in turn:
         turn |= {"role": turn.pop("from"), "content": turn.pop("value")}
     role = turn.get("role")
@@ -227,6 +246,19 @@ def _tool_calls(calls: Any) -> list[Any]:
     return named
 
 
+def _tools(value: Any) -> list[Any] | None:
+    """Return the tools of a row, None if there are none."""
+    tools = _from_json(value or None, "tools") or None
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)
+    ):
+        raise RowError(
+            "tools are not a list of objects",
+            f"write a list of JSON schemas, one for each tool, got {excerpt(tools)}.",
+        )
+    return tools
+
+
 def _from_json(value: Any, what: str) -> Any:
     """Return a value, which is parsed if it is stored as JSON text."""
     if not isinstance(value, str):
@@ -237,9 +269,9 @@ def _from_json(value: Any, what: str) -> Any:
         raise RowError(f"invalid JSON in {what}", f"{error} in {excerpt(value)}.") from error
 
 
-def _is_learned(holder: Mapping[str, Any]) -> bool:
-    """Return what `weight` and `train` say; templates do not know these keys."""
-    for name in ("weight", "train"):
+def _is_learned(holder: Mapping[str, Any], marks: Sequence[str]) -> bool:
+    """Return what the marks say; templates do not know these keys."""
+    for name in marks:
         value = holder.get(name)
         value = _FLAGS.get(str(value).lower(), value)
         if value is not None and value not in (0, 1):

@@ -201,6 +201,13 @@ def refuse_inputs_inside(output_dir: Path, inputs: Mapping[str, str]) -> None:
 
 def refuse_unwritable(output_dir: Path) -> None:
     """Raise OSError if the folder cannot be created or written to. Changes nothing."""
+    try:
+        str(output_dir).encode()
+    except UnicodeEncodeError as error:
+        raise OSError(
+            f"output_dir is {str(output_dir)!r}, which is not a name in UTF-8, and no checkpoint "
+            "can be written there. Choose another output_dir."
+        ) from error
     nearest = nearest_folder(output_dir)
     above = (output_dir, *output_dir.parents)
     found = [f"{at} is a broken link" for at in above if at.is_symlink() and not at.exists()]

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
 from datasets import ClassLabel, Dataset, Features, List, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
@@ -221,6 +223,8 @@ def _load_data_set(
     files = {} if file is None else {"data_files": glob.escape(str(file))}
     source = str(file or name)
     try:
+        if file is not None and pq.read_metadata(file).num_rows == 0:
+            raise ValueError("it has no rows. Remove it or fill it.")
         table = load_dataset(name, configuration, split=split, **files)
     except OSError as error:
         if file is not None:
@@ -228,6 +232,11 @@ def _load_data_set(
         raise FileNotFoundError(
             f"no file or folder {source!r} (looked from {Path.cwd()}), and no data set of this "
             f"name was found on the hub: {error}. Correct it in train_data or eval_data."
+        ) from error
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"cannot read {source}: its README.md is not valid YAML between `---` and `---`: "
+            f"{error}. Correct it, or list the files themselves: train_data: [A, B]."
         ) from error
     except ValueError as error:  # the split is unknown, or has no rows at all
         raise ValueError(f"cannot read {source}, split {split!r}: {error}") from error
@@ -370,7 +379,8 @@ def _declares_its_files(folder: Path) -> bool:
     card = folder / "README.md"
     if not card.is_file():
         return False
-    return re.search(r"^configs:", card.read_text("utf-8"), re.MULTILINE) is not None
+    front = re.match(r"\s*---\n(.*?)\n---", card.read_text("utf-8", "replace"), re.DOTALL)
+    return front is not None and re.search(r"^configs:", front[1], re.MULTILINE) is not None
 
 
 def _looks_like_a_path(source: str) -> bool:
