@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from qft_hf import QFTConfig, quantize_model_
 from qft_hf.quant import QFTWeight
 from qft_hf.side import QSTConfig, attach_side_network, side_network_of, side_parameters
+from qft_hf.side.cache import make_room_
 from tests.side.families import SIZES, classifier, decoder, texts
 from tests.side.test_families import CONFIG, disturbed_, logits, trained_
 from tests.tolerances import assert_same_bits
@@ -448,3 +450,10 @@ def test_a_cache_of_the_base_alone_is_refused():
 
     with pytest.raises(ValueError, match="filled before the side network was attached"):
         model(texts(3, 1), cache=cache)
+
+
+def test_continuous_batching_is_refused_with_what_to_call():
+    cache = object.__new__(PagedAttentionCache)  # a whole one takes most of the memory
+
+    with pytest.raises(ValueError, match=r"Call generate on a padded batch instead"):
+        make_room_([cache], 3)
