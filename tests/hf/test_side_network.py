@@ -1,6 +1,7 @@
 """Side networks in Trainers, in files, and in other processes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from qft_hf import (
     QFTConfig,
@@ -295,6 +296,36 @@ FOLDERS = {
     "base": lambda state, said: said["base"].pop("config_hash"),
     "classes": lambda state, said: said.update(labels={"first": "a"}),
 }
+
+
+@pytest.mark.parametrize("is_passed", [False, True])
+def test_a_reference_without_the_side_network_of_the_policy_is_reported(
+    is_passed, tmp_path, caplog
+):
+    """TRL loads a reference from the name in the model's configuration, which is the base's."""
+    tokenizer, folder = tiny_tokenizer(), tmp_path / "base"
+    base = decoder("Llama")
+    base.resize_token_embeddings(max(len(tokenizer), 131))
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    policy = attach_side_network(AutoModelForCausalLM.from_pretrained(folder), CONFIG)
+    save_side_network(disturbed_(policy), tmp_path / "side")
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    load_side_network(reference, tmp_path / "side")
+    rows = [{"prompt": "a", "chosen": " b" * n, "rejected": " c" * n} for n in range(1, 4)]
+
+    trainer = DPOTrainer(
+        policy,
+        reference if is_passed else None,
+        arguments(tmp_path / "run", DPOConfig, max_steps=1, bf16=False),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+
+    assert ("pass ref_model=load_side_network(base, folder)" in caplog.text) is not is_passed
+    first = next(logs["loss"] for logs in trainer.state.log_history if "loss" in logs)
+    assert (abs(first - math.log(2)) < 1e-5) is is_passed
 
 
 @pytest.mark.parametrize("has_one", [False, True])
