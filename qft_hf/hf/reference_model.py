@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import Trainer
 
+from ..side import side_network_of
 from .compatibility import has_quantized_weights, quantization_config_of
 from .convert import quantize_model_
 
@@ -41,7 +42,19 @@ def quantizing_references(
     reference = getattr(trainer, "ref_model", None)
     if reference is not None and model is reference:
         quantize_as_policy_(reference, trainer.model)
+        _warn_of_another_start(reference, trainer.model)
     return prepare(self, model, *args, **kwargs)
+
+
+def _warn_of_another_start(reference: nn.Module, policy: nn.Module) -> None:
+    """Warn if a policy starts from a trained side network, and its reference from the base."""
+    network = side_network_of(policy)
+    if network is not None and side_network_of(reference) is None and bool(network.upsample.any()):
+        logger.warning(
+            "The policy has a trained side network and the reference model has none, so they "
+            "differ from the start. For a reference that is the policy before training, pass "
+            "ref_model=load_side_network(base, folder) with the folder of this side network"
+        )
 
 
 def quantize_as_policy_(reference: nn.Module, policy: nn.Module) -> None:

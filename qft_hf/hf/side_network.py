@@ -18,12 +18,14 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..nn.convert import quantize_modules_
 from ..quant import QFTWeight
 from ..side import (
     NAME,
     QSTConfig,
     SideNetwork,
     attach_side_network,
+    layer_stack,
     side_network_of,
     side_parameters,
     trained_heads,
@@ -35,6 +37,7 @@ from .card import MARK, is_card
 from .config import QFTConfig
 from .convert import quantize_model_
 from .tensor_files import DAMAGED, damaged, metadata
+from .wording import and_more
 
 logger = logging.getLogger(__name__)
 
@@ -44,10 +47,14 @@ WEIGHTS_NAME = "side_network.safetensors"
 CONFIG_NAME = "side_network.json"
 CARD_NAME = "README.md"
 
+# What side_network.json says of the base, in all versions.
+_FACTS = ("name", "architecture", "config_hash", "vectors_hash", "quantization")
+
 # Fields of a configuration that may differ between two uses of one base.
 _OF_A_USE = {
-    "_name_or_path", "architectures", "dtype", "id2label", "label2id", "problem_type",
-    "quantization_config", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "dtype", "id2label", "label2id", "output_attentions",
+    "output_hidden_states", "output_router_logits", "problem_type", "quantization_config",
+    "return_dict", "router_aux_loss_coef", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 
@@ -62,8 +69,11 @@ def save_side_network(model: nn.Module, folder: str | Path) -> None:
     Raises:
         ValueError: The model has no side network.
     """
-    state = _state(model)
-    folder = Path(folder)
+    _write(model, _state(model), Path(folder))
+
+
+def _write(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Write the tensors of a side network and its description."""
     with atomic_folder(folder) as draft:
         save_file(state, draft / WEIGHTS_NAME, {"format": "pt", **metadata(state)})
         text = json.dumps(_description(model), indent=2, sort_keys=True)
@@ -92,11 +102,12 @@ def load_side_network(model: Model, folder: str | Path) -> Model:
     folder = Path(folder)
     said = _read(folder)
     _refuse_another_base(model, said["base"], folder)
-    config, quantization = QSTConfig(**said["config"]), said["quantization"]
+    config, quantization = said["config"], said["quantization"]
     network = side_network_of(model)
     _refuse_another_network(network, config, quantization, folder)
     state = load_file(folder / WEIGHTS_NAME)
     _refuse_other_sizes(model, state, folder)
+    _refuse_other_tensors(model, said, state, folder)
     if network is None:
         network = _attached(model, config).to(state[f"{NAME}.gates"].dtype)
     if quantization is not None and network.quantization is None:
@@ -107,8 +118,10 @@ def load_side_network(model: Model, folder: str | Path) -> Model:
         module.load_state_dict(own)
     if said.get("labels") is not None:
         any_model: Any = model
-        any_model.config.id2label = {int(index): name for index, name in said["labels"].items()}
-        any_model.config.label2id = {n: index for index, n in any_model.config.id2label.items()}
+        any_model.config.id2label = said["labels"]
+        any_model.config.label2id = {name: index for index, name in said["labels"].items()}
+        # Older folders do not name it.
+        any_model.config.problem_type = said.get("problem_type") or any_model.config.problem_type
     return model
 
 
@@ -130,12 +143,13 @@ def saving_alone(
     self: Any,
     save_directory: Any,
     is_main_process: bool = True,  # noqa: FBT001, FBT002 transformers' signature
+    state_dict: dict[str, Tensor] | None = None,
     *args: Any,
     **kwargs: Any,
 ) -> None:
     """Make saving write only the side network of a model that has one."""
     if side_network_of(self) is None:
-        save(self, save_directory, is_main_process, *args, **kwargs)
+        save(self, save_directory, is_main_process, state_dict, *args, **kwargs)
         return
     if kwargs.get("push_to_hub"):
         raise ValueError(
@@ -143,7 +157,7 @@ def saving_alone(
             f"model.push_to_hub({str(kwargs.get('repo_id') or save_directory)!r})."
         )
     if is_main_process:
-        save_side_network(self, save_directory)
+        _write(self, _state(self, state_dict), Path(save_directory))
 
 
 def loading_alone(load: Any, self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -169,13 +183,20 @@ def allowing_side_networks(validate: Any, model: Any) -> None:
         validate(model)
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the trained modules, by full name."""
-    return {
-        f"{place}.{name}": tensor.detach().contiguous()
+def _state(model: nn.Module, passed: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the tensors of the trained modules, by full name, from `passed` if it is given."""
+    own = {
+        f"{place}.{name}": tensor
         for place, module in trained_modules(model).items()
         for name, tensor in module.state_dict().items()
     }
+    if passed is not None and (lacking := [name for name in own if name not in passed]):
+        raise ValueError(
+            f"state_dict lacks {and_more(lacking)} of the side network. Pass all that "
+            f"{type(model).__name__}.state_dict() returns."
+        )
+    state = own if passed is None else {name: passed[name] for name in own}
+    return {name: tensor.detach().contiguous() for name, tensor in state.items()}
 
 
 def _description(model: Any) -> dict[str, Any]:
@@ -188,6 +209,7 @@ def _description(model: Any) -> dict[str, Any]:
         "config": asdict(network.config),
         "quantization": None if quantization is None else quantization.to_dict(),
         "labels": model.config.id2label if trained_heads(model) else None,
+        "problem_type": model.config.problem_type if trained_heads(model) else None,
         "base": _base(model),
     }
 
@@ -247,7 +269,7 @@ def _read(folder: Path) -> dict[str, Any]:
             )
     try:
         said: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        known = said["format"]
+        known, _ = said["format"], said["qft_hf"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_NAME} cannot be read ({error}). {DAMAGED}") from error
     if known != 1:
@@ -255,6 +277,15 @@ def _read(folder: Path) -> dict[str, Any]:
             f"{folder / CONFIG_NAME} has format {known}, of qft_hf {said.get('qft_hf')}, which "
             f"version {__version__} cannot read. Install that version."
         )
+    try:
+        said["config"], said["quantization"] = QSTConfig(**said["config"]), said["quantization"]
+        labels = said.get("labels")
+        said["labels"] = labels and {int(index): name for index, name in labels.items()}
+        said["base"] = said["base"] | {name: said["base"][name] for name in _FACTS}
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} is not what qft_hf has written ({error!r}). {DAMAGED}"
+        ) from error
     if found := damaged([str(folder / WEIGHTS_NAME)]):
         raise ValueError(f"{found[0]}. {DAMAGED}")
     return said
@@ -325,6 +356,34 @@ def _refuse_other_sizes(model: Any, state: dict[str, Tensor], folder: Path) -> N
                 f"{folder} has a head with {name} of shape {tuple(tensor.shape)}, and its shape in "
                 f"the model is {shape}. Load the base with the num_labels of the trained head."
             )
+
+
+def _refuse_other_tensors(
+    model: Any, said: dict[str, Any], state: dict[str, Tensor], folder: Path
+) -> None:
+    """Raise if the tensors in a folder are not those of the side network that it describes."""
+    config, quantization, network = said["config"], said["quantization"], side_network_of(model)
+    if network is None or network.quantization is None:
+        layers = layer_stack(model)[1] if network is None else list(network.layers)
+        with torch.device("meta"):
+            network = SideNetwork(layers, model.config, config)
+        if quantization is not None:
+            quantize_modules_(network, QFTConfig.from_dict(quantization))
+    wanted = {f"{NAME}.{name}": tensor.shape for name, tensor in network.state_dict().items()}
+    for place, head in trained_heads(model).items():
+        saved = head.state_dict()
+        buffers = {name: value for name, value in head.named_buffers() if name in saved}
+        for name, value in (dict(head.named_parameters()) | buffers).items():
+            wanted[f"{place}.{name}"] = value.shape
+    found = {name: tensor.shape for name, tensor in state.items()}
+    if wrong := sorted(
+        name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
+    ):
+        raise ValueError(
+            f"{folder} does not hold the tensors of a side network with {config}: "
+            f"{and_more(wrong)} is missing, has another shape, or does not belong to it. qft_hf "
+            f"{said['qft_hf']} wrote it, and this is {__version__}. {DAMAGED}"
+        )
 
 
 def _card(model: Any) -> ModelCard:

@@ -32,9 +32,16 @@ def make_room_(arguments: Iterable[Any], n_layers: int) -> None:
         n_layers: Number of layers of the base.
 
     Raises:
-        ValueError: The base has written to the cache without the side network.
+        ValueError: The base has written to the cache without the side network, or the cache is that
+            of continuous batching.
     """
     for cache in arguments:
+        if hasattr(cache, "free_blocks"):  # PagedAttentionCache of transformers
+            raise ValueError(
+                "Continuous batching has a cache for the layers of the base alone, and none for "
+                "those of a side network. Call generate on a padded batch instead of "
+                "generate_batch."
+            )
         if not is_cache(cache):
             continue
         if len(cache.layers) >= 2 * n_layers or getattr(cache, "layer_class_to_replicate", None):

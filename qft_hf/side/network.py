@@ -61,6 +61,7 @@ class SideNetwork(nn.Module):
         )
         self.norm = nn.RMSNorm(sizes.hidden_size, eps=1e-6)
         self.upsample = nn.Parameter(torch.zeros(width, sizes.hidden_size))
+        self._sizes, self._base_config = sizes, base_config.get_text_config()
         self.frozen: tuple[nn.Module, ...] = ()
         self.quantization: Any = None
         self._state: Any = None  # s_i, while the base runs
@@ -94,6 +95,9 @@ class SideNetwork(nn.Module):
     def _run(self, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the forward of the base, while hooks on its layers run the side network."""
         self._learns = torch.is_grad_enabled()
+        # Side layers get the masks of the base, whose form depends on its attention kernels.
+        if self._sizes._attn_implementation != self._base_config._attn_implementation:
+            self._sizes._attn_implementation = self._base_config._attn_implementation
         if self._recomputes_base([*args, *kwargs.values()]):
             run_again = self._run_again(partial(forward, *args, **kwargs))
             self._replay = Replay(list(self.downsamples), run_again)
@@ -113,7 +117,7 @@ class SideNetwork(nn.Module):
             self._learns
             and self.training
             and any(getattr(layer, "gradient_checkpointing", False) for layer in self.layers)
-            and any(True for _ in self.downsamples.parameters())
+            and any(parameter.requires_grad for parameter in self.downsamples.parameters())
             and not any(is_cache(argument) for argument in arguments)
         )
 
@@ -169,7 +173,9 @@ class SideNetwork(nn.Module):
             update = nn.functional.linear(self.norm(self._state), self.upsample)
             total = hidden + update.to(hidden.dtype)
         if isinstance(output, tuple):
-            return (total, *output[1:])
+            return (total, *(_ending_with(total, hidden, value) for value in output[1:]))
+        for name, value in list(output.items()):
+            output[name] = _ending_with(total, hidden, value)
         output.last_hidden_state = total
         return output
 
@@ -202,6 +208,13 @@ def _side_layer(layer_class: type[nn.Module], sizes: Any, number: int) -> nn.Mod
         ) from error
     shift_layer_numbers_(layer, by=sizes.num_hidden_layers)
     return layer
+
+
+def _ending_with(total: Tensor, last: Tensor, value: Any) -> Any:
+    """Return `value`; if it is the hidden states that end with `last`, they end with `total`."""
+    if isinstance(value, tuple) and value and value[-1] is last:
+        return (*value[:-1], total)
+    return value
 
 
 def _first(output: Any) -> Tensor:

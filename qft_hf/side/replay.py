@@ -24,7 +24,7 @@ class Replay:
     def __init__(self, downsamples: Sequence[nn.Module], run: Callable[["Replay"], None]) -> None:
         self.downsamples = downsamples
         self.run = run
-        self.parameters = [p for module in downsamples for p in module.parameters()]
+        self.parameters = [p for module in downsamples for p in _trained(module)]
         self.token = _Begin.apply(self, *self.parameters)
         self.output_gradients: dict[int, Tensor] = {}
         self.of_parameters: dict[int, Any] = {}  # by id of the parameter
@@ -38,16 +38,24 @@ class Replay:
 
     def learn(self, number: int, hidden: Tensor) -> None:
         """Compute the gradients of `D_number` from the same hidden state, computed again."""
-        parameters = list(self.downsamples[number].parameters())
+        gradient = self.output_gradients.pop(number, None)
+        parameters = _trained(self.downsamples[number])
+        if gradient is None or not parameters:
+            return
         with torch.enable_grad():
             value = self.downsamples[number](hidden)
-        gradients = torch.autograd.grad(value, parameters, self.output_gradients.pop(number))
+        gradients = torch.autograd.grad(value, parameters, gradient)
         self.of_parameters |= dict(zip(map(id, parameters), gradients, strict=True))
 
     def gradients(self) -> list[Any]:
         """Run the base again, and return the gradients of all parameters in their order."""
         self.run(self)
-        return [self.of_parameters.pop(id(parameter)) for parameter in self.parameters]
+        return [self.of_parameters.pop(id(parameter), None) for parameter in self.parameters]
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a downsample module that are not frozen."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 class _Begin(torch.autograd.Function):

@@ -6,7 +6,7 @@ from typing import Any
 from .config import QSTConfig
 
 # Names in transformers for the width inside an MLP. `_make_dense_` handles the widths of experts.
-INTERMEDIATE = ("intermediate_size", "ffn_dim", "n_inner")
+INTERMEDIATE = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "hidden_dim", "n_inner")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 

@@ -1,14 +1,16 @@
 """Side networks in Trainers, in files, and in other processes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from qft_hf import (
     QFTConfig,
@@ -19,6 +21,7 @@ from qft_hf import (
     quantize_model_,
     save_side_network,
 )
+from qft_hf.hf.tensor_files import metadata
 from qft_hf.quant import QFTWeight
 from qft_hf.side import QSTConfig, attach_side_network, side_network_of, side_parameters
 from tests.finetune.chats import TEXTS, tiny_tokenizer
@@ -269,6 +272,125 @@ def test_a_damaged_file_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"is not what was saved\. It is damaged"):
         load_side_network(decoder("Llama"), tmp_path)
+
+
+def edited(folder, change):
+    """Change the tensors and the description in a folder as a valid file may have them."""
+    state = load_file(folder / "side_network.safetensors")
+    path = folder / "side_network.json"
+    said = json.loads(path.read_text())
+    change(state, said)
+    save_file(state, folder / "side_network.safetensors", metadata(state))
+    path.write_text(json.dumps(said))
+
+
+FOLDERS = {
+    "tensor missing": lambda state, said: state.pop("side_network.norm.weight"),
+    "gates missing": lambda state, said: state.pop("side_network.gates"),
+    "head missing": lambda state, said: state.pop("classifier.bias"),
+    "shape": lambda state, said: state.update({"side_network.upsample": torch.zeros(3, 3)}),
+    "another's": lambda state, said: state.update({"side_network.extra": torch.zeros(3)}),
+    "rank": lambda state, said: said["config"].update(rank=8),
+    "format": lambda state, said: said.update(quantization=QFTConfig().to_dict()),
+    "option": lambda state, said: said["config"].update(depth=8),
+    "base": lambda state, said: said["base"].pop("config_hash"),
+    "classes": lambda state, said: said.update(labels={"first": "a"}),
+}
+
+
+@pytest.mark.parametrize("is_passed", [False, True])
+def test_a_reference_without_the_side_network_of_the_policy_is_reported(
+    is_passed, tmp_path, caplog
+):
+    """TRL loads a reference from the name in the model's configuration, which is the base's."""
+    tokenizer, folder = tiny_tokenizer(), tmp_path / "base"
+    base = decoder("Llama")
+    base.resize_token_embeddings(max(len(tokenizer), 131))
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    policy = attach_side_network(AutoModelForCausalLM.from_pretrained(folder), CONFIG)
+    save_side_network(disturbed_(policy), tmp_path / "side")
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    load_side_network(reference, tmp_path / "side")
+    rows = [{"prompt": "a", "chosen": " b" * n, "rejected": " c" * n} for n in range(1, 4)]
+
+    trainer = DPOTrainer(
+        policy,
+        reference if is_passed else None,
+        arguments(tmp_path / "run", DPOConfig, max_steps=1, bf16=False),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+
+    assert ("pass ref_model=load_side_network(base, folder)" in caplog.text) is not is_passed
+    first = next(logs["loss"] for logs in trainer.state.log_history if "loss" in logs)
+    assert (abs(first - math.log(2)) < 1e-5) is is_passed
+
+
+@pytest.mark.parametrize("has_one", [False, True])
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_folder_that_does_not_fit_itself_is_refused_and_the_model_is_unchanged(
+    kind, has_one, tmp_path
+):
+    save_side_network(disturbed_(attach_side_network(classifier(), CONFIG)), tmp_path)
+    edited(tmp_path, FOLDERS[kind])
+    model = classifier()
+    if has_one:
+        attach_side_network(model, CONFIG)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+
+    with pytest.raises(ValueError, match=r"copy it again|attach one of that configuration"):
+        load_side_network(model, tmp_path)
+
+    assert trained == [name for name, p in model.named_parameters() if p.requires_grad]
+    assert before.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert_same_bits(tensor, before[name])
+
+
+@pytest.mark.parametrize("option", ["output_router_logits", "output_hidden_states"])
+def test_what_a_run_asks_of_the_base_does_not_make_it_another_one(option, tmp_path):
+    trained = decoder("Mixtral")
+    setattr(trained.config, option, True)
+    save_side_network(disturbed_(attach_side_network(trained, CONFIG)), tmp_path)
+
+    loaded = load_side_network(decoder("Mixtral"), tmp_path)
+
+    ids = texts()
+    assert_same_bits(logits(loaded, input_ids=ids), logits(trained, input_ids=ids))
+
+
+def test_a_state_dict_that_is_passed_is_what_is_saved(tmp_path):
+    model = disturbed_(attach_side_network(classifier(), CONFIG))
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+
+    model.save_pretrained(tmp_path, state_dict=state)
+
+    saved = load_file(tmp_path / "side_network.safetensors")
+    assert saved.keys() == side_parameters(model).keys()
+    for name, tensor in saved.items():
+        assert_same_bits(tensor, state[name])
+    del state["side_network.gates"]
+    with pytest.raises(ValueError, match=r"lacks side_network\.gates .* Pass all that"):
+        model.save_pretrained(tmp_path, state_dict=state)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [(torch.rand(3, 3), "multi_label_classification"), (torch.tensor([0, 2, 1]), "single_label")],
+)
+def test_the_problem_of_a_head_is_that_which_it_was_trained_for(labels, problem, tmp_path):
+    """A pipeline reads it: probabilities of several classes are not a softmax."""
+    model = attach_side_network(classifier(), CONFIG)
+    model(input_ids=texts(), labels=labels).loss.backward()
+    save_side_network(model, tmp_path)
+
+    loaded = load_side_network(classifier(), tmp_path)
+
+    assert loaded.config.problem_type == model.config.problem_type
+    assert loaded.config.problem_type.startswith(problem)
 
 
 def test_a_folder_without_one_is_refused_and_says_what_to_name(tmp_path):

@@ -47,9 +47,13 @@ def test_other_names_of_the_sizes_are_divided_too():
     gpt2 = side_config(hf.GPT2Config(n_embd=48, n_head=6, n_inner=100), QSTConfig(r=3))
     opt = hf.OPTConfig(hidden_size=48, num_attention_heads=6, ffn_dim=90)
     opt = side_config(opt, QSTConfig(r=3))
+    falcon = hf.FalconConfig(hidden_size=48, num_attention_heads=6, ffn_hidden_size=90)
+    distilbert = hf.DistilBertConfig(dim=48, n_heads=6, hidden_dim=90)
 
     assert (gpt2.n_embd, gpt2.n_head, gpt2.n_inner) == (16, 2, 34)
     assert (opt.hidden_size, opt.num_attention_heads, opt.ffn_dim) == (16, 2, 30)
+    assert side_config(falcon, QSTConfig(r=3)).ffn_hidden_size == 30
+    assert side_config(distilbert, QSTConfig(r=3)).hidden_dim == 30
 
 
 def test_the_side_of_a_mixture_of_experts_is_dense_and_as_wide_as_what_a_token_takes():

@@ -7,10 +7,12 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from qft_hf import QFTConfig, quantize_model_
 from qft_hf.quant import QFTWeight
 from qft_hf.side import QSTConfig, attach_side_network, side_network_of, side_parameters
+from qft_hf.side.cache import make_room_
 from tests.side.families import SIZES, classifier, decoder, texts
 from tests.side.test_families import CONFIG, disturbed_, logits, trained_
 from tests.tolerances import assert_same_bits
@@ -231,6 +233,55 @@ def test_the_base_runs_without_dropout_and_the_side_network_with_it():
     assert model.training
 
 
+@pytest.mark.parametrize("frozen", ["one module", "the norms", "all"])
+def test_frozen_downsampling_gets_no_gradient_with_checkpointing_either(frozen):
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(2)
+        model = disturbed_(attach_side_network(decoder("Llama"), CONFIG)).train()
+        modules = side_network_of(model).downsamples
+        for module in modules[:1] if frozen == "one module" else modules:
+            (module.norm if frozen == "the norms" else module).requires_grad_(False)
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model(input_ids=texts(), labels=texts()).loss.backward()
+        gradients.append({n: p.grad for n, p in side_parameters(model).items() if p.requires_grad})
+
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert_same_bits(gradients[1][name], gradient)
+
+
+@pytest.mark.parametrize("kernels", [("eager", "sdpa"), ("sdpa", "eager")], ids=str)
+def test_side_layers_follow_a_change_of_attention_kernels(kernels):
+    """Masks are made for the kernels of the base: none for a causal one in SDPA."""
+    model = decoder("Llama")
+    model.set_attn_implementation(kernels[0])
+    disturbed_(attach_side_network(model, CONFIG))
+    expected = logits(model, input_ids=texts())
+
+    model.set_attn_implementation(kernels[1])
+
+    torch.testing.assert_close(logits(model, input_ids=texts()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT-2", "Gemma 2", "BERT"])
+def test_the_last_of_the_hidden_states_is_what_the_head_reads(family):
+    model = classifier() if family == "BERT" else decoder(family)
+    disturbed_(attach_side_network(model, CONFIG))
+    inputs = {"input_ids": texts(), "output_hidden_states": True}
+    read = []
+    model.base_model.register_forward_hook(lambda module, args, output: read.append(output[0]))
+
+    with torch.no_grad():
+        named = model(**inputs).hidden_states
+        unnamed = model(**inputs, return_dict=False)[-1]
+
+    assert len(named) == 4
+    assert_same_bits(named[-1], read[0])
+    assert_same_bits(unnamed[-1], read[1])
+
+
 def test_an_error_in_the_base_leaves_autograd_on():
     model = attach_side_network(decoder("Llama"), CONFIG)
 
@@ -399,3 +450,10 @@ def test_a_cache_of_the_base_alone_is_refused():
 
     with pytest.raises(ValueError, match="filled before the side network was attached"):
         model(texts(3, 1), cache=cache)
+
+
+def test_continuous_batching_is_refused_with_what_to_call():
+    cache = object.__new__(PagedAttentionCache)  # a whole one takes most of the memory
+
+    with pytest.raises(ValueError, match=r"Call generate on a padded batch instead"):
+        make_room_([cache], 3)
