@@ -63,8 +63,8 @@ def loaded(state_dict: dict[str, Any], optimizer: Any) -> Loaded:
     skipped_steps = state_dict.get(SKIPPED_STEPS, 0)
     if not isinstance(skipped_steps, int) or skipped_steps < 0:
         raise ValueError(
-            f"The number of skipped steps is {skipped_steps!r}, which is no number: the optimizer "
-            "state is damaged. Resume from an earlier checkpoint."
+            f"The number of skipped steps must be a whole number from 0, got {skipped_steps!r}: "
+            "the optimizer state is damaged. Resume from an earlier checkpoint."
         )
     states: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
     for key, parameter in zip(saved, own, strict=True):
