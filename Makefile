@@ -43,7 +43,8 @@ types: $(INSTALLED)  ## Check types
 test: test-interpreted test-compiled  ## Run all tests that need no GPU
 
 test-interpreted: $(INSTALLED) no-stale-kernels
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_adamw_triton.py tests/hf/test_liger_kernels.py
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest $(PARALLEL) tests/kernels/test_triton.py tests/kernels/test_adamw_triton.py \
+		tests/kernels/test_large_triton.py tests/hf/test_liger_kernels.py
 
 test-compiled: $(INSTALLED) no-stale-kernels
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu"

@@ -3,7 +3,9 @@
 A local path means nothing to a reader, so files are named without their folders.
 """
 
+import re
 import shlex
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,6 @@ from .card_facts import CardFacts
 from .wording import score_text
 
 TAGS = ["full-parameter-fine-tuning", "int8", "qft"]
-MARK = "<!-- Written by qft_hf -->"
 CITATIONS = """\
 ```bibtex
 @article{li2023qft,
@@ -50,6 +51,9 @@ SIDE_CITATION = """\
 }
 ```"""
 
+# The last line of a card: a checksum of the text above it, without the metadata.
+_MARK = "<!-- Written by qft_hf; CRC-32 of the text above: {:08x} -->"
+
 _IN_WORDS = {
     "nf4": "in 4 bits (NF4, by bitsandbytes)",
     "int8": "in INT8",
@@ -64,8 +68,26 @@ _PIPELINES = {"ForCausalLM": "text-generation", "ForSequenceClassification": "te
 
 
 def is_card(path: Path) -> bool:
-    """Return whether a `README.md` is a card that this package wrote."""
-    return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
+    """Return whether this package wrote a `README.md`, and nobody has changed its text since.
+
+    The metadata of a card may have been changed: they are kept when it is written again.
+    """
+    if not path.is_file():
+        return False
+    content = path.read_text(encoding="utf-8", errors="replace")
+    text = re.sub(r"\A---\n.*?\n---\n", "", content, flags=re.DOTALL)
+    above, _, last = text.strip().rpartition("\n")
+    return last == _mark(above)
+
+
+def marked_card(data: ModelCardData, text: str) -> ModelCard:
+    """Make a card that `is_card` recognizes, from its metadata and its text."""
+    content = f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n\n{_mark(text)}\n"
+    return ModelCard(content, ignore_metadata_errors=False)
+
+
+def _mark(text: str) -> str:
+    return _MARK.format(zlib.crc32(text.strip().encode()))
 
 
 def write_card(path: Path, facts: CardFacts) -> None:
@@ -89,7 +111,7 @@ def card(facts: CardFacts) -> ModelCard:
         pipeline_tag=_pipeline(facts.architecture),
         tags=sorted({*facts.tags, *(SIDE_TAGS if facts.side else TAGS)}),
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_text(facts)}", ignore_metadata_errors=False)
+    return marked_card(data, _text(facts))
 
 
 def _pipeline(architecture: str) -> str | None:
@@ -121,7 +143,6 @@ def _text(facts: CardFacts) -> str:
         )
     parts = [
         f"# {facts.name.rpartition('/')[2]}",
-        MARK,
         what + (f" {stored}" if stored else ""),
         "## Results",
         _evaluations(facts.history),
@@ -141,7 +162,7 @@ def _text(facts: CardFacts) -> str:
         *([SIDE_CITATION] if facts.side else []),
         CITATIONS,
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _evaluations(history: Sequence[Mapping[str, Any]]) -> str:

@@ -33,7 +33,7 @@ from ..side import (
 )
 from ..version import __version__
 from .atomic_writes import atomic_folder
-from .card import MARK, is_card
+from .card import is_card, marked_card
 from .config import QFTConfig
 from .convert import quantize_model_
 from .tensor_files import DAMAGED, damaged, metadata
@@ -401,8 +401,6 @@ def _card(model: Any) -> ModelCard:
     text = f"""\
 # A side network for {place}
 
-{MARK}
-
 {count:,} parameters that were trained beside a frozen `{base["architecture"]}` by quantized side
 tuning (QST, arXiv:2401.07159), with qft_hf {__version__}: `{network and network.config}`. The base
 is not in this folder; it was loaded with quantization `{base["quantization"]}`.
@@ -415,4 +413,4 @@ model = {base["architecture"]}.from_pretrained("{place}")
 load_side_network(model, "FOLDER")
 ```
 """
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}", ignore_metadata_errors=False)
+    return marked_card(data, text)

@@ -5,10 +5,17 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from .philox import LANES
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-# Row and quad numbers must fit 32 bits, in the random counter and in GPU indices.
-MAX_ELEMENTS = 2**31 - 1
+MAX_ROWS = 2**31 - 1  # programs of one launch on a GPU
+MAX_QUADS = 2**32  # counters of random numbers, one for each four columns of a row
+
+
+def fits(rows: int, columns: int) -> bool:
+    """Return whether an INT8 matrix can have this size."""
+    return rows <= MAX_ROWS and rows * -(-columns // LANES) <= MAX_QUADS
 
 
 def check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -21,10 +28,10 @@ def check_matrix(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...]) -> 
             f"{name} must be a non-empty [rows, columns] matrix, got shape {tuple(tensor.shape)}. "
             "Flatten leading dimensions with .view(-1, columns) first."
         )
-    if tensor.numel() > MAX_ELEMENTS:
+    if not fits(*tensor.shape):
         raise ValueError(
-            f"{name} has {tensor.numel()} elements; at most {MAX_ELEMENTS} fit one call. Split the "
-            "matrix into several row blocks."
+            f"{name} must have at most {MAX_ROWS:,} rows and {MAX_QUADS:,} times four columns in "
+            f"all, got shape {tuple(tensor.shape)}. Split the matrix into several row blocks."
         )
     if not tensor.is_contiguous():
         raise ValueError(

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..config import QuantizationSpec, names_module
-from ..kernels.checks import FLOATS, MAX_ELEMENTS
-from ..quant import Arrangement, QFTWeight
+from ..kernels.checks import FLOATS
+from ..quant import Arrangement, QFTWeight, check_quantizable
 from .attachments import replace_
 from .kinds import arrangement_of, kind_of, own_weights
 from .modules import QuantizedModule, quantized_class, uses_our_forward
@@ -214,9 +214,7 @@ def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPla
     product_choices(model, plan, spec)  # may raise, before anything has changed
     weights = {n: weight for n, weight in plan.weights.items() if not isinstance(weight, QFTWeight)}
     for name, parameter in weights.items():
-        fits = parameter.numel() <= MAX_ELEMENTS
-        if not fits or not (parameter.is_meta or bool(parameter.detach().isfinite().all())):
-            QFTWeight.from_float(parameter, spec, name=name)  # raises, before anything has changed
+        check_quantizable(name, parameter.detach(), plan.arrangements[name])
     _check_replaceable(weights)
     for name, parameter in weights.items():
         transposed = plan.arrangements[name].transposed

@@ -3,7 +3,7 @@
 from .arrangement import Arrangement
 from .gradient import Int8Gradient, TiledGradient, Tiles, quantized
 from .tensor import Int8Tensor
-from .weight import ALL_ROWS, QFTWeight
+from .weight import ALL_ROWS, QFTWeight, check_quantizable
 
 __all__ = [
     "ALL_ROWS",
@@ -13,5 +13,6 @@ __all__ = [
     "QFTWeight",
     "TiledGradient",
     "Tiles",
+    "check_quantizable",
     "quantized",
 ]

@@ -1,6 +1,7 @@
 """`QFTWeight`: a trainable weight stored as INT8 codes and a few outliers in FP32."""
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any, Self
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import kernels, layout
 from ..config import QuantizationSpec
-from ..kernels.checks import MAX_ELEMENTS
+from ..kernels.checks import fits
 from ..layout import INT16_COLUMNS, GroupLayout, outliers_per_row
 from .arrangement import Arrangement
 from .gradient import Int8Gradient, TiledGradient, Tiles
@@ -169,28 +170,18 @@ class QFTWeight(Int8Tensor):
         Raises:
             ValueError: A value is NaN or infinite, or there are too many for the kernels.
         """
-        weight = weight.detach()
-        if weight.numel() > MAX_ELEMENTS:
-            raise ValueError(
-                f"{name} has {weight.numel():,} values, and an INT8 weight can have "
-                f"{MAX_ELEMENTS:,} at most. List its module in modules_to_not_convert, which keeps "
-                "it float."
-            )
-        arrangement = Arrangement(tuple(weight.shape), transposed)
+        weight, arrangement = weight.detach(), Arrangement(tuple(weight.shape), transposed)
+        check_quantizable(name, weight, arrangement)
         result = cls.empty(arrangement, spec, dtype=weight.dtype, device=weight.device)
         if weight.is_meta:
             return result
-        finite = weight.isfinite()
-        if not bool(finite.all()):
-            count = weight.numel() - int(finite.sum())
-            raise ValueError(
-                f"{name} has {count} of {weight.numel()} values that are NaN or infinite and "
-                "cannot be quantized. The checkpoint is damaged or its dtype is too narrow: load "
-                "another one, or list the module in modules_to_not_convert."
-            )
         for rows, matrix in arrangement.parts(weight):
-            for field, part in zip(result.stored.tensors, _quantized(matrix, spec), strict=True):
-                field[rows] = part
+            fields = [field[rows] for field in result.stored.tensors]
+            columns = _shared_columns(matrix, spec) if spec.matmul == "int8" else None
+            for tile in layout.row_tiles(*matrix.shape):
+                parts = _quantized(matrix[tile], spec, columns)
+                for field, part in zip(fields, parts, strict=True):
+                    field[tile] = part
         return result
 
     @classmethod
@@ -228,7 +219,7 @@ class QFTWeight(Int8Tensor):
         n_kept = min(len(self), len(values))
         fields = {name: field[:n_kept].clone() for name, field in self.fields().items()}
         if len(values) > n_kept:
-            columns = self.outlier_columns[:1].long() if spec.matmul == "int8" else None
+            columns = self.outlier_columns[0].long() if spec.matmul == "int8" else None
             added = _quantized(values.detach()[n_kept:], spec, columns)
             fields = {
                 name: torch.cat([field, part.to(field.dtype)])
@@ -409,18 +400,48 @@ def _clamp_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return weight
 
 
-def _quantized(
-    matrix: Tensor, spec: QuantizationSpec, columns: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return codes, scales, outliers and outlier columns of a finite float matrix.
+def check_quantizable(name: str, weight: Tensor, arrangement: Arrangement) -> None:
+    """Raise ValueError, with the name, if a value is NaN or infinite, or there are too many.
 
     Args:
-        matrix: `[rows, columns]`.
-        spec: The format.
-        columns: Outlier columns of all rows: int64 `[1, n_outliers]`; None: they are chosen here.
+        name: Name of the weight.
+        weight: fp32, bf16 or fp16, of the shape of the arrangement; on the meta device only the
+            shape is checked.
+        arrangement: How it is stored.
     """
-    dense = matrix.contiguous().float()
-    index = _outlier_columns(dense, spec) if columns is None else columns.expand(len(dense), -1)
+    if not fits(*arrangement.matrix_shape):
+        raise ValueError(
+            f"{name} has {weight.numel():,} values in rows of {arrangement.columns:,}, which are "
+            "more than the INT8 kernels can count. List its module in modules_to_not_convert, "
+            "which keeps it float."
+        )
+    if weight.is_meta or all(isfinite(end) for end in weight.aminmax()):
+        return
+    count = weight.numel() - int(weight.isfinite().sum())
+    raise ValueError(
+        f"{name} has {count} of {weight.numel()} values that are NaN or infinite and "
+        "cannot be quantized. The checkpoint is damaged or its dtype is too narrow: load "
+        "another one, or list the module in modules_to_not_convert."
+    )
+
+
+def _quantized(
+    rows: Tensor, spec: QuantizationSpec, columns: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return codes, scales, outliers and outlier columns of finite float rows.
+
+    Args:
+        rows: `[n, columns]`.
+        spec: The format.
+        columns: Outlier columns of all rows, int64 `[n_outliers]`; None: those of the largest
+            magnitudes of each row.
+    """
+    dense = rows.contiguous().float()
+    if columns is None:
+        n_outliers = outliers_per_row(dense.shape[1], spec.outlier_fraction)
+        index = dense.abs().topk(n_outliers, dim=1).indices.sort(dim=1).values
+    else:
+        index = columns.expand(len(dense), -1)
     values = dense.gather(1, index)
     if index.shape[1]:
         dense = dense.scatter(1, index, 0.0)
@@ -428,19 +449,18 @@ def _quantized(
     return codes, scales, values, index
 
 
-def _outlier_columns(weight: Tensor, spec: QuantizationSpec) -> Tensor:
-    """Return the columns of each row that stay float: int64 `[rows, n_outliers]`, ascending.
+def _shared_columns(matrix: Tensor, spec: QuantizationSpec) -> Tensor:
+    """Return the columns of a matrix that stay float for INT8 products: int64 `[n_outliers]`.
 
-    They are those of each row's largest magnitudes. For INT8 products all rows have the same
-    columns: those with the largest value relative to the norm of its row. Such a value sets the
+    They are those with the largest value relative to the norm of its row. Such a value sets the
     scale of its row, and the scales of the weight are folded into the output gradient before that
     is quantized, so a row with a large scale leaves the others fewer codes.
     """
-    rows, columns = weight.shape
-    n_outliers = outliers_per_row(columns, spec.outlier_fraction)
-    size = weight.abs()
-    if spec.matmul == "int8":
-        norm = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
-        size = size.div_(norm.clamp_min_(1e-30)).amax(dim=0, keepdim=True)  # a row may be zeros
-    index = size.topk(n_outliers, dim=1).indices.sort(dim=1).values
-    return index.expand(rows, n_outliers).contiguous()
+    columns = matrix.shape[1]
+    largest = matrix.new_zeros(columns, dtype=torch.float32)
+    for tile in layout.row_tiles(*matrix.shape):
+        dense = matrix[tile].contiguous().float()
+        norm = torch.linalg.vector_norm(dense, dim=1, keepdim=True)
+        relative = dense.abs().div_(norm.clamp_min_(1e-30))  # a row may be zeros
+        largest = largest.maximum(relative.amax(dim=0))
+    return largest.topk(outliers_per_row(columns, spec.outlier_fraction)).indices.sort().values

@@ -23,6 +23,12 @@ SIZES: dict[str, Any] = {
 }
 NO_DROPOUT = {"attention_dropout": 0.0, "dropout": 0.0, "activation_dropout": 0.0}
 EXPERTS = {"moe_intermediate_size": 40, "num_experts_per_tok": 2}
+# Each layer has its own embedding of each token, and the last two share keys and values.
+GEMMA_PER_LAYER = {
+    "head_dim": 12, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
 SEQ2SEQ = {
     **NO_DROPOUT, "d_model": 48, "encoder_layers": 1, "decoder_layers": 1,
     "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 72,
@@ -106,6 +112,18 @@ OF_TEXT = {
         "Gemma": (Causal, hf.GemmaConfig, {"head_dim": 12}),
         "Gemma 2": (Causal, hf.Gemma2Config, {"head_dim": 12}),
         "Gemma 3": (Causal, hf.Gemma3TextConfig, {"head_dim": 12}),
+        "Gemma 3n": (Causal, hf.Gemma3nTextConfig, GEMMA_PER_LAYER | {
+            "altup_num_inputs": 2, "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0],
+        }),
+        "Gemma 4": (Causal, hf.Gemma4TextConfig, GEMMA_PER_LAYER | {
+            "global_head_dim": 24, "use_double_wide_mlp": True,
+        }),
+        "Gemma 4, MoE": (Causal, hf.Gemma4TextConfig, {
+            "head_dim": 12, "global_head_dim": 24, "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True, "num_global_key_value_heads": 1, "enable_moe_block": True,
+            "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
+        }),
         "Falcon": (Causal, hf.FalconConfig, {"new_decoder_architecture": False, "num_kv_heads": 4}),
         "GPT-2": (Causal, hf.GPT2Config, {
             "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64,

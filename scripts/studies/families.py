@@ -39,6 +39,7 @@ REAL: dict[str, tuple[Any, Any]] = {
         vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
         num_attention_heads=4, num_key_value_heads=1, head_dim=256,
     )),
+    "Gemma-3n-E4B": (Causal, hf.Gemma3nTextConfig()),
     "GPT-2": (Causal, hf.GPT2Config()),
     "Qwen3-30B-A3B": (Causal, hf.Qwen3MoeConfig(
         vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768,

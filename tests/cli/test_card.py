@@ -69,8 +69,8 @@ def test_a_card_that_was_edited_by_hand_is_read_as_far_as_it_can_be(
 ):
     finetune(parsed(chat_flags))
     page = Path(chat_flags["output_dir"]) / "README.md"
-    text = page.read_text()
-    page.write_text(f"---\n{front}\n---\n{text[text.index('<!--') :]}")
+    _, _, text = page.read_text().split("---\n", 2)
+    page.write_text(f"---\n{front}\n---\n{text}")
     main(["card", str(page.parent), "--license=mit"])
     card = ModelCard.load(page).data
     assert (card.license, card.language, card.base_model) == ("mit", language, None)
@@ -85,13 +85,18 @@ def test_the_license_is_that_of_the_base(chat_flags):
 
 
 def test_a_page_of_somebody_s_own_stays(chat_flags, capsys):
+    """Its own page, or the card with an introduction of the user's."""
     finetune(parsed(chat_flags))
     page = Path(chat_flags["output_dir"]) / "README.md"
-    page.write_text("# Mine\n")
-    with pytest.raises(SystemExit):
-        main(["card", str(page.parent)])
-    assert "was not written by qft_hf, and stays as it is" in capsys.readouterr().err
-    assert page.read_text() == "# Mine\n"
+    for own in (
+        "# Mine\n",
+        page.read_text().replace("## Results", "It speaks Welsh.\n\n## Results"),
+    ):
+        page.write_text(own)
+        with pytest.raises(SystemExit):
+            main(["card", str(page.parent)])
+        assert "so it stays as it is. Move it away" in capsys.readouterr().err
+        assert page.read_text() == own
 
 
 def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):

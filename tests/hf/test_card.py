@@ -175,3 +175,28 @@ def test_a_card_of_ours_is_known_from_somebody_s_page(tmp_path):
     assert is_card(page)
     head = page.read_text().split("---")[1]
     assert yaml.safe_load(head)["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "known"),
+    [
+        (
+            "license: apache-2.0",
+            "license: mit",
+            True,
+        ),  # metadata are kept by whoever writes it again
+        ("\n", "\r\n", True),
+        ("# ", "My notes.\n\n# ", False),
+        ("## License", "My notes.\n\n## License", False),
+        (" -->\n", " -->\n\nMy notes.\n", False),
+    ],
+    ids=["metadata", "line ends", "above", "within", "below"],
+)
+def test_a_card_whose_text_was_changed_is_not_one_of_ours(old, new, known, tmp_path):
+    """It was written again, without what the user had added."""
+    page = tmp_path / "README.md"
+    write_card(page, FACTS)
+    written = page.read_bytes().decode()
+    assert old in written
+    page.write_bytes(written.replace(old, new, 1 if "notes" in new else -1).encode())
+    assert is_card(page) == known

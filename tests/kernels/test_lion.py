@@ -464,7 +464,11 @@ def test_a_packed_momentum_needs_gradient_groups_that_hold_its_own(state_group_s
         lion_step_(kernels, state)
 
 
-def test_a_matrix_with_too_many_elements_is_refused():
+@pytest.mark.parametrize(
+    ("most", "more"), [((2**31 - 1, 1), (2**31, 1)), ((2**20, 2**14), (2**20, 2**14 + 1))]
+)
+def test_a_matrix_with_too_many_elements_is_refused(most, more):
+    """More rows than programs of a launch, or more random numbers than the counter has."""
+    check_matrix("x", torch.empty(most, dtype=torch.int8, device="meta"), (torch.int8,))
     with pytest.raises(ValueError, match="Split the matrix into several row blocks"):
-        check_matrix("x", torch.empty(2**16, 2**15, dtype=torch.int8, device="meta"), (torch.int8,))
-    check_matrix("x", torch.empty(2**16 - 1, 2**15, dtype=torch.int8, device="meta"), (torch.int8,))
+        check_matrix("x", torch.empty(more, dtype=torch.int8, device="meta"), (torch.int8,))

@@ -161,9 +161,19 @@ def test_a_weight_that_is_not_finite_is_named(bad):
 
 def test_a_weight_of_too_many_values_is_named():
     """The error once named only the operand of a kernel."""
-    x = torch.empty(4, 2**15, 2**14, device="meta")
-    with pytest.raises(ValueError, match=r"experts has 2,147,483,648 values.*List its module in"):
+    x = torch.empty(33, 2**15, 2**14, device="meta")
+    with pytest.raises(ValueError, match=r"experts has 17,716,740,096 values.*List its module in"):
         QFTWeight.from_float(x, SPECS[0], name="experts")
+    QFTWeight.from_float(x[:32], SPECS[0])
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_rows_are_quantized_a_few_at_a_time(spec, monkeypatch):
+    """A large table took three times its size in FP32 beside it."""
+    x = heavy_tailed(dtype=torch.bfloat16)
+    whole = QFTWeight.from_float(x, spec)
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", 3 * x.shape[1])
+    assert_same_weight(QFTWeight.from_float(x, spec), whole)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -132,8 +132,8 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
     if foreign:
         raise FileExistsError(
             f"{output_dir} holds {', '.join(foreign[:_SHOWN])}, which no run of qft_hf is known to "
-            "have written, and which this run would replace. Choose another output_dir, or move "
-            "them away: overwrite_output replaces only runs."
+            "have written as it is now, and which this run would replace. Choose another "
+            "output_dir, or move them away: overwrite_output replaces only runs."
         )
     if written and not overwrite and not resumes_here:
         raise FileExistsError(

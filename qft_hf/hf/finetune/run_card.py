@@ -40,14 +40,15 @@ def write_run_card(output_dir: Path, known: Mapping[str, Any]) -> Path:
 
     Raises:
         FileNotFoundError: The folder holds no finished run.
-        FileExistsError: Its `README.md` was not written by qft_hf.
+        FileExistsError: Its `README.md` was not written by qft_hf, or its text was changed since.
         ValueError: A file of the run is damaged, or from a version of qft_hf whose summary has too
             little for a card.
     """
     path = output_dir / CARD
     if path.exists() and not is_card(path):
         raise FileExistsError(
-            f"{path} was not written by qft_hf, and stays as it is. Move it away first."
+            f"{path} was not written by qft_hf, or its text was changed since, so it stays as it "
+            "is. Move it away first, and then what you wrote into the new one."
         )
     facts = facts_of_run(output_dir)
     facts |= {key: value for key, value in known.items() if value is not None}
