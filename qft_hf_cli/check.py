@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     from qft_hf.hf.finetune.check import check
 
     with output_for(as_json=as_json):
-        found = check(parse_arguments(argv))
+        found = check(parse_arguments(argv, command="check"))
     if as_json:
         show_json(found.as_dict())
     else:

@@ -25,7 +25,7 @@ def main(argv: list[str]) -> None:
     from qft_hf.hf.finetune.evaluate import evaluate_checkpoint
 
     with output_for(as_json=as_json):
-        found = evaluate_checkpoint(parse_arguments(flags_of(argv)))
+        found = evaluate_checkpoint(parse_arguments(flags_of(argv), command="evaluate"))
     if as_json:
         show_json(asdict(found))
     else:

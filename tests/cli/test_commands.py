@@ -95,6 +95,14 @@ def test_an_unknown_command_lists_those_that_there_are(capsys):
     assert "no command 'tune'. Commands: plan, " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["check", "finetune", "evaluate"])
+def test_a_wrong_value_is_reported_by_the_command_that_was_called(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--max_steps", "many"])
+    assert ended.value.code == 2
+    assert f"qft-hf {command}: error: argument --max_steps" in capsys.readouterr().err
+
+
 def test_what_is_refused_is_said_without_a_traceback(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["finetune", "nowhere.yaml"])

@@ -240,6 +240,14 @@ def test_a_prompt_of_turns_is_given_not_learned():
         ({"prompt": ASKED[:1], "response": "b", "history": [["c", "d"]]}, "field 'history'"),
         ({"instruction": ASKED[:1], "output": "b", "input": "c"}, "field 'input'"),
         ({"instruction": "a", "output": "b", "input": ["c"]}, "not a text: 'input' must be a text"),
+        (
+            {"messages": ASKED, "functions": [{"name": "f"}]},
+            "field 'functions': write them as `tools`",
+        ),
+        (
+            {"prompt": "a", "response": "b", "chat_template_kwargs": {"enable_thinking": False}},
+            "field 'chat_template_kwargs': templates get no options of a row",
+        ),
         ({"question": "a", "answer": "b", "system": 5}, "not a text: 'system' must .* text, got 5"),
         (
             {"messages": [{"role": "user", "content": ["a", {"type": "image", "image": "b"}]}]},

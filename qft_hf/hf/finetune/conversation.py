@@ -31,6 +31,11 @@ QUESTION_AND_ANSWER = (  # columns
     ("question", "answer"),
     ("query", "response"),
 )
+_REFUSED = {  # columns that would change the text, with what to write instead
+    "functions": "write them as `tools`: a list of {'type': 'function', 'function': ...}",
+    "chat_template_kwargs": "templates get no options of a row; remove the field, or put what it "
+    "does into the chat template",
+}
 _ROW_MARKS = ("weight", "train")  # columns
 # Keys of a message, also of Axolotl (`training`) and ms-swift (`loss`).
 _MESSAGE_MARKS = (*_ROW_MARKS, "training", "loss")
@@ -74,6 +79,9 @@ def read_conversation(
         messages, n_given = _question_and_answer(row, prompt_field, answer_field)
     else:
         messages, n_given = _messages(row, messages_field)
+    for field, instead in _REFUSED.items():
+        if row.get(field):
+            raise RowError(f"field {field!r}", f"{instead}.")
     learned = _is_learned(row, _ROW_MARKS)
     read = [_read_message(message) for message in messages]
     turns = [turn for turn, _ in read]

@@ -95,12 +95,15 @@ class RunArguments:
         return with_paths(self.given, whole) | (output_dir if "output_dir" in self.given else {})
 
 
-def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> RunArguments:
+def parse_arguments(
+    argv: Sequence[str], *, command: str = "finetune", description: str | None = None
+) -> RunArguments:
     """Read `[CONFIG] [--flag value ...]`.
 
     Args:
         argv: The command line without the program. A config comes first, a YAML file or the name of
             one that ships with the package; flags override it.
+        command: The command of `qft-hf` that errors of argparse name.
         description: Text for `--help`.
 
     Raises:
@@ -121,10 +124,10 @@ def parse_arguments(argv: Sequence[str], *, description: str | None = None) -> R
         _require_known(name, "flag")
     flags = [*side_flags(flags, _names(flags)), *flags]
 
-    given = with_paths(_given(flags), expanded)
+    given = with_paths(_given(flags, command), expanded)
     _require_possible(given)
     try:
-        *groups, rest = _parser(description=description).parse_args_into_dataclasses(
+        *groups, rest = _parser(command, description=description).parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
     except (
@@ -150,19 +153,19 @@ def _names(flags: list[str]) -> list[str]:
     return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag[:2] == "--"]
 
 
-def _parser(**settings: Any) -> HfArgumentParser:
+def _parser(command: str, **settings: Any) -> HfArgumentParser:
     return HfArgumentParser(
         GROUPS,
-        prog="qft-hf finetune",
+        prog=f"qft-hf {command}",
         usage="%(prog)s [CONFIG.yaml] [--flag value ...]",
         allow_abbrev=False,
         **settings,
     )
 
 
-def _given(flags: list[str]) -> dict[str, Any]:
+def _given(flags: list[str], command: str) -> dict[str, Any]:
     """Return the values of the flags alone, without defaults."""
-    parser = _parser(add_help=False)  # not the main one, whose help shows the defaults
+    parser = _parser(command, add_help=False)  # not the main one, whose help shows the defaults
     for action in parser._actions:
         action.default, action.required = SUPPRESS, False
     return vars(parser.parse_known_args(flags)[0])
