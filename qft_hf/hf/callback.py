@@ -23,6 +23,7 @@ from .optimizers import (
     connect_to_trainer_,
     is_ours,
     named_optimizer,
+    note_on_default_rate,
     refuse_conflicting_options,
     refuse_retries,
 )
@@ -87,6 +88,8 @@ class QFTCallback(TrainerCallback):
         refuse_conflicting_options(
             args, inner, resumed_from=before if state.global_step > 0 else None
         )
+        if note := note_on_default_rate(args):
+            logger.warning(note)
         if self.writes_in_place and getattr(args, "cuda_graph", False):
             raise ValueError(
                 "cuda_graph=True was set, and transformers.Trainer captures no graphs. Use "

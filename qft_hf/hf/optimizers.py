@@ -344,6 +344,23 @@ def _default(entry: NamedOptimizer, option: str) -> Any:
     return parameters[option].default
 
 
+def note_on_default_rate(args: TrainingArguments) -> str | None:
+    """Return a warning if the rate is the default of `args`, and too high for the optimizer."""
+    optimizer, default = (
+        named_optimizer(args),
+        type(args).__dataclass_fields__["learning_rate"].default,
+    )
+    if optimizer is None or optimizer.learning_rate is None or default != args.learning_rate:
+        return None
+    if default <= optimizer.learning_rate:
+        return None
+    return (
+        f"learning_rate is {default:g}, the default of {type(args).__name__}, which is meant for "
+        f"AdamW; for {optimizer_name(args)} begin with {optimizer.learning_rate:g}, the default of "
+        "QFTTrainingArguments"
+    )
+
+
 def _stock_default(field: str) -> Any:
     return TrainingArguments.__dataclass_fields__[field].default
 

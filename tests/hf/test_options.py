@@ -250,6 +250,29 @@ def test_a_rate_that_is_set_later_is_checked_when_the_optimizer_is_made(tmp_path
 
 
 @pytest.mark.parametrize(
+    ("optim", "rate", "warns"),
+    [
+        ("qft_lion", None, True),
+        ("qft_lion", 1e-4, False),
+        ("qft_adamw", None, False),
+        ("qft_sgd", None, False),
+    ],
+)
+@pytest.mark.parametrize("cls", [TrainingArguments, QFTTrainingArguments])
+def test_a_default_that_is_too_high_for_the_optimizer_is_reported(
+    cls, optim, rate, warns, tmp_path, caplog
+):
+    """The stock default, 5e-5, is five times the one that suits Lion."""
+    if optim == "qft_sgd" and cls is QFTTrainingArguments:
+        rate = 1e-3  # it has no default there
+    given = {} if rate is None else {"learning_rate": rate}
+    args = cls(tmp_path, optim=optim, max_steps=1, report_to="none", use_cpu=True, **given)
+    Trainer(tiny_llama(), args, train_dataset=sequences(8)).train()
+    is_reported = "begin with 1e-05, the default of QFTTrainingArguments" in caplog.text
+    assert is_reported == (warns and cls is TrainingArguments)
+
+
+@pytest.mark.parametrize(
     ("name", "value", "advice"),
     [
         ("adam_beta1", 0.8, r"Set beta1=0\.8 in QFTTrainingArguments, or optim_args='beta1=0\.8'"),
