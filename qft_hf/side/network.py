@@ -203,8 +203,8 @@ def _side_layer(layer_class: type[nn.Module], sizes: Any, number: int) -> nn.Mod
     except Exception as error:
         raise ValueError(
             f"{layer_class.__name__} cannot be built at width {sizes.hidden_size} with "
-            f"{sizes.num_attention_heads} heads: {error} Choose another r, or a model of another "
-            "family."
+            f"{sizes.num_attention_heads} heads: {str(error).rstrip('.')}. Choose another r, or a "
+            "model of another family."
         ) from error
     shift_layer_numbers_(layer, by=sizes.num_hidden_layers)
     return layer
