@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def runs(tmp_path_factory):
     """Run all on CPU and device in another process, since a process cannot remove the device."""
     file = tmp_path_factory.mktemp("device") / "runs.pt"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.device", file], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-m", "tests.hf.device", file], cwd=REPOSITORY, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(file)  # contains nothing that imports the device into this process

@@ -23,7 +23,7 @@ from transformers import (
 
 import qft_hf
 from qft_hf import QFTSGD, QFTAdamW, QFTConfig, QFTLion, QFTTrainer, QFTTrainingArguments, QSTConfig
-from tests.device.absent import CPU, held, waits
+from tests.hf.device.absent import CPU, held, waits
 from tests.models import VOCAB_SIZE, tiny_llama
 
 Run = Callable[[torch.device], dict[str, Any]]

@@ -1,6 +1,6 @@
 """Run everything on the CPU and on the device, and save the results.
 
-python -m tests.device FILE [NAME ...]
+python -m tests.hf.device FILE [NAME ...]
 """
 
 import gc
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from tests.device.absent import CPU, DEVICE
-from tests.device.scenarios import RUNS
+from tests.hf.device.absent import CPU, DEVICE
+from tests.hf.device.scenarios import RUNS
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
