@@ -11,7 +11,7 @@ from ..side import layer_stack
 from .config import QUANT_METHOD, QFTConfig, quantization_method
 
 BASES = ("nf4", "int8", "float")
-FORMS = {"bitsandbytes": "nf4", QUANT_METHOD: "int8", None: "float"}  # by quantization method
+FORMS = {"bitsandbytes": "nf4", QUANT_METHOD: "int8", None: "float"}  # by `quantization_name`
 
 
 def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> Any:
@@ -48,9 +48,27 @@ def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> An
 
 
 def stored_format(config: Any) -> str:
-    """Return how a configuration's model is stored: one of `BASES`, or another method's name."""
-    method = quantization_method(config)
-    return FORMS.get(method, str(method))
+    """Return how a configuration's model is stored: one of `BASES`, or the name of a format."""
+    name = quantization_name(config)
+    return FORMS.get(name, str(name))
+
+
+def quantization_name(config: Any) -> str | None:
+    """Return the name of the format that a model is stored in; None for float.
+
+    It is the name of the quantization method, to which bitsandbytes' formats other than NF4 add
+    theirs: `"bitsandbytes fp4"`, `"bitsandbytes int8"`.
+
+    Args:
+        config: The model's configuration or its quantizer: what holds a `quantization_config`.
+    """
+    method: str | None = quantization_method(config)
+    if method != "bitsandbytes":
+        return method
+    said = config.quantization_config
+    said = said if isinstance(said, dict) else said.to_dict()
+    form = "int8" if said.get("load_in_8bit") else said.get("bnb_4bit_quant_type", "fp4")
+    return method if form == "nf4" else f"{method} {form}"
 
 
 def require_bitsandbytes() -> None:
