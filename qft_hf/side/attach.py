@@ -69,7 +69,7 @@ def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
     network.frozen = tuple(child for child in model.children() if child not in heads.values())
     network.follow(runner, layers)
     model.add_module(NAME, network)
-    model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
+    model.register_forward_pre_hook(_refuse_call, with_kwargs=True)
     network.train(model.training)
     return model
 
@@ -149,8 +149,17 @@ def _refuse(model: Any) -> None:
         )
 
 
-def _refuse_labels(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError if the shape of labels does not fit the head; values are not checked."""
+def _refuse_call(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if the model has got adapters, or the shape of labels does not fit its head.
+
+    Values of labels are not checked.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{type(model).__name__} has got PEFT adapters beside its side network, which would "
+            "stay untrained, as would adapters in the frozen base. Leave peft_config out, or load "
+            "the base without a side network."
+        )
     labels, ids = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None)
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor):
         return

@@ -459,6 +459,22 @@ def test_models_that_cannot_have_one_are_refused_by_name_and_unchanged(kind):
     assert before == [(name, p.requires_grad) for name, p in model.named_parameters()]
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adapters_that_come_after_it_are_refused_too(wrapped):
+    """They froze the side network, as TRL's `peft_config` does, and next to nothing was trained."""
+    from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+
+    model = attach_side_network(decoder("Llama"), CONFIG)
+    adapters = LoraConfig(target_modules=["q_proj"])
+    if wrapped:
+        model = get_peft_model(model, adapters)
+    else:
+        model = inject_adapter_in_model(adapters, model)  # as add_adapter of transformers does
+
+    with pytest.raises(ValueError, match=r"PEFT adapters beside its .* Leave peft_config out"):
+        model(input_ids=texts(), labels=texts())
+
+
 def test_an_r_that_does_not_fit_is_refused_and_the_model_is_unchanged():
     model = decoder("Llama")
 
