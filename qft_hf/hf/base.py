@@ -1,5 +1,6 @@
 """The frozen base of a side network: the formats that it is stored and loaded in."""
 
+import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,8 +11,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..side import layer_stack
 from .config import QUANT_METHOD, QFTConfig, quantization_method
 
+logger = logging.getLogger(__name__)
+
 BASES = ("nf4", "int8", "float")
-FORMS = {"bitsandbytes": "nf4", QUANT_METHOD: "int8", None: "float"}  # by quantization method
+FORMS = {"bitsandbytes": "nf4", QUANT_METHOD: "int8", None: "float"}  # by `quantization_name`
 
 
 def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> Any:
@@ -38,6 +41,7 @@ def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> An
     if base == "int8":
         return config or QFTConfig()
     require_bitsandbytes()
+    _warn_of_floats(model)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -48,9 +52,27 @@ def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> An
 
 
 def stored_format(config: Any) -> str:
-    """Return how a configuration's model is stored: one of `BASES`, or another method's name."""
-    method = quantization_method(config)
-    return FORMS.get(method, str(method))
+    """Return how a configuration's model is stored: one of `BASES`, or the name of a format."""
+    name = quantization_name(config)
+    return FORMS.get(name, str(name))
+
+
+def quantization_name(config: Any) -> str | None:
+    """Return the name of the format that a model is stored in; None for float.
+
+    It is the name of the quantization method, to which bitsandbytes' formats other than NF4 add
+    theirs: `"bitsandbytes fp4"`, `"bitsandbytes int8"`.
+
+    Args:
+        config: The model's configuration or its quantizer: what holds a `quantization_config`.
+    """
+    method: str | None = quantization_method(config)
+    if method != "bitsandbytes":
+        return method
+    said = config.quantization_config
+    said = said if isinstance(said, dict) else said.to_dict()
+    form = "int8" if said.get("load_in_8bit") else said.get("bnb_4bit_quant_type", "fp4")
+    return method if form == "nf4" else f"{method} {form}"
 
 
 def require_bitsandbytes() -> None:
@@ -78,6 +100,20 @@ def nf4_weights(model: Any) -> list[Tensor]:
         if (isinstance(module, Conv1D) or type(module) is nn.Linear)
         and should_convert_module(name, kept)
     ]
+
+
+def _warn_of_floats(model: Any) -> None:
+    """Warn if most of the layers stays float, as experts that are one parameter do."""
+    _, layers = layer_stack(model)
+    total = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    stored = sum(weight.numel() for weight in nf4_weights(model))
+    if stored < total / 2:
+        logger.warning(
+            "base=nf4 stores only %.1f%% of the layers of %s in 4 bits: bitsandbytes leaves "
+            "experts float. base=int8 stores them in INT8",
+            100 * stored / total,
+            type(model).__name__,
+        )
 
 
 def _kept(model: Any) -> list[str]:

@@ -129,9 +129,11 @@ def _text(facts: CardFacts) -> str:
     on = f" on {', '.join(learned)}" if learned else ""
     version = facts.versions.get("qft_hf", __version__)
     if facts.side:
+        form = facts.side["base"]
+        stored_as = _IN_WORDS.get(form, f"as {form}")
         what = (
             f"A side network of {trained:,} parameters beside {base}, a `{facts.architecture}` of "
-            f"{total - trained:,}, which stayed frozen, stored {_IN_WORDS[facts.side['base']]}, "
+            f"{total - trained:,}, which stayed frozen, stored {stored_as}, "
             f"and is not in this repository. It was trained{on} by quantized side tuning (QST, "
             f"arXiv:2401.07159), with qft_hf {version}."
         )

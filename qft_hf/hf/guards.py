@@ -5,6 +5,9 @@ transformers ignores tensors in a file that it does not know, and fills in rando
 whose `config.json` does not declare it, and saving into a folder with an INT8 model replaces all of
 it or nothing. Both wrap methods of `PreTrainedModel`: nothing else is called for every model.
 
+Some models set the padding row of their embedding to zero at the end of loading, even if the row
+was in the checkpoint. A row of an INT8 weight stays as it was loaded.
+
 Three more functions look for parameters by names that INT8 weights do not have: Accelerate's
 loading, that of safetensors, and the stock Trainer's loading of a checkpoint. They raise an error
 where they would leave a model as it was built, and the Trainer's warning about missing weights
@@ -15,8 +18,9 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..quant import View
 from .atomic_writes import atomic_folder
 from .compatibility import has_quantized_weights
 from .convert import prepared_for_saving
@@ -53,6 +57,11 @@ def refusing_int8(
     # In pickled files, names of tensors are not known before they are read.
     refuse_int8(loaded[0].unexpected_keys, of=model.name_or_path)
     return loaded
+
+
+def leaving_int8_rows(zero: Any, tensor: Tensor) -> Tensor:
+    """Make initialization leave rows of INT8 weights, which have no memory of their own."""
+    return tensor if isinstance(tensor, View) else zero(tensor)
 
 
 def warn_except_tied(warn: Any, self: Any, load_result: Any) -> None:

@@ -33,6 +33,7 @@ from ..side import (
 )
 from ..version import __version__
 from .atomic_writes import atomic_folder
+from .base import quantization_name
 from .card import is_card, marked_card
 from .config import QFTConfig
 from .convert import quantize_model_
@@ -223,15 +224,13 @@ def _base(model: Any) -> dict[str, Any]:
         if name not in _OF_A_USE and not name.endswith("_token_id")
     }
     text = json.dumps(config, sort_keys=True, default=str)
-    quantizer = getattr(model, "hf_quantizer", None)
-    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
     return {
         "name": _name(model),
         "architecture": type(model).__name__,
         "config_hash": hashlib.sha256(text.encode()).hexdigest(),
         "vectors_hash": _hash(model, of_dimensions=1),
         "rows_hash": _hash(model, of_dimensions=2),
-        "quantization": None if method is None else str(getattr(method, "value", method)),
+        "quantization": quantization_name(getattr(model, "hf_quantizer", None)),
     }
 
 

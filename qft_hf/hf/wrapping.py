@@ -11,7 +11,7 @@ import accelerate
 import safetensors.torch
 from accelerate import Accelerator, big_modeling
 from accelerate.utils import modeling
-from transformers import PreTrainedModel, Trainer, trainer
+from transformers import PreTrainedModel, Trainer, initialization, trainer
 
 from . import (
     clipping,
@@ -29,6 +29,7 @@ from . import (
 # a call. If a method has several wrappers, a later one contains the earlier ones.
 WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (PreTrainedModel, "_load_pretrained_model", guards.refusing_int8),
+    (initialization, "zeros_", guards.leaving_int8_rows),
     (PreTrainedModel, "save_pretrained", guards.writing_whole),
     (PreTrainedModel, "save_pretrained", side_network.saving_alone),
     (PreTrainedModel, "_get_resized_embeddings", resizing.resizing_int8),

@@ -2,6 +2,7 @@
 
 from .arrangement import Arrangement
 from .gradient import Int8Gradient, TiledGradient, Tiles, quantized
+from .reading import View
 from .tensor import Int8Tensor
 from .weight import ALL_ROWS, QFTWeight, check_quantizable
 
@@ -13,6 +14,7 @@ __all__ = [
     "QFTWeight",
     "TiledGradient",
     "Tiles",
+    "View",
     "check_quantizable",
     "quantized",
 ]

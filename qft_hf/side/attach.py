@@ -16,6 +16,11 @@ Model = TypeVar("Model", bound=nn.Module)
 NAME = "side_network"  # name of the module in its model
 # Layer arguments that encode positions in sizes of the base: a value for each head, or its width.
 BASE_SIZED_ARGUMENTS = ("alibi", "rel_embeddings", "position_bias")
+# Settings of families whose layers do not run as narrow layers with one expert, and why.
+UNFIT_SETTINGS = {
+    "hc_mult": "passes on several hidden states",  # DeepSeek-V4
+    "input_jitter_noise": "has a router that needs two experts or more",  # PhiMoE
+}
 
 
 def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
@@ -54,7 +59,7 @@ def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
     if device.type != "meta":
         with torch.no_grad():
             for module in network.layers.modules():
-                any_model._init_weights(module)
+                any_model.get_decoder()._init_weights(module)
     for head in heads.values():
         if any(isinstance(module, QuantizedModule) for module in head.modules()):
             dequantize_modules_(head, any_model.dtype)
@@ -64,7 +69,7 @@ def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
     network.frozen = tuple(child for child in model.children() if child not in heads.values())
     network.follow(runner, layers)
     model.add_module(NAME, network)
-    model.register_forward_pre_hook(_refuse_labels, with_kwargs=True)
+    model.register_forward_pre_hook(_refuse_call, with_kwargs=True)
     network.train(model.training)
     return model
 
@@ -144,8 +149,17 @@ def _refuse(model: Any) -> None:
         )
 
 
-def _refuse_labels(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    """Raise ValueError if the shape of labels does not fit the head; values are not checked."""
+def _refuse_call(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Raise ValueError if the model has got adapters, or the shape of labels does not fit its head.
+
+    Values of labels are not checked.
+    """
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{type(model).__name__} has got PEFT adapters beside its side network, which would "
+            "stay untrained, as would adapters in the frozen base. Leave peft_config out, or load "
+            "the base without a side network."
+        )
     labels, ids = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None)
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor):
         return
@@ -174,3 +188,17 @@ def _refuse_layers(layers: list[nn.Module], config: Any) -> None:
                 f"{type(layer).__name__} takes {found[0]}, which does not fit the sizes of a side "
                 "network. Choose a model with rotary or learned positions."
             )
+        unfit = [reason for name, reason in UNFIT_SETTINGS.items() if hasattr(config, name)]
+        if any(_is_state_space(module) for module in layer.modules()):
+            unfit = ["has a state space, whose heads have to fill its width"]
+        if unfit:
+            raise ValueError(
+                f"{type(layer).__name__} {unfit[0]}, so it cannot be a layer of a side network. "
+                "Train all parameters (method full), or choose another model."
+            )
+
+
+def _is_state_space(module: nn.Module) -> bool:
+    """Return whether a module is a mixer of Mamba-2."""
+    decay = getattr(module, "A_log", None)
+    return isinstance(decay, Tensor) and decay.ndim == 1 and hasattr(module, "D")

@@ -5,26 +5,31 @@ from typing import Any
 
 from .config import QSTConfig
 
-# Names in transformers for the width inside an MLP. `_make_dense_` handles the widths of experts.
-INTERMEDIATE = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "hidden_dim", "n_inner")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+# Names in transformers for the width inside an MLP or an expert.
+INTERMEDIATE = (
+    "intermediate_size", "ffn_dim", "ffn_hidden_size", "hidden_dim", "n_inner",
+    "moe_intermediate_size",
+)  # fmt: skip
+# Names for the number of experts, and of those that a token takes.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok")
 
 
 def side_config(config: Any, side: QSTConfig) -> Any:
     """Return the configuration from which the base's own layer class builds a side layer.
 
     It has as many layers, of width `hidden_size / r`. The number of heads is divided by `r` too,
-    and reduced to a divisor of the width, as some classes need. Heads keep their size, so the
-    base's rotary positions fit the side network as they are. A mixture of experts becomes dense: as
-    wide as the family's dense layers or, if it has none, as all experts of one token together.
+    those of linear attention included, and reduced to a divisor of the width, as some classes need.
+    Heads keep their size, so the base's rotary positions fit the side network as they are. A
+    mixture of experts becomes dense: as wide as the family's dense layers or, if it has none, as
+    all experts of one token together.
 
     Args:
         config: The transformers configuration of the base; not modified.
         side: The configuration of the side network.
 
     Raises:
-        ValueError: `r` does not divide the hidden size, `config` has no value for a layer size, or
-            gives each layer sizes of its own.
+        ValueError: `r` does not divide the hidden size, or `config` has no value for a layer size,
+            gives each layer sizes of its own, or is of a family whose router needs experts.
     """
     config = copy.deepcopy(config.get_text_config())
     if getattr(config, "is_heterogeneous", False) or any(
@@ -59,26 +64,39 @@ def side_config(config: Any, side: QSTConfig) -> Any:
     for name in INTERMEDIATE:
         if value := getattr(config, name, None):
             setattr(config, name, _divided(value, side.r))
-    _make_dense_(config, side.r)
+    if key_heads := getattr(config, "linear_num_key_heads", None):
+        for_each = config.linear_num_value_heads // key_heads
+        config.linear_num_key_heads = max(1, key_heads // side.r)
+        config.linear_num_value_heads = config.linear_num_key_heads * for_each
+    _make_dense_(config)
     return config
 
 
-def _make_dense_(config: Any, r: int) -> None:
+def _make_dense_(config: Any) -> None:
     """Make layers of a mixture of experts dense, or give them one expert for all tokens."""
     chosen = getattr(config, "num_experts_per_tok", None)
     if chosen is None:
         return
-    layers = list(range(config.num_hidden_layers))
-    if hasattr(config, "mlp_only_layers"):  # of Qwen
-        config.mlp_only_layers = layers
+    n_layers = config.num_hidden_layers
+    if hasattr(config, "mlp_layer_types"):  # of GLM-4.7-Flash
+        config.mlp_layer_types = ["dense"] * n_layers
+    elif hasattr(config, "mlp_only_layers"):  # of Qwen
+        config.mlp_only_layers = list(range(n_layers))
     elif hasattr(config, "first_k_dense_replace"):  # of DeepSeek
-        config.first_k_dense_replace = len(layers)
+        config.first_k_dense_replace = n_layers
+    elif hasattr(config, "n_group"):
+        raise ValueError(
+            f"The router of {type(config).__name__} compares groups of two experts or more, and a "
+            "layer of a side network has one. Train all parameters (method full), or choose "
+            "another model."
+        )
     else:
         for name in EXPERTS:
             if hasattr(config, name):
                 setattr(config, name, 1)
-        config.num_experts_per_tok = 1
-        config.intermediate_size *= chosen
+        own = "moe_intermediate_size"
+        width = own if hasattr(config, own) else "intermediate_size"
+        setattr(config, width, getattr(config, width) * chosen)
 
 
 def _divided(value: int, r: int) -> int:

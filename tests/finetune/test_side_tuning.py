@@ -7,9 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BertForMaskedLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertForMaskedLM,
+    BitsAndBytesConfig,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
-from qft_hf import QFTWeight, load_side_network, side_parameters
+from qft_hf import (
+    QFTWeight,
+    QSTConfig,
+    attach_side_network,
+    load_side_network,
+    side_parameters,
+)
 from qft_hf.hf.finetune import finetune, prepare
 from qft_hf.hf.finetune.check import check
 from qft_hf.hf.report import page, read_run
@@ -292,6 +304,38 @@ def test_a_base_that_is_quantized_stays_so_and_another_format_is_refused(flags):
     with pytest.raises(ValueError, match=r"base=nf4 was asked for, but .* already stored in int8"):
         prepare(parsed(flags, model_name_or_path="int8", base="nf4"))
     assert finetune(parsed(flags, model_name_or_path="int8")).side["base"] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("form", "stored"),
+    [
+        ({"load_in_8bit": True}, "bitsandbytes int8"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "bitsandbytes fp4"),
+    ],
+    ids=["8 bit", "fp4"],
+)
+def test_a_base_in_another_format_of_bitsandbytes_is_not_taken_for_nf4(form, stored, flags, capsys):
+    """Evaluating loaded a float base as NF4, and a run said that its base was NF4.
+
+    A run on a base of any other method, such as GPTQ, failed when it wrote its card.
+
+    Tests loaded bases in NF4 alone, the only format of bitsandbytes that a run makes.
+    """
+    quantized = BitsAndBytesConfig(**form)
+    model = AutoModelForCausalLM.from_pretrained("model", quantization_config=quantized)
+    model.save_pretrained("stored")
+    tiny_tokenizer().save_pretrained("stored")
+    attach_side_network(model, QSTConfig(r=4)).save_pretrained("side")
+    tiny_tokenizer().save_pretrained("side")
+
+    with pytest.raises(SystemExit):
+        main(["evaluate", "side", "--eval_data", "eval.jsonl"])
+    assert re.search(f"a base that {stored} has quantized. Load the base", capsys.readouterr().err)
+    with pytest.raises(ValueError, match=f"base=nf4 was asked .* already stored in {stored}"):
+        prepare(parsed(flags, model_name_or_path="stored", base="nf4"))
+    assert finetune(parsed(flags, model_name_or_path="stored")).side["base"] == stored
+    assert f"stayed frozen, stored as {stored}, and" in Path("run/README.md").read_text()
+    main(["evaluate", "run"])
 
 
 def test_a_base_that_has_gone_is_named(flags, capsys):

@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    MixtralConfig,
 )
 
 from qft_hf import QFTConfig, QFTWeight, memory_ledger
@@ -64,6 +66,27 @@ def test_the_weights_that_are_counted_are_those_that_transformers_stores_in_nf4(
     shapes = [p.numel() for n, p in model.named_parameters() if n in names]
     assert rows["NF4 weights"] == sum(nf4_bytes(n)[0] for n in shapes)
     assert rows["NF4 scales"] == sum(nf4_bytes(n)[1] for n in shapes)
+
+
+@pytest.mark.parametrize("has_experts", [False, True])
+def test_a_base_of_which_most_would_stay_float_in_nf4_is_reported(has_experts, tmp_path, caplog):
+    """A mixture of experts was loaded at nearly its float size, as the base that was to be small.
+
+    Only `qft-hf plan` and `qft-hf check` said so, by their numbers.
+    """
+    sizes = {"vocab_size": 131, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 128, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, num_local_experts=4) if has_experts else LlamaConfig(**sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+
+    quantization = base_format("nf4", model)
+
+    loaded = type(model).from_pretrained(tmp_path, quantization_config=quantization)
+    floats = sum(p.numel() for p in loaded.model.layers.parameters() if p.is_floating_point())
+    all_of_them = sum(p.numel() for p in model.model.layers.parameters())
+    assert (floats > all_of_them / 2) == has_experts
+    assert ("leaves experts float. base=int8 stores them" in caplog.text) == has_experts
 
 
 def test_a_new_classifier_on_a_base_of_nf4_is_made_in_float(tmp_path):

@@ -12,10 +12,13 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
+    FunnelConfig,
     LlamaForCausalLM,
     LlamaModel,
+    YoutuConfig,
 )
 from transformers.trainer_utils import validate_quantization_for_training
 
@@ -34,6 +37,15 @@ FORMATS = [
     QFTConfig(group_size=7, outlier_fraction=0.05),
 ]
 DOWN = "model.layers.1.mlp.down_proj."
+YOUTU = {
+    "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+FUNNEL = {
+    "vocab_size": 40, "block_sizes": [1, 1], "num_decoder_layers": 1, "d_model": 16, "n_head": 2,
+    "d_head": 8, "d_inner": 24, "pad_token_id": 0,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -128,6 +140,24 @@ def test_tied_weight_that_is_in_the_file_twice_is_tied_again(tmp_path):
     edit_config(tmp_path, lambda config: config.update(tie_word_embeddings=True))
     model = load(tmp_path)
     assert model.lm_head.weight is not model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    ("auto", "config"),
+    [
+        (AutoModelForCausalLM, YoutuConfig(**YOUTU)),
+        (AutoModelForMaskedLM, FunnelConfig(**FUNNEL)),
+    ],
+    ids=["Youtu", "Funnel"],
+)
+def test_a_padding_row_is_loaded_by_families_that_reset_it(auto, config, tmp_path):
+    """They could be trained and saved, and loading them ended in a NotImplementedError."""
+    model = auto.from_config(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0.5
+    quantize_model_(model, QFTConfig()).save_pretrained(tmp_path)
+
+    assert_same_state(auto.from_pretrained(tmp_path).state_dict(), model.state_dict())
 
 
 def test_saving_into_the_folder_it_was_loaded_from(int8_folder):

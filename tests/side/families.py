@@ -20,6 +20,10 @@ SIZES = {
     "pad_token_id": 0,
 }
 EXPERTS = {"moe_intermediate_size": 40, "num_experts_per_tok": 2, "num_experts": 4}
+LINEAR_ATTENTION = {
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+}  # fmt: skip
 WINDOWS = {"head_dim": 12, "sliding_window": 8}  # shorter than the texts of the tests
 
 DECODERS: dict[str, Any] = {
@@ -38,6 +42,15 @@ DECODERS: dict[str, Any] = {
     ),
     "Mixtral": hf.MixtralConfig(**SIZES, num_experts_per_tok=2, num_local_experts=4),
     "Qwen3-MoE": hf.Qwen3MoeConfig(**SIZES, **EXPERTS),
+    "Qwen3.5": hf.Qwen3_5TextConfig(
+        **SIZES, **LINEAR_ATTENTION, head_dim=12,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    ),
+    "GLM-4.7-Flash": hf.Glm4MoeLiteConfig(
+        **SIZES | {"num_key_value_heads": 4}, moe_intermediate_size=40, num_experts_per_tok=2,
+        n_routed_experts=4, n_group=2, topk_group=1, q_lora_rank=24, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+    ),
 }  # fmt: skip
 
 

@@ -71,6 +71,35 @@ def test_the_side_of_a_mixture_of_experts_is_dense_and_as_wide_as_what_a_token_t
     assert (qwen.mlp_only_layers, qwen.intermediate_size) == ([0, 1, 2], 20)
 
 
+def test_experts_of_newer_families_become_dense_or_one_as_wide_as_those_that_a_token_takes():
+    """GLM-4.7-Flash failed in its first step, and experts of Ernie 4.5 were as wide as the base's.
+
+    No test of a family had experts whose layers are chosen by `mlp_layer_types`, or whose width has
+    a name of its own beside that of dense layers.
+    """
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 3}
+    experts = {**sizes, "intermediate_size": 80, "moe_intermediate_size": 20}
+    glm = side_config(hf.Glm4MoeLiteConfig(**experts), QSTConfig(r=4))
+    ernie = side_config(hf.Ernie4_5_MoeConfig(**experts, moe_k=6), QSTConfig(r=4))
+
+    assert (glm.mlp_layer_types, glm.intermediate_size) == (["dense"] * 3, 20)
+    assert (ernie.moe_num_experts, ernie.moe_k) == (1, 1)
+    assert (ernie.intermediate_size, ernie.moe_intermediate_size) == (20, 30)
+
+
+def test_a_router_that_compares_groups_of_experts_is_refused_if_layers_cannot_be_dense():
+    with pytest.raises(ValueError, match=r"router of SolarOpenConfig compares .*\(method full\)"):
+        side_config(hf.SolarOpenConfig(), QSTConfig(r=4))
+
+
+def test_heads_of_linear_attention_are_divided_and_each_keeps_its_values():
+    base = hf.Qwen3_5TextConfig(linear_num_key_heads=16, linear_num_value_heads=32)
+    fourth, all_of_them = (side_config(base, QSTConfig(r=r)) for r in (4, 32))
+
+    assert (fourth.linear_num_key_heads, fourth.linear_num_value_heads) == (4, 8)
+    assert (all_of_them.linear_num_key_heads, all_of_them.linear_num_value_heads) == (1, 2)
+
+
 @pytest.mark.parametrize(("r", "nearest"), [(7, 6), (11, 12), (17, 16), (1000, 576)])
 def test_an_r_that_does_not_divide_the_width_is_refused_with_the_nearest_that_does(r, nearest):
     base = hf.LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3)

@@ -13,7 +13,7 @@ from qft_hf import QFTConfig, quantize_model_
 from qft_hf.quant import QFTWeight
 from qft_hf.side import QSTConfig, attach_side_network, side_network_of, side_parameters
 from qft_hf.side.cache import make_room_
-from tests.side.families import SIZES, classifier, decoder, texts
+from tests.side.families import EXPERTS, LINEAR_ATTENTION, SIZES, classifier, decoder, texts
 from tests.side.test_families import CONFIG, disturbed_, logits, trained_
 from tests.tolerances import assert_same_bits
 
@@ -375,6 +375,32 @@ def test_llama_2_7b_gets_less_than_one_percent():
     assert 0.004 < own / sum(p.numel() for p in model.parameters()) < 0.01
 
 
+@pytest.mark.parametrize("n_experts", [0, 4])
+def test_of_a_vision_language_model_the_text_decoder_gets_one(n_experts):
+    """A vision tower with as many layers was taken for a second stack.
+
+    With experts, the configuration of the whole model has no `initializer_range`: a side network
+    ended in an AttributeError.
+    """
+    text = SIZES | LINEAR_ATTENTION | {"layer_types": ["linear_attention", "full_attention"]}
+    text |= {"num_hidden_layers": 2, "head_dim": 12}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+    vision |= {"out_hidden_size": 48, "num_position_embeddings": 16, "patch_size": 4}
+    if n_experts:
+        text |= EXPERTS | {"shared_expert_intermediate_size": 40}
+        config = hf.Qwen3_5MoeConfig(text_config=text, vision_config=vision)
+    else:
+        config = hf.Qwen3_5Config(text_config=text, vision_config=vision)
+    model = hf.AutoModelForImageTextToText.from_config(config).eval()
+    expected = logits(model, input_ids=texts())
+
+    attach_side_network(model, CONFIG)
+
+    assert_same_bits(logits(model, input_ids=texts()), expected)
+    losses = trained_(model, steps=6, labels=texts(), input_ids=texts())
+    assert losses[-1] < losses[0]
+
+
 def t5():
     return hf.T5ForConditionalGeneration(
         hf.T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=20, num_layers=2, num_heads=4)
@@ -383,6 +409,11 @@ def t5():
 
 def bloom():
     return hf.BloomForCausalLM(hf.BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=4))
+
+
+def meta(config):
+    with torch.device("meta"):
+        return hf.AutoModelForCausalLM.from_config(config)
 
 
 def with_adapters():
@@ -401,6 +432,18 @@ REFUSED = {
         bloom,
         "BloomBlock takes alibi, .* Choose a model with rotary or learned positions",
     ),
+    "Mamba-2": (
+        lambda: meta(hf.GraniteMoeHybridConfig(num_hidden_layers=1, layer_types=["mamba"])),
+        r"DecoderLayer has a state space, .*\(method full\), or choose another model",
+    ),
+    "a router of two": (
+        lambda: meta(hf.PhimoeConfig(num_hidden_layers=1)),
+        r"PhimoeDecoderLayer has a router that needs two experts or more, .* \(method full\)",
+    ),
+    "several hidden states": (
+        lambda: meta(hf.DeepseekV4Config(num_hidden_layers=1)),
+        r"DeepseekV4DecoderLayer passes on several hidden states, .* \(method full\)",
+    ),
 }  # fmt: skip
 
 
@@ -414,6 +457,22 @@ def test_models_that_cannot_have_one_are_refused_by_name_and_unchanged(kind):
         attach_side_network(model, CONFIG)
 
     assert before == [(name, p.requires_grad) for name, p in model.named_parameters()]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adapters_that_come_after_it_are_refused_too(wrapped):
+    """They froze the side network, as TRL's `peft_config` does, and next to nothing was trained."""
+    from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+
+    model = attach_side_network(decoder("Llama"), CONFIG)
+    adapters = LoraConfig(target_modules=["q_proj"])
+    if wrapped:
+        model = get_peft_model(model, adapters)
+    else:
+        model = inject_adapter_in_model(adapters, model)  # as add_adapter of transformers does
+
+    with pytest.raises(ValueError, match=r"PEFT adapters beside its .* Leave peft_config out"):
+        model(input_ids=texts(), labels=texts())
 
 
 def test_an_r_that_does_not_fit_is_refused_and_the_model_is_unchanged():

@@ -78,7 +78,7 @@ class SideCheckpoint:
     Attributes:
         folder: The folder.
         base: Folder or name on the Hub of the base.
-        form: How the base was stored; one of the values of `MethodArguments.base`.
+        quantization: The format that the base was stored in, as `quantization_name` returns it.
         config: Configuration of the side network.
         architecture: Class of the base.
         labels: Names of the outputs of the head that was trained with it; None without one.
@@ -86,17 +86,32 @@ class SideCheckpoint:
 
     folder: Path
     base: str
-    form: str
+    quantization: str | None
     config: QSTConfig
     architecture: str
     labels: dict[int, str] | None
+
+    @property
+    def form(self) -> str:
+        """How a float base is to be stored: a value of `MethodArguments.base`.
+
+        Raises:
+            ValueError: The base was stored in a format that this package does not make.
+        """
+        if self.quantization not in FORMS:
+            raise ValueError(
+                f"{self.folder} holds a side network of a base that {self.quantization} has "
+                "quantized. Load the base yourself, and call "
+                f"qft_hf.load_side_network(model, {str(self.folder)!r})."
+            )
+        return FORMS[self.quantization]
 
 
 def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
     """Return the description of the side network in a folder; None if there is none.
 
     Raises:
-        ValueError: The description is damaged, or the format of the base is unknown.
+        ValueError: The description is damaged.
     """
     folder = Path(place)
     if not is_side_network(folder):
@@ -105,22 +120,17 @@ def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
         said = json_object(folder / CONFIG_NAME)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}. {DAMAGED}") from error
-    name, method = said["base"]["name"], said["base"]["quantization"]
+    name, quantization = said["base"]["name"], said["base"]["quantization"]
     runs = [
         recorded_settings(home) for home in (folder, folder.resolve().parent)
     ]  # of a run, or of a checkpoint in it
     base = next((run["model_name_or_path"] for run in runs if "model_name_or_path" in run), name)
-    if method not in FORMS:
-        raise ValueError(
-            f"{folder} holds a side network of a base that {method} has quantized. Load the base "
-            f"yourself, and call qft_hf.load_side_network(model, {str(folder)!r})."
-        )
     earlier = side_checkpoint(base)  # if the run started from a side network
     labels = said.get("labels")
     return SideCheckpoint(
         folder,
         base if earlier is None else earlier.base,
-        FORMS[method],
+        quantization,
         QSTConfig(**said["config"]),
         said["base"]["architecture"],
         None if labels is None else {int(index): name for index, name in labels.items()},
