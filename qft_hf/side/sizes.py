@@ -7,8 +7,9 @@ from .config import QSTConfig
 
 # Names in transformers for the width inside an MLP or an expert.
 INTERMEDIATE = (
-    "intermediate_size", "ffn_dim", "ffn_hidden_size", "hidden_dim", "n_inner",
-    "moe_intermediate_size",
+    "intermediate_size", "dense_intermediate_size", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
+    "hidden_dim", "n_inner", "d_inner", "dff",
 )  # fmt: skip
 # Names for the number of experts, and of those that a token takes.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok")

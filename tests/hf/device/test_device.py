@@ -16,8 +16,9 @@ def runs(tmp_path_factory):
     """Run all on CPU and device in another process, since a process cannot remove the device."""
     file = tmp_path_factory.mktemp("device") / "runs.pt"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.hf.device", file], cwd=REPOSITORY, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "tests.hf.device", file],
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(file)  # contains nothing that imports the device into this process
 
