@@ -34,7 +34,7 @@ def quantize_model_(model: Model, config: QFTConfig) -> Model:
     Tied weights stay tied and parameters keep their identity. A transformers model becomes what
     `from_pretrained(..., quantization_config=config)` returns: `save_pretrained` writes INT8. A
     model that is already quantized with the same `config` keeps its weights; float modules that
-    were added to it since are quantized.
+    were added to it since are quantized, and so is what an interrupted call has left.
 
     Args:
         model: Any module; modified.
@@ -207,7 +207,9 @@ def _refuse_other_quantization(model: nn.Module, config: QFTConfig) -> None:
             f"The model is quantized with {getattr(method, 'value', method)}. QFT starts from "
             "float weights: load the model without that quantization."
         )
-    if not has_quantized_weights(model):
+    # A conversion that was interrupted may have left modules whose weights are still float.
+    is_begun = any(isinstance(module, QuantizedModule) for module in model.modules())
+    if not is_begun and not has_quantized_weights(model):
         return
     current = quantization_config_of(model)
     if current != config:

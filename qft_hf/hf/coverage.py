@@ -14,6 +14,8 @@ from ..nn import (
     conversion_plan,
     uses_our_forward,
 )
+from ..nn.kinds import own_weights
+from ..quant import QFTWeight
 from .config import QFTConfig
 from .wording import and_more
 
@@ -65,15 +67,19 @@ def check_coverage(model: nn.Module, plan: ConversionPlan, config: QFTConfig) ->
 
 
 def added_modules(model: nn.Module, config: QFTConfig) -> list[str]:
-    """Return names of plain modules that were added to an INT8 model and that its format quantizes.
+    """Return names of modules of an INT8 model that its format quantizes and that are not yet.
 
-    Their weights are float, or INT8 if they are tied to a weight that was there before.
+    A plain module that was added has float weights, or INT8 ones if they are tied to a weight that
+    was there before. A module with a float weight is left by a conversion that was interrupted.
     """
     config = copy.copy(config)
     config.forget_absent(model)  # such as modules of a layer that was removed since
     plan = conversion_plan(model, config.modules_to_not_convert)
     return [
-        name for name, module in plan.modules.items() if not isinstance(module, QuantizedModule)
+        name
+        for name, module in plan.modules.items()
+        if not isinstance(module, QuantizedModule)
+        or not all(isinstance(weight, QFTWeight) for weight in own_weights(module).values())
     ]
 
 

@@ -4,6 +4,7 @@ transformers keeps optimizer names in an enumeration and their factories in a ta
 meant to be extended by other packages; both are extended here, at import.
 """
 
+import logging
 from typing import Any
 
 from transformers import trainer, trainer_optimizer
@@ -22,6 +23,8 @@ from .optimizers import (
 )
 from .prepared_model import require_prepared
 
+logger = logging.getLogger(__name__)
+
 
 def restore_optimizer_name(value: str) -> OptimizerNames:
     """Return the member for a pickled name, which the import of this module has registered."""
@@ -39,13 +42,24 @@ def register_optimizer() -> None:
 
 
 def leaving_no_hook(train: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Detach the optimizer however training ends; callbacks are not called on an exception."""
+    """Detach the optimizer however training ends; callbacks are not called on an exception.
+
+    A warning says if training ends in the middle of a step.
+    """
     try:
         return train(self, *args, **kwargs)
     finally:
         optimizer = unwrapped(self.optimizer)
         if is_ours(optimizer):
             optimizer.eval()
+            if n := optimizer.flow.n_taken:
+                logger.warning(
+                    "Training has ended in the middle of a step that had taken the gradients of %d "
+                    "parameters: the model is between two steps, and is evaluated and saved so. "
+                    "Resume from a checkpoint, or call trainer.optimizer.zero_grad() to train on "
+                    "from here",
+                    n,
+                )
 
 
 def _register(name: str) -> None:

@@ -164,15 +164,14 @@ def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan
         for own, weight in own_weights(plan.modules[name]).items():
             if products is not None and isinstance(weight, QFTWeight):
                 check_shared_columns(f"{name}.{own}", weight)
-    for module in plan.modules.values():
-        kind = kind_of(module)
-        if kind is not None and not isinstance(module, QuantizedModule):
-            module.__class__ = quantized_class(type(module), kind)
     for name, module in plan.modules.items():
         prepared: Any = module
         prepared.spec = spec
         if name in choices:
             prepared.products = choices[name]
+        kind = kind_of(module)
+        if kind is not None and not isinstance(module, QuantizedModule):
+            prepared.__class__ = quantized_class(type(module), kind)
     mark_tables_(model)
     return plan
 
@@ -200,10 +199,11 @@ def product_choices(
 
 
 def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan:
-    """Quantize a model in place: weights, then classes.
+    """Quantize a model in place: classes, then weights.
 
     Parameters keep their identity: tied weights stay tied, and an optimizer or a parameter group
-    that already holds a parameter now holds its quantized form.
+    that already holds a parameter now holds its quantized form. After an interrupt, modules whose
+    weights are still float refuse to run, and another call with the same `spec` quantizes these.
 
     Raises:
         ValueError: A weight has NaN or infinite values, or too many (it is named), or the rule
@@ -216,11 +216,12 @@ def quantize_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPla
     for name, parameter in weights.items():
         check_quantizable(name, parameter.detach(), plan.arrangements[name])
     _check_replaceable(weights)
+    prepare_modules_(model, spec)
     for name, parameter in weights.items():
         transposed = plan.arrangements[name].transposed
         weight = QFTWeight.from_float(parameter, spec, name=name, transposed=transposed)
         replace_(parameter, weight)
-    prepare_modules_(model, spec)
+    mark_tables_(model)
     return plan
 
 

@@ -11,9 +11,10 @@ from transformers.quantizers.base import HfQuantizer
 
 from qft_hf.hf.config import QFTConfig
 from qft_hf.hf.convert import dequantize_model_, quantize_model_
-from qft_hf.nn import QFTEmbedding, QFTLinear
+from qft_hf.nn import QFTEmbedding, QFTLinear, prepare_modules_
 from qft_hf.optim import QFTAdamW, QFTLion
 from qft_hf.quant import QFTWeight
+from tests.faults.interrupts import Interrupter
 from tests.fresh import try_fresh
 from tests.hf.checkpoints import IDS, assert_same_state
 from tests.models import tiny_bert, tiny_llama
@@ -148,6 +149,47 @@ def test_bad_value_is_named_and_the_model_stays(name):
 
 
 # Conversion under an optimizer.
+
+
+def interrupted_conversion(share: float, config: QFTConfig, *, tied: bool = False):
+    """Return a model whose conversion was interrupted after a share of its instructions."""
+    quantize_model_(tiny_llama(tied=tied), config)  # later calls do less: classes are made once
+    counter = Interrupter()
+    counter.run(lambda: quantize_model_(tiny_llama(tied=tied), config))
+    model = tiny_llama(tied=tied)
+    n = int(counter.counted * share)
+    assert Interrupter(n).run(lambda: quantize_model_(model, config))
+    return model
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.7, 0.8, 0.9, 0.98])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_interrupted_conversion_is_finished_by_another_call(tied, share):
+    """A second call refused half-converted models, and a Trainer trained them half in float."""
+    config = QFTConfig(group_size=8, outlier_fraction=0.05)
+    whole = quantize_model_(tiny_llama(tied=tied), config)
+    model = interrupted_conversion(share, config, tied=tied)
+    n_int8 = sum(isinstance(parameter, QFTWeight) for parameter in model.parameters())
+    if 0 < n_int8 < sum(isinstance(parameter, QFTWeight) for parameter in whole.parameters()):
+        with pytest.raises(RuntimeError, match=r"is not quantized.*call quantize_model_"):
+            model(input_ids=IDS)
+
+    quantize_model_(model, config)
+    assert_same_state(whole.state_dict(), model.state_dict())
+    assert [type(m) for m in whole.modules()] == [type(m) for m in model.modules()]
+    assert torch.equal(whole(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_an_interrupted_conversion_is_not_finished_in_another_format():
+    model = tiny_llama()
+    prepare_modules_(model, QFTConfig())  # interrupted before the first weight
+    other = QFTConfig(modules_to_not_convert=["lm_head"])
+    with pytest.raises(ValueError, match="or call dequantize_model_ first"):
+        quantize_model_(model, other)
+    quantize_model_(dequantize_model_(model, torch.float32), other)
+    assert type(model.lm_head) is nn.Linear
+    whole = quantize_model_(tiny_llama(), other)
+    assert_same_state(whole.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("gradient", ["stack", "release"])

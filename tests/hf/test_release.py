@@ -197,13 +197,14 @@ class Interrupted(TrainerCallback):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_an_interrupted_backward_pass_is_refused_until_a_checkpoint_is_loaded(
-    accumulation, tmp_path
+    accumulation, tmp_path, caplog
 ):
     settings = {
         "save_strategy": "steps", "save_steps": 2, "max_grad_norm": 0,
         "gradient_accumulation_steps": accumulation,
     }  # fmt: skip
     straight = run(tmp_path / "straight", **settings)
+    assert "between two steps" not in caplog.text
 
     trainer = trainer_on(
         tiny_llama(tied=True), tmp_path / "broken", callbacks=[Interrupted(at_step=3)],
@@ -211,6 +212,8 @@ def test_an_interrupted_backward_pass_is_refused_until_a_checkpoint_is_loaded(
     )  # fmt: skip
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+    # The first of two micro-batches updates nothing.
+    assert ("the model is between two steps" in caplog.text) == (accumulation == 1)
     trainer.model.model.layers[0]._forward_hooks.clear()
     if accumulation == 1:
         with pytest.raises(RuntimeError, match="between two steps: reload a checkpoint"):

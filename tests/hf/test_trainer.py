@@ -30,6 +30,7 @@ from qft_hf.quant import Int8Gradient
 from tests.fresh import try_fresh
 from tests.full_disk import files_of_at_most
 from tests.hf.checkpoints import assert_same_state
+from tests.hf.test_convert import interrupted_conversion
 from tests.models import VOCAB_SIZE, tiny_bert, tiny_llama
 
 LENGTH = 13
@@ -129,6 +130,20 @@ def test_both_trainers_give_the_same_bits(tmp_path):
         trainer_on(model, tmp_path, cls).train()
         states.append(model.state_dict())
     assert_same_state(*states)
+
+
+@pytest.mark.parametrize("cls", [Trainer, QFTTrainer])
+def test_a_trainer_finishes_the_conversion_that_an_earlier_one_has_begun(cls, tmp_path):
+    """As when a cell of a notebook is interrupted and run again."""
+    model = interrupted_conversion(0.85, QFTConfig())
+    n_int8 = sum(isinstance(parameter, QFTWeight) for parameter in model.parameters())
+    trainer = trainer_on(model, tmp_path / "again", cls)
+    trainer.train()
+
+    straight = trainer_on(tiny_llama(), tmp_path / "straight", cls)
+    straight.train()
+    assert 0 < n_int8 < sum(isinstance(p, QFTWeight) for p in straight.model.parameters())
+    assert_same_state(straight.model.state_dict(), model.state_dict())
 
 
 def test_no_model_stays_float_when_it_is_made_by_model_init(tmp_path):
