@@ -251,9 +251,11 @@ def estimate(
     bits = state_bits(optimizer, momentum_bits)
     states = state_kinds(plan, rows, gradient=gradient, bits_of_state=bits)
     kinds = [*states, ("buffers", *count(model.buffers()))]
-    whole = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in shapes]
-    waits = gradient == "stack" and n_processes == 1  # for the step, and is counted above
-    largest = 0 if waits else max(whole, default=0)
+    largest = 0
+    if gradient != "stack" or n_processes > 1:  # others wait for the step, and are counted above
+        of_table, largest = largest_gradients(plan)
+        # Backward ends with the tables, when layers and logits are freed.
+        largest = max(largest, of_table - workload.saved_bytes - workload.logits_bytes)
     tile = largest_tile(plan)
     activations = [
         ("saved by the layers", workload.layers, workload.saved_bytes),
@@ -302,6 +304,26 @@ def state_kinds(
         ("gradients", n_tensors, gradients),
         ("momentum", len(bits_of_state) * n_tensors, momentum),
     ]
+
+
+def largest_gradients(plan: ConversionPlan) -> tuple[int, int]:
+    """Return the bytes of the largest INT8 gradients: of a table, and of any other weight.
+
+    A table is only looked up: a weight that a head shares with an embedding is not one.
+    """
+    multiplied = {
+        id(weight)
+        for module in plan.modules.values()
+        if not isinstance(module, nn.Embedding)
+        for weight in own_weights(module).values()
+    }
+    largest = [0, 0]
+    for name, weight in plan.weights.items():
+        if weight.requires_grad:
+            layout = GroupLayout(*plan.arrangements[name].matrix_shape, STATE_GROUP_SIZE)
+            kind = id(weight) in multiplied
+            largest[kind] = max(largest[kind], layout.stored_bytes)
+    return largest[0], largest[1]
 
 
 def trained_shapes(plan: ConversionPlan) -> list[tuple[int, int]]:

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
 
 import huggingface_hub
 import pytest
@@ -187,13 +189,55 @@ def test_a_chunked_loss_holds_one_run_of_logits_whatever_the_vocabulary():
 def test_a_gradient_at_a_time_is_counted_with_release_and_operands_with_int8_products():
     stack, release = activations(gradient="stack"), activations(gradient="release")
     assert "largest gradient" not in stack
-    assert release["largest gradient"] == 32_000 * 4096 * (1 + 4 / 256)  # of the embedding
+    assert release["largest gradient"] == 32_000 * 4096 * (1 + 4 / 256)  # of the head
     int8 = activations(config=QFTConfig(matmul="int8"))
     assert "INT8 gradient operands" not in stack
     # The gradient of the widest output, 11,008 elements, quantized by tokens and by outputs.
     assert int8["INT8 gradient operands"] == 2 * 2048 * 11_008 + 4 * (2048 + 11_008)
     # At most 2**24 elements of a weight are float at a time: in FP32, in BF16, and its gradient.
     assert stack["float tiles"] == release["float tiles"] == 2**24 * (4 + 2 + 2)
+
+
+def test_the_gradient_of_a_table_comes_when_layers_and_logits_are_freed():
+    """That of the table that Gemma 3n has for all layers was added to them."""
+    config = Gemma3nTextConfig(dtype="bfloat16")
+    table, shared = (rows * (1 + 4 / 256) for rows in (262_144 * 35 * 256, 262_400 * 2048))
+
+    def rows_of(tokens: int) -> dict[str, int]:
+        found = estimate_memory(config, gradient="release", sequence_length=tokens)
+        return {row.state: row.bytes for row in found.activation_rows}
+
+    many, one = rows_of(2048), rows_of(1)
+
+    assert many["largest gradient"] == shared
+    held = one["saved by the layers"] + one["logits and their gradient"]
+    assert one["largest gradient"] == table - held
+
+
+def test_what_layers_have_saved_is_freed_before_a_table_has_its_gradient():
+    load("families")  # for its neighbours
+    from common.tiny_models import TINY
+
+    model = quantize_model_(TINY["Gemma 3n"].model(), QFTConfig())
+    table = model.model.embed_tokens_per_layer.weight
+    alive: WeakSet[Any] = WeakSet()
+    counts = []
+
+    class Saved:
+        def __init__(self, tensor: torch.Tensor) -> None:
+            self.tensor = tensor
+            alive.add(self)
+
+    def count(_: object = None) -> None:
+        counts.append(sum(saved.tensor.nbytes for saved in alive))
+
+    table.register_hook(count)
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        loss = model(**TINY["Gemma 3n"].batch()).loss
+    count()
+    loss.backward()
+
+    assert counts[1] < counts[0] / 50
 
 
 def test_a_large_configuration_takes_no_memory_and_has_the_known_size():
