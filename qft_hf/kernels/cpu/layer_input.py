@@ -11,11 +11,12 @@ from .quantization import quantize_without_columns
 
 
 @njit(nogil=True, cache=True)
-def _choose(maxima, columns, is_outlier):
-    """Write the numbers of the columns with the largest maxima, ascending; the first of equals."""
-    n = columns.shape[0]
-    least = np.partition(maxima, maxima.shape[0] - n)[maxima.shape[0] - n]
-    n_equal = n - np.sum(maxima > least)
+def _choose(maxima, least, columns, is_outlier):
+    """Write the numbers of the columns with the largest maxima, ascending; the first of equals.
+
+    `least` is the smallest of these maxima.
+    """
+    n_equal = columns.shape[0] - np.sum(maxima > least)
     place = 0
     for column in range(maxima.shape[0]):
         is_chosen = maxima[column] > least
@@ -33,7 +34,9 @@ def quantize_input(x: Tensor, *, n_outliers: int) -> tuple[Tensor, Tensor, Tenso
     columns = torch.empty(n_outliers, dtype=torch.int64)
     is_outlier = torch.empty(x.shape[1] if n_outliers else 0, dtype=torch.bool)
     if n_outliers:
-        maxima = column_maxima(x, torch.empty(0, dtype=torch.float32))
-        _choose(*(tensor.numpy() for tensor in (maxima, columns, is_outlier)))
+        maxima = column_maxima(x, torch.empty(0, dtype=torch.float32)).numpy()
+        # Not in numba, which takes five seconds to compile a partition.
+        least = np.partition(maxima, -n_outliers)[-n_outliers]
+        _choose(maxima, least, columns.numpy(), is_outlier.numpy())
     codes, scales = quantize_without_columns(x, is_outlier, None)
     return codes, scales, columns, operators.take_columns(x, columns)

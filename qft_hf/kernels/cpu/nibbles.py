@@ -7,6 +7,7 @@ from ...layout import NIBBLE_GROUP_SIZE
 from ..groups import TINY
 from ..nibbles import NIBBLE_MAX, SLOPE, TOP
 from .quantization import absmax
+from .weight import FASTMATH
 
 _f32, _i32 = np.float32, np.int32
 _ONE, _TINY, _PER_TOP = _f32(1.0), _f32(TINY), _f32(1.0 / TOP)
@@ -22,7 +23,7 @@ def _units(half):
     return _f32(code * (abs(code) + SLOPE))
 
 
-@njit(inline="always")
+@njit(fastmath=FASTMATH, error_model="numpy")
 def load_nibbles(packed, scales, values):
     """Expand one row into fp32 `values`, which has room for an even number of columns."""
     for group in range(scales.shape[0]):
@@ -45,7 +46,7 @@ def _code(value, inverse, uniform):
     return -code if value < _f32(0.0) else code
 
 
-@njit(inline="always")
+@njit(fastmath=FASTMATH, error_model="numpy")
 def round_to_nibbles(values, uniforms, packed, scales):
     """Round one row of fp32 `values`, which has a zero after an odd number of columns."""
     for group in range(scales.shape[0]):
@@ -64,7 +65,7 @@ def round_to_nibbles(values, uniforms, packed, scales):
             bits[k] = np.uint8((low & 15) | (high & 15) << 4)
 
 
-@njit(inline="always")
+@njit(fastmath=FASTMATH, error_model="numpy")
 def nibble_uniforms(words, uniforms):
     """Uniforms in (0, 1): a word's low 16 bits for an even column, its high ones for the next.
 

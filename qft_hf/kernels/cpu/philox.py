@@ -26,7 +26,7 @@ def philox(counter, seed, step, stream, purpose):
     return _u32(c0), _u32(c1), _u32(c2), _u32(c3)
 
 
-@njit(inline="always")
+@njit(error_model="numpy")
 def random_row(words, row, seed, step, stream, purpose):
     """Fill uint32 `words` [LANES, quads]: column `LANES * quad + lane` of a row has `[lane, quad]`.
 

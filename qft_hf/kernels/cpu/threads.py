@@ -142,7 +142,8 @@ def _borrowed(context, builder, kind, value):
     return array._getvalue()
 
 
-@njit(nogil=True)
+# Inlined, since LLVM optimizes a kernel anew for each function that it is linked into.
+@njit(inline="always")
 def for_each_row_range(kernel, arguments, n_rows, n_ranges):
     """Call `kernel(*arguments, start, stop)` for ranges that cover `n_rows` rows once.
 

@@ -24,7 +24,7 @@ _WEIGHT = np.uint64(WEIGHT)
 FASTMATH = {"nnan", "ninf", "nsz"}
 
 
-@njit(inline="always")
+@njit(fastmath=FASTMATH, error_model="numpy")
 def weight_buffers(columns):
     """Buffers of `step_weight_row`: two fp32 rows, uniforms that round to nearest, random words."""
     quads = (columns + LANES - 1) // LANES
@@ -36,7 +36,7 @@ def weight_buffers(columns):
     )
 
 
-@njit(inline="always")
+@njit(fastmath=FASTMATH, error_model="numpy")
 def draw_row(row, buffers, seed, step, stream, first_row):
     """Draw a row's random words and set its uniforms; without this call it rounds to nearest."""
     _, _, row_uniform, words = buffers
@@ -49,7 +49,7 @@ def draw_row(row, buffers, seed, step, stream, first_row):
         row_uniform[LANES * quad + 3] = weight_uniform(words3[quad])
 
 
-@njit(inline="always")
+@njit(fastmath=FASTMATH, error_model="numpy")
 def step_weight_row(
     row, codes, scales, outlier_values, outlier_columns, row_direction, buffers,
     group_size, lr, shrink,
