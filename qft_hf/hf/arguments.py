@@ -1,10 +1,11 @@
 """`QFTTrainingArguments`: the Trainer's arguments and the options of INT8 training."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from ..config import QuantizationSpec
 from .config import QFTConfig
@@ -22,13 +23,7 @@ from .optimizers import (
 )
 
 _DEFAULTS = QuantizationSpec()
-_FORMAT = (
-    "group_size",
-    "outlier_fraction",
-    "modules_to_not_convert",
-    "matmul",
-    "int8_products",
-)
+FORMAT = ("group_size", "outlier_fraction", "modules_to_not_convert", "matmul", "int8_products")
 # Fields that are JSON on a command line, each with an example.
 _DICTIONARIES = {
     "int8_products": '{"lm_head": ["forward"]}',
@@ -36,9 +31,14 @@ _DICTIONARIES = {
 }
 
 
+def setting(**described: Any) -> Any:
+    """Return `HfArg(**described)`, whose declared type, `Field`, is not that of an attribute."""
+    return HfArg(**described)
+
+
 def _option(name: str) -> Any:
     """Return the field of an optimizer's option; if unset, the optimizer's own default applies."""
-    return field(default=None, metadata={"help": describe(name)})
+    return setting(default=None, help=describe(name))
 
 
 @dataclass
@@ -63,17 +63,15 @@ class QFTTrainingArguments(TrainingArguments):
         ValueError: A value is out of its range, or has no effect together with the others.
     """
 
-    optim: str = field(
+    optim: str = setting(
         default=DEFAULT_OPTIMIZER,
-        metadata={"help": f"The optimizer: {' or '.join(OPTIMIZERS)} trains INT8 weights."},
+        help=f"The optimizer: {' or '.join(OPTIMIZERS)} trains INT8 weights.",
     )
-    learning_rate: float = field(
-        default=None,  # type: ignore[assignment]  # `__post_init__` sets it
-        metadata={
-            "help": "The highest rate of the schedule. Unset: "
-            + ", ".join(f"{o.learning_rate or 'an error'} for {n}" for n, o in OPTIMIZERS.items())
-            + "."
-        },
+    learning_rate: float = setting(
+        default=None,  # `__post_init__` sets it
+        help="The highest rate of the schedule. Unset: "
+        + ", ".join(f"{o.learning_rate or 'an error'} for {n}" for n, o in OPTIMIZERS.items())
+        + ".",
     )
     gradient: str | None = _option("gradient")
     clipping: str | None = _option("clipping")
@@ -85,57 +83,44 @@ class QFTTrainingArguments(TrainingArguments):
     eps: float | None = _option("eps")
     stochastic_rounding: bool | None = _option("stochastic_rounding")
     quantization_seed: int | None = _option("seed")
-    group_size: int | None = field(
+    group_size: int | None = setting(
+        default=None, help="Inputs that share an FP32 weight scale; unset for one scale per row."
+    )
+    outlier_fraction: float | None = setting(
         default=None,
-        metadata={"help": "Inputs that share an FP32 weight scale; unset for one scale per row."},
+        help="Share of each row kept in FP32: its largest magnitudes. Unset: "
+        f"{_DEFAULTS.outlier_fraction}.",
     )
-    outlier_fraction: float | None = field(
+    modules_to_not_convert: list[str] | None = setting(
+        default=None, help="Modules that stay float, by full name or component."
+    )
+    matmul: str | None = setting(
         default=None,
-        metadata={
-            "help": "Share of each row kept in FP32: its largest magnitudes. Unset: "
-            f"{_DEFAULTS.outlier_fraction}."
-        },
+        help="How products with a weight are computed: dequantize, or int8. Unset: "
+        f"{_DEFAULTS.matmul}.",
     )
-    modules_to_not_convert: list[str] | None = field(
-        default=None, metadata={"help": "Modules that stay float, by full name or component."}
-    )
-    matmul: str | None = field(
+    int8_products: dict[str, Any] | str | None = setting(
         default=None,
-        metadata={
-            "help": "How products with a weight are computed: dequantize, or int8. Unset: "
-            f"{_DEFAULTS.matmul}."
-        },
+        help="With matmul int8: INT8 products by module, as in "
+        """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all but those of the head.""",
     )
-    int8_products: dict[str, Any] | str | None = field(
+    chunked_loss: bool = setting(
+        default=None,  # `__post_init__` sets it
+        help="Compute the next-token loss in chunks of the vocabulary, so that logits never "
+        "exist all at once; costs one more product with the output head. Unset: only in place "
+        "of the fused loss of use_liger_kernel.",
+    )
+    liger_kernel_config: dict[str, bool] | str | None = setting(  # type: ignore[assignment]  # as text
         default=None,
-        metadata={
-            "help": "With matmul int8: INT8 products by module, as in "
-            """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all but those of the head."""
-        },
+        help="With use_liger_kernel: kernels that are switched off or on, as in "
+        """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy, """
+        "which chunked_loss replaces, and swiglu of experts work with INT8 weights.",
     )
-    chunked_loss: bool = field(
-        default=None,  # type: ignore[assignment]  # `__post_init__` sets it
-        metadata={
-            "help": "Compute the next-token loss in chunks of the vocabulary, so that logits never "
-            "exist all at once; costs one more product with the output head. Unset: only in place "
-            "of the fused loss of use_liger_kernel."
-        },
-    )
-    liger_kernel_config: dict[str, bool] | str | None = field(  # type: ignore[assignment]  # as text
-        default=None,
-        metadata={
-            "help": "With use_liger_kernel: kernels that are switched off or on, as in "
-            """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy, """
-            "which chunked_loss replaces, and swiglu of experts work with INT8 weights."
-        },
-    )
-    cuda_graph: bool = field(
+    cuda_graph: bool = setting(
         default=False,
-        metadata={
-            "help": "Capture forward and backward, clipping and the update as CUDA graphs, and "
-            "replay them at every step, for batches of one shape: with few tokens the host takes "
-            "longer than the GPU. Experimental; QFTTrainer only."
-        },
+        help="Capture forward and backward, clipping and the update as CUDA graphs, and "
+        "replay them at every step, for batches of one shape: with few tokens the host takes "
+        "longer than the GPU. Experimental; QFTTrainer only.",
     )
 
     @property
@@ -147,7 +132,7 @@ class QFTTrainingArguments(TrainingArguments):
     @property
     def format_fields(self) -> dict[str, Any]:
         """The options of the storage format that are set here, by name."""
-        values = {name: getattr(self, name) for name in _FORMAT}
+        values = {name: getattr(self, name) for name in FORMAT}
         return {name: value for name, value in values.items() if value is not None}
 
     @property

@@ -5,10 +5,11 @@ config file and the command's flags.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from ...side import DOWNSAMPLES, QSTConfig
+from ..arguments import setting
 
 ExportDtype = Literal["float32", "float16", "bfloat16"]
 EXPORT_DTYPES: tuple[str, ...] = get_args(ExportDtype)  # also the names of the sub-folders
@@ -20,37 +21,32 @@ class ModelArguments:
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: str = field(
-        metadata={"help": "Checkpoint to start from: a folder, or a model's name on the hub."}
+    model_name_or_path: str = setting(
+        help="Checkpoint to start from: a folder, or a model's name on the hub."
     )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a model on the hub."}
+    model_revision: str | None = setting(
+        default=None, help="Branch, tag or commit of a model on the hub."
     )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer, if it is not the model's own."}
+    tokenizer_name_or_path: str | None = setting(
+        default=None, help="Tokenizer, if it is not the model's own."
     )
-    new_tokens: list[str] | None = field(
+    new_tokens: list[str] | None = setting(
+        default=None, help="Special tokens to add, with embeddings, such as a chat template's."
+    )
+    trust_remote_code: bool = setting(
+        default=False, help="Run Python code that comes with the model."
+    )
+    chat_template: str | None = setting(
         default=None,
-        metadata={"help": "Special tokens to add, with embeddings, such as a chat template's."},
+        help="Jinja file that replaces the tokenizer's chat template, or the name of "
+        "one that ships, such as vicuna.",
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with the model."}
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Jinja file that replaces the tokenizer's chat template, or the name of "
-            "one that ships, such as vicuna."
-        },
-    )
-    dtype: Literal["float32", "bfloat16"] = field(
+    dtype: Literal["float32", "bfloat16"] = setting(
         default="float32",
-        metadata={
-            "help": "Dtype of activations and of parameters that stay float (norms, biases)."
-        },
+        help="Dtype of activations and of parameters that stay float (norms, biases).",
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention kernel, as in `from_pretrained`."}
+    attn_implementation: str | None = setting(
+        default=None, help="Attention kernel, as in `from_pretrained`."
     )
 
 
@@ -63,36 +59,27 @@ class MethodArguments:
 
     _argument_group_name: ClassVar[str] = "method"
 
-    method: Literal["full", "qst"] = field(
+    method: Literal["full", "qst"] = setting(
         default="full",
-        metadata={
-            "help": "full: every parameter, in INT8. qst: a small side network that learns from "
-            "the hidden states of a frozen base."
-        },
+        help="full: every parameter, in INT8. qst: a small side network that learns from "
+        "the hidden states of a frozen base.",
     )
-    base: Literal["nf4", "int8", "float"] | None = field(
+    base: Literal["nf4", "int8", "float"] | None = setting(
         default=None,
-        metadata={
-            "help": "qst: how the frozen base is stored: 4 bits by bitsandbytes, INT8, or float. "
-            "Unset: nf4, but a model that is already quantized stays as it is."
-        },
+        help="qst: how the frozen base is stored: 4 bits by bitsandbytes, INT8, or float. "
+        "Unset: nf4, but a model that is already quantized stays as it is.",
     )
-    side_r: int | None = field(
+    side_r: int | None = setting(
         default=None,
-        metadata={
-            "help": "qst: the base is this many times as wide as the side network. Unset: "
-            f"{_SIDE.r}."
-        },
+        help=f"qst: the base is this many times as wide as the side network. Unset: {_SIDE.r}.",
     )
-    side_downsample: str | None = field(
+    side_downsample: str | None = setting(
         default=None,
-        metadata={
-            "help": f"qst: how hidden states are narrowed: {', '.join(DOWNSAMPLES)}. Unset: "
-            f"{_SIDE.downsample}."
-        },
+        help=f"qst: how hidden states are narrowed: {', '.join(DOWNSAMPLES)}. Unset: "
+        f"{_SIDE.downsample}.",
     )
-    side_rank: int | None = field(
-        default=None, metadata={"help": f"qst: rank of the adapter. Unset: {_SIDE.rank}."}
+    side_rank: int | None = setting(
+        default=None, help=f"qst: rank of the adapter. Unset: {_SIDE.rank}."
     )
 
     @property
@@ -130,83 +117,70 @@ class DataArguments:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    train_data: list[str] = field(
-        metadata={
-            "help": "Files (json, jsonl, csv, tsv, txt, also .gz or .zst; parquet), folders of "
-            "them, glob:PATTERN, or hub names."
-        }
+    train_data: list[str] = setting(
+        help="Files (json, jsonl, csv, tsv, txt, also .gz or .zst; parquet), folders of "
+        "them, glob:PATTERN, or hub names."
     )
-    train_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "How often an epoch has each of train_data: 2 is twice, 0.5 half of it."},
+    train_weights: list[float] | None = setting(
+        default=None, help="How often an epoch has each of train_data: 2 is twice, 0.5 half of it."
     )
-    train_split: str = field(
-        default="train", metadata={"help": "Split of train_data. A file has only `train`."}
+    train_split: str = setting(
+        default="train", help="Split of train_data. A file has only `train`."
     )
-    train_config: str | None = field(
-        default=None, metadata={"help": "Configuration of train_data, if the hub has several."}
+    train_config: str | None = setting(
+        default=None, help="Configuration of train_data, if the hub has several."
     )
-    eval_data: list[str] | None = field(
-        default=None, metadata={"help": "Held-out data, like train_data: scored, never learned."}
+    eval_data: list[str] | None = setting(
+        default=None, help="Held-out data, like train_data: scored, never learned."
     )
-    eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
-    eval_config: str | None = field(
-        default=None, metadata={"help": "Configuration of eval_data, if the hub has several."}
+    eval_split: str = setting(default="train", help="Split of eval_data.")
+    eval_config: str | None = setting(
+        default=None, help="Configuration of eval_data, if the hub has several."
     )
-    eval_fraction: float | None = field(
-        default=None,
-        metadata={"help": "Instead of eval_data: hold out this share of train_data, by seed."},
+    eval_fraction: float | None = setting(
+        default=None, help="Instead of eval_data: hold out this share of train_data, by seed."
     )
-    max_train_rows: int | None = field(
-        default=None,
-        metadata={"help": "Most rows of the training data: the first of each file, in proportion."},
+    max_train_rows: int | None = setting(
+        default=None, help="Most rows of the training data: the first of each file, in proportion."
     )
-    max_eval_rows: int | None = field(
-        default=None, metadata={"help": "Most rows of the evaluation data, likewise."}
+    max_eval_rows: int | None = setting(
+        default=None, help="Most rows of the evaluation data, likewise."
     )
-    task: Literal["chat", "text", "classification", "regression", "multi_label"] = field(
+    task: Literal["chat", "text", "classification", "regression", "multi_label"] = setting(
         default="chat",
-        metadata={
-            "help": "chat: conversations, or questions and answers; text: plain text; "
-            "classification, regression, multi_label: a text and its class, number or classes."
-        },
+        help="chat: conversations, or questions and answers; text: plain text; "
+        "classification, regression, multi_label: a text and its class, number or classes.",
     )
-    messages_field: str | None = field(
-        default=None, metadata={"help": "chat: field of the messages, if its name is unusual."}
+    messages_field: str | None = setting(
+        default=None, help="chat: field of the messages, if its name is unusual."
     )
-    prompt_field: str | None = field(
-        default=None,
-        metadata={"help": "chat: field of the question, if its name is unusual; see answer_field."},
+    prompt_field: str | None = setting(
+        default=None, help="chat: field of the question, if its name is unusual; see answer_field."
     )
-    answer_field: str | None = field(default=None, metadata={"help": "chat: field of the answer."})
-    text_field: str = field(
-        default="text", metadata={"help": "All tasks but chat: field of the (first) text."}
+    answer_field: str | None = setting(default=None, help="chat: field of the answer.")
+    text_field: str = setting(default="text", help="All tasks but chat: field of the (first) text.")
+    text_pair_field: str | None = setting(
+        default=None, help="Labeled texts: field of the second text, if any."
     )
-    text_pair_field: str | None = field(
-        default=None, metadata={"help": "Labeled texts: field of the second text, if any."}
+    label_field: str = setting(
+        default="label", help="Labeled texts: field of the class, number or classes."
     )
-    label_field: str = field(
-        default="label", metadata={"help": "Labeled texts: field of the class, number or classes."}
+    on_bad_row: Literal["stop", "skip"] = setting(
+        default="stop", help="Whether an unreadable row stops the run, or is left out and counted."
     )
-    on_bad_row: Literal["stop", "skip"] = field(
-        default="stop",
-        metadata={"help": "Whether an unreadable row stops the run, or is left out and counted."},
+    assistant_only_loss: bool = setting(
+        default=True, help="chat: learn only the assistant's turns."
     )
-    assistant_only_loss: bool = field(
-        default=True, metadata={"help": "chat: learn only the assistant's turns."}
+    max_length: int = setting(
+        default=1024, help="Most tokens in an example; tokens in a packed block."
     )
-    max_length: int = field(
-        default=1024, metadata={"help": "Most tokens in an example; tokens in a packed block."}
-    )
-    packing: bool = field(
+    packing: bool = setting(
         default=False,
-        metadata={
-            "help": "chat, text: fill blocks of max_length tokens instead of padding. Examples in "
-            "one block do not see each other."
-        },
+        help="chat, text: fill blocks of max_length tokens instead of padding. Examples in "
+        "one block do not see each other.",
     )
-    preprocessing_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize. Default: only this one."}
+    preprocessing_workers: int | None = setting(
+        default=None, help="Processes that tokenize. Default: only this one."
     )
 
     @property
@@ -258,10 +232,9 @@ class OutputArguments:
 
     _argument_group_name: ClassVar[str] = "output"
 
-    overwrite_output: bool = field(
-        default=False, metadata={"help": "Replace the run in output_dir, if there is one."}
+    overwrite_output: bool = setting(
+        default=False, help="Replace the run in output_dir, if there is one."
     )
-    export_dtype: ExportDtype | None = field(
-        default=None,
-        metadata={"help": "Also write an ordinary checkpoint of this dtype, in a sub-folder."},
+    export_dtype: ExportDtype | None = setting(
+        default=None, help="Also write an ordinary checkpoint of this dtype, in a sub-folder."
     )

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...side import QSTConfig, attach_side_network
+from ..arguments import FORMAT
 from ..base import FORMS, base_format, stored_format
 from ..json_object import json_object
 from ..missing_model import explain_loading_errors
@@ -28,7 +29,7 @@ _OF_FULL = {
         "the base has no gradients, and those of the side network are small",
     ),
     **dict.fromkeys(
-        ("group_size", "outlier_fraction", "modules_to_not_convert", "matmul", "int8_products"),
+        FORMAT,
         "an int8 base has the default format; for another format quantize the model, save it, and "
         "give its folder",
     ),
