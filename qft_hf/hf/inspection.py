@@ -114,8 +114,7 @@ def int8_config(
         config = AutoConfig.from_pretrained(folder, **loading)
     method = quantization_method(config)
     if method != QUANT_METHOD:
-        files = [str(file) for file in folder.glob("*.safetensors")]
-        refuse_int8(tensor_names(files), of=str(folder))
+        refuse_int8(tensor_names(folder.glob("*.safetensors")), of=str(folder))
         raise ValueError(
             f"{folder} does not hold INT8 weights of qft_hf (quant_method is {method!r}, not "
             f"{QUANT_METHOD!r}). {advice}"
