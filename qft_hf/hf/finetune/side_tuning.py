@@ -12,10 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...side import QSTConfig, attach_side_network
 from ..arguments import FORMAT
 from ..base import FORMS, base_format, stored_format
-from ..json_object import json_object
 from ..missing_model import explain_loading_errors
-from ..side_network import CONFIG_NAME, is_side_network, load_side_network
-from ..tensor_files import DAMAGED
+from ..side_network import is_side_network, load_side_network, side_description
 from .arguments import MethodArguments, ModelArguments
 from .loading import load_config, load_model
 from .output_folder import RUN_CONFIG, recorded_settings
@@ -117,24 +115,18 @@ def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
     folder = Path(place)
     if not is_side_network(folder):
         return None
-    try:
-        said = json_object(folder / CONFIG_NAME)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}. {DAMAGED}") from error
-    name, quantization = said["base"]["name"], said["base"]["quantization"]
-    runs = [
-        recorded_settings(home) for home in (folder, folder.resolve().parent)
-    ]  # of a run, or of a checkpoint in it
-    base = next((run["model_name_or_path"] for run in runs if "model_name_or_path" in run), name)
-    earlier = side_checkpoint(base)  # if the run started from a side network
-    labels = said.get("labels")
+    said = side_description(folder)
+    base, name = said["base"], said["base"]["name"]
+    for home in (folder.resolve().parent, folder):  # of a checkpoint in a run, or of a run
+        name = recorded_settings(home).get("model_name_or_path", name)
+    earlier = side_checkpoint(name)  # if the run started from a side network
     return SideCheckpoint(
         folder,
-        base if earlier is None else earlier.base,
-        quantization,
-        QSTConfig(**said["config"]),
-        said["base"]["architecture"],
-        None if labels is None else {int(index): name for index, name in labels.items()},
+        name if earlier is None else earlier.base,
+        base["quantization"],
+        said["config"],
+        base["architecture"],
+        said["labels"],
     )
 
 
