@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from ...side import trained_heads
-from .. import shipped
 from ..checkpoint import weight_files
 from ..language_model import freeze_non_text_parameters, non_text_parts
 from ..missing_model import explain_loading_errors
 from ..positions import n_positions
+from ..shipped import shipped_file, shipped_names
 from ..tensor_files import DAMAGED, tensor_names
 from ..wording import and_more
 from .arguments import ModelArguments
@@ -54,11 +54,11 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     if arguments.chat_template is not None:
         template = Path(arguments.chat_template)
         if not template.is_file():
-            template = shipped.chat_template(arguments.chat_template) or template
+            template = shipped_file(arguments.chat_template, ".jinja") or template
         if not template.is_file():
             raise FileNotFoundError(
                 f"no chat template {template} (looked from {Path.cwd()}). Set chat_template to a "
-                f"Jinja file, or to one that ships: {', '.join(shipped.chat_template_names())}."
+                f"Jinja file, or to one that ships: {', '.join(shipped_names('.jinja'))}."
             )
         try:
             tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
@@ -214,8 +214,7 @@ def require_weights(folder: Path) -> None:
     if any(folder.glob("pytorch_model*.bin")):
         return  # pickled weights: only loading can check them
     with explain_loading_errors(folder):
-        files = [str(folder / name) for name in weight_files(folder)]
-        tensor_names([name for name in files if name.endswith(".safetensors")])
+        tensor_names(folder / name for name in weight_files(folder))
 
 
 def _stop_at_end(model: PreTrainedModel, task: Task) -> None:

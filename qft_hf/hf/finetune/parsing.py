@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from .. import shipped
 from ..arguments import QFTTrainingArguments
+from ..shipped import shipped_file, shipped_names
 from .arguments import DataArguments, MethodArguments, ModelArguments, OutputArguments
 from .foreign_keys import suggestion
 from .paths import expanded, whole, with_paths
@@ -130,11 +130,7 @@ def parse_arguments(
         *groups, rest = _parser(command, description=description).parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
-    except (
-        ImportError,
-        TypeError,
-        ValueError,
-    ) as error:  # from transformers, too; all are meant for the user
+    except (ImportError, TypeError, ValueError) as error:  # of transformers, too: for the user
         raise ValueError(str(error)) from error
     if rest:
         raise ValueError(
@@ -229,11 +225,11 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.suffix in CONFIG_SUFFIXES and path.is_file():
         return path
-    shipping = shipped.config_file(name)
+    shipping = shipped_file(name, ".yaml")
     if shipping is None:
         raise FileNotFoundError(
             f"no config {name} (looked from {Path.cwd()}). Give a YAML file, or the name of a "
-            f"config that ships: {', '.join(shipped.config_names())}."
+            f"config that ships: {', '.join(shipped_names('.yaml'))}."
         )
     return shipping
 
@@ -253,8 +249,7 @@ class _Loader(yaml.BaseLoader):
                 )
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} occurs more than once",
-                    problem_mark=key.start_mark,
+                    problem=f"{key.value!r} occurs more than once", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
