@@ -1,11 +1,10 @@
 """`QFTTrainingArguments`: the Trainer's arguments and the options of INT8 training."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.hf_argparser import HfArg
 
 from ..config import QuantizationSpec
 from .config import QFTConfig
@@ -31,14 +30,9 @@ _DICTIONARIES = {
 }
 
 
-def setting(**described: Any) -> Any:
-    """Return `HfArg(**described)`, whose declared type, `Field`, is not that of an attribute."""
-    return HfArg(**described)
-
-
-def _option(name: str) -> Any:
-    """Return the field of an optimizer's option; if unset, the optimizer's own default applies."""
-    return setting(default=None, help=describe(name))
+def setting(help: str, *, default: Any = None) -> Any:
+    """Return the field of a setting with its help text; it must be set if `default` is MISSING."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -64,63 +58,55 @@ class QFTTrainingArguments(TrainingArguments):
     """
 
     optim: str = setting(
-        default=DEFAULT_OPTIMIZER,
-        help=f"The optimizer: {' or '.join(OPTIMIZERS)} trains INT8 weights.",
+        f"The optimizer: {' or '.join(OPTIMIZERS)} trains INT8 weights.", default=DEFAULT_OPTIMIZER
     )
-    learning_rate: float = setting(
-        default=None,  # `__post_init__` sets it
-        help="The highest rate of the schedule. Unset: "
+    learning_rate: float = setting(  # `__post_init__` sets it if it is None
+        "The highest rate of the schedule. Unset: "
         + ", ".join(f"{o.learning_rate or 'an error'} for {n}" for n, o in OPTIMIZERS.items())
-        + ".",
+        + "."
     )
-    gradient: str | None = _option("gradient")
-    clipping: str | None = _option("clipping")
-    accumulation: str | None = _option("accumulation")
-    nonfinite: str | None = _option("nonfinite")
-    momentum_bits: int | None = _option("momentum_bits")
-    beta1: float | None = _option("beta1")
-    beta2: float | None = _option("beta2")
-    eps: float | None = _option("eps")
-    stochastic_rounding: bool | None = _option("stochastic_rounding")
-    quantization_seed: int | None = _option("seed")
+    gradient: str | None = setting(describe("gradient"))
+    clipping: str | None = setting(describe("clipping"))
+    accumulation: str | None = setting(describe("accumulation"))
+    nonfinite: str | None = setting(describe("nonfinite"))
+    momentum_bits: int | None = setting(describe("momentum_bits"))
+    beta1: float | None = setting(describe("beta1"))
+    beta2: float | None = setting(describe("beta2"))
+    eps: float | None = setting(describe("eps"))
+    stochastic_rounding: bool | None = setting(describe("stochastic_rounding"))
+    quantization_seed: int | None = setting(describe("seed"))
     group_size: int | None = setting(
-        default=None, help="Inputs that share an FP32 weight scale; unset for one scale per row."
+        "Inputs that share an FP32 weight scale; unset for one scale per row."
     )
     outlier_fraction: float | None = setting(
-        default=None,
-        help="Share of each row kept in FP32: its largest magnitudes. Unset: "
-        f"{_DEFAULTS.outlier_fraction}.",
+        "Share of each row kept in FP32: its largest magnitudes. Unset: "
+        f"{_DEFAULTS.outlier_fraction}."
     )
     modules_to_not_convert: list[str] | None = setting(
-        default=None, help="Modules that stay float, by full name or component."
+        "Modules that stay float, by full name or component."
     )
     matmul: str | None = setting(
-        default=None,
-        help="How products with a weight are computed: dequantize, or int8. Unset: "
-        f"{_DEFAULTS.matmul}.",
+        f"How products with a weight are computed: dequantize, or int8. Unset: {_DEFAULTS.matmul}."
     )
     int8_products: dict[str, Any] | str | None = setting(
-        default=None,
-        help="With matmul int8: INT8 products by module, as in "
-        """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all but those of the head.""",
+        "With matmul int8: INT8 products by module, as in "
+        """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all but those of the head."""
     )
-    chunked_loss: bool = setting(
-        default=None,  # `__post_init__` sets it
-        help="Compute the next-token loss in chunks of the vocabulary, so that logits never "
+    chunked_loss: bool = setting(  # `__post_init__` sets it if it is None
+        "Compute the next-token loss in chunks of the vocabulary, so that logits never "
         "exist all at once; costs one more product with the output head. Unset: only in place "
-        "of the fused loss of use_liger_kernel.",
+        "of the fused loss of use_liger_kernel."
     )
-    liger_kernel_config: dict[str, bool] | str | None = setting(  # type: ignore[assignment]  # as text
-        default=None,
-        help="With use_liger_kernel: kernels that are switched off or on, as in "
+    liger_kernel_config: dict[str, bool] | str | None = setting(  # type: ignore[assignment]  # text
+        "With use_liger_kernel: kernels that are switched off or on, as in "
         """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy, """
-        "which chunked_loss replaces, and swiglu of experts work with INT8 weights.",
+        "which chunked_loss replaces, and swiglu of experts work with INT8 weights."
     )
     cuda_graph: bool = setting(
-        default=False,
-        help="Capture forward and backward, clipping and the update as CUDA graphs, and "
+        "Capture forward and backward, clipping and the update as CUDA graphs, and "
         "replay them at every step, for batches of one shape: with few tokens the host takes "
         "longer than the GPU. Experimental; QFTTrainer only.",
+        default=False,
     )
 
     @property

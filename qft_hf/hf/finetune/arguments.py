@@ -5,7 +5,7 @@ config file and the command's flags.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from ...side import DOWNSAMPLES, QSTConfig
@@ -22,32 +22,22 @@ class ModelArguments:
     _argument_group_name: ClassVar[str] = "model"
 
     model_name_or_path: str = setting(
-        help="Checkpoint to start from: a folder, or a model's name on the hub."
+        "Checkpoint to start from: a folder, or a model's name on the hub.", default=MISSING
     )
-    model_revision: str | None = setting(
-        default=None, help="Branch, tag or commit of a model on the hub."
-    )
-    tokenizer_name_or_path: str | None = setting(
-        default=None, help="Tokenizer, if it is not the model's own."
-    )
+    model_revision: str | None = setting("Branch, tag or commit of a model on the hub.")
+    tokenizer_name_or_path: str | None = setting("Tokenizer, if it is not the model's own.")
     new_tokens: list[str] | None = setting(
-        default=None, help="Special tokens to add, with embeddings, such as a chat template's."
+        "Special tokens to add, with embeddings, such as a chat template's."
     )
-    trust_remote_code: bool = setting(
-        default=False, help="Run Python code that comes with the model."
-    )
+    trust_remote_code: bool = setting("Run Python code that comes with the model.", default=False)
     chat_template: str | None = setting(
-        default=None,
-        help="Jinja file that replaces the tokenizer's chat template, or the name of "
-        "one that ships, such as vicuna.",
+        "Jinja file that replaces the tokenizer's chat template, or the name of "
+        "one that ships, such as vicuna."
     )
     dtype: Literal["float32", "bfloat16"] = setting(
-        default="float32",
-        help="Dtype of activations and of parameters that stay float (norms, biases).",
+        "Dtype of activations and of parameters that stay float (norms, biases).", default="float32"
     )
-    attn_implementation: str | None = setting(
-        default=None, help="Attention kernel, as in `from_pretrained`."
-    )
+    attn_implementation: str | None = setting("Attention kernel, as in `from_pretrained`.")
 
 
 _SIDE = QSTConfig()
@@ -60,27 +50,21 @@ class MethodArguments:
     _argument_group_name: ClassVar[str] = "method"
 
     method: Literal["full", "qst"] = setting(
-        default="full",
-        help="full: every parameter, in INT8. qst: a small side network that learns from "
+        "full: every parameter, in INT8. qst: a small side network that learns from "
         "the hidden states of a frozen base.",
+        default="full",
     )
     base: Literal["nf4", "int8", "float"] | None = setting(
-        default=None,
-        help="qst: how the frozen base is stored: 4 bits by bitsandbytes, INT8, or float. "
-        "Unset: nf4, but a model that is already quantized stays as it is.",
+        "qst: how the frozen base is stored: 4 bits by bitsandbytes, INT8, or float. "
+        "Unset: nf4, but a model that is already quantized stays as it is."
     )
     side_r: int | None = setting(
-        default=None,
-        help=f"qst: the base is this many times as wide as the side network. Unset: {_SIDE.r}.",
+        f"qst: the base is this many times as wide as the side network. Unset: {_SIDE.r}."
     )
     side_downsample: str | None = setting(
-        default=None,
-        help=f"qst: how hidden states are narrowed: {', '.join(DOWNSAMPLES)}. Unset: "
-        f"{_SIDE.downsample}.",
+        f"qst: how hidden states are narrowed: {', '.join(DOWNSAMPLES)}. Unset: {_SIDE.downsample}."
     )
-    side_rank: int | None = setting(
-        default=None, help=f"qst: rank of the adapter. Unset: {_SIDE.rank}."
-    )
+    side_rank: int | None = setting(f"qst: rank of the adapter. Unset: {_SIDE.rank}.")
 
     @property
     def side(self) -> QSTConfig | None:
@@ -118,70 +102,51 @@ class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
 
     train_data: list[str] = setting(
-        help="Files (json, jsonl, csv, tsv, txt, also .gz or .zst; parquet), folders of "
-        "them, glob:PATTERN, or hub names."
+        "Files (json, jsonl, csv, tsv, txt, also .gz or .zst; parquet), folders of "
+        "them, glob:PATTERN, or hub names.",
+        default=MISSING,
     )
     train_weights: list[float] | None = setting(
-        default=None, help="How often an epoch has each of train_data: 2 is twice, 0.5 half of it."
+        "How often an epoch has each of train_data: 2 is twice, 0.5 half of it."
     )
-    train_split: str = setting(
-        default="train", help="Split of train_data. A file has only `train`."
-    )
-    train_config: str | None = setting(
-        default=None, help="Configuration of train_data, if the hub has several."
-    )
-    eval_data: list[str] | None = setting(
-        default=None, help="Held-out data, like train_data: scored, never learned."
-    )
-    eval_split: str = setting(default="train", help="Split of eval_data.")
-    eval_config: str | None = setting(
-        default=None, help="Configuration of eval_data, if the hub has several."
-    )
+    train_split: str = setting("Split of train_data. A file has only `train`.", default="train")
+    train_config: str | None = setting("Configuration of train_data, if the hub has several.")
+    eval_data: list[str] | None = setting("Held-out data, like train_data: scored, never learned.")
+    eval_split: str = setting("Split of eval_data.", default="train")
+    eval_config: str | None = setting("Configuration of eval_data, if the hub has several.")
     eval_fraction: float | None = setting(
-        default=None, help="Instead of eval_data: hold out this share of train_data, by seed."
+        "Instead of eval_data: hold out this share of train_data, by seed."
     )
     max_train_rows: int | None = setting(
-        default=None, help="Most rows of the training data: the first of each file, in proportion."
+        "Most rows of the training data: the first of each file, in proportion."
     )
-    max_eval_rows: int | None = setting(
-        default=None, help="Most rows of the evaluation data, likewise."
-    )
+    max_eval_rows: int | None = setting("Most rows of the evaluation data, likewise.")
     task: Literal["chat", "text", "classification", "regression", "multi_label"] = setting(
-        default="chat",
-        help="chat: conversations, or questions and answers; text: plain text; "
+        "chat: conversations, or questions and answers; text: plain text; "
         "classification, regression, multi_label: a text and its class, number or classes.",
+        default="chat",
     )
-    messages_field: str | None = setting(
-        default=None, help="chat: field of the messages, if its name is unusual."
-    )
+    messages_field: str | None = setting("chat: field of the messages, if its name is unusual.")
     prompt_field: str | None = setting(
-        default=None, help="chat: field of the question, if its name is unusual; see answer_field."
+        "chat: field of the question, if its name is unusual; see answer_field."
     )
-    answer_field: str | None = setting(default=None, help="chat: field of the answer.")
-    text_field: str = setting(default="text", help="All tasks but chat: field of the (first) text.")
-    text_pair_field: str | None = setting(
-        default=None, help="Labeled texts: field of the second text, if any."
-    )
+    answer_field: str | None = setting("chat: field of the answer.")
+    text_field: str = setting("All tasks but chat: field of the (first) text.", default="text")
+    text_pair_field: str | None = setting("Labeled texts: field of the second text, if any.")
     label_field: str = setting(
-        default="label", help="Labeled texts: field of the class, number or classes."
+        "Labeled texts: field of the class, number or classes.", default="label"
     )
     on_bad_row: Literal["stop", "skip"] = setting(
-        default="stop", help="Whether an unreadable row stops the run, or is left out and counted."
+        "Whether an unreadable row stops the run, or is left out and counted.", default="stop"
     )
-    assistant_only_loss: bool = setting(
-        default=True, help="chat: learn only the assistant's turns."
-    )
-    max_length: int = setting(
-        default=1024, help="Most tokens in an example; tokens in a packed block."
-    )
+    assistant_only_loss: bool = setting("chat: learn only the assistant's turns.", default=True)
+    max_length: int = setting("Most tokens in an example; tokens in a packed block.", default=1024)
     packing: bool = setting(
-        default=False,
-        help="chat, text: fill blocks of max_length tokens instead of padding. Examples in "
+        "chat, text: fill blocks of max_length tokens instead of padding. Examples in "
         "one block do not see each other.",
+        default=False,
     )
-    preprocessing_workers: int | None = setting(
-        default=None, help="Processes that tokenize. Default: only this one."
-    )
+    preprocessing_workers: int | None = setting("Processes that tokenize. Default: only this one.")
 
     @property
     def weights(self) -> list[float]:
@@ -233,8 +198,8 @@ class OutputArguments:
     _argument_group_name: ClassVar[str] = "output"
 
     overwrite_output: bool = setting(
-        default=False, help="Replace the run in output_dir, if there is one."
+        "Replace the run in output_dir, if there is one.", default=False
     )
     export_dtype: ExportDtype | None = setting(
-        default=None, help="Also write an ordinary checkpoint of this dtype, in a sub-folder."
+        "Also write an ordinary checkpoint of this dtype, in a sub-folder."
     )
