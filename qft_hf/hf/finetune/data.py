@@ -16,17 +16,18 @@ from .chat import Chat
 from .classification import Classification, MultiLabel, Regression
 from .packing import count_tokens, pack
 from .sources import Rows, count_shared, fingerprint, load_rows, select_rows, split_rows
-from .task import Example, NothingToLearn, Row, RowError, Task, teaches
+from .task import Example, LanguageTask, NothingToLearn, Row, RowError, Task, teaches
 from .text import Text
 
 logger = logging.getLogger(__name__)
 
-LANGUAGE_TASKS = {"chat": Chat, "text": Text}
+LANGUAGE_TASKS: dict[str, type[LanguageTask]] = {"chat": Chat, "text": Text}
 LABEL_TASKS = {
     "classification": Classification,
     "regression": Regression,
     "multi_label": MultiLabel,
 }
+TASKS: dict[str, type[Task]] = {**LANGUAGE_TASKS, **LABEL_TASKS}
 DROPPED = "dropped"  # column of encoded rows: the reason why a row is left out
 
 

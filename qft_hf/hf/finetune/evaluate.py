@@ -8,10 +8,9 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from ..json_object import json_object
-from ..language_model import language_class
 from ..wording import counted, score_text
 from .arguments import DataArguments, MethodArguments
-from .data import LANGUAGE_TASKS, DataCounts, TaskData, prepare_data
+from .data import TASKS, DataCounts, TaskData, prepare_data
 from .loading import load_model, load_tokenizer
 from .output_folder import SUMMARY, recorded_settings
 from .parsing import RunArguments
@@ -51,8 +50,7 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
     """
     training = arguments.training
     config = base_config(arguments.model)
-    if arguments.data.task in LANGUAGE_TASKS:
-        language_class(config)  # refuses other models before the data are read
+    TASKS[arguments.data.task].model_class(config)  # refuses others before the data are read
     tokenizer = load_tokenizer(arguments.model)
     data = prepare_data(_data_of(arguments), tokenizer, config, seed=training.seed)
     if data.evaluation is None:
