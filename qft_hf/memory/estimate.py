@@ -7,6 +7,7 @@ linear modules save their four inputs as floats or, for INT8 weight gradients, a
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import prod
 
 from torch import Tensor, nn
 
@@ -23,17 +24,10 @@ from ..layout import (
     outliers_per_row,
     state_bits,
 )
-from ..nn import (
-    ConversionPlan,
-    arrangement_of,
-    conversion_plan,
-    own_weights,
-    product_choices,
-)
+from ..nn import ConversionPlan, arrangement_of, conversion_plan, own_weights, product_choices
 from ..nn.int8 import min_tokens_of_expert
 from ..nn.loss import words_at_a_time
 from ..nn.products import output_head
-from ..quant import Arrangement
 from .ledger import FP32_ADAM_BYTES, LedgerRow
 from .processes import Rows
 
@@ -177,6 +171,12 @@ class MemoryEstimate:
     def total_bytes(self) -> int:
         """Bytes of states and activations, without those of the allocator and libraries."""
         return self.state_bytes + self.activation_bytes
+
+    @property
+    def sums(self) -> dict[str, int]:
+        """The three sums above, by name."""
+        names = ("state_bytes", "activation_bytes", "total_bytes")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def percent_of_fp32_adam(self) -> float:
@@ -353,14 +353,13 @@ def weight_kinds(plan: ConversionPlan, spec: QuantizationSpec) -> list[tuple[str
 
 def largest_tile(plan: ConversionPlan) -> int:
     """Return the largest number of elements of INT8 weights that are float at the same time."""
-    return max((_at_a_time(arrangement) for arrangement in plan.arrangements.values()), default=0)
-
-
-def _at_a_time(arrangement: Arrangement) -> int:
-    """Return how many elements of a weight are expanded to float together."""
-    rows, columns = arrangement.matrix_shape
-    of_one = rows * columns // arrangement.n_matrices
-    return max(min(TILE_ELEMENTS, rows * columns), of_one if arrangement.n_matrices > 1 else 0)
+    largest = 0
+    for arrangement in plan.arrangements.values():
+        n_elements = prod(arrangement.matrix_shape)
+        # Experts are expanded whole, others in tiles.
+        at_least = n_elements // arrangement.n_matrices if arrangement.n_matrices > 1 else 0
+        largest = max(largest, at_least, min(TILE_ELEMENTS, n_elements))
+    return largest
 
 
 def _saves_codes(

@@ -72,14 +72,7 @@ class Check:
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields and the sums of the memory estimate."""
-        sums = {}
-        if self.memory is not None:
-            sums = {
-                "state_bytes": self.memory.state_bytes,
-                "activation_bytes": self.memory.activation_bytes,
-                "total_bytes": self.memory.total_bytes,
-            }
-        return asdict(self) | sums
+        return asdict(self) | (self.memory.sums if self.memory else {})
 
     @property
     def _trained(self) -> str:
