@@ -18,6 +18,7 @@ from .atomic_writes import atomic_path
 from .card_facts import CardFacts
 from .wording import score_text
 
+CARD = "README.md"
 TAGS = ["full-parameter-fine-tuning", "int8", "qft"]
 CITATIONS = """\
 ```bibtex

@@ -34,7 +34,7 @@ from ..side import (
 from ..version import __version__
 from .atomic_writes import atomic_folder
 from .base import quantization_name
-from .card import is_card, marked_card
+from .card import CARD, is_card, marked_card
 from .config import QFTConfig
 from .convert import quantize_model_
 from .tensor_files import DAMAGED, damaged, metadata
@@ -46,7 +46,6 @@ Model = TypeVar("Model", bound=nn.Module)
 
 WEIGHTS_NAME = "side_network.safetensors"
 CONFIG_NAME = "side_network.json"
-CARD_NAME = "README.md"
 
 # What side_network.json says of the base, in all versions.
 _FACTS = ("name", "architecture", "config_hash", "vectors_hash", "quantization")
@@ -79,9 +78,9 @@ def _write(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
         save_file(state, draft / WEIGHTS_NAME, {"format": "pt", **metadata(state)})
         text = json.dumps(_description(model), indent=2, sort_keys=True)
         (draft / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        card = folder / CARD_NAME
+        card = folder / CARD
         if not card.exists() or is_card(card):
-            _card(model).save(draft / CARD_NAME)
+            _card(model).save(draft / CARD)
 
 
 def load_side_network(model: Model, folder: str | Path) -> Model:
