@@ -154,7 +154,7 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
     from qft_hf import recommend
     from qft_hf.hf.compatibility import format_with
     from qft_hf.hf.estimate import skeleton
-    from qft_hf.hf.finetune.loading import freeze_non_text_parts
+    from qft_hf.hf.language_model import freeze_non_text_parts
     from qft_hf.hf.positions import n_positions
     from qft_hf.hf.recommendation import ways_to_train
 

@@ -13,13 +13,14 @@ from ...side import attach_side_network
 from ..card_facts import parameters_of
 from ..compatibility import format_with
 from ..estimate import estimate_memory, estimate_side_memory, without_storage
+from ..language_model import freeze_non_text_parts
 from ..missing_model import explain_loading_errors
 from ..optimizers import given_options, named_optimizer
 from ..prepared_model import refuse_before_loading
 from .data import DataCounts
 from .data_preview import LEARNED, classes_of, example_text
 from .forecast import disk_bytes, n_steps, side_workload_of, workload_of
-from .loading import check_fit, freeze_non_text_parts, require_weights
+from .loading import check_fit, require_weights
 from .output_folder import nearest_folder, refuse_small_disk
 from .packing import refuse_leaky_packing_family
 from .parsing import RunArguments

@@ -16,7 +16,7 @@ from transformers import (
 
 from ...side import trained_heads
 from ..checkpoint import weight_files
-from ..language_model import freeze_non_text_parameters, non_text_parts
+from ..language_model import freeze_non_text_parts
 from ..missing_model import explain_loading_errors
 from ..positions import n_positions
 from ..shipped import shipped_file, shipped_names
@@ -162,33 +162,6 @@ def load_model(
     if model.can_generate():
         _stop_at_end(model, task)
     return model
-
-
-def freeze_non_text_parts(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Freeze parts that do not read text, and say which; or say which parts were not loaded.
-
-    Args:
-        model: The model, also one without storage; modified.
-        config: Configuration of the checkpoint.
-    """
-    parts = non_text_parts(config)
-    if parts and non_text_parts(model.config):
-        n_frozen = freeze_non_text_parameters(model)
-        logger.warning(
-            "the rows are text, which %s of %s does not read: %d tensors of its parameters are "
-            "frozen. To train them on data that they read, use QFTTrainer in Python",
-            " and ".join(parts),
-            type(model).__name__,
-            n_frozen,
-        )
-    elif parts:
-        logger.warning(
-            "the checkpoint is a %s. For text, transformers loads only its %s, which is trained "
-            "and saved; %s is left out",
-            (config.architectures or [type(config).__name__])[0],
-            type(model).__name__,
-            " and ".join(parts),
-        )
 
 
 def check_fit(
