@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ...side import QSTConfig, attach_side_network
 from ..arguments import FORMAT
 from ..base import FORMS, base_format, stored_format
+from ..estimate import without_storage
 from ..missing_model import explain_loading_errors
 from ..side_network import is_side_network, load_side_network, side_description
 from .arguments import MethodArguments, ModelArguments
@@ -202,8 +203,8 @@ def load_checkpoint(arguments: ModelArguments, config: PreTrainedConfig, model_c
             return model_class.from_pretrained(place, **trust)
     quantization = None
     if stored_format(config) == "float":
-        with torch.device("meta"):
-            quantization = base_format(checkpoint.form, model_class.from_config(config, **trust))
+        skeleton = without_storage(model_class, config, **trust)
+        quantization = base_format(checkpoint.form, skeleton)
     with explain_loading_errors(checkpoint.base):
         model = model_class.from_pretrained(
             checkpoint.base, config=config, quantization_config=quantization, **trust
@@ -244,8 +245,7 @@ def load_side_model(
     task.configure(config)
     make, dtype = task.model_class(config), getattr(torch, arguments.dtype)
     how = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
-    with torch.device("meta"):
-        skeleton = make.from_config(config, **how)
+    skeleton = without_storage(make, config, **how)
     # The base itself runs without autograd, which `refuse_leaky_packing` needs.
     if task.arguments.packing and not refuse_leaky_packing_family(
         make, config, torch.device("cpu"), **how
