@@ -346,10 +346,8 @@ def _default(entry: NamedOptimizer, option: str) -> Any:
 
 def note_on_default_rate(args: TrainingArguments) -> str | None:
     """Return a warning if the rate is the default of `args`, and too high for the optimizer."""
-    optimizer, default = (
-        named_optimizer(args),
-        type(args).__dataclass_fields__["learning_rate"].default,
-    )
+    optimizer = named_optimizer(args)
+    default = type(args).__dataclass_fields__["learning_rate"].default
     if optimizer is None or optimizer.learning_rate is None or default != args.learning_rate:
         return None
     if default <= optimizer.learning_rate:

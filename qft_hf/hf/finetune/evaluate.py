@@ -93,9 +93,8 @@ def _refuse_learned_rows(arguments: RunArguments, data: TaskData) -> None:
     except (ValueError, KeyError, TypeError):
         return  # not a finished run
     counts = [part.counts for part in (data.train, data.evaluation) if part is not None]
-    is_its_data = arguments.settings.get("train_data") == recorded_settings(folder).get(
-        "train_data"
-    )
+    its_data = recorded_settings(folder).get("train_data")
+    is_its_data = arguments.settings.get("train_data") == its_data
     if counts[-1].held_out in (None, held_out) or not is_its_data:
         return
     if held_out is None:

@@ -31,22 +31,11 @@ NOTHING = ("", "null", "~")  # how YAML writes no value
 CONFIG_SUFFIXES = (".yaml", ".yml")
 # Settings for which 0 or less would be misread, or would fail later.
 _ABOVE_ZERO = (
-    "max_train_rows",
-    "max_eval_rows",
-    "preprocessing_workers",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "eval_accumulation_steps",
-    "dataloader_prefetch_factor",
-    "ddp_timeout",
-    "num_train_epochs",
-    "max_steps",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-)
+    "max_train_rows", "max_eval_rows", "preprocessing_workers", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps",
+    "dataloader_prefetch_factor", "ddp_timeout", "num_train_epochs", "max_steps", "logging_steps",
+    "eval_steps", "save_steps", "save_total_limit",
+)  # fmt: skip
 # Arguments of the Trainer that would falsify the scores of a run, and how.
 _FALSIFIES = {
     "batch_eval_metrics": "scores are computed from all held-out rows at once",
