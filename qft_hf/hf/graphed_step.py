@@ -104,23 +104,14 @@ def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
 
 @dataclass
 class _Captured:
-    """The graph of a pass, and the tensors that it reads and writes.
-
-    Attributes:
-        graph: The graph.
-        before: Gradients of all parameters before the pass.
-        gradients: Gradients of all parameters after the pass.
-        result: Everything else that the pass leaves on the host.
-        loss: Loss of the pass.
-        parts: Graphs of the parts of the step that follow the pass, and their results (a tensor or
-            None), by name.
-    """
+    """The graph of a pass, and the tensors that it reads and writes."""
 
     graph: Graph
-    before: list[Tensor | None]
-    gradients: list[Tensor | None]
-    result: PassResult
+    before: list[Tensor | None]  # gradients of all parameters before the pass
+    gradients: list[Tensor | None]  # gradients of all parameters after the pass
+    result: PassResult  # everything else that the pass leaves on the host
     loss: Tensor
+    # Graphs of the parts of the step that follow, and their results (a tensor or None), by name.
     parts: dict[Hashable, tuple[Graph, Any]] = field(default_factory=dict)
 
 

@@ -33,21 +33,14 @@ SPREAD = 0.618  # golden ratio: the sampled rows of successive weights are in di
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Copies of some rows of all weights, and of the beginning of each float parameter.
+    """Copies of some rows of all weights, and of the beginning of each float parameter."""
 
-    Attributes:
-        codes: int8 `[n]`, the codes of the sampled rows.
-        scales: fp32 `[n_scales]`, the scales of the same rows.
-        outliers: fp32 `[n_outliers]`, the outliers of the same rows.
-        floats: fp32 `[n_floats]`, values of the float parameters.
-        sizes: Number of sampled codes of each weight, number of sampled outliers of each weight,
-            and number of sampled values of each float parameter.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    outliers: Tensor
-    floats: Tensor
+    codes: Tensor  # int8 `[n]`, of the sampled rows
+    scales: Tensor  # fp32 `[n_scales]`, of the same rows
+    outliers: Tensor  # fp32 `[n_outliers]`, of the same rows
+    floats: Tensor  # fp32 `[n_floats]`, values of the float parameters
+    # Numbers of sampled codes and of sampled outliers of each weight, and of sampled values of each
+    # float parameter.
     sizes: tuple[list[int], list[int], list[int]]
 
 

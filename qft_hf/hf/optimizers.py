@@ -23,15 +23,10 @@ from ..optim.settings import LARGEST, check_settings
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option of an optimizer.
+    """One option of an optimizer."""
 
-    Attributes:
-        type: Type of its values: str, int, float or bool.
-        help: Its effect, for `--help` and the documentation.
-    """
-
-    type: type
-    help: str
+    type: type  # of its values: str, int, float or bool
+    help: str  # its effect, for `--help` and the documentation
 
 
 OPTIONS = {

@@ -34,40 +34,22 @@ from .processes import Rows
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The sizes of one forward and backward pass, in elements, and how it saves activations.
+    """The sizes of one forward and backward pass, in elements, and how it saves activations."""
 
-    Attributes:
-        tokens: Batch size times sequence length.
-        layers: Decoder layers.
-        hidden: Width of the residual stream.
-        attention: Width of all query heads together.
-        key_value: Width of all key heads together.
-        intermediate: Width of the MLP, or of all experts of one token together.
-        vocabulary: Rows of the output head.
-        compute_bytes: Bytes of one activation: 2 for BF16, 4 for FP32.
-        checkpointing: Whether a layer keeps only its input and is computed again in backward.
-        chunked_loss: Whether logits exist for one chunk of the vocabulary at a time.
-        int8_inputs: Whether linear modules save INT8 codes of their inputs.
-        int8_expert_inputs: Whether experts save INT8 codes of their inputs.
-        outlier_fraction: Share of the columns of INT8 inputs that are saved as floats.
-        experts_per_token: Experts of one token, which have copies of its inputs and outputs; 0:
-            the MLP has no experts.
-    """
-
-    tokens: int
-    layers: int
-    hidden: int
-    attention: int
-    key_value: int
-    intermediate: int
-    vocabulary: int
-    compute_bytes: int
-    checkpointing: bool
-    chunked_loss: bool = False
-    int8_inputs: bool = False
-    int8_expert_inputs: bool = False
-    outlier_fraction: float = 0.0
-    experts_per_token: int = 0
+    tokens: int  # batch size times sequence length
+    layers: int  # decoder layers
+    hidden: int  # width of the residual stream
+    attention: int  # width of all query heads together
+    key_value: int  # width of all key heads together
+    intermediate: int  # width of the MLP, or of all experts of one token together
+    vocabulary: int  # rows of the output head
+    compute_bytes: int  # of one activation: 2 for BF16, 4 for FP32
+    checkpointing: bool  # whether a layer keeps only its input and is computed again in backward
+    chunked_loss: bool = False  # whether logits exist for one chunk of the vocabulary at a time
+    int8_inputs: bool = False  # whether linear modules save INT8 codes of their inputs
+    int8_expert_inputs: bool = False  # whether experts save INT8 codes of their inputs
+    outlier_fraction: float = 0.0  # share of the columns of INT8 inputs that are saved as floats
+    experts_per_token: int = 0  # which have copies of its inputs and outputs; 0: there are none
 
     @property
     def layer_bytes(self) -> int:

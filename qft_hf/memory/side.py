@@ -22,17 +22,11 @@ NF4_TENSORS = 5  # scales and tables of a weight: see `nf4_bytes`
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """How a frozen base is stored; in float, if neither `nf4` nor `plan` is given.
+    """How a frozen base is stored; in float, if neither `nf4` nor `plan` is given."""
 
-    Attributes:
-        nf4: Weights that are stored as NF4.
-        plan: Which weights are INT8.
-        spec: The format of the INT8 weights.
-    """
-
-    nf4: Sequence[Tensor] = ()
-    plan: ConversionPlan | None = None
-    spec: QuantizationSpec | None = None
+    nf4: Sequence[Tensor] = ()  # weights that are stored as NF4
+    plan: ConversionPlan | None = None  # which weights are INT8
+    spec: QuantizationSpec | None = None  # format of the INT8 weights
 
     @property
     def weights(self) -> list[Tensor]:

@@ -20,17 +20,11 @@ from .side_tuning import base_config, load_side_model, side_checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Scores of a model.
+    """Scores of a model."""
 
-    Attributes:
-        model: Folder or name of the model.
-        scores: The loss and the metrics of the task, by name.
-        data: Counts of the evaluation rows.
-    """
-
-    model: str
-    scores: dict[str, float]
-    data: DataCounts
+    model: str  # folder or name
+    scores: dict[str, float]  # the loss and the metrics of the task, by name
+    data: DataCounts  # of the evaluation rows
 
     def __str__(self) -> str:
         """Return a line for each score, and one for the data."""

@@ -73,23 +73,14 @@ def side_flags(flags: list[str], names: Collection[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class SideCheckpoint:
-    """A folder with a side network.
-
-    Attributes:
-        folder: The folder.
-        base: Folder or name on the Hub of the base.
-        quantization: The format that the base was stored in, as `quantization_name` returns it.
-        config: Configuration of the side network.
-        architecture: Class of the base.
-        labels: Names of the outputs of the head that was trained with it; None without one.
-    """
+    """A folder with a side network."""
 
     folder: Path
-    base: str
-    quantization: str | None
-    config: QSTConfig
-    architecture: str
-    labels: dict[int, str] | None
+    base: str  # folder or name on the Hub of the base
+    quantization: str | None  # that the base was stored in, as `quantization_name` returns it
+    config: QSTConfig  # of the side network
+    architecture: str  # class of the base
+    labels: dict[int, str] | None  # outputs of the head that was trained with it; None without one
 
     @property
     def form(self) -> str:
