@@ -101,8 +101,7 @@ def check(arguments: RunArguments) -> Check:
     """
     checkpoint, config, data = read(arguments)
     training, task = arguments.training, data.task
-    n_tokens, max_length = len(task.tokenizer), arguments.data.max_length
-    check_fit(config, arguments.model, max_length=max_length, n_tokens=n_tokens)
+    check_fit(config, arguments.model, task)
     place = arguments.model.model_name_or_path
     if Path(place).is_dir():
         require_weights(Path(place))

@@ -50,13 +50,12 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
     if data.evaluation is None:
         raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
     _refuse_learned_rows(arguments, data)
-    length = arguments.data.max_length
     if side_checkpoint(arguments.model.model_name_or_path) is None:
-        model = load_model(arguments.model, None, config, data.task, max_length=length)
+        model = load_model(arguments.model, None, config, data.task)
     else:
         # The folder holds the settings of the base and of the side network.
         method = MethodArguments(method="qst")
-        model = load_side_model(arguments.model, method, config, data.task, max_length=length)
+        model = load_side_model(arguments.model, method, config, data.task)
     found = scores(model, data, training)
     return Evaluation(arguments.model.model_name_or_path, found, data.evaluation.counts)
 

@@ -111,7 +111,6 @@ def load_model(
     config: PreTrainedConfig,
     task: Task,
     *,
-    max_length: int,
     frozen: bool = False,
 ) -> PreTrainedModel:
     """Load a model with quantized weights: a float checkpoint is quantized tensor by tensor.
@@ -124,15 +123,13 @@ def load_model(
             stays float.
         config: Configuration of the model; the task's head is written into it.
         task: Determines the class of the model and its head.
-        max_length: Longest example in tokens.
         frozen: Whether only the head of the model is trained and saved.
 
     Raises:
         ValueError: The model has too few positions for the examples or too few embeddings for the
             tokens; or it is frozen, and frozen weights are missing from the checkpoint.
     """
-    n_tokens = len(task.tokenizer)
-    check_fit(config, arguments, max_length=max_length, n_tokens=n_tokens)
+    check_fit(config, arguments, task)
     task.configure(config)
     is_quantized = getattr(config, "quantization_config", None) is not None
     with explain_loading_errors(arguments.model_name_or_path):
@@ -154,8 +151,8 @@ def load_model(
             "and saved without these weights, so they would stay random. Set method to full, which "
             "trains them, or start from a checkpoint that has them."
         )
-    if n_tokens > model.config.get_text_config().vocab_size:
-        model.resize_token_embeddings(n_tokens)
+    if len(task.tokenizer) > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(len(task.tokenizer))
     # A classifier looks for the last token that is not padding, also before training begins. If it
     # were set before the model is created, this token's embedding would not be learned.
     model.config.get_text_config().pad_token_id = task.tokenizer.pad_token_id
@@ -164,20 +161,18 @@ def load_model(
     return model
 
 
-def check_fit(
-    config: PreTrainedConfig, arguments: ModelArguments, *, max_length: int, n_tokens: int
-) -> None:
+def check_fit(config: PreTrainedConfig, arguments: ModelArguments, task: Task) -> None:
     """Raise ValueError if a model has too few positions for the examples, or embeddings."""
-    text_config = config.get_text_config()
-    positions = n_positions(config)
+    max_length, n_tokens = task.arguments.max_length, len(task.tokenizer)
+    n_embeddings, positions = config.get_text_config().vocab_size, n_positions(config)
     if positions is not None and max_length > positions:
         raise ValueError(
             f"max_length is {max_length}, but the model has {positions} positions. Set max_length "
             f"to {positions} or less."
         )
-    if n_tokens > text_config.vocab_size and not arguments.new_tokens:
+    if n_tokens > n_embeddings and not arguments.new_tokens:
         raise ValueError(
-            f"the tokenizer knows {n_tokens} tokens, but the model has {text_config.vocab_size} "
+            f"the tokenizer knows {n_tokens} tokens, but the model has {n_embeddings} "
             "embeddings. Use the model's own tokenizer, and list additional tokens in new_tokens."
         )
 

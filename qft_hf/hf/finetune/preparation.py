@@ -74,8 +74,7 @@ def prepare(arguments: RunArguments) -> Run:
     is_whole = arguments.method.side is None
     load: Any = load_model if is_whole else load_side_model
     how = training.quantization_config if is_whole else arguments.method
-    length = arguments.data.max_length
-    model = load(arguments.model, how, config, data.task, max_length=length)
+    model = load(arguments.model, how, config, data.task)
     if arguments.data.packing and is_whole:
         refuse_leaky_packing(model)
     training.include_num_input_tokens_seen = "non_padding"  # for the log and the summary

@@ -204,12 +204,7 @@ def load_checkpoint(arguments: ModelArguments, config: PreTrainedConfig, model_c
 
 
 def load_side_model(
-    arguments: ModelArguments,
-    method: MethodArguments,
-    config: PreTrainedConfig,
-    task: Task,
-    *,
-    max_length: int,
+    arguments: ModelArguments, method: MethodArguments, config: PreTrainedConfig, task: Task
 ) -> PreTrainedModel:
     """Load a base, and attach a side network: a new one, or the one in the folder that is named.
 
@@ -218,7 +213,6 @@ def load_side_model(
         method: The side network, and how the base is stored.
         config: As `base_config` returns it; the task's head is written into it.
         task: Determines the class of the model and its head.
-        max_length: Longest example in tokens.
 
     Raises:
         ImportError: The base is to be stored in NF4, and bitsandbytes is not installed.
@@ -249,7 +243,7 @@ def load_side_model(
         arguments = replace(arguments, model_name_or_path=checkpoint.base)
     stored = stored_format(config) != "float"
     quantization = None if stored else base_format(form, skeleton)
-    model = load_model(arguments, quantization, config, task, max_length=max_length, frozen=True)
+    model = load_model(arguments, quantization, config, task, frozen=True)
     if checkpoint is not None:
         return load_side_network(model, checkpoint.folder)
     return attach_side_network(model, method.side)
