@@ -124,19 +124,20 @@ def faults(checkpoint: Path) -> list[str]:
     return found
 
 
-def write_mark(checkpoint: Path, *, without_state: Iterable[str]) -> None:
+def write_mark(checkpoint: Path, model: nn.Module, optimizer: Any) -> None:
     """Write sizes and checksums of the files that a resume reads; the last file of a checkpoint.
 
     Args:
         checkpoint: Folder with all files of the checkpoint; `MARK` is added.
-        without_state: Names of parameters without optimizer state, such as those never used.
+        model: The model, for the names of parameters.
+        optimizer: Its optimizer, which may have no state yet for some parameters.
     """
     names = [*weight_files(checkpoint), *_state_files(checkpoint), SCALER_NAME, SAMPLE_NAME]
     mark = {
         "files": {
             name: _digest(checkpoint / name) for name in names if (checkpoint / name).is_file()
         },
-        "without_state": sorted(without_state),
+        "without_state": sorted(parameters_without_state(model, optimizer)),
     }
     with atomic_path(checkpoint / MARK) as draft:
         draft.write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
