@@ -22,6 +22,7 @@ from .optimizers import (
 )
 
 _DEFAULTS = QuantizationSpec()
+# Options of the storage format.
 FORMAT = ("group_size", "outlier_fraction", "modules_to_not_convert", "matmul", "int8_products")
 # Fields that are JSON on a command line, each with an example.
 _DICTIONARIES = {

@@ -57,7 +57,7 @@ def quantize_model_(model: Model, config: QFTConfig) -> Model:
         if not kept.parameter.is_meta:
             check_finite(kept.name, kept.parameter)
     quantize_modules_(model, config)
-    _record_formats(model)
+    _after_conversion(model)
     if isinstance(model, PreTrainedModel):
         _mark(model, config)
     return model
@@ -90,11 +90,11 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
         if isinstance(quantizer, QFTQuantizer):
             quantizer.dequantize(module, dtype=dtype)
     dequantize_modules_(model, dtype)
-    _record_formats(model)
+    _after_conversion(model)
     return model
 
 
-def _record_formats(model: nn.Module) -> None:
+def _after_conversion(model: nn.Module) -> None:
     """Fit the states of our optimizers, and record the formats in which side networks are saved."""
     for parameter in model.parameters():
         fit_states(parameter)

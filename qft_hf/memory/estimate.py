@@ -49,7 +49,7 @@ class Workload:
     int8_inputs: bool = False  # whether linear modules save INT8 codes of their inputs
     int8_expert_inputs: bool = False  # whether experts save INT8 codes of their inputs
     outlier_fraction: float = 0.0  # share of the columns of INT8 inputs that are saved as floats
-    experts_per_token: int = 0  # which have copies of its inputs and outputs; 0: there are none
+    experts_per_token: int = 0  # with copies of the token's inputs and outputs; 0: no experts
 
     @property
     def layer_bytes(self) -> int:
