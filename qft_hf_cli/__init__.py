@@ -18,17 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-COMMANDS = (
-    "plan",
-    "check",
-    "finetune",
-    "evaluate",
-    "chat",
-    "export",
-    "inspect",
-    "card",
-    "report",
-)
+COMMANDS = ("plan", "check", "finetune", "evaluate", "chat", "export", "inspect", "card", "report")
 _USAGE = """\
 Fine-tune every parameter of a language model in INT8.
 

@@ -128,7 +128,5 @@ def _answer(
         streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         **(drawn if options.temperature > 0 else {"do_sample": False}),
     )
-    answer: str = tokenizer.decode(
-        output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-    )
+    answer: str = tokenizer.decode(output[0, n_tokens:], skip_special_tokens=True)
     return answer

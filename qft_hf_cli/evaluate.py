@@ -43,10 +43,10 @@ def flags_of(argv: list[str]) -> list[str]:
     """
     folder = Path(argv[0])
     if not folder.is_dir():
-        from qft_hf.hf.shipped import config_file
+        from qft_hf.hf.shipped import shipped_file
 
         # Otherwise a missing folder would be reported as a missing config.
-        is_path = not argv[0].startswith("-") and config_file(argv[0]) is None
+        is_path = not argv[0].startswith("-") and shipped_file(argv[0], ".yaml") is None
         if is_path and not folder.exists() and folder.suffix not in {".yaml", ".yml"}:
             raise FileNotFoundError(
                 f"No folder {folder} (looked from {Path.cwd()}). Give the folder of a run or of a "

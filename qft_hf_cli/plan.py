@@ -82,8 +82,8 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
     """Return a model's place and the settings of a run; flags override those of a config."""
     import torch
 
-    from qft_hf.hf import shipped
     from qft_hf.hf.finetune.arguments import MethodArguments
+    from qft_hf.hf.shipped import architecture
 
     dtype: torch.dtype | None = None  # that of the model's configuration
     place, trust = name, options.trust_remote_code
@@ -112,7 +112,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
                 "side": side,
                 "base": arguments.method.base,
             }
-    elif not Path(name).exists() and (folder := shipped.architecture(name)) is not None:
+    elif not Path(name).exists() and (folder := architecture(name)) is not None:
         place = str(folder)
     if options.method is not None or _side_fields(options):
         method = MethodArguments(method=options.method or "full", **_side_fields(options))
@@ -139,9 +139,9 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
 
 def _is_config(name: str) -> bool:
     """Return whether this is a config of a run: a file, or one that ships with qft_hf."""
-    from qft_hf.hf import shipped
+    from qft_hf.hf.shipped import shipped_file
 
-    return Path(name).suffix in (".yaml", ".yml") or shipped.config_file(name) is not None
+    return Path(name).suffix in (".yaml", ".yml") or shipped_file(name, ".yaml") is not None
 
 
 def _side_fields(options: argparse.Namespace) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
     from qft_hf import recommend
     from qft_hf.hf.compatibility import format_with
     from qft_hf.hf.estimate import skeleton
-    from qft_hf.hf.finetune.loading import freeze_non_text_parts
+    from qft_hf.hf.language_model import freeze_non_text_parts
     from qft_hf.hf.positions import n_positions
     from qft_hf.hf.recommendation import ways_to_train
 
@@ -168,14 +168,7 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
     ways = []
     for way, of in ways_to_train(source, **work):
         estimate = of(sequence_length=length)
-        ways.append(
-            {
-                **way,
-                "state_bytes": estimate.state_bytes,
-                "activation_bytes": estimate.activation_bytes,
-                "total_bytes": estimate.total_bytes,
-            }
-        )
+        ways.append(way | estimate.sums)
     cards = []
     for gpu in gpus:
         choice = recommend(source, gpu, length, **work)

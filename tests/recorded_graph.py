@@ -20,7 +20,7 @@ CONSTANT = aten.lift_fresh.default  # the end of `torch.tensor`: a copy from the
 
 
 class RecordedGraph(TorchDispatchMode):
-    """Capture once, replay often, with the methods of `qft_hf.hf.graphed_step.CudaGraph`."""
+    """Capture once, replay often, with the methods of `qft_hf.hf.graphed_step.Graph`."""
 
     def __init__(self) -> None:
         super().__init__()

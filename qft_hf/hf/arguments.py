@@ -22,13 +22,8 @@ from .optimizers import (
 )
 
 _DEFAULTS = QuantizationSpec()
-_FORMAT = (
-    "group_size",
-    "outlier_fraction",
-    "modules_to_not_convert",
-    "matmul",
-    "int8_products",
-)
+# Options of the storage format.
+FORMAT = ("group_size", "outlier_fraction", "modules_to_not_convert", "matmul", "int8_products")
 # Fields that are JSON on a command line, each with an example.
 _DICTIONARIES = {
     "int8_products": '{"lm_head": ["forward"]}',
@@ -36,9 +31,9 @@ _DICTIONARIES = {
 }
 
 
-def _option(name: str) -> Any:
-    """Return the field of an optimizer's option; if unset, the optimizer's own default applies."""
-    return field(default=None, metadata={"help": describe(name)})
+def setting(help: str, *, default: Any = None) -> Any:
+    """Return the field of a setting with its help text; it must be set if `default` is MISSING."""
+    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -63,79 +58,56 @@ class QFTTrainingArguments(TrainingArguments):
         ValueError: A value is out of its range, or has no effect together with the others.
     """
 
-    optim: str = field(
-        default=DEFAULT_OPTIMIZER,
-        metadata={"help": f"The optimizer: {' or '.join(OPTIMIZERS)} trains INT8 weights."},
+    optim: str = setting(
+        f"The optimizer: {' or '.join(OPTIMIZERS)} trains INT8 weights.", default=DEFAULT_OPTIMIZER
     )
-    learning_rate: float = field(
-        default=None,  # type: ignore[assignment]  # `__post_init__` sets it
-        metadata={
-            "help": "The highest rate of the schedule. Unset: "
-            + ", ".join(f"{o.learning_rate or 'an error'} for {n}" for n, o in OPTIMIZERS.items())
-            + "."
-        },
+    learning_rate: float = setting(  # `__post_init__` sets it if it is None
+        "The highest rate of the schedule. Unset: "
+        + ", ".join(f"{o.learning_rate or 'an error'} for {n}" for n, o in OPTIMIZERS.items())
+        + "."
     )
-    gradient: str | None = _option("gradient")
-    clipping: str | None = _option("clipping")
-    accumulation: str | None = _option("accumulation")
-    nonfinite: str | None = _option("nonfinite")
-    momentum_bits: int | None = _option("momentum_bits")
-    beta1: float | None = _option("beta1")
-    beta2: float | None = _option("beta2")
-    eps: float | None = _option("eps")
-    stochastic_rounding: bool | None = _option("stochastic_rounding")
-    quantization_seed: int | None = _option("seed")
-    group_size: int | None = field(
-        default=None,
-        metadata={"help": "Inputs that share an FP32 weight scale; unset for one scale per row."},
+    gradient: str | None = setting(describe("gradient"))
+    clipping: str | None = setting(describe("clipping"))
+    accumulation: str | None = setting(describe("accumulation"))
+    nonfinite: str | None = setting(describe("nonfinite"))
+    momentum_bits: int | None = setting(describe("momentum_bits"))
+    beta1: float | None = setting(describe("beta1"))
+    beta2: float | None = setting(describe("beta2"))
+    eps: float | None = setting(describe("eps"))
+    stochastic_rounding: bool | None = setting(describe("stochastic_rounding"))
+    quantization_seed: int | None = setting(describe("seed"))
+    group_size: int | None = setting(
+        "Inputs that share an FP32 weight scale; unset for one scale per row."
     )
-    outlier_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of each row kept in FP32: its largest magnitudes. Unset: "
-            f"{_DEFAULTS.outlier_fraction}."
-        },
+    outlier_fraction: float | None = setting(
+        "Share of each row kept in FP32: its largest magnitudes. Unset: "
+        f"{_DEFAULTS.outlier_fraction}."
     )
-    modules_to_not_convert: list[str] | None = field(
-        default=None, metadata={"help": "Modules that stay float, by full name or component."}
+    modules_to_not_convert: list[str] | None = setting(
+        "Modules that stay float, by full name or component."
     )
-    matmul: str | None = field(
-        default=None,
-        metadata={
-            "help": "How products with a weight are computed: dequantize, or int8. Unset: "
-            f"{_DEFAULTS.matmul}."
-        },
+    matmul: str | None = setting(
+        f"How products with a weight are computed: dequantize, or int8. Unset: {_DEFAULTS.matmul}."
     )
-    int8_products: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "With matmul int8: INT8 products by module, as in "
-            """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all but those of the head."""
-        },
+    int8_products: dict[str, Any] | str | None = setting(
+        "With matmul int8: INT8 products by module, as in "
+        """'{"lm_head": ["forward"], "down_proj": []}'. Unset: all but those of the head."""
     )
-    chunked_loss: bool = field(
-        default=None,  # type: ignore[assignment]  # `__post_init__` sets it
-        metadata={
-            "help": "Compute the next-token loss in chunks of the vocabulary, so that logits never "
-            "exist all at once; costs one more product with the output head. Unset: only in place "
-            "of the fused loss of use_liger_kernel."
-        },
+    chunked_loss: bool = setting(  # `__post_init__` sets it if it is None
+        "Compute the next-token loss in chunks of the vocabulary, so that logits never "
+        "exist all at once; costs one more product with the output head. Unset: only in place "
+        "of the fused loss of use_liger_kernel."
     )
-    liger_kernel_config: dict[str, bool] | str | None = field(  # type: ignore[assignment]  # as text
-        default=None,
-        metadata={
-            "help": "With use_liger_kernel: kernels that are switched off or on, as in "
-            """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy, """
-            "which chunked_loss replaces, and swiglu of experts work with INT8 weights."
-        },
+    liger_kernel_config: dict[str, bool] | str | None = setting(  # type: ignore[assignment]  # text
+        "With use_liger_kernel: kernels that are switched off or on, as in "
+        """'{"rope": false, "cross_entropy": true}'. All but fused_linear_cross_entropy, """
+        "which chunked_loss replaces, and swiglu of experts work with INT8 weights."
     )
-    cuda_graph: bool = field(
+    cuda_graph: bool = setting(
+        "Capture forward and backward, clipping and the update as CUDA graphs, and "
+        "replay them at every step, for batches of one shape: with few tokens the host takes "
+        "longer than the GPU. Experimental; QFTTrainer only.",
         default=False,
-        metadata={
-            "help": "Capture forward and backward, clipping and the update as CUDA graphs, and "
-            "replay them at every step, for batches of one shape: with few tokens the host takes "
-            "longer than the GPU. Experimental; QFTTrainer only."
-        },
     )
 
     @property
@@ -147,7 +119,7 @@ class QFTTrainingArguments(TrainingArguments):
     @property
     def format_fields(self) -> dict[str, Any]:
         """The options of the storage format that are set here, by name."""
-        values = {name: getattr(self, name) for name in _FORMAT}
+        values = {name: getattr(self, name) for name in FORMAT}
         return {name: value for name, value in values.items() if value is not None}
 
     @property

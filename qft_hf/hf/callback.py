@@ -10,7 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..optim.release import ACCUMULATION_IS_FORBIDDEN
 from ..side import side_network_of
-from .checkpoint import parameters_without_state, write_mark
+from .checkpoint import write_mark
 from .compatibility import (
     has_quantized_weights,
     refuse_foreign_optimizer,
@@ -152,7 +152,7 @@ class QFTCallback(TrainerCallback):
         if self.writes_in_place and is_ours(inner) and model is not None:
             with first_process_writes() as is_first:
                 if is_first and checkpoint.is_dir():  # a hyperparameter search uses another folder
-                    write_mark(checkpoint, without_state=parameters_without_state(model, inner))
+                    write_mark(checkpoint, model, inner)
 
     def on_train_end(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         """Ensure that backward passes after the training update no weights."""

@@ -18,6 +18,7 @@ from .atomic_writes import atomic_path
 from .card_facts import CardFacts
 from .wording import score_text
 
+CARD = "README.md"
 TAGS = ["full-parameter-fine-tuning", "int8", "qft"]
 CITATIONS = """\
 ```bibtex
@@ -54,11 +55,7 @@ SIDE_CITATION = """\
 # The last line of a card: a checksum of the text above it, without the metadata.
 _MARK = "<!-- Written by qft_hf; CRC-32 of the text above: {:08x} -->"
 
-_IN_WORDS = {
-    "nf4": "in 4 bits (NF4, by bitsandbytes)",
-    "int8": "in INT8",
-    "float": "in float",
-}
+_IN_WORDS = {"nf4": "in 4 bits (NF4, by bitsandbytes)", "int8": "in INT8", "float": "in float"}
 _IN_CODE = {
     "nf4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", '
     "bnb_4bit_use_double_quant=True)",

@@ -15,53 +15,31 @@ from .remote_code import auto_class
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """The facts in a model card; it omits those that are None or empty.
+    """The facts in a model card; it omits those that are None or empty."""
 
-    Attributes:
-        name: The model's repository on the Hub, or the name of its folder.
-        architecture: Class of the model.
-        auto_class: Auto class that loads a model with code of its own; None: `architecture` does.
-        base_model: Name on the Hub of the model that was tuned; None if it was a local one.
-        datasets: Names on the Hub of the training data.
-        files: Names of local files with training data.
-        evaluated: Names on the Hub of the evaluation data, none if any of it is local. None if it
-            was held out from the training data.
-        parameters: Number of all parameters, and of the trained ones.
-        optimizer: The rule and how its state was stored; None without training.
-        hyperparameters: Values by name.
-        format: Storage format of the weights.
-        side: Fields of a side network's `QSTConfig`, and `base`: how its frozen base is stored.
-            None without a side network.
-        state_bytes: Bytes of the training state, by kind.
-        history: `log_history` of the Trainer.
-        counts: Amount of training data, in one line.
-        export_dtype: Dtype of an ordinary checkpoint, which is in the subfolder of that name.
-        license: Identifier on the Hub.
-        language: Language codes.
-        tags: Tags other than those of this package.
-        versions: Versions by package.
-    """
-
-    name: str
-    architecture: str
-    parameters: tuple[int, int]
-    auto_class: str | None = None
-    base_model: str | None = None
-    datasets: Sequence[str] = ()
-    files: Sequence[str] = ()
+    name: str  # the model's repository on the Hub, or the name of its folder
+    architecture: str  # class of the model
+    parameters: tuple[int, int]  # number of all parameters, and of the trained ones
+    auto_class: str | None = None  # loads a model with code of its own; None: `architecture` does
+    base_model: str | None = None  # name on the Hub of what was tuned; None if it was a local one
+    datasets: Sequence[str] = ()  # names on the Hub of the training data
+    files: Sequence[str] = ()  # names of local files with training data
+    # Names on the Hub of the evaluation data, none if any of it is local. None if it was held out
+    # from the training data.
     evaluated: Sequence[str] | None = None
-    optimizer: str | None = None
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    format: QuantizationSpec | None = None
+    optimizer: str | None = None  # the rule and how its state was stored; None without training
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)  # by name
+    format: QuantizationSpec | None = None  # of the weights
+    # Fields of a side network's `QSTConfig`, and `base`: how its frozen base is stored.
     side: Mapping[str, Any] | None = None
-    state_bytes: Mapping[str, int] = field(default_factory=dict)
-    history: Sequence[Mapping[str, Any]] = ()
-    counts: str | None = None
-    export_dtype: str | None = None
-    license: str | None = None
-    language: Sequence[str] = ()
-    tags: Sequence[str] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
+    state_bytes: Mapping[str, int] = field(default_factory=dict)  # of the training state, by kind
+    history: Sequence[Mapping[str, Any]] = ()  # `log_history` of the Trainer
+    counts: str | None = None  # amount of training data, in one line
+    export_dtype: str | None = None  # of an ordinary checkpoint, in the subfolder of that name
+    license: str | None = None  # identifier on the Hub
+    language: Sequence[str] = ()  # language codes
+    tags: Sequence[str] = ()  # other than those of this package
+    versions: Mapping[str, str] = field(default_factory=dict)  # by package
 
 
 def facts_of_trainer(trainer: Any, **known: Any) -> CardFacts:

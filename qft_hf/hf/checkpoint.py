@@ -18,12 +18,7 @@ from typing import Any
 import xxhash
 from torch import nn
 from transformers import PreTrainedConfig, TrainerState
-from transformers.trainer import (
-    OPTIMIZER_NAME,
-    SCALER_NAME,
-    SCHEDULER_NAME,
-    TRAINER_STATE_NAME,
-)
+from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import (
     CONFIG_NAME,
@@ -55,6 +50,11 @@ WEIGHTS = (
     WEIGHTS_INDEX_NAME,
     SIDE_WEIGHTS_NAME,
 )
+# As the Trainer reads these files.
+READERS: dict[str, Any] = {
+    CONFIG_NAME: PreTrainedConfig.from_json_file,
+    TRAINER_STATE_NAME: TrainerState.load_from_json,
+}
 
 SHOWN = 5  # most names in an error that may concern every tensor of a model
 CHUNK_BYTES = 1 << 20  # fits in a core's cache
@@ -124,19 +124,20 @@ def faults(checkpoint: Path) -> list[str]:
     return found
 
 
-def write_mark(checkpoint: Path, *, without_state: Iterable[str]) -> None:
+def write_mark(checkpoint: Path, model: nn.Module, optimizer: Any) -> None:
     """Write sizes and checksums of the files that a resume reads; the last file of a checkpoint.
 
     Args:
         checkpoint: Folder with all files of the checkpoint; `MARK` is added.
-        without_state: Names of parameters without optimizer state, such as those never used.
+        model: The model, for the names of parameters.
+        optimizer: Its optimizer, which may have no state yet for some parameters.
     """
     names = [*weight_files(checkpoint), *_state_files(checkpoint), SCALER_NAME, SAMPLE_NAME]
     mark = {
         "files": {
             name: _digest(checkpoint / name) for name in names if (checkpoint / name).is_file()
         },
-        "without_state": sorted(without_state),
+        "without_state": sorted(parameters_without_state(model, optimizer)),
     }
     with atomic_path(checkpoint / MARK) as draft:
         draft.write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
@@ -186,7 +187,7 @@ def weight_files(checkpoint: Path) -> list[str]:
     for shard in shards:
         if Path(shard).name != shard or not (checkpoint / shard).is_file():
             raise ValueError(f"{shard} is missing")
-        held = set(tensor_names([str(checkpoint / shard)]))
+        held = set(tensor_names([checkpoint / shard]))
         if held != (listed := {name for name, file in index.items() if file == shard}):
             raise ValueError(
                 f"{shard} holds other tensors than {SAFE_WEIGHTS_INDEX_NAME} says, such as "
@@ -238,7 +239,7 @@ def check_weights(model: nn.Module, checkpoint: Path, *, names_differ: bool = Fa
     if side_network_of(model) is not None:
         return  # `load_side_network` checks its weights
     try:
-        files = [str(checkpoint / name) for name in weight_files(checkpoint)]
+        files = [checkpoint / name for name in weight_files(checkpoint)]
         saved, found = set(tensor_names(files)), damaged(files)
     except ValueError as error:
         raise ValueError(f"No weights can be loaded from {checkpoint}: {error}") from error
@@ -318,36 +319,26 @@ def _written(checkpoint: Path) -> float:
 
 def _unreadable(path: Path) -> list[str]:
     """Return what is wrong with the contents of a file that no mark lists."""
-    if path.suffix == ".json":
-        try:
-            content = json_object(path)
-        except ValueError as error:
-            return [str(error)]
-        if path.name == CONFIG_NAME:
-            try:
-                PreTrainedConfig.from_json_file(path)  # as the Trainer reads it
-            except (ValueError, TypeError, AttributeError, KeyError) as error:
-                return [f"{path.name} cannot be read ({error})"]
-        if path.name == TRAINER_STATE_NAME:
-            if type(step := content.get("global_step")) is not int or step < 0:
-                return [f"{path.name} has no global_step"]
-            try:
-                TrainerState.load_from_json(str(path))  # as the Trainer reads it
-            except (TypeError, AttributeError) as error:
-                return [f"{path.name} cannot be read ({error})"]
-    elif path.suffix == ".safetensors":
-        try:
-            return damaged([str(path)])
-        except ValueError as error:
-            return [str(error)]
-    else:  # by torch.save: a zip archive with a checksum for each tensor
-        try:
+    try:
+        if path.suffix == ".safetensors":
+            return damaged([path])
+        if path.suffix != ".json":  # by torch.save: a zip archive with a checksum for each tensor
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
-            return [f"{path.name} cannot be read ({error})"]
-        if bad is not None:
-            return [f"{path.name} is damaged at {bad}"]
+            return [] if bad is None else [f"{path.name} is damaged at {bad}"]
+        content = json_object(path)
+    except ValueError as error:
+        return [str(error)]
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        return [f"{path.name} cannot be read ({error})"]
+    if path.name == TRAINER_STATE_NAME:
+        if type(step := content.get("global_step")) is not int or step < 0:
+            return [f"{path.name} has no global_step"]
+    try:
+        if path.name in READERS:
+            READERS[path.name](str(path))
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        return [f"{path.name} cannot be read ({error})"]
     return []
 
 

@@ -25,7 +25,6 @@ from .checkpoint import (
     check_momentum,
     check_weights,
     newest_whole_checkpoint,
-    parameters_without_state,
     remove_old,
     require_whole,
     write_mark,
@@ -174,8 +173,7 @@ class CheckpointTrainer(Trainer):
                 self.state.best_model_checkpoint = best
             if is_first:
                 self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
-                lacking = parameters_without_state(self.model, unwrapped(self.optimizer))
-                write_mark(draft, without_state=lacking)
+                write_mark(draft, self.model, unwrapped(self.optimizer))
         if self.args.push_to_hub:
             self._push_from_checkpoint(folder)
         if self.args.should_save:

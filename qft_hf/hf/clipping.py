@@ -37,17 +37,14 @@ def refusing_released(clip: Any, self: Accelerator, *args: Any, **kwargs: Any) -
 
 
 def _refuse_released(accelerator: Accelerator) -> None:
-    if trainer_of(accelerator) is None:
-        for optimizer in accelerator._optimizers:
-            refuse_released(unwrapped(optimizer))
-
-
-def refuse_released(optimizer: Any) -> None:
     """Raise RuntimeError if an optimizer has already used gradients of this step."""
-    if isinstance(optimizer, QFTOptimizer) and optimizer.n_released:
-        raise RuntimeError(
-            f"gradient='release' has used {optimizer.n_released} gradients during backward, so "
-            f"nothing is left to clip. Give {type(optimizer).__name__} max_grad_norm and "
-            "clipping='exact', 'previous' or 'tensor' instead, and read its released_norm after "
-            "step(); or use gradient='stack'."
-        )
+    if trainer_of(accelerator) is not None:
+        return
+    for optimizer in map(unwrapped, accelerator._optimizers):
+        if isinstance(optimizer, QFTOptimizer) and optimizer.n_released:
+            raise RuntimeError(
+                f"gradient='release' has used {optimizer.n_released} gradients during backward, so "
+                f"nothing is left to clip. Give {type(optimizer).__name__} max_grad_norm and "
+                "clipping='exact', 'previous' or 'tensor' instead, and read its released_norm "
+                "after step(); or use gradient='stack'."
+            )

@@ -1,12 +1,11 @@
 """Which models and optimizers belong to qft_hf, and which of them work together."""
 
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
 
-from ..config import QuantizationSpec
 from ..nn import QuantizedModule
 from ..quant import QFTWeight
 from ..side import SideNetwork, side_network_of
@@ -50,10 +49,7 @@ def config_of_modules(model: nn.Module) -> QFTConfig | None:
     """Return the format of the modules of a model, for a part of an INT8 model or its wrapper."""
     modules = [module for module in model.modules() if isinstance(module, QuantizedModule)]
     specs = {id(module.spec): module.spec for module in modules if module.spec is not None}
-    configs = [
-        QFTConfig(**{field.name: getattr(spec, field.name) for field in fields(QuantizationSpec)})
-        for spec in specs.values()
-    ]
+    configs = [QFTConfig(**asdict(spec)) for spec in specs.values()]
     for config in configs:
         config.forget_absent(model)  # it may name modules of the whole model that was quantized
     return configs[0] if configs and all(config == configs[0] for config in configs) else None

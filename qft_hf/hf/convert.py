@@ -57,10 +57,9 @@ def quantize_model_(model: Model, config: QFTConfig) -> Model:
         if not kept.parameter.is_meta:
             check_finite(kept.name, kept.parameter)
     quantize_modules_(model, config)
-    _fit_states(model)
+    _after_conversion(model)
     if isinstance(model, PreTrainedModel):
         _mark(model, config)
-    _record_side_formats(model)
     return model
 
 
@@ -91,22 +90,17 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
         if isinstance(quantizer, QFTQuantizer):
             quantizer.dequantize(module, dtype=dtype)
     dequantize_modules_(model, dtype)
-    _fit_states(model)
-    _record_side_formats(model)
+    _after_conversion(model)
     return model
 
 
-def _record_side_formats(model: nn.Module) -> None:
-    """Record the formats of side networks, with which they are saved."""
+def _after_conversion(model: nn.Module) -> None:
+    """Fit the states of our optimizers, and record the formats in which side networks are saved."""
+    for parameter in model.parameters():
+        fit_states(parameter)
     for module in model.modules():
         if isinstance(module, SideNetwork):
             module.quantization = config_of_modules(module)
-
-
-def _fit_states(model: nn.Module) -> None:
-    """Fit the states of our optimizers that train the model."""
-    for parameter in model.parameters():
-        fit_states(parameter)
 
 
 def prepared_for_saving(model: Any, state: dict[str, Tensor] | None) -> Any:

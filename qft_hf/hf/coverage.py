@@ -6,14 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nn import (
-    LISTED,
-    ConversionPlan,
-    Kept,
-    QuantizedModule,
-    conversion_plan,
-    uses_our_forward,
-)
+from ..nn import LISTED, ConversionPlan, Kept, QuantizedModule, conversion_plan, uses_our_forward
 from ..nn.kinds import own_weights
 from ..quant import QFTWeight
 from .config import QFTConfig

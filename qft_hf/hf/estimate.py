@@ -22,6 +22,9 @@ from .optimizers import OPTIMIZERS
 
 # Names of the width of a layer's MLP. BLOOM, GPT and GPT-Neo have 4 times the hidden size instead.
 _MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+_BUILDING_FAULTS = (  # errors that making a model of a configuration can raise
+    AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 # A model, its configuration, a folder with a config.json, or a name on the hub.
 ModelSource = nn.Module | PreTrainedConfig | str | Path
@@ -153,23 +156,13 @@ def without_storage(make: Any, config: Any, **how: Any) -> Any:
     try:
         with torch.device("meta"):
             return make.from_config(config, **how)
-    except (
-        AssertionError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
+    except _BUILDING_FAULTS as error:
+        advice = "Correct the config.json, or the setting that this names."
+        if isinstance(error, ImportError):
+            advice = "Install the package that this names."
         raise ValueError(
             f"transformers cannot build the model of {type(config).__name__}: "
-            f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}. "
-            + (
-                "Install the package that this names."
-                if isinstance(error, ImportError)
-                else "Correct the config.json, or the setting that this names."
-            )
+            f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}. {advice}"
         ) from error
 
 

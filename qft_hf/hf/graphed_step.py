@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -37,31 +37,18 @@ Batch = dict[str, Tensor]
 Pass = Callable[[Batch], Tensor]  # forward and backward; returns the loss
 
 
-class Graph(Protocol):
-    """The kernels that a function launches on the device, to be launched again."""
+class Graph:
+    """The kernels that a function launches, to be launched again: a `torch.cuda.CUDAGraph`.
 
-    def run(self, function: Callable[[], T]) -> T:
-        """Call the function on the same stream as `capture` does, and capture nothing."""
-        ...
-
-    def capture(self, function: Callable[[], T]) -> T:
-        """Call the function and record its kernels without running them: results are undefined."""
-        ...
-
-    def replay(self) -> None:
-        """Run the recorded kernels: the results of `capture` get their values."""
-        ...
-
-
-class CudaGraph:
-    """A `torch.cuda.CUDAGraph`; those of a run share a stream and, as they run in turn, memory."""
+    The graphs of a run share a stream and, as they run in turn, memory.
+    """
 
     def __init__(self, stream: torch.cuda.Stream, pool: "MemoryPool") -> None:
         self._stream, self._pool = stream, pool
         self._graph = torch.cuda.CUDAGraph()
 
     def run(self, function: Callable[[], T]) -> T:
-        """Call the function on the stream of captures, not the main one.
+        """Call the function on the stream of captures, not the main one, and capture nothing.
 
         Autograd reuses the stream of earlier passes, and no capture can begin on the main stream.
         """
@@ -73,7 +60,10 @@ class CudaGraph:
         return result
 
     def capture(self, function: Callable[[], T]) -> T:
-        """Capture the function; other threads, such as one that pins batches, may go on."""
+        """Call the function and record its kernels without running them: results are undefined.
+
+        Other threads, such as one that pins batches, may go on.
+        """
         with torch.cuda.graph(
             self._graph,
             pool=self._pool.handle_for(self),
@@ -83,7 +73,7 @@ class CudaGraph:
             return function()
 
     def replay(self) -> None:
-        """Launch the graph on the current stream."""
+        """Run the kernels on the current stream: the results of `capture` get their values."""
         self._graph.replay()
 
 
@@ -95,10 +85,10 @@ class MemoryPool:
     """
 
     def __init__(self) -> None:
-        self._graphs: WeakSet[CudaGraph] = WeakSet()
+        self._graphs: WeakSet[Graph] = WeakSet()
         self._handle: Any = None
 
-    def handle_for(self, graph: CudaGraph) -> Any:
+    def handle_for(self, graph: Graph) -> Any:
         """Return PyTorch's handle of the pool, for a graph that is about to be captured."""
         if not self._graphs:
             self._handle = torch.cuda.graph_pool_handle()
@@ -109,35 +99,20 @@ class MemoryPool:
 def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
     """Return a function that makes the graphs of a run."""
     stream, pool = torch.cuda.Stream(device), MemoryPool()
-    return lambda: CudaGraph(stream, pool)
-
-
-class _Part(NamedTuple):
-    """The graph of a part of the step that follows a pass, and its result."""
-
-    graph: Graph
-    result: Any  # a tensor or None
+    return lambda: Graph(stream, pool)
 
 
 @dataclass
 class _Captured:
-    """The graph of a pass, and the tensors that it reads and writes.
-
-    Attributes:
-        graph: The graph.
-        before: Gradients of all parameters before the pass.
-        gradients: Gradients of all parameters after the pass.
-        result: Everything else that the pass leaves on the host.
-        loss: Loss of the pass.
-        parts: Captured parts of the step that follow the pass, by name.
-    """
+    """The graph of a pass, and the tensors that it reads and writes."""
 
     graph: Graph
-    before: list[Tensor | None]
-    gradients: list[Tensor | None]
-    result: PassResult
+    before: list[Tensor | None]  # gradients of all parameters before the pass
+    gradients: list[Tensor | None]  # gradients of all parameters after the pass
+    result: PassResult  # everything else that the pass leaves on the host
     loss: Tensor
-    parts: dict[Hashable, _Part] = field(default_factory=dict)
+    # Graphs of the parts of the step that follow, and their results (a tensor or None), by name.
+    parts: dict[Hashable, tuple[Graph, Any]] = field(default_factory=dict)
 
 
 class GraphedStep:
@@ -236,17 +211,16 @@ class GraphedStep:
         gradients = zip(self._parameters, captured.gradients, strict=True)
         if any(parameter.grad is not gradient for parameter, gradient in gradients):
             return part()  # other code has replaced them
-        found = captured.parts.get(name)
-        if found is None:
+        is_new = name not in captured.parts
+        if is_new:
             graph = self._make_graph()
             result = self._capture(graph, part, "what follows the backward pass")
-            found = captured.parts[name] = _Part(graph, result)
-            found.graph.replay()  # the capture ran the host code, and no kernel
-        else:
-            found.graph.replay()
-            if repeated is not None:
-                repeated()
-        again: Any = None if found.result is None else found.result.clone()
+            captured.parts[name] = (graph, result)
+        graph, result = captured.parts[name]
+        graph.replay()  # a capture runs the host code, and no kernel
+        if repeated is not None and not is_new:
+            repeated()
+        again: Any = None if result is None else result.clone()
         return again
 
     def end(self) -> None:

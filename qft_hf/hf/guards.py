@@ -96,7 +96,7 @@ def check_safetensors_load(
     load: Any, model: nn.Module, filename: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Make loading INT8 weights into a float model raise; `PyTorchModelHubMixin` is not strict."""
-    names = tensor_names([str(filename)]) if Path(filename).is_file() else []
+    names = tensor_names([filename]) if Path(filename).is_file() else []
     if (found := int8_weights(names)) and not has_quantized_weights(model):
         raise ValueError(
             f"{filename} has INT8 weights, {and_more(found)}, and {type(model).__name__} is float "
@@ -108,12 +108,9 @@ def check_safetensors_load(
 
 def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:
     """Raise ValueError if a checkpoint that Accelerate is to load has INT8 weights."""
-    if checkpoint.suffix == ".safetensors":
-        files = [checkpoint]
-    else:
-        folder = checkpoint.parent if checkpoint.suffix == ".json" else checkpoint
-        files = sorted(folder.glob("*.safetensors"))
-    if found := int8_weights(tensor_names([str(file) for file in files])):
+    folder = checkpoint.parent if checkpoint.suffix == ".json" else checkpoint
+    files = [checkpoint] if checkpoint.suffix == ".safetensors" else folder.glob("*.safetensors")
+    if found := int8_weights(tensor_names(files)):
         happens = (
             "finds no parameters for them with a device_map"
             if is_int8
@@ -142,8 +139,6 @@ def writing_whole(save: Any, self: Any, save_directory: Any, *args: Any, **kwarg
 
 def _holds_int8(folder: Path) -> bool:
     try:
-        return bool(
-            int8_weights(tensor_names([str(file) for file in folder.glob("*.safetensors")]))
-        )
+        return bool(int8_weights(tensor_names(folder.glob("*.safetensors"))))
     except ValueError:  # a damaged file may be INT8
         return True

@@ -33,21 +33,14 @@ SPREAD = 0.618  # golden ratio: the sampled rows of successive weights are in di
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Copies of some rows of all weights, and of the beginning of each float parameter.
+    """Copies of some rows of all weights, and of the beginning of each float parameter."""
 
-    Attributes:
-        codes: int8 `[n]`, the codes of the sampled rows.
-        scales: fp32 `[n_scales]`, the scales of the same rows.
-        outliers: fp32 `[n_outliers]`, the outliers of the same rows.
-        floats: fp32 `[n_floats]`, values of the float parameters.
-        sizes: Number of sampled codes of each weight, number of sampled outliers of each weight,
-            and number of sampled values of each float parameter.
-    """
-
-    codes: Tensor
-    scales: Tensor
-    outliers: Tensor
-    floats: Tensor
+    codes: Tensor  # int8 `[n]`, of the sampled rows
+    scales: Tensor  # fp32 `[n_scales]`, of the same rows
+    outliers: Tensor  # fp32 `[n_outliers]`, of the same rows
+    floats: Tensor  # fp32 `[n_floats]`, values of the float parameters
+    # Numbers of sampled codes and of sampled outliers of each weight, and of sampled values of each
+    # float parameter.
     sizes: tuple[list[int], list[int], list[int]]
 
 
@@ -73,8 +66,8 @@ class Health(TrainerCallback):
         self._before = self._moved = None
         if model is None:
             return
-        self._trained = _parameters(model)  # fixed here: later, others may be frozen or trained
-        self._first = _sample(*self._trained)
+        self._trained = trained_tensors(model)  # fixed here: later, others may be frozen or trained
+        self._first = sample(*self._trained)
         saved, self._saved = self._saved, None
         if saved is not None and saved["first"]["sizes"] == self._first.sizes:
             parts, device = saved["first"], self._first.codes.device
@@ -122,7 +115,7 @@ class Health(TrainerCallback):
             return {}
         if not len(self._before):  # a side network in float
             return {}
-        now, first = _sample(*self._trained), self._first
+        now, first = sample(*self._trained), self._first
         moved = torch.sign(now.codes.short() - self._before)  # short: a difference has 9 bits
         changed = torch.cat(
             [now.codes != first.codes, now.outliers != first.outliers, now.floats != first.floats]
@@ -169,12 +162,8 @@ class Health(TrainerCallback):
         }
 
 
-def sample(model: nn.Module) -> Sample:
-    """Copy some rows of each weight that is trained, and the beginning of each float parameter."""
-    return _sample(*_parameters(model))
-
-
-def _sample(weights: list[QFTWeight], floats: list[Tensor]) -> Sample:
+def sample(weights: list[QFTWeight], floats: list[Tensor]) -> Sample:
+    """Copy some rows of each weight, and the beginning of each float parameter."""
     pairs = [(weight, _rows(weight, number)) for number, weight in enumerate(weights)]
     codes = [weight.codes[rows] for weight, rows in pairs]
     outliers = [weight.outlier_values[rows] for weight, rows in pairs]
@@ -217,7 +206,7 @@ def _joined(parts: Iterable[Tensor]) -> Tensor:
     return torch.cat(flat) if flat else torch.empty(0)
 
 
-def _parameters(model: nn.Module) -> tuple[list[QFTWeight], list[Tensor]]:
+def trained_tensors(model: nn.Module) -> tuple[list[QFTWeight], list[Tensor]]:
     """Return the weights and the float parameters that are trained."""
     trained: list[Any] = [p for p in model.parameters() if p.requires_grad]
     weights = [p for p in trained if isinstance(p, QFTWeight)]

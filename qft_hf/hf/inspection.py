@@ -20,37 +20,20 @@ from .tensor_files import tensor_names
 
 @dataclass(frozen=True, slots=True)
 class InspectedWeight:
-    """One INT8 weight.
+    """One INT8 weight; its errors are None without an original to compare with."""
 
-    Attributes:
-        name: Name of the parameter.
-        shape: Rows and columns.
-        stored_bytes: Bytes of codes, scales and outliers.
-        smallest_scale: Smallest scale of all groups.
-        median_scale: Median scale of all groups.
-        largest_scale: Largest scale of all groups.
-        zero_share: Share of codes that are 0, including those in the places of outliers.
-        saturated_share: Share of codes of the largest magnitude, 127. Rounding to nearest produces
-            one in each group.
-        outlier_share: Share of values that are kept in FP32.
-        largest_outlier: Largest magnitude of the outliers; 0 if there are none.
-        error: Norm of the difference from the original, relative to the norm of the original. None
-            without an original.
-        largest_error: Largest difference, in scales of its group. None without an original.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    stored_bytes: int
-    smallest_scale: float
+    name: str  # of the parameter
+    shape: tuple[int, ...]  # rows and columns
+    stored_bytes: int  # of codes, scales and outliers
+    smallest_scale: float  # of all groups
     median_scale: float
     largest_scale: float
-    zero_share: float
-    saturated_share: float
-    outlier_share: float
-    largest_outlier: float
-    error: float | None = None
-    largest_error: float | None = None
+    zero_share: float  # of codes that are 0, including those in the places of outliers
+    saturated_share: float  # of codes of magnitude 127: rounding to nearest makes one in each group
+    outlier_share: float  # of values that are kept in FP32
+    largest_outlier: float  # magnitude; 0 if there are none
+    error: float | None = None  # norm of the difference from the original, relative to its norm
+    largest_error: float | None = None  # largest difference, in scales of its group
 
 
 def inspect_checkpoint(
@@ -114,8 +97,7 @@ def int8_config(
         config = AutoConfig.from_pretrained(folder, **loading)
     method = quantization_method(config)
     if method != QUANT_METHOD:
-        files = [str(file) for file in folder.glob("*.safetensors")]
-        refuse_int8(tensor_names(files), of=str(folder))
+        refuse_int8(tensor_names(folder.glob("*.safetensors")), of=str(folder))
         raise ValueError(
             f"{folder} does not hold INT8 weights of qft_hf (quant_method is {method!r}, not "
             f"{QUANT_METHOD!r}). {advice}"

@@ -1,6 +1,7 @@
 """Causal language models: which class loads one, and which parts are outside the text decoder."""
 
 import inspect
+import logging
 from typing import Any
 
 from transformers import (
@@ -12,6 +13,8 @@ from transformers import (
     AutoModelForImageTextToText,
     PreTrainedConfig,
 )
+
+logger = logging.getLogger(__name__)
 
 # Families whose loss compares the output at a token with that token, which the model has read.
 _UNSHIFTED = ("cpmant", "trocr", "whisper", "xlm", "xlnet")
@@ -100,19 +103,36 @@ def non_text_parts(config: PreTrainedConfig) -> tuple[str, ...]:
     )
 
 
-def freeze_non_text_parameters(model: Any) -> int:
-    """Freeze parameters that text does not reach: they get no gradient, but would count as trained.
+def freeze_non_text_parts(model: Any, config: PreTrainedConfig) -> None:
+    """Freeze parts that do not read text, and say which; or say which parts were not loaded.
+
+    Their parameters get no gradient, but would count as trained. None is frozen if the decoder is
+    not separate from the vision encoder, as in GIT.
 
     Args:
-        model: Modified. Its head, its text decoder and its embeddings stay as they are.
-
-    Returns:
-        Number of frozen tensors; 0 if the decoder is not separate from the vision encoder, as in
-        GIT.
+        model: The model, also one without storage; modified. Its head, its text decoder and its
+            embeddings stay as they are.
+        config: Configuration of the checkpoint.
     """
-    decoder = model.get_decoder()
-    read = {id(p) for part in (decoder, model.get_input_embeddings()) for p in part.parameters()}
-    beside = [p for p in model.base_model.parameters() if id(p) not in read]
-    for parameter in beside:
-        parameter.requires_grad = False
-    return len(beside)
+    parts = non_text_parts(config)
+    if parts and non_text_parts(model.config):
+        readers = (model.get_decoder(), model.get_input_embeddings())
+        read = {id(parameter) for reader in readers for parameter in reader.parameters()}
+        beside = [p for p in model.base_model.parameters() if id(p) not in read]
+        for parameter in beside:
+            parameter.requires_grad = False
+        logger.warning(
+            "the rows are text, which %s of %s does not read: %d tensors of its parameters are "
+            "frozen. To train them on data that they read, use QFTTrainer in Python",
+            " and ".join(parts),
+            type(model).__name__,
+            len(beside),
+        )
+    elif parts:
+        logger.warning(
+            "the checkpoint is a %s. For text, transformers loads only its %s, which is trained "
+            "and saved; %s is left out",
+            (config.architectures or [type(config).__name__])[0],
+            type(model).__name__,
+            " and ".join(parts),
+        )

@@ -23,15 +23,10 @@ from ..optim.settings import LARGEST, check_settings
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option of an optimizer.
+    """One option of an optimizer."""
 
-    Attributes:
-        type: Type of its values: str, int, float or bool.
-        help: Its effect, for `--help` and the documentation.
-    """
-
-    type: type
-    help: str
+    type: type  # of its values: str, int, float or bool
+    help: str  # its effect, for `--help` and the documentation
 
 
 OPTIONS = {
@@ -346,10 +341,8 @@ def _default(entry: NamedOptimizer, option: str) -> Any:
 
 def note_on_default_rate(args: TrainingArguments) -> str | None:
     """Return a warning if the rate is the default of `args`, and too high for the optimizer."""
-    optimizer, default = (
-        named_optimizer(args),
-        type(args).__dataclass_fields__["learning_rate"].default,
-    )
+    optimizer = named_optimizer(args)
+    default = type(args).__dataclass_fields__["learning_rate"].default
     if optimizer is None or optimizer.learning_rate is None or default != args.learning_rate:
         return None
     if default <= optimizer.learning_rate:

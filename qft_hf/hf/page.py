@@ -38,7 +38,7 @@ svg text {{ fill: var(--faint); font-size: 12px; }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }}
 .legend span {{ margin-right: 18px; white-space: nowrap; }}
 .swatch {{ display: inline-block; width: 11px; height: 11px; margin-right: 6px;
-  border-radius: 2px; }}
+  border-radius: 2px; background: currentColor; }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: 4px 10px; text-align: left; border-bottom: 1px solid var(--rule); }}
@@ -47,20 +47,12 @@ th {{ color: var(--faint); font-weight: 500; }}
 .heat td:first-child {{ padding-right: 10px; white-space: nowrap; }}
 .shade {{ display: block; padding: 2px 8px; text-align: right; border-radius: 2px;
   background: color-mix(in srgb, var(--k0) calc(var(--share) * 70%), var(--panel)); }}
-polyline {{ fill: none; stroke-width: 1.6; }}
+polyline {{ fill: none; stroke: currentColor; stroke-width: 1.6; }}
+circle, rect {{ fill: currentColor; }}
 rect.arithmetic {{ opacity: 0.45; }}
-.kind0 {{ fill: var(--k0); background: var(--k0); }}
-.kind1 {{ fill: var(--k1); background: var(--k1); }}
-.kind2 {{ fill: var(--k2); background: var(--k2); }}
-polyline.run0 {{ stroke: var(--c0); }} circle.run0 {{ fill: var(--c0); }}
-polyline.run1 {{ stroke: var(--c1); }} circle.run1 {{ fill: var(--c1); }}
-polyline.run2 {{ stroke: var(--c2); }} circle.run2 {{ fill: var(--c2); }}
-polyline.run3 {{ stroke: var(--c3); }} circle.run3 {{ fill: var(--c3); }}
-polyline.run4 {{ stroke: var(--c4); }} circle.run4 {{ fill: var(--c4); }}
-polyline.run5 {{ stroke: var(--c5); }} circle.run5 {{ fill: var(--c5); }}
-i.run0 {{ background: var(--c0); }} i.run1 {{ background: var(--c1); }}
-i.run2 {{ background: var(--c2); }} i.run3 {{ background: var(--c3); }}
-i.run4 {{ background: var(--c4); }} i.run5 {{ background: var(--c5); }}
+.kind0 {{ color: var(--k0); }} .kind1 {{ color: var(--k1); }} .kind2 {{ color: var(--k2); }}
+.run0 {{ color: var(--c0); }} .run1 {{ color: var(--c1); }} .run2 {{ color: var(--c2); }}
+.run3 {{ color: var(--c3); }} .run4 {{ color: var(--c4); }} .run5 {{ color: var(--c5); }}
 </style>
 </head>
 <body>

@@ -10,8 +10,6 @@ then a checkpoint to resume from has been loaded into it, so a float model is re
 
 import copy
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import nn
 from transformers import TrainingArguments
@@ -45,9 +43,7 @@ def prepare_model_(model: nn.Module, args: TrainingArguments) -> None:
         _quantize_added_(part, args)
     else:
         _quantize_(part, args)
-    if getattr(args, "chunked_loss", False):
-        with _liger_named(args):
-            chunk_loss_(model)
+    _chunk_loss_(model, args)
 
 
 def refuse_before_loading(model: nn.Module, args: TrainingArguments) -> None:
@@ -64,16 +60,15 @@ def refuse_before_loading(model: nn.Module, args: TrainingArguments) -> None:
     if own is not None:
         refuse_other_format(part, args)
     converted = quantize_model_(copy.deepcopy(part), own or _format(args))
-    if getattr(args, "chunked_loss", False):
-        with _liger_named(args):
-            chunk_loss_(converted)
+    _chunk_loss_(converted, args)
 
 
-@contextmanager
-def _liger_named(args: TrainingArguments) -> Iterator[None]:
-    """Add to the error about a chunked loss that Liger's kernels may have turned it on."""
+def _chunk_loss_(model: nn.Module, args: TrainingArguments) -> None:
+    """Chunk the loss if `args` asks for it; an error says that Liger's kernels may have done so."""
+    if not getattr(args, "chunked_loss", False):
+        return
     try:
-        yield
+        chunk_loss_(model)
     except ValueError as error:
         if not args.use_liger_kernel:
             raise

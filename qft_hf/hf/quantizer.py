@@ -78,11 +78,7 @@ class Quantize(_Operation):
     """Converts float weights of a checkpoint to `QFTWeight`, one at a time."""
 
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
+        self, input_dict: dict[str, Any], *patterns: Any, **kwargs: Any
     ) -> dict[str, list[Tensor]]:
         """Quantize the weights that the model holds as INT8; return other tensors unchanged."""
         model = kwargs["model"]
@@ -96,11 +92,7 @@ class Assemble(_Operation):
     """Combines the fields of one weight, possibly from several files, into its `QFTWeight`."""
 
     def convert(
-        self,
-        input_dict: dict[str, Any],
-        source_patterns: list[str],
-        target_patterns: list[str],
-        **kwargs: Any,
+        self, input_dict: dict[str, Any], *patterns: Any, **kwargs: Any
     ) -> dict[str, list[Tensor]]:
         """Check the fields and wrap them; leave out a weight with a fault."""
         name = kwargs["full_layer_name"]
@@ -287,12 +279,13 @@ class QFTQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         self.faults, self.missing_names = {}, set()
-        check_files(kwargs.get("checkpoint_files") or [], pre_quantized=self.pre_quantized)
+        files: list[str] = kwargs.get("checkpoint_files") or []
+        check_files(files, pre_quantized=self.pre_quantized)
         refuse_shards(model)
-        _tie(model, kwargs.get("checkpoint_files") or [])
+        _tie(model, files)
         refuse_several_devices(model, kwargs.get("device_map"))
         if self.pre_quantized and (absent := self.quantization_config.forget_absent(model)):
-            kept = self._keep_floats(model, kwargs.get("checkpoint_files") or [])
+            kept = self._keep_floats(model, files)
             logger.warning(
                 "The checkpoint's quantization_config names %s, which %s does not have: ignored%s",
                 ", ".join(dict.fromkeys(absent)),

@@ -50,19 +50,12 @@ N_COLORS = 6  # colors of runs in the page's style
 
 @dataclass(frozen=True, slots=True)
 class ReportedRun:
-    """The data that the page shows about one run.
+    """The data that the page shows about one run."""
 
-    Attributes:
-        name: Name of the run's folder.
-        summary: Contents of `summary.json`.
-        history: `log_history` of the run's Trainer.
-        options: Contents of `run.yaml`: the options of the run.
-    """
-
-    name: str
-    summary: Mapping[str, Any]
-    history: Sequence[Mapping[str, Any]]
-    options: Mapping[str, Any]
+    name: str  # of the run's folder
+    summary: Mapping[str, Any]  # contents of `summary.json`
+    history: Sequence[Mapping[str, Any]]  # `log_history` of the run's Trainer
+    options: Mapping[str, Any]  # contents of `run.yaml`: the options of the run
 
     def points(self, key: str) -> list[tuple[float, float]]:
         """Return the step and value of each log entry with this key and a finite number."""

@@ -5,26 +5,20 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 
 
-def config_file(name: str) -> Path | None:
-    """Return the shipped run config called `name`, with or without `.yaml`; None if absent."""
-    path = FOLDER / f"{name.removesuffix('.yaml')}.yaml"
+def shipped_file(name: str, suffix: str) -> Path | None:
+    """Return the shipped file called `name`, with or without its suffix; None if absent.
+
+    Args:
+        name: Name of a run config or a chat template.
+        suffix: `.yaml` for a run config, `.jinja` for a chat template.
+    """
+    path = FOLDER / f"{name.removesuffix(suffix)}{suffix}"
     return path if path.parent == FOLDER and path.is_file() else None
 
 
-def config_names() -> list[str]:
-    """Return the names of all shipped run configs."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
-def chat_template(name: str) -> Path | None:
-    """Return the shipped chat template called `name`, or None."""
-    path = FOLDER / f"{name.removesuffix('.jinja')}.jinja"
-    return path if path.parent == FOLDER and path.is_file() else None
-
-
-def chat_template_names() -> list[str]:
-    """Return the names of all shipped chat templates."""
-    return sorted(path.stem for path in FOLDER.glob("*.jinja"))
+def shipped_names(suffix: str) -> list[str]:
+    """Return the names of all shipped files with a suffix."""
+    return sorted(path.stem for path in FOLDER.glob(f"*{suffix}"))
 
 
 def architecture(name: str) -> Path | None:

@@ -34,7 +34,7 @@ from ..side import (
 from ..version import __version__
 from .atomic_writes import atomic_folder
 from .base import quantization_name
-from .card import is_card, marked_card
+from .card import CARD, is_card, marked_card
 from .config import QFTConfig
 from .convert import quantize_model_
 from .tensor_files import DAMAGED, damaged, metadata
@@ -46,7 +46,6 @@ Model = TypeVar("Model", bound=nn.Module)
 
 WEIGHTS_NAME = "side_network.safetensors"
 CONFIG_NAME = "side_network.json"
-CARD_NAME = "README.md"
 
 # What side_network.json says of the base, in all versions.
 _FACTS = ("name", "architecture", "config_hash", "vectors_hash", "quantization")
@@ -79,9 +78,9 @@ def _write(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
         save_file(state, draft / WEIGHTS_NAME, {"format": "pt", **metadata(state)})
         text = json.dumps(_description(model), indent=2, sort_keys=True)
         (draft / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        card = folder / CARD_NAME
+        card = folder / CARD
         if not card.exists() or is_card(card):
-            _card(model).save(draft / CARD_NAME)
+            _card(model).save(draft / CARD)
 
 
 def load_side_network(model: Model, folder: str | Path) -> Model:
@@ -104,13 +103,15 @@ def load_side_network(model: Model, folder: str | Path) -> Model:
     said = _read(folder)
     _refuse_another_base(model, said["base"], folder)
     config, quantization = said["config"], said["quantization"]
-    network = side_network_of(model)
+    network: Any = side_network_of(model)
     _refuse_another_network(network, config, quantization, folder)
     state = load_file(folder / WEIGHTS_NAME)
     _refuse_other_sizes(model, state, folder)
     _refuse_other_tensors(model, said, state, folder)
     if network is None:
-        network = _attached(model, config).to(state[f"{NAME}.gates"].dtype)
+        with torch.random.fork_rng():  # the states of random numbers do not change
+            attach_side_network(model, config)
+        network = trained_modules(model)[NAME].to(state[f"{NAME}.gates"].dtype)
     if quantization is not None and network.quantization is None:
         quantize_model_(network, QFTConfig.from_dict(quantization))
     for place, module in trained_modules(model).items():
@@ -124,14 +125,6 @@ def load_side_network(model: Model, folder: str | Path) -> Model:
         # Older folders do not name it.
         any_model.config.problem_type = said.get("problem_type") or any_model.config.problem_type
     return model
-
-
-def _attached(model: nn.Module, config: QSTConfig) -> SideNetwork:
-    """Attach a side network and return it; the states of random numbers do not change."""
-    with torch.random.fork_rng():
-        attached: Any = attach_side_network(model, config)
-    network: SideNetwork = getattr(attached, NAME)
-    return network
 
 
 def is_side_network(folder: Path) -> bool:
@@ -266,6 +259,18 @@ def _read(folder: Path) -> dict[str, Any]:
                 f"{folder} has no {name}: there is no side network. Name a folder that "
                 "save_side_network, save_pretrained or a Trainer has written."
             )
+    said = side_description(folder)
+    if found := damaged([folder / WEIGHTS_NAME]):
+        raise ValueError(f"{found[0]}. {DAMAGED}")
+    return said
+
+
+def side_description(folder: Path) -> dict[str, Any]:
+    """Return the contents of `side_network.json`, with its `config` as a `QSTConfig`.
+
+    Raises:
+        ValueError: The file is damaged, or a later version wrote it.
+    """
     try:
         said: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         known, _ = said["format"], said["qft_hf"]
@@ -285,36 +290,25 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder / CONFIG_NAME} is not what qft_hf has written ({error!r}). {DAMAGED}"
         ) from error
-    if found := damaged([str(folder / WEIGHTS_NAME)]):
-        raise ValueError(f"{found[0]}. {DAMAGED}")
     return said
 
 
 def _refuse_another_base(model: Any, wanted: dict[str, Any], folder: Path) -> None:
     found = _base(model)
     advice = f"Load the base that it was trained on: {wanted['name'] or 'its name is not known'}."
-    if found["architecture"] != wanted["architecture"]:
-        raise ValueError(
-            f"{folder} holds a side network of a {wanted['architecture']}, got "
-            f"{found['architecture']}. {advice}"
-        )
-    if found["config_hash"] != wanted["config_hash"]:
-        raise ValueError(
-            f"{folder} holds a side network of another {wanted['architecture']}: the sizes or "
-            f"settings in its configuration are not those of {found['name'] or 'this model'}. "
-            f"{advice}"
-        )
-    if found["vectors_hash"] != wanted["vectors_hash"]:
-        raise ValueError(
-            f"{folder} holds a side network of another version of {wanted['name'] or 'this base'}: "
-            f"its norms and biases have other values. {advice}"
-        )
+    version = f"another version of {wanted['name'] or 'this base'}"
+    differences = {
+        "architecture": f"a {wanted['architecture']}, got {found['architecture']}",
+        "config_hash": f"another {wanted['architecture']}: the sizes or settings in its "
+        f"configuration are not those of {found['name'] or 'this model'}",
+        "vectors_hash": f"{version}: its norms and biases have other values",
+    }
     is_float = found["quantization"] is None and wanted["quantization"] is None
-    if is_float and found["rows_hash"] != wanted.get("rows_hash", found["rows_hash"]):
-        raise ValueError(
-            f"{folder} holds a side network of another version of {wanted['name'] or 'this base'}: "
-            f"its weights have other values. {advice}"
-        )
+    if is_float and "rows_hash" in wanted:  # older folders do not have it
+        differences["rows_hash"] = f"{version}: its weights have other values"
+    for fact, difference in differences.items():
+        if found[fact] != wanted[fact]:
+            raise ValueError(f"{folder} holds a side network of {difference}. {advice}")
     if found["quantization"] != wanted["quantization"]:
         logger.warning(
             "The side network in %s was trained on a base with quantization %s, and this one has "

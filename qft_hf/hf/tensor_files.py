@@ -7,7 +7,8 @@ checkpoint has the check sums of all its tensors, so a shard of another checkpoi
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {KEY: json.dumps(checksums(tensors))}
 
 
-def tensor_names(files: list[str]) -> list[str]:
+def tensor_names(files: Iterable[str | Path]) -> list[str]:
     """Return the names in the headers of safetensors files; other files are skipped.
 
     Raises:
@@ -49,7 +50,7 @@ def tensor_names(files: list[str]) -> list[str]:
     return [name for file in _safetensors(files) for name in _opened(file).keys()]
 
 
-def damaged(files: list[str]) -> list[str]:
+def damaged(files: Sequence[str | Path]) -> list[str]:
     """Return the faults of the tensors in the safetensors files of one checkpoint, by name.
 
     Files without check sums, as written by earlier versions, cannot be checked.
@@ -58,7 +59,8 @@ def damaged(files: list[str]) -> list[str]:
         ValueError: A file cannot be read.
     """
     if os.environ.get(SWITCH) == "0":
-        logger.warning("%s=0: check sums of %s are not compared", SWITCH, ", ".join(files))
+        places = ", ".join(map(str, files))
+        logger.warning("%s=0: check sums of %s are not compared", SWITCH, places)
         return []
     wanted: dict[str, str] = {}
     found: list[str] = []
@@ -90,8 +92,8 @@ def _sum(tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def _safetensors(files: list[str]) -> list[str]:
-    return [file for file in files if file.endswith(".safetensors")]
+def _safetensors(files: Iterable[str | Path]) -> list[str]:
+    return [name for name in map(str, files) if name.endswith(".safetensors")]
 
 
 def _opened(file: str) -> Any:

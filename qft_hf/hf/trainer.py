@@ -13,7 +13,7 @@ from ..memory import MemoryLedger, memory_ledger
 from ..optim.flow import RunPart
 from ..side import side_network_of
 from .arguments import QFTTrainingArguments
-from .card import write_card
+from .card import CARD, write_card
 from .card_facts import facts_of_trainer
 from .checkpoint import SAMPLE_NAME
 from .checkpoint_trainer import CheckpointTrainer
@@ -228,7 +228,7 @@ class QFTTrainer(CheckpointTrainer):
             language=_listed(language),
             tags=_listed(tags),
         )
-        write_card(Path(str(self.args.output_dir)) / "README.md", facts)
+        write_card(Path(str(self.args.output_dir)) / CARD, facts)
 
 
 class _Prepared(dict[str, Any]):

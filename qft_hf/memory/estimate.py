@@ -7,6 +7,7 @@ linear modules save their four inputs as floats or, for INT8 weight gradients, a
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from math import prod
 
 from torch import Tensor, nn
 
@@ -23,57 +24,32 @@ from ..layout import (
     outliers_per_row,
     state_bits,
 )
-from ..nn import (
-    ConversionPlan,
-    arrangement_of,
-    conversion_plan,
-    own_weights,
-    product_choices,
-)
+from ..nn import ConversionPlan, arrangement_of, conversion_plan, own_weights, product_choices
 from ..nn.int8 import min_tokens_of_expert
 from ..nn.loss import words_at_a_time
 from ..nn.products import output_head
-from ..quant import Arrangement
 from .ledger import FP32_ADAM_BYTES, LedgerRow
 from .processes import Rows
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """The sizes of one forward and backward pass, in elements, and how it saves activations.
+    """The sizes of one forward and backward pass, in elements, and how it saves activations."""
 
-    Attributes:
-        tokens: Batch size times sequence length.
-        layers: Decoder layers.
-        hidden: Width of the residual stream.
-        attention: Width of all query heads together.
-        key_value: Width of all key heads together.
-        intermediate: Width of the MLP, or of all experts of one token together.
-        vocabulary: Rows of the output head.
-        compute_bytes: Bytes of one activation: 2 for BF16, 4 for FP32.
-        checkpointing: Whether a layer keeps only its input and is computed again in backward.
-        chunked_loss: Whether logits exist for one chunk of the vocabulary at a time.
-        int8_inputs: Whether linear modules save INT8 codes of their inputs.
-        int8_expert_inputs: Whether experts save INT8 codes of their inputs.
-        outlier_fraction: Share of the columns of INT8 inputs that are saved as floats.
-        experts_per_token: Experts of one token, which have copies of its inputs and outputs; 0:
-            the MLP has no experts.
-    """
-
-    tokens: int
-    layers: int
-    hidden: int
-    attention: int
-    key_value: int
-    intermediate: int
-    vocabulary: int
-    compute_bytes: int
-    checkpointing: bool
-    chunked_loss: bool = False
-    int8_inputs: bool = False
-    int8_expert_inputs: bool = False
-    outlier_fraction: float = 0.0
-    experts_per_token: int = 0
+    tokens: int  # batch size times sequence length
+    layers: int  # decoder layers
+    hidden: int  # width of the residual stream
+    attention: int  # width of all query heads together
+    key_value: int  # width of all key heads together
+    intermediate: int  # width of the MLP, or of all experts of one token together
+    vocabulary: int  # rows of the output head
+    compute_bytes: int  # of one activation: 2 for BF16, 4 for FP32
+    checkpointing: bool  # whether a layer keeps only its input and is computed again in backward
+    chunked_loss: bool = False  # whether logits exist for one chunk of the vocabulary at a time
+    int8_inputs: bool = False  # whether linear modules save INT8 codes of their inputs
+    int8_expert_inputs: bool = False  # whether experts save INT8 codes of their inputs
+    outlier_fraction: float = 0.0  # share of the columns of INT8 inputs that are saved as floats
+    experts_per_token: int = 0  # with copies of the token's inputs and outputs; 0: no experts
 
     @property
     def layer_bytes(self) -> int:
@@ -177,6 +153,12 @@ class MemoryEstimate:
     def total_bytes(self) -> int:
         """Bytes of states and activations, without those of the allocator and libraries."""
         return self.state_bytes + self.activation_bytes
+
+    @property
+    def sums(self) -> dict[str, int]:
+        """The three sums above, by name."""
+        names = ("state_bytes", "activation_bytes", "total_bytes")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def percent_of_fp32_adam(self) -> float:
@@ -353,14 +335,13 @@ def weight_kinds(plan: ConversionPlan, spec: QuantizationSpec) -> list[tuple[str
 
 def largest_tile(plan: ConversionPlan) -> int:
     """Return the largest number of elements of INT8 weights that are float at the same time."""
-    return max((_at_a_time(arrangement) for arrangement in plan.arrangements.values()), default=0)
-
-
-def _at_a_time(arrangement: Arrangement) -> int:
-    """Return how many elements of a weight are expanded to float together."""
-    rows, columns = arrangement.matrix_shape
-    of_one = rows * columns // arrangement.n_matrices
-    return max(min(TILE_ELEMENTS, rows * columns), of_one if arrangement.n_matrices > 1 else 0)
+    largest = 0
+    for arrangement in plan.arrangements.values():
+        n_elements = prod(arrangement.matrix_shape)
+        # Experts are expanded whole, others in tiles.
+        at_least = n_elements // arrangement.n_matrices if arrangement.n_matrices > 1 else 0
+        largest = max(largest, at_least, min(TILE_ELEMENTS, n_elements))
+    return largest
 
 
 def _saves_codes(

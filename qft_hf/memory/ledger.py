@@ -145,14 +145,13 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
     ]
     divides = any(isinstance(p, QFTWeight) and p.requires_grad for p in parameters)
     processes = Processes.found() if divides else None
+    kept = [k for k in kept_parameters(model) if id(k.parameter) not in of_side] if weights else []
     return MemoryLedger(
         rows=[row for row in rows if row.bytes],
         n_parameters=sum(map(elements, parameters)),
         n_quantized=sum(p.numel() for p in parameters if isinstance(p, QFTWeight)),
         n_processes=1 if processes is None else processes.n,
-        kept=[k for k in kept_parameters(model) if id(k.parameter) not in of_side]
-        if weights
-        else [],
+        kept=kept,
     )
 
 

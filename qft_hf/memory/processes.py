@@ -23,15 +23,10 @@ Shape = tuple[int, int]  # rows and columns of a weight
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The rows of weights that are divided among processes.
-
-    Attributes:
-        n_processes: Number of processes.
-        spec: The format of the weights.
-    """
+    """The rows of weights that are divided among processes."""
 
     n_processes: int
-    spec: QuantizationSpec
+    spec: QuantizationSpec  # format of the weights
 
     def own(self, shape: Shape) -> Shape:
         """Return the shape of the part of a weight that the first process owns."""

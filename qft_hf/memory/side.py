@@ -13,13 +13,7 @@ from ..config import QuantizationSpec
 from ..layout import FP32_BYTES, nf4_bytes
 from ..nn import ConversionPlan
 from ..side import QSTConfig, side_parameters
-from .estimate import (
-    MemoryEstimate,
-    Workload,
-    count,
-    largest_tile,
-    weight_kinds,
-)
+from .estimate import MemoryEstimate, Workload, count, largest_tile, weight_kinds
 from .ledger import LedgerRow
 
 ADAMW_STATES = 2  # in FP32, like the parameters of a side network
@@ -28,17 +22,11 @@ NF4_TENSORS = 5  # scales and tables of a weight: see `nf4_bytes`
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """How a frozen base is stored; in float, if neither `nf4` nor `plan` is given.
+    """How a frozen base is stored; in float, if neither `nf4` nor `plan` is given."""
 
-    Attributes:
-        nf4: Weights that are stored as NF4.
-        plan: Which weights are INT8.
-        spec: The format of the INT8 weights.
-    """
-
-    nf4: Sequence[Tensor] = ()
-    plan: ConversionPlan | None = None
-    spec: QuantizationSpec | None = None
+    nf4: Sequence[Tensor] = ()  # weights that are stored as NF4
+    plan: ConversionPlan | None = None  # which weights are INT8
+    spec: QuantizationSpec | None = None  # format of the INT8 weights
 
     @property
     def weights(self) -> list[Tensor]:
@@ -78,33 +66,27 @@ def estimate_side(
     side = list(side_parameters(model).values())
     others = {*map(id, side), *map(id, base.weights)}
     floats = [p for p in model.parameters() if id(p) not in others]
-    side_bytes = sum(p.nbytes for p in side)
+    n_side, side_bytes = count(side)
     kinds = [
         *base.kinds,
-        ("float parameters", len(floats), sum(p.nbytes for p in floats)),
-        ("side network", len(side), side_bytes),
-        ("gradients", len(side), side_bytes),
-        ("momentum", ADAMW_STATES * len(side), ADAMW_STATES * side_bytes),
+        ("float parameters", *count(floats)),
+        ("side network", n_side, side_bytes),
+        ("gradients", n_side, side_bytes),
+        ("momentum", ADAMW_STATES * n_side, ADAMW_STATES * side_bytes),
         ("buffers", *count(model.buffers())),
     ]
-    # Copies of the side weights in the dtype of the base, which autocast makes for products.
-    copies = (
-        0 if work.compute_bytes == FP32_BYTES else work.compute_bytes * side_bytes // FP32_BYTES
-    )
+    is_cast = work.compute_bytes != FP32_BYTES  # by autocast, for products in the base's dtype
+    copies = work.compute_bytes * side_bytes // FP32_BYTES if is_cast else 0
     in_flight = work.tokens * work.compute_bytes * (2 * work.hidden + 3 * work.intermediate)
     layer = _layer_bytes(side_work)
     kept = side_work.layers * layer
     activations = [
-        (
-            "downsampled hidden states",
-            side_work.layers + 1,
-            _narrow_bytes(work, side_work, config),
-        ),
+        ("downsampled hidden states", side_work.layers + 1, _narrow_bytes(work, side_work, config)),
         ("saved by the side layers", side_work.layers, 0 if side_work.checkpointing else kept),
         ("one layer computed again", 1, layer if side_work.checkpointing else 0),
         ("one layer of the base", 1, in_flight),
         ("its weight in float", 1, base.expanded_bytes(work.compute_bytes)),
-        ("side weights, cast", len(side), copies),
+        ("side weights, cast", n_side, copies),
         ("last side state and norm", 3, 3 * side_work.tokens * side_work.hidden * FP32_BYTES),
         ("last hidden state", 1, work.tokens * work.hidden * work.compute_bytes),
         ("logits and their gradient", 3, work.logits_bytes),

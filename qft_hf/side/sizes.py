@@ -64,7 +64,7 @@ def side_config(config: Any, side: QSTConfig) -> Any:
         config.head_dim = head_dim
     for name in INTERMEDIATE:
         if value := getattr(config, name, None):
-            setattr(config, name, _divided(value, side.r))
+            setattr(config, name, -(-value // side.r))  # rounded up
     if key_heads := getattr(config, "linear_num_key_heads", None):
         for_each = config.linear_num_value_heads // key_heads
         config.linear_num_key_heads = max(1, key_heads // side.r)
@@ -98,10 +98,6 @@ def _make_dense_(config: Any) -> None:
         own = "moe_intermediate_size"
         width = own if hasattr(config, own) else "intermediate_size"
         setattr(config, width, getattr(config, width) * chosen)
-
-
-def _divided(value: int, r: int) -> int:
-    return -(-value // r)
 
 
 def _largest_divisor(value: int, limit: int) -> int:

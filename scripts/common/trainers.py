@@ -62,9 +62,7 @@ def _float_trainer(arguments: RunArguments, optimizer: str) -> Trainer:
     """Return the stock Trainer, with the model, data and seed that `prepare` would use."""
     _, config, data = read(arguments)
     training = arguments.training
-    model = load_model(
-        arguments.model, None, config, data.task, max_length=arguments.data.max_length
-    )
+    model = load_model(arguments.model, None, config, data.task)
     training.optim = "adamw_torch"
     lion = Lion(model.parameters(), lr=training.learning_rate) if optimizer == "Lion" else None
     return Trainer(

@@ -137,13 +137,8 @@ class Bench:
             skeleton = self.data.task.model_class(config).from_config(config)
         heads = [n for n, _ in skeleton.named_children() if n in ("classifier", "score")]
         form = QFTConfig(seed=seed, modules_to_not_convert=heads if is_frozen else [])
-        return load_model(
-            self.arguments.model,
-            base_format(base, skeleton, config=form),
-            config,
-            self.data.task,
-            max_length=self.arguments.data.max_length,
-        )
+        quantization = base_format(base, skeleton, config=form)
+        return load_model(self.arguments.model, quantization, config, self.data.task)
 
     def batches(self, seed: int) -> Iterator[dict[str, Tensor]]:
         """Yield batches of training data endlessly, in the order that `seed` determines."""

@@ -18,7 +18,7 @@ from qft_hf import (
     recommend,
 )
 from qft_hf.hf import shipped
-from qft_hf.hf.language_model import freeze_non_text_parameters
+from qft_hf.hf.language_model import freeze_non_text_parts
 from qft_hf_cli import main
 from tests.models import tiny_llama
 from tests.scripts.commands import load
@@ -348,7 +348,7 @@ def test_parts_that_text_does_not_reach_are_planned_as_a_run_trains_them(tmp_pat
     model.config.save_pretrained(tmp_path)
     (result,) = plan(str(tmp_path), "--sequence_length=32", capsys=capsys)
 
-    freeze_non_text_parameters(model)
+    freeze_non_text_parts(model, model.config)
     expected = estimate_memory(model, sequence_length=32, gradient_checkpointing=False)
     everything = estimate_memory(model.config, sequence_length=32, gradient_checkpointing=False)
     assert result["ways"][0]["total_bytes"] == expected.total_bytes < everything.total_bytes

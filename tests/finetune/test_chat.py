@@ -161,7 +161,7 @@ def tokenizer_for(template):
 
 
 def shipped_tokenizer(name):
-    return tokenizer_for(shipped.chat_template(name).read_text())
+    return tokenizer_for(shipped.shipped_file(name, ".jinja").read_text())
 
 
 THOUGHT = "<think>\n\n</think>\n\n"

@@ -360,8 +360,9 @@ def test_a_damaged_configuration_is_that_of_no_int8_model(text, tmp_path):
         refuse_other_run(tmp_path, checkpoint=None, overwrite=True)
 
 
-@pytest.mark.parametrize("text", ["", "null", "[]"])
+@pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"format": 1, "qft_hf": "0"}'])
 def test_a_damaged_description_of_a_side_network_names_its_file(text, tmp_path):
+    """An object without the facts once ended in a KeyError; no test had one."""
     (tmp_path / "side_network.json").write_text(text)
 
     with pytest.raises(ValueError, match=r"side_network\.json .*copy it again"):

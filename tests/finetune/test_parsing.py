@@ -35,8 +35,8 @@ def test_every_config_of_the_project_is_valid(path):
 
 
 def test_there_are_configs():
-    assert shipped.config_names() == ["boolq_minilm", "demo", "llama2_7b_vicuna"]
-    assert [path.stem for path in CONFIGS] == shipped.config_names()
+    assert shipped.shipped_names(".yaml") == ["boolq_minilm", "demo", "llama2_7b_vicuna"]
+    assert [path.stem for path in CONFIGS] == shipped.shipped_names(".yaml")
 
 
 @pytest.mark.parametrize("name", ["demo", "demo.yaml"])

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from qft_hf import QFTConfig, QFTLion, QFTTrainer, QFTWeight, quantize_model_
-from qft_hf.hf.health import SAMPLED, SMALLEST_STEP, Health, sample
+from qft_hf.hf.health import SAMPLED, SMALLEST_STEP, Health, sample, trained_tensors
 from qft_hf.kernels.groups import TINY
 from tests.hf.test_trainer import arguments, history, sequences, trainer_on
 from tests.models import tiny_llama
@@ -52,7 +52,7 @@ def trained(tmp_path, **overrides):
     args = arguments(tmp_path, **{"learning_rate": 2e-3, "logging_steps": 2, **overrides})
     copies = Copies()
     trainer = QFTTrainer(model=model, args=args, train_dataset=data, callbacks=[copies])
-    first = sample(trainer.model)
+    first = sample(*trained_tensors(trainer.model))
     trainer.train()
     logs = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
     return trainer, logs, copies, first
@@ -84,7 +84,7 @@ def test_shares_are_those_of_whole_copies(run):
 
 def test_change_since_the_start_is_that_of_all_parameters(run):
     trainer, logs, copies, first = run
-    now = sample(trainer.model)
+    now = sample(*trained_tensors(trainer.model))
     changed = (copies.after[6] != copies.before[1]).sum()
     changed += (now.outliers != first.outliers).sum() + (now.floats != first.floats).sum()
     n_parameters = sum(p.numel() for p in trainer.model.parameters())
@@ -247,13 +247,13 @@ def test_a_model_of_many_weights_is_sampled_in_few_operations(tmp_path):
     health = Health()
     health.model = model
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        sample(model)
+        sample(*trained_tensors(model))
     found = {event.key: event.count for event in profile.key_averages()}
     copies = found.get("aten::copy_", 0) + found.get("aten::clone", 0)
     assert found["aten::cat"] == 4
     assert copies == 0
     began = time.perf_counter()
-    sample(model)
+    sample(*trained_tensors(model))
     assert time.perf_counter() - began < 0.5
 
 
@@ -262,9 +262,9 @@ def test_what_begins_at_zero_does_not_count_as_growth(tmp_path):
     model = tiny_llama(tied=True)
     args = arguments(tmp_path, learning_rate=2e-3, logging_steps=2)
     trainer = QFTTrainer(model=model, args=args, train_dataset=sequences())
-    first = sample(trainer.model)
+    first = sample(*trained_tensors(trainer.model))
     trainer.train()
     assert (first.scales <= TINY).any()
-    assert (sample(trainer.model).scales > TINY).all()
+    assert (sample(*trained_tensors(trainer.model)).scales > TINY).all()
     for entry in trainer.state.log_history:
         assert 0.5 < entry.get("qft/scale_growth", 1) < 2

@@ -5,10 +5,11 @@ config file and the command's flags.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from ...side import DOWNSAMPLES, QSTConfig
+from ..arguments import setting
 
 ExportDtype = Literal["float32", "float16", "bfloat16"]
 EXPORT_DTYPES: tuple[str, ...] = get_args(ExportDtype)  # also the names of the sub-folders
@@ -20,38 +21,23 @@ class ModelArguments:
 
     _argument_group_name: ClassVar[str] = "model"
 
-    model_name_or_path: str = field(
-        metadata={"help": "Checkpoint to start from: a folder, or a model's name on the hub."}
+    model_name_or_path: str = setting(
+        "Checkpoint to start from: a folder, or a model's name on the hub.", default=MISSING
     )
-    model_revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a model on the hub."}
+    model_revision: str | None = setting("Branch, tag or commit of a model on the hub.")
+    tokenizer_name_or_path: str | None = setting("Tokenizer, if it is not the model's own.")
+    new_tokens: list[str] | None = setting(
+        "Special tokens to add, with embeddings, such as a chat template's."
     )
-    tokenizer_name_or_path: str | None = field(
-        default=None, metadata={"help": "Tokenizer, if it is not the model's own."}
+    trust_remote_code: bool = setting("Run Python code that comes with the model.", default=False)
+    chat_template: str | None = setting(
+        "Jinja file that replaces the tokenizer's chat template, or the name of "
+        "one that ships, such as vicuna."
     )
-    new_tokens: list[str] | None = field(
-        default=None,
-        metadata={"help": "Special tokens to add, with embeddings, such as a chat template's."},
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "Dtype of activations and of parameters that stay float (norms, biases).", default="float32"
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run Python code that comes with the model."}
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={
-            "help": "Jinja file that replaces the tokenizer's chat template, or the name of "
-            "one that ships, such as vicuna."
-        },
-    )
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32",
-        metadata={
-            "help": "Dtype of activations and of parameters that stay float (norms, biases)."
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention kernel, as in `from_pretrained`."}
-    )
+    attn_implementation: str | None = setting("Attention kernel, as in `from_pretrained`.")
 
 
 _SIDE = QSTConfig()
@@ -63,37 +49,22 @@ class MethodArguments:
 
     _argument_group_name: ClassVar[str] = "method"
 
-    method: Literal["full", "qst"] = field(
+    method: Literal["full", "qst"] = setting(
+        "full: every parameter, in INT8. qst: a small side network that learns from "
+        "the hidden states of a frozen base.",
         default="full",
-        metadata={
-            "help": "full: every parameter, in INT8. qst: a small side network that learns from "
-            "the hidden states of a frozen base."
-        },
     )
-    base: Literal["nf4", "int8", "float"] | None = field(
-        default=None,
-        metadata={
-            "help": "qst: how the frozen base is stored: 4 bits by bitsandbytes, INT8, or float. "
-            "Unset: nf4, but a model that is already quantized stays as it is."
-        },
+    base: Literal["nf4", "int8", "float"] | None = setting(
+        "qst: how the frozen base is stored: 4 bits by bitsandbytes, INT8, or float. "
+        "Unset: nf4, but a model that is already quantized stays as it is."
     )
-    side_r: int | None = field(
-        default=None,
-        metadata={
-            "help": "qst: the base is this many times as wide as the side network. Unset: "
-            f"{_SIDE.r}."
-        },
+    side_r: int | None = setting(
+        f"qst: the base is this many times as wide as the side network. Unset: {_SIDE.r}."
     )
-    side_downsample: str | None = field(
-        default=None,
-        metadata={
-            "help": f"qst: how hidden states are narrowed: {', '.join(DOWNSAMPLES)}. Unset: "
-            f"{_SIDE.downsample}."
-        },
+    side_downsample: str | None = setting(
+        f"qst: how hidden states are narrowed: {', '.join(DOWNSAMPLES)}. Unset: {_SIDE.downsample}."
     )
-    side_rank: int | None = field(
-        default=None, metadata={"help": f"qst: rank of the adapter. Unset: {_SIDE.rank}."}
-    )
+    side_rank: int | None = setting(f"qst: rank of the adapter. Unset: {_SIDE.rank}.")
 
     @property
     def side(self) -> QSTConfig | None:
@@ -130,84 +101,52 @@ class DataArguments:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    train_data: list[str] = field(
-        metadata={
-            "help": "Files (json, jsonl, csv, tsv, txt, also .gz or .zst; parquet), folders of "
-            "them, glob:PATTERN, or hub names."
-        }
+    train_data: list[str] = setting(
+        "Files (json, jsonl, csv, tsv, txt, also .gz or .zst; parquet), folders of "
+        "them, glob:PATTERN, or hub names.",
+        default=MISSING,
     )
-    train_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "How often an epoch has each of train_data: 2 is twice, 0.5 half of it."},
+    train_weights: list[float] | None = setting(
+        "How often an epoch has each of train_data: 2 is twice, 0.5 half of it."
     )
-    train_split: str = field(
-        default="train", metadata={"help": "Split of train_data. A file has only `train`."}
+    train_split: str = setting("Split of train_data. A file has only `train`.", default="train")
+    train_config: str | None = setting("Configuration of train_data, if the hub has several.")
+    eval_data: list[str] | None = setting("Held-out data, like train_data: scored, never learned.")
+    eval_split: str = setting("Split of eval_data.", default="train")
+    eval_config: str | None = setting("Configuration of eval_data, if the hub has several.")
+    eval_fraction: float | None = setting(
+        "Instead of eval_data: hold out this share of train_data, by seed."
     )
-    train_config: str | None = field(
-        default=None, metadata={"help": "Configuration of train_data, if the hub has several."}
+    max_train_rows: int | None = setting(
+        "Most rows of the training data: the first of each file, in proportion."
     )
-    eval_data: list[str] | None = field(
-        default=None, metadata={"help": "Held-out data, like train_data: scored, never learned."}
-    )
-    eval_split: str = field(default="train", metadata={"help": "Split of eval_data."})
-    eval_config: str | None = field(
-        default=None, metadata={"help": "Configuration of eval_data, if the hub has several."}
-    )
-    eval_fraction: float | None = field(
-        default=None,
-        metadata={"help": "Instead of eval_data: hold out this share of train_data, by seed."},
-    )
-    max_train_rows: int | None = field(
-        default=None,
-        metadata={"help": "Most rows of the training data: the first of each file, in proportion."},
-    )
-    max_eval_rows: int | None = field(
-        default=None, metadata={"help": "Most rows of the evaluation data, likewise."}
-    )
-    task: Literal["chat", "text", "classification", "regression", "multi_label"] = field(
+    max_eval_rows: int | None = setting("Most rows of the evaluation data, likewise.")
+    task: Literal["chat", "text", "classification", "regression", "multi_label"] = setting(
+        "chat: conversations, or questions and answers; text: plain text; "
+        "classification, regression, multi_label: a text and its class, number or classes.",
         default="chat",
-        metadata={
-            "help": "chat: conversations, or questions and answers; text: plain text; "
-            "classification, regression, multi_label: a text and its class, number or classes."
-        },
     )
-    messages_field: str | None = field(
-        default=None, metadata={"help": "chat: field of the messages, if its name is unusual."}
+    messages_field: str | None = setting("chat: field of the messages, if its name is unusual.")
+    prompt_field: str | None = setting(
+        "chat: field of the question, if its name is unusual; see answer_field."
     )
-    prompt_field: str | None = field(
-        default=None,
-        metadata={"help": "chat: field of the question, if its name is unusual; see answer_field."},
+    answer_field: str | None = setting("chat: field of the answer.")
+    text_field: str = setting("All tasks but chat: field of the (first) text.", default="text")
+    text_pair_field: str | None = setting("Labeled texts: field of the second text, if any.")
+    label_field: str = setting(
+        "Labeled texts: field of the class, number or classes.", default="label"
     )
-    answer_field: str | None = field(default=None, metadata={"help": "chat: field of the answer."})
-    text_field: str = field(
-        default="text", metadata={"help": "All tasks but chat: field of the (first) text."}
+    on_bad_row: Literal["stop", "skip"] = setting(
+        "Whether an unreadable row stops the run, or is left out and counted.", default="stop"
     )
-    text_pair_field: str | None = field(
-        default=None, metadata={"help": "Labeled texts: field of the second text, if any."}
-    )
-    label_field: str = field(
-        default="label", metadata={"help": "Labeled texts: field of the class, number or classes."}
-    )
-    on_bad_row: Literal["stop", "skip"] = field(
-        default="stop",
-        metadata={"help": "Whether an unreadable row stops the run, or is left out and counted."},
-    )
-    assistant_only_loss: bool = field(
-        default=True, metadata={"help": "chat: learn only the assistant's turns."}
-    )
-    max_length: int = field(
-        default=1024, metadata={"help": "Most tokens in an example; tokens in a packed block."}
-    )
-    packing: bool = field(
+    assistant_only_loss: bool = setting("chat: learn only the assistant's turns.", default=True)
+    max_length: int = setting("Most tokens in an example; tokens in a packed block.", default=1024)
+    packing: bool = setting(
+        "chat, text: fill blocks of max_length tokens instead of padding. Examples in "
+        "one block do not see each other.",
         default=False,
-        metadata={
-            "help": "chat, text: fill blocks of max_length tokens instead of padding. Examples in "
-            "one block do not see each other."
-        },
     )
-    preprocessing_workers: int | None = field(
-        default=None, metadata={"help": "Processes that tokenize. Default: only this one."}
-    )
+    preprocessing_workers: int | None = setting("Processes that tokenize. Default: only this one.")
 
     @property
     def weights(self) -> list[float]:
@@ -258,10 +197,9 @@ class OutputArguments:
 
     _argument_group_name: ClassVar[str] = "output"
 
-    overwrite_output: bool = field(
-        default=False, metadata={"help": "Replace the run in output_dir, if there is one."}
+    overwrite_output: bool = setting(
+        "Replace the run in output_dir, if there is one.", default=False
     )
-    export_dtype: ExportDtype | None = field(
-        default=None,
-        metadata={"help": "Also write an ordinary checkpoint of this dtype, in a sub-folder."},
+    export_dtype: ExportDtype | None = setting(
+        "Also write an ordinary checkpoint of this dtype, in a sub-folder."
     )

@@ -99,7 +99,7 @@ class ConversationEncoder:
                 "to false, or use a model that comes with a tokenizer.json."
             )
         self.assistant_only = assistant_only
-        self.marks_assistant = _marks_assistant(tokenizer)
+        self.marks_assistant = bool(_GENERATION_BLOCK.search(tokenizer.get_chat_template()))
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self.special_ids = {token for token, added_token in added.items() if added_token.special}
@@ -346,10 +346,6 @@ def _refusals(turns: list[Turn]) -> Iterator[None]:
             "Change the data, or set chat_template to one that accepts them. The first turn says "
             f"{excerpt(turns[0])}.",
         ) from error
-
-
-def _marks_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return bool(_GENERATION_BLOCK.search(tokenizer.get_chat_template()))
 
 
 def _answers(conversation: Conversation) -> list[int]:

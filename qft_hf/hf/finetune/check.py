@@ -13,13 +13,14 @@ from ...side import attach_side_network
 from ..card_facts import parameters_of
 from ..compatibility import format_with
 from ..estimate import estimate_memory, estimate_side_memory, without_storage
+from ..language_model import freeze_non_text_parts
 from ..missing_model import explain_loading_errors
 from ..optimizers import given_options, named_optimizer
 from ..prepared_model import refuse_before_loading
 from .data import DataCounts
 from .data_preview import LEARNED, classes_of, example_text
 from .forecast import disk_bytes, n_steps, side_workload_of, workload_of
-from .loading import check_fit, freeze_non_text_parts, require_weights
+from .loading import check_fit, require_weights
 from .output_folder import nearest_folder, refuse_small_disk
 from .packing import refuse_leaky_packing_family
 from .parsing import RunArguments
@@ -29,57 +30,31 @@ from .task import LanguageTask
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a run would read, write and need.
+    """What a run would read, write and need."""
 
-    Attributes:
-        paths: Absolute paths of the local files and folders that are read, by key of the config.
-        output_dir: Absolute path of the output folder.
-        checkpoint: Absolute path of the checkpoint to resume from; None for a fresh start.
-        architecture: Class of the model.
-        parameters: Number of parameters of the model.
-        trained_parameters: Number of those that are trained.
-        method: `full`, or `qst` for a side network.
-        train_data: Counts of the training rows.
-        eval_data: Counts of the evaluation rows; None if nothing is held out.
-        classes: Names of the outputs in order; empty if no class is learned.
-        steps: Optimizer steps of the run.
-        steps_per_epoch: Optimizer steps of an epoch.
-        packing: Whether examples share blocks, and if so, whether they are known to stay apart.
-        example: The first example as text, with the learned part in brackets.
-        disk_bytes: Largest number of bytes that the run has on the disk at one time.
-        free_bytes: Free bytes on that disk.
-        memory: Estimate by arithmetic; None if the task has labels, the model is not a decoder, or
-            its configuration lacks the usual sizes.
-    """
-
-    paths: dict[str, str]
-    output_dir: str
-    checkpoint: str | None
-    architecture: str
+    paths: dict[str, str]  # absolute paths of local files and folders that are read, by key
+    output_dir: str  # absolute path
+    checkpoint: str | None  # absolute path of the checkpoint to resume from; None: a fresh start
+    architecture: str  # class of the model
     parameters: int
     trained_parameters: int
-    method: str
+    method: str  # `full`, or `qst` for a side network
     train_data: DataCounts
-    eval_data: DataCounts | None
-    classes: list[str]
-    steps: int
+    eval_data: DataCounts | None  # None if nothing is held out
+    classes: list[str]  # names of the outputs in order; empty if no class is learned
+    steps: int  # optimizer steps of the run
     steps_per_epoch: int
-    packing: str
-    example: str
-    disk_bytes: int
-    free_bytes: int
+    packing: str  # whether examples share blocks, and if so, whether they are known to stay apart
+    example: str  # the first example as text, with the learned part in brackets
+    disk_bytes: int  # the most that the run has on the disk at one time
+    free_bytes: int  # on that disk
+    # By arithmetic; None if the task has labels, the model is not a decoder, or its configuration
+    # lacks the usual sizes.
     memory: MemoryEstimate | None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields and the sums of the memory estimate."""
-        sums = {}
-        if self.memory is not None:
-            sums = {
-                "state_bytes": self.memory.state_bytes,
-                "activation_bytes": self.memory.activation_bytes,
-                "total_bytes": self.memory.total_bytes,
-            }
-        return asdict(self) | sums
+        return asdict(self) | (self.memory.sums if self.memory else {})
 
     @property
     def _trained(self) -> str:
@@ -126,8 +101,7 @@ def check(arguments: RunArguments) -> Check:
     """
     checkpoint, config, data = read(arguments)
     training, task = arguments.training, data.task
-    n_tokens, max_length = len(task.tokenizer), arguments.data.max_length
-    check_fit(config, arguments.model, max_length=max_length, n_tokens=n_tokens)
+    check_fit(config, arguments.model, task)
     place = arguments.model.model_name_or_path
     if Path(place).is_dir():
         require_weights(Path(place))

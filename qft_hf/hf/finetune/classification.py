@@ -62,6 +62,7 @@ class Classification(Task):
             Unicode form of accents, or the model's head does not have them.
     """
 
+    model_class = staticmethod(classifier_class)
     scoring: ClassVar[Scoring] = CLASSES
     problem_type: ClassVar[Any] = "single_label_classification"
     label_type: ClassVar[Any] = Value("int64")
@@ -84,10 +85,6 @@ class Classification(Task):
         self._head = _names_of_head(config)
         self.names = self._names(labels)
         self._index_of = {_key(name): index for index, name in enumerate(self.names)}
-
-    def model_class(self, config: PreTrainedConfig) -> Any:
-        """Return `classifier_class(config)`."""
-        return classifier_class(config)
 
     def configure(self, config: PreTrainedConfig) -> None:
         """Set the head's size, problem type and output names in `config`."""

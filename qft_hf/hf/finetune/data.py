@@ -16,17 +16,18 @@ from .chat import Chat
 from .classification import Classification, MultiLabel, Regression
 from .packing import count_tokens, pack
 from .sources import Rows, count_shared, fingerprint, load_rows, select_rows, split_rows
-from .task import Example, NothingToLearn, Row, RowError, Task, teaches
+from .task import Example, LanguageTask, NothingToLearn, Row, RowError, Task, teaches
 from .text import Text
 
 logger = logging.getLogger(__name__)
 
-LANGUAGE_TASKS = {"chat": Chat, "text": Text}
+LANGUAGE_TASKS: dict[str, type[LanguageTask]] = {"chat": Chat, "text": Text}
 LABEL_TASKS = {
     "classification": Classification,
     "regression": Regression,
     "multi_label": MultiLabel,
 }
+TASKS: dict[str, type[Task]] = {**LANGUAGE_TASKS, **LABEL_TASKS}
 DROPPED = "dropped"  # column of encoded rows: the reason why a row is left out
 
 
@@ -93,9 +94,7 @@ def prepare_data(
     task = _make_task(
         arguments, tokenizer, config, [rows for part in parts.values() for rows in part]
     )
-    examples = {
-        name: _prepare_part(part, task, arguments, name, seed) for name, part in parts.items()
-    }
+    examples = {name: _prepare_part(part, task, name, seed) for name, part in parts.items()}
     if held_out is not None:
         drawn = examples["evaluation data"]
         examples["evaluation data"] = replace(
@@ -174,21 +173,19 @@ def _make_task(
     return LABEL_TASKS[arguments.task](arguments, tokenizer, config, labels, list(declared))
 
 
-def _prepare_part(
-    parts: list[Rows], task: Task, arguments: DataArguments, name: str, seed: int
-) -> Examples:
+def _prepare_part(parts: list[Rows], task: Task, name: str, seed: int) -> Examples:
     """Turn rows into examples of the right length that have something to learn."""
     weighted, dropped, cut_tokens = [], Counter[str](), 0
     for rows in parts:
-        encoded = _encode(rows, task, arguments)
+        encoded = _encode(rows, task)
         dropped.update(reason for reason in encoded[DROPPED] if reason is not None)
         kept = encoded.filter(lambda reason: reason is None, input_columns=DROPPED, desc="Checking")
         kept = _repeat(kept, rows.weight, seed)
         cut_tokens += sum(kept["cut"])
         weighted.append(kept.select_columns(list(task.features)))
     used = concatenate_datasets(weighted)
-    if arguments.packing and len(used):
-        blocks = pack(used, arguments.max_length)
+    if task.arguments.packing and len(used):
+        blocks = pack(used, task.arguments.max_length)
         used = blocks.filter(teaches, input_columns="labels", desc="Checking")
         if len(used) < len(blocks):
             dropped["no learned token in a packed block"] = len(blocks) - len(used)
@@ -208,7 +205,7 @@ def _prepare_part(
     return Examples(used, counts)
 
 
-def _encode(rows: Rows, task: Task, arguments: DataArguments) -> Dataset:
+def _encode(rows: Rows, task: Task) -> Dataset:
     """Encode rows as examples; the column `DROPPED` has the reason if a row is left out."""
     features = Features({**task.features, "cut": Value("int64"), DROPPED: Value("string")})
 
@@ -226,7 +223,7 @@ def _encode(rows: Rows, task: Task, arguments: DataArguments) -> Dataset:
         except NothingToLearn as error:
             return [{DROPPED: error.reason}]
         except RowError as error:
-            if arguments.on_bad_row == "skip":
+            if task.arguments.on_bad_row == "skip":
                 return [{DROPPED: error.reason}]
             raise ValueError(
                 f"{rows.place(record)}: {error} To leave out such rows and count them, set "
@@ -239,7 +236,7 @@ def _encode(rows: Rows, task: Task, arguments: DataArguments) -> Dataset:
         fn_kwargs={"version": __version__},  # part of the cache key: versions may differ
         features=features,
         remove_columns=rows.table.column_names,
-        num_proc=arguments.preprocessing_workers,
+        num_proc=task.arguments.preprocessing_workers,
         desc="Tokenizing",
     )
 

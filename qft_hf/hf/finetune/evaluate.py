@@ -8,10 +8,9 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from ..json_object import json_object
-from ..language_model import language_class
 from ..wording import counted, score_text
 from .arguments import DataArguments, MethodArguments
-from .data import LANGUAGE_TASKS, DataCounts, TaskData, prepare_data
+from .data import TASKS, DataCounts, TaskData, prepare_data
 from .loading import load_model, load_tokenizer
 from .output_folder import SUMMARY, recorded_settings
 from .parsing import RunArguments
@@ -21,17 +20,11 @@ from .side_tuning import base_config, load_side_model, side_checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Scores of a model.
+    """Scores of a model."""
 
-    Attributes:
-        model: Folder or name of the model.
-        scores: The loss and the metrics of the task, by name.
-        data: Counts of the evaluation rows.
-    """
-
-    model: str
-    scores: dict[str, float]
-    data: DataCounts
+    model: str  # folder or name
+    scores: dict[str, float]  # the loss and the metrics of the task, by name
+    data: DataCounts  # of the evaluation rows
 
     def __str__(self) -> str:
         """Return a line for each score, and one for the data."""
@@ -51,20 +44,18 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
     """
     training = arguments.training
     config = base_config(arguments.model)
-    if arguments.data.task in LANGUAGE_TASKS:
-        language_class(config)  # refuses other models before the data are read
+    TASKS[arguments.data.task].model_class(config)  # refuses others before the data are read
     tokenizer = load_tokenizer(arguments.model)
     data = prepare_data(_data_of(arguments), tokenizer, config, seed=training.seed)
     if data.evaluation is None:
         raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
     _refuse_learned_rows(arguments, data)
-    length = arguments.data.max_length
     if side_checkpoint(arguments.model.model_name_or_path) is None:
-        model = load_model(arguments.model, None, config, data.task, max_length=length)
+        model = load_model(arguments.model, None, config, data.task)
     else:
         # The folder holds the settings of the base and of the side network.
         method = MethodArguments(method="qst")
-        model = load_side_model(arguments.model, method, config, data.task, max_length=length)
+        model = load_side_model(arguments.model, method, config, data.task)
     found = scores(model, data, training)
     return Evaluation(arguments.model.model_name_or_path, found, data.evaluation.counts)
 
@@ -95,9 +86,8 @@ def _refuse_learned_rows(arguments: RunArguments, data: TaskData) -> None:
     except (ValueError, KeyError, TypeError):
         return  # not a finished run
     counts = [part.counts for part in (data.train, data.evaluation) if part is not None]
-    is_its_data = arguments.settings.get("train_data") == recorded_settings(folder).get(
-        "train_data"
-    )
+    its_data = recorded_settings(folder).get("train_data")
+    is_its_data = arguments.settings.get("train_data") == its_data
     if counts[-1].held_out in (None, held_out) or not is_its_data:
         return
     if held_out is None:

@@ -23,9 +23,7 @@ from ..metrics.perplexity.perplexity import Perplexity
 class Scoring:
     """The two functions that a Trainer scores with, and the names of the scores."""
 
-    preprocess_logits: Callable[
-        [Any, Tensor], Tensor
-    ]  # the Trainer's preprocess_logits_for_metrics
+    preprocess_logits: Callable[[Any, Tensor], Tensor]  # preprocess_logits_for_metrics
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     names: tuple[str, ...]  # without the Trainer's prefix `eval_`
 

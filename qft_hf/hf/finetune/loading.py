@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from ...side import trained_heads
-from .. import shipped
 from ..checkpoint import weight_files
-from ..language_model import freeze_non_text_parameters, non_text_parts
+from ..language_model import freeze_non_text_parts
 from ..missing_model import explain_loading_errors
 from ..positions import n_positions
+from ..shipped import shipped_file, shipped_names
 from ..tensor_files import DAMAGED, tensor_names
 from ..wording import and_more
 from .arguments import ModelArguments
@@ -54,11 +54,11 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     if arguments.chat_template is not None:
         template = Path(arguments.chat_template)
         if not template.is_file():
-            template = shipped.chat_template(arguments.chat_template) or template
+            template = shipped_file(arguments.chat_template, ".jinja") or template
         if not template.is_file():
             raise FileNotFoundError(
                 f"no chat template {template} (looked from {Path.cwd()}). Set chat_template to a "
-                f"Jinja file, or to one that ships: {', '.join(shipped.chat_template_names())}."
+                f"Jinja file, or to one that ships: {', '.join(shipped_names('.jinja'))}."
             )
         try:
             tokenizer.chat_template = template.read_text(encoding="utf-8-sig")
@@ -111,7 +111,6 @@ def load_model(
     config: PreTrainedConfig,
     task: Task,
     *,
-    max_length: int,
     frozen: bool = False,
 ) -> PreTrainedModel:
     """Load a model with quantized weights: a float checkpoint is quantized tensor by tensor.
@@ -124,15 +123,13 @@ def load_model(
             stays float.
         config: Configuration of the model; the task's head is written into it.
         task: Determines the class of the model and its head.
-        max_length: Longest example in tokens.
         frozen: Whether only the head of the model is trained and saved.
 
     Raises:
         ValueError: The model has too few positions for the examples or too few embeddings for the
             tokens; or it is frozen, and frozen weights are missing from the checkpoint.
     """
-    n_tokens = len(task.tokenizer)
-    check_fit(config, arguments, max_length=max_length, n_tokens=n_tokens)
+    check_fit(config, arguments, task)
     task.configure(config)
     is_quantized = getattr(config, "quantization_config", None) is not None
     with explain_loading_errors(arguments.model_name_or_path):
@@ -154,8 +151,8 @@ def load_model(
             "and saved without these weights, so they would stay random. Set method to full, which "
             "trains them, or start from a checkpoint that has them."
         )
-    if n_tokens > model.config.get_text_config().vocab_size:
-        model.resize_token_embeddings(n_tokens)
+    if len(task.tokenizer) > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(len(task.tokenizer))
     # A classifier looks for the last token that is not padding, also before training begins. If it
     # were set before the model is created, this token's embedding would not be learned.
     model.config.get_text_config().pad_token_id = task.tokenizer.pad_token_id
@@ -164,47 +161,18 @@ def load_model(
     return model
 
 
-def freeze_non_text_parts(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Freeze parts that do not read text, and say which; or say which parts were not loaded.
-
-    Args:
-        model: The model, also one without storage; modified.
-        config: Configuration of the checkpoint.
-    """
-    parts = non_text_parts(config)
-    if parts and non_text_parts(model.config):
-        n_frozen = freeze_non_text_parameters(model)
-        logger.warning(
-            "the rows are text, which %s of %s does not read: %d tensors of its parameters are "
-            "frozen. To train them on data that they read, use QFTTrainer in Python",
-            " and ".join(parts),
-            type(model).__name__,
-            n_frozen,
-        )
-    elif parts:
-        logger.warning(
-            "the checkpoint is a %s. For text, transformers loads only its %s, which is trained "
-            "and saved; %s is left out",
-            (config.architectures or [type(config).__name__])[0],
-            type(model).__name__,
-            " and ".join(parts),
-        )
-
-
-def check_fit(
-    config: PreTrainedConfig, arguments: ModelArguments, *, max_length: int, n_tokens: int
-) -> None:
+def check_fit(config: PreTrainedConfig, arguments: ModelArguments, task: Task) -> None:
     """Raise ValueError if a model has too few positions for the examples, or embeddings."""
-    text_config = config.get_text_config()
-    positions = n_positions(config)
+    max_length, n_tokens = task.arguments.max_length, len(task.tokenizer)
+    n_embeddings, positions = config.get_text_config().vocab_size, n_positions(config)
     if positions is not None and max_length > positions:
         raise ValueError(
             f"max_length is {max_length}, but the model has {positions} positions. Set max_length "
             f"to {positions} or less."
         )
-    if n_tokens > text_config.vocab_size and not arguments.new_tokens:
+    if n_tokens > n_embeddings and not arguments.new_tokens:
         raise ValueError(
-            f"the tokenizer knows {n_tokens} tokens, but the model has {text_config.vocab_size} "
+            f"the tokenizer knows {n_tokens} tokens, but the model has {n_embeddings} "
             "embeddings. Use the model's own tokenizer, and list additional tokens in new_tokens."
         )
 
@@ -214,8 +182,7 @@ def require_weights(folder: Path) -> None:
     if any(folder.glob("pytorch_model*.bin")):
         return  # pickled weights: only loading can check them
     with explain_loading_errors(folder):
-        files = [str(folder / name) for name in weight_files(folder)]
-        tensor_names([name for name in files if name.endswith(".safetensors")])
+        tensor_names(folder / name for name in weight_files(folder))
 
 
 def _stop_at_end(model: PreTrainedModel, task: Task) -> None:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...version import __version__
 from ..atomic_writes import MODEL_FILES, atomic_path, pending_drafts
-from ..card import is_card
+from ..card import CARD, is_card
 from ..checkpoint import MARK, SAMPLE_NAME, STATE_FILES, newest_whole_checkpoint, require_whole
 from ..config import QUANT_METHOD
 from ..json_object import json_object
@@ -33,13 +33,12 @@ SUMMARY = "summary.json"
 LOSS_CURVE = "loss_curve.png"
 RUN_CONFIG = "run.yaml"
 DATA_PREVIEW = "data.txt"
-SIDE_FILES = (CONFIG_NAME, WEIGHTS_NAME)
-CARD = "README.md"
 CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
 
 _MODEL = (
     *MODEL_FILES,
-    *SIDE_FILES,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
     TRAINING_ARGS_NAME,
     "generation_config.json",
     # Files of tokenizers of all kinds.

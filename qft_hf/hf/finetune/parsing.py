@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from .. import shipped
 from ..arguments import QFTTrainingArguments
+from ..shipped import shipped_file, shipped_names
 from .arguments import DataArguments, MethodArguments, ModelArguments, OutputArguments
 from .foreign_keys import suggestion
 from .paths import expanded, whole, with_paths
@@ -31,22 +31,11 @@ NOTHING = ("", "null", "~")  # how YAML writes no value
 CONFIG_SUFFIXES = (".yaml", ".yml")
 # Settings for which 0 or less would be misread, or would fail later.
 _ABOVE_ZERO = (
-    "max_train_rows",
-    "max_eval_rows",
-    "preprocessing_workers",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "eval_accumulation_steps",
-    "dataloader_prefetch_factor",
-    "ddp_timeout",
-    "num_train_epochs",
-    "max_steps",
-    "logging_steps",
-    "eval_steps",
-    "save_steps",
-    "save_total_limit",
-)
+    "max_train_rows", "max_eval_rows", "preprocessing_workers", "per_device_train_batch_size",
+    "per_device_eval_batch_size", "gradient_accumulation_steps", "eval_accumulation_steps",
+    "dataloader_prefetch_factor", "ddp_timeout", "num_train_epochs", "max_steps", "logging_steps",
+    "eval_steps", "save_steps", "save_total_limit",
+)  # fmt: skip
 # Arguments of the Trainer that would falsify the scores of a run, and how.
 _FALSIFIES = {
     "batch_eval_metrics": "scores are computed from all held-out rows at once",
@@ -130,11 +119,7 @@ def parse_arguments(
         *groups, rest = _parser(command, description=description).parse_args_into_dataclasses(
             flags, return_remaining_strings=True, look_for_args_file=False
         )
-    except (
-        ImportError,
-        TypeError,
-        ValueError,
-    ) as error:  # from transformers, too; all are meant for the user
+    except (ImportError, TypeError, ValueError) as error:  # of transformers, too: for the user
         raise ValueError(str(error)) from error
     if rest:
         raise ValueError(
@@ -229,11 +214,11 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.suffix in CONFIG_SUFFIXES and path.is_file():
         return path
-    shipping = shipped.config_file(name)
+    shipping = shipped_file(name, ".yaml")
     if shipping is None:
         raise FileNotFoundError(
             f"no config {name} (looked from {Path.cwd()}). Give a YAML file, or the name of a "
-            f"config that ships: {', '.join(shipped.config_names())}."
+            f"config that ships: {', '.join(shipped_names('.yaml'))}."
         )
     return shipping
 
@@ -253,8 +238,7 @@ class _Loader(yaml.BaseLoader):
                 )
             if key.value in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"{key.value!r} occurs more than once",
-                    problem_mark=key.start_mark,
+                    problem=f"{key.value!r} occurs more than once", problem_mark=key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)

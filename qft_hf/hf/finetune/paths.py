@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 INPUTS = (
-    "model_name_or_path",
-    "tokenizer_name_or_path",
-    "chat_template",
-    "train_data",
-    "eval_data",
-)
+    "model_name_or_path", "tokenizer_name_or_path", "chat_template", "train_data", "eval_data",
+)  # fmt: skip
 PATHS = (*INPUTS, "output_dir", "resume_from_checkpoint")
 GLOB = "glob:"  # prefix of a pattern; a path without it is never read as one
 

@@ -16,11 +16,9 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from ..base import require_bitsandbytes
-from ..language_model import language_class
 from ..processes import broadcast_from_first, first_process_writes
 from ..wording import counted
-from .classification import classifier_class
-from .data import LABEL_TASKS, LANGUAGE_TASKS, TaskData, prepare_data
+from .data import TASKS, TaskData, prepare_data
 from .evaluation import ERRORS
 from .forecast import disk_bytes, n_steps
 from .loading import load_model, load_tokenizer
@@ -76,8 +74,7 @@ def prepare(arguments: RunArguments) -> Run:
     is_whole = arguments.method.side is None
     load: Any = load_model if is_whole else load_side_model
     how = training.quantization_config if is_whole else arguments.method
-    length = arguments.data.max_length
-    model = load(arguments.model, how, config, data.task, max_length=length)
+    model = load(arguments.model, how, config, data.task)
     if arguments.data.packing and is_whole:
         refuse_leaky_packing(model)
     training.include_num_input_tokens_seen = "non_padding"  # for the log and the summary
@@ -90,9 +87,7 @@ def prepare(arguments: RunArguments) -> Run:
         overwrite=arguments.output.overwrite_output,
     )
     clock = StepClock()
-    with (
-        first_process_writes()
-    ):  # process 0 alone creates a repository on the Hub; all raise if that fails
+    with first_process_writes():  # process 0 creates a repository on the Hub; all raise if it fails
         trainer = RunTrainer(
             model=model,
             args=training,
@@ -144,10 +139,8 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
             f"{arguments.model.model_name_or_path} holds a side network, but method 'full' trains "
             "every parameter of a model. Set method to qst, or name the base."
         )
-    if arguments.data.task in LANGUAGE_TASKS:
-        language_class(config)  # refuses other models before reading the data takes minutes
-    else:
-        classifier_class(config)  # likewise
+    # Refuses other models before reading the data takes minutes.
+    TASKS[arguments.data.task].model_class(config)
     with training.main_process_first(desc="reading the data"):
         data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
     for source, n_rows in data.shared.items():
@@ -221,7 +214,7 @@ def _check_schedule(training: TrainingArguments) -> None:
 
 def _check_evaluation(arguments: RunArguments) -> None:
     data, training = arguments.data, arguments.training
-    names = (LANGUAGE_TASKS | LABEL_TASKS)[data.task].scoring.names
+    names = TASKS[data.task].scoring.names
     if training.metric_for_best_model is not None:
         best = training.metric_for_best_model.removeprefix("eval_")
         if best not in names:
@@ -229,9 +222,7 @@ def _check_evaluation(arguments: RunArguments) -> None:
                 f"metric_for_best_model is {best!r}, but the scores of task {data.task!r} are "
                 f"{', '.join(names)}. Set one of them."
             )
-        if (
-            "greater_is_better" not in arguments.given
-        ):  # the Trainer assumes true for all but losses
+        if "greater_is_better" not in arguments.given:  # the Trainer: true for all but losses
             training.greater_is_better = best not in ERRORS
     if training.label_smoothing_factor and data.task in ("regression", "multi_label"):
         raise ValueError(

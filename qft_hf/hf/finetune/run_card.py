@@ -11,14 +11,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers import PreTrainedConfig
 from transformers.trainer import TRAINER_STATE_NAME
 
-from ..card import SIDE_TAGS, TAGS, is_card, write_card
+from ..card import CARD, SIDE_TAGS, TAGS, is_card, write_card
 from ..card_facts import CardFacts
 from ..config import QFTConfig
 from ..json_object import json_object
 from ..missing_model import explain_loading_errors
 from ..remote_code import auto_class
 from ..wording import counted
-from .output_folder import CARD, SUMMARY, recorded_settings
+from .output_folder import SUMMARY, recorded_settings
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...side import QSTConfig, attach_side_network
+from ..arguments import FORMAT
 from ..base import FORMS, base_format, stored_format
-from ..json_object import json_object
+from ..estimate import without_storage
 from ..missing_model import explain_loading_errors
-from ..side_network import CONFIG_NAME, is_side_network, load_side_network
-from ..tensor_files import DAMAGED
+from ..side_network import is_side_network, load_side_network, side_description
 from .arguments import MethodArguments, ModelArguments
 from .loading import load_config, load_model
 from .output_folder import RUN_CONFIG, recorded_settings
@@ -28,7 +28,7 @@ _OF_FULL = {
         "the base has no gradients, and those of the side network are small",
     ),
     **dict.fromkeys(
-        ("group_size", "outlier_fraction", "modules_to_not_convert", "matmul", "int8_products"),
+        FORMAT,
         "an int8 base has the default format; for another format quantize the model, save it, and "
         "give its folder",
     ),
@@ -73,23 +73,14 @@ def side_flags(flags: list[str], names: Collection[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class SideCheckpoint:
-    """A folder with a side network.
-
-    Attributes:
-        folder: The folder.
-        base: Folder or name on the Hub of the base.
-        quantization: The format that the base was stored in, as `quantization_name` returns it.
-        config: Configuration of the side network.
-        architecture: Class of the base.
-        labels: Names of the outputs of the head that was trained with it; None without one.
-    """
+    """A folder with a side network."""
 
     folder: Path
-    base: str
-    quantization: str | None
-    config: QSTConfig
-    architecture: str
-    labels: dict[int, str] | None
+    base: str  # folder or name on the Hub of the base
+    quantization: str | None  # that the base was stored in, as `quantization_name` returns it
+    config: QSTConfig  # of the side network
+    architecture: str  # class of the base
+    labels: dict[int, str] | None  # outputs of the head that was trained with it; None without one
 
     @property
     def form(self) -> str:
@@ -116,24 +107,18 @@ def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
     folder = Path(place)
     if not is_side_network(folder):
         return None
-    try:
-        said = json_object(folder / CONFIG_NAME)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}. {DAMAGED}") from error
-    name, quantization = said["base"]["name"], said["base"]["quantization"]
-    runs = [
-        recorded_settings(home) for home in (folder, folder.resolve().parent)
-    ]  # of a run, or of a checkpoint in it
-    base = next((run["model_name_or_path"] for run in runs if "model_name_or_path" in run), name)
-    earlier = side_checkpoint(base)  # if the run started from a side network
-    labels = said.get("labels")
+    said = side_description(folder)
+    base, name = said["base"], said["base"]["name"]
+    for home in (folder.resolve().parent, folder):  # of a checkpoint in a run, or of a run
+        name = recorded_settings(home).get("model_name_or_path", name)
+    earlier = side_checkpoint(name)  # if the run started from a side network
     return SideCheckpoint(
         folder,
-        base if earlier is None else earlier.base,
-        quantization,
-        QSTConfig(**said["config"]),
-        said["base"]["architecture"],
-        None if labels is None else {int(index): name for index, name in labels.items()},
+        name if earlier is None else earlier.base,
+        base["quantization"],
+        said["config"],
+        base["architecture"],
+        said["labels"],
     )
 
 
@@ -209,8 +194,8 @@ def load_checkpoint(arguments: ModelArguments, config: PreTrainedConfig, model_c
             return model_class.from_pretrained(place, **trust)
     quantization = None
     if stored_format(config) == "float":
-        with torch.device("meta"):
-            quantization = base_format(checkpoint.form, model_class.from_config(config, **trust))
+        skeleton = without_storage(model_class, config, **trust)
+        quantization = base_format(checkpoint.form, skeleton)
     with explain_loading_errors(checkpoint.base):
         model = model_class.from_pretrained(
             checkpoint.base, config=config, quantization_config=quantization, **trust
@@ -219,12 +204,7 @@ def load_checkpoint(arguments: ModelArguments, config: PreTrainedConfig, model_c
 
 
 def load_side_model(
-    arguments: ModelArguments,
-    method: MethodArguments,
-    config: PreTrainedConfig,
-    task: Task,
-    *,
-    max_length: int,
+    arguments: ModelArguments, method: MethodArguments, config: PreTrainedConfig, task: Task
 ) -> PreTrainedModel:
     """Load a base, and attach a side network: a new one, or the one in the folder that is named.
 
@@ -233,7 +213,6 @@ def load_side_model(
         method: The side network, and how the base is stored.
         config: As `base_config` returns it; the task's head is written into it.
         task: Determines the class of the model and its head.
-        max_length: Longest example in tokens.
 
     Raises:
         ImportError: The base is to be stored in NF4, and bitsandbytes is not installed.
@@ -251,8 +230,7 @@ def load_side_model(
     task.configure(config)
     make, dtype = task.model_class(config), getattr(torch, arguments.dtype)
     how = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
-    with torch.device("meta"):
-        skeleton = make.from_config(config, **how)
+    skeleton = without_storage(make, config, **how)
     # The base itself runs without autograd, which `refuse_leaky_packing` needs.
     if task.arguments.packing and not refuse_leaky_packing_family(
         make, config, torch.device("cpu"), **how
@@ -265,7 +243,7 @@ def load_side_model(
         arguments = replace(arguments, model_name_or_path=checkpoint.base)
     stored = stored_format(config) != "float"
     quantization = None if stored else base_format(form, skeleton)
-    model = load_model(arguments, quantization, config, task, max_length=max_length, frozen=True)
+    model = load_model(arguments, quantization, config, task, frozen=True)
     if checkpoint is not None:
         return load_side_network(model, checkpoint.folder)
     return attach_side_network(model, method.side)

@@ -66,9 +66,10 @@ class Task(ABC):
             NothingToLearn: The row can be read but has nothing to learn.
         """
 
+    @staticmethod
     @abstractmethod
-    def model_class(self, config: PreTrainedConfig) -> Any:
-        """Return the class of transformers that creates and loads the model of this config."""
+    def model_class(config: Any) -> Any:
+        """Return the class of transformers that makes and loads the model of a config, or raise."""
 
     @abstractmethod
     def configure(self, config: PreTrainedConfig) -> None:
@@ -89,6 +90,7 @@ class Task(ABC):
 class LanguageTask(Task):
     """Prediction of next tokens; an example is a sequence of tokens and their labels."""
 
+    model_class = staticmethod(language_class)
     scoring = NEXT_TOKENS
     features = Features({"input_ids": List(Value("int64")), "labels": List(Value("int64"))})
 
@@ -101,10 +103,6 @@ class LanguageTask(Task):
         self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
         if arguments.packing:
             self.collator = partial(collate_blocks, pad_token_id=tokenizer.pad_token_id)
-
-    def model_class(self, config: PreTrainedConfig) -> Any:
-        """Return `language_class(config)`."""
-        return language_class(config)
 
     def configure(self, config: PreTrainedConfig) -> None:
         """Do nothing: the head of a language model already has all tokens."""
