@@ -1,7 +1,5 @@
 """The logged `qft/` figures agree with copies of a model so small that samples hold all of it."""
 
-import time
-
 import pytest
 import torch
 from torch import nn
@@ -244,17 +242,13 @@ def test_only_steps_that_are_logged_are_sampled(strategy, tmp_path, monkeypatch)
 def test_a_model_of_many_weights_is_sampled_in_few_operations(tmp_path):
     """Sampling takes two operations per kind of tensor, for any number; each is a GPU launch."""
     model = quantize_model_(tiny_llama(num_hidden_layers=12), QFTConfig())
-    health = Health()
-    health.model = model
+    weights, floats = trained_tensors(model)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        sample(*trained_tensors(model))
+        sample(weights, floats)
     found = {event.key: event.count for event in profile.key_averages()}
     copies = found.get("aten::copy_", 0) + found.get("aten::clone", 0)
     assert found["aten::cat"] == 4
     assert copies == 0
-    began = time.perf_counter()
-    sample(*trained_tensors(model))
-    assert time.perf_counter() - began < 0.5
 
 
 def test_what_begins_at_zero_does_not_count_as_growth(tmp_path):
