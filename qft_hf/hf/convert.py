@@ -206,6 +206,13 @@ def _refuse_other_quantization(model: nn.Module, config: QFTConfig) -> None:
     if not is_begun and not has_quantized_weights(model):
         return
     current = quantization_config_of(model)
+    if current is None and side_network_of(model) is not None:
+        raise ValueError(
+            f"{type(model).__name__} has an INT8 side network and a float base, which was not "
+            "quantized before. Call quantize_model_ before attach_side_network, or "
+            "load_side_network into an INT8 base; for a side network of another format, "
+            "call dequantize_model_(model.side_network) first."
+        )
     if current != config:
         raise ValueError(
             f"{type(model).__name__} is already quantized with {current or 'several formats'}, and "

@@ -19,6 +19,7 @@ from .config import QFTConfig
 from .language_model import language_class, non_text_parts
 from .missing_model import explain_loading_errors
 from .optimizers import OPTIMIZERS
+from .side_network import is_side_network
 
 # Names of the width of a layer's MLP. BLOOM, GPT and GPT-Neo have 4 times the hidden size instead.
 _MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
@@ -138,6 +139,11 @@ def skeleton(
         return source
     if isinstance(source, str | Path):
         folder = Path(source)
+        if is_side_network(folder):
+            raise ValueError(
+                f"{folder} holds a side network without the model beside which it was trained. "
+                "Name that model, and give --method qst, or in Python side=QSTConfig()."
+            )
         with explain_loading_errors(source):
             if folder.is_dir() and not (folder / "config.json").is_file():
                 raise FileNotFoundError(folder / "config.json")

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..nn import QuantizedModule, replace_
 from ..optim import fit_states
+from ..side import side_network_of
 
 
 def resizing_int8(resize: Any, model: Any, old: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -28,12 +29,35 @@ def resizing_int8(resize: Any, model: Any, old: nn.Module, *args: Any, **kwargs:
     return old
 
 
-def fitting_states(resize: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Make optimizers follow the new number of rows."""
-    embeddings = resize(model, *args, **kwargs)
+def fitting_states(
+    resize: Any,
+    model: Any,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Make optimizers follow the new number of rows; refuse it beside a side network."""
+    if side_network_of(model) is not None:
+        _refuse_new_rows(model, new_num_tokens, pad_to_multiple_of)
+    embeddings = resize(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
     for parameter in model.parameters():  # biases too: tying weights resizes them
         fit_states(parameter)
     return embeddings
+
+
+def _refuse_new_rows(model: Any, wanted: int | None, multiple: int | None) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    wanted = rows if wanted is None else wanted
+    if multiple:
+        wanted = -(-wanted // multiple) * multiple
+    if wanted != rows:
+        raise ValueError(
+            f"{type(model).__name__} has {rows} tokens and a side network, and {wanted} were asked "
+            "for. Its embeddings are frozen, so new ones would learn nothing, and the side network "
+            "would not fit its base again. Use tokens that there are, or train all parameters "
+            "(method full)."
+        )
 
 
 def _float_copy(module: QuantizedModule) -> nn.Module:

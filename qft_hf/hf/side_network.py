@@ -210,21 +210,35 @@ def _description(model: Any) -> dict[str, Any]:
 
 def _base(model: Any) -> dict[str, Any]:
     """Return the facts that identify the base of a model, with or without a side network."""
-    own = model.config.to_diff_dict()  # new defaults of later versions make no difference
-    config = {
-        name: value
-        for name, value in own.items()
-        if name not in _OF_A_USE and not name.endswith("_token_id")
-    }
-    text = json.dumps(config, sort_keys=True, default=str)
     return {
         "name": _name(model),
         "architecture": type(model).__name__,
-        "config_hash": hashlib.sha256(text.encode()).hexdigest(),
+        "config_hash": _config_hash(model.config),
         "vectors_hash": _hash(model, of_dimensions=1),
         "rows_hash": _hash(model, of_dimensions=2),
         "quantization": quantization_name(getattr(model, "hf_quantizer", None)),
     }
+
+
+def _config_hash(config: Any, *, nested: bool = True) -> str:
+    """Return a hash of a configuration without the fields that belong to a use of the model.
+
+    Args:
+        config: The configuration.
+        nested: Whether these fields are left out of the configurations inside it, too, such as that
+            of the text decoder; earlier versions kept them there.
+    """
+
+    def kept(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: kept(value) if nested and isinstance(value, dict) else value
+            for name, value in values.items()
+            if name not in _OF_A_USE and not name.endswith("_token_id")
+        }
+
+    own = config.to_diff_dict()  # new defaults of later versions make no difference
+    text = json.dumps(kept(own), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _name(model: Any) -> str:
@@ -295,6 +309,8 @@ def side_description(folder: Path) -> dict[str, Any]:
 
 def _refuse_another_base(model: Any, wanted: dict[str, Any], folder: Path) -> None:
     found = _base(model)
+    if wanted["config_hash"] == _config_hash(model.config, nested=False):
+        wanted = {**wanted, "config_hash": found["config_hash"]}  # by an earlier version
     advice = f"Load the base that it was trained on: {wanted['name'] or 'its name is not known'}."
     version = f"another version of {wanted['name'] or 'this base'}"
     differences = {

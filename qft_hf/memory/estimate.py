@@ -172,7 +172,7 @@ class MemoryEstimate:
             (self.rows, "states", self.state_bytes),
             (self.activation_rows, "activations", self.activation_bytes),
         ):
-            lines += [self._line(row.state, row.bytes) for row in rows]
+            lines += [self._line(row.drawn, row.bytes) for row in rows]
             lines.append(self._line(f"= {name}", total))
         lines.append(self._line("total", self.total_bytes))
         lines.append(f"states are {self.percent_of_fp32_adam:.1f} % of FP32 Adam")

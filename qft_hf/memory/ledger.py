@@ -17,11 +17,20 @@ FP32_ADAM_BYTES = 16  # per parameter: weight, gradient and two moments in FP32
 
 @dataclass(frozen=True, slots=True)
 class LedgerRow:
-    """Bytes of one kind of state in `n_tensors` stored tensors."""
+    """Bytes of one kind of state in `n_tensors` stored tensors.
+
+    Attributes:
+        state: The kind. `momentum` is all states of an optimizer, such as both moments of AdamW.
+    """
 
     state: str
     n_tensors: int
     bytes: int
+
+    @property
+    def drawn(self) -> str:
+        """The kind as tables name it."""
+        return "optimizer state" if self.state == "momentum" else self.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +79,7 @@ class MemoryLedger:
         """Return the table, and the parameters that stay float by reason."""
         lines = [f"{'model state':<22}{'MB':>10}{'bytes/param':>13}{'tensors':>9}"]
         lines += [
-            f"{row.state:<22}{row.bytes / 1e6:>10.1f}{row.bytes / self.n_parameters:>13.3f}"
+            f"{row.drawn:<22}{row.bytes / 1e6:>10.1f}{row.bytes / self.n_parameters:>13.3f}"
             f"{row.n_tensors:>9}"
             for row in self.rows
         ]
@@ -86,7 +95,7 @@ class MemoryLedger:
         if self.n_processes > 1:
             lines.append(
                 f"on this process, one of {self.n_processes}: each owns some rows of every INT8 "
-                "weight, and holds gradients and momentum of these rows only"
+                "weight, and holds gradients and optimizer state of these rows only"
             )
         for reason in sorted({kept.reason for kept in self.kept}):
             group = [kept for kept in self.kept if kept.reason == reason]
@@ -99,8 +108,8 @@ class MemoryLedger:
 
 
 def elements(parameter: Tensor) -> int:
-    """Return the number of values in a parameter; bitsandbytes keeps two NF4 values in a byte."""
-    state = _nf4_state(parameter)
+    """Return the number of values in a parameter; bitsandbytes keeps two 4-bit values in a byte."""
+    state = _four_bit_state(parameter)
     return parameter.numel() if state is None else prod(state.shape)
 
 
@@ -119,17 +128,31 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
     of_side = set(map(id, side))
     base = [p for p in parameters if id(p) not in of_side]
     weights = [p for p in base if isinstance(p, QFTWeight)]
-    nf4 = [p for p in base if _nf4_state(p) is not None]
-    floats = [p for p in base if not isinstance(p, QFTWeight) and _nf4_state(p) is None]
+    others = [p for p in base if not isinstance(p, QFTWeight)]
+    of_format: dict[str, list[Tensor]] = {}
+    for parameter in others:
+        of_format.setdefault(_format(parameter), []).append(parameter)
     gradients = [p.grad for p in parameters if p.grad is not None]
     states = [] if optimizer is None else list(optimizer.state.values())
     rows = [
         _row("INT8 weights", (w.codes for w in weights)),
         _row("weight scales", (w.scales for w in weights)),
         _row("outliers", (t for w in weights for t in (w.outlier_values, w.outlier_columns))),
-        _row("NF4 weights", nf4),
-        _row("NF4 scales", (tensor for p in nf4 for tensor in _nf4_tensors(_nf4_state(p)))),
-        _row("float parameters", floats),
+        *(
+            row
+            for form in ("NF4", "FP4")
+            for row in (
+                _row(f"{form} weights", of_format.get(form, [])),
+                _row(
+                    f"{form} scales",
+                    (t for p in of_format.get(form, []) for t in _tensors(_four_bit_state(p))),
+                ),
+            )
+        ),
+        _row("8-bit weights", of_format.get("8-bit", [])),
+        _row("8-bit scales", _scales_of_8_bits(model)),
+        _row("integer parameters", of_format.get("integer", [])),
+        _row("float parameters", of_format.get("float", [])),
         _row("side network", side),
         _row("gradients", gradients),
         _row(
@@ -155,16 +178,36 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
     )
 
 
-def _nf4_state(parameter: Tensor) -> Any:
+def _format(parameter: Tensor) -> str:
+    """Return the format of a parameter that is not a `QFTWeight`."""
+    if (state := _four_bit_state(parameter)) is not None:
+        return str(state.quant_type).upper()
+    if parameter.is_floating_point():
+        return "float"
+    return "8-bit" if hasattr(parameter, "SCB") else "integer"
+
+
+def _four_bit_state(parameter: Tensor) -> Any:
     """The `QuantState` of a 4-bit parameter of bitsandbytes; None for others, and on `meta`."""
     return getattr(parameter, "quant_state", None)
 
 
-def _nf4_tensors(state: Any) -> list[Tensor]:
+def _scales_of_8_bits(model: nn.Module) -> list[Tensor]:
+    """The scales of 8-bit weights of bitsandbytes, which the first forward moves to the module."""
+    owners = (
+        owner
+        for module in model.modules()
+        for owner in (getattr(module, "weight", None), getattr(module, "state", None))
+    )
+    found = (getattr(owner, "SCB", None) for owner in owners)
+    return [scales for scales in found if isinstance(scales, Tensor)]
+
+
+def _tensors(state: Any) -> list[Tensor]:
     """All tensors of a `QuantState`, and of the nested one of its scales, if any."""
     own = [value for value in vars(state).values() if isinstance(value, Tensor)]
     of_scales = getattr(state, "state2", None)  # absent after a CPU has repacked the weight
-    return own if of_scales is None else own + _nf4_tensors(of_scales)
+    return own if of_scales is None else own + _tensors(of_scales)
 
 
 def _row(state: str, tensors: Iterable[Tensor]) -> LedgerRow:

@@ -308,6 +308,17 @@ class QFTOptimizer(Optimizer):
         return self.flow.n_taken if self.gradient == "release" else 0
 
     @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether `step` unscales gradients; a `GradScaler` asks first."""
+        if self.n_released:
+            raise NotImplementedError(
+                "A GradScaler scales losses, and with gradient='release' backward has used the "
+                "scaled gradients. Use bfloat16, which needs no scaling, in place of float16 and "
+                "the GradScaler, and load the model again: its weights have been updated."
+            )
+        return False
+
+    @property
     def released_norm(self) -> Tensor | None:
         """Global norm, before clipping, of the gradients that the last step released: fp32.
 

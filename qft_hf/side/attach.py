@@ -10,15 +10,16 @@ from ..nn import QuantizedModule, dequantize_modules_
 from .config import QSTConfig
 from .network import SideNetwork
 from .stack import layer_stack
+from .trial import try_beside
 
 Model = TypeVar("Model", bound=nn.Module)
 
 NAME = "side_network"  # name of the module in its model
 # Layer arguments that encode positions in sizes of the base: a value for each head, or its width.
 BASE_SIZED_ARGUMENTS = ("alibi", "rel_embeddings", "position_bias")
-# Settings of families whose layers do not run as narrow layers with one expert, and why.
+# Settings of families whose layers do not run as narrow layers with one expert, and why; what a
+# trial on the meta device does not show.
 UNFIT_SETTINGS = {
-    "hc_mult": "passes on several hidden states",  # DeepSeek-V4
     "input_jitter_noise": "has a router that needs two experts or more",  # PhiMoE
 }
 
@@ -44,7 +45,8 @@ def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
 
     Raises:
         ValueError: No stack of layers is found, the model has a side network or adapters already,
-            is on several devices, or the sizes do not fit. The model is unchanged.
+            is on several devices, or the sizes do not fit, or the side network fails in a trial
+            with a few tokens. The model is unchanged.
     """
     config = config or QSTConfig()
     any_model: Any = model
@@ -60,6 +62,7 @@ def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
         with torch.no_grad():
             for module in network.layers.modules():
                 any_model.get_decoder()._init_weights(module)
+    try_beside(network, model)
     for head in heads.values():
         if any(isinstance(module, QuantizedModule) for module in head.modules()):
             dequantize_modules_(head, any_model.dtype)

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .cache import is_cache, make_room_, shift_layer_numbers_
 from .config import QSTConfig
@@ -69,18 +70,25 @@ class SideNetwork(nn.Module):
         self._replay: Replay | None = None  # replay of the current forward pass
         self._again: Replay | None = None  # replay for which the base is running again
 
-    def follow(self, runner: Any, base_layers: Sequence[nn.Module]) -> None:
+    def follow(self, runner: Any, base_layers: Sequence[nn.Module]) -> list[RemovableHandle]:
         """Attach to a base, so that this network runs whenever the base does.
 
         Args:
             runner: The module that runs the layers; modified. It no longer computes gradients, and
                 the output of the side network is added to its last hidden state.
             base_layers: The layers that this network was built for; modified.
+
+        Returns:
+            The hooks on the layers.
         """
         runner.forward = update_wrapper(partial(self._run, runner.forward), runner.forward)
-        base_layers[0].register_forward_pre_hook(self._enter, with_kwargs=True)
-        for number, layer in enumerate(base_layers):
-            layer.register_forward_hook(partial(self._advance, number), with_kwargs=True)
+        return [
+            base_layers[0].register_forward_pre_hook(self._enter, with_kwargs=True),
+            *(
+                layer.register_forward_hook(partial(self._advance, number), with_kwargs=True)
+                for number, layer in enumerate(base_layers)
+            ),
+        ]
 
     def train(self, mode: bool = True) -> "SideNetwork":  # noqa: FBT001, FBT002 torch's
         """Set training or evaluation mode; frozen modules have no dropout in either."""

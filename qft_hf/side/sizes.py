@@ -9,8 +9,10 @@ from .config import QSTConfig
 INTERMEDIATE = (
     "intermediate_size", "dense_intermediate_size", "moe_intermediate_size",
     "shared_expert_intermediate_size", "ffn_dim", "decoder_ffn_dim", "ffn_hidden_size",
-    "hidden_dim", "n_inner", "d_inner", "dff",
+    "hidden_dim", "n_inner", "d_inner", "dff", "lru_width",
 )  # fmt: skip
+# Names for the number of heads of modules beside the attention: linear attention, an indexer.
+HEADS = ("linear_num_heads", "index_n_heads")
 # Names for the number of experts, and of those that a token takes.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok")
 
@@ -52,14 +54,22 @@ def side_config(config: Any, side: QSTConfig) -> Any:
             f"r={side.r} does not divide the hidden size {width} of {type(config).__name__}. "
             f"The nearest r that does is {_nearest_divisor(width, side.r)}."
         )
-    key_value_heads = getattr(config, "num_key_value_heads", None)
     head_dim = getattr(config, "head_dim", None) or width // heads
     config.hidden_size = width // side.r
-    config.num_attention_heads = _largest_divisor(config.hidden_size, heads // side.r)
-    if key_value_heads is not None:
-        config.num_key_value_heads = _largest_divisor(
-            config.num_attention_heads, key_value_heads // side.r
-        )
+    for of in ("", "swa_"):  # sliding windows may have heads of their own
+        if not (own_heads := getattr(config, f"{of}num_attention_heads", None)):
+            continue
+        own_heads = _largest_divisor(config.hidden_size, own_heads // side.r)
+        setattr(config, f"{of}num_attention_heads", own_heads)
+        if (key_value_heads := getattr(config, f"{of}num_key_value_heads", None)) is not None:
+            key_value_heads = _largest_divisor(own_heads, key_value_heads // side.r)
+            setattr(config, f"{of}num_key_value_heads", key_value_heads)
+    if heads_of_layers := getattr(config, "num_attention_heads_per_layer", None):  # of Laguna
+        equal = [config.num_attention_heads] * len(heads_of_layers)
+        config.num_attention_heads_per_layer = equal
+    for name in HEADS:
+        if value := getattr(config, name, None):
+            setattr(config, name, max(1, value // side.r))
     if config.hidden_size // config.num_attention_heads != head_dim:
         config.head_dim = head_dim
     for name in INTERMEDIATE:

@@ -12,6 +12,7 @@ from transformers import GPT2Config, LlamaConfig
 from qft_hf import (
     QFTConfig,
     QSTConfig,
+    attach_side_network,
     estimate_memory,
     estimate_side_memory,
     quantize_model_,
@@ -341,6 +342,29 @@ def test_an_int8_folder_is_planned_in_its_own_format(folder, tmp_path, capsys):
         )
         assert of_folder["ways"][0]["total_bytes"] == expected.total_bytes
         assert of_config["ways"] == of_folder["ways"]
+
+
+def test_the_base_of_a_side_network_that_is_int8_stays_so(tmp_path, capsys):
+    """`qft-hf plan` proposed a float base, which a run then refused."""
+    quantize_model_(tiny_llama(), QFTConfig()).save_pretrained(tmp_path / "int8")
+    place = str(tmp_path / "int8")
+
+    (result,) = plan(place, "--gpu=1", "--method=qst", "--side_r=2", capsys=capsys)
+
+    assert [way["base"] for way in result["ways"]] == ["int8", "int8"]
+    assert result["cards"][0]["base"] == "int8"
+    with pytest.raises(ValueError, match=r"base=nf4 was asked for, .* in int8\. Leave base out"):
+        recommend(place, 1, 50, side=QSTConfig(r=2), base="nf4")
+
+
+def test_a_folder_of_a_side_network_says_what_to_plan(tmp_path, capsys):
+    attach_side_network(tiny_llama(), QSTConfig(r=2)).save_pretrained(tmp_path)
+
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path), "--gpu=1"])
+
+    assert "holds a side network without the model" in (text := capsys.readouterr().err)
+    assert "Name that model, and give --method qst" in text
 
 
 def test_parts_that_text_does_not_reach_are_planned_as_a_run_trains_them(tmp_path, capsys):

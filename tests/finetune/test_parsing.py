@@ -146,6 +146,27 @@ def test_what_was_given_is_known_apart_from_defaults(config):
     }
 
 
+def test_what_a_launcher_has_set_is_given(config, monkeypatch):
+    """A run of `accelerate launch --mixed_precision bf16` left it out of its run.yaml, which then
+    repeated it in FP32."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "AOT_EAGER")
+    path = config()
+
+    arguments = parse_arguments([path])
+
+    assert arguments.training.bf16
+    assert arguments.given["bf16"] is True
+    assert arguments.given["torch_compile_backend"] == "aot_eager"
+    assert arguments.training.torch_compile
+    assert "torch_compile_mode" not in arguments.given
+    with pytest.raises(ValueError, match=r"bf16 is false, .* Leave bf16 out, or launch with"):
+        parse_arguments([path, "--bf16=false"])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
+    assert not {"bf16", "torch_compile_backend"} & parse_arguments([path]).given.keys()
+
+
 def test_flags_override_the_config(config):
     path = config("max_length: 64\npacking: true\nmodules_to_not_convert: [a, b]\n")
     arguments = parse_arguments(

@@ -324,6 +324,18 @@ def test_what_is_neither_here_nor_on_the_hub_is_refused(name, tmp_path, monkeypa
         sources.load_rows(name)
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_cache_that_cannot_be_written_is_refused(suffix, tmp_path, monkeypatch):
+    """`qft-hf check` and `finetune` ended in a traceback of `datasets`."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
+    for folder in (tmp_path / "a.jsonl", tmp_path / "a.jsonl" / "inside"):
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+
+        with pytest.raises(OSError, match=r"in which no file can .*\. Set HF_DATASETS_CACHE in"):
+            sources.load_rows(str(tmp_path / f"a.{suffix}"))
+
+
 @pytest.mark.parametrize("name", ["rows.xlsx", "rows", "rows.parquet.gz"])
 def test_unknown_file_format_is_refused(name, tmp_path):
     (tmp_path / name).write_text("text")

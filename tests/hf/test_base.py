@@ -40,6 +40,45 @@ def test_the_bytes_of_nf4_are_those_of_a_layer_of_bitsandbytes(shape):
     assert memory_ledger(layer).n_parameters == shape[0] * shape[1]
 
 
+def test_the_ledger_names_the_format_of_every_weight_of_bitsandbytes():
+    """FP4 weights were counted as NF4, and 8-bit weights as float parameters."""
+    four = bitsandbytes.nn.Linear4bit(64, 48, bias=False, quant_type="fp4").to("cpu")
+    eight = bitsandbytes.nn.Linear8bitLt(64, 48, has_fp16_weights=False).to("cpu")
+
+    rows = {row.state: row.bytes for row in memory_ledger(four).rows}
+    assert rows.keys() == {"FP4 weights", "FP4 scales"}
+    assert rows["FP4 weights"] == 64 * 48 / 2
+    for _ in range(2):  # the first forward moves the scales
+        ledger = memory_ledger(eight)
+        rows = {row.state: row.bytes for row in ledger.rows}
+        expected = {"8-bit weights": 64 * 48, "8-bit scales": 4 * 48, "float parameters": 4 * 48}
+        assert rows == expected
+        assert ledger.bytes_by_kind == {
+            "weights": sum(expected.values()),
+            "gradients": 0,
+            "momentum": 0,
+        }
+        eight(torch.ones(2, 64))
+    integers = nn.ParameterList([nn.Parameter(torch.ones(3, dtype=torch.int32), False)])
+    assert [row.state for row in memory_ledger(integers).rows] == ["integer parameters"]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_tables_call_both_moments_of_adamw_optimizer_state(optimizer):
+    """They were called `momentum`, as the key of `bytes_by_kind` still is."""
+    layer = nn.Linear(3, 5)
+    stepped = optimizer(layer.parameters(), lr=0.1)
+    layer(torch.ones(2, 3)).sum().backward()
+    stepped.step()
+
+    ledger = memory_ledger(layer, stepped)
+
+    is_adamw = optimizer is torch.optim.AdamW
+    assert ledger.bytes_by_kind["momentum"] == (2 * 4 * 20 if is_adamw else 0)
+    assert ("optimizer state " in str(ledger)) == is_adamw
+    assert "momentum" not in str(ledger)
+
+
 def tiny_gpt2():
     config = GPT2Config(vocab_size=131, n_embd=44, n_layer=2, n_head=2, n_positions=64)
     return GPT2LMHeadModel(config)

@@ -119,6 +119,32 @@ def test_a_scaler_of_ones_own_is_refused_and_changes_nothing():
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("unscales", [False, True])
+def test_a_scaler_with_release_is_refused_with_what_has_happened(unscales):
+    """The step ended in "No inf checks were recorded", which says neither what to do nor that
+    weights had been updated."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    optimizer = QFTLion(model.parameters(), lr=1e-3, gradient="release")
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(input_ids=IDS, labels=IDS).loss).backward()
+    if unscales:
+        scaler.unscale_(optimizer)
+
+    with pytest.raises(NotImplementedError, match=r"Use bfloat16, .* and load the model again"):
+        scaler.step(optimizer)
+
+
+def test_a_scaler_of_float_weights_works_with_stack():
+    layer = torch.nn.Linear(3, 5)
+    before = layer.weight.detach().clone()
+    optimizer = QFTLion(layer.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(layer(torch.ones(2, 3)).sum()).backward()
+    scaler.step(optimizer)
+
+    assert not torch.equal(layer.weight, before)
+
+
 def test_a_trainer_is_left_alone(tmp_path):
     args = QFTTrainingArguments(
         tmp_path, gradient="release", clipping="previous", max_steps=2, report_to="none",

@@ -14,6 +14,7 @@ from qft_hf.hf.convert import dequantize_model_, quantize_model_
 from qft_hf.nn import QFTEmbedding, QFTLinear, prepare_modules_
 from qft_hf.optim import QFTAdamW, QFTLion
 from qft_hf.quant import QFTWeight
+from qft_hf.side import QSTConfig, attach_side_network
 from tests.faults.interrupts import Interrupter
 from tests.fresh import try_fresh
 from tests.hf.checkpoints import IDS, assert_same_state
@@ -360,3 +361,16 @@ def test_a_tied_weight_that_was_dequantized_in_one_place_says_what_the_other_nee
     dequantize_model_(model.model.embed_tokens, torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert torch.equal(model(IDS).logits, expected)
+
+
+def test_the_float_base_of_an_int8_side_network_is_refused_with_what_to_do():
+    """The error said that the model had several formats, of which it had one."""
+    model = attach_side_network(tiny_llama(), QSTConfig(r=2))
+    quantize_model_(model.side_network, QFTConfig())
+
+    with pytest.raises(ValueError, match=r"float base, .* Call quantize_model_ before attach_side"):
+        quantize_model_(model, QFTConfig())
+
+    dequantize_model_(model.side_network, torch.float32)
+    quantize_model_(model, QFTConfig(group_size=11))
+    assert model.side_network.quantization == QFTConfig(group_size=11)

@@ -19,6 +19,7 @@ from qft_hf.hf.config import QFTConfig
 from qft_hf.hf.convert import dequantize_model_, quantize_model_
 from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from qft_hf.quant import QFTWeight
+from qft_hf.side import QSTConfig, attach_side_network
 from tests.models import VOCAB_SIZE, tiny_llama
 from tests.tolerances import assert_same_bits
 
@@ -221,3 +222,23 @@ def test_one_int8_weight_is_enough_to_say_nothing(caplog):
     optimizer.step()
 
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_tokens_that_would_stay_untrained_beside_a_side_network_are_refused(sizes, is_int8):
+    """They were added to the frozen embeddings, and the saved side network fit no base again."""
+    base = tiny_llama()
+    if is_int8:
+        quantize_model_(base, QFTConfig())
+    model = attach_side_network(base, QSTConfig(r=2))
+    rows = model.get_input_embeddings().weight.shape
+
+    if sizes == "same":
+        model.resize_token_embeddings(**SIZES[sizes])
+    else:
+        with pytest.raises(ValueError, match=r"would learn nothing, .* Use tokens that there are"):
+            model.resize_token_embeddings(**SIZES[sizes])
+
+    assert model.get_input_embeddings().weight.shape == rows
+    assert model.config.vocab_size == rows[0]

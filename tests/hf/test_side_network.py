@@ -21,9 +21,11 @@ from qft_hf import (
     quantize_model_,
     save_side_network,
 )
+from qft_hf.hf.side_network import _config_hash
 from qft_hf.hf.tensor_files import metadata
 from qft_hf.quant import QFTWeight
 from qft_hf.side import QSTConfig, attach_side_network, side_network_of, side_parameters
+from scripts.common.tiny_models import TINY
 from tests.finetune.chats import TEXTS, tiny_tokenizer
 from tests.fresh import run_fresh
 from tests.side.families import classifier, decoder, texts, wide_decoder
@@ -360,6 +362,35 @@ def test_what_a_run_asks_of_the_base_does_not_make_it_another_one(option, tmp_pa
 
     ids = texts()
     assert_same_bits(logits(loaded, input_ids=ids), logits(trained, input_ids=ids))
+
+
+@pytest.mark.parametrize("is_earlier", [False, True])
+def test_settings_of_the_text_decoder_do_not_make_it_another_base(is_earlier, tmp_path):
+    """`qft-hf chat` refused the side network of a vision-language model that a run had saved.
+
+    The padding token of the tokenizer is set in the configuration of the text decoder, and only the
+    fields of the outer configuration were left out of the comparison.
+    """
+    trained = attach_side_network(TINY["LLaVA"].model(), CONFIG)
+    save_side_network(disturbed_(trained), tmp_path)
+    if is_earlier:  # a hash of all fields of the inner configurations
+        path = tmp_path / "side_network.json"
+        said = json.loads(path.read_text())
+        said["base"]["config_hash"] = _config_hash(trained.config, nested=False)
+        path.write_text(json.dumps(said))
+    base = TINY["LLaVA"].model()
+    if not is_earlier:
+        base.config.text_config.pad_token_id = 7
+        base.config.text_config.use_cache = False
+
+    load_side_network(base, tmp_path)
+
+    ids = texts()
+    assert_same_bits(logits(base, input_ids=ids), logits(trained, input_ids=ids))
+    other = TINY["LLaVA"].model()
+    other.config.text_config.rms_norm_eps = 0.5
+    with pytest.raises(ValueError, match=r"sizes or settings .* Load the base"):
+        load_side_network(other, tmp_path)
 
 
 def test_a_state_dict_that_is_passed_is_what_is_saved(tmp_path):

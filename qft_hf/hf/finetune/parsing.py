@@ -1,6 +1,7 @@
 """Reads the arguments of a run: a config file is turned into flags, and later flags override it."""
 
 import json
+import os
 from argparse import SUPPRESS
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
@@ -111,7 +112,7 @@ def parse_arguments(
         raise ValueError(f"the config must come first, then flags: {late[0]} {flags[0]} ...")
     for name in _names(flags):
         _require_known(name, "flag")
-    flags = [*side_flags(flags, _names(flags)), *flags]
+    flags = [*side_flags(flags, _names(flags)), *_launched(_names(flags)), *flags]
 
     given = with_paths(_given(flags, command), expanded)
     _require_possible(given)
@@ -130,7 +131,25 @@ def parse_arguments(
         for name, value in with_paths(vars(group), expanded).items():
             setattr(group, name, value)
     model, method, data, output, training = groups
+    if training.mixed_precision == "bf16" and not training.bf16:
+        raise ValueError(
+            "bf16 is false, and accelerate launch was given --mixed_precision bf16, which would "
+            "prevail. Leave bf16 out, or launch with --mixed_precision no."
+        )
     return RunArguments(model, method, data, output, training, given)
+
+
+def _launched(names: list[str]) -> list[str]:
+    """Return as flags what `accelerate launch` has set and nobody else, so that it is recorded."""
+    flags = []
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and "bf16" not in names:
+        flags.append("--bf16=true")
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend != "no" and not any(name.startswith("torch_compile") for name in names):
+        mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
+        flags.append(f"--torch_compile_backend={backend}")
+        flags += [] if mode == "default" else [f"--torch_compile_mode={mode}"]
+    return flags
 
 
 def _names(flags: list[str]) -> list[str]:

@@ -13,12 +13,14 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -110,6 +112,7 @@ def load_rows(source: str, split: str = "train", *, configuration: str | None = 
 
     Raises:
         FileNotFoundError: `source` does not exist.
+        OSError: The cache of `datasets` cannot be written.
         ValueError: There are no rows, or a file cannot be read.
     """
     path = Path(source)
@@ -198,6 +201,7 @@ def _load_file(path: Path) -> Rows:
     if plain.suffix == ".parquet":
         return _load_data_set("parquet", "train", None, file=path)
     status = path.stat()
+    _refuse_unwritable_cache()
     try:
         table = Dataset.from_generator(
             _read_text,
@@ -222,6 +226,7 @@ def _load_data_set(
     # `load_dataset` reads a path as a pattern.
     files = {} if file is None else {"data_files": glob.escape(str(file))}
     source = str(file or name)
+    _refuse_unwritable_cache()
     try:
         if file is not None and pq.read_metadata(file).num_rows == 0:
             raise ValueError("it has no rows. Remove it or fill it.")
@@ -243,6 +248,19 @@ def _load_data_set(
     except DatasetGenerationError as error:
         raise ValueError(_unreadable(source, error)) from error
     return Rows(table.add_column(_NUMBER, np.arange(1, len(table) + 1)), source, split=split)
+
+
+def _refuse_unwritable_cache() -> None:
+    """Raise OSError if `datasets` cannot write the rows that it has read."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(
+            f"data are prepared in the folder {folder}, in which no file can be written: "
+            f"{error.strerror}. Set HF_DATASETS_CACHE in the environment to another folder."
+        ) from error
 
 
 def _read_text(path: str, suffix: str, version: Any) -> Iterator[Row]:
