@@ -16,6 +16,8 @@ from .stack import layer_stack
 logger = logging.getLogger(__name__)
 
 TOKENS = 8
+# What was tried on the meta device: a plan attaches one side network to several forms of a base.
+_tried_on_meta: set[tuple[type, str, QSTConfig]] = set()
 
 
 def try_beside(network: SideNetwork, model: Any) -> None:
@@ -34,12 +36,15 @@ def try_beside(network: SideNetwork, model: Any) -> None:
             infinity from finite hidden states.
     """
     name, is_meta = type(model).__name__, network.gates.is_meta
-    if is_meta and getattr(model, "is_quantized", False):
+    kind = type(model), model.config.to_json_string(), network.config
+    if is_meta and (getattr(model, "is_quantized", False) or kind in _tried_on_meta):
         return
     base, tried = _without_storage(model, network.config) if is_meta else (model, network)
     try:
         with _as_in_training(tried, base):
             _train(tried, base)
+        if is_meta:
+            _tried_on_meta.add(kind)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
