@@ -6,7 +6,14 @@ import pytest
 import torch
 import transformers as hf
 
-from qft_hf.side import QSTConfig, attach, attach_side_network, side_config, side_parameters
+from qft_hf.side import (
+    QSTConfig,
+    attach,
+    attach_side_network,
+    side_config,
+    side_parameters,
+    trial,
+)
 from tests.side.families import SIZES, classifier, decoder, texts
 from tests.tolerances import assert_same_bits
 
@@ -37,17 +44,12 @@ UNFIT = {
         hf.RecurrentGemmaConfig(**SIZES, attention_window_size=8),
         "RecurrentGemmaForCausalLM .* RecurrentGemmaDecoderLayer at .* a second time",
     ),
-    # Their heads read what the decoder pools, which the side network did not change: it was
+    # Its head reads what the decoder pools, which the side network did not change: it was
     # trained with gradients of None, without a word.
     "NomicBert": (
         Classifier,
         hf.NomicBertConfig(**READERS),
         "NomicBertForSequenceClassification .* the head does not read the last hidden state",
-    ),
-    "GTE": (
-        Classifier,
-        hf.GteConfig(**READERS),
-        "GteForSequenceClassification .* the head does not read the last hidden state",
     ),
 }  # fmt: skip
 
@@ -109,8 +111,8 @@ def test_an_alignment_that_only_a_narrow_layer_lacks_is_refused():
 @pytest.mark.parametrize("training", [False, True])
 def test_the_trial_draws_no_random_numbers_and_leaves_no_trace(training, monkeypatch):
     kept = []
-    for trial in (lambda network, model: None, attach.try_beside):
-        monkeypatch.setattr(attach, "try_beside", trial)
+    for tried in (lambda network, model: None, attach.try_beside):
+        monkeypatch.setattr(attach, "try_beside", tried)
         torch.manual_seed(4)
         model = classifier().train(training)  # with dropout
         attach_side_network(model, CONFIG)
@@ -144,6 +146,25 @@ def test_a_base_that_needs_more_than_token_ids_is_not_tried_which_is_logged(capl
         attach_side_network(model, CONFIG)
 
     assert "The side network of LlamaForCausalLM was not tried: 'pixel_values'" in caplog.text
+
+
+def test_a_plan_tries_each_side_network_of_each_model_once(monkeypatch):
+    """`qft-hf plan` attaches a side network to the same model for each form of its base."""
+    tried = []
+    monkeypatch.setattr(trial, "_tried_on_meta", set())
+    monkeypatch.setattr(trial, "_train", lambda network, base: tried.append(network.config.r))
+
+    def plan(r, **sizes):
+        with torch.device("meta"):
+            model = Causal.from_config(hf.LlamaConfig(**SIZES | sizes))
+        attach_side_network(model, QSTConfig(r=r))
+
+    for _ in range(3):
+        plan(4)
+    plan(2)
+    plan(4, intermediate_size=80)
+
+    assert tried == [4, 2, 4]
 
 
 def test_a_lack_of_memory_is_no_fault_of_the_family():
