@@ -84,8 +84,14 @@ class _Seen(ctypes.Structure):
     )
 
 
+# The stand-in of this process: code that is linked to one of this name gets the first one loaded.
+_library: ctypes.CDLL | None = None
+
+
 class AbsentGPU:
     """A device that Triton treats as an H100; changes `TRITON_CACHE_DIR` and the active driver.
+
+    A second one in the same process is the same device.
 
     Attributes:
         driver: Triton's driver; its `get_current_device` and `get_current_stream` return 0.
@@ -106,7 +112,10 @@ class AbsentGPU:
         subprocess.run([compiler, *options.split()], cwd=folder, check=True)
         # A cache of its own: code that is linked to the stand-in must never run on a GPU.
         os.environ["TRITON_LIBCUDA_PATH"] = os.environ["TRITON_CACHE_DIR"] = str(folder)
-        self._library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+        global _library
+        if _library is None:
+            _library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+        self._library = _library
         self._launches = ctypes.c_long.in_dll(self._library, "launches")
         self._unloads = ctypes.c_long.in_dll(self._library, "unloads")
         self._seen = _Seen.in_dll(self._library, "seen")

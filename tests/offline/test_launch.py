@@ -574,3 +574,18 @@ def test_an_interpreted_kernel_is_launched_by_triton():
     Plan(launcher, (2,), constants, x, ..., None)(1)
 
     assert kernel.calls == [((2,), (x, 1, None), {"SIZE": 3, "num_warps": 1})] * 2
+
+
+def test_a_second_stand_in_of_a_process_sees_all_launches(gpu, tmp_path, monkeypatch):
+    """It saw none: the second part of this file, if pytest-xdist splits it, once failed by that."""
+    for name in ("TRITON_CACHE_DIR", "TRITON_LIBCUDA_PATH"):
+        monkeypatch.setenv(name, "restored at the end")
+    second = absent_gpu.AbsentGPU(tmp_path)
+    _small_kernel.device_caches.clear()
+    before = second.launches
+
+    compiled = _small_kernel[(2,)](*FEW, 3, 5, 0.5, SIZE=64)
+
+    assert (second.launches, second.last.function) == (before + 1, compiled.function)
+    _small_kernel.device_caches.clear()
+    triton.runtime.driver.set_active(gpu.driver)
