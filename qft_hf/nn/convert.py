@@ -33,19 +33,14 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class ConversionPlan:
-    """Which parameters of a model are quantized and which stay float.
+    """Which parameters of a model are quantized and which stay float."""
 
-    Attributes:
-        modules: Modules with weights that are or will be `QFTWeight`, by full name.
-        weights: These weights by full name; a tied weight is listed once.
-        arrangements: How each of them is stored as a matrix, by the same names.
-        kept: Parameters that stay float, each listed once.
-    """
-
+    # Modules with weights that are or will be `QFTWeight`, by full name.
     modules: dict[str, nn.Module]
-    weights: dict[str, nn.Parameter]
+    weights: dict[str, nn.Parameter]  # these weights by full name; a tied weight is listed once
+    # How each of them is stored as a matrix, by the same names.
     arrangements: dict[str, Arrangement]
-    kept: list[Kept]
+    kept: list[Kept]  # parameters that stay float, each listed once
 
 
 def conversion_plan(model: nn.Module, modules_to_not_convert: list[str] | None) -> ConversionPlan:

@@ -35,22 +35,15 @@ ALIGNED_COLUMNS = 8
 
 
 class Tile(NamedTuple):
-    """A run of consecutive experts; those of them that got tokens are expanded together.
+    """A run of consecutive experts; those of them that got tokens are expanded together."""
 
-    Attributes:
-        run: Numbers of the experts.
-        active: Numbers of the experts that got tokens: int32 `[n]`.
-        tokens: Their tokens, sorted by expert; None: all tokens of the layer.
-        ends: End of the tokens of each expert in `active`, relative to the first token of the run:
-            int32 `[n]`.
-        all_ends: The same for every expert of the run, including those without tokens.
-    """
-
-    run: range
-    active: Tensor
-    tokens: slice | None
+    run: range  # numbers of the experts
+    active: Tensor  # numbers of the experts that got tokens: int32 `[n]`
+    tokens: slice | None  # their tokens, sorted by expert; None: all tokens of the layer
+    # End of the tokens of each expert in `active`, relative to the first token of the run: int32
+    # `[n]`.
     ends: Tensor
-    all_ends: Tensor
+    all_ends: Tensor  # the same for every expert of the run, including those without tokens
 
     def of(self, x: Tensor) -> Tensor:
         """Return the rows of `x` that belong to the tokens of this tile."""

@@ -29,17 +29,12 @@ from ..quant import ALL_ROWS, QFTWeight, Tiles
 
 
 class Gradient(NamedTuple):
-    """An output gradient `grad[N, R]`, quantized for one of its two INT8 products.
+    """An output gradient `grad[N, R]`, quantized for one of its two INT8 products."""
 
-    Attributes:
-        codes: int8 `[N, R]` for `grad_x`; `[R, N]` for `grad_W`.
-        scales: fp32, one per row of the codes.
-        outliers: The columns of the result that are float products and not computed from codes:
-            `[N, k]` of `grad_x`, or `[R, k]` of `grad_W`, of the dtype of `grad`.
-    """
-
-    codes: Tensor
-    scales: Tensor
+    codes: Tensor  # int8 `[N, R]` for `grad_x`; `[R, N]` for `grad_W`
+    scales: Tensor  # fp32, one per row of the codes
+    # The columns of the result that are float products and not computed from codes: `[N, k]` of
+    # `grad_x`, or `[R, k]` of `grad_W`, of the dtype of `grad`.
     outliers: Tensor
 
     def of(self, rows: slice) -> "Gradient":

@@ -10,19 +10,13 @@ from ..config import PRODUCTS, QuantizationSpec, names_module
 
 @dataclass(frozen=True, slots=True)
 class Int8Products:
-    """The INT8 products of one module; the others use the dequantized weight.
+    """The INT8 products of one module; the others use the dequantized weight."""
 
-    Attributes:
-        forward: y = x W^T.
-        input_gradient: grad_x = grad_y W.
-        weight_gradient: grad_W = grad_y^T x; the layer then keeps INT8 codes of x instead of x.
-        seed: Key of the random numbers for rounding gradients.
-    """
-
-    forward: bool = True
-    input_gradient: bool = True
+    forward: bool = True  # y = x W^T
+    input_gradient: bool = True  # grad_x = grad_y W
+    # grad_W = grad_y^T x; the layer then keeps INT8 codes of x instead of x.
     weight_gradient: bool = True
-    seed: int = 0
+    seed: int = 0  # key of the random numbers for rounding gradients
 
     def __str__(self) -> str:
         """Return the names of the INT8 products."""

@@ -50,16 +50,11 @@ def run_directly(
 
 
 class PassResult(NamedTuple):
-    """What a backward pass leaves on the host until the step.
+    """What a backward pass leaves on the host until the step."""
 
-    Attributes:
-        updated: Parameters that the pass has updated.
-        squares: Squared norms of the gradients that the pass has measured.
-        floats: Small float gradients, which are used together in the step.
-    """
-
-    updated: tuple[Parameter, ...] = ()
-    squares: tuple[Tensor, ...] = ()
+    updated: tuple[Parameter, ...] = ()  # parameters that the pass has updated
+    squares: tuple[Tensor, ...] = ()  # squared norms of the gradients that the pass has measured
+    # Small float gradients, which are used together in the step.
     floats: tuple[tuple[Parameter, Tensor], ...] = ()
 
 

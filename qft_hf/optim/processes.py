@@ -66,34 +66,21 @@ _n_groups = 0  # process groups that `begin` has made; the same on all processes
 
 @dataclass(slots=True)
 class Transfer:
-    """Bytes in transit.
+    """Bytes in transit."""
 
-    Attributes:
-        sent: uint8, kept until it has arrived.
-        received: uint8 `[n_processes, bytes]`: from each process.
-        work: Handle of the collective, to wait for.
-    """
-
-    sent: Tensor
-    received: Tensor
-    work: Any
+    sent: Tensor  # uint8, kept until it has arrived
+    received: Tensor  # uint8 `[n_processes, bytes]`: from each process
+    work: Any  # handle of the collective, to wait for
 
 
 @dataclass(slots=True)
 class Exchange:
-    """Gradient rows of one weight in transit to their owners.
-
-    Attributes:
-        weight: The weight.
-        is_used: Whether the weight has a gradient on this process.
-        scales: Scales behind a header, which holds `is_used` of the sender.
-        codes: Codes, sent without a copy.
-    """
+    """Gradient rows of one weight in transit to their owners."""
 
     weight: Any
-    is_used: bool
-    scales: Transfer
-    codes: Transfer
+    is_used: bool  # whether the weight has a gradient on this process
+    scales: Transfer  # behind a header, which holds `is_used` of the sender
+    codes: Transfer  # sent without a copy
 
 
 @dataclass(slots=True)

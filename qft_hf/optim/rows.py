@@ -52,22 +52,16 @@ NOT_EXCHANGED = (
 
 @dataclass
 class Pass:
-    """One backward pass whose gradients are exchanged.
+    """One backward pass whose gradients are exchanged."""
 
-    Attributes:
-        squares: fp64 `[n_weights]`: sums of squares of the mean gradients, of own rows during the
-            pass and of all rows afterwards.
-        arrived: Ids of parameters whose gradient is complete on this process, in order.
-        n_sent: Number of weights whose exchange has begun.
-        under_way: The exchange in transit, of one weight at most.
-        is_done: Whether all gradients have been exchanged.
-    """
-
+    # fp64 `[n_weights]`: sums of squares of the mean gradients, of own rows during the pass and of
+    # all rows afterwards.
     squares: Tensor
+    # Ids of parameters whose gradient is complete on this process, in order.
     arrived: dict[int, None] = field(default_factory=dict)
-    n_sent: int = 0
-    under_way: Exchange | None = None
-    is_done: bool = False
+    n_sent: int = 0  # weights whose exchange has begun
+    under_way: Exchange | None = None  # the exchange in transit, of one weight at most
+    is_done: bool = False  # whether all gradients have been exchanged
 
 
 class _MultiProcessFlow(Flow):

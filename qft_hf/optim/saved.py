@@ -23,19 +23,13 @@ LAST_STEP = 2**62  # no run gets this far, and a count beyond 2**63 overflows
 
 
 class Loaded(NamedTuple):
-    """Contents of a state dict, made for an optimizer.
+    """Contents of a state dict, made for an optimizer."""
 
-    Attributes:
-        states: State by parameter: copies of the own rows, on the parameter's device.
-        groups: Options of each group, with the parameters of the optimizer.
-        previous_norm: fp32 scalar, or None.
-        skipped_steps: Number of steps that were skipped because a gradient was not finite.
-    """
-
+    # State by parameter: copies of the own rows, on the parameter's device.
     states: defaultdict[Tensor, dict[str, Tensor]]
-    groups: list[dict[str, Any]]
-    previous_norm: Tensor | None
-    skipped_steps: int
+    groups: list[dict[str, Any]]  # options of each group, with the parameters of the optimizer
+    previous_norm: Tensor | None  # fp32 scalar, or None
+    skipped_steps: int  # steps that were skipped because a gradient was not finite
 
 
 def loaded(state_dict: dict[str, Any], optimizer: Any) -> Loaded:

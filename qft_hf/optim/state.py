@@ -7,20 +7,14 @@ from torch import Tensor
 
 
 class StateTensor(NamedTuple):
-    """The form of one tensor.
+    """The form of one tensor."""
 
-    Attributes:
-        dtype: Dtype of the elements; int8 codes are in [-127, 127].
-        shape: Shape of the tensor.
-        fill: Value of all elements before the first step. With codes of 0 any scale is correct; 1
-            is easy to read.
-        is_signed: Whether values may be negative.
-    """
-
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the elements; int8 codes are in [-127, 127]
     shape: tuple[int, ...]
+    # Value of all elements before the first step. With codes of 0 any scale is correct; 1 is easy
+    # to read.
     fill: float = 0.0
-    is_signed: bool = True
+    is_signed: bool = True  # whether values may be negative
 
 
 StateFormat = dict[str, StateTensor]  # by name

@@ -27,23 +27,14 @@ COPY_WARPS = 8
 
 @dataclass(frozen=True, slots=True, order=True)
 class Tile:
-    """Sizes of one program and its pipeline.
+    """Sizes of one program and its pipeline."""
 
-    Attributes:
-        rows: Rows of the result.
-        columns: Columns of the result.
-        summed: Part of K that one `tl.dot` sums.
-        unrolled: Number of `tl.dot` in one step of the loop.
-        n_warps: Warps of the program.
-        n_stages: Steps of the loop in flight.
-    """
-
-    rows: int
-    columns: int
-    summed: int
-    unrolled: int
-    n_warps: int
-    n_stages: int
+    rows: int  # of the result
+    columns: int  # of the result
+    summed: int  # part of K that one `tl.dot` sums
+    unrolled: int  # number of `tl.dot` in one step of the loop
+    n_warps: int  # of the program
+    n_stages: int  # steps of the loop in flight
 
 
 # Large tiles first. Two products in a step keep the compiler from carrying operands around the loop

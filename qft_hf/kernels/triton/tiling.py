@@ -28,27 +28,16 @@ WIDE_UNIT = 16
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """Sizes that a kernel is compiled for; the fields are its constexpr arguments.
+    """Sizes that a kernel is compiled for; the fields are its constexpr arguments."""
 
-    Attributes:
-        COLUMNS: Columns of the matrix.
-        GROUP: Columns of a group, rounded up to whole units if one group is the row.
-        N_GROUPS: Groups in a row.
-        UNIT: Columns of a unit: a power of two that divides `GROUP`.
-        UNITS: Units of one group in a tile, a power of two; the last may be empty.
-        GROUPS: Groups in one tile, a power of two; the last may be empty.
-        GROUP_TILES: Tiles that cover all groups.
-        UNIT_TILES: Tiles that cover one group.
-    """
-
-    COLUMNS: int
-    GROUP: int
-    N_GROUPS: int
-    UNIT: int
-    UNITS: int
-    GROUPS: int
-    GROUP_TILES: int
-    UNIT_TILES: int
+    COLUMNS: int  # of the matrix
+    GROUP: int  # columns of a group, rounded up to whole units if one group is the row
+    N_GROUPS: int  # in a row
+    UNIT: int  # columns of a unit: a power of two that divides `GROUP`
+    UNITS: int  # units of one group in a tile, a power of two; the last may be empty
+    GROUPS: int  # groups in one tile, a power of two; the last may be empty
+    GROUP_TILES: int  # tiles that cover all groups
+    UNIT_TILES: int  # tiles that cover one group
 
     def constants(self) -> dict[str, int]:
         """The constexpr arguments by name."""
