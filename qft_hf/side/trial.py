@@ -25,7 +25,7 @@ def try_beside(network: SideNetwork, model: Any) -> None:
 
     If the base does not run on token ids alone, as one that needs images, nothing is tried, and a
     warning says so. Nor is anything tried with a model on the meta device that is quantized, or
-    that does not run there.
+    that does not run there: attaching to the loaded model tries it.
 
     Args:
         network: The side network, attached to nothing, on the device of `model`.
@@ -52,8 +52,9 @@ def try_beside(network: SideNetwork, model: Any) -> None:
             with _as_in_training(tried, base), torch.no_grad():
                 _run(base, tried.gates.device)
         except Exception:  # noqa: BLE001 of any base
-            if not is_meta:
-                logger.warning("The side network of %s was not tried: %s", name, error)
+            # On meta nobody misses the trial: attaching to the loaded model tries again.
+            level = logging.INFO if is_meta else logging.WARNING
+            logger.log(level, "The side network of %s was not tried: %s", name, error)
             return
         raise ValueError(
             f"{name} cannot have a side network with r={network.config.r}. In a trial with "
@@ -88,9 +89,11 @@ def _as_in_training(network: SideNetwork, base: nn.Module) -> Iterator[None]:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
+        # Never fewer attributes than before: an interrupt may come between any two lines.
         for module, attributes in before:
-            vars(module).clear()
             vars(module).update(attributes)
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
 
 
 def _train(network: SideNetwork, base: Any) -> None:
