@@ -7,7 +7,8 @@ import pytest
 from transformers import BertConfig, BertModel
 
 from qft_hf import kernels
-from tests.finetune.chats import tiny_tokenizer
+from tests.finetune.chats import chat, tiny_tokenizer
+from tests.models import tiny_llama
 from tests.scripts.commands import load
 
 
@@ -90,9 +91,10 @@ def questions(tmp_path):
     return tmp_path
 
 
-def test_the_study_of_boolq_tunes_every_way_and_goes_on_where_it_stopped(run, questions):
+def test_the_study_of_quality_tunes_every_way_and_goes_on_where_it_stopped(run, questions):
     flags = [
-        "boolq", "--data", str(questions), "--use_cpu", "--max_steps=3", "--max_length=32",
+        "quality", "boolq_minilm", "--data", str(questions), "--use_cpu", "--max_steps=3",
+        "--max_length=32",
         "--adamw_learning_rate", "1e-2", "1e-9", "--learning_rate", "1e-2",
     ]  # fmt: skip
     first, text = run(*flags, "--seeds", "0")
@@ -123,6 +125,38 @@ def test_the_study_of_boolq_tunes_every_way_and_goes_on_where_it_stopped(run, qu
     shown = [f"{sum(v) / 2:.1f} +- {abs(v[0] - v[1]) / 2:.1f}" for v in (of_qft, pairs, of_adamw)]
     assert f"| QFT | 0.01 | 2 | {shown[0]} % | {shown[1]} |" in text
     assert f"| FP32 AdamW | 0.01 | 2 | {shown[2]} % |  |" in text
+
+
+def test_the_study_of_quality_compares_losses_on_dialogues(run, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "smollm2")
+    tokenizer.save_pretrained(tmp_path / "smollm2")
+    (tmp_path / "chitchat").mkdir()
+    for name, n_rows in (("train", 24), ("eval", 3)):
+        rows = [{"messages": chat(f"How are you, {n}?", "I am fine.")} for n in range(n_rows)]
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (tmp_path / "chitchat" / f"{name}.jsonl").write_text(lines)
+
+    figures, text = run(
+        "quality", "demo", "--data", str(tmp_path), "--max_steps=2", "--max_length=48", "--use_cpu",
+        "--learning_rate", "1e-3", "--adamw_learning_rate", "1e-2", "--seeds", "1", "4",
+        "--only", "FP32", "QFT, INT8",
+    )  # fmt: skip
+
+    adamw, lion, int8 = (
+        [run for run in figures["runs"] if run["way"] == way]
+        for way in ("FP32 AdamW", "FP32 Lion", "QFT, INT8 products")
+    )
+    assert all(run["loss"] < run["loss_before"] for run in figures["runs"])
+    assert len({run["loss"] for run in figures["runs"]}) == 6
+    assert adamw[0]["loss_before"] == lion[0]["loss_before"] != int8[0]["loss_before"]
+    assert f"on 3 held-out rows: FP32 AdamW {adamw[0]['loss_before']:.4f}, FP32 Lion " in text
+    losses, pairs = zip(
+        *((run["loss"], run["loss"] - same["loss"]) for run, same in zip(int8, adamw, strict=True)),
+        strict=True,
+    )
+    shown = [f"{sum(v) / 2:.4f} +- {abs(v[0] - v[1]) / 2:.4f}" for v in (losses, pairs)]
+    assert f"| QFT, INT8 products | 0.001 | 2 | {shown[0]} | {shown[1]} |" in text
 
 
 def test_the_study_of_side_tuning_measures_every_way_on_the_same_batch(questions, tmp_path):

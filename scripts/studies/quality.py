@@ -1,9 +1,9 @@
-"""Accuracy of a model on yes/no questions (BoolQ), tuned in FP32 and in INT8.
+"""What a config ends at if it is tuned in FP32 and in INT8, with several seeds.
 
-    python scripts/fetch_demo.py minilm smollm2 boolq
-    python scripts/studies/boolq.py                          # the config `boolq_minilm`: hours
-    python scripts/studies/boolq.py --max_train_rows 2000    # with any flags of qft-hf finetune
-    python scripts/studies/boolq.py --model_name_or_path data/smollm2   # another model
+    python scripts/fetch_demo.py smollm2 chitchat minilm boolq    # models and data, once
+    python scripts/studies/quality.py boolq_minilm    # accuracy on yes/no questions: hours
+    python scripts/studies/quality.py demo            # loss on dialogues
+    python scripts/studies/quality.py demo --max_steps 200    # with any flags of qft-hf finetune
 
 Every way is tuned at each of its learning rates with the first seed. The rate with the lowest
 held-out loss is then run with the other seeds; a seed sets the initial head, dropout and the order
@@ -17,6 +17,7 @@ on the machine affect little.
 
 import sys
 import time
+from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import mean
@@ -45,6 +46,8 @@ WAYS = {
     "QFT AdamW, INT8 products": ["--optim=qft_adamw", "--matmul=int8"],
 }
 SAME_BITS = {"QFT, release": "QFT"}
+# By shipped config, the fetched model and data that it uses.
+ASSETS = {"demo": ("smollm2", "chitchat"), "boolq_minilm": ("minilm", "boolq")}
 
 
 class Measured(TrainerCallback):
@@ -69,28 +72,55 @@ class Measured(TrainerCallback):
         self.seconds += time.process_time() - self._began
 
 
-def tune(way: str, rate: float, seed: int, flags: list[str]) -> Run:
+def tune(config: str, way: str, rate: float, seed: int, flags: list[str]) -> Run:
     """Train and score once, and return the results."""
     print(f"== {way}, rate {rate:g}, seed {seed}", flush=True)
     flags = ["--max_grad_norm=0", *flags, f"--learning_rate={rate}", f"--seed={seed}", *WAYS[way]]
     if way.startswith("QFT"):
         flags.append(f"--quantization_seed={seed}")
-    trainer = compared_trainer(way, "boolq_minilm", flags)
+    trainer = compared_trainer(way, config, flags)
+    with torch.random.fork_rng():  # the order of the data stays that of a run without it
+        before = trainer.evaluate()["eval_loss"]
     measured = Measured()
     trainer.add_callback(measured)
     trainer.train()
     scores = trainer.evaluate()
-    labels = np.asarray(trainer.eval_dataset["labels"])
-    return {
-        "accuracy": scores["eval_accuracy"],
+    run = {
+        "loss_before": before,
         "loss": scores["eval_loss"],
         "training_loss": [log["loss"] for log in trainer.state.log_history if "loss" in log],
         "steps": trainer.state.global_step,
         "cpu_seconds": measured.seconds,
         "state_bytes": measured.state_bytes,
-        "held_out": len(labels),
-        "majority": float(np.bincount(labels).max() / len(labels)),
+        "held_out": len(trainer.eval_dataset),
     }
+    if "eval_accuracy" in scores:
+        labels = np.asarray(trainer.eval_dataset["labels"])
+        run["accuracy"] = scores["eval_accuracy"]
+        run["majority"] = float(np.bincount(labels).max() / len(labels))
+    return run
+
+
+@dataclass
+class Score:
+    """A result of a run, as its column shows it."""
+
+    name: str
+    digits: int
+    unit: str = ""
+    factor: float = 1  # from the run's value to the unit
+
+    def of(self, run: Run) -> float:
+        """Return the value of a run, in the unit."""
+        return self.factor * float(run[self.name])
+
+    def mean(self, values: list[float]) -> str:
+        """Return a cell with the mean of runs, and its standard error if there are several."""
+        return f"{report.spread(values, self.digits, of_mean=True)}{self.unit}"
+
+
+LOSS = Score("loss", 4)
+ACCURACY = Score("accuracy", 1, " %", 100)
 
 
 def table(runs: list[Run], first_seed: int) -> str:
@@ -99,49 +129,56 @@ def table(runs: list[Run], first_seed: int) -> str:
     Ways are compared in pairs of runs with the same seed: it sets the head and the order of the
     data, which cause much of the variation between runs.
     """
+    first = runs[0]
+    scores = [ACCURACY, LOSS] if "accuracy" in first else [LOSS]
     rows = []
-    compared: dict[int, float] = {}  # accuracy of the first way by seed
+    baseline: list[Run] = []  # runs of the first way
     for way in dict.fromkeys(run["way"] for run in runs):
         rate = best_rate(runs, {"way": way, "seed": first_seed})
         found = matching(runs, {"way": way, "rate": rate})
-        accuracies = {run["seed"]: 100 * run["accuracy"] for run in found}
-        compared = compared or accuracies
-        differences = [accuracies[seed] - compared[seed] for seed in accuracies if seed in compared]
+        baseline = baseline or found
+        pairs = [(run, same) for run in found for same in matching(baseline, {"seed": run["seed"]})]
+        cells: list[object] = []
+        for score in scores:
+            differences = [score.of(run) - score.of(same) for run, same in pairs]
+            cells.append(score.mean([score.of(run) for run in found]))
+            cells.append(
+                None
+                if found is baseline
+                else report.spread(differences, score.digits, of_mean=True)
+            )
         rows.append(
             [
                 way,
                 f"{rate:g}",
                 len(found),
-                f"{report.spread([*accuracies.values()], 1, of_mean=True)} %",
-                None if accuracies is compared else report.spread(differences, 1, of_mean=True),
-                f"{mean(run['loss'] for run in found):.4f}",
+                *cells,
                 f"{mean(run['state_bytes'] for run in found) / 1e6:.0f} MB",
                 f"{mean(run['cpu_seconds'] / run['steps'] for run in found):.2f} s",
             ]
         )
-    head = [
-        "way",
-        "rate",
-        "seeds",
-        "accuracy",
-        f"less {runs[0]['way']} with the same seeds",
-        "loss",
-        "states",
-        "CPU time of a step",
-    ]
-    first = runs[0]
-    error = 100 * sqrt(first["majority"] * (1 - first["majority"]) / first["held_out"])
+    difference = f"less {first['way']} with the same seeds"
+    columns = [column for score in scores for column in (score.name, difference)]
+    head = ["way", "rate", "seeds", *columns, "states", "CPU time of a step"]
     search = [
-        [run["way"], f"{run['rate']:g}", f"{100 * run['accuracy']:.1f} %", f"{run['loss']:.4f}"]
+        [run["way"], f"{run['rate']:g}", *(score.mean([score.of(run)]) for score in scores)]
         for run in runs
         if run["seed"] == first_seed
     ]
+    text = f"{first['steps']:,} steps. "
+    if "accuracy" in first:
+        error = 100 * sqrt(first["majority"] * (1 - first["majority"]) / first["held_out"])
+        text += (
+            f"{100 * first['majority']:.1f} % of {first['held_out']:,} held-out questions are of "
+            "one class; an accuracy on a sample of this size has a standard error of "
+            f"{error:.1f} points."
+        )
+    else:
+        before = {run["way"]: f"{run['way']} {run['loss_before']:.4f}" for run in runs}
+        text += f"Loss before on {first['held_out']:,} held-out rows: {', '.join(before.values())}."
     return (
-        f"{first['steps']:,} steps. {100 * first['majority']:.1f} % of {first['held_out']:,} "
-        "held-out questions are of one class; an accuracy on a sample of this size has a "
-        f"standard error of {error:.1f} points.\n\n"
-        f"{report.table(head, rows)}\n\nAll rates, seed {first_seed}:\n\n"
-        f"{report.table(['way', 'rate', 'accuracy', 'loss'], search)}"
+        f"{text}\n\n{report.table(head, rows)}\n\nAll rates, seed {first_seed}:\n\n"
+        f"{report.table(['way', 'rate', *(score.name for score in scores)], search)}"
     )
 
 
@@ -151,15 +188,17 @@ def main() -> None:
         __doc__, learning_rate=[1e-5, 3e-5, 1e-4], adamw_learning_rate=[1.5e-5, 5e-5, 1.5e-4],
         seeds=[0, 1, 2], threads=1, data=report.ROOT / "data", only=None,
     )  # fmt: skip
+    parser.add_argument("tuned_config", choices=ASSETS, metavar="CONFIG", help=" or ".join(ASSETS))
     options, flags = parser.parse_known_args()  # the others are flags of qft-hf finetune
     torch.set_num_threads(options.threads)
+    config = options.tuned_config
     first, *others = options.seeds
     log, runs = RunLog(options.output), []
-    folders = asset_flags(options, "minilm", "boolq")
+    folders = asset_flags(options, *ASSETS[config])
 
     def do(way: str, rate: float, seed: int) -> None:
-        key = {"way": way, "rate": rate, "seed": seed, "flags": flags}
-        runs.append(log.run(key, lambda: tune(way, rate, seed, [*folders, *flags])))
+        key = {"config": config, "way": way, "rate": rate, "seed": seed, "flags": flags}
+        runs.append(log.run(key, lambda: tune(config, way, rate, seed, [*folders, *flags])))
         report.write(options, {"runs": runs}, table(runs, first))
 
     def best(way: str) -> float:
