@@ -278,10 +278,12 @@ class GraphedStep:
         steps = [(state["step"], int(state["step"])) for state in self.optimizer.state.values()]
         try:
             return graph.capture(function)
-        except RuntimeError as error:
+        except BaseException as error:
             self.optimizer.zero_grad()
             for step, number in steps:
                 step.fill_(number)
+            if not isinstance(error, RuntimeError):
+                raise
             raise RuntimeError(
                 f"cuda_graph=True: {name} cannot be captured: the host has "
                 f"to see values in between, or memory ran out ({error}). Leave "

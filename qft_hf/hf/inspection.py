@@ -144,16 +144,19 @@ def _inspected(name: str, weight: QFTWeight, original: Tensor | None) -> Inspect
 def _difference(weight: QFTWeight, original: Tensor) -> tuple[float, float]:
     """Return the relative norm of the difference, and the largest difference in scales."""
     squares, norm, largest = 0.0, 0.0, 0.0
-    group = weight.group_size or weight.shape[1]
+    columns = weight.arrangement.columns
+    group = weight.group_size or columns
+    other: Any = original.detach()
+    if not isinstance(other, QFTWeight):
+        other = weight.arrangement.matrix(other)
     for rows in weight.row_tiles():
-        other: Any = original.detach()
         wanted = (
             other.dequantize_rows(rows, torch.float32)
             if isinstance(other, QFTWeight)
             else other[rows].float()
         )
         difference = weight.dequantize_rows(rows, torch.float32) - wanted
-        scales = weight.scales[rows].repeat_interleave(group, dim=1)[:, : weight.shape[1]]
+        scales = weight.scales[rows].repeat_interleave(group, dim=1)[:, :columns]
         squares += difference.square().sum().item()
         norm += wanted.square().sum().item()
         largest = max(largest, (difference.abs() / scales).max().item())

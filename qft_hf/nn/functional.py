@@ -80,14 +80,14 @@ def save_weight(ctx: Any, weight: QFTWeight) -> None:
     ctx.version = None if weight.is_inference() else weight._version
 
 
-def saved_weight(ctx: Any) -> QFTWeight:
+def saved_weight(ctx: Any, *, uses_values: bool) -> QFTWeight:
     """Return the weight that forward used, for backward.
 
     Raises:
-        RuntimeError: Its values have changed, and the gradient of the first input needs them.
+        RuntimeError: Backward uses its values, and they have changed.
     """
     weight: QFTWeight = ctx.weight
-    if ctx.needs_input_grad[0] and weight._version != ctx.version:
+    if uses_values and weight._version != ctx.version:
         raise RuntimeError(
             f"{weight!r} has changed since the forward pass whose gradient is computed now: an "
             "optimizer has updated it, or a state was loaded. Run backward of every forward pass "
@@ -126,8 +126,8 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        weight = saved_weight(ctx)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        weight = saved_weight(ctx, uses_values=needs_x)
         grad = grad_output.reshape(-1, grad_output.shape[-1])
         grad_x, tiles = gradients(
             grad, ctx.saved_tensors, weight, ctx.products,

@@ -139,7 +139,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight = saved_weight(ctx)
+        weight = saved_weight(ctx, uses_values=ctx.needs_input_grad[0])
         grad = grad.contiguous()
         grad_x = gradient = None
         if ctx.needs_input_grad[0]:
@@ -227,8 +227,8 @@ class _Int8Grouped(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        weight = saved_weight(ctx)
         needs_x, needs_weight = ctx.needs_input_grad[:2]
+        weight = saved_weight(ctx, uses_values=needs_x)
         kept = iter(ctx.saved_tensors)
         grads_x: list[Tensor] = []
         made: dict[int, Tiles] = {}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..quant import Int8Gradient, QFTWeight
-from .functional import once_differentiable, product_dtype
+from .functional import once_differentiable, product_dtype, save_weight, saved_weight
 
 IGNORED = -100  # label of a token without a loss, as in torch
 
@@ -87,7 +87,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             log_sum = torch.logaddexp(log_sum, logits.logsumexp(dim=1))
             place, inside = _places(labels, rows)
             of_label += torch.where(inside, logits.gather(1, place).squeeze(1), 0.0)
-        ctx.save_for_backward(x, weight, bias, labels, log_sum)
+        # A label out of range makes a loss and gradients of NaN; see `linear_cross_entropy`.
+        fits = (labels >= 0) & (labels < weight.shape[0])
+        log_sum = torch.where(fits | (labels == IGNORED), log_sum, torch.nan)
+        save_weight(ctx, weight)
+        ctx.save_for_backward(x, bias, labels, log_sum)
         return torch.where(labels == IGNORED, 0.0, log_sum - of_label)
 
     @staticmethod
@@ -95,7 +99,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(
         ctx: Any, grad_loss: Tensor
     ) -> tuple[Tensor | None, Int8Gradient | None, Tensor | None, None]:
-        x, weight, bias, labels, log_sum = ctx.saved_tensors
+        x, bias, labels, log_sum = ctx.saved_tensors
+        weight = saved_weight(ctx, uses_values=True)
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_loss = torch.where(labels == IGNORED, 0.0, grad_loss)[:, None]
         grad_x = torch.zeros_like(x, dtype=torch.float32) if needs_x else None
@@ -159,8 +164,8 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: The dtype of `x` is not the weight's, and autocast is off.
-        ValueError: Shapes do not fit, or a label is out of range (checked on the CPU only; on a
-            GPU, the check would make the host wait).
+        ValueError: Shapes do not fit, or a label is out of range. On a GPU, where this check would
+            make the host wait, such a label makes a loss of NaN, and gradients of NaN.
     """
     if x.ndim != 2 or labels.shape != x.shape[:1]:
         raise ValueError(

@@ -110,11 +110,11 @@ class Flow(ABC):
     @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Within this context, backward passes keep their gradients for a pass outside of it."""
-        self._is_inside_accumulate = True
+        before, self._is_inside_accumulate = self._is_inside_accumulate, True
         try:
             yield
         finally:
-            self._is_inside_accumulate = False
+            self._is_inside_accumulate = before
 
     def _is_accumulating(self) -> bool:
         ask = self.optimizer.is_accumulating

@@ -87,7 +87,7 @@ class Release(Flow):
         self._is_in_backward = False  # stays True after a pass that failed
         self._floats: list[tuple[Parameter, Tensor]] = []  # small ones, used together in the step
         self._is_measuring = False
-        self._seen: set[int] = set()  # ids of parameters whose gradient was measured
+        self._seen: set[int] = set()  # ids of parameters whose gradient `measure_norm` measured
         self._keeps = False  # whether gradients were ever kept for a later micro-batch
 
     def listens_to(self, parameter: Parameter) -> bool:
@@ -169,38 +169,43 @@ class Release(Flow):
                 "itself runs several backward passes, set gradient='stack'."
             )
         gradient, optimizer = parameter.grad, self.optimizer
+        if optimizer.clipping == "exact" and id(parameter) not in self._seen:
+            raise RuntimeError(
+                f"A gradient of shape {tuple(parameter.shape)} arrived that measure_norm() has not "
+                "measured, so the norm to clip by is not that of all gradients; "
+                f"{self.n_used} weights of this step were updated. Run backward of the same loss "
+                "under measure_norm() and after it. If a backward pass failed half-way, reload a "
+                "checkpoint, or call optimizer.zero_grad() to go on from here."
+            )
         if not self._used:  # the first of this step
             optimizer.check_groups()
             self._options = options_of(optimizer.param_groups)
         if isinstance(gradient, TiledGradient):
             self._take(parameter)
             factor = self._factor(self._norm_of_all(), gradient.device)
-            self._n_updated = len(self._used)  # until the update has ended
             self._squares.append(self._update(parameter, gradient, factor))
-            self._n_updated = 0
         elif isinstance(gradient, Int8Gradient):
             squares = squares_of(gradient)
             self._take(parameter)
             self._squares.append(squares)
             self._clip_(gradient, squares)
             gradient.drop_nonfinite_()
-            self._n_updated = len(self._used)
             self._update(parameter, gradient)
-            self._n_updated = 0
         elif gradient is not None:
             refuse_sparse(gradient)
+            self._take(parameter)
             is_small = parameter.numel() <= SMALL
             if optimizer.clipping == "tensor" or not is_small:  # else `step` takes all norms
                 squares = squares_of(gradient)
                 self._squares.append(squares)
                 self._clip_(gradient, squares)
-            self._take(parameter)
             if is_small:
                 self._floats.append((parameter, gradient))
             else:
-                self._update_floats([(parameter, gradient)])
+                optimizer.update_floats([(parameter, gradient)])
 
     def _take(self, parameter: Parameter) -> None:
+        """Free a gradient, before anything is written: an interrupt may come at any line."""
         if not self._is_in_backward:
             self._is_in_backward = True
             # Autograd calls it at the end of the pass, but not after an error or an interrupt.
@@ -214,11 +219,6 @@ class Release(Flow):
     def _n_interrupted(self) -> int:
         """Return the number of parameters in an interrupted step or backward pass."""
         return self._n_updated or (len(self._used) if self._is_in_backward else 0)
-
-    def _update_floats(self, floats: list[tuple[Parameter, Tensor]]) -> None:
-        self._n_updated = len(self._used)
-        self.optimizer.update_floats(floats)
-        self._n_updated = 0
 
     def step(self, parameters: list[Parameter]) -> bool:
         """End the step: clip and use the gradients that wait for it, and record its norm.
@@ -361,8 +361,15 @@ class Release(Flow):
 
         Raises:
             FloatingPointError: A gradient has a NaN or infinity. Nothing was updated.
-            RuntimeError: Gradients wait for the step, or a weight got two. Nothing was updated.
+            RuntimeError: Gradients wait for the step, backward has updated weights for it, or a
+                weight got two gradients. Nothing was updated in this context.
         """
+        if self.n_used:
+            raise RuntimeError(
+                f"measure_norm() was called after backward had updated {self.n_used} weights of "
+                "this step: the norm must be that of all its gradients. Run it once, before the "
+                "backward pass that updates; to begin another step, call optimizer.step() first."
+            )
         if any(parameter.grad is not None for parameter in self.optimizer.parameters()):
             raise RuntimeError(
                 "measure_norm() would drop the gradients that wait for the step. With "
@@ -372,13 +379,13 @@ class Release(Flow):
 
     @contextmanager
     def _measuring(self) -> Iterator[None]:
-        self._is_measuring = True
+        self._is_measuring, self._seen = True, set()
         try:
             yield
             squares = self._squares
         finally:
             self._is_measuring = False
-            self._squares, self._seen = [], set()
+            self._squares = []
         if not squares:
             return  # no gradient came: the norm is not known
         total = total_square(squares)
@@ -405,7 +412,7 @@ class Release(Flow):
         self._forget()
 
     def _forget(self) -> None:
-        self._measured = None
+        self._measured, self._seen = None, set()
         self._squares, self._used, self._floats = [], set(), []
         self._options = None
         self._is_in_backward = False

@@ -7,8 +7,8 @@ order is the one in which process 0 completed them in the first pass.
 
 While the gradient of one weight is in transit, backward computes the next. When the next one is
 complete, the rows of the first are used (in release, the updated rows are sent), and then rows of
-the next are sent. So rows of at most two weights are in transit, and nothing small waits behind
-something large that was sent later.
+the next are sent. So rows of at most two weights are in transit, and a small transfer never waits
+for a large one that began after it.
 """
 
 from collections.abc import Iterator
@@ -112,8 +112,9 @@ class _MultiProcessFlow(Flow):
 
     def _begin(self) -> Pass:
         optimizer, processes = self.optimizer, self.processes
+        device = next(optimizer.parameters()).device
         if not processes.has_begun:
-            processes.begin(next(optimizer.parameters()).device)
+            processes.begin(device)
         trained = [p for p in optimizer.parameters() if p.requires_grad]
         weights = [p for p in trained if isinstance(p, QFTWeight)]
         if {id(weight) for weight in weights} != self._places.keys():
@@ -121,7 +122,7 @@ class _MultiProcessFlow(Flow):
             agree_on_values(optimizer, processes)
             self._order(weights[::-1])
             self._is_agreed = False
-        squares = torch.zeros(len(weights), dtype=torch.float64, device=trained[0].device)
+        squares = torch.zeros(len(weights), dtype=torch.float64, device=device)
         self._pass = Pass(squares)
         return self._pass
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GptOssConfig, MixtralConfig
 
 from qft_hf import QFTConfig, QFTWeight, quantize_model_
 from qft_hf_cli import main
@@ -60,6 +60,45 @@ def test_the_error_against_the_original_is_rounding_and_no_more(folders, capsys)
             assert weights[name]["error"] == pytest.approx(expected.item(), rel=1e-5)
             # Rounding to nearest errs by half a scale, plus the FP32 error of two products.
             assert 0.4 < weights[name]["largest_error"] <= 0.5 + 128 * 2**-23
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        # The projections of GPT-2 are transposed, and one is square.
+        GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2),
+        # Stored as a matrix with the rows of all experts.
+        MixtralConfig(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+        ),
+        # Experts that are transposed as well.
+        GptOssConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, head_dim=32,
+            num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_the_error_of_a_weight_that_is_not_stored_in_its_own_shape(
+    config, group_size, tmp_path, capsys
+):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config)
+    plain = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.save_pretrained(tmp_path / "float")
+    quantize_model_(model, QFTConfig(group_size=group_size)).save_pretrained(tmp_path / "int8")
+
+    weights = inspected(tmp_path / "int8", "--original", tmp_path / "float", capsys=capsys)
+
+    stored = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
+    assert not all(weight.arrangement.is_plain for weight in stored.values())
+    for name, weight in stored.items():
+        difference = weight.dequantize().double() - plain[name].double()
+        expected = difference.norm() / plain[name].double().norm()
+        assert weights[name]["error"] == pytest.approx(expected.item(), rel=1e-5)
+        assert weights[name]["largest_error"] <= 0.5 + 128 * 2**-23
 
 
 def test_an_original_of_another_shape_is_refused(folders, capsys):

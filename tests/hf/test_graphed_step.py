@@ -14,6 +14,7 @@ from itertools import pairwise
 import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, Trainer, TrainerCallback
+from transformers.utils import import_utils
 
 import qft_hf
 from qft_hf import QFTTrainer, QFTTrainingArguments
@@ -493,6 +494,32 @@ def test_a_host_that_looks_at_a_value_is_refused_when_captured(options, tmp_path
 
     made.training_step = watched
     with pytest.raises(RuntimeError, match=r"the host has to see values in between, .* Leave cuda"):
+        made.train()
+    assert before.pop("steps") == [int(state["step"]) for state in made.optimizer.state.values()]
+    assert_same_state(made.model.state_dict(), before)
+    assert all(parameter.grad is None for parameter in made.model.parameters())
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_capture_counts_no_step(error, tmp_path):
+    """Host code counted steps before the interrupt, of updates that no kernel has made."""
+    made = trainer(Graphed, tmp_path, **PREVIOUS)
+    before = {}
+
+    def interrupt(gradient) -> None:  # at the end of backward, after the updates
+        if import_utils.is_cuda_stream_capturing():
+            raise error
+
+    made.model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: (output.register_hook(interrupt), None)[1]
+    )
+
+    def watched() -> None:
+        before.update({name: value.clone() for name, value in made.model.state_dict().items()})
+        before["steps"] = [int(state["step"]) for state in made.optimizer.state.values()]
+
+    made.training_step = _before(made.training_step, watched)
+    with pytest.raises(error):
         made.train()
     assert before.pop("steps") == [int(state["step"]) for state in made.optimizer.state.values()]
     assert_same_state(made.model.state_dict(), before)

@@ -161,6 +161,54 @@ def test_bad_input_says_what_to_do():
         linear_cross_entropy(x.bfloat16(), weight, labels, bias)
 
 
+@pytest.mark.parametrize("bad", [WORDS, -1])
+def test_a_label_out_of_range_that_is_not_checked_makes_nan(bad):
+    """A GPU does not check labels; the loss was once that of no word, and finite."""
+    x, weight, bias, labels = problem()
+    labels[2] = bad
+    loss = loss_module._LinearCrossEntropy.apply(x, weight, bias, labels)
+    loss.sum().backward()
+
+    is_bad = torch.arange(N) == 2
+    assert torch.equal(loss.isnan(), is_bad)
+    assert torch.equal(x.grad.isnan().all(dim=1), is_bad)
+    assert not weight.grad.finite_probe.isfinite().all()
+
+
+def test_the_head_is_not_moved_with_saved_activations():
+    """Hooks that offload activations once got the head, too."""
+    x, weight, bias, labels = problem()
+    linear_cross_entropy(x, weight, labels, bias).sum().backward()
+    expected = [x.grad, weight.grad.dequantize(), bias.grad]
+
+    packed = []
+
+    def pack(tensor):
+        packed.append(tensor.shape)
+        return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+    again_x, again_weight, again_bias, _ = problem()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = linear_cross_entropy(again_x, again_weight, labels, again_bias)
+    loss.sum().backward()
+    assert x.shape in packed
+    assert weight.shape not in packed
+    for of_hooks, alone in zip(
+        [again_x.grad, again_weight.grad.dequantize(), again_bias.grad], expected, strict=True
+    ):
+        assert torch.equal(of_hooks, alone)
+
+
+@pytest.mark.parametrize("needs_x", [False, True])
+def test_a_head_that_has_changed_since_the_forward_pass_is_refused(needs_x):
+    x, weight, bias, labels = problem()
+    loss = linear_cross_entropy(x.requires_grad_(needs_x), weight, labels, bias).sum()
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="has changed since the forward pass"):
+        loss.backward()
+
+
 @pytest.mark.parametrize(
     "use",
     [

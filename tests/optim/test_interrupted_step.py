@@ -246,6 +246,26 @@ def raising(gradient):
     raise Interruption
 
 
+def test_a_float_gradient_that_was_clipped_but_not_used_is_noticed(monkeypatch):
+    """The first gradient of a step was then used later, clipped twice."""
+    monkeypatch.setattr(release, "SMALL", 0)
+    model = network(is_tied=False)
+    model.head = nn.Linear(22, 50, bias=False)  # its gradient comes first
+    optimizer = make_optimizer(model, "release", clipping="previous", max_grad_norm=0.5)
+    run(model, optimizer, 0)
+    clip = release.Release._clip_
+
+    def interrupted(flow, *arguments):
+        clip(flow, *arguments)
+        raise Interruption
+
+    with monkeypatch.context() as patch:
+        patch.setattr(release.Release, "_clip_", interrupted)
+        begin(model, optimizer, 1)
+    with pytest.raises(RuntimeError, match=BETWEEN):
+        optimizer.step()
+
+
 def test_a_backward_pass_that_fails_before_the_first_update_leaves_all_as_it_was():
     model, other = network(is_tied=False), network(is_tied=False)
     optimizer, steady = make_optimizer(model, "release"), make_optimizer(other, "release")

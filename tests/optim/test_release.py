@@ -474,6 +474,69 @@ def test_a_measured_norm_is_for_one_step():
     assert_same_tensors(before, everything(model, optimizer))
 
 
+@pytest.mark.parametrize("is_inner_first", [False, True])
+def test_a_context_that_accumulates_may_be_inside_of_another(is_inner_first):
+    """The end of the inner one once made the rest of the outer one update weights."""
+    model, other = network(), network()
+    optimizer, stack = make_optimizer(model, "release"), make_optimizer(other, "stack")
+    first, second, last = batches(3)
+    with optimizer.accumulate():
+        for ids in (first, second):
+            if (ids is first) == is_inner_first:
+                with optimizer.accumulate():
+                    loss_of(model, ids).backward()
+            else:
+                loss_of(model, ids).backward()
+        assert not optimizer.n_released
+    loss_of(model, last).backward()
+    assert optimizer.n_released
+    optimizer.step()
+
+    for ids in (first, second, last):
+        loss_of(other, ids).backward()
+    stack.step()
+    assert_same_tensors(everything(model, optimizer), everything(other, stack))
+
+
+def test_a_gradient_that_was_not_measured_is_refused_before_it_is_used():
+    """It was once clipped by a norm that it was not part of."""
+    model = network(is_tied=False)
+    optimizer = make_optimizer(model, "release", clipping="exact", max_grad_norm=1.0)
+    hidden = model.embed(batches(1)[0]).detach()
+    with optimizer.measure_norm():
+        model.head(hidden).square().sum().backward()
+    model.head(hidden).square().sum().backward()
+    before = copy.deepcopy(everything(model, optimizer))
+    with pytest.raises(
+        RuntimeError, match=r"shape \(\d+, \d+\) arrived that measure_norm\(\) has not .* [12] wei"
+    ):
+        model.down(model.up(hidden)).square().sum().backward()
+    assert_same_tensors(before, everything(model, optimizer))
+
+    optimizer.zero_grad()
+    losses = (lambda: model.head(hidden), lambda: model.down(model.up(hidden)))
+    with optimizer.measure_norm():  # of both losses
+        for loss in losses:
+            loss().square().sum().backward()
+    for loss in losses:
+        loss().square().sum().backward()
+    optimizer.step()
+
+
+def test_a_norm_measured_after_the_first_update_is_refused():
+    """It was once that of the later gradients alone, and the norms of the earlier were lost."""
+    model = network()
+    optimizer = make_optimizer(model, "release", clipping="exact", max_grad_norm=1.0)
+    with optimizer.measure_norm():
+        loss_of(model, batches(1)[0]).backward()
+    loss_of(model, batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match=r"updated \d+ weights of this step: the norm must be"):
+        optimizer.measure_norm()
+    optimizer.step()
+    with optimizer.measure_norm():
+        loss_of(model, batches(2)[1]).backward()
+
+
 def test_accumulation_can_be_forbidden():
     model = network()
     optimizer = make_optimizer(model, "release", accumulation="forbid")
