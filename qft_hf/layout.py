@@ -1,7 +1,7 @@
 """How a matrix is divided into quantization groups and tiles, and the bytes it takes. No torch."""
 
 from collections.abc import Iterator
-from math import ceil, prod
+from math import ceil
 from typing import NamedTuple
 
 CODE_BYTES = 1  # one INT8 code per element
@@ -24,8 +24,6 @@ NIBBLES = 2
 NF4_GROUP_SIZE = 64
 NF4_SCALE_GROUP_SIZE = 256
 NF4_TABLES = 16 + 256
-
-MOMENTUM_BITS = (8, 4, 0)  # per value; 0: no momentum, as in SGD
 
 # Elements of a weight that are expanded to float at a time, 64 MB in FP32.
 TILE_ELEMENTS = 2**24
@@ -111,25 +109,6 @@ def momentum_shapes(rows: int, columns: int, bits: int) -> tuple[tuple[int, int]
         layout = GroupLayout(rows, columns, NIBBLE_GROUP_SIZE)
         return (rows, ceil(columns / NIBBLES)), (rows, layout.n_groups)
     return (rows, columns), (rows, GroupLayout(rows, columns, STATE_GROUP_SIZE).n_groups)
-
-
-def momentum_bytes(rows: int, columns: int, bits: int) -> int:
-    """Return the bytes of the momentum of a matrix; 0 for 0 bits."""
-    if bits == 0:
-        return 0
-    codes, scales = momentum_shapes(rows, columns, bits)
-    return prod(codes) * CODE_BYTES + prod(scales) * SCALE_BYTES
-
-
-def state_bits(optimizer: str, momentum_bits: int) -> tuple[int, ...]:
-    """Return the bits per element of each state that an optimizer keeps for a quantized weight.
-
-    Args:
-        optimizer: Its name in `TrainingArguments(optim=...)`.
-        momentum_bits: Bits of Lion's momentum, 8, 4 or 0; the other optimizers ignore it.
-    """
-    of_lion = (momentum_bits,) if momentum_bits else ()
-    return {"qft_lion": of_lion, "qft_sgd": (), "qft_adamw": (8, 8)}[optimizer]
 
 
 def outliers_per_row(columns: int, outlier_fraction: float) -> int:

@@ -8,17 +8,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..layout import MOMENTUM_BITS
 from ..memory import Base, MemoryEstimate, Workload, estimate, estimate_side
 from ..nn import conversion_plan
-from ..optim.settings import GRADIENTS
+from ..optim import QFTOptimizer
 from ..side import QSTConfig, attach_side_network, side_config
 from .base import BASES, nf4_weights
 from .compatibility import quantization_config_of
 from .config import QFTConfig
 from .language_model import language_class, non_text_parts
 from .missing_model import explain_loading_errors
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, names, trial_optimizer
 from .side_network import is_side_network
 
 # Names of the width of a layer's MLP. BLOOM, GPT and GPT-Neo have 4 times the hidden size instead.
@@ -36,7 +35,7 @@ def estimate_memory(
     *,
     config: QFTConfig | None = None,
     gradient: str = "stack",
-    momentum_bits: int = 8,
+    momentum_bits: int | None = None,
     optimizer: str = "qft_lion",
     batch_size: int = 1,
     sequence_length: int = 2048,
@@ -53,7 +52,7 @@ def estimate_memory(
             FP32.
         config: The weight format; None for that of the model if it is INT8, or the default.
         gradient: `"stack"` or `"release"`.
-        momentum_bits: Bits of Lion's momentum: 8, 4, or 0 for no momentum, as in `qft_sgd`.
+        momentum_bits: Bits of the momentum of `qft_lion`: 8 or 4; None for 8.
         optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`, as in `TrainingArguments.optim`.
         batch_size: Sequences per micro-batch.
         sequence_length: Tokens per sequence.
@@ -75,13 +74,6 @@ def estimate_memory(
             than `config`, or the configuration is not that of a causal language model, or does not
             have a size of the decoder, or transformers cannot build the model.
     """
-    for name, value, choices in (
-        ("gradient", gradient, GRADIENTS),
-        ("momentum_bits", momentum_bits, MOMENTUM_BITS),
-        ("optimizer", optimizer, OPTIMIZERS),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")
     if n_processes < 1:
         raise ValueError(f"n_processes must be 1 or more, got {n_processes}.")
     _refuse_sizes(batch_size, sequence_length)
@@ -97,12 +89,21 @@ def estimate_memory(
         model,
         workload,
         _storage_format(model, config),
-        gradient=gradient,
-        momentum_bits=momentum_bits,
-        optimizer=optimizer,
+        optimizer=_trial_optimizer(optimizer, gradient, momentum_bits),
         n_processes=n_processes,
         not_counted=non_text_parts(model.config),
     )
+
+
+def _trial_optimizer(name: str, gradient: str, momentum_bits: int | None) -> QFTOptimizer:
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer must be {names()}, got {name!r}.")
+    arguments: dict[str, Any] = {"lr": 0.0, "gradient": gradient}
+    if momentum_bits is not None:
+        if "momentum_bits" not in OPTIMIZERS[name].options:
+            raise ValueError(f"{name} has no momentum_bits, got {momentum_bits!r}. Leave it out.")
+        arguments["momentum_bits"] = momentum_bits
+    return trial_optimizer(name, **arguments)
 
 
 def _storage_format(model: nn.Module, wanted: QFTConfig | None) -> QFTConfig:

@@ -207,7 +207,7 @@ def given_options(args: TrainingArguments) -> dict[str, Any]:
 def check_arguments(args: TrainingArguments) -> None:
     """Raise TypeError or ValueError for values and combinations that our optimizers cannot honor.
 
-    The optimizer's constructor checks the ranges: it is called with a parameter of one element.
+    The optimizer's constructor checks the ranges.
     """
     for name in ("learning_rate", "weight_decay"):
         value = _checked(name, getattr(args, name), float)
@@ -230,9 +230,13 @@ def check_arguments(args: TrainingArguments) -> None:
         raise ValueError(ACCUMULATION_IS_FORBIDDEN)
     if _releases(args, options):
         refuse_retries(args)
-    named = OPTIMIZERS[optimizer_name(args)]
+    trial_optimizer(optimizer_name(args), **optimizer_arguments(args))
+
+
+def trial_optimizer(name: str, **arguments: Any) -> QFTOptimizer:
+    """Return an optimizer of one parameter of one element, for use before there is a model."""
     trial = nn.Parameter(torch.zeros(1, dtype=torch.float32))
-    named.optimizer_class([trial], **optimizer_arguments(args))
+    return OPTIMIZERS[name].optimizer_class([trial], **arguments)
 
 
 def optimizer_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Recommendation:
 
     gradient: str
     gradient_checkpointing: bool
-    momentum_bits: int
+    momentum_bits: int | None
     optimizer: str
     estimate: MemoryEstimate
     usable_bytes: int
@@ -69,7 +69,7 @@ class Recommendation:
         each = f" of each of {n}" if (n := self.estimate.n_processes) > 1 else ""
         line = (
             f"{way}, gradient_checkpointing={self.gradient_checkpointing}"
-            f"{'' if self.momentum_bits == 8 else f', momentum_bits={self.momentum_bits}'}"
+            f"{f', momentum_bits={self.momentum_bits}' if self.momentum_bits else ''}"
             f"{'' if self.optimizer == 'qft_lion' else f', optim={self.optimizer}'}: "
             f"{total:.1f} GB of {usable:.1f} usable{each}, "
         )
@@ -99,7 +99,7 @@ def recommend(
     batch_size: int = 1,
     *,
     config: QFTConfig | None = None,
-    momentum_bits: int = 8,
+    momentum_bits: int | None = None,
     optimizer: str = "qft_lion",
     chunked_loss: bool = False,
     side: QSTConfig | None = None,
@@ -114,7 +114,7 @@ def recommend(
         sequence_length: Tokens of one sequence.
         batch_size: Sequences of one micro-batch.
         config: As in `estimate_memory`.
-        momentum_bits: As in `estimate_memory`; 4 and 0 are used only if requested here.
+        momentum_bits: As in `estimate_memory`; 4 bits are used only if requested here.
         optimizer: As in `estimate_memory`.
         chunked_loss: As in `estimate_memory`.
         side: A side network, the only part that is trained, with AdamW; None to train every
@@ -150,7 +150,7 @@ def recommend(
         **fixed,
     )
     if side is not None:
-        fixed = {"gradient": "stack", "momentum_bits": 8, "optimizer": "adamw_torch"}
+        fixed = {"gradient": "stack", "momentum_bits": None, "optimizer": "adamw_torch"}
     for way, of in ways:
         way["estimate"] = estimate = of(sequence_length=sequence_length)
         if estimate.total_bytes <= usable:

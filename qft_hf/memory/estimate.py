@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from ..config import QuantizationSpec
@@ -19,15 +20,15 @@ from ..layout import (
     STATE_GROUP_SIZE,
     TILE_ELEMENTS,
     GroupLayout,
-    momentum_bytes,
     outlier_bytes,
     outliers_per_row,
-    state_bits,
 )
 from ..nn import ConversionPlan, arrangement_of, conversion_plan, own_weights, product_choices
 from ..nn.int8 import min_tokens_of_expert
 from ..nn.loss import words_at_a_time
 from ..nn.products import output_head
+from ..optim import QFTOptimizer
+from ..quant import Arrangement, QFTWeight
 from .ledger import FP32_ADAM_BYTES, LedgerRow
 from .processes import Rows
 
@@ -202,9 +203,7 @@ def estimate(
     workload: Workload,
     spec: QuantizationSpec,
     *,
-    gradient: str,
-    momentum_bits: int,
-    optimizer: str = "qft_lion",
+    optimizer: QFTOptimizer,
     n_processes: int = 1,
     not_counted: tuple[str, ...] = (),
 ) -> MemoryEstimate:
@@ -214,9 +213,7 @@ def estimate(
         model: Float or quantized, on any device; the meta device will do. Not modified.
         workload: The sizes of one micro-batch.
         spec: The weight format.
-        gradient: `"stack"` or `"release"`, as `QFTLion` takes it.
-        momentum_bits: Bits of Lion's momentum: 8 or 4; 0 for no momentum. Others ignore it.
-        optimizer: `"qft_lion"`, `"qft_adamw"` or `"qft_sgd"`.
+        optimizer: Says how long gradients live, and which state it keeps; of any parameters.
         n_processes: Number of processes that train together; the bytes are those of the first one,
             which owns the most rows.
         not_counted: Parts of the model that `workload` does not cover.
@@ -230,9 +227,8 @@ def estimate(
     floats = [kept.parameter.numel() for kept in plan.kept if kept.parameter.requires_grad]
     shapes = trained_shapes(plan)
     rows = Rows(n_processes, spec)
-    bits = state_bits(optimizer, momentum_bits)
-    states = state_kinds(plan, rows, gradient=gradient, bits_of_state=bits)
-    kinds = [*states, ("buffers", *count(model.buffers()))]
+    gradient = optimizer.gradient
+    kinds = [*state_kinds(plan, rows, optimizer), ("buffers", *count(model.buffers()))]
     largest = 0
     if gradient != "stack" or n_processes > 1:  # others wait for the step, and are counted above
         of_table, largest = largest_gradients(plan)
@@ -260,7 +256,7 @@ def estimate(
 
 
 def state_kinds(
-    plan: ConversionPlan, rows: Rows, *, gradient: str, bits_of_state: tuple[int, ...]
+    plan: ConversionPlan, rows: Rows, optimizer: QFTOptimizer
 ) -> list[tuple[str, int, int]]:
     """Return kind, number of tensors and bytes of parameters, gradients and optimizer states.
 
@@ -269,22 +265,25 @@ def state_kinds(
     Args:
         plan: Which parameters are quantized.
         rows: How they are stored, and divided among processes.
-        gradient: `"stack"` or `"release"`.
-        bits_of_state: Bits of each state of a weight, as `state_bits` returns them.
+        optimizer: As in `estimate`.
     """
     every_float = [kept.parameter for kept in plan.kept]
     floats = [parameter for parameter in every_float if parameter.requires_grad]
     own = [rows.own(shape) for shape in trained_shapes(plan)]
     n_tensors = 2 * len(own) + len(floats)
     of_gradients = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in own]
-    gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if gradient == "stack" else 0
-    momentum = sum(momentum_bytes(*shape, bits) for shape in own for bits in bits_of_state)
-    momentum += len(bits_of_state) * sum(FP32_BYTES * p.numel() for p in floats)
+    waits = optimizer.gradient == "stack"
+    gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if waits else 0
+    weights = [
+        QFTWeight.empty(Arrangement(shape), rows.spec, dtype=torch.float32, device="meta")
+        for shape in own
+    ]
+    states = [form for of in (*weights, *floats) for form in optimizer.state_format(of).values()]
     return [
         *weight_kinds(plan, rows.spec),
         ("float parameters", *count(every_float)),
         ("gradients", n_tensors, gradients),
-        ("momentum", len(bits_of_state) * n_tensors, momentum),
+        ("momentum", len(states), sum(prod(s.shape) * s.dtype.itemsize for s in states)),
     ]
 
 

@@ -62,20 +62,22 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize("momentum_bits", [8, 4, 0])
+@pytest.mark.parametrize(
+    ("optim", "bits"), [("qft_lion", 8), ("qft_lion", 4), ("qft_sgd", None)], ids=str
+)
 @pytest.mark.parametrize("gradient", ["stack", "release"])
 @pytest.mark.parametrize("config", FORMATS, ids=["default", "other", "int8"])
 @pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
-def test_states_equal_the_ledger_of_a_live_model(tied, dtype, config, gradient, momentum_bits):
+def test_states_equal_the_ledger_of_a_live_model(tied, dtype, config, gradient, optim, bits):
     model = tiny_llama(tied=tied, dtype=dtype)
     model.config.dtype = dtype
-    modes = {"gradient": gradient, "momentum_bits": momentum_bits}
+    modes = {"gradient": gradient, "optimizer": optim, "momentum_bits": bits}
     predicted = estimate_memory(model, config=config, **modes)
     from_config = estimate_memory(model.config, config=config, **modes)
 
     quantize_model_(model, config)
-    if momentum_bits:
-        optimizer = QFTLion(model.parameters(), **modes)
+    if bits:
+        optimizer = QFTLion(model.parameters(), gradient=gradient, momentum_bits=bits)
     else:
         optimizer = QFTSGD(model.parameters(), gradient=gradient)
     ids = torch.arange(12)[None]
@@ -250,7 +252,7 @@ def test_a_large_configuration_takes_no_memory_and_has_the_known_size():
     assert "gradients" not in {row.state for row in release.rows}
     packed = estimate_memory(config, gradient="release", momentum_bits=4)
     assert packed.state_bytes / packed.n_parameters < 1.65
-    lomo = estimate_memory(config, gradient="release", momentum_bits=0)
+    lomo = estimate_memory(config, gradient="release", optimizer="qft_sgd")
     assert lomo.state_bytes / lomo.n_parameters < 1.07
     assert {row.state for row in release.rows} - {row.state for row in lomo.rows} == {"momentum"}
 
@@ -387,17 +389,16 @@ def test_states_of_a_real_model_are_those_that_were_estimated(gradient, optim):
     assert predicted.rows == live.rows
 
 
-@pytest.mark.parametrize("momentum_bits", [4, 0])
-def test_fewer_momentum_bits_are_recommended_only_where_they_are_asked_for(momentum_bits):
+def test_fewer_momentum_bits_are_recommended_only_where_they_are_asked_for():
     config = LlamaConfig(dtype="bfloat16")
     plain = recommend(config, 12)
-    asked = recommend(config, 12, momentum_bits=momentum_bits)
+    asked = recommend(config, 12, momentum_bits=4)
 
-    assert plain.momentum_bits == 8
+    assert plain.momentum_bits is None
     assert not plain.fits
     assert "momentum_bits" not in str(plain)
-    assert asked.momentum_bits == momentum_bits
-    assert f"momentum_bits={momentum_bits}" in str(asked)
+    assert asked.momentum_bits == 4
+    assert "momentum_bits=4" in str(asked)
     assert asked.estimate.state_bytes < plain.estimate.state_bytes
 
 
@@ -413,7 +414,10 @@ def test_the_table_adds_up_and_says_that_it_is_arithmetic():
     ("arguments", "message"),
     [
         ({"gradient": "both"}, "gradient must be 'stack' or 'release', got 'both'"),
-        ({"momentum_bits": 3}, "momentum_bits must be 8 or 4 or 0, got 3"),
+        ({"optimizer": "lion"}, "optimizer must be 'qft_lion' or .*, got 'lion'"),
+        ({"momentum_bits": 3}, "momentum_bits must be 8 or 4, got 3"),
+        ({"momentum_bits": 0}, "use QFTSGD"),
+        ({"momentum_bits": 8, "optimizer": "qft_adamw"}, "qft_adamw has no momentum_bits, got 8"),
         ({"n_processes": 0}, "n_processes must be 1 or more, got 0"),
     ],
 )

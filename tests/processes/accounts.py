@@ -32,8 +32,8 @@ WAYS = {
         "gradient": gradient, "optimizer": optimizer, "momentum_bits": bits,
     }
     for gradient, optimizer, bits in (
-        ("stack", "qft_lion", 8), ("release", "qft_lion", 4), ("stack", "qft_adamw", 8),
-        ("release", "qft_adamw", 8),
+        ("stack", "qft_lion", 8), ("release", "qft_lion", 4), ("stack", "qft_adamw", None),
+        ("release", "qft_adamw", None),
     )
 }  # fmt: skip
 
@@ -42,8 +42,8 @@ def model_of(sizes: dict[str, Any]) -> Any:
     return quantize_model_(tiny_llama(**sizes), QFTConfig())
 
 
-def optimizer_of(model: Any, *, gradient: str, optimizer: str, momentum_bits: int) -> Any:
-    bits = {"momentum_bits": momentum_bits} if optimizer == "qft_lion" else {}
+def optimizer_of(model: Any, *, gradient: str, optimizer: str, momentum_bits: int | None) -> Any:
+    bits = {"momentum_bits": momentum_bits} if momentum_bits else {}
     make = OPTIMIZERS[optimizer].optimizer_class
     return make(model.parameters(), lr=1e-3, gradient=gradient, **bits)
 

@@ -7,14 +7,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ...layout import state_bits
 from ...memory.estimate import state_kinds
 from ...memory.processes import Rows
 from ...memory.side import ADAMW_STATES
 from ...nn import conversion_plan
 from ...side import side_network_of, side_parameters
 from ..compatibility import quantization_config_of
-from ..optimizers import given_options, optimizer_name
+from ..optimizers import (
+    given_options,
+    optimizer_arguments,
+    optimizer_name,
+    trial_optimizer,
+)
 from .parsing import RunArguments
 from .side_tuning import base_form, side_checkpoint
 
@@ -26,7 +30,7 @@ def workload_of(arguments: RunArguments) -> dict[str, Any]:
         "batch_size": training.per_device_train_batch_size,
         "sequence_length": arguments.data.max_length,
         "optimizer": optimizer_name(training),
-        "momentum_bits": given_options(training).get("momentum_bits", 8),
+        "momentum_bits": given_options(training).get("momentum_bits"),
         "chunked_loss": training.chunked_loss,
     }
 
@@ -63,15 +67,14 @@ def disk_bytes(arguments: RunArguments, model: nn.Module, n_examples: int) -> in
         states_bytes = 0 if training.save_only_model else ADAMW_STATES * side_bytes
         return n_checkpoints(training, n_examples) * (side_bytes + states_bytes) + side_bytes
     spec = quantization_config_of(model) or training.quantization_config
-    bits = state_bits(optimizer_name(training), given_options(training).get("momentum_bits", 8))
     # Without buffers, which are small, and which most models do not save.
     states = state_kinds(
         conversion_plan(model, spec.modules_to_not_convert),
         Rows(1, spec),  # a checkpoint has the rows of all processes
-        gradient="release",  # gradients are never written
-        bits_of_state=bits,
+        trial_optimizer(optimizer_name(training), **optimizer_arguments(training)),
     )
     sizes = {kind: n_bytes for kind, _, n_bytes in states}
+    del sizes["gradients"]  # never written
     momentum = sizes.pop("momentum")
     model_bytes = sum(sizes.values())
     checkpoint_bytes = model_bytes + (0 if training.save_only_model else momentum)
