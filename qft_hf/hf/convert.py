@@ -108,10 +108,10 @@ def prepared_for_saving(model: Any, state: dict[str, Tensor] | None) -> Any:
 
     `config.json`, which is written from the model's configuration, declares whether weights are
     INT8. For a part of an INT8 model, the declaration is missing; for a float model that was made
-    from an INT8 model's configuration, it is wrong. The same is true of embeddings that were tied
-    by assigning one weight to both modules: only one is written. transformers saves the state dict
-    that a quantizer returns, so the quantizer of the returned model returns `state` if that is
-    passed.
+    from an INT8 model's configuration, it is wrong. It also has to say that embeddings are tied if
+    one weight was assigned to both modules, since that weight is written once. transformers saves
+    the state dict that a quantizer returns, so the quantizer of the returned model returns `state`
+    if that is passed.
 
     Args:
         model: Any transformers model; not modified. It is returned itself if nothing is wrong.

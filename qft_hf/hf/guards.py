@@ -64,7 +64,7 @@ def leaving_int8_rows(zero: Any, tensor: Tensor) -> Tensor:
     return tensor if isinstance(tensor, View) else zero(tensor)
 
 
-def warn_except_tied(warn: Any, self: Any, load_result: Any) -> None:
+def warning_except_tied(warn: Any, self: Any, load_result: Any) -> None:
     """Make the stock Trainer refuse INT8 weights that it would ignore, and miss no tied weights."""
     found = int8_weights(load_result.unexpected_keys)
     if found and named_optimizer(self.args) is None:  # ours raise for a float model

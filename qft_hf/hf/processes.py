@@ -38,7 +38,7 @@ def without_other_distribution(prepare: Any, self: Any, *objects: Any, **kwargs:
     return prepare(self, *objects, **kwargs)
 
 
-def unwrapped_model(prepare: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+def leaving_unwrapped(prepare: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Keep a model whose INT8 weights are trained out of `DistributedDataParallel`."""
     int8 = {
         name: parameter

@@ -1,4 +1,4 @@
-"""`recommend`: how a model can be trained on a card, before anything is loaded."""
+"""`recommend`: how a model can be trained on a GPU, before anything is loaded."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from .config import QFTConfig
 from .estimate import ModelSource, SideEstimator, estimate_memory, skeleton
 from .positions import n_positions
 
-# Share of a card's memory that a run can use: the driver, the libraries and fragmentation in the
+# Share of a GPU's memory that a run can use: the driver, the libraries and fragmentation in the
 # allocator take the rest.
 USABLE = 0.92
 _FINEST_FIRST = ("float", "int8", "nf4")
@@ -24,7 +24,7 @@ LONGEST = 2**20  # tokens: without positions, the search for the longest sequenc
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """The chosen way to train a model on a card; if none fits, the smallest one.
+    """The chosen way to train a model on a GPU; if none fits, the smallest one.
 
     Attributes:
         gradient: The mode; stack if it fits, since it clips at no cost. Always stack for a side
@@ -33,7 +33,7 @@ class Recommendation:
         momentum_bits: As requested: fewer than 8 bits cost quality and are never chosen here.
         optimizer: As requested.
         estimate: Memory of this choice.
-        usable_bytes: Memory of the card that the run can use.
+        usable_bytes: Memory of the GPU that the run can use.
         batch_size: Sequences of one micro-batch, as requested.
         longest_sequence: Tokens of the longest sequence that fits with this choice and batch size;
             0 if none fits, and at most `positions`, or `LONGEST` without them.
@@ -86,7 +86,7 @@ class Recommendation:
                 f"{line}Sequences of up to {self.longest_sequence:,} tokens would fit, at batch "
                 f"size {self.batch_size}"
             )
-        line += f"The states alone take {self.estimate.state_bytes / 1e9:.1f} GB: use a larger card"
+        line += f"The states alone take {self.estimate.state_bytes / 1e9:.1f} GB: use a larger GPU"
         if self.base is not None:
             return f"{line} or a smaller model"
         return f"{line}, several of them or a smaller model, or train a side network: method qst"
@@ -106,11 +106,11 @@ def recommend(
     base: str | None = None,
     n_processes: int = 1,
 ) -> Recommendation:
-    """Choose the fastest way to train that fits a card, or the smallest if none fits.
+    """Choose the fastest way to train that fits a GPU, or the smallest if none fits.
 
     Args:
         model: As in `estimate_memory`; no weight is loaded.
-        gpu_memory: Nominal memory of the card, in GB of 1e9 bytes.
+        gpu_memory: Nominal memory of the GPU, in GB of 1e9 bytes.
         sequence_length: Tokens of one sequence.
         batch_size: Sequences of one micro-batch.
         config: As in `estimate_memory`.
@@ -121,7 +121,7 @@ def recommend(
             parameter.
         base: How the frozen base of `side` is stored; None for as many bits as fit, and for a model
             that is quantized.
-        n_processes: Number of processes that train together, each on such a card, as in
+        n_processes: Number of processes that train together, each on such a GPU, as in
             `estimate_memory`.
 
     Raises:

@@ -240,7 +240,7 @@ def estimate(
         ("one layer computed again", 1, workload.layer_bytes if workload.checkpointing else 0),
         ("logits and their gradient", 3, workload.logits_bytes),
         ("largest gradient", 2, largest),
-        ("rows under way", 6, rows.in_flight_bytes(shapes, gradient=gradient)),
+        ("rows in transit", 6, rows.in_transit_bytes(shapes, gradient=gradient)),
         ("INT8 gradient operands", 4, workload.gradient_operand_bytes),
         # A tile of the weight in FP32 and in the compute dtype, and a tile of its gradient.
         ("float tiles", 3, tile * (FP32_BYTES + 2 * workload.compute_bytes)),

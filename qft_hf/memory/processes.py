@@ -43,7 +43,7 @@ class Rows:
         outliers = outliers_per_row(columns, self.spec.outlier_fraction) * OUTLIER_VALUE_BYTES
         return GroupLayout(rows, columns, self.spec.group_size).stored_bytes + rows * outliers
 
-    def in_flight_bytes(self, shapes: list[Shape], *, gradient: str) -> int:
+    def in_transit_bytes(self, shapes: list[Shape], *, gradient: str) -> int:
         """Return the most bytes of rows being sent and received that are alive in backward.
 
         These are the gradient of one weight, and in release the updated rows of the weight before.

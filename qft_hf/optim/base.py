@@ -60,7 +60,7 @@ class QFTOptimizer(Optimizer):
         nonfinite: What `step` does if a gradient has a NaN or infinity: `"raise"`, or `"skip"` the
             step, which drops the gradients, counts in `skipped_steps` and logs. Both leave weights
             and state unchanged. Release cannot skip, and raises in `step`, after weights were
-            updated, because backward does not wait for a GPU.
+            updated, because backward does not wait for the values of gradients.
         accumulation: With `gradient="release"`: `"keep"` the INT8 gradients of micro-batches until
             the last one, or `"forbid"` more than one micro-batch. See `accumulate`.
         clipping: With `gradient="release"`, how `max_grad_norm` is applied: `"exact"`, `"previous"`
@@ -231,7 +231,7 @@ class QFTOptimizer(Optimizer):
         return self.kept(codes, lambda: kernels.Quantized(codes, scales, group_size, bits))
 
     def kept(self, codes: Tensor, make: Callable[[], T]) -> T:
-        """Return what `make` has made of a state tensor and others: it is made and checked once."""
+        """Return `make()`, which is called once for a state tensor, so its checks run once."""
         found = self._kept.get(id(codes))
         if found is None or found[0] is not codes:
             found = self._kept[id(codes)] = codes, make()

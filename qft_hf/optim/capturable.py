@@ -36,12 +36,12 @@ class CapturableSteps:
             shape = len(parameters), N_LIVE
             self._numbers = torch.zeros(shape, dtype=torch.float64, device=parameters[0].device)
         optimizer.write_numbers = self.write_numbers
-        optimizer.flow.is_captured, optimizer.flow.run_part = True, run_part
+        optimizer.flow.run_part = run_part
 
     def end(self) -> None:
         """Let the optimizer step without graphs again."""
         self.optimizer.write_numbers = self.optimizer.live = None
-        self.optimizer.flow.is_captured, self.optimizer.flow.run_part = False, run_directly
+        self.optimizer.flow.run_part = run_directly
 
     def write_numbers(self) -> None:
         """Write the numbers of the next step where captured kernels read them, in one transfer.

@@ -71,8 +71,6 @@ class Flow(ABC):
 
     # Whether backward may hand over float tiles now; see `QFTWeight.wants_tiles`.
     wants_tiles = False
-    # Whether backward passes may be captured by a CUDA graph.
-    is_captured = False
     run_part: RunPart = staticmethod(run_directly)
     # Norms of the last step before clipping: of the released gradients, and of all gradients.
     released_norm: Tensor | None = None
@@ -99,8 +97,7 @@ class Flow(ABC):
     def listens_to(self, parameter: Parameter) -> bool:
         """Return whether the flow is called when the gradient of this parameter is complete."""
 
-    @abstractmethod
-    def complete(self, parameter: Parameter) -> None:
+    def complete(self, parameter: Parameter) -> None:  # noqa: B027 a gradient may wait in `.grad`
         """Handle a gradient that is complete in `.grad`."""
 
     @abstractmethod
@@ -137,12 +134,16 @@ class Flow(ABC):
         self.previous_norm = previous_norm
         self.released_norm = None
 
-    @abstractmethod
+    @property
+    def is_captured(self) -> bool:
+        """Whether backward passes may be captured by a CUDA graph."""
+        return self.run_part is not run_directly
+
     def pass_result(self, parameters: Iterable[Parameter]) -> PassResult:
         """Return what a captured backward pass of these parameters has left on the host."""
+        return PassResult()
 
-    @abstractmethod
-    def after_replay(self, result: PassResult) -> None:
+    def after_replay(self, result: PassResult) -> None:  # noqa: B027 most flows keep nothing
         """Bring the flow to its state after that pass, which the device has replayed."""
 
     def attach(self, parameters: Iterable[Parameter]) -> None:

@@ -66,7 +66,7 @@ def options_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class Release(Flow):
     """Each gradient is used and freed as soon as backward has completed it.
 
-    No gradient is checked before it is used, so a GPU never waits for the host in backward. Kernels
+    No gradient is checked before it is used, so the host never waits for a GPU in backward. Kernels
     leave rows unchanged whose float gradient is not finite, non-finite groups of an INT8 gradient
     count as 0, and the step checks all norms at once. Norms and biases wait for the step, where
     they are updated together.

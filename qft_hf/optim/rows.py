@@ -60,7 +60,7 @@ class Pass:
     # Ids of parameters whose gradient is complete on this process, in order.
     arrived: dict[int, None] = field(default_factory=dict)
     n_sent: int = 0  # weights whose exchange has begun
-    under_way: Exchange | None = None  # the exchange in transit, of one weight at most
+    in_transit: Exchange | None = None  # the exchange in transit, of one weight at most
     is_done: bool = False  # whether all gradients have been exchanged
 
 
@@ -134,11 +134,11 @@ class _MultiProcessFlow(Flow):
         self._receive(current)
         weight = self._weights[current.n_sent]
         current.n_sent += 1
-        current.under_way = self.processes.send(weight)
+        current.in_transit = self.processes.send(weight)
 
     def _receive(self, current: Pass) -> None:
         """Wait for updated rows sent earlier, then use the gradient in transit."""
-        exchange, current.under_way = current.under_way, None
+        exchange, current.in_transit = current.in_transit, None
         if exchange is None:
             return
         self._settle()

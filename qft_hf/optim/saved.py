@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from ..quant import QFTWeight
 from .processes import Processes
-from .state import StateFormat
 
 PREVIOUS_NORM = "previous_norm"  # key of the norm that `clipping="previous"` clips by
 SKIPPED_STEPS = "skipped_steps"  # key of their number, if there are any
@@ -64,11 +64,7 @@ def loaded(state_dict: dict[str, Any], optimizer: Any) -> Loaded:
     for key, parameter in zip(saved, own, strict=True):
         if key in state_dict["state"]:
             state = _checked_state(
-                state_dict["state"][key],
-                optimizer.state_format(parameter),
-                device=parameter.device,
-                name=f"parameter {key}",
-                hint=optimizer.state_hint(parameter, state_dict["state"][key]),
+                state_dict["state"][key], optimizer, parameter, name=f"parameter {key}"
             )
             if optimizer.processes is not None:
                 state = optimizer.processes.own_state(state, parameter)
@@ -132,25 +128,20 @@ def _loaded_groups(saved: list[dict[str, Any]], optimizer: Any) -> list[dict[str
 
 
 def _checked_state(
-    state: dict[str, Any],
-    wanted: StateFormat,
-    *,
-    device: torch.device,
-    name: str,
-    hint: str | None,
+    state: dict[str, Any], optimizer: Any, parameter: Parameter, *, name: str
 ) -> dict[str, Tensor]:
     """Return copies of a loaded state on the parameter's device.
 
     Args:
         state: Tensors by name, and the number of the step.
-        wanted: Form of each tensor.
-        device: Device of the parameter.
-        name: Name of the parameter in an error text.
-        hint: Advice for a state that does not fit; None: the usual advice.
+        optimizer: Says which state the parameter has.
+        parameter: The parameter.
+        name: Its name in an error text.
 
     Raises:
         ValueError: The state does not fit the parameter, or has invalid values.
     """
+    wanted = optimizer.state_format(parameter)
     found = {
         key: (value.dtype, tuple(value.shape))
         for key, value in state.items()
@@ -161,7 +152,7 @@ def _checked_state(
         raise ValueError(
             f"The state of {name} must be a step and {forms}, got {list(state)} with {found}: "
             + (
-                hint
+                optimizer.state_hint(parameter, state)
                 or "it was saved by another model, another optimizer or another QFTConfig. Resume "
                 "with the ones it belongs to."
             )
@@ -190,7 +181,7 @@ def _checked_state(
             f"The step of {name} is {state['step']}, which is not a valid count: its state is "
             "damaged. Resume from an earlier checkpoint."
         )
-    tensors = {key: state[key].to(device, copy=True) for key in wanted}
+    tensors = {key: state[key].to(parameter.device, copy=True) for key in wanted}
     return {"step": step, **tensors}
 
 

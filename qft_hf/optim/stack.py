@@ -4,12 +4,10 @@ Source:
     Li et al. 2023, "QFT", section 3.4 (arXiv:2310.07147).
 """
 
-from collections.abc import Iterable
-
 from torch.nn import Parameter
 
 from ..quant import QFTWeight
-from .flow import Flow, PassResult
+from .flow import Flow
 from .norms import are_finite
 
 
@@ -19,16 +17,6 @@ class Stack(Flow):
     def listens_to(self, parameter: Parameter) -> bool:
         """Return whether it is an INT8 weight: its gradient may be float and is then quantized."""
         return isinstance(parameter, QFTWeight)
-
-    def complete(self, parameter: Parameter) -> None:
-        """Leave the gradient in `.grad`."""
-
-    def pass_result(self, parameters: Iterable[Parameter]) -> PassResult:
-        """Return an empty `PassResult`: gradients are in `.grad`."""
-        return PassResult()
-
-    def after_replay(self, result: PassResult) -> None:
-        """Do nothing: gradients are in `.grad`."""
 
     def step(self, parameters: list[Parameter]) -> bool:
         """Update every parameter that has a gradient.

@@ -17,8 +17,8 @@ Model = TypeVar("Model", bound=nn.Module)
 NAME = "side_network"  # name of the module in its model
 # Layer arguments that encode positions in sizes of the base: a value for each head, or its width.
 BASE_SIZED_ARGUMENTS = ("alibi", "rel_embeddings", "position_bias")
-# Settings of families whose layers do not run as narrow layers with one expert, and why; what a
-# trial on the meta device does not show.
+# Settings of families whose layers do not run as narrow layers with one expert, and why. Only those
+# that a trial on the meta device does not reveal.
 UNFIT_SETTINGS = {
     "input_jitter_noise": "has a router that needs two experts or more",  # PhiMoE
 }

@@ -119,7 +119,7 @@ class UnderWay:
     def __init__(self) -> None:
         self.bytes = self.most = self.copied = 0
         self.events: list[tuple[str, int]] = []
-        self._gathered: dict[int, int] = {}  # ids of weights, by the id of a gathering under way
+        self._gathered: dict[int, int] = {}  # ids of weights, by the id of a gathering in transit
 
     def __enter__(self) -> "UnderWay":
         self._originals = {name: getattr(Processes, name) for name in self.METHODS}
@@ -134,15 +134,15 @@ class UnderWay:
 
     @property
     def most_weights(self) -> int:
-        """The largest number of weights whose rows are under way at one time."""
-        under_way: set[tuple[str, int]] = set()
+        """The largest number of weights whose rows are in transit at one time."""
+        in_transit: set[tuple[str, int]] = set()
         most = 0
         for event, weight in self.events:
             if event in ("sent", "gathered"):
-                under_way.add((event, weight))
+                in_transit.add((event, weight))
             elif event in ("received", "finished"):
-                under_way.remove(("sent" if event == "received" else "gathered", weight))
-            most = max(most, len({weight for _, weight in under_way}))
+                in_transit.remove(("sent" if event == "received" else "gathered", weight))
+            most = max(most, len({weight for _, weight in in_transit}))
         return most
 
     def made(self, weight: int, gradient: Tensor) -> None:
@@ -202,7 +202,7 @@ def traffic(gradient: str, rank: int, n: int) -> dict[str, Any]:
     return {
         "received": collectives.received, "weights": rows.most_weights, "copied": rows.copied,
         # The minimum, as a thread of gloo may free a tensor some time after the work is done.
-        "under way": min(in_backward), "events": rows.events,
+        "in transit": min(in_backward), "events": rows.events,
     }  # fmt: skip
 
 

@@ -75,15 +75,15 @@ def test_a_process_receives_what_the_estimate_says(gradient, of_each):
 
 
 @pytest.mark.parametrize("gradient", ["stack", "release"])
-def test_rows_under_way_are_those_of_two_weights_at_most(gradient, of_each):
+def test_rows_in_transit_are_those_of_two_weights_at_most(gradient, of_each):
     estimate = estimate_memory(tiny_llama(**REAL), n_processes=N_PROCESSES, gradient=gradient)
-    (predicted,) = (r.bytes for r in estimate.activation_rows if r.state == "rows under way")
+    (predicted,) = (r.bytes for r in estimate.activation_rows if r.state == "rows in transit")
 
     for found in of_each:
         counted = found[f"traffic of {gradient}"]
         assert counted["weights"] == 2
         assert counted["copied"] == 0
-    assert of_each[0][f"traffic of {gradient}"]["under way"] == predicted
+    assert of_each[0][f"traffic of {gradient}"]["in transit"] == predicted
 
 
 @pytest.mark.parametrize("gradient", ["stack", "release"])
