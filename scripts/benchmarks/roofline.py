@@ -57,7 +57,8 @@ def instructions(call: partial[Any], capability: int, n_elements: int) -> float:
     options = {**operator._defaults, **call.keywords}
     total = 0.0
     for launch in launches(operator._implementations["triton"], *call.args, **options):
-        if any(launch.constants.get(name, 1) > 1 for name in ("GROUP_TILES", "UNIT_TILES")):
+        cut = launch.constants.get("TILING")
+        if cut is not None and cut.GROUP_TILES * cut.UNIT_TILES > 1:
             raise ValueError("A row of this many columns takes several tiles. Use fewer columns.")
         opcodes = compile_launch(launch, capability).opcodes
         n_threads = launch.grid[0] * 32 * launch.n_warps

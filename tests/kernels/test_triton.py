@@ -441,17 +441,13 @@ def test_lion_step(shape, group_size, outlier_fraction, momentum_bits):
 
 
 @triton.jit
-def _count_bytes(
-    counts_ptr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr,
-    UNIT: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_TILES: tl.constexpr,
-    UNIT_TILES: tl.constexpr,
-):  # fmt: skip
-    for group_tile in range(GROUP_TILES):
-        for unit_tile in range(UNIT_TILES):
+def _count_bytes(counts_ptr, TILING: tl.constexpr):
+    for group_tile in range(TILING.GROUP_TILES):
+        for unit_tile in range(TILING.UNIT_TILES):
             start, exists, _, _ = tile_columns(
-                group_tile * GROUPS, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+                group_tile * TILING.GROUPS, unit_tile * TILING.UNITS, TILING
             )
-            place, mask = nibbles._bytes(start, exists, COLUMNS, UNIT)
+            place, mask = nibbles._bytes(start, exists, TILING.COLUMNS, TILING.UNIT)
             tl.atomic_add(counts_ptr + place, 1, mask=mask)
 
 
@@ -463,7 +459,7 @@ def test_each_byte_of_a_packed_row_is_written_once(columns, group_size):
     """
     counts, buffer = guarded(torch.zeros((columns + 1) // 2, dtype=torch.int32, device=DEVICE))
 
-    _count_bytes[(1,)](counts, **tiling(columns, group_size, 64).constants())
+    _count_bytes[(1,)](counts, TILING=tiling(columns, group_size, 64))
 
     assert (counts == 1).all()
     assert guards_are_intact(buffer)
@@ -844,7 +840,7 @@ def test_int8_matmul_visits_every_tile_of_the_result(monkeypatch):
     """More rows of tiles than one group of programs covers, and not a multiple of it."""
     tile = int8_product.Tile(16, 16, 32, 1, 1, 2)
     monkeypatch.setattr(int8_product, "choose_tile", lambda *_: tile)
-    rows = 16 * (int8_product.GROUP * 2 + 3)
+    rows = 16 * (int8_product.GROUP.value * 2 + 3)
     a, b = int8_operand(rows, 32, "contiguous"), int8_operand(32, 40, "contiguous")
 
     out = backend.int8_matmul(a, b, None, None, bias=None, dtype=torch.float32)

@@ -69,7 +69,7 @@ def dequantize_case(first_row=0, dtype=torch.bfloat16, outliers=True):
         "EACH": 1,
         "N_OUTLIERS": N_OUTLIERS if outliers else 0,
         "OUTLIER_TILE": 4 if outliers else 1,
-        **tiles.constants(),
+        "TILING": tiles,
         "num_warps": tiles.n_warps,
         "enable_fp_fusion": False,
     }
@@ -85,7 +85,7 @@ def quantize_case(zero_columns=False, first_row=0):
     taken = {"N_TAKEN": 2 if zero_columns else 0, "TAKEN_TILE": 2 if zero_columns else 1}
     columns = torch.tensor([1, 9]) if zero_columns else None
     values = torch.empty(2, len(x)) if zero_columns else None
-    constants = taken | tiles.constants() | {"num_warps": tiles.n_warps, "enable_fp_fusion": False}
+    constants = taken | {"TILING": tiles, "num_warps": tiles.n_warps, "enable_fp_fusion": False}
     arguments = (x, mask, columns, codes, scales, values, len(x))
     return quantization._quantize_kernel, (len(x),), constants, arguments
 
@@ -143,11 +143,7 @@ def matmul_case(
     tile = int8_product.OTHER_TILES[2]
     constants = {
         "N_OVERWRITTEN": 1 if given else 0,
-        "TILE_M": tile.rows,
-        "TILE_N": tile.columns,
-        "TILE_K": tile.summed,
-        "UNROLLED": tile.unrolled,
-        "GROUP": int8_product.GROUP,
+        "TILE": tile,
         "num_warps": tile.n_warps,
         "num_stages": tile.n_stages,
         "enable_fp_fusion": False,

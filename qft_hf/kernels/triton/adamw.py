@@ -61,37 +61,28 @@ def _moments_kernel(
     stream,
     first_row,  # number of row 0 in the counter of random numbers
     STOCHASTIC: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    N_GROUPS: tl.constexpr,
-    UNIT: tl.constexpr,
-    UNITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_TILES: tl.constexpr,
-    UNIT_TILES: tl.constexpr,
+    TILING: tl.constexpr,
 ):
-    tl.static_assert(UNIT_TILES == 1, "a group of moments must fit in one tile")
+    tl.static_assert(TILING.UNIT_TILES == 1, "a group of moments must fit in one tile")
     row = tl.program_id(0).to(tl.int64)
-    ratio_codes_ptr += row * COLUMNS
-    root_codes_ptr += row * COLUMNS
-    gradient_codes_ptr += row * COLUMNS
-    direction_ptr += row * COLUMNS
-    ratio_scales_ptr += row * N_GROUPS
-    root_scales_ptr += row * N_GROUPS
-    gradient_scales_ptr += row * N_GROUPS
+    ratio_codes_ptr += row * TILING.COLUMNS
+    root_codes_ptr += row * TILING.COLUMNS
+    gradient_codes_ptr += row * TILING.COLUMNS
+    direction_ptr += row * TILING.COLUMNS
+    ratio_scales_ptr += row * TILING.N_GROUPS
+    root_scales_ptr += row * TILING.N_GROUPS
+    gradient_scales_ptr += row * TILING.N_GROUPS
     if live_ptr is not None:
         step = tl.load(live_ptr + 2).to(tl.int64)
         of_momentum = tl.load(live_ptr + 3).to(tl.float32)
         of_root = tl.load(live_ptr + 4).to(tl.float32)
-    first_counter = (row + first_row) * ((COLUMNS + 3) // 4)  # four columns share a counter
-    for group_tile in range(GROUP_TILES):
-        start, exists, column, mask = tile_columns(
-            group_tile * GROUPS, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS
-        )
-        g_scale = tl.load(gradient_scales_ptr + start // GROUP, mask=exists, other=1.0)
+    first_counter = (row + first_row) * ((TILING.COLUMNS + 3) // 4)  # four columns share a counter
+    for group_tile in range(TILING.GROUP_TILES):
+        start, exists, column, mask = tile_columns(group_tile * TILING.GROUPS, 0, TILING)
+        g_scale = tl.load(gradient_scales_ptr + start // TILING.GROUP, mask=exists, other=1.0)
         g_scale = tl.minimum(g_scale * GRADIENT_UNIT, GRADIENT_SCALE_MAX) * gradient_sign
-        r_scale = tl.load(ratio_scales_ptr + start // GROUP, mask=exists, other=1.0)
-        s_scale = tl.load(root_scales_ptr + start // GROUP, mask=exists, other=1.0)
+        r_scale = tl.load(ratio_scales_ptr + start // TILING.GROUP, mask=exists, other=1.0)
+        s_scale = tl.load(root_scales_ptr + start // TILING.GROUP, mask=exists, other=1.0)
         g = tl.load(gradient_codes_ptr + column, mask=mask, other=0).to(tl.float32)
         r = tl.load(ratio_codes_ptr + column, mask=mask, other=0).to(tl.float32)
         eighth = tl.load(root_codes_ptr + column, mask=mask, other=0).to(tl.float32)
@@ -109,24 +100,24 @@ def _moments_kernel(
         ratio = tl.div_rn(m, root_v)
         # The roots of padding are not 0 and must not count in the maximum of their group.
         root = tl.where(mask, tl.sqrt_rn(tl.sqrt_rn(root_v)), 0.0)
-        new_r_scale = tl.maximum(group_max(tl.abs(ratio), UNITS, GROUPS) * PER_QMAX, RATIO_TINY)
-        new_s_scale = tl.maximum(group_max(root, UNITS, GROUPS) * PER_ROOT_QMAX, ROOT_TINY)
+        new_r_scale = tl.maximum(group_max(tl.abs(ratio), TILING) * PER_QMAX, RATIO_TINY)
+        new_s_scale = tl.maximum(group_max(root, TILING) * PER_ROOT_QMAX, ROOT_TINY)
         if STOCHASTIC:
-            words = random_words(first_counter, start, UNIT, seed, step, stream)
+            words = random_words(first_counter, start, TILING.UNIT, seed, step, stream)
             of_root_rounding = (words & 0xFFFFFF).to(tl.float32) * ULP24
             of_ratio_rounding = (words & 0xFFFF).to(tl.float32) * ULP16
         else:
             of_root_rounding = tl.full(root.shape, 0.5, tl.float32)
             of_ratio_rounding = of_root_rounding
-        inverse = over_units(inverse_scale(new_r_scale), UNITS, GROUPS)
+        inverse = over_units(inverse_scale(new_r_scale), TILING)
         code = _rounded(ratio * inverse, of_ratio_rounding, -QMAX, QMAX)
         tl.store(ratio_codes_ptr + column, code.to(tl.int8), mask=mask)
-        inverse = over_units(inverse_scale(new_s_scale), UNITS, GROUPS)
+        inverse = over_units(inverse_scale(new_s_scale), TILING)
         code = _rounded(root * inverse - 0.5, of_root_rounding, 0.0, ROOT_QMAX)
         tl.store(root_codes_ptr + column, code.to(tl.uint8), mask=mask)
-        group = group_tile * GROUPS + tl.arange(0, GROUPS)
-        tl.store(ratio_scales_ptr + group, new_r_scale, mask=group < N_GROUPS)
-        tl.store(root_scales_ptr + group, new_s_scale, mask=group < N_GROUPS)
+        group = group_tile * TILING.GROUPS + tl.arange(0, TILING.GROUPS)
+        tl.store(ratio_scales_ptr + group, new_r_scale, mask=group < TILING.N_GROUPS)
+        tl.store(root_scales_ptr + group, new_s_scale, mask=group < TILING.N_GROUPS)
 
 
 _launch_moments = Launcher(_moments_kernel)

@@ -8,23 +8,17 @@ from torch import Tensor
 from .. import gradients as operators
 from ..values import Quantized
 from .launch import Launcher
-from .numerics import magnitude_bits
-from .quantization import finite_codes, scale_of_bits
-from .tiling import group_max, over_units, row_constants, tile_columns
+from .quantization import store_quantized
+from .tiling import group_sum_of_squares, row_constants, tile_columns
 
 
 @triton.jit
-def _sum_tile(
-    codes_ptr, scales_ptr, other_codes_ptr, other_scales_ptr, first_group, first_unit,
-    COLUMNS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
-    UNITS: tl.constexpr, GROUPS: tl.constexpr,
-):  # fmt: skip
+def _sum_tile(source, first_group, first_unit, TILING: tl.constexpr):
     """The FP32 sum of a tile of both gradients, with its columns and mask."""
-    start, exists, column, mask = tile_columns(
-        first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS
-    )
-    scale = tl.load(scales_ptr + start // GROUP, mask=exists, other=0.0)
-    other_scale = tl.load(other_scales_ptr + start // GROUP, mask=exists, other=0.0)
+    codes_ptr, scales_ptr, other_codes_ptr, other_scales_ptr = source
+    start, exists, column, mask = tile_columns(first_group, first_unit, TILING)
+    scale = tl.load(scales_ptr + start // TILING.GROUP, mask=exists, other=0.0)
+    other_scale = tl.load(other_scales_ptr + start // TILING.GROUP, mask=exists, other=0.0)
     code = tl.load(codes_ptr + column, mask=mask, other=0).to(tl.float32)
     other = tl.load(other_codes_ptr + column, mask=mask, other=0).to(tl.float32)
     total = code * scale[:, None] + other * other_scale[:, None]
@@ -38,46 +32,19 @@ def _accumulate_kernel(
     scales_ptr,  # [rows, N_GROUPS] fp32, modified
     other_codes_ptr,  # [rows, COLUMNS] int8
     other_scales_ptr,  # [rows, N_GROUPS] fp32
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    N_GROUPS: tl.constexpr,
-    UNIT: tl.constexpr,
-    UNITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_TILES: tl.constexpr,
-    UNIT_TILES: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    codes_ptr += row * COLUMNS
-    other_codes_ptr += row * COLUMNS
-    scales_ptr += row * N_GROUPS
-    other_scales_ptr += row * N_GROUPS
-    for group_tile in range(GROUP_TILES):
-        first_group = group_tile * GROUPS
-        total, column, mask = _sum_tile(
-            codes_ptr, scales_ptr, other_codes_ptr, other_scales_ptr,
-            first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS,
-        )  # fmt: skip
-        largest = group_max(magnitude_bits(total), UNITS, GROUPS)
-        for unit_tile in range(1, UNIT_TILES):
-            more, _, _ = _sum_tile(
-                codes_ptr, scales_ptr, other_codes_ptr, other_scales_ptr,
-                first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS,
-            )  # fmt: skip
-            largest = tl.maximum(largest, group_max(magnitude_bits(more), UNITS, GROUPS))
-        scale, inverse = scale_of_bits(largest)
-        inverse = over_units(inverse, UNITS, GROUPS)
-        tl.debug_barrier()  # every thread has read this tile before any thread overwrites it
-        tl.store(codes_ptr + column, finite_codes(total, inverse), mask=mask)
-        for unit_tile in range(1, UNIT_TILES):
-            more, column, mask = _sum_tile(
-                codes_ptr, scales_ptr, other_codes_ptr, other_scales_ptr,
-                first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS,
-            )  # fmt: skip
-            tl.debug_barrier()
-            tl.store(codes_ptr + column, finite_codes(more, inverse), mask=mask)
-        group = first_group + tl.arange(0, GROUPS)
-        tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
+    codes_ptr += row * TILING.COLUMNS
+    other_codes_ptr += row * TILING.COLUMNS
+    scales_ptr += row * TILING.N_GROUPS
+    other_scales_ptr += row * TILING.N_GROUPS
+    source = codes_ptr, scales_ptr, other_codes_ptr, other_scales_ptr
+    for group_tile in range(TILING.GROUP_TILES):
+        first_group = group_tile * TILING.GROUPS
+        store_quantized(
+            _sum_tile, source, codes_ptr, scales_ptr, first_group, TILING, IN_PLACE=True
+        )
 
 
 @triton.jit
@@ -85,31 +52,22 @@ def _squared_norms_kernel(
     codes_ptr,  # [rows, COLUMNS] int8
     scales_ptr,  # [rows, N_GROUPS] fp32
     norms_ptr,  # [rows] fp64, written
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    N_GROUPS: tl.constexpr,
-    UNIT: tl.constexpr,
-    UNITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_TILES: tl.constexpr,
-    UNIT_TILES: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    codes_ptr += row * COLUMNS
-    scales_ptr += row * N_GROUPS
+    codes_ptr += row * TILING.COLUMNS
+    scales_ptr += row * TILING.N_GROUPS
+    GROUPS: tl.constexpr = TILING.GROUPS  # Triton 3.6 makes no shape of plain numbers
     norms = tl.zeros((GROUPS,), tl.float64)
-    for group_tile in range(GROUP_TILES):
-        first_group = group_tile * GROUPS
+    for group_tile in range(TILING.GROUP_TILES):
+        first_group = group_tile * TILING.GROUPS
         sums = tl.zeros((GROUPS,), tl.int64)
-        for unit_tile in range(UNIT_TILES):
-            _, _, column, mask = tile_columns(
-                first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
-            )
+        for unit_tile in range(TILING.UNIT_TILES):
+            _, _, column, mask = tile_columns(first_group, unit_tile * TILING.UNITS, TILING)
             code = tl.load(codes_ptr + column, mask=mask, other=0).to(tl.int32)
-            of_units = tl.reshape(tl.sum(code * code, axis=1), (GROUPS, UNITS))
-            sums += tl.sum(of_units.to(tl.int64), axis=1)
-        group = first_group + tl.arange(0, GROUPS)
-        scale = tl.load(scales_ptr + group, mask=group < N_GROUPS, other=0.0).to(tl.float64)
+            sums += group_sum_of_squares(code, TILING)
+        group = first_group + tl.arange(0, TILING.GROUPS)
+        scale = tl.load(scales_ptr + group, mask=group < TILING.N_GROUPS, other=0.0).to(tl.float64)
         norms += sums.to(tl.float64) * (scale * scale)
     tl.store(norms_ptr + row, tl.sum(norms, axis=0))
 

@@ -6,8 +6,8 @@ loop, and on sm_80 it runs out of registers doing so. Copying such an operand in
 two bytes of traffic per element.
 """
 
-from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,13 +20,13 @@ from .numerics import magnitude_bits
 from .quantization import finite_codes, scale_of_bits
 
 ALIGNED = 16  # bytes of one asynchronous copy; rows along K must be a multiple of this
-GROUP = 8  # rows of tiles that run together, so that their common part of `b` stays in the cache
+# Rows of tiles that run together, so that their common part of `b` stays in the cache.
+GROUP: tl.constexpr = tl.constexpr(8)
 COPY_TILE = 128
 COPY_WARPS = 8
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Tile:
+class Tile(NamedTuple):
     """Sizes of one program and its pipeline."""
 
     rows: int  # of the result
@@ -78,12 +78,12 @@ def choose_tile(rows: int, columns: int, device: torch.device, width: int | None
 
 
 @triton.jit
-def tile_of_sums(
-    a_ptr, b_ptr, M, N, K, a_stride, b_stride,
-    TILE_M: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, UNROLLED: tl.constexpr,
-    GROUP: tl.constexpr,
-):  # fmt: skip
+def tile_of_sums(a_ptr, b_ptr, M, N, K, a_stride, b_stride, TILE: tl.constexpr):
     """Return the exact sums of this program's tile of the result, its rows and first column."""
+    TILE_M: tl.constexpr = TILE.rows
+    TILE_N: tl.constexpr = TILE.columns
+    TILE_K: tl.constexpr = TILE.summed
+    UNROLLED: tl.constexpr = TILE.unrolled
     tiles_m, tiles_n = tl.cdiv(M, TILE_M), tl.cdiv(N, TILE_N)
     program = tl.program_id(0)
     first_m = program // (GROUP * tiles_n) * GROUP
@@ -157,7 +157,7 @@ def _int8_matmul_kernel(
     columns_ptr,  # [N_OVERWRITTEN] int64: columns of the result that are given; or None
     values_ptr,  # [M, N_OVERWRITTEN] float with the strides below: values of these columns; or None
     out_ptr,  # [M, N] float, or int8 if the next argument is given; written
-    out_scales_ptr,  # [M, cdiv(N, TILE_N)] fp32, written; or None
+    out_scales_ptr,  # [M, cdiv(N, TILE.columns)] fp32, written; or None
     M,
     N,
     K,
@@ -166,34 +166,20 @@ def _int8_matmul_kernel(
     values_row,
     values_column,
     N_OVERWRITTEN: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,  # also the group size of an int8 result
-    TILE_K: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    GROUP: tl.constexpr,
+    TILE: tl.constexpr,  # as wide as a group of an int8 result
 ):
-    sums, m, first_n = tile_of_sums(
-        a_ptr, b_ptr, M, N, K, a_stride, b_stride, TILE_M, TILE_N, TILE_K, UNROLLED, GROUP
-    )
-    n = first_n + tl.arange(0, TILE_N)
+    sums, m, first_n = tile_of_sums(a_ptr, b_ptr, M, N, K, a_stride, b_stride, TILE)
+    n = first_n + tl.arange(0, TILE.columns)
     out = scaled(sums, m, n, M, N, a_scales_ptr, b_scales_ptr, bias_ptr)
     if N_OVERWRITTEN > 0:
         out = _with_overwritten_columns(
-            out,
-            m,
-            first_n,
-            M,
-            columns_ptr,
-            values_ptr,
-            values_row,
-            values_column,
-            N_OVERWRITTEN,
-            TILE_N,
-        )
+            out, m, first_n, M, columns_ptr, values_ptr, values_row, values_column,
+            N_OVERWRITTEN, TILE.columns,
+        )  # fmt: skip
     if out_scales_ptr is not None:
         out = tl.where((n < N)[None, :], out, 0.0)
         scale, inverse = scale_of_bits(tl.max(magnitude_bits(out), axis=1))
-        index = m.to(tl.int64) * tl.cdiv(N, TILE_N) + first_n // TILE_N
+        index = m.to(tl.int64) * tl.cdiv(N, TILE.columns) + first_n // TILE.columns
         tl.store(out_scales_ptr + index, scale, mask=m < M)
         out = finite_codes(out, inverse[:, None])
     store_tile(out_ptr, out, m, n, M, N)
@@ -229,11 +215,7 @@ _COPY = Constants(TILE=COPY_TILE, num_warps=COPY_WARPS, enable_fp_fusion=False)
 def _constants(tile: Tile, **others: int) -> Constants:
     return Constants(
         **others,
-        TILE_M=tile.rows,
-        TILE_N=tile.columns,
-        TILE_K=tile.summed,
-        UNROLLED=tile.unrolled,
-        GROUP=GROUP,
+        TILE=tile,
         num_warps=tile.n_warps,
         num_stages=tile.n_stages,
         enable_fp_fusion=False,

@@ -50,16 +50,10 @@ def _int8_linear_kernel(
     N_OF_A: tl.constexpr,
     N_OF_B: tl.constexpr,
     OUTLIER_TILE: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    sums, m, first_n = tile_of_sums(
-        a_ptr, b_ptr, M, N, K, a_stride, b_stride, TILE_M, TILE_N, TILE_K, UNROLLED, GROUP
-    )
-    n = first_n + tl.arange(0, TILE_N)
+    sums, m, first_n = tile_of_sums(a_ptr, b_ptr, M, N, K, a_stride, b_stride, TILE)
+    n = first_n + tl.arange(0, TILE.columns)
     out = scaled(sums, m, n, M, N, a_scales_ptr, b_scales_ptr, bias_ptr)
     row = tl.minimum(m, M - 1).to(tl.int64)
     b_row = tl.minimum(n, N - 1).to(tl.int64)

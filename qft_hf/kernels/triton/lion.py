@@ -38,48 +38,24 @@ from .numerics import (
     weight_uniform,
 )
 from .quantization import finite_codes, load_tile, outlier_tile, scale_of_bits
-from .tiling import group_max, over_units, tile_columns, tiling
+from .tiling import group_max, group_sum_of_squares, over_units, tile_columns, tiling
 
 RANGE_LOW: tl.constexpr = tl.constexpr(_RANGE_LOW)
 PER_TARGET: tl.constexpr = tl.constexpr(1.0 / _RANGE_TARGET)
 
 
 @triton.jit
-def _load_gradient(gradient_codes_ptr, scale, gradient_sign, column, mask):
-    """Load the signed gradient in fp32 from codes, or from floats rounded as codes would be."""
-    g = tl.load(gradient_codes_ptr + column, mask=mask, other=0).to(tl.float32)
-    if gradient_codes_ptr.dtype.element_ty != tl.int8:
-        g = nearest(g * inverse_scale(scale))
-    return g * (scale * gradient_sign)
-
-
-@triton.jit
-def _load_momentum(
-    momentum_codes_ptr, momentum_scales_ptr, start, exists, column, mask,
-    MOMENTUM_BITS: tl.constexpr, MOMENTUM_GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Load the momentum of one tile in fp32."""
-    scale = tl.load(momentum_scales_ptr + start // MOMENTUM_GROUP, mask=exists, other=1.0)
-    if MOMENTUM_BITS == 4:
-        m = load_nibbles(momentum_codes_ptr, start, exists, column, mask, COLUMNS, UNIT)
-    else:
-        m = tl.load(momentum_codes_ptr + column, mask=mask, other=0).to(tl.float32)
-    return m * scale[:, None]
-
-
-@triton.jit
 def _store_momentum(
-    momentum_codes_ptr, m, scale, start, exists, column, mask, row, seed, step, stream,
-    MOMENTUM_BITS: tl.constexpr, STOCHASTIC: tl.constexpr, COLUMNS: tl.constexpr,
-    UNIT: tl.constexpr,
+    momentum_codes_ptr, m, scale, tile, row, seed, step, stream,
+    MOMENTUM_BITS: tl.constexpr, STOCHASTIC: tl.constexpr, TILING: tl.constexpr,
 ):  # fmt: skip
     """Round and store a tile of momentum; `scale` `[n_units, 1]` is that of each unit."""
+    start, exists, column, mask = tile
     inverse = inverse_scale(scale)
     if MOMENTUM_BITS == 4:
         store_nibbles(
             momentum_codes_ptr, m, inverse, start, exists, row, seed, step, stream,
-            STOCHASTIC, COLUMNS, UNIT,
+            STOCHASTIC, TILING.COLUMNS, TILING.UNIT,
         )  # fmt: skip
     else:
         tl.store(momentum_codes_ptr + column, quantized(m, inverse), mask=mask)
@@ -96,25 +72,32 @@ def _momentum_scale(absmax, MOMENTUM_BITS: tl.constexpr):
 
 @triton.jit
 def _load_state(
-    momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-    gradient_sign, start, exists, column, mask, MOMENTUM_BITS: tl.constexpr,
-    MOMENTUM_GROUP: tl.constexpr, STATE_GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    state, tile, MOMENTUM_BITS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Load momentum and signed gradient of one tile in fp32; `start` and `exists` are per unit.
+    """Load momentum and signed gradient of one tile in fp32; `state` is that of the row.
 
     Without momentum, load zeros and the given direction.
     """
+    momentum_codes_ptr, momentum_scales_ptr, gradient_ptr, gradient_scales_ptr, gradient_sign = (
+        state
+    )
+    start, exists, column, mask = tile
     if MOMENTUM_BITS == 0:
         m = tl.zeros(column.shape, tl.float32)
-        g = tl.load(gradient_codes_ptr + column, mask=mask, other=0.0)
+        g = tl.load(gradient_ptr + column, mask=mask, other=0.0)
     else:
-        m = _load_momentum(
-            momentum_codes_ptr, momentum_scales_ptr, start, exists, column, mask,
-            MOMENTUM_BITS, MOMENTUM_GROUP, COLUMNS, UNIT,
-        )  # fmt: skip
-        g_scale = tl.load(gradient_scales_ptr + start // STATE_GROUP, mask=exists, other=1.0)
-        g = _load_gradient(gradient_codes_ptr, g_scale[:, None], gradient_sign, column, mask)
+        scale = tl.load(momentum_scales_ptr + start // MOMENTUM.GROUP, mask=exists, other=1.0)
+        if MOMENTUM_BITS == 4:
+            m = load_nibbles(momentum_codes_ptr, start, exists, column, mask, STATE.COLUMNS, UNIT)
+        else:
+            m = tl.load(momentum_codes_ptr + column, mask=mask, other=0).to(tl.float32)
+        m *= scale[:, None]
+        scale = tl.load(gradient_scales_ptr + start // STATE.GROUP, mask=exists, other=1.0)[:, None]
+        g = tl.load(gradient_ptr + column, mask=mask, other=0).to(tl.float32)
+        if gradient_ptr.dtype.element_ty != tl.int8:  # rounded as its codes would be
+            g = nearest(g * inverse_scale(scale))
+        g *= scale * gradient_sign
     return m, g
 
 
@@ -140,20 +123,16 @@ def _step_by(size, direction, MOMENTUM_BITS: tl.constexpr):
 
 @triton.jit
 def _update_outliers(
-    values_ptr, columns_ptr, momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr,
-    gradient_scales_ptr, lr, shrink, beta1, one_minus_beta1, gradient_sign,
-    MOMENTUM_BITS: tl.constexpr, MOMENTUM_GROUP: tl.constexpr, STATE_GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr, N_OUTLIERS: tl.constexpr, OUTLIER_TILE: tl.constexpr,
+    values_ptr, columns_ptr, state, lr, shrink, beta1, one_minus_beta1,
+    MOMENTUM_BITS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
+    N_OUTLIERS: tl.constexpr, OUTLIER_TILE: tl.constexpr,
 ):  # fmt: skip
     for tile in range((N_OUTLIERS + OUTLIER_TILE - 1) // OUTLIER_TILE):
         k = tile * OUTLIER_TILE + tl.arange(0, OUTLIER_TILE)
         exists = k < N_OUTLIERS
         start = tl.load(columns_ptr + k, mask=exists, other=0).to(tl.int32)
-        m, g = _load_state(
-            momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-            gradient_sign, start, exists, start[:, None], exists[:, None],
-            MOMENTUM_BITS, MOMENTUM_GROUP, STATE_GROUP, COLUMNS, 1,
-        )  # fmt: skip
+        tile_of_k = start, exists, start[:, None], exists[:, None]
+        m, g = _load_state(state, tile_of_k, MOMENTUM_BITS, MOMENTUM, STATE, 1)
         direction = tl.reshape(
             _direction(m, g, beta1, one_minus_beta1, MOMENTUM_BITS), (OUTLIER_TILE,)
         )
@@ -164,116 +143,86 @@ def _update_outliers(
 
 
 @triton.jit
-def _quantize_gradient(
-    gradient_ptr, scales_ptr, square_ptr,
-    COLUMNS: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr, UNIT: tl.constexpr,
-    UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_TILES: tl.constexpr,
-    UNIT_TILES: tl.constexpr,
-):  # fmt: skip
+def _quantize_gradient(gradient_ptr, scales_ptr, square_ptr, TILING: tl.constexpr):
     """Store the scales of a float row, and the sum of squares of its quantized values.
 
     Returns:
         The bits of the row's largest magnitude.
     """
     largest_of_row = 0
+    GROUPS: tl.constexpr = TILING.GROUPS  # Triton 3.6 makes no shape of plain numbers
     square = tl.zeros((GROUPS,), tl.float64)
-    for group_tile in range(GROUP_TILES):
-        first_group = group_tile * GROUPS
-        x, _, _ = load_tile(gradient_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
-        largest = group_max(magnitude_bits(x), UNITS, GROUPS)
-        for unit_tile in range(1, UNIT_TILES):
-            more, _, _ = load_tile(
-                gradient_ptr, first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
-            )
-            largest = tl.maximum(largest, group_max(magnitude_bits(more), UNITS, GROUPS))
+    for group_tile in range(TILING.GROUP_TILES):
+        first_group = group_tile * TILING.GROUPS
+        x, _, _ = load_tile(gradient_ptr, first_group, 0, TILING)
+        largest = group_max(magnitude_bits(x), TILING)
+        for unit_tile in range(1, TILING.UNIT_TILES):
+            more, _, _ = load_tile(gradient_ptr, first_group, unit_tile * TILING.UNITS, TILING)
+            largest = tl.maximum(largest, group_max(magnitude_bits(more), TILING))
         scale, group_inverse = scale_of_bits(largest)
-        inverse = over_units(group_inverse, UNITS, GROUPS)
-        sums = _sum_of_squares(x, inverse, UNITS, GROUPS)
-        for unit_tile in range(1, UNIT_TILES):
-            more, _, _ = load_tile(
-                gradient_ptr, first_group, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
-            )
-            sums += _sum_of_squares(more, inverse, UNITS, GROUPS)
-        group = first_group + tl.arange(0, GROUPS)
-        tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
+        inverse = over_units(group_inverse, TILING)
+        sums = group_sum_of_squares(finite_codes(x, inverse).to(tl.int32), TILING)
+        for unit_tile in range(1, TILING.UNIT_TILES):
+            more, _, _ = load_tile(gradient_ptr, first_group, unit_tile * TILING.UNITS, TILING)
+            sums += group_sum_of_squares(finite_codes(more, inverse).to(tl.int32), TILING)
+        group = first_group + tl.arange(0, TILING.GROUPS)
+        tl.store(scales_ptr + group, scale, mask=group < TILING.N_GROUPS)
         wide_scale = scale.to(tl.float64)
         exact = sums.to(tl.float64) * (wide_scale * wide_scale)
-        square += tl.where(group < N_GROUPS, exact, 0.0)
+        square += tl.where(group < TILING.N_GROUPS, exact, 0.0)
         largest_of_row = tl.maximum(largest_of_row, tl.max(largest, axis=0))
     tl.store(square_ptr, tl.sum(square, axis=0))
     return largest_of_row
 
 
 @triton.jit
-def _sum_of_squares(x, inverse, UNITS: tl.constexpr, GROUPS: tl.constexpr):
-    code = finite_codes(x, inverse).to(tl.int32)
-    of_units = tl.reshape(tl.sum(code * code, axis=1), (GROUPS, UNITS))
-    return tl.sum(of_units.to(tl.int64), axis=1)
-
-
-@triton.jit
 def _new_momentum(
-    momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-    beta2, one_minus_beta2, gradient_sign, first_group, first_unit,
-    MOMENTUM_BITS: tl.constexpr, STATE_GROUP: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, GROUPS: tl.constexpr,
+    state, beta2, one_minus_beta2, first_group, first_unit,
+    MOMENTUM_BITS: tl.constexpr, MOMENTUM: tl.constexpr, STATE: tl.constexpr,
 ):  # fmt: skip
-    start, exists, column, mask = tile_columns(
-        first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS
-    )
-    m, g = _load_state(
-        momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-        gradient_sign, start, exists, column, mask,
-        MOMENTUM_BITS, GROUP, STATE_GROUP, COLUMNS, UNIT,
-    )  # fmt: skip
-    return m * beta2 + g * one_minus_beta2, start, exists, column, mask
+    tile = tile_columns(first_group, first_unit, MOMENTUM)
+    m, g = _load_state(state, tile, MOMENTUM_BITS, MOMENTUM, STATE, MOMENTUM.UNIT)
+    return m * beta2 + g * one_minus_beta2, tile
 
 
 @triton.jit
 def _update_momentum(
-    momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-    beta2, one_minus_beta2, gradient_sign, row, seed, step, stream,
-    MOMENTUM_BITS: tl.constexpr, STOCHASTIC: tl.constexpr, STATE_GROUP: tl.constexpr,
-    COLUMNS: tl.constexpr, GROUP: tl.constexpr, N_GROUPS: tl.constexpr, UNIT: tl.constexpr,
-    UNITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_TILES: tl.constexpr,
-    UNIT_TILES: tl.constexpr,
+    state, beta2, one_minus_beta2, row, seed, step, stream,
+    MOMENTUM_BITS: tl.constexpr, STOCHASTIC: tl.constexpr, MOMENTUM: tl.constexpr,
+    STATE: tl.constexpr,
 ):  # fmt: skip
     """Update the momentum of a row in its own pass: its groups and the weight's share no tiles."""
-    for group_tile in range(GROUP_TILES):
-        first_group = group_tile * GROUPS
-        m, start, exists, column, mask = _new_momentum(
-            momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-            beta2, one_minus_beta2, gradient_sign, first_group, 0,
-            MOMENTUM_BITS, STATE_GROUP, COLUMNS, GROUP, UNIT, UNITS, GROUPS,
-        )  # fmt: skip
-        absmax = group_max(tl.abs(m), UNITS, GROUPS)
-        for unit_tile in range(1, UNIT_TILES):
-            more, _, _, _, _ = _new_momentum(
-                momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-                beta2, one_minus_beta2, gradient_sign, first_group, unit_tile * UNITS,
-                MOMENTUM_BITS, STATE_GROUP, COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+    for group_tile in range(MOMENTUM.GROUP_TILES):
+        first_group = group_tile * MOMENTUM.GROUPS
+        m, tile = _new_momentum(
+            state, beta2, one_minus_beta2, first_group, 0, MOMENTUM_BITS, MOMENTUM, STATE
+        )
+        absmax = group_max(tl.abs(m), MOMENTUM)
+        for unit_tile in range(1, MOMENTUM.UNIT_TILES):
+            more, _ = _new_momentum(
+                state, beta2, one_minus_beta2, first_group, unit_tile * MOMENTUM.UNITS,
+                MOMENTUM_BITS, MOMENTUM, STATE,
             )  # fmt: skip
-            absmax = tl.maximum(absmax, group_max(tl.abs(more), UNITS, GROUPS))
+            absmax = tl.maximum(absmax, group_max(tl.abs(more), MOMENTUM))
         scale = _momentum_scale(absmax, MOMENTUM_BITS)
-        unit_scale = over_units(scale, UNITS, GROUPS)
+        unit_scale = over_units(scale, MOMENTUM)
         tl.debug_barrier()
         _store_momentum(
-            momentum_codes_ptr, m, unit_scale, start, exists, column, mask, row, seed, step,
-            stream, MOMENTUM_BITS, STOCHASTIC, COLUMNS, UNIT,
+            state[0], m, unit_scale, tile, row, seed, step, stream,
+            MOMENTUM_BITS, STOCHASTIC, MOMENTUM,
         )  # fmt: skip
-        for unit_tile in range(1, UNIT_TILES):
-            more, start, exists, column, mask = _new_momentum(
-                momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-                beta2, one_minus_beta2, gradient_sign, first_group, unit_tile * UNITS,
-                MOMENTUM_BITS, STATE_GROUP, COLUMNS, GROUP, UNIT, UNITS, GROUPS,
+        for unit_tile in range(1, MOMENTUM.UNIT_TILES):
+            more, tile_of_more = _new_momentum(
+                state, beta2, one_minus_beta2, first_group, unit_tile * MOMENTUM.UNITS,
+                MOMENTUM_BITS, MOMENTUM, STATE,
             )  # fmt: skip
             tl.debug_barrier()
             _store_momentum(
-                momentum_codes_ptr, more, unit_scale, start, exists, column, mask, row, seed, step,
-                stream, MOMENTUM_BITS, STOCHASTIC, COLUMNS, UNIT,
+                state[0], more, unit_scale, tile_of_more, row, seed, step, stream,
+                MOMENTUM_BITS, STOCHASTIC, MOMENTUM,
             )  # fmt: skip
-        group = first_group + tl.arange(0, GROUPS)
-        tl.store(momentum_scales_ptr + group, scale, mask=group < N_GROUPS)
+        group = first_group + tl.arange(0, MOMENTUM.GROUPS)
+        tl.store(state[1] + group, scale, mask=group < MOMENTUM.N_GROUPS)
 
 
 @triton.jit(do_not_specialize=["seed", "step", "stream", "first_row"])
@@ -304,39 +253,20 @@ def _lion_kernel(
     STOCHASTIC: tl.constexpr,
     N_OUTLIERS: tl.constexpr,
     OUTLIER_TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    N_GROUPS: tl.constexpr,
-    UNIT: tl.constexpr,
-    UNITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_TILES: tl.constexpr,
-    UNIT_TILES: tl.constexpr,
-    STATE_GROUP: tl.constexpr,
-    N_STATE_GROUPS: tl.constexpr,
-    STATE_UNIT: tl.constexpr,  # from here on the tiling of a float gradient
-    STATE_UNITS: tl.constexpr,
-    STATE_GROUPS: tl.constexpr,
-    STATE_GROUP_TILES: tl.constexpr,
-    STATE_UNIT_TILES: tl.constexpr,
+    TILING: tl.constexpr,
+    STATE: tl.constexpr,  # tiling of the gradient; of its tiles if it is float
+    MOMENTUM: tl.constexpr,  # tiling of the momentum; of its tiles if it has a pass of its own
     MOMENTUM_BITS: tl.constexpr,  # 0: no momentum, and the direction is given
     MOMENTUM_WIDTH: tl.constexpr,  # bytes of a row
-    MOMENTUM_GROUP: tl.constexpr,
-    N_MOMENTUM_GROUPS: tl.constexpr,
     MOMENTUM_GROUP_IS_UNIT: tl.constexpr,  # the momentum of a tile can be rounded with the tile
-    MOMENTUM_UNIT: tl.constexpr,  # from here on the tiling of momentum in a pass of its own
-    MOMENTUM_UNITS: tl.constexpr,
-    MOMENTUM_GROUPS: tl.constexpr,
-    MOMENTUM_GROUP_TILES: tl.constexpr,
-    MOMENTUM_UNIT_TILES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    codes_ptr += row * COLUMNS
+    codes_ptr += row * TILING.COLUMNS
     momentum_codes_ptr += row * MOMENTUM_WIDTH
-    gradient_codes_ptr += row * COLUMNS
-    scales_ptr += row * N_GROUPS
-    momentum_scales_ptr += row * N_MOMENTUM_GROUPS
-    gradient_scales_ptr += row * N_STATE_GROUPS
+    gradient_codes_ptr += row * TILING.COLUMNS
+    scales_ptr += row * TILING.N_GROUPS
+    momentum_scales_ptr += row * MOMENTUM.N_GROUPS
+    gradient_scales_ptr += row * STATE.N_GROUPS
     squares_ptr += row
     outlier_values_ptr += row * N_OUTLIERS
     outlier_columns_ptr += row * N_OUTLIERS
@@ -345,56 +275,44 @@ def _lion_kernel(
         rate = tl.load(live_ptr)
         lr, shrink = rate.to(tl.float32), (rate * tl.load(live_ptr + 1)).to(tl.float32)
         step = tl.load(live_ptr + 2).to(tl.int64)
-    first_counter = row * ((COLUMNS + 3) // 4)  # four columns share a counter
+    first_counter = row * ((TILING.COLUMNS + 3) // 4)  # four columns share a counter
 
     if MOMENTUM_BITS > 0 and gradient_codes_ptr.dtype.element_ty != tl.int8:
-        largest = _quantize_gradient(
-            gradient_codes_ptr, gradient_scales_ptr, squares_ptr,
-            COLUMNS, STATE_GROUP, N_STATE_GROUPS, STATE_UNIT, STATE_UNITS, STATE_GROUPS,
-            STATE_GROUP_TILES, STATE_UNIT_TILES,
-        )  # fmt: skip
+        largest = _quantize_gradient(gradient_codes_ptr, gradient_scales_ptr, squares_ptr, STATE)
         if factor_ptr is not None:
             gradient_sign *= tl.load(factor_ptr)
         if largest >= INFINITY:  # or NaN: the row stays as it is, and its square is NaN
             return
         tl.debug_barrier()  # every thread reads scales that others have written
 
+    state = (
+        momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
+        gradient_sign,
+    )  # fmt: skip
     if N_OUTLIERS > 0:
         _update_outliers(
-            outlier_values_ptr, outlier_columns_ptr, momentum_codes_ptr, momentum_scales_ptr,
-            gradient_codes_ptr, gradient_scales_ptr, lr, shrink, beta1, one_minus_beta1,
-            gradient_sign, MOMENTUM_BITS, MOMENTUM_GROUP, STATE_GROUP, COLUMNS,
-            N_OUTLIERS, OUTLIER_TILE,
+            outlier_values_ptr, outlier_columns_ptr, state, lr, shrink, beta1, one_minus_beta1,
+            MOMENTUM_BITS, MOMENTUM, STATE, N_OUTLIERS, OUTLIER_TILE,
         )  # fmt: skip
 
-    for group_tile in range(GROUP_TILES):
-        group = group_tile * GROUPS + tl.arange(0, GROUPS)
-        scale = tl.load(scales_ptr + group, mask=group < N_GROUPS, other=1.0)
-        quanta = over_units(tl.div_rn(lr, scale), UNITS, GROUPS)  # lr in units of one code
-        absmax = tl.zeros((GROUPS,), tl.float32)
-        if UNIT_TILES > 1:
-            for unit_tile in range(UNIT_TILES):
-                start, exists, column, mask = tile_columns(
-                    group_tile * GROUPS, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
-                )
-                m, g = _load_state(
-                    momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr,
-                    gradient_scales_ptr, gradient_sign, start, exists, column, mask,
-                    MOMENTUM_BITS, MOMENTUM_GROUP, STATE_GROUP, COLUMNS, UNIT,
-                )  # fmt: skip
+    for group_tile in range(TILING.GROUP_TILES):
+        group = group_tile * TILING.GROUPS + tl.arange(0, TILING.GROUPS)
+        scale = tl.load(scales_ptr + group, mask=group < TILING.N_GROUPS, other=1.0)
+        quanta = over_units(tl.div_rn(lr, scale), TILING)  # lr in units of one code
+        absmax = tl.zeros_like(scale)
+        if TILING.UNIT_TILES > 1:
+            for unit_tile in range(TILING.UNIT_TILES):
+                tile = tile_columns(group_tile * TILING.GROUPS, unit_tile * TILING.UNITS, TILING)
+                m, g = _load_state(state, tile, MOMENTUM_BITS, MOMENTUM, STATE, TILING.UNIT)
+                column, mask = tile[2], tile[3]
                 code = tl.load(codes_ptr + column, mask=mask, other=0).to(tl.float32)
                 direction = _direction(m, g, beta1, one_minus_beta1, MOMENTUM_BITS)
                 target = code - (code * shrink + _step_by(quanta, direction, MOMENTUM_BITS))
-                absmax = tl.maximum(absmax, group_max(tl.abs(target), UNITS, GROUPS))
-        for unit_tile in range(UNIT_TILES):
-            start, exists, column, mask = tile_columns(
-                group_tile * GROUPS, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
-            )
-            m, g = _load_state(
-                momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-                gradient_sign, start, exists, column, mask,
-                MOMENTUM_BITS, MOMENTUM_GROUP, STATE_GROUP, COLUMNS, UNIT,
-            )  # fmt: skip
+                absmax = tl.maximum(absmax, group_max(tl.abs(target), TILING))
+        for unit_tile in range(TILING.UNIT_TILES):
+            tile = tile_columns(group_tile * TILING.GROUPS, unit_tile * TILING.UNITS, TILING)
+            start, exists, column, mask = tile
+            m, g = _load_state(state, tile, MOMENTUM_BITS, MOMENTUM, STATE, TILING.UNIT)
             code = tl.load(codes_ptr + column, mask=mask, other=0).to(tl.float32)
             tl.debug_barrier()  # every thread has read this tile before any thread overwrites it
             direction = _direction(m, g, beta1, one_minus_beta1, MOMENTUM_BITS)
@@ -402,43 +320,40 @@ def _lion_kernel(
                 m = m * beta2 + g * one_minus_beta2
                 m_scale = _momentum_scale(tl.max(tl.abs(m), axis=1), MOMENTUM_BITS)
                 _store_momentum(
-                    momentum_codes_ptr, m, m_scale[:, None], start, exists, column, mask, row,
-                    seed, step, stream, MOMENTUM_BITS, STOCHASTIC, COLUMNS, UNIT,
+                    momentum_codes_ptr, m, m_scale[:, None], tile, row, seed, step, stream,
+                    MOMENTUM_BITS, STOCHASTIC, TILING,
                 )  # fmt: skip
-                tl.store(momentum_scales_ptr + start // MOMENTUM_GROUP, m_scale, mask=exists)
+                tl.store(momentum_scales_ptr + start // MOMENTUM.GROUP, m_scale, mask=exists)
 
             decrease = code * shrink + _step_by(quanta, direction, MOMENTUM_BITS)
             target = code - decrease
-            if UNIT_TILES == 1:
-                absmax = group_max(tl.abs(target), UNITS, GROUPS)
+            if TILING.UNIT_TILES == 1:
+                absmax = group_max(tl.abs(target), TILING)
             fits = (absmax <= QMAX) & ((absmax >= RANGE_LOW) | (absmax == 0))
             rescaled_scale = tl.maximum(scale * (absmax * PER_TARGET), TINY)
             new_scale = tl.where(fits, scale, rescaled_scale)
             if STOCHASTIC:
-                words = random_words(first_counter, start, UNIT, seed, step, stream)
+                words = random_words(first_counter, start, TILING.UNIT, seed, step, stream)
                 uniform = weight_uniform(words)
             else:
                 uniform = tl.full(code.shape, 0.5, tl.float32)
             # On GPUs, floor treats subnormals as 0; only updates below 1e-38 quanta are subnormal.
             new_code = code + tl.floor(uniform - decrease)
             if tl.min(fits.to(tl.int32), axis=0) == 0:  # rare: most scales do not change
-                ratio = over_units(tl.div_rn(scale, new_scale), UNITS, GROUPS)
+                ratio = over_units(tl.div_rn(scale, new_scale), TILING)
                 rescaled = tl.floor(target * ratio + uniform)
-                keeps = over_units(fits.to(tl.int32), UNITS, GROUPS) != 0
+                keeps = over_units(fits.to(tl.int32), TILING) != 0
                 new_code = tl.where(keeps, new_code, rescaled)
             new_code = nearest_code(tl.minimum(tl.maximum(new_code, -QMAX), QMAX))
             tl.store(codes_ptr + column, new_code, mask=mask)
-            if unit_tile == UNIT_TILES - 1:
-                tl.store(scales_ptr + group, new_scale, mask=group < N_GROUPS)
+            if unit_tile == TILING.UNIT_TILES - 1:
+                tl.store(scales_ptr + group, new_scale, mask=group < TILING.N_GROUPS)
 
     if MOMENTUM_BITS > 0 and not MOMENTUM_GROUP_IS_UNIT:
         tl.debug_barrier()
         _update_momentum(
-            momentum_codes_ptr, momentum_scales_ptr, gradient_codes_ptr, gradient_scales_ptr,
-            beta2, one_minus_beta2, gradient_sign, row, seed, step, stream,
-            MOMENTUM_BITS, STOCHASTIC, STATE_GROUP, COLUMNS, MOMENTUM_GROUP, N_MOMENTUM_GROUPS,
-            MOMENTUM_UNIT, MOMENTUM_UNITS, MOMENTUM_GROUPS, MOMENTUM_GROUP_TILES,
-            MOMENTUM_UNIT_TILES,
+            state, beta2, one_minus_beta2, row, seed, step, stream,
+            MOMENTUM_BITS, STOCHASTIC, MOMENTUM, STATE,
         )  # fmt: skip
     if N_OUTLIERS > 0:
         tl.debug_barrier()
@@ -460,33 +375,21 @@ def lion_constants(
     stochastic: bool,
 ) -> Constants:
     momentum_group_size = NIBBLE_GROUP_SIZE if momentum_bits == 4 else state_group_size
-    tiles = tiling(columns, group_size, momentum_group_size)
-    state, momentum = tiling(columns, state_group_size), tiling(columns, momentum_group_size)
-    one_group = momentum.N_GROUPS == 1 and columns <= tiles.UNIT
+    of_weight = tiling(columns, group_size, momentum_group_size)
+    momentum = tiling(columns, momentum_group_size)
+    one_group = momentum.N_GROUPS == 1 and columns <= of_weight.UNIT
     return Constants(
         STOCHASTIC=stochastic,
         N_OUTLIERS=n_outliers,
         OUTLIER_TILE=outlier_tile(n_outliers),
-        **tiles.constants(),
-        STATE_GROUP=state.GROUP,
-        N_STATE_GROUPS=state.N_GROUPS,
-        STATE_UNIT=state.UNIT,
-        STATE_UNITS=state.UNITS,
-        STATE_GROUPS=state.GROUPS,
-        STATE_GROUP_TILES=state.GROUP_TILES,
-        STATE_UNIT_TILES=state.UNIT_TILES,
+        TILING=of_weight,
+        STATE=tiling(columns, state_group_size),
+        MOMENTUM=momentum,
         MOMENTUM_BITS=momentum_bits,
         MOMENTUM_WIDTH=-(-columns // 2) if momentum_bits == 4 else columns,
-        MOMENTUM_GROUP=momentum.GROUP,
-        N_MOMENTUM_GROUPS=momentum.N_GROUPS,
         MOMENTUM_GROUP_IS_UNIT=momentum_bits > 0
-        and (tiles.UNIT == momentum_group_size or one_group),
-        MOMENTUM_UNIT=momentum.UNIT,
-        MOMENTUM_UNITS=momentum.UNITS,
-        MOMENTUM_GROUPS=momentum.GROUPS,
-        MOMENTUM_GROUP_TILES=momentum.GROUP_TILES,
-        MOMENTUM_UNIT_TILES=momentum.UNIT_TILES,
-        num_warps=tiles.n_warps,
+        and (of_weight.UNIT == momentum_group_size or one_group),
+        num_warps=of_weight.n_warps,
         enable_fp_fusion=False,
     )
 

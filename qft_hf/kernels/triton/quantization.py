@@ -33,23 +33,16 @@ def scale_of_bits(largest):
 
 
 @triton.jit
-def load_tile(
-    x_ptr, first_group, first_unit,
-    COLUMNS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):  # fmt: skip
-    _, _, column, mask = tile_columns(first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
+def load_tile(x_ptr, first_group, first_unit, TILING: tl.constexpr):
+    _, _, column, mask = tile_columns(first_group, first_unit, TILING)
     return tl.load(x_ptr + column, mask=mask, other=0.0).to(tl.float32), column, mask
 
 
 @triton.jit
-def _load_kept(
-    x_ptr, zero_columns_ptr, first_group, first_unit,
-    COLUMNS: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):  # fmt: skip
+def _load_kept(source, first_group, first_unit, TILING: tl.constexpr):
     """Load a tile with 0 in the columns that count as 0."""
-    x, column, mask = load_tile(x_ptr, first_group, first_unit, COLUMNS, GROUP, UNIT, UNITS, GROUPS)
+    x_ptr, zero_columns_ptr = source
+    x, column, mask = load_tile(x_ptr, first_group, first_unit, TILING)
     if zero_columns_ptr is not None:
         is_zero = tl.load(zero_columns_ptr + column, mask=mask, other=0)
         x = tl.where(is_zero != 0, 0.0, x)
@@ -60,6 +53,44 @@ def _load_kept(
 def finite_codes(x, inverse):
     """Return the codes of `x`; 0 in groups that are not finite, whose inverse is 0."""
     return quantized(tl.where(inverse > 0, x, 0.0), inverse)
+
+
+@triton.jit
+def store_quantized(
+    LOAD: tl.constexpr, source, codes_ptr, scales_ptr, first_group,
+    TILING: tl.constexpr, IN_PLACE: tl.constexpr,
+):  # fmt: skip
+    """Quantize the groups of a tile of a row, whose values `LOAD` returns.
+
+    The first tile of a group stays in registers; other tiles of a long group are loaded twice.
+
+    Args:
+        LOAD: `LOAD(source, first_group, first_unit, TILING)` returns FP32 values, their columns,
+            and which of them exist.
+        source: What `LOAD` reads.
+        codes_ptr: Codes of the row.
+        scales_ptr: Scales of the row.
+        first_group: First group of the tile.
+        TILING: The tiling of the row.
+        IN_PLACE: Whether `LOAD` reads these codes and scales.
+    """
+    x, column, mask = LOAD(source, first_group, 0, TILING)
+    largest = group_max(magnitude_bits(x), TILING)
+    for unit_tile in range(1, TILING.UNIT_TILES):
+        more, _, _ = LOAD(source, first_group, unit_tile * TILING.UNITS, TILING)
+        largest = tl.maximum(largest, group_max(magnitude_bits(more), TILING))
+    scale, inverse = scale_of_bits(largest)
+    inverse = over_units(inverse, TILING)
+    if IN_PLACE:
+        tl.debug_barrier()  # every thread has read this tile before any thread overwrites it
+    tl.store(codes_ptr + column, finite_codes(x, inverse), mask=mask)
+    for unit_tile in range(1, TILING.UNIT_TILES):
+        more, column, mask = LOAD(source, first_group, unit_tile * TILING.UNITS, TILING)
+        if IN_PLACE:
+            tl.debug_barrier()
+        tl.store(codes_ptr + column, finite_codes(more, inverse), mask=mask)
+    group = first_group + tl.arange(0, TILING.GROUPS)
+    tl.store(scales_ptr + group, scale, mask=group < TILING.N_GROUPS)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -73,48 +104,23 @@ def _quantize_kernel(
     n_rows,
     N_TAKEN: tl.constexpr,
     TAKEN_TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    N_GROUPS: tl.constexpr,
-    UNIT: tl.constexpr,
-    UNITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_TILES: tl.constexpr,
-    UNIT_TILES: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # int64: row * COLUMNS overflows int32 at 2**31
-    x_ptr += row * COLUMNS
-    codes_ptr += row * COLUMNS
-    scales_ptr += row * N_GROUPS
+    x_ptr += row * TILING.COLUMNS
+    codes_ptr += row * TILING.COLUMNS
+    scales_ptr += row * TILING.N_GROUPS
     if N_TAKEN > 0:
         for tile in range((N_TAKEN + TAKEN_TILE - 1) // TAKEN_TILE):
             k = tile * TAKEN_TILE + tl.arange(0, TAKEN_TILE)
             taken = tl.load(x_ptr + tl.load(columns_ptr + k, mask=k < N_TAKEN, other=0))
             tl.store(taken_ptr + k.to(tl.int64) * n_rows + row, taken, mask=k < N_TAKEN)
-    for group_tile in range(GROUP_TILES):
-        first_group = group_tile * GROUPS
-        # The first tile of a group stays in registers; other tiles of a long group are read twice.
-        x, column, mask = _load_kept(
-            x_ptr, zero_columns_ptr, first_group, 0, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+    for group_tile in range(TILING.GROUP_TILES):
+        first_group = group_tile * TILING.GROUPS
+        source = x_ptr, zero_columns_ptr
+        store_quantized(
+            _load_kept, source, codes_ptr, scales_ptr, first_group, TILING, IN_PLACE=False
         )
-        largest = group_max(magnitude_bits(x), UNITS, GROUPS)
-        for unit_tile in range(1, UNIT_TILES):
-            more, _, _ = _load_kept(
-                x_ptr, zero_columns_ptr, first_group, unit_tile * UNITS,
-                COLUMNS, GROUP, UNIT, UNITS, GROUPS,
-            )  # fmt: skip
-            largest = tl.maximum(largest, group_max(magnitude_bits(more), UNITS, GROUPS))
-        scale, inverse = scale_of_bits(largest)
-        inverse = over_units(inverse, UNITS, GROUPS)
-        tl.store(codes_ptr + column, finite_codes(x, inverse), mask=mask)
-        for unit_tile in range(1, UNIT_TILES):
-            more, column, mask = _load_kept(
-                x_ptr, zero_columns_ptr, first_group, unit_tile * UNITS,
-                COLUMNS, GROUP, UNIT, UNITS, GROUPS,
-            )  # fmt: skip
-            tl.store(codes_ptr + column, finite_codes(more, inverse), mask=mask)
-        group = first_group + tl.arange(0, GROUPS)
-        tl.store(scales_ptr + group, scale, mask=group < N_GROUPS)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -130,14 +136,7 @@ def _dequantize_kernel(
     EACH: tl.constexpr,
     N_OUTLIERS: tl.constexpr,
     OUTLIER_TILE: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    N_GROUPS: tl.constexpr,
-    UNIT: tl.constexpr,
-    UNITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    GROUP_TILES: tl.constexpr,
-    UNIT_TILES: tl.constexpr,
+    TILING: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     row = program
@@ -146,15 +145,15 @@ def _dequantize_kernel(
         row = tl.load(rows_ptr + program // EACH).to(tl.int64) * EACH + program % EACH
         row_exists = (row >= 0) & (row < n_rows)
         row = tl.where(row_exists, row, 0)
-    codes_ptr += row * COLUMNS
-    scales_ptr += row * N_GROUPS
-    x_ptr += program * COLUMNS
-    for group_tile in range(GROUP_TILES):
-        for unit_tile in range(UNIT_TILES):
+    codes_ptr += row * TILING.COLUMNS
+    scales_ptr += row * TILING.N_GROUPS
+    x_ptr += program * TILING.COLUMNS
+    for group_tile in range(TILING.GROUP_TILES):
+        for unit_tile in range(TILING.UNIT_TILES):
             start, exists, column, mask = tile_columns(
-                group_tile * GROUPS, unit_tile * UNITS, COLUMNS, GROUP, UNIT, UNITS, GROUPS
+                group_tile * TILING.GROUPS, unit_tile * TILING.UNITS, TILING
             )
-            scale = tl.load(scales_ptr + start // GROUP, mask=exists, other=0.0)
+            scale = tl.load(scales_ptr + start // TILING.GROUP, mask=exists, other=0.0)
             if GATHER:
                 scale = tl.where(row_exists, scale, float("nan"))
             code = tl.load(codes_ptr + column, mask=mask, other=0)

@@ -6,10 +6,9 @@ of a part of one. A tile is `[GROUPS * UNITS, UNIT]`: a unit is a run of columns
 and in one momentum group, so a scale is loaded once per unit and not once per element.
 """
 
-from dataclasses import asdict, dataclass
 from functools import cache
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -19,16 +18,15 @@ from .launch import Constants
 MIN_UNIT = 2  # if a group is the whole row: 4-bit codes of two columns share a byte
 MAX_UNIT = 256
 MAX_TILE = 8192  # elements; more would spill registers
-TILES = (4096, 2048, 1024)
+TILE_SIZES = (4096, 2048, 1024)
 WARP = 32
 # 16 INT8 codes are one 16-byte load, the widest there is. Shorter units load less at once and need
 # more registers for scales, so they have small tiles on many threads.
 WIDE_UNIT = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """Sizes that a kernel is compiled for; the fields are its constexpr arguments."""
+class Tiling(NamedTuple):
+    """Sizes that a kernel is compiled for: one of its constexpr arguments."""
 
     COLUMNS: int  # of the matrix
     GROUP: int  # columns of a group, rounded up to whole units if one group is the row
@@ -38,10 +36,6 @@ class Tiling:
     GROUPS: int  # groups in one tile, a power of two; the last may be empty
     GROUP_TILES: int  # tiles that cover all groups
     UNIT_TILES: int  # tiles that cover one group
-
-    def constants(self) -> dict[str, int]:
-        """The constexpr arguments by name."""
-        return asdict(self)
 
     @property
     def n_warps(self) -> int:
@@ -64,26 +58,26 @@ def tiling(columns: int, group_size: int | None, other_group_size: int = 0) -> T
         group = group_size
     n_units, n_groups = group // unit, triton.cdiv(columns, group)
 
-    tiles = TILES if unit >= WIDE_UNIT else TILES[-1:]
+    sizes = TILE_SIZES if unit >= WIDE_UNIT else TILE_SIZES[-1:]
     padded = _power_of_two(n_units)
     elements = padded * unit
     # A group that would fill little of its tile is cheaper in two passes over smaller tiles.
-    if elements <= TILES[-1] or (
+    if elements <= TILE_SIZES[-1] or (
         unit >= WIDE_UNIT and elements <= MAX_TILE and 4 * group >= 3 * elements
     ):
-        groups = _least_waste(n_groups, [max(1, tile // elements) for tile in tiles])
+        groups = _least_waste(n_groups, [max(1, size // elements) for size in sizes])
         return Tiling(
             columns, group, n_groups, unit, padded, groups, triton.cdiv(n_groups, groups), 1
         )
-    units = _least_waste(n_units, [tile // unit for tile in tiles])
+    units = _least_waste(n_units, [size // unit for size in sizes])
     return Tiling(columns, group, n_groups, unit, units, 1, n_groups, triton.cdiv(n_units, units))
 
 
 @cache
 def row_constants(columns: int, group_size: int | None, **others: Any) -> Constants:
     """Constants of a kernel that iterates over rows in this tiling; `others` are added to them."""
-    tiles = tiling(columns, group_size)
-    return Constants(**others, **tiles.constants(), num_warps=tiles.n_warps, enable_fp_fusion=False)
+    cut = tiling(columns, group_size)
+    return Constants(**others, TILING=cut, num_warps=cut.n_warps, enable_fp_fusion=False)
 
 
 def _power_of_two(n: int) -> int:
@@ -97,31 +91,31 @@ def _least_waste(n: int, sizes: list[int]) -> int:
 
 
 @triton.jit
-def tile_columns(
-    first_group,
-    first_unit,
-    COLUMNS: tl.constexpr,
-    GROUP: tl.constexpr,
-    UNIT: tl.constexpr,
-    UNITS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
+def tile_columns(first_group, first_unit, TILING: tl.constexpr):
     """Return the first column of each unit and whether it exists, then the same of all columns."""
-    unit = tl.arange(0, GROUPS * UNITS)
-    place = (first_unit + unit % UNITS) * UNIT
-    start = (first_group + unit // UNITS) * GROUP + place
-    exists = (place < GROUP) & (start < COLUMNS)
-    column = start[:, None] + tl.arange(0, UNIT)[None, :]
-    return start, exists, column, exists[:, None] & (column < COLUMNS)
+    unit = tl.arange(0, TILING.GROUPS * TILING.UNITS)
+    place = (first_unit + unit % TILING.UNITS) * TILING.UNIT
+    start = (first_group + unit // TILING.UNITS) * TILING.GROUP + place
+    exists = (place < TILING.GROUP) & (start < TILING.COLUMNS)
+    column = start[:, None] + tl.arange(0, TILING.UNIT)[None, :]
+    return start, exists, column, exists[:, None] & (column < TILING.COLUMNS)
 
 
 @triton.jit
-def group_max(x, UNITS: tl.constexpr, GROUPS: tl.constexpr):
+def group_max(x, TILING: tl.constexpr):
     """Maximum of each group: `[GROUPS * UNITS, UNIT]` to `[GROUPS]`."""
-    return tl.max(tl.reshape(tl.max(x, axis=1), (GROUPS, UNITS)), axis=1)
+    return tl.max(tl.reshape(tl.max(x, axis=1), TILING.GROUPS, TILING.UNITS), axis=1)
 
 
 @triton.jit
-def over_units(x, UNITS: tl.constexpr, GROUPS: tl.constexpr):
+def group_sum_of_squares(codes, TILING: tl.constexpr):
+    """Sum of squared int32 codes of each group: `[GROUPS * UNITS, UNIT]` to int64 `[GROUPS]`."""
+    of_units = tl.reshape(tl.sum(codes * codes, axis=1), TILING.GROUPS, TILING.UNITS)
+    return tl.sum(of_units.to(tl.int64), axis=1)
+
+
+@triton.jit
+def over_units(x, TILING: tl.constexpr):
     """Repeat the entry of each group for its units: `[GROUPS]` to `[GROUPS * UNITS, 1]`."""
-    return tl.reshape(tl.broadcast_to(x[:, None], (GROUPS, UNITS)), (GROUPS * UNITS,))[:, None]
+    units = tl.broadcast_to(x[:, None], TILING.GROUPS, TILING.UNITS)
+    return tl.reshape(units, TILING.GROUPS * TILING.UNITS)[:, None]
