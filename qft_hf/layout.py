@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from math import ceil
-from typing import NamedTuple
 
 CODE_BYTES = 1  # one INT8 code per element
 FP32_BYTES = 4
@@ -34,26 +33,17 @@ TILE_ROWS = 64
 INT16_COLUMNS = 2**15  # columns 0 .. 32767 fit a signed 16-bit index
 
 
-class GroupLayout(NamedTuple):
-    """The division of each row of a `[rows, columns]` matrix into groups of `group_size` columns.
+def n_groups(columns: int, group_size: int | None) -> int:
+    """Return the number of groups, and so of scales, in a row; None means one group per row.
 
-    The last group of a row may be short; a group never crosses into the next row. `group_size`
-    None means one group per row.
+    The last group of a row may be short; a group never crosses into the next row.
     """
+    return 1 if group_size is None else ceil(columns / group_size)
 
-    rows: int
-    columns: int
-    group_size: int | None
 
-    @property
-    def n_groups(self) -> int:
-        """Number of groups, and so of scales, per row."""
-        return 1 if self.group_size is None else ceil(self.columns / self.group_size)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of codes and scales."""
-        return self.rows * (self.columns * CODE_BYTES + self.n_groups * SCALE_BYTES)
+def quantized_bytes(rows: int, columns: int, group_size: int | None) -> int:
+    """Return the bytes of the codes and scales of a matrix."""
+    return rows * (columns * CODE_BYTES + n_groups(columns, group_size) * SCALE_BYTES)
 
 
 def row_tiles(rows: int, columns: int, *, at_most: int | None = None) -> Iterator[slice]:
@@ -106,9 +96,8 @@ def nf4_bytes(n_elements: int) -> tuple[int, int]:
 def momentum_shapes(rows: int, columns: int, bits: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the shapes of the stored bytes and of the FP32 scales of an 8- or 4-bit momentum."""
     if bits == 4:
-        layout = GroupLayout(rows, columns, NIBBLE_GROUP_SIZE)
-        return (rows, ceil(columns / NIBBLES)), (rows, layout.n_groups)
-    return (rows, columns), (rows, GroupLayout(rows, columns, STATE_GROUP_SIZE).n_groups)
+        return (rows, ceil(columns / NIBBLES)), (rows, n_groups(columns, NIBBLE_GROUP_SIZE))
+    return (rows, columns), (rows, n_groups(columns, STATE_GROUP_SIZE))
 
 
 def outliers_per_row(columns: int, outlier_fraction: float) -> int:

@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..config import names_module
 from ..kernels.checks import FLOATS
-from ..layout import GroupLayout, outlier_bytes
+from ..layout import outlier_bytes, quantized_bytes
 from ..nn import (
     QuantizedModule,
     arrangement_of,
@@ -223,7 +223,7 @@ class QFTQuantizer(HfQuantizer):
             return param.element_size()
         rows, columns = _arrangement(model, param_name).matrix_shape
         config = self.quantization_config
-        stored = GroupLayout(rows, columns, config.group_size).stored_bytes
+        stored = quantized_bytes(rows, columns, config.group_size)
         stored += outlier_bytes(rows, columns, config.outlier_fraction)
         return stored / param.numel()
 

@@ -28,7 +28,6 @@ from .checks import check_finite, check_live, check_same
 from .groups import absmax_scale, expanded, group_absmax, scale_groups_
 from .operators import operator
 from .output_gradient import stochastic_codes
-from .philox import random_words
 from .values import N_LIVE, AdamW, Moments, Quantized, Rounding, Weight, read_live
 from .weight import WRITES, check_weight_values, row_chunks, step_weight_
 
@@ -80,8 +79,8 @@ def adamw_step_(
     rounded. Q rounds stochastically against a fresh absmax scale. One random word serves all three,
     as a second would double the cost: its high 24 bits round the weight, its low 24 the root, and
     its low 16 the ratio. Each is uniform to its last bit and independent of earlier steps, so each
-    rounding is unbiased. Two of them depend on each other only if the first 8 bits of one do not
-    decide its rounding, once in 256 times.
+    rounding is unbiased. The leading 8 bits of each are other bits of the word, and decide its
+    rounding 255 times in 256; only otherwise do two roundings depend on each other.
 
     Args:
         weight: `[rows, columns]`, modified.
@@ -129,11 +128,11 @@ def _step_moments_(
     of_m, of_root = rule.corrections(rounding.step)
     direction = (m * of_m).div_((root_v * of_root).add_(rule.eps * UNIT))
 
-    of_root_rounding, of_ratio_rounding = _moment_uniforms(m, rounding)
+    root_uniform, ratio_uniform = _moment_uniforms(m, rounding)
     ratio_codes[rows], ratio_scales[rows] = _quantized_ratio(
-        m.div_(root_v), of_ratio_rounding, group_size
+        m.div_(root_v), ratio_uniform, group_size
     )
-    root_codes[rows], root_scales[rows] = _quantized_root(root_v, of_root_rounding, group_size)
+    root_codes[rows], root_scales[rows] = _quantized_root(root_v, root_uniform, group_size)
     return direction
 
 
@@ -178,10 +177,7 @@ def _moment_uniforms(like: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
         return half, half
     n_rows, columns = like.shape
     # `step_weight_` draws the same words again; a kernel draws them once.
-    words = random_words(
-        slice(rounding.first_row, rounding.first_row + n_rows), columns, seed=rounding.seed,
-        step=rounding.step, stream=rounding.stream, device=like.device,
-    )  # fmt: skip
+    words = rounding.words(slice(0, n_rows), columns, like.device)
     return (words & 0xFFFFFF).float().mul_(2.0**-24), (words & 0xFFFF).float().mul_(2.0**-16)
 
 

@@ -59,14 +59,12 @@ def expanded_linear(
     Returns:
         `[..., R]` of the dtype of `x`.
     """
+    bias = None if bias is None else bias.to(x.dtype)
     if weight.is_one_tile:
-        bias = None if bias is None else bias.to(x.dtype)
         return F.linear(x, expand(weight, own_dtype, x.dtype), bias)
     tiles = [
         F.linear(
-            x,
-            expand(weight.rows(rows), own_dtype, x.dtype),
-            None if bias is None else bias[rows].to(x.dtype),
+            x, expand(weight.rows(rows), own_dtype, x.dtype), None if bias is None else bias[rows]
         )
         for rows in row_tiles(*weight.codes.shape)
     ]
@@ -92,12 +90,12 @@ def expanded_input_gradient(grad: Tensor, weight: Weight, *, own_dtype: torch.dt
     """
     if weight.is_one_tile:
         return grad @ expand(weight, own_dtype, grad.dtype)
-    total = None
-    for rows in row_tiles(*weight.codes.shape):
-        # Tiles are summed in FP32: rounding partial sums would lose bits.
-        tile = expand(weight.rows(rows), own_dtype, grad.dtype)
-        product = (grad[:, rows] @ tile).float()
-        total = product if total is None else total.add_(product)
-    if total is None:
-        raise ValueError("A weight without rows has no input gradient.")
+    # Tiles are summed in FP32: rounding partial sums would lose bits.
+    products = (
+        (grad[:, rows] @ expand(weight.rows(rows), own_dtype, grad.dtype)).float()
+        for rows in row_tiles(*weight.codes.shape)
+    )
+    total = next(products)
+    for product in products:
+        total += product
     return total

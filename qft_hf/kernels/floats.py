@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .checks import FLOATS, check_finite, check_live, check_same
 from .operators import operator
-from .philox import random_words
 from .values import N_LIVE, Lion, Rounding, Roundings, read_live
 
 PARAMETER_DTYPES = (torch.float32, torch.bfloat16)
@@ -101,10 +100,7 @@ def _step_(
     change = (value * shrink).add_(direction * lr)
     value = value - change
     if parameter.dtype == torch.bfloat16 and rounding.stochastic:
-        words = random_words(
-            slice(0, 1), value.numel(), seed=rounding.seed, step=rounding.step,
-            stream=rounding.stream, device=value.device,
-        )  # fmt: skip
+        words = rounding.words(slice(0, 1), value.numel(), value.device)
         value = _round_to_bfloat16(value, words.view(value.shape))
         # An element whose change is 0 keeps its bits, whatever the random number.
         value = torch.where(change == 0, parameter.float(), value)

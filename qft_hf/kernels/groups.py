@@ -7,6 +7,8 @@ everywhere: max, multiplication, true division, addition.
 import torch
 from torch import Tensor
 
+from ..layout import n_groups
+
 QMAX = 127  # symmetric: -128 is never produced, so every code can be negated
 # The least scale, and that of a group of zeros. It is far below usual scales, and its inverse fits
 # FP32. A subnormal value, which is 0 on some devices, gets code 0 with it on all of them, however
@@ -23,6 +25,16 @@ def absmax_scale(absmax: Tensor) -> Tensor:
     A NaN or infinite absmax gives a NaN or infinite scale.
     """
     return (absmax * (1.0 / QMAX)).clamp_min(TINY)
+
+
+def empty_quantized(
+    rows: int, columns: int, group_size: int | None, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Codes int8 `[rows, columns]` and scales fp32 `[rows, n_groups]`, undefined."""
+    return (
+        torch.empty(rows, columns, dtype=torch.int8, device=device),
+        torch.empty(rows, n_groups(columns, group_size), dtype=torch.float32, device=device),
+    )
 
 
 def group_parts(x: Tensor, group_size: int | None) -> list[Tensor]:

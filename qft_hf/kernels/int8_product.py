@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from ..layout import GroupLayout
 from .checks import (
     check_bias,
     check_codes,
@@ -13,6 +12,7 @@ from .checks import (
     check_group_size,
     check_scales,
 )
+from .groups import empty_quantized
 from .operators import operator
 from .quantization import quantize
 
@@ -125,11 +125,9 @@ def _(
 
 
 def _fake_requantized(
-    a: Tensor, b: Tensor, a_scales: Tensor | None, *, group_size: int, **_: Tensor | None
+    a: Tensor, b: Tensor, _: Tensor | None, *, group_size: int, **__: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    rows, columns = a.shape[0], b.shape[1]
-    n_groups = GroupLayout(rows, columns, group_size).n_groups
-    return a.new_empty((rows, columns)), a.new_empty((rows, n_groups), dtype=torch.float32)
+    return empty_quantized(a.shape[0], b.shape[1], group_size, a.device)
 
 
 @operator(fake=_fake_requantized, composed=True)

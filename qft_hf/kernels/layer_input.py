@@ -4,17 +4,16 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS, check_matrix
-from .groups import quantized
+from .groups import empty_quantized, quantized
 from .operators import operator
 
 MAGNITUDE = 0x7FFFFFFF  # FP32 bits without the sign: as integers in the order of the magnitudes
 
 
 def _fake(x: Tensor, *, n_outliers: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = x.shape[0]
+    rows, columns = x.shape
     return (
-        torch.empty_like(x, dtype=torch.int8),
-        x.new_empty((rows, 1), dtype=torch.float32),
+        *empty_quantized(rows, columns, None, x.device),
         x.new_empty(n_outliers, dtype=torch.int64),
         x.new_empty((n_outliers, rows)).t(),
     )

@@ -17,7 +17,7 @@ from .gradients import squared_norms
 from .groups import expanded, quantized
 from .nibbles import load_nibbles, round_to_nibbles
 from .operators import operator
-from .philox import MOMENTUM, random_words
+from .philox import MOMENTUM
 from .quantization import quantize
 from .values import N_LIVE, Lion, Quantized, Rounding, Weight, read_live
 from .weight import WRITES, check_weight_values, row_chunks, step_rows_
@@ -82,21 +82,14 @@ def lion_step_(
         direction = (m * rule.beta1).add_(g * (1 - rule.beta1)).sign_()
         m = m.mul_(rule.beta2).add_(g.mul_(1 - rule.beta2))
         if momentum.bits == 4:
-            stored = round_to_nibbles(m, _nibble_words(stored[0], rows, rounding))
+            words = None
+            if rounding.stochastic:
+                words = rounding.words(rows, stored[0].shape[1], m.device, MOMENTUM)
+            stored = round_to_nibbles(m, words)
         else:
             stored = quantized(m, momentum.group_size)
         momentum.codes[rows], momentum.scales[rows] = stored
         step_rows_(weight, direction, rows, rule.lr, rule.weight_decay, rounding)
-
-
-def _nibble_words(packed: Tensor, rows: slice, rounding: Rounding) -> Tensor | None:
-    if not rounding.stochastic:
-        return None
-    counted = slice(rounding.first_row + rows.start, rounding.first_row + rows.stop)
-    return random_words(
-        counted, packed.shape[1], seed=rounding.seed, step=rounding.step, stream=rounding.stream,
-        purpose=MOMENTUM, device=packed.device,
-    )  # fmt: skip
 
 
 def _check_momentum(weight: Weight, momentum: Quantized, group_size: int | None) -> None:

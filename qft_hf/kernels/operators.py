@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import update_wrapper
 from inspect import Parameter, signature
+from itertools import islice
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -156,15 +157,13 @@ class Operator:
         device = tensor.device
         if self._check_values is not None and device.type == "cpu":
             self._check_values(*arguments, **options)
-        function = self._choose(device)
+        function = self._chosen.get(device) or self._choose(device)
         if self._takes is not None and not self._takes(*arguments, **options):
             function = self.reference
         return function(*arguments, **options)
 
     def _choose(self, device: torch.device) -> Function:
-        function = self._chosen.get(device)
-        if function is None:
-            function = self._chosen[device] = self._implementation(device)
+        function = self._chosen[device] = self._implementation(device)
         return function
 
     def _implementation(self, device: torch.device) -> Function:
@@ -187,15 +186,17 @@ class Operator:
         results = hints.pop("return")
         parameters = signature(self.reference).parameters
         n_positional = sum(p.kind is not Parameter.KEYWORD_ONLY for p in parameters.values())
-        makers = [(name, *_maker(hints[name])) for name in parameters]
+        makers = {
+            name: getattr(kind, "around", kind) for name, kind in hints.items() if _is_value(kind)
+        }
         schema = f"({', '.join(flat)}) -> {_result_schema(results)}"
         full_name = f"qft_hf::{self.name}"
 
         def whole(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            made, start = {}, 0
-            for name, make, n_fields in makers:
-                made[name] = make(*values[start : start + n_fields])
-                start += n_fields
+            left, made = iter(values), {}
+            for name in parameters:
+                parts = islice(left, len(self._members[name]))
+                made[name] = makers[name](*parts) if name in makers else next(left)
             return tuple(made.pop(name) for name in list(made)[:n_positional]), made
 
         def run(*values: Any) -> Any:
@@ -276,17 +277,6 @@ def _field_types(kind: Any) -> dict[str, Any]:
     if is_dataclass(kind):
         return {f.name: hints[f.name] for f in fields(kind) if f.init}
     return {name: hints[name] for name in kind._fields}
-
-
-def _maker(kind: Any) -> tuple[Function, int]:
-    """Return the function that builds an argument of this type, and its number of parts."""
-    if not _is_value(kind):
-        return _itself, 1
-    return getattr(kind, "around", kind), len(_field_types(kind))
-
-
-def _itself(value: Any) -> Any:
-    return value
 
 
 def _flat_arguments(function: Function, writes: tuple[str, ...]) -> list[str]:

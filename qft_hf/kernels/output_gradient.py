@@ -4,28 +4,18 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS, check_matrix, check_scales
-from .groups import QMAX, absmax_scale, quantized
+from .groups import QMAX, absmax_scale, empty_quantized, quantized
 from .operators import operator
 from .philox import random_words, weight_uniform
+from .weight import row_chunks
 
 ROWS, COLUMNS = 0, 1  # streams of the random numbers
-
-CHUNK_ELEMENTS = 2**16  # rounded at a time, so that temporaries stay in the cache
 
 
 def _fake(
     gradient: Tensor, row_factors: Tensor | None, column_factors: Tensor | None, **_: object
 ) -> tuple[Tensor, ...]:
-    tokens, outputs = gradient.shape
-    forms = []
-    for factors, rows, columns in (
-        (row_factors, tokens, outputs),
-        (column_factors, outputs, tokens),
-    ):
-        shape = (rows, columns) if factors is not None else (0, 0)
-        forms.append(gradient.new_empty(shape, dtype=torch.int8))
-        forms.append(gradient.new_empty((shape[0], 1), dtype=torch.float32))
-    return tuple(forms)
+    return empty_forms(gradient, row_factors, column_factors)
 
 
 @operator(fake=_fake)
@@ -108,20 +98,29 @@ def _(
         check_scales("column_factors", column_factors, (tokens, 1), gradient.device)
 
 
+def empty_forms(
+    gradient: Tensor, row_factors: Tensor | None, column_factors: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes and scales of both forms, undefined; empty if a form is left out."""
+    tokens, outputs = gradient.shape
+    of_rows = (tokens, outputs) if row_factors is not None else (0, 0)
+    of_columns = (outputs, tokens) if column_factors is not None else (0, 0)
+    device = gradient.device
+    return (*empty_quantized(*of_rows, None, device), *empty_quantized(*of_columns, None, device))
+
+
 def _quantize_rows(
     values: Tensor, *, stochastic: bool, seed: int, stream: int
 ) -> tuple[Tensor, Tensor]:
     if not stochastic:
         return quantized(values, None)
-    n_rows, columns = values.shape
+    columns = values.shape[1]
     absmax = values.abs().amax(dim=1, keepdim=True)
     scales = absmax_scale(absmax)
     inverse = torch.ones_like(scales) / scales
     bits = absmax.view(torch.int32).flatten().long()
     codes = torch.empty_like(values, dtype=torch.int8)
-    chunk = max(1, CHUNK_ELEMENTS // columns)
-    for start in range(0, n_rows, chunk):
-        rows = slice(start, min(start + chunk, n_rows))
+    for rows in row_chunks(codes):
         words = random_words(
             rows, columns, seed=seed, step=bits[rows], stream=stream, device=values.device
         )

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from ..layout import GroupLayout
 from .checks import (
     FLOATS,
     check_float_dtype,
@@ -12,15 +11,14 @@ from .checks import (
     check_row_values,
     check_rows,
 )
-from .groups import expanded, quantized
+from .groups import empty_quantized, expanded, quantized
 from .operators import operator
 from .values import Weight
 
 
 def _fake_quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
-    layout = GroupLayout(x.shape[0], x.shape[1], group_size)
-    scales = x.new_empty((layout.rows, layout.n_groups), dtype=torch.float32)
-    return torch.empty_like(x, dtype=torch.int8), scales
+    rows, columns = x.shape
+    return empty_quantized(rows, columns, group_size, x.device)
 
 
 @operator(fake=_fake_quantize)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import layout
-from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, GroupLayout
+from ..layout import NIBBLE_GROUP_SIZE, NIBBLES, n_groups
 from .checks import check_group_size, check_matrix, check_same, check_scales
+from .philox import WEIGHT, random_words
 
 # Columns of a `live` tensor, whose row holds the numbers of a step of one parameter: lr, weight
 # decay, the number of the step, and what the rule adds.
@@ -58,8 +59,7 @@ class Quantized:
                 )
             group_size = NIBBLE_GROUP_SIZE // NIBBLES  # in bytes
         rows, width = self.codes.shape
-        n_groups = GroupLayout(rows, width, group_size).n_groups
-        check_scales("scales", self.scales, (rows, n_groups), self.codes.device)
+        check_scales("scales", self.scales, (rows, n_groups(width, group_size)), self.codes.device)
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +113,7 @@ class Weight:
         check_matrix("weight codes", codes, (torch.int8,))
         check_group_size(self.group_size)
         rows, width = codes.shape
-        n_groups = GroupLayout(rows, width, self.group_size).n_groups
-        check_scales("scales", self.scales, (rows, n_groups), codes.device)
+        check_scales("scales", self.scales, (rows, n_groups(width, self.group_size)), codes.device)
         if (
             values.ndim != 2
             or values.shape[0] != codes.shape[0]
@@ -212,7 +211,7 @@ class Moments:
         check_same("root codes", self.root_codes, self.ratio_codes)
         check_group_size(self.group_size)
         rows, columns = self.ratio_codes.shape
-        shape = rows, GroupLayout(rows, columns, self.group_size).n_groups
+        shape = rows, n_groups(columns, self.group_size)
         check_scales("ratio scales", self.ratio_scales, shape, self.ratio_codes.device)
         check_scales("root scales", self.root_scales, shape, self.ratio_codes.device)
 
@@ -266,6 +265,16 @@ class Rounding(NamedTuple):
         if not rows.start:
             return self
         return self._replace(first_row=self.first_row + rows.start)
+
+    def words(
+        self, rows: slice, columns: int, device: torch.device, purpose: int = WEIGHT
+    ) -> Tensor:
+        """Return a random word for each element of some of the rows; see `random_words`."""
+        counted = slice(self.first_row + rows.start, self.first_row + rows.stop)
+        return random_words(
+            counted, columns, seed=self.seed, step=self.step, stream=self.stream,
+            purpose=purpose, device=device,
+        )  # fmt: skip
 
 
 class Roundings(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import check_column_values, check_finite, check_live, check_matrix, check_same
 from .groups import QMAX, TINY, group_absmax, scale_groups_, spread_groups
 from .operators import operator
-from .philox import random_words, weight_uniform
+from .philox import weight_uniform
 from .values import N_LIVE, Lion, Rounding, Weight, read_live
 
 # A scale is sticky: it changes only when a value no longer fits the codes or when all codes of the
@@ -122,12 +122,7 @@ def step_rows_(
 
     uniform = torch.full_like(code, 0.5)
     if rounding.stochastic:
-        counted = slice(rounding.first_row + rows.start, rounding.first_row + rows.stop)
-        words = random_words(
-            counted, columns, seed=rounding.seed, step=rounding.step, stream=rounding.stream,
-            device=codes.device,
-        )  # fmt: skip
-        uniform = weight_uniform(words)
+        uniform = weight_uniform(rounding.words(rows, columns, codes.device))
     new_code = code.add_((uniform - decrease).floor_())
     if not bool(fits.all()):
         new_scale = (scale * (absmax * (1.0 / RANGE_TARGET))).clamp_min_(TINY)

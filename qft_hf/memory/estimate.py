@@ -19,9 +19,9 @@ from ..layout import (
     SCALE_BYTES,
     STATE_GROUP_SIZE,
     TILE_ELEMENTS,
-    GroupLayout,
     outlier_bytes,
     outliers_per_row,
+    quantized_bytes,
 )
 from ..nn import ConversionPlan, arrangement_of, conversion_plan, own_weights, product_choices
 from ..nn.int8 import min_tokens_of_expert
@@ -271,7 +271,7 @@ def state_kinds(
     floats = [parameter for parameter in every_float if parameter.requires_grad]
     own = [rows.own(shape) for shape in trained_shapes(plan)]
     n_tensors = 2 * len(own) + len(floats)
-    of_gradients = [GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes for shape in own]
+    of_gradients = [quantized_bytes(*shape, STATE_GROUP_SIZE) for shape in own]
     waits = optimizer.gradient == "stack"
     gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if waits else 0
     weights = [
@@ -301,9 +301,9 @@ def largest_gradients(plan: ConversionPlan) -> tuple[int, int]:
     largest = [0, 0]
     for name, weight in plan.weights.items():
         if weight.requires_grad:
-            layout = GroupLayout(*plan.arrangements[name].matrix_shape, STATE_GROUP_SIZE)
+            size = quantized_bytes(*plan.arrangements[name].matrix_shape, STATE_GROUP_SIZE)
             kind = id(weight) in multiplied
-            largest[kind] = max(largest[kind], layout.stored_bytes)
+            largest[kind] = max(largest[kind], size)
     return largest[0], largest[1]
 
 
@@ -320,7 +320,7 @@ def weight_kinds(plan: ConversionPlan, spec: QuantizationSpec) -> list[tuple[str
     """Return kind, number of tensors and bytes of everything that is stored of INT8 weights."""
     shapes = [arrangement.matrix_shape for arrangement in plan.arrangements.values()]
     codes = sum(rows * columns for rows, columns in shapes)
-    stored = sum(GroupLayout(*shape, spec.group_size).stored_bytes for shape in shapes)
+    stored = sum(quantized_bytes(*shape, spec.group_size) for shape in shapes)
     n_outliers = [
         rows * outliers_per_row(columns, spec.outlier_fraction) for rows, columns in shapes
     ]

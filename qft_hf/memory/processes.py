@@ -12,8 +12,8 @@ from ..layout import (
     FP64_BYTES,
     OUTLIER_VALUE_BYTES,
     STATE_GROUP_SIZE,
-    GroupLayout,
     outliers_per_row,
+    quantized_bytes,
     rows_of_process,
 )
 from ..optim.processes import HEADER_BYTES
@@ -35,13 +35,13 @@ class Rows:
 
     def gradient_bytes(self, shape: Shape) -> int:
         """Return the bytes of a weight's gradient that each process sends to the first one."""
-        return HEADER_BYTES + GroupLayout(*self.own(shape), STATE_GROUP_SIZE).stored_bytes
+        return HEADER_BYTES + quantized_bytes(*self.own(shape), STATE_GROUP_SIZE)
 
     def updated_bytes(self, shape: Shape) -> int:
         """Return the bytes of an updated weight that each process sends to all others."""
         rows, columns = self.own(shape)
         outliers = outliers_per_row(columns, self.spec.outlier_fraction) * OUTLIER_VALUE_BYTES
-        return GroupLayout(rows, columns, self.spec.group_size).stored_bytes + rows * outliers
+        return quantized_bytes(rows, columns, self.spec.group_size) + rows * outliers
 
     def in_transit_bytes(self, shapes: list[Shape], *, gradient: str) -> int:
         """Return the most bytes of rows being sent and received that are alive in backward.
@@ -57,7 +57,7 @@ class Rows:
         copies = self.n_processes + 1 if gradient == "release" else 0
         before, most = 0, 0
         for shape in reversed(shapes):
-            sent = GroupLayout(*shape, STATE_GROUP_SIZE).stored_bytes
+            sent = quantized_bytes(*shape, STATE_GROUP_SIZE)
             sent += self.n_processes * HEADER_BYTES
             received = self.n_processes * self.gradient_bytes(shape)
             updated = copies * self.updated_bytes(shape)

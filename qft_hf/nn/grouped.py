@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.groups import TINY
-from ..layout import STATE_GROUP_SIZE, GroupLayout, matrices_of_a_tile
+from ..layout import STATE_GROUP_SIZE, matrices_of_a_tile, n_groups
 from ..quant import QFTWeight, Tiles
 from . import int8
 from .functional import (
@@ -289,9 +289,8 @@ def _below_each_other(tiles: dict[int, Tiles], weight: QFTWeight) -> Tiles:
 
     def make_quantized(rows: slice) -> tuple[Tensor, Tensor]:
         n, found = parts(rows)
-        n_groups = GroupLayout(n, columns, STATE_GROUP_SIZE).n_groups
         codes = torch.zeros(n, columns, dtype=torch.int8, device=weight.device)
-        scales = torch.full((n, n_groups), TINY, device=weight.device)
+        scales = torch.full((n, n_groups(columns, STATE_GROUP_SIZE)), TINY, device=weight.device)
         for of_expert, own, place in found:
             codes[place], scales[place] = of_expert.quantized(own)
         return codes, scales

@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from .. import kernels
 from ..kernels.adamw import ROOT_TINY, exact_sqrt
-from ..layout import STATE_GROUP_SIZE, GroupLayout
+from ..layout import STATE_GROUP_SIZE, n_groups
 from ..quant import QFTWeight
 from .base import QFTOptimizer
 from .settings import check_betas
@@ -89,7 +89,7 @@ class QFTAdamW(QFTOptimizer):
                 "second_moment": StateTensor(torch.float32, shape, is_signed=False),
             }
         shape = rows, columns = parameter.arrangement.matrix_shape
-        groups = (rows, GroupLayout(rows, columns, STATE_GROUP_SIZE).n_groups)
+        groups = (rows, n_groups(columns, STATE_GROUP_SIZE))
         return {
             "ratio_codes": StateTensor(torch.int8, shape),
             "ratio_scales": StateTensor(torch.float32, groups, fill=1.0, is_signed=False),

@@ -135,13 +135,13 @@ class QFTLion(QFTOptimizer):
             kernels.quantize_and_lion_step_(
                 weight if is_whole else weight.rows(rows),
                 momentum if is_whole else momentum.rows(rows),
-                tile,
+                gradient.tile_of(rows),
                 factor=factor,
                 group_size=STATE_GROUP_SIZE,
                 rule=rule,
                 rounding=rounding.of_rows(rows),
             )
-            for rows, tile in gradient.tiles()
+            for rows in gradient.rows
         ]
         return squares[0] if is_whole else torch.cat(squares)
 

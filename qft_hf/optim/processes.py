@@ -44,7 +44,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import kernels
-from ..layout import STATE_GROUP_SIZE, GroupLayout, rows_of_process
+from ..layout import STATE_GROUP_SIZE, n_groups, rows_of_process
 from ..quant import QFTWeight, quantized
 from ..quant.own_rows import OwnTiles
 from .failures import LOOK_SECONDS, Failures
@@ -278,9 +278,8 @@ class Processes:
         n_rows, columns = weight.arrangement.matrix_shape
         given, weight.grad = weight.grad, None
         if given is None:
-            n_groups = GroupLayout(n_rows, columns, STATE_GROUP_SIZE).n_groups
             codes = torch.zeros(n_rows, columns, dtype=torch.int8, device=weight.device)
-            scales = torch.zeros(n_rows, n_groups, device=weight.device)
+            scales = torch.zeros(n_rows, n_groups(columns, STATE_GROUP_SIZE), device=weight.device)
         else:
             codes, scales = quantized(given, weight).stored.tensors
         is_used = torch.full(
@@ -322,8 +321,7 @@ class Processes:
         own = self.own_rows(weight)
         n_own, columns = own.stop - own.start, weight.arrangement.columns
         scales = received[:, HEADER_BYTES:].contiguous().view(torch.float32)
-        n_groups = GroupLayout(1, columns, STATE_GROUP_SIZE).n_groups
-        scales = scales.view(self.n, n_own, n_groups)
+        scales = scales.view(self.n, n_own, n_groups(columns, STATE_GROUP_SIZE))
         codes = exchange.codes.received.view(torch.int8).view(self.n, n_own, columns)
         n = scales.new_full((1,), self.n)  # for a number, CUDA multiplies by its reciprocal
 

@@ -68,6 +68,7 @@ class QFTSGD(QFTOptimizer):
                 weight_decay=float(group["weight_decay"]),
                 rounding=rounding.of_rows(rows),
             )
+            del direction  # before the next one is expanded
 
     def step_floats(
         self,

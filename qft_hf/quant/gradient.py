@@ -4,14 +4,15 @@ If a gradient is used as soon as it is complete, backward returns a `TiledGradie
 is computed in float, one tile of rows at a time, when it is used.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from .. import kernels
-from ..layout import STATE_GROUP_SIZE, GroupLayout
+from ..kernels.groups import empty_quantized
+from ..layout import STATE_GROUP_SIZE
 from .arrangement import Arrangement
 from .reading import aten, read
 from .tensor import Int8Tensor
@@ -75,12 +76,8 @@ class Int8Gradient(Int8Tensor):
         cls, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device | str
     ) -> Self:
         """Return a gradient of zeros: with codes of 0 any finite scale is valid."""
-        n_groups = GroupLayout(rows, columns, STATE_GROUP_SIZE).n_groups
-        return cls(
-            torch.zeros(rows, columns, dtype=torch.int8, device=device),
-            torch.ones(rows, n_groups, dtype=torch.float32, device=device),
-            dtype=dtype,
-        )
+        codes, scales = empty_quantized(rows, columns, STATE_GROUP_SIZE, device)
+        return cls(codes.zero_(), scales.fill_(1.0), dtype=dtype)
 
     def set_rows_(self, rows: slice, gradient: Tensor) -> None:
         """Quantize a float gradient `[n, columns]` into `n` rows."""
@@ -154,10 +151,9 @@ class TiledGradient(Int8Tensor):
         self.rows = rows
         self.arrangement = arrangement
 
-    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield each range of rows with its contiguous float gradient."""
-        for rows in self.rows:
-            yield rows, self.tile_source.make(rows).contiguous()
+    def tile_of(self, rows: slice) -> Tensor:
+        """Return the float gradient of one of the ranges, contiguous."""
+        return self.tile_source.make(rows).contiguous()
 
     def values(self) -> Tensor:
         """Return the values of its INT8 form, as a plain tensor of the outer dtype."""
@@ -168,10 +164,8 @@ class TiledGradient(Int8Tensor):
         if len(self.rows) == 1:
             codes, scales = self.tile_source.quantized(self.rows[0])
         else:
-            n_rows, columns = self.arrangement.matrix_shape
-            n_groups = GroupLayout(n_rows, columns, STATE_GROUP_SIZE).n_groups
-            codes = torch.empty(n_rows, columns, dtype=torch.int8, device=self.device)
-            scales = torch.empty(n_rows, n_groups, dtype=torch.float32, device=self.device)
+            shape = self.arrangement.matrix_shape
+            codes, scales = empty_quantized(*shape, STATE_GROUP_SIZE, self.device)
             for rows in self.rows:
                 codes[rows], scales[rows] = self.tile_source.quantized(rows)
         return Int8Gradient(codes, scales, dtype=self.dtype, arrangement=self.arrangement)

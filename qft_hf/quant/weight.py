@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .. import kernels, layout
 from ..config import QuantizationSpec
 from ..kernels.checks import fits
-from ..layout import INT16_COLUMNS, GroupLayout, outliers_per_row
+from ..kernels.groups import QMAX, empty_quantized, spread_groups
+from ..layout import INT16_COLUMNS, outliers_per_row
 from .arrangement import Arrangement
 from .gradient import Int8Gradient, TiledGradient, Tiles
 from .reading import aten, read, view, warn_of_memory
@@ -195,12 +196,10 @@ class QFTWeight(Int8Tensor):
     ) -> Self:
         """Return a weight whose fields have the right shapes and undefined values."""
         rows, columns = arrangement.matrix_shape
-        layout = GroupLayout(rows, columns, spec.group_size)
         n_outliers = outliers_per_row(columns, spec.outlier_fraction)
         column_dtype = torch.int16 if columns <= INT16_COLUMNS else torch.int32
         return cls(
-            torch.empty(rows, columns, dtype=torch.int8, device=device),
-            torch.empty(rows, layout.n_groups, dtype=torch.float32, device=device),
+            *empty_quantized(rows, columns, spec.group_size, device),
             torch.empty(rows, n_outliers, dtype=torch.float32, device=device),
             torch.empty(rows, n_outliers, dtype=column_dtype, device=device),
             group_size=spec.group_size,
@@ -391,9 +390,9 @@ def _clamp_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     if not low <= 0 <= high:  # codes under outliers are 0 and must stay 0
         return read(operator, args, kwargs)  # raises
     columns = weight.codes.shape[1]
-    scales = weight.scales.repeat_interleave(weight.group_size or columns, dim=1)[:, :columns]
-    lowest = (low / scales).ceil_().clamp_(min=-127)
-    highest = (high / scales).floor_().clamp_(max=127)
+    scales = spread_groups(weight.scales, columns, weight.group_size)
+    lowest = (low / scales).ceil_().clamp_(min=-QMAX)
+    highest = (high / scales).floor_().clamp_(max=QMAX)
     weight.codes.copy_(weight.codes.float().clamp_(lowest, highest))
     weight.outlier_values.clamp_(low, high)
     weight.fields_changed()

@@ -267,9 +267,7 @@ def test_roots_and_ratios_are_rounded_without_bias():
 
 def test_weight_root_and_ratio_are_rounded_by_independent_numbers():
     """All three are bits of one word; correlations are within five standard errors of zero."""
-    words = kernels.adamw.random_words(
-        slice(0, 100), 1000, seed=1, step=2, stream=3, device=torch.device("cpu")
-    )
+    words = Rounding(1, 2, 3).words(slice(0, 100), 1000, torch.device("cpu"))
     like = torch.empty(100, 1000)
     root, ratio = adamw._moment_uniforms(like, Rounding(1, 2, 3))
     weight = (words >> 8).double() / 2**24

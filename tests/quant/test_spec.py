@@ -2,13 +2,14 @@
 
 import pytest
 
+from qft_hf import layout
 from qft_hf.config import QuantizationSpec
 from qft_hf.layout import (
     STATE_GROUP_SIZE,
-    GroupLayout,
     outlier_bytes,
     outlier_index_bytes,
     outliers_per_row,
+    quantized_bytes,
 )
 
 
@@ -59,10 +60,8 @@ def test_seed_must_fit_63_bits(seed):
     ],
 )
 def test_groups_of_a_row(columns, group_size, n_groups):
-    layout = GroupLayout(7, columns, group_size)
-
-    assert layout.n_groups == n_groups
-    assert layout.stored_bytes == 7 * columns + 7 * n_groups * 4
+    assert layout.n_groups(columns, group_size) == n_groups
+    assert quantized_bytes(7, columns, group_size) == 7 * columns + 7 * n_groups * 4
 
 
 @pytest.mark.parametrize(
@@ -84,9 +83,9 @@ def test_states_of_a_llama_matrix_cost_what_the_design_says():
     """At most 3.11 bytes per parameter with 1 % outliers: 19.5 % of FP32 Adam."""
     rows, columns = 11008, 4096
     total = (
-        GroupLayout(rows, columns, None).stored_bytes
+        quantized_bytes(rows, columns, None)
         + outlier_bytes(rows, columns, 0.01)
-        + 2 * GroupLayout(rows, columns, STATE_GROUP_SIZE).stored_bytes
+        + 2 * quantized_bytes(rows, columns, STATE_GROUP_SIZE)
     )
 
     assert total / (rows * columns) <= 3.11

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import dequantized_product as operators
 from ..values import Weight
+from .quantization import expand_row
 from .threads import for_each_row_range, n_ranges
 
 _f32 = np.float32
@@ -90,12 +91,7 @@ def _multiply_rows(
         if n_groups == 1:
             _multiply_row(codes[row], scales[row, 0], kind, x, y[row])
         else:
-            for group in range(n_groups):
-                first = group * group_size
-                last = min(first + group_size, columns)
-                code, value, scale = codes[row, first:last], values[first:last], scales[row, group]
-                for j in range(last - first):
-                    value[j] = _f32(code[j]) * scale
+            expand_row(codes[row], scales[row], group_size, values)
             _multiply_row(values, _ONE, kind, x, y[row])
         for k in range(outlier_values.shape[1]):
             outlier = round_to(kind, outlier_values[row, k])

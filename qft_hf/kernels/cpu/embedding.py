@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import embedding as operators
 from ..values import Quantized
-from .quantization import largest_magnitude, quantize_group
+from .quantization import quantize_row
 from .threads import for_each_row_range, n_ranges
 
 
@@ -21,12 +21,7 @@ def _sum_rows(codes, scales, gradient, order, used, ends, group_size, start, sto
             values = gradient[order[position]]
             for j in range(columns):
                 sums[j] += values[j]
-        for group in range(scales.shape[1]):
-            first = group * group_size
-            last = min(first + group_size, columns)
-            values = sums[first:last]
-            largest = largest_magnitude(values)
-            scales[row, group] = quantize_group(values, codes[row, first:last], largest)
+        quantize_row(sums, codes[row], scales[row], group_size)
 
 
 @njit(nogil=True, cache=True)

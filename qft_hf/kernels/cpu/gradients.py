@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import gradients as operators
 from ..values import Quantized
-from .quantization import largest_magnitude, quantize_group
+from .quantization import quantize_group
 from .threads import for_each_row_range, n_ranges
 
 _f32 = np.float32
@@ -25,9 +25,7 @@ def _accumulate_rows(codes, scales, other_codes, other_scales, group_size, start
             scale, other_scale = scales[row, group], other_scales[row, group]
             for j in range(last - first):
                 total[j] = _f32(code[j]) * scale + _f32(other[j]) * other_scale
-            values = total[: last - first]
-            largest = largest_magnitude(values)
-            scales[row, group] = quantize_group(values, code, largest)
+            scales[row, group] = quantize_group(total[: last - first], code)
 
 
 @njit(nogil=True, cache=True)

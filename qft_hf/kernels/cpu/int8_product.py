@@ -7,10 +7,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ...layout import GroupLayout
 from .. import int8_product as operators
+from ..groups import empty_quantized
 from .bf16 import float_array, store_row, widen
-from .quantization import largest_magnitude, quantize_group
+from .quantization import quantize_row
 from .threads import for_each_row_range, n_ranges
 
 _f32 = np.float32
@@ -80,20 +80,15 @@ def _scale(sums, a_scales, b_scales, bias, columns, given, out, first_column, n_
 def _quantize_rows(
     sums, a_scales, columns, given, codes, scales, first_column, group_size, start, stop
 ):
-    n_columns = sums.shape[1]
+    n_columns, first_group = sums.shape[1], first_column // group_size
+    last_group = first_group + (n_columns + group_size - 1) // group_size
     ones, none = np.ones(n_columns, np.float32), np.empty(0, np.float32)
     values = np.empty(n_columns, np.float32)
     for row in range(start, stop):
         _scale_row(sums[row], a_scales[row], ones, none, values)
         _place(values, columns, given, row, first_column)
-        code, scale = codes[row], scales[row]
-        for first in range(0, n_columns, group_size):
-            last = min(first + group_size, n_columns)
-            group = values[first:last]
-            largest = largest_magnitude(group)
-            scale[(first_column + first) // group_size] = quantize_group(
-                group, code[first_column + first : first_column + last], largest
-            )
+        code = codes[row, first_column : first_column + n_columns]
+        quantize_row(values, code, scales[row, first_group:last_group], group_size)
 
 
 @njit(nogil=True, cache=True)
@@ -147,9 +142,7 @@ def requantized_matmul(
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
     rows, n_columns = a.shape[0], b.shape[1]
-    codes = torch.empty(rows, n_columns, dtype=torch.int8)
-    n_groups = GroupLayout(rows, n_columns, group_size).n_groups
-    scales = torch.empty(rows, n_groups, dtype=torch.float32)
+    codes, scales = empty_quantized(rows, n_columns, group_size)
     codes_array, scales_array = codes.numpy(), scales.numpy()
     factors = _factors(a_scales, rows)
     numbers, given = _given(columns, values)

@@ -4,18 +4,16 @@ import numpy as np
 from numba import njit
 
 from .. import lion as operators
-from ..groups import MAGIC, QMAX, TINY
 from ..philox import LANES, MOMENTUM
 from ..values import Lion, Quantized, Rounding, Weight, read_live
 from .nibbles import load_nibbles, nibble_uniforms, round_to_nibbles
 from .philox import random_row
-from .quantization import absmax
+from .quantization import quantize_group
 from .threads import for_each_row_range, n_ranges
 from .weight import FASTMATH, draw_row, rounding_numbers, step_weight_row, weight_buffers
 
 _f32 = np.float32
-_MAGIC, _QMAX, _TINY, _PER_QMAX = _f32(MAGIC), _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
-_ZERO, _HALF, _ONE = _f32(0.0), _f32(0.5), _f32(1.0)
+_ZERO, _HALF = _f32(0.0), _f32(0.5)
 _MOMENTUM = np.uint64(MOMENTUM)
 
 
@@ -65,14 +63,7 @@ def _lion_rows(
                     direction[j], momentum[j] = _lion(
                         m, g, beta1, one_minus_beta1, beta2, one_minus_beta2
                     )
-                scale = absmax(momentum) * _PER_QMAX
-                if scale < _TINY:
-                    scale = _TINY
-                momentum_scales[row, group] = scale
-                inverse = _ONE / scale
-                for j in range(last - first):
-                    value = (momentum[j] * inverse + _MAGIC) - _MAGIC
-                    momentum_code[j] = np.int8(min(max(value, -_QMAX), _QMAX))
+                momentum_scales[row, group] = quantize_group(momentum, momentum_code)
         if is_packed:
             if stochastic:
                 random_row(words, first_row + row, seed, step, stream, _MOMENTUM)

@@ -10,7 +10,7 @@ from numba import njit
 from torch import Tensor
 
 from .. import output_gradient as operators
-from ..groups import QMAX, TINY, absmax_scale
+from ..groups import QMAX, TINY, absmax_scale, empty_quantized
 from ..output_gradient import COLUMNS, ROWS
 from ..philox import LANES, WEIGHT
 from .bf16 import float_array, widen
@@ -177,8 +177,7 @@ def _columns(gradient, factors, maxima, packed_codes, seed, n_blocks, n_ranges):
 
 def _by_rows(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     tokens, outputs = gradient.shape
-    codes = torch.empty(tokens, outputs, dtype=torch.int8)
-    scales = torch.empty(tokens, 1, dtype=torch.float32)
+    codes, scales = empty_quantized(tokens, outputs, None)
     others = (factors.view(-1), codes, scales.view(-1))
     arrays = [float_array(gradient), *(tensor.numpy() for tensor in others)]
     _rows(*arrays, _u64(seed), n_ranges(tokens, outputs))
@@ -210,7 +209,7 @@ def quantize_gradient(
         return operators.quantize_gradient.reference(
             gradient, row_factors, column_factors, stochastic=False, seed=seed
         )
-    empty = torch.empty(0, 0, dtype=torch.int8), torch.empty(0, 1, dtype=torch.float32)
+    empty = empty_quantized(0, 0, None)
     rows = empty if row_factors is None else _by_rows(gradient, row_factors, seed)
     columns = empty if column_factors is None else _by_columns(gradient, column_factors, seed)
     return (*rows, *columns)

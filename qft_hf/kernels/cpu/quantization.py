@@ -5,9 +5,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ...layout import GroupLayout
 from .. import quantization as operators
-from ..groups import MAGIC, QMAX, TINY
+from ..groups import MAGIC, QMAX, TINY, empty_quantized
 from ..values import Weight
 from .bf16 import float_array, store_row, widen
 from .threads import for_each_row_range, n_ranges
@@ -17,22 +16,6 @@ _MAGIC, _QMAX, _TINY, _PER_QMAX = _f32(MAGIC), _f32(QMAX), _f32(TINY), _f32(1.0 
 _ONE = _f32(1.0)
 _MAGNITUDE = np.int32(0x7FFFFFFF)  # FP32 without its sign: as an integer it orders magnitudes
 _INFINITY = np.int32(0x7F800000)  # as an integer; every NaN is larger
-
-
-@njit(inline="always", error_model="numpy")
-def quantize_group(values, codes, bits_of_absmax):
-    """Write the codes of one group of FP32 `values` and return its scale."""
-    scale = np.int32(bits_of_absmax).view(np.float32) * _PER_QMAX
-    if bits_of_absmax >= _INFINITY:
-        codes[:] = 0
-        return scale
-    if scale < _TINY:
-        scale = _TINY
-    inverse = _ONE / scale
-    for j in range(values.shape[0]):
-        value = (values[j] * inverse + _MAGIC) - _MAGIC
-        codes[j] = np.int8(min(max(value, -_QMAX), _QMAX))
-    return scale
 
 
 @njit(inline="always")
@@ -60,6 +43,43 @@ def absmax(values):
     return np.int32(largest_magnitude(values)).view(np.float32)
 
 
+@njit(inline="always", error_model="numpy")
+def quantize_group(values, codes):
+    """Write the codes of one group of FP32 `values` and return its scale."""
+    bits_of_absmax = largest_magnitude(values)
+    scale = np.int32(bits_of_absmax).view(np.float32) * _PER_QMAX
+    if bits_of_absmax >= _INFINITY:
+        codes[:] = 0
+        return scale
+    if scale < _TINY:
+        scale = _TINY
+    inverse = _ONE / scale
+    for j in range(values.shape[0]):
+        value = (values[j] * inverse + _MAGIC) - _MAGIC
+        codes[j] = np.int8(min(max(value, -_QMAX), _QMAX))
+    return scale
+
+
+@njit(inline="always", error_model="numpy")
+def quantize_row(values, codes, scales, group_size):
+    """Write the codes and scales of one row of FP32 `values`."""
+    for group in range(scales.shape[0]):
+        first = group * group_size
+        last = min(first + group_size, values.shape[0])
+        scales[group] = quantize_group(values[first:last], codes[first:last])
+
+
+@njit(inline="always")
+def expand_row(codes, scales, group_size, values):
+    """Write `codes * scale` of one row to FP32 `values`."""
+    for group in range(scales.shape[0]):
+        first = group * group_size
+        last = min(first + group_size, values.shape[0])
+        code, value, scale = codes[first:last], values[first:last], scales[group]
+        for j in range(last - first):
+            value[j] = _f32(code[j]) * scale
+
+
 @njit(nogil=True, error_model="numpy", cache=True)
 def _quantize_rows(x, is_zero, codes, scales, group_size, start, stop):
     columns = x.shape[1]
@@ -75,12 +95,7 @@ def _quantize_rows(x, is_zero, codes, scales, group_size, start, stop):
         else:
             for j in range(columns):
                 row_values[j] = widen(elements[j])
-        for group in range(scales.shape[1]):
-            first = group * group_size
-            last = min(first + group_size, columns)
-            values = row_values[first:last]
-            largest = largest_magnitude(values)
-            scales[row, group] = quantize_group(values, codes[row, first:last], largest)
+        quantize_row(row_values, codes[row], scales[row], group_size)
 
 
 @njit(nogil=True, cache=True)
@@ -93,16 +108,10 @@ def _quantize(x, is_zero, codes, scales, group_size, n_ranges):
 def _dequantize_rows(
     codes, scales, rows, outlier_values, outlier_columns, x, group_size, start, stop
 ):
-    columns = codes.shape[1]
-    row_values = np.empty(columns, np.float32)
+    row_values = np.empty(codes.shape[1], np.float32)
     for i in range(start, stop):
         row = rows[i]
-        for group in range(scales.shape[1]):
-            first = group * group_size
-            last = min(first + group_size, columns)
-            code, values, scale = codes[row, first:last], row_values[first:last], scales[row, group]
-            for j in range(last - first):
-                values[j] = _f32(code[j]) * scale
+        expand_row(codes[row], scales[row], group_size, row_values)
         for k in range(outlier_values.shape[1]):
             row_values[outlier_columns[row, k]] = outlier_values[row, k]
         store_row(row_values, x[i])
@@ -124,9 +133,7 @@ def quantize_without_columns(
 ) -> tuple[Tensor, Tensor]:
     """`quantize`, in which columns marked by `is_zero`, bool `[columns]` or empty, count as 0."""
     rows, columns = x.shape
-    codes = torch.empty(rows, columns, dtype=torch.int8)
-    n_groups = GroupLayout(rows, columns, group_size).n_groups
-    scales = torch.empty(rows, n_groups, dtype=torch.float32)
+    codes, scales = empty_quantized(rows, columns, group_size)
     arrays = [float_array(x), *(tensor.numpy() for tensor in (is_zero, codes, scales))]
     _quantize(*arrays, group_size or columns, n_ranges(rows, columns))
     return codes, scales

@@ -104,16 +104,16 @@ def _moments_kernel(
         new_s_scale = tl.maximum(group_max(root, TILING) * PER_ROOT_QMAX, ROOT_TINY)
         if STOCHASTIC:
             words = random_words(first_counter, start, TILING.UNIT, seed, step, stream)
-            of_root_rounding = (words & 0xFFFFFF).to(tl.float32) * ULP24
-            of_ratio_rounding = (words & 0xFFFF).to(tl.float32) * ULP16
+            root_uniform = (words & 0xFFFFFF).to(tl.float32) * ULP24
+            ratio_uniform = (words & 0xFFFF).to(tl.float32) * ULP16
         else:
-            of_root_rounding = tl.full(root.shape, 0.5, tl.float32)
-            of_ratio_rounding = of_root_rounding
+            root_uniform = tl.full(root.shape, 0.5, tl.float32)
+            ratio_uniform = root_uniform
         inverse = over_units(inverse_scale(new_r_scale), TILING)
-        code = _rounded(ratio * inverse, of_ratio_rounding, -QMAX, QMAX)
+        code = _rounded(ratio * inverse, ratio_uniform, -QMAX, QMAX)
         tl.store(ratio_codes_ptr + column, code.to(tl.int8), mask=mask)
         inverse = over_units(inverse_scale(new_s_scale), TILING)
-        code = _rounded(root * inverse - 0.5, of_root_rounding, 0.0, ROOT_QMAX)
+        code = _rounded(root * inverse - 0.5, root_uniform, 0.0, ROOT_QMAX)
         tl.store(root_codes_ptr + column, code.to(tl.uint8), mask=mask)
         group = group_tile * TILING.GROUPS + tl.arange(0, TILING.GROUPS)
         tl.store(ratio_scales_ptr + group, new_r_scale, mask=group < TILING.N_GROUPS)
@@ -153,3 +153,4 @@ def adamw_step_(
             weight if is_whole else weight.rows(rows), direction,
             lr=rule.lr, weight_decay=rule.weight_decay, rounding=part,
         )  # fmt: skip
+        del direction  # before the next one is allocated

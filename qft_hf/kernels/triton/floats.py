@@ -12,7 +12,7 @@ from .. import floats as operators
 from ..values import N_LIVE as _N_LIVE
 from ..values import Lion, Roundings
 from .launch import Constants, Launcher
-from .numerics import INFINITY, magnitude_bits, random_words, sign
+from .numerics import INFINITY, magnitude_bits, random_words, signed
 
 # Parameter, momentum, gradient, step and stream, for each parameter.
 Members = list[tuple[Tensor, Tensor, Tensor, int, int]]
@@ -68,7 +68,7 @@ def _lion_floats_kernel(
     old = tl.load(parameter_ptr + index, mask=mask, other=0.0).to(tl.float32)
     if HAS_MOMENTUM:
         m = tl.load(momentum_ptr + index, mask=mask, other=0.0)
-        direction = sign(m * beta1 + g * one_minus_beta1)
+        direction = signed(1.0, m * beta1 + g * one_minus_beta1)
         tl.store(momentum_ptr + index, m * beta2 + g * one_minus_beta2, mask=mask)
     else:
         direction = g

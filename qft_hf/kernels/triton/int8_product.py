@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import int8_product as operators
+from ..groups import empty_quantized
 from .launch import Constants, Launcher
 from .numerics import magnitude_bits
 from .quantization import finite_codes, scale_of_bits
@@ -287,8 +288,7 @@ def requantized_matmul(
     rows, n_columns = a.shape[0], b.shape[1]
     n_given, *strides = _given(columns, values)
     tiles = product_tiles(rows, n_columns, a.device, width=group_size, N_OVERWRITTEN=n_given)
-    codes = a.new_empty(rows, n_columns)
-    scales = a.new_empty(rows, -(-n_columns // group_size), dtype=torch.float32)
+    codes, scales = empty_quantized(rows, n_columns, group_size, a.device)
     a, b = along_k(a), along_k(b.t())
     _launch_int8_matmul(
         *tiles, a, b, a_scales, None, None, columns, values, codes, scales,

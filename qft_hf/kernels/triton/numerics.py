@@ -24,12 +24,6 @@ INFINITY: tl.constexpr = tl.constexpr(0x7F800000)  # the bits of infinity; those
 
 
 @triton.jit
-def sign(x):
-    """-1, 0 or 1, as fp32."""
-    return signed(1.0, x)
-
-
-@triton.jit
 def signed(size, x):
     """`size * sign(x)`, without the product."""
     return tl.where(x > 0, size, tl.where(x < 0, -size, 0.0))

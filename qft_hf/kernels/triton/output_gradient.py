@@ -142,14 +142,7 @@ def quantize_gradient(
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, outputs = gradient.shape
-    by_rows = (tokens, outputs) if row_factors is not None else (0, 0)
-    by_columns = (outputs, tokens) if column_factors is not None else (0, 0)
-    results = (
-        gradient.new_empty(*by_rows, dtype=torch.int8),
-        gradient.new_empty(by_rows[0], 1, dtype=torch.float32),
-        gradient.new_empty(*by_columns, dtype=torch.int8),
-        gradient.new_empty(by_columns[0], 1, dtype=torch.float32),
-    )
+    results = operators.empty_forms(gradient, row_factors, column_factors)
     first_column = -(-tokens // ALIGNED) * ALIGNED
     row_bits = gradient.new_zeros(first_column + outputs, dtype=torch.int32)  # and column bits
     inputs = (gradient, row_factors, column_factors, row_bits, row_bits[first_column:])

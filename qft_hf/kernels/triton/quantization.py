@@ -235,7 +235,8 @@ def dequantize(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch
             columns, weight.group_size, GATHER=rows is not None, EACH=n_each,
             N_OUTLIERS=n_outliers, OUTLIER_TILE=outlier_tile(n_outliers),
         )  # fmt: skip
-        numbers = weight.scales if rows is None else ...  # unused without rows
+        # Without rows the kernel ignores this argument; with rows each launch gives it.
+        numbers = weight.scales if rows is None else ...
         plan = Plan(_launch_dequantize, (n,), constants, *weight.tensors, numbers, ..., n_rows)
         if is_kept:
             weight.plans[key] = plan
