@@ -13,15 +13,14 @@ from ..side import side_network_of
 from .checkpoint import write_mark
 from .compatibility import (
     has_quantized_weights,
+    ours,
     refuse_foreign_optimizer,
     refuse_optimizer,
-    unwrapped,
 )
 from .compiled_layers import compile_layers_, disable_accelerate_compile
 from .liger import refuse_experts
 from .optimizers import (
     connect_to_trainer_,
-    is_ours,
     named_optimizer,
     note_on_default_rate,
     refuse_conflicting_options,
@@ -76,14 +75,14 @@ class QFTCallback(TrainerCallback):
 
         Several processes check that their arguments and data agree, and then share one model.
         """
-        inner = unwrapped(optimizer)
+        inner = ours(optimizer)
         before: dict[str, Any] = {}
         if model is not None:
             refuse_foreign_optimizer(model, optimizer)
-            if is_ours(inner) or side_network_of(model) or has_quantized_weights(model):
-                start_together(inner, model, args, state, more.get("train_dataloader"))
+            if inner is not None or side_network_of(model) or has_quantized_weights(model):
+                start_together(optimizer, model, args, state, more.get("train_dataloader"))
                 before = _record(args, state)
-        if not is_ours(inner):
+        if inner is None:
             return
         refuse_conflicting_options(
             args, inner, resumed_from=before if state.global_step > 0 else None
@@ -119,8 +118,8 @@ class QFTCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, *_: Any, optimizer: Any = None, **__: Any) -> None:
         """Refuse a `max_grad_norm` that was changed after released gradients were clipped."""
-        inner = unwrapped(optimizer)
-        if not is_ours(inner) or inner.gradient != "release":
+        inner = ours(optimizer)
+        if inner is None or inner.gradient != "release":
             return
         if args.max_grad_norm != self.max_grad_norm:
             raise ValueError(
@@ -138,7 +137,8 @@ class QFTCallback(TrainerCallback):
         Reporters, and callbacks that were passed to the Trainer, run after this one. An override of
         `Trainer.log` that reads the logs before it calls `super().log` sees the Trainer's norm.
         """
-        released = getattr(unwrapped(optimizer), "released_norm", None)
+        inner = ours(optimizer)
+        released = None if inner is None else inner.released_norm
         if released is not None and logs is not None and "grad_norm" in logs:
             norm = math.hypot(logs["grad_norm"], released.item())
             logs["grad_norm"] = state.log_history[-1]["grad_norm"] = norm
@@ -147,17 +147,16 @@ class QFTCallback(TrainerCallback):
         self, args: Any, state: Any, *_: Any, model: Any = None, optimizer: Any = None, **__: Any
     ) -> None:
         """Mark a checkpoint that the stock Trainer wrote, so that later damage is detected."""
-        inner = unwrapped(optimizer)
+        inner = ours(optimizer)
         checkpoint = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if self.writes_in_place and is_ours(inner) and model is not None:
+        if self.writes_in_place and inner is not None and model is not None:
             with first_process_writes() as is_first:
                 if is_first and checkpoint.is_dir():  # a hyperparameter search uses another folder
                     write_mark(checkpoint, model, inner)
 
     def on_train_end(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         """Ensure that backward passes after the training update no weights."""
-        inner = unwrapped(optimizer)
-        if is_ours(inner):
+        if (inner := ours(optimizer)) is not None:
             inner.eval()
 
 

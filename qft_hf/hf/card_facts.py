@@ -8,8 +8,7 @@ from typing import Any
 from ..config import QuantizationSpec
 from ..memory.ledger import elements
 from ..version import __version__
-from .compatibility import quantization_config_of, unwrapped
-from .optimizers import is_ours
+from .compatibility import ours, quantization_config_of, unwrapped
 from .remote_code import auto_class
 
 
@@ -80,8 +79,8 @@ def optimizer_of(trainer: Any) -> str | None:
     optimizer: Any = unwrapped(trainer.optimizer)
     if optimizer is None:
         return None
-    if is_ours(optimizer):
-        return optimizer.description
+    if (inner := ours(optimizer)) is not None:
+        return inner.description
     package, name = type(optimizer).__module__.partition(".")[0], type(optimizer).__name__
     return f"PyTorch's {name}" if package == "torch" else f"{name} of {package}"
 
@@ -99,8 +98,8 @@ def hyperparameters_of(trainer: Any) -> dict[str, Any]:
         values |= {name: group[name] for name in ("betas", "eps") if name in group}
         decays = [group.get("weight_decay", 0.0) for group in optimizer.param_groups]
         values["weight decay"] = max(decays)
-    if is_ours(optimizer):
-        values |= {"gradients": optimizer.gradient, "seed of rounding": group["seed"]}
+    if (inner := ours(optimizer)) is not None:
+        values |= {"gradients": inner.gradient, "seed of rounding": group["seed"]}
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return values | {
         "largest gradient norm": args.max_grad_norm,

@@ -10,10 +10,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..optim import QFTOptimizer
 from ..optim.norms import clip_
 from ..quant import Int8Gradient
-from .compatibility import unwrapped
+from .compatibility import ours
 from .reference_model import trainer_of
 
 
@@ -40,8 +39,8 @@ def _refuse_released(accelerator: Accelerator) -> None:
     """Raise RuntimeError if an optimizer has already used gradients of this step."""
     if trainer_of(accelerator) is not None:
         return
-    for optimizer in map(unwrapped, accelerator._optimizers):
-        if isinstance(optimizer, QFTOptimizer) and optimizer.n_released:
+    for optimizer in map(ours, accelerator._optimizers):
+        if optimizer is not None and optimizer.n_released:
             raise RuntimeError(
                 f"gradient='release' has used {optimizer.n_released} gradients during backward, so "
                 f"nothing is left to clip. Give {type(optimizer).__name__} max_grad_norm and "

@@ -7,10 +7,11 @@ from torch import nn
 from transformers import TrainingArguments
 
 from ..nn import QuantizedModule
+from ..optim import QFTOptimizer
 from ..quant import QFTWeight
 from ..side import SideNetwork, side_network_of
 from .config import QUANT_METHOD, QFTConfig
-from .optimizers import OPTIMIZERS, given_options, is_ours, names, optimizer_name
+from .optimizers import OPTIMIZERS, given_options, names, optimizer_name
 
 
 def has_quantized_weights(model: nn.Module) -> bool:
@@ -60,12 +61,18 @@ def unwrapped(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
+def ours(optimizer: Any) -> QFTOptimizer | None:
+    """Return one of our optimizers, without Accelerate's wrapper; None for any other optimizer."""
+    inner = unwrapped(optimizer)
+    return inner if isinstance(inner, QFTOptimizer) else None
+
+
 def refuse_optimizer(optimizer: Any, args: TrainingArguments) -> None:
     """Raise ValueError if an optimizer that was passed to a Trainer contradicts the arguments."""
     if optimizer is None:
         return
     name = optimizer_name(args)
-    if not is_ours(optimizer):
+    if ours(optimizer) is None:
         classes = " or ".join(entry.optimizer_class.__name__ for entry in OPTIMIZERS.values())
         raise ValueError(
             f"optim={name!r} and an optimizer of class {type(optimizer).__name__} were both given. "
@@ -90,7 +97,7 @@ def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
         for name, parameter in model.named_parameters()
         if isinstance(parameter, QFTWeight) and parameter.requires_grad
     ]
-    if trained and not is_ours(inner):
+    if trained and ours(inner) is None:
         advice = (
             f"Set optim={names()} and pass no optimizer of your own; or freeze them, as adapters "
             "do: weight.requires_grad_(False)."
@@ -105,7 +112,7 @@ def refuse_foreign_optimizer(model: nn.Module, optimizer: Any) -> None:
             f"is {type(inner).__name__}, which cannot update them. {advice}"
         )
     part = trained_part(model)
-    if is_ours(inner) and not has_quantized_weights(part):
+    if ours(inner) is not None and not has_quantized_weights(part):
         raise TypeError(
             f"The optimizer is {type(inner).__name__}, and no weight of {type(part).__name__} is "
             "INT8. Call qft_hf.quantize_model_(model, QFTConfig()) before training."

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate.state import GradientState
 from torch import nn
-from torch.optim import Optimizer
 from transformers import TrainingArguments
 
 from ..optim import QFTSGD, QFTAdamW, QFTLion, QFTOptimizer
@@ -129,11 +128,6 @@ def named_optimizer(args: TrainingArguments) -> NamedOptimizer | None:
 def names() -> str:
     """Return all names, joined by "or", for an error."""
     return " or ".join(map(repr, OPTIMIZERS))
-
-
-def is_ours(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer, without Accelerate's wrapper, updates INT8 weights."""
-    return isinstance(optimizer, QFTOptimizer)
 
 
 def is_accumulating() -> bool:

@@ -18,12 +18,11 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerState, TrainingArguments
 
-from ..optim import QFTOptimizer
 from ..optim.processes import SEVERAL_GPUS, Processes
 from ..quant import QFTWeight
 from ..side import side_network_of
 from .atomic_writes import atomic_path
-from .compatibility import has_quantized_weights, unwrapped
+from .compatibility import has_quantized_weights, ours
 
 # Arguments that may differ between processes.
 _OWN = {"local_rank", "logging_dir", "run_name", "disable_tqdm", "log_level", "log_level_replica"}
@@ -96,8 +95,8 @@ def refuse_distribution(kind: Any, *, advice: str = "") -> None:
 
 def consolidating_state(save: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """Collect the state of all rows before one process writes it."""
-    optimizer = unwrapped(self.optimizer)
-    if not isinstance(optimizer, QFTOptimizer):
+    optimizer = ours(self.optimizer)
+    if optimizer is None:
         save(self, *args, **kwargs)
         return
     optimizer.consolidate()
@@ -110,9 +109,9 @@ def reporting_failures(train: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return train(self, *args, **kwargs)
     except BaseException as error:
-        processes = getattr(unwrapped(self.optimizer), "processes", None)
-        if processes is not None:
-            processes.failures.tell(error)
+        optimizer = ours(self.optimizer)
+        if optimizer is not None and optimizer.processes is not None:
+            optimizer.processes.failures.tell(error)
         raise
 
 
@@ -127,8 +126,8 @@ def start_together(
 
     With another library's optimizer, `DistributedDataParallel` has broadcast it already.
     """
-    ours = optimizer if isinstance(optimizer, QFTOptimizer) else None
-    processes = Processes.found() if ours is None else ours.processes
+    inner = ours(optimizer)
+    processes = Processes.found() if inner is None else inner.processes
     if processes is None:
         return
     facts = {name: value for name, value in args.to_dict().items() if name not in _OWN}
@@ -141,10 +140,10 @@ def start_together(
     device = optimizer.param_groups[0]["params"][0].device
     processes.begin(device, timeout=timedelta(seconds=args.ddp_timeout))
     processes.agree(facts, "Give all processes the same arguments and the same data.")
-    if ours is None:
+    if inner is None:
         return
-    ours.broadcast()
-    trained = {id(parameter) for parameter in ours.parameters()}
+    inner.broadcast()
+    trained = {id(parameter) for parameter in inner.parameters()}
     processes.broadcast_(p for p in model.parameters() if id(p) not in trained)
     processes.broadcast_(model.buffers())
 

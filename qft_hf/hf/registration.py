@@ -12,12 +12,11 @@ from transformers.training_args import OptimizerNames
 
 from ..optim import QFTOptimizer
 from .callback import QFTCallback
-from .compatibility import quantization_config_of, unwrapped
+from .compatibility import ours, quantization_config_of
 from .optimizers import (
     OPTIMIZERS,
     check_arguments,
     is_accumulating,
-    is_ours,
     optimizer_arguments,
     optimizer_name,
 )
@@ -49,8 +48,7 @@ def leaving_no_hook(train: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return train(self, *args, **kwargs)
     finally:
-        optimizer = unwrapped(self.optimizer)
-        if is_ours(optimizer):
+        if (optimizer := ours(self.optimizer)) is not None:
             optimizer.eval()
             if n := optimizer.flow.n_taken:
                 logger.warning(

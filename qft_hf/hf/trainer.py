@@ -17,10 +17,10 @@ from .card import CARD, write_card
 from .card_facts import facts_of_trainer
 from .checkpoint import SAMPLE_NAME
 from .checkpoint_trainer import CheckpointTrainer
-from .compatibility import refuse_optimizer, unwrapped
+from .compatibility import ours, refuse_optimizer, unwrapped
 from .graphed_step import Graph, GraphedStep, cuda_graphs
 from .health import Health
-from .optimizers import is_ours, named_optimizer, names, optimizer_name
+from .optimizers import named_optimizer, names, optimizer_name
 from .peak_memory import PeakMemory
 from .prepared_model import prepare_model_
 from .trial_pass import trial_pass
@@ -104,10 +104,10 @@ class QFTTrainer(CheckpointTrainer):
 
         The first pass finds the global norm and updates nothing; see `trial_pass`.
         """
-        optimizer = unwrapped(self.optimizer)
+        optimizer = ours(self.optimizer)
         # Accumulated gradients all exist after the last micro-batch: one pass is enough to clip.
-        exact = is_ours(optimizer) and optimizer.clipping == "exact"
-        if exact and self.current_gradient_accumulation_steps == 1:
+        accumulates = self.current_gradient_accumulation_steps > 1
+        if optimizer is not None and optimizer.clipping == "exact" and not accumulates:
             model.train()  # as the Trainer does before it prepares inputs
             inputs = _Prepared(self._prepare_inputs(inputs))
             with trial_pass(model, self), optimizer.measure_norm():
@@ -179,7 +179,7 @@ class QFTTrainer(CheckpointTrainer):
         """Add figures of the INT8 run to training logs, so that every reporter receives them."""
         if "loss" in logs and self.optimizer is not None:
             figures = self.health.figures()
-            if is_ours(optimizer := unwrapped(self.optimizer)):
+            if (optimizer := ours(self.optimizer)) is not None:
                 figures["skipped_steps"] = float(optimizer.skipped_steps)
             figures["peak_memory_gb"] = PeakMemory.measured(self.args.device).bytes / 1e9
             if self.ledger is not None:

@@ -23,8 +23,10 @@ def trial_pass(model: nn.Module, trainer: Trainer) -> Iterator[None]:
     counts = {
         name: value for name, value in vars(trainer).items() if isinstance(value, int | float)
     }
+    # Without this list, PyTorch saves the states of all GPUs of the machine, and warns.
+    gpus = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(gpus):
             yield
     finally:
         random.setstate(of_python)

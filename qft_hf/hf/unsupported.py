@@ -9,10 +9,10 @@ from transformers import TrainingArguments
 
 from ..optim.processes import SEVERAL_GPUS
 from ..side import side_network_of
-from .compatibility import trained_part, unwrapped
+from .compatibility import ours, trained_part
 from .compiled_layers import refuse_uncompilable
 from .liger import refuse_kernels
-from .optimizers import check_arguments, given_options, is_ours, optimizer_name
+from .optimizers import check_arguments, given_options, optimizer_name
 from .processes import refuse_distribution
 from .uncapturable import refuse_uncapturable
 from .wording import and_more
@@ -29,7 +29,7 @@ def refuse_unsupported(args: TrainingArguments, model: nn.Module) -> None:
 
 def refusing_scaler(prepare: Any, self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
     """Make an Accelerator that scales losses refuse our optimizers."""
-    if self.scaler is not None and is_ours(unwrapped(optimizer)):
+    if self.scaler is not None and ours(optimizer) is not None:
         raise ValueError(
             f"An Accelerator with mixed_precision={self.mixed_precision!r} scales the loss and "
             "then unscales float gradients, and gradients here are INT8. Use "
