@@ -362,6 +362,23 @@ def test_an_answer_has_a_token_at_least(capsys):
     assert "--seed must be in [0, 2**32), got -1" in capsys.readouterr().err
 
 
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, capsys, monkeypatch):
+    """Each command ended in a traceback."""
+
+    def refusing(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refusing)
+    target = str(tmp_path / "plain")
+    for words in (["inspect"], ["export"], ["chat"], ["report"], ["card"], ["evaluate"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, str(tmp_path), *([target] if words == ["export"] else [])])
+        assert stop.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"qft-hf {words[0]}: [Errno 13] Permission denied: '{tmp_path}/")
+        assert "Ask its owner for permission" in error
+
+
 def test_what_nobody_refused_keeps_its_traceback(monkeypatch):
     """A ValueError of other code is a fault to be found, not a text for users."""
     monkeypatch.setattr("qft_hf.hf.finetune.finetune", lambda arguments: int("x"))
