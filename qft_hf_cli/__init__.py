@@ -105,8 +105,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(command: ModuleType, argv: Sequence[str]) -> None:
     """Run a command; an error raised by qft_hf itself is shown as its text, without a traceback.
 
+    So is a missing permission, whoever finds it.
+
     Raises:
-        SystemExit: With 1 if qft_hf refused the command, with 130 if Ctrl-C stopped it.
+        SystemExit: With 1 if qft_hf refused the command or a file may not be read or written, with
+            130 if Ctrl-C stopped it.
     """
     name = command.__name__.rpartition(".")[2]
     try:
@@ -117,9 +120,11 @@ def run(command: ModuleType, argv: Sequence[str]) -> None:
     except BrokenPipeError:
         raise
     except (ImportError, OSError, TypeError, ValueError) as error:
-        if _is_full_disk(error) or not _is_refusal(error):
+        forbidden = isinstance(error, PermissionError) and error.filename is not None
+        if _is_full_disk(error) or not (forbidden or _is_refusal(error)):
             raise
-        print(f"qft-hf {name}: {error}", file=sys.stderr)
+        advice = ". Ask its owner for permission, or choose another place." if forbidden else ""
+        print(f"qft-hf {name}: {error}{advice}", file=sys.stderr)
         raise SystemExit(1) from error
 
 

@@ -31,6 +31,7 @@ from transformers.utils import (
 from ..side import side_network_of
 from .atomic_writes import atomic_path, recover_drafts
 from .json_object import json_object
+from .saved_names import names_by_saved_name
 from .side_network import CONFIG_NAME as SIDE_CONFIG_NAME
 from .side_network import WEIGHTS_NAME as SIDE_WEIGHTS_NAME
 from .tensor_files import DAMAGED, damaged, memory, tensor_names
@@ -247,6 +248,8 @@ def check_weights(model: nn.Module, checkpoint: Path, *, names_differ: bool = Fa
         raise ValueError(f"No weights can be loaded from {checkpoint}: {_some(found)}. {DAMAGED}")
     if names_differ:
         return
+    own_names = names_by_saved_name(model)
+    saved = {own_names.get(name, name) for name in saved}
     state = model.state_dict()
     loaded = {memory(state[name]) for name in state.keys() & saved}
     never_saved = set(getattr(model, "_keys_to_ignore_on_save", None) or [])

@@ -27,6 +27,7 @@ from .convert import prepared_for_saving
 from .loading_faults import int8_weights, refuse_int8
 from .optimizers import named_optimizer
 from .quantizer import QFTQuantizer
+from .saved_names import saved_names_accepted
 from .tensor_files import memory, tensor_names
 from .wording import and_more
 
@@ -85,11 +86,12 @@ def warning_except_tied(warn: Any, self: Any, load_result: Any) -> None:
 def check_accelerate_load(
     load: Any, model: nn.Module, checkpoint: Any, device_map: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    """Make loading by names of parameters refuse INT8 weights."""
+    """Make loading by names of parameters refuse INT8 weights, and a state find its names."""
     is_int8 = has_quantized_weights(model)
     if device_map is not None or not is_int8:
         refuse_by_name(Path(checkpoint), is_int8=is_int8)
-    return load(model, checkpoint, device_map, *args, **kwargs)
+    with saved_names_accepted(model):
+        return load(model, checkpoint, device_map, *args, **kwargs)
 
 
 def check_safetensors_load(

@@ -5,14 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 
 from ..kernels.groups import QMAX
 from ..quant import QFTWeight
+from .checkpoint import weight_files
 from .config import QUANT_METHOD, quantization_method
 from .loading_faults import refuse_int8
-from .missing_model import explain_loading_errors
+from .missing_model import explain_loading_errors, refuse_what_is_no_model
 from .remote_code import loading_class
 from .side_network import is_side_network
 from .tensor_files import tensor_names
@@ -59,8 +60,7 @@ def inspect_checkpoint(
         )
     trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     config = int8_config(folder, **trust)
-    model_class = loading_class(config)
-    model: nn.Module = model_class.from_pretrained(folder, **trust)
+    model: Any = load_int8(folder, config, **trust)
     others: dict[str, Any] = {}
     if original is not None:
         with explain_loading_errors(original):
@@ -71,7 +71,7 @@ def inspect_checkpoint(
                 f"{config.model_type!r}. Give the model that the checkpoint was made from."
             )
         with explain_loading_errors(original):
-            others = dict(model_class.from_pretrained(original, **trust).named_parameters())
+            others = dict(type(model).from_pretrained(original, **trust).named_parameters())
     return [
         _inspected(name, weight, _counterpart(name, weight, others, original))
         for name, weight in model.named_parameters()
@@ -88,6 +88,7 @@ def int8_config(
         FileNotFoundError: `folder` is not a checkpoint folder.
         ValueError: The checkpoint is not INT8, or its config.json does not say so.
     """
+    refuse_what_is_no_model(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} is not a checkpoint: it has no config.json. Give the output folder of a run "
@@ -103,6 +104,18 @@ def int8_config(
             f"{QUANT_METHOD!r}). {advice}"
         )
     return config
+
+
+def load_int8(folder: Path, config: Any, **loading: Any) -> Any:
+    """Load an INT8 checkpoint of this configuration, of the class that the configuration names.
+
+    Raises:
+        ValueError: Weights are missing or damaged, or the class is not known.
+    """
+    model_class = loading_class(config)
+    with explain_loading_errors(folder):
+        weight_files(folder)
+        return model_class.from_pretrained(folder, **loading)
 
 
 def _counterpart(

@@ -41,8 +41,19 @@ def check_files(files: list[str], *, pre_quantized: bool) -> None:
             f"{len(doubled)} such fields), so the checkpoint is a mixture of two. Save the "
             "model again into an empty folder."
         )
-    if pre_quantized and (found := damaged(files)):
+    if pre_quantized:
+        refuse_damage(files)
+
+
+def refuse_damage(files: list[str]) -> None:
+    """Raise ValueError for tensors that do not have their check sums; reads all of them.
+
+    Args:
+        files: Paths of the files of one checkpoint.
+    """
+    if found := damaged(files):
         shown = "\n".join(f"- {fault}" for fault in found[:FAULTS_SHOWN])
+        folder = Path(files[0]).parent
         raise ValueError(
             f"{folder} has faults in {counted(len(found), 'tensor')}, of which at most "
             f"{FAULTS_SHOWN} are listed:\n{shown}\n{DAMAGED} QFT_CHECKSUMS=0 loads it unchecked."

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .side_network import is_side_network
+
 
 @contextmanager
 def explain_loading_errors(name: str | Path, *, advice: str = "") -> Iterator[None]:
@@ -21,8 +23,7 @@ def explain_loading_errors(name: str | Path, *, advice: str = "") -> Iterator[No
     try:
         yield
     except (ImportError, OSError, ValueError) as error:  # an attention kernel may be missing
-        if other := _what_else(Path(name)):
-            raise ValueError(f"{name} {other}") from error
+        refuse_what_is_no_model(Path(name), cause=error)
         is_model = Path(name, "config.json").is_file()
         if is_model or (not isinstance(error, OSError) and not Path(name).is_dir()):
             raise ValueError(f"{name} cannot be loaded: {error}{advice}") from error
@@ -36,6 +37,12 @@ def explain_loading_errors(name: str | Path, *, advice: str = "") -> Iterator[No
                 "fetch_demo.py smollm2 chitchat minilm boolq` fills in a clone of qft_hf."
             )
         raise FileNotFoundError(text) from error
+
+
+def refuse_what_is_no_model(place: Path, *, cause: Exception | None = None) -> None:
+    """Raise ValueError, because of `cause`, if a path that may not be a model is known as other."""
+    if other := _what_else(place):
+        raise ValueError(f"{place} {other}") from cause
 
 
 def _what_else(place: Path) -> str | None:
@@ -52,6 +59,15 @@ def _what_else(place: Path) -> str | None:
             "is in GGUF, which cannot be trained. Convert it once: load it with from_pretrained("
             "FOLDER, gguf_file=NAME) of AutoModelForCausalLM and of AutoTokenizer, and call "
             "save_pretrained()."
+        )
+    if is_side_network(place):
+        return (
+            "holds a side network without the model beside which it was trained. Pass that model."
+        )
+    if snapshots := sorted(place.glob("snapshots/*/config.json")):
+        return (
+            "is where the hub's cache keeps all versions of a model. Pass the folder of one, such "
+            f"as {snapshots[-1].parent}."
         )
     if (place / "run.yaml").is_file() and not (place / "config.json").is_file():
         return (

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..nn import QuantizedModule, replace_
 from ..optim import fit_states
-from ..side import side_network_of
+from ..side import NEW_ROWS, side_network_of
 
 
 def resizing_int8(resize: Any, model: Any, old: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -40,7 +40,10 @@ def fitting_states(
     """Make optimizers follow the new number of rows; refuse it beside a side network."""
     if side_network_of(model) is not None:
         _refuse_new_rows(model, new_num_tokens, pad_to_multiple_of)
+    rows = model.get_input_embeddings().weight.shape[0]
     embeddings = resize(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+    added = model.get_input_embeddings().weight.shape[0] - rows
+    setattr(model, NEW_ROWS, max(0, getattr(model, NEW_ROWS, 0) + added))
     for parameter in model.parameters():  # biases too: tying weights resizes them
         fit_states(parameter)
     return embeddings

@@ -100,6 +100,10 @@ def _opened(file: str) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
+        if os.path.exists(file) and not os.access(file, os.R_OK):  # safetensors calls it missing
+            raise ValueError(
+                f"{file} may not be read. Ask its owner for permission, or copy it."
+            ) from error
         raise ValueError(f"{file} cannot be read ({error}). {DAMAGED}") from error
 
 

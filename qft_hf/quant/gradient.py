@@ -264,6 +264,21 @@ def _clamp_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Int
     return gradient
 
 
+# Clipping with foreach=True starts one operation for a list of gradients.
+FOR_EACH: dict[Any, Callable[[Tensor, Any], Tensor]] = {
+    aten._foreach_mul_.Tensor: lambda gradient, factor: gradient.mul_(factor),
+    aten._foreach_clamp_min_.Scalar: lambda gradient, least: gradient.clamp_(min=least),
+    aten._foreach_clamp_max_.Scalar: lambda gradient, most: gradient.clamp_(max=most),
+}
+
+
+@Int8Gradient.implements(*FOR_EACH)
+def _change_each_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    gradients, number = args
+    for gradient in gradients:
+        FOR_EACH[operator](gradient, number)
+
+
 def _change_(gradient: Int8Gradient, change: Callable[[Tensor], Tensor]) -> None:
     """Apply `change` to the FP32 values of the stored matrix and round the result to nearest."""
     values = kernels.dequantize(kernels.Weight.dense(gradient.stored), dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from .attach import (
     NAME,
+    NEW_ROWS,
     attach_side_network,
     side_network_of,
     side_parameters,
@@ -16,6 +17,7 @@ from .stack import layer_stack
 __all__ = [
     "DOWNSAMPLES",
     "NAME",
+    "NEW_ROWS",
     "QSTConfig",
     "SideNetwork",
     "attach_side_network",

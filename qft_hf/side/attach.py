@@ -1,6 +1,7 @@
 """`attach_side_network`: freezes a model and makes it train a side network instead."""
 
 import inspect
+import logging
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,10 @@ from .trial import try_beside
 
 Model = TypeVar("Model", bound=nn.Module)
 
+logger = logging.getLogger(__name__)
+
 NAME = "side_network"  # name of the module in its model
+NEW_ROWS = "_n_new_rows"  # attribute of a model whose embeddings got rows since it was loaded
 # Layer arguments that encode positions in sizes of the base: a value for each head, or its width.
 BASE_SIZED_ARGUMENTS = ("alibi", "rel_embeddings", "position_bias")
 # Settings of families whose layers do not run as narrow layers with one expert, and why. Only those
@@ -63,6 +67,14 @@ def attach_side_network(model: Model, config: QSTConfig | None = None) -> Model:
             for module in network.layers.modules():
                 any_model.get_decoder()._init_weights(module)
     try_beside(network, model)
+    if n_new := getattr(model, NEW_ROWS, 0):
+        logger.warning(
+            "%s has %d embeddings that resize_token_embeddings added: they are frozen now and will "
+            "not learn, and they are not saved with the side network. If texts have these tokens, "
+            "train them first (quantize_model_), save that model and load it as the base",
+            type(model).__name__,
+            n_new,
+        )
     for head in heads.values():
         if any(isinstance(module, QuantizedModule) for module in head.modules()):
             dequantize_modules_(head, any_model.dtype)

@@ -12,11 +12,17 @@ from runpy import run_module
 from types import SimpleNamespace
 
 import pytest
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import qft_hf
 import qft_hf_cli
-from qft_hf import QFTConfig, quantize_model_
+from qft_hf import (
+    QFTConfig,
+    QSTConfig,
+    attach_side_network,
+    quantize_model_,
+    save_side_network,
+)
 from qft_hf.hf.finetune.parsing import GROUPS
 from qft_hf_cli import COMMANDS, main, run
 from qft_hf_cli.evaluate import flags_of
@@ -332,6 +338,17 @@ def test_a_run_that_has_not_finished_is_called_so(tmp_path, capsys):
         assert "is of a run that has not finished" in capsys.readouterr().err
 
 
+def test_a_side_network_without_a_tokenizer_says_which_one_it_needs(tmp_path, capsys):
+    """`save_side_network` writes none; the Hub was said not to have such a model."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    save_side_network(attach_side_network(base, QSTConfig(r=4)), tmp_path / "side")
+    (tmp_path / "side" / "run.yaml").write_text(f"model_name_or_path: {tmp_path / 'base'}\n")
+    with pytest.raises(SystemExit):
+        main(["chat", str(tmp_path / "side"), "--prompt", "hi"])
+    assert "holds a side network and no tokenizer. Save that of its" in capsys.readouterr().err
+
+
 def test_an_answer_has_a_token_at_least(capsys):
     with pytest.raises(SystemExit):
         main(["chat", "anywhere", "--max_new_tokens", "0"])
@@ -343,6 +360,23 @@ def test_an_answer_has_a_token_at_least(capsys):
     with pytest.raises(SystemExit):
         main(["chat", "anywhere", "--seed", "-1"])
     assert "--seed must be in [0, 2**32), got -1" in capsys.readouterr().err
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, capsys, monkeypatch):
+    """Each command ended in a traceback."""
+
+    def refusing(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refusing)
+    target = str(tmp_path / "plain")
+    for words in (["inspect"], ["export"], ["chat"], ["report"], ["card"], ["evaluate"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*words, str(tmp_path), *([target] if words == ["export"] else [])])
+        assert stop.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"qft-hf {words[0]}: [Errno 13] Permission denied: '{tmp_path}/")
+        assert "Ask its owner for permission" in error
 
 
 def test_what_nobody_refused_keeps_its_traceback(monkeypatch):

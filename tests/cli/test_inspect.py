@@ -126,6 +126,43 @@ def test_a_float_checkpoint_is_refused(folders, capsys):
     assert "does not hold INT8 weights of qft_hf (quant_method is None" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["inspect", "export"])
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", None, "cannot be loaded: model.safetensors or .* is missing"),
+        ("model.safetensors", b"", "cannot be loaded: .* is damaged"),
+        ("model.safetensors.index.json", b"{}", "cannot be loaded: .* has no weight_map"),
+        ("config.json", None, "holds a PEFT adapter .* merge_and_unload"),
+    ],
+)
+def test_a_folder_that_cannot_be_loaded_is_explained(command, name, content, said, folders, capsys):
+    """Missing weights ended in a traceback, and an adapter was said to lack a config.json."""
+    source = folders / "int8"
+    if name == "model.safetensors.index.json":
+        (source / "model.safetensors").unlink()
+    if name == "config.json":
+        (source / "adapter_config.json").write_text("{}")
+    (source / name).unlink(missing_ok=True)
+    if content is not None:
+        (source / name).write_bytes(content)
+    target = [str(folders / "plain")] if command == "export" else []
+    with pytest.raises(SystemExit) as stop:
+        main([command, str(source), *target])
+    assert stop.value.code == 1
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_side_network_is_no_original(folders, capsys):
+    """The folder of a finished run was said to be of one that has not finished."""
+    (folders / "side").mkdir()
+    for name in ("side_network.json", "run.yaml"):
+        (folders / "side" / name).write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(folders / "int8"), "--original", str(folders / "side")])
+    assert "holds a side network without the model beside" in capsys.readouterr().err
+
+
 def test_export_has_the_values_of_the_checkpoint(folders, capsys):
     main(["export", str(folders / "int8"), str(folders / "plain"), "--dtype", "float32"])
     assert capsys.readouterr().out == f"written to {folders / 'plain'}\n"

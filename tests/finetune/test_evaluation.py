@@ -12,6 +12,7 @@ import qft_hf.hf.metrics
 from qft_hf.hf.finetune.evaluation import (
     NEXT_TOKENS,
     accuracy_of_examples,
+    perplexity_of_tokens,
     predicted_classes,
     token_losses,
 )
@@ -124,3 +125,14 @@ def test_classes_are_scored_by_the_largest_logit():
     assert classes.tolist() == [1, 0, 2]
     score = accuracy_of_examples(EvalPrediction(classes.numpy(), labels.numpy()))
     assert score == {"accuracy": pytest.approx(2 / 3)}
+
+
+def test_scores_need_no_home_folder(tmp_path, monkeypatch):
+    """The first evaluation of a run failed if nothing could be written at home."""
+    home = tmp_path / "home"
+    home.write_text("a file, in which no folder can be made")
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", home / "metrics")
+    losses, labels = np.log([[2.0, 8.0]]), np.array([[1, 1, 1]])
+    assert perplexity_of_tokens(EvalPrediction(losses, labels))["perplexity"] == pytest.approx(4)
+    classes = np.array([0, 1, 1])
+    assert accuracy_of_examples(EvalPrediction(classes, np.array([0, 1, 0])))["accuracy"] == 2 / 3

@@ -941,6 +941,7 @@ def test_scores_on_what_is_learned_are_called_so(spelling, chat_flags, tmp_path,
     [
         ({"adapter_config.json": b"{}"}, "holds a PEFT adapter .* merge_and_unload"),
         ({"model-q4.gguf": b"GGUF"}, "is in GGUF, .* gguf_file=NAME"),
+        ({"snapshots/f1/config.json": b"{}"}, "hub's cache .* such as .*other/snapshots/f1"),
         ({"rows.jsonl": b"{}"}, "neither a folder with a config.json nor"),
     ],
 )
@@ -953,6 +954,7 @@ def test_a_folder_that_is_no_model_is_named_for_what_it_is(
     if has_tokenizer:
         tiny_tokenizer().save_pretrained(folder)
     for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         read(parsed(chat_flags, model_name_or_path=folder))
@@ -980,6 +982,21 @@ def test_a_dry_run_misses_weights_as_a_run_does(what, chat_flags):
         weights.write_bytes(content[: len(content) // 2])
     for command in (check, prepare):
         with pytest.raises(ValueError, match=r"cannot be loaded: .*model\.safetensors"):
+            command(parsed(chat_flags))
+
+
+def test_a_dry_run_finds_a_flipped_bit_as_a_run_does(chat_flags):
+    """A dry run once read only the headers of weights."""
+    folder = Path(chat_flags["model_name_or_path"])
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    quantize_model_(model, QFTConfig()).save_pretrained(folder)
+    check(parsed(chat_flags))
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-200] ^= 4
+    weights.write_bytes(content)
+    for command in (check, prepare):
+        with pytest.raises(ValueError, match=r"faults in 1 tensor,.*\n- .* is not what was"):
             command(parsed(chat_flags))
 
 

@@ -242,3 +242,23 @@ def test_tokens_that_would_stay_untrained_beside_a_side_network_are_refused(size
 
     assert model.get_input_embeddings().weight.shape == rows
     assert model.config.vocab_size == rows[0]
+
+
+@pytest.mark.parametrize("is_int8", [False, True])
+def test_a_side_network_says_that_added_tokens_will_not_learn(is_int8, caplog):
+    """They stayed untrained without a word, and the side network was saved without them."""
+    base = tiny_llama()
+    if is_int8:
+        quantize_model_(base, QFTConfig())
+    rows = base.config.vocab_size
+    base.resize_token_embeddings(rows + 3)
+    base.resize_token_embeddings(rows + 2)
+    attach_side_network(base, QSTConfig(r=2))
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("qft_hf")]
+    assert "LlamaForCausalLM has 2 embeddings that resize_token_embeddings added" in message
+
+    caplog.clear()
+    base = tiny_llama()
+    base.resize_token_embeddings(rows - 3)
+    attach_side_network(base, QSTConfig(r=2))
+    assert not [r for r in caplog.records if r.name.startswith("qft_hf")]

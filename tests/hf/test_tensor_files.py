@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 
 import pytest
@@ -173,3 +174,12 @@ def test_a_model_that_is_saved_as_it_is_held_is_not_laid_out_anew_for_its_sums(
     model.save_pretrained(tmp_path)
     assert not called
     assert_same_state(load(tmp_path), model)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """Safetensors says that there is no such file, and the advice was to copy it again."""
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.R_OK)
+    with pytest.raises(ValueError, match=r"model\.safetensors may not be read\. Ask its owner"):
+        tensor_names([file])

@@ -399,3 +399,33 @@ def test_another_package_s_check_may_refuse(other_package, monkeypatch):
 
     with pytest.raises(RuntimeError, match="needs a newer cpu"):
         kernels.quantize(torch.ones(2, 3), group_size=None)
+
+
+def test_kernels_compile_where_neither_the_package_nor_home_may_be_written(monkeypatch, caplog):
+    """Numba raised at the first operator, as in a container with a user of its own."""
+    from numba.core import caching
+
+    from qft_hf.kernels.cpu import compiled
+
+    monkeypatch.setattr(compiled, "_folders", [])
+    monkeypatch.setattr(compiled.config, "CACHE_DIR", "")
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "")
+    compiled.find_place()
+    assert compiled.config.CACHE_DIR == ""  # here there is a place
+    assert caplog.records == []
+
+    for name, value in vars(caching).items():  # older versions begin these names with _
+        if name.lstrip("_") in ("InTreeCacheLocator", "UserWideCacheLocator"):
+            monkeypatch.setattr(value, "ensure_cache_path", raise_read_only)
+    with pytest.raises(RuntimeError, match="no locator available"):
+        caching.FunctionCache(compiled.find_place)
+    compiled.find_place()
+    (folder,) = compiled._folders
+    assert compiled.config.CACHE_DIR == folder.name
+    caching.FunctionCache(compiled.find_place)
+    assert "Set NUMBA_CACHE_DIR to a folder that may be written" in caplog.text
+    folder.cleanup()
+
+
+def raise_read_only(self):
+    raise OSError("Read-only file system")

@@ -322,6 +322,35 @@ def test_clipping_by_value_clamps_each_value(dtype):
     assert abs(values64(gradient).numpy()).max() <= 5e-4 * (1 + 4 * FP32_EPS)
 
 
+def test_clipping_with_foreach_changes_each_gradient_as_without():
+    """It was refused by an error that said multiplying and clamping work."""
+    several, single = (
+        [nn.Parameter(torch.zeros(7, 300)) for _ in range(2)] + [nn.Parameter(torch.zeros(5))]
+        for _ in range(2)
+    )
+    for parameters in (several, single):
+        for seed, parameter in enumerate(parameters[:2]):
+            parameter.grad = gradient_of((1 + seed) * random())
+        parameters[2].grad = torch.linspace(-1, 1, 5)
+
+    norms = [
+        nn.utils.clip_grad_norm_(parameters, 0.3, foreach=foreach)
+        for parameters, foreach in ((several, True), (single, False))
+    ]
+    assert norms[0] > 0.3
+    torch.testing.assert_close(*norms, rtol=4 * FP32_EPS, atol=0)
+    for one, other in zip(several, single, strict=True):
+        torch.testing.assert_close(values64(one.grad), values64(other.grad), rtol=1e-6, atol=0)
+
+    before = [values64(parameter.grad) for parameter in several]
+    scales = [scales64(parameter.grad) for parameter in several[:2]] + [torch.zeros(())]
+    limit = 0.5 * max(value.abs().max().item() for value in before[:2])
+    nn.utils.clip_grad_value_(several, limit, foreach=True)
+    for parameter, value, scale in zip(several, before, scales, strict=True):
+        error = (values64(parameter.grad) - value.clamp(-limit, limit)).abs()
+        assert (error <= scale + 4 * FP32_EPS * limit).all()  # rounded to nearest twice
+
+
 @pytest.mark.parametrize(
     "use",
     [

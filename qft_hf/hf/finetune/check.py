@@ -1,4 +1,4 @@
-"""A dry run of a config, which reports what the run would do without loading any weights."""
+"""A dry run of a config, which reports what the run would do without loading a model."""
 
 import shutil
 from contextlib import suppress
@@ -91,7 +91,7 @@ class Check:
 
 
 def check(arguments: RunArguments) -> Check:
-    """Read what a run would read, except the model's weights. Writes and trains nothing.
+    """Read what a run would read; load, write and train nothing.
 
     Raises:
         FileExistsError: As `prepare`.

@@ -6,6 +6,7 @@ example for a classifier. Logits of the whole vocabulary would take gigabytes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,7 @@ def perplexity_of_tokens(prediction: EvalPrediction) -> dict[str, float]:
     """
     losses, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
     learned = labels[:, 1:] != IGNORED
-    score = Perplexity(keep_in_memory=True).compute(predictions=losses[learned])
+    score = _computed(Perplexity, predictions=losses[learned])
     return {"loss": score["loss"], "perplexity": score["perplexity"]}
 
 
@@ -68,9 +69,7 @@ def predicted_classes(logits: Any, labels: Tensor) -> Tensor:
 
 def accuracy_of_examples(prediction: EvalPrediction) -> dict[str, float]:
     """Return the accuracy of predicted classes."""
-    return Accuracy(keep_in_memory=True).compute(
-        predictions=prediction.predictions, references=prediction.label_ids
-    )
+    return _computed(Accuracy, predictions=prediction.predictions, references=prediction.label_ids)
 
 
 def predicted_numbers(logits: Any, labels: Tensor) -> Tensor:
@@ -92,6 +91,12 @@ def accuracy_of_several_classes(prediction: EvalPrediction) -> dict[str, float]:
     """Return the accuracy over all classes, and the share of examples with every class right."""
     right = (np.asarray(prediction.predictions) > 0) == (np.asarray(prediction.label_ids) > 0)
     return {"accuracy": float(right.mean()), "exact_match": float(right.all(axis=1).mean())}
+
+
+def _computed(metric: Any, **values: Any) -> Any:
+    """Return what a metric computes; it makes a folder, at home by default, and leaves it empty."""
+    with TemporaryDirectory() as folder:
+        return metric(keep_in_memory=True, cache_dir=folder).compute(**values)
 
 
 ERRORS = ("loss", "perplexity", "rmse")  # scores of which lower is better

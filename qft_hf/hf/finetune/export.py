@@ -7,8 +7,7 @@ import torch
 
 from ..atomic_writes import atomic_path
 from ..convert import dequantize_model_
-from ..inspection import int8_config
-from ..remote_code import loading_class
+from ..inspection import int8_config, load_int8
 from ..side_network import is_side_network
 from .loading import read_tokenizer
 
@@ -47,7 +46,7 @@ def export_checkpoint(
     config = int8_config(source, advice="An ordinary checkpoint needs no export.", **trust)
     has_tokenizer = (source / "tokenizer_config.json").is_file()
     tokenizer = read_tokenizer(source, **trust) if has_tokenizer else None
-    model = dequantize_model_(loading_class(config).from_pretrained(source, **trust), dtype)
+    model = dequantize_model_(load_int8(source, config, **trust), dtype)
     with atomic_path(target) as draft:
         model.save_pretrained(draft)
         if tokenizer is not None:

@@ -17,9 +17,11 @@ from transformers import (
 from ...side import trained_heads
 from ..checkpoint import weight_files
 from ..language_model import freeze_non_text_parts
+from ..loading_faults import refuse_damage
 from ..missing_model import explain_loading_errors
 from ..positions import n_positions
 from ..shipped import shipped_file, shipped_names
+from ..side_network import is_side_network
 from ..tensor_files import DAMAGED, tensor_names
 from ..wording import and_more
 from .arguments import ModelArguments
@@ -79,6 +81,11 @@ def read_tokenizer(name: str | Path, *, advice: str = "", **loading: Any) -> Any
         FileNotFoundError: The model does not exist.
         ValueError: The tokenizer cannot be loaded.
     """
+    if is_side_network(Path(name)) and not Path(name, "tokenizer_config.json").is_file():
+        raise ValueError(
+            f"{name} holds a side network and no tokenizer. Save that of its base there, too, with "
+            f"save_pretrained({str(name)!r}).{advice}"
+        )
     with explain_loading_errors(name, advice=advice):
         try:
             return AutoTokenizer.from_pretrained(name, **loading)
@@ -178,11 +185,16 @@ def check_fit(config: PreTrainedConfig, arguments: ModelArguments, task: Task) -
 
 
 def require_weights(folder: Path) -> None:
-    """Raise ValueError unless a folder has the weights that loading needs. Reads only headers."""
+    """Raise ValueError unless a folder has the weights that loading needs, as they were saved.
+
+    Weights that have check sums are read, to compare them.
+    """
     if any(folder.glob("pytorch_model*.bin")):
         return  # pickled weights: only loading can check them
     with explain_loading_errors(folder):
-        tensor_names(folder / name for name in weight_files(folder))
+        files = [str(folder / name) for name in weight_files(folder)]
+        tensor_names(files)
+        refuse_damage(files)
 
 
 def _stop_at_end(model: PreTrainedModel, task: Task) -> None:

@@ -1,6 +1,10 @@
 """The operators on CPUs, compiled by numba where it is faster; the import registers them."""
 
-from . import (  # noqa: F401 importing them registers the operators
+from .compiled import find_place
+
+find_place()  # before numba compiles anything
+
+from . import (  # noqa: E402, F401 importing them registers the operators
     adamw,
     dequantized_product,
     embedding,
