@@ -83,10 +83,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         log_sum = x.new_full((len(x),), -torch.inf, dtype=torch.float32)
         of_label = torch.zeros_like(log_sum)
-        for rows, _, logits in _logits(x, weight, bias):
+        for rows in _word_ranges(x, weight):
+            logits = _logits(x, weight, bias, rows)[1]
             log_sum = torch.logaddexp(log_sum, logits.logsumexp(dim=1))
             place, inside = _places(labels, rows)
             of_label += torch.where(inside, logits.gather(1, place).squeeze(1), 0.0)
+            del logits  # before the next ones are made
         # A label out of range makes a loss and gradients of NaN; see `linear_cross_entropy`.
         fits = (labels >= 0) & (labels < weight.shape[0])
         log_sum = torch.where(fits | (labels == IGNORED), log_sum, torch.nan)
@@ -110,7 +112,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             else None
         )
         grad_bias = torch.zeros_like(bias) if needs_bias else None
-        for rows, tile, logits in _logits(x, weight, bias):
+        for rows in _word_ranges(x, weight):
+            tile, logits = _logits(x, weight, bias, rows)
             place, inside = _places(labels, rows)
             grad_logits = logits.sub_(log_sum[:, None]).exp_()
             grad_logits.scatter_add_(1, place, -inside[:, None].float())
@@ -121,17 +124,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 gradient.set_rows_(rows, grad.t() @ x)
             if grad_bias is not None:
                 grad_bias[rows] = grad.sum(dim=0)
+            del tile, logits, grad_logits, grad
         return None if grad_x is None else grad_x.to(x.dtype), gradient, grad_bias, None
 
 
+def _word_ranges(x: Tensor, weight: QFTWeight) -> Iterator[slice]:
+    """Yield the rows of the head of one chunk at a time."""
+    return weight.row_tiles(at_most=words_at_a_time(len(x)))
+
+
 def _logits(
-    x: Tensor, weight: QFTWeight, bias: Tensor | None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Yield chunks of words: rows, their weights in x's dtype, and FP32 logits `[N, rows]`."""
-    for rows in weight.row_tiles(at_most=words_at_a_time(len(x))):
-        tile = weight.dequantize_rows(rows, x.dtype)
-        part = None if bias is None else bias[rows].to(x.dtype)
-        yield rows, tile, F.linear(x, tile, part).float()
+    x: Tensor, weight: QFTWeight, bias: Tensor | None, rows: slice
+) -> tuple[Tensor, Tensor]:
+    """Return these rows of the weight in x's dtype, and FP32 logits `[N, rows]`."""
+    tile = weight.dequantize_rows(rows, x.dtype)
+    part = None if bias is None else bias[rows].to(x.dtype)
+    return tile, F.linear(x, tile, part).float()
 
 
 def words_at_a_time(n_tokens: int) -> int:

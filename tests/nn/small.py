@@ -1,5 +1,7 @@
 """A small model with odd sizes, biases, a norm, and a head that may be tied."""
 
+import weakref
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -69,4 +71,27 @@ class Largest(TorchDispatchMode):
         result = function(*args, **kwargs or {})
         if type(result) is torch.Tensor and result.is_floating_point():
             self.elements = max(self.elements, result.numel())
+        return result
+
+
+class Alive(TorchDispatchMode):
+    """Records how many elements of large float tensors exist at a time, views not counted.
+
+    Args:
+        at_least: Number of elements from which a tensor is large.
+    """
+
+    def __init__(self, at_least: int) -> None:
+        super().__init__()
+        self.at_least, self.elements, self._alive = at_least, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for made in result if isinstance(result, tuple | list) else (result,):
+            is_float = type(made) is Tensor and made.is_floating_point()
+            if is_float and made.numel() >= self.at_least:
+                storage = made.untyped_storage()
+                self._alive[storage.data_ptr()] = weakref.ref(storage), made.numel()
+        self._alive = {place: kept for place, kept in self._alive.items() if kept[0]() is not None}
+        self.elements = max(self.elements, sum(n for _, n in self._alive.values()))
         return result

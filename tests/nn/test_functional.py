@@ -12,7 +12,7 @@ from qft_hf.nn import Int8Products, QFTLinear, embedding, linear
 from qft_hf.nn.functional import MAX_TOKENS
 from qft_hf.nn.loss import linear_cross_entropy
 from qft_hf.quant import Int8Gradient, QFTWeight
-from tests.nn.small import Largest, randn
+from tests.nn.small import Alive, Largest, randn
 from tests.tolerances import (
     BF16_EPS,
     FP32_EPS,
@@ -123,6 +123,18 @@ def test_no_more_of_a_weight_than_a_tile_is_float_at_a_time(monkeypatch, tile_el
         linear(x, weight).sum().backward()
 
     assert largest.elements == tile_elements // COLUMNS * COLUMNS
+
+
+def test_one_tile_is_float_at_a_time(monkeypatch):
+    """A loop over tiles once kept the last one while it computed the next."""
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", 64 * 100)
+    weight = nn.Parameter(QFTWeight.from_float(randn(600, 100), QuantizationSpec()))
+    x = randn(1, 100, seed=1).requires_grad_()
+
+    with Alive(at_least=5000) as alive:
+        linear(x, weight).sum().backward()
+
+    assert alive.elements == 64 * 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

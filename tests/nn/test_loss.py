@@ -9,7 +9,7 @@ from qft_hf.config import QuantizationSpec
 from qft_hf.nn import DeferredLogits, QFTLinear, linear_cross_entropy
 from qft_hf.nn import loss as loss_module
 from qft_hf.quant import Int8Gradient, QFTWeight
-from tests.nn.small import Largest, randn
+from tests.nn.small import Alive, Largest, randn
 from tests.tolerances import BF16_EPS, FP32_EPS
 from tests.values import scales64, values64
 
@@ -110,6 +110,15 @@ def test_no_tensor_is_as_large_as_the_logits(monkeypatch):
     with Largest() as largest:
         F.cross_entropy(F.linear(x, weight.dequantize()), labels).backward()
     assert largest.elements == n_tokens * words
+
+
+def test_one_tile_of_the_head_is_float_at_a_time(monkeypatch):
+    monkeypatch.setattr(loss_module, "LOGITS_ELEMENTS", 64 * N)
+    weight = nn.Parameter(QFTWeight.from_float(randn(600, 100, seed=1), QuantizationSpec()))
+    x = randn(N, 100, seed=2).requires_grad_()
+    with Alive(at_least=5000) as alive:
+        linear_cross_entropy(x, weight, torch.arange(N)).sum().backward()
+    assert alive.elements == 2 * 64 * 100  # a tile of the head, and one of its gradient
 
 
 def test_gradients_of_runs_add_up_in_fp32(monkeypatch):

@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qft_hf.config import QuantizationSpec
 from qft_hf.kernels import backend
+from qft_hf.nn.functional import linear
 from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
 from qft_hf.quant import QFTWeight
+from tests.nn.small import Alive, randn
 from tests.optim.common import (
     SPEC,
     backward,
@@ -57,6 +60,22 @@ def test_release_equals_stack_bit_for_bit(rule, n_parts):
             optimizer.step()
         snapshots.append(snapshot(model, optimizer))
     assert_same_tensors(*snapshots)
+
+
+@every_rule
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+def test_one_tile_of_a_gradient_is_float_at_a_time(rule, gradient, monkeypatch):
+    """A loop over tiles once kept the last one while it computed the next."""
+    monkeypatch.setattr("qft_hf.layout.TILE_ELEMENTS", 64 * 100)
+    kind, rate, own = RULES[rule]
+    weight = nn.Parameter(QFTWeight.from_float(randn(600, 100), QuantizationSpec()))
+    optimizer = kind([weight], lr=rate, gradient=gradient, **own)
+    before = weight.codes.clone()
+    with Alive(at_least=64 * 100) as alive:
+        linear(randn(1, 100, seed=1), weight).sum().backward()
+        optimizer.step()
+    assert (weight.codes != before).any()
+    assert alive.elements == 64 * 100
 
 
 @every_rule
