@@ -100,18 +100,10 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
                 "models. `qft-hf check` shows its data, its parameters and the disk space, and a "
                 "run of a few steps (--max_steps 3) measures its memory."
             )
-        place, side = arguments.model.model_name_or_path, arguments.method.side
+        place = arguments.model.model_name_or_path
         dtype = getattr(torch, arguments.model.dtype)
         trust |= arguments.model.trust_remote_code
-        if side is None:
-            work = {**workload_of(arguments), "asked": arguments.training.format_fields}
-        else:
-            work |= {
-                "batch_size": arguments.training.per_device_train_batch_size,
-                "sequence_length": arguments.data.max_length,
-                "side": side,
-                "base": arguments.method.base,
-            }
+        work = {**workload_of(arguments), "asked": arguments.training.format_fields}
     elif not Path(name).exists() and (folder := architecture(name)) is not None:
         place = str(folder)
     if options.method is not None or _side_fields(options):

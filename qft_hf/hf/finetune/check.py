@@ -19,12 +19,13 @@ from ..optimizers import given_options, named_optimizer
 from ..prepared_model import refuse_before_loading
 from .data import DataCounts
 from .data_preview import LEARNED, classes_of, example_text
-from .forecast import disk_bytes, n_steps, side_workload_of, workload_of
+from .forecast import disk_bytes, n_steps, workload_of
 from .loading import check_fit, require_weights
 from .output_folder import nearest_folder, refuse_small_disk
 from .packing import refuse_leaky_packing_family
 from .parsing import RunArguments
 from .preparation import paths_read, read
+from .side_tuning import base_form
 from .task import LanguageTask
 
 
@@ -115,7 +116,11 @@ def check(arguments: RunArguments) -> Check:
     with explain_loading_errors(place):
         model = without_storage(make, config, **how)
     freeze_non_text_parts(model, config)
-    if arguments.method.side is None:
+    is_whole, work = arguments.method.side is None, workload_of(arguments)
+    if not is_whole:
+        work["base"] = base_form(arguments.method, config, place)
+        attach_side_network(model, work["side"])
+    if is_whole or named_optimizer(training) is not None:
         refuse_before_loading(model, training)
     packing = "none: examples are padded"
     if arguments.data.packing:
@@ -123,26 +128,16 @@ def check(arguments: RunArguments) -> Check:
         if not refuse_leaky_packing_family(make, config, training.device, **how):
             packing = "in blocks; whether examples see each other is checked when the run begins"
     memory = None
-    if arguments.method.side is not None:
-        work = side_workload_of(arguments, config)
-        attach_side_network(model, work["side"])
-        if named_optimizer(training) is not None:
-            refuse_before_loading(model, training)
-        if isinstance(task, LanguageTask):
-            with suppress(ValueError):  # as below
-                memory = estimate_side_memory(
-                    config, gradient_checkpointing=bool(training.gradient_checkpointing), **work
-                )
-    elif isinstance(task, LanguageTask):
+    if isinstance(task, LanguageTask):
+        work["gradient_checkpointing"] = bool(training.gradient_checkpointing)
         # The estimate is optional: a configuration may lack a size that it needs.
         with suppress(ValueError):
-            memory = estimate_memory(
-                model,
-                config=format_with(model, training.format_fields),
-                gradient=given_options(training).get("gradient", "stack"),
-                gradient_checkpointing=bool(training.gradient_checkpointing),
-                **workload_of(arguments),
-            )
+            if is_whole:
+                form = format_with(model, training.format_fields)
+                mode = given_options(training).get("gradient", "stack")
+                memory = estimate_memory(model, config=form, gradient=mode, **work)
+            else:
+                memory = estimate_side_memory(config, **work)
     parameters, trained = parameters_of(model)
     n_examples = len(data.train.dataset)
     needed = disk_bytes(arguments, model, n_examples)

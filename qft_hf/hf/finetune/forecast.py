@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ...memory.estimate import state_kinds
 from ...memory.processes import Rows
@@ -13,42 +12,26 @@ from ...memory.side import ADAMW_STATES
 from ...nn import conversion_plan
 from ...side import side_network_of, side_parameters
 from ..compatibility import quantization_config_of
-from ..optimizers import (
-    given_options,
-    optimizer_arguments,
-    optimizer_name,
-    trial_optimizer,
-)
+from ..optimizers import given_options, optimizer_arguments, optimizer_name, trial_optimizer
 from .parsing import RunArguments
-from .side_tuning import base_form, side_checkpoint
+from .side_tuning import side_checkpoint
 
 
 def workload_of(arguments: RunArguments) -> dict[str, Any]:
-    """Return arguments of `estimate_memory` and `recommend` for a run: not the mode and format."""
-    training = arguments.training
-    return {
+    """Return arguments of `recommend` and of the estimate of a run: not the mode and format."""
+    training, method = arguments.training, arguments.method
+    work: dict[str, Any] = {
         "batch_size": training.per_device_train_batch_size,
         "sequence_length": arguments.data.max_length,
+    }
+    if method.side is not None:
+        checkpoint = side_checkpoint(arguments.model.model_name_or_path)
+        side = method.side if checkpoint is None else checkpoint.config
+        return work | {"side": side, "base": method.base}
+    return work | {
         "optimizer": optimizer_name(training),
         "momentum_bits": given_options(training).get("momentum_bits"),
         "chunked_loss": training.chunked_loss,
-    }
-
-
-def side_workload_of(arguments: RunArguments, config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the arguments of `estimate_side_memory` and `recommend` for a run of side tuning.
-
-    Args:
-        arguments: Arguments of the run.
-        config: Configuration of the base.
-    """
-    place = arguments.model.model_name_or_path
-    checkpoint = side_checkpoint(place)
-    return {
-        "batch_size": arguments.training.per_device_train_batch_size,
-        "sequence_length": arguments.data.max_length,
-        "side": arguments.method.side if checkpoint is None else checkpoint.config,
-        "base": base_form(arguments.method, config, place),
     }
 
 
