@@ -24,7 +24,7 @@ from .loading import check_fit, require_weights
 from .output_folder import nearest_folder, refuse_small_disk
 from .packing import refuse_leaky_packing_family
 from .parsing import RunArguments
-from .preparation import paths_read, read
+from .preparation import read
 from .side_tuning import base_form
 from .task import LanguageTask
 
@@ -145,7 +145,11 @@ def check(arguments: RunArguments) -> Check:
     refuse_small_disk(output_dir, needed, overwrite=arguments.output.overwrite_output)
     steps, of_epoch = n_steps(training, n_examples)
     return Check(
-        paths=paths_read(arguments),
+        paths={
+            key: str(Path(name).resolve())
+            for key, name in arguments.inputs.items()
+            if Path(name).exists()
+        },
         output_dir=str(output_dir.resolve()),
         checkpoint=None if checkpoint is None else str(checkpoint.resolve()),
         architecture=type(model).__name__,

@@ -17,7 +17,7 @@ from ..arguments import QFTTrainingArguments
 from ..shipped import shipped_file, shipped_names
 from .arguments import DataArguments, MethodArguments, ModelArguments, OutputArguments
 from .foreign_keys import suggestion
-from .paths import expanded, whole, with_paths
+from .paths import INPUTS, expanded, whole, with_paths
 from .side_tuning import side_flags
 
 GROUPS: tuple[Any, ...] = (
@@ -77,6 +77,17 @@ class RunArguments:
     def output_dir(self) -> Path:
         """The folder that everything is written to; the Trainer has filled in its default."""
         return Path(str(self.training.output_dir))
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What is read and may be a path, by key; several of one key are numbered."""
+        values, found = vars(self.model) | vars(self.data), {}
+        for key in INPUTS:
+            value = values[key] or []
+            paths = [value] if isinstance(value, str) else value
+            for number, path in enumerate(paths):
+                found[f"{key}[{number}]" if len(paths) > 1 else key] = path
+        return found
 
     @property
     def settings(self) -> dict[str, Any]:

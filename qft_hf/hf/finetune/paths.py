@@ -52,14 +52,3 @@ def with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[
         else [change(path) for path in value]
         for name, value in values.items()
     }
-
-
-def inputs(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the inputs that may be paths, by key; several of one key are numbered."""
-    found = {}
-    for key in INPUTS:
-        value = values.get(key) or []
-        paths = [value] if isinstance(value, str) else value
-        for number, path in enumerate(paths):
-            found[f"{key}[{number}]" if len(paths) > 1 else key] = path
-    return found

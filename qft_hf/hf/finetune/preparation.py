@@ -32,7 +32,6 @@ from .output_folder import (
 )
 from .packing import refuse_leaky_packing
 from .parsing import RunArguments
-from .paths import inputs
 from .run_trainer import RunTrainer
 from .side_tuning import base_config, base_form, load_side_model, side_checkpoint
 from .step_clock import StepClock
@@ -160,26 +159,13 @@ def _check_output(arguments: RunArguments) -> Path | None:
     """Raise if the run would destroy something; return the checkpoint to resume from."""
     output_dir = arguments.output_dir
     refuse_unwritable(output_dir)
-    refuse_inputs_inside(output_dir, _inputs(arguments))
+    refuse_inputs_inside(output_dir, arguments.inputs)
     checkpoint = checkpoint_to_resume(arguments.training.resume_from_checkpoint, output_dir)
     refuse_other_run(output_dir, checkpoint=checkpoint, overwrite=arguments.output.overwrite_output)
     if output_dir.is_dir():
         with sole_run(output_dir):  # so that a second run ends before it loads anything
             pass
     return checkpoint
-
-
-def paths_read(arguments: RunArguments) -> dict[str, str]:
-    """Return absolute paths of the local files and folders that are read, by key of the config."""
-    return {
-        key: str(Path(name).resolve())
-        for key, name in _inputs(arguments).items()
-        if Path(name).exists()
-    }
-
-
-def _inputs(arguments: RunArguments) -> dict[str, str]:
-    return inputs(vars(arguments.model) | vars(arguments.data))
 
 
 def _check_reporters(training: TrainingArguments) -> None:
