@@ -69,6 +69,18 @@ class TaskData:
     evaluation: Examples | None
     shared: dict[str, int]  # by source: number of rows that are both learned and scored
 
+    @property
+    def of_trainer(self) -> dict[str, Any]:
+        """Arguments of a Trainer: the examples, and how they are batched and scored."""
+        return {
+            "train_dataset": self.train.dataset,
+            "eval_dataset": None if self.evaluation is None else self.evaluation.dataset,
+            "data_collator": self.task.collator,
+            "processing_class": self.task.tokenizer,
+            "compute_metrics": self.task.scoring.compute_metrics,
+            "preprocess_logits_for_metrics": self.task.scoring.preprocess_logits,
+        }
+
 
 def prepare_data(
     arguments: DataArguments,

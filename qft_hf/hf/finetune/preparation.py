@@ -69,7 +69,6 @@ def prepare(arguments: RunArguments) -> Run:
     if training.use_liger_kernel and training.device.type == "cpu" and not is_interpreted:
         raise ValueError("use_liger_kernel needs a GPU, and there is none. Leave it out.")
     checkpoint, config, data = read(arguments)
-    tokenizer = data.task.tokenizer
     is_whole = arguments.method.side is None
     load: Any = load_model if is_whole else load_side_model
     how = training.quantization_config if is_whole else arguments.method
@@ -87,17 +86,7 @@ def prepare(arguments: RunArguments) -> Run:
     )
     clock = StepClock()
     with first_process_writes():  # process 0 creates a repository on the Hub; all raise if it fails
-        trainer = RunTrainer(
-            model=model,
-            args=training,
-            train_dataset=data.train.dataset,
-            eval_dataset=None if data.evaluation is None else data.evaluation.dataset,
-            data_collator=data.task.collator,
-            processing_class=tokenizer,
-            compute_metrics=data.task.scoring.compute_metrics,
-            preprocess_logits_for_metrics=data.task.scoring.preprocess_logits,
-            callbacks=[clock],
-        )
+        trainer = RunTrainer(model=model, args=training, callbacks=[clock], **data.of_trainer)
     return Run(arguments, checkpoint, data, trainer, clock, started)
 
 
