@@ -3,7 +3,7 @@
 import json
 import os
 from argparse import SUPPRESS
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from math import inf, isfinite
@@ -123,8 +123,8 @@ def parse_arguments(
         raise ValueError(f"the config must come first, then flags: {late[0]} {flags[0]} ...")
     for name in _names(flags):
         _require_known(name, "flag")
-    flags = [*side_flags(flags, _names(flags)), *_launched(_names(flags)), *flags]
-
+    given = _given(flags, command)
+    flags = [*side_flags(given), *_launched(given), *flags]
     given = with_paths(_given(flags, command), expanded)
     _require_possible(given)
     try:
@@ -150,13 +150,13 @@ def parse_arguments(
     return RunArguments(model, method, data, output, training, given)
 
 
-def _launched(names: list[str]) -> list[str]:
+def _launched(given: Mapping[str, Any]) -> list[str]:
     """Return as flags what `accelerate launch` has set and nobody else, so that it is recorded."""
     flags = []
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and "bf16" not in names:
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and "bf16" not in given:
         flags.append("--bf16=true")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if backend != "no" and not any(name.startswith("torch_compile") for name in names):
+    if backend != "no" and not any(name.startswith("torch_compile") for name in given):
         mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
         flags.append(f"--torch_compile_backend={backend}")
         flags += [] if mode == "default" else [f"--torch_compile_mode={mode}"]
