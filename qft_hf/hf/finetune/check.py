@@ -18,7 +18,7 @@ from ..missing_model import explain_loading_errors
 from ..optimizers import given_options, named_optimizer
 from ..prepared_model import refuse_before_loading
 from .data import DataCounts
-from .data_preview import LEARNED, classes_of, example_text
+from .data_preview import LEARNED, example_text
 from .forecast import disk_bytes, n_steps, workload_of
 from .loading import check_fit, require_weights
 from .output_folder import nearest_folder, refuse_small_disk
@@ -158,7 +158,7 @@ def check(arguments: RunArguments) -> Check:
         method=arguments.method.method,
         train_data=data.train.counts,
         eval_data=data.evaluation.counts if data.evaluation else None,
-        classes=classes_of(data),
+        classes=list(task.names),
         steps=steps,
         steps_per_epoch=of_epoch,
         packing=packing,

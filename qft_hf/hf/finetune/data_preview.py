@@ -25,15 +25,10 @@ def data_preview(data: TaskData) -> str:
         counts.append(f"{'evaluation data':<24}{data.evaluation.counts}")
         if data.evaluation.counts.held_out is not None:
             counts.append(f"{'held-out rows':<24}fingerprint {data.evaluation.counts.held_out}")
-    if classes := classes_of(data):
-        counts.append(f"{'classes':<24}{', '.join(classes)}")
+    if data.task.names:
+        counts.append(f"{'classes':<24}{', '.join(data.task.names)}")
     head = f"The first example, with the learned parts in {LEARNED[0]}brackets{LEARNED[1]}:"
     return "\n".join([*counts, "", head, "", example_text(data)])
-
-
-def classes_of(data: TaskData) -> list[str]:
-    """Return the names of the outputs in order; none if no class is learned."""
-    return data.task.names if isinstance(data.task, Classification) else []
 
 
 def show(data: TaskData, path: Path) -> None:
