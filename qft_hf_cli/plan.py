@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .command_line import add_json, add_trust, parser, show_json, table
+from .command_line import add_json, add_trust, parser, show, table
 
 LENGTH = 2048  # default tokens of a sequence, if the model has as many positions
 OF_FULL = ("gpus", "optim", "momentum_bits", "matmul", "chunked_loss")
@@ -30,12 +30,8 @@ def main(argv: list[str]) -> None:
         | _plan(*_model(name, options), options.gpu)
         for name in options.models
     ]
-    if options.json:
-        show_json(results)
-    elif options.markdown:
-        print(_markdown(results))
-    else:
-        print("\n\n".join(_text(result) for result in results))
+    text = _markdown(results) if options.markdown else "\n\n".join(map(_text, results))
+    show(results, text, as_json=options.json)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
