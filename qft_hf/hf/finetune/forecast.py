@@ -44,24 +44,23 @@ def disk_bytes(arguments: RunArguments, model: nn.Module, n_examples: int) -> in
             is written, with two floats of optimizer state per parameter.
         n_examples: Examples in an epoch.
     """
-    training = arguments.training
+    training, export = arguments.training, arguments.output.export_dtype
     if side_network_of(model) is not None:
-        side_bytes = sum(parameter.nbytes for parameter in side_parameters(model).values())
-        states_bytes = 0 if training.save_only_model else ADAMW_STATES * side_bytes
-        return n_checkpoints(training, n_examples) * (side_bytes + states_bytes) + side_bytes
-    spec = quantization_config_of(model) or training.quantization_config
-    # Without buffers, which are small, and which most models do not save.
-    states = state_kinds(
-        conversion_plan(model, spec.modules_to_not_convert),
-        Rows(1, spec),  # a checkpoint has the rows of all processes
-        trial_optimizer(optimizer_name(training), **optimizer_arguments(training)),
-    )
-    sizes = {kind: n_bytes for kind, _, n_bytes in states}
-    del sizes["gradients"]  # never written
-    momentum = sizes.pop("momentum")
-    model_bytes = sum(sizes.values())
-    checkpoint_bytes = model_bytes + (0 if training.save_only_model else momentum)
-    export = arguments.output.export_dtype
+        model_bytes = sum(parameter.nbytes for parameter in side_parameters(model).values())
+        states_bytes = ADAMW_STATES * model_bytes
+    else:
+        spec = quantization_config_of(model) or training.quantization_config
+        # Without buffers, which are small, and which most models do not save.
+        states = state_kinds(
+            conversion_plan(model, spec.modules_to_not_convert),
+            Rows(1, spec),  # a checkpoint has the rows of all processes
+            trial_optimizer(optimizer_name(training), **optimizer_arguments(training)),
+        )
+        sizes = {kind: n_bytes for kind, _, n_bytes in states}
+        del sizes["gradients"]  # never written
+        states_bytes = sizes.pop("momentum")
+        model_bytes = sum(sizes.values())
+    checkpoint_bytes = model_bytes + (0 if training.save_only_model else states_bytes)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     export_bytes = n_parameters * getattr(torch, export).itemsize if export else 0
     return n_checkpoints(training, n_examples) * checkpoint_bytes + model_bytes + export_bytes
