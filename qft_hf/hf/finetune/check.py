@@ -92,14 +92,7 @@ class Check:
 
 
 def check(arguments: RunArguments) -> Check:
-    """Read what a run would read; load, write and train nothing.
-
-    Raises:
-        FileExistsError: As `prepare`.
-        FileNotFoundError: Likewise.
-        OSError: Likewise.
-        ValueError: Likewise.
-    """
+    """Read what a run would read; load, write and train nothing. Raises what `prepare` raises."""
     checkpoint, config, data = read(arguments)
     training, task = arguments.training, data.task
     check_fit(config, arguments.model, task)

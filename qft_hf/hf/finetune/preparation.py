@@ -93,18 +93,13 @@ def prepare(arguments: RunArguments) -> Run:
 def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskData]:
     """Check the output folder, and read everything except the model's weights. Writes nothing.
 
-    If `logging_steps` is not given, it is set to log `LOGS` times in a run.
+    If `logging_steps` is not given, it is set to log `LOGS` times in a run. Raises what `prepare`
+    raises.
 
     Returns:
         checkpoint: Checkpoint to resume from; None for a fresh start.
         config: Configuration of the model.
         data: Data, ready for the Trainer.
-
-    Raises:
-        FileExistsError: As `prepare`.
-        FileNotFoundError: Likewise.
-        OSError: The output folder cannot be written to.
-        ValueError: As `prepare`.
     """
     training = arguments.training
     if training.process_index > 0:  # only process 0 logs and shows progress
