@@ -44,11 +44,10 @@ def whole(path: str) -> str:
 
 def with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """Return settings, with `change` applied to those that may be paths or lists of paths."""
-    return {
-        name: value
-        if name not in PATHS or value is None
-        else change(value)
-        if isinstance(value, str)
-        else [change(path) for path in value]
-        for name, value in values.items()
-    }
+    changed = dict(values)
+    for name in PATHS:
+        if isinstance(value := values.get(name), str):
+            changed[name] = change(value)
+        elif value is not None:
+            changed[name] = [change(path) for path in value]
+    return changed
