@@ -98,11 +98,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"qft-hf: no command {name!r}. Commands: {', '.join(COMMANDS)}.", file=sys.stderr)
         raise SystemExit(2)
     else:
-        run(_module(name), rest)
+        _run(_module(name), rest)
 
 
-@_output_may_fail()
-def run(command: ModuleType, argv: Sequence[str]) -> None:
+def _run(command: ModuleType, argv: list[str]) -> None:
     """Run a command; an error raised by qft_hf itself is shown as its text, without a traceback.
 
     So is a missing permission, whoever finds it.
@@ -113,7 +112,7 @@ def run(command: ModuleType, argv: Sequence[str]) -> None:
     """
     name = command.__name__.rpartition(".")[2]
     try:
-        command.main(list(argv))
+        command.main(argv)
     except KeyboardInterrupt:
         print(f"\nqft-hf {name}: stopped.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -9,7 +9,7 @@ disk space and an estimate of the memory. It refuses what a run would refuse, as
 without the weights.
 """
 
-from .command_line import output_for, show_help, show_json, take
+from .command_line import output_for, show, show_help, take
 
 
 def main(argv: list[str]) -> None:
@@ -22,7 +22,4 @@ def main(argv: list[str]) -> None:
 
     with output_for(as_json=as_json):
         found = check(parse_arguments(argv, command="check"))
-    if as_json:
-        show_json(found.as_dict())
-    else:
-        print(found)
+    show(found.as_dict(), found, as_json=as_json)

@@ -48,11 +48,13 @@ def output_for(*, as_json: bool) -> AbstractContextManager[Any]:
     return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
-def show_json(result: Any) -> None:
-    """Print a result as JSON; a number that JSON cannot express (inf, nan) becomes null."""
-    from qft_hf.hf.finetune.summary import finite
+def show(result: Any, text: object, *, as_json: bool) -> None:
+    """Print the text; if `as_json`, the result, with null for inf and NaN, which JSON lacks."""
+    if as_json:
+        from qft_hf.hf.finetune.summary import finite
 
-    print(json.dumps(finite(result), indent=2))
+        text = json.dumps(finite(result), indent=2)
+    print(text)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

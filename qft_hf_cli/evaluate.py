@@ -13,7 +13,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from .command_line import output_for, show_help, show_json, take
+from .command_line import output_for, show, show_help, take
 
 
 def main(argv: list[str]) -> None:
@@ -26,10 +26,7 @@ def main(argv: list[str]) -> None:
 
     with output_for(as_json=as_json):
         found = evaluate_checkpoint(parse_arguments(flags_of(argv), command="evaluate"))
-    if as_json:
-        show_json(asdict(found))
-    else:
-        print(found)
+    show(asdict(found), found, as_json=as_json)
 
 
 def flags_of(argv: list[str]) -> list[str]:

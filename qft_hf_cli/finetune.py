@@ -29,7 +29,7 @@ Trainer. Lion's learning rate is a third to a tenth of AdamW's.
 
 from dataclasses import asdict
 
-from .command_line import output_for, show_help, show_json, take
+from .command_line import output_for, show, show_help, take
 
 
 def main(argv: list[str]) -> None:
@@ -44,9 +44,6 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv, description="Train every parameter of a model in INT8.")
     with output_for(as_json=as_json):
         summary = finetune(arguments)
-    if arguments.training.process_index != 0:
-        return
-    if as_json:
-        show_json(asdict(summary))
-    else:
-        print(f"\n{summary}\n{'written to':<30}{arguments.training.output_dir}")
+    if arguments.training.process_index == 0:
+        text = f"\n{summary}\n{'written to':<30}{arguments.training.output_dir}"
+        show(asdict(summary), text, as_json=as_json)

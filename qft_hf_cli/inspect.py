@@ -10,7 +10,7 @@ quantized it is due to rounding; for one that was trained, to rounding and learn
 from dataclasses import asdict
 from pathlib import Path
 
-from .command_line import add_json, add_trust, parser, show_json, table
+from .command_line import add_json, add_trust, parser, show, table
 
 
 def main(argv: list[str]) -> None:
@@ -27,9 +27,6 @@ def main(argv: list[str]) -> None:
     weights = inspect_checkpoint(
         options.checkpoint, options.original, trust_remote_code=options.trust_remote_code
     )
-    if options.json:
-        show_json([asdict(weight) for weight in weights])
-        return
     head = ["weight", "shape", "MB", "scale", "from", "to", "zero", "at 127", "outliers"]
     head += ["largest outlier"]
     rows = [
@@ -51,4 +48,4 @@ def main(argv: list[str]) -> None:
         head += ["error", "largest error, in scales"]
         for row, weight in zip(rows, weights, strict=True):
             row += [f"{100 * (weight.error or 0):.2f} %", f"{weight.largest_error:.2f}"]
-    print(table(head, rows))
+    show([asdict(weight) for weight in weights], table(head, rows), as_json=options.json)

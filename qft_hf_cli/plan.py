@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .command_line import add_json, add_trust, parser, show_json, table
+from .command_line import add_json, add_trust, parser, show, table
 
 LENGTH = 2048  # default tokens of a sequence, if the model has as many positions
 OF_FULL = ("gpus", "optim", "momentum_bits", "matmul", "chunked_loss")
@@ -30,12 +30,8 @@ def main(argv: list[str]) -> None:
         | _plan(*_model(name, options), options.gpu)
         for name in options.models
     ]
-    if options.json:
-        show_json(results)
-    elif options.markdown:
-        print(_markdown(results))
-    else:
-        print("\n\n".join(_text(result) for result in results))
+    text = _markdown(results) if options.markdown else "\n\n".join(map(_text, results))
+    show(results, text, as_json=options.json)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -100,18 +96,10 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
                 "models. `qft-hf check` shows its data, its parameters and the disk space, and a "
                 "run of a few steps (--max_steps 3) measures its memory."
             )
-        place, side = arguments.model.model_name_or_path, arguments.method.side
+        place = arguments.model.model_name_or_path
         dtype = getattr(torch, arguments.model.dtype)
         trust |= arguments.model.trust_remote_code
-        if side is None:
-            work = {**workload_of(arguments), "asked": arguments.training.format_fields}
-        else:
-            work |= {
-                "batch_size": arguments.training.per_device_train_batch_size,
-                "sequence_length": arguments.data.max_length,
-                "side": side,
-                "base": arguments.method.base,
-            }
+        work = {**workload_of(arguments), "asked": arguments.training.format_fields}
     elif not Path(name).exists() and (folder := architecture(name)) is not None:
         place = str(folder)
     if options.method is not None or _side_fields(options):

@@ -2,7 +2,7 @@
 
 import sys
 
-from qft_hf_cli import plan, run
+from qft_hf_cli import main
 
 if __name__ == "__main__":
-    run(plan, sys.argv[1:])
+    main(["plan", *sys.argv[1:]])

@@ -2,7 +2,7 @@
 
 import sys
 
-from qft_hf_cli import export, run
+from qft_hf_cli import main
 
 if __name__ == "__main__":
-    run(export, sys.argv[1:])
+    main(["export", *sys.argv[1:]])

@@ -5,7 +5,7 @@ accelerate launch scripts/finetune.py demo
 
 import sys
 
-from qft_hf_cli import finetune, run
+from qft_hf_cli import main
 
 if __name__ == "__main__":
-    run(finetune, sys.argv[1:])
+    main(["finetune", *sys.argv[1:]])

@@ -46,16 +46,14 @@ def set_gradients(model: nn.Module) -> None:
             parameter.grad = torch.randn_like(parameter)
 
 
-def measure(
-    model: nn.Module, optimizer: Optimizer, *, n_steps: int, before: Callable[[], None]
-) -> dict[str, float]:
+def measure(model: nn.Module, optimizer: Optimizer, *, n_steps: int) -> dict[str, float]:
     """Return nanoseconds per parameter in the fastest step, and peak megabytes added by a step."""
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    before()
+    set_gradients(model)
     optimizer.step()  # makes the state, compiles
     seconds, extra = [], []
     for _ in range(n_steps):
-        before()
+        set_gradients(model)
         start_bytes = reset_peak(CPU)
         start = time.perf_counter()
         optimizer.step()
@@ -72,14 +70,14 @@ def measure_qft(name: str, *, layers: int, n_steps: int) -> dict[str, float]:
     model = quantize_model_(build(layers), QFTConfig())
     optimizer = QFTLion(model.parameters(), lr=1e-4, weight_decay=0.1)
     with backend.use(name):
-        return measure(model, optimizer, n_steps=n_steps, before=lambda: set_gradients(model))
+        return measure(model, optimizer, n_steps=n_steps)
 
 
 def measure_peer(make: MakeOptimizer, *, layers: int, n_steps: int) -> dict[str, float]:
     """Return the figures of a step of a float optimizer on FP32 weights and gradients."""
     model = build(layers)
     optimizer = make(list(model.parameters()))
-    return measure(model, optimizer, n_steps=n_steps, before=lambda: set_gradients(model))
+    return measure(model, optimizer, n_steps=n_steps)
 
 
 def main() -> None:

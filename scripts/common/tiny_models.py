@@ -81,7 +81,7 @@ class Tiny(NamedTuple):
     auto: Any
     config: Callable[[], Any]
     batch: Callable[[], Batch] = text
-    prompt: Callable[[], Batch] | None = beginning
+    prompt: Callable[[], Batch] | None = None
 
     def model(self) -> Any:
         """Return the model in training mode, with the same values at every call."""
@@ -229,28 +229,23 @@ def question(batch: Batch) -> Batch:
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def watcher(auto: Any, config: Callable[[], Any], batch: Callable[[], Batch]) -> Tiny:
-    """Return a model that generates no text."""
-    return Tiny(auto, config, batch, None)
-
-
 def teller(config: Callable[[], Any], batch: Callable[[], Batch]) -> Tiny:
     """Return a model that generates text about images."""
     return Tiny(hf.AutoModelForImageTextToText, config, batch, lambda: question(batch()))
 
 
 OF_IMAGES_AND_SOUND = {
-    "ViT": watcher(
+    "ViT": Tiny(
         hf.AutoModelForImageClassification,
         lambda: hf.ViTConfig(**VISION),
         lambda: {"pixel_values": pictures(), "labels": classes()},
     ),
-    "DINOv2": watcher(
+    "DINOv2": Tiny(
         hf.AutoModelForImageClassification,
         lambda: hf.Dinov2Config(**VISION),
         lambda: {"pixel_values": pictures(), "labels": classes()},
     ),
-    "Swin": watcher(
+    "Swin": Tiny(
         hf.AutoModelForImageClassification,
         lambda: hf.SwinConfig(
             image_size=SIDE, patch_size=2, embed_dim=16, depths=[1, 2], num_heads=[2, 2],
@@ -258,7 +253,7 @@ OF_IMAGES_AND_SOUND = {
         ),
         lambda: {"pixel_values": pictures(), "labels": classes()},
     ),
-    "SegFormer": watcher(
+    "SegFormer": Tiny(
         hf.AutoModelForSemanticSegmentation,
         lambda: hf.SegformerConfig(
             hidden_sizes=[16, 32, 32, 48], depths=[1, 1, 1, 1], num_attention_heads=[1, 1, 2, 2],
@@ -266,7 +261,7 @@ OF_IMAGES_AND_SOUND = {
         ),
         lambda: {"pixel_values": pictures(64), "labels": pictures(64)[:, 0].gt(0).long()},
     ),
-    "DETR": watcher(
+    "DETR": Tiny(
         hf.AutoModelForObjectDetection,
         lambda: hf.DetrConfig(
             backbone_config=hf.ResNetConfig(
@@ -278,7 +273,7 @@ OF_IMAGES_AND_SOUND = {
         ),
         boxes,
     ),
-    "CLIP": watcher(
+    "CLIP": Tiny(
         hf.AutoModel,
         lambda: hf.CLIPConfig(
             vision_config=VISION, text_config=SIZES | {"num_attention_heads": 2},
@@ -286,7 +281,7 @@ OF_IMAGES_AND_SOUND = {
         ),
         pairs,
     ),
-    "SigLIP": watcher(
+    "SigLIP": Tiny(
         hf.AutoModel,
         lambda: hf.SiglipConfig(
             vision_config=VISION, text_config=SIZES | {"projection_size": 48},
@@ -346,17 +341,17 @@ OF_IMAGES_AND_SOUND = {
         lambda: {"input_features": values(20, 100), "labels": ids()},
         lambda: {"input_features": values(20, 100)},
     ),
-    "Wav2Vec2": watcher(
+    "Wav2Vec2": Tiny(
         hf.AutoModelForCTC,
         lambda: hf.Wav2Vec2Config(**SPEECH),
         lambda: {"input_values": values(4000), "labels": ids(6)},
     ),
-    "HuBERT": watcher(
+    "HuBERT": Tiny(
         hf.AutoModelForCTC,
         lambda: hf.HubertConfig(**SPEECH),
         lambda: {"input_values": values(4000), "labels": ids(6)},
     ),
-    "AST": watcher(
+    "AST": Tiny(
         hf.AutoModelForAudioClassification,
         lambda: hf.ASTConfig(
             **LAYERS, intermediate_size=72, max_length=64, num_mel_bins=32, patch_size=16,

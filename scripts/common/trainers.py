@@ -68,11 +68,6 @@ def _float_trainer(arguments: RunArguments, optimizer: str) -> Trainer:
     return Trainer(
         model=model,
         args=training,
-        train_dataset=data.train.dataset,
-        eval_dataset=data.evaluation.dataset if data.evaluation else None,
-        data_collator=data.task.collator,
-        processing_class=data.task.tokenizer,
-        compute_metrics=data.task.scoring.compute_metrics,
-        preprocess_logits_for_metrics=data.task.scoring.preprocess_logits,
+        **data.of_trainer,
         optimizers=(lion, None),
     )

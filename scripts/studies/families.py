@@ -25,6 +25,7 @@ from common.report import table
 from common.tiny_models import OF_IMAGES_AND_SOUND, OF_TEXT, TINY, Causal, Tiny
 
 from qft_hf import QFTConfig, QFTLion, dequantize_model_, quantize_model_
+from qft_hf.hf.estimate import without_storage
 from qft_hf.nn import conversion_plan
 
 STEPS, LR = 6, 2e-3
@@ -182,9 +183,7 @@ def float_share(model: nn.Module) -> tuple[float, dict[str, float]]:
 
 def real(name: str) -> nn.Module:
     """Return a model of real size on the meta device."""
-    auto, config = REAL[name]
-    with torch.device("meta"):
-        return auto.from_config(config)
+    return without_storage(*REAL[name])
 
 
 def row(name: str, family: Family) -> list[str]:

@@ -37,6 +37,7 @@ from common.run_log import Run, RunLog, best_rate, matching
 from qft_hf import QFTConfig, QFTLion, QFTWeight, memory_ledger
 from qft_hf.hf.base import base_format
 from qft_hf.hf.card_facts import parameters_of
+from qft_hf.hf.estimate import without_storage
 from qft_hf.hf.finetune import parse_arguments
 from qft_hf.hf.finetune.data import TaskData, prepare_data
 from qft_hf.hf.finetune.evaluate import scores
@@ -133,8 +134,7 @@ class Bench:
         set_seed(seed)
         config = load_config(self.arguments.model)
         self.data.task.configure(config)
-        with torch.device("meta"):
-            skeleton = self.data.task.model_class(config).from_config(config)
+        skeleton = without_storage(self.data.task.model_class(config), config)
         heads = [n for n, _ in skeleton.named_children() if n in ("classifier", "score")]
         form = QFTConfig(seed=seed, modules_to_not_convert=heads if is_frozen else [])
         quantization = base_format(base, skeleton, config=form)

@@ -24,7 +24,7 @@ from qft_hf import (
     save_side_network,
 )
 from qft_hf.hf.finetune.parsing import GROUPS
-from qft_hf_cli import COMMANDS, main, run
+from qft_hf_cli import COMMANDS, main
 from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import CHATML, tiny_tokenizer
 from tests.full_disk import files_of_at_most
@@ -187,13 +187,14 @@ def test_an_export_onto_a_full_disk_is_told_in_a_line_and_leaves_nothing(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_another_pipe_that_breaks_is_told():
+def test_another_pipe_that_breaks_is_told(monkeypatch):
     """One such pipe leads to a process that loads data, or to a service that logs."""
     reader, writer = os.pipe()
     os.close(reader)
     command = SimpleNamespace(__name__="finetune", main=lambda argv: os.write(writer, b"x"))
+    monkeypatch.setattr(qft_hf_cli, "_module", lambda name: command)
     with pytest.raises(BrokenPipeError):
-        run(command, [])
+        main(["finetune"])
     os.close(writer)
 
 

@@ -165,8 +165,8 @@ class ConversationEncoder:
                     "weight or train with assistant_only_loss=false",
                     "this setting learns every token. Set assistant_only_loss to true.",
                 )
-            encoded = self._tokenize(self._render(conversation))
-            return [(list(encoded["input_ids"]), list(encoded["input_ids"]))]
+            input_ids, _ = self._tokenize(self._render(conversation))
+            return [(input_ids, list(input_ids))]
         if self.marks_assistant:
             examples = self._answers_from_template(conversation)
         else:
@@ -204,7 +204,7 @@ class ConversationEncoder:
         """Find each answer between the text before it and the text that ends with it."""
         whole = self._render(conversation)
         limit = len(whole)
-        if max_length is not None and max_length < len(ends := self._tokenize(whole)["offsets"]):
+        if max_length is not None and max_length < len(ends := self._tokenize(whole)[1]):
             limit = ends[max_length][1]
         rendered = [_Rendered("")]
         for index in _answers(conversation):
@@ -237,8 +237,7 @@ class ConversationEncoder:
 
     def _locate(self, example: _Rendered) -> tuple[list[int], list[int]]:
         """Return the tokens and labels of a text; only its answers are learned."""
-        encoded = self._tokenize(example.text)
-        input_ids, offsets = encoded["input_ids"], encoded["offsets"]
+        input_ids, offsets = self._tokenize(example.text)
         labels = [IGNORED] * len(input_ids)
         for turn, first, last in example.answers:
             start, stop = _token_at(first, offsets), _token_at(last, offsets)
@@ -301,14 +300,15 @@ class ConversationEncoder:
                     "remove them from the data.",
                 )
 
-    def _tokenize(self, text: str) -> dict[str, Any]:
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the tokens of a text, and where a fast tokenizer found each."""
         encoded: Any = self.tokenizer(
             text,
             add_special_tokens=False,
             return_offsets_mapping=self.tokenizer.is_fast,
             verbose=False,
         )
-        return {"input_ids": list(encoded["input_ids"]), "offsets": encoded.get("offset_mapping")}
+        return list(encoded["input_ids"]), encoded.get("offset_mapping", [])
 
     def _render(
         self,

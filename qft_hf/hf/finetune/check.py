@@ -18,13 +18,14 @@ from ..missing_model import explain_loading_errors
 from ..optimizers import given_options, named_optimizer
 from ..prepared_model import refuse_before_loading
 from .data import DataCounts
-from .data_preview import LEARNED, classes_of, example_text
-from .forecast import disk_bytes, n_steps, side_workload_of, workload_of
+from .data_preview import LEARNED, example_text
+from .forecast import disk_bytes, n_steps, workload_of
 from .loading import check_fit, require_weights
 from .output_folder import nearest_folder, refuse_small_disk
 from .packing import refuse_leaky_packing_family
 from .parsing import RunArguments
-from .preparation import paths_read, read
+from .preparation import read
+from .side_tuning import base_form
 from .task import LanguageTask
 
 
@@ -91,14 +92,7 @@ class Check:
 
 
 def check(arguments: RunArguments) -> Check:
-    """Read what a run would read; load, write and train nothing.
-
-    Raises:
-        FileExistsError: As `prepare`.
-        FileNotFoundError: Likewise.
-        OSError: Likewise.
-        ValueError: Likewise.
-    """
+    """Read what a run would read; load, write and train nothing. Raises what `prepare` raises."""
     checkpoint, config, data = read(arguments)
     training, task = arguments.training, data.task
     check_fit(config, arguments.model, task)
@@ -115,7 +109,11 @@ def check(arguments: RunArguments) -> Check:
     with explain_loading_errors(place):
         model = without_storage(make, config, **how)
     freeze_non_text_parts(model, config)
-    if arguments.method.side is None:
+    is_whole, work = arguments.method.side is None, workload_of(arguments)
+    if not is_whole:
+        work["base"] = base_form(arguments.method, config, place)
+        attach_side_network(model, work["side"])
+    if is_whole or named_optimizer(training) is not None:
         refuse_before_loading(model, training)
     packing = "none: examples are padded"
     if arguments.data.packing:
@@ -123,26 +121,16 @@ def check(arguments: RunArguments) -> Check:
         if not refuse_leaky_packing_family(make, config, training.device, **how):
             packing = "in blocks; whether examples see each other is checked when the run begins"
     memory = None
-    if arguments.method.side is not None:
-        work = side_workload_of(arguments, config)
-        attach_side_network(model, work["side"])
-        if named_optimizer(training) is not None:
-            refuse_before_loading(model, training)
-        if isinstance(task, LanguageTask):
-            with suppress(ValueError):  # as below
-                memory = estimate_side_memory(
-                    config, gradient_checkpointing=bool(training.gradient_checkpointing), **work
-                )
-    elif isinstance(task, LanguageTask):
+    if isinstance(task, LanguageTask):
+        work["gradient_checkpointing"] = bool(training.gradient_checkpointing)
         # The estimate is optional: a configuration may lack a size that it needs.
         with suppress(ValueError):
-            memory = estimate_memory(
-                model,
-                config=format_with(model, training.format_fields),
-                gradient=given_options(training).get("gradient", "stack"),
-                gradient_checkpointing=bool(training.gradient_checkpointing),
-                **workload_of(arguments),
-            )
+            if is_whole:
+                form = format_with(model, training.format_fields)
+                mode = given_options(training).get("gradient", "stack")
+                memory = estimate_memory(model, config=form, gradient=mode, **work)
+            else:
+                memory = estimate_side_memory(config, **work)
     parameters, trained = parameters_of(model)
     n_examples = len(data.train.dataset)
     needed = disk_bytes(arguments, model, n_examples)
@@ -150,7 +138,11 @@ def check(arguments: RunArguments) -> Check:
     refuse_small_disk(output_dir, needed, overwrite=arguments.output.overwrite_output)
     steps, of_epoch = n_steps(training, n_examples)
     return Check(
-        paths=paths_read(arguments),
+        paths={
+            key: str(Path(name).resolve())
+            for key, name in arguments.inputs.items()
+            if Path(name).exists()
+        },
         output_dir=str(output_dir.resolve()),
         checkpoint=None if checkpoint is None else str(checkpoint.resolve()),
         architecture=type(model).__name__,
@@ -159,7 +151,7 @@ def check(arguments: RunArguments) -> Check:
         method=arguments.method.method,
         train_data=data.train.counts,
         eval_data=data.evaluation.counts if data.evaluation else None,
-        classes=classes_of(data),
+        classes=list(task.names),
         steps=steps,
         steps_per_epoch=of_epoch,
         packing=packing,

@@ -117,7 +117,19 @@ class Classification(Task):
         Raises:
             RowError: The label is missing, or is not one of the classes.
         """
-        return self._class(value)
+        label = self._canonical(value)
+        if label is None or label == UNLABELLED:
+            raise RowError(
+                f"no label ({label})",
+                "a row without a label cannot be learned or scored. Remove it, or set on_bad_row "
+                f"to skip; give a class that is stored as {UNLABELLED} a name.",
+            )
+        index = self._index_of.get(_key(label))
+        if index is None and isinstance(label, int) and 0 <= label < len(self.names):
+            index = label
+        if index is None:
+            raise RowError(f"unknown class {label!r}", f"the classes are {self.names}.")
+        return index
 
     def describe(self, label: Any) -> str:
         """Return the label of an example as text: the name of its class."""
@@ -132,21 +144,6 @@ class Classification(Task):
             while (rest := text.rstrip()).endswith(token):
                 text = rest.removesuffix(token).rstrip()
         return text
-
-    def _class(self, label: Any) -> int:
-        value = self._canonical(label)
-        if value is None or value == UNLABELLED:
-            raise RowError(
-                f"no label ({value})",
-                "a row without a label cannot be learned or scored. Remove it, or set on_bad_row "
-                f"to skip; give a class that is stored as {UNLABELLED} a name.",
-            )
-        index = self._index_of.get(_key(value))
-        if index is None and isinstance(value, int) and 0 <= value < len(self.names):
-            index = value
-        if index is None:
-            raise RowError(f"unknown class {value!r}", f"the classes are {self.names}.")
-        return index
 
     def _canonical(self, label: Any) -> Any:
         """Return a name, a number or None: CSV holds only text, and pandas turns 1 into 1.0."""
@@ -265,7 +262,7 @@ class MultiLabel(Classification):
                 f"got {value!r}. Lists with a 0 or 1 for each class must all have the same length, "
                 "that of the model's head if it has been trained; the lists of these data do not.",
             )
-        chosen = {self._class(entry) for entry in entries}
+        chosen = {Classification.label(self, entry) for entry in entries}
         return [float(index in chosen) for index in range(len(self.names))]
 
     def describe(self, label: Any) -> str:

@@ -69,6 +69,18 @@ class TaskData:
     evaluation: Examples | None
     shared: dict[str, int]  # by source: number of rows that are both learned and scored
 
+    @property
+    def of_trainer(self) -> dict[str, Any]:
+        """Arguments of a Trainer: the examples, and how they are batched and scored."""
+        return {
+            "train_dataset": self.train.dataset,
+            "eval_dataset": None if self.evaluation is None else self.evaluation.dataset,
+            "data_collator": self.task.collator,
+            "processing_class": self.task.tokenizer,
+            "compute_metrics": self.task.scoring.compute_metrics,
+            "preprocess_logits_for_metrics": self.task.scoring.preprocess_logits,
+        }
+
 
 def prepare_data(
     arguments: DataArguments,
@@ -90,43 +102,36 @@ def prepare_data(
         ValueError: There are no rows, or none with a learned token; a row cannot be read (the text
             gives its file and number); or the labels do not fit the model.
     """
-    parts, held_out = _load_parts(arguments, seed)
-    task = _make_task(
-        arguments, tokenizer, config, [rows for part in parts.values() for rows in part]
+    train, held_out, drawn = _load_parts(arguments, seed)
+    task = _make_task(arguments, tokenizer, config, [*train, *held_out])
+    return TaskData(
+        task,
+        _prepare_part(train, task, "training data", seed),
+        _prepare_part(held_out, task, "evaluation data", seed, drawn) if held_out else None,
+        count_shared(train, held_out),
     )
-    examples = {name: _prepare_part(part, task, name, seed) for name, part in parts.items()}
-    if held_out is not None:
-        drawn = examples["evaluation data"]
-        examples["evaluation data"] = replace(
-            drawn, counts=replace(drawn.counts, held_out=held_out)
-        )
-    shared = count_shared(parts["training data"], parts.get("evaluation data", []))
-    return TaskData(task, examples["training data"], examples.get("evaluation data"), shared)
 
 
-def _load_parts(arguments: DataArguments, seed: int) -> tuple[dict[str, list[Rows]], str | None]:
-    """Return the rows of training and evaluation data, and the fingerprint of a drawn fraction."""
+def _load_parts(arguments: DataArguments, seed: int) -> tuple[list[Rows], list[Rows], str | None]:
+    """Return rows to learn, rows that are held out, and the fingerprint of a drawn fraction."""
     train = [
         replace(rows, weight=weight)
         for source, weight in zip(arguments.train_data, arguments.weights, strict=True)
         for rows in load_rows(source, arguments.train_split, configuration=arguments.train_config)
     ]
-    parts, drawn = {"training data": train}, None
+    held_out, drawn = list[Rows](), None
     if arguments.eval_data is not None:
-        parts["evaluation data"] = [
+        held_out = [
             rows
             for source in arguments.eval_data
             for rows in load_rows(source, arguments.eval_split, configuration=arguments.eval_config)
         ]
     elif arguments.eval_fraction is not None:
-        parts["training data"], held_out = split_rows(train, arguments.eval_fraction, seed)
-        parts["evaluation data"] = [replace(rows, weight=1.0) for rows in held_out]
+        train, held_out = split_rows(train, arguments.eval_fraction, seed)
+        held_out = [replace(rows, weight=1.0) for rows in held_out]
         drawn = fingerprint(held_out)
-    limits = {
-        "training data": arguments.max_train_rows,
-        "evaluation data": arguments.max_eval_rows,
-    }
-    return {name: _limited(rows, limits[name]) for name, rows in parts.items()}, drawn
+    train = _limited(train, arguments.max_train_rows)
+    return train, _limited(held_out, arguments.max_eval_rows), drawn
 
 
 def _limited(parts: list[Rows], n_rows: int | None) -> list[Rows]:
@@ -173,7 +178,9 @@ def _make_task(
     return LABEL_TASKS[arguments.task](arguments, tokenizer, config, labels, list(declared))
 
 
-def _prepare_part(parts: list[Rows], task: Task, name: str, seed: int) -> Examples:
+def _prepare_part(
+    parts: list[Rows], task: Task, name: str, seed: int, drawn: str | None = None
+) -> Examples:
     """Turn rows into examples of the right length that have something to learn."""
     weighted, dropped, cut_tokens = [], Counter[str](), 0
     for rows in parts:
@@ -195,6 +202,7 @@ def _prepare_part(parts: list[Rows], task: Task, name: str, seed: int) -> Exampl
         tokens=count_tokens(used),
         cut_tokens=cut_tokens,
         dropped=dict(dropped),
+        held_out=drawn,
     )
     if counts.examples == 0:
         raise ValueError(

@@ -25,15 +25,10 @@ def data_preview(data: TaskData) -> str:
         counts.append(f"{'evaluation data':<24}{data.evaluation.counts}")
         if data.evaluation.counts.held_out is not None:
             counts.append(f"{'held-out rows':<24}fingerprint {data.evaluation.counts.held_out}")
-    if classes := classes_of(data):
-        counts.append(f"{'classes':<24}{', '.join(classes)}")
+    if data.task.names:
+        counts.append(f"{'classes':<24}{', '.join(data.task.names)}")
     head = f"The first example, with the learned parts in {LEARNED[0]}brackets{LEARNED[1]}:"
     return "\n".join([*counts, "", head, "", example_text(data)])
-
-
-def classes_of(data: TaskData) -> list[str]:
-    """Return the names of the outputs in order; none if no class is learned."""
-    return data.task.names if isinstance(data.task, Classification) else []
 
 
 def show(data: TaskData, path: Path) -> None:
@@ -57,17 +52,13 @@ def show(data: TaskData, path: Path) -> None:
 
 def _changes(before: str, now: str) -> list[str]:
     """Return how previews differ; a line that only one of two versions writes does not count."""
-    (counts_before, _, example_before), (counts_now, _, example_now) = (
-        text.partition("\n\n") for text in (before, now)
-    )
-    was, of_now = (
-        {line[:24].strip(): line[24:] for line in counts.splitlines()}
-        for counts in (counts_before, counts_now)
-    )
+    counts_before, _, example_before = before.partition("\n\n")
+    counts_now, _, example_now = now.partition("\n\n")
+    was = {line[:24]: line[24:] for line in counts_before.splitlines()}
     changed = [
-        f"{name} {of_now[name]}, was {was[name]}"
-        for name in of_now
-        if was.get(name, of_now[name]) != of_now[name]
+        f"{name.strip()} {count}, was {was[name]}"
+        for name, count in ((line[:24], line[24:]) for line in counts_now.splitlines())
+        if was.get(name, count) != count
     ]
     return changed or ["another first example"] * (example_before != example_now)
 

@@ -112,9 +112,6 @@ def scores(model: Any, data: TaskData, training: TrainingArguments) -> dict[str,
         data: Has held-out data.
         training: Gives the device, the batch size, and whether bf16 autocast is used.
     """
-    if data.evaluation is None:
-        raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
-    task = data.task
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=model,
@@ -128,12 +125,7 @@ def scores(model: Any, data: TaskData, training: TrainingArguments) -> dict[str,
                 dataloader_pin_memory=training.device.type != "cpu",
                 report_to="none",
             ),
-            eval_dataset=data.evaluation.dataset,
-            data_collator=task.collator,
-            processing_class=task.tokenizer,
-            compute_metrics=task.scoring.compute_metrics,
-            preprocess_logits_for_metrics=task.scoring.preprocess_logits,
+            **data.of_trainer,
         )
         average_batch_mean_losses_(trainer)
-        metrics: dict[str, Any] = trainer.evaluate()
-    return {name: metrics[f"eval_{name}"] for name in task.scoring.names}
+        return data.task.scoring.of(trainer.evaluate())

@@ -28,6 +28,10 @@ class Scoring:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     names: tuple[str, ...]  # without the Trainer's prefix `eval_`
 
+    def of(self, metrics: dict[str, Any]) -> dict[str, float]:
+        """Return the scores among the metrics of an evaluation, by name."""
+        return {name: metrics[f"eval_{name}"] for name in self.names}
+
 
 def token_losses(logits: Any, labels: Tensor) -> Tensor:
     """Return the negative log-likelihood of each next token.

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from ...memory.estimate import state_kinds
 from ...memory.processes import Rows
@@ -13,42 +12,26 @@ from ...memory.side import ADAMW_STATES
 from ...nn import conversion_plan
 from ...side import side_network_of, side_parameters
 from ..compatibility import quantization_config_of
-from ..optimizers import (
-    given_options,
-    optimizer_arguments,
-    optimizer_name,
-    trial_optimizer,
-)
+from ..optimizers import given_options, optimizer_arguments, optimizer_name, trial_optimizer
 from .parsing import RunArguments
-from .side_tuning import base_form, side_checkpoint
+from .side_tuning import side_checkpoint
 
 
 def workload_of(arguments: RunArguments) -> dict[str, Any]:
-    """Return arguments of `estimate_memory` and `recommend` for a run: not the mode and format."""
-    training = arguments.training
-    return {
+    """Return arguments of `recommend` and of the estimate of a run: not the mode and format."""
+    training, method = arguments.training, arguments.method
+    work: dict[str, Any] = {
         "batch_size": training.per_device_train_batch_size,
         "sequence_length": arguments.data.max_length,
+    }
+    if method.side is not None:
+        checkpoint = side_checkpoint(arguments.model.model_name_or_path)
+        side = method.side if checkpoint is None else checkpoint.config
+        return work | {"side": side, "base": method.base}
+    return work | {
         "optimizer": optimizer_name(training),
         "momentum_bits": given_options(training).get("momentum_bits"),
         "chunked_loss": training.chunked_loss,
-    }
-
-
-def side_workload_of(arguments: RunArguments, config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the arguments of `estimate_side_memory` and `recommend` for a run of side tuning.
-
-    Args:
-        arguments: Arguments of the run.
-        config: Configuration of the base.
-    """
-    place = arguments.model.model_name_or_path
-    checkpoint = side_checkpoint(place)
-    return {
-        "batch_size": arguments.training.per_device_train_batch_size,
-        "sequence_length": arguments.data.max_length,
-        "side": arguments.method.side if checkpoint is None else checkpoint.config,
-        "base": base_form(arguments.method, config, place),
     }
 
 
@@ -61,24 +44,23 @@ def disk_bytes(arguments: RunArguments, model: nn.Module, n_examples: int) -> in
             is written, with two floats of optimizer state per parameter.
         n_examples: Examples in an epoch.
     """
-    training = arguments.training
+    training, export = arguments.training, arguments.output.export_dtype
     if side_network_of(model) is not None:
-        side_bytes = sum(parameter.nbytes for parameter in side_parameters(model).values())
-        states_bytes = 0 if training.save_only_model else ADAMW_STATES * side_bytes
-        return n_checkpoints(training, n_examples) * (side_bytes + states_bytes) + side_bytes
-    spec = quantization_config_of(model) or training.quantization_config
-    # Without buffers, which are small, and which most models do not save.
-    states = state_kinds(
-        conversion_plan(model, spec.modules_to_not_convert),
-        Rows(1, spec),  # a checkpoint has the rows of all processes
-        trial_optimizer(optimizer_name(training), **optimizer_arguments(training)),
-    )
-    sizes = {kind: n_bytes for kind, _, n_bytes in states}
-    del sizes["gradients"]  # never written
-    momentum = sizes.pop("momentum")
-    model_bytes = sum(sizes.values())
-    checkpoint_bytes = model_bytes + (0 if training.save_only_model else momentum)
-    export = arguments.output.export_dtype
+        model_bytes = sum(parameter.nbytes for parameter in side_parameters(model).values())
+        states_bytes = ADAMW_STATES * model_bytes
+    else:
+        spec = quantization_config_of(model) or training.quantization_config
+        # Without buffers, which are small, and which most models do not save.
+        states = state_kinds(
+            conversion_plan(model, spec.modules_to_not_convert),
+            Rows(1, spec),  # a checkpoint has the rows of all processes
+            trial_optimizer(optimizer_name(training), **optimizer_arguments(training)),
+        )
+        sizes = {kind: n_bytes for kind, _, n_bytes in states}
+        del sizes["gradients"]  # never written
+        states_bytes = sizes.pop("momentum")
+        model_bytes = sum(sizes.values())
+    checkpoint_bytes = model_bytes + (0 if training.save_only_model else states_bytes)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     export_bytes = n_parameters * getattr(torch, export).itemsize if export else 0
     return n_checkpoints(training, n_examples) * checkpoint_bytes + model_bytes + export_bytes

@@ -18,7 +18,7 @@ _NAMES = """
     train_config: dataset_config dataset_config_name
     eval_data: eval_dataset test_datasets validation_file eval_file val_data
     eval_split: dataset_test_split
-    eval_fraction: val_size val_set_size validation_split_percentage test_size
+    eval_fraction: val_size val_set_size test_size
     max_train_rows: max_samples max_train_samples
     max_eval_rows: max_eval_samples
     messages_field: field_messages conversation_column messages_column

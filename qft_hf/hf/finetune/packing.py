@@ -55,16 +55,14 @@ def pack(examples: Dataset, block_tokens: int) -> Dataset:
 def collate_blocks(blocks: Sequence[dict[str, Any]], *, pad_token_id: int) -> dict[str, Tensor]:
     """Batch blocks: int64, `[batch, longest]`. Padding forms its own example, without labels."""
     longest = max(len(block["input_ids"]) for block in blocks)
-
-    def filled(name: str, padding: Sequence[int]) -> Tensor:
-        return torch.tensor([[*b[name], *padding[len(b[name]) :]] for b in blocks])
-
+    paddings: dict[str, Sequence[int]] = {
+        "input_ids": [pad_token_id] * longest,
+        "labels": [IGNORED] * longest,
+        "position_ids": range(longest),
+    }
     return {
-        "input_ids": filled("input_ids", [pad_token_id] * longest),
-        "labels": filled("labels", [IGNORED] * longest),
-        "position_ids": torch.tensor(
-            [[*b["position_ids"], *range(longest - len(b["position_ids"]))] for b in blocks]
-        ),
+        name: torch.tensor([[*b[name], *padding[: longest - len(b[name])]] for b in blocks])
+        for name, padding in paddings.items()
     }
 
 

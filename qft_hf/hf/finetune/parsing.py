@@ -3,7 +3,7 @@
 import json
 import os
 from argparse import SUPPRESS
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from math import inf, isfinite
@@ -17,7 +17,7 @@ from ..arguments import QFTTrainingArguments
 from ..shipped import shipped_file, shipped_names
 from .arguments import DataArguments, MethodArguments, ModelArguments, OutputArguments
 from .foreign_keys import suggestion
-from .paths import expanded, whole, with_paths
+from .paths import INPUTS, expanded, whole, with_paths
 from .side_tuning import side_flags
 
 GROUPS: tuple[Any, ...] = (
@@ -79,6 +79,17 @@ class RunArguments:
         return Path(str(self.training.output_dir))
 
     @property
+    def inputs(self) -> dict[str, str]:
+        """What is read and may be a path, by key; several of one key are numbered."""
+        values, found = vars(self.model) | vars(self.data), {}
+        for key in INPUTS:
+            value = values[key] or []
+            paths = [value] if isinstance(value, str) else value
+            for number, path in enumerate(paths):
+                found[f"{key}[{number}]" if len(paths) > 1 else key] = path
+        return found
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Values that the config and flags have set, with absolute paths."""
         output_dir = {"output_dir": str(self.output_dir.absolute())}
@@ -112,8 +123,8 @@ def parse_arguments(
         raise ValueError(f"the config must come first, then flags: {late[0]} {flags[0]} ...")
     for name in _names(flags):
         _require_known(name, "flag")
-    flags = [*side_flags(flags, _names(flags)), *_launched(_names(flags)), *flags]
-
+    given = _given(flags, command)
+    flags = [*side_flags(given), *_launched(given), *flags]
     given = with_paths(_given(flags, command), expanded)
     _require_possible(given)
     try:
@@ -139,13 +150,13 @@ def parse_arguments(
     return RunArguments(model, method, data, output, training, given)
 
 
-def _launched(names: list[str]) -> list[str]:
+def _launched(given: Mapping[str, Any]) -> list[str]:
     """Return as flags what `accelerate launch` has set and nobody else, so that it is recorded."""
     flags = []
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and "bf16" not in names:
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and "bf16" not in given:
         flags.append("--bf16=true")
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
-    if backend != "no" and not any(name.startswith("torch_compile") for name in names):
+    if backend != "no" and not any(name.startswith("torch_compile") for name in given):
         mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
         flags.append(f"--torch_compile_backend={backend}")
         flags += [] if mode == "default" else [f"--torch_compile_mode={mode}"]

@@ -44,22 +44,10 @@ def whole(path: str) -> str:
 
 def with_paths(values: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
     """Return settings, with `change` applied to those that may be paths or lists of paths."""
-    return {
-        name: value
-        if name not in PATHS or value is None
-        else change(value)
-        if isinstance(value, str)
-        else [change(path) for path in value]
-        for name, value in values.items()
-    }
-
-
-def inputs(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the inputs that may be paths, by key; several of one key are numbered."""
-    found = {}
-    for key in INPUTS:
-        value = values.get(key) or []
-        paths = [value] if isinstance(value, str) else value
-        for number, path in enumerate(paths):
-            found[f"{key}[{number}]" if len(paths) > 1 else key] = path
-    return found
+    changed = dict(values)
+    for name in PATHS:
+        if isinstance(value := values.get(name), str):
+            changed[name] = change(value)
+        elif value is not None:
+            changed[name] = [change(path) for path in value]
+    return changed

@@ -32,7 +32,6 @@ from .output_folder import (
 )
 from .packing import refuse_leaky_packing
 from .parsing import RunArguments
-from .paths import inputs
 from .run_trainer import RunTrainer
 from .side_tuning import base_config, base_form, load_side_model, side_checkpoint
 from .step_clock import StepClock
@@ -70,7 +69,6 @@ def prepare(arguments: RunArguments) -> Run:
     if training.use_liger_kernel and training.device.type == "cpu" and not is_interpreted:
         raise ValueError("use_liger_kernel needs a GPU, and there is none. Leave it out.")
     checkpoint, config, data = read(arguments)
-    tokenizer = data.task.tokenizer
     is_whole = arguments.method.side is None
     load: Any = load_model if is_whole else load_side_model
     how = training.quantization_config if is_whole else arguments.method
@@ -88,35 +86,20 @@ def prepare(arguments: RunArguments) -> Run:
     )
     clock = StepClock()
     with first_process_writes():  # process 0 creates a repository on the Hub; all raise if it fails
-        trainer = RunTrainer(
-            model=model,
-            args=training,
-            train_dataset=data.train.dataset,
-            eval_dataset=None if data.evaluation is None else data.evaluation.dataset,
-            data_collator=data.task.collator,
-            processing_class=tokenizer,
-            compute_metrics=data.task.scoring.compute_metrics,
-            preprocess_logits_for_metrics=data.task.scoring.preprocess_logits,
-            callbacks=[clock],
-        )
+        trainer = RunTrainer(model=model, args=training, callbacks=[clock], **data.of_trainer)
     return Run(arguments, checkpoint, data, trainer, clock, started)
 
 
 def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskData]:
     """Check the output folder, and read everything except the model's weights. Writes nothing.
 
-    If `logging_steps` is not given, it is set to log `LOGS` times in a run.
+    If `logging_steps` is not given, it is set to log `LOGS` times in a run. Raises what `prepare`
+    raises.
 
     Returns:
         checkpoint: Checkpoint to resume from; None for a fresh start.
         config: Configuration of the model.
         data: Data, ready for the Trainer.
-
-    Raises:
-        FileExistsError: As `prepare`.
-        FileNotFoundError: Likewise.
-        OSError: The output folder cannot be written to.
-        ValueError: As `prepare`.
     """
     training = arguments.training
     if training.process_index > 0:  # only process 0 logs and shows progress
@@ -160,26 +143,13 @@ def _check_output(arguments: RunArguments) -> Path | None:
     """Raise if the run would destroy something; return the checkpoint to resume from."""
     output_dir = arguments.output_dir
     refuse_unwritable(output_dir)
-    refuse_inputs_inside(output_dir, _inputs(arguments))
+    refuse_inputs_inside(output_dir, arguments.inputs)
     checkpoint = checkpoint_to_resume(arguments.training.resume_from_checkpoint, output_dir)
     refuse_other_run(output_dir, checkpoint=checkpoint, overwrite=arguments.output.overwrite_output)
     if output_dir.is_dir():
         with sole_run(output_dir):  # so that a second run ends before it loads anything
             pass
     return checkpoint
-
-
-def paths_read(arguments: RunArguments) -> dict[str, str]:
-    """Return absolute paths of the local files and folders that are read, by key of the config."""
-    return {
-        key: str(Path(name).resolve())
-        for key, name in _inputs(arguments).items()
-        if Path(name).exists()
-    }
-
-
-def _inputs(arguments: RunArguments) -> dict[str, str]:
-    return inputs(vars(arguments.model) | vars(arguments.data))
 
 
 def _check_reporters(training: TrainingArguments) -> None:

@@ -197,7 +197,7 @@ def _scores(run: Run) -> dict[str, float] | None:
     """Return loss and metrics on the evaluation data, None if there is none."""
     if run.data.evaluation is None:
         return None
-    return _named_scores(run, run.trainer.evaluate())
+    return run.data.task.scoring.of(run.trainer.evaluate())
 
 
 def _scores_of_last_step(run: Run) -> dict[str, float] | None:
@@ -206,11 +206,8 @@ def _scores_of_last_step(run: Run) -> dict[str, float] | None:
     logged = [entry for entry in state.log_history if "eval_loss" in entry]
     if run.trainer.args.load_best_model_at_end or not logged:
         return None
-    return _named_scores(run, logged[-1]) if logged[-1]["step"] == state.global_step else None
-
-
-def _named_scores(run: Run, metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: metrics[f"eval_{name}"] for name in run.data.task.scoring.names}
+    is_of_last = logged[-1]["step"] == state.global_step
+    return run.data.task.scoring.of(logged[-1]) if is_of_last else None
 
 
 def _summarize(

@@ -156,13 +156,9 @@ def license_of(model: str) -> str | None:
         model: A folder, or a name on the Hub, which is queried unless it is in offline mode.
     """
     try:
-        path = Path(model) / CARD
-        if Path(model).is_dir():
-            data = ModelCard.load(path).data if path.is_file() else None
-        else:
-            data = ModelCard.load(model).data
+        path = Path(model)
+        named = ModelCard.load(path / CARD if path.is_dir() else model).data.get("license")
     except (OSError, ValueError, yaml.YAMLError, HfHubHTTPError):
         # Absent, not readable, or not reachable.
         return None
-    named = getattr(data, "license", None)
     return named if isinstance(named, str) else None

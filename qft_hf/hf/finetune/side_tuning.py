@@ -1,7 +1,6 @@
 """Side tuning in a run: the flags that it adds and refuses, and the model that it trains."""
 
-import argparse
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,29 +39,23 @@ DEFAULTS = {"optim": "adamw_torch", "learning_rate": "1e-3"}
 DEFAULT_BASE = "nf4"
 
 
-def side_flags(flags: list[str], names: Collection[str]) -> list[str]:
-    """Return the flags that a side network adds to those that were given; none without one.
-
-    Args:
-        flags: A command line.
-        names: Names of its flags.
+def side_flags(given: Mapping[str, Any]) -> list[str]:
+    """Return the flags that a side network adds to the given settings; none without one.
 
     Raises:
-        ValueError: A flag is for training every parameter, or an optimizer has no learning rate.
+        ValueError: A setting is for training every parameter, or an optimizer has no learning rate.
     """
-    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    reader.add_argument("--method")
-    if reader.parse_known_args(flags)[0].method != "qst":
+    if given.get("method") != "qst":
         return []
-    for name in names:
+    for name in given:
         if name in _OF_FULL:
             raise ValueError(
                 f"{name} is only for training every parameter, but method qst trains a side "
                 f"network: {_OF_FULL[name]}. Leave {name} out, or set method to full."
             )
-    if "optim" not in names:
-        return [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in names]
-    if "learning_rate" not in names:
+    if "optim" not in given:
+        return [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in given]
+    if "learning_rate" not in given:
         raise ValueError(
             "a side network starts from random weights, which the default rate, meant for trained "
             f"weights, does not suit. Set learning_rate; that of {DEFAULTS['optim']} is "

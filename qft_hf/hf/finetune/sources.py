@@ -366,17 +366,14 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
         and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
     ]
     named = {path: _split_in_name(path.relative_to(folder)) for path in files}
-    wanted = _split_in_name(Path(re.split(r"\W", split)[0])) or split
-    if not any(named.values()):
-        chosen = files if wanted == "train" else []
-    elif all(named.values()):
-        chosen = [path for path, name in named.items() if name == wanted]
-    else:
-        without = ", ".join(path.name for path, name in named.items() if not name)
+    without = [path.name for path, name in named.items() if name is None]
+    if 0 < len(without) < len(files):
         raise ValueError(
             f"some files of the folder {folder} have a split in their names, and some do not "
-            f"({without}). List the files themselves: train_data: [A, B]."
+            f"({', '.join(without)}). List the files themselves: train_data: [A, B]."
         )
+    wanted = _split_in_name(Path(re.split(r"\W", split)[0])) or split
+    chosen = [path for path, name in named.items() if (name or "train") == wanted]
     if not chosen:
         raise ValueError(
             f"the folder {folder} has no data file of split {split!r}: it holds "

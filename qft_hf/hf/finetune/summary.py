@@ -133,12 +133,11 @@ class RunSummary:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on."""
-    modules = {"torch": torch, "transformers": transformers, "datasets": datasets}
+    modules = (torch, transformers, datasets, evaluate)
     return {
         "qft_hf": __version__,
         "python": platform.python_version(),
-        **{name: str(module.__version__) for name, module in modules.items()},
-        "evaluate": str(evaluate.__version__),
+        **{module.__name__: str(module.__version__) for module in modules},
     }
 
 

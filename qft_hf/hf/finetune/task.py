@@ -50,6 +50,7 @@ class Task(ABC):
 
     scoring: ClassVar[Scoring]
     features: Features  # columns of an example
+    names: Sequence[str] = ()  # of the outputs, in order; empty if no class is learned
     end_token: int | None = None  # token that ends an answer or a text
     collator: Collator
 
