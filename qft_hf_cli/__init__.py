@@ -19,6 +19,12 @@ from pathlib import Path
 from types import ModuleType
 
 COMMANDS = ("plan", "check", "finetune", "evaluate", "chat", "export", "inspect", "card", "report")
+_PERMISSION = ". Ask its owner for permission, or choose another place."
+ADVICE = {
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.ENAMETOOLONG: ". Is it a text in place of a path? Correct or shorten it.",
+}
 _USAGE = """\
 Fine-tune every parameter of a language model in INT8.
 
@@ -104,11 +110,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _run(command: ModuleType, argv: list[str]) -> None:
     """Run a command; an error raised by qft_hf itself is shown as its text, without a traceback.
 
-    So is a missing permission, whoever finds it.
+    So are the errors of files in `ADVICE`, whoever raises them.
 
     Raises:
-        SystemExit: With 1 if qft_hf refused the command or a file may not be read or written, with
-            130 if Ctrl-C stopped it.
+        SystemExit: With 1 if qft_hf refused the command or a file has such an error, with 130 if
+            Ctrl-C stopped it.
     """
     name = command.__name__.rpartition(".")[2]
     try:
@@ -119,12 +125,18 @@ def _run(command: ModuleType, argv: list[str]) -> None:
     except BrokenPipeError:
         raise
     except (ImportError, OSError, TypeError, ValueError) as error:
-        forbidden = isinstance(error, PermissionError) and error.filename is not None
-        if _is_full_disk(error) or not (forbidden or _is_refusal(error)):
+        advice = _advice(error)
+        if _is_full_disk(error) or not (advice or _is_refusal(error)):
             raise
-        advice = ". Ask its owner for permission, or choose another place." if forbidden else ""
-        print(f"qft-hf {name}: {error}{advice}", file=sys.stderr)
+        print(f"qft-hf {name}: {error}{advice or ''}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def _advice(error: Exception) -> str | None:
+    """Return what to do about an error of a file; None for any other error."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    return ADVICE.get(error.errno or 0)
 
 
 def _is_refusal(error: BaseException) -> bool:

@@ -55,7 +55,6 @@ def flags_of(argv: list[str]) -> list[str]:
         return [str(config), *flags]
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     reader.add_argument("--eval_data", nargs="+", default=[])
-    reader.add_argument("--eval_split", default="train")
     known, _ = reader.parse_known_args(flags)
     if not known.eval_data and not any(flag.startswith("--train_data") for flag in flags):
         raise ValueError(
@@ -63,5 +62,5 @@ def flags_of(argv: list[str]) -> list[str]:
             "evaluate on are unknown. Give --eval_data, and --task if the model is not for chats."
         )
     if known.eval_data:
-        flags += ["--train_data", *known.eval_data, "--train_split", known.eval_split]
+        flags += ["--train_data", *known.eval_data]
     return flags

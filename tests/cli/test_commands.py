@@ -380,6 +380,21 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, capsys, monkeypatch):
         assert "Ask its owner for permission" in error
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["inspect"], ["chat"], ["evaluate"], ["check"], ["check", "demo", "--train_data"]],
+    ids=" ".join,
+)
+def test_a_text_in_place_of_a_path_is_named(words, capsys):
+    """Each command ended in a traceback."""
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "How are you? " * 30])
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"qft-hf {words[0]}: [Errno 36] File name too long: ")
+    assert "Is it a text in place of a path?" in error
+
+
 def test_what_nobody_refused_keeps_its_traceback(monkeypatch):
     """A ValueError of other code is a fault to be found, not a text for users."""
     monkeypatch.setattr("qft_hf.hf.finetune.finetune", lambda arguments: int("x"))

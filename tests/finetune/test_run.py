@@ -459,6 +459,27 @@ def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, mo
     assert found.data == summary.eval_data
 
 
+def test_a_model_of_no_run_is_scored_on_one_part_of_a_data_set(chat_flags, tmp_path):
+    """Its configuration, and the limit of rows, were once those of training data, and missing."""
+    data, lines = tmp_path / "data", Path(chat_flags["train_data"]).read_text().splitlines()
+    data.mkdir()
+    (data / "one.jsonl").write_text(f"{lines[0]}\n")
+    (data / "two.jsonl").write_text("".join(f"{line}\n" for line in lines[1:5]))
+    (data / "README.md").write_text(
+        "---\nconfigs:\n- config_name: first\n  data_files: one.jsonl\n"
+        "- config_name: second\n  data_files: two.jsonl\n---\n"
+    )
+    flags = [
+        chat_flags["model_name_or_path"].as_posix(), f"--eval_data={data}", "--eval_config=second",
+        "--eval_split=train[1:]", "--max_eval_rows=2", "--use_cpu", "--max_length=64",
+    ]  # fmt: skip
+
+    found = evaluate_checkpoint(parse_arguments(flags_of(flags)))
+
+    assert found.data.rows == 2
+    assert found.scores["loss"] > 0
+
+
 @pytest.mark.parametrize("change", ["more rows", "other rows", "a limit", "other data", "none"])
 def test_rows_that_a_run_has_learned_are_not_scored_as_held_out(change, chat_flags):
     """`eval_fraction` once drew other rows from data that had changed, without a word."""

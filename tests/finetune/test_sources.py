@@ -1,5 +1,6 @@
 """Rows are exactly what the named files contain, each with its place."""
 
+import errno
 import gzip
 import json
 import math
@@ -314,6 +315,16 @@ def test_another_encoding_is_refused_with_what_to_do(name, encoding, tmp_path):
     (tmp_path / name).write_text("text\nGrüße\n", encoding=encoding)
     with pytest.raises(ValueError, match=r"not in UTF-8\. Save it as UTF-8"):
         load_rows(tmp_path / name)
+
+
+def test_a_full_disk_is_not_taken_for_a_missing_data_set(monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("qft_hf.hf.finetune.sources.load_dataset", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        load_rows("someone/chats")
+    assert not isinstance(raised.value, FileNotFoundError)
 
 
 @pytest.mark.parametrize("name", ["chats", "folder/chats", "a.jsonl "])

@@ -61,9 +61,14 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
 
 
 def _data_of(arguments: RunArguments) -> DataArguments:
-    """Return the data to read; a finished run knows its classes without its training data."""
+    """Return the data to read, without training data if there are none or they are not needed.
+
+    A finished run knows its classes without them. Without a run, `qft-hf evaluate` passes the data
+    to evaluate on as training data, too.
+    """
     data = arguments.data
-    if data.eval_data is None or not recorded_settings(Path(arguments.model.model_name_or_path)):
+    is_run = bool(recorded_settings(Path(arguments.model.model_name_or_path)))
+    if data.eval_data is None or not (is_run or data.train_data == data.eval_data):
         return data
     return replace(
         data,

@@ -232,7 +232,7 @@ def _load_data_set(
             raise ValueError("it has no rows. Remove it or fill it.")
         table = load_dataset(name, configuration, split=split, **files)
     except OSError as error:
-        if file is not None:
+        if file is not None or error.errno is not None:  # as of a full disk
             raise
         raise FileNotFoundError(
             f"no file or folder {source!r} (looked from {Path.cwd()}), and no data set of this "
