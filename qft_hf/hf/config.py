@@ -23,6 +23,21 @@ def quantization_method(config: Any) -> Any:
     return getattr(method, "value", method)
 
 
+def passing_to_parts(
+    read: Any, cls: type[Any], *args: Any, **kwargs: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make the configuration of a part, such as CLIP's text model, say that its weights are INT8.
+
+    It is read from the `config.json` of the whole model, which says so outside of the part.
+    """
+    values, others = read(cls, *args, **kwargs)
+    part, quantization = values.get(cls.base_config_key), values.get("quantization_config")
+    if isinstance(part, dict) and isinstance(quantization, dict):
+        if quantization.get("quant_method") == QUANT_METHOD:
+            part["quantization_config"] = quantization
+    return values, others
+
+
 @register_quantization_config(QUANT_METHOD)
 class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
     """INT8 weights for `from_pretrained(quantization_config=...)` and `quantize_model_`.

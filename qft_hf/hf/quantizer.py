@@ -7,6 +7,7 @@ raised together, by name, after the last one.
 
 import copy
 import logging
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -258,7 +259,6 @@ class QFTQuantizer(HfQuantizer):
         self, model: PreTrainedModel, name: str, fields: dict[str, Tensor]
     ) -> QFTWeight | None:
         """Return the weight `name`, made from its fields by full name; None if it has a fault."""
-        parameter = model.get_parameter(name)
         try:
             if not self.param_needs_quantization(model, name):
                 raise ValueError(
@@ -271,7 +271,7 @@ class QFTQuantizer(HfQuantizer):
                 self.quantization_config,
                 name=name,
                 arrangement=_arrangement(model, name),
-                dtype=parameter.dtype,
+                dtype=_loaded_dtype(model, name),
             )
         except ValueError as error:
             self.faults[name] = str(error)
@@ -416,6 +416,14 @@ def _arrangement(model: nn.Module, parameter_name: str) -> Arrangement:
     """Return how the values of a weight that is, or will be, quantized lie in its matrix."""
     module, name = _module_of(model, parameter_name)
     return arrangement_of(module, name)
+
+
+def _loaded_dtype(model: PreTrainedModel, parameter_name: str) -> torch.dtype:
+    """Return the dtype as which a parameter is loaded; float16 models keep some of them in FP32."""
+    dtype = model.get_parameter(parameter_name).dtype
+    plan = model._get_dtype_plan(dtype)
+    found = (plan[p] for p in plan if re.search(p.replace("*", ".*"), parameter_name))
+    return next(found, dtype)
 
 
 def _tie(skeleton: PreTrainedModel, files: list[str]) -> None:

@@ -15,9 +15,14 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
+    CLIPTextModel,
+    CLIPVisionModel,
     FunnelConfig,
     LlamaForCausalLM,
     LlamaModel,
+    Qwen2_5_VLTextModel,
+    SiglipVisionModel,
+    T5ForConditionalGeneration,
     YoutuConfig,
 )
 from transformers.trainer_utils import validate_quantization_for_training
@@ -30,7 +35,9 @@ from qft_hf.quant import QFTWeight
 from tests.fresh import try_fresh
 from tests.hf.checkpoints import IDS, assert_same_state, edit_config, edit_tensors
 from tests.models import tiny_bert, tiny_llama
+from tests.scripts.commands import load as load_script
 
+TINY = load_script("families").TINY
 FORMATS = [
     QFTConfig(),
     QFTConfig(group_size=16, outlier_fraction=0.0),
@@ -247,6 +254,47 @@ def test_outer_dtype_of_an_int8_checkpoint_can_be_chosen(int8_folder):
     assert all(
         torch.equal(f, original.fields()[n]) for n, f in model.lm_head.weight.fields().items()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_that_a_family_keeps_in_fp32_stand_for_fp32(dtype, tmp_path):
+    """T5 keeps `wo` in FP32 in a float16 model, where it overflows; INT8 checkpoints did not."""
+    model = TINY["T5"].model()
+    model.save_pretrained(tmp_path / "float")
+    quantize_model_(model, QFTConfig()).save_pretrained(tmp_path / "int8")
+
+    plain, loaded = (
+        T5ForConditionalGeneration.from_pretrained(tmp_path / kind, dtype=dtype)
+        for kind in ("float", "int8")
+    )
+
+    dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+    assert dtypes == {name: parameter.dtype for name, parameter in plain.named_parameters()}
+    assert (torch.float32 in dtypes.values()) == (dtype == torch.float16)
+
+
+PARTS = [
+    ("CLIP", CLIPTextModel),
+    ("CLIP", CLIPVisionModel),
+    ("SigLIP", SiglipVisionModel),
+    ("Qwen2.5-VL", Qwen2_5_VLTextModel),
+]
+
+
+@pytest.mark.parametrize(("family", "part"), PARTS, ids=[part.__name__ for _, part in PARTS])
+def test_a_part_is_loaded_from_the_folder_of_the_whole_model(family, part, tmp_path):
+    """Its configuration, a part of config.json, did not say that weights are INT8: it raised."""
+    model = TINY[family].model()
+    model.save_pretrained(tmp_path / "float")
+    quantize_model_(model, QFTConfig(outlier_fraction=0.03)).save_pretrained(tmp_path / "int8")
+
+    loaded = part.from_pretrained(tmp_path / "int8")
+
+    plain = part.from_pretrained(tmp_path / "float")
+    assert not hasattr(plain, "hf_quantizer")
+    assert_same_state(loaded, quantize_model_(plain, QFTConfig(outlier_fraction=0.03)))
+    loaded.save_pretrained(tmp_path / "part")
+    assert_same_state(part.from_pretrained(tmp_path / "part"), loaded)
 
 
 def test_excluded_modules_stay_float_and_are_recorded(tmp_path):
