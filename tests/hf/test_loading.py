@@ -749,6 +749,33 @@ def test_a_table_that_an_absent_head_keeps_float_stays_so(shards, tmp_path, capl
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "causal")
 
 
+PREFIXED = [
+    QFTConfig(modules_to_not_convert=["model.layers.1.self_attn", "lm_head"]),
+    QFTConfig(modules_to_not_convert=["model.layers.0.mlp.up_proj"]),
+    QFTConfig(matmul="int8", int8_products={"model.layers.1.mlp.down_proj": ["forward"]}),
+]
+
+
+@pytest.mark.parametrize("config", PREFIXED, ids=["component", "full name", "products"])
+def test_names_with_the_prefix_of_a_model_hold_for_its_bare_base(config, tmp_path):
+    """Only names of heads were tested: others were ignored, and their float weights refused."""
+    causal = quantize_model_(tiny_llama(), config)
+    causal.save_pretrained(tmp_path / "causal")
+
+    base = LlamaModel.from_pretrained(tmp_path / "causal")
+
+    def formats(model):
+        products = {n: getattr(m, "products", None) for n, m in model.named_modules()}
+        return {n: str(product) for n, product in products.items() if product is not None}
+
+    assert_same_state(base, causal.model)
+    assert formats(base) == formats(causal.model)
+    base.save_pretrained(tmp_path / "base")
+    again = LlamaModel.from_pretrained(tmp_path / "base")
+    assert_same_state(again, base)
+    assert formats(again) == formats(base)
+
+
 def test_a_float_weight_that_nothing_explains_is_refused_beside_an_absent_name(tmp_path):
     config = QFTConfig(modules_to_not_convert=["lm_head"])
     quantize_model_(tiny_llama(tied=True), config).save_pretrained(tmp_path)
