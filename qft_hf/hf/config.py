@@ -23,6 +23,21 @@ def quantization_method(config: Any) -> Any:
     return getattr(method, "value", method)
 
 
+def passing_to_parts(
+    read: Any, cls: type[Any], *args: Any, **kwargs: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make the configuration of a part, such as CLIP's text model, say that its weights are INT8.
+
+    It is read from the `config.json` of the whole model, which says so outside of the part.
+    """
+    values, others = read(cls, *args, **kwargs)
+    part, quantization = values.get(cls.base_config_key), values.get("quantization_config")
+    if isinstance(part, dict) and isinstance(quantization, dict):
+        if quantization.get("quant_method") == QUANT_METHOD:
+            part["quantization_config"] = quantization
+    return values, others
+
+
 @register_quantization_config(QUANT_METHOD)
 class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
     """INT8 weights for `from_pretrained(quantization_config=...)` and `quantize_model_`.
@@ -115,21 +130,27 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
     def forget_absent(self, model: nn.Module) -> list[str]:
         """Drop names of the checkpoint that match no module of `model`, and return them.
 
-        A classifier or a bare encoder has no `lm_head`, which its checkpoint may name. Names that
-        the user passed are kept and raise an error later.
+        A classifier or a bare encoder has no `lm_head`, which its checkpoint may name. A module of
+        a bare encoder may have a prefix in the checkpoint, and vice versa: such a name is replaced.
+        Names that the user passed are kept and raise an error later.
         """
         names = [name for name, _ in model.named_modules()]
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
 
-        def is_absent(entry: str) -> bool:
-            return entry != "*" and not any(names_module(entry, name) for name in names)
+        def own(entry: str) -> str | None:
+            for form in (entry, entry.removeprefix(prefix), prefix + entry):
+                if form == "*" or any(names_module(form, name) for name in names):
+                    return form
+            return None
 
-        absent = [name for name in self.modules_to_not_convert or [] if is_absent(name)]
-        if absent:
-            kept = [name for name in self.modules_to_not_convert or [] if name not in absent]
-            self.modules_to_not_convert = kept or None
+        found = {name: own(name) for name in self.modules_to_not_convert or []}
+        absent = [name for name, form in found.items() if form is None]
+        if list(found.values()) != list(found):
+            self.modules_to_not_convert = [form for form in found.values() if form] or None
         if self.int8_products is not None and not self._user_set_products:
-            chosen = {n: p for n, p in self.int8_products.items() if not is_absent(n)}
-            absent += [name for name in self.int8_products if name not in chosen]
+            forms = {name: own(name) for name in self.int8_products}
+            absent += [name for name, form in forms.items() if form is None]
+            chosen = {form: self.int8_products[name] for name, form in forms.items() if form}
             self.int8_products = chosen or None
         return absent
 

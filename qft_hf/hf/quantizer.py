@@ -7,6 +7,7 @@ raised together, by name, after the last one.
 
 import copy
 import logging
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,7 @@ from .loading_faults import (
     refuse_several_devices,
     refuse_shards,
 )
+from .saved_names import with_own_names
 from .tensor_files import metadata, tensor_names
 from .wording import counted
 
@@ -258,7 +260,6 @@ class QFTQuantizer(HfQuantizer):
         self, model: PreTrainedModel, name: str, fields: dict[str, Tensor]
     ) -> QFTWeight | None:
         """Return the weight `name`, made from its fields by full name; None if it has a fault."""
-        parameter = model.get_parameter(name)
         try:
             if not self.param_needs_quantization(model, name):
                 raise ValueError(
@@ -271,7 +272,7 @@ class QFTQuantizer(HfQuantizer):
                 self.quantization_config,
                 name=name,
                 arrangement=_arrangement(model, name),
-                dtype=parameter.dtype,
+                dtype=_loaded_dtype(model, name),
             )
         except ValueError as error:
             self.faults[name] = str(error)
@@ -282,10 +283,11 @@ class QFTQuantizer(HfQuantizer):
         files: list[str] = kwargs.get("checkpoint_files") or []
         check_files(files, pre_quantized=self.pre_quantized)
         refuse_shards(model)
-        _tie(model, files)
+        held = with_own_names(model, tensor_names(files))
+        _tie(model, held)
         refuse_several_devices(model, kwargs.get("device_map"))
         if self.pre_quantized and (absent := self.quantization_config.forget_absent(model)):
-            kept = self._keep_floats(model, files)
+            kept = self._keep_floats(model, held)
             logger.warning(
                 "The checkpoint's quantization_config names %s, which %s does not have: ignored%s",
                 ", ".join(dict.fromkeys(absent)),
@@ -299,15 +301,15 @@ class QFTQuantizer(HfQuantizer):
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         return model
 
-    def _keep_floats(self, model: PreTrainedModel, files: list[str]) -> list[str]:
-        """List embeddings that are float in `files` in the configuration; return their names.
+    def _keep_floats(self, model: PreTrainedModel, held: set[str]) -> list[str]:
+        """List embeddings that are float in a checkpoint in the configuration; return their names.
 
         An embedding is float if the configuration lists a head tied to it, and `model` may not have
         that head.
         """
         config = self.quantization_config
         prefix = f"{model.base_model_prefix}."  # possibly in only one of model and checkpoint
-        held = {name.removeprefix(prefix) for name in tensor_names(files)}
+        held = {name.removeprefix(prefix) for name in held}
         plan = conversion_plan(model, config.modules_to_not_convert)
         floats = [
             name
@@ -418,13 +420,25 @@ def _arrangement(model: nn.Module, parameter_name: str) -> Arrangement:
     return arrangement_of(module, name)
 
 
-def _tie(skeleton: PreTrainedModel, files: list[str]) -> None:
+def _loaded_dtype(model: PreTrainedModel, parameter_name: str) -> torch.dtype:
+    """Return the dtype as which a parameter is loaded; float16 models keep some of them in FP32."""
+    dtype = model.get_parameter(parameter_name).dtype
+    plan = model._get_dtype_plan(dtype)
+    found = (plan[p] for p in plan if re.search(p.replace("*", ".*"), parameter_name))
+    return next(found, dtype)
+
+
+def _tie(skeleton: PreTrainedModel, held: set[str]) -> None:
     """Tie weights in advance: the conversion plan must see ties, and loading ties weights last.
 
-    Two weights of which `files` have one in INT8 and the other in float stay apart: the model that
-    was saved had one of them replaced, and transformers ties no weights that it finds to differ.
+    Two weights of which a checkpoint has one in INT8 and the other in float stay apart: the model
+    that was saved had one of them replaced, and transformers ties no weights that it finds to
+    differ.
+
+    Args:
+        skeleton: The model, without values; modified.
+        held: Names of the tensors in the checkpoint.
     """
-    held = set(tensor_names(files))
     for target, source in skeleton.all_tied_weights_keys.items():
         pairs = (target, source), (source, target)
         if any({a_float, state_names(an_int8)["codes"]} <= held for a_float, an_int8 in pairs):

@@ -4,13 +4,18 @@
 by the names that the model has, and ignore tensors with other names.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 
 from .compatibility import has_quantized_weights
 
@@ -30,6 +35,18 @@ def names_by_saved_name(model: Any) -> dict[str, str]:
     saved = revert_weight_conversion(model, stand_ins)
     found = {name: own_names[id(stand_in)] for name, stand_in in saved.items()}
     return {name: own for name, own in found.items() if name not in stand_ins}
+
+
+def with_own_names(model: PreTrainedModel, saved: Iterable[str]) -> set[str]:
+    """Return names of tensors in a checkpoint, and the names as which `from_pretrained` reads them.
+
+    Args:
+        model: The model that is loaded; its modules need not be quantized yet.
+        saved: Names in the files.
+    """
+    renamings = [s for s in get_model_conversion_mapping(model) if isinstance(s, WeightRenaming)]
+    names = set(saved)
+    return names | {rename_source_key(name, renamings, [])[0] for name in names}
 
 
 @contextmanager

@@ -11,10 +11,11 @@ import accelerate
 import safetensors.torch
 from accelerate import Accelerator, big_modeling
 from accelerate.utils import modeling
-from transformers import PreTrainedModel, Trainer, initialization, trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, initialization, trainer
 
 from . import (
     clipping,
+    config,
     guards,
     processes,
     reference_model,
@@ -29,6 +30,7 @@ from . import (
 # The owner and name of a method, and its wrapper, which takes the method and then the arguments of
 # a call. If a method has several wrappers, a later one contains the earlier ones.
 WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
+    (PreTrainedConfig, "get_config_dict", config.passing_to_parts),
     (PreTrainedModel, "_load_pretrained_model", guards.refusing_int8),
     (initialization, "zeros_", guards.leaving_int8_rows),
     (PreTrainedModel, "save_pretrained", guards.writing_whole),
@@ -63,14 +65,15 @@ WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    method = getattr(owner, name)
+    given = vars(owner)[name]
+    kind = type(given) if isinstance(given, staticmethod | classmethod) else None
+    method = given if kind is None else given.__func__
 
     @wraps(method)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         return wrapper(method, *args, **kwargs)
 
-    is_static = isinstance(vars(owner)[name], staticmethod)
-    setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
+    setattr(owner, name, wrapped if kind is None else kind(wrapped))
 
 
 for row in WRAPPERS:

@@ -10,6 +10,7 @@ there is no memory to keep them.
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Self
 
 import torch
@@ -136,6 +137,17 @@ def _another(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return operator(form, *others, **kwargs).contiguous()
 
 
+def viewing(stored: Readable) -> AbstractContextManager[Any]:
+    """Return a context for making a view of a stored tensor.
+
+    Under `torch.inference_mode` PyTorch requires that a view of a tensor from outside of it is no
+    inference tensor.
+    """
+    if torch.is_inference_mode_enabled() and not stored.is_inference():
+        return torch.inference_mode(mode=False)
+    return nullcontext()
+
+
 class View(Readable):
     """A view of a stored tensor, such as `weight[a:b]` or `weight.t()`.
 
@@ -150,9 +162,10 @@ class View(Readable):
     @staticmethod
     def __new__(cls, make: Callable[[], Tensor], *, like: Tensor, of: Readable) -> Self:
         """Make the outer tensor, without storage."""
-        return Tensor._make_wrapper_subclass(
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=of.device
-        )
+        with viewing(of):
+            return Tensor._make_wrapper_subclass(
+                cls, like.shape, strides=like.stride(), dtype=like.dtype, device=of.device
+            )
 
     def __init__(self, make: Callable[[], Tensor], *, like: Tensor, of: Readable) -> None:
         self.values = make  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from .. import kernels
 from ..kernels.operators import PLAIN
 from .arrangement import Arrangement
-from .reading import Readable, aten, read, view
+from .reading import Readable, aten, read, view, viewing
 
 
 class Int8Tensor(Readable):
@@ -67,7 +67,8 @@ class Int8Tensor(Readable):
 
     def aliased(self, fields: dict[str, Tensor]) -> Self:
         """Return a tensor with `fields`, which share the memory of this tensor's fields."""
-        return self.with_fields(fields)
+        with viewing(self):
+            return self.with_fields(fields)
 
     def fields_changed(self) -> None:
         """Update what depends on the fields; to be called after values were copied into them."""

@@ -128,7 +128,7 @@ class QFTWeight(Int8Tensor):
 
         It shares the plans too. Writing to one, as in `weight.data.copy_(other)`, changes both.
         """
-        weight = self.with_fields(fields)
+        weight = super().aliased(fields)
         weight.stored.plans = self.stored.plans
         return weight
 

@@ -36,7 +36,8 @@ def side_config(config: Any, side: QSTConfig) -> Any:
     """
     config = copy.deepcopy(config.get_text_config())
     if getattr(config, "is_heterogeneous", False) or any(
-        isinstance(getattr(config, name, None), list) for name in INTERMEDIATE
+        isinstance(getattr(config, name, None), list | tuple)
+        for name in (*INTERMEDIATE, "num_attention_heads")
     ):
         raise ValueError(
             f"{type(config).__name__} gives each layer sizes of its own, and the layers of a side "

@@ -15,9 +15,14 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
+    CLIPTextModel,
+    CLIPVisionModel,
     FunnelConfig,
     LlamaForCausalLM,
     LlamaModel,
+    Qwen2_5_VLTextModel,
+    SiglipVisionModel,
+    T5ForConditionalGeneration,
     YoutuConfig,
 )
 from transformers.trainer_utils import validate_quantization_for_training
@@ -30,7 +35,9 @@ from qft_hf.quant import QFTWeight
 from tests.fresh import try_fresh
 from tests.hf.checkpoints import IDS, assert_same_state, edit_config, edit_tensors
 from tests.models import tiny_bert, tiny_llama
+from tests.scripts.commands import load as load_script
 
+TINY = load_script("families").TINY
 FORMATS = [
     QFTConfig(),
     QFTConfig(group_size=16, outlier_fraction=0.0),
@@ -247,6 +254,47 @@ def test_outer_dtype_of_an_int8_checkpoint_can_be_chosen(int8_folder):
     assert all(
         torch.equal(f, original.fields()[n]) for n, f in model.lm_head.weight.fields().items()
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_that_a_family_keeps_in_fp32_stand_for_fp32(dtype, tmp_path):
+    """T5 keeps `wo` in FP32 in a float16 model, where it overflows; INT8 checkpoints did not."""
+    model = TINY["T5"].model()
+    model.save_pretrained(tmp_path / "float")
+    quantize_model_(model, QFTConfig()).save_pretrained(tmp_path / "int8")
+
+    plain, loaded = (
+        T5ForConditionalGeneration.from_pretrained(tmp_path / kind, dtype=dtype)
+        for kind in ("float", "int8")
+    )
+
+    dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
+    assert dtypes == {name: parameter.dtype for name, parameter in plain.named_parameters()}
+    assert (torch.float32 in dtypes.values()) == (dtype == torch.float16)
+
+
+PARTS = [
+    ("CLIP", CLIPTextModel),
+    ("CLIP", CLIPVisionModel),
+    ("SigLIP", SiglipVisionModel),
+    ("Qwen2.5-VL", Qwen2_5_VLTextModel),
+]
+
+
+@pytest.mark.parametrize(("family", "part"), PARTS, ids=[part.__name__ for _, part in PARTS])
+def test_a_part_is_loaded_from_the_folder_of_the_whole_model(family, part, tmp_path):
+    """Its configuration, a part of config.json, did not say that weights are INT8: it raised."""
+    model = TINY[family].model()
+    model.save_pretrained(tmp_path / "float")
+    quantize_model_(model, QFTConfig(outlier_fraction=0.03)).save_pretrained(tmp_path / "int8")
+
+    loaded = part.from_pretrained(tmp_path / "int8")
+
+    plain = part.from_pretrained(tmp_path / "float")
+    assert not hasattr(plain, "hf_quantizer")
+    assert_same_state(loaded, quantize_model_(plain, QFTConfig(outlier_fraction=0.03)))
+    loaded.save_pretrained(tmp_path / "part")
+    assert_same_state(part.from_pretrained(tmp_path / "part"), loaded)
 
 
 def test_excluded_modules_stay_float_and_are_recorded(tmp_path):
@@ -699,6 +747,33 @@ def test_a_table_that_an_absent_head_keeps_float_stays_so(shards, tmp_path, capl
     assert_same_state(LlamaModel.from_pretrained(tmp_path / "base"), base)
     with pytest.raises(ValueError, match=r"^1 tensor of .*\n- score\.weight_q is missing"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path / "causal")
+
+
+PREFIXED = [
+    QFTConfig(modules_to_not_convert=["model.layers.1.self_attn", "lm_head"]),
+    QFTConfig(modules_to_not_convert=["model.layers.0.mlp.up_proj"]),
+    QFTConfig(matmul="int8", int8_products={"model.layers.1.mlp.down_proj": ["forward"]}),
+]
+
+
+@pytest.mark.parametrize("config", PREFIXED, ids=["component", "full name", "products"])
+def test_names_with_the_prefix_of_a_model_hold_for_its_bare_base(config, tmp_path):
+    """Only names of heads were tested: others were ignored, and their float weights refused."""
+    causal = quantize_model_(tiny_llama(), config)
+    causal.save_pretrained(tmp_path / "causal")
+
+    base = LlamaModel.from_pretrained(tmp_path / "causal")
+
+    def formats(model):
+        products = {n: getattr(m, "products", None) for n, m in model.named_modules()}
+        return {n: str(product) for n, product in products.items() if product is not None}
+
+    assert_same_state(base, causal.model)
+    assert formats(base) == formats(causal.model)
+    base.save_pretrained(tmp_path / "base")
+    again = LlamaModel.from_pretrained(tmp_path / "base")
+    assert_same_state(again, base)
+    assert formats(again) == formats(base)
 
 
 def test_a_float_weight_that_nothing_explains_is_refused_beside_an_absent_name(tmp_path):

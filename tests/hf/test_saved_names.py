@@ -3,6 +3,7 @@
 import accelerate
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -110,3 +111,37 @@ def test_accelerate_finds_the_tensors(tmp_path):
 def test_a_float_model_and_a_module_of_ones_own_have_no_other_names():
     assert names_by_saved_name(TINY["Mixtral"].model()) == {}
     assert names_by_saved_name(torch.nn.Linear(2, 2)) == {}
+
+
+@pytest.mark.parametrize("name", ["GPT-NeoX", "Gemma 3, with images", "PaliGemma", "Llama"])
+def test_a_new_float_head_and_the_int8_embedding_that_it_was_tied_to_stay_apart(name, tmp_path):
+    """Ties were looked up by the model's names: renamed weights were tied and then refused."""
+    model = tied(name)
+    quantize_model_(model, QFTConfig())
+    rows, columns = model.get_output_embeddings().weight.shape
+    model.set_output_embeddings(nn.Linear(columns, rows, bias=False))
+    model.save_pretrained(tmp_path)
+
+    assert_same_state(type(model).from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("name", ["Gemma 3, with images", "PaliGemma", "InternVL", "Llama"])
+def test_a_bare_model_keeps_the_embedding_float_that_an_absent_head_does(name, tmp_path):
+    """The embedding was looked up by the model's name, and refused as a float tensor."""
+    model = tied(name)
+    quantize_model_(model, QFTConfig(modules_to_not_convert=["lm_head"]))
+    model.save_pretrained(tmp_path)
+
+    base = type(model.base_model).from_pretrained(tmp_path)
+
+    assert_same_state(base, model.base_model)
+    assert type(base.get_input_embeddings().weight) is nn.Parameter
+
+
+def tied(name):
+    """Return the tiny model of a family with tied embeddings."""
+    config = TINY[name].config()
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = True
+    model = TINY[name].auto.from_config(config)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return model

@@ -83,15 +83,18 @@ def test_an_operator_that_reads_is_that_of_the_values_and_so_is_its_gradient(use
 
 @pytest.mark.parametrize("use", READS.values(), ids=READS)
 @pytest.mark.parametrize("is_frozen", [False, True])
-def test_without_gradients_it_is_the_same(use, is_frozen):
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_is_the_same(use, is_frozen, context):
+    """Under inference_mode every view used to raise; only operators without one were tested."""
     weight = make_weight(requires_grad=not is_frozen)
     twin = float_twin(weight)
 
-    with torch.no_grad():
+    with context():
         y = use(weight)
 
     assert not y.requires_grad
-    assert_same_bits(y, use(twin).detach())
+    assert y.is_inference() == (context is torch.inference_mode)
+    assert_same_bits(y.clone(), use(twin).detach())
     assert not is_frozen or not use(weight).requires_grad
 
 

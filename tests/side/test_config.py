@@ -118,10 +118,11 @@ def test_a_model_without_attention_is_refused_by_the_name_of_its_configuration()
     [
         hf.Gemma4TextConfig(num_hidden_layers=6),  # heads of two sizes
         hf.Gemma3nTextConfig(num_hidden_layers=2, intermediate_size=[64, 128]),
+        hf.SwinConfig(),  # heads of four sizes, in one list
     ],
-    ids=["heads", "widths"],
+    ids=["heads", "widths", "list of heads"],
 )
 def test_layers_of_different_sizes_are_refused(config):
     """An AmbiguousGlobalPerLayerAttributeError, or a TypeError of a division, once came instead."""
-    with pytest.raises(ValueError, match=r"TextConfig gives each layer sizes.* \(method full\)"):
+    with pytest.raises(ValueError, match=r"Config gives each layer sizes.* \(method full\)"):
         side_config(config, QSTConfig(r=4))
