@@ -1,3 +1,3 @@
 """The version, in a file that the build can read without importing the package."""
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
