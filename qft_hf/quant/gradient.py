@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels.groups import empty_quantized
-from ..layout import STATE_GROUP_SIZE
+from ..layout import STATE_GROUP_SIZE, n_groups
 from .arrangement import Arrangement
 from .reading import aten, read
 from .tensor import Int8Tensor
@@ -76,8 +76,12 @@ class Int8Gradient(Int8Tensor):
         cls, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device | str
     ) -> Self:
         """Return a gradient of zeros: with codes of 0 any finite scale is valid."""
-        codes, scales = empty_quantized(rows, columns, STATE_GROUP_SIZE, device)
-        return cls(codes.zero_(), scales.fill_(1.0), dtype=dtype)
+        n = n_groups(columns, STATE_GROUP_SIZE)
+        return cls(
+            torch.zeros(rows, columns, dtype=torch.int8, device=device),
+            torch.ones(rows, n, dtype=torch.float32, device=device),
+            dtype=dtype,
+        )
 
     def set_rows_(self, rows: slice, gradient: Tensor) -> None:
         """Quantize a float gradient `[n, columns]` into `n` rows."""
