@@ -40,17 +40,22 @@ def fitting_states(
     """Make optimizers follow the new number of rows; refuse it beside a side network."""
     if side_network_of(model) is not None:
         _refuse_new_rows(model, new_num_tokens, pad_to_multiple_of)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = _n_rows(model)
     embeddings = resize(model, new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-    added = model.get_input_embeddings().weight.shape[0] - rows
-    setattr(model, NEW_ROWS, max(0, getattr(model, NEW_ROWS, 0) + added))
+    setattr(model, NEW_ROWS, max(0, getattr(model, NEW_ROWS, 0) + _n_rows(model) - rows))
     for parameter in model.parameters():  # biases too: tying weights resizes them
         fit_states(parameter)
     return embeddings
 
 
+def _n_rows(model: Any) -> int:
+    """Return the rows of the input embeddings; 0 if they have no weight, as in some families."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return 0 if weight is None else len(weight)
+
+
 def _refuse_new_rows(model: Any, wanted: int | None, multiple: int | None) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = _n_rows(model)
     wanted = rows if wanted is None else wanted
     if multiple:
         wanted = -(-wanted // multiple) * multiple

@@ -262,3 +262,14 @@ def test_a_side_network_says_that_added_tokens_will_not_learn(is_int8, caplog):
     base.resize_token_embeddings(rows - 3)
     attach_side_network(base, QSTConfig(r=2))
     assert not [r for r in caplog.records if r.name.startswith("qft_hf")]
+
+
+def test_a_float_model_with_embeddings_of_another_form_is_resized_by_its_own_code(monkeypatch):
+    """Its embeddings may have no weight; counting added rows must not fail there."""
+    model = tiny_llama()
+    table = model.get_input_embeddings()
+    resized = []
+    monkeypatch.setattr(model, "get_input_embeddings", lambda: torch.nn.ModuleList([table]))
+    monkeypatch.setattr(model, "_resize_token_embeddings", lambda n, *_: resized.append(n) or table)
+    model.resize_token_embeddings(len(table.weight) + 2)
+    assert resized == [len(table.weight) + 2]
