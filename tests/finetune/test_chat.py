@@ -402,6 +402,56 @@ def test_what_an_answer_says_is_not_left_out(template, answer, what):
         encode_conversation(messages, tiny_tokenizer(shows_all))
 
 
+def replaced(template, new):
+    """Return the template with another expression for what a turn says."""
+    return template.replace("message['content']", new)
+
+
+ONLY_ANSWERS = replaced(CHATML, "message['content'].split('</think>')[-1]")
+ONLY_THE_FIRST_CALL = replaced(CHATML, "message.content + (message.tool_calls or [''])[0] | string")
+WITHOUT_TOOLS = WITHOUT_SYSTEM.replace("'system'", "'tool'")
+THOUGHTS_OF_THE_LAST = "(message.reasoning_content if loop.last else '') ~ message['content']"
+LOOK = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+THINK = [
+    turn | ({"reasoning_content": "I think."} if turn["role"] == "assistant" else {})
+    for turn in chat("a", "b", "c", "d")
+]
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "assistant_only", "what"),
+    [
+        (CHATML, [*chat("a"), LOOK], True, "tool calls"),
+        (ONLY_THE_FIRST_CALL, TOOL_USE, True, "tool calls"),
+        (ONLY_ANSWERS, chat("a", "<think>\nb\n</think>\n\nc"), True, "reasoning"),
+        (WITHOUT_TOOLS, [*chat("Warm?", "I look."), {"role": "tool", "content": "18"},
+            {"role": "assistant", "content": "It has 18 degrees."}], True, "tool turns"),
+        (replaced(CHATML_MARKED, THOUGHTS_OF_THE_LAST), THINK, True, "reasoning"),
+        (replaced(CHATML, THOUGHTS_OF_THE_LAST), THINK, False, "reasoning"),
+    ],
+    ids=[
+        "a call without words", "the second of two calls", "thoughts in the text",
+        "words that a later turn repeats", "earlier thoughts, marked", "earlier thoughts, learned",
+    ],
+)  # fmt: skip
+def test_nothing_is_left_out_behind_something_that_is_shown(
+    template, messages, assistant_only, what
+):
+    """Such rows were once learned without the part: empty answers, and answers without reasons."""
+    with pytest.raises(RowError, match=f"the chat template leaves out {what}"):
+        encode_row({"messages": messages}, tiny_tokenizer(template), assistant_only=assistant_only)
+
+
+@pytest.mark.parametrize("said", ["?", "", "1 < 2", "</s>"])
+def test_what_is_shown_in_another_form_is_not_left_out(said):
+    """The system turn comes last here, so no content is found in order."""
+    template = "{% for m in messages[1:] %}{{ m.role + ': ' + m.content | trim + '<|im_end|>' }}"
+    template += "{% endfor %}{{ messages[0].content if not add_generation_prompt }}"
+    template += "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    conversation = chat(f" {said} ", "c", system="Be brief.")
+    encode_conversation(conversation, tiny_tokenizer(template), assistant_only=False)
+
+
 @pytest.mark.parametrize(
     "template", ["{% for m in messages %}{{ m.content }", CHATML_MARKED + "{%"]
 )

@@ -267,31 +267,39 @@ class ConversationEncoder:
     def _require_shown(self, conversation: Conversation) -> None:
         """Raise `RowError` if the template leaves out a part of the conversation.
 
-        A part that is not found verbatim is checked by its effect: the rendered text must change
-        when the part is removed. For a part of an answer, the text up to that answer is compared.
+        A part is left out if the rendered text stays the same when the part is changed; contents
+        that the text has in their order need no such test. If each answer is rendered as the last
+        one, the texts up to that answer are compared.
         """
-        text = self._render(conversation)
-        without: list[tuple[str, Conversation, int | None]] = []
+        turns, text = conversation.turns, self._render(conversation)
+        others: list[tuple[str, Conversation, int | None]] = []
         if conversation.tools:
-            without.append(("tools", replace(conversation, tools=None), None))
-        for index, turn in enumerate(conversation.turns):
-            changed: dict[str, Turn] = {}
-            if turn["content"].strip() not in text:
-                changed[f"{turn['role']} turns"] = turn | {"content": "?"}
-            for name in ("tool_calls", *_REASONING):
+            others.append(("tools", replace(conversation, tools=None), None))
+        all_are_found = _in_order([turn["content"].strip() for turn in turns], text)
+        for index, turn in enumerate(turns):
+            content, calls = turn["content"], turn.get("tool_calls", [])
+            changed: list[tuple[str, Turn]] = []
+            if content.strip() and not all_are_found:
+                changed.append((f"{turn['role']} turns", {"content": f"{content}?"}))
+            if "</think>" in content and not all_are_found:
+                changed.append(("reasoning", {"content": content.replace("</", "?</", 1)}))
+            for name in _REASONING:
                 if turn.get(name):
-                    bare = {key: turn[key] for key in turn if key != name}
-                    what = "tool calls" if name == "tool_calls" else "reasoning"
-                    changed[what] = bare | {"content": turn["content"] or "?"}
-            n_turns = index + 1 if turn["role"] == "assistant" else None
-            for what, other_turn in changed.items():
-                turns = [*conversation.turns[:index], other_turn, *conversation.turns[index + 1 :]]
-                without.append((what, replace(conversation, turns=turns), n_turns))
-        for what, other, n_turns in without:
+                    changed.append(("reasoning", {name: f"{turn[name]}?"}))
+            for number, call in enumerate(calls):
+                function = call["function"] | {"name": f"{call['function']['name']}?"}
+                renamed = [*calls[:number], call | {"function": function}, *calls[number + 1 :]]
+                changed.append(("tool calls", {"tool_calls": renamed}))
+            is_last = turn["role"] == "assistant" and self.assistant_only
+            n_turns = index + 1 if is_last and not self.marks_assistant else None
+            for what, part in changed:
+                other = [*turns[:index], turn | part, *turns[index + 1 :]]
+                others.append((what, replace(conversation, turns=other), n_turns))
+        for what, other, n_turns in others:
             try:
-                shown = self._render(conversation, n_turns=n_turns)
+                shown = text if n_turns is None else self._render(conversation, n_turns=n_turns)
                 is_left_out = self._render(other, n_turns=n_turns) == shown
-            except RowError:  # the template does not render without the part
+            except RowError:  # the template refuses the change, so it reads the part
                 continue
             if is_left_out:
                 raise RowError(
@@ -350,6 +358,17 @@ def _refusals(turns: list[Turn]) -> Iterator[None]:
 
 def _answers(conversation: Conversation) -> list[int]:
     return [i for i, turn in enumerate(conversation.turns) if turn["role"] == "assistant"]
+
+
+def _in_order(parts: Sequence[str], text: str) -> bool:
+    """Return whether a text has all parts, each after the one before it."""
+    end = 0
+    for part in parts:
+        begin = text.find(part, end)
+        if begin < 0:
+            return False
+        end = begin + len(part)
+    return True
 
 
 def _token_at(character: int, offsets: Sequence[tuple[int, int]]) -> int | None:
