@@ -183,6 +183,11 @@ def test_messages_may_be_a_text_as_in_csv(name):
     )
 
 
+def test_fields_without_a_value_change_nothing():
+    turns = [ASKED[0] | {"images": [], "from": None, "value": None}, *ASKED[1:]]
+    assert read({"messages": turns, "images": [], "documents": None}).turns[1:] == ASKED[1:]
+
+
 def test_a_context_may_be_the_prompt_itself():
     row = {"context": "a", "response": "b"}
     assert read(row, prompt_field="context", answer_field="response").turns == chat("a", "b")
@@ -247,6 +252,13 @@ def test_a_prompt_of_turns_is_given_not_learned():
         (
             {"prompt": "a", "response": "b", "chat_template_kwargs": {"enable_thinking": False}},
             "field 'chat_template_kwargs': templates get no options of a row",
+        ),
+        ({"messages": ASKED, "images": ["cat.png"]}, "field 'images': only text is read. Rem"),
+        ({"messages": [ASKED[0] | {"audio": {"id": "x"}}]}, "field 'audio': only text is read"),
+        ({"question": "a", "answer": "b", "documents": ["c"]}, "field 'documents': templates get n"),
+        (
+            {"messages": [{"from": "human", "value": "a", "role": "assistant"}]},
+            r"a message in two forms: write either .* got \['from', 'role', 'value'\]",
         ),
         ({"question": "a", "answer": "b", "system": 5}, "not a text: 'system' must .* text, got 5"),
         (

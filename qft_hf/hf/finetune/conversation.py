@@ -31,8 +31,11 @@ QUESTION_AND_ANSWER = (  # columns
     ("question", "answer"),
     ("query", "response"),
 )
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns, or keys of a message
 _REFUSED = {  # columns that would change the text, with what to write instead
     "functions": "write them as `tools`: a list of {'type': 'function', 'function': ...}",
+    "documents": "templates get no documents; write them into a message",
+    **dict.fromkeys(_MEDIA, "only text is read. Remove the field, or the row if its text needs it"),
     "chat_template_kwargs": "templates get no options of a row; remove the field, or put what it "
     "does into the chat template",
 }
@@ -80,7 +83,7 @@ def read_conversation(
     else:
         messages, n_given = _messages(row, messages_field)
     for field, instead in _REFUSED.items():
-        if row.get(field):
+        if any(holder.get(field) for holder in (row, *(messages if field in _MEDIA else ()))):
             raise RowError(f"field {field!r}", f"{instead}.")
     learned = _is_learned(row, _ROW_MARKS)
     read = [_read_message(message) for message in messages]
@@ -201,6 +204,11 @@ def _read_message(message: Mapping[str, Any]) -> tuple[Turn, bool]:
         )
     turn = {name: value for name, value in turn.items() if name not in _MESSAGE_MARKS}
     if "from" in turn and "value" in turn:
+        if "role" in turn or "content" in turn:
+            raise RowError(
+                "a message in two forms",
+                f"write either `role` and `content` or `from` and `value`, got {sorted(turn)}.",
+            )
         turn |= {"role": turn.pop("from"), "content": turn.pop("value")}
     role = turn.get("role")
     if not isinstance(role, str) or role.strip().lower() not in ROLES:
