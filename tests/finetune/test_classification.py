@@ -69,6 +69,7 @@ def test_order_of_the_classes(labels, head, declared, names, indices):
         (["a", "a"], [], r"at least two classes.*\['a'\]"),
         (["pos", " pos", "Pos"], [], r"differ only in case, .* accents: \[' pos', 'Pos', 'pos'"),
         (["caf\u00e9", "cafe\u0301", "tea"], [], r"the Unicode form of accents.* one spelling"),
+        ([-1, 1], [], r"only \['1'\], and -1, which means no label: give that class a name\. Is"),
         ([0.5, 1.0], [], "holds 0.5, which is not a class. Set task to regression"),
         ([["a"], ["b"]], [], r"holds \['a'\], which is not a class.* multi_label for lists"),
         (["good", "fine"], ["good", "bad"], r"\['good', 'bad'\], and it is not .* \['fine'\]"),
@@ -100,7 +101,7 @@ def test_a_row_without_a_label_is_no_class(label):
 def test_regression_takes_numbers():
     task = task_of([0.5, "2", 3], kind=Regression)
     assert [task.label(label) for label in (0.5, "2", 3, "1e-3")] == [0.5, 2.0, 3.0, 0.001]
-    for label in ("good", None, float("nan"), [1.0], 1e39):  # the last is beyond float32
+    for label in ("good", None, float("nan"), [1.0], 1e39, 10**400):  # the last two: too large
         with pytest.raises(RowError, match="task 'regression' got the label"):
             task.label(label)
     with pytest.raises(ValueError, match="'regression' needs one output"):
@@ -122,6 +123,10 @@ def test_regression_takes_numbers():
         (["0,1,1", "0,0,1"], ["x", "y", "z"], [[0, 1, 1], [0, 0, 1]]),
         (["[0, 1, 1]", "[0, 0, 1]"], ["x", "y", "z"], [[0, 1, 1], [0, 0, 1]]),
         (["2", "0, 1"], ["x", "y", "z"], [[0, 0, 1], [1, 1, 0]]),
+        # A number may be written as text in a list, too; otherwise every row would have 0 and 1.
+        ([["0", "1"], ["1", "0"]], ["x", "y"], [[0, 1], [1, 0]]),
+        (["('a', 'b')", "('b',)", "c"], [], [[1, 1, 0], [0, 1, 0], [0, 0, 1]]),  # a tuple in CSV
+        (["(a), b", "{c"], [], [[1, 1, 0], [0, 0, 1]]),
     ],
     ids=str,
 )
@@ -140,6 +145,15 @@ def test_an_array_as_numpy_prints_it_is_no_list(cell):
         task_of(["x, y", cell], kind=MultiLabel).label(cell)
     with pytest.raises(ValueError, match=r"needs lists of classes .* call tolist\(\) before"):
         task_of([cell, cell], kind=MultiLabel)
+
+
+@pytest.mark.parametrize("cell", ["{'x', 'y'}", "{x,y}", "('x')", "{'x': 1, 'y': 0}"])
+def test_what_looks_like_a_list_and_is_none_is_no_class(cell):
+    """A set as pandas writes it, or an array of Postgres, used to have the class `{'x'`."""
+    task = task_of(["x, y", cell], kind=MultiLabel)
+    assert task.names == ["x", "y"]
+    with pytest.raises(RowError, match=r'not a list of classes: .* commas, as in \["a", "b"\]'):
+        task.label(cell)
 
 
 @pytest.mark.parametrize("cell", ["['x']", '["it\'s", "a \' b"]', "['x',\n 'y']", "[]"])
@@ -290,3 +304,25 @@ def test_a_text_of_no_token_is_left_out(tmp_path):
     data = prepare_data(arguments, tiny_tokenizer(), config_of(), seed=0)
     assert data.train.counts.dropped == {"empty": 1}
     assert data.train.dataset["labels"][:] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("task", "learned", "scored", "unlearned"),
+    [
+        ("classification", ["a", "b"], ["b", "c", "c"], ["c"]),
+        ("classification", ["a", "b"], ["b"], []),
+        ("multi_label", [["a"], ["b"]], [["d", "a"], ["c"]], ["c", "d"]),
+        ("multi_label", [["a", "b"], []], [["b"], []], []),
+        ("regression", [1, 2], [3], []),
+    ],
+)
+def test_classes_that_no_training_example_has_are_named(task, learned, scored, unlearned, tmp_path):
+    """Another spelling of a class in the evaluation data used to lower the scores unnoticed."""
+    paths = [
+        write_jsonl(tmp_path / f"{n}.jsonl", [{"text": "x", "label": label} for label in labels])
+        for n, labels in enumerate((learned, scored))
+    ]
+    arguments = DataArguments(paths[:1], task=task, eval_data=paths[1:])
+    assert prepare_data(arguments, tiny_tokenizer(), config_of(), seed=0).unlearned == unlearned
+    alone = DataArguments(paths[:1], task=task)
+    assert prepare_data(alone, tiny_tokenizer(), config_of(), seed=0).unlearned == []

@@ -255,7 +255,7 @@ def test_a_prompt_of_turns_is_given_not_learned():
         ),
         ({"messages": ASKED, "images": ["cat.png"]}, "field 'images': only text is read. Rem"),
         ({"messages": [ASKED[0] | {"audio": {"id": "x"}}]}, "field 'audio': only text is read"),
-        ({"question": "a", "answer": "b", "documents": ["c"]}, "field 'documents': templates get n"),
+        ({"question": "a", "answer": "b", "documents": ["c"]}, "field 'documents': templates get"),
         (
             {"messages": [{"from": "human", "value": "a", "role": "assistant"}]},
             r"a message in two forms: write either .* got \['from', 'role', 'value'\]",

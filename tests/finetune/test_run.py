@@ -940,6 +940,14 @@ def test_the_script_runs_under_accelerate(chat_flags, tmp_path):
     assert "perplexity before -> after" in finished.stdout
 
 
+def test_classes_that_cannot_be_learned_are_called_so(chat_flags, caplog):
+    tiny_bert(vocab_size=VOCAB_SIZE).base_model.save_pretrained(chat_flags["model_name_or_path"])
+    for name, labels in (("train_data", ["pos", "neg"]), ("eval_data", ["neg", "negative"])):
+        write_jsonl(chat_flags[name], [{"text": "the fox", "label": label} for label in labels])
+    read(parsed(chat_flags, task="classification"))
+    assert "have the class negative, which no training example has" in caplog.text
+
+
 @pytest.mark.parametrize("spelling", ["{}", "{}/../{}"])
 def test_scores_on_what_is_learned_are_called_so(spelling, chat_flags, tmp_path, caplog):
     folder = Path(chat_flags["train_data"]).parent

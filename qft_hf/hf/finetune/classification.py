@@ -161,7 +161,8 @@ class Classification(Task):
 
     def _names(self, labels: Sequence[Any]) -> list[str]:
         where = f"field {self.arguments.label_field!r}"
-        values = [value for value in self._classes(labels) if value not in (None, UNLABELLED)]
+        found = list(self._classes(labels))
+        values = [value for value in found if value not in (None, UNLABELLED)]
         for value in values:
             if not isinstance(value, int | str):
                 raise ValueError(
@@ -180,9 +181,10 @@ class Classification(Task):
                 f"form of accents: {names}. Give each class one spelling."
             )
         if len(names) < 2:
+            beside = f", and {UNLABELLED}, which means no label: give that class a name"
             raise ValueError(
-                f"classification needs at least two classes, but {where} holds only {names}. Is "
-                "label_field right?"
+                f"classification needs at least two classes, but {where} holds only {names}"
+                f"{beside if UNLABELLED in found else ''}. Is label_field right?"
             )
         return names
 
@@ -215,7 +217,7 @@ class Regression(Classification):
         """Return the number."""
         try:
             number = float(value)
-        except (TypeError, ValueError) as error:
+        except (OverflowError, TypeError, ValueError) as error:
             raise RowError("not a number", f"task 'regression' got the label {value!r}.") from error
         if not abs(number) <= float(np.finfo(np.float32).max):
             raise RowError("not a finite number", f"task 'regression' got the label {value!r}.")
@@ -272,17 +274,18 @@ class MultiLabel(Classification):
 
     def _listed(self, label: Any) -> list[Any] | None:
         """Return the entries of a list, which may be written as text; None if it is not a list."""
-        if isinstance(label, list | tuple):
-            return list(label)
-        if not isinstance(label, str):
-            return None
-        if label.strip().startswith("["):
+        if isinstance(label, str) and _is_bracketed(text := label.strip()):
             try:
-                entries = list(ast.literal_eval(label.strip()))
+                label = ast.literal_eval(text)
             except (SyntaxError, TypeError, ValueError):
                 return None
-            return None if _joins_texts(label.strip()) else entries
-        return [_number(entry.strip()) for entry in label.split(self._separator) if entry.strip()]
+            if _joins_texts(text):
+                return None
+        elif isinstance(label, str):
+            label = [entry.strip() for entry in label.split(self._separator) if entry.strip()]
+        if not isinstance(label, list | tuple):
+            return None
+        return [_number(entry) if isinstance(entry, str) else entry for entry in label]
 
     def _classes(self, labels: Sequence[Any]) -> Iterable[Any]:
         self._separator = self._separator_of(labels)
@@ -306,7 +309,9 @@ class MultiLabel(Classification):
 
     def _separator_of(self, labels: Sequence[Any]) -> str:
         """Return the separator of classes in text cells; all cells must use the same one."""
-        texts = [label for label in labels if isinstance(label, str) and label.strip()[:1] != "["]
+        texts = [
+            label for label in labels if isinstance(label, str) and not _is_bracketed(label.strip())
+        ]
         found = [separator for separator in SEPARATORS if any(separator in t for t in texts)]
         if len(found) > 1:
             raise ValueError(
@@ -329,6 +334,11 @@ def _number(text: str) -> int | float | str:
     return text
 
 
+def _is_bracketed(text: str) -> bool:
+    """Return whether a text is written as one list, tuple or set, which it may or may not be."""
+    return text[:1] == "[" or text[:1] + text[-1:] in ("()", "{}")
+
+
 def _joins_texts(text: str) -> bool:
     """Return whether Python would join texts in a list, as in `['a' 'b']`, which NumPy prints."""
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)
@@ -338,7 +348,7 @@ def _joins_texts(text: str) -> bool:
 
 def _advice_on_list(label: Any) -> str:
     """Return how to write a list, for a text that begins like one and is none."""
-    if not isinstance(label, str) or not label.strip().startswith("["):
+    if not isinstance(label, str) or not _is_bracketed(label.strip()):
         return ""
     return (
         ' Separate the entries of a list by commas, as in ["a", "b"]. A NumPy array in a table has '

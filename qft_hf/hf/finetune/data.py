@@ -70,6 +70,14 @@ class TaskData:
     shared: dict[str, int]  # by source: number of rows that are both learned and scored
 
     @property
+    def unlearned(self) -> list[str]:
+        """Names of the classes that evaluation examples have, and no training example."""
+        if not self.task.names or self.evaluation is None:
+            return []
+        learned, scored = map(_classes_in, (self.train, self.evaluation))
+        return [self.task.names[index] for index in np.setdiff1d(scored, learned)]
+
+    @property
     def of_trainer(self) -> dict[str, Any]:
         """Arguments of a Trainer: the examples, and how they are batched and scored."""
         return {
@@ -80,6 +88,12 @@ class TaskData:
             "compute_metrics": self.task.scoring.compute_metrics,
             "preprocess_logits_for_metrics": self.task.scoring.preprocess_logits,
         }
+
+
+def _classes_in(examples: Examples) -> Any:
+    """Return the indices of the classes that the examples have."""
+    labels = np.asarray(examples.dataset["labels"][:])
+    return np.unique(labels) if labels.ndim == 1 else np.flatnonzero(labels.any(axis=0))
 
 
 def prepare_data(

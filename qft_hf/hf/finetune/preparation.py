@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ..base import require_bitsandbytes
 from ..processes import broadcast_from_first, first_process_writes
-from ..wording import counted
+from ..wording import and_more, counted
 from .data import TASKS, TaskData, prepare_data
 from .evaluation import ERRORS
 from .forecast import disk_bytes, n_steps
@@ -132,6 +132,12 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
             "memorized. Hold out rows by eval_fraction instead",
             counted(n_rows, "row"),
             source,
+        )
+    if data.unlearned:
+        logger.warning(
+            "the evaluation data have the class %s, which no training example has, so the run "
+            "cannot teach it. If it is another spelling of a class, correct the labels",
+            and_more(data.unlearned),
         )
     if "logging_steps" not in arguments.given:
         steps, _ = n_steps(training, len(data.train.dataset))
