@@ -209,6 +209,8 @@ def test_a_prompt_of_turns_is_given_not_learned():
         ({"messages": "user: hi"}, "not a list of messages"),
         ({"messages": [["hi"]]}, "not a list of messages"),
         ({"messages": "[{'role': 'user'}]"}, "invalid JSON in field 'messages'"),
+        ({"messages": '[{"role": "user", "role": "bot"}]'}, "a field twice: 'role' occurs more"),
+        ({"messages": '[{"role": "user", "content": "\\ud83d"}]'}, "half a character: .*emoji"),
         ({"messages": [{"role": "user", "content": 5}]}, "content is not text: got 5. Write"),
         ({"messages": [{"role": "user", "content": {"a": 1}}]}, "content is not text"),
         ({"question": "2 + 2", "answer": 4}, "not a text: 'answer' must be .* messages, got 4"),

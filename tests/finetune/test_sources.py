@@ -149,6 +149,11 @@ def test_files_with_the_names_of_splits_belong_to_them(tmp_path):
     assert [row["text"] for row in load_rows(tmp_path, "validation")] == ["valid.jsonl"]
     assert [row["text"] for row in load_rows(tmp_path, "test[:1]")] == ["my_test.jsonl"]
 
+    write(tmp_path / "train-test_test.jsonl")  # once read as training data
+    with pytest.raises(ValueError, match=r"has more than one split in its name \(test, train\)"):
+        load_rows(tmp_path)
+    (tmp_path / "train-test_test.jsonl").unlink()
+
     write(tmp_path / "more.jsonl")
     with pytest.raises(ValueError, match=r"some do not \(more\.jsonl\)\. List the files"):
         load_rows(tmp_path)
@@ -201,12 +206,19 @@ def test_a_card_that_cannot_be_read_says_so(tmp_path):
     ("name", "text", "reason"),
     [
         ("rows.jsonl", '{"text": "a"}\n{"text": \n', "invalid JSON: Expecting value"),
-        ("rows.jsonl", '{"text": "a"}\n[1]\n', "no fields: expected an object, got '.1.'"),
+        ("rows.jsonl", '{"text": "a"}\n[1]\n', "no fields: .* object, got '.1.'.* file .json, and"),
         ("rows.csv", "text,label\na,1\nb,2,3\n", "no fields: .* must be in quotes"),
         ("rows.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n', "a field twice: 'text'"),
         ("rows.jsonl", '{"text": "a"}\n{"text": {"b": 1, "b": 2}}\n', "a field twice: 'b'"),
         ("rows.tsv", "text\tlabel\na\t1\nb\n", "no fields"),
         ("rows.json", '[{"text": "a"}, "b"]', "no fields"),
+        ("rows.json", '[{"text": "a"},\n{"x": 1, "y": 2, "x": 3}]', "a field twice: 'x'"),
+        (
+            "rows.json",
+            '[{"text": "a"}, {"x": ' + "1" * 5000 + "}]",
+            "invalid JSON: Exceeds the lim",
+        ),
+        ("rows.jsonl", '{"text": "a"}\n{"x": ' + "1" * 5000 + "}", "invalid JSON: Exceeds the lim"),
         ("rows.jsonl", '{"text": "a"}\n' + "[" * 100_000, "invalid JSON: maximum recursion depth"),
         ("rows.jsonl", '{"text": "a"}\n{"text": "b \\ud83d c"}\n', "half a character: .*emoji"),
         ("rows.json", '[{"text": "a"}, {"x": ["\\udc4d"]}]', "half a character: .*emoji"),
@@ -225,7 +237,13 @@ def test_a_damaged_row_is_known_by_its_place(name, text, reason, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.json", b"[1,"), ("a.jsonl.gz", b"no gzip"), ("a.jsonl", b"\xff\xff"), ("a.parquet", b"x")],
+    [
+        ("a.json", b"[1,"),
+        ("a.json", b"[1]\n[2]"),
+        ("a.jsonl.gz", b"no gzip"),
+        ("a.jsonl", b"\xff\xff"),
+        ("a.parquet", b"x"),
+    ],
 )
 def test_damaged_file_is_named(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -294,14 +312,11 @@ def test_missing_file_is_not_taken_for_a_hub_name(name, tmp_path):
         load_rows(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("a.csv", "x,y,x\n1,2,3\n"), ("a.json", '[{"x": 1, "y": 2, "x": 3}]')]
-)
-def test_of_two_equal_names_none_is_chosen(name, text, tmp_path):
+def test_of_two_equal_columns_none_is_chosen(tmp_path):
     """The last one was once used, and the column that was meant was never read."""
-    (tmp_path / name).write_text(text)
+    (tmp_path / "a.csv").write_text("x,y,x\n1,2,3\n")
     with pytest.raises(ValueError, match=r"cannot read .*'x'"):
-        load_rows(tmp_path / name)
+        load_rows(tmp_path / "a.csv")
 
 
 def test_columns_without_a_name_may_be_many(tmp_path):

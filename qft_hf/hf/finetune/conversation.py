@@ -4,11 +4,11 @@ The formats are lists of messages (`role` and `content`, or ShareGPT's `from` an
 columns with a question and its answer. Nothing is guessed: an unknown role or value is refused.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .sources import parsed
 from .task import Row, RowError
 
 Turn = dict[str, Any]
@@ -277,12 +277,7 @@ def _tools(value: Any) -> list[Any] | None:
 
 def _from_json(value: Any, what: str) -> Any:
     """Return a value, which is parsed if it is stored as JSON text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise RowError(f"invalid JSON in {what}", f"{error} in {excerpt(value)}.") from error
+    return parsed(value, what) if isinstance(value, str) else value
 
 
 def _is_learned(holder: Mapping[str, Any], marks: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ COMPRESSIONS = (".gz", ".zst")
 
 _TEXT, _NUMBER = "json text", "number in its source"  # names of columns
 _SPLIT_IN_NAME = re.compile(
-    r"(?:^|[^a-z])(?:(train)(?:ing)?|(test)(?:ing)?|(val)(?:id(?:ation)?)?|(dev)|(eval))(?:$|[^a-z])"
+    r"(?<![a-z])(?:(train)(?:ing)?|(test)(?:ing)?|(val)(?:id(?:ation)?)?|(dev)|(eval))(?![a-z])"
 )
 
 
@@ -65,23 +66,15 @@ class Rows:
             row = {name: _from_arrow(value, kinds[name]) for name, value in record.items()}
             del row[_NUMBER]
             return row
-        try:
-            value = _parsed(record[_TEXT])
-            json.dumps(value, ensure_ascii=False).encode()
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise RowError("invalid JSON", f"{error}.") from error
-        except UnicodeEncodeError as error:
-            raise RowError(
-                "half a character",
-                f"{error}. A text was cut inside a character such as an emoji. Cut it before that.",
-            ) from error
+        value = parsed(record[_TEXT])
         if isinstance(value, dict):
             return value
         advice = ""
         if isinstance(value, list):
             advice = (
-                " In csv and tsv a row needs a cell for each column of the header, and a text with "
-                "separators, quotes or line breaks must be in quotes."
+                " A row of csv or tsv needs a cell for each column of the header, and a text with "
+                "separators, quotes or line breaks must be in quotes. A list of all rows is a file "
+                ".json, and not .jsonl."
             )
         text = record[_TEXT].strip()[:60]
         raise RowError("no fields", f"expected an object, got {text!r}.{advice}")
@@ -134,6 +127,31 @@ def load_rows(source: str, split: str = "train", *, configuration: str | None = 
             "a data set on the hub by its name, without a suffix."
         )
     return _slice(rows, split, source)
+
+
+def parsed(text: str, what: str = "") -> Any:
+    """Return the value of a JSON text, in which NaN is None.
+
+    Raises:
+        RowError: `what` is not valid JSON, or has invalid Unicode text or two equal fields.
+    """
+
+    def constant(name: str) -> float | None:
+        return None if name == "NaN" else float(name)
+
+    try:
+        value = json.loads(text, object_pairs_hook=_fields, parse_constant=constant)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RowError:
+        raise
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "half a character",
+            f"{error}. A text was cut inside a character such as an emoji. Cut it before that.",
+        ) from error
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
+        raise RowError(f"invalid JSON{what and f' in {what}'}", f"{error}.") from error
+    return value
 
 
 def select_rows(parts: Sequence[Rows], indices: Sequence[int]) -> list[Rows]:
@@ -294,8 +312,7 @@ def _rows_of_text(file: Any, suffix: str) -> Iterator[tuple[int, str]]:
         case ".json":
             text = file.read()
             if text.lstrip().startswith("["):
-                objects = _parsed(text)
-                yield from ((n, json.dumps(value)) for n, value in enumerate(objects, start=1))
+                yield from enumerate(_elements(text), start=1)
             else:  # one object a line
                 yield from _rows_of_text(io.StringIO(text), ".jsonl")
         case _:
@@ -318,11 +335,19 @@ def _numbered(rows: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
         ) from error
 
 
-def _parsed(text: str) -> Any:
-    def constant(name: str) -> float | None:
-        return None if name == "NaN" else float(name)
-
-    return json.loads(text, object_pairs_hook=_fields, parse_constant=constant)
+def _elements(text: str) -> Iterator[str]:
+    """Yield each element of a JSON list as JSON; one that cannot be used, as it is written."""
+    decoder = json.JSONDecoder(parse_int=str)  # of any number of digits
+    skip: Any = re.compile(r"\s*,?\s*").match
+    end = text.index("[") + 1
+    while not text.startswith("]", begin := skip(text, end).end()):
+        _, end = decoder.raw_decode(text, begin)
+        element = text[begin:end]
+        with suppress(RowError):  # it is raised when the element is used, with its number
+            element = json.dumps(parsed(element))
+        yield element
+    if text[begin + 1 :].strip():
+        raise json.JSONDecodeError("Extra data", text, begin + 1)
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -383,10 +408,16 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
 
 
 def _split_in_name(path: Path) -> str | None:
-    found = _SPLIT_IN_NAME.search(path.as_posix().lower())
-    if found is None:
-        return None
-    return {"train": "train", "test": "test"}.get(str(found[found.lastindex or 0]), "validation")
+    """Return the split in a name, None if there is none; raise ValueError if there are several."""
+    found = _SPLIT_IN_NAME.finditer(path.as_posix().lower())
+    splits = {match[match.lastindex or 0] for match in found}
+    splits = {split if split in ("train", "test") else "validation" for split in splits}
+    if len(splits) > 1:
+        raise ValueError(
+            f"{path} has more than one split in its name ({', '.join(sorted(splits))}), so it is "
+            "not clear which one is meant. List the files themselves: train_data: [A, B]."
+        )
+    return splits.pop() if splits else None
 
 
 def _declares_its_files(folder: Path) -> bool:
