@@ -4,6 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+
+from .checkpoint import weight_files
 from .side_network import is_side_network
 
 
@@ -37,6 +40,13 @@ def explain_loading_errors(name: str | Path, *, advice: str = "") -> Iterator[No
                 "fetch_demo.py smollm2 chitchat minilm boolq` fills in a clone of qft_hf."
             )
         raise FileNotFoundError(text) from error
+    except (AttributeError, KeyError, TypeError) as error:
+        if Path(name, SAFE_WEIGHTS_INDEX_NAME).is_file():  # transformers does not check it
+            try:
+                weight_files(Path(name))
+            except ValueError as fault:
+                raise ValueError(f"{name} cannot be loaded: {fault}{advice}") from error
+        raise
 
 
 def refuse_what_is_no_model(place: Path, *, cause: Exception | None = None) -> None:

@@ -27,6 +27,7 @@ from qft_hf.hf.finetune.parsing import GROUPS
 from qft_hf_cli import COMMANDS, main
 from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import CHATML, tiny_tokenizer
+from tests.finetune.flags import write_jsonl
 from tests.full_disk import files_of_at_most
 from tests.models import tiny_llama
 
@@ -282,6 +283,21 @@ def test_damaged_weights_are_named_before_a_chat(tmp_path, capsys):
     assert str(weights) in error
     assert "copy it again" in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", ["chat", "evaluate"])
+@pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": []}'])
+def test_an_index_without_weights_is_named(command, index, tmp_path, capsys):
+    """It ended in errors of transformers: a KeyError, a TypeError or an AttributeError."""
+    tiny_llama(vocab_size=320).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    words = ["--prompt=a"] if command == "chat" else [f"--eval_data={rows}", "--max_length=32"]
+    with pytest.raises(SystemExit):
+        main([command, str(tmp_path), *words])
+    assert f"{tmp_path} cannot be loaded: model.safetensors.index.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["chat", "evaluate", "export"])
