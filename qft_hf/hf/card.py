@@ -3,6 +3,8 @@
 A local path means nothing to a reader, so files are named without their folders.
 """
 
+import html
+import json
 import re
 import shlex
 import zlib
@@ -118,7 +120,7 @@ def _pipeline(architecture: str) -> str | None:
 def _text(facts: CardFacts) -> str:
     total, trained = facts.parameters
     learned = [f"[{name}](https://huggingface.co/datasets/{name})" for name in facts.datasets]
-    learned += [f"the local file `{name}`" for name in facts.files]
+    learned += [f"the local file {_code(name)}" for name in facts.files]
     base = "a local model"
     if facts.base_model:
         base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
@@ -141,7 +143,7 @@ def _text(facts: CardFacts) -> str:
             f"{version}."
         )
     parts = [
-        f"# {facts.name.rpartition('/')[2]}",
+        f"# {html.escape(_line(facts.name.rpartition('/')[2]), quote=False)}",
         what + (f" {stored}" if stored else ""),
         "## Results",
         _evaluations(facts.history),
@@ -225,12 +227,12 @@ def _side_loading(facts: CardFacts, base: str) -> str:
     form = _IN_CODE.get(base)
     place, loader, trust = facts.base_model or "FOLDER_OF_THE_BASE", *_loader(facts)
     imported = "BitsAndBytesConfig, " if form and form.startswith("Bits") else ""
-    loaded = f'"{place}"' + (f", quantization_config={form}" if form else "") + trust
+    loaded = _literal(place) + (f", quantization_config={form}" if form else "") + trust
     lines = [
         "import qft_hf",
         f"from transformers import {imported}{loader}\n",
         f"model = {loader}.from_pretrained({loaded})",
-        f'qft_hf.load_side_network(model, "{facts.name}")  # a folder',
+        f"qft_hf.load_side_network(model, {_literal(facts.name)})  # a folder",
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
 
@@ -251,16 +253,16 @@ def _loading(facts: CardFacts) -> str:
         "As INT8, with qft_hf installed, to continue training or to save memory:",
         f'```python\nimport qft_hf  # registers the "qft" format\n'
         f"from transformers import {loader}\n\n"
-        f'model = {loader}.from_pretrained("{name}"{trust})\n```',
+        f"model = {loader}.from_pretrained({_literal(name)}{trust})\n```",
         "To use it without qft_hf, convert that once to an ordinary bf16 checkpoint:",
-        f'```python\nqft_hf.dequantize_model_(model).save_pretrained("{plain}")\n```',
+        f"```python\nqft_hf.dequantize_model_(model).save_pretrained({_literal(plain)})\n```",
         "The command does the same with a downloaded folder, tokenizer included:",
         f"```sh\nqft-hf export FOLDER {shlex.quote(plain)} --dtype bfloat16"
         + (" --trust_remote_code" if trust else "")
         + "\n```",
     ]
     if facts.export_dtype:
-        place = f'"{name}", subfolder="{facts.export_dtype}"'
+        place = f'{_literal(name)}, subfolder="{facts.export_dtype}"'
         lines += [
             f"An ordinary {facts.export_dtype} checkpoint is also here, which needs no qft_hf:",
             f"```python\nfrom transformers import {loader}\n\n"
@@ -305,5 +307,24 @@ def _shown(value: Any) -> str:
 
 def _table(head: Sequence[str], rows: Any) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    for row in rows:
+        cells = (_line(str(cell)).replace("|", "\\|") for cell in row)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _line(text: str) -> str:
+    """Return a text without line breaks, which would end a heading, a code span or a table."""
+    return " ".join(text.split())
+
+
+def _code(text: str) -> str:
+    """Return a text as code; one that has backticks is put between more of them."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if "`" in text else ""
+    return f"{fence}{pad}{_line(text)}{pad}{fence}"
+
+
+def _literal(text: str) -> str:
+    """Return a text as a literal in Python."""
+    return json.dumps(text, ensure_ascii=False)

@@ -57,7 +57,7 @@ rect.arithmetic {{ opacity: 0.45; }}
 </head>
 <body>
 <h1>{title}</h1>
-<p class="note">Fine-tuning of all parameters in INT8.</p>
+<p class="note">Runs of <code>qft-hf finetune</code>.</p>
 {body}
 <footer><p>{written_by}{version}.</p></footer>
 </body>

@@ -122,6 +122,26 @@ def test_the_commands_are_those_of_a_reader(export_dtype):
         assert "qft_hf" not in blocks[2]
 
 
+@pytest.mark.parametrize("side", [None, {"base": "float", "r": 2}])
+def test_any_name_of_a_folder_leaves_the_card_as_it_is_built(side):
+    """Quotes ended the Python string, and a line break or `|` the heading, the code or the row."""
+    name = 'a "b" \\n | `c`\n<d>'
+    facts = replace(FACTS, name=name, base_model=None, files=[name, "e"], side=side)
+    text = read(replace(facts, hyperparameters={"scheduler": {"a | b": 1}})).text
+    calls = [
+        node
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Call)
+    ]
+    assert name in [
+        argument.value for c in calls for argument in c.args if hasattr(argument, "value")
+    ]
+    assert '# a "b" \\n | `c` &lt;d&gt;\n' in text
+    assert '`` a "b" \\n | `c` <d> ``, the local file `e`' in text
+    assert "| scheduler | {'a \\| b': 1} |" in text
+
+
 def test_the_trainer_s_card_has_no_path_and_the_optimizer_s_own_values(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("{}")
