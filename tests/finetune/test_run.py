@@ -459,6 +459,33 @@ def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, mo
     assert found.data == summary.eval_data
 
 
+@pytest.mark.parametrize("change", ["other template", "none is left"])
+def test_a_run_is_scored_with_the_tokenizer_and_template_that_it_saved(change, chat_flags):
+    """Those that its settings name were used, which may have changed, or be gone."""
+    folder = Path(chat_flags["train_data"]).parent
+    tiny_tokenizer(None).save_pretrained(folder / "tokenizer")
+    (folder / "my.jinja").write_text(CHATML)
+    given = {
+        "tokenizer_name_or_path": folder / "tokenizer", "chat_template": folder / "my.jinja",
+        "new_tokens": "<|new|>", "max_steps": 1,
+    }  # fmt: skip
+    summary = finetune(parsed(chat_flags, **given))
+    if change == "other template":
+        (folder / "my.jinja").write_text(CHATML.replace("'\n'", "'\n\n'"))
+    else:
+        (folder / "my.jinja").unlink()
+        shutil.rmtree(folder / "tokenizer")
+
+    run = chat_flags["output_dir"].as_posix()
+    found = evaluate_checkpoint(parse_arguments(flags_of([run])))
+
+    assert found.data == summary.eval_data
+    assert found.scores == pytest.approx(summary.after, rel=1e-5)  # other batches
+    (folder / "other.jinja").write_text(CHATML.replace("'\n'", "'\n\n'"))
+    other = [run, f"--chat_template={folder / 'other.jinja'}"]  # asked for
+    assert evaluate_checkpoint(parse_arguments(flags_of(other))).data.tokens > found.data.tokens
+
+
 def test_a_model_of_no_run_is_scored_on_one_part_of_a_data_set(chat_flags, tmp_path):
     """Its configuration, and the limit of rows, were once those of training data, and missing."""
     data, lines = tmp_path / "data", Path(chat_flags["train_data"]).read_text().splitlines()

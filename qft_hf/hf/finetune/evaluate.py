@@ -9,7 +9,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..json_object import json_object
 from ..wording import counted, score_text
-from .arguments import DataArguments, MethodArguments
+from .arguments import DataArguments, MethodArguments, ModelArguments
 from .data import TASKS, DataCounts, TaskData, prepare_data
 from .loading import load_model, load_tokenizer
 from .output_folder import SUMMARY, recorded_settings
@@ -42,22 +42,36 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
         ValueError: Nothing is held out, the rows that the run held out cannot be drawn again, or
             the data do not fit the model.
     """
-    training = arguments.training
-    config = base_config(arguments.model)
+    training, model_arguments = arguments.training, _model_of(arguments)
+    config = base_config(model_arguments)
     TASKS[arguments.data.task].model_class(config)  # refuses others before the data are read
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(model_arguments)
     data = prepare_data(_data_of(arguments), tokenizer, config, seed=training.seed)
     if data.evaluation is None:
         raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
     _refuse_learned_rows(arguments, data)
     if side_checkpoint(arguments.model.model_name_or_path) is None:
-        model = load_model(arguments.model, None, config, data.task)
+        model = load_model(model_arguments, None, config, data.task)
     else:
         # The folder holds the settings of the base and of the side network.
         method = MethodArguments(method="qst")
-        model = load_side_model(arguments.model, method, config, data.task)
+        model = load_side_model(model_arguments, method, config, data.task)
     found = scores(model, data, training)
     return Evaluation(arguments.model.model_name_or_path, found, data.evaluation.counts)
+
+
+def _model_of(arguments: RunArguments) -> ModelArguments:
+    """Return which model to load: a run is scored with the tokenizer and template that it saved.
+
+    The tokenizer and template that its settings name may have changed since.
+    """
+    recorded = recorded_settings(Path(arguments.model.model_name_or_path))
+    saved = [
+        key
+        for key in ("tokenizer_name_or_path", "chat_template", "new_tokens")
+        if recorded.get(key) == arguments.settings.get(key)
+    ]
+    return replace(arguments.model, **dict.fromkeys(saved))
 
 
 def _data_of(arguments: RunArguments) -> DataArguments:
