@@ -293,8 +293,8 @@ class ConversationEncoder:
             is_last = turn["role"] == "assistant" and self.assistant_only
             n_turns = index + 1 if is_last and not self.marks_assistant else None
             for what, part in changed:
-                other = [*turns[:index], turn | part, *turns[index + 1 :]]
-                others.append((what, replace(conversation, turns=other), n_turns))
+                changed_turns = [*turns[:index], turn | part, *turns[index + 1 :]]
+                others.append((what, replace(conversation, turns=changed_turns), n_turns))
         for what, other, n_turns in others:
             try:
                 shown = text if n_turns is None else self._render(conversation, n_turns=n_turns)

@@ -66,12 +66,12 @@ def _model_of(arguments: RunArguments) -> ModelArguments:
     The tokenizer and template that its settings name may have changed since.
     """
     recorded = recorded_settings(Path(arguments.model.model_name_or_path))
-    saved = [
-        key
+    saved: dict[str, Any] = {
+        key: None
         for key in ("tokenizer_name_or_path", "chat_template", "new_tokens")
         if recorded.get(key) == arguments.settings.get(key)
-    ]
-    return replace(arguments.model, **dict.fromkeys(saved))
+    }
+    return replace(arguments.model, **saved)
 
 
 def _data_of(arguments: RunArguments) -> DataArguments:
