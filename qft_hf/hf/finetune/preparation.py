@@ -129,7 +129,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
     for source, n_rows in data.shared.items():
         logger.warning(
             "%s of %s are both in train_data and in eval_data, so the scores will measure what is "
-            "memorized. Hold out rows by eval_fraction instead",
+            "memorized. Name each file once, and hold out rows by eval_fraction",
             counted(n_rows, "row"),
             source,
         )
