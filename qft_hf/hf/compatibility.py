@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from ..nn import QuantizedModule
 from ..optim import QFTOptimizer
 from ..quant import QFTWeight
-from ..side import SideNetwork, side_network_of
+from ..side import side_network_of
 from .config import QUANT_METHOD, QFTConfig
 from .optimizers import OPTIMIZERS, given_options, names, optimizer_name
 
@@ -34,9 +34,7 @@ def quantization_config_of(model: Any) -> QFTConfig | None:
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     if isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD:
         config = QFTConfig.from_dict(config)  # of a model without storage, made from a config.json
-    if isinstance(model, SideNetwork):
-        config = model.quantization
-    elif not isinstance(config, QFTConfig) and side_network_of(model) is None:
+    if not isinstance(config, QFTConfig) and side_network_of(model) is None:
         config = config_of_modules(model)
     return config if isinstance(config, QFTConfig) else None
 

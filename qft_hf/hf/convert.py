@@ -16,8 +16,8 @@ from ..nn import (
     quantize_modules_,
 )
 from ..optim import fit_states
-from ..side import SideNetwork, side_network_of
-from .compatibility import config_of_modules, has_quantized_weights, quantization_config_of
+from ..side import side_network_of
+from .compatibility import has_quantized_weights, quantization_config_of
 from .config import QUANT_METHOD, QFTConfig, quantization_method
 from .coverage import check_coverage
 from .loading_faults import check_finite
@@ -57,7 +57,8 @@ def quantize_model_(model: Model, config: QFTConfig) -> Model:
         if not kept.parameter.is_meta:
             check_finite(kept.name, kept.parameter)
     quantize_modules_(model, config)
-    _after_conversion(model)
+    for parameter in model.parameters():
+        fit_states(parameter)
     if isinstance(model, PreTrainedModel):
         _mark(model, config)
     return model
@@ -90,17 +91,9 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
         if isinstance(quantizer, QFTQuantizer):
             quantizer.dequantize(module, dtype=dtype)
     dequantize_modules_(model, dtype)
-    _after_conversion(model)
-    return model
-
-
-def _after_conversion(model: nn.Module) -> None:
-    """Fit the states of our optimizers, and record the formats in which side networks are saved."""
     for parameter in model.parameters():
         fit_states(parameter)
-    for module in model.modules():
-        if isinstance(module, SideNetwork):
-            module.quantization = config_of_modules(module)
+    return model
 
 
 def prepared_for_saving(model: Any, state: dict[str, Tensor] | None) -> Any:

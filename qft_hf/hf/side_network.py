@@ -35,6 +35,7 @@ from ..version import __version__
 from .atomic_writes import atomic_folder
 from .base import quantization_name
 from .card import CARD, is_card, marked_card
+from .compatibility import quantization_config_of
 from .config import QFTConfig
 from .convert import quantize_model_
 from .tensor_files import DAMAGED, damaged, metadata
@@ -112,7 +113,7 @@ def load_side_network(model: Model, folder: str | Path) -> Model:
         with torch.random.fork_rng():  # the states of random numbers do not change
             attach_side_network(model, config)
         network = trained_modules(model)[NAME].to(state[f"{NAME}.gates"].dtype)
-    if quantization is not None and network.quantization is None:
+    if quantization is not None and quantization_config_of(network) is None:
         quantize_model_(network, QFTConfig.from_dict(quantization))
     for place, module in trained_modules(model).items():
         start = f"{place}."
@@ -196,7 +197,7 @@ def _state(model: nn.Module, passed: dict[str, Tensor] | None = None) -> dict[st
 def _description(model: Any) -> dict[str, Any]:
     """Return the contents of `side_network.json`."""
     network: Any = side_network_of(model)
-    quantization = network.quantization
+    quantization = quantization_config_of(network)
     return {
         "format": 1,
         "qft_hf": __version__,
@@ -345,7 +346,7 @@ def _refuse_another_network(
             f"The model has a side network with {network.config}, and {folder} holds one with "
             f"{config}. Load the base again, or attach one of that configuration."
         )
-    own = network.quantization
+    own = quantization_config_of(network)
     if own is not None and own.to_dict() != quantization:
         raise ValueError(
             f"The side network of the model is INT8 with {own}, and {folder} holds one with "
@@ -372,7 +373,7 @@ def _refuse_other_tensors(
 ) -> None:
     """Raise if the tensors in a folder are not those of the side network that it describes."""
     config, quantization, network = said["config"], said["quantization"], side_network_of(model)
-    if network is None or network.quantization is None:
+    if network is None or quantization_config_of(network) is None:
         layers = layer_stack(model)[1] if network is None else list(network.layers)
         with torch.device("meta"):
             network = SideNetwork(layers, model.config, config)

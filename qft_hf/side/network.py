@@ -44,7 +44,6 @@ class SideNetwork(nn.Module):
         upsample: `U`, `[width, side_width]`. It stays float if the layers are INT8: a row of zeros
             determines no scale.
         frozen: The modules of the model that are not trained; they are not submodules of this one.
-        quantization: The `QFTConfig` of its weights; None while they are float.
     """
 
     def __init__(self, base_layers: Sequence[nn.Module], base_config: Any, config: QSTConfig):
@@ -64,7 +63,6 @@ class SideNetwork(nn.Module):
         self.upsample = nn.Parameter(torch.zeros(width, sizes.hidden_size))
         self._sizes, self._base_config = sizes, base_config.get_text_config()
         self.frozen: tuple[nn.Module, ...] = ()
-        self.quantization: Any = None
         self._state: Any = None  # s_i, while the base runs
         self._learns = False  # whether autograd was on when the base was called
         self._replay: Replay | None = None  # replay of the current forward pass

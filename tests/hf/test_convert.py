@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.base import HfQuantizer
 
+from qft_hf.hf.compatibility import quantization_config_of
 from qft_hf.hf.config import QFTConfig
 from qft_hf.hf.convert import dequantize_model_, quantize_model_
 from qft_hf.nn import QFTEmbedding, QFTLinear, prepare_modules_
@@ -373,4 +374,4 @@ def test_the_float_base_of_an_int8_side_network_is_refused_with_what_to_do():
 
     dequantize_model_(model.side_network, torch.float32)
     quantize_model_(model, QFTConfig(group_size=11))
-    assert model.side_network.quantization == QFTConfig(group_size=11)
+    assert quantization_config_of(model.side_network) == QFTConfig(group_size=11)

@@ -21,6 +21,7 @@ from qft_hf import (
     quantize_model_,
     save_side_network,
 )
+from qft_hf.hf.compatibility import quantization_config_of
 from qft_hf.hf.side_network import _config_hash
 from qft_hf.hf.tensor_files import metadata
 from qft_hf.quant import QFTWeight
@@ -470,7 +471,7 @@ def test_release_is_refused_with_what_to_leave_out(tmp_path):
     with pytest.raises(ValueError, match=r"only its side network is trained.*Leave gradient out"):
         QFTTrainer(model=model, args=args, train_dataset=rows())
 
-    assert side_network_of(model).quantization is None
+    assert quantization_config_of(side_network_of(model)) is None
 
 
 def qlora(model):
