@@ -65,13 +65,7 @@ def saved_names_accepted(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-def resuming(load: Any, self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-    """Make the Trainer find the tensors of a checkpoint."""
-    with saved_names_accepted(self.model if model is None else model):
-        load(self, resume_from_checkpoint, model)
-
-
-def loading_best(load: Any, self: Any) -> None:
-    """Make the Trainer find the tensors of the best checkpoint."""
+def loading_checkpoint(load: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    """Make the Trainer find the tensors of a checkpoint that it resumes from, or of the best."""
     with saved_names_accepted(self.model):
-        load(self)
+        load(self, *args, **kwargs)
