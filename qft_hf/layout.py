@@ -103,14 +103,3 @@ def momentum_shapes(rows: int, columns: int, bits: int) -> tuple[tuple[int, int]
 def outliers_per_row(columns: int, outlier_fraction: float) -> int:
     """Return the number of outliers in each row; any positive fraction keeps at least one."""
     return ceil(outlier_fraction * columns)
-
-
-def outlier_index_bytes(columns: int) -> int:
-    """Return the bytes of one column index: int16 if every column fits, otherwise int32."""
-    return 2 if columns <= INT16_COLUMNS else 4
-
-
-def outlier_bytes(rows: int, columns: int, outlier_fraction: float) -> int:
-    """Return the bytes of the outliers of a matrix: FP32 values and their column indices."""
-    per_value = OUTLIER_VALUE_BYTES + outlier_index_bytes(columns)
-    return rows * outliers_per_row(columns, outlier_fraction) * per_value

@@ -26,7 +26,6 @@ from transformers.quantizers.base import HfQuantizer
 
 from ..config import names_module
 from ..kernels.checks import FLOATS
-from ..layout import outlier_bytes, quantized_bytes
 from ..nn import (
     QuantizedModule,
     arrangement_of,
@@ -223,11 +222,13 @@ class QFTQuantizer(HfQuantizer):
         """Return the bytes per element when loaded, for automatic device maps."""
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
-        rows, columns = _arrangement(model, param_name).matrix_shape
-        config = self.quantization_config
-        stored = quantized_bytes(rows, columns, config.group_size)
-        stored += outlier_bytes(rows, columns, config.outlier_fraction)
-        return stored / param.numel()
+        weight = QFTWeight.empty(
+            _arrangement(model, param_name),
+            self.quantization_config,
+            dtype=torch.float32,
+            device="meta",
+        )
+        return weight.stored_bytes / param.numel()
 
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that quantizes a float weight."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import QuantizationSpec
 from ..layout import (
@@ -19,7 +19,6 @@ from ..layout import (
     SCALE_BYTES,
     STATE_GROUP_SIZE,
     TILE_ELEMENTS,
-    outlier_bytes,
     outliers_per_row,
     quantized_bytes,
 )
@@ -29,7 +28,7 @@ from ..nn.loss import words_at_a_time
 from ..nn.products import output_head
 from ..optim import QFTOptimizer
 from ..quant import Arrangement, QFTWeight
-from .ledger import FP32_ADAM_BYTES, LedgerRow
+from .ledger import FP32_ADAM_BYTES, LedgerRow, ledger_row, weight_rows
 from .processes import Rows
 
 
@@ -228,7 +227,7 @@ def estimate(
     shapes = trained_shapes(plan)
     rows = Rows(n_processes, spec)
     gradient = optimizer.gradient
-    kinds = [*state_kinds(plan, rows, optimizer), ("buffers", *count(model.buffers()))]
+    states = [*state_rows(plan, rows, optimizer), ledger_row("buffers", model.buffers())]
     largest = 0
     if gradient != "stack" or n_processes > 1:  # others wait for the step, and are counted above
         of_table, largest = largest_gradients(plan)
@@ -246,7 +245,7 @@ def estimate(
         ("float tiles", 3, tile * (FP32_BYTES + 2 * workload.compute_bytes)),
     ]
     return MemoryEstimate(
-        rows=[LedgerRow(*kind) for kind in kinds if kind[2]],
+        rows=[row for row in states if row.bytes],
         activation_rows=[LedgerRow(*kind) for kind in activations if kind[2]],
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         n_processes=n_processes,
@@ -255,10 +254,8 @@ def estimate(
     )
 
 
-def state_kinds(
-    plan: ConversionPlan, rows: Rows, optimizer: QFTOptimizer
-) -> list[tuple[str, int, int]]:
-    """Return kind, number of tensors and bytes of parameters, gradients and optimizer states.
+def state_rows(plan: ConversionPlan, rows: Rows, optimizer: QFTOptimizer) -> list[LedgerRow]:
+    """Return the rows of parameters, gradients and optimizer states.
 
     Frozen parameters have neither gradients nor states.
 
@@ -274,16 +271,14 @@ def state_kinds(
     of_gradients = [quantized_bytes(*shape, STATE_GROUP_SIZE) for shape in own]
     waits = optimizer.gradient == "stack"
     gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if waits else 0
-    weights = [
-        QFTWeight.empty(Arrangement(shape), rows.spec, dtype=torch.float32, device="meta")
-        for shape in own
-    ]
-    states = [form for of in (*weights, *floats) for form in optimizer.state_format(of).values()]
+    trained = [*_weights(map(Arrangement, own), rows.spec), *floats]
+    states = [form for of in trained for form in optimizer.state_format(of).values()]
+    n_bytes = sum(prod(s.shape) * s.dtype.itemsize for s in states)
     return [
-        *weight_kinds(plan, rows.spec),
-        ("float parameters", *count(every_float)),
-        ("gradients", n_tensors, gradients),
-        ("momentum", len(states), sum(prod(s.shape) * s.dtype.itemsize for s in states)),
+        *planned_rows(plan, rows.spec),
+        ledger_row("float parameters", every_float),
+        LedgerRow("gradients", n_tensors, gradients),
+        LedgerRow("momentum", len(states), n_bytes),
     ]
 
 
@@ -316,19 +311,16 @@ def trained_shapes(plan: ConversionPlan) -> list[tuple[int, int]]:
     ]
 
 
-def weight_kinds(plan: ConversionPlan, spec: QuantizationSpec) -> list[tuple[str, int, int]]:
-    """Return kind, number of tensors and bytes of everything that is stored of INT8 weights."""
-    shapes = [arrangement.matrix_shape for arrangement in plan.arrangements.values()]
-    codes = sum(rows * columns for rows, columns in shapes)
-    stored = sum(quantized_bytes(*shape, spec.group_size) for shape in shapes)
-    n_outliers = [
-        rows * outliers_per_row(columns, spec.outlier_fraction) for rows, columns in shapes
-    ]
-    outliers = sum(outlier_bytes(*shape, spec.outlier_fraction) for shape in shapes)
+def planned_rows(plan: ConversionPlan, spec: QuantizationSpec) -> list[LedgerRow]:
+    """Return the rows of everything that will be stored of INT8 weights."""
+    return weight_rows(_weights(plan.arrangements.values(), spec))
+
+
+def _weights(arrangements: Iterable[Arrangement], spec: QuantizationSpec) -> list[QFTWeight]:
+    """Return weights without storage."""
     return [
-        ("INT8 weights", len(shapes), codes),
-        ("weight scales", len(shapes), stored - codes),
-        ("outliers", 2 * sum(n > 0 for n in n_outliers), outliers),
+        QFTWeight.empty(arrangement, spec, dtype=torch.float32, device="meta")
+        for arrangement in arrangements
     ]
 
 
@@ -365,9 +357,3 @@ def _saves_codes(
         if module is not head:
             of_kind["int8_expert_inputs" if experts else "int8_inputs"].append(saves)
     return {kind: bool(found) and all(found) for kind, found in of_kind.items()}
-
-
-def count(tensors: Iterable[Tensor]) -> tuple[int, int]:
-    """Return the number of tensors and their bytes."""
-    stored = list(tensors)
-    return len(stored), sum(tensor.nbytes for tensor in stored)

@@ -1,6 +1,6 @@
 """The bytes of a model's training state by kind, measured from live tensors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -135,27 +135,25 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
     gradients = [p.grad for p in parameters if p.grad is not None]
     states = [] if optimizer is None else list(optimizer.state.values())
     rows = [
-        _row("INT8 weights", (w.codes for w in weights)),
-        _row("weight scales", (w.scales for w in weights)),
-        _row("outliers", (t for w in weights for t in (w.outlier_values, w.outlier_columns))),
+        *weight_rows(weights),
         *(
             row
             for form in ("NF4", "FP4")
             for row in (
-                _row(f"{form} weights", of_format.get(form, [])),
-                _row(
+                ledger_row(f"{form} weights", of_format.get(form, [])),
+                ledger_row(
                     f"{form} scales",
                     (t for p in of_format.get(form, []) for t in _tensors(_four_bit_state(p))),
                 ),
             )
         ),
-        _row("8-bit weights", of_format.get("8-bit", [])),
-        _row("8-bit scales", _scales_of_8_bits(model)),
-        _row("integer parameters", of_format.get("integer", [])),
-        _row("float parameters", of_format.get("float", [])),
-        _row("side network", side),
-        _row("gradients", gradients),
-        _row(
+        ledger_row("8-bit weights", of_format.get("8-bit", [])),
+        ledger_row("8-bit scales", _scales_of_8_bits(model)),
+        ledger_row("integer parameters", of_format.get("integer", [])),
+        ledger_row("float parameters", of_format.get("float", [])),
+        ledger_row("side network", side),
+        ledger_row("gradients", gradients),
+        ledger_row(
             "momentum",
             (
                 tensor
@@ -164,7 +162,7 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
                 if isinstance(tensor, Tensor) and name != "step"  # a number on the host
             ),
         ),
-        _row("buffers", model.buffers()),
+        ledger_row("buffers", model.buffers()),
     ]
     divides = any(isinstance(p, QFTWeight) and p.requires_grad for p in parameters)
     processes = Processes.found() if divides else None
@@ -210,7 +208,17 @@ def _tensors(state: Any) -> list[Tensor]:
     return own if of_scales is None else own + _tensors(of_scales)
 
 
-def _row(state: str, tensors: Iterable[Tensor]) -> LedgerRow:
+def weight_rows(weights: Sequence[QFTWeight]) -> list[LedgerRow]:
+    """Return the rows of everything that is stored of INT8 weights, also without storage."""
+    return [
+        ledger_row("INT8 weights", (w.codes for w in weights)),
+        ledger_row("weight scales", (w.scales for w in weights)),
+        ledger_row("outliers", (t for w in weights for t in (w.outlier_values, w.outlier_columns))),
+    ]
+
+
+def ledger_row(state: str, tensors: Iterable[Tensor]) -> LedgerRow:
+    """Return the row of some tensors; each field of an INT8 tensor counts as one."""
     stored = [
         part
         for tensor in tensors

@@ -13,8 +13,8 @@ from ..config import QuantizationSpec
 from ..layout import FP32_BYTES, nf4_bytes
 from ..nn import ConversionPlan
 from ..side import QSTConfig, side_parameters
-from .estimate import MemoryEstimate, Workload, count, largest_tile, weight_kinds
-from .ledger import LedgerRow
+from .estimate import MemoryEstimate, Workload, largest_tile, planned_rows
+from .ledger import LedgerRow, ledger_row
 
 ADAMW_STATES = 2  # in FP32, like the parameters of a side network
 NF4_TENSORS = 5  # scales and tables of a weight: see `nf4_bytes`
@@ -34,14 +34,13 @@ class Base:
         return [*self.nf4, *(self.plan.weights.values() if self.plan else ())]
 
     @property
-    def kinds(self) -> list[tuple[str, int, int]]:
-        """Kind, number of tensors and bytes of everything that is stored of these weights."""
+    def rows(self) -> list[LedgerRow]:
+        """The rows of everything that is stored of these weights."""
         sizes = [nf4_bytes(weight.numel()) for weight in self.nf4]
-        kinds = weight_kinds(self.plan, self.spec) if self.plan and self.spec else []
         return [
-            *kinds,
-            ("NF4 weights", len(sizes), sum(codes for codes, _ in sizes)),
-            ("NF4 scales", NF4_TENSORS * len(sizes), sum(scales for _, scales in sizes)),
+            *(planned_rows(self.plan, self.spec) if self.plan and self.spec else ()),
+            LedgerRow("NF4 weights", len(sizes), sum(codes for codes, _ in sizes)),
+            LedgerRow("NF4 scales", NF4_TENSORS * len(sizes), sum(scales for _, scales in sizes)),
         ]
 
     def expanded_bytes(self, compute_bytes: int) -> int:
@@ -66,14 +65,15 @@ def estimate_side(
     side = list(side_parameters(model).values())
     others = {*map(id, side), *map(id, base.weights)}
     floats = [p for p in model.parameters() if id(p) not in others]
-    n_side, side_bytes = count(side)
-    kinds = [
-        *base.kinds,
-        ("float parameters", *count(floats)),
-        ("side network", n_side, side_bytes),
-        ("gradients", n_side, side_bytes),
-        ("momentum", ADAMW_STATES * n_side, ADAMW_STATES * side_bytes),
-        ("buffers", *count(model.buffers())),
+    trained = ledger_row("side network", side)
+    n_side, side_bytes = trained.n_tensors, trained.bytes
+    states = [
+        *base.rows,
+        ledger_row("float parameters", floats),
+        trained,
+        LedgerRow("gradients", n_side, side_bytes),
+        LedgerRow("momentum", ADAMW_STATES * n_side, ADAMW_STATES * side_bytes),
+        ledger_row("buffers", model.buffers()),
     ]
     is_cast = work.compute_bytes != FP32_BYTES  # by autocast, for products in the base's dtype
     copies = work.compute_bytes * side_bytes // FP32_BYTES if is_cast else 0
@@ -92,7 +92,7 @@ def estimate_side(
         ("logits and their gradient", 3, work.logits_bytes),
     ]
     return MemoryEstimate(
-        rows=[LedgerRow(*kind) for kind in kinds if kind[2]],
+        rows=[row for row in states if row.bytes],
         activation_rows=[LedgerRow(*kind) for kind in activations if kind[2]],
         n_parameters=sum(p.numel() for p in (*side, *base.weights, *floats)),
     )

@@ -4,13 +4,7 @@ import pytest
 
 from qft_hf import layout
 from qft_hf.config import QuantizationSpec
-from qft_hf.layout import (
-    STATE_GROUP_SIZE,
-    outlier_bytes,
-    outlier_index_bytes,
-    outliers_per_row,
-    quantized_bytes,
-)
+from qft_hf.layout import STATE_GROUP_SIZE, outliers_per_row, quantized_bytes
 
 
 def test_the_defaults_are_the_published_ones():
@@ -72,19 +66,12 @@ def test_any_positive_fraction_keeps_at_least_one(columns, fraction, count):
     assert outliers_per_row(columns, fraction) == count
 
 
-def test_a_column_index_is_short_where_every_column_fits():
-    assert outlier_index_bytes(32768) == 2  # columns 0 .. 32767
-    assert outlier_index_bytes(32769) == 4
-    assert outlier_bytes(3, 1001, 0.01) == 3 * 11 * (4 + 2)
-    assert outlier_bytes(3, 40_000, 0.01) == 3 * 400 * (4 + 4)
-
-
 def test_states_of_a_llama_matrix_cost_what_the_design_says():
     """At most 3.11 bytes per parameter with 1 % outliers: 19.5 % of FP32 Adam."""
     rows, columns = 11008, 4096
     total = (
         quantized_bytes(rows, columns, None)
-        + outlier_bytes(rows, columns, 0.01)
+        + rows * outliers_per_row(columns, 0.01) * (4 + 2)  # FP32 values, 16-bit columns
         + 2 * quantized_bytes(rows, columns, STATE_GROUP_SIZE)
     )
 

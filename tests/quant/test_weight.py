@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qft_hf.config import QuantizationSpec
-from qft_hf.layout import outlier_bytes, quantized_bytes
+from qft_hf.layout import quantized_bytes
 from qft_hf.quant import QFTWeight
 from tests.tolerances import BF16_EPS, assert_same_bits, rounding_bound
 from tests.values import scales64
@@ -123,9 +123,8 @@ def test_column_index_type_follows_the_number_of_columns(columns, dtype):
     assert weight.outlier_columns.tolist() == [[columns - 1], [0]]
     values = weight.dequantize()
     assert (values[0, -1], values[1, 0]) == (5.0, -6.0)
-    assert weight.stored_bytes == quantized_bytes(2, columns, None) + outlier_bytes(
-        2, columns, 1e-5
-    )
+    outlier_bytes = 2 * 1 * (4 + dtype.itemsize)
+    assert weight.stored_bytes == quantized_bytes(2, columns, None) + outlier_bytes
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...memory.estimate import state_kinds
+from ...memory.estimate import state_rows
 from ...memory.processes import Rows
 from ...memory.side import ADAMW_STATES
 from ...nn import conversion_plan
@@ -51,12 +51,12 @@ def disk_bytes(arguments: RunArguments, model: nn.Module, n_examples: int) -> in
     else:
         spec = quantization_config_of(model) or training.quantization_config
         # Without buffers, which are small, and which most models do not save.
-        states = state_kinds(
+        rows = state_rows(
             conversion_plan(model, spec.modules_to_not_convert),
             Rows(1, spec),  # a checkpoint has the rows of all processes
             trial_optimizer(optimizer_name(training), **optimizer_arguments(training)),
         )
-        sizes = {kind: n_bytes for kind, _, n_bytes in states}
+        sizes = {row.state: row.bytes for row in rows}
         del sizes["gradients"]  # never written
         states_bytes = sizes.pop("momentum")
         model_bytes = sum(sizes.values())
