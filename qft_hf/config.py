@@ -1,5 +1,6 @@
 """How weights are stored and multiplied. Plain values: no tensors, no torch, no transformers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 MATMULS = ("dequantize", "int8")
@@ -10,6 +11,12 @@ PRODUCTS = ("forward", "input_gradient", "weight_gradient")
 def names_module(entry: str, module: str) -> bool:
     """Whether `entry` is the full name of `module` or consecutive components of it."""
     return f".{entry}." in f".{module}."
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ValueError if the setting `name` is not one of its choices, which the text lists."""
+    if value not in (listed := list(choices)):
+        raise ValueError(f"{name} must be {' or '.join(map(repr, listed))}, got {value!r}.")
 
 
 @dataclass(kw_only=True)
@@ -60,10 +67,7 @@ class QuantizationSpec:
                 f"outlier_fraction is the share of a row kept in float and must be in [0, 1), "
                 f"got {self.outlier_fraction}. The usual value is 0.01; 0 turns outliers off."
             )
-        if self.matmul not in MATMULS:
-            raise ValueError(
-                f"matmul must be one of {', '.join(map(repr, MATMULS))}, got {self.matmul!r}."
-            )
+        check_choice("matmul", self.matmul, MATMULS)
         if self.matmul == "int8" and self.group_size is not None:
             raise ValueError(
                 f'matmul="int8" needs one scale per row, got group_size={self.group_size}: scales '

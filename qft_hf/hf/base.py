@@ -8,6 +8,7 @@ from transformers import BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ..config import check_choice
 from ..side import layer_stack
 from .config import QUANT_METHOD, QFTConfig, quantization_method
 
@@ -34,8 +35,7 @@ def base_format(base: str, model: Any, *, config: QFTConfig | None = None) -> An
         ImportError: `base` is `"nf4"`, and bitsandbytes is not installed.
         ValueError: `base` is not one of `BASES`.
     """
-    if base not in BASES:
-        raise ValueError(f"base must be {' or '.join(map(repr, BASES))}, got {base!r}.")
+    check_choice("base", base, BASES)
     if base == "float":
         return None
     if base == "int8":

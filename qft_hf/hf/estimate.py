@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from ..config import check_choice
 from ..memory import Base, MemoryEstimate, Workload, estimate, estimate_side
 from ..nn import conversion_plan
 from ..optim import QFTOptimizer
@@ -17,7 +18,7 @@ from .compatibility import quantization_config_of
 from .config import QFTConfig
 from .language_model import language_class, non_text_parts
 from .missing_model import explain_loading_errors
-from .optimizers import OPTIMIZERS, names, trial_optimizer
+from .optimizers import OPTIMIZERS, trial_optimizer
 from .side_network import is_side_network
 
 # Names of the width of a layer's MLP. BLOOM, GPT and GPT-Neo have 4 times the hidden size instead.
@@ -96,8 +97,7 @@ def estimate_memory(
 
 
 def _trial_optimizer(name: str, gradient: str, momentum_bits: int | None) -> QFTOptimizer:
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer must be {names()}, got {name!r}.")
+    check_choice("optimizer", name, OPTIMIZERS)
     arguments: dict[str, Any] = {"lr": 0.0, "gradient": gradient}
     if momentum_bits is not None:
         if "momentum_bits" not in OPTIMIZERS[name].options:
@@ -218,8 +218,7 @@ class SideEstimator:
     def __init__(
         self, source: ModelSource, side: QSTConfig, base: str, config: QFTConfig | None
     ) -> None:
-        if base not in BASES:
-            raise ValueError(f"base must be {' or '.join(map(repr, BASES))}, got {base!r}.")
+        check_choice("base", base, BASES)
         origin = skeleton(source)
         with torch.device("meta"):  # a second one, to modify
             model = type(origin)._from_config(origin.config, dtype=origin.dtype)

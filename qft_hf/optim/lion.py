@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from .. import kernels
+from ..config import check_choice
 from ..layout import NIBBLE_GROUP_SIZE, STATE_GROUP_SIZE, momentum_shapes
 from ..quant import QFTWeight, TiledGradient
 from .base import QFTOptimizer
@@ -69,8 +70,7 @@ class QFTLion(QFTOptimizer):
                 "momentum_bits=0 is not Lion but SGD: use QFTSGD, which is optim='qft_sgd' in "
                 "TrainingArguments."
             )
-        if momentum_bits not in MOMENTUM_BITS:
-            raise ValueError(f"momentum_bits must be 8 or 4, got {momentum_bits!r}.")
+        check_choice("momentum_bits", momentum_bits, MOMENTUM_BITS)
         self.momentum_bits = momentum_bits
         betas = tuple(betas) if isinstance(betas, list) else betas
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 
+from ..config import check_choice
+
 GRADIENTS = ("stack", "release")
 CLIPPINGS = ("exact", "previous", "tensor")
 ACCUMULATIONS = ("keep", "forbid")
@@ -23,15 +25,10 @@ def check_settings(
     Raises:
         ValueError: There is such a setting. The text names the choices.
     """
-    for name, value, choices in (
-        ("gradient", gradient, GRADIENTS),
-        ("nonfinite", nonfinite, NONFINITE),
-        ("accumulation", accumulation, ACCUMULATIONS),
-        ("clipping", clipping, (None, *CLIPPINGS)),
-    ):
-        if value not in choices:
-            wanted = " or ".join(map(repr, choices))
-            raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+    check_choice("gradient", gradient, GRADIENTS)
+    check_choice("nonfinite", nonfinite, NONFINITE)
+    check_choice("accumulation", accumulation, ACCUMULATIONS)
+    check_choice("clipping", clipping, (None, *CLIPPINGS))
     if gradient == "stack":
         if clipping is not None or max_grad_norm is not None:
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..config import check_choice
+
 DOWNSAMPLES = ("adapter", "linear", "mean", "max")
 
 
@@ -36,6 +38,4 @@ class QSTConfig:
                 raise TypeError(f"{name} must be an integer of {least} or more, got {value!r}.")
             if value < least:
                 raise ValueError(f"{name} must be an integer of {least} or more, got {value}.")
-        if self.downsample not in DOWNSAMPLES:
-            wanted = ", ".join(map(repr, DOWNSAMPLES))
-            raise ValueError(f"downsample must be one of {wanted}, got {self.downsample!r}.")
+        check_choice("downsample", self.downsample, DOWNSAMPLES)

@@ -249,7 +249,7 @@ def test_check_says_what_would_be_trained_and_what_it_takes(dtype, flags, capsys
             {"side_rank": 4, "side_downsample": "mean"},
             "side_rank=4 needs side_downsample 'adapter'",
         ),
-        ({"side_downsample": "median"}, "downsample must be one of 'adapter'"),
+        ({"side_downsample": "median"}, "downsample must be 'adapter' or 'linear'"),
         ({"method": "full"}, "side_r can only be set for side tuning.*Set method to qst"),
         ({"method": "full", "base": "nf4"}, "side_r, base can only be set for side tuning"),
     ],

@@ -31,7 +31,7 @@ def test_outlier_fraction_is_a_share(fraction):
 
 
 def test_an_unknown_product_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"matmul must be one of 'dequantize'.*got 'guess'"):
+    with pytest.raises(ValueError, match=r"matmul must be 'dequantize' or 'int8', got 'guess'"):
         QuantizationSpec(matmul="guess")
 
 

@@ -13,7 +13,7 @@ from qft_hf.side import QSTConfig, side_config
         ({"r": 4.0}, TypeError, "r must be an integer of 2 or more, got 4.0"),
         ({"r": True}, TypeError, "r must be an integer"),
         ({"rank": 0}, ValueError, "rank must be an integer of 1 or more, got 0"),
-        ({"downsample": "lora"}, ValueError, "one of 'adapter', 'linear', 'mean', 'max', got 'lo"),
+        ({"downsample": "lora"}, ValueError, "'adapter' or 'linear' or 'mean' or 'max', got 'lo"),
     ],
 )
 def test_values_out_of_range_are_refused_with_the_range(values, error, match):
