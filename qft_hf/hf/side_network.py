@@ -107,7 +107,6 @@ def load_side_network(model: Model, folder: str | Path) -> Model:
     network: Any = side_network_of(model)
     _refuse_another_network(network, config, quantization, folder)
     state = load_file(folder / WEIGHTS_NAME)
-    _refuse_other_sizes(model, state, folder)
     _refuse_other_tensors(model, said, state, folder)
     if network is None:
         with torch.random.fork_rng():  # the states of random numbers do not change
@@ -354,20 +353,6 @@ def _refuse_another_network(
         )
 
 
-def _refuse_other_sizes(model: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """Raise if the head in a folder has other sizes than the model's head."""
-    own = dict(model.named_parameters())
-    for name, tensor in state.items():
-        if name.startswith(f"{NAME}."):
-            continue
-        if name not in own or own[name].shape != tensor.shape:
-            shape = tuple(own[name].shape) if name in own else "none"
-            raise ValueError(
-                f"{folder} has a head with {name} of shape {tuple(tensor.shape)}, and its shape in "
-                f"the model is {shape}. Load the base with the num_labels of the trained head."
-            )
-
-
 def _refuse_other_tensors(
     model: Any, said: dict[str, Any], state: dict[str, Tensor], folder: Path
 ) -> None:
@@ -386,9 +371,17 @@ def _refuse_other_tensors(
         for name, value in (dict(head.named_parameters()) | buffers).items():
             wanted[f"{place}.{name}"] = value.shape
     found = {name: tensor.shape for name, tensor in state.items()}
-    if wrong := sorted(
+    wrong = sorted(
         name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
-    ):
+    )
+    for name in wrong:
+        if name in found and not name.startswith(f"{NAME}."):
+            shape = tuple(wanted[name]) if name in wanted else "none"
+            raise ValueError(
+                f"{folder} has a head with {name} of shape {tuple(found[name])}, and its shape in "
+                f"the model is {shape}. Load the base with the num_labels of the trained head."
+            )
+    if wrong:
         raise ValueError(
             f"{folder} does not hold the tensors of a side network with {config}: "
             f"{and_more(wrong)} is missing, has another shape, or does not belong to it. qft_hf "

@@ -266,6 +266,18 @@ def test_a_head_for_other_classes_is_refused(tmp_path):
     assert side_network_of(model) is None
 
 
+def test_a_head_with_a_buffer_is_saved_and_loaded(tmp_path):
+    """It was refused as the head of other classes, because only parameters were looked for."""
+    models = [classifier("BERT"), classifier("BERT")]
+    for number, model in enumerate(models):
+        model.classifier.register_buffer("temperature", torch.tensor(3.0 + number))
+    save_side_network(attach_side_network(models[0], CONFIG), tmp_path)
+
+    load_side_network(models[1], tmp_path)
+
+    assert models[1].classifier.temperature == 3.0
+
+
 def test_a_damaged_file_is_refused(tmp_path):
     save_side_network(attach_side_network(decoder("Llama"), CONFIG), tmp_path)
     path = tmp_path / "side_network.safetensors"
