@@ -12,7 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from ..optim import QFTOptimizer
 from .callback import QFTCallback
-from .compatibility import ours, quantization_config_of
+from .compatibility import ours, quantization_config_of, trained_part
 from .optimizers import (
     OPTIMIZERS,
     check_arguments,
@@ -87,7 +87,7 @@ def _class_and_arguments(context: Any) -> tuple[type[QFTOptimizer], dict[str, An
     arguments: dict[str, Any] = {"is_accumulating": is_accumulating}
     if model is not None:
         require_prepared(model, args)
-        config = quantization_config_of(model)
+        config = quantization_config_of(trained_part(model))
         if config is not None:
             arguments["seed"] = config.seed
     return OPTIMIZERS[optimizer_name(args)].optimizer_class, arguments | optimizer_arguments(args)

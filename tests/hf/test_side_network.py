@@ -476,6 +476,18 @@ def test_the_card_says_how_to_load_it(tmp_path):
     assert 'load_side_network(model, "FOLDER")' in card
 
 
+@pytest.mark.parametrize("base", ["float", "int8"])
+def test_updates_are_rounded_with_the_seed_of_the_side_network(base, base_folder, tmp_path):
+    """It was that of the base, or 0 next to a float base, and so not the one of the products."""
+    model = attach_side_network(base_of(base, base_folder), CONFIG)
+    quantize_model_(side_network_of(model), QFTConfig(seed=5))
+    args = arguments(tmp_path, QFTTrainingArguments)
+
+    trainer = QFTTrainer(model=model, args=args, train_dataset=rows())
+
+    assert trainer.create_optimizer().defaults["seed"] == 5
+
+
 def test_release_is_refused_with_what_to_leave_out(tmp_path):
     model = attach_side_network(decoder("Llama"), CONFIG)
     args = arguments(tmp_path, QFTTrainingArguments, gradient="release", max_grad_norm=0)
