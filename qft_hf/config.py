@@ -13,6 +13,13 @@ def names_module(entry: str, module: str) -> bool:
     return f".{entry}." in f".{module}."
 
 
+def check_type(name: str, value: object, types: tuple[type, ...], wanted: str) -> None:
+    """Raise TypeError if the setting `name` is of none of `types`, which `wanted` puts in words."""
+    # In Python a bool is an int; here a bool in place of a number is a mistake.
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise TypeError(f"{name} must be {wanted}, got {value!r}.")
+
+
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
     """Raise ValueError if the setting `name` is not one of its choices, which the text lists."""
     if value not in (listed := list(choices)):

@@ -9,7 +9,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..config import QuantizationSpec, names_module
+from ..config import QuantizationSpec, check_type, names_module
 
 QUANT_METHOD = "qft"
 
@@ -61,13 +61,9 @@ class QFTConfig(QuantizationSpec, QuantizationConfigMixin):
             ("matmul", (str,), "a string"),
             ("int8_products", (dict, type(None)), "a dictionary of module names or None"),
             ("seed", (int,), "an integer"),
+            ("strict", (bool,), "True or False"),
         ):
-            value = getattr(self, name)
-            # Python accepts bool as an int; here it is a mistake.
-            if not isinstance(value, types) or isinstance(value, bool):
-                raise TypeError(f"{name} must be {wanted}, got {value!r}.")
-        if not isinstance(self.strict, bool):
-            raise TypeError(f"strict must be True or False, got {self.strict!r}.")
+            check_type(name, getattr(self, name), types, wanted)
         if not all(isinstance(one, str) and one for one in self.modules_to_not_convert or []):
             raise TypeError(
                 "modules_to_not_convert must be a list of module names or None, got "

@@ -15,6 +15,7 @@ from accelerate.state import GradientState
 from torch import nn
 from transformers import TrainingArguments
 
+from ..config import check_type
 from ..optim import QFTSGD, QFTAdamW, QFTLion, QFTOptimizer
 from ..optim.release import ACCUMULATION_IS_FORBIDDEN
 from ..optim.settings import LARGEST, check_settings
@@ -381,10 +382,7 @@ def _read(text: str | None, name: str, taken: tuple[str, ...]) -> dict[str, Any]
 
 def _checked(name: str, value: Any, kind: type) -> Any:
     """Return `value` if it is of the right type and, for a float, finite; raise otherwise."""
-    # In Python a bool is an int; here a bool in place of a number is a mistake.
-    is_right = isinstance(value, (int, float) if kind is float else kind)
-    if not is_right or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name} must be {_KINDS[kind]}, got {value!r}.")
+    check_type(name, value, (int, float) if kind is float else (kind,), _KINDS[kind])
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}.")
     return value

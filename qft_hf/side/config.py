@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ..config import check_choice
+from ..config import check_choice, check_type
 
 DOWNSAMPLES = ("adapter", "linear", "mean", "max")
 
@@ -33,9 +33,8 @@ class QSTConfig:
 
     def __post_init__(self) -> None:
         for name, least in (("r", 2), ("rank", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer of {least} or more, got {value!r}.")
+            value, wanted = getattr(self, name), f"an integer of {least} or more"
+            check_type(name, value, (int,), wanted)
             if value < least:
-                raise ValueError(f"{name} must be an integer of {least} or more, got {value}.")
+                raise ValueError(f"{name} must be {wanted}, got {value}.")
         check_choice("downsample", self.downsample, DOWNSAMPLES)
