@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from ..quant import View
 from .atomic_writes import atomic_folder
 from .compatibility import has_quantized_weights
-from .convert import prepared_for_saving
 from .loading_faults import int8_weights, refuse_int8
 from .optimizers import named_optimizer
 from .quantizer import QFTQuantizer
+from .saved_model import prepared_for_saving
 from .saved_names import saved_names_accepted
 from .tensor_files import memory, tensor_names
 from .wording import and_more

@@ -5,10 +5,8 @@ own, or fills in random values and continues. So faults are collected while tens
 raised together, by name, after the last one.
 """
 
-import copy
 import logging
 import re
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +22,6 @@ from transformers.core_model_loading import (
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from ..config import names_module
 from ..kernels.checks import FLOATS
 from ..nn import (
     QuantizedModule,
@@ -32,7 +29,6 @@ from ..nn import (
     conversion_plan,
     dequantize_modules_,
     mark_tables_,
-    own_weights,
     prepare_modules_,
     quantize_modules_,
     weight_names,
@@ -40,7 +36,7 @@ from ..nn import (
 from ..nn.state import SUFFIXES, listed, state_names, weight_from_fields
 from ..quant import Arrangement, QFTWeight
 from .config import QUANT_METHOD, QFTConfig
-from .coverage import added_modules, check_coverage
+from .coverage import check_coverage
 from .loading_faults import (
     FAULTS_SHOWN,
     check_files,
@@ -142,7 +138,6 @@ class QFTQuantizer(HfQuantizer):
         """Return the tensors to save, and the check sums of all tensors in the files."""
         if getattr(model, "_hf_peft_config_loaded", False):  # adapters are saved, not the model
             return self.state, {}
-        self._record_added(model)
         state = model.state_dict() if self.state is None else self.state
         summed = dict(state)
         # The files may get the names and tensors of another layout, from which the model was read.
@@ -151,35 +146,6 @@ class QFTQuantizer(HfQuantizer):
         if getattr(model, "_weight_conversions", None) != []:
             summed |= revert_weight_conversion(model, dict(state))
         return state, metadata(summed)
-
-    def _record_added(self, model: Any) -> None:
-        """List float modules that were added, such as a new head, in the configuration.
-
-        A checkpoint is read according to its configuration; otherwise loading would require INT8
-        fields of these modules.
-        """
-        config = copy.copy(self.quantization_config)
-        absent = config.forget_absent(model)  # such as modules of a layer that was removed
-        names = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
-        listed = config.modules_to_not_convert or []
-        floats = [entry for entry in listed if not any(names_module(entry, n) for n in names)]
-        if absent or floats != listed:  # some were float at an earlier save, and are INT8 now
-            config = replace(config, modules_to_not_convert=floats or None)
-            self.quantization_config = model.config.quantization_config = config
-        modules = added_modules(model, config)
-        weights = {name: own_weights(model.get_submodule(name)).values() for name in modules}
-        added = [n for n in modules if any(type(weight) is nn.Parameter for weight in weights[n])]
-        if added:
-            config = replace(config, modules_to_not_convert=[*floats, *added])
-            self.quantization_config = model.config.quantization_config = config
-            logger.warning(
-                "%s, added to the INT8 %s, is saved as float: modules_to_not_convert lists it now. "
-                "To make it INT8, call quantize_model_ on the module itself",
-                ", ".join(added),
-                type(model).__name__,
-            )
-        if modules != added:  # the other modules are tied to INT8 weights
-            prepare_modules_(model, self.quantization_config)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse offloading, whose hooks move float tensors by name.
