@@ -537,12 +537,13 @@ def test_columns_that_do_not_ascend_are_named(order, tmp_path):
         load(tmp_path)
 
 
-def test_every_field_of_a_weight_missing(int8_folder):
-    def remove(tensors):
-        for name in [n for n in tensors if n.startswith(DOWN)]:
-            del tensors[name]
+def lose_down_proj(tensors):
+    for name in [n for n in tensors if n.startswith(DOWN)]:
+        del tensors[name]
 
-    edit_tensors(int8_folder, remove)
+
+def test_every_field_of_a_weight_missing(int8_folder):
+    edit_tensors(int8_folder, lose_down_proj)
     with pytest.raises(ValueError, match=r"1 tensor of .*\n- .*down_proj\.weight_q is missing"):
         load(int8_folder)
 
@@ -564,8 +565,7 @@ def test_bias_missing(tmp_path):
 
 
 def float_down_proj(tensors):
-    for name in [n for n in tensors if n.startswith(DOWN)]:
-        del tensors[name]
+    lose_down_proj(tensors)
     tensors[DOWN + "weight"] = torch.ones(44, 75)
 
 
@@ -575,37 +575,26 @@ def test_float_weight_where_int8_is_expected(int8_folder):
         load(int8_folder)
 
 
-def test_int8_fields_of_a_module_that_is_not_quantized(int8_folder):
-    def exclude(config):
-        config["quantization_config"]["modules_to_not_convert"] = ["down_proj"]
+@pytest.mark.parametrize(
+    ("format", "text"),
+    [
+        (
+            {"modules_to_not_convert": ["down_proj"]},
+            r"down_proj\.weight_q, .* is not quantized in this model",
+        ),
+        (
+            {"outlier_fraction": 0},
+            r"weight_outlier_value found in the .* outlier_fraction=0, which",
+        ),
+        ({"group_size": 16}, r"weight_scale must be .* shape \(44, 5\), got"),
+        ({"bits": 8}, r"QFTConfig has no bits; its names are"),
+    ],
+    ids=str,
+)
+def test_another_format_in_config_json_is_named(format, text, int8_folder):
+    edit_config(int8_folder, lambda config: config["quantization_config"].update(format))
 
-    edit_config(int8_folder, exclude)
-    with pytest.raises(ValueError, match=r"down_proj\.weight_q, .* is not quantized in this model"):
-        load(int8_folder)
-
-
-def test_outlier_fields_where_there_are_no_outliers(int8_folder):
-    edit_config(
-        int8_folder, lambda config: config["quantization_config"].update(outlier_fraction=0)
-    )
-
-    with pytest.raises(
-        ValueError, match=r"weight_outlier_value found in the .* outlier_fraction=0, which"
-    ):
-        load(int8_folder)
-
-
-def test_other_group_size_in_config_json(int8_folder):
-    edit_config(int8_folder, lambda config: config["quantization_config"].update(group_size=16))
-
-    with pytest.raises(ValueError, match=r"weight_scale must be .* shape \(44, 5\), got"):
-        load(int8_folder)
-
-
-def test_unknown_key_in_config_json(int8_folder):
-    edit_config(int8_folder, lambda config: config["quantization_config"].update(bits=8))
-
-    with pytest.raises(ValueError, match=r"QFTConfig has no bits; its names are"):
+    with pytest.raises(ValueError, match=text):
         load(int8_folder)
 
 
