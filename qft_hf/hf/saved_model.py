@@ -142,7 +142,7 @@ def _record_floats_(model: Any) -> None:
     added = [n for n in modules if any(type(weight) is nn.Parameter for weight in weights[n])]
     if absent or listed != [*floats, *added]:
         config = replace(config, modules_to_not_convert=[*floats, *added] or None)
-        model.hf_quantizer.quantization_config = model.config.quantization_config = config
+    model.hf_quantizer.quantization_config = model.config.quantization_config = config
     if added:
         logger.warning(
             "%s, added to the INT8 %s, is saved as float: modules_to_not_convert lists it now. To "

@@ -95,6 +95,18 @@ def test_embeddings_that_were_tied_by_hand_are_saved_as_tied(when, tmp_path):
     assert model.config.tie_word_embeddings is False  # saving changes nothing
 
 
+def test_a_float_part_of_a_model_tied_by_hand_is_listed_at_every_save(tmp_path):
+    """The second save wrote the configuration from before the first, and nothing could load it."""
+    model = tiny_llama(tied=False)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    quantize_model_(model, QFTConfig())
+    dequantize_model_(model.model.layers[0].mlp, torch.float32)
+
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
 def test_same_configuration_again_changes_nothing_but_new_modules():
     model = quantize_model_(tiny_bert(), QFTConfig(seed=3))
     before = state(model)
