@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor, isfinite, log10
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from transformers.trainer import TRAINER_STATE_NAME
@@ -64,6 +64,15 @@ class ReportedRun:
             for entry in self.history
             if isinstance(entry.get(key), int | float) and isfinite(entry[key])
         ]
+
+
+class Line(NamedTuple):
+    """Values of one run in a chart, against its steps or against codes."""
+
+    title: str  # shown at the pointer
+    run: int  # number of the run, which decides the color
+    points: list[tuple[float, float]]
+    as_points: bool = False  # whether they are not joined
 
 
 def read_runs(folders: Sequence[Path]) -> list[ReportedRun]:
@@ -204,7 +213,7 @@ def _curve(runs: Sequence[ReportedRun], keys: Mapping[str, str], unit: str) -> s
             if points := run.points(key):
                 is_last = len(keys) > 1 and key == [*keys][-1]
                 title = f"{run.name} {label}".strip()
-                lines.append((title, number, points, is_last))
+                lines.append(Line(title, number, points, as_points=is_last))
                 drawn[label] = "Points" if is_last else "Lines"
     if not lines:
         return "<p>Nothing was logged.</p>"
@@ -219,12 +228,12 @@ def _health(runs: Sequence[ReportedRun]) -> str:
     charts = []
     for key, title in HEALTH.items():
         lines = [
-            (run.name, number, points, False)
+            Line(run.name, number, points)
             for number, run in enumerate(runs)
             if (points := run.points(key))
         ]
         if lines:
-            charts.append(f"<figure>{_chart(lines)}<figcaption>{title}</figcaption></figure>")
+            charts.append(_figure(lines, title))
     if not charts:
         return "<p>Nothing was logged.</p>"
     return f"{_legend(runs)}<div class='grid'>{''.join(charts)}</div>"
@@ -278,14 +287,13 @@ def _codes(runs: Sequence[ReportedRun]) -> str:
         if not sampled:
             continue
         lines = []
-        for when, is_last in (("after", False), ("before", True)):
+        for when in ("after", "before"):
             counts = sampled[f"codes_{when}"]
             total = sum(counts)
             shares = {code - QMAX: count / total for code, count in enumerate(counts)}
             points = [(float(code), log10(share)) for code, share in shares.items() if share]
-            lines.append((f"{run.name}, {when}", number, points, is_last))
-        caption = f"<figcaption>{html.escape(run.name)}</figcaption>"
-        charts.append(f"<figure>{_chart(lines)}{caption}</figure>")
+            lines.append(Line(f"{run.name}, {when}", number, points, as_points=when == "before"))
+        charts.append(_figure(lines, html.escape(run.name)))
     if not charts:
         return "<p>Nothing was sampled.</p>"
     return (
@@ -354,10 +362,14 @@ def _value(value: Any) -> str:
     return "<i>default</i>" if value is None else html.escape(str(value))
 
 
-def _chart(lines: Sequence[tuple[str, int, list[tuple[float, float]], bool]]) -> str:
-    """Draw each entry as a line, or as points if its last field is True, in the run's color."""
-    xs = [x for _, _, points, _ in lines for x, _ in points]
-    ys = [y for _, _, points, _ in lines for _, y in points]
+def _figure(lines: Sequence[Line], caption: str) -> str:
+    return f"<figure>{_chart(lines)}<figcaption>{caption}</figcaption></figure>"
+
+
+def _chart(lines: Sequence[Line]) -> str:
+    """Draw all lines, each in the color of its run."""
+    xs = [x for line in lines for x, _ in line.points]
+    ys = [y for line in lines for _, y in line.points]
     (x_low, x_high), (y_low, y_high) = _range(xs), _range(ys)
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -375,20 +387,19 @@ def _chart(lines: Sequence[tuple[str, int, list[tuple[float, float]], bool]]) ->
         at, _ = place(x, y_low)
         middle = f"x='{at:.1f}' y='{HEIGHT - 8}' text-anchor='middle'"
         drawn.append(f"<text {middle}>{_number(x)}</text>")
-    for title, number, points, are_points in lines:
-        color = f"run{number % N_COLORS}"
-        places = [place(x, y) for x, y in points]
-        if are_points or len(places) == 1:
+    for line in lines:
+        color, title = f"run{line.run % N_COLORS}", html.escape(line.title)
+        places = [place(x, y) for x, y in line.points]
+        if line.as_points or len(places) == 1:
             drawn += [
                 f"<circle class='{color}' cx='{x:.1f}' cy='{y:.1f}' r='3'>"
-                f"<title>{html.escape(title)}: {_number(value)}</title></circle>"
-                for (x, y), (_, value) in zip(places, points, strict=True)
+                f"<title>{title}: {_number(value)}</title></circle>"
+                for (x, y), (_, value) in zip(places, line.points, strict=True)
             ]
         else:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             drawn.append(
-                f"<polyline class='{color}' points='{path}'><title>{html.escape(title)}</title>"
-                "</polyline>"
+                f"<polyline class='{color}' points='{path}'><title>{title}</title></polyline>"
             )
     return f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img'>{''.join(drawn)}</svg>"
 
