@@ -15,6 +15,7 @@ from .config import QUANT_METHOD, QFTConfig, quantization_method
 logger = logging.getLogger(__name__)
 
 BASES = ("nf4", "int8", "float")
+DEFAULT_BASE = "nf4"  # for a float model
 FORMS = {"bitsandbytes": "nf4", QUANT_METHOD: "int8", None: "float"}  # by `quantization_name`
 
 
@@ -55,6 +56,28 @@ def stored_format(config: Any) -> str:
     """Return how a configuration's model is stored: one of `BASES`, or the name of a format."""
     name = quantization_name(config)
     return FORMS.get(name, str(name))
+
+
+def form_of_base(config: Any, asked: str | None, *, model: str = "the model") -> str | None:
+    """Return how a base is to be stored: a quantized one as it is, a float one as `asked`.
+
+    Args:
+        config: The model's configuration.
+        asked: One of `BASES`; None if nothing was asked for.
+        model: The model, for the error.
+
+    Raises:
+        ValueError: The model is quantized already, in another format than was asked for.
+    """
+    stored = stored_format(config)
+    if stored == "float":
+        return asked
+    if asked not in (None, stored):
+        raise ValueError(
+            f"base={asked} was asked for, but {model} is already stored in {stored}. Leave base "
+            "out, or start from the float model."
+        )
+    return stored
 
 
 def quantization_name(config: Any) -> str | None:

@@ -13,7 +13,7 @@ from ..memory import Base, MemoryEstimate, Workload, estimate, estimate_side
 from ..nn import conversion_plan
 from ..optim import QFTOptimizer
 from ..side import QSTConfig, attach_side_network, side_config
-from .base import BASES, nf4_weights
+from .base import BASES, DEFAULT_BASE, form_of_base, nf4_weights
 from .compatibility import quantization_config_of
 from .config import QFTConfig
 from .language_model import language_class, non_text_parts
@@ -177,7 +177,7 @@ def estimate_side_memory(
     model_or_config: ModelSource,
     side: QSTConfig | None = None,
     *,
-    base: str = "nf4",
+    base: str | None = None,
     config: QFTConfig | None = None,
     batch_size: int = 1,
     sequence_length: int = 2048,
@@ -189,7 +189,8 @@ def estimate_side_memory(
         model_or_config: As in `estimate_memory`.
         side: The side network; None for the default.
         base: How the frozen base is stored: `"nf4"`, `"int8"` or `"float"`, which means the dtype
-            that the configuration names or, without one, FP32.
+            that the configuration names or, without one, FP32. None: as it is if it is quantized,
+            otherwise in NF4.
         config: The format of an INT8 base, as in `estimate_memory`.
         batch_size: Sequences per micro-batch.
         sequence_length: Tokens per sequence.
@@ -201,8 +202,8 @@ def estimate_side_memory(
 
     Raises:
         FileNotFoundError: As in `estimate_memory`.
-        ValueError: `base` is not supported, the side network does not fit the model, or as in
-            `estimate_memory`.
+        ValueError: `base` is not supported or not how the model is quantized already, the side
+            network does not fit the model, or as in `estimate_memory`.
     """
     estimator = SideEstimator(model_or_config, side or QSTConfig(), base, config)
     return estimator(
@@ -216,10 +217,11 @@ class SideEstimator:
     """Predicts the memory of one side network on one base; the skeletons are made only once."""
 
     def __init__(
-        self, source: ModelSource, side: QSTConfig, base: str, config: QFTConfig | None
+        self, source: ModelSource, side: QSTConfig, base: str | None, config: QFTConfig | None
     ) -> None:
-        check_choice("base", base, BASES)
         origin = skeleton(source)
+        base = form_of_base(origin.config, base) or DEFAULT_BASE
+        check_choice("base", base, BASES)
         with torch.device("meta"):  # a second one, to modify
             model = type(origin)._from_config(origin.config, dtype=origin.dtype)
         self.base = Base()

@@ -1,7 +1,7 @@
 """`recommend`: how a model can be trained on a GPU, before anything is loaded."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -10,7 +10,7 @@ from typing import Any
 from ..memory import MemoryEstimate
 from ..optim.settings import GRADIENTS
 from ..side import QSTConfig
-from .base import stored_format
+from .base import form_of_base
 from .config import QFTConfig
 from .estimate import ModelSource, SideEstimator, estimate_memory, skeleton
 from .positions import n_positions
@@ -201,28 +201,12 @@ def ways_to_train(
                 way = {"gradient": gradient, "gradient_checkpointing": checkpointing}
                 yield way, partial(estimate_memory, source, **of_full, **way)
         return
-    for name in _bases(source.config, base):
+    form = form_of_base(source.config, base)
+    for name in [form] if form else _FINEST_FIRST:
         estimator = SideEstimator(source, side, name, config)
         for checkpointing in (False, True):
             way = {"gradient_checkpointing": checkpointing}
             yield {"base": name, **way}, partial(estimator, batch_size=batch_size, **way)
-
-
-def _bases(config: Any, asked: str | None) -> Sequence[str]:
-    """Return how the base of a side network may be stored; one that is quantized stays so.
-
-    Raises:
-        ValueError: The base is quantized in another way than was asked for.
-    """
-    stored = stored_format(config)
-    if stored == "float":
-        return [asked] if asked else _FINEST_FIRST
-    if asked not in (None, stored):
-        raise ValueError(
-            f"base={asked} was asked for, but the model is already stored in {stored}. Leave base "
-            "out, or start from the float model."
-        )
-    return [stored]
 
 
 def _longest(usable: int, of: Callable[..., MemoryEstimate], limit: int) -> int:

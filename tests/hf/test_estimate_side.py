@@ -12,6 +12,7 @@ from qft_hf import (
     estimate_memory,
     estimate_side_memory,
     memory_ledger,
+    quantize_model_,
     recommend,
 )
 from qft_hf.hf.base import BASES, base_format
@@ -102,6 +103,18 @@ def test_the_ledger_counts_nf4_weights_that_a_cpu_has_laid_out_anew(tmp_path):
     after = {row.state: row.bytes for row in memory_ledger(loaded).rows}
     assert after["NF4 weights"] == before["NF4 weights"]
     assert after["NF4 scales"] > 0
+
+
+def test_a_base_that_is_quantized_is_estimated_as_it_is():
+    """Its memory was given as if it were NF4, the default for a float base."""
+    side, config = QSTConfig(r=11), QFTConfig(group_size=13)
+    model = quantize_model_(tiny_llama(), config)
+
+    expected = estimate_side_memory(tiny_llama(), side, base="int8", config=config)
+    assert estimate_side_memory(model, side) == expected
+    with pytest.raises(ValueError, match=r"base=nf4 was asked for, but the model is .* in int8"):
+        estimate_side_memory(model, side, base="nf4")
+    assert estimate_side_memory(tiny_llama(), side).rows[0].state == "NF4 weights"
 
 
 def test_a_side_network_of_half_the_width_has_a_fourth_of_the_parameters():

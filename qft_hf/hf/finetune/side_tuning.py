@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...side import QSTConfig, attach_side_network
 from ..arguments import FORMAT
-from ..base import FORMS, base_format, stored_format
+from ..base import DEFAULT_BASE, FORMS, base_format, form_of_base, stored_format
 from ..estimate import without_storage
 from ..missing_model import explain_loading_errors
 from ..side_network import is_side_network, load_side_network, side_description
@@ -36,7 +36,6 @@ _OF_FULL = {
     "export_dtype": "a side network is not part of its base's weights",
 }
 DEFAULTS = {"optim": "adamw_torch", "learning_rate": "1e-3"}
-DEFAULT_BASE = "nf4"
 
 
 def side_flags(given: Mapping[str, Any]) -> list[str]:
@@ -157,15 +156,8 @@ def base_form(method: MethodArguments, config: PreTrainedConfig, model: str) -> 
         ValueError: The base is quantized already, in another format than was asked for.
     """
     checkpoint = side_checkpoint(model)
-    stored = stored_format(config)
-    if stored == "float":
-        return method.base or (checkpoint.form if checkpoint else DEFAULT_BASE)
-    if method.base not in (None, stored):
-        raise ValueError(
-            f"base={method.base} was asked for, but {model} is already stored in {stored}. Leave "
-            "base out, or start from the float model."
-        )
-    return stored
+    form = form_of_base(config, method.base, model=model)
+    return form or (checkpoint.form if checkpoint else DEFAULT_BASE)
 
 
 def load_checkpoint(arguments: ModelArguments, config: PreTrainedConfig, model_class: Any) -> Any:
