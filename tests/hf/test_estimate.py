@@ -86,6 +86,9 @@ def test_states_equal_the_ledger_of_a_live_model(tied, dtype, config, gradient, 
         model(input_ids=ids, labels=ids).loss.backward()
     live = memory_ledger(model, optimizer)
 
+    tensors = (*model.state_dict().values(), *model.buffers())
+    stored = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}  # a tied one counts once
+    assert live.bytes_by_kind["weights"] == sum(stored.values())
     assert predicted.rows == live.rows
     # Without a model, rotary tables count as FP32, which from_pretrained gives every model.
     assert from_config.rows[:-1] == live.rows[:-1]
