@@ -23,6 +23,20 @@ def quantization_method(config: Any) -> Any:
     return getattr(method, "value", method)
 
 
+def refuse_other_method(config: Any) -> None:
+    """Raise ValueError if a model is quantized, and not with this package.
+
+    Args:
+        config: The model's configuration or its quantizer, which has a `quantization_config` too.
+    """
+    method = quantization_method(config)
+    if method not in (None, QUANT_METHOD):
+        raise ValueError(
+            f"The model is quantized with {method}. QFT starts from float weights: load the model "
+            "without that quantization, or train a side network beside it (method qst)."
+        )
+
+
 def passing_to_parts(
     read: Any, cls: type[Any], *args: Any, **kwargs: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -15,7 +15,7 @@ from ..nn import (
 from ..optim import fit_states
 from ..side import side_network_of
 from .compatibility import has_quantized_weights, quantization_config_of
-from .config import QUANT_METHOD, QFTConfig
+from .config import QUANT_METHOD, QFTConfig, refuse_other_method
 from .coverage import check_coverage
 from .loading_faults import check_finite
 from .quantizer import QFTQuantizer
@@ -93,13 +93,7 @@ def dequantize_model_(model: Model, dtype: torch.dtype = torch.bfloat16) -> Mode
 
 def _refuse_other_quantization(model: nn.Module, config: QFTConfig) -> None:
     """Raise if `model` is quantized, unless the configuration is the same."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not isinstance(quantizer, QFTQuantizer):
-        method = getattr(model, "quantization_method", type(quantizer).__name__)
-        raise ValueError(
-            f"The model is quantized with {getattr(method, 'value', method)}. QFT starts from "
-            "float weights: load the model without that quantization."
-        )
+    refuse_other_method(getattr(model, "hf_quantizer", None))
     # A conversion that was interrupted may have left modules whose weights are still float.
     is_begun = any(isinstance(module, QuantizedModule) for module in model.modules())
     if not is_begun and not has_quantized_weights(model):

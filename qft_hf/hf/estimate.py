@@ -15,7 +15,7 @@ from ..optim import QFTOptimizer
 from ..side import QSTConfig, attach_side_network, side_config
 from .base import BASES, DEFAULT_BASE, form_of_base, nf4_weights
 from .compatibility import quantization_config_of
-from .config import QFTConfig
+from .config import QFTConfig, refuse_other_method
 from .language_model import language_class, non_text_parts
 from .missing_model import explain_loading_errors
 from .optimizers import OPTIMIZERS, trial_optimizer
@@ -72,13 +72,15 @@ def estimate_memory(
             this name.
         ValueError: `gradient`, `momentum_bits` or `optimizer` is not supported, `batch_size`,
             `sequence_length` or `n_processes` is below 1, or the model is INT8 in another format
-            than `config`, or the configuration is not that of a causal language model, or does not
-            have a size of the decoder, or transformers cannot build the model.
+            than `config` or quantized with another method, or the configuration is not that of a
+            causal language model, or does not have a size of the decoder, or transformers cannot
+            build the model.
     """
     if n_processes < 1:
         raise ValueError(f"n_processes must be 1 or more, got {n_processes}.")
     _refuse_sizes(batch_size, sequence_length)
     model = skeleton(model_or_config)
+    refuse_other_method(model.config)
     workload = _workload(
         model.config.get_text_config(),
         compute_bytes=model.dtype.itemsize,

@@ -24,6 +24,7 @@ from qft_hf import QFTTrainer
 from qft_hf_cli import main
 from tests.finetune.chats import chat, tiny_tokenizer
 from tests.fresh import run_fresh
+from tests.hf.checkpoints import edit_config
 from tests.models import tiny_llama
 
 CONFIG = """\
@@ -192,6 +193,15 @@ def test_check_refuses_a_loss_that_the_model_has_not_before_it_is_loaded(home, c
         said = capsys.readouterr().err
         assert "Gemma2ForCausalLM scales or caps its own" in said
         assert ("leaves out both" in said) is (flags == ["--use_liger_kernel"])
+
+
+def test_check_refuses_a_model_of_another_quantization_before_it_is_loaded(home, capsys):
+    """Only the Trainer once refused it, after the data were read and the model was loaded."""
+    gptq = {"quant_method": "gptq", "bits": 4}
+    edit_config(home / "base", lambda config: config.update(quantization_config=gptq))
+    with pytest.raises(SystemExit):
+        main(["check", "my.yaml"])
+    assert "quantized with gptq. QFT starts from float weights" in capsys.readouterr().err
 
 
 def test_check_asks_whether_packed_examples_stay_apart(home, capsys):

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import HfQuantizer
 
 from qft_hf.hf.compatibility import quantization_config_of
@@ -141,10 +141,9 @@ def test_model_of_another_method_is_refused():
         is_serializable = None
 
     model = tiny_llama()
-    model.hf_quantizer = OtherQuantizer(QFTConfig())
-    model.quantization_method = "gptq"
+    model.hf_quantizer = OtherQuantizer(BitsAndBytesConfig(load_in_8bit=True))
 
-    with pytest.raises(ValueError, match=r"quantized with gptq\. QFT starts from float weights"):
+    with pytest.raises(ValueError, match=r"with bitsandbytes\. QFT starts from float weights"):
         quantize_model_(model, QFTConfig())
 
 

@@ -429,6 +429,18 @@ def test_unsupported_modes_are_refused(arguments, message):
         estimate_memory(tiny_llama(), **arguments)
 
 
+def test_a_model_that_is_quantized_with_another_method_is_refused():
+    """Its training was planned as if it were float, and no run can begin with it."""
+    config = tiny_llama().config
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(ValueError, match=r"quantized with gptq\. QFT starts from float weights: "):
+        estimate_memory(config)
+    with pytest.raises(
+        ValueError, match=r"quantized with gptq\. .* train a side network beside it"
+    ):
+        recommend(config, 24)
+
+
 def test_a_model_without_decoder_sizes_says_what_measures_it():
     with torch.device("meta"):
         model = MptForCausalLM(MptConfig(d_model=12, n_layers=1, n_heads=2))

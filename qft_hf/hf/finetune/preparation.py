@@ -16,6 +16,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import disable_progress_bar
 
 from ..base import require_bitsandbytes
+from ..config import refuse_other_method
 from ..processes import broadcast_from_first, first_process_writes
 from ..wording import and_more, counted
 from .data import TASKS, TaskData, prepare_data
@@ -122,6 +123,8 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
             f"{arguments.model.model_name_or_path} holds a side network, but method 'full' trains "
             "every parameter of a model. Set method to qst, or name the base."
         )
+    else:
+        refuse_other_method(config)
     # Refuses other models before reading the data takes minutes.
     TASKS[arguments.data.task].model_class(config)
     with training.main_process_first(desc="reading the data"):
