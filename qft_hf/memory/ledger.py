@@ -1,5 +1,6 @@
 """The bytes of a model's training state by kind, measured from live tensors."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -126,58 +127,47 @@ def memory_ledger(model: nn.Module, optimizer: Any = None) -> MemoryLedger:
     parameters = list(model.parameters())
     side = [] if side_network_of(model) is None else list(side_parameters(model).values())
     of_side = set(map(id, side))
-    base = [p for p in parameters if id(p) not in of_side]
-    weights = [p for p in base if isinstance(p, QFTWeight)]
-    others = [p for p in base if not isinstance(p, QFTWeight)]
-    of_format: dict[str, list[Tensor]] = {}
-    for parameter in others:
-        of_format.setdefault(_format(parameter), []).append(parameter)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    states = [] if optimizer is None else list(optimizer.state.values())
+    of_format: dict[str, list[Any]] = defaultdict(list)
+    for parameter in parameters:
+        if id(parameter) not in of_side:
+            of_format[_format(parameter)].append(parameter)
+    four_bit_scales = {
+        form: [tensor for p in of_format[form] for tensor in _tensors(_four_bit_state(p))]
+        for form in ("NF4", "FP4")
+    }
+    of_states = [] if optimizer is None else optimizer.state.values()
+    states = [value for of in of_states for name, value in of.items() if name != "step"]
     rows = [
-        *weight_rows(weights),
-        *(
-            row
-            for form in ("NF4", "FP4")
-            for row in (
-                ledger_row(f"{form} weights", of_format.get(form, [])),
-                ledger_row(
-                    f"{form} scales",
-                    (t for p in of_format.get(form, []) for t in _tensors(_four_bit_state(p))),
-                ),
-            )
-        ),
-        ledger_row("8-bit weights", of_format.get("8-bit", [])),
+        *weight_rows(of_format["INT8"]),
+        ledger_row("NF4 weights", of_format["NF4"]),
+        ledger_row("NF4 scales", four_bit_scales["NF4"]),
+        ledger_row("FP4 weights", of_format["FP4"]),
+        ledger_row("FP4 scales", four_bit_scales["FP4"]),
+        ledger_row("8-bit weights", of_format["8-bit"]),
         ledger_row("8-bit scales", _scales_of_8_bits(model)),
-        ledger_row("integer parameters", of_format.get("integer", [])),
-        ledger_row("float parameters", of_format.get("float", [])),
+        ledger_row("integer parameters", of_format["integer"]),
+        ledger_row("float parameters", of_format["float"]),
         ledger_row("side network", side),
-        ledger_row("gradients", gradients),
-        ledger_row(
-            "momentum",
-            (
-                tensor
-                for state in states
-                for name, tensor in state.items()
-                if isinstance(tensor, Tensor) and name != "step"  # a number on the host
-            ),
-        ),
+        ledger_row("gradients", (p.grad for p in parameters if p.grad is not None)),
+        ledger_row("momentum", (value for value in states if isinstance(value, Tensor))),
         ledger_row("buffers", model.buffers()),
     ]
     divides = any(isinstance(p, QFTWeight) and p.requires_grad for p in parameters)
     processes = Processes.found() if divides else None
-    kept = [k for k in kept_parameters(model) if id(k.parameter) not in of_side] if weights else []
+    floats = kept_parameters(model) if of_format["INT8"] else []
     return MemoryLedger(
         rows=[row for row in rows if row.bytes],
         n_parameters=sum(map(elements, parameters)),
         n_quantized=sum(p.numel() for p in parameters if isinstance(p, QFTWeight)),
         n_processes=1 if processes is None else processes.n,
-        kept=kept,
+        kept=[kept for kept in floats if id(kept.parameter) not in of_side],
     )
 
 
 def _format(parameter: Tensor) -> str:
-    """Return the format of a parameter that is not a `QFTWeight`."""
+    """Return the format of a parameter."""
+    if isinstance(parameter, QFTWeight):
+        return "INT8"
     if (state := _four_bit_state(parameter)) is not None:
         return str(state.quant_type).upper()
     if parameter.is_floating_point():
