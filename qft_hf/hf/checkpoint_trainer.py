@@ -4,7 +4,6 @@ The stock Trainer writes a checkpoint file by file in place and resumes from the
 weights or momentum are missing from it, training continues with those of a fresh model.
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from .checkpoint import (
     write_mark,
 )
 from .compatibility import unwrapped
+from .json_object import json_object
 from .processes import broadcast_from_first, first_process_writes, written_by_all
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,8 @@ class CheckpointTrainer(Trainer):
         steps_before = -1
         if checkpoint is not None:
             resume_from_checkpoint = str(checkpoint)
-            steps_before = _steps_of(checkpoint)  # now: training may remove it as an old one
+            # Now: training may remove it as an old one.
+            steps_before = json_object(checkpoint / TRAINER_STATE_NAME)["global_step"]
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         if output.global_step == steps_before:
             logger.warning(
@@ -263,8 +264,3 @@ class _GroupedByLength(LengthGroupedSampler):
     def set_epoch(self, epoch: int) -> None:
         """Draw the order of this epoch next; the Trainer calls this."""
         self.generator.manual_seed(self._seed + epoch)
-
-
-def _steps_of(checkpoint: Path) -> int:
-    """Return the number of optimizer steps before the checkpoint was written."""
-    return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text())["global_step"])
