@@ -57,15 +57,8 @@ class QFTTrainer(CheckpointTrainer):
             args = QFTTrainingArguments(output_dir="trainer_output")
         if named_optimizer(args) is not None:
             refuse_optimizer((kwargs.get("optimizers") or (None, None))[0], args)
-            if isinstance(model, nn.Module):  # a Trainer that is mixed in may load a model by name
-                # Before the Trainer moves the model: the float weights never reach the device.
-                prepare_model_(model, args)
-        elif side_network_of(model) is None:
-            raise ValueError(
-                f"QFTTrainer trains INT8 weights with {names()}, got "
-                f"optim={optimizer_name(args)!r}. Set optim={names()} or use transformers.Trainer; "
-                "a model with a side network may have any optimizer."
-            )
+        if model is not None or not kwargs.get("model_init"):
+            _prepare_(model, args)
         self.ledger: MemoryLedger | None = None
         self.make_graph: Callable[[], Graph] | None = None  # None: steps run eagerly
         self._graphed_step: GraphedStep | None = None
@@ -82,7 +75,7 @@ class QFTTrainer(CheckpointTrainer):
             # The arguments of a trial decide the format; the Trainer sets them after this.
             self._hp_search_setup(trial)
         model: nn.Module = super().call_model_init(trial)
-        prepare_model_(model, self.args)
+        _prepare_(model, self.args)
         return model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -229,6 +222,20 @@ class QFTTrainer(CheckpointTrainer):
             tags=_listed(tags),
         )
         write_card(Path(str(self.args.output_dir)) / CARD, facts)
+
+
+def _prepare_(model: Any, args: TrainingArguments) -> None:
+    """Prepare a model for one of our optimizers; with any other, it needs a side network."""
+    if named_optimizer(args) is None:
+        if side_network_of(model) is None:
+            raise ValueError(
+                f"QFTTrainer trains INT8 weights with {names()}, got "
+                f"optim={optimizer_name(args)!r}. Set optim={names()} or use transformers.Trainer; "
+                "a model with a side network may have any optimizer."
+            )
+    elif isinstance(model, nn.Module):  # a Trainer that is mixed in may load a model by name
+        # Before the Trainer moves the model: the float weights never reach the device.
+        prepare_model_(model, args)
 
 
 class _Prepared(dict[str, Any]):

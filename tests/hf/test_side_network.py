@@ -488,6 +488,20 @@ def test_updates_are_rounded_with_the_seed_of_the_side_network(base, base_folder
     assert trainer.create_optimizer().defaults["seed"] == 5
 
 
+def test_any_optimizer_trains_a_side_network_that_model_init_attaches(tmp_path):
+    """It was refused because there is no model yet when the Trainer is made."""
+    args = arguments(tmp_path, max_steps=2)
+    trainer = QFTTrainer(
+        model_init=lambda: attach_side_network(decoder("Llama"), CONFIG),
+        args=args,
+        train_dataset=rows(),
+    )
+    trainer.train()
+    assert bool(side_network_of(trainer.model).upsample.any())
+    with pytest.raises(ValueError, match=r"got optim='adamw_torch.*side network may have any opt"):
+        QFTTrainer(model_init=lambda: decoder("Llama"), args=args, train_dataset=rows())
+
+
 def test_release_is_refused_with_what_to_leave_out(tmp_path):
     model = attach_side_network(decoder("Llama"), CONFIG)
     args = arguments(tmp_path, QFTTrainingArguments, gradient="release", max_grad_norm=0)
