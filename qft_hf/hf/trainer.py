@@ -288,8 +288,8 @@ class _LedgerCallback(TrainerCallback):
         self.n_seen = 0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Start over: a second `train()` has a new optimizer."""
-        self.n_seen = 0
+        """Start over: a second `train()` has a new optimizer, and may have another model."""
+        self.n_seen, self.trainer.ledger = 0, None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Measure at the first two steps; momentum exists from the second on."""

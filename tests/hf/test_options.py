@@ -481,6 +481,18 @@ def test_a_model_of_model_init_trains_to_the_same_bits(resume, tmp_path):
     assert_same_state(straight.model.state_dict(), trainer.model.state_dict())
 
 
+def test_the_ledger_of_a_second_run_is_that_of_its_own_model(tmp_path):
+    """The ledger of the first run was kept if its model was larger, as in a search of sizes."""
+    widths = iter([150, 150, 75])  # one model when the Trainer is made, and one for each run
+    trainer = model_init_trainer(
+        tmp_path, QFTTrainer, lambda: tiny_llama(intermediate_size=next(widths)), max_steps=2
+    )
+    for _ in range(2):
+        trainer.train()
+        n_parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        assert trainer.ledger.n_parameters == n_parameters
+
+
 def test_the_stock_trainer_trains_what_model_init_has_quantized(tmp_path):
     def make():
         return quantize_model_(tiny_llama(), QFTConfig(group_size=11))
