@@ -71,11 +71,7 @@ def _declared(model: Any, state: dict[str, Tensor] | None) -> Any:
         return saved
     config = copy.copy(quantization_config_of(model))
     if config is None:
-        raise ValueError(
-            f"{type(model).__name__} has INT8 weights of several formats, and config.json can hold "
-            "only one. Save its parts separately, or save the result of "
-            "dequantize_model_(copy.deepcopy(model))."
-        )
+        raise _several_formats(model)
     if not is_recorded:
         config.forget_absent(model)
         config.int8_products = _products_held(model, config)
@@ -84,6 +80,14 @@ def _declared(model: Any, state: dict[str, Tensor] | None) -> Any:
         _check_complete(model, state)
         saved.hf_quantizer.state = state
     return saved
+
+
+def _several_formats(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} has INT8 weights of several formats, and config.json can hold "
+        "only one. Save its parts separately, or save the result of "
+        "dequantize_model_(copy.deepcopy(model))."
+    )
 
 
 def _is_tied(model: Any) -> bool:
@@ -133,10 +137,13 @@ def _record_floats_(model: Any) -> None:
     """
     config = copy.copy(model.hf_quantizer.quantization_config)
     absent = config.forget_absent(model)  # such as modules of a layer that was removed
-    names = [name for name, m in model.named_modules() if isinstance(m, QuantizedModule)]
+    quantized = {n: m.spec for n, m in model.named_modules() if isinstance(m, QuantizedModule)}
+    formats = {(spec.group_size, spec.outlier_fraction) for spec in quantized.values() if spec}
+    if formats - {(config.group_size, config.outlier_fraction)}:
+        raise _several_formats(model)
     listed = config.modules_to_not_convert or []
     # Some were float at an earlier save, and are INT8 now.
-    floats = [entry for entry in listed if not any(names_module(entry, n) for n in names)]
+    floats = [entry for entry in listed if not any(names_module(entry, n) for n in quantized)]
     modules = added_modules(model, replace(config, modules_to_not_convert=floats or None))
     weights = {name: own_weights(model.get_submodule(name)).values() for name in modules}
     added = [n for n in modules if any(type(weight) is nn.Parameter for weight in weights[n])]

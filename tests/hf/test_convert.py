@@ -362,6 +362,19 @@ def test_a_part_that_was_float_at_an_earlier_save_is_int8_in_a_later_one(tmp_pat
     assert type(again.model.layers[0].mlp.up_proj.weight) is QFTWeight
 
 
+@pytest.mark.parametrize("format", [{"group_size": 11}, {"outlier_fraction": 0.05}], ids=str)
+def test_a_part_of_another_format_is_refused_when_the_model_is_saved(format, tmp_path):
+    """The folder was written, and nothing could load it."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    layer = dequantize_model_(model.model.layers[0].mlp, torch.float32)
+    quantize_model_(layer, QFTConfig(**format))
+
+    with pytest.raises(ValueError, match=r"several formats, .* Save its parts separately"):
+        model.save_pretrained(tmp_path / "model")
+
+    assert not any(tmp_path.rglob("*.*"))
+
+
 def test_a_tied_weight_that_was_dequantized_in_one_place_says_what_the_other_needs():
     model = quantize_model_(tiny_llama(tied=True), QFTConfig())
     expected = dequantize_model_(copy.deepcopy(model), torch.float32)(IDS).logits
