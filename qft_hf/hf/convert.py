@@ -6,12 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..nn import (
-    QuantizedModule,
-    conversion_plan,
-    dequantize_modules_,
-    quantize_modules_,
-)
+from ..nn import QuantizedModule, conversion_plan, dequantize_modules_, quantize_modules_
 from ..optim import fit_states
 from ..side import side_network_of
 from .compatibility import has_quantized_weights, quantization_config_of

@@ -188,12 +188,7 @@ class QFTQuantizer(HfQuantizer):
         """Return the bytes per element when loaded, for automatic device maps."""
         if not self.param_needs_quantization(model, param_name):
             return param.element_size()
-        weight = QFTWeight.empty(
-            _arrangement(model, param_name),
-            self.quantization_config,
-            dtype=torch.float32,
-            device="meta",
-        )
+        weight = QFTWeight.empty(_arrangement(model, param_name), self.quantization_config)
         return weight.stored_bytes / param.numel()
 
     def get_quantize_ops(self) -> ConversionOps:

@@ -8,13 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import PRODUCTS, names_module
-from ..nn import (
-    QuantizedModule,
-    conversion_plan,
-    own_weights,
-    prepare_modules_,
-    product_choices,
-)
+from ..nn import QuantizedModule, conversion_plan, own_weights, prepare_modules_, product_choices
 from .compatibility import has_quantized_weights, quantization_config_of
 from .config import QUANT_METHOD, QFTConfig, quantization_method
 from .convert import mark_

@@ -9,7 +9,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
-import torch
 from torch import nn
 
 from ..config import QuantizationSpec
@@ -271,7 +270,7 @@ def state_rows(plan: ConversionPlan, rows: Rows, optimizer: QFTOptimizer) -> lis
     of_gradients = [quantized_bytes(*shape, STATE_GROUP_SIZE) for shape in own]
     waits = optimizer.gradient == "stack"
     gradients = sum(of_gradients) + sum(p.nbytes for p in floats) if waits else 0
-    trained = [*_weights(map(Arrangement, own), rows.spec), *floats]
+    trained = [*(QFTWeight.empty(Arrangement(shape), rows.spec) for shape in own), *floats]
     states = [form for of in trained for form in optimizer.state_format(of).values()]
     n_bytes = sum(prod(s.shape) * s.dtype.itemsize for s in states)
     return [
@@ -313,15 +312,7 @@ def trained_shapes(plan: ConversionPlan) -> list[tuple[int, int]]:
 
 def planned_rows(plan: ConversionPlan, spec: QuantizationSpec) -> list[LedgerRow]:
     """Return the rows of everything that will be stored of INT8 weights."""
-    return weight_rows(_weights(plan.arrangements.values(), spec))
-
-
-def _weights(arrangements: Iterable[Arrangement], spec: QuantizationSpec) -> list[QFTWeight]:
-    """Return weights without storage."""
-    return [
-        QFTWeight.empty(arrangement, spec, dtype=torch.float32, device="meta")
-        for arrangement in arrangements
-    ]
+    return weight_rows([QFTWeight.empty(of, spec) for of in plan.arrangements.values()])
 
 
 def largest_tile(plan: ConversionPlan) -> int:

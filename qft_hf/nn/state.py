@@ -60,7 +60,7 @@ def weight_from_fields(
         ValueError: A field is missing, is not part of the format, has a wrong shape or dtype, or
             has values that no quantized weight can have.
     """
-    wanted = QFTWeight.empty(arrangement, spec, dtype=dtype, device="meta")
+    wanted = QFTWeight.empty(arrangement, spec, dtype=dtype)
     expected = state_fields(name, wanted)
     if missing := expected.keys() - fields.keys():
         raise ValueError(

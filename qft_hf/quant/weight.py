@@ -191,10 +191,10 @@ class QFTWeight(Int8Tensor):
         arrangement: Arrangement,
         spec: QuantizationSpec,
         *,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "meta",
     ) -> Self:
-        """Return a weight whose fields have the right shapes and undefined values."""
+        """Return a weight with fields of the right shapes and undefined values, or none on meta."""
         rows, columns = arrangement.matrix_shape
         n_outliers = outliers_per_row(columns, spec.outlier_fraction)
         column_dtype = torch.int16 if columns <= INT16_COLUMNS else torch.int32
