@@ -8,18 +8,21 @@ it or nothing. Both wrap methods of `PreTrainedModel`: nothing else is called fo
 Some models set the padding row of their embedding to zero at the end of loading, even if the row
 was in the checkpoint. A row of an INT8 weight stays as it was loaded.
 
-Three more functions look for parameters by names that INT8 weights do not have: Accelerate's
-loading, that of safetensors, and the stock Trainer's loading of a checkpoint. They raise an error
-where they would leave a model as it was built, and the Trainer's warning about missing weights
-takes tied ones into account.
+Other functions look for parameters by names that INT8 weights do not have: Accelerate's loading,
+that of safetensors, the stock Trainer's loading of a checkpoint, and the loading of an adapter that
+holds whole modules, by PEFT or transformers. They raise an error where they would leave a model as
+it was built, and the Trainer's warning about missing weights takes tied ones into account.
 """
 
 import inspect
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..nn import QuantizedModule, weight_of
 from ..quant import View
 from .atomic_writes import atomic_folder
 from .compatibility import has_quantized_weights
@@ -44,20 +47,68 @@ def refusing_int8(
     """Make loading refuse INT8 weights whose `config.json` does not declare them."""
     # Loading a model passes these arguments by position, and loading an adapter by name.
     arguments = (model, state_dict, checkpoint_files, load_config, *args)
-    if isinstance(load_config.hf_quantizer, QFTQuantizer):  # it checks the files
+    is_adapter = getattr(model, "_hf_peft_config_loaded", False)
+    if isinstance(load_config.hf_quantizer, QFTQuantizer) and not is_adapter:  # it checks the files
         return load(*arguments, **kwargs)
     names = list(state_dict or tensor_names(checkpoint_files or []))
-    if has_quantized_weights(model) and (found := int8_weights(names)):
-        raise ValueError(
-            f"The adapter has INT8 weights, {and_more(found)}, such as embeddings that were "
-            "resized, and transformers finds no parameters for them. Load it with "
-            "peft.PeftModel.from_pretrained(model, folder)."
-        )
+    if is_adapter:
+        refuse_other_form(model, names)
+        if found := int8_weights(names):
+            raise ValueError(
+                f"The adapter has INT8 weights, {and_more(found)}, such as embeddings that were "
+                "resized, and transformers finds no parameters for them. Load it with "
+                "peft.PeftModel.from_pretrained(model, folder)."
+            )
+        return load(*arguments, **kwargs)
     refuse_int8(names, of=model.name_or_path)
     loaded = load(*arguments, **kwargs)
     # In pickled files, names of tensors are not known before they are read.
     refuse_int8(loaded[0].unexpected_keys, of=model.name_or_path)
     return loaded
+
+
+# What PEFT's wrappers add to the name of a module.
+_ADDED = re.compile(r"^base_model\.model\.|\.(original_module|modules_to_save\.[^.]+)(?=\.|$)")
+
+
+def check_adapter_load(
+    load: Any, model: nn.Module, peft_model_state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+) -> Any:
+    """Make PEFT refuse an adapter with modules that are INT8 there and float in the model."""
+    refuse_other_form(model, peft_model_state_dict)
+    return load(model, peft_model_state_dict, *args, **kwargs)
+
+
+def refuse_other_form(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise ValueError if an adapter has INT8 weights of float modules, or the other way around.
+
+    Adapters hold whole modules if these are in `modules_to_save`, and embeddings that were resized
+    or that are adapted.
+
+    Args:
+        model: The model with the adapter's modules, without its values.
+        names: Names of tensors in the adapter.
+    """
+    int8 = {
+        _ADDED.sub("", f"{name}.{own}")
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedModule)
+        for own in module.weight_names
+    }
+    names = [_ADDED.sub("", name) for name in names]
+    if floats := sorted(int8.intersection(names)):
+        raise ValueError(
+            f"The adapter has float weights, {and_more(floats)}, and these are INT8 in the model: "
+            "PEFT saves modules_to_save and resized embeddings with an adapter. Load it onto a "
+            "model in which they are float: list them in modules_to_not_convert of the QFTConfig, "
+            "or call dequantize_model_ before you add the adapter."
+        )
+    if found := [name for name in int8_weights(names) if weight_of(name) not in int8]:
+        raise ValueError(
+            f"The adapter has INT8 weights, {and_more(found)}, and the model has float ones there, "
+            "which it would keep: PEFT saves resized embeddings with an adapter. Load it onto the "
+            "INT8 model that it was trained on; dequantize_model_ then makes both float."
+        )
 
 
 def leaving_int8_rows(zero: Any, tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import safetensors.torch
 from accelerate import Accelerator, big_modeling
 from accelerate.utils import modeling
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, initialization, trainer
+from transformers.utils.import_utils import is_peft_available
 
 from . import (
     clipping,
@@ -62,6 +63,15 @@ WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (accelerate.utils, "compute_module_sizes", sizes.counting_fields),
     (modeling, "compute_module_sizes", sizes.counting_fields),
 )
+
+
+if is_peft_available():
+    import peft
+
+    WRAPPERS += (
+        (peft, "set_peft_model_state_dict", guards.check_adapter_load),
+        (peft.peft_model, "set_peft_model_state_dict", guards.check_adapter_load),
+    )
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:

@@ -131,6 +131,78 @@ def test_an_adapter_with_resized_int8_embeddings_says_what_loads_it(tmp_path):
     assert_same_bits(logits(again), logits(model))
 
 
+def base_of(folder, *, is_int8, n_tokens=None):
+    """Return the tiny Llama, loaded from a folder, with new rows that differ at each call."""
+    if not (folder / "config.json").exists():
+        tiny_llama().save_pretrained(folder)
+    config = QFTConfig() if is_int8 else None
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    if n_tokens is not None:
+        model.resize_token_embeddings(n_tokens, mean_resizing=False)
+    return model
+
+
+def onto(model, folder, loader):
+    if loader == "peft":
+        return PeftModel.from_pretrained(model, folder)
+    model.load_adapter(str(folder))
+    return model
+
+
+# Adapters that hold whole modules: their fields, tokens of the model, and names of these modules.
+WHOLE = {
+    "resized": ({"target_modules": ["q_proj"]}, 140, "embed_tokens"),
+    "head": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, None, "default"),
+    "layers": ({"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}, None, "default"),
+    "embeddings": ({"target_modules": ["embed_tokens"]}, None, "embed_tokens.base_layer"),
+}
+
+
+@pytest.mark.parametrize("is_int8", [True, False], ids=["onto int8", "onto float"])
+@pytest.mark.parametrize("loader", ["peft", "transformers"])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_whole_modules_of_an_adapter_in_another_form_are_refused(kind, loader, is_int8, tmp_path):
+    """They were ignored, or ended in a KeyError: a trained head was lost, or new rows were random.
+
+    An adapter with INT8 embeddings was tested only on the INT8 model that it came from.
+    """
+    fields, n_tokens, _ = WHOLE[kind]
+    other = base_of(tmp_path / "base", is_int8=not is_int8, n_tokens=n_tokens)
+    get_peft_model(other, LoraConfig(**fields)).save_pretrained(tmp_path / "adapter")
+    model = base_of(tmp_path / "base", is_int8=is_int8, n_tokens=n_tokens)
+
+    advice = "list them in modules_to_not_convert" if is_int8 else "Load it onto the INT8 model"
+    with pytest.raises(ValueError, match=rf"The adapter has .* weights, \S+ .*{advice}"):
+        onto(model, tmp_path / "adapter", loader)
+
+
+@pytest.mark.parametrize("way", ["listed", "dequantized"])
+@pytest.mark.parametrize("loader", ["peft", "transformers"])
+@pytest.mark.parametrize("kind", WHOLE)
+def test_the_ways_to_load_whole_float_modules_work(kind, loader, way, tmp_path):
+    """The error advises them."""
+
+    def base():
+        model = base_of(tmp_path / "base", is_int8=way == "dequantized", n_tokens=n_tokens)
+        if way == "dequantized":
+            return dequantize_model_(model, torch.float32)
+        floats = ["embed_tokens", "lm_head", "mlp"]
+        return quantize_model_(model, QFTConfig(modules_to_not_convert=floats))
+
+    fields, n_tokens, held = WHOLE[kind]
+    model = get_peft_model(base(), LoraConfig(**fields))
+    changed = [parameter for name, parameter in model.named_parameters() if held in name]
+    with torch.no_grad():
+        for parameter in changed:
+            parameter.mul_(3)
+    model.save_pretrained(tmp_path / "adapter")
+
+    again = onto(base(), tmp_path / "adapter", loader)
+
+    assert changed
+    assert_same_bits(logits(again), logits(model))
+
+
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize("safe_merge", [False, True])
 def test_merging_into_int8_weights_says_how_and_changes_nothing(merge, safe_merge, tmp_path):
