@@ -9,9 +9,9 @@ Some models set the padding row of their embedding to zero at the end of loading
 was in the checkpoint. A row of an INT8 weight stays as it was loaded.
 
 Other functions look for parameters by names that INT8 weights do not have: Accelerate's loading,
-that of safetensors, the stock Trainer's loading of a checkpoint, and the loading of an adapter that
-holds whole modules, by PEFT or transformers. They raise an error where they would leave a model as
-it was built, and the Trainer's warning about missing weights takes tied ones into account.
+those of safetensors and huggingface_hub, the stock Trainer's loading of a checkpoint, and that of
+an adapter with whole modules by PEFT or transformers. They raise an error where they would leave a
+model as it was built, and the Trainer's warning about missing weights takes tied ones into account.
 """
 
 import inspect
@@ -149,14 +149,27 @@ def check_safetensors_load(
     load: Any, model: nn.Module, filename: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Make loading INT8 weights into a float model raise; `PyTorchModelHubMixin` is not strict."""
-    names = tensor_names([filename]) if Path(filename).is_file() else []
-    if (found := int8_weights(names)) and not has_quantized_weights(model):
-        raise ValueError(
-            f"{filename} has INT8 weights, {and_more(found)}, and {type(model).__name__} is float "
-            "and would keep its initial values. Call quantize_model_(model, QFTConfig(...)) with "
-            "the configuration of the saved model, and then safetensors.torch.load_model."
-        )
+    _refuse_in_float(model, Path(filename))
     return load(model, filename, *args, **kwargs)
+
+
+def check_hub_load(
+    load: Any, model: nn.Module, checkpoint_path: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Make loading INT8 weights into a float model raise; by default the Hub is not strict."""
+    _refuse_in_float(model, Path(checkpoint_path))
+    return load(model, checkpoint_path, *args, **kwargs)
+
+
+def _refuse_in_float(model: nn.Module, path: Path) -> None:
+    """Raise ValueError if a file, or one in a folder, has INT8 weights, and a model has none."""
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    if (found := int8_weights(tensor_names(files))) and not has_quantized_weights(model):
+        raise ValueError(
+            f"{path} has INT8 weights, {and_more(found)}, and {type(model).__name__} is float and "
+            "would keep its initial values. Call quantize_model_(model, QFTConfig(...)) with the "
+            "configuration of the saved model first."
+        )
 
 
 def refuse_by_name(checkpoint: Path, *, is_int8: bool) -> None:

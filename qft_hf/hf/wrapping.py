@@ -11,6 +11,7 @@ import accelerate
 import safetensors.torch
 from accelerate import Accelerator, big_modeling
 from accelerate.utils import modeling
+from huggingface_hub import serialization
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, initialization, trainer
 from transformers.utils.import_utils import is_peft_available
 
@@ -60,6 +61,7 @@ WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (accelerate.utils, "load_checkpoint_in_model", guards.check_accelerate_load),
     (big_modeling, "load_checkpoint_in_model", guards.check_accelerate_load),
     (safetensors.torch, "load_model", guards.check_safetensors_load),
+    (serialization, "load_torch_model", guards.check_hub_load),
     (accelerate.utils, "compute_module_sizes", sizes.counting_fields),
     (modeling, "compute_module_sizes", sizes.counting_fields),
 )

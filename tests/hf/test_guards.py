@@ -2,10 +2,11 @@
 
 import errno
 
+import huggingface_hub
 import pytest
 import safetensors.torch
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import PyTorchModelHubMixin, save_torch_model
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -166,3 +167,24 @@ def test_int8_weights_are_not_left_out_of_a_float_model_by_the_hub_s_mixin(tmp_p
     model = dequantize_model_(model, torch.float32)
     model.save_pretrained(tmp_path)
     assert_same_state(OfHub.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["file", "shards"])
+def test_int8_weights_are_not_left_out_of_a_float_model_by_the_hub_s_loading(shards, tmp_path):
+    """It is not strict by default, so a float model kept its initial values, without an error."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    save_torch_model(model, tmp_path, **shards)
+    initial = tiny_llama(seed=1)
+
+    with pytest.raises(ValueError, match=r"and LlamaForCausalLM is float .* Call quantize_model_"):
+        huggingface_hub.load_torch_model(initial, tmp_path)
+
+    assert_same_state(initial, tiny_llama(seed=1))
+    quantize_model_(initial, QFTConfig())
+    huggingface_hub.load_torch_model(initial, tmp_path)
+    assert_same_state(initial, model)
+    (tmp_path / "float").mkdir()
+    save_torch_model(tiny_llama(), tmp_path / "float")
+    floats = tiny_llama(seed=1)
+    huggingface_hub.load_torch_model(floats, tmp_path / "float")
+    assert_same_state(floats, tiny_llama())
