@@ -79,7 +79,9 @@ def weight_from_fields(
             raise ValueError(
                 f"{key} must be {field.dtype} of shape {tuple(field.shape)}, got "
                 f"{fields[key].dtype} of shape {tuple(fields[key].shape)}. The checkpoint was "
-                "written for another model or QFTConfig than its config.json describes."
+                "written for another model or QFTConfig than its config.json describes. To change "
+                "a size, such as num_labels, call dequantize_model_, save, load that float "
+                "checkpoint with ignore_mismatched_sizes=True, and call quantize_model_."
             )
     names = state_names(name)
     device = fields[names["codes"]].device

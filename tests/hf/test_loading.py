@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_utils import validate_quantization_for_training
 
 from qft_hf.hf.config import QFTConfig
-from qft_hf.hf.convert import quantize_model_
+from qft_hf.hf.convert import dequantize_model_, quantize_model_
 from qft_hf.hf.quantizer import QFTQuantizer
 from qft_hf.nn import QFTEmbedding, QFTLinear, QuantizedModule
 from qft_hf.quant import QFTWeight
@@ -622,6 +622,22 @@ def test_int8_checkpoint_does_not_get_a_random_head(tmp_path):
         ValueError, match=r"classifier\.weight_q is missing .* call dequantize_model_"
     ):
         BertForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_head_of_another_size_says_how_to_get_one(tmp_path):
+    """The error named the two shapes, and not what a user who wants other labels can do."""
+    model = quantize_model_(tiny_bert(num_labels=3), QFTConfig())
+    model.save_pretrained(tmp_path / "int8")
+    other = {"num_labels": 5, "ignore_mismatched_sizes": True}
+
+    with pytest.raises(ValueError, match=r"\(5, 42\), got .* ignore_mismatched_sizes=True"):
+        BertForSequenceClassification.from_pretrained(tmp_path / "int8", **other)
+
+    dequantize_model_(model, torch.float32).save_pretrained(tmp_path / "float")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "float", **other)
+    quantize_model_(model, QFTConfig())
+    assert isinstance(model.classifier.weight, QFTWeight)
+    assert model.classifier.weight.shape == (5, 42)
 
 
 def test_many_faults_are_counted_and_some_shown(int8_folder):
