@@ -16,6 +16,10 @@ LOOK_SECONDS = 1.0  # interval at which a waiting process checks whether another
 _KEY = "failure"
 
 
+class ProcessesDiffer(ValueError):
+    """Processes that must have the same values have different ones; all of them raise it."""
+
+
 class Failures:
     """Reports of processes that failed.
 
@@ -64,10 +68,10 @@ class Failures:
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
-        """Within this context, an exception is reported to the other processes."""
+        """Within this context, an exception is reported to processes that do not raise it too."""
         try:
             yield
-        except FloatingPointError:  # all raise it: they share the mean of gradients
+        except (FloatingPointError, ProcessesDiffer):  # the first is about means, which all share
             raise
         except BaseException as error:
             self.report(error)

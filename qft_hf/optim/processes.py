@@ -47,7 +47,7 @@ from .. import kernels
 from ..layout import STATE_GROUP_SIZE, n_groups, rows_of_process
 from ..quant import QFTWeight, quantized
 from ..quant.own_rows import OwnTiles
-from .failures import LOOK_SECONDS, Failures
+from .failures import LOOK_SECONDS, Failures, ProcessesDiffer
 from .state import StateFormat
 
 HEADER_BYTES = 4  # before the scales of a gradient: whether the sender has one
@@ -98,6 +98,7 @@ class Processes:
         rank: Number of this process.
         n: Number of processes.
         failures: Reports of processes that failed.
+        are_in_step: Whether all have begun the same collectives, as far as this process knows.
     """
 
     def __init__(self) -> None:
@@ -106,6 +107,7 @@ class Processes:
         self._timeout = timedelta()
         self._host_waits = True  # for collectives; on a GPU only its stream waits
         self.failures = Failures(self.rank)
+        self.are_in_step = True
 
     @classmethod
     def found(cls) -> "Processes | None":
@@ -132,6 +134,7 @@ class Processes:
         store = dist.distributed_c10d._get_default_store()
         self.failures.store = dist.distributed_c10d.PrefixStore(f"qft_hf/{_n_groups}", store)
         self._group = dist.new_group(timeout=self._timeout)
+        self.are_in_step = True
 
     @property
     def has_begun(self) -> bool:
@@ -146,7 +149,7 @@ class Processes:
             advice: What the user can do about a difference.
 
         Raises:
-            ValueError: They differ. The text names the first differences.
+            ProcessesDiffer: They do. The text names the first differences.
         """
         everyones: list[Any] = [None] * self.n
         dist.all_gather_object(everyones, values, group=self._group)
@@ -158,7 +161,7 @@ class Processes:
                     differences.append(f"{name} is {one} on process 0 and {other} on {rank}")
         if differences:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-            raise ValueError(
+            raise ProcessesDiffer(
                 f"The {self.n} processes differ: {'; '.join(sorted(differences)[:3])}{more}. "
                 + advice
             )
@@ -382,9 +385,11 @@ class Processes:
         self.wait(gathering.rows.work)
         begin = 0
         for field in map(bytes_of, gathering.fields):
-            n_rows, width = field.shape
-            end = begin + self.block(n_rows) * width
-            field.copy_(gathering.rows.received[:, begin:end].reshape(-1, width)[:n_rows])
+            n_rows, width = field.shape  # width is 0 without outliers
+            block = self.block(n_rows)
+            end = begin + block * width
+            rows = gathering.rows.received[:, begin:end].reshape(self.n * block, width)
+            field.copy_(rows[:n_rows])
             begin = end
 
     def whole(self, rows: Tensor, n_rows: int) -> Tensor | None:

@@ -38,9 +38,10 @@ SECOND_PASS = (
     "be detected. If a backward pass failed half-way, resume from the last checkpoint."
 )
 
-HALF_A_PASS = (
-    "A backward pass failed while {n} processes exchanged its gradients, so these are not from one "
-    "pass. Resume from the last checkpoint."
+OUT_OF_STEP = (
+    "Process {rank} of {n} has given up a step half-way, while gradients or updated rows were "
+    "exchanged, so what the processes exchange next would not belong together. Start all of them "
+    "again, and resume from the last checkpoint. To skip a batch, skip it on all, before backward."
 )
 
 NOT_EXCHANGED = (
@@ -112,6 +113,7 @@ class _MultiProcessFlow(Flow):
 
     def _begin(self) -> Pass:
         optimizer, processes = self.optimizer, self.processes
+        self._refuse_out_of_step()
         device = next(optimizer.parameters()).device
         if not processes.has_begun:
             processes.begin(device)
@@ -195,8 +197,9 @@ class _MultiProcessFlow(Flow):
         """Take part in the exchange even if this process has no gradient."""
         if self._pass is None:
             self._begin()
-        elif not self._pass.is_done:
-            raise RuntimeError(HALF_A_PASS.format(n=self.processes.n))
+        elif not self._pass.is_done:  # a backward pass failed half-way
+            self.processes.are_in_step = False
+            self._refuse_out_of_step()
         if not self._pass.is_done:  # type: ignore[union-attr]  # begun above
             self._end_pass()
 
@@ -208,8 +211,14 @@ class _MultiProcessFlow(Flow):
         self._pass = None
         return is_taken
 
+    def _refuse_out_of_step(self) -> None:
+        if not self.processes.are_in_step:
+            raise RuntimeError(OUT_OF_STEP.format(rank=self.processes.rank, n=self.processes.n))
+
     def clear(self) -> None:
-        """Give up a step that has begun."""
+        """Give up a step that has begun; once the exchange has begun too, no other can follow."""
+        if self._n_updated or (self._pass is not None and not self._pass.is_done):
+            self.processes.are_in_step = False
         super().clear()
         self._pass = None
 

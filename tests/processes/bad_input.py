@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from qft_hf import QFTAdamW, QFTConfig, quantize_model_
+from qft_hf.optim.failures import LOOK_SECONDS
 from qft_hf.side import QSTConfig, attach_side_network
 from tests.models import tiny_llama
 from tests.nn.small import SmallModel
@@ -74,6 +75,7 @@ def other_weights(rank: int, n: int) -> dict[str, Any]:
     refused = outcome(lambda: backward(model, rank, n))
     optimizer.zero_grad()
     optimizer.broadcast()
+    time.sleep(2 * LOOK_SECONDS * rank)  # the others wait, and look for an error that stopped it
     backward(model, rank, n)
     optimizer.step()
     return {"text": refused, "weights": model_tensors(model)}
@@ -105,6 +107,34 @@ def reentrant(rank: int, n: int) -> dict[str, Any]:
     text = outcome(lambda: backward(model, rank, n))
     optimizer.zero_grad()
     return {"text": text, "weights": model_tensors(model)}
+
+
+def skipped_batch(rank: int, n: int, **settings: Any) -> dict[str, Any]:
+    """On the last process a backward pass runs out of memory, and is skipped by a loop's author."""
+    model = make_model(tied=False)
+    optimizer = make_optimizer(model, **settings)
+    began = time.monotonic()
+    text = ""
+    for step in range(3):
+        hook = None
+        if rank == n - 1 and step == 1:
+            hook = model.blocks[0].up.register_full_backward_hook(run_out_of_memory)
+        try:
+            backward(model, rank, n, step=step)
+            optimizer.step()
+        except torch.OutOfMemoryError:
+            optimizer.zero_grad()
+        except RuntimeError as error:
+            text = f"{type(error).__name__}: {error}"
+            break
+        finally:
+            if hook is not None:
+                hook.remove()
+    return {"text": text, "seconds": time.monotonic() - began}
+
+
+def run_out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("tried to allocate 20 MiB")
 
 
 def no_consolidation(rank: int, n: int) -> dict[str, Any]:
@@ -223,6 +253,8 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
         "other-weights": lambda: other_weights(rank, n),
         "other-rate": lambda: other_rate(rank, n),
         "second-pass": lambda: second_pass(rank, n),
+        "skipped-stack": lambda: skipped_batch(rank, n),
+        "skipped-release": lambda: skipped_batch(rank, n, gradient="release"),
         "reentrant": lambda: reentrant(rank, n),
         "no-consolidation": lambda: no_consolidation(rank, n),
         "trainer-model": lambda: trainer_case(folder, n, model=tiny_llama(seed=rank)),
@@ -245,7 +277,8 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
 CASES = (
     "nan-stack", "nan-skip", "nan-release", "nan-previous", "nan-tensor", "nan-adamw",
     "other-weights", "other-rate",
-    "second-pass", "no-consolidation", "trainer-model", "trainer-rate", "trainer-data",
+    "second-pass", "skipped-stack", "skipped-release", "no-consolidation",
+    "trainer-model", "trainer-rate", "trainer-data",
     "trainer-adapters", "trainer-adapters-data", "trainer-side", "trainer-side-seed",
     "trainer-full", "stock-full", "trainer-batch", "shards", "trainer-reentrant",
     "trainer-reentrant-unsaid", "reentrant",

@@ -21,6 +21,8 @@ from tests.processes.test_training import different
         ("other-weights", r"checksum of parameter 0 .*optimizer\.broadcast\(\)"),
         ("other-rate", r"lr of group 0 is 0\.001 on process 0 and 0\.002 on 1"),
         ("second-pass", r"under optimizer\.accumulate\(\)"),
+        ("skipped-stack", r"given up a step half-way, .*To skip a batch, skip it on all"),
+        ("skipped-release", r"given up a step half-way, .*To skip a batch, skip it on all"),
         ("reentrant", r"use_reentrant=False"),
         ("no-consolidation", r"Call optimizer\.consolidate\(\) on all of them"),
         ("trainer-rate", r"learning_rate is 0\.001 on process 0 and 0\.002 on 1.* same arguments"),
@@ -49,6 +51,13 @@ def test_a_nan_on_one_process_leaves_all_with_the_same_weights(case, runs):
         assert different(first["before"], first["after"]) == []
     assert first["skipped"] == second["skipped"] == (case == "nan-skip")
     assert different(first["after"], first["weights"]) != []  # and training goes on
+
+
+@pytest.mark.parametrize("case", ["skipped-stack", "skipped-release"])
+def test_a_process_that_skips_a_batch_alone_stops_all_soon(case, runs):
+    """They waited for its rows until the timeout, or exchanged rows of two batches and aborted."""
+    for found in runs.two:
+        assert found[f"bad:{case}"]["seconds"] < TIMEOUT_SECONDS / 2
 
 
 @pytest.mark.parametrize(

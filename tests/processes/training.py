@@ -45,6 +45,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "sgd-release": {"kind": "sgd", "lr": 0.05, "gradient": "release"},
     "checkpointing": {"reentrant": False},
     "frozen": {"frozen": ("blocks.0.up.weight", "norm.weight")},
+    "no-outliers": {"outlier_fraction": 0.0},
     "uneven": {"uneven": True},
     "uneven-release": {"uneven": True, "gradient": "release"},
 }  # fmt: skip
@@ -52,7 +53,7 @@ LONG = ("stack", "release", "clipped", "accumulated", "int8")  # of 10 steps
 # The same without float parameters, whose sum over three processes may have any order.
 NO_FLOATS = ("norm.weight", "norm.bias", "up.bias", "down.bias")
 SCENARIOS |= {f"{name}-no-floats": {**SCENARIOS[name], "frozen": NO_FLOATS} for name in LONG}
-MODEL = ("uneven", "tied", "reentrant", "dtype", "matmul", "frozen")
+MODEL = ("uneven", "tied", "reentrant", "dtype", "matmul", "outlier_fraction", "frozen")
 LOOP = ("clip", "n_parts")
 
 
@@ -85,11 +86,11 @@ def make(name: str) -> tuple[SmallModel, Any, dict[str, Any]]:
     of_model = {key: settings.pop(key) for key in MODEL if key in settings}
     of_loop = {key: settings.pop(key) for key in LOOP if key in settings}
     frozen, dtype = of_model.pop("frozen", ()), of_model.pop("dtype", torch.float32)
-    matmul = of_model.pop("matmul", "dequantize")
+    matmul, outliers = of_model.pop("matmul", "dequantize"), of_model.pop("outlier_fraction", 0.02)
     model_class = Uneven if of_model.pop("uneven", False) else SmallModel
     model = model_class(**{"tied": False, **of_model}).to(dtype)
     group_size = None if matmul == "int8" else 40
-    spec = QuantizationSpec(group_size=group_size, outlier_fraction=0.02, matmul=matmul)
+    spec = QuantizationSpec(group_size=group_size, outlier_fraction=outliers, matmul=matmul)
     quantize_modules_(model, spec)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(frozen or ("none",)):
