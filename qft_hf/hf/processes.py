@@ -104,6 +104,31 @@ def consolidating_state(save: Any, self: Any, *args: Any, **kwargs: Any) -> None
         save(self, *args, **kwargs)
 
 
+def consolidating_states(save: Any, self: Accelerator, *args: Any, **kwargs: Any) -> Any:
+    """Make `save_state` collect the states of all rows; process 0 alone has them and saves them."""
+    optimizers = self._optimizers
+    divided = [inner for inner in map(ours, optimizers) if inner is not None and inner.processes]
+    for inner in divided:
+        inner.consolidate()
+    if not self.is_main_process:
+        self._optimizers = [one for one in optimizers if ours(one) not in divided]
+    try:
+        return save(self, *args, **kwargs)
+    finally:
+        self._optimizers = optimizers
+
+
+def sharing_buffers(evaluate: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Evaluate on all processes with the buffers of process 0, which are those of checkpoints.
+
+    In training each process updates its own, such as the running means of a batch norm.
+    """
+    optimizer = ours(self.optimizer)
+    if optimizer is not None and optimizer.processes is not None and optimizer.processes.has_begun:
+        optimizer.processes.broadcast_(self.model.buffers())
+    return evaluate(self, *args, **kwargs)
+
+
 def reporting_failures(train: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """Report the error of a process to the others."""
     try:

@@ -44,6 +44,7 @@ WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (Trainer, "train", registration.leaving_no_hook),
     (Trainer, "train", processes.reporting_failures),
     (Trainer, "_save_checkpoint", processes.consolidating_state),
+    (Trainer, "evaluation_loop", processes.sharing_buffers),
     (Trainer, "_load_from_checkpoint", saved_names.loading_checkpoint),
     (Trainer, "_load_best_model", saved_names.loading_checkpoint),
     (Trainer, "_load_from_checkpoint", side_network.loading_alone),
@@ -54,6 +55,7 @@ WRAPPERS: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
     (Accelerator, "prepare_optimizer", unsupported.refusing_scaler),
     (Accelerator, "prepare_model", reference_model.quantizing_references),
     (Accelerator, "prepare_model", processes.leaving_unwrapped),
+    (Accelerator, "save_state", processes.consolidating_states),
     (Accelerator, "clip_grad_norm_", clipping.clipping_together),
     (Accelerator, "clip_grad_value_", clipping.refusing_released),
     # A program that imported the function before this package has the original.

@@ -34,6 +34,9 @@ ON_TWO = (
     *(f"trainer:{name}" for name in trainers.KINDS),
     *(f"trainer:stack/stack-on-{n}" for n in (1, 2, 3)),
     "trainer:stock/stock-on-2",
+    "accelerated:stack",
+    "accelerated:release",
+    "evaluated:",
     *(f"account:{name}" for name in accounts.COUNTS),
     *(f"bad:{name}" for name in bad_input.CASES),
 )

@@ -46,6 +46,23 @@ def test_one_process_goes_on_from_several_as_two_do(source, n_saved, runs):
         assert different(one["weights"], runs.alone["stack"]["weights"]) == []
 
 
+@pytest.mark.parametrize("gradient", ["stack", "release"])
+def test_accelerate_saves_and_loads_the_state_of_all_rows(gradient, runs):
+    """`save_state` asks for the state on every process, and only the first one had it."""
+    for found in runs.two:
+        straight, resumed = found[f"accelerated:{gradient}"]
+        assert different(straight, resumed) == []
+
+
+def test_all_processes_evaluate_with_the_buffers_of_the_first(runs):
+    """Each kept the running means of its own examples, so a resumed run evaluated to others."""
+    first, second = (found["evaluated:"] for found in runs.two)
+
+    assert first["buffers"]["norm.running_mean"].abs().max() > 0
+    assert different(first["buffers"], second["buffers"]) == []
+    assert first["loss"] == second["loss"]
+
+
 def state_of(output_dir):
     path = output_dir / f"checkpoint-{trainers.SAVED_AT}" / "optimizer.pt"
     return torch.load(path, weights_only=True)

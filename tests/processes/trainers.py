@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from qft_hf import QFTTrainer, QFTTrainingArguments
+from qft_hf import QFTAdamW, QFTConfig, QFTTrainer, QFTTrainingArguments, quantize_model_
 from tests.arranged import tiny
 from tests.models import tiny_llama
 from tests.optim.common import model_tensors
@@ -89,6 +92,50 @@ def make(kind: str, output_dir: Path, *, n: int, n_parts: int = 1, **changes: An
         },
     )
     return trainer_class(model=model, args=args, train_dataset=examples, callbacks=callbacks)
+
+
+def accelerated(folder: Path, gradient: str, n: int, *, resumes: bool) -> dict[str, Tensor]:
+    """Do four steps of a loop that saves with Accelerate after two, or only the last two."""
+    accelerator = Accelerator(cpu=True)
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    optimizer = QFTAdamW(model.parameters(), lr=1e-3, gradient=gradient)
+    batches = DataLoader(Examples(4 * GLOBAL_BATCH), batch_size=GLOBAL_BATCH // n)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    path = folder / f"accelerated-{gradient}"
+    if resumes:
+        accelerator.load_state(str(path))
+    for step, inputs in enumerate(batches):
+        if step < SAVED_AT and resumes:
+            continue
+        if step == SAVED_AT and not resumes:
+            accelerator.save_state(str(path))
+        accelerator.backward(model(**inputs).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model_tensors(model)
+
+
+class Normalized(nn.Module):
+    """A batch norm between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.first, self.norm = nn.Linear(12, 20), nn.BatchNorm1d(20)
+            self.last = nn.Linear(20, 3)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.last(self.norm(self.first(input_ids / 131)))
+        return {"loss": F.cross_entropy(logits, labels[:, -1] % 3), "logits": logits}
+
+
+def evaluated(folder: Path, n: int) -> dict[str, Any]:
+    """Train a model with a batch norm and evaluate it; return its buffers and the loss."""
+    trainer = make("stack", folder / "evaluated", n=n, model=Normalized(), save_strategy="no")
+    trainer.train()
+    loss = trainer.evaluate(Examples(N_EXAMPLES))["eval_loss"]
+    return {"buffers": dict(trainer.model.named_buffers()), "loss": loss}
 
 
 def run(name: str, folder: Path, *, n: int, n_parts: int = 1, **changes: Any) -> dict[str, Any]:

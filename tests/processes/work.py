@@ -26,6 +26,12 @@ def do(folder: Path, runs: tuple[str, ...]) -> None:
             found[run] = accounts.COUNTS[name](rank, n)
         elif kind == "bad":
             found[run] = bad_input.run(name, folder, rank, n)
+        elif kind == "accelerated":
+            found[run] = [
+                trainers.accelerated(folder, name, n, resumes=resumes) for resumes in (False, True)
+            ]
+        elif kind == "evaluated":
+            found[run] = trainers.evaluated(folder, n)
         else:
             found[run] = trainers.run(name, folder, n=n)
     torch.save(found, folder / f"{NAMES[n]}-{rank}.pt")
