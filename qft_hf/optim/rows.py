@@ -221,6 +221,7 @@ class _MultiProcessFlow(Flow):
             self.processes.are_in_step = False
         super().clear()
         self._pass = None
+        self._gathering = None  # otherwise its rows would replace those of a checkpoint
 
     def _waiting(self, parameters: list[Parameter]) -> list[Parameter]:
         waiting = super()._waiting(parameters)

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
-from qft_hf import QFTAdamW, QFTConfig, quantize_model_
+from qft_hf import QFTAdamW, QFTConfig, QFTTrainer, quantize_model_
 from qft_hf.optim.failures import LOOK_SECONDS
 from qft_hf.side import QSTConfig, attach_side_network
 from tests.models import tiny_llama
@@ -201,6 +202,24 @@ def full_disk(kind: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def resumed_at_once(folder: Path, rank: int, n: int) -> dict[str, Any]:
+    """Resume in the same processes after the backward pass of the last one has failed."""
+    trainer = trainers.make("stock-release", folder / "at-once", n=n, trainer=QFTTrainer)
+    passes: list[Tensor] = []
+
+    def fail(gradient: Tensor) -> None:
+        passes.append(gradient)
+        if rank == n - 1 and len(passes) == trainers.SAVED_AT + 1:
+            raise ValueError("the gradient is refused")
+
+    weight = trainer.model.model.layers[0].mlp.up_proj.weight
+    hook = weight.register_hook(fail)
+    text = outcome(trainer.train)
+    hook.remove()
+    trainer.train(resume_from_checkpoint=True)
+    return {"text": text, "weights": model_tensors(trainer.model)}
+
+
 def other_batch(folder: Path, n: int) -> dict[str, Any]:
     """Continue from one process's checkpoint with half as many examples per step."""
     said: list[str] = []
@@ -267,6 +286,7 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
         "trainer-full": lambda: full_disk("stack", folder, rank, n),
         "stock-full": lambda: full_disk("stock", folder, rank, n),
         "trainer-batch": lambda: other_batch(folder, n),
+        "trainer-at-once": lambda: resumed_at_once(folder, rank, n),
         "shards": lambda: loaded_into_shards(folder, n),
         "trainer-reentrant": lambda: checkpointed(folder, n, use_reentrant=True),
         "trainer-reentrant-unsaid": lambda: checkpointed(folder, n, preserve_rng_state=False),
@@ -280,6 +300,6 @@ CASES = (
     "second-pass", "skipped-stack", "skipped-release", "no-consolidation",
     "trainer-model", "trainer-rate", "trainer-data",
     "trainer-adapters", "trainer-adapters-data", "trainer-side", "trainer-side-seed",
-    "trainer-full", "stock-full", "trainer-batch", "shards", "trainer-reentrant",
+    "trainer-full", "stock-full", "trainer-batch", "trainer-at-once", "shards", "trainer-reentrant",
     "trainer-reentrant-unsaid", "reentrant",
 )  # fmt: skip

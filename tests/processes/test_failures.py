@@ -99,6 +99,14 @@ def test_a_run_that_goes_on_with_another_batch_says_so_and_goes_on(runs):
     assert different(first["weights"], second["weights"]) == []
 
 
+def test_a_run_that_resumes_in_the_processes_of_a_failed_one_has_no_rows_of_it(runs):
+    """Updated rows that were in transit when backward failed replaced those of the checkpoint."""
+    for found in runs.two:
+        resumed = found["bad:trainer-at-once"]
+        assert "ValueError: the gradient is refused" in resumed["text"]
+        assert different(resumed["weights"], runs.alone["stock-release"]["weights"]) == []
+
+
 def test_an_error_on_one_process_is_raised_on_the_others_with_its_text(runs):
     *others, last = runs.ended["failed"]
 
