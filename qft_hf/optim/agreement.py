@@ -1,5 +1,6 @@
 """Checks that all processes of one model have the same settings, parameters and values."""
 
+from math import prod
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ def _checksum(parameter: Tensor) -> int:
     total = 0
     stored = parameter.stored.tensors if isinstance(parameter, QFTWeight) else (parameter,)
     for tensor in stored:
-        of_rows = bytes_of(tensor.detach().reshape(len(tensor) if tensor.ndim else 1, -1))
+        n_rows, *others = tensor.shape or (1,)
+        of_rows = bytes_of(tensor.detach().reshape(n_rows, prod(others)))
         sums = of_rows.sum(dim=1, dtype=torch.int64)
         places = torch.arange(1, len(sums) + 1, device=sums.device)
         total = 31 * total + int((sums * places).sum())

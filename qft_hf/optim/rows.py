@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from ..quant import QFTWeight
 from ..quant.own_rows import OwnRows, OwnTiles
 from .agreement import agree_on_settings, agree_on_values
-from .flow import Flow, quantize_gradient_
+from .flow import Flow, quantize_gradient_, refuse_sparse
 from .processes import Exchange, Gathering, Processes
 from .release import Release
 from .stack import Stack
@@ -92,6 +92,7 @@ class _MultiProcessFlow(Flow):
             return
         with self.processes.failures.reporting():
             quantize_gradient_(parameter)
+            refuse_sparse(parameter.grad)  # type: ignore[arg-type]  # complete, so not None
             if self._is_accumulating():
                 self.complete(parameter)
             else:

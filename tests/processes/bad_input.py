@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
@@ -136,6 +136,14 @@ def skipped_batch(rank: int, n: int, **settings: Any) -> dict[str, Any]:
 
 def run_out_of_memory(*_: Any) -> None:
     raise torch.OutOfMemoryError("tried to allocate 20 MiB")
+
+
+def sparse(rank: int, n: int) -> dict[str, Any]:
+    table = nn.Embedding(7, 3, sparse=True)
+    optimizer = make_optimizer(table)
+    text = outcome(lambda: table(torch.arange(2)).sum().backward())
+    optimizer.zero_grad()
+    return {"text": text}
 
 
 def no_consolidation(rank: int, n: int) -> dict[str, Any]:
@@ -272,6 +280,7 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
         "other-weights": lambda: other_weights(rank, n),
         "other-rate": lambda: other_rate(rank, n),
         "second-pass": lambda: second_pass(rank, n),
+        "sparse": lambda: sparse(rank, n),
         "skipped-stack": lambda: skipped_batch(rank, n),
         "skipped-release": lambda: skipped_batch(rank, n, gradient="release"),
         "reentrant": lambda: reentrant(rank, n),
@@ -297,7 +306,7 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
 CASES = (
     "nan-stack", "nan-skip", "nan-release", "nan-previous", "nan-tensor", "nan-adamw",
     "other-weights", "other-rate",
-    "second-pass", "skipped-stack", "skipped-release", "no-consolidation",
+    "second-pass", "sparse", "skipped-stack", "skipped-release", "no-consolidation",
     "trainer-model", "trainer-rate", "trainer-data",
     "trainer-adapters", "trainer-adapters-data", "trainer-side", "trainer-side-seed",
     "trainer-full", "stock-full", "trainer-batch", "trainer-at-once", "shards", "trainer-reentrant",

@@ -21,6 +21,7 @@ from tests.processes.test_training import different
         ("other-weights", r"checksum of parameter 0 .*optimizer\.broadcast\(\)"),
         ("other-rate", r"lr of group 0 is 0\.001 on process 0 and 0\.002 on 1"),
         ("second-pass", r"under optimizer\.accumulate\(\)"),
+        ("sparse", r"^TypeError: .* dense gradients, .*sparse=False"),
         ("skipped-stack", r"given up a step half-way, .*To skip a batch, skip it on all"),
         ("skipped-release", r"given up a step half-way, .*To skip a batch, skip it on all"),
         ("reentrant", r"use_reentrant=False"),

@@ -62,7 +62,7 @@ def n_steps(name: str) -> int:
 
 
 class Uneven(SmallModel):
-    """Has a head of three rows, a layer that one process leaves out, and one that nobody uses."""
+    """Has a head of three rows, an empty parameter, and layers that one process or all skip."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -70,6 +70,7 @@ class Uneven(SmallModel):
             torch.manual_seed(1)
             self.never = nn.Linear(WIDTH, WIDTH)
             self.head = nn.Linear(WIDTH, 3)
+        self.empty = nn.Parameter(torch.zeros(0, WIDTH))
         self.rank = 0
 
     def loss(self, ids: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class Uneven(SmallModel):
         for number, block in enumerate(self.blocks):
             if (number, self.rank) != (1, 1):
                 x = block(x)
-        return F.cross_entropy(self.head(self.norm(x))[:, -1], ids[:, 0] % 3)
+        return F.cross_entropy(self.head(self.norm(x))[:, -1], ids[:, 0] % 3) + self.empty.sum()
 
 
 def make(name: str) -> tuple[SmallModel, Any, dict[str, Any]]:
