@@ -76,9 +76,11 @@ def other_weights(rank: int, n: int) -> dict[str, Any]:
     refused = outcome(lambda: backward(model, rank, n))
     optimizer.zero_grad()
     optimizer.broadcast()
-    time.sleep(2 * LOOK_SECONDS * rank)  # the others wait, and look for an error that stopped it
-    backward(model, rank, n)
-    optimizer.step()
+    for step in range(2):
+        # In the second pass the others wait, and look for an error that has stopped this process.
+        time.sleep(2 * LOOK_SECONDS * rank * step)
+        backward(model, rank, n, step=step)
+        optimizer.step()
     return {"text": refused, "weights": model_tensors(model)}
 
 
