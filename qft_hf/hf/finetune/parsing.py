@@ -2,9 +2,8 @@
 
 import json
 import os
-from argparse import SUPPRESS
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from math import inf, isfinite
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..shipped import shipped_file, shipped_names
 from .arguments import DataArguments, MethodArguments, ModelArguments, OutputArguments
 from .foreign_keys import suggestion
 from .paths import INPUTS, expanded, whole, with_paths
-from .side_tuning import side_flags
+from .side_tuning import side_settings
 
 GROUPS: tuple[Any, ...] = (
     ModelArguments,
@@ -71,7 +70,7 @@ class RunArguments:
     data: DataArguments
     output: OutputArguments
     training: QFTTrainingArguments
-    given: dict[str, Any] = field(default_factory=dict)
+    given: dict[str, Any]
 
     @property
     def output_dir(self) -> Path:
@@ -123,25 +122,27 @@ def parse_arguments(
         raise ValueError(f"the config must come first, then flags: {late[0]} {flags[0]} ...")
     for name in _names(flags):
         _require_known(name, "flag")
-    given = _given(flags, command)
-    flags = [*side_flags(given), *_launched(given), *flags]
-    given = with_paths(_given(flags, command), expanded)
-    _require_possible(given)
-    try:
-        *groups, rest = _parser(command, description=description).parse_args_into_dataclasses(
-            flags, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ImportError, TypeError, ValueError) as error:  # of transformers, too: for the user
-        raise ValueError(str(error)) from error
+    parser = HfArgumentParser(
+        GROUPS,
+        prog=f"qft-hf {command}",
+        usage="%(prog)s [CONFIG.yaml] [--flag value ...]",
+        description=description,
+        allow_abbrev=False,
+    )
+    values, rest = parser.parse_known_args(flags)
     if rest:
         raise ValueError(
             f"cannot place {' '.join(rest)!r} on the command line. Expected at most one config, "
             "first, then flags with their values: CONFIG.yaml --flag value ..."
         )
-    for group in groups:
-        for name, value in with_paths(vars(group), expanded).items():
-            setattr(group, name, value)
-    model, method, data, output, training = groups
+    names = (name if hasattr(values, name) else name.removeprefix("no_") for name in _names(flags))
+    given = {name: getattr(values, name) for name in names}  # without defaults
+    given = with_paths(side_settings(given) | _launched(given) | given, expanded)
+    _require_possible(given)
+    try:
+        model, method, data, output, training = parser.parse_dict(given)
+    except (ImportError, TypeError, ValueError) as error:  # of transformers, too: for the user
+        raise ValueError(str(error)) from error
     if training.mixed_precision == "bf16" and not training.bf16:
         raise ValueError(
             "bf16 is false, and accelerate launch was given --mixed_precision bf16, which would "
@@ -150,40 +151,22 @@ def parse_arguments(
     return RunArguments(model, method, data, output, training, given)
 
 
-def _launched(given: Mapping[str, Any]) -> list[str]:
-    """Return as flags what `accelerate launch` has set and nobody else, so that it is recorded."""
-    flags = []
+def _launched(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `accelerate launch` has set and nobody else, so that it is recorded."""
+    settings: dict[str, Any] = {}
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16" and "bf16" not in given:
-        flags.append("--bf16=true")
+        settings["bf16"] = True
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     if backend != "no" and not any(name.startswith("torch_compile") for name in given):
+        settings["torch_compile_backend"] = backend
         mode = os.environ.get("ACCELERATE_DYNAMO_MODE", "default")
-        flags.append(f"--torch_compile_backend={backend}")
-        flags += [] if mode == "default" else [f"--torch_compile_mode={mode}"]
-    return flags
+        settings |= {} if mode == "default" else {"torch_compile_mode": mode}
+    return settings
 
 
 def _names(flags: list[str]) -> list[str]:
     """Return the names of flags, without values."""
     return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag[:2] == "--"]
-
-
-def _parser(command: str, **settings: Any) -> HfArgumentParser:
-    return HfArgumentParser(
-        GROUPS,
-        prog=f"qft-hf {command}",
-        usage="%(prog)s [CONFIG.yaml] [--flag value ...]",
-        allow_abbrev=False,
-        **settings,
-    )
-
-
-def _given(flags: list[str], command: str) -> dict[str, Any]:
-    """Return the values of the flags alone, without defaults."""
-    parser = _parser(command, add_help=False)  # not the main one, whose help shows the defaults
-    for action in parser._actions:
-        action.default, action.required = SUPPRESS, False
-    return vars(parser.parse_known_args(flags)[0])
 
 
 def _require_possible(given: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Side tuning in a run: the flags that it adds and refuses, and the model that it trains."""
+"""Side tuning in a run: the settings that it adds and refuses, and the model that it trains."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -35,17 +35,17 @@ _OF_FULL = {
     "new_tokens": "the embeddings of the base are frozen, so new ones would learn nothing",
     "export_dtype": "a side network is not part of its base's weights",
 }
-DEFAULTS = {"optim": "adamw_torch", "learning_rate": "1e-3"}
+DEFAULTS = {"optim": "adamw_torch", "learning_rate": 1e-3}
 
 
-def side_flags(given: Mapping[str, Any]) -> list[str]:
-    """Return the flags that a side network adds to the given settings; none without one.
+def side_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a side network adds to those that are given; none without one.
 
     Raises:
         ValueError: A setting is for training every parameter, or an optimizer has no learning rate.
     """
     if given.get("method") != "qst":
-        return []
+        return {}
     for name in given:
         if name in _OF_FULL:
             raise ValueError(
@@ -53,14 +53,14 @@ def side_flags(given: Mapping[str, Any]) -> list[str]:
                 f"network: {_OF_FULL[name]}. Leave {name} out, or set method to full."
             )
     if "optim" not in given:
-        return [f"--{name}={value}" for name, value in DEFAULTS.items() if name not in given]
+        return DEFAULTS
     if "learning_rate" not in given:
         raise ValueError(
             "a side network starts from random weights, which the default rate, meant for trained "
             f"weights, does not suit. Set learning_rate; that of {DEFAULTS['optim']} is "
             f"{DEFAULTS['learning_rate']}."
         )
-    return []
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
