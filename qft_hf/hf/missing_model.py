@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .checkpoint import weight_files
+from .run_files import RUN_CONFIG
 from .side_network import is_side_network
 
 
@@ -79,7 +80,7 @@ def _what_else(place: Path) -> str | None:
             "is where the hub's cache keeps all versions of a model. Pass the folder of one, such "
             f"as {snapshots[-1].parent}."
         )
-    if (place / "run.yaml").is_file() and not (place / "config.json").is_file():
+    if (place / RUN_CONFIG).is_file() and not (place / "config.json").is_file():
         return (
             "is of a run that has not finished, and has no model yet. Resume the run with "
             "--resume_from_checkpoint true, or pass one of its checkpoint-<step> folders."

@@ -11,13 +11,13 @@ from math import floor, isfinite, log10
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..kernels.groups import QMAX
 from ..version import __version__
 from .atomic_writes import atomic_path
 from .page import PAGE, WRITTEN_BY
+from .run_files import RUN_CONFIG, SUMMARY, file_of_run
 from .wording import loss_unit
 
 # Bytes per parameter of weights, gradients and optimizer state in other ways to train.
@@ -97,24 +97,13 @@ def read_run(folder: Path) -> ReportedRun:
         FileNotFoundError: The folder holds no finished run.
         ValueError: A file is damaged, or was written by a version that recorded less.
     """
-    read: list[Any] = []
-    for name in ("summary.json", TRAINER_STATE_NAME, "run.yaml"):
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no finished run: it has no {name}. Give output folders of "
-                "`qft-hf finetune`."
-            )
-        text = path.read_text(encoding="utf-8")
-        try:
-            value = yaml.safe_load(text) if name == "run.yaml" else json.loads(text)
-            if not isinstance(value, dict):
-                raise ValueError(f"it has {type(value).__name__} instead of keys with values")
-        except (ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} cannot be read: {error}. Leave this run out.") from error
-        read.append(value)
-    summary, state, options = read
-    absent = [f"summary.json has no {key}" for key in NEEDED if key not in summary]
+    try:
+        summary, state, options = (
+            file_of_run(folder, name) for name in (SUMMARY, TRAINER_STATE_NAME, RUN_CONFIG)
+        )
+    except ValueError as error:
+        raise ValueError(f"{error}. Leave this run out.") from error
+    absent = [f"{SUMMARY} has no {key}" for key in NEEDED if key not in summary]
     absent += [] if "log_history" in state else [f"{TRAINER_STATE_NAME} has no log_history"]
     if absent:
         raise ValueError(

@@ -19,8 +19,6 @@ from qft_hf.hf.finetune.loss_curve import draw_loss_curve, loss_points
 from qft_hf.hf.finetune.output_folder import (
     checkpoint_to_resume,
     clear_run,
-    record_settings,
-    recorded_settings,
     refuse_inputs_inside,
     refuse_other_run,
     refuse_small_disk,
@@ -30,6 +28,7 @@ from qft_hf.hf.finetune.run_card import write_run_card
 from qft_hf.hf.finetune.side_tuning import side_checkpoint
 from qft_hf.hf.finetune.summary import Origin, RunSummary, versions
 from qft_hf.hf.peak_memory import PeakMemory
+from qft_hf.hf.run_files import record_settings, recorded_settings
 
 TRACES = ["run.yaml", "model.safetensors", "model-00001-of-00002.safetensors", "checkpoint-7/"]
 

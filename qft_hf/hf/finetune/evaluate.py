@@ -8,11 +8,11 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from ..json_object import json_object
+from ..run_files import SUMMARY, recorded_settings
 from ..wording import counted, score_text
 from .arguments import DataArguments, MethodArguments, ModelArguments
 from .data import TASKS, DataCounts, TaskData, prepare_data
 from .loading import load_model, load_tokenizer
-from .output_folder import SUMMARY, recorded_settings
 from .parsing import RunArguments
 from .run_trainer import average_batch_mean_losses_
 from .side_tuning import base_config, load_side_model, side_checkpoint

@@ -13,25 +13,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...version import __version__
-from ..atomic_writes import MODEL_FILES, atomic_path, pending_drafts
+from ..atomic_writes import MODEL_FILES, pending_drafts
 from ..card import CARD, is_card
 from ..checkpoint import MARK, SAMPLE_NAME, STATE_FILES, newest_whole_checkpoint, require_whole
 from ..config import QUANT_METHOD
 from ..json_object import json_object
 from ..remote_code import code_files
+from ..run_files import RUN_CONFIG, SUMMARY, recorded_settings
 from ..side_network import CONFIG_NAME, WEIGHTS_NAME
 from .arguments import EXPORT_DTYPES
 
 logger = logging.getLogger(__name__)
 
-SUMMARY = "summary.json"
 LOSS_CURVE = "loss_curve.png"
-RUN_CONFIG = "run.yaml"
 DATA_PREVIEW = "data.txt"
 CHECKPOINTS = f"{PREFIX_CHECKPOINT_DIR}-*"
 
@@ -65,8 +62,6 @@ _WRITTEN = (
     CARD,
     TRAINER_STATE_NAME,
 )
-# Settings that run.yaml leaves out: two that belong to one start of a run, and a secret.
-_OF_A_PROCESS = ("resume_from_checkpoint", "overwrite_output", "hub_token")
 _SHOWN = 3  # most names in an error
 
 
@@ -277,50 +272,6 @@ def clear_earlier_export(output_dir: Path, export_dtype: str | None) -> None:
         _remove(folder)
 
 
-def record_settings(output_dir: Path, given: Mapping[str, Any]) -> None:
-    """Write the settings of the run to `run.yaml`, which is its first file.
-
-    `qft-hf finetune <output_dir>/run.yaml` repeats the run.
-
-    Args:
-        output_dir: Output folder; created if it does not exist.
-        given: Keys and values that were set; all others have their defaults.
-
-    Raises:
-        OSError: The folder cannot be written to.
-    """
-    values = {key: _plain(value) for key, value in given.items() if key not in _OF_A_PROCESS}
-    path = output_dir / RUN_CONFIG
-    before = recorded_settings(output_dir)
-    if before == values:
-        return  # a resumed run
-    if before:
-        changed = [key for key in before | values if before.get(key) != values.get(key)]
-        logger.warning(
-            "the run in %s continues with other settings than before: %s. Its result is not that "
-            "of a run with one set of settings. %s has the new ones",
-            output_dir,
-            "; ".join(f"{key} {_shown(values, key)}, was {_shown(before, key)}" for key in changed),
-            RUN_CONFIG,
-        )
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    with atomic_path(path) as draft:
-        draft.write_text(f"# qft_hf {__version__}: the settings of this run.\n{text}", "utf-8")
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    return repr(values[key]) if key in values else "by default"
-
-
-def _plain(value: Any) -> Any:
-    """Return a value in types that YAML has: members of enumerations become text."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return value if value is None or isinstance(value, bool | int | float) else str(value)
-
-
 def _is_written(name: str) -> bool:
     """Whether a run writes files or folders of this name."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in _WRITTEN)
@@ -375,15 +326,6 @@ def _is_run(output_dir: Path) -> bool:
 def _is_int8(config: Path) -> bool:
     quantization = _object_in(config, "quantization_config")
     return bool(quantization.get("quant_method") == QUANT_METHOD)
-
-
-def recorded_settings(output_dir: Path) -> dict[str, Any]:
-    """Return the settings in the folder's `run.yaml`, none if it is absent or damaged."""
-    try:
-        read = yaml.safe_load((output_dir / RUN_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return read if isinstance(read, dict) else {}
 
 
 def _object_in(path: Path, name: str) -> dict[str, Any]:

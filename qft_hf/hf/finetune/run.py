@@ -20,6 +20,7 @@ from ..card_facts import hyperparameters_of, optimizer_of, parameters_of
 from ..json_object import json_object
 from ..peak_memory import PeakMemory
 from ..processes import broadcast_from_first, first_process_writes
+from ..run_files import SUMMARY, record_settings
 from ..wording import loss_unit
 from .data_preview import show
 from .export import export_checkpoint
@@ -27,10 +28,8 @@ from .loss_curve import draw_loss_curve
 from .output_folder import (
     DATA_PREVIEW,
     LOSS_CURVE,
-    SUMMARY,
     clear_earlier_export,
     clear_run,
-    record_settings,
     refuse_other_run,
     sole_run,
 )

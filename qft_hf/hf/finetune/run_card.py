@@ -17,8 +17,8 @@ from ..config import QFTConfig
 from ..json_object import json_object
 from ..missing_model import explain_loading_errors
 from ..remote_code import auto_class
+from ..run_files import SUMMARY, file_of_run, recorded_settings
 from ..wording import counted
-from .output_folder import SUMMARY, recorded_settings
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,10 @@ def facts_of_run(output_dir: Path) -> dict[str, Any]:
         FileNotFoundError: The folder holds no finished run.
         ValueError: As `write_run_card`.
     """
-    summary, state = _read(output_dir / SUMMARY), _read(output_dir / TRAINER_STATE_NAME)
+    try:
+        summary, state = (file_of_run(output_dir, name) for name in (SUMMARY, TRAINER_STATE_NAME))
+    except ValueError as error:
+        raise ValueError(f"{error}. The card of the run stays as it is.") from error
     try:
         return _facts(output_dir, summary, state)
     except (KeyError, TypeError, AttributeError) as error:
@@ -134,19 +137,6 @@ def _facts(output_dir: Path, summary: dict[str, Any], state: dict[str, Any]) -> 
         "counts": ", ".join(counted(counts[f"{noun}s"], noun) for noun in _COUNTED),
         "export_dtype": export if export and (output_dir / export).is_dir() else None,
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Return the contents of a JSON file that a finished run has written."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} holds no finished run: it has no {path.name}. Give the output folder "
-            "of `qft-hf finetune`."
-        )
-    try:
-        return json_object(path)
-    except ValueError as error:
-        raise ValueError(f"{path.parent}: {error}. The card of the run stays as it is.") from error
 
 
 def license_of(model: str) -> str | None:

@@ -13,10 +13,10 @@ from ..arguments import FORMAT
 from ..base import DEFAULT_BASE, FORMS, base_format, form_of_base, stored_format
 from ..estimate import without_storage
 from ..missing_model import explain_loading_errors
+from ..run_files import RUN_CONFIG, recorded_settings
 from ..side_network import is_side_network, load_side_network, side_description
 from .arguments import MethodArguments, ModelArguments
 from .loading import load_config, load_model
-from .output_folder import RUN_CONFIG, recorded_settings
 from .packing import refuse_leaky_packing_family
 from .task import Task
 
