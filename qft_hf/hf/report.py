@@ -140,11 +140,10 @@ def page(runs: Sequence[ReportedRun]) -> str:
     """
     if not runs:
         raise ValueError("a report needs at least one run. Give output folders of finished runs.")
-    unit = loss_unit([run.summary.get("task") for run in runs])
     sections = [
         ("Runs", _overview(runs)),
-        ("Loss", _curve(runs, {"loss": "training", "eval_loss": "evaluation"}, unit)),
-        ("Learning rate", _curve(runs, {"learning_rate": ""}, "")),
+        ("Loss", _losses(runs)),
+        ("Learning rate", _logged(runs, _chart(_lines(runs, "learning_rate")))),
         ("Memory of the training state", _memory(runs)),
         ("Health of training", _health(runs)),
         ("Codes before and after", _codes(runs)),
@@ -194,38 +193,36 @@ def _trained(summary: Mapping[str, Any]) -> str:
     return f"{trained}: a side network, base in {html.escape(side['base'])}"
 
 
-def _curve(runs: Sequence[ReportedRun], keys: Mapping[str, str], unit: str) -> str:
-    """Return a chart of logged values against steps; the last key is drawn as points."""
-    lines, drawn = [], {}
-    for key, label in keys.items():
-        for number, run in enumerate(runs):
-            if points := run.points(key):
-                is_last = len(keys) > 1 and key == [*keys][-1]
-                title = f"{run.name} {label}".strip()
-                lines.append(Line(title, number, points, as_points=is_last))
-                drawn[label] = "Points" if is_last else "Lines"
-    if not lines:
-        return "<p>Nothing was logged.</p>"
-    note = ""
-    if len(keys) > 1:
-        note = "; ".join(f"{mark}: {label}" for label, mark in drawn.items())
-        note = f"<p class='note'>{note}. In {unit}.</p>"
-    return f"{_legend(runs)}{_chart(lines)}{note}"
+def _losses(runs: Sequence[ReportedRun]) -> str:
+    """Return a chart of the losses, and a note that says what is drawn and in which unit."""
+    training = _lines(runs, "loss", "training")
+    evaluation = _lines(runs, "eval_loss", "evaluation", as_points=True)
+    drawn = ["Lines: training"] * bool(training) + ["Points: evaluation"] * bool(evaluation)
+    unit = loss_unit([run.summary.get("task") for run in runs])
+    note = f"<p class='note'>{'; '.join(drawn)}. In {unit}.</p>"
+    return _logged(runs, _chart([*training, *evaluation]) + note if drawn else "")
 
 
 def _health(runs: Sequence[ReportedRun]) -> str:
-    charts = []
-    for key, title in HEALTH.items():
-        lines = [
-            Line(run.name, number, points)
-            for number, run in enumerate(runs)
-            if (points := run.points(key))
-        ]
-        if lines:
-            charts.append(_figure(lines, title))
-    if not charts:
-        return "<p>Nothing was logged.</p>"
-    return f"{_legend(runs)}<div class='grid'>{''.join(charts)}</div>"
+    charts = "".join(
+        _figure(lines, title) for key, title in HEALTH.items() if (lines := _lines(runs, key))
+    )
+    return _logged(runs, charts and f"<div class='grid'>{charts}</div>")
+
+
+def _lines(
+    runs: Sequence[ReportedRun], key: str, label: str = "", *, as_points: bool = False
+) -> list[Line]:
+    """Return what was logged under `key`, one line for each run that logged it."""
+    return [
+        Line(f"{run.name} {label}".strip(), number, points, as_points)
+        for number, run in enumerate(runs)
+        if (points := run.points(key))
+    ]
+
+
+def _logged(runs: Sequence[ReportedRun], charts: str) -> str:
+    return f"{_legend(runs)}{charts}" if charts else "<p>Nothing was logged.</p>"
 
 
 def _memory(runs: Sequence[ReportedRun]) -> str:
@@ -356,7 +353,9 @@ def _figure(lines: Sequence[Line], caption: str) -> str:
 
 
 def _chart(lines: Sequence[Line]) -> str:
-    """Draw all lines, each in the color of its run."""
+    """Draw all lines, each in the color of its run; return nothing if there are none."""
+    if not lines:
+        return ""
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     (x_low, x_high), (y_low, y_high) = _range(xs), _range(ys)
