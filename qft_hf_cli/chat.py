@@ -67,15 +67,14 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
 
     from qft_hf.hf.finetune.arguments import ModelArguments
     from qft_hf.hf.finetune.loading import read_tokenizer
-    from qft_hf.hf.finetune.side_tuning import base_config, load_checkpoint
+    from qft_hf.hf.finetune.side_tuning import load_checkpoint, start_of
     from qft_hf.hf.language_model import language_class
 
     set_seed(options.seed)
     trust = {"trust_remote_code": options.trust_remote_code}
-    arguments = ModelArguments(options.checkpoint, **trust)
-    config = base_config(arguments)
+    start = start_of(ModelArguments(options.checkpoint, **trust))
     tokenizer = read_tokenizer(options.checkpoint, **trust)
-    for name in config.architectures or []:
+    for name in start.config.architectures or []:
         if name.endswith("ForSequenceClassification"):
             raise ValueError(
                 f"{options.checkpoint} is a {name}: it labels texts and does not chat. "
@@ -86,7 +85,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
             f"the tokenizer of {options.checkpoint} has no chat template, so a conversation cannot "
             "be written in the form that the model knows. Use a checkpoint that was tuned on chats."
         )
-    model: Any = load_checkpoint(arguments, config, language_class(config))
+    model: Any = load_checkpoint(start, language_class(start.config))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

@@ -101,7 +101,7 @@ def load_side_network(model: Model, folder: str | Path) -> Model:
             damaged, or the model has one of another configuration. The model is unchanged.
     """
     folder = Path(folder)
-    said = _read(folder)
+    said = whole_description(folder)
     _refuse_another_base(model, said["base"], folder)
     config, quantization = said["config"], said["quantization"]
     network: Any = side_network_of(model)
@@ -265,8 +265,13 @@ def _hash(model: Any, *, of_dimensions: int) -> str:
     return digest.hexdigest()
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """Return the contents of `side_network.json`, after checking the tensors in the same folder."""
+def whole_description(folder: Path) -> dict[str, Any]:
+    """Return what `side_description` returns, after checking the tensors in the same folder.
+
+    Raises:
+        FileNotFoundError: There is no side network in the folder.
+        ValueError: A file is damaged, or a later version wrote it.
+    """
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(

@@ -60,9 +60,9 @@ def asset_flags(options: Namespace, model: str, data: str) -> list[str]:
 
 def _float_trainer(arguments: RunArguments, optimizer: str) -> Trainer:
     """Return the stock Trainer, with the model, data and seed that `prepare` would use."""
-    _, config, data = read(arguments)
+    _, start, data = read(arguments)
     training = arguments.training
-    model = load_model(arguments.model, None, config, data.task)
+    model = load_model(start.model, None, start.config, data.task)
     training.optim = "adamw_torch"
     lion = Lion(model.parameters(), lr=training.learning_rate) if optimizer == "Lion" else None
     return Trainer(

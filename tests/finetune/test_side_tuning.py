@@ -129,6 +129,53 @@ def test_a_run_goes_on_from_the_side_network_of_another(flags):
         prepare(parsed(flags, model_name_or_path="run", output_dir="third"))
 
 
+def put_on_hub(cache, name, **models):
+    """Write models into the cache of the Hub, one for each revision of `name`."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    for commit, (revision, model) in zip(("1" * 40, "2" * 40), models.items(), strict=True):
+        (folder / "refs" / revision).write_text(commit)
+        model.save_pretrained(folder / "snapshots" / commit)
+        tiny_tokenizer().save_pretrained(folder / "snapshots" / commit)
+
+
+def test_the_base_has_the_revision_that_the_side_network_was_trained_on(
+    flags, tmp_path, monkeypatch, capsys
+):
+    """That of the main branch was loaded, and refused as another version of the base."""
+    old, new = tiny_llama(**SIZES), tiny_llama(**SIZES)
+    torch.nn.init.constant_(new.model.norm.weight, 2)
+    put_on_hub(tmp_path / "hub", "org/base", v1=old, main=new)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    flags |= {"model_name_or_path": "org/base", "base": "float"}
+    first = finetune(parsed(flags, model_revision="v1"))
+
+    main(["chat", "run", "--prompt", "how are you?", "--max_new_tokens", "2"])
+    capsys.readouterr()
+    main(["evaluate", "run", "--json"])
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    assert scores["loss"] == pytest.approx(first.after["loss"], rel=1e-5)
+    second = finetune(parsed(flags, model_name_or_path="run", output_dir="second"))
+    third = prepare(parsed(flags, model_name_or_path="second", output_dir="third"))
+    assert second.before == first.after
+    assert torch.equal(third.trainer.model.model.norm.weight, old.model.norm.weight)
+    with pytest.raises(ValueError, match="another version of org/base"):
+        prepare(parsed(flags, model_name_or_path="run", output_dir="third", model_revision="main"))
+
+
+@pytest.mark.parametrize("folder", ["model", "run"])
+def test_a_dry_run_misses_weights_of_the_base_and_of_the_side_network(folder, flags):
+    """It read those of the side network alone."""
+    finetune(parsed(flags, base="float"))
+    again = {"model_name_or_path": "run", "base": "float", "output_dir": "second"}
+    check(parsed(flags, **again))
+    (weights,) = Path(folder).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-8])
+    for command in (check, prepare):
+        with pytest.raises(ValueError, match=f"{weights}.*is damaged"):
+            command(parsed(flags, **again))
+
+
 def test_a_classifier_keeps_its_classes_in_the_folder_of_its_side_network(flags, capsys):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
     tiny_bert(vocab_size=320, **sizes).base_model.save_pretrained("encoder")

@@ -17,6 +17,7 @@ from ..language_model import freeze_non_text_parts
 from ..missing_model import explain_loading_errors
 from ..optimizers import given_options, named_optimizer
 from ..prepared_model import refuse_before_loading
+from ..side_network import whole_description
 from .data import DataCounts
 from .data_preview import LEARNED, example_text
 from .forecast import disk_bytes, n_steps, workload_of
@@ -93,12 +94,14 @@ class Check:
 
 def check(arguments: RunArguments) -> Check:
     """Read what a run would read; load, write and train nothing. Raises what `prepare` raises."""
-    checkpoint, config, data = read(arguments)
-    training, task = arguments.training, data.task
+    checkpoint, start, data = read(arguments)
+    training, task, config = arguments.training, data.task, start.config
     check_fit(config, arguments.model, task)
-    place = arguments.model.model_name_or_path
+    place = start.model.model_name_or_path
     if Path(place).is_dir():
         require_weights(Path(place))
+    if start.side is not None:
+        whole_description(start.side.folder)  # refuses damage
     task.configure(config)
     how = {
         "dtype": getattr(torch, arguments.model.dtype),
@@ -111,7 +114,7 @@ def check(arguments: RunArguments) -> Check:
     freeze_non_text_parts(model, config)
     is_whole, work = arguments.method.side is None, workload_of(arguments)
     if not is_whole:
-        work["base"] = base_form(arguments.method, config, place)
+        work["base"] = base_form(arguments.method, start)
         attach_side_network(model, work["side"])
     if is_whole or named_optimizer(training) is not None:
         refuse_before_loading(model, training)

@@ -15,7 +15,7 @@ from .data import TASKS, DataCounts, TaskData, prepare_data
 from .loading import load_model, load_tokenizer
 from .parsing import RunArguments
 from .run_trainer import average_batch_mean_losses_
-from .side_tuning import base_config, load_side_model, side_checkpoint
+from .side_tuning import load_side_model, start_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,19 +43,17 @@ def evaluate_checkpoint(arguments: RunArguments) -> Evaluation:
             the data do not fit the model.
     """
     training, model_arguments = arguments.training, _model_of(arguments)
-    config = base_config(model_arguments)
-    TASKS[arguments.data.task].model_class(config)  # refuses others before the data are read
+    start = start_of(model_arguments)
+    TASKS[arguments.data.task].model_class(start.config)  # refuses others before the data are read
     tokenizer = load_tokenizer(model_arguments)
-    data = prepare_data(_data_of(arguments), tokenizer, config, seed=training.seed)
+    data = prepare_data(_data_of(arguments), tokenizer, start.config, seed=training.seed)
     if data.evaluation is None:
         raise ValueError("nothing is held out to evaluate on. Set eval_data or eval_fraction.")
     _refuse_learned_rows(arguments, data)
-    if side_checkpoint(arguments.model.model_name_or_path) is None:
-        model = load_model(model_arguments, None, config, data.task)
-    else:
-        # The folder holds the settings of the base and of the side network.
-        method = MethodArguments(method="qst")
-        model = load_side_model(model_arguments, method, config, data.task)
+    if start.side is None:
+        model = load_model(start.model, None, start.config, data.task)
+    else:  # its folder holds the settings of the base and of the side network
+        model = load_side_model(start, MethodArguments(method="qst"), data.task)
     found = scores(model, data, training)
     return Evaluation(arguments.model.model_name_or_path, found, data.evaluation.counts)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch.optim import SGD
-from transformers import PreTrainedConfig, TrainingArguments, get_scheduler, set_seed
+from transformers import TrainingArguments, get_scheduler, set_seed
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.logging import disable_progress_bar
@@ -34,7 +34,7 @@ from .output_folder import (
 from .packing import refuse_leaky_packing
 from .parsing import RunArguments
 from .run_trainer import RunTrainer
-from .side_tuning import base_config, base_form, load_side_model, side_checkpoint
+from .side_tuning import Start, base_form, load_side_model, start_of
 from .step_clock import StepClock
 
 logger = logging.getLogger(__name__)
@@ -69,13 +69,14 @@ def prepare(arguments: RunArguments) -> Run:
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if training.use_liger_kernel and training.device.type == "cpu" and not is_interpreted:
         raise ValueError("use_liger_kernel needs a GPU, and there is none. Leave it out.")
-    checkpoint, config, data = read(arguments)
-    is_whole = arguments.method.side is None
-    load: Any = load_model if is_whole else load_side_model
-    how = training.quantization_config if is_whole else arguments.method
-    model = load(arguments.model, how, config, data.task)
-    if arguments.data.packing and is_whole:
-        refuse_leaky_packing(model)
+    checkpoint, start, data = read(arguments)
+    if arguments.method.side is not None:
+        model = load_side_model(start, arguments.method, data.task)
+    else:
+        form = training.quantization_config
+        model = load_model(start.model, form, start.config, data.task)
+        if arguments.data.packing:
+            refuse_leaky_packing(model)
     training.include_num_input_tokens_seen = "non_padding"  # for the log and the summary
     if training.device.type == "cpu":
         # Pinned memory speeds up copies to a GPU, and causes a warning without one.
@@ -91,7 +92,7 @@ def prepare(arguments: RunArguments) -> Run:
     return Run(arguments, checkpoint, data, trainer, clock, started)
 
 
-def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskData]:
+def read(arguments: RunArguments) -> tuple[Path | None, Start, TaskData]:
     """Check the output folder, and read everything except the model's weights. Writes nothing.
 
     If `logging_steps` is not given, it is set to log `LOGS` times in a run. Raises what `prepare`
@@ -99,7 +100,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
 
     Returns:
         checkpoint: Checkpoint to resume from; None for a fresh start.
-        config: Configuration of the model.
+        start: What the run starts from.
         data: Data, ready for the Trainer.
     """
     training = arguments.training
@@ -113,22 +114,22 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
     _check_reporters(training)
     _check_schedule(training)
     set_seed(training.seed)
-    config = base_config(arguments.model)
+    start = start_of(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     if arguments.method.side is not None:
-        if base_form(arguments.method, config, arguments.model.model_name_or_path) == "nf4":
+        if base_form(arguments.method, start) == "nf4":
             require_bitsandbytes()
-    elif side_checkpoint(arguments.model.model_name_or_path) is not None:
+    elif start.side is not None:
         raise ValueError(
             f"{arguments.model.model_name_or_path} holds a side network, but method 'full' trains "
             "every parameter of a model. Set method to qst, or name the base."
         )
     else:
-        refuse_other_method(config)
+        refuse_other_method(start.config)
     # Refuses other models before reading the data takes minutes.
-    TASKS[arguments.data.task].model_class(config)
+    TASKS[arguments.data.task].model_class(start.config)
     with training.main_process_first(desc="reading the data"):
-        data = prepare_data(arguments.data, tokenizer, config, seed=training.seed)
+        data = prepare_data(arguments.data, tokenizer, start.config, seed=training.seed)
     for source, n_rows in data.shared.items():
         logger.warning(
             "%s of %s are both in train_data and in eval_data, so the scores will measure what is "
@@ -145,7 +146,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, PreTrainedConfig, TaskDa
     if "logging_steps" not in arguments.given:
         steps, _ = n_steps(training, len(data.train.dataset))
         training.logging_steps = ceil(steps / LOGS)
-    return checkpoint, config, data
+    return checkpoint, start, data
 
 
 def _check_output(arguments: RunArguments) -> Path | None:

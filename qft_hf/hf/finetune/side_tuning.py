@@ -1,4 +1,4 @@
-"""Side tuning in a run: the settings that it adds and refuses, and the model that it trains."""
+"""Side tuning in a run: the settings that it adds and refuses, and the models that it loads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -69,6 +69,7 @@ class SideCheckpoint:
 
     folder: Path
     base: str  # folder or name on the Hub of the base
+    revision: str | None  # of a base on the Hub
     quantization: str | None  # that the base was stored in, as `quantization_name` returns it
     config: QSTConfig  # of the side network
     architecture: str  # class of the base
@@ -100,13 +101,17 @@ def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
     if not is_side_network(folder):
         return None
     said = side_description(folder)
-    base, name = said["base"], said["base"]["name"]
+    base, name, revision = said["base"], said["base"]["name"], None
     for home in (folder.resolve().parent, folder):  # of a checkpoint in a run, or of a run
-        name = recorded_settings(home).get("model_name_or_path", name)
-    earlier = side_checkpoint(name)  # if the run started from a side network
+        run = recorded_settings(home)
+        if "model_name_or_path" in run:
+            name, revision = run["model_name_or_path"], run.get("model_revision")
+    if (earlier := side_checkpoint(name)) is not None:  # the run started from a side network
+        name, revision = earlier.base, revision or earlier.revision
     return SideCheckpoint(
         folder,
-        name if earlier is None else earlier.base,
+        name,
+        revision,
         base["quantization"],
         said["config"],
         base["architecture"],
@@ -114,89 +119,93 @@ def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
     )
 
 
-def base_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """Return the configuration of the model, or of the base of a side network.
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a run starts from, and what the other commands load: a model, or a side network.
 
-    The classes of a trained head are those of the side network's folder.
+    Attributes:
+        model: The model; the base of a side network, under the name where it is.
+        config: Configuration of the same. The classes of a head that was trained with a side
+            network are those of its folder.
+        side: The side network; None for a model.
+    """
+
+    model: ModelArguments
+    config: PreTrainedConfig
+    side: SideCheckpoint | None
+
+
+def start_of(arguments: ModelArguments) -> Start:
+    """Find what the arguments name, and load its configuration.
 
     Raises:
         FileNotFoundError: The model, or the base of a side network, is not found.
     """
-    checkpoint = side_checkpoint(arguments.model_name_or_path)
-    if checkpoint is None:
-        return load_config(arguments)
+    side = side_checkpoint(arguments.model_name_or_path)
+    if side is None:
+        return Start(arguments, load_config(arguments), None)
+    model = replace(
+        arguments,
+        model_name_or_path=side.base,
+        model_revision=arguments.model_revision or side.revision,
+    )
     try:
-        config = load_config(replace(arguments, model_name_or_path=checkpoint.base))
+        config = load_config(model)
     except OSError as error:
         raise FileNotFoundError(
-            f"{checkpoint.folder} holds a side network of {checkpoint.base or 'an unnamed model'}, "
-            f"which is neither here (looked from {Path.cwd()}) nor on the hub. Work in the folder "
-            "where the run was started, or set model_name_or_path to the base in "
-            f"{checkpoint.folder / RUN_CONFIG}."
+            f"{side.folder} holds a side network of {side.base or 'an unnamed model'}, which is "
+            f"neither here (looked from {Path.cwd()}) nor on the hub. Work in the folder where the "
+            f"run was started, or set model_name_or_path to the base in {side.folder / RUN_CONFIG}."
         ) from error
-    config.architectures = [checkpoint.architecture]
-    if checkpoint.labels is not None:
-        config.id2label = checkpoint.labels
-        config.label2id = {name: index for index, name in checkpoint.labels.items()}
-    return config
+    config.architectures = [side.architecture]
+    if side.labels is not None:
+        config.id2label = side.labels
+        config.label2id = {name: index for index, name in side.labels.items()}
+    return Start(model, config, side)
 
 
-def base_form(method: MethodArguments, config: PreTrainedConfig, model: str) -> str:
+def base_form(method: MethodArguments, start: Start) -> str:
     """Return how the base of a side network is to be stored.
 
     A quantized base stays as it is. A float base is stored as `method` says, otherwise as the side
     network's folder says, otherwise in NF4.
 
-    Args:
-        method: Method of the run.
-        config: Configuration of the base.
-        model: Folder or name on the Hub of the base, or folder of a side network.
-
     Raises:
         ValueError: The base is quantized already, in another format than was asked for.
     """
-    checkpoint = side_checkpoint(model)
-    form = form_of_base(config, method.base, model=model)
-    return form or (checkpoint.form if checkpoint else DEFAULT_BASE)
+    form = form_of_base(start.config, method.base, model=start.model.model_name_or_path)
+    return form or (start.side.form if start.side else DEFAULT_BASE)
 
 
-def load_checkpoint(arguments: ModelArguments, config: PreTrainedConfig, model_class: Any) -> Any:
-    """Load a model from a folder or the Hub; a side network is loaded together with its base.
+def load_checkpoint(start: Start, model_class: Any) -> Any:
+    """Load a model as it is stored, or a side network together with its base.
 
     Args:
-        arguments: Which model, and whether code that comes with it may run.
-        config: As `base_config` returns it.
+        start: As `start_of` returns it.
         model_class: A class of transformers, such as `AutoModelForCausalLM`.
 
     Raises:
         ImportError: The base is to be stored in NF4, and bitsandbytes is not installed.
         ValueError: The model cannot be loaded, or the side network was trained on another base.
     """
-    place, trust = arguments.model_name_or_path, {"trust_remote_code": arguments.trust_remote_code}
-    checkpoint = side_checkpoint(place)
-    if checkpoint is None:
-        with explain_loading_errors(place):
-            return model_class.from_pretrained(place, **trust)
-    quantization = None
-    if stored_format(config) == "float":
-        skeleton = without_storage(model_class, config, **trust)
-        quantization = base_format(checkpoint.form, skeleton)
-    with explain_loading_errors(checkpoint.base):
+    place = start.model.model_name_or_path
+    how: dict[str, Any] = {"trust_remote_code": start.model.trust_remote_code}
+    if start.side is not None and stored_format(start.config) == "float":
+        skeleton = without_storage(model_class, start.config, **how)
+        how["quantization_config"] = base_format(start.side.form, skeleton)
+    with explain_loading_errors(place):
         model = model_class.from_pretrained(
-            checkpoint.base, config=config, quantization_config=quantization, **trust
+            place, revision=start.model.model_revision, config=start.config, **how
         )
-    return load_side_network(model, checkpoint.folder)
+    return model if start.side is None else load_side_network(model, start.side.folder)
 
 
-def load_side_model(
-    arguments: ModelArguments, method: MethodArguments, config: PreTrainedConfig, task: Task
-) -> PreTrainedModel:
-    """Load a base, and attach a side network: a new one, or the one in the folder that is named.
+def load_side_model(start: Start, method: MethodArguments, task: Task) -> PreTrainedModel:
+    """Load a base, and attach a side network: a new one, or the one that the run starts from.
 
     Args:
-        arguments: Which model: a base, or a folder with a side network.
+        start: What the run starts from; the task's head is written into its configuration.
         method: The side network, and how the base is stored.
-        config: As `base_config` returns it; the task's head is written into it.
         task: Determines the class of the model and its head.
 
     Raises:
@@ -204,14 +213,13 @@ def load_side_model(
         ValueError: As `load_model`, `attach_side_network` and `load_side_network`; or the side
             network in the folder has another configuration than was asked for.
     """
-    place = arguments.model_name_or_path
-    checkpoint = side_checkpoint(place)
-    if checkpoint is not None and method.asks_for_another(checkpoint.config):
+    arguments, config, side = start.model, start.config, start.side
+    if side is not None and method.asks_for_another(side.config):
         raise ValueError(
-            f"{method.side} was asked for, but {place} holds {checkpoint.config}. Leave side_r, "
+            f"{method.side} was asked for, but {side.folder} holds {side.config}. Leave side_r, "
             "side_downsample and side_rank out, or name the base to start a new side network."
         )
-    form = base_form(method, config, place)
+    form = base_form(method, start)
     task.configure(config)
     make, dtype = task.model_class(config), getattr(torch, arguments.dtype)
     how = {"dtype": dtype, "trust_remote_code": arguments.trust_remote_code}
@@ -224,11 +232,8 @@ def load_side_model(
             f"whether packed examples see each other in a {type(skeleton).__name__} cannot be "
             "checked with a frozen base. Set packing to false."
         )
-    if checkpoint is not None:
-        arguments = replace(arguments, model_name_or_path=checkpoint.base)
-    stored = stored_format(config) != "float"
-    quantization = None if stored else base_format(form, skeleton)
+    quantization = base_format(form, skeleton) if stored_format(config) == "float" else None
     model = load_model(arguments, quantization, config, task, frozen=True)
-    if checkpoint is not None:
-        return load_side_network(model, checkpoint.folder)
+    if side is not None:
+        return load_side_network(model, side.folder)
     return attach_side_network(model, method.side)
