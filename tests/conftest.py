@@ -1,6 +1,7 @@
 """Settings that all tests share, made before torch or transformers is imported."""
 
 import gc
+import json
 import os
 
 import pytest
@@ -19,6 +20,39 @@ def _no_search_for_garbage_in_what_stays():
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def refused(capsys):
+    """Return a function that runs a command of `qft-hf` which must refuse, and returns its text.
+
+    `status` of the process: 2 if argparse refuses the command line.
+    """
+    from qft_hf_cli import main
+
+    def run(*words, status=1):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([*map(str, words)])
+        assert stopped.value.code == status
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        return said
+
+    return run
+
+
+@pytest.fixture
+def result_of(capsys):
+    """Return a function that runs a command of `qft-hf` with `--json`, and returns the result."""
+    from qft_hf_cli import main
+
+    def run(*words):
+        capsys.readouterr()
+        main([*map(str, words), "--json"])
+        return json.loads(capsys.readouterr().out)  # which has nothing else
+
+    return run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -84,7 +84,7 @@ def test_the_license_is_that_of_the_base(chat_flags):
     assert ModelCard.load(chat_flags["output_dir"] / "README.md").data.license == "gemma"
 
 
-def test_a_page_of_somebody_s_own_stays(chat_flags, capsys):
+def test_a_page_of_somebody_s_own_stays(chat_flags, refused):
     """Its own page, or the card with an introduction of the user's."""
     finetune(parsed(chat_flags))
     page = Path(chat_flags["output_dir"]) / "README.md"
@@ -93,16 +93,12 @@ def test_a_page_of_somebody_s_own_stays(chat_flags, capsys):
         page.read_text().replace("## Results", "It speaks Welsh.\n\n## Results"),
     ):
         page.write_text(own)
-        with pytest.raises(SystemExit):
-            main(["card", str(page.parent)])
-        assert "so it stays as it is. Move it away" in capsys.readouterr().err
+        assert "so it stays as it is. Move it away" in refused("card", page.parent)
         assert page.read_text() == own
 
 
-def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["card", str(tmp_path)])
-    assert "holds no finished run: it has no summary.json" in capsys.readouterr().err
+def test_a_folder_without_a_run_says_what_to_give(tmp_path, refused):
+    assert "holds no finished run: it has no summary.json" in refused("card", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -137,12 +133,10 @@ def test_a_doubted_license_is_written_and_said(chat_flags, capsys):
         ("config.json", "{", "cannot be loaded: It looks like the config file"),
     ],
 )
-def test_damaged_files_of_a_run_are_named(name, text, said, chat_flags, capsys):
+def test_damaged_files_of_a_run_are_named(name, text, said, chat_flags, refused):
     finetune(parsed(chat_flags))
     run = Path(chat_flags["output_dir"])
     before = (run / "README.md").read_bytes()
     (run / name).write_text(text)
-    with pytest.raises(SystemExit):
-        main(["card", str(run)])
-    assert said in capsys.readouterr().err
+    assert said in refused("card", run)
     assert (run / "README.md").read_bytes() == before

@@ -55,17 +55,12 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_from_plan_to_a_model_without_qft_hf(home, capsys):
-    def command(*words):
-        capsys.readouterr()
-        main([*words, "--json"])
-        return json.loads(capsys.readouterr().out)  # stdout has nothing else
-
-    (plan,) = command("plan", "my.yaml", "--gpu", "24")
+def test_from_plan_to_a_model_without_qft_hf(home, capsys, result_of):
+    (plan,) = result_of("plan", "my.yaml", "--gpu", "24")
     assert plan["cards"][0]["fits"] is True
 
     before = sorted(path.name for path in home.iterdir())
-    found = command("check", "my.yaml")
+    found = result_of("check", "my.yaml")
     assert sorted(path.name for path in home.iterdir()) == before  # it writes nothing
     assert found["paths"]["train_data"] == str(home / "train.jsonl")
     assert found["output_dir"] == str(home / "runs" / "first")
@@ -77,14 +72,14 @@ def test_from_plan_to_a_model_without_qft_hf(home, capsys):
     assert found["example"].endswith("\u27e6fine, <|im_end|>\u27e7\n")
     assert found["total_bytes"] == plan["ways"][0]["total_bytes"]
 
-    summary = command("finetune", "my.yaml")
+    summary = result_of("finetune", "my.yaml")
     assert summary["steps"] == 6
     assert summary["after"]["loss"] < summary["before"]["loss"]
     assert summary["train_data"] == found["train_data"]
 
-    scores = command("evaluate", "runs/first")["scores"]
+    scores = result_of("evaluate", "runs/first")["scores"]
     assert scores == summary["after"]
-    assert command("evaluate", "my.yaml")["scores"]["loss"] == pytest.approx(
+    assert result_of("evaluate", "my.yaml")["scores"]["loss"] == pytest.approx(
         summary["before"]["loss"], rel=0.01
     )  # scores of the float model, which was not rounded
 
@@ -95,7 +90,7 @@ def test_from_plan_to_a_model_without_qft_hf(home, capsys):
 
     main(["export", "runs/first", "plain", "--dtype", "float32"])
     flags = ["--eval_data=eval.jsonl", "--max_length=48", "--use_cpu", "--disable_tqdm=true"]
-    plain = command("evaluate", "plain", *flags)["scores"]
+    plain = result_of("evaluate", "plain", *flags)["scores"]
     assert plain["loss"] == pytest.approx(scores["loss"], rel=1e-5)
 
     program = (
@@ -116,7 +111,7 @@ def test_from_plan_to_a_model_without_qft_hf(home, capsys):
     assert 0 < len(tokenizer(printed).input_ids) <= 12
 
 
-def test_five_ways_to_write_the_same_chats_are_checked_to_the_same(home, capsys):
+def test_five_ways_to_write_the_same_chats_are_checked_to_the_same(home, result_of):
     asked = [(f"how are you, {n}?", f"fine, {n}") for n in range(4)]
     dialogues = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in asked]
     files = {
@@ -130,9 +125,7 @@ def test_five_ways_to_write_the_same_chats_are_checked_to_the_same(home, capsys)
     for name, rows in files.items():
         text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
         Path(name).write_text(text)
-        capsys.readouterr()
-        main(["check", "my.yaml", "--train_data", name, "--json"])
-        result = json.loads(capsys.readouterr().out)
+        result = result_of("check", "my.yaml", "--train_data", name)
         found.append((result["example"], result["train_data"], result["total_bytes"]))
     assert found[0][0].endswith("\u27e6fine, 0<|im_end|>\u27e7\n")
     assert found[0][1]["examples"] == 4
@@ -153,16 +146,15 @@ def test_five_ways_to_write_the_same_chats_are_checked_to_the_same(home, capsys)
         ("regression", "r.tsv", "text\tlabel\nhi\t0.5\nwhy\t2\n", "hi\n\u27e60.5\u27e7"),
     ],
 )
-def test_other_tasks_are_checked_from_files(task, name, text, example, home, capsys):
+def test_other_tasks_are_checked_from_files(task, name, text, example, home, result_of):
     Path(name).write_text(text)
     flags = [f"--task={task}", "--train_data", name, "--eval_data", name]
-    main(["check", "my.yaml", *flags, "--json"])
-    result = json.loads(capsys.readouterr().out)
+    result = result_of("check", "my.yaml", *flags)
     assert result["example"].strip() == example
     assert result["train_data"]["examples"] == 2
 
 
-def test_what_a_run_refuses_check_refuses(home, capsys):
+def test_what_a_run_refuses_check_refuses(home, refused):
     for flags, text in {
         ("--max_length=65",): "the model has 64 positions",
         ("--output_dir=base",): "output_dir is the folder of model_name_or_path itself",
@@ -174,12 +166,10 @@ def test_what_a_run_refuses_check_refuses(home, capsys):
         ("--tokenizer_name_or_path=no/such-model",): "No model 'no/such-model': neither a folder",
         ("--model_name_or_path=data/absent",): "read the folder data, which `python scripts/fetch",
     }.items():
-        with pytest.raises(SystemExit):
-            main(["check", "my.yaml", *flags])
-        assert text in capsys.readouterr().err
+        assert text in refused("check", "my.yaml", *flags)
 
 
-def test_check_refuses_a_loss_that_the_model_has_not_before_it_is_loaded(home, capsys):
+def test_check_refuses_a_loss_that_the_model_has_not_before_it_is_loaded(home, capsys, refused):
     """Only a Trainer or its first step once refused it, after everything was loaded and scored."""
     main(["check", "my.yaml", "--chunked_loss"])
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
@@ -188,23 +178,19 @@ def test_check_refuses_a_loss_that_the_model_has_not_before_it_is_loaded(home, c
     main(["check", "my.yaml"])
     capsys.readouterr()
     for flags in (["--chunked_loss"], ["--use_liger_kernel"]):
-        with pytest.raises(SystemExit):
-            main(["check", "my.yaml", *flags])
-        said = capsys.readouterr().err
+        said = refused("check", "my.yaml", *flags)
         assert "Gemma2ForCausalLM scales or caps its own" in said
         assert ("leaves out both" in said) is (flags == ["--use_liger_kernel"])
 
 
-def test_check_refuses_a_model_of_another_quantization_before_it_is_loaded(home, capsys):
+def test_check_refuses_a_model_of_another_quantization_before_it_is_loaded(home, refused):
     """Only the Trainer once refused it, after the data were read and the model was loaded."""
     gptq = {"quant_method": "gptq", "bits": 4}
     edit_config(home / "base", lambda config: config.update(quantization_config=gptq))
-    with pytest.raises(SystemExit):
-        main(["check", "my.yaml"])
-    assert "quantized with gptq. QFT starts from float weights" in capsys.readouterr().err
+    assert "quantized with gptq. QFT starts from float weights" in refused("check", "my.yaml")
 
 
-def test_check_asks_whether_packed_examples_stay_apart(home, capsys):
+def test_check_asks_whether_packed_examples_stay_apart(home, capsys, refused):
     main(["check", "my.yaml", "--packing"])
     assert "in blocks; no example sees another" in capsys.readouterr().out
 
@@ -213,42 +199,36 @@ def test_check_asks_whether_packed_examples_stay_apart(home, capsys):
     ).save_pretrained("base")
     main(["check", "my.yaml"])
     assert "none: examples are padded" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(["check", "my.yaml", "--packing"])
-    assert "packing would let examples see each other: Bloom" in capsys.readouterr().err
+    assert "packing would let examples see each other: Bloom" in refused(
+        "check", "my.yaml", "--packing"
+    )
 
 
-def test_a_model_that_is_not_there_is_refused_by_name(home, capsys):
+def test_a_model_that_is_not_there_is_refused_by_name(home, refused):
     QFTTrainer(model=AutoModelForCausalLM.from_pretrained("base")).save_model("int8")
     for words in (
         ["chat", "no/such-model", "--prompt", "hi"],
         ["inspect", "int8", "--original", "no/such-model"],
         ["plan", "no/such-model"],
     ):
-        with pytest.raises(SystemExit):
-            main(words)
-        assert "No model 'no/such-model': neither a folder" in capsys.readouterr().err
+        assert "No model 'no/such-model': neither a folder" in refused(*words)
     Path("base/tokenizer.json").unlink()
-    with pytest.raises(SystemExit):
-        main(["check", "my.yaml"])
-    assert "base cannot be loaded" in capsys.readouterr().err
+    assert "base cannot be loaded" in refused("check", "my.yaml")
 
 
-def test_a_model_without_a_template_is_refused_for_chat(home, capsys):
+def test_a_model_without_a_template_is_refused_for_chat(home, refused):
     tiny_tokenizer(chat_template=None).save_pretrained("base")
     (home / "base" / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(SystemExit):
-        main(["chat", "base", "--prompt", "hi"])
-    assert "has no chat template" in capsys.readouterr().err
+    assert "has no chat template" in refused("chat", "base", "--prompt", "hi")
 
 
-def test_a_classifier_is_refused_for_chat(home, capsys):
+def test_a_classifier_is_refused_for_chat(home, refused):
     """The classifier's body would be loaded under an untrained head and would answer."""
     LlamaForSequenceClassification.from_pretrained("base").save_pretrained("labels")
     tiny_tokenizer().save_pretrained("labels")
-    with pytest.raises(SystemExit):
-        main(["chat", "labels", "--prompt", "hi"])
-    assert "labels is a LlamaForSequenceClassification: it labels texts" in capsys.readouterr().err
+    assert "labels is a LlamaForSequenceClassification: it labels texts" in refused(
+        "chat", "labels", "--prompt", "hi"
+    )
 
 
 COMMANDS = [
@@ -262,16 +242,14 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_an_encoder_is_refused_before_the_data_are_read(command, home, capsys):
+def test_an_encoder_is_refused_before_the_data_are_read(command, home, refused):
     """RoBERTa was tuned on answers that it saw, and its loss fell to nearly zero."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = RobertaConfig(vocab_size=320, intermediate_size=40, pad_token_id=1, **sizes)
     RobertaForMaskedLM(config).save_pretrained("base")
     for name in ("train", "eval"):
         Path(f"{name}.jsonl").write_text("no JSON\n")
-    with pytest.raises(SystemExit):
-        main(command)
-    assert "the model of RobertaConfig is an encoder: each token" in capsys.readouterr().err
+    assert "the model of RobertaConfig is an encoder: each token" in refused(*command)
     assert not Path("runs").exists()
 
 
@@ -285,26 +263,22 @@ def test_an_encoder_classifies(home, capsys):
 
 
 @pytest.mark.parametrize("command", ["check", "finetune"])
-def test_a_model_that_needs_images_is_refused_before_the_data_are_read(command, home, capsys):
+def test_a_model_that_needs_images_is_refused_before_the_data_are_read(command, home, refused):
     """It was loaded, and its first step ended in a TypeError."""
     BlipConfig().save_pretrained("base")
     Path("train.jsonl").write_text("no JSON\n")
-    with pytest.raises(SystemExit):
-        main([command, "my.yaml"])
-    assert "BlipForConditionalGeneration needs an image with each" in capsys.readouterr().err
+    assert "BlipForConditionalGeneration needs an image with each" in refused(command, "my.yaml")
     assert not Path("runs").exists()
 
 
-def test_a_configuration_that_cannot_be_built_is_named(home, capsys):
+def test_a_configuration_that_cannot_be_built_is_named(home, refused):
     """It was a traceback of transformers."""
     DbrxConfig().save_pretrained("base")
-    with pytest.raises(SystemExit):
-        main(["plan", "base"])
-    said = capsys.readouterr().err
+    said = refused("plan", "base")
     assert "transformers cannot build the model of DbrxConfig: AttributeError" in said
 
 
-def test_layers_of_many_sizes_are_checked_and_planned(home, capsys):
+def test_layers_of_many_sizes_are_checked_and_planned(home, result_of):
     """Gemma 4 was refused by both, although it trains."""
     config = Gemma4TextConfig(
         vocab_size=320, vocab_size_per_layer_input=320, hidden_size=32, intermediate_size=64,
@@ -313,9 +287,7 @@ def test_layers_of_many_sizes_are_checked_and_planned(home, capsys):
         layer_types=["sliding_attention", "full_attention"], max_position_embeddings=64,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained("base")
-    main(["check", "my.yaml", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    main(["plan", "my.yaml", "--json"])
-    (planned,) = json.loads(capsys.readouterr().out)
+    found = result_of("check", "my.yaml")
+    (planned,) = result_of("plan", "my.yaml")
     assert found["total_bytes"] == planned["ways"][0]["total_bytes"]
     assert {card["longest_sequence"] for card in planned["cards"]} == {64}

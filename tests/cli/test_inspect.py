@@ -1,6 +1,5 @@
 """`qft-hf inspect` and `qft-hf export` on checkpoints whose figures are known."""
 
-import json
 import re
 
 import pytest
@@ -23,13 +22,16 @@ def folders(tmp_path):
     return tmp_path
 
 
-def inspected(*words, capsys):
-    main(["inspect", *map(str, words), "--json"])
-    return {weight["name"]: weight for weight in json.loads(capsys.readouterr().out)}
+@pytest.fixture
+def inspected(result_of):
+    def run(*words):
+        return {weight["name"]: weight for weight in result_of("inspect", *words)}
+
+    return run
 
 
-def test_figures_are_those_of_the_stored_tensors(folders, capsys):
-    weights = inspected(folders / "int8", capsys=capsys)
+def test_figures_are_those_of_the_stored_tensors(folders, inspected):
+    weights = inspected(folders / "int8")
 
     model = AutoModelForCausalLM.from_pretrained(folders / "int8")
     stored = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
@@ -48,8 +50,8 @@ def test_figures_are_those_of_the_stored_tensors(folders, capsys):
     assert found["error"] is None
 
 
-def test_the_error_against_the_original_is_rounding_and_no_more(folders, capsys):
-    weights = inspected(folders / "int8", "--original", folders / "float", capsys=capsys)
+def test_the_error_against_the_original_is_rounding_and_no_more(folders, inspected):
+    weights = inspected(folders / "int8", "--original", folders / "float")
 
     plain = dict(tiny_llama().named_parameters())
     model = AutoModelForCausalLM.from_pretrained(folders / "int8")
@@ -82,7 +84,7 @@ def test_the_error_against_the_original_is_rounding_and_no_more(folders, capsys)
 )  # fmt: skip
 @pytest.mark.parametrize("group_size", [None, 16])
 def test_the_error_of_a_weight_that_is_not_stored_in_its_own_shape(
-    config, group_size, tmp_path, capsys
+    config, group_size, tmp_path, inspected
 ):
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(config)
@@ -90,7 +92,7 @@ def test_the_error_of_a_weight_that_is_not_stored_in_its_own_shape(
     model.save_pretrained(tmp_path / "float")
     quantize_model_(model, QFTConfig(group_size=group_size)).save_pretrained(tmp_path / "int8")
 
-    weights = inspected(tmp_path / "int8", "--original", tmp_path / "float", capsys=capsys)
+    weights = inspected(tmp_path / "int8", "--original", tmp_path / "float")
 
     stored = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
     assert not all(weight.arrangement.is_plain for weight in stored.values())
@@ -101,29 +103,30 @@ def test_the_error_of_a_weight_that_is_not_stored_in_its_own_shape(
         assert weights[name]["largest_error"] <= 0.5 + 128 * 2**-23
 
 
-def test_an_original_of_another_shape_is_refused(folders, capsys):
+def test_an_original_of_another_shape_is_refused(folders, refused):
     tiny_llama(intermediate_size=76).save_pretrained(folders / "other")
-    with pytest.raises(SystemExit):
-        main(["inspect", str(folders / "int8"), "--original", str(folders / "other")])
-    assert "Give the model that the checkpoint was made from" in capsys.readouterr().err
+    assert "Give the model that the checkpoint was made from" in refused(
+        "inspect", folders / "int8", "--original", folders / "other"
+    )
 
 
 @pytest.mark.parametrize("as_int8", [False, True])
-def test_an_original_of_another_family_is_refused_before_it_is_loaded(as_int8, folders, capsys):
+def test_an_original_of_another_family_is_refused_before_it_is_loaded(as_int8, folders, refused):
     """An INT8 original was once reported as damaged, tensor by tensor."""
     other = tiny_bert()
     if as_int8:
         quantize_model_(other, QFTConfig())
     other.save_pretrained(folders / "other")
-    with pytest.raises(SystemExit):
-        main(["inspect", str(folders / "int8"), "--original", str(folders / "other")])
-    assert re.search(r"type 'bert', and .* type 'llama'\. Give the mo", capsys.readouterr().err)
+    assert re.search(
+        r"type 'bert', and .* type 'llama'\. Give the mo",
+        refused("inspect", folders / "int8", "--original", folders / "other"),
+    )
 
 
-def test_a_float_checkpoint_is_refused(folders, capsys):
-    with pytest.raises(SystemExit):
-        main(["inspect", str(folders / "float")])
-    assert "does not hold INT8 weights of qft_hf (quant_method is None" in capsys.readouterr().err
+def test_a_float_checkpoint_is_refused(folders, refused):
+    assert "does not hold INT8 weights of qft_hf (quant_method is None" in refused(
+        "inspect", folders / "float"
+    )
 
 
 @pytest.mark.parametrize("command", ["inspect", "export"])
@@ -136,7 +139,9 @@ def test_a_float_checkpoint_is_refused(folders, capsys):
         ("config.json", None, "holds a PEFT adapter .* merge_and_unload"),
     ],
 )
-def test_a_folder_that_cannot_be_loaded_is_explained(command, name, content, said, folders, capsys):
+def test_a_folder_that_cannot_be_loaded_is_explained(
+    command, name, content, said, folders, refused
+):
     """Missing weights ended in a traceback, and an adapter was said to lack a config.json."""
     source = folders / "int8"
     if name == "model.safetensors.index.json":
@@ -146,21 +151,18 @@ def test_a_folder_that_cannot_be_loaded_is_explained(command, name, content, sai
     (source / name).unlink(missing_ok=True)
     if content is not None:
         (source / name).write_bytes(content)
-    target = [str(folders / "plain")] if command == "export" else []
-    with pytest.raises(SystemExit) as stop:
-        main([command, str(source), *target])
-    assert stop.value.code == 1
-    assert re.search(said, capsys.readouterr().err)
+    target = [folders / "plain"] if command == "export" else []
+    assert re.search(said, refused(command, source, *target))
 
 
-def test_a_side_network_is_no_original(folders, capsys):
+def test_a_side_network_is_no_original(folders, refused):
     """The folder of a finished run was said to be of one that has not finished."""
     (folders / "side").mkdir()
     for name in ("side_network.json", "run.yaml"):
         (folders / "side" / name).write_text("{}")
-    with pytest.raises(SystemExit):
-        main(["inspect", str(folders / "int8"), "--original", str(folders / "side")])
-    assert "holds a side network without the model beside" in capsys.readouterr().err
+    assert "holds a side network without the model beside" in refused(
+        "inspect", folders / "int8", "--original", folders / "side"
+    )
 
 
 def test_export_has_the_values_of_the_checkpoint(folders, capsys):

@@ -135,11 +135,9 @@ def there(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
-def test_commands_run_code_that_is_trusted_and_no_other(words, there, capsys):
+def test_commands_run_code_that_is_trusted_and_no_other(words, there, capsys, refused):
     """Trust could once be given only at a terminal, and no class of that name was found."""
-    with pytest.raises(SystemExit):
-        main(words)
-    assert "pass the argument `trust_remote_code=True`" in capsys.readouterr().err
+    assert "pass the argument `trust_remote_code=True`" in refused(*words)
     main([*words, "--trust_remote_code"])
     assert capsys.readouterr().out
 
@@ -154,14 +152,13 @@ def test_a_run_exports_what_it_has_trained(there):
         assert weight.detach().equal(wanted.to(torch.bfloat16)), name
 
 
-def test_the_scores_of_the_run_are_found_again(there, capsys):
-    main(["evaluate", "run", "--json"])
-    scores = json.loads(capsys.readouterr().out)["scores"]
+def test_the_scores_of_the_run_are_found_again(there, result_of):
+    scores = result_of("evaluate", "run")["scores"]
     summary = json.loads((there / "run/summary.json").read_text())
     assert scores["loss"] == pytest.approx(summary["after"]["loss"], rel=1e-5)
 
 
-def test_the_run_goes_on_and_is_replaced(there, capsys):
+def test_the_run_goes_on_and_is_replaced(there, capsys, refused):
     """Code files in checkpoints and in the export were once not recognized as the run's."""
     capsys.readouterr()
     own = ["finetune", "run/run.yaml", "--output_dir", "again"]
@@ -169,9 +166,7 @@ def test_the_run_goes_on_and_is_replaced(there, capsys):
     main([*own, "--resume_from_checkpoint", "true", "--max_steps", "3"])
     main([*own, "--overwrite_output"])
     (there / "again/bfloat16/notes.py").write_text("mine = 1")
-    with pytest.raises(SystemExit):
-        main([*own, "--overwrite_output"])
-    assert "holds bfloat16/notes.py, which no run" in capsys.readouterr().err
+    assert "holds bfloat16/notes.py, which no run" in refused(*own, "--overwrite_output")
 
 
 def test_losses_of_micro_batches_are_averaged(there):
@@ -184,7 +179,7 @@ def test_losses_of_micro_batches_are_averaged(there):
     assert first == pytest.approx(before, rel=0.2)  # the same rows, weighted differently
 
 
-def test_the_card_loads_it_by_the_class_that_finds_its_code(there, capsys):
+def test_the_card_loads_it_by_the_class_that_finds_its_code(there):
     main(["card", "run", "--license", "mit"])
     text = (there / "run/README.md").read_text()
     loaded = re.findall(r"(\w+)\.from_pretrained\((.*)\)", text)
@@ -196,12 +191,12 @@ def test_the_card_loads_it_by_the_class_that_finds_its_code(there, capsys):
     assert "--trust_remote_code" in text
 
 
-def test_a_class_that_nobody_has_is_named(there, capsys):
+def test_a_class_that_nobody_has_is_named(there, refused):
     config = json.loads((there / "run/config.json").read_text())
     del config["auto_map"]
     config["model_type"] = "llama"
     (there / "nameless").mkdir(exist_ok=True)
     (there / "nameless/config.json").write_text(json.dumps(config))
-    with pytest.raises(SystemExit):
-        main(["export", "nameless", "plain-2"])
-    assert "the class OddForCausalLM, which transformers does not have" in capsys.readouterr().err
+    assert "the class OddForCausalLM, which transformers does not have" in refused(
+        "export", "nameless", "plain-2"
+    )

@@ -165,16 +165,14 @@ def test_a_run_that_logged_nothing_has_a_page_too(tmp_path):
     assert "all parameters" not in text  # a run may train a side network, or the text part alone
 
 
-def test_a_folder_without_a_run_says_what_to_give(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["report", str(tmp_path)])
-    assert "holds no finished run: it has no summary.json" in capsys.readouterr().err
+def test_a_folder_without_a_run_says_what_to_give(tmp_path, refused):
+    assert "holds no finished run: it has no summary.json" in refused("report", tmp_path)
 
 
 @pytest.mark.parametrize(
     "taken", ["folder of a run", "summary of a run", "page of another program", "page"]
 )
-def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, capsys):
+def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, refused):
     """A run whose folder was named as the output was once lost."""
     first, second = runs
     (second / "index.html").write_text('<!doctype html>\n<html lang="en">\n<p>my notes')
@@ -187,9 +185,7 @@ def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, capsys):
         assert "<title>first: " in (first / "page.html").read_text()
         return
     before = {path: path.read_bytes() for path in second.iterdir()}
-    with pytest.raises(SystemExit):
-        main(words)
-    assert "exists already and is not a report. Give --output" in capsys.readouterr().err
+    assert "exists already and is not a report. Give --output" in refused(*words)
     assert {path: path.read_bytes() for path in second.iterdir()} == before
 
 
@@ -205,12 +201,10 @@ def test_the_page_takes_the_place_of_an_earlier_one_alone(taken, runs, capsys):
         ("trainer_state.json", "{}", "trainer_state.json has no log_history"),
     ],
 )
-def test_a_run_that_cannot_be_read_is_named(name, text, said, runs, capsys):
+def test_a_run_that_cannot_be_read_is_named(name, text, said, runs, refused):
     """Such a run once ended the command in a traceback."""
     (runs[1] / name).write_text(text)
-    with pytest.raises(SystemExit):
-        main(["report", *map(str, runs)])
-    error = capsys.readouterr().err
+    error = refused("report", *runs)
     assert said in error
     assert "Leave this run out" in error
 
