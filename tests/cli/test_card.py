@@ -1,7 +1,5 @@
 """`qft-hf card`: facts that a run knows, and facts that only its user knows."""
 
-from pathlib import Path
-
 import pytest
 from huggingface_hub import ModelCard
 
@@ -14,9 +12,9 @@ __all__ = ["chat_flags"]  # the fixture
 
 
 def test_the_card_of_a_run_takes_what_only_its_user_knows(chat_flags, capsys, caplog):
-    base = Path(chat_flags["model_name_or_path"])
+    base = chat_flags["model_name_or_path"]
     finetune(parsed(chat_flags))
-    run = Path(chat_flags["output_dir"])
+    run = chat_flags["output_dir"]
     first = ModelCard.load(run / "README.md")
     assert first.data.license is None
     assert "the model card names no license" in caplog.text
@@ -50,7 +48,7 @@ def test_the_card_of_a_run_takes_what_only_its_user_knows(chat_flags, capsys, ca
 def test_a_resumed_run_keeps_what_its_card_was_told(method, chat_flags):
     flags = chat_flags | method | {"save_strategy": "steps", "save_steps": 2}
     finetune(parsed(flags))
-    run = Path(flags["output_dir"])
+    run = flags["output_dir"]
     assert "qft_hf" not in ModelCard.load(run / "README.md").data.tags
     main(["card", str(run), "--license=mit", "--language", "de", "--dataset", "org/chats"])
     finetune(parsed(flags, max_steps=6, resume_from_checkpoint="true"))
@@ -68,7 +66,7 @@ def test_a_card_that_was_edited_by_hand_is_read_as_far_as_it_can_be(
     front, language, chat_flags, caplog
 ):
     finetune(parsed(chat_flags))
-    page = Path(chat_flags["output_dir"]) / "README.md"
+    page = chat_flags["output_dir"] / "README.md"
     _, _, text = page.read_text().split("---\n", 2)
     page.write_text(f"---\n{front}\n---\n{text}")
     main(["card", str(page.parent), "--license=mit"])
@@ -78,7 +76,7 @@ def test_a_card_that_was_edited_by_hand_is_read_as_far_as_it_can_be(
 
 
 def test_the_license_is_that_of_the_base(chat_flags):
-    page = Path(chat_flags["model_name_or_path"]) / "README.md"
+    page = chat_flags["model_name_or_path"] / "README.md"
     page.write_text("---\nlicense: gemma\n---\n# A base\n")
     finetune(parsed(chat_flags))
     assert ModelCard.load(chat_flags["output_dir"] / "README.md").data.license == "gemma"
@@ -87,7 +85,7 @@ def test_the_license_is_that_of_the_base(chat_flags):
 def test_a_page_of_somebody_s_own_stays(chat_flags, refused):
     """Its own page, or the card with an introduction of the user's."""
     finetune(parsed(chat_flags))
-    page = Path(chat_flags["output_dir"]) / "README.md"
+    page = chat_flags["output_dir"] / "README.md"
     for own in (
         "# Mine\n",
         page.read_text().replace("## Results", "It speaks Welsh.\n\n## Results"),
@@ -118,7 +116,7 @@ def test_a_license_that_the_hub_does_not_know_is_doubted(license, said):
 
 def test_a_doubted_license_is_written_and_said(chat_flags, capsys):
     finetune(parsed(chat_flags))
-    run = Path(chat_flags["output_dir"])
+    run = chat_flags["output_dir"]
     main(["card", str(run), "--license", "llama5"])  # which may come
     assert "not known to accept the license 'llama5'" in capsys.readouterr().err
     assert ModelCard.load(run / "README.md").data.license == "llama5"
@@ -135,7 +133,7 @@ def test_a_doubted_license_is_written_and_said(chat_flags, capsys):
 )
 def test_damaged_files_of_a_run_are_named(name, text, said, chat_flags, refused):
     finetune(parsed(chat_flags))
-    run = Path(chat_flags["output_dir"])
+    run = chat_flags["output_dir"]
     before = (run / "README.md").read_bytes()
     (run / name).write_text(text)
     assert said in refused("card", run)

@@ -42,37 +42,28 @@ from qft_hf.hf.finetune.output_folder import sole_run
 from qft_hf.hf.finetune.preparation import read
 from qft_hf_cli.evaluate import flags_of
 from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, TURN, chat, tiny_tokenizer
-from tests.finetune.flags import as_flags, parsed, write_jsonl
+from tests.finetune.flags import as_flags, leave_run, parsed, write_jsonl
 from tests.hf.test_checkpoint import Refuses
 from tests.models import tiny_bert, tiny_llama
 
 ROOT = Path(__file__).parents[2]
 VOCAB_SIZE = 320  # of the tiny tokenizer
 INT8 = {"matmul": "int8"}
+SAVES = {"save_strategy": "steps", "save_steps": 2}
 
 
 @pytest.fixture
 def chat_flags(tmp_path):
     """Flags of a run of four steps on a few conversations."""
     tiny_llama(vocab_size=VOCAB_SIZE, tied=True).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    rows = [{"messages": chat("how are you?", "fine, " * n)} for n in range(8)]
-    train_data = write_jsonl(tmp_path / "train.jsonl", rows)
-    eval_data = write_jsonl(tmp_path / "eval.jsonl", [{"messages": m} for m in CHATS.values()])
-    return {
-        "model_name_or_path": tmp_path / "model",
-        "train_data": train_data,
-        "eval_data": eval_data,
-        "max_length": 48,
-        "output_dir": tmp_path / "run",
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-    }
+    flags = leave_run(tmp_path)
+    write_jsonl(flags["eval_data"], [{"messages": m} for m in CHATS.values()])
+    return flags
+
+
+def scored(*flags):
+    """Return what `qft-hf evaluate` finds."""
+    return evaluate_checkpoint(parse_arguments(flags_of([*map(str, flags)])))
 
 
 class StopAt(TrainerCallback):
@@ -96,7 +87,7 @@ def contents(folder):
 def test_a_run_leaves_checkpoint_curve_and_summary(chat_flags, capsys):
     summary = finetune(parsed(chat_flags, export_dtype="bfloat16"))
 
-    run = Path(chat_flags["output_dir"])
+    run = chat_flags["output_dir"]
     assert (run / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     card = (run / "README.md").read_text()
     assert "tuned from a local model on the local file `train.jsonl`" in card
@@ -282,7 +273,7 @@ def test_run_with_other_labels(task, labels, scores, chat_flags, tmp_path):
 
 
 def test_resuming_ends_like_the_straight_run(chat_flags, tmp_path):
-    values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    values = chat_flags | SAVES
     straight = finetune(parsed(values, output_dir=tmp_path / "straight"))
 
     first = prepare(parsed(values, output_dir=tmp_path / "stopped"))
@@ -302,9 +293,9 @@ def test_resuming_ends_like_the_straight_run(chat_flags, tmp_path):
 
 def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
     """The resumed run once took one more step and overwrote the summary with one of 0 tokens."""
-    values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    values = chat_flags | SAVES
     finetune(parsed(values))
-    run = Path(chat_flags["output_dir"])
+    run = chat_flags["output_dir"]
     before = contents(run)
 
     again = finetune(parsed(values, resume_from_checkpoint="true"))
@@ -334,9 +325,9 @@ def test_a_finished_run_that_is_resumed_keeps_its_report(chat_flags, caplog):
 )
 def test_a_resume_that_is_refused_changes_nothing(changes, message, chat_flags):
     """`run.yaml` once had the refused settings, though steps had been trained with others."""
-    values = chat_flags | {"save_strategy": "steps", "save_steps": 2, "weight_decay": 0.01}
+    values = chat_flags | SAVES | {"weight_decay": 0.01}
     finetune(parsed(values))
-    run = Path(chat_flags["output_dir"])
+    run = chat_flags["output_dir"]
     before = contents(run)
 
     with pytest.raises(ValueError, match=message):
@@ -350,7 +341,7 @@ def test_of_two_runs_that_begin_at_once_one_has_the_folder(overwrites, chat_flag
     """Both runs once found the folder empty, and each overwrote what the other had written."""
     first, second = (prepare(parsed(chat_flags, overwrite_output=overwrites)) for _ in range(2))
     train(first)
-    before = contents(Path(chat_flags["output_dir"]))
+    before = contents(chat_flags["output_dir"])
     if overwrites:
         train(second)  # as overwrite_output says
         return
@@ -358,15 +349,15 @@ def test_of_two_runs_that_begin_at_once_one_has_the_folder(overwrites, chat_flag
     with pytest.raises(FileExistsError, match="already holds a run"):
         train(second)
 
-    assert contents(Path(chat_flags["output_dir"])) == before
+    assert contents(chat_flags["output_dir"]) == before
 
 
 @pytest.mark.parametrize("how", ["resume_from_checkpoint", "overwrite_output"])
 def test_no_run_begins_in_the_folder_of_one_that_goes_on(how, chat_flags):
     """A second process that resumed the run once wrote into its folder at the same time."""
-    flags = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    flags = chat_flags | SAVES
     finetune(parsed(flags))
-    run = Path(flags["output_dir"])
+    run = flags["output_dir"]
     before = contents(run)
     arguments = parsed(flags, **{how: "true"}, max_steps=5)
     second = prepare(arguments)  # before the other process begins
@@ -383,8 +374,8 @@ def test_no_run_begins_in_the_folder_of_one_that_goes_on(how, chat_flags):
 @pytest.mark.parametrize("second", ["float16", None])
 def test_an_export_from_before_a_resume_does_not_stay(second, chat_flags, caplog):
     """It kept the weights of the earlier step, and the folder could not be used again."""
-    flags = chat_flags | {"save_strategy": "steps", "save_steps": 2}
-    run = Path(flags["output_dir"])
+    flags = chat_flags | SAVES
+    run = flags["output_dir"]
     finetune(parsed(flags, export_dtype="bfloat16"))
     more = {"resume_from_checkpoint": "true"} | ({"export_dtype": second} if second else {})
     finetune(parsed(flags, max_steps=6, **more))
@@ -397,8 +388,8 @@ def test_an_export_from_before_a_resume_does_not_stay(second, chat_flags, caplog
 
 @pytest.mark.parametrize("second", ["float16", None])
 def test_the_export_of_a_finished_run_is_kept_if_no_other_is_asked_for(second, chat_flags):
-    flags = chat_flags | {"save_strategy": "steps", "save_steps": 2}
-    run = Path(flags["output_dir"])
+    flags = chat_flags | SAVES
+    run = flags["output_dir"]
     finetune(parsed(flags, export_dtype="bfloat16"))
     before = contents(run)
     again = {"resume_from_checkpoint": "true"} | ({"export_dtype": second} if second else {})
@@ -451,9 +442,9 @@ def test_a_finished_run_is_scored_without_its_training_data(task, chat_flags, mo
     flags = chat_flags | {"task": task, "train_weights": 2, "eval_split": "train[:2]"} | smoothing
     summary = finetune(parsed(flags))
     Path(chat_flags["train_data"]).unlink()
-    monkeypatch.chdir(Path(chat_flags["output_dir"]))
+    monkeypatch.chdir(chat_flags["output_dir"])
 
-    found = evaluate_checkpoint(parse_arguments(flags_of([chat_flags["output_dir"].as_posix()])))
+    found = scored(chat_flags["output_dir"])
 
     assert found.scores == pytest.approx(summary.after, rel=1e-5)  # other batches
     assert found.data == summary.eval_data
@@ -496,12 +487,10 @@ def test_a_model_of_no_run_is_scored_on_one_part_of_a_data_set(chat_flags, tmp_p
         "---\nconfigs:\n- config_name: first\n  data_files: one.jsonl\n"
         "- config_name: second\n  data_files: two.jsonl\n---\n"
     )
-    flags = [
-        chat_flags["model_name_or_path"].as_posix(), f"--eval_data={data}", "--eval_config=second",
+    found = scored(
+        chat_flags["model_name_or_path"], f"--eval_data={data}", "--eval_config=second",
         "--eval_split=train[1:]", "--max_eval_rows=2", "--use_cpu", "--max_length=64",
-    ]  # fmt: skip
-
-    found = evaluate_checkpoint(parse_arguments(flags_of(flags)))
+    )  # fmt: skip
 
     assert found.data.rows == 2
     assert found.scores["loss"] > 0
@@ -515,7 +504,7 @@ def test_rows_that_a_run_has_learned_are_not_scored_as_held_out(change, chat_fla
     summary = finetune(parsed(flags, eval_fraction=0.5, max_steps=1))
     assert summary.eval_data.held_out is not None
     lines = place.read_text().splitlines(keepends=True)
-    flags = [chat_flags["output_dir"].as_posix()]
+    flags = [chat_flags["output_dir"]]
     if change == "more rows":
         place.write_text("".join([*lines, lines[0]]))
     elif change == "other rows":
@@ -530,14 +519,14 @@ def test_rows_that_a_run_has_learned_are_not_scored_as_held_out(change, chat_fla
     if change.endswith("rows"):
         counts = r"\(8 rows then, 9 now\)" if change == "more rows" else r"\(8 rows then, 8 now\)"
         with pytest.raises(ValueError, match=f"held out cannot be drawn again.*{counts}.*--eval_d"):
-            evaluate_checkpoint(parse_arguments(flags_of(flags)))
+            scored(*flags)
         return
-    found = evaluate_checkpoint(parse_arguments(flags_of(flags)))
+    found = scored(*flags)
     assert found.data.rows == (4 if change == "none" else 2)
     if change == "none":
         assert found.data == summary.eval_data
         place.touch()
-        assert evaluate_checkpoint(parse_arguments(flags_of(flags))).scores == found.scores
+        assert scored(*flags).scores == found.scores
 
 
 @pytest.mark.parametrize("had_other_data", [True, False])
@@ -545,13 +534,12 @@ def test_a_run_that_has_learned_all_its_rows_holds_out_none_of_them(had_other_da
     flags = dict(chat_flags)
     other = flags["eval_data"] if had_other_data else flags.pop("eval_data")
     finetune(parsed(flags, max_steps=1))
-    run = [flags["output_dir"].as_posix()]
+    run = flags["output_dir"]
     with pytest.raises(ValueError, match=r"learned all rows of its train_data.* --eval_data"):
-        evaluate_checkpoint(parse_arguments(flags_of([*run, "--eval_fraction=0.5"])))
-    found = evaluate_checkpoint(parse_arguments(flags_of([*run, f"--eval_data={other}"])))
+        scored(run, "--eval_fraction=0.5")
+    found = scored(run, f"--eval_data={other}")
     assert found.data.rows > 0
-    rest = [f"--train_data={other}", "--eval_fraction=0.5"]
-    assert evaluate_checkpoint(parse_arguments(flags_of([*run, *rest]))).data.rows > 0
+    assert scored(run, f"--train_data={other}", "--eval_fraction=0.5").data.rows > 0
 
 
 @pytest.mark.parametrize(
@@ -695,9 +683,9 @@ def test_micro_batches_of_a_classifier_are_averaged(task, chat_flags):
 @pytest.mark.parametrize("earlier", [None, '{"steps": 2}', "{"])
 def test_a_run_that_was_killed_before_its_report_gets_one(earlier, chat_flags):
     """An existing summary has fewer steps or is damaged."""
-    values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    values = chat_flags | SAVES
     first = finetune(parsed(values))
-    run = Path(chat_flags["output_dir"])
+    run = chat_flags["output_dir"]
     for name in ("summary.json", "loss_curve.png", "config.json", "model.safetensors"):
         (run / name).unlink()
     if earlier is not None:
@@ -712,9 +700,9 @@ def test_a_run_that_was_killed_before_its_report_gets_one(earlier, chat_flags):
 
 
 def test_a_broken_checkpoint_is_passed_over_or_refused(chat_flags, caplog):
-    values = chat_flags | {"save_strategy": "steps", "save_steps": 2}
+    values = chat_flags | SAVES
     straight = finetune(parsed(values))
-    run = Path(chat_flags["output_dir"])
+    run = chat_flags["output_dir"]
     (run / "checkpoint-4" / "scheduler.pt").unlink()
 
     with pytest.raises(ValueError, match=r"checkpoint-4 is not whole: scheduler\.pt is missing"):
@@ -727,14 +715,14 @@ def test_a_broken_checkpoint_is_passed_over_or_refused(chat_flags, caplog):
 
 def test_what_is_written_has_the_use_cache_of_the_base(chat_flags):
     finetune(parsed(chat_flags, export_dtype="bfloat16", save_strategy="steps", save_steps=4))
-    run = Path(chat_flags["output_dir"])
+    run = chat_flags["output_dir"]
     for folder in (chat_flags["model_name_or_path"], run, run / "bfloat16", run / "checkpoint-4"):
         assert json.loads((folder / "config.json").read_text())["use_cache"] is True
 
 
 def test_a_base_with_int8_weights_and_no_word_of_it_is_refused(chat_flags):
     finetune(parsed(chat_flags))
-    base = Path(chat_flags["output_dir"])
+    base = chat_flags["output_dir"]
     config = json.loads((base / "config.json").read_text())
     del config["quantization_config"]
     (base / "config.json").write_text(json.dumps(config))
@@ -744,7 +732,7 @@ def test_a_base_with_int8_weights_and_no_word_of_it_is_refused(chat_flags):
 
 def test_second_run_is_refused_before_anything_is_read(chat_flags):
     finetune(parsed(chat_flags))
-    run = Path(chat_flags["output_dir"])
+    run = chat_flags["output_dir"]
     before = contents(run)
 
     with pytest.raises(FileExistsError, match="already holds a run"):
@@ -757,7 +745,7 @@ def test_what_the_run_was_told_is_there_before_anything_is_computed(chat_flags, 
     seen = []
 
     def evaluate(trainer, *args, **kwargs):
-        seen.append(sorted(path.name for path in Path(chat_flags["output_dir"]).iterdir()))
+        seen.append(sorted(path.name for path in chat_flags["output_dir"].iterdir()))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qft_hf.hf.trainer.QFTTrainer.evaluate", evaluate)
@@ -775,7 +763,7 @@ def test_a_disk_without_room_is_found_before_training(chat_flags, monkeypatch):
         OSError, match=r"will write up to 0\.000\d+ GB into .*run, and 6e-05 GB are"
     ):
         prepare(parsed(values))
-    assert not Path(chat_flags["output_dir"]).exists()
+    assert not chat_flags["output_dir"].exists()
 
 
 # The loss falls from each step to the next, so that each evaluation is the best one so far.
@@ -797,7 +785,7 @@ def test_the_room_on_the_disk_is_what_the_run_takes(changes, chat_flags):
     needed = disk_bytes(run.arguments, run.trainer.model, len(run.data.train.dataset))
     train(run)
 
-    folder = Path(chat_flags["output_dir"])
+    folder = chat_flags["output_dir"]
     checkpoints = sorted(folder.glob("checkpoint-*"))
     assert len(checkpoints) == changes.get("save_total_limit", 4)
     if len(checkpoints) == 1:
@@ -812,7 +800,7 @@ def test_the_room_on_the_disk_is_what_the_run_takes(changes, chat_flags):
 
 def test_overwriting_replaces_a_run_only_when_training_begins(chat_flags):
     finetune(parsed(chat_flags, save_strategy="steps", save_steps=1))
-    run = Path(chat_flags["output_dir"])
+    run = chat_flags["output_dir"]
     before = contents(run)
 
     second = prepare(parsed(chat_flags, overwrite_output="true", max_steps=2))
@@ -854,7 +842,7 @@ def test_what_cannot_work_is_refused(changes, message, chat_flags, tmp_path):
 
 
 def test_tokenizer_without_padding_pads_with_the_end_of_text(chat_flags):
-    folder = Path(chat_flags["model_name_or_path"])
+    folder = chat_flags["model_name_or_path"]
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(folder)
@@ -917,7 +905,7 @@ def test_generation_stops_where_answers_end(template, stops, said, chat_flags, c
 def test_new_tokens_get_embeddings(chat_flags):
     """The template's tokens for turns are in neither the tokenizer nor the embeddings."""
     tokens = ["<|turn|>", "<|done|>"]
-    template = Path(chat_flags["model_name_or_path"]) / "turns.jinja"
+    template = chat_flags["model_name_or_path"] / "turns.jinja"
     template.write_text(CHATML.replace(TURN, tokens[0]).replace(END, tokens[1]))
     flags = as_flags(chat_flags | {"chat_template": template, "max_steps": 1})
 
@@ -932,7 +920,7 @@ def test_new_tokens_get_embeddings(chat_flags):
 
 
 def test_code_of_a_model_runs_on_request_only(chat_flags):
-    folder = Path(chat_flags["model_name_or_path"])
+    folder = chat_flags["model_name_or_path"]
     code = "from transformers import LlamaConfig\nclass Conf(LlamaConfig):\n    theirs = True\n"
     (folder / "conf.py").write_text(code)
     config = json.loads((folder / "config.json").read_text())
@@ -1017,7 +1005,7 @@ def test_a_folder_that_is_no_model_is_named_for_what_it_is(
 
 
 def test_a_file_is_no_model(chat_flags):
-    file = Path(chat_flags["model_name_or_path"]) / "model.safetensors"
+    file = chat_flags["model_name_or_path"] / "model.safetensors"
     with pytest.raises(ValueError, match=r"is a file\. Pass the folder that it is in"):
         read(parsed(chat_flags, model_name_or_path=file))
 
@@ -1031,7 +1019,7 @@ def test_a_model_without_a_tokenizer_says_which_key_names_one(chat_flags, tmp_pa
 @pytest.mark.parametrize("what", ["gone", "cut off"])
 def test_a_dry_run_misses_weights_as_a_run_does(what, chat_flags):
     """A dry run reads no weights and once accepted a folder without them."""
-    weights = Path(chat_flags["model_name_or_path"]) / "model.safetensors"
+    weights = chat_flags["model_name_or_path"] / "model.safetensors"
     content = weights.read_bytes()
     weights.unlink()
     if what == "cut off":
@@ -1043,7 +1031,7 @@ def test_a_dry_run_misses_weights_as_a_run_does(what, chat_flags):
 
 def test_a_dry_run_finds_a_flipped_bit_as_a_run_does(chat_flags):
     """A dry run once read only the headers of weights."""
-    folder = Path(chat_flags["model_name_or_path"])
+    folder = chat_flags["model_name_or_path"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     quantize_model_(model, QFTConfig()).save_pretrained(folder)
     check(parsed(chat_flags))

@@ -26,8 +26,8 @@ from qft_hf.hf.finetune import finetune, prepare
 from qft_hf.hf.finetune.check import check
 from qft_hf.hf.report import page, read_run
 from qft_hf_cli import main
-from tests.finetune.chats import chat, tiny_tokenizer
-from tests.finetune.flags import as_flags, parsed, write_jsonl
+from tests.finetune.chats import tiny_tokenizer
+from tests.finetune.flags import as_flags, leave_run, parsed, write_jsonl
 from tests.models import tiny_bert, tiny_llama
 
 # On a CPU bitsandbytes needs rows in multiples of 32 and columns in multiples of 64.
@@ -42,26 +42,7 @@ def flags(tmp_path, monkeypatch):
     """Flags of a run of four steps on a few conversations, relative to the current folder."""
     monkeypatch.chdir(tmp_path)
     tiny_llama(**SIZES).save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    rows = [{"messages": chat("how are you?", "fine, " * n)} for n in range(8)]
-    write_jsonl(tmp_path / "train.jsonl", rows)
-    write_jsonl(tmp_path / "eval.jsonl", rows[:3])
-    return {
-        "model_name_or_path": "model",
-        "method": "qst",
-        "side_r": 4,
-        "train_data": "train.jsonl",
-        "eval_data": "eval.jsonl",
-        "max_length": 48,
-        "output_dir": "run",
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 0.02,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-    }
+    return leave_run(Path(), method="qst", side_r=4, learning_rate=0.02)
 
 
 @pytest.mark.parametrize("base", ["nf4", "int8", "float"])

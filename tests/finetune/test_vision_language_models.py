@@ -16,8 +16,7 @@ from qft_hf.hf.finetune import finetune
 from qft_hf.hf.finetune.check import check
 from qft_hf.hf.finetune.export import export_checkpoint
 from qft_hf.quant import QFTWeight
-from tests.finetune.chats import chat, tiny_tokenizer
-from tests.finetune.flags import parsed, write_jsonl
+from tests.finetune.flags import leave_run, parsed, write_jsonl
 from tests.scripts.commands import load
 
 TINY = load("families").TINY
@@ -27,21 +26,7 @@ TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_e
 
 def flags(folder):
     """Write a tokenizer and data for the model in `folder`, and return the flags of a run on it."""
-    tiny_tokenizer().save_pretrained(folder / "model")
-    rows = [{"messages": chat("how are you?", "fine, " * n)} for n in range(8)]
-    return {
-        "model_name_or_path": folder / "model",
-        "train_data": write_jsonl(folder / "train.jsonl", rows),
-        "eval_data": write_jsonl(folder / "eval.jsonl", rows[:3]),
-        "max_length": 48,
-        "output_dir": folder / "run",
-        "max_steps": 12,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 2e-3,
-        "save_strategy": "no",
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-    }
+    return leave_run(folder, max_steps=12, per_device_train_batch_size=4, learning_rate=2e-3)
 
 
 can_be_scored = pytest.mark.skipif(
