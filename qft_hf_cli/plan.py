@@ -25,11 +25,11 @@ OF_FULL = ("gpus", "optim", "momentum_bits", "matmul", "chunked_loss")
 def main(argv: list[str]) -> None:
     """Print the memory of each model in each mode, and whether it fits each card."""
     options = _parse(argv)
-    results = [
-        {"model": name, "command": _command(name, options.gpus or 1)}
-        | _plan(*_model(name, options), options.gpu)
-        for name in options.models
-    ]
+    results = []
+    for name in options.models:
+        source, work = _model(name, options)
+        result = {"model": name, "command": _command(name, options.gpus or 1)}
+        results.append(result | _plan(source, options.gpu, **work))
     text = _markdown(results) if options.markdown else "\n\n".join(map(_text, results))
     show(results, text, as_json=options.json)
 
@@ -74,16 +74,21 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return options
 
 
-def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Return a model's place and the settings of a run; flags override those of a config."""
+def _model(name: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return a model without storage, and arguments of `recommend`; flags override a config."""
     import torch
 
+    from qft_hf.hf.compatibility import format_with
+    from qft_hf.hf.estimate import skeleton
     from qft_hf.hf.finetune.arguments import MethodArguments
+    from qft_hf.hf.language_model import freeze_non_text_parts
+    from qft_hf.hf.positions import n_positions
     from qft_hf.hf.shipped import architecture
 
-    dtype: torch.dtype | None = None  # that of the model's configuration
     place, trust = name, options.trust_remote_code
-    work: dict[str, Any] = {"batch_size": 1, "sequence_length": None, "asked": {}}
+    dtype: torch.dtype | None = None  # that of the model's configuration
+    work: dict[str, Any] = {"batch_size": 1, "sequence_length": None}
+    asked: dict[str, Any] = {}  # fields of the format of the weights
     if _is_config(name):
         from qft_hf.hf.finetune.data import LANGUAGE_TASKS
         from qft_hf.hf.finetune.forecast import workload_of
@@ -99,7 +104,7 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
         place = arguments.model.model_name_or_path
         dtype = getattr(torch, arguments.model.dtype)
         trust |= arguments.model.trust_remote_code
-        work = {**workload_of(arguments), "asked": arguments.training.format_fields}
+        work, asked = workload_of(arguments), arguments.training.format_fields
     elif not Path(name).exists() and (folder := architecture(name)) is not None:
         place = str(folder)
     if options.method is not None or _side_fields(options):
@@ -111,18 +116,20 @@ def _model(name: str, options: argparse.Namespace) -> tuple[str, dict[str, Any]]
             f"{', '.join(of_full)} is for training every parameter, and {name} is planned with a "
             "side network (method qst). Omit the flag, or the method."
         )
-    given = {
+    flags = {
         "batch_size": options.batch_size,
         "sequence_length": options.sequence_length,
         "optimizer": options.optim,
         "momentum_bits": options.momentum_bits,
         "chunked_loss": options.chunked_loss or None,
-        "asked": {**work["asked"], "matmul": options.matmul} if options.matmul else None,
         "n_processes": options.gpus,
-        "trust_remote_code": trust,
-        "dtype": dtype,
     }
-    return place, work | {key: value for key, value in given.items() if value is not None}
+    work |= {key: value for key, value in flags.items() if value is not None}
+    asked = asked | ({"matmul": options.matmul} if options.matmul else {})
+    source = skeleton(place, trust_remote_code=trust, dtype=dtype)
+    freeze_non_text_parts(source, source.config)  # as a run does
+    length = _sequence_length(place, work["sequence_length"], n_positions(source.config))
+    return source, work | {"config": format_with(source, asked), "sequence_length": length}
 
 
 def _is_config(name: str) -> bool:
@@ -137,29 +144,19 @@ def _side_fields(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]:
+def _plan(source: Any, gpus: list[float], *, sequence_length: int, **work: Any) -> dict[str, Any]:
     """Return the bytes of each way to train, and the choice for each card."""
     from qft_hf import recommend
-    from qft_hf.hf.compatibility import format_with
-    from qft_hf.hf.estimate import skeleton
-    from qft_hf.hf.language_model import freeze_non_text_parts
     from qft_hf.hf.positions import n_positions
     from qft_hf.hf.recommendation import ways_to_train
 
-    source = skeleton(
-        place, trust_remote_code=work.pop("trust_remote_code"), dtype=work.pop("dtype", None)
-    )
-    freeze_non_text_parts(source, source.config)  # as a run does
-    work["config"] = format_with(source, work.pop("asked"))
-    positions = n_positions(source.config)
-    length = _sequence_length(place, work.pop("sequence_length"), positions)
     ways = []
     for way, of in ways_to_train(source, **work):
-        estimate = of(sequence_length=length)
+        estimate = of(sequence_length=sequence_length)
         ways.append(way | estimate.sums)
     cards = []
     for gpu in gpus:
-        choice = recommend(source, gpu, length, **work)
+        choice = recommend(source, gpu, sequence_length, **work)
         cards.append(
             {
                 "gb": gpu,
@@ -179,8 +176,8 @@ def _plan(place: str, work: dict[str, Any], gpus: list[float]) -> dict[str, Any]
         "received_bytes": estimate.received_bytes,
         "not_counted": estimate.not_counted,
         "batch_size": work["batch_size"],
-        "sequence_length": length,
-        "positions": positions,
+        "sequence_length": sequence_length,
+        "positions": n_positions(source.config),
         "rows": [asdict(row) for row in (*estimate.rows, *estimate.activation_rows)],
         "ways": ways,
         "cards": cards,

@@ -19,7 +19,7 @@ from ..optimizers import given_options, named_optimizer
 from ..prepared_model import refuse_before_loading
 from ..side_network import whole_description
 from .data import DataCounts
-from .data_preview import LEARNED, example_text
+from .data_preview import EXAMPLE, example_text
 from .forecast import disk_bytes, n_steps, workload_of
 from .loading import check_fit, require_weights
 from .output_folder import nearest_folder, refuse_small_disk
@@ -81,7 +81,9 @@ class Check:
             f"{'output_dir':<24}{self.output_dir}",
             f"{'starts from':<24}{self.checkpoint or 'the model: a fresh start'}",
             f"{'disk':<24}up to {self.disk_bytes / 1e9:.2f} GB of {self.free_bytes / 1e9:.1f} free",
-            f"\nThe first example, with the learned parts in {LEARNED[0]}brackets{LEARNED[1]}:\n",
+            "",
+            EXAMPLE,
+            "",
             self.example,
             "",
             "memory is not estimated: the estimate is for decoders that learn next tokens and have "

@@ -15,6 +15,7 @@ from .data import TaskData
 logger = logging.getLogger(__name__)
 
 LEARNED = ("\u27e6", "\u27e7")  # white square brackets, which are rare in text
+EXAMPLE = f"The first example, with the learned parts in {LEARNED[0]}brackets{LEARNED[1]}:"
 SHOWN_CHARACTERS = 4000
 
 
@@ -27,8 +28,7 @@ def data_preview(data: TaskData) -> str:
             counts.append(f"{'held-out rows':<24}fingerprint {data.evaluation.counts.held_out}")
     if data.task.names:
         counts.append(f"{'classes':<24}{', '.join(data.task.names)}")
-    head = f"The first example, with the learned parts in {LEARNED[0]}brackets{LEARNED[1]}:"
-    return "\n".join([*counts, "", head, "", example_text(data)])
+    return "\n".join([*counts, "", EXAMPLE, "", example_text(data)])
 
 
 def show(data: TaskData, path: Path) -> None:

@@ -26,6 +26,7 @@ GROUPS: tuple[Any, ...] = (
     OutputArguments,
     QFTTrainingArguments,
 )
+_KEYS = [field.name for group in GROUPS for field in fields(group) if field.init]
 _LISTS = [field.name for group in GROUPS for field in fields(group) if "list" in str(field.type)]
 NOTHING = ("", "null", "~")  # how YAML writes no value
 CONFIG_SUFFIXES = (".yaml", ".yml")
@@ -323,11 +324,10 @@ def _typed(value: Any) -> Any:
 
 
 def _require_known(name: str, what: str) -> None:
-    known = [field.name for group in GROUPS for field in fields(group) if field.init]
     # argparse adds `--help` and, for a switch that is on by default, `--no_<switch>`.
-    if name.removeprefix("no_") in known or name in (*known, "help"):
+    if name.removeprefix("no_") in _KEYS or name in (*_KEYS, "help"):
         return
-    nearest = get_close_matches(name, known, n=3, cutoff=0.5)
+    nearest = get_close_matches(name, _KEYS, n=3, cutoff=0.5)
     hint = suggestion(name)
     if hint is None and nearest:
         hint = f"Did you mean {' or '.join(map(repr, nearest))}?"

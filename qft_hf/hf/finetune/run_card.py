@@ -123,10 +123,11 @@ def _facts(output_dir: Path, summary: dict[str, Any], state: dict[str, Any]) -> 
                 "The card of the run stays as it is."
             )
         form = QFTConfig.from_dict(config["quantization_config"])
-    export = recorded_settings(output_dir).get("export_dtype")
+    settings = recorded_settings(output_dir)
+    export = settings.get("export_dtype")
     counts = summary["train_data"]
     return {
-        "name": recorded_settings(output_dir).get("hub_model_id") or output_dir.resolve().name,
+        "name": settings.get("hub_model_id") or output_dir.resolve().name,
         "parameters": (summary["parameters"], summary["trained_parameters"]),
         **{name: summary[name] for name in _OF_SUMMARY},
         **origin,
