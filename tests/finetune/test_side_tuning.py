@@ -99,13 +99,14 @@ def test_a_run_goes_on_from_the_side_network_of_another(flags):
     assert again.before == first.after
     assert again.side == first.side
 
-    with pytest.raises(
-        ValueError, match=r"QSTConfig\(r=8.*run holds QSTConfig\(r=4.*name the base"
-    ):
-        prepare(parsed(flags, model_name_or_path="run", output_dir="third", side_r=8))
+    flags |= {"model_name_or_path": "run", "output_dir": "third"}
+    another = r"QSTConfig\(r=8.*run holds QSTConfig\(r=4.*name the base"
+    for command in (check, prepare):  # a check once accepted it
+        with pytest.raises(ValueError, match=another):
+            command(parsed(flags, side_r=8))
     del flags["method"], flags["side_r"]
     with pytest.raises(ValueError, match=r"run holds a side network.*Set method to qst"):
-        prepare(parsed(flags, model_name_or_path="run", output_dir="third"))
+        prepare(parsed(flags))
 
 
 def put_on_hub(cache, name, **models):

@@ -19,6 +19,7 @@ from ..base import require_bitsandbytes
 from ..config import refuse_other_method
 from ..processes import broadcast_from_first, first_process_writes
 from ..wording import and_more, counted
+from .arguments import MethodArguments
 from .data import TASKS, TaskData, prepare_data
 from .evaluation import ERRORS
 from .forecast import disk_bytes, n_steps
@@ -116,16 +117,7 @@ def read(arguments: RunArguments) -> tuple[Path | None, Start, TaskData]:
     set_seed(training.seed)
     start = start_of(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
-    if arguments.method.side is not None:
-        if base_form(arguments.method, start) == "nf4":
-            require_bitsandbytes()
-    elif start.side is not None:
-        raise ValueError(
-            f"{arguments.model.model_name_or_path} holds a side network, but method 'full' trains "
-            "every parameter of a model. Set method to qst, or name the base."
-        )
-    else:
-        refuse_other_method(start.config)
+    _check_start(start, arguments.method)
     # Refuses other models before reading the data takes minutes.
     TASKS[arguments.data.task].model_class(start.config)
     with training.main_process_first(desc="reading the data"):
@@ -160,6 +152,25 @@ def _check_output(arguments: RunArguments) -> Path | None:
         with sole_run(output_dir):  # so that a second run ends before it loads anything
             pass
     return checkpoint
+
+
+def _check_start(start: Start, method: MethodArguments) -> None:
+    """Raise for a model or a side network with which the method cannot begin."""
+    side = start.side
+    if side is not None and method.side is None:
+        raise ValueError(
+            f"{side.folder} holds a side network, but method 'full' trains every parameter of a "
+            "model. Set method to qst, or name the base."
+        )
+    if side is not None and method.asks_for_another(side.config):
+        raise ValueError(
+            f"{method.side} was asked for, but {side.folder} holds {side.config}. Leave side_r, "
+            "side_downsample and side_rank out, or name the base to start a new side network."
+        )
+    if method.side is None:
+        refuse_other_method(start.config)
+    elif base_form(method, start) == "nf4":
+        require_bitsandbytes()
 
 
 def _check_reporters(training: TrainingArguments) -> None:

@@ -210,15 +210,9 @@ def load_side_model(start: Start, method: MethodArguments, task: Task) -> PreTra
 
     Raises:
         ImportError: The base is to be stored in NF4, and bitsandbytes is not installed.
-        ValueError: As `load_model`, `attach_side_network` and `load_side_network`; or the side
-            network in the folder has another configuration than was asked for.
+        ValueError: As `base_form`, `load_model`, `attach_side_network` and `load_side_network`.
     """
     arguments, config, side = start.model, start.config, start.side
-    if side is not None and method.asks_for_another(side.config):
-        raise ValueError(
-            f"{method.side} was asked for, but {side.folder} holds {side.config}. Leave side_r, "
-            "side_downsample and side_rank out, or name the base to start a new side network."
-        )
     form = base_form(method, start)
     task.configure(config)
     make, dtype = task.model_class(config), getattr(torch, arguments.dtype)
