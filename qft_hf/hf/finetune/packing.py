@@ -142,6 +142,8 @@ def shortened(config: PreTrainedConfig) -> PreTrainedConfig:
         elif isinstance(value, int) and name.endswith(("intermediate_size", "ffn_dim")):
             setattr(text, name, min(value, 64))
     text.num_hidden_layers = len(kept)
+    if hasattr(text, "num_kv_shared_layers"):
+        text.num_kv_shared_layers = 0  # it may be the number of layers that are left out
     text.vocab_size = 32
     text.pad_token_id = None  # it may be outside the vocabulary
     return short
