@@ -124,8 +124,8 @@ class Start:
     """What a run starts from, and what the other commands load: a model, or a side network.
 
     Attributes:
-        model: The model; the base of a side network, under the name where it is.
-        config: Configuration of the same. The classes of a head that was trained with a side
+        model: The model, or the base of a side network, with the name and revision that load it.
+        config: Configuration of this model. The classes of a head that was trained with a side
             network are those of its folder.
         side: The side network; None for a model.
     """
