@@ -9,8 +9,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, EvalPrediction
 
 from qft_hf.hf.finetune.arguments import DataArguments
-from qft_hf.hf.finetune.classification import Classification, MultiLabel, Regression
+from qft_hf.hf.finetune.classification import Classification, Regression
 from qft_hf.hf.finetune.data import prepare_data
+from qft_hf.hf.finetune.multi_label import MultiLabel
 from qft_hf.hf.finetune.task import RowError
 from tests.finetune.chats import tiny_tokenizer
 from tests.finetune.flags import write_jsonl

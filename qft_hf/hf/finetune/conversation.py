@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .sources import parsed
 from .task import Row, RowError
+from .text_rows import parsed
 
 Turn = dict[str, Any]
 

@@ -13,7 +13,8 @@ from ...version import __version__
 from ..wording import and_more, counted
 from .arguments import DataArguments
 from .chat import Chat
-from .classification import Classification, MultiLabel, Regression
+from .classification import Classification, Regression
+from .multi_label import MultiLabel
 from .packing import count_tokens, pack
 from .sources import Rows, count_shared, fingerprint, load_rows, select_rows, split_rows
 from .task import Example, LanguageTask, NothingToLearn, Row, RowError, Task, teaches

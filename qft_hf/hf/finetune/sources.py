@@ -5,25 +5,21 @@ Arrow would give each row the fields of all others, and guess types. Parquet and
 Arrow already; the empty entries that Arrow has filled in inside a field are removed again.
 """
 
-import csv
 import glob
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 from datasets import ClassLabel, Dataset, Features, List, ReadInstruction, Value, load_dataset
@@ -33,12 +29,11 @@ from ...version import __version__
 from ..wording import counted
 from .paths import GLOB
 from .task import Row, RowError
+from .text_rows import NUMBER, TEXT, TEXT_FORMATS, parsed, read_text
 
-TEXT_FORMATS = (".json", ".jsonl", ".csv", ".tsv", ".txt")
 FORMATS = (*TEXT_FORMATS, ".parquet")
 COMPRESSIONS = (".gz", ".zst")
 
-_TEXT, _NUMBER = "json text", "number in its source"  # names of columns
 _SPLIT_IN_NAME = re.compile(
     r"(?<![a-z])(?:(train)(?:ing)?|(test)(?:ing)?|(val)(?:id(?:ation)?)?|(dev)|(eval))(?![a-z])"
 )
@@ -61,12 +56,12 @@ class Rows:
         Raises:
             RowError: The row is not an object with named fields, or has invalid Unicode text.
         """
-        if _TEXT not in record:
+        if TEXT not in record:
             kinds = self.table.features
             row = {name: _from_arrow(value, kinds[name]) for name, value in record.items()}
-            del row[_NUMBER]
+            del row[NUMBER]
             return row
-        value = parsed(record[_TEXT])
+        value = parsed(record[TEXT])
         if isinstance(value, dict):
             return value
         advice = ""
@@ -76,7 +71,7 @@ class Rows:
                 "separators, quotes or line breaks must be in quotes. A list of all rows is a file "
                 ".json, and not .jsonl."
             )
-        text = record[_TEXT].strip()[:60]
+        text = record[TEXT].strip()[:60]
         raise RowError("no fields", f"expected an object, got {text!r}.{advice}")
 
     def class_names(self, name: str) -> list[str]:
@@ -87,7 +82,7 @@ class Rows:
 
     def place(self, record: Row) -> str:
         """Return the source and the number of a row, for an error message."""
-        return f"{self.source}, row {record[_NUMBER]}"
+        return f"{self.source}, row {record[NUMBER]}"
 
 
 def load_rows(source: str, split: str = "train", *, configuration: str | None = None) -> list[Rows]:
@@ -129,31 +124,6 @@ def load_rows(source: str, split: str = "train", *, configuration: str | None = 
     return _slice(rows, split, source)
 
 
-def parsed(text: str, what: str = "") -> Any:
-    """Return the value of a JSON text, in which NaN is None.
-
-    Raises:
-        RowError: `what` is not valid JSON, or has invalid Unicode text or two equal fields.
-    """
-
-    def constant(name: str) -> float | None:
-        return None if name == "NaN" else float(name)
-
-    try:
-        value = json.loads(text, object_pairs_hook=_fields, parse_constant=constant)
-        json.dumps(value, ensure_ascii=False).encode()
-    except RowError:
-        raise
-    except UnicodeEncodeError as error:
-        raise RowError(
-            "half a character",
-            f"{error}. A text was cut inside a character such as an emoji. Cut it before that.",
-        ) from error
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise RowError(f"invalid JSON{what and f' in {what}'}", f"{error}.") from error
-    return value
-
-
 def select_rows(parts: Sequence[Rows], indices: Sequence[int]) -> list[Rows]:
     """Return some of the rows, by their indices in all parts together."""
     chosen, first, wanted = [], 0, np.asarray(indices)
@@ -172,7 +142,7 @@ def count_shared(parts: Sequence[Rows], others: Sequence[Rows]) -> dict[str, int
         for part in parts:
             is_same = os.path.realpath(part.source) == os.path.realpath(rows.source)
             if is_same and part.split == rows.split:
-                counts[rows.source] += len(np.intersect1d(part.table[_NUMBER], rows.table[_NUMBER]))
+                counts[rows.source] += len(np.intersect1d(part.table[NUMBER], rows.table[NUMBER]))
     return {source: n for source, n in counts.items() if n}
 
 
@@ -182,7 +152,7 @@ def fingerprint(parts: Sequence[Rows]) -> str:
     for part in parts:
         for batch in part.table.with_format("arrow").iter(1000):  # images are not decoded
             for record in batch.to_pylist():
-                row = {name: value for name, value in record.items() if name != _NUMBER}
+                row = {name: value for name, value in record.items() if name != NUMBER}
                 digest.update(json.dumps(row, default=str).encode())
     return digest.hexdigest()[:16]
 
@@ -222,8 +192,8 @@ def _load_file(path: Path) -> Rows:
     _refuse_unwritable_cache()
     try:
         table = Dataset.from_generator(
-            _read_text,
-            features=Features({_NUMBER: Value("int64"), _TEXT: Value("string")}),
+            read_text,
+            features=Features({NUMBER: Value("int64"), TEXT: Value("string")}),
             gen_kwargs={
                 "path": str(path.resolve()),
                 "suffix": plain.suffix,
@@ -265,7 +235,7 @@ def _load_data_set(
         raise ValueError(f"cannot read {source}, split {split!r}: {error}") from error
     except DatasetGenerationError as error:
         raise ValueError(_unreadable(source, error)) from error
-    return Rows(table.add_column(_NUMBER, np.arange(1, len(table) + 1)), source, split=split)
+    return Rows(table.add_column(NUMBER, np.arange(1, len(table) + 1)), source, split=split)
 
 
 def _refuse_unwritable_cache() -> None:
@@ -279,84 +249,6 @@ def _refuse_unwritable_cache() -> None:
             f"data are prepared in the folder {folder}, in which no file can be written: "
             f"{error.strerror}. Set HF_DATASETS_CACHE in the environment to another folder."
         ) from error
-
-
-def _read_text(path: str, suffix: str, version: Any) -> Iterator[Row]:
-    """Yield the rows of a text file as JSON, each with its line (CSV and JSON lists: its row)."""
-    newline = "" if suffix in (".csv", ".tsv") else "\n"
-    stream = pa.input_stream(path)  # it decompresses
-    with io.TextIOWrapper(stream, encoding="utf-8-sig", newline=newline) as file:
-        for number, text in _rows_of_text(file, suffix):
-            yield {_NUMBER: number, _TEXT: text}
-
-
-def _rows_of_text(file: Any, suffix: str) -> Iterator[tuple[int, str]]:
-    match suffix:
-        case ".csv" | ".tsv":
-            csv.field_size_limit(2**31 - 1)  # its default refuses long texts
-            rows = csv.reader(file, delimiter="," if suffix == ".csv" else "\t", strict=True)
-            header = next(rows, [])
-            if twice := [name for name, n in Counter(header).items() if name and n > 1]:
-                raise ValueError(f"more than one column is called {twice[0]!r}")
-            if len(header) == 1 and {";", "\t"} & set(header[0]):
-                raise ValueError(
-                    f"the header is one column, {header[0]!r}. Separate columns by commas in csv, "
-                    "and by tabs in tsv"
-                )
-            for number, values in _numbered(rows):
-                cells: Any = [value or None for value in values]
-                if len(cells) == len(header):
-                    cells = dict(zip(header, cells, strict=True))
-                if values:
-                    yield number, json.dumps(cells)
-        case ".json":
-            text = file.read()
-            if text.lstrip().startswith("["):
-                yield from enumerate(_elements(text), start=1)
-            else:  # one object a line
-                yield from _rows_of_text(io.StringIO(text), ".jsonl")
-        case _:
-            for number, line in enumerate(file, start=1):
-                if suffix == ".txt":
-                    yield number, json.dumps({"text": line.rstrip("\r\n")})
-                elif line.strip():
-                    yield number, line
-
-
-def _numbered(rows: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
-    number = 0
-    try:
-        for number, values in enumerate(rows, start=1):
-            yield number, values
-    except csv.Error as error:
-        raise ValueError(
-            f"row {number + 1}: {error}. A text that has quotes must be in quotes, and its own are "
-            'doubled: "a ""b"" c"'
-        ) from error
-
-
-def _elements(text: str) -> Iterator[str]:
-    """Yield each element of a JSON list as JSON; one that cannot be used, as it is written."""
-    decoder = json.JSONDecoder(parse_int=str)  # of any number of digits
-    skip: Any = re.compile(r"\s*,?\s*").match
-    end = text.index("[") + 1
-    while not text.startswith("]", begin := skip(text, end).end()):
-        _, end = decoder.raw_decode(text, begin)
-        element = text[begin:end]
-        with suppress(RowError):  # it is raised when the element is used, with its number
-            element = json.dumps(parsed(element))
-        yield element
-    if text[begin + 1 :].strip():
-        raise json.JSONDecodeError("Extra data", text, begin + 1)
-
-
-def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; raise for two equal fields, of which Python would keep the last one."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = next(name for name, n in Counter(name for name, _ in pairs).items() if n > 1)
-        raise RowError("a field twice", f"{twice!r} occurs more than once in one object.")
-    return fields
 
 
 def _slice(parts: list[Rows], split: str, source: str) -> list[Rows]:
