@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerState, TrainingArguments
 
@@ -125,8 +125,20 @@ def sharing_buffers(evaluate: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     """
     optimizer = ours(self.optimizer)
     if optimizer is not None and optimizer.processes is not None and optimizer.processes.has_begun:
-        optimizer.processes.broadcast_(self.model.buffers())
+        optimizer.processes.broadcast_(_saved_buffers(self.model))
     return evaluate(self, *args, **kwargs)
+
+
+def _saved_buffers(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the buffers that checkpoints have.
+
+    Any other may belong to a number that its module keeps: the frequencies of a dynamic RoPE belong
+    to the longest sequence so far, and a table of positions may be as long.
+    """
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield buffer
 
 
 def reporting_failures(train: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -170,7 +182,7 @@ def start_together(
     inner.broadcast()
     trained = {id(parameter) for parameter in inner.parameters()}
     processes.broadcast_(p for p in model.parameters() if id(p) not in trained)
-    processes.broadcast_(model.buffers())
+    processes.broadcast_(_saved_buffers(model))
 
 
 def _length(sized: Any) -> int | None:

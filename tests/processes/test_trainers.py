@@ -63,6 +63,18 @@ def test_all_processes_evaluate_with_the_buffers_of_the_first(runs):
     assert first["loss"] == second["loss"]
 
 
+def test_buffers_that_are_not_saved_stay_with_their_process(runs):
+    """Beginning to train and to evaluate shared all, also those that belong to a number.
+
+    So the frequencies of a dynamic RoPE were those of another length than the module had noted.
+    """
+    first, second = (found["evaluated:"] for found in runs.two)
+
+    assert first["largest_sum"] != second["largest_sum"]
+    for found in (first, second):
+        assert found["of_largest"].tolist() == [found["largest_sum"]] * 2
+
+
 def state_of(output_dir):
     path = output_dir / f"checkpoint-{trainers.SAVED_AT}" / "optimizer.pt"
     return torch.load(path, weights_only=True)

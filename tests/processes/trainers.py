@@ -116,7 +116,7 @@ def accelerated(folder: Path, gradient: str, n: int, *, resumes: bool) -> dict[s
 
 
 class Normalized(nn.Module):
-    """A batch norm between two layers."""
+    """A batch norm between two layers, and a buffer that is not saved and belongs to a number."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,18 +124,26 @@ class Normalized(nn.Module):
             torch.manual_seed(0)
             self.first, self.norm = nn.Linear(12, 20), nn.BatchNorm1d(20)
             self.last = nn.Linear(20, 3)
+        self.largest_sum = 0  # of the tokens of a batch
+        self.register_buffer("of_largest", torch.zeros(2), persistent=False)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        if self.training and (total := int(input_ids.sum())) > self.largest_sum:
+            self.largest_sum, self.of_largest = total, torch.full((2,), float(total))
         logits = self.last(self.norm(self.first(input_ids / 131)))
         return {"loss": F.cross_entropy(logits, labels[:, -1] % 3), "logits": logits}
 
 
 def evaluated(folder: Path, n: int) -> dict[str, Any]:
-    """Train a model with a batch norm and evaluate it; return its buffers and the loss."""
+    """Train a model with a batch norm twice and evaluate it; return all buffers and the loss."""
     trainer = make("stack", folder / "evaluated", n=n, model=Normalized(), save_strategy="no")
     trainer.train()
+    trainer.train()
     loss = trainer.evaluate(Examples(N_EXAMPLES))["eval_loss"]
-    return {"buffers": dict(trainer.model.named_buffers()), "loss": loss}
+    model = trainer.model
+    buffers = {f"norm.{name}": buffer for name, buffer in model.norm.named_buffers()}
+    own = {"of_largest": model.of_largest, "largest_sum": model.largest_sum}
+    return {"buffers": buffers, "loss": loss, **own}
 
 
 def run(name: str, folder: Path, *, n: int, n_parts: int = 1, **changes: Any) -> dict[str, Any]:
