@@ -13,7 +13,7 @@ from ..memory import Base, MemoryEstimate, Workload, estimate, estimate_side
 from ..nn import conversion_plan
 from ..optim import QFTOptimizer
 from ..side import QSTConfig, attach_side_network, side_config
-from .base import BASES, DEFAULT_BASE, form_of_base, nf4_weights
+from .base import BASES, DEFAULT_BASE, form_of_base, nf4_weights, stored_format
 from .compatibility import quantization_config_of
 from .config import QFTConfig, refuse_other_method
 from .language_model import language_class, non_text_parts
@@ -204,8 +204,9 @@ def estimate_side_memory(
 
     Raises:
         FileNotFoundError: As in `estimate_memory`.
-        ValueError: `base` is not supported or not how the model is quantized already, the side
-            network does not fit the model, or as in `estimate_memory`.
+        ValueError: `base` is not supported or not how the model is quantized already, the model is
+            quantized in another format than these, the side network does not fit the model, or as
+            in `estimate_memory`.
     """
     estimator = SideEstimator(model_or_config, side or QSTConfig(), base, config)
     return estimator(
@@ -223,6 +224,12 @@ class SideEstimator:
     ) -> None:
         origin = skeleton(source)
         base = form_of_base(origin.config, base) or DEFAULT_BASE
+        if base not in BASES and base == stored_format(origin.config):
+            raise ValueError(
+                f"The model is stored in {base}, and the memory of bases in other formats than "
+                f"{', '.join(BASES)} is not estimated. A side network can be trained beside it "
+                "without an estimate; or start from the float model."
+            )
         check_choice("base", base, BASES)
         with torch.device("meta"):  # a second one, to modify
             model = type(origin)._from_config(origin.config, dtype=origin.dtype)

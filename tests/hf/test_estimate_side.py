@@ -117,6 +117,23 @@ def test_a_base_that_is_quantized_is_estimated_as_it_is():
     assert estimate_side_memory(tiny_llama(), side).rows[0].state == "NF4 weights"
 
 
+@pytest.mark.parametrize(
+    ("quantized", "stored"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes int8"),
+    ],
+)
+def test_a_base_in_a_format_without_an_estimate_is_refused_by_its_name(quantized, stored):
+    """The error said that `base`, which was not given, must be one of three."""
+    config = tiny_llama().config
+    config.quantization_config = quantized
+    with pytest.raises(ValueError, match=f"is stored in {stored}, .* or start from the float mod"):
+        estimate_side_memory(config)
+    with pytest.raises(ValueError, match=f"is stored in {stored}, .* trained beside it without"):
+        recommend(config, 24, side=QSTConfig())
+
+
 def test_a_side_network_of_half_the_width_has_a_fourth_of_the_parameters():
     def saved(r):
         figures = estimate_side_memory(LlamaConfig(dtype="bfloat16"), QSTConfig(r=r))
