@@ -74,7 +74,7 @@ _ADDED = re.compile(r"^base_model\.model\.|\.(original_module|modules_to_save\.[
 def check_adapter_load(
     load: Any, model: nn.Module, peft_model_state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
 ) -> Any:
-    """Make PEFT refuse an adapter with modules that are INT8 there and float in the model."""
+    """Make PEFT refuse an adapter with whole modules in another form than those of the model."""
     refuse_other_form(model, peft_model_state_dict)
     return load(model, peft_model_state_dict, *args, **kwargs)
 
