@@ -18,7 +18,9 @@ def quantization_method(config: Any) -> Any:
     """Return the quantization method that a model's configuration names; None if it names none."""
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict):  # of a configuration that was read from a file
-        return quantization.get("quant_method")
+        # Files that early versions of bitsandbytes wrote do not name it; transformers loads them.
+        is_early = quantization.get("load_in_4bit") or quantization.get("load_in_8bit")
+        return "bitsandbytes" if is_early else quantization.get("quant_method")
     method = getattr(quantization, "quant_method", None)
     return getattr(method, "value", method)
 

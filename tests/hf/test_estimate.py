@@ -429,15 +429,20 @@ def test_unsupported_modes_are_refused(arguments, message):
         estimate_memory(tiny_llama(), **arguments)
 
 
-def test_a_model_that_is_quantized_with_another_method_is_refused():
+@pytest.mark.parametrize(
+    ("quantized", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"load_in_4bit": True}, "bitsandbytes"),  # of an early version, which did not name itself
+    ],
+)
+def test_a_model_that_is_quantized_with_another_method_is_refused(quantized, method):
     """Its training was planned as if it were float, and no run can begin with it."""
     config = tiny_llama().config
-    config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    with pytest.raises(ValueError, match=r"quantized with gptq\. QFT starts from float weights: "):
+    config.quantization_config = quantized
+    with pytest.raises(ValueError, match=rf"with {method}\. QFT starts from float weights: "):
         estimate_memory(config)
-    with pytest.raises(
-        ValueError, match=r"quantized with gptq\. .* train a side network beside it"
-    ):
+    with pytest.raises(ValueError, match=rf"with {method}\. .* train a side network beside it"):
         recommend(config, 24)
 
 
