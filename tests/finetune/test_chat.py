@@ -442,6 +442,12 @@ def test_nothing_is_left_out_behind_something_that_is_shown(
         encode_row({"messages": messages}, tiny_tokenizer(template), assistant_only=assistant_only)
 
 
+def test_thoughts_without_words_may_be_left_out():
+    """Qwen3 writes such a block in an answer that it gives without thinking."""
+    answer = {"role": "assistant", "content": "<think>\n\n</think>\n\nc", "reasoning_content": "\n"}
+    encode_conversation([*chat("a"), answer], tiny_tokenizer(ONLY_ANSWERS))
+
+
 @pytest.mark.parametrize("said", ["?", "", "1 < 2", "</s>"])
 def test_what_is_shown_in_another_form_is_not_left_out(said):
     """The system turn comes last here, so no content is found in order."""

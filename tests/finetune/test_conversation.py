@@ -185,12 +185,14 @@ def test_messages_may_be_a_text_as_in_csv(name):
 
 def test_fields_without_a_value_change_nothing():
     turns = [ASKED[0] | {"images": [], "from": None, "value": None}, *ASKED[1:]]
-    assert read({"messages": turns, "images": [], "documents": None}).turns[1:] == ASKED[1:]
+    row = {"messages": turns, "images": [None], "videos": [], "documents": None}
+    assert read(row).turns[1:] == ASKED[1:]
 
 
-def test_a_context_may_be_the_prompt_itself():
-    row = {"context": "a", "response": "b"}
-    assert read(row, prompt_field="context", answer_field="response").turns == chat("a", "b")
+@pytest.mark.parametrize("name", ["context", "documents", "image"])
+def test_what_is_refused_beside_a_prompt_may_be_the_prompt_itself(name):
+    row = {name: "a", "response": "b"}
+    assert read(row, prompt_field=name, answer_field="response").turns == chat("a", "b")
 
 
 def test_a_prompt_of_turns_is_given_not_learned():
@@ -208,7 +210,7 @@ def test_a_prompt_of_turns_is_given_not_learned():
         ({"messages": [{"role": "user", "content": None}]}, "message without content"),
         ({"messages": "user: hi"}, "not a list of messages"),
         ({"messages": [["hi"]]}, "not a list of messages"),
-        ({"messages": "[{'role': 'user'}]"}, "invalid JSON in field 'messages'"),
+        ({"messages": "[{'role': 'user'}]"}, r"invalid JSON in field 'messages': .* with .\["),
         ({"messages": '[{"role": "user", "role": "bot"}]'}, "a field twice: 'role' occurs more"),
         ({"messages": '[{"role": "user", "content": "\\ud83d"}]'}, "half a character: .*emoji"),
         ({"messages": [{"role": "user", "content": 5}]}, "content is not text: got 5. Write"),

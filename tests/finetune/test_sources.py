@@ -240,6 +240,9 @@ def test_a_damaged_row_is_known_by_its_place(name, text, reason, tmp_path):
     [
         ("a.json", b"[1,"),
         ("a.json", b"[1]\n[2]"),
+        ("a.json", b"[1 2]"),
+        ("a.json", b"[1, 2,]"),
+        ("a.json", b"[, 1]"),
         ("a.jsonl.gz", b"no gzip"),
         ("a.jsonl", b"\xff\xff"),
         ("a.parquet", b"x"),

@@ -281,10 +281,11 @@ class ConversationEncoder:
             changed: list[tuple[str, Turn]] = []
             if content.strip() and not all_are_found:
                 changed.append((f"{turn['role']} turns", {"content": f"{content}?"}))
-            if "</think>" in content and not all_are_found:
-                changed.append(("reasoning", {"content": content.replace("</", "?</", 1)}))
+            thoughts, end, answer = content.partition("</think>")
+            if end and thoughts.replace("<think>", "").strip() and not all_are_found:
+                changed.append(("reasoning", {"content": f"{thoughts}?{end}{answer}"}))
             for name in _REASONING:
-                if turn.get(name):
+                if str(turn.get(name, "")).strip():
                     changed.append(("reasoning", {name: f"{turn[name]}?"}))
             for number, call in enumerate(calls):
                 function = call["function"] | {"name": f"{call['function']['name']}?"}

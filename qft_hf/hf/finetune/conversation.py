@@ -34,7 +34,7 @@ QUESTION_AND_ANSWER = (  # columns
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns, or keys of a message
 _REFUSED = {  # columns that would change the text, with what to write instead
     "functions": "write them as `tools`: a list of {'type': 'function', 'function': ...}",
-    "documents": "templates get no documents; write them into a message",
+    "documents": "templates get none. Write them into a message, and remove the field",
     **dict.fromkeys(_MEDIA, "only text is read. Remove the field, or the row if its text needs it"),
     "chat_template_kwargs": "templates get no options of a row; remove the field, or put what it "
     "does into the chat template",
@@ -82,8 +82,11 @@ def read_conversation(
         messages, n_given = _question_and_answer(row, prompt_field, answer_field)
     else:
         messages, n_given = _messages(row, messages_field)
+    read = (messages_field, prompt_field, answer_field)
+    rest = {name: value for name, value in row.items() if name not in read}
     for field, instead in _REFUSED.items():
-        if any(holder.get(field) for holder in (row, *(messages if field in _MEDIA else ()))):
+        values = [holder.get(field) for holder in (rest, *(messages if field in _MEDIA else ()))]
+        if any(any(value) if isinstance(value, list) else value for value in values):
             raise RowError(f"field {field!r}", f"{instead}.")
     learned = _is_learned(row, _ROW_MARKS)
     read = [_read_message(message) for message in messages]

@@ -47,7 +47,9 @@ def parsed(text: str, what: str = "") -> Any:
             f"{error}. A text was cut inside a character such as an emoji. Cut it before that.",
         ) from error
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-        raise RowError(f"invalid JSON{what and f' in {what}'}", f"{error}.") from error
+        raise RowError(
+            f"invalid JSON{what and f' in {what}'}", f"{error}. It begins with {text[:60]!r}."
+        ) from error
     return value
 
 
@@ -101,14 +103,13 @@ def _elements(text: str) -> Iterator[str]:
     decoder = json.JSONDecoder(parse_int=str)  # of any number of digits
     skip: Any = re.compile(r"\s*,?\s*").match
     end = text.index("[") + 1
-    while not text.startswith("]", begin := skip(text, end).end()):
+    for _ in decoder.decode(text):  # it raises for what is wrong between the elements
+        begin = skip(text, end).end()
         _, end = decoder.raw_decode(text, begin)
         element = text[begin:end]
         with suppress(RowError):  # it is raised when the element is used, with its number
             element = json.dumps(parsed(element))
         yield element
-    if text[begin + 1 :].strip():
-        raise json.JSONDecodeError("Extra data", text, begin + 1)
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
