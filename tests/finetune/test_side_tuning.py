@@ -24,6 +24,7 @@ from qft_hf import (
 )
 from qft_hf.hf.finetune import finetune, prepare
 from qft_hf.hf.finetune.check import check
+from qft_hf.hf.finetune.side_tuning import side_checkpoint
 from qft_hf.hf.report import page, read_run
 from qft_hf_cli import main
 from tests.finetune.chats import tiny_tokenizer
@@ -366,6 +367,13 @@ def test_a_base_that_has_gone_is_named(flags, refused):
     model = Path("model").absolute()  # known from any folder, while it is there
     error = refused("chat", "run", "--prompt", "hi")
     assert f"side network of {model}, which is neither here" in error
+
+
+def test_a_base_without_a_name_is_not_taken_for_the_working_directory(tmp_path, monkeypatch):
+    """Reading the side network in its own folder once ended in a RecursionError."""
+    attach_side_network(tiny_llama(), QSTConfig(r=2)).save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert side_checkpoint(".").base == ""
 
 
 def test_what_has_no_meaning_for_a_side_network_says_so(flags, refused):

@@ -106,7 +106,8 @@ def side_checkpoint(place: str | Path) -> SideCheckpoint | None:
         run = recorded_settings(home)
         if "model_name_or_path" in run:
             name, revision = run["model_name_or_path"], run.get("model_revision")
-    if (earlier := side_checkpoint(name)) is not None:  # the run started from a side network
+    # If the run started from a side network; no name would mean the working directory.
+    if name and (earlier := side_checkpoint(name)) is not None:
         name, revision = earlier.base, revision or earlier.revision
     return SideCheckpoint(
         folder,
