@@ -303,10 +303,13 @@ class ConversationEncoder:
             except RowError:  # the template refuses the change, so it reads the part
                 continue
             if is_left_out:
+                or_else = ""
+                if what == "reasoning" and not self.assistant_only and not self.marks_assistant:
+                    or_else = "set assistant_only_loss to true if it shows those of a last answer, "
                 raise RowError(
                     f"the chat template leaves out {what}",
-                    "the model would not see them. Use a chat_template that shows them, or "
-                    "remove them from the data.",
+                    f"the model would not see them. Use a chat_template that shows them, {or_else}"
+                    "or remove them from the data.",
                 )
 
     def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
