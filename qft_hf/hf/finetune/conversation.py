@@ -82,8 +82,8 @@ def read_conversation(
         messages, n_given = _question_and_answer(row, prompt_field, answer_field)
     else:
         messages, n_given = _messages(row, messages_field)
-    read = (messages_field, prompt_field, answer_field)
-    rest = {name: value for name, value in row.items() if name not in read}
+    chosen = (messages_field, prompt_field, answer_field)
+    rest = {name: value for name, value in row.items() if name not in chosen}
     for field, instead in _REFUSED.items():
         values = [holder.get(field) for holder in (rest, *(messages if field in _MEDIA else ()))]
         if any(any(value) if isinstance(value, list) else value for value in values):
