@@ -8,7 +8,6 @@ the weight.
 """
 
 from collections.abc import Callable
-from dataclasses import astuple
 from functools import wraps
 from typing import Any
 
@@ -253,7 +252,7 @@ def linear(
     """
     dtype, records = product_dtype(x, weight), training or torch.is_grad_enabled()
     if is_compiling():
-        return _linear_in_graph(x, weight, bias, dtype, records, *astuple(products or FLOAT))
+        return _linear_in_graph(x, weight, bias, dtype, records, *(products or FLOAT))
     return _linear(x, weight, bias, dtype, records, products or FLOAT)
 
 

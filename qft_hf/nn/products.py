@@ -1,15 +1,13 @@
 """Which of a linear layer's three products are INT8 x INT8: the choice of `matmul="int8"`."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..config import PRODUCTS, QuantizationSpec, names_module
 
 
-@dataclass(frozen=True, slots=True)
-class Int8Products:
+class Int8Products(NamedTuple):
     """The INT8 products of one module; the others use the dequantized weight."""
 
     forward: bool = True  # y = x W^T

@@ -121,13 +121,13 @@ def test_a_part_that_is_left_out_is_named(tmp_path, caplog):
 
 def test_a_model_with_an_encoder_of_text_is_refused_before_data_are_read(tmp_path):
     """The answers would go to T5's encoder, and Bart's encoder would silently be left out."""
-    for config in (
-        T5Config(d_model=12, d_kv=6, num_layers=1, num_heads=2),
-        BartConfig(d_model=12, encoder_layers=1, decoder_layers=1),
-        TINY["ViT"].config(),
+    for config, reason in (
+        (T5Config(d_model=12, d_kv=6, num_layers=1, num_heads=2), "has an encoder"),
+        (BartConfig(d_model=12, encoder_layers=1, decoder_layers=1), "has an encoder"),
+        (TINY["ViT"].config(), "belongs to none"),
     ):
         config.save_pretrained(tmp_path / "model")
         told = flags(tmp_path) | {"train_data": write_jsonl(tmp_path / "bad.jsonl", [{}])}
 
-        with pytest.raises(ValueError, match="A causal language model is needed"):
+        with pytest.raises(ValueError, match=f"A causal language model is needed.* {reason}"):
             finetune(parsed(told))
