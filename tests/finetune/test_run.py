@@ -27,12 +27,14 @@ from transformers import (
     BloomForCausalLM,
     GraniteConfig,
     MambaConfig,
+    MptConfig,
+    MptForCausalLM,
     TrainerCallback,
     ViTConfig,
     trainer,
 )
 
-from qft_hf import QFTConfig, QFTWeight, quantize_model_
+from qft_hf import QFTConfig, QFTWeight, estimate_memory, quantize_model_
 from qft_hf.hf.finetune import finetune, parse_arguments, prepare, train
 from qft_hf.hf.finetune.check import check
 from qft_hf.hf.finetune.evaluate import evaluate_checkpoint
@@ -648,6 +650,18 @@ def test_a_gpus_kernels_are_refused_on_a_cpu_by_a_run_and_not_by_a_check(chat_fl
     with pytest.raises(ValueError, match="use_liger_kernel needs a GPU, and there is none"):
         prepare(parsed(flags))
     check(parsed(flags))
+
+
+def test_a_dry_run_says_why_memory_is_not_estimated(chat_flags):
+    """It once gave the same two possible reasons for all models."""
+    folder = chat_flags["model_name_or_path"]
+    config = MptConfig(vocab_size=VOCAB_SIZE, d_model=32, n_layers=2, n_heads=4, max_seq_len=256)
+    MptForCausalLM(config).save_pretrained(folder)
+    with pytest.raises(ValueError, match="has no intermediate_size") as reason:
+        estimate_memory(folder)
+    found = check(parsed(chat_flags))
+    assert found.memory is None
+    assert f"memory is not estimated: {reason.value}" in str(found)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression", "multi_label"])

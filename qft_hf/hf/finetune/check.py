@@ -1,7 +1,6 @@
 """A dry run of a config, which reports what the run would do without loading a model."""
 
 import shutil
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +49,8 @@ class Check:
     example: str  # the first example as text, with the learned part in brackets
     disk_bytes: int  # the most that the run has on the disk at one time
     free_bytes: int  # on that disk
-    # By arithmetic; None if the task has labels, the model is not a decoder, or its configuration
-    # lacks the usual sizes.
-    memory: MemoryEstimate | None
+    memory: MemoryEstimate | None  # by arithmetic
+    no_estimate: str | None  # why `memory` is None
 
     def as_dict(self) -> dict[str, Any]:
         """Return all fields and the sums of the memory estimate."""
@@ -86,8 +84,7 @@ class Check:
             "",
             self.example,
             "",
-            "memory is not estimated: the estimate is for decoders that learn next tokens and have "
-            "a configuration with the usual sizes"
+            f"memory is not estimated: {self.no_estimate}"
             if self.memory is None
             else str(self.memory),
         ]
@@ -125,17 +122,20 @@ def check(arguments: RunArguments) -> Check:
         packing = "in blocks; no example sees another"
         if not refuse_leaky_packing_family(make, config, training.device, **how):
             packing = "in blocks; whether examples see each other is checked when the run begins"
-    memory = None
+    memory = no_estimate = None
     if isinstance(task, LanguageTask):
         work["gradient_checkpointing"] = bool(training.gradient_checkpointing)
-        # The estimate is optional: a configuration may lack a size that it needs.
-        with suppress(ValueError):
+        try:
             if is_whole:
                 form = format_with(model, training.format_fields)
                 mode = given_options(training).get("gradient", "stack")
                 memory = estimate_memory(model, config=form, gradient=mode, **work)
             else:
                 memory = estimate_side_memory(config, **work)
+        except ValueError as error:  # such as a configuration that lacks a size
+            no_estimate = str(error)
+    else:
+        no_estimate = "the estimate is for models that learn next tokens"
     parameters, trained = parameters_of(model)
     n_examples = len(data.train.dataset)
     needed = disk_bytes(arguments, model, n_examples)
@@ -164,4 +164,5 @@ def check(arguments: RunArguments) -> Check:
         disk_bytes=needed,
         free_bytes=shutil.disk_usage(nearest_folder(output_dir)).free,
         memory=memory,
+        no_estimate=no_estimate,
     )
