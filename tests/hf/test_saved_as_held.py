@@ -96,9 +96,11 @@ def test_a_model_inside_of_a_module_is_a_model(tmp_path):
     assert_same_state(AutoModel.from_pretrained(tmp_path), around.encoder)
 
 
-def test_a_part_lists_what_of_it_is_float(tmp_path):
+@pytest.mark.parametrize("matmul", ["dequantize", "int8"])
+def test_a_part_lists_what_of_it_is_float(matmul, tmp_path):
     """The float layer's name in the part differs from its listed name in the whole model."""
-    model = quantize_model_(tiny_llama(), QFTConfig(modules_to_not_convert=["model.layers.0"]))
+    config = QFTConfig(matmul=matmul, modules_to_not_convert=["model.layers.0"])
+    model = quantize_model_(tiny_llama(), config)
 
     model.model.save_pretrained(tmp_path)
 
