@@ -68,8 +68,13 @@ def called(**changes):
         "system beside messages": ({"messages": ASKED, "system": "Be brief."}, SYSTEM),
         "one system prompt twice": ({"messages": SYSTEM, "system_prompt": "Be brief."}, SYSTEM),
         "OpenOrca": (
-            {"system_prompt": "Be brief.", "prompt": "hi", "response": "hello"},
+            {"id": "t0.1", "system_prompt": "Be brief.", "question": "hi", "response": "hello"},
             SYSTEM,
+        ),
+        "NuminaMath": ({"source": "aops", "problem": "hi", "solution": "hello"}, ASKED),
+        "the same with messages": (
+            {"source": "-", "problem": "-", "solution": "-", "messages": ASKED},
+            ASKED,
         ),
         "parts": (
             {

@@ -29,7 +29,9 @@ QUESTION_AND_ANSWER = (  # columns
     ("prompt", "completion"),
     ("prompt", "response"),
     ("question", "answer"),
+    ("question", "response"),
     ("query", "response"),
+    ("problem", "solution"),
 )
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # columns, or keys of a message
 _REFUSED = {  # columns that would change the text, with what to write instead
