@@ -28,6 +28,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "held_out": {"type": int, "help": "held-out sequences to score"},
     "learning_rate": {"type": float, "help": "learning rate of Lion"},
     "adamw_learning_rate": {"type": float, "help": "AdamW's, 3 to 10 times that of Lion"},
+    "lora_learning_rate": {"type": float, "help": "that of adapters, 10 times AdamW's"},
     "dtype": {"help": "torch's name of the dtype of all that is not INT8"},
     "matmul": {"choices": MATMULS, "help": "how linear layers multiply"},
     "threads": {"type": int, "help": "CPU threads"},

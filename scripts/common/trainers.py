@@ -1,15 +1,18 @@
-"""Trainers of runs that are compared: ours, and the stock one with FP32 weights as the baseline."""
+"""Trainers of runs that are compared: ours, and the stock one with FP32 weights or adapters."""
 
 from argparse import Namespace
 from collections.abc import Iterable
 
 import torch
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, set_seed
 
 from qft_hf.hf.finetune import RunArguments, parse_arguments, prepare
 from qft_hf.hf.finetune.loading import load_model
 from qft_hf.hf.finetune.preparation import read
+
+LORA_RANK = 16
 
 
 class Lion(torch.optim.Optimizer):
@@ -36,15 +39,15 @@ def compared_trainer(way: str, config: str, flags: list[str]) -> Trainer:
     """Return the Trainer of a run that is not scored while it trains, and writes no checkpoints.
 
     Args:
-        way: "FP32 AdamW" or "FP32 Lion" for the stock Trainer; by any other name it is ours.
+        way: "FP32 AdamW" or "FP32 Lion" for the stock Trainer, "LoRA" for the same with AdamW and
+            adapters on every linear layer except the head; by any other name it is ours.
         config: Name of a shipped config.
         flags: Flags of `qft-hf finetune`, which override the config.
     """
     fixed = ["--eval_strategy=no", "--save_strategy=no", "--overwrite_output"]
     arguments = parse_arguments([config, *fixed, *flags])
-    precision, _, optimizer = way.partition(" ")
-    if precision == "FP32":
-        return _float_trainer(arguments, optimizer)
+    if way in ("FP32 AdamW", "FP32 Lion", "LoRA"):
+        return _stock_trainer(arguments, way)
     return prepare(arguments).trainer
 
 
@@ -58,13 +61,20 @@ def asset_flags(options: Namespace, model: str, data: str) -> list[str]:
     ]
 
 
-def _float_trainer(arguments: RunArguments, optimizer: str) -> Trainer:
+def _stock_trainer(arguments: RunArguments, way: str) -> Trainer:
     """Return the stock Trainer, with the model, data and seed that `prepare` would use."""
     _, start, data = read(arguments)
     training = arguments.training
     model = load_model(start.model, None, start.config, data.task)
+    if way == "LoRA":
+        task = TaskType.CAUSAL_LM if arguments.data.task == "chat" else TaskType.SEQ_CLS
+        set_seed(training.seed)
+        model = get_peft_model(model, LoraConfig(
+            r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type=task
+        ))  # fmt: skip
     training.optim = "adamw_torch"
-    lion = Lion(model.parameters(), lr=training.learning_rate) if optimizer == "Lion" else None
+    is_lion = way == "FP32 Lion"
+    lion = Lion(model.parameters(), lr=training.learning_rate) if is_lion else None
     return Trainer(
         model=model,
         args=training,

@@ -1,4 +1,4 @@
-"""What a config ends at if it is tuned in FP32 and in INT8, with several seeds.
+"""What a config ends at if it is tuned in FP32, in INT8 and by LoRA, with several seeds.
 
     python scripts/fetch_demo.py smollm2 chitchat minilm boolq    # models and data, once
     python scripts/studies/quality.py boolq_minilm    # accuracy on yes/no questions: hours
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,15 +35,24 @@ from common.trainers import asset_flags, compared_trainer
 
 from qft_hf.memory import memory_ledger
 
-# By name, the flags of `qft-hf finetune`.
+
+class Way(NamedTuple):
+    """A way to tune: the option with the rates to try, and flags of `qft-hf finetune`."""
+
+    rates: str
+    flags: tuple[str, ...] = ()
+
+
+LION, ADAMW, LORA = "learning_rate", "adamw_learning_rate", "lora_learning_rate"
 WAYS = {
-    "FP32 AdamW": [],
-    "FP32 Lion": [],
-    "QFT": [],
-    "QFT, INT8 products": ["--matmul=int8"],
-    "QFT, release": ["--gradient=release"],
-    "QFT AdamW": ["--optim=qft_adamw"],
-    "QFT AdamW, INT8 products": ["--optim=qft_adamw", "--matmul=int8"],
+    "FP32 AdamW": Way(ADAMW),
+    "FP32 Lion": Way(LION),
+    "LoRA": Way(LORA, ("--dtype=bfloat16",)),  # of the frozen weights; adapters are FP32
+    "QFT": Way(LION),
+    "QFT, INT8 products": Way(LION, ("--matmul=int8",)),
+    "QFT, release": Way(LION, ("--gradient=release",)),
+    "QFT AdamW": Way(ADAMW, ("--optim=qft_adamw",)),
+    "QFT AdamW, INT8 products": Way(ADAMW, ("--optim=qft_adamw", "--matmul=int8")),
 }
 SAME_BITS = {"QFT, release": "QFT"}
 # By shipped config, the fetched model and data that it uses.
@@ -75,7 +84,13 @@ class Measured(TrainerCallback):
 def tune(config: str, way: str, rate: float, seed: int, flags: list[str]) -> Run:
     """Train and score once, and return the results."""
     print(f"== {way}, rate {rate:g}, seed {seed}", flush=True)
-    flags = ["--max_grad_norm=0", *flags, f"--learning_rate={rate}", f"--seed={seed}", *WAYS[way]]
+    flags = [
+        "--max_grad_norm=0",
+        *flags,
+        f"--learning_rate={rate}",
+        f"--seed={seed}",
+        *WAYS[way].flags,
+    ]
     if way.startswith("QFT"):
         flags.append(f"--quantization_seed={seed}")
     trainer = compared_trainer(way, config, flags)
@@ -186,7 +201,8 @@ def main() -> None:
     """Do the runs that are missing, and write the report after each."""
     parser = command_line(
         __doc__, learning_rate=[1e-5, 3e-5, 1e-4], adamw_learning_rate=[1.5e-5, 5e-5, 1.5e-4],
-        seeds=[0, 1, 2], threads=1, data=report.ROOT / "data", only=None,
+        lora_learning_rate=[3e-4, 1e-3, 3e-3], seeds=[0, 1, 2], threads=1,
+        data=report.ROOT / "data", only=None,
     )  # fmt: skip
     parser.add_argument("tuned_config", choices=ASSETS, metavar="CONFIG", help=" or ".join(ASSETS))
     options, flags = parser.parse_known_args()  # the others are flags of qft-hf finetune
@@ -206,9 +222,8 @@ def main() -> None:
 
     ways = chosen(WAYS, options.only)
     repeated = {way for way in ways if SAME_BITS.get(way) in ways}
-    for way in ways:
-        rates = options.adamw_learning_rate if "AdamW" in way else options.learning_rate
-        for rate in [best(SAME_BITS[way])] if way in repeated else rates:
+    for way, (rates, _) in ways.items():
+        for rate in [best(SAME_BITS[way])] if way in repeated else getattr(options, rates):
             do(way, rate, first)
     for seed in others:
         for way in ways:

@@ -96,10 +96,11 @@ def test_the_study_of_quality_tunes_every_way_and_goes_on_where_it_stopped(run, 
         "quality", "boolq_minilm", "--data", str(questions), "--use_cpu", "--max_steps=3",
         "--max_length=32",
         "--adamw_learning_rate", "1e-2", "1e-9", "--learning_rate", "1e-2",
+        "--lora_learning_rate", "1e-2",
     ]  # fmt: skip
     first, text = run(*flags, "--seeds", "0")
 
-    n_runs = 3 * 2 + 4  # the AdamW ways have two rates
+    n_runs = 3 * 2 + 5  # the AdamW ways have two rates
     assert len(first["runs"]) == n_runs
     assert len({run["loss"] for run in first["runs"]}) == n_runs - 1
     found = {run["way"]: run for run in first["runs"]}
@@ -139,8 +140,8 @@ def test_the_study_of_quality_compares_losses_on_dialogues(run, tmp_path):
 
     figures, text = run(
         "quality", "demo", "--data", str(tmp_path), "--max_steps=2", "--max_length=48", "--use_cpu",
-        "--learning_rate", "1e-3", "--adamw_learning_rate", "1e-2", "--seeds", "1", "4",
-        "--only", "FP32", "QFT, INT8",
+        "--learning_rate", "1e-3", "--adamw_learning_rate", "1e-2", "--lora_learning_rate", "1e-1",
+        "--seeds", "1", "4", "--only", "FP32", "LoRA", "QFT, INT8",
     )  # fmt: skip
 
     adamw, lion, int8 = (
@@ -148,7 +149,7 @@ def test_the_study_of_quality_compares_losses_on_dialogues(run, tmp_path):
         for way in ("FP32 AdamW", "FP32 Lion", "QFT, INT8 products")
     )
     assert all(run["loss"] < run["loss_before"] for run in figures["runs"])
-    assert len({run["loss"] for run in figures["runs"]}) == 6
+    assert len({run["loss"] for run in figures["runs"]}) == 8
     assert adamw[0]["loss_before"] == lion[0]["loss_before"] != int8[0]["loss_before"]
     assert f"on 3 held-out rows: FP32 AdamW {adamw[0]['loss_before']:.4f}, FP32 Lion " in text
     losses, pairs = zip(
