@@ -25,6 +25,17 @@ CHATML_MARKED = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# As in Qwen3, answers after the last user turn show their thoughts, and earlier answers do not.
+FORGETFUL = CHATML.replace(
+    "message['content'] +",
+    "('<thought>' if message['role'] == 'assistant' and loop.index0 > ns.user else '') "
+    "+ message['content'] +",
+)
+FORGETFUL = (
+    "{% set ns = namespace(user=0) %}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{% set ns.user = loop.index0 %}{% endif %}{% endfor %}"
+) + FORGETFUL
+
 TEXTS = [
     "How are you doing today? I am fine, thank you.",
     "user assistant system what is the answer to the question?",

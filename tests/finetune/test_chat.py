@@ -12,7 +12,16 @@ from qft_hf.hf.finetune.chat import ConversationEncoder
 from qft_hf.hf.finetune.conversation import read_conversation
 from qft_hf.hf.finetune.task import NothingToLearn, RowError
 from qft_hf.nn.loss import IGNORED
-from tests.finetune.chats import CHATML, CHATML_MARKED, CHATS, END, TURN, chat, tiny_tokenizer
+from tests.finetune.chats import (
+    CHATML,
+    CHATML_MARKED,
+    CHATS,
+    END,
+    FORGETFUL,
+    TURN,
+    chat,
+    tiny_tokenizer,
+)
 
 both_ways = pytest.mark.parametrize("template", [CHATML, CHATML_MARKED], ids=["prefix", "marked"])
 each_chat = pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS)
@@ -298,18 +307,6 @@ def test_missing_template_is_refused():
 def test_assistant_first_is_refused():
     with pytest.raises(ValueError, match=r"Drop the turn or put a user or system turn .*'hello'"):
         encode_conversation([{"role": "assistant", "content": "hello"}], tiny_tokenizer())
-
-
-# As in Qwen3, answers after the last user turn show their thoughts, and earlier answers do not.
-FORGETFUL = CHATML.replace(
-    "message['content'] +",
-    "('<thought>' if message['role'] == 'assistant' and loop.index0 > ns.user else '') "
-    "+ message['content'] +",
-)
-FORGETFUL = (
-    "{% set ns = namespace(user=0) %}{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{% set ns.user = loop.index0 %}{% endif %}{% endfor %}"
-) + FORGETFUL
 
 
 @pytest.mark.parametrize("max_length", [None, 40])

@@ -10,9 +10,9 @@ from transformers import PreTrainedConfig
 from qft_hf.hf.finetune.arguments import DataArguments
 from qft_hf.hf.finetune.data import DataCounts
 from qft_hf.hf.finetune.data import prepare_data as prepare_data_for
-from qft_hf.hf.finetune.task import NothingToLearn
+from qft_hf.hf.finetune.task import DROPPED
 from qft_hf.nn.loss import IGNORED
-from tests.finetune.chats import END, TURN, chat, tiny_tokenizer
+from tests.finetune.chats import END, FORGETFUL, TURN, chat, tiny_tokenizer
 from tests.finetune.flags import write_jsonl
 
 CONVERSATIONS = [
@@ -73,6 +73,29 @@ def test_counts_of_cut_and_dropped_conversations(chats_file):
         tokens=kept[0] + kept[2],
         cut_tokens=sum(whole) - whole[1] - kept[0] - kept[2],
         dropped={f"nothing to learn in the first {answer} tokens": 1},
+    )
+
+
+def test_an_answer_beyond_the_limit_takes_no_other_answer_of_its_row_with_it(tmp_path):
+    """A row was dropped with all of its examples if one of them had nothing to learn."""
+    tokenizer = tiny_tokenizer(FORGETFUL)
+    messages = chat("a", "b", "c", "d", "e " * 50, "f")
+    path = write_jsonl(tmp_path / "t.jsonl", [{"messages": messages}])
+    lengths = [
+        len(tokenizer.apply_chat_template(messages[:n_turns], return_dict=False))
+        for n_turns in (2, 4, 6)
+    ]
+
+    # The third answer begins beyond the limit, and the second one is cut.
+    arguments = DataArguments(train_data=path, max_length=lengths[1] - 1)
+    data = prepare_data(arguments, tokenizer)
+
+    assert data.train.counts == DataCounts(
+        rows=1,
+        examples=2,
+        tokens=lengths[0] + lengths[1] - 1,
+        cut_tokens=1,
+        dropped={f"nothing to learn in the first {lengths[1] - 1} tokens": 1},
     )
 
 
@@ -206,8 +229,7 @@ def test_an_example_of_which_only_the_first_token_is_learned_teaches_nothing(cha
     """No token comes before the first, so nothing predicts it."""
     task = prepare_data(DataArguments(train_data=chats_file), tiny_tokenizer()).task
 
-    with pytest.raises(NothingToLearn, match="every label is masked"):
-        task.example([5, 6, 7], [5, IGNORED, IGNORED])
+    assert task.example([5, 6, 7], [5, IGNORED, IGNORED]) == {DROPPED: "nothing to learn"}
     assert task.example([5, 6, 7], [IGNORED, 6, IGNORED])["labels"] == [IGNORED, 6, IGNORED]
 
 

@@ -17,7 +17,7 @@ from .classification import Classification, Regression
 from .multi_label import MultiLabel
 from .packing import count_tokens, pack
 from .sources import Rows, count_shared, fingerprint, load_rows, select_rows, split_rows
-from .task import Example, LanguageTask, NothingToLearn, Row, RowError, Task, teaches
+from .task import DROPPED, Example, LanguageTask, NothingToLearn, Row, RowError, Task, teaches
 from .text import Text
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,6 @@ LABEL_TASKS = {
     "multi_label": MultiLabel,
 }
 TASKS: dict[str, type[Task]] = {**LANGUAGE_TASKS, **LABEL_TASKS}
-DROPPED = "dropped"  # column of encoded rows: the reason why a row is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +36,10 @@ class DataCounts:
     """Counts of the rows that were read, of what they became, and of everything left out."""
 
     rows: int  # that were read
-    examples: int  # rows or packed blocks that are used
+    examples: int  # or packed blocks that are used; a row may give several examples
     tokens: int  # in the examples, without padding
     cut_tokens: int  # cut off the examples, beyond max_length
-    dropped: dict[str, int]  # rows and packed blocks that are left out, by reason
+    dropped: dict[str, int]  # rows, examples and packed blocks that are left out, by reason
     held_out: str | None = None  # fingerprint of the rows of eval_fraction, before max_eval_rows
 
     def __str__(self) -> str:
@@ -229,7 +228,7 @@ def _prepare_part(
 
 
 def _encode(rows: Rows, task: Task) -> Dataset:
-    """Encode rows as examples; the column `DROPPED` has the reason if a row is left out."""
+    """Encode rows as examples; the column `DROPPED` has the reason if one is left out."""
     features = Features({**task.features, "cut": Value("int64"), DROPPED: Value("string")})
 
     def encode(records: dict[str, list[Any]], version: str) -> dict[str, list[Any]]:

@@ -15,7 +15,9 @@ from .evaluation import NEXT_TOKENS, Scoring
 from .packing import collate_blocks
 
 Row = dict[str, Any]  # field -> value, as in the file
-Example = dict[str, Any]  # the columns of a `Task`, and `cut`: how many tokens were cut off
+# The columns of a `Task`, and `cut`: how many tokens were cut off. Or only `DROPPED`.
+Example = dict[str, Any]
+DROPPED = "dropped"  # column: the reason why a row, or an example of it, is left out
 Collator = Callable[[list[dict[str, Any]]], dict[str, Any]]
 
 
@@ -61,6 +63,8 @@ class Task(ABC):
     @abstractmethod
     def encode(self, row: Row) -> list[Example]:
         """Return the examples of a row, each with the columns of `features` and `cut`.
+
+        An example that has nothing to learn is `{DROPPED: reason}`; others of the row may have.
 
         Raises:
             RowError: The row cannot be read.
@@ -109,15 +113,11 @@ class LanguageTask(Task):
         """Do nothing: the head of a language model already has all tokens."""
 
     def example(self, input_ids: list[int], labels: list[int]) -> Example:
-        """Return tokens and labels cut to `max_length`.
-
-        Raises:
-            NothingToLearn: No label is left.
-        """
+        """Return tokens and labels cut to `max_length`, or the reason if no label is left."""
         kept = slice(self.max_length)
         if not teaches(labels[kept]):
             where = f" in the first {self.max_length} tokens" if teaches(labels) else ""
-            raise NothingToLearn(f"nothing to learn{where}", "every label is masked.")
+            return {DROPPED: f"nothing to learn{where}"}
         return {
             "input_ids": input_ids[kept],
             "labels": labels[kept],
