@@ -26,15 +26,16 @@ CHATML_MARKED = (
 )
 
 # As in Qwen3, answers after the last user turn show their thoughts, and earlier answers do not.
-FORGETFUL = CHATML.replace(
-    "message['content'] +",
-    "('<thought>' if message['role'] == 'assistant' and loop.index0 > ns.user else '') "
-    "+ message['content'] +",
-)
-FORGETFUL = (
+FORGETFUL, FORGETFUL_MARKED = (
     "{% set ns = namespace(user=0) %}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{% set ns.user = loop.index0 %}{% endif %}{% endfor %}"
-) + FORGETFUL
+    + template.replace(
+        "message['content'] +",
+        "('<thought>' if message['role'] == 'assistant' and loop.index0 > ns.user else '') "
+        "+ message['content'] +",
+    )
+    for template in (CHATML, CHATML_MARKED)
+)
 
 TEXTS = [
     "How are you doing today? I am fine, thank you.",

@@ -18,6 +18,7 @@ from tests.finetune.chats import (
     CHATS,
     END,
     FORGETFUL,
+    FORGETFUL_MARKED,
     TURN,
     chat,
     tiny_tokenizer,
@@ -82,12 +83,14 @@ def test_an_answer_of_weight_0_is_shown_and_not_learned(weights, template):
     assert tokenizer.decode(input_ids) == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
+@pytest.mark.parametrize(
+    "templates",
+    [(CHATML, CHATML_MARKED), (FORGETFUL, FORGETFUL_MARKED)],
+    ids=["kept", "rewritten"],
+)
 @each_chat
-def test_both_ways_agree(messages):
-    results = [
-        encode_conversation(messages, tiny_tokenizer(template))
-        for template in (CHATML, CHATML_MARKED)
-    ]
+def test_both_ways_agree(messages, templates):
+    results = [encode_row({"messages": messages}, tiny_tokenizer(one)) for one in templates]
     assert results[0] == results[1]
 
 
@@ -309,9 +312,10 @@ def test_assistant_first_is_refused():
         encode_conversation([{"role": "assistant", "content": "hello"}], tiny_tokenizer())
 
 
+@pytest.mark.parametrize("template", [FORGETFUL, FORGETFUL_MARKED], ids=["prefix", "marked"])
 @pytest.mark.parametrize("max_length", [None, 40])
-def test_an_answer_that_is_rewritten_later_is_learned_as_it_is_said(max_length):
-    tokenizer = tiny_tokenizer(FORGETFUL)
+def test_an_answer_that_is_rewritten_later_is_learned_as_it_is_said(max_length, template):
+    tokenizer = tiny_tokenizer(template)
     messages = [*chat("a", "b", "c", "d", "e"), *chat("f", "g")[1:], *chat("", "h", "i")[1:]]
 
     examples = encode_row({"messages": messages}, tokenizer, max_length=max_length)
@@ -325,6 +329,17 @@ def test_an_answer_that_is_rewritten_later_is_learned_as_it_is_said(max_length):
         )
         assert input_ids[: len(prompt)] == prompt
         assert set(labels[: len(prompt)]) == {IGNORED}
+
+
+def test_what_a_template_adds_at_the_end_splits_no_marked_answers():
+    """The end of the text is no part of an answer, so no answer is rewritten."""
+    template = CHATML_MARKED + "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    messages, tokenizer = chat("a", "b", "c", "d"), tiny_tokenizer(template)
+
+    input_ids, labels = encode_conversation(messages, tokenizer)
+
+    assert input_ids == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert learned_text(tokenizer, input_ids, labels) == f"b{END}d{END}"
 
 
 TWO_LINES = CHATML.replace("assistant\n'", "assistant\n\n'").replace("\n' + m", "\n\n' + m")
@@ -423,12 +438,11 @@ THINK = [
         (ONLY_ANSWERS, chat("a", "<think>\nb\n</think>\n\nc"), True, "reasoning"),
         (WITHOUT_TOOLS, [*chat("Warm?", "I look."), {"role": "tool", "content": "18"},
             {"role": "assistant", "content": "It has 18 degrees."}], True, "tool turns"),
-        (replaced(CHATML_MARKED, THOUGHTS_OF_THE_LAST), THINK, True, "reasoning"),
         (replaced(CHATML, THOUGHTS_OF_THE_LAST), THINK, False, "reasoning"),
     ],
     ids=[
         "a call without words", "the second of two calls", "thoughts in the text",
-        "words that a later turn repeats", "earlier thoughts, marked", "earlier thoughts, learned",
+        "words that a later turn repeats", "earlier thoughts, learned",
     ],
 )  # fmt: skip
 def test_nothing_is_left_out_behind_something_that_is_shown(
@@ -442,6 +456,91 @@ def test_nothing_is_left_out_behind_something_that_is_shown(
         assert len(encode_row({"messages": messages}, tokenizer)) == len(messages) / 2
     else:
         assert assistant_only
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("row", "learned"),
+    [
+        ({"messages": THINK}, ["I think.b", "I think.d"]),
+        ({"messages": [THINK[0], THINK[1] | {"train": False}, *THINK[2:]]}, ["I think.d"]),
+        ({"messages": [*THINK[:3], THINK[3] | {"weight": 0}]}, ["I think.b"]),
+        ({"prompt": THINK[:3], "completion": THINK[3:]}, ["I think.d"]),
+        (
+            {"messages": [*THINK[:2], {"role": "tool", "content": "c"}, THINK[3]]},
+            ["I think.b", "I think.d"],
+        ),
+    ],
+    ids=["both", "the last", "the first", "given", "after a tool"],
+)
+def test_an_answer_whose_thoughts_are_left_out_later_is_an_example_of_its_own(
+    row, learned, template
+):
+    """Where the template marks answers, such rows were refused."""
+    tokenizer = tiny_tokenizer(replaced(template, THOUGHTS_OF_THE_LAST))
+
+    examples = encode_row(row, tokenizer)
+
+    assert [learned_text(tokenizer, *e) for e in examples] == [f"{text}{END}" for text in learned]
+    for input_ids, labels in examples:
+        shown = tokenizer.decode([i for i, j in zip(input_ids, labels, strict=True) if i != j])
+        assert "I think." not in shown
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [(CHATML, "cannot be located"), (CHATML_MARKED, "another prompt than it sees. Use another")],
+    ids=["prefix", "marked"],
+)
+def test_thoughts_that_only_the_prompt_shows_are_refused(template, message):
+    """As with gpt-oss after a tool call: the last answer itself removes what its prompt shows."""
+    thoughts = "(message.reasoning_content if loop.last or messages[-1].role == 'user' else '')"
+    tokenizer = tiny_tokenizer(replaced(template, f"({thoughts} or '') ~ message['content']"))
+    with pytest.raises(RowError, match=rf"prompt differently .*{message}.* turn says 'd'"):
+        encode_row({"messages": THINK}, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_6", "lfm2_2_5", "glm4moe_training"])
+@pytest.mark.parametrize("with_tools", [False, True])
+def test_published_templates_learn_each_answer_as_it_is_generated(name, with_tools):
+    """Qwen3's have no marks. Those of LFM2.5, and TRL's for GLM 4, do; all forget thoughts."""
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    tokenizer = tokenizer_for((folder / f"{name}.jinja").read_text())
+    messages, tools = chat("a", "b", "c", "d", "e", "f"), None
+    if with_tools:
+        look = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+        messages[3:3], tools = [look, {"role": "tool", "content": "yes"}], [TOOL]
+    answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    for i in answers:
+        messages[i]["thinking"] = messages[i]["reasoning_content"] = f"I think of {i}."
+
+    examples = encode_row({"messages": messages, "tools": tools}, tokenizer)
+
+    generated, texts = [], []
+    for i in answers:
+        options = {"tools": tools, "tokenize": False}
+        prompt = tokenizer.apply_chat_template(messages[:i], add_generation_prompt=True, **options)
+        text = tokenizer.apply_chat_template(messages[: i + 1], **options)
+        assert text.startswith(prompt)
+        generated.append(text.removeprefix(prompt).removesuffix("\n"))
+        texts.append(text)
+        assert f"I think of {i}." in generated[-1]
+    if with_tools:  # the call and the answer after it are one example
+        generated[1:3], texts[1:3] = ["".join(generated[1:3])], texts[2:3]
+    assert [learned_text(tokenizer, *example) for example in examples] == generated
+    assert [tokenizer.decode(input_ids) for input_ids, _ in examples] == texts
+
+
+def test_thoughts_in_two_fields_are_shown_if_one_of_them_is():
+    """Some servers answer with both, and one of the two used to count as left out."""
+    tokenizer = tiny_tokenizer(replaced(CHATML, "(message.reasoning or '') + message['content']"))
+    turn = {"role": "assistant", "content": "b", "reasoning": "hm", "reasoning_content": "hm"}
+
+    example = encode_conversation([*chat("a"), turn], tokenizer)
+
+    assert learned_text(tokenizer, *example) == f"hmb{END}"
+    with pytest.raises(RowError, match="leaves out reasoning"):
+        encode_conversation([*chat("a"), turn | {"reasoning_content": "so"}], tokenizer)
 
 
 def test_thoughts_without_words_may_be_left_out():

@@ -1,14 +1,16 @@
 """Conversations as token ids, with the loss on the assistant's turns.
 
-The assistant's characters, and then their tokens, are found in one of two ways. Both are exact or
-raise:
+The conversation is rendered up to the end of each assistant turn. The assistant's characters, and
+then their tokens, are found in this text in one of two ways. Both are exact or raise:
 
 - The template marks them with `{% generation %}` ... `{% endgeneration %}`.
-- Otherwise the conversation is rendered up to the start and up to the end of each assistant turn.
-  The first text must be a prefix of the second, so their lengths give the position of the turn. If
-  a template rewrites earlier turns (Qwen3 drops their reasoning), an answer that is rewritten later
-  becomes an example of its own that ends with this answer: the model is trained on the prompt that
-  it sees, and the answer that it writes, during generation.
+- Otherwise the conversation is rendered up to the start of the turn, too. The shorter text must be
+  a prefix of the longer one, so their lengths give the position of the turn.
+
+Answers share an example as long as the text of each begins with that of the one before. If a
+template rewrites earlier turns (Qwen3 drops their reasoning), an answer that is rewritten later
+becomes an example of its own that ends with this answer: the model is trained on the prompt that it
+sees, and the answer that it writes, during generation.
 
 A conversation in which a token spans the boundary of a turn is refused.
 """
@@ -67,9 +69,10 @@ class Chat(LanguageTask):
 
 @dataclass(slots=True)
 class _Rendered:
-    """A rendered text, and the positions of the answers in it."""
+    """A rendered text, and the positions of the learned answers in it."""
 
     text: str
+    end: int  # of the last answer; what follows it is not learned
     answers: list[tuple[Turn, int, int]] = field(default_factory=list)  # each: turn, begin, end
 
 
@@ -167,73 +170,84 @@ class ConversationEncoder:
                 )
             input_ids, _ = self._tokenize(self._render(conversation))
             return [(input_ids, list(input_ids))]
-        if self.marks_assistant:
-            examples = self._answers_from_template(conversation)
-        else:
-            examples = self._answers_from_prefixes(conversation, max_length)
-        return [self._locate(example) for example in examples]
+        return [self._locate(example) for example in self._render_answers(conversation, max_length)]
 
-    def _answers_from_template(self, conversation: Conversation) -> list[_Rendered]:
-        """Take the answers from the template's `{% generation %}` blocks."""
-        with _refusals(conversation.turns):
+    def _render_answers(
+        self, conversation: Conversation, max_length: int | None
+    ) -> list[_Rendered]:
+        """Render each answer as the last one, and join those that later turns leave as they are."""
+        find = self._answer_by_mark if self.marks_assistant else self._answer_by_prompt
+        whole = self._render(conversation)
+        limit = len(whole)
+        if max_length is not None and max_length < len(ends := self._tokenize(whole)[1]):
+            limit = ends[max_length][1]
+        rendered = [_Rendered("", end=0)]
+        for index in _answers(conversation):
+            text, begin, end = find(conversation, index)
+            if text.startswith(rendered[-1].text[: rendered[-1].end]):
+                rendered[-1].text, rendered[-1].end = text, end
+            else:
+                self._require_same_prompt(conversation, index, text[:begin])
+                rendered.append(_Rendered(text, end))
+            if conversation.learned[index]:
+                rendered[-1].answers.append((conversation.turns[index], begin, end))
+            if whole.startswith(text[:end]) and end >= limit:
+                break
+        if whole.startswith(rendered[-1].text[: rendered[-1].end]):
+            rendered[-1].text = whole
+        return [example for example in rendered if example.answers] or rendered[-1:]
+
+    def _answer_by_mark(self, conversation: Conversation, index: int) -> tuple[str, int, int]:
+        """Return the text that ends with an answer, and its `{% generation %}` block in it."""
+        turns = conversation.turns[: index + 1]
+        with _refusals(turns):
             rendered: Any = render_jinja_template(
-                [conversation.turns],
+                [turns],
                 tools=conversation.tools,
                 chat_template=self.tokenizer.get_chat_template(tools=conversation.tools),
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,  # type: ignore[arg-type]
             )
         (text,), (blocks,) = rendered
-        answers = _answers(conversation)
-        if len(blocks) != len(answers):
+        n_answers = sum(turn["role"] == "assistant" for turn in turns)
+        if len(blocks) != n_answers:
             raise RowError(
-                f"the chat template marks {len(blocks)} answers of {len(answers)}",
+                f"the chat template marks {len(blocks)} answers of {n_answers}",
                 "it marks turns of other roles, too, or leaves out some of the assistant's. "
                 "Use another chat_template.",
             )
-        spans = [
-            (conversation.turns[index], *block)
-            for index, block in zip(answers, blocks, strict=True)
-            if conversation.learned[index]
-        ]
-        return [_Rendered(text, spans)]
+        return text, *blocks[-1]
 
-    def _answers_from_prefixes(
-        self, conversation: Conversation, max_length: int | None
-    ) -> list[_Rendered]:
-        """Find each answer between the text before it and the text that ends with it."""
-        whole = self._render(conversation)
-        limit = len(whole)
-        if max_length is not None and max_length < len(ends := self._tokenize(whole)[1]):
-            limit = ends[max_length][1]
-        rendered = [_Rendered("")]
-        for index in _answers(conversation):
-            turn = conversation.turns[index]
-            if index == 0:
-                raise RowError(
-                    "begins with the assistant",
-                    "no turn comes before it, so the template does not show where it starts. Drop "
-                    f"the turn or put a user or system turn before it. It says {excerpt(turn)}.",
-                )
-            prompt = self._render(conversation, n_turns=index, add_generation_prompt=True)
-            answered = self._render(conversation, n_turns=index + 1)
-            if not answered.startswith(prompt):
-                raise RowError(
-                    "the chat template renders a prompt differently once its answer is added",
-                    "the answer's tokens cannot be located. Use a template with {% generation "
-                    f"%}}, or set assistant_only_loss to false. The turn says {excerpt(turn)}.",
-                )
-            if answered.startswith(rendered[-1].text):
-                rendered[-1].text = answered
-            else:
-                rendered.append(_Rendered(answered))
-            if conversation.learned[index]:
-                rendered[-1].answers.append((turn, len(prompt), len(answered)))
-            if whole.startswith(answered) and len(answered) >= limit:
-                break
-        if whole.startswith(rendered[-1].text):
-            rendered[-1].text = whole
-        return [example for example in rendered if example.answers] or rendered[-1:]
+    def _answer_by_prompt(self, conversation: Conversation, index: int) -> tuple[str, int, int]:
+        """Return the text that ends with an answer, and where the answer begins and ends in it."""
+        turn = conversation.turns[index]
+        if index == 0:
+            raise RowError(
+                "begins with the assistant",
+                "no turn comes before it, so the template does not show where it starts. Drop "
+                f"the turn or put a user or system turn before it. It says {excerpt(turn)}.",
+            )
+        prompt = self._render(conversation, n_turns=index, add_generation_prompt=True)
+        text = self._render(conversation, n_turns=index + 1)
+        if not text.startswith(prompt):
+            raise RowError(
+                "the chat template renders a prompt differently once its answer is added",
+                "the answer's tokens cannot be located. Use a template with {% generation "
+                f"%}}, or set assistant_only_loss to false. The turn says {excerpt(turn)}.",
+            )
+        return text, len(prompt), len(text)
+
+    def _require_same_prompt(self, conversation: Conversation, index: int, before: str) -> None:
+        """Raise `RowError` if generation would see another text than the one before an answer."""
+        prompt = self._render(conversation, n_turns=index, add_generation_prompt=True)
+        # A mark may begin before or after the words that a generation prompt ends with.
+        if not (prompt.startswith(before) or before.startswith(prompt)):
+            raise RowError(
+                "the chat template renders a prompt differently once its answer is added",
+                "the model would learn from another prompt than it sees. Use another chat_template,"
+                " or remove from the data what it leaves out in earlier turns. The turn says "
+                f"{excerpt(conversation.turns[index])}.",
+            )
 
     def _locate(self, example: _Rendered) -> tuple[list[int], list[int]]:
         """Return the tokens and labels of a text; only its answers are learned."""
@@ -284,15 +298,16 @@ class ConversationEncoder:
             thoughts, end, answer = content.partition("</think>")
             if end and thoughts.replace("<think>", "").strip() and not all_are_found:
                 changed.append(("reasoning", {"content": f"{thoughts}?{end}{answer}"}))
-            for name in _REASONING:
-                if str(turn.get(name, "")).strip():
-                    changed.append(("reasoning", {name: f"{turn[name]}?"}))
+            for said in {str(turn.get(name, "")) for name in _REASONING}:
+                if said.strip():  # several names of the same thoughts are changed together
+                    names = [name for name in _REASONING if str(turn.get(name, "")) == said]
+                    changed.append(("reasoning", dict.fromkeys(names, f"{said}?")))
             for number, call in enumerate(calls):
                 function = call["function"] | {"name": f"{call['function']['name']}?"}
                 renamed = [*calls[:number], call | {"function": function}, *calls[number + 1 :]]
                 changed.append(("tool calls", {"tool_calls": renamed}))
             is_last = turn["role"] == "assistant" and self.assistant_only
-            n_turns = index + 1 if is_last and not self.marks_assistant else None
+            n_turns = index + 1 if is_last else None
             for what, part in changed:
                 changed_turns = [*turns[:index], turn | part, *turns[index + 1 :]]
                 others.append((what, replace(conversation, turns=changed_turns), n_turns))
@@ -304,7 +319,7 @@ class ConversationEncoder:
                 continue
             if is_left_out:
                 or_else = ""
-                if what == "reasoning" and not self.assistant_only and not self.marks_assistant:
+                if what == "reasoning" and not self.assistant_only:
                     or_else = "set assistant_only_loss to true if it shows those of a last answer, "
                 raise RowError(
                     f"the chat template leaves out {what}",
