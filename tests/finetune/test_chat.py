@@ -439,10 +439,12 @@ THINK = [
         (WITHOUT_TOOLS, [*chat("Warm?", "I look."), {"role": "tool", "content": "18"},
             {"role": "assistant", "content": "It has 18 degrees."}], True, "tool turns"),
         (replaced(CHATML, THOUGHTS_OF_THE_LAST), THINK, False, "reasoning"),
+        (replaced(CHATML_MARKED, THOUGHTS_OF_THE_LAST), THINK, False, "reasoning"),
     ],
     ids=[
         "a call without words", "the second of two calls", "thoughts in the text",
         "words that a later turn repeats", "earlier thoughts, learned",
+        "earlier thoughts, marked and learned",
     ],
 )  # fmt: skip
 def test_nothing_is_left_out_behind_something_that_is_shown(

@@ -12,7 +12,7 @@ from qft_hf.hf.finetune.data import DataCounts
 from qft_hf.hf.finetune.data import prepare_data as prepare_data_for
 from qft_hf.hf.finetune.task import DROPPED
 from qft_hf.nn.loss import IGNORED
-from tests.finetune.chats import END, FORGETFUL, TURN, chat, tiny_tokenizer
+from tests.finetune.chats import END, FORGETFUL, FORGETFUL_MARKED, TURN, chat, tiny_tokenizer
 from tests.finetune.flags import write_jsonl
 
 CONVERSATIONS = [
@@ -97,6 +97,36 @@ def test_an_answer_beyond_the_limit_takes_no_other_answer_of_its_row_with_it(tmp
         cut_tokens=1,
         dropped={f"nothing to learn in the first {lengths[1] - 1} tokens": 1},
     )
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("template", [FORGETFUL, FORGETFUL_MARKED], ids=["prefix", "marked"])
+def test_answers_of_a_row_are_held_out_together_weighted_and_packed(template, packing, tmp_path):
+    """Each answer is an example; a row is never learned in one part and scored in another."""
+    tokenizer = tiny_tokenizer(template)
+    words = "ABCDEF"
+    path = write_jsonl(
+        tmp_path / "t.jsonl",
+        [{"messages": chat("q", f"{w}1", "q", f"{w}2", "q", f"{w}3")} for w in words],
+    )
+
+    arguments = DataArguments(
+        train_data=path, eval_fraction=1 / 3, train_weights=[2.0], packing=packing, max_length=512
+    )
+    data = prepare_data(arguments, tokenizer)
+
+    def learned(part):
+        ids = [i for labels in part.dataset["labels"] for i in labels if i != IGNORED]
+        return sorted(tokenizer.decode(ids).replace("<thought>", "").split(END)[:-1])
+
+    scored = learned(data.evaluation)
+    held_out = sorted({text[0] for text in scored})
+    assert len(held_out) == 2
+    assert scored == [f"{w}{n}" for w in held_out for n in (1, 2, 3)]
+    rest = [w for w in words if w not in held_out]
+    assert learned(data.train) == [f"{w}{n}" for w in rest for n in (1, 2, 3) for _ in range(2)]
+    counts = data.train.counts
+    assert (counts.rows, counts.examples) == (4, len(data.train.dataset) if packing else 24)
 
 
 def test_text_is_ended_and_learned_from_its_second_token(tmp_path):
