@@ -219,7 +219,7 @@ def test_a_card_that_cannot_be_read_says_so(tmp_path):
             "invalid JSON: Exceeds the lim",
         ),
         ("rows.jsonl", '{"text": "a"}\n{"x": ' + "1" * 5000 + "}", "invalid JSON: Exceeds the lim"),
-        ("rows.jsonl", '{"text": "a"}\n' + "[" * 100_000, "invalid JSON: maximum recursion depth"),
+        ("rows.jsonl", '{"text": "a"}\n' + "[" * 100_000, "invalid JSON: .*(recursion|overflow)"),
         ("rows.jsonl", '{"text": "a"}\n{"text": "b \\ud83d c"}\n', "half a character: .*emoji"),
         ("rows.json", '[{"text": "a"}, {"x": ["\\udc4d"]}]', "half a character: .*emoji"),
     ],
