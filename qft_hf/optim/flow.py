@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from torch import Tensor
 from torch.nn import Parameter
 
-from ..quant import Int8Gradient, Int8Tensor, QFTWeight, TiledGradient, quantized
+from ..quant import Int8Gradient, QFTWeight, TiledGradient, quantized
 
 if TYPE_CHECKING:
     from .base import QFTOptimizer
@@ -236,7 +236,7 @@ def quantize_gradient_(parameter: Parameter) -> None:
     if not isinstance(parameter, QFTWeight):
         return
     gradient = parameter.grad
-    if gradient is not None and not isinstance(gradient, Int8Tensor):
+    if gradient is not None and not isinstance(gradient, Int8Gradient | TiledGradient):
         parameter.grad = quantized(gradient, parameter)
 
 

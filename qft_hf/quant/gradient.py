@@ -14,7 +14,7 @@ from .. import kernels
 from ..kernels.groups import empty_quantized
 from ..layout import STATE_GROUP_SIZE, n_groups
 from .arrangement import Arrangement
-from .reading import aten, read
+from .reading import Readable, aten, read
 from .tensor import Int8Tensor
 
 
@@ -123,11 +123,11 @@ class Tiles(NamedTuple):
         return kernels.quantize(self.make(rows).contiguous(), group_size=STATE_GROUP_SIZE)
 
 
-class TiledGradient(Int8Tensor):
+class TiledGradient(Readable):
     """A deferred gradient, computed in float, one tile of rows at a time, when it is used.
 
     Autograd may pass it on or add it to another gradient. An addition, and a call of `quantized`,
-    compute it at once.
+    compute it at once. Other operators read the values of its INT8 form.
 
     Args:
         tiles: Computes the tiles. The input and output gradient of the layer, which it refers to,
@@ -138,7 +138,7 @@ class TiledGradient(Int8Tensor):
         device: Device of the tiles.
     """
 
-    FIELDS = ()
+    to_change = "To change the gradient, assign a new one to .grad: it is quantized again."
     own_rows: slice | None = None  # the rows that it holds; None: all (`own_rows.py`)
 
     @staticmethod
@@ -154,6 +154,10 @@ class TiledGradient(Int8Tensor):
         self.tile_source = tiles
         self.rows = rows
         self.arrangement = arrangement
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Return the shape without the values, which would have to be computed."""
+        return f"TiledGradient(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def tile_of(self, rows: slice) -> Tensor:
         """Return the float gradient of one of the ranges, contiguous."""
@@ -188,7 +192,7 @@ def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return alias
 
 
-def quantized(gradient: Tensor, like: Int8Tensor) -> Int8Gradient:
+def quantized(gradient: Tensor, like: Any) -> Int8Gradient:
     """Return a gradient of a quantized weight in INT8; an `Int8Gradient` is returned unchanged.
 
     Args:
@@ -226,7 +230,7 @@ def _add(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     one, other = args
     if not isinstance(other, Tensor) or one.shape != other.shape or kwargs.get("alpha", 1) != 1:
         return read(operator, args, kwargs)
-    like: Any = one if isinstance(one, Int8Tensor) else other
+    like = one if isinstance(one, Int8Gradient | TiledGradient) else other
     total = quantized(one, like)
     if total is one:
         total = total.clone()

@@ -76,7 +76,6 @@ def test_tiles_are_made_when_they_are_asked_for_and_in_order(n_rows):
     assert isinstance(alias, TiledGradient)
     for one in (gradient, alias):
         assert (one.shape, one.dtype, one.device) == (x.shape, x.dtype, x.device)
-        assert one.stored_bytes == 0
     assert not made
 
     for number, rows in enumerate(alias.rows):
@@ -85,6 +84,21 @@ def test_tiles_are_made_when_they_are_asked_for_and_in_order(n_rows):
         assert tile.is_contiguous()
         assert_same_bits(tile, x[rows])
     assert number == len(gradient.rows) - 1
+
+
+def test_operators_read_the_values_of_tiles():
+    """With release, `torch.autograd.grad` returns them. They were taken for a tensor that is stored
+    in no fields: any two were equal, `copy_` did nothing, and views ended in a TypeError.
+    """
+    x = random()
+    values = gradient_of(x).dequantize()
+
+    assert torch.equal(tiled(x, 3), tiled(x, 7))
+    assert not torch.equal(tiled(x, 3), tiled(2 * x, 3))
+    assert_same_bits(tiled(x, 3).double(), values.double())
+    assert_same_bits(tiled(x, 3).view(x.shape).clone(), values)
+    with pytest.raises(NotImplementedError, match=r"assign a new one to \.grad"):
+        tiled(x, 3).copy_(tiled(2 * x, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
