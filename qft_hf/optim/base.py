@@ -566,6 +566,7 @@ class QFTOptimizer(Optimizer):
         self.__setstate__({"state": found.states, "param_groups": found.groups})
         self._kept.clear()
         self._counters.clear()
+        self._whole = None
         self.flow.restart(previous_norm=found.previous_norm)
         self.train()  # Accelerate moves the model before this, which disconnects hooks
         for loaded_hook in self._optimizer_load_state_dict_post_hooks.values():

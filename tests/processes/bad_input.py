@@ -156,6 +156,18 @@ def no_consolidation(rank: int, n: int) -> dict[str, Any]:
     return {"text": outcome(optimizer.state_dict), "weights": model_tensors(model)}
 
 
+def loaded_since(rank: int, n: int) -> dict[str, Any]:
+    """Load a state after the consolidation, which is then of other values than the optimizer."""
+    model = make_model(tied=False)
+    optimizer = make_optimizer(model)
+    backward(model, rank, n)
+    optimizer.step()
+    optimizer.consolidate()
+    whole = optimizer.state_dict() if rank == 0 else None
+    optimizer.load_state_dict(optimizer.processes.broadcast_from_first(whole))
+    return {"text": outcome(optimizer.state_dict)}
+
+
 def trainer_case(folder: Path, n: int, **changes: Any) -> dict[str, Any]:
     trainer = trainers.make("stack", folder / "bad", n=n, save_strategy="no", **changes)
     return {"text": outcome(trainer.train), "weights": model_tensors(trainer.model)}
@@ -287,6 +299,7 @@ def run(name: str, folder: Path, rank: int, n: int) -> dict[str, Any]:
         "skipped-release": lambda: skipped_batch(rank, n, gradient="release"),
         "reentrant": lambda: reentrant(rank, n),
         "no-consolidation": lambda: no_consolidation(rank, n),
+        "loaded-since": lambda: loaded_since(rank, n),
         "trainer-model": lambda: trainer_case(folder, n, model=tiny_llama(seed=rank)),
         "trainer-rate": lambda: trainer_case(folder, n, learning_rate=1e-3 * (rank + 1)),
         "trainer-data": lambda: trainer_case(folder, n, n_examples=36 + rank),
@@ -309,6 +322,7 @@ CASES = (
     "nan-stack", "nan-skip", "nan-release", "nan-previous", "nan-tensor", "nan-adamw",
     "other-weights", "other-rate",
     "second-pass", "sparse", "skipped-stack", "skipped-release", "no-consolidation",
+    "loaded-since",
     "trainer-model", "trainer-rate", "trainer-data",
     "trainer-adapters", "trainer-adapters-data", "trainer-side", "trainer-side-seed",
     "trainer-full", "stock-full", "trainer-batch", "trainer-at-once", "shards", "trainer-reentrant",

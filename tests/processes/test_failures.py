@@ -26,6 +26,7 @@ from tests.processes.test_training import different
         ("skipped-release", r"given up a step half-way, .*To skip a batch, skip it on all"),
         ("reentrant", r"use_reentrant=False"),
         ("no-consolidation", r"Call optimizer\.consolidate\(\) on all of them"),
+        ("loaded-since", r"Call optimizer\.consolidate\(\) on all of them"),
         ("trainer-rate", r"learning_rate is 0\.001 on process 0 and 0\.002 on 1.* same arguments"),
         ("trainer-data", r"number of training examples is 36 on process 0 and 37 on 1"),
         ("trainer-adapters-data", r"number of training examples is 36 on process 0 and 37 on 1"),
