@@ -225,10 +225,14 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
 
     Raises:
         ValueError: `dtype` is not a float type.
+        RuntimeError: A weight is in use by a graph that is still alive, or only some of its fields
+            were loaded. The model is unchanged.
     """
     if not dtype.is_floating_point:
         raise ValueError(f"A dequantized model needs a float dtype, got {dtype}.")
     weights = {n: p for n, p in model.named_parameters() if isinstance(p, QFTWeight)}
+    for name, weight in weights.items():
+        weight.check_complete(name)
     _check_replaceable(weights)
     for weight in weights.values():
         replace_(weight, weight.values().to(dtype))

@@ -92,11 +92,7 @@ class QuantizedModule(nn.Module):
                 "kernels that it does not see. Use torch.export, or trace a float model: "
                 "dequantize_model_(copy.deepcopy(model))."
             )
-        if weight.pending:
-            raise RuntimeError(
-                f"A checkpoint was loaded without {sorted(weight.pending)}; the {name} is a "
-                "mixture of two models. Load a complete checkpoint of this model and QFTConfig."
-            )
+        weight.check_complete(name)
         return weight
 
     def _weights(self) -> Iterator[tuple[str, Any]]:

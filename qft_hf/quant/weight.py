@@ -228,6 +228,21 @@ class QFTWeight(Int8Tensor):
         weight.is_table = self.is_table
         return weight
 
+    def check_complete(self, name: str = "weight") -> None:
+        """Raise if only some of its fields were loaded.
+
+        Args:
+            name: Name of the weight in the error text.
+
+        Raises:
+            RuntimeError: Others are `pending`.
+        """
+        if self.pending:
+            raise RuntimeError(
+                f"A checkpoint was loaded without {sorted(self.pending)}; the {name} is a mixture "
+                "of two models. Load a complete checkpoint of this model and QFTConfig."
+            )
+
     def row_tiles(self, *, at_most: int | None = None) -> Iterator[slice]:
         """Return the ranges of rows that are expanded to float at a time; see `layout.row_tiles`.
 
@@ -245,6 +260,7 @@ class QFTWeight(Int8Tensor):
             rows: A slice, or row numbers `[n]`.
             dtype: Dtype that the values are rounded to after the outer dtype, if it differs.
         """
+        self.check_complete()
         if isinstance(rows, Tensor):
             return kernels.expand(self.stored, self.dtype, dtype, rows=rows)
         return kernels.expand(self.stored.rows(rows), self.dtype, dtype)
@@ -255,6 +271,7 @@ class QFTWeight(Int8Tensor):
 
     def values(self) -> Tensor:
         """Return all values as a plain tensor of this shape and dtype, without a gradient."""
+        self.check_complete()
         return self.arrangement.parameter(self.matrix())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
