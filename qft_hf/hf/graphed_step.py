@@ -272,7 +272,7 @@ class GraphedStep:
         with _documents_as_in_eager_passes(self._inputs):
             loss = self._capture(graph, lambda: run(self._inputs), "this forward and backward pass")
         gradients = [parameter.grad for parameter in self._parameters]
-        return _Captured(graph, before, gradients, self._steps.pass_result(), loss)
+        return _Captured(graph, before, gradients, self.optimizer.flow.pass_result(), loss)
 
     def _capture(self, graph: Graph, function: Callable[[], T], name: str) -> T:
         steps = [(state["step"], int(state["step"])) for state in self.optimizer.state.values()]

@@ -33,9 +33,7 @@ def kind_of(module: nn.Module) -> type[QuantizedModule] | None:
 def own_weights(module: nn.Module) -> dict[str, Any]:
     """Return the parameters of a plain or quantized module that are or will be `QFTWeight`."""
     kind = kind_of(module)
-    own = module._parameters
-    names = () if kind is None else kind.weight_names
-    return {name: weight for name in names if (weight := own.get(name)) is not None}
+    return {} if kind is None else kind.weights_in(module)
 
 
 def arrangement_of(module: nn.Module, name: str) -> Arrangement:

@@ -9,7 +9,6 @@ In a state dict a weight is stored as its INT8 fields under their own names (`we
 missing key, instead of using raw codes as weights.
 """
 
-from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -63,6 +62,12 @@ class QuantizedModule(nn.Module):
         """Whether the weights of a module of this kind are `[inputs, outputs]`."""
         return False
 
+    @classmethod
+    def weights_in(cls, module: nn.Module) -> dict[str, Any]:
+        """Return the parameters of a module of this kind that are or will be `QFTWeight`."""
+        own = module._parameters
+        return {name: weight for name in cls.weight_names if (weight := own.get(name)) is not None}
+
     def complete_weight(self, name: str = "weight") -> QFTWeight:
         """Return a weight that is ready for computation.
 
@@ -95,17 +100,11 @@ class QuantizedModule(nn.Module):
         weight.check_complete(name)
         return weight
 
-    def _weights(self) -> Iterator[tuple[str, Any]]:
-        """Yield the parameters to quantize; they are plain in a model that is not loaded yet."""
-        for name in self.weight_names:
-            if (weight := self._parameters.get(name)) is not None:
-                yield name, weight
-
     def _apply(self, function: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 torch's
         """Move or cast like any module; hooks and attributes of the weights are kept."""
-        attached = {name: attachments(weight) for name, weight in self._weights()}
+        attached = {name: attachments(weight) for name, weight in self.weights_in(self).items()}
         super()._apply(function, recurse)
-        for name, weight in self._weights():
+        for name, weight in self.weights_in(self).items():
             attach_(weight, attached[name])
         return self
 
@@ -123,7 +122,7 @@ class QuantizedModule(nn.Module):
         keep_vars: bool,  # noqa: FBT001 torch calls it
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, weight in self._weights():
+        for name, weight in self.weights_in(self).items():
             if isinstance(weight, QFTWeight):  # False in a model that is not loaded yet
                 del destination[prefix + name]
                 destination.update(state_fields(prefix + name, weight))
@@ -138,7 +137,7 @@ class QuantizedModule(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        weights = {prefix + name: weight for name, weight in self._weights()}
+        weights = {prefix + name: weight for name, weight in self.weights_in(self).items()}
         for name, weight in weights.items():
             if not isinstance(weight, QFTWeight):
                 raise RuntimeError(

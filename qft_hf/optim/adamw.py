@@ -43,11 +43,7 @@ class QFTAdamW(QFTOptimizer):
     """
 
     reads_live = True
-
-    @property
-    def description(self) -> str:
-        """The rule and how its state is stored, for a model card."""
-        return "AdamW (arXiv:1711.05101) with both moments in 8 bits"
+    description = "AdamW (arXiv:1711.05101) with both moments in 8 bits"
 
     def __init__(
         self,

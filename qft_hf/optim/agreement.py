@@ -10,16 +10,16 @@ from ..quant import QFTWeight
 from .processes import Processes, bytes_of
 
 
-def agree_on_settings(optimizer: Any, processes: Processes) -> None:
+def agree_on_settings(optimizer: Any) -> None:
     """Raise, on all processes, unless their optimizers have the same settings and parameters.
 
     Args:
-        optimizer: A `QFTOptimizer`.
-        processes: `begin` is called if it has not been.
+        optimizer: A `QFTOptimizer` on several processes; they `begin` if they have not yet.
 
     Raises:
         ValueError: They differ. The text names the first differences.
     """
+    processes: Processes = optimizer.processes
     if not processes.has_begun:
         processes.begin(next(optimizer.parameters()).device)
     processes.agree(
@@ -28,13 +28,13 @@ def agree_on_settings(optimizer: Any, processes: Processes) -> None:
     )
 
 
-def agree_on_values(optimizer: Any, processes: Processes) -> None:
+def agree_on_values(optimizer: Any) -> None:
     """Raise, on all processes, unless their parameters have the same values.
 
     Raises:
         ValueError: They differ. The text names the first differences.
     """
-    processes.agree(
+    optimizer.processes.agree(
         {
             f"the checksum of parameter {number} of shape {tuple(p.shape)}": _checksum(p)
             for number, p in enumerate(optimizer.parameters())

@@ -92,10 +92,6 @@ class CapturableSteps:
             repeated += [value for name, value in group.items() if name not in changing]
         return repeated
 
-    def pass_result(self) -> PassResult:
-        """Return what a captured pass has left on the host."""
-        return self.optimizer.flow.pass_result(self.optimizer.parameters())
-
     def after_replay(self, result: PassResult) -> None:
         """Bring the host to its state after that pass, which the device has replayed."""
         self.optimizer.flow.after_replay(result)

@@ -101,7 +101,7 @@ class Flow(ABC):
         """Handle a gradient that is complete in `.grad`."""
 
     @abstractmethod
-    def step(self, parameters: list[Parameter]) -> bool:
+    def step(self) -> bool:
         """Update parameters whose gradients wait; return False if the step was skipped."""
 
     @contextmanager
@@ -139,8 +139,8 @@ class Flow(ABC):
         """Whether backward passes may be captured by a CUDA graph."""
         return self.run_part is not run_directly
 
-    def pass_result(self, parameters: Iterable[Parameter]) -> PassResult:
-        """Return what a captured backward pass of these parameters has left on the host."""
+    def pass_result(self) -> PassResult:
+        """Return what a captured backward pass has left on the host."""
         return PassResult()
 
     def after_replay(self, result: PassResult) -> None:  # noqa: B027 most flows keep nothing
@@ -162,23 +162,23 @@ class Flow(ABC):
             # autograd does not call them. Assigning the list again connects them.
             parameter._post_accumulate_grad_hooks = _hooks_of(parameter)
 
-    def detach(self, parameters: Iterable[Parameter]) -> None:
-        """Remove the flow from these parameters."""
+    def detach(self) -> None:
+        """Remove the flow from all parameters."""
         self.is_attached = False
-        for parameter in parameters:
+        for parameter in self.optimizer.parameters():
             hooks = _hooks_of(parameter)
             for key, hook in list(hooks.items()):
                 if hook is self:
                     del hooks[key]
 
-    def _waiting(self, parameters: list[Parameter]) -> list[Parameter]:
+    def _waiting(self) -> list[Parameter]:
         """Return the parameters that have a gradient, after quantizing those of INT8 weights.
 
         Raises:
             TypeError: A gradient is sparse. Nothing was updated.
         """
         waiting = []
-        for parameter in parameters:
+        for parameter in self.optimizer.parameters():
             if (gradient := parameter.grad) is None:
                 continue
             if isinstance(gradient, TiledGradient):  # was requested but not used in backward

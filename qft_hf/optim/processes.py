@@ -247,15 +247,11 @@ class Processes:
 
     def block(self, n_rows: int) -> int:
         """Return the number of rows of a block; the last blocks may be shorter or empty."""
-        return -(-n_rows // self.n)
-
-    def rows_of(self, rank: int, n_rows: int) -> slice:
-        """Return the rows that process `rank` owns of a matrix of `n_rows`."""
-        return rows_of_process(n_rows, rank, self.n)
+        return rows_of_process(n_rows, 0, self.n).stop
 
     def own_rows(self, weight: Any) -> slice:
         """Return the rows of the matrix of a `QFTWeight` that this process owns."""
-        return self.rows_of(self.rank, weight.arrangement.matrix_shape[0])
+        return rows_of_process(weight.arrangement.matrix_shape[0], self.rank, self.n)
 
     def own_format(self, wanted: StateFormat, parameter: Tensor) -> StateFormat:
         """Return the form of the state that this process keeps: of own rows, if INT8."""
@@ -288,7 +284,7 @@ class Processes:
         is_used = torch.full(
             (HEADER_BYTES,), given is not None, dtype=torch.uint8, device=weight.device
         )
-        blocks = [self.rows_of(rank, n_rows) for rank in range(self.n)]
+        blocks = [rows_of_process(n_rows, rank, self.n) for rank in range(self.n)]
         of_scales = [torch.cat([is_used, _flat(bytes_of(scales[rows]))]) for rows in blocks]
         return Exchange(
             weight,

@@ -9,7 +9,7 @@ Source:
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -226,7 +226,7 @@ class Release(Flow):
         """Return the number of parameters in an interrupted step or backward pass."""
         return self._n_updated or (len(self._used) if self._is_in_backward else 0)
 
-    def step(self, parameters: list[Parameter]) -> bool:
+    def step(self) -> bool:
         """End the step: clip and use the gradients that wait for it, and record its norm.
 
         Gradients wait after accumulation with exact clipping, when the Trainer has clipped them
@@ -240,7 +240,7 @@ class Release(Flow):
         self._refuse_interrupted_step()
         self._refuse_changed_options()
         self._drop_converted()
-        waiting = self._waiting(parameters)
+        waiting = self._waiting()
         # Waiting gradients may be from outside a captured pass; no graph covers them.
         run_part = run_directly if waiting else self.run_part
         released = self._released_squares(run_part)
@@ -261,7 +261,7 @@ class Release(Flow):
                 "and frozen parameters have none. The hooks are connected again now",
                 len(waiting),
             )
-            self.attach(parameters)
+            self.attach(self.optimizer.parameters())
         return True
 
     def _refuse_changed_options(self) -> None:
@@ -423,10 +423,10 @@ class Release(Flow):
         self._options = None
         self._is_in_backward = False
 
-    def pass_result(self, parameters: Iterable[Parameter]) -> PassResult:
+    def pass_result(self) -> PassResult:
         """Return norms, gradients that wait for the step, and parameters that were updated."""
         wait = {id(parameter) for parameter, _ in self._floats}
-        updated = tuple(p for p in parameters if id(p) in self._used - wait)
+        updated = tuple(p for p in self.optimizer.parameters() if id(p) in self._used - wait)
         return PassResult(updated, tuple(self._squares), tuple(self._floats))
 
     def after_replay(self, result: PassResult) -> None:

@@ -121,8 +121,8 @@ class _MultiProcessFlow(Flow):
         trained = [p for p in optimizer.parameters() if p.requires_grad]
         weights = [p for p in trained if isinstance(p, QFTWeight)]
         if {id(weight) for weight in weights} != self._places.keys():
-            agree_on_settings(optimizer, processes)
-            agree_on_values(optimizer, processes)
+            agree_on_settings(optimizer)
+            agree_on_values(optimizer)
             self._order(weights[::-1])
             self._is_agreed = False
         squares = torch.zeros(len(weights), dtype=torch.float64, device=device)
@@ -204,11 +204,11 @@ class _MultiProcessFlow(Flow):
         if not self._pass.is_done:  # type: ignore[union-attr]  # begun above
             self._end_pass()
 
-    def step(self, parameters: list[Parameter]) -> bool:
+    def step(self) -> bool:
         """Do the step of the flow, with gradients that are means over all processes."""
         with self.processes.failures.reporting():
             self._join()
-        is_taken = super().step(parameters)  # type: ignore[safe-super]  # a flow is next in the MRO
+        is_taken = super().step()  # type: ignore[safe-super]  # a flow is next in the MRO
         self._pass = None
         return is_taken
 
@@ -224,8 +224,8 @@ class _MultiProcessFlow(Flow):
         self._pass = None
         self._gathering = None  # otherwise its rows would replace those of a checkpoint
 
-    def _waiting(self, parameters: list[Parameter]) -> list[Parameter]:
-        waiting = super()._waiting(parameters)
+    def _waiting(self) -> list[Parameter]:
+        waiting = super()._waiting()
         for parameter in waiting:
             if isinstance(parameter, QFTWeight) and not isinstance(parameter.grad, OwnRows):
                 raise RuntimeError(

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..quant import QFTWeight
-from .processes import Processes
 
 PREVIOUS_NORM = "previous_norm"  # key of the norm that `clipping="previous"` clips by
 SKIPPED_STEPS = "skipped_steps"  # key of their number, if there are any
@@ -72,14 +71,14 @@ def loaded(state_dict: dict[str, Any], optimizer: Any) -> Loaded:
     return Loaded(states, groups, previous_norm, skipped_steps)
 
 
-def whole_states(optimizer: Any, processes: Processes) -> dict[int, dict[str, Tensor | None]]:
+def whole_states(optimizer: Any) -> dict[int, dict[str, Tensor | None]]:
     """Gather the state tensors of INT8 weights, by parameter number, on the host of process 0.
 
     Every process must call this; processes other than 0 get None for each tensor.
     """
     return {
         number: {
-            name: processes.whole(state[name], parameter.arrangement.matrix_shape[0])
+            name: optimizer.processes.whole(state[name], parameter.arrangement.matrix_shape[0])
             for name in optimizer.state_format(parameter)
         }
         for number, parameter in enumerate(optimizer.parameters())

@@ -34,11 +34,7 @@ class QFTSGD(QFTOptimizer):
     """
 
     reads_live = True
-
-    @property
-    def description(self) -> str:
-        """The rule and how its state is stored, for a model card."""
-        return "SGD without state (LOMO, arXiv:2306.09782)"
+    description = "SGD without state (LOMO, arXiv:2306.09782)"
 
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-2, weight_decay: float = 0.0, **settings: Any

@@ -18,7 +18,7 @@ class Stack(Flow):
         """Return whether it is an INT8 weight: its gradient may be float and is then quantized."""
         return isinstance(parameter, QFTWeight)
 
-    def step(self, parameters: list[Parameter]) -> bool:
+    def step(self) -> bool:
         """Update every parameter that has a gradient.
 
         Raises:
@@ -26,7 +26,7 @@ class Stack(Flow):
             RuntimeError: The previous step was interrupted half-way.
         """
         self._refuse_interrupted_step()
-        waiting = self._waiting(parameters)
+        waiting = self._waiting()
         if not are_finite(waiting, self.run_part):
             if self.optimizer.nonfinite == "raise":
                 raise FloatingPointError(

@@ -28,22 +28,3 @@ def initial_state(wanted: StateFormat, device: torch.device) -> dict[str, Tensor
     }
     # On the host, which counts steps: reading the number from a GPU would wait for the GPU.
     return {"step": torch.zeros((), dtype=torch.int64), **tensors}
-
-
-class StepCounter:
-    """Counts the steps of one parameter in its state: the tensor `step`, int64, on the host.
-
-    NumPy shares the tensor's memory and counts in a tenth of the time of a PyTorch operator.
-    """
-
-    __slots__ = ("_array", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self._array = tensor.numpy()
-
-    def next(self) -> int:
-        """Count a step and return its number."""
-        number: int = self._array.item() + 1
-        self._array.fill(number)
-        return number

@@ -6,11 +6,10 @@ Autograd, clipping and the flow treat these as gradients of a whole weight.
 from collections.abc import Callable
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 
 from .. import kernels
-from ..layout import STATE_GROUP_SIZE, row_tiles
+from ..layout import row_tiles
 from .arrangement import Arrangement
 from .gradient import IN_PLACE, Int8Gradient, TiledGradient, Tiles, vector_norm
 from .reading import aten, read
@@ -145,8 +144,6 @@ class OwnTiles(TiledGradient):
         """Return all own rows in INT8."""
         stored = None
         if self.rows:
-            parts = [self.tile_source.quantized(rows) for rows in self.rows]
-            codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-            stored = kernels.Quantized(codes, scales, STATE_GROUP_SIZE)
+            stored = super().quantized().stored
             self.square_sum.copy_(kernels.squared_norm(stored))
         return OwnRows(stored, own_rows=self.own_rows, square_sum=self.square_sum, like=self.like)
