@@ -135,13 +135,23 @@ def _check_names(model: nn.Module, excluded: list[str]) -> None:
 
 
 def kept_parameters(model: nn.Module) -> list[Kept]:
-    """Return the float parameters of a converted model; its plain modules count as excluded."""
-    plain = [
-        name
-        for name, module in model.named_modules()
-        if not isinstance(module, QuantizedModule) and kind_of(module)
+    """Return the float parameters of a converted model, also those that the rule would quantize."""
+    specs = [m.spec for m in model.modules() if isinstance(m, QuantizedModule) and m.spec]
+    excluded = (specs[0].modules_to_not_convert if specs else None) or []
+    reasons: dict[int, str] = {}
+    for name, module in model.named_modules():
+        reason = _reason_to_keep(name, module, excluded)
+        for parameter in module.parameters(recurse=False):
+            if reason is not None:
+                reasons[id(parameter)] = reason
+            elif not isinstance(module, QuantizedModule):  # added since
+                added = f"parameter of {type(module).__name__}, which is not quantized"
+                reasons.setdefault(id(parameter), added)
+    return [
+        Kept(name, parameter, reasons.get(id(parameter)) or _beside(parameter))
+        for name, parameter in model.named_parameters()
+        if not isinstance(parameter, QFTWeight)
     ]
-    return conversion_plan(model, plain).kept
 
 
 def prepare_modules_(model: nn.Module, spec: QuantizationSpec) -> ConversionPlan:

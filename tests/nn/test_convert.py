@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
 from qft_hf.config import QuantizationSpec
@@ -13,6 +14,7 @@ from qft_hf.nn import (
     dequantize_modules_,
     quantize_modules_,
 )
+from qft_hf.nn.convert import kept_parameters
 from qft_hf.optim import QFTLion
 from qft_hf.quant import Int8Gradient, QFTWeight
 from tests.nn.small import SmallModel, batch
@@ -88,6 +90,29 @@ def test_excluded_modules_stay_float(name, converted):
     listed = [k for k in plan.kept if k.reason == "listed in modules_to_not_convert"]
     assert all(name in kept.name for kept in listed)
     assert model.loss(batch()).isfinite()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_what_is_listed_is_said_to_be_listed(tied):
+    """The ledger said it of every plain linear module, such as an adapter, and of all in one."""
+    model = SmallModel(tied=tied)
+    plan = quantize_modules_(model, excluding("embed" if tied else "head"))
+    assert {(k.name, k.reason) for k in kept_parameters(model)} == {
+        (k.name, k.reason) for k in plan.kept
+    }
+
+    model.added = weight_norm(nn.Linear(3, 3))
+    model.norm = nn.Sequential(nn.Linear(3, 3, bias=False), nn.LayerNorm(3, bias=False))
+
+    found = {kept.name: kept.reason for kept in kept_parameters(model)}
+    assert found["embed.weight" if tied else "head.weight"].startswith("listed in")
+    assert {name: found[name] for name in found if name.startswith(("added", "norm"))} == {
+        "added.bias": "parameter of ParametrizedLinear, whose weight is computed from others",
+        "added.parametrizations.weight.original0": "parameter of ParametrizationList",
+        "added.parametrizations.weight.original1": "parameter of ParametrizationList",
+        "norm.0.weight": "parameter of Linear, which is not quantized",
+        "norm.1.weight": "parameter of LayerNorm",
+    }
 
 
 @pytest.mark.parametrize("name", ["hea", "lock", "up.0", "blocks0"])
