@@ -109,7 +109,7 @@ class QFTExperts(GroupedModule):
             others = x[n_own:].to(y.dtype)
             is_identity = hasattr(self, "identity_expert")
             y = torch.cat((y, others if is_identity else torch.zeros_like(others)))
-        y = _Reordered.apply(y, places, order).view(*top_k_index.shape, -1)
+        y = _Reordered.apply(y, places, order).view(*top_k_index.shape, y.shape[-1])
         return (y * top_k_weights[..., None]).sum(dim=-2).to(hidden_states.dtype)
 
     def _of_experts(self, x: Tensor, chosen: Tensor, ends: list[int]) -> Tensor:
@@ -169,7 +169,7 @@ class QFTBatchedExperts(GroupedModule):
         n_experts = self.down_proj.shape[0]
         n_rows = len(hidden_states) // n_experts
         sent = hidden_states.any(dim=-1).nonzero().squeeze(1)
-        last = torch.arange(n_rows, len(hidden_states) + 1, n_rows, device=sent.device)
+        last = n_rows * torch.arange(1, n_experts + 1, device=sent.device)
         groups = Groups(torch.searchsorted(sent, last).tolist(), sent.device)
 
         gate, up = self.multiply(hidden_states[sent], "gate_up_proj", groups).chunk(2, dim=-1)

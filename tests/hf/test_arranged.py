@@ -17,8 +17,9 @@ from qft_hf import (
     memory_ledger,
     quantize_model_,
 )
+from qft_hf.nn.experts import QFTBatchedExperts, QFTExperts
 from qft_hf.quant import QFTWeight
-from tests.arranged import CONFIGS, arranged, batch, tiny
+from tests.arranged import CONFIGS, WIDTH, arranged, batch, tiny
 from tests.fresh import run_fresh
 from tests.hf.checkpoints import assert_same_state
 from tests.models import VOCAB_SIZE
@@ -86,6 +87,22 @@ def trained(family: str, gradient: str, steps: int = 3):
         loss(model, batch(step, (1, 3))).backward()  # so few tokens that some experts get none
         optimizer.step()
     return model
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "longcat_flash", "llama4_text"])
+def test_the_experts_of_a_layer_may_get_no_token_at_all(family):
+    """Float experts return an empty tensor; ours raised an error about the shape of a view."""
+    model = quantized(family)
+    kinds = (QFTExperts, QFTBatchedExperts)
+    experts = next(module for module in model.modules() if isinstance(module, kinds))
+    x = torch.zeros(0, WIDTH, requires_grad=True)
+    chosen = (x,) if isinstance(experts, QFTBatchedExperts) else (x, x[:, :2].long(), x[:, :2])
+
+    y = experts(*chosen)
+    y.sum().backward()
+
+    assert y.shape == x.shape == x.grad.shape
+    assert not any(weight.grad.dequantize().any() for weight in arranged(experts).values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
