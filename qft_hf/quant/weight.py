@@ -354,10 +354,10 @@ class QFTWeight(Int8Tensor):
 @QFTWeight.implements(aten.slice.Tensor)
 def _slice(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     weight, dim, start, end, step = args + (0, None, None, 1)[len(args) - 1 :]
-    if dim % weight.ndim or step != 1:
+    rows = range(*slice(start, end, step).indices(weight.shape[0]))
+    if dim % weight.ndim or step != 1 or not rows:
         return view(operator, args, kwargs)
-    start, end, _ = slice(start, end).indices(weight.shape[0])
-    return view(operator, args, kwargs, make=lambda: weight.part(start, max(start, end)))
+    return view(operator, args, kwargs, make=lambda: weight.part(rows.start, rows.stop))
 
 
 @QFTWeight.implements(aten.select.int)

@@ -35,6 +35,7 @@ READS = {
     "product with a transpose": lambda w: X @ w.t(),
     "product with a slice of rows": lambda w: X @ w[3:9].t(),
     "slice with negative ends": lambda w: w[-7:-2] * 2,
+    "slices without a row": lambda w: torch.cat([w[3:3], w[9:4], w[:2]]) * 2,
     "slice of rows and columns": lambda w: w[2:6, 100:270].exp(),
     "slice with a step": lambda w: w[1:11:3] * 2,
     "columns": lambda w: w[..., 5:9].tanh(),
@@ -102,6 +103,7 @@ SHAPES = {"experts": ((3, 5, 70), False), "transposed": ((70, 5), True), "both":
 PARTS = {
     "first": lambda w: w[1] * 2,
     "range": lambda w: w[-2:] * 2,
+    "no range": lambda w: torch.cat([w[1:1], w[1:]]) * 2,
     "last dimension": lambda w: w[..., 1:4] * 2,
     "transpose": lambda w: w.transpose(-1, -2) @ torch.arange(1.0, 1 + w.shape[-2]),
     "rows of one": lambda w: w[0][2:4] * 2,
