@@ -214,10 +214,11 @@ def _add_(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     gradient, other = args
     if not isinstance(gradient, Int8Gradient):  # float, and stays so until its weight is updated
         return read(operator, args, kwargs)
-    if gradient.shape != other.shape or kwargs.get("alpha", 1) != 1:
+    added = tuple(other.shape) if isinstance(other, Tensor) else other
+    if gradient.shape != added or kwargs.get("alpha", 1) != 1:
         raise NotImplementedError(
             f"In-place addition to an INT8 gradient of shape {tuple(gradient.shape)} needs a "
-            f"tensor of the same shape and alpha=1, got {tuple(other.shape)} and {kwargs}. In a "
+            f"tensor of the same shape and alpha=1, got {added} and {kwargs}. In a "
             "hook, return gradient + other instead."
         )
     kernels.accumulate_(gradient.stored, quantized(other, gradient).stored)

@@ -237,7 +237,8 @@ def test_norm_is_that_of_the_stored_values(dtype):
 
 
 @pytest.mark.parametrize(
-    ("other", "arguments"), [(random(), {"alpha": 0.5}), (random()[0], {}), (torch.ones(()), {})]
+    ("other", "arguments"),
+    [(random(), {"alpha": 0.5}), (random()[0], {}), (torch.ones(()), {}), (0.5, {})],
 )
 def test_adding_in_place_what_is_no_gradient_of_the_weight_is_refused(other, arguments):
     gradient = gradient_of(random())
