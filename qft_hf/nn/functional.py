@@ -210,7 +210,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Int8Gradient, None]:
         weight: QFTWeight = ctx.weight
         (ids,) = ctx.saved_tensors
-        gradient = Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
+        gradient = Int8Gradient.zeros(weight)
         # Only rows that were looked up have a gradient, so no float gradient of the table is made.
         kernels.embedding_gradient_(
             gradient.stored,

@@ -106,11 +106,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_loss = torch.where(labels == IGNORED, 0.0, grad_loss)[:, None]
         grad_x = torch.zeros_like(x, dtype=torch.float32) if needs_x else None
-        gradient = (
-            Int8Gradient.zeros(*weight.shape, dtype=weight.dtype, device=weight.device)
-            if needs_weight
-            else None
-        )
+        gradient = Int8Gradient.zeros(weight) if needs_weight else None
         grad_bias = torch.zeros_like(bias) if needs_bias else None
         for rows in _word_ranges(x, weight):
             tile, logits = _logits(x, weight, bias, rows)

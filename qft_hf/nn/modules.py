@@ -21,7 +21,13 @@ from .attachments import attach_, attachments, replace_
 from .functional import embedding, linear
 from .loss import DeferredLogits
 from .products import Int8Products
-from .state import check_shared_columns, check_values, state_fields, state_names
+from .state import (
+    check_shared_columns,
+    check_values,
+    state_fields,
+    state_names,
+    with_state_fields,
+)
 
 
 class QuantizedModule(nn.Module):
@@ -220,16 +226,7 @@ def _load_(
             fields[key].copy_(loaded)
         weight.fields_changed()
     elif taken:
-        names = state_names(name)
-        device = next(iter(taken.values())).device
-        made = {
-            # State dicts do not have empty fields, those of a format without outliers.
-            own: taken.get(
-                names[own], field if field.numel() else torch.empty_like(field, device=device)
-            )
-            for own, field in weight.fields().items()
-        }
-        replace_(weight, weight.with_fields(made))
+        replace_(weight, with_state_fields(weight, name, taken))
 
 
 class QFTLinear(QuantizedModule, nn.Linear):

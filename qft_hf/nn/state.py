@@ -39,6 +39,23 @@ def state_fields(name: str, weight: QFTWeight) -> dict[str, Tensor]:
     }
 
 
+def with_state_fields(weight: QFTWeight, name: str, fields: dict[str, Tensor]) -> QFTWeight:
+    """Return a weight with these fields of a state dict, which has no empty ones.
+
+    Args:
+        weight: Has the format, and all fields that are not given.
+        name: Full name of the weight (`lm_head.weight`).
+        fields: Tensors by full name in a state dict, at least one.
+    """
+    device = next(iter(fields.values())).device
+    own = {
+        field: tensor if tensor.numel() else torch.empty_like(tensor, device=device)
+        for field, tensor in weight.fields().items()
+    }
+    given = {field: fields[key] for field, key in state_names(name).items() if key in fields}
+    return weight.with_fields(own | given)
+
+
 def weight_from_fields(
     fields: dict[str, Tensor],
     spec: QuantizationSpec,
@@ -83,15 +100,7 @@ def weight_from_fields(
                 "a size, such as num_labels, call dequantize_model_, save, load that float "
                 "checkpoint with ignore_mismatched_sizes=True, and call quantize_model_."
             )
-    names = state_names(name)
-    device = fields[names["codes"]].device
-    inner = {
-        attribute: fields[key]
-        if (key := names[attribute]) in fields
-        else torch.empty(field.shape, dtype=field.dtype, device=device)
-        for attribute, field in wanted.fields().items()
-    }
-    weight = wanted.with_fields(inner)
+    weight = with_state_fields(wanted, name, fields)
     check_values(name, weight)
     if spec.matmul == "int8":
         check_shared_columns(name, weight)

@@ -72,15 +72,14 @@ class Int8Gradient(Int8Tensor):
         return cls(codes, scales, dtype=dtype, arrangement=arrangement)
 
     @classmethod
-    def zeros(
-        cls, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device | str
-    ) -> Self:
-        """Return a gradient of zeros: with codes of 0 any finite scale is valid."""
-        n = n_groups(columns, STATE_GROUP_SIZE)
+    def zeros(cls, like: Tensor) -> Self:
+        """Return a gradient of zeros for a matrix: with codes of 0 any finite scale is valid."""
+        rows, columns = like.shape
+        n, device = n_groups(columns, STATE_GROUP_SIZE), like.device
         return cls(
             torch.zeros(rows, columns, dtype=torch.int8, device=device),
             torch.ones(rows, n, dtype=torch.float32, device=device),
-            dtype=dtype,
+            dtype=like.dtype,
         )
 
     def set_rows_(self, rows: slice, gradient: Tensor) -> None:

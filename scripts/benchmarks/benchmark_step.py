@@ -39,7 +39,7 @@ def set_gradients(model: nn.Module) -> None:
     """Give every parameter a random gradient: INT8 for an INT8 weight, otherwise float."""
     for parameter in model.parameters():
         if isinstance(parameter, QFTWeight):
-            gradient = Int8Gradient.zeros(*parameter.shape, dtype=parameter.dtype, device=CPU)
+            gradient = Int8Gradient.zeros(parameter)
             gradient.set_rows_(slice(0, parameter.shape[0]), torch.randn(parameter.shape))
             parameter.grad = gradient
         else:

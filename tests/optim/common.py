@@ -84,4 +84,4 @@ def snapshot(model: nn.Module, optimizer: QFTOptimizer) -> dict[str, Tensor]:
 
 
 def zero_gradient(parameter: nn.Parameter) -> Int8Gradient:
-    return Int8Gradient.zeros(*parameter.shape, dtype=parameter.dtype, device=parameter.device)
+    return Int8Gradient.zeros(parameter)

@@ -13,7 +13,7 @@ from tests.values import scales64, values64
 
 
 def gradient_of(x: torch.Tensor) -> Int8Gradient:
-    gradient = Int8Gradient.zeros(*x.shape, dtype=x.dtype, device=x.device)
+    gradient = Int8Gradient.zeros(x)
     gradient.set_rows_(slice(0, len(x)), x)
     return gradient
 
@@ -28,7 +28,7 @@ def is_finite(gradient: Int8Gradient) -> bool:
 
 
 def test_zeros_are_zero_with_scale_one():
-    gradient = Int8Gradient.zeros(3, 600, dtype=torch.bfloat16, device="cpu")
+    gradient = Int8Gradient.zeros(torch.empty(3, 600, dtype=torch.bfloat16))
 
     assert (gradient.codes == 0).all()
     assert tuple(gradient.scales.shape) == (3, 3)
@@ -41,7 +41,7 @@ def test_zeros_are_zero_with_scale_one():
 def test_rows_may_come_in_any_order_and_form(dtype):
     x = random(dtype=dtype)
     whole = gradient_of(x)
-    parts = Int8Gradient.zeros(7, 300, dtype=dtype, device="cpu")
+    parts = Int8Gradient.zeros(torch.empty(7, 300, dtype=dtype))
 
     parts.set_rows_(slice(6, 7), x[6:])
     parts.set_rows_(slice(0, 3), x[:3])
