@@ -2,9 +2,10 @@
 
 from .arrangement import Arrangement
 from .gradient import Int8Gradient, TiledGradient, Tiles, quantized
+from .hybrid import check_quantizable
 from .reading import View
 from .tensor import Int8Tensor
-from .weight import ALL_ROWS, QFTWeight, check_quantizable
+from .weight import ALL_ROWS, QFTWeight
 
 __all__ = [
     "ALL_ROWS",
