@@ -93,7 +93,7 @@ def refuse_other_form(model: nn.Module, names: Iterable[str]) -> None:
         _ADDED.sub("", f"{name}.{own}")
         for name, module in model.named_modules()
         if isinstance(module, QuantizedModule)
-        for own in module.weight_names
+        for own in type(module).weight_names
     }
     names = [_ADDED.sub("", name) for name in names]
     if floats := sorted(int8.intersection(names)):

@@ -182,7 +182,7 @@ class QFTQuantizer(HfQuantizer):
     ) -> bool:
         """Return whether the model holds the parameter as INT8."""
         module, name = _module_of(model, param_name)
-        return isinstance(module, QuantizedModule) and name in module.weight_names
+        return isinstance(module, QuantizedModule) and name in type(module).weight_names
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Return the bytes per element when loaded, for automatic device maps."""

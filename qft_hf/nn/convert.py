@@ -104,6 +104,8 @@ def _reason_to_keep(name: str, module: nn.Module, excluded: list[str]) -> str | 
         return LISTED
     if kind_of(module) is None:
         return f"parameter of {kind}"
+    if own := [name for name in ("products", "spec") if hasattr(module, name)]:
+        return f"parameter of {kind}, whose attribute {own[0]!r} INT8 modules would overwrite"
     weights = own_weights(module)
     if not weights:
         # Parametrizations, such as torch's weight_norm, compute the weight from other parameters.
@@ -251,7 +253,7 @@ def dequantize_modules_(model: nn.Module, dtype: torch.dtype) -> None:
             for name in ("products", "spec"):
                 module.__dict__.pop(name, None)
             quantized: Any = module
-            quantized.__class__ = quantized.plain_class
+            quantized.__class__ = type(module).plain_class
     for module in model.modules():
         _cast_(module, dtype)
 

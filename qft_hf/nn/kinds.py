@@ -26,7 +26,7 @@ KINDS: tuple[type[QuantizedModule], ...] = (
 def kind_of(module: nn.Module) -> type[QuantizedModule] | None:
     """Return the kind of a module, plain or quantized; None if it is of none."""
     if isinstance(module, QuantizedModule):
-        return module.kind
+        return type(module).kind  # an attribute of the module may have this name
     return next((kind for kind in KINDS if kind.fits(module)), None)
 
 

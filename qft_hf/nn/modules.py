@@ -117,9 +117,10 @@ class QuantizedModule(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as usual; a class made by `quantized_class` is pickled by its plain class."""
         reduced: Any = super().__reduce_ex__(protocol)
-        if type(self) is not quantized_class(self.plain_class, self.kind):  # a user's subclass
+        cls = type(self)
+        if cls is not quantized_class(cls.plain_class, cls.kind):  # a user's subclass
             return reduced
-        return _new, (self.plain_class, self.kind), *reduced[2:]
+        return _new, (cls.plain_class, cls.kind), *reduced[2:]
 
     def _save_to_state_dict(
         self,
