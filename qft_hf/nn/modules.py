@@ -109,7 +109,7 @@ class QuantizedModule(nn.Module):
     def _apply(self, function: Any, recurse: bool = True) -> Any:  # noqa: FBT001, FBT002 torch's
         """Move or cast like any module; hooks and attributes of the weights are kept."""
         attached = {name: attachments(weight) for name, weight in self.weights_in(self).items()}
-        super()._apply(function, recurse)
+        super()._apply(lambda tensor: _applied(function, tensor), recurse)
         for name, weight in self.weights_in(self).items():
             attach_(weight, attached[name])
         return self
@@ -176,6 +176,15 @@ class QuantizedModule(nn.Module):
                         check_shared_columns(name, weight)
                 except ValueError as error:
                     error_msgs.append(str(error))
+
+
+def _applied(function: Any, tensor: Tensor) -> Tensor:
+    """Return what a function makes of a tensor; of an INT8 weight, that is one too."""
+    made: Tensor = function(tensor)
+    if not isinstance(tensor, QFTWeight) or isinstance(made, QFTWeight):
+        return made
+    # `to_empty` makes a float tensor of the same shape. Zeros: kernels rely on valid columns.
+    return tensor.with_fields({name: function(f).zero_() for name, f in tensor.fields().items()})
 
 
 def _refuse_setting(module: nn.Module, value: Any) -> None:

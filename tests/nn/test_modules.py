@@ -358,6 +358,20 @@ def test_with_assign_weights_are_made_of_the_tensors_of_the_state(place, tied, s
     assert isinstance(model.head.weight.grad, Int8Gradient)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_skeleton_gets_memory_by_to_empty_and_stays_int8(tied):
+    """Weights became float parameters, which no INT8 state can be loaded into."""
+    source = quantized(tied=tied, seed=1)
+    model = quantized(tied=tied).to("meta").to_empty(device="cpu")
+
+    assert (model.head.weight is model.embed.weight) == tied
+    assert model.embed.weight.is_table
+    assert model.loss(batch()).shape == ()  # of undefined values, but it reads only its own memory
+    model.load_state_dict(source.state_dict())
+    assert_same_tensors(model.state_dict(), source.state_dict())
+    assert_same_bits(model.loss(batch()).detach(), source.loss(batch()).detach())
+
+
 def test_a_skeleton_without_assign_says_what_to_do():
     model = quantized().to("meta")
     with pytest.raises(RuntimeError, match=r"head\.weight_q has no memory .* assign=True"):
