@@ -250,19 +250,22 @@ class QFTOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self.check_group(group)
-            for parameter in group["params"]:
-                if not isinstance(parameter, QFTWeight) and parameter.dtype not in PARAMETER_DTYPES:
-                    raise TypeError(
-                        f"{type(self).__name__} trains INT8 weights, float32 and bfloat16 "
-                        f"parameters, got {parameter.dtype} for a parameter of shape "
-                        f"{tuple(parameter.shape)}. Load the model with dtype=torch.bfloat16."
-                    )
+            self._check_dtypes(group)
         except (TypeError, ValueError):
             del self.param_groups[-1]
             raise
         self._number(len(self.param_groups) - 1)
         if self.flow.is_attached:
             self.flow.attach(group["params"])
+
+    def _check_dtypes(self, group: dict[str, Any]) -> None:
+        for parameter in group["params"]:
+            if not isinstance(parameter, QFTWeight) and parameter.dtype not in PARAMETER_DTYPES:
+                raise TypeError(
+                    f"{type(self).__name__} trains INT8 weights, float32 and bfloat16 parameters, "
+                    f"got {parameter.dtype} for a parameter of shape {tuple(parameter.shape)}. "
+                    "Load the model with dtype=torch.bfloat16."
+                )
 
     def _number(self, group: int) -> None:
         for parameter in self.param_groups[group]["params"]:
@@ -337,14 +340,16 @@ class QFTOptimizer(Optimizer):
     # --- a step
 
     def check_groups(self) -> None:
-        """Check all groups: a scheduler may have changed any option since the last step.
+        """Check all groups: a scheduler may have changed any option, and `model.half()` a dtype.
 
         Raises:
+            TypeError: A float parameter is neither fp32 nor bf16.
             ValueError: An option is out of its range, or a group has a parameter that was not given
                 to the optimizer.
         """
         for group in self.param_groups:
             self.check_group(group)
+            self._check_dtypes(group)
             if not all(id(parameter) in self._places for parameter in group["params"]):
                 raise ValueError(
                     "A group has a parameter that was put into param_groups directly, for which "
@@ -375,6 +380,7 @@ class QFTOptimizer(Optimizer):
             FloatingPointError: A gradient is not finite and `nonfinite="raise"`. With
                 `gradient="stack"`, weights, state and gradients are unchanged.
             RuntimeError: The previous step was interrupted half-way.
+            TypeError: A float parameter has become neither fp32 nor bf16. Nothing was updated.
             ValueError: An option of a group is out of its range. Nothing was updated.
         """
         loss = None

@@ -919,6 +919,22 @@ def test_a_parameter_that_was_put_into_a_group_is_refused_before_anything_change
     assert_same_tensors(model.state_dict(), before)
 
 
+@pytest.mark.parametrize("mode", ["stack", "release"])
+def test_a_model_that_was_cast_is_refused_before_anything_changes(mode):
+    """Lightning Fabric casts after the optimizer is made; all INT8 weights were updated before."""
+    model = network()
+    optimizer = QFTLion(model.parameters(), gradient=mode)
+    model.half()
+    before = copy.deepcopy(model.state_dict())
+    loss = loss_of(model, batches(1)[0])
+    if mode == "stack":
+        loss.backward()
+    first = optimizer.step if mode == "stack" else loss.backward
+    with pytest.raises(TypeError, match=r"got torch\.float16 for .* with dtype=torch\.bfloat16"):
+        first()
+    assert_same_tensors(model.state_dict(), before)
+
+
 def test_skipped_steps_are_counted_on_after_a_checkpoint():
     model = network()
     optimizer = QFTLion(model.parameters(), nonfinite="skip")
