@@ -55,10 +55,14 @@ def test_folder_with_a_run_is_refused_and_left_alone(trace, tmp_path):
     leave(tmp_path, "run.yaml")
     before = contents(tmp_path)
 
-    with pytest.raises(FileExistsError, match=r"already holds a run .*overwrite_output to true"):
+    with pytest.raises(
+        FileExistsError, match=r"already holds a run .*overwrite_output to true"
+    ) as r:
         refuse_other_run(tmp_path, checkpoint=None, overwrite=False)
 
     assert contents(tmp_path) == before
+    # A run that stopped before its first checkpoint was told to resume, and then to start again.
+    assert ("set resume_from_checkpoint" in str(r.value)) == ("checkpoint" in trace)
     refuse_other_run(tmp_path, checkpoint=None, overwrite=True)
     assert contents(tmp_path) == before
 
@@ -304,7 +308,7 @@ def test_what_a_killed_run_had_written_whole_is_a_run(tmp_path):
     draft = tmp_path / "_qft-draft-abcd"
     (draft / "whole").mkdir(parents=True)
     leave_whole(draft / "whole", 2)
-    with pytest.raises(FileExistsError, match=r"already holds a run \(_qft-draft-abcd\)"):
+    with pytest.raises(FileExistsError, match=r"run \(_qft-draft-abcd\).*resume_from_checkpoint"):
         refuse_other_run(tmp_path, checkpoint=None, overwrite=False)
     assert checkpoint_to_resume("true", tmp_path) == tmp_path / "checkpoint-2"
 

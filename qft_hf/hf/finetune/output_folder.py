@@ -93,7 +93,8 @@ def checkpoint_to_resume(resume_from_checkpoint: str | None, output_dir: Path) -
     if newest is None:
         raise FileNotFoundError(
             f"resume_from_checkpoint is true, but {output_dir} holds no {PREFIX_CHECKPOINT_DIR}-"
-            "<step> folder. Correct output_dir, or leave resume_from_checkpoint out to start again."
+            "<step> folder. Correct output_dir, or leave resume_from_checkpoint out to start "
+            "again; overwrite_output replaces what a run without a checkpoint has left."
         )
     return newest
 
@@ -130,11 +131,13 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
             "output_dir, or move them away: overwrite_output replaces only runs."
         )
     if written and not overwrite and not resumes_here:
+        drafts = pending_drafts(output_dir)
+        has_checkpoint = any(path.match(CHECKPOINTS) or path in drafts for path in written)
+        resume = "set resume_from_checkpoint to true to continue it, " if has_checkpoint else ""
         raise FileExistsError(
             f"{output_dir} already holds a run "
             f"({', '.join(path.name for path in written[:_SHOWN])}). Choose another output_dir, "
-            "set resume_from_checkpoint to true to continue it, or set overwrite_output to true to "
-            "replace it."
+            f"{resume}or set overwrite_output to true to replace it."
         )
 
 
