@@ -20,6 +20,8 @@ from types import ModuleType
 
 COMMANDS = ("plan", "check", "finetune", "evaluate", "chat", "export", "inspect", "card", "report")
 _PERMISSION = ". Ask its owner for permission, or choose another place."
+# What `torch.save` says if it cannot write all of a file.
+_TORCH_WROTE_A_PART = re.compile(r"PytorchStreamWriter|unexpected pos \d+ vs|iostream error")
 ADVICE = {
     errno.EACCES: _PERMISSION,
     errno.EPERM: _PERMISSION,
@@ -59,7 +61,8 @@ def _output_may_fail() -> Iterator[None]:
             raise
         _print_no_more()
         notes = getattr(error, "__notes__", ["The command did not finish. Free some space."])
-        print(f"qft-hf: {error}. {' '.join(notes)}", file=sys.stderr)
+        said = "torch.save could not write a file" if type(error) is RuntimeError else error
+        print(f"qft-hf: {said}. {' '.join(notes)}", file=sys.stderr)
         raise SystemExit(1) from error
 
 
@@ -69,7 +72,12 @@ def _print_no_more() -> None:
 
 
 def _is_full_disk(error: Exception) -> bool:
-    """Return whether a file cannot grow; other libraries give the error number only in the text."""
+    """Return whether a file cannot grow.
+
+    Other libraries give the error number only in the text, and PyTorch does not give it.
+    """
+    if type(error) is RuntimeError:
+        return bool(_TORCH_WROTE_A_PART.search(str(error)))
     said = re.search(r"os error (\d+)", str(error))
     number = int(said[1]) if said else getattr(error, "errno", None)
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -87,10 +87,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             _sync_tree(new)
             os.rename(new, draft / WHOLE)
         except BaseException as error:
-            error.add_note(
-                f"Writing to {folder} did not finish, and its incomplete files were removed; "
-                "everything there is as it was. If the disk is full, free some space."
-            )
+            if PREFIX not in str(folder):  # else this is part of another draft, which says it
+                error.add_note(
+                    f"Writing to {folder} did not finish, and its incomplete files were removed; "
+                    "everything there is as it was. If the disk is full, free some space."
+                )
             raise
         _sync(draft)
     finally:

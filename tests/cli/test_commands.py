@@ -12,6 +12,7 @@ from runpy import run_module
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import qft_hf
@@ -23,6 +24,7 @@ from qft_hf import (
     quantize_model_,
     save_side_network,
 )
+from qft_hf.hf.atomic_writes import atomic_folder
 from qft_hf.hf.finetune.parsing import GROUPS
 from qft_hf_cli import COMMANDS, main
 from qft_hf_cli.evaluate import flags_of
@@ -174,6 +176,25 @@ def test_an_export_onto_a_full_disk_is_told_in_a_line_and_leaves_nothing(
     error = capsys.readouterr().err
     assert re.search(r"qft-hf: .*File too large.* incomplete files were removed", error)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("room", [100, 5_000, 40_000])
+def test_a_full_disk_under_torch_save_is_told_in_a_line(room, tmp_path, monkeypatch, capsys):
+    """PyTorch raises a RuntimeError that names no disk, which once ended in a traceback."""
+
+    def save(argv):
+        with files_of_at_most(room), atomic_folder(tmp_path) as draft:
+            torch.save({"weight": torch.ones(5_000), "more": torch.ones(7_000)}, draft / "x.pt")
+
+    command = SimpleNamespace(__name__="finetune", main=save)
+    monkeypatch.setattr(qft_hf_cli, "_module", lambda name: command)
+    monkeypatch.setattr(qft_hf_cli, "_print_no_more", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["finetune"])
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert re.match(r"qft-hf: torch\.save could not write a file\. Writing .* free some", error)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_pipe_that_breaks_is_told(monkeypatch):
