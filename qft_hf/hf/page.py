@@ -31,14 +31,18 @@ p {{ margin: 6px 0; }}
 .note, figcaption, footer {{ color: var(--faint); font-size: 13px; }}
 figure {{ margin: 0; }}
 figcaption {{ text-align: center; }}
+h1, h3, figcaption, .name {{ overflow-wrap: anywhere; }}
 svg {{ width: 100%; max-width: 540px; height: auto; display: block; }}
 svg.wide {{ max-width: 760px; }}
 svg text {{ fill: var(--faint); font-size: 12px; }}
 .rule {{ stroke: var(--rule); }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); gap: 16px; }}
-.legend span {{ margin-right: 18px; white-space: nowrap; }}
+.legend span {{ display: inline-block; max-width: 100%; margin-right: 18px; }}
+.scroll .name {{ display: inline-block; width: max-content; max-width: 22em; }}
 .swatch {{ display: inline-block; width: 11px; height: 11px; margin-right: 6px;
   border-radius: 2px; background: currentColor; }}
+.swatch.dashed {{ background: repeating-linear-gradient(90deg, currentColor 0 4px, #0000 0 7px); }}
+.swatch.dotted {{ background: repeating-linear-gradient(90deg, currentColor 0 2px, #0000 0 4px); }}
 .scroll {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: 4px 10px; text-align: left; border-bottom: 1px solid var(--rule); }}
@@ -48,7 +52,10 @@ th {{ color: var(--faint); font-weight: 500; }}
 .shade {{ display: block; padding: 2px 8px; text-align: right; border-radius: 2px;
   background: color-mix(in srgb, var(--k0) calc(var(--share) * 70%), var(--panel)); }}
 polyline {{ fill: none; stroke: currentColor; stroke-width: 1.6; }}
+polyline.dashed {{ stroke-dasharray: 6 3; }}
+polyline.dotted {{ stroke-dasharray: 2 2; }}
 circle, rect {{ fill: currentColor; }}
+circle.dashed, circle.dotted {{ fill: none; stroke: currentColor; }}
 rect.arithmetic {{ opacity: 0.45; }}
 .kind0 {{ color: var(--k0); }} .kind1 {{ color: var(--k1); }} .kind2 {{ color: var(--k2); }}
 .run0 {{ color: var(--c0); }} .run1 {{ color: var(--c1); }} .run2 {{ color: var(--c2); }}

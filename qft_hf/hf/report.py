@@ -5,7 +5,7 @@ Curves and bars are SVG that is drawn here, and colors follow the reader's light
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor, isfinite, log10
 from pathlib import Path
@@ -46,6 +46,8 @@ NEEDED = (  # keys of a summary
 WIDTH, HEIGHT = 460, 240  # size of a chart, with its margins
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30  # margins
 N_COLORS = 6  # colors of runs in the page's style
+STROKES = ("", " dashed", " dotted")  # classes of the first runs, and of those whose color is taken
+BAR_NAME = 30  # letters that have room beside a bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +61,17 @@ class ReportedRun:
 
     def points(self, key: str) -> list[tuple[float, float]]:
         """Return the step and value of each log entry with this key and a finite number."""
-        return [
-            (entry["step"], entry[key])
-            for entry in self.history
-            if isinstance(entry.get(key), int | float) and isfinite(entry[key])
-        ]
+        return [(entry["step"], entry[key]) for entry in self.history if _is_finite(entry.get(key))]
+
+    def n_not_finite(self, keys: Iterable[str]) -> int:
+        """Return how many values with these keys were logged that `points` leaves out."""
+        return sum(
+            not _is_finite(entry[key]) for entry in self.history for key in keys if key in entry
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and isfinite(value)
 
 
 class Line(NamedTuple):
@@ -143,7 +151,7 @@ def page(runs: Sequence[ReportedRun]) -> str:
     sections = [
         ("Runs", _overview(runs)),
         ("Loss", _losses(runs)),
-        ("Learning rate", _logged(runs, _chart(_lines(runs, "learning_rate")))),
+        ("Learning rate", _logged(runs, _chart(_lines(runs, "learning_rate")), ["learning_rate"])),
         ("Memory of the training state", _memory(runs)),
         ("Health of training", _health(runs)),
         ("Codes before and after", _codes(runs)),
@@ -165,7 +173,7 @@ def _overview(runs: Sequence[ReportedRun]) -> str:
         before, after = s["before"] or {}, s["after"] or {}
         rows.append(
             [
-                f"{_dot(number)} {html.escape(run.name)}",
+                _name(number, run),
                 html.escape(Path(s["model"]).name),
                 _trained(s),
                 f"{s['steps']:,}",
@@ -200,14 +208,15 @@ def _losses(runs: Sequence[ReportedRun]) -> str:
     drawn = ["Lines: training"] * bool(training) + ["Points: evaluation"] * bool(evaluation)
     unit = loss_unit([run.summary.get("task") for run in runs])
     note = f"<p class='note'>{'; '.join(drawn)}. In {unit}.</p>"
-    return _logged(runs, _chart([*training, *evaluation]) + note if drawn else "")
+    charts = _chart([*training, *evaluation]) + note if drawn else ""
+    return _logged(runs, charts, ["loss", "eval_loss"])
 
 
 def _health(runs: Sequence[ReportedRun]) -> str:
     charts = "".join(
         _figure(lines, title) for key, title in HEALTH.items() if (lines := _lines(runs, key))
     )
-    return _logged(runs, charts and f"<div class='grid'>{charts}</div>")
+    return _logged(runs, charts and f"<div class='grid'>{charts}</div>", HEALTH)
 
 
 def _lines(
@@ -221,8 +230,15 @@ def _lines(
     ]
 
 
-def _logged(runs: Sequence[ReportedRun], charts: str) -> str:
-    return f"{_legend(runs)}{charts}" if charts else "<p>Nothing was logged.</p>"
+def _logged(runs: Sequence[ReportedRun], charts: str, keys: Iterable[str]) -> str:
+    """Return charts of the values with these keys, and a note of values that cannot be drawn."""
+    left_out = [
+        f"{n:,} of {html.escape(run.name)}" for run in runs if (n := run.n_not_finite(keys))
+    ]
+    note = "Values that are infinite or not a number are not drawn: " + ", ".join(left_out)
+    drawn = f"{_legend(runs)}{charts}" if charts else ""
+    drawn += f"<p class='note'>{note}.</p>" if left_out else ""
+    return drawn or "<p>Nothing was logged.</p>"
 
 
 def _memory(runs: Sequence[ReportedRun]) -> str:
@@ -241,8 +257,11 @@ def _memory(runs: Sequence[ReportedRun]) -> str:
     for place, (name, sizes, is_measured) in enumerate(bars):
         y, x = place * row, float(label)
         style = "" if is_measured else " class='arithmetic'"
-        title = html.escape(name)
-        drawn.append(f"<text x='{label - 8}' y='{y + 17}' text-anchor='end'{style}>{title}</text>")
+        short = name if len(name) <= BAR_NAME else f"…{name[1 - BAR_NAME :]}"
+        drawn.append(
+            f"<text x='{label - 8}' y='{y + 17}' text-anchor='end'{style}>{html.escape(short)}"
+            f"<title>{html.escape(name)}</title></text>"
+        )
         for part, value in enumerate(sizes):
             width = plot * value / largest
             drawn.append(
@@ -332,7 +351,7 @@ def _differences(runs: Sequence[ReportedRun]) -> str:
     """Return a table of the options in which runs differ, or of all options of a single run."""
     if len(runs) == 1:
         rows = [[html.escape(key), _value(value)] for key, value in runs[0].options.items()]
-        return _table(["key", html.escape(runs[0].name)], rows)
+        return _table(["key", _name(0, runs[0])], rows)
     keys = dict.fromkeys(key for run in runs for key in run.options)
     rows = [
         [html.escape(key), *(_value(run.options.get(key)) for run in runs)]
@@ -341,7 +360,7 @@ def _differences(runs: Sequence[ReportedRun]) -> str:
     ]
     if not rows:
         return "<p>None: all runs have the same options.</p>"
-    return _table(["key", *(html.escape(run.name) for run in runs)], rows)
+    return _table(["key", *(_name(number, run) for number, run in enumerate(runs))], rows)
 
 
 def _value(value: Any) -> str:
@@ -370,21 +389,24 @@ def _chart(lines: Sequence[Line]) -> str:
         _, at = place(x_low, y)
         ends = f"x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{at:.1f}' y2='{at:.1f}'"
         drawn.append(f"<line class='rule' {ends}/>")
-        drawn.append(f"<text x='{LEFT - 6}' y='{at + 4:.1f}' text-anchor='end'>{_number(y)}</text>")
+        drawn.append(f"<text x='{LEFT - 6}' y='{at + 4:.1f}' text-anchor='end'>{y:.6g}</text>")
     for x in _ticks(x_low, x_high, apart=1):  # steps and codes are integers
         at, _ = place(x, y_low)
         middle = f"x='{at:.1f}' y='{HEIGHT - 8}' text-anchor='middle'"
-        drawn.append(f"<text {middle}>{_number(x)}</text>")
+        drawn.append(f"<text {middle}>{x:,.0f}</text>")
     for line in lines:
-        color, title = f"run{line.run % N_COLORS}", html.escape(line.title)
+        color, title = _color(line.run), html.escape(line.title)
         places = [place(x, y) for x, y in line.points]
-        if line.as_points or len(places) == 1:
+        if line.as_points:
             drawn += [
                 f"<circle class='{color}' cx='{x:.1f}' cy='{y:.1f}' r='3'>"
                 f"<title>{title}: {_number(value)}</title></circle>"
                 for (x, y), (_, value) in zip(places, line.points, strict=True)
             ]
         else:
+            if len(places) == 1:  # a short line, which is not taken for an evaluation
+                (x, y) = places[0]
+                places = [(x - 5, y), (x + 5, y)]
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             drawn.append(
                 f"<polyline class='{color}' points='{path}'><title>{title}</title></polyline>"
@@ -414,15 +436,19 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:,.0f}"
 
 
-def _dot(number: int) -> str:
-    return f"<i class='swatch run{number % N_COLORS}'></i>"
+def _color(number: int) -> str:
+    """Return the classes by which a run is told from others."""
+    return f"run{number % N_COLORS}{STROKES[number // N_COLORS % len(STROKES)]}"
+
+
+def _name(number: int, run: ReportedRun) -> str:
+    swatch = f"<i class='swatch {_color(number)}'></i>"
+    return f"<span class='name'>{swatch}{html.escape(run.name)}</span>"
 
 
 def _legend(runs: Sequence[ReportedRun]) -> str:
-    marks = (
-        f"<span>{_dot(number)}{html.escape(run.name)}</span>" for number, run in enumerate(runs)
-    )
-    return f"<p class='legend'>{''.join(marks)}</p>"
+    names = "".join(_name(number, run) for number, run in enumerate(runs))
+    return f"<p class='legend'>{names}</p>"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:

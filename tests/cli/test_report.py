@@ -122,6 +122,69 @@ def test_steps_on_an_axis_are_whole(runs):
     assert labels == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize("first", [0, 12_340, 123_450, 3_000_000])
+def test_labels_of_an_axis_differ_and_have_room(first, tmp_path):
+    """From step 10,000 on, several labels were 1.234e+04, and that of a loss of 1e6 was cut."""
+    history = [{"step": first + n, "loss": first // 100 + n / 2} for n in range(11)]
+    text = page([read_run(leave(tmp_path / "run", history))])
+    losses = text[text.index("<h2>Loss") : text.index("<h2>Learning rate")]
+    steps = re.findall(r"text-anchor='middle'>([^<]*)<", losses)
+    assert [int(step.replace(",", "")) for step in steps] == list(range(first, first + 11, 2))
+    values = re.findall(r"text-anchor='end'>([^<]*)<", losses)
+    assert [float(value) for value in values] == [first // 100 + n for n in range(6)]
+    assert all(len(value) <= 7 for value in values)
+    spike = leave(tmp_path / "spike", [{"step": 1, "loss": 1e6}])
+    assert "text-anchor='end'>1e+06</text>" in page([read_run(spike)])
+
+
+def test_more_runs_than_colors_are_told_apart(tmp_path):
+    """The seventh run once looked like the first."""
+    runs = [read_run(leave(tmp_path / f"run-{n}")) for n in range(18)]
+    text = page(runs)
+    losses = text[text.index("<h2>Loss") : text.index("<h2>Learning rate")]
+    in_legend = re.findall(r"<i class='swatch ([^']*)'></i>run-", losses)
+    assert len(set(in_legend)) == 18
+    assert re.findall(r"<polyline class='([^']*)'", losses) == in_legend
+    for look in ("dashed", "dotted"):
+        assert all(f"{tag}.{look}" in text for tag in ("polyline", "circle", ".swatch"))
+
+
+def test_a_long_name_is_shortened_beside_its_bar_and_whole_elsewhere(tmp_path):
+    """Its beginning was once cut off, and the page was wider than the window."""
+    name = "smollm2-lion-lr1e-5-cosine-batch32-accumulate4-seed1-2026-11-30T20-33-11"
+    text = page([read_run(leave(tmp_path / name))])
+    memory = text[text.index("<h2>Memory") : text.index("<h2>Health")]
+    assert f"<text x='222' y='17' text-anchor='end'>…{name[-29:]}<title>{name}</title>" in memory
+    assert "<title>FP32 Adam</title>" in memory
+    assert "h1, h3, figcaption, .name { overflow-wrap: anywhere; }" in text
+    assert text.count(f"</i>{name}</span>") == 5  # runs, three legends, configuration
+
+
+def test_values_that_are_no_numbers_are_counted(tmp_path):
+    """A run whose losses were all NaN was once said to have logged nothing."""
+    bad = [{"step": n, "loss": float("nan"), "grad_norm": float("inf")} for n in range(1, 4)]
+    bad += [{"step": 3, "eval_loss": None}]
+    folders = [leave(tmp_path / "bad", bad), leave(tmp_path / "good", HISTORY[:9])]
+    for runs in (folders[:1], folders):
+        text = page([read_run(folder) for folder in runs])
+        losses = text[text.index("<h2>Loss") : text.index("<h2>Learning rate")]
+        health = text[text.index("<h2>Health") : text.index("<h2>Codes")]
+        for part, count in ((losses, 4), (health, 3)):
+            assert f"infinite or not a number are not drawn: {count} of bad.</p>" in part
+            assert "Nothing was logged" not in part
+            assert ("<svg" in part) == (len(runs) == 2)
+
+
+def test_the_only_value_of_training_is_no_point_of_an_evaluation(tmp_path):
+    history = [{"step": 1, "loss": 4.0}, {"step": 1, "eval_loss": 3.0}]
+    text = page([read_run(leave(tmp_path / "run", history))])
+    losses = text[text.index("<h2>Loss") : text.index("<h2>Learning rate")]
+    (points,) = re.findall(r"<polyline class='run0' points='([^']*)'", losses)
+    (x, y), (end, same) = (map(float, point.split(",")) for point in points.split())
+    assert (end - x, same) == (10, y)
+    assert losses.count("<circle") == 1
+
+
 def test_bars_are_as_long_as_the_bytes(runs):
     text = page([read_run(runs[0])])
     memory = text[text.index("<h2>Memory") : text.index("<h2>Health")]
