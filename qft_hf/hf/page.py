@@ -50,7 +50,7 @@ th {{ color: var(--faint); font-weight: 500; }}
 .heat td {{ padding: 2px; }}
 .heat td:first-child {{ padding-right: 10px; white-space: nowrap; }}
 .shade {{ display: block; padding: 2px 8px; text-align: right; border-radius: 2px;
-  background: color-mix(in srgb, var(--k0) calc(var(--share) * 70%), var(--panel)); }}
+  background: color-mix(in srgb, var(--k0) calc(var(--share) * 55%), var(--panel)); }}
 polyline {{ fill: none; stroke: currentColor; stroke-width: 1.6; }}
 polyline.dashed {{ stroke-dasharray: 6 3; }}
 polyline.dotted {{ stroke-dasharray: 2 2; }}

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from qft_hf.hf.report import OTHERS, page, read_run, read_runs
+from qft_hf.hf.page import PAGE
+from qft_hf.hf.report import N_COLORS, OTHERS, page, read_run, read_runs
 from qft_hf_cli import main
 
 HISTORY = [
@@ -218,6 +219,37 @@ def test_layers_are_rows_and_modules_are_columns(runs):
     assert re.search(r"model\.layers\.1</td><td></td><td><span[^>]*>75\.0 %", heat)
     codes = text[text.index("<h2>Codes") : text.index("<h2>Movement")]
     assert codes.count("<circle") == 2  # two values, before
+
+
+def contrast(one, other):
+    """WCAG 2.2, "contrast ratio", of two colors with values from 0 to 255."""
+
+    def luminance(color):
+        parts = [value / 255 for value in color]
+        parts = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_in_both_schemes(scheme):
+    """On the darkest cells of the dark scheme the ratio was 3.6; WCAG 2.2 wants 4.5."""
+    block = re.findall(r"  :root {{(.*?)}}|^:root {{(.*?)}}", PAGE, flags=re.DOTALL | re.MULTILINE)
+    block = "".join(block[scheme == "dark"])
+    colors = {
+        name: [int(value[place : place + 2], 16) for place in (0, 2, 4)]
+        for name, value in re.findall(r"--(\w+): #(\w{6})", block)
+    }
+    share = int(re.search(r"var\(--k0\) calc\(var\(--share\) \* (\d+)%\), var\(--panel", PAGE)[1])
+    parts = zip(colors["k0"], colors["panel"], strict=True)
+    full = [(share * hue + (100 - share) * panel) / 100 for hue, panel in parts]
+    for text, ground in (("ink", full), ("ink", colors["ground"]), ("faint", colors["ground"])):
+        assert contrast(colors[text], ground) >= 4.5, text
+    lines = [colors[name] for name in colors if re.fullmatch(r"[ck]\d", name)]
+    assert len(lines) == N_COLORS + 3
+    assert min(contrast(line, colors["ground"]) for line in lines) >= 3  # what is no text
 
 
 def test_a_run_that_logged_nothing_has_a_page_too(tmp_path):
