@@ -165,7 +165,8 @@ class Release(Flow):
                 "A second gradient arrived for a weight that this step has updated already, one of "
                 f"{self.n_used}. If a backward pass failed half-way, the model is between two "
                 "steps: reload a checkpoint, or call optimizer.zero_grad() to go on from here. To "
-                "accumulate, run the earlier backward passes under optimizer.accumulate(). If "
+                "accumulate, run the earlier backward passes under optimizer.accumulate(), or with "
+                "Accelerate give the optimizer is_accumulating=qft_hf.hf.is_accumulating. If "
                 "layers share the weight under checkpointing, set use_reentrant=False. If the loss "
                 "itself runs several backward passes, set gradient='stack'."
             )

@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 SECOND_PASS = (
     "A gradient arrived for a step whose gradients the {n} processes have exchanged already. Run "
-    "all backward passes of a step but the last under optimizer.accumulate(). Under checkpointing "
-    "set use_reentrant=False: with True, backward passes are nested, and the end of a pass cannot "
-    "be detected. If a backward pass failed half-way, resume from the last checkpoint."
+    "all backward passes of a step but the last under optimizer.accumulate(), or with Accelerate "
+    "give the optimizer is_accumulating=qft_hf.hf.is_accumulating. Under checkpointing set "
+    "use_reentrant=False: with True, backward passes are nested, and the end of a pass cannot be "
+    "detected. If a backward pass failed half-way, resume from the last checkpoint."
 )
 
 OUT_OF_STEP = (

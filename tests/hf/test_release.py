@@ -1,6 +1,7 @@
 """Gradient release in the Trainers: the bits of the stack, correct norms, and errors."""
 
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -241,6 +242,21 @@ def test_a_loop_with_accelerate_accumulates(tmp_path):
                 optimizer.zero_grad()
         states.append(model.state_dict())
     assert_same_state(*states)
+
+
+def test_a_loop_with_accelerate_that_does_not_say_when_it_accumulates_is_told_how():
+    """It was told to call `accumulate`, which an optimizer prepared by Accelerate does not have."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = quantize_model_(tiny_llama(), QFTConfig()).train()
+    optimizer = QFTLion(model.parameters(), gradient="release")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ids = sequences(1)[0]["input_ids"][None]
+    for error in (None, r"second gradient .* is_accumulating=qft_hf\.hf\.is_accumulating\."):
+        with accelerator.accumulate(model):
+            loss = model(input_ids=ids, labels=ids).loss
+            with nullcontext() if error is None else pytest.raises(RuntimeError, match=error):
+                accelerator.backward(loss)
+            optimizer.step()
 
 
 # --- norms ----------------------------------------------------------------------------------
