@@ -180,6 +180,7 @@ class TiledGradient(Readable):
 
 @Int8Gradient.implements(aten.detach.default, aten.alias.default)
 @TiledGradient.implements(aten.detach.default, aten.clone.default, aten.alias.default)
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # it would meet an unfinished alias
 def _alias(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # Autograd calls this for every gradient that it puts into `.grad`. The contents are shared
     # as they are: they have been checked and need no detaching.

@@ -141,6 +141,15 @@ def test_weights_that_are_updated_are_read_anew():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_compiled_function_may_run_backward():
+    """Dynamo traced how autograd stores a gradient, which ended in an AttributeError."""
+    x = randn(N, C, seed=3)
+    eager, other = (quantized("linear") for _ in range(2))
+    run = torch.compile(passed, backend=BACKEND)
+
+    assert_same_passes(run(other, other, x), passed(eager, eager, x))
+
+
 def test_backward_after_a_step_is_refused():
     """The input gradient would be computed with the new values."""
     model = quantized("linear")
