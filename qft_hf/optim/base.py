@@ -419,14 +419,16 @@ class QFTOptimizer(Optimizer):
         return loss
 
     def _warn_without_int8(self) -> None:
-        n_parameters = sum(1 for _ in self.parameters())
-        if n_parameters and not any(isinstance(p, QFTWeight) for p in self.parameters()):
+        parameters = list(self.parameters())
+        has_int8 = any(isinstance(parameter, QFTWeight) for parameter in parameters)
+        # An optimizer for norms and biases alone is no mistake: vectors stay float.
+        if not has_int8 and any(parameter.ndim > 1 for parameter in parameters):
             logger.warning(
                 "%s trains no INT8 weight: its %d parameters are float, and so are their gradients "
                 "and their state. To train in INT8, call qft_hf.quantize_model_(model, "
                 "qft_hf.QFTConfig()) on the model; the optimizer may be made before or after that",
                 type(self).__name__,
-                n_parameters,
+                len(parameters),
             )
 
     def update(

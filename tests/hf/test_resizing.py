@@ -200,6 +200,15 @@ def test_modules_that_are_float_are_resized_as_ever():
     assert model(IDS).logits.shape[-1] == 150
 
 
+def test_an_optimizer_for_norms_alone_is_no_mistake(caplog):
+    """PyTorch's way to step in backward, an optimizer for each parameter, warned for each norm."""
+    norm = torch.nn.LayerNorm(5)
+    optimizer = QFTLion(norm.parameters())
+    norm(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_an_optimizer_without_any_int8_weight_says_so_once(make, caplog):
     model = torch.nn.Linear(5, 3)
