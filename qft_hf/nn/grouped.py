@@ -106,7 +106,9 @@ class Groups:
             lists += ([self.ends[e + 1] - self.ends[first] for e in of] for of in (active, run))
         # All tiles use one transfer, for which the host does not wait.
         pinned = self.device.type == "cuda"
-        numbers = torch.tensor(list(chain(*lists)), dtype=torch.int32, pin_memory=pinned)
+        numbers = torch.tensor(
+            list(chain(*lists)), dtype=torch.int32, device="cpu", pin_memory=pinned
+        )
         numbers = numbers.to(self.device, non_blocking=True)
         on_device = iter(numbers.split([len(part) for part in lists]))
         tiles = []

@@ -60,7 +60,7 @@ class CapturableSteps:
                 for parameter in group["params"]
             ]
             pinned = self._numbers.is_cuda  # so the host does not wait for the previous step
-            numbers = torch.tensor(rows, dtype=torch.float64, pin_memory=pinned)
+            numbers = torch.tensor(rows, dtype=torch.float64, device="cpu", pin_memory=pinned)
             self._numbers[:, : len(rows[0])].copy_(numbers, non_blocking=True)
         optimizer.live = self._numbers
 

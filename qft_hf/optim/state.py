@@ -27,4 +27,4 @@ def initial_state(wanted: StateFormat, device: torch.device) -> dict[str, Tensor
         for name, form in wanted.items()
     }
     # On the host, which counts steps: reading the number from a GPU would wait for the GPU.
-    return {"step": torch.zeros((), dtype=torch.int64), **tensors}
+    return {"step": torch.zeros((), dtype=torch.int64, device="cpu"), **tensors}

@@ -9,6 +9,7 @@ import torch
 from qft_hf.kernels import Quantized, Weight
 from tests.kernels.backends import cpu, reference
 from tests.kernels.states import coded, guarded, guards_are_intact, ramp, random, ties
+from tests.scripts.commands import load
 from tests.tolerances import assert_same_bits, assert_same_norms
 
 BACKENDS = [cpu]
@@ -98,3 +99,21 @@ def test_squared_norms(backend, make_input, shape, group_size, n_threads):
     norms = backend.squared_norms(gradient)
 
     assert_same_norms(norms, reference.squared_norms(gradient), gradient.scales.shape[1])
+
+
+CALLS = load("benchmark_kernels").operators(6, 300, None, torch.device("cpu"), 5)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tensors_are_made_on_the_device_of_the_arguments(name):
+    """Not on PyTorch's default, on which the CPU's kernels once made their results."""
+    _, _, call = CALLS[name]
+
+    with torch.device("meta"):
+        result = call()
+
+    assert result is None or all(tensor.device.type == "cpu" for tensor in tensors_of(result))
+
+
+def tensors_of(result):
+    return [result] if isinstance(result, torch.Tensor) else result

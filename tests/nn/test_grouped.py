@@ -151,6 +151,18 @@ def test_few_tokens_are_multiplied_without_expanding_outside_training(monkeypatc
         )).all()  # fmt: skip
 
 
+def test_the_default_device_changes_nothing():
+    """Numbers of experts were made on it."""
+    weight, x, counted = experts(), randn(S, 264, seed=1), groups(COUNTS)
+    expected = grouped_linear(x, weight, counted)
+    counted = groups(COUNTS)
+
+    with torch.device("meta"):
+        y = grouped_linear(x, weight, counted)
+
+    assert_same_bits(y, expected)
+
+
 def test_autocast_computes_in_its_dtype_and_returns_gradients_in_theirs():
     weight = experts()
     x = randn(S, 264, seed=1).requires_grad_()

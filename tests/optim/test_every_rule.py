@@ -63,6 +63,20 @@ def test_release_equals_stack_bit_for_bit(rule, n_parts):
 
 
 @every_rule
+def test_the_default_device_changes_no_step(rule):
+    """With a GPU as PyTorch's default device, step numbers were made there, where NumPy fails."""
+    snapshots = []
+    for default in ("cpu", "meta"):
+        model, optimizer = make(rule)
+        for step in range(2):
+            backward(model, step)
+            with torch.device(default):
+                optimizer.step()
+        snapshots.append(snapshot(model, optimizer))
+    assert_same_tensors(*snapshots)
+
+
+@every_rule
 @pytest.mark.parametrize("gradient", ["stack", "release"])
 def test_one_tile_of_a_gradient_is_float_at_a_time(rule, gradient, monkeypatch):
     """A loop over tiles once kept the last one while it computed the next."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .bf16 import float_array, widen
 from .quantization import magnitude
-from .threads import for_each_row_range, n_ranges
+from .threads import for_each_row_range, run
 
 _ONE = np.float32(1.0)
 
@@ -32,8 +32,8 @@ def _block_maxima(x, factors, maxima, start, stop):
 
 
 @njit(nogil=True, cache=True)
-def _maxima(x, factors, maxima, n_ranges):
-    for_each_row_range(_block_maxima, (x, factors, maxima), maxima.shape[0], n_ranges)
+def _maxima(arguments, n_blocks, n_ranges):
+    for_each_row_range(_block_maxima, arguments, n_blocks, n_ranges)
 
 
 def column_maxima(x: Tensor, factors: Tensor) -> Tensor:
@@ -44,8 +44,7 @@ def column_maxima(x: Tensor, factors: Tensor) -> Tensor:
         factors: fp32 `[rows]`, which the rows are multiplied by first; or empty.
     """
     n_blocks = -(-x.shape[0] // BLOCK)
-    maxima = torch.empty(n_blocks, x.shape[1], dtype=torch.int32)
-    arrays = (float_array(x), factors.numpy(), maxima.numpy())
-    _maxima(*arrays, n_ranges(n_blocks, BLOCK * x.shape[1]))
+    maxima = x.new_empty(n_blocks, x.shape[1], dtype=torch.int32)
+    run(_maxima, (float_array(x), factors, maxima), n_blocks, BLOCK * x.shape[1])
     # As an integer NaN is larger than all numbers, so the maximum keeps it.
     return maxima.amax(dim=0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import dequantized_product as operators
 from ..values import Weight
 from .quantization import expand_row
-from .threads import for_each_row_range, n_ranges
+from .threads import for_each_row_range, run
 
 _f32 = np.float32
 _ZERO, _ONE = _f32(0.0), _f32(1.0)
@@ -101,18 +101,17 @@ def _multiply_rows(
 
 
 @njit(nogil=True, cache=True)
-def _multiply(x, codes, scales, outlier_values, outlier_columns, y, group_size, kind, n_ranges):
-    arguments = (x, codes, scales, outlier_values, outlier_columns, y, group_size, kind)
-    for_each_row_range(_multiply_rows, arguments, codes.shape[0], n_ranges)
+def _multiply(arguments, n_rows, n_ranges):
+    for_each_row_range(_multiply_rows, arguments, n_rows, n_ranges)
 
 
 @operators.dequantized_matmul.register("cpu")
 def dequantized_matmul(x: Tensor, weight: Weight, *, bias: Tensor | None) -> Tensor:
     rows, columns = weight.codes.shape
-    y = torch.zeros(rows, x.shape[0], dtype=torch.float32)
+    y = x.new_zeros(rows, x.shape[0], dtype=torch.float32)
     if bias is not None:
         y += bias.to(x.dtype)[:, None]
-    arrays = [tensor.numpy() for tensor in (x.float(), *weight.tensors, y)]
-    ranges = n_ranges(rows, columns, min_elements=MIN_ELEMENTS)
-    _multiply(*arrays, weight.group_size or columns, KINDS[x.dtype], ranges)
+    numbers = weight.group_size or columns, KINDS[x.dtype]
+    arguments = (x.float(), *weight.tensors, y, *numbers)
+    run(_multiply, arguments, rows, columns, min_elements=MIN_ELEMENTS)
     return y.to(x.dtype).t().contiguous()

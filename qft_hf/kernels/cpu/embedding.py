@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import embedding as operators
 from ..values import Quantized
 from .quantization import quantize_row
-from .threads import for_each_row_range, n_ranges
+from .threads import for_each_row_range, run
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -25,9 +25,8 @@ def _sum_rows(codes, scales, gradient, order, used, ends, group_size, start, sto
 
 
 @njit(nogil=True, cache=True)
-def _sum(codes, scales, gradient, order, used, ends, group_size, n_ranges):
-    arguments = (codes, scales, gradient, order, used, ends, group_size)
-    for_each_row_range(_sum_rows, arguments, used.shape[0], n_ranges)
+def _sum(arguments, n_rows, n_ranges):
+    for_each_row_range(_sum_rows, arguments, n_rows, n_ranges)
 
 
 @operators.embedding_gradient_.register("cpu")
@@ -37,5 +36,4 @@ def embedding_gradient_(
     n_rows, columns = table.codes.shape
     order, used, counts = operators.tokens_by_row(ids.long(), n_rows, padding_idx)
     tensors = (*table.tensors, gradient.float(), order, used, counts.cumsum(0))
-    arrays = [tensor.numpy() for tensor in tensors]
-    _sum(*arrays, table.group_size or columns, n_ranges(len(used), columns))
+    run(_sum, (*tensors, table.group_size or columns), len(used), columns)

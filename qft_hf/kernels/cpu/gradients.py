@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import gradients as operators
 from ..values import Quantized
 from .quantization import quantize_group
-from .threads import for_each_row_range, n_ranges
+from .threads import for_each_row_range, run
 
 _f32 = np.float32
 
@@ -29,9 +29,8 @@ def _accumulate_rows(codes, scales, other_codes, other_scales, group_size, start
 
 
 @njit(nogil=True, cache=True)
-def _accumulate(codes, scales, other_codes, other_scales, group_size, n_ranges):
-    arguments = (codes, scales, other_codes, other_scales, group_size)
-    for_each_row_range(_accumulate_rows, arguments, codes.shape[0], n_ranges)
+def _accumulate(arguments, n_rows, n_ranges):
+    for_each_row_range(_accumulate_rows, arguments, n_rows, n_ranges)
 
 
 @njit(nogil=True, cache=True)
@@ -51,22 +50,20 @@ def _squared_norms_rows(codes, scales, norms, group_size, start, stop):
 
 
 @njit(nogil=True, cache=True)
-def _squared_norms(codes, scales, norms, group_size, n_ranges):
-    arguments = (codes, scales, norms, group_size)
-    for_each_row_range(_squared_norms_rows, arguments, codes.shape[0], n_ranges)
+def _squared_norms(arguments, n_rows, n_ranges):
+    for_each_row_range(_squared_norms_rows, arguments, n_rows, n_ranges)
 
 
 @operators.accumulate_.register("cpu")
 def accumulate_(gradient: Quantized, other: Quantized) -> None:
     rows, columns = gradient.codes.shape
-    arrays = [tensor.numpy() for tensor in (*gradient.tensors, *other.tensors)]
-    _accumulate(*arrays, gradient.group_size or columns, n_ranges(rows, columns))
+    group_size = gradient.group_size or columns
+    run(_accumulate, (*gradient.tensors, *other.tensors, group_size), rows, columns)
 
 
 @operators.squared_norms.register("cpu")
 def squared_norms(gradient: Quantized) -> Tensor:
     rows, columns = gradient.codes.shape
-    norms = torch.empty(rows, dtype=torch.float64)
-    arrays = [tensor.numpy() for tensor in (*gradient.tensors, norms)]
-    _squared_norms(*arrays, gradient.group_size or columns, n_ranges(rows, columns))
+    norms = gradient.scales.new_empty(rows, dtype=torch.float64)
+    run(_squared_norms, (*gradient.tensors, norms, gradient.group_size or columns), rows, columns)
     return norms

@@ -11,7 +11,7 @@ from .. import int8_product as operators
 from ..groups import empty_quantized
 from .bf16 import float_array, store_row, widen
 from .quantization import quantize_row
-from .threads import for_each_row_range, n_ranges
+from .threads import for_each_row_range, run
 
 _f32 = np.float32
 
@@ -71,9 +71,8 @@ def _scale_rows(sums, a_scales, b_scales, bias, columns, given, out, first_colum
 
 
 @njit(nogil=True, cache=True)
-def _scale(sums, a_scales, b_scales, bias, columns, given, out, first_column, n_ranges):
-    arguments = (sums, a_scales, b_scales, bias, columns, given, out, first_column)
-    for_each_row_range(_scale_rows, arguments, sums.shape[0], n_ranges)
+def _scale(arguments, n_rows, n_ranges):
+    for_each_row_range(_scale_rows, arguments, n_rows, n_ranges)
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
@@ -92,9 +91,8 @@ def _quantize_rows(
 
 
 @njit(nogil=True, cache=True)
-def _quantize(sums, a_scales, columns, given, codes, scales, first_column, group_size, n_ranges):
-    arguments = (sums, a_scales, columns, given, codes, scales, first_column, group_size)
-    for_each_row_range(_quantize_rows, arguments, sums.shape[0], n_ranges)
+def _quantize(arguments, n_rows, n_ranges):
+    for_each_row_range(_quantize_rows, arguments, n_rows, n_ranges)
 
 
 @operators.int8_matmul.register("cpu")
@@ -111,23 +109,15 @@ def int8_matmul(
 ) -> Tensor:
     rows, n_columns = a.shape[0], b.shape[1]
     # FP16 is rounded at the end.
-    out = torch.empty(rows, n_columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    out_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    out = a.new_empty(rows, n_columns, dtype=out_dtype)
     out_array = float_array(out)
     a_factors, b_factors = _factors(a_scales, rows), _factors(b_scales, n_columns)
-    terms = (torch.empty(0, dtype=torch.float32) if bias is None else bias.float()).numpy()
+    terms = np.empty(0, np.float32) if bias is None else bias.float().numpy()
     numbers, given = _given(columns, values)
-    for tile_rows, tile_columns, sums in _tiles_of_sums(a, b, TILE):
-        _scale(
-            sums,
-            a_factors[tile_rows],
-            b_factors[tile_columns],
-            terms[tile_columns],
-            numbers,
-            given[tile_rows],
-            out_array[tile_rows],
-            tile_columns.start,
-            n_ranges(*sums.shape),
-        )
+    for i, j, sums in _tiles_of_sums(a, b, TILE):
+        operands = sums, a_factors[i], b_factors[j], terms[j]
+        run(_scale, (*operands, numbers, given[i], out_array[i], j.start), *sums.shape)
     return out.to(dtype)
 
 
@@ -143,22 +133,12 @@ def requantized_matmul(
 ) -> tuple[Tensor, Tensor]:
     rows, n_columns = a.shape[0], b.shape[1]
     codes, scales = empty_quantized(rows, n_columns, group_size)
-    codes_array, scales_array = codes.numpy(), scales.numpy()
     factors = _factors(a_scales, rows)
     numbers, given = _given(columns, values)
     # Each tile consists of whole groups.
-    for tile_rows, tile_columns, sums in _tiles_of_sums(a, b, -(-TILE // group_size) * group_size):
-        _quantize(
-            sums,
-            factors[tile_rows],
-            numbers,
-            given[tile_rows],
-            codes_array[tile_rows],
-            scales_array[tile_rows],
-            tile_columns.start,
-            group_size,
-            n_ranges(*sums.shape),
-        )
+    for i, j, sums in _tiles_of_sums(a, b, -(-TILE // group_size) * group_size):
+        operands = sums, factors[i], numbers, given[i]
+        run(_quantize, (*operands, codes[i], scales[i], j.start, group_size), *sums.shape)
     return codes, scales
 
 
@@ -175,7 +155,7 @@ def _tiles_of_sums(a: Tensor, b: Tensor, width: int) -> Iterator[tuple[slice, sl
 
 def _factors(scales: Tensor | None, size: int) -> np.ndarray:
     """One factor for each row; None becomes factors of 1, which change nothing."""
-    return (torch.ones(size, dtype=torch.float32) if scales is None else scales.view(-1)).numpy()
+    return np.ones(size, np.float32) if scales is None else scales.view(-1).numpy()
 
 
 def _given(columns: Tensor | None, values: Tensor | None) -> tuple[np.ndarray, np.ndarray]:

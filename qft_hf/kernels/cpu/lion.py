@@ -9,7 +9,7 @@ from ..values import Lion, Quantized, Rounding, Weight, read_live
 from .nibbles import load_nibbles, nibble_uniforms, round_to_nibbles
 from .philox import random_row
 from .quantization import quantize_group
-from .threads import for_each_row_range, n_ranges
+from .threads import for_each_row_range, run
 from .weight import FASTMATH, draw_row, rounding_numbers, step_weight_row, weight_buffers
 
 _f32 = np.float32
@@ -79,8 +79,8 @@ def _lion_rows(
 
 
 @njit(nogil=True, cache=True)
-def _lion_step(arrays, numbers, n_ranges):
-    for_each_row_range(_lion_rows, (*arrays, *numbers), arrays[0].shape[0], n_ranges)
+def _lion_step(arguments, n_rows, n_ranges):
+    for_each_row_range(_lion_rows, arguments, n_rows, n_ranges)
 
 
 @operators.lion_step_.register("cpu")
@@ -102,4 +102,4 @@ def lion_step_(
         *map(_f32, rule.numbers),
         *rounding_numbers(rounding),
     )
-    _lion_step(tuple(tensor.numpy() for tensor in tensors), numbers, n_ranges(rows, columns))
+    run(_lion_step, (*tensors, *numbers), rows, columns)

@@ -13,7 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from .. import outlier_gradient as operators
-from .threads import for_each_row_range, n_ranges
+from .threads import for_each_row_range, run
 
 _ZERO = np.float32(0.0)
 
@@ -111,13 +111,13 @@ def _output_blocks(gradient, outliers, out, start, stop):
 
 
 @njit(nogil=True, cache=True)
-def _of_x(gradient, outliers, out, n_ranges):
-    for_each_row_range(_token_rows, (gradient, outliers, out), gradient.shape[0], n_ranges)
+def _of_x(arguments, n_tokens, n_ranges):
+    for_each_row_range(_token_rows, arguments, n_tokens, n_ranges)
 
 
 @njit(nogil=True, cache=True)
-def _of_weight(gradient, outliers, out, n_blocks, n_ranges):
-    for_each_row_range(_output_blocks, (gradient, outliers, out), n_blocks, n_ranges)
+def _of_weight(arguments, n_blocks, n_ranges):
+    for_each_row_range(_output_blocks, arguments, n_blocks, n_ranges)
 
 
 @operators.outlier_products.register("cpu")
@@ -130,13 +130,11 @@ def outlier_products(
     of_x = of_weight = gradient.new_empty(0, 0)
     if weight_outliers is not None:
         of_x = gradient.new_empty(tokens, weight_outliers.shape[1])
-        arrays = [x.numpy() for x in (gradient, _by_column(weight_outliers), of_x)]
-        _of_x(*arrays, n_ranges(tokens, outputs))
+        run(_of_x, (gradient, _by_column(weight_outliers), of_x), tokens, outputs)
     if input_outliers is not None:
         of_weight = gradient.new_empty(input_outliers.shape[1], outputs)
-        arrays = [x.numpy() for x in (gradient, _by_column(input_outliers), of_weight)]
-        n_blocks = -(-outputs // BLOCK)
-        _of_weight(*arrays, n_blocks, n_ranges(n_blocks, BLOCK * tokens))
+        arguments = (gradient, _by_column(input_outliers), of_weight)
+        run(_of_weight, arguments, -(-outputs // BLOCK), BLOCK * tokens)
     return of_x, of_weight.t()
 
 

@@ -17,7 +17,7 @@ from .bf16 import float_array, widen
 from .columns import column_maxima
 from .philox import philox, weight_uniform
 from .quantization import magnitude
-from .threads import for_each_row_range, n_ranges
+from .threads import for_each_row_range, run
 
 _f32, _u32, _u64 = np.float32, np.uint32, np.uint64
 _QMAX, _TINY, _PER_QMAX = _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
@@ -164,23 +164,20 @@ def _round_columns(gradient, factors, maxima, packed_codes, seed, start, stop):
 
 
 @njit(nogil=True, cache=True)
-def _rows(gradient, factors, codes, scales, seed, n_ranges):
-    arguments = (gradient, factors, codes, scales, seed)
-    for_each_row_range(_quantize_rows, arguments, codes.shape[0], n_ranges)
+def _rows(arguments, n_rows, n_ranges):
+    for_each_row_range(_quantize_rows, arguments, n_rows, n_ranges)
 
 
 @njit(nogil=True, cache=True)
-def _columns(gradient, factors, maxima, packed_codes, seed, n_blocks, n_ranges):
-    arguments = (gradient, factors, maxima, packed_codes, seed)
+def _columns(arguments, n_blocks, n_ranges):
     for_each_row_range(_round_columns, arguments, n_blocks, n_ranges)
 
 
 def _by_rows(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     tokens, outputs = gradient.shape
     codes, scales = empty_quantized(tokens, outputs, None)
-    others = (factors.view(-1), codes, scales.view(-1))
-    arrays = [float_array(gradient), *(tensor.numpy() for tensor in others)]
-    _rows(*arrays, _u64(seed), n_ranges(tokens, outputs))
+    arguments = (float_array(gradient), factors.view(-1), codes, scales.view(-1), _u64(seed))
+    run(_rows, arguments, tokens, outputs)
     return codes, scales
 
 
@@ -188,10 +185,9 @@ def _by_columns(gradient: Tensor, factors: Tensor, seed: int) -> tuple[Tensor, T
     tokens, outputs = gradient.shape
     maxima = column_maxima(gradient, factors.view(-1))
     n_blocks = -(-tokens // BLOCK)
-    packed_codes = torch.empty(outputs, n_blocks * QUADS, dtype=torch.uint32)
-    others = (factors.view(-1), maxima, packed_codes)
-    arrays = [float_array(gradient), *(tensor.numpy() for tensor in others)]
-    _columns(*arrays, _u64(seed), n_blocks, n_ranges(n_blocks, BLOCK * outputs))
+    packed_codes = gradient.new_empty(outputs, n_blocks * QUADS, dtype=torch.uint32)
+    arguments = (float_array(gradient), factors.view(-1), maxima, packed_codes, _u64(seed))
+    run(_columns, arguments, n_blocks, BLOCK * outputs)
     codes = packed_codes.view(torch.int8)[:, :tokens].contiguous()
     return codes, absmax_scale(maxima.view(torch.float32)).view(-1, 1)
 

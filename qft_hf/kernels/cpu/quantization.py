@@ -9,7 +9,7 @@ from .. import quantization as operators
 from ..groups import MAGIC, QMAX, TINY, empty_quantized
 from ..values import Weight
 from .bf16 import float_array, store_row, widen
-from .threads import for_each_row_range, n_ranges
+from .threads import for_each_row_range, run
 
 _f32 = np.float32
 _MAGIC, _QMAX, _TINY, _PER_QMAX = _f32(MAGIC), _f32(QMAX), _f32(TINY), _f32(1.0 / QMAX)
@@ -99,9 +99,8 @@ def _quantize_rows(x, is_zero, codes, scales, group_size, start, stop):
 
 
 @njit(nogil=True, cache=True)
-def _quantize(x, is_zero, codes, scales, group_size, n_ranges):
-    arguments = (x, is_zero, codes, scales, group_size)
-    for_each_row_range(_quantize_rows, arguments, x.shape[0], n_ranges)
+def _quantize(arguments, n_rows, n_ranges):
+    for_each_row_range(_quantize_rows, arguments, n_rows, n_ranges)
 
 
 @njit(nogil=True, cache=True)
@@ -118,24 +117,20 @@ def _dequantize_rows(
 
 
 @njit(nogil=True, cache=True)
-def _dequantize(codes, scales, rows, outlier_values, outlier_columns, x, group_size, n_ranges):
-    arguments = (codes, scales, rows, outlier_values, outlier_columns, x, group_size)
-    for_each_row_range(_dequantize_rows, arguments, x.shape[0], n_ranges)
+def _dequantize(arguments, n_rows, n_ranges):
+    for_each_row_range(_dequantize_rows, arguments, n_rows, n_ranges)
 
 
 @operators.quantize.register("cpu")
-def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
-    return quantize_without_columns(x, torch.empty(0, dtype=torch.bool), group_size)
-
-
-def quantize_without_columns(
-    x: Tensor, is_zero: Tensor, group_size: int | None
+def quantize(
+    x: Tensor, *, group_size: int | None, is_zero: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`quantize`, in which columns marked by `is_zero`, bool `[columns]` or empty, count as 0."""
+    # Columns that `is_zero`, bool `[columns]`, marks count as 0: `quantize_input` calls it so.
     rows, columns = x.shape
     codes, scales = empty_quantized(rows, columns, group_size)
-    arrays = [float_array(x), *(tensor.numpy() for tensor in (is_zero, codes, scales))]
-    _quantize(*arrays, group_size or columns, n_ranges(rows, columns))
+    is_zero = x.new_empty(0, dtype=torch.bool) if is_zero is None else is_zero
+    arguments = (float_array(x), is_zero, codes, scales, group_size or columns)
+    run(_quantize, arguments, rows, columns)
     return codes, scales
 
 
@@ -143,11 +138,14 @@ def quantize_without_columns(
 def dequantize(weight: Weight, *, rows: Tensor | None, n_each: int, dtype: torch.dtype) -> Tensor:
     n_rows, columns = weight.codes.shape
     codes, scales, *outliers = weight.tensors
-    index = torch.arange(n_rows) if rows is None else operators.each_row(rows, n_each)
+    if rows is None:
+        index = torch.arange(n_rows, device=codes.device)
+    else:
+        index = operators.each_row(rows, n_each)
     # FP16 is rounded at the end.
     x_dtype = dtype if dtype == torch.bfloat16 else torch.float32
-    x = torch.empty(len(index), columns, dtype=x_dtype)
-    arrays = [tensor.numpy() for tensor in (codes, scales, index, *outliers)]
-    ranges = n_ranges(len(index), columns)
-    _dequantize(*arrays, float_array(x), weight.group_size or columns, ranges)
+    x = codes.new_empty(len(index), columns, dtype=x_dtype)
+    group_size = weight.group_size or columns
+    arguments = (codes, scales, index, *outliers, float_array(x), group_size)
+    run(_dequantize, arguments, len(index), columns)
     return x.to(dtype)

@@ -8,6 +8,7 @@ by a function that numba compiles for each use of `for_each_row_range`.
 
 import ctypes
 import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from torch import Tensor
 
 MIN_ELEMENTS = 2**15  # per range: fewer take less time than waking a thread
 
@@ -55,6 +57,28 @@ _POINTER, _COUNT = cgutils.voidptr_t, ir.IntType(32)
 def n_ranges(n_rows: int, row_elements: int, *, min_elements: int = MIN_ELEMENTS) -> int:
     """Return into how many ranges to split `n_rows` rows of `row_elements` elements."""
     return max(1, min(torch.get_num_threads(), n_rows, n_rows * row_elements // min_elements))
+
+
+def run(
+    on_ranges: Callable[..., None],
+    arguments: Iterable[Any],
+    n_rows: int,
+    row_elements: int,
+    *,
+    min_elements: int = MIN_ELEMENTS,
+) -> None:
+    """Run a kernel on all rows of its arguments, on as many threads as are worth waking.
+
+    Args:
+        on_ranges: The kernel's `(arguments, n_rows, n_ranges)`, which calls `for_each_row_range`.
+            Each kernel has one of its own, because numba keeps no function of a function compiled.
+        arguments: Those of the kernel before `start` and `stop`; tensors are passed as arrays.
+        n_rows: As in `n_ranges`.
+        row_elements: As in `n_ranges`.
+        min_elements: As in `n_ranges`.
+    """
+    values = (x.numpy() if isinstance(x, Tensor) else x for x in arguments)
+    on_ranges(tuple(values), n_rows, n_ranges(n_rows, row_elements, min_elements=min_elements))
 
 
 # The fields that the threads of a call share: the arguments, the number of rows, the number of

@@ -11,7 +11,7 @@ from ..values import Lion, Rounding, Weight, read_live
 from ..weight import RANGE_LOW, RANGE_TARGET
 from .philox import random_row, weight_uniform
 from .quantization import absmax
-from .threads import for_each_row_range, n_ranges
+from .threads import for_each_row_range, run
 
 _f32 = np.float32
 _QMAX, _TINY = _f32(QMAX), _f32(TINY)
@@ -108,8 +108,8 @@ def _step_rows(
 
 
 @njit(nogil=True, cache=True)
-def _step(arrays, numbers, n_ranges):
-    for_each_row_range(_step_rows, (*arrays, *numbers), arrays[0].shape[0], n_ranges)
+def _step(arguments, n_rows, n_ranges):
+    for_each_row_range(_step_rows, arguments, n_rows, n_ranges)
 
 
 def rounding_numbers(rounding: Rounding) -> tuple[bool, np.uint64, np.uint64, np.uint64, int]:
@@ -134,5 +134,4 @@ def step_weight_(
         *map(_f32, rule.numbers[:2]),
         *rounding_numbers(rounding),
     )
-    arrays = tuple(tensor.numpy() for tensor in (*weight.tensors, direction))
-    _step(arrays, numbers, n_ranges(rows, columns))
+    run(_step, (*weight.tensors, direction, *numbers), rows, columns)
