@@ -80,7 +80,8 @@ def int8_matmul(
     """
     if fits_one_int32_sum(a, b):
         # Sums of products of codes are integers below 2**53: FP64 holds them exactly in any order.
-        out = (a.double() @ b.double()).float()
+        # Adding 0 makes -0, which a sum of zeros may be in FP64, the 0 of an integer.
+        out = (a.double() @ b.double()).float().add_(0.0)
         if a_scales is not None:
             out.mul_(a_scales)
         if b_scales is not None:

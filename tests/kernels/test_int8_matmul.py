@@ -98,6 +98,18 @@ def test_both_products_of_a_cpu_are_exact(shape, b_form, has_vnni, autocast, mon
     assert_same_bits(out, expected.bfloat16())
 
 
+@pytest.mark.parametrize("has_vnni", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_a_sum_of_zeros_has_no_sign(backend, has_vnni, monkeypatch):
+    """A float product of one term returned -0 for 0 times a negative code."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: has_vnni)
+    a, b = torch.zeros(3, 1, dtype=torch.int8), -torch.ones(1, 5, dtype=torch.int8)
+
+    out = backend.int8_matmul(a, b, scales(3), scales(5), dtype=torch.float32)
+
+    assert_same_bits(out, torch.zeros(3, 5))
+
+
 @pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_result_is_rounded_once(backend, dtype):

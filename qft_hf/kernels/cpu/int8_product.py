@@ -14,6 +14,7 @@ from .quantization import quantize_row
 from .threads import for_each_row_range, run
 
 _f32 = np.float32
+_ZERO = _f32(0.0)
 
 # A sum of 1024 products of codes stays below 2**24, where FP32 holds every integer: it is exact,
 # whatever the order and however multiply and add are fused.
@@ -45,7 +46,8 @@ def exact_sums(a: Tensor, b: Tensor) -> Tensor:
 @njit(nogil=True, cache=True)
 def _scale_row(sums, a_scale, b_scales, bias, values):
     for j in range(sums.shape[0]):
-        value = (_f32(sums[j]) * a_scale) * b_scales[j]
+        # A sum of zeros may be -0 in FP32; adding 0 makes it the 0 of an integer.
+        value = ((_f32(sums[j]) + _ZERO) * a_scale) * b_scales[j]
         # Adding 0 instead of nothing would lose the sign of -0.
         values[j] = value + bias[j] if bias.shape[0] > 0 else value
 
