@@ -132,7 +132,7 @@ def _check(
             "A step needs a gradient, a step number and a stream for each float parameter, got "
             f"{lengths} parameters, gradients, steps and streams."
         )
-    if roundings.live is not None:
+    if roundings.live is not None and len(parameters):
         n_rows = max(len(roundings.live), 1 + max(roundings.streams, default=0))
         check_live(roundings.live, (n_rows, N_LIVE), parameters[0].device)
     if len({id(parameter) for parameter in parameters}) < len(parameters):
@@ -180,11 +180,6 @@ def _(
 
 
 @lion_step_floats_.checks_values
-def _(
-    parameters: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    **_: object,
-) -> None:
+def _(parameters: object, momenta: Sequence[Tensor], *_: object, **__: object) -> None:
     for momentum in momenta:
         check_finite("momentum", momentum)

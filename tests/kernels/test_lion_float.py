@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from qft_hf import kernels
+from qft_hf.kernels import Roundings
+from qft_hf.kernels.values import N_LIVE
 from tests.kernels.backends import cpu, reference
 from tests.kernels.states import arguments, float_arguments, guarded, guards_are_intact, of_one
 from tests.tolerances import (
@@ -221,6 +223,8 @@ def test_step_and_stream_choose_the_random_numbers_of_each_parameter():
 
 def test_no_parameters_are_no_work():
     kernels.lion_step_floats_([], [], [], **float_arguments(0))
+    roundings = Roundings(1, [], [], live=torch.zeros(1, N_LIVE, dtype=torch.float64))
+    kernels.step_floats_([], [], lr=0.1, weight_decay=0.1, roundings=roundings)
 
 
 def test_each_parameter_needs_one_of_each():
