@@ -84,6 +84,14 @@ def _(x: Input, floats: Tensor, weight: Weight, *, bias: Tensor | None, dtype: t
             f"{columns} columns of the weight, and the float input must be contiguous, got "
             f"{tuple(x.codes.shape)} and {tuple(floats.shape)} with strides {floats.stride()}."
         )
+    values, shape = x.values, (n_tokens, x.columns.shape[0])
+    by_column = values.stride() == (1, n_tokens) or values.t().is_contiguous()
+    if values.shape != shape or not by_column:
+        raise ValueError(
+            f"The outlier values of x must have shape {shape} and be stored column by column, got "
+            f"{tuple(values.shape)} with strides {values.stride()}. Pass those of quantize_input, "
+            "or values.t().contiguous().t()."
+        )
     check_float_dtype("int8_linear", dtype)
     device = weight.codes.device
     check_scales("the scales of x", x.scales, (n_tokens, 1), device)

@@ -228,7 +228,7 @@ class Input(NamedTuple):
         codes: int8 `[N, C]`, 0 in outlier columns.
         scales: fp32 `[N, 1]`.
         columns: int64 `[k]`: the columns with the largest magnitudes, ascending.
-        values: `[N, k]` of the dtype of `x`: the values of those columns.
+        values: `[N, k]` of the dtype of `x`, stored column by column: the values of those columns.
     """
 
     codes: Tensor

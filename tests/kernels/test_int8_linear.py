@@ -120,12 +120,15 @@ def test_without_outlier_columns_it_is_the_integer_product():
         ({"dtype": torch.int8}, TypeError, "int8_linear returns floats"),
         ({"scales": torch.ones(4, 1)}, ValueError, r"scales of x must be float32 of shape \(5, 1"),
         ({"codes": torch.ones(5, 33)}, TypeError, "x must be torch.int8, got torch.float32"),
+        ({"values": torch.ones(5, 2)}, ValueError, r"column by column, got .*strides \(2, 1\)"),
+        ({"values": torch.ones(3, 5).t()}, ValueError, r"shape \(5, 2\) .*got \(5, 3\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, error, match):
-    x, floats, weight, bias = make_case((5, 7, 33, 1, 1), torch.float32, exact=False)
+    """Triton's kernel reads outliers column by column: it once returned wrong sums for others."""
+    x, floats, weight, bias = make_case((5, 7, 33, 1, 2), torch.float32, exact=False)
     given = {"floats": floats, "bias": bias, "dtype": torch.float32, **change}
-    x = x._replace(**{name: given.pop(name) for name in ("scales", "codes") if name in given})
+    x = x._replace(**{name: given.pop(name) for name in x._fields if name in given})
 
     with pytest.raises(error, match=match):
         kernels.int8_linear(x, given.pop("floats"), weight, **given)
