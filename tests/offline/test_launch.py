@@ -163,7 +163,11 @@ def matmul_case(
 
 def copy_case(rows=16, columns=17, strides=(17, 1)):
     x, out = torch.ones(rows * columns, dtype=torch.int8), torch.empty(rows, 32, dtype=torch.int8)
-    constants = {"TILE": int8_product.COPY_TILE, "num_warps": int8_product.COPY_WARPS}
+    constants = {
+        "TILE": int8_product.COPY_TILE,
+        "num_warps": int8_product.COPY_WARPS,
+        "enable_fp_fusion": False,
+    }
     return int8_product._copy_kernel, (1, 2), constants, (x, out, rows, columns, *strides, 32)
 
 
@@ -311,8 +315,8 @@ OTHERS = {  # by the position of an argument: values that replace it
 
 def test_whatever_a_kernel_is_compiled_for_is_in_the_key(gpu):
     """The launcher and the plan get all kinds of each argument before they get them again."""
-    arguments, options, grid = (*FEW, 3, 5, 0.5), {"SIZE": 16}, (2,)
-    launcher, constants = Launcher(_small_kernel), Constants(**options)
+    arguments, constants, grid = (*FEW, 3, 5, 0.5), Constants(SIZE=16), (2,)
+    launcher = Launcher(_small_kernel)
     plan = Plan(launcher, grid, constants, arguments[0], *[...] * 5)
     calls = [arguments] + [
         (*arguments[:place], other, *arguments[place + 1 :])
@@ -321,7 +325,7 @@ def test_whatever_a_kernel_is_compiled_for_is_in_the_key(gpu):
     ]
     functions = []
     for given in calls:
-        functions.append(_small_kernel[grid](*given, **options).function)
+        functions.append(_small_kernel[grid](*given, **constants.values).function)
         launcher(grid, constants, *given)
         assert gpu.last.function == functions[-1]
         if given[0] is arguments[0]:
@@ -562,6 +566,7 @@ class Interpreted:
 
 
 def test_an_interpreted_kernel_is_launched_by_triton():
+    """And every kernel without fused multiplications and additions."""
     kernel, constants = Interpreted(), Constants(SIZE=3, num_warps=1)
     launcher = Launcher(kernel)
     x = torch.ones(2)
@@ -569,7 +574,8 @@ def test_an_interpreted_kernel_is_launched_by_triton():
     launcher((2,), constants, x, 1, None)
     Plan(launcher, (2,), constants, x, ..., None)(1)
 
-    assert kernel.calls == [((2,), (x, 1, None), {"SIZE": 3, "num_warps": 1})] * 2
+    options = {"SIZE": 3, "num_warps": 1, "enable_fp_fusion": False}
+    assert kernel.calls == [((2,), (x, 1, None), options)] * 2
 
 
 def test_a_second_stand_in_of_a_process_sees_all_launches(gpu, tmp_path, monkeypatch):

@@ -165,7 +165,6 @@ def _constants(
         TILE=tile,
         UNIT=tile if group == columns else min(tile, unit),
         num_warps=n_warps,
-        enable_fp_fusion=False,
     )
     return tokens, rows, constants
 

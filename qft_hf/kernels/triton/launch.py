@@ -22,12 +22,13 @@ class Constants:
     """Constexpr arguments and compile options (`num_warps`, ...) by name, as part of a key.
 
     Create them once per shape, in a cached function: creating them takes longer than a launch.
+    Multiplications and additions are never fused: the reference rounds them one by one.
     """
 
     __slots__ = ("_hash", "_key", "values")
 
     def __init__(self, **values: Any) -> None:
-        self.values = values
+        self.values = {**values, "enable_fp_fusion": False}
         # The key has types: 1, 1.0 and True are equal, but kernels compiled for them differ.
         self._key = tuple((name, type(value), value) for name, value in values.items())
         self._hash = hash(self._key)

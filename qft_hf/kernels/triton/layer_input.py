@@ -99,15 +99,13 @@ def _choose_kernel(
 
 
 _launch_maxima, _launch_choose = Launcher(_maxima_kernel), Launcher(_choose_kernel)
-_MAXIMA = Constants(
-    TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS, num_warps=N_WARPS, enable_fp_fusion=False
-)
+_MAXIMA = Constants(TILE_ROWS=TILE_ROWS, TILE_COLUMNS=TILE_COLUMNS, num_warps=N_WARPS)
 
 
 @cache
 def _choice(n_columns: int, n_outliers: int) -> Constants:
     tile = min(CHOICE_TILE, triton.next_power_of_2(n_columns))
-    return Constants(N=n_outliers, TILE=tile, num_warps=CHOICE_WARPS, enable_fp_fusion=False)
+    return Constants(N=n_outliers, TILE=tile, num_warps=CHOICE_WARPS)
 
 
 @operators.quantize_input.register("triton")

@@ -123,11 +123,9 @@ def _round_kernel(
 
 
 _launch_maxima, _launch_round = Launcher(_maxima_kernel), Launcher(_round_kernel)
-_MAXIMA = Constants(TILE=TILE, num_warps=N_WARPS, enable_fp_fusion=False)
+_MAXIMA = Constants(TILE=TILE, num_warps=N_WARPS)
 _ROUND = {
-    stochastic: Constants(
-        STOCHASTIC=stochastic, TILE=TILE, num_warps=N_WARPS, enable_fp_fusion=False
-    )
+    stochastic: Constants(STOCHASTIC=stochastic, TILE=TILE, num_warps=N_WARPS)
     for stochastic in (False, True)
 }
 

@@ -77,7 +77,7 @@ def tiling(columns: int, group_size: int | None, other_group_size: int = 0) -> T
 def row_constants(columns: int, group_size: int | None, **others: Any) -> Constants:
     """Constants of a kernel that iterates over rows in this tiling; `others` are added to them."""
     cut = tiling(columns, group_size)
-    return Constants(**others, TILING=cut, num_warps=cut.n_warps, enable_fp_fusion=False)
+    return Constants(**others, TILING=cut, num_warps=cut.n_warps)
 
 
 def _power_of_two(n: int) -> int:
