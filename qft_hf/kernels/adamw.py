@@ -25,9 +25,16 @@ import torch
 from torch import Tensor
 
 from .checks import check_finite, check_live, check_same
-from .groups import absmax_scale, expanded, group_absmax, scale_groups_
+from .groups import (
+    absmax_scale,
+    expanded,
+    group_absmax,
+    inverse,
+    rounded_up_or_down,
+    scale_groups_,
+    stochastic_codes,
+)
 from .operators import operator
-from .output_gradient import stochastic_codes
 from .values import N_LIVE, AdamW, Moments, Quantized, Rounding, Weight, read_live
 from .weight import WRITES, check_weight_values, row_chunks, step_weight_
 
@@ -44,8 +51,6 @@ UNIT = 2.0**32
 # Largest gradient scale, in units: gradients are clamped to 127 times it, 2e9, whose square fits
 # FP32.
 GRADIENT_SCALE_MAX = 2.0**56
-
-GPU_CHUNK_ELEMENTS = 2**22  # at a time on a GPU, which needs large chunks: 300 MB of temporaries
 
 MOMENTS = (
     "moments.ratio_codes",
@@ -100,8 +105,7 @@ def adamw_step_(
         Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization" (arXiv:1711.05101).
     """
     rule, rounding = read_live(rule, rounding)
-    elements = None if weight.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    for rows in row_chunks(weight.codes, elements=elements):
+    for rows in row_chunks(weight.codes):
         part = rounding.of_rows(rows)
         direction = _step_moments_(moments, gradient, rows, rule, part)
         step_weight_(
@@ -136,6 +140,17 @@ def _step_moments_(
     return direction
 
 
+def moment_numbers(rule: AdamW, step: int) -> tuple[float, ...]:
+    """The numbers that kernels update moments with, each to be rounded to FP32 once.
+
+    They are `beta1`, `1 - beta1`, `beta2`, `1 - beta2`, both corrections, `eps` in units, and the
+    sign of the gradient.
+    """
+    betas = rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2
+    sign = -1.0 if rule.maximize else 1.0
+    return *betas, *rule.corrections(step), rule.eps * UNIT, sign
+
+
 def exact_sqrt(x: Tensor) -> Tensor:
     """Return the correctly rounded FP32 square root, which `Tensor.sqrt` does not.
 
@@ -156,17 +171,16 @@ def _quantized_root(root_v: Tensor, uniform: Tensor, group_size: int) -> tuple[T
     """Return the codes and scales of the fourth root of sqrt(v)."""
     root = exact_sqrt(exact_sqrt(root_v))
     scales = (group_absmax(root, group_size) * (1.0 / (ROOT_QMAX + 0.5))).clamp_min_(ROOT_TINY)
-    values = scale_groups_(root, torch.ones_like(scales) / scales, group_size).sub_(0.5)
-    whole = values.floor()
-    up = (values - whole).add_(uniform) >= 1
+    values = scale_groups_(root, inverse(scales), group_size).sub_(0.5)
+    codes = rounded_up_or_down(values, uniform)
     # A value below the lowest level gets the lowest.
-    return (whole + up).clamp_(0, ROOT_QMAX).to(torch.uint8), scales
+    return codes.clamp_(0, ROOT_QMAX).to(torch.uint8), scales
 
 
 def _quantized_ratio(ratio: Tensor, uniform: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Codes and scales of m / sqrt(v), which is modified; 0 has code 0 for any random number."""
     scales = absmax_scale(group_absmax(ratio, group_size)).clamp_min_(RATIO_TINY)
-    values = scale_groups_(ratio, torch.ones_like(scales) / scales, group_size)
+    values = scale_groups_(ratio, inverse(scales), group_size)
     return stochastic_codes(values, uniform), scales
 
 
@@ -183,12 +197,7 @@ def _moment_uniforms(like: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
 
 @adamw_step_.checks
 def _(
-    weight: Weight,
-    moments: Moments,
-    gradient: Quantized,
-    *,
-    rounding: Rounding,
-    **_: object,
+    weight: Weight, moments: Moments, gradient: Quantized, *, rounding: Rounding, **_: object
 ) -> None:
     check_live(rounding.live, (N_LIVE,), weight.device)
     check_same("gradient codes", gradient.codes, weight.codes)

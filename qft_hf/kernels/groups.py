@@ -18,13 +18,19 @@ TINY = 1e-30
 MAGIC = 12582912.0
 
 
-def absmax_scale(absmax: Tensor) -> Tensor:
-    """Return the scale that maps `absmax` to code 127, but at least `TINY`.
+def absmax_scale(absmax: Tensor, largest: int = QMAX) -> Tensor:
+    """Return the scale that maps `absmax` to the largest value of a code, but at least `TINY`.
 
     Multiplies by a constant: some devices would turn a division by 127 into a multiplication.
     A NaN or infinite absmax gives a NaN or infinite scale.
     """
-    return (absmax * (1.0 / QMAX)).clamp_min(TINY)
+    return (absmax * (1.0 / largest)).clamp_min(TINY)
+
+
+def inverse(scales: Tensor) -> Tensor:
+    """One over each scale, correctly rounded."""
+    # Tensor / tensor is IEEE division; with a Python number as the numerator it may not be.
+    return torch.ones_like(scales) / scales
 
 
 def empty_quantized(
@@ -69,12 +75,27 @@ def spread_groups(values: Tensor, columns: int, group_size: int | None) -> Tenso
     return values.repeat_interleave(size, dim=1)[:, :columns]
 
 
+def rounded_up_or_down(values: Tensor, uniform: Tensor) -> Tensor:
+    """Round up with the probability of the fraction, if `uniform` is uniform in [0, 1).
+
+    The fraction and the random number are added without the whole part, so that no FP32 rounding of
+    their sum can change a whole number.
+    """
+    whole = values.floor()
+    return whole + ((values - whole).add_(uniform) >= 1)
+
+
+def stochastic_codes(values: Tensor, uniform: Tensor) -> Tensor:
+    """Codes int8 of `values`, in units of a code, rounded up or down."""
+    codes = rounded_up_or_down(values, uniform)
+    # A row with NaN or infinity gets codes 0; its non-finite scale marks it.
+    return codes.nan_to_num_(0.0).clamp_(-QMAX, QMAX).to(torch.int8)
+
+
 def quantized(x: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
     """Codes int8 and scales of an FP32 matrix, rounded to nearest; see `kernels.quantize`."""
     scales = absmax_scale(group_absmax(x, group_size))
-    # Tensor / tensor is IEEE division; with a Python number as the numerator it may not be.
-    inverse = torch.ones_like(scales) / scales
-    values = scale_groups_(x.clone(), inverse, group_size)
+    values = scale_groups_(x.clone(), inverse(scales), group_size)
     values = values.add_(MAGIC).sub_(MAGIC)
     # A group with NaN or infinity gets codes 0; its non-finite scale marks it.
     return values.nan_to_num_(0.0).clamp_(-QMAX, QMAX).to(torch.int8), scales

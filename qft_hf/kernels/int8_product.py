@@ -125,13 +125,12 @@ def _(
     check_bias(bias, b.shape[1], a.device)
 
 
-def _fake_requantized(
-    a: Tensor, b: Tensor, _: Tensor | None, *, group_size: int, **__: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return empty_quantized(a.shape[0], b.shape[1], group_size, a.device)
-
-
-@operator(fake=_fake_requantized, composed=True)
+@operator(
+    fake=lambda a, b, *_, group_size, **__: empty_quantized(
+        a.shape[0], b.shape[1], group_size, a.device
+    ),
+    composed=True,
+)
 def requantized_matmul(
     a: Tensor,
     b: Tensor,

@@ -10,13 +10,12 @@ from .operators import operator
 from .values import Input, Weight
 
 
-def _fake(
-    x: Input, floats: Tensor, weight: Weight, *, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    return x.codes.new_empty((x.codes.shape[0], weight.codes.shape[0]), dtype=dtype)
-
-
-@operator(fake=_fake, composed=True)
+@operator(
+    fake=lambda x, _, weight, *, dtype, **__: x.codes.new_empty(
+        (x.codes.shape[0], weight.codes.shape[0]), dtype=dtype
+    ),
+    composed=True,
+)
 def int8_linear(
     x: Input, floats: Tensor, weight: Weight, *, bias: Tensor | None = None, dtype: torch.dtype
 ) -> Tensor:

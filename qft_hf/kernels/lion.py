@@ -119,12 +119,7 @@ def _check_momentum(weight: Weight, momentum: Quantized, group_size: int | None)
 
 @lion_step_.checks
 def _(
-    weight: Weight,
-    momentum: Quantized,
-    gradient: Quantized,
-    *,
-    rule: Lion,
-    rounding: Rounding,
+    weight: Weight, momentum: Quantized, gradient: Quantized, *, rounding: Rounding, **_: object
 ) -> None:
     check_bits("gradient", gradient.bits)
     check_same("gradient codes", gradient.codes, weight.codes)
@@ -139,11 +134,13 @@ def _(weight: Weight, momentum: Quantized, gradient: Quantized, **_: object) -> 
     check_finite("gradient scales", gradient.scales)
 
 
-def _fake_squares(weight: Weight, *_: object, **__: object) -> Tensor:
-    return weight.codes.new_empty(weight.codes.shape[0], dtype=torch.float64)
-
-
-@operator(fake=_fake_squares, writes=LION_WRITES, composed=True)
+@operator(
+    fake=lambda weight, *_, **__: weight.codes.new_empty(
+        weight.codes.shape[0], dtype=torch.float64
+    ),
+    writes=LION_WRITES,
+    composed=True,
+)
 def quantize_and_lion_step_(
     weight: Weight,
     momentum: Quantized,
@@ -201,8 +198,8 @@ def _(
     *,
     factor: Tensor | None,
     group_size: int,
-    rule: Lion,
     rounding: Rounding,
+    **_: object,
 ) -> None:
     check_matrix("gradient", gradient, FLOATS)
     check_group_size(group_size)

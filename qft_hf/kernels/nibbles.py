@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layout import NIBBLE_GROUP_SIZE
-from .groups import TINY, group_absmax, scale_groups_
+from .groups import absmax_scale, group_absmax, inverse, scale_groups_
 
 NIBBLE_MAX = 7  # the largest code
 SLOPE = 3  # code n stands for n * (|n| + SLOPE) units
@@ -38,9 +38,8 @@ def round_to_nibbles(values: Tensor, words: Tensor | None) -> tuple[Tensor, Tens
             least `TINY`, the scale of a group of zeros.
     """
     columns = values.shape[1]
-    scales = (group_absmax(values, NIBBLE_GROUP_SIZE) * (1.0 / TOP)).clamp_min_(TINY)
-    inverse = torch.ones_like(scales) / scales
-    units = scale_groups_(values.abs(), inverse, NIBBLE_GROUP_SIZE)
+    scales = absmax_scale(group_absmax(values, NIBBLE_GROUP_SIZE), TOP)
+    units = scale_groups_(values.abs(), inverse(scales), NIBBLE_GROUP_SIZE)
     # The level below, from n * (n + 3) = units. If rounding moves the square root across a level,
     # the result does not change: `uniform` is further from 0 and 1 than that error.
     lower = (units + SLOPE**2 / 4).sqrt_().sub_(SLOPE / 2).floor_()

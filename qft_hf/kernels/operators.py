@@ -163,21 +163,16 @@ class Operator:
         return function(*arguments, **options)
 
     def _choose(self, device: torch.device) -> Function:
-        function = self._chosen[device] = self._implementation(device)
-        return function
-
-    def _implementation(self, device: torch.device) -> Function:
         name = backend.backend_for(device)
-        if name in self._implementations or name == backend.REFERENCE:
-            return self._implementations.get(name, self.reference)
-        if not self._composed:
+        if name not in (*self._implementations, backend.REFERENCE) and not self._composed:
             logger.warning(
                 "the %s backend has no %s: plain PyTorch runs instead, which gives the same bits "
                 "and is slower",
                 name,
                 self.name,
             )
-        return self.reference
+        function = self._chosen[device] = self._implementations.get(name, self.reference)
+        return function
 
     def _declare(self, fake: Function | None, writes: tuple[str, ...]) -> None:
         """Declare the operator to PyTorch, with flat arguments."""

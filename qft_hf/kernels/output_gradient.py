@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS, check_matrix, check_scales
-from .groups import QMAX, absmax_scale, empty_quantized, quantized
+from .groups import absmax_scale, empty_quantized, inverse, quantized, stochastic_codes
 from .operators import operator
 from .philox import random_words, weight_uniform
 from .weight import row_chunks
@@ -12,13 +12,7 @@ from .weight import row_chunks
 ROWS, COLUMNS = 0, 1  # streams of the random numbers
 
 
-def _fake(
-    gradient: Tensor, row_factors: Tensor | None, column_factors: Tensor | None, **_: object
-) -> tuple[Tensor, ...]:
-    return empty_forms(gradient, row_factors, column_factors)
-
-
-@operator(fake=_fake)
+@operator(fake=lambda *arguments, **_: empty_forms(*arguments))
 def quantize_gradient(
     gradient: Tensor,
     row_factors: Tensor | None,
@@ -81,12 +75,7 @@ def quantize_gradient(
 
 @quantize_gradient.checks
 def _(
-    gradient: Tensor,
-    row_factors: Tensor | None,
-    column_factors: Tensor | None,
-    *,
-    stochastic: bool,
-    seed: int,
+    gradient: Tensor, row_factors: Tensor | None, column_factors: Tensor | None, **_: object
 ) -> None:
     check_matrix("gradient", gradient, FLOATS)
     tokens, outputs = gradient.shape
@@ -117,24 +106,12 @@ def _quantize_rows(
     columns = values.shape[1]
     absmax = values.abs().amax(dim=1, keepdim=True)
     scales = absmax_scale(absmax)
-    inverse = torch.ones_like(scales) / scales
+    per_scale = inverse(scales)
     bits = absmax.view(torch.int32).flatten().long()
     codes = torch.empty_like(values, dtype=torch.int8)
     for rows in row_chunks(codes):
         words = random_words(
             rows, columns, seed=seed, step=bits[rows], stream=stream, device=values.device
         )
-        codes[rows] = stochastic_codes(values[rows] * inverse[rows], weight_uniform(words))
+        codes[rows] = stochastic_codes(values[rows] * per_scale[rows], weight_uniform(words))
     return codes, scales
-
-
-def stochastic_codes(values: Tensor, uniform: Tensor) -> Tensor:
-    """Round `values`, in units of a code, up with the probability of their fraction.
-
-    The fraction and the random number are added without the whole part, so that no FP32 rounding of
-    their sum can change a whole number.
-    """
-    whole = values.floor()
-    up = (values - whole).add_(uniform) >= 1
-    # A row with NaN or infinity gets codes 0; its non-finite scale marks it.
-    return (whole + up).nan_to_num_(0.0).clamp_(-QMAX, QMAX).to(torch.int8)

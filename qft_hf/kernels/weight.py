@@ -86,10 +86,10 @@ def check_weight_values(weight: Weight) -> None:
     check_column_values(weight.outlier_columns, weight.codes)
 
 
-def row_chunks(codes: Tensor, *, elements: int | None = None) -> Iterator[slice]:
-    """Yield runs of rows of at most `elements` (None: `CHUNK_ELEMENTS`), but at least one row."""
+def row_chunks(codes: Tensor) -> Iterator[slice]:
+    """Yield runs of rows of at most `CHUNK_ELEMENTS` elements, but at least one row."""
     n_rows, columns = codes.shape
-    chunk = max(1, (elements or CHUNK_ELEMENTS) // columns)
+    chunk = max(1, CHUNK_ELEMENTS // columns)
     for start in range(0, n_rows, chunk):
         yield slice(start, min(start + chunk, n_rows))
 

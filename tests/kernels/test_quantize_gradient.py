@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qft_hf import kernels
 from qft_hf.kernels.cpu.output_gradient import _stochastic_code
-from qft_hf.kernels.output_gradient import stochastic_codes
+from qft_hf.kernels.groups import stochastic_codes
 from tests.kernels.backends import cpu, reference
 from tests.kernels.states import random, ties
 from tests.kernels.test_backends_agree import extremes

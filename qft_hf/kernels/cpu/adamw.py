@@ -9,7 +9,7 @@ from ..groups import QMAX
 from ..philox import LANES
 from ..values import AdamW, Moments, Quantized, Rounding, Weight, read_live
 from .quantization import absmax
-from .threads import for_each_row_range, n_ranges
+from .threads import for_each_row_range, run
 from .weight import FASTMATH, draw_row, rounding_numbers, step_weight_row, weight_buffers
 
 _f32, _u32 = np.float32, np.uint32
@@ -110,8 +110,8 @@ def _adamw_rows(
 
 
 @njit(nogil=True, cache=True)
-def _adamw_step(arrays, numbers, n_ranges):
-    for_each_row_range(_adamw_rows, (*arrays, *numbers), arrays[0].shape[0], n_ranges)
+def _adamw_step(arguments, n_rows, n_ranges):
+    for_each_row_range(_adamw_rows, arguments, n_rows, n_ranges)
 
 
 @operators.adamw_step_.register("cpu")
@@ -125,21 +125,13 @@ def adamw_step_(
 ) -> None:
     rule, rounding = read_live(rule, rounding)
     rows, columns = weight.codes.shape
-    of_momentum, of_root = rule.corrections(rounding.step)
     tensors = (*weight.tensors, *moments.tensors, *gradient.tensors)
     numbers = (
         weight.group_size or columns,
         moments.group_size,
         _f32(rule.lr),
         _f32(rule.lr * rule.weight_decay),
-        _f32(rule.beta1),
-        _f32(1 - rule.beta1),
-        _f32(rule.beta2),
-        _f32(1 - rule.beta2),
-        _f32(of_momentum),
-        _f32(of_root),
-        _f32(rule.eps * UNIT),
-        _f32(-1.0 if rule.maximize else 1.0),
+        *map(_f32, operators.moment_numbers(rule, rounding.step)),
         *rounding_numbers(rounding),
     )
-    _adamw_step(tuple(tensor.numpy() for tensor in tensors), numbers, n_ranges(rows, columns))
+    run(_adamw_step, (*tensors, *numbers), rows, columns)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import layer_input as operators
 from .columns import column_maxima
-from .quantization import quantize
+from .quantization import quantize_without_columns
 
 
 @njit(nogil=True, cache=True)
@@ -32,12 +32,11 @@ def _choose(maxima, least, columns, is_outlier):
 @operators.quantize_input.register("cpu")
 def quantize_input(x: Tensor, *, n_outliers: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     columns = x.new_empty(n_outliers, dtype=torch.int64)
-    is_outlier = None
+    is_outlier = x.new_empty(x.shape[1] if n_outliers else 0, dtype=torch.bool)
     if n_outliers:
-        is_outlier = x.new_empty(x.shape[1], dtype=torch.bool)
         maxima = column_maxima(x, x.new_empty(0, dtype=torch.float32)).numpy()
         # Not in numba, which takes five seconds to compile a partition.
         least = np.partition(maxima, -n_outliers)[-n_outliers]
         _choose(maxima, least, columns.numpy(), is_outlier.numpy())
-    codes, scales = quantize(x, group_size=None, is_zero=is_outlier)
+    codes, scales = quantize_without_columns(x, is_outlier, None)
     return codes, scales, columns, operators.take_columns(x, columns)

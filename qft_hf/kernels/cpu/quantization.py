@@ -122,13 +122,16 @@ def _dequantize(arguments, n_rows, n_ranges):
 
 
 @operators.quantize.register("cpu")
-def quantize(
-    x: Tensor, *, group_size: int | None, is_zero: Tensor | None = None
+def quantize(x: Tensor, *, group_size: int | None) -> tuple[Tensor, Tensor]:
+    return quantize_without_columns(x, x.new_empty(0, dtype=torch.bool), group_size)
+
+
+def quantize_without_columns(
+    x: Tensor, is_zero: Tensor, group_size: int | None
 ) -> tuple[Tensor, Tensor]:
-    # Columns that `is_zero`, bool `[columns]`, marks count as 0: `quantize_input` calls it so.
+    """`quantize`, in which columns marked by `is_zero`, bool `[columns]` or empty, count as 0."""
     rows, columns = x.shape
     codes, scales = empty_quantized(rows, columns, group_size)
-    is_zero = x.new_empty(0, dtype=torch.bool) if is_zero is None else is_zero
     arguments = (float_array(x), is_zero, codes, scales, group_size or columns)
     run(_quantize, arguments, rows, columns)
     return codes, scales
