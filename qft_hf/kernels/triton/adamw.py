@@ -16,7 +16,7 @@ from ..adamw import ROOT_TINY as _ROOT_TINY
 from ..adamw import UNIT as _UNIT
 from ..values import AdamW, Moments, Quantized, Rounding, Weight
 from .launch import Launcher
-from .numerics import PER_QMAX, QMAX, ULP24, inverse_scale, random_words
+from .numerics import PER_QMAX, QMAX, ULP16, ULP24, inverse_scale, random_words
 from .tiling import group_max, over_units, row_constants, tile_columns, tiling
 from .weight import step_weight_
 
@@ -26,7 +26,6 @@ RATIO_TINY: tl.constexpr = tl.constexpr(_RATIO_TINY)
 ROOT_QMAX: tl.constexpr = tl.constexpr(float(_ROOT_QMAX))
 PER_ROOT_QMAX: tl.constexpr = tl.constexpr(1.0 / (_ROOT_QMAX + 0.5))
 ROOT_TINY: tl.constexpr = tl.constexpr(_ROOT_TINY)
-ULP16: tl.constexpr = tl.constexpr(2.0**-16)
 
 
 @triton.jit
@@ -137,7 +136,7 @@ def adamw_step_(
         operators.adamw_step_.reference(weight, moments, gradient, rule=rule, rounding=rounding)
         return
     constants = row_constants(columns, moments.group_size, STOCHASTIC=rounding.stochastic)
-    of_momentum, of_root = rule.corrections(rounding.step)
+    numbers = operators.moment_numbers(rule, rounding.step)
     state = (*moments.tensors, *gradient.tensors)
     for rows in row_tiles(n_rows, columns):
         is_whole = rows.stop - rows.start == n_rows
@@ -145,9 +144,7 @@ def adamw_step_(
         direction = weight.scales.new_empty(rows.stop - rows.start, columns)
         _launch_moments(
             (len(direction),), constants, *(tensor[rows] for tensor in state), direction, part.live,
-            rule.beta1, 1 - rule.beta1, rule.beta2, 1 - rule.beta2, of_momentum, of_root,
-            rule.eps * operators.UNIT, -1.0 if rule.maximize else 1.0,
-            part.seed, part.step, part.stream, part.first_row,
+            *numbers, part.seed, part.step, part.stream, part.first_row,
         )  # fmt: skip
         step_weight_(
             weight if is_whole else weight.rows(rows), direction,

@@ -12,7 +12,7 @@ from .. import floats as operators
 from ..values import N_LIVE as _N_LIVE
 from ..values import Lion, Roundings
 from .launch import Constants, Launcher
-from .numerics import INFINITY, magnitude_bits, random_words, signed
+from .numerics import INFINITY, magnitude_bits, random_words, read_live, signed
 
 # Parameter, momentum, gradient, step and stream, for each parameter.
 Members = list[tuple[Tensor, Tensor, Tensor, int, int]]
@@ -56,9 +56,7 @@ def _lion_floats_kernel(
     step, stream = tl.load(row + 4), tl.load(row + 5)
     if live_ptr is not None:
         live_ptr += stream * N_LIVE
-        rate = tl.load(live_ptr)
-        lr, shrink = rate.to(tl.float32), (rate * tl.load(live_ptr + 1)).to(tl.float32)
-        step = tl.load(live_ptr + 2).to(tl.int64)
+    lr, shrink, step = read_live(live_ptr, lr, shrink, step)
 
     start = (program - tl.load(row + 6)) * BLOCK + tl.zeros((1,), tl.int64)
     index = start[:, None] + tl.arange(0, BLOCK)[None, :]
@@ -136,16 +134,16 @@ def _constants(
         STOCHASTIC=stochastic and dtype == torch.bfloat16,
         BLOCK=BLOCK,
         num_warps=N_WARPS,
-        enable_fp_fusion=False,
     )
 
 
-_ROW = Constants(BLOCK=BLOCK, num_warps=N_WARPS, enable_fp_fusion=False)
+_ROW = Constants(BLOCK=BLOCK, num_warps=N_WARPS)
 _launch_lion_floats = Launcher(_lion_floats_kernel)
 _launch_row = Launcher(_row_kernel)
 
 
-def launch(
+@operators.lion_step_floats_.register("triton")
+def lion_step_floats_(
     parameters: Sequence[Tensor],
     momenta: Sequence[Tensor] | None,
     gradients: Sequence[Tensor],
@@ -153,7 +151,7 @@ def launch(
     rule: Lion,
     roundings: Roundings,
 ) -> None:
-    """Run the kernel once for each pair of dtypes; without momenta, step along the gradients."""
+    # One launch for each pair of dtypes. Without momenta, it steps along the gradients.
     # The kernel works on flat memory; non-contiguous parameters are rare and are copied.
     written = [*parameters, *(momenta or [])]
     flat = [tensor.contiguous() for tensor in written]
@@ -188,18 +186,6 @@ def launch(
     torch.autograd.graph.increment_version(written)
 
 
-@operators.lion_step_floats_.register("triton")
-def lion_step_floats_(
-    parameters: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    *,
-    rule: Lion,
-    roundings: Roundings,
-) -> None:
-    launch(parameters, momenta, gradients, rule=rule, roundings=roundings)
-
-
 @operators.step_floats_.register("triton")
 def step_floats_(
     parameters: Sequence[Tensor],
@@ -210,7 +196,7 @@ def step_floats_(
     roundings: Roundings,
 ) -> None:
     rule = Lion.without_momentum(lr, weight_decay)
-    launch(parameters, None, directions, rule=rule, roundings=roundings)
+    lion_step_floats_(parameters, None, directions, rule=rule, roundings=roundings)
 
 
 def _table(tensors: Members, *, by_launches: bool) -> tuple[Tensor, Tensor]:
@@ -228,7 +214,7 @@ def _table(tensors: Members, *, by_launches: bool) -> tuple[Tensor, Tensor]:
     n_numbers, device = len(rows) * FIELDS.value, tensors[0][0].device
     if not by_launches:
         flat = [number for numbers in rows for number in numbers]
-        buffer = torch.tensor(flat + owners).to(device, non_blocking=True)
+        buffer = torch.tensor(flat + owners, device="cpu").to(device, non_blocking=True)
         return buffer[:n_numbers], buffer[n_numbers:]
     table = torch.empty(n_numbers, dtype=torch.int64, device=device)
     of_programs = torch.empty(len(owners), dtype=torch.int64, device=device)

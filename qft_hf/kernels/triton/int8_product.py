@@ -209,7 +209,7 @@ def _copy_kernel(
 
 
 _launch_copy, _launch_int8_matmul = Launcher(_copy_kernel), Launcher(_int8_matmul_kernel)
-_COPY = Constants(TILE=COPY_TILE, num_warps=COPY_WARPS, enable_fp_fusion=False)
+_COPY = Constants(TILE=COPY_TILE, num_warps=COPY_WARPS)
 
 
 @cache
@@ -219,7 +219,6 @@ def _constants(tile: Tile, **others: int) -> Constants:
         TILE=tile,
         num_warps=tile.n_warps,
         num_stages=tile.n_stages,
-        enable_fp_fusion=False,
     )
 
 
@@ -259,15 +258,8 @@ def int8_matmul(
     values: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    rows, n_columns = a.shape[0], b.shape[1]
-    n_given, *strides = _given(columns, values)
-    grid, constants = product_tiles(rows, n_columns, a.device, N_OVERWRITTEN=n_given)
-    out = a.new_empty(rows, n_columns, dtype=dtype)
-    a, b = along_k(a), along_k(b.t())
-    _launch_int8_matmul(
-        grid, constants, a, b, a_scales, b_scales, bias, columns, values, out, None,
-        rows, n_columns, a.shape[1], a.stride(0), b.stride(0), *strides,
-    )  # fmt: skip
+    out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    _multiply(a, b, (a_scales, b_scales, bias, columns, values), out)
     return out
 
 
@@ -285,20 +277,30 @@ def requantized_matmul(
         return operators.requantized_matmul.reference(
             a, b, a_scales, columns=columns, values=values, group_size=group_size
         )
-    rows, n_columns = a.shape[0], b.shape[1]
-    n_given, *strides = _given(columns, values)
-    tiles = product_tiles(rows, n_columns, a.device, width=group_size, N_OVERWRITTEN=n_given)
-    codes, scales = empty_quantized(rows, n_columns, group_size, a.device)
-    a, b = along_k(a), along_k(b.t())
-    _launch_int8_matmul(
-        *tiles, a, b, a_scales, None, None, columns, values, codes, scales,
-        rows, n_columns, a.shape[1], a.stride(0), b.stride(0), *strides,
-    )  # fmt: skip
+    codes, scales = empty_quantized(a.shape[0], b.shape[1], group_size, a.device)
+    _multiply(a, b, (a_scales, None, None, columns, values), codes, scales, width=group_size)
     return codes, scales
 
 
-def _given(columns: Tensor | None, values: Tensor | None) -> tuple[int, ...]:
-    """Return the number of given columns and the strides of their values."""
-    if columns is None or values is None:
-        return 0, 0, 0
-    return values.shape[1], *values.stride()
+def _multiply(
+    a: Tensor,
+    b: Tensor,
+    others: tuple[Tensor | None, ...],
+    out: Tensor,
+    out_scales: Tensor | None = None,
+    *,
+    width: int | None = None,
+) -> None:
+    """Write the product into `out`; with `out_scales`, as INT8 in groups of `width` columns.
+
+    `others` are the kernel's arguments between operands and results; the last are given values.
+    """
+    rows, n_columns = out.shape
+    values = others[-1]
+    n_given, *strides = (0, 0, 0) if values is None else (values.shape[1], *values.stride())
+    tiles = product_tiles(rows, n_columns, a.device, width=width, N_OVERWRITTEN=n_given)
+    a, b = along_k(a), along_k(b.t())
+    _launch_int8_matmul(
+        *tiles, a, b, *others, out, out_scales,
+        rows, n_columns, a.shape[1], a.stride(0), b.stride(0), *strides,
+    )  # fmt: skip

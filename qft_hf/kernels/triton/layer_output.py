@@ -103,16 +103,15 @@ def int8_linear(
     rows = weight.codes.shape[0]
     out = codes.new_empty(n_tokens, rows, dtype=dtype)
     a = along_k(codes)
-    n_outliers = x.columns.shape[0]
-    key = n_tokens, n_outliers, a.stride(0)
+    n_of_a = x.columns.shape[0]
+    key = n_tokens, n_of_a, a.stride(0)
     made_for, plan = weight.plans.get(("int8 linear", dtype), (None, None))
     if made_for != key:
         b = along_k(weight.codes)
-        n_outliers = weight.outlier_values.shape[1]
+        n_of_b = weight.outlier_values.shape[1]
         grid, constants = product_tiles(
-            n_tokens, rows, codes.device,
-            N_OF_A=len(x.columns), N_OF_B=n_outliers, OUTLIER_TILE=OUTLIER_TILE,
-        )  # fmt: skip
+            n_tokens, rows, codes.device, N_OF_A=n_of_a, N_OF_B=n_of_b, OUTLIER_TILE=OUTLIER_TILE
+        )
         plan = Plan(
             _launch_int8_linear, grid, constants,
             b, weight.scales, weight.outlier_values, weight.outlier_columns,

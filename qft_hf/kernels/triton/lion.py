@@ -22,9 +22,10 @@ from ..values import Lion, Quantized, Rounding, Weight
 from ..weight import RANGE_LOW as _RANGE_LOW
 from ..weight import RANGE_TARGET as _RANGE_TARGET
 from .launch import Constants, Launcher, Plan
-from .nibbles import load_nibbles, nibble_scale, store_nibbles
+from .nibbles import PER_TOP, load_nibbles, store_nibbles
 from .numerics import (
     INFINITY,
+    PER_QMAX,
     QMAX,
     TINY,
     absmax_scale,
@@ -34,6 +35,7 @@ from .numerics import (
     nearest_code,
     quantized,
     random_words,
+    read_live,
     signed,
     weight_uniform,
 )
@@ -63,11 +65,7 @@ def _store_momentum(
 
 @triton.jit
 def _momentum_scale(absmax, MOMENTUM_BITS: tl.constexpr):
-    if MOMENTUM_BITS == 4:
-        scale = nibble_scale(absmax)
-    else:
-        scale = absmax_scale(absmax)
-    return scale
+    return absmax_scale(absmax, PER_TOP if MOMENTUM_BITS == 4 else PER_QMAX)
 
 
 @triton.jit
@@ -271,10 +269,7 @@ def _lion_kernel(
     outlier_values_ptr += row * N_OUTLIERS
     outlier_columns_ptr += row * N_OUTLIERS
     row += first_row
-    if live_ptr is not None:
-        rate = tl.load(live_ptr)
-        lr, shrink = rate.to(tl.float32), (rate * tl.load(live_ptr + 1)).to(tl.float32)
-        step = tl.load(live_ptr + 2).to(tl.int64)
+    lr, shrink, step = read_live(live_ptr, lr, shrink, step)
     first_counter = row * ((TILING.COLUMNS + 3) // 4)  # four columns share a counter
 
     if MOMENTUM_BITS > 0 and gradient_codes_ptr.dtype.element_ty != tl.int8:
@@ -390,7 +385,6 @@ def lion_constants(
         MOMENTUM_GROUP_IS_UNIT=momentum_bits > 0
         and (of_weight.UNIT == momentum_group_size or one_group),
         num_warps=of_weight.n_warps,
-        enable_fp_fusion=False,
     )
 
 

@@ -7,7 +7,7 @@ from ..nibbles import NIBBLE_MAX as _NIBBLE_MAX
 from ..nibbles import SLOPE as _SLOPE
 from ..nibbles import TOP as _TOP
 from ..philox import MOMENTUM as _MOMENTUM
-from .numerics import TINY, random_words
+from .numerics import ULP16, random_words
 
 NIBBLE_MAX: tl.constexpr = tl.constexpr(float(_NIBBLE_MAX))
 SLOPE: tl.constexpr = tl.constexpr(_SLOPE)
@@ -15,7 +15,6 @@ HALF_SLOPE: tl.constexpr = tl.constexpr(_SLOPE / 2)
 QUARTER_SQUARE: tl.constexpr = tl.constexpr(_SLOPE**2 / 4)
 PER_TOP: tl.constexpr = tl.constexpr(1.0 / _TOP)
 MOMENTUM: tl.constexpr = tl.constexpr(_MOMENTUM)
-ULP16: tl.constexpr = tl.constexpr(2.0**-16)
 
 
 @triton.jit
@@ -57,13 +56,6 @@ def load_nibbles(
         byte = tl.load(packed_ptr + place, mask=byte_mask, other=0).to(tl.int32)
         units = tl.reshape(tl.join(_units(byte & 15), _units(byte >> 4)), column.shape)
     return units
-
-
-@triton.jit
-def nibble_scale(absmax):
-    """Return the scales of groups with these largest magnitudes."""
-    scale = absmax * PER_TOP
-    return tl.where(scale < TINY, TINY, scale)
 
 
 @triton.jit

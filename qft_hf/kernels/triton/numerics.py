@@ -1,8 +1,4 @@
-"""Rounding, scales and random words in kernels. Twins: `kernels/groups.py`, `kernels/philox.py`.
-
-Kernels must be launched with `enable_fp_fusion=False`: a fused multiply-add rounds once where the
-reference rounds twice.
-"""
+"""Rounding, scales and random words in kernels. Twins: `kernels/groups.py`, `kernels/philox.py`."""
 
 import triton
 import triton.language as tl
@@ -18,6 +14,7 @@ ROUNDS: tl.constexpr = tl.constexpr(_ROUNDS)
 QMAX: tl.constexpr = tl.constexpr(float(_QMAX))
 PER_QMAX: tl.constexpr = tl.constexpr(1.0 / _QMAX)
 TINY: tl.constexpr = tl.constexpr(_TINY)
+ULP16: tl.constexpr = tl.constexpr(2.0**-16)
 ULP24: tl.constexpr = tl.constexpr(2.0**-24)
 MAGNITUDE: tl.constexpr = tl.constexpr(0x7FFFFFFF)  # the bits of FP32 without the sign
 INFINITY: tl.constexpr = tl.constexpr(0x7F800000)  # the bits of infinity; those of NaN are above
@@ -55,9 +52,12 @@ def quantized(values, inverse):
 
 
 @triton.jit
-def absmax_scale(absmax):
-    """Return the scales of groups with these largest magnitudes, as `groups.absmax_scale` does."""
-    scale = absmax * PER_QMAX
+def absmax_scale(absmax, PER_LARGEST: tl.constexpr = 1.0 / _QMAX):
+    """Return the scales of groups with these largest magnitudes, as `groups.absmax_scale` does.
+
+    `PER_LARGEST` is one over the largest value of a code. NaN stays: it is not below `TINY`.
+    """
+    scale = absmax * PER_LARGEST
     return tl.where(scale < TINY, TINY, scale)
 
 
@@ -71,6 +71,16 @@ def inverse_scale(scale):
 def magnitude_bits(x):
     """Return the bits of `abs(x)`: integers in the order of magnitudes, with NaN the largest."""
     return x.to(tl.int32, bitcast=True) & MAGNITUDE
+
+
+@triton.jit
+def read_live(live_ptr, lr, shrink, step):
+    """Return the numbers of the step that `live_ptr` holds, or if it is None those passed."""
+    if live_ptr is not None:
+        rate = tl.load(live_ptr)
+        lr, shrink = rate.to(tl.float32), (rate * tl.load(live_ptr + 1)).to(tl.float32)
+        step = tl.load(live_ptr + 2).to(tl.int64)
+    return lr, shrink, step
 
 
 @triton.jit

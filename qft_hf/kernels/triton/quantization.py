@@ -10,14 +10,7 @@ from torch import Tensor
 from .. import quantization as operators
 from ..values import Weight
 from .launch import Constants, Launcher, Plan
-from .numerics import (
-    INFINITY,
-    PER_QMAX,
-    TINY,
-    inverse_scale,
-    magnitude_bits,
-    quantized,
-)
+from .numerics import INFINITY, absmax_scale, inverse_scale, magnitude_bits, quantized
 from .tiling import group_max, over_units, row_constants, tile_columns, tiling
 
 
@@ -27,8 +20,7 @@ def scale_of_bits(largest):
 
     If it is not finite, the inverse is 0: codes become 0, and the non-finite scale shows the fault.
     """
-    scale = largest.to(tl.float32, bitcast=True) * PER_QMAX
-    scale = tl.where(scale < TINY, TINY, scale)  # NaN stays: it is not below TINY
+    scale = absmax_scale(largest.to(tl.float32, bitcast=True))
     return scale, tl.where(largest < INFINITY, inverse_scale(scale), 0.0)
 
 
