@@ -182,6 +182,23 @@ def test_many_are_stepped_as_each_alone_by_the_reference(changes):
     assert all(guards_are_intact(buffer) for tensors in pairs for _, buffer in tensors)
 
 
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_in_a_given_direction_has_the_bits_of_the_reference(dtype, stochastic):
+    """Signs of zeros, infinities and NaN included, in parameters and in directions."""
+    odd = torch.tensor([0.0, -0.0, 1.0, -3e38, float("inf"), float("nan"), 1e-40])
+    values, directions = odd.repeat(7), odd.repeat_interleave(7)
+    roundings = Roundings(1, [2], [3], stochastic=stochastic)
+    results = []
+    for backend in (reference, cpu):
+        parameter = values.to(dtype)
+        backend.step_floats_(
+            [parameter], [directions], lr=0.01, weight_decay=0.1, roundings=roundings
+        )
+        results.append(parameter)
+    assert_same_bits(*results)
+
+
 @pytest.mark.parametrize("n", range(1, 10))
 def test_the_last_elements_are_rounded_at_random_too(n):
     """Four elements share a counter. With fewer than 40 parameters, nearest may agree by chance."""

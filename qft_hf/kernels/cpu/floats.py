@@ -1,6 +1,7 @@
-"""The Lion step on float parameters in numba. Twin: `kernels/floats.py`."""
+"""Steps of float parameters in numba. Twin: `kernels/floats.py`."""
 
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -24,18 +25,23 @@ def _rounded(bits, word):
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _lion_elements(
-    values, momentum, gradient, lr, shrink, beta1, one_minus_beta1, beta2, one_minus_beta2,
-    gradient_sign,
+def _step_elements(
+    values, momentum, gradient, is_rounded, lr, shrink, beta1, one_minus_beta1, beta2,
+    one_minus_beta2, gradient_sign,
 ):  # fmt: skip
+    """Without momentum, which is empty then, the gradient is the direction."""
     for i in range(values.shape[0]):
         g = gradient[i] * gradient_sign
         if not abs(g) < _INFINITY:
             continue
-        c = momentum[i] * beta1 + g * one_minus_beta1
-        direction = _f32(c > _ZERO) - _f32(c < _ZERO)
-        momentum[i] = momentum[i] * beta2 + g * one_minus_beta2
-        values[i] -= values[i] * shrink + direction * lr
+        direction = g
+        if momentum.shape[0] > 0:
+            c = momentum[i] * beta1 + g * one_minus_beta1
+            direction = _f32(c > _ZERO) - _f32(c < _ZERO)
+            momentum[i] = momentum[i] * beta2 + g * one_minus_beta2
+        change = values[i] * shrink + direction * lr
+        if change != _ZERO or not is_rounded:  # where BF16 is rounded, -0 stays -0
+            values[i] -= change
 
 
 @njit(nogil=True, cache=True)
@@ -56,28 +62,39 @@ def _round_to_bfloat16(bits, seed, step, stream):
 @operators.lion_step_floats_.register("cpu")
 def lion_step_floats_(
     parameters: Sequence[Tensor],
-    momenta: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None,
     gradients: Sequence[Tensor],
     *,
     rule: Lion,
     roundings: Roundings,
 ) -> None:
+    none = torch.empty(0, dtype=torch.float32, device="cpu")
     for parameter, momentum, gradient, given in zip(
-        parameters, momenta, gradients, roundings.of_each(), strict=True
+        parameters, momenta or repeat(none), gradients, roundings.of_each(), strict=False
     ):
         own, rounding = read_live(rule, given)
         # Contiguous FP32 tensors are written in place; otherwise these are copies.
         values, moments = parameter.detach().float().flatten(), momentum.flatten()
         arrays = [tensor.numpy() for tensor in (values, moments, gradient.float().flatten())]
-        _lion_elements(*arrays, *map(_f32, own.numbers))
-        if rounding.stochastic and parameter.dtype == torch.bfloat16:
+        is_rounded = rounding.stochastic and parameter.dtype == torch.bfloat16
+        _step_elements(*arrays, is_rounded, *map(_f32, own.numbers))
+        if is_rounded:
             words = map(np.uint64, (rounding.seed, rounding.step, rounding.stream))
             _round_to_bfloat16(arrays[0].view(np.int32), *words)
         for tensor, result in ((parameter, values), (momentum, moments)):
             if result.data_ptr() != tensor.data_ptr():
                 tensor.copy_(result.view(tensor.shape))
-    torch.autograd.graph.increment_version([*parameters, *momenta])
+    torch.autograd.graph.increment_version([*parameters, *(momenta or [])])
 
 
-# Float parameters have few elements: plain PyTorch is as fast.
-operators.step_floats_.register("cpu")(operators.step_floats_.reference)
+@operators.step_floats_.register("cpu")
+def step_floats_(
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    roundings: Roundings,
+) -> None:
+    rule = Lion.without_momentum(lr, weight_decay)
+    lion_step_floats_(parameters, None, directions, rule=rule, roundings=roundings)
