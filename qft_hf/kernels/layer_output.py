@@ -94,5 +94,9 @@ def _(x: Input, floats: Tensor, weight: Weight, *, bias: Tensor | None, dtype: t
     check_float_dtype("int8_linear", dtype)
     device = weight.codes.device
     check_scales("the scales of x", x.scales, (n_tokens, 1), device)
-    check_scales("the scales of the weight", weight.scales, (rows, 1), device)
+    if weight.scales.shape[1] > 1:
+        raise ValueError(
+            f"The weight must have one scale per row, got groups of {weight.group_size} columns. "
+            "Quantize it with group_size=None, or multiply by its float values."
+        )
     check_bias(bias, rows, device)
