@@ -313,6 +313,14 @@ def test_what_a_killed_run_had_written_whole_is_a_run(tmp_path):
     assert checkpoint_to_resume("true", tmp_path) == tmp_path / "checkpoint-2"
 
 
+def test_a_killed_run_that_had_written_only_its_model_is_not_advised_to_resume(tmp_path):
+    model = tmp_path / "_qft-draft-abcd" / "whole" / "model.safetensors"
+    model.parent.mkdir(parents=True)
+    model.write_text("x")
+    with pytest.raises(FileExistsError, match=r"run \(_qft-draft-abcd\)\. Choose .*_dir, or set"):
+        refuse_other_run(tmp_path, checkpoint=None, overwrite=False)
+
+
 def test_clearing_does_not_follow_links(tmp_path):
     outside, run = tmp_path / "outside", tmp_path / "run"
     leave(outside, "notes.txt")

@@ -131,8 +131,8 @@ def refuse_other_run(output_dir: Path, *, checkpoint: Path | None, overwrite: bo
             "output_dir, or move them away: overwrite_output replaces only runs."
         )
     if written and not overwrite and not resumes_here:
-        drafts = pending_drafts(output_dir)
-        has_checkpoint = any(path.match(CHECKPOINTS) or path in drafts for path in written)
+        drafted = (path for draft in written for path in draft.glob("*/*"))
+        has_checkpoint = any(path.match(CHECKPOINTS) for path in (*written, *drafted))
         resume = "set resume_from_checkpoint to true to continue it, " if has_checkpoint else ""
         raise FileExistsError(
             f"{output_dir} already holds a run "
