@@ -1,13 +1,18 @@
 """From rows to batches: labels, masks, counts, and refused rows."""
 
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from tokenizers import processors
 from transformers import PreTrainedConfig
 
+from qft_hf.hf.finetune import sources
 from qft_hf.hf.finetune.arguments import DataArguments
+from qft_hf.hf.finetune.chat import Chat
 from qft_hf.hf.finetune.data import DataCounts
 from qft_hf.hf.finetune.data import prepare_data as prepare_data_for
 from qft_hf.hf.finetune.task import DROPPED
@@ -74,6 +79,28 @@ def test_counts_of_cut_and_dropped_conversations(chats_file):
         cut_tokens=sum(whole) - whole[1] - kept[0] - kept[2],
         dropped={f"nothing to learn in the first {answer} tokens": 1},
     )
+
+
+@pytest.mark.parametrize("is_parquet", [False, True])
+def test_other_code_encodes_the_same_rows_again(is_parquet, chats_file, tmp_path, monkeypatch):
+    """Two commits of one version used to share what `datasets` had kept on the disk."""
+    if is_parquet:  # which `datasets` reads itself
+        Dataset.from_dict({"messages": CONVERSATIONS}).to_parquet(tmp_path / "chats.parquet")
+        chats_file = str(tmp_path / "chats.parquet")
+    arguments = DataArguments(train_data=chats_file)
+    before = prepare_data(arguments, tiny_tokenizer()).train.counts
+    monkeypatch.setattr(Chat, "encode", lambda task, row: [task.example([5, 6], [5, 6])])
+    assert prepare_data(arguments, tiny_tokenizer()).train.counts == before  # taken from the disk
+
+    code = shutil.copytree(Path(sources.__file__).parent, tmp_path / "code")
+    with (code / "chat.py").open("a") as file:
+        file.write("# changed\n")
+    monkeypatch.setattr(sources, "__file__", str(code / "sources.py"))
+    sources.code_hash.cache_clear()
+    try:
+        assert prepare_data(arguments, tiny_tokenizer()).train.counts.tokens == 6
+    finally:
+        sources.code_hash.cache_clear()
 
 
 def test_an_answer_beyond_the_limit_takes_no_other_answer_of_its_row_with_it(tmp_path):

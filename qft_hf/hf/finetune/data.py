@@ -9,14 +9,13 @@ import numpy as np
 from datasets import Dataset, Features, Value, concatenate_datasets
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ...version import __version__
 from ..wording import and_more, counted
 from .arguments import DataArguments
 from .chat import Chat
 from .classification import Classification, Regression
 from .multi_label import MultiLabel
 from .packing import count_tokens, pack
-from .sources import Rows, count_shared, fingerprint, load_rows, select_rows, split_rows
+from .sources import Rows, code_hash, count_shared, fingerprint, load_rows, select_rows, split_rows
 from .task import DROPPED, Example, LanguageTask, NothingToLearn, Row, RowError, Task, teaches
 from .text import Text
 
@@ -231,7 +230,7 @@ def _encode(rows: Rows, task: Task) -> Dataset:
     """Encode rows as examples; the column `DROPPED` has the reason if one is left out."""
     features = Features({**task.features, "cut": Value("int64"), DROPPED: Value("string")})
 
-    def encode(records: dict[str, list[Any]], version: str) -> dict[str, list[Any]]:
+    def encode(records: dict[str, list[Any]], code: str) -> dict[str, list[Any]]:
         columns: dict[str, list[Any]] = {name: [] for name in features}
         for values in zip(*records.values(), strict=True):
             for example in _examples(dict(zip(records, values, strict=True))):
@@ -255,7 +254,7 @@ def _encode(rows: Rows, task: Task) -> Dataset:
     return rows.table.map(
         encode,
         batched=True,
-        fn_kwargs={"version": __version__},  # part of the cache key: versions may differ
+        fn_kwargs={"code": code_hash()},  # part of the cache key: other code encodes again
         features=features,
         remove_columns=rows.table.column_names,
         num_proc=task.arguments.preprocessing_workers,

@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, List, ReadInstruction, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from ...version import __version__
 from ..wording import counted
 from .paths import GLOB
 from .task import Row, RowError
@@ -146,6 +146,13 @@ def count_shared(parts: Sequence[Rows], others: Sequence[Rows]) -> dict[str, int
     return {source: n for source, n in counts.items() if n}
 
 
+@cache
+def code_hash() -> str:
+    """Return a hash of this package, whose code reads rows and makes examples of them."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
 def fingerprint(parts: Sequence[Rows]) -> str:
     """Return a checksum of the contents of rows in their order; their places have no effect."""
     digest = hashlib.sha256()
@@ -197,8 +204,8 @@ def _load_file(path: Path) -> Rows:
             gen_kwargs={
                 "path": str(path.resolve()),
                 "suffix": plain.suffix,
-                # Part of the cache key: a changed file, or another version, is read again.
-                "version": (status.st_mtime_ns, status.st_size, __version__),
+                # Part of the cache key: a changed file is read again, and any by changed code.
+                "version": (status.st_mtime_ns, status.st_size, code_hash()),
             },
         )
     except DatasetGenerationError as error:
