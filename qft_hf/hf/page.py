@@ -53,7 +53,7 @@ th {{ color: var(--faint); font-weight: 500; }}
   background: color-mix(in srgb, var(--k0) calc(var(--share) * 55%), var(--panel)); }}
 polyline {{ fill: none; stroke: currentColor; stroke-width: 1.6; }}
 polyline.dashed {{ stroke-dasharray: 6 3; }}
-polyline.dotted {{ stroke-dasharray: 2 2; }}
+polyline.dotted, circle.dotted {{ stroke-dasharray: 2 2; }}
 circle, rect {{ fill: currentColor; }}
 circle.dashed, circle.dotted {{ fill: none; stroke: currentColor; }}
 rect.arithmetic {{ opacity: 0.45; }}

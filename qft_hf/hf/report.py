@@ -44,7 +44,7 @@ NEEDED = (  # keys of a summary
     "state_bytes", "before", "after",
 )  # fmt: skip
 WIDTH, HEIGHT = 460, 240  # size of a chart, with its margins
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 30  # margins
+LEFT, RIGHT, TOP, BOTTOM = 72, 10, 10, 30  # margins; the left one has room for `0.0008465`
 N_COLORS = 6  # colors of runs in the page's style
 STROKES = ("", " dashed", " dotted")  # classes of the first runs, and of those whose color is taken
 BAR_NAME = 30  # letters that have room beside a bar
@@ -389,7 +389,7 @@ def _chart(lines: Sequence[Line]) -> str:
         _, at = place(x_low, y)
         ends = f"x1='{LEFT}' x2='{WIDTH - RIGHT}' y1='{at:.1f}' y2='{at:.1f}'"
         drawn.append(f"<line class='rule' {ends}/>")
-        drawn.append(f"<text x='{LEFT - 6}' y='{at + 4:.1f}' text-anchor='end'>{y:.6g}</text>")
+        drawn.append(f"<text x='{LEFT - 6}' y='{at + 4:.1f}' text-anchor='end'>{y:.8g}</text>")
     for x in _ticks(x_low, x_high, apart=1):  # steps and codes are integers
         at, _ = place(x, y_low)
         middle = f"x='{at:.1f}' y='{HEIGHT - 8}' text-anchor='middle'"

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from qft_hf.hf.page import PAGE
-from qft_hf.hf.report import N_COLORS, OTHERS, page, read_run, read_runs
+from qft_hf.hf.report import LEFT, N_COLORS, OTHERS, page, read_run, read_runs
 from qft_hf_cli import main
 
 HISTORY = [
@@ -123,6 +123,19 @@ def test_steps_on_an_axis_are_whole(runs):
     assert labels == ["0", "1", "2"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.000846, 0.0008492), (1.0000012, 1.0000023), (2e-9, 3e-9), (-4e6, 8e6)]
+)
+def test_labels_of_values_that_are_small_or_close_differ_and_have_room(low, high, tmp_path):
+    """`0.000846` was cut off at the left, and scales near 1 had the label 1 five times."""
+    history = [{"step": 1, "qft/scale_growth": low}, {"step": 2, "qft/scale_growth": high}]
+    text = page([read_run(leave(tmp_path / "run", history))])
+    health = text[text.index("<h2>Health") : text.index("<h2>Codes")]
+    values = re.findall(r"text-anchor='end'>([^<]*)<", health)
+    assert 3 <= len(set(values)) == len(values)
+    assert all(7 * len(value) <= LEFT - 6 for value in values)
+
+
 @pytest.mark.parametrize("first", [0, 12_340, 123_450, 3_000_000])
 def test_labels_of_an_axis_differ_and_have_room(first, tmp_path):
     """From step 10,000 on, several labels were 1.234e+04, and that of a loss of 1e6 was cut."""
@@ -133,9 +146,9 @@ def test_labels_of_an_axis_differ_and_have_room(first, tmp_path):
     assert [int(step.replace(",", "")) for step in steps] == list(range(first, first + 11, 2))
     values = re.findall(r"text-anchor='end'>([^<]*)<", losses)
     assert [float(value) for value in values] == [first // 100 + n for n in range(6)]
-    assert all(len(value) <= 7 for value in values)
+    assert all(7 * len(value) <= LEFT - 6 for value in values)  # a digit has 7 pixels or fewer
     spike = leave(tmp_path / "spike", [{"step": 1, "loss": 1e6}])
-    assert "text-anchor='end'>1e+06</text>" in page([read_run(spike)])
+    assert "text-anchor='end'>1000000</text>" in page([read_run(spike)])
 
 
 def test_more_runs_than_colors_are_told_apart(tmp_path):
@@ -148,6 +161,7 @@ def test_more_runs_than_colors_are_told_apart(tmp_path):
     assert re.findall(r"<polyline class='([^']*)'", losses) == in_legend
     for look in ("dashed", "dotted"):
         assert all(f"{tag}.{look}" in text for tag in ("polyline", "circle", ".swatch"))
+    assert "polyline.dotted, circle.dotted { stroke-dasharray" in text  # circles differ, too
 
 
 def test_a_long_name_is_shortened_beside_its_bar_and_whole_elsewhere(tmp_path):
