@@ -264,7 +264,7 @@ class QFTOptimizer(Optimizer):
                 raise TypeError(
                     f"{type(self).__name__} trains INT8 weights, float32 and bfloat16 parameters, "
                     f"got {parameter.dtype} for a parameter of shape {tuple(parameter.shape)}. "
-                    "Load the model with dtype=torch.bfloat16."
+                    "Load the model with dtype=torch.bfloat16, and do not cast it afterwards."
                 )
 
     def _number(self, group: int) -> None:
