@@ -40,8 +40,8 @@ def _step_elements(
             direction = _f32(c > _ZERO) - _f32(c < _ZERO)
             momentum[i] = momentum[i] * beta2 + g * one_minus_beta2
         change = values[i] * shrink + direction * lr
-        if change != _ZERO or not is_rounded:  # where BF16 is rounded, -0 stays -0
-            values[i] -= change
+        # Where BF16 is rounded, -0 stays -0. A choice between values can be vectorized, a jump not.
+        values[i] -= change if change != _ZERO or not is_rounded else _ZERO
 
 
 @njit(nogil=True, cache=True)
