@@ -84,8 +84,9 @@ def _(x: Input, floats: Tensor, weight: Weight, *, bias: Tensor | None, dtype: t
             f"{tuple(x.codes.shape)} and {tuple(floats.shape)} with strides {floats.stride()}."
         )
     values, shape = x.values, (n_tokens, x.columns.shape[0])
-    by_column = values.stride() == (1, n_tokens) or values.t().is_contiguous()
-    if values.shape != shape or not by_column:
+    if values.shape != shape or not (
+        values.stride() == (1, n_tokens) or values.t().is_contiguous()
+    ):
         raise ValueError(
             f"The outlier values of x must have shape {shape} and be stored column by column, got "
             f"{tuple(values.shape)} with strides {values.stride()}. Pass those of quantize_input, "

@@ -49,6 +49,7 @@ class CapturableSteps:
         Must be called before each pass; a step calls it itself.
 
         Raises:
+            TypeError: A float parameter has become neither fp32 nor bf16.
             ValueError: An option of a group is out of its range.
         """
         optimizer = self.optimizer

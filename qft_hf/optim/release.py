@@ -124,7 +124,8 @@ class Release(Flow):
         Raises:
             RuntimeError: The parameter was updated in this step already, or the norm that exact
                 clipping needs was not measured.
-            TypeError: The gradient is sparse.
+            TypeError: The gradient is sparse; or a float parameter has become neither fp32 nor
+                bf16, and nothing was updated.
             ValueError: The micro-batch is not the last one and `accumulation` is `"forbid"`; or an
                 option of a group is out of range, and nothing was updated.
         """

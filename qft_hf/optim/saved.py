@@ -170,7 +170,7 @@ def _checked_state(
                 "Resume from an earlier checkpoint, or without the optimizer's state."
             )
     try:
-        counted = torch.as_tensor(state["step"]).cpu().reshape(())
+        counted = torch.as_tensor(state["step"], device="cpu").reshape(())
         step = counted.to(torch.int64, copy=True)
         is_counted = bool(0 <= step < LAST_STEP and step == counted)
     except (RuntimeError, TypeError, ValueError):
@@ -193,7 +193,8 @@ def _checked_norm(norm: Any) -> Tensor | None:
     if norm is None:
         return None
     try:
-        checked = torch.as_tensor(norm, dtype=torch.float32).reshape(()).clone()
+        device = norm.device if isinstance(norm, Tensor) else "cpu"
+        checked = torch.as_tensor(norm, dtype=torch.float32, device=device).reshape(()).clone()
         is_norm = 0 <= float(checked) < float("inf")
     except (RuntimeError, TypeError, ValueError):
         is_norm = False

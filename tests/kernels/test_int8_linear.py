@@ -121,6 +121,7 @@ def test_without_outlier_columns_it_is_the_integer_product():
         ({"scales": torch.ones(4, 1)}, ValueError, r"scales of x must be float32 of shape \(5, 1"),
         ({"codes": torch.ones(5, 33)}, TypeError, "x must be torch.int8, got torch.float32"),
         ({"values": torch.ones(5, 2)}, ValueError, r"column by column, got .*strides \(2, 1\)"),
+        ({"values": torch.ones(5, 2, 1)}, ValueError, r"shape \(5, 2\) .*got \(5, 2, 1\)"),
         ({"values": torch.ones(3, 5).t()}, ValueError, r"shape \(5, 2\) .*got \(5, 3\)"),
     ],
 )

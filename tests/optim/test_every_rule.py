@@ -63,15 +63,19 @@ def test_release_equals_stack_bit_for_bit(rule, n_parts):
 
 
 @every_rule
-def test_the_default_device_changes_no_step(rule):
+@pytest.mark.parametrize(
+    "settings", [{}, {"gradient": "release", "clipping": "previous", "max_grad_norm": 0.1}], ids=len
+)
+def test_the_default_device_changes_no_step(rule, settings):
     """With a GPU as PyTorch's default device, step numbers were made there, where NumPy fails."""
     snapshots = []
     for default in ("cpu", "meta"):
-        model, optimizer = make(rule)
+        model, optimizer = make(rule, **settings)
         for step in range(2):
             backward(model, step)
             with torch.device(default):
                 optimizer.step()
+                optimizer.load_state_dict(optimizer.state_dict())
         snapshots.append(snapshot(model, optimizer))
     assert_same_tensors(*snapshots)
 
