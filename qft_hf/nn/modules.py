@@ -179,12 +179,15 @@ class QuantizedModule(nn.Module):
 
 
 def _applied(function: Any, tensor: Tensor) -> Tensor:
-    """Return what a function makes of a tensor; of an INT8 weight, that is one too."""
+    """Return what a function makes of a tensor; if it reads no values, an INT8 weight stays one."""
     made: Tensor = function(tensor)
     if not isinstance(tensor, QFTWeight) or isinstance(made, QFTWeight):
         return made
-    # `to_empty` makes a float tensor of the same shape. Zeros: kernels rely on valid columns.
-    return tensor.with_fields({name: function(f).zero_() for name, f in tensor.fields().items()})
+    # `to_empty` makes a float tensor of the same shape, and memory for fields that have none, too.
+    # Zeros: kernels rely on valid columns. What is made of values is float, and torch refuses it.
+    fields = {name: function(field.to("meta")) for name, field in tensor.fields().items()}
+    empty = tensor.with_fields({name: field.zero_() for name, field in fields.items()})
+    return empty if empty.device == made.device else made
 
 
 def _refuse_setting(module: nn.Module, value: Any) -> None:

@@ -372,6 +372,16 @@ def test_a_skeleton_gets_memory_by_to_empty_and_stays_int8(tied):
     assert_same_bits(model.loss(batch()).detach(), source.loss(batch()).detach())
 
 
+def test_a_function_that_makes_float_tensors_of_weights_is_refused():
+    """They became INT8 weights of zeros, as if they were skeletons without values."""
+    model = quantized()
+    before = model.state_dict()
+
+    with pytest.raises(TypeError, match=r"A Tensor was assigned to \.data of QFTWeight"):
+        model._apply(lambda tensor: torch.empty_like(tensor).copy_(tensor))
+    assert_same_tensors(model.state_dict(), before)
+
+
 def test_a_skeleton_without_assign_says_what_to_do():
     model = quantized().to("meta")
     with pytest.raises(RuntimeError, match=r"head\.weight_q has no memory .* assign=True"):
