@@ -300,18 +300,22 @@ def test_a_missing_field_is_named_and_the_module_refuses_to_compute(name):
 
 def test_a_forward_that_reads_the_weight_refuses_a_mixture_too():
     """Only forwards of this package asked whether all fields were loaded; others computed."""
-    layer, other = (nn.Sequential(nn.MultiheadAttention(32, 4)) for _ in range(2))
+    layer, other = (
+        nn.Sequential(nn.Linear(32, 32), nn.MultiheadAttention(32, 4)) for _ in range(2)
+    )
     for model in (layer, other):
         quantize_modules_(model, QuantizationSpec())
-    state = {key: field for key, field in other.state_dict().items() if not key.endswith("_scale")}
+    state = {
+        key: field for key, field in other.state_dict().items() if "in_proj_weight_scale" not in key
+    }
     layer.load_state_dict(state, strict=False)
     before = layer.state_dict()
 
     x = torch.ones(3, 1, 32)
     for act in (
-        lambda: layer[0](x, x, x),
-        lambda: layer[0].in_proj_weight[:3].sum(),
-        lambda: layer[0].in_proj_weight.dequantize(),
+        lambda: layer[1](x, x, x),
+        lambda: layer[1].in_proj_weight[:3].sum(),
+        lambda: layer[1].in_proj_weight.dequantize(),
         lambda: dequantize_modules_(layer, torch.float32),
     ):
         with pytest.raises(RuntimeError, match=r"in_proj_weight_scale.*Load a complete checkpoint"):

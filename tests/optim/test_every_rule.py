@@ -13,6 +13,8 @@ from qft_hf.config import QuantizationSpec
 from qft_hf.kernels import backend
 from qft_hf.nn.functional import linear
 from qft_hf.optim import QFTSGD, QFTAdamW, QFTLion
+from qft_hf.optim.capturable import CapturableSteps
+from qft_hf.optim.flow import run_directly
 from qft_hf.quant import QFTWeight
 from tests.nn.small import Alive, randn
 from tests.optim.common import (
@@ -66,11 +68,14 @@ def test_release_equals_stack_bit_for_bit(rule, n_parts):
 @pytest.mark.parametrize(
     "settings", [{}, {"gradient": "release", "clipping": "previous", "max_grad_norm": 0.1}], ids=len
 )
-def test_the_default_device_changes_no_step(rule, settings):
+@pytest.mark.parametrize("is_capturable", [False, True])
+def test_the_default_device_changes_no_step(rule, settings, is_capturable):
     """With a GPU as PyTorch's default device, step numbers were made there, where NumPy fails."""
     snapshots = []
     for default in ("cpu", "meta"):
         model, optimizer = make(rule, **settings)
+        if is_capturable:
+            CapturableSteps(optimizer, run_directly)
         for step in range(2):
             backward(model, step)
             with torch.device(default):
