@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import PRODUCTS, names_module
 from ..nn import QuantizedModule, conversion_plan, own_weights, prepare_modules_, product_choices
+from ..quant import QFTWeight
 from .compatibility import has_quantized_weights, quantization_config_of
 from .config import QUANT_METHOD, QFTConfig, quantization_method
 from .convert import mark_
@@ -37,7 +38,11 @@ def prepared_for_saving(model: Any, state: dict[str, Tensor] | None) -> Any:
 
     Raises:
         ValueError: The weights have several formats, or tensors are missing from `state`.
+        RuntimeError: Only some fields of a weight were loaded, and `state` is None.
     """
+    for name, parameter in model.named_parameters() if state is None else ():
+        if isinstance(parameter, QFTWeight):
+            parameter.check_complete(name)
     saved = _declared(model, state)
     is_int8 = isinstance(getattr(saved, "hf_quantizer", None), QFTQuantizer)
     if is_int8 and not getattr(saved, "_hf_peft_config_loaded", False):  # not only its adapters

@@ -72,6 +72,25 @@ def test_half_a_state_dict_is_refused_and_the_folder_is_as_it_was(tmp_path):
     assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
+def test_a_model_of_which_only_a_part_was_loaded_is_not_saved(tmp_path):
+    """Forwards refused it, and it was saved without a word."""
+    model = quantize_model_(tiny_llama(), QFTConfig())
+    model.save_pretrained(tmp_path)
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    lost = "model.layers.0.mlp.up_proj.weight_q"
+    other = quantize_model_(tiny_llama(seed=1), QFTConfig()).state_dict()
+    model.load_state_dict({n: t for n, t in other.items() if n != lost}, strict=False)
+
+    with pytest.raises(RuntimeError, match=r"the model\.layers\.0\.mlp\.up_proj\.weight is a mix"):
+        model.save_pretrained(tmp_path)
+    assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path), whole)
+
+    model.save_pretrained(tmp_path, state_dict=whole)
+    model.load_state_dict(whole)
+    model.save_pretrained(tmp_path)
+    assert_same_state(AutoModelForCausalLM.from_pretrained(tmp_path), whole)
+
+
 # --- a part
 
 
