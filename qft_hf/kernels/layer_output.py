@@ -84,6 +84,7 @@ def _(x: Input, floats: Tensor, weight: Weight, *, bias: Tensor | None, dtype: t
             f"{tuple(x.codes.shape)} and {tuple(floats.shape)} with strides {floats.stride()}."
         )
     values, shape = x.values, (n_tokens, x.columns.shape[0])
+    # Comparing strides is faster than making a view; those of a single row or column may differ.
     if values.shape != shape or not (
         values.stride() == (1, n_tokens) or values.t().is_contiguous()
     ):

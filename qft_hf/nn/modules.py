@@ -230,7 +230,7 @@ def _load_(
         elif field.is_meta and not (assign or loaded.is_meta):
             error_msgs.append(
                 f"{key} has no memory to be copied to: the model is on the meta device. Call "
-                "load_state_dict(..., assign=True)."
+                "load_state_dict(..., assign=True), or model.to_empty(device=...) before."
             )
         else:
             taken[key] = loaded
