@@ -22,7 +22,9 @@ from .optimizers import OPTIMIZERS, trial_optimizer
 from .side_network import is_side_network
 
 # Names of the width of a layer's MLP. BLOOM, GPT and GPT-Neo have 4 times the hidden size instead.
-_MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
+_MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "dff")
+# Names of the same as a multiple of the hidden size.
+_MLP_MULTIPLES = ("expansion_ratio", "intermediate_multiple_size")
 _BUILDING_FAULTS = (  # errors that making a model of a configuration can raise
     AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
@@ -302,13 +304,16 @@ def _workload(
 
 def _mlp(config: Any) -> tuple[int | None, int]:
     """Return the width of one token's activations in a layer's MLP, and how many experts it has."""
+    mlp = getattr(config, "ffn_config", config)  # a section in DBRX
     of_expert = _largest(config, "moe_intermediate_size")
-    width = _largest(config, *_MLP_WIDTHS) or of_expert
-    if width is None and (
+    width = _largest(mlp, *_MLP_WIDTHS) or of_expert
+    if width is None and (multiple := _largest(config, *_MLP_MULTIPLES)):
+        width = multiple * config.hidden_size
+    elif width is None and (
         hasattr(config, "n_inner") or config.model_type in ("bloom", "gpt_neo", "openai-gpt")
     ):
         width = 4 * config.hidden_size
-    choices = getattr(config, "num_experts_per_tok", None) or 0
+    choices = getattr(mlp, "num_experts_per_tok", None) or getattr(mlp, "moe_top_k", None) or 0
     shared = getattr(config, "n_shared_experts", None) or 0
     if width is None or not choices:
         return width, 0

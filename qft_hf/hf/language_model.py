@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 _UNSHIFTED = ("cpmant", "trocr", "whisper", "xlm", "xlnet")
 # Families that fail without an image or its processor's inputs, which their signatures do not say.
 _NEED_IMAGES = ("git", "idefics", "kosmos-2", "molmo2")
+# Families of text whose configurations have sections that are not parts of other kinds.
+_SECTIONED = ("blt", "dbrx", "mpt")
 
 
 def language_class(config: Any) -> Any:
@@ -94,6 +96,8 @@ def _refuse_images(model_class: Any, config: PreTrainedConfig) -> None:
 
 def non_text_parts(config: PreTrainedConfig) -> tuple[str, ...]:
     """Return the names of the parts outside the text decoder, such as `vision`."""
+    if config.model_type in _SECTIONED:
+        return ()
     text = config.get_text_config()
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", ())}
     return tuple(

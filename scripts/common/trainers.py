@@ -67,7 +67,8 @@ def _stock_trainer(arguments: RunArguments, way: str) -> Trainer:
     training = arguments.training
     model = load_model(start.model, None, start.config, data.task)
     if way == "LoRA":
-        task = TaskType.CAUSAL_LM if arguments.data.task == "chat" else TaskType.SEQ_CLS
+        generates = arguments.data.task in ("chat", "text")
+        task = TaskType.CAUSAL_LM if generates else TaskType.SEQ_CLS
         set_seed(training.seed)
         model = get_peft_model(model, LoraConfig(
             r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type=task

@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    CTRLConfig,
     DbrxConfig,
     DeepseekV3Config,
     Ernie4_5_VLMoeTextConfig,
@@ -19,12 +20,14 @@ from transformers import (
     Gemma3nTextConfig,
     Gemma4TextConfig,
     GPTNeoConfig,
+    GPTNeoXJapaneseConfig,
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MptConfig,
-    MptForCausalLM,
     OPTConfig,
     Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
@@ -47,6 +50,7 @@ from qft_hf import (
 )
 from qft_hf.hf import recommend, shipped
 from qft_hf.hf.estimate import _workload, skeleton
+from qft_hf.hf.language_model import freeze_non_text_parts
 from qft_hf.hf.optimizers import OPTIMIZERS
 from qft_hf.hf.recommendation import LONGEST
 from qft_hf.optim.settings import GRADIENTS
@@ -448,8 +452,8 @@ def test_a_model_that_is_quantized_with_another_method_is_refused(quantized, met
 
 def test_a_model_without_decoder_sizes_says_what_measures_it():
     with torch.device("meta"):
-        model = MptForCausalLM(MptConfig(d_model=12, n_layers=1, n_heads=2))
-    with pytest.raises(ValueError, match=r"has no intermediate_size.*memory_ledger measures any"):
+        model = MambaForCausalLM(MambaConfig(hidden_size=12, num_hidden_layers=1))
+    with pytest.raises(ValueError, match=r"no num_attention_heads.*memory_ledger measures any"):
         estimate_memory(model)
 
 
@@ -485,6 +489,9 @@ OTHER_NAMES = {
     "XGLM": (XGLMConfig(d_model=32, ffn_dim=72, num_layers=3, attention_heads=4), 72),
     "BLOOM": (BloomConfig(hidden_size=32, n_layer=3, n_head=4), 128),
     "GPT-Neo": (GPTNeoConfig(attention_types=[[["global"], 3]], num_layers=3, hidden_size=32), 128),
+    "CTRL": (CTRLConfig(n_embd=32, dff=72, n_layer=3, n_head=4), 72),
+    "MPT": (MptConfig(d_model=32, expansion_ratio=3, n_layers=3, n_heads=4), 96),
+    "GPT-NeoX Japanese": (GPTNeoXJapaneseConfig(intermediate_multiple_size=2, **SMALL), 64),
 }
 
 
@@ -495,7 +502,22 @@ def test_the_width_of_an_mlp_has_many_names(config, width):
     assert sizes_of(config)[-1] == width
     linear = [m for m in skeleton(config).modules() if isinstance(m, torch.nn.Linear)]
     assert sum(m.out_features == width for m in linear) == 3
-    assert estimate_memory(config, sequence_length=16).activation_bytes > 0
+    estimate = estimate_memory(config, sequence_length=16)
+    assert estimate.activation_bytes > 0
+    assert estimate.not_counted == ()
+
+
+def test_sections_of_a_text_model_are_not_parts_that_read_something_else(caplog):
+    """DBRX's sections `attn` and `ffn` were said not to read text, and its plan was refused."""
+    ffn = {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2}
+    config = DbrxConfig(d_model=32, n_heads=4, n_layers=3, vocab_size=50, ffn_config=ffn)
+    config.attn_config.kv_n_heads = 2
+    config.attn_config.rope_theta = 1e4  # needed by the model, and not set by default
+
+    assert sizes_of(config)[-1] == 2 * 24
+    assert estimate_memory(config, sequence_length=16).not_counted == ()
+    freeze_non_text_parts(skeleton(config), config)
+    assert not caplog.records
 
 
 def test_a_mixture_may_have_no_width_but_that_of_its_experts():
